@@ -1,0 +1,54 @@
+"""The exceptions a user can meet. Every message says what, which value, where, and what to do next.
+
+Commands turn an ``AutoregError`` into one line on stderr and its ``exit_code``; anything else is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AutoregError(Exception):
+    """Base of all errors meant for the user."""
+
+    exit_code = 1
+
+
+class UsageError(AutoregError):
+    """The command line, the environment or a setting is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ScanError(AutoregError):
+    """One scan cannot be used. The run goes on without it and counts it.
+
+    Attributes:
+        status: one word for the ``status`` column of ``scans.csv``, e.g. ``unreadable``.
+    """
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class PlanError(UsageError):
+    """A plan, or a value set in it, cannot be carried out."""
+
+
+class StoreError(AutoregError):
+    """A preprocessed case cannot be written or read."""
+
+
+class CheckpointError(AutoregError):
+    """A checkpoint cannot be written, read or continued."""
+
+
+class WeightsError(AutoregError):
+    """Pretrained weights are missing, damaged, or do not fit the network."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of a message about an unknown ``name``: a close match if there is one, else all that is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(names)}"

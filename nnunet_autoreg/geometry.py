@@ -1,0 +1,59 @@
+"""Axis order, millimetres and divisibility.
+
+Arrays are always (C, Z, Y, X) or (Z, Y, X); sizes are in voxels and spacings in mm, in the same (Z, Y, X) order.
+SimpleITK speaks (x, y, z): ``zyx`` is the one place where that is turned.
+"""
+
+import math
+from collections.abc import Sequence
+
+Size = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+def zyx(xyz: Sequence[float]) -> Spacing:
+    """SimpleITK's (x, y, z) triple in array order (z, y, x)."""
+    x, y, z = xyz
+    return (float(z), float(y), float(x))
+
+
+def as_size(values: Sequence[int]) -> Size:
+    """Three ints as a ``Size``."""
+    z, y, x = (int(v) for v in values)
+    return (z, y, x)
+
+
+def as_spacing(values: Sequence[float]) -> Spacing:
+    """Three floats as a ``Spacing``."""
+    z, y, x = (float(v) for v in values)
+    return (z, y, x)
+
+
+def round_up(size: Sequence[int], multiple: Sequence[int]) -> Size:
+    """``size`` with each axis rounded up to a multiple of ``multiple``."""
+    return as_size([math.ceil(s / m) * m for s, m in zip(size, multiple, strict=True)])
+
+
+def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
+    """Number of tokens per axis of a volume of ``size`` voxels.
+
+    Raises:
+        ValueError: an axis is no multiple of the token size.
+    """
+    for axis, s, t in zip("zyx", size, token, strict=True):
+        if s % t:
+            low, high = s // t * t, (s // t + 1) * t
+            near = f"{low} or {high}" if low else f"{high}"
+            raise ValueError(f"size {s} on axis {axis} is no multiple of the token size {t}; use {near}")
+    return as_size([s // t for s, t in zip(size, token, strict=True)])
+
+
+def volume(size: Sequence[int]) -> int:
+    """Number of voxels of a size."""
+    return math.prod(int(s) for s in size)
+
+
+def spacing_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """The largest factor, over the axes, between two spacings (always >= 1). Axes are compared sorted by spacing,
+    because nnU-Net moves the coarsest axis to the front."""
+    return max(max(p / q, q / p) for p, q in zip(sorted(a), sorted(b), strict=True))

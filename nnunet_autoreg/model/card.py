@@ -1,0 +1,104 @@
+"""``encoder.json``: what a pretrained encoder is and what it needs to be used well. Torch-free."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.errors import PlanError, WeightsError
+from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
+
+CARD_NAME = "encoder.json"
+WEIGHTS_NAME = "encoder.safetensors"
+CARD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Where the parts that fine-tuning may have to adapt live in the state dict."""
+
+    key_to_encoder: str
+    key_to_stem: str
+    keys_to_in_proj: tuple[str, ...]
+    key_to_lpe: str | None
+
+
+@dataclass(frozen=True)
+class EncoderCard:
+    """The contract between pretraining and fine-tuning.
+
+    Attributes:
+        name: the run's name.
+        encoder: its name in ``model.sizes``.
+        class_path, arguments: the downstream network class and its arguments (no channels, classes, input shape).
+        token_size_vox, crop_size_vox: (z, y, x); crop / token is the grid of ``eva.pos_embed``.
+        spacing_mm: target spacing of pretraining, (z, y, x).
+        modalities: "CT" and / or "MR" (every non-CT scan is z-scored and counted as what its dataset calls it).
+        channel_names: channel names met in the pool.
+        ct_window: set when CT was among the scans.
+        num_input_channels: channels of the stem.
+        objective: name of the objective and its settings that matter to a user.
+        licences: dataset name -> licence text found beside it ("" if none was).
+        num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC.
+        sha256: of ``encoder.safetensors`` beside this card.
+    """
+
+    name: str
+    encoder: str
+    class_path: str
+    arguments: dict[str, Any]
+    token_size_vox: Size
+    crop_size_vox: Size
+    spacing_mm: Spacing
+    modalities: tuple[str, ...]
+    channel_names: tuple[str, ...]
+    ct_window: IntensityWindow | None
+    num_input_channels: int
+    adaptation: Adaptation
+    objective: str
+    licences: dict[str, str]
+    num_scans: int
+    num_steps: int
+    finished_at: str
+    sha256: str
+    version: int = CARD_VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write ``encoder.json`` into ``folder``."""
+        write_json(folder / CARD_NAME, self)
+
+
+def read_card(folder: Path) -> EncoderCard:
+    """Read ``encoder.json`` from a run's folder.
+
+    Raises:
+        WeightsError: it is missing, unreadable, or of a newer format.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        raise WeightsError(f"{folder} holds no {CARD_NAME}; has its pretraining finished?")
+    try:
+        data = read_json(path)
+        if isinstance(data, dict) and int(data.get("version", CARD_VERSION)) > CARD_VERSION:
+            raise WeightsError(f"{path} is of format {data['version']}, newer than {CARD_VERSION}; update nnunet-autoreg")
+        return from_jsonable(EncoderCard, data, str(path))
+    except PlanError as error:
+        raise WeightsError(str(error)) from error
+
+
+def verify_weights(weights: Path, sha256: str) -> None:
+    """Check a weights file against its recorded hash.
+
+    Raises:
+        WeightsError: it is missing or its bytes differ.
+    """
+    if not weights.is_file():
+        raise WeightsError(f"the weights {weights} do not exist; plan again, or set autoreg_weights to another run or file")
+    found = sha256_of(weights)
+    if found != sha256:
+        raise WeightsError(
+            f"{weights} has sha256 {found[:12]}..., {sha256[:12]}... was expected: the file is damaged or was replaced; "
+            "restore it, or plan again"
+        )

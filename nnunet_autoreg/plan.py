@@ -1,0 +1,216 @@
+"""The plan of a pretraining run: every choosable value, written before work begins and obeyed afterwards."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.records import from_jsonable, to_jsonable
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class IntensityWindow:
+    """CT intensities inside the body over the pretraining pool, in HU: nnU-Net's foreground properties by name."""
+
+    mean: float
+    std: float
+    median: float
+    min: float
+    max: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What goes in.
+
+    Attributes:
+        spacing_mm: every scan is resampled to this, (z, y, x).
+        ct_window: Hounsfield statistics inside the body over the pool's CT scans; None without CT.
+        holdout_fraction: share of the cases kept for the held-out error (never trained on).
+    """
+
+    spacing_mm: Spacing
+    ct_window: IntensityWindow | None = None
+    holdout_fraction: float = 0.05
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """The encoder, by the name and arguments of ``model.sizes``."""
+
+    name: str
+    class_path: str
+    arguments: dict[str, Any]
+    token_size_vox: Size
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """How a crop becomes a sequence of blocks.
+
+    Attributes:
+        crop_size_vox: (z, y, x), a multiple of block_tokens x token size.
+        block_tokens: tokens per block and axis; (1, 1, 1) is a block of one token.
+        order: "raster", or "random" (needs predictor "query").
+        predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light decoder is told where
+            the target lies and attends to earlier blocks only.
+        prefix: distribution of the number of given blocks: "uniform" over 1..K-1.
+        flip: random flips of the data per axis.
+        swap_axes: random swaps of axes of equal length and spacing.
+    """
+
+    crop_size_vox: Size
+    block_tokens: Size = (1, 1, 1)
+    order: str = "raster"
+    predictor: str = "next"
+    prefix: str = "uniform"
+    flip: bool = True
+    swap_axes: bool = True
+
+
+@dataclass(frozen=True)
+class ObjectivePlan:
+    """Next-block regression of normalised voxels.
+
+    Attributes:
+        name: the objective's file in ``objectives/``.
+        variance_floor: added under the root as max(var, floor), in squared normalised intensity units.
+        query_depth: layers of the decoder of predictor "query".
+    """
+
+    name: str = "autoregressive"
+    variance_floor: float = 1e-2
+    query_depth: int = 2
+
+
+@dataclass(frozen=True)
+class OptimPlan:
+    """AdamW with linear warm-up and half-cosine decay to zero."""
+
+    num_steps: int
+    batch_size: int
+    lr: float
+    warmup_steps: int
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How often things happen, in steps."""
+
+    seed: int
+    checkpoint_every: int
+    validate_every: int
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it. ``reasons`` holds, per chosen value, why it was chosen."""
+
+    name: str
+    data: DataPlan
+    encoder: EncoderPlan
+    sequence: SequencePlan
+    objective: ObjectivePlan
+    optim: OptimPlan
+    run: RunPlan
+    reasons: dict[str, str] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+
+ORDERS = ("raster", "random")
+PREDICTORS = ("next", "query")
+PREFIXES = ("uniform",)
+
+
+def check(plan: Plan) -> Plan:
+    """Return ``plan`` if it can be carried out.
+
+    Raises:
+        PlanError: an impossible or ill-posed value, with the way out.
+    """
+    s, o = plan.sequence, plan.optim
+    for name, value, known in (("order", s.order, ORDERS), ("predictor", s.predictor, PREDICTORS), ("prefix", s.prefix, PREFIXES)):
+        if value not in known:
+            raise PlanError(f"sequence.{name}: '{value}' does not exist; {did_you_mean(value, known)}")
+    if s.order == "random" and s.predictor == "next":
+        raise PlanError(
+            "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
+            "follows; use sequence.predictor=query"
+        )
+    blocks = 1
+    for axis, crop, token, block in zip("zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True):
+        side = token * block
+        if crop <= 0 or crop % side:
+            near = f"{max(crop // side, 1) * side} or {(max(crop // side, 0) + 1) * side}"
+            raise PlanError(
+                f"sequence.crop_size_vox: {crop} on axis {axis} is no multiple of the block of {side} voxels "
+                f"({block} tokens of {token}); use {near}"
+            )
+        blocks *= crop // side
+    if blocks < 2:
+        raise PlanError(f"a crop of {s.crop_size_vox} holds one block; a sequence needs at least 2: enlarge sequence.crop_size_vox")
+    positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr,
+                "run.checkpoint_every": plan.run.checkpoint_every, "run.validate_every": plan.run.validate_every,
+                "run.log_every": plan.run.log_every, "optim.clip_norm": o.clip_norm,
+                "objective.variance_floor": plan.objective.variance_floor, "objective.query_depth": plan.objective.query_depth,
+                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)}}
+    for key, number in positive.items():
+        if not number > 0:
+            raise PlanError(f"{key}={number} must be greater than 0")
+    if not 0 <= plan.data.holdout_fraction < 1:
+        raise PlanError(f"data.holdout_fraction={plan.data.holdout_fraction} must lie in [0, 1)")
+    return plan
+
+
+def override(plan: Plan, settings: list[str]) -> Plan:
+    """Apply ``key=value`` settings such as ``optim.lr=3e-4``; each overridden key gets the reason "set by the user".
+
+    Raises:
+        PlanError: an unknown key (with a close match) or a value of the wrong type.
+    """
+    data = to_jsonable(plan)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise PlanError(f"--set {setting}: write it as key=value, e.g. optim.lr=3e-4")
+        _assign(data, key.strip(), _literal(text.strip()))
+        data["reasons"][key.strip()] = "set by the user"
+    return from_jsonable(Plan, data, "--set")
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    node: Any = data
+    known = [f"{s.name}.{f.name}" for s in dataclasses.fields(Plan) if dataclasses.is_dataclass(s.type)
+             for f in dataclasses.fields(s.type)]
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not path or not isinstance(node, dict) or leaf not in node or key.startswith("reasons"):
+        raise PlanError(f"--set {key}: there is no such setting; {did_you_mean(key, known)}")
+    node[leaf] = value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        parts = text.split(",")
+        if len(parts) > 1:
+            return [_literal(p) for p in parts]
+        lowered = text.lower()
+        if lowered in ("true", "false"):
+            return lowered == "true"
+        try:
+            return float(text)
+        except ValueError:
+            return text

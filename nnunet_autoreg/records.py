@@ -1,0 +1,132 @@
+"""Frozen dataclasses <-> JSON, with unknown keys refused, and files that are written whole or not at all."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nnunet_autoreg.errors import PlanError, did_you_mean
+
+T = TypeVar("T")
+
+
+def to_jsonable(record: Any) -> Any:
+    """A dataclass, or a container of them, as plain dicts, lists and scalars."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_jsonable(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, dict):
+        return {str(k): to_jsonable(v) for k, v in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [to_jsonable(v) for v in record]
+    return record
+
+
+def from_jsonable(kind: type[T], data: Any, where: str) -> T:
+    """Build dataclass ``kind`` from parsed JSON; ``where`` names the file or option in messages.
+
+    Raises:
+        PlanError: an unknown or missing key, or a value of the wrong type.
+    """
+    return typing.cast(T, _convert(kind, data, where))
+
+
+def _convert(kind: Any, data: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _convert_record(typing.cast(type, kind), data, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), data, where)
+    if origin is tuple and isinstance(data, (list, tuple)):
+        kinds = [args[0]] * len(data) if len(args) == 2 and args[1] is ... else list(args)
+        if len(kinds) != len(data):
+            raise PlanError(f"{where}: {data!r} has {len(data)} values, {len(kinds)} are needed")
+        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True)))
+    if origin is dict and isinstance(data, dict):
+        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in data.items()}
+    if kind is Any:
+        return data
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+        return data
+    raise PlanError(f"{where}: {data!r} is not of type {getattr(kind, '__name__', kind)}")
+
+
+def _convert_record(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise PlanError(f"{where}: expected an object with the keys of {kind.__name__}, found {data!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            raise PlanError(f"{where}: unknown key '{key}'; {did_you_mean(str(key), fields)}")
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in data and not has_default:
+            raise PlanError(f"{where}: the key '{name}' is missing")
+    return kind(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Every leaf in which two JSON-able values differ, as ``key: a -> b`` lines."""
+    a, b = to_jsonable(a), to_jsonable(b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = list(a) + [k for k in b if k not in a]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}.{k}" if where else str(k))]
+    return [] if a == b else [f"{where}: {a!r} -> {b!r}"]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; flush it to disk and rename it onto ``path`` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a dataclass or JSON-able value to ``path`` whole or not at all."""
+    write_text(path, json.dumps(to_jsonable(record), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        PlanError: it cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is not valid JSON ({error}); mend it, or remove it to have it written anew") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
