@@ -114,7 +114,12 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it. ``reasons`` holds, per chosen value, why it was chosen."""
+    """All of it.
+
+    Attributes:
+        request: what the user asked for; the same request typed again continues the run.
+        reasons: per chosen value, why it was chosen.
+    """
 
     name: str
     data: DataPlan
@@ -123,6 +128,7 @@ class Plan:
     objective: ObjectivePlan
     optim: OptimPlan
     run: RunPlan
+    request: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -195,7 +201,7 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
              for f in dataclasses.fields(s.type)]
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
-    if not path or not isinstance(node, dict) or leaf not in node or key.startswith("reasons"):
+    if not path or not isinstance(node, dict) or leaf not in node or path[0] in ("reasons", "request"):
         raise PlanError(f"--set {key}: there is no such setting; {did_you_mean(key, known)}")
     node[leaf] = value
 

@@ -1,0 +1,138 @@
+"""Next-block regression with random start-up: given the first p blocks, predict what comes next, block by block.
+
+Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.geometry import grid_of, volume
+from nnunet_autoreg.model.attention import block_causal_mask, block_order, strictly_earlier_mask
+from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
+from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, to_blocks
+from nnunet_autoreg.objectives.base import HELDOUT, LossTerms
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences import spatial
+from nnunet_autoreg.sequences.sample import Batch, Sample
+from nnunet_autoreg.store.case import StoredCase
+
+HELDOUT_PREFIXES = (0.0, 0.25, 0.5, 0.75)
+
+
+def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> Tensor:
+    """Per-token normalised voxels (v - mean) / sqrt(max(var, floor)), in float32; unbiased variance, over real voxels only.
+
+    A constant token becomes 0. Padding becomes 0.
+
+    Source: AR-SSL4M's normalised-pixel target, with a floor instead of an added 1e-6 so that air stays quiet.
+    """
+    voxels_BTP, weight_BTP = voxels_BTP.float(), real_BTP.float()
+    count_BT1 = weight_BTP.sum(-1, keepdim=True)
+    mean_BT1 = (voxels_BTP * weight_BTP).sum(-1, keepdim=True) / count_BT1.clamp(min=1)
+    centred_BTP = (voxels_BTP - mean_BT1) * weight_BTP
+    variance_BT1 = centred_BTP.square().sum(-1, keepdim=True) / (count_BT1 - 1).clamp(min=1)
+    return centred_BTP / variance_BT1.clamp(min=variance_floor).sqrt()
+
+
+def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
+    """(B, T) bool: tokens that are predicted - of rank >= p, holding real voxels, with something real before them."""
+    first_B = torch.where(valid_BT, ranks_BT, ranks_BT.max() + 1).min(dim=1).values
+    return valid_BT & (ranks_BT >= prefix_B[:, None]) & (ranks_BT > first_B[:, None])
+
+
+class AutoregressiveModel(nn.Module):
+    """The encoder and the head that predicts blocks."""
+
+    def __init__(self, plan: Plan, num_members: int = 1, num_channels: int = 1):
+        super().__init__()
+        sequence, token = plan.sequence, plan.encoder.token_size_vox
+        block = (token[0] * sequence.block_tokens[0], token[1] * sequence.block_tokens[1], token[2] * sequence.block_tokens[2])
+        primus = build_primus(plan.encoder.class_path, plan.encoder.arguments, sequence.crop_size_vox, num_channels, 1)
+        self.encoder = SequenceEncoder(primus, token, block)
+        self.block_num_tokens = volume(sequence.block_tokens)
+        self.num_blocks = num_members * volume(sequence.crop_size_vox) // volume(block)
+        token_voxels = num_channels * volume(token)
+        self.head: NextHead | QueryDecoder
+        if sequence.predictor == "next":
+            self.head = NextHead(self.encoder.width, token_voxels)
+        else:
+            num_positions = volume(grid_of(sequence.crop_size_vox, token))
+            heads = int(plan.encoder.arguments["eva_numheads"])
+            depth = plan.objective.query_depth
+            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_members, token_voxels)
+
+    def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
+        """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has none: its entries are 0."""
+        features_BTV = self.encoder(batch.voxels, block_causal_mask(batch.ranks, batch.prefix, valid_BT))
+        if isinstance(self.head, QueryDecoder):
+            mask = strictly_earlier_mask(batch.ranks, valid_BT)
+            out: Tensor = self.head(features_BTV, mask, self.encoder.rope(batch.voxels.shape[1]))
+            return out
+        return self.shift(self.head(features_BTV), block_order(batch.ranks))
+
+    def shift(self, out_BTP: Tensor, order_BT: Tensor) -> Tensor:
+        """Move what token j of block b says about its successor to token j of block b + 1."""
+        J = self.block_num_tokens
+        index_BTP = order_BT[:, :, None].expand_as(out_BTP)
+        said = torch.gather(out_BTP, 1, index_BTP[:, :-J])
+        return torch.zeros_like(out_BTP).scatter(1, index_BTP[:, J:], said)
+
+
+class Autoregressive:
+    """The objective: samples, loss, and what transfers. See ``objectives.base.Objective``."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.module = AutoregressiveModel(plan)
+
+    def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
+        """One spatial sequence from a case chosen uniformly; held-out samples take fixed prefixes, so that errors compare."""
+        generator = rng.generator(self.plan.run.seed, purpose, *ids)
+        case = cases[int(generator.integers(len(cases)))]
+        sample = spatial.apply(self.plan, case, spatial.draw(self.plan, case.shape_vox, generator))
+        if purpose != HELDOUT:
+            return sample
+        share = HELDOUT_PREFIXES[ids[0] % len(HELDOUT_PREFIXES)]
+        return replace(sample, prefix=max(1, int(share * self.module.num_blocks)))
+
+    def loss(self, batch: Batch, references: bool = False) -> LossTerms:
+        """Squared error over the supervised real voxels, in float32.
+
+        References: ``mean`` predicts every token's mean; ``copy`` repeats the previous block.
+        """
+        voxels_BTP, real_BTP = self._tokens(batch.voxels), self._tokens(batch.real[:, :, None])
+        real_BTP = real_BTP.repeat(1, 1, batch.voxels.shape[2])
+        valid_BT = real_BTP.any(dim=-1)
+        target_BTP = normalised_target(voxels_BTP, real_BTP, self.plan.objective.variance_floor)
+        weight_BTP = (supervised_tokens(batch.ranks, batch.prefix, valid_BT)[:, :, None] & real_BTP).float()
+        predicted_BTP = self.module(batch, valid_BT).float()
+        trivial = {}
+        if references:
+            previous_BTP = self.module.shift(target_BTP, block_order(batch.ranks))
+            trivial = {"mean": _error(torch.zeros_like(target_BTP), target_BTP, weight_BTP),
+                       "copy": _error(previous_BTP, target_BTP, weight_BTP)}
+        return LossTerms(_error(predicted_BTP, target_BTP, weight_BTP), weight_BTP.sum(), trivial)
+
+    def _tokens(self, volume_BMCZYX: Tensor) -> Tensor:
+        """Voxels by token: (B, M, C, Z, Y, X) -> (B, T, P), P = (C, z, y, x) flattened."""
+        tokens = to_blocks(volume_BMCZYX.flatten(0, 1), self.plan.encoder.token_size_vox).flatten(2)
+        return tokens.reshape(volume_BMCZYX.shape[0], -1, tokens.shape[-1])
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        """Encoder weights under the downstream network's keys."""
+        return self.module.encoder.transferable_state()
+
+    def adaptation(self) -> Adaptation:
+        """Where fine-tuning finds the parts that it may have to adapt."""
+        return self.module.encoder.adaptation()
+
+
+def _error(predicted_BTP: Tensor, target_BTP: Tensor, weight_BTP: Tensor) -> Tensor:
+    return ((predicted_BTP - target_BTP).square() * weight_BTP).sum()

@@ -1,0 +1,49 @@
+"""What the training loop asks of an objective. A new objective is a new file beside this one; the loop does not change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.sequences.sample import Batch, Sample
+from nnunet_autoreg.store.case import StoredCase
+
+TRAINING, HELDOUT = "training", "held-out"
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss as a sum and the number of things it sums over, so that the mean is taken once, over the whole batch.
+
+    Attributes:
+        total: scalar, carries the gradient.
+        count: scalar, number of supervised voxels.
+        references: trivial baselines, name -> sum over the same voxels (no gradient).
+    """
+
+    total: Tensor
+    count: Tensor
+    references: Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """A pretraining task: how samples are drawn, what is computed on them, what transfers."""
+
+    module: nn.Module
+
+    def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
+        """Draw one sample for ``TRAINING`` or ``HELDOUT``; everything random comes from (run seed, purpose, ids)."""
+
+    def loss(self, batch: Batch, references: bool = False) -> LossTerms:
+        """The loss on a batch that is on the module's device."""
+
+    def after_step(self, step: int) -> None:
+        """What follows an optimiser step, e.g. a momentum teacher."""
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        """Encoder weights under the downstream network's keys."""
+
+    def adaptation(self) -> Adaptation:
+        """Where fine-tuning finds the parts that it may have to adapt."""

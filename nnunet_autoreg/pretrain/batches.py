@@ -1,0 +1,32 @@
+"""Batches by step number: which samples step n sees depends on the seed and n alone, so resuming needs no loader state."""
+
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Dataset
+
+from nnunet_autoreg.objectives.base import HELDOUT, TRAINING, Objective
+from nnunet_autoreg.sequences.sample import Batch, collate
+from nnunet_autoreg.store.case import StoredCase
+
+
+class StepBatches(Dataset[Batch]):
+    """Item n is the batch of training step n."""
+
+    def __init__(self, objective: Objective, cases: list[StoredCase], batch_size: int):
+        self.objective, self.cases, self.batch_size = objective, cases, batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        return collate([self.objective.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
+
+
+def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Batches of ``steps`` in order, prepared ahead by ``num_workers`` processes (0: in this one)."""
+    loader = DataLoader(batches, batch_size=None, sampler=list(steps), num_workers=num_workers, pin_memory=pin_memory)
+    return iter(loader)
+
+
+def heldout_batches(objective: Objective, cases: list[StoredCase], batch_size: int, num_batches: int) -> list[Batch]:
+    """The same few held-out batches every time."""
+    draws = range(num_batches * batch_size)
+    samples = [objective.draw(cases, HELDOUT, i) for i in draws]
+    return [collate(samples[i : i + batch_size]) for i in draws[::batch_size]]

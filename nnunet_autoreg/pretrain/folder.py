@@ -1,0 +1,146 @@
+"""A run's folder: its name, its lock, its files, and whether the line typed is the line it was made with."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg import checkpoint
+from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
+from nnunet_autoreg.model.card import CARD_NAME
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.records import differences, from_jsonable, read_json, to_jsonable, write_json
+
+RUNS_FOLDER = "autoreg_pretraining"
+PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user typed, less what may differ between a run and its continuation (device, dry run).
+
+    Attributes:
+        datasets, folders: inputs; folders as absolute paths.
+        exclude, init: absolute paths of files, or None.
+        num_steps, batch_size: None to have them planned.
+        settings: the ``--set`` arguments.
+    """
+
+    name: str
+    datasets: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    encoder: str = "auto"
+    num_steps: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    modality: str | None = None
+    exclude: str | None = None
+    init: str | None = None
+    settings: tuple[str, ...] = ()
+
+    def check(self) -> "Request":
+        """Return the request if it makes sense.
+
+        Raises:
+            UsageError: no input, an impossible name or number.
+        """
+        if not self.datasets and not self.folders:
+            raise UsageError("no scans given; name nnU-Net datasets with -d and / or folders with -i")
+        if not re.fullmatch(r"[\w.-]+", self.name) or "__" in self.name or self.name.startswith("."):
+            raise UsageError(f"--name {self.name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot")
+        for flag, value in (("--steps", self.num_steps), ("--batch", self.batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} {value}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
+        return self
+
+
+def run_folder(results: Path, name: str) -> Path:
+    """Where the run of this name lives."""
+    return results / RUNS_FOLDER / name
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder. The lock is the process's own: it ends with it and no worker inherits it.
+
+    Raises:
+        AutoregError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / LOCK_NAME).open("a+")
+    except OSError as error:
+        raise AutoregError(f"{folder} cannot be written ({error.strerror}); check the rights of nnUNet_results") from error
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise AutoregError(f"another process is working in {folder}; wait for it, or use another --name") from error
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        yield
+
+
+def read_plan(folder: Path) -> Plan:
+    """The run's plan.
+
+    Raises:
+        PlanError: it cannot be read, or holds unknown or wrong values.
+    """
+    path = folder / PLAN_NAME
+    return from_jsonable(Plan, read_json(path), str(path))
+
+
+def continued_plan(folder: Path, request: Request) -> Plan:
+    """The plan on disk, for the same request; more steps may be asked for.
+
+    Raises:
+        UsageError: the request differs in anything else, or the plan was changed after training began.
+    """
+    plan = read_plan(folder)
+    before = from_jsonable(Request, plan.request, f"{folder / PLAN_NAME}: request")
+    other = differences(replace(before, num_steps=None), replace(request, num_steps=None))
+    fewer = request.num_steps is not None and request.num_steps < plan.optim.num_steps
+    if before.num_steps != request.num_steps and (fewer or request.num_steps is None):
+        other.append(f"num_steps: {plan.optim.num_steps} -> {request.num_steps}")
+    if other:
+        raise UsageError(
+            f"the run '{request.name}' exists with other settings ({'; '.join(other)}); use another --name, or type the line "
+            "it was started with (only --steps may grow)"
+        )
+    _refuse_changed_plan(folder, plan)
+    if request.num_steps is not None and request.num_steps > plan.optim.num_steps:
+        plan = replace(plan, optim=replace(plan.optim, num_steps=request.num_steps), request=to_jsonable(request))
+        write_json(folder / PLAN_NAME, plan)
+    return plan
+
+
+def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
+    latest = folder / checkpoint.LATEST_NAME
+    if not latest.exists():
+        return
+    trained = checkpoint.load_checkpoint(latest)["plan"]
+    changed = differences(_essence(trained), _essence(to_jsonable(plan)))
+    if changed:
+        raise PlanError(
+            f"{folder / PLAN_NAME} was changed after training began ({'; '.join(changed)}); undo the change, or use another --name"
+        )
+
+
+def _essence(plan: dict[str, Any]) -> dict[str, Any]:
+    """What may not change once training has begun: all but the length, the request and the reasons."""
+    kept = {key: value for key, value in plan.items() if key not in ("request", "reasons")}
+    return {**kept, "optim": {k: v for k, v in kept["optim"].items() if k != "num_steps"}}
+
+
+def is_finished(folder: Path, plan: Plan) -> bool:
+    """Whether the run left its encoder, trained to the plan's length."""
+    card = folder / CARD_NAME
+    return card.is_file() and int(read_json(card)["num_steps"]) >= plan.optim.num_steps

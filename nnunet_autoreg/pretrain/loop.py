@@ -1,0 +1,215 @@
+"""The training loop: steps, held-out error, checkpoints. It knows objectives by their interface only."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nnunet_autoreg import checkpoint
+from nnunet_autoreg.errors import AutoregError, CheckpointError
+from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
+from nnunet_autoreg.pretrain.metrics import MetricsFile, draw_progress
+from nnunet_autoreg.pretrain.schedule import learning_rate
+from nnunet_autoreg.records import to_jsonable
+from nnunet_autoreg.store.case import StoredCase
+
+log = logging.getLogger(__name__)
+
+NUM_HELDOUT_SAMPLES = 16
+
+
+@dataclass
+class Progress:
+    """Where training stands: steps done, and the best held-out error so far (infinite before the first)."""
+
+    step: int = 0
+    best_error: float = math.inf
+
+
+class Interrupted(AutoregError):
+    """The user or the cluster asked the run to stop; its state was saved."""
+
+    exit_code = 130
+
+
+class Trainer:
+    """Trains one objective by one plan in one folder.
+
+    Args:
+        objective: on any device; it is moved.
+        training, heldout: cases by purpose; ``heldout`` may be empty.
+        num_workers: processes that prepare batches.
+    """
+
+    def __init__(
+        self, plan: Plan, folder: Path, objective: Objective, training: list[StoredCase], heldout: list[StoredCase],
+        device: torch.device, num_workers: int,
+    ):
+        self.plan, self.folder, self.objective, self.device = plan, folder, objective, device
+        self.module = objective.module.to(device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.module, plan.optim.weight_decay), lr=plan.optim.lr, betas=plan.optim.betas,
+            fused=device.type == "cuda",
+        )
+        self.batches = StepBatches(objective, training, plan.optim.batch_size)
+        size = min(plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
+        self.heldout = heldout_batches(objective, heldout, size, math.ceil(NUM_HELDOUT_SAMPLES / size)) if heldout else []
+        self.num_workers = num_workers
+        self.progress = Progress()
+
+    def run(self) -> None:
+        """Train from the latest checkpoint, or from the start, to the plan's last step.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            AutoregError: the loss is not finite.
+        """
+        self._resume()
+        optim, start = self.plan.optim, self.progress.step
+        metrics = MetricsFile(self.folder / "metrics.jsonl", start)
+        steps = range(start, optim.num_steps)
+        prepared = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
+        bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0)
+        with stop_signals() as stop, bar:
+            clock = time.monotonic()
+            for step, batch in zip(steps, prepared, strict=True):
+                loss, norm = self._step(step, batch.to(self.device))
+                self.progress.step = step + 1
+                bar.update()
+                if self._due(self.plan.run.log_every):
+                    error = self._finite(step, loss)
+                    seconds = (time.monotonic() - clock) / self.plan.run.log_every
+                    self._log(metrics, step, error, float(norm), seconds)
+                    bar.set_postfix(error=f"{error:.3f}")
+                    clock = time.monotonic()
+                if self._due(self.plan.run.validate_every):
+                    self._validate(step, metrics)
+                if self._due(self.plan.run.checkpoint_every) or stop:
+                    self._finite(step, loss)
+                    self._save(checkpoint.LATEST_NAME)
+                    draw_progress(metrics.path, self.folder / "progress.png")
+                if stop and self.progress.step < optim.num_steps:
+                    raise Interrupted(
+                        f"stopped after step {self.progress.step} of {optim.num_steps}; the state is saved: "
+                        "type the same line again to continue"
+                    )
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.plan.optim.num_steps
+
+    def _log(self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float) -> None:
+        metrics.log(step, "train_error", error, "squared error")
+        metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")
+        metrics.log(step, "gradient_norm", norm, "1")
+        metrics.log(step, "step_time", seconds, "s")
+
+    def _step(self, step: int, batch: Any) -> tuple[Tensor, Tensor]:
+        rate = learning_rate(self.plan.optim, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            terms = self.objective.loss(batch)
+        loss = terms.total / terms.count.clamp(min=1)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
+        self.optimizer.step()
+        self.objective.after_step(step)
+        return loss.detach(), norm
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def _finite(self, step: int, loss: Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise AutoregError(
+                f"the loss became {value} at step {step}; {self.folder / checkpoint.LATEST_NAME} keeps the last good state: "
+                f"start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}"
+            )
+        return value
+
+    @torch.no_grad()
+    def _validate(self, step: int, metrics: MetricsFile) -> None:
+        if not self.heldout:
+            return
+        self.module.eval()
+        sums: dict[str, float] = {}
+        for batch in self.heldout:
+            with self._autocast():
+                terms = self.objective.loss(batch.to(self.device), references=True)
+            for name, value in {"error": terms.total, "count": terms.count, **terms.references}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        count = max(sums.pop("count"), 1.0)
+        for name, value in sums.items():
+            metrics.log(step, f"heldout_{name}", value / count, "squared error")
+        error = sums["error"] / count
+        trivial = ", ".join(f"{name} {value / count:.4f}" for name, value in sums.items() if name != "error")
+        log.info("step %d: held-out next-block error %.4f (baselines: %s)", step + 1, error, trivial)
+        if error < self.progress.best_error:
+            self.progress.best_error = error
+            self._save(checkpoint.BEST_NAME)
+
+    def _save(self, name: str) -> None:
+        checkpoint.save_checkpoint(self.folder / name, {
+            "network_weights": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.progress.step,
+            "best_error": self.progress.best_error,
+            "torch_rng": torch.get_rng_state(),
+            "plan": to_jsonable(self.plan),
+        })
+
+    def _resume(self) -> None:
+        path = self.folder / checkpoint.LATEST_NAME
+        if not path.exists():
+            return
+        content = checkpoint.load_checkpoint(path)
+        try:
+            self.module.load_state_dict(content["network_weights"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            torch.set_rng_state(content["torch_rng"])
+            self.progress = Progress(int(content["step"]), float(content["best_error"]))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not belong to this plan ({str(error).splitlines()[0]}); move it away to start over") from error
+        log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: decay on matrices and kernels, none on norms, biases, LayerScale and position tables."""
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        is_table = name.rsplit(".", 1)[-1] in ("pos_embed", "position", "member")
+        (plain if parameter.ndim < 2 or is_table else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list that is empty until SIGINT or SIGTERM comes; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,233 @@
+"""One pretraining from the request to the encoder: index, plan, store, train, export. Safe to repeat at any point."""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from nnunet_autoreg import nnunet_api
+from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.fingerprint import fingerprint
+from nnunet_autoreg.corpus.index import ScanRow, index_scans, read_exclude, read_index, write_index
+from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
+from nnunet_autoreg.model.sizes import EncoderSize
+from nnunet_autoreg.plan import Plan, check, override
+from nnunet_autoreg.planning import Hardware, Pool, make_plan
+from nnunet_autoreg.pretrain.export import export_encoder
+from nnunet_autoreg.pretrain.folder import (
+    INDEX_NAME,
+    PLAN_NAME,
+    Request,
+    continued_plan,
+    is_finished,
+    locked,
+    run_folder,
+)
+from nnunet_autoreg.records import to_jsonable, write_json
+from nnunet_autoreg.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did: the run's folder and whether its encoder is there now."""
+
+    folder: Path
+    finished: bool
+
+
+def pretrain(request: Request, device: str, dry_run: bool = False) -> Outcome:
+    """Do what is left of the run that ``request`` describes.
+
+    Args:
+        device: cpu, cuda or mps.
+        dry_run: stop after plan.json and scans.csv.
+
+    Raises:
+        UsageError: the request is wrong, or differs from the one that the run was made with.
+        AutoregError: no usable scan, or training failed; what was done is kept.
+    """
+    folder = run_folder(nnunet_api.results_folder(), request.check().name)
+    nnunet_api.preprocessed_folder()
+    with locked(folder), log_file(folder):
+        plan, rows = prepare(folder, request, device)
+        if dry_run:
+            return Outcome(folder, is_finished(folder, plan))
+        if is_finished(folder, plan):
+            log.info("run '%s' is finished: %d steps on %d scans", plan.name, plan.optim.num_steps, len(rows))
+            return Outcome(folder, True)
+        train(folder, plan, rows, device)
+        return Outcome(folder, True)
+
+
+def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[ScanRow]]:
+    """The plan and the usable scans: read from the folder if they are there, else made and written (the plan last)."""
+    if (folder / PLAN_NAME).exists():
+        plan = check(continued_plan(folder, request))
+        rows = usable(read_index(folder / INDEX_NAME))
+        log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
+        return plan, rows
+    candidates = find_scans(list(request.datasets), [Path(f) for f in request.folders])
+    exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
+    index = index_scans(candidates, exclude, num_processes(), request.modality)
+    write_index(folder / INDEX_NAME, index.rows)
+    report_left_out(index.rows, folder / INDEX_NAME)
+    rows = usable(index.rows)
+    if not rows:
+        raise AutoregError(f"no usable scan was found; {folder / INDEX_NAME} says why for each of {len(index.rows)}")
+    print_of = fingerprint(index)
+    pool = Pool(len(rows), print_of.spacing_mm, print_of.median_shape_vox, print_of.total_vox, print_of.ct_window)
+    plan = make_plan(
+        request.name, pool, hardware(device), request.encoder, request.seed, to_jsonable(request),
+        request.batch_size, request.num_steps, step_memory,
+    )
+    plan = check(override(plan, list(request.settings)))
+    write_json(folder / "fingerprint.json", print_of)
+    write_json(folder / PLAN_NAME, plan)
+    for key, reason in plan.reasons.items():
+        log.info("%s = %s (%s)", key, value_at(plan, key), reason)
+    return plan, rows
+
+
+def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
+    """Preprocess what is missing, train to the plan's length, export the encoder."""
+    import torch
+
+    from nnunet_autoreg.objectives.registry import build_objective
+    from nnunet_autoreg.pretrain.loop import Trainer
+
+    store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
+    keys = store.ensure(rows, plan.data.spacing_mm, plan.data.ct_window, num_processes())
+    training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
+    log.info("%d scans to train on, %d held out", len(training), len(heldout))
+    torch.manual_seed(plan.run.seed)
+    objective = build_objective(plan)
+    start_from(objective.module, plan)
+    cases = {row.id: store.open(keys[row.id]) for row in rows}
+    trainer = Trainer(
+        plan, folder, objective, [cases[row.id] for row in training], [cases[row.id] for row in heldout],
+        torch.device(device), num_workers=min(4, num_processes() - 1) if device == "cuda" else 0,
+    )
+    trainer.run()
+    export_encoder(folder, plan, objective, rows, licences(rows))
+
+
+def start_from(module: object, plan: Plan) -> None:
+    """Load the weights that ``--init`` named into the fresh encoder."""
+    source = plan.request.get("init")
+    if not source:
+        return
+    from nnunet_autoreg.transfer.load import load_encoder
+
+    weights = Path(str(source))
+    table = load_encoder(module.encoder.primus, weights, read_card(weights.parent))  # type: ignore[attr-defined]
+    log.info("start from %s\n%s", weights, table)
+
+
+def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[ScanRow], list[ScanRow]]:
+    """Training and held-out scans. All channels of a case go the same way, by a hash that other cases do not change."""
+    cases = sorted({(row.dataset, row.case) for row in rows})
+    num_heldout = max(1, round(fraction * len(cases))) if fraction > 0 and len(cases) > 1 else 0
+    by_hash = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}/{case}".encode()).hexdigest())
+    chosen = set(by_hash[:num_heldout])
+    heldout = [row for row in rows if (row.dataset, row.case) in chosen]
+    return [row for row in rows if (row.dataset, row.case) not in chosen], heldout
+
+
+def usable(rows: Sequence[ScanRow]) -> list[ScanRow]:
+    """The rows that take part."""
+    return [row for row in rows if row.status == "ok"]
+
+
+def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
+    """Say how many scans take part and how many do not, by status."""
+    counts = Counter(row.status for row in rows)
+    left_out = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if status != "ok")
+    log.info("%d of %d scans are usable%s; see %s", counts["ok"], len(rows), f" (left out: {left_out})" if left_out else "", index)
+
+
+def hardware(device: str) -> Hardware:
+    """The device and the memory planned for."""
+    if device == "cuda":
+        import torch
+
+        return Hardware(device, torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return Hardware(device, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+
+
+def check_device(device: str) -> str:
+    """Return ``device`` if torch has it.
+
+    Raises:
+        UsageError: it has not.
+    """
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device]:
+        raise UsageError(f"--device {device}: torch {torch.__version__} finds no such device here; use --device cpu")
+    return device
+
+
+def default_device() -> str:
+    """cuda if there is one, else mps, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def step_memory(encoder: EncoderSize, crop: Size) -> tuple[float, float]:
+    """Estimated bytes of a training step: fixed, and per crop."""
+    from nnunet_autoreg.model.memory import training_memory
+    from nnunet_autoreg.model.primus import build_primus
+
+    memory = training_memory(lambda: build_primus(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop))
+    return float(memory.fixed_bytes), float(memory.sample_bytes)
+
+
+def num_processes() -> int:
+    """Processes for reading and preprocessing: as many as nnU-Net would use, bounded by the cores at hand."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def licences(rows: Sequence[ScanRow]) -> dict[str, str]:
+    """Dataset name -> the licence that its dataset.json states, "" if it states none."""
+    found = {}
+    for row in rows:
+        if row.dataset and row.dataset not in found:
+            description = Path(row.source).parent.parent / "dataset.json"
+            data = json.loads(description.read_text(encoding="utf-8")) if description.is_file() else {}
+            found[row.dataset] = str(data.get("licence", data.get("license", "")))
+    return found
+
+
+def value_at(plan: Plan, key: str) -> object:
+    """The value of a dotted key of the plan."""
+    node: object = plan
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+class log_file(logging.FileHandler):
+    """While it is open, everything logged also goes to ``training_log_*.txt`` in the run's folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder / f"training_log_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def __enter__(self) -> "log_file":
+        logging.getLogger("nnunet_autoreg").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("nnunet_autoreg").removeHandler(self)
+        self.close()
