@@ -76,8 +76,8 @@ def is_live() -> bool:
 
 def _wrap_after_execution(spec: "ModuleSpec") -> None:
     """Shadow the loader's ``exec_module`` for one call; the loader itself stays what it is, so that ``inspect`` works."""
-    loader: "Any" = spec.loader
-    stock: "Any" = getattr(loader, "exec_module", None)
+    loader: Any = spec.loader
+    stock: Any = getattr(loader, "exec_module", None)
     if stock is None:
         return
 

@@ -1,0 +1,254 @@
+"""The start-up bridge, against a stand-in for nnU-Net's look-up module (the real one: tests/contract/test_install.py)."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from nnunet_autoreg import bridge
+
+LOOKUP = """
+def recursive_find_python_class(folder, class_name, current_module, base_folder=None, verbose=False):
+    \"\"\"Stock.\"\"\"
+    return {"nnUNetTrainer": "the stock trainer", "Odd": 0}.get(class_name)
+"""
+USER = "from nnunetv2.utilities.find_class_by_name import recursive_find_python_class\n"
+TRAINERS_SEARCH = "nnunetv2.training.nnUNetTrainer"
+PLANNERS_SEARCH = "nnunetv2.experiment_planning"
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A tiny package of nnU-Net's name that can be imported, in an interpreter without the bridge."""
+    utilities = tmp_path / "nnunetv2" / "utilities"
+    utilities.mkdir(parents=True)
+    (utilities / "__init__.py").touch()
+    (utilities.parent / "__init__.py").touch()
+    (utilities / "find_class_by_name.py").write_text(LOOKUP)
+    (utilities / "find_objects.py").write_text(USER)
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "nnunetv2"}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv(bridge.SWITCH, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")])
+    yield utilities
+    for name in [name for name in sys.modules if name.split(".")[0] == "nnunetv2"]:
+        del sys.modules[name]
+    sys.modules.update(loaded)
+
+
+@pytest.fixture
+def our_trainers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("nnunet_autoreg.trainers.autoreg_trainers")
+    for name in bridge.TRAINERS:
+        setattr(module, name, f"our {name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def lookup_module() -> ModuleType:
+    return importlib.import_module(bridge.HOOKED_MODULE)
+
+
+def test_a_name_that_stock_did_not_find_is_answered_from_the_table(nnunet: Path, our_trainers: ModuleType) -> None:
+    bridge.install()
+    find = lookup_module().recursive_find_python_class
+    assert find("folder", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+    assert find("folder", class_name="AutoregScratchTrainer_5epochs", current_module=TRAINERS_SEARCH) == (
+        "our AutoregScratchTrainer_5epochs"
+    )
+    assert find("a folder of nnUNet_extTrainer", "AutoregPretrainedTrainer", None, base_folder="x", verbose=False) == (
+        "our AutoregPretrainedTrainer"
+    )
+
+
+def test_stock_answers_pass_through_untouched(nnunet: Path) -> None:
+    bridge.install()
+    find = lookup_module().recursive_find_python_class
+    assert find("folder", "nnUNetTrainer", TRAINERS_SEARCH) == "the stock trainer"
+    assert find("folder", "Odd", TRAINERS_SEARCH) == 0
+    assert find("folder", "nnUNetTrainerOfNobody", TRAINERS_SEARCH) is None
+
+
+def test_a_class_of_the_same_name_inside_stock_wins(nnunet: Path, our_trainers: ModuleType) -> None:
+    (nnunet / "find_class_by_name.py").write_text(LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"'))
+    bridge.install()
+    assert lookup_module().recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "the stock trainer"
+
+
+@pytest.mark.parametrize(
+    "searched", ["nnunetv2.preprocessing", "nnunetv2.imageio", "nnunetv2.training_tools", PLANNERS_SEARCH, "mine"]
+)
+def test_a_trainer_is_not_offered_where_something_else_is_searched(
+    nnunet: Path, our_trainers: ModuleType, searched: str
+) -> None:
+    bridge.install()
+    assert lookup_module().recursive_find_python_class("folder", "AutoregPretrainedTrainer", searched) is None
+
+
+def test_a_module_of_ours_that_does_not_load_gives_an_error_that_names_class_and_cause(
+    nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bridge.PLANNERS, "AutoregPlanner", "nnunet_autoreg.planners.no_such_module")
+    bridge.install()
+    find = lookup_module().recursive_find_python_class
+    with pytest.raises(ImportError, match=r"'AutoregPlanner'.*ModuleNotFoundError.*no_such_module.*autoreg_doctor"):
+        find("folder", "AutoregPlanner", PLANNERS_SEARCH)
+    assert find("folder", "nnUNetTrainer", TRAINERS_SEARCH) == "the stock trainer"
+
+
+def test_installing_after_nnunet_was_imported_reaches_every_module_that_holds_the_lookup(
+    nnunet: Path, our_trainers: ModuleType
+) -> None:
+    user = importlib.import_module("nnunetv2.utilities.find_objects")
+    assert user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) is None
+    bridge.install()
+    assert user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+    assert user.recursive_find_python_class is lookup_module().recursive_find_python_class
+
+
+def test_installing_twice_registers_one_hook_and_wraps_once(nnunet: Path) -> None:
+    bridge.install()
+    bridge.install()
+    assert sum(hasattr(finder, "is_autoreg_bridge") for finder in sys.meta_path) == 1
+    wrapped = lookup_module().recursive_find_python_class
+    assert not hasattr(wrapped.__wrapped__, "__wrapped__")
+
+
+def test_the_environment_switches_it_off(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNUNET_AUTOREG_BRIDGE", "0")
+    bridge.install()
+    assert not bridge.is_live()
+    assert not hasattr(lookup_module().recursive_find_python_class, "__wrapped__")
+
+
+def test_the_hooked_module_keeps_its_import_metadata(nnunet: Path) -> None:
+    plain = importlib.util.find_spec(bridge.HOOKED_MODULE)
+    bridge.install()
+    module = lookup_module()
+    spec = module.__spec__
+    assert plain is not None and spec is not None
+    assert (spec.name, spec.origin, type(spec.loader)) == (plain.name, plain.origin, type(plain.loader))
+    assert "exec_module" not in vars(spec.loader)
+    assert "return {" in inspect.getsource(module)
+    assert str(inspect.signature(module.recursive_find_python_class)).startswith("(folder, class_name, current_module")
+    assert module.recursive_find_python_class.__doc__ == "Stock."
+
+
+def test_a_reload_is_wrapped_again(nnunet: Path, our_trainers: ModuleType) -> None:
+    bridge.install()
+    again = importlib.reload(lookup_module())
+    assert again.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+
+
+def test_an_import_that_fails_leaves_no_trace_on_the_next_one(nnunet: Path, our_trainers: ModuleType) -> None:
+    bridge.install()
+    (nnunet / "find_class_by_name.py").write_text("raise RuntimeError('half written')")
+    with pytest.raises(RuntimeError, match="half written"):
+        lookup_module()
+    (nnunet / "find_class_by_name.py").write_text(LOOKUP + "# whole again\n")
+    importlib.invalidate_caches()
+    find = lookup_module().recursive_find_python_class
+    assert find("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+
+
+def test_another_finder_that_asks_all_others_does_not_loop(nnunet: Path, our_trainers: ModuleType) -> None:
+    class Asker:
+        """As lazy-import and instrumentation tools do: ask everybody else, then wrap what comes back."""
+
+        def find_spec(self, fullname, path=None, target=None):
+            others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
+            return next((s for s in (f.find_spec(fullname, path, target) for f in others) if s is not None), None)
+
+    bridge.install()
+    sys.meta_path.insert(1, Asker())
+    find = lookup_module().recursive_find_python_class
+    assert find("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+
+
+def test_finders_and_loaders_of_an_older_kind_do_not_stop_nnunet(nnunet: Path) -> None:
+    class Slotted:
+        """A loader that takes no attributes."""
+
+        __slots__ = ()
+
+        def create_module(self, spec):
+            return None
+
+        def exec_module(self, module):
+            module.recursive_find_python_class = "stock, not wrapped"
+
+    class Finder:
+        def find_spec(self, fullname, path=None, target=None):
+            return importlib.util.spec_from_loader(fullname, Slotted()) if fullname == bridge.HOOKED_MODULE else None
+
+    bridge.install()
+    sys.meta_path[1:1] = [SimpleNamespace(find_module=lambda *_: None), Finder()]
+    assert lookup_module().recursive_find_python_class == "stock, not wrapped"
+
+
+def test_a_look_up_module_without_the_function_is_left_alone(nnunet: Path) -> None:
+    (nnunet / "find_class_by_name.py").write_text("something_else = 1\n")
+    bridge.install()
+    assert lookup_module().something_else == 1
+
+
+def test_every_trainer_has_its_short_lengths_and_no_name_breaks_nnunets_folder_names() -> None:
+    names = {*bridge.TRAINERS, *bridge.PLANNERS}
+    assert len(bridge.TRAINERS) == 10
+    assert {"AutoregPretrainedTrainer_5epochs", "AutoregScratchTrainer_300epochs", "AutoregPlanner"} <= names
+    assert not [name for name in names if "__" in name]
+
+
+def test_the_bridge_imports_the_standard_library_alone() -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(Path(bridge.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).split(".")[0])
+    assert imported <= set(sys.stdlib_module_names)
+
+
+def run_pth_line(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Execute the ``.pth`` line as ``site`` does, where ``folder`` is searched first, and report what is loaded then."""
+    script = (
+        "import os, sys  # as site has\n"
+        f"sys.path.insert(0, {str(folder)!r})\n"
+        "before = set(sys.modules)\n"
+        f"exec({bridge.PTH_LINE!r})\n"
+        "print(sorted(set(sys.modules) - before), any(hasattr(f, 'is_autoreg_bridge') for f in sys.meta_path))"
+    )
+    # -I and -S: no site-packages, so that neither an installed bridge nor its package helps.
+    return subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+
+
+def test_the_pth_line_loads_the_bridge_and_nothing_else() -> None:
+    done = run_pth_line(Path(bridge.__file__).parents[1])
+    assert done.stdout == "['nnunet_autoreg', 'nnunet_autoreg.bridge'] True\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("broken", ["__init__.py", "bridge.py"])
+def test_the_pth_line_is_silent_when_the_package_is_broken(tmp_path: Path, broken: str) -> None:
+    package = tmp_path / "nnunet_autoreg"
+    package.mkdir()
+    for name in ("__init__.py", "bridge.py"):
+        (package / name).write_text("def (:\n" if name == broken else "")
+    done = run_pth_line(tmp_path)
+    assert done.stdout.endswith("False\n") and done.stderr == ""
+
+
+def test_the_pth_line_is_silent_when_the_package_is_gone(tmp_path: Path) -> None:
+    done = run_pth_line(tmp_path)
+    assert done.stdout == "[] False\n" and done.stderr == ""
+
+
+def test_the_pth_line_is_one_line_that_site_executes() -> None:
+    assert bridge.PTH_LINE.startswith("import ") and bridge.PTH_LINE.count("\n") == 1 and bridge.PTH_LINE.isascii()
