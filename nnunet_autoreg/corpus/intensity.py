@@ -1,0 +1,80 @@
+"""Intensities: is this Hounsfield, where is the body, and the window over the pool."""
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_autoreg.nnunet_api import Array
+from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.rng import generator
+
+BODY_HU = -300.0
+MAX_MASK_SIDE = 256
+NOT_MR = ("PET", "PT", "SPECT", "NM", "US", "XA", "CBCT", "DX", "CR", "OCT")
+
+
+def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
+    """(modality, rule used) of a scan, from its dataset's channel name or, where there is none, from its values."""
+    name = channel.strip().upper()
+    if not name:
+        if looks_like_hounsfield(array_ZYX):
+            return "CT", "values look like Hounsfield units"
+        return "MR", "values do not look like Hounsfield units"
+    if name == "CT" or name in NOT_MR:
+        return name, "dataset.json"
+    return "MR", f"dataset.json: channel '{channel}' is not CT"
+
+
+def looks_like_hounsfield(array_ZYX: Array) -> bool:
+    """Air well below -500, soft tissue around 0, and next to nothing below air (signed phase images have that; a constant
+    padding value below air is allowed for)."""
+    values = array_ZYX[:: max(1, array_ZYX.shape[0] // 64), ::2, ::2]
+    low = float(values.min())
+    if low > -500 or float(values.max()) > 40000:
+        return False
+    air, soft = (values <= -500).mean(), ((values >= -200) & (values <= 300)).mean()
+    below_air = ((values < -1100) & (values != low)).mean()
+    return bool(air >= 0.001 and soft >= 0.05 and below_air <= 0.02)
+
+
+def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
+    """The body in a CT scan: the largest connected part above -300 HU, with what it encloses within each axial slice.
+
+    Filling brings lungs and bowel gas back in, which lie below -300 HU but inside the body.
+    """
+    from scipy import ndimage
+
+    parts, count = ndimage.label(array_ZYX > BODY_HU)
+    if count == 0:
+        return np.zeros(array_ZYX.shape, dtype=bool)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    body = parts == sizes.argmax()
+    for z in range(body.shape[0]):
+        body[z] = ndimage.binary_fill_holes(body[z])
+    return np.asarray(body, dtype=bool)
+
+
+def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
+    """``num`` Hounsfield values drawn inside the body, with replacement so that every scan weighs the same.
+
+    Volumes wider than 256 voxels are thinned first; the draw depends on the content alone. Empty without a body.
+    """
+    steps = [-(-side // MAX_MASK_SIDE) for side in array_ZYX.shape]
+    thinned = array_ZYX[:: steps[0], :: steps[1], :: steps[2]]
+    inside = thinned[body_mask(thinned)]
+    if not inside.size:
+        return np.zeros(0, dtype=np.float32)
+    rng = generator(0, "ct_window", int(content_hash[:16], 16))
+    return rng.choice(inside, num, replace=True).astype(np.float32)
+
+
+def window_of(samples_hu: Array) -> IntensityWindow | None:
+    """nnU-Net's foreground statistics of pooled samples; None without samples."""
+    if not samples_hu.size:
+        return None
+    values = samples_hu.astype(np.float64)
+    low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
+    return IntensityWindow(
+        mean=float(values.mean()), std=float(values.std()), median=float(median), min=float(values.min()),
+        max=float(values.max()), percentile_00_5=float(low), percentile_99_5=float(high),
+    )

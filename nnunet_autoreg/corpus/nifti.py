@@ -1,0 +1,147 @@
+"""What SimpleITK passes over in a NIfTI file: missing bytes, impossible voxel sizes, qform and sform at odds.
+
+ITK fills the missing end of a truncated NIfTI file with zeros and replaces a voxel size of zero by 1 mm, both without a word,
+so the header and the number of bytes are checked here. Source: the NIfTI-1 and NIfTI-2 header layouts.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from nnunet_autoreg.errors import ScanError
+
+GZIP_MAGIC = b"\x1f\x8b"
+COMPLEX_DATATYPES = (32, 1792, 2048)
+# From 3 on (Talairach, MNI, template) the sform is a registration, and may scale; the qform keeps the scanner's geometry.
+REGISTERED_SFORM = 3
+MAX_SCALE_DISAGREEMENT = 0.02
+
+
+@dataclass(frozen=True)
+class NiftiHeader:
+    """The header fields that are checked. ``sform_scales`` are the lengths of the affine's columns, in file units."""
+
+    dims: tuple[int, ...]
+    datatype: int
+    bits: int
+    offset: int
+    pixdim: tuple[float, float, float]
+    qform_code: int
+    sform_code: int
+    sform_scales: tuple[float, float, float]
+
+
+def check_nifti(path: Path) -> None:
+    """Check a NIfTI file's header and length.
+
+    Raises:
+        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip), ``complex``, ``spacing``, ``direction``.
+    """
+    with path.open("rb") as handle:
+        compressed = handle.read(2) == GZIP_MAGIC
+    if path.name.lower().endswith(".gz") and not compressed:
+        raise ScanError("unreadable", "the name ends in .gz but the content is not gzip; is it another kind of file?")
+    try:
+        with _opened(path, compressed) as stream:
+            head = stream.read(540)
+            header = parse_header(head)
+            _check_header(header)
+            _check_length(header, len(head) + _drain(stream) if compressed else path.stat().st_size)
+    except EOFError as error:
+        raise ScanError("unreadable", "truncated: the gzip stream ends early; copy the file again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ScanError("unreadable", f"damaged gzip stream ({error}); copy the file again") from error
+
+
+def _opened(path: Path, compressed: bool) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if compressed else path.open("rb")
+
+
+def _drain(stream: IO[bytes]) -> int:
+    count = 0
+    while piece := stream.read(1 << 20):
+        count += len(piece)
+    return count
+
+
+def parse_header(head: bytes) -> NiftiHeader:
+    """Parse the first 540 bytes of an (uncompressed) NIfTI-1 or NIfTI-2 file.
+
+    Raises:
+        ScanError: ``unreadable``: it is no NIfTI header.
+    """
+    if len(head) >= 348:
+        for order in "<>":
+            size = struct.unpack_from(order + "i", head)[0]
+            if size == 348:
+                return _parse(head, order, NIFTI_1)
+            if size == 540 and len(head) >= 540:
+                return _parse(head, order, NIFTI_2)
+    raise ScanError("unreadable", "not a NIfTI image: its header is missing or cut short")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a NIfTI version keeps its fields: (struct format, byte offset) each."""
+
+    dim: tuple[str, int]
+    datatype: tuple[str, int]
+    bits: tuple[str, int]
+    pixdim: tuple[str, int]
+    offset: tuple[str, int]
+    codes: tuple[str, int]
+    srow: tuple[str, int]
+
+
+NIFTI_1 = _Layout(("8h", 40), ("h", 70), ("h", 72), ("8f", 76), ("f", 108), ("2h", 252), ("12f", 280))
+NIFTI_2 = _Layout(("8q", 16), ("h", 12), ("h", 14), ("8d", 104), ("q", 168), ("2i", 344), ("12d", 400))
+
+
+def _parse(head: bytes, order: str, layout: _Layout) -> NiftiHeader:
+    def read(field: tuple[str, int]) -> tuple[float, ...]:
+        return struct.unpack_from(order + field[0], head, field[1])
+
+    count, *sizes = (int(v) for v in read(layout.dim))
+    rows = read(layout.srow)
+    scales = [math.hypot(*rows[column::4]) for column in range(3)]
+    qform, sform = (int(v) for v in read(layout.codes))
+    x, y, z = read(layout.pixdim)[1:4]
+    start = read(layout.offset)[0]
+    return NiftiHeader(
+        dims=tuple(sizes[:count]) if 1 <= count <= 7 else (),
+        datatype=int(read(layout.datatype)[0]), bits=int(read(layout.bits)[0]),
+        offset=int(start) if math.isfinite(start) else 0, pixdim=(x, y, z), qform_code=qform, sform_code=sform,
+        sform_scales=(scales[0], scales[1], scales[2]),
+    )
+
+
+def _check_header(header: NiftiHeader) -> None:
+    if not header.dims or min(header.dims) < 1:
+        raise ScanError("unreadable", f"the NIfTI header gives impossible dimensions {header.dims}")
+    if header.datatype in COMPLEX_DATATYPES:
+        raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
+    used = header.pixdim[: min(len(header.dims), 3)]
+    if not all(math.isfinite(s) and s > 0 for s in used):
+        raise ScanError("spacing", f"voxel size {_listed(used)} in the header (x, y, z); it must be positive: correct pixdim")
+    registered = header.sform_code >= REGISTERED_SFORM and header.qform_code > 0
+    if header.sform_code < 1 or registered or len(header.dims) < 3:
+        return
+    worst = max(abs(s / p - 1) for s, p in zip(header.sform_scales, header.pixdim, strict=True))
+    if not worst <= MAX_SCALE_DISAGREEMENT:
+        raise ScanError(
+            "direction", f"pixdim/qform and sform disagree: voxel sizes {_listed(header.pixdim)} mm against "
+            f"{_listed(header.sform_scales)} mm (x, y, z); correct the header")
+
+
+def _check_length(header: NiftiHeader, num_bytes: int) -> None:
+    expected = max(header.offset, 0) + math.prod(header.dims) * header.bits // 8
+    if num_bytes < expected:
+        raise ScanError("unreadable", f"truncated: {num_bytes} of {expected} bytes are there; copy the file again")
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:g}" for v in values)

@@ -1,0 +1,273 @@
+"""Read one scan and check that it is one: every way in which it is not has a one-word status and a reason."""
+
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.corpus.nifti import check_nifti
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.geometry import Size, Spacing, as_size, volume, zyx
+from nnunet_autoreg.nnunet_api import Array, RawScan, read_scan
+
+MIN_AXIS_VOX = 4
+MIN_SPACING_MM, MAX_SPACING_MM, MAX_SPACING_RATIO = 0.01, 50.0, 30.0
+MAX_DIRECTION_ERROR = 1e-2
+# float32 scan, its normalised copy and nnU-Net's float64 resampling live at the same time.
+BYTES_PER_VOXEL = 24
+MAX_LABELS, SURE_LABELS = 512, 16
+LABEL_RUNS, NAMED_LABEL_RUNS = 0.6, 0.35
+LABEL_NAME = re.compile(r"(^|[^a-z])(seg|segmentation|label|labels|labelmap|mask|gt|annotation)([^a-z]|$)")
+
+
+@dataclass(frozen=True)
+class ScanHeader:
+    """Geometry known without reading voxels: (z, y, x)."""
+
+    shape_vox: Size
+    spacing_mm: Spacing
+
+
+def load_scan(path: Path) -> RawScan:
+    """Read and check one scan.
+
+    Returns:
+        The scan, its array (1, Z, Y, X) float32.
+
+    Raises:
+        ScanError: with one of the statuses unreadable, not3d, 4d, rgb, complex, spacing, direction, tiny, huge, nonfinite,
+            constant, labelmap.
+    """
+    check_file(path)
+    read_header(path)
+    with quiet_stderr() as said:
+        try:
+            scan = read_scan(path)
+        except (RuntimeError, OSError, ValueError, MemoryError) as error:
+            raise _reading_failed(error, said()) from error
+    check_voxels(scan.array_CZYX[0], path.name)
+    return scan
+
+
+def check_file(path: Path) -> None:
+    """Check that ``path`` is a readable file with content.
+
+    Raises:
+        ScanError: ``unreadable``, or what a NIfTI header says.
+    """
+    try:
+        if path.is_symlink() and not path.exists():
+            raise ScanError("unreadable", "a link whose target does not exist; mount the target, or remove the link")
+        if path.exists() and not path.is_file():
+            raise ScanError("unreadable", "not a file (a folder or device with an image's name)")
+        with path.open("rb") as handle:
+            if not handle.read(1):
+                raise ScanError("unreadable", "the file is empty; copy it again")
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            check_nifti(path)
+    except FileNotFoundError as error:
+        raise ScanError("unreadable", "the file vanished after it was found; restore it, or run again without it") from error
+    except PermissionError as error:
+        raise ScanError("unreadable", "permission denied; grant read access (chmod u+r)") from error
+    except OSError as error:
+        raise ScanError("unreadable", f"the file system says: {error.strerror or error}") from error
+
+
+def read_header(path: Path) -> ScanHeader:
+    """Check what the header says, without reading voxels.
+
+    Raises:
+        ScanError: unreadable, not3d, 4d, rgb, complex, spacing, direction, tiny, huge.
+    """
+    import SimpleITK
+
+    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
+    reader.SetFileName(str(path))
+    with quiet_stderr() as said:
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise _reading_failed(error, said()) from error
+    pixel = str(SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()))  # type: ignore[no-untyped-call]
+    if "complex" in pixel:
+        raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
+    if reader.GetNumberOfComponents() > 1:
+        raise ScanError("rgb", f"{reader.GetNumberOfComponents()} values per voxel (RGB or vector image); split it")
+    size = list(reader.GetSize())
+    while len(size) > 3 and size[-1] == 1:
+        size.pop()
+    check_dimensions(size)
+    header = ScanHeader(as_size(size[::-1]), zyx(reader.GetSpacing()[:3]))
+    check_spacing(header.spacing_mm)
+    _check_direction(np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3])
+    check_memory(header.shape_vox)
+    return header
+
+
+def check_dimensions(size: Sequence[int]) -> None:
+    """Check a size in any axis order.
+
+    Raises:
+        ScanError: not3d, 4d or tiny.
+    """
+    listed = " x ".join(str(s) for s in size)
+    if len(size) > 3:
+        raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); split it into 3D files")
+    if len(size) < 3 or sorted(size)[0] == 1:
+        raise ScanError("not3d", f"a single slice ({listed}); 3D scans are needed")
+    if min(size) < MIN_AXIS_VOX:
+        raise ScanError("tiny", f"{listed} voxels; every axis needs at least {MIN_AXIS_VOX}")
+
+
+def check_spacing(spacing_mm: Sequence[float]) -> None:
+    """Check voxel sizes in mm.
+
+    Raises:
+        ScanError: ``spacing``: not positive, beyond 0.01 .. 50 mm, or an anisotropy beyond 30.
+    """
+    listed = ", ".join(f"{s:g}" for s in spacing_mm)
+    if not all(math.isfinite(s) and s > 0 for s in spacing_mm):
+        raise ScanError("spacing", f"voxel size {listed} mm (z, y, x); it must be positive: correct the header")
+    if min(spacing_mm) < MIN_SPACING_MM or max(spacing_mm) > MAX_SPACING_MM:
+        raise ScanError("spacing", f"voxel size {listed} mm (z, y, x) lies outside {MIN_SPACING_MM:g} .. {MAX_SPACING_MM:g} mm; "
+                        "a wrong unit in the header?")
+    if max(spacing_mm) / min(spacing_mm) > MAX_SPACING_RATIO:
+        raise ScanError("spacing", f"voxel size {listed} mm (z, y, x) is anisotropic by {max(spacing_mm) / min(spacing_mm):.0f}; "
+                        f"at most {MAX_SPACING_RATIO:g}")
+
+
+def _check_direction(direction: Any) -> None:
+    if not np.isfinite(direction).all() or np.abs(direction @ direction.T - np.eye(3)).max() > MAX_DIRECTION_ERROR:
+        raise ScanError("direction", "the axes are not at right angles (sheared or tilted gantry); resample the scan first")
+
+
+def check_memory(shape_vox: Sequence[int]) -> None:
+    """Refuse a volume that this machine cannot preprocess.
+
+    Raises:
+        ScanError: ``huge``, with the figures.
+    """
+    needed = volume(shape_vox) * BYTES_PER_VOXEL
+    total = _memory_bytes()
+    if total and needed > 0.8 * total:
+        raise ScanError("huge", f"{' x '.join(map(str, shape_vox))} voxels need about {needed / 2**30:.0f} GiB of memory, "
+                        f"this machine has {total / 2**30:.0f}; crop or downsample the scan")
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def check_voxels(array_ZYX: Array, name: str = "") -> None:
+    """Check the values of a scan.
+
+    Raises:
+        ScanError: nonfinite, constant, tiny (little but zeros) or labelmap.
+    """
+    low, high = float(array_ZYX.min()), float(array_ZYX.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = int(array_ZYX.size - np.isfinite(array_ZYX).sum())
+        raise ScanError("nonfinite", f"{bad} of {array_ZYX.size} voxels are NaN or infinite; repair or leave out the scan")
+    if low == high:
+        raise ScanError("constant", f"every voxel has the value {low:g}")
+    cropped = cropped_shape(array_ZYX)
+    if min(cropped) < MIN_AXIS_VOX:
+        raise ScanError("tiny", f"only {' x '.join(map(str, cropped))} voxels hold values other than 0")
+    reason = _labelmap_reason(array_ZYX, low, high, name)
+    if reason:
+        raise ScanError("labelmap", reason)
+
+
+def cropped_shape(array_ZYX: Array) -> Size:
+    """Size of the box around all non-zero voxels: what nnU-Net crops to."""
+    nonzero = array_ZYX != 0
+    sides = []
+    for axis in range(3):
+        hits = np.flatnonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis)))
+        sides.append(int(hits[-1] - hits[0] + 1) if hits.size else 0)
+    return as_size(sides)
+
+
+def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> str:
+    """Why an array looks like a label map; "" if it does not.
+
+    Label maps hold few whole numbers, and a voxel inside a structure equals its neighbour; in scans noise forbids that
+    (share of equal neighbours in real scans here: at most 0.33, in real label maps: 0.40 to 0.96).
+    """
+    if high - low > 65535 or not _is_integer(array_ZYX):
+        return ""
+    counts = np.bincount((array_ZYX - low).astype(np.int32).ravel())
+    distinct = int(np.count_nonzero(counts))
+    if distinct <= SURE_LABELS:
+        return f"holds only {distinct} distinct whole numbers: a label map, not a scan"
+    if distinct > MAX_LABELS:
+        return ""
+    runs = _equal_neighbours(array_ZYX, low + float(counts.argmax()))
+    named = bool(LABEL_NAME.search(name.lower()))
+    if runs < (NAMED_LABEL_RUNS if named else LABEL_RUNS):
+        return ""
+    also = " and its name says so" if named else ""
+    return f"{distinct} distinct whole numbers, {runs:.0%} of neighbours equal{also}: a label map, not a scan"
+
+
+def _is_integer(array_ZYX: Array) -> bool:
+    sample = array_ZYX[::4, ::4, ::4]
+    return bool((sample == np.rint(sample)).all()) and bool((array_ZYX == np.rint(array_ZYX)).all())
+
+
+def _equal_neighbours(array_ZYX: Array, background: float) -> float:
+    left, right = array_ZYX[..., :-1], array_ZYX[..., 1:]
+    inside = (left != background) | (right != background)
+    return float(((left == right) & inside).sum() / max(int(inside.sum()), 1))
+
+
+# What SimpleITK and the libraries below it say -> status and reason; the first match counts.
+TRANSLATIONS = (
+    (("bad_alloc", "MemoryError"), "huge", "the scan does not fit into memory; crop or downsample it, or use fewer workers"),
+    (("orthonormal",), "direction", "the axes are not at right angles (sheared or tilted gantry); resample the scan first"),
+    (("Zero-valued spacing", "Negative spacing"), "spacing", "a voxel size of zero or less; correct the header"),
+    (("not read completely", "fread got only"), "unreadable", "truncated: voxels are missing at the end; copy the file again"),
+    (("Cannot open data file", "trouble opening"), "unreadable", "the data file that the header names is missing; restore it"),
+    (("Unable to determine ImageIO",), "unreadable", "not an image that SimpleITK knows; is it another kind of file?"),
+    (("nrrd",), "unreadable", "a damaged NRRD file; copy it again"),
+)
+
+
+def _reading_failed(error: Exception, said: str) -> ScanError:
+    text = f"{type(error).__name__} {error} {said}"
+    for signs, status, reason in TRANSLATIONS:
+        if any(sign in text for sign in signs):
+            return ScanError(status, reason)
+    return ScanError("unreadable", f"SimpleITK cannot read it ({type(error).__name__}); open it in a viewer, or copy it again")
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[Any]:
+    """Keep what C++ libraries write to stderr off the terminal; yields a function that returns it so far.
+
+    ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor itself is redirected.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        def said() -> str:
+            caught.seek(0)
+            return caught.read().decode("utf-8", "replace")
+
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,180 @@
+"""The store of preprocessed cases: found by content, spacing and normalisation, and shared by runs."""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from nnunet_autoreg.corpus.fingerprint import relative_size, transpose_axes, transposed_geometry
+from nnunet_autoreg.corpus.index import ScanRow, content_hash
+from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.read import check_memory, load_scan
+from nnunet_autoreg.errors import PlanError, ScanError, StoreError
+from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
+from nnunet_autoreg.nnunet_api import CT_SCHEME, crop_resample_normalise, preprocessed_folder, resampled_shape, scheme_of
+from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.store.case import FORMAT_VERSION, CaseRecord, StoredCase, read_record, write_case
+
+log = logging.getLogger(__name__)
+
+FOLDER = "autoreg_store"
+MASK_BELOW = 3 / 4
+# Measured on hippocampus, cardiac and sarcoma scans: float32 shrinks to 0.6 .. 0.9 of its size.
+BYTES_PER_VOXEL = 3.6
+STALE_AFTER_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Task:
+    """One scan to preprocess, and how."""
+
+    row: ScanRow
+    key: str
+    spacing_mm: Spacing
+    scheme: str
+    use_mask: bool
+    ct_window: IntensityWindow | None
+
+
+class Store:
+    """Preprocessed cases below one folder, ``<key[:2]>/<key>.b2nd`` and ``.json`` each.
+
+    Attributes:
+        failures: id -> error of the scans that the last ``ensure`` had to leave out.
+    """
+
+    def __init__(self, root: Path | None = None):
+        self.root = root or preprocessed_folder() / FOLDER
+        self.failures: dict[str, ScanError] = {}
+
+    def ensure(
+        self, rows: Sequence[ScanRow], spacing_mm: Spacing, ct_window: IntensityWindow | None, num_workers: int
+    ) -> dict[str, str]:
+        """Preprocess what is missing; safe to kill at any moment and to run again.
+
+        A scan that cannot be preprocessed any more (vanished, changed, too large at this spacing) is logged, kept in
+        ``failures`` and absent from the result.
+
+        Args:
+            rows: usable rows of an index.
+            spacing_mm: target, for transposed axes (z, y, x).
+            num_workers: processes; each holds one scan at a time.
+
+        Returns:
+            scan id -> key for ``open``.
+
+        Raises:
+            PlanError: a CT scan without ``ct_window``.
+            StoreError: the disk is full, or the store cannot be written; finished cases stay.
+            AutoregError: a worker died.
+        """
+        self.failures = {}
+        tasks = [plan_task(row, as_spacing(spacing_mm), ct_window) for row in rows]
+        missing = list({task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values())
+        lost: dict[str, ScanError] = {}
+        if missing:
+            self._prepare(missing, len(tasks))
+            for key, error in parallel_map(partial(_preprocess, self.root), missing, num_workers, "preprocessing"):
+                if error:
+                    lost[key] = ScanError(*error)
+        self.failures = {t.row.id: lost[t.key] for t in tasks if t.key in lost}
+        for name, failure in self.failures.items():
+            log.warning("%s is left out (%s): %s", name, failure.status, failure)
+        return {t.row.id: t.key for t in tasks if t.key not in lost}
+
+    def open(self, key: str) -> StoredCase:
+        """The case of a key that ``ensure`` returned.
+
+        Raises:
+            StoreError: there is none, or it is torn.
+        """
+        record = self.record(key)
+        return StoredCase(self._path(key), record.shape_vox, record.spacing_mm)
+
+    def record(self, key: str) -> CaseRecord:
+        """All that is known of a stored case.
+
+        Raises:
+            StoreError: there is none, or it is torn.
+        """
+        record = read_record(self._path(key))
+        if record is None:
+            raise StoreError(f"{self._path(key)} is missing or damaged; run the same line again to have it made anew")
+        return record
+
+    def _path(self, key: str) -> Path:
+        return case_path(self.root, key)
+
+    def _prepare(self, missing: Sequence[Task], num_all: int) -> None:
+        """Make the folder, sweep what a killed run left half-written, and say what will be needed."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise StoreError(f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew") from error
+        for stale in self.root.glob("*/.*.tmp"):
+            if time.time() - stale.stat().st_mtime > STALE_AFTER_S:
+                stale.unlink(missing_ok=True)
+        needed = sum(BYTES_PER_VOXEL * volume(resampled_shape(*transposed_geometry(t.row), t.spacing_mm)) for t in missing)
+        log.info("store: %d of %d cases are missing; they need about %.2f GiB in %s (%.1f GiB free)",
+                 len(missing), num_all, needed / 2**30, self.root, free / 2**30)
+        if needed > free:
+            log.warning("store: the disk will probably be full before the end; finished cases are kept")
+
+
+def case_path(root: Path, key: str) -> Path:
+    """The ``.b2nd`` file of a key."""
+    return root / key[:2] / f"{key}.b2nd"
+
+
+def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> Task:
+    """How a scan is preprocessed, and the key of the result.
+
+    Raises:
+        PlanError: a CT scan without ``ct_window``.
+    """
+    scheme = scheme_of(row.modality)
+    window = ct_window if scheme == CT_SCHEME else None
+    if scheme == CT_SCHEME and window is None:
+        raise PlanError(f"{row.id} is a CT scan and there is no Hounsfield window; set data.ct_window, or index CT scans")
+    use_mask = scheme != CT_SCHEME and relative_size(row) < MASK_BELOW
+    rounded = [round(s, 4) for s in spacing_mm]
+    known = [FORMAT_VERSION, row.content_hash, rounded, scheme, use_mask, asdict(window) if window else None]
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return Task(row, key, spacing_mm, scheme, use_mask, window)
+
+
+def _preprocess(root: Path, task: Task) -> tuple[str, tuple[str, str] | None]:
+    """Make one case; returns its key and, if the scan cannot be used, (status, reason)."""
+    try:
+        _make_case(root, task)
+    except ScanError as error:
+        return task.key, (error.status, str(error))
+    except MemoryError:
+        return task.key, ("huge", "the scan does not fit into memory at this spacing; use fewer workers or a coarser spacing")
+    return task.key, None
+
+
+def _make_case(root: Path, task: Task) -> None:
+    shape, spacing = transposed_geometry(task.row)
+    new_shape = resampled_shape(shape, spacing, task.spacing_mm)
+    if min(new_shape) < 1:
+        raise ScanError("spacing", f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm")
+    check_memory(new_shape)
+    scan = load_scan(Path(task.row.source))
+    if content_hash(scan) != task.row.content_hash:
+        raise ScanError("changed", f"{task.row.source} changed after it was checked; run the same line again")
+    axes = transpose_axes(scan.spacing_mm)
+    array_CZYX = scan.array_CZYX.transpose(0, *(a + 1 for a in axes))
+    source_mm = [scan.spacing_mm[a] for a in axes]
+    data_CZYX = crop_resample_normalise(array_CZYX, source_mm, task.spacing_mm, task.scheme, task.use_mask, task.ct_window)
+    record = CaseRecord(
+        content_hash=task.row.content_hash, shape_vox=as_size(data_CZYX.shape[1:]), spacing_mm=task.spacing_mm,
+        original_shape_vox=as_size(scan.array_CZYX.shape[1:]), original_spacing_mm=scan.spacing_mm, axes=axes,
+        scheme=task.scheme, use_mask=task.use_mask, ct_window=task.ct_window, num_bytes=0)
+    write_case(case_path(root, task.key), data_CZYX, record)
