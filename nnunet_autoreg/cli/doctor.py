@@ -1,0 +1,372 @@
+"""``autoreg_doctor``: is everything in place, and if not, how to mend it."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg import __version__, bridge, nnunet_api
+from nnunet_autoreg.cli.common import command, print_next
+from nnunet_autoreg.errors import AutoregError, UsageError, WeightsError
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+PYTHON_FROM = (3, 10)
+NNUNET_FROM, NNUNET_BELOW = (2, 8, 1), (3,)
+PROBE_LIMIT_S = 300
+ANSWER = "autoreg_doctor:"
+
+LINK_NAME = "nnunet_autoreg_link.pth"
+LINK_HEAD = "# Made by autoreg_doctor --link; remove with autoreg_doctor --unlink.\n"
+
+REINSTALL_TORCH = (
+    "torch and torchvision must be builds of one registry: pip install --force-reinstall torch torchvision "
+    "(a CPU-only torch beside another torchvision does not load)"
+)
+
+# Runs in an interpreter of its own: what this one has imported already must not make anything look well.
+PROBE = f"""
+import importlib, json, sys
+answer = {{"live": any(hasattr(f, "is_autoreg_bridge") for f in sys.meta_path)}}
+
+def attempt(key, action):
+    try:
+        answer[key] = action()
+    except Exception as error:
+        answer[key + "_error"] = f"{{type(error).__name__}}: {{error}}"
+
+def device():
+    import torch
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(0)
+        return ["cuda", torch.cuda.get_device_name(0), total, torch.cuda.device_count(), free]
+    return ["mps"] if torch.backends.mps.is_available() else ["cpu", torch.version.cuda or torch.version.hip]
+
+def planner():
+    from os.path import join
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
+    found = find(join(nnunetv2.__path__[0], "experiment_planning"), "AutoregPlanner", "nnunetv2.experiment_planning")
+    return None if found is None else found.__module__
+
+def trainer():
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+    return find("AutoregPretrainedTrainer").__module__
+
+for name in ("torch", "torchvision", "timm"):
+    attempt(name, lambda: importlib.import_module(name).__version__)
+attempt("device", device)
+attempt("planner", planner)
+attempt("trainer", trainer)
+print({ANSWER!r} + json.dumps(answer))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+        status: ``ok``, ``warn`` (it works, but) or ``fail`` (mend this).
+        remedy: what to do; empty when all is well.
+    """
+
+    name: str
+    status: str
+    finding: str
+    remedy: str = ""
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Show the table, or make or remove the link. Returns 0 when all is well, 1 when something is to be mended."""
+    arguments = _parser().parse_args(argv)
+    if arguments.link:
+        return _link(_site_packages())
+    if arguments.unlink:
+        return _unlink(_site_packages())
+    checks = []
+    for check in all_checks():
+        checks.append(check)
+        print(f"{check.status:<5} {check.name:<17} {check.finding}", flush=True)
+        if check.remedy:
+            print(f"      -> {check.remedy}", flush=True)
+    print_next(_next(checks))
+    return int(any(check.status == FAIL for check in checks))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autoreg_doctor",
+        description="Checks that nnunet-autoreg and nnU-Net find each other, which GPU and paths are used, "
+        "and says how to mend what is wrong. Exit code 0: all is well; 1: something is to be mended.",
+    )
+    mending = parser.add_mutually_exclusive_group()
+    mending.add_argument(
+        "--link",
+        action="store_true",
+        help=f"write {LINK_NAME} into this environment's site-packages if nnU-Net does not find our classes "
+        "(needed after 'pip install -e' of nnunet-autoreg, or when it is reached through PYTHONPATH)",
+    )
+    mending.add_argument("--unlink", action="store_true", help="remove what --link wrote, and nothing else")
+    return parser
+
+
+def all_checks() -> Iterator[Check]:
+    """The lines of the table, quick ones first; the middle ones start an interpreter and import torch, which takes seconds."""
+    yield check_python()
+    yield Check("nnunet-autoreg", OK, f"{__version__} in {Path(bridge.__file__).parent}")
+    yield check_nnunet()
+    yield from (check_folder(variable, get) for variable, get in FOLDERS.items())
+    answer = probe()
+    yield check_bridge(answer, os.environ.get(bridge.SWITCH))
+    yield check_torch(answer)
+    yield from (check_companion(answer, name) for name in ("torchvision", "timm"))
+    yield check_device(answer)
+    yield check_machine()
+    yield check_runs()
+
+
+def _next(checks: list[Check]) -> str:
+    for check in checks:
+        if check.status == FAIL:
+            return f"mend '{check.name}': {check.remedy}"
+    if any(check.name == "pretraining runs" and check.finding.startswith("none") for check in checks):
+        return "autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
+    return "nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner -c 3d_fullres"
+
+
+def check_python() -> Check:
+    """Whether this Python is new enough."""
+    found = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] < PYTHON_FROM:
+        return Check("python", FAIL, found, "nnunet-autoreg needs Python 3.10 or newer; make a new environment with it")
+    return Check("python", OK, found)
+
+
+def check_nnunet() -> Check:
+    """Which nnU-Net there is, and whether it is of the supported range."""
+    supported = "pip install 'nnunetv2>=2.8.1,<3'"
+    spec = importlib.util.find_spec("nnunetv2")
+    if spec is None:
+        return Check("nnunetv2", FAIL, f"not installed for {sys.executable}", supported)
+    place = next(iter(spec.submodule_search_locations or ()), spec.origin)
+    try:
+        version = importlib.metadata.version("nnunetv2")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("nnunetv2", WARN, f"of unknown version in {place}", f"install it, so that its version is known: {supported}")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    if not NNUNET_FROM <= numbers < NNUNET_BELOW:
+        return Check("nnunetv2", FAIL, f"{version} in {place} is outside the supported range 2.8.1 to <3", supported)
+    return Check("nnunetv2", OK, f"{version} in {place}")
+
+
+FOLDERS: dict[str, Callable[[], Path]] = {
+    "nnUNet_raw": nnunet_api.raw_folder,
+    "nnUNet_preprocessed": nnunet_api.preprocessed_folder,
+    "nnUNet_results": nnunet_api.results_folder,
+}
+
+
+def check_folder(variable: str, get: Callable[[], Path]) -> Check:
+    """Whether one of nnU-Net's folders is set, exists and can be written."""
+    try:
+        folder = get()
+    except AutoregError as error:
+        finding, _, remedy = str(error).partition("; ")
+        return Check(variable, FAIL, finding, remedy)
+    if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return Check(variable, OK, str(folder))
+    status = WARN if variable == "nnUNet_raw" and os.access(folder, os.R_OK | os.X_OK) else FAIL
+    remedy = f"give yourself write access, or set {variable} anew"
+    return Check(variable, status, f"{folder} cannot be written by this user", remedy)
+
+
+def probe() -> dict[str, Any]:
+    """Ask a fresh interpreter, started where nnU-Net's own commands start, what it finds. ``error`` is set if it fell over."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            cwd=Path(sys.executable).parent,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"live": False, "error": f"importing torch and nnunetv2 took longer than {PROBE_LIMIT_S} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    if not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"live": False, "error": f"a fresh interpreter ended with exit code {done.returncode}: {last}"}
+    return dict(json.loads(lines[-1].removeprefix(ANSWER)))
+
+
+def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
+    """Whether a fresh interpreter has the hook, and nnU-Net's own look-up finds our planner and trainer."""
+    name = "start-up bridge"
+    if "error" in answer:
+        return Check(name, FAIL, answer["error"], f"run '{sys.executable} -c \"import nnunetv2\"' and mend what it says")
+    if switch == "0":
+        return Check(name, FAIL, f"switched off by {bridge.SWITCH}=0", f"unset {bridge.SWITCH}")
+    if not answer["live"]:
+        return Check(name, FAIL, "nnU-Net does not find our classes: the .pth line is not read", "autoreg_doctor --link")
+    for key, class_name in (("planner", "AutoregPlanner"), ("trainer", "AutoregPretrainedTrainer")):
+        if answer.get(key) is None:
+            reason = answer.get(f"{key}_error", "nnU-Net's look-up returned nothing")
+            remedy = "mend the cause; if it lies in nnunet-autoreg: pip install --force-reinstall --no-deps nnunet-autoreg"
+            return Check(name, FAIL, f"live, but {class_name} is not found: {_one_line(reason)}", remedy)
+    return Check(name, OK, "live; nnU-Net finds AutoregPlanner and AutoregPretrainedTrainer")
+
+
+def check_torch(answer: dict[str, Any]) -> Check:
+    """Whether torch loads."""
+    if "torch" in answer:
+        return Check("torch", OK, answer["torch"])
+    return Check("torch", FAIL, _one_line(_why(answer, "torch")), "pip install torch torchvision, both from one registry")
+
+
+def check_companion(answer: dict[str, Any], name: str) -> Check:
+    """Whether torchvision or timm, which nnU-Net's Primus needs, loads beside this torch."""
+    if name in answer:
+        return Check(name, OK, answer[name])
+    return Check(name, FAIL, _one_line(_why(answer, name)), REINSTALL_TORCH)
+
+
+def _why(answer: dict[str, Any], name: str) -> str:
+    return str(answer.get(f"{name}_error", answer.get("error", "not asked")))
+
+
+def check_device(answer: dict[str, Any]) -> Check:
+    """What training would run on."""
+    kind, *details = answer.get("device") or ["none"]
+    if kind == "cuda":
+        gpu, total, count, free = details
+        more = f", {count} of them" if count > 1 else ""
+        return Check("device", OK, f"cuda: {gpu}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free){more}")
+    if kind == "mps":
+        return Check("device", OK, "mps (Apple GPU); give --device mps")
+    if kind == "cpu" and details[0]:
+        remedy = "if this machine has a GPU, look at its driver; without one, stay with primus_tiny on small images"
+        return Check("device", WARN, f"cpu only (torch is built for GPUs, version {details[0]}, but finds none)", remedy)
+    if kind == "cpu":
+        remedy = "if this machine has a GPU, install a torch build for it; without one, stay with primus_tiny on small images"
+        return Check("device", WARN, "cpu only (this torch is a build for CPUs)", remedy)
+    return Check("device", FAIL, f"unknown ({_one_line(_why(answer, 'device'))})", REINSTALL_TORCH)
+
+
+def check_machine() -> Check:
+    """Cores and memory that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
+    except (AttributeError, OSError, ValueError):
+        memory = "memory unknown on this system"
+    return Check("machine", OK, f"{cores} cores, {memory}")
+
+
+def check_runs() -> Check:
+    """The finished pretraining runs whose weights a plan could use."""
+    from nnunet_autoreg.model.card import CARD_NAME, read_card
+    from nnunet_autoreg.transfer.resolve import RUNS_FOLDER
+
+    name = "pretraining runs"
+    try:
+        folder = nnunet_api.results_folder() / RUNS_FOLDER
+    except UsageError:
+        return Check(name, WARN, "unknown without nnUNet_results", "set nnUNet_results")
+    cards, unreadable = [], []
+    for path in sorted(folder.glob(f"*/{CARD_NAME}")):
+        try:
+            cards.append(read_card(path.parent))
+        except WeightsError as error:
+            unreadable.append(str(error))
+    newest = max(cards, key=lambda card: card.finished_at, default=None)
+    finding = "none yet"
+    if newest is not None:
+        finding = f"{len(cards)} finished, newest: {newest.name} ({newest.encoder}, {newest.finished_at})"
+    if unreadable:
+        return Check(name, WARN, f"{finding}; {len(unreadable)} unreadable", _one_line(unreadable[0]))
+    return Check(name, OK, finding)
+
+
+def _one_line(text: str, limit: int = 400) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[:limit] + "..."
+
+
+def _site_packages() -> Path:
+    return Path(sysconfig.get_path("purelib"))
+
+
+def _live_in_fresh_interpreter() -> bool:
+    script = "import sys; sys.exit(not any(hasattr(f, 'is_autoreg_bridge') for f in sys.meta_path))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(sys.executable).parent, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def _link(folder: Path) -> int:
+    """Write the guarded ``.pth`` line, unless the bridge is live without it.
+
+    Raises:
+        AutoregError: the bridge is switched off, a foreign file is in the way, or writing does not help.
+    """
+    target = folder / LINK_NAME
+    if os.environ.get(bridge.SWITCH) == "0":
+        raise UsageError(f"the start-up bridge is switched off by {bridge.SWITCH}=0; unset {bridge.SWITCH}, and try again")
+    if _live_in_fresh_interpreter():
+        print("the start-up bridge is live already; nothing was written")
+        print_next("autoreg_doctor")
+        return 0
+    if target.exists() and not _is_our_link(target):
+        raise AutoregError(f"{target} was not made by autoreg_doctor and is left as it is; move it away, and try again")
+    try:
+        target.write_text(LINK_HEAD + bridge.PTH_LINE, encoding="ascii")
+    except OSError as error:
+        raise AutoregError(f"{target} cannot be written ({error.strerror}); activate an environment of your own") from error
+    print(f"wrote {target}")
+    if not _live_in_fresh_interpreter():
+        raise AutoregError(
+            f"a fresh interpreter reads no .pth line in {folder}, or does not find nnunet_autoreg: put "
+            f"{Path(bridge.__file__).parents[1]} on PYTHONPATH, or install with pip; {target} was left in place"
+        )
+    print_next("autoreg_doctor")
+    return 0
+
+
+def _unlink(folder: Path) -> int:
+    """Remove the file that ``--link`` wrote.
+
+    Raises:
+        AutoregError: a foreign file has its name, or it cannot be removed.
+    """
+    target = folder / LINK_NAME
+    if not target.exists():
+        print(f"there is no {target}; nothing was removed")
+    elif not _is_our_link(target):
+        raise AutoregError(f"{target} was not made by autoreg_doctor and is left as it is")
+    else:
+        try:
+            target.unlink()
+        except OSError as error:
+            raise AutoregError(f"{target} cannot be removed ({error.strerror})") from error
+        print(f"removed {target}")
+    print_next("autoreg_doctor")
+    return 0
+
+
+def _is_our_link(target: Path) -> bool:
+    return target.is_file() and target.read_text(encoding="utf-8", errors="replace").startswith(LINK_HEAD)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

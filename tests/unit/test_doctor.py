@@ -1,0 +1,271 @@
+"""``autoreg_doctor`` and what all commands share."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_autoreg import bridge
+from nnunet_autoreg.cli import common, doctor
+from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.model.card import Adaptation, EncoderCard
+
+WELL = {
+    "live": True,
+    "torch": "2.15.0",
+    "torchvision": "0.29.2",
+    "timm": "1.0.22",
+    "device": ["cuda", "Some GPU", 24 * 2**30, 1, 20 * 2**30],
+    "planner": "nnunet_autoreg.planners.autoreg_planner",
+    "trainer": "nnunet_autoreg.trainers.autoreg_trainers",
+}
+TRAP = "RuntimeError: operator torchvision::nms\n does not exist"
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for variable in doctor.FOLDERS:
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.delenv(bridge.SWITCH, raising=False)
+    return tmp_path
+
+
+def card(name: str, finished_at: str) -> EncoderCard:
+    return EncoderCard(
+        name=name, encoder="primus_tiny", class_path="a.b", arguments={}, token_size_vox=(8, 8, 8), crop_size_vox=(32, 32, 32),
+        spacing_mm=(1.0, 1.0, 1.0), modalities=("MR",), channel_names=("MRI",), ct_window=None, num_input_channels=1,
+        adaptation=Adaptation("eva", "down_projection", ("down_projection.proj",), "eva.pos_embed"), objective="autoregressive",
+        licences={}, num_scans=3, num_steps=5, finished_at=finished_at, sha256="0" * 64,
+    )  # fmt: skip
+
+
+def test_when_all_is_well_every_line_is_ok_and_the_next_line_pretrains(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda: WELL)
+    assert doctor.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["ok"] * 13
+    assert "cuda: Some GPU, 24 GiB (20 free)" in lines[-4]
+    assert lines[-1] == "next: autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
+
+
+def test_finished_runs_are_counted_and_the_newest_is_named(folders: Path) -> None:
+    runs = folders / "nnUNet_results" / "autoreg_pretraining"
+    for name, day in (("old", "2025-01-31"), ("new", "2025-11-01"), ("older", "2024-12-31")):
+        (runs / name).mkdir(parents=True)
+        card(name, f"{day}T10:00:00Z").save(runs / name)
+    (runs / "unfinished").mkdir()
+    check = doctor.check_runs()
+    assert check.status == "ok"
+    assert check.finding == "3 finished, newest: new (primus_tiny, 2025-11-01T10:00:00Z)"
+    assert doctor._next([check]).startswith("nnUNetv2_plan_and_preprocess")
+
+
+def test_a_damaged_card_is_counted_and_shown_with_its_path(folders: Path) -> None:
+    run = folders / "nnUNet_results" / "autoreg_pretraining" / "torn"
+    run.mkdir(parents=True)
+    (run / "encoder.json").write_text("{")
+    check = doctor.check_runs()
+    assert (check.status, check.finding) == ("warn", "none yet; 1 unreadable")
+    assert str(run / "encoder.json") in check.remedy
+
+
+def test_what_is_wrong_fails_with_a_remedy_and_the_first_one_comes_next(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("nnUNet_raw")
+    monkeypatch.setattr(doctor, "probe", lambda: {**WELL, "live": False})
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "fail  nnUNet_raw        the environment variable nnUNet_raw is not set\n" in out
+    assert "fail  start-up bridge   nnU-Net does not find our classes: the .pth line is not read\n" in out
+    assert "\n      -> autoreg_doctor --link\n" in out
+    assert out.splitlines()[-1] == "next: mend 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
+
+
+def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> None:
+    (folders / "nnUNet_raw").rmdir()
+    gone = doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"])
+    assert gone.status == "fail" and "does not exist" in gone.finding and "mkdir -p" in gone.remedy
+    (folders / "nnUNet_raw").touch()
+    assert doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"]).status == "fail"
+
+
+@pytest.mark.parametrize(("variable", "status"), [("nnUNet_raw", "warn"), ("nnUNet_results", "fail")])
+def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, variable: str, status: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    check = doctor.check_folder(variable, doctor.FOLDERS[variable])
+    assert check.status == status and "cannot be written" in check.finding
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("2.8.1", "ok"), ("2.10.0", "ok"), ("2.8.0", "fail"), ("2.5", "fail"), ("3.0.0", "fail")]
+)
+def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
+    monkeypatch: pytest.MonkeyPatch, version: str, status: str
+) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: version)
+    check = doctor.check_nnunet()
+    assert check.status == status and version in check.finding
+
+
+def test_a_missing_nnunet_fails_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    check = doctor.check_nnunet()
+    assert check.status == "fail" and check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
+
+
+def test_the_bridge_line_tells_switched_off_from_not_read_from_broken() -> None:
+    assert doctor.check_bridge(WELL, None).status == "ok"
+    assert doctor.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
+    assert doctor.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
+    broken = {k: v for k, v in WELL.items() if k != "trainer"} | {"trainer_error": "ImportError: no\n such module"}
+    check = doctor.check_bridge(broken, None)
+    assert check.status == "fail"
+    assert check.finding == "live, but AutoregPretrainedTrainer is not found: ImportError: no such module"
+
+
+def test_a_torchvision_of_another_torch_build_is_named_as_such() -> None:
+    answer = {k: v for k, v in WELL.items() if k != "torchvision"} | {"torchvision_error": TRAP}
+    check = doctor.check_companion(answer, "torchvision")
+    assert (check.status, check.finding) == ("fail", "RuntimeError: operator torchvision::nms does not exist")
+    assert "one registry" in check.remedy
+
+
+def test_a_cpu_is_a_warning_that_tells_the_kind_of_torch_build() -> None:
+    assert "build for CPUs" in doctor.check_device({"device": ["cpu", None]}).finding
+    check = doctor.check_device({"device": ["cpu", "13.2"]})
+    assert check.status == "warn" and "driver" in check.remedy
+    assert doctor.check_device({"device": ["mps"]}).status == "ok"
+    assert doctor.check_device({"device_error": "OSError: libcudart"}).status == "fail"
+
+
+def test_a_fresh_interpreter_that_falls_over_is_reported_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    fallen = SimpleNamespace(stdout="", stderr="Fatal\nSegmentation fault\n", returncode=-11)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: fallen)
+    answer = doctor.probe()
+    check = doctor.check_bridge(answer, None)
+    assert check.status == "fail" and check.finding == "a fresh interpreter ended with exit code -11: Segmentation fault"
+    assert doctor.check_torch(answer).status == "fail"
+
+
+@pytest.fixture
+def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty stand-in for site-packages, in which a link takes effect at once."""
+    monkeypatch.delenv(bridge.SWITCH, raising=False)
+    monkeypatch.setattr(doctor, "_site_packages", lambda: tmp_path)
+    monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: any(tmp_path.iterdir()))
+    return tmp_path
+
+
+def test_link_writes_the_guarded_line_and_unlink_removes_it(site_packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--link"]) == 0
+    link = site_packages / "nnunet_autoreg_link.pth"
+    head, line = link.read_text().splitlines()
+    assert head.startswith("#") and line + "\n" == bridge.PTH_LINE
+    assert doctor.main(["--link"]) == 0
+    assert f"wrote {link}" in (out := capsys.readouterr().out) and "live already" in out
+    assert doctor.main(["--unlink"]) == 0
+    assert list(site_packages.iterdir()) == []
+    assert doctor.main(["--unlink"]) == 0
+    assert "nothing was removed" in capsys.readouterr().out
+
+
+def test_link_and_unlink_leave_a_foreign_file_alone(
+    site_packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = site_packages / "nnunet_autoreg_link.pth"
+    foreign.write_text("/somewhere/else\n")
+    monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
+    assert doctor.main(["--link"]) == 1 and doctor.main(["--unlink"]) == 1
+    assert foreign.read_text() == "/somewhere/else\n"
+    assert "was not made by autoreg_doctor" in capsys.readouterr().err
+
+
+def test_link_says_so_when_it_does_not_help(
+    site_packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
+    assert doctor.main(["--link"]) == 1
+    assert "PYTHONPATH" in capsys.readouterr().err
+
+
+def test_link_refuses_while_the_bridge_is_switched_off(site_packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(bridge.SWITCH, "0")
+    assert doctor.main(["--link"]) == 2
+    assert list(site_packages.iterdir()) == []
+
+
+def test_misuse_ends_with_2() -> None:
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--link", "--unlink"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (AutoregError("no scan\nis left"), 1, "autoreg_test_doctor: no scan is left\n"),
+        (UsageError("set nnUNet_results"), 2, "autoreg_test_doctor: set nnUNet_results\n"),
+        (KeyboardInterrupt(), 130, "autoreg_test_doctor: interrupted; run the same line again to go on\n"),
+    ],
+)
+def test_a_command_turns_errors_into_one_line_and_a_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @common.command
+    def main(argv: list[str] | None = None) -> int:
+        raise error
+
+    assert main([]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    @common.command
+    def main(argv: list[str] | None = None) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
+    script = (
+        "import sys\n"
+        "from nnunet_autoreg.cli.common import command\n"
+        "@command\n"
+        "def main(argv=None):\n"
+        "    for _ in range(100_000):\n"
+        "        print('a line of the table')\n"
+        "    return 0\n"
+        "sys.exit(main())\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.readline()
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(timeout=60)) == ("", 1)
+    run.stderr.close()
+
+
+def test_the_log_goes_to_stderr_once_with_the_level_before_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("nnunet_autoreg")
+    before = list(logger.handlers), logger.level
+    try:
+        common.configure_logging()
+        common.configure_logging()
+        logging.getLogger("nnunet_autoreg.corpus").info("40 scans")
+        logging.getLogger("nnunet_autoreg.corpus").warning("2 left out")
+        logging.getLogger("nnunet_autoreg.corpus").debug("not shown")
+        assert capsys.readouterr().err == "40 scans\nwarning: 2 left out\n"
+    finally:
+        logger.handlers[:], logger.level = before
