@@ -1,0 +1,143 @@
+"""The ``"autoreg"`` block of a plans file: which encoder, which weights, which recipe, and why. Torch-free.
+
+Users edit the recipe by hand, so every read goes through ``read_block``, which refuses what it does not know.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.records import from_jsonable
+
+BLOCK_KEY = "autoreg"
+BLOCK_VERSION = 1
+ALLOWED_CLASSES = ("dynamic_network_architectures.", "nnunet_autoreg.")
+"""Network classes come from these packages only: a plan or card may be a stranger's."""
+
+
+@dataclass(frozen=True)
+class PlannedEncoder:
+    """The network that fine-tuning builds: class, arguments (no channels, classes, input shape), token size (z, y, x)."""
+
+    name: str
+    class_path: str
+    arguments: dict[str, Any]
+    token_size_vox: Size
+
+
+@dataclass(frozen=True)
+class PlannedWeights:
+    """Where pretrained weights lie: run name, file relative to ``$nnUNet_results`` (or absolute), its hex sha256."""
+
+    name: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How fine-tuning is done; every value may be edited in the plans file.
+
+    Attributes:
+        num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length; a trainer's ``_<N>epochs`` name overrides
+            the first.
+        pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
+        weight_decay: none on norms, biases, positions and LayerScale.
+        betas: of AdamW.
+        warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: linear warm-up over
+            min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
+        poly_exponent: of the decay after warm-up.
+        clip_norm: largest norm of the gradient.
+        drop_path_rate: stochastic depth.
+        layer_decay: rate factor per layer from the output towards the input; 1.0 is off.
+        expected_encoder_share: training stops where fewer of the encoder's parameters come from the weights file.
+    """
+
+    num_epochs: int
+    pretrained_rate: float
+    scratch_rate: float
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_fraction: float = 0.05
+    warmup_min_samples: int = 12_500
+    warmup_max_epochs: int = 50
+    warmup_max_fraction: float = 0.1
+    poly_exponent: float = 0.9
+    clip_norm: float = 1.0
+    drop_path_rate: float = 0.2
+    layer_decay: float = 1.0
+    expected_encoder_share: float = 0.95
+
+
+@dataclass(frozen=True)
+class AutoregBlock:
+    """All of it; ``weights`` is None in a plan for training from scratch only."""
+
+    encoder: PlannedEncoder
+    weights: PlannedWeights | None
+    recipe: Recipe
+    reasons: dict[str, str] = field(default_factory=dict)
+    version: int = BLOCK_VERSION
+
+
+def read_block(plans: dict[str, Any]) -> AutoregBlock:
+    """The checked ``"autoreg"`` block of a parsed plans file.
+
+    Raises:
+        PlanError: there is none, it is of a newer format, a key is unknown, or a value is impossible.
+    """
+    where = f"{plans.get('plans_name', 'plans')}.json"
+    if BLOCK_KEY not in plans:
+        raise PlanError(
+            f"{where} has no \"{BLOCK_KEY}\" block, so it does not fit this trainer; add '-p AutoregPlans' to the command "
+            "(made by: nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner)"
+        )
+    data = plans[BLOCK_KEY]
+    version = data.get("version", BLOCK_VERSION) if isinstance(data, dict) else BLOCK_VERSION
+    if isinstance(version, int) and version > BLOCK_VERSION:
+        raise PlanError(f"{where}: its {BLOCK_KEY} block has format {version}, newer than {BLOCK_VERSION}; update nnunet-autoreg")
+    return check_block(from_jsonable(AutoregBlock, data, f"{where}: {BLOCK_KEY}"), where)
+
+
+def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
+    """Return ``block`` if it can be carried out.
+
+    Raises:
+        PlanError: a class from elsewhere, or a number out of its range.
+    """
+    check_class(block.encoder.class_path, where)
+    r = block.recipe
+    at_least_one = {"num_epochs": r.num_epochs, "num_iterations_per_epoch": r.num_iterations_per_epoch,
+                    "num_val_iterations_per_epoch": r.num_val_iterations_per_epoch}
+    positive = {"pretrained_rate": r.pretrained_rate, "scratch_rate": r.scratch_rate, "poly_exponent": r.poly_exponent,
+                "clip_norm": r.clip_norm, "layer_decay": r.layer_decay}
+    not_negative = {"weight_decay": r.weight_decay, "warmup_min_samples": r.warmup_min_samples,
+                    "warmup_max_epochs": r.warmup_max_epochs}
+    below_one = {"betas[0]": r.betas[0], "betas[1]": r.betas[1], "drop_path_rate": r.drop_path_rate,
+                 "warmup_fraction": r.warmup_fraction, "warmup_max_fraction": r.warmup_max_fraction}
+    rules: list[tuple[dict[str, Any], Callable[[Any], bool], str]] = [
+        (at_least_one, lambda v: v >= 1, "at least 1"),
+        (positive, lambda v: v > 0, "greater than 0"),
+        (not_negative, lambda v: v >= 0, "0 or more"),
+        (below_one, lambda v: 0 <= v < 1, "in [0, 1)"),
+        ({"expected_encoder_share": r.expected_encoder_share}, lambda v: 0 <= v <= 1, "in [0, 1]"),
+    ]
+    for values, holds, range_text in rules:
+        for name, value in values.items():
+            if not holds(value):
+                raise PlanError(f"{where}: {BLOCK_KEY}.recipe.{name}={value} must be {range_text}")
+    return block
+
+
+def check_class(class_path: str, where: str) -> None:
+    """Refuse network classes of foreign packages.
+
+    Raises:
+        PlanError: ``class_path`` is none of ours or of dynamic_network_architectures.
+    """
+    if not class_path.startswith(ALLOWED_CLASSES):
+        raise PlanError(f"{where}: the network class '{class_path}' is none of {' or '.join(p + '*' for p in ALLOWED_CLASSES)}")

@@ -1,0 +1,251 @@
+"""Pretrained encoder weights into a network: everything checked on the CPU first, then copied, then shown in one table."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.geometry import Size, grid_of, volume
+from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
+from nnunet_autoreg.records import differences
+from nnunet_autoreg.transfer.block import AutoregBlock, PlannedEncoder
+
+LOADED, ADAPTED, RANDOM = "loaded", "adapted", "random"
+MAX_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the encoder: key, parameters in it, where its values come from, and how they were adapted."""
+
+    key: str
+    num_parameters: int
+    status: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """What became of every encoder tensor; ``decoder`` are the other parameters, which always start at random."""
+
+    source: str
+    entries: tuple[Entry, ...]
+    decoder: Entry
+
+    @property
+    def encoder_share(self) -> float:
+        """Share of the encoder's parameters that come from the file, 0 to 1."""
+        total = sum(e.num_parameters for e in self.entries)
+        return sum(e.num_parameters for e in self.entries if e.status != RANDOM) / total
+
+    def lines(self) -> list[str]:
+        """The table as text, one line per status."""
+        rows = [f"encoder weights from {self.source}"]
+        for status in (LOADED, ADAPTED, RANDOM):
+            chosen = [e for e in self.entries if e.status == status]
+            notes = [f"{e.key} ({e.note})" if e.note else e.key for e in chosen] if status != LOADED else []
+            rows.append(_row(status, len(chosen), sum(e.num_parameters for e in chosen), _some(notes)))
+        rows.append(_row("decoder", 1, self.decoder.num_parameters, f"{self.decoder.key} (random, as always)", unit="part"))
+        rows.append(f"  {100 * self.encoder_share:.1f} % of the encoder's parameters come from the file")
+        return rows
+
+
+def _row(status: str, count: int, parameters: int, notes: str, unit: str = "tensors") -> str:
+    return f"  {status:<8} {count:>4} {unit:<7} {parameters:>12,} parameters  {notes}".rstrip()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return "; ".join(names[:MAX_NAMES]) + more
+
+
+@dataclass(frozen=True)
+class Target:
+    """The network's side of adapting: image channels (a cascade's one-hot channels come after them) and token grid."""
+
+    num_image_channels: int
+    patch_size_vox: Size
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, on the CPU, in single precision.
+
+    Raises:
+        WeightsError: it is missing, truncated, no safetensors file, or holds NaN or infinity.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file, device="cpu")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(
+            f"{file} cannot be read as safetensors ({error}): restore the file, or plan again with other weights"
+        ) from error
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{file}: '{key}' holds NaN or infinity; the pretraining went wrong: use other weights")
+    return {key: tensor.float() for key, tensor in tensors.items()}
+
+
+def check_same_encoder(card: EncoderCard, planned: PlannedEncoder) -> None:
+    """Hold the weights' encoder against the plan's.
+
+    Raises:
+        WeightsError: class, arguments or token size differ.
+    """
+    theirs = {"class": card.class_path, "arguments": card.arguments, "token_size_vox": card.token_size_vox}
+    ours = {"class": planned.class_path, "arguments": planned.arguments, "token_size_vox": planned.token_size_vox}
+    found = differences(ours, theirs)
+    if found:
+        raise WeightsError(f"the weights '{card.name}' are of another encoder than the plan's ({'; '.join(found)}); plan again")
+
+
+def load_encoder(network: nn.Module, file: Path, card: EncoderCard, target: Target, expected_share: float) -> WeightTable:
+    """Copy the encoder's weights into ``network``, all or nothing, and say what became of each tensor.
+
+    Args:
+        network: unwrapped (no DDP, no compiled module); its own keys name its encoder, stem, input projection, positions.
+        file: .safetensors with the network's own keys.
+        expected_share: smallest share of the encoder's parameters that must come from the file, 0 to 1.
+
+    Raises:
+        WeightsError: the file is damaged or of another encoder, or gives less than the expected share.
+    """
+    tensors = read_tensors(file)
+    live = _encoder_tensors(network)
+    _refuse_foreign_keys(tensors, live, network, file)
+    ready: dict[str, Tensor] = {}
+    entries = []
+    for key, tensor in live.items():
+        status, note = RANDOM, ""
+        if key in tensors:
+            ready[key], note = _fit((key, tensors[key], tensor), network, card, target)
+            status = ADAPTED if note else LOADED
+        entries.append(Entry(key, tensor.numel(), status, note))
+    table = WeightTable(f"'{card.name}' (sha256 {card.sha256[:12]}...)", tuple(entries), _decoder_of(network, live))
+    if table.encoder_share < expected_share:
+        missing = [e.key for e in entries if e.status == RANDOM]
+        raise WeightsError(
+            f"{file} gives {100 * table.encoder_share:.1f} % of the encoder's parameters, {100 * expected_share:.0f} % are "
+            f"expected (missing: {_some(missing)}); plan again with weights of this encoder, or lower expected_encoder_share "
+            "in the recipe of the plans file"
+        )
+    with torch.no_grad():
+        for key, value in ready.items():
+            live[key].copy_(value)
+    return table
+
+
+def load_planned_encoder(network: nn.Module, block: AutoregBlock, results: Path, target: Target) -> WeightTable:
+    """``load_encoder`` with the file, the hash and the share that a plan names.
+
+    Raises:
+        WeightsError: the plan names no weights, or they are gone, replaced, or do not fit.
+    """
+    if block.weights is None:
+        raise WeightsError("the plan names no pretrained weights; train AutoregScratchTrainer, or plan again with weights")
+    file = results / block.weights.file
+    verify_weights(file, block.weights.sha256)
+    card = read_card(file.parent)
+    check_same_encoder(card, block.encoder)
+    return load_encoder(network, file, card, target, block.recipe.expected_encoder_share)
+
+
+def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of encoder and stem by key, aliases of one tensor listed once.
+
+    Rotary tables are no part of it: the network rebuilds them for its own grid.
+    """
+    prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
+    state = network.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key.startswith(prefixes) and ".rope." not in key and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[key] = tensor
+    return found
+
+
+def _decoder_of(network: nn.Module, encoder: dict[str, Tensor]) -> Entry:
+    known = {id(t) for t in encoder.values()}
+    rest = [(name, p) for name, p in network.named_parameters() if id(p) not in known]
+    parts = sorted({name.split(".")[0] for name, _ in rest})
+    return Entry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM)
+
+
+def _refuse_foreign_keys(tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, file: Path) -> None:
+    aliases = set(network.state_dict())
+    foreign = [key for key in tensors if key not in live and key not in aliases and ".rope." not in key]
+    if foreign:
+        raise WeightsError(
+            f"{file} is of another encoder: the network has no place for {len(foreign)} of its {len(tensors)} tensors "
+            f"({_some(foreign)}); plan again with these weights"
+        )
+
+
+def _fit(entry: tuple[str, Tensor, Tensor], network: nn.Module, card: EncoderCard, target: Target) -> tuple[Tensor, str]:
+    """The value of ``entry`` (key, value, live tensor) in the live shape and how it got there ("" if it was just copied)."""
+    (key, value, live), note = entry, ""
+    if key == str(network.key_to_lpe):
+        value, note = _fit_positions(key, value, card, target)
+    elif key in [f"{name}.weight" for name in cast(Iterable[str], network.keys_to_in_proj)]:
+        value, note = _fit_channels(key, value, live, target.num_image_channels)
+    if value.shape != live.shape:
+        raise WeightsError(
+            f"'{key}' has shape {tuple(value.shape)} in '{card.name}' and {tuple(live.shape)} in the network; the weights are of "
+            "another encoder: plan again"
+        )
+    return value, note
+
+
+def _fit_positions(key: str, value: Tensor, card: EncoderCard, target: Target) -> tuple[Tensor, str]:
+    old = grid_of(card.crop_size_vox, card.token_size_vox)
+    new = grid_of(target.patch_size_vox, card.token_size_vox)
+    if value.ndim != 3 or value.shape[1] != volume(old):
+        raise WeightsError(
+            f"'{key}' has shape {tuple(value.shape)}, but crop {card.crop_size_vox} in tokens of {card.token_size_vox} makes "
+            f"{volume(old)} positions: encoder.json and the weights do not belong together"
+        )
+    if old == new:
+        return value, ""
+    return interpolate_positions(value, old, new), f"positions {_times(old)} -> {_times(new)}, trilinear"
+
+
+def interpolate_positions(positions_1TV: Tensor, old: Size, new: Size) -> Tensor:
+    """Position embeddings of grid ``old`` on grid ``new``, tokens in raster order (z, y, x)."""
+    width = positions_1TV.shape[-1]
+    volume_1VZYX = positions_1TV.reshape(1, *old, width).permute(0, 4, 1, 2, 3)
+    resized = F.interpolate(volume_1VZYX, size=new, mode="trilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 4, 1).reshape(1, math.prod(new), width).contiguous()
+
+
+def _fit_channels(key: str, value: Tensor, live: Tensor, num_image_channels: int) -> tuple[Tensor, str]:
+    """The input projection (out, in, z, y, x): repeated / N, or summed; one-hot channels of a cascade start at zero."""
+    given, needed, notes = value.shape[1], num_image_channels, []
+    if given == 1 and needed > 1:
+        value = value.expand(-1, needed, *value.shape[2:]) / needed
+        notes.append(f"1 -> {needed} channels, repeated / {needed}")
+    elif needed == 1 and given > 1:
+        value = value.sum(1, keepdim=True)
+        notes.append(f"{given} -> 1 channels, summed")
+    elif given != needed:
+        raise WeightsError(
+            f"'{key}' has {given} input channels, the data {needed}: only 1 -> N and N -> 1 can be adapted; use other weights"
+        )
+    extra = live.shape[1] - needed
+    if extra > 0:
+        value = torch.cat([value, value.new_zeros(value.shape[0], extra, *value.shape[2:])], dim=1)
+        notes.append(f"{extra} one-hot channels of the cascade start at 0")
+    return value, ", ".join(notes)
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(str(s) for s in size)

@@ -1,0 +1,190 @@
+"""``nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner``: nnU-Net's own planning for a pretrained encoder."""
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import Size, as_spacing
+from nnunet_autoreg.model.memory import TrainingMemory
+from nnunet_autoreg.nnunet_api import preprocessed_folder, results_folder
+from nnunet_autoreg.records import read_json, to_jsonable, write_json
+from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock
+from nnunet_autoreg.transfer.network import architecture_entry
+from nnunet_autoreg.transfer.one_line import one_line_errors
+from nnunet_autoreg.transfer.plans import (
+    DEFAULT_TARGET_GIB,
+    Budget,
+    Fit,
+    Task,
+    check_plans_name,
+    fit_configuration,
+    kept_configurations,
+    make_block,
+    memory_estimator,
+    with_ct_window,
+    with_reasons,
+)
+from nnunet_autoreg.transfer.resolve import Choice, DatasetTraits, choose_weights, setting_of_environment
+
+log = logging.getLogger(__name__)
+
+
+class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
+    """nnU-Net's fingerprint, spacing, transposition and cascade; patch, batch, network and intensities of the encoder."""
+
+    def __init__(  # noqa: PLR0917
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float | None = None,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "AutoregPlans",
+        overwrite_target_spacing: Sequence[float] | None = None,
+        suppress_transpose: bool = False,
+    ):
+        is_explicit = gpu_memory_target_in_gb is not None
+        self.budget = Budget(float(gpu_memory_target_in_gb or DEFAULT_TARGET_GIB), is_explicit)
+        super().__init__(
+            dataset_name_or_id, self.budget.gib, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose
+        )
+        self.fits: dict[str, Fit] = {}
+
+    def plan_experiment(self) -> dict[str, Any]:
+        """Plan, write ``<plans_name>.json`` and say what was chosen and why.
+
+        Raises:
+            SystemExit: with one line, where no plan can be made.
+        """
+        stock_output = io.StringIO()
+        with one_line_errors():
+            self._refuse_2d()
+            check_plans_name(self.plans_identifier, self._old_plans())
+            self._tell_choice(self.choice)
+            # nnU-Net prints each attempt, and a 2D U-Net that these plans do not have.
+            with redirect_stdout(stock_output):
+                plans: dict[str, Any] = super().plan_experiment()
+        log.debug("nnU-Net's planner said:\n%s", stock_output.getvalue())
+        self._tell_plans(plans)
+        return plans
+
+    def get_plans_for_configuration(
+        self, spacing: Any, median_shape: Any, data_identifier: str, approximate_n_voxels_dataset: float, _cache: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One configuration, as nnU-Net's planner asks for it; an empty one for 2D, which ``save_plans`` leaves out."""
+        if len(spacing) == 2:
+            return {}
+        fit = fit_configuration(
+            self.block.encoder,
+            self._task(spacing, median_shape),
+            self.budget,
+            self._memory_of,
+            dataset_vox=approximate_n_voxels_dataset,
+            max_share=self.max_dataset_covered,
+        )
+        self.fits[data_identifier.removeprefix(f"{self.plans_identifier}_")] = fit
+        data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
+        probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
+        schemes, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        return {
+            "data_identifier": data_identifier,
+            "preprocessor_name": self.preprocessor_name,
+            "batch_size": fit.batch_size,
+            "patch_size": list(fit.patch_size),
+            "median_image_size_in_voxels": np.array(median_shape, dtype=float),
+            "spacing": np.array(spacing, dtype=float),
+            "normalization_schemes": schemes,
+            "use_mask_for_norm": use_mask,
+            "resampling_fn_data": data.__name__,
+            "resampling_fn_seg": seg.__name__,
+            "resampling_fn_data_kwargs": data_kwargs,
+            "resampling_fn_seg_kwargs": seg_kwargs,
+            "resampling_fn_probabilities": probabilities.__name__,
+            "resampling_fn_probabilities_kwargs": probabilities_kwargs,
+            "architecture": architecture_entry(self.block, fit.patch_size),
+        }
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Write the plans whole or not at all; of an earlier file only the user's own configurations are kept."""
+        plans["configurations"].pop("2d", None)
+        plans["foreground_intensity_properties_per_channel"] = with_ct_window(
+            plans["foreground_intensity_properties_per_channel"], self._channel_names(), self.choice.card
+        )
+        fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
+        plans[BLOCK_KEY] = to_jsonable(with_reasons(self.block, fits))
+        custom, dropped = kept_configurations(self._old_plans() or {}, plans, self.block.encoder.token_size_vox)
+        plans["configurations"].update(custom)
+        for line in dropped:
+            log.warning(line)
+        recursive_fix_for_json_export(plans)
+        write_json(self._plans_file(), plans)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The pretrained weights of these plans."""
+        spacing = self.determine_fullres_target_spacing()[self.determine_transpose()[0]]
+        traits = DatasetTraits(self.dataset_name, tuple(self._channel_names()), as_spacing(spacing))
+        return choose_weights(results_folder(), traits, setting_of_environment())
+
+    @cached_property
+    def block(self) -> AutoregBlock:
+        """What the plans say about encoder, weights and recipe."""
+        transpose = self.determine_transpose()[0]
+        spacing = self.determine_fullres_target_spacing()
+        sizes_mm = np.array(self.dataset_fingerprint["shapes_after_crop"]) * np.array(self.dataset_fingerprint["spacings"])
+        task = self._task(spacing[transpose], np.median(sizes_mm / spacing, 0)[transpose])
+        return make_block(self.choice, task, self.budget, results_folder())
+
+    @cached_property
+    def _memory_of(self) -> Callable[[Size], TrainingMemory]:
+        return memory_estimator(self.block, len(self._channel_names()), len(self.dataset_json["labels"]))
+
+    def _task(self, spacing: Any, median_shape: Any) -> Task:
+        z, y, x = (float(v) for v in median_shape)
+        return Task(
+            num_cases=int(self.dataset_json["numTraining"]),
+            median_shape_vox=(z, y, x),
+            spacing_mm=as_spacing(spacing),
+            num_channels=len(self._channel_names()),
+            num_classes=len(self.dataset_json["labels"]),
+        )
+
+    def _channel_names(self) -> list[str]:
+        named = self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"]
+        return [str(name) for name in named.values()]
+
+    def _plans_file(self) -> Path:
+        return preprocessed_folder() / str(self.dataset_name) / f"{self.plans_identifier}.json"
+
+    def _old_plans(self) -> dict[str, Any] | None:
+        return read_json(self._plans_file()) if self._plans_file().is_file() else None
+
+    def _refuse_2d(self) -> None:
+        if 1 in np.median(np.array(self.dataset_fingerprint["shapes_after_crop"]), 0):
+            raise PlanError(f"{self.dataset_name} holds 2D images, and these encoders are 3D: use -pl ExperimentPlanner")
+
+    def _tell_choice(self, choice: Choice) -> None:
+        for line in choice.rejected:
+            print(f"not used: {line}")
+        for line in choice.warnings:
+            print(f"WARNING: {line}")
+        print(f"weights: {choice.card.name if choice.card else 'none'} - {choice.reason}")
+
+    def _tell_plans(self, plans: dict[str, Any]) -> None:
+        print(f"encoder: {self.block.encoder.name} - {self.block.reasons['encoder']}")
+        for name, c in plans["configurations"].items():
+            if name in self.fits:
+                patch, spacing = (" x ".join(f"{v:.4g}" for v in c[key]) for key in ("patch_size", "spacing"))
+                print(f"{name}: patch {patch}, batch {c['batch_size']}, spacing {spacing} mm - {self.fits[name].reason}")
+        r, reasons = self.block.recipe, self.block.reasons
+        print(f"length: {r.num_epochs} epochs of {r.num_iterations_per_epoch} iterations - {reasons['recipe.num_epochs']}")
+        print(f"plans: {self._plans_file()}")
+        trainer = "AutoregPretrainedTrainer" if self.block.weights else "AutoregScratchTrainer"
+        print(f"next: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {trainer} -p {self.plans_identifier} --npz")

@@ -1,0 +1,218 @@
+"""``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p AutoregPlans``: fine-tuning inside nnU-Net.
+
+What a trainer does is decided by the ``"autoreg"`` block of its plan; the names with a number only change the length.
+Validation and prediction stay nnU-Net's own, so that what is validated is what ``nnUNetv2_predict`` computes.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.nnunet_api import results_folder
+from nnunet_autoreg.transfer.block import AutoregBlock, read_block
+from nnunet_autoreg.transfer.load import Target, load_planned_encoder
+from nnunet_autoreg.transfer.network import build_network
+from nnunet_autoreg.transfer.one_line import one_line_errors
+from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
+from nnunet_autoreg.transfer.resolve import ignored_setting, setting_of_environment
+
+
+class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
+    """nnU-Net's trainer with the plan's network, optimiser and schedule."""
+
+    uses_weights = True
+    length: int | None = None
+
+    def __init__(
+        self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008
+    ):
+        with one_line_errors():
+            self.block = self._checked(plans, configuration)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        recipe = self.block.recipe
+        self.initial_lr = recipe.pretrained_rate if self.uses_weights else recipe.scratch_rate
+        self.weight_decay = recipe.weight_decay
+        self.num_epochs = self.length or recipe.num_epochs
+        self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
+        self.enable_deep_supervision = False
+        self.has_bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        if self.has_bf16:
+            self.grad_scaler = None
+        self.is_fresh_start = True
+        self.iteration = 0
+
+    @classmethod
+    def _checked(cls, plans: dict[str, Any], configuration: str) -> AutoregBlock:
+        block = read_block(plans)
+        if configuration not in plans["configurations"]:
+            known = ", ".join(plans["configurations"])
+            raise PlanError(f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: {known}")
+        if cls.uses_weights and block.weights is None:
+            twin = cls.__name__.replace("Pretrained", "Scratch")
+            raise PlanError(
+                f"{plans['plans_name']}.json was made for training from scratch (autoreg_weights=none); use '-tr {twin}', or plan "
+                "again with weights"
+            )
+        return block
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The plan's network with random weights; prediction calls this too, when the pretrained weights may be gone."""
+        with one_line_errors():
+            block = read_block(plans_manager.plans)
+            return build_network(block, configuration_manager.patch_size, num_input_channels, num_output_channels)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch: these networks have one output."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
+        """AdamW and the rate of every iteration."""
+        recipe = self.block.recipe
+        groups = parameter_groups(self.unwrapped(), recipe)
+        optimizer = make_optimizer(groups, recipe, self.initial_lr, fused=self.device.type == "cuda")
+        schedule = make_schedule(
+            recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size
+        )
+        return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
+
+    def unwrapped(self) -> nn.Module:
+        """The network itself, out of DDP and torch.compile."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        if isinstance(network, OptimizedModule):
+            network = network._orig_mod
+        return network
+
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """Continue, validate or predict from a checkpoint: pretrained weights are not needed any more."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self.is_fresh_start = False
+
+    def on_train_start(self) -> None:
+        """Load the pretrained encoder on a fresh start, on every rank; then nnU-Net's own preparations."""
+        if not self.was_initialized:
+            self.initialize()
+        if self.is_fresh_start and self.uses_weights:
+            with one_line_errors():
+                self._load_encoder()
+        super().on_train_start()
+
+    def _load_encoder(self) -> None:
+        warning = self.block.weights and ignored_setting(results_folder(), self.block.weights, setting_of_environment())
+        if warning:
+            self.print_to_log_file(f"WARNING: {warning}")
+        num_images = len(self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"])
+        target = Target(num_images, as_size(self.configuration_manager.patch_size))
+        table = load_planned_encoder(self.unwrapped(), self.block, results_folder(), target)
+        if self.local_rank == 0:
+            self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch; the rates depend on the epoch and the iteration in it alone."""
+        super().on_train_epoch_start()
+        self.iteration = 0
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step with a rate per iteration, bfloat16 where the device has it, and the recipe's gradient clip."""
+        self.lr_scheduler.step(self.current_epoch, self.iteration)
+        self.iteration += 1
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            output = self.network(data)
+            # Dice sums over millions of voxels: too many for 8 bits of mantissa.
+            loss = self.loss(output.float(), target)
+        clip_norm = self.block.recipe.clip_norm
+        if self.grad_scaler is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm)
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.device.type != "cuda":
+            return dummy_context()  # type: ignore[no-any-return]
+        return torch.autocast("cuda", dtype=torch.bfloat16 if self.has_bf16 else torch.float16)
+
+
+class AutoregPretrainedTrainer(_AutoregTrainer):
+    """Fine-tunes the plan's pretrained encoder."""
+
+
+class AutoregScratchTrainer(_AutoregTrainer):
+    """The twin from random weights: same plan, length, augmentation and steps; only its own best rate differs."""
+
+    uses_weights = False
+
+
+class AutoregPretrainedTrainer_5epochs(AutoregPretrainedTrainer):
+    """5 epochs, to see that everything runs."""
+
+    length = 5
+
+
+class AutoregPretrainedTrainer_50epochs(AutoregPretrainedTrainer):
+    """50 epochs."""
+
+    length = 50
+
+
+class AutoregPretrainedTrainer_150epochs(AutoregPretrainedTrainer):
+    """150 epochs."""
+
+    length = 150
+
+
+class AutoregPretrainedTrainer_300epochs(AutoregPretrainedTrainer):
+    """300 epochs."""
+
+    length = 300
+
+
+class AutoregScratchTrainer_5epochs(AutoregScratchTrainer):
+    """5 epochs, to see that everything runs."""
+
+    length = 5
+
+
+class AutoregScratchTrainer_50epochs(AutoregScratchTrainer):
+    """50 epochs."""
+
+    length = 50
+
+
+class AutoregScratchTrainer_150epochs(AutoregScratchTrainer):
+    """150 epochs."""
+
+    length = 150
+
+
+class AutoregScratchTrainer_300epochs(AutoregScratchTrainer):
+    """300 epochs."""
+
+    length = 300
