@@ -1,7 +1,7 @@
-"""What SimpleITK passes over in a NIfTI file: missing bytes, impossible voxel sizes, qform and sform at odds.
+"""What SimpleITK passes over in a NIfTI file: missing bytes, NaN, impossible voxel sizes, qform and sform at odds.
 
-ITK fills the missing end of a truncated NIfTI file with zeros and replaces a voxel size of zero by 1 mm, both without a word,
-so the header and the number of bytes are checked here. Source: the NIfTI-1 and NIfTI-2 header layouts.
+ITK fills the missing end of a truncated NIfTI file with zeros, replaces NaN and infinity by 0 and a voxel size of zero by 1 mm,
+all without a word, so the header and the bytes are checked here. Source: the NIfTI-1 and NIfTI-2 header layouts.
 """
 
 import gzip
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+import numpy as np
+
 from nnunet_autoreg.errors import ScanError
 
 GZIP_MAGIC = b"\x1f\x8b"
 COMPLEX_DATATYPES = (32, 1792, 2048)
+FLOAT_DATATYPES = {16: "f4", 64: "f8"}
+PIECE_BYTES = 1 << 22
 # From 3 on (Talairach, MNI, template) the sform is a registration, and may scale; the qform keeps the scanner's geometry.
 REGISTERED_SFORM = 3
 MAX_SCALE_DISAGREEMENT = 0.02
@@ -25,6 +29,7 @@ MAX_SCALE_DISAGREEMENT = 0.02
 class NiftiHeader:
     """The header fields that are checked. ``sform_scales`` are the lengths of the affine's columns, in file units."""
 
+    byte_order: str
     dims: tuple[int, ...]
     datatype: int
     bits: int
@@ -39,7 +44,8 @@ def check_nifti(path: Path) -> None:
     """Check a NIfTI file's header and length.
 
     Raises:
-        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip), ``complex``, ``spacing``, ``direction``.
+        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip), ``complex``, ``spacing``, ``direction``,
+            ``nonfinite``.
     """
     with path.open("rb") as handle:
         compressed = handle.read(2) == GZIP_MAGIC
@@ -50,7 +56,11 @@ def check_nifti(path: Path) -> None:
             head = stream.read(540)
             header = parse_header(head)
             _check_header(header)
-            _check_length(header, len(head) + _drain(stream) if compressed else path.stat().st_size)
+            num_bytes, num_bad = _read_through(stream, head, header)
+        _check_length(header, num_bytes)
+        if num_bad:
+            total = math.prod(header.dims)
+            raise ScanError("nonfinite", f"{num_bad} of {total} voxels are NaN or infinite; repair or leave out the scan")
     except EOFError as error:
         raise ScanError("unreadable", "truncated: the gzip stream ends early; copy the file again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -61,11 +71,22 @@ def _opened(path: Path, compressed: bool) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if compressed else path.open("rb")
 
 
-def _drain(stream: IO[bytes]) -> int:
-    count = 0
-    while piece := stream.read(1 << 20):
-        count += len(piece)
-    return count
+def _read_through(stream: IO[bytes], head: bytes, header: NiftiHeader) -> tuple[int, int]:
+    """(bytes in all, voxels that are NaN or infinite) of a stream whose first bytes, ``head``, were taken already."""
+    num_bytes, num_bad, rest = len(head), 0, head
+    to_skip = max(header.offset, 0)
+    dtype = np.dtype(header.byte_order + FLOAT_DATATYPES.get(header.datatype, "u1"))
+    while rest:
+        skipped = min(to_skip, len(rest))
+        to_skip, rest = to_skip - skipped, rest[skipped:]
+        whole = len(rest) // dtype.itemsize * dtype.itemsize
+        if dtype.kind == "f":
+            values = np.frombuffer(rest[:whole], dtype)
+            num_bad += int(values.size - np.isfinite(values).sum())
+        piece = stream.read(PIECE_BYTES)
+        num_bytes += len(piece)
+        rest = rest[whole:] + piece if piece else b""
+    return num_bytes, num_bad
 
 
 def parse_header(head: bytes) -> NiftiHeader:
@@ -112,7 +133,7 @@ def _parse(head: bytes, order: str, layout: _Layout) -> NiftiHeader:
     x, y, z = read(layout.pixdim)[1:4]
     start = read(layout.offset)[0]
     return NiftiHeader(
-        dims=tuple(sizes[:count]) if 1 <= count <= 7 else (),
+        byte_order=order, dims=tuple(sizes[:count]) if 1 <= count <= 7 else (),
         datatype=int(read(layout.datatype)[0]), bits=int(read(layout.bits)[0]),
         offset=int(start) if math.isfinite(start) else 0, pixdim=(x, y, z), qform_code=qform, sform_code=sform,
         sform_scales=(scales[0], scales[1], scales[2]),
