@@ -94,11 +94,11 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def unwrapped(self) -> nn.Module:
         """The network itself, out of DDP and torch.compile."""
-        network = self.network
+        network: nn.Module = self.network
         if isinstance(network, DistributedDataParallel):
             network = network.module
         if isinstance(network, OptimizedModule):
-            network = network._orig_mod
+            return network._orig_mod
         return network
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
