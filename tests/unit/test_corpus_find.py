@@ -1,0 +1,146 @@
+"""Finding scans: nnU-Net datasets, plain folders, and a row for whatever is left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nnunet_autoreg.corpus.find import Candidate, find_scans, natural_key
+from nnunet_autoreg.errors import UsageError
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def make_dataset(root: Path, name: str = "Dataset007_Brain", cases: int = 2) -> Path:
+    folder = root / name
+    for case in range(1, cases + 1):
+        for channel in range(2):
+            touch(folder / "imagesTr" / f"b_{case}_{channel:04d}.nii.gz")
+        touch(folder / "labelsTr" / f"b_{case}.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1", "1": "CT"}, "file_ending": ".nii.gz"}))
+    return folder
+
+
+def scans(found: list[Candidate]) -> list[str]:
+    return [c.id for c in found if not c.status]
+
+
+def left_out(found: list[Candidate]) -> dict[str, str]:
+    return {c.id: c.status for c in found if c.status}
+
+
+def test_every_channel_of_a_dataset_is_a_scan_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(make_dataset(tmp_path) / "imagesTs" / "b_9_0000.nii.gz")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    found = find_scans(["7"], [])
+    assert scans(found) == [f"Dataset007_Brain/b_{n}" for n in ("1_0000", "1_0001", "2_0000", "2_0001", "9_0000")]
+    assert [(c.case, c.channel) for c in found[:2]] == [("b_1", "T1"), ("b_1", "CT")]
+    assert left_out(found) == {"Dataset007_Brain/labelsTr": "labels"}
+
+
+def test_labels_are_never_taken_when_a_parent_of_datasets_is_given(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    make_dataset(tmp_path, "Dataset008_Other", 1)
+    found = find_scans([], [tmp_path])
+    assert len(scans(found)) == 6
+    assert {c.path.parent.name for c in found if not c.status} == {"imagesTr"}
+
+
+@pytest.mark.parametrize(("part", "num"), [("imagesTr", 4), ("labelsTr", 0), (".", 4)])
+def test_a_part_of_a_dataset_is_recognised(tmp_path: Path, part: str, num: int) -> None:
+    assert len(scans(find_scans([], [make_dataset(tmp_path) / part]))) == num
+
+
+def test_a_file_reached_twice_is_one_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_dataset(tmp_path / "raw")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "again.nii.gz").symlink_to(folder / "imagesTr" / "b_1_0000.nii.gz")
+    found = find_scans(["Dataset007_Brain"], [tmp_path / "raw", folder, tmp_path / "links", tmp_path / "links"])
+    assert len(scans(found)) == 4
+
+
+def test_the_file_list_of_a_dataset_json_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Dataset007_Brain"
+    folder.mkdir()
+    touch(tmp_path / "elsewhere" / "x.nii.gz")
+    data = {"channel_names": {"0": "T1"}, "dataset": {"p1": {"images": ["../elsewhere/x.nii.gz"], "label": "y.nii.gz"}}}
+    (folder / "dataset.json").write_text(json.dumps(data))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert [(c.id, c.case, c.channel) for c in find_scans(["7"], [])] == [("Dataset007_Brain/p1_0000", "p1", "T1")]
+
+
+def test_plain_folders_are_searched_deeply_in_natural_order_with_any_case_of_ending(tmp_path: Path) -> None:
+    names = ("s10.nii.gz", "s2.NII.GZ", "deep er/ü/s1.Nrrd", "a.mha", "b.mhd")
+    for name in (*names, "b.raw", "notes.txt", "c.json", "README"):
+        touch(tmp_path / "pool" / name)
+    found = find_scans([], [tmp_path / "pool"])
+    assert scans(found) == ["pool/a", "pool/b", "pool/s2", "pool/s10", "pool/deep er/ü/s1"]
+    assert left_out(found) == {"pool/(other files)": "ignored"}
+    assert found[-1].reason == "no image endings: 1 without ending, 1 .json, 1 .txt"
+
+
+def test_hidden_files_get_a_row_each(tmp_path: Path) -> None:
+    touch(tmp_path / "pool" / "._x.nii.gz")
+    touch(tmp_path / "pool" / ".cache" / "y.nii.gz")
+    assert left_out(find_scans([], [tmp_path / "pool"])) == {"pool/._x.nii.gz": "hidden", "pool/.cache": "hidden"}
+
+
+def test_link_loops_end_and_are_reported(tmp_path: Path) -> None:
+    touch(tmp_path / "pool" / "sub" / "x.nii.gz")
+    (tmp_path / "pool" / "sub" / "up").symlink_to(tmp_path / "pool")
+    found = find_scans([], [tmp_path / "pool"])
+    assert scans(found) == ["pool/sub/x"] and left_out(found) == {"pool/sub/up": "link"}
+
+
+def test_dicom_is_counted_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    touch(tmp_path / "pool" / "a" / "1.dcm")
+    touch(tmp_path / "pool" / "a" / "2.DCM")
+    nameless = touch(tmp_path / "pool" / "b" / "IM0001")
+    nameless.write_bytes(b"\0" * 128 + b"DICM")
+    found = find_scans([], [tmp_path / "pool"])
+    assert left_out(found) == {"pool/(DICOM)": "dicom"}
+    assert found[0].reason.startswith("3 DICOM files in 2 folders") and "dcm2niix" in found[0].reason
+
+
+def test_ids_stay_unique_when_names_meet(tmp_path: Path) -> None:
+    for name in ("one/pool/x.nii.gz", "one/pool/x.nii", "two/pool/x.nii.gz"):
+        touch(tmp_path / name)
+    assert scans(find_scans([], [tmp_path / "one" / "pool", tmp_path / "two" / "pool"])) == ["pool/x", "pool/x#2", "pool/x#3"]
+
+
+def test_a_single_file_may_be_given(tmp_path: Path) -> None:
+    touch(tmp_path / "pool" / "other.nii.gz")
+    assert scans(find_scans([], [touch(tmp_path / "pool" / "x.nii.gz")])) == ["pool/x"]
+
+
+def test_a_missing_folder_is_refused_with_a_close_match(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(UsageError, match="did you mean 'scans'"):
+        find_scans([], [tmp_path / "scan"])
+
+
+def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    try:
+        (folder / b"sch\xe4del.nii.gz".decode("utf-8", "surrogateescape")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    found = find_scans([], [folder])
+    assert found[0].status == "unreadable" and found[0].id.encode("utf-8")
+
+
+def test_natural_order_counts_numbers() -> None:
+    assert sorted(["s10", "s9", "S1", "t"], key=natural_key) == ["S1", "s9", "s10", "t"]
+
+
+def test_a_damaged_dataset_json_is_named(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path)
+    (folder / "dataset.json").write_text("{")
+    with pytest.raises(UsageError, match=r"dataset\.json"):
+        find_scans([], [folder])

@@ -1,0 +1,218 @@
+"""The index: one row per scan, copies and exclusions sorted out, the modality decided, Hounsfield samples pooled."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_autoreg.corpus import intensity
+from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.index import Index, content_hash, index_scans, read_exclude, read_index, write_index
+from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.nnunet_api import RawScan
+
+
+def mr(seed: int) -> Any:
+    return np.random.default_rng(seed).integers(1, 1000, (16, 18, 20)).astype(np.int16)
+
+
+def ct(seed: int = 0) -> Any:
+    """Air around a body of 24 x 24 voxels at about 40 HU, with a lung at -800 inside."""
+    rng = np.random.default_rng(seed)
+    array = rng.normal(-1000, 5, (12, 32, 32))
+    array[:, 4:28, 4:28] = rng.normal(40, 5, (12, 24, 24))
+    array[:, 10:18, 10:18] = rng.normal(-800, 5, (12, 8, 8))
+    return np.clip(array, -1024, None).astype(np.int16)
+
+
+def save(path: Path, array: Any, spacing: tuple[float, float, float] = (1.0, 1.0, 2.0)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    SimpleITK.WriteImage(image, str(path))
+    return path
+
+
+def make_index(folder: Path, exclude: set[str] | None = None, num_workers: int = 1, modality: str | None = None) -> Index:
+    return index_scans(find_scans([], [folder]), exclude or set(), num_workers, modality)
+
+
+def statuses(index: Index) -> dict[str, str]:
+    return {row.case: row.status for row in index.rows}
+
+
+def test_a_row_holds_what_the_scan_is(tmp_path: Path) -> None:
+    array = mr(0)
+    array[:4] = 0
+    save(tmp_path / "pool" / "a.nii.gz", array)
+    row = make_index(tmp_path / "pool").rows[0]
+    assert (row.id, row.status, row.reason, row.modality) == ("pool/a", "ok", "", "MR")
+    assert (row.shape_vox, row.spacing_mm, row.cropped_shape_vox) == ((16, 18, 20), (2.0, 1.0, 1.0), (12, 18, 20))
+    assert row.source == str(tmp_path / "pool" / "a.nii.gz") and len(row.content_hash) == 64
+
+
+def test_the_same_scan_in_another_format_and_type_is_a_duplicate_of_the_first(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    save(tmp_path / "pool" / "b.mha", mr(0).astype(np.float32))
+    save(tmp_path / "pool" / "c.nrrd", mr(0), (1.5, 1.0, 2.0))
+    index = make_index(tmp_path / "pool")
+    assert statuses(index) == {"a": "ok", "b": "duplicate", "c": "ok"}
+    assert "pool/a" in index.rows[1].reason
+
+
+def test_the_hash_ignores_the_sign_of_zero_but_not_the_shape() -> None:
+    zeros = np.zeros((1, 2, 3, 4), np.float32)
+    first = content_hash(RawScan(zeros, (1.0, 1.0, 1.0)))
+    assert content_hash(RawScan(-zeros, (1.0, 1.0, 1.00000001))) == first
+    assert content_hash(RawScan(zeros.reshape(1, 4, 3, 2), (1.0, 1.0, 1.0))) != first
+
+
+@pytest.mark.parametrize("name", ["a", "pool/a", "a.nii.gz", "{folder}/a.nii.gz", "{folder}"])
+def test_scans_are_excluded_by_case_id_file_or_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "pool"
+    save(folder / "a.nii.gz", mr(0))
+    assert statuses(make_index(folder, {name.format(folder=folder)})) == {"a": "excluded"}
+
+
+def test_a_copy_of_an_excluded_scan_is_excluded_too_wherever_the_original_lies(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    save(tmp_path / "pool" / "b.nii.gz", mr(1))
+    save(tmp_path / "pool" / "c.nii.gz", mr(2))
+    save(tmp_path / "pool" / "zz_test.nii.gz", mr(0))
+    outside = save(tmp_path / "test" / "t.mha", mr(1))
+    index = make_index(tmp_path / "pool", {"zz_test", str(outside)})
+    assert statuses(index) == {"a": "excluded", "b": "excluded", "c": "ok", "zz_test": "excluded"}
+    assert "zz_test" in index.rows[0].reason and str(outside) in index.rows[1].reason
+
+
+def test_an_exclusion_that_matches_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "pool" / "case1.nii.gz", mr(0))
+    make_index(tmp_path / "pool", {"case11"})
+    assert "'case11'; did you mean 'case1'" in caplog.text
+
+
+def test_bad_files_get_rows_and_the_others_go_on(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    (tmp_path / "pool" / "b.nii.gz").write_text("text")
+    save(tmp_path / "pool" / "c.nii.gz", np.full((16, 16, 16), 3, np.int16))
+    index = make_index(tmp_path / "pool")
+    assert statuses(index) == {"a": "ok", "b": "unreadable", "c": "constant"}
+    assert [row.id for row in index.usable] == ["pool/a"]
+
+
+def test_a_file_that_vanishes_between_finding_and_reading_is_a_row(tmp_path: Path) -> None:
+    path = save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    candidates = find_scans([], [tmp_path / "pool"])
+    path.unlink()
+    row = index_scans(candidates, set(), 1).rows[0]
+    assert row.status == "unreadable" and "vanished" in row.reason
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    for n in range(3):
+        save(tmp_path / "pool" / f"{n}.nii.gz", ct(n))
+    one, two = make_index(tmp_path / "pool"), make_index(tmp_path / "pool", num_workers=2)
+    assert one.rows == two.rows
+    np.testing.assert_array_equal(one.ct_samples_hu, two.ct_samples_hu)
+
+
+def test_a_dying_worker_is_a_clear_error() -> None:
+    with pytest.raises(AutoregError, match="fewer workers"):
+        list(parallel_map(os._exit, [1, 1, 1], 2, "testing"))
+
+
+@pytest.mark.parametrize(("channel", "modality"), [("CT", "CT"), ("ct", "CT"), ("T1", "MR"), ("MRI", "MR"), ("PET", "PET")])
+def test_the_channel_name_of_a_dataset_decides_the_modality(channel: str, modality: str) -> None:
+    assert intensity.modality_of(channel, mr(0).astype(np.float32))[0] == modality
+
+
+def test_without_a_name_hounsfield_like_values_are_ct(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", ct())
+    save(tmp_path / "pool" / "b.nii.gz", mr(0))
+    rows = make_index(tmp_path / "pool").rows
+    assert [row.modality for row in rows] == ["CT", "MR"]
+    assert rows[0].modality_rule == "values look like Hounsfield units"
+
+
+def test_a_signed_phase_image_is_not_ct() -> None:
+    phase = np.random.default_rng(0).integers(-4096, 4096, (16, 32, 32)).astype(np.float32)
+    assert not intensity.looks_like_hounsfield(phase)
+    assert intensity.looks_like_hounsfield(ct().astype(np.float32))
+
+
+def test_the_user_may_name_the_modality(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", ct())
+    index = make_index(tmp_path / "pool", modality="mr")
+    assert (index.rows[0].modality, index.rows[0].modality_rule, index.ct_samples_hu.size) == ("MR", "--modality", 0)
+
+
+def test_real_scans_get_their_true_modality_from_values_alone(shared_data: Path) -> None:
+    from nnunet_autoreg.nnunet_api import read_scan
+
+    raw = shared_data / "nnUNet_raw"
+    for dataset in sorted(raw.iterdir()):
+        array = read_scan(min((dataset / "imagesTr").iterdir())).array_CZYX[0]
+        assert intensity.looks_like_hounsfield(array) == (dataset.name == "Dataset052_SarcomaCT")
+    assert intensity.looks_like_hounsfield(read_scan(shared_data / "nifti" / "example_ct.nii.gz").array_CZYX[0])
+
+
+def test_the_body_holds_its_lung_and_not_the_air_around_it() -> None:
+    body = intensity.body_mask(ct().astype(np.float32))
+    assert int(body.sum()) == 12 * 24 * 24
+    assert body[0, 12, 12] and not body[0, 0, 0]
+
+
+def test_the_window_comes_from_inside_the_body_alone(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", ct(0))
+    save(tmp_path / "pool" / "b.nii.gz", ct(1))
+    save(tmp_path / "pool" / "c.nii.gz", ct(1), (1.0, 1.0, 2.0))
+    samples = make_index(tmp_path / "pool").ct_samples_hu
+    assert samples.shape == (20_000,)
+    window = intensity.window_of(samples)
+    assert window is not None
+    assert abs(window.median - 40) < 2 and -840 < window.percentile_00_5 < -780
+    assert intensity.window_of(np.zeros(0, np.float32)) is None
+
+
+def test_the_index_survives_its_file(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "ä, \"quoted\".nii.gz", mr(0), (0.1, 0.333333333, 2.0))
+    (tmp_path / "pool" / "b.nii.gz").write_bytes(b"")
+    rows = make_index(tmp_path / "pool").rows
+    write_index(tmp_path / "run" / "scans.csv", rows)
+    assert read_index(tmp_path / "run" / "scans.csv") == rows
+    header = (tmp_path / "run" / "scans.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert {"id", "source", "status", "reason"} <= set(header)
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scans.csv").write_text("id,what\n1,2\n")
+    with pytest.raises(UsageError, match="no index of scans"):
+        read_index(tmp_path / "scans.csv")
+
+
+def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
+    text, ids, splits = tmp_path / "a.txt", tmp_path / "b.json", tmp_path / "splits_final.json"
+    text.write_text("# test scans\ncase 1  # the first\n\n/data/ä.nii.gz\nx#2\n", encoding="utf-8")
+    assert read_exclude(text) == {"case 1", "/data/ä.nii.gz", "x#2"}
+    ids.write_text('["p1", "p2"]')
+    assert read_exclude(ids) == {"p1", "p2"}
+    splits.write_text(json.dumps([{"train": ["a", "b"], "val": ["c"], "test": ["d"]}, {"train": ["c", "b"], "val": ["a"]}]))
+    assert read_exclude(splits) == {"c", "d"}
+
+
+def test_an_exclusion_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"x": 1}')
+    with pytest.raises(UsageError, match="neither a list of ids nor splits"):
+        read_exclude(tmp_path / "a.json")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_exclude(tmp_path / "gone.txt")
+
+
+def test_left_out_candidates_pass_through_unread(tmp_path: Path) -> None:
+    row = index_scans([Candidate("x/y", tmp_path / "y", "x", "", status="dicom", reason="3 files")], set(), 1).rows[0]
+    assert (row.status, row.reason, row.shape_vox) == ("dicom", "3 files", None)
