@@ -115,7 +115,7 @@ def resampled_shape(shape_vox: Sequence[int], spacing_mm: Sequence[float], targe
     return (z, y, x)
 
 
-def crop_resample_normalise(  # noqa: PLR0917
+def crop_resample_normalise(
     array_CZYX: npt.NDArray[Any],
     spacing_mm: Sequence[float],
     target_spacing_mm: Sequence[float],

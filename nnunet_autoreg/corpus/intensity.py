@@ -19,6 +19,8 @@ def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
         if looks_like_hounsfield(array_ZYX):
             return "CT", "values look like Hounsfield units"
         return "MR", "values do not look like Hounsfield units"
+    if name == "CT" and float(array_ZYX.min()) >= 0:
+        return name, "dataset.json, though no value is negative: are these Hounsfield units?"
     if name == "CT" or name in NOT_MR:
         return name, "dataset.json"
     return "MR", f"dataset.json: channel '{channel}' is not CT"

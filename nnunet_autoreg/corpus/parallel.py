@@ -25,12 +25,15 @@ def parallel_map(function: Callable[[In], Out], items: Sequence[In], num_workers
     if num_workers <= 1 or len(items) <= 1:
         yield from tqdm(map(function, items), total=len(items), desc=title, unit="scan", disable=None)
         return
+    num_done = 0
     pool = ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn"))
     try:
-        yield from tqdm(pool.map(function, items), total=len(items), desc=title, unit="scan", disable=None)
+        for result in tqdm(pool.map(function, items), total=len(items), desc=title, unit="scan", disable=None):
+            num_done += 1
+            yield result
     except BrokenProcessPool as error:
         raise AutoregError(
-            f"{title}: a worker process died, most likely for want of memory; run the same line again with fewer workers "
-            f"(now {num_workers})") from error
+            f"{title}: a worker process died after {num_done} of {len(items)} scans, most likely for want of memory; run the same "
+            f"line again with fewer workers (now {num_workers})") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -165,7 +165,7 @@ def _make_case(root: Path, task: Task) -> None:
     new_shape = resampled_shape(shape, spacing, task.spacing_mm)
     if min(new_shape) < 1:
         raise ScanError("spacing", f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm")
-    check_memory(new_shape)
+    check_memory(max(new_shape, shape, key=volume))
     scan = load_scan(Path(task.row.source))
     if content_hash(scan) != task.row.content_hash:
         raise ScanError("changed", f"{task.row.source} changed after it was checked; run the same line again")

@@ -122,13 +122,17 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dying_worker_is_a_clear_error() -> None:
-    with pytest.raises(AutoregError, match="fewer workers"):
+    with pytest.raises(AutoregError, match="after 0 of 3 scans.*fewer workers"):
         list(parallel_map(os._exit, [1, 1, 1], 2, "testing"))
 
 
 @pytest.mark.parametrize(("channel", "modality"), [("CT", "CT"), ("ct", "CT"), ("T1", "MR"), ("MRI", "MR"), ("PET", "PET")])
 def test_the_channel_name_of_a_dataset_decides_the_modality(channel: str, modality: str) -> None:
     assert intensity.modality_of(channel, mr(0).astype(np.float32))[0] == modality
+
+
+def test_a_ct_without_negative_values_is_questioned() -> None:
+    assert "Hounsfield units?" in intensity.modality_of("CT", mr(0).astype(np.float32))[1]
 
 
 def test_without_a_name_hounsfield_like_values_are_ct(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_few_slices_pass_and_fewer_than_four_do_not(tmp_path: Path) -> None:
 def test_a_volume_beyond_memory_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "_memory_bytes", lambda: 8 * 2**30)
     read.check_memory((512, 512, 500))
-    with pytest.raises(ScanError, match="need about 24 GiB of memory, this machine has 8") as caught:
+    with pytest.raises(ScanError, match="need about 48 GiB of memory, this machine has 8") as caught:
         read.check_memory((1024, 1024, 1024))
     assert caught.value.status == "huge"
 
