@@ -202,7 +202,8 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
     if not path or not isinstance(node, dict) or leaf not in node or path[0] in ("reasons", "request"):
-        raise PlanError(f"--set {key}: there is no such setting; {did_you_mean(key, known)}")
+        same_leaf = [name for name in known if name.endswith(f".{key}")]
+        raise PlanError(f"--set {key}: there is no such setting; {did_you_mean((same_leaf or [key])[0], known)}")
     node[leaf] = value
 
 

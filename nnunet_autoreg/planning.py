@@ -101,7 +101,8 @@ def choose_batch(encoder: EncoderSize, hardware: Hardware, bytes_fixed: float, b
         return 8, f"device {hardware.device}: small steps"
     room = 0.8 * hardware.memory_gib * 2**30 - bytes_fixed
     batch = int(min(max(room // bytes_per_crop, 1), 64))
-    return batch, f"{bytes_per_crop / 2**30:.2f} GiB a crop beside {bytes_fixed / 2**30:.2f} GiB, within 80 % of {hardware.memory_gib:.0f} GiB"
+    crop_gib, fixed_gib = bytes_per_crop / 2**30, bytes_fixed / 2**30
+    return batch, f"{crop_gib:.2f} GiB a crop beside {fixed_gib:.2f} GiB, within 80 % of {hardware.memory_gib:.0f} GiB"
 
 
 def make_plan(
@@ -119,7 +120,7 @@ def make_plan(
     crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, encoder.token_size, min(encoder.max_crop_vox, MAX_PRETRAIN_VOX))
     batch, why_batch = choose_batch(encoder, hardware, *memory_of(encoder, crop)) if batch_size is None else (batch_size, BY_USER)
     steps, why_steps = choose_length(pool, volume(crop), batch) if num_steps is None else (num_steps, BY_USER)
-    interval = max(1, min(1000, steps // 20))
+    interval = min(steps, max(25, min(1000, steps // 20)))
     return Plan(
         name=name,
         data=DataPlan(pool.spacing_mm, pool.ct_window),
@@ -132,7 +133,8 @@ def make_plan(
         reasons={
             "data.spacing_mm": f"median of {pool.num_scans} scans, coarsest axis first",
             "encoder.name": why_encoder,
-            "sequence.crop_size_vox": f"median scan of {list(pool.median_shape_vox)} voxels in whole tokens, at most {encoder.max_crop_vox}",
+            "sequence.crop_size_vox": f"median scan of {list(pool.median_shape_vox)} voxels in whole tokens, at most "
+            f"{min(encoder.max_crop_vox, MAX_PRETRAIN_VOX)} voxels",
             "optim.batch_size": why_batch,
             "optim.num_steps": why_steps,
             "optim.lr": f"the usual rate of {encoder.name}",

@@ -16,7 +16,8 @@ def parser() -> argparse.ArgumentParser:
         "preprocesses, trains and leaves weights that nnUNetv2_plan_and_preprocess -pl AutoregPlanner picks up. "
         "The same line typed again continues where it stopped.",
     )
-    p.add_argument("-d", nargs="+", default=[], metavar="ID", help="nnU-Net raw datasets (4 or Dataset004_Name): images only, every channel a scan")
+    p.add_argument("-d", nargs="+", default=[], metavar="ID",
+                   help="nnU-Net raw datasets (4 or Dataset004_Name): images only, every channel a scan")
     p.add_argument("-i", nargs="+", default=[], metavar="FOLDER", help="folders with NIfTI, NRRD or MetaImage scans, searched recursively")
     p.add_argument("--name", required=True, help="name of the run: results go to $nnUNet_results/autoreg_pretraining/NAME")
     p.add_argument("--encoder", default="auto", choices=["auto", *ENCODERS], help="default: chosen by device, image size and memory")
@@ -70,5 +71,5 @@ def main(argv: list[str] | None = None) -> int:
                    "then type the same line without --dry-run")
         return 0
     dataset = args.d[0] if args.d else "ID"
-    print_next(f"nnUNetv2_plan_and_preprocess -d {dataset} -pl AutoregPlanner -c 3d_fullres")
+    print_next(f"nnUNetv2_plan_and_preprocess -d {dataset} -pl AutoregPlanner")
     return 0

@@ -4,7 +4,7 @@ Shape suffixes: B samples, T tokens, V width, P voxels of a token (channels incl
 """
 
 import torch
-from timm.layers import apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,7 +34,8 @@ class CrossLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def _heads(self, x_BTV: Tensor) -> Tensor:
-        return x_BTV.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        B, T, V = x_BTV.shape
+        return x_BTV.reshape(B, T, self.num_heads, V // self.num_heads).transpose(1, 2)
 
     def forward(self, query_BTV: Tensor, token_BTV: Tensor, mask_B1QS: Tensor, rope: Tensor | None) -> Tensor:
         """Updated queries (B, T, V)."""

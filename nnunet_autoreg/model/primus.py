@@ -79,8 +79,8 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, primus: nn.Module, token_size: Size, block_size: Size):
         super().__init__()
-        primus.up_projection = nn.Identity()
-        self.primus = primus
+        self.primus: Any = primus
+        self.primus.up_projection = nn.Identity()
         self.token_size = token_size
         self.block_size = block_size
 

@@ -87,7 +87,9 @@ class Autoregressive:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.module = AutoregressiveModel(plan)
+        self.model = AutoregressiveModel(plan)
+        self.module: nn.Module = self.model
+        self.network: nn.Module = self.model.encoder.primus
 
     def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
         """One spatial sequence from a case chosen uniformly; held-out samples take fixed prefixes, so that errors compare."""
@@ -97,7 +99,7 @@ class Autoregressive:
         if purpose != HELDOUT:
             return sample
         share = HELDOUT_PREFIXES[ids[0] % len(HELDOUT_PREFIXES)]
-        return replace(sample, prefix=max(1, int(share * self.module.num_blocks)))
+        return replace(sample, prefix=max(1, int(share * self.model.num_blocks)))
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Squared error over the supervised real voxels, in float32.
@@ -109,10 +111,10 @@ class Autoregressive:
         valid_BT = real_BTP.any(dim=-1)
         target_BTP = normalised_target(voxels_BTP, real_BTP, self.plan.objective.variance_floor)
         weight_BTP = (supervised_tokens(batch.ranks, batch.prefix, valid_BT)[:, :, None] & real_BTP).float()
-        predicted_BTP = self.module(batch, valid_BT).float()
+        predicted_BTP = self.model(batch, valid_BT).float()
         trivial = {}
         if references:
-            previous_BTP = self.module.shift(target_BTP, block_order(batch.ranks))
+            previous_BTP = self.model.shift(target_BTP, block_order(batch.ranks))
             trivial = {"mean": _error(torch.zeros_like(target_BTP), target_BTP, weight_BTP),
                        "copy": _error(previous_BTP, target_BTP, weight_BTP)}
         return LossTerms(_error(predicted_BTP, target_BTP, weight_BTP), weight_BTP.sum(), trivial)
@@ -127,11 +129,11 @@ class Autoregressive:
 
     def transferable_state(self) -> dict[str, Tensor]:
         """Encoder weights under the downstream network's keys."""
-        return self.module.encoder.transferable_state()
+        return self.model.encoder.transferable_state()
 
     def adaptation(self) -> Adaptation:
         """Where fine-tuning finds the parts that it may have to adapt."""
-        return self.module.encoder.adaptation()
+        return self.model.encoder.adaptation()
 
 
 def _error(predicted_BTP: Tensor, target_BTP: Tensor, weight_BTP: Tensor) -> Tensor:

@@ -29,9 +29,15 @@ class LossTerms:
 
 
 class Objective(Protocol):
-    """A pretraining task: how samples are drawn, what is computed on them, what transfers."""
+    """A pretraining task: how samples are drawn, what is computed on them, what transfers.
+
+    Attributes:
+        module: everything that is trained.
+        network: the part of it that carries the encoder under the downstream keys.
+    """
 
     module: nn.Module
+    network: nn.Module
 
     def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
         """Draw one sample for ``TRAINING`` or ``HELDOUT``; everything random comes from (run seed, purpose, ids)."""

@@ -38,7 +38,7 @@ class Progress:
     best_error: float = math.inf
 
 
-class Interrupted(AutoregError):
+class InterruptedRunError(AutoregError):
     """The user or the cluster asked the run to stop; its state was saved."""
 
     exit_code = 130
@@ -73,7 +73,7 @@ class Trainer:
         """Train from the latest checkpoint, or from the start, to the plan's last step.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the state is saved.
+            InterruptedRunError: SIGINT or SIGTERM came; the state is saved.
             AutoregError: the loss is not finite.
         """
         self._resume()
@@ -101,7 +101,7 @@ class Trainer:
                     self._save(checkpoint.LATEST_NAME)
                     draw_progress(metrics.path, self.folder / "progress.png")
                 if stop and self.progress.step < optim.num_steps:
-                    raise Interrupted(
+                    raise InterruptedRunError(
                         f"stopped after step {self.progress.step} of {optim.num_steps}; the state is saved: "
                         "type the same line again to continue"
                     )
@@ -124,7 +124,7 @@ class Trainer:
         with self._autocast():
             terms = self.objective.loss(batch)
         loss = terms.total / terms.count.clamp(min=1)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
         self.optimizer.step()
         self.objective.after_step(step)
@@ -151,8 +151,8 @@ class Trainer:
         for batch in self.heldout:
             with self._autocast():
                 terms = self.objective.loss(batch.to(self.device), references=True)
-            for name, value in {"error": terms.total, "count": terms.count, **terms.references}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            for name, term in {"error": terms.total, "count": terms.count, **terms.references}.items():
+                sums[name] = sums.get(name, 0.0) + float(term)
         count = max(sums.pop("count"), 1.0)
         for name, value in sums.items():
             metrics.log(step, f"heldout_{name}", value / count, "squared error")
@@ -184,13 +184,15 @@ class Trainer:
             torch.set_rng_state(content["torch_rng"])
             self.progress = Progress(int(content["step"]), float(content["best_error"]))
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not belong to this plan ({str(error).splitlines()[0]}); move it away to start over") from error
+            why = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} does not belong to this plan ({why}); move it away to start over") from error
         log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: decay on matrices and kernels, none on norms, biases, LayerScale and position tables."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         is_table = name.rsplit(".", 1)[-1] in ("pos_embed", "position", "member")
         (plain if parameter.ndim < 2 or is_table else decayed).append(parameter)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.corpus.find import find_scans
@@ -16,7 +17,7 @@ from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import ScanRow, index_scans, read_exclude, read_index, write_index
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
+from nnunet_autoreg.model.card import read_card, verify_weights
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan, check, override
 from nnunet_autoreg.planning import Hardware, Pool, make_plan
@@ -33,7 +34,12 @@ from nnunet_autoreg.pretrain.folder import (
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.store.store import Store
 
+if TYPE_CHECKING:
+    from torch import nn
+
 log = logging.getLogger(__name__)
+
+INIT_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
     torch.manual_seed(plan.run.seed)
     objective = build_objective(plan)
-    start_from(objective.module, plan)
+    start_from(objective.network, plan)
     cases = {row.id: store.open(keys[row.id]) for row in rows}
     trainer = Trainer(
         plan, folder, objective, [cases[row.id] for row in training], [cases[row.id] for row in heldout],
@@ -120,16 +126,23 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
     export_encoder(folder, plan, objective, rows, licences(rows))
 
 
-def start_from(module: object, plan: Plan) -> None:
-    """Load the weights that ``--init`` named into the fresh encoder."""
+def start_from(network: "nn.Module", plan: Plan) -> None:
+    """Load the weights that ``--init`` named into the fresh encoder.
+
+    Raises:
+        WeightsError: they are damaged, or of another encoder.
+    """
     source = plan.request.get("init")
     if not source:
         return
-    from nnunet_autoreg.transfer.load import load_encoder
+    from nnunet_autoreg.transfer.load import Target, load_encoder
 
     weights = Path(str(source))
-    table = load_encoder(module.encoder.primus, weights, read_card(weights.parent))  # type: ignore[attr-defined]
-    log.info("start from %s\n%s", weights, table)
+    card = read_card(weights.parent)
+    verify_weights(weights, card.sha256)
+    table = load_encoder(network, weights, card, Target(card.num_input_channels, plan.sequence.crop_size_vox), INIT_SHARE)
+    for line in table.lines():
+        log.info(line)
 
 
 def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[ScanRow], list[ScanRow]]:

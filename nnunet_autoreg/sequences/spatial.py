@@ -55,13 +55,13 @@ def _draw_axes(plan: Plan, generator: np.random.Generator) -> Size:
     size, spacing = plan.sequence.crop_size_vox, plan.data.spacing_mm
     wish = generator.permutation(3)
     equal = all(size[i] == size[j] and abs(spacing[i] / spacing[j] - 1) < 0.01 for i, j in enumerate(wish))
-    return as_size(wish) if equal else as_size((0, 1, 2))
+    return as_size(wish.tolist()) if equal else as_size((0, 1, 2))
 
 
 def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:
     """Read the crop that was drawn and transform it."""
     voxels, real = case.read_padded(drawn.start, plan.sequence.crop_size_vox)
     flipped = tuple(axis for axis, flip in enumerate(drawn.flips) if flip)
-    voxels = np.flip(voxels, [axis + 1 for axis in flipped]).transpose(0, *(axis + 1 for axis in drawn.axes))
+    voxels = np.flip(voxels, tuple(axis + 1 for axis in flipped)).transpose(0, *(axis + 1 for axis in drawn.axes))
     real = np.flip(real, flipped).transpose(drawn.axes)
     return Sample(np.ascontiguousarray(voxels)[None], np.ascontiguousarray(real)[None], drawn.ranks, drawn.prefix)

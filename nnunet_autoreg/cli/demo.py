@@ -1,0 +1,171 @@
+"""``autoreg_demo``: the whole chain on generated scans - pretrain, plan, train with and without, predict, compare."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_autoreg.cli.common import command, print_next
+from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
+from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.records import atomic_path, read_json, write_json
+
+DATASET, DATASET_ID = "Dataset901_Phantom", "901"
+NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 8, 4
+ARMS = {"pretrained": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer"}
+PRETRAIN_STEPS = 120
+RECIPE = {"num_epochs": 6, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where everything goes, and what runs it."""
+
+    folder: Path
+    device: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The caller's environment with nnU-Net's folders inside the demo's, and this interpreter's commands first."""
+        folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": "demo"}
+        return {**os.environ, **folders, **settings, "PATH": path}
+
+    def run(self, *line: str) -> None:
+        """Run one command as a user would type it, its output going to ``demo.log``.
+
+        Raises:
+            AutoregError: it failed; the last lines of its output are shown.
+        """
+        print(f"$ {' '.join(line)}", end="", flush=True)
+        start = time.monotonic()
+        log = self.folder / "demo.log"
+        with log.open("a", encoding="utf-8") as handle:
+            handle.write(f"$ {' '.join(line)}\n")
+            handle.flush()
+            program = shutil.which(line[0], path=self.environment["PATH"])
+            if program is None:
+                raise AutoregError(f"the command {line[0]} is not installed; run autoreg_doctor")
+            done = subprocess.run([program, *line[1:]], env=self.environment, stdout=handle, stderr=subprocess.STDOUT, check=False)
+        print(f"   [{time.monotonic() - start:.0f} s]", flush=True)
+        if done.returncode:
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            print(tail, file=sys.stderr)
+            raise AutoregError(f"{line[0]} ended with exit code {done.returncode}; all of its output is in {log}")
+
+
+def generate(demo: Demo) -> None:
+    """Write the unlabelled scans, and an nnU-Net raw dataset of the labelled and the test scans."""
+    raw = demo.folder / "nnUNet_raw" / DATASET
+    for number in range(NUM_UNLABELLED):
+        write_image(demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", draw_phantom(0, number)[0])
+    for number in range(NUM_UNLABELLED, NUM_UNLABELLED + NUM_LABELLED + NUM_TEST):
+        part = "Tr" if number < NUM_UNLABELLED + NUM_LABELLED else "Ts"
+        scan, truth = draw_phantom(0, number)
+        write_image(raw / f"images{part}" / f"phantom_{number}_0000.nii.gz", scan)
+        write_image(raw / f"labels{part}" / f"phantom_{number}.nii.gz", truth)
+    description = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": NUM_LABELLED, "file_ending": ".nii.gz"}
+    write_json(raw / "dataset.json", description)
+    for name in ("nnUNet_preprocessed", "nnUNet_results"):
+        (demo.folder / name).mkdir()
+
+
+def run_chain(demo: Demo) -> dict[str, float]:
+    """Type the workflow's commands; return the mean test Dice of each arm."""
+    raw, device = demo.folder / "nnUNet_raw" / DATASET, ("-device", demo.device)
+    unlabelled = str(demo.folder / "unlabelled")
+    demo.run("autoreg_pretrain", "-i", unlabelled, "--name", "demo", "--steps", str(PRETRAIN_STEPS), "--device", demo.device)
+    demo.run("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-pl", "AutoregPlanner", "-c", "3d_fullres", "-np", "2",
+             "--verify_dataset_integrity")
+    shorten_recipe(demo.folder / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json")
+    dice = {}
+    for arm, trainer in ARMS.items():
+        predicted = demo.folder / f"predicted_{arm}"
+        choice = ("-tr", trainer, "-p", "AutoregPlans")
+        demo.run("nnUNetv2_train", DATASET_ID, "3d_fullres", "0", *choice, *device)
+        demo.run("nnUNetv2_predict", "-d", DATASET_ID, "-i", str(raw / "imagesTs"), "-o", str(predicted), "-f", "0", "-c", "3d_fullres",
+                 "-npp", "2", "-nps", "2", *choice, *device)
+        summary = demo.folder / f"dice_{arm}.json"
+        demo.run("nnUNetv2_evaluate_folder", str(raw / "labelsTs"), str(predicted), "-djfile", str(predicted / "dataset.json"),
+                 "-pfile", str(predicted / "plans.json"), "-o", str(summary), "-np", "2")
+        dice[arm] = float(json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]["Dice"])
+    return dice
+
+
+def shorten_recipe(plans_file: Path) -> None:
+    """Edit the recipe in the plan, as a user would, to a length for a demonstration."""
+    plans = read_json(plans_file)
+    plans["autoreg"]["recipe"].update(RECIPE)
+    write_json(plans_file, plans)
+
+
+def draw(demo: Demo, dice: dict[str, float]) -> Path:
+    """Test scans in rows; truth and both predictions as contours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from SimpleITK import GetArrayFromImage, ReadImage
+
+    raw = demo.folder / "nnUNet_raw" / DATASET
+    scans = sorted((raw / "imagesTs").glob("*.nii.gz"))
+    columns = {"truth": raw / "labelsTs", **{f"{arm}: Dice {dice[arm]:.3f}": demo.folder / f"predicted_{arm}" for arm in ARMS}}
+    figure = Figure(figsize=(10, 3.0 * len(scans) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = ["#e69f00", "#56b4e9", "#009e73"]
+    for row, scan in zip(figure.subplots(len(scans), len(columns)), scans, strict=True):
+        voxels = GetArrayFromImage(ReadImage(str(scan)))
+        middle = voxels.shape[0] // 2 + 3
+        for axis, (title, folder) in zip(row, columns.items(), strict=True):
+            labels = GetArrayFromImage(ReadImage(str(folder / scan.name.replace("_0000", ""))))[middle]
+            axis.imshow(voxels[middle], cmap="gray", vmin=-160, vmax=240)
+            for label, colour in zip(range(1, len(LABELS)), colours, strict=True):
+                if (labels == label).any():
+                    axis.contour(labels == label, levels=[0.5], colors=colour, linewidths=1.5)
+            axis.set(xticks=[], yticks=[], title=title if scan == scans[0] else "")
+    handles = [Line2D([], [], color=colour, label=name) for colour, name in zip(colours, list(LABELS)[1:], strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    with atomic_path(demo.folder / "demo.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    return demo.folder / "demo.png"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="autoreg_demo",
+        description="The whole chain on generated CT-like scans, in minutes on two CPU cores: pretraining, then nnU-Net's own "
+        "commands with and without the pretrained weights. A demonstration that everything works, not a benchmark.",
+    )
+    p.add_argument("--out", metavar="FOLDER", help="empty or new folder for everything (default: a temporary one, kept)")
+    p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = parser().parse_args(argv)
+    folder = Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--out {folder}: is not an empty folder; name a new one")
+    from nnunet_autoreg.pretrain.run import check_device, default_device
+
+    folder.mkdir(parents=True, exist_ok=True)
+    demo = Demo(folder, check_device(args.device) if args.device else default_device())
+    print(f"generating {NUM_UNLABELLED} unlabelled, {NUM_LABELLED} labelled and {NUM_TEST} test scans in {folder}", flush=True)
+    generate(demo)
+    dice = run_chain(demo)
+    picture = draw(demo, dice)
+    steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
+    values = ", ".join(f"{arm} {value:.3f}" for arm, value in dice.items())
+    print(f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}")
+    print(f"picture: {picture}")
+    print_next("autoreg_pretrain -i FOLDER_WITH_YOUR_SCANS --name NAME")
+    return 0

@@ -1,0 +1,73 @@
+"""Generated CT-like scans with a few organs, for ``autoreg_demo``: no patient, no download."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.geometry import Size, Spacing
+
+LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3}
+SHAPE_VOX: Size = (40, 64, 72)
+SPACING_MM: Spacing = (4.0, 4.0, 4.0)
+AIR_HU, FAT_HU, TISSUE_HU, NOISE_HU = -1000.0, -100.0, 40.0, 25.0
+WARP_VOX, WARP_SMOOTHNESS_VOX = 2.0, 6.0
+
+
+@dataclass(frozen=True)
+class Organ:
+    """An ellipsoid in units of the body's half axes (z, y, x), its intensity, and its label (0: unlabelled)."""
+
+    centre: tuple[float, float, float]
+    radius: tuple[float, float, float]
+    intensity_hu: float
+    label: int
+
+
+ORGANS = (
+    Organ((0.0, 0.1, 0.0), (9.0, 0.8, 0.85), TISSUE_HU, 0),
+    Organ((-0.2, -0.1, -0.4), (0.6, 0.45, 0.38), 75.0, 1),
+    Organ((-0.1, 0.0, 0.55), (0.4, 0.28, 0.2), 65.0, 0),
+    Organ((0.2, 0.4, -0.42), (0.35, 0.17, 0.13), 110.0, 2),
+    Organ((0.15, 0.4, 0.42), (0.35, 0.17, 0.13), 110.0, 2),
+    Organ((0.3, -0.35, 0.2), (0.35, 0.2, 0.3), -20.0, 0),
+    Organ((0.0, 0.6, 0.0), (9.0, 0.17, 0.14), 300.0, 3),
+)
+
+
+def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """Scan ``number``: intensities in HU and label map, both (Z, Y, X).
+
+    Body size, and place, size and intensity of every organ vary; borders are deformed by a smooth random field; noise is
+    added and slightly smoothed, as a scanner would.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    g = rng.generator(seed, "phantom", number)
+    half = np.array(SHAPE_VOX) / 2 * np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
+    axes = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE_VOX), indexing="ij")
+    fields = [gaussian_filter(g.standard_normal(SHAPE_VOX), WARP_SMOOTHNESS_VOX) for _ in axes]
+    z, y, x = ((axis + WARP_VOX * f / f.std()) / h for axis, f, h in zip(axes, fields, half, strict=True))
+    scan = np.where(y**2 + x**2 < 1, FAT_HU, AIR_HU)
+    truth = np.zeros(SHAPE_VOX, np.uint8)
+    for organ in ORGANS:
+        centre = np.array(organ.centre) + g.normal(0, 0.05, 3)
+        radius = np.array(organ.radius) * g.uniform(0.8, 1.2, 3)
+        inside = sum(((p - c) / r) ** 2 for p, c, r in zip((z, y, x), centre, radius, strict=True)) < 1
+        scan[inside] = organ.intensity_hu + g.normal(0, 8)
+        truth[inside] = organ.label
+    noise = gaussian_filter(g.standard_normal(SHAPE_VOX), 0.6)
+    return np.clip(scan + NOISE_HU * noise / noise.std(), -1024, 3000).astype(np.int16), truth
+
+
+def write_image(path: Path, array_ZYX: NDArray[np.int16] | NDArray[np.uint8]) -> None:
+    """Write (Z, Y, X) voxels as NIfTI at the phantom's spacing."""
+    import SimpleITK
+
+    image: Any = SimpleITK.GetImageFromArray(array_ZYX)
+    image.SetSpacing(SPACING_MM[::-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(path))

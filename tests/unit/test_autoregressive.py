@@ -1,0 +1,236 @@
+"""Exactness of block-causal prediction: the tests T1-T3, T5-T7 of the method, on Primus, in float32."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import grid_of
+from nnunet_autoreg.model.attention import block_causal_mask
+from nnunet_autoreg.model.primus import from_blocks, to_blocks
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
+from nnunet_autoreg.sequences.blocks import block_ids
+from nnunet_autoreg.sequences.sample import Batch
+
+SMALL = {**encoder_size("primus_tiny").arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+
+
+def make_plan(**sequence):
+    tiny = encoder_size("primus_tiny")
+    settings = {"crop_size_vox": (16, 32, 24), **sequence}
+    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", tiny.class_path, SMALL, tiny.token_size),
+                      SequencePlan(**settings), ObjectivePlan(), OptimPlan(10, 2, 1e-3, 1), RunPlan(0, 10, 10)))
+
+
+def make_batch(plan, prefix, seed=0, num_samples=1):
+    """Random crops with the plan's blocks in a random or raster order."""
+    generator = torch.Generator().manual_seed(seed)
+    size = plan.sequence.crop_size_vox
+    voxels = torch.randn(num_samples, 1, 1, *size, generator=generator)
+    ids = torch.from_numpy(block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens))
+    if plan.sequence.order == "random":
+        ranks = torch.stack([torch.randperm(int(ids.max()) + 1, generator=generator)[ids] for _ in range(num_samples)])
+    else:
+        ranks = ids.expand(num_samples, -1).clone()
+    return Batch(voxels, torch.ones(num_samples, 1, *size, dtype=torch.bool), ranks, torch.tensor([prefix] * num_samples))
+
+
+def predict(objective, batch):
+    objective.module.eval()
+    with torch.no_grad():
+        return objective.module(batch, torch.ones_like(batch.ranks, dtype=torch.bool))
+
+
+def change_block(batch, plan, rank):
+    """The same batch with other voxels in the block of this rank (first sample)."""
+    tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
+    tokens[0, batch.ranks[0] == rank] += 3.0
+    voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
+    return replace(batch, voxels=voxels[:, None])
+
+
+VARIANTS = {
+    "raster, single tokens": {},
+    "raster, blocks of 2x2x1": {"block_tokens": (2, 2, 1)},
+    "random, query": {"order": "random", "predictor": "query"},
+    "raster, query, blocks of 1x2x1": {"predictor": "query", "block_tokens": (1, 2, 1)},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def objective(request):
+    torch.manual_seed(0)
+    return Autoregressive(make_plan(**request.param))
+
+
+def test_changing_a_block_leaves_its_own_and_every_earlier_prediction_bit_equal(objective):
+    num_blocks = objective.module.num_blocks
+    for prefix in (1, num_blocks // 2):
+        batch = make_batch(objective.plan, prefix)
+        before = predict(objective, batch)
+        for rank in range(prefix, num_blocks):
+            after = predict(objective, change_block(batch, objective.plan, rank))
+            kept = (batch.ranks[0] >= prefix) & (batch.ranks[0] <= rank)
+            assert torch.equal(before[0, kept], after[0, kept])
+
+
+def test_changing_a_block_changes_the_prediction_of_the_next(objective):
+    batch = make_batch(objective.plan, prefix=1)
+    before = predict(objective, batch)
+    for rank in range(objective.module.num_blocks - 1):
+        after = predict(objective, change_block(batch, objective.plan, rank))
+        following = batch.ranks[0] == rank + 1
+        assert (before[0, following] != after[0, following]).any()
+
+
+def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they_do_not(objective):
+    prefix = objective.module.num_blocks // 2
+    encoder, plan = objective.module.encoder.eval(), objective.plan
+
+    def features(batch):
+        with torch.no_grad():
+            valid = torch.ones_like(batch.ranks, dtype=torch.bool)
+            return encoder(batch.voxels, block_causal_mask(batch.ranks, batch.prefix, valid))
+
+    batch = make_batch(plan, prefix)
+    first = batch.ranks[0] == 0
+    last_given = features(change_block(batch, plan, prefix - 1))
+    not_given = features(change_block(batch, plan, prefix))
+    assert (features(batch)[0, first] != last_given[0, first]).any()
+    assert torch.equal(features(batch)[0, first], not_given[0, first])
+
+
+def test_a_prefix_of_one_block_is_plain_causal_attention():
+    ranks = torch.tensor([[0, 1, 2, 3]])
+    mask = block_causal_mask(ranks, torch.tensor([1]), torch.ones(1, 4, dtype=torch.bool))
+    assert torch.equal(mask[0, 0], torch.tril(torch.ones(4, 4, dtype=torch.bool)))
+    mask = block_causal_mask(ranks, torch.tensor([3]), torch.ones(1, 4, dtype=torch.bool))
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_the_longest_prefix_supervises_exactly_the_last_block(objective):
+    num_blocks = objective.module.num_blocks
+    batch = make_batch(objective.plan, num_blocks - 1)
+    chosen = supervised_tokens(batch.ranks, batch.prefix, torch.ones_like(batch.ranks, dtype=torch.bool))
+    assert int(chosen.sum()) == objective.module.block_num_tokens
+    assert set(batch.ranks[chosen].tolist()) == {num_blocks - 1}
+
+
+def test_the_loss_equals_a_hand_computation_for_two_samples_with_different_prefixes():
+    plan = make_plan()
+    torch.manual_seed(1)
+    objective = Autoregressive(plan)
+    batch = replace(make_batch(plan, 1, num_samples=2), prefix=torch.tensor([3, 20]))
+    terms = objective.loss(batch)
+    predicted = predict(objective, batch).numpy().astype(np.float64)
+    crops = batch.voxels[:, 0, 0].numpy().astype(np.float64)
+    total, count = 0.0, 0
+    for b, prefix in enumerate((3, 20)):
+        t = 0
+        for z in range(0, 16, 8):
+            for y in range(0, 32, 8):
+                for x in range(0, 24, 8):
+                    token = crops[b, z : z + 8, y : y + 8, x : x + 8].reshape(-1)
+                    target = (token - token.mean()) / token.std(ddof=1)
+                    if t >= prefix:
+                        total += ((predicted[b, t] - target) ** 2).sum()
+                        count += 512
+                    t += 1
+    assert float(terms.count) == count == 512 * (21 + 4)
+    assert terms.total.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_head_gets_no_gradient_from_given_blocks():
+    plan = make_plan()
+    torch.manual_seed(2)
+    objective = Autoregressive(plan)
+    batch = make_batch(plan, prefix=23)
+    features = []
+    hook = objective.module.head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].requires_grad_()))
+    terms = objective.loss(batch)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(terms.total, features[0])
+    assert gradient[0, 22].abs().sum() > 0
+    assert gradient[0, torch.arange(24) != 22].abs().sum() == 0
+
+
+def test_targets_have_mean_0_and_unbiased_sd_1_and_constant_tokens_become_0():
+    generator = torch.Generator().manual_seed(0)
+    voxels = torch.randn(1, 2, 512, generator=generator) * 7 + 100
+    voxels[0, 1] = 42.0
+    target = normalised_target(voxels, torch.ones_like(voxels, dtype=torch.bool), 1e-2)
+    assert float(target[0, 0].mean()) == pytest.approx(0, abs=1e-5)
+    assert float(target[0, 0].std(unbiased=True)) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(target[0, 1], torch.zeros(512))
+
+
+def test_the_variance_floor_keeps_air_quiet():
+    noise = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0)) * 0.01
+    target = normalised_target(noise, torch.ones_like(noise, dtype=torch.bool), 1e-2)
+    assert float(target.std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_padding_is_neither_context_nor_target():
+    plan = make_plan()
+    torch.manual_seed(3)
+    objective = Autoregressive(plan)
+    batch = make_batch(plan, prefix=2)
+    real = batch.real.clone()
+    real[:, :, 8:] = False
+    real[:, :, :8, 28:] = False
+    padded = replace(batch, voxels=batch.voxels * real[:, :, None], real=real)
+    terms = objective.loss(padded)
+    assert float(terms.count) == 8 * 28 * 24 - 2 * 512
+    noisy = padded.voxels.clone()
+    noisy[:, :, :, 8:] = 5.0
+    valid = torch.from_numpy(block_ids((2, 4, 3), (1, 1, 1)) < 12)[None]
+    with torch.no_grad():
+        clean = objective.module(padded, valid)
+        changed = objective.module(replace(padded, voxels=noisy), valid)
+    assert torch.equal(clean[0, :12], changed[0, :12])
+
+
+def test_baselines_are_the_errors_of_predicting_the_mean_and_of_repeating_the_previous_block():
+    plan = make_plan(crop_size_vox=(8, 8, 16))
+    objective = Autoregressive(plan)
+    ramp = torch.arange(512.0).reshape(8, 8, 8)
+    voxels = torch.cat([ramp, -ramp], dim=2)[None, None, None]
+    batch = Batch(voxels, torch.ones(1, 1, 8, 8, 16, dtype=torch.bool), torch.tensor([[0, 1]]), torch.tensor([1]))
+    terms = objective.loss(batch, references=True)
+    assert float(terms.references["mean"]) == pytest.approx(511, rel=1e-4)
+    assert float(terms.references["copy"]) == pytest.approx(4 * 511, rel=1e-4)
+
+
+def test_cutting_into_blocks_and_back_is_the_identity_and_goes_in_raster_order():
+    crop = torch.arange(2 * 16 * 8 * 24.0).reshape(1, 2, 16, 8, 24)
+    blocks = to_blocks(crop, (8, 8, 8))
+    assert blocks.shape == (1, 6, 2, 8, 8, 8)
+    assert torch.equal(blocks[0, 4], crop[0, :, 8:16, 0:8, 8:16])
+    assert torch.equal(from_blocks(blocks, (2, 1, 3)), crop)
+
+
+def test_tokens_equal_what_the_downstream_network_computes_on_the_whole_crop():
+    plan = make_plan()
+    encoder = Autoregressive(plan).module.encoder
+    voxels = torch.randn(2, 1, 1, 16, 32, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = encoder.primus.down_projection(voxels[:, 0]).flatten(2).transpose(1, 2)
+        assert torch.allclose(encoder.tokens(voxels), whole, atol=1e-6)
+        full = encoder(voxels, None)
+        expected, _ = encoder.primus.eva(whole)
+    assert torch.allclose(full, expected, atol=1e-5)
+
+
+def test_random_order_with_the_next_predictor_is_refused_with_the_way_out():
+    with pytest.raises(PlanError, match=r"use sequence\.predictor=query"):
+        make_plan(order="random")
+
+
+def test_what_transfers_has_the_downstream_keys_and_no_rotary_table_or_decoder():
+    keys = set(Autoregressive(make_plan()).transferable_state())
+    assert {"down_projection.proj.weight", "down_projection.proj.bias", "eva.pos_embed", "eva.norm.weight"} <= keys
+    assert not [key for key in keys if "rope" in key or "up_projection" in key or "primus" in key]

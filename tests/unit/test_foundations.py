@@ -1,0 +1,157 @@
+"""Records, plans, geometry, randomness, schedule and planning rules."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import grid_of, round_up, spacing_ratio
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, check, override
+from nnunet_autoreg.planning import Hardware, Pool, choose_batch, choose_encoder, choose_length, make_plan, plan_crop
+from nnunet_autoreg.pretrain.schedule import learning_rate
+from nnunet_autoreg.records import atomic_path, differences, from_jsonable, read_json, to_jsonable, write_json
+
+POOL = Pool(192, (1.0, 1.0, 1.0), (35, 50, 36), 12_000_000, None)
+CPU = Hardware("cpu", 24.0)
+
+
+def plan_for(pool=POOL, hardware=CPU, **wishes):
+    wishes = {"encoder_name": "auto", "batch_size": None, "num_steps": None, **wishes}
+    return make_plan("run", pool, hardware, wishes["encoder_name"], 0, {}, wishes["batch_size"], wishes["num_steps"],
+                     lambda encoder, crop: (1e9, 5e8))
+
+
+def test_a_plan_survives_json_unchanged(tmp_path):
+    window = IntensityWindow(40.0, 60.0, 45.0, -1000.0, 2000.0, -150.0, 250.0)
+    plan = plan_for(replace(POOL, ct_window=window))
+    write_json(tmp_path / "plan.json", plan)
+    assert from_jsonable(Plan, read_json(tmp_path / "plan.json"), "plan.json") == plan
+
+
+def test_unknown_plan_keys_are_refused_with_a_close_match():
+    data = to_jsonable(plan_for())
+    data["optim"]["learning_rte"] = 1
+    with pytest.raises(PlanError, match=r"plan.json.optim: unknown key 'learning_rte'"):
+        from_jsonable(Plan, data, "plan.json")
+
+
+def test_missing_and_mistyped_plan_keys_are_named():
+    data = to_jsonable(plan_for())
+    del data["sequence"]["crop_size_vox"]
+    with pytest.raises(PlanError, match="'crop_size_vox' is missing"):
+        from_jsonable(Plan, data, "plan.json")
+    data = to_jsonable(plan_for())
+    data["optim"]["num_steps"] = "many"
+    with pytest.raises(PlanError, match="'many' is not of type int"):
+        from_jsonable(Plan, data, "plan.json")
+
+
+def test_settings_are_typed_and_leave_a_reason():
+    plan = override(plan_for(), ["optim.lr=3e-4", "sequence.crop_size_vox=32,32,16", "sequence.flip=false", "data.ct_window=null"])
+    assert plan.optim.lr == 3e-4
+    assert plan.sequence.crop_size_vox == (32, 32, 16)
+    assert plan.sequence.flip is False
+    assert plan.reasons["optim.lr"] == "set by the user"
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("optim.lr", "write it as key=value"),
+    ("optim.learning=1", "there is no such setting"),
+    ("lr=1", "there is no such setting; did you mean 'optim.lr'"),
+    ("optim.betas=0.9", "is not of type"),
+    ("request.name=x", "there is no such setting"),
+])
+def test_wrong_settings_are_refused(setting, message):
+    with pytest.raises(PlanError, match=message):
+        override(plan_for(), [setting])
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("sequence.crop_size_vox=32,30,32", "30 on axis y is no multiple of the block of 8 voxels .* use 24 or 32"),
+    ("sequence.crop_size_vox=8,8,8", "a sequence needs at least 2"),
+    ("sequence.block_tokens=2,1,1", "40 on axis z|48 on axis z|no multiple"),
+    ("sequence.order=rastr", "did you mean 'raster'"),
+    ("optim.lr=0", "optim.lr=0.0 must be greater than 0"),
+    ("data.holdout_fraction=1", r"must lie in \[0, 1\)"),
+])
+def test_impossible_plans_say_what_is_possible(setting, message):
+    with pytest.raises(PlanError, match=message):
+        check(override(plan_for(replace(POOL, median_shape_vox=(40, 50, 36))), [setting]))
+
+
+def test_a_crop_fits_the_median_scan_in_whole_tokens():
+    assert plan_crop((35, 50, 36), (1, 1, 1), (8, 8, 8), 64**3) == (40, 56, 40)
+
+
+def test_a_crop_of_large_scans_shrinks_the_longest_axis_until_it_fits():
+    crop = plan_crop((300, 512, 512), (1, 1, 1), (8, 8, 8), 64**3)
+    assert np.prod(crop) <= 64**3
+    assert all(c % 8 == 0 for c in crop)
+
+
+def test_a_crop_of_thick_slices_is_flat():
+    crop = plan_crop((10, 216, 256), (10, 1.5, 1.5), (8, 8, 8), 64**3)
+    assert crop[0] == 8
+    assert crop[1] > 100 and crop[2] > 100
+
+
+def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_another():
+    assert choose_encoder("auto", CPU, POOL)[0] == "primus_tiny"
+    assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
+    large = replace(POOL, median_shape_vox=(128, 256, 256))
+    assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == ["primus_s", "primus_b", "primus_m"]
+    with pytest.raises(PlanError, match="did you mean 'primus_tiny'"):
+        choose_encoder("primus_tin", CPU, POOL)
+
+
+def test_batch_and_length_follow_memory_and_data():
+    assert choose_batch(encoder_size("primus_s"), CPU, 1e9, 1e9)[0] == 8
+    assert choose_batch(encoder_size("primus_s"), Hardware("cuda", 10), 2**30, 2**30)[0] == 7
+    assert choose_batch(encoder_size("primus_s"), Hardware("cuda", 1), 2**30, 2**30)[0] == 1
+    assert choose_length(POOL, 40 * 56 * 40, 8)[0] == 5022
+    assert choose_length(replace(POOL, total_vox=1000), 40 * 56 * 40, 8)[0] == 1000
+
+
+def test_every_planned_value_that_can_surprise_has_a_reason():
+    reasons = plan_for().reasons
+    assert {"data.spacing_mm", "encoder.name", "sequence.crop_size_vox", "optim.batch_size", "optim.num_steps", "optim.lr"} <= set(reasons)
+
+
+def test_the_rate_warms_up_linearly_and_ends_at_zero():
+    optim = OptimPlan(num_steps=110, batch_size=1, lr=1.0, warmup_steps=10)
+    assert [learning_rate(optim, s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert learning_rate(optim, 60) == pytest.approx(0.5)
+    assert learning_rate(optim, 110) == pytest.approx(0.0)
+
+
+def test_generators_depend_on_seed_purpose_and_ids_alone():
+    draw = rng.generator(1, "crop", 5, 2).integers(1 << 60)
+    assert draw == rng.generator(1, "crop", 5, 2).integers(1 << 60)
+    others = [rng.generator(*key).integers(1 << 60) for key in ((2, "crop", 5, 2), (1, "flip", 5, 2), (1, "crop", 2, 5))]
+    assert draw not in others
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError, match="boom"), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("boom")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_differences_name_every_leaf():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_grids_rounding_and_spacing_ratio():
+    assert grid_of((40, 56, 40), (8, 8, 8)) == (5, 7, 5)
+    with pytest.raises(ValueError, match="size 30 on axis x is no multiple of the token size 8; use 24 or 32"):
+        grid_of((8, 8, 30), (8, 8, 8))
+    assert round_up((1, 8, 9), (8, 8, 8)) == (8, 8, 16)
+    assert spacing_ratio((10, 1.5, 1.5), (1.5, 1.5, 5)) == 2.0
