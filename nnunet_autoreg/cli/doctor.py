@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     checks = []
     for check in all_checks():
         checks.append(check)
-        print(f"{check.status:<5} {check.name:<17} {check.finding}", flush=True)
+        print(f"{check.status:<5} {check.name:<19} {check.finding}", flush=True)
         if check.remedy:
             print(f"      -> {check.remedy}", flush=True)
     print_next(_next(checks))

@@ -83,8 +83,8 @@ def test_what_is_wrong_fails_with_a_remedy_and_the_first_one_comes_next(
     monkeypatch.setattr(doctor, "probe", lambda: {**WELL, "live": False})
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
-    assert "fail  nnUNet_raw        the environment variable nnUNet_raw is not set\n" in out
-    assert "fail  start-up bridge   nnU-Net does not find our classes: the .pth line is not read\n" in out
+    assert "fail  nnUNet_raw          the environment variable nnUNet_raw is not set\n" in out
+    assert "fail  start-up bridge     nnU-Net does not find our classes: the .pth line is not read\n" in out
     assert "\n      -> autoreg_doctor --link\n" in out
     assert out.splitlines()[-1] == "next: mend 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
 
