@@ -16,7 +16,7 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_run() -> Callable[..., Path]:
     """A function that writes a finished pretraining run as pretraining leaves it: a tiny Primus with random weights."""
     return _write_run

@@ -141,7 +141,8 @@ def fit_configuration(
     limit = min(limits, key=lambda name: limits[name])
     batch = max(MIN_BATCH, limits[limit])
     needed = memory.total_bytes(batch) / GIB
-    reason = f"median {_times(task.median_shape_vox)}; batch limited by {limit}; about {needed:.1f} GiB to train"
+    why_batch = f"the smallest, {limit} would be {limits[limit]}" if limits[limit] < MIN_BATCH else f"limited by {limit}"
+    reason = f"median {_times(task.median_shape_vox)} voxels; batch {why_batch}; about {needed:.1f} GiB to train"
     if room < MIN_BATCH:
         reason += f", MORE than the target of {budget.gib:g} GiB: even the smallest patch does not fit"
     return Fit(patch, batch, reason)

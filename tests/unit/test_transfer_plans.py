@@ -1,0 +1,127 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import Size, volume
+from nnunet_autoreg.model.card import read_card
+from nnunet_autoreg.model.memory import GIB, TrainingMemory
+from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.transfer.block import PlannedEncoder
+from nnunet_autoreg.transfer.plans import (
+    Budget,
+    Task,
+    check_plans_name,
+    fit_configuration,
+    kept_configurations,
+    make_block,
+    with_ct_window,
+)
+from nnunet_autoreg.transfer.resolve import Choice
+
+Write = Callable[..., Path]
+BRAIN = Task(num_cases=20, median_shape_vox=(180.0, 200.0, 160.0), spacing_mm=(1.0, 1.0, 1.0), num_channels=1, num_classes=3)
+MANY_VOX = 1e12
+
+
+def planned(name: str) -> PlannedEncoder:
+    size = ENCODERS[name]
+    return PlannedEncoder(size.name, size.class_path, size.arguments, size.token_size)
+
+
+def bytes_per_voxel(number: float) -> Callable[[Size], TrainingMemory]:
+    return lambda patch: TrainingMemory(fixed_bytes=GIB, sample_bytes=int(volume(patch) * number))
+
+
+def test_the_batch_fills_the_memory_unless_five_percent_of_the_dataset_is_less() -> None:
+    small = Task(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
+    memory = bytes_per_voxel(GIB / 64**3)
+    roomy = fit_configuration(planned("primus_s"), small, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05)
+    assert (roomy.patch_size, roomy.batch_size) == ((64, 64, 64), 7)
+    few = fit_configuration(planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 4 * 64**3, max_share=0.05)
+    assert few.batch_size == 4
+    fewest = fit_configuration(planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 64**3, max_share=0.05)
+    assert fewest.batch_size == 2
+
+
+def test_the_patch_shrinks_until_a_batch_of_two_fits() -> None:
+    fit = fit_configuration(
+        planned("primus_m"), BRAIN, Budget(8, False), bytes_per_voxel(GIB / 64**3), dataset_vox=MANY_VOX, max_share=0.05
+    )
+    assert fit.batch_size == 2
+    assert 3.0 * 64**3 < volume(fit.patch_size) <= 3.5 * 64**3
+    assert all(side % 8 == 0 for side in fit.patch_size)
+
+
+def test_a_target_that_nothing_fits_is_said_not_hidden() -> None:
+    fit = fit_configuration(
+        planned("primus_m"), BRAIN, Budget(0.5, True), bytes_per_voxel(1), dataset_vox=MANY_VOX, max_share=0.05
+    )
+    assert fit.patch_size == (8, 8, 8)
+    assert "MORE than the target" in fit.reason
+
+
+def test_tiny_encoders_stay_small_unless_a_memory_target_is_given() -> None:
+    memory = bytes_per_voxel(1)
+    small = fit_configuration(planned("primus_tiny"), BRAIN, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05)
+    assert volume(small.patch_size) <= 64**3 and small.batch_size == 8
+    large = fit_configuration(planned("primus_tiny"), BRAIN, Budget(8, True), memory, dataset_vox=MANY_VOX, max_share=0.05)
+    assert volume(large.patch_size) > 64**3 and large.batch_size > 8
+
+
+def test_a_block_takes_the_encoder_of_the_weights_and_names_the_file_from_the_results(tmp_path: Path, write_run: Write) -> None:
+    folder = write_run(tmp_path, "brain")
+    choice = Choice(read_card(folder), (folder / "encoder.safetensors").resolve(), "because")
+    block = make_block(choice, BRAIN, Budget(8, False), tmp_path)
+    assert block.encoder.name == "primus_tiny"
+    assert block.weights is not None and block.weights.file == "autoreg_pretraining/brain/encoder.safetensors"
+    assert (block.recipe.num_epochs, block.recipe.pretrained_rate) == (150, 1e-3)
+    elsewhere = make_block(choice, BRAIN, Budget(8, False), tmp_path / "other")
+    assert elsewhere.weights is not None and elsewhere.weights.file == str((folder / "encoder.safetensors").resolve())
+
+
+def test_many_labels_train_longer_and_scratch_plans_choose_an_encoder() -> None:
+    many = Task(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
+    block = make_block(Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results"))
+    assert block.recipe.num_epochs == 300
+    assert block.weights is None
+    assert block.encoder.name == "primus_s"
+
+
+def test_ct_channels_take_the_window_of_pretraining_and_others_keep_theirs(tmp_path: Path, write_run: Write) -> None:
+    window = IntensityWindow(mean=40.0, std=100.0, median=35.0, min=-1000.0, max=2000.0, percentile_00_5=-900.0, percentile_99_5=800.0)
+    card = read_card(write_run(tmp_path, "chest", modalities=("CT",), ct_window=window))
+    given = {"0": {"mean": 1.0}, "1": {"mean": 2.0}}
+    found = with_ct_window(given, ["CT", "PET"], card)
+    assert found["0"] == {"mean": 40.0, "std": 100.0, "median": 35.0, "min": -1000.0, "max": 2000.0,
+                          "percentile_00_5": -900.0, "percentile_99_5": 800.0}
+    assert found["1"] == {"mean": 2.0}
+    assert with_ct_window(given, ["CT", "PET"], None) == given
+
+
+def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> None:
+    full = {"patch_size": [64, 64, 64], "batch_size": 2, "spacing": [1, 1, 1], "data_identifier": "AutoregPlans_3d_fullres"}
+    old = {"configurations": {
+        "2d": {}, "3d_lowres": full, "3d_cascade_fullres": {"inherits_from": "3d_fullres"},
+        "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
+        "on_bs4": {"inherits_from": "bs4"},
+        "odd": {"inherits_from": "3d_fullres", "patch_size": [60, 64, 64]},
+        "orphan": {"inherits_from": "3d_lowres"},
+        "on_orphan": {"inherits_from": "orphan"},
+        "staged": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }}
+    kept, dropped = kept_configurations(old, {"configurations": {"3d_fullres": full}}, (8, 8, 8))
+    assert list(kept) == ["bs4", "on_bs4"]
+    assert len(dropped) == 4
+    assert any("'odd'" in line and "use 56 or 64" in line for line in dropped)
+    assert any("'orphan'" in line and "'3d_lowres', which no longer exists" in line for line in dropped)
+
+
+def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
+    check_plans_name("AutoregPlans", {"autoreg": {}})
+    with pytest.raises(PlanError, match="holds '__'"):
+        check_plans_name("My__Plans", None)
+    with pytest.raises(PlanError, match="made by ExperimentPlanner, and is not overwritten"):
+        check_plans_name("nnUNetPlans", {"experiment_planner_used": "ExperimentPlanner"})
