@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,6 +112,7 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
 
     store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
     keys = store.ensure(rows, plan.data.spacing_mm, plan.data.ct_window, num_processes())
+    rows = stored(folder, rows, store)
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
     torch.manual_seed(plan.run.seed)
@@ -155,16 +156,37 @@ def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[Sca
     return [row for row in rows if (row.dataset, row.case) not in chosen], heldout
 
 
+def stored(folder: Path, rows: list[ScanRow], store: Store) -> list[ScanRow]:
+    """The scans that are in the store; those that could not be preprocessed get their reason in scans.csv.
+
+    Raises:
+        AutoregError: none is left.
+    """
+    if not store.failures:
+        return rows
+    index = folder / INDEX_NAME
+    failed = {row: (error.status, str(error)) for row, error in store.failures.items()}
+    write_index(index, [replace(row, status=failed[row.id][0], reason=failed[row.id][1]) if row.id in failed else row
+                        for row in read_index(index)])
+    left = [row for row in rows if row.id not in failed]
+    if not left:
+        raise AutoregError(f"none of {len(rows)} scans could be preprocessed; {index} says why")
+    log.warning("%d scans could not be preprocessed and are left out; %s says why", len(failed), index)
+    return left
+
+
 def usable(rows: Sequence[ScanRow]) -> list[ScanRow]:
     """The rows that take part."""
     return [row for row in rows if row.status == "ok"]
 
 
 def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
-    """Say how many scans take part and how many do not, by status."""
+    """Say how many scans take part, how many do not by status, and how modalities were told."""
     counts = Counter(row.status for row in rows)
     left_out = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if status != "ok")
-    log.info("%d of %d scans are usable%s; see %s", counts["ok"], len(rows), f" (left out: {left_out})" if left_out else "", index)
+    log.info("%d scans are usable%s; %s says why for each", counts["ok"], f", left out are: {left_out}" if left_out else "", index)
+    for (modality, rule), count in Counter((row.modality, row.modality_rule) for row in rows if row.status == "ok").items():
+        log.info("%d of them are %s (%s)", count, modality, rule)
 
 
 def hardware(device: str) -> Hardware:

@@ -1,0 +1,169 @@
+"""autoreg_pretrain on real scans, as a user types it: what it leaves, resuming bit for bit, refusals, bad scans."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.integration
+
+COMMAND = str(Path(sys.executable).with_name("autoreg_pretrain"))
+SMALL_ENCODER = 'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,"init_values":0.1,"scale_attn_inner":true}'
+SMALL = ["--set", SMALL_ENCODER, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=5", "run.validate_every=5", "run.log_every=1"]
+
+
+@pytest.fixture
+def workplace(tmp_path, shared_data):
+    """Six real scans in a folder with a space and an umlaut in its name, and empty nnU-Net folders."""
+    images = sorted((shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"))[:6]
+    folder = tmp_path / "größere Klinik"
+    folder.mkdir()
+    for image in images:
+        shutil.copy(image, folder)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def environment(workplace):
+    folders = {name: str(workplace / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
+    return {**clean, **folders, "OMP_NUM_THREADS": "1"}
+
+
+def line(workplace, name, *arguments):
+    return [COMMAND, "-i", str(workplace / "größere Klinik"), "--name", name,
+            "--batch", "2", "--device", "cpu", *arguments]
+
+
+def run(workplace, name, *arguments):
+    return subprocess.run(line(workplace, name, *arguments), env=environment(workplace), capture_output=True, text=True, check=False)
+
+
+def folder_of(workplace, name):
+    return workplace / "nnUNet_results/autoreg_pretraining" / name
+
+
+def test_a_run_leaves_everything_and_a_killed_run_continues_to_the_same_bytes(workplace):
+    whole = run(workplace, "whole", "--steps", "12", *SMALL)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.splitlines()[-1] == "next: nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
+    left = folder_of(workplace, "whole")
+    names = {"plan.json", "scans.csv", "fingerprint.json", "encoder.json", "encoder.safetensors", "checkpoint_latest.pth",
+             "checkpoint_best.pth", "metrics.jsonl", "progress.png"}
+    assert names <= {p.name for p in left.iterdir()}
+    assert len(list(left.glob("training_log_*.txt"))) == 1
+    lines = [json.loads(text) for text in (left / "metrics.jsonl").read_text().splitlines()]
+    assert {"train_error", "heldout_error", "heldout_mean", "heldout_copy", "lr", "step_time"} <= {x["name"] for x in lines}
+    assert [x["step"] for x in lines if x["name"] == "train_error"] == list(range(12))
+
+    process = subprocess.Popen(line(workplace, "killed", "--steps", "12", *SMALL), env=environment(workplace), stderr=subprocess.DEVNULL)
+    killed = folder_of(workplace, "killed")
+    while not (killed / "checkpoint_latest.pth").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "encoder.json").exists()
+    again = run(workplace, "killed", "--steps", "12", *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert "continuing after step" in again.stderr
+    assert (killed / "encoder.safetensors").read_bytes() == (left / "encoder.safetensors").read_bytes()
+    resumed = [json.loads(text) for text in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["value"]) for x in resumed if x["name"] == "train_error"] == [
+        (x["step"], x["value"]) for x in lines if x["name"] == "train_error"
+    ]
+    before = (killed / "encoder.safetensors").stat().st_mtime_ns
+    assert run(workplace, "killed", "--steps", "12", *SMALL).returncode == 0
+    assert (killed / "encoder.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_with_the_difference_and_more_steps_are_not(workplace):
+    assert run(workplace, "a", "--steps", "3", *SMALL).returncode == 0
+    other = run(workplace, "a", "--steps", "3", "--seed", "1", *SMALL)
+    assert other.returncode == 2
+    assert "seed: 0 -> 1" in other.stderr
+    fewer = run(workplace, "a", "--steps", "2", *SMALL)
+    assert fewer.returncode == 2
+    assert "num_steps: 3 -> 2" in fewer.stderr
+    longer = run(workplace, "a", "--steps", "5", *SMALL)
+    assert longer.returncode == 0, longer.stderr
+    assert json.loads((folder_of(workplace, "a") / "encoder.json").read_text())["num_steps"] == 5
+    plan_file = folder_of(workplace, "a") / "plan.json"
+    plan_file.write_text(plan_file.read_text().replace('"variance_floor": 0.01', '"variance_floor": 0.5'))
+    edited = run(workplace, "a", "--steps", "5", *SMALL)
+    assert edited.returncode == 2
+    assert "objective.variance_floor: 0.01 -> 0.5" in edited.stderr
+
+
+def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workplace):
+    dry = run(workplace, "dry", "--steps", "2", "--dry-run", *SMALL)
+    assert dry.returncode == 0, dry.stderr
+    left = folder_of(workplace, "dry")
+    assert {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))} == {"plan.json", "scans.csv", "fingerprint.json"}
+    plan_file = left / "plan.json"
+    plan_file.write_text(plan_file.read_text().replace('"lr": 0.001', '"lr": 0.0005'))
+    assert run(workplace, "dry", "--steps", "2", *SMALL).returncode == 0
+    lines = [json.loads(text) for text in (left / "metrics.jsonl").read_text().splitlines()]
+    assert next(x["value"] for x in lines if x["name"] == "lr") == 0.0005
+
+
+def test_existing_weights_start_a_run(workplace):
+    assert run(workplace, "first", "--steps", "3", *SMALL).returncode == 0
+    weights = folder_of(workplace, "first") / "encoder.safetensors"
+    second = run(workplace, "second", "--steps", "1", "--init", str(weights), *SMALL, "optim.lr=1e-12")
+    assert second.returncode == 0, second.stderr
+    assert "100.0 % of the encoder's parameters come from the file" in second.stderr
+    a, b = load_file(weights), load_file(folder_of(workplace, "second") / "encoder.safetensors")
+    assert all(np.allclose(a[key], b[key], atol=1e-9) for key in a)
+    other = run(workplace, "third", "--steps", "1", "--init", str(weights), "--set", "run.log_every=1")
+    assert other.returncode == 1
+    assert len(other.stderr.strip().splitlines()[-1]) > 0
+    assert "Traceback" not in other.stderr
+
+
+def test_bad_scans_are_left_out_with_their_reason_and_the_run_goes_on(workplace):
+    folder = workplace / "größere Klinik"
+    good = sorted(folder.glob("*.nii.gz"))
+    (folder / "empty.nii.gz").touch()
+    (folder / "text.nii.gz").write_text("this is no image")
+    (folder / "truncated.nii.gz").write_bytes(good[0].read_bytes()[:2000])
+    shutil.copy(good[1], folder / "copy of it.nii.gz")
+    for name, array in {
+        "nan": np.full((16, 16, 16), np.nan, np.float32), "constant": np.full((16, 16, 16), 7.0, np.float32),
+        "flat": np.ones((16, 16), np.float32), "series": np.random.default_rng(0).normal(size=(3, 16, 16, 16)).astype(np.float32),
+    }.items():
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array, isVector=False), str(folder / f"{name}.nii.gz"))
+    done = run(workplace, "bad", "--steps", "2", *SMALL)
+    assert done.returncode == 0, done.stderr
+    with (folder_of(workplace, "bad") / "scans.csv").open(encoding="utf-8") as handle:
+        status = {Path(row["source"]).name: (row["status"], row["reason"]) for row in csv.DictReader(handle)}
+    assert {name: status[f"{name}.nii.gz"][0] for name in ("empty", "text", "truncated", "nan", "constant", "flat", "series")} == {
+        "empty": "unreadable", "text": "unreadable", "truncated": "unreadable", "nan": "nonfinite", "constant": "constant",
+        "flat": "not3d", "series": "4d"}
+    assert [s for s, _ in status.values()].count("ok") == 6
+    assert sum(s == "duplicate" for s, _ in status.values()) == 1
+    assert all(reason for s, reason in status.values() if s != "ok")
+
+
+def test_a_folder_with_nothing_usable_and_missing_variables_end_in_one_line(workplace):
+    empty = workplace / "leer"
+    empty.mkdir()
+    command = [COMMAND, "-i", str(empty), "--name", "x", "--device", "cpu"]
+    done = subprocess.run(command, env=environment(workplace), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no usable scan was found" in done.stderr
+    bare = {key: value for key, value in environment(workplace).items() if not key.startswith("nnUNet_")}
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "export nnUNet_results=" in done.stderr
