@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
     """nnU-Net's fingerprint, spacing, transposition and cascade; patch, batch, network and intensities of the encoder."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         dataset_name_or_id: str | int,
         gpu_memory_target_in_gb: float | None = None,
