@@ -19,8 +19,8 @@ from nnunet_autoreg.records import atomic_path, read_json, write_json
 DATASET, DATASET_ID = "Dataset901_Phantom", "901"
 NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 8, 4
 ARMS = {"pretrained": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer"}
-PRETRAIN_STEPS = 120
-RECIPE = {"num_epochs": 6, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2}
+PRETRAIN_STEPS = 300
+RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def run_chain(demo: Demo) -> dict[str, float]:
     """Type the workflow's commands; return the mean test Dice of each arm."""
     raw, device = demo.folder / "nnUNet_raw" / DATASET, ("-device", demo.device)
     unlabelled = str(demo.folder / "unlabelled")
-    demo.run("autoreg_pretrain", "-i", unlabelled, "--name", "demo", "--steps", str(PRETRAIN_STEPS), "--device", demo.device)
+    demo.run("autoreg_pretrain", "-i", unlabelled, "--name", "demo", "--steps", str(PRETRAIN_STEPS), "--batch", "4",
+             "--device", demo.device)
     demo.run("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-pl", "AutoregPlanner", "-c", "3d_fullres", "-np", "2",
              "--verify_dataset_integrity")
     shorten_recipe(demo.folder / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json")

@@ -11,10 +11,10 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import Size, Spacing
 
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3}
-SHAPE_VOX: Size = (40, 64, 72)
-SPACING_MM: Spacing = (4.0, 4.0, 4.0)
-AIR_HU, FAT_HU, TISSUE_HU, NOISE_HU = -1000.0, -100.0, 40.0, 25.0
-WARP_VOX, WARP_SMOOTHNESS_VOX = 2.0, 6.0
+SHAPE_VOX: Size = (32, 48, 56)
+SPACING_MM: Spacing = (5.0, 5.0, 5.0)
+AIR_HU, FAT_HU, TISSUE_HU, NOISE_HU = -1000.0, -100.0, 40.0, 20.0
+WARP_VOX, WARP_SMOOTHNESS_VOX = 1.2, 6.0
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Organ:
 
 ORGANS = (
     Organ((0.0, 0.1, 0.0), (9.0, 0.8, 0.85), TISSUE_HU, 0),
-    Organ((-0.2, -0.1, -0.4), (0.6, 0.45, 0.38), 75.0, 1),
-    Organ((-0.1, 0.0, 0.55), (0.4, 0.28, 0.2), 65.0, 0),
-    Organ((0.2, 0.4, -0.42), (0.35, 0.17, 0.13), 110.0, 2),
-    Organ((0.15, 0.4, 0.42), (0.35, 0.17, 0.13), 110.0, 2),
+    Organ((-0.2, -0.1, -0.4), (0.6, 0.45, 0.38), 110.0, 1),
+    Organ((-0.1, 0.0, 0.55), (0.4, 0.28, 0.2), 90.0, 0),
+    Organ((0.2, 0.4, -0.42), (0.4, 0.2, 0.15), 190.0, 2),
+    Organ((0.15, 0.4, 0.42), (0.4, 0.2, 0.15), 190.0, 2),
     Organ((0.3, -0.35, 0.2), (0.35, 0.2, 0.3), -20.0, 0),
     Organ((0.0, 0.6, 0.0), (9.0, 0.17, 0.14), 300.0, 3),
 )
