@@ -9,6 +9,7 @@ from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
 
+RUNS_FOLDER = "autoreg_pretraining"
 CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1
@@ -95,7 +96,7 @@ def verify_weights(weights: Path, sha256: str) -> None:
         WeightsError: it is missing or its bytes differ.
     """
     if not weights.is_file():
-        raise WeightsError(f"the weights {weights} do not exist; plan again, or set autoreg_weights to another run or file")
+        raise WeightsError(f"the weights {weights} do not exist; put the file back, or plan again")
     found = sha256_of(weights)
     if found != sha256:
         raise WeightsError(

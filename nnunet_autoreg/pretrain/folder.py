@@ -11,11 +11,10 @@ from typing import Any
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
-from nnunet_autoreg.model.card import CARD_NAME
+from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import differences, from_jsonable, read_json, to_jsonable, write_json
 
-RUNS_FOLDER = "autoreg_pretraining"
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
 
 
