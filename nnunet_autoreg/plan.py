@@ -42,7 +42,7 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """The encoder, by the name and arguments of ``model.sizes``."""
+    """The network class, its arguments (no channels, classes, input shape) and token size (z, y, x), as in ``model.sizes``."""
 
     name: str
     class_path: str

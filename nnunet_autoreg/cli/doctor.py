@@ -276,8 +276,7 @@ def check_machine() -> Check:
 
 def check_runs() -> Check:
     """The finished pretraining runs whose weights a plan could use."""
-    from nnunet_autoreg.model.card import CARD_NAME, read_card
-    from nnunet_autoreg.transfer.resolve import RUNS_FOLDER
+    from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, read_card
 
     name = "pretraining runs"
     try:

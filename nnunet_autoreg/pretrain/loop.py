@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError
+from nnunet_autoreg.model.parameters import is_decayed
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
@@ -190,12 +191,9 @@ class Trainer:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: decay on matrices and kernels, none on norms, biases, LayerScale and position tables."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        is_table = name.rsplit(".", 1)[-1] in ("pos_embed", "position", "member")
-        (plain if parameter.ndim < 2 or is_table else decayed).append(parameter)
+    """AdamW groups, with and without decay."""
+    decayed = [p for name, p in module.named_parameters() if is_decayed(name, p)]
+    plain = [p for name, p in module.named_parameters() if not is_decayed(name, p)]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

@@ -8,23 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable
 
 BLOCK_KEY = "autoreg"
 BLOCK_VERSION = 1
 ALLOWED_CLASSES = ("dynamic_network_architectures.", "nnunet_autoreg.")
 """Network classes come from these packages only: a plan or card may be a stranger's."""
-
-
-@dataclass(frozen=True)
-class PlannedEncoder:
-    """The network that fine-tuning builds: class, arguments (no channels, classes, input shape), token size (z, y, x)."""
-
-    name: str
-    class_path: str
-    arguments: dict[str, Any]
-    token_size_vox: Size
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ class Recipe:
 class AutoregBlock:
     """All of it; ``weights`` is None in a plan for training from scratch only."""
 
-    encoder: PlannedEncoder
+    encoder: EncoderPlan
     weights: PlannedWeights | None
     recipe: Recipe
     reasons: dict[str, str] = field(default_factory=dict)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
+from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import differences
-from nnunet_autoreg.transfer.block import AutoregBlock, PlannedEncoder
+from nnunet_autoreg.transfer.block import AutoregBlock
 
 LOADED, ADAPTED, RANDOM = "loaded", "adapted", "random"
 MAX_NAMES = 3
@@ -94,7 +95,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
-def check_same_encoder(card: EncoderCard, planned: PlannedEncoder) -> None:
+def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:
     """Hold the weights' encoder against the plan's.
 
     Raises:

@@ -11,9 +11,10 @@ from nnunet_autoreg.geometry import Size, as_size, as_spacing, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.model.memory import GIB, TrainingMemory, training_memory
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
+from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.planning import Hardware, Pool, choose_encoder, plan_crop
 from nnunet_autoreg.records import to_jsonable
-from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock, PlannedEncoder, PlannedWeights, Recipe, check_block
+from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock, PlannedWeights, Recipe, check_block
 from nnunet_autoreg.transfer.network import build_network
 from nnunet_autoreg.transfer.resolve import Choice, is_ct
 
@@ -80,9 +81,9 @@ def make_block(choice: Choice, task: Task, budget: Budget, results: Path) -> Aut
     return check_block(AutoregBlock(encoder, _planned_weights(choice, results), recipe, reasons), BLOCK_KEY)
 
 
-def _planned_encoder(card: EncoderCard | None, task: Task, budget: Budget) -> tuple[PlannedEncoder, str]:
+def _planned_encoder(card: EncoderCard | None, task: Task, budget: Budget) -> tuple[EncoderPlan, str]:
     if card is not None:
-        encoder = PlannedEncoder(card.encoder, card.class_path, card.arguments, card.token_size_vox)
+        encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
         return encoder, f"that of the weights '{card.name}'"
     shape = as_size([round(v) for v in task.median_shape_vox])
     pool = Pool(
@@ -94,7 +95,7 @@ def _planned_encoder(card: EncoderCard | None, task: Task, budget: Budget) -> tu
     )
     name, reason = choose_encoder("auto", Hardware("cuda", budget.gib), pool)
     size = encoder_size(name)
-    return PlannedEncoder(size.name, size.class_path, size.arguments, size.token_size), reason
+    return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size), reason
 
 
 def _rates(encoder: str) -> tuple[float, float]:
@@ -121,7 +122,7 @@ def memory_estimator(block: AutoregBlock, num_channels: int, num_classes: int) -
 
 
 def fit_configuration(
-    encoder: PlannedEncoder, task: Task, budget: Budget, memory_of: Callable[[Size], TrainingMemory], *,
+    encoder: EncoderPlan, task: Task, budget: Budget, memory_of: Callable[[Size], TrainingMemory], *,
     dataset_vox: float, max_share: float,
 ) -> Fit:
     """Patch and batch size of a configuration.
@@ -149,7 +150,7 @@ def fit_configuration(
 
 
 def _largest_patch(
-    encoder: PlannedEncoder, task: Task, budget: Budget, is_capped: bool, memory_of: Callable[[Size], TrainingMemory]
+    encoder: EncoderPlan, task: Task, budget: Budget, is_capped: bool, memory_of: Callable[[Size], TrainingMemory]
 ) -> tuple[Size, TrainingMemory]:
     """The wanted patch, shrunk until a batch of two fits (memory is close to proportional to the patch's voxels)."""
     size = ENCODERS.get(encoder.name)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunet_autoreg.model.parameters import is_decayed, is_position
 from nnunet_autoreg.transfer.block import Recipe
 
 _BLOCK = re.compile(r"(^|\.)blocks\.(\d+)\.")
-_POSITIONS = ("pos_embed", "register_tokens", "mask_token", "cls_token")
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class IterationRates:
 def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups for AdamW: decayed and undecayed parameters, and per layer too where ``layer_decay`` is on.
 
-    The first group always has the full rate: nnU-Net logs that one. Norms, biases and LayerScale are the parameters of at
-    most one axis.
+    The first group always has the full rate: nnU-Net logs that one.
     """
     layers = _layer_of(network)
     top = max(layers.values())
@@ -77,8 +76,7 @@ def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
         if not parameter.requires_grad:
             continue
         factor = recipe.layer_decay ** (top - layers[name])
-        is_position = name.rsplit(".", 1)[-1] in _POSITIONS
-        decay = 0.0 if parameter.ndim <= 1 or is_position else recipe.weight_decay
+        decay = recipe.weight_decay if is_decayed(name, parameter) else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     return [
         {"params": parameters, "rate_factor": factor, "weight_decay": decay}
@@ -100,7 +98,7 @@ def _is_encoder(network: nn.Module, name: str) -> bool:
 
 def _is_input(network: nn.Module, name: str) -> bool:
     stem = getattr(network, "key_to_stem", "down_projection")
-    return name.startswith(f"{stem}.") or name.rsplit(".", 1)[-1] in _POSITIONS
+    return name.startswith(f"{stem}.") or is_position(name)
 
 
 def make_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float, fused: bool) -> torch.optim.AdamW:

@@ -18,7 +18,9 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.integration
 
 COMMAND = str(Path(sys.executable).with_name("autoreg_pretrain"))
-SMALL_ENCODER = 'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,"init_values":0.1,"scale_attn_inner":true}'
+ARGUMENTS = {"embed_dim": 48, "patch_embed_size": [8, 8, 8], "eva_depth": 2, "eva_numheads": 2, "init_values": 0.1,
+             "scale_attn_inner": True}
+SMALL_ENCODER = f"encoder.arguments={json.dumps(ARGUMENTS)}"
 SMALL = ["--set", SMALL_ENCODER, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=5", "run.validate_every=5", "run.log_every=1"]
 
 
@@ -109,7 +111,8 @@ def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workp
     dry = run(workplace, "dry", "--steps", "2", "--dry-run", *SMALL)
     assert dry.returncode == 0, dry.stderr
     left = folder_of(workplace, "dry")
-    assert {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))} == {"plan.json", "scans.csv", "fingerprint.json"}
+    made = {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))}
+    assert made == {"plan.json", "scans.csv", "fingerprint.json"}
     plan_file = left / "plan.json"
     plan_file.write_text(plan_file.read_text().replace('"lr": 0.001', '"lr": 0.0005'))
     assert run(workplace, "dry", "--steps", "2", *SMALL).returncode == 0

@@ -10,7 +10,8 @@ from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.primus import build_primus
 from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.transfer.block import AutoregBlock, PlannedEncoder, PlannedWeights, Recipe
+from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.transfer.block import AutoregBlock, PlannedWeights, Recipe
 from nnunet_autoreg.transfer.load import Target, check_same_encoder, interpolate_positions, load_encoder, load_planned_encoder
 from nnunet_autoreg.transfer.network import architecture_entry
 
@@ -140,14 +141,14 @@ def test_rotary_tables_in_a_file_are_not_loaded(tmp_path: Path, write_run: Write
 
 def test_weights_of_another_encoder_than_the_plans_are_refused(tmp_path: Path, write_run: Write) -> None:
     card = read_card(write_run(tmp_path, "brain", crop=CROP))
-    planned = PlannedEncoder("primus_tiny", SIZE.class_path, {**SIZE.arguments, "eva_depth": 12}, (8, 8, 8))
+    planned = EncoderPlan("primus_tiny", SIZE.class_path, {**SIZE.arguments, "eva_depth": 12}, (8, 8, 8))
     with pytest.raises(WeightsError, match=r"'brain' are of another encoder than the plan's \(arguments.eva_depth: 12 -> 6\)"):
         check_same_encoder(card, planned)
 
 
 def test_a_plan_loads_by_its_own_record_and_notices_a_replaced_file(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
-    encoder = PlannedEncoder("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8))
+    encoder = EncoderPlan("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8))
     weights = PlannedWeights("brain", "autoreg_pretraining/brain/encoder.safetensors", read_card(folder).sha256)
     block = AutoregBlock(encoder, weights, Recipe(1, 1e-4, 1e-4))
     assert load_planned_encoder(network(), block, tmp_path, Target(1, CROP)).encoder_share == 1.0
@@ -155,7 +156,7 @@ def test_a_plan_loads_by_its_own_record_and_notices_a_replaced_file(tmp_path: Pa
     with pytest.raises(WeightsError, match="damaged or was replaced"):
         load_planned_encoder(network(), block, tmp_path, Target(1, CROP))
     (folder / "encoder.safetensors").unlink()
-    with pytest.raises(WeightsError, match="do not exist; plan again"):
+    with pytest.raises(WeightsError, match="do not exist; put the file back, or plan again"):
         load_planned_encoder(network(), block, tmp_path, Target(1, CROP))
     with pytest.raises(WeightsError, match="train AutoregScratchTrainer"):
         load_planned_encoder(network(), AutoregBlock(encoder, None, Recipe(1, 1e-4, 1e-4)), tmp_path, Target(1, CROP))
@@ -164,7 +165,7 @@ def test_a_plan_loads_by_its_own_record_and_notices_a_replaced_file(tmp_path: Pa
 def test_the_architecture_of_a_plan_stops_stock_trainers_and_serves_everyone_else() -> None:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    block = AutoregBlock(PlannedEncoder("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8)), None, Recipe(1, 1e-4, 1e-4))
+    block = AutoregBlock(EncoderPlan("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8)), None, Recipe(1, 1e-4, 1e-4))
     entry = architecture_entry(block, CROP)
     stock = (entry["network_class_name"], entry["arch_kwargs"], entry["_kw_requires_import"], 1, 3)
     with pytest.raises(SystemExit, match="-tr AutoregPretrainedTrainer"):

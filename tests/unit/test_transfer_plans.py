@@ -8,8 +8,7 @@ from nnunet_autoreg.geometry import Size, volume
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.memory import GIB, TrainingMemory
 from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.plan import IntensityWindow
-from nnunet_autoreg.transfer.block import PlannedEncoder
+from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
 from nnunet_autoreg.transfer.plans import (
     Budget,
     Task,
@@ -26,9 +25,9 @@ BRAIN = Task(num_cases=20, median_shape_vox=(180.0, 200.0, 160.0), spacing_mm=(1
 MANY_VOX = 1e12
 
 
-def planned(name: str) -> PlannedEncoder:
+def planned(name: str) -> EncoderPlan:
     size = ENCODERS[name]
-    return PlannedEncoder(size.name, size.class_path, size.arguments, size.token_size)
+    return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
 
 
 def bytes_per_voxel(number: float) -> Callable[[Size], TrainingMemory]:

@@ -5,7 +5,8 @@ from torch import nn
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.model.primus import build_primus
 from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.transfer.block import AutoregBlock, PlannedEncoder, Recipe, check_block, read_block
+from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.transfer.block import AutoregBlock, Recipe, check_block, read_block
 from nnunet_autoreg.transfer.recipe import IterationRates, Schedule, make_optimizer, make_schedule, parameter_groups
 
 RECIPE = Recipe(num_epochs=150, pretrained_rate=1e-4, scratch_rate=3e-4)
@@ -111,6 +112,6 @@ def test_plans_without_the_block_and_of_a_newer_format_say_what_to_do() -> None:
 
 
 def test_network_classes_of_foreign_packages_are_refused() -> None:
-    encoder = PlannedEncoder("evil", "os.system", {}, (8, 8, 8))
+    encoder = EncoderPlan("evil", "os.system", {}, (8, 8, 8))
     with pytest.raises(PlanError, match=r"'os\.system' is none of dynamic_network_architectures"):
         check_block(AutoregBlock(encoder, None, RECIPE), "AutoregPlans.json")
