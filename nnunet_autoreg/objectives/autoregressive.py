@@ -3,24 +3,18 @@
 Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.attention import block_causal_mask, block_order, strictly_earlier_mask
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
 from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, to_blocks
-from nnunet_autoreg.objectives.base import HELDOUT, LossTerms
+from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sequences import spatial
-from nnunet_autoreg.sequences.sample import Batch, Sample
-from nnunet_autoreg.store.case import StoredCase
-
-HELDOUT_PREFIXES = (0.0, 0.25, 0.5, 0.75)
+from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sequences.sampler import SequenceSampler, num_blocks
 
 
 def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> Tensor:
@@ -54,7 +48,7 @@ class AutoregressiveModel(nn.Module):
         primus = build_primus(plan.encoder.class_path, plan.encoder.arguments, sequence.crop_size_vox, num_channels, 1)
         self.encoder = SequenceEncoder(primus, token, block)
         self.block_num_tokens = volume(sequence.block_tokens)
-        self.num_blocks = num_members * volume(sequence.crop_size_vox) // volume(block)
+        self.num_blocks = num_blocks(plan)
         token_voxels = num_channels * volume(token)
         self.head: NextHead | QueryDecoder
         if sequence.predictor == "next":
@@ -83,23 +77,14 @@ class AutoregressiveModel(nn.Module):
 
 
 class Autoregressive:
-    """The objective: samples, loss, and what transfers. See ``objectives.base.Objective``."""
+    """The objective: loss, and what transfers. See ``objectives.base.Objective``."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        self.sampler = SequenceSampler(plan)
         self.model = AutoregressiveModel(plan)
         self.module: nn.Module = self.model
         self.network: nn.Module = self.model.encoder.primus
-
-    def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
-        """One spatial sequence from a case chosen uniformly; held-out samples take fixed prefixes, so that errors compare."""
-        generator = rng.generator(self.plan.run.seed, purpose, *ids)
-        case = cases[int(generator.integers(len(cases)))]
-        sample = spatial.apply(self.plan, case, spatial.draw(self.plan, case.shape_vox, generator))
-        if purpose != HELDOUT:
-            return sample
-        share = HELDOUT_PREFIXES[ids[0] % len(HELDOUT_PREFIXES)]
-        return replace(sample, prefix=max(1, int(share * self.model.num_blocks)))
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Squared error over the supervised real voxels, in float32.

@@ -7,10 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.sequences.sample import Batch, Sample
-from nnunet_autoreg.store.case import StoredCase
-
-TRAINING, HELDOUT = "training", "held-out"
+from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sequences.sampler import SequenceSampler
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,12 @@ class Objective(Protocol):
     Attributes:
         module: everything that is trained.
         network: the part of it that carries the encoder under the downstream keys.
+        sampler: draws its samples, in any process.
     """
 
     module: nn.Module
     network: nn.Module
-
-    def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
-        """Draw one sample for ``TRAINING`` or ``HELDOUT``; everything random comes from (run seed, purpose, ids)."""
+    sampler: SequenceSampler
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """The loss on a batch that is on the module's device."""

@@ -4,19 +4,19 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
 
-from nnunet_autoreg.objectives.base import HELDOUT, TRAINING, Objective
 from nnunet_autoreg.sequences.sample import Batch, collate
+from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
 from nnunet_autoreg.store.case import StoredCase
 
 
 class StepBatches(Dataset[Batch]):
     """Item n is the batch of training step n."""
 
-    def __init__(self, objective: Objective, cases: list[StoredCase], batch_size: int):
-        self.objective, self.cases, self.batch_size = objective, cases, batch_size
+    def __init__(self, sampler: SequenceSampler, cases: list[StoredCase], batch_size: int):
+        self.sampler, self.cases, self.batch_size = sampler, cases, batch_size
 
     def __getitem__(self, step: int) -> Batch:
-        return collate([self.objective.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
+        return collate([self.sampler.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
 
 
 def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -25,8 +25,8 @@ def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_m
     return iter(loader)
 
 
-def heldout_batches(objective: Objective, cases: list[StoredCase], batch_size: int, num_batches: int) -> list[Batch]:
+def heldout_batches(sampler: SequenceSampler, cases: list[StoredCase], batch_size: int, num_batches: int) -> list[Batch]:
     """The same few held-out batches every time."""
     draws = range(num_batches * batch_size)
-    samples = [objective.draw(cases, HELDOUT, i) for i in draws]
+    samples = [sampler.draw(cases, HELDOUT, i) for i in draws]
     return [collate(samples[i : i + batch_size]) for i in draws[::batch_size]]

@@ -64,9 +64,9 @@ class Trainer:
             parameter_groups(self.module, plan.optim.weight_decay), lr=plan.optim.lr, betas=plan.optim.betas,
             fused=device.type == "cuda",
         )
-        self.batches = StepBatches(objective, training, plan.optim.batch_size)
+        self.batches = StepBatches(objective.sampler, training, plan.optim.batch_size)
         size = min(plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
-        self.heldout = heldout_batches(objective, heldout, size, math.ceil(NUM_HELDOUT_SAMPLES / size)) if heldout else []
+        self.heldout = heldout_batches(objective.sampler, heldout, size, math.ceil(NUM_HELDOUT_SAMPLES / size)) if heldout else []
         self.num_workers = num_workers
         self.progress = Progress()
 

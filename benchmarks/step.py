@@ -1,0 +1,212 @@
+"""Seconds per training step: ours against the obvious way, interleaved, beside the noise of a baseline against itself.
+
+Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain re-implementation of AR-SSL4M's way - START and END,
+a dense float mask built per sample on the host, raw-volume patch embedding - in the same precision, without compilation.
+Fine-tuning: our trainer's step against the step of nnU-Net's ``nnUNet_Primus_S_Trainer``, both on the same Primus-S network and batch.
+
+    python benchmarks/step.py pretraining --repeats 7 --batch 1
+    python benchmarks/step.py finetuning  --repeats 7 --patch 64
+
+One JSON line goes to ``benchmarks/results/step.jsonl``.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunet_autoreg.model.sizes import PRIMUS, encoder_size
+from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.sequences.sample import Batch
+
+RESULTS = Path(__file__).parent / "results" / "step.jsonl"
+WIDTH, DEPTH, HEADS, TOKEN, SIDE = 768, 12, 12, 16, 128
+NUM_TOKENS = (SIDE // TOKEN) ** 3
+
+
+class PlainBlock(nn.Module):
+    """Pre-norm attention without q, k, v biases, then a GELU MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (layer(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class PlainModel(nn.Module):
+    """[START] + patches + [END] under a prefix mask; output i predicts patch i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(1, WIDTH, TOKEN, TOKEN)
+        self.special = nn.Embedding(4, WIDTH)
+        self.register_buffer("position", torch.randn(1, NUM_TOKENS, WIDTH) * 0.02)
+        self.blocks = nn.ModuleList(PlainBlock() for _ in range(DEPTH))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKEN**3)
+
+    def forward(self, volume: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(volume).flatten(2).transpose(1, 2) + self.position
+        start, end = (self.special.weight[i].expand(x.shape[0], 1, -1) for i in (1, 2))
+        x = torch.cat([start, x, end], dim=1)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(self.norm(x))
+
+
+def host_mask(prefixes: list[int]) -> Tensor:
+    """The dense additive mask of every sample, built on the host in float32."""
+    index = torch.arange(NUM_TOKENS + 2)
+    masks = [torch.where(index[None, :] <= torch.clamp(index[:, None], min=p), 0.0, float("-inf")) for p in prefixes]
+    return torch.stack(masks)[:, None]
+
+
+def plain_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
+    """The baseline's step on crops (B, 1, Z, Y, X)."""
+    torch.manual_seed(0)
+    model = PlainModel().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step(crops: Tensor) -> None:
+        prefixes = torch.randint(0, NUM_TOKENS, (batch,)).tolist()
+        mask = host_mask(prefixes).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = model(crops, mask)[:, :NUM_TOKENS].float()
+        patches = crops.unfold(2, TOKEN, TOKEN).unfold(3, TOKEN, TOKEN).unfold(4, TOKEN, TOKEN).reshape(batch, NUM_TOKENS, -1)
+        target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        weight = torch.stack([torch.arange(NUM_TOKENS) >= p for p in prefixes]).to(device)[:, :, None].float()
+        loss = ((predicted - target).square() * weight).sum() / (weight.sum() * TOKEN**3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
+    """Our step at the same width, depth and tokens (learned positions: the head width of 64 does not allow a rotary table)."""
+    arguments = {"embed_dim": WIDTH, "patch_embed_size": [TOKEN] * 3, "eva_depth": DEPTH, "eva_numheads": HEADS, "init_values": 0.1,
+                 "scale_attn_inner": True, "use_rot_pos_emb": False}
+    plan = Plan("step", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("width768", PRIMUS, arguments, (TOKEN,) * 3),
+                SequencePlan((SIDE,) * 3), ObjectivePlan(), OptimPlan(1, batch, 1e-4, 1), RunPlan(0, 1, 1))
+    torch.manual_seed(0)
+    objective = Autoregressive(plan)
+    objective.module.to(device)
+    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-4, fused=device.type == "cuda")
+    ranks = torch.arange(NUM_TOKENS).expand(batch, -1)
+
+    def step(crops: Tensor) -> None:
+        real = torch.ones((batch, 1, *crops.shape[2:]), dtype=torch.bool)
+        sequences = Batch(crops[:, None], real, ranks, torch.randint(1, NUM_TOKENS, (batch,))).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            terms = objective.loss(sequences)
+        optimizer.zero_grad(set_to_none=True)
+        (terms.total / terms.count).backward()
+        optimizer.step()
+
+    return step
+
+
+def finetuning_steps(patch: int, batch: int, device: torch.device) -> dict[str, Callable[[Tensor], None]]:
+    """Ours, stock and stock again: the trainers' own ``train_step`` on equal Primus-S networks, loss and batch."""
+    from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+    from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
+
+    from nnunet_autoreg.model.primus import build_primus
+    from nnunet_autoreg.transfer.block import Recipe
+    from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
+
+    size = encoder_size("primus_s")
+    recipe = Recipe(num_epochs=150, pretrained_rate=1e-4, scratch_rate=3e-4)
+    target = torch.randint(0, 3, (batch, 1, patch, patch, patch)).float()
+
+    def made(trainer_class: type, ours: bool) -> Callable[[Tensor], None]:
+        torch.manual_seed(0)
+        network = build_primus(size.class_path, size.arguments, (patch,) * 3, 1, 3, drop_path_rate=0.2).to(device)
+        loss = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_ce=1, weight_dice=1,
+                              dice_class=MemoryEfficientSoftDiceLoss)
+        groups = parameter_groups(network, recipe)
+        optimizer = make_optimizer(groups, recipe, 1e-4, fused=device.type == "cuda") if ours else torch.optim.AdamW(
+            network.parameters(), 1e-4, weight_decay=5e-2, betas=(0.9, 0.98), fused=True)
+        schedule = IterationRates(optimizer, make_schedule(recipe, 1e-4, 150, 250, batch), 250) if ours else None
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        scaler = torch.GradScaler("cuda") if device.type == "cuda" and not (ours and has_bf16) else None
+        state = SimpleNamespace(
+            device=device, network=network, loss=loss, optimizer=optimizer, lr_scheduler=schedule, grad_scaler=scaler, current_epoch=0,
+            iteration=0, block=SimpleNamespace(recipe=recipe), has_bf16=has_bf16)
+        state._autocast = lambda: AutoregPretrainedTrainer._autocast(state)
+        return lambda crops: trainer_class.train_step(state, {"data": crops, "target": target})
+
+    return {"ours": made(AutoregPretrainedTrainer, True), "baseline": made(nnUNet_Primus_S_Trainer, False),
+            "baseline again": made(nnUNet_Primus_S_Trainer, False)}
+
+
+def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step, one of each in turn, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(crops)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    """Parse the command line, measure, print and append one line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["pretraining", "finetuning"])
+    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--patch", type=int, default=64, help="edge of the fine-tuning patch")
+    args = p.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    edge = SIDE if args.what == "pretraining" else args.patch
+    crops = torch.randn(args.batch, 1, edge, edge, edge, device=device)
+    if args.what == "pretraining":
+        steps = {"ours": our_step(args.batch, device), "baseline": plain_step(args.batch, device),
+                 "baseline again": plain_step(args.batch, device)}
+    else:
+        steps = finetuning_steps(args.patch, args.batch, device)
+    seconds = measure(steps, crops, args.repeats, device)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    line = {
+        "what": args.what, "batch": args.batch, "edge": edge, "repeats": args.repeats,
+        "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
+        "median_s": {name: round(v, 4) for name, v in medians.items()},
+        "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
+        "baseline_again_over_baseline": round(medians["baseline again"] / medians["baseline"], 3),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "commit": commit.stdout.strip(), "versions": {name: version(name) for name in ("torch", "nnunetv2")},
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as handle:
+        handle.write(json.dumps(line) + "\n")
+    print(json.dumps({key: value for key, value in line.items() if key != "seconds"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
