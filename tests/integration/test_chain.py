@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -68,15 +69,18 @@ def test_the_chain_from_unlabelled_scans_to_an_exported_model(home):
     shutil.rmtree(home / "nnUNet_results/autoreg_pretraining")
     typed(home, "nnUNetv2_train", "4", "3d_fullres", "0", *CHOICE, "--val", "-device", "cpu")
     typed(home, "nnUNetv2_find_best_configuration", "4", "-c", "3d_fullres", "-f", "0", "-np", "1", *CHOICE)
-    predict = ["-i", raw / "imagesTs", "-f", "0", "-npp", "1", "-nps", "1", "-device", "cpu"]
+    predict = ["-i", raw / "imagesTs", "-f", "0", "--save_probabilities", "-npp", "1", "-nps", "1", "-device", "cpu"]
     typed(home, "nnUNetv2_predict", "-d", "4", "-o", home / "predicted", "-c", "3d_fullres", *predict, *CHOICE)
     typed(home, "nnUNetv2_export_model_to_zip", "-d", "4", "-o", home / "model.zip", "-c", "3d_fullres", "-f", "0", *CHOICE)
     typed(home, "nnUNetv2_install_pretrained_model_from_zip", home / "model.zip", results="elsewhere")
     folder = home / "elsewhere/Dataset004_Hippocampus/AutoregPretrainedTrainer__AutoregPlans__3d_fullres"
     typed(home, "nnUNetv2_predict_from_modelfolder", "-o", home / "again", "-m", folder, *predict, results="elsewhere")
-    masks = sorted(p.name for p in (home / "predicted").glob("*.nii.gz"))
-    assert len(masks) == 2
-    assert all((home / "predicted" / name).read_bytes() == (home / "again" / name).read_bytes() for name in masks)
+    names = sorted(p.name for p in (home / "predicted").glob("*.npz"))
+    assert len(names) == len(list((home / "predicted").glob("*.nii.gz"))) == 2
+    for name in names:
+        before, after = (np.load(home / folder / name)["probabilities"] for folder in ("predicted", "again"))
+        assert before.std() > 0
+        assert np.array_equal(before, after)
 
     scratch = typed(home, "nnUNetv2_train", "4", "3d_fullres", "0", "-tr", "AutoregScratchTrainer", "-p", "AutoregPlans", "-device", "cpu")
     assert "Mean Validation Dice" in scratch
