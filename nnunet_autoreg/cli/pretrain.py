@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, configure_logging, print_next
+from nnunet_autoreg.cli.common import command, configure_logging, let_idle_threads_sleep, print_next
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
 
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
     configure_logging()
+    let_idle_threads_sleep()
     from nnunet_autoreg.pretrain.folder import Request
     from nnunet_autoreg.pretrain.run import check_device, default_device, pretrain
 
