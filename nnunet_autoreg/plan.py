@@ -136,6 +136,8 @@ class Plan:
 ORDERS = ("raster", "random")
 PREDICTORS = ("next", "query")
 PREFIXES = ("uniform",)
+OBJECTIVES = ("autoregressive",)
+ENCODER_KEYS = ("embed_dim", "patch_embed_size", "eva_depth", "eva_numheads")
 
 
 def check(plan: Plan) -> Plan:
@@ -145,14 +147,23 @@ def check(plan: Plan) -> Plan:
         PlanError: an impossible or ill-posed value, with the way out.
     """
     s, o = plan.sequence, plan.optim
-    for name, value, known in (("order", s.order, ORDERS), ("predictor", s.predictor, PREDICTORS), ("prefix", s.prefix, PREFIXES)):
+    named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
+             "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES)}
+    for key, (value, known) in named.items():
         if value not in known:
-            raise PlanError(f"sequence.{name}: '{value}' does not exist; {did_you_mean(value, known)}")
+            raise PlanError(f"{key}: '{value}' does not exist; {did_you_mean(value, known)}")
     if s.order == "random" and s.predictor == "next":
         raise PlanError(
             "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
             "follows; use sequence.predictor=query"
         )
+    missing = [key for key in ENCODER_KEYS if key not in plan.encoder.arguments]
+    if missing:
+        raise PlanError(f"encoder.arguments: {', '.join(missing)} missing; take those of an encoder in model/sizes.py")
+    if any(side < 1 for side in (*s.block_tokens, *plan.encoder.token_size_vox)):
+        raise PlanError(f"sequence.block_tokens={list(s.block_tokens)}: a block needs at least one token per axis")
+    if not all(0 <= beta < 1 for beta in o.betas):
+        raise PlanError(f"optim.betas={list(o.betas)} must lie in [0, 1)")
     blocks = 1
     for axis, crop, token, block in zip("zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True):
         side = token * block

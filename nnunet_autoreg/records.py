@@ -84,6 +84,10 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a!r} -> {b!r}"]
 
 
+TEMPORARY_FILES = ".*.*.tmp"
+"""What a killed ``atomic_path`` may leave behind."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; flush it to disk and rename it onto ``path`` when the block ends well."""

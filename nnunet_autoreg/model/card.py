@@ -10,6 +10,7 @@ from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
 
 RUNS_FOLDER = "autoreg_pretraining"
+NO_WEIGHTS = "none"
 CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1

@@ -11,9 +11,9 @@ from typing import Any
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
-from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER
+from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.records import differences, from_jsonable, read_json, to_jsonable, write_json
+from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, read_json, to_jsonable, write_json
 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
 
@@ -49,6 +49,8 @@ class Request:
         """
         if not self.datasets and not self.folders:
             raise UsageError("no scans given; name nnU-Net datasets with -d and / or folders with -i")
+        if self.name == NO_WEIGHTS:
+            raise UsageError(f"--name {NO_WEIGHTS}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another name")
         if not re.fullmatch(r"[\w.-]+", self.name) or "__" in self.name or self.name.startswith("."):
             raise UsageError(f"--name {self.name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot")
         for flag, value in (("--steps", self.num_steps), ("--batch", self.batch_size)):
@@ -84,6 +86,8 @@ def locked(folder: Path) -> Iterator[None]:
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")
         handle.flush()
+        for torn in folder.glob(TEMPORARY_FILES):
+            torn.unlink()
         yield
 
 
@@ -95,6 +99,18 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / PLAN_NAME
     return from_jsonable(Plan, read_json(path), str(path))
+
+
+def has_plan(folder: Path) -> bool:
+    """Whether the run was planned; a plan that was lost comes back from the latest checkpoint.
+
+    Raises:
+        CheckpointError: the plan is lost, and so is the checkpoint.
+    """
+    path, latest = folder / PLAN_NAME, folder / checkpoint.LATEST_NAME
+    if not path.exists() and latest.exists():
+        write_json(path, checkpoint.load_checkpoint(latest)["plan"])
+    return path.exists() and (folder / INDEX_NAME).exists()
 
 
 def continued_plan(folder: Path, request: Request) -> Plan:
@@ -140,6 +156,10 @@ def _essence(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, plan: Plan) -> bool:
-    """Whether the run left its encoder, trained to the plan's length."""
-    card = folder / CARD_NAME
-    return card.is_file() and int(read_json(card)["num_steps"]) >= plan.optim.num_steps
+    """Whether the run left its encoder, trained to the plan's length.
+
+    Raises:
+        WeightsError: its card was damaged.
+    """
+    whole = (folder / CARD_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+    return whole and read_card(folder).num_steps >= plan.optim.num_steps

@@ -27,6 +27,7 @@ from nnunet_autoreg.pretrain.folder import (
     PLAN_NAME,
     Request,
     continued_plan,
+    has_plan,
     is_finished,
     locked,
     run_folder,
@@ -76,7 +77,7 @@ def pretrain(request: Request, device: str, dry_run: bool = False) -> Outcome:
 
 def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[ScanRow]]:
     """The plan and the usable scans: read from the folder if they are there, else made and written (the plan last)."""
-    if (folder / PLAN_NAME).exists():
+    if has_plan(folder):
         plan = check(continued_plan(folder, request))
         rows = usable(read_index(folder / INDEX_NAME))
         log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
@@ -96,6 +97,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         request.batch_size, request.num_steps, step_memory,
     )
     plan = check(override(plan, list(request.settings)))
+    check_start(plan)
     write_json(folder / "fingerprint.json", print_of)
     write_json(folder / PLAN_NAME, plan)
     for key, reason in plan.reasons.items():
@@ -125,6 +127,24 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
     )
     trainer.run()
     export_encoder(folder, plan, objective, rows, licences(rows))
+
+
+def check_start(plan: Plan) -> None:
+    """Refuse weights named by ``--init`` that this plan cannot start from.
+
+    Raises:
+        WeightsError: they are missing, damaged, or of another encoder.
+    """
+    source = plan.request.get("init")
+    if not source:
+        return
+    from nnunet_autoreg.transfer.load import check_same_encoder, read_tensors
+
+    weights = Path(str(source))
+    card = read_card(weights.parent)
+    verify_weights(weights, card.sha256)
+    check_same_encoder(card, plan.encoder)
+    read_tensors(weights)
 
 
 def start_from(network: "nn.Module", plan: Plan) -> None:
@@ -166,11 +186,12 @@ def stored(folder: Path, rows: list[ScanRow], store: Store) -> list[ScanRow]:
         return rows
     index = folder / INDEX_NAME
     failed = {row: (error.status, str(error)) for row, error in store.failures.items()}
-    write_index(index, [replace(row, status=failed[row.id][0], reason=failed[row.id][1]) if row.id in failed else row
-                        for row in read_index(index)])
     left = [row for row in rows if row.id not in failed]
     if not left:
-        raise AutoregError(f"none of {len(rows)} scans could be preprocessed; {index} says why")
+        first, (status, reason) = next(iter(failed.items()))
+        raise AutoregError(f"none of {len(rows)} scans could be preprocessed; the first, {first}, is {status}: {reason}")
+    write_index(index, [replace(row, status=failed[row.id][0], reason=failed[row.id][1]) if row.id in failed else row
+                        for row in read_index(index)])
     log.warning("%d scans could not be preprocessed and are left out; %s says why", len(failed), index)
     return left
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from nnunet_autoreg.errors import PlanError, WeightsError, did_you_mean
 from nnunet_autoreg.geometry import Spacing, spacing_ratio
-from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.transfer.block import PlannedWeights, check_class
 
 VARIABLE = "autoreg_weights"
-NO_WEIGHTS = "none"
 MAX_SPACING_RATIO = 2.0
 
 

@@ -122,7 +122,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dying_worker_is_a_clear_error() -> None:
-    with pytest.raises(AutoregError, match=r"after 0 of 3 scans.*fewer workers"):
+    with pytest.raises(AutoregError, match=r"after 0 of 3 scans.*free some and run the same line again"):
         list(parallel_map(os._exit, [1, 1, 1], 2, "testing"))
 
 
