@@ -54,7 +54,7 @@ CONFIGURATIONS = {
 def environment(work: Path, results: Path, threads: int = 1) -> dict[str, str]:
     """nnU-Net's folders, single-threaded augmentation (so that a seed decides), and this interpreter's commands first."""
     folders = {"nnUNet_raw": work / "raw", "nnUNet_preprocessed": work / "preprocessed", "nnUNet_results": results}
-    settings = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+    settings = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000",
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return {**os.environ, **settings, **{name: str(folder) for name, folder in folders.items()}}
 

@@ -146,7 +146,15 @@ def check(plan: Plan) -> Plan:
     Raises:
         PlanError: an impossible or ill-posed value, with the way out.
     """
-    s, o = plan.sequence, plan.optim
+    _check_names(plan)
+    _check_encoder(plan.encoder)
+    _check_numbers(plan)
+    _check_blocks(plan)
+    return plan
+
+
+def _check_names(plan: Plan) -> None:
+    s = plan.sequence
     named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
              "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES)}
     for key, (value, known) in named.items():
@@ -157,14 +165,40 @@ def check(plan: Plan) -> Plan:
             "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
             "follows; use sequence.predictor=query"
         )
-    missing = [key for key in ENCODER_KEYS if key not in plan.encoder.arguments]
+
+
+def _check_encoder(encoder: EncoderPlan) -> None:
+    missing = [key for key in ENCODER_KEYS if key not in encoder.arguments]
     if missing:
         raise PlanError(f"encoder.arguments: {', '.join(missing)} missing; take those of an encoder in model/sizes.py")
-    if any(side < 1 for side in (*s.block_tokens, *plan.encoder.token_size_vox)):
-        raise PlanError(f"sequence.block_tokens={list(s.block_tokens)}: a block needs at least one token per axis")
-    if not all(0 <= beta < 1 for beta in o.betas):
-        raise PlanError(f"optim.betas={list(o.betas)} must lie in [0, 1)")
-    blocks = 1
+    embedded = list(encoder.arguments["patch_embed_size"])
+    if embedded != list(encoder.token_size_vox):
+        raise PlanError(f"encoder.token_size_vox={list(encoder.token_size_vox)} has to equal patch_embed_size={embedded} of its arguments")
+
+
+def _check_numbers(plan: Plan) -> None:
+    o, run = plan.optim, plan.run
+    positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
+                "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
+                "objective.variance_floor": plan.objective.variance_floor, "objective.query_depth": plan.objective.query_depth,
+                **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
+                **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
+                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)}}
+    for key, number in positive.items():
+        if not 0 < number < float("inf"):
+            raise PlanError(f"{key}={number} must be a number greater than 0")
+    not_negative = {"run.seed": run.seed, "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
+    for key, number in not_negative.items():
+        if not number >= 0:
+            raise PlanError(f"{key}={number} must not be negative")
+    shares = {"data.holdout_fraction": plan.data.holdout_fraction, "optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1]}
+    for key, share in shares.items():
+        if not 0 <= share < 1:
+            raise PlanError(f"{key}={share} must lie in [0, 1)")
+
+
+def _check_blocks(plan: Plan) -> None:
+    s, blocks = plan.sequence, 1
     for axis, crop, token, block in zip("zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True):
         side = token * block
         if crop <= 0 or crop % side:
@@ -176,17 +210,6 @@ def check(plan: Plan) -> Plan:
         blocks *= crop // side
     if blocks < 2:
         raise PlanError(f"a crop of {s.crop_size_vox} holds one block; a sequence needs at least 2: enlarge sequence.crop_size_vox")
-    positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr,
-                "run.checkpoint_every": plan.run.checkpoint_every, "run.validate_every": plan.run.validate_every,
-                "run.log_every": plan.run.log_every, "optim.clip_norm": o.clip_norm,
-                "objective.variance_floor": plan.objective.variance_floor, "objective.query_depth": plan.objective.query_depth,
-                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)}}
-    for key, number in positive.items():
-        if not number > 0:
-            raise PlanError(f"{key}={number} must be greater than 0")
-    if not 0 <= plan.data.holdout_fraction < 1:
-        raise PlanError(f"data.holdout_fraction={plan.data.holdout_fraction} must lie in [0, 1)")
-    return plan
 
 
 def override(plan: Plan, settings: list[str]) -> Plan:

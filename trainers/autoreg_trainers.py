@@ -5,6 +5,7 @@ Validation and prediction stay nnU-Net's own, so that what is validated is what 
 """
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +101,13 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         if isinstance(network, OptimizedModule):
             return network._orig_mod
         return network
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint, written beside and renamed, so that a kill leaves the one before."""
+        temporary = Path(f"{filename}.tmp")
+        super().save_checkpoint(str(temporary))
+        if self.local_rank == 0 and temporary.exists():
+            temporary.replace(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
         """Continue, validate or predict from a checkpoint: pretrained weights are not needed any more."""

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,22 +31,27 @@ def command(main: Main) -> Command:
             return code
         except AutoregError as error:
             return _complain(main, str(error), error.exit_code)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                _silence_stdout()
+                return 1
+            where = f" ({error.filename})" if error.filename else ""
+            return _complain(main, f"{error.strerror or error}{where}; what was written before is kept", 1)
         except KeyboardInterrupt:
             return _complain(main, "interrupted; run the same line again to go on", INTERRUPTED)
-        except BrokenPipeError:
-            _silence_stdout()
-            return 1
 
     return run
 
 
-def let_idle_threads_sleep() -> None:
-    """Have OpenMP's waiting threads sleep instead of spin, unless the user chose; must come before torch is imported.
+def prepare_torch() -> None:
+    """Have OpenMP's waiting threads soon sleep instead of spin, unless the user chose; must come before torch is imported.
 
-    On a CPU that is shared, even with this program's own helpers, spinning threads keep the ones that work from running: a
-    training step on 2 cores beside one other busy process took 0.49 s sleeping, 1.5 to 5.1 s spinning.
+    On a CPU that is shared, even with this program's own helpers, spinning threads keep the ones that work from running;
+    docs/measured.md has the figures. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs an idle machine half as much again.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)  # torchvision's own, at its import
 
 
 def print_next(line: str) -> None:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, let_idle_threads_sleep, print_next
+from nnunet_autoreg.cli.common import command, prepare_torch, print_next
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.records import atomic_path, read_json, write_json
@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
-    let_idle_threads_sleep()
+    prepare_torch()
     folder = Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder}: is not an empty folder; name a new one")

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, configure_logging, let_idle_threads_sleep, print_next
-from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.model.sizes import ENCODERS
 
 
@@ -34,13 +33,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def absolute(path: str | None, flag: str) -> str | None:
-    """The absolute form of a path that has to exist."""
-    if path is None:
-        return None
-    if not Path(path).exists():
-        raise UsageError(f"{flag} {path}: does not exist")
-    return str(Path(path).resolve())
+def absolute(path: str | None) -> str | None:
+    """The absolute form of a path; whether it exists is asked when it is needed, which a continued run may not."""
+    return None if path is None else str(Path(path).resolve())
 
 
 @command
@@ -48,21 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
     configure_logging()
-    let_idle_threads_sleep()
+    prepare_torch()
     from nnunet_autoreg.pretrain.folder import Request
     from nnunet_autoreg.pretrain.run import check_device, default_device, pretrain
 
     request = Request(
         name=args.name,
         datasets=tuple(args.d),
-        folders=tuple(str(absolute(folder, "-i")) for folder in args.i),
+        folders=tuple(str(absolute(folder)) for folder in args.i),
         encoder=args.encoder,
         num_steps=args.steps,
         batch_size=args.batch,
         seed=args.seed,
         modality=args.modality,
-        exclude=absolute(args.exclude, "--exclude"),
-        init=absolute(args.init, "--init"),
+        exclude=absolute(args.exclude),
+        init=absolute(args.init),
         settings=tuple(args.set),
     ).check()
     device = check_device(args.device) if args.device else default_device()

@@ -129,7 +129,7 @@ def _examine(task: tuple[Candidate, str], override: str | None, num_samples: int
     except ScanError as error:
         return (row if named else replace(row, status=error.status, reason=str(error))), nothing
     except MemoryError:
-        reason = "the scan does not fit into memory; crop or downsample it, or use fewer workers"
+        reason = "the scan does not fit into memory; crop or downsample it, or free some memory"
         return replace(row, status="huge", reason=reason), nothing
     array_ZYX = scan.array_CZYX[0]
     modality, rule = (override.strip().upper(), "--modality") if override else modality_of(candidate.channel, array_ZYX)

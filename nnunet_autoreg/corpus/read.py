@@ -235,7 +235,7 @@ def _equal_neighbours(array_ZYX: Array, background: float) -> float:
 
 # What SimpleITK and the libraries below it say -> status and reason; the first match counts.
 TRANSLATIONS = (
-    (("bad_alloc", "MemoryError"), "huge", "the scan does not fit into memory; crop or downsample it, or use fewer workers"),
+    (("bad_alloc", "MemoryError"), "huge", "the scan does not fit into memory; crop or downsample it, or free some memory"),
     (("orthonormal",), "direction", "the axes are not at right angles (sheared or tilted gantry); resample the scan first"),
     (("Zero-valued spacing", "Negative spacing"), "spacing", "a voxel size of zero or less; correct the header"),
     (("not read completely", "fread got only"), "unreadable", "truncated: voxels are missing at the end; copy the file again"),

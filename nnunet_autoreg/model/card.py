@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, WeightsError
-from nnunet_autoreg.geometry import Size, Spacing
-from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.geometry import Size, Spacing, grid_of
+from nnunet_autoreg.plan import ENCODER_KEYS, IntensityWindow
 from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
 
 RUNS_FOLDER = "autoreg_pretraining"
@@ -83,11 +83,26 @@ def read_card(folder: Path) -> EncoderCard:
         raise WeightsError(f"{folder} holds no {CARD_NAME}; has its pretraining finished?")
     try:
         data = read_json(path)
-        if isinstance(data, dict) and int(data.get("version", CARD_VERSION)) > CARD_VERSION:
-            raise WeightsError(f"{path} is of format {data['version']}, newer than {CARD_VERSION}; update nnunet-autoreg")
-        return from_jsonable(EncoderCard, data, str(path))
+        version = data.get("version", CARD_VERSION) if isinstance(data, dict) else CARD_VERSION
+        if isinstance(version, int) and version > CARD_VERSION:
+            raise WeightsError(f"{path} is of format {version}, newer than {CARD_VERSION}; update nnunet-autoreg")
+        return _checked(from_jsonable(EncoderCard, data, str(path)), path)
     except PlanError as error:
         raise WeightsError(str(error)) from error
+
+
+def _checked(card: EncoderCard, path: Path) -> EncoderCard:
+    sizes = (*card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels, card.num_steps)
+    if not all(value > 0 for value in sizes):
+        raise WeightsError(f"{path}: token size, crop size, spacing, channels and steps have to be greater than 0; restore the file")
+    missing = [key for key in ENCODER_KEYS if key not in card.arguments]
+    if missing:
+        raise WeightsError(f"{path}: arguments lacks {', '.join(missing)}; restore the file")
+    try:
+        grid_of(card.crop_size_vox, card.token_size_vox)
+    except ValueError as error:
+        raise WeightsError(f"{path}: crop_size_vox: {error}") from error
+    return card
 
 
 def verify_weights(weights: Path, sha256: str) -> None:

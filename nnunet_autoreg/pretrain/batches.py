@@ -1,5 +1,6 @@
 """Batches by step number: which samples step n sees depends on the seed and n alone, so resuming needs no loader state."""
 
+import signal
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
@@ -21,8 +22,15 @@ class StepBatches(Dataset[Batch]):
 
 def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches of ``steps`` in order, prepared ahead by ``num_workers`` processes (0: in this one)."""
-    loader = DataLoader(batches, batch_size=None, sampler=list(steps), num_workers=num_workers, pin_memory=pin_memory)
+    loader = DataLoader(batches, batch_size=None, sampler=list(steps), num_workers=num_workers, pin_memory=pin_memory,
+                        worker_init_fn=leave_signals_to_parent)
     return iter(loader)
+
+
+def leave_signals_to_parent(_: int) -> None:
+    """A signal to the whole process group must not end the workers before the main process has saved its state."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def heldout_batches(sampler: SequenceSampler, cases: list[StoredCase], batch_size: int, num_batches: int) -> list[Batch]:

@@ -15,14 +15,15 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
     """Write the encoder's weights, then its card, which marks the run as finished.
 
     Args:
-        rows: the scans that were trained on.
+        rows: the scans of the run, held-out ones included.
         licences: dataset -> licence text.
     """
     from safetensors.torch import save_file
 
     weights = folder / WEIGHTS_NAME
+    # One entry only: safetensors writes several in an order that changes from process to process, and the bytes have to repeat.
     with atomic_path(weights) as temporary:
-        save_file(objective.transferable_state(), temporary, metadata={"format": "pt", "encoder": plan.encoder.name})
+        save_file(objective.transferable_state(), temporary, metadata={"format": "pt"})
     card = EncoderCard(
         name=plan.name,
         encoder=plan.encoder.name,

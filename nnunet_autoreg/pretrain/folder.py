@@ -1,5 +1,6 @@
 """A run's folder: its name, its lock, its files, and whether the line typed is the line it was made with."""
 
+import errno
 import fcntl
 import os
 import re
@@ -82,7 +83,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise AutoregError(f"another process is working in {folder}; wait for it, or use another --name") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise AutoregError(f"another process is working in {folder}; wait for it, or use another --name") from error
+            raise AutoregError(f"{folder / LOCK_NAME} cannot be locked ({error.strerror}); does this file system know locks?") from error
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")
         handle.flush()
@@ -106,11 +109,14 @@ def has_plan(folder: Path) -> bool:
 
     Raises:
         CheckpointError: the plan is lost, and so is the checkpoint.
+        AutoregError: the index of its scans is lost.
     """
     path, latest = folder / PLAN_NAME, folder / checkpoint.LATEST_NAME
     if not path.exists() and latest.exists():
         write_json(path, checkpoint.load_checkpoint(latest)["plan"])
-    return path.exists() and (folder / INDEX_NAME).exists()
+    if path.exists() and not (folder / INDEX_NAME).exists():
+        raise AutoregError(f"{folder / INDEX_NAME} is missing, so the run's scans are not known; put it back, or use another --name")
+    return path.exists()
 
 
 def continued_plan(folder: Path, request: Request) -> Plan:

@@ -68,6 +68,7 @@ class Trainer:
         size = min(plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
         self.heldout = heldout_batches(objective.sampler, heldout, size, math.ceil(NUM_HELDOUT_SAMPLES / size)) if heldout else []
         self.num_workers = num_workers
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self.progress = Progress()
 
     def run(self) -> None:
@@ -81,24 +82,26 @@ class Trainer:
         optim, start = self.plan.optim, self.progress.step
         metrics = MetricsFile(self.folder / "metrics.jsonl", start)
         steps = range(start, optim.num_steps)
-        prepared = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
         bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0)
         with stop_signals() as stop, bar:
+            prepared = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
             clock = time.monotonic()
             for step, batch in zip(steps, prepared, strict=True):
                 loss, norm = self._step(step, batch.to(self.device))
                 self.progress.step = step + 1
                 bar.update()
                 if self._due(self.plan.run.log_every):
-                    error = self._finite(step, loss)
+                    self._refuse_nonfinite(step)
+                    error = float(loss)
                     seconds = (time.monotonic() - clock) / self.plan.run.log_every
                     self._log(metrics, step, error, float(norm), seconds)
                     bar.set_postfix(error=f"{error:.3f}")
                     clock = time.monotonic()
                 if self._due(self.plan.run.validate_every):
+                    self._refuse_nonfinite(step)
                     self._validate(step, metrics)
                 if self._due(self.plan.run.checkpoint_every) or stop:
-                    self._finite(step, loss)
+                    self._refuse_nonfinite(step)
                     self._save(checkpoint.LATEST_NAME)
                     draw_progress(metrics.path, self.folder / "progress.png")
                 if stop and self.progress.step < optim.num_steps:
@@ -127,6 +130,7 @@ class Trainer:
         loss = terms.total / terms.count.clamp(min=1)
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
+        self.nonfinite |= ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
         self.optimizer.step()
         self.objective.after_step(step)
         return loss.detach(), norm
@@ -134,14 +138,13 @@ class Trainer:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def _finite(self, step: int, loss: Tensor) -> float:
-        value = float(loss)
-        if not math.isfinite(value):
+    def _refuse_nonfinite(self, step: int) -> None:
+        """End the run if any step since the last look had a non-finite loss or gradient; nothing of it is saved."""
+        if bool(self.nonfinite):
             raise AutoregError(
-                f"the loss became {value} at step {step}; {self.folder / checkpoint.LATEST_NAME} keeps the last good state: "
-                f"start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}"
+                f"the loss or its gradient became infinite or NaN by step {step}; {self.folder / checkpoint.LATEST_NAME} keeps the "
+                f"last good state: start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}"
             )
-        return value
 
     @torch.no_grad()
     def _validate(self, step: int, metrics: MetricsFile) -> None:

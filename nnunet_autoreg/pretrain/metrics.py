@@ -17,9 +17,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
-        if path.exists():
-            kept = [line for line in read_lines(path) if line["step"] < first_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in read_lines(path) if line["step"] < first_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, step: int, name: str, value: float, unit: str) -> None:
         """Append one value."""
@@ -28,7 +27,9 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """All whole lines; a torn last line (the process was killed while writing) is left out."""
+    """All whole lines; a torn last line (the process was killed while writing) is left out. No file: no lines."""
+    if not path.exists():
+        return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 

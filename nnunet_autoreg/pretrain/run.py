@@ -1,7 +1,6 @@
 """One pretraining from the request to the encoder: index, plan, store, train, export. Safe to repeat at any point."""
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_autoreg import nnunet_api
+from nnunet_autoreg.checkpoint import LATEST_NAME
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import ScanRow, index_scans, read_exclude, read_index, write_index
-from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.card import read_card, verify_weights
+from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card, verify_weights
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan, check, override
 from nnunet_autoreg.planning import Hardware, Pool, make_plan
@@ -32,7 +32,7 @@ from nnunet_autoreg.pretrain.folder import (
     locked,
     run_folder,
 )
-from nnunet_autoreg.records import to_jsonable, write_json
+from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.store.store import Store
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         rows = usable(read_index(folder / INDEX_NAME))
         log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
         return plan, rows
+    check_inputs(request)
     candidates = find_scans(list(request.datasets), [Path(f) for f in request.folders])
     exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
     index = index_scans(candidates, exclude, num_processes(), request.modality)
@@ -97,6 +98,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         request.batch_size, request.num_steps, step_memory,
     )
     plan = check(override(plan, list(request.settings)))
+    check_network(plan)
     check_start(plan)
     write_json(folder / "fingerprint.json", print_of)
     write_json(folder / PLAN_NAME, plan)
@@ -114,12 +116,13 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
 
     store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
     keys = store.ensure(rows, plan.data.spacing_mm, plan.data.ct_window, num_processes())
-    rows = stored(folder, rows, store)
+    rows = stored(folder, rows, store, begun=(folder / LATEST_NAME).exists())
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
     torch.manual_seed(plan.run.seed)
     objective = build_objective(plan)
-    start_from(objective.network, plan)
+    if not (folder / LATEST_NAME).exists():
+        start_from(objective.network, plan)
     cases = {row.id: store.open(keys[row.id]) for row in rows}
     trainer = Trainer(
         plan, folder, objective, [cases[row.id] for row in training], [cases[row.id] for row in heldout],
@@ -127,6 +130,42 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
     )
     trainer.run()
     export_encoder(folder, plan, objective, rows, licences(rows))
+
+
+def check_inputs(request: Request) -> None:
+    """Refuse what can be refused before any scan is read.
+
+    Raises:
+        UsageError: a path that does not exist, or an unknown or mistyped setting.
+    """
+    for flag, paths in (("-i", request.folders), ("--exclude", (request.exclude,)), ("--init", (request.init,))):
+        for path in paths:
+            if path and not Path(path).exists():
+                raise UsageError(f"{flag} {path}: does not exist")
+    if request.init and Path(request.init).is_dir():
+        raise UsageError(f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it")
+    nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
+    some = Hardware("cpu", 1.0)
+    sketch = make_plan(request.name, nobody, some, request.encoder, request.seed, {}, 1, 1, lambda encoder, crop: (0.0, 0.0))
+    override(sketch, list(request.settings))
+
+
+def check_network(plan: Plan) -> None:
+    """Build the network once, without memory for its weights.
+
+    Raises:
+        PlanError: its arguments do not go together.
+    """
+    import torch
+
+    from nnunet_autoreg.objectives.registry import build_objective
+
+    try:
+        with torch.device("meta"):
+            build_objective(plan)
+    except (AssertionError, ValueError, TypeError, RuntimeError, ArithmeticError, KeyError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlanError(f"encoder.arguments={plan.encoder.arguments}: no network can be built from them ({why})") from error
 
 
 def check_start(plan: Plan) -> None:
@@ -161,7 +200,7 @@ def start_from(network: "nn.Module", plan: Plan) -> None:
     weights = Path(str(source))
     card = read_card(weights.parent)
     verify_weights(weights, card.sha256)
-    table = load_encoder(network, weights, card, Target(card.num_input_channels, plan.sequence.crop_size_vox), INIT_SHARE)
+    table = load_encoder(network, weights, card, Target(1, plan.sequence.crop_size_vox), INIT_SHARE)
     for line in table.lines():
         log.info(line)
 
@@ -169,27 +208,35 @@ def start_from(network: "nn.Module", plan: Plan) -> None:
 def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[ScanRow], list[ScanRow]]:
     """Training and held-out scans. All channels of a case go the same way, by a hash that other cases do not change."""
     cases = sorted({(row.dataset, row.case) for row in rows})
-    num_heldout = max(1, round(fraction * len(cases))) if fraction > 0 and len(cases) > 1 else 0
+    num_heldout = min(max(1, round(fraction * len(cases))), len(cases) - 1) if fraction > 0 and len(cases) > 1 else 0
     by_hash = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}/{case}".encode()).hexdigest())
     chosen = set(by_hash[:num_heldout])
     heldout = [row for row in rows if (row.dataset, row.case) in chosen]
     return [row for row in rows if (row.dataset, row.case) not in chosen], heldout
 
 
-def stored(folder: Path, rows: list[ScanRow], store: Store) -> list[ScanRow]:
+def stored(folder: Path, rows: list[ScanRow], store: Store, begun: bool) -> list[ScanRow]:
     """The scans that are in the store; those that could not be preprocessed get their reason in scans.csv.
 
+    Args:
+        begun: training has begun, so that no scan may leave any more.
+
     Raises:
-        AutoregError: none is left.
+        AutoregError: none is left, or one is missing from a run that has begun.
     """
     if not store.failures:
         return rows
     index = folder / INDEX_NAME
     failed = {row: (error.status, str(error)) for row, error in store.failures.items()}
     left = [row for row in rows if row.id not in failed]
+    first, (status, reason) = next(iter(failed.items()))
     if not left:
-        first, (status, reason) = next(iter(failed.items()))
         raise AutoregError(f"none of {len(rows)} scans could be preprocessed; the first, {first}, is {status}: {reason}")
+    if begun:
+        raise AutoregError(
+            f"{len(failed)} scans of this run are in the store no more and cannot be read again; the first, {first}, is {status} "
+            f"({reason}): put them back, so that the run stays the same, or use another --name"
+        )
     write_index(index, [replace(row, status=failed[row.id][0], reason=failed[row.id][1]) if row.id in failed else row
                         for row in read_index(index)])
     log.warning("%d scans could not be preprocessed and are left out; %s says why", len(failed), index)
@@ -260,7 +307,7 @@ def licences(rows: Sequence[ScanRow]) -> dict[str, str]:
     for row in rows:
         if row.dataset and row.dataset not in found:
             description = Path(row.source).parent.parent / "dataset.json"
-            data = json.loads(description.read_text(encoding="utf-8")) if description.is_file() else {}
+            data = read_json(description) if description.is_file() else {}
             found[row.dataset] = str(data.get("licence", data.get("license", "")))
     return found
 

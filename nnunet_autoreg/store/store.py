@@ -156,7 +156,7 @@ def _preprocess(root: Path, task: Task) -> tuple[str, tuple[str, str] | None]:
     except ScanError as error:
         return task.key, (error.status, str(error))
     except MemoryError:
-        return task.key, ("huge", "the scan does not fit into memory at this spacing; use fewer workers or a coarser spacing")
+        return task.key, ("huge", "the scan does not fit into memory at this spacing; free some memory or use a coarser spacing")
     return task.key, None
 
 

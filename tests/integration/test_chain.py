@@ -38,7 +38,7 @@ def home(tmp_path_factory, shared_data):
 
 def environment(home, results="nnUNet_results"):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-    settings = {"OMP_WAIT_POLICY": "PASSIVE", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+    settings = {"GOMP_SPINCOUNT": "1000", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
     folders = {"nnUNet_raw": "nnUNet_raw", "nnUNet_preprocessed": "nnUNet_preprocessed", "nnUNet_results": results}
     return {**clean, **settings, **{name: str(home / folder) for name, folder in folders.items()}}
 

@@ -75,7 +75,7 @@ def test_wrong_settings_are_refused(setting, message):
     ("sequence.crop_size_vox=8,8,8", "a sequence needs at least 2"),
     ("sequence.block_tokens=2,1,1", "40 on axis z|48 on axis z|no multiple"),
     ("sequence.order=rastr", "did you mean 'raster'"),
-    ("optim.lr=0", "optim.lr=0.0 must be greater than 0"),
+    ("optim.lr=0", "optim.lr=0.0 must be a number greater than 0"),
     ("data.holdout_fraction=1", r"must lie in \[0, 1\)"),
 ])
 def test_impossible_plans_say_what_is_possible(setting, message):
