@@ -50,7 +50,8 @@ def draw_progress(metrics: Path, picture: Path) -> None:
         if name in series:
             top.plot(*zip(*series[name], strict=True), label=label, linestyle="--" if "baseline" in label else "-")
     top.set(ylabel="squared error per voxel\n(normalised token = 1)", title="Next-block prediction")
-    top.legend()
+    if top.lines:
+        top.legend()
     for axis, name, label in ((middle, "lr", "learning rate"), (bottom, "step_time", "seconds per step")):
         if name in series:
             axis.plot(*zip(*series[name], strict=True))
