@@ -109,14 +109,23 @@ def has_plan(folder: Path) -> bool:
 
     Raises:
         CheckpointError: the plan is lost, and so is the checkpoint.
-        AutoregError: the index of its scans is lost.
     """
     path, latest = folder / PLAN_NAME, folder / checkpoint.LATEST_NAME
     if not path.exists() and latest.exists():
         write_json(path, checkpoint.load_checkpoint(latest)["plan"])
-    if path.exists() and not (folder / INDEX_NAME).exists():
-        raise AutoregError(f"{folder / INDEX_NAME} is missing, so the run's scans are not known; put it back, or use another --name")
     return path.exists()
+
+
+def index_of(folder: Path) -> Path:
+    """The index of a planned run's scans.
+
+    Raises:
+        AutoregError: it is lost.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        raise AutoregError(f"{index} is missing, so the run's scans are not known; put it back, or use another --name")
+    return index
 
 
 def continued_plan(folder: Path, request: Request) -> Plan:

@@ -28,6 +28,7 @@ from nnunet_autoreg.pretrain.folder import (
     Request,
     continued_plan,
     has_plan,
+    index_of,
     is_finished,
     locked,
     run_folder,
@@ -79,7 +80,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     """The plan and the usable scans: read from the folder if they are there, else made and written (the plan last)."""
     if has_plan(folder):
         plan = check(continued_plan(folder, request))
-        rows = usable(read_index(folder / INDEX_NAME))
+        rows = usable(read_index(index_of(folder)))
         log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
         return plan, rows
     check_inputs(request)

@@ -126,7 +126,7 @@ def test_the_name_that_means_no_weights_is_refused(home):
 
 
 def test_an_exclude_file_that_does_not_exist_is_refused(home):
-    refused(pretrain(home, "excluded", "--exclude", "no such file.txt"), 2, "--exclude no such file.txt", "does not exist")
+    refused(pretrain(home, "excluded", "--exclude", "no such file.txt"), 2, "--exclude", "no such file.txt: does not exist")
 
 
 def test_a_device_that_is_not_there_is_refused(home):
