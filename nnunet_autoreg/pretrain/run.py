@@ -17,7 +17,7 @@ from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import ScanRow, index_scans, read_exclude, read_index, write_index
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card, verify_weights
+from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan, check, override
 from nnunet_autoreg.planning import Hardware, Pool, make_plan
@@ -169,20 +169,33 @@ def check_network(plan: Plan) -> None:
         raise PlanError(f"encoder.arguments={plan.encoder.arguments}: no network can be built from them ({why})") from error
 
 
+def named_weights(plan: Plan) -> tuple[Path, EncoderCard] | None:
+    """The verified file that ``--init`` named and its card; None if it named none.
+
+    Raises:
+        WeightsError: either is missing or damaged.
+    """
+    source = plan.request.get("init")
+    if not source:
+        return None
+    weights = Path(str(source))
+    card = read_card(weights.parent)
+    verify_weights(weights, card.sha256)
+    return weights, card
+
+
 def check_start(plan: Plan) -> None:
     """Refuse weights named by ``--init`` that this plan cannot start from.
 
     Raises:
         WeightsError: they are missing, damaged, or of another encoder.
     """
-    source = plan.request.get("init")
-    if not source:
+    named = named_weights(plan)
+    if named is None:
         return
     from nnunet_autoreg.transfer.load import check_same_encoder, read_tensors
 
-    weights = Path(str(source))
-    card = read_card(weights.parent)
-    verify_weights(weights, card.sha256)
+    weights, card = named
     check_same_encoder(card, plan.encoder)
     read_tensors(weights)
 
@@ -193,14 +206,12 @@ def start_from(network: "nn.Module", plan: Plan) -> None:
     Raises:
         WeightsError: they are damaged, or of another encoder.
     """
-    source = plan.request.get("init")
-    if not source:
+    named = named_weights(plan)
+    if named is None:
         return
     from nnunet_autoreg.transfer.load import Target, load_encoder
 
-    weights = Path(str(source))
-    card = read_card(weights.parent)
-    verify_weights(weights, card.sha256)
+    weights, card = named
     table = load_encoder(network, weights, card, Target(1, plan.sequence.crop_size_vox), INIT_SHARE)
     for line in table.lines():
         log.info(line)
