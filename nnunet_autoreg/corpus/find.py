@@ -30,6 +30,11 @@ class Candidate:
         case: groups the channels of one nnU-Net case; in plain folders the path below the folder, no ending.
         channel: name in dataset.json; "" in plain folders.
         status, reason: why it was left out; "" for candidates.
+        part: what inside ``path``, as ``load_scan`` takes it: "" is the file itself, ``series=<SeriesInstanceUID>`` a series in
+            a DICOM folder, ``t=<k>`` a volume of a 4D file, ``member=<name>`` a file within a .zip; joined by ";".
+        modality: as the file itself says (MR, CT, PT ...); "" if it does not.
+        subject, session: identifiers **as found**; hash them with a salt before they are written or logged.
+        contrast: a harmless word (T1w, FLAIR, ...), never free text.
     """
 
     id: str
@@ -39,9 +44,14 @@ class Candidate:
     channel: str = ""
     status: str = ""
     reason: str = ""
+    part: str = ""
+    modality: str = ""
+    subject: str = field(default="", repr=False)
+    session: str = field(default="", repr=False)
+    contrast: str = ""
 
 
-def find_scans(datasets: list[str], folders: list[Path]) -> list[Candidate]:
+def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = False) -> list[Candidate]:
     """All candidates, datasets first, in natural order; a file reached twice is listed once.
 
     Of an nnU-Net dataset (``dataset.json`` beside ``imagesTr``) only the images are taken, wherever it is met. Other folders

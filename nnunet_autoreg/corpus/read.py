@@ -36,8 +36,8 @@ class ScanHeader:
     spacing_mm: Spacing
 
 
-def load_scan(path: Path) -> RawScan:
-    """Read and check one scan.
+def load_scan(path: Path, part: str = "") -> RawScan:
+    """Read and check one scan: a file, or the ``part`` of it that ``Candidate.part`` names.
 
     Returns:
         The scan, its array (1, Z, Y, X) float32.
@@ -81,7 +81,7 @@ def check_file(path: Path) -> None:
         raise ScanError("unreadable", f"the file system says: {error.strerror or error}") from error
 
 
-def read_header(path: Path) -> ScanHeader:
+def read_header(path: Path, part: str = "") -> ScanHeader:
     """Check what the header says, without reading voxels.
 
     Raises:
