@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -34,21 +35,48 @@ DATASET = "Dataset004_Hippocampus"
 NUM_TEST, NUM_DEVELOPMENT = 40, 32
 LABELS, SPLITS, ARMS = (5, 10, 20), ("development", "test"), ("pretrained", "scratch", "stock")
 BATCH_SIZE, STEPS_PER_EPOCH, VAL_STEPS = 4, 25, 6
-PRETRAIN_STEPS, PRETRAIN_BATCH = 1500, 8
-BLOCKS = ["sequence.crop_size_vox=32,48,32"]
+PRETRAIN_STEPS, PRETRAIN_BATCH = 500, 8
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One thing tried.
+
+    Attributes:
+        settings: of the pretraining, for ``--set``.
+        length: of the pretraining, as a multiple of PRETRAIN_STEPS.
+        recipe: changed values of the fine-tuning recipe.
+        weights: the configuration whose pretraining is used; "" for its own, None where there is none (scratch).
+    """
+
+    settings: tuple[str, ...] = ()
+    length: int = 1
+    recipe: dict[str, float] = field(default_factory=dict)
+    weights: str | None = ""
+
+
+CROP = "sequence.crop_size_vox=32,48,32"
+BLOCKS = (CROP, "sequence.block_tokens=2,2,2")
+QUERY, RANDOM = "sequence.predictor=query", "sequence.order=random"
 CONFIGURATIONS = {
-    "raster": (1, []),
-    "raster, 3x longer": (3, []),
-    "random order, query": (1, ["sequence.order=random", "sequence.predictor=query"]),
-    "raster, query": (1, ["sequence.predictor=query"]),
-    "raster, crop 32x48x32": (1, BLOCKS),
-    "raster, blocks of 2": (1, [*BLOCKS, "sequence.block_tokens=2,2,2"]),
-    "random order, query, blocks of 2": (1, [*BLOCKS, "sequence.block_tokens=2,2,2", "sequence.order=random", "sequence.predictor=query"]),
-    "raster, rate x 0.3": (1, ["optim.lr=3e-4"]),
-    "raster, variance floor 0.1": (1, ["objective.variance_floor=0.1"]),
-    "raster, no flips": (1, ["sequence.flip=false", "sequence.swap_axes=false"]),
+    "raster": Configuration(),
+    "raster, 4x longer": Configuration(length=4),
+    "raster, query": Configuration((QUERY,)),
+    "random order, query": Configuration((RANDOM, QUERY)),
+    "raster, crop 32x48x32": Configuration((CROP,)),
+    "raster, blocks of 2": Configuration(BLOCKS),
+    "random order, query, blocks of 2": Configuration((*BLOCKS, RANDOM, QUERY)),
+    "random order, query, 4x longer": Configuration((RANDOM, QUERY), length=4),
+    "raster, rate x 0.3": Configuration(("optim.lr=3e-4",)),
+    "raster, variance floor 0.1": Configuration(("objective.variance_floor=0.1",)),
+    "raster, no flips": Configuration(("sequence.flip=false", "sequence.swap_axes=false")),
+    "raster, fine-tuned at 3e-4": Configuration(recipe={"pretrained_rate": 3e-4}, weights="raster"),
+    "raster, fine-tuned at 3e-3": Configuration(recipe={"pretrained_rate": 3e-3}, weights="raster"),
+    "raster, layer decay 0.75": Configuration(recipe={"layer_decay": 0.75}, weights="raster"),
+    "scratch at 3e-4": Configuration(recipe={"scratch_rate": 3e-4}, weights=None),
+    "scratch at 3e-3": Configuration(recipe={"scratch_rate": 3e-3}, weights=None),
 }
-"""Every pretraining tried: its length as a multiple of PRETRAIN_STEPS, and what it sets. ``raster`` is the default plan."""
+"""Everything tried. ``raster`` is the default plan and recipe."""
 
 
 def environment(work: Path, results: Path, threads: int = 1) -> dict[str, str]:
@@ -92,27 +120,50 @@ def prepare(data: Path, work: Path) -> None:
     validation = {"development": pool[max(LABELS) : max(LABELS) + NUM_DEVELOPMENT], "test": test}
     folds = [{"train": pool[:labels], "val": validation[split]} for labels, split in product(LABELS, SPLITS)]
     (work / "preprocessed" / DATASET / "splits_final.json").write_text(json.dumps(folds))
-    env = {**environment(work, results), "autoreg_weights": "none"}
+    env = {**environment(work, results), "autoreg_weights": "none", "nnUNet_n_proc_DA": "2"}
     lines = (["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "ExperimentPlanner", "-c", "3d_fullres", "-np", "2"],
              ["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "AutoregPlanner", "-c", "3d_fullres", "-np", "2"])
     for line in lines:
         subprocess.run(line, env=env, check=True)
 
 
-def pretrain(work: Path, configuration: str) -> None:
-    """Pretrain on the pool, and write a plans file that uses the weights and shares the preprocessed data."""
-    length, settings = CONFIGURATIONS[configuration]
-    results, name = work / "results", run_name(configuration)
-    line = ["autoreg_pretrain", "-d", "4", "--name", name, "--encoder", "primus_tiny", "--steps", str(length * PRETRAIN_STEPS),
-            "--batch", str(PRETRAIN_BATCH), "--device", "cpu", "--exclude", str(work / "test_cases.txt")]
-    subprocess.run([*line, *(["--set", *settings] if settings else [])], env=environment(work, results, threads=2), check=True)
+def pretrain(work: Path, configuration: str, threads: int) -> None:
+    """Pretrain on the pool, unless the configuration uses another's weights, and write a plans file for it."""
+    tried = CONFIGURATIONS[configuration]
+    results = work / "results"
+    if tried.weights == "":
+        line = ["autoreg_pretrain", "-d", "4", "--name", run_name(configuration), "--encoder", "primus_tiny", "--steps",
+                str(tried.length * PRETRAIN_STEPS), "--batch", str(PRETRAIN_BATCH), "--device", "cpu",
+                "--exclude", str(work / "test_cases.txt")]
+        set_values = ["--set", *tried.settings] if tried.settings else []
+        subprocess.run([*line, *set_values], env=environment(work, results, threads), check=True)
+    write_plans(work, configuration)
+
+
+def write_plans(work: Path, configuration: str) -> None:
+    """A plans file with the configuration's weights and recipe; it shares the preprocessed data."""
+    tried = CONFIGURATIONS[configuration]
     folder = work / "preprocessed" / DATASET
     plans = json.loads((folder / "AutoregPlans.json").read_text())
-    file = f"autoreg_pretraining/{name}/encoder.safetensors"
-    digest = hashlib.sha256((results / file).read_bytes()).hexdigest()
     plans["plans_name"] = plans_name(configuration)
-    plans["autoreg"]["weights"] = {"name": name, "file": file, "sha256": digest}
+    plans["autoreg"]["recipe"].update(tried.recipe)
+    if tried.weights is not None:
+        name = run_name(tried.weights or configuration)
+        file = f"autoreg_pretraining/{name}/encoder.safetensors"
+        digest = hashlib.sha256((work / "results" / file).read_bytes()).hexdigest()
+        plans["autoreg"]["weights"] = {"name": name, "file": file, "sha256": digest}
     (folder / f"{plans_name(configuration)}.json").write_text(json.dumps(plans, indent=1))
+
+
+def pretraining_steps(configuration: str) -> int:
+    """Steps of the pretraining whose weights a configuration uses."""
+    return CONFIGURATIONS[CONFIGURATIONS[configuration].weights or configuration].length * PRETRAIN_STEPS
+
+
+def tried_by(configuration: str, arm: str) -> str:
+    """The configuration that matters to an arm: stock has none, and scratch only those made for it."""
+    matters = arm == "pretrained" or (arm == "scratch" and CONFIGURATIONS[configuration].weights is None)
+    return configuration if matters else "-"
 
 
 def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, split: str, steps: int) -> None:
@@ -124,8 +175,9 @@ def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, 
         seed_with(seed)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     trainers = {"pretrained": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer", "stock": "nnUNetTrainer"}
-    plans = {"pretrained": plans_name(configuration), "scratch": "AutoregPlans", "stock": "nnUNetPlans"}
-    trainer = get_trainer_from_args("4", "3d_fullres", fold_of(labels, split), trainers[arm], plans[arm], device=torch.device("cpu"))
+    tried = tried_by(configuration, arm)
+    plans = "nnUNetPlans" if arm == "stock" else plans_name(tried) if tried != "-" else "AutoregPlans"
+    trainer = get_trainer_from_args("4", "3d_fullres", fold_of(labels, split), trainers[arm], plans, device=torch.device("cpu"))
     trainer.num_epochs = steps // STEPS_PER_EPOCH
     trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = STEPS_PER_EPOCH, VAL_STEPS
     trainer.configuration_manager.configuration["batch_size"] = BATCH_SIZE
@@ -139,11 +191,11 @@ def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, 
     dice = [[case["metrics"][label]["Dice"] for label in sorted(case["metrics"])] for case in summary["metric_per_case"]]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     line = {
-        "configuration": "-" if arm != "pretrained" else configuration, "arm": arm, "labels": labels, "seed": seed, "split": split,
+        "configuration": tried, "arm": arm, "labels": labels, "seed": seed, "split": split,
         "steps": steps, "batch": BATCH_SIZE, "dice": summary["foreground_mean"]["Dice"], "dice_per_case": np.round(dice, 4).tolist(),
         "curve_steps_per_point": STEPS_PER_EPOCH, "curve": np.round(curve, 4).tolist(), "train_s": round(seconds, 1),
         "threads": torch.get_num_threads(),
-        "pretrain_steps": CONFIGURATIONS[configuration][0] * PRETRAIN_STEPS if arm == "pretrained" else 0,
+        "pretrain_steps": pretraining_steps(tried) if arm == "pretrained" else 0,
         "commit": commit.stdout.strip(), "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-autoreg")},
     }
     with RESULTS.open("a") as handle:
@@ -167,8 +219,7 @@ def run_all(work: Path, args: argparse.Namespace) -> None:
 
     def one(job: tuple[int, int, str]) -> None:
         seed, labels, arm = job
-        configuration = args.configuration if arm == "pretrained" else "-"
-        if (configuration, arm, labels, seed, args.split, args.steps) in done:
+        if (tried_by(args.configuration, arm), arm, labels, seed, args.split, args.steps) in done:
             return
         results = work / "runs" / f"{run_name(args.configuration)}-{arm}-{labels}-{seed}-{args.split}-{args.steps}"
         shutil.rmtree(results, ignore_errors=True)
@@ -207,12 +258,13 @@ def table() -> str:
     for split, steps, labels, arm, configuration in groups:
         same = {x["seed"]: x for x in lines if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
                 == (split, steps, labels, arm, configuration)}
-        twins = {x["seed"]: x for x in lines if (x["split"], x["steps"], x["labels"], x["arm"]) == (split, steps, labels, "scratch")}
+        twins = {x["seed"]: x for x in lines if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
+                 == (split, steps, labels, "scratch", "-")}
         dice = [x["dice"] for x in same.values()]
         spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
         reach = " / ".join("-" if None in found else f"{np.mean(found):.0f}"
                            for found in ([steps_to(x, d) for x in same.values()] for d in (0.5, 0.7)))
-        shared = sorted(set(same) & set(twins)) if arm != "scratch" else []
+        shared = sorted(set(same) & set(twins)) if (arm, configuration) != ("scratch", "-") else []
         paired = "-"
         if shared:
             case_means = [[np.mean(x["dice_per_case"], axis=1) for x in (same[s], twins[s])] for s in shared]
@@ -236,12 +288,13 @@ def main() -> None:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--split", choices=SPLITS, default="development")
     p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--threads", type=int, default=2, help="of a pretraining; a fine-tuning takes one")
     p.add_argument("--jobs", type=int, default=2)
     args = p.parse_args()
     if args.what == "prepare":
         prepare(args.data, args.work.resolve())
     elif args.what == "pretrain":
-        pretrain(args.work.resolve(), args.configuration)
+        pretrain(args.work.resolve(), args.configuration, args.threads)
     elif args.what == "run":
         run_all(args.work.resolve(), args)
     elif args.what == "one":

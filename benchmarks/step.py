@@ -109,7 +109,7 @@ def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     torch.manual_seed(0)
     objective = Autoregressive(plan)
     objective.module.to(device)
-    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-4, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-4, fused=True)
     ranks = torch.arange(NUM_TOKENS).expand(batch, -1)
 
     def step(crops: Tensor) -> None:
@@ -145,7 +145,7 @@ def finetuning_steps(patch: int, batch: int, device: torch.device) -> dict[str, 
         loss = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_ce=1, weight_dice=1,
                               dice_class=MemoryEfficientSoftDiceLoss)
         groups = parameter_groups(network, recipe)
-        optimizer = make_optimizer(groups, recipe, 1e-4, fused=device.type == "cuda") if ours else torch.optim.AdamW(
+        optimizer = make_optimizer(groups, recipe, 1e-4) if ours else torch.optim.AdamW(
             network.parameters(), 1e-4, weight_decay=5e-2, betas=(0.9, 0.98), fused=True)
         schedule = IterationRates(optimizer, make_schedule(recipe, 1e-4, 150, 250, batch), 250) if ours else None
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

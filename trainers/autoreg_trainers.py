@@ -87,7 +87,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         """AdamW and the rate of every iteration."""
         recipe = self.block.recipe
         groups = parameter_groups(self.unwrapped(), recipe)
-        optimizer = make_optimizer(groups, recipe, self.initial_lr, fused=self.device.type == "cuda")
+        optimizer = make_optimizer(groups, recipe, self.initial_lr)
         schedule = make_schedule(
             recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size
         )

@@ -62,7 +62,7 @@ class Trainer:
         self.module = objective.module.to(device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.module, plan.optim.weight_decay), lr=plan.optim.lr, betas=plan.optim.betas,
-            fused=device.type == "cuda",
+            fused=True,
         )
         self.batches = StepBatches(objective.sampler, training, plan.optim.batch_size)
         size = min(plan.optim.batch_size, NUM_HELDOUT_SAMPLES)

@@ -101,6 +101,6 @@ def _is_input(network: nn.Module, name: str) -> bool:
     return name.startswith(f"{stem}.") or is_position(name)
 
 
-def make_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float, fused: bool) -> torch.optim.AdamW:
-    """AdamW as the recipe says."""
-    return torch.optim.AdamW(list(groups), lr=peak_rate, betas=recipe.betas, fused=fused)
+def make_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float) -> torch.optim.AdamW:
+    """AdamW as the recipe says, in its fused form (as nnU-Net's own Primus trainers)."""
+    return torch.optim.AdamW(list(groups), lr=peak_rate, betas=recipe.betas, fused=True)

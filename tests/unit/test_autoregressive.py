@@ -219,7 +219,7 @@ def test_tokens_equal_what_the_downstream_network_computes_on_the_whole_crop():
     voxels = torch.randn(2, 1, 1, 16, 32, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = encoder.primus.down_projection(voxels[:, 0]).flatten(2).transpose(1, 2)
-        assert torch.allclose(encoder.tokens(voxels), whole, atol=1e-6)
+        assert torch.allclose(encoder.tokens(voxels), whole, atol=1e-5)
         full = encoder(voxels, None)
         expected, _ = encoder.primus.eva(whole)
     assert torch.allclose(full, expected, atol=1e-5)

@@ -51,7 +51,7 @@ def test_the_rate_of_a_resumed_run_depends_on_epoch_and_iteration_alone() -> Non
     schedule = Schedule(1.0, 100, 10, 0.9)
     parameter = nn.Parameter(torch.zeros(2))
     groups = [{"params": [parameter], "rate_factor": 0.5, "weight_decay": 0.0}]
-    rates = IterationRates(make_optimizer(groups, RECIPE, 1.0, fused=False), schedule, iterations_per_epoch=10)
+    rates = IterationRates(make_optimizer(groups, RECIPE, 1.0), schedule, iterations_per_epoch=10)
     rates.step(5, 5)
     assert rates.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**0.9)
 
