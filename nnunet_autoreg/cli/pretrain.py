@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--modality", metavar="NAME", help="CT, MR, ... for all scans; default: dataset.json, else by Hounsfield-like values")
     p.add_argument("--exclude", metavar="FILE", help="paths or ids to leave out, one a line, or an nnU-Net splits_final.json "
                    "(leaves out the validation cases of its first fold)")
+    p.add_argument("--manifest", metavar="FILE", help="CSV that says of scans what they are: path (of a file or folder), and any of "
+                   "subject, session, contrast, class, modality")
     p.add_argument("--init", metavar="FILE", help="start from these weights (encoder.safetensors with its encoder.json beside it)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override planned values, e.g. optim.lr=3e-4")
     p.add_argument("--dry-run", action="store_true", help="write plan.json and scans.csv, then stop")
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         modality=args.modality,
         exclude=absolute(args.exclude),
+        manifest=absolute(args.manifest),
         init=absolute(args.init),
         settings=tuple(args.set),
     ).check()

@@ -1,63 +1,39 @@
-"""Examine every candidate: one row per scan, pooled Hounsfield samples, and the exclusions and duplicates sorted out."""
+"""Examine every candidate: first all headers, then all voxels; one row per scan, exclusions and copies sorted out."""
 
-import csv
-import hashlib
-import io
-import json
+import base64
 import logging
-import os
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from nnunet_autoreg.corpus.find import IMAGE_ENDINGS, Candidate, absolute, find_scans
-from nnunet_autoreg.corpus.intensity import modality_of, sample_body
+from nnunet_autoreg.corpus.content import Signature, content_hash, settle_copies, signature
+from nnunet_autoreg.corpus.exclude import excluded_because, outside, warn_unmatched
+from nnunet_autoreg.corpus.find import Candidate
+from nnunet_autoreg.corpus.identity import salted
+from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sample_body
+from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key, stamp_of
+from nnunet_autoreg.corpus.manifest import Entry, Manifest, describe
 from nnunet_autoreg.corpus.parallel import parallel_map
-from nnunet_autoreg.corpus.read import cropped_shape, load_scan
-from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
-from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.nnunet_api import Array, RawScan
-from nnunet_autoreg.records import write_text
+from nnunet_autoreg.corpus.read import cropped_shape, load_scan, read_header
+from nnunet_autoreg.corpus.rows import OK, ScanRow
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.geometry import Size, Spacing, as_size, volume
+from nnunet_autoreg.nnunet_api import Array
 
 log = logging.getLogger(__name__)
 
-OK = "ok"
 MAX_SAMPLES, MAX_SAMPLES_PER_SCAN, MIN_SAMPLES_PER_SCAN = 1_000_000, 10_000, 10
-EXCLUDE_FORMATS = "a text file with one path, scan id or case id per line, a JSON list of ids, or nnU-Net's splits_final.json"
-
-
-@dataclass(frozen=True)
-class ScanRow:
-    """One line of ``scans.csv``.
-
-    Attributes:
-        id, dataset, case, channel: as in ``Candidate``.
-        modality, modality_rule: "CT", "MR", ... and how that was decided.
-        source: the file.
-        shape_vox, spacing_mm: as read, (z, y, x), before transposition; None where the scan could not be read.
-        cropped_shape_vox: after cropping to non-zero.
-        content_hash: of voxels, shape and spacing.
-        status: "ok", or why the scan is left out, in one word.
-        reason: the same in a sentence.
-    """
-
-    id: str
-    dataset: str
-    case: str
-    channel: str
-    modality: str
-    source: str
-    shape_vox: Size | None
-    spacing_mm: Spacing | None
-    cropped_shape_vox: Size | None
-    content_hash: str
-    status: str
-    reason: str
-    modality_rule: str = ""
+HEADERS_PER_CHUNK = 64
+EXCLUDED = "excluded"
+# Not kept in the journal: memory may be free, or the file readable, the next time.
+PASSING = ("huge", "unreadable")
+# Of these a header says all there is to say. With any other complaint the whole file is looked at, for the better reason.
+SETTLED_BY_HEADER = ("4d", "not3d", "tiny", "huge", "rgb", "complex")
+TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free some memory"
 
 
 @dataclass(frozen=True)
@@ -73,191 +49,193 @@ class Index:
         return tuple(row for row in self.rows if row.status == OK)
 
 
-def content_hash(scan: RawScan) -> str:
-    """Hex SHA-256 of the float32 voxels, the shape and the spacing rounded to 1e-4 mm.
+@dataclass(frozen=True)
+class Task:
+    """One scan to read. ``modality`` and ``rule`` are set where somebody said what it is; ``num_samples`` are wanted of a CT."""
 
-    Origin and direction are left out: nnU-Net ignores them, and a copy that was only moved is still the same scan.
-    """
-    spacing = [round(s, 4) for s in scan.spacing_mm]
-    digest = hashlib.sha256(json.dumps([list(scan.array_CZYX.shape), spacing]).encode())
-    for plane in scan.array_CZYX.reshape(-1, *scan.array_CZYX.shape[2:]):
-        # + 0 turns -0.0 into 0.0, which equals it but has other bytes.
-        digest.update(np.ascontiguousarray(plane + np.float32(0), dtype="<f4").tobytes())
-    return digest.hexdigest()
+    path: Path
+    part: str
+    channel: str
+    modality: str
+    rule: str
+    num_samples: int
 
 
-def index_scans(candidates: list[Candidate], exclude: set[str], num_workers: int, modality_override: str | None = None) -> Index:
-    """Read, check, identify and hash every candidate; memory stays flat in their number.
+@dataclass(frozen=True)
+class Header:
+    """What a scan's header says (z, y, x), or why it cannot be used; ``stamp`` tells whether the file changes later."""
+
+    stamp: str
+    shape_vox: Size | None = None
+    spacing_mm: Spacing | None = None
+    status: str = ""
+    reason: str = ""
+
+
+def index_scans(
+    candidates: Sequence[Candidate], exclude: set[str], num_workers: int, modality_override: str | None = None, *,
+    salt: str = "", manifest: Manifest | None = None, journal: Path | None = None,
+) -> Index:
+    """Read, check, identify and hash every candidate: headers first, then voxels, one scan in memory per worker.
 
     Excluded scans are read too: a copy of one under another name is recognised by content and excluded as well.
 
     Args:
-        exclude: paths of files or folders, scan ids, case ids, or ``dataset/case``.
+        exclude: paths of files or folders, scan ids, case ids, ``dataset/case``, or subjects.
         num_workers: processes; at most 1 works in this one.
-        modality_override: counts for every scan, whatever its dataset says.
+        modality_override: counts for every scan, whatever its file or dataset says, but not against the manifest.
+        salt: for the hashes of subjects and sessions; without one these are left out.
+        manifest: what the user says of some scans.
+        journal: file in which to keep what was read, so that a killed call goes on; the caller removes it once the index
+            is written.
 
     Raises:
         AutoregError: a worker process died.
     """
-    outside = _outside(exclude, candidates)
-    _warn_unmatched(exclude, candidates, outside)
-    num_samples = max(MIN_SAMPLES_PER_SCAN, min(MAX_SAMPLES_PER_SCAN, MAX_SAMPLES // max(1, len(candidates))))
-    examine = partial(_examine, override=modality_override, num_samples=num_samples)
-    tasks = [(c, min(_names(c) & exclude, default="")) for c in [*candidates, *outside]]
-    rows: list[ScanRow] = []
-    samples: list[Array] = []
-    for row, drawn in parallel_map(examine, tasks, num_workers, "checking scans"):
-        rows.append(row)
-        samples.append(drawn)
-    rows = _settle_copies(rows)[: len(candidates)]
-    kept = [s for row, s in zip(rows, samples, strict=False) if row.status == OK and s.size]
+    described, entries = describe(candidates, manifest)
+    everything = [*described, *outside(exclude, described)]
+    warn_unmatched(exclude, everything)
+    rows = [_first_row(c, excluded_because(c, exclude), salt, entries.get(c.id, Entry())) for c in everything]
+    tasks = tasks_of(everything, entries, modality_override)
+    stamps = read_headers(rows, tasks, num_workers)
+    signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
+    rows = settle_copies(rows, signatures)[: len(described)]
+    kept = [drawn for number, drawn in samples.items() if number < len(rows) and rows[number].status == OK]
     return Index(tuple(rows), np.concatenate(kept) if kept else np.zeros(0, dtype=np.float32))
 
 
-def _examine(task: tuple[Candidate, str], override: str | None, num_samples: int) -> tuple[ScanRow, Array]:
-    """The row of one (candidate, name under which it is excluded), and its Hounsfield samples if it is a usable CT."""
-    candidate, named = task
-    nothing = np.zeros(0, dtype=np.float32)
-    row = ScanRow(candidate.id, candidate.dataset, candidate.case, candidate.channel, "", str(candidate.path), None, None, None,
-                  "", candidate.status, candidate.reason)
-    if candidate.status:
-        return row, nothing
-    if named:
-        row = replace(row, status="excluded", reason=f"excluded by the user ('{named}')")
+def tasks_of(candidates: Sequence[Candidate], entries: Mapping[str, Entry], modality_override: str | None) -> list[Task]:
+    """What is to be read of each candidate, and who said what modality it is: manifest, --modality, or the file itself."""
+    # A power of two, so that a file more or less leaves the number, and with it what the journal knows, as it was.
+    share = MAX_SAMPLES >> max(0, len(candidates) - 1).bit_length()
+    num_samples = max(MIN_SAMPLES_PER_SCAN, min(MAX_SAMPLES_PER_SCAN, share))
+    tasks = []
+    for candidate in candidates:
+        named = entries.get(candidate.id, Entry()).modality
+        said = ((named, "--manifest"), ((modality_override or "").strip().upper(), "--modality"), (candidate.modality, "the file says so"))
+        modality, rule = next((pair for pair in said if pair[0]), ("", ""))
+        tasks.append(Task(candidate.path, candidate.part, candidate.channel, modality, rule, num_samples))
+    return tasks
+
+
+def _first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> ScanRow:
+    """All that is known of a candidate before it is read; from here on its subject and session are hashes."""
+    subject, session = candidate.subject.strip(), candidate.session.strip()
+    status, reason = ("excluded", excluded) if excluded and not candidate.status else (candidate.status, candidate.reason)
+    return ScanRow(
+        candidate.id, candidate.dataset, candidate.case, candidate.channel, "", str(candidate.path), None, None, None, "", status,
+        reason, part=candidate.part, subject=salted(subject, salt) if salt else "",
+        session=salted(f"{subject}\n{session}", salt) if salt and session else "",
+        contrast=candidate.contrast, label_class=entry.label_class)
+
+
+def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -> list[str | None]:
+    """Put into ``rows`` what the headers say; returns stamps of the scans that are worth reading whole, None for the others.
+
+    Raises:
+        AutoregError: a worker process died.
+    """
+    numbers = [n for n, row in enumerate(rows) if row.status in ("", EXCLUDED)]
+    stamps: list[str | None] = [None] * len(rows)
+    found = parallel_map(header_of, [tasks[n] for n in numbers], num_workers, "reading headers", HEADERS_PER_CHUNK)
+    num_vox = 0
+    for n, header in zip(numbers, found, strict=True):
+        if header.status in SETTLED_BY_HEADER:
+            rows[n] = rows[n] if rows[n].status else replace(rows[n], status=header.status, reason=header.reason)
+            continue
+        stamps[n] = header.stamp
+        if header.shape_vox is not None:
+            rows[n] = replace(rows[n], shape_vox=header.shape_vox, spacing_mm=header.spacing_mm)
+            num_vox += volume(header.shape_vox)
+    log.info("%d headers are read; next come %.2f billion voxels of %d scans", len(numbers), num_vox / 1e9,
+             len(stamps) - stamps.count(None))
+    return stamps
+
+
+def header_of(task: Task) -> Header:
+    """Read the header of one scan."""
+    stamp = stamp_of(task.path)
     try:
-        scan = load_scan(candidate.path)
+        header = read_header(task.path, task.part)
     except ScanError as error:
-        return (row if named else replace(row, status=error.status, reason=str(error))), nothing
-    except MemoryError:
-        reason = "the scan does not fit into memory; crop or downsample it, or free some memory"
-        return replace(row, status="huge", reason=reason), nothing
-    array_ZYX = scan.array_CZYX[0]
-    modality, rule = (override.strip().upper(), "--modality") if override else modality_of(candidate.channel, array_ZYX)
-    row = replace(
-        row, modality=modality, modality_rule=rule, shape_vox=as_size(array_ZYX.shape), spacing_mm=scan.spacing_mm,
-        cropped_shape_vox=cropped_shape(array_ZYX), content_hash=content_hash(scan), status=row.status or OK)
-    wanted = row.status == OK and modality == "CT"
-    return row, sample_body(array_ZYX, num_samples, row.content_hash) if wanted else nothing
+        return Header(stamp, status=error.status, reason=str(error))
+    return Header(stamp, header.shape_vox, header.spacing_mm)
 
 
-def _settle_copies(rows: list[ScanRow]) -> list[ScanRow]:
-    """Mark copies of excluded scans, then all but the first of equal scans."""
-    excluded = {row.content_hash: row.source for row in rows if row.status == "excluded" and row.content_hash}
-    first: dict[str, str] = {}
-    settled = []
-    for row in rows:
-        if row.status == OK and row.content_hash in excluded:
-            reason = f"same voxels as the excluded {excluded[row.content_hash]}"
-            settled.append(replace(row, status="excluded", reason=reason))
-        elif row.status == OK and first.setdefault(row.content_hash, row.id) != row.id:
-            settled.append(replace(row, status="duplicate", reason=f"same voxels and spacing as {first[row.content_hash]}"))
+def _read_voxels(
+    rows: list[ScanRow], tasks: Sequence[Task], stamps: Sequence[str | None], journal: Path | None, num_workers: int
+) -> tuple[list[Signature | None], dict[int, Array]]:
+    """Put into ``rows`` what the voxels say; returns signatures, and Hounsfield samples by the number of the row."""
+    signatures: list[Signature | None] = [None] * len(rows)
+    samples: dict[int, Array] = {}
+    keys = {n: journal_key(stamp, *_essence(tasks[n])) for n, stamp in enumerate(stamps) if stamp is not None}
+    with Journal(journal) as kept:
+        for n, facts in _all_facts(keys, tasks, kept, num_workers):
+            rows[n] = _with_facts(rows[n], facts)
+            signatures[n] = decoded(facts.signature, "<i2") if facts.signature else None
+            if facts.samples:
+                samples[n] = decoded(facts.samples, "<f4")
+    return signatures, samples
+
+
+def _essence(task: Task) -> tuple[object, ...]:
+    return (str(task.path), task.part, task.channel, task.modality, task.rule, task.num_samples)
+
+
+def _all_facts(keys: Mapping[int, str], tasks: Sequence[Task], journal: Journal, num_workers: int) -> Iterator[tuple[int, Facts]]:
+    """Facts by the number of the row: those that the journal knows, then the others as they are read."""
+    unread = []
+    for n, key in keys.items():
+        if key in journal.known:
+            yield n, journal.known[key]
         else:
-            settled.append(row)
-    return settled
+            unread.append(n)
+    found = parallel_map(facts_of, [tasks[n] for n in unread], num_workers, "checking scans")
+    for n, facts in zip(unread, found, strict=True):
+        if facts.status not in PASSING:
+            journal.add(keys[n], facts)
+        yield n, facts
 
 
-def _names(candidate: Candidate) -> set[str]:
-    """Every name under which a candidate may be excluded."""
-    path = candidate.path
-    names = {candidate.id, candidate.case, f"{candidate.dataset}/{candidate.case}", path.name}
-    for variant in (path, Path(os.path.realpath(path)), _relative(path)):
-        names.update(str(p) for p in (variant, *variant.parents) if str(p) not in (".", path.anchor))
-    return names - {""}
+def _with_facts(row: ScanRow, facts: Facts) -> ScanRow:
+    if facts.status:
+        return row if row.status else replace(row, status=facts.status, reason=facts.reason)
+    return replace(
+        row, modality=facts.modality, modality_rule=facts.modality_rule, shape_vox=facts.shape_vox, spacing_mm=facts.spacing_mm,
+        cropped_shape_vox=facts.cropped_shape_vox, content_hash=facts.content_hash, percentiles=facts.percentiles,
+        status=row.status or OK)
 
 
-def _relative(path: Path) -> Path:
+def facts_of(task: Task) -> Facts:
+    """Read one scan and find out all that the index needs of its voxels."""
     try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
+        scan = load_scan(task.path, task.part)
+        array_ZYX = scan.array_CZYX[0]
+        modality, rule = _modality(task, array_ZYX)
+        digest = content_hash(scan)
+        drawn = sample_body(array_ZYX, task.num_samples, digest) if modality == "CT" else None
+        points = signature(array_ZYX)
+        return Facts(
+            "", "", modality, rule, as_size(array_ZYX.shape), scan.spacing_mm, cropped_shape(array_ZYX), digest,
+            body_percentiles(array_ZYX, modality), encoded(points, "<i2"), encoded(drawn, "<f4"))
+    except ScanError as error:
+        return Facts(error.status, str(error))
+    except MemoryError:
+        return Facts("huge", TOO_LARGE)
 
 
-def _outside(exclude: set[str], candidates: list[Candidate]) -> list[Candidate]:
-    """Excluded files that are no candidates themselves, so that copies of them are recognised."""
-    paths = [absolute(e) for e in sorted(exclude) if os.sep in e and Path(e).exists()]
-    wanted = [p for p in paths if p.is_dir() or p.name.lower().endswith(IMAGE_ENDINGS)]
-    known = {os.path.realpath(c.path) for c in candidates}
-    found = [c for c in find_scans([], wanted) if not c.status and os.path.realpath(c.path) not in known]
-    return [replace(c, id=str(c.path), case=next(e for e in exclude if _is_below(c.path, e))) for c in found]
+def _modality(task: Task, array_ZYX: Array) -> tuple[str, str]:
+    if not task.modality:
+        return modality_of(task.channel, array_ZYX)
+    unusual = task.modality == "CT" and not task.rule.startswith("--") and float(array_ZYX.min()) >= 0
+    return task.modality, task.rule + (", though no value is negative: are these Hounsfield units?" if unusual else "")
 
 
-def _is_below(path: Path, entry: str) -> bool:
-    folder = absolute(entry)
-    return os.sep in entry and (path == folder or folder in path.parents)
+def encoded(values: npt.NDArray[Any] | None, kind: str) -> str:
+    """Numbers as base64; "" for none."""
+    return base64.b64encode(values.astype(kind).tobytes()).decode() if values is not None else ""
 
 
-def _warn_unmatched(exclude: set[str], candidates: list[Candidate], outside: list[Candidate]) -> None:
-    if not exclude:
-        return
-    matched = set().union(*(_names(c) for c in [*candidates, *outside]))
-    unmatched = sorted(exclude - matched)
-    if unmatched:
-        hint = did_you_mean(unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ())
-        log.warning("--exclude: %d of %d names match no scan, the first is '%s'; %s",
-                    len(unmatched), len(exclude), unmatched[0], hint)
-
-
-def read_exclude(path: Path) -> set[str]:
-    """Names to leave out: paths, scan ids or case ids.
-
-    Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's ``splits_final.json``. Of the
-    latter the ``val`` and ``test`` cases of the **first** fold are left out: over all five folds every case is once in ``val``.
-
-    Raises:
-        UsageError: the file cannot be read, or is none of these.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--exclude {path} cannot be read ({error}); give {EXCLUDE_FORMATS}") from error
-    if path.suffix.lower() != ".json":
-        lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
-        return {line for line in lines if line}
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--exclude {path} is not valid JSON ({error}); give {EXCLUDE_FORMATS}") from error
-    if isinstance(data, list) and data and isinstance(data[0], dict) and "val" in data[0]:
-        return {str(name) for part in ("val", "test") for name in data[0].get(part, [])}
-    if isinstance(data, list) and all(isinstance(name, str) for name in data):
-        return set(data)
-    raise UsageError(f"--exclude {path} holds neither a list of ids nor splits; give {EXCLUDE_FORMATS}")
-
-
-def write_index(path: Path, rows: Iterable[ScanRow]) -> None:
-    """Write ``scans.csv`` whole or not at all; sizes as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [f.name for f in fields(ScanRow)]
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_cell(getattr(row, name)) for name in names])
-    write_text(path, text.getvalue())
-
-
-def read_index(path: Path) -> tuple[ScanRow, ...]:
-    """Read what ``write_index`` wrote.
-
-    Raises:
-        UsageError: the file is missing or is no index.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            return tuple(_rows_of(csv.DictReader(handle)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is no index of scans ({error}); remove it to have it written anew") from error
-
-
-def _rows_of(reader: Iterable[dict[str, str]]) -> Iterator[ScanRow]:
-    for cells in reader:
-        shape, spacing, cropped = (cells.pop(k).split("x") for k in ("shape_vox", "spacing_mm", "cropped_shape_vox"))
-        yield ScanRow(
-            **cells, shape_vox=as_size([int(v) for v in shape]) if shape != [""] else None,
-            spacing_mm=as_spacing([float(v) for v in spacing]) if spacing != [""] else None,
-            cropped_shape_vox=as_size([int(v) for v in cropped]) if cropped != [""] else None)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return "x".join(repr(v) for v in value) if isinstance(value, tuple) else str(value)
+def decoded(text: str, kind: str) -> Any:
+    """What ``encoded`` was given."""
+    return np.frombuffer(base64.b64decode(text), kind)

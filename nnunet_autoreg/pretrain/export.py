@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nnunet_autoreg.corpus.index import ScanRow
+from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg import checkpoint
+from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan import Plan
@@ -25,8 +27,11 @@ class Request:
 
     Attributes:
         datasets, folders: inputs; folders as absolute paths.
-        exclude, init: absolute paths of files, or None.
+        exclude, manifest, init: absolute paths of files, or None.
         num_steps, batch_size: None to have them planned.
+        num_epochs, num_hours: the length in other words; at most one of the three.
+        gpu_memory_gib: memory to plan for; None for all there is.
+        spacing: policy of the target spacings, or "z,y,x" in mm.
         settings: the ``--set`` arguments.
     """
 
@@ -39,8 +44,13 @@ class Request:
     seed: int = 0
     modality: str | None = None
     exclude: str | None = None
+    manifest: str | None = None
     init: str | None = None
     settings: tuple[str, ...] = ()
+    num_epochs: float | None = None
+    num_hours: float | None = None
+    gpu_memory_gib: float | None = None
+    spacing: str = MEDIAN
 
     def check(self) -> "Request":
         """Return the request if it makes sense.
@@ -57,9 +67,20 @@ class Request:
         for flag, value in (("--steps", self.num_steps), ("--batch", self.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value}: must be at least 1")
+        self._check_length_and_memory()
+        parse_policy(self.spacing)
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
         return self
+
+    def _check_length_and_memory(self) -> None:
+        lengths = {"--steps": self.num_steps, "--epochs": self.num_epochs, "--hours": self.num_hours}
+        given = [flag for flag, value in lengths.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} both say how long to train; give one of them")
+        for flag, value in {**lengths, "--gpu-memory": self.gpu_memory_gib}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{flag} {value:g}: must be a number greater than 0")
 
 
 def run_folder(results: Path, name: str) -> Path:
@@ -136,10 +157,11 @@ def continued_plan(folder: Path, request: Request) -> Plan:
     """
     plan = read_plan(folder)
     before = from_jsonable(Request, plan.request, f"{folder / PLAN_NAME}: request")
-    other = differences(replace(before, num_steps=None), replace(request, num_steps=None))
+    other = differences(_without_length(before), _without_length(request))
     fewer = request.num_steps is not None and request.num_steps < plan.optim.num_steps
-    if before.num_steps != request.num_steps and (fewer or request.num_steps is None):
+    if _length(before) != _length(request) and (fewer or request.num_steps is None):
         other.append(f"num_steps: {plan.optim.num_steps} -> {request.num_steps}")
+        other += differences(replace(before, num_steps=None), replace(request, num_steps=None))
     if other:
         raise UsageError(
             f"the run '{request.name}' exists with other settings ({'; '.join(other)}); use another --name, or type the line "
@@ -152,11 +174,20 @@ def continued_plan(folder: Path, request: Request) -> Plan:
     return plan
 
 
+def _length(request: Request) -> tuple[float | None, ...]:
+    return request.num_steps, request.num_epochs, request.num_hours
+
+
+def _without_length(request: Request) -> Request:
+    return replace(request, num_steps=None, num_epochs=None, num_hours=None)
+
+
 def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
     latest = folder / checkpoint.LATEST_NAME
     if not latest.exists():
         return
-    trained = checkpoint.load_checkpoint(latest)["plan"]
+    # Through the record, so that a plan of an older version gets the defaults of keys that are newer.
+    trained = to_jsonable(from_jsonable(Plan, checkpoint.load_checkpoint(latest)["plan"], str(latest)))
     changed = differences(_essence(trained), _essence(to_jsonable(plan)))
     if changed:
         raise PlanError(

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.checkpoint import LATEST_NAME
+from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.fingerprint import fingerprint
-from nnunet_autoreg.corpus.index import ScanRow, index_scans, read_exclude, read_index, write_index
+from nnunet_autoreg.corpus.identity import load_salt
+from nnunet_autoreg.corpus.index import Index, index_scans
+from nnunet_autoreg.corpus.journal import JOURNAL_NAME
+from nnunet_autoreg.corpus.manifest import read_manifest
+from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card, verify_weights
@@ -34,6 +39,7 @@ from nnunet_autoreg.pretrain.folder import (
     run_folder,
 )
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
+from nnunet_autoreg.store.store import FOLDER as STORE_FOLDER
 from nnunet_autoreg.store.store import Store
 
 if TYPE_CHECKING:
@@ -84,10 +90,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
         return plan, rows
     check_inputs(request)
-    candidates = find_scans(list(request.datasets), [Path(f) for f in request.folders])
-    exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
-    index = index_scans(candidates, exclude, num_processes(), request.modality)
-    write_index(folder / INDEX_NAME, index.rows)
+    index = index_inputs(folder, request)
     report_left_out(index.rows, folder / INDEX_NAME)
     rows = usable(index.rows)
     if not rows:
@@ -106,6 +109,24 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     for key, reason in plan.reasons.items():
         log.info("%s = %s (%s)", key, value_at(plan, key), reason)
     return plan, rows
+
+
+def index_inputs(folder: Path, request: Request) -> Index:
+    """Find, check and index the inputs, and write ``scans.csv``.
+
+    Raises:
+        UsageError: an input, the exclusions, the manifest or the store's salt cannot be used.
+        AutoregError: a worker process died; what was read is kept for the next call.
+    """
+    exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
+    manifest = read_manifest(Path(request.manifest)) if request.manifest else None
+    salt = load_salt(nnunet_api.preprocessed_folder() / STORE_FOLDER)
+    candidates = find_scans(list(request.datasets), [Path(f) for f in request.folders])
+    journal = folder / JOURNAL_NAME
+    index = index_scans(candidates, exclude, num_processes(), request.modality, salt=salt, manifest=manifest, journal=journal)
+    write_index(folder / INDEX_NAME, index.rows)
+    journal.unlink(missing_ok=True)
+    return index
 
 
 def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
@@ -139,7 +160,8 @@ def check_inputs(request: Request) -> None:
     Raises:
         UsageError: a path that does not exist, or an unknown or mistyped setting.
     """
-    for flag, paths in (("-i", request.folders), ("--exclude", (request.exclude,)), ("--init", (request.init,))):
+    files = (("--exclude", (request.exclude,)), ("--manifest", (request.manifest,)), ("--init", (request.init,)))
+    for flag, paths in (("-i", request.folders), *files):
         for path in paths:
             if path and not Path(path).exists():
                 raise UsageError(f"{flag} {path}: does not exist")

@@ -10,9 +10,12 @@ import pytest
 import SimpleITK
 
 from nnunet_autoreg.corpus import intensity
+from nnunet_autoreg.corpus.content import content_hash
+from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.index import Index, content_hash, index_scans, read_exclude, read_index, write_index
+from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.rows import read_index, write_index
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.nnunet_api import RawScan
 

@@ -1,0 +1,151 @@
+"""Which scans are the same: an exact hash of the content, and a signature that forgives rounding and scaling.
+
+A scan stored as DICOM and as NIfTI differs in the 7th digit: of the spacing always, of the voxels where a rescale slope is no
+whole number (PET, some MR). A hash of rounded values cannot forgive that, since among millions of voxels some lie on a
+border of the rounding. So the hash is exact, over integers where all voxels are integers (CT, most MR); whatever it misses is
+found by comparing signatures with a tolerance, which has no borders.
+
+Limits: a copy that was cropped, resampled, smoothed, clipped or stored with another voxel size is another scan.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_autoreg.corpus.rows import OK, ScanRow
+from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.nnunet_api import Array, RawScan
+
+# Spacings are cut into steps of 1 um whose borders lie off the round numbers: at 0.382 um, where 0.78125 or 2/3 never fall.
+SPACING_STEP_MM, SPACING_OFFSET = 1e-3, 0.618034
+INTEGER_TOLERANCE = 1e-3
+NUM_POINTS, POINTS_PER_SD, TOLERANCE = 64, 4000, 8
+CENTRAL = 0.6
+SAME_SPACING = 1e-3
+NUM_PROJECTIONS = 4
+
+Signature = npt.NDArray[np.int16]
+
+
+def content_hash(scan: RawScan) -> str:
+    """Hex SHA-256 of voxels, shape and spacing (in steps of 1 um).
+
+    Voxels count as integers if every one lies within 1e-3 of an integer, else as float32. Origin and direction are left
+    out: arrays come in one orientation, nnU-Net ignores the origin, and a copy that was only moved is still the same scan.
+    """
+    planes = scan.array_CZYX.reshape(-1, *scan.array_CZYX.shape[2:])
+    integers = all(_is_integer(plane) for plane in planes)
+    steps = [math.floor(s / SPACING_STEP_MM + SPACING_OFFSET) for s in scan.spacing_mm]
+    digest = hashlib.sha256(json.dumps([list(scan.array_CZYX.shape), steps, integers]).encode())
+    for plane in planes:
+        # + 0 turns -0.0 into 0.0, which equals it but has other bytes.
+        values = np.rint(plane).astype("<i4") if integers else (plane + np.float32(0)).astype("<f4")
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _is_integer(plane: Array) -> bool:
+    return bool(np.abs(plane).max() < 2**31) and bool((np.abs(plane - np.rint(plane)) <= INTEGER_TOLERANCE).all())
+
+
+def signature(array_ZYX: Array) -> Signature | None:
+    """64 voxels from the middle of a scan in steps of 1/4000 of their standard deviation, mean 0; None if most are equal.
+
+    Single voxels and not means: each carries its own noise, so that two scans of one patient never agree in all of them.
+    Scans of another linear scale get the same signature.
+    """
+    z, y, x = np.floor((0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS) * np.array(array_ZYX.shape)[:, None]).astype(np.int64)
+    values = array_ZYX[z, y, x].astype(np.float64)
+    _, counts = np.unique(values, return_counts=True)
+    spread = float(values.std())
+    if counts.max() > NUM_POINTS // 2 or not math.isfinite(spread) or spread == 0:
+        return None
+    # 64 values lie within (64 - 1) / sqrt(64) < 8 standard deviations of their mean, so 4000 steps each fit into 16 bits.
+    return np.asarray(np.rint((values - values.mean()) / spread * POINTS_PER_SD), dtype=np.int16)
+
+
+def _fractions() -> npt.NDArray[np.float64]:
+    """(3, 64) places spread evenly over the unit cube. Source: Roberts 2018, quasirandom sequence R3."""
+    root = 1.2207440846057596  # of x^4 = x + 1
+    return np.array([(0.5 + np.arange(1, NUM_POINTS + 1) / root**axis) % 1 for axis in (1, 2, 3)])
+
+
+_FRACTIONS = _fractions()
+
+
+def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None]) -> list[ScanRow]:
+    """Mark copies of excluded scans, then all but the first of equal scans; ``signatures`` belong to the rows."""
+    settled = _settle_equal(rows)
+    shapes = defaultdict(list)
+    for number, (row, points) in enumerate(zip(settled, signatures, strict=True)):
+        if row.status in (OK, "excluded") and row.shape_vox is not None and points is not None:
+            shapes[row.shape_vox].append(number)
+    for members in shapes.values():
+        if len(members) > 1:
+            _settle_alike(settled, members, np.stack([points for n in members if (points := signatures[n]) is not None]))
+    return settled
+
+
+def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
+    rows = list(rows)
+    excluded = {row.content_hash: row for row in rows if row.status == "excluded" and row.content_hash}
+    first: dict[str, ScanRow] = {}
+    settled = []
+    for row in rows:
+        if row.status == OK and row.content_hash in excluded:
+            settled.append(_copy_of_excluded(row, excluded[row.content_hash], "voxels as"))
+        elif row.status == OK and first.setdefault(row.content_hash, row) is not row:
+            reason = f"same voxels and spacing as {first[row.content_hash].id}"
+            settled.append(replace(row, status="duplicate", reason=reason))
+        else:
+            settled.append(row)
+    return settled
+
+
+def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
+    inside = f" ({original.id})" if original.part else ""
+    return replace(row, status="excluded", reason=f"same {how} the excluded {original.source}{inside}")
+
+
+def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[np.int16]) -> None:
+    """The same for scans whose signatures agree within the tolerance; changes ``rows`` at ``members`` (all of one shape)."""
+    how = "voxels, but for rounding or scale, as"
+    pairs = [(members[a], members[b]) for a, b in _close_pairs(points) if _same_spacing(rows[members[a]], rows[members[b]])]
+    for first, second in pairs:
+        for copy, original in ((first, second), (second, first)):
+            if rows[copy].status == OK and rows[original].status == "excluded":
+                rows[copy] = _copy_of_excluded(rows[copy], rows[original], how)
+    for first, second in pairs:
+        if rows[first].status == rows[second].status == OK:
+            rows[second] = replace(rows[second], status="duplicate", reason=f"same {how} {rows[first].id}")
+
+
+def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
+    """All (i, j), i < j, whose signatures differ by at most ``TOLERANCE`` steps everywhere; sorted.
+
+    Four random projections find the few pairs worth comparing. A projection is a sum of 64 values with signs, so within the
+    tolerance it differs by at most 64 times as much.
+    """
+    from scipy.spatial import cKDTree
+
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (NUM_POINTS, NUM_PROJECTIONS))
+    near = cKDTree(points.astype(np.float64) @ signs).query_pairs(NUM_POINTS * TOLERANCE, p=np.inf, output_type="ndarray")
+    return [(int(i), int(j)) for i, j in near[np.lexsort((near[:, 1], near[:, 0]))] if _alike(points[i], points[j])]
+
+
+def _alike(a: Signature, b: Signature) -> bool:
+    return int(np.abs(a.astype(np.int32) - b).max()) <= TOLERANCE
+
+
+def _same_spacing(a: ScanRow, b: ScanRow) -> bool:
+    return a.spacing_mm is not None and b.spacing_mm is not None and _ratio(a.spacing_mm, b.spacing_mm) <= 1 + SAME_SPACING
+
+
+def _ratio(a: Spacing, b: Spacing) -> float:
+    return max(max(p / q, q / p) for p, q in zip(a, b, strict=True))

@@ -1,0 +1,97 @@
+"""``--exclude``: which scans the user wants left out, by path, id, case or subject."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nnunet_autoreg.corpus.find import Candidate, absolute, find_scans
+from nnunet_autoreg.errors import UsageError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+FORMATS = "a text file with one path, scan id or case id per line, a JSON list of ids, or nnU-Net's splits_final.json"
+BY_SUBJECT = "excluded by the user (by its subject)"
+
+
+def read_exclude(path: Path) -> set[str]:
+    """Names to leave out: paths of files or folders, scan ids, case ids or subjects.
+
+    Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's ``splits_final.json``. Of the
+    latter the ``val`` and ``test`` cases of the **first** fold are left out: over all five folds every case is once in ``val``.
+
+    Raises:
+        UsageError: the file cannot be read, or is none of these.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--exclude {path} cannot be read ({error}); give {FORMATS}") from error
+    if path.suffix.lower() != ".json":
+        lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+        return {line for line in lines if line}
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--exclude {path} is not valid JSON ({error}); give {FORMATS}") from error
+    if isinstance(data, list) and data and isinstance(data[0], dict) and "val" in data[0]:
+        return {str(name) for part in ("val", "test") for name in data[0].get(part, [])}
+    if isinstance(data, list) and all(isinstance(name, str) for name in data):
+        return set(data)
+    raise UsageError(f"--exclude {path} holds neither a list of ids nor splits; give {FORMATS}")
+
+
+def excluded_because(candidate: Candidate, exclude: set[str]) -> str:
+    """Why a candidate is excluded; "" if it is not. A subject is not repeated: it may be a patient's number."""
+    named = min(_names(candidate) & exclude, default="") if exclude else ""
+    if named:
+        return f"excluded by the user ('{named}')"
+    return BY_SUBJECT if candidate.subject and candidate.subject.strip() in exclude else ""
+
+
+def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Excluded scans that are no candidates themselves, so that copies of them are recognised; named by their paths."""
+    entries = sorted(e for e in exclude if os.sep in e and Path(e).exists())
+    known = {(os.path.realpath(c.path), c.part) for c in candidates} if entries else set()
+    new = []
+    for entry in entries:
+        for found in find_scans([], [absolute(entry)]):
+            key = (os.path.realpath(found.path), found.part)
+            if not found.status and key not in known:
+                known.add(key)
+                new.append(replace(found, id=f"{found.path} {found.part}".strip(), case=entry))
+    return new
+
+
+def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate]) -> None:
+    """Say how many names of ``exclude`` match no candidate."""
+    if not exclude:
+        return
+    unmatched = sorted(exclude.difference(*(_names(c) | {c.subject.strip()} for c in candidates)))
+    if unmatched:
+        hint = did_you_mean(unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ())
+        log.warning("--exclude: %d of %d names match no scan, the first is '%s'; %s",
+                    len(unmatched), len(exclude), unmatched[0], hint)
+
+
+def _names(candidate: Candidate) -> set[str]:
+    """Every name under which a candidate may be excluded, but its subject."""
+    path = candidate.path
+    names = {candidate.id, candidate.case, f"{candidate.dataset}/{candidate.case}", path.name, _uid(candidate.part)}
+    for variant in (path, Path(os.path.realpath(path)), _relative(path)):
+        names.update(str(p) for p in (variant, *variant.parents) if str(p) not in (".", path.anchor))
+    return names - {""}
+
+
+def _uid(part: str) -> str:
+    return next((piece.removeprefix("series=") for piece in part.split(";") if piece.startswith("series=")), "")
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -1,0 +1,114 @@
+"""What was found out about each scan while indexing, kept as it comes, so that a killed indexing goes on where it stopped."""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.records import from_jsonable, to_jsonable
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+JOURNAL_NAME = ".scans.partial.jsonl"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reading one scan told; nothing that names anybody.
+
+    Attributes:
+        status, reason: as in ``ScanRow``; "" where the scan is good.
+        shape_vox ... percentiles: as in ``ScanRow``.
+        signature: base64 of ``content.signature``; "" without one.
+        samples: base64 of float32 Hounsfield values drawn inside the body; "" unless the scan is a CT.
+    """
+
+    status: str = ""
+    reason: str = ""
+    modality: str = ""
+    modality_rule: str = ""
+    shape_vox: Size | None = None
+    spacing_mm: Spacing | None = None
+    cropped_shape_vox: Size | None = None
+    content_hash: str = ""
+    percentiles: tuple[float, ...] = ()
+    signature: str = ""
+    samples: str = ""
+
+
+class Journal:
+    """A hidden file of JSON lines ``[key, facts]``; without a path it remembers nothing.
+
+    A key stands for a file as it is now (path, part, size, time of change) and for all that the facts depend on besides.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.known: dict[str, Facts] = {}
+        self._handle: IO[str] | None = None
+
+    def __enter__(self) -> "Journal":
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self._load(self.path) if self.path.exists() else 0
+            self._handle = self.path.open("a", encoding="utf-8")
+            self._handle.truncate(whole)
+            if self.known:
+                log.info("going on with an index that was cut short: %d scans were read before", len(self.known))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def _load(self, path: Path) -> int:
+        """Remember all whole lines; returns their length in bytes. A torn last line, and what follows a damaged one, is read again."""
+        whole = 0
+        with path.open("rb") as handle:
+            for line in handle:
+                try:
+                    key, facts = json.loads(line)
+                    self.known[str(key)] = from_jsonable(Facts, facts, path.name)
+                except (ValueError, TypeError, PlanError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+        return whole
+
+    def add(self, key: str, facts: Facts) -> None:
+        """Write down what was found; at once, so that a kill loses no scan that was finished."""
+        if self._handle is not None and key:
+            self._handle.write(json.dumps([key, to_jsonable(facts)]) + "\n")
+            self._handle.flush()
+
+
+def journal_key(stamp: str, *depends_on: Any) -> str:
+    """A key for facts about a file with this ``stamp``; "" (never found again) where there is none."""
+    return hashlib.sha256(json.dumps([VERSION, stamp, *depends_on]).encode()).hexdigest() if stamp else ""
+
+
+def stamp_of(path: Path) -> str:
+    """Size and time of change of a file, or of all files in a folder; "" if it cannot be looked at."""
+    try:
+        return _folder_stamp(str(path)) if path.is_dir() else _entry(path.stat())
+    except OSError:
+        return ""
+
+
+def _entry(found: os.stat_result) -> str:
+    return f"{found.st_size}/{found.st_mtime_ns}"
+
+
+@lru_cache(maxsize=256)
+def _folder_stamp(folder: str) -> str:
+    with os.scandir(folder) as entries:
+        listed = sorted(f"{entry.name}/{_entry(entry.stat())}" for entry in entries if entry.is_file())
+    return hashlib.sha256("\n".join(listed).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,137 @@
+"""A table in which the user says what the files cannot: whose scan it is, from which session, its contrast and its class."""
+
+import csv
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nnunet_autoreg.corpus.find import Candidate, absolute
+from nnunet_autoreg.errors import UsageError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("path", "subject", "session", "contrast", "class", "modality")
+DELIMITERS = ",;\t"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a manifest; "" where it says nothing."""
+
+    subject: str = ""
+    session: str = ""
+    contrast: str = ""
+    label_class: str = ""
+    modality: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Real paths of files or folders -> what the user says of the scans there.
+
+    Attributes:
+        file: the manifest itself, for messages.
+        missing: paths, as written, that do not exist.
+    """
+
+    file: Path
+    entries: dict[str, Entry]
+    missing: tuple[str, ...] = ()
+
+    def entry_of(self, path: Path) -> tuple[str, Entry] | None:
+        """(key, entry) of the nearest path of the manifest: the scan's own, or a folder that it lies in."""
+        real = Path(os.path.realpath(path))
+        key = next((str(p) for p in (real, *real.parents) if str(p) in self.entries), None)
+        return None if key is None else (key, self.entries[key])
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read a CSV with a header line; separated by commas, semicolons or tabs.
+
+    Columns: ``path`` (of a file or folder; absolute, or relative to the manifest), and any of ``subject``, ``session``,
+    ``contrast``, ``class``, ``modality``. An empty cell says nothing.
+
+    Raises:
+        UsageError: it cannot be read, has an unknown column, no ``path``, a row that is too long, or a path twice.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--manifest {file} cannot be read ({error}); give a CSV file in UTF-8 with the columns {_listed()}") from error
+    lines = text.splitlines()
+    delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
+    try:
+        reader = csv.DictReader(lines, delimiter=delimiter, restkey="", restval="", strict=True)
+        _check_columns(file, [(name or "").strip().lower() for name in reader.fieldnames or ()])
+        rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in reader]
+    except csv.Error as error:
+        raise UsageError(f"--manifest {file} is no CSV file ({error}); check its quotes") from error
+    return _gather(file, rows)
+
+
+def _check_columns(file: Path, names: list[str]) -> None:
+    for name in names:
+        if name not in COLUMNS:
+            raise UsageError(f"--manifest {file}: unknown column '{name}'; {did_you_mean(name, COLUMNS)}")
+        if names.count(name) > 1:
+            raise UsageError(f"--manifest {file}: the column '{name}' stands there twice; remove one")
+    if "path" not in names:
+        raise UsageError(f"--manifest {file}: the column 'path' is missing; the first line names the columns, of {_listed()}")
+
+
+def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
+    entries: dict[str, Entry] = {}
+    missing = []
+    for number, row in enumerate(rows, 1):
+        if row.get(""):
+            raise UsageError(f"--manifest {file}: row {number} has more cells than the first line has columns; quote cells that hold "
+                             "the separator")
+        cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
+        if not cells["path"]:
+            raise UsageError(f"--manifest {file}: row {number} has no path; fill it in, or remove the row")
+        path = absolute(file.parent / cells["path"])
+        if not path.exists():
+            missing.append(cells["path"])
+            continue
+        real = os.path.realpath(path)
+        if real in entries:
+            raise UsageError(f"--manifest {file}: row {number} names {cells['path']} a second time; keep one row for each path")
+        entries[real] = Entry(cells["subject"], cells["session"], cells["contrast"], cells["class"], cells["modality"].upper())
+    return Manifest(file, entries, tuple(missing))
+
+
+def describe(candidates: Iterable[Candidate], manifest: Manifest | None) -> tuple[list[Candidate], dict[str, Entry]]:
+    """The candidates as the manifest describes them, which counts more than what was found; and the entries used, by candidate id."""
+    if manifest is None:
+        return list(candidates), {}
+    described, used, keys = [], {}, set()
+    for candidate in candidates:
+        match = None if candidate.status else manifest.entry_of(candidate.path)
+        if match is None:
+            described.append(candidate)
+            continue
+        key, entry = match
+        keys.add(key)
+        used[candidate.id] = entry
+        described.append(replace(
+            candidate, subject=entry.subject or candidate.subject, session=entry.session or candidate.session,
+            contrast=entry.contrast or candidate.contrast, modality=entry.modality or candidate.modality))
+    _report(manifest, len(used), [key for key in manifest.entries if key not in keys])
+    return described, used
+
+
+def _report(manifest: Manifest, num_used: int, unused: list[str]) -> None:
+    log.info("--manifest: %d scans are described by %d of %d rows", num_used, len(manifest.entries) - len(unused),
+             len(manifest.entries) + len(manifest.missing))
+    if manifest.missing:
+        log.warning("--manifest: %d paths do not exist, the first is '%s'; they are relative to %s",
+                    len(manifest.missing), manifest.missing[0], manifest.file.parent)
+    if unused:
+        log.warning("--manifest: %d paths hold no scan of the inputs, the first is '%s'; name its folder with -i",
+                    len(unused), unused[0])
+
+
+def _listed() -> str:
+    return ", ".join(COLUMNS)
