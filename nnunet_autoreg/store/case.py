@@ -4,7 +4,7 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import numpy.typing as npt
 from nnunet_autoreg.corpus.fingerprint import Axes
 from nnunet_autoreg.errors import PlanError, StoreError
 from nnunet_autoreg.geometry import Size, Spacing, as_size
-from nnunet_autoreg.nnunet_api import Array, map_case_to_blocks
+from nnunet_autoreg.nnunet_api import Array
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, write_json
+from nnunet_autoreg.store.layout import chunks_touched, layout_of
+from nnunet_autoreg.store.seal import Seal, chunk_damage, frame_damage, seal_of
 
-FORMAT_VERSION = 1
-CROP_VOX = (64, 64, 64)
+FORMAT_VERSION = 2
 MAX_OPEN = 128
 
 
@@ -28,7 +29,7 @@ class CaseRecord:
     """What a stored case is. ``shape_vox`` and ``spacing_mm`` are (z, y, x) after ``axes`` reordered the scan's own axes.
 
     Attributes:
-        num_bytes: size of the ``.b2nd`` file, by which a torn one is told.
+        seal: checksums of the ``.b2nd`` file; None before it is written.
     """
 
     content_hash: str
@@ -40,17 +41,22 @@ class CaseRecord:
     scheme: str
     use_mask: bool
     ct_window: IntensityWindow | None
-    num_bytes: int
+    seal: Seal | None = None
     version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A case that is read crop by crop. It holds no open file, so it can be pickled and used in any process."""
+    """A case that is read crop by crop. It holds no open file, so it can be pickled and used in any process.
+
+    What a process reads for the first time is checked against ``seal``. A damaged case is taken out of the store, so that the
+    next run makes it anew.
+    """
 
     path: Path
     shape_vox: Size
     spacing_mm: Spacing
+    seal: Seal
 
     def read(self, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> Array:
         """The crop as float32 (1, Z, Y, X).
@@ -64,9 +70,13 @@ class StoredCase:
             raise ValueError(f"the crop of {size} voxels at {start} reaches beyond the case of {self.shape_vox}")
         (z, y, x), (dz, dy, dx) = start, size
         try:
-            crop = _opened(self.path)[0:1, z:z + dz, y:y + dy, x:x + dx]
-        except (RuntimeError, OSError, ValueError) as error:
-            raise StoreError(f"{self.path} cannot be read ({error}); delete it and rerun to have it made again") from error
+            array = _opened(self)
+            _check_chunks(self, array, start, size)
+            crop = array[0:1, z:z + dz, y:y + dy, x:x + dx]
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read ({error.strerror or error}); run the same line again") from error
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(self.path, f"blosc2 says: {error}") from error
         return np.asarray(crop, dtype=np.float32)
 
     def read_padded(self, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> tuple[Array, npt.NDArray[np.bool_]]:
@@ -88,44 +98,72 @@ class StoredCase:
 
 
 _handles: "OrderedDict[tuple[int, Path], Any]" = OrderedDict()
+_checked: dict[Path, set[int]] = {}
 
 
-def _opened(path: Path) -> Any:
+def _opened(case: StoredCase) -> Any:
     """An open blosc2 array; the last few stay open. Keyed by process, because a forked handle is its parent's."""
     import blosc2
 
-    key = (os.getpid(), path)
+    key = (os.getpid(), case.path)
     if key in _handles:
         _handles.move_to_end(key)
         return _handles[key]
+    damage = frame_damage(case.path, case.seal)
+    if damage:
+        raise _damaged(case.path, damage)
     # Memory mapping fails on Windows.
     mapped = {} if os.name == "nt" else {"mmap_mode": "r"}
-    array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **mapped)
+    array = blosc2.open(str(case.path), mode="r", dparams={"nthreads": 1}, **mapped)
+    if tuple(array.shape) != (1, *case.shape_vox):
+        raise _damaged(case.path, f"it holds {tuple(array.shape[1:])} voxels, its record says {case.shape_vox}")
     _handles[key] = array
     while len(_handles) > MAX_OPEN:
         _handles.popitem(last=False)
     return array
 
 
+def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None:
+    checked = _checked.setdefault(case.path, set())
+    new = [i for i in chunks_touched(start, size, case.shape_vox, as_size(array.chunks[1:])) if i not in checked]
+    damage = chunk_damage(array, case.seal, new)
+    if damage:
+        raise _damaged(case.path, damage)
+    checked.update(new)
+
+
+def _damaged(path: Path, what: str) -> StoreError:
+    """Take a case out of the store by removing its record, and say so."""
+    _handles.pop((os.getpid(), path), None)
+    _checked.pop(path, None)
+    try:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        then = "run the same line again to have it made anew"
+    except OSError as error:
+        then = f"it cannot be removed ({error.strerror}): delete it and run the same line again"
+    return StoreError(f"{path} is damaged ({what}); {then}")
+
+
 def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
-    """Write ``path`` (.b2nd), then its JSON, each whole or not at all; returns the record with the file's size.
+    """Write ``path`` (.b2nd), then its JSON, each whole or not at all; returns the record with the file's seal.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written.
     """
     import blosc2
 
-    blocks, chunks = map_case_to_blocks(data_CZYX.shape, CROP_VOX)
+    blocks, chunks = layout_of(as_size(data_CZYX.shape[1:]))
     settings = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    array = blosc2.asarray(data_CZYX, blocks=(1, *blocks), chunks=(1, *chunks), cparams=settings)
     # Compressed in memory, so that a full disk is met by a plain write with a plain error.
-    frame = blosc2.asarray(data_CZYX, blocks=blocks, chunks=chunks, cparams=settings).to_cframe()
-    written = CaseRecord(**{**vars(record), "num_bytes": len(frame)})
+    frame = array.to_cframe()
+    written = replace(record, seal=seal_of(array, frame))
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(frame)
         write_json(path.with_suffix(".json"), written)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk or your quota is full; finished cases are kept: free space" if full else f"{error.strerror}; mend it"
         raise StoreError(f"{path.parent} cannot be written: {what} and run the same line again") from error
     return written
@@ -135,6 +173,7 @@ def read_record(path: Path) -> CaseRecord | None:
     """The record beside a ``.b2nd`` file; None if the case is missing, torn, or of another format."""
     try:
         record = from_jsonable(CaseRecord, read_json(path.with_suffix(".json")), str(path))
-        return record if record.version == FORMAT_VERSION and path.stat().st_size == record.num_bytes else None
+        whole = record.seal is not None and path.stat().st_size == record.seal.num_bytes
+        return record if record.version == FORMAT_VERSION and whole else None
     except (PlanError, OSError):
         return None

@@ -5,15 +5,16 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from nnunet_autoreg.corpus.content import content_hash
 from nnunet_autoreg.corpus.fingerprint import relative_size, transpose_axes, transposed_geometry
-from nnunet_autoreg.corpus.index import ScanRow, content_hash
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.corpus.read import check_memory, load_scan
+from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError, ScanError, StoreError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.nnunet_api import CT_SCHEME, crop_resample_normalise, preprocessed_folder, resampled_shape, scheme_of
@@ -53,7 +54,8 @@ class Store:
         self.failures: dict[str, ScanError] = {}
 
     def ensure(
-        self, rows: Sequence[ScanRow], spacing_mm: Spacing, ct_window: IntensityWindow | None, num_workers: int
+        self, rows: Sequence[ScanRow], spacing_mm: Spacing | Callable[[ScanRow], Spacing], ct_window: IntensityWindow | None,
+        num_workers: int,
     ) -> dict[str, str]:
         """Preprocess what is missing; safe to kill at any moment and to run again.
 
@@ -62,7 +64,7 @@ class Store:
 
         Args:
             rows: usable rows of an index.
-            spacing_mm: target, for transposed axes (z, y, x).
+            spacing_mm: target, for transposed axes (z, y, x), or what tells it of a row.
             num_workers: processes; each holds one scan at a time.
 
         Returns:
@@ -74,7 +76,7 @@ class Store:
             AutoregError: a worker died.
         """
         self.failures = {}
-        tasks = [plan_task(row, as_spacing(spacing_mm), ct_window) for row in rows]
+        tasks = [plan_task(row, as_spacing(spacing_mm(row) if callable(spacing_mm) else spacing_mm), ct_window) for row in rows]
         missing = list({task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values())
         lost: dict[str, ScanError] = {}
         if missing:
@@ -94,7 +96,8 @@ class Store:
             StoreError: there is none, or it is torn.
         """
         record = self.record(key)
-        return StoredCase(self._path(key), record.shape_vox, record.spacing_mm)
+        assert record.seal is not None, "read_record returns sealed records only"
+        return StoredCase(self._path(key), record.shape_vox, record.spacing_mm, record.seal)
 
     def record(self, key: str) -> CaseRecord:
         """All that is known of a stored case.
@@ -166,7 +169,7 @@ def _make_case(root: Path, task: Task) -> None:
     if min(new_shape) < 1:
         raise ScanError("spacing", f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm")
     check_memory(max(new_shape, shape, key=volume))
-    scan = load_scan(Path(task.row.source))
+    scan = load_scan(Path(task.row.source), task.row.part)
     if content_hash(scan) != task.row.content_hash:
         raise ScanError("changed", f"{task.row.source} changed after it was checked; run the same line again")
     axes = transpose_axes(scan.spacing_mm)
@@ -176,5 +179,5 @@ def _make_case(root: Path, task: Task) -> None:
     record = CaseRecord(
         content_hash=task.row.content_hash, shape_vox=as_size(data_CZYX.shape[1:]), spacing_mm=task.spacing_mm,
         original_shape_vox=as_size(scan.array_CZYX.shape[1:]), original_spacing_mm=scan.spacing_mm, axes=axes,
-        scheme=task.scheme, use_mask=task.use_mask, ct_window=task.ct_window, num_bytes=0)
+        scheme=task.scheme, use_mask=task.use_mask, ct_window=task.ct_window)
     write_case(case_path(root, task.key), data_CZYX, record)

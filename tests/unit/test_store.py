@@ -3,24 +3,32 @@
 import errno
 import json
 import logging
+import math
 import pickle
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import pytest
 import SimpleITK
+from scipy.ndimage import gaussian_filter
 
 from nnunet_autoreg.corpus.find import find_scans
-from nnunet_autoreg.corpus.index import ScanRow, index_scans
+from nnunet_autoreg.corpus.index import index_scans
+from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError, StoreError
+from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.nnunet_api import crop_resample_normalise, read_scan
 from nnunet_autoreg.plan import IntensityWindow
-from nnunet_autoreg.store.case import StoredCase
+from nnunet_autoreg.store import case as store_case
+from nnunet_autoreg.store.case import CaseRecord, StoredCase, write_case
+from nnunet_autoreg.store.layout import blocks_touched, chunks_touched, layout_of
 from nnunet_autoreg.store.store import Store, plan_task
 
 ISO = (1.0, 1.0, 1.0)
@@ -215,10 +223,126 @@ def test_a_case_is_pickled_small_and_read_in_other_processes(tmp_path: Path, met
         np.testing.assert_array_equal(pool.submit(case.read, (1, 2, 3), (4, 5, 6)).result(), here)
 
 
-def test_damaged_bytes_and_lost_files_end_in_a_store_error(tmp_path: Path) -> None:
-    case = StoredCase(tmp_path / "gone.b2nd", (8, 8, 8), ISO)
-    with pytest.raises(StoreError, match="delete it and rerun"):
+def stored_case(tmp_path: Path, shape: tuple[int, int, int] = (16, 18, 20)) -> StoredCase:
+    store = Store(tmp_path / "store")
+    return store.open(next(iter(store.ensure(make_rows(tmp_path / "pool", 1, shape), ISO, None, 1).values())))
+
+
+def test_a_lost_file_ends_in_a_store_error_and_stays_in_the_store(tmp_path: Path) -> None:
+    case = stored_case(tmp_path)
+    case.path.rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="No such file or directory"):
         case.read((0, 0, 0), (4, 4, 4))
+    assert case.path.with_suffix(".json").exists()
+
+
+def test_every_altered_byte_is_noticed_by_the_first_read_and_the_case_made_again(tmp_path: Path) -> None:
+    case = stored_case(tmp_path, (4, 5, 6))
+    whole, crop = case.path.read_bytes(), case.read((0, 0, 0), (4, 5, 6))
+    record = case.path.with_suffix(".json").read_bytes()
+    for i in range(len(whole)):
+        _forget(case)
+        case.path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:])
+        case.path.with_suffix(".json").write_bytes(record)
+        with pytest.raises(StoreError, match=r"is damaged .*; run the same line again to have it made anew"):
+            case.read((0, 0, 0), (4, 5, 6))
+        assert not case.path.with_suffix(".json").exists()
+    again = stored_case(tmp_path, (4, 5, 6))
+    assert again == case and again.path.read_bytes() == whole
+    np.testing.assert_array_equal(again.read((0, 0, 0), (4, 5, 6)), crop)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
+def test_a_case_that_is_torn_while_a_run_is_on_is_noticed_before_it_is_mapped(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    case = stored_case(tmp_path)
+    case.path.write_bytes(change(case.path.read_bytes()))
+    with pytest.raises(StoreError, match="bytes, not"):
+        case.read((0, 0, 0), (4, 4, 4))
+
+
+def test_a_flipped_bit_in_one_chunk_harms_no_crop_of_the_others(tmp_path: Path) -> None:
+    shape = (40, 90, 150)
+    case = written(tmp_path, shape)
+    data, whole = bytearray(case.path.read_bytes()), case.read((0, 0, 0), shape)
+    _, (cz, cy, cx) = layout_of(shape)
+    _forget(case)
+    data[-case.seal.tail_bytes - 1] ^= 1
+    case.path.write_bytes(data)
+    size = (min(cz, 40), min(cy, 90), min(cx, 150))
+    np.testing.assert_array_equal(case.read((0, 0, 0), size), whole[:, :size[0], :size[1], :size[2]])
+    with pytest.raises(StoreError, match="the checksum of chunk"):
+        case.read((39, 89, 149), (1, 1, 1))
+
+
+def written(tmp_path: Path, shape: tuple[int, int, int]) -> StoredCase:
+    """A case of smoothed noise, written without going through a scan."""
+    data = gaussian_filter(np.random.default_rng(0).normal(size=shape), 1).astype(np.float32)[None]
+    record = CaseRecord("hash", shape, ISO, shape, ISO, (0, 1, 2), "ZScoreNormalization", False, None)
+    sealed = write_case(tmp_path / "case.b2nd", data, record)
+    assert sealed.seal is not None
+    return StoredCase(tmp_path / "case.b2nd", shape, ISO, sealed.seal)
+
+
+def _forget(case: StoredCase) -> None:
+    """As in a process that has not read the case yet."""
+    store_case._handles.clear()
+    store_case._checked.clear()
+
+
+def test_a_crop_decompresses_the_blocks_it_touches_and_no_other(tmp_path: Path) -> None:
+    case = written(tmp_path, (40, 90, 100))
+    start, size = (3, 20, 30), (20, 40, 36)
+    expected, whole = case.read(start, size), case.read((0, 0, 0), (40, 90, 100))[None]
+    block, chunk = layout_of((40, 90, 100))
+    data = bytearray(case.path.read_bytes())
+    array = blosc2.open(str(case.path), mode="r")
+    num_spoilt = num_kept = 0
+    for number in range(array.schunk.nchunks):
+        grid = [math.ceil(n / c) for n, c in zip((40, 90, 100), chunk, strict=True)]
+        corner = [i * c for i, c in zip(np.unravel_index(number, grid), chunk, strict=True)]
+        compressed = array.schunk.get_chunk(number)
+        at = data.find(compressed)
+        num_blocks = math.prod(c // b for c, b in zip(chunk, block, strict=True))
+        begins = [*np.frombuffer(compressed, "<i4", num_blocks, 32)]
+        for i, place in enumerate(np.ndindex(*(c // b for c, b in zip(chunk, block, strict=True)))):
+            low = [o + p * b for o, p, b in zip(corner, place, block, strict=True)]
+            touched = all(lo < a + n and a < lo + b for lo, a, n, b in zip(low, start, size, block, strict=True))
+            num_kept += touched
+            if not touched and at >= 0:
+                end = min((b for b in begins if b > begins[i]), default=len(compressed))
+                data[at + begins[i]:at + end] = b"\xff" * (end - begins[i])
+                num_spoilt += 1
+    assert num_kept == blocks_touched(start, size, block, chunk) and num_spoilt > 20
+    case.path.write_bytes(data)
+    spoilt = blosc2.open(str(case.path), mode="r")
+    z, y, x = (slice(a, a + n) for a, n in zip(start, size, strict=True))
+    np.testing.assert_array_equal(spoilt[0:1, z, y, x], expected)
+    assert not np.array_equal(spoilt[:], whole)
+
+
+@pytest.mark.parametrize(("shape", "crop", "at_most"), [
+    ((192, 192, 192), 128, 1.6), ((512, 512, 512), 128, 1.6), ((512, 512, 512), 64, 2.4), ((30, 512, 512), 128, 1.4),
+    ((10, 256, 216), 128, 1.5), ((35, 51, 35), 128, 1.1), ((60, 150, 150), 128, 1.3), ((16, 16, 16), 128, 1.0)])
+def test_a_crop_decompresses_little_more_than_itself(shape: tuple[int, int, int], crop: int, at_most: float) -> None:
+    block, chunk = layout_of(shape)
+    size = [min(crop, n) for n in shape]
+    generator = np.random.default_rng(0)
+    starts = [[int(generator.integers(n - s + 1)) for n, s in zip(shape, size, strict=True)] for _ in range(200)]
+    voxels = [blocks_touched(start, size, block, chunk) * volume(block) for start in starts]
+    assert 1.0 <= float(np.mean(voxels)) / volume(size) <= at_most
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 5, 3), (2000, 5, 5), (64, 65, 63), (1500, 1500, 1500), (9, 1024, 1024)])
+def test_layouts_of_odd_shapes_are_whole_blocks_of_bounded_size(shape: tuple[int, int, int]) -> None:
+    block, chunk = layout_of(shape)
+    assert volume(block) <= 8192 and volume(chunk) <= 64**3
+    assert all(b >= 1 and c % b == 0 and c < n + b for b, c, n in zip(block, chunk, shape, strict=True))
+
+
+def test_a_crop_names_the_chunks_it_touches_in_c_order() -> None:
+    assert chunks_touched((0, 0, 0), (1, 1, 1), (10, 10, 10), (4, 5, 6)) == [0]
+    assert chunks_touched((3, 4, 5), (2, 2, 2), (10, 10, 10), (4, 5, 6)) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert chunks_touched((8, 9, 9), (2, 1, 1), (10, 10, 10), (4, 5, 6)) == [11]
 
 
 def test_the_default_place_is_in_nnunets_preprocessed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
