@@ -18,6 +18,7 @@ from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sampl
 from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key, stamp_of
 from nnunet_autoreg.corpus.manifest import Entry, Manifest, describe
 from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.peek import peek
 from nnunet_autoreg.corpus.read import cropped_shape, load_scan, read_header
 from nnunet_autoreg.corpus.rows import OK, ScanRow
 from nnunet_autoreg.errors import ScanError
@@ -95,7 +96,7 @@ def index_scans(
     described, entries = describe(candidates, manifest)
     everything = [*described, *outside(exclude, described)]
     warn_unmatched(exclude, everything)
-    rows = [_first_row(c, excluded_because(c, exclude), salt, entries.get(c.id, Entry())) for c in everything]
+    rows = [first_row(c, excluded_because(c, exclude), salt, entries.get(c.id, Entry())) for c in everything]
     tasks = tasks_of(everything, entries, modality_override)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
@@ -118,7 +119,7 @@ def tasks_of(candidates: Sequence[Candidate], entries: Mapping[str, Entry], moda
     return tasks
 
 
-def _first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> ScanRow:
+def first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> ScanRow:
     """All that is known of a candidate before it is read; from here on its subject and session are hashes."""
     subject, session = candidate.subject.strip(), candidate.session.strip()
     status, reason = ("excluded", excluded) if excluded and not candidate.status else (candidate.status, candidate.reason)
@@ -156,7 +157,7 @@ def header_of(task: Task) -> Header:
     """Read the header of one scan."""
     stamp = stamp_of(task.path)
     try:
-        header = read_header(task.path, task.part)
+        header = peek(task.path, task.part) or read_header(task.path, task.part)
     except ScanError as error:
         return Header(stamp, status=error.status, reason=str(error))
     return Header(stamp, header.shape_vox, header.spacing_mm)

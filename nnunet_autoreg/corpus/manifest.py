@@ -1,6 +1,7 @@
 """A table in which the user says what the files cannot: whose scan it is, from which session, its contrast and its class."""
 
 import csv
+import io
 import logging
 import os
 from collections.abc import Iterable
@@ -60,10 +61,9 @@ def read_manifest(file: Path) -> Manifest:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--manifest {file} cannot be read ({error}); give a CSV file in UTF-8 with the columns {_listed()}") from error
-    lines = text.splitlines()
-    delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
+    delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
     try:
-        reader = csv.DictReader(lines, delimiter=delimiter, restkey="", restval="", strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="", strict=True)
         _check_columns(file, [(name or "").strip().lower() for name in reader.fieldnames or ()])
         rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in reader]
     except csv.Error as error:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,16 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from nnunet_autoreg.corpus import index as index_module
 from nnunet_autoreg.corpus import intensity
 from nnunet_autoreg.corpus.content import content_hash
 from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.index import Index, index_scans
-from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.journal import Facts, stamp_of
+from nnunet_autoreg.corpus.manifest import Entry, Manifest
+from nnunet_autoreg.corpus.parallel import CHUNKS_AHEAD, parallel_map
 from nnunet_autoreg.corpus.rows import read_index, write_index
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.nnunet_api import RawScan
@@ -223,3 +230,162 @@ def test_an_exclusion_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_left_out_candidates_pass_through_unread(tmp_path: Path) -> None:
     row = index_scans([Candidate("x/y", tmp_path / "y", "x", "", status="dicom", reason="3 files")], set(), 1).rows[0]
     assert (row.status, row.reason, row.shape_vox) == ("dicom", "3 files", None)
+
+
+def described(path: Path, **changes: str) -> list[Candidate]:
+    return [replace(c, **changes) for c in find_scans([], [path])]  # type: ignore[arg-type]
+
+
+def test_subjects_and_sessions_are_hashed_and_left_out_without_a_salt(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    candidates = described(tmp_path / "pool", subject="DOE^JOHN ", session="1.2.3", contrast="T1w", part="")
+    row = index_scans(candidates, set(), 1, salt="s").rows[0]
+    assert (row.subject, row.session, row.contrast) == (salted("DOE^JOHN", "s"), salted("DOE^JOHN\n1.2.3", "s"), "T1w")
+    bare = index_scans(candidates, set(), 1).rows[0]
+    assert (bare.subject, bare.session) == ("", "")
+
+
+def test_no_identifier_reaches_the_index_or_the_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "nnunet_autoreg")
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    candidates = described(tmp_path / "pool", subject="DOE^JOHN", session="1.2.3.4")
+    index = index_scans(candidates, {"DOE^JOHN"}, 1, salt="s", journal=tmp_path / "journal")
+    write_index(tmp_path / "scans.csv", index.rows)
+    assert (index.rows[0].status, index.rows[0].reason) == ("excluded", "excluded by the user (by its subject)")
+    written = (tmp_path / "scans.csv").read_text() + (tmp_path / "journal").read_text() + caplog.text + repr(candidates)
+    assert "DOE" not in written and "1.2.3.4" not in written
+
+
+@pytest.mark.parametrize(("found", "override", "in_manifest", "expected"), [
+    ("PET", None, "", ("PET", "the file says so")),
+    ("CT", None, "", ("CT", "the file says so, though no value is negative: are these Hounsfield units?")),
+    ("PET", "ct", "", ("CT", "--modality")),
+    ("PET", "ct", "US", ("US", "--manifest")),
+])
+def test_manifest_then_option_then_file_decide_the_modality(
+    tmp_path: Path, found: str, override: str | None, in_manifest: str, expected: tuple[str, str]
+) -> None:
+    path = save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    manifest = Manifest(tmp_path / "m.csv", {str(path): Entry(modality=in_manifest, label_class="liver")})
+    row = index_scans(described(tmp_path / "pool", modality=found), set(), 1, override, manifest=manifest).rows[0]
+    assert (row.modality, row.modality_rule, row.label_class) == (*expected, "liver")
+
+
+def test_a_row_holds_intensity_percentiles_of_the_body(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", ct())
+    row = make_index(tmp_path / "pool").rows[0]
+    assert len(row.percentiles) == 5 and list(row.percentiles) == sorted(row.percentiles)
+    assert abs(row.percentiles[2] - 40) < 3 and row.percentiles[0] > -900
+
+
+def interrupted_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Index a pool of 4 with a journal, interrupted before scan number ``after``; returns the files that were read."""
+    read: list[str] = []
+
+    def counted(task: index_module.Task) -> Facts:
+        if len(read) == after:
+            raise KeyboardInterrupt
+        read.append(task.path.name)
+        return facts_of(task)
+
+    facts_of = index_module.facts_of
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "facts_of", counted)
+        with pytest.raises(KeyboardInterrupt) if after < 4 else nullcontext():
+            index_scans(find_scans([], [tmp_path / "pool"]), set(), 1, journal=tmp_path / ".journal")
+    return read
+
+
+@pytest.fixture
+def pool_of_4(tmp_path: Path) -> Path:
+    for name, array in (("a", ct(0)), ("b", mr(1)), ("c", np.full((16, 16, 16), 3, np.int16)), ("d", ct(1))):
+        save(tmp_path / "pool" / f"{name}.nii.gz", array)
+    return tmp_path
+
+
+def test_an_index_that_was_cut_short_goes_on_where_it_stopped(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_index(pool_of_4 / "pool")
+    assert interrupted_index(pool_of_4, monkeypatch, 3) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert interrupted_index(pool_of_4, monkeypatch, 4) == ["d.nii.gz"]
+    index = index_scans(find_scans([], [pool_of_4 / "pool"]), set(), 1, journal=pool_of_4 / ".journal")
+    assert index.rows == whole.rows
+    np.testing.assert_array_equal(index.ct_samples_hu, whole.ct_samples_hu)
+
+
+def test_a_file_that_changed_meanwhile_is_read_again(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_index(pool_of_4, monkeypatch, 2)
+    before = (pool_of_4 / "pool" / "b.nii.gz").stat()
+    save(pool_of_4 / "pool" / "b.nii.gz", mr(2))
+    os.utime(pool_of_4 / "pool" / "b.nii.gz", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert interrupted_index(pool_of_4, monkeypatch, 4) == ["b.nii.gz", "c.nii.gz", "d.nii.gz"]
+
+
+def test_another_modality_asked_for_reads_the_scans_again(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_index(pool_of_4, monkeypatch, 4)
+    index = index_scans(find_scans([], [pool_of_4 / "pool"]), set(), 1, "MR", journal=pool_of_4 / ".journal")
+    assert {row.modality_rule for row in index.usable} == {"--modality"} and not index.ct_samples_hu.size
+
+
+@pytest.mark.parametrize("torn", [b'["abc", {"status": "o', b"\x00\x00\n", b'["abc", {"what": 1}]\n'])
+def test_a_torn_journal_loses_its_last_line_only(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes) -> None:
+    interrupted_index(pool_of_4, monkeypatch, 2)
+    journal = pool_of_4 / ".journal"
+    lines = journal.read_bytes()
+    journal.write_bytes(lines + torn)
+    assert interrupted_index(pool_of_4, monkeypatch, 4) == ["c.nii.gz", "d.nii.gz"]
+    assert journal.read_bytes().startswith(lines) and torn not in journal.read_bytes()
+
+
+def test_what_may_pass_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abcd":
+        (tmp_path / "pool").mkdir(exist_ok=True)
+        (tmp_path / "pool" / f"{name}.nii.gz").write_text("text")
+    assert len(interrupted_index(tmp_path, monkeypatch, 4)) == 4
+    assert len(interrupted_index(tmp_path, monkeypatch, 4)) == 4
+
+
+def test_a_folder_of_slices_has_a_stamp_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a.dcm").write_text("x")
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    (tmp_path / "2" / "b.dcm").write_text("y")
+    assert stamp_of(tmp_path / "1") != stamp_of(tmp_path / "2") and stamp_of(tmp_path / "gone") == ""
+
+
+def test_headers_tell_what_they_can_before_any_voxel_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    save(tmp_path / "pool" / "b.nii.gz", np.zeros((2, 16, 16), np.int16))
+    read = []
+    monkeypatch.setattr(index_module, "facts_of", lambda task: read.append(task.path.name) or Facts("constant", "x"))
+    assert statuses(make_index(tmp_path / "pool")) == {"a": "constant", "b": "tiny"}
+    assert read == ["a.nii.gz"]
+
+
+def test_items_are_handed_out_a_few_chunks_ahead_of_the_results() -> None:
+    taken = []
+
+    class Watched(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            for item in super().__iter__():
+                taken.append(item)
+                yield item
+
+    results = parallel_map(abs, Watched(range(0, -400, -1)), 2, "testing", 5)
+    assert next(results) == 0
+    assert len(taken) <= 5 * (2 * CHUNKS_AHEAD + 1)
+    assert list(results) == list(range(1, 400))
+
+
+def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    names = "id,dataset,case,channel,modality,source,shape_vox,spacing_mm,cropped_shape_vox,content_hash,status,reason,modality_rule"
+    (tmp_path / "scans.csv").write_text(f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n")
+    row = read_index(tmp_path / "scans.csv")[0]
+    assert (row.spacing_mm, row.subject, row.percentiles) == ((1.0, 1.0, 2.0), "", ())
+
+
+def test_many_rows_are_written_one_by_one(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    row = make_index(tmp_path / "pool").rows[0]
+    write_index(tmp_path / "scans.csv", (replace(row, id=f"pool/{n}", percentiles=(-1e-7, 0.5 * n)) for n in range(50)))
+    rows = read_index(tmp_path / "scans.csv")
+    assert [r.id for r in rows] == [f"pool/{n}" for n in range(50)] and rows[3].percentiles == (-1e-7, 1.5)
