@@ -3,19 +3,25 @@
 import logging
 import os
 import re
+import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.corpus.archive import members, opened, unpacked
+from nnunet_autoreg.corpus.collect import DicomCollector
+from nnunet_autoreg.corpus.contrast import bids_names, is_label_name, modality_of_contrast
+from nnunet_autoreg.corpus.dicom import is_archive, may_be_dicom
+from nnunet_autoreg.corpus.parts import Part
+from nnunet_autoreg.corpus.read import num_volumes
+from nnunet_autoreg.errors import PlanError, ScanError, UsageError, did_you_mean
 from nnunet_autoreg.nnunet_api import dataset_folder
 from nnunet_autoreg.records import read_json
 
 log = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
-DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -51,16 +57,21 @@ class Candidate:
     contrast: str = ""
 
 
-def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = False) -> list[Candidate]:
+def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = False, salt: str = "") -> list[Candidate]:
     """All candidates, datasets first, in natural order; a file reached twice is listed once.
 
     Of an nnU-Net dataset (``dataset.json`` beside ``imagesTr``) only the images are taken, wherever it is met. Other folders
-    are searched whole, following links but no link twice, without hidden files. DICOM is counted, not read.
+    are searched whole, following links but no link twice, without hidden files, and .zip archives with them. Of DICOM files the
+    headers are read and sorted into series; no pixels are.
+
+    Args:
+        split_4d: list every volume of a 4D file or series as a scan of its own.
+        salt: secret of the hashes in the ids of DICOM series.
 
     Raises:
         UsageError: a dataset or folder that does not exist.
     """
-    finder = _Finder()
+    finder = _Finder(split_4d, salt)
     for dataset in datasets:
         finder.add_dataset(dataset_folder(dataset))
     for folder in folders:
@@ -92,6 +103,8 @@ def is_dataset(folder: Path) -> bool:
 
 @dataclass
 class _Finder:
+    split_4d: bool
+    salt: str
     found: list[Candidate] = field(default_factory=list)
     ids: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
@@ -106,30 +119,55 @@ class _Finder:
             hint = did_you_mean(folder.name, siblings) if 0 < len(siblings) <= 1000 else "check the path"
             raise UsageError(f"-i {given} does not exist; {hint}")
         if folder.is_file():
-            self.add_file(folder, folder.parent)
+            self._add_given_file(folder)
         elif is_dataset(folder.parent) and folder.name in ("imagesTr", "imagesTs", "labelsTr", "labelsTs"):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
 
-    def add(
-        self, path: Path, base_id: str, dataset: str, case: str, *, channel: str = "", status: str = "", reason: str = ""
-    ) -> None:
-        """List one candidate, or one row of something left out, unless its file is listed already."""
-        real = os.path.realpath(path) if not status else f"{status}:{path}"
+    def _add_given_file(self, path: Path) -> None:
+        dicom, labels = self._collector(), Counter[Path]()
+        if is_archive(path.name):
+            self.add_archive(path, path.parent, dicom)
+        elif path.name.lower().endswith(IMAGE_ENDINGS) or not (may_be_dicom(path.name) and dicom.add_file(path, path)):
+            self.add_file(path, path.parent, labels)
+        self._add_dicom(path.parent, dicom)
+        self._report_labels(path.parent, labels)
+
+    def _collector(self) -> DicomCollector:
+        return DicomCollector(self.salt, self.split_4d)
+
+    def add(self, path: Path, base_id: str, dataset: str, case: str, **facts: str) -> None:
+        """List one candidate, or one row of something left out, unless it is listed already; ``facts`` are ``Candidate``'s."""
+        status, part = facts.get("status", ""), facts.get("part", "")
+        real = f"{status}:{path}:{base_id}" if status else f"{os.path.realpath(path)}:{part}"
         if real in self.files:
             self.num_repeated += 1
             return
         self.files.add(real)
         if not _is_utf8(path):
             path, base_id, case = (Path(_printable(str(path))), _printable(base_id), _printable(case))
-            status, reason = "unreadable", "the name is not valid UTF-8; rename the file"
+            facts.update(status="unreadable", reason="the name is not valid UTF-8; rename the file")
         unique, n = base_id, 1
         while unique in self.ids:
             n += 1
             unique = f"{base_id}#{n}"
         self.ids.add(unique)
-        self.found.append(Candidate(unique, path, dataset, case, channel, status, reason))
+        self.found.append(Candidate(unique, path, dataset, case, **facts))
+
+    def add_volumes(
+        self, path: Path, base_id: str, dataset: str, case: str, volumes: int, facts: dict[str, str], part: Part | None = None
+    ) -> None:
+        """A file: one candidate, or one for each of its ``volumes``."""
+        part = part or Part()
+        if volumes == 1:
+            self.add(path, base_id, dataset, case, part=str(part), **facts)
+            return
+        for t in range(volumes):
+            self.add(path, f"{base_id}/t{t}", dataset, f"{case}/t{t}", part=str(replace(part, t=str(t))), **facts)
+
+    def _volumes(self, path: Path) -> int:
+        return num_volumes(path) if self.split_4d else 1
 
     def leave_out(self, path: Path, dataset: str, what: str, status: str, reason: str) -> None:
         """A row for something that is no candidate."""
@@ -147,6 +185,8 @@ class _Finder:
         for part in sorted(p.name for p in folder.iterdir() if p.is_dir() and (only is None or p.name == only)):
             if part not in ("imagesTr", "imagesTs"):
                 self._count_other(folder, part)
+        files = [] if only else [p.name for p in folder.iterdir() if p.is_file() and p.name != "dataset.json"]
+        self._report_others(folder, folder.name, "(other files)", Counter(map(_ending, files)))
 
     def _add_images(self, folder: Path, part: str, channels: dict[int, str]) -> None:
         others: Counter[str] = Counter()
@@ -158,7 +198,7 @@ class _Finder:
             match = CHANNEL_SUFFIX.match(stem)
             number = int(match["channel"]) if match else 0
             case, channel = match["case"] if match else stem, channels.get(number, str(number))
-            self.add(path, f"{folder.name}/{stem}", folder.name, case, channel=channel)
+            self.add_volumes(path, f"{folder.name}/{stem}", folder.name, case, self._volumes(path), _of_dataset(folder, case, channel))
         self._report_others(folder / part, folder.name, f"{part}/(other files)", others)
 
     def _add_listed(self, folder: Path, channels: dict[int, str], listed: dict[str, Any]) -> None:
@@ -166,7 +206,8 @@ class _Finder:
             for number, name in enumerate(listed[case].get("images", [])):
                 path = absolute(folder / name)
                 channel = channels.get(number, str(number))
-                self.add(path, f"{folder.name}/{case}_{number:04d}", folder.name, case, channel=channel)
+                facts = _of_dataset(folder, case, channel)
+                self.add_volumes(path, f"{folder.name}/{case}_{number:04d}", folder.name, case, self._volumes(path), facts)
 
     def _count_other(self, folder: Path, part: str) -> None:
         count = sum(1 for _, _, names in os.walk(folder / part) for n in names if n.lower().endswith(IMAGE_ENDINGS))
@@ -178,20 +219,20 @@ class _Finder:
     def add_folder(self, root: Path) -> None:
         """Everything below a plain folder."""
         others: Counter[str] = Counter()
-        dicom: Counter[str] = Counter()
+        labels: Counter[Path] = Counter()
+        dicom = self._collector()
         pending = [root]
         while pending:
             folder = pending.pop()
             if is_dataset(folder):
                 self.add_dataset(folder)
                 continue
-            pending.extend(reversed(self._visit(root, folder, others, dicom)))
-        if dicom:
-            self.leave_out(root, root.name, "(DICOM)", "dicom", f"{sum(dicom.values())} DICOM files in {len(dicom)} folders are "
-                           "not read yet; convert them to NIfTI (for instance with dcm2niix) and run again")
+            pending.extend(reversed(self._visit(root, folder, others, labels, dicom)))
+        self._add_dicom(root, dicom)
+        self._report_labels(root, labels)
         self._report_others(root, root.name, "(other files)", others)
 
-    def _visit(self, root: Path, folder: Path, others: Counter[str], dicom: Counter[str]) -> list[Path]:
+    def _visit(self, root: Path, folder: Path, others: Counter[str], labels: Counter[Path], dicom: DicomCollector) -> list[Path]:
         """List the candidates of one folder; returns the folders to go on with."""
         where = _below(folder, root)
         real = os.path.realpath(folder)
@@ -207,25 +248,84 @@ class _Finder:
         deeper = []
         for path in entries:
             if path.name.startswith("."):
-                if path.is_dir() or path.name.lower().endswith(IMAGE_ENDINGS):
-                    reason = "its name begins with a dot; rename it if it is wanted"
-                    self.leave_out(path, root.name, _below(path, root), "hidden", reason)
-                else:
-                    others["hidden"] += 1
+                self._hidden(path, root, others)
             elif path.name.lower().endswith(IMAGE_ENDINGS):
-                self.add_file(path, root)
+                self.add_file(path, root, labels)
             elif path.is_dir():
                 deeper.append(path)
-            elif _is_dicom(path):
-                dicom[str(folder)] += 1
-            else:
-                others[_ending(path.name)] += 1
+            elif is_archive(path.name):
+                self.add_archive(path, root, dicom)
+            elif path.name.upper() == "DICOMDIR" or not (may_be_dicom(path.name) and dicom.add_file(path)):
+                others["DICOMDIR" if path.name.upper() == "DICOMDIR" else _ending(path.name)] += 1
         return deeper
 
-    def add_file(self, path: Path, root: Path) -> None:
-        """One file of a plain folder."""
+    def _hidden(self, path: Path, root: Path, others: Counter[str]) -> None:
+        if path.is_dir() or path.name.lower().endswith(IMAGE_ENDINGS):
+            self.leave_out(path, root.name, _below(path, root), "hidden", "its name begins with a dot; rename it if it is wanted")
+        else:
+            others["hidden"] += 1
+
+    def add_file(self, path: Path, root: Path, labels: Counter[Path]) -> None:
+        """One file of a plain folder; a label map by its name is counted instead."""
         inside = strip_ending(_below(path, root))
-        self.add(path, f"{root.name}/{inside}", root.name, inside)
+        if is_label_name(f"{root.name}/{inside}"):
+            labels[path.parent] += 1
+            return
+        self.add_volumes(path, f"{root.name}/{inside}", root.name, inside, self._volumes(path), _of_name(root.name, inside))
+
+    def add_archive(self, path: Path, root: Path, dicom: DicomCollector) -> None:
+        """The scans inside a .zip: images by their names, DICOM by series."""
+        where, others, bad = _below(path, root), Counter[str](), Counter[tuple[str, str]]()
+        try:
+            with opened(path) as archive:
+                good, dangerous = members(archive)
+                bad.update(dangerous)
+                for info in good:
+                    self._add_member(archive, info, path, root, dicom, others)
+        except ScanError as error:
+            bad[error.status, str(error)] += 1
+        for number, ((status, reason), count) in enumerate(bad.items()):
+            what = f"{where}/(left out {number})" if number else f"{where}/(left out)"
+            self.leave_out(path, root.name, what, status, reason if count == 1 else f"{reason} ({count} files)")
+        self._report_others(path, root.name, f"{where}/(other files)", others)
+
+    def _add_member(
+        self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, root: Path, dicom: DicomCollector, others: Counter[str]
+    ) -> None:
+        name = PurePosixPath(info.filename)
+        inside = strip_ending(info.filename)
+        if name.name.startswith(".") or name.parts[0] == "__MACOSX":
+            others["hidden"] += 1
+        elif name.suffix.lower() == ".mhd":
+            others[".mhd (its data is another file: unpack the archive)"] += 1
+        elif not name.name.lower().endswith(IMAGE_ENDINGS):
+            if name.name.upper() == "DICOMDIR" or not (may_be_dicom(name.name) and dicom.add_member(archive, info, path)):
+                others[_ending(name.name)] += 1
+        elif is_label_name(inside):
+            others["label maps"] += 1
+        else:
+            part, case = Part(member=info.filename), f"{_below(path, root)}/{inside}"
+            self.add_volumes(path, f"{root.name}/{case}", root.name, case, self._member_volumes(path, info.filename),
+                             _of_name(f"{root.name}/{_below(path, root)}", inside), part)
+
+    def _member_volumes(self, path: Path, name: str) -> int:
+        if not self.split_4d:
+            return 1
+        try:
+            with unpacked(path, [name]) as files:
+                return num_volumes(files[name])
+        except ScanError:
+            return 1
+
+    def _add_dicom(self, root: Path, dicom: DicomCollector) -> None:
+        for row in dicom.rows():
+            self.add(row.path, f"{root.name}/{row.name}", root.name, "" if row.status else row.name, status=row.status, reason=row.reason,
+                     part=row.part, modality=row.modality, subject=row.subject, session=row.session, contrast=row.contrast)
+
+    def _report_labels(self, root: Path, labels: Counter[Path]) -> None:
+        for folder, count in labels.items():
+            self.leave_out(folder, root.name, f"{_below(folder, root)}/(label maps)", "labels",
+                           f"{count} label {'map' if count == 1 else 'maps'} by name (a folder labels..., or _dseg, _mask)")
 
     def _report_others(self, path: Path, dataset: str, what: str, others: Counter[str]) -> None:
         if any(c.path.suffix.lower() == ".mhd" and path in c.path.parents for c in self.found):
@@ -246,6 +346,18 @@ def _read_dataset_json(folder: Path) -> tuple[dict[int, str], dict[str, Any]]:
         raise UsageError(f"{folder / 'dataset.json'} is no nnU-Net dataset.json ({error}); mend it") from error
 
 
+def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:
+    """What an nnU-Net dataset says about an image."""
+    return {"channel": channel, "subject": f"{folder.name}/{case}", "contrast": channel}
+
+
+def _of_name(scope: str, inside: str) -> dict[str, str]:
+    """What a BIDS name says; subjects of different datasets are different people, so ``scope`` goes with them."""
+    subject, session, contrast = bids_names(inside)
+    return {"subject": subject and f"{scope}/{subject}", "session": session, "contrast": contrast,
+            "modality": modality_of_contrast(contrast)}
+
+
 def _is_utf8(path: Path) -> bool:
     return _printable(str(path)) == str(path)
 
@@ -264,18 +376,3 @@ def _below(path: Path, root: Path) -> str:
 
 def _ending(name: str) -> str:
     return Path(name).suffix.lower()
-
-
-def _is_dicom(path: Path) -> bool:
-    """By ending, or for names without a usual ending (1.2.840.113619..., IM0001) by the mark at byte 128."""
-    ending = _ending(path.name)
-    if ending in DICOM_ENDINGS or path.name.upper() == "DICOMDIR":
-        return True
-    if ending and not ending[1:].isdecimal():
-        return False
-    try:
-        with path.open("rb") as handle:
-            return handle.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-

@@ -8,12 +8,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.corpus.archive import unpacked
+from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.corpus.nifti import check_nifti
+from nnunet_autoreg.corpus.orientation import Turn, turn_of, turned, turned_geometry
+from nnunet_autoreg.corpus.parts import Part, parse_part
+from nnunet_autoreg.corpus.stacks import Stack
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, volume, zyx
 from nnunet_autoreg.nnunet_api import Array, RawScan, read_scan
@@ -40,21 +45,74 @@ def load_scan(path: Path, part: str = "") -> RawScan:
     """Read and check one scan: a file, or the ``part`` of it that ``Candidate.part`` names.
 
     Returns:
-        The scan, its array (1, Z, Y, X) float32.
+        The scan, its array (1, Z, Y, X) float32, the axes towards superior, anterior and right (corpus/orientation.py).
 
     Raises:
-        ScanError: with one of the statuses unreadable, not3d, 4d, rgb, complex, spacing, direction, tiny, huge, nonfinite,
-            constant, labelmap.
+        ScanError: with one of the statuses unreadable, not3d, 4d, rgb, complex, spacing, direction, slices, tiny, huge,
+            nonfinite, constant, labelmap.
     """
+    wanted = parse_part(part)
+    if wanted.series:
+        return _load_series(path, wanted)
+    if wanted.member:
+        with unpacked(path, [wanted.member]) as files:
+            return _load_file(files[wanted.member], wanted, PurePosixPath(wanted.member).name)
+    return _load_file(path, wanted, path.name)
+
+
+def _load_file(path: Path, part: Part, name: str) -> RawScan:
     check_file(path)
-    read_header(path)
+    header, turn = _file_header(path, part)
     with quiet_stderr() as said:
         try:
-            scan = read_scan(path)
+            array_ZYX = _read_one_of(path, int(part.t)) if part.t else read_scan(path).array_CZYX[0]
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
             raise _reading_failed(error, said()) from error
-    check_voxels(scan.array_CZYX[0], path.name)
-    return scan
+    check_voxels(array_ZYX, name)
+    return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
+
+
+def _read_one_of(path: Path, number: int) -> Array:
+    """One volume of a 4D file, (Z, Y, X) float32."""
+    import SimpleITK
+
+    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    size = list(reader.GetSize())
+    reader.SetExtractIndex([0, 0, 0, number])
+    reader.SetExtractSize([*size[:3], 0])
+    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
+    return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
+
+
+def _load_series(path: Path, part: Part) -> RawScan:
+    stack = find_stack(path, part)
+    header, turn = _series_header(stack, part)
+    with quiet_stderr():
+        array_ZYX = read_volume(path, pick_volume(stack, part))
+    check_voxels(array_ZYX)
+    return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
+
+
+def _series_header(stack: Stack, part: Part) -> tuple[ScanHeader, Turn]:
+    pick_volume(stack, part)
+    check_dimensions(stack.shape_vox[::-1])
+    check_spacing(stack.spacing_mm)
+    check_memory(stack.shape_vox)
+    turn = turn_of(stack.direction)
+    return ScanHeader(*turned_geometry(stack.shape_vox, stack.spacing_mm, turn)), turn
+
+
+def check_stack(stack: Stack, part: str) -> None:
+    """Check a DICOM stack as reading it will, by its headers.
+
+    Raises:
+        ScanError: slices, direction, unreadable, rgb, 4d, not3d, tiny, spacing, huge.
+    """
+    if stack.problem[0]:
+        raise ScanError(*stack.problem)
+    _series_header(stack, parse_part(part))
 
 
 def check_file(path: Path) -> None:
@@ -82,11 +140,31 @@ def check_file(path: Path) -> None:
 
 
 def read_header(path: Path, part: str = "") -> ScanHeader:
-    """Check what the header says, without reading voxels.
+    """Check what the header says, without reading voxels. Shape and spacing are those of the array that ``load_scan`` gives.
 
     Raises:
-        ScanError: unreadable, not3d, 4d, rgb, complex, spacing, direction, tiny, huge.
+        ScanError: unreadable, not3d, 4d, rgb, complex, spacing, direction, slices, tiny, huge.
     """
+    wanted = parse_part(part)
+    if wanted.series:
+        return _series_header(find_stack(path, wanted), wanted)[0]
+    if wanted.member:
+        with unpacked(path, [wanted.member]) as files:
+            return _file_header(files[wanted.member], wanted)[0]
+    return _file_header(path, wanted)[0]
+
+
+def num_volumes(path: Path) -> int:
+    """Number of volumes of a 4D file; 1 for any other, and for one that cannot be read (reading it says why)."""
+    try:
+        size = _information(path).GetSize()
+    except ScanError:
+        return 1
+    return int(size[3]) if len(size) == 4 else 1
+
+
+def _information(path: Path) -> Any:
+    """A reader that knows what the header says."""
     import SimpleITK
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -96,20 +174,34 @@ def read_header(path: Path, part: str = "") -> ScanHeader:
             reader.ReadImageInformation()
         except RuntimeError as error:
             raise _reading_failed(error, said()) from error
+    return reader
+
+
+def _file_header(path: Path, part: Part) -> tuple[ScanHeader, Turn]:
+    """The header of a file, and how its array comes to the one orientation."""
+    import SimpleITK
+
+    reader = _information(path)
     pixel = str(SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()))  # type: ignore[no-untyped-call]
     if "complex" in pixel:
         raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
     if reader.GetNumberOfComponents() > 1:
         raise ScanError("rgb", f"{reader.GetNumberOfComponents()} values per voxel (RGB or vector image); split it")
     size = list(reader.GetSize())
+    if part.t and len(size) == 4:
+        if int(part.t) >= size[3]:
+            raise ScanError("unreadable", f"has {size[3]} volumes, number {part.t} is not among them; run again")
+        size.pop()
     while len(size) > 3 and size[-1] == 1:
         size.pop()
     check_dimensions(size)
-    header = ScanHeader(as_size(size[::-1]), zyx(reader.GetSpacing()[:3]))
-    check_spacing(header.spacing_mm)
-    _check_direction(np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3])
-    check_memory(header.shape_vox)
-    return header
+    shape_vox, spacing_mm = as_size(size[::-1]), zyx(reader.GetSpacing()[:3])
+    check_spacing(spacing_mm)
+    direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
+    _check_direction(direction)
+    check_memory(shape_vox)
+    turn = turn_of(direction)
+    return ScanHeader(*turned_geometry(shape_vox, spacing_mm, turn)), turn
 
 
 def check_dimensions(size: Sequence[int]) -> None:
@@ -120,7 +212,8 @@ def check_dimensions(size: Sequence[int]) -> None:
     """
     listed = " x ".join(str(s) for s in size)
     if len(size) > 3:
-        raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); split it into 3D files")
+        how = "--split-4d takes each as a scan" if len(size) == 4 else "split it into 3D files"
+        raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); {how}")
     if len(size) < 3 or sorted(size)[0] == 1:
         raise ScanError("not3d", f"a single slice ({listed}); 3D scans are needed")
     if min(size) < MIN_AXIS_VOX:

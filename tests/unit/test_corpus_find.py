@@ -97,14 +97,15 @@ def test_link_loops_end_and_are_reported(tmp_path: Path) -> None:
     assert scans(found) == ["pool/sub/x"] and left_out(found) == {"pool/sub/up": "link"}
 
 
-def test_dicom_is_counted_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    touch(tmp_path / "pool" / "a" / "1.dcm")
-    touch(tmp_path / "pool" / "a" / "2.DCM")
-    nameless = touch(tmp_path / "pool" / "b" / "IM0001")
-    nameless.write_bytes(b"\0" * 128 + b"DICM")
+def test_broken_dicom_gets_one_row_per_folder_and_reason_without_any_file_name(tmp_path: Path) -> None:
+    touch(tmp_path / "pool" / "a" / "Doe_1.dcm")
+    touch(tmp_path / "pool" / "a" / "Doe_2.DCM")
+    touch(tmp_path / "pool" / "b" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
     found = find_scans([], [tmp_path / "pool"])
-    assert left_out(found) == {"pool/(DICOM)": "dicom"}
-    assert found[0].reason.startswith("3 DICOM files in 2 folders") and "dcm2niix" in found[0].reason
+    assert [(c.status, c.path.name, c.reason) for c in found] == [
+        ("unreadable", "a", "not DICOM: the mark at byte 128 is missing; is it another kind of file? (2 files)"),
+        ("unreadable", "b", "its DICOM header is damaged or cut short; copy the file again (1 file)")]
+    assert all(c.id.startswith("pool/DICOM-") and "Doe" not in c.id for c in found)
 
 
 def test_ids_stay_unique_when_names_meet(tmp_path: Path) -> None:

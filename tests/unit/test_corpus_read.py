@@ -42,10 +42,10 @@ def status_of(path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"])
-def test_every_format_is_read_in_zyx_order(tmp_path: Path, ending: str) -> None:
+def test_every_format_is_read_in_zyx_order_and_turned_to_ras(tmp_path: Path, ending: str) -> None:
     scan = read.load_scan(save(tmp_path / f"scan{ending}", noise()))
     assert scan.spacing_mm == (2.0, 1.0, 1.0)
-    np.testing.assert_array_equal(scan.array_CZYX, noise().astype(np.float32)[None])
+    np.testing.assert_array_equal(scan.array_CZYX, noise().astype(np.float32)[None, :, ::-1, ::-1])
 
 
 def test_names_with_spaces_and_umlauts_are_read(tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""DICOM files met while searching, gathered into one row per series: a scan, or what was left out and why.
+
+No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is told by a salted hash.
+"""
+
+import os
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nnunet_autoreg.corpus.dicom import claims_dicom, file_slices, member_slices
+from nnunet_autoreg.corpus.identity import salted
+from nnunet_autoreg.corpus.parts import Part
+from nnunet_autoreg.corpus.read import check_stack
+from nnunet_autoreg.corpus.slices import Leave, Slice
+from nnunet_autoreg.corpus.stacks import Stack, by_series, stacks_of, without_copies
+from nnunet_autoreg.corpus.tags import NotDicomError
+from nnunet_autoreg.errors import ScanError
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one candidate or left-out row of DICOM says; ``name`` is free of anything personal."""
+
+    path: Path
+    name: str
+    part: str = ""
+    modality: str = ""
+    subject: str = field(default="", repr=False)
+    session: str = field(default="", repr=False)
+    contrast: str = ""
+    status: str = ""
+    reason: str = ""
+
+
+@dataclass
+class DicomCollector:
+    """Headers of DICOM files below one root, and the rows that they make."""
+
+    salt: str
+    split_4d: bool
+    slices: dict[Path, list[Slice]] = field(default_factory=lambda: defaultdict(list))
+    left: "Counter[tuple[Path, str, str, str, str]]" = field(default_factory=Counter)
+
+    def add_file(self, path: Path, source: Path | None = None) -> bool:
+        """Take a file if it is DICOM (or claims to be, by its ending); ``source`` is the file itself if it was given alone."""
+        source = source or path.parent
+        try:
+            self.slices[source] += file_slices(path, path.name)
+        except Leave as left:
+            self._leave(source, left)
+        except ScanError as error:
+            return self._broken(source, path.name, error)
+        return True
+
+    def add_member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Path) -> bool:
+        """The same for a member of an archive."""
+        try:
+            self.slices[source] += member_slices(archive, info)
+        except Leave as left:
+            self._leave(source, left)
+        except ScanError as error:
+            return self._broken(source, info.filename, error)
+        return True
+
+    def _leave(self, source: Path, left: Leave) -> None:
+        self.left[source, left.series, left.what, left.status, left.reason] += 1
+
+    def _broken(self, source: Path, name: str, error: ScanError) -> bool:
+        if isinstance(error, NotDicomError) and not claims_dicom(name):
+            return False
+        self.left[source, "", "DICOM", error.status, str(error)] += 1
+        return True
+
+    def rows(self) -> Iterator[Row]:
+        """Scans first, then what was left out."""
+        for path, group in self._series():
+            yield from self._rows_of(path, group)
+        for (source, series, what, status, reason), count in self.left.items():
+            name = f"{what}-{salted(series or f'{source} {reason}', self.salt)}"
+            yield Row(source, name, status=status, reason=f"{reason} ({count} {'file' if count == 1 else 'files'})")
+
+    def _series(self) -> Iterator[tuple[Path, list[Slice]]]:
+        """(folder, file or archive, slices of one series in it); a series spread over folders comes with their common folder."""
+        places: dict[tuple[str, str], dict[Path, list[Slice]]] = defaultdict(dict)
+        for source, slices in self.slices.items():
+            for key, group in by_series(slices).items():
+                places[key][source] = group
+        for groups in places.values():
+            folders = [source for source in groups if source.is_dir()]
+            if len(folders) > 1 and _disjoint([groups[f] for f in folders]):
+                yield _joined({f: groups.pop(f) for f in folders})
+            yield from groups.items()
+
+    def _rows_of(self, path: Path, group: list[Slice]) -> Iterator[Row]:
+        below = "yes" if any("/" in s.file for s in group) and path.is_dir() else ""
+        part = Part(series=group[0].series, instance=group[0].instance if group[0].frame >= 0 else "", below=below)
+        stacks = stacks_of(group)
+        for number, stack in enumerate(stacks):
+            here = replace(part, stack=str(number)) if len(stacks) > 1 else part
+            if self.split_4d and len(stack.volumes) > 1:
+                for t in range(len(stack.volumes)):
+                    yield self._row(path, stack, replace(here, t=str(t)))
+            else:
+                yield self._row(path, stack, here)
+        copies = len(group) - len(without_copies(group))
+        if copies:
+            name = f"{group[0].modality}-{salted(f'{part} copies', self.salt)}"
+            yield Row(path, name, status="duplicate", reason=f"{copies} of {len(group)} files of a series hold a slice that another file "
+                      "of it holds too (same SOP instance); each is read once")
+
+    def _row(self, path: Path, stack: Stack, part: Part) -> Row:
+        first, status, reason = stack.first, "", ""
+        try:
+            check_stack(stack, str(part))
+        except ScanError as error:
+            status, reason = error.status, str(error)
+        name = f"{first.modality}-{salted(str(replace(part, below='')), self.salt)}"
+        return Row(path, name, str(part), first.modality, first.subject, first.study, first.contrast, status, reason)
+
+
+def _disjoint(groups: Sequence[list[Slice]]) -> bool:
+    """Whether no instance is in two of the folders: they hold pieces of a series, not copies of it."""
+    seen: set[tuple[str, int]] = set()
+    for group in groups:
+        here = {(s.instance, s.frame) for s in group}
+        if here & seen:
+            return False
+        seen |= here
+    return True
+
+
+def _joined(groups: dict[Path, list[Slice]]) -> tuple[Path, list[Slice]]:
+    root = Path(os.path.commonpath(list(groups)))
+    return root, [replace(s, file=(folder.relative_to(root) / s.file).as_posix()) for folder, group in groups.items() for s in group]

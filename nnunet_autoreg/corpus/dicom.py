@@ -1,0 +1,231 @@
+"""DICOM series, read through SimpleITK's GDCM: headers first, then the pixels of one volume, from folders, files and .zip archives."""
+
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nnunet_autoreg.corpus.archive import DAMAGED, members, opened, unpacked
+from nnunet_autoreg.corpus.parts import Part
+from nnunet_autoreg.corpus.slices import Leave, Slice, slices_of
+from nnunet_autoreg.corpus.stacks import Stack, by_series, stacks_of
+from nnunet_autoreg.corpus.tags import parse_tags
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.nnunet_api import Array
+
+ENDINGS = (".dcm", ".dicom", ".ima")
+
+
+def may_be_dicom(name: str) -> bool:
+    """Whether a file name is one that DICOM files have: a usual ending, none, or a number as the end of a UID."""
+    ending = Path(name).suffix.lower()
+    return ending in ENDINGS or not ending or ending[1:].isdecimal()
+
+
+def claims_dicom(name: str) -> bool:
+    """Whether a file's name promises DICOM."""
+    return Path(name).suffix.lower() in ENDINGS
+
+
+def read_slices(stream: IO[bytes], file: str, num_bytes: int) -> list[Slice]:
+    """The slices of one opened file of ``num_bytes`` bytes, called ``file`` from then on.
+
+    Raises:
+        Leave: it is no part of a scan.
+        ScanError: ``unreadable``.
+    """
+    return slices_of(parse_tags(stream), file, num_bytes)
+
+
+def file_slices(path: Path, file: str) -> list[Slice]:
+    """``read_slices`` of a file on disk.
+
+    Raises:
+        Leave: it is no part of a scan.
+        ScanError: ``unreadable``.
+    """
+    try:
+        with path.open("rb", buffering=0) as stream:
+            return read_slices(stream, file, os.fstat(stream.fileno()).st_size)
+    except OSError as error:
+        raise ScanError("unreadable", f"the file system says: {error.strerror or error}; grant read access, or restore it") from error
+
+
+def find_stack(path: Path, part: Part) -> Stack:
+    """The stack that a part names, by headers alone.
+
+    Raises:
+        ScanError: ``unreadable`` if its files are gone, or the stack's own problem.
+    """
+    slices = _slices_of_series(path, part)
+    group = by_series(slices).get((part.series, part.instance))
+    if not group:
+        raise ScanError("unreadable", "its DICOM files vanished after they were found; restore them, or run again without them")
+    stacks = stacks_of(group)
+    number = int(part.stack or 0)
+    if number >= len(stacks):
+        raise ScanError("unreadable", "its DICOM files changed after they were found; remove scans.csv and run again")
+    stack = stacks[number]
+    if stack.problem[0]:
+        raise ScanError(*stack.problem)
+    return stack
+
+
+def pick_volume(stack: Stack, part: Part) -> tuple[Slice, ...]:
+    """The slices of the volume that a part names.
+
+    Raises:
+        ScanError: ``4d``: there are several and none is named.
+    """
+    if part.t:
+        if int(part.t) >= len(stack.volumes):
+            raise ScanError("unreadable", f"has {len(stack.volumes)} volumes, number {part.t} is not among them; run again")
+        return stack.volumes[int(part.t)]
+    if len(stack.volumes) > 1:
+        raise ScanError("4d", series_of_volumes(stack))
+    return stack.volumes[0]
+
+
+def series_of_volumes(stack: Stack) -> str:
+    """What a 4D series is, and the flag that splits it."""
+    z, y, x = stack.shape_vox
+    return f"a series of {len(stack.volumes)} volumes of {x} x {y} x {z} voxels over {stack.repeated_over}; --split-4d takes each as a scan"
+
+
+def read_volume(path: Path, slices: Sequence[Slice]) -> Array:
+    """The voxels of a volume in the order of its slices: (Z, Y, X) float32, rescaled slice by slice.
+
+    Raises:
+        ScanError: ``unreadable``.
+    """
+    names = sorted({s.file for s in slices})
+    with _on_disk(path, names) as files:
+        if slices[0].frame >= 0:
+            return _frames(files[names[0]], slices)
+        return np.stack([_pixels(files[s.file], (1, *s.shape))[0] for s in slices])
+
+
+def _frames(file: Path, slices: Sequence[Slice]) -> Array:
+    """Frames of a multi-frame file; GDCM rescales all of them as it does the first."""
+    whole = _pixels(file, None)
+    if whole.shape[1:] != slices[0].shape or max(s.frame for s in slices) >= len(whole):
+        raise ScanError("unreadable", f"holds {len(whole)} frames of {whole.shape[1:]}, its header says otherwise; export it again")
+    first = min(_or_nothing(file, ""), key=lambda s: s.frame)
+    if all((s.slope, s.intercept) == (first.slope, first.intercept) for s in slices):
+        return whole[[s.frame for s in slices]]
+    stored = np.rint((whole.astype(np.float64) - first.intercept) / first.slope)
+    return np.stack([stored[s.frame] * s.slope + s.intercept for s in slices]).astype(np.float32)
+
+
+def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
+    """All pixels of one file, (frames, rows, columns), rescaled by GDCM."""
+    import SimpleITK
+
+    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(file))
+    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
+    try:
+        array = np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
+    except RuntimeError as error:
+        raise ScanError("unreadable", "GDCM cannot read the pixels of a slice (damaged, or compressed in an unknown way); copy it "
+                        "again, or export it uncompressed") from error
+    array = array.reshape((-1, *array.shape[-2:]))
+    if shape is not None and array.shape != shape:
+        raise ScanError("unreadable", f"a slice holds {array.shape} voxels, its header says {shape}; export the series again")
+    return array
+
+
+@contextmanager
+def _on_disk(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Where the named files lie: in a folder, the file itself, or unpacked from an archive for the time being."""
+    if path.is_dir():
+        yield {name: path / name for name in names}
+    elif is_archive(path.name):
+        with unpacked(path, names) as files:
+            yield files
+    else:
+        yield {name: path for name in names}
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file is looked into as an archive."""
+    return name.lower().endswith(".zip")
+
+
+def _slices_of_series(path: Path, part: Part) -> list[Slice]:
+    """The slices of one series by headers; which files hold it is kept for the next of its neighbours."""
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError as error:
+        raise ScanError("unreadable", "vanished after it was found; restore it, or run again without it") from error
+    names = _files_by_series(str(path), bool(part.below), stamp).get(part.series, ())
+    if is_archive(path.name):
+        return [s for found in _archived(path, set(names)) for s in found if s.series == part.series]
+    found = []
+    for name in names:
+        found += [s for s in _or_nothing(path / name if path.is_dir() else path, name) if s.series == part.series]
+    return found
+
+
+@lru_cache(maxsize=4)
+def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]]:
+    """Series -> names of the files that hold its slices."""
+    root = Path(path)
+    found: dict[str, list[str]] = {}
+    if is_archive(root.name):
+        every = [s for slices in _archived(root, None) for s in slices]
+    elif root.is_dir():
+        names = _names_below(root) if below else [p.name for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
+        every = [s for name in sorted(names) if may_be_dicom(name) for s in _or_nothing(root / name, name)]
+    else:
+        every = _or_nothing(root, root.name)
+    for one in every:
+        files = found.setdefault(one.series, [])
+        if not files or files[-1] != one.file:
+            files.append(one.file)
+    return found
+
+
+def _names_below(root: Path) -> list[str]:
+    return [Path(folder, name).relative_to(root).as_posix() for folder, _, names in os.walk(root, followlinks=True)
+            for name in names if not name.startswith(".")]
+
+
+def _or_nothing(path: Path, name: str) -> list[Slice]:
+    """A file's slices; none if it is no part of a scan, which finding has reported."""
+    try:
+        return file_slices(path, name)
+    except (Leave, ScanError):
+        return []
+
+
+def _archived(path: Path, names: set[str] | None) -> Iterator[list[Slice]]:
+    """The slices of the members of an archive (all, or the named ones) that are parts of scans."""
+    with opened(path) as archive:
+        for info in members(archive)[0]:
+            if not (may_be_dicom(info.filename) if names is None else info.filename in names):
+                continue
+            try:
+                yield member_slices(archive, info)
+            except (Leave, ScanError):
+                continue
+
+
+def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[Slice]:
+    """``read_slices`` of a member of an archive.
+
+    Raises:
+        Leave: it is no part of a scan.
+        ScanError: ``unreadable``.
+    """
+    try:
+        with archive.open(info) as stream:
+            return read_slices(stream, info.filename, info.file_size)
+    except DAMAGED as error:
+        raise ScanError("unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again") from error

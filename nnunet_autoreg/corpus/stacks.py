@@ -1,0 +1,199 @@
+"""The slices of a DICOM series sorted into volumes; what keeps them from being one is said with figures. Pure: no file is read."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_autoreg.corpus.slices import Slice
+from nnunet_autoreg.geometry import Size, Spacing
+
+ORDER_NAMES = ("time", "b-value", "echo", "acquisition", "trigger time")
+# Written with few digits, so equal directions and positions differ a little.
+SAME_DIRECTION, SAME_SPACING_MM, SAME_POSITION_MM = 5e-3, 1e-3, 1e-2
+UNEVEN, MISSING = 0.05, 1.5
+MAX_TILT_DEGREES = 0.5
+MAX_STACKS = 6
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The slices of a series that share size, orientation and kind.
+
+    Attributes:
+        volumes: the slices of each volume, from the lowest along the normal on; more than one for a 4D series.
+        direction: (3, 3), column k the direction of axis k of (x, y, z) in LPS.
+        spacing_mm: (z, y, x).
+        repeated_over: what tells the volumes apart.
+        problem: (status, reason) that keeps it from being used; ("", "") mostly.
+    """
+
+    volumes: tuple[tuple[Slice, ...], ...]
+    direction: npt.NDArray[Any]
+    spacing_mm: Spacing
+    repeated_over: str = ""
+    problem: tuple[str, str] = ("", "")
+
+    @property
+    def first(self) -> Slice:
+        return self.volumes[0][0]
+
+    @property
+    def shape_vox(self) -> Size:
+        return (len(self.volumes[0]), *self.first.shape)
+
+
+def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
+    """The stacks of one series, the largest first; always the same for the same slices, in whatever order they come."""
+    ordered = sorted(without_copies(slices), key=lambda s: (s.order[-1], s.position, s.file, s.frame))
+    whole = _whole_problem(ordered)
+    if whole[0]:
+        return [_broken(ordered, whole)]
+    groups: list[list[Slice]] = []
+    for one in ordered:
+        group = next((g for g in groups if _alike(g[0], one)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(one)
+    if len(groups) > MAX_STACKS:
+        return [_broken(ordered, ("slices", f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a planning scan); "
+                                  "no stack of parallel slices"))]
+    return [_stack(group) for group in sorted(groups, key=len, reverse=True)]
+
+
+def without_copies(slices: Sequence[Slice]) -> list[Slice]:
+    """Each instance once: a file that lies there twice is no second slice."""
+    kept: dict[tuple[object, ...], Slice] = {}
+    for one in sorted(slices, key=lambda s: (s.file, s.frame)):
+        kept.setdefault((one.instance, one.frame, one.position), one)
+    return list(kept.values())
+
+
+def _whole_problem(slices: Sequence[Slice]) -> tuple[str, str]:
+    broken = [s.problem for s in slices if s.problem[0]]
+    if broken:
+        status, reason = broken[0]
+        return status, reason if len(slices) == 1 else f"{reason} ({len(broken)} of {len(slices)} slices)"
+    num_subjects = len({s.subject for s in slices})
+    if num_subjects > 1:
+        return "slices", f"its slices name {num_subjects} different patients under one series; export the patients apart"
+    return "", ""
+
+
+def _broken(slices: Sequence[Slice], problem: tuple[str, str]) -> Stack:
+    return Stack((tuple(slices),), np.eye(3), (math.nan,) * 3, problem=problem)
+
+
+def _alike(a: Slice, b: Slice) -> bool:
+    return (a.shape == b.shape and a.parts == b.parts and (a.frame < 0) == (b.frame < 0)
+            and all(abs(p - q) <= SAME_SPACING_MM * max(p, q, 1) for p, q in zip(a.spacing, b.spacing, strict=True))
+            and all(abs(p - q) <= SAME_DIRECTION for p, q in zip(a.orientation, b.orientation, strict=True)))
+
+
+def _stack(group: list[Slice]) -> Stack:
+    direction, bad = _direction(group[0])
+    if bad:
+        return _broken(group, ("direction", "the rows and columns of its slices are not at right angles; resample the scan first"))
+    heights = np.array([s.position for s in group]) @ direction[:, 2]
+    order = np.argsort(heights, kind="stable")
+    places: list[list[Slice]] = []
+    levels: list[float] = []
+    for i in order:
+        if not levels or heights[i] - levels[-1] > SAME_POSITION_MM:
+            levels.append(float(heights[i]))
+            places.append([])
+        places[-1].append(group[i])
+    volumes, repeated_over, problem = _volumes(places, levels)
+    step, uneven = _step(levels, places[0][0].spacing)
+    spacing = (step, *group[0].spacing)
+    problem = problem if problem[0] else uneven if uneven[0] else _tilt([place[0] for place in places], direction)
+    return Stack(volumes, direction, spacing, repeated_over, problem)
+
+
+def _direction(one: Slice) -> tuple[npt.NDArray[Any], bool]:
+    """(directions of x, y and z as columns, whether they are impossible)."""
+    x, y = np.array(one.orientation[:3]), np.array(one.orientation[3:])
+    lengths = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    if any(abs(length - 1) > 1e-2 for length in lengths) or abs(float(x @ y)) > 1e-2:
+        return np.eye(3), True
+    x = x / lengths[0]
+    y = y - (x @ y) * x
+    y = y / np.linalg.norm(y)
+    return np.stack([x, y, np.cross(x, y)], axis=1), False
+
+
+def _volumes(places: list[list[Slice]], levels: list[float]) -> tuple[tuple[tuple[Slice, ...], ...], str, tuple[str, str]]:
+    """(volumes, what tells them apart, problem) of the slices at each place along the normal."""
+    counts = [len(place) for place in places]
+    most = max(counts)
+    if most == 1:
+        return (tuple(place[0] for place in places),), "", ("", "")
+    everything = (tuple(s for place in places for s in place),)
+    doubled = sum(n > 1 for n in counts)
+    where = f"{levels[next(i for i, n in enumerate(counts) if n > 1)]:.2f} mm"
+    if len(set(counts)) > 1:
+        reason = (f"{doubled} of {len(places)} slice positions occur up to {most} times and others {min(counts)} (first at {where}); "
+                  "duplicate slices, or a 4D series with slices missing: export it again")
+        return everything, "", ("slices", reason)
+    for index, name in enumerate(ORDER_NAMES):
+        sets = [sorted({s.order[index] for s in place}) for place in places]
+        shared = len(sets[0]) == most and all(np.allclose(s, sets[0], rtol=1e-3) for s in sets if len(s) == most)
+        if all(len(s) == most for s in sets) and (shared or name in ("acquisition", "trigger time")):
+            ordered = [sorted(place, key=lambda s, i=index: s.order[i]) for place in places]  # type: ignore[misc]
+            return tuple(zip(*ordered, strict=True)), name, ("", "")
+    if any(len({s.order[:-1] for s in place}) == most for place in places) or _runs(places):
+        ordered = [sorted(place, key=lambda s: s.order) for place in places]
+        return tuple(zip(*ordered, strict=True)), "instance number", ("", "")
+    return everything, "", ("slices", f"each of {len(places)} slice positions occurs {most} times with nothing that tells them apart "
+                            f"(first at {where}): duplicate slices; export it again")
+
+
+def _runs(places: list[list[Slice]]) -> bool:
+    """Whether instance numbers run through one volume after the other, as in a 4D series that says nothing else."""
+    lowest = [min(s.order[-1] for s in place) for place in places]
+    numbers = {s.order[-1] for place in places for s in place}
+    total = sum(len(place) for place in places)
+    return len(numbers) == total and max(lowest) - min(lowest) == len(places) - 1 and len(places[0]) > 2
+
+
+def _step(levels: list[float], spacing: Sequence[float]) -> tuple[float, tuple[str, str]]:
+    """(distance of the slices in mm, problem)."""
+    if len(levels) < 2:
+        return float(max(spacing)), ("", "")
+    gaps = np.diff(levels)
+    usual = float(np.median(gaps))
+    wrong = np.flatnonzero(np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM))
+    if not wrong.size:
+        return (levels[-1] - levels[0]) / (len(levels) - 1), ("", "")
+    widest = int(gaps.argmax())
+    between = f"between {levels[widest]:.2f} and {levels[widest + 1]:.2f} mm"
+    if gaps[widest] > MISSING * usual:
+        num = sum(max(0, round(float(g) / usual) - 1) for g in gaps)
+        return usual, ("slices", f"about {num} of {len(levels) + num} slices are missing: the widest gap is {gaps[widest]:.2f} mm "
+                       f"{between}, the others are {usual:.2f} mm; export the whole series again")
+    return usual, ("slices", f"uneven slices: {gaps.min():.2f} to {gaps.max():.2f} mm apart (widest {between}); resample the scan first")
+
+
+def _tilt(places: list[Slice], direction: npt.NDArray[Any]) -> tuple[str, str]:
+    """A stack whose slices are shifted against each other in their own plane."""
+    if len(places) < 2:
+        return "", ""
+    along = np.array(places[-1].position) - np.array(places[0].position)
+    x, y, z = (float(along @ direction[:, axis]) for axis in range(3))
+    degrees = math.degrees(math.atan2(math.hypot(x, y), abs(z)))
+    if degrees <= MAX_TILT_DEGREES:
+        return "", ""
+    return "direction", (f"tilted gantry: the slices are sheared by {degrees:.1f} degrees; convert it with dcm2niix, which corrects that, "
+                         "and give the result")
+
+
+def by_series(slices: Sequence[Slice]) -> dict[tuple[str, str], list[Slice]]:
+    """Slices by (series, instance of a multi-frame file or ""): each of them is judged alone."""
+    groups: dict[tuple[str, str], list[Slice]] = defaultdict(list)
+    for one in slices:
+        groups[(one.series, one.instance if one.frame >= 0 else "")].append(one)
+    return dict(groups)
