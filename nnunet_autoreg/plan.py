@@ -26,18 +26,34 @@ class IntensityWindow:
 
 
 @dataclass(frozen=True)
+class SpacingGroup:
+    """Scans of one modality and like spacing, which share a target spacing; all (z, y, x), the coarsest axis first.
+
+    Attributes:
+        native_mm: median of their own spacings; a scan belongs to the group of its modality whose median is nearest.
+        spacing_mm: what they are resampled to.
+    """
+
+    modality: str
+    native_mm: Spacing
+    spacing_mm: Spacing
+
+
+@dataclass(frozen=True)
 class DataPlan:
     """What goes in.
 
     Attributes:
-        spacing_mm: every scan is resampled to this, (z, y, x).
+        spacing_mm: every scan that belongs to no group is resampled to this, (z, y, x); with groups, that of the largest.
         ct_window: Hounsfield statistics inside the body over the pool's CT scans; None without CT.
         holdout_fraction: share of the cases kept for the held-out error (never trained on).
+        spacing_groups: target spacings by modality and own spacing; empty where all scans share ``spacing_mm``.
     """
 
     spacing_mm: Spacing
     ct_window: IntensityWindow | None = None
     holdout_fraction: float = 0.05
+    spacing_groups: tuple[SpacingGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,12 +73,21 @@ class SequencePlan:
     Attributes:
         crop_size_vox: (z, y, x), a multiple of block_tokens x token size.
         block_tokens: tokens per block and axis; (1, 1, 1) is a block of one token.
-        order: "raster", or "random" (needs predictor "query").
+        order: "raster" - image after image, each along x, then y, then z; "interleaved" - at each place in the plane along z
+            through all images or sub-volumes (AR-SSL4M's own); "random" (needs predictor "query").
         predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light decoder is told where
             the target lies and attends to earlier blocks only.
         prefix: distribution of the number of given blocks: "uniform" over 1..K-1.
         flip: random flips of the data per axis.
         swap_axes: random swaps of axes of equal length and spacing.
+        weights: how often each kind of sequence is drawn, relative to the others; one kind per batch. "spatial" - one crop;
+            "strided" - sub-volumes of one crop that overlap, one after another along z (AR-SSL4M's own); "contrast" - one place in
+            several contrasts of a subject; "semantic" - one structure in several subjects.
+        contrasts: the contrasts that contrast sequences are made of, in their fixed order.
+        contrast_members, semantic_members: images of a sequence. Their crops are smaller, so that the tokens stay as many.
+        member_crop_vox: the crop of one such image; None has it planned from crop_size_vox and the number of members.
+        num_subvolumes, stride_vox: of "strided" sequences, along z; a stride below the sub-volume's depth makes them overlap.
+        mask_seen: in "strided" sequences, voxels that an earlier sub-volume has shown already carry no loss.
     """
 
     crop_size_vox: Size
@@ -72,6 +97,14 @@ class SequencePlan:
     prefix: str = "uniform"
     flip: bool = True
     swap_axes: bool = True
+    weights: dict[str, float] = field(default_factory=lambda: {"spatial": 1.0})
+    contrasts: tuple[str, ...] = ()
+    contrast_members: int = 0
+    semantic_members: int = 4
+    member_crop_vox: Size | None = None
+    num_subvolumes: int = 4
+    stride_vox: int = 8
+    mask_seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +124,12 @@ class ObjectivePlan:
 
 @dataclass(frozen=True)
 class OptimPlan:
-    """AdamW with linear warm-up and half-cosine decay to zero."""
+    """AdamW with linear warm-up and half-cosine decay to zero.
+
+    Attributes:
+        batch_size: crops per optimiser step.
+        micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None: the whole batch.
+    """
 
     num_steps: int
     batch_size: int
@@ -100,16 +138,32 @@ class OptimPlan:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip_norm: float = 1.0
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How often things happen, in steps."""
+    """How often things happen, in steps.
+
+    Attributes:
+        seconds_per_step: measured once, where the length was given in hours; None where it was not.
+        spike_sigmas: a step whose loss lies this many standard deviations above the running mean, and above twice that mean, is skipped.
+        max_bad_steps: after so many skipped steps in a row the weights go back to the last checkpoint, and training goes on from there
+            with the data of the steps that follow.
+        max_rollbacks: going back more often than this ends the run.
+        min_token_variance, min_effective_rank: features below either are reported as collapsed.
+    """
 
     seed: int
     checkpoint_every: int
     validate_every: int
     log_every: int = 10
+    seconds_per_step: float | None = None
+    spike_sigmas: float = 8.0
+    max_bad_steps: int = 10
+    max_rollbacks: int = 3
+    min_token_variance: float = 0.01
+    min_effective_rank: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +187,8 @@ class Plan:
     version: int = PLAN_VERSION
 
 
-ORDERS = ("raster", "random")
+ORDERS = ("raster", "interleaved", "random")
+KINDS = ("spatial", "strided", "contrast", "semantic")
 PREDICTORS = ("next", "query")
 PREFIXES = ("uniform",)
 OBJECTIVES = ("autoregressive",)
@@ -150,6 +205,7 @@ def check(plan: Plan) -> Plan:
     _check_encoder(plan.encoder)
     _check_numbers(plan)
     _check_blocks(plan)
+    _check_kinds(plan)
     return plan
 
 
@@ -180,14 +236,18 @@ def _check_numbers(plan: Plan) -> None:
     o, run = plan.optim, plan.run
     positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
                 "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
+                "run.spike_sigmas": run.spike_sigmas, "run.max_bad_steps": run.max_bad_steps,
                 "objective.variance_floor": plan.objective.variance_floor, "objective.query_depth": plan.objective.query_depth,
                 **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
                 **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
-                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)}}
+                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
+                **_spacings(plan.data.spacing_groups),
+                **({} if o.micro_batch_size is None else {"optim.micro_batch_size": o.micro_batch_size})}
     for key, number in positive.items():
         if not 0 < number < float("inf"):
             raise PlanError(f"{key}={number} must be a number greater than 0")
-    not_negative = {"run.seed": run.seed, "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
+    not_negative = {"run.max_rollbacks": run.max_rollbacks, "run.min_token_variance": run.min_token_variance,
+                    "run.min_effective_rank": run.min_effective_rank, "run.seed": run.seed, "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
     for key, number in not_negative.items():
         if not number >= 0:
             raise PlanError(f"{key}={number} must not be negative")
@@ -195,6 +255,11 @@ def _check_numbers(plan: Plan) -> None:
     for key, share in shares.items():
         if not 0 <= share < 1:
             raise PlanError(f"{key}={share} must lie in [0, 1)")
+
+
+def _spacings(groups: tuple[SpacingGroup, ...]) -> dict[str, float]:
+    return {f"data.spacing_groups[{n}].{name}[{i}]": value for n, group in enumerate(groups)
+            for name, spacing in (("native_mm", group.native_mm), ("spacing_mm", group.spacing_mm)) for i, value in enumerate(spacing)}
 
 
 def _check_blocks(plan: Plan) -> None:
@@ -210,6 +275,53 @@ def _check_blocks(plan: Plan) -> None:
         blocks *= crop // side
     if blocks < 2:
         raise PlanError(f"a crop of {s.crop_size_vox} holds one block; a sequence needs at least 2: enlarge sequence.crop_size_vox")
+
+
+def _check_kinds(plan: Plan) -> None:
+    s = plan.sequence
+    for kind, weight in s.weights.items():
+        if kind not in KINDS:
+            raise PlanError(f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}")
+        if not 0 <= weight < float("inf"):
+            raise PlanError(f"sequence.weights.{kind}={weight} must not be negative")
+    wanted = {kind for kind, weight in s.weights.items() if weight > 0}
+    if not wanted:
+        raise PlanError(f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater than 0")
+    if "strided" in wanted:
+        _check_strided(plan)
+    for kind, members in (("contrast", s.contrast_members), ("semantic", s.semantic_members)):
+        if kind in wanted:
+            _check_members(plan, kind, members)
+    if "contrast" in wanted and s.predictor == "next" and len(s.contrasts) != s.contrast_members:
+        raise PlanError(
+            f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} sequence.contrasts with sequence.predictor=next is "
+            "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or use sequence.predictor=query"
+        )
+
+
+def _check_strided(plan: Plan) -> None:
+    s, side = plan.sequence, plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
+    if s.num_subvolumes < 1 or s.crop_size_vox[0] % (s.num_subvolumes * side):
+        raise PlanError(
+            f"sequence.crop_size_vox: {s.crop_size_vox[0]} on axis z cannot be cut into sequence.num_subvolumes={s.num_subvolumes} of "
+            f"whole blocks of {side}; use a multiple of {max(s.num_subvolumes, 1) * side}, or another number"
+        )
+    depth = s.crop_size_vox[0] // s.num_subvolumes
+    if not 1 <= s.stride_vox <= depth:
+        raise PlanError(f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth of {depth} (no overlap)")
+
+
+def _check_members(plan: Plan, kind: str, members: int) -> None:
+    s = plan.sequence
+    if members < 2:
+        raise PlanError(f"sequence.{kind}_members={members}: a {kind} sequence has at least 2 images")
+    if s.member_crop_vox is None:
+        return
+    for axis, member, crop, token, block in zip(
+        "zyx", s.member_crop_vox, s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
+    ):
+        if member % (token * block) or not 0 < member <= crop:
+            raise PlanError(f"sequence.member_crop_vox: {member} on axis {axis} has to be a multiple of {token * block}, at most {crop}")
 
 
 def override(plan: Plan, settings: list[str]) -> Plan:

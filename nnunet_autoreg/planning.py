@@ -1,9 +1,11 @@
 """The rules: numbers about the data and the hardware in, plan values with their reasons out. Pure, and torch-free."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
 from nnunet_autoreg.geometry import Size, Spacing, as_size, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.plan import (
@@ -15,13 +17,23 @@ from nnunet_autoreg.plan import (
     Plan,
     RunPlan,
     SequencePlan,
+    SpacingGroup,
 )
 
 START_VOX = 256**3
 MAX_PRETRAIN_VOX = 128**3
 SMALL_IMAGE_TOKENS = 512
+POOL_TOKENS = (("primus_s", 250_000), ("primus_b", 1_500_000))
+"""A pool of fewer tokens takes at most this encoder: some hundred parameters a token. A rule of thumb, not measured."""
 NUM_PASSES, MIN_STEPS, MAX_STEPS = 300, 1000, 100_000
+BATCH_GPU, BATCH_ELSEWHERE = 32, 8
+USABLE_GPU, USABLE_ELSEWHERE = 0.8, 0.5
+TRAINING_SHARE = 0.95
+MOSTLY_PADDING = 0.25
 BY_USER = "set by the user"
+
+MemoryOf = Callable[[EncoderSize, Size], tuple[float, float]]
+"""(encoder, crop) -> fixed bytes and bytes per crop of a training step."""
 
 
 def plan_crop(median_shape_vox: Sequence[float], spacing_mm: Sequence[float], token_vox: Sequence[int], max_vox: int) -> Size:
@@ -56,17 +68,39 @@ class Hardware:
     device: str
     memory_gib: float
 
+    @property
+    def usable_bytes(self) -> float:
+        """What a training step may take: 80 % of a GPU, half of a machine that others use too."""
+        return (USABLE_GPU if self.device == "cuda" else USABLE_ELSEWHERE) * self.memory_gib * 2**30
+
 
 @dataclass(frozen=True)
 class Pool:
-    """What planning needs to know of the scans: how many, their median shape and all their voxels after resampling to
-    ``spacing_mm``, and the CT window if CT is among them."""
+    """What planning needs to know of the scans: how many, their median shape and all their voxels after resampling, the CT
+    window if CT is among them, and the groups by target spacing, of which the largest has ``spacing_mm``."""
 
     num_scans: int
     spacing_mm: Spacing
     median_shape_vox: Size
     total_vox: int
     ct_window: IntensityWindow | None
+    groups: tuple[GroupPrint, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user fixed; None is planned. At most one of ``num_steps`` and ``num_epochs``."""
+
+    encoder: str = "auto"
+    batch_size: int | None = None
+    num_steps: int | None = None
+    num_epochs: float | None = None
+
+
+def pool_of(fingerprint: Fingerprint) -> Pool:
+    """The part of a fingerprint that decides the plan."""
+    f = fingerprint
+    return Pool(f.num_scans, f.spacing_mm, f.median_shape_vox, f.total_vox, f.ct_window, f.groups)
 
 
 def choose_encoder(name: str, hardware: Hardware, pool: Pool) -> tuple[str, str]:
@@ -84,60 +118,170 @@ def choose_encoder(name: str, hardware: Hardware, pool: Pool) -> tuple[str, str]
     return "primus_m", f"{hardware.memory_gib:.0f} GiB of GPU memory"
 
 
-def choose_length(pool: Pool, crop_vox: int, batch_size: int) -> tuple[int, str]:
-    """Steps and the reason: a number of passes over the pool's voxels, within bounds."""
-    per_pass = max(1.0, pool.total_vox / (crop_vox * batch_size))
-    steps = round(min(max(NUM_PASSES * per_pass, MIN_STEPS), MAX_STEPS))
-    return steps, f"{steps / per_pass:.0f} passes over {pool.total_vox / 1e6:.0f} million voxels, within {MIN_STEPS} to {MAX_STEPS} steps"
+def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
+    """A smaller encoder, and why, where the pool holds few tokens for the one chosen by memory."""
+    tokens = pool.total_vox / volume(encoder_size(name).token_size)
+    sizes = ("primus_tiny", "primus_s", "primus_b", "primus_m")
+    for size, limit in POOL_TOKENS:
+        if tokens < limit and sizes.index(name) > sizes.index(size):
+            return size, f"the pool holds {_count(tokens)} tokens, fewer than {_count(limit)}; the memory would allow {name}"
+    return name, f"{reason}; the pool holds {_count(tokens)} tokens"
 
 
-def choose_batch(encoder: EncoderSize, hardware: Hardware, bytes_fixed: float, bytes_per_crop: float) -> tuple[int, str]:
-    """Crops per step and the reason: 8 on a CPU, else as many as fit into 80 % of the memory, at most 64.
+def choose_crop(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf) -> tuple[Size, str]:
+    """The largest crop that suits the median scan and of which one fits into the memory, and the reason."""
+    limit = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX)
+    max_vox = limit
+    while True:
+        crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, encoder.token_size, max_vox)
+        fixed, per_crop = memory_of(encoder, crop)
+        if fixed + per_crop <= hardware.usable_bytes or volume(crop) <= 2 * volume(encoder.token_size):
+            break
+        max_vox = volume(crop) - 1
+    extent = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
+    tokens = volume(crop) // volume(encoder.token_size)
+    cause = f"at most {limit} voxels" if max_vox == limit else f"as large as {hardware.memory_gib:.4g} GiB allow"
+    return crop, f"median scan of {_times(pool.median_shape_vox)} voxels in whole tokens, {cause}: {_times(extent)} mm, {tokens} tokens"
+
+
+def choose_batch(hardware: Hardware) -> tuple[int, str]:
+    """Crops per optimiser step and the reason; the same for every GPU, so that its memory does not change the result."""
+    if hardware.device != "cuda":
+        return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
+    return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
+
+
+def choose_micro_batch(batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float) -> tuple[int, str]:
+    """Crops on the device at once and the reason: as many as fit, in equal parts of the batch.
 
     Args:
-        bytes_fixed, bytes_per_crop: estimated training memory of this encoder at the planned crop.
+        fixed_bytes, bytes_per_crop: estimated training memory of the encoder at the planned crop.
     """
-    if hardware.device != "cuda":
-        return 8, f"device {hardware.device}: small steps"
-    room = 0.8 * hardware.memory_gib * 2**30 - bytes_fixed
-    batch = int(min(max(room // bytes_per_crop, 1), 64))
-    crop_gib, fixed_gib = bytes_per_crop / 2**30, bytes_fixed / 2**30
-    return batch, f"{crop_gib:.2f} GiB a crop beside {fixed_gib:.2f} GiB, within 80 % of {hardware.memory_gib:.0f} GiB"
+    room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop if bytes_per_crop else batch_size
+    parts = math.ceil(batch_size / min(max(room, 1), batch_size))
+    micro = math.ceil(batch_size / parts)
+    needed = (fixed_bytes + micro * bytes_per_crop) / 2**30
+    share = USABLE_GPU if hardware.device == "cuda" else USABLE_ELSEWHERE
+    usable = f"{100 * share:.0f} % of {hardware.memory_gib:.4g} GiB"
+    if room < 1:
+        return micro, f"about {needed:.1f} GiB, MORE than {usable}: even one crop does not fit"
+    parts_text = "all at once" if parts == 1 else f"{parts} times a step"
+    return micro, f"{parts_text}; about {needed:.1f} GiB ({bytes_per_crop / 2**30:.2f} a crop), within {usable}"
+
+
+def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
+    """Peak rate and the reason: the encoder's usual one at its usual batch, times the root of the ratio of batches.
+
+    Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
+    """
+    usual = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
+    rate = float(f"{encoder.pretrain_rate * math.sqrt(batch_size / usual):.3g}")
+    return rate, f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root of {batch_size}/{usual}"
+
+
+def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) -> tuple[int, str]:
+    """Steps and the reason: epochs over the pool's tokens - those asked for, else 300 within bounds.
+
+    Args:
+        step_vox: real voxels that a step sees.
+    """
+    per_epoch = max(1.0, pool.total_vox / step_vox)
+    if num_epochs is not None:
+        return max(1, round(num_epochs * per_epoch)), f"{num_epochs:g} epochs over {_count(pool.total_vox)} voxels, {BY_USER}"
+    steps = round(min(max(NUM_PASSES * per_epoch, MIN_STEPS), MAX_STEPS))
+    epochs = f"{steps / per_epoch:.0f} epochs over {_count(pool.total_vox)} voxels"
+    return steps, f"{epochs}: {NUM_PASSES}, but within {MIN_STEPS} to {MAX_STEPS} steps"
+
+
+def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
+    """Target spacings and the reasons; groups are written where there is more than one."""
+    if len(pool.groups) < 2:
+        reason = pool.groups[0].reason if pool.groups else f"median of {pool.num_scans} scans"
+        return DataPlan(pool.spacing_mm, pool.ct_window), {"data.spacing_mm": f"{reason}, coarsest axis first"}
+    groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in pool.groups)
+    told = "; ".join(f"{g.num_scans} {g.modality} to {_times(g.spacing_mm)} mm ({g.reason}){_padding(crop, g)}" for g in pool.groups)
+    return DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=groups), {
+        "data.spacing_mm": f"that of the largest of {len(groups)} groups ({pool.groups[0].modality}, {pool.groups[0].reason})",
+        "data.spacing_groups": f"spacings within about a factor of 2 share a target: {told}",
+    }
 
 
 def make_plan(
-    name: str, pool: Pool, hardware: Hardware, encoder_name: str, seed: int, request: dict[str, Any],
-    batch_size: int | None, num_steps: int | None, memory_of: Callable[[EncoderSize, Size], tuple[float, float]],
+    name: str, pool: Pool, hardware: Hardware, wishes: Wishes, seed: int, request: dict[str, Any], memory_of: MemoryOf
 ) -> Plan:
-    """The plan that fits these scans and this hardware.
-
-    Args:
-        batch_size, num_steps: the user's wish, or None to have it planned.
-        memory_of: (encoder, crop) -> fixed bytes and bytes per crop of a training step.
-    """
-    chosen, why_encoder = choose_encoder(encoder_name, hardware, pool)
+    """The plan that fits these scans and this hardware."""
+    chosen, why_encoder = choose_encoder(wishes.encoder, hardware, pool)
+    if why_encoder != BY_USER:
+        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = encoder_size(chosen)
-    crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, encoder.token_size, min(encoder.max_crop_vox, MAX_PRETRAIN_VOX))
-    batch, why_batch = choose_batch(encoder, hardware, *memory_of(encoder, crop)) if batch_size is None else (batch_size, BY_USER)
-    steps, why_steps = choose_length(pool, volume(crop), batch) if num_steps is None else (num_steps, BY_USER)
-    interval = min(steps, max(25, min(1000, steps // 20)))
-    return Plan(
+    crop, why_crop = choose_crop(encoder, hardware, pool, memory_of)
+    batch, why_batch = choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
+    micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop))
+    rate, why_rate = choose_rate(encoder, batch)
+    real_vox = volume([min(c, m) for c, m in zip(crop, pool.median_shape_vox, strict=True)])
+    planned = choose_length(pool, real_vox * batch, wishes.num_epochs)
+    steps, why_steps = planned if wishes.num_steps is None else (wishes.num_steps, BY_USER)
+    data, why_data = plan_data(pool, crop)
+    plan = Plan(
         name=name,
-        data=DataPlan(pool.spacing_mm, pool.ct_window),
+        data=data,
         encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
         sequence=SequencePlan(crop),
         objective=ObjectivePlan(),
-        optim=OptimPlan(steps, batch, encoder.pretrain_rate, warmup_steps=max(1, steps // 20)),
-        run=RunPlan(seed, checkpoint_every=interval, validate_every=interval),
+        optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro),
+        run=RunPlan(seed, checkpoint_every=1, validate_every=1),
         request=request,
         reasons={
-            "data.spacing_mm": f"median of {pool.num_scans} scans, coarsest axis first",
+            **why_data,
             "encoder.name": why_encoder,
-            "sequence.crop_size_vox": f"median scan of {list(pool.median_shape_vox)} voxels in whole tokens, at most "
-            f"{min(encoder.max_crop_vox, MAX_PRETRAIN_VOX)} voxels",
+            "sequence.crop_size_vox": why_crop,
             "optim.batch_size": why_batch,
-            "optim.num_steps": why_steps,
-            "optim.lr": f"the usual rate of {encoder.name}",
-            "optim.warmup_steps": "5 % of the steps",
+            "optim.micro_batch_size": why_micro,
+            "optim.lr": why_rate,
         },
     )
+    return with_length(plan, steps, why_steps)
+
+
+def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
+    """``plan`` with this many steps and all that follows from them, but for what the user set."""
+    every = min(num_steps, max(25, min(1000, num_steps // 20)))
+
+    def derived(key: str, planned: int, current: int) -> int:
+        return current if plan.reasons.get(key) == BY_USER else planned
+
+    warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)
+    checkpoint = derived("run.checkpoint_every", every, plan.run.checkpoint_every)
+    validate = derived("run.validate_every", every, plan.run.validate_every)
+    return replace(
+        plan,
+        optim=replace(plan.optim, num_steps=num_steps, warmup_steps=warmup),
+        run=replace(plan.run, checkpoint_every=checkpoint, validate_every=validate),
+        reasons={"optim.warmup_steps": "5 % of the steps", **plan.reasons, "optim.num_steps": reason},
+    )
+
+
+def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
+    """``plan`` with as many steps as ``hours`` allow at the measured pace; 5 % are left for held-out errors and checkpoints."""
+    steps = max(1, int(TRAINING_SHARE * hours * 3600 / seconds_per_step))
+    pace = f"{seconds_per_step:.3g} s a step measured on {device}"
+    timed = replace(plan, run=replace(plan.run, seconds_per_step=seconds_per_step))
+    return with_length(timed, steps, f"{100 * TRAINING_SHARE:.0f} % of {hours:g} h at {pace}")
+
+
+def _padding(crop: Size, group: GroupPrint) -> str:
+    real = volume([min(c, m) for c, m in zip(crop, group.median_shape_vox, strict=True)]) / volume(crop)
+    if real >= MOSTLY_PADDING:
+        return ""
+    return f", of whose crops only {100 * real:.0f} % is not padding: give these scans a run of their own if they matter"
+
+
+def _times(values: Sequence[float]) -> str:
+    return " x ".join(f"{v:.4g}" for v in values)
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f}"

@@ -2,9 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
+
+if TYPE_CHECKING:
+    from nnunet_autoreg.pretrain.folder import Request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +26,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", required=True, help="name of the run: results go to $nnUNet_results/autoreg_pretraining/NAME")
     p.add_argument("--encoder", default="auto", choices=["auto", *ENCODERS], help="default: chosen by device, image size and memory")
     p.add_argument("--steps", type=int, metavar="N", help="optimiser steps; default: planned from the amount of data")
-    p.add_argument("--batch", type=int, metavar="N", help="crops per step; default: planned from the memory")
+    p.add_argument("--epochs", type=float, metavar="E", help="length in passes over all voxels of the scans, instead of --steps")
+    p.add_argument("--hours", type=float, metavar="H", help="length of the training in hours, preprocessing apart, instead of --steps: "
+                   "a step is measured once and the number of steps written into plan.json")
+    p.add_argument("--batch", type=int, metavar="N", help="crops per optimiser step; default: 32 on a GPU, else 8")
+    p.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory to plan for; default: all there is. The batch stays, "
+                   "in as many parts as it takes")
+    p.add_argument("--spacing", default="median", metavar="POLICY",
+                   help="target spacing: median of each group of like spacing (default), finest (its 10th percentile), isotropic, or "
+                   "z,y,x in mm for all scans")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default 0)")
     p.add_argument("--modality", metavar="NAME", help="CT, MR, ... for all scans; default: dataset.json, else by Hounsfield-like values")
@@ -31,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
                    "subject, session, contrast, class, modality")
     p.add_argument("--init", metavar="FILE", help="start from these weights (encoder.safetensors with its encoder.json beside it)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override planned values, e.g. optim.lr=3e-4")
+    p.add_argument("--part", metavar="K/N", help="preprocess the K-th of N parts of the scans, then stop: for job arrays. Needs a run that "
+                   "--dry-run has planned; when all parts are done, the same line without --part trains")
     p.add_argument("--dry-run", action="store_true", help="write plan.json and scans.csv, then stop")
     return p
 
@@ -38,6 +53,22 @@ def parser() -> argparse.ArgumentParser:
 def absolute(path: str | None) -> str | None:
     """The absolute form of a path; whether it exists is asked when it is needed, which a continued run may not."""
     return None if path is None else str(Path(path).resolve())
+
+
+def preprocess(request: "Request", part: str, dry_run: bool) -> int:
+    """Do one part of the preprocessing; return the exit code."""
+    from nnunet_autoreg.pretrain.part import preprocess_part
+    from nnunet_autoreg.store.store import parse_part
+
+    if dry_run:
+        raise UsageError(f"--part {part} and --dry-run exclude each other; --dry-run comes first, once, and plans for all parts")
+    outcome = preprocess_part(request, parse_part(part))
+    if outcome.num_missing > outcome.num_failed:
+        num_missing = outcome.num_missing - outcome.num_failed
+        print_next(f"run the other parts ({num_missing} cases are missing), then type the same line without --part to train")
+    else:
+        print_next("type the same line without --part to train")
+    return 0
 
 
 @command
@@ -56,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         encoder=args.encoder,
         num_steps=args.steps,
         batch_size=args.batch,
+        num_epochs=args.epochs,
+        num_hours=args.hours,
+        gpu_memory_gib=args.gpu_memory,
+        spacing=args.spacing,
         seed=args.seed,
         modality=args.modality,
         exclude=absolute(args.exclude),
@@ -63,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         init=absolute(args.init),
         settings=tuple(args.set),
     ).check()
+    if args.part:
+        return preprocess(request, args.part, args.dry_run)
     device = check_device(args.device) if args.device else default_device()
     outcome = pretrain(request, device, args.dry_run)
     if not outcome.finished:

@@ -1,21 +1,91 @@
-"""The pool in numbers: what planning needs to know of the scans."""
+"""The pool in numbers: what planning, and a person looking at ``fingerprint.json``, needs to know of the scans."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from nnunet_autoreg.corpus.index import Index, ScanRow
-from nnunet_autoreg.corpus.intensity import window_of
+from nnunet_autoreg.corpus.index import Index
+from nnunet_autoreg.corpus.intensity import PERCENTILES, window_of
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.corpus.spacing import MEDIAN, Group, ScanGeometry, group_scans, target_spacing
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.nnunet_api import resampled_shape
-from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.plan import DataPlan, IntensityWindow
 
 Axes = tuple[int, int, int]
 
 COARSER = 1.05
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Spread:
+    """10th percentile, median and 90th percentile over the scans; three values per axis (z, y, x), or one."""
+
+    p10: tuple[float, ...]
+    median: tuple[float, ...]
+    p90: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class IntensityPrint:
+    """Intensities inside the body, not in air, in the scans' own units.
+
+    Attributes:
+        num_scans: in which a body was found.
+        percentiles: name -> that percentile of each scan's body, spread over the scans.
+    """
+
+    num_scans: int
+    percentiles: dict[str, Spread]
+
+
+@dataclass(frozen=True)
+class ModalityPrint:
+    """The scans of one modality as they come, cropped to non-zero.
+
+    Attributes:
+        anisotropy: coarsest spacing over finest, per scan.
+        intensity: None where the index holds no intensities.
+    """
+
+    num_scans: int
+    num_cases: int
+    spacing_mm: Spread
+    shape_vox: Spread
+    extent_mm: Spread
+    anisotropy: Spread
+    intensity: IntensityPrint | None
+
+
+@dataclass(frozen=True)
+class GroupPrint:
+    """Scans that share a target spacing (``corpus.spacing``).
+
+    Attributes:
+        modality: "" where the group spans all of them.
+        native_mm: median of their own spacings.
+        spacing_mm: the target, by the rule in ``reason``.
+        shape_vox: after cropping and resampling to the target.
+        total_vox: of all of them, after that.
+    """
+
+    modality: str
+    num_scans: int
+    native_mm: Spacing
+    spacing_mm: Spacing
+    reason: str
+    shape_vox: Spread
+    total_vox: int
+
+    @property
+    def median_shape_vox(self) -> Size:
+        """Whole voxels of the median shape."""
+        return _whole(self.shape_vox.median)
 
 
 @dataclass(frozen=True)
@@ -24,11 +94,11 @@ class Fingerprint:
 
     Attributes:
         num_scans, num_cases: usable files; cases are counted by (dataset, case).
-        modalities: met, in falling order of ``scans_per_modality``.
         channel_names: met, sorted.
-        spacing_mm, spacing_p10_mm, spacing_p90_mm: median and percentiles per axis.
-        median_shape_vox, shape_p10_vox, shape_p90_vox: after cropping and resampling to ``resampled_to_mm``.
-        resampled_to_mm: the median spacing, or the one that was asked for.
+        modalities: name -> numbers, in falling order of scans.
+        groups: target spacings and the sizes at them, in falling order of scans.
+        spacing_mm: the target of the largest group.
+        shape_vox: over all scans, each at its own group's target.
         total_vox: voxels of the whole pool after cropping and resampling.
         ct_window: Hounsfield statistics inside the body over the CT scans; None without CT.
         relative_size_after_cropping: median share of voxels that cropping to non-zero keeps.
@@ -36,19 +106,19 @@ class Fingerprint:
 
     num_scans: int
     num_cases: int
-    modalities: tuple[str, ...]
-    scans_per_modality: dict[str, int]
     channel_names: tuple[str, ...]
+    modalities: dict[str, ModalityPrint]
+    groups: tuple[GroupPrint, ...]
     spacing_mm: Spacing
-    spacing_p10_mm: Spacing
-    spacing_p90_mm: Spacing
-    median_shape_vox: Size
-    shape_p10_vox: Size
-    shape_p90_vox: Size
-    resampled_to_mm: Spacing
+    shape_vox: Spread
     total_vox: int
     ct_window: IntensityWindow | None
     relative_size_after_cropping: float
+
+    @property
+    def median_shape_vox(self) -> Size:
+        """Whole voxels of the median shape."""
+        return _whole(self.shape_vox.median)
 
 
 def transpose_axes(spacing_mm: Sequence[float]) -> Axes:
@@ -76,8 +146,22 @@ def relative_size(row: ScanRow) -> float:
     return volume(row.cropped_shape_vox) / volume(row.shape_vox)
 
 
-def fingerprint(index: Index, spacing_mm: Spacing | None = None) -> Fingerprint:
-    """Summarise the usable scans; shapes are those at ``spacing_mm``, or at the median spacing if it is None.
+def scan_geometry(row: ScanRow) -> ScanGeometry:
+    """What grouping needs to know of a usable scan."""
+    shape, spacing = transposed_geometry(row)
+    return ScanGeometry(row.modality, spacing, shape)
+
+
+def row_spacing(row: ScanRow, data: DataPlan) -> Spacing:
+    """What the plan resamples a usable scan to."""
+    return target_spacing(row.modality, transposed_geometry(row)[1], data)
+
+
+def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
+    """Summarise the usable scans.
+
+    Args:
+        policy: for the target spacings, as ``corpus.spacing.parse_policy`` returns it.
 
     Raises:
         UsageError: no scan is usable.
@@ -85,32 +169,66 @@ def fingerprint(index: Index, spacing_mm: Spacing | None = None) -> Fingerprint:
     rows = index.usable
     if not rows:
         raise UsageError(f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}")
-    spacings = np.array([transposed_geometry(row)[1] for row in rows])
-    median = as_spacing(np.median(spacings, axis=0).tolist())
-    target = spacing_mm or median
-    shapes = np.array([resampled_shape(*transposed_geometry(row), target) for row in rows], dtype=np.int64)
+    scans = [scan_geometry(row) for row in rows]
+    groups = group_scans(scans, policy)
+    shapes = np.zeros((len(rows), 3), dtype=np.int64)
+    for group in groups:
+        for i in group.members:
+            shapes[i] = resampled_shape(scans[i].shape_vox, scans[i].spacing_mm, group.spacing_mm)
     per_modality = Counter(row.modality for row in rows).most_common()
     return Fingerprint(
         num_scans=len(rows),
-        num_cases=len({(row.dataset, row.case) for row in rows}),
-        modalities=tuple(name for name, _ in per_modality),
-        scans_per_modality=dict(per_modality),
+        num_cases=_num_cases(rows),
         channel_names=tuple(sorted({row.channel for row in rows} - {""})),
-        spacing_mm=median,
-        spacing_p10_mm=as_spacing(np.percentile(spacings, 10, axis=0).tolist()),
-        spacing_p90_mm=as_spacing(np.percentile(spacings, 90, axis=0).tolist()),
-        median_shape_vox=_rounded(np.median(shapes, axis=0).tolist()),
-        shape_p10_vox=_rounded(np.percentile(shapes, 10, axis=0).tolist()),
-        shape_p90_vox=_rounded(np.percentile(shapes, 90, axis=0).tolist()),
-        resampled_to_mm=as_spacing(target),
+        modalities={name: _modality_print([row for row in rows if row.modality == name]) for name, _ in per_modality},
+        groups=tuple(_group_print(group, shapes[list(group.members)]) for group in groups),
+        spacing_mm=groups[0].spacing_mm,
+        shape_vox=spread(shapes),
         total_vox=int(shapes.prod(axis=1).sum()),
         ct_window=window_of(index.ct_samples_hu) if "CT" in dict(per_modality) else None,
-        relative_size_after_cropping=float(np.median([relative_size(row) for row in rows])),
+        relative_size_after_cropping=round(float(np.median([relative_size(row) for row in rows])), DIGITS),
     )
 
 
-def _rounded(values: Sequence[float]) -> Size:
-    return as_size([max(1, round(float(v))) for v in values])
+def spread(values: npt.ArrayLike) -> Spread:
+    """Percentiles over the first axis of (scans, axes) or (scans,)."""
+    rows = np.asarray(values, dtype=np.float64).reshape(len(np.asarray(values)), -1)
+    low, middle, high = (tuple(round(float(v), DIGITS) for v in p) for p in np.percentile(rows, (10, 50, 90), axis=0))
+    return Spread(low, middle, high)
+
+
+def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
+    shapes, spacings = (np.array(values) for values in zip(*(transposed_geometry(row) for row in rows), strict=True))
+    return ModalityPrint(
+        num_scans=len(rows),
+        num_cases=_num_cases(rows),
+        spacing_mm=spread(spacings),
+        shape_vox=spread(shapes),
+        extent_mm=spread(shapes * spacings),
+        anisotropy=spread(spacings.max(axis=1) / spacings.min(axis=1)),
+        intensity=_intensity_print(rows),
+    )
+
+
+def _intensity_print(rows: Sequence[ScanRow]) -> IntensityPrint | None:
+    known = [row.percentiles for row in rows if row.percentiles]
+    if not known:
+        return None
+    columns = zip(PERCENTILES, np.array(known).T, strict=True)
+    return IntensityPrint(len(known), {f"{p:04.1f}": spread(values) for p, values in columns})
+
+
+def _group_print(group: Group, shapes: npt.NDArray[np.int64]) -> GroupPrint:
+    total = int(shapes.prod(axis=1).sum())
+    return GroupPrint(group.modality, len(shapes), group.native_mm, group.spacing_mm, group.reason, spread(shapes), total)
+
+
+def _num_cases(rows: Sequence[ScanRow]) -> int:
+    return len({(row.dataset, row.case) for row in rows})
+
+
+def _whole(values: Sequence[float]) -> Size:
+    return as_size([max(1, round(v)) for v in values])
 
 
 def _why(index: Index) -> str:

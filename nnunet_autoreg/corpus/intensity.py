@@ -67,7 +67,7 @@ def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 
     Source: the threshold with which BET starts (Smith 2002, Human Brain Mapping 17:143).
     """
-    inside = array_ZYX != array_ZYX.min()
+    inside = np.asarray(array_ZYX != array_ZYX.min(), dtype=bool)
     if not inside.any():
         return inside
     low, high = np.percentile(array_ZYX[inside], (2.0, 98.0))

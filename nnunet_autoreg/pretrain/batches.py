@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +19,13 @@ class StepBatches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         return collate([self.sampler.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
+
+
+def parts_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch in pieces of ``size`` samples, the last as large as it comes."""
+    for start in range(0, len(batch.prefix), size):
+        pieces = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        yield replace(batch, **{name: p[start : start + size] for name, p in pieces.items() if p is not None})
 
 
 def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_memory: bool) -> Iterator[Batch]:

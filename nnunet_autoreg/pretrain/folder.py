@@ -19,6 +19,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, read_json, to_jsonable, write_json
 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
+NO_LENGTH: dict[str, Any] = {"num_steps": None, "num_epochs": None, "num_hours": None}
 
 
 @dataclass(frozen=True)
@@ -149,37 +150,41 @@ def index_of(folder: Path) -> Path:
     return index
 
 
-def continued_plan(folder: Path, request: Request) -> Plan:
+def matching_plan(folder: Path, request: Request) -> Plan:
     """The plan on disk, for the same request; more steps may be asked for.
 
     Raises:
-        UsageError: the request differs in anything else, or the plan was changed after training began.
+        UsageError: the request differs in anything else.
     """
     plan = read_plan(folder)
     before = from_jsonable(Request, plan.request, f"{folder / PLAN_NAME}: request")
-    other = differences(_without_length(before), _without_length(request))
-    fewer = request.num_steps is not None and request.num_steps < plan.optim.num_steps
-    if _length(before) != _length(request) and (fewer or request.num_steps is None):
-        other.append(f"num_steps: {plan.optim.num_steps} -> {request.num_steps}")
-        other += differences(replace(before, num_steps=None), replace(request, num_steps=None))
+    other = differences(replace(before, **NO_LENGTH), replace(request, **NO_LENGTH))
+    fewer = request.num_steps is None or request.num_steps < plan.optim.num_steps
+    if fewer:
+        lengths = {name: getattr(before, name) for name in NO_LENGTH}, {name: getattr(request, name) for name in NO_LENGTH}
+        other += [line for line in differences(*lengths) if not line.startswith("num_steps")]
+        if before.num_steps != request.num_steps:
+            other.append(f"num_steps: {plan.optim.num_steps} -> {request.num_steps}")
     if other:
         raise UsageError(
             f"the run '{request.name}' exists with other settings ({'; '.join(other)}); use another --name, or type the line "
             "it was started with (only --steps may grow)"
         )
+    return plan
+
+
+def continued_plan(folder: Path, request: Request) -> Plan:
+    """The plan on disk as ``matching_plan`` returns it, with the steps now asked for.
+
+    Raises:
+        UsageError: the request differs in anything else, or the plan was changed after training began.
+    """
+    plan = matching_plan(folder, request)
     _refuse_changed_plan(folder, plan)
     if request.num_steps is not None and request.num_steps > plan.optim.num_steps:
         plan = replace(plan, optim=replace(plan.optim, num_steps=request.num_steps), request=to_jsonable(request))
         write_json(folder / PLAN_NAME, plan)
     return plan
-
-
-def _length(request: Request) -> tuple[float | None, ...]:
-    return request.num_steps, request.num_epochs, request.num_hours
-
-
-def _without_length(request: Request) -> Request:
-    return replace(request, num_steps=None, num_epochs=None, num_hours=None)
 
 
 def _refuse_changed_plan(folder: Path, plan: Plan) -> None:

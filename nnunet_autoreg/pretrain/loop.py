@@ -20,10 +20,11 @@ from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.model.parameters import is_decayed
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
+from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, parts_of, training_batches
 from nnunet_autoreg.pretrain.metrics import MetricsFile, draw_progress
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.records import to_jsonable
+from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.store.case import StoredCase
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,10 @@ class Trainer:
             fused=True,
         )
         self.batches = StepBatches(objective.sampler, training, plan.optim.batch_size)
-        size = min(plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
-        self.heldout = heldout_batches(objective.sampler, heldout, size, math.ceil(NUM_HELDOUT_SAMPLES / size)) if heldout else []
+        self.micro_batch_size = min(plan.optim.micro_batch_size or plan.optim.batch_size, plan.optim.batch_size)
+        # A power of two, so that the same samples are held out whatever the memory.
+        size = 2 ** int(math.log2(min(self.micro_batch_size, NUM_HELDOUT_SAMPLES)))
+        self.heldout = heldout_batches(objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size) if heldout else []
         self.num_workers = num_workers
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self.progress = Progress()
@@ -87,7 +90,7 @@ class Trainer:
             prepared = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
             clock = time.monotonic()
             for step, batch in zip(steps, prepared, strict=True):
-                loss, norm = self._step(step, batch.to(self.device))
+                loss, norm = self.train_step(step, batch)
                 self.progress.step = step + 1
                 bar.update()
                 if self._due(self.plan.run.log_every):
@@ -119,21 +122,40 @@ class Trainer:
         metrics.log(step, "gradient_norm", norm, "1")
         metrics.log(step, "step_time", seconds, "s")
 
-    def _step(self, step: int, batch: Any) -> tuple[Tensor, Tensor]:
+    def train_step(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimiser step on a batch of any device; returns the loss and the gradient's norm before clipping."""
         rate = learning_rate(self.plan.optim, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            terms = self.objective.loss(batch)
-        loss = terms.total / terms.count.clamp(min=1)
-        torch.autograd.backward(loss)
+        loss = self._accumulate(batch)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
-        self.nonfinite |= ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
+        self.nonfinite |= ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.optimizer.step()
         self.objective.after_step(step)
-        return loss.detach(), norm
+        return loss, norm
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """Leave the gradient of the mean over all that is supervised in the whole batch, part by part; return that mean.
+
+        How much is supervised is known after the last part only: each part adds the gradient of its sum (over a constant,
+        to keep numbers near 1), and the division comes at the end. So the parts' sizes change nothing but rounding.
+        """
+        scale = batch.real.numel()
+        total = torch.zeros((), device=self.device)
+        count = torch.zeros((), device=self.device)
+        for part in parts_of(batch, self.micro_batch_size):
+            with self._autocast():
+                terms = self.objective.loss(part.to(self.device))
+            torch.autograd.backward(terms.total / scale)
+            total += terms.total.detach()
+            count += terms.count
+        count = count.clamp(min=1)
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale / count)
+        return total / count
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,21 @@ from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.checkpoint import LATEST_NAME
 from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import find_scans
-from nnunet_autoreg.corpus.fingerprint import fingerprint
+from nnunet_autoreg.corpus.fingerprint import fingerprint, row_spacing
 from nnunet_autoreg.corpus.identity import load_salt
 from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.journal import JOURNAL_NAME
 from nnunet_autoreg.corpus.manifest import read_manifest
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
+from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan, check, override
-from nnunet_autoreg.planning import Hardware, Pool, make_plan
+from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
 from nnunet_autoreg.pretrain.export import export_encoder
+from nnunet_autoreg.pretrain.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.pretrain.folder import (
     INDEX_NAME,
     PLAN_NAME,
@@ -95,16 +98,16 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     rows = usable(index.rows)
     if not rows:
         raise AutoregError(f"no usable scan was found; {folder / INDEX_NAME} says why for each of {len(index.rows)}")
-    print_of = fingerprint(index)
-    pool = Pool(len(rows), print_of.spacing_mm, print_of.median_shape_vox, print_of.total_vox, print_of.ct_window)
+    print_of = fingerprint(index, parse_policy(request.spacing))
     plan = make_plan(
-        request.name, pool, hardware(device), request.encoder, request.seed, to_jsonable(request),
-        request.batch_size, request.num_steps, step_memory,
+        request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
+        to_jsonable(request), partial(step_memory, half=device == "cuda"),
     )
     plan = check(override(plan, list(request.settings)))
     check_network(plan)
     check_start(plan)
     write_json(folder / "fingerprint.json", print_of)
+    draw_fingerprint(folder / "fingerprint.png", print_of, rows, plan)
     write_json(folder / PLAN_NAME, plan)
     for key, reason in plan.reasons.items():
         log.info("%s = %s (%s)", key, value_at(plan, key), reason)
@@ -135,23 +138,44 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
 
     from nnunet_autoreg.objectives.registry import build_objective
     from nnunet_autoreg.pretrain.loop import Trainer
+    from nnunet_autoreg.pretrain.pace import seconds_per_step
 
     store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
-    keys = store.ensure(rows, plan.data.spacing_mm, plan.data.ct_window, num_processes())
+    keys = store.ensure(rows, partial(row_spacing, data=plan.data), plan.data.ct_window, num_processes())
     rows = stored(folder, rows, store, begun=(folder / LATEST_NAME).exists())
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
-    torch.manual_seed(plan.run.seed)
-    objective = build_objective(plan)
+    cases = {row.id: store.open(keys[row.id]) for row in rows}
+
+    def trainer_of(plan: Plan) -> Trainer:
+        torch.manual_seed(plan.run.seed)
+        return Trainer(
+            plan, folder, build_objective(plan), [cases[row.id] for row in training], [cases[row.id] for row in heldout],
+            torch.device(device), num_workers=min(4, num_processes() - 1) if device == "cuda" else 0,
+        )
+
+    if needs_pace(plan):
+        plan = with_pace(folder, plan, seconds_per_step(trainer_of(plan)), device)
+    trainer = trainer_of(plan)
+    objective = trainer.objective
     if not (folder / LATEST_NAME).exists():
         start_from(objective.network, plan)
-    cases = {row.id: store.open(keys[row.id]) for row in rows}
-    trainer = Trainer(
-        plan, folder, objective, [cases[row.id] for row in training], [cases[row.id] for row in heldout],
-        torch.device(device), num_workers=min(4, num_processes() - 1) if device == "cuda" else 0,
-    )
     trainer.run()
     export_encoder(folder, plan, objective, rows, licences(rows))
+
+
+def needs_pace(plan: Plan) -> bool:
+    """Whether the length was given in hours and the step has not been measured yet."""
+    is_open = plan.request.get("num_hours") is not None and plan.run.seconds_per_step is None
+    return is_open and plan.reasons.get("optim.num_steps") != BY_USER
+
+
+def with_pace(folder: Path, plan: Plan, seconds: float, device: str) -> Plan:
+    """The plan with its hours turned into steps, written once, so that a resumed run is the same run."""
+    plan = with_hours(plan, float(plan.request["num_hours"]), seconds, device)
+    write_json(folder / PLAN_NAME, plan)
+    log.info("optim.num_steps = %d (%s)", plan.optim.num_steps, plan.reasons["optim.num_steps"])
+    return plan
 
 
 def check_inputs(request: Request) -> None:
@@ -169,7 +193,7 @@ def check_inputs(request: Request) -> None:
         raise UsageError(f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it")
     nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
     some = Hardware("cpu", 1.0)
-    sketch = make_plan(request.name, nobody, some, request.encoder, request.seed, {}, 1, 1, lambda encoder, crop: (0.0, 0.0))
+    sketch = make_plan(request.name, nobody, some, wishes_of(request), request.seed, {}, lambda encoder, crop: (0.0, 0.0))
     override(sketch, list(request.settings))
 
 
@@ -291,8 +315,15 @@ def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
         log.info("%d of them are %s (%s)", count, modality, rule)
 
 
-def hardware(device: str) -> Hardware:
-    """The device and the memory planned for."""
+def wishes_of(request: Request) -> Wishes:
+    """What the user fixed."""
+    return Wishes(request.encoder, request.batch_size, request.num_steps, request.num_epochs)
+
+
+def hardware(device: str, memory_gib: float | None = None) -> Hardware:
+    """The device and the memory planned for: ``memory_gib`` if it is given, else all there is."""
+    if memory_gib is not None:
+        return Hardware(device, memory_gib)
     if device == "cuda":
         import torch
 
@@ -321,12 +352,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def step_memory(encoder: EncoderSize, crop: Size) -> tuple[float, float]:
-    """Estimated bytes of a training step: fixed, and per crop."""
+def step_memory(encoder: EncoderSize, crop: Size, half: bool) -> tuple[float, float]:
+    """Estimated bytes of a training step, in half precision as on a GPU or not: fixed, and per crop."""
     from nnunet_autoreg.model.memory import training_memory
     from nnunet_autoreg.model.primus import build_primus
 
-    memory = training_memory(lambda: build_primus(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop))
+    memory = training_memory(lambda: build_primus(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop), half)
     return float(memory.fixed_bytes), float(memory.sample_bytes)
 
 
@@ -355,10 +386,10 @@ def value_at(plan: Plan, key: str) -> object:
 
 
 class log_file(logging.FileHandler):
-    """While it is open, everything logged also goes to ``training_log_*.txt`` in the run's folder."""
+    """While it is open, everything logged also goes to ``<name>_*.txt`` in the run's folder."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder / f"training_log_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
+    def __init__(self, folder: Path, name: str = "training_log"):
+        super().__init__(folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     def __enter__(self) -> "log_file":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from nnunet_autoreg.corpus.fingerprint import relative_size, transpose_axes, tra
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.corpus.read import check_memory, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.errors import PlanError, ScanError, StoreError
+from nnunet_autoreg.errors import PlanError, ScanError, StoreError, UsageError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.nnunet_api import CT_SCHEME, crop_resample_normalise, preprocessed_folder, resampled_shape, scheme_of
 from nnunet_autoreg.plan import IntensityWindow
@@ -42,6 +43,35 @@ class Task:
     ct_window: IntensityWindow | None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Share ``number`` (from 1) of ``count``. Who takes a case follows from its key, so that parts need no coordinator."""
+
+    number: int = 1
+    count: int = 1
+
+    def takes(self, key: str) -> bool:
+        """Whether the case of this key is in this share."""
+        return int(key, 16) % self.count == self.number - 1
+
+
+ALL = Part()
+SpacingOf = Spacing | Callable[[ScanRow], Spacing]
+"""Target spacing for transposed axes (z, y, x), or what tells it of a row."""
+
+
+def parse_part(text: str) -> Part:
+    """A share given as K/N.
+
+    Raises:
+        UsageError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs")
+    return Part(int(match[1]), int(match[2]))
+
+
 class Store:
     """Preprocessed cases below one folder, ``<key[:2]>/<key>.b2nd`` and ``.json`` each.
 
@@ -54,21 +84,20 @@ class Store:
         self.failures: dict[str, ScanError] = {}
 
     def ensure(
-        self, rows: Sequence[ScanRow], spacing_mm: Spacing | Callable[[ScanRow], Spacing], ct_window: IntensityWindow | None,
-        num_workers: int,
+        self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None, num_workers: int, part: Part = ALL
     ) -> dict[str, str]:
-        """Preprocess what is missing; safe to kill at any moment and to run again.
+        """Preprocess what is missing; safe to kill at any moment, to run again, and to run several times at once.
 
         A scan that cannot be preprocessed any more (vanished, changed, too large at this spacing) is logged, kept in
         ``failures`` and absent from the result.
 
         Args:
             rows: usable rows of an index.
-            spacing_mm: target, for transposed axes (z, y, x), or what tells it of a row.
             num_workers: processes; each holds one scan at a time.
+            part: leave the cases of other parts to others.
 
         Returns:
-            scan id -> key for ``open``.
+            scan id -> key for ``open``, of this part.
 
         Raises:
             PlanError: a CT scan without ``ct_window``.
@@ -76,8 +105,8 @@ class Store:
             AutoregError: a worker died.
         """
         self.failures = {}
-        tasks = [plan_task(row, as_spacing(spacing_mm(row) if callable(spacing_mm) else spacing_mm), ct_window) for row in rows]
-        missing = list({task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values())
+        tasks = [task for task in plan_tasks(rows, spacing_mm, ct_window) if part.takes(task.key)]
+        missing = self._missing(tasks)
         lost: dict[str, ScanError] = {}
         if missing:
             self._prepare(missing, len(tasks))
@@ -88,6 +117,15 @@ class Store:
         for name, failure in self.failures.items():
             log.warning("%s is left out (%s): %s", name, failure.status, failure)
         return {t.row.id: t.key for t in tasks if t.key not in lost}
+
+    def num_missing(self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None) -> tuple[int, int]:
+        """Cases that ``ensure`` would have to make now, and all cases of these rows."""
+        tasks = plan_tasks(rows, spacing_mm, ct_window)
+        return len(self._missing(tasks)), len({task.key for task in tasks})
+
+    def _missing(self, tasks: Sequence[Task]) -> list[Task]:
+        """One task for every key that is not in the store."""
+        return list({task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values())
 
     def open(self, key: str) -> StoredCase:
         """The case of a key that ``ensure`` returned.
@@ -135,6 +173,15 @@ def case_path(root: Path, key: str) -> Path:
     return root / key[:2] / f"{key}.b2nd"
 
 
+def plan_tasks(rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None) -> list[Task]:
+    """How each scan is preprocessed.
+
+    Raises:
+        PlanError: a CT scan without ``ct_window``.
+    """
+    return [plan_task(row, as_spacing(spacing_mm(row) if callable(spacing_mm) else spacing_mm), ct_window) for row in rows]
+
+
 def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> Task:
     """How a scan is preprocessed, and the key of the result.
 
@@ -164,6 +211,8 @@ def _preprocess(root: Path, task: Task) -> tuple[str, tuple[str, str] | None]:
 
 
 def _make_case(root: Path, task: Task) -> None:
+    if read_record(case_path(root, task.key)):
+        return  # Another run or machine made it meanwhile.
     shape, spacing = transposed_geometry(task.row)
     new_shape = resampled_shape(shape, spacing, task.spacing_mm)
     if min(new_shape) < 1:

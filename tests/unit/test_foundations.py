@@ -3,15 +3,13 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import grid_of, round_up, spacing_ratio
-from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, check, override
-from nnunet_autoreg.planning import Hardware, Pool, choose_batch, choose_encoder, choose_length, make_plan, plan_crop
+from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.records import atomic_path, differences, from_jsonable, read_json, to_jsonable, write_json
 
@@ -20,9 +18,7 @@ CPU = Hardware("cpu", 24.0)
 
 
 def plan_for(pool=POOL, hardware=CPU, **wishes):
-    wishes = {"encoder_name": "auto", "batch_size": None, "num_steps": None, **wishes}
-    return make_plan("run", pool, hardware, wishes["encoder_name"], 0, {}, wishes["batch_size"], wishes["num_steps"],
-                     lambda encoder, crop: (1e9, 5e8))
+    return make_plan("run", pool, hardware, Wishes(**wishes), 0, {}, lambda encoder, crop: (1e9, 5e8))
 
 
 def test_a_plan_survives_json_unchanged(tmp_path):
@@ -81,44 +77,6 @@ def test_wrong_settings_are_refused(setting, message):
 def test_impossible_plans_say_what_is_possible(setting, message):
     with pytest.raises(PlanError, match=message):
         check(override(plan_for(replace(POOL, median_shape_vox=(40, 50, 36))), [setting]))
-
-
-def test_a_crop_fits_the_median_scan_in_whole_tokens():
-    assert plan_crop((35, 50, 36), (1, 1, 1), (8, 8, 8), 64**3) == (40, 56, 40)
-
-
-def test_a_crop_of_large_scans_shrinks_the_longest_axis_until_it_fits():
-    crop = plan_crop((300, 512, 512), (1, 1, 1), (8, 8, 8), 64**3)
-    assert np.prod(crop) <= 64**3
-    assert all(c % 8 == 0 for c in crop)
-
-
-def test_a_crop_of_thick_slices_is_flat():
-    crop = plan_crop((10, 216, 256), (10, 1.5, 1.5), (8, 8, 8), 64**3)
-    assert crop[0] == 8
-    assert crop[1] > 100 and crop[2] > 100
-
-
-def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_another():
-    assert choose_encoder("auto", CPU, POOL)[0] == "primus_tiny"
-    assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
-    large = replace(POOL, median_shape_vox=(128, 256, 256))
-    assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == ["primus_s", "primus_b", "primus_m"]
-    with pytest.raises(PlanError, match="did you mean 'primus_tiny'"):
-        choose_encoder("primus_tin", CPU, POOL)
-
-
-def test_batch_and_length_follow_memory_and_data():
-    assert choose_batch(encoder_size("primus_s"), CPU, 1e9, 1e9)[0] == 8
-    assert choose_batch(encoder_size("primus_s"), Hardware("cuda", 10), 2**30, 2**30)[0] == 7
-    assert choose_batch(encoder_size("primus_s"), Hardware("cuda", 1), 2**30, 2**30)[0] == 1
-    assert choose_length(POOL, 40 * 56 * 40, 8)[0] == 5022
-    assert choose_length(replace(POOL, total_vox=1000), 40 * 56 * 40, 8)[0] == 1000
-
-
-def test_every_planned_value_that_can_surprise_has_a_reason():
-    reasons = plan_for().reasons
-    assert {"data.spacing_mm", "encoder.name", "sequence.crop_size_vox", "optim.batch_size", "optim.num_steps", "optim.lr"} <= set(reasons)
 
 
 def test_the_rate_warms_up_linearly_and_ends_at_zero():
