@@ -68,9 +68,18 @@ class QueryDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, token_voxels)
 
-    def forward(self, features_BTV: Tensor, mask_B1QS: Tensor, rope: Tensor | None) -> Tensor:
-        """Predictions (B, T, P): entry t predicts token t itself, from blocks of lower rank."""
-        query_BTV = (self.position + self.member).flatten(1, 2).expand(features_BTV.shape[0], -1, -1)
+    def forward(
+        self, features_BTV: Tensor, mask_B1QS: Tensor, rope: Tensor | None, positions_BT: Tensor | None = None,
+        members_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Predictions (B, T, P): entry t predicts token t itself, from blocks of lower rank.
+
+        Args:
+            positions_BT, members_BT: of every token; None where member 0 alone fills the grid in order.
+        """
+        position_BTV = self.position[0] if positions_BT is None else self.position[0, 0][positions_BT]
+        member_BTV = self.member[:, 0] if members_BT is None else self.member[0, :, 0][members_BT]
+        query_BTV = (position_BTV + member_BTV).expand(features_BTV.shape[0], -1, -1)
         for layer in self.layers:
             query_BTV = layer(query_BTV, features_BTV, mask_B1QS, rope)
         out: Tensor = self.project(self.norm(query_BTV))

@@ -113,19 +113,30 @@ class SequenceEncoder(nn.Module):
         grid_VZYX = from_blocks(local, grid_of((Z, Y, X), self.block_size))
         return grid_VZYX.flatten(2).transpose(1, 2).reshape(B, -1, self.width)
 
-    def rope(self, num_members: int) -> Tensor | None:
-        """Rotary table (T, 2 * head width) for all members, which share grid positions."""
-        rope = self.primus.eva.rope
-        return None if rope is None else rope.get_embed().repeat(num_members, 1)
+    def rope(self, positions_BT: Tensor | None = None) -> Tensor | None:
+        """Rotary table: (N, 2 * head width) of the whole grid, or (B, 1, T, 2 * head width) of the positions given."""
+        if self.primus.eva.rope is None:
+            return None
+        table: Tensor = self.primus.eva.rope.get_embed()
+        return table if positions_BT is None else table[positions_BT][:, None]
 
-    def forward(self, voxels_BMCZYX: Tensor, mask_B1QS: Tensor | None) -> Tensor:
-        """Contextual features (B, T, V); ``mask`` is True where a query may attend, None for full attention."""
-        num_members = voxels_BMCZYX.shape[1]
+    def forward(
+        self, voxels_BMCZYX: Tensor, mask_B1QS: Tensor | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
+    ) -> Tensor:
+        """Contextual features (B, T, V).
+
+        Args:
+            mask_B1QS: True where a query may attend, None for full attention.
+            positions_BT: raster index of every token in the grid; None where one member fills it in order.
+            member_BTV: added to the tokens; tells members apart.
+        """
         eva = self.primus.eva
         x_BTV = self.tokens(voxels_BMCZYX)
         if eva.pos_embed is not None:
-            x_BTV = x_BTV + eva.pos_embed.repeat(1, num_members, 1)
-        rope = self.rope(num_members)
+            x_BTV = x_BTV + (eva.pos_embed if positions_BT is None else eva.pos_embed[0][positions_BT])
+        if member_BTV is not None:
+            x_BTV = x_BTV + member_BTV
+        rope = self.rope(positions_BT)
         for block in eva.blocks:
             x_BTV = block(x_BTV, rope=rope, attn_mask=mask_B1QS)
         out: Tensor = eva.norm(x_BTV)

@@ -10,26 +10,33 @@ from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.attention import block_causal_mask, block_order, strictly_earlier_mask
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
-from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, to_blocks
-from nnunet_autoreg.objectives.base import LossTerms
+from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, from_blocks, to_blocks
+from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.kinds import num_blocks, num_codes
 from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.sampler import SequenceSampler, num_blocks
+from nnunet_autoreg.sequences.sampler import SequenceSampler
 
 
-def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> Tensor:
-    """Per-token normalised voxels (v - mean) / sqrt(max(var, floor)), in float32; unbiased variance, over real voxels only.
-
-    A constant token becomes 0. Padding becomes 0.
-
-    Source: AR-SSL4M's normalised-pixel target, with a floor instead of an added 1e-6 so that air stays quiet.
-    """
+def token_statistics(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(max(var, floor)) of every token, (B, T, 1), in float32; unbiased variance, over real voxels only."""
     voxels_BTP, weight_BTP = voxels_BTP.float(), real_BTP.float()
     count_BT1 = weight_BTP.sum(-1, keepdim=True)
     mean_BT1 = (voxels_BTP * weight_BTP).sum(-1, keepdim=True) / count_BT1.clamp(min=1)
     centred_BTP = (voxels_BTP - mean_BT1) * weight_BTP
     variance_BT1 = centred_BTP.square().sum(-1, keepdim=True) / (count_BT1 - 1).clamp(min=1)
-    return centred_BTP / variance_BT1.clamp(min=variance_floor).sqrt()
+    return mean_BT1, variance_BT1.clamp(min=variance_floor).sqrt()
+
+
+def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> Tensor:
+    """Per-token normalised voxels (v - mean) / sqrt(max(var, floor)), in float32.
+
+    A constant token becomes 0. Padding becomes 0.
+
+    Source: AR-SSL4M's normalised-pixel target, with a floor instead of an added 1e-6 so that air stays quiet.
+    """
+    mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, real_BTP, variance_floor)
+    return (voxels_BTP.float() - mean_BT1) * real_BTP.float() / deviation_BT1
 
 
 def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
@@ -38,10 +45,23 @@ def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> T
     return valid_BT & (ranks_BT >= prefix_B[:, None]) & (ranks_BT > first_B[:, None])
 
 
+class MemberEmbedding(nn.Module):
+    """What is added to the tokens of each member code but 0, and starts as nothing. It exists in pretraining only: fine-tuning sees tokens
+    as code 0 has them."""
+
+    def __init__(self, num_codes: int, width: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_codes - 1, width))
+
+    def forward(self, members_BT: Tensor) -> Tensor:
+        """(B, T, V)."""
+        return torch.cat([self.table.new_zeros(1, self.table.shape[1]), self.table])[members_BT]
+
+
 class AutoregressiveModel(nn.Module):
     """The encoder and the head that predicts blocks."""
 
-    def __init__(self, plan: Plan, num_members: int = 1, num_channels: int = 1):
+    def __init__(self, plan: Plan, num_channels: int = 1):
         super().__init__()
         sequence, token = plan.sequence, plan.encoder.token_size_vox
         block = (token[0] * sequence.block_tokens[0], token[1] * sequence.block_tokens[1], token[2] * sequence.block_tokens[2])
@@ -57,14 +77,17 @@ class AutoregressiveModel(nn.Module):
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
             heads = int(plan.encoder.arguments["eva_numheads"])
             depth = plan.objective.query_depth
-            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_members, token_voxels)
+            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), token_voxels)
+        self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has none: its entries are 0."""
-        features_BTV = self.encoder(batch.voxels, block_causal_mask(batch.ranks, batch.prefix, valid_BT))
+        member_BTV = None if self.member is None or batch.members is None else self.member(batch.members)
+        mask = block_causal_mask(batch.ranks, batch.prefix, valid_BT)
+        features_BTV = self.encoder(batch.voxels, mask, batch.positions, member_BTV)
         if isinstance(self.head, QueryDecoder):
             mask = strictly_earlier_mask(batch.ranks, valid_BT)
-            out: Tensor = self.head(features_BTV, mask, self.encoder.rope(batch.voxels.shape[1]))
+            out: Tensor = self.head(features_BTV, mask, self.encoder.rope(batch.positions), batch.positions, batch.members)
             return out
         return self.shift(self.head(features_BTV), block_order(batch.ranks))
 
@@ -96,6 +119,8 @@ class Autoregressive:
         valid_BT = real_BTP.any(dim=-1)
         target_BTP = normalised_target(voxels_BTP, real_BTP, self.plan.objective.variance_floor)
         weight_BTP = (supervised_tokens(batch.ranks, batch.prefix, valid_BT)[:, :, None] & real_BTP).float()
+        if batch.scored is not None:
+            weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
         predicted_BTP = self.model(batch, valid_BT).float()
         trivial = {}
         if references:
@@ -104,10 +129,40 @@ class Autoregressive:
                        "copy": _error(previous_BTP, target_BTP, weight_BTP)}
         return LossTerms(_error(predicted_BTP, target_BTP, weight_BTP), weight_BTP.sum(), trivial)
 
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Predictions in intensities: each token's predicted pattern with the true token's mean and deviation. The first channel."""
+        voxels_BTP, real_BTP = self._tokens(batch.voxels), self._tokens(batch.real[:, :, None])
+        every_BTP = real_BTP.repeat(1, 1, batch.voxels.shape[2])
+        valid_BT = every_BTP.any(dim=-1)
+        mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, every_BTP, self.plan.objective.variance_floor)
+        predicted_BTP = self.model(batch, valid_BT).float() * deviation_BT1 + mean_BT1
+        given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
+        scored_BT = supervised_tokens(batch.ranks, batch.prefix, valid_BT)
+        parts = (predicted_BTP, mean_BT1.expand_as(voxels_BTP), given_BT[:, :, None] & real_BTP, scored_BT[:, :, None] & real_BTP)
+        predicted, trivial, given, scored = (self._volume(part, batch) for part in parts)
+        scored = scored if batch.scored is None else scored & batch.scored
+        return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)
+
+    def _volume(self, tokens_BTP: Tensor, batch: Batch) -> Tensor:
+        """The first channel of every token back in its place: (B, T, P) -> (B, M, Z, Y, X)."""
+        token, (B, M, _, Z, Y, X) = self.plan.encoder.token_size_vox, batch.voxels.shape
+        cubes = tokens_BTP[:, :, : volume(token)].reshape(B * M, -1, 1, *token)
+        return from_blocks(cubes, grid_of((Z, Y, X), token)).reshape(B, M, Z, Y, X)
+
     def _tokens(self, volume_BMCZYX: Tensor) -> Tensor:
         """Voxels by token: (B, M, C, Z, Y, X) -> (B, T, P), P = (C, z, y, x) flattened."""
         tokens = to_blocks(volume_BMCZYX.flatten(0, 1), self.plan.encoder.token_size_vox).flatten(2)
         return tokens.reshape(volume_BMCZYX.shape[0], -1, tokens.shape[-1])
+
+    def describe(self, batch: Batch) -> TokenFeatures:
+        """Features as fine-tuning gets them: every real token may attend to every other, and no member is told from another."""
+        voxels_BTP = self._tokens(batch.voxels)
+        valid_BT = self._tokens(batch.real[:, :, None]).any(dim=-1)
+        one_block_BT = torch.zeros_like(batch.ranks)
+        mask = block_causal_mask(one_block_BT, batch.prefix, valid_BT)
+        features_BTV = self.model.encoder(batch.voxels, mask, batch.positions)
+        in_order = torch.arange(batch.ranks.shape[1], device=batch.ranks.device).expand_as(batch.ranks)
+        return TokenFeatures(features_BTV, voxels_BTP, in_order if batch.positions is None else batch.positions, valid_BT)
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""

@@ -26,6 +26,44 @@ class LossTerms:
     references: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an objective makes of a batch, back in the place of the voxels, for people to look at. All (B, M, Z, Y, X).
+
+    Attributes:
+        truth: first channel, in normalised intensities.
+        predicted: the prediction, with what the loss leaves free (a token's mean and deviation) taken from the truth.
+        trivial: the same with a prediction of nothing, so that one sees what was taken from the truth.
+        given: bool, what the model was shown from the start.
+        scored: bool, what it was asked for.
+        real: bool, False where there is padding.
+    """
+
+    truth: Tensor
+    predicted: Tensor
+    trivial: Tensor
+    given: Tensor
+    scored: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """What the encoder says of every token, attending to all of them as in fine-tuning.
+
+    Attributes:
+        features: (B, T, V).
+        voxels: (B, T, P), the token's own voxels.
+        positions: (B, T) int64, raster index in the plan's grid.
+        valid: (B, T) bool, False where a token is all padding.
+    """
+
+    features: Tensor
+    voxels: Tensor
+    positions: Tensor
+    valid: Tensor
+
+
 class Objective(Protocol):
     """A pretraining task: how samples are drawn, what is computed on them, what transfers.
 
@@ -41,6 +79,12 @@ class Objective(Protocol):
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """The loss on a batch that is on the module's device."""
+
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """True against predicted voxels of a batch that is on the module's device."""
+
+    def describe(self, batch: Batch) -> TokenFeatures:
+        """Features of a batch that is on the module's device."""
 
     def after_step(self, step: int) -> None:
         """What follows an optimiser step, e.g. a momentum teacher."""

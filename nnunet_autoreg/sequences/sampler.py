@@ -1,11 +1,15 @@
 """Draws samples for training and for the held-out error. Light and picklable, so that loader processes can hold it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from nnunet_autoreg import rng
-from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sequences import spatial
+from nnunet_autoreg.sequences import members, spatial, strided
+from nnunet_autoreg.sequences.kinds import num_blocks, wanted
+from nnunet_autoreg.sequences.material import Material, as_material
 from nnunet_autoreg.sequences.sample import Sample
 from nnunet_autoreg.store.case import StoredCase
 
@@ -13,9 +17,20 @@ TRAINING, HELDOUT = "training", "held-out"
 HELDOUT_PREFIXES = (0.0, 0.25, 0.5, 0.75)
 
 
-def num_blocks(plan: Plan) -> int:
-    """Blocks of a sequence: those of one crop."""
-    return volume(plan.sequence.crop_size_vox) // (volume(plan.sequence.block_tokens) * volume(plan.encoder.token_size_vox))
+@dataclass(frozen=True)
+class Shown:
+    """Where a sample came from, for pictures: its kind, and per member a name and the start of its crop.
+
+    Attributes:
+        cases, names, starts: per member.
+        subject: what the members have in common.
+    """
+
+    kind: str
+    subject: str
+    cases: tuple[StoredCase, ...]
+    names: tuple[str, ...]
+    drawn: "spatial.SpatialDraw | strided.StridedDraw | members.MembersDraw"
 
 
 @dataclass(frozen=True)
@@ -24,15 +39,62 @@ class SequenceSampler:
 
     plan: Plan
 
-    def draw(self, cases: list[StoredCase], purpose: str, *ids: int) -> Sample:
-        """One spatial sequence from a case chosen uniformly; everything random comes from (run seed, purpose, ids).
+    def kind(self, material: Material, purpose: str, number: int) -> str:
+        """The kind of the sequences of a training step, drawn by the plan's weights, or of a held-out sample, in turn.
+
+        One kind per step keeps the shapes of a batch equal. Held-out material may offer fewer kinds than training.
+        """
+        kinds = wanted(self.plan)
+        if purpose == HELDOUT:
+            kinds = tuple(kind for kind in kinds if material.offers(kind))
+            return kinds[number % len(kinds)]
+        if len(kinds) == 1:
+            return kinds[0]
+        weights = np.array([self.plan.sequence.weights[kind] for kind in kinds])
+        generator = rng.generator(self.plan.run.seed, f"{purpose}: kind", number)
+        return kinds[int(generator.choice(len(kinds), p=weights / weights.sum()))]
+
+    def draw(self, cases: "Material | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
+        """One sequence; everything random comes from (run seed, purpose, ids), its kind from the first id alone.
 
         Held-out samples take fixed prefixes, so that their errors compare from one time to the next.
         """
-        generator = rng.generator(self.plan.run.seed, purpose, *ids)
-        case = cases[int(generator.integers(len(cases)))]
-        sample = spatial.apply(self.plan, case, spatial.draw(self.plan, case.shape_vox, generator))
+        material = as_material(cases)
+        kind = self.kind(material, purpose, ids[0])
+        sample, _ = self.draw_kind(kind, material, rng.generator(self.plan.run.seed, purpose, *ids))
         if purpose != HELDOUT:
             return sample
-        share = HELDOUT_PREFIXES[ids[0] % len(HELDOUT_PREFIXES)]
-        return replace(sample, prefix=max(1, int(share * num_blocks(self.plan))))
+        num_kinds = len([kind for kind in wanted(self.plan) if material.offers(kind)])
+        share = HELDOUT_PREFIXES[ids[0] // num_kinds % len(HELDOUT_PREFIXES)]
+        return replace(sample, prefix=max(1, int(share * num_blocks(self.plan, kind))))
+
+    def draw_kind(self, kind: str, material: Material, generator: np.random.Generator) -> tuple[Sample, Shown]:
+        """One sequence of this kind from a case, group or structure chosen uniformly, and where it came from."""
+        draw = {"spatial": self._spatial, "strided": self._strided, "contrast": self._contrast, "semantic": self._semantic}[kind]
+        return draw(material, generator)
+
+    def _spatial(self, material: Material, generator: np.random.Generator) -> tuple[Sample, Shown]:
+        case = material.cases[int(generator.integers(len(material.cases)))]
+        drawn = spatial.draw(self.plan, case.shape_vox, generator, case.spacing_mm)
+        return spatial.apply(self.plan, case, drawn), Shown("spatial", "", (case,), ("",), drawn)
+
+    def _strided(self, material: Material, generator: np.random.Generator) -> tuple[Sample, Shown]:
+        case = material.cases[int(generator.integers(len(material.cases)))]
+        drawn = strided.draw(self.plan, case.shape_vox, generator, case.spacing_mm)
+        return strided.apply(self.plan, case, drawn), Shown("strided", "", (case,), ("",), drawn)
+
+    def _contrast(self, material: Material, generator: np.random.Generator) -> tuple[Sample, Shown]:
+        group = material.groups[int(generator.integers(len(material.groups)))]
+        chosen = members.choose_contrasts(self.plan, group, generator)
+        cases = [case for _, case in chosen]
+        codes = [code for code, _ in chosen]
+        drawn = members.draw_contrast(self.plan, cases[0].shape_vox, cases[0].spacing_mm, codes, generator)
+        names = tuple(self.plan.sequence.contrasts[code] for code in codes)
+        return members.apply(self.plan, "contrast", cases, drawn), Shown("contrast", group.name, tuple(cases), names, drawn)
+
+    def _semantic(self, material: Material, generator: np.random.Generator) -> tuple[Sample, Shown]:
+        structure = material.structures[int(generator.integers(len(material.structures)))]
+        places = members.choose_places(self.plan, structure, generator)
+        drawn = members.draw_semantic(self.plan, places, structure.spacing_mm, generator)
+        cases, names = tuple(p.case for p in places), tuple(p.subject for p in places)
+        return members.apply(self.plan, "semantic", cases, drawn), Shown("semantic", structure.name, cases, names, drawn)

@@ -12,7 +12,8 @@ from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, traini
 from nnunet_autoreg.pretrain.run import split
 from nnunet_autoreg.sequences import spatial
 from nnunet_autoreg.sequences.blocks import block_ids, draw_prefix, token_ranks
-from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler, num_blocks
+from nnunet_autoreg.sequences.kinds import num_blocks
+from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
 
 TINY = encoder_size("primus_tiny")
 
@@ -22,6 +23,7 @@ class Ramp:
     """A case whose voxels are their own raster index."""
 
     shape_vox: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def read_padded(self, start, size):
         whole = np.arange(np.prod(self.shape_vox), dtype=np.float32).reshape(self.shape_vox) + 1
