@@ -22,9 +22,11 @@ from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.transfer.block import AutoregBlock, read_block
 from nnunet_autoreg.transfer.load import Target, load_planned_encoder
 from nnunet_autoreg.transfer.network import build_network
-from nnunet_autoreg.transfer.one_line import one_line_errors
+from nnunet_autoreg.transfer.one_line import explain_missing_plans, one_line_errors
 from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
 from nnunet_autoreg.transfer.resolve import ignored_setting, setting_of_environment
+
+explain_missing_plans()
 
 
 class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]

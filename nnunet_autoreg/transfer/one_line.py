@@ -1,7 +1,10 @@
 """How an error meant for the user leaves through nnU-Net's commands, which would bury it under a traceback."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 
 from nnunet_autoreg.errors import AutoregError
 
@@ -13,3 +16,28 @@ def one_line_errors() -> Iterator[None]:
         yield
     except AutoregError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def missing_plans(error: BaseException) -> str | None:
+    """One line about a plans file that nnU-Net did not find while it looked for our trainer's; None for any other error."""
+    if not isinstance(error, FileNotFoundError) or not str(error.filename).endswith("Plans.json"):
+        return None
+    file = Path(str(error.filename))
+    plan = f"nnUNetv2_plan_and_preprocess -d {file.parent.name} -pl AutoregPlanner"
+    if file.name == "nnUNetPlans.json":
+        return f"{file} does not exist; was '-p AutoregPlans' forgotten? Those plans are made by: {plan}"
+    return f"{file} does not exist; make it with: {plan}"
+
+
+def explain_missing_plans() -> None:
+    """From now on, end in ``missing_plans``'s line where there is one: nnU-Net opens the plans before it asks the trainer."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        said = missing_plans(error)
+        if said is None:
+            previous(kind, error, trace)
+        else:
+            sys.stderr.write(f"error: {said}\n")
+
+    sys.excepthook = hook
