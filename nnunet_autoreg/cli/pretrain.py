@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-d", nargs="+", default=[], metavar="ID",
                    help="nnU-Net raw datasets (4 or Dataset004_Name): images only, every channel a scan")
-    p.add_argument("-i", nargs="+", default=[], metavar="FOLDER", help="folders with NIfTI, NRRD or MetaImage scans, searched recursively")
+    p.add_argument("-i", nargs="+", default=[], metavar="FOLDER",
+                   help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or .zip archives of them, "
+                   "searched recursively")
     p.add_argument("--name", required=True, help="name of the run: results go to $nnUNet_results/autoreg_pretraining/NAME")
     p.add_argument("--encoder", default="auto", choices=["auto", *ENCODERS], help="default: chosen by device, image size and memory")
     p.add_argument("--steps", type=int, metavar="N", help="optimiser steps; default: planned from the amount of data")
@@ -42,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
                    "(leaves out the validation cases of its first fold)")
     p.add_argument("--manifest", metavar="FILE", help="CSV that says of scans what they are: path (of a file or folder), and any of "
                    "subject, session, contrast, class, modality")
+    p.add_argument("--split-4d", action="store_true", help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a scan")
     p.add_argument("--init", metavar="FILE", help="start from these weights (encoder.safetensors with its encoder.json beside it)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override planned values, e.g. optim.lr=3e-4")
     p.add_argument("--part", metavar="K/N", help="preprocess the K-th of N parts of the scans, then stop: for job arrays. Needs a run that "
@@ -93,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         spacing=args.spacing,
         seed=args.seed,
         modality=args.modality,
+        split_4d=args.split_4d,
         exclude=absolute(args.exclude),
         manifest=absolute(args.manifest),
         init=absolute(args.init),

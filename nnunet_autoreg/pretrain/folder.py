@@ -34,6 +34,7 @@ class Request:
         gpu_memory_gib: memory to plan for; None for all there is.
         spacing: policy of the target spacings, or "z,y,x" in mm.
         settings: the ``--set`` arguments.
+        split_4d: every volume of a 4D file or series is a scan.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Request:
     num_hours: float | None = None
     gpu_memory_gib: float | None = None
     spacing: str = MEDIAN
+    split_4d: bool = False
 
     def check(self) -> "Request":
         """Return the request if it makes sense.

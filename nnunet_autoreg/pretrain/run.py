@@ -124,7 +124,8 @@ def index_inputs(folder: Path, request: Request) -> Index:
     exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
     manifest = read_manifest(Path(request.manifest)) if request.manifest else None
     salt = load_salt(nnunet_api.preprocessed_folder() / STORE_FOLDER)
-    candidates = find_scans(list(request.datasets), [Path(f) for f in request.folders])
+    folders = [Path(f) for f in request.folders]
+    candidates = find_scans(list(request.datasets), folders, split_4d=request.split_4d, salt=salt)
     journal = folder / JOURNAL_NAME
     index = index_scans(candidates, exclude, num_processes(), request.modality, salt=salt, manifest=manifest, journal=journal)
     write_index(folder / INDEX_NAME, index.rows)

@@ -41,6 +41,7 @@ def make_rows(folder: Path, num: int = 2, shape: tuple[int, int, int] = (16, 18,
     for seed in range(num):
         image = SimpleITK.GetImageFromArray(np.random.default_rng(seed).integers(1, 999, shape).astype(np.int16))
         image.SetSpacing(zyx_mm[::-1])
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))  # RAS, which reading keeps as it is
         SimpleITK.WriteImage(image, str(folder / f"{seed}.nii.gz"))
     return list(index_scans(find_scans([], [folder]), set(), 1).usable)
 
