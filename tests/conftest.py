@@ -1,10 +1,14 @@
 """Fixtures for every tier."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# dicom_files.py is shared by tests of several folders.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def _step(levels: list[float], spacing: Sequence[float]) -> tuple[float, tuple[s
     usual = float(np.median(gaps))
     wrong = np.flatnonzero(np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM))
     if not wrong.size:
-        return (levels[-1] - levels[0]) / (len(levels) - 1), ("", "")
+        return round((levels[-1] - levels[0]) / (len(levels) - 1), 5), ("", "")
     widest = int(gaps.argmax())
     between = f"between {levels[widest]:.2f} and {levels[widest + 1]:.2f} mm"
     if gaps[widest] > MISSING * usual:
