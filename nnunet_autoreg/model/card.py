@@ -6,7 +6,7 @@ from typing import Any
 
 from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.geometry import Size, Spacing, grid_of
-from nnunet_autoreg.plan import ENCODER_KEYS, IntensityWindow
+from nnunet_autoreg.plan import ENCODER_KEYS, IntensityWindow, SpacingGroup
 from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
 
 RUNS_FOLDER = "autoreg_pretraining"
@@ -39,6 +39,7 @@ class EncoderCard:
         modalities: "CT" and / or "MR" (every non-CT scan is z-scored and counted as what its dataset calls it).
         channel_names: channel names met in the pool.
         ct_window: set when CT was among the scans.
+        spacing_groups: target spacings where the pool had more than one; ``spacing_mm`` is that of the largest.
         num_input_channels: channels of the stem.
         objective: name of the objective and its settings that matter to a user.
         licences: dataset name -> licence text found beside it ("" if none was).
@@ -66,6 +67,7 @@ class EncoderCard:
     sha256: str
     version: int = CARD_VERSION
     extra: dict[str, Any] = field(default_factory=dict)
+    spacing_groups: tuple[SpacingGroup, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Write ``encoder.json`` into ``folder``."""
@@ -92,7 +94,8 @@ def read_card(folder: Path) -> EncoderCard:
 
 
 def _checked(card: EncoderCard, path: Path) -> EncoderCard:
-    sizes = (*card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels, card.num_steps)
+    groups = (value for group in card.spacing_groups for value in (*group.native_mm, *group.spacing_mm))
+    sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels, card.num_steps)
     if not all(value > 0 for value in sizes):
         raise WeightsError(f"{path}: token size, crop size, spacing, channels and steps have to be greater than 0; restore the file")
     missing = [key for key in ENCODER_KEYS if key not in card.arguments]

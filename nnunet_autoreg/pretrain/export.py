@@ -32,6 +32,7 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
         token_size_vox=plan.encoder.token_size_vox,
         crop_size_vox=plan.sequence.crop_size_vox,
         spacing_mm=plan.data.spacing_mm,
+        spacing_groups=plan.data.spacing_groups,
         modalities=tuple(sorted({row.modality for row in rows})),
         channel_names=tuple(sorted({row.channel for row in rows})),
         ct_window=plan.data.ct_window,

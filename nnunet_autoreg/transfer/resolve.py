@@ -125,7 +125,7 @@ def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
     for card, file in sorted(cards, key=lambda pair: pair[0].finished_at, reverse=True):
         why_not = objection(card, file, dataset)
         if why_not is None:
-            traits = f"{'/'.join(card.modalities)}, spacing ratio {spacing_ratio(card.spacing_mm, dataset.spacing_mm):.2f}"
+            traits = f"{'/'.join(card.modalities)}, spacing ratio {_nearest_spacing(card, dataset)[1]:.2f}"
             reason = f"the newest finished run that suits: {traits}, finished {card.finished_at}"
             return Choice(card, file.resolve(), reason, tuple(rejected))
         rejected.append(f"{card.name}: {why_not}")
@@ -182,12 +182,19 @@ def _objection_to_channels(card: EncoderCard, dataset: DatasetTraits) -> str | N
     return f"its {given} input channels cannot be adapted to {needed}"
 
 
+def _nearest_spacing(card: EncoderCard, dataset: DatasetTraits) -> tuple[Spacing, float]:
+    """The spacing of pretraining that is nearest to the dataset's, of groups of its own kind if there are any; and the factor."""
+    groups = [group.spacing_mm for group in card.spacing_groups if is_ct(group.modality) == dataset.is_ct]
+    found = min(groups or [card.spacing_mm], key=lambda spacing: spacing_ratio(spacing, dataset.spacing_mm))
+    return found, spacing_ratio(found, dataset.spacing_mm)
+
+
 def _objection_to_spacing(card: EncoderCard, dataset: DatasetTraits) -> str | None:
-    ratio = spacing_ratio(card.spacing_mm, dataset.spacing_mm)
+    nearest, ratio = _nearest_spacing(card, dataset)
     if ratio <= MAX_SPACING_RATIO:
         return None
     return (
-        f"its spacing {_mm(card.spacing_mm)} is a factor of {ratio:.1f} from the target spacing {_mm(dataset.spacing_mm)}; "
+        f"its spacing {_mm(nearest)} is a factor of {ratio:.1f} from the target spacing {_mm(dataset.spacing_mm)}; "
         f"beyond {MAX_SPACING_RATIO:g} pretraining may harm"
     )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.plan import SpacingGroup
 from nnunet_autoreg.transfer.block import PlannedWeights
 from nnunet_autoreg.transfer.resolve import DatasetTraits, choose_weights, ignored_setting, locate, setting_of_environment
 
@@ -116,3 +117,14 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert setting_of_environment() is None
     monkeypatch.setenv("autoreg_weights", " brain ")
     assert setting_of_environment() == "brain"
+
+
+def test_a_run_on_scans_of_several_spacings_suits_by_the_nearest_of_its_own_kind(tmp_path: Path, write_run: Write) -> None:
+    groups = (SpacingGroup("MR", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), SpacingGroup("MR", (10.0, 1.5, 1.5), (10.0, 1.5, 1.5)),
+              SpacingGroup("CT", (3.0, 1.0, 1.0), (3.0, 1.0, 1.0)))
+    write_run(tmp_path, "pool", modalities=("CT", "MR"), spacing_groups=groups)
+    cine = DatasetTraits("Dataset027_ACDC", ("cineMRI",), (10.0, 1.5, 1.5))
+    assert "spacing ratio 1.00" in choose_weights(tmp_path, cine, None).reason
+    assert "spacing ratio 1.00" in choose_weights(tmp_path, CT, None).reason
+    with pytest.raises(WeightsError, match=r"its spacing 3 x 1 x 1 mm is a factor of 3.3"):
+        choose_weights(tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None)

@@ -1,0 +1,216 @@
+"""The planning rules by hand-computed numbers, and whole plans against golden files.
+
+A golden file is the plan of one made-up pool. After a deliberate change of a rule, write them anew and read the difference:
+``AUTOREG_REGENERATE_GOLDEN=1 pytest tests/unit/test_planning.py`` and ``git diff tests/golden``.
+"""
+
+import os
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_autoreg.corpus.fingerprint import fingerprint
+from nnunet_autoreg.corpus.index import Index
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import Size, volume
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.plan import Plan, check, override
+from nnunet_autoreg.planning import (
+    Hardware,
+    Pool,
+    Wishes,
+    choose_batch,
+    choose_crop,
+    choose_encoder,
+    choose_length,
+    choose_micro_batch,
+    choose_rate,
+    limit_by_pool,
+    make_plan,
+    plan_crop,
+    pool_of,
+    with_hours,
+)
+from nnunet_autoreg.pretrain.run import step_memory
+from nnunet_autoreg.records import differences, read_json, to_jsonable, write_json
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+REGENERATE = "AUTOREG_REGENERATE_GOLDEN"
+POOL = Pool(192, (1.0, 1.0, 1.0), (35, 50, 36), 12_000_000, None)
+CPU, GPU = Hardware("cpu", 24.0), Hardware("cuda", 24.0)
+GIB = 2.0**30
+
+
+def flat_memory(encoder: Any, crop: Any) -> tuple[float, float]:
+    """1 GiB, and 1 GiB for each million voxels of a crop."""
+    return GIB, GIB * volume(crop) / 1e6
+
+
+def plan_for(pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **wishes: Any) -> Plan:
+    return make_plan("run", pool, hardware, Wishes(**wishes), 0, {}, memory)
+
+
+def test_a_crop_fits_the_median_scan_in_whole_tokens() -> None:
+    assert plan_crop((35, 50, 36), (1, 1, 1), (8, 8, 8), 64**3) == (40, 56, 40)
+
+
+def test_a_crop_of_large_scans_shrinks_the_longest_axis_until_it_fits() -> None:
+    assert plan_crop((512, 512, 512), (1, 1, 1), (8, 8, 8), 64**3) == (64, 64, 64)
+    crop = plan_crop((300, 512, 512), (1, 1, 1), (8, 8, 8), 64**3)
+    assert volume(crop) <= 64**3 and all(c % 8 == 0 for c in crop)
+
+
+def test_a_crop_of_thick_slices_is_flat() -> None:
+    assert plan_crop((10, 216, 256), (10, 1.5, 1.5), (8, 8, 8), 128**3) == (16, 216, 256)
+    crop = plan_crop((10, 216, 256), (10, 1.5, 1.5), (8, 8, 8), 64**3)
+    assert crop[0] == 8 and crop[1] > 100 and crop[2] > 100
+
+
+def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_another() -> None:
+    assert choose_encoder("auto", CPU, POOL)[0] == "primus_tiny"
+    assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
+    large = replace(POOL, median_shape_vox=(128, 256, 256))
+    assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == ["primus_s", "primus_b", "primus_m"]
+    with pytest.raises(PlanError, match="did you mean 'primus_tiny'"):
+        choose_encoder("primus_tin", CPU, POOL)
+
+
+@pytest.mark.parametrize(("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")])
+def test_a_small_pool_takes_a_smaller_encoder_than_the_memory_allows(tokens: int, encoder: str) -> None:
+    assert limit_by_pool("primus_m", "24 GiB", replace(POOL, total_vox=512 * tokens))[0] == encoder
+    assert limit_by_pool("primus_tiny", "", replace(POOL, total_vox=512))[0] == "primus_tiny"
+
+
+def test_the_user_may_have_a_large_encoder_on_a_small_pool() -> None:
+    assert plan_for(hardware=GPU, encoder="primus_m").encoder.name == "primus_m"
+
+
+def test_the_batch_is_the_same_on_every_gpu_and_comes_in_equal_parts_that_fit() -> None:
+    assert [choose_batch(hardware)[0] for hardware in (CPU, Hardware("cuda", 8), Hardware("cuda", 80))] == [8, 32, 32]
+    # 80 % of 24 GiB less 1 GiB fixed leaves room for 18 crops of 1 GiB: 32 come as 16 + 16.
+    assert choose_micro_batch(32, GPU, GIB, GIB)[0] == 16
+    assert choose_micro_batch(32, Hardware("cuda", 80), GIB, GIB)[0] == 32
+    assert choose_micro_batch(32, Hardware("cuda", 12), GIB, GIB)[0] == 8
+    assert choose_micro_batch(8, CPU, GIB, 4 * GIB)[0] == 2
+    micro, reason = choose_micro_batch(32, Hardware("cuda", 1), GIB, GIB)
+    assert micro == 1 and "even one crop does not fit" in reason
+
+
+def test_a_crop_shrinks_until_one_fits_into_the_memory() -> None:
+    pool, encoder = replace(POOL, median_shape_vox=(400, 400, 400)), encoder_size("primus_b")
+    assert choose_crop(encoder, GPU, pool, flat_memory)[0] == (128, 128, 128)
+    crop, reason = choose_crop(encoder, Hardware("cuda", 2.0), pool, flat_memory)
+    assert flat_memory(encoder, crop)[0] + flat_memory(encoder, crop)[1] <= 0.8 * 2 * GIB < 1.1 * sum(flat_memory(encoder, crop))
+    assert "as large as 2 GiB allow" in reason
+
+
+def test_the_rate_grows_with_the_root_of_the_batch() -> None:
+    tiny, base = encoder_size("primus_tiny"), encoder_size("primus_b")
+    assert [choose_rate(tiny, n)[0] for n in (8, 32, 2)] == [1e-3, 2e-3, 5e-4]
+    assert [choose_rate(base, n)[0] for n in (32, 8)] == [3e-4, 1.5e-4]
+
+
+def test_the_length_counts_epochs_over_real_voxels() -> None:
+    # 12e6 voxels in steps of 8 crops of 35 x 50 x 36 real voxels: 23.8 steps an epoch.
+    step = 8 * 35 * 50 * 36
+    assert choose_length(POOL, step)[0] == 7143
+    assert choose_length(POOL, step, 10)[0] == 238
+    assert choose_length(POOL, step, 0.001)[0] == 1
+    assert choose_length(replace(POOL, total_vox=1000), step)[0] == 1000
+    assert choose_length(replace(POOL, total_vox=10**12), step)[0] == 100_000
+    assert plan_for().optim.num_steps == 7143 and plan_for(num_epochs=10).optim.num_steps == 238
+
+
+def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> None:
+    plan = with_hours(plan_for(), 2.0, 0.9, "cpu")
+    assert (plan.optim.num_steps, plan.optim.warmup_steps, plan.run.validate_every) == (7600, 380, 380)
+    assert plan.run.seconds_per_step == 0.9 and "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
+    assert with_hours(plan, 1e-9, 0.9, "cpu").optim.num_steps == 1
+
+
+def test_hours_leave_alone_what_the_user_set() -> None:
+    plan = with_hours(override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]), 2.0, 0.9, "cpu")
+    assert (plan.optim.warmup_steps, plan.run.validate_every, plan.run.checkpoint_every) == (7, 9, 380)
+    assert plan.reasons["optim.warmup_steps"] == "set by the user"
+
+
+def test_every_planned_value_that_can_surprise_has_a_reason() -> None:
+    assert {"data.spacing_mm", "encoder.name", "sequence.crop_size_vox", "optim.batch_size", "optim.micro_batch_size", "optim.num_steps",
+            "optim.lr", "optim.warmup_steps"} <= set(plan_for().reasons)
+
+
+# Golden files: (modality, scans, spacing (z, y, x), median shape (z, y, x)), with sizes and spacings spread by a few percent.
+
+Kind = tuple[str, int, tuple[float, float, float], tuple[int, int, int]]
+
+POOLS: dict[str, tuple[Hardware, list[Kind]]] = {
+    "brain_mr_isotropic": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
+    "thick_slice_ct": (GPU, [("CT", 300, (5.0, 0.78, 0.78), (90, 420, 512))]),
+    "cine_mr": (Hardware("cuda", 12.0), [("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
+    "hippocampus_crops_cpu": (CPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
+    "hippocampus_crops_gpu": (GPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
+    "mixed_ct_mr": (GPU, [("CT", 60, (3.27, 0.98, 0.98), (60, 150, 150)), ("MR", 80, (5.5, 0.86, 0.86), (40, 170, 170))]),
+    "whole_body_pet": (Hardware("cuda", 48.0), [("PT", 150, (3.27, 4.07, 4.07), (300, 168, 168))]),
+    "brain_and_cine_mr": (GPU, [("MR", 120, (1.0, 1.0, 1.0), (170, 220, 170)), ("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
+    "giant": (Hardware("cuda", 8.0), [("CT", 20, (0.3, 0.3, 0.3), (1200, 1500, 1500))]),
+    "tiny": (GPU, [("MR", 5, (0.8, 0.8, 0.8), (16, 20, 18))]),
+    "pacs": (Hardware("cuda", 80.0), [
+        ("CT", 400, (1.25, 0.75, 0.75), (260, 440, 500)), ("CT", 200, (5.0, 0.8, 0.8), (70, 430, 500)),
+        ("MR", 300, (5.0, 0.5, 0.5), (26, 400, 340)), ("MR", 100, (1.0, 0.9, 0.9), (170, 230, 230))]),
+}
+
+
+def rows_of(kinds: list[Kind]) -> list[ScanRow]:
+    """Scans spread around each kind: sizes by 10 %, spacings by 5 %, one in twenty with an odd spacing."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for k, (modality, count, spacing, shape) in enumerate(kinds):
+        for n in range(count):
+            factor = 1 + 0.05 * rng.uniform(-1, 1)
+            own = [round(s * factor, 4) for s in spacing] if n % 20 else [s * 1.3 for s in spacing]
+            size = [max(8, round(m * (1 + 0.1 * rng.uniform(-1, 1)))) for m in shape]
+            name = f"{k}_{n}"
+            rows.append(ScanRow(name, f"kind{k}", name, "", modality, name, (size[0], size[1], size[2]), (own[0], own[1], own[2]),
+                                (size[0], size[1], size[2]), name, "ok", ""))
+    return rows
+
+
+@cache
+def memory(encoder: str, crop: Size, half: bool) -> tuple[float, float]:
+    return step_memory(encoder_size(encoder), crop, half)
+
+
+def golden_plan(name: str) -> Plan:
+    hardware, kinds = POOLS[name]
+    hu = np.linspace(-200, 300, 1001, dtype=np.float32) if any(k[0] == "CT" for k in kinds) else np.zeros(0, dtype=np.float32)
+    pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
+    half = hardware.device == "cuda"
+    return make_plan(name, pool, hardware, Wishes(), 0, {}, lambda encoder, crop: memory(encoder.name, crop, half))
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
+    file = GOLDEN / f"{name}.json"
+    found = to_jsonable(golden_plan(name))
+    if os.environ.get(REGENERATE):
+        write_json(file, found)
+    changed = differences(read_json(file), found)
+    assert not changed, f"{file.name} differs ({REGENERATE}=1 writes it anew): " + "; ".join(changed)
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
+    plan, (hardware, _) = check(golden_plan(name)), POOLS[name]
+    assert volume(plan.sequence.crop_size_vox) <= 128**3
+    fixed, per_crop = memory(plan.encoder.name, plan.sequence.crop_size_vox, hardware.device == "cuda")
+    assert plan.optim.micro_batch_size is not None
+    assert fixed + plan.optim.micro_batch_size * per_crop <= hardware.usable_bytes
+
+
+def test_no_golden_file_is_left_without_its_pool() -> None:
+    assert {file.stem for file in GOLDEN.glob("*.json")} == set(POOLS)
