@@ -109,7 +109,7 @@ def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
 
 
 def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
-    inside = f" ({original.id})" if original.part else ""
+    inside = f" ({original.id})" if original.part and original.id != original.source else ""
     return replace(row, status="excluded", reason=f"same {how} the excluded {original.source}{inside}")
 
 

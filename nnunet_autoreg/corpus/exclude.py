@@ -4,16 +4,18 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.find import Candidate, absolute, find_scans
+from nnunet_autoreg.corpus.parts import parse_part
 from nnunet_autoreg.errors import UsageError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 FORMATS = "a text file with one path, scan id or case id per line, a JSON list of ids, or nnU-Net's splits_final.json"
+BY_SERIES = "excluded by the user (an excluded folder holds this series too)"
 BY_SUBJECT = "excluded by the user (by its subject)"
 
 
@@ -44,11 +46,17 @@ def read_exclude(path: Path) -> set[str]:
     raise UsageError(f"--exclude {path} holds neither a list of ids nor splits; give {FORMATS}")
 
 
-def excluded_because(candidate: Candidate, exclude: set[str]) -> str:
-    """Why a candidate is excluded; "" if it is not. A subject is not repeated: it may be a patient's number."""
+def excluded_because(candidate: Candidate, exclude: set[str], series: Container[str] = ()) -> str:
+    """Why a candidate is excluded; "" if it is not. A subject is not repeated: it may be a patient's number.
+
+    Args:
+        series: DICOM series of which excluded folders hold slices.
+    """
     named = min(_names(candidate) & exclude, default="") if exclude else ""
     if named:
         return f"excluded by the user ('{named}')"
+    if series_of(candidate) in series:
+        return BY_SERIES
     return BY_SUBJECT if candidate.subject and candidate.subject.strip() in exclude else ""
 
 
@@ -58,11 +66,11 @@ def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidat
     known = {(os.path.realpath(c.path), c.part) for c in candidates} if entries else set()
     new = []
     for entry in entries:
-        for found in find_scans([], [absolute(entry)]):
+        for found in find_scans([], [absolute(entry)], split_4d=True):
             key = (os.path.realpath(found.path), found.part)
             if not found.status and key not in known:
                 known.add(key)
-                new.append(replace(found, id=f"{found.path} {found.part}".strip(), case=entry))
+                new.append(replace(found, id=str(found.path), case=entry))
     return new
 
 
@@ -80,14 +88,15 @@ def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate]) -> None:
 def _names(candidate: Candidate) -> set[str]:
     """Every name under which a candidate may be excluded, but its subject."""
     path = candidate.path
-    names = {candidate.id, candidate.case, f"{candidate.dataset}/{candidate.case}", path.name, _uid(candidate.part)}
+    names = {candidate.id, candidate.case, f"{candidate.dataset}/{candidate.case}", path.name, series_of(candidate)}
     for variant in (path, Path(os.path.realpath(path)), _relative(path)):
         names.update(str(p) for p in (variant, *variant.parents) if str(p) not in (".", path.anchor))
     return names - {""}
 
 
-def _uid(part: str) -> str:
-    return next((piece.removeprefix("series=") for piece in part.split(";") if piece.startswith("series=")), "")
+def series_of(candidate: Candidate) -> str:
+    """The SeriesInstanceUID of a DICOM series; "" for other scans."""
+    return parse_part(candidate.part).series
 
 
 def _relative(path: Path) -> Path:

@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.corpus.content import Signature, content_hash, settle_copies, signature
-from nnunet_autoreg.corpus.exclude import excluded_because, outside, warn_unmatched
+from nnunet_autoreg.corpus.exclude import excluded_because, outside, series_of, warn_unmatched
 from nnunet_autoreg.corpus.find import Candidate
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sample_body
 from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key, stamp_of
 from nnunet_autoreg.corpus.manifest import Entry, Manifest, describe
 from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.parts import parse_part
 from nnunet_autoreg.corpus.peek import peek
 from nnunet_autoreg.corpus.read import cropped_shape, load_scan, read_header
 from nnunet_autoreg.corpus.rows import OK, ScanRow
@@ -34,6 +35,7 @@ EXCLUDED = "excluded"
 PASSING = ("huge", "unreadable")
 # Of these a header says all there is to say. With any other complaint the whole file is looked at, for the better reason.
 SETTLED_BY_HEADER = ("4d", "not3d", "tiny", "huge", "rgb", "complex")
+OTHER_NAMES = {"PT": "PET", "MRI": "MR", "MRT": "MR"}
 TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free some memory"
 
 
@@ -94,9 +96,11 @@ def index_scans(
         AutoregError: a worker process died.
     """
     described, entries = describe(candidates, manifest)
-    everything = [*described, *outside(exclude, described)]
+    others = outside(exclude, described)
+    everything = [*described, *others]
     warn_unmatched(exclude, everything)
-    rows = [first_row(c, excluded_because(c, exclude), salt, entries.get(c.id, Entry())) for c in everything]
+    series = {series_of(c) for c in others} - {""}
+    rows = [first_row(c, excluded_because(c, exclude, series), salt, entries.get(c.id, Entry())) for c in everything]
     tasks = tasks_of(everything, entries, modality_override)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
@@ -113,8 +117,9 @@ def tasks_of(candidates: Sequence[Candidate], entries: Mapping[str, Entry], moda
     tasks = []
     for candidate in candidates:
         named = entries.get(candidate.id, Entry()).modality
-        said = ((named, "--manifest"), ((modality_override or "").strip().upper(), "--modality"), (candidate.modality, "the file says so"))
-        modality, rule = next((pair for pair in said if pair[0]), ("", ""))
+        said = ((named, "--manifest"), (modality_override or "", "--modality"), (candidate.modality, "the file says so"))
+        modality, rule = next(((m.strip().upper(), rule) for m, rule in said if m.strip()), ("", ""))
+        modality = OTHER_NAMES.get(modality, modality)
         tasks.append(Task(candidate.path, candidate.part, candidate.channel, modality, rule, num_samples))
     return tasks
 
@@ -155,7 +160,7 @@ def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -
 
 def header_of(task: Task) -> Header:
     """Read the header of one scan."""
-    stamp = stamp_of(task.path)
+    stamp = stamp_of(task.path, deep=bool(parse_part(task.part).below))
     try:
         header = peek(task.path, task.part) or read_header(task.path, task.part)
     except ScanError as error:
@@ -218,7 +223,7 @@ def facts_of(task: Task) -> Facts:
         points = signature(array_ZYX)
         return Facts(
             "", "", modality, rule, as_size(array_ZYX.shape), scan.spacing_mm, cropped_shape(array_ZYX), digest,
-            body_percentiles(array_ZYX, modality), encoded(points, "<i2"), encoded(drawn, "<f4"))
+            tuple(float(f"{v:.6g}") for v in body_percentiles(array_ZYX, modality)), encoded(points, "<i2"), encoded(drawn, "<f4"))
     except ScanError as error:
         return Facts(error.status, str(error))
     except MemoryError:

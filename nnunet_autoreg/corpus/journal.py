@@ -95,10 +95,10 @@ def journal_key(stamp: str, *depends_on: Any) -> str:
     return hashlib.sha256(json.dumps([VERSION, stamp, *depends_on]).encode()).hexdigest() if stamp else ""
 
 
-def stamp_of(path: Path) -> str:
-    """Size and time of change of a file, or of all files in a folder; "" if it cannot be looked at."""
+def stamp_of(path: Path, deep: bool = False) -> str:
+    """Size and time of change of a file, or of all files in a folder (``deep``: and below it); "" if it cannot be looked at."""
     try:
-        return _folder_stamp(str(path)) if path.is_dir() else _entry(path.stat())
+        return _folder_stamp(str(path), deep) if path.is_dir() else _entry(path.stat())
     except OSError:
         return ""
 
@@ -108,7 +108,10 @@ def _entry(found: os.stat_result) -> str:
 
 
 @lru_cache(maxsize=256)
-def _folder_stamp(folder: str) -> str:
-    with os.scandir(folder) as entries:
-        listed = sorted(f"{entry.name}/{_entry(entry.stat())}" for entry in entries if entry.is_file())
+def _folder_stamp(folder: str, deep: bool) -> str:
+    folders = [where for where, _, _ in os.walk(folder)] if deep else [folder]
+    listed = []
+    for where in sorted(folders):
+        with os.scandir(where) as entries:
+            listed += sorted(f"{entry.path}/{_entry(entry.stat())}" for entry in entries if entry.is_file())
     return hashlib.sha256("\n".join(listed).encode("utf-8", "surrogateescape")).hexdigest()
