@@ -265,13 +265,20 @@ def start_from(network: "nn.Module", plan: Plan) -> None:
 
 
 def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[ScanRow], list[ScanRow]]:
-    """Training and held-out scans. All channels of a case go the same way, by a hash that other cases do not change."""
-    cases = sorted({(row.dataset, row.case) for row in rows})
-    num_heldout = min(max(1, round(fraction * len(cases))), len(cases) - 1) if fraction > 0 and len(cases) > 1 else 0
-    by_hash = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}/{case}".encode()).hexdigest())
-    chosen = set(by_hash[:num_heldout])
-    heldout = [row for row in rows if (row.dataset, row.case) in chosen]
-    return [row for row in rows if (row.dataset, row.case) not in chosen], heldout
+    """Training and held-out scans. All scans of a subject, and all channels of a case, go the same way.
+
+    Which way is told by a hash of the cases' names that other cases do not change; of a subject the lowest counts, since its
+    own hash differs between machines.
+    """
+    cases = {(row.dataset, row.case): row.subject for row in reversed(rows)}
+    lowest: dict[object, str] = {}
+    for case, subject in cases.items():
+        drawn = hashlib.sha256(f"{seed}/{case}".encode()).hexdigest()
+        lowest[subject or case] = min(drawn, lowest.get(subject or case, drawn))
+    num_heldout = min(max(1, round(fraction * len(lowest))), len(lowest) - 1) if fraction > 0 and len(lowest) > 1 else 0
+    chosen = set(sorted(lowest, key=lambda group: lowest[group])[:num_heldout])
+    is_heldout = [(cases[row.dataset, row.case] or (row.dataset, row.case)) in chosen for row in rows]
+    return [r for r, out in zip(rows, is_heldout, strict=True) if not out], [r for r, out in zip(rows, is_heldout, strict=True) if out]
 
 
 def stored(folder: Path, rows: list[ScanRow], store: Store, begun: bool) -> list[ScanRow]:

@@ -121,6 +121,7 @@ class Row:
     id: str
     dataset: str
     case: str
+    subject: str = ""
 
 
 def test_channels_of_a_case_are_held_out_together_and_more_cases_move_none_back():
@@ -129,3 +130,13 @@ def test_channels_of_a_case_are_held_out_together_and_more_cases_move_none_back(
     assert len(heldout) == 16 and len({row.case for row in heldout}) == 4
     assert not {row.case for row in training} & {row.case for row in heldout}
     assert split(rows[:4], 0.05, 0) == (rows[:4], [])
+
+
+def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
+    ways = []
+    for salt in ("x", "y"):
+        rows = [Row(f"{case}", f"D{case % 2}", f"case{case}", f"{salt}{case // 4}") for case in range(80)]
+        training, heldout = split(rows, 0.1, 0)
+        assert len(heldout) == 8 and not {row.subject for row in training} & {row.subject for row in heldout}
+        ways.append([row.id for row in heldout])
+    assert ways[0] == ways[1]
