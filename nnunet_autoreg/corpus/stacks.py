@@ -165,7 +165,8 @@ def _step(levels: list[float], spacing: Sequence[float]) -> tuple[float, tuple[s
     if len(levels) < 2:
         return float(max(spacing)), ("", "")
     gaps = np.diff(levels)
-    usual = float(np.median(gaps))
+    multiples = gaps / gaps.min()
+    usual = float(gaps.min() if np.abs(multiples - np.rint(multiples)).max() < UNEVEN else np.median(gaps))
     wrong = np.flatnonzero(np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM))
     if not wrong.size:
         return round((levels[-1] - levels[0]) / (len(levels) - 1), 5), ("", "")
