@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import types
 import typing
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ TEMPORARY_FILES = ".*.*.tmp"
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; flush it to disk and rename it onto ``path`` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two machines that share the folder may have the same process number.
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as handle:

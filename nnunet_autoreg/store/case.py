@@ -1,6 +1,7 @@
 """One preprocessed case on disk: a blosc2 array read crop by crop, described by a JSON file beside it."""
 
 import errno
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, write_json
 from nnunet_autoreg.store.layout import chunks_touched, layout_of
 from nnunet_autoreg.store.seal import Seal, chunk_damage, frame_damage, seal_of
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 MAX_OPEN = 128
@@ -133,15 +136,39 @@ def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None
 
 
 def _damaged(path: Path, what: str) -> StoreError:
-    """Take a case out of the store by removing its record, and say so."""
+    """Take a case out of the store by turning its record into a mark, and say so."""
     _handles.pop((os.getpid(), path), None)
     _checked.pop(path, None)
     try:
-        path.with_suffix(".json").unlink(missing_ok=True)
+        path.with_suffix(".json").rename(mark_of(path))
         then = "run the same line again to have it made anew"
+    except FileNotFoundError:
+        then = "another process has said so too: run the same line again to have it made anew"
     except OSError as error:
-        then = f"it cannot be removed ({error.strerror}): delete it and run the same line again"
+        then = f"it cannot be taken out of the store ({error.strerror}): delete it and run the same line again"
     return StoreError(f"{path} is damaged ({what}); {then}")
+
+
+def mark_of(path: Path) -> Path:
+    """The file beside a case that says it was found damaged."""
+    return path.with_suffix(".damaged")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a case agrees with its checksums; if not, it is taken out of the store."""
+    record = read_record(path)
+    if record is None or record.seal is None:
+        return False
+    case = StoredCase(path, record.shape_vox, record.spacing_mm, record.seal)
+    try:
+        _check_chunks(case, _opened(case), (0, 0, 0), case.shape_vox)
+    except StoreError as error:
+        log.warning("%s", error)
+        return False
+    except (RuntimeError, ValueError) as error:
+        log.warning("%s", _damaged(path, f"blosc2 says: {error}"))
+        return False
+    return True
 
 
 def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
@@ -162,6 +189,7 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
         with atomic_path(path) as temporary:
             temporary.write_bytes(frame)
         write_json(path.with_suffix(".json"), written)
+        mark_of(path).unlink(missing_ok=True)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk or your quota is full; finished cases are kept: free space" if full else f"{error.strerror}; mend it"

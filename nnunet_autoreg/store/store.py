@@ -20,14 +20,15 @@ from nnunet_autoreg.errors import PlanError, ScanError, StoreError, UsageError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.nnunet_api import CT_SCHEME, crop_resample_normalise, preprocessed_folder, resampled_shape, scheme_of
 from nnunet_autoreg.plan import IntensityWindow
-from nnunet_autoreg.store.case import FORMAT_VERSION, CaseRecord, StoredCase, read_record, write_case
+from nnunet_autoreg.store.case import FORMAT_VERSION, CaseRecord, StoredCase, is_whole, mark_of, read_record, write_case
 
 log = logging.getLogger(__name__)
 
 FOLDER = "autoreg_store"
 MASK_BELOW = 3 / 4
-# Measured on hippocampus, cardiac and sarcoma scans: float32 shrinks to 0.6 .. 0.9 of its size.
+# An upper bound: float32 shrinks to 1.6 .. 3.4 bytes on the average of a dataset, 1.1 .. 3.6 in single cases (docs/measured.md).
 BYTES_PER_VOXEL = 3.6
+BYTES_PER_CASE = 8192
 STALE_AFTER_S = 24 * 3600
 
 
@@ -106,7 +107,7 @@ class Store:
         """
         self.failures = {}
         tasks = [task for task in plan_tasks(rows, spacing_mm, ct_window) if part.takes(task.key)]
-        missing = self._missing(tasks)
+        missing = self._checked(tasks, self._missing(tasks), num_workers)
         lost: dict[str, ScanError] = {}
         if missing:
             self._prepare(missing, len(tasks))
@@ -126,6 +127,17 @@ class Store:
     def _missing(self, tasks: Sequence[Task]) -> list[Task]:
         """One task for every key that is not in the store."""
         return list({task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values())
+
+    def _checked(self, tasks: Sequence[Task], missing: list[Task], num_workers: int) -> list[Task]:
+        """What is missing, after a look at every byte of the others if one of the missing was found damaged."""
+        num_damaged = sum(mark_of(self._path(task.key)).exists() for task in missing)
+        paths = sorted({self._path(task.key) for task in tasks} - {self._path(task.key) for task in missing})
+        if not num_damaged or not paths:
+            return missing
+        log.warning("store: %d cases were found damaged, so all %d others of this run are checked", num_damaged, len(paths))
+        num_more = sum(not whole for whole in parallel_map(is_whole, paths, num_workers, "checking the store"))
+        log.info("store: %d more are damaged; all are made anew", num_more)
+        return self._missing(tasks)
 
     def open(self, key: str) -> StoredCase:
         """The case of a key that ``ensure`` returned.
@@ -161,11 +173,12 @@ class Store:
         for stale in self.root.glob("*/.*.tmp"):
             if time.time() - stale.stat().st_mtime > STALE_AFTER_S:
                 stale.unlink(missing_ok=True)
-        needed = sum(BYTES_PER_VOXEL * volume(resampled_shape(*transposed_geometry(t.row), t.spacing_mm)) for t in missing)
-        log.info("store: %d of %d cases are missing; they need about %.2f GiB in %s (%.1f GiB free)",
+        voxels = sum(volume(resampled_shape(*transposed_geometry(t.row), t.spacing_mm)) for t in missing)
+        needed = voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
+        log.info("store: %d of %d cases are missing; they need at most about %.2f GiB in %s (%.2f GiB free)",
                  len(missing), num_all, needed / 2**30, self.root, free / 2**30)
         if needed > free:
-            log.warning("store: the disk will probably be full before the end; finished cases are kept")
+            log.warning("store: the disk may be full before the end; finished cases are kept, and the same line goes on later")
 
 
 def case_path(root: Path, key: str) -> Path:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+import platform
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,14 +23,15 @@ from scipy.ndimage import gaussian_filter
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.errors import PlanError, StoreError
+from nnunet_autoreg.errors import PlanError, StoreError, UsageError
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.nnunet_api import crop_resample_normalise, read_scan
 from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.records import TEMPORARY_FILES, atomic_path
 from nnunet_autoreg.store import case as store_case
 from nnunet_autoreg.store.case import CaseRecord, StoredCase, write_case
 from nnunet_autoreg.store.layout import blocks_touched, chunks_touched, layout_of
-from nnunet_autoreg.store.store import Store, plan_task
+from nnunet_autoreg.store.store import Part, Store, parse_part, plan_task
 
 ISO = (1.0, 1.0, 1.0)
 WINDOW = IntensityWindow(mean=40.0, std=100.0, median=35.0, min=-900.0, max=1500.0, percentile_00_5=-160.0, percentile_99_5=400.0)
@@ -183,7 +185,7 @@ def test_the_disk_need_is_told_before_the_start(tmp_path: Path, caplog: pytest.L
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with caplog.at_level(logging.INFO):
         Store(tmp_path / "store").ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1)
-    assert "1 of 1 cases are missing; they need about" in caplog.text and "will probably be full" in caplog.text
+    assert "1 of 1 cases are missing; they need at most about" in caplog.text and "may be full" in caplog.text
 
 
 def test_scans_that_vanish_or_change_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,10 +249,27 @@ def test_every_altered_byte_is_noticed_by_the_first_read_and_the_case_made_again
         case.path.with_suffix(".json").write_bytes(record)
         with pytest.raises(StoreError, match=r"is damaged .*; run the same line again to have it made anew"):
             case.read((0, 0, 0), (4, 5, 6))
-        assert not case.path.with_suffix(".json").exists()
+        assert not case.path.with_suffix(".json").exists() and case.path.with_suffix(".damaged").exists()
     again = stored_case(tmp_path, (4, 5, 6))
     assert again == case and again.path.read_bytes() == whole
     np.testing.assert_array_equal(again.read((0, 0, 0), (4, 5, 6)), crop)
+
+
+def test_one_damaged_case_has_all_others_checked_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows, store = make_rows(tmp_path / "pool", 4), Store(tmp_path / "store")
+    cases = [store.open(key) for key in store.ensure(rows, ISO, None, 1).values()]
+    before = [case.path.read_bytes() for case in cases]
+    for case, data in zip(cases[:3], before, strict=False):
+        case.path.write_bytes(data[:1000] + bytes([data[1000] ^ 8]) + data[1001:])
+    with pytest.raises(StoreError, match="is damaged"):
+        cases[0].read((0, 0, 0), (4, 4, 4))
+    keys = store.ensure(rows, ISO, None, 1)
+    assert "1 cases were found damaged, so all 3 others of this run are checked" in caplog.text
+    assert [store.open(key).path.read_bytes() for key in keys.values()] == before
+    assert not list(store.root.glob("*/*.damaged"))
+    caplog.clear()
+    store.ensure(rows, ISO, None, 1)
+    assert "checked" not in caplog.text
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
@@ -344,6 +363,74 @@ def test_a_crop_names_the_chunks_it_touches_in_c_order() -> None:
     assert chunks_touched((0, 0, 0), (1, 1, 1), (10, 10, 10), (4, 5, 6)) == [0]
     assert chunks_touched((3, 4, 5), (2, 2, 2), (10, 10, 10), (4, 5, 6)) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert chunks_touched((8, 9, 9), (2, 1, 1), (10, 10, 10), (4, 5, 6)) == [11]
+
+
+def test_parts_share_the_cases_and_meet_in_one_store(tmp_path: Path) -> None:
+    rows, root = make_rows(tmp_path / "pool", 9), tmp_path / "store"
+    made = [set(Store(root).ensure(rows, ISO, None, 1, Part(k, 3)).values()) for k in (1, 2, 3)]
+    assert sum(len(part) for part in made) == len(set().union(*made)) == 9
+    assert Store(root).num_missing(rows, ISO, None) == (0, 9)
+    before = snapshot(root)
+    assert set(Store(root).ensure(rows, ISO, None, 1).values()) == set().union(*made)
+    assert snapshot(root) == before
+
+
+def test_a_part_knows_what_the_others_have_left_to_do(tmp_path: Path) -> None:
+    rows, store = make_rows(tmp_path / "pool", 6), Store(tmp_path / "store")
+    assert store.num_missing([*rows, replace(rows[0], id="copy")], ISO, None) == (6, 6)
+    done = store.ensure(rows, ISO, None, 1, Part(2, 2))
+    assert 0 < len(done) < 6 and store.num_missing(rows, ISO, None) == (6 - len(done), 6)
+
+
+def test_a_part_is_given_as_k_of_n() -> None:
+    assert parse_part("3/8") == Part(3, 8) and parse_part("1/1") == Part()
+    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2", "1/3/5"):
+        with pytest.raises(UsageError, match="give K/N"):
+            parse_part(text)
+
+
+def test_processes_that_make_the_same_cases_at_once_leave_whole_ones(tmp_path: Path) -> None:
+    rows, root = make_rows(tmp_path / "pool", 4), tmp_path / "store"
+    alone = Store(tmp_path / "alone")
+    alone.ensure(rows, ISO, None, 1)
+    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
+        results = [pool.submit(Store(root).ensure, rows, ISO, None, 1) for _ in range(3)]
+        keys = [result.result() for result in results]
+    assert keys[0] == keys[1] == keys[2]
+    files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(alone.root): path.read_bytes() for path in alone.root.rglob("*") if path.is_file()}
+
+
+def test_temporary_names_differ_between_machines_with_equal_process_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for machine in ("node1", "node2"):
+        monkeypatch.setattr(platform, "node", lambda machine=machine: machine)
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_bytes(b"x")
+            names.append(temporary.name)
+    assert len(set(names)) == 2 and all(Path(name).match(TEMPORARY_FILES) for name in names)
+
+
+def test_a_file_that_may_not_grow_ends_like_a_full_disk(tmp_path: Path) -> None:
+    """The kernel itself breaks the write off in the middle: RLIMIT_FSIZE, in a process of its own."""
+    rows, root = make_rows(tmp_path / "pool", 2), tmp_path / "store"
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool, pytest.raises(StoreError, match="full; finished cases are kept"):
+        pool.submit(_ensure_with_small_files, root, rows).result()
+    assert snapshot(root) == {}
+    assert len(Store(root).ensure(rows, ISO, None, 1)) == 2
+
+
+def _ensure_with_small_files(root: Path, rows: list[ScanRow]) -> None:
+    resource = pytest.importorskip("resource", reason="Windows knows no such limit")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    Store(root).ensure(rows, ISO, None, 1)
+
+
+def test_a_giant_scan_is_refused_with_the_figure_before_it_is_read(tmp_path: Path) -> None:
+    row = replace(make_rows(tmp_path / "pool", 1)[0], shape_vox=(1500,) * 3, cropped_shape_vox=(1500,) * 3, source="/nowhere.nii.gz")
+    store = Store(tmp_path / "store")
+    assert store.ensure([row], ISO, None, 1) == {}
+    assert "1500 x 1500 x 1500 voxels need about 151 GiB of memory" in str(store.failures["pool/0"])
 
 
 def test_the_default_place_is_in_nnunets_preprocessed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
