@@ -8,7 +8,7 @@ from itertools import pairwise
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 54, 112, 12, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 260, 54, 134, 12, 30
 MAX_POINTS = 240
 LABEL_GAP = 15
 

@@ -11,6 +11,7 @@ import torch
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.pretrain.batches import parts_of
 from nnunet_autoreg.sequences.sample import Batch
 
 log = logging.getLogger(__name__)
@@ -46,13 +47,19 @@ def gauges(plan: Plan, objective: Objective, device: torch.device, sample: Batch
     """Gauges of a run; on CUDA they take a second to measure the peak.
 
     Args:
-        sample: one sample to count the arithmetic of a step with; without it there is no share of peak.
+        sample: to count the arithmetic of a step with its first crop; without it there is no share of peak.
     """
     tokens = plan.optim.batch_size * volume(grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     if device.type != "cuda" or sample is None:
         return Gauges(device, tokens)
-    flops = plan.optim.batch_size / len(sample.prefix) * step_flops(objective, sample)
-    return Gauges(device, tokens, flops, matmul_peak(device))
+    try:
+        flops = plan.optim.batch_size * step_flops(objective, next(parts_of(sample, 1)).to(device))
+        peak = matmul_peak(device)
+    except (RuntimeError, NotImplementedError) as error:
+        log.warning("the share of the device's peak could not be measured (%s)", str(error).splitlines()[0])
+        return Gauges(device, tokens)
+    torch.cuda.reset_peak_memory_stats(device)
+    return Gauges(device, tokens, flops, peak)
 
 
 def step_flops(objective: Objective, batch: Batch) -> float:

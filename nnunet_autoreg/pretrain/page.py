@@ -32,7 +32,7 @@ figcaption{font-size:.9rem;max-width:46rem}
 table{border-collapse:collapse;width:100%;font-size:.93rem}
 th,td{text-align:left;vertical-align:top;padding:.4rem .7rem;border-top:1px solid var(--line)}
 thead th{border-top:0;background:var(--panel);white-space:nowrap}
-tbody th{font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+tbody th{font-weight:600;min-width:7.5rem}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.wide{min-width:17rem}td ul{margin:0;padding-left:1.1rem}
 summary{cursor:pointer;margin:.6rem 0;font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr));gap:1.2rem}
@@ -51,8 +51,7 @@ figure{margin:0 0 1.4rem}.charts figure{margin:0}
 .slice image{image-rendering:pixelated}
 .slice .given{fill:var(--given);fill-opacity:.28;stroke:none}
 .slice .edge{fill:none;stroke:#62b8f0;stroke-width:1.6;vector-effect:non-scaling-stroke}
-.key{display:inline-block;width:.9em;height:.9em;vertical-align:-.1em;background:color-mix(in srgb,var(--given) 40%,#777)}
-.bar{height:.7rem;width:min(100%,24rem);border:1px solid var(--line);
+.bar{display:inline-block;height:.8rem;width:10rem;vertical-align:-.1rem;border:1px solid var(--line);
 background:linear-gradient(90deg,#000004,#420a68,#932667,#dd513a,#fca50a,#fcffa4)}
 """
 

@@ -22,6 +22,8 @@ from nnunet_autoreg.records import to_jsonable, write_text
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
+FAR = 1.2
+"""A baseline this much above all other curves would flatten them."""
 BASELINES = {"heldout_copy": "copying the previous block", "heldout_mean": "predicting the mean"}
 Series = Mapping[str, Points]
 
@@ -47,7 +49,8 @@ class Reporter:
         try:
             rows = () if self.scans else read_index(self.folder / "scans.csv")
             self.scans = self.scans or scans_section(rows, self.setting.num_training, self.setting.num_heldout)
-            text = report(self.plan, self.setting, read_series(self.folder), self.scans, make_pictures())
+            logged = read_series(self.folder), read_notes(self.folder)
+            text = report(self.plan, self.setting, *logged, self.scans, make_pictures())
             write_text(self.folder / REPORT_NAME, text)
         except Exception as error:
             log.warning("%s could not be written (%s: %s); training goes on", self.folder / REPORT_NAME, type(error).__name__, error)
@@ -57,15 +60,22 @@ def read_series(folder: Path) -> Series:
     """Metric -> (steps done, value), as logged so far."""
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in read_lines(folder / "metrics.jsonl"):
-        series[str(line["name"])].append((line["step"] + 1, line["value"]))
+        if line["unit"] != "text":
+            series[str(line["name"])].append((line["step"] + 1, line["value"]))
     return series
 
 
-def report(plan: Plan, setting: Setting, series: Series, scans: str, pictures: Sequence[Picture]) -> str:
-    """The whole page; ``scans`` is the section on what went in."""
+def read_notes(folder: Path) -> list[str]:
+    """What was said in words, "step n: ...", the latest first."""
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["unit"] == "text"]
+    return [f"step {line['step'] + 1:,}: {line['value']}" for line in reversed(lines)]
+
+
+def report(plan: Plan, setting: Setting, series: Series, notes: Sequence[str], scans: str, pictures: Sequence[Picture]) -> str:
+    """The whole page; ``scans`` is the section on what went in, ``notes`` what training said in words, the latest first."""
     body = [
         f"<header><h1>Pretraining: {escape(plan.name)}</h1>{_contents()}</header>\n<main>",
-        _verdict(plan, series), _tiles(plan, setting, series), _next(plan, series),
+        _verdict(plan, series, notes), _tiles(plan, setting, series), _next(plan, series),
         scans, _learning(plan, series), _health(series),
         _pictures(pictures, setting), _cost(plan, setting, series), _plan(plan), "</main>",
     ]
@@ -80,6 +90,10 @@ def _contents() -> str:
 
 def _last(series: Series, name: str) -> float | None:
     return series[name][-1][1] if series.get(name) else None
+
+
+def _last_step(series: Series, name: str) -> float:
+    return series[name][-1][0] if series.get(name) else 0
 
 
 def steps_done(series: Series) -> int:
@@ -103,9 +117,15 @@ def verdict(plan: Plan, series: Series) -> tuple[bool, str]:
     return False, f"It has not learned to predict yet: {figures}. Train longer, or look at the pictures and at scans.csv."
 
 
-def _verdict(plan: Plan, series: Series) -> str:
+def _verdict(plan: Plan, series: Series, notes: Sequence[str]) -> str:
     good, words = verdict(plan, series)
-    return page.paragraph(words, "verdict" if good else "verdict warn")
+    said = page.paragraph(words, "verdict" if good else "verdict warn")
+    latest = f"step {int(_last_step(series, 'heldout_error')):,}: "
+    said += "".join(page.paragraph(f"At {note}", "verdict warn") for note in notes if note.startswith(latest))
+    earlier = [(note,) for note in notes if not note.startswith(latest)]
+    if not earlier:
+        return said
+    return said + page.folded(f"Earlier warnings: {len(earlier)}", page.table("Earlier warnings", ("warning",), earlier))
 
 
 def _seconds(series: Series) -> float:
@@ -173,10 +193,16 @@ def _learning(plan: Plan, series: Series) -> str:
     def line(label: str, name: str, look: str = "main") -> Line:
         return Line(label, series.get(name, ()), look)
 
-    errors = (line("held-out", "heldout_error"), line("training", "train_error", "second"),
-              line("copy", "heldout_copy", "base"), line("mean", "heldout_mean", "base2"))
+    errors = [line("held-out", "heldout_error"), line("training", "train_error", "second"), line("mean", "heldout_mean", "base2")]
+    copy, highest = _last(series, "heldout_copy"), max((value for drawn in errors for _, value in drawn.points), default=0.0)
+    note = "Dotted: predicting each token's mean."
+    if copy is not None and copy > FAR * highest:
+        note += f" Copying the previous block costs {copy:.3g}, above this chart."
+    elif copy is not None:
+        errors.append(line("copy", "heldout_copy", "base"))
+        note += " Dashed: copying the previous block."
     charts = [
-        chart("Next-block error", "per voxel", errors, "Dashed: held-out error of copying the previous block, or each token's mean."),
+        chart("Next-block error", "per voxel", errors, note),
         chart("Learning rate", f"peak {plan.optim.lr:.3g}", (line("rate", "lr", "second"),)),
         chart("Gradient norm", "before clipping", (line("norm", "gradient_norm", "second"),),
               f"Clipped at {plan.optim.clip_norm:g}.", logarithmic=True),
@@ -186,26 +212,25 @@ def _learning(plan: Plan, series: Series) -> str:
     return page.section("learning", "Does it learn?", page.paragraph(text), f'<div class="charts">{"".join(charts)}</div>')
 
 
-HEALTH = {"token_variance": ("Variance of token features", "over held-out tokens", "Near 0, all tokens look alike: a collapse."),
-          "effective_rank": ("Effective rank of token features", "dimensions", "Dimensions that the features fill; near 1: a collapse.")}
+HEALTH = {
+    "token_variance": ("Token variance", "share", "How much of the features depends on the image, not on the place; near 0: a collapse."),
+    "effective_rank": ("Effective rank", "directions", "Over how many directions the features spread; near 1: a collapse."),
+}
+PROBES = {"probe_features": "main", "probe_voxels": "base", "probe_chance": "base2"}
 
 
 def _health(series: Series) -> str:
     """Health and probes, where they were measured; whatever else was logged comes after them."""
-    shown = {"train_error", "heldout_error", *BASELINES, "lr", "gradient_norm", "step_time", "tokens_per_second", "peak_memory"}
+    shown = {"train_error", "heldout_error", *BASELINES, "lr", "gradient_norm", "step_time", "tokens_per_second", "peak_memory",
+             "share_of_peak"}
     charts = [chart(title, unit, (Line("now", series[name]),), note) for name, (title, unit, note) in HEALTH.items() if name in series]
-    probes = sorted(name for name in series if name.startswith("probe_"))
-    looks = {name: "base" if re.search(r"raw|base|chance|trivial", name) else "main" for name in probes}
-    charts.append(chart("Frozen probe on labels", "held-out subjects", [Line(_label(n, "probe_"), series[n], looks[n]) for n in probes],
-                        "A linear reading of the frozen features, against the same on raw voxels."))
-    rest = sorted(name for name in series if name not in shown and name not in HEALTH and name not in probes)
-    charts += [chart(name.replace("_", " "), "as in metrics.jsonl", (Line("now", series[name], "second"),)) for name in rest]
+    probes = [Line(name.removeprefix("probe_"), series[name], look) for name, look in PROBES.items() if name in series]
+    charts.append(chart("Frozen probe on labels", "balanced accuracy, other subjects", probes,
+                        "Labels told from the frozen features by a linear reading, against the same from raw voxels."))
+    rest = sorted(name for name in series if name not in shown and name not in HEALTH and name not in PROBES)
+    charts += [chart(name.replace("_", " ").capitalize(), "from metrics.jsonl", (Line("now", series[name], "second"),)) for name in rest]
     drawn = "".join(charts)
     return page.section("health", "Health and probes", f'<div class="charts">{drawn}</div>') if drawn else ""
-
-
-def _label(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).replace("_", " ")[:12]
 
 
 def _pictures(pictures: Sequence[Picture], setting: Setting) -> str:
@@ -228,7 +253,7 @@ def _figure(number: int, picture: Picture) -> str:
     for cut in picture.slices:
         cells = "".join(f"<div><span>{escape(title)}</span>{svg}</div>" for title, svg in panels(cut))
         planes.append(f'<p class="soft">{escape(cut.name)}</p><div class="panels">{cells}</div>')
-    title = f"Sample {number}: {100 * picture.given_share:.0f} % given"
+    title = f"Sample {number}: {picture.num_given:,} of {picture.num_blocks:,} blocks given"
     return f'<figure aria-label="{escape(title)}"><h3>{escape(title)}</h3>{"".join(planes)}</figure>'
 
 

@@ -11,13 +11,14 @@ from nnunet_autoreg.pretrain import page
 NUM_EXAMPLES = 3
 MIN_NAME = 3
 HIDDEN = "[name]"
+HARMLESS = {"imagesTr", "imagesTs", "labelsTr", "labelsTs", "dataset"}
 
 
 def scans_section(rows: Sequence[ScanRow], num_training: int, num_heldout: int) -> str:
     """Counts equal those of scans.csv. Nothing that may name a patient is shown: scans are told by their line in scans.csv."""
     used = sum(row.status == OK for row in rows)
     said = (f"{len(rows):,} entries were found; {used:,} take part ({num_training:,} to train on, {num_heldout:,} held out), "
-            f"{len(rows) - used:,} do not. scans.csv in this folder has every one of them.")
+            f"{len(rows) - used:,} left out. scans.csv in this folder has every one of them.")
     statuses = page.table("Scans by status", ("status", "scans", "why, for example"), _status_rows(rows), ("", "n", "wide"))
     pools = page.table("Scans that take part, by dataset", ("dataset", "modality", "channel or contrast", "scans", "told by"),
                        _pool_rows(rows), ("", "", "", "n", "wide"))
@@ -65,7 +66,7 @@ def _names(rows: Iterable[ScanRow]) -> set[str]:
         source = PurePath(row.source)
         names |= {row.id, row.case, row.subject, row.session, row.part, row.source}
         names |= {source.name, source.name.split(".")[0], source.parent.name}
-    return {name for name in names if len(name) >= MIN_NAME}
+    return {name for name in names if len(name) >= MIN_NAME} - HARMLESS
 
 
 def _pool_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:

@@ -45,9 +45,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Picture:
-    """One held-out sample: the share of its tokens that was given, and its planes."""
+    """One held-out sample: how many of its blocks were given, and its planes."""
 
-    given_share: float
+    num_given: int
+    num_blocks: int
     slices: tuple[Slice, ...]
 
 
@@ -68,22 +69,22 @@ def held_out_pictures(
                 made = objective.reconstruct(batch.to(device))
             parts = {name: getattr(made, name).float().cpu().numpy() for name in
                      ("truth", "trivial", "predicted", "given", "scored", "real")}
-            pictures += [_picture({name: part[b] for name, part in parts.items()}, spacing_mm) for b in range(len(batch.prefix))]
+            blocks = (batch.ranks.amax(dim=1) + 1).tolist()
+            pictures += [Picture(given, blocks[b], _planes({name: part[b] for name, part in parts.items()}, spacing_mm))
+                         for b, given in enumerate(batch.prefix.tolist())]
     finally:
         objective.module.train(was_training)
     return pictures[:NUM_SAMPLES]
 
 
-def _picture(parts: dict[str, Floats], spacing_mm: Spacing) -> Picture:
-    """Of a sample's members, the one in which most was asked for."""
+def _planes(parts: dict[str, Floats], spacing_mm: Spacing) -> tuple[Slice, ...]:
+    """Two planes of that of a sample's members in which most was asked for."""
     member = int(parts["scored"].sum(axis=(1, 2, 3)).argmax())
-    real = parts["real"] > 0
-    share = float((parts["given"] > 0).sum() / max(1, real.sum()))
     own = {name: part[member] for name, part in parts.items()}
     seen = own["truth"][own["real"] > 0]
     low, high = np.percentile(seen, [1, 99]) if seen.size else (0.0, 1.0)
     grey = (float(low), float(max(high, low + 1e-3)))
-    return Picture(share, tuple(_slice(own, axis, name, spacing_mm, grey) for axis, name in AXES))
+    return tuple(_slice(own, axis, name, spacing_mm, grey) for axis, name in AXES)
 
 
 def _slice(own: dict[str, Floats], axis: int, name: str, spacing_mm: Spacing, grey: tuple[float, float]) -> Slice:
