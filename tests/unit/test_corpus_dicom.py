@@ -76,6 +76,37 @@ def test_slope_and_intercept_are_applied_slice_by_slice(tmp_path: Path) -> None:
     np.testing.assert_allclose(array_of(only(tmp_path / "pool")), ras(expected), rtol=1e-6)
 
 
+def write_compressed(folder: Path, array: Any) -> None:
+    """The series as GDCM itself writes it, losslessly compressed."""
+    folder.mkdir()
+    for number, pixels in enumerate(array):
+        image = SimpleITK.GetImageFromArray(pixels)
+        values = {"0008|0008": "ORIGINAL\\PRIMARY\\AXIAL", "0008|0060": "CT", "0008|0016": d.CT, "0020|000d": "1.2.77",
+                  "0020|000e": "1.2.3", "0008|0018": f"1.2.3.9.{number}", "0020|0013": str(number), "0020|0032": f"-10\\-20\\{2 * number}",
+                  "0020|0037": "1\\0\\0\\0\\1\\0", "0028|0030": "1.5\\1"}
+        for key, value in values.items():
+            image.SetMetaData(key, value)
+        writer: Any = SimpleITK.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetFileName(str(folder / f"{number}.dcm"))
+        writer.Execute(image)
+
+
+def test_a_compressed_series_is_read_and_a_truncated_one_is_noticed(tmp_path: Path) -> None:
+    write_compressed(tmp_path / "pool", d.volume())
+    path = tmp_path / "pool" / "3.dcm"
+    with path.open("rb") as stream:
+        tags = t.parse_tags(stream)
+    assert tags[t.PIXELS][1] is None, "the fixture must be compressed"
+    one = only(tmp_path / "pool")
+    np.testing.assert_array_equal(array_of(one), ras(d.volume()))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ScanError) as caught:
+        load_scan(one.path, one.part)
+    assert caught.value.status == "unreadable"
+
+
 def test_series_of_one_folder_are_told_apart_and_nested_folders_are_searched(tmp_path: Path) -> None:
     d.write_series(tmp_path / "pool" / "x" / "y", series="1.1", prefix="a")
     d.write_series(tmp_path / "pool" / "x" / "y", d.volume(seed=1), series="1.2", prefix="b")
