@@ -86,10 +86,28 @@ class Check:
     remedy: str = ""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="autoreg_doctor",
+        description="Checks that nnunet-autoreg and nnU-Net find each other, which GPU and paths are used, "
+        "and says how to mend what is wrong. Exit code 0: all is well; 1: something is to be mended.",
+    )
+    mending = p.add_mutually_exclusive_group()
+    mending.add_argument(
+        "--link",
+        action="store_true",
+        help=f"write {LINK_NAME} into this environment's site-packages if nnU-Net does not find our classes "
+        "(needed after 'pip install -e' of nnunet-autoreg, or when it is reached through PYTHONPATH)",
+    )
+    mending.add_argument("--unlink", action="store_true", help="remove what --link wrote, and nothing else")
+    return p
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Show the table, or make or remove the link. Returns 0 when all is well, 1 when something is to be mended."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     if arguments.link:
         return _link(_site_packages())
     if arguments.unlink:
@@ -102,23 +120,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"      -> {check.remedy}", flush=True)
     print_next(_next(checks))
     return int(any(check.status == FAIL for check in checks))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="autoreg_doctor",
-        description="Checks that nnunet-autoreg and nnU-Net find each other, which GPU and paths are used, "
-        "and says how to mend what is wrong. Exit code 0: all is well; 1: something is to be mended.",
-    )
-    mending = parser.add_mutually_exclusive_group()
-    mending.add_argument(
-        "--link",
-        action="store_true",
-        help=f"write {LINK_NAME} into this environment's site-packages if nnU-Net does not find our classes "
-        "(needed after 'pip install -e' of nnunet-autoreg, or when it is reached through PYTHONPATH)",
-    )
-    mending.add_argument("--unlink", action="store_true", help="remove what --link wrote, and nothing else")
-    return parser
 
 
 def all_checks() -> Iterator[Check]:
