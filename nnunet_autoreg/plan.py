@@ -25,7 +25,7 @@ class IntensityWindow:
     percentile_99_5: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpacingGroup:
     """Scans of one modality and like spacing, which share a target spacing; all (z, y, x), the coarsest axis first.
 
@@ -37,6 +37,10 @@ class SpacingGroup:
     modality: str
     native_mm: Spacing
     spacing_mm: Spacing
+
+    def __repr__(self) -> str:
+        native, target = (" x ".join(f"{s:.4g}" for s in spacing) for spacing in (self.native_mm, self.spacing_mm))
+        return f"{self.modality} of {native} to {target} mm"
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,8 @@ def _check_numbers(plan: Plan) -> None:
         if not 0 < number < float("inf"):
             raise PlanError(f"{key}={number} must be a number greater than 0")
     not_negative = {"run.max_rollbacks": run.max_rollbacks, "run.min_token_variance": run.min_token_variance,
-                    "run.min_effective_rank": run.min_effective_rank, "run.seed": run.seed, "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
+                    "run.min_effective_rank": run.min_effective_rank, "run.seed": run.seed,
+                    "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
     for key, number in not_negative.items():
         if not number >= 0:
             raise PlanError(f"{key}={number} must not be negative")

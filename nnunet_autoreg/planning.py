@@ -194,9 +194,10 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
 
 
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
-    """Target spacings and the reasons; groups are written where there is more than one."""
-    if len(pool.groups) < 2:
-        reason = pool.groups[0].reason if pool.groups else f"median of {pool.num_scans} scans"
+    """Target spacings and the reasons; groups are written where their targets differ."""
+    if len({group.spacing_mm for group in pool.groups}) < 2:
+        reasons = [f"{group.reason}{f' ({group.modality})' if group.modality else ''}" for group in pool.groups]
+        reason = " and ".join(reasons) or f"median of {pool.num_scans} scans"
         return DataPlan(pool.spacing_mm, pool.ct_window), {"data.spacing_mm": f"{reason}, coarsest axis first"}
     groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in pool.groups)
     told = "; ".join(f"{g.num_scans} {g.modality} to {_times(g.spacing_mm)} mm ({g.reason}){_padding(crop, g)}" for g in pool.groups)

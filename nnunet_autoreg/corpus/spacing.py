@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ GROUP_RATIO = 2.0
 MIN_GROUP_SCANS = 3
 """Fewer scans of an odd spacing are taken for outliers, which join the nearest group."""
 SMALL_IMAGE_VOX = 64**3
+ALIKE_RATIO = 1.02
 BINS_PER_OCTAVE = 8
 FINEST_PERCENTILE = 10
 RECENTRINGS = 8
@@ -81,7 +82,7 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Gr
 
     Scans of one modality and of spacings within about a factor of 2 share a target; so a cine MR of 10 x 1.5 x 1.5 mm and a
     brain of 1 mm, in one pool, both stay near their own resolution. One or two scans of an odd spacing found no group and move
-    no target.
+    no target. Targets within 2 % of each other become that of the larger group.
     """
     if not isinstance(policy, str):
         everyone = tuple(range(len(scans)))
@@ -98,7 +99,7 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Gr
             target, reason = target_of([scans[i] for i in positions[core]], policy)
             if members:
                 groups.append(Group(modality, natives[n], target, members, reason))
-    return sorted(groups, key=lambda group: (-len(group.members), volume_mm3(group.spacing_mm)))
+    return _aligned(sorted(groups, key=lambda group: (-len(group.members), math.prod(group.spacing_mm))))
 
 
 def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]:
@@ -130,9 +131,13 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
     return own[_nearest(spacing_mm, [group.native_mm for group in own])].spacing_mm if own else data.spacing_mm
 
 
-def volume_mm3(spacing_mm: Sequence[float]) -> float:
-    """Volume of a voxel."""
-    return math.prod(spacing_mm)
+def _aligned(groups: list[Group]) -> list[Group]:
+    """Targets that all but agree, made equal: CT and MR of one patient then have voxels of one size."""
+    targets: list[Spacing] = []
+    for group in groups:
+        alike = [t for t in targets if max(max(p / q, q / p) for p, q in zip(t, group.spacing_mm, strict=True)) <= ALIKE_RATIO]
+        targets.append(alike[0] if alike else group.spacing_mm)
+    return [replace(group, spacing_mm=target) for group, target in zip(groups, targets, strict=True)]
 
 
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:

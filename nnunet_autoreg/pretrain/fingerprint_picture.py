@@ -1,12 +1,13 @@
 """``fingerprint.png``: the pool on one page - spacings and their targets, sizes against the crop, intensities, groups."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint, ModalityPrint, row_spacing, transposed_geometry
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.geometry import volume
+from nnunet_autoreg.geometry import Spacing, volume
 from nnunet_autoreg.nnunet_api import resampled_shape
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
@@ -35,6 +36,7 @@ def draw_fingerprint(picture: Path, fingerprint: Fingerprint, rows: Sequence[Sca
     left, right = top.subplots(1, 2)
     _draw_spacings(left, fingerprint, rows, colours)
     _draw_sizes(right, rows, plan, colours)
+    middle.suptitle("Each line is a scan: thin 0.5 to 99.5 %, thick 5 to 95 %, dot the median; dashed: the CT window", fontsize=10)
     shown = list(fingerprint.modalities.items())[:MAX_PANELS]
     for axis, (name, numbers) in zip(middle.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         _draw_intensities(axis, name, numbers, [row for row in rows if row.modality == name], fingerprint, colours[name])
@@ -46,17 +48,21 @@ def draw_fingerprint(picture: Path, fingerprint: Fingerprint, rows: Sequence[Sca
 def _draw_spacings(axis: Any, fingerprint: Fingerprint, rows: Sequence[ScanRow], colours: dict[str, str]) -> None:
     """In-plane against slice spacing of every scan, and the targets."""
     for name, colour in colours.items():
-        spacings = [transposed_geometry(row)[1] for row in rows if row.modality == name]
-        axis.scatter([(y * x) ** 0.5 for _, y, x in spacings], [z for z, _, _ in spacings], s=28, alpha=0.35, color=colour,
-                     label=f"{name} ({len(spacings)})", linewidths=0)
+        places = Counter((round((y * x) ** 0.5, 2), round(z, 2)) for z, y, x in _spacings(rows, name))
+        axis.scatter([p[0] for p in places], [p[1] for p in places], s=[28 * n**0.5 for n in places.values()], alpha=0.45, color=colour,
+                     label=f"{name} ({places.total()} scans)", linewidths=0)
     for i, group in enumerate(fingerprint.groups):
         z, y, x = group.spacing_mm
         axis.scatter([(y * x) ** 0.5], [z], marker="+", s=220, color="black", linewidths=1.6, label=None if i else "target spacing")
     spacings_mm = [s for row in rows for s in transposed_geometry(row)[1]]
     low, high = 0.5 * min(spacings_mm), 2 * max(spacings_mm)
     axis.plot([low, high], [low, high], color="0.6", linestyle=":", label="isotropic")
-    axis.set(xlabel="in-plane spacing, mm", ylabel="slice spacing (coarsest axis), mm", title="Spacing as it comes")
+    axis.set(xlabel="in-plane spacing, mm", ylabel="slice spacing (coarsest axis), mm", title="Spacing as it comes (larger: more scans)")
     _log_axes(axis)
+
+
+def _spacings(rows: Sequence[ScanRow], modality: str) -> list[Spacing]:
+    return [transposed_geometry(row)[1] for row in rows if row.modality == modality]
 
 
 def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, colours: dict[str, str]) -> None:
@@ -94,7 +100,7 @@ def _draw_intensities(
     elif lines and min(p[0] for p in lines) > 0 and max(p[4] for p in lines) > LOG_BEYOND * min(p[4] for p in lines):
         axis.set_yscale("log")
     coarse = numbers.anisotropy
-    axis.set(xlabel=f"{len(lines)} of {len(rows)} scans by median: 0.5 - 5 - 50 - 95 - 99.5 %", ylabel=unit, xticks=[],
+    axis.set(xlabel=f"{len(lines)} of {len(rows)} scans, by median", ylabel=unit, xticks=[],
              title=f"{name}: intensities inside the body\nanisotropy {coarse.median[0]:.3g} ({coarse.p10[0]:.3g} to {coarse.p90[0]:.3g})")
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3, axis="y")

@@ -109,6 +109,12 @@ def test_modalities_have_groups_of_their_own_even_where_they_are_few() -> None:
     assert targets([*scans((9, BRAIN)), *scans((1, (3.0, 1.0, 1.0)), modality="CT")]) == [(9, BRAIN), (1, (3.0, 1.0, 1.0))]
 
 
+def test_targets_of_two_modalities_that_all_but_agree_are_made_equal() -> None:
+    pair = [*scans((9, (3.27, 0.98, 0.98))), *scans((5, (3.2699, 0.9766, 0.9766)), modality="CT")]
+    assert targets(pair) == [(9, (3.27, 0.98, 0.98)), (5, (3.27, 0.98, 0.98))]
+    assert targets([*scans((9, BRAIN)), *scans((5, (1.03, 1.0, 1.0)), modality="CT")])[1] == (5, (1.03, 1.0, 1.0))
+
+
 def test_the_grouping_does_not_depend_on_the_order_of_the_scans() -> None:
     found = scans((4, BRAIN), (5, CINE), (4, (0.6, 0.6, 0.6)), (1, (25.0, 1.0, 1.0)))
     assert targets(found) == targets(found[::-1]) == targets(found[3:] + found[:3])
