@@ -35,6 +35,8 @@ class Request:
         spacing: policy of the target spacings, or "z,y,x" in mm.
         settings: the ``--set`` arguments.
         split_4d: every volume of a 4D file or series is a scan.
+        sequences: kinds of sequences with their weights, e.g. "contrast=0.5"; empty to have them planned.
+        boxes: absolute path of a CSV that says where structures lie, or None.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Request:
     gpu_memory_gib: float | None = None
     spacing: str = MEDIAN
     split_4d: bool = False
+    sequences: tuple[str, ...] = ()
+    boxes: str | None = None
 
     def check(self) -> "Request":
         """Return the request if it makes sense.
@@ -129,14 +133,15 @@ def read_plan(folder: Path) -> Plan:
 
 
 def has_plan(folder: Path) -> bool:
-    """Whether the run was planned; a plan that was lost comes back from the latest checkpoint.
+    """Whether the run was planned; a plan that was lost comes back from the newest checkpoint.
 
     Raises:
         CheckpointError: the plan is lost, and so is the checkpoint.
     """
-    path, latest = folder / PLAN_NAME, folder / checkpoint.LATEST_NAME
-    if not path.exists() and latest.exists():
-        write_json(path, checkpoint.load_checkpoint(latest)["plan"])
+    path = folder / PLAN_NAME
+    newest = None if path.exists() else checkpoint.load_newest(folder)
+    if newest is not None:
+        write_json(path, newest[1]["plan"])
     return path.exists()
 
 
@@ -190,11 +195,11 @@ def continued_plan(folder: Path, request: Request) -> Plan:
 
 
 def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
-    latest = folder / checkpoint.LATEST_NAME
-    if not latest.exists():
+    newest = checkpoint.load_newest(folder)
+    if newest is None:
         return
     # Through the record, so that a plan of an older version gets the defaults of keys that are newer.
-    trained = to_jsonable(from_jsonable(Plan, checkpoint.load_checkpoint(latest)["plan"], str(latest)))
+    trained = to_jsonable(from_jsonable(Plan, newest[1]["plan"], str(newest[0])))
     changed = differences(_essence(trained), _essence(to_jsonable(plan)))
     if changed:
         raise PlanError(

@@ -1,0 +1,93 @@
+"""Which scans show one subject in one session in several contrasts: what contrast sequences are made of. Pure."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nnunet_autoreg.corpus.rows import ScanRow
+
+# AR-SSL4M goes from T1 to T1 after contrast agent, T2 and FLAIR; what it does not know follows by name.
+ORDER = ("T1w", "T1w-ce", "T2w", "FLAIR", "PDw", "T2starw", "SWI", "DWI", "ADC", "CT", "CT-ce", "PT")
+SAME_WORD = {
+    "t1": "T1w", "t1w": "T1w", "t1n": "T1w", "t1pre": "T1w", "t1post": "T1w-ce", "t1c": "T1w-ce", "t1ce": "T1w-ce", "t1gd": "T1w-ce",
+    "t1wce": "T1w-ce", "t2": "T2w", "t2w": "T2w", "flair": "FLAIR", "t2f": "FLAIR", "t2flair": "FLAIR", "pd": "PDw", "pdw": "PDw",
+    "adc": "ADC", "dwi": "DWI", "swi": "SWI", "ct": "CT", "ctce": "CT-ce", "pet": "PT", "pt": "PT",
+}
+
+
+@dataclass(frozen=True)
+class ContrastGroup:
+    """Scans of one subject and session, in the fixed order of contrasts.
+
+    Attributes:
+        name: of the case, or the hash of the subject.
+        contrasts: one word per scan, no two alike.
+        rows: the scans.
+        channels: the scans are channels of one nnU-Net case, so that they lie on one grid.
+    """
+
+    name: str
+    contrasts: tuple[str, ...]
+    rows: tuple[ScanRow, ...]
+    channels: bool
+
+
+def contrast_word(row: ScanRow) -> str:
+    """One word for what a scan shows, the same for "T1post" of a dataset.json and "T1w-ce" of a DICOM series; "" if unknown.
+
+    A channel that has only a number is a contrast of its dataset alone.
+    """
+    word = row.contrast or row.channel
+    if word.isdecimal():
+        return f"{row.dataset} channel {word}"
+    return SAME_WORD.get(re.sub(r"[^a-z0-9]", "", word.lower()), word)
+
+
+def order_of(word: str) -> tuple[int, str]:
+    """Sort key of a contrast."""
+    return (ORDER.index(word), "") if word in ORDER else (len(ORDER), word)
+
+
+def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
+    """All groups of at least two contrasts: channels of a case, and other scans of one subject and session in one dataset or folder.
+
+    Of two scans of one contrast the larger counts. Scans without a known contrast belong to no group.
+    """
+    by_case: dict[tuple[str, ...], list[ScanRow]] = {}
+    by_subject: dict[tuple[str, ...], list[ScanRow]] = {}
+    for row in rows:
+        if row.channel:
+            by_case.setdefault((row.dataset, row.case), []).append(row)
+        elif row.subject:
+            by_subject.setdefault((row.dataset, row.subject, row.session), []).append(row)
+    found = [_group(f"{dataset}/{case}", members, True) for (dataset, case), members in by_case.items()]
+    found += [_group(f"{key[0]}/{key[1]}", members, False) for key, members in by_subject.items()]
+    return [group for group in found if len(group.rows) >= 2]
+
+
+def _group(name: str, rows: Sequence[ScanRow], channels: bool) -> ContrastGroup:
+    chosen: dict[str, ScanRow] = {}
+    for row in sorted(rows, key=lambda r: (-_size(r), r.id)):
+        if contrast_word(row):
+            chosen.setdefault(contrast_word(row), row)
+    words = sorted(chosen, key=order_of)
+    return ContrastGroup(name, tuple(words), tuple(chosen[word] for word in words), channels)
+
+
+def _size(row: ScanRow) -> int:
+    z, y, x = row.shape_vox or (0, 0, 0)
+    return z * y * x
+
+
+def commonest(groups: Sequence[ContrastGroup]) -> tuple[str, ...]:
+    """The contrasts that most groups have, exactly; of equally common ones the longer list."""
+    counts = Counter(group.contrasts for group in groups)
+    return max(counts, key=lambda words: (counts[words], len(words), words)) if counts else ()
+
+
+def reduced(group: ContrastGroup, contrasts: Sequence[str]) -> ContrastGroup:
+    """The group without the contrasts that are not wanted."""
+    kept = [i for i, word in enumerate(group.contrasts) if word in contrasts]
+    words, rows = tuple(group.contrasts[i] for i in kept), tuple(group.rows[i] for i in kept)
+    return ContrastGroup(group.name, words, rows, group.channels)

@@ -1,0 +1,235 @@
+"""Where structures lie: from label maps beside the scans, from boxes in a CSV, from classes in a manifest. Positions only - no label
+ever reaches training."""
+
+import csv
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_autoreg.corpus.fingerprint import transpose_axes
+from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
+from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.errors import PlanError, ScanError, UsageError, did_you_mean
+from nnunet_autoreg.records import read_json
+
+log = logging.getLogger(__name__)
+
+Point = tuple[float, float, float]
+
+MAX_PARTS = 16
+"""Separate parts of a structure in one scan (lesions, left and right) that count, the largest first."""
+MIN_PART_VOX = 8
+BOX_COLUMNS = ("scan", "class", "zmin", "ymin", "xmin", "zmax", "ymax", "xmax")
+SAME_COLUMN = {"series": "scan", "id": "scan", "path": "scan", "case": "scan", "label": "class", "z_index": "z", "z": "z"}
+
+
+@dataclass(frozen=True)
+class KnownPlace:
+    """Where a structure lies in one scan.
+
+    Attributes:
+        scan: id of its row.
+        subject: tells patients apart.
+        structure: name, with dataset and channel where labels of different datasets need not mean the same.
+        centre: as a share of the scan's cropped and transposed box, (z, y, x), each 0..1.
+    """
+
+    scan: str
+    subject: str
+    structure: str
+    centre: Point
+
+
+def subject_of(row: ScanRow) -> str:
+    """Whose scan it is: the subject if it is known, else the case."""
+    return row.subject or f"{row.dataset}/{row.case}"
+
+
+def label_map_of(row: ScanRow) -> Path | None:
+    """The label map of a training image of an nnU-Net dataset; None if there is none."""
+    image = Path(row.source)
+    if image.parent.name != "imagesTr" or row.part:
+        return None
+    stem, _, ending = image.name.partition(".")
+    path = image.parent.parent / "labelsTr" / f"{stem.rpartition('_')[0]}.{ending}"
+    return path if path.is_file() else None
+
+
+def label_names(dataset: Path) -> dict[int, str]:
+    """Values of a dataset's labels and their names, less background, ignore and regions (which are unions of others).
+
+    Raises:
+        UsageError: dataset.json cannot be read.
+    """
+    try:
+        labels = read_json(dataset / "dataset.json").get("labels", {})
+    except (PlanError, AttributeError) as error:
+        raise UsageError(f"{dataset / 'dataset.json'} is no nnU-Net dataset.json ({error}); mend it") from error
+    pairs = ((name, value) for name, value in labels.items() if isinstance(value, int)) if isinstance(labels, dict) else ()
+    return {value: str(name) for name, value in pairs if value != 0 and name != "ignore"}
+
+
+def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPlace]:
+    """The centre of every structure that a label map shows; of one in several parts, the centre of each.
+
+    A label map that cannot be used is logged and left out; its scan still takes part in other sequences.
+    """
+    tasks = [row for row in rows if label_map_of(row) is not None]
+    found: list[KnownPlace] = []
+    for row, (places, problem) in zip(tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True):
+        found += places
+        if problem:
+            log.warning("positions: the label map of %s is left out: %s", row.id, problem)
+    return found
+
+
+def _labelled(row: ScanRow) -> tuple[list[KnownPlace], str]:
+    path = label_map_of(row)
+    assert path is not None and row.shape_vox is not None and row.spacing_mm is not None, "only labelled, usable rows come here"
+    try:
+        labels_ZYX, grid = read_label_map(path)
+        if grid.shape_vox != row.shape_vox:
+            return [], f"{path} has {grid.shape_vox} voxels, its scan {row.shape_vox}"
+        centres = {name: part_centres(labels_ZYX == value) for value, name in label_names(path.parent.parent).items()}
+        low, high = nonzero_box(row)
+    except ScanError as error:
+        return [], str(error)
+    place = partial(_share, row, low, high)
+    channel = f", {row.channel}" if row.channel else ""
+    return [KnownPlace(row.id, subject_of(row), f"{row.dataset}: {name}{channel}", place(c))
+            for name, points in centres.items() for c in points], ""
+
+
+def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
+    """Centres of a structure's connected parts in voxels, the largest first, each moved onto the part itself."""
+    from scipy import ndimage
+
+    numbered, num_parts = ndimage.label(mask_ZYX, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(numbered.ravel(), minlength=num_parts + 1)[1:]
+    order = [int(i) + 1 for i in np.argsort(-sizes, kind="stable")[:MAX_PARTS] if sizes[i] >= min(MIN_PART_VOX, sizes.max())]
+    boxes = ndimage.find_objects(numbered)
+    centres = []
+    for number in order:
+        box = boxes[number - 1]
+        voxels = np.argwhere(numbered[box] == number) + [side.start for side in box]
+        nearest = voxels[np.square(voxels - voxels.mean(axis=0)).sum(axis=1).argmin()]
+        centres.append((float(nearest[0]), float(nearest[1]), float(nearest[2])))
+    return centres
+
+
+def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """First voxel, and the one after the last, of the box that preprocessing crops a scan to.
+
+    Raises:
+        ScanError: the scan cannot be read any more.
+    """
+    assert row.shape_vox is not None, "only usable rows come here"
+    if row.cropped_shape_vox == row.shape_vox:
+        return (0, 0, 0), row.shape_vox
+    nonzero = load_scan(Path(row.source), row.part).array_CZYX[0] != 0
+    hits = [np.flatnonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    z, y, x = ((int(h[0]), int(h[-1]) + 1) for h in hits)
+    return (z[0], y[0], x[0]), (z[1], y[1], x[1])
+
+
+def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequence[float]) -> Point:
+    assert row.spacing_mm is not None, "only usable rows come here"
+    share = [(v + 0.5 - a) / (b - a) for v, a, b in zip(voxel, low, high, strict=True)]
+    z, y, x = (min(max(share[axis], 0.0), 1.0) for axis in transpose_axes(row.spacing_mm))
+    return (z, y, x)
+
+
+def places_of_classes(rows: Iterable[ScanRow]) -> list[KnownPlace]:
+    """The middle of every scan to which the manifest gives a class."""
+    return [KnownPlace(row.id, subject_of(row), row.label_class, (0.5, 0.5, 0.5)) for row in rows if row.label_class]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in a scan: voxels from ``low`` to ``high``, both included, (z, y, x) in the file's own axes."""
+
+    scan: str
+    structure: str
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+
+
+def read_boxes(path: Path) -> list[Box]:
+    """Boxes from a CSV with the columns scan, class, zmin, ymin, xmin, zmax, ymax, xmax (voxels, counted from 0).
+
+    With one column z_index in place of zmin and zmax, each line is one slice, and lines of one scan and class make one box.
+
+    Raises:
+        UsageError: it cannot be read, a column is missing or a number is none.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle)
+            names = {name: SAME_COLUMN.get(name.strip().lower(), name.strip().lower()) for name in reader.fieldnames or ()}
+            _check_box_columns(path, set(names.values()))
+            lines = [{names[k]: v for k, v in line.items() if k in names} for line in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"--boxes {path} cannot be read ({error}); give a CSV with the columns {', '.join(BOX_COLUMNS)}") from error
+    merged: dict[tuple[str, str, int], list[Box]] = {}
+    for number, line in enumerate(lines):
+        box = _box(path, number + 2, line)
+        merged.setdefault((box.scan, box.structure, 0 if "z" in line else number), []).append(box)
+    return [_around(boxes) for boxes in merged.values()]
+
+
+def _check_box_columns(path: Path, names: set[str]) -> None:
+    wanted = [c for c in BOX_COLUMNS if not ("z" in names and c in ("zmin", "zmax"))]
+    missing = [column for column in wanted if column not in names]
+    if missing:
+        raise UsageError(f"--boxes {path} has no column '{missing[0]}' ({did_you_mean(missing[0], names)}); needed are {', '.join(wanted)}")
+
+
+def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
+    try:
+        first, last = (line["z"], line["z"]) if "z" in line else (line["zmin"], line["zmax"])
+        low = (float(first), float(line["ymin"]), float(line["xmin"]))
+        high = (float(last), float(line["ymax"]), float(line["xmax"]))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--boxes {path}, line {number}: {error}; give numbers of voxels") from error
+    if any(a > b for a, b in zip(low, high, strict=True)):
+        raise UsageError(f"--boxes {path}, line {number}: the box ends before it begins ({low} to {high}, z y x); mend it")
+    return Box(str(line["scan"]), str(line["class"]), low, high)
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    low, high = np.min([b.low for b in boxes], axis=0), np.max([b.high for b in boxes], axis=0)
+    return Box(boxes[0].scan, boxes[0].structure, tuple(low.tolist()), tuple(high.tolist()))
+
+
+def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[KnownPlace]:
+    """The middle of every box whose scan is among the rows: by id, case, file or folder name. Boxes of no scan are counted and logged."""
+    by_name: dict[str, list[ScanRow]] = {}
+    for row in rows:
+        for name in _names(row):
+            by_name.setdefault(name, []).append(row)
+    found, unmatched = [], []
+    for box in boxes:
+        if box.scan not in by_name:
+            unmatched.append(box.scan)
+        for row in by_name.get(box.scan, ()):
+            low, high = nonzero_box(row)
+            middle = [(a + b) / 2 for a, b in zip(box.low, box.high, strict=True)]
+            structure = f"{box.structure}, {row.channel}" if row.channel else box.structure
+            place = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
+            found.append(KnownPlace(row.id, subject_of(row), structure, place))
+    if unmatched:
+        log.warning("--boxes: %d of %d boxes are of no scan here, the first is of '%s'", len(unmatched), len(boxes), unmatched[0])
+    return found
+
+
+def _names(row: ScanRow) -> set[str]:
+    path = Path(row.source)
+    return {row.id, row.case, f"{row.dataset}/{row.case}", str(path), path.name, path.name.partition(".")[0]} - {""}

@@ -1,0 +1,157 @@
+"""Contrasts of one subject on one grid: every member of a group stored once more, cropped and resampled as all the others of it.
+
+Channels of an nnU-Net case lie on one grid already; they are cropped to the box around all of them, as nnU-Net does. Images of a
+session are first resampled onto the member with most voxels, by world coordinates. The key of a member holds the content of
+the whole group, so that a group that changes is made anew.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_autoreg.corpus.content import content_hash
+from nnunet_autoreg.corpus.fingerprint import transpose_axes
+from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan
+from nnunet_autoreg.corpus.groups import ContrastGroup
+from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.read import check_memory, cropped_shape, load_scan
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
+from nnunet_autoreg.nnunet_api import CT_SCHEME, Array, RawScan, crop_resample_normalise, resampled_shape
+from nnunet_autoreg.plan import IntensityWindow
+from nnunet_autoreg.store.case import CaseRecord, read_record, write_case
+from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, plan_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """One group to preprocess: its scans, which of them is the reference, and a key, scheme and window per scan."""
+
+    group: ContrastGroup
+    reference: int
+    spacing_mm: Spacing
+    keys: tuple[str, ...]
+    schemes: tuple[str, ...]
+    windows: tuple[IntensityWindow | None, ...]
+
+
+def ensure_groups(
+    store: Store, groups: Sequence[ContrastGroup], spacing_of: Callable[[ScanRow], Spacing], ct_window: IntensityWindow | None,
+    num_workers: int,
+) -> dict[str, tuple[str, ...]]:
+    """Preprocess the groups that are missing; safe to kill at any moment and to run again.
+
+    A group that cannot be brought onto one grid is logged and absent from the result; its scans still take part alone.
+
+    Returns:
+        name of the group -> keys of its members for ``Store.open``.
+
+    Raises:
+        StoreError: the disk is full, or the store cannot be written; finished members stay.
+        AutoregError: a worker died.
+    """
+    tasks = [plan_group(group, spacing_of, ct_window) for group in groups]
+    missing = [task for task in tasks if any(read_record(case_path(store.root, key)) is None for key in task.keys)]
+    if missing:
+        log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
+    lost: dict[str, ScanError] = {}
+    for name, problem in parallel_map(partial(_preprocess, store.root), missing, num_workers, "aligning contrasts"):
+        if problem:
+            lost[name] = ScanError(*problem)
+            log.warning("the contrasts of %s make no sequence (%s): %s", name, problem[0], problem[1])
+    return {task.group.name: task.keys for task in tasks if task.group.name not in lost}
+
+
+def plan_group(group: ContrastGroup, spacing_of: Callable[[ScanRow], Spacing], ct_window: IntensityWindow | None) -> GroupTask:
+    """How a group is preprocessed, and the keys of its members.
+
+    Raises:
+        PlanError: a CT scan without ``ct_window``.
+    """
+    sizes = [volume(row.shape_vox or (0, 0, 0)) for row in group.rows]
+    reference = sizes.index(max(sizes))
+    spacing = as_spacing(spacing_of(group.rows[reference]))
+    alone = [plan_task(row, spacing, ct_window) for row in group.rows]
+    whole = [[row.content_hash for row in group.rows], reference, group.channels]
+    keys = tuple(hashlib.sha256(json.dumps(["group", i, whole, task.key]).encode()).hexdigest() for i, task in enumerate(alone))
+    return GroupTask(group, reference, spacing, keys, tuple(t.scheme for t in alone), tuple(t.ct_window for t in alone))
+
+
+def _preprocess(root: Path, task: GroupTask) -> tuple[str, tuple[str, str] | None]:
+    try:
+        _make_group(root, task)
+    except ScanError as error:
+        return task.group.name, (error.status, str(error))
+    except MemoryError:
+        return task.group.name, ("huge", "its scans do not fit into memory together; free some memory")
+    return task.group.name, None
+
+
+def _make_group(root: Path, task: GroupTask) -> None:
+    stack_CZYX, spacing_mm = _on_one_grid(task)
+    axes = transpose_axes(spacing_mm)
+    stack_CZYX = stack_CZYX.transpose(0, *(a + 1 for a in axes))
+    source_mm = as_spacing([spacing_mm[a] for a in axes])
+    cropped = cropped_shape((stack_CZYX != 0).any(axis=0).astype(np.float32))
+    shape = resampled_shape(cropped, source_mm, task.spacing_mm)
+    if min(shape) < 1:
+        raise ScanError("spacing", f"{cropped} voxels of {source_mm} mm vanish at the target spacing {task.spacing_mm} mm")
+    shrinks = volume(cropped) / volume(stack_CZYX.shape[1:]) < MASK_BELOW
+    for scheme, window in sorted(set(zip(task.schemes, task.windows, strict=True)), key=lambda pair: pair[0]):
+        use_mask = shrinks and scheme != CT_SCHEME
+        # The whole stack goes in, because the box that it is cropped to has to be that of all members.
+        data_CZYX = crop_resample_normalise(stack_CZYX, source_mm, task.spacing_mm, scheme, use_mask, window)
+        for i in (i for i, own in enumerate(task.schemes) if own == scheme):
+            row = task.group.rows[i]
+            record = CaseRecord(
+                content_hash=row.content_hash, shape_vox=as_size(data_CZYX.shape[1:]), spacing_mm=task.spacing_mm,
+                original_shape_vox=as_size([stack_CZYX.shape[1 + axes.index(a)] for a in range(3)]), original_spacing_mm=spacing_mm,
+                axes=axes, scheme=scheme, use_mask=use_mask, ct_window=window)
+            write_case(case_path(root, task.keys[i]), data_CZYX[i : i + 1], record)
+
+
+def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
+    """All members as (C, Z, Y, X) on the reference's voxels, and their spacing."""
+    rows = task.group.rows
+    check_memory([len(rows) * (rows[task.reference].shape_vox or (1, 1, 1))[0], *(rows[task.reference].shape_vox or (1, 1, 1))[1:]])
+    scans = [_unchanged(row) for row in rows]
+    target = scans[task.reference]
+    if task.group.channels and all(s.array_CZYX.shape == target.array_CZYX.shape for s in scans):
+        return np.concatenate([s.array_CZYX for s in scans]), target.spacing_mm
+    grids = [_grid(row, scan) for row, scan in zip(rows, scans, strict=True)]
+    frame = grids[task.reference]
+    moved = [scan.array_CZYX[0] if grid.is_like(frame) else _moved(scan, grid, frame, row, scheme)
+             for scan, grid, row, scheme in zip(scans, grids, rows, task.schemes, strict=True)]
+    return np.stack(moved), target.spacing_mm
+
+
+def _moved(scan: RawScan, grid: Grid, frame: Grid, row: ScanRow, scheme: str) -> Array:
+    array_ZYX = scan.array_CZYX[0]
+    moved = brought_onto(array_ZYX, grid, frame, float(array_ZYX.min()) if scheme == CT_SCHEME else 0.0)
+    if float(moved.min()) == float(moved.max()):
+        raise ScanError("geometry", f"{row.id} shows another part of the body than the other contrasts")
+    return moved
+
+
+def _grid(row: ScanRow, scan: RawScan) -> Grid:
+    grid = grid_of_scan(Path(row.source), row.part)
+    if grid.shape_vox != scan.array_CZYX.shape[1:]:
+        read = scan.array_CZYX.shape[1:]
+        raise ScanError("geometry", f"where {row.id} lies in the patient cannot be told ({grid.shape_vox} voxels in space, {read} read)")
+    return grid
+
+
+def _unchanged(row: ScanRow) -> RawScan:
+    scan = load_scan(Path(row.source), row.part)
+    if content_hash(scan) != row.content_hash:
+        raise ScanError("changed", f"{row.source} changed after it was checked; run the same line again")
+    return scan
