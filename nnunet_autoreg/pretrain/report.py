@@ -171,8 +171,8 @@ def _memory_of(setting: Setting) -> str:
 def _next(plan: Plan, series: Series) -> str:
     done = steps_done(series)
     if done < plan.optim.num_steps:
-        text = (f"The run stands at step {done:,} of {plan.optim.num_steps:,}. Should it have stopped, type the same autoreg_pretrain "
-                "line again: it continues from its last checkpoint.")
+        text = (f"The last step logged is {done:,} of {plan.optim.num_steps:,}. Should the run have stopped, type the same "
+                "autoreg_pretrain line again: it continues from its last checkpoint.")
         return page.section("next", "What to type next", page.paragraph(text))
     number = _dataset_number(plan)
     lines = [f"export autoreg_weights={plan.name}", f"nnUNetv2_plan_and_preprocess -d {number} -pl AutoregPlanner",
@@ -283,8 +283,8 @@ def _plan(plan: Plan) -> str:
     return page.section(
         "plan", "The plan",
         page.paragraph("Every value that was chosen for this run, and why. plan.json has them all."),
-        page.table("Values with reasons", ("value", "", "why"), chosen, ("", "", "wide")),
-        page.folded(f"{len(rest)} further values", page.table("Further values", ("value", ""), rest)),
+        page.table("Values with reasons", ("setting", "value", "why"), chosen, ("", "", "wide")),
+        page.folded(f"{len(rest)} further values", page.table("Further values", ("setting", "value"), rest)),
     )
 
 

@@ -188,7 +188,7 @@ def test_what_to_type_next_depends_on_where_the_run_stands(run_folder, objective
     assert "nnUNetv2_plan_and_preprocess -d 4 -pl AutoregPlanner" in written(run_folder, objective, batch)
     MetricsFile(run_folder / "metrics.jsonl", 15)
     text = written(run_folder, objective, batch)
-    assert "nnUNetv2" not in text and "stands at step 10 of 20" in text and "type the same autoreg_pretrain line" in text
+    assert "nnUNetv2" not in text and "last step logged is 10 of 20" in text and "type the same autoreg_pretrain line" in text
 
 
 def test_the_verdict_compares_with_the_better_baseline():
