@@ -1,24 +1,36 @@
 """Batches by step number: which samples step n sees depends on the seed and n alone, so resuming needs no loader state."""
 
+import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nnunet_autoreg.corpus.parallel import end_with_parent
+from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.sequences.material import Material
 from nnunet_autoreg.sequences.sample import Batch, collate
 from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
-from nnunet_autoreg.store.case import StoredCase
+
+DEAD_WORKER = "DataLoader worker"
+"""How torch's own message begins."""
 
 
-class StepBatches(Dataset[Batch]):
-    """Item n is the batch of training step n."""
+class StepBatches(Dataset[Batch | AutoregError]):
+    """Item n is the batch of training step n, or the error that kept it from being made: raised in a loader process it would lose its
+    one line."""
 
-    def __init__(self, sampler: SequenceSampler, cases: list[StoredCase], batch_size: int):
+    def __init__(self, sampler: SequenceSampler, cases: Material, batch_size: int):
         self.sampler, self.cases, self.batch_size = sampler, cases, batch_size
 
-    def __getitem__(self, step: int) -> Batch:
-        return collate([self.sampler.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
+    def __getitem__(self, step: int) -> Batch | AutoregError:
+        try:
+            return collate([self.sampler.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
+        except AutoregError as error:
+            return error
 
 
 def parts_of(batch: Batch, size: int) -> Iterator[Batch]:
@@ -28,21 +40,60 @@ def parts_of(batch: Batch, size: int) -> Iterator[Batch]:
         yield replace(batch, **{name: p[start : start + size] for name, p in pieces.items() if p is not None})
 
 
-def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Batches of ``steps`` in order, prepared ahead by ``num_workers`` processes (0: in this one)."""
-    loader = DataLoader(batches, batch_size=None, sampler=list(steps), num_workers=num_workers, pin_memory=pin_memory,
-                        worker_init_fn=leave_signals_to_parent)
-    return iter(loader)
+def training_batches(batches: StepBatches, steps: range, num_workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
+    """Batches of ``steps`` in order, prepared ahead by ``num_workers`` processes (0: in this one), which end when it is closed.
+
+    Raises:
+        AutoregError: a case cannot be read.
+    """
+    others = set(multiprocessing.active_children())
+    # A generator of its own: a loader that begins must not move the one that training may draw from, and which resumes.
+    loader = iter(DataLoader(batches, batch_size=None, sampler=list(steps), num_workers=num_workers, pin_memory=pin_memory,
+                             worker_init_fn=begin_worker, generator=torch.Generator()))
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        for _ in steps:
+            try:
+                item = next(loader)
+            except (ConnectionError, EOFError) as error:
+                raise RuntimeError(f"{DEAD_WORKER} left its connection ({type(error).__name__})") from error
+            if isinstance(item, AutoregError):
+                raise item
+            yield item
+    finally:
+        # What torch does when the loader is collected, which a traceback may put off.
+        getattr(loader, "_shutdown_workers", lambda: None)()
+        for worker in workers:  # one that is stuck does not heed the SIGTERM that torch sends
+            worker.kill()
 
 
-def leave_signals_to_parent(_: int) -> None:
-    """A signal to the whole process group must not end the workers before the main process has saved its state."""
+def begin_worker(_: int) -> None:
+    """Leave signals to the whole process group to the main process, which saves its state first, but end when it does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
-def heldout_batches(sampler: SequenceSampler, cases: list[StoredCase], batch_size: int, num_batches: int) -> list[Batch]:
-    """The same few held-out batches every time."""
-    draws = range(num_batches * batch_size)
-    samples = [sampler.draw(cases, HELDOUT, i) for i in draws]
-    return [collate(samples[i : i + batch_size]) for i in draws[::batch_size]]
+@contextmanager
+def dead_workers_in_one_line() -> Iterator[None]:
+    """Around all that runs while loader processes live: torch tells of a dead one wherever the main process happens to be.
+
+    Raises:
+        AutoregError: one died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(DEAD_WORKER):
+            raise
+        first_line = str(error).splitlines()[0]
+        raise AutoregError(f"a process that loads data died ({first_line}), most likely for want of memory; free some and type the same "
+                           "line again: training goes on from its last checkpoint") from error
+
+
+def heldout_batches(sampler: SequenceSampler, cases: Material, batch_size: int, num_batches: int) -> list[Batch]:
+    """The same few held-out batches every time, each of sequences of one shape."""
+    samples = [sampler.draw(cases, HELDOUT, i) for i in range(num_batches * batch_size)]
+    shapes = list(dict.fromkeys(s.voxels.shape for s in samples))
+    alike = [[s for s in samples if s.voxels.shape == shape] for shape in shapes]
+    return [collate(group[i : i + batch_size]) for group in alike for i in range(0, len(group), batch_size)]

@@ -1,7 +1,11 @@
-"""The training loop with a stand-in objective: non-finite gradients, signals before the first log, checkpoints."""
+"""The training loop with a stand-in objective: bad steps, roll-backs, signals, checkpoints, loader processes."""
 
+import logging
+import math
 import os
+import random
 import signal
+from copy import deepcopy as copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,13 +14,14 @@ import torch
 from torch import nn
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.errors import AutoregError, CheckpointError
+from nnunet_autoreg.errors import AutoregError, CheckpointError, StoreError
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.objectives.base import LossTerms
+from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
-from nnunet_autoreg.pretrain.loop import InterruptedRunError, Trainer
+from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.metrics import MetricsFile, draw_progress, read_lines
-from nnunet_autoreg.sequences.sample import Sample
+from nnunet_autoreg.pretrain.signals import InterruptedRunError
+from nnunet_autoreg.sequences.sample import Sample, collate
 
 TINY = encoder_size("primus_tiny")
 PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
@@ -24,40 +29,135 @@ PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.clas
 
 
 @dataclass(frozen=True)
-class Constant:
-    """Draws the same sample for ever."""
+class Numbered:
+    """The sample of training step n is full of n."""
 
     def draw(self, cases, purpose, *ids):
-        return Sample(np.ones((1, 1, 16, 16, 16), np.float32), np.ones((1, 16, 16, 16), bool), np.arange(8), 1)
+        return Sample(np.full((1, 1, 16, 16, 16), ids[0], np.float32), np.ones((1, 16, 16, 16), bool), np.arange(8), 1)
 
 
 class Linear:
-    """Fits one weight to 3; ``disturb`` may spoil a step's loss."""
+    """Fits one weight to 3; ``disturb(step, total)`` may spoil a step's loss."""
 
     def __init__(self, disturb=lambda step, total: total):
         torch.manual_seed(0)
         self.module = self.network = nn.Linear(1, 1)
-        self.sampler, self.disturb, self.step = Constant(), disturb, 0
+        self.sampler, self.disturb = Numbered(), disturb
 
     def loss(self, batch, references=False):
-        total = self.disturb(self.step, (self.module.weight.sum() - 3).square() * 8)
-        return LossTerms(total, torch.tensor(8.0), {"mean": torch.tensor(8.0)} if references else {})
+        total = (self.module.weight.sum() - 3).square() * 8
+        if references:
+            return LossTerms(total, torch.tensor(8.0), {"mean": torch.tensor(8.0)})
+        return LossTerms(self.disturb(int(batch.voxels[0, 0, 0, 0, 0, 0]), total), torch.tensor(8.0), {})
+
+    def describe(self, batch):
+        tokens = torch.eye(8).expand(len(batch.prefix), 8, 8) * batch.voxels.mean((1, 2, 3, 4, 5))[:, None, None]
+        return TokenFeatures(tokens, tokens, batch.ranks, torch.ones_like(batch.ranks, dtype=torch.bool))
 
     def after_step(self, step):
-        self.step = step + 1
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pictures take most of the time here; one test draws them."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr("nnunet_autoreg.pretrain.loop.draw_progress", lambda *_: None)
 
 
 def trainer(folder, objective, plan=PLAN):
     return Trainer(plan, folder, objective, [None], [None], torch.device("cpu"), 0)
 
 
-def test_a_finite_loss_with_an_infinite_gradient_ends_the_run_and_the_last_good_state_stays(tmp_path):
-    objective = Linear(lambda step, total: total + (0 * objective.module.weight.sum()).sqrt() if step == 3 else total)
-    with pytest.raises(AutoregError, match=r"infinite or NaN by step 3.*--set optim.lr=3.3e-03"):
-        trainer(tmp_path, objective).run()
-    kept = checkpoint.load_checkpoint(tmp_path / checkpoint.LATEST_NAME)
-    assert kept["step"] == 2
-    assert all(bool(torch.isfinite(w).all()) for w in kept["network_weights"].values())
+def spoiled(*steps):
+    """Adds a gradient that is infinite, while the loss stays finite."""
+    def disturb(step, total):
+        return total + (0 * total).sqrt() if step in steps else total
+    return disturb
+
+
+def nan_between(first, last):
+    return lambda step, total: total * math.nan if first <= step <= last else total
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped_with_one_line_and_changes_nothing(tmp_path, caplog):
+    before = trainer(tmp_path / "before", Linear(), replace(PLAN, optim=replace(PLAN.optim, num_steps=3)))
+    before.plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=6))
+    for step in range(3):
+        before.train_step(step, batch_of(step))
+    kept = before.module.weight.clone(), [copy(state) for state in before.optimizer.state.values()]
+    before.objective.disturb = spoiled(3)
+    before.train_step(3, batch_of(3))
+    assert torch.equal(before.module.weight, kept[0])
+    for old, new in zip(kept[1], before.optimizer.state.values(), strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, Linear(spoiled(3))).run()
+    skipped = [message for message in caplog.messages if "skipped" in message]
+    assert skipped == ["by step 4 these steps were skipped and changed nothing: 1 with a loss or gradient that was infinite or NaN; "
+                       "1 since the start"]
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"] == [(3, 1), (5, 1)]
+    assert [line["step"] for line in lines if line["name"] == "train_error"] == [1, 5]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def batch_of(step):
+    return collate([Numbered().draw([], "training", step)])
+
+
+ROUGH = replace(PLAN, optim=OptimPlan(40, 1, 1e-2, 1), run=RunPlan(0, 10, 1000, log_every=2, max_bad_steps=4, max_rollbacks=2))
+
+
+def test_after_too_many_bad_steps_in_a_row_the_weights_go_back_and_training_goes_on_with_other_data(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        rough = trainer(tmp_path, Linear(nan_between(13, 17)), ROUGH)
+        rough.run()
+    assert rough.progress.rollbacks == 1
+    assert rough.progress.step == 40
+    assert any("the last 5 steps until step 18 were all bad: the weights of step 10 are taken up again" in m for m in caplog.messages)
+    assert [line["value"] for line in read_lines(tmp_path / "metrics.jsonl") if line["name"] == "rollbacks"] == [1]
+    assert bool(torch.isfinite(rough.module.weight).all())
+
+
+@pytest.mark.parametrize(("first", "last", "said"), [
+    (0, 40, "the last 4 steps until step 4 were all bad.*there is no checkpoint to go back to.*--set optim.lr=3.3e-03"),
+    (11, 40, "the last 4 steps until step 24 were all bad.*it went back 2 times already.*--set optim.lr=3.3e-03"),
+])
+def test_what_never_gets_better_ends_the_run_in_one_line_and_the_last_good_state_stays(tmp_path, first, last, said):
+    with pytest.raises(AutoregError, match=said) as caught:
+        trainer(tmp_path, Linear(nan_between(first, last)), ROUGH).run()
+    assert "\n" not in str(caught.value)
+    if checkpoint.exists(tmp_path):
+        assert bool(torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all())
+
+
+@pytest.mark.parametrize("stop_at", [(5,), (12,), (14, 15), (17, 19), (20, 29), (18,)])
+def test_a_run_that_was_stopped_goes_back_to_the_same_checkpoint_as_one_that_was_not(tmp_path, stop_at):
+    bad = nan_between(13, 17)
+    whole = trainer(tmp_path / "whole", Linear(bad), ROUGH)
+    whole.run()
+    left = list(stop_at)
+
+    def stopping(step, total):
+        if left and step == left[0]:
+            left.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return bad(step, total)
+
+    for _ in stop_at:
+        with pytest.raises(InterruptedRunError):
+            trainer(tmp_path / "stopped", Linear(stopping), ROUGH).run()
+    stopped = trainer(tmp_path / "stopped", Linear(stopping), ROUGH)
+    stopped.run()
+    assert torch.equal(stopped.module.weight, whole.module.weight)
+    assert stopped.progress == whole.progress
+    told = [[(x["step"], x["name"], x["value"]) for x in read_lines(tmp_path / name / "metrics.jsonl") if x["name"] in COMPARED]
+            for name in ("whole", "stopped")]
+    assert told[0] == told[1]
+
+
+COMPARED = ("train_error", "lr", "gradient_norm", "skipped_steps", "rollbacks")
 
 
 def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(tmp_path):
@@ -72,13 +172,74 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
         trainer(tmp_path, Linear(stop), plan).run()
     stopped = trainer(tmp_path, Linear(), plan)
     stopped.run()
-    (tmp_path / "whole").mkdir()
     whole = trainer(tmp_path / "whole", Linear(), plan)
     whole.run()
     assert torch.equal(stopped.module.weight, whole.module.weight)
 
 
-def test_the_best_held_out_state_is_kept_beside_the_latest(tmp_path):
+def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
+    plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=4))
+
+    def noisy(drawn):
+        def disturb(step, total):
+            drawn.append((step, float(torch.rand(())), float(np.random.rand()), random.random()))
+            return total
+        return disturb
+
+    whole, first, second = [], [], []
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    trainer(tmp_path / "whole", Linear(noisy(whole)), plan).run()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path / "a", Linear(lambda step, total: noisy(first)(step, total) if step < 2 else 1 / 0), plan).run()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    trainer(tmp_path / "a", Linear(noisy(second)), plan).run()
+    assert first + second == whole
+
+
+def test_the_newest_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_only_the_steps_since(tmp_path, caplog):
+    trainer(tmp_path, Linear()).run()
+    names = (checkpoint.LATEST_NAME, checkpoint.PREVIOUS_NAME)
+    assert [checkpoint.load_checkpoint(tmp_path / name)["step"] for name in names] == [6, 4]
+    latest = tmp_path / checkpoint.LATEST_NAME
+    whole = checkpoint.load_checkpoint(latest)["network_weights"]["weight"]
+    latest.write_bytes(latest.read_bytes()[:-7])
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, Linear()).run()
+    assert "continuing after step 4 of 6" in caplog.messages
+    assert torch.equal(checkpoint.load_checkpoint(latest)["network_weights"]["weight"], whole)
+
+
+class Broken(Numbered):
+    """Cannot read the case of step 2."""
+
+    def draw(self, cases, purpose, *ids):
+        if purpose == "training" and ids[0] == 2:
+            raise StoreError("the case is damaged; run the same line again")
+        return super().draw(cases, purpose, *ids)
+
+
+class Dying(Numbered):
+    """Its process dies in step 2."""
+
+    def draw(self, cases, purpose, *ids):
+        if purpose == "training" and ids[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().draw(cases, purpose, *ids)
+
+
+@pytest.mark.parametrize(("sampler", "said"), [
+    (Broken(), "^the case is damaged; run the same line again$"),
+    (Dying(), r"^a process that loads data died \(DataLoader worker .*same line again: training goes on from its last checkpoint$"),
+])
+def test_an_error_or_a_death_in_a_loader_process_is_told_in_one_line(tmp_path, sampler, said):
+    objective = Linear()
+    objective.sampler = sampler
+    with pytest.raises(AutoregError, match=said):
+        Trainer(PLAN, tmp_path, objective, [None], [None], torch.device("cpu"), 1).run()
+
+
+def test_the_best_held_out_state_is_kept_beside_the_latest_and_a_picture_is_drawn(tmp_path):
     trainer(tmp_path, Linear()).run()
     assert checkpoint.load_checkpoint(tmp_path / checkpoint.BEST_NAME)["best_error"] < 9
     assert checkpoint.load_checkpoint(tmp_path / checkpoint.LATEST_NAME)["step"] == 6
