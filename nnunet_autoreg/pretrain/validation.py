@@ -1,0 +1,77 @@
+"""One look at a model on held-out batches and labelled crops: errors, features, probe."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from nnunet_autoreg.objectives.base import Objective, TokenFeatures
+from nnunet_autoreg.pretrain.health import MAX_TOKENS, Health, content_part, effective_rank, evenly, token_variance
+from nnunet_autoreg.pretrain.probe import LabelledCrop, run_probe
+from nnunet_autoreg.sequences.sample import Batch
+
+
+class Validation:
+    """Measures the same things on the same data every time; changes nothing, draws nothing at random.
+
+    Args:
+        heldout: batches on the CPU.
+        crops: labelled crops for the probe; may be empty.
+    """
+
+    def __init__(self, objective: Objective, heldout: Sequence[Batch], crops: Sequence[LabelledCrop], device: torch.device):
+        self.objective, self.heldout, self.crops, self.device = objective, list(heldout), list(crops), device
+
+    @torch.no_grad()
+    def measure(self) -> Health | None:
+        """All of it, or None without held-out batches. The module is left in evaluation mode."""
+        if not self.heldout:
+            return None
+        self.objective.module.eval()
+        errors = self._errors()
+        features, content = self._features()
+        variance, rank = token_variance(content, features), effective_rank(content)
+        probe = run_probe(self.crops, self._features_of, self._voxels_of) if self.crops else None
+        return Health(errors, variance, rank, probe)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 on CUDA, as in training."""
+        return autocast(self.device)
+
+    def _errors(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for batch in self.heldout:
+            with self.autocast():
+                terms = self.objective.loss(batch.to(self.device), references=True)
+            for name, term in {"error": terms.total, "count": terms.count, **terms.references}.items():
+                sums[name] = sums.get(name, 0.0) + float(term)
+        count = max(sums.pop("count"), 1.0)
+        return {name: value / count for name, value in sums.items()}
+
+    def _describe(self, batch: Batch) -> TokenFeatures:
+        with self.autocast():
+            return self.objective.describe(batch.to(self.device))
+
+    def _features(self) -> tuple[Tensor, Tensor]:
+        """Features (N, V) of held-out tokens that hold voxels, and the part of them that depends on the image."""
+        features, positions = [], []
+        for batch in self.heldout:
+            tokens = self._describe(batch)
+            features.append(tokens.features[tokens.valid].float().cpu())
+            positions.append(tokens.positions[tokens.valid].cpu())
+        all_features = torch.cat(features)
+        content = content_part(all_features, torch.cat(positions))
+        chosen = evenly(len(content), MAX_TOKENS)
+        return all_features[chosen], content[chosen]
+
+    def _features_of(self, batch: Batch) -> Tensor:
+        return self._describe(batch).features[0].float().cpu()
+
+    def _voxels_of(self, batch: Batch) -> Tensor:
+        return self._describe(batch).voxels[0].float().cpu()
+
+
+def autocast(device: torch.device) -> AbstractContextManager[None]:
+    """bf16 on CUDA, full precision elsewhere. bf16 has the range of float32, so that no loss scaler is needed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
