@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "few_label.jsonl"
 DATASET = "Dataset004_Hippocampus"
 NUM_TEST, NUM_DEVELOPMENT = 40, 32
 LABELS, SPLITS, ARMS = (5, 10, 20), ("development", "test"), ("pretrained", "scratch", "stock")
-BATCH_SIZE, STEPS_PER_EPOCH, VAL_STEPS = 4, 25, 6
+BATCH_SIZE, STEPS_PER_EPOCH, VAL_STEPS = 2, 25, 8
 PRETRAIN_STEPS, PRETRAIN_BATCH = 500, 8
 
 
