@@ -29,7 +29,7 @@ from nnunet_autoreg.nnunet_api import crop_resample_normalise, read_scan
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.records import TEMPORARY_FILES, atomic_path
 from nnunet_autoreg.store import case as store_case
-from nnunet_autoreg.store.case import CaseRecord, StoredCase, write_case
+from nnunet_autoreg.store.case import CaseRecord, StoredCase, compressed, write_case
 from nnunet_autoreg.store.layout import blocks_touched, chunks_touched, layout_of
 from nnunet_autoreg.store.store import Part, Store, parse_part, plan_task
 
@@ -350,6 +350,14 @@ def test_a_crop_decompresses_little_more_than_itself(shape: tuple[int, int, int]
     starts = [[int(generator.integers(n - s + 1)) for n, s in zip(shape, size, strict=True)] for _ in range(200)]
     voxels = [blocks_touched(start, size, block, chunk) * volume(block) for start in starts]
     assert 1.0 <= float(np.mean(voxels)) / volume(size) <= at_most
+
+
+def test_voxels_of_few_values_are_stored_plainly_and_smooth_ones_shuffled(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    smooth = gaussian_filter(generator.normal(size=(24, 40, 40)), 2).astype(np.float32)[None]
+    coarse = (np.round(smooth * 60) / 7).astype(np.float32)
+    filters = [compressed(data).schunk.cparams.filters for data in (smooth, coarse)]
+    assert [blosc2.Filter.SHUFFLE in used for used in filters] == [True, False]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 5, 3), (2000, 5, 5), (64, 65, 63), (1500, 1500, 1500), (9, 1024, 1024)])
