@@ -3,9 +3,11 @@
 The files are generated: half NIfTI, half MetaImage, whole headers with their own voxel sizes, voxels left as a hole in the file. They
 are warm (read once before). Timed is all that the index does short of reading voxels: finding the files, reading and checking
 the headers, hashing subjects, exclusions and manifest looked up, and scans.csv written. Baselines: SimpleITK's
-``ReadImageInformation`` over the same list of files in one process, and in as many processes as ours.
+``ReadImageInformation`` over the same list of files in one process, and in as many processes as ours. ``rest`` is what else grows with the
+number of scans: telling copies by signatures (one shape, anatomically alike, one copy hidden), and taking up a journal of all scans.
 
     python benchmarks/index.py --num 100000
+    python benchmarks/index.py --num 100000 --only ours rest
 
 One JSON line goes to ``benchmarks/results/index.jsonl``. Every way runs in a process of its own, so that each has its own peak memory.
 """
@@ -30,6 +32,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "index.jsonl"
 SHAPE_XYZ = (64, 64, 32)
 PER_FOLDER = 100
+WAYS = {"ours": "ours", "processes": "plain", "one_process": "plain", "rest": "rest"}
 
 
 def nifti_header(spacing_mm: float) -> bytes:
@@ -117,20 +120,51 @@ def plain(folder: Path, workers: int) -> dict[str, Any]:
     return {"num": len(found), "seconds": round(time.perf_counter() - start, 2)}
 
 
-def measured(way: str, folder: Path, workers: int) -> dict[str, Any]:
+def rest(folder: Path, num: int) -> dict[str, Any]:
+    """Copies among ``num`` scans, and a journal of as many; nothing is read from scans."""
+    import numpy as np
+
+    from nnunet_autoreg.corpus.content import NUM_POINTS, settle_copies
+    from nnunet_autoreg.corpus.index import encoded
+    from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key
+    from nnunet_autoreg.corpus.rows import ScanRow
+
+    rng = np.random.default_rng(0)
+    points = (rng.normal(0, 3800, NUM_POINTS) + rng.normal(0, 1200, (num, NUM_POINTS))).astype(np.int16)
+    points[-1] = points[0] + 3
+    size, spacing = (32, 64, 64), (2.5, 1.0, 1.0)
+    rows = [ScanRow(f"p/{n}", "p", str(n), "", "MR", f"/p/{n}", size, spacing, size, f"{n:064d}", "ok", "") for n in range(num)]
+    start = time.perf_counter()
+    settled = settle_copies(rows, list(points))
+    copies_s = time.perf_counter() - start
+    assert [row.id for row in settled if row.status == "duplicate"] == [rows[-1].id]
+    path = folder.parent / "journal.jsonl"
+    with Journal(path) as journal:
+        for n, row in enumerate(rows):
+            found = (row.content_hash, (1.0, 2.0, 3.0, 4.0, 5.0), encoded(points[n], "<i2"))
+            facts = Facts("", "", "MR", "dataset.json", size, spacing, size, *found)
+            journal.add(journal_key("stamp", n), facts)
+    start = time.perf_counter()
+    with Journal(path) as journal:
+        assert len(journal.known) == num
+    return {"num": num, "copies_s": round(copies_s, 2), "journal_read_s": round(time.perf_counter() - start, 2),
+            "journal_mib": round(path.stat().st_size / 2**20)}
+
+
+def measured(way: str, folder: Path, workers: int, num: int) -> dict[str, Any]:
     """Run one way in a fresh process; adds processor seconds and peak memory."""
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--workers", str(workers)]
+    command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--workers", str(workers), "--num", str(num)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{way} failed: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_way(way: str, folder: Path, workers: int) -> None:
+def run_way(way: str, folder: Path, workers: int, num: int) -> None:
     """What the fresh process does: one JSON line on stdout."""
-    result = {"ours": ours, "plain": plain}[way](folder, workers)
+    result = rest(folder, num) if way == "rest" else {"ours": ours, "plain": plain}[way](folder, workers)
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    num_children = workers if workers > 1 else 0
+    num_children = workers if workers > 1 and way != "rest" else 0
     result["cpu_s"] = round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1)
     result["peak_mib"] = round(own.ru_maxrss / 1024)
     result["peak_all_mib"] = round((own.ru_maxrss + num_children * children.ru_maxrss) / 1024)
@@ -142,20 +176,20 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--num", type=int, default=100_000)
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    p.add_argument("--way", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    p.add_argument("--only", nargs="+", choices=[*WAYS], default=[*WAYS], help="of the ways; default: all")
+    p.add_argument("--way", choices=["ours", "plain", "rest"], help=argparse.SUPPRESS)
     p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.way:
-        run_way(args.way, args.folder, args.workers)
+        run_way(args.way, args.folder, args.workers, args.num)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "scans"
-        make_files(folder, args.num)
+        make_files(folder, args.num if set(args.only) != {"rest"} else 0)
         for path in files_of(folder):
             with Path(path).open("rb") as handle:
                 handle.read(4096)
-        ways = {"ours": measured("ours", folder, args.workers), "SimpleITK, as many processes": measured("plain", folder, args.workers),
-                "SimpleITK, one process": measured("plain", folder, 1)}
+        ways = {name: measured(WAYS[name], folder, 1 if name == "one_process" else args.workers, args.num) for name in args.only}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     line = {
         "what": "index of headers", "command": " ".join(["benchmarks/index.py", *sys.argv[1:]]), "num": args.num, "workers": args.workers,

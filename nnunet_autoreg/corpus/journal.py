@@ -9,9 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, Spacing
-from nnunet_autoreg.records import from_jsonable, to_jsonable
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +73,9 @@ class Journal:
             for line in handle:
                 try:
                     key, facts = json.loads(line)
-                    self.known[str(key)] = from_jsonable(Facts, facts, path.name)
-                except (ValueError, TypeError, PlanError):
+                    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+                    self.known[str(key)] = Facts(**values)
+                except (ValueError, TypeError, AttributeError):
                     break
                 if not line.endswith(b"\n"):
                     break
@@ -86,7 +85,7 @@ class Journal:
     def add(self, key: str, facts: Facts) -> None:
         """Write down what was found; at once, so that a kill loses no scan that was finished."""
         if self._handle is not None and key:
-            self._handle.write(json.dumps([key, to_jsonable(facts)]) + "\n")
+            self._handle.write(json.dumps([key, vars(facts)]) + "\n")
             self._handle.flush()
 
 

@@ -350,6 +350,7 @@ def test_a_folder_of_slices_has_a_stamp_of_its_files(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "1", tmp_path / "2")
     (tmp_path / "2" / "b.dcm").write_text("y")
     assert stamp_of(tmp_path / "1") != stamp_of(tmp_path / "2") and stamp_of(tmp_path / "gone") == ""
+    assert stamp_of(tmp_path) != stamp_of(tmp_path, deep=True)
 
 
 def test_headers_tell_what_they_can_before_any_voxel_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,3 +390,50 @@ def test_many_rows_are_written_one_by_one(tmp_path: Path) -> None:
     write_index(tmp_path / "scans.csv", (replace(row, id=f"pool/{n}", percentiles=(-1e-7, 0.5 * n)) for n in range(50)))
     rows = read_index(tmp_path / "scans.csv")
     assert [r.id for r in rows] == [f"pool/{n}" for n in range(50)] and rows[3].percentiles == (-1e-7, 1.5)
+
+
+@pytest.fixture
+def pet_series(shared_data: Path) -> Path:
+    return shared_data / "dicom" / "sarcoma_STS_002" / "STS_002" / "PET" / "image"
+
+
+def as_image(series: Path) -> Any:
+    reader: Any = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series)))
+    return reader.Execute()
+
+
+def test_a_series_and_its_copies_in_other_formats_and_axis_orders_are_one_scan(pet_series: Path, tmp_path: Path) -> None:
+    image = as_image(pet_series)
+    (tmp_path / "pool").mkdir()
+    for name, copy in (
+        ("same.nii.gz", SimpleITK.Cast(image, SimpleITK.sitkFloat32)),
+        ("turned.nrrd", SimpleITK.DICOMOrient(SimpleITK.Cast(image, SimpleITK.sitkFloat32), "PIR")),
+        ("rounded.mha", SimpleITK.Cast(image * (1 + 3e-7), SimpleITK.sitkFloat32)),
+    ):
+        SimpleITK.WriteImage(copy, str(tmp_path / "pool" / name))
+    index = index_scans([*find_scans([], [pet_series]), *find_scans([], [tmp_path / "pool"])], set(), 1)
+    original = index.rows[0]
+    assert (original.status, original.modality) == ("ok", "PET") and original.part.startswith("series=")
+    assert {row.case: row.reason for row in index.rows[1:]} == {
+        "same": f"same voxels and spacing as {original.id}", "turned": f"same voxels and spacing as {original.id}",
+        "rounded": f"same voxels, but for rounding or scale, as {original.id}"}
+
+
+def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(pet_series: Path, tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    SimpleITK.WriteImage(SimpleITK.Cast(as_image(pet_series), SimpleITK.sitkFloat32), str(tmp_path / "pool" / "copy.nii.gz"))
+    inside = index_scans(find_scans([], [pet_series.parent]), {str(pet_series)}, 1)
+    assert {row.reason for row in inside.rows if row.status == "excluded"} == {f"excluded by the user ('{pet_series}')"}
+    elsewhere = make_index(tmp_path / "pool", {str(pet_series.parent)})
+    assert [(row.status, row.reason) for row in elsewhere.rows] == [("excluded", f"same voxels as the excluded {pet_series}")]
+
+
+def test_a_series_is_excluded_if_an_excluded_folder_holds_some_of_its_slices(pet_series: Path, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted(pet_series.iterdir())):
+        folder = tmp_path / "pool" / f"{number // 20}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    candidates = find_scans([], [tmp_path / "pool"])
+    index = index_scans(candidates, {str(tmp_path / "pool" / "1")}, 1)
+    assert [row.reason for row in index.rows] == ["excluded by the user (an excluded folder holds this series too)"]
