@@ -25,19 +25,21 @@ def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
 
 
 def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
-    """Share of the features' mean square that depends on the image: 0 (every image looks alike) to 1. 0 without tokens."""
+    """Share of the features' mean square that depends on the image: 0 (every image looks alike) to 1. 0 if all are 0, or some NaN."""
     whole = features_NV.double().square().sum()
-    return float(content_NV.double().square().sum() / whole) if whole > 0 else 0.0
+    return float(content_NV.double().square().sum() / whole) if 0 < whole < math.inf else 0.0
 
 
 def effective_rank(content_NV: Tensor) -> float:
-    """Over how many directions the features spread: exp of the entropy of the singular values, taken as shares; 0 if all are 0.
+    """Over how many directions the features spread: exp of the entropy of the singular values, taken as shares.
 
-    In float64, because noise of many small singular values would pass for rank.
+    0 if all are 0, or some NaN. In float64, because noise of many small singular values would pass for rank.
 
     Source: RankMe, arXiv 2210.02885, equation 1 (there without subtracting a mean).
     """
     content = content_NV.double().cpu()
+    if not bool(torch.isfinite(content).all()):
+        return 0.0
     gram = content.T @ content if content.shape[0] >= content.shape[1] else content @ content.T
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if not singular.max() > 0:

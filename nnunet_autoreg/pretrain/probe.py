@@ -3,7 +3,7 @@
 Shape suffixes: N tokens, V width, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,29 +64,40 @@ def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
     return balanced_accuracy(scores.argmax(1), test[1])
 
 
-def run_probe(
-    crops: list[LabelledCrop], features_of: Callable[[Batch], Tensor], voxels_of: Callable[[Batch], Tensor]
-) -> dict[str, float] | None:
-    """Balanced accuracy from ``features`` and from raw ``voxels``, and by ``chance``; None if there are not two classes on each side.
+class Probe:
+    """Fits on the tokens of some crops and scores on those of others, on the same tokens every time.
 
     Args:
-        features_of, voxels_of: (N, V) on the CPU for the tokens of a batch of one sample.
+        crops: may be empty.
     """
-    parts: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
-    for is_test in (False, True):
-        chosen = [crop for crop in crops if crop.is_test is is_test]
-        if not chosen:
-            return None
-        labels = torch.cat([crop.labels for crop in chosen])
-        known = (labels >= 0).nonzero()[:, 0]
-        known = known[evenly(len(known), MAX_TOKENS)]
-        if len(torch.unique(labels[known])) < 2:
-            return None
-        features, voxels = (torch.cat([read(crop.batch) for crop in chosen])[known] for read in (features_of, voxels_of))
-        parts[is_test] = features, voxels, labels[known]
-    (train_features, train_voxels, train_labels), (features, voxels, labels) = parts[False], parts[True]
-    return {
-        "features": fit_and_score((train_features, train_labels), (features, labels)),
-        "voxels": fit_and_score((train_voxels, train_labels), (voxels, labels)),
-        "chance": 1 / len(torch.unique(labels)),
-    }
+
+    def __init__(self, crops: Sequence[LabelledCrop]):
+        self.parts = {is_test: [crop for crop in crops if crop.is_test is is_test] for is_test in (False, True)}
+        self.labels = {side: torch.cat([crop.labels for crop in part]) for side, part in self.parts.items() if part}
+        self.known = {side: _spread(labels) for side, labels in self.labels.items()}
+
+    @property
+    def works(self) -> bool:
+        """Whether there are at least two classes on each side."""
+        return len(self.labels) == 2 and all(len(torch.unique(self.labels[side][self.known[side]])) > 1 for side in self.labels)
+
+    @property
+    def chance(self) -> float:
+        """Balanced accuracy of guessing."""
+        return 1 / len(torch.unique(self.labels[True][self.known[True]]))
+
+    def score(self, read: Callable[[Batch], Tensor]) -> float:
+        """Balanced accuracy from what ``read`` says of the tokens of a batch of one sample, (T, V) on the CPU; 0 if that is not finite."""
+        sides = {}
+        for side in (False, True):
+            inputs = torch.cat([read(crop.batch) for crop in self.parts[side]])[self.known[side]]
+            if not bool(torch.isfinite(inputs).all()):
+                return 0.0
+            sides[side] = inputs, self.labels[side][self.known[side]]
+        return fit_and_score(sides[False], sides[True])
+
+
+def _spread(labels: Tensor) -> Tensor:
+    """Indices of tokens whose label is known, evenly spread where there are too many."""
+    known = (labels >= 0).nonzero()[:, 0]
+    return known[evenly(len(known), MAX_TOKENS)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnunet_autoreg.objectives.base import Objective, TokenFeatures
 from nnunet_autoreg.pretrain.health import MAX_TOKENS, Health, content_part, effective_rank, evenly, token_variance
-from nnunet_autoreg.pretrain.probe import LabelledCrop, run_probe
+from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
 from nnunet_autoreg.sequences.sample import Batch
 
 
@@ -21,7 +21,9 @@ class Validation:
     """
 
     def __init__(self, objective: Objective, heldout: Sequence[Batch], crops: Sequence[LabelledCrop], device: torch.device):
-        self.objective, self.heldout, self.crops, self.device = objective, list(heldout), list(crops), device
+        self.objective, self.heldout, self.device = objective, list(heldout), device
+        self.probe = Probe(crops)
+        self.voxel_score: float | None = None
 
     @torch.no_grad()
     def measure(self) -> Health | None:
@@ -32,8 +34,7 @@ class Validation:
         errors = self._errors()
         features, content = self._features()
         variance, rank = token_variance(content, features), effective_rank(content)
-        probe = run_probe(self.crops, self._features_of, self._voxels_of) if self.crops else None
-        return Health(errors, variance, rank, probe)
+        return Health(errors, variance, rank, self._probed() if self.probe.works else None)
 
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 on CUDA, as in training."""
@@ -64,6 +65,11 @@ class Validation:
         content = content_part(all_features, torch.cat(positions))
         chosen = evenly(len(content), MAX_TOKENS)
         return all_features[chosen], content[chosen]
+
+    def _probed(self) -> dict[str, float]:
+        if self.voxel_score is None:
+            self.voxel_score = self.probe.score(self._voxels_of)
+        return {"features": self.probe.score(self._features_of), "voxels": self.voxel_score, "chance": self.probe.chance}
 
     def _features_of(self, batch: Batch) -> Tensor:
         return self._describe(batch).features[0].float().cpu()

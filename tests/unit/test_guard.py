@@ -1,0 +1,126 @@
+"""Which steps are bad, by hand, and that skipping one leaves no trace."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_autoreg.plan import RunPlan
+from nnunet_autoreg.pretrain.guard import WINDOW, StepGuard, Tally, in_words, running, skip_if
+
+CPU = torch.device("cpu")
+
+
+def guard_after(losses, **values):
+    guard = StepGuard(RunPlan(0, 1, 1, **values), CPU)
+    for loss in losses:
+        guard.judge(torch.tensor(loss), torch.tensor(1.0))
+    return guard
+
+
+def verdict(guard, loss, norm=1.0):
+    return float(deepcopy(guard).judge(torch.tensor(loss), torch.tensor(norm)))
+
+
+def test_the_running_mean_and_variance_are_exact_at_first():
+    statistics = torch.zeros(3)
+    for value in (1.0, 2.0, 6.0):
+        statistics = running(statistics, torch.tensor(value))
+    assert statistics.tolist() == pytest.approx([3.0, 14 / 3, 3.0])  # mean; (4 + 1 + 9) / 3; number
+
+
+def test_later_values_count_with_the_weight_of_the_window():
+    statistics = running(torch.tensor([1.0, 0.0, float(WINDOW)]), torch.tensor(1.0 + WINDOW))
+    assert statistics.tolist() == pytest.approx([2.0, (1 - 1 / WINDOW) * WINDOW, WINDOW + 1])
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_what_is_not_finite_is_bad_from_the_first_step_on(loss, norm):
+    assert verdict(guard_after([]), loss, norm) == 1
+    assert verdict(guard_after([]), 1e9) == 0
+
+
+def test_a_spike_has_to_pass_both_limits_and_needs_a_hundred_steps_to_compare_with():
+    alternating = [0.9, 1.1] * (WINDOW // 2)  # mean 1, standard deviation 0.1
+    guard = guard_after(alternating, spike_sigmas=8)
+    assert verdict(guard, 1.79) == 0  # below both
+    assert verdict(guard, 1.99) == 0  # above 8 deviations, below twice the mean
+    assert verdict(guard, 2.01) == 1
+    assert verdict(guard_after(alternating, spike_sigmas=20), 2.5) == 0  # above twice the mean, below 20 deviations
+    assert verdict(guard_after(alternating[:-1]), 100.0) == 0
+
+
+def test_bad_steps_leave_the_running_mean_alone_and_a_good_one_ends_the_row():
+    guard = guard_after([1.0] * WINDOW + [5.0, math.nan, 7.0])
+    assert guard.tally() == Tally(nonfinite=1, spikes=2, in_row=3, usual=1.0)
+    guard.judge(torch.tensor(1.0), torch.tensor(1.0))
+    assert guard.tally() == Tally(1, 2, 0, 1.0)
+    guard.forget()
+    assert guard.tally() == Tally(1, 2, 0, 0.0)
+    assert verdict(guard, 100.0) == 0
+
+
+def test_a_guard_goes_on_from_its_state_bit_for_bit():
+    losses = torch.rand(150, generator=torch.Generator().manual_seed(0)).tolist()
+    whole, begun = guard_after(losses), guard_after(losses[:70])
+    resumed = guard_after([])
+    resumed.load_state_dict(begun.state_dict())
+    for loss in losses[70:]:
+        resumed.judge(torch.tensor(loss), torch.tensor(1.0))
+    assert torch.equal(resumed.loss, whole.loss) and torch.equal(resumed.counts, whole.counts)
+
+
+def test_a_skipped_step_changes_no_weight_moment_or_count_and_the_next_one_is_as_if_it_had_not_been():
+    def stepped(*bad):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+        for number, is_bad in enumerate(bad):
+            optimizer.zero_grad()
+            module(torch.full((1, 3), 1.0 + number * (not is_bad))).square().sum().backward()
+            if is_bad:
+                module.weight.grad.fill_(math.nan)
+            skip_if(optimizer, torch.tensor(float(is_bad)))
+            optimizer.step()
+        return module, optimizer
+
+    module, optimizer = stepped(False, True)
+    before, optimizer_before = stepped(False)
+    assert torch.equal(module.weight, before.weight)
+    for a, b in zip(optimizer.state.values(), optimizer_before.state.values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+        assert float(a["step"]) == 1
+
+
+def test_what_was_skipped_is_said_in_one_sentence_or_not_at_all():
+    before, now = Tally(1, 0, 0, 0.8), Tally(3, 1, 2, 0.8)
+    assert in_words(now, now, 9) == ""
+    assert in_words(before, now, 9) == (
+        "by step 10 these steps were skipped and changed nothing: 2 with a loss or gradient that was infinite or NaN and 1 with a loss far "
+        "above the usual 0.8; 4 since the start")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_a_bad_bf16_step_is_skipped_without_waiting_for_the_device():
+    device = torch.device("cuda")
+    module = nn.Linear(64, 64, device=device)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    guard = StepGuard(RunPlan(0, 1, 1), device)
+    weights = []
+    for number, spoil in enumerate((1.0, 1.0, math.nan, 1.0)):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = module(torch.ones(4, 64, device=device)).float().square().mean() * spoil
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        skip_if(optimizer, guard.judge(loss.detach(), norm))
+        optimizer.step()
+        weights.append(module.weight.detach().clone())
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+    assert guard.tally().nonfinite == 1
+    assert all(float(state["step"]) == 3 for state in optimizer.state.values())

@@ -1,0 +1,184 @@
+"""Features, probe and labels: values by hand, and what is said of a collapse."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.plan import RunPlan
+from nnunet_autoreg.pretrain.health import Health, complaints, content_part, effective_rank, evenly, token_variance
+from nnunet_autoreg.pretrain.labels import around_labels, choose, nearest_index, stored_labels, token_labels
+from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, balanced_accuracy, fit_and_score
+from nnunet_autoreg.sequences.sample import Sample, collate
+
+RUN = RunPlan(0, 1, 1)
+
+
+def test_equal_directions_count_whole_and_unequal_ones_by_their_entropy():
+    square = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    assert effective_rank(square) == pytest.approx(2)
+    assert effective_rank(torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))) == pytest.approx(3)
+    # shares 3/4 and 1/4: exp(3/4 ln 4/3 + 1/4 ln 4) = 4 / 3^(3/4)
+    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(4 / 3**0.75)
+
+
+def test_one_direction_is_rank_1_whatever_noise_of_rounding_it_carries():
+    line = torch.linspace(-1, 1, 2000)[:, None] * torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    assert effective_rank(line) == pytest.approx(1, abs=0.01)
+
+
+def test_constant_features_have_no_rank_and_no_variance_and_nan_passes_for_none():
+    constant = torch.full((12, 4), 3.0)
+    content = content_part(constant, torch.arange(4).repeat(3))
+    assert (effective_rank(content), token_variance(content, constant)) == (0, 0)
+    broken = torch.full((4, 4), torch.nan)
+    assert (effective_rank(broken), token_variance(broken, broken)) == (0, 0)
+
+
+def test_features_that_say_only_where_a_token_lies_have_collapsed():
+    where = torch.eye(4).repeat(5, 1)
+    content = content_part(where, torch.arange(4).repeat(5))
+    assert token_variance(content, where) == 0
+    what = torch.tensor([[1.0], [-1.0], [3.0], [5.0]])
+    content = content_part(what, torch.tensor([0, 0, 1, 1]))
+    assert content[:, 0].tolist() == [1, -1, -1, 1]
+    assert token_variance(content, what) == pytest.approx(4 / 36)
+
+
+def test_evenly_takes_all_or_equally_spaced_ones():
+    assert evenly(3, 5).tolist() == [0, 1, 2]
+    assert evenly(9, 3).tolist() == [0, 4, 8]
+
+
+GOOD = Health({"error": 0.5, "mean": 1.0, "copy": 1.8}, 0.8, 90.0, {"features": 0.7, "voxels": 0.5, "chance": 0.33})
+
+
+def test_a_healthy_model_is_not_complained_about_and_a_young_one_not_yet():
+    assert complaints(GOOD, RUN, warm=True) == []
+    young = replace(GOOD, errors={"error": 1.2, "mean": 1.0, "copy": 1.8}, probe={"features": 0.4, "voxels": 0.5, "chance": 0.33})
+    assert complaints(young, RUN, warm=False) == []
+    assert len(complaints(young, RUN, warm=True)) == 2
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"token_variance": 0.002}, "collapse: the features hardly depend on the image (token variance 0.002, limit 0.01)"),
+    ({"effective_rank": 1.4}, "collapse: the features spread over 1.4 directions only (limit 3)"),
+    ({"errors": {"error": 1.0, "mean": 1.0, "copy": 1.8}}, "nothing learnt yet: the held-out error 1.0000 is not below 'predict the mean' "
+     "(1.0000)"),
+    ({"errors": {"error": float("nan"), "mean": 1.0, "copy": 1.8}}, "nothing learnt yet: the held-out error nan"),
+    ({"probe": {"features": 0.5, "voxels": 0.5, "chance": 0.33}}, "the features tell labels apart no better than raw voxels do (0.500 "
+     "against 0.500 balanced accuracy): train longer"),
+])
+def test_what_is_wrong_is_said_in_words_with_value_and_limit(changes, said):
+    [sentence] = complaints(replace(GOOD, **changes), RUN, warm=True)
+    assert sentence.startswith(said)
+    assert "\n" not in sentence
+
+
+def test_every_number_reaches_the_metrics_under_the_names_that_the_report_knows():
+    assert set(GOOD.metrics()) == {"heldout_error", "heldout_mean", "heldout_copy", "token_variance", "effective_rank", "probe_features",
+                                   "probe_voxels", "probe_chance"}
+    assert "effective rank 90.0; probe: balanced accuracy 0.700 from features, 0.500 from raw voxels, 0.330 by chance" in GOOD.sentence()
+
+
+def test_balanced_accuracy_counts_classes_equally():
+    truth, predicted = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 0])
+    assert balanced_accuracy(predicted, truth) == pytest.approx((3 / 4 + 1 / 2) / 2)
+
+
+def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 5, generator=generator)
+    labels = (inputs[:, 2] > 0.5).long()
+    assert fit_and_score((inputs[:200], labels[:200]), (inputs[200:], labels[200:])) > 0.95
+    other = torch.randn(400, 5, generator=generator)
+    assert abs(fit_and_score((other[:200], labels[:200]), (other[200:], labels[200:])) - 0.5) < 0.15
+
+
+def crop(value, labels, is_test):
+    sample = Sample(np.full((1, 1, 2, 2, 2), value, np.float32), np.ones((1, 2, 2, 2), bool), np.zeros(len(labels), np.int64), 1)
+    return LabelledCrop(collate([sample]), torch.tensor(labels), is_test)
+
+
+def test_the_probe_never_fits_on_a_test_subject_and_leaves_unknown_tokens_out():
+    seen = []
+
+    def read(batch):
+        seen.append(float(batch.voxels.mean()))
+        return torch.tensor([[0.0], [1.0], [9.0]])
+
+    probe = Probe([crop(1, [0, 1, -1], False), crop(2, [1, 0, -1], True), crop(3, [0, 1, -1], False)])
+    assert probe.works and probe.chance == 0.5
+    assert probe.score(read) == 0  # fitted on crops 1 and 3, where the label is the input; in crop 2 it is the opposite
+    assert sorted(seen) == [1, 2, 3]
+    assert probe.score(lambda batch: torch.full((3, 1), torch.nan)) == 0
+    assert not Probe([crop(1, [0, 1], False), crop(2, [1, 1], True)]).works
+    assert not Probe([]).works
+
+
+def test_a_tokens_label_is_what_fills_a_quarter_of_it():
+    labels = np.zeros((2, 2, 6), dtype=np.int64)
+    labels[0, 0, 0] = 3  # 1 of 8 voxels: background
+    labels[0, :, 2] = 2  # 2 of 8, and 3 of 8 of another
+    labels[1, :, 2], labels[1, 0, 3] = 5, 5
+    labels[:, :, 4:] = -1
+    assert token_labels(labels, (2, 2, 2)).tolist() == [0, 5, -1]
+    labels[0, 0, 4] = 7
+    assert token_labels(labels, (2, 2, 2)).tolist() == [0, 5, 7]
+    assert token_labels(np.zeros((2, 2, 2), dtype=np.int64), (2, 2, 2)).tolist() == [0]
+
+
+def test_nearest_voxels_of_a_longer_and_a_shorter_grid():
+    assert nearest_index(4, 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert nearest_index(8, 4).tolist() == [1, 3, 5, 7]
+
+
+def test_a_crop_around_a_label_holds_it_and_stays_in_the_case_or_centres_a_smaller_one():
+    labels = np.zeros((40, 8, 16), dtype=np.int64)
+    labels[38, 3, 2] = 1
+    start = around_labels(labels, (16, 16, 16), np.random.default_rng(0))
+    assert start == (24, -4, 0)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Eight labelled subjects of one channel each but the first, which has two."""
+    root = tmp_path / "Dataset900_X"
+    for name in ("imagesTr", "labelsTr"):
+        (root / name).mkdir(parents=True)
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "a": 1, "ignore": 2}}')
+    labels = np.zeros((6, 8, 10), np.uint8)
+    labels[0, 1, 2], labels[5, 6, 7] = 1, 2
+    for number in range(8):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(labels), str(root / "labelsTr" / f"c{number}.nii.gz"))
+        for channel in range(2 if number == 0 else 1):
+            (root / "imagesTr" / f"c{number}_{channel:04d}.nii.gz").touch()
+    return root
+
+
+def row(root: Path, number: int, channel: int = 0) -> ScanRow:
+    name = f"c{number}_{channel:04d}"
+    return ScanRow(id=f"{root.name}/{name}", dataset=root.name, case=f"c{number}", channel=str(channel), modality="MR",
+                   source=str(root / "imagesTr" / f"{name}.nii.gz"), shape_vox=(6, 8, 10), spacing_mm=(1.0, 1.0, 1.0),
+                   cropped_shape_vox=(6, 8, 10), content_hash="", status="ok", reason="")
+
+
+def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
+    rows = [row(dataset, number) for number in range(8)] + [row(dataset, 0, 1)]
+    heldout = {rows[3].id, rows[5].id}
+    chosen = choose(rows, heldout, seed=0)
+    assert {r.case for r in chosen} == {f"c{n}" for n in range(8)} and len(chosen) == 8
+    assert {r.id for r in chosen[:2]} == heldout
+    assert choose(rows[:3], set(), 0) == []
+
+
+def test_labels_come_onto_the_stored_voxels_and_what_has_no_name_is_unknown(dataset):
+    found = stored_labels(row(dataset, 1), (12, 8, 10))
+    assert found.shape == (12, 8, 10)
+    assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [[1, 0, 0], [1, 0, 0]]
+    distance = np.abs(np.argwhere(found == 1)[0] - np.argwhere(found == -1)[0])
+    assert distance.tolist() == [10, 5, 5]
