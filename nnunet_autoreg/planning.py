@@ -89,12 +89,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user fixed; None is planned. At most one of ``num_steps`` and ``num_epochs``."""
+    """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``."""
 
     encoder: str = "auto"
     batch_size: int | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
+    num_hours: float | None = None
 
 
 def pool_of(fingerprint: Fingerprint) -> Pool:
@@ -222,6 +223,8 @@ def make_plan(
     real_vox = volume([min(c, m) for c, m in zip(crop, pool.median_shape_vox, strict=True)])
     planned = choose_length(pool, real_vox * batch, wishes.num_epochs)
     steps, why_steps = planned if wishes.num_steps is None else (wishes.num_steps, BY_USER)
+    if wishes.num_hours is not None:
+        why_steps = f"stands in until a step has been measured, before the first; then what {wishes.num_hours:g} h allow"
     data, why_data = plan_data(pool, crop)
     plan = Plan(
         name=name,

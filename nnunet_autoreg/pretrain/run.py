@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_autoreg import nnunet_api
-from nnunet_autoreg.checkpoint import LATEST_NAME
+from nnunet_autoreg import checkpoint, nnunet_api
 from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.fingerprint import fingerprint, row_spacing
@@ -41,6 +40,9 @@ from nnunet_autoreg.pretrain.folder import (
     locked,
     run_folder,
 )
+from nnunet_autoreg.pretrain.material import make_material, parse_kinds, plan_with_sequences
+from nnunet_autoreg.pretrain.pictures import show_sequences
+from nnunet_autoreg.pretrain.signals import ends_on_sigterm
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.store.store import FOLDER as STORE_FOLDER
 from nnunet_autoreg.store.store import Store
@@ -61,12 +63,13 @@ class Outcome:
     finished: bool
 
 
-def pretrain(request: Request, device: str, dry_run: bool = False) -> Outcome:
+def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = False) -> Outcome:
     """Do what is left of the run that ``request`` describes.
 
     Args:
         device: cpu, cuda or mps.
         dry_run: stop after plan.json and scans.csv.
+        show: before that, preprocess a few scans and draw ``sequences.png``.
 
     Raises:
         UsageError: the request is wrong, or differs from the one that the run was made with.
@@ -74,8 +77,10 @@ def pretrain(request: Request, device: str, dry_run: bool = False) -> Outcome:
     """
     folder = run_folder(nnunet_api.results_folder(), request.check().name)
     nnunet_api.preprocessed_folder()
-    with locked(folder), log_file(folder):
+    with ends_on_sigterm(), locked(folder), log_file(folder):
         plan, rows = prepare(folder, request, device)
+        if show:
+            show_sequences(folder, plan, rows, Store(nnunet_api.preprocessed_folder() / STORE_FOLDER), num_processes())
         if dry_run:
             return Outcome(folder, is_finished(folder, plan))
         if is_finished(folder, plan):
@@ -103,7 +108,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
         to_jsonable(request), partial(step_memory, half=device == "cuda"),
     )
-    plan = check(override(plan, list(request.settings)))
+    plan = check(override(with_sequences(folder, plan, request, rows), list(request.settings)))
     check_network(plan)
     check_start(plan)
     write_json(folder / "fingerprint.json", print_of)
@@ -112,6 +117,12 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     for key, reason in plan.reasons.items():
         log.info("%s = %s (%s)", key, value_at(plan, key), reason)
     return plan, rows
+
+
+def with_sequences(folder: Path, plan: Plan, request: Request, rows: list[ScanRow]) -> Plan:
+    """The plan with its kinds of sequences, by what the training scans offer; positions of structures are kept in ``places.json``."""
+    training, _ = split(rows, plan.data.holdout_fraction, plan.run.seed)
+    return plan_with_sequences(folder, plan, request, training, rows, num_processes())
 
 
 def index_inputs(folder: Path, request: Request) -> Index:
@@ -138,30 +149,40 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
     import torch
 
     from nnunet_autoreg.objectives.registry import build_objective
+    from nnunet_autoreg.pretrain.labels import labelled_crops
     from nnunet_autoreg.pretrain.loop import Trainer
     from nnunet_autoreg.pretrain.pace import seconds_per_step
+    from nnunet_autoreg.pretrain.report import Reporter, Setting
+    from nnunet_autoreg.pretrain.slices import held_out_pictures
 
     store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
     keys = store.ensure(rows, partial(row_spacing, data=plan.data), plan.data.ct_window, num_processes())
-    rows = stored(folder, rows, store, begun=(folder / LATEST_NAME).exists())
+    rows = stored(folder, rows, store, begun=checkpoint.exists(folder))
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
     cases = {row.id: store.open(keys[row.id]) for row in rows}
+    parts = make_material(folder, plan, store, cases, training, heldout, num_processes())
+
+    probe = labelled_crops(plan, rows, cases, {row.id for row in heldout})
 
     def trainer_of(plan: Plan) -> Trainer:
         torch.manual_seed(plan.run.seed)
         return Trainer(
-            plan, folder, build_objective(plan), [cases[row.id] for row in training], [cases[row.id] for row in heldout],
-            torch.device(device), num_workers=min(4, num_processes() - 1) if device == "cuda" else 0,
+            plan, folder, build_objective(plan), *parts,
+            torch.device(device), num_workers=min(4, num_processes() - 1) if device == "cuda" else 0, probe=probe,
         )
 
     if needs_pace(plan):
         plan = with_pace(folder, plan, seconds_per_step(trainer_of(plan)), device)
     trainer = trainer_of(plan)
     objective = trainer.objective
-    if not (folder / LATEST_NAME).exists():
+    if not checkpoint.exists(folder):
         start_from(objective.network, plan)
+    reporter = Reporter(folder, plan, Setting(device, len(training), len(heldout)))
+    pictures = partial(held_out_pictures, objective, trainer.heldout, trainer.device, plan.data.spacing_mm)
+    trainer.after_checkpoint = partial(reporter.write, pictures)
     trainer.run()
+    reporter.write(pictures)
     export_encoder(folder, plan, objective, rows, licences(rows))
 
 
@@ -185,8 +206,9 @@ def check_inputs(request: Request) -> None:
     Raises:
         UsageError: a path that does not exist, or an unknown or mistyped setting.
     """
-    files = (("--exclude", (request.exclude,)), ("--manifest", (request.manifest,)), ("--init", (request.init,)))
-    for flag, paths in (("-i", request.folders), *files):
+    parse_kinds(request.sequences)
+    files = {"--exclude": request.exclude, "--manifest": request.manifest, "--init": request.init, "--boxes": request.boxes}
+    for flag, paths in (("-i", request.folders), *((flag, (path,)) for flag, path in files.items())):
         for path in paths:
             if path and not Path(path).exists():
                 raise UsageError(f"{flag} {path}: does not exist")
@@ -325,7 +347,7 @@ def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
 
 def wishes_of(request: Request) -> Wishes:
     """What the user fixed."""
-    return Wishes(request.encoder, request.batch_size, request.num_steps, request.num_epochs)
+    return Wishes(request.encoder, request.batch_size, request.num_steps, request.num_epochs, request.num_hours)
 
 
 def hardware(device: str, memory_gib: float | None = None) -> Hardware:

@@ -130,6 +130,7 @@ def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> N
     plan = with_hours(plan_for(), 2.0, 0.9, "cpu")
     assert (plan.optim.num_steps, plan.optim.warmup_steps, plan.run.validate_every) == (7600, 380, 380)
     assert plan.run.seconds_per_step == 0.9 and "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
+    assert "until a step has been measured" in plan_for(num_hours=2.0).reasons["optim.num_steps"]
     assert with_hours(plan, 1e-9, 0.9, "cpu").optim.num_steps == 1
 
 
