@@ -254,6 +254,7 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
     def derived(key: str, planned: int, current: int) -> int:
         return current if plan.reasons.get(key) == BY_USER else planned
 
+    why_warmup = plan.reasons.get("optim.warmup_steps", "5 % of the steps")
     warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)
     checkpoint = derived("run.checkpoint_every", every, plan.run.checkpoint_every)
     validate = derived("run.validate_every", every, plan.run.validate_every)
@@ -261,7 +262,7 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
         plan,
         optim=replace(plan.optim, num_steps=num_steps, warmup_steps=warmup),
         run=replace(plan.run, checkpoint_every=checkpoint, validate_every=validate),
-        reasons={"optim.warmup_steps": "5 % of the steps", **plan.reasons, "optim.num_steps": reason},
+        reasons={**plan.reasons, "optim.num_steps": reason, "optim.warmup_steps": why_warmup},
     )
 
 

@@ -1,0 +1,90 @@
+"""What the line typed says about length, memory and spacing, and whether a changed line continues a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nnunet_autoreg import checkpoint
+from nnunet_autoreg.errors import PlanError, UsageError
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
+from nnunet_autoreg.pretrain.folder import PLAN_NAME, Request, continued_plan
+from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
+
+REQUEST = Request("run", datasets=("4",))
+NEW_KEYS = {"data": ("spacing_groups",), "optim": ("micro_batch_size",), "run": ("seconds_per_step",)}
+NEW_REQUEST_KEYS = ("num_epochs", "num_hours", "gpu_memory_gib", "spacing")
+
+
+def planned(folder: Path, request: Request) -> Plan:
+    pool = Pool(9, (1.0, 1.0, 1.0), (32, 32, 32), 9 * 32**3, None)
+    wishes = Wishes("auto", 2, 100)
+    plan = make_plan("run", pool, Hardware("cpu", 8.0), wishes, 0, to_jsonable(request), lambda encoder, crop: (0.0, 0.0))
+    write_json(folder / PLAN_NAME, plan)
+    return plan
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_steps": 5, "num_hours": 1.0}, "--steps and --hours both say how long"),
+    ({"num_epochs": 5.0, "num_hours": 1.0}, "--epochs and --hours both say how long"),
+    ({"num_hours": 0.0}, "--hours 0: must be a number greater than 0"),
+    ({"num_epochs": float("nan")}, "--epochs nan: must be a number greater than 0"),
+    ({"gpu_memory_gib": -1.0}, "--gpu-memory -1: must be a number greater than 0"),
+    ({"spacing": "isotrop"}, "did you mean 'isotropic'"),
+    ({"spacing": "1,1"}, "--spacing 1,1: give three numbers"),
+])
+def test_impossible_lengths_memory_and_spacings_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(REQUEST, **changes).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [{}, {"num_hours": 1.0}, {"num_epochs": 2.0}, {"num_steps": 100}])
+def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(tmp_path: Path, length: dict[str, float]) -> None:
+    begun = replace(REQUEST, **length)  # type: ignore[arg-type]
+    plan = planned(tmp_path, begun)
+    assert continued_plan(tmp_path, begun) == plan
+    more = replace(begun, num_hours=None, num_epochs=None, num_steps=150)
+    assert continued_plan(tmp_path, more).optim.num_steps == 150
+    assert continued_plan(tmp_path, more).optim.num_steps == 150
+
+
+@pytest.mark.parametrize(("then", "difference"), [
+    (replace(REQUEST, num_hours=2.0), "num_hours: 1.0 -> 2.0"), (replace(REQUEST, num_epochs=2.0), "num_epochs: None -> 2.0"),
+    (REQUEST, "num_hours: 1.0 -> None"), (replace(REQUEST, num_steps=50), "num_steps: 100 -> 50"),
+    (replace(REQUEST, num_hours=1.0, spacing="finest"), "spacing: 'median' -> 'finest'"),
+    (replace(REQUEST, num_hours=1.0, gpu_memory_gib=8.0), "gpu_memory_gib: None -> 8.0"),
+])
+def test_another_length_memory_or_spacing_is_another_run(tmp_path: Path, then: Request, difference: str) -> None:
+    planned(tmp_path, replace(REQUEST, num_hours=1.0))
+    with pytest.raises(UsageError, match=f"exists with other settings .*{difference}"):
+        continued_plan(tmp_path, then)
+
+
+def without_new_keys(plan: Plan) -> dict[str, dict[str, object]]:
+    data = to_jsonable(plan)
+    for part, keys in NEW_KEYS.items():
+        for key in keys:
+            del data[part][key]
+    for key in NEW_REQUEST_KEYS:
+        del data["request"][key]
+    return data
+
+
+def test_a_run_of_the_first_version_is_read_and_continued(tmp_path: Path) -> None:
+    plan = planned(tmp_path, REQUEST)
+    old = without_new_keys(plan)
+    write_json(tmp_path / PLAN_NAME, old)
+    checkpoint.save_checkpoint(tmp_path / checkpoint.LATEST_NAME, {"plan": old})
+    found = continued_plan(tmp_path, REQUEST)
+    assert (found.data.spacing_groups, found.optim.micro_batch_size, found.run.seconds_per_step) == ((), None, None)
+    assert found.optim.lr == plan.optim.lr
+    assert from_jsonable(Plan, read_json(tmp_path / PLAN_NAME), "plan.json") == found
+
+
+def test_a_plan_changed_after_training_began_is_refused_by_its_new_keys_too(tmp_path: Path) -> None:
+    plan = planned(tmp_path, REQUEST)
+    checkpoint.save_checkpoint(tmp_path / checkpoint.LATEST_NAME, {"plan": to_jsonable(plan)})
+    write_json(tmp_path / PLAN_NAME, replace(plan, optim=replace(plan.optim, micro_batch_size=1)))
+    with pytest.raises(PlanError, match=r"optim\.micro_batch_size: 2 -> 1"):
+        continued_plan(tmp_path, REQUEST)
