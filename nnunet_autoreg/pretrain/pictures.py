@@ -20,6 +20,7 @@ from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.material import PLACES_NAME, read_places, stored_groups
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.sequences import members, spatial, strided
 from nnunet_autoreg.sequences.blocks import block_ids
 from nnunet_autoreg.sequences.gather import gather
 from nnunet_autoreg.sequences.kinds import num_blocks, wanted
@@ -107,10 +108,32 @@ def draw_few(plan: Plan, material: Material) -> list[Drawn]:
     for kind in wanted(plan):
         for number in range(min(PER_KIND[kind], material.offers(kind))):
             one = replace(material, **{_field(kind): (_things(material, kind)[number],)})
-            sample, shown = sampler.draw_kind(kind, one, rng.generator(plan.run.seed, f"picture: {kind}", number))
-            prefix = max(1, round((0.3, 0.5, 0.2)[number % 3] * num_blocks(plan, kind)))
-            drawn.append(Drawn(replace(sample, prefix=prefix), shown))
+            _, shown = sampler.draw_kind(kind, one, rng.generator(plan.run.seed, f"picture: {kind}", number))
+            sample, shown = upright(plan, shown)
+            share = (0.3, 0.5, 0.2)[number % 3]
+            drawn.append(Drawn(replace(sample, prefix=telling_prefix(plan, sample, kind, share)), shown))
     return drawn
+
+
+def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
+    """The same sequence the way round that radiologists look at scans: one of the ways in which training mirrors them."""
+    flips = (False, True, True) if plan.sequence.flip else (False, False, False)
+    drawn: Any = replace(shown.drawn, flips=flips, axes=(0, 1, 2))
+    if shown.kind == "spatial":
+        sample = spatial.apply(plan, shown.cases[0], drawn)
+    elif shown.kind == "strided":
+        sample = strided.apply(plan, shown.cases[0], drawn)
+    else:
+        sample = members.apply(plan, shown.kind, shown.cases, drawn)
+    return sample, replace(shown, drawn=drawn)
+
+
+def telling_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
+    """About this share of the blocks, such that the first one to predict shows something."""
+    total, ranks = num_blocks(plan, kind), block_ranks(plan, sample)
+    low, high = max(1, round((share - 0.1) * total)), max(2, round((share + 0.1) * total))
+    place = {int(rank): i for i, rank in enumerate(ranks.ravel())}
+    return max(range(low, min(high, total)), key=lambda p: float(_block(plan, sample, ranks.shape, place[p])[0].std()), default=1)
 
 
 def _field(kind: str) -> str:
@@ -135,12 +158,18 @@ def draw_picture(path: Path, plan: Plan, drawn: Sequence[Drawn], names: Mapping[
     head, *panels = parts
     head.text(0.01, 0.93, f"What the network is given and asked for - run '{plan.name}'", fontsize=16, weight="bold", va="top")
     head.text(0.01, 0.58, "It is shown the green blocks and predicts the orange ones, one after another in the order of the numbers; "
-              "each block, once predicted, is shown too.\nCrops are mirrored and turned at random. Hatched: no image there, nothing is "
-              f"asked. Order '{plan.sequence.order}', predictor '{plan.sequence.predictor}'.", fontsize=11.5, va="top")
+              "each block, once predicted, is shown too.\nHatched: no image there, nothing is asked. Pictured the usual way round; in "
+              f"training crops are {_moved(plan)} at random. Order '{plan.sequence.order}', predictor '{plan.sequence.predictor}'.",
+              fontsize=11.5, va="top")
     for panel, one in zip(panels, drawn, strict=True):
         _draw_panel(panel, plan, one, names)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def _moved(plan: Plan) -> str:
+    ways = [word for word, does in (("mirrored", plan.sequence.flip), ("turned", plan.sequence.swap_axes)) if does]
+    return " and ".join(ways) if ways else "taken"
 
 
 PANEL_INCH = {False: 4.6, True: 5.2}
@@ -198,27 +227,30 @@ def _window(sample: Sample) -> list[tuple[float, float]]:
 
 def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: int, grey: Sequence[tuple[float, float]]) -> None:
     """The middle slice of one layer of blocks: outlines by colour, numbers by order."""
+    from matplotlib import patheffects
     from matplotlib.patches import Rectangle
 
     token = plan.encoder.token_size_vox
     side = [t * b for t, b in zip(token, plan.sequence.block_tokens, strict=True)]
     low, high = grey[0]
-    z = layer * side[0] + side[0] // 2
+    z = layer * side[0] + _fullest(sample.real[member, layer * side[0] : (layer + 1) * side[0]])
     aspect = _aspect(plan)
     axis.imshow(np.where(sample.real[member, z], sample.voxels[member, 0, z], np.nan), cmap="gray", vmin=low, vmax=high, aspect=aspect)
     axis.set_facecolor("#dddddd")
     ranks = block_ranks(plan, sample)[member][layer]
-    font = float(np.clip(110 / max(ranks.shape), 5, 11))
+    every = -(-ranks.shape[1] // 6)
+    outline = [patheffects.withStroke(linewidth=1.8, foreground="black")]
     for y, x in np.ndindex(*ranks.shape):
         rank = int(ranks[y, x])
         colour = GIVEN if rank < sample.prefix else ASKED
         box = (x * side[2] - 0.5, y * side[1] - 0.5)
         empty = not sample.real[member, z, y * side[1] : (y + 1) * side[1], x * side[2] : (x + 1) * side[2]].any()
-        axis.add_patch(Rectangle(box, side[2], side[1], facecolor="none" if empty else colour, alpha=0.13, linewidth=0))
+        axis.add_patch(Rectangle(box, side[2], side[1], facecolor="none" if empty else colour, alpha=0.09, linewidth=0))
         axis.add_patch(Rectangle(box, side[2], side[1], facecolor="none", edgecolor="#bbbbbb" if empty else colour,
-                                 linewidth=0.9, hatch="///" if empty else None))
-        if not empty:
-            axis.text(box[0] + 0.08 * side[2], box[1] + 0.08 * side[1], str(rank + 1), color=colour, fontsize=font, va="top", weight="bold")
+                                 linewidth=0.6, hatch="///" if empty else None))
+        if not empty and x % every == 0:
+            axis.text(box[0] + 0.06 * side[2], box[1] + 0.1 * side[1], str(rank + 1), color=colour, fontsize=8, va="top", weight="bold",
+                      path_effects=outline)
 
 
 def block_ranks(plan: Plan, sample: Sample) -> NDArray[np.int64]:
@@ -251,16 +283,16 @@ def _draw_context(axis: Any, *, case: StoredCase, one: Drawn, plan: Plan) -> Non
     axis.imshow(whole, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), aspect=case.spacing_mm[1] / case.spacing_mm[2])
     axis.add_patch(Rectangle((start[2] - 0.5, start[1] - 0.5), size[2], size[1], fill=False, edgecolor="#ffd92f", linewidth=2))
     extent = [(min(a, 0), max(a + n, m)) for a, n, m in zip(start[1:], size[1:], case.shape_vox[1:], strict=True)]
-    axis.set_ylim(extent[0][1] + 1, extent[0][0] - 2)
-    axis.set_xlim(extent[1][0] - 2, extent[1][1] + 1)
+    # The arrays run towards anterior and right: front up and the patient's right on the left is the reverse of both.
+    turn = -1 if plan.sequence.flip else 1
+    axis.set_ylim(*(extent[0][1] + 1, extent[0][0] - 2)[::turn])
+    axis.set_xlim(*(extent[1][0] - 2, extent[1][1] + 1)[::turn])
 
 
 def _read_size(plan: Plan, one: Drawn) -> tuple[int, int, int]:
     """Voxels along z, y, x of the scan that a member's crop covers: undo the axis order."""
-    from nnunet_autoreg.sequences.strided import stretch
-
     if one.shown.kind == "strided":
-        return stretch(plan)
+        return strided.stretch(plan)
     shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.axes
     z, y, x = (int(shape[axes.index(axis)]) for axis in range(3))
     return (z, y, x)
@@ -300,5 +332,11 @@ def _block(plan: Plan, sample: Sample, shape: Sequence[int], index: int) -> tupl
     side = [t * b for t, b in zip(plan.encoder.token_size_vox, plan.sequence.block_tokens, strict=True)]
     member, *place = (int(i) for i in np.unravel_index(index, shape))
     z, y, x = (slice(p * n, (p + 1) * n) for p, n in zip(place, side, strict=True))
-    middle = (z.start + z.stop) // 2
-    return sample.voxels[member, 0, middle, y, x], bool(sample.real[member, z, y, x].any())
+    real = sample.real[member, z, y, x]
+    return np.where(real, sample.voxels[member, 0, z, y, x], 0)[_fullest(real)], bool(real.any())
+
+
+def _fullest(real_ZYX: NDArray[np.bool_]) -> int:
+    """The slice nearest to the middle of those with most image."""
+    filled = real_ZYX.sum(axis=(1, 2))
+    return int(min(np.flatnonzero(filled == filled.max()), key=lambda z: abs(int(z) - len(filled) // 2)))
