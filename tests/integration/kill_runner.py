@@ -1,0 +1,157 @@
+"""Runs ``autoreg_pretrain`` lines in forks of one process that has imported everything, and kills them at named points.
+
+A point replaces one function of the package, or of torch, by one that ends the process with SIGKILL; the package knows nothing of it.
+Reads one JSON request a line - argv, point, log, env - and answers with the exit status. Pictures are left out: they take most of the time.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def kill():
+    """End this process at once, as the kernel does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait()
+
+
+def at_call(number, owner, name, act):
+    """Have call ``number`` of a function go to ``act(original, *arguments)``."""
+    original, calls = getattr(owner, name), []
+
+    def replaced(*arguments, **named):
+        calls.append(1)
+        return act(original, *arguments, **named) if len(calls) == number else original(*arguments, **named)
+
+    setattr(owner, name, replaced)
+
+
+def before(original, *arguments, **named):
+    kill()
+
+
+def after(original, *arguments, **named):
+    original(*arguments, **named)
+    kill()
+
+
+def half_saved(original, content, file):
+    import io
+
+    whole = io.BytesIO()
+    original(content, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    kill()
+
+
+def half_exported(original, tensors, path, **named):
+    original(tensors, path, **named)
+    Path(path).write_bytes(Path(path).read_bytes()[:999])
+    kill()
+
+
+def half_a_line(original, metrics, step, name, value, unit):
+    with metrics.path.open("a") as handle:
+        handle.write(f'{{"step": {step}, "na')
+    kill()
+
+
+def on_replace(target, act):
+    """At the second renaming of a file onto one named ``target``."""
+    original, calls = Path.replace, []
+
+    def replaced(path, onto):
+        if Path(onto).name == target:
+            calls.append(1)
+            if len(calls) == 2:
+                return act(original, path, onto)
+        return original(path, onto)
+
+    Path.replace = replaced
+
+
+def in_a_worker():
+    if __name__ == "__mp_main__":
+        from nnunet_autoreg.store import store
+        at_call(1, store, "write_case", before)
+    else:
+        from nnunet_autoreg.pretrain import run
+        run.num_processes = lambda: 2
+
+
+def arm(point):
+    """Replace what the point names."""
+    import safetensors.torch
+    import torch
+
+    from nnunet_autoreg.corpus import index
+    from nnunet_autoreg.model.card import EncoderCard
+    from nnunet_autoreg.pretrain.metrics import MetricsFile
+    from nnunet_autoreg.pretrain.validation import Validation
+    from nnunet_autoreg.store import store
+
+    {
+        "indexing": lambda: at_call(2, index, "load_scan", before),
+        "preprocessing": lambda: at_call(2, store, "write_case", after),
+        "in a worker": in_a_worker,
+        "in the middle of a step": lambda: at_call(5, torch.optim.AdamW, "step", before),
+        "validation": lambda: at_call(2, Validation, "_features", before),
+        "while a checkpoint is written": lambda: at_call(3, torch, "save", half_saved),
+        "between writing and renaming a checkpoint": lambda: on_replace("checkpoint_latest.pth", before),
+        "between the two renames of a checkpoint": lambda: on_replace("checkpoint_previous.pth", after),
+        "while writing metrics.jsonl": lambda: at_call(12, MetricsFile, "_append", half_a_line),
+        "export": lambda: at_call(1, safetensors.torch, "save_file", half_exported),
+        "after the export, before the finished mark": lambda: at_call(1, EncoderCard, "save", before),
+    }[point]()
+
+
+def leave_out_pictures():
+    from nnunet_autoreg.pretrain import loop, report, run
+
+    run.draw_fingerprint = loop.draw_progress = report.Reporter.write = lambda *_: None
+    run.num_processes = lambda: 1
+
+
+def child(request):
+    os.environ.update(request["env"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    leave_out_pictures()
+    if request["point"]:
+        os.environ["KILL_POINT"] = request["point"]
+        arm(request["point"])
+    from nnunet_autoreg.cli.pretrain import main
+
+    sys.argv = ["autoreg_pretrain", *request["argv"]]
+    return main(request["argv"])
+
+
+def serve():
+    for module in ("dynamic_network_architectures.architectures.primus", "nnunetv2.preprocessing.preprocessors.default_preprocessor",
+                   "torch._dynamo", *(f"nnunet_autoreg.pretrain.{name}" for name in ("run", "loop", "report", "slices"))):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = child(request)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
+elif __name__ == "__mp_main__" and "KILL_POINT" in os.environ:
+    arm(os.environ["KILL_POINT"])

@@ -1,0 +1,149 @@
+"""kill -9 at named points: the same line typed again leaves the same bytes as a run that nobody disturbed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_autoreg.checkpoint import RESUMABLE, damage_of
+from nnunet_autoreg.records import TEMPORARY_FILES
+
+pytestmark = pytest.mark.integration
+
+RUNNER = Path(__file__).with_name("kill_runner.py")
+ENCODER = ('encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
+           '"init_values":0.1,"scale_attn_inner":true}')
+SETTINGS = [ENCODER, "sequence.crop_size_vox=16,16,16", "run.checkpoint_every=3", "run.validate_every=4", "run.log_every=1"]
+REPRODUCED = ("train_error", "gradient_norm", "lr", "heldout_error", "token_variance", "effective_rank")
+
+
+class Place:
+    """Five phantom scans, nnU-Net's folders, and a process that runs lines on them."""
+
+    def __init__(self, root):
+        self.root = root
+        for name in ("scans", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (root / name).mkdir()
+        for number in range(5):
+            image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32))
+            SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("autoreg_", "KILL_"))}
+        environment = {**clean, "OMP_NUM_THREADS": "1", "nnUNet_raw": str(root / "nnUNet_raw")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def run(self, name, point=None, store="nnUNet_preprocessed"):
+        """Type the line, to be killed at ``point``; gives the exit status, negative for a signal."""
+        argv = ["-i", str(self.root / "scans"), "--name", name, "--steps", "8", "--batch", "2", "--device", "cpu", "--set", *SETTINGS]
+        folders = {"nnUNet_preprocessed": str(self.root / store), "nnUNet_results": str(self.root / "nnUNet_results")}
+        request = {"argv": argv, "point": point, "log": str(self.root / f"{name}.log"), "env": folders}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["status"]
+
+    def log(self, name):
+        return (self.root / f"{name}.log").read_text()
+
+    def folder(self, name):
+        return self.root / "nnUNet_results/autoreg_pretraining" / name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = Place(tmp_path_factory.mktemp("kill"))
+    yield place
+    place.process.stdin.close()
+    place.process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The folder of a run that nobody disturbed."""
+    assert place.run("whole") == 0, place.log("whole")[-2000:]
+    return place.folder("whole")
+
+
+def reproduced(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(x["step"], x["name"], x["value"]) for x in lines if x["name"] in REPRODUCED]
+
+
+POINTS = {
+    "indexing": -signal.SIGKILL, "preprocessing": -signal.SIGKILL, "in a worker": 1, "in the middle of a step": -signal.SIGKILL,
+    "validation": -signal.SIGKILL, "while a checkpoint is written": -signal.SIGKILL,
+    "between writing and renaming a checkpoint": -signal.SIGKILL, "between the two renames of a checkpoint": -signal.SIGKILL,
+    "while writing metrics.jsonl": -signal.SIGKILL, "export": -signal.SIGKILL,
+    "after the export, before the finished mark": -signal.SIGKILL,
+}
+NEED_AN_EMPTY_STORE = ("preprocessing", "in a worker")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place, whole, point):
+    name, store = point.replace(" ", "_").replace(",", ""), "nnUNet_preprocessed"
+    if point in NEED_AN_EMPTY_STORE:
+        store = f"store {point}"
+        (place.root / store).mkdir()
+    assert place.run(name, point, store) == POINTS[point], place.log(name)[-2000:]
+    folder = place.folder(name)
+    assert not (folder / "encoder.json").exists()
+    killed = place.log(name)
+    assert "Traceback" not in killed, killed[-2000:]
+    if point == "in a worker":
+        assert "a worker process died" in killed.splitlines()[-1]
+    assert place.run(name, None, store) == 0, place.log(name)[-2000:]
+    again = place.log(name)[len(killed):]
+    assert "Traceback" not in again
+    assert (folder / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+    assert reproduced(folder) == reproduced(whole)
+    assert not list(folder.glob(TEMPORARY_FILES))
+    assert {path: damage_of(folder / path) for path in RESUMABLE} == dict.fromkeys(RESUMABLE, "")
+
+
+def test_a_newest_checkpoint_with_a_flipped_bit_costs_the_steps_since_the_one_before_and_is_told_in_one_line(place, whole):
+    assert place.run("flipped", "export") == -signal.SIGKILL
+    latest = place.folder("flipped") / "checkpoint_latest.pth"
+    data = bytearray(latest.read_bytes())
+    data[len(data) // 2] ^= 4
+    latest.write_bytes(data)
+    assert place.run("flipped") == 0, place.log("flipped")[-2000:]
+    told = [line for line in place.log("flipped").splitlines() if "its checksum differs" in line]
+    assert len(told) == 1
+    assert told[0].endswith("is now checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 6")
+    assert (place.folder("flipped") / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_two_kills_in_a_row_and_somebody_elses_files_in_the_folder_change_nothing(place, whole):
+    assert place.run("twice", "in the middle of a step") == -signal.SIGKILL
+    theirs = place.folder("twice") / "my notes.txt"
+    theirs.write_text("keep")
+    assert place.run("twice", "while writing metrics.jsonl") == -signal.SIGKILL
+    assert place.run("twice") == 0
+    assert (place.folder("twice") / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+    assert theirs.read_text() == "keep"
+
+
+def test_a_loader_process_ends_with_the_main_process(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os, signal, multiprocessing\n"
+        "from nnunet_autoreg.pretrain.batches import training_batches\n"
+        "batches = training_batches(list(range(1000)), range(1000), 1, False)\n"
+        "next(batches)\n"
+        "print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 10
+    while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
+    shutil.rmtree(tmp_path)
