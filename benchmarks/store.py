@@ -182,10 +182,10 @@ def crop_ways(cases: list[StoredCase], theirs: Any, draws: list[tuple[int, Size,
     return {"ours": ours, "ours, first touch": ours_first, "baseline": baseline, "baseline again": baseline, "opened once": opened_once}
 
 
-def bench_preprocessing(repeats: int) -> None:
+def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
     """Seconds per case of the commands and of the functions behind them, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for number, dataset, num in PREPROCESSING_SETS:
+    for number, dataset, num in (entry for entry in PREPROCESSING_SETS if entry[0] in chosen):
         with tempfile.TemporaryDirectory() as folder:
             environment = link_subset(Path(folder), dataset, num)
 
@@ -267,11 +267,12 @@ def main() -> None:
     p.add_argument("what", choices=["crops", "preprocessing"])
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--crops", type=int, default=100, help="crops of a round")
+    p.add_argument("--datasets", nargs="+", default=[entry[0] for entry in PREPROCESSING_SETS], help="of preprocessing")
     args = p.parse_args()
     if args.what == "crops":
         bench_crops(args.repeats, args.crops)
     else:
-        bench_preprocessing(args.repeats)
+        bench_preprocessing(args.repeats, args.datasets)
 
 
 if __name__ == "__main__":
