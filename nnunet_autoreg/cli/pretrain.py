@@ -46,10 +46,18 @@ def parser() -> argparse.ArgumentParser:
                    "subject, session, contrast, class, modality")
     p.add_argument("--split-4d", action="store_true", help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a scan")
     p.add_argument("--init", metavar="FILE", help="start from these weights (encoder.safetensors with its encoder.json beside it)")
+    p.add_argument("--sequences", nargs="+", default=[], metavar="KIND[=W]",
+                   help="what sequences are made of, and how often: spatial (blocks of one crop), strided (overlapping sub-volumes), "
+                   "contrast (one place in several contrasts of a subject), semantic (one structure in several subjects). Default: spatial "
+                   "for one dataset, all that the scans offer for several")
+    p.add_argument("--boxes", metavar="FILE", help="a CSV that says where structures lie, for semantic sequences: scan, class, zmin, ymin, "
+                   "xmin, zmax, ymax, xmax in voxels")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override planned values, e.g. optim.lr=3e-4")
     p.add_argument("--part", metavar="K/N", help="preprocess the K-th of N parts of the scans, then stop: for job arrays. Needs a run that "
                    "--dry-run has planned; when all parts are done, the same line without --part trains")
     p.add_argument("--dry-run", action="store_true", help="write plan.json and scans.csv, then stop")
+    p.add_argument("--show", action="store_true", help="with --dry-run: also preprocess a few scans and draw sequences.png, what the "
+                   "network will be given and asked for")
     return p
 
 
@@ -101,13 +109,18 @@ def main(argv: list[str] | None = None) -> int:
         manifest=absolute(args.manifest),
         init=absolute(args.init),
         settings=tuple(args.set),
+        sequences=tuple(args.sequences),
+        boxes=absolute(args.boxes),
     ).check()
     if args.part:
         return preprocess(request, args.part, args.dry_run)
+    if args.show and not args.dry_run:
+        raise UsageError("--show goes with --dry-run: it draws what training would see, and stops before it")
     device = check_device(args.device) if args.device else default_device()
-    outcome = pretrain(request, device, args.dry_run)
+    outcome = pretrain(request, device, args.dry_run, args.show)
     if not outcome.finished:
-        print_next(f"look at {outcome.folder / 'plan.json'} and {outcome.folder / 'scans.csv'}, edit the plan if you like, "
+        pictures = f"{outcome.folder / 'sequences.png'}, " if args.show else ""
+        print_next(f"look at {pictures}{outcome.folder / 'plan.json'} and {outcome.folder / 'scans.csv'}, edit the plan if you like, "
                    "then type the same line without --dry-run")
         return 0
     dataset = args.d[0] if args.d else "ID"

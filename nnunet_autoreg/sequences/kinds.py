@@ -51,9 +51,8 @@ def plan_weights(offers: Offers) -> tuple[dict[str, float], str]:
 
 
 def choose_members(structures: Mapping[str, int] | None, most: int) -> int:
-    """Images of a semantic sequence: at most ``most``, and no more than half of the structures have subjects."""
-    counts = sorted((structures or {}).values())
-    return most if not counts else max(2, min(most, counts[len(counts) // 2]))
+    """Images of a semantic sequence: ``most``, or as many as the structure has that is known in most subjects."""
+    return max(2, min(most, max(structures.values()))) if structures else most
 
 
 def num_members(sequence: SequencePlan, kind: str) -> int:

@@ -13,7 +13,8 @@ from nnunet_autoreg.model.primus import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
-from nnunet_autoreg.sequences.blocks import block_ids
+from nnunet_autoreg.sequences.blocks import block_ids, sequence_ids, token_ranks, window_positions
+from nnunet_autoreg.sequences.kinds import member_codes, member_crop
 from nnunet_autoreg.sequences.sample import Batch
 
 SMALL = {**encoder_size("primus_tiny").arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
@@ -234,3 +235,102 @@ def test_what_transfers_has_the_downstream_keys_and_no_rotary_table_or_decoder()
     keys = set(Autoregressive(make_plan()).transferable_state())
     assert {"down_projection.proj.weight", "down_projection.proj.bias", "eva.pos_embed", "eva.norm.weight"} <= keys
     assert not [key for key in keys if "rope" in key or "up_projection" in key or "primus" in key]
+
+
+def several_members(plan, kind, prefix, seed=0):
+    """Random crops for a sequence of several members, laid out as the sampler does, at a window of the grid that is not its corner."""
+    generator = torch.Generator().manual_seed(seed)
+    size, token = member_crop(plan, kind), plan.encoder.token_size_vox
+    codes = list(member_codes(plan)[kind])
+    grid, whole = grid_of(size, token), grid_of(plan.sequence.crop_size_vox, token)
+    ids = sequence_ids(grid, plan.sequence.block_tokens, len(codes), plan.sequence.order)
+    ranks = token_ranks(ids, plan.sequence.order, np.random.default_rng(seed))
+    place = window_positions(whole, grid, [w - g for w, g in zip(whole, grid, strict=True)])
+    voxels = torch.randn(1, len(codes), 1, *size, generator=generator)
+    return Batch(
+        voxels, torch.ones(1, len(codes), *size, dtype=torch.bool), torch.from_numpy(ranks)[None], torch.tensor([prefix]),
+        torch.from_numpy(np.tile(place, len(codes)))[None], torch.from_numpy(np.repeat(np.array(codes), len(place)))[None],
+    )
+
+
+WORDS = ("T1w", "T2w", "FLAIR")
+KINDS = {
+    "contrast": {"weights": {"spatial": 1.0, "contrast": 1.0}, "contrasts": WORDS, "contrast_members": 3},
+    "semantic": {"weights": {"contrast": 1.0, "semantic": 1.0}, "contrasts": WORDS, "contrast_members": 3, "semantic_members": 2},
+}
+WAYS = {
+    "raster, next": {}, "interleaved, next": {"order": "interleaved"}, "raster, query": {"predictor": "query"},
+    "random, query": {"order": "random", "predictor": "query"},
+    "interleaved, next, blocks of 1x1x2": {"order": "interleaved", "block_tokens": (1, 1, 2)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_sequences_of_several_images_nothing_leaks_from_later_blocks_and_the_next_block_reacts(kind, way):
+    plan = make_plan(**{"crop_size_vox": (16, 32, 32), **KINDS[kind], **way})
+    torch.manual_seed(0)
+    objective = Autoregressive(plan)
+    if objective.model.member is not None:
+        torch.nn.init.normal_(objective.model.member.table)
+    num_blocks = int(several_members(plan, kind, 1).ranks.max()) + 1
+    batch = several_members(plan, kind, num_blocks // 3)
+    before = predict(objective, batch)
+    for rank in range(num_blocks // 3, num_blocks):
+        after = predict(objective, change_members(batch, plan, rank))
+        kept = (batch.ranks[0] >= num_blocks // 3) & (batch.ranks[0] <= rank)
+        assert torch.equal(before[0, kept], after[0, kept])
+        following = batch.ranks[0] == rank + 1
+        assert rank + 1 == num_blocks or (before[0, following] != after[0, following]).any()
+
+
+def change_members(batch, plan, rank):
+    """The same batch with other voxels in the block of this rank."""
+    token, (members, size) = plan.encoder.token_size_vox, (batch.voxels.shape[1], batch.voxels.shape[3:])
+    tokens = to_blocks(batch.voxels[0], token).clone()
+    tokens.view(-1, *tokens.shape[2:])[batch.ranks[0] == rank] += 3.0
+    assert tokens.shape[0] == members
+    return replace(batch, voxels=from_blocks(tokens, grid_of(size, token))[None])
+
+
+def test_members_are_told_apart_by_their_code_and_code_0_is_what_fine_tuning_sees():
+    plan = make_plan(crop_size_vox=(16, 32, 32), **KINDS["contrast"])
+    torch.manual_seed(0)
+    objective = Autoregressive(plan)
+    batch = several_members(plan, "contrast", 1)
+    as_one = replace(batch, members=torch.zeros_like(batch.members))
+    assert torch.equal(predict(objective, batch), predict(objective, as_one))
+    torch.nn.init.normal_(objective.model.member.table)
+    tokens = len(batch.ranks[0]) // 3
+    told, one = predict(objective, batch), predict(objective, as_one)
+    assert torch.equal(told[0, :tokens], one[0, :tokens]) and (told[0, tokens + 1 :] != one[0, tokens + 1 :]).any()
+    assert not [key for key in objective.transferable_state() if "member" in key]
+
+
+def test_a_window_of_positions_gives_the_features_of_that_place_in_the_grid():
+    plan = make_plan(crop_size_vox=(16, 32, 24))
+    encoder = Autoregressive(plan).module.encoder
+    whole = torch.randn(1, 1, 1, 16, 32, 24, generator=torch.Generator().manual_seed(0))
+    positions = torch.from_numpy(window_positions((2, 4, 3), (2, 4, 3), (0, 0, 0)))[None]
+    with torch.no_grad():
+        assert torch.allclose(encoder(whole, None), encoder(whole, None, positions), atol=1e-6)
+        shifted = encoder(whole, None, torch.roll(positions, 1, dims=1))
+    assert not torch.allclose(encoder(whole, None), shifted, atol=1e-3)
+
+
+def test_voxels_that_were_shown_before_carry_no_loss():
+    plan = make_plan()
+    torch.manual_seed(0)
+    objective = Autoregressive(plan)
+    batch = make_batch(plan, prefix=20)
+    scored = torch.ones_like(batch.real)
+    scored[:, :, 15] = False
+    terms = objective.loss(replace(batch, scored=scored))
+    assert float(terms.count) == 4 * (512 - 64)
+
+
+def test_a_plan_with_one_kind_has_the_weights_that_it_had_before_there_were_others():
+    names = {name for name, _ in Autoregressive(make_plan()).module.named_parameters()}
+    assert not [name for name in names if "member" in name]
+    query = Autoregressive(make_plan(predictor="query")).module
+    assert query.head.member.shape == (1, 1, 1, 48) and query.member is None

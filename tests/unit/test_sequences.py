@@ -1,18 +1,21 @@
 """Blocks, ranks, crops and batches."""
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from nnunet_autoreg import rng
+from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
 from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
 from nnunet_autoreg.pretrain.run import split
-from nnunet_autoreg.sequences import spatial
-from nnunet_autoreg.sequences.blocks import block_ids, draw_prefix, token_ranks
-from nnunet_autoreg.sequences.kinds import num_blocks
+from nnunet_autoreg.sequences import spatial, strided
+from nnunet_autoreg.sequences.blocks import block_ids, draw_prefix, sequence_ids, token_ranks, window_positions
+from nnunet_autoreg.sequences.kinds import Offers, choose_members, member_crop, num_blocks, plan_weights
+from nnunet_autoreg.sequences.material import Group, Material, Place, Structure
 from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
 
 TINY = encoder_size("primus_tiny")
@@ -140,3 +143,204 @@ def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
         assert len(heldout) == 8 and not {row.subject for row in training} & {row.subject for row in heldout}
         ways.append([row.id for row in heldout])
     assert ways[0] == ways[1]
+
+
+def test_interleaved_order_takes_two_tokens_of_each_sub_volume_and_raster_order_one_sub_volume_after_another():
+    """128^3 as four sub-volumes of 32 slices, tokens of 16: two tokens of each along z."""
+    of_sub_volume = np.arange(8 * 8 * 8) // 64 // 2
+    interleaved = sequence_ids((8, 8, 8), (1, 1, 1), 1, "interleaved")
+    assert of_sub_volume[np.argsort(interleaved)][:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    raster = sequence_ids((8, 8, 8), (1, 1, 1), 1, "raster")
+    assert set(of_sub_volume[np.argsort(raster)][:128].tolist()) == {0}
+
+
+def test_interleaved_members_alternate_at_each_place_of_the_plane():
+    ids = sequence_ids((1, 2, 2), (1, 1, 1), 2, "interleaved")
+    # (y, x) of one member: 0 1 / 2 3; x is the slowest, then y, then the member.
+    assert ids.tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert sequence_ids((1, 2, 2), (1, 1, 1), 2, "raster").tolist() == list(range(8))
+    assert sequence_ids((2, 1, 1), (2, 1, 1), 2, "interleaved").tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("stride", "expected"), [(8, 0.5625), (32, 0.0)])
+def test_a_stride_of_8_shows_56_percent_of_the_voxels_before_and_a_stride_of_32_none(stride, expected):
+    encoder = EncoderPlan("x", "y", {}, (16, 16, 16))
+    plan = replace(make_plan(crop_size_vox=(128, 32, 16), order="interleaved", weights={"strided": 1.0}, stride_vox=stride),
+                   encoder=encoder)
+    ranks = sequence_ids((8, 2, 1), (1, 1, 1), 1, "interleaved")
+    seen = strided.seen_before(plan, ranks)
+    assert seen.mean() == expected
+    if stride == 8:
+        assert [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)] == [0, 0, 1, 0.5, 1, 0.5, 1, 0.5]
+        assert len(set(strided.source_slices(plan).tolist())) == 56
+
+
+def test_strided_samples_repeat_overlapping_slices_and_can_leave_them_out_of_the_loss():
+    plan = make_plan(crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8, mask_seen=True, flip=False,
+                     swap_axes=False)
+    sample = SequenceSampler(plan).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
+    assert strided.stretch(plan) == (24, 16, 16)
+    assert np.array_equal(sample.voxels[0, 0, 16:24], sample.voxels[0, 0, 8:16])
+    assert sample.scored[0, :16].all() and not sample.scored[0, 16:24].any() and sample.scored[0, 24:].all()
+    plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
+    assert plain.scored is None and np.array_equal(plain.voxels, sample.voxels)
+
+
+@dataclass(frozen=True)
+class Shifted(Ramp):
+    """Another contrast: the same ramp and a constant that tells whose it is."""
+
+    by: float = 0.0
+
+    def read_padded(self, start, size):
+        crop, real = super().read_padded(start, size)
+        return crop + self.by * real, real
+
+
+WORDS = ("T1w", "T1w-ce", "T2w", "FLAIR")
+
+
+def contrast_material(num_groups=2):
+    groups = [Group(f"case {g}", tuple((word, Shifted((30, 40, 30), by=1e5 * (4 * g + i))) for i, word in enumerate(WORDS)))
+              for g in range(num_groups)]
+    return Material((), tuple(groups))
+
+
+def contrast_plan(**sequence):
+    return make_plan(**{"crop_size_vox": (32, 32, 32), "weights": {"contrast": 1.0}, "contrasts": WORDS, "contrast_members": 4, **sequence})
+
+
+def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
+    plan, material = contrast_plan(), contrast_material()
+    for number in range(10):
+        sample = SequenceSampler(plan).draw(material, TRAINING, number, 0)
+        assert sample.voxels.shape[0] == 4
+        first = sample.voxels[0, 0]
+        for member in range(1, 4):
+            assert np.array_equal(sample.voxels[member, 0] - first, np.full(first.shape, 1e5 * member, np.float32))
+        assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
+        tokens = len(sample.ranks) // 4
+        assert np.array_equal(sample.positions[:tokens], sample.positions[tokens : 2 * tokens])
+
+
+def test_a_contrast_keeps_its_code_where_only_some_of_the_contrasts_are_taken():
+    plan = contrast_plan(contrast_members=2, order="random", predictor="query")
+    found = set()
+    for number in range(40):
+        sample = SequenceSampler(plan).draw(contrast_material(1), TRAINING, number, 0)
+        codes = sample.members.reshape(2, -1)[:, 0]
+        assert float(sample.voxels[1].max() - sample.voxels[0].max()) == pytest.approx(1e5 * (codes[1] - codes[0]))
+        found.add(tuple(codes.tolist()))
+    assert found == {(a, b) for a in range(4) for b in range(a + 1, 4)}
+
+
+def semantic_material():
+    def structure(name, of, subjects):
+        cases = [(s, Shifted((40, 40, 40), by=1e6 * s + 1e5 * of)) for s in subjects]
+        return Structure(name, (1.0, 1.0, 1.0), tuple(Place(f"patient {s}", case, (20.0, 10.0, 30.0)) for s, case in cases for _ in "ab"))
+
+    return Material((), (), (structure("kidney", 0, range(6)), structure("liver", 5, range(5))))
+
+
+def semantic_plan(**sequence):
+    return make_plan(**{"crop_size_vox": (32, 32, 32), "weights": {"semantic": 1.0}, "semantic_members": 4, **sequence})
+
+
+def test_a_semantic_sequence_shows_one_structure_in_four_different_patients():
+    plan = semantic_plan()
+    structures = set()
+    for number in range(20):
+        sample, shown = SequenceSampler(plan).draw_kind("semantic", semantic_material(), rng.generator(0, "x", number))
+        assert len(set(shown.names)) == len({case.by for case in shown.cases}) == 4
+        assert {case.by % 1e6 for case in shown.cases} == {0.0 if shown.subject == "kidney" else 5e5}
+        assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
+        structures.add(shown.subject)
+    assert structures == {"kidney", "liver"}
+
+
+def test_a_structure_lies_within_an_eighth_of_the_crop_from_its_middle():
+    plan = semantic_plan()
+    size = np.array(member_crop(plan, "semantic"))
+    assert (size % 8 == 0).all()
+    moved = []
+    for number in range(50):
+        _, shown = SequenceSampler(plan).draw_kind("semantic", semantic_material(), rng.generator(0, "x", number))
+        moved += [np.array(start) + (size - 1) / 2 - (20, 10, 30) for start in shown.drawn.starts]
+    assert (np.abs(moved) <= size / 8 + 0.5).all() and np.abs(moved).max() > 1
+
+
+def test_members_together_hold_no_more_tokens_than_one_crop_and_a_wish_counts():
+    # 5 x 7 x 5 tokens and four members: 3 x 4 x 3 each is the largest box of like proportions.
+    plan = semantic_plan(crop_size_vox=(40, 56, 40))
+    assert member_crop(plan, "semantic") == (24, 32, 24)
+    assert num_blocks(plan, "semantic") == 144 <= num_blocks(plan) == 175
+    assert member_crop(semantic_plan(member_crop_vox=(8, 32, 32)), "semantic") == (8, 32, 32)
+    assert member_crop(plan, "spatial") == (40, 56, 40)
+
+
+def test_positions_are_a_window_of_the_grid_anywhere_in_it():
+    assert window_positions((3, 4, 5), (1, 2, 2), (2, 1, 3)).tolist() == [2 * 20 + 5 + 3, 2 * 20 + 5 + 4, 2 * 20 + 10 + 3, 2 * 20 + 10 + 4]
+    windows = {SequenceSampler(contrast_plan()).draw(contrast_material(), TRAINING, n, 0).positions[0] for n in range(60)}
+    assert len(windows) > 3
+
+
+def test_a_batch_holds_one_kind_and_the_kinds_come_as_often_as_their_weights_say():
+    both = Material((Ramp((30, 30, 30)),), contrast_material().groups)
+    plan = contrast_plan(weights={"spatial": 3.0, "contrast": 1.0})
+    sampler = SequenceSampler(plan)
+    kinds = [sampler.kind(both, TRAINING, step) for step in range(2000)]
+    assert kinds.count("contrast") / 2000 == pytest.approx(0.25, abs=0.03)
+    batches = StepBatches(sampler, both, 3)
+    for step in range(6):
+        assert batches[step].voxels.shape[1] == (4 if kinds[step] == "contrast" else 1)
+    assert [sampler.kind(both, TRAINING, step) for step in range(20)] == kinds[:20]
+
+
+def test_held_out_batches_hold_every_kind_with_all_four_prefixes():
+    both = Material((Ramp((30, 30, 30)),), contrast_material().groups)
+    plan = contrast_plan(weights={"spatial": 1.0, "contrast": 1.0})
+    batches = heldout_batches(SequenceSampler(plan), both, 4, 2)
+    assert [batch.voxels.shape[1] for batch in batches] == [1, 4]
+    assert [len(set(batch.prefix.tolist())) for batch in batches] == [4, 4]
+    assert len(heldout_batches(SequenceSampler(plan), Material(both.cases), 4, 2)) == 2
+
+
+def test_one_dataset_alone_gives_the_samples_of_a_plan_that_knows_no_other_kinds():
+    plan, cases = make_plan(), [Ramp((30, 30, 30)), Ramp((16, 40, 20))]
+    sample = SequenceSampler(plan).draw(cases, TRAINING, 3, 1)
+    # Written down before there were other kinds.
+    generator = rng.generator(7, TRAINING, 3, 1)
+    case = cases[int(generator.integers(2))]
+    drawn = spatial.draw(plan, case.shape_vox, generator)
+    assert np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels) and sample.prefix == drawn.prefix
+    assert sample.positions is sample.members is sample.scored is None
+
+
+def test_one_input_stays_spatial_and_several_get_what_they_offer_with_the_reason():
+    structures = {"liver": 5, "lesion": 2}
+    assert plan_weights(Offers(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {"spatial": 1.0}
+    weights, why = plan_weights(Offers(2, 9, WORDS, 3, 0, structures, "label maps"))
+    assert weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
+    assert "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why and "2 structures" in why and "positions only" in why
+    assert plan_weights(Offers(2, 9))[0] == {"spatial": 1.0}
+    assert choose_members(structures, 4) == 4
+    assert choose_members({"liver": 3, "lesion": 2}, 4) == 3
+    assert choose_members({}, 4) == 4
+
+
+@pytest.mark.parametrize(("sequence", "message"), [
+    ({"weights": {"spacial": 1.0}}, "did you mean 'spatial'"),
+    ({"weights": {"spatial": -1.0}}, "must not be negative"),
+    ({"weights": {"spatial": 0.0}}, "draws nothing"),
+    ({"weights": {"contrast": 1.0}}, "contrast_members=0: a contrast sequence has at least 2 images"),
+    ({"weights": {"contrast": 1.0}, "contrasts": WORDS, "contrast_members": 2}, "use sequence.predictor=query"),
+    ({"weights": {"semantic": 1.0}, "semantic_members": 1}, "at least 2 images"),
+    ({"weights": {"semantic": 1.0}, "member_crop_vox": (12, 16, 16)}, "12 on axis z has to be a multiple of 8"),
+    ({"weights": {"strided": 1.0}}, "use a multiple of 32, or another number"),
+    ({"weights": {"strided": 1.0}, "crop_size_vox": (32, 16, 16), "stride_vox": 9}, "between 1 and the sub-volume's depth of 8"),
+    ({"order": "random"}, "use sequence.predictor=query"),
+    ({"order": "interleafed"}, "did you mean 'interleaved'"),
+])
+def test_ill_posed_and_impossible_sequences_are_refused_with_the_way_out(sequence, message):
+    with pytest.raises(PlanError, match=re.escape(message)):
+        check(make_plan(**sequence))
