@@ -112,12 +112,12 @@ def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workp
     assert dry.returncode == 0, dry.stderr
     left = folder_of(workplace, "dry")
     made = {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))}
-    assert made == {"plan.json", "scans.csv", "fingerprint.json"}
+    assert made == {"plan.json", "scans.csv", "fingerprint.json", "fingerprint.png"}
     plan_file = left / "plan.json"
-    plan_file.write_text(plan_file.read_text().replace('"lr": 0.001', '"lr": 0.0005'))
+    plan_file.write_text(plan_file.read_text().replace('"lr": 0.0005', '"lr": 0.00025'))
     assert run(workplace, "dry", "--steps", "2", *SMALL).returncode == 0
     lines = [json.loads(text) for text in (left / "metrics.jsonl").read_text().splitlines()]
-    assert next(x["value"] for x in lines if x["name"] == "lr") == 0.0005
+    assert next(x["value"] for x in lines if x["name"] == "lr") == 0.00025
 
 
 def test_existing_weights_start_a_run(workplace):
