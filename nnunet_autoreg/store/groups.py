@@ -1,8 +1,8 @@
 """Contrasts of one subject on one grid: every member of a group stored once more, cropped and resampled as all the others of it.
 
 Channels of an nnU-Net case lie on one grid already; they are cropped to the box around all of them, as nnU-Net does. Images of a
-session are first resampled onto the member with most voxels, by world coordinates. The key of a member holds the content of
-the whole group, so that a group that changes is made anew.
+session are first resampled onto the member with most voxels, by world coordinates, and cropped to what all of them cover. The key of a
+member holds the content of the whole group, so that a group that changes is made anew.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from nnunet_autoreg.corpus.content import content_hash
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
@@ -30,6 +31,10 @@ from nnunet_autoreg.store.case import CaseRecord, read_record, write_case
 from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, plan_task
 
 log = logging.getLogger(__name__)
+
+LAYOUT = 2
+"""Version of how a group is made."""
+MIN_SHARED_VOX = 8
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def plan_group(group: ContrastGroup, spacing_of: Callable[[ScanRow], Spacing], c
     spacing = as_spacing(spacing_of(group.rows[reference]))
     alone = [plan_task(row, spacing, ct_window) for row in group.rows]
     whole = [[row.content_hash for row in group.rows], reference, group.channels]
-    keys = tuple(hashlib.sha256(json.dumps(["group", i, whole, task.key]).encode()).hexdigest() for i, task in enumerate(alone))
+    keys = tuple(hashlib.sha256(json.dumps(["group", LAYOUT, i, whole, task.key]).encode()).hexdigest() for i, task in enumerate(alone))
     return GroupTask(group, reference, spacing, keys, tuple(t.scheme for t in alone), tuple(t.ct_window for t in alone))
 
 
@@ -129,17 +134,23 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
         return np.concatenate([s.array_CZYX for s in scans]), target.spacing_mm
     grids = [_grid(row, scan) for row, scan in zip(rows, scans, strict=True)]
     frame = grids[task.reference]
-    moved = [scan.array_CZYX[0] if grid.is_like(frame) else _moved(scan, grid, frame, row, scheme)
-             for scan, grid, row, scheme in zip(scans, grids, rows, task.schemes, strict=True)]
-    return np.stack(moved), target.spacing_mm
+    others = [grid for grid in grids if not grid.is_like(frame)]
+    shared = _shared_box([brought_onto(np.ones(grid.shape_vox, np.float32), grid, frame, 0.0) > 0.5 for grid in others])
+    moved = [scan.array_CZYX[0] if grid.is_like(frame) else brought_onto(scan.array_CZYX[0], grid, frame, float(scan.array_CZYX.min()))
+             for scan, grid in zip(scans, grids, strict=True)]
+    return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm
 
 
-def _moved(scan: RawScan, grid: Grid, frame: Grid, row: ScanRow, scheme: str) -> Array:
-    array_ZYX = scan.array_CZYX[0]
-    moved = brought_onto(array_ZYX, grid, frame, float(array_ZYX.min()) if scheme == CT_SCHEME else 0.0)
-    if float(moved.min()) == float(moved.max()):
-        raise ScanError("geometry", f"{row.id} shows another part of the body than the other contrasts")
-    return moved
+def _shared_box(covered_ZYX: Sequence[npt.NDArray[np.bool_]]) -> tuple[slice, ...]:
+    """The box around what every member covers."""
+    if not covered_ZYX:
+        return (slice(None),) * 3
+    everywhere = np.logical_and.reduce(covered_ZYX)
+    hits = [np.flatnonzero(everywhere.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    sides = [int(h[-1] - h[0] + 1) if h.size else 0 for h in hits]
+    if min(sides) < MIN_SHARED_VOX:
+        raise ScanError("geometry", f"they share only {' x '.join(map(str, sides))} voxels: they show different parts of the body")
+    return tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
 
 
 def _grid(row: ScanRow, scan: RawScan) -> Grid:

@@ -1,0 +1,354 @@
+"""Groups of contrasts, places of structures, and the material that sequences are cut from; with small scans on disk."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan, oriented_voxel, read_label_map
+from nnunet_autoreg.corpus.groups import commonest, contrast_groups, contrast_word
+from nnunet_autoreg.corpus.index import index_scans
+from nnunet_autoreg.corpus.places import part_centres, places_of_boxes, places_of_classes, places_of_labels, read_boxes
+from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.errors import ScanError, UsageError
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
+from nnunet_autoreg.pretrain.folder import Request
+from nnunet_autoreg.pretrain.material import make_material, offers_of, parse_kinds, plan_sequences, plan_with_sequences
+from nnunet_autoreg.pretrain.pictures import show_sequences
+from nnunet_autoreg.sequences.kinds import num_codes
+from nnunet_autoreg.sequences.neighbours import places_alike
+from nnunet_autoreg.sequences.sampler import SequenceSampler
+from nnunet_autoreg.store.groups import ensure_groups
+from nnunet_autoreg.store.store import Store
+
+TINY = encoder_size("primus_tiny")
+RAS = (-1, 0, 0, 0, -1, 0, 0, 0, 1)
+
+
+def make_plan(**sequence):
+    settings = {"crop_size_vox": (16, 16, 16), **sequence}
+    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
+                SequencePlan(**settings), ObjectivePlan(), OptimPlan(10, 2, 1e-3, 1), RunPlan(7, 10, 10))
+
+
+def write_image(path, array, spacing=(1, 1, 1), origin=(0, 0, 0), direction=RAS):
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(path))
+
+
+def noise(seed, shape=(20, 24, 22)):
+    return (np.random.default_rng(seed).normal(size=shape) * 100 + 500).astype(np.float32)
+
+
+def write_dataset(raw, channels=("T1", "FLAIR"), num_cases=3, name="Dataset700_Two"):
+    """Cases with a margin of zeros that differs between channels, and label maps with a cube at (8, 12, 6)."""
+    folder = raw / name
+    for case in range(num_cases):
+        for channel in range(len(channels)):
+            array = noise(sum(name.encode()) + 10 * case + channel)
+            array[: 2 + channel] = 0
+            write_image(folder / "imagesTr" / f"case{case}_{channel:04d}.nii.gz", array)
+        labels = np.zeros((20, 24, 22), np.uint8)
+        labels[7:10, 11:14, 5:8] = 1
+        labels[15:18, 3:6, 18:21] = 2
+        write_image(folder / "labelsTr" / f"case{case}.nii.gz", labels)
+    description = {"channel_names": dict(enumerate(channels)), "labels": {"background": 0, "cube": 1, "other": 2}, "numTraining": num_cases,
+                   "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+def rows_of(*folders, salt="pepper"):
+    return list(index_scans(find_scans([], list(folders), salt=salt), set(), 1, salt=salt).usable)
+
+
+def test_channels_of_a_case_are_a_group_in_the_fixed_order_of_contrasts(tmp_path):
+    rows = rows_of(write_dataset(tmp_path, ("FLAIR", "T1post", "T1")))
+    groups = contrast_groups(rows)
+    assert [group.contrasts for group in groups] == [("T1w", "T1w-ce", "FLAIR")] * 3
+    assert [row.channel for row in groups[0].rows] == ["T1", "T1post", "FLAIR"]
+    assert {row.case for row in groups[1].rows} == {"case1"}
+    assert commonest(groups) == ("T1w", "T1w-ce", "FLAIR")
+
+
+def test_one_contrast_has_one_word_wherever_it_is_named_and_numbers_mean_their_dataset(tmp_path):
+    row = rows_of(write_dataset(tmp_path))[0]
+    words = {contrast_word(replace(row, contrast=name)) for name in ("T1w-ce", "t1post", "T1c", "T1Gd")}
+    assert words == {"T1w-ce"}
+    assert contrast_word(replace(row, contrast="", channel="0")) == "Dataset700_Two channel 0"
+
+
+def test_scans_of_one_subject_and_session_are_a_group_and_of_two_like_ones_the_larger_counts(tmp_path):
+    for seed, name in enumerate(("sub-1_ses-1_T1w", "sub-1_ses-1_run-2_T1w", "sub-1_ses-1_T2w", "sub-1_ses-2_T2w", "sub-2_ses-1_T1w")):
+        write_image(tmp_path / "bids" / f"{name}.nii.gz", noise(seed, (24, 24, 22) if "run" in name else (20, 24, 22)))
+    (group,) = contrast_groups(rows_of(tmp_path / "bids"))
+    assert group.contrasts == ("T1w", "T2w") and not group.channels
+    assert [row.shape_vox for row in group.rows] == [(24, 24, 22), (20, 24, 22)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def test_channels_are_stored_in_the_box_around_all_of_them(tmp_path, store):
+    groups = contrast_groups(rows_of(write_dataset(tmp_path)))
+    keys = ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1)
+    cases = [store.open(key) for key in keys[groups[0].name]]
+    # The first channel is zero in 2 slices, the second in 3: the common box leaves out 2.
+    assert [case.shape_vox for case in cases] == [(18, 24, 22)] * 2
+    raw = noise(sum(b"Dataset700_Two") + 1)
+    raw[:3] = 0
+    stored = cases[1].read((0, 0, 0), (18, 24, 22))[0]
+    assert np.corrcoef(stored.ravel(), raw[2:].ravel())[0, 1] == pytest.approx(1, abs=1e-6)
+    assert ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1) == keys
+
+
+def smooth(z, y, x):
+    return (np.sin(z / 9) + np.cos(y / 11) + np.sin(x / 7)) * 100 + 500
+
+
+def test_images_of_a_session_come_onto_one_grid_by_world_coordinates_and_only_where_all_see_something(tmp_path, store):
+    """The second image has other voxels, another corner and reversed axes, but shows the same function of the place in mm."""
+    fine = np.meshgrid(np.arange(30.0), np.arange(32.0), np.arange(28.0), indexing="ij")
+    write_image(tmp_path / "b" / "sub-1_T1w.nii.gz", smooth(*fine).astype(np.float32), (1, 1, 1), (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    coarse = np.meshgrid(4 + 2 * np.arange(12.0), 2 + 2 * np.arange(14.0), 24 - 2 * np.arange(12.0), indexing="ij")
+    other = smooth(*coarse).astype(np.float32)
+    write_image(tmp_path / "b" / "sub-1_T2w.nii.gz", other, (2, 2, 2), (24, 2, 4), (-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    groups = contrast_groups(rows_of(tmp_path / "b"))
+    keys = ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1)
+    first, second = (store.open(key) for key in keys[groups[0].name])
+    # Covered by the second: z 3..27, y 1..29 and x 1..25 mm, to half of its voxels.
+    assert first.shape_vox == second.shape_vox and all(20 <= n <= 29 for n in first.shape_vox)
+    a, b = (case.read((0, 0, 0), case.shape_vox)[0] for case in (first, second))
+    assert np.corrcoef(a[2:-2, 2:-2, 2:-2].ravel(), b[2:-2, 2:-2, 2:-2].ravel())[0, 1] > 0.999
+
+
+def test_images_of_different_parts_of_the_body_make_no_group_and_say_so(tmp_path, store, caplog):
+    write_image(tmp_path / "b" / "sub-1_T1w.nii.gz", noise(0))
+    write_image(tmp_path / "b" / "sub-1_T2w.nii.gz", noise(1), origin=(0, 0, 500))
+    groups = contrast_groups(rows_of(tmp_path / "b"))
+    assert ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1) == {}
+    assert "make no sequence (geometry)" in caplog.text and "different parts of the body" in caplog.text
+
+
+def test_the_grid_of_a_scan_fits_the_array_that_is_read_whatever_its_axes(tmp_path):
+    array = np.zeros((10, 12, 14), np.float32)
+    array += noise(0, array.shape)
+    array[2, 3, 5] = 9000
+    stored = {"ras": RAS, "lps": (1, 0, 0, 0, 1, 0, 0, 0, 1), "turned": (0, 0, 1, 1, 0, 0, 0, 1, 0)}
+    for name, direction in stored.items():
+        path = tmp_path / f"{name}.nii.gz"
+        write_image(path, array, (1.0, 1.5, 2.0), (5, 6, 7), direction)
+        image = SimpleITK.ReadImage(str(path))
+        world = np.array(image.TransformIndexToPhysicalPoint((5, 3, 2)))
+        grid, scan = grid_of_scan(path), load_scan(path).array_CZYX[0]
+        assert grid.shape_vox == scan.shape
+        z, y, x = np.unravel_index(scan.argmax(), scan.shape)
+        found = np.array(grid.origin_mm) + np.array(grid.direction).reshape(3, 3) @ (np.array([x, y, z]) * grid.spacing_mm[::-1])
+        assert np.allclose(found, world, atol=1e-4)
+        assert oriented_voxel(path, "", (2, 3, 5)) == (z, y, x)
+        labels, label_grid = read_label_map(path)
+        assert label_grid == grid and labels[z, y, x] == 9000
+
+
+def test_where_a_scan_in_an_archive_lies_is_refused_in_words(tmp_path):
+    with pytest.raises(ScanError, match="lies in the patient cannot be told"):
+        grid_of_scan(tmp_path, "member=a.nii")
+
+
+def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
+    here = Grid((4, 4, 4), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    array = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
+    moved = brought_onto(array, here, replace(here, origin_mm=(1.0, 0.0, 0.0)), -1.0)
+    assert np.array_equal(moved[:, :, :3], array[:, :, 1:]) and (moved[:, :, 3] == -1).all()
+    assert here.is_like(replace(here, origin_mm=(0.001, 0, 0))) and not here.is_like(replace(here, origin_mm=(0.1, 0, 0)))
+
+
+def test_label_maps_give_positions_in_the_cropped_box_by_dataset_name_and_channel(tmp_path):
+    places = places_of_labels(rows_of(write_dataset(tmp_path)), 1)
+    assert len(places) == 3 * 2 * 2
+    cube = [p for p in places if p.structure == "Dataset700_Two: cube, T1"]
+    assert len({p.subject for p in cube}) == 3
+    # Centre (8, 12, 6); 2 of 20 slices are cropped away in front.
+    assert cube[0].centre == pytest.approx(((8.5 - 2) / 18, 12.5 / 24, 6.5 / 22))
+    flair = next(p for p in places if p.structure == "Dataset700_Two: cube, FLAIR")
+    assert flair.centre[0] == pytest.approx((8.5 - 3) / 17)
+
+
+def test_each_part_of_a_structure_has_its_centre_the_largest_first_and_specks_are_left_out():
+    mask = np.zeros((20, 20, 20), bool)
+    mask[2:5, 2:5, 2:5] = mask[10:15, 10:15, 10:15] = mask[18, 18, 18] = True
+    assert part_centres(mask) == [(12, 12, 12), (3, 3, 3)]
+    speck = np.zeros((5, 5, 5), bool)
+    speck[1, 2, 3] = True
+    assert part_centres(speck) == [(1, 2, 3)]
+
+
+def test_a_label_map_of_another_size_is_left_out_with_its_reason(tmp_path, caplog):
+    folder = write_dataset(tmp_path, num_cases=2)
+    write_image(folder / "labelsTr" / "case1.nii.gz", np.ones((5, 5, 5), np.uint8))
+    places = places_of_labels(rows_of(folder), 1)
+    assert {p.subject for p in places} == {p.subject for p in places if p.scan.startswith("Dataset700_Two/case0")}
+    assert "the label map of Dataset700_Two/case1_0000 is left out" in caplog.text and "(5, 5, 5) voxels" in caplog.text
+
+
+def test_boxes_give_their_middle_and_slices_of_one_scan_and_class_make_one_box(tmp_path, caplog):
+    rows = rows_of(write_dataset(tmp_path, ("MRI",)))
+    whole, slices = tmp_path / "boxes.csv", tmp_path / "slices.csv"
+    whole.write_text("scan,class,zmin,ymin,xmin,zmax,ymax,xmax\ncase0,lesion,7,11,5,9,13,7\nnobody,lesion,0,0,0,1,1,1\n")
+    slices.write_text("series,z_index,class,xmin,ymin,xmax,ymax\n" + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9)))
+    (place,) = places_of_boxes(read_boxes(whole), rows)
+    assert place.structure == "lesion, MRI"
+    assert place.centre == pytest.approx((6.5 / 18, 12.5 / 24, 6.5 / 22))
+    assert places_of_boxes(read_boxes(slices), rows) == [place]
+    assert "1 of 2 boxes are of no scan here, the first is of 'nobody'" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("scan,class,zmin,ymin,xmin,zmax,ymax\n", "has no column 'xmax'"),
+    ("scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,1,2,3,0,5,6\n", "line 2: the box ends before it begins"),
+    ("scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,one,2,3,0,5,6\n", "line 2: could not convert"),
+])
+def test_boxes_that_are_none_are_refused_by_line(tmp_path, text, message):
+    path = tmp_path / "boxes.csv"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_boxes(path)
+
+
+def test_a_class_of_the_manifest_stands_for_the_middle_of_its_scan(tmp_path):
+    rows = [replace(row, label_class="benign") for row in rows_of(write_dataset(tmp_path))[:1]]
+    (place,) = places_of_classes(rows)
+    assert (place.structure, place.centre, place.scan) == ("benign", (0.5, 0.5, 0.5), rows[0].id)
+
+
+def test_words_of_sequences_are_weights_and_wrong_ones_are_refused():
+    assert parse_kinds(["spatial", "contrast=0.5"]) == {"spatial": 1.0, "contrast": 0.5}
+    for word, message in (("contrst", "did you mean 'contrast'"), ("contrast=x", "'x' is no number"), ("contrast=0", "greater than 0")):
+        with pytest.raises(UsageError, match=message):
+            parse_kinds([word])
+    with pytest.raises(UsageError, match="named twice"):
+        parse_kinds(["spatial", "spatial=2"])
+
+
+def stored_material(folder, plan, rows, store, heldout=()):
+    keys = store.ensure([*rows, *heldout], (1.0, 1.0, 1.0), None, 1)
+    return make_material(folder, plan, store, {i: store.open(key) for i, key in keys.items()}, rows, list(heldout), 1)
+
+
+def test_one_dataset_stays_spatial_and_asked_for_kinds_are_planned_with_their_reasons(tmp_path):
+    rows = rows_of(write_dataset(tmp_path))
+    request = Request("t", folders=("x",))
+    alone = plan_with_sequences(tmp_path, make_plan(), request, rows, rows, 1)
+    assert alone.sequence.weights == {"spatial": 1.0} and not (tmp_path / "places.json").exists()
+    asked = check(plan_with_sequences(tmp_path, make_plan(), replace(request, sequences=("contrast", "semantic=0.5")), rows, rows, 1))
+    assert asked.sequence.weights == {"contrast": 1.0, "semantic": 0.5}
+    assert (asked.sequence.contrasts, asked.sequence.contrast_members, asked.sequence.semantic_members) == (("T1w", "FLAIR"), 2, 3)
+    assert num_codes(asked) == 5
+    assert "4 of 4 structures are known in at least 3 subjects, from label maps" in asked.reasons["sequence.semantic_members"]
+
+
+def test_several_datasets_get_what_they_offer_unasked(tmp_path):
+    rows = rows_of(write_dataset(tmp_path), write_dataset(tmp_path, ("CT",), name="Dataset701_One"))
+    plan = plan_with_sequences(tmp_path, make_plan(), Request("t", folders=("x",)), rows, rows, 1)
+    assert plan.sequence.weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
+    assert "3 subjects have the contrasts T1w, FLAIR" in plan.reasons["sequence.weights"]
+
+
+def test_contrasts_asked_of_scans_that_have_none_are_refused(tmp_path):
+    rows = rows_of(write_dataset(tmp_path, ("MRI",)))
+    with pytest.raises(UsageError, match="no subject of the training scans has two contrasts"):
+        plan_sequences(make_plan(), {"contrast": 1.0}, offers_of(rows, [], ""))
+
+
+def test_a_crop_for_strided_sequences_is_cut_to_whole_sub_volumes_with_the_reason(tmp_path):
+    rows = rows_of(write_dataset(tmp_path, ("MRI",)))
+    plan = check(plan_sequences(make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, offers_of(rows, [], "")))
+    assert plan.sequence.crop_size_vox == (32, 16, 16)
+    assert "32 along z for 4 sub-volumes" in plan.reasons["sequence.crop_size_vox"]
+
+
+def test_semantic_crops_show_the_structure_of_the_label_map_in_every_patient(tmp_path, store):
+    folder = write_dataset(tmp_path, ("MRI",))
+    for case in range(3):
+        array = noise(case) / 100
+        array[7:10, 11:14, 5:8] = 1e4
+        write_image(folder / "imagesTr" / f"case{case}_0000.nii.gz", array)
+    rows = rows_of(folder)
+    request = Request("t", folders=("x",), sequences=("semantic",))
+    plan = check(plan_with_sequences(tmp_path, make_plan(member_crop_vox=(16, 16, 16)), request, rows, rows, 1))
+    training, _ = stored_material(tmp_path, plan, rows, store)
+    for number in range(6):
+        sample, shown = SequenceSampler(plan).draw_kind("semantic", training, rng.generator(0, "x", number))
+        if shown.subject.startswith("Dataset700_Two: cube"):
+            assert all(member.max() > 5 for member in sample.voxels)
+        assert len(set(shown.names)) == 3
+
+
+def test_too_few_held_out_scans_leave_a_kind_unmeasured_and_too_few_training_scans_end_the_run(tmp_path, store, caplog):
+    caplog.set_level("INFO")
+    rows = rows_of(write_dataset(tmp_path))
+    request = Request("t", folders=("x",), sequences=("spatial", "semantic"))
+    plan = plan_with_sequences(tmp_path, make_plan(), request, rows[:4], rows, 1)
+    training, heldout = stored_material(tmp_path, plan, rows[:4], store, rows[4:])
+    assert len(training.structures) == 4 and heldout.offers("semantic") == 0 and heldout.offers("spatial") == 2
+    assert "the held-out scans are too few for semantic sequences" in caplog.text
+    greedy = replace(plan, sequence=replace(plan.sequence, semantic_members=3))
+    with pytest.raises(Exception, match="no structure is known in 3 subjects; give more scans"):
+        stored_material(tmp_path, greedy, rows[:4], store, rows[4:])
+
+
+def test_without_labels_places_that_look_alike_stand_in_and_find_the_same_pattern_in_other_patients(tmp_path, store):
+    pattern = np.kron(np.random.default_rng(5).normal(size=(4, 4, 4)), np.ones((4, 4, 4))) * 3000
+    for case in range(4):
+        array = noise(case, (24, 24, 24))
+        array[4:20, 4:20, 4:20] += pattern
+        write_image(tmp_path / "plain" / f"scan{case}.nii.gz", array.astype(np.float32))
+    rows = rows_of(tmp_path / "plain")
+    keys = store.ensure(rows, (1.0, 1.0, 1.0), None, 1)
+    cases = {row.id: store.open(keys[row.id]) for row in rows}
+    places = places_alike(rows, cases, (16, 16, 16), 3)
+    structures = {p.structure for p in places}
+    assert structures and all(len({p.subject for p in places if p.structure == name}) == 3 for name in structures)
+    near = [np.abs(np.subtract(p.centre, q.centre)).max() for name in structures
+            for p in places for q in places if p.structure == q.structure == name]
+    assert np.median(near) < 0.15
+    assert places == places_alike(rows, cases, (16, 16, 16), 3)
+
+
+def test_a_run_that_goes_on_takes_the_places_it_was_planned_with(tmp_path, store):
+    folder = write_dataset(tmp_path, ("MRI",))
+    rows = rows_of(folder)
+    plan = plan_with_sequences(tmp_path, make_plan(), Request("t", folders=("x",), sequences=("semantic",)), rows, rows, 1)
+    for label in (folder / "labelsTr").iterdir():
+        label.unlink()
+    training, _ = stored_material(tmp_path, plan, rows, store)
+    assert {s.name for s in training.structures} == {"Dataset700_Two: cube, MRI", "Dataset700_Two: other, MRI"}
+
+
+def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
+    rows = rows_of(write_dataset(tmp_path))
+    request = Request("t", folders=("x",), sequences=("spatial", "strided", "contrast", "semantic"))
+    plan = plan_with_sequences(tmp_path, make_plan(crop_size_vox=(32, 24, 16)), request, rows, rows, 1)
+    picture = show_sequences(tmp_path, check(plan), rows, store, 1)
+    image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(picture)))
+    assert picture.name == "sequences.png" and image.shape[0] > 1500 and len(np.unique(image[..., 0])) > 100
+
+
+def test_groups_and_members_survive_pickling_for_loader_processes(tmp_path, store):
+    rows = rows_of(write_dataset(tmp_path))
+    plan = plan_with_sequences(tmp_path, make_plan(), Request("t", folders=("x",), sequences=("contrast",)), rows, rows, 1)
+    training, _ = stored_material(tmp_path, plan, rows, store)
+    first, second = (SequenceSampler(plan).draw(m, "training", 3, 1) for m in (training, pickle.loads(pickle.dumps(training))))
+    assert np.array_equal(first.voxels, second.voxels)
