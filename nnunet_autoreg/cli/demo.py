@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder}: is not an empty folder; name a new one")
-    from nnunet_autoreg.pretrain.run import check_device, default_device
+    from nnunet_autoreg.pretrain.machine import check_device, default_device
 
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(folder, check_device(args.device) if args.device else default_device())

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging()
     prepare_torch()
     from nnunet_autoreg.pretrain.folder import Request
-    from nnunet_autoreg.pretrain.run import check_device, default_device, pretrain
+    from nnunet_autoreg.pretrain.machine import check_device, default_device
+    from nnunet_autoreg.pretrain.run import pretrain
 
     request = Request(
         name=args.name,

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import logging
 import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,19 @@ def is_finished(folder: Path, plan: Plan) -> bool:
     """
     whole = (folder / CARD_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
     return whole and read_card(folder).num_steps >= plan.optim.num_steps
+
+
+class log_file(logging.FileHandler):
+    """While it is open, everything logged also goes to ``<name>_*.txt`` in the run's folder."""
+
+    def __init__(self, folder: Path, name: str = "training_log"):
+        super().__init__(folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def __enter__(self) -> "log_file":
+        logging.getLogger("nnunet_autoreg").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("nnunet_autoreg").removeHandler(self)
+        self.close()

@@ -11,9 +11,10 @@ from nnunet_autoreg.corpus.groups import contrast_groups
 from nnunet_autoreg.corpus.rows import ScanRow, read_index
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.folder import INDEX_NAME, PLAN_NAME, Request, index_of, matching_plan, run_folder
+from nnunet_autoreg.pretrain.folder import INDEX_NAME, PLAN_NAME, Request, index_of, log_file, matching_plan, run_folder
+from nnunet_autoreg.pretrain.machine import num_processes
 from nnunet_autoreg.pretrain.material import stored_groups
-from nnunet_autoreg.pretrain.run import log_file, num_processes, split, usable
+from nnunet_autoreg.pretrain.run import split, usable
 from nnunet_autoreg.sequences.kinds import wanted
 from nnunet_autoreg.store.store import Part, Store
 

@@ -2,14 +2,11 @@
 
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nnunet_autoreg import checkpoint, nnunet_api
 from nnunet_autoreg.corpus.exclude import read_exclude
@@ -22,9 +19,7 @@ from nnunet_autoreg.corpus.manifest import read_manifest
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
-from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card, verify_weights
-from nnunet_autoreg.model.sizes import EncoderSize
+from nnunet_autoreg.model.card import WEIGHTS_NAME
 from nnunet_autoreg.plan import Plan, check, override
 from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
 from nnunet_autoreg.pretrain.export import export_encoder
@@ -38,21 +33,19 @@ from nnunet_autoreg.pretrain.folder import (
     index_of,
     is_finished,
     locked,
+    log_file,
     run_folder,
 )
+from nnunet_autoreg.pretrain.machine import hardware, num_processes, step_memory
 from nnunet_autoreg.pretrain.material import make_material, parse_kinds, plan_with_sequences
 from nnunet_autoreg.pretrain.pictures import show_sequences
 from nnunet_autoreg.pretrain.signals import ends_on_sigterm
+from nnunet_autoreg.pretrain.start import check_start, start_from
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.store.store import FOLDER as STORE_FOLDER
 from nnunet_autoreg.store.store import Store
 
-if TYPE_CHECKING:
-    from torch import nn
-
 log = logging.getLogger(__name__)
-
-INIT_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -101,6 +94,8 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     index = index_inputs(folder, request)
     report_left_out(index.rows, folder / INDEX_NAME)
     rows = usable(index.rows)
+    if not index.rows:
+        raise AutoregError("no scan was found; give other datasets (-d) or folders (-i)")
     if not rows:
         raise AutoregError(f"no usable scan was found; {folder / INDEX_NAME} says why for each of {len(index.rows)}")
     print_of = fingerprint(index, parse_policy(request.spacing))
@@ -238,54 +233,6 @@ def check_network(plan: Plan) -> None:
         raise PlanError(f"encoder.arguments={plan.encoder.arguments}: no network can be built from them ({why})") from error
 
 
-def named_weights(plan: Plan) -> tuple[Path, EncoderCard] | None:
-    """The verified file that ``--init`` named and its card; None if it named none.
-
-    Raises:
-        WeightsError: either is missing or damaged.
-    """
-    source = plan.request.get("init")
-    if not source:
-        return None
-    weights = Path(str(source))
-    card = read_card(weights.parent)
-    verify_weights(weights, card.sha256)
-    return weights, card
-
-
-def check_start(plan: Plan) -> None:
-    """Refuse weights named by ``--init`` that this plan cannot start from.
-
-    Raises:
-        WeightsError: they are missing, damaged, or of another encoder.
-    """
-    named = named_weights(plan)
-    if named is None:
-        return
-    from nnunet_autoreg.transfer.load import check_same_encoder, read_tensors
-
-    weights, card = named
-    check_same_encoder(card, plan.encoder)
-    read_tensors(weights)
-
-
-def start_from(network: "nn.Module", plan: Plan) -> None:
-    """Load the weights that ``--init`` named into the fresh encoder.
-
-    Raises:
-        WeightsError: they are damaged, or of another encoder.
-    """
-    named = named_weights(plan)
-    if named is None:
-        return
-    from nnunet_autoreg.transfer.load import Target, load_encoder
-
-    weights, card = named
-    table = load_encoder(network, weights, card, Target(1, plan.sequence.crop_size_vox), INIT_SHARE)
-    for line in table.lines():
-        log.info(line)
-
-
 def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[ScanRow], list[ScanRow]]:
     """Training and held-out scans. All scans of a subject, and all channels of a case, go the same way.
 
@@ -350,52 +297,6 @@ def wishes_of(request: Request) -> Wishes:
     return Wishes(request.encoder, request.batch_size, request.num_steps, request.num_epochs, request.num_hours)
 
 
-def hardware(device: str, memory_gib: float | None = None) -> Hardware:
-    """The device and the memory planned for: ``memory_gib`` if it is given, else all there is."""
-    if memory_gib is not None:
-        return Hardware(device, memory_gib)
-    if device == "cuda":
-        import torch
-
-        return Hardware(device, torch.cuda.get_device_properties(0).total_memory / 2**30)
-    return Hardware(device, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-
-
-def check_device(device: str) -> str:
-    """Return ``device`` if torch has it.
-
-    Raises:
-        UsageError: it has not.
-    """
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[device]:
-        raise UsageError(f"--device {device}: torch {torch.__version__} finds no such device here; use --device cpu")
-    return device
-
-
-def default_device() -> str:
-    """cuda if there is one, else mps, else cpu."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def step_memory(encoder: EncoderSize, crop: Size, half: bool) -> tuple[float, float]:
-    """Estimated bytes of a training step, in half precision as on a GPU or not: fixed, and per crop."""
-    from nnunet_autoreg.model.memory import training_memory
-    from nnunet_autoreg.model.primus import build_primus
-
-    memory = training_memory(lambda: build_primus(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop), half)
-    return float(memory.fixed_bytes), float(memory.sample_bytes)
-
-
-def num_processes() -> int:
-    """Processes for reading and preprocessing: as many as nnU-Net would use, bounded by the cores at hand."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-
-
 def licences(rows: Sequence[ScanRow]) -> dict[str, str]:
     """Dataset name -> the licence that its dataset.json states, "" if it states none."""
     found = {}
@@ -413,19 +314,3 @@ def value_at(plan: Plan, key: str) -> object:
     for part in key.split("."):
         node = getattr(node, part)
     return node
-
-
-class log_file(logging.FileHandler):
-    """While it is open, everything logged also goes to ``<name>_*.txt`` in the run's folder."""
-
-    def __init__(self, folder: Path, name: str = "training_log"):
-        super().__init__(folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-
-    def __enter__(self) -> "log_file":
-        logging.getLogger("nnunet_autoreg").addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("nnunet_autoreg").removeHandler(self)
-        self.close()

@@ -164,7 +164,7 @@ def test_a_folder_with_nothing_usable_and_missing_variables_end_in_one_line(work
     command = [COMMAND, "-i", str(empty), "--name", "x", "--device", "cpu"]
     done = subprocess.run(command, env=environment(workplace), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "no usable scan was found" in done.stderr
+    assert "no scan was found; give other datasets" in done.stderr
     bare = {key: value for key, value in environment(workplace).items() if not key.startswith("nnUNet_")}
     done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
     assert done.returncode == 2

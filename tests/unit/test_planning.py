@@ -36,7 +36,7 @@ from nnunet_autoreg.planning import (
     pool_of,
     with_hours,
 )
-from nnunet_autoreg.pretrain.run import step_memory
+from nnunet_autoreg.pretrain.machine import step_memory
 from nnunet_autoreg.records import differences, read_json, to_jsonable, write_json
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
