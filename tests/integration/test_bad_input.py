@@ -77,11 +77,20 @@ def test_garbage_a_pickle_or_weights_with_an_edited_card_as_init_are_refused_bef
     assert not (home.folder("init") / "plan.json").exists()
 
 
-def test_a_truncated_checkpoint_is_refused_and_nothing_is_touched(home, base):
+def test_a_truncated_checkpoint_is_told_and_the_one_before_is_continued(home, base):
     latest = base / "checkpoint_latest.pth"
     latest.write_bytes(latest.read_bytes()[:1000])
+    longer = home.pretrain("base", steps="5")
+    assert longer.returncode == 0, longer.stderr
+    assert "checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 3" in longer.stderr
+    assert "continuing after step 3 of 5" in longer.stderr
+
+
+def test_where_all_checkpoints_are_truncated_the_run_is_refused_and_nothing_is_touched(home, base):
+    for path in base.glob("checkpoint_*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
     before = home.bytes_of(base)
-    home.refused(home.pretrain("base", steps="5"), 1, "checkpoint_latest.pth", "move it away")
+    home.refused(home.pretrain("base", steps="5"), 1, "checkpoint_latest.pth", "move the checkpoints away")
     assert home.bytes_of(base) == before
 
 

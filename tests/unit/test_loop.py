@@ -20,7 +20,7 @@ from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.metrics import MetricsFile, draw_progress, read_lines
-from nnunet_autoreg.pretrain.signals import InterruptedRunError
+from nnunet_autoreg.pretrain.signals import InterruptedRunError, ends_on_sigterm
 from nnunet_autoreg.sequences.sample import Sample, collate
 
 TINY = encoder_size("primus_tiny")
@@ -175,6 +175,14 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
     whole = trainer(tmp_path / "whole", Linear(), plan)
     whole.run()
     assert torch.equal(stopped.module.weight, whole.module.weight)
+
+
+def test_sigterm_before_training_ends_in_one_line_and_the_usual_handler_is_back(tmp_path):
+    usual = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InterruptedRunError, match="type the same line again to go on") as caught, ends_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is usual
 
 
 def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
