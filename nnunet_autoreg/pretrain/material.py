@@ -82,7 +82,8 @@ def offers_of(rows: Sequence[ScanRow], places: Sequence[KnownPlace], source: str
             subjects.setdefault(place.structure, set()).add(place.subject)
     structures = {name: len(of) for name, of in subjects.items() if len(of) > 1}
     inputs = len({row.dataset for row in rows})
-    return Offers(inputs, len(rows), contrasts, len(fitting), len(groups) - len(fitting), structures, source)
+    return Offers(inputs, len(rows), contrasts, len(fitting), len(groups) - len(fitting), structures, source,
+                  len({subject_of(row) for row in rows}))
 
 
 def plan_sequences(plan: Plan, asked: Mapping[str, float], offers: Offers) -> Plan:
@@ -96,6 +97,10 @@ def plan_sequences(plan: Plan, asked: Mapping[str, float], offers: Offers) -> Pl
     if "contrast" in weights and not offers.num_groups:
         raise UsageError("--sequences contrast: no subject of the training scans has two contrasts (channels of a case, or images of one "
                          "subject and session); say whose and what they are with --manifest, or leave it out")
+    if "semantic" in weights and (offers.num_subjects < 2 or (offers.semantic_source and not offers.structures)):
+        known = f"{offers.semantic_source} show no structure" if offers.semantic_source else "nothing can be found"
+        raise UsageError(f"--sequences semantic: {known} in two of the {offers.num_subjects} training subjects; give more scans, or leave "
+                         "it out")
     s = replace(plan.sequence, weights=weights)
     reasons = {**plan.reasons, "sequence.weights": BY_USER if asked else why}
     if "contrast" in weights:
@@ -103,7 +108,7 @@ def plan_sequences(plan: Plan, asked: Mapping[str, float], offers: Offers) -> Pl
         left = f"; {offers.num_other_groups} subjects with other contrasts are used alone" if offers.num_other_groups else ""
         reasons["sequence.contrasts"] = f"the commonest of the pool, in {offers.num_groups} subjects{left}"
     if "semantic" in weights:
-        s = replace(s, semantic_members=choose_members(offers.structures, s.semantic_members))
+        s = replace(s, semantic_members=choose_members(offers, s.semantic_members))
         reasons["sequence.semantic_members"] = _semantic_reason(offers, s.semantic_members)
     if "strided" in weights:
         s, reason = _fit_strided(plan, s)

@@ -23,8 +23,9 @@ from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.sequences import members, spatial, strided
 from nnunet_autoreg.sequences.blocks import block_ids
 from nnunet_autoreg.sequences.gather import gather
-from nnunet_autoreg.sequences.kinds import num_blocks, wanted
+from nnunet_autoreg.sequences.kinds import member_crop, num_blocks, wanted
 from nnunet_autoreg.sequences.material import Material
+from nnunet_autoreg.sequences.neighbours import ALIKE, places_alike
 from nnunet_autoreg.sequences.sample import Sample
 from nnunet_autoreg.sequences.sampler import SequenceSampler, Shown
 from nnunet_autoreg.store.case import StoredCase
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 PICTURE_NAME = "sequences.png"
 PER_KIND = {"spatial": 3, "strided": 2, "contrast": 2, "semantic": 3}
+LIKENESS_SCANS = 2
+"""Times as many scans as a semantic sequence has images, where structures are found by likeness."""
 STRIP = 13
 """Blocks in the strip below each sequence, around the first that has to be predicted."""
 GIVEN, ASKED, NOW = "#35b779", "#e8743b", "#ffffff"
@@ -65,6 +68,9 @@ def show_sequences(folder: Path, plan: Plan, rows: Sequence[ScanRow], store: Sto
     spacing_of = partial(row_spacing, data=plan.data)
     keys = store.ensure(chosen, spacing_of, plan.data.ct_window, num_workers)
     cases = {row.id: store.open(keys[row.id]) for row in chosen if row.id in keys}
+    if "semantic" in wanted(plan) and not places:
+        tried = [row for row in chosen if row.id in cases]
+        places = places_alike(tried, cases, member_crop(plan, "semantic"), plan.sequence.semantic_members)
     groups = stored_groups(plan, store, contrast_groups(chosen), num_workers) if "contrast" in wanted(plan) else []
     names = {case.path: row.id for row, case in ((row, cases[row.id]) for row in chosen if row.id in cases)}
     drawn = draw_few(plan, gather(plan, cases, groups, places))
@@ -96,6 +102,8 @@ def few_rows(plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]) 
         for place in places:
             if place.scan in by_id:
                 structures.setdefault(place.structure, {}).setdefault(subject_of(by_id[place.scan]), place.scan)
+        if not structures:
+            wish.update({row.id: row for row in rows[: LIKENESS_SCANS * s.semantic_members]})
         enough = [scans for _, scans in sorted(structures.items()) if len(scans) >= s.semantic_members]
         shown = enough[:: max(1, len(enough) // PER_KIND["semantic"])][: PER_KIND["semantic"]]
         wish.update({scan: by_id[scan] for scans in shown for scan in list(scans.values())[: s.semantic_members]})
@@ -179,7 +187,8 @@ def _draw_panel(panel: Any, plan: Plan, one: Drawn, names: Mapping[Path, str]) -
     sample, shown = one.sample, one.shown
     whose = shown.subject if shown.subject else names.get(shown.cases[0].path, "")
     given, asked = sample.prefix, int(sample.ranks.max()) + 1 - sample.prefix
-    panel.suptitle(f"{TITLES[shown.kind]}:  {whose}   ({given} blocks given, {asked} to predict)", x=0.01, ha="left", fontsize=13)
+    what = "Places that look alike in several patients" if shown.subject.startswith(ALIKE) else TITLES[shown.kind]
+    panel.suptitle(f"{what}:  {whose}   ({given} blocks given, {asked} to predict)", x=0.01, ha="left", fontsize=13)
     top, bottom = panel.subfigures(2, 1, height_ratios=[2.6, 1])
     pictures = _views(plan, one, names)
     axes = np.atleast_1d(top.subplots(1, len(pictures)))

@@ -20,7 +20,8 @@ class Offers:
         num_groups: subjects and sessions that have them.
         num_other_groups: those with another set of at least two.
         structures: name -> subjects in which its place is known (labels, boxes, classes), two or more.
-        semantic_source: where those places come from, e.g. "label maps".
+        semantic_source: where places come from, e.g. "label maps"; "" if none is known.
+        num_subjects: different patients, as far as that is known.
     """
 
     num_inputs: int
@@ -30,6 +31,7 @@ class Offers:
     num_other_groups: int = 0
     structures: Mapping[str, int] | None = None
     semantic_source: str = ""
+    num_subjects: int = 0
 
 
 def plan_weights(offers: Offers) -> tuple[dict[str, float], str]:
@@ -50,9 +52,9 @@ def plan_weights(offers: Offers) -> tuple[dict[str, float], str]:
     return weights, "; ".join(why) if why else "no subject has several contrasts, and no label maps or boxes say where structures lie"
 
 
-def choose_members(structures: Mapping[str, int] | None, most: int) -> int:
-    """Images of a semantic sequence: ``most``, or as many as the structure has that is known in most subjects."""
-    return max(2, min(most, max(structures.values()))) if structures else most
+def choose_members(offers: Offers, most: int) -> int:
+    """Images of a semantic sequence: ``most``, or as many as the structure has that is known in most subjects; else all subjects."""
+    return max(2, min(most, max(offers.structures.values()) if offers.structures else offers.num_subjects))
 
 
 def num_members(sequence: SequencePlan, kind: str) -> int:

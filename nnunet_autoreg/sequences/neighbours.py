@@ -20,6 +20,8 @@ from nnunet_autoreg.store.case import StoredCase
 
 log = logging.getLogger(__name__)
 
+ALIKE = "alike "
+"""How the names of such structures begin."""
 SIDE = 4
 TRIED, KEPT = 24, 6
 """Places looked at in each scan, and those of them with most contrast that are kept."""
@@ -70,7 +72,7 @@ def _among(rows: Sequence[ScanRow], cases: Mapping[str, StoredCase], crop: Size,
     subjects = np.unique([subject_of(rows[o]) for o in owners], return_inverse=True)[1]
     neighbours, farthest = _nearest(np.stack(descriptors), subjects, num_subjects - 1)
     chosen = np.argsort(farthest, kind="stable")[: max(1, round(MOST_ALIKE * len(owners)))]
-    return [KnownPlace(rows[owners[i]].id, subject_of(rows[owners[i]]), f"alike {first + n}", centres[i])
+    return [KnownPlace(rows[owners[i]].id, subject_of(rows[owners[i]]), f"{ALIKE}{first + n}", centres[i])
             for n, query in enumerate(chosen.tolist()) for i in (query, *neighbours[query].tolist())]
 
 

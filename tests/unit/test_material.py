@@ -272,6 +272,15 @@ def test_contrasts_asked_of_scans_that_have_none_are_refused(tmp_path):
         plan_sequences(make_plan(), {"contrast": 1.0}, offers_of(rows, [], ""))
 
 
+def test_structures_asked_of_too_few_subjects_are_refused_with_what_is_known(tmp_path):
+    rows = rows_of(write_dataset(tmp_path, num_cases=1))
+    request = Request("t", folders=("x",), sequences=("semantic",))
+    with pytest.raises(UsageError, match="semantic: label maps show no structure in two of the 1 training subjects"):
+        plan_with_sequences(tmp_path, make_plan(), request, rows, rows, 1)
+    with pytest.raises(UsageError, match="semantic: nothing can be found in two of the 1 training subjects"):
+        plan_sequences(make_plan(), {"semantic": 1.0}, offers_of(rows, [], ""))
+
+
 def test_a_crop_for_strided_sequences_is_cut_to_whole_sub_volumes_with_the_reason(tmp_path):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
     plan = check(plan_sequences(make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, offers_of(rows, [], "")))

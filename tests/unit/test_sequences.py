@@ -323,9 +323,10 @@ def test_one_input_stays_spatial_and_several_get_what_they_offer_with_the_reason
     assert weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
     assert "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why and "2 structures" in why and "positions only" in why
     assert plan_weights(Offers(2, 9))[0] == {"spatial": 1.0}
-    assert choose_members(structures, 4) == 4
-    assert choose_members({"liver": 3, "lesion": 2}, 4) == 3
-    assert choose_members({}, 4) == 4
+    assert choose_members(Offers(2, 9, structures=structures, num_subjects=9), 4) == 4
+    assert choose_members(Offers(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9), 4) == 3
+    assert choose_members(Offers(2, 9, num_subjects=9), 4) == 4
+    assert choose_members(Offers(2, 3, num_subjects=3), 4) == 3
 
 
 @pytest.mark.parametrize(("sequence", "message"), [
