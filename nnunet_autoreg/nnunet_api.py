@@ -163,11 +163,3 @@ def _normaliser(scheme: str, use_mask: bool, ct_window: IntensityWindow | None) 
     properties = dataclasses.asdict(ct_window) if ct_window else {}
     kind = CTNormalization if scheme == CT_SCHEME else ZScoreNormalization
     return kind(use_mask_for_norm=use_mask, intensityproperties=properties)
-
-
-def map_case_to_blocks(shape_CZYX: Sequence[int], crop_size_vox: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """nnU-Net's blosc2 (blocks, chunks) for a float32 case that is read in crops of about ``crop_size_vox``."""
-    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
-
-    blocks, chunks = comp_blosc2_params(tuple(shape_CZYX), tuple(crop_size_vox), 4)
-    return tuple(blocks), tuple(chunks)

@@ -49,10 +49,6 @@ SIGNATURES = {
     f"{NORMALIZATION}:ZScoreNormalization.run": "self image seg=",
     f"{NORMALIZATION}:CTNormalization.run": "self image seg=",
     "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIO.read_images": "self image_fnames",
-    "nnunetv2.training.dataloading.nnunet_dataset:comp_blosc2_params": (
-        "image_size patch_size bytes_per_pixel= max_block_nbytes= max_chunk_nbytes= max_chunk_to_patch_ratio_per_axis= "
-        "grow_singleton_patch_axes="
-    ),
     "dynamic_network_architectures.architectures.primus:Primus.__init__": (
         "self input_channels embed_dim patch_embed_size num_classes eva_depth= eva_numheads= input_shape= decoder_norm= decoder_act= "
         "num_register_tokens= use_rot_pos_emb= use_abs_pos_embed= mlp_ratio= drop_path_rate= patch_drop_rate= proj_drop_rate= "

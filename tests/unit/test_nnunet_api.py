@@ -147,9 +147,3 @@ def test_the_resampled_shape_is_nnunets() -> None:
         shape, old, new = rng.integers(1, 300, 3).tolist(), rng.uniform(0.2, 10, 3).tolist(), rng.uniform(0.2, 10, 3).tolist()
         assert nnunet_api.resampled_shape(shape, old, new) == tuple(compute_new_shape(shape, old, new))
     assert nnunet_api.resampled_shape((10, 5, 4), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0)) == (5, 2, 4)
-
-
-def test_blocks_never_exceed_the_case_or_their_chunk() -> None:
-    blocks, chunks = nnunet_api.map_case_to_blocks((1, 35, 51, 200), (64, 64, 64))
-    assert len(blocks) == len(chunks) == 4
-    assert all(b <= c <= s for b, c, s in zip(blocks, chunks, (1, 35, 51, 200), strict=True))
