@@ -33,6 +33,9 @@ def load_salt(folder: Path) -> str:
     path = folder / SALT_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); set nnUNet_preprocessed to a folder that can be written") from error
+    try:
         if not path.exists():
             _make(path)
         salt = path.read_text(encoding="ascii").strip()

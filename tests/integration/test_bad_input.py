@@ -184,7 +184,7 @@ def test_folders_that_cannot_be_written_are_named_in_one_line(home, tmp_path):
     home.refused(home.pretrain("x", nnUNet_results=tmp_path / "results"), 1, "autoreg_pretraining", "cannot be written")
     (tmp_path / "preprocessed").mkdir()
     (tmp_path / "preprocessed/autoreg_store").write_text("a file is in the way")
-    home.refused(home.pretrain("no_store", nnUNet_preprocessed=tmp_path / "preprocessed"), 1, "autoreg_store", "File exists")
+    home.refused(home.pretrain("no_store", nnUNet_preprocessed=tmp_path / "preprocessed"), 2, "autoreg_store cannot be made (File exists)")
     assert (tmp_path / "preprocessed/autoreg_store").read_text() == "a file is in the way"
 
 
