@@ -36,6 +36,7 @@ NUM_TEST, NUM_DEVELOPMENT = 40, 32
 LABELS, SPLITS, ARMS = (5, 10, 20), ("development", "test"), ("pretrained", "scratch", "stock")
 BATCH_SIZE, STEPS_PER_EPOCH, VAL_STEPS = 2, 25, 8
 PRETRAIN_STEPS, PRETRAIN_BATCH = 500, 8
+REACHED = (0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,8 @@ def table() -> str:
     """Mean and spread over seeds, steps to given Dice, and the paired difference to scratch, as Markdown."""
     lines = read_results()
     groups = sorted({(x["split"], x["steps"], x["labels"], x["arm"], x["configuration"]) for x in lines})
-    columns = ["split", "steps", "labels", "arm", "pretraining", "n", "Dice mean (sd over seeds)", "steps to 0.5 / 0.7",
-               "paired difference to scratch [95 %]"]
+    columns = ["split", "steps", "labels", "arm", "pretraining", "n", "Dice mean (sd over seeds)",
+               "steps to " + " / ".join(map(str, REACHED)), "paired difference to scratch [95 %]"]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for split, steps, labels, arm, configuration in groups:
         same = {x["seed"]: x for x in lines if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
@@ -265,7 +266,7 @@ def table() -> str:
         dice = [x["dice"] for x in same.values()]
         spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
         reach = " / ".join("-" if None in found else f"{np.mean(found):.0f}"
-                           for found in ([steps_to(x, d) for x in same.values()] for d in (0.5, 0.7)))
+                           for found in ([steps_to(x, d) for x in same.values()] for d in REACHED))
         shared = sorted(set(same) & set(twins)) if (arm, configuration) != ("scratch", "-") else []
         paired = "-"
         if shared:

@@ -161,10 +161,13 @@ def finetuning_steps(patch: int, batch: int, device: torch.device) -> dict[str, 
 
 
 def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step, one of each in turn, after one warm-up round."""
+    """Seconds of each step, one of each in turn, after one warm-up round; every round begins with another, as places are not alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(repeats + 1):
-        for name, step in steps.items():
+        names = list(steps)
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            step = steps[name]
             start = time.perf_counter()
             step(crops)
             if device.type == "cuda":
