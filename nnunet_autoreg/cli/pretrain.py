@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
         "The same line typed again continues where it stopped.",
     )
     p.add_argument("-d", nargs="+", default=[], metavar="ID",
-                   help="nnU-Net raw datasets (4 or Dataset004_Name): images only, every channel a scan")
+                   help="nnU-Net raw datasets (4 or Dataset004_Name): every channel a scan; labels only say where structures lie, "
+                   "and serve the probe")
     p.add_argument("-i", nargs="+", default=[], metavar="FOLDER",
                    help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or .zip archives of them, "
                    "searched recursively")

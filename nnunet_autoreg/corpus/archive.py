@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from nnunet_autoreg.errors import ScanError
 
@@ -61,11 +60,6 @@ def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
         return "unreadable", (f"would unpack from {info.compress_size / 2**20:.1f} to {info.file_size / 2**20:.0f} MiB, as zip bombs do; "
                               "unpack it by hand if you trust it")
     return None
-
-
-def head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
-    """A member for reading; errors come on reading, see ``DAMAGED``."""
-    return archive.open(info)
 
 
 @contextmanager

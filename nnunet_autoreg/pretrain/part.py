@@ -37,7 +37,7 @@ def preprocess_part(request: Request, part: Part) -> PartOutcome:
         StoreError: the disk is full, or the store cannot be written; finished cases stay.
     """
     folder = run_folder(nnunet_api.results_folder(), request.check().name)
-    store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
+    store = Store()
     if not (folder / PLAN_NAME).exists():
         raise UsageError(f"--part {part.number}/{part.count}: the run '{request.name}' has no {PLAN_NAME} and {INDEX_NAME} yet, which all "
                          "parts share; type the same line once with --dry-run instead of --part")

@@ -42,7 +42,6 @@ from nnunet_autoreg.pretrain.pictures import show_sequences
 from nnunet_autoreg.pretrain.signals import ends_on_sigterm
 from nnunet_autoreg.pretrain.start import check_start, start_from
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
-from nnunet_autoreg.store.store import FOLDER as STORE_FOLDER
 from nnunet_autoreg.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = 
     with ends_on_sigterm(), locked(folder), log_file(folder):
         plan, rows = prepare(folder, request, device)
         if show:
-            show_sequences(folder, plan, rows, Store(nnunet_api.preprocessed_folder() / STORE_FOLDER), num_processes())
+            show_sequences(folder, plan, rows, Store(), num_processes())
         if dry_run:
             return Outcome(folder, is_finished(folder, plan))
         if is_finished(folder, plan):
@@ -129,7 +128,7 @@ def index_inputs(folder: Path, request: Request) -> Index:
     """
     exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
     manifest = read_manifest(Path(request.manifest)) if request.manifest else None
-    salt = load_salt(nnunet_api.preprocessed_folder() / STORE_FOLDER)
+    salt = load_salt(Store().root)
     folders = [Path(f) for f in request.folders]
     candidates = find_scans(list(request.datasets), folders, split_4d=request.split_4d, salt=salt)
     journal = folder / JOURNAL_NAME
@@ -150,7 +149,7 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
     from nnunet_autoreg.pretrain.report import Reporter, Setting
     from nnunet_autoreg.pretrain.slices import held_out_pictures
 
-    store = Store(nnunet_api.preprocessed_folder() / "autoreg_store")
+    store = Store()
     keys = store.ensure(rows, partial(row_spacing, data=plan.data), plan.data.ct_window, num_processes())
     rows = stored(folder, rows, store, begun=checkpoint.exists(folder))
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
