@@ -8,7 +8,7 @@ POSITIONS = ("pos_embed", "register_tokens", "mask_token", "cls_token", "positio
 
 def is_position(name: str) -> bool:
     """Whether a parameter of this dotted name is a table of positions or special tokens."""
-    return name.rsplit(".", 1)[-1] in POSITIONS
+    return name.rsplit(".", 1)[-1] in POSITIONS or ".embed_tokens." in f".{name}."
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
