@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, WeightsError
+from nnunet_autoreg.families import missing_arguments
 from nnunet_autoreg.geometry import Size, Spacing, grid_of
-from nnunet_autoreg.plan import ENCODER_KEYS, IntensityWindow, SpacingGroup
+from nnunet_autoreg.plan import IntensityWindow, SpacingGroup
 from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
 
 RUNS_FOLDER = "autoreg_pretraining"
@@ -98,7 +99,10 @@ def _checked(card: EncoderCard, path: Path) -> EncoderCard:
     sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels, card.num_steps)
     if not all(value > 0 for value in sizes):
         raise WeightsError(f"{path}: token size, crop size, spacing, channels and steps have to be greater than 0; restore the file")
-    missing = [key for key in ENCODER_KEYS if key not in card.arguments]
+    try:
+        missing = missing_arguments(card.class_path, card.arguments)
+    except PlanError as error:
+        raise WeightsError(f"{path}: {error}") from error
     if missing:
         raise WeightsError(f"{path}: arguments lacks {', '.join(missing)}; restore the file")
     try:

@@ -20,7 +20,8 @@ from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import WEIGHTS_NAME
-from nnunet_autoreg.plan import Plan, check, override
+from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.fingerprint_picture import draw_fingerprint

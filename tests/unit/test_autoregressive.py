@@ -12,7 +12,8 @@ from nnunet_autoreg.model.attention import block_causal_mask
 from nnunet_autoreg.model.primus import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sequences.blocks import block_ids, sequence_ids, token_ranks, window_positions
 from nnunet_autoreg.sequences.kinds import member_codes, member_crop
 from nnunet_autoreg.sequences.sample import Batch

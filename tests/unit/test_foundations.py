@@ -8,7 +8,8 @@ import pytest
 from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import grid_of, round_up, spacing_ratio
-from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, check, override
+from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, override
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.records import atomic_path, differences, from_jsonable, read_json, to_jsonable, write_json

@@ -17,7 +17,8 @@ from nnunet_autoreg.corpus.places import part_centres, places_of_boxes, places_o
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.folder import Request
 from nnunet_autoreg.pretrain.material import make_material, offers_of, parse_kinds, plan_sequences, plan_with_sequences
 from nnunet_autoreg.pretrain.pictures import show_sequences

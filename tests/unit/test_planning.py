@@ -19,7 +19,8 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, volume
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import Plan, check, override
+from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import (
     Hardware,
     Pool,

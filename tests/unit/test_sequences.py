@@ -9,7 +9,8 @@ import pytest
 from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, check
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
 from nnunet_autoreg.pretrain.run import split
 from nnunet_autoreg.sequences import spatial, strided

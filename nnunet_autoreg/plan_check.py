@@ -1,0 +1,137 @@
+"""Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the way out."""
+
+from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.families import missing_arguments, token_size_of
+from nnunet_autoreg.plan import KINDS, OBJECTIVES, ORDERS, PREDICTORS, PREFIXES, EncoderPlan, Plan, SpacingGroup
+
+
+def check(plan: Plan) -> Plan:
+    """Return ``plan`` if it can be carried out.
+
+    Raises:
+        PlanError: an impossible or ill-posed value, with the way out.
+    """
+    _check_names(plan)
+    _check_encoder(plan.encoder)
+    _check_numbers(plan)
+    _check_blocks(plan)
+    _check_kinds(plan)
+    return plan
+
+
+def _check_names(plan: Plan) -> None:
+    s = plan.sequence
+    named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
+             "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES)}
+    for key, (value, known) in named.items():
+        if value not in known:
+            raise PlanError(f"{key}: '{value}' does not exist; {did_you_mean(value, known)}")
+    if s.order == "random" and s.predictor == "next":
+        raise PlanError(
+            "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
+            "follows; use sequence.predictor=query"
+        )
+
+
+def _check_encoder(encoder: EncoderPlan) -> None:
+    missing = missing_arguments(encoder.class_path, encoder.arguments)
+    if missing:
+        raise PlanError(f"encoder.arguments: {', '.join(missing)} missing; take those of an encoder in model/sizes.py")
+    stated = list(token_size_of(encoder.class_path, encoder.arguments))
+    if stated != list(encoder.token_size_vox):
+        raise PlanError(
+            f"encoder.token_size_vox={list(encoder.token_size_vox)} has to equal {stated}, the token size that encoder.arguments state"
+        )
+
+
+def _check_numbers(plan: Plan) -> None:
+    o, run = plan.optim, plan.run
+    positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
+                "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
+                "run.spike_sigmas": run.spike_sigmas, "run.max_bad_steps": run.max_bad_steps,
+                "objective.variance_floor": plan.objective.variance_floor, "objective.query_depth": plan.objective.query_depth,
+                **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
+                **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
+                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
+                **_spacings(plan.data.spacing_groups),
+                **({} if o.micro_batch_size is None else {"optim.micro_batch_size": o.micro_batch_size})}
+    for key, number in positive.items():
+        if not 0 < number < float("inf"):
+            raise PlanError(f"{key}={number} must be a number greater than 0")
+    not_negative = {"run.max_rollbacks": run.max_rollbacks, "run.min_token_variance": run.min_token_variance,
+                    "run.min_effective_rank": run.min_effective_rank, "run.seed": run.seed,
+                    "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
+    for key, number in not_negative.items():
+        if not number >= 0:
+            raise PlanError(f"{key}={number} must not be negative")
+    shares = {"data.holdout_fraction": plan.data.holdout_fraction, "optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1]}
+    for key, share in shares.items():
+        if not 0 <= share < 1:
+            raise PlanError(f"{key}={share} must lie in [0, 1)")
+
+
+def _spacings(groups: tuple[SpacingGroup, ...]) -> dict[str, float]:
+    return {f"data.spacing_groups[{n}].{name}[{i}]": value for n, group in enumerate(groups)
+            for name, spacing in (("native_mm", group.native_mm), ("spacing_mm", group.spacing_mm)) for i, value in enumerate(spacing)}
+
+
+def _check_blocks(plan: Plan) -> None:
+    s, blocks = plan.sequence, 1
+    for axis, crop, token, block in zip("zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True):
+        side = token * block
+        if crop <= 0 or crop % side:
+            near = f"{max(crop // side, 1) * side} or {(max(crop // side, 0) + 1) * side}"
+            raise PlanError(
+                f"sequence.crop_size_vox: {crop} on axis {axis} is no multiple of the block of {side} voxels "
+                f"({block} tokens of {token}); use {near}"
+            )
+        blocks *= crop // side
+    if blocks < 2:
+        raise PlanError(f"a crop of {s.crop_size_vox} holds one block; a sequence needs at least 2: enlarge sequence.crop_size_vox")
+
+
+def _check_kinds(plan: Plan) -> None:
+    s = plan.sequence
+    for kind, weight in s.weights.items():
+        if kind not in KINDS:
+            raise PlanError(f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}")
+        if not 0 <= weight < float("inf"):
+            raise PlanError(f"sequence.weights.{kind}={weight} must not be negative")
+    wanted = {kind for kind, weight in s.weights.items() if weight > 0}
+    if not wanted:
+        raise PlanError(f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater than 0")
+    if "strided" in wanted:
+        _check_strided(plan)
+    for kind, members in (("contrast", s.contrast_members), ("semantic", s.semantic_members)):
+        if kind in wanted:
+            _check_members(plan, kind, members)
+    if "contrast" in wanted and s.predictor == "next" and len(s.contrasts) != s.contrast_members:
+        raise PlanError(
+            f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} sequence.contrasts with sequence.predictor=next is "
+            "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or use sequence.predictor=query"
+        )
+
+
+def _check_strided(plan: Plan) -> None:
+    s, side = plan.sequence, plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
+    if s.num_subvolumes < 1 or s.crop_size_vox[0] % (s.num_subvolumes * side):
+        raise PlanError(
+            f"sequence.crop_size_vox: {s.crop_size_vox[0]} on axis z cannot be cut into sequence.num_subvolumes={s.num_subvolumes} of "
+            f"whole blocks of {side}; use a multiple of {max(s.num_subvolumes, 1) * side}, or another number"
+        )
+    depth = s.crop_size_vox[0] // s.num_subvolumes
+    if not 1 <= s.stride_vox <= depth:
+        raise PlanError(f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth of {depth} (no overlap)")
+
+
+def _check_members(plan: Plan, kind: str, members: int) -> None:
+    s = plan.sequence
+    if members < 2:
+        raise PlanError(f"sequence.{kind}_members={members}: a {kind} sequence has at least 2 images")
+    if s.member_crop_vox is None:
+        return
+    for axis, member, crop, token, block in zip(
+        "zyx", s.member_crop_vox, s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
+    ):
+        if member % (token * block) or not 0 < member <= crop:
+            raise PlanError(f"sequence.member_crop_vox: {member} on axis {axis} has to be a multiple of {token * block}, at most {crop}")
