@@ -1,13 +1,12 @@
 """Pretrained encoder weights into a network: everything checked on the CPU first, then copied, then shown in one table."""
 
-import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from nnunet_autoreg.errors import WeightsError
@@ -15,9 +14,11 @@ from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import differences
+from nnunet_autoreg.transfer.adapt import fit_channels, fit_kernel, fit_positions
 from nnunet_autoreg.transfer.block import AutoregBlock
+from nnunet_autoreg.transfer.channels import map_channels
 
-LOADED, ADAPTED, RANDOM = "loaded", "adapted", "random"
+LOADED, ADAPTED, RANDOM, UNUSED = "loaded", "adapted", "random", "unused"
 MAX_NAMES = 3
 
 
@@ -33,11 +34,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """What became of every encoder tensor; ``decoder`` are the other parameters, which always start at random."""
+    """What became of every encoder tensor; ``decoder`` are the other parameters, which always start at random.
+
+    ``unused`` are tensors of the file that this network has no place for: stages deeper than its own.
+    """
 
     source: str
     entries: tuple[Entry, ...]
     decoder: Entry
+    unused: tuple[Entry, ...] = ()
 
     @property
     def encoder_share(self) -> float:
@@ -48,10 +53,11 @@ class WeightTable:
     def lines(self) -> list[str]:
         """The table as text, one line per status."""
         rows = [f"encoder weights from {self.source}"]
-        for status in (LOADED, ADAPTED, RANDOM):
-            chosen = [e for e in self.entries if e.status == status]
-            notes = [f"{e.key} ({e.note})" if e.note else e.key for e in chosen] if status != LOADED else []
-            rows.append(_row(status, len(chosen), sum(e.num_parameters for e in chosen), _some(notes)))
+        for status in (LOADED, ADAPTED, RANDOM, UNUSED):
+            chosen = [e for e in (*self.entries, *self.unused) if e.status == status]
+            if chosen or status != UNUSED:
+                told = _by_note(chosen) if status != LOADED else ""
+                rows.append(_row(status, len(chosen), sum(e.num_parameters for e in chosen), told))
         rows.append(_row("decoder", 1, self.decoder.num_parameters, f"{self.decoder.key} (random, as always)", unit="part"))
         rows.append(f"  {100 * self.encoder_share:.1f} % of the encoder's parameters come from the file")
         return rows
@@ -61,6 +67,14 @@ def _row(status: str, count: int, parameters: int, notes: str, unit: str = "tens
     return f"  {status:<8} {count:>4} {unit:<7} {parameters:>12,} parameters  {notes}".rstrip()
 
 
+def _by_note(entries: Sequence[Entry]) -> str:
+    """The keys, those of one note together."""
+    keys: dict[str, list[str]] = {}
+    for entry in entries:
+        keys.setdefault(entry.note, []).append(entry.key)
+    return "; ".join(f"{_some(names)} ({note})" if note else _some(names) for note, names in keys.items())
+
+
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return "; ".join(names[:MAX_NAMES]) + more
@@ -68,10 +82,14 @@ def _some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The network's side of adapting: image channels (a cascade's one-hot channels come after them) and token grid."""
+    """The network's side of adapting: image channels (a cascade's one-hot channels come after them) and token grid.
+
+    ``channel_names`` are those of the image channels, in order; empty where they are unknown.
+    """
 
     num_image_channels: int
     patch_size_vox: Size
+    channel_names: tuple[str, ...] = ()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -119,9 +137,8 @@ def load_encoder(network: nn.Module, file: Path, card: EncoderCard, target: Targ
     Raises:
         WeightsError: the file is damaged or of another encoder, or gives less than the expected share.
     """
-    tensors = read_tensors(file)
     live = _encoder_tensors(network)
-    _refuse_foreign_keys(tensors, live, network, file)
+    tensors, unused = _matched(read_tensors(file), live, network, file)
     ready: dict[str, Tensor] = {}
     entries = []
     for key, tensor in live.items():
@@ -130,7 +147,8 @@ def load_encoder(network: nn.Module, file: Path, card: EncoderCard, target: Targ
             ready[key], note = _fit((key, tensors[key], tensor), network, card, target)
             status = ADAPTED if note else LOADED
         entries.append(Entry(key, tensor.numel(), status, note))
-    table = WeightTable(f"'{card.name}' (sha256 {card.sha256[:12]}...)", tuple(entries), _decoder_of(network, live))
+    source = f"'{card.name}' (sha256 {card.sha256[:12]}...)"
+    table = WeightTable(source, tuple(entries), _decoder_of(network, live), unused)
     if table.encoder_share < expected_share:
         missing = [e.key for e in entries if e.status == RANDOM]
         raise WeightsError(
@@ -159,12 +177,17 @@ def load_planned_encoder(network: nn.Module, block: AutoregBlock, results: Path,
     return load_encoder(network, file, card, target, block.recipe.expected_encoder_share)
 
 
+def encoder_prefixes(network: nn.Module) -> tuple[str, str]:
+    """What the keys of a network's encoder and stem begin with."""
+    return f"{network.key_to_encoder}.", f"{network.key_to_stem}."
+
+
 def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers of encoder and stem by key, aliases of one tensor listed once.
 
     Rotary tables are no part of it: the network rebuilds them for its own grid.
     """
-    prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
+    prefixes = encoder_prefixes(network)
     state = network.state_dict(keep_vars=True)
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
@@ -182,29 +205,56 @@ def _decoder_of(network: nn.Module, encoder: dict[str, Tensor]) -> Entry:
     return Entry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM)
 
 
-def _refuse_foreign_keys(tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, file: Path) -> None:
-    aliases = set(network.state_dict())
-    foreign = [key for key in tensors if key not in live and key not in aliases and ".rope." not in key]
+def _matched(
+    tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, file: Path
+) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
+    """The file's tensors under the names of ``live`` (a file may name an alias), and those of stages that the network lacks."""
+    name_of = {id(tensor): key for key, tensor in live.items()}
+    names = {alias: name_of.get(id(tensor)) for alias, tensor in network.state_dict(keep_vars=True).items()}
+    matched: dict[str, Tensor] = {}
+    unused, foreign = [], []
+    for key, tensor in tensors.items():
+        name = names.get(key)
+        if name is not None:
+            matched[name] = tensor
+        elif _is_deeper_stage(key, network):
+            unused.append(Entry(key, tensor.numel(), UNUSED, "stages that this network does not have"))
+        elif key not in names and ".rope." not in key:
+            foreign.append(key)
     if foreign:
         raise WeightsError(
             f"{file} is of another encoder: the network has no place for {len(foreign)} of its {len(tensors)} tensors "
             f"({_some(foreign)}); plan again with these weights"
         )
+    return matched, tuple(unused)
+
+
+def _is_deeper_stage(key: str, network: nn.Module) -> bool:
+    """Whether a tensor belongs to a stage beyond the last of a CNN: stages match by position, and a patch may need fewer."""
+    stages = network.get_submodule(str(network.key_to_encoder))
+    found = re.match(re.escape(encoder_prefixes(network)[0]) + r"(\d+)\.", key)
+    return isinstance(stages, nn.Sequential) and found is not None and int(found[1]) >= len(stages)
 
 
 def _fit(entry: tuple[str, Tensor, Tensor], network: nn.Module, card: EncoderCard, target: Target) -> tuple[Tensor, str]:
     """The value of ``entry`` (key, value, live tensor) in the live shape and how it got there ("" if it was just copied)."""
-    (key, value, live), note = entry, ""
-    if key == str(network.key_to_lpe):
+    key, value, live = entry
+    notes = []
+    if key == getattr(network, "key_to_lpe", None):
         value, note = _fit_positions(key, value, card, target)
-    elif key in [f"{name}.weight" for name in cast(Iterable[str], network.keys_to_in_proj)]:
-        value, note = _fit_channels(key, value, live, target.num_image_channels)
+        notes.append(note)
+    else:
+        if key in [f"{name}.weight" for name in cast(Iterable[str], network.keys_to_in_proj)]:
+            value, note = _fit_input(key, value, live, card, target)
+            notes.append(note)
+        value, note = fit_kernel(value, live.shape[2:])
+        notes.append(note)
     if value.shape != live.shape:
         raise WeightsError(
             f"'{key}' has shape {tuple(value.shape)} in '{card.name}' and {tuple(live.shape)} in the network; the weights are of "
             "another encoder: plan again"
         )
-    return value, note
+    return value, ", ".join(note for note in notes if note)
 
 
 def _fit_positions(key: str, value: Tensor, card: EncoderCard, target: Target) -> tuple[Tensor, str]:
@@ -215,38 +265,15 @@ def _fit_positions(key: str, value: Tensor, card: EncoderCard, target: Target) -
             f"'{key}' has shape {tuple(value.shape)}, but crop {card.crop_size_vox} in tokens of {card.token_size_vox} makes "
             f"{volume(old)} positions: encoder.json and the weights do not belong together"
         )
-    if old == new:
-        return value, ""
-    return interpolate_positions(value, old, new), f"positions {_times(old)} -> {_times(new)}, trilinear"
+    return fit_positions(value, old, new)
 
 
-def interpolate_positions(positions_1TV: Tensor, old: Size, new: Size) -> Tensor:
-    """Position embeddings of grid ``old`` on grid ``new``, tokens in raster order (z, y, x)."""
-    width = positions_1TV.shape[-1]
-    volume_1VZYX = positions_1TV.reshape(1, *old, width).permute(0, 4, 1, 2, 3)
-    resized = F.interpolate(volume_1VZYX, size=new, mode="trilinear", align_corners=False)
-    return resized.permute(0, 2, 3, 4, 1).reshape(1, math.prod(new), width).contiguous()
-
-
-def _fit_channels(key: str, value: Tensor, live: Tensor, num_image_channels: int) -> tuple[Tensor, str]:
-    """The input projection (out, in, z, y, x): repeated / N, or summed; one-hot channels of a cascade start at zero."""
-    given, needed, notes = value.shape[1], num_image_channels, []
-    if given == 1 and needed > 1:
-        value = value.expand(-1, needed, *value.shape[2:]) / needed
-        notes.append(f"1 -> {needed} channels, repeated / {needed}")
-    elif needed == 1 and given > 1:
-        value = value.sum(1, keepdim=True)
-        notes.append(f"{given} -> 1 channels, summed")
-    elif given != needed:
+def _fit_input(key: str, value: Tensor, live: Tensor, card: EncoderCard, target: Target) -> tuple[Tensor, str]:
+    given, needed = value.shape[1], target.num_image_channels
+    channels = map_channels(given, card.channel_names, needed, target.channel_names)
+    if channels is None:
         raise WeightsError(
-            f"'{key}' has {given} input channels, the data {needed}: only 1 -> N and N -> 1 can be adapted; use other weights"
+            f"'{key}' has {given} input channels, the data {needed}: only 1 -> N, N -> 1 and channels of like names can be adapted; "
+            "use other weights"
         )
-    extra = live.shape[1] - needed
-    if extra > 0:
-        value = torch.cat([value, value.new_zeros(value.shape[0], extra, *value.shape[2:])], dim=1)
-        notes.append(f"{extra} one-hot channels of the cascade start at 0")
-    return value, ", ".join(notes)
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(str(s) for s in size)
+    return fit_channels(value, channels, live.shape[1])

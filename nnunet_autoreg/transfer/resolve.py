@@ -9,6 +9,7 @@ from nnunet_autoreg.errors import PlanError, WeightsError, did_you_mean
 from nnunet_autoreg.geometry import Spacing, spacing_ratio
 from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.transfer.block import PlannedWeights, check_class
+from nnunet_autoreg.transfer.channels import map_channels
 
 VARIABLE = "autoreg_weights"
 MAX_SPACING_RATIO = 2.0
@@ -177,7 +178,7 @@ def _objection_to_modality(card: EncoderCard, dataset: DatasetTraits) -> str | N
 
 def _objection_to_channels(card: EncoderCard, dataset: DatasetTraits) -> str | None:
     given, needed = card.num_input_channels, len(dataset.channel_names)
-    if given == needed or 1 in (given, needed):
+    if map_channels(given, card.channel_names, needed, dataset.channel_names) is not None:
         return None
     return f"its {given} input channels cannot be adapted to {needed}"
 

@@ -11,8 +11,9 @@ from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.primus import build_primus
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.transfer.adapt import interpolate_positions
 from nnunet_autoreg.transfer.block import AutoregBlock, PlannedWeights, Recipe
-from nnunet_autoreg.transfer.load import Target, check_same_encoder, interpolate_positions, load_encoder, load_planned_encoder
+from nnunet_autoreg.transfer.load import Target, check_same_encoder, load_encoder, load_planned_encoder
 from nnunet_autoreg.transfer.network import architecture_entry
 
 Write = Callable[..., Path]
