@@ -116,6 +116,19 @@ class SequencePlan:
 
 
 @dataclass(frozen=True)
+class TrunkPlan:
+    """The transformer that a CNN gets for its pretraining, since it has none of its own; it does not transfer.
+
+    Attributes:
+        width: features of a token, a multiple of 6 times the number of heads (rotary positions on three axes).
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+
+
+@dataclass(frozen=True)
 class ObjectivePlan:
     """Regression of normalised voxels: targets are (v - mean) / sqrt(max(var, floor) + epsilon) of every token.
 
@@ -127,6 +140,7 @@ class ObjectivePlan:
         target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's target, 0 for none. It stays inside the
             token and takes real voxels alone, so that a target depends on its own token only.
         query_depth: layers of the decoder of predictor "query".
+        trunk: the transformer over a CNN's features; None for encoders that have one of their own.
     """
 
     name: str = "autoregressive"
@@ -134,6 +148,7 @@ class ObjectivePlan:
     variance_epsilon: float = 0.0
     target_smoothing: float = 0.0
     query_depth: int = 2
+    trunk: TrunkPlan | None = None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,20 @@
 """The encoders by name, as numbers: torch-free, so that planning and ``--help`` stay light.
 
-Source: Primus sizes S, B, M, L - Wald et al. 2025, arXiv 2503.01835, as in dynamic_network_architectures'
-``_PRIMUS_CONFIGS``; LayerScale 0.1 and inner attention norm as in nnU-Net's Primus trainers. ``tiny`` is ours.
+Sources: Primus sizes S, B, M, L - Wald et al. 2025, arXiv 2503.01835, as in dynamic_network_architectures' ``_PRIMUS_CONFIGS``;
+LayerScale 0.1 and inner attention norm as in nnU-Net's trainers of Primus, V2 and V3; ResEnc - nnU-Net's ResEncUNetPlanner for
+an isotropic patch of 128^3; ViT-B/16 - AR-SSL4M. The ``tiny`` ones are ours.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, token_size_of
 from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.plan import TrunkPlan
 
-PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
+PRIMUS_WIDTHS = {"tiny": (264, 6, 4), "s": (396, 12, 6), "b": (792, 12, 12), "m": (864, 16, 12), "l": (1056, 24, 16)}
+"""Size -> width, depth, heads."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +22,30 @@ class EncoderSize:
     """What a plan needs to know of an encoder.
 
     Attributes:
+        family: as in ``families``; class path, tokens and what the network can do follow from it.
         class_path: the network class that fine-tuning builds.
         arguments: its constructor's arguments, without channels, classes and input shape.
-        token_size: voxels (z, y, x) of one token; crops and patches are multiples of it.
+        token_size: voxels (z, y, x) of one token - of a CNN, its total stride; crops and patches are multiples of it.
+        block_tokens: tokens of a block per axis (z, y, x) where the images are large enough.
         max_crop_vox: largest useful number of voxels of a crop or patch.
-        scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe, AdamW).
-        pretrain_rate: peak learning rate of pretraining at the reference batch.
+        scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe: AdamW, of a CNN SGD).
+        pretrain_rate: peak learning rate of pretraining at the reference batch (AdamW).
+        trunk: the transformer that a CNN gets for its pretraining; None where the encoder has its own.
+        patch_gib: of a CNN, the GPU memory for which nnU-Net's planner of the same name plans patch and batch.
     """
 
     name: str
+    family: str
     class_path: str
     arguments: dict[str, Any]
     token_size: Size
+    block_tokens: Size
     max_crop_vox: int
     scratch_rate: float
     pretrained_rate: float
     pretrain_rate: float
+    trunk: TrunkPlan | None = None
+    patch_gib: float | None = None
 
     @property
     def is_tiny(self) -> bool:
@@ -41,9 +53,10 @@ class EncoderSize:
         return self.name.endswith("_tiny")
 
 
-def _primus(name: str, width: int, depth: int, heads: int) -> EncoderSize:
-    tiny = name.endswith("_tiny")
-    arguments = {
+def _primus(family: str, size: str) -> EncoderSize:
+    width, depth, heads = PRIMUS_WIDTHS[size]
+    tiny = size == "tiny"
+    arguments: dict[str, Any] = {
         "embed_dim": width,
         "patch_embed_size": [8, 8, 8],
         "eva_depth": depth,
@@ -51,11 +64,19 @@ def _primus(name: str, width: int, depth: int, heads: int) -> EncoderSize:
         "init_values": 0.1,
         "scale_attn_inner": True,
     }
+    if family == PRIMUS_V3:
+        arguments |= {
+            "depth_per_level": [1, 1, 1],
+            "ch_per_level": [16, 32, 64, 128] if tiny else [32, 64, 256, 1024],
+            "add_skips": True,
+        }
     return EncoderSize(
-        name=name,
-        class_path=PRIMUS,
+        name=f"{family}_{size}",
+        family=family,
+        class_path=CLASS_PATHS[family],
         arguments=arguments,
-        token_size=(8, 8, 8),
+        token_size=token_size_of(CLASS_PATHS[family], arguments),
+        block_tokens=(1, 1, 1) if family == PRIMUS else (4, 4, 4),
         max_crop_vox=64**3 if tiny else 160**3,
         scratch_rate=1e-3 if tiny else 3e-4,
         pretrained_rate=1e-3 if tiny else 1e-4,
@@ -63,14 +84,58 @@ def _primus(name: str, width: int, depth: int, heads: int) -> EncoderSize:
     )
 
 
+def _resenc(size: str, features: list[int], blocks: list[int], patch_gib: float | None) -> EncoderSize:
+    tiny, stages = size == "tiny", len(features)
+    arguments: dict[str, Any] = {
+        "n_stages": stages,
+        "features_per_stage": features,
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "n_blocks_per_stage": blocks,
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return EncoderSize(
+        name=f"{RESENC}_{size}",
+        family=RESENC,
+        class_path=CLASS_PATHS[RESENC],
+        arguments=arguments,
+        token_size=token_size_of(CLASS_PATHS[RESENC], arguments),
+        block_tokens=(4, 4, 4) if tiny else (2, 2, 2),
+        max_crop_vox=64**3 if tiny else 160**3,
+        scratch_rate=1e-2,
+        pretrained_rate=1e-3,
+        pretrain_rate=1e-3 if tiny else 3e-4,
+        trunk=TrunkPlan(192, 2, 4) if tiny else TrunkPlan(384, 4, 8),
+        patch_gib=patch_gib,
+    )
+
+
+def _vit(name: str) -> EncoderSize:
+    arguments = {
+        "embed_dim": 768, "patch_embed_size": [16, 16, 16], "eva_depth": 12, "eva_numheads": 12, "mlp_ratio": 4.0, "decoder_features": 16,
+    }  # fmt: skip
+    return EncoderSize(name, VIT, CLASS_PATHS[VIT], arguments, (16, 16, 16), (1, 1, 1), 160**3, 3e-4, 1e-4, 1e-4)
+
+
+_RESENC_FEATURES, _RESENC_BLOCKS = [32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6]
+
 ENCODERS: dict[str, EncoderSize] = {
     size.name: size
     for size in (
-        _primus("primus_tiny", 264, 6, 4),
-        _primus("primus_s", 396, 12, 6),
-        _primus("primus_b", 792, 12, 12),
-        _primus("primus_m", 864, 16, 12),
-        _primus("primus_l", 1056, 24, 16),
+        *(_primus(family, size) for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3) for size in PRIMUS_WIDTHS),
+        _resenc("tiny", [16, 32, 64, 128], [1, 2, 2, 2], None),
+        _resenc("m", _RESENC_FEATURES, _RESENC_BLOCKS, 8.0),
+        _resenc("l", _RESENC_FEATURES, _RESENC_BLOCKS, 24.0),
+        _resenc("xl", _RESENC_FEATURES, _RESENC_BLOCKS, 40.0),
+        _vit("vit_b16"),
     )
 }
 
