@@ -16,6 +16,7 @@ def check(plan: Plan) -> Plan:
     _check_numbers(plan)
     _check_blocks(plan)
     _check_kinds(plan)
+    _check_prefix(plan)
     return plan
 
 
@@ -30,6 +31,23 @@ def _check_names(plan: Plan) -> None:
         raise PlanError(
             "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
             "follows; use sequence.predictor=query"
+        )
+
+
+def _check_prefix(plan: Plan) -> None:
+    s = plan.sequence
+    if not 0 < s.prefix_share < 1:
+        raise PlanError(f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: something is given and something asked for")
+    if plan.objective.name == "masked" and (s.order, s.predictor, s.prefix) != ("random", "query", "fixed"):
+        raise PlanError(
+            f"objective.name=masked with sequence.order={s.order}, sequence.predictor={s.predictor} and sequence.prefix={s.prefix} is "
+            "ill-posed: a random, fixed share of the blocks is visible and the others are asked for by place; use --objective masked, "
+            "which sets order=random, predictor=query and prefix=fixed"
+        )
+    if s.prefix == "uniform_from_0":
+        raise PlanError(
+            f"sequence.prefix=uniform_from_0: encoder {plan.encoder.name} has no START token that could predict the first block; use "
+            "sequence.prefix=uniform"
         )
 
 
@@ -49,7 +67,9 @@ def _check_numbers(plan: Plan) -> None:
     positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
                 "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
                 "run.spike_sigmas": run.spike_sigmas, "run.max_bad_steps": run.max_bad_steps,
-                "objective.variance_floor": plan.objective.variance_floor, "objective.query_depth": plan.objective.query_depth,
+                "objective.query_depth": plan.objective.query_depth,
+                "objective.variance_floor + objective.variance_epsilon":
+                    plan.objective.variance_floor + plan.objective.variance_epsilon,
                 **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
                 **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
                 **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
@@ -58,11 +78,14 @@ def _check_numbers(plan: Plan) -> None:
     for key, number in positive.items():
         if not 0 < number < float("inf"):
             raise PlanError(f"{key}={number} must be a number greater than 0")
-    not_negative = {"run.max_rollbacks": run.max_rollbacks, "run.min_token_variance": run.min_token_variance,
+    not_negative = {"objective.variance_floor": plan.objective.variance_floor,
+                    "objective.variance_epsilon": plan.objective.variance_epsilon,
+                    "objective.target_smoothing": plan.objective.target_smoothing,
+                    "run.max_rollbacks": run.max_rollbacks, "run.min_token_variance": run.min_token_variance,
                     "run.min_effective_rank": run.min_effective_rank, "run.seed": run.seed,
                     "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
     for key, number in not_negative.items():
-        if not number >= 0:
+        if not 0 <= number < float("inf"):
             raise PlanError(f"{key}={number} must not be negative")
     shares = {"data.holdout_fraction": plan.data.holdout_fraction, "optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1]}
     for key, share in shares.items():

@@ -12,31 +12,11 @@ from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
 from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
+from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sequences.kinds import num_blocks, num_codes
 from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.sequences.sampler import SequenceSampler
-
-
-def token_statistics(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(max(var, floor)) of every token, (B, T, 1), in float32; unbiased variance, over real voxels only."""
-    voxels_BTP, weight_BTP = voxels_BTP.float(), real_BTP.float()
-    count_BT1 = weight_BTP.sum(-1, keepdim=True)
-    mean_BT1 = (voxels_BTP * weight_BTP).sum(-1, keepdim=True) / count_BT1.clamp(min=1)
-    centred_BTP = (voxels_BTP - mean_BT1) * weight_BTP
-    variance_BT1 = centred_BTP.square().sum(-1, keepdim=True) / (count_BT1 - 1).clamp(min=1)
-    return mean_BT1, variance_BT1.clamp(min=variance_floor).sqrt()
-
-
-def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, variance_floor: float) -> Tensor:
-    """Per-token normalised voxels (v - mean) / sqrt(max(var, floor)), in float32.
-
-    A constant token becomes 0. Padding becomes 0.
-
-    Source: AR-SSL4M's normalised-pixel target, with a floor instead of an added 1e-6 so that air stays quiet.
-    """
-    mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, real_BTP, variance_floor)
-    return (voxels_BTP.float() - mean_BT1) * real_BTP.float() / deviation_BT1
 
 
 def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
@@ -114,14 +94,14 @@ class Autoregressive:
 
         References: ``mean`` predicts every token's mean; ``copy`` repeats the previous block.
         """
-        voxels_BTP, real_BTP = self._tokens(batch.voxels), self._tokens(batch.real[:, :, None])
-        real_BTP = real_BTP.repeat(1, 1, batch.voxels.shape[2])
+        settings, asked = self.plan.objective, self.as_predicted(batch)
+        voxels_BTP, real_BTP = self._target_voxels(batch)
         valid_BT = real_BTP.any(dim=-1)
-        target_BTP = normalised_target(voxels_BTP, real_BTP, self.plan.objective.variance_floor)
-        weight_BTP = (supervised_tokens(batch.ranks, batch.prefix, valid_BT)[:, :, None] & real_BTP).float()
+        target_BTP = normalised_target(voxels_BTP, real_BTP, settings.variance_floor, settings.variance_epsilon)
+        weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT)[:, :, None] & real_BTP).float()
         if batch.scored is not None:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
-        predicted_BTP = self.model(batch, valid_BT).float()
+        predicted_BTP = self.model(asked, valid_BT).float()
         trivial = {}
         if references:
             previous_BTP = self.model.shift(target_BTP, block_order(batch.ranks))
@@ -131,17 +111,28 @@ class Autoregressive:
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Predictions in intensities: each token's predicted pattern with the true token's mean and deviation. The first channel."""
-        voxels_BTP, real_BTP = self._tokens(batch.voxels), self._tokens(batch.real[:, :, None])
-        every_BTP = real_BTP.repeat(1, 1, batch.voxels.shape[2])
+        settings, asked = self.plan.objective, self.as_predicted(batch)
+        real_BTP = self._tokens(batch.real[:, :, None])
+        voxels_BTP, every_BTP = self._target_voxels(batch)
         valid_BT = every_BTP.any(dim=-1)
-        mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, every_BTP, self.plan.objective.variance_floor)
-        predicted_BTP = self.model(batch, valid_BT).float() * deviation_BT1 + mean_BT1
+        mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, every_BTP, settings.variance_floor, settings.variance_epsilon)
+        predicted_BTP = self.model(asked, valid_BT).float() * deviation_BT1 + mean_BT1
         given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
-        scored_BT = supervised_tokens(batch.ranks, batch.prefix, valid_BT)
+        scored_BT = supervised_tokens(asked.ranks, asked.prefix, valid_BT)
         parts = (predicted_BTP, mean_BT1.expand_as(voxels_BTP), given_BT[:, :, None] & real_BTP, scored_BT[:, :, None] & real_BTP)
         predicted, trivial, given, scored = (self._volume(part, batch) for part in parts)
         scored = scored if batch.scored is None else scored & batch.scored
         return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)
+
+    def as_predicted(self, batch: Batch) -> Batch:
+        """The batch with the ranks and prefix by which the model attends and predicts: here its own."""
+        return batch
+
+    def _target_voxels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Voxels by token before normalisation, low-passed as the plan says, and where they are real; both (B, T, P)."""
+        real_BTP = self._tokens(batch.real[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
+        token, sigma_vox = self.plan.encoder.token_size_vox, self.plan.objective.target_smoothing
+        return smoothed(self._tokens(batch.voxels), real_BTP, token, sigma_vox), real_BTP
 
     def _volume(self, tokens_BTP: Tensor, batch: Batch) -> Tensor:
         """The first channel of every token back in its place: (B, T, P) -> (B, M, Z, Y, X)."""

@@ -137,7 +137,9 @@ def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
 
 
 def telling_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
-    """About this share of the blocks, such that the first one to predict shows something."""
+    """About this share of the blocks, such that the first one to predict shows something; a plan's fixed one stays."""
+    if plan.sequence.prefix == "fixed":
+        return sample.prefix
     total, ranks = num_blocks(plan, kind), block_ranks(plan, sample)
     low, high = max(1, round((share - 0.1) * total)), max(2, round((share + 0.1) * total))
     place = {int(rank): i for i, rank in enumerate(ranks.ravel())}

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.plan import SequencePlan
 
 
 def block_ids(grid: Sequence[int], block: Sequence[int]) -> NDArray[np.int64]:
@@ -55,6 +56,18 @@ def window_positions(grid: Sequence[int], window: Sequence[int], start: Sequence
     return ((z * grid[1] + y) * grid[2] + x).reshape(-1).astype(np.int64)
 
 
-def draw_prefix(num_blocks: int, generator: np.random.Generator) -> int:
-    """Number of given blocks, uniform over 1..K-1."""
-    return int(generator.integers(1, num_blocks))
+def draw_prefix(num_blocks: int, generator: np.random.Generator, sequence: SequencePlan) -> int:
+    """Number of given blocks of K, by the plan's distribution.
+
+    "uniform" over 1..K-1; "uniform_from_0" over 0..K-1; "long": the larger of two uniform ones, so that p has the probability
+    (2 p - 1) / (K - 1)^2; "fixed": ``fixed_prefix``.
+    """
+    if sequence.prefix == "fixed":
+        return fixed_prefix(num_blocks, sequence.prefix_share)
+    first = int(generator.integers(0 if sequence.prefix == "uniform_from_0" else 1, num_blocks))
+    return max(first, int(generator.integers(1, num_blocks))) if sequence.prefix == "long" else first
+
+
+def fixed_prefix(num_blocks: int, share: float) -> int:
+    """This share of the blocks, rounded; at least one is given and one asked for."""
+    return min(max(1, round(share * num_blocks)), num_blocks - 1)

@@ -82,7 +82,7 @@ def _draw(
     window = as_size([int(generator.integers(r + 1)) for r in room])
     ids = sequence_ids(grid_of(size, token), s.block_tokens, num_members(s, kind), s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return MembersDraw(tuple(starts), tuple(codes), flips, axes, window, draw_prefix(int(ids.max()) + 1, generator), ranks)
+    return MembersDraw(tuple(starts), tuple(codes), flips, axes, window, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
 
 
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:

@@ -57,7 +57,8 @@ class SequenceSampler:
     def draw(self, cases: "Material | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
         """One sequence; everything random comes from (run seed, purpose, ids), its kind from the first id alone.
 
-        Held-out samples take fixed prefixes, so that their errors compare from one time to the next.
+        Held-out samples take fixed prefixes, so that their errors compare from one time to the next - and, unless the plan fixes its own,
+        from one plan to the other.
         """
         material = as_material(cases)
         kind = self.kind(material, purpose, ids[0])
@@ -65,6 +66,8 @@ class SequenceSampler:
         if purpose != HELDOUT:
             return sample
         num_kinds = len([kind for kind in wanted(self.plan) if material.offers(kind)])
+        if self.plan.sequence.prefix == "fixed":
+            return sample
         share = HELDOUT_PREFIXES[ids[0] // num_kinds % len(HELDOUT_PREFIXES)]
         return replace(sample, prefix=max(1, int(share * num_blocks(self.plan, kind))))
 

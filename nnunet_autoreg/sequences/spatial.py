@@ -51,7 +51,7 @@ def draw(plan: Plan, shape_vox: Size, generator: np.random.Generator, spacing_mm
     axes = draw_axes(plan, s.crop_size_vox, spacing_mm or plan.data.spacing_mm, generator)
     ids = sequence_ids(grid_of(s.crop_size_vox, plan.encoder.token_size_vox), s.block_tokens, 1, s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return SpatialDraw(start, flips, axes, draw_prefix(int(ids.max()) + 1, generator), ranks)
+    return SpatialDraw(start, flips, axes, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:

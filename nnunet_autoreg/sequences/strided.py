@@ -52,7 +52,7 @@ def draw(plan: Plan, shape_vox: Size, generator: np.random.Generator, spacing_mm
     axes = wish if wish[0] == 0 else (0, 1, 2)
     ids = sequence_ids(grid_of(s.crop_size_vox, plan.encoder.token_size_vox), s.block_tokens, 1, s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return StridedDraw(start, flips, axes, draw_prefix(int(ids.max()) + 1, generator), ranks)
+    return StridedDraw(start, flips, axes, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:

@@ -62,7 +62,7 @@ def test_random_ranks_permute_blocks_and_keep_tokens_together():
 
 def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     generator = rng.generator(0, "prefix")
-    counts = np.bincount([draw_prefix(5, generator) for _ in range(4000)], minlength=6)
+    counts = np.bincount([draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)], minlength=6)
     assert counts[0] == counts[5] == 0
     assert counts[1:5].min() > 900
 

@@ -1,0 +1,68 @@
+"""What is regressed: every token's own voxels, low-passed if the plan says so, with their mean and deviation taken out. In float32.
+
+Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattened, C channels, N tokens of all samples.
+"""
+
+import torch
+from torch import Tensor
+
+from nnunet_autoreg.geometry import Size, volume
+
+
+def token_statistics(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(max(var, floor) + epsilon) of every token, (B, T, 1); unbiased variance, over real voxels only."""
+    voxels_BTP, weight_BTP = voxels_BTP.float(), real_BTP.float()
+    count_BT1 = weight_BTP.sum(-1, keepdim=True)
+    mean_BT1 = (voxels_BTP * weight_BTP).sum(-1, keepdim=True) / count_BT1.clamp(min=1)
+    centred_BTP = (voxels_BTP - mean_BT1) * weight_BTP
+    variance_BT1 = centred_BTP.square().sum(-1, keepdim=True) / (count_BT1 - 1).clamp(min=1)
+    return mean_BT1, (variance_BT1.clamp(min=floor) + epsilon).sqrt()
+
+
+def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0) -> Tensor:
+    """Per-token normalised voxels (v - mean) / sqrt(max(var, floor) + epsilon).
+
+    A constant token becomes 0. Padding becomes 0.
+
+    Source: AR-SSL4M's normalised-pixel target (floor 0, epsilon 1e-6); the floor keeps air quiet.
+    """
+    mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, real_BTP, floor, epsilon)
+    return (voxels_BTP.float() - mean_BT1) * real_BTP.float() / deviation_BT1
+
+
+def smoothed(voxels_BTP: Tensor, real_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
+    """Every token under a Gaussian low-pass that ends at its border and at padding: a weighted mean over its own real voxels.
+
+    Inside the token alone, so that its target depends on nothing else: neighbours would bring voxels of other blocks, and in strided
+    sequences of other slices. A constant token stays as it is. Padding becomes 0; sigma 0 changes nothing.
+
+    Args:
+        token_size: voxels (z, y, x); P is a multiple of their number.
+        sigma_vox: standard deviation in voxels, the same along every axis.
+
+    Source: the low-pass targets of SAIM (arXiv 2212.01610), which smooths the whole image instead.
+    """
+    if sigma_vox == 0:
+        return voxels_BTP
+    weight_BTP = real_BTP.float()
+    # Autocast would multiply in half precision.
+    with torch.autocast(voxels_BTP.device.type, enabled=False):
+        sums_BTP = _blurred(voxels_BTP.float() * weight_BTP, token_size, sigma_vox)
+        weights_BTP = _blurred(weight_BTP, token_size, sigma_vox)
+    # A real voxel counts 1 for itself; what is clamped is padding.
+    return torch.where(real_BTP, sums_BTP / weights_BTP.clamp(min=1), 0.0)
+
+
+def _blurred(values_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
+    """Gaussian sums along z, y and x of every token and channel."""
+    assert values_BTP.shape[-1] % volume(token_size) == 0
+    cubes_Nzyx = values_BTP.reshape(-1, *token_size)
+    for axis, size in enumerate(token_size, start=1):
+        cubes_Nzyx = torch.tensordot(cubes_Nzyx, _kernel(size, sigma_vox, values_BTP.device), dims=([axis], [0])).movedim(-1, axis)
+    return cubes_Nzyx.reshape(values_BTP.shape)
+
+
+def _kernel(size: int, sigma_vox: float, device: torch.device) -> Tensor:
+    """exp(-(i - j)^2 / (2 sigma^2)), (size, size); on the device, so that nothing is copied there in a step."""
+    place = torch.arange(size, dtype=torch.float32, device=device)
+    return torch.exp(-(place[:, None] - place[None, :]).square() / (2 * sigma_vox**2))

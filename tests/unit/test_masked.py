@@ -1,0 +1,238 @@
+"""Masked autoencoding, low-pass targets and distributions of the prefix: hidden voxels stay hidden, whatever is combined."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.geometry import grid_of
+from nnunet_autoreg.model.primus import from_blocks, to_blocks
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives import autoregressive
+from nnunet_autoreg.objectives.registry import build_objective
+from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.sequences.blocks import draw_prefix, fixed_prefix
+from nnunet_autoreg.sequences.sample import collate
+from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
+
+SMALL = {**encoder_size("primus_tiny").arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+CROP = (16, 32, 24)
+PLAIN = ObjectivePlan()
+MASKED = {"order": "random", "predictor": "query", "prefix": "fixed"}
+
+
+class Case:
+    """A case that is larger than the crop."""
+
+    shape_vox, spacing_mm = (20, 40, 30), (1.0, 1.0, 1.0)
+
+    def read_padded(self, start, size):
+        return np.zeros((1, *size), np.float32), np.ones(size, bool)
+
+
+def make_plan(objective=PLAIN, **sequence):
+    tiny = encoder_size("primus_tiny")
+    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", tiny.class_path, SMALL, tiny.token_size),
+                      SequencePlan(**{"crop_size_vox": CROP, **sequence}), objective, OptimPlan(10, 2, 1e-3, 1), RunPlan(0, 10, 10)))
+
+
+def masked_plan(**sequence):
+    return make_plan(ObjectivePlan("masked"), **{**MASKED, **sequence})
+
+
+def drawn_batch(plan, num_samples=1):
+    """As the sampler draws it, of a case that fills the crop, with noise for voxels."""
+    samples = [SequenceSampler(plan).draw([Case()], TRAINING, 0, n) for n in range(num_samples)]
+    batch = collate(samples)
+    return replace(batch, voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def changed(batch, plan, chosen_T):
+    """The same batch with other voxels in these tokens of the first sample."""
+    tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
+    tokens[0, chosen_T] = tokens[0, chosen_T] * 2 + torch.linspace(0, 3, 512).reshape(8, 8, 8)
+    return replace(batch, voxels=from_blocks(tokens, grid_of(CROP, plan.encoder.token_size_vox))[:, None])
+
+
+def predict(objective, batch):
+    objective.module.eval()
+    with torch.no_grad():
+        return objective.module(objective.as_predicted(batch), torch.ones_like(batch.ranks, dtype=torch.bool))
+
+
+def targets(objective, batch):
+    voxels, real = objective._target_voxels(batch)
+    return normalised_target(voxels, real, objective.plan.objective.variance_floor, objective.plan.objective.variance_epsilon)
+
+
+WAYS = [("raster", "next"), ("interleaved", "next"), ("raster", "query"), ("interleaved", "query"), ("random", "query")]
+TARGETS = [("uniform", ObjectivePlan()), ("long", ObjectivePlan(target_smoothing=1.0)),
+           ("fixed", ObjectivePlan(variance_floor=0.0, variance_epsilon=1e-6))]
+COMBINATIONS = [
+    make_plan(objective, order=order, predictor=predictor, block_tokens=block, prefix=prefix)
+    for (order, predictor), block, (prefix, objective) in product(WAYS, [(1, 1, 1), (2, 2, 1)], TARGETS)
+] + [
+    make_plan(ObjectivePlan("masked", target_smoothing=sigma), block_tokens=block, prefix_share=share, **MASKED)
+    for sigma, block, share in [(0.0, (1, 1, 1), 0.25), (1.0, (2, 2, 1), 0.5)]
+]
+
+
+def named(plan):
+    s, o = plan.sequence, plan.objective
+    return f"{o.name} {s.order} {s.predictor} {s.block_tokens[0]} {s.prefix} {o.target_smoothing}"
+
+
+@pytest.mark.parametrize("plan", COMBINATIONS, ids=named)
+def test_no_prediction_knows_its_own_or_a_later_block_and_no_target_knows_another_token(plan):
+    torch.manual_seed(0)
+    objective, batch = build_objective(plan), drawn_batch(plan)
+    ranks, prefix = objective.as_predicted(batch).ranks[0], int(objective.as_predicted(batch).prefix[0])
+    before, aims = predict(objective, batch), targets(objective, batch)
+    for rank in sorted({prefix, int(ranks.max())}):
+        other = changed(batch, plan, ranks == rank)
+        asked = (ranks >= prefix) & (ranks <= rank)
+        assert torch.equal(before[0, asked], predict(objective, other)[0, asked])
+        assert torch.equal(aims[0, ranks != rank], targets(objective, other)[0, ranks != rank])
+        assert (aims[0, ranks == rank] != targets(objective, other)[0, ranks == rank]).any(dim=-1).all()
+    given = changed(batch, plan, ranks == prefix - 1)
+    assert (before[0, ranks == prefix] != predict(objective, given)[0, ranks == prefix]).any()
+
+
+@pytest.mark.parametrize("plan", COMBINATIONS, ids=named)
+def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
+    torch.manual_seed(0)
+    objective, batch = build_objective(plan), drawn_batch(plan)
+    terms = objective.loss(batch, references=True)
+    num_asked = int((batch.ranks[0] >= batch.prefix[0]).sum())
+    assert float(terms.count) == 512 * num_asked
+    terms.total.backward()
+    gradients = [p.grad for p in objective.module.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients) and sum(float(g.abs().sum()) for g in gradients) > 0
+    assert float(terms.references["mean"]) == pytest.approx(float(targets(objective, batch)[batch.ranks >= batch.prefix].square().sum()))
+
+
+def test_hidden_voxels_change_no_prediction_and_every_visible_block_changes_all():
+    plan = masked_plan()
+    torch.manual_seed(0)
+    objective, batch = build_objective(plan), drawn_batch(plan)
+    hidden = batch.ranks[0] >= batch.prefix[0]
+    assert int(hidden.sum()) == 18 and int(batch.prefix[0]) == 6
+    before = predict(objective, batch)
+    assert torch.equal(before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden])
+    for rank in range(6):
+        after = predict(objective, changed(batch, plan, batch.ranks[0] == rank))
+        assert (before[0, hidden] != after[0, hidden]).any(dim=-1).all()
+
+
+def test_masked_is_random_order_autoregression_whose_queries_all_see_the_prefix_only(monkeypatch):
+    plan = masked_plan()
+    torch.manual_seed(0)
+    masked, batch = build_objective(plan), drawn_batch(plan, 2)
+    one = build_objective(replace(plan, objective=ObjectivePlan()))
+    one.module.load_state_dict(masked.module.state_dict())
+    plain = one.loss(batch).total.item()
+    rule = autoregressive.strictly_earlier
+    # As if every asked block came right after the prefix.
+    monkeypatch.setattr(autoregressive, "strictly_earlier", lambda ranks, valid: rule(torch.minimum(ranks, batch.prefix[:, None]), valid))
+    ours, theirs = masked.loss(batch), one.loss(batch)
+    assert ours.total.item() == theirs.total.item() and float(ours.count) == float(theirs.count)
+    assert plain != ours.total.item()
+
+
+def test_blocks_beside_which_everything_visible_is_padding_carry_no_loss():
+    plan = masked_plan()
+    torch.manual_seed(0)
+    objective, batch = build_objective(plan), drawn_batch(plan)
+    real = to_blocks(torch.ones(1, 1, *CROP, dtype=torch.bool), (8, 8, 8))
+    real[0, batch.ranks[0] < batch.prefix[0]] = False
+    nothing = replace(batch, real=from_blocks(real, grid_of(CROP, (8, 8, 8))))
+    assert float(objective.loss(nothing).count) == 0
+    real[0, batch.ranks[0] == 0] = True
+    one = replace(batch, real=from_blocks(real, grid_of(CROP, (8, 8, 8))))
+    assert float(objective.loss(one).count) == 18 * 512
+
+
+def test_a_fixed_prefix_is_the_share_of_the_blocks_but_never_none_or_all():
+    assert [fixed_prefix(24, share) for share in (0.25, 0.5, 0.01, 0.99)] == [6, 12, 1, 23]
+    assert fixed_prefix(2, 0.25) == 1
+
+
+def test_held_out_samples_keep_a_fixed_prefix():
+    sampler = SequenceSampler(masked_plan())
+    assert {sampler.draw([Case()], HELDOUT, number).prefix for number in range(8)} == {6}
+
+
+def test_long_prefixes_are_the_larger_of_two_and_uniform_from_0_begins_at_0():
+    generator, long = rng.generator(0, "prefix"), SequencePlan(CROP, prefix="long")
+    counts = np.bincount([draw_prefix(5, generator, long) for _ in range(16_000)], minlength=5)
+    # (2 p - 1) / 16 of 16000, p = 1..4; one standard deviation is at most 63.
+    assert np.abs(counts - [0, 1000, 3000, 5000, 7000]).max() < 250
+    counts = np.bincount([draw_prefix(4, generator, SequencePlan(CROP, prefix="uniform_from_0")) for _ in range(4000)], minlength=4)
+    assert counts.min() > 850 and len(counts) == 4
+
+
+def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
+    voxels = torch.zeros(1, 2, 8)
+    voxels[0, 0] = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
+    voxels[0, 1] = 5.0
+    real = torch.ones(1, 2, 8, dtype=torch.bool)
+    out = smoothed(voxels, real, (2, 2, 2), 1.0)
+    # Along each axis a voxel counts 1 and its neighbour w = exp(-1/2); a voxel n axes away gets 8 w^n / (1 + w)^3.
+    w = float(np.exp(-0.5))
+    assert out[0, 0].tolist() == pytest.approx([8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)])
+    assert out[0, 1].tolist() == pytest.approx([5.0] * 8)
+    real[0, :, 4:] = False
+    out = smoothed(voxels, real, (2, 2, 2), 1.0)
+    assert out[0, 0].tolist() == pytest.approx([8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4)
+    assert out[0, 1].tolist() == pytest.approx([5.0] * 4 + [0] * 4)
+
+
+def test_smoothing_by_0_changes_nothing_and_channels_do_not_mix():
+    voxels = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, 3, 16, dtype=torch.bool)
+    assert smoothed(voxels, real, (2, 2, 2), 0.0) is voxels
+    both = smoothed(voxels, real, (2, 2, 2), 1.5)
+    assert torch.allclose(both[..., 8:], smoothed(voxels[..., 8:], real[..., 8:], (2, 2, 2), 1.5))
+
+
+def test_smoothed_targets_have_mean_0_and_unbiased_sd_1_and_noise_falls_below_the_floor():
+    voxels = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0))
+    real = torch.ones(1, 1, 512, dtype=torch.bool)
+    low = smoothed(voxels, real, (8, 8, 8), 1.0)
+    target = normalised_target(low, real, 1e-6)
+    assert float(target.mean()) == pytest.approx(0, abs=1e-5) and float(target.std(unbiased=True)) == pytest.approx(1, abs=1e-4)
+    assert float(low.std()) < 0.5 * float(voxels.std())
+
+
+def test_epsilon_is_added_under_the_root_where_a_floor_is_a_least_value():
+    voxels = torch.tensor([[[0.0, 2.0, 0.0, 2.0]]])  # unbiased variance 4/3
+    real = torch.ones(1, 1, 4, dtype=torch.bool)
+    assert float(token_statistics(voxels, real, 0.0, 1e-6)[1]) == pytest.approx(np.sqrt(4 / 3 + 1e-6))
+    assert float(token_statistics(voxels, real, 2.0)[1]) == pytest.approx(np.sqrt(2.0))
+    assert torch.equal(normalised_target(torch.full((1, 1, 4), 7.0), real, 0.0, 1e-6), torch.zeros(1, 1, 4))
+
+
+REFUSED = [
+    ({"objective": ObjectivePlan("masked")}, "use --objective masked"),
+    ({"objective": ObjectivePlan("masked"), "order": "random", "predictor": "query"}, r"sequence\.prefix=uniform is ill-posed"),
+    ({"objective": ObjectivePlan("mased")}, "did you mean 'masked'"),
+    ({"prefix": "fixed", "prefix_share": 0.0}, "between 0 and 1"),
+    ({"prefix": "fixed", "prefix_share": 1.0}, "between 0 and 1"),
+    ({"prefix": "short"}, "known are: fixed, long, uniform, uniform_from_0"),
+    ({"prefix": "uniform_from_0"}, "no START token"),
+    ({"objective": ObjectivePlan(target_smoothing=-1.0)}, r"target_smoothing=-1.0 must not be negative"),
+    ({"objective": ObjectivePlan(target_smoothing=float("nan"))}, "must not be negative"),
+    ({"objective": ObjectivePlan(variance_floor=0.0)}, r"variance_floor \+ objective\.variance_epsilon=0\.0 must be a number greater"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED)
+def test_ill_posed_combinations_are_refused_with_the_way_out(values, message):
+    with pytest.raises(PlanError, match=message):
+        make_plan(**values)
