@@ -1,17 +1,97 @@
 """Who may look at whom: the block-causal rule with random start-up, and the order of blocks in a sequence.
 
-Shape suffixes: B samples, T tokens (members, then raster order z, y, x), K blocks, J tokens of a block, Q queries, S keys.
+Shape suffixes: B samples, T tokens (members, then raster order z, y, x), K blocks, J tokens of a block, Q queries, S keys, H heads,
+D head width, N tiles of tokens.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TILE = 128
+"""Tokens of a tile of FlexAttention's kernels."""
+FLEX_DEVICES = ("cuda",)
+ALIGNMENT = 8
+"""Memory-efficient kernels with a mask need a head width that is a multiple of this; the plain one keeps Q x S scores instead."""
+
+Mask = Tensor | BlockMask
+"""A rule ready for use: (B, 1, Q, S), True where a query may attend; or the same by tiles and rule for FlexAttention."""
 
 
-def block_causal_mask(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
-    """Boolean (B, 1, Q, S): may query token q attend to key token k? True means yes.
+@dataclass(frozen=True)
+class AttentionRule:
+    """Token q sees the valid tokens k with rank k <= reach q; and so that no query is left with nothing, one thing more.
 
-    A token of rank q sees one of rank k iff k <= max(q, p - 1): its own block, every earlier one, and - inside the given
-    start of p blocks - all of the start. Wholly padded tokens are no keys, except to themselves, so that no row is empty.
+    The rule is small; ``mask`` makes of it what the kernel at hand wants, once for all layers.
+
+    Attributes:
+        rank: (B, T) int64, block rank of every token, 0..K-1.
+        reach: (B, T) int64, the highest rank that a query sees.
+        valid: (B, T) bool, False where a token holds no real voxel.
+        lost: (B, T) bool, queries that see nothing by the rule, and so the tokens of rank 0 instead. None: every token sees itself.
+    """
+
+    rank: Tensor
+    reach: Tensor
+    valid: Tensor
+    lost: Tensor | None = None
+
+    def mask(self) -> Mask:
+        """For FlexAttention inside what is compiled for CUDA - uncompiled it would keep all scores - and dense anywhere else."""
+        fused = torch.compiler.is_compiling() and self.rank.device.type in FLEX_DEVICES
+        return self.block_mask() if fused else self.dense()
+
+    def dense(self) -> Tensor:
+        """Boolean (B, 1, Q, S), True where a query may attend."""
+        seen_BQS = (self.rank[:, None, :] <= self.reach[:, :, None]) & self.valid[:, None, :]
+        if self.lost is None:
+            more = torch.eye(self.rank.shape[1], dtype=torch.bool, device=self.rank.device)
+        else:
+            more = self.lost[:, :, None] & (self.rank == 0)[:, None, :]
+        return (seen_BQS | more)[:, None]
+
+    def block_mask(self) -> BlockMask:
+        """The same rule for FlexAttention: which tiles hold nothing, something or all, told by their lowest and highest ranks.
+
+        Nothing of size Q x S is made, and nothing waits for the device.
+        """
+        rank_BT, reach_BT, valid_BT, lost_BT = self.rank, self.reach, self.valid, self.lost
+
+        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            seen = (rank_BT[b, k] <= reach_BT[b, q]) & valid_BT[b, k]
+            return seen | (q == k if lost_BT is None else lost_BT[b, q] & (rank_BT[b, k] == 0))
+
+        some_BNN, all_BNN = self._tiles()
+        num, index = _listed(some_BNN & ~all_BNN)
+        full_num, full_index = _listed(all_BNN)
+        length = rank_BT.shape[1]
+        made: BlockMask = BlockMask.from_kv_blocks(num, index, full_num, full_index, BLOCK_SIZE=TILE, mask_mod=allowed,
+                                                   seq_lengths=(length, length))
+        return made
+
+    def _tiles(self) -> tuple[Tensor, Tensor]:
+        """(B, N, N) bool twice, by tiles of queries and keys: whether any query sees any key, and whether all see all."""
+        num_tokens = self.rank.shape[1]
+        # Padding counts as a rank that nobody reaches.
+        rank_BT = torch.where(self.valid, self.rank, num_tokens)
+        lowest_BN, highest_BN = _by_tile(rank_BT, num_tokens).amin(-1), _by_tile(rank_BT, num_tokens).amax(-1)
+        # As do queries that do not exist: kernels ask the rule of pairs in tiles that are not full.
+        farthest_BN, nearest_BN = _by_tile(self.reach, -1).amax(-1), _by_tile(self.reach, -1).amin(-1)
+        some_BNN = lowest_BN[:, None, :] <= farthest_BN[:, :, None]
+        if self.lost is None:
+            more = torch.eye(lowest_BN.shape[1], dtype=torch.bool, device=rank_BT.device)
+        else:
+            first_BN = _by_tile(self.rank, num_tokens).amin(-1) == 0
+            more = _by_tile(self.lost, False).any(-1)[:, :, None] & first_BN[:, None, :]
+        return some_BNN | more, highest_BN[:, None, :] <= nearest_BN[:, :, None]
+
+
+def block_causal(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
+    """A token of rank q sees one of rank k iff k <= max(q, p - 1): its own block, every earlier one, and - inside the given start of p
+    blocks - all of the start. Wholly padded tokens are no keys, except to themselves.
 
     Args:
         rank_BT: block rank of every token, 0..K-1.
@@ -20,23 +100,48 @@ def block_causal_mask(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Te
 
     Source: AR-SSL4M's prefix mask (github.com/serena9525/AR-SSL4M) without START, on blocks.
     """
-    reach_BT = torch.maximum(rank_BT, prefix_B[:, None] - 1)
-    allow_BQS = (rank_BT[:, None, :] <= reach_BT[:, :, None]) & valid_BT[:, None, :]
-    itself = torch.eye(rank_BT.shape[1], dtype=torch.bool, device=rank_BT.device)
-    return (allow_BQS | itself)[:, None]
+    return AttentionRule(rank_BT, torch.maximum(rank_BT, prefix_B[:, None] - 1), valid_BT)
 
 
-def strictly_earlier_mask(rank_BT: Tensor, valid_BT: Tensor) -> Tensor:
-    """Boolean (B, 1, Q, S): a query for a token of rank q attends to valid encoder tokens of rank < q.
+def strictly_earlier(rank_BT: Tensor, valid_BT: Tensor) -> AttentionRule:
+    """A query for a token of rank q attends to valid encoder tokens of rank < q.
 
-    Rows without any such key (rank 0, or only padding before) attend to the tokens of rank 0 instead, to stay finite; they
+    Queries without any such key (rank 0, or only padding before) attend to the tokens of rank 0 instead, to stay finite; they
     carry no loss.
     """
-    allow_BQS = (rank_BT[:, None, :] < rank_BT[:, :, None]) & valid_BT[:, None, :]
-    empty_BQ = ~allow_BQS.any(dim=-1)
-    return (allow_BQS | (empty_BQ[:, :, None] & (rank_BT == 0)[:, None, :]))[:, None]
+    first_B = torch.where(valid_BT, rank_BT, rank_BT.shape[1]).amin(1)
+    return AttentionRule(rank_BT, rank_BT - 1, valid_BT, rank_BT <= first_B[:, None])
+
+
+def attend(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, mask: Mask | None, dropout: float = 0.0) -> Tensor:
+    """Attention (B, H, T, D) by the kernel that suits ``mask``; None is attention to everything.
+
+    Args:
+        dropout: of attention weights; FlexAttention has none.
+    """
+    if isinstance(mask, BlockMask):
+        assert dropout == 0, "pretraining has no attention dropout"
+        fused: Tensor = flex_attention(query_BHTD, key_BHTD, value_BHTD, block_mask=mask)
+        return fused
+    width = query_BHTD.shape[-1]
+    if mask is None or not query_BHTD.is_cuda or width % ALIGNMENT == 0:
+        return functional.scaled_dot_product_attention(query_BHTD, key_BHTD, value_BHTD, attn_mask=mask, dropout_p=dropout)
+    q, k, v = (functional.pad(x, (0, -width % ALIGNMENT)) for x in (query_BHTD, key_BHTD, value_BHTD))
+    padded = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=width**-0.5)
+    return padded[..., :width]
 
 
 def block_order(rank_BT: Tensor) -> Tensor:
     """Token indices (B, T) sorted by rank and, within a block, by raster order: position b * J + j holds token j of block b."""
     return torch.argsort(rank_BT, dim=1, stable=True)
+
+
+def _by_tile(value_BT: Tensor, beyond: float) -> Tensor:
+    """(B, N, TILE), the last tile filled up with ``beyond``."""
+    return functional.pad(value_BT, (0, -value_BT.shape[1] % TILE), value=beyond).unflatten(1, (-1, TILE))
+
+
+def _listed(chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of keys are chosen for each tile of queries, (B, 1, N), and all of them, chosen ones first, (B, 1, N, N)."""
+    order_BNN = torch.argsort(chosen_BNN.to(torch.int8), dim=-1, descending=True, stable=True)
+    return chosen_BNN.sum(-1).to(torch.int32)[:, None], order_BNN.to(torch.int32)[:, None]

@@ -6,7 +6,9 @@ Shape suffixes: B samples, T tokens, V width, P voxels of a token (channels incl
 import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from nnunet_autoreg.model.attention import AttentionRule, Mask, attend
+from nnunet_autoreg.model.trunk import recomputed
 
 
 class NextHead(nn.Module):
@@ -37,14 +39,14 @@ class CrossLayer(nn.Module):
         B, T, V = x_BTV.shape
         return x_BTV.reshape(B, T, self.num_heads, V // self.num_heads).transpose(1, 2)
 
-    def forward(self, query_BTV: Tensor, token_BTV: Tensor, mask_B1QS: Tensor, rope: Tensor | None) -> Tensor:
+    def forward(self, query_BTV: Tensor, token_BTV: Tensor, mask: Mask, rope: Tensor | None) -> Tensor:
         """Updated queries (B, T, V)."""
         q_BHTD = self._heads(self.query(self.norm_query(query_BTV)))
         k_BHTD, v_BHTD = (self._heads(x) for x in self.key_value(self.norm_token(token_BTV)).chunk(2, dim=-1))
         if rope is not None:
             q_BHTD = apply_rot_embed_cat(q_BHTD, rope).type_as(v_BHTD)
             k_BHTD = apply_rot_embed_cat(k_BHTD, rope).type_as(v_BHTD)
-        seen_BHTD = scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_B1QS)
+        seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, mask)
         query_BTV = query_BTV + self.project(seen_BHTD.transpose(1, 2).flatten(2))
         out: Tensor = query_BTV + self.mlp(self.norm_mlp(query_BTV))
         return out
@@ -58,8 +60,11 @@ class QueryDecoder(nn.Module):
     Source: the parallel decoders of RandSAC (arXiv 2203.12054) and SAIM (arXiv 2212.01610), in cross-attention only.
     """
 
-    def __init__(self, width: int, num_heads: int, depth: int, num_positions: int, num_members: int, token_voxels: int):
+    def __init__(
+        self, width: int, num_heads: int, depth: int, num_positions: int, num_members: int, token_voxels: int, recompute: bool = False
+    ):
         super().__init__()
+        self.recompute = recompute
         self.position = nn.Parameter(torch.empty(1, 1, num_positions, width))
         self.member = nn.Parameter(torch.empty(1, num_members, 1, width))
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -69,7 +74,7 @@ class QueryDecoder(nn.Module):
         self.project = nn.Linear(width, token_voxels)
 
     def forward(
-        self, features_BTV: Tensor, mask_B1QS: Tensor, rope: Tensor | None, positions_BT: Tensor | None = None,
+        self, features_BTV: Tensor, rule: AttentionRule, rope: Tensor | None, positions_BT: Tensor | None = None,
         members_BT: Tensor | None = None,
     ) -> Tensor:
         """Predictions (B, T, P): entry t predicts token t itself, from blocks of lower rank.
@@ -80,7 +85,8 @@ class QueryDecoder(nn.Module):
         position_BTV = self.position[0] if positions_BT is None else self.position[0, 0][positions_BT]
         member_BTV = self.member[:, 0] if members_BT is None else self.member[0, :, 0][members_BT]
         query_BTV = (position_BTV + member_BTV).expand(features_BTV.shape[0], -1, -1)
+        mask = rule.mask()
         for layer in self.layers:
-            query_BTV = layer(query_BTV, features_BTV, mask_B1QS, rope)
+            query_BTV = recomputed(layer, self.recompute, query_BTV, features_BTV, mask, rope)
         out: Tensor = self.project(self.norm(query_BTV))
         return out

@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, as_size, grid_of
+from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.trunk import run_blocks
 
 
 def build_primus(
@@ -68,7 +70,7 @@ def from_blocks(blocks_BKVzyx: Tensor, grid: Size) -> Tensor:
 
 
 class SequenceEncoder(nn.Module):
-    """A Primus encoder that reads a sequence of blocks under an attention mask.
+    """A Primus encoder that reads a sequence of blocks under an attention rule.
 
     The local part (tokenizer) runs on every block separately, blocks stacked on the batch axis, so that nothing crosses a
     block's border before attention does. ``primus`` keeps the downstream keys; its decoder is dropped.
@@ -77,14 +79,16 @@ class SequenceEncoder(nn.Module):
         primus: a Primus network of the crop's shape, drop-path 0.
         token_size: voxels of a token, (z, y, x).
         block_size: voxels of a block, (z, y, x), a multiple of the token size.
+        recompute: keep less for the backward pass and compute it a second time (activation checkpointing).
     """
 
-    def __init__(self, primus: nn.Module, token_size: Size, block_size: Size):
+    def __init__(self, primus: nn.Module, token_size: Size, block_size: Size, recompute: bool = False):
         super().__init__()
         self.primus: Any = primus
         self.primus.up_projection = nn.Identity()
         self.token_size = token_size
         self.block_size = block_size
+        self.recompute = recompute
 
     @property
     def width(self) -> int:
@@ -121,12 +125,12 @@ class SequenceEncoder(nn.Module):
         return table if positions_BT is None else table[positions_BT][:, None]
 
     def forward(
-        self, voxels_BMCZYX: Tensor, mask_B1QS: Tensor | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
+        self, voxels_BMCZYX: Tensor, rule: AttentionRule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
     ) -> Tensor:
         """Contextual features (B, T, V).
 
         Args:
-            mask_B1QS: True where a query may attend, None for full attention.
+            rule: who may attend to whom, None for full attention.
             positions_BT: raster index of every token in the grid; None where one member fills it in order.
             member_BTV: added to the tokens; tells members apart.
         """
@@ -136,9 +140,7 @@ class SequenceEncoder(nn.Module):
             x_BTV = x_BTV + (eva.pos_embed if positions_BT is None else eva.pos_embed[0][positions_BT])
         if member_BTV is not None:
             x_BTV = x_BTV + member_BTV
-        rope = self.rope(positions_BT)
-        for block in eva.blocks:
-            x_BTV = block(x_BTV, rope=rope, attn_mask=mask_B1QS)
+        x_BTV = run_blocks(eva.blocks, x_BTV, self.rope(positions_BT), rule, self.recompute)
         out: Tensor = eva.norm(x_BTV)
         return out
 

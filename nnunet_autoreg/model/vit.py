@@ -19,10 +19,10 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD, 
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, as_size, grid_of
+from nnunet_autoreg.model.attention import Mask, attend
 
 START_ROW = 1
 """Row of ``embed_tokens`` that is START. Row 2 is END, which pretraining with END appends and nothing else reads; 0 and 3 are unused."""
@@ -80,10 +80,10 @@ class Attention(nn.Module):
         q, k, v = (layer(x_BTV).reshape(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def forward(self, x_BTV: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTV: Tensor, attn_mask: Mask | None = None) -> Tensor:
         """Mixed tokens (B, T, V); ``attn_mask`` is True where a query may attend."""
         q_BHTD, k_BHTD, v_BHTD = self.heads(x_BTV)
-        seen_BHTD = scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=attn_mask)
+        seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, attn_mask)
         out: Tensor = self.o_proj(seen_BHTD.transpose(1, 2).flatten(2))
         return out
 
@@ -111,7 +111,7 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
-    def forward(self, x_BTV: Tensor, rope: None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTV: Tensor, rope: None = None, attn_mask: Mask | None = None) -> Tensor:
         """Tokens (B, T, V); ``attn_mask`` (B, 1, Q, S) is True where a query may attend, None for full attention."""
         x_BTV = x_BTV + self.drop_path(self.self_attn(self.input_layernorm(x_BTV), attn_mask))
         out: Tensor = x_BTV + self.drop_path(self.mlp(self.post_attention_layernorm(x_BTV)))
@@ -148,7 +148,7 @@ class Trunk(nn.Module):
         start_11V = self.embed_tokens.weight[START_ROW][None, None]
         return torch.cat([start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype), tokens_BNV], dim=1)
 
-    def hidden(self, x_BTV: Tensor, mask_B1QS: Tensor | None = None) -> list[Tensor]:
+    def hidden(self, x_BTV: Tensor, mask_B1QS: Mask | None = None) -> list[Tensor]:
         """The tokens (B, T, V) after every layer; the last entry is normalised."""
         states = []
         for layer in self.layers:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import grid_of, volume
-from nnunet_autoreg.model.attention import block_causal_mask, block_order, strictly_earlier_mask
+from nnunet_autoreg.model.attention import block_causal, block_order, strictly_earlier
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
 from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, from_blocks, to_blocks
@@ -63,11 +63,11 @@ class AutoregressiveModel(nn.Module):
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has none: its entries are 0."""
         member_BTV = None if self.member is None or batch.members is None else self.member(batch.members)
-        mask = block_causal_mask(batch.ranks, batch.prefix, valid_BT)
-        features_BTV = self.encoder(batch.voxels, mask, batch.positions, member_BTV)
+        rule = block_causal(batch.ranks, batch.prefix, valid_BT)
+        features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
         if isinstance(self.head, QueryDecoder):
-            mask = strictly_earlier_mask(batch.ranks, valid_BT)
-            out: Tensor = self.head(features_BTV, mask, self.encoder.rope(batch.positions), batch.positions, batch.members)
+            rule = strictly_earlier(batch.ranks, valid_BT)
+            out: Tensor = self.head(features_BTV, rule, self.encoder.rope(batch.positions), batch.positions, batch.members)
             return out
         return self.shift(self.head(features_BTV), block_order(batch.ranks))
 
@@ -150,8 +150,8 @@ class Autoregressive:
         voxels_BTP = self._tokens(batch.voxels)
         valid_BT = self._tokens(batch.real[:, :, None]).any(dim=-1)
         one_block_BT = torch.zeros_like(batch.ranks)
-        mask = block_causal_mask(one_block_BT, batch.prefix, valid_BT)
-        features_BTV = self.model.encoder(batch.voxels, mask, batch.positions)
+        rule = block_causal(one_block_BT, batch.prefix, valid_BT)
+        features_BTV = self.model.encoder(batch.voxels, rule, batch.positions)
         in_order = torch.arange(batch.ranks.shape[1], device=batch.ranks.device).expand_as(batch.ranks)
         return TokenFeatures(features_BTV, voxels_BTP, in_order if batch.positions is None else batch.positions, valid_BT)
 

@@ -8,7 +8,7 @@ import torch
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import grid_of
-from nnunet_autoreg.model.attention import block_causal_mask
+from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.primus import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
@@ -96,7 +96,7 @@ def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they
     def features(batch):
         with torch.no_grad():
             valid = torch.ones_like(batch.ranks, dtype=torch.bool)
-            return encoder(batch.voxels, block_causal_mask(batch.ranks, batch.prefix, valid))
+            return encoder(batch.voxels, block_causal(batch.ranks, batch.prefix, valid))
 
     batch = make_batch(plan, prefix)
     first = batch.ranks[0] == 0
@@ -108,9 +108,9 @@ def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they
 
 def test_a_prefix_of_one_block_is_plain_causal_attention():
     ranks = torch.tensor([[0, 1, 2, 3]])
-    mask = block_causal_mask(ranks, torch.tensor([1]), torch.ones(1, 4, dtype=torch.bool))
+    mask = block_causal(ranks, torch.tensor([1]), torch.ones(1, 4, dtype=torch.bool)).dense()
     assert torch.equal(mask[0, 0], torch.tril(torch.ones(4, 4, dtype=torch.bool)))
-    mask = block_causal_mask(ranks, torch.tensor([3]), torch.ones(1, 4, dtype=torch.bool))
+    mask = block_causal(ranks, torch.tensor([3]), torch.ones(1, 4, dtype=torch.bool)).dense()
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 

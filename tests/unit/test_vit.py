@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.model.attention import block_causal_mask
+from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.vit import ViT, sincos_positions
 from nnunet_autoreg.transfer.foreign.ar_ssl4m import expected_keys, head_to_ours, to_ours, to_theirs
 
@@ -46,7 +46,7 @@ def test_predictions_and_loss_are_those_of_the_original_model(shared_data: Path,
     order = torch.arange(24).reshape(grid).permute(2, 1, 0).flatten()
     rank_T = torch.empty(25, dtype=torch.long)
     rank_T[0], rank_T[1 + order] = -1, torch.arange(24)
-    mask = block_causal_mask(rank_T.expand(B, -1), torch.full((B,), prefix), torch.ones(B, 25, dtype=torch.bool))
+    mask = block_causal(rank_T.expand(B, -1), torch.full((B,), prefix), torch.ones(B, 25, dtype=torch.bool)).dense()
     with torch.no_grad():
         features_BTV = model.model.hidden(model.model.with_start(model.tokens(volume_BZYX[:, None])), mask)[-1]
         by_rank = torch.cat([features_BTV[:, :1], features_BTV[:, 1 + order]], dim=1)
