@@ -181,6 +181,8 @@ class RunPlan:
             with the data of the steps that follow.
         max_rollbacks: going back more often than this ends the run.
         min_token_variance, min_effective_rank: features below either are reported as collapsed.
+        sharding: of parameters, gradients and moments over processes that train together: "none" - each holds all (DDP); "full" - each
+            holds a part (FSDP2); "auto" - "full" where they would not leave a GPU room for activations. It changes no loss.
     """
 
     seed: int
@@ -193,6 +195,7 @@ class RunPlan:
     max_rollbacks: int = 3
     min_token_variance: float = 0.01
     min_effective_rank: float = 3.0
+    sharding: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class Plan:
 
 ORDERS = ("raster", "interleaved", "random")
 KINDS = ("spatial", "strided", "contrast", "semantic")
+SHARDINGS = ("auto", "none", "full")
 PREDICTORS = ("next", "query")
 PREFIXES = ("uniform", "long", "fixed", "uniform_from_0")
 OBJECTIVES = ("autoregressive", "masked")

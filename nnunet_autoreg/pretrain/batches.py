@@ -21,14 +21,18 @@ DEAD_WORKER = "DataLoader worker"
 
 class StepBatches(Dataset[Batch | AutoregError]):
     """Item n is the batch of training step n, or the error that kept it from being made: raised in a loader process it would lose its
-    one line."""
+    one line.
 
-    def __init__(self, sampler: SequenceSampler, cases: Material, batch_size: int):
-        self.sampler, self.cases, self.batch_size = sampler, cases, batch_size
+    Args:
+        numbers: which samples of a step's batch: all of them, or one process's share.
+    """
+
+    def __init__(self, sampler: SequenceSampler, cases: Material, numbers: range):
+        self.sampler, self.cases, self.numbers = sampler, cases, numbers
 
     def __getitem__(self, step: int) -> Batch | AutoregError:
         try:
-            return collate([self.sampler.draw(self.cases, TRAINING, step, i) for i in range(self.batch_size)])
+            return collate([self.sampler.draw(self.cases, TRAINING, step, i) for i in self.numbers])
         except AutoregError as error:
             return error
 

@@ -43,17 +43,18 @@ class Gauges:
         return values
 
 
-def gauges(plan: Plan, objective: Objective, device: torch.device, sample: Batch | None = None) -> Gauges:
+def gauges(plan: Plan, objective: Objective, device: torch.device, sample: Batch | None = None, num_devices: int = 1) -> Gauges:
     """Gauges of a run; on CUDA they take a second to measure the peak.
 
     Args:
         sample: to count the arithmetic of a step with its first crop; without it there is no share of peak.
+        num_devices: that share the step's arithmetic.
     """
     tokens = plan.optim.batch_size * volume(grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     if device.type != "cuda" or sample is None:
         return Gauges(device, tokens)
     try:
-        flops = plan.optim.batch_size * step_flops(objective, next(parts_of(sample, 1)).to(device))
+        flops = plan.optim.batch_size / num_devices * step_flops(objective, next(parts_of(sample, 1)).to(device))
         peak = matmul_peak(device)
     except (RuntimeError, NotImplementedError) as error:
         log.warning("the share of the device's peak could not be measured (%s)", str(error).splitlines()[0])

@@ -210,9 +210,10 @@ def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
 
 
 def _essence(plan: dict[str, Any]) -> dict[str, Any]:
-    """What may not change once training has begun: all but the length, the request and the reasons."""
+    """What may not change once training has begun: all but the length, how weights are spread, the request and the reasons."""
     kept = {key: value for key, value in plan.items() if key not in ("request", "reasons")}
-    return {**kept, "optim": {k: v for k, v in kept["optim"].items() if k != "num_steps"}}
+    without = {"optim": "num_steps", "run": "sharding"}
+    return {**kept, **{room: {k: v for k, v in kept[room].items() if k != key} for room, key in without.items()}}
 
 
 def is_finished(folder: Path, plan: Plan) -> bool:

@@ -6,31 +6,29 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError
-from nnunet_autoreg.model.parameters import is_decayed
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_batches, parts_of, training_batches
+from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_batches, training_batches
 from nnunet_autoreg.pretrain.display import gauges, postfix
-from nnunet_autoreg.pretrain.guard import StepGuard, Tally, in_words, skip_if
+from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
+from nnunet_autoreg.pretrain.guard import Tally, in_words
 from nnunet_autoreg.pretrain.health import complaints
-from nnunet_autoreg.pretrain.metrics import MetricsFile, draw_progress
+from nnunet_autoreg.pretrain.metrics import MetricsFile, NoMetrics, draw_progress
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.signals import InterruptedRunError, stop_signals
 from nnunet_autoreg.pretrain.sinks import open_sinks
 from nnunet_autoreg.pretrain.state import Progress, restore, restore_weights, snapshot
-from nnunet_autoreg.pretrain.validation import Validation, autocast
+from nnunet_autoreg.pretrain.step import TrainingStep
+from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.records import to_jsonable
 from nnunet_autoreg.sequences.material import Material
-from nnunet_autoreg.sequences.sample import Batch
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ NUM_HELDOUT_SAMPLES = 16
 
 
 class Trainer:
-    """Trains one objective by one plan in one folder.
+    """Trains one objective by one plan in one folder, alone or together with other processes, of which the main one alone writes.
 
     Args:
         objective: on any device; it is moved.
@@ -49,24 +47,26 @@ class Trainer:
 
     def __init__(
         self, plan: Plan, folder: Path, objective: Objective, training: Material, heldout: Material,
-        device: torch.device, num_workers: int, probe: Sequence[LabelledCrop] = (),
+        device: torch.device, num_workers: int, probe: Sequence[LabelledCrop] = (), world: World = ALONE,
     ):
-        self.plan, self.folder, self.objective, self.device = plan, folder, objective, device
+        self.plan, self.folder, self.objective, self.device, self.world = plan, folder, objective, device, world
         self.module = objective.module.to(device)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, plan.optim.weight_decay), lr=plan.optim.lr, betas=plan.optim.betas,
-            fused=True,
-        )
-        self.batches = StepBatches(objective.sampler, training, plan.optim.batch_size)
-        self.micro_batch_size = min(plan.optim.micro_batch_size or plan.optim.batch_size, plan.optim.batch_size)
-        # A power of two, so that the same samples are held out whatever the memory.
-        size = 2 ** int(math.log2(min(self.micro_batch_size, NUM_HELDOUT_SAMPLES)))
-        self.heldout = heldout_batches(objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size) if heldout else []
+        self.is_sharded = is_spread(plan.run.sharding, self.module, device, world)
+        self.looks = bool(heldout)
+        """Whether there is anything to validate on; the main process does, all of them where none has all weights."""
+        self.heldout = []
+        if heldout and (world.is_main or self.is_sharded):
+            size = heldout_batch_size(plan)
+            self.heldout = heldout_batches(objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size)
         self.validation = Validation(objective, self.heldout, probe, device)
-        self.gauges = gauges(plan, objective, device, self.heldout[0] if self.heldout else None)
+        # Before the step is set up, which from then on sums every gradient over all processes.
+        sample = self.heldout[0] if self.heldout and not self.is_sharded else None
+        self.gauges = gauges(plan, objective, device, sample, world.size)
+        self.train_step = TrainingStep(plan, objective, device, world, self.is_sharded)
+        self.optimizer, self.guard = self.train_step.optimizer, self.train_step.guard
+        self.batches = StepBatches(objective.sampler, training, self.train_step.numbers)
         self.after_checkpoint: Callable[[], None] = lambda: None
         self.num_workers = num_workers
-        self.guard = StepGuard(plan.run, device)
         self.tally = self.guard.tally()
         self.progress = Progress()
         self.latest_is_scheduled = False
@@ -80,9 +80,9 @@ class Trainer:
         """
         self._resume()
         optim, start = self.plan.optim, self.progress.step
-        metrics = MetricsFile(self.folder / "metrics.jsonl", start, open_sinks(self.folder, self.plan.name, start))
+        metrics = self._metrics(start)
         steps = range(start, optim.num_steps)
-        bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0)
+        bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0, disable=not self.world.is_main)
         loaded = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
         with stop_signals() as stop, bar, closing(metrics), dead_workers_in_one_line(), closing(loaded) as prepared:
             clock = time.monotonic()
@@ -100,12 +100,15 @@ class Trainer:
                 paused = time.monotonic()
                 if self._due(self.plan.run.validate_every):
                     self._validate(step, metrics)
-                if self._due(self.plan.run.checkpoint_every) or stop:
-                    self._checkpoint(needed=bool(stop))
-                    draw_progress(metrics.path, self.folder / "progress.png")
+                stopping = self.world.any(bool(stop))
+                if self._due(self.plan.run.checkpoint_every) or stopping:
+                    self._checkpoint(needed=stopping)
+                    if self.world.is_main:
+                        draw_progress(metrics.path, self.folder / "progress.png")
                     self.after_checkpoint()
+                    self.world.wait()
                 clock += time.monotonic() - paused
-                if stop and self.progress.step < optim.num_steps:
+                if stopping and self.progress.step < optim.num_steps:
                     raise InterruptedRunError(
                         f"stopped after step {self.progress.step} of {optim.num_steps}; the state is saved: "
                         "type the same line again to continue"
@@ -113,6 +116,10 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.plan.optim.num_steps
+
+    def _metrics(self, start: int) -> MetricsFile:
+        path = self.folder / "metrics.jsonl"
+        return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start)) if self.world.is_main else NoMetrics(path)
 
     def _log(self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float) -> None:
         # JSON knows no NaN; what the guard says of the step is logged beside.
@@ -123,41 +130,6 @@ class Trainer:
         metrics.log(step, "step_time", seconds, "s")
         for name, (value, unit) in self.gauges.read(seconds).items():
             metrics.log(step, name, value, unit)
-
-    def train_step(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimiser step on a batch of any device; returns the loss and the gradient's norm before clipping."""
-        rate = learning_rate(self.plan.optim, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.module.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(batch)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
-        skip_if(self.optimizer, self.guard.judge(loss, norm))
-        self.optimizer.step()
-        self.objective.after_step(step)
-        return loss, norm
-
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """Leave the gradient of the mean over all that is supervised in the whole batch, part by part; return that mean.
-
-        How much is supervised is known after the last part only: each part adds the gradient of its sum (over a constant,
-        to keep numbers near 1), and the division comes at the end. So the parts' sizes change nothing but rounding.
-        """
-        scale = batch.real.numel()
-        total = torch.zeros((), device=self.device)
-        count = torch.zeros((), device=self.device)
-        for part in parts_of(batch, self.micro_batch_size):
-            with autocast(self.device):
-                terms = self.objective.loss(part.to(self.device))
-            torch.autograd.backward(terms.total / scale)
-            total += terms.total.detach()
-            count += terms.count
-        count = count.clamp(min=1)
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale / count)
-        return total / count
 
     def _heed_guard(self, step: int, metrics: MetricsFile) -> None:
         """Say what was skipped since the last look; after too many bad steps in a row, go back."""
@@ -177,7 +149,8 @@ class Trainer:
         """
         bad, allowed = self.tally.in_row, self.plan.run.max_rollbacks
         advice = f"start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}"
-        good = checkpoint.newest_scheduled(self.folder) if self.progress.rollbacks < allowed else None
+        seeks = self.world.is_main and self.progress.rollbacks < allowed
+        good = self.world.share(checkpoint.newest_scheduled(self.folder) if seeks else None)
         if good is None:
             why = f"it went back {allowed} times already" if self.progress.rollbacks >= allowed else "there is no checkpoint to go back to"
             raise AutoregError(f"the last {bad} steps until step {step + 1} were all bad (infinite, NaN or far off), and {why}; {advice}")
@@ -191,18 +164,30 @@ class Trainer:
         metrics.log(step, "rollbacks", self.progress.rollbacks, "times")
 
     def _validate(self, step: int, metrics: MetricsFile) -> None:
-        health = self.validation.measure()
-        if health is None:
+        """Look at held-out scans and keep the best state. The main process says whether it is the best."""
+        if not self.looks:
             return
+        with usable(self.train_step.loss_of):
+            is_best = self._look(step, metrics) if self.world.is_main or self.is_sharded else False
+        self.progress.best_error = self.world.share(self.progress.best_error)
+        if self.world.share(is_best):
+            self._save(checkpoint.BEST_NAME, scheduled=False)
+
+    def _look(self, step: int, metrics: MetricsFile) -> bool:
+        """Measure, log and judge; whether the held-out error is the lowest so far."""
+        health = self.validation.measure()
+        if health is None or not self.world.is_main:
+            return False
         for name, (value, unit) in health.metrics().items():
             metrics.log(step, name, value, unit)
         log.info("step %d: %s", step + 1, health.sentence())
         for sentence in complaints(health, self.plan.run, warm=step >= 2 * self.plan.optim.warmup_steps):
             log.warning("step %d: %s", step + 1, sentence)
             metrics.note(step, "health_warning", sentence)
-        if health.errors["error"] < self.progress.best_error:
+        is_best = health.errors["error"] < self.progress.best_error
+        if is_best:
             self.progress.best_error = health.errors["error"]
-            checkpoint.save_checkpoint(self.folder / checkpoint.BEST_NAME, self._content(scheduled=False))
+        return is_best
 
     def _checkpoint(self, needed: bool) -> None:
         """Save the newest state, keeping the one before.
@@ -216,21 +201,23 @@ class Trainer:
             return
         previous = self.folder / checkpoint.PREVIOUS_NAME
         keeps = self.latest_is_scheduled or not previous.exists()
-        path = self.folder / checkpoint.LATEST_NAME
-        checkpoint.save_checkpoint(path, self._content(scheduled), previous if keeps else None)
+        self._save(checkpoint.LATEST_NAME, scheduled, previous if keeps else None)
         self.latest_is_scheduled = scheduled
 
-    def _content(self, scheduled: bool) -> dict[str, Any]:
-        state = snapshot(self.module, self.optimizer, self.guard, self.progress)
-        return {**state, "told": to_jsonable(self.tally), "scheduled": scheduled, "plan": to_jsonable(self.plan)}
+    def _save(self, name: str, scheduled: bool, previous: Path | None = None) -> None:
+        """Gather the state of all processes; the main one writes it."""
+        state = snapshot(self.module, self.optimizer, self.guard, self.progress, self.world)
+        if self.world.is_main:
+            content = {**state, "told": to_jsonable(self.tally), "scheduled": scheduled, "plan": to_jsonable(self.plan)}
+            checkpoint.save_checkpoint(self.folder / name, content, previous)
 
     def _resume(self) -> None:
-        newest = checkpoint.load_newest(self.folder)
+        newest = self.world.share(checkpoint.load_newest(self.folder) if self.world.is_main else None)
         if newest is None:
             return
         path, content = newest
         try:
-            self.progress = restore(content, self.module, self.optimizer, self.guard)
+            self.progress = restore(content, self.module, self.optimizer, self.guard, self.world)
             self.tally = Tally(**content["told"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             why = str(error).splitlines()[0]
@@ -239,8 +226,7 @@ class Trainer:
         log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups, with and without decay."""
-    decayed = [p for name, p in module.named_parameters() if is_decayed(name, p)]
-    plain = [p for name, p in module.named_parameters() if not is_decayed(name, p)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def heldout_batch_size(plan: Plan) -> int:
+    """A power of two, so that the same samples are held out whatever the memory and the number of processes."""
+    size = min(plan.optim.micro_batch_size or plan.optim.batch_size, plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
+    return 2 ** int(math.log2(size))

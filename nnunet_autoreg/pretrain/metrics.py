@@ -47,6 +47,16 @@ class MetricsFile:
             handle.write(_line({"step": step, "name": name, "value": value, "unit": unit}))
 
 
+class NoMetrics(MetricsFile):
+    """What processes beside the main one log to: nothing comes of it."""
+
+    def __init__(self, path: Path):
+        self.path, self.sinks = path, ()
+
+    def _append(self, step: int, name: str, value: float | str, unit: str) -> None:
+        pass
+
+
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 

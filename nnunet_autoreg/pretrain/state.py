@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nnunet_autoreg.pretrain.distributed import ALONE, World, like, whole
 from nnunet_autoreg.pretrain.guard import StepGuard
 
 
@@ -27,9 +28,9 @@ class Progress:
 
 
 def generator_states() -> dict[str, Any]:
-    """The state of every global generator of this process, as tensors and plain values."""
+    """The state of every global generator of this process - on CUDA of the device it uses - as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
@@ -41,41 +42,50 @@ def generator_states() -> dict[str, Any]:
 def set_generators(states: Mapping[str, Any]) -> None:
     """The inverse of ``generator_states``; states of devices that are not here are left alone."""
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        for number, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, number)
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(states["cuda"][0])
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
 
 
-def snapshot(module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, progress: Progress) -> dict[str, Any]:
-    """Everything that training goes on from."""
+def snapshot(
+    module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, progress: Progress, world: World = ALONE
+) -> dict[str, Any]:
+    """Everything that training goes on from, whole, whatever it was spread over. All processes have to call this."""
     return {
-        "network_weights": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "network_weights": whole(module.state_dict()),
+        "optimizer": whole(optimizer.state_dict()),
         "guard": guard.state_dict(),
         "step": progress.step,
         "best_error": progress.best_error,
         "rollbacks": progress.rollbacks,
-        "generators": generator_states(),
+        "generators": world.gather(generator_states()),
     }
 
 
-def restore(content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard) -> Progress:
-    """The inverse of ``snapshot``.
+def restore(
+    content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, world: World = ALONE
+) -> Progress:
+    """The inverse of ``snapshot``. A process that had no counterpart then keeps its fresh generators.
 
     Raises:
         KeyError, RuntimeError, ValueError: the content is of another network or optimizer.
     """
     restore_weights(content, module, optimizer)
     guard.load_state_dict(content["guard"])
-    set_generators(content["generators"])
+    if world.rank < len(content["generators"]):
+        set_generators(content["generators"][world.rank])
     return Progress(int(content["step"]), float(content["best_error"]), int(content["rollbacks"]))
 
 
 def restore_weights(content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and optimizer alone, for a roll-back."""
-    module.load_state_dict(content["network_weights"])
-    optimizer.load_state_dict(content["optimizer"])
+    """Weights and optimizer alone, for a roll-back; each process takes its part of what is spread."""
+    present = module.state_dict()
+    module.load_state_dict({name: like(value, present.get(name)) for name, value in content["network_weights"].items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = content["optimizer"]
+    state = {number: {key: like(value, parameters[number]) for key, value in entries.items()} if number < len(parameters) else entries
+             for number, entries in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})

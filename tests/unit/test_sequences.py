@@ -105,7 +105,7 @@ def test_samples_depend_on_seed_step_and_number_alone():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_number_of_workers_changes_no_batch(num_workers):
-    batches = StepBatches(SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], 2)
+    batches = StepBatches(SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(2))
     prepared = list(training_batches(batches, range(2, 6), num_workers, pin_memory=False))
     assert len(prepared) == 4
     for step, batch in zip(range(2, 6), prepared, strict=True):
@@ -291,7 +291,7 @@ def test_a_batch_holds_one_kind_and_the_kinds_come_as_often_as_their_weights_say
     sampler = SequenceSampler(plan)
     kinds = [sampler.kind(both, TRAINING, step) for step in range(2000)]
     assert kinds.count("contrast") / 2000 == pytest.approx(0.25, abs=0.03)
-    batches = StepBatches(sampler, both, 3)
+    batches = StepBatches(sampler, both, range(3))
     for step in range(6):
         assert batches[step].voxels.shape[1] == (4 if kinds[step] == "contrast" else 1)
     assert [sampler.kind(both, TRAINING, step) for step in range(20)] == kinds[:20]

@@ -1,0 +1,208 @@
+"""The processes that train together: what they agree on, and how the weights are spread over them. The engine is torch.distributed."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from nnunet_autoreg.errors import AutoregError, UsageError
+
+T = TypeVar("T")
+
+CONTROL_TIMEOUT = timedelta(hours=2)
+"""How long processes wait for the main one, which alone looks at held-out scans and writes. One that died is noticed at once."""
+TRAINING_TIMEOUT = timedelta(minutes=30)
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and AdamW's two moments in float32."""
+MOST_OF_DEVICE = 0.7
+"""What of a device's memory these may take before they are spread; the rest is for activations."""
+LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "process group")
+"""What occurs in torch's messages where another process is gone."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. Alone, every method does nothing.
+
+    Attributes:
+        rank: 0 is the main process, which alone writes.
+        control: the group for what hosts say to each other, on gloo, so that no device waits for it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; all get the same answer."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.control)
+        return bool(said)
+
+    def share(self, thing: T) -> T:
+        """What the main process holds, for all."""
+        if self.size == 1:
+            return thing
+        box = [thing if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return thing if self.is_main else box[0]  # type: ignore[return-value]
+
+    def gather(self, thing: T) -> list[T]:
+        """One thing of every process, in the order of their ranks, for all."""
+        if self.size == 1:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.control)
+        return things
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place, on the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+ALONE = World()
+
+
+def join(store: Any, rank: int, size: int, device: torch.device) -> World:
+    """Meet the other processes at ``store`` and form the groups: nccl between CUDA devices, gloo between CPUs."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    named = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, store=dist.PrefixStore("training", store), rank=rank, world_size=size,
+                            timeout=TRAINING_TIMEOUT, **named)
+    return World(rank, size, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+
+
+def leave() -> None:
+    """Undo ``join``."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that another process is gone, rather than what happened here."""
+    if isinstance(error, AutoregError):
+        return False
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER)
+    return isinstance(error, dist.DistError) or told
+
+
+def share_of(num: int, rank: int, size: int) -> range:
+    """The numbers out of ``range(num)`` that one of ``size`` processes takes: none twice, none left, as even as they come.
+
+    Raises:
+        UsageError: there are fewer than processes.
+    """
+    if num < size:
+        raise UsageError(f"optim.batch_size={num} cannot be shared by {size} processes, of which each needs a crop; train on {num} or "
+                         "fewer (--num-gpus), or start another --name with a larger --batch")
+    return range(rank * num // size, (rank + 1) * num // size)
+
+
+def is_spread(sharding: str, module: nn.Module, device: torch.device, world: World) -> bool:
+    """Whether parameters, gradients and moments are to be spread over the processes instead of being held by each.
+
+    Args:
+        sharding: ``run.sharding`` of the plan; "auto" spreads what would not leave a device room for activations.
+    """
+    if world.size == 1 or sharding == "none":
+        return False
+    if sharding == "full":
+        return True
+    need = BYTES_PER_PARAMETER * sum(p.numel() for p in module.parameters())
+    return device.type == "cuda" and need > MOST_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory
+
+
+def spread(module: nn.Module, device: torch.device, world: World, sharded: bool) -> nn.Module:
+    """The module for training together: as it is (alone), sharded in place (FSDP2), or wrapped so that gradients are summed (DDP).
+
+    Parameters that a step does not use - of another kind of sequence, of the downstream decoder - keep no gradient, as alone.
+    Parameters stay float32 throughout, so that both ways give the same losses.
+    """
+    if world.size == 1:
+        return module
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, src=0)
+        mesh = init_device_mesh(device.type, (world.size,))
+        for layer in layers_of(module):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(module, mesh=mesh)
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The outermost layers that are kept in lists: what is gathered one at a time."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            found += [layer for layer in child if any(True for _ in layer.parameters())]
+        else:
+            found += layers_of(child)
+    return found
+
+
+def summing(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of one part of a batch: gradients are summed over the processes in the ``last`` part alone."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return nullcontext() if last else module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+@contextmanager
+def usable(module: nn.Module) -> Iterator[None]:
+    """Around forward passes that do not begin at the module that was spread: its outer parameters are gathered, and spread again after.
+
+    All processes have to take the same passes inside.
+    """
+    if hasattr(module, "unshard"):
+        module.unshard()
+    try:
+        yield
+    finally:
+        for part in module.modules():
+            if hasattr(part, "reshard"):
+                part.reshard()
+
+
+def whole(value: Any) -> Any:
+    """The same tree of dicts and lists with whole tensors on the CPU instead of spread ones. All processes have to call this."""
+    if isinstance(value, Mapping):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(item) for item in value)
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+
+def like(value: Any, pattern: Any) -> Any:
+    """This process's part of a whole tensor, if ``pattern`` is a spread one of its shape; else the value itself."""
+    if not (hasattr(pattern, "full_tensor") and isinstance(value, Tensor) and value.shape == pattern.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)

@@ -1,0 +1,98 @@
+"""One optimiser step: forward and backward part by part, the sum over processes, the guard's verdict, the update."""
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_autoreg.model.parameters import is_decayed
+from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.pretrain.batches import parts_of
+from nnunet_autoreg.pretrain.distributed import ALONE, World, share_of, spread, summing
+from nnunet_autoreg.pretrain.guard import StepGuard, skip_if
+from nnunet_autoreg.pretrain.schedule import learning_rate
+from nnunet_autoreg.pretrain.validation import autocast
+from nnunet_autoreg.sequences.sample import Batch
+
+
+class BatchLoss(nn.Module):
+    """An objective's loss as the forward of a module, which is where DDP and FSDP take hold."""
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.module = objective.module
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the loss and what it sums over, scalars."""
+        terms = self.objective.loss(batch)
+        return terms.total, terms.count
+
+
+class TrainingStep:
+    """Called with a step's number and this process's share of its batch, trains the objective's module, in place.
+
+    Args:
+        sharded: parameters and moments are spread over the processes.
+
+    Attributes:
+        numbers: which samples of a batch are this process's own.
+        micro_batch_size: how many of them are on the device at once.
+    """
+
+    def __init__(self, plan: Plan, objective: Objective, device: torch.device, world: World = ALONE, sharded: bool = False):
+        self.plan, self.objective, self.device, self.world, self.sharded = plan, objective, device, world, sharded
+        self.numbers = share_of(plan.optim.batch_size, world.rank, world.size)
+        self.micro_batch_size = min(plan.optim.micro_batch_size or len(self.numbers), len(self.numbers))
+        self.module = objective.module.to(device)
+        self.loss_of = spread(BatchLoss(objective), device, world, sharded)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.module, plan.optim.weight_decay), lr=plan.optim.lr, betas=plan.optim.betas, fused=True,
+        )
+        self.guard = StepGuard(plan.run, device)
+
+    def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimiser step on a batch of any device; returns the loss and the gradient's norm before clipping, the same on all
+        processes. Nothing waits for the device."""
+        rate = learning_rate(self.plan.optim, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate(batch)
+        norm: Tensor = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
+        norm = norm.full_tensor() if self.sharded else norm  # type: ignore[attr-defined]
+        skip_if(self.optimizer, self.guard.judge(loss, norm))
+        self.optimizer.step()
+        self.objective.after_step(step)
+        return loss, norm
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """Leave the gradient of the mean over all that is supervised in the whole batch, part by part; return that mean.
+
+        How much is supervised is known after the last part, of all processes, only: each part adds the gradient of its sum (over a
+        constant, to keep numbers near 1), and the division comes at the end. So the parts' sizes change nothing but rounding.
+        DDP and FSDP give the mean over processes, which the number of processes turns into the sum.
+        """
+        scale = batch.real[0].numel() * self.plan.optim.batch_size
+        sums = torch.zeros(2, device=self.device)
+        parts = list(parts_of(batch, self.micro_batch_size))
+        for number, part in enumerate(parts, start=1):
+            with summing(self.loss_of, last=number == len(parts)):
+                with autocast(self.device):
+                    total, count = self.loss_of(part.to(self.device))
+                torch.autograd.backward(total / scale)
+            sums += torch.stack([total.detach().float(), count.float()])
+        total, count = self.world.add(sums).unbind()
+        count = count.clamp(min=1)
+        factor = scale * self.world.size / count
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return total / count
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """AdamW groups, with and without decay."""
+    decayed = [p for name, p in module.named_parameters() if is_decayed(name, p)]
+    plain = [p for name, p in module.named_parameters() if not is_decayed(name, p)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
