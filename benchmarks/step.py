@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_autoreg.model.sizes import PRIMUS, encoder_size
+from nnunet_autoreg.families import CLASS_PATHS, PRIMUS
+from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.sequences.sample import Batch
@@ -104,7 +105,7 @@ def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     """Our step at the same width, depth and tokens (learned positions: the head width of 64 does not allow a rotary table)."""
     arguments = {"embed_dim": WIDTH, "patch_embed_size": [TOKEN] * 3, "eva_depth": DEPTH, "eva_numheads": HEADS, "init_values": 0.1,
                  "scale_attn_inner": True, "use_rot_pos_emb": False}
-    plan = Plan("step", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("width768", PRIMUS, arguments, (TOKEN,) * 3),
+    plan = Plan("step", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("width768", CLASS_PATHS[PRIMUS], arguments, (TOKEN,) * 3),
                 SequencePlan((SIDE,) * 3), ObjectivePlan(), OptimPlan(1, batch, 1e-4, 1), RunPlan(0, 1, 1))
     torch.manual_seed(0)
     objective = Autoregressive(plan)
