@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import ResEncUNetPlanner
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_autoreg.errors import PlanError
@@ -18,6 +19,7 @@ from nnunet_autoreg.model.memory import TrainingMemory
 from nnunet_autoreg.nnunet_api import preprocessed_folder, results_folder
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock
+from nnunet_autoreg.transfer.families import is_cnn
 from nnunet_autoreg.transfer.network import architecture_entry
 from nnunet_autoreg.transfer.one_line import one_line_errors
 from nnunet_autoreg.transfer.plans import (
@@ -31,8 +33,9 @@ from nnunet_autoreg.transfer.plans import (
     make_block,
     memory_estimator,
     with_ct_window,
-    with_reasons,
+    with_fits,
 )
+from nnunet_autoreg.transfer.resenc import fit_resenc, stock_planner
 from nnunet_autoreg.transfer.resolve import Choice, DatasetTraits, choose_weights, setting_of_environment
 
 log = logging.getLogger(__name__)
@@ -81,14 +84,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         """One configuration, as nnU-Net's planner asks for it; an empty one for 2D, which ``save_plans`` leaves out."""
         if len(spacing) == 2:
             return {}
-        fit = fit_configuration(
-            self.block.encoder,
-            self._task(spacing, median_shape),
-            self.budget,
-            self._memory_of,
-            dataset_vox=approximate_n_voxels_dataset,
-            max_share=self.max_dataset_covered,
-        )
+        fit = self._fit(self._task(spacing, median_shape), approximate_n_voxels_dataset, _cache)
         self.fits[data_identifier.removeprefix(f"{self.plans_identifier}_")] = fit
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
@@ -108,8 +104,14 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             "resampling_fn_seg_kwargs": seg_kwargs,
             "resampling_fn_probabilities": probabilities.__name__,
             "resampling_fn_probabilities_kwargs": probabilities_kwargs,
-            "architecture": architecture_entry(self.block, fit.patch_size),
+            "architecture": architecture_entry(self.block, fit.patch_size, fit.arguments),
         }
+
+    def _fit(self, task: Task, dataset_vox: float, cache: dict[str, Any]) -> Fit:
+        encoder, shares = self.block.encoder, {"dataset_vox": dataset_vox, "max_share": self.max_dataset_covered}
+        if is_cnn(encoder):
+            return fit_resenc(self._resenc_planner, encoder, task, self.budget, cache, **shares)
+        return fit_configuration(encoder, task, self.budget, self._memory_of, **shares)
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Write the plans whole or not at all; of an earlier file only the user's own configurations are kept."""
@@ -118,8 +120,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             plans["foreground_intensity_properties_per_channel"], self._channel_names(), self.choice.card
         )
         fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
-        plans[BLOCK_KEY] = to_jsonable(with_reasons(self.block, fits))
-        custom, dropped = kept_configurations(self._old_plans() or {}, plans, self.block.encoder.token_size_vox)
+        block = with_fits(self.block, fits, self.choice.card, int(self.dataset_json["numTraining"]), self._channel_names())
+        plans[BLOCK_KEY] = to_jsonable(block)
+        custom, dropped = kept_configurations(self._old_plans() or {}, plans, block.encoder.class_path)
         plans["configurations"].update(custom)
         for line in dropped:
             log.warning(line)
@@ -141,6 +144,10 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         sizes_mm = np.array(self.dataset_fingerprint["shapes_after_crop"]) * np.array(self.dataset_fingerprint["spacings"])
         task = self._task(spacing[transpose], np.median(sizes_mm / spacing, 0)[transpose])
         return make_block(self.choice, task, self.budget, results_folder())
+
+    @cached_property
+    def _resenc_planner(self) -> ResEncUNetPlanner:
+        return stock_planner(self.block.encoder, self.dataset_name, self.budget)
 
     @cached_property
     def _memory_of(self) -> Callable[[Size], TrainingMemory]:

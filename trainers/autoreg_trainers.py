@@ -21,9 +21,9 @@ from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.transfer.block import AutoregBlock, read_block
 from nnunet_autoreg.transfer.load import Target, load_planned_encoder
-from nnunet_autoreg.transfer.network import build_network
+from nnunet_autoreg.transfer.network import build_network, own_arguments
 from nnunet_autoreg.transfer.one_line import explain_missing_plans, one_line_errors
-from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
+from nnunet_autoreg.transfer.recipe import IterationRates, encoder_parameters, make_optimizer, make_schedule, parameter_groups
 from nnunet_autoreg.transfer.resolve import ignored_setting, setting_of_environment
 
 explain_missing_plans()
@@ -48,7 +48,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.num_epochs = self.length or recipe.num_epochs
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
-        self.enable_deep_supervision = False
+        self.enable_deep_supervision = recipe.deep_supervision
         self.has_bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         if self.has_bf16:
             self.grad_scaler = None
@@ -80,18 +80,26 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         """The plan's network with random weights; prediction calls this too, when the pretrained weights may be gone."""
         with one_line_errors():
             block = read_block(plans_manager.plans)
-            return build_network(block, configuration_manager.patch_size, num_input_channels, num_output_channels)
+            arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
+            return build_network(
+                block, configuration_manager.patch_size, num_input_channels, num_output_channels, arguments,
+                deep_supervision=enable_deep_supervision and block.recipe.deep_supervision,
+            )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Nothing to switch: these networks have one output."""
+        """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on after validation, whatever was before."""
+        if self.block.recipe.deep_supervision:
+            decoder: Any = self.unwrapped().decoder
+            decoder.deep_supervision = enabled
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
-        """AdamW and the rate of every iteration."""
+        """The recipe's optimiser and the rate of every iteration."""
         recipe = self.block.recipe
         groups = parameter_groups(self.unwrapped(), recipe)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
         schedule = make_schedule(
-            recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size
+            recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size,
+            self.uses_weights,
         )
         return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
 
@@ -129,8 +137,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         warning = self.block.weights and ignored_setting(results_folder(), self.block.weights, setting_of_environment())
         if warning:
             self.print_to_log_file(f"WARNING: {warning}")
-        num_images = len(self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"])
-        target = Target(num_images, as_size(self.configuration_manager.patch_size))
+        names = self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"].values()
+        target = Target(len(names), as_size(self.configuration_manager.patch_size), tuple(str(name) for name in names))
         table = load_planned_encoder(self.unwrapped(), self.block, results_folder(), target)
         if self.local_rank == 0:
             self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
@@ -141,28 +149,41 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.iteration = 0
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step with a rate per iteration, bfloat16 where the device has it, and the recipe's gradient clip."""
+        """nnU-Net's step with a rate per iteration, a decoder-first stage, bfloat16 where the device has it, and the recipe's clip."""
         self.lr_scheduler.step(self.current_epoch, self.iteration)
+        is_decoder_first = self.lr_scheduler.is_decoder_first(self.current_epoch, self.iteration)
         self.iteration += 1
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"].to(self.device, non_blocking=True)
+        data, target = (self._on_device(batch[name]) for name in ("data", "target"))
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self.network(data)
             # Dice sums over millions of voxels: too many for 8 bits of mantissa.
-            loss = self.loss(output.float(), target)
-        clip_norm = self.block.recipe.clip_norm
-        if self.grad_scaler is None:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm)
+            loss = self.loss([o.float() for o in output] if isinstance(output, list) else output.float(), target)
+        self._update(loss, is_decoder_first)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _update(self, loss: torch.Tensor, is_decoder_first: bool) -> None:
+        """One step of the optimiser; of the decoder alone if asked for."""
+        scaler = self.grad_scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if is_decoder_first:
+            # Without a gradient a parameter is skipped, momentum and weight decay included; DDP has summed them all before.
+            for parameter in encoder_parameters(self.unwrapped()):
+                parameter.grad = None
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.block.recipe.clip_norm)
+        if scaler is None:
             self.optimizer.step()
         else:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        return {"loss": loss.detach().cpu().numpy()}
+            scaler.step(self.optimizer)
+            scaler.update()
+
+    def _on_device(self, tensors: Any) -> Any:
+        """A tensor, or one per resolution."""
+        if isinstance(tensors, list):
+            return [self._on_device(tensor) for tensor in tensors]
+        return tensors.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.device.type != "cuda":

@@ -3,11 +3,13 @@
 Users edit the recipe by hand, so every read goes through ``read_block``, which refuses what it does not know.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.families import family_of, has_deep_supervision
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable
 
@@ -15,6 +17,9 @@ BLOCK_KEY = "autoreg"
 BLOCK_VERSION = 1
 ALLOWED_CLASSES = ("dynamic_network_architectures.", "nnunet_autoreg.")
 """Network classes come from these packages only: a plan or card may be a stranger's."""
+OPTIMIZERS = ADAMW, SGD = ("adamw", "sgd")
+_LAYER = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
+"""What a name in a network's arguments may stand for: a layer of torch."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,17 @@ class Recipe:
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length; a trainer's ``_<N>epochs`` name overrides
             the first.
         pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
-        weight_decay: none on norms, biases, positions and LayerScale.
+        optimizer: ``adamw``, or ``sgd`` with Nesterov momentum.
+        weight_decay: with ``adamw`` none on norms, biases, positions and LayerScale; with ``sgd`` on everything, as nnU-Net does.
         betas: of AdamW.
+        momentum: of SGD.
         warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: linear warm-up over
             min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
         poly_exponent: of the decay after warm-up.
+        decoder_first_fraction: first part of a run from pretrained weights in which only the decoder learns; 0.0 is off.
         clip_norm: largest norm of the gradient.
-        drop_path_rate: stochastic depth.
+        drop_path_rate: stochastic depth of a transformer; a CNN has none.
+        deep_supervision: whether a CNN's coarser predictions are trained too.
         layer_decay: rate factor per layer from the output towards the input; 1.0 is off.
         expected_encoder_share: training stops where fewer of the encoder's parameters come from the weights file.
     """
@@ -50,15 +59,19 @@ class Recipe:
     scratch_rate: float
     num_iterations_per_epoch: int = 250
     num_val_iterations_per_epoch: int = 50
+    optimizer: str = ADAMW
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
+    momentum: float = 0.99
     warmup_fraction: float = 0.05
     warmup_min_samples: int = 12_500
     warmup_max_epochs: int = 50
     warmup_max_fraction: float = 0.1
     poly_exponent: float = 0.9
+    decoder_first_fraction: float = 0.0
     clip_norm: float = 1.0
     drop_path_rate: float = 0.2
+    deep_supervision: bool = False
     layer_decay: float = 1.0
     expected_encoder_share: float = 0.95
 
@@ -97,9 +110,11 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
     """Return ``block`` if it can be carried out.
 
     Raises:
-        PlanError: a class from elsewhere, or a number out of its range.
+        PlanError: a class from elsewhere, a number out of its range, or what this encoder cannot do.
     """
     check_class(block.encoder.class_path, where)
+    check_arguments(block.encoder.arguments, where)
+    _check_family(block, where)
     r = block.recipe
     at_least_one = {"num_epochs": r.num_epochs, "num_iterations_per_epoch": r.num_iterations_per_epoch,
                     "num_val_iterations_per_epoch": r.num_val_iterations_per_epoch}
@@ -108,7 +123,8 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
     not_negative = {"weight_decay": r.weight_decay, "warmup_min_samples": r.warmup_min_samples,
                     "warmup_max_epochs": r.warmup_max_epochs}
     below_one = {"betas[0]": r.betas[0], "betas[1]": r.betas[1], "drop_path_rate": r.drop_path_rate,
-                 "warmup_fraction": r.warmup_fraction, "warmup_max_fraction": r.warmup_max_fraction}
+                 "warmup_fraction": r.warmup_fraction, "warmup_max_fraction": r.warmup_max_fraction, "momentum": r.momentum,
+                 "decoder_first_fraction": r.decoder_first_fraction}
     rules: list[tuple[dict[str, Any], Callable[[Any], bool], str]] = [
         (at_least_one, lambda v: v >= 1, "at least 1"),
         (positive, lambda v: v > 0, "greater than 0"),
@@ -121,6 +137,29 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
             if not holds(value):
                 raise PlanError(f"{where}: {BLOCK_KEY}.recipe.{name}={value} must be {range_text}")
     return block
+
+
+def _check_family(block: AutoregBlock, where: str) -> None:
+    r, is_cnn = block.recipe, has_deep_supervision(family_of(block.encoder.class_path))
+    if r.optimizer not in OPTIMIZERS:
+        raise PlanError(f"{where}: {BLOCK_KEY}.recipe.optimizer={r.optimizer} does not exist; {did_you_mean(r.optimizer, OPTIMIZERS)}")
+    if is_cnn and r.drop_path_rate:
+        raise PlanError(f"{where}: {BLOCK_KEY}.recipe.drop_path_rate={r.drop_path_rate}, but {block.encoder.name} has none; set it to 0.0")
+    if r.deep_supervision and not is_cnn:
+        raise PlanError(f"{where}: {BLOCK_KEY}.recipe.deep_supervision=true, but {block.encoder.name} has one output; set it to false")
+
+
+def check_arguments(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments of a network that name anything importable but layers of torch: they are called while it is built.
+
+    Raises:
+        PlanError: one names something else.
+    """
+    for key, value in arguments.items():
+        if isinstance(value, Mapping):
+            check_arguments(value, f"{where}: {key}")
+        elif isinstance(value, str) and not _LAYER.fullmatch(value):
+            raise PlanError(f"{where}: the network argument {key}='{value}' names no layer of torch.nn")
 
 
 def check_class(class_path: str, where: str) -> None:

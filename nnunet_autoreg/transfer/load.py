@@ -17,6 +17,7 @@ from nnunet_autoreg.records import differences
 from nnunet_autoreg.transfer.adapt import fit_channels, fit_kernel, fit_positions
 from nnunet_autoreg.transfer.block import AutoregBlock
 from nnunet_autoreg.transfer.channels import map_channels
+from nnunet_autoreg.transfer.network import encoder_prefixes
 
 LOADED, ADAPTED, RANDOM, UNUSED = "loaded", "adapted", "random", "unused"
 MAX_NAMES = 3
@@ -175,11 +176,6 @@ def load_planned_encoder(network: nn.Module, block: AutoregBlock, results: Path,
     card = read_card(file.parent)
     check_same_encoder(card, block.encoder)
     return load_encoder(network, file, card, target, block.recipe.expected_encoder_share)
-
-
-def encoder_prefixes(network: nn.Module) -> tuple[str, str]:
-    """What the keys of a network's encoder and stem begin with."""
-    return f"{network.key_to_encoder}.", f"{network.key_to_stem}."
 
 
 def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.families import token_size_of
 from nnunet_autoreg.geometry import Size, as_size, as_spacing, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.model.memory import GIB, TrainingMemory, training_memory
@@ -15,7 +16,9 @@ from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.planning import Hardware, Pool, choose_encoder, plan_crop
 from nnunet_autoreg.records import to_jsonable
 from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock, PlannedWeights, Recipe, check_block
-from nnunet_autoreg.transfer.network import build_network
+from nnunet_autoreg.transfer.channels import map_channels
+from nnunet_autoreg.transfer.families import decoder_first, recipe_values, stem_change
+from nnunet_autoreg.transfer.network import build_network, own_arguments
 from nnunet_autoreg.transfer.resolve import Choice, is_ct
 
 DEFAULT_TARGET_GIB = 8.0
@@ -24,8 +27,7 @@ FEW_CASES, EPOCHS_FEW, EPOCHS_MANY = 50, 150, 300
 MIN_BATCH = 2
 MAX_BATCH_TINY = 8
 DEFAULT_MAX_VOX = 160**3
-DEFAULT_RATES = (1e-4, 3e-4)
-"""Peak rates, pretrained and scratch, of an encoder that is none of ours."""
+SPATIAL_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Fit:
-    """Patch and batch of a configuration, with the reason for both."""
+    """Patch and batch of a configuration, with the reason for both; ``arguments`` of its network where they are its own."""
 
     patch_size: Size
     batch_size: int
     reason: str
+    arguments: dict[str, Any] | None = None
 
 
 def make_block(choice: Choice, task: Task, budget: Budget, results: Path) -> AutoregBlock:
@@ -69,7 +72,6 @@ def make_block(choice: Choice, task: Task, budget: Budget, results: Path) -> Aut
         PlanError: the weights' card names a class or values that cannot be carried out.
     """
     encoder, why_encoder = _planned_encoder(choice.card, task, budget)
-    pretrained_rate, scratch_rate = _rates(encoder.name)
     num_epochs = EPOCHS_FEW if task.num_cases <= FEW_CASES else EPOCHS_MANY
     reasons = {
         "weights": choice.reason,
@@ -77,7 +79,7 @@ def make_block(choice: Choice, task: Task, budget: Budget, results: Path) -> Aut
         "recipe.num_epochs": f"{task.num_cases} labelled cases: {EPOCHS_FEW} epochs up to {FEW_CASES}, else {EPOCHS_MANY}",
         "recipe.pretrained_rate": f"the usual rates of {encoder.name}",
     }
-    recipe = Recipe(num_epochs=num_epochs, pretrained_rate=pretrained_rate, scratch_rate=scratch_rate)
+    recipe = Recipe(num_epochs=num_epochs, **recipe_values(encoder))
     return check_block(AutoregBlock(encoder, _planned_weights(choice, results), recipe, reasons), BLOCK_KEY)
 
 
@@ -96,11 +98,6 @@ def _planned_encoder(card: EncoderCard | None, task: Task, budget: Budget) -> tu
     name, reason = choose_encoder("auto", Hardware("cuda", budget.gib), pool)
     size = encoder_size(name)
     return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size), reason
-
-
-def _rates(encoder: str) -> tuple[float, float]:
-    size = ENCODERS.get(encoder)
-    return (size.pretrained_rate, size.scratch_rate) if size else DEFAULT_RATES
 
 
 def _planned_weights(choice: Choice, results: Path) -> PlannedWeights | None:
@@ -174,29 +171,43 @@ def with_ct_window(properties: Mapping[str, Any], channel_names: Sequence[str], 
     }
 
 
-def with_reasons(block: AutoregBlock, fits: Mapping[str, Fit]) -> AutoregBlock:
-    """``block`` with the reasons for each configuration's patch and batch."""
-    return replace(block, reasons={**block.reasons, **{name: fit.reason for name, fit in fits.items()}})
+def with_fits(
+    block: AutoregBlock, fits: Mapping[str, Fit], card: EncoderCard | None, num_cases: int, channel_names: Sequence[str]
+) -> AutoregBlock:
+    """``block`` with the reasons for each configuration's patch and batch, and the decoder-first stage that they call for.
+
+    Args:
+        fits: by configuration; the stage is for all of them, and looks at the first.
+        num_cases: labelled cases.
+        channel_names: of the dataset, in order.
+    """
+    arguments = next((fit.arguments for fit in fits.values() if fit.arguments is not None), block.encoder.arguments)
+    channels = map_channels(card.num_input_channels, card.channel_names, len(channel_names), channel_names) if card else None
+    change = stem_change(block.encoder, arguments, channels.note if channels else "")
+    share, why = decoder_first(block.encoder, num_cases, card is not None, change)
+    reasons = {**block.reasons, "recipe.decoder_first_fraction": why, **{name: fit.reason for name, fit in fits.items()}}
+    return replace(block, recipe=replace(block.recipe, decoder_first_fraction=share), reasons=reasons)
 
 
-def kept_configurations(old: Mapping[str, Any], new: Mapping[str, Any], token_vox: Size) -> tuple[dict[str, Any], list[str]]:
+def kept_configurations(old: Mapping[str, Any], new: Mapping[str, Any], class_path: str) -> tuple[dict[str, Any], list[str]]:
     """The user's own configurations of an earlier plans file that still work, and one line per dropped one.
 
     Args:
         old, new: parsed plans; configurations of ours in ``old`` are stale and never kept.
+        class_path: of the new plans' encoder.
     """
     custom = {name: c for name, c in old.get("configurations", {}).items() if name not in OWN_CONFIGURATIONS}
     dropped: list[str] = []
     while True:
         known = {**new["configurations"], **custom}
-        wrong = {name: why for name in custom if (why := _why_invalid(name, known, token_vox))}
+        wrong = {name: why for name in custom if (why := _why_invalid(name, known, class_path))}
         if not wrong:
             return custom, dropped
         dropped += [f"configuration '{name}' was left out of the new plans: {why}" for name, why in wrong.items()]
         custom = {name: c for name, c in custom.items() if name not in wrong}
 
 
-def _why_invalid(name: str, known: Mapping[str, Any], token_vox: Size) -> str | None:
+def _why_invalid(name: str, known: Mapping[str, Any], class_path: str) -> str | None:
     resolved: dict[str, Any] = {}
     seen: list[str] = []
     parent: str | None = name
@@ -206,13 +217,16 @@ def _why_invalid(name: str, known: Mapping[str, Any], token_vox: Size) -> str | 
         seen.append(parent)
         resolved = {**known[parent], **resolved}
         parent = known[parent].get("inherits_from")
-    for key in ("patch_size", "batch_size", "spacing", "data_identifier"):
+    for key in ("patch_size", "batch_size", "spacing", "data_identifier", "architecture"):
         if key not in resolved:
             return f"it has no '{key}'"
-    if len(resolved["patch_size"]) != len(token_vox):
+    if len(resolved["patch_size"]) != SPATIAL_AXES:
         return f"its patch size {resolved['patch_size']} is not 3D"
+    kwargs = resolved["architecture"].get("arch_kwargs", {})
+    if kwargs.get("class_path") != class_path:
+        return "its network is another than the new plans'"
     try:
-        grid_of(resolved["patch_size"], token_vox)
+        grid_of(resolved["patch_size"], token_size_of(class_path, own_arguments(kwargs)))
     except ValueError as error:
         return f"patch size: {error}"
     stage = resolved.get("previous_stage")

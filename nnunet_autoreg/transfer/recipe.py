@@ -1,6 +1,6 @@
-"""The fine-tuning recipe as functions: learning rate of an iteration, parameter groups of a network.
+"""The fine-tuning recipe as functions: learning rate of an iteration, which part learns in it, parameter groups of a network.
 
-The rate is a pure function of the iteration, so a resumed run is the run it resumes.
+All of it is a pure function of the iteration, so a resumed run is the run it resumes.
 """
 
 import re
@@ -12,33 +12,51 @@ import torch
 from torch import nn
 
 from nnunet_autoreg.model.parameters import is_decayed, is_position
-from nnunet_autoreg.transfer.block import Recipe
+from nnunet_autoreg.transfer.block import SGD, Recipe
+from nnunet_autoreg.transfer.network import encoder_prefixes
 
-_BLOCK = re.compile(r"(^|\.)blocks\.(\d+)\.")
+_BLOCK = re.compile(r"^.*?(stages\.\d+\.)?(blocks|layers)\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to ``peak_rate``, then polynomial decay to 0, in iterations."""
+    """Linear warm-up to ``peak_rate``, then polynomial decay to 0, in iterations.
+
+    A decoder-first stage comes before: the decoder's rate rises to the peak while the encoder stays as it is; then all of the
+    network warms up from 0.
+
+    Source: the "sawtooth" schedule of arXiv 2412.17041 (nnssl), its first stage here a share of the run.
+    """
 
     peak_rate: float
     num_iterations: int
     warmup_iterations: int
     poly_exponent: float
+    decoder_first_iterations: int = 0
+
+    def is_decoder_first(self, iteration: int) -> bool:
+        """Whether only the decoder learns in ``iteration`` (from 0)."""
+        return iteration < self.decoder_first_iterations
 
     def rate(self, iteration: int) -> float:
-        """The learning rate of ``iteration`` (from 0); the last warm-up iteration has the peak rate."""
-        if iteration < self.warmup_iterations:
-            return self.peak_rate * (iteration + 1) / self.warmup_iterations
-        left = 1 - (iteration - self.warmup_iterations) / (self.num_iterations - self.warmup_iterations)
+        """The learning rate of ``iteration`` (from 0); the last iteration of a rise has the peak rate."""
+        if self.is_decoder_first(iteration):
+            return self.peak_rate * (iteration + 1) / self.decoder_first_iterations
+        done = iteration - self.decoder_first_iterations
+        if done < self.warmup_iterations:
+            return self.peak_rate * (done + 1) / self.warmup_iterations
+        left = 1 - (done - self.warmup_iterations) / (self.num_iterations - self.decoder_first_iterations - self.warmup_iterations)
         return self.peak_rate * float(max(left, 0.0) ** self.poly_exponent)
 
 
-def make_schedule(recipe: Recipe, peak_rate: float, num_epochs: int, iterations_per_epoch: int, batch_size: int) -> Schedule:
+def make_schedule(
+    recipe: Recipe, peak_rate: float, num_epochs: int, iterations_per_epoch: int, batch_size: int, uses_weights: bool = True
+) -> Schedule:
     """The schedule of a run.
 
     Args:
         batch_size: patches of one optimiser step, over all processes.
+        uses_weights: False for the scratch twin, whose encoder has nothing to keep: no decoder-first stage.
     """
     total = num_epochs * iterations_per_epoch
     warmup = min(
@@ -46,7 +64,8 @@ def make_schedule(recipe: Recipe, peak_rate: float, num_epochs: int, iterations_
         recipe.warmup_max_epochs * iterations_per_epoch,
         recipe.warmup_max_fraction * total,
     )
-    return Schedule(peak_rate, total, round(warmup), recipe.poly_exponent)
+    decoder_first = round(recipe.decoder_first_fraction * total) if uses_weights else 0
+    return Schedule(peak_rate, total, round(warmup), recipe.poly_exponent, decoder_first)
 
 
 class IterationRates:
@@ -59,13 +78,26 @@ class IterationRates:
 
     def step(self, epoch: int, iteration: int = 0) -> None:
         """Set every group's rate for ``iteration`` of ``epoch``."""
-        rate = self.schedule.rate(epoch * self.iterations_per_epoch + iteration)
+        rate = self.schedule.rate(self._number(epoch, iteration))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
 
+    def is_decoder_first(self, epoch: int, iteration: int) -> bool:
+        """Whether only the decoder learns in ``iteration`` of ``epoch``."""
+        return self.schedule.is_decoder_first(self._number(epoch, iteration))
+
+    def _number(self, epoch: int, iteration: int) -> int:
+        return epoch * self.iterations_per_epoch + iteration
+
+
+def encoder_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """What a decoder-first stage leaves alone: encoder and stem."""
+    prefixes = encoder_prefixes(network)
+    return [parameter for name, parameter in network.named_parameters() if name.startswith(prefixes)]
+
 
 def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups for AdamW: decayed and undecayed parameters, and per layer too where ``layer_decay`` is on.
+    """Groups for the optimiser: decayed and undecayed parameters, and per layer too where ``layer_decay`` is on.
 
     The first group always has the full rate: nnU-Net logs that one.
     """
@@ -76,7 +108,7 @@ def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
         if not parameter.requires_grad:
             continue
         factor = recipe.layer_decay ** (top - layers[name])
-        decay = recipe.weight_decay if is_decayed(name, parameter) else 0.0
+        decay = recipe.weight_decay if recipe.optimizer == SGD or is_decayed(name, parameter) else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     return [
         {"params": parameters, "rate_factor": factor, "weight_decay": decay}
@@ -85,22 +117,22 @@ def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
 
 
 def _layer_of(network: nn.Module) -> dict[str, int]:
-    """Depth of each parameter: 0 for stem and positions, i + 1 for block i, one more for final norm and decoder."""
+    """Depth of each parameter: 0 for stem and positions, i + 1 for block i, one more for final norm and decoder.
+
+    Blocks of a CNN are counted through all of its stages.
+    """
     names = [name for name, _ in network.named_parameters()]
-    numbers = {name: int(found.group(2)) + 1 for name in names if (found := _BLOCK.search(name)) and _is_encoder(network, name)}
-    top = max(numbers.values(), default=0) + 1
-    return {name: numbers.get(name, 0 if _is_input(network, name) else top) for name in names}
+    encoder, stem = encoder_prefixes(network)
+    blocks = {name: found[0] for name in names if name.startswith(encoder) and (found := _BLOCK.match(name))}
+    order = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()), start=1)}
+    top = len(order) + 1
+    return {
+        name: 0 if name.startswith(stem) or is_position(name) else order[blocks[name]] if name in blocks else top for name in names
+    }
 
 
-def _is_encoder(network: nn.Module, name: str) -> bool:
-    return name.startswith(f"{getattr(network, 'key_to_encoder', 'eva')}.")
-
-
-def _is_input(network: nn.Module, name: str) -> bool:
-    stem = getattr(network, "key_to_stem", "down_projection")
-    return name.startswith(f"{stem}.") or is_position(name)
-
-
-def make_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float) -> torch.optim.AdamW:
-    """AdamW as the recipe says, in its fused form (as nnU-Net's own Primus trainers)."""
+def make_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum as nnU-Net has it, or AdamW in its fused form as nnU-Net's own Primus trainers have it."""
+    if recipe.optimizer == SGD:
+        return torch.optim.SGD(list(groups), lr=peak_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     return torch.optim.AdamW(list(groups), lr=peak_rate, betas=recipe.betas, fused=True)

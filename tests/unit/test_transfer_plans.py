@@ -23,6 +23,7 @@ from nnunet_autoreg.transfer.resolve import Choice
 Write = Callable[..., Path]
 BRAIN = Task(num_cases=20, median_shape_vox=(180.0, 200.0, 160.0), spacing_mm=(1.0, 1.0, 1.0), num_channels=1, num_classes=3)
 MANY_VOX = 1e12
+TINY = ENCODERS["primus_tiny"]
 
 
 def planned(name: str) -> EncoderPlan:
@@ -101,7 +102,8 @@ def test_ct_channels_take_the_window_of_pretraining_and_others_keep_theirs(tmp_p
 
 
 def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> None:
-    full = {"patch_size": [64, 64, 64], "batch_size": 2, "spacing": [1, 1, 1], "data_identifier": "AutoregPlans_3d_fullres"}
+    full = {"patch_size": [64, 64, 64], "batch_size": 2, "spacing": [1, 1, 1], "data_identifier": "AutoregPlans_3d_fullres",
+            "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}}}
     old = {"configurations": {
         "2d": {}, "3d_lowres": full, "3d_cascade_fullres": {"inherits_from": "3d_fullres"},
         "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
@@ -111,7 +113,7 @@ def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> Non
         "on_orphan": {"inherits_from": "orphan"},
         "staged": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
     }}
-    kept, dropped = kept_configurations(old, {"configurations": {"3d_fullres": full}}, (8, 8, 8))
+    kept, dropped = kept_configurations(old, {"configurations": {"3d_fullres": full}}, TINY.class_path)
     assert list(kept) == ["bs4", "on_bs4"]
     assert len(dropped) == 4
     assert any("'odd'" in line and "use 56 or 64" in line for line in dropped)
