@@ -132,7 +132,7 @@ def finetuning_steps(patch: int, batch: int, device: torch.device) -> dict[str, 
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 
-    from nnunet_autoreg.model.primus import build_primus
+    from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.transfer.block import Recipe
     from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
 
@@ -142,7 +142,7 @@ def finetuning_steps(patch: int, batch: int, device: torch.device) -> dict[str, 
 
     def made(trainer_class: type, ours: bool) -> Callable[[Tensor], None]:
         torch.manual_seed(0)
-        network = build_primus(size.class_path, size.arguments, (patch,) * 3, 1, 3, drop_path_rate=0.2).to(device)
+        network = build_network(size.class_path, size.arguments, (patch,) * 3, 1, 3, drop_path_rate=0.2).to(device)
         loss = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_ce=1, weight_dice=1,
                               dice_class=MemoryEfficientSoftDiceLoss)
         groups = parameter_groups(network, recipe)

@@ -22,31 +22,37 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def write_run() -> Callable[..., Path]:
-    """A function that writes a finished pretraining run as pretraining leaves it: a tiny Primus with random weights."""
+    """A function that writes a finished pretraining run as pretraining leaves it: an encoder, a tiny Primus if none is named, with
+    random weights."""
     return _write_run
 
 
-def _write_run(results: Path, name: str, crop: tuple[int, int, int] = (32, 40, 32), channels: int = 1, **changes: Any) -> Path:
+def _write_run(
+    results: Path, name: str, crop: tuple[int, int, int] = (32, 40, 32), channels: int = 1, encoder: str = "primus_tiny", **changes: Any
+) -> Path:
     import torch
     from safetensors.torch import save_file
 
     from nnunet_autoreg.model.card import Adaptation, EncoderCard
-    from nnunet_autoreg.model.primus import build_primus
+    from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.model.sizes import ENCODERS
     from nnunet_autoreg.records import sha256_of
 
     folder = results / "autoreg_pretraining" / name
     folder.mkdir(parents=True)
-    size = ENCODERS["primus_tiny"]
+    size = ENCODERS[encoder]
     torch.manual_seed(len(name))
-    network = build_primus(size.class_path, size.arguments, crop, channels, 2)
-    encoder = {k: v.contiguous() for k, v in network.state_dict().items() if k.startswith(("eva.", "down_projection."))}
-    save_file(encoder, folder / "encoder.safetensors")
+    network: Any = build_network(size.class_path, size.arguments, crop, channels, 2)
+    prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
+    # A tensor of two names is written under its first, as pretraining does.
+    first = {id(tensor): key for key, tensor in reversed(network.state_dict(keep_vars=True).items()) if key.startswith(prefixes)}
+    state = network.state_dict()
+    save_file({key: state[key].contiguous() for key in first.values() if ".rope." not in key}, folder / "encoder.safetensors")
     values: dict[str, Any] = {
         "name": name, "encoder": size.name, "class_path": size.class_path, "arguments": size.arguments,
         "token_size_vox": size.token_size, "crop_size_vox": crop, "spacing_mm": (1.0, 1.0, 1.0), "modalities": ("MR",),
         "channel_names": ("MRI",), "ct_window": None, "num_input_channels": channels,
-        "adaptation": Adaptation("eva", "down_projection", ("down_projection.proj",), "eva.pos_embed"),
+        "adaptation": Adaptation(network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), network.key_to_lpe),
         "objective": "autoregressive", "licences": {}, "num_scans": 10, "num_steps": 100, "finished_at": "2026-01-01T00:00:00Z",
         "sha256": sha256_of(folder / "encoder.safetensors"), **changes,
     }

@@ -103,6 +103,17 @@ def block_causal(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Attenti
     return AttentionRule(rank_BT, torch.maximum(rank_BT, prefix_B[:, None] - 1), valid_BT)
 
 
+def with_starts(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, num_starts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranks, prefix and validity with start tokens in front: one more block, of rank 0, that is always given.
+
+    So a prefix of 0 blocks becomes lawful: the start alone is given. Without start tokens nothing changes.
+    """
+    if num_starts == 0:
+        return rank_BT, prefix_B, valid_BT
+    padding = (num_starts, 0)
+    return functional.pad(rank_BT + 1, padding), prefix_B + 1, functional.pad(valid_BT, padding, value=True)
+
+
 def strictly_earlier(rank_BT: Tensor, valid_BT: Tensor) -> AttentionRule:
     """A query for a token of rank q attends to valid encoder tokens of rank < q.
 

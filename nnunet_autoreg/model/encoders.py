@@ -7,19 +7,25 @@ import pydoc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import (
     PRIMUS_V2,
     PRIMUS_V3,
     RESENC,
+    VIT,
     family_of,
     has_deep_supervision,
     missing_arguments,
     token_size_of,
 )
-from nnunet_autoreg.geometry import as_size, grid_of
+from nnunet_autoreg.geometry import Size, as_size, grid_of
+from nnunet_autoreg.model.primus import PrimusEncoder
+from nnunet_autoreg.model.resenc import ResEncEncoder
+from nnunet_autoreg.model.sequence import SequenceEncoder
+from nnunet_autoreg.model.vit_sequence import ViTEncoder
+from nnunet_autoreg.plan import EncoderPlan, TrunkPlan
 
 IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 """Arguments of a CNN that name a class."""
@@ -76,6 +82,51 @@ def build_network(
     if family in (PRIMUS_V2, PRIMUS_V3):
         network.keys_to_in_proj = _image_readers(network)  # type: ignore[assignment]
     return network
+
+
+def build_sequence_encoder(
+    encoder: EncoderPlan,
+    crop_size: Size,
+    block_tokens: Size,
+    trunk: TrunkPlan | None,
+    num_channels: int = 1,
+    recompute: bool = False,
+) -> SequenceEncoder:
+    """The encoder as pretraining runs it, with random weights.
+
+    Args:
+        crop_size: voxels (z, y, x), a multiple of the block.
+        block_tokens: tokens of a block per axis.
+        trunk: the transformer of a CNN; None for encoders that have one.
+        recompute: activation checkpointing.
+
+    Raises:
+        PlanError: as ``build_network``; or a CNN has no trunk.
+    """
+    network = build_network(encoder.class_path, encoder.arguments, crop_size, num_channels, 1)
+    token = encoder.token_size_vox
+    block = as_size([t * b for t, b in zip(token, block_tokens, strict=True)])
+    family = family_of(encoder.class_path)
+    if family == VIT:
+        return ViTEncoder(network, token, block, recompute)
+    if family != RESENC:
+        return PrimusEncoder(network, token, block, recompute)
+    if trunk is None:
+        raise PlanError("objective.trunk is missing: a CNN is pretrained under a transformer; give its width, depth and num_heads")
+    return ResEncEncoder(network, token, block, grid_of(crop_size, token), trunk, recompute)
+
+
+class OneCrop(nn.Module):
+    """A sequence encoder as a network that reads single crops: what is counted to estimate the memory of pretraining."""
+
+    def __init__(self, encoder: SequenceEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, volume_BCZYX: Tensor) -> Tensor:
+        """Features (B, T, V)."""
+        out: Tensor = self.encoder(volume_BCZYX[:, None], None)
+        return out
 
 
 def located(class_path: str) -> type:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import grid_of, volume
-from nnunet_autoreg.model.attention import block_causal, block_order, strictly_earlier
+from nnunet_autoreg.model.attention import AttentionRule, block_causal, block_order, strictly_earlier, with_starts
 from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
-from nnunet_autoreg.model.primus import SequenceEncoder, build_primus, from_blocks, to_blocks
+from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import Plan
@@ -44,9 +45,9 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, plan: Plan, num_channels: int = 1):
         super().__init__()
         sequence, token = plan.sequence, plan.encoder.token_size_vox
-        block = (token[0] * sequence.block_tokens[0], token[1] * sequence.block_tokens[1], token[2] * sequence.block_tokens[2])
-        primus = build_primus(plan.encoder.class_path, plan.encoder.arguments, sequence.crop_size_vox, num_channels, 1)
-        self.encoder = SequenceEncoder(primus, token, block)
+        self.encoder = build_sequence_encoder(
+            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, plan.objective.trunk, num_channels
+        )
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)
         token_voxels = num_channels * volume(token)
@@ -55,21 +56,24 @@ class AutoregressiveModel(nn.Module):
             self.head = NextHead(self.encoder.width, token_voxels)
         else:
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
-            heads = int(plan.encoder.arguments["eva_numheads"])
-            depth = plan.objective.query_depth
+            heads, depth = self.encoder.num_heads, plan.objective.query_depth
             self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), token_voxels)
         self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has none: its entries are 0."""
         member_BTV = None if self.member is None or batch.members is None else self.member(batch.members)
-        rule = block_causal(batch.ranks, batch.prefix, valid_BT)
-        features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
+        rule = self.rule(batch.ranks, batch.prefix, valid_BT)
+        features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)[:, self.encoder.num_starts :]
         if isinstance(self.head, QueryDecoder):
             rule = strictly_earlier(batch.ranks, valid_BT)
             out: Tensor = self.head(features_BTV, rule, self.encoder.rope(batch.positions), batch.positions, batch.members)
             return out
         return self.shift(self.head(features_BTV), block_order(batch.ranks))
+
+    def rule(self, rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
+        """Who may attend to whom in the encoder, start tokens included."""
+        return block_causal(*with_starts(rank_BT, prefix_B, valid_BT, self.encoder.num_starts))
 
     def shift(self, out_BTP: Tensor, order_BT: Tensor) -> Tensor:
         """Move what token j of block b says about its successor to token j of block b + 1."""
@@ -87,7 +91,7 @@ class Autoregressive:
         self.sampler = SequenceSampler(plan)
         self.model = AutoregressiveModel(plan)
         self.module: nn.Module = self.model
-        self.network: nn.Module = self.model.encoder.primus
+        self.network: nn.Module = self.model.encoder.network
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Squared error over the supervised real voxels, in float32.
@@ -150,8 +154,8 @@ class Autoregressive:
         voxels_BTP = self._tokens(batch.voxels)
         valid_BT = self._tokens(batch.real[:, :, None]).any(dim=-1)
         one_block_BT = torch.zeros_like(batch.ranks)
-        rule = block_causal(one_block_BT, batch.prefix, valid_BT)
-        features_BTV = self.model.encoder(batch.voxels, rule, batch.positions)
+        rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
+        features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)
         in_order = torch.arange(batch.ranks.shape[1], device=batch.ranks.device).expand_as(batch.ranks)
         return TokenFeatures(features_BTV, voxels_BTP, in_order if batch.positions is None else batch.positions, valid_BT)
 

@@ -42,10 +42,10 @@ def default_device() -> str:
 
 def step_memory(encoder: EncoderSize, crop: Size, half: bool) -> tuple[float, float]:
     """Estimated bytes of a training step, in half precision as on a GPU or not: fixed, and per crop."""
+    from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.model.memory import training_memory
-    from nnunet_autoreg.model.primus import build_primus
 
-    memory = training_memory(lambda: build_primus(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop), half)
+    memory = training_memory(lambda: build_network(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop), half)
     return float(memory.fixed_bytes), float(memory.sample_bytes)
 
 

@@ -9,7 +9,7 @@ import torch
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.model.attention import block_causal
-from nnunet_autoreg.model.primus import from_blocks, to_blocks
+from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
@@ -220,10 +220,10 @@ def test_tokens_equal_what_the_downstream_network_computes_on_the_whole_crop():
     encoder = Autoregressive(plan).module.encoder
     voxels = torch.randn(2, 1, 1, 16, 32, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = encoder.primus.down_projection(voxels[:, 0]).flatten(2).transpose(1, 2)
+        whole = encoder.network.down_projection(voxels[:, 0]).flatten(2).transpose(1, 2)
         assert torch.allclose(encoder.tokens(voxels), whole, atol=1e-5)
         full = encoder(voxels, None)
-        expected, _ = encoder.primus.eva(whole)
+        expected, _ = encoder.network.eva(whole)
     assert torch.allclose(full, expected, atol=1e-5)
 
 

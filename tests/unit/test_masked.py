@@ -10,7 +10,7 @@ import torch
 from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import grid_of
-from nnunet_autoreg.model.primus import from_blocks, to_blocks
+from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives import autoregressive
 from nnunet_autoreg.objectives.registry import build_objective

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.model.card import read_card
-from nnunet_autoreg.model.primus import build_primus
+from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.transfer.adapt import interpolate_positions
@@ -22,7 +22,7 @@ SIZE = ENCODERS["primus_tiny"]
 
 
 def network(patch: tuple[int, int, int] = CROP, channels: int = 1) -> nn.Module:
-    return build_primus(SIZE.class_path, SIZE.arguments, patch, channels, 3)
+    return build_network(SIZE.class_path, SIZE.arguments, patch, channels, 3)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.model.primus import build_primus
+from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.transfer.block import AutoregBlock, Recipe, check_block, read_block
@@ -19,7 +19,7 @@ BLOCK = {
 
 
 def tiny() -> nn.Module:
-    return build_primus(ENCODERS["primus_tiny"].class_path, ENCODERS["primus_tiny"].arguments, (16, 16, 16), 1, 3)
+    return build_network(ENCODERS["primus_tiny"].class_path, ENCODERS["primus_tiny"].arguments, (16, 16, 16), 1, 3)
 
 
 def test_warm_up_rises_in_equal_parts_to_the_peak_and_decay_follows_the_polynomial() -> None:
