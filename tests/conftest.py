@@ -42,7 +42,7 @@ def _write_run(
     folder.mkdir(parents=True)
     size = ENCODERS[encoder]
     torch.manual_seed(len(name))
-    network: Any = build_network(size.class_path, size.arguments, crop, channels, 2)
+    network: Any = build_network(size.class_path, changes.get("arguments", size.arguments), crop, channels, 2)
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
     # A tensor of two names is written under its first, as pretraining does.
     first = {id(tensor): key for key, tensor in reversed(network.state_dict(keep_vars=True).items()) if key.startswith(prefixes)}

@@ -165,7 +165,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     def _update(self, loss: torch.Tensor, is_decoder_first: bool) -> None:
         """One step of the optimiser; of the decoder alone if asked for."""
         scaler = self.grad_scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        loss = loss if scaler is None else scaler.scale(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
         if is_decoder_first:
             # Without a gradient a parameter is skipped, momentum and weight decay included; DDP has summed them all before.
             for parameter in encoder_parameters(self.unwrapped()):
