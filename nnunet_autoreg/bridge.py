@@ -1,4 +1,4 @@
-"""The start-up bridge: makes stock nnU-Net find our trainers and planners by name.
+"""The start-up bridge: makes stock nnU-Net find our trainers, planners and one normalisation by name.
 
 A ``.pth`` line (``PTH_LINE``) runs ``install`` at every start of the interpreter, so this file imports only what every
 interpreter has loaded anyway, does nothing but register one import hook, and leaves stock look-ups as they are: only a
@@ -25,8 +25,10 @@ HOOKED_FUNCTION = "recursive_find_python_class"
 
 PLANNERS_ROOM = "nnunetv2.experiment_planning"
 TRAINERS_ROOM = "nnunetv2.training"
+NORMALIZATIONS_ROOM = "nnunetv2.preprocessing.normalization"
 LENGTHS = ("", "_5epochs", "_50epochs", "_150epochs", "_300epochs")
 PLANNERS = {"AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner"}
+NORMALIZATIONS = {"AutoregPercentileNormalization": "nnunet_autoreg.transfer.normalization"}
 TRAINERS = {
     base + length: "nnunet_autoreg.trainers.autoreg_trainers"
     for base in ("AutoregPretrainedTrainer", "AutoregScratchTrainer")
@@ -128,7 +130,7 @@ def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
 
 def _module_of(class_name: str, searched: "str | None") -> "str | None":
     """Our module that holds ``class_name``, if it belongs in the package ``searched`` (None: a folder of nnUNet_extTrainer)."""
-    for room, table in ((TRAINERS_ROOM, TRAINERS), (PLANNERS_ROOM, PLANNERS)):
+    for room, table in ((TRAINERS_ROOM, TRAINERS), (PLANNERS_ROOM, PLANNERS), (NORMALIZATIONS_ROOM, NORMALIZATIONS)):
         if class_name in table and (searched is None or f"{searched}.".startswith(f"{room}.")):
             return table[class_name]
     return None

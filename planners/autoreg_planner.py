@@ -21,6 +21,7 @@ from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock
 from nnunet_autoreg.transfer.families import is_cnn
 from nnunet_autoreg.transfer.network import architecture_entry
+from nnunet_autoreg.transfer.normalization import as_pretrained
 from nnunet_autoreg.transfer.one_line import one_line_errors
 from nnunet_autoreg.transfer.plans import (
     DEFAULT_TARGET_GIB,
@@ -88,7 +89,8 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         self.fits[data_identifier.removeprefix(f"{self.plans_identifier}_")] = fit
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
-        schemes, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        stock_schemes, stock_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        schemes, use_mask = as_pretrained(stock_schemes, stock_mask, self.choice.card)
         return {
             "data_identifier": data_identifier,
             "preprocessor_name": self.preprocessor_name,
@@ -183,6 +185,8 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         for line in choice.warnings:
             print(f"WARNING: {line}")
         print(f"weights: {choice.card.name if choice.card else 'none'} - {choice.reason}")
+        if choice.card is not None and choice.card.licence_line:
+            print(choice.card.licence_line)
 
     def _tell_plans(self, plans: dict[str, Any]) -> None:
         print(f"encoder: {self.block.encoder.name} - {self.block.reasons['encoder']}")

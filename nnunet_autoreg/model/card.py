@@ -15,6 +15,8 @@ NO_WEIGHTS = "none"
 CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1
+IMPORTED = "imported"
+"""Key of ``EncoderCard.extra`` that says where imported weights come from."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class EncoderCard:
         num_input_channels: channels of the stem.
         objective: name of the objective and its settings that matter to a user.
         licences: dataset name -> licence text found beside it ("" if none was).
-        num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC.
+        num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC. Imported weights: 0, 0, when they were imported.
         sha256: of ``encoder.safetensors`` beside this card.
+        extra: ``imported`` tells where imported weights come from.
+        normalization: nnU-Net's name of the scheme that every channel had in pretraining; None is nnU-Net's own choice per channel
+            (CT by the window, all else z-scored).
     """
 
     name: str
@@ -69,6 +74,13 @@ class EncoderCard:
     version: int = CARD_VERSION
     extra: dict[str, Any] = field(default_factory=dict)
     spacing_groups: tuple[SpacingGroup, ...] = ()
+    normalization: str | None = None
+
+    @property
+    def licence_line(self) -> str:
+        """The licences that the weights come with, as one line for the user; "" where none is stated."""
+        stated = [f"{name}: {text}" for name, text in self.licences.items() if text]
+        return f"licences of the weights: {'; '.join(stated)}" if stated else ""
 
     def save(self, folder: Path) -> None:
         """Write ``encoder.json`` into ``folder``."""
@@ -96,9 +108,9 @@ def read_card(folder: Path) -> EncoderCard:
 
 def _checked(card: EncoderCard, path: Path) -> EncoderCard:
     groups = (value for group in card.spacing_groups for value in (*group.native_mm, *group.spacing_mm))
-    sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels, card.num_steps)
+    sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels)
     if not all(value > 0 for value in sizes):
-        raise WeightsError(f"{path}: token size, crop size, spacing, channels and steps have to be greater than 0; restore the file")
+        raise WeightsError(f"{path}: token size, crop size, spacing and channels have to be greater than 0; restore the file")
     try:
         missing = missing_arguments(card.class_path, card.arguments)
     except PlanError as error:

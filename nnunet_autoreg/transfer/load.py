@@ -37,13 +37,15 @@ class Entry:
 class WeightTable:
     """What became of every encoder tensor; ``decoder`` are the other parameters, which always start at random.
 
-    ``unused`` are tensors of the file that this network has no place for: stages deeper than its own.
+    ``unused`` are tensors of the file that this network has no place for: stages deeper than its own. ``licences`` is a line about
+    those of the weights, "" where none is stated.
     """
 
     source: str
     entries: tuple[Entry, ...]
     decoder: Entry
     unused: tuple[Entry, ...] = ()
+    licences: str = ""
 
     @property
     def encoder_share(self) -> float:
@@ -60,6 +62,8 @@ class WeightTable:
                 told = _by_note(chosen) if status != LOADED else ""
                 rows.append(_row(status, len(chosen), sum(e.num_parameters for e in chosen), told))
         rows.append(_row("decoder", 1, self.decoder.num_parameters, f"{self.decoder.key} (random, as always)", unit="part"))
+        if self.licences:
+            rows.append(f"  {self.licences}")
         rows.append(f"  {100 * self.encoder_share:.1f} % of the encoder's parameters come from the file")
         return rows
 
@@ -149,7 +153,7 @@ def load_encoder(network: nn.Module, file: Path, card: EncoderCard, target: Targ
             status = ADAPTED if note else LOADED
         entries.append(Entry(key, tensor.numel(), status, note))
     source = f"'{card.name}' (sha256 {card.sha256[:12]}...)"
-    table = WeightTable(source, tuple(entries), _decoder_of(network, live), unused)
+    table = WeightTable(source, tuple(entries), _decoder_of(network, live), unused, card.licence_line)
     if table.encoder_share < expected_share:
         missing = [e.key for e in entries if e.status == RANDOM]
         raise WeightsError(

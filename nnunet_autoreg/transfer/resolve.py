@@ -7,7 +7,16 @@ from pathlib import Path
 
 from nnunet_autoreg.errors import PlanError, WeightsError, did_you_mean
 from nnunet_autoreg.geometry import Spacing, spacing_ratio
-from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.model.card import (
+    CARD_NAME,
+    IMPORTED,
+    NO_WEIGHTS,
+    RUNS_FOLDER,
+    WEIGHTS_NAME,
+    EncoderCard,
+    read_card,
+    verify_weights,
+)
 from nnunet_autoreg.transfer.block import PlannedWeights, check_class
 from nnunet_autoreg.transfer.channels import map_channels
 
@@ -146,7 +155,8 @@ def _none_suits(results: Path, dataset: DatasetTraits, rejected: Sequence[str]) 
 def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | None:
     """Why a run is not chosen for a dataset without being asked for, or None."""
     found = (
-        _objection_to_network(card)
+        _objection_to_origin(card)
+        or _objection_to_network(card)
         or _objection_to_modality(card, dataset)
         or _objection_to_channels(card, dataset)
         or _objection_to_spacing(card, dataset)
@@ -158,6 +168,11 @@ def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | No
     except WeightsError as error:
         return str(error)
     return None
+
+
+def _objection_to_origin(card: EncoderCard) -> str | None:
+    """Other people's weights, and their licences, are taken by name only."""
+    return f"imported weights are used by name only: export {VARIABLE}={card.name}" if IMPORTED in card.extra else None
 
 
 def _objection_to_network(card: EncoderCard) -> str | None:

@@ -7,15 +7,26 @@ kernel (out, in, x, y, z) -> (out, in, z, y, x), and the rows of the head, which
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.families import CLASS_PATHS, VIT
 from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.records import sha256_of
+from nnunet_autoreg.transfer.foreign.floats import as_float
+from nnunet_autoreg.transfer.foreign.imported import Imported, Options
+from nnunet_autoreg.transfer.foreign.licences import AR_SSL4M_LICENCE
+from nnunet_autoreg.transfer.normalization import PERCENTILE_SCHEME
 
 ENCODER, HEAD = "model.", "decoder_pred."
 KERNEL = "model.patchifier.proj.weight"
 LEARNED_POSITIONS = "model.pos_embed_learn"
+CROP: Size = (128, 128, 128)
 HEAD_WIDTH = 64
 """Width of an attention head of AR-SSL4M; its files do not name the number of heads."""
 
@@ -39,7 +50,7 @@ def expected_keys(depth: int) -> set[str]:
     return layers | ends | {"decoder_pred.weight", "decoder_pred.bias"}
 
 
-def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, object]:
+def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
     """The arguments of ``model.vit.ViT`` for a checkpoint.
 
     Args:
@@ -104,3 +115,33 @@ def head_to_ours(tensors: Mapping[str, Tensor], token: Size) -> tuple[Tensor, Te
     weight, bias = tensors[f"{HEAD}weight"], tensors[f"{HEAD}bias"]
     turned_weight = weight.reshape(x, y, z, -1).permute(2, 1, 0, 3).reshape(math.prod(token), -1)
     return turned_weight.contiguous(), bias.reshape(x, y, z).permute(2, 1, 0).reshape(-1).contiguous()
+
+
+def import_ar_ssl4m(source_file: Path, tensors: Mapping[str, Tensor], options: Options) -> Imported:
+    """An AR-SSL4M checkpoint as an encoder of ours.
+
+    Raises:
+        WeightsError: it is incomplete, its positions are learned, or its heads cannot be known.
+    """
+    arguments = arguments_of(tensors, options.num_heads)
+    token = token_size(tensors)
+    same = ENCODERS["vit_b16"].arguments
+    is_base = all(arguments[key] == same[key] for key in arguments)
+    crop = options.patch_size_vox or CROP
+    notes = [f"left out: {HEAD.rstrip('.')}, the head of pretraining"] if any(key.startswith(HEAD) for key in tensors) else []
+    notes.append("axes turned from (x, y, z) to (z, y, x): the patch kernel here, the positions in the network")
+    if options.spacing_mm is None:
+        notes.append("spacing: pretrained without resampling; 1 x 1 x 1 mm, at which its authors fine-tuned, assumed (or --spacing Z Y X)")
+    return Imported(
+        encoder=EncoderPlan("vit_b16" if is_base else VIT, CLASS_PATHS[VIT], arguments, token),
+        tensors=as_float(to_ours(tensors), source_file),
+        crop_size_vox=crop,
+        spacing_mm=options.spacing_mm or (1.0, 1.0, 1.0),
+        modalities=options.modalities or ("CT", "MR"),
+        num_input_channels=int(tensors[KERNEL].shape[1]),
+        licences={"AR-SSL4M": f"{options.licence} (stated by the user)"} if options.licence else AR_SSL4M_LICENCE,
+        objective="imported from AR-SSL4M (next-patch regression with random start-up)",
+        normalization=PERCENTILE_SCHEME,
+        notes=tuple(notes),
+        origin={"format": "AR-SSL4M", "file": source_file.name, "sha256": sha256_of(source_file)},
+    )

@@ -1,0 +1,123 @@
+"""``autoreg_weights inspect``: what a weights file is, what it needs, whose it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.model.card import IMPORTED, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.records import sha256_of
+from nnunet_autoreg.transfer.foreign.imported import Imported, Options, checked_tensors, network_of
+from nnunet_autoreg.transfer.foreign.importing import converted
+from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NNSSL, NO_PLAN, RUN, Source, open_source
+from nnunet_autoreg.transfer.load import read_tensors
+
+Facts = list[tuple[str, str]]
+MAX_LISTED = 8
+
+
+def inspect_weights(path: Path, options: Options, plan_file: Path | None = None) -> tuple[Facts, str]:
+    """Facts as (name, text), and what to type next.
+
+    Raises:
+        WeightsError: the file cannot be read safely.
+    """
+    source = open_source(path, plan_file)
+    head: Facts = [("file", str(source.file)), ("sha256", sha256_of(source.file))]
+    if source.kind == RUN:
+        return _run_facts(source.file, head)
+    if source.kind in (AR_SSL4M, NNSSL):
+        return _foreign_facts(source, head, options)
+    return _unknown_facts(source, head)
+
+
+def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
+    card = read_card(file.parent)
+    verify_weights(file, card.sha256)
+    origin = card.extra.get(IMPORTED)
+    made = f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished {card.finished_at}"
+    if isinstance(origin, Mapping):
+        made = f"imported {card.finished_at} from {origin.get('file')} ({origin.get('format')}, sha256 {str(origin.get('sha256'))[:12]}...)"
+    facts = [*head, ("what", f"a finished pretraining, '{card.name}': {made}"), *_card_facts(card), *_shape_facts(read_tensors(file))]
+    return facts, f"export autoreg_weights={card.name}; nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner -c 3d_fullres"
+
+
+def _card_facts(card: EncoderCard) -> Facts:
+    window = card.ct_window
+    normalization = card.normalization or ("CT by its window, all else z-scored" if window else "z-score")
+    return [
+        ("encoder", f"{card.encoder}: {card.class_path.rpartition('.')[2]} {_arguments(card.arguments)}"),
+        ("objective", card.objective),
+        ("spacing", " x ".join(f"{s:g}" for s in card.spacing_mm) + " mm (z, y, x)"),
+        ("patch", f"{_times(card.crop_size_vox)} voxels in tokens of {_times(card.token_size_vox)}"),
+        ("channels", f"{card.num_input_channels} ({', '.join(card.channel_names) or 'unnamed'}); {', '.join(card.modalities)}"),
+        ("normalisation", normalization),
+        ("licence", "; ".join(f"{name}: {text or 'none stated'}" for name, text in card.licences.items()) or "none stated"),
+    ]
+
+
+def _foreign_facts(source: Source, head: Facts, options: Options) -> tuple[Facts, str]:
+    head = [*head, ("what", f"{source.kind} checkpoint")]
+    import_line = f"autoreg_weights import {source.file} --name NAME"
+    try:
+        imported = converted(source, options)
+        network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
+        tensors = checked_tensors(network, imported.tensors, "the file")
+    except WeightsError as error:
+        return [*head, ("cannot be imported", str(error)), *_shape_facts(source.tensors)], f"{import_line} (once that is settled)"
+    facts = [*head, *_imported_facts(imported), *_shape_facts(tensors), *(("note", note) for note in imported.notes)]
+    return facts, import_line
+
+
+def _imported_facts(imported: Imported) -> Facts:
+    encoder = imported.encoder
+    return [
+        ("encoder", f"{encoder.name}: {encoder.class_path.rpartition('.')[2]} {_arguments(encoder.arguments)}"),
+        ("objective", imported.objective),
+        ("spacing", " x ".join(f"{s:g}" for s in imported.spacing_mm) + " mm (z, y, x)"),
+        ("patch", f"{_times(imported.crop_size_vox)} voxels in tokens of {_times(encoder.token_size_vox)}"),
+        ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
+        ("normalisation", imported.normalization or "nnU-Net's own choice per channel"),
+        ("licence", "; ".join(f"{name}: {text}" for name, text in imported.licences.items())),
+    ]
+
+
+def _unknown_facts(source: Source, head: Facts) -> tuple[Facts, str]:
+    if source.kind == NO_PLAN:
+        what = "a checkpoint of nnU-Net or nnssl without an adaptation plan: it does not say what its encoder is"
+        following = f"autoreg_weights import {source.file} --name NAME --adaptation-plan FILE"
+    else:
+        what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
+        following = "look at the keys; nnssl's forms need their adaptation plan (--adaptation-plan FILE)"
+    facts: Facts = [*head, ("what", what)]
+    if source.rest:
+        facts.append(("holds besides", ", ".join(sorted(map(str, source.rest))[:MAX_LISTED])))
+    return [*facts, *_shape_facts(source.tensors)], following
+
+
+def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
+    if not tensors:
+        return [("tensors", "none")]
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    parts: dict[str, int] = {}
+    for key in tensors:
+        part = ".".join(key.split(".")[:2])
+        parts[part] = parts.get(part, 0) + 1
+    listed = ", ".join(f"{part} {count}" for part, count in list(parts.items())[:MAX_LISTED])
+    more = f" and {len(parts) - MAX_LISTED} more parts" if len(parts) > MAX_LISTED else ""
+    first = next(iter(tensors))
+    return [
+        ("tensors", f"{len(tensors)} with {parameters:,} parameters: {listed}{more}"),
+        ("first tensor", f"{first} {tuple(tensors[first].shape)}"),
+    ]
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    told = {key: value for key, value in arguments.items() if isinstance(value, (int, float, bool, list)) and key != "conv_bias"}
+    return ", ".join(f"{key} {value}" for key, value in told.items())
+
+
+def _times(size: tuple[int, ...]) -> str:
+    return " x ".join(str(s) for s in size)
