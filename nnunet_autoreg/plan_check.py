@@ -1,7 +1,7 @@
 """Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the way out."""
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import missing_arguments, token_size_of
+from nnunet_autoreg.families import family_of, has_transformer, missing_arguments, smallest_block, token_size_of
 from nnunet_autoreg.plan import KINDS, OBJECTIVES, ORDERS, PREDICTORS, PREFIXES, SHARDINGS, EncoderPlan, Plan, SpacingGroup
 
 
@@ -15,6 +15,7 @@ def check(plan: Plan) -> Plan:
     _check_encoder(plan.encoder)
     _check_numbers(plan)
     _check_blocks(plan)
+    _check_convolutions(plan)
     _check_kinds(plan)
     _check_prefix(plan)
     return plan
@@ -111,7 +112,30 @@ def _check_blocks(plan: Plan) -> None:
             )
         blocks *= crop // side
     if blocks < 2:
-        raise PlanError(f"a crop of {s.crop_size_vox} holds one block; a sequence needs at least 2: enlarge sequence.crop_size_vox")
+        raise PlanError(
+            f"a crop of {s.crop_size_vox} voxels holds one block of {plan.encoder.name}; a sequence needs at least 2: enlarge "
+            "sequence.crop_size_vox, or use an --encoder with smaller blocks, such as primus_tiny or resenc_tiny"
+        )
+
+
+def _check_convolutions(plan: Plan) -> None:
+    """Blocks that norms can be taken over; a transformer of its own for a CNN, and for a CNN only."""
+    family, s, trunk = family_of(plan.encoder.class_path), plan.sequence, plan.objective.trunk
+    least = smallest_block(family, plan.encoder.token_size_vox)
+    if any(b < n for b, n in zip(s.block_tokens, least, strict=True)):
+        side = [n * t for n, t in zip(least, plan.encoder.token_size_vox, strict=True)]
+        raise PlanError(
+            f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and normalises each block by itself, which over "
+            f"less than {side} voxels erases intensities; use at least {list(least)}"
+        )
+    if (trunk is None) == (not has_transformer(family)):
+        need = "needs one: give its width, depth and num_heads" if trunk is None else "has its own: set it to null"
+        raise PlanError(f"objective.trunk: {plan.encoder.name} {need}")
+    if trunk is not None and (min(trunk.width, trunk.depth, trunk.num_heads) < 1 or trunk.width % (6 * trunk.num_heads)):
+        raise PlanError(
+            f"objective.trunk: width {trunk.width}, depth {trunk.depth} and num_heads {trunk.num_heads} have to be at least 1, and the "
+            "width a multiple of 6 times num_heads"
+        )
 
 
 def _check_kinds(plan: Plan) -> None:

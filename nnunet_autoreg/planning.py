@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
+from nnunet_autoreg.families import is_convolutional, smallest_block
 from nnunet_autoreg.geometry import Size, Spacing, as_size, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.plan import (
@@ -22,6 +23,8 @@ from nnunet_autoreg.plan import (
 
 START_VOX = 256**3
 MAX_PRETRAIN_VOX = 128**3
+MIN_BLOCKS = 8
+"""A sequence of fewer blocks teaches little: each is mostly context, and few are predicted."""
 SMALL_IMAGE_TOKENS = 512
 POOL_TOKENS = (("primus_s", 250_000), ("primus_b", 1_500_000))
 """A pool of fewer tokens takes at most this encoder: some hundred parameters a token. A rule of thumb, not measured."""
@@ -36,7 +39,9 @@ MemoryOf = Callable[[EncoderSize, Size], tuple[float, float]]
 """(encoder, crop) -> fixed bytes and bytes per crop of a training step."""
 
 
-def plan_crop(median_shape_vox: Sequence[float], spacing_mm: Sequence[float], token_vox: Sequence[int], max_vox: int) -> Size:
+def plan_crop(
+    median_shape_vox: Sequence[float], spacing_mm: Sequence[float], token_vox: Sequence[int], max_vox: int, round_to_nearest: bool = False
+) -> Size:
     """The crop (pretraining) or patch (fine-tuning) that suits images of a median shape.
 
     As nnU-Net plans patches: start from a box that is isotropic in mm and larger than needed, clip it to the median shape,
@@ -45,13 +50,15 @@ def plan_crop(median_shape_vox: Sequence[float], spacing_mm: Sequence[float], to
     Args:
         median_shape_vox: median image size after resampling, (z, y, x).
         spacing_mm: target spacing, (z, y, x).
-        token_vox: token size; every axis of the result is a multiple of it.
+        token_vox: token or block; every axis of the result is a multiple of it.
         max_vox: largest number of voxels allowed.
+        round_to_nearest: round to the nearest multiple rather than up, at least one: large blocks would be padding mostly.
     """
     resolution = [1 / s for s in spacing_mm]
     scale = (START_VOX / (resolution[0] * resolution[1] * resolution[2])) ** (1 / 3)
     start = [max(1, min(round(r * scale), round(m))) for r, m in zip(resolution, median_shape_vox, strict=True)]
-    crop = list(round_up(start, token_vox))
+    nearest = [max(1, math.floor(s / t + 0.5)) * t for s, t in zip(start, token_vox, strict=True)]
+    crop = nearest if round_to_nearest else list(round_up(start, token_vox))
     while volume(crop) > max_vox:
         shrinkable = [i for i in range(3) if crop[i] > token_vox[i]]
         if not shrinkable:
@@ -129,20 +136,70 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
     return name, f"{reason}; the pool holds {_count(tokens)} tokens"
 
 
-def choose_crop(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf) -> tuple[Size, str]:
-    """The largest crop that suits the median scan and of which one fits into the memory, and the reason."""
-    limit = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX)
+@dataclass(frozen=True)
+class Layout:
+    """A crop in voxels and its blocks in tokens, both (z, y, x), each with its reason."""
+
+    crop: Size
+    block_tokens: Size
+    why_crop: str
+    why_block: str
+
+
+def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf) -> Layout:
+    """The largest crop that suits the median scan and of which one fits into the memory, in blocks that suit the encoder.
+
+    A linear tokenizer takes whole tokens, rounded up, and blocks of one. Convolutions take larger blocks, and crops to the nearest
+    whole block; where that makes fewer than 8 blocks, the smallest blocks that their norms allow, and at last crops rounded up.
+    """
+    if not is_convolutional(encoder.family):
+        crop, why = choose_crop(encoder, encoder.block_tokens, False, hardware, pool, memory_of)
+        return Layout(crop, encoder.block_tokens, why, "linear tokens: one of them is a block")
+    smallest = smallest_block(encoder.family, encoder.token_size)
+    ways = ((_fitting_block(encoder, smallest, pool), True), (smallest, True), (smallest, False))
+    for block, nearest in ways:
+        crop, why = choose_crop(encoder, block, nearest, hardware, pool, memory_of)
+        side = _side(encoder, block)
+        count = volume(crop) // volume(side)
+        if count >= MIN_BLOCKS:
+            break
+    real = volume([min(c, m) for c, m in zip(crop, pool.median_shape_vox, strict=True)]) / volume(crop)
+    too_few = "" if count >= MIN_BLOCKS else f", FEWER than the {MIN_BLOCKS} of a good sequence: an encoder of smaller blocks suits better"
+    padded = "" if real >= MOSTLY_PADDING else f", only {100 * real:.0f} % of them not padding"
+    why_block = (
+        f"{_times(side)} voxels, on each of which the convolutions run separately (at least {_times(_side(encoder, smallest))}, for "
+        f"their norms): blocks in a crop: {count}{too_few}{padded}"
+    )
+    return Layout(crop, block, why, why_block)
+
+
+def choose_crop(
+    encoder: EncoderSize, block_tokens: Size, round_to_nearest: bool, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+) -> tuple[Size, str]:
+    """The largest crop of whole blocks that suits the median scan and of which one fits into the memory, and the reason."""
+    limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), _side(encoder, block_tokens)
     max_vox = limit
     while True:
-        crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, encoder.token_size, max_vox)
+        crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, side, max_vox, round_to_nearest)
         fixed, per_crop = memory_of(encoder, crop)
-        if fixed + per_crop <= hardware.usable_bytes or volume(crop) <= 2 * volume(encoder.token_size):
+        if fixed + per_crop <= hardware.usable_bytes or volume(crop) <= 2 * volume(side):
             break
         max_vox = volume(crop) - 1
     extent = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
     tokens = volume(crop) // volume(encoder.token_size)
+    unit = "tokens" if volume(block_tokens) == 1 else "blocks"
     cause = f"at most {limit} voxels" if max_vox == limit else f"as large as {hardware.memory_gib:.4g} GiB allow"
-    return crop, f"median scan of {_times(pool.median_shape_vox)} voxels in whole tokens, {cause}: {_times(extent)} mm, {tokens} tokens"
+    return crop, f"median scan of {_times(pool.median_shape_vox)} voxels in whole {unit}, {cause}: {_times(extent)} mm, {tokens} tokens"
+
+
+def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:
+    """The encoder's usual block, but the smallest along axes that do not fill half of it."""
+    usual = zip(encoder.block_tokens, smallest, encoder.token_size, pool.median_shape_vox, strict=True)
+    return as_size([block if median >= block * token / 2 else least for block, least, token, median in usual])
+
+
+def _side(encoder: EncoderSize, block_tokens: Size) -> Size:
+    return as_size([t * b for t, b in zip(encoder.token_size, block_tokens, strict=True)])
 
 
 def choose_batch(hardware: Hardware) -> tuple[int, str]:
@@ -216,7 +273,8 @@ def make_plan(
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = encoder_size(chosen)
-    crop, why_crop = choose_crop(encoder, hardware, pool, memory_of)
+    layout = choose_layout(encoder, hardware, pool, memory_of)
+    crop = layout.crop
     batch, why_batch = choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
     micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop))
     rate, why_rate = choose_rate(encoder, batch)
@@ -230,15 +288,16 @@ def make_plan(
         name=name,
         data=data,
         encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
-        sequence=SequencePlan(crop),
-        objective=ObjectivePlan(),
+        sequence=SequencePlan(crop, layout.block_tokens),
+        objective=ObjectivePlan(trunk=encoder.trunk),
         optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1),
         request=request,
         reasons={
             **why_data,
             "encoder.name": why_encoder,
-            "sequence.crop_size_vox": why_crop,
+            "sequence.crop_size_vox": layout.why_crop,
+            "sequence.block_tokens": layout.why_block,
             "optim.batch_size": why_batch,
             "optim.micro_batch_size": why_micro,
             "optim.lr": why_rate,

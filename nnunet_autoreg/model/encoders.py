@@ -7,7 +7,7 @@ import pydoc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import (
@@ -114,19 +114,6 @@ def build_sequence_encoder(
     if trunk is None:
         raise PlanError("objective.trunk is missing: a CNN is pretrained under a transformer; give its width, depth and num_heads")
     return ResEncEncoder(network, token, block, grid_of(crop_size, token), trunk, recompute)
-
-
-class OneCrop(nn.Module):
-    """A sequence encoder as a network that reads single crops: what is counted to estimate the memory of pretraining."""
-
-    def __init__(self, encoder: SequenceEncoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, volume_BCZYX: Tensor) -> Tensor:
-        """Features (B, T, V)."""
-        out: Tensor = self.encoder(volume_BCZYX[:, None], None)
-        return out
 
 
 def located(class_path: str) -> type:

@@ -17,7 +17,7 @@ from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import Index
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.geometry import Size, volume
+from nnunet_autoreg.geometry import Size, Spacing, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
@@ -26,8 +26,8 @@ from nnunet_autoreg.planning import (
     Pool,
     Wishes,
     choose_batch,
-    choose_crop,
     choose_encoder,
+    choose_layout,
     choose_length,
     choose_micro_batch,
     choose_rate,
@@ -104,10 +104,62 @@ def test_the_batch_is_the_same_on_every_gpu_and_comes_in_equal_parts_that_fit() 
 
 def test_a_crop_shrinks_until_one_fits_into_the_memory() -> None:
     pool, encoder = replace(POOL, median_shape_vox=(400, 400, 400)), encoder_size("primus_b")
-    assert choose_crop(encoder, GPU, pool, flat_memory)[0] == (128, 128, 128)
-    crop, reason = choose_crop(encoder, Hardware("cuda", 2.0), pool, flat_memory)
+    assert choose_layout(encoder, GPU, pool, flat_memory).crop == (128, 128, 128)
+    layout = choose_layout(encoder, Hardware("cuda", 2.0), pool, flat_memory)
+    crop, reason = layout.crop, layout.why_crop
     assert flat_memory(encoder, crop)[0] + flat_memory(encoder, crop)[1] <= 0.8 * 2 * GIB < 1.1 * sum(flat_memory(encoder, crop))
     assert "as large as 2 GiB allow" in reason
+
+
+def layout_of(encoder: str, *median: int, hardware: Hardware = GPU, spacing: Spacing = (1.0, 1.0, 1.0)) -> tuple[Size, Size]:
+    pool = replace(POOL, median_shape_vox=(median[0], median[1], median[2]), spacing_mm=spacing)
+    layout = choose_layout(encoder_size(encoder), hardware, pool, lambda encoder, crop: (0.0, 0.0))
+    return layout.crop, layout.block_tokens
+
+
+def test_a_linear_tokenizer_has_blocks_of_one_token() -> None:
+    assert layout_of("primus_m", 170, 220, 170) == ((112, 152, 120), (1, 1, 1))
+    assert layout_of("vit_b16", 35, 50, 36) == ((48, 64, 48), (1, 1, 1))
+
+
+def test_convolutions_take_blocks_of_32_voxels_and_of_16_where_images_are_small() -> None:
+    assert layout_of("primus_v2_m", 170, 220, 170) == ((96, 160, 128), (4, 4, 4))
+    # Hippocampus: blocks of 32 would make one or two, blocks of 16 make 2 x 3 x 2, all of it inside the median scan.
+    for encoder in ("primus_v2_tiny", "primus_v3_tiny", "resenc_tiny"):
+        assert layout_of(encoder, 35, 50, 36, hardware=CPU) == ((32, 48, 32), (2, 2, 2))
+    # Ten thick slices: 16 along z, 32 within the slice.
+    assert layout_of("primus_v2_m", 10, 216, 256, spacing=(10.0, 1.5, 1.5)) == ((16, 224, 256), (2, 4, 4))
+
+
+def test_a_cnn_of_stride_32_takes_blocks_of_64_voxels_and_at_least_eight_of_them_at_the_price_of_padding() -> None:
+    assert layout_of("resenc_l", 170, 220, 170) == ((128, 128, 128), (2, 2, 2))
+    assert layout_of("resenc_l", 80, 80, 80) == ((128, 128, 128), (2, 2, 2))
+
+
+def test_images_too_small_for_a_cnn_are_told_with_the_figures_and_refused_where_there_is_one_block() -> None:
+    def plan(*median: int) -> Plan:
+        return plan_for(replace(POOL, median_shape_vox=(median[0], median[1], median[2])), GPU, encoder="resenc_l")
+
+    assert "blocks in a crop: 2, FEWER than the 8" in plan(40, 40, 100).reasons["sequence.block_tokens"]
+    with pytest.raises(PlanError, match=r"holds one block of resenc_l.*resenc_tiny"):
+        check(plan(35, 50, 36))
+
+
+def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
+    plan = plan_for(encoder="resenc_tiny")
+    with pytest.raises(PlanError, match=r"less than \[16, 16, 16\] voxels erases intensities; use at least \[2, 2, 2\]"):
+        check(override(plan, ["sequence.block_tokens=1,2,2"]))
+
+
+def test_a_cnn_has_a_transformer_for_its_pretraining_and_no_other_encoder_has() -> None:
+    assert check(plan_for(encoder="resenc_tiny")).objective.trunk is not None
+    assert check(plan_for(encoder="primus_v2_tiny")).objective.trunk is None
+    with pytest.raises(PlanError, match="resenc_tiny needs one"):
+        check(override(plan_for(encoder="resenc_tiny"), ["objective.trunk=null"]))
+    with pytest.raises(PlanError, match="primus_tiny has its own"):
+        check(override(plan_for(), ['objective.trunk={"width":48,"depth":1,"num_heads":1}']))
+    with pytest.raises(PlanError, match="multiple of 6 times num_heads"):
+        check(override(plan_for(encoder="resenc_tiny"), ["objective.trunk.width=100"]))
 
 
 def test_the_rate_grows_with_the_root_of_the_batch() -> None:
@@ -161,10 +213,22 @@ POOLS: dict[str, tuple[Hardware, list[Kind]]] = {
     "brain_and_cine_mr": (GPU, [("MR", 120, (1.0, 1.0, 1.0), (170, 220, 170)), ("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
     "giant": (Hardware("cuda", 8.0), [("CT", 20, (0.3, 0.3, 0.3), (1200, 1500, 1500))]),
     "tiny": (GPU, [("MR", 5, (0.8, 0.8, 0.8), (16, 20, 18))]),
+    "brain_mr_resenc_l": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
+    "thick_slice_ct_resenc_m": (Hardware("cuda", 12.0), [("CT", 300, (5.0, 0.78, 0.78), (90, 420, 512))]),
+    "hippocampus_crops_resenc_tiny": (CPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
+    "cine_mr_primus_v2_m": (GPU, [("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
+    "brain_mr_vit_b16": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
     "pacs": (Hardware("cuda", 80.0), [
         ("CT", 400, (1.25, 0.75, 0.75), (260, 440, 500)), ("CT", 200, (5.0, 0.8, 0.8), (70, 430, 500)),
         ("MR", 300, (5.0, 0.5, 0.5), (26, 400, 340)), ("MR", 100, (1.0, 0.9, 0.9), (170, 230, 230))]),
 }
+
+
+ENCODER_OF = {
+    "brain_mr_resenc_l": "resenc_l", "thick_slice_ct_resenc_m": "resenc_m", "hippocampus_crops_resenc_tiny": "resenc_tiny",
+    "cine_mr_primus_v2_m": "primus_v2_m", "brain_mr_vit_b16": "vit_b16",
+}  # fmt: skip
+"""Set by the user; planned for all other pools."""
 
 
 def rows_of(kinds: list[Kind]) -> list[ScanRow]:
@@ -184,7 +248,7 @@ def rows_of(kinds: list[Kind]) -> list[ScanRow]:
 
 @cache
 def memory(encoder: str, crop: Size, half: bool) -> tuple[float, float]:
-    return step_memory(encoder_size(encoder), crop, half)
+    return step_memory(encoder_size(encoder), crop, half=half)
 
 
 def golden_plan(name: str) -> Plan:
@@ -192,7 +256,8 @@ def golden_plan(name: str) -> Plan:
     hu = np.linspace(-200, 300, 1001, dtype=np.float32) if any(k[0] == "CT" for k in kinds) else np.zeros(0, dtype=np.float32)
     pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
     half = hardware.device == "cuda"
-    return make_plan(name, pool, hardware, Wishes(), 0, {}, lambda encoder, crop: memory(encoder.name, crop, half))
+    wishes = Wishes(ENCODER_OF.get(name, "auto"))
+    return make_plan(name, pool, hardware, wishes, 0, {}, lambda encoder, crop: memory(encoder.name, crop, half))
 
 
 @pytest.mark.parametrize("name", POOLS)
