@@ -47,6 +47,10 @@ class WeightsError(AutoregError):
     """Pretrained weights are missing, damaged, or do not fit the network."""
 
 
+class ObjectsError(AutoregError):
+    """Objects to detect, or detections, are missing, damaged or contradict the image they belong to."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown ``name``: a close match if there is one, else all that is known."""
     names = sorted(known)

@@ -1,0 +1,161 @@
+"""Boxes between the preprocessed image, the original one and the world.
+
+Voxel edges scale and shift without half-voxel terms: voxel i covers [i, i + 1). In world coordinates whole numbers are the centres of
+voxels, so an edge e has the continuous index e - 0.5.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg.errors import ObjectsError
+from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, zyx
+
+Floats = NDArray[np.float64]
+
+RAS_OF_LPS = np.diag([-1.0, -1.0, 1.0])
+"""DICOM and SimpleITK count towards left and posterior, NIfTI and nibabel towards right and anterior."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How nnU-Net made the preprocessed image: transpose, crop, resample.
+
+    Attributes:
+        shape_vox: of the preprocessed image.
+        cropped_shape_vox, crop_start_vox: of the crop, axes transposed.
+        transpose_backward: axis i of the original is axis ``transpose_backward[i]`` of the transposed image.
+    """
+
+    shape_vox: Size
+    cropped_shape_vox: Size
+    crop_start_vox: Size
+    transpose_backward: tuple[int, int, int] = (0, 1, 2)
+
+    def to_original(self, boxes_N6: Any) -> Floats:
+        """Boxes of the preprocessed image in voxel edges of the original one; not clipped to it."""
+        ends = _ends(boxes_N6) * self._factor() + np.array(self.crop_start_vox)
+        return _boxes(ends[..., list(self.transpose_backward)])
+
+    def to_preprocessed(self, boxes_N6: Any) -> Floats:
+        """The inverse of ``to_original``."""
+        forward = [int(i) for i in np.argsort(self.transpose_backward)]
+        ends = _ends(boxes_N6)[..., forward]
+        return _boxes((ends - np.array(self.crop_start_vox)) / self._factor())
+
+    def _factor(self) -> Floats:
+        # The ratio of shapes, not of spacings: nnU-Net rounds the new shape and stretches the image to it.
+        return np.array(self.cropped_shape_vox, dtype=np.float64) / np.array(self.shape_vox)
+
+
+def preprocessing_of(properties: Mapping[str, Any], shape_vox: Sequence[int], transpose_backward: Sequence[int]) -> Preprocessing:
+    """From a case's ``.pkl`` of nnU-Net, the spatial shape of its preprocessed array, and the plan's ``transpose_backward``."""
+    backward = as_size(transpose_backward)
+    start = as_size([low for low, _ in properties["bbox_used_for_cropping"]])
+    return Preprocessing(as_size(shape_vox), as_size(properties["shape_after_cropping_and_before_resampling"]), start, backward)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where an image lies in the world.
+
+    Attributes:
+        shape_vox: (z, y, x).
+        affine_ras: 4 rows of 4; from the index (i, j, k) = (x, y, z) to mm towards right, anterior, superior, as nibabel's.
+    """
+
+    shape_vox: Size
+    affine_ras: tuple[tuple[float, ...], ...]
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """(z, y, x)."""
+        return zyx(np.linalg.norm(self._linear(), axis=0).tolist())
+
+    def to_ras(self, points_zyx: Any) -> Floats:
+        """(..., 3) mm (x, y, z) towards right, anterior, superior, of points (z, y, x) in voxel edges."""
+        index = np.asarray(points_zyx, dtype=np.float64)[..., ::-1] - 0.5
+        return np.asarray(index @ self._linear().T + np.array(self.affine_ras)[:3, 3])
+
+    def to_lps(self, points_zyx: Any) -> Floats:
+        """As ``to_ras``, towards left, posterior, superior."""
+        return np.asarray(self.to_ras(points_zyx) @ RAS_OF_LPS)
+
+    def corners_ras(self, box_zyx: Sequence[float]) -> Floats:
+        """(8, 3) mm, x (i) varying fastest; on an oblique image the box is not parallel to the axes of the world."""
+        low, high = box_zyx[:3], box_zyx[3:]
+        return self.to_ras([[(low, high)[c][axis] for axis, c in enumerate(choice)] for choice in product((0, 1), repeat=3)])
+
+    def size_mm(self, box_zyx: Sequence[float]) -> tuple[float, float, float]:
+        """Sides in mm along the image's own axes i, j, k (x, y, z)."""
+        z, y, x = ((high - low) * s for low, high, s in zip(box_zyx[:3], box_zyx[3:], self.spacing_mm, strict=True))
+        return (float(x), float(y), float(z))
+
+    def _linear(self) -> Floats:
+        return np.array(self.affine_ras, dtype=np.float64)[:3, :3]
+
+
+def frame_of_affine(affine_ras: Any, shape_vox: Sequence[int]) -> Frame:
+    """From nibabel's affine and the array's shape (z, y, x)."""
+    rows = np.asarray(affine_ras, dtype=np.float64)
+    return Frame(as_size(shape_vox), tuple(tuple(float(v) for v in row) for row in rows))
+
+
+def frame_of_itk(shape_vox: Sequence[int], spacing_xyz: Sequence[float], origin_xyz: Sequence[float], direction: Sequence[float]) -> Frame:
+    """From what SimpleITK says of an image: all but the shape in (x, y, z), ``direction`` row by row, LPS."""
+    affine = np.eye(4)
+    affine[:3, :3] = RAS_OF_LPS @ np.array(direction, dtype=np.float64).reshape(3, 3) @ np.diag(spacing_xyz)
+    affine[:3, 3] = RAS_OF_LPS @ np.array(origin_xyz, dtype=np.float64)
+    return frame_of_affine(affine, shape_vox)
+
+
+def frame_of_properties(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> Frame:
+    """From the properties that one of nnU-Net's readers gives, and the shape (z, y, x) of the array as it was read.
+
+    A reader that keeps no origin (2D formats, plain TIFF) gives an image at the origin with the spacing it read.
+    """
+    if "sitk_stuff" in properties:
+        itk = properties["sitk_stuff"]
+        return frame_of_itk(shape_vox, itk["spacing"], itk["origin"], itk["direction"])
+    if "nibabel_stuff" in properties:
+        known = properties["nibabel_stuff"]
+        return frame_of_affine(known.get("reoriented_affine", known["original_affine"]), shape_vox)
+    z, y, x = as_spacing(properties["spacing"])
+    return frame_of_itk(shape_vox, (x, y, z), (0, 0, 0), np.eye(3).ravel().tolist())
+
+
+def to_ijk(boxes_N6: Any) -> Floats:
+    """(N, 6) as (i0, j0, k0, i1, j1, k1): continuous indices, whole numbers at the centres of voxels; a voxel 4 reads 3.5, 4.5."""
+    return _boxes(_ends(boxes_N6)[..., ::-1] - 0.5)
+
+
+def check_inside(box_zyx: Sequence[float], shape_vox: Sequence[int], where: str, tolerance_vox: float = 0.01) -> None:
+    """Check that a box is one, and lies in its image.
+
+    Raises:
+        ObjectsError: its ends are not finite or the wrong way round, or it lies partly outside.
+    """
+    listed = ", ".join(f"{v:g}" for v in box_zyx)
+    if len(box_zyx) != 6 or not np.isfinite(box_zyx).all():
+        raise ObjectsError(f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1")
+    if any(low >= high for low, high in zip(box_zyx[:3], box_zyx[3:], strict=True)):
+        raise ObjectsError(f"{where}: box [{listed}] has no extent; z0 < z1, y0 < y1 and x0 < x1 are needed, in that order")
+    outside = min(box_zyx[:3]) < -tolerance_vox or any(h > s + tolerance_vox for h, s in zip(box_zyx[3:], shape_vox, strict=True))
+    if outside:
+        size = " x ".join(str(s) for s in shape_vox)
+        raise ObjectsError(f"{where}: box [{listed}] lies outside the image of {size} voxels (z, y, x); are the axes in the order z, y, x?")
+
+
+def _ends(boxes: Any) -> Floats:
+    """(..., 2, 3) from (..., 6)."""
+    values = np.asarray(boxes, dtype=np.float64)
+    return values.reshape(*values.shape[:-1], 2, 3)
+
+
+def _boxes(ends: Floats) -> Floats:
+    """(..., 6) from (..., 2, 3)."""
+    return ends.reshape(*ends.shape[:-2], 6)
