@@ -7,6 +7,7 @@ Shape suffixes: B samples, T tokens, V width, H heads, D head width.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,10 +48,20 @@ def recomputed(function: Callable[..., Tensor], recompute: bool, *arguments: Any
 
 def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None) -> Tensor:
     """Features (B, T, V) after one block: pre-norm attention and MLP, each scaled where the block has a scale."""
-    if not isinstance(block, EvaBlock):
-        own: Tensor = block(x_BTV, rope=rope, attn_mask=mask)
-        return own
-    attended = self_attention(block.attn, block.norm1(x_BTV), rope, mask)
+    if isinstance(block, EvaBlock) and "forward" not in vars(block):
+        return _eva_block(block, x_BTV, rope, mask)
+    own: Tensor = block(x_BTV, rope=rope, attn_mask=mask)
+    return own
+
+
+def hooked(block: nn.Module) -> None:
+    """Have a block be called as a module, so that hooks on modules, which FSDP lives by, take hold; what it computes stays."""
+    if isinstance(block, EvaBlock):
+        block.forward = partial(_eva_block, block)
+
+
+def _eva_block(block: EvaBlock, x_BTV: Tensor, rope: Tensor | None = None, attn_mask: Mask | None = None) -> Tensor:
+    attended = self_attention(block.attn, block.norm1(x_BTV), rope, attn_mask)
     x_BTV = x_BTV + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
     changed = block.mlp(block.norm2(x_BTV))
     out: Tensor = x_BTV + block.drop_path2(changed if block.gamma_2 is None else block.gamma_2 * changed)

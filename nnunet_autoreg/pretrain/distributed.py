@@ -1,5 +1,6 @@
 """The processes that train together: what they agree on, and how the weights are spread over them. The engine is torch.distributed."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.model.trunk import hooked
 
 T = TypeVar("T")
 
@@ -107,12 +109,18 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or told
 
 
-def share_of(num: int, rank: int, size: int) -> range:
+def share_of(num: int, rank: int, size: int, sharded: bool = False) -> range:
     """The numbers out of ``range(num)`` that one of ``size`` processes takes: none twice, none left, as even as they come.
 
+    Args:
+        sharded: weights are spread, so that all processes have to take equally many passes.
+
     Raises:
-        UsageError: there are fewer than processes.
+        UsageError: there are fewer than processes, or they cannot be shared evenly where they have to be.
     """
+    if sharded and num % size:
+        raise UsageError(f"optim.batch_size={num} cannot be shared evenly by {size} processes, which run.sharding=full needs; train on a "
+                         "number of processes that divides it (--num-gpus), or set run.sharding=none in plan.json")
     if num < size:
         raise UsageError(f"optim.batch_size={num} cannot be shared by {size} processes, of which each needs a crop; train on {num} or "
                          "fewer (--num-gpus), or start another --name with a larger --batch")
@@ -149,9 +157,14 @@ def spread(module: nn.Module, device: torch.device, world: World, sharded: bool)
             dist.broadcast(parameter.data, src=0)
         mesh = init_device_mesh(device.type, (world.size,))
         for layer in layers_of(module):
+            hooked(layer)
             fully_shard(layer, mesh=mesh)
         return fully_shard(module, mesh=mesh)
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # Newer versions rename broadcast_buffers; older ones know only this name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

@@ -41,12 +41,13 @@ class TrainingStep:
 
     def __init__(self, plan: Plan, objective: Objective, device: torch.device, world: World = ALONE, sharded: bool = False):
         self.plan, self.objective, self.device, self.world, self.sharded = plan, objective, device, world, sharded
-        self.numbers = share_of(plan.optim.batch_size, world.rank, world.size)
+        self.numbers = share_of(plan.optim.batch_size, world.rank, world.size, sharded)
         self.micro_batch_size = min(plan.optim.micro_batch_size or len(self.numbers), len(self.numbers))
         self.module = objective.module.to(device)
         self.loss_of = spread(BatchLoss(objective), device, world, sharded)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, plan.optim.weight_decay), lr=plan.optim.lr, betas=plan.optim.betas, fused=True,
+            parameter_groups(self.module, plan.optim.weight_decay, plan.optim.decay_all), lr=plan.optim.lr, betas=plan.optim.betas,
+            fused=True,
         )
         self.guard = StepGuard(plan.run, device)
 
@@ -91,8 +92,8 @@ class TrainingStep:
         return total / count
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """AdamW groups, with and without decay."""
-    decayed = [p for name, p in module.named_parameters() if is_decayed(name, p)]
-    plain = [p for name, p in module.named_parameters() if not is_decayed(name, p)]
+def parameter_groups(module: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, object]]:
+    """AdamW groups, with and without decay; ``decay_all`` leaves the second one empty."""
+    decayed = [p for name, p in module.named_parameters() if decay_all or is_decayed(name, p)]
+    plain = [p for name, p in module.named_parameters() if not (decay_all or is_decayed(name, p))]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
