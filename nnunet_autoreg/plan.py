@@ -158,6 +158,8 @@ class OptimPlan:
     Attributes:
         batch_size: crops per optimiser step.
         micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None: the whole batch.
+        checkpoint_activations: keep only the inputs of the transformer's blocks for the backward pass and compute their insides twice:
+            the same numbers in less memory, about a third slower.
     """
 
     num_steps: int
@@ -168,6 +170,7 @@ class OptimPlan:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     micro_batch_size: int | None = None
+    checkpoint_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ class RunPlan:
             with the data of the steps that follow.
         max_rollbacks: going back more often than this ends the run.
         min_token_variance, min_effective_rank: features below either are reported as collapsed.
+        compile: compile the loss and its gradient on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
+        peak_memory_gib: measured in a dry step, once, before the first; None until then.
         sharding: of parameters, gradients and moments over processes that train together: "none" - each holds all (DDP); "full" - each
             holds a part (FSDP2); "auto" - "full" where they would not leave a GPU room for activations. It changes no loss.
     """
@@ -196,6 +201,8 @@ class RunPlan:
     min_token_variance: float = 0.01
     min_effective_rank: float = 3.0
     sharding: str = "auto"
+    compile: bool = True
+    peak_memory_gib: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from nnunet_autoreg.plan import (
     SequencePlan,
     SpacingGroup,
 )
+from nnunet_autoreg.presets import BY_PRESET
 
 START_VOX = 256**3
 MAX_PRETRAIN_VOX = 128**3
@@ -35,8 +36,8 @@ TRAINING_SHARE = 0.95
 MOSTLY_PADDING = 0.25
 BY_USER = "set by the user"
 
-MemoryOf = Callable[[EncoderSize, Size], tuple[float, float]]
-"""(encoder, crop) -> fixed bytes and bytes per crop of a training step."""
+MemoryOf = Callable[[EncoderSize, Size, bool], tuple[float, float]]
+"""(encoder, crop, activations checkpointed) -> fixed bytes and bytes per crop of a training step."""
 
 
 def plan_crop(
@@ -176,13 +177,14 @@ def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_o
 def choose_crop(
     encoder: EncoderSize, block_tokens: Size, round_to_nearest: bool, hardware: Hardware, pool: Pool, memory_of: MemoryOf
 ) -> tuple[Size, str]:
-    """The largest crop of whole blocks that suits the median scan and of which one fits into the memory, and the reason."""
+    """The largest crop of whole blocks that suits the median scan and of which one fits into the memory, if need be with activations
+    checkpointed, and the reason."""
     limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), _side(encoder, block_tokens)
     max_vox = limit
     while True:
         crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, side, max_vox, round_to_nearest)
-        fixed, per_crop = memory_of(encoder, crop)
-        if fixed + per_crop <= hardware.usable_bytes or volume(crop) <= 2 * volume(side):
+        fits = any(sum(memory_of(encoder, crop, recompute)) <= hardware.usable_bytes for recompute in (False, True))
+        if fits or volume(crop) <= 2 * volume(side):
             break
         max_vox = volume(crop) - 1
     extent = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
@@ -207,6 +209,18 @@ def choose_batch(hardware: Hardware) -> tuple[int, str]:
     if hardware.device != "cuda":
         return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
     return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
+
+
+def choose_checkpointing(encoder: EncoderSize, crop: Size, hardware: Hardware, memory_of: MemoryOf) -> tuple[bool, str]:
+    """Whether activations have to be checkpointed so that one crop fits, and the reason; "" where they need not."""
+    without = sum(memory_of(encoder, crop, False))
+    if without <= hardware.usable_bytes:
+        return False, ""
+    with_it = sum(memory_of(encoder, crop, True))
+    if with_it >= without:
+        return False, ""
+    return True, (f"one crop takes about {with_it / 2**30:.1f} GiB with it and {without / 2**30:.1f} without, more than the "
+                  f"{hardware.usable_bytes / 2**30:.1f} that may be used; a step takes about a third longer")
 
 
 def choose_micro_batch(batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float) -> tuple[int, str]:
@@ -273,10 +287,12 @@ def make_plan(
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = encoder_size(chosen)
+    memory_of = _remembered(memory_of)
     layout = choose_layout(encoder, hardware, pool, memory_of)
     crop = layout.crop
     batch, why_batch = choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
-    micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop))
+    recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
+    micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop, recompute))
     rate, why_rate = choose_rate(encoder, batch)
     real_vox = volume([min(c, m) for c, m in zip(crop, pool.median_shape_vox, strict=True)])
     planned = choose_length(pool, real_vox * batch, wishes.num_epochs)
@@ -290,7 +306,7 @@ def make_plan(
         encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
         sequence=SequencePlan(crop, layout.block_tokens),
         objective=ObjectivePlan(trunk=encoder.trunk),
-        optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro),
+        optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1),
         request=request,
         reasons={
@@ -300,10 +316,24 @@ def make_plan(
             "sequence.block_tokens": layout.why_block,
             "optim.batch_size": why_batch,
             "optim.micro_batch_size": why_micro,
+            **({"optim.checkpoint_activations": why_recompute} if recompute else {}),
             "optim.lr": why_rate,
         },
     )
     return with_length(plan, steps, why_steps)
+
+
+def _remembered(memory_of: MemoryOf) -> MemoryOf:
+    """The same, asked once of every combination: a count of a large encoder takes seconds."""
+    known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
+
+    def remembered(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
+        key = encoder.name, crop, recompute
+        if key not in known:
+            known[key] = memory_of(encoder, crop, recompute)
+        return known[key]
+
+    return remembered
 
 
 def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
@@ -311,7 +341,7 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
     every = min(num_steps, max(25, min(1000, num_steps // 20)))
 
     def derived(key: str, planned: int, current: int) -> int:
-        return current if plan.reasons.get(key) == BY_USER else planned
+        return current if plan.reasons.get(key) in (BY_USER, BY_PRESET) else planned
 
     why_warmup = plan.reasons.get("optim.warmup_steps", "5 % of the steps")
     warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)

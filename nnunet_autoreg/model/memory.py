@@ -5,7 +5,7 @@ bytes really kept (a test holds it to 10 %); the half-precision rules and the ov
 and have not been compared with a GPU's peak yet.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from nnunet_autoreg.model.trunk import observed
 
 GIB = 1024**3
 BYTES_PER_PARAMETER = 16
@@ -94,9 +96,11 @@ class _AsOnDevice(TorchFunctionMode):
 class _Kept:
     """The bytes of the distinct storages that autograd saves, less those of ``known`` tensors (parameters, buffers)."""
 
-    def __init__(self, known: Iterator[torch.Tensor]):
+    def __init__(self, known: Iterable[torch.Tensor]):
         self._storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
         self.num_bytes = 0
+        self.largest_piece = 0
+        """Bytes that the largest of the pieces that are computed twice keeps inside, which are there one piece at a time."""
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -105,11 +109,23 @@ class _Kept:
             self.num_bytes += storage.nbytes()
         return tensor
 
+    def piece(self, function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> torch.Tensor:
+        """What activation checkpointing keeps of ``function(*arguments)``: tensors that go in."""
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                self.pack(argument)
+        inside = _Kept(())
+        inside._storages = dict(self._storages)
+        with torch.autograd.graph.saved_tensors_hooks(inside.pack, lambda tensor: tensor):
+            out = function(*arguments)
+        self.largest_piece = max(self.largest_piece, inside.num_bytes)
+        return out
+
 
 @contextmanager
 def _counting(network: nn.Module) -> Iterator[_Kept]:
     kept = _Kept(t for group in (network.parameters(), network.buffers()) for t in group)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), observed(kept.piece):
         yield kept
 
 
@@ -138,7 +154,28 @@ def training_memory(build: Callable[[], nn.Module], input_shape: Sequence[int], 
         network = build().train()
         one, output = kept_bytes(network, torch.empty(1, *input_shape), half)
         two, _ = kept_bytes(network, torch.empty(2, *input_shape), half)
+    logits = output.numel() * BYTES_PER_LOGIT
+    return _line(network, one + logits, two + 2 * logits)
+
+
+def pretraining_memory(module: nn.Module, loss_of: Callable[[int], object], half: bool = True) -> TrainingMemory:
+    """Estimate the memory of training ``module`` with AdamW.
+
+    Args:
+        module: on the meta device.
+        loss_of: computes the loss of so many samples on the meta device.
+        half: mixed precision, as on a GPU.
+    """
+    kept_of = {}
+    for num_samples in (1, 2):
+        with torch.device("meta"), _counting(module) as kept, _AsOnDevice(half):
+            loss_of(num_samples)
+        kept_of[num_samples] = kept.num_bytes + kept.largest_piece
+    return _line(module, kept_of[1], kept_of[2])
+
+
+def _line(network: nn.Module, one: int, two: int) -> TrainingMemory:
+    """From the bytes kept for one sample and for two."""
     parameters = sum(p.numel() for p in network.parameters())
-    sample = two - one + output.numel() * BYTES_PER_LOGIT
     fixed = parameters * BYTES_PER_PARAMETER + max(0, 2 * one - two)
-    return TrainingMemory(fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed), sample_bytes=max(1, int(SLACK * sample)))
+    return TrainingMemory(fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed), sample_bytes=max(1, int(SLACK * (two - one))))

@@ -13,7 +13,9 @@ from torch.nn import functional
 from nnunet_autoreg.geometry import Size, as_size, grid_of
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.model.trunk import run_blocks
+from nnunet_autoreg.model.trunk import recomputed, run_blocks
+
+LOCAL_PIECES = 8
 
 
 def to_blocks(volume_BCZYX: Tensor, block: Size) -> Tensor:
@@ -96,10 +98,14 @@ class SequenceEncoder(nn.Module):
             return functional.linear(cubes_NTP, projection.weight.flatten(1), projection.bias).reshape(B, -1, self.width)
         block_size = block_size or self.block_size
         blocks = to_blocks(crops, block_size)
-        local = self.local(blocks.flatten(0, 1))
+        local = self._local_in_pieces(blocks.flatten(0, 1)) if self.recompute else self.local(blocks.flatten(0, 1))
         local = local.reshape(B * M, blocks.shape[1], *local.shape[1:])
         grid_VZYX = from_blocks(local, grid_of((Z, Y, X), block_size))
         return grid_VZYX.flatten(2).transpose(1, 2).reshape(B, -1, grid_VZYX.shape[1])
+
+    def _local_in_pieces(self, blocks_BCZYX: Tensor) -> Tensor:
+        """``local``, computed twice, piece by piece, so that the second time the inside of one of them is there at once."""
+        return torch.cat([recomputed(self.local, True, piece) for piece in blocks_BCZYX.chunk(LOCAL_PIECES)])
 
     def rope(self, positions_BT: Tensor | None = None) -> Tensor | None:
         """Rotary table: (N, 2 * head width) of the whole grid, or (B, 1, T, 2 * head width) of the positions given."""

@@ -6,7 +6,8 @@ kernel that suits the rule. Blocks of our own take ``rope`` and ``attn_mask`` an
 Shape suffixes: B samples, T tokens, V width, H heads, D head width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,10 +41,24 @@ def recomputed(function: Callable[..., Tensor], recompute: bool, *arguments: Any
     """``function(*arguments)``; where ``recompute`` is on, only tensors among ``arguments`` are kept for the backward pass."""
     if not (recompute and torch.is_grad_enabled()):
         return function(*arguments)
-    # Only the reentrant form keeps its inputs where the count of memory on the meta device sees them.
-    on_meta = any(isinstance(a, Tensor) and a.is_meta for a in arguments)
-    out: Tensor = checkpoint(function, *arguments, use_reentrant=on_meta)
+    if _observers:
+        return _observers[-1](function, arguments)
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
     return out
+
+
+Observer = Callable[[Callable[..., Tensor], tuple[Any, ...]], Tensor]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Have every piece that would be computed twice run by ``observer``, once: for counting what it would keep."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.pop()
 
 
 def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None) -> Tensor:

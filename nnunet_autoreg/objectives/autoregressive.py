@@ -45,8 +45,9 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, plan: Plan, num_channels: int = 1):
         super().__init__()
         sequence, token = plan.sequence, plan.encoder.token_size_vox
+        recompute = plan.optim.checkpoint_activations
         self.encoder = build_sequence_encoder(
-            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, plan.objective.trunk, num_channels
+            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, plan.objective.trunk, num_channels, recompute
         )
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)
@@ -57,7 +58,7 @@ class AutoregressiveModel(nn.Module):
         else:
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
             heads, depth = self.encoder.num_heads, plan.objective.query_depth
-            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), token_voxels)
+            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), token_voxels, recompute)
         self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:

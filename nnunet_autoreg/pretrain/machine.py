@@ -1,11 +1,16 @@
 """The machine that a run is on: device, memory, processes."""
 
 import os
+from typing import TYPE_CHECKING
 
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.sizes import EncoderSize
+from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning import Hardware
+
+if TYPE_CHECKING:
+    from nnunet_autoreg.model.memory import TrainingMemory
 
 
 def hardware(device: str, memory_gib: float | None = None) -> Hardware:
@@ -40,13 +45,47 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def step_memory(encoder: EncoderSize, crop: Size, half: bool) -> tuple[float, float]:
-    """Estimated bytes of a training step, in half precision as on a GPU or not: fixed, and per crop."""
-    from nnunet_autoreg.model.encoders import build_network
-    from nnunet_autoreg.model.memory import training_memory
+def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half: bool = True) -> tuple[float, float]:
+    """Estimated bytes of a training step with the default sequences: fixed, and per crop.
 
-    memory = training_memory(lambda: build_network(encoder.class_path, encoder.arguments, crop, 1, 1), (1, *crop), half)
+    Args:
+        recompute: activation checkpointing.
+        half: half precision, as on a GPU.
+    """
+    from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, RunPlan, SequencePlan
+
+    fitting = [max(n for n in range(1, most + 1) if size // token % n == 0)
+               for size, token, most in zip(crop, encoder.token_size, encoder.block_tokens, strict=True)]
+    sketch = Plan("sketch", DataPlan((1.0, 1.0, 1.0)),
+                  EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
+                  SequencePlan(crop, as_size(fitting)), ObjectivePlan(trunk=encoder.trunk),
+                  OptimPlan(1, 1, 1e-4, 1, checkpoint_activations=recompute), RunPlan(0, 1, 1))
+    memory = plan_memory(sketch, half)
     return float(memory.fixed_bytes), float(memory.sample_bytes)
+
+
+def plan_memory(plan: Plan, half: bool = True) -> "TrainingMemory":
+    """Estimated memory of a plan's training step on spatial sequences, which are as long as those of the other kinds."""
+    import torch
+
+    from nnunet_autoreg.model.memory import pretraining_memory
+    from nnunet_autoreg.objectives.registry import build_objective
+    from nnunet_autoreg.sequences.sample import Batch
+
+    size = plan.sequence.crop_size_vox
+    num_tokens = volume(grid_of(size, plan.encoder.token_size_vox))
+    with torch.device("meta"):
+        objective = build_objective(plan)
+        objective.module.train()
+
+    def loss_of(num_samples: int) -> object:
+        # Inputs count where they are kept; the crops themselves are small beside what is made of them.
+        voxels = torch.empty(num_samples, 1, 1, *size)
+        real = torch.empty(num_samples, 1, *size, dtype=torch.bool)
+        ranks = torch.empty(num_samples, num_tokens, dtype=torch.int64)
+        return objective.loss(Batch(voxels, real, ranks, torch.empty(num_samples, dtype=torch.int64)))
+
+    return pretraining_memory(objective.module, loss_of, half)
 
 
 def num_processes() -> int:

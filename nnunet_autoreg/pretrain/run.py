@@ -211,7 +211,7 @@ def check_inputs(request: Request) -> None:
         raise UsageError(f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it")
     nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
     some = Hardware("cpu", 1.0)
-    sketch = make_plan(request.name, nobody, some, wishes_of(request), request.seed, {}, lambda encoder, crop: (0.0, 0.0))
+    sketch = make_plan(request.name, nobody, some, wishes_of(request), request.seed, {}, lambda *_: (0.0, 0.0))
     override(sketch, list(request.settings))
 
 

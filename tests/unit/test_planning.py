@@ -47,9 +47,9 @@ CPU, GPU = Hardware("cpu", 24.0), Hardware("cuda", 24.0)
 GIB = 2.0**30
 
 
-def flat_memory(encoder: Any, crop: Any) -> tuple[float, float]:
-    """1 GiB, and 1 GiB for each million voxels of a crop."""
-    return GIB, GIB * volume(crop) / 1e6
+def flat_memory(encoder: Any, crop: Any, recompute: bool) -> tuple[float, float]:
+    """1 GiB, and 1 GiB for each million voxels of a crop, or half as much."""
+    return GIB, GIB * volume(crop) / (2e6 if recompute else 1e6)
 
 
 def plan_for(pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **wishes: Any) -> Plan:
@@ -107,13 +107,23 @@ def test_a_crop_shrinks_until_one_fits_into_the_memory() -> None:
     assert choose_layout(encoder, GPU, pool, flat_memory).crop == (128, 128, 128)
     layout = choose_layout(encoder, Hardware("cuda", 2.0), pool, flat_memory)
     crop, reason = layout.crop, layout.why_crop
-    assert flat_memory(encoder, crop)[0] + flat_memory(encoder, crop)[1] <= 0.8 * 2 * GIB < 1.1 * sum(flat_memory(encoder, crop))
+    assert sum(flat_memory(encoder, crop, True)) <= 0.8 * 2 * GIB < 1.1 * sum(flat_memory(encoder, crop, True))
     assert "as large as 2 GiB allow" in reason
+
+
+def test_activations_are_checkpointed_before_the_crop_shrinks_and_only_where_one_crop_would_not_fit() -> None:
+    # A crop of 128^3 takes 1 + 2.1 GiB, or 1 + 1.05 checkpointed; 80 % of 4 and of 3 GiB may be used.
+    pool = replace(POOL, median_shape_vox=(400, 400, 400))
+    roomy, tight = (plan_for(pool, Hardware("cuda", gib), encoder="primus_b") for gib in (4.0, 3.0))
+    assert roomy.sequence.crop_size_vox == tight.sequence.crop_size_vox == (128, 128, 128)
+    assert not roomy.optim.checkpoint_activations and "optim.checkpoint_activations" not in roomy.reasons
+    assert tight.optim.checkpoint_activations
+    assert "2.0 GiB with it and 3.1 without" in tight.reasons["optim.checkpoint_activations"]
 
 
 def layout_of(encoder: str, *median: int, hardware: Hardware = GPU, spacing: Spacing = (1.0, 1.0, 1.0)) -> tuple[Size, Size]:
     pool = replace(POOL, median_shape_vox=(median[0], median[1], median[2]), spacing_mm=spacing)
-    layout = choose_layout(encoder_size(encoder), hardware, pool, lambda encoder, crop: (0.0, 0.0))
+    layout = choose_layout(encoder_size(encoder), hardware, pool, lambda *_: (0.0, 0.0))
     return layout.crop, layout.block_tokens
 
 
@@ -247,8 +257,8 @@ def rows_of(kinds: list[Kind]) -> list[ScanRow]:
 
 
 @cache
-def memory(encoder: str, crop: Size, half: bool) -> tuple[float, float]:
-    return step_memory(encoder_size(encoder), crop, half=half)
+def memory(encoder: str, crop: Size, recompute: bool, half: bool) -> tuple[float, float]:
+    return step_memory(encoder_size(encoder), crop, recompute, half)
 
 
 def golden_plan(name: str) -> Plan:
@@ -257,7 +267,7 @@ def golden_plan(name: str) -> Plan:
     pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
     half = hardware.device == "cuda"
     wishes = Wishes(ENCODER_OF.get(name, "auto"))
-    return make_plan(name, pool, hardware, wishes, 0, {}, lambda encoder, crop: memory(encoder.name, crop, half))
+    return make_plan(name, pool, hardware, wishes, 0, {}, lambda encoder, crop, recompute: memory(encoder.name, crop, recompute, half))
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -274,7 +284,7 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
 def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
     plan, (hardware, _) = check(golden_plan(name)), POOLS[name]
     assert volume(plan.sequence.crop_size_vox) <= 128**3
-    fixed, per_crop = memory(plan.encoder.name, plan.sequence.crop_size_vox, hardware.device == "cuda")
+    fixed, per_crop = memory(plan.encoder.name, plan.sequence.crop_size_vox, plan.optim.checkpoint_activations, hardware.device == "cuda")
     assert plan.optim.micro_batch_size is not None
     assert fixed + plan.optim.micro_batch_size * per_crop <= hardware.usable_bytes
 
