@@ -1,4 +1,4 @@
-"""Exactness of block-causal prediction: the tests T1-T3, T5-T7 of the method, on Primus, in float32."""
+"""Exactness of block-causal prediction: the tests T1-T3, T5-T7 of the method, on every family of encoders, in float32."""
 
 from dataclasses import replace
 
@@ -7,25 +7,41 @@ import pytest
 import torch
 
 from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.families import token_size_of
 from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, TrunkPlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sequences.blocks import block_ids, sequence_ids, token_ranks, window_positions
 from nnunet_autoreg.sequences.kinds import member_codes, member_crop
 from nnunet_autoreg.sequences.sample import Batch
 
-SMALL = {**encoder_size("primus_tiny").arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+NARROW = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+STAGES = {"features_per_stage": [8, 12, 16, 24], "n_blocks_per_stage": [1, 1, 1, 1]}
+THICK = {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]]}
+ENCODERS = {
+    "primus": ("primus_tiny", NARROW),
+    "primus_v2": ("primus_v2_tiny", NARROW),
+    "primus_v3": ("primus_v3_tiny", {**NARROW, "ch_per_level": [8, 12, 16, 24]}),
+    "resenc": ("resenc_tiny", STAGES),
+    "resenc of thick slices": ("resenc_tiny", {**STAGES, **THICK}),
+    "vit": ("vit_b16", {**NARROW, "patch_embed_size": [8, 8, 8], "decoder_features": 4}),
+}
+"""What of a named encoder is made smaller: all keep tokens of 8^3 voxels, or 4 x 8 x 8."""
 
 
-def make_plan(**sequence):
-    tiny = encoder_size("primus_tiny")
+def make_plan(encoder="primus", **sequence):
+    name, smaller = ENCODERS[encoder]
+    size = encoder_size(name)
+    arguments = {**size.arguments, **smaller}
     settings = {"crop_size_vox": (16, 32, 24), **sequence}
-    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", tiny.class_path, SMALL, tiny.token_size),
-                      SequencePlan(**settings), ObjectivePlan(), OptimPlan(10, 2, 1e-3, 1), RunPlan(0, 10, 10)))
+    planned = EncoderPlan(name, size.class_path, arguments, token_size_of(size.class_path, arguments))
+    objective = ObjectivePlan(trunk=TrunkPlan(48, 2, 2) if size.trunk else None)
+    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), planned, SequencePlan(**settings), objective, OptimPlan(10, 2, 1e-3, 1),
+                      RunPlan(0, 10, 10)))
 
 
 def make_batch(plan, prefix, seed=0, num_samples=1):
@@ -47,15 +63,27 @@ def predict(objective, batch):
         return objective.module(batch, torch.ones_like(batch.ranks, dtype=torch.bool))
 
 
+def noise_like(tokens):
+    """Other voxels: not just brighter ones, which instance normalisation would not tell apart."""
+    return torch.randn(tokens.shape, generator=torch.Generator().manual_seed(99))
+
+
 def change_block(batch, plan, rank):
     """The same batch with other voxels in the block of this rank (first sample)."""
     tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
-    tokens[0, batch.ranks[0] == rank] += 3.0
+    tokens[0, batch.ranks[0] == rank] = noise_like(tokens[0, batch.ranks[0] == rank])
     voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     return replace(batch, voxels=voxels[:, None])
 
 
+CONVOLVED = {"primus_v2": (2, 2, 2), "primus_v3": (2, 2, 2), "resenc": (2, 2, 2), "resenc of thick slices": (4, 2, 2)}
+"""Tokens of the smallest block."""
 VARIANTS = {
+    **{f"{encoder}, {order}, {predictor}": {"encoder": encoder, "block_tokens": block, "crop_size_vox": (16, 32, 32), "order": order,
+                                            "predictor": predictor}
+       for encoder, block in CONVOLVED.items() for order, predictor in (("raster", "next"), ("random", "query"))},
+    "vit, raster, next": {"encoder": "vit"},
+    "vit, random, query": {"encoder": "vit", "order": "random", "predictor": "query"},
     "raster, single tokens": {},
     "raster, blocks of 2x2x1": {"block_tokens": (2, 2, 1)},
     "random, query": {"order": "random", "predictor": "query"},
@@ -96,7 +124,8 @@ def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they
     def features(batch):
         with torch.no_grad():
             valid = torch.ones_like(batch.ranks, dtype=torch.bool)
-            return encoder(batch.voxels, block_causal(batch.ranks, batch.prefix, valid))
+            rule = objective.module.rule(batch.ranks, batch.prefix, valid)
+            return encoder(batch.voxels, rule)[:, encoder.num_starts :]
 
     batch = make_batch(plan, prefix)
     first = batch.ranks[0] == 0
@@ -143,6 +172,29 @@ def test_the_loss_equals_a_hand_computation_for_two_samples_with_different_prefi
                         count += 512
                     t += 1
     assert float(terms.count) == count == 512 * (21 + 4)
+    assert terms.total.item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("encoder", CONVOLVED)
+def test_the_loss_over_blocks_of_several_tokens_equals_a_hand_computation(encoder):
+    plan = make_plan(encoder, crop_size_vox=(16, 32, 32), block_tokens=CONVOLVED[encoder])
+    torch.manual_seed(1)
+    objective = Autoregressive(plan)
+    batch = make_batch(plan, 2)
+    predicted = predict(objective, batch).numpy().astype(np.float64)
+    crop = batch.voxels[0, 0, 0].numpy().astype(np.float64)
+    depth, total, count, t = plan.encoder.token_size_vox[0], 0.0, 0, 0
+    for z in range(0, 16, depth):
+        for y in range(0, 32, 8):
+            for x in range(0, 32, 8):
+                token = crop[z : z + depth, y : y + 8, x : x + 8].reshape(-1)
+                # Blocks of 16^3 in raster order: 0 and 1 lie at y < 16 and are given.
+                if y >= 16:
+                    total += ((predicted[0, t] - (token - token.mean()) / token.std(ddof=1)) ** 2).sum()
+                    count += token.size
+                t += 1
+    terms = objective.loss(batch)
+    assert float(terms.count) == count == 16 * 16 * 32
     assert terms.total.item() == pytest.approx(total, rel=1e-5)
 
 
@@ -263,6 +315,10 @@ WAYS = {
     "raster, next": {}, "interleaved, next": {"order": "interleaved"}, "raster, query": {"predictor": "query"},
     "random, query": {"order": "random", "predictor": "query"},
     "interleaved, next, blocks of 1x1x2": {"order": "interleaved", "block_tokens": (1, 1, 2)},
+    "CNN, interleaved, next": {"encoder": "resenc", "block_tokens": (2, 2, 2), "crop_size_vox": (32, 32, 32), "order": "interleaved"},
+    "primus_v2, random, query": {"encoder": "primus_v2", "block_tokens": (2, 2, 2), "crop_size_vox": (32, 32, 32), "order": "random",
+                                 "predictor": "query"},
+    "vit, raster, next": {"encoder": "vit"},
 }
 
 
@@ -289,7 +345,9 @@ def change_members(batch, plan, rank):
     """The same batch with other voxels in the block of this rank."""
     token, (members, size) = plan.encoder.token_size_vox, (batch.voxels.shape[1], batch.voxels.shape[3:])
     tokens = to_blocks(batch.voxels[0], token).clone()
-    tokens.view(-1, *tokens.shape[2:])[batch.ranks[0] == rank] += 3.0
+    chosen = batch.ranks[0] == rank
+    flat = tokens.view(-1, *tokens.shape[2:])
+    flat[chosen] = noise_like(flat[chosen])
     assert tokens.shape[0] == members
     return replace(batch, voxels=from_blocks(tokens, grid_of(size, token))[None])
 

@@ -1,0 +1,211 @@
+"""Encoders of every family: built for fine-tuning and for pretraining from the same numbers, and what passes between the two."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.families import (
+    CLASS_PATHS,
+    family_of,
+    has_deep_supervision,
+    missing_arguments,
+    smallest_block,
+    token_size_of,
+)
+from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.model.encoders import build_network, build_sequence_encoder
+from nnunet_autoreg.model.sequence import SequenceEncoder, to_blocks
+from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
+from nnunet_autoreg.plan import EncoderPlan, TrunkPlan
+
+NARROW = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+STAGES = {"features_per_stage": [8, 12, 16, 24], "n_blocks_per_stage": [1, 1, 1, 1]}
+SMALL: dict[str, dict[str, Any]] = {
+    "primus_tiny": NARROW,
+    "primus_v2_tiny": NARROW,
+    "primus_v3_tiny": {**NARROW, "ch_per_level": [8, 12, 16, 24]},
+    "resenc_tiny": STAGES,
+    "vit_b16": {**NARROW, "patch_embed_size": [8, 8, 8], "decoder_features": 4},
+}
+CONVOLVED = ("primus_v2_tiny", "primus_v3_tiny", "resenc_tiny")
+CROP = (16, 16, 32)
+ADAPTED = {
+    "primus_tiny": ("eva", "down_projection", "down_projection.proj", "eva.pos_embed"),
+    "primus_v2_tiny": ("eva", "down_projection", "down_projection.stem.blocks.0.conv1.conv", "eva.pos_embed"),
+    "primus_v3_tiny": ("eva", "down_projection", "down_projection.stem.blocks.0.conv1.conv", "eva.pos_embed"),
+    "resenc_tiny": ("encoder.stages", "encoder.stem", "encoder.stem.convs.0.conv", None),
+    "vit_b16": ("model", "model.patchifier", "model.patchifier.proj", None),
+}
+
+
+def small_plan(name: str) -> EncoderPlan:
+    size = encoder_size(name)
+    arguments = {**size.arguments, **SMALL[name]}
+    return EncoderPlan(name, size.class_path, arguments, token_size_of(size.class_path, arguments))
+
+
+def small_encoder(name: str, channels: int = 1) -> SequenceEncoder:
+    torch.manual_seed(0)
+    plan = small_plan(name)
+    block = smallest_block(family_of(plan.class_path), plan.token_size_vox)
+    trunk = TrunkPlan(48, 2, 2) if encoder_size(name).trunk else None
+    return build_sequence_encoder(plan, CROP, block, trunk, channels).eval()
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_named_encoder_can_be_built_and_states_its_tokens_and_family(name: str) -> None:
+    size = encoder_size(name)
+    shallow = {**size.arguments, **({"eva_depth": 2} if "eva_depth" in size.arguments else {})}
+    with torch.device("meta"):
+        network: Any = build_network(size.class_path, shallow, [4 * t for t in size.token_size], 1, 3)
+        output = network(torch.empty(1, 1, *(4 * t for t in size.token_size)))
+    assert output.shape == (1, 3, *(4 * t for t in size.token_size))
+    assert family_of(size.class_path) == size.family and name.startswith(size.family)
+    assert token_size_of(size.class_path, size.arguments) == size.token_size
+    assert all(b >= n for b, n in zip(size.block_tokens, smallest_block(size.family, size.token_size), strict=True))
+    assert not missing_arguments(size.class_path, size.arguments)
+
+
+def test_the_presets_have_the_sizes_of_their_papers() -> None:
+    """nnU-Net's ResEnc encoder: 6 stages, stride 32; Primus M: width 864, 16 blocks; ViT-B/16: 12 blocks of 768."""
+    resenc = encoder_size("resenc_l")
+    assert resenc.token_size == (32, 32, 32) and resenc.arguments["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
+    assert encoder_size("resenc_m").arguments == resenc.arguments == encoder_size("resenc_xl").arguments
+    assert [encoder_size(f"resenc_{s}").patch_gib for s in ("m", "l", "xl")] == [8, 24, 40]
+    assert encoder_size("primus_v2_m").arguments["embed_dim"] == 864 and encoder_size("vit_b16").token_size == (16, 16, 16)
+    # Total stride of strides 1, (1, 2, 2), 2: per axis.
+    assert token_size_of(CLASS_PATHS["resenc"], {"strides": [1, [1, 2, 2], 2]}) == (2, 4, 4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(name: str, tmp_path: Any) -> None:
+    encoder, plan = small_encoder(name), small_plan(name)
+    state = encoder.transferable_state()
+    save_file(state, tmp_path / "encoder.safetensors")
+    torch.manual_seed(1)
+    downstream: Any = build_network(plan.class_path, plan.arguments, CROP, 1, 3).eval()
+    live = downstream.state_dict(keep_vars=True)
+    prefixes = (f"{downstream.key_to_encoder}.", f"{downstream.key_to_stem}.")
+    parts = {id(t) for key, t in live.items() if key.startswith(prefixes) and ".rope." not in key}
+    assert {id(live[key]) for key in state} == parts and len(state) == len(parts)
+    downstream.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=False)
+    assert all(torch.equal(live[key], value) for key, value in state.items())
+    volume = noise(1, 1, *CROP)
+    with torch.no_grad():
+        expected = encoder.describe(volume[:, None], None)
+        assert torch.allclose(fine_tuned_features(name, downstream, volume), expected, atol=1e-5)
+
+
+def fine_tuned_features(name: str, network: Any, volume: Tensor) -> Tensor:
+    """Features as the downstream network computes them itself, (B, T, *)."""
+    if name == "resenc_tiny":
+        deepest: Tensor = network.encoder(volume)[-1]
+        return deepest.flatten(2).transpose(1, 2)
+    if name == "vit_b16":
+        last: Tensor = network.encode(volume)[-1]
+        return last
+    features, _ = network.eva(network.down_projection(volume).flatten(2).transpose(1, 2))
+    out: Tensor = features
+    return out
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_card_names_the_parts_that_fine_tuning_adapts(name: str) -> None:
+    encoder = small_encoder(name, channels=2)
+    adaptation = encoder.adaptation()
+    key_to_encoder, key_to_stem, in_proj, positions = ADAPTED[name]
+    assert (adaptation.key_to_encoder, adaptation.key_to_stem, adaptation.key_to_lpe) == (key_to_encoder, key_to_stem, positions)
+    assert adaptation.keys_to_in_proj[0] == in_proj
+    # Every tensor whose shape depends on the number of channels is named, under some name.
+    other = small_encoder(name, channels=3).network.state_dict()
+    state = encoder.network.state_dict(keep_vars=True)
+    depends = {id(t) for key, t in state.items() if t.shape != other[key].shape}
+    assert depends == {id(state[f"{key}.weight"]) for key in adaptation.keys_to_in_proj}
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_the_local_part_sees_one_block_at_a_time(name: str) -> None:
+    encoder = small_encoder(name)
+    volume = noise(1, 1, 1, *CROP)
+    blocks = to_blocks(volume[:, 0], encoder.block_size)
+    with torch.no_grad():
+        tokens = encoder.tokens(volume)
+        alone = [encoder.local(blocks[:, k]).flatten(2).transpose(1, 2)[0] for k in range(blocks.shape[1])]
+    # Two blocks of 16^3 beside each other along x, each of 2 x 2 x 2 tokens.
+    index = torch.arange(16).reshape(2, 2, 4)
+    assert blocks.shape[1] == 2
+    # Convolutions of one and of two blocks may add up in another order.
+    assert torch.allclose(tokens[0, index[:, :, :2].flatten()], alone[0], atol=1e-5)
+    assert torch.allclose(tokens[0, index[:, :, 2:].flatten()], alone[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_run_over_a_whole_crop_the_local_part_would_leak(name: str) -> None:
+    """What the tests of leakage would see if blocks were not taken one by one."""
+    encoder = small_encoder(name)
+    volume, other = noise(1, 1, 1, *CROP), noise(1, 1, 1, *CROP, seed=1)
+    other[..., :16] = volume[..., :16]
+    first = torch.arange(16).reshape(2, 2, 4)[:, :, :2].flatten()
+    with torch.no_grad():
+        assert torch.equal(encoder.tokens(volume)[0, first], encoder.tokens(other)[0, first])
+        whole = as_size(CROP)
+        assert not torch.equal(encoder.tokens(volume, whole)[0, first], encoder.tokens(other, whole)[0, first])
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_computing_the_local_part_twice_changes_no_number(name: str) -> None:
+    once, twice = small_encoder(name), small_encoder(name)
+    twice.recompute = True
+    volume = noise(1, 1, 1, *CROP)
+    for encoder in (once, twice):
+        (encoder(volume, None) * noise(1, 16, 48, seed=2)).sum().backward()
+    # All gradients in one: those of biases before a norm are nothing but rounding.
+    one, two = (torch.cat([p.grad.flatten() for p in e.parameters() if p.grad is not None]) for e in (once, twice))
+    assert (one - two).norm() < 1e-4 * one.norm()
+
+
+def test_a_cnn_hands_its_image_and_deep_supervision_arguments_on() -> None:
+    plan = small_plan("resenc_tiny")
+    network: Any = build_network(plan.class_path, plan.arguments, CROP, 1, 3, deep_supervision=True)
+    outputs = network(noise(1, 1, *CROP))
+    assert [tuple(o.shape[2:]) for o in outputs] == [(16, 16, 32), (8, 8, 16), (4, 4, 8)]
+    assert has_deep_supervision("resenc") and not has_deep_supervision("primus")
+
+
+def test_what_a_family_cannot_do_is_refused() -> None:
+    cnn, primus = small_plan("resenc_tiny"), small_plan("primus_tiny")
+    with pytest.raises(PlanError, match="no stochastic depth"):
+        build_network(cnn.class_path, cnn.arguments, CROP, 1, 2, drop_path_rate=0.2)
+    with pytest.raises(PlanError, match="one resolution only"):
+        build_network(primus.class_path, primus.arguments, CROP, 1, 2, deep_supervision=True)
+    with pytest.raises(PlanError, match=r"size 20 on axis z is no multiple of the token size 8; use 16 or 24"):
+        build_network(cnn.class_path, cnn.arguments, (20, 16, 16), 1, 2)
+    with pytest.raises(PlanError, match="strides missing"):
+        build_network(cnn.class_path, {k: v for k, v in cnn.arguments.items() if k != "strides"}, CROP, 1, 2)
+    with pytest.raises(PlanError, match=r"objective\.trunk is missing"):
+        build_sequence_encoder(cnn, CROP, (2, 2, 2), None)
+
+
+def test_a_strangers_arguments_name_no_class_from_elsewhere() -> None:
+    plan = small_plan("resenc_tiny")
+    evil = replace(plan, arguments={**plan.arguments, "nonlin": "subprocess.Popen"})
+    with pytest.raises(PlanError, match=r"nonlin='subprocess\.Popen' is no class of torch\.nn"):
+        build_network(evil.class_path, evil.arguments, CROP, 1, 2)
+    with pytest.raises(PlanError, match="none of the known encoders"):
+        build_network("os.system", plan.arguments, CROP, 1, 2)
+
+
+def test_start_is_one_more_block_in_front_that_is_always_given() -> None:
+    encoder = small_encoder("vit_b16")
+    features = encoder(noise(2, 1, 1, *CROP), None)
+    assert encoder.num_starts == 1 and features.shape == (2, 1 + 16, 48)
+    assert small_encoder("primus_tiny")(noise(2, 1, 1, *CROP), None).shape == (2, 16, 48)
