@@ -48,6 +48,11 @@ def has_transformer(family: str) -> bool:
     return family != RESENC
 
 
+def has_start(family: str) -> bool:
+    """Whether a START token stands before the first block and can predict it."""
+    return family == VIT
+
+
 def has_deep_supervision(family: str) -> bool:
     """Whether the downstream network can give predictions at several resolutions."""
     return family == RESENC

@@ -157,6 +157,7 @@ class OptimPlan:
 
     Attributes:
         batch_size: crops per optimiser step.
+        decay_all: weight decay also on norms, biases, positions and scales (AR-SSL4M's own), which are left out otherwise.
         micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None: the whole batch.
         checkpoint_activations: keep only the inputs of the transformer's blocks for the backward pass and compute their insides twice:
             the same numbers in less memory, about a third slower.
@@ -169,6 +170,7 @@ class OptimPlan:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip_norm: float = 1.0
+    decay_all: bool = False
     micro_batch_size: int | None = None
     checkpoint_activations: bool = False
 

@@ -1,7 +1,8 @@
 """Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the way out."""
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import family_of, has_transformer, missing_arguments, smallest_block, token_size_of
+from nnunet_autoreg.families import family_of, has_start, has_transformer, missing_arguments, smallest_block, token_size_of
+from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.plan import KINDS, OBJECTIVES, ORDERS, PREDICTORS, PREFIXES, SHARDINGS, EncoderPlan, Plan, SpacingGroup
 
 
@@ -47,10 +48,19 @@ def _check_prefix(plan: Plan) -> None:
             "which sets order=random, predictor=query and prefix=fixed"
         )
     if s.prefix == "uniform_from_0":
-        raise PlanError(
-            f"sequence.prefix=uniform_from_0: encoder {plan.encoder.name} has no START token that could predict the first block; use "
-            "sequence.prefix=uniform"
-        )
+        _check_start(plan)
+
+
+def _check_start(plan: Plan) -> None:
+    s = plan.sequence
+    if not has_start(family_of(plan.encoder.class_path)):
+        why = f"encoder {plan.encoder.name} has no START token that could predict the first block"
+    elif s.predictor != "next" or volume(s.block_tokens) > 1:
+        why = (f"START predicts one token by predictor next, and the plan has predictor {s.predictor} and blocks of "
+               f"{volume(s.block_tokens)} tokens")
+    else:
+        return
+    raise PlanError(f"sequence.prefix=uniform_from_0: {why}; use sequence.prefix=uniform")
 
 
 def _check_encoder(encoder: EncoderPlan) -> None:

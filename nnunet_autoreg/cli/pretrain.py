@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.plan import OBJECTIVES
+from nnunet_autoreg.presets import PRESETS
 
 if TYPE_CHECKING:
     from nnunet_autoreg.pretrain.folder import Request
@@ -53,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
                    "for one dataset, all that the scans offer for several")
     p.add_argument("--boxes", metavar="FILE", help="a CSV that says where structures lie, for semantic sequences: scan, class, zmin, ymin, "
                    "xmin, zmax, ymax, xmax in voxels")
+    p.add_argument("--objective", default="autoregressive", choices=OBJECTIVES, help="masked: the yardstick of the simplest kind, a random "
+                   "three quarters of the blocks from the others, by the same encoder and loop")
+    p.add_argument("--preset", default="", choices=PRESETS, help="faithful: AR-SSL4M's own settings, as far as the encoder has them "
+                   "(--encoder vit_b16 has all)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override planned values, e.g. optim.lr=3e-4")
     p.add_argument("--part", metavar="K/N", help="preprocess the K-th of N parts of the scans, then stop: for job arrays. Needs a run that "
                    "--dry-run has planned; when all parts are done, the same line without --part trains")
@@ -112,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         init=absolute(args.init),
         settings=tuple(args.set),
         sequences=tuple(args.sequences),
+        objective=args.objective,
+        preset=args.preset,
         boxes=absolute(args.boxes),
     ).check()
     if args.part:

@@ -20,8 +20,14 @@ from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.sequences.sampler import SequenceSampler
 
 
-def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
-    """(B, T) bool: tokens that are predicted - of rank >= p, holding real voxels, with something real before them."""
+def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from_start: bool = False) -> Tensor:
+    """(B, T) bool: tokens that are predicted - of rank >= p, holding real voxels, with something real before them.
+
+    Args:
+        from_start: a START token is before all of them, and is enough.
+    """
+    if from_start:
+        return valid_BT & (ranks_BT >= prefix_B[:, None])
     first_B = torch.where(valid_BT, ranks_BT, ranks_BT.max() + 1).min(dim=1).values
     return valid_BT & (ranks_BT >= prefix_B[:, None]) & (ranks_BT > first_B[:, None])
 
@@ -62,15 +68,25 @@ class AutoregressiveModel(nn.Module):
         self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
-        """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has none: its entries are 0."""
+        """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has one from START alone: without, its entries are 0."""
         member_BTV = None if self.member is None or batch.members is None else self.member(batch.members)
         rule = self.rule(batch.ranks, batch.prefix, valid_BT)
-        features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)[:, self.encoder.num_starts :]
+        features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
+        start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
         if isinstance(self.head, QueryDecoder):
             rule = strictly_earlier(batch.ranks, valid_BT)
             out: Tensor = self.head(features_BTV, rule, self.encoder.rope(batch.positions), batch.positions, batch.members)
             return out
-        return self.shift(self.head(features_BTV), block_order(batch.ranks))
+        order_BT = block_order(batch.ranks)
+        said_BTP = self.shift(self.head(features_BTV), order_BT)
+        if not self.predicts_first:
+            return said_BTP
+        return said_BTP.scatter(1, order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]), self.head(start_BTV))
+
+    @property
+    def predicts_first(self) -> bool:
+        """Whether START says what the first block is: it has one output, so that block has to be one token."""
+        return self.encoder.num_starts == 1 and self.block_num_tokens == 1 and isinstance(self.head, NextHead)
 
     def rule(self, rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
         """Who may attend to whom in the encoder, start tokens included."""
@@ -103,7 +119,7 @@ class Autoregressive:
         voxels_BTP, real_BTP = self._target_voxels(batch)
         valid_BT = real_BTP.any(dim=-1)
         target_BTP = normalised_target(voxels_BTP, real_BTP, settings.variance_floor, settings.variance_epsilon)
-        weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT)[:, :, None] & real_BTP).float()
+        weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[:, :, None] & real_BTP).float()
         if batch.scored is not None:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
         predicted_BTP = self.model(asked, valid_BT).float()
@@ -123,7 +139,7 @@ class Autoregressive:
         mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, every_BTP, settings.variance_floor, settings.variance_epsilon)
         predicted_BTP = self.model(asked, valid_BT).float() * deviation_BT1 + mean_BT1
         given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
-        scored_BT = supervised_tokens(asked.ranks, asked.prefix, valid_BT)
+        scored_BT = supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)
         parts = (predicted_BTP, mean_BT1.expand_as(voxels_BTP), given_BT[:, :, None] & real_BTP, scored_BT[:, :, None] & real_BTP)
         predicted, trivial, given, scored = (self._volume(part, batch) for part in parts)
         scored = scored if batch.scored is None else scored & batch.scored

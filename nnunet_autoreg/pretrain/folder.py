@@ -15,9 +15,10 @@ from typing import Any
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
-from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
+from nnunet_autoreg.errors import AutoregError, PlanError, UsageError, did_you_mean
 from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, read_card
-from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.plan import OBJECTIVES, Plan
+from nnunet_autoreg.presets import PRESETS
 from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, read_json, to_jsonable, write_json
 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
@@ -39,6 +40,8 @@ class Request:
         split_4d: every volume of a 4D file or series is a scan.
         sequences: kinds of sequences with their weights, e.g. "contrast=0.5"; empty to have them planned.
         boxes: absolute path of a CSV that says where structures lie, or None.
+        objective: of ``plan.OBJECTIVES``.
+        preset: of ``presets.PRESETS``, or "".
     """
 
     name: str
@@ -60,6 +63,8 @@ class Request:
     split_4d: bool = False
     sequences: tuple[str, ...] = ()
     boxes: str | None = None
+    objective: str = "autoregressive"
+    preset: str = ""
 
     def check(self) -> "Request":
         """Return the request if it makes sense.
@@ -77,10 +82,19 @@ class Request:
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value}: must be at least 1")
         self._check_length_and_memory()
+        self._check_presets()
         parse_policy(self.spacing)
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
         return self
+
+    def _check_presets(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"--objective {self.objective}: does not exist; {did_you_mean(self.objective, OBJECTIVES)}")
+        if self.preset and self.preset not in PRESETS:
+            raise UsageError(f"--preset {self.preset}: does not exist; {did_you_mean(self.preset, PRESETS)}")
+        if self.preset and self.objective != "autoregressive":
+            raise UsageError(f"--preset {self.preset} is autoregressive and excludes --objective {self.objective}; give one of them")
 
     def _check_length_and_memory(self) -> None:
         lengths = {"--steps": self.num_steps, "--epochs": self.num_epochs, "--hours": self.num_hours}
@@ -98,8 +112,11 @@ def run_folder(results: Path, name: str) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, instead: str = "use another --name") -> Iterator[None]:
     """Hold the run's folder. The lock is the process's own: it ends with it and no worker inherits it.
+
+    Args:
+        instead: what else the user can do where another process holds it.
 
     Raises:
         AutoregError: another process holds it, or the folder cannot be written.
@@ -114,7 +131,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise AutoregError(f"another process is working in {folder}; wait for it, or use another --name") from error
+                raise AutoregError(f"another process is working in {folder}; wait for it, or {instead}") from error
             raise AutoregError(f"{folder / LOCK_NAME} cannot be locked ({error.strerror}); does this file system know locks?") from error
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")

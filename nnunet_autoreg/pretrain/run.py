@@ -23,6 +23,7 @@ from nnunet_autoreg.model.card import WEIGHTS_NAME
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
+from nnunet_autoreg.presets import faithful, with_objective
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.pretrain.folder import (
@@ -103,7 +104,8 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
         to_jsonable(request), partial(step_memory, half=device == "cuda"),
     )
-    plan = check(override(with_sequences(folder, plan, request, rows), list(request.settings)))
+    plan = with_presets(with_sequences(folder, plan, request, rows), request)
+    plan = check(override(plan, list(request.settings)))
     check_network(plan)
     check_start(plan)
     write_json(folder / "fingerprint.json", print_of)
@@ -118,6 +120,15 @@ def with_sequences(folder: Path, plan: Plan, request: Request, rows: list[ScanRo
     """The plan with its kinds of sequences, by what the training scans offer; positions of structures are kept in ``places.json``."""
     training, _ = split(rows, plan.data.holdout_fraction, plan.run.seed)
     return plan_with_sequences(folder, plan, request, training, rows, num_processes())
+
+
+def with_presets(plan: Plan, request: Request) -> Plan:
+    """The plan for the objective and the preset asked for; what is typed beside a preset counts more."""
+    plan = with_objective(plan, request.objective)
+    if request.preset != "faithful":
+        return plan
+    typed = {"sequence.weights": request.sequences, "optim.batch_size": request.batch_size}
+    return faithful(plan, [key for key, value in typed.items() if value])
 
 
 def index_inputs(folder: Path, request: Request) -> Index:

@@ -18,11 +18,11 @@ PACKAGE = "nnunet_autoreg"
 # Level by level; the files of levels 0 and 1 are one room each, in the order in which they may import each other.
 LEVELS = [
     ["errors", "geometry", "records", "rng"],
-    ["families", "plan", "plan_check", "nnunet_api", "bridge"],
+    ["families", "plan", "plan_check", "presets", "nnunet_api", "bridge"],
     ["corpus", "model"],
     ["planning", "store", "checkpoint"],
     ["sequences", "objectives", "transfer"],
-    ["pretrain", "detection", "classification"],
+    ["pretrain", "benchmark", "detection", "classification"],
     ["cli", "trainers", "planners"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -30,7 +30,7 @@ ROOMS_OF_ORDERED_FILES = (0, 1)
 # One level, one way: an objective reads the samples that a sequence lays out; a sequence knows no objective.
 SIDEWAYS = {("objectives", "sequences")}
 
-MAY_IMPORT_NNUNET = {"nnunet_api", "transfer", "detection", "classification", "trainers", "planners"}
+MAY_IMPORT_NNUNET = {"nnunet_api", "transfer", "benchmark", "detection", "classification", "trainers", "planners"}
 LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "corpus", "planning", "store", "cli"}
 LIGHT_FILES = {"model.sizes", "model.card"}
 HEAVY = ("torch", "torchvision", "nnunetv2", "timm", "dynamic_network_architectures", "batchgeneratorsv2")
