@@ -1,10 +1,11 @@
 """``encoder.json``: what a pretrained encoder is and what it needs to be used well. Torch-free."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_autoreg.errors import PlanError, WeightsError
+from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
 from nnunet_autoreg.families import missing_arguments
 from nnunet_autoreg.geometry import Size, Spacing, grid_of
 from nnunet_autoreg.plan import IntensityWindow, SpacingGroup
@@ -85,6 +86,18 @@ class EncoderCard:
     def save(self, folder: Path) -> None:
         """Write ``encoder.json`` into ``folder``."""
         write_json(folder / CARD_NAME, self)
+
+
+def check_run_name(name: str) -> None:
+    """Refuse names that a run's folder, nnU-Net's folder names or ``autoreg_weights`` cannot hold.
+
+    Raises:
+        UsageError: it is such a name.
+    """
+    if name == NO_WEIGHTS:
+        raise UsageError(f"--name {NO_WEIGHTS}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another name")
+    if not re.fullmatch(r"[\w.-]+", name) or "__" in name or name.startswith("."):
+        raise UsageError(f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot")
 
 
 def read_card(folder: Path) -> EncoderCard:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OURS = {"autoreg_pretrain": "pretrain", "autoreg_doctor": "doctor", "autoreg_demo": "demo"}
+OURS = {"autoreg_pretrain": "pretrain", "autoreg_doctor": "doctor", "autoreg_demo": "demo", "autoreg_weights": "weights"}
 
 
 def lines_to_type(document: Path) -> Iterator[list[str]]:

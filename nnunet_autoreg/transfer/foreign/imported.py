@@ -151,7 +151,12 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
     lpe = getattr(network, "key_to_lpe", None)
     known = imported.card
     if known is not None:
-        return replace(known, name=name, extra={**known.extra, IMPORTED: imported.origin})
+        encoder = imported.encoder
+        return replace(
+            known, name=name, class_path=encoder.class_path, arguments=encoder.arguments, token_size_vox=encoder.token_size_vox,
+            crop_size_vox=imported.crop_size_vox, num_input_channels=imported.num_input_channels,
+            extra={**known.extra, IMPORTED: imported.origin},
+        )  # fmt: skip
     return EncoderCard(
         name=name,
         encoder=imported.encoder.name,

@@ -1,5 +1,6 @@
 """``autoreg_weights inspect``: what a weights file is, what it needs, whose it is."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def inspect_weights(path: Path, options: Options, plan_file: Path | None = None)
     if source.kind == RUN:
         return _run_facts(source.file, head)
     if source.kind in (AR_SSL4M, NNSSL):
-        return _foreign_facts(source, head, options)
+        return _foreign_facts(source, head, options, plan_file)
     return _unknown_facts(source, head)
 
 
@@ -58,9 +59,9 @@ def _card_facts(card: EncoderCard) -> Facts:
     ]
 
 
-def _foreign_facts(source: Source, head: Facts, options: Options) -> tuple[Facts, str]:
+def _foreign_facts(source: Source, head: Facts, options: Options, plan_file: Path | None) -> tuple[Facts, str]:
     head = [*head, ("what", f"{source.kind} checkpoint")]
-    import_line = f"autoreg_weights import {source.file} --name NAME"
+    import_line = " ".join(["autoreg_weights import", str(source.file), "--name NAME", *_typed(options, plan_file)])
     try:
         imported = converted(source, options)
         network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
@@ -69,6 +70,17 @@ def _foreign_facts(source: Source, head: Facts, options: Options) -> tuple[Facts
         return [*head, ("cannot be imported", str(error)), *_shape_facts(source.tensors)], f"{import_line} (once that is settled)"
     facts = [*head, *_imported_facts(imported), *_shape_facts(tensors), *(("note", note) for note in imported.notes)]
     return facts, import_line
+
+
+def _typed(options: Options, plan_file: Path | None) -> list[str]:
+    """What the user said, as it is typed."""
+    flags: dict[str, object] = {
+        "--adaptation-plan": plan_file, "--token-order": options.token_order, "--heads": options.num_heads,
+        "--patch-size": " ".join(str(v) for v in options.patch_size_vox or ()),
+        "--spacing": " ".join(f"{v:g}" for v in options.spacing_mm or ()), "--modality": " ".join(options.modalities),
+        "--licence": options.licence and shlex.quote(options.licence),
+    }  # fmt: skip
+    return [f"{flag} {value}" for flag, value in flags.items() if value]
 
 
 def _imported_facts(imported: Imported) -> Facts:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunet_autoreg.errors import WeightsError
-from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, RESENC, token_size_of
+from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, token_size_of
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.model.sizes import ENCODERS, PRIMUS_WIDTHS
@@ -31,10 +31,11 @@ PRIMUS_PRESETS = {
 """Preset -> width, depth, heads."""
 CNN_PRESETS = ("ResEncL", "NoSkipResEncL")
 KEYS: dict[str, tuple[str, str]] = {
-    RESENC: ("encoder.stages.", "encoder.stem."), PRIMUS: ("eva.", "down_projection."), PRIMUS_V2: ("eva.", "down_projection."),
-}  # fmt: skip
+    RESENC: ("encoder.stages.", "encoder.stem."),
+    **{family: ("eva.", "down_projection.") for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3)},
+}
 """Family -> what keys of encoder and stem begin with downstream."""
-PRIMUS_OPTIONS = ("use_rot_pos_emb", "use_abs_pos_embed", "mlp_ratio")
+PRIMUS_OPTIONS = ("use_rot_pos_emb", "use_abs_pos_embed", "mlp_ratio", "depth_per_level", "ch_per_level", "add_skips")
 Z_SCORE = "ZScoreNormalization"
 _BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
 
@@ -120,11 +121,12 @@ def _family(plan: Mapping[str, Any], source: Source) -> str:
     name, _ = architecture_of(plan, source.file)
     if name in CNN_PRESETS or name == "ResidualEncoderUNet":
         return RESENC
-    if name.startswith("PrimusV2"):
-        return PRIMUS_V2
+    for prefix, family in (("PrimusV2", PRIMUS_V2), ("PrimusV3", PRIMUS_V3)):
+        if name.startswith(prefix):
+            return family
     if name == "Primus" or name in PRIMUS_PRESETS:
         return PRIMUS
-    known = ", ".join([*CNN_PRESETS, "ResidualEncoderUNet", "Primus", *PRIMUS_PRESETS, "PrimusV2"])
+    known = ", ".join([*CNN_PRESETS, "ResidualEncoderUNet", "Primus", *PRIMUS_PRESETS, "PrimusV2", "PrimusV3"])
     raise WeightsError(f"{source.file} holds a {name}, which cannot be fine-tuned here; what can be is: {known}")
 
 
@@ -201,7 +203,7 @@ def _primus_arguments(
     if not depths or "eva.norm.weight" not in tensors:
         raise WeightsError("the file has no 'eva.blocks.*' and 'eva.norm.weight': it is no whole Primus encoder")
     width, depth = int(tensors["eva.norm.weight"].shape[0]), max(depths) + 1
-    preset = PRIMUS_PRESETS.get(name.replace("V2", ""))
+    preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
     heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
     if heads is None:
         raise WeightsError("the adaptation plan does not say how many attention heads there are; add --heads N")
@@ -215,7 +217,7 @@ def _primus_arguments(
         "embed_dim": width, "patch_embed_size": list(as_size(token)), "eva_depth": depth, "eva_numheads": int(heads),
         "init_values": _layer_scale(stated, tensors), "scale_attn_inner": _inner_norm(stated, tensors),
     }  # fmt: skip
-    return arguments | {key: stated[key] for key in PRIMUS_OPTIONS if stated.get(key) is not None}
+    return arguments | {key: _listed(stated[key]) for key in PRIMUS_OPTIONS if stated.get(key) is not None}
 
 
 def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float | None:
