@@ -10,6 +10,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
     nnUNetPlannerResEncXL,
 )
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_autoreg.geometry import as_size, volume
 from nnunet_autoreg.model.sizes import ENCODERS
@@ -37,7 +38,19 @@ def stock_planner(encoder: EncoderPlan, dataset_name: str, budget: Budget) -> Re
     planner.UNet_blocks_per_stage_decoder = _extended(encoder.arguments["n_conv_per_stage_decoder"])
     if budget.is_explicit:
         planner.UNet_vram_target_GB = budget.gib
+    planner.static_estimate_VRAM_usage = feature_map_size
     return planner
+
+
+def feature_map_size(
+    patch_size: Sequence[int], num_input_channels: int, num_classes: int, class_path: str, arguments: dict[str, Any],
+    imported: Sequence[str],
+) -> float:
+    """What nnU-Net's planner measures memory by, as it does itself - but without weights, and with ``nnUNet_n_proc_DA=0`` too, with
+    which nnU-Net asks torch for no threads at all."""
+    with torch.device("meta"):
+        network = get_network_from_plans(class_path, arguments, imported, num_input_channels, num_classes, allow_init=False)
+    return float(network.compute_conv_feature_map_size(patch_size))
 
 
 def fit_resenc(
@@ -76,9 +89,7 @@ def _ask(
     while True:
         if limit is not None:
             shape = plan_crop(task.median_shape_vox, task.spacing_mm, encoder.token_size_vox, int(limit))
-        # Only shapes are asked for: no weights are made.
-        with torch.device("meta"):
-            plan: dict[str, Any] = planner.get_plans_for_configuration(task.spacing_mm, shape, "", dataset_vox, cache)
+        plan: dict[str, Any] = planner.get_plans_for_configuration(task.spacing_mm, shape, "", dataset_vox, cache)
         if max_vox is None or limit is None or volume(plan["patch_size"]) <= max_vox or limit <= volume(encoder.token_size_vox):
             return plan
         limit *= SHRINK
