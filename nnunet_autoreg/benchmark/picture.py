@@ -1,0 +1,88 @@
+"""``benchmark.png``: Dice by arm and number of labels with every seed, and the paired differences with their intervals."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.benchmark.protocol import ARMS, STOCK
+from nnunet_autoreg.benchmark.table import Row, rows_of
+from nnunet_autoreg.records import atomic_path
+
+COLOURS = dict(zip(ARMS, ("#0072b2", "#cc79a7", "#e69f00", "#555555"), strict=True))
+MARKERS = "osD^vP"
+
+
+def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw the runs of the length, split and recipe of the last line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    last = lines[-1]
+    ours = [x for x in lines if all(x[name] == last[name] for name in ("split", "steps", "batch")) and x["recipe"] in ("", last["recipe"])]
+    rows = rows_of(ours)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    labels = sorted({row.key.labels for row in rows})
+    _draw_dice(left, rows, labels)
+    _draw_differences(right, rows, labels)
+    figure.suptitle(f"{title}: {last['split']} split, {last['steps']} steps of {last['batch']} patches", fontsize=11)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(encoder, arm) of every series, in the order of the table."""
+    return list(dict.fromkeys((row.key.encoder, row.key.arm) for row in rows))
+
+
+def _place(names: Sequence[tuple[str, str]], name: tuple[str, str], labels: Sequence[int], num_labels: int) -> float:
+    return labels.index(num_labels) + 0.7 * ((names.index(name) + 0.5) / len(names) - 0.5)
+
+
+def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, Any]:
+    encoders = list(dict.fromkeys(encoder for encoder, _ in names))
+    return {"color": COLOURS[name[1]], "marker": MARKERS[encoders.index(name[0]) % len(MARKERS)]}
+
+
+def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> None:
+    names = _names(rows)
+    for name in names:
+        style, told = _style(names, name), name[1] if name[0] == "-" else f"{name[1]}, {name[0]}"
+        for row in (row for row in rows if (row.key.encoder, row.key.arm) == name):
+            place = _place(names, name, labels, row.key.labels)
+            axis.plot([place] * len(row.dice), row.dice, linestyle="", markersize=4, alpha=0.5, **style)
+            axis.plot([place - 0.04, place + 0.04], [np.mean(row.dice)] * 2, color=style["color"], linewidth=2.5)
+        axis.plot([], [], linestyle="", label=told, **style)
+    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases", ylabel="Dice (points: seeds, bars: mean)")
+    axis.legend(fontsize=8, frameon=False)
+    _plain(axis)
+
+
+def _draw_differences(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> None:
+    told = [row for row in rows if (row.to_scratch or row.to_stock) is not None]
+    names = _names(told)
+    for row in told:
+        name = (row.key.encoder, row.key.arm)
+        difference = row.to_stock if row.to_scratch is None else row.to_scratch
+        assert difference is not None
+        style, (low, high) = _style(_names(rows), name), difference.over_both
+        place = _place(names, name, labels, row.key.labels)
+        axis.errorbar(place, difference.mean, [[difference.mean - low], [high - difference.mean]], capsize=3, markersize=5,
+                      markerfacecolor="white" if row.to_scratch is None else style["color"], **style)
+    axis.axhline(0, color="#999999", linewidth=0.8)
+    hollow = any(row.to_scratch is None for row in told)
+    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases",
+             ylabel="minus scratch" + (f" (hollow: minus {STOCK})" if hollow else "") + ", 95 %")
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+    if not told:
+        axis.text(0.5, 0.5, "no pairs yet", transform=axis.transAxes, ha="center")
+    _plain(axis)
+
+
+def _plain(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axis.set_axisbelow(True)

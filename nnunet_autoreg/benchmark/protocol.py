@@ -1,0 +1,176 @@
+"""What a benchmark is asked for, where its things lie, and which runs it consists of."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from nnunet_autoreg.benchmark.results import RunKey
+from nnunet_autoreg.benchmark.split import SPLITS
+from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.model.card import RUNS_FOLDER
+from nnunet_autoreg.records import from_jsonable, to_jsonable
+from nnunet_autoreg.transfer.block import Recipe
+
+ARMS = ("pretrained", "masked", "scratch", "stock")
+TRAINERS = {"pretrained": "AutoregPretrainedTrainer", "masked": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer",
+            "stock": "nnUNetTrainer"}
+STOCK, STOCK_PLANS = "stock", "nnUNetPlans"
+CONFIGURATION = "3d_fullres"
+MASKED_SUFFIX = "_masked"
+OWN_PREFIX = "benchmark_"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user typed.
+
+    Attributes:
+        dataset: folder name of the raw dataset.
+        weights: finished pretraining runs; empty to have the benchmark pretrain ``encoders`` itself.
+        encoders: to pretrain on the dataset's own pool.
+        pretrain_steps, pretrain_batch: of those pretrainings; None to have them planned.
+        budget_min: minutes of training per run; the steps follow from the slowest arm. None where ``steps`` are given.
+        batch: patches per step, for all arms; None for the smallest of the plans.
+        recipe: changed values of the fine-tuning recipe of our arms, "key=value".
+        subjects: a CSV of case and subject; None to go by names.
+    """
+
+    dataset: str
+    labels: tuple[int, ...] = (5, 10, 20)
+    num_seeds: int = 3
+    arms: tuple[str, ...] = ("pretrained", "scratch", "stock")
+    weights: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ("auto",)
+    pretrain_steps: int | None = None
+    pretrain_batch: int | None = None
+    budget_min: float | None = None
+    steps: int | None = None
+    batch: int | None = None
+    split: str = "test"
+    recipe: tuple[str, ...] = ()
+    subjects: str | None = None
+
+    def check(self) -> "Request":
+        """Return the request if it makes sense.
+
+        Raises:
+            UsageError: an impossible number, an unknown arm or recipe value.
+        """
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise UsageError(f"--arms {arm}: there is no such arm; {did_you_mean(arm, ARMS)}")
+        if self.split not in SPLITS:
+            raise UsageError(f"--split {self.split}: {did_you_mean(self.split, SPLITS)}")
+        numbers = {"--seeds": self.num_seeds, "--budget": self.budget_min, "--steps": self.steps, "--batch": self.batch,
+                   "--pretrain-steps": self.pretrain_steps, "--pretrain-batch": self.pretrain_batch,
+                   **{f"--labels {k}": k for k in self.labels}}
+        for flag, number in numbers.items():
+            if number is not None and not 0 < number < float("inf"):
+                raise UsageError(f"{flag} {number:g}: must be greater than 0")
+        if (self.steps is None) == (self.budget_min is None):
+            raise UsageError("give the length of a run either as --steps or as --budget")
+        for name in self.weights:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise UsageError(f"--weights {name}: give the name of a run in $nnUNet_results/{RUNS_FOLDER}")
+        recipe_values(self.recipe)
+        return self
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the runs whose plans are compared: the weights given, or those that the benchmark makes."""
+        return self.weights or tuple(OWN_PREFIX + encoder for encoder in self.encoders)
+
+    @property
+    def recipe_word(self) -> str:
+        """The changed recipe in one word, whatever its order."""
+        return " ".join(sorted(self.recipe))
+
+
+def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
+    """Changed recipe values, typed.
+
+    Raises:
+        UsageError: no "key=value", an unknown key or a value of the wrong type.
+    """
+    found: dict[str, object] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        try:
+            found[key] = float(text) if "." in text or "e" in text.lower() else int(text)
+        except ValueError as error:
+            raise UsageError(f"--recipe {setting}: write it as key=number, e.g. pretrained_rate=3e-3") from error
+        if not equals:
+            raise UsageError(f"--recipe {setting}: write it as key=number, e.g. pretrained_rate=3e-3")
+    base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
+    try:
+        from_jsonable(Recipe, {**base, **found}, "--recipe")
+    except PlanError as error:
+        raise UsageError(str(error)) from error
+    return found
+
+
+def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:
+    """All runs, seed by seed, so that whole comparisons are there early."""
+    for seed, labels, arm in product(range(request.num_seeds), request.labels, request.arms):
+        for encoder in ("-",) if arm == STOCK else request.families:
+            recipe = "" if arm == STOCK else request.recipe_word
+            yield RunKey(arm, encoder, labels, seed, request.split, steps, batch, recipe)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a benchmark's things lie, below ``root``."""
+
+    root: Path
+    dataset: str
+
+    @property
+    def preprocessed(self) -> Path:
+        """nnUNet_preprocessed of all runs."""
+        return self.root / "preprocessed"
+
+    @property
+    def results(self) -> Path:
+        """nnUNet_results of planning and pretraining."""
+        return self.root / "results"
+
+    @property
+    def plans(self) -> Path:
+        """The dataset's folder of plans, splits and preprocessed cases."""
+        return self.preprocessed / self.dataset
+
+    @property
+    def exclude(self) -> Path:
+        """Development and test cases, for ``autoreg_pretrain --exclude``."""
+        return self.root / "exclude.txt"
+
+    def pretraining(self, name: str) -> Path:
+        """Folder of a pretraining that the benchmark uses; one of the user's is a link."""
+        return self.results / RUNS_FOLDER / name
+
+    def run(self, key: RunKey) -> Path:
+        """Folder of one training."""
+        return self.root / "runs" / key.folder
+
+
+def weights_of(key: RunKey) -> str | None:
+    """Name of the pretraining whose weights a run starts from; None for random ones."""
+    return {"pretrained": key.encoder, "masked": key.encoder + MASKED_SUFFIX}.get(key.arm)
+
+
+def plans_name(key: RunKey) -> str:
+    """Plans file of a run. The twins' plans differ from the pretrained arm's in nothing; the masked arm's in the weights."""
+    if key.arm == STOCK:
+        return STOCK_PLANS
+    name = f"AutoregPlans_{weights_of(key) or key.encoder}"
+    recipe = re.sub(r"[^A-Za-z0-9.]+", "_", key.recipe)
+    return f"{name}_{recipe}" if recipe else name
+
+
+def fold_of(folds: list[Mapping[str, object]], fold: Mapping[str, object]) -> int:
+    """The index of a fold in ``splits_final.json``; it is added where it is missing, so that earlier numbers stay."""
+    if fold not in folds:
+        folds.append(fold)
+    return folds.index(fold)

@@ -1,0 +1,182 @@
+"""The trainings of a benchmark: what is missing is run, one process each; what is there is left alone."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.benchmark.commands import last_words
+from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch
+from nnunet_autoreg.benchmark.protocol import CONFIGURATION, STOCK, TRAINERS, fold_of, plans_name, runs_of, weights_of
+from nnunet_autoreg.benchmark.results import RESULTS_NAME, RunKey, append_result, key_of, read_results
+from nnunet_autoreg.benchmark.statistics import mean_dice
+from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, Job
+from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
+from nnunet_autoreg.records import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+LENGTHS_NAME = "lengths.json"
+PACE_STEPS = 20
+FEWEST_PER_EPOCH, MOST_PER_EPOCH, EPOCHS_WANTED = 25, 250, 40
+
+Runner = Callable[[Path, Mapping[str, str]], int]
+"""(job's folder, environment) -> exit code of the training's process."""
+
+
+def worker(folder: Path, environment: Mapping[str, str]) -> int:
+    """Run the job in ``folder`` in a process of its own."""
+    line = [sys.executable, "-m", "nnunet_autoreg.benchmark.worker", str(folder)]
+    with (folder / "log.txt").open("w", encoding="utf-8") as handle:
+        return subprocess.run(line, env=dict(environment), stdout=handle, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def epochs_of(steps: int) -> tuple[int, int]:
+    """Epochs and steps of each, about 40 epochs of 25 to 250 steps; together at most ``steps``."""
+    per_epoch = max(min(steps, FEWEST_PER_EPOCH), min(MOST_PER_EPOCH, steps // EPOCHS_WANTED))
+    return max(1, steps // per_epoch), per_epoch
+
+
+def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
+    """Steps and batch of all runs: those asked for, or what the budget allows the slowest arm. Settled once per budget and batch.
+
+    Raises:
+        AutoregError: an arm cannot be run, or the budget is too small for a step.
+    """
+    request, file = bench.request, bench.layout.root / LENGTHS_NAME
+    lengths = read_json(file) if file.is_file() else {}
+    some = [*runs_of(request, 0, 0)]
+    batch = request.batch or lengths.setdefault("batch", planned_batch(bench, some))
+    steps = request.steps
+    if steps is None:
+        assert request.budget_min is not None
+        budgets = lengths.setdefault("budgets", {})
+        name = f"{request.budget_min:g} min at batch {batch}"
+        if name not in budgets:
+            paces = {str(key): measure_pace(bench, key, batch, runner) for key in _one_of_each(some)}
+            slowest = max(paces, key=lambda arm: paces[arm])
+            steps = int(request.budget_min * 60 / paces[slowest])
+            if steps < 1:
+                raise AutoregError(f"--budget {request.budget_min:g}: a step of {slowest} takes {paces[slowest]:.1f} s; give more minutes")
+            budgets[name] = {"steps": steps, "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()}}
+        steps, paces = int(budgets[name]["steps"]), budgets[name]["seconds_per_step"]
+        log.info("%s: %d steps, by %s", name, steps, ", ".join(f"{arm} {pace:.3g} s a step" for arm, pace in paces.items()))
+    write_json(file, lengths)
+    epochs, per_epoch = epochs_of(steps)
+    return epochs * per_epoch, int(batch)
+
+
+def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
+    """One run for each network: twins cost the same."""
+    found: dict[tuple[str, bool], RunKey] = {}
+    for key in keys:
+        found.setdefault((key.encoder, key.arm == STOCK), key)
+    return list(found.values())
+
+
+def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float:
+    """Seconds of a training step of an arm, loading included."""
+    folder = bench.layout.root / "pace" / f"{key.encoder}-{key.arm}"
+    job = replace(job_of(bench, key, batch), num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False)
+    log.info("measuring a step of %s", key.arm if key.arm == STOCK else key.encoder)
+    result = _do(bench, folder, job, runner)
+    if not result["seconds_per_step"]:
+        raise AutoregError(f"the step of {key} could not be measured; see {folder / 'log.txt'}")
+    return float(result["seconds_per_step"])
+
+
+def job_of(bench: Bench, key: RunKey, batch: int) -> Job:
+    """The training of a run."""
+    epochs, per_epoch = epochs_of(max(key.steps, 1))
+    folds = read_json(bench.layout.plans / "splits_final.json")
+    return Job(bench.request.dataset, CONFIGURATION, fold_of(folds, fold(bench, key)), TRAINERS[key.arm], plans_name(key), key.seed, epochs,
+               per_epoch, batch, bench.commands.device, bench.commands.threads)
+
+
+def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Runner = worker) -> list[RunKey]:
+    """Run what ``runs.jsonl`` does not hold yet, ``num_jobs`` at a time; return what failed.
+
+    A run that was cut short leaves a folder without a line, and is done anew.
+    """
+    file = bench.layout.root / RESULTS_NAME
+    done = {key_of(line) for line in read_results(file)}
+    missing = [key for key in keys if key not in done]
+    log.info("%d of %d runs are there, %d to do, %d at a time", len(keys) - len(missing), len(keys), len(missing), num_jobs)
+    failed: list[RunKey] = []
+    lock = threading.Lock()
+
+    def one(key: RunKey) -> None:
+        folder = bench.layout.run(key)
+        try:
+            result = _do(bench, folder, job_of(bench, key, key.batch), runner)
+        except AutoregError as error:
+            failed.append(key)
+            log.error("%s FAILED: %s", key, error)
+            return
+        line = line_of(bench, key, result)
+        with lock:
+            append_result(file, line)
+        log.info("%s: Dice %.3f after %d steps in %.0f s", key, mean_dice(line), key.steps, line["train_s"])
+
+    if num_jobs == 1:
+        for key in missing:
+            one(key)
+    else:
+        with ThreadPoolExecutor(num_jobs) as pool:
+            list(pool.map(one, missing))
+    return failed
+
+
+def _do(bench: Bench, folder: Path, job: Job, runner: Runner) -> dict[str, Any]:
+    """Run a job in a fresh folder of its own.
+
+    Raises:
+        AutoregError: its process failed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / RUNS_FOLDER).symlink_to((bench.layout.results / RUNS_FOLDER).resolve(), target_is_directory=True)
+    write_json(folder / JOB_NAME, job)
+    environment = bench.commands.environment(nnUNet_results=folder)
+    code = runner(folder, environment)
+    if code or not (folder / RESULT_NAME).is_file():
+        raise AutoregError(f"exit code {code} ({last_words(folder / 'log.txt')}); see {folder / 'log.txt'}")
+    found: dict[str, Any] = read_json(folder / RESULT_NAME)
+    return found
+
+
+def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of a finished run: what it is, what it rests on, what came of it."""
+    cases = bench.labelled(key)
+    subjects = {case: bench.record.subjects[case] for case in bench.record.division.scored(key.split)}
+    _, per_epoch = epochs_of(key.steps)
+    return {
+        **asdict(key), "dataset": bench.request.dataset, "num_labelled": len(cases), "labelled": list(cases),
+        "pretraining": pretraining_of(bench, key), "steps_per_epoch": per_epoch, **result, "subjects": subjects,
+        "device": bench.commands.device, "threads": bench.commands.threads,
+        "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-autoreg")},
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def pretraining_of(bench: Bench, key: RunKey) -> dict[str, Any] | None:
+    """What the weights of a run cost and are; None for a start from random ones."""
+    name = weights_of(key)
+    if name is None:
+        return None
+    folder = bench.layout.pretraining(name)
+    card = read_card(folder)
+    plan = folder / "plan.json"
+    batch = int(read_json(plan)["optim"]["batch_size"]) if plan.is_file() else None
+    return {"name": name, "objective": card.objective, "encoder": card.encoder, "steps": card.num_steps, "batch": batch,
+            "scans": card.num_scans, "sha256": card.sha256}
+

@@ -1,0 +1,108 @@
+"""Which patients are for choosing, which for the final table, and which are labelled under which seed. Pure.
+
+Everything goes by hashes of names, so that it never changes, and by whole patients: all scans of one go the same way.
+"""
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_autoreg.errors import UsageError, did_you_mean
+
+TEST_SHARE, DEVELOPMENT_SHARE = 0.2, 0.15
+MOST_SCANS_OF_A_PATIENT = 4
+SPLITS = ("development", "test")
+
+
+@dataclass(frozen=True)
+class Division:
+    """Case ids: ``pool`` to label and pretrain on, ``development`` for choices, ``test`` for the final table."""
+
+    pool: tuple[str, ...]
+    development: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def scored(self, split: str) -> tuple[str, ...]:
+        """The cases of a split."""
+        return {"development": self.development, "test": self.test}[split]
+
+
+def subjects_by_name(cases: Sequence[str]) -> dict[str, str]:
+    """Case -> patient, from names alone: the name up to the first number that tells patients apart.
+
+    ``patient001_ED`` and ``patient001_ES`` are one patient, ``hippocampus_001`` and ``hippocampus_003`` two. A number that would give
+    patients more than four scans each on average is passed over, as the 22 of ``FLARE22_Tr_0001`` and the site of ``site1_0001``.
+    """
+    most_numbers = max((len(re.findall(r"\d+", case)) for case in cases), default=0)
+    for count in range(1, most_numbers + 1):
+        found = {case: _up_to_number(case, count) for case in cases}
+        if len(cases) <= MOST_SCANS_OF_A_PATIENT * len(set(found.values())):
+            return found
+    return {case: case for case in cases}
+
+
+def _up_to_number(case: str, count: int) -> str:
+    ends = [match.end() for match in re.finditer(r"\d+", case)]
+    return case[: ends[count - 1]] if len(ends) >= count else case
+
+
+def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
+    """Case -> patient from a CSV with the columns ``case`` and ``subject``.
+
+    Raises:
+        UsageError: it cannot be read, lacks a column, or does not name every case.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            found = {row["case"]: row["subject"] for row in csv.DictReader(handle)}
+    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+        raise UsageError(f"--subjects {path} cannot be used ({error!r}); give a CSV with the columns case and subject") from error
+    missing = [case for case in cases if not found.get(case)]
+    if missing:
+        raise UsageError(f"--subjects {path} names no subject for {len(missing)} of {len(cases)} cases, the first is {missing[0]}; "
+                         f"{did_you_mean(missing[0], found)}")
+    return {case: found[case] for case in cases}
+
+
+def divide(subject_of: Mapping[str, str]) -> Division:
+    """A fifth of the patients for the test, 15 % for development, the others are the pool; at least one patient each.
+
+    Raises:
+        UsageError: fewer than 3 patients.
+    """
+    order = ordered(set(subject_of.values()))
+    if len(order) < 3:
+        raise UsageError(f"{len(subject_of)} labelled cases of {len(order)} patients cannot be divided into pool, development and test; "
+                         "give a dataset of at least 3 patients, or --subjects if the names mislead")
+    num_test = max(1, round(TEST_SHARE * len(order)))
+    num_development = max(1, round(DEVELOPMENT_SHARE * len(order)))
+    parts = order[num_test + num_development :], order[num_test : num_test + num_development], order[:num_test]
+    pool, development, test = (tuple(sorted(case for case, subject in subject_of.items() if subject in set(part))) for part in parts)
+    return Division(pool, development, test)
+
+
+def labelled(division: Division, subject_of: Mapping[str, str], num_labels: int, seed: int) -> tuple[str, ...]:
+    """The cases of the pool that are labelled under a seed: whole patients until there are at least ``num_labels``.
+
+    Another seed labels other patients; the fewer labels of one seed are among its more.
+
+    Raises:
+        UsageError: the pool is too small.
+    """
+    if num_labels > len(division.pool):
+        raise UsageError(f"--labels {num_labels}: the pool holds {len(division.pool)} labelled cases, {len(division.development)} more are "
+                         f"for development and {len(division.test)} for the test; ask for fewer")
+    chosen: list[str] = []
+    for subject in ordered({subject_of[case] for case in division.pool}, f"{seed}/"):
+        if len(chosen) >= num_labels:
+            break
+        chosen += [case for case in division.pool if subject_of[case] == subject]
+    return tuple(sorted(chosen))
+
+
+def ordered(names: Iterable[str], before: str = "") -> list[str]:
+    """Names in the order of their hashes; ``before`` goes in front of each, for another order."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{before}{name}".encode()).hexdigest())

@@ -1,0 +1,116 @@
+"""The lines of runs as a table for people, and its numbers for the picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.benchmark.protocol import ARMS, STOCK
+from nnunet_autoreg.benchmark.results import RunKey, key_of
+from nnunet_autoreg.benchmark.statistics import Difference, mean_dice, paired
+
+Lines = Mapping[int, Mapping[str, Any]]
+"""Lines of runs that differ in their seed alone, by seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        key: that of the first seed.
+        lines: by seed.
+        to_scratch, to_stock: paired differences to the twin from random weights, and to nnU-Net as it comes.
+    """
+
+    key: RunKey
+    lines: Lines
+    to_scratch: Difference | None
+    to_stock: Difference | None
+
+    @property
+    def dice(self) -> list[float]:
+        """Mean Dice of every seed."""
+        return [mean_dice(line) for line in self.lines.values()]
+
+
+def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row for each arm, encoder, number of labels, length and recipe; later lines of the same run count."""
+    groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(_group(key_of(line)), {})[int(line["seed"])] = line
+    rows = []
+    for seeds in groups.values():
+        by_seed = dict(sorted(seeds.items()))
+        key = key_of(next(iter(by_seed.values())))
+        twin = _lines_of(groups, key, arm="scratch", encoder=key.encoder, recipe=key.recipe)
+        stock = _lines_of(groups, key, arm=STOCK, encoder="-", recipe="")
+        rows.append(Row(key, by_seed, paired(by_seed, twin) if key.arm not in ("scratch", STOCK) and twin else None,
+                        paired(by_seed, stock) if key.arm != STOCK and stock else None))
+    return sorted(rows, key=lambda row: (*_group(row.key)[:-1], ARMS.index(row.key.arm)))
+
+
+def _group(key: RunKey) -> tuple[Any, ...]:
+    return (key.split, key.steps, key.batch, key.labels, key.recipe, key.encoder, key.arm)
+
+
+def _lines_of(groups: Mapping[tuple[Any, ...], Lines], key: RunKey, arm: str, encoder: str, recipe: str) -> Lines:
+    return groups.get((key.split, key.steps, key.batch, key.labels, recipe, encoder, arm), {})
+
+
+COLUMNS = ("split", "steps x batch", "labels", "encoder", "arm", "seeds", "Dice (sd over seeds)", "minus scratch [95 %]",
+           "minus stock [95 %]", "s a step", "min a run", "pretraining")
+
+
+def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table and what its figures mean."""
+    rows = rows_of(lines)
+    told = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    told += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join([*told, "", *_notes(rows)]) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    key, dice, lines = row.key, row.dice, list(row.lines.values())
+    spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
+    labelled = sorted({int(line["num_labelled"]) for line in lines})
+    labels = str(key.labels) if labelled == [key.labels] else f"{key.labels} ({'-'.join(map(str, labelled))} cases)"
+    encoder = key.encoder + (f", {key.recipe}" if key.recipe else "")
+    paces = [line["seconds_per_step"] for line in lines if line["seconds_per_step"]]
+    minutes = [(line["train_s"] + line["validate_s"]) / 60 for line in lines]
+    return [key.split, f"{key.steps} x {key.batch}", labels, encoder, key.arm, str(len(dice)), f"{np.mean(dice):.3f} ({spread})",
+            signed(row.to_scratch), signed(row.to_stock), f"{np.median(paces):.2f}" if paces else "-", f"{np.mean(minutes):.1f}",
+            _pretraining(lines[0].get("pretraining"))]
+
+
+def signed(difference: Difference | None) -> str:
+    """A difference with its interval, over cases alone where there is one seed."""
+    if difference is None:
+        return "-"
+    low, high = difference.over_both
+    seeds = "" if difference.num_seeds > 1 else ", 1 seed"
+    return f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}]{seeds}"
+
+
+def _pretraining(told: Mapping[str, Any] | None) -> str:
+    if told is None:
+        return "-"
+    times = f" x {told['batch']}" if told["batch"] else ""
+    return f"{told['objective'].split(' (')[0]}, {told['steps']}{times} on {told['scans']} scans"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes = [
+        "Dice: mean over the cases of the split and their labels. Equal cost: all arms of a length take the same steps and patches a step; "
+        "the patches' sizes and what a step costs differ between networks. Pretraining is listed apart.",
+        "Differences are paired by seed and case. The interval draws patients and seeds anew (bootstrap, 95 %); every seed labels other "
+        "patients of the pool, so it holds that choice, the initial weights and the order of the data. It does not hold another "
+        "pretraining, another division into pool and test, or another dataset, and few seeds tell little of their own spread. With 1 seed "
+        "it draws patients alone.",
+    ]
+    found = [d for row in rows for d in (row.to_scratch, row.to_stock) if d is not None]
+    left_out = max((d.num_left_out for d in found), default=0)
+    if left_out:
+        notes.append(f"Up to {left_out} cases have no Dice in some run (nothing to find and nothing found) and are left out of the pairs.")
+    return notes

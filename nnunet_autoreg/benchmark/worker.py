@@ -1,0 +1,146 @@
+"""One training in a process of its own, by nnU-Net's own trainer, loader and validation: ``python -m nnunet_autoreg.benchmark.worker JOB``.
+
+The job's folder holds ``job.json``; ``result.json`` is written last. nnU-Net's folders are in the environment.
+"""
+
+import math
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.records import from_jsonable, read_json, write_json
+
+JOB_NAME, RESULT_NAME = "job.json", "result.json"
+NUM_WARM_STEPS = 2
+VAL_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training.
+
+    Attributes:
+        dataset, configuration, fold, trainer, plans: as of ``nnUNetv2_train``.
+        num_epochs, steps_per_epoch, batch: length; the same for all arms.
+        validate: predict and score the fold's validation cases afterwards; off where only the pace is wanted.
+        threads: of torch on a CPU.
+    """
+
+    dataset: str
+    configuration: str
+    fold: int
+    trainer: str
+    plans: str
+    seed: int
+    num_epochs: int
+    steps_per_epoch: int
+    batch: int
+    device: str
+    threads: int
+    validate: bool = True
+
+
+class Stopwatch:
+    """Wraps a trainer's step to note when each one began, loading included."""
+
+    def __init__(self, trainer: Any):
+        self.times: list[float] = []
+        step = trainer.train_step
+
+        def timed(batch: dict[str, Any]) -> dict[str, Any]:
+            self.times.append(time.monotonic())
+            done: dict[str, Any] = step(batch)
+            return done
+
+        trainer.train_step = timed
+
+    def seconds_per_step(self, steps_per_epoch: int) -> float:
+        """Median time from one step's beginning to the next one's, within epochs, without the first steps."""
+        gaps = [b - a for i, (a, b) in enumerate(zip(self.times, self.times[1:], strict=False), start=1)
+                if i > NUM_WARM_STEPS and i % steps_per_epoch]
+        return statistics.median(gaps) if gaps else float("nan")
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train, and validate where that is asked for; what came of it as plain values."""
+    trainer = prepare(job)
+    watch = Stopwatch(trainer)
+    start = time.monotonic()
+    trainer.run_training()
+    result: dict[str, Any] = {
+        "train_s": round(time.monotonic() - start, 1), "seconds_per_step": none_for_nan(watch.seconds_per_step(job.steps_per_epoch)),
+        "curve": [none_for_nan(float(v)) for v in trainer.logger.get_value("mean_fg_dice", step=None)],
+        "patch": [int(v) for v in trainer.configuration_manager.patch_size],
+        "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
+    }
+    if job.validate:
+        start = time.monotonic()
+        # One pass per tile in every arm: mirroring would cost eight times as much.
+        trainer.inference_allowed_mirroring_axes = None
+        trainer.perform_actual_validation()
+        result["validate_s"] = round(time.monotonic() - start, 1)
+        ending = str(trainer.dataset_json["file_ending"])
+        result["dice_per_case"] = read_dice(Path(trainer.output_folder) / "validation" / "summary.json", ending)
+    return result
+
+
+def prepare(job: Job) -> Any:
+    """nnU-Net's trainer of a job, with its length and batch."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    for seed_with in (random.seed, np.random.seed, torch.manual_seed):
+        seed_with(job.seed)
+    if job.device == "cpu":
+        torch.set_num_threads(job.threads)
+    trainer = get_trainer_from_args(job.dataset, job.configuration, job.fold, job.trainer, job.plans, device=torch.device(job.device))
+    trainer.num_epochs = job.num_epochs
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = job.steps_per_epoch, VAL_STEPS if job.validate else 1
+    trainer.configuration_manager.configuration["batch_size"] = job.batch
+    trainer.disable_checkpointing = True
+    return trainer
+
+
+def read_dice(summary: Path, ending: str) -> dict[str, dict[str, float | None]]:
+    """Case -> label -> Dice of nnU-Net's summary; None where a label is neither there nor found."""
+    found = {}
+    for case in read_json(summary)["metric_per_case"]:
+        name = Path(case["reference_file"]).name.removesuffix(ending)
+        found[name] = {str(label): none_for_nan(float(values["Dice"])) for label, values in case["metrics"].items()}
+    return found
+
+
+def none_for_nan(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
+def end_with_parent() -> None:
+    """Have this process end soon after the one that started it, so that a killed benchmark leaves nothing that writes."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(folder: Path) -> None:
+    """Do the job in ``folder``."""
+    end_with_parent()
+    job = from_jsonable(Job, read_json(folder / JOB_NAME), str(folder / JOB_NAME))
+    write_json(folder / RESULT_NAME, train(job))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
