@@ -53,7 +53,8 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored, e.g. {seen[0]}: the comparison would be "
             f"worthless; pretrain another run with --exclude {exclude}"
         )
-    namesakes = sorted({row.case for row in rows if row.dataset != scored.dataset and row.case in _subjects(scored)})
+    alike = _subjects(scored) | set(scored.cases)
+    namesakes = sorted({row.case for row in rows if row.dataset != scored.dataset and row.case in alike})
     if namesakes:
         return (f"the pretraining '{run.name}' saw scans of other datasets that are named like scored patients, e.g. {namesakes[0]}; "
                 "exclude them if they are the same people")

@@ -48,7 +48,7 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
         stock = _lines_of(groups, key, arm=STOCK, encoder="-", recipe="")
         rows.append(Row(key, by_seed, paired(by_seed, twin) if key.arm not in ("scratch", STOCK) and twin else None,
                         paired(by_seed, stock) if key.arm != STOCK and stock else None))
-    return sorted(rows, key=lambda row: (*_group(row.key)[:-1], ARMS.index(row.key.arm)))
+    return sorted(rows, key=lambda row: (*_group(row.key)[:4], row.key.arm == STOCK, *_group(row.key)[4:-1], ARMS.index(row.key.arm)))
 
 
 def _group(key: RunKey) -> tuple[Any, ...]:
