@@ -2,10 +2,11 @@
 
 Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain re-implementation of AR-SSL4M's way - START and END,
 a dense float mask built per sample on the host, raw-volume patch embedding - in the same precision, without compilation.
-Fine-tuning: our trainer's step against the step of nnU-Net's ``nnUNet_Primus_S_Trainer``, both on the same Primus-S network and batch.
+Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of that network, both on the same network and batch.
 
     python benchmarks/step.py pretraining --repeats 7 --batch 1
     python benchmarks/step.py finetuning  --repeats 7 --patch 64
+    python benchmarks/step.py finetuning  --repeats 7 --patch 64 --encoder resenc_tiny
 
 One JSON line goes to ``benchmarks/results/step.jsonl``.
 """
@@ -18,7 +19,6 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -125,40 +125,51 @@ def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     return step
 
 
-def finetuning_steps(patch: int, batch: int, device: torch.device) -> dict[str, Callable[[Tensor], None]]:
-    """Ours, stock and stock again: the trainers' own ``train_step`` on equal Primus-S networks, loss and batch."""
+def finetuning_steps(name: str, patch: int, batch: int, device: torch.device) -> dict[str, Callable[[Tensor], None]]:
+    """Ours, stock and stock again: the trainers' own ``train_step`` on equal networks, loss and batch."""
     from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 
-    from nnunet_autoreg.model.encoders import build_network
-    from nnunet_autoreg.transfer.block import Recipe
+    from nnunet_autoreg.transfer.block import AutoregBlock, Recipe
+    from nnunet_autoreg.transfer.families import recipe_values
+    from nnunet_autoreg.transfer.network import build_network
     from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
 
-    size = encoder_size("primus_s")
-    recipe = Recipe(num_epochs=150, pretrained_rate=1e-4, scratch_rate=3e-4)
-    target = torch.randint(0, 3, (batch, 1, patch, patch, patch)).float()
+    size = encoder_size(name)
+    encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
+    block = AutoregBlock(encoder, None, Recipe(num_epochs=150, **recipe_values(encoder)))
+    recipe, is_deep = block.recipe, block.recipe.deep_supervision
+    shapes = [patch >> level for level in range(size.arguments["n_stages"] - 1)] if is_deep else [patch]
+    targets = [torch.randint(0, 3, (batch, 1, edge, edge, edge)).float() for edge in shapes]
+    weights = [0.5**level for level in range(len(shapes) - 1)] + [0.0]
 
     def made(trainer_class: type, ours: bool) -> Callable[[Tensor], None]:
         torch.manual_seed(0)
-        network = build_network(size.class_path, size.arguments, (patch,) * 3, 1, 3, drop_path_rate=0.2).to(device)
+        network = build_network(block, (patch,) * 3, 1, 3, deep_supervision=is_deep).to(device)
         loss = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_ce=1, weight_dice=1,
                               dice_class=MemoryEfficientSoftDiceLoss)
-        groups = parameter_groups(network, recipe)
-        optimizer = make_optimizer(groups, recipe, 1e-4) if ours else torch.optim.AdamW(
-            network.parameters(), 1e-4, weight_decay=5e-2, betas=(0.9, 0.98), fused=True)
-        schedule = IterationRates(optimizer, make_schedule(recipe, 1e-4, 150, 250, batch), 250) if ours else None
+        rate = recipe.pretrained_rate
+        if ours:
+            optimizer = make_optimizer(parameter_groups(network, recipe), recipe, rate)
+        elif is_deep:
+            optimizer = torch.optim.SGD(network.parameters(), rate, weight_decay=3e-5, momentum=0.99, nesterov=True)
+        else:
+            optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=5e-2, betas=(0.9, 0.98), fused=True)
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        scaler = torch.GradScaler("cuda") if device.type == "cuda" and not (ours and has_bf16) else None
-        state = SimpleNamespace(
-            device=device, network=network, loss=loss, optimizer=optimizer, lr_scheduler=schedule, grad_scaler=scaler, current_epoch=0,
-            iteration=0, block=SimpleNamespace(recipe=recipe), has_bf16=has_bf16)
-        state._autocast = lambda: AutoregPretrainedTrainer._autocast(state)
-        return lambda crops: trainer_class.train_step(state, {"data": crops, "target": target})
+        trainer = trainer_class.__new__(trainer_class)
+        vars(trainer).update(
+            device=device, network=network, optimizer=optimizer, block=block, has_bf16=has_bf16, current_epoch=0, iteration=0,
+            loss=DeepSupervisionWrapper(loss, weights) if is_deep else loss,
+            lr_scheduler=IterationRates(optimizer, make_schedule(recipe, rate, 150, 250, batch), 250) if ours else None,
+            grad_scaler=torch.GradScaler("cuda") if device.type == "cuda" and not (ours and has_bf16) else None)
+        return lambda crops: trainer.train_step({"data": crops, "target": targets if is_deep else targets[0]})
 
-    return {"ours": made(AutoregPretrainedTrainer, True), "baseline": made(nnUNet_Primus_S_Trainer, False),
-            "baseline again": made(nnUNet_Primus_S_Trainer, False)}
+    stock = nnUNetTrainer if is_deep else nnUNet_Primus_S_Trainer
+    return {"ours": made(AutoregPretrainedTrainer, True), "baseline": made(stock, False), "baseline again": made(stock, False)}
 
 
 def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -185,6 +196,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--patch", type=int, default=64, help="edge of the fine-tuning patch")
+    p.add_argument("--encoder", default="primus_s", help="of the fine-tuning: primus_s, or a resenc")
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     edge = SIDE if args.what == "pretraining" else args.patch
@@ -193,12 +205,13 @@ def main() -> None:
         steps = {"ours": our_step(args.batch, device), "baseline": plain_step(args.batch, device),
                  "baseline again": plain_step(args.batch, device)}
     else:
-        steps = finetuning_steps(args.patch, args.batch, device)
+        steps = finetuning_steps(args.encoder, args.patch, args.batch, device)
     seconds = measure(steps, crops, args.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     line = {
-        "what": args.what, "batch": args.batch, "edge": edge, "repeats": args.repeats,
+        "what": args.what, "encoder": args.encoder if args.what == "finetuning" else None, "batch": args.batch, "edge": edge,
+        "repeats": args.repeats,
         "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
         "median_s": {name: round(v, 4) for name, v in medians.items()},
         "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
