@@ -10,6 +10,8 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning import Hardware
 
 if TYPE_CHECKING:
+    import torch
+
     from nnunet_autoreg.model.memory import TrainingMemory
 
 
@@ -43,6 +45,17 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def computes_in_half(device: "torch.device") -> bool:
+    """Whether training computes in bf16 there: on GPUs that have it in hardware. Others, and CPUs, compute in float32.
+
+    float16 would be faster on older GPUs (V100, T4), but its range ends at 65504: it would need a loss scaler beside the guard against
+    bad steps.
+    """
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half: bool = True) -> tuple[float, float]:

@@ -1,12 +1,15 @@
 """One optimiser step: forward and backward part by part, the sum over processes, the guard's verdict, the update."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from nnunet_autoreg.model.parameters import is_decayed
-from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.objectives.base import LossTerms, Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import parts_of
+from nnunet_autoreg.pretrain.compiled import loss_function
 from nnunet_autoreg.pretrain.distributed import ALONE, World, share_of, spread, summing
 from nnunet_autoreg.pretrain.guard import StepGuard, skip_if
 from nnunet_autoreg.pretrain.schedule import learning_rate
@@ -15,16 +18,20 @@ from nnunet_autoreg.sequences.sample import Batch
 
 
 class BatchLoss(nn.Module):
-    """An objective's loss as the forward of a module, which is where DDP and FSDP take hold."""
+    """An objective's loss as the forward of a module, which is where DDP and FSDP take hold.
 
-    def __init__(self, objective: Objective):
+    Args:
+        loss: ``objective.loss``, or the same compiled.
+    """
+
+    def __init__(self, objective: Objective, loss: Callable[[Batch], LossTerms]):
         super().__init__()
         self.module = objective.module
-        self.objective = objective
+        self.loss = loss
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the loss and what it sums over, scalars."""
-        terms = self.objective.loss(batch)
+        terms = self.loss(batch)
         return terms.total, terms.count
 
 
@@ -44,7 +51,7 @@ class TrainingStep:
         self.numbers = share_of(plan.optim.batch_size, world.rank, world.size, sharded)
         self.micro_batch_size = min(plan.optim.micro_batch_size or len(self.numbers), len(self.numbers))
         self.module = objective.module.to(device)
-        self.loss_of = spread(BatchLoss(objective), device, world, sharded)
+        self.loss_of = spread(BatchLoss(objective, loss_function(plan, objective, device, sharded)), device, world, sharded)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.module, plan.optim.weight_decay, plan.optim.decay_all), lr=plan.optim.lr, betas=plan.optim.betas,
             fused=True,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nnunet_autoreg.objectives.base import Objective, TokenFeatures
 from nnunet_autoreg.pretrain.health import MAX_TOKENS, Health, content_part, effective_rank, evenly, token_variance
+from nnunet_autoreg.pretrain.machine import computes_in_half
 from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
 from nnunet_autoreg.sequences.sample import Batch
 
@@ -37,7 +38,7 @@ class Validation:
         return Health(errors, variance, rank, self._probed() if self.probe.works else None)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """bf16 on CUDA, as in training."""
+        """As in training."""
         return autocast(self.device)
 
     def _errors(self) -> dict[str, float]:
@@ -79,5 +80,5 @@ class Validation:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """bf16 on CUDA, full precision elsewhere. bf16 has the range of float32, so that no loss scaler is needed."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bf16 on GPUs that have it, full precision elsewhere. bf16 has the range of float32, so that no loss scaler is needed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_half(device))

@@ -1,0 +1,37 @@
+"""The loss as the device runs it: compiled on a GPU, as it stands elsewhere. Modules and the keys of their state stay as they are."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from nnunet_autoreg.objectives.base import LossTerms, Objective
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.sample import Batch
+
+log = logging.getLogger(__name__)
+
+COMPILED_DEVICES = ("cuda",)
+BACKEND = "inductor"
+
+
+def is_compiled(plan: Plan, device: torch.device, sharded: bool) -> bool:
+    """Whether the loss is compiled: where the plan says so, on a GPU, and weights are whole (FSDP's hooks would cut the graph up)."""
+    return plan.run.compile and device.type in COMPILED_DEVICES and not sharded
+
+
+def loss_function(plan: Plan, objective: Objective, device: torch.device, sharded: bool = False) -> Callable[[Batch], LossTerms]:
+    """``objective.loss`` for training. Compiled, it is one graph from voxels to the sum, FlexAttention's kernels included.
+
+    Shapes are compiled in: once for each kind of sequence, and once more where the last part of a batch is smaller.
+    """
+    if not is_compiled(plan, device, sharded):
+        return objective.loss
+    compiled: Callable[[Batch], LossTerms] = torch.compile(objective.loss, dynamic=False, backend=BACKEND)
+    return compiled
+
+
+def cannot_compile(error: BaseException) -> bool:
+    """Whether an exception says that compiling failed, for want of a compiler, say - rather than running, or memory."""
+    causes = [error, error.__cause__, getattr(error, "inner_exception", None)]
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not any(isinstance(c, torch.OutOfMemoryError) for c in causes)

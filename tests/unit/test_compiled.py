@@ -1,0 +1,114 @@
+"""A compiled loss is the loss: one graph, same value and gradient, same keys. FlexAttention's formula runs here, its kernels on GPUs."""
+
+import pytest
+import torch
+
+from nnunet_autoreg.model import attention
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.pretrain import compiled
+from nnunet_autoreg.pretrain.compiled import cannot_compile, is_compiled, loss_function
+from nnunet_autoreg.pretrain.step import TrainingStep
+from nnunet_autoreg.sequences.sample import Batch
+
+CPU = torch.device("cpu")
+TINY = encoder_size("primus_tiny")
+ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_depth": 1, "eva_numheads": 2}
+
+
+def make_plan(recompute: bool = False, **sequence: object) -> Plan:
+    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
+                SequencePlan((16, 16, 16), **sequence), ObjectivePlan(query_depth=1),  # type: ignore[arg-type]
+                OptimPlan(4, 2, 1e-2, 1, checkpoint_activations=recompute), RunPlan(0, 2, 2))
+
+
+def make_batch(order: str = "raster") -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.stack([torch.randperm(8, generator=generator) for _ in range(2)]) if order == "random" else torch.arange(8).repeat(2, 1)
+    real = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
+    real[1, :, 9:] = False
+    voxels = torch.randn(2, 1, 1, 16, 16, 16, generator=generator) * real[:, :, None]
+    return Batch(voxels, real, ranks, torch.tensor([2, 3]))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled path with FlexAttention on the CPU; torch refuses its gradient there only because no CPU kernel has one."""
+    monkeypatch.setattr(compiled, "COMPILED_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(attention, "FLEX_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    torch._dynamo.reset()
+
+
+def value_and_gradient(loss: object, module: torch.nn.Module, batch: Batch) -> tuple[float, torch.Tensor]:
+    module.zero_grad()
+    terms = loss(batch)  # type: ignore[operator]
+    terms.total.backward()
+    return float(terms.total.detach()), torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+WAYS = [("raster", "next", False), ("random", "query", False), ("raster", "next", True)]
+
+
+@pytest.mark.parametrize(("order", "predictor", "recompute"), WAYS)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compiled_with_flexattention_the_loss_and_its_gradient_are_those_of_plain_attention(
+    order: str, predictor: str, recompute: bool
+) -> None:
+    plan, batch = make_plan(recompute, order=order, predictor=predictor), make_batch(order)
+    torch.manual_seed(0)
+    objective = Autoregressive(plan)
+    plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
+    found, compiled_gradient = value_and_gradient(loss_function(plan, objective, CPU), objective.module, batch)
+    assert found == pytest.approx(plain, rel=1e-5)
+    assert float((gradient - compiled_gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_whole_loss_is_one_graph_and_a_second_batch_of_its_shape_compiles_nothing() -> None:
+    plan = make_plan()
+    objective = Autoregressive(plan)
+    graphs: list[object] = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    loss = torch.compile(objective.loss, dynamic=False, backend=counting, fullgraph=True)  # type: ignore[arg-type]
+    for _ in range(2):
+        loss(make_batch())
+    assert len(graphs) == 1
+    loss(Batch(*(t[:1] for t in (make_batch().voxels, make_batch().real, make_batch().ranks, make_batch().prefix))))
+    assert len(graphs) == 2
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
+    plan = make_plan()
+    objective = Autoregressive(plan)
+    before = list(objective.module.state_dict())
+    step = TrainingStep(plan, objective, CPU)
+    assert step.loss_of.loss is not objective.loss  # type: ignore[union-attr]
+    assert list(objective.module.state_dict()) == before and not [key for key in before if "_orig_mod" in key]
+
+
+def test_nothing_is_compiled_on_a_cpu_where_the_plan_says_no_or_where_weights_are_sharded() -> None:
+    plan, cuda = make_plan(), torch.device("cuda")
+    objective = Autoregressive(plan)
+    assert loss_function(plan, objective, CPU) == objective.loss
+    assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
+    assert not is_compiled(Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}), cuda, sharded=False)
+
+
+def test_failing_to_compile_is_told_from_failing_to_run() -> None:
+    def broken(graph: torch.fx.GraphModule, _: object) -> object:
+        raise FileNotFoundError("no compiler")
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError) as failed:
+        torch.compile(lambda x: x + 1, backend=broken)(torch.zeros(1))
+    assert cannot_compile(failed.value)
+    assert not cannot_compile(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not cannot_compile(RuntimeError("shapes"))
