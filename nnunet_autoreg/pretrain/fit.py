@@ -1,0 +1,174 @@
+"""Whether a plan fits the device: tried with real steps before the first, made smaller where it does not. What comes out is written once
+into the plan, so that a resumed run is the same run."""
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+
+import torch
+
+from nnunet_autoreg.errors import AutoregError, PlanError
+from nnunet_autoreg.geometry import Size, as_size, volume
+from nnunet_autoreg.model.memory import CONTEXT_BYTES, GIB
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.planning import BY_USER
+from nnunet_autoreg.pretrain.batches import StepBatches
+from nnunet_autoreg.pretrain.compiled import cannot_compile
+from nnunet_autoreg.pretrain.display import peak_memory_gib
+from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.pretrain.machine import computes_in_half, plan_memory
+from nnunet_autoreg.sequences.kinds import wanted
+from nnunet_autoreg.sequences.sampler import TRAINING
+
+log = logging.getLogger(__name__)
+
+MOST_STEPS = 200
+"""How many steps' kinds are looked through for one step of every kind."""
+CROP_SHARE = 0.75
+"""A crop that does not fit is made at most this large."""
+
+
+def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.device) -> Plan:
+    """``plan``, made smaller until a dry step fits, with the peak that was measured. Says what a step takes.
+
+    Args:
+        trainer_of: makes a trainer alone on its device; it is trained by this and thrown away.
+
+    Raises:
+        AutoregError: not even the smallest step fits.
+    """
+    while True:
+        failed, seconds = _try(trainer_of, plan)
+        if failed is None:
+            return _measured(plan, device, seconds)
+        plan, told = without_compiling(plan, failed) if cannot_compile(failed) else smaller(plan)
+        log.warning(told)
+        # What the failed try holds is freed only when nothing refers to it, its exception included.
+        del failed
+        gc.collect()
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan) -> tuple[Exception | None, float]:
+    """What went wrong in a dry step, if it was memory or compiling, and the seconds of a whole step."""
+    try:
+        return None, dry_step(trainer_of(plan))
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None), 0.0
+    except RuntimeError as error:
+        if not cannot_compile(error):
+            raise
+        return error.with_traceback(None), 0.0
+
+
+def dry_step(trainer: Trainer) -> float:
+    """Seconds of a whole optimiser step, estimated from two steps of up to two parts of a batch, of every kind of sequence.
+
+    Two parts, because the second is computed while the first one's gradient is there; two steps, because the first compiles.
+    """
+    sampler, cases, step = trainer.batches.sampler, trainer.batches.cases, trainer.train_step
+    tried = range(min(len(step.numbers), 2 * step.micro_batch_size))
+    batches = StepBatches(sampler, cases, tried)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    seconds = []
+    for number in _one_of_each_kind(trainer):
+        batch = batches[number]
+        if isinstance(batch, AutoregError):
+            raise batch
+        for _ in range(2):
+            start = time.monotonic()
+            loss, _ = step(number, batch)
+            float(loss)  # waits for the device
+        seconds.append(time.monotonic() - start)
+    return sum(seconds) / len(seconds) * len(step.numbers) / len(tried)
+
+
+def _one_of_each_kind(trainer: Trainer) -> list[int]:
+    """The first step of every kind of sequence, among the first few."""
+    sampler, cases = trainer.batches.sampler, trainer.batches.cases
+    kinds = wanted(trainer.plan)
+    first: dict[str, int] = {}
+    for number in range(MOST_STEPS):
+        first.setdefault(sampler.kind(cases, TRAINING, number), number)
+        if len(first) == len(kinds):
+            break
+    return list(first.values())
+
+
+def smaller(plan: Plan) -> tuple[Plan, str]:
+    """The next smaller plan after one that ran out of memory, and what was done: first what changes no number, the crop last.
+
+    Raises:
+        AutoregError: there is none.
+    """
+    optim, crop = plan.optim, plan.sequence.crop_size_vox
+    micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
+    if micro > 1:
+        half = ceil(micro / 2)
+        told = f"out of memory with {micro} crops at once: {half} at once, {ceil(optim.batch_size / half)} times a step; the batch stays"
+        return _changed(replace(plan, optim=replace(optim, micro_batch_size=half)), "optim.micro_batch_size", told), told
+    if not optim.checkpoint_activations:
+        told = "out of memory with one crop at once: activations are checkpointed; the losses stay, a step takes about a third longer"
+        return _changed(replace(plan, optim=replace(optim, checkpoint_activations=True)), "optim.checkpoint_activations", told), told
+    if plan.reasons.get("sequence.crop_size_vox") == BY_USER:
+        raise AutoregError(f"out of memory with one crop of {_times(crop)} and activations checkpointed, and sequence.crop_size_vox was "
+                           "set by the user; set a smaller one, or choose a smaller --encoder, with a new --name")
+    reduced = smaller_crop(plan)
+    if reduced is None:
+        raise AutoregError(f"out of memory with one crop of {_times(crop)} and activations checkpointed, and no smaller crop makes a "
+                           "sequence; choose a smaller --encoder with a new --name")
+    told = f"out of memory with one crop of {_times(crop)} and activations checkpointed: crops of {_times(reduced.sequence.crop_size_vox)}"
+    return _changed(reduced, "sequence.crop_size_vox", told), told
+
+
+def smaller_crop(plan: Plan) -> Plan | None:
+    """The plan with a crop of at most three quarters of the voxels, taken from its longest axes in whole blocks; None if there is none."""
+    s = plan.sequence
+    side = [token * block for token, block in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
+    if "strided" in wanted(plan):
+        side[0] *= s.num_subvolumes
+    crop = list(s.crop_size_vox)
+    while volume(crop) > CROP_SHARE * volume(s.crop_size_vox):
+        longest = max((axis for axis in range(3) if crop[axis] > side[axis]), key=lambda axis: crop[axis], default=None)
+        if longest is None:
+            return None
+        crop[longest] -= side[longest]
+    member = s.member_crop_vox and as_size([min(m, c) for m, c in zip(s.member_crop_vox, crop, strict=True)])
+    try:
+        return check(replace(plan, sequence=replace(s, crop_size_vox=as_size(crop), member_crop_vox=member)))
+    except PlanError:
+        return None
+
+
+def without_compiling(plan: Plan, error: BaseException) -> tuple[Plan, str]:
+    """The plan with nothing compiled, and why."""
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    told = f"the loss could not be compiled ({first[0]}): it runs uncompiled, slower; mend that and start a new --name to have it compiled"
+    return _changed(replace(plan, run=replace(plan.run, compile=False)), "run.compile", told), told
+
+
+def _measured(plan: Plan, device: torch.device, seconds: float) -> Plan:
+    peak = peak_memory_gib(device)
+    optim = plan.optim
+    micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
+    estimate = plan_memory(plan, computes_in_half(device)).total_bytes(micro)
+    estimated = (estimate - CONTEXT_BYTES if device.type == "cuda" else estimate) / GIB
+    log.info("dry step: %.3g s a step, so about %.3g h for %d steps; %.2f GiB at its peak, %.2f were estimated%s", seconds,
+             seconds * optim.num_steps / 3600, optim.num_steps, peak, estimated,
+             "" if device.type == "cuda" else " for the step alone (the peak is the whole process')")
+    return replace(plan, run=replace(plan.run, peak_memory_gib=round(peak, 3)))
+
+
+def _changed(plan: Plan, key: str, why: str) -> Plan:
+    return replace(plan, reasons={**plan.reasons, key: why})
+
+
+def _times(size: Size) -> str:
+    return " x ".join(str(n) for n in size)

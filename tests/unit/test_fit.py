@@ -1,0 +1,130 @@
+"""A plan that does not fit is made smaller, in the order that changes least, and what comes out is kept."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.pretrain.fit import dry_step, fitted, smaller, smaller_crop
+from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.sequences.sample import Batch, Sample
+
+CPU = torch.device("cpu")
+TINY = encoder_size("primus_tiny")
+ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_depth": 1, "eva_numheads": 2}
+PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
+            SequencePlan((16, 16, 24)), ObjectivePlan(), OptimPlan(4, 5, 1e-2, 1, micro_batch_size=5), RunPlan(0, 2, 2))
+
+
+class Noise:
+    """Random crops of the plan's size."""
+
+    def __init__(self, plan: Plan):
+        self.size = plan.sequence.crop_size_vox
+
+    def kind(self, cases: Any, purpose: str, number: int) -> str:
+        return "spatial"
+
+    def draw(self, cases: Any, purpose: str, *ids: int) -> Sample:
+        voxels = np.random.default_rng(ids).normal(size=(1, 1, *self.size)).astype(np.float32)
+        num_tokens = voxels.size // 512
+        return Sample(voxels, np.ones((1, *self.size), dtype=bool), np.arange(num_tokens), 1)
+
+
+@pytest.fixture
+def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
+    """Trainers on a device that holds so many voxels at once, twice as many with activations checkpointed, and what they were asked for."""
+
+    def with_room_for(num_voxels: float, asked: list[tuple[int, bool, tuple[int, ...]]]) -> Callable[[Plan], Trainer]:
+        def made(plan: Plan) -> Trainer:
+            objective = Autoregressive(plan)
+            objective.sampler = Noise(plan)  # type: ignore[assignment]
+            loss = objective.loss
+            room = num_voxels * (2 if plan.optim.checkpoint_activations else 1)
+
+            def limited(batch: Batch, references: bool = False) -> Any:
+                asked.append((len(batch.prefix), plan.optim.checkpoint_activations, plan.sequence.crop_size_vox))
+                if batch.voxels.numel() > room:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                return loss(batch, references)
+
+            objective.loss = limited  # type: ignore[method-assign]
+            return Trainer(plan, tmp_path, objective, [], [], CPU, 0)  # type: ignore[arg-type]
+
+        return made
+
+    return with_room_for
+
+
+def test_what_fits_stays_and_the_peak_is_kept(trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    plan = fitted(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
+    assert plan.run.peak_memory_gib is not None and plan.run.peak_memory_gib > 0
+    assert replace(plan, run=PLAN.run) == PLAN
+    assert "dry step: " in caplog.text and " h for 4 steps" in caplog.text and "were estimated" in caplog.text
+
+
+def test_crops_at_once_are_halved_first_and_the_batch_stays(trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[Any] = []
+    plan = fitted(PLAN, trainer_of(2 * 16 * 16 * 24, asked), CPU)
+    assert (plan.optim.batch_size, plan.optim.micro_batch_size, plan.optim.checkpoint_activations) == (5, 2, False)
+    assert plan.sequence == PLAN.sequence
+    assert list(dict.fromkeys(asked))[:3] == [(5, False, (16, 16, 24)), (3, False, (16, 16, 24)), (2, False, (16, 16, 24))]
+    assert "out of memory with 5 crops at once: 3 at once, 2 times a step" in caplog.text
+    assert "out of memory with 3 crops at once: 2 at once, 3 times a step; the batch stays" in plan.reasons["optim.micro_batch_size"]
+
+
+def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(trainer_of: Callable[..., Any]) -> None:
+    one = 16 * 16 * 24
+    checkpointed = fitted(PLAN, trainer_of(0.6 * one, []), CPU)
+    assert (checkpointed.optim.micro_batch_size, checkpointed.optim.checkpoint_activations) == (1, True)
+    assert checkpointed.sequence == PLAN.sequence
+    cropped = fitted(PLAN, trainer_of(0.4 * one, []), CPU)
+    assert (cropped.optim.micro_batch_size, cropped.optim.checkpoint_activations) == (1, True)
+    assert cropped.sequence.crop_size_vox == (16, 16, 16)
+    assert "crops of 16 x 16 x 16" in cropped.reasons["sequence.crop_size_vox"]
+
+
+def test_where_nothing_fits_the_way_out_is_said(trainer_of: Callable[..., Any]) -> None:
+    with pytest.raises(AutoregError, match="choose a smaller --encoder"):
+        fitted(PLAN, trainer_of(10, []), CPU)
+    checkpointed = replace(PLAN, optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True))
+    with pytest.raises(AutoregError, match="crop_size_vox was set by the user"):
+        smaller(replace(checkpointed, reasons={"sequence.crop_size_vox": "set by the user"}))
+
+
+def test_a_smaller_crop_is_cut_from_its_longest_axes_in_whole_blocks_and_members_follow() -> None:
+    plan = replace(PLAN, sequence=SequencePlan((32, 64, 48), block_tokens=(2, 2, 2), member_crop_vox=(32, 64, 16)))
+    reduced = smaller_crop(plan)
+    assert reduced is not None and reduced.sequence.crop_size_vox == (32, 48, 48)
+    assert reduced.sequence.member_crop_vox == (32, 48, 16)
+    assert smaller_crop(replace(PLAN, sequence=SequencePlan((8, 8, 16)))) is None
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(trainer: Trainer) -> float:
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        fitted(PLAN, trainer_of(1e9, []), CPU)
+
+
+def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_a_compiler(trainer: Trainer) -> float:
+        if trainer.plan.run.compile:
+            raise torch._dynamo.exc.TorchDynamoException("no C compiler")
+        return dry_step(trainer)
+
+    monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", without_a_compiler)
+    plan = fitted(PLAN, trainer_of(1e9, []), CPU)
+    assert plan.run.compile is False and "no C compiler" in plan.reasons["run.compile"]
+    assert plan.optim == PLAN.optim
