@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OURS = {"autoreg_pretrain": "pretrain", "autoreg_doctor": "doctor", "autoreg_demo": "demo", "autoreg_weights": "weights"}
+OURS = {
+    "autoreg_pretrain": "pretrain", "autoreg_doctor": "doctor", "autoreg_demo": "demo", "autoreg_benchmark": "benchmark", "autoreg_weights": "weights",
+    "autoreg_evaluate_detection": "evaluate_detection",
+}
 
 
 def lines_to_type(document: Path) -> Iterator[list[str]]:

@@ -1,0 +1,275 @@
+"""The two folders of an evaluation: what is there, as label maps, instance maps or boxes, and what was found, a file per scan."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg.corpus.find import IMAGE_ENDINGS, natural_key, strip_ending
+from nnunet_autoreg.corpus.read import quiet_stderr
+from nnunet_autoreg.detection.instances import (
+    Instances,
+    ObjectClass,
+    Rules,
+    boxes_of_ids,
+    find_instances,
+    ignore_value,
+    known_instances,
+    labels_of_instances,
+    object_classes,
+    read_rules,
+    read_true_boxes,
+)
+from nnunet_autoreg.detection.matching import ANY_CLASS, ScanBoxes
+from nnunet_autoreg.detection.scanfile import ScanFile, read_scan_file
+from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
+from nnunet_autoreg.records import read_json
+
+DATASET_FILE = "dataset.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """How the true objects are read.
+
+    Attributes:
+        folder: of the files.
+        classes: what is scored.
+        rules: how label maps become objects.
+        ignore_label: value of voxels where nothing counts.
+        other_labels: values that are there and not scored.
+    """
+
+    folder: Path
+    classes: tuple[ObjectClass, ...]
+    rules: Rules
+    ignore_label: int | None
+    other_labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Scans that both folders know, and those that only one does.
+
+    Attributes:
+        scans: what is scored, in natural order of the names.
+        true_files: by scan: the image or JSON of the true objects.
+        undetected: names with true objects only, and ``unknown`` with detections only.
+    """
+
+    scans: tuple[ScanBoxes, ...]
+    found: dict[str, ScanFile]
+    true_files: dict[str, Path]
+    undetected: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def read_found(folder: Path) -> dict[str, ScanFile]:
+    """Every file of detections in a folder, by name of the scan.
+
+    Raises:
+        UsageError: no folder, or none in it.
+        ObjectsError: a file that is none, or files that disagree about the classes.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"-p {folder} is no folder; give the folder that autoreg_detect wrote")
+    files = sorted((f for f in folder.glob("*.json") if _may_be_detections(f)), key=lambda f: natural_key(f.name))
+    if not files:
+        raise UsageError(f"-p {folder} holds no file of detections (*.json); give the folder that autoreg_detect wrote")
+    found = {f.name.removesuffix(".json"): read_scan_file(f) for f in files}
+    first_name, first = next(iter(found.items()))
+    for name, record in found.items():
+        if record.classes != first.classes:
+            other = f"{first_name} has {first.classes}"
+            raise ObjectsError(f"{folder}: {name} has the classes {record.classes}, {other}; detect them with one model")
+    return found
+
+
+def _may_be_detections(file: Path) -> bool:
+    return not file.name.endswith((".mrk.json", DATASET_FILE)) and not file.name.startswith((".", "summary", "plans"))
+
+
+def read_classes(
+    folder: Path, dataset_file: Path | None, found: Mapping[str, int], wanted: Sequence[str] = (),
+    min_voxels: int | None = None, connectivity: int | None = None,
+) -> Truth:
+    """What is scored: by dataset.json, given or beside the folder of the truth; without one, the classes that the detector knows.
+
+    Args:
+        found: name -> label of the classes that could have been found.
+        wanted: names of those to score; all if empty.
+        min_voxels, connectivity: instead of dataset.json's.
+
+    Raises:
+        UsageError: no such folder, or a class that is not there.
+        PlanError: a dataset.json that cannot be.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"-g {folder} is no folder; give a folder of label maps, instance maps or boxes")
+    places = [dataset_file] if dataset_file else [p for p in (folder / DATASET_FILE, folder.parent / DATASET_FILE) if p.is_file()]
+    dataset: dict[str, Any] = read_json(places[0]) if places else {"labels": {"background": 0, **found}}
+    where = str(places[0]) if places else "the detections"
+    log.info("classes from %s", where)
+    rules = read_rules(dataset, where)
+    rules = replace(rules, min_voxels=min_voxels or rules.min_voxels, connectivity=connectivity or rules.connectivity)
+    every = object_classes(dataset, rules, where)
+    _compare_classes(every, found, where)
+    chosen = _choose(every, wanted)
+    values = {int(v) for value in dataset["labels"].values() for v in (value if isinstance(value, list) else [value])}
+    ignored = ignore_value(dataset)
+    others = values - {v for kind in chosen for v in kind.values} - {0, ignored}
+    return Truth(folder, chosen, rules, ignored, tuple(sorted(others)))
+
+
+def _compare_classes(every: Sequence[ObjectClass], found: Mapping[str, int], where: str) -> None:
+    known = {kind.name: kind.label for kind in every}
+    for name, label in found.items():
+        if name in known and known[name] != label:
+            raise ObjectsError(f"class '{name}' has label {known[name]} in {where} and {label} in the detections; give the dataset.json "
+                               "they were made with")
+    strangers = sorted(set(found) - set(known))
+    if strangers:
+        raise ObjectsError(f"the detections know a class '{strangers[0]}' that {where} does not; {did_you_mean(strangers[0], known)}")
+    if missed := [name for name in known if name not in found]:
+        log.warning("the detector does not know %s: every such object counts as missed; --classes leaves them out", ", ".join(missed))
+
+
+def _choose(every: Sequence[ObjectClass], wanted: Sequence[str]) -> tuple[ObjectClass, ...]:
+    known = {kind.name: kind for kind in every}
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"--classes {name}: there is no such class; {did_you_mean(name, known)}")
+    return tuple(kind for kind in every if not wanted or kind.name in wanted)
+
+
+def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = False) -> Folders:
+    """Read the objects of every scan and put its detections beside them.
+
+    Args:
+        with_undetected: a scan without a file of detections counts as one in which nothing was found; else it is left out.
+
+    Raises:
+        UsageError: no scan is in both folders.
+        ObjectsError: a scan whose truth cannot be read, or whose detections were made on an image of another size.
+    """
+    files = _true_files(truth.folder)
+    both = [name for name in files if name in found]
+    undetected, unknown = tuple(n for n in files if n not in found), tuple(n for n in found if n not in files)
+    if not both:
+        raise UsageError(f"no scan of -g {truth.folder} ({_some(files)}) has detections in -p ({_some(found)}): their names must agree")
+    if undetected:
+        what = "counted as nothing found" if with_undetected else "left out; --all-scans counts them as nothing found"
+        log.warning("%d scans have true objects and no file of detections (%s): %s", len(undetected), _some(undetected), what)
+    if unknown:
+        log.warning("%d scans have detections and no truth (%s): left out", len(unknown), _some(unknown))
+    names = [name for name in files if name in found or with_undetected]
+    scans = tuple(_read_scan(name, files[name], truth, found.get(name)) for name in names)
+    return Folders(scans, dict(found), {name: files[name] for name in names}, undetected, unknown)
+
+
+def _true_files(folder: Path) -> dict[str, Path]:
+    """Case -> its image, or its JSON where there is no image."""
+    files = {f.name.removesuffix(".json"): f for f in folder.glob("*.json") if f.name != DATASET_FILE and not f.name.startswith(".")}
+    files |= {strip_ending(f.name): f for f in folder.iterdir() if f.name.lower().endswith(IMAGE_ENDINGS) and not f.name.startswith(".")}
+    if not files:
+        raise UsageError(f"-g {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor *.json")
+    return {name: files[name] for name in sorted(files, key=natural_key)}
+
+
+def read_array(file: Path) -> tuple[NDArray[Any], tuple[float, float, float]]:
+    """An image as stored, (Z, Y, X), and its spacing (z, y, x) in mm.
+
+    Raises:
+        ObjectsError: it cannot be read, or is not 3D.
+    """
+    import SimpleITK
+
+    with quiet_stderr():
+        try:
+            image = SimpleITK.ReadImage(str(file))
+        except RuntimeError as error:
+            raise ObjectsError(f"{file} cannot be read as an image; open it in a viewer, or copy it again") from error
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ObjectsError(f"{file} is no 3D image with one value per voxel")
+    x, y, z = image.GetSpacing()
+    return SimpleITK.GetArrayFromImage(image), (z, y, x)
+
+
+def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None) -> ScanBoxes:
+    array, spacing_mm = (None, None) if file.suffix == ".json" else read_array(file)
+    if found is not None:
+        spacing_mm = spacing_mm or found.spacing_mm_zyx
+        if array is not None and array.shape != found.shape_zyx:
+            sizes = [" x ".join(map(str, shape)) for shape in (array.shape, found.shape_zyx)]
+            raise ObjectsError(f"{file} has {sizes[0]} voxels (z, y, x), the detections were made on {sizes[1]}: another image?")
+    if spacing_mm is None:
+        raise ObjectsError(f"{file}: without detections the voxel size of this scan is not known; leave out --all-scans")
+    instances = _instances(file, array, truth, found)
+    boxes_D6, places_D, scores_D = _detections(found, truth)
+    regions = [] if array is None or truth.ignore_label is None else _components(array == truth.ignore_label)
+    boxes = [o.box_zyx for o in instances.objects] + [box for box, _ in regions]
+    true_boxes = np.array(boxes, dtype=np.float64).reshape(-1, 6)
+    inside = _in_boxes(boxes_D6, true_boxes)
+    if instances.ids_ZYX is not None:
+        at_centres = _values_at_centres(instances.ids_ZYX, boxes_D6)
+        inside[:, :len(instances.objects)] = at_centres[:, None] == np.array([[o.id for o in instances.objects]])
+    for column, (_, mask) in enumerate(regions, start=len(instances.objects)):
+        inside[:, column] = _values_at_centres(mask, boxes_D6) > 0
+    places = [o.place for o in instances.objects] + [ANY_CLASS] * len(regions)
+    ignored = [o.ignored for o in instances.objects] + [True] * len(regions)
+    return ScanBoxes(name, spacing_mm, true_boxes, np.array(places, dtype=np.int64), np.array(ignored, dtype=bool),
+                     boxes_D6, places_D, scores_D, inside)
+
+
+def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: ScanFile | None) -> Instances:
+    if array is None:
+        return read_true_boxes(file, truth.classes, found.shape_zyx if found else None, truth.other_labels)
+    beside = file.with_name(strip_ending(file.name) + ".json")
+    if beside.is_file():
+        return known_instances(array, labels_of_instances(beside), truth.classes, truth.rules, str(file), truth.other_labels)
+    known = {0, truth.ignore_label, *truth.other_labels, *(v for kind in truth.classes for v in kind.values)}
+    strangers = sorted(set(np.unique(array).tolist()) - known)
+    if strangers:
+        listed = ", ".join(f"{v:g}" for v in strangers[:5])
+        raise ObjectsError(f"{file} holds the values {listed}, which are no labels; an instance map needs {beside.name} beside it")
+    return find_instances(array, truth.classes, truth.rules)
+
+
+def _detections(found: ScanFile | None, truth: Truth) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Boxes, places of their classes and scores of the detections of classes that are scored."""
+    place_of = {kind.name: place for place, kind in enumerate(truth.classes)}
+    boxes = [box for box in (found.boxes if found else ()) if box.name in place_of]
+    return (np.array([b.box_zyx for b in boxes], dtype=np.float64).reshape(-1, 6),
+            np.array([place_of[b.name] for b in boxes], dtype=np.int64), np.array([b.score for b in boxes], dtype=np.float64))
+
+
+def _components(mask: NDArray[np.bool_]) -> list[tuple[tuple[float, ...], NDArray[np.bool_]]]:
+    """Box and mask of every connected part."""
+    ids = cc3d.connected_components(mask, connectivity=26)
+    return [(box, ids == i) for i, (box, _) in boxes_of_ids(ids).items()]
+
+
+def _in_boxes(boxes_D6: NDArray[np.float64], true_boxes_G6: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(D, G) whether the centre of each detection lies in each box."""
+    middle = (boxes_D6[:, None, :3] + boxes_D6[:, None, 3:]) / 2
+    inside = (middle >= true_boxes_G6[None, :, :3]) & (middle < true_boxes_G6[None, :, 3:])
+    return np.asarray(inside.all(-1))
+
+
+def _values_at_centres(array_ZYX: NDArray[Any], boxes_D6: NDArray[np.float64]) -> NDArray[Any]:
+    """(D,) the value of the voxel that holds the centre of each box."""
+    place = np.floor((boxes_D6[:, :3] + boxes_D6[:, 3:]) / 2).astype(np.int64)
+    z, y, x = np.clip(place, 0, np.array(array_ZYX.shape) - 1).T
+    return np.asarray(array_ZYX[z, y, x])
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
