@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = {
-    "autoreg_pretrain": "pretrain", "autoreg_doctor": "doctor", "autoreg_demo": "demo", "autoreg_benchmark": "benchmark", "autoreg_weights": "weights",
+    "autoreg_pretrain": "pretrain",
+    "autoreg_doctor": "doctor",
+    "autoreg_demo": "demo",
+    "autoreg_benchmark": "benchmark",
+    "autoreg_weights": "weights",
     "autoreg_evaluate_detection": "evaluate_detection",
 }
 
