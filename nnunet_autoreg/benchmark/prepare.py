@@ -215,7 +215,9 @@ def _once(bench: Bench, plans: str, arguments: Sequence[str], changes: Mapping[s
     done = bench.layout.root / "done" / plans
     if done.is_file():
         return
-    bench.commands.run(["nnUNetv2_plan_and_preprocess", "-d", bench.request.dataset, *arguments, "-c", CONFIGURATION,
+    # This command takes numbers only.
+    number = str(int(bench.request.dataset.removeprefix("Dataset").split("_")[0]))
+    bench.commands.run(["nnUNetv2_plan_and_preprocess", "-d", number, *arguments, "-c", CONFIGURATION,
                         "-np", str(bench.num_processes), "-npfp", str(bench.num_processes)], **changes)
     write_text(done, "")
 

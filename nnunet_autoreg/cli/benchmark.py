@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
     p.add_argument("-o", metavar="FOLDER", help="where everything goes; default: $nnUNet_results/autoreg_benchmark/DATASET")
     p.add_argument("--dry-run", action="store_true", help=f"only divide the patients and write {EXCLUSION} for autoreg_pretrain --exclude")
+    p.add_argument("--measure", action="store_true", help="pretrain, plan, preprocess and time a step of every network, then stop")
     return p
 
 
@@ -60,6 +61,8 @@ def read_request(args: argparse.Namespace) -> "Request":
     from nnunet_autoreg.benchmark.protocol import Request
     from nnunet_autoreg.nnunet_api import dataset_folder
 
+    if args.measure and args.budget is None and args.steps is not None:
+        raise UsageError("--measure goes with --budget: with --steps there is nothing to measure")
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: must be at least 1")
     return Request(
@@ -94,7 +97,7 @@ def describe(bench: "Bench") -> None:
           f"({patients[0]} patients), development {len(d.development)} ({patients[1]}), test {len(d.test)} ({patients[2]})", flush=True)
 
 
-def run(bench: "Bench", num_jobs: int) -> int:
+def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     """Prepare, train what is missing, show what is there; return how many trainings failed."""
     from nnunet_autoreg.benchmark.picture import draw
     from nnunet_autoreg.benchmark.prepare import prepare
@@ -106,7 +109,12 @@ def run(bench: "Bench", num_jobs: int) -> int:
 
     root = bench.layout.root
     prepare(bench, [*runs_of(bench.request, 1, 1)])
-    failed = run_missing(bench, [*runs_of(bench.request, *settle_length(bench))], num_jobs)
+    steps, batch = settle_length(bench)
+    keys = [*runs_of(bench.request, steps, batch)]
+    print(f"{len(keys)} trainings of {steps} steps of {batch} patches", flush=True)
+    if only_measure:
+        return 0
+    failed = run_missing(bench, keys, num_jobs)
     lines = read_results(root / RESULTS_NAME)
     if lines:
         write_text(root / "table.md", markdown(lines))
@@ -135,10 +143,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print_next(f"autoreg_pretrain -d {args.d} --name NAME --exclude {bench.layout.exclude}")
             return 0
-        num_failed = run(bench, args.jobs)
+        num_failed = run(bench, args.jobs, args.measure)
     if num_failed:
         raise AutoregError(f"{num_failed} trainings failed, the log above says which and why; type the same line again to repeat them")
-    print_next("the same line with more --seeds, --labels or --arms: what is there is kept")
+    print_next("the same line without --measure" if args.measure else "the same line with more --seeds, --labels or --arms: what is there "
+               "is kept")
     return 0
 
 

@@ -1,0 +1,75 @@
+"""autoreg_benchmark by its own line on real scans: all arms, two labels, two steps; and the same line again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+NAME = "Dataset004_Hippocampus"
+NUM_CASES = 8
+LINE = ["-d", "4", "--labels", "2", "--seeds", "1", "--arms", "pretrained", "masked", "scratch", "stock", "--encoders", "primus_tiny",
+        "--pretrain-steps", "2", "--pretrain-batch", "2", "--steps", "2", "--batch", "2", "--device", "cpu"]
+
+
+def typed(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        environment[variable] = str(root / variable)
+    return subprocess.run([sys.executable, "-m", "nnunet_autoreg.cli.benchmark", *arguments], env=environment, capture_output=True,
+                          text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("benchmark")
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / variable).mkdir()
+    source, target = shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME
+    for part in ("imagesTr", "labelsTr"):
+        (target / part).mkdir(parents=True)
+    for label in sorted((source / "labelsTr").glob("*.nii.gz"))[:NUM_CASES]:
+        shutil.copy(label, target / "labelsTr")
+        shutil.copy(source / "imagesTr" / label.name.replace(".nii.gz", "_0000.nii.gz"), target / "imagesTr")
+    description = json.loads((source / "dataset.json").read_text())
+    (target / "dataset.json").write_text(json.dumps({**description, "numTraining": NUM_CASES}))
+    return root
+
+
+def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -> None:
+    out = root / "out"
+    done = typed(root, *LINE, "-o", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(text) for text in (out / "runs.jsonl").read_text().splitlines()]
+    by_arm = {line["arm"]: line for line in lines}
+    assert list(by_arm) == ["pretrained", "masked", "scratch", "stock"] and len(lines) == 4
+    record = json.loads((out / "benchmark.json").read_text())["division"]
+    for line in lines:
+        assert sorted(line["dice_per_case"]) == record["test"] and line["num_labelled"] == 2
+        assert (line["steps"], line["batch"]) == (2, 2)
+    assert by_arm["pretrained"]["patch"] == by_arm["masked"]["patch"] == by_arm["scratch"]["patch"]
+    assert by_arm["pretrained"]["pretraining"]["objective"].startswith("autoregressive")
+    assert by_arm["masked"]["pretraining"]["objective"].startswith("masked")
+    assert by_arm["scratch"]["pretraining"] is None
+    seen = (out / "results/autoreg_pretraining/benchmark_primus_tiny_masked/scans.csv").read_text()
+    assert sum(line.endswith(",ok,") for line in seen.splitlines()) == len(record["pool"])
+    assert (out / "benchmark.png").stat().st_size > 10_000 and "minus scratch" in (out / "table.md").read_text()
+    again = typed(root, *LINE, "-o", str(out))
+    assert again.returncode == 0 and "4 of 4 runs are there, 0 to do" in again.stderr
+    assert again.stdout.splitlines()[-1].startswith("next: ") and len((out / "runs.jsonl").read_text().splitlines()) == 4
+
+
+def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
+    environment = {**os.environ, **{v: str(root / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}}
+    line = ["-d", "4", "--name", "all", "--encoder", "primus_tiny", "--steps", "1", "--batch", "1", "--device", "cpu"]
+    program = str(Path(sys.executable).with_name("autoreg_pretrain"))
+    subprocess.run([program, *line], env=environment, capture_output=True, check=True)
+    done = typed(root, "-d", "4", "--labels", "2", "--weights", "all", "--steps", "2", "-o", str(root / "leaky"))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored") and "--exclude" in last
