@@ -48,7 +48,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.num_epochs = self.length or recipe.num_epochs
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
-        self.enable_deep_supervision = recipe.deep_supervision
+        # With fewer than three resolutions nnU-Net's weights of the coarser outputs are 0 / 0.
+        self.enable_deep_supervision = recipe.deep_supervision and len(self.configuration_manager.pool_op_kernel_sizes) > 2
         self.has_bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         if self.has_bf16:
             self.grad_scaler = None
@@ -62,7 +63,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             known = ", ".join(plans["configurations"])
             raise PlanError(f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: {known}")
         if cls.uses_weights and block.weights is None:
-            twin = cls.__name__.replace("Pretrained", "Scratch")
+            twin = cls.__name__.replace("Pretrained", "Scratch").replace("DetectionTrainer", "DetectionScratchTrainer")
             raise PlanError(
                 f"{plans['plans_name']}.json was made for training from scratch (autoreg_weights=none); use '-tr {twin}', or plan "
                 "again with weights"
@@ -90,7 +91,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on after validation, whatever was before."""
         if self.block.recipe.deep_supervision:
             decoder: Any = self.unwrapped().decoder
-            decoder.deep_supervision = enabled
+            decoder.deep_supervision = enabled and self.enable_deep_supervision
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """The recipe's optimiser and the rate of every iteration."""

@@ -75,7 +75,8 @@ def fit_resenc(
     batch = int(stock["batch_size"])
     if is_capped:
         batch = max(MIN_BATCH, min(batch, MAX_BATCH_TINY))
-    limit = "as small as tiny encoders are kept" if is_capped else f"as nnU-Net's ResEnc planner for {planner.UNet_vram_target_GB:g} GB"
+    stock_name = f"nnU-Net's {type(planner).__name__} for {planner.UNet_vram_target_GB:g} GB"
+    limit = f"as {stock_name}, within what tiny encoders get" if is_capped else f"as {stock_name}"
     median = " x ".join(f"{v:.0f}" for v in task.median_shape_vox)
     return Fit(as_size(stock["patch_size"]), batch, f"median {median} voxels; {limit}; {told}", arguments)
 

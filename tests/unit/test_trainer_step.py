@@ -32,6 +32,7 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
     torch.manual_seed(3)
     made.network = build_network(made.block, PATCH, 1, 2, deep_supervision=True)
     made.device, made.grad_scaler, made.loss = torch.device("cpu"), None, squared_error
+    made.enable_deep_supervision = recipe.deep_supervision
     made.optimizer = make_optimizer(parameter_groups(made.network, recipe), recipe, 1e-2)
     schedule = make_schedule(recipe, 1e-2, num_epochs, PER_EPOCH, 1, uses_weights)
     made.lr_scheduler = IterationRates(made.optimizer, schedule, PER_EPOCH)
