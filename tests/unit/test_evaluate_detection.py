@@ -1,0 +1,206 @@
+"""The command autoreg_evaluate_detection: folders in, figures and pictures out."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_autoreg.cli.evaluate_detection import main
+from nnunet_autoreg.detection.evaluation_files import Background, background, pick_scans, pick_slices
+from nnunet_autoreg.detection.geometry import frame_of_affine, frame_of_itk
+from nnunet_autoreg.detection.matching import ScanBoxes
+from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
+
+SHAPE = (8, 16, 20)
+CLASSES = {"lesion": 1, "cyst": 2}
+FRAME = frame_of_itk(SHAPE, (1, 1, 2), (0, 0, 0), np.eye(3).ravel().tolist())
+LESION, CYST, TINY = (1, 2, 3, 5, 8, 9), (2, 10, 12, 6, 14, 18), (7, 0, 0, 8, 1, 2)
+
+
+def write_map(file, boxes, shape=SHAPE):
+    array = np.zeros(shape, np.uint8)
+    for value, (z0, y0, x0, z1, y1, x1) in boxes:
+        array[z0:z1, y0:y1, x0:x1] = value
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing((1.0, 1.0, 2.0))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(file))
+
+
+def write_found(folder, name, found):
+    """``found``: (box, class, score)."""
+    detections = [Detection(box, CLASSES[kind], kind, score) for box, kind, score in found]
+    write_scan_file(folder / f"{name}.json", make_scan_file(name, FRAME, detections, CLASSES))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three scans: a lesion and a cyst, both found with a false one; a lesion missed; nothing."""
+    truth = tmp_path / "Dataset999_X" / "labelsTr"
+    write_map(truth / "a.nii.gz", [(1, LESION), (2, CYST), (1, TINY)])
+    write_map(truth / "b.nii.gz", [(1, LESION)])
+    write_map(truth / "c.nii.gz", [])
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES}}))
+    found = tmp_path / "found"
+    write_found(found, "a", [(LESION, "lesion", 0.9), (CYST, "cyst", 0.8), ((0, 12, 0, 4, 16, 4), "lesion", 0.3)])
+    write_found(found, "b", [])
+    write_found(found, "c", [((0, 0, 0, 4, 4, 4), "cyst", 0.1)])
+    return truth, found, tmp_path / "out" / "scores.json"
+
+
+def run(truth, found, out, *more):
+    return main(["-p", str(found), "-g", str(truth), "-o", str(out), "--bootstrap", "20", *more])
+
+
+def results_of(out):
+    return json.loads(out.read_text())
+
+
+def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
+    out = folders[2]
+    assert run(*folders) == 0
+    results = results_of(out)
+    # Lesions: one hit at 0.9, one false at 0.3, two objects: precision 1 up to recall 0.5.
+    assert results["ap"]["0.1"]["per_class"] == {"lesion": pytest.approx(51 / 101), "cyst": 1}
+    assert results["ap"]["0.1"]["mean"] == pytest.approx((51 / 101 + 1) / 2)
+    assert results["classes"]["lesion"]["objects"] == 2 and results["classes"]["lesion"]["ignored_objects"] == 1
+    assert results["scans"]["number"] == 3 and results["scans"]["empty"] == 1
+    assert results["froc"]["operating_points"]["cyst"][-1]["fp_per_empty_scan"] == 1
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert [(r["scan"], r["class"], r["what"], r["score"]) for r in rows] == [
+        ("a", "lesion", "hit", "0.9"), ("a", "lesion", "false", "0.3"), ("a", "lesion", "ignored", ""), ("a", "cyst", "hit", "0.8"),
+        ("b", "lesion", "missed", ""), ("c", "cyst", "false", "0.1"),
+    ]
+    # The lesion is 4 voxels of 2 mm high and 6 mm wide.
+    assert rows[0]["iou"] == "1.0000" and rows[0]["largest_side_mm"] == "8.000"
+    for end in ("_froc.png", "_scans.png"):
+        assert out.with_name("scores" + end).read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "3 scans, 1 without objects" in said and said.splitlines()[-1].startswith("next: look at ")
+
+
+def test_a_hit_rule_and_classes_can_be_chosen(folders):
+    assert run(*folders, "--hit", "centre", "--classes", "cyst", "--iou", "0.3", "--sizes", "5") == 0
+    results = results_of(folders[2])
+    assert list(results["classes"]) == ["cyst"] and results["froc"]["hit"] == "centre" and "0.3" in results["ap"]
+    assert [s["objects"] for s in results["sizes"]["strata"]] == [0, 1]
+
+
+def test_instance_maps_may_touch_and_take_their_labels_from_the_json(folders):
+    truth, found, out = folders
+    halves = [(3, (1, 2, 3, 5, 8, 6)), (4, (1, 2, 6, 5, 8, 9))]
+    write_map(truth / "a.nii.gz", halves)
+    (truth / "a.json").write_text('{"instances": {"3": 1, "4": 2}}')
+    write_found(found, "a", [(halves[0][1], "lesion", 0.9), (halves[1][1], "cyst", 0.9)])
+    assert run(truth, found, out) == 0
+    assert results_of(out)["ap"]["0.5"]["per_class"] == {"lesion": pytest.approx(51 / 101), "cyst": 1}
+
+
+def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images_if_there_are_any(folders, tmp_path, caplog):
+    _, found, out = folders
+    truth = tmp_path / "boxes"
+    truth.mkdir()
+    (truth / "a.json").write_text(json.dumps({"boxes": [{"box_zyx": LESION, "label": 1}, {"box_zyx": CYST, "label": 2}]}))
+    assert run(truth, found, out) == 0
+    assert results_of(out)["ap"]["0.1"]["mean"] == 1
+    assert "no picture of scans" in caplog.text and not out.with_name("scores_scans.png").exists()
+    write_map(tmp_path / "images" / "a_0000.nii.gz", [(7, LESION)])
+    assert run(truth, found, out, "--images", str(tmp_path / "images")) == 0
+    assert out.with_name("scores_scans.png").exists()
+
+
+def test_a_file_of_detections_can_itself_be_the_truth(folders):
+    _, found, out = folders
+    assert run(found, found, out) == 0
+    assert results_of(out)["froc"]["cpm"]["mean"] == 1
+
+
+def test_the_ignore_label_excuses_what_lies_in_it(folders):
+    truth, found, out = folders
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}))
+    write_map(truth / "a.nii.gz", [(1, LESION), (3, (0, 10, 0, 6, 16, 6))])
+    assert run(truth, found, out) == 0
+    rows = [r for r in csv.DictReader(out.with_suffix(".csv").open()) if r["scan"] == "a" and r["score"] == "0.3"]
+    assert [r["what"] for r in rows] == ["excused"]
+
+
+def test_scans_without_a_file_of_detections_are_named_and_counted_only_when_asked(folders, caplog):
+    truth, found, out = folders
+    (found / "b.json").unlink()
+    write_found(found, "d", [])
+    assert run(truth, found, out) == 0
+    assert "1 scans have true objects and no file of detections (b): left out" in caplog.text
+    assert "1 scans have detections and no truth (d): left out" in caplog.text
+    results = results_of(out)
+    assert results["scans"]["without_detections"] == ["b"] and results["scans"]["without_truth"] == ["d"]
+    assert results["ap"]["0.1"]["per_class"]["lesion"] == 1
+    assert run(truth, found, out, "--all-scans") == 0
+    assert results_of(out)["ap"]["0.1"]["per_class"]["lesion"] == pytest.approx(51 / 101)
+
+
+def fails(capsys, code, message, *arguments):
+    assert run(*arguments) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("autoreg_evaluate_detection: ") and message in error
+
+
+def test_what_cannot_be_scored_is_said_in_one_line(folders, tmp_path, capsys):
+    truth, found, out = folders
+    (tmp_path / "nothing").mkdir()
+    fails(capsys, 2, "is no folder", truth, tmp_path / "none", out)
+    fails(capsys, 2, "holds no file of detections", truth, tmp_path / "nothing", out)
+    fails(capsys, 2, "holds neither images", tmp_path / "nothing", found, out)
+    fails(capsys, 2, "there is no such class; did you mean 'cyst'?", truth, found, out, "--classes", "cist")
+    fails(capsys, 2, "hit rule 'mask'", truth, found, out, "--hit", "mask")
+    fails(capsys, 2, "is a folder; give a file in it", truth, found, tmp_path)
+    fails(capsys, 2, "--min-voxels 0 must be at least 1", truth, found, out, "--min-voxels", "0")
+    fails(capsys, 2, "is no folder", truth, found, out, "--images", str(tmp_path / "none"))
+    assert not out.exists()
+
+
+def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tmp_path, capsys):
+    truth, found, out = folders
+    other = tmp_path / "other"
+    write_map(other / "x.nii.gz", [(1, LESION)])
+    fails(capsys, 2, "no scan of -g", other, found, out)
+    write_map(other / "a.nii.gz", [(7, LESION)])
+    fails(capsys, 1, "holds the values 7, which are no labels", other, found, out)
+    write_map(other / "a.nii.gz", [(1, LESION)], shape=(9, 16, 20))
+    fails(capsys, 1, "has 9 x 16 x 20 voxels (z, y, x), the detections were made on 8 x 16 x 20", other, found, out)
+    (other / "a.nii.gz").write_text("no image")
+    fails(capsys, 1, "cannot be read as an image", other, found, out)
+    (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 2, "cyst": 1}}')
+    fails(capsys, 1, "class 'lesion' has label 2", truth, found, out)
+    (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesions": 1, "cyst": 2}}')
+    fails(capsys, 1, "know a class 'lesion' that", truth, found, out)
+
+
+def test_a_class_the_detector_does_not_know_counts_as_missed_and_is_said(folders, caplog):
+    truth, found, out = folders
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES, "node": 3}}))
+    write_map(truth / "b.nii.gz", [(3, LESION)])
+    assert run(truth, found, out) == 0
+    assert "the detector does not know node" in caplog.text and results_of(out)["ap"]["0.1"]["per_class"]["node"] == 0
+
+
+def test_pictures_show_scans_from_all_over_and_slices_through_objects():
+    def with_objects(*boxes):
+        true = np.array(boxes, dtype=float).reshape(-1, 6)
+        none = np.zeros((0, 6))
+        return ScanBoxes("s", (1, 1, 1), true, np.zeros(len(true), dtype=np.int64), np.zeros(len(true), dtype=bool), none,
+                         np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, len(true)), dtype=bool))
+
+    assert pick_scans(list(range(10))) == [0, 3, 6, 9] and pick_scans([1, 2]) == [1, 2]
+    assert pick_slices(with_objects((2, 0, 0, 4, 1, 1)), 20) == [3, 3, 3]
+    assert pick_slices(with_objects(*[(z, 0, 0, z + 1, 1, 1) for z in (1, 5, 9, 13, 17)]), 20) == [5, 9, 13]
+    assert pick_slices(with_objects(), 20) == [5, 10, 15]
+
+
+def test_axial_slices_are_drawn_anterior_up_and_the_patients_right_on_the_left():
+    array = np.zeros((2, 3, 4))
+    assert background(array, frame_of_affine(np.eye(4), (2, 3, 4))) == Background(array, flip_y=True, flip_x=True)
+    assert background(array, frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))) == Background(array)
+    sagittal = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    assert background(array, frame_of_affine(sagittal, (2, 3, 4))) == Background(array)
