@@ -33,17 +33,22 @@ class Commands:
     folders: Mapping[str, Path] = field(default_factory=dict)
 
     def environment(self, **changes: object) -> dict[str, str]:
-        """The caller's environment with the folders, and this interpreter's commands first.
+        """The caller's environment with the folders, and this interpreter's commands first."""
+        settings: dict[str, object] = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"), **self.folders}
+        if self.device == "cpu":
+            settings["OMP_NUM_THREADS"] = self.threads
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        wanted = {**os.environ, "PATH": path, **settings, **changes}
+        return {name: str(value) for name, value in wanted.items()}
+
+    def for_training(self, results: Path) -> dict[str, str]:
+        """The environment of a training that writes to ``results``.
 
         On a CPU the augmentation runs in the training's own process, so that the seed decides; on a GPU, which it would slow down, in
         nnU-Net's workers.
         """
-        settings: dict[str, object] = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"), **self.folders}
-        if self.device == "cpu":
-            settings |= {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1, "OMP_NUM_THREADS": self.threads}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        wanted = {**os.environ, "PATH": path, **settings, **changes}
-        return {name: str(value) for name, value in wanted.items()}
+        alone = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1} if self.device == "cpu" else {}
+        return self.environment(nnUNet_results=results, **alone)
 
     def run(self, line: Sequence[str], **changes: object) -> None:
         """Run one command.

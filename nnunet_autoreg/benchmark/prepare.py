@@ -218,7 +218,9 @@ def _once(bench: Bench, plans: str, arguments: Sequence[str], changes: Mapping[s
     # This command takes numbers only.
     number = str(int(bench.request.dataset.removeprefix("Dataset").split("_")[0]))
     bench.commands.run(["nnUNetv2_plan_and_preprocess", "-d", number, *arguments, "-c", CONFIGURATION,
-                        "-np", str(bench.num_processes), "-npfp", str(bench.num_processes)], **changes)
+                        "-np", str(bench.num_processes), "-npfp", str(bench.num_processes)],
+                       # nnU-Net's planner takes this for torch's threads, of which there has to be one.
+                       **{"nnUNet_n_proc_DA": bench.num_processes, **changes})
     write_text(done, "")
 
 

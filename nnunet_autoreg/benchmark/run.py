@@ -146,8 +146,7 @@ def _do(bench: Bench, folder: Path, job: Job, runner: Runner) -> dict[str, Any]:
     folder.mkdir(parents=True)
     (folder / RUNS_FOLDER).symlink_to((bench.layout.results / RUNS_FOLDER).resolve(), target_is_directory=True)
     write_json(folder / JOB_NAME, job)
-    environment = bench.commands.environment(nnUNet_results=folder)
-    code = runner(folder, environment)
+    code = runner(folder, bench.commands.for_training(folder))
     if code or not (folder / RESULT_NAME).is_file():
         raise AutoregError(f"exit code {code} ({last_words(folder / 'log.txt')}); see {folder / 'log.txt'}")
     found: dict[str, Any] = read_json(folder / RESULT_NAME)

@@ -130,3 +130,28 @@ def test_the_faithful_sampler_draws_prefixes_from_0_and_overlapping_sub_volumes(
     assert all(0 <= sample.prefix < 512 for sample in samples)
     assert len({sample.prefix for sample in samples}) > 6
     assert isinstance(sampler.plan.optim, OptimPlan)
+
+
+def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_knows_no_voxel() -> None:
+    plan = faithful(planned("vit_b16", num_steps=10))
+    arguments = {**plan.encoder.arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "patch_embed_size": [8, 8, 8]}
+    plan = check(replace(plan, encoder=replace(plan.encoder, arguments=arguments, token_size_vox=(8, 8, 8)),
+                         sequence=replace(plan.sequence, crop_size_vox=(32, 16, 8))))
+    torch.manual_seed(0)
+    objective = build_objective(plan)
+    ranks = torch.from_numpy(sequence_ids((4, 2, 1), (1, 1, 1), 1, "interleaved"))[None]
+    voxels = torch.randn(1, 1, 1, 32, 16, 8)
+    batch = Batch(voxels, torch.ones(1, 1, 32, 16, 8, dtype=torch.bool), ranks, torch.tensor([0]))
+    valid = torch.ones_like(ranks, dtype=torch.bool)
+    objective.module.eval()
+    with torch.no_grad():
+        assert float(objective.loss(batch).count) == 8 * 512
+        before = objective.module(batch, valid)
+        for rank in range(8):
+            token = int((ranks[0] == rank).nonzero())
+            z, y = 8 * (token // 2), 8 * (token % 2)
+            other = voxels.clone()
+            other[..., z : z + 8, y : y + 8, :] = torch.randn(8, 8, 8)
+            after = objective.module(replace(batch, voxels=other), valid)
+            assert torch.equal(before[0, ranks[0] <= rank], after[0, ranks[0] <= rank])
+            assert (before[0, ranks[0] > rank] != after[0, ranks[0] > rank]).any(dim=-1).all()
