@@ -1,6 +1,8 @@
 """``autoreg_pretrain``: unlabelled scans in, a pretrained encoder out."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from nnunet_autoreg.presets import PRESETS
 
 if TYPE_CHECKING:
     from nnunet_autoreg.pretrain.folder import Request
+    from nnunet_autoreg.pretrain.launch import Crew
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
                    help="target spacing: median of each group of like spacing (default), finest (its 10th percentile), isotropic, or "
                    "z,y,x in mm for all scans")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
+    p.add_argument("--num-gpus", type=int, metavar="N", help="train on N GPUs of this machine, each taking its share of every batch (with "
+                   "--device cpu: in N processes); default: one. A run may be continued with another number. torchrun starts them itself, "
+                   "also on several machines")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default 0)")
     p.add_argument("--modality", metavar="NAME", help="CT, MR, ... for all scans; default: dataset.json, else by Hounsfield-like values")
     p.add_argument("--exclude", metavar="FILE", help="paths or ids to leave out, one a line, or an nnU-Net splits_final.json "
@@ -89,17 +95,15 @@ def preprocess(request: "Request", part: str, dry_run: bool) -> int:
     return 0
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    args = parser().parse_args(argv)
-    configure_logging()
-    prepare_torch()
-    from nnunet_autoreg.pretrain.folder import Request
-    from nnunet_autoreg.pretrain.machine import check_device, default_device
-    from nnunet_autoreg.pretrain.run import pretrain
+def request_of(args: argparse.Namespace) -> "Request":
+    """What was typed, checked.
 
-    request = Request(
+    Raises:
+        UsageError: it makes no sense.
+    """
+    from nnunet_autoreg.pretrain.folder import Request
+
+    return Request(
         name=args.name,
         datasets=tuple(args.d),
         folders=tuple(str(absolute(folder)) for folder in args.i),
@@ -122,12 +126,39 @@ def main(argv: list[str] | None = None) -> int:
         preset=args.preset,
         boxes=absolute(args.boxes),
     ).check()
-    if args.part:
-        return preprocess(request, args.part, args.dry_run)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = parser().parse_args(argv)
+    configure_logging()
+    prepare_torch()
+    if args.num_gpus or "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns in every process of what is as it should be
+    request = request_of(args)
     if args.show and not args.dry_run:
         raise UsageError("--show goes with --dry-run: it draws what training would see, and stops before it")
-    device = check_device(args.device) if args.device else default_device()
-    outcome = pretrain(request, device, args.dry_run, args.show)
+    from nnunet_autoreg.pretrain.launch import Crew, launch_of, stand_by
+    from nnunet_autoreg.pretrain.machine import check_device, default_device
+
+    # Known to every process that torchrun started; all but the main one wait until it has made everything ready.
+    alone = bool(args.part) or args.dry_run
+    device = "cpu" if args.part else check_device(args.device) if args.device else default_device()
+    launch = launch_of(None if alone else args.num_gpus, device, os.environ)
+    if launch.rank > 0:
+        return stand_by(launch, device)
+    with Crew(launch, device) as crew:
+        return run(request, args, crew)
+
+
+def run(request: "Request", args: argparse.Namespace, crew: "Crew") -> int:
+    """What the main process does; returns the exit code."""
+    from nnunet_autoreg.pretrain.run import pretrain
+
+    if args.part:
+        return preprocess(request, args.part, args.dry_run)
+    outcome = pretrain(request, crew.device, args.dry_run, args.show, crew)
     if not outcome.finished:
         pictures = f"{outcome.folder / 'sequences.png'}, " if args.show else ""
         print_next(f"look at {pictures}{outcome.folder / 'plan.json'} and {outcome.folder / 'scans.csv'}, edit the plan if you like, "
@@ -136,3 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset = args.d[0] if args.d else "ID"
     print_next(f"nnUNetv2_plan_and_preprocess -d {dataset} -pl AutoregPlanner")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

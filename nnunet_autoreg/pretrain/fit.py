@@ -4,7 +4,8 @@ into the plan, so that a resumed run is the same run."""
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 
@@ -32,6 +33,30 @@ CROP_SHARE = 0.75
 """A crop that does not fit is made at most this large."""
 
 
+@contextmanager
+def memory_errors_in_one_line() -> Iterator[None]:
+    """Around a training that fitted when it was tried.
+
+    Raises:
+        AutoregError: it has run out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise AutoregError(f"{first} Something else may be using the GPU: free it and type the same line again; training goes on from "
+                           "its last checkpoint") from error
+
+
+def share_of_plan(plan: Plan, num_processes: int) -> Plan:
+    """The plan with no more crops at once than each of so many processes gets of a batch."""
+    optim, share = plan.optim, ceil(plan.optim.batch_size / num_processes)
+    if (optim.micro_batch_size or optim.batch_size) <= share:
+        return plan
+    told = f"all that each of {num_processes} processes gets of a batch of {optim.batch_size}"
+    return _changed(replace(plan, optim=replace(optim, micro_batch_size=share)), "optim.micro_batch_size", told)
+
+
 def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.device) -> Plan:
     """``plan``, made smaller until a dry step fits, with the peak that was measured. Says what a step takes.
 
@@ -41,6 +66,9 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
     Raises:
         AutoregError: not even the smallest step fits.
     """
+    if device.type == "cuda" and not computes_in_half(device):
+        log.warning("%s has no bf16: everything is computed in float32, which takes longer and more memory",
+                    torch.cuda.get_device_name(device))
     while True:
         failed, seconds = _try(trainer_of, plan)
         if failed is None:

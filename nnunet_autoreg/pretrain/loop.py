@@ -65,7 +65,7 @@ class Trainer:
         self.train_step = TrainingStep(plan, objective, device, world, self.is_sharded)
         self.optimizer, self.guard = self.train_step.optimizer, self.train_step.guard
         self.batches = StepBatches(objective.sampler, training, self.train_step.numbers)
-        self.after_checkpoint: Callable[[], None] = lambda: None
+        self.after_checkpoint: Callable[[], object] = lambda: None
         self.num_workers = num_workers
         self.tally = self.guard.tally()
         self.progress = Progress()

@@ -58,6 +58,13 @@ def computes_in_half(device: "torch.device") -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def has_half(device: str) -> bool:
+    """``computes_in_half`` by the device's name."""
+    import torch
+
+    return computes_in_half(torch.device(device))
+
+
 def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half: bool = True) -> tuple[float, float]:
     """Estimated bytes of a training step with the default sequences: fixed, and per crop.
 

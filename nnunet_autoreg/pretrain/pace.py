@@ -25,6 +25,6 @@ def seconds_per_step(trainer: Trainer) -> float:
             start = time.monotonic()
             continue
         done += 1
-        if done >= MIN_STEPS and time.monotonic() - start > ENOUGH_S:
+        if trainer.world.any(done >= MIN_STEPS and time.monotonic() - start > ENOUGH_S):
             break
     return (time.monotonic() - start) / done

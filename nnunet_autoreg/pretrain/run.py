@@ -3,10 +3,11 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_autoreg import checkpoint, nnunet_api
 from nnunet_autoreg.corpus.exclude import read_exclude
@@ -38,13 +39,19 @@ from nnunet_autoreg.pretrain.folder import (
     log_file,
     run_folder,
 )
-from nnunet_autoreg.pretrain.machine import hardware, num_processes, step_memory
+from nnunet_autoreg.pretrain.launch import Crew
+from nnunet_autoreg.pretrain.machine import hardware, has_half, num_processes, step_memory
 from nnunet_autoreg.pretrain.material import make_material, parse_kinds, plan_with_sequences
 from nnunet_autoreg.pretrain.pictures import show_sequences
+from nnunet_autoreg.pretrain.report import Reporter, Setting
 from nnunet_autoreg.pretrain.signals import ends_on_sigterm
-from nnunet_autoreg.pretrain.start import check_start, start_from
+from nnunet_autoreg.pretrain.start import check_start
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.store.store import Store
+
+if TYPE_CHECKING:
+    from nnunet_autoreg.pretrain.distributed import World
+    from nnunet_autoreg.pretrain.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +64,15 @@ class Outcome:
     finished: bool
 
 
-def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = False) -> Outcome:
+def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = False, crew: Crew | None = None) -> Outcome:
     """Do what is left of the run that ``request`` describes.
 
     Args:
         device: cpu, cuda or mps.
         dry_run: stop after plan.json and scans.csv.
         show: before that, preprocess a few scans and draw ``sequences.png``.
+        crew: the processes that train together; None for this one alone. All but the training is done by this one alone, before the
+            others are needed.
 
     Raises:
         UsageError: the request is wrong, or differs from the one that the run was made with.
@@ -80,7 +89,7 @@ def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = 
         if is_finished(folder, plan):
             log.info("run '%s' is finished: %d steps on %d scans", plan.name, plan.optim.num_steps, len(rows))
             return Outcome(folder, True)
-        train(folder, plan, rows, device)
+        train(folder, plan, rows, device, crew or Crew())
         return Outcome(folder, True)
 
 
@@ -102,7 +111,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     print_of = fingerprint(index, parse_policy(request.spacing))
     plan = make_plan(
         request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
-        to_jsonable(request), partial(step_memory, half=device == "cuda"),
+        to_jsonable(request), partial(step_memory, half=has_half(device)),
     )
     plan = with_presets(with_sequences(folder, plan, request, rows), request)
     plan = check(override(plan, list(request.settings)))
@@ -150,46 +159,78 @@ def index_inputs(folder: Path, request: Request) -> Index:
     return index
 
 
-def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str) -> None:
-    """Preprocess what is missing, train to the plan's length, export the encoder."""
-    import torch
-
-    from nnunet_autoreg.objectives.registry import build_objective
+def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew) -> None:
+    """Preprocess what is missing, train to the plan's length together with the crew, export the encoder."""
+    from nnunet_autoreg.pretrain.distributed import share_of
+    from nnunet_autoreg.pretrain.fit import memory_errors_in_one_line
+    from nnunet_autoreg.pretrain.job import Job
     from nnunet_autoreg.pretrain.labels import labelled_crops
-    from nnunet_autoreg.pretrain.loop import Trainer
-    from nnunet_autoreg.pretrain.pace import seconds_per_step
-    from nnunet_autoreg.pretrain.report import Reporter, Setting
-    from nnunet_autoreg.pretrain.slices import held_out_pictures
 
+    share_of(plan.optim.batch_size, 0, crew.launch.size)
     store = Store()
     keys = store.ensure(rows, partial(row_spacing, data=plan.data), plan.data.ct_window, num_processes())
     rows = stored(folder, rows, store, begun=checkpoint.exists(folder))
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
     cases = {row.id: store.open(keys[row.id]) for row in rows}
-    parts = make_material(folder, plan, store, cases, training, heldout, num_processes())
 
-    probe = labelled_crops(plan, rows, cases, {row.id for row in heldout})
+    def job_of(plan: Plan) -> Job:
+        parts = make_material(folder, plan, store, cases, training, heldout, num_processes())
+        probe = labelled_crops(plan, rows, cases, {row.id for row in heldout})
+        return Job(folder, plan, device, *parts, probe, not checkpoint.exists(folder), crew.launch.local_size)
 
-    def trainer_of(plan: Plan) -> Trainer:
-        torch.manual_seed(plan.run.seed)
-        return Trainer(
-            plan, folder, build_objective(plan), *parts,
-            torch.device(device), num_workers=min(4, num_processes() - 1) if device == "cuda" else 0, probe=probe,
-        )
+    job = tried(job_of(plan), job_of, crew.launch.size)
+    with crew.world() as world, memory_errors_in_one_line():
+        lead(job, world, crew, rows, Setting(device, len(training), len(heldout)))
 
-    if needs_pace(plan):
-        plan = with_pace(folder, plan, seconds_per_step(trainer_of(plan)), device)
-    trainer = trainer_of(plan)
-    objective = trainer.objective
-    if not checkpoint.exists(folder):
-        start_from(objective.network, plan)
-    reporter = Reporter(folder, plan, Setting(device, len(training), len(heldout)))
-    pictures = partial(held_out_pictures, objective, trainer.heldout, trainer.device, plan.data.spacing_mm)
-    trainer.after_checkpoint = partial(reporter.write, pictures)
+
+def tried(job: "Job", job_of: Callable[[Plan], "Job"], num_training: int) -> "Job":
+    """The job with a plan that a dry step on this process's device has shown to fit, written once, before the first step.
+
+    Args:
+        job_of: makes the job of another plan, whose sequences are others.
+        num_training: processes that will train together.
+    """
+    import torch
+
+    from nnunet_autoreg.pretrain.fit import fitted, share_of_plan
+    from nnunet_autoreg.pretrain.job import is_shared_out, trainer_of
+
+    was_tried = not job.is_new or job.plan.run.peak_memory_gib is not None
+    if was_tried or (num_training > 1 and is_shared_out(job, num_training)):
+        return job
+
+    def with_plan(plan: Plan) -> "Job":
+        return replace(job, plan=plan) if plan.sequence == job.plan.sequence else job_of(plan)
+
+    plan = fitted(share_of_plan(job.plan, num_training), lambda plan: trainer_of(with_plan(plan)), torch.device(job.device))
+    write_json(job.folder / PLAN_NAME, plan)
+    return with_plan(plan)
+
+
+def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: Setting) -> None:
+    """The main process's part of the training, and the export; ``job.assist`` is the others'."""
+    from nnunet_autoreg.pretrain.job import measured, pictures_of, trainer_of
+
+    folder, place = job.folder, crew.launch.local_rank
+    world.share((job, needs_pace(job.plan)))
+    if needs_pace(job.plan):
+        job = measured(job, world, place, lambda plan, seconds: with_pace(folder, plan, seconds, job.device))
+    if world.size > 1:
+        log.info("%d processes train together, %d of %d crops in this one", world.size, job.plan.optim.batch_size // world.size,
+                 job.plan.optim.batch_size)
+    trainer = trainer_of(job, world, place)
+    pictures, reporter = pictures_of(trainer), Reporter(folder, job.plan, setting)
+
+    def report() -> None:
+        drawn = pictures() if trainer.is_sharded else None
+        reporter.write(pictures if drawn is None else lambda: drawn)
+
+    trainer.after_checkpoint = report
     trainer.run()
-    reporter.write(pictures)
-    export_encoder(folder, plan, objective, rows, licences(rows))
+    report()
+    export_encoder(folder, job.plan, trainer.objective, rows, licences(rows))
+    world.wait()
 
 
 def needs_pace(plan: Plan) -> bool:
