@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 RUN, NNSSL, AR_SSL4M, NO_PLAN, UNKNOWN = "run", "nnssl", "AR-SSL4M", "checkpoint without a plan", "unknown"
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
+MAX_NAMES = 3
 WRAPPERS = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before a key."""
 
@@ -87,7 +89,8 @@ def _weights_of(path: Path) -> Path:
     known = [path / name for name in (WEIGHTS_NAME, CHECKPOINT_NAME) if (path / name).is_file()]
     found = known or sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".pth", ".pt", ".ckpt"))
     if len(found) != 1 and not known:
-        names = ", ".join(f.name for f in found[:5])
+        more = f" and {len(found) - MAX_NAMES} more" if len(found) > MAX_NAMES else ""
+        names = ", ".join(f.name for f in found[:MAX_NAMES]) + more
         raise WeightsError(f"{path} holds {len(found)} weights files{f' ({names})' if names else ''}; name one file")
     return found[0]
 
@@ -103,7 +106,10 @@ def read_content(file: Path) -> dict[str, Any]:
 
         return dict(read_tensors(file))
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About pickle protocols, which the line below says better.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_unsafe(file, str(error))) from error
     except Exception as error:  # torch stumbles over damaged bytes in many ways

@@ -1,0 +1,224 @@
+"""``autoreg_weights``: what files are, what is refused before anything runs, AR-SSL4M's form, licences, normalisation."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nnunet_autoreg.cli.weights import main
+from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.model.card import read_card
+from nnunet_autoreg.transfer.foreign.ar_ssl4m import expected_keys
+from nnunet_autoreg.transfer.foreign.imported import Options
+from nnunet_autoreg.transfer.foreign.importing import import_weights
+from nnunet_autoreg.transfer.foreign.licences import licences_of
+from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NO_PLAN, UNKNOWN, open_source
+from nnunet_autoreg.transfer.normalization import AutoregPercentileNormalization, as_pretrained
+from nnunet_autoreg.transfer.resolve import DatasetTraits, choose_weights
+
+
+def ar_ssl4m(depth: int = 1, width: int = 12, token: int = 4) -> dict[str, Tensor]:
+    """A checkpoint with AR-SSL4M's keys, tiny."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "embed_tokens.weight": (4, width), "patchifier.proj.weight": (width, 1, token, token, token), "decoder_pred.bias": (token**3,),
+        "decoder_pred.weight": (token**3, width), "linear1.weight": (4 * width, width), "linear1.bias": (4 * width,),
+        "linear2.weight": (width, 4 * width),
+    }  # fmt: skip
+    tensors = {}
+    for key in sorted(expected_keys(depth)):
+        default = (width, width) if key.endswith("_proj.weight") else (width,)
+        tensors[key] = torch.randn(next((s for end, s in shapes.items() if key.endswith(end)), default), generator=generator)
+    return tensors
+
+
+def saved(file: Path, content: Any) -> Path:
+    torch.save(content, file)
+    return file
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.target),))
+
+
+@pytest.mark.parametrize("way", ["zip", "bare"])
+def test_a_file_that_would_run_code_ends_in_one_line_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    sprung = tmp_path / "sprung"
+    content = {"network_weights": {"a": torch.ones(1)}, "more": Trap(sprung)}
+    file = tmp_path / "evil.pth"
+    if way == "zip":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content["more"]))
+    for line in (["inspect", str(file)], ["import", str(file), "--name", "evil"]):
+        assert main(line) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "nothing of it was run" in error
+    assert not sprung.exists() and not (tmp_path / "autoreg_pretraining").exists()
+    torch.load(file, weights_only=False) if way == "zip" else pickle.loads(file.read_bytes())
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
+    file = saved(tmp_path / "a.pth", ar_ssl4m())
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match=r"a\.pth (cannot be read|is no file of weights)"):
+        open_source(file)
+
+
+def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
+    tensors = ar_ssl4m()
+    bare = open_source(saved(tmp_path / "bare.pth", tensors))
+    wrapped = {f"module.{key}": value for key, value in tensors.items()}
+    nested = open_source(saved(tmp_path / "nested.pth", {"state_dict": wrapped, "epoch": 3}))
+    assert bare.kind == nested.kind == AR_SSL4M
+    assert set(bare.tensors) == set(nested.tensors) == set(tensors)
+    save_file(tensors, tmp_path / "st.safetensors")
+    assert open_source(tmp_path / "st.safetensors").kind == AR_SSL4M
+    other = open_source(saved(tmp_path / "o.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}))
+    assert (other.kind, other.rest) == (NO_PLAN, {"trainer_name": "x"})
+    assert open_source(saved(tmp_path / "u.pth", {"w": torch.ones(2)})).kind == UNKNOWN
+    with pytest.raises(WeightsError, match="holds list, no dictionary"):
+        open_source(saved(tmp_path / "l.pth", [torch.ones(2)]))
+    with pytest.raises(WeightsError, match=r"holds 6 weights files \(bare\.pth, l\.pth, nested\.pth and 3 more\); name one file"):
+        open_source(tmp_path)
+
+
+def test_ar_ssl4m_is_imported_turned_and_with_its_normalisation(tmp_path: Path) -> None:
+    tensors = ar_ssl4m()
+    file = saved(tmp_path / "a.pth", {"state_dict": tensors})
+    card, imported = import_weights(file, "a", tmp_path, Options(num_heads=2))
+    stored = load_file(tmp_path / "autoreg_pretraining" / "a" / "encoder.safetensors")
+    kernel = "model.patchifier.proj.weight"
+    assert torch.equal(stored[kernel], tensors[kernel].permute(0, 1, 4, 3, 2))
+    rest = [key for key in tensors if key.startswith("model.") and key != kernel]
+    assert len(rest) == 17 and all(torch.equal(stored[key], tensors[key]) for key in rest) and len(stored) == 18
+    assert (card.normalization, card.licences) == ("AutoregPercentileNormalization", {"AR-SSL4M": "none stated"})
+    assert card.arguments["mlp_ratio"] == 4.0 and card.token_size_vox == (4, 4, 4) and card.num_steps == 0
+    assert "left out: decoder_pred, the head of pretraining" in imported.notes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.bias"), r"no whole AR-SSL4M checkpoint of 1 blocks: it lacks model\.norm\.bias"),
+        (lambda t: t.update({"model.more": torch.ones(1)}), r"it has besides model\.more"),
+        (lambda t: t.update({"model.pos_embed_learn": torch.ones(1, 1)}), "has learned positions"),
+        (lambda t: t.update({"model.norm.bias": torch.full((12,), torch.nan)}), r"'model\.norm\.bias' holds NaN"),
+    ],
+)
+def test_what_is_wrong_with_an_ar_ssl4m_file_is_said(tmp_path: Path, change: Any, message: str) -> None:
+    tensors = ar_ssl4m()
+    change(tensors)
+    with pytest.raises(WeightsError, match=message):
+        import_weights(saved(tmp_path / "a.pth", tensors), "a", tmp_path, Options(num_heads=2))
+    assert not (tmp_path / "autoreg_pretraining").exists()
+
+
+def test_heads_that_the_file_does_not_name_are_asked_for(tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.pth", ar_ssl4m())
+    with pytest.raises(WeightsError, match=r"width of 12 .* add --heads N"):
+        import_weights(file, "a", tmp_path, Options())
+    with pytest.raises(WeightsError, match="--heads 5: the width of 12 is no multiple"):
+        import_weights(file, "a", tmp_path, Options(num_heads=5))
+
+
+def test_the_command_inspects_imports_and_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    file = str(saved(tmp_path / "a.pth", ar_ssl4m()))
+    assert main(["inspect", file]) == 0
+    said = capsys.readouterr().out
+    assert "cannot be imported  the file does not say how many heads" in said and "20 with" in said
+    assert main(["inspect", file, "--heads", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "licence             AR-SSL4M: none stated" in said
+    assert said.splitlines()[-1] == f"next: autoreg_weights import {file} --name NAME --heads 2"
+    assert main(["import", file, "--heads", "2", "--name", "theirs", "--licence", "CC0"]) == 0
+    assert "licences of the weights: AR-SSL4M: CC0 (stated by the user)" in capsys.readouterr().out
+    assert main(["inspect", "theirs"]) == 0
+    said = capsys.readouterr().out
+    assert "a finished pretraining, 'theirs': imported" in said and read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in said
+    assert main(["export", "theirs", "-o", str(tmp_path / "out")]) == 0
+    assert "nnssl's format names no ViT" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "out"), "--heads", "2", "--name", "again"]) == 0
+    runs = tmp_path / "autoreg_pretraining"
+    assert (runs / "again" / "encoder.safetensors").read_bytes() == (runs / "theirs" / "encoder.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["import", "x.pth", "--name", "a__b"], "no '__'"),
+        (["import", "x.pth", "--name", "none"], "means training from scratch"),
+        (["import", "x.pth", "--name", "a", "--spacing", "0", "1", "1"], "--spacing 0.0 1.0 1.0: must be greater than 0"),
+        (["import", "x.pth", "--name", "a"], "x.pth does not exist"),
+        (["inspect", "nothing"], "neither a run nor a folder nor a file"),
+    ],
+)
+def test_impossible_lines_end_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: list[str], message: str
+) -> None:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    assert main(line) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
+    import_weights(saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, Options(num_heads=2))
+    dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
+    with pytest.raises(WeightsError, match="imported weights are used by name only: export autoreg_weights=theirs"):
+        choose_weights(tmp_path, dataset, None)
+    choice = choose_weights(tmp_path, dataset, "theirs")
+    assert choice.card is not None and choice.card.name == "theirs" and choice.warnings == ()
+
+
+def test_the_licence_is_the_users_word_then_the_model_cards_then_what_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    plan = {"pretrain_plan": {"dataset_name": "Dataset745_OpenMind"}}
+    assert licences_of(plan, None, file) == {"OpenMind": "CC-BY-4.0"}
+    found = licences_of({}, [{"name": "nnFoundation"}], file)
+    assert found["nnFoundation"].startswith("CC-BY-SA-4.0 (share-alike")
+    assert licences_of({}, None, file) == {"w.pth": "none stated"}
+    (tmp_path / "README.md").write_text('---\nlicense: "mit"\ntags: [x]\n---\ntext\n')
+    assert licences_of(plan, None, file) == {"OpenMind": "mit (README.md beside the file)"}
+    assert licences_of(plan, None, file, "CC0") == {"OpenMind": "CC0 (stated by the user)"}
+
+
+def test_percentiles_1_and_99_9_become_0_and_1_and_the_rest_is_clipped() -> None:
+    image = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
+    normalised = AutoregPercentileNormalization(use_mask_for_norm=False, intensityproperties={}).run(image.copy())
+    np.testing.assert_allclose(normalised.ravel()[[0, 10, 11, 500, 999, 1000]], [0, 0, 1 / 989, 490 / 989, 1, 1], atol=1e-6)
+    assert not AutoregPercentileNormalization(False, {}).run(np.full((2, 2, 2), 7.0, np.float32)).any()
+
+
+def test_a_plan_normalises_every_channel_as_the_weights_were_and_is_nnunets_own_without(tmp_path: Path) -> None:
+    own = ["CTNormalization", "ZScoreNormalization"]
+    assert as_pretrained(own, [False, True], None) == (own, [False, True])
+    card, _ = import_weights(saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, Options(num_heads=2))
+    assert as_pretrained(own, [False, True], card) == (["AutoregPercentileNormalization"] * 2, [False, False])
+
+
+def test_nnunet_finds_the_normalisation_by_name() -> None:
+    from nnunet_autoreg import bridge
+
+    assert bridge._module_of("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM) == "nnunet_autoreg.transfer.normalization"
+    assert bridge._module_of("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
