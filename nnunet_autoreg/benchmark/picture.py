@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.benchmark.protocol import ARMS, STOCK
+from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.table import Row, rows_of
 from nnunet_autoreg.records import atomic_path
 
@@ -15,19 +15,21 @@ MARKERS = "osD^vP"
 
 
 def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw the runs of the length, split and recipe of the last line."""
+    """Draw the runs of the length and split of the last line, those of an encoder with the recipe of its own last line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     last = lines[-1]
-    ours = [x for x in lines if all(x[name] == last[name] for name in ("split", "steps", "batch")) and x["recipe"] in ("", last["recipe"])]
-    rows = rows_of(ours)
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    alike = [line for line in lines if all(line[name] == last[name] for name in ("split", "steps", "batch"))]
+    recipes = {line["encoder"]: line["recipe"] for line in alike}
+    rows = rows_of([line for line in alike if line["recipe"] == recipes[line["encoder"]]])
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     labels = sorted({row.key.labels for row in rows})
     _draw_dice(left, rows, labels)
     _draw_differences(right, rows, labels)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(f"{title}: {last['split']} split, {last['steps']} steps of {last['batch']} patches", fontsize=11)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -50,35 +52,34 @@ def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str,
 def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> None:
     names = _names(rows)
     for name in names:
-        style, told = _style(names, name), name[1] if name[0] == "-" else f"{name[1]}, {name[0]}"
+        style, told = _style(names, name), name[1] if name[0] == "-" else f"{name[1]}, {name[0].removeprefix(OWN_PREFIX)}"
         for row in (row for row in rows if (row.key.encoder, row.key.arm) == name):
             place = _place(names, name, labels, row.key.labels)
             axis.plot([place] * len(row.dice), row.dice, linestyle="", markersize=4, alpha=0.5, **style)
             axis.plot([place - 0.04, place + 0.04], [np.mean(row.dice)] * 2, color=style["color"], linewidth=2.5)
         axis.plot([], [], linestyle="", label=told, **style)
     axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases", ylabel="Dice (points: seeds, bars: mean)")
-    axis.legend(fontsize=8, frameon=False)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
     _plain(axis)
 
 
 def _draw_differences(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> None:
-    told = [row for row in rows if (row.to_scratch or row.to_stock) is not None]
-    names = _names(told)
-    for row in told:
-        name = (row.key.encoder, row.key.arm)
-        difference = row.to_stock if row.to_scratch is None else row.to_scratch
-        assert difference is not None
-        style, (low, high) = _style(_names(rows), name), difference.over_both
-        place = _place(names, name, labels, row.key.labels)
-        axis.errorbar(place, difference.mean, [[difference.mean - low], [high - difference.mean]], capsize=3, markersize=5,
-                      markerfacecolor="white" if row.to_scratch is None else style["color"], **style)
+    """Minus scratch; where there are no such pairs, minus stock."""
+    to, pairs = "scratch", [(row, row.to_scratch) for row in rows if row.to_scratch is not None]
+    if not pairs:
+        to, pairs = STOCK, [(row, row.to_stock) for row in rows if row.to_stock is not None]
+    names = _names([row for row, _ in pairs])
+    for row, difference in pairs:
+        name, (low, high) = (row.key.encoder, row.key.arm), difference.over_both
+        # Rounding may put the ends of an interval of no width on the wrong side of its mean.
+        reach = [[max(difference.mean - low, 0.0)], [max(high - difference.mean, 0.0)]]
+        axis.errorbar(_place(names, name, labels, row.key.labels), difference.mean, reach, capsize=3, markersize=5,
+                      **_style(_names(rows), name))
     axis.axhline(0, color="#999999", linewidth=0.8)
-    hollow = any(row.to_scratch is None for row in told)
-    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases",
-             ylabel="minus scratch" + (f" (hollow: minus {STOCK})" if hollow else "") + ", 95 %")
+    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases", ylabel=f"Dice minus {to}, 95 %")
     axis.set_xlim(-0.5, len(labels) - 0.5)
-    if not told:
-        axis.text(0.5, 0.5, "no pairs yet", transform=axis.transAxes, ha="center")
+    if not pairs:
+        axis.text(0.5, 0.6, "no pairs yet", transform=axis.transAxes, ha="center")
     _plain(axis)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.benchmark.protocol import ARMS, STOCK
+from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.results import RunKey, key_of
 from nnunet_autoreg.benchmark.statistics import Difference, mean_dice, paired
 
@@ -76,7 +76,7 @@ def _cells(row: Row) -> list[str]:
     spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
     labelled = sorted({int(line["num_labelled"]) for line in lines})
     labels = str(key.labels) if labelled == [key.labels] else f"{key.labels} ({'-'.join(map(str, labelled))} cases)"
-    encoder = key.encoder + (f", {key.recipe}" if key.recipe else "")
+    encoder = key.encoder.removeprefix(OWN_PREFIX) + (f", {key.recipe}" if key.recipe else "")
     paces = [line["seconds_per_step"] for line in lines if line["seconds_per_step"]]
     minutes = [(line["train_s"] + line["validate_s"]) / 60 for line in lines]
     return [key.split, f"{key.steps} x {key.batch}", labels, encoder, key.arm, str(len(dice)), f"{np.mean(dice):.3f} ({spread})",

@@ -432,3 +432,15 @@ def test_nnunets_summary_gives_dice_by_case_and_none_where_nothing_was_there(tmp
     (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": [
         {"reference_file": "/gt/case.a_01.nii.gz", "prediction_file": "", "metrics": metrics}]}))
     assert read_dice(tmp_path / "summary.json", ".nii.gz") == {"case.a_01": {"1": 0.75, "2": None}}
+
+
+def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(tmp_path: Path) -> None:
+    from nnunet_autoreg.benchmark.picture import draw
+
+    one = [line("stock")]
+    pairs = [line("pretrained", s, {"a": [0.1 + 0.2], "b": [0.3]}) for s in (0, 1)]
+    pairs += [line("scratch", s, {"a": [0.3], "b": [0.1]}) for s in (0, 1)]
+    flat = [line("pretrained", 0, {"a": [0.1 + 0.2]}), line("scratch", 0, {"a": [0.1]})]
+    for lines in (one, pairs, flat, pairs + one):
+        draw(tmp_path / "picture.png", lines, DATASET)
+        assert (tmp_path / "picture.png").stat().st_size > 5000
