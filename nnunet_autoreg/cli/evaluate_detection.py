@@ -105,7 +105,7 @@ def _write(arguments: argparse.Namespace, results: dict[str, Any], folders: "Fol
     """Write the four files; returns the picture to look at."""
     from nnunet_autoreg.detection import evaluation_files as files
 
-    stem = arguments.o.with_suffix("") if arguments.o.suffix in (".json", ".csv", ".png") else arguments.o
+    stem: Path = arguments.o.with_suffix("") if arguments.o.suffix in (".json", ".csv", ".png") else arguments.o
     named = {end: stem.with_name(stem.name + end) for end in (".json", ".csv", "_froc.png", "_scans.png")}
     named[".json"].parent.mkdir(parents=True, exist_ok=True)
     files.write_rows(named[".csv"], folders.scans, truth.classes, settings)

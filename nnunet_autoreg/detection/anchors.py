@@ -135,13 +135,13 @@ def _levels_of(sizes_N3: Floats, strides_vox: Sequence[Size]) -> NDArray[np.intp
     """The level each object belongs to: where its mean side is nearest to four mean strides, by ratio."""
     sides = np.log2(np.cbrt(sizes_N3.prod(1)))
     strides = np.log2(ANCHOR_SIDES * np.cbrt(np.array(strides_vox, dtype=np.float64).prod(1)))
-    return np.abs(sides[:, None] - strides[None]).argmin(1)
+    return np.asarray(np.abs(sides[:, None] - strides[None]).argmin(1))
 
 
 def _factors(strides_vox: Sequence[Size]) -> Floats:
     """(L, 3) how much larger the shapes of each level are than those of level 0."""
     strides = np.array(strides_vox, dtype=np.float64)
-    return strides / strides[0]
+    return np.asarray(strides / strides[0])
 
 
 def _k_means(sizes: Floats, k: int, random: np.random.Generator) -> Floats:

@@ -79,14 +79,15 @@ class _Counting:
 
     def __init__(self, scans: Sequence[ScanBoxes], places: Sequence[int], settings: EvaluationSettings):
         self.scans, self.places, self.settings = scans, places, settings
-        weights = bootstrap_weights(len(scans), settings.num_resamples, settings.seed) if settings.num_resamples and len(scans) > 1 else []
-        self.resamples: list[Floats] = list(weights)
+        # One scan drawn again and again is always the same scan: no interval.
+        resamples = settings.num_resamples if len(scans) > 1 else 0
+        self.resamples: list[Floats] = list(bootstrap_weights(len(scans), resamples, settings.seed)) if resamples else []
 
     def matched(self, place: int, rule: HitRule, excused: Sequence[dict[str, Bools]] = ()) -> list[Matched]:
         """By scan; ``excused`` holds further arguments of each."""
         options: dict[str, Any] = {"duplicates": self.settings.duplicates, "max_detections": self.settings.max_detections}
-        return [match_scan(scan, place, rule, **options, **more)
-                for scan, more in zip(self.scans, excused or [{}] * len(self.scans), strict=True)]
+        each: list[dict[str, Any]] = [{**options, **more} for more in excused] or [options] * len(self.scans)
+        return [match_scan(scan, place, rule, **of_scan) for scan, of_scan in zip(self.scans, each, strict=True)]
 
     def pooled(self, rule: HitRule) -> dict[int, Pooled]:
         return {place: pool(self.matched(place, rule)) for place in self.places}

@@ -193,7 +193,7 @@ def read_array(file: Path) -> tuple[NDArray[Any], tuple[float, float, float]]:
 
     with quiet_stderr():
         try:
-            image = SimpleITK.ReadImage(str(file))
+            image: Any = SimpleITK.ReadImage(str(file))
         except RuntimeError as error:
             raise ObjectsError(f"{file} cannot be read as an image; open it in a viewer, or copy it again") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:

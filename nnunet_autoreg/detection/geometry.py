@@ -49,7 +49,7 @@ class Preprocessing:
 
     def _factor(self) -> Floats:
         # The ratio of shapes, not of spacings: nnU-Net rounds the new shape and stretches the image to it.
-        return np.array(self.cropped_shape_vox, dtype=np.float64) / np.array(self.shape_vox)
+        return np.asarray(np.array(self.cropped_shape_vox, dtype=np.float64) / np.array(self.shape_vox))
 
 
 def preprocessing_of(properties: Mapping[str, Any], shape_vox: Sequence[int], transpose_backward: Sequence[int]) -> Preprocessing:

@@ -152,7 +152,8 @@ def find_instances(labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass], rul
     kinds = np.zeros(labels_ZYX.shape, dtype=np.uint8)
     for place, kind in enumerate(classes):
         kinds[np.isin(labels_ZYX, kind.values)] = place + 1
-    components, number = cc3d.connected_components(kinds, connectivity=rules.connectivity, return_N=True)
+    connectivity: Any = rules.connectivity
+    components, number = cc3d.connected_components(kinds, connectivity=connectivity, return_N=True)
     if number > MOST_OBJECTS:
         raise ObjectsError(f"{number} components, at most {MOST_OBJECTS} can be told apart; is this a label map?")
     ids = components.astype(np.uint16)

@@ -4,7 +4,7 @@ The same file may hold true boxes: it needs no more than ``{"boxes": [{"box_zyx"
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,12 @@ def _file_box(number: int, found: Detection, frame: Frame) -> FileBox:
     )
 
 
-def _rounded(box: Sequence[float]) -> Box:
+def _rounded(box: Iterable[float]) -> Box:
     a, b, c, d, e, f = (round(float(v), 4) for v in box)
     return (a, b, c, d, e, f)
 
 
-def _point(values: Sequence[float]) -> Point:
+def _point(values: Iterable[float]) -> Point:
     x, y, z = (round(float(v), 4) for v in values)
     return (x, y, z)
 

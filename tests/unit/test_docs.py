@@ -18,6 +18,7 @@ OURS = {
     "autoreg_benchmark": "benchmark",
     "autoreg_weights": "weights",
     "autoreg_evaluate_detection": "evaluate_detection",
+    "autoreg_convert_nndetection": "convert_nndetection",
 }
 
 
