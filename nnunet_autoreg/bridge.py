@@ -30,8 +30,13 @@ LENGTHS = ("", "_5epochs", "_50epochs", "_150epochs", "_300epochs")
 PLANNERS = {"AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner"}
 NORMALIZATIONS = {"AutoregPercentileNormalization": "nnunet_autoreg.transfer.normalization"}
 TRAINERS = {
-    base + length: "nnunet_autoreg.trainers.autoreg_trainers"
-    for base in ("AutoregPretrainedTrainer", "AutoregScratchTrainer")
+    base + length: f"nnunet_autoreg.trainers.{module}"
+    for base, module in (
+        ("AutoregPretrainedTrainer", "autoreg_trainers"),
+        ("AutoregScratchTrainer", "autoreg_trainers"),
+        ("AutoregDetectionTrainer", "autoreg_detection_trainers"),
+        ("AutoregDetectionScratchTrainer", "autoreg_detection_trainers"),
+    )
     for length in LENGTHS
 }
 

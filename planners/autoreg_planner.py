@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, as_spacing
 from nnunet_autoreg.model.memory import TrainingMemory
-from nnunet_autoreg.nnunet_api import preprocessed_folder, results_folder
+from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock
 from nnunet_autoreg.transfer.families import is_cnn
@@ -38,6 +38,9 @@ from nnunet_autoreg.transfer.plans import (
 )
 from nnunet_autoreg.transfer.resenc import fit_resenc, stock_planner
 from nnunet_autoreg.transfer.resolve import Choice, DatasetTraits, choose_weights, setting_of_environment
+
+DETECTION_BLOCK = "autoreg_detection"
+"""The key of dataset.json by which detection is planned along."""
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +125,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             plans["foreground_intensity_properties_per_channel"], self._channel_names(), self.choice.card
         )
         fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
+        self._plan_detection(plans, fits)
         block = with_fits(self.block, fits, self.choice.card, int(self.dataset_json["numTraining"]), self._channel_names())
         plans[BLOCK_KEY] = to_jsonable(block)
         custom, dropped = kept_configurations(self._old_plans() or {}, plans, block.encoder.class_path)
@@ -130,6 +134,17 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             log.warning(line)
         recursive_fix_for_json_export(plans)
         write_json(self._plans_file(), plans)
+
+    def _plan_detection(self, plans: dict[str, Any], fits: Mapping[str, Fit]) -> None:
+        """The detection block of every configuration, if dataset.json asks for it; else the detection trainer plans when it needs to."""
+        if DETECTION_BLOCK not in self.dataset_json:
+            return
+        # Imported here: segmentation alone needs none of it.
+        from nnunet_autoreg.detection.planned import plan_from_labels
+
+        raw = raw_folder() / str(self.dataset_name)
+        for name, fit in fits.items():
+            plan_from_labels(plans, name, self.dataset_json, raw, self.determine_reader_writer(), self.block.encoder, fit)
 
     @cached_property
     def choice(self) -> Choice:

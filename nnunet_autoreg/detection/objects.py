@@ -4,6 +4,7 @@
 dataset; else every connected component of the label map is an object.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from nnunet_autoreg.errors import ObjectsError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
 
 INSTANCES, BOXES = "instancesTr", "boxesTr"
+RAW_VARIABLE = "nnUNet_raw"
+FEWEST_PER_PROCESS = 8
 MOST_CARRIED = 32767
 """nnU-Net's loader carries maps as 16-bit integers with a sign."""
 
@@ -66,6 +69,12 @@ class ObjectSource:
     raw: Path | None
     dataset: Mapping[str, Any]
     reader: Any
+
+    @classmethod
+    def of_dataset(cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any) -> "ObjectSource":
+        """With the raw dataset where ``nnUNet_raw`` has it; training from preprocessed data alone works too."""
+        raw = Path(os.environ.get(RAW_VARIABLE) or os.devnull) / dataset_name
+        return cls(labels, raw if raw.is_dir() else None, dataset, reader)
 
     @cached_property
     def rules(self) -> Rules:
@@ -142,10 +151,11 @@ def _json_of(map_file: Path, file_ending: str) -> Path:
 
 
 def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list[Any]:
-    """``function`` of every item, in order; in this process where there is only one to work."""
-    if min(num_processes, len(items)) < 2:
+    """``function`` of every item, in order; in this process where another one would take longer to start than it saves."""
+    workers = min(num_processes, len(items) // FEWEST_PER_PROCESS)
+    if workers < 2:
         return [function(item) for item in items]
-    with ProcessPoolExecutor(min(num_processes, len(items)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(function, items))
 
 

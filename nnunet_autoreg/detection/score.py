@@ -1,0 +1,55 @@
+"""Scores while training: what was found in patches and scans beside what is there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg.detection.evaluate import MAP_IOUS, MAP_NAME
+from nnunet_autoreg.detection.instances import Instances
+from nnunet_autoreg.detection.matching import HitRule, ScanBoxes, match_scan
+from nnunet_autoreg.detection.metrics import average_precision, mean_of_present, pool
+from nnunet_autoreg.geometry import Spacing
+
+Floats = NDArray[np.float64]
+
+
+def scan_boxes(
+    name: str, spacing_mm: Spacing, true: tuple[Any, Any, Any], found: tuple[Any, Any, Any], ids_ZYX: NDArray[Any] | None = None,
+    ids: Sequence[int] = (),
+) -> ScanBoxes:
+    """Objects (boxes, places, ignored) beside detections (boxes, places, scores).
+
+    Args:
+        ids_ZYX: map of the objects, in which they have ``ids``: decides whether a detection's centre lies in an object. Their boxes do,
+            where it is None.
+    """
+    true_boxes, boxes = (np.asarray(b, dtype=np.float64).reshape(-1, 6) for b in (true[0], found[0]))
+    middle = (boxes[:, :3] + boxes[:, 3:]) / 2
+    if ids_ZYX is None:
+        inside = ((middle[:, None] >= true_boxes[None, :, :3]) & (middle[:, None] < true_boxes[None, :, 3:])).all(-1)
+    else:
+        z, y, x = np.clip(np.floor(middle).astype(np.int64), 0, np.array(ids_ZYX.shape) - 1).T
+        inside = ids_ZYX[z, y, x][:, None] == np.asarray(ids, dtype=np.int64)[None]
+    return ScanBoxes(name, spacing_mm, true_boxes, np.asarray(true[1], dtype=np.int64), np.asarray(true[2], dtype=bool), boxes,
+                     np.asarray(found[1], dtype=np.int64), np.asarray(found[2], dtype=np.float64), inside)
+
+
+def scan_of_instances(name: str, spacing_mm: Spacing, instances: Instances, found: tuple[Any, Any, Any]) -> ScanBoxes:
+    """The objects of a scan beside its detections."""
+    objects = instances.objects
+    true = ([o.box_zyx for o in objects], [o.place for o in objects], [o.ignored for o in objects])
+    return scan_boxes(name, spacing_mm, true, found, instances.ids_ZYX, [o.id for o in objects])
+
+
+def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, float]:
+    """AP at IoU 0.1 and 0.5 and the mean AP from 0.1 to 0.5, over the classes that occur; 0 where none does."""
+    places = [p for p in range(num_classes) if any(((s.true_places_G == p) & ~s.ignored_G).any() for s in scans)]
+    by_iou = {iou: mean_of_present([_ap(scans, p, iou) for p in places]) for iou in MAP_IOUS}
+    found = {"ap_0.1": by_iou[0.1], "ap_0.5": by_iou[0.5], f"map_{MAP_NAME}": float(np.mean(list(by_iou.values())))}
+    return {name: float(np.nan_to_num(value)) for name, value in found.items()}
+
+
+def _ap(scans: Sequence[ScanBoxes], place: int, iou: float) -> float:
+    return average_precision(pool([match_scan(scan, place, HitRule("iou", iou)) for scan in scans]))

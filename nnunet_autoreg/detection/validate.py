@@ -1,0 +1,114 @@
+"""The boxes of a fold's validation cases, in their original images, and the scores they reach."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_autoreg.detection.evaluate import MAP_NAME, EvaluationSettings, evaluate
+from nnunet_autoreg.detection.geometry import Preprocessing, frame_of_properties, preprocessing_of
+from nnunet_autoreg.detection.infer import USUAL, Candidates, Found, ScanDetector, merge
+from nnunet_autoreg.detection.instances import ObjectClass
+from nnunet_autoreg.detection.matching import ScanBoxes
+from nnunet_autoreg.detection.objects import ObjectSource
+from nnunet_autoreg.detection.plan import DetectionPlan
+from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
+from nnunet_autoreg.detection.score import quick_scores, scan_of_instances
+from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.records import atomic_path, write_json
+
+SWEPT_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Overlaps tried for the boxes of one voter, as nnDetection does. Smallest size and score are never tuned: that deletes small lesions."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValidatedCase:
+    """A case with what was found in it, for every overlap tried; the first is the usual one."""
+
+    by_iou: dict[float, ScanBoxes]
+
+    @property
+    def usual(self) -> ScanBoxes:
+        """With the usual thinning."""
+        return self.by_iou[USUAL.voter_iou]
+
+
+def in_original(found: Found, geometry: Preprocessing, shape_vox: Size, classes: Sequence[ObjectClass]) -> list[Detection]:
+    """What was found, in voxel edges of the original image, clipped to it; nothing is left of what lies outside."""
+    boxes = geometry.to_original(found.boxes_N6.numpy().astype(np.float64).reshape(-1, 6))
+    limit = np.array([*shape_vox, *shape_vox], dtype=np.float64)
+    detections = []
+    for box, score, place, votes in zip(np.clip(boxes, 0, limit), found.scores_N.tolist(), found.labels_N.tolist(),
+                                        found.votes_N.tolist(), strict=True):
+        if (box[3:] - box[:3] > 0).all():
+            kind = classes[place]
+            z0, y0, x0, z1, y1, x1 = (float(v) for v in box)
+            detections.append(Detection((z0, y0, x0, z1, y1, x1), kind.label, kind.name, min(float(score), 1.0), int(votes)))
+    return detections
+
+
+def validate_cases(
+    detector: ScanDetector, stock: Any, cases: Sequence[str], source: ObjectSource, plan: DetectionPlan, transpose_backward: Sequence[int],
+    folder: Path, model: dict[str, Any],
+) -> list[ValidatedCase]:
+    """Detect in every case, and write its file of detections and its candidates into ``folder``.
+
+    Args:
+        stock: nnU-Net's dataset of the preprocessed cases.
+        source: of the true objects.
+        model: what the files say of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    validated = []
+    for case in cases:
+        data, _, _, properties = stock.load_case(case)
+        image = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
+        candidates, _ = detector.candidates(image)
+        true = source.read(case)
+        geometry = preprocessing_of(properties, as_size(image.shape[1:]), transpose_backward)
+        by_iou = {}
+        for iou in sorted({USUAL.voter_iou, *SWEPT_IOUS}):
+            thinning = replace(detector.thinning, voter_iou=iou)
+            found = in_original(merge(candidates, detector.num_voters, thinning), geometry, true.shape_vox, plan.classes)
+            by_iou[iou] = scan_of_instances(case, true.spacing_mm, true.instances, _arrays(found, plan))
+            if iou == USUAL.voter_iou:
+                frame = frame_of_properties(properties, true.shape_vox)
+                settings = {"thinning": vars(thinning), "mirrorings": detector.num_voters}
+                write_scan_file(folder / f"{case}.json", make_scan_file(case, frame, found, plan.labels, model, settings))
+        _write_candidates(folder / f"{case}_candidates.npz", candidates)
+        validated.append(ValidatedCase(by_iou))
+        log.info("%s: %d objects, %d boxes", case, len(true.instances.objects), len(by_iou[USUAL.voter_iou].boxes_D6))
+    return validated
+
+
+def _arrays(found: Sequence[Detection], plan: DetectionPlan) -> tuple[Any, Any, Any]:
+    place_of = {kind.name: place for place, kind in enumerate(plan.classes)}
+    return [d.box_zyx for d in found], [place_of[d.name] for d in found], [d.score for d in found]
+
+
+def _write_candidates(file: Path, candidates: Candidates) -> None:
+    """Before merging and in the preprocessed image, so that thinning can be tried anew; half precision is a thirtieth of a voxel."""
+    with atomic_path(file) as temporary, temporary.open("wb") as handle:
+        np.savez_compressed(handle, **{name: value.numpy().astype(np.float16 if value.is_floating_point() else np.int16)
+                                       for name, value in vars(candidates).items()})
+
+
+def write_summary(file: Path, cases: Sequence[ValidatedCase], plan: DetectionPlan, model: dict[str, Any]) -> dict[str, float]:
+    """Every figure of the usual thinning, and what tuning its overlap on these very cases would give; the main figures come back."""
+    figures = evaluate([case.usual for case in cases], plan.classes, EvaluationSettings())
+    tried = {iou: quick_scores([case.by_iou[iou] for case in cases], len(plan.classes)) for iou in cases[0].by_iou}
+    best = max(tried, key=lambda iou: (tried[iou][f"map_{MAP_NAME}"], iou == USUAL.voter_iou))
+    note = "chosen on the cases it is scored on, so too good; the figures above use voter_iou 0.1"
+    sweep = {"note": note, "voter_iou": best, **tried[best], "tried": {f"{iou:g}": scores for iou, scores in tried.items()}}
+    write_json(file, {**figures, "model": model, "sweep": sweep})
+    ap = figures["ap"]
+    main = {"ap_0.1": ap["0.1"]["mean"], "ap_0.5": ap["0.5"]["mean"], f"map_{MAP_NAME}": figures["map"][MAP_NAME]["mean"],
+            "cpm": figures["froc"]["cpm"]["mean"]}
+    return {name: float(value) for name, value in main.items() if value is not None and math.isfinite(value)}
