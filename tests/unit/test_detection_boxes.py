@@ -233,8 +233,11 @@ def test_an_ignored_object_is_neither_found_nor_background():
     ignored = Objects(ONE.boxes_G6, ONE.labels_G, torch.tensor([True]))
     logits = torch.full((1, 64, 2), -30.0)
     logits[0, 21] = 30.0
-    assert detection_loss(logits, torch.zeros(1, 64, 6), GRID, [ignored]).classification.item() < 1e-6
-    assert detection_loss(logits, torch.zeros(1, 64, 6), GRID, [NOTHING]).classification.item() > 1
+    codes = torch.zeros(1, 64, 6)
+    # Focal: it takes every anchor, and not a drawn few.
+    assert detection_loss(logits, codes, GRID, [ignored], classification="focal").classification.item() < 1e-6
+    assert detection_loss(logits, codes, GRID, [NOTHING], classification="focal").classification.item() > 1
+    assert detection_loss(logits, codes, GRID, [ignored]).classification.item() < 1e-6
 
 
 def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
