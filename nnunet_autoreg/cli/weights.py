@@ -88,7 +88,7 @@ def _import(arguments: argparse.Namespace) -> int:
     for note in imported.notes:
         print(textwrap.indent(note, "  "))
     print(f"imported {len(imported.tensors)} tensors as '{card.name}': {card.encoder}, sha256 {card.sha256[:12]}...")
-    print(card.licence_line)
+    print(card.licence_line or "licences of the weights: none stated")
     print_next(f"export autoreg_weights={card.name}; nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner -c 3d_fullres")
     return 0
 

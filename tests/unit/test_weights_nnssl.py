@@ -308,6 +308,7 @@ def test_what_is_exported_is_read_by_the_formats_own_rules_and_imported_again_bi
     first = read_card(folder)
     unlike = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
     assert unlike == {"name", "extra"}
+    assert imported.licences == {"Some scans": "CC0"} and not [note for note in imported.notes if "assumed" in note]
     assert family == "resenc" or "token order kept, as the file says that it is nnU-Net's already" in imported.notes
 
 

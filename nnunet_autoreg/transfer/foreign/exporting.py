@@ -193,7 +193,8 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
 
 def _own(card: EncoderCard) -> dict[str, Any]:
     """What only we understand: the whole card."""
-    return {"version": __version__, "token_order": OURS, "causal": True, "card": _plain(to_jsonable(card))}
+    causal = card.objective.startswith("autoregressive")
+    return {"version": __version__, "token_order": OURS, "causal": causal, "card": _plain(to_jsonable(card))}
 
 
 def _plain(value: Any) -> Any:

@@ -12,11 +12,14 @@ from nnunet_autoreg.model.card import IMPORTED, EncoderCard, read_card, verify_w
 from nnunet_autoreg.records import sha256_of
 from nnunet_autoreg.transfer.foreign.imported import Imported, Options, checked_tensors, network_of
 from nnunet_autoreg.transfer.foreign.importing import converted
+from nnunet_autoreg.transfer.foreign.licences import NONE_STATED
 from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NNSSL, NO_PLAN, RUN, Source, open_source
 from nnunet_autoreg.transfer.load import read_tensors
 
 Facts = list[tuple[str, str]]
 MAX_LISTED = 8
+UNTOLD = ("conv_bias", "kernel_sizes", "n_conv_per_stage_decoder")
+"""Arguments too long for a line that says what an encoder is."""
 
 
 def inspect_weights(path: Path, options: Options, plan_file: Path | None = None) -> tuple[Facts, str]:
@@ -55,7 +58,7 @@ def _card_facts(card: EncoderCard) -> Facts:
         ("patch", f"{_times(card.crop_size_vox)} voxels in tokens of {_times(card.token_size_vox)}"),
         ("channels", f"{card.num_input_channels} ({', '.join(card.channel_names) or 'unnamed'}); {', '.join(card.modalities)}"),
         ("normalisation", normalization),
-        ("licence", "; ".join(f"{name}: {text or 'none stated'}" for name, text in card.licences.items()) or "none stated"),
+        ("licence", _licences(card.licences)),
     ]
 
 
@@ -92,7 +95,7 @@ def _imported_facts(imported: Imported) -> Facts:
         ("patch", f"{_times(imported.crop_size_vox)} voxels in tokens of {_times(encoder.token_size_vox)}"),
         ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
         ("normalisation", imported.normalization or "nnU-Net's own choice per channel"),
-        ("licence", "; ".join(f"{name}: {text}" for name, text in imported.licences.items())),
+        ("licence", _licences(imported.licences)),
     ]
 
 
@@ -126,8 +129,12 @@ def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
     ]
 
 
+def _licences(licences: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {text or NONE_STATED}" for name, text in licences.items()) or NONE_STATED
+
+
 def _arguments(arguments: Mapping[str, Any]) -> str:
-    told = {key: value for key, value in arguments.items() if isinstance(value, (int, float, bool, list)) and key != "conv_bias"}
+    told = {key: value for key, value in arguments.items() if isinstance(value, (int, float, list)) and key not in UNTOLD}
     return ", ".join(f"{key} {value}" for key, value in told.items())
 
 

@@ -6,6 +6,7 @@ branch); no code of theirs is used.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,7 @@ def import_nnssl(source: Source, options: Options) -> Imported:
     """
     plan = source.adaptation_plan
     own = source.rest.get(OWN_KEY)
+    known = _own_card(own, source)
     family = _family(plan, source)
     tensors, notes = _encoder_tensors(source, plan, family)
     encoder = _encoder(family, plan, tensors, options)
@@ -55,26 +57,51 @@ def import_nnssl(source: Source, options: Options) -> Imported:
     order_notes: list[str] = []
     if family != RESENC:
         tensors, order_notes = _in_our_order(tensors, grid_of(crop, encoder.token_size_vox), encoder, own, options)
-    spacing, spacing_notes = _spacing(plan, options)
-    normalization, norm_notes = _normalization(plan)
     citations = source.rest.get("citations")
-    modalities, modality_notes = _modalities(plan, citations, source, options)
-    trainer = str(source.rest.get("trainer_name") or plan.get("trainer_name") or "")
-    return Imported(
+    imported = Imported(
         encoder=encoder,
         tensors=tensors,
         crop_size_vox=crop,
-        spacing_mm=spacing,
-        modalities=modalities,
+        spacing_mm=options.spacing_mm or (1.0, 1.0, 1.0),
+        modalities=options.modalities,
         num_input_channels=int(plan.get("pretrain_num_input_channels") or 1),
         licences=licences_of(plan, citations, source.file, options.licence),
-        objective=f"imported from nnssl{f' ({trainer})' if trainer else ''}",
-        normalization=normalization,
-        notes=(*notes, *crop_notes, *order_notes, *spacing_notes, *norm_notes, *modality_notes),
+        objective="",
+        notes=(*notes, *crop_notes, *order_notes),
         origin={"format": "nnssl", "file": source.file.name, "sha256": sha256_of(source.file), "citations": plain(citations),
                 "dataset": plain(_pretraining(plan).get("dataset_name")), "notes": [*order_notes]},
-        card=_own_card(own, source),
     )  # fmt: skip
+    return _as_stated(imported, source, options) if known is None else _as_known(imported, known, options)
+
+
+def _as_stated(imported: Imported, source: Source, options: Options) -> Imported:
+    """With what the plan says of spacing, normalisation and data, and a note where it says nothing."""
+    plan = source.adaptation_plan
+    spacing, spacing_notes = _spacing(plan, options)
+    normalization, norm_notes = _normalization(plan)
+    modalities, modality_notes = _modalities(plan, source.rest.get("citations"), source, options)
+    trainer = str(source.rest.get("trainer_name") or plan.get("trainer_name") or "")
+    return replace(
+        imported,
+        spacing_mm=spacing,
+        modalities=modalities,
+        normalization=normalization,
+        objective=f"imported from nnssl{f' ({trainer})' if trainer else ''}",
+        notes=(*imported.notes, *spacing_notes, *norm_notes, *modality_notes),
+    )
+
+
+def _as_known(imported: Imported, card: EncoderCard, options: Options) -> Imported:
+    """With what our own export says of itself, unless the user knows better."""
+    return replace(
+        imported,
+        spacing_mm=options.spacing_mm or card.spacing_mm,
+        modalities=options.modalities or card.modalities,
+        licences={name: f"{options.licence} (stated by the user)" for name in card.licences} if options.licence else card.licences,
+        normalization=card.normalization,
+        objective=card.objective,
+        card=card,
+    )
 
 
 def _modalities(plan: Mapping[str, Any], citations: Any, source: Source, options: Options) -> tuple[tuple[str, ...], list[str]]:
