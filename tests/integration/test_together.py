@@ -1,0 +1,175 @@
+"""Two processes on one training, through the command: killed, stopped, started by torchrun; the same line goes on to the same bytes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_autoreg.checkpoint import LATEST_NAME, damage_of
+
+pytestmark = pytest.mark.integration
+
+ENCODER = ('encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
+           '"init_values":0.1,"scale_attn_inner":true}')
+SETTINGS = [ENCODER, "sequence.crop_size_vox=16,16,16", "run.checkpoint_every=10", "run.validate_every=10", "run.log_every=1"]
+STEPS, PATIENCE_S = 30, 300
+COMMAND = "nnunet_autoreg.cli.pretrain"
+
+
+class Place:
+    """Five phantom scans, nnU-Net's folders, and lines typed on them."""
+
+    def __init__(self, root):
+        self.root = root
+        for name in ("scans", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (root / name).mkdir()
+        for number in range(5):
+            image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32))
+            SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
+
+    def start(self, name, *words, by=(sys.executable, "-m", COMMAND), sharding="none"):
+        folders = {key: str(self.root / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        line = [*by, "-i", str(self.root / "scans"), "--name", name, "--steps", str(STEPS), "--batch", "4", "--device", "cpu", *words,
+                "--set", *SETTINGS, f"run.sharding={sharding}"]
+        clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+        with self.log(name).open("a") as log:
+            return subprocess.Popen(line, env={**clean, "OMP_NUM_THREADS": "1", **folders}, stdout=log, stderr=log)
+
+    def run(self, name, *words, **how):
+        code = self.start(name, *words, **how).wait(PATIENCE_S)
+        assert code == 0, self.log(name).read_text()[-2000:]
+
+    def log(self, name):
+        return self.root / f"{name}.log"
+
+    def folder(self, name):
+        return self.root / "nnUNet_results/autoreg_pretraining" / name
+
+    def encoder(self, name):
+        return (self.folder(name) / "encoder.safetensors").read_bytes()
+
+    def errors(self, name):
+        lines = [json.loads(line) for line in (self.folder(name) / "metrics.jsonl").read_text().splitlines()]
+        return {(x["step"], x["name"]): x["value"] for x in lines if x["name"] in ("train_error", "heldout_error", "gradient_norm")}
+
+    def wait_for_step(self, name, process, step):
+        """Until this step was logged."""
+        deadline, metrics = time.monotonic() + PATIENCE_S, self.folder(name) / "metrics.jsonl"
+        while not (metrics.exists() and f'"step": {step}, ' in metrics.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, self.log(name).read_text()[-2000:]
+            time.sleep(0.05)
+
+
+def helpers_of(process):
+    """Process ids of the training processes that another one started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def gone(pid):
+    """Wait until a process is no more."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def torchrun(num_processes=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={port}", "-m", COMMAND)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("together"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run of two processes that nobody disturbed."""
+    place.run("whole", "--num-gpus", "2")
+    return "whole"
+
+
+def test_one_process_and_a_run_that_changes_their_number_and_sharding_have_the_same_errors(place, whole):
+    place.run("alone")
+    process = place.start("changing", "--num-gpus", "2")
+    place.wait_for_step("changing", process, 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 130
+    plan = place.folder("changing") / "plan.json"
+    plan.write_text(plan.read_text().replace('"sharding": "none"', '"sharding": "full"'))
+    process = place.start("changing", by=torchrun())
+    place.wait_for_step("changing", process, 14)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) != 0
+    assert "the state is saved" in place.log("changing").read_text().split("continuing after step")[1]
+    place.run("changing")
+    errors = place.errors(whole)
+    assert set(errors) == set(place.errors("alone")) == set(place.errors("changing"))
+    for name in ("alone", "changing"):
+        assert [place.errors(name)[key] for key in errors] == pytest.approx(list(errors.values()), rel=1e-5)
+
+
+def test_a_process_that_is_killed_stops_the_others_with_a_line_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
+    process = place.start("killed", "--num-gpus", "2")
+    place.wait_for_step("killed", process, 12)
+    helper, = helpers_of(process)
+    os.kill(helper, signal.SIGKILL)
+    assert process.wait(60) == 1
+    said = place.log("killed").read_text()
+    assert said.splitlines()[-1].startswith("autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for want of memory; all ")
+    assert "Traceback" not in said
+    assert damage_of(place.folder("killed") / LATEST_NAME) == ""
+    place.run("killed", "--num-gpus", "2")
+    assert "continuing after step 10 of 30" in place.log("killed").read_text()
+    assert place.encoder("killed") == place.encoder(whole)
+
+
+def test_sigterm_saves_once_and_ends_all_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
+    process = place.start("stopped", "--num-gpus", "2")
+    place.wait_for_step("stopped", process, 3)
+    helper, = helpers_of(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert gone(helper)
+    said = place.log("stopped").read_text()
+    assert "the state is saved: type the same line again to continue" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    place.run("stopped", "--num-gpus", "2")
+    assert place.encoder("stopped") == place.encoder(whole)
+
+
+def test_a_main_process_that_is_killed_takes_the_others_with_it_and_leaves_no_lock(place, whole):
+    process = place.start("headless", "--num-gpus", "2")
+    place.wait_for_step("headless", process, 3)
+    helper, = helpers_of(process)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert gone(helper)
+    place.run("headless", "--num-gpus", "2")
+    assert place.encoder("headless") == place.encoder(whole)
+
+
+def test_under_torchrun_a_line_that_cannot_be_carried_out_ends_all_processes_with_one_line(place):
+    process = place.start("impossible", "--num-gpus", "3", by=torchrun())
+    assert process.wait(PATIENCE_S) != 0
+    assert "torchrun started 2 processes already" in place.log("impossible").read_text()
+    process = place.start("none", "--exclude", str(place.root / "no such file"), by=torchrun())
+    assert process.wait(PATIENCE_S) != 0
+    assert place.log("none").read_text().count("no such file: does not exist") == 1
