@@ -91,7 +91,9 @@ def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float
     result = _do(bench, folder, job, runner)
     if not result["seconds_per_step"]:
         raise AutoregError(f"the step of {key} could not be measured; see {folder / 'log.txt'}")
-    return float(result["seconds_per_step"])
+    pace = float(result["seconds_per_step"])
+    log.info("  %.3g s a step, of which %.3g s on a processor", pace, result["processor_s_per_step"] or pace)
+    return pace
 
 
 def job_of(bench: Bench, key: RunKey, batch: int) -> Job:

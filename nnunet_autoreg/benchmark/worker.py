@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,33 @@ class Job:
 
 
 class Stopwatch:
-    """Wraps a trainer's step to note when each one began, loading included."""
+    """Wraps a trainer's step to note when each one began, by the clock and by the processor's time of this process."""
 
     def __init__(self, trainer: Any):
         self.times: list[float] = []
+        self.processor_times: list[float] = []
         step = trainer.train_step
 
         def timed(batch: dict[str, Any]) -> dict[str, Any]:
             self.times.append(time.monotonic())
+            self.processor_times.append(time.process_time())
             done: dict[str, Any] = step(batch)
             return done
 
         trainer.train_step = timed
 
     def seconds_per_step(self, steps_per_epoch: int) -> float:
-        """Median time from one step's beginning to the next one's, within epochs, without the first steps."""
-        gaps = [b - a for i, (a, b) in enumerate(zip(self.times, self.times[1:], strict=False), start=1)
-                if i > NUM_WARM_STEPS and i % steps_per_epoch]
-        return statistics.median(gaps) if gaps else float("nan")
+        """Median time from one step's beginning to the next one's, loading included, within epochs, without the first steps."""
+        return _median_gap(self.times, steps_per_epoch)
+
+    def processor_seconds_per_step(self, steps_per_epoch: int) -> float:
+        """The same in this process's time on a processor, which other work on the machine does not lengthen."""
+        return _median_gap(self.processor_times, steps_per_epoch)
+
+
+def _median_gap(times: list[float], steps_per_epoch: int) -> float:
+    gaps = [b - a for i, (a, b) in enumerate(pairwise(times), start=1) if i > NUM_WARM_STEPS and i % steps_per_epoch]
+    return statistics.median(gaps) if gaps else float("nan")
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -77,6 +87,7 @@ def train(job: Job) -> dict[str, Any]:
     trainer.run_training()
     result: dict[str, Any] = {
         "train_s": round(time.monotonic() - start, 1), "seconds_per_step": none_for_nan(watch.seconds_per_step(job.steps_per_epoch)),
+        "processor_s_per_step": none_for_nan(watch.processor_seconds_per_step(job.steps_per_epoch)),
         "curve": [none_for_nan(float(v)) for v in trainer.logger.get_value("mean_fg_dice", step=None)],
         "patch": [int(v) for v in trainer.configuration_manager.patch_size],
         "num_parameters": sum(p.numel() for p in trainer.network.parameters()),

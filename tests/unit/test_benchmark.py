@@ -266,7 +266,8 @@ class FakeRunner:
             return 1
         self.done.append((job.trainer, job.seed, job.fold))
         write_json(folder / "result.json", {
-            "train_s": 1.0, "validate_s": 1.0, "seconds_per_step": self.pace.get(job.trainer, 0.5), "curve": [0.5], "patch": [8, 8, 8],
+            "train_s": 1.0, "validate_s": 1.0, "seconds_per_step": self.pace.get(job.trainer, 0.5), "processor_s_per_step": 0.1,
+            "curve": [0.5], "patch": [8, 8, 8],
             "dice_per_case": {case: {"1": 0.5} for case in job_cases(folder, job)}})
         return 0
 
