@@ -1,7 +1,9 @@
 """Seconds per training step: ours against the obvious way, interleaved, beside the noise of a baseline against itself.
 
 Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain re-implementation of AR-SSL4M's way - START and END,
-a dense float mask built per sample on the host, raw-volume patch embedding - in the same precision, without compilation.
+a dense float mask built per sample on the host, raw-volume patch embedding - in float32, without compilation. On a GPU ours runs as
+training does (bf16, compiled, FlexAttention), the baseline once more in bf16, and the line also says the memory of a sample and the
+share of the measured peak of bf16 matrix products.
 Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of that network, both on the same network and batch.
 
     python benchmarks/step.py pretraining --repeats 7 --batch 1
@@ -17,10 +19,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from measuring import peak_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +32,9 @@ from nnunet_autoreg.families import CLASS_PATHS, PRIMUS
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.pretrain.compiled import loss_function
+from nnunet_autoreg.pretrain.display import matmul_peak, step_flops
+from nnunet_autoreg.pretrain.validation import autocast
 from nnunet_autoreg.sequences.sample import Batch
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
@@ -79,8 +86,8 @@ def host_mask(prefixes: list[int]) -> Tensor:
     return torch.stack(masks)[:, None]
 
 
-def plain_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
-    """The baseline's step on crops (B, 1, Z, Y, X)."""
+def plain_step(batch: int, device: torch.device, half: bool = False) -> Callable[[Tensor], None]:
+    """The baseline's step on crops (B, 1, Z, Y, X), in float32 or under bf16 autocast."""
     torch.manual_seed(0)
     model = PlainModel().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -88,7 +95,7 @@ def plain_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     def step(crops: Tensor) -> None:
         prefixes = torch.randint(0, NUM_TOKENS, (batch,)).tolist()
         mask = host_mask(prefixes).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             predicted = model(crops, mask)[:, :NUM_TOKENS].float()
         patches = crops.unfold(2, TOKEN, TOKEN).unfold(3, TOKEN, TOKEN).unfold(4, TOKEN, TOKEN).reshape(batch, NUM_TOKENS, -1)
         target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -101,23 +108,34 @@ def plain_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     return step
 
 
-def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
-    """Our step at the same width, depth and tokens (learned positions: the head width of 64 does not allow a rotary table)."""
+def our_plan(batch: int) -> Plan:
+    """The same width, depth and tokens (learned positions: the head width of 64 does not allow a rotary table)."""
     arguments = {"embed_dim": WIDTH, "patch_embed_size": [TOKEN] * 3, "eva_depth": DEPTH, "eva_numheads": HEADS, "init_values": 0.1,
                  "scale_attn_inner": True, "use_rot_pos_emb": False}
-    plan = Plan("step", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("width768", CLASS_PATHS[PRIMUS], arguments, (TOKEN,) * 3),
+    return Plan("step", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("width768", CLASS_PATHS[PRIMUS], arguments, (TOKEN,) * 3),
                 SequencePlan((SIDE,) * 3), ObjectivePlan(), OptimPlan(1, batch, 1e-4, 1), RunPlan(0, 1, 1))
+
+
+def our_batch(crops: Tensor) -> Batch:
+    """Crops (B, 1, Z, Y, X) as sequences with random prefixes."""
+    batch = crops.shape[0]
+    real = torch.ones((batch, 1, *crops.shape[2:]), dtype=torch.bool)
+    ranks = torch.arange(NUM_TOKENS).expand(batch, -1)
+    return Batch(crops[:, None], real, ranks, torch.randint(1, NUM_TOKENS, (batch,)))
+
+
+def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
+    """Our step as training makes it: compiled on a GPU."""
     torch.manual_seed(0)
+    plan = our_plan(batch)
     objective = Autoregressive(plan)
     objective.module.to(device)
+    loss = loss_function(plan, objective, device)
     optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-4, fused=True)
-    ranks = torch.arange(NUM_TOKENS).expand(batch, -1)
 
     def step(crops: Tensor) -> None:
-        real = torch.ones((batch, 1, *crops.shape[2:]), dtype=torch.bool)
-        sequences = Batch(crops[:, None], real, ranks, torch.randint(1, NUM_TOKENS, (batch,))).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            terms = objective.loss(sequences)
+        with autocast(device):
+            terms = loss(our_batch(crops).to(device))
         optimizer.zero_grad(set_to_none=True)
         (terms.total / terms.count).backward()
         optimizer.step()
@@ -125,15 +143,37 @@ def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     return step
 
 
+def on_a_gpu(batch: int, seconds: float, device: torch.device) -> dict[str, object]:
+    """Memory of a sample for every way, and the share of the measured matrix peak that ours reaches."""
+    ways = {"ours": our_step, "baseline": plain_step, "baseline in bf16": partial(plain_step, half=True)}
+    memory = {}
+    for name, make in ways.items():
+        peaks = []
+        for size in (batch, 2 * batch):
+            step, crops = make(size, device), torch.randn(size, 1, SIDE, SIDE, SIDE, device=device)
+            step(crops)
+            peaks.append(peak_bytes(partial(step, crops), [], device))
+            del step, crops
+            torch.cuda.empty_cache()
+        memory[name] = round((peaks[1] - peaks[0]) / batch / 2**20, 1)
+    objective = Autoregressive(our_plan(1))
+    objective.module.to(device)
+    with autocast(device):
+        flops = batch * step_flops(objective, our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device))
+    peak = matmul_peak(device)
+    return {"mib_per_sample": memory, "share_of_peak": round(flops / seconds / peak, 3), "peak_tflops": round(peak / 1e12, 1),
+            "crops_per_second_needed": round(batch / seconds, 1)}
+
+
 def finetuning_steps(name: str, patch: int, batch: int, device: torch.device) -> dict[str, Callable[[Tensor], None]]:
     """Ours, stock and stock again: the trainers' own ``train_step`` on equal networks, loss and batch."""
-    from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
     from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 
+    from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
     from nnunet_autoreg.transfer.block import AutoregBlock, Recipe
     from nnunet_autoreg.transfer.families import recipe_values
     from nnunet_autoreg.transfer.network import build_network
@@ -204,6 +244,8 @@ def main() -> None:
     if args.what == "pretraining":
         steps = {"ours": our_step(args.batch, device), "baseline": plain_step(args.batch, device),
                  "baseline again": plain_step(args.batch, device)}
+        if device.type == "cuda":
+            steps["baseline in bf16"] = plain_step(args.batch, device, half=True)
     else:
         steps = finetuning_steps(args.encoder, args.patch, args.batch, device)
     seconds = measure(steps, crops, args.repeats, device)
@@ -219,6 +261,8 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "commit": commit.stdout.strip(), "versions": {name: version(name) for name in ("torch", "nnunetv2")},
     }
+    if args.what == "pretraining" and device.type == "cuda":
+        line |= on_a_gpu(args.batch, medians["ours"], device)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
