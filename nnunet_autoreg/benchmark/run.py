@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 LENGTHS_NAME = "lengths.json"
 PACE_STEPS = 20
+TRAINING_SHARE = 0.9
+"""Of the budget; the rest is left for nnU-Net's look at validation patches after every epoch."""
 FEWEST_PER_EPOCH, MOST_PER_EPOCH, EPOCHS_WANTED = 25, 250, 40
 
 Runner = Callable[[Path, Mapping[str, str]], int]
@@ -64,7 +66,7 @@ def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
         if name not in budgets:
             paces = {str(key): measure_pace(bench, key, batch, runner) for key in _one_of_each(some)}
             slowest = max(paces, key=lambda arm: paces[arm])
-            steps = int(request.budget_min * 60 / paces[slowest])
+            steps = int(TRAINING_SHARE * request.budget_min * 60 / paces[slowest])
             if steps < 1:
                 raise AutoregError(f"--budget {request.budget_min:g}: a step of {slowest} takes {paces[slowest]:.1f} s; give more minutes")
             budgets[name] = {"steps": steps, "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()}}

@@ -330,7 +330,7 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest_and_is_settled_once(be
     bench = replace(bench, request=asked)
     write_folds(bench, runs_of(asked, 50, 2))
     runner = FakeRunner(pace={"nnUNetTrainer": 0.5, "AutoregPretrainedTrainer": 0.1})
-    # 60 s at 0.5 s are 120 steps: 4 epochs of 25. The smallest batch of the plans is 6.
+    # 90 % of 60 s at 0.5 s are 108 steps: 4 epochs of 25. The smallest batch of the plans is 6.
     assert settle_length(bench, runner) == (100, 6)
     assert len(runner.done) == 2
     assert settle_length(bench, FakeRunner(("nnUNetTrainer", 0))) == (100, 6)
