@@ -211,6 +211,8 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
                 print(f"{name}: patch {patch}, batch {c['batch_size']}, spacing {spacing} mm - {self.fits[name].reason}")
         r, reasons = self.block.recipe, self.block.reasons
         print(f"length: {r.num_epochs} epochs of {r.num_iterations_per_epoch} iterations - {reasons['recipe.num_epochs']}")
+        if plans[BLOCK_KEY]["recipe"]["decoder_first_fraction"]:
+            print(f"decoder first: {plans[BLOCK_KEY]['reasons']['recipe.decoder_first_fraction']}")
         print(f"plans: {self._plans_file()}")
         trainer = "AutoregPretrainedTrainer" if self.block.weights else "AutoregScratchTrainer"
         print(f"next: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {trainer} -p {self.plans_identifier} --npz")

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,14 +10,17 @@ from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.memory import GIB, TrainingMemory
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
+from nnunet_autoreg.transfer.block import AutoregBlock
 from nnunet_autoreg.transfer.plans import (
     Budget,
+    Fit,
     Task,
     check_plans_name,
     fit_configuration,
     kept_configurations,
     make_block,
     with_ct_window,
+    with_fits,
 )
 from nnunet_autoreg.transfer.resolve import Choice
 
@@ -118,6 +122,40 @@ def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> Non
     assert len(dropped) == 4
     assert any("'odd'" in line and "use 56 or 64" in line for line in dropped)
     assert any("'orphan'" in line and "'3d_lowres', which no longer exists" in line for line in dropped)
+
+
+def test_a_cnns_own_configurations_are_held_against_their_own_strides() -> None:
+    cnn = ENCODERS["resenc_tiny"]
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+    full = {"patch_size": [32, 64, 64], "batch_size": 2, "spacing": [3, 1, 1], "data_identifier": "AutoregPlans_3d_fullres",
+            "architecture": {"arch_kwargs": {"class_path": cnn.class_path, **cnn.arguments, "strides": strides}}}
+    old = {"configurations": {
+        "flat": {"inherits_from": "3d_fullres", "patch_size": [12, 64, 64]},
+        "odd": {"inherits_from": "3d_fullres", "patch_size": [32, 60, 64]},
+        "primus": {**full, "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}}},
+    }}
+    kept, dropped = kept_configurations(old, {"configurations": {"3d_fullres": full}}, cnn.class_path)
+    assert list(kept) == ["flat"]
+    assert any("'odd'" in line and "axis y is no multiple of the token size 8" in line for line in dropped)
+    assert any("'primus'" in line and "its network is another than the new plans'" in line for line in dropped)
+
+
+def test_the_decoder_learns_first_where_the_stems_kernels_or_channels_differ_from_the_weights(tmp_path: Path, write_run: Write) -> None:
+    folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
+    card = read_card(folder)
+    many = Task(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
+    block = make_block(Choice(card, folder / "encoder.safetensors", "because"), many, Budget(8, False), tmp_path)
+    assert (block.recipe.optimizer, block.recipe.pretrained_rate, block.recipe.scratch_rate) == ("sgd", 1e-3, 1e-2)
+    same, flat = ({**card.arguments, "kernel_sizes": [first, [3, 3, 3], [3, 3, 3], [3, 3, 3]]} for first in ([3, 3, 3], [1, 3, 3]))
+
+    def planned_with(arguments: dict[str, Any], names: list[str]) -> AutoregBlock:
+        return with_fits(block, {"3d_fullres": Fit((32, 80, 96), 2, "fits", arguments)}, card, many.num_cases, names)
+
+    plain, kernels, channels = planned_with(same, ["MRI"]), planned_with(flat, ["MRI"]), planned_with(same, ["T1", "T2"])
+    assert [b.recipe.decoder_first_fraction for b in (plain, kernels, channels)] == [0.0, 0.1, 0.1]
+    assert kernels.reasons["recipe.decoder_first_fraction"] == "on, the stem is adapted: kernel [3, 3, 3] -> [1, 3, 3]"
+    assert channels.reasons["recipe.decoder_first_fraction"] == "on, the stem is adapted: 1 -> 2 channels, repeated / 2"
+    assert plain.reasons["3d_fullres"] == "fits"
 
 
 def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
