@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     results["scans"] |= {"without_detections": list(folders.undetected), "without_truth": list(folders.unknown)}
     results["inputs"] = {"predictions": str(arguments.p), "truth": str(arguments.g), "min_voxels": truth.rules.min_voxels,
                          "connectivity": truth.rules.connectivity}
+    if len(results["absent_classes"]) == len(truth.classes):
+        log.warning("no scan holds an object that counts: there is nothing to find, and no figure; look at -g, --min-voxels and --classes")
     written = _write(arguments, results, folders, truth, settings)
     for line in _table(results):
         print(line)

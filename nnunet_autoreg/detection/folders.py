@@ -31,6 +31,8 @@ from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
 from nnunet_autoreg.records import read_json
 
 DATASET_FILE = "dataset.json"
+SPACING_TOLERANCE = 0.01
+"""Formats round voxel sizes; more than one part in a hundred is another image."""
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +211,9 @@ def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None) -> S
         if array is not None and array.shape != found.shape_zyx:
             sizes = [" x ".join(map(str, shape)) for shape in (array.shape, found.shape_zyx)]
             raise ObjectsError(f"{file} has {sizes[0]} voxels (z, y, x), the detections were made on {sizes[1]}: another image?")
+        if not np.allclose(spacing_mm, found.spacing_mm_zyx, rtol=SPACING_TOLERANCE):
+            listed = [", ".join(f"{s:g}" for s in spacing) for spacing in (spacing_mm, found.spacing_mm_zyx)]
+            raise ObjectsError(f"{file} has voxels of {listed[0]} mm (z, y, x), the detections were made on {listed[1]} mm: another image?")
     if spacing_mm is None:
         raise ObjectsError(f"{file}: without detections the voxel size of this scan is not known; leave out --all-scans")
     instances = _instances(file, array, truth, found)

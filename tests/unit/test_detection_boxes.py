@@ -276,3 +276,19 @@ def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice_over_the_batc
     target[0, 0, :2] = 1
     # Half of 128 voxels' probability 0.5 against 32 voxels: Dice = 2 x 16 / (64 + 32), negated by nnU-Net.
     assert segmentation_loss()(logits, target).item() == pytest.approx(0.5 * np.log(2) - 0.5 * 32 / 96, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_matches_and_scores_as_the_cpu_does():
+    boxes, scores = some_boxes(500, 7), torch.rand(500, generator=torch.Generator().manual_seed(2))
+    assert bx.nms(boxes.cuda(), scores.cuda(), 0.3).tolist() == bx.nms(boxes, scores, 0.3).tolist()
+    plan = plan_of(((7, 8, 9), (12, 20, 11)))
+    here, there = (lay_out(plan, [(10, 10, 10), (5, 5, 5)], device) for device in ("cpu", "cuda"))
+    objects = Objects(some_boxes(6, 8, extent=30), torch.tensor([0, 1, 0, 1, 0, 1]), torch.tensor([False] * 5 + [True]))
+    assert match(objects.boxes_G6.cuda(), there).tolist() == match(objects.boxes_G6, here).tolist()
+    logits, codes = batch([objects, NOTHING], here)
+    losses = [detection_loss(logits.to(d), codes.to(d), grid, [objects, NOTHING], generator=torch.Generator().manual_seed(0))
+              for d, grid in (("cpu", here), ("cuda", there))]
+    assert losses[0].regression.item() == pytest.approx(losses[1].regression.item(), rel=1e-4)
+    assert losses[0].classification.item() == pytest.approx(losses[1].classification.item(), rel=1e-4)

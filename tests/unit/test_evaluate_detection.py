@@ -19,12 +19,12 @@ FRAME = frame_of_itk(SHAPE, (1, 1, 2), (0, 0, 0), np.eye(3).ravel().tolist())
 LESION, CYST, TINY = (1, 2, 3, 5, 8, 9), (2, 10, 12, 6, 14, 18), (7, 0, 0, 8, 1, 2)
 
 
-def write_map(file, boxes, shape=SHAPE):
+def write_map(file, boxes, shape=SHAPE, spacing=(1.0, 1.0, 2.0)):
     array = np.zeros(shape, np.uint8)
     for value, (z0, y0, x0, z1, y1, x1) in boxes:
         array[z0:z1, y0:y1, x0:x1] = value
     image = SimpleITK.GetImageFromArray(array)
-    image.SetSpacing((1.0, 1.0, 2.0))
+    image.SetSpacing(spacing)
     file.parent.mkdir(parents=True, exist_ok=True)
     SimpleITK.WriteImage(image, str(file))
 
@@ -140,6 +140,15 @@ def test_scans_without_a_file_of_detections_are_named_and_counted_only_when_aske
     assert results_of(out)["ap"]["0.1"]["per_class"]["lesion"] == pytest.approx(51 / 101)
 
 
+def test_truth_without_any_object_is_said_and_gives_no_figure(folders, caplog):
+    truth, found, out = folders
+    for name in "abc":
+        write_map(truth / f"{name}.nii.gz", [])
+    assert run(truth, found, out) == 0
+    assert "no scan holds an object that counts" in caplog.text
+    assert results_of(out)["ap"]["0.1"]["mean"] is None and results_of(out)["absent_classes"] == ["lesion", "cyst"]
+
+
 def fails(capsys, code, message, *arguments):
     assert run(*arguments) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -169,6 +178,8 @@ def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tm
     fails(capsys, 1, "holds the values 7, which are no labels", other, found, out)
     write_map(other / "a.nii.gz", [(1, LESION)], shape=(9, 16, 20))
     fails(capsys, 1, "has 9 x 16 x 20 voxels (z, y, x), the detections were made on 8 x 16 x 20", other, found, out)
+    write_map(other / "a.nii.gz", [(1, LESION)], spacing=(1.0, 1.5, 2.0))
+    fails(capsys, 1, "has voxels of 2, 1.5, 1 mm (z, y, x), the detections were made on 2, 1, 1 mm", other, found, out)
     (other / "a.nii.gz").write_text("no image")
     fails(capsys, 1, "cannot be read as an image", other, found, out)
     (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 2, "cyst": 1}}')
