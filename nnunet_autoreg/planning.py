@@ -9,6 +9,7 @@ from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
 from nnunet_autoreg.families import is_convolutional, smallest_block
 from nnunet_autoreg.geometry import Size, Spacing, as_size, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
+from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
@@ -286,7 +287,7 @@ def make_plan(
     chosen, why_encoder = choose_encoder(wishes.encoder, hardware, pool)
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
-    encoder = encoder_size(chosen)
+    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
     memory_of = _remembered(memory_of)
     layout = choose_layout(encoder, hardware, pool, memory_of)
     crop = layout.crop
@@ -312,6 +313,7 @@ def make_plan(
         reasons={
             **why_data,
             "encoder.name": why_encoder,
+            **({} if encoder.trunk is None else {"encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing"}),
             "sequence.crop_size_vox": layout.why_crop,
             "sequence.block_tokens": layout.why_block,
             "optim.batch_size": why_batch,

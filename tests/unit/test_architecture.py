@@ -32,7 +32,7 @@ SIDEWAYS = {("objectives", "sequences")}
 
 MAY_IMPORT_NNUNET = {"nnunet_api", "transfer", "benchmark", "detection", "classification", "trainers", "planners"}
 LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "corpus", "planning", "store", "cli"}
-LIGHT_FILES = {"model.sizes", "model.card"}
+LIGHT_FILES = {"model.sizes", "model.topology", "model.card"}
 HEAVY = ("torch", "torchvision", "nnunetv2", "timm", "dynamic_network_architectures", "batchgeneratorsv2")
 
 

@@ -6,7 +6,6 @@ A golden file is the plan of one made-up pool. After a deliberate change of a ru
 
 import os
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from nnunet_autoreg.corpus.index import Index
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, Spacing, volume
-from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
+from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import (
@@ -146,6 +146,26 @@ def test_a_cnn_of_stride_32_takes_blocks_of_64_voxels_and_at_least_eight_of_them
     assert layout_of("resenc_l", 80, 80, 80) == ((128, 128, 128), (2, 2, 2))
 
 
+def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_nnunet_plans_them() -> None:
+    """Slices of 5 mm, voxels of 0.78 mm within: halved twice within the slice to 3.1 mm, then along all axes."""
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    for spacing, token in (((5.0, 0.78, 0.78), (8, 32, 32)), ((10.0, 1.5, 1.5), (8, 32, 32)), ((1.0, 1.0, 1.0), (32, 32, 32))):
+        suited = suited_to(encoder_size("resenc_l"), spacing)
+        # Sizes that nnU-Net halves until six stages are made, but not along the slices before it has to.
+        _, strides, kernels, _, _ = get_pool_and_conv_props(list(spacing), [4 * t for t in token], 4, 99)
+        assert suited.arguments["strides"] == [list(map(int, s)) for s in strides]
+        assert suited.arguments["kernel_sizes"] == [list(map(int, k)) for k in kernels]
+        assert suited.token_size == token
+    assert suited_to(encoder_size("primus_v2_m"), (5.0, 0.78, 0.78)) is encoder_size("primus_v2_m")
+
+
+def test_thick_slices_make_flat_tokens_and_blocks_of_a_cnn() -> None:
+    plan = plan_for(replace(POOL, spacing_mm=(5.0, 0.78, 0.78), median_shape_vox=(90, 420, 512)), GPU, encoder="resenc_m")
+    assert check(plan).encoder.token_size_vox == (8, 32, 32) and plan.sequence.block_tokens == (2, 2, 2)
+    assert plan.sequence.crop_size_vox[0] % 16 == 0 and plan.sequence.crop_size_vox[1] % 64 == 0
+
+
 def test_images_too_small_for_a_cnn_are_told_with_the_figures_and_refused_where_there_is_one_block() -> None:
     def plan(*median: int) -> Plan:
         return plan_for(replace(POOL, median_shape_vox=(median[0], median[1], median[2])), GPU, encoder="resenc_l")
@@ -256,9 +276,13 @@ def rows_of(kinds: list[Kind]) -> list[ScanRow]:
     return rows
 
 
-@cache
-def memory(encoder: str, crop: Size, recompute: bool, half: bool) -> tuple[float, float]:
-    return step_memory(encoder_size(encoder), crop, recompute, half)
+KNOWN: dict[tuple[str, Size, Size, bool, bool], tuple[float, float]] = {}
+
+
+def memory(encoder: EncoderSize, crop: Size, recompute: bool, half: bool) -> tuple[float, float]:
+    key = (encoder.name, encoder.token_size, crop, recompute, half)
+    KNOWN[key] = KNOWN[key] if key in KNOWN else step_memory(encoder, crop, recompute, half)
+    return KNOWN[key]
 
 
 def golden_plan(name: str) -> Plan:
@@ -267,7 +291,7 @@ def golden_plan(name: str) -> Plan:
     pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
     half = hardware.device == "cuda"
     wishes = Wishes(ENCODER_OF.get(name, "auto"))
-    return make_plan(name, pool, hardware, wishes, 0, {}, lambda encoder, crop, recompute: memory(encoder.name, crop, recompute, half))
+    return make_plan(name, pool, hardware, wishes, 0, {}, lambda encoder, crop, recompute: memory(encoder, crop, recompute, half))
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -284,7 +308,8 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
 def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
     plan, (hardware, _) = check(golden_plan(name)), POOLS[name]
     assert volume(plan.sequence.crop_size_vox) <= 128**3
-    fixed, per_crop = memory(plan.encoder.name, plan.sequence.crop_size_vox, plan.optim.checkpoint_activations, hardware.device == "cuda")
+    encoder = suited_to(encoder_size(plan.encoder.name), plan.data.spacing_mm)
+    fixed, per_crop = memory(encoder, plan.sequence.crop_size_vox, plan.optim.checkpoint_activations, hardware.device == "cuda")
     assert plan.optim.micro_batch_size is not None
     assert fixed + plan.optim.micro_batch_size * per_crop <= hardware.usable_bytes
 
