@@ -15,7 +15,7 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives import autoregressive
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, TrunkPlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sequences.blocks import draw_prefix, fixed_prefix
 from nnunet_autoreg.sequences.sample import collate
@@ -57,7 +57,7 @@ def changed(batch, plan, chosen_T):
     """The same batch with other voxels in these tokens of the first sample."""
     tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
     tokens[0, chosen_T] = tokens[0, chosen_T] * 2 + torch.linspace(0, 3, 512).reshape(8, 8, 8)
-    return replace(batch, voxels=from_blocks(tokens, grid_of(CROP, plan.encoder.token_size_vox))[:, None])
+    return replace(batch, voxels=from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))[:, None])
 
 
 def predict(objective, batch):
@@ -128,6 +128,26 @@ def test_hidden_voxels_change_no_prediction_and_every_visible_block_changes_all(
     for rank in range(6):
         after = predict(objective, changed(batch, plan, batch.ranks[0] == rank))
         assert (before[0, hidden] != after[0, hidden]).any(dim=-1).all()
+
+
+NARROW = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+CONVOLVED = {"primus_v2_tiny": NARROW, "resenc_tiny": {"features_per_stage": [8, 12, 16, 24], "n_blocks_per_stage": [1, 1, 1, 1]}}
+
+
+@pytest.mark.parametrize("encoder", CONVOLVED)
+def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
+    size = encoder_size(encoder)
+    trunk = TrunkPlan(48, 2, 2) if size.trunk else None
+    plan = masked_plan(crop_size_vox=(16, 32, 32), block_tokens=(2, 2, 2), prefix_share=0.5)
+    plan = check(replace(plan, encoder=EncoderPlan(encoder, size.class_path, {**size.arguments, **CONVOLVED[encoder]}, size.token_size),
+                         objective=replace(plan.objective, trunk=trunk)))
+    torch.manual_seed(0)
+    objective, batch = build_objective(plan), drawn_batch(plan)
+    hidden = batch.ranks[0] >= batch.prefix[0]
+    assert int(hidden.sum()) == 16
+    before = predict(objective, batch)
+    assert torch.equal(before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden])
+    assert (before[0, hidden] != predict(objective, changed(batch, plan, ~hidden))[0, hidden]).any(dim=-1).all()
 
 
 def test_masked_is_random_order_autoregression_whose_queries_all_see_the_prefix_only(monkeypatch):
