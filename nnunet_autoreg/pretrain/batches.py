@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nnunet_autoreg.corpus.parallel import end_with_parent
 from nnunet_autoreg.errors import AutoregError
-from nnunet_autoreg.sequences.material import Material
-from nnunet_autoreg.sequences.sample import Batch, collate
+from nnunet_autoreg.sequences.material import Material, as_material
+from nnunet_autoreg.sequences.sample import Batch, Sample, collate
 from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
 
 DEAD_WORKER = "DataLoader worker"
@@ -96,8 +96,15 @@ def dead_workers_in_one_line() -> Iterator[None]:
 
 
 def heldout_batches(sampler: SequenceSampler, cases: Material, batch_size: int, num_batches: int) -> list[Batch]:
-    """The same few held-out batches every time, each of sequences of one shape."""
-    samples = [sampler.draw(cases, HELDOUT, i) for i in range(num_batches * batch_size)]
-    shapes = list(dict.fromkeys(s.voxels.shape for s in samples))
-    alike = [[s for s in samples if s.voxels.shape == shape] for shape in shapes]
-    return [collate(group[i : i + batch_size]) for group in alike for i in range(0, len(group), batch_size)]
+    """The same few held-out batches every time, each of sequences of one kind and shape."""
+    return [batch for batches in heldout_by_kind(sampler, cases, batch_size, num_batches).values() for batch in batches]
+
+
+def heldout_by_kind(sampler: SequenceSampler, cases: Material, batch_size: int, num_batches: int) -> dict[str, list[Batch]]:
+    """The batches of ``heldout_batches`` by their kind of sequences."""
+    alike: dict[str, dict[tuple[int, ...], list[Sample]]] = {}
+    for number in range(num_batches * batch_size):
+        sample = sampler.draw(cases, HELDOUT, number)
+        alike.setdefault(sampler.kind(as_material(cases), HELDOUT, number), {}).setdefault(sample.voxels.shape, []).append(sample)
+    return {kind: [collate(group[i : i + batch_size]) for group in shapes.values() for i in range(0, len(group), batch_size)]
+            for kind, shapes in alike.items()}

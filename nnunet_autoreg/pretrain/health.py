@@ -5,7 +5,7 @@ Shape suffixes: N tokens, V width.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -62,16 +62,19 @@ class Health:
         errors: next-block error "error" and that of trivial predictions by name, per voxel.
         token_variance, effective_rank: as the functions of these names give them; None where features could not be had.
         probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of "chance"; None without labels.
+        kinds: next-block error by kind of sequences; empty where there is one kind.
     """
 
     errors: Mapping[str, float]
     token_variance: float | None = None
     effective_rank: float | None = None
     probe: Mapping[str, float] | None = None
+    kinds: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, tuple[float, str]]:
         """Name -> value and unit, as ``metrics.jsonl`` takes them."""
-        found = {f"heldout_{name}": (value, "squared error") for name, value in self.errors.items()}
+        errors = {**self.errors, **{f"error_{kind}": value for kind, value in self.kinds.items()}}
+        found = {f"heldout_{name}": (value, "squared error") for name, value in errors.items()}
         if self.token_variance is not None:
             found["token_variance"] = (self.token_variance, "share of mean square")
         if self.effective_rank is not None:
@@ -82,6 +85,8 @@ class Health:
         """All of it in one line."""
         trivial = ", ".join(f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error")
         told = f"held-out next-block error {self.errors['error']:.4f} (baselines: {trivial})"
+        if self.kinds:
+            told += f", {' and '.join(f'{value:.4f} of {kind}' for kind, value in self.kinds.items())} sequences"
         if self.token_variance is not None and self.effective_rank is not None:
             told += f"; features: token variance {self.token_variance:.3f}, effective rank {self.effective_rank:.1f}"
         if self.probe is not None:

@@ -14,7 +14,7 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_batches, training_batches
+from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_by_kind, training_batches
 from nnunet_autoreg.pretrain.display import gauges, postfix
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
 from nnunet_autoreg.pretrain.guard import Tally, in_words
@@ -54,11 +54,12 @@ class Trainer:
         self.is_sharded = is_spread(plan.run.sharding, self.module, device, world)
         self.looks = bool(heldout)
         """Whether there is anything to validate on; the main process does, all of them where none has all weights."""
-        self.heldout = []
+        heldout_of = {}
         if heldout and (world.is_main or self.is_sharded):
             size = heldout_batch_size(plan)
-            self.heldout = heldout_batches(objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size)
-        self.validation = Validation(objective, self.heldout, probe, device)
+            heldout_of = heldout_by_kind(objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size)
+        self.heldout = [batch for batches in heldout_of.values() for batch in batches]
+        self.validation = Validation(objective, heldout_of, probe, device)
         # Before the step is set up, which from then on sums every gradient over all processes.
         sample = self.heldout[0] if self.heldout and not self.is_sharded else None
         self.gauges = gauges(plan, objective, device, sample, world.size)

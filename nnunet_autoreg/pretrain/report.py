@@ -203,6 +203,7 @@ def _learning(plan: Plan, series: Series) -> str:
         note += " Dashed: copying the previous block."
     charts = [
         chart("Next-block error", "per voxel", errors, note),
+        *_by_kind(series),
         chart("Learning rate", f"peak {plan.optim.lr:.3g}", (line("rate", "lr", "second"),)),
         chart("Gradient norm", "before clipping", (line("norm", "gradient_norm", "second"),),
               f"Clipped at {plan.optim.clip_norm:g}.", logarithmic=True),
@@ -210,6 +211,17 @@ def _learning(plan: Plan, series: Series) -> str:
     ]
     text = "Voxels are normalised within each token, so that an error of 1 is what predicting nothing but the mean costs; lower is better."
     return page.section("learning", "Does it learn?", page.paragraph(text), f'<div class="charts">{"".join(charts)}</div>')
+
+
+BY_KIND = "heldout_error_"
+
+
+def _by_kind(series: Series) -> list[str]:
+    """The held-out error of each kind of sequences, where there are several."""
+    names = [name for name in series if name.startswith(BY_KIND)]
+    looks = ("main", "second", "base", "base2")
+    lines = [Line(name.removeprefix(BY_KIND), series[name], look) for name, look in zip(names, looks, strict=False)]
+    return [chart("Held-out error by kind of sequences", "per voxel", lines)] if lines else []
 
 
 HEALTH = {
@@ -227,7 +239,8 @@ def _health(series: Series) -> str:
     probes = [Line(name.removeprefix("probe_"), series[name], look) for name, look in PROBES.items() if name in series]
     charts.append(chart("Frozen probe on labels", "balanced accuracy, other subjects", probes,
                         "Labels told from the frozen features by a linear reading, against the same from raw voxels."))
-    rest = sorted(name for name in series if name not in shown and name not in HEALTH and name not in PROBES)
+    rest = sorted(name for name in series if name not in shown and name not in HEALTH and name not in PROBES
+                  and not name.startswith(BY_KIND))
     charts += [chart(name.replace("_", " ").capitalize(), "from metrics.jsonl", (Line("now", series[name], "second"),)) for name in rest]
     drawn = "".join(charts)
     return page.section("health", "Health and probes", f'<div class="charts">{drawn}</div>') if drawn else ""

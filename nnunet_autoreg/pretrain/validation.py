@@ -1,6 +1,6 @@
 """One look at a model on held-out batches and labelled crops: errors, features, probe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,12 +17,12 @@ class Validation:
     """Measures the same things on the same data every time; changes nothing, draws nothing at random.
 
     Args:
-        heldout: batches on the CPU.
+        heldout: batches on the CPU, by their kind of sequences.
         crops: labelled crops for the probe; may be empty.
     """
 
-    def __init__(self, objective: Objective, heldout: Sequence[Batch], crops: Sequence[LabelledCrop], device: torch.device):
-        self.objective, self.heldout, self.device = objective, list(heldout), device
+    def __init__(self, objective: Objective, heldout: Mapping[str, Sequence[Batch]], crops: Sequence[LabelledCrop], device: torch.device):
+        self.objective, self.heldout, self.device = objective, heldout, device
         self.probe = Probe(crops)
         self.voxel_score: float | None = None
 
@@ -32,24 +32,34 @@ class Validation:
         if not self.heldout:
             return None
         self.objective.module.eval()
-        errors = self._errors()
+        errors, kinds = self._errors()
         features, content = self._features()
         variance, rank = token_variance(content, features), effective_rank(content)
-        return Health(errors, variance, rank, self._probed() if self.probe.works else None)
+        return Health(errors, variance, rank, self._probed() if self.probe.works else None, kinds)
 
     def autocast(self) -> AbstractContextManager[None]:
         """As in training."""
         return autocast(self.device)
 
-    def _errors(self) -> dict[str, float]:
+    def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Errors over all batches, by name, and the objective's own by kind of sequences, where there are several."""
+        sums = {kind: self._sums(batches) for kind, batches in self.heldout.items()}
+        whole: dict[str, float] = {}
+        for part in sums.values():
+            for name, value in part.items():
+                whole[name] = whole.get(name, 0.0) + value
+        count = max(whole.pop("count"), 1.0)
+        kinds = {kind: part["error"] / max(part["count"], 1.0) for kind, part in sums.items()} if len(sums) > 1 else {}
+        return {name: value / count for name, value in whole.items()}, kinds
+
+    def _sums(self, batches: Sequence[Batch]) -> dict[str, float]:
         sums: dict[str, float] = {}
-        for batch in self.heldout:
+        for batch in batches:
             with self.autocast():
                 terms = self.objective.loss(batch.to(self.device), references=True)
             for name, term in {"error": terms.total, "count": terms.count, **terms.references}.items():
                 sums[name] = sums.get(name, 0.0) + float(term)
-        count = max(sums.pop("count"), 1.0)
-        return {name: value / count for name, value in sums.items()}
+        return sums
 
     def _describe(self, batch: Batch) -> TokenFeatures:
         with self.autocast():
@@ -58,7 +68,7 @@ class Validation:
     def _features(self) -> tuple[Tensor, Tensor]:
         """Features (N, V) of held-out tokens that hold voxels, and the part of them that depends on the image."""
         features, positions = [], []
-        for batch in self.heldout:
+        for batch in (batch for batches in self.heldout.values() for batch in batches):
             tokens = self._describe(batch)
             features.append(tokens.features[tokens.valid].float().cpu())
             positions.append(tokens.positions[tokens.valid].cpu())

@@ -9,10 +9,12 @@ import SimpleITK
 import torch
 
 from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
 from nnunet_autoreg.pretrain.health import Health, complaints, content_part, effective_rank, evenly, token_variance
 from nnunet_autoreg.pretrain.labels import around_labels, choose, nearest_index, stored_labels, token_labels
 from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, balanced_accuracy, fit_and_score
+from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.sequences.sample import Sample, collate
 
 RUN = RunPlan(0, 1, 1)
@@ -182,3 +184,38 @@ def test_labels_come_onto_the_stored_voxels_and_what_has_no_name_is_unknown(data
     assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [[1, 0, 0], [1, 0, 0]]
     distance = np.abs(np.argwhere(found == 1)[0] - np.argwhere(found == -1)[0])
     assert distance.tolist() == [10, 5, 5]
+
+
+class OfKinds:
+    """Says a total and a count per batch, which is a pair of them; two tokens that are told apart."""
+
+    module = torch.nn.Linear(1, 1)
+
+    def loss(self, batch, references=False):
+        total, count = batch.numbers
+        return LossTerms(torch.tensor(total), torch.tensor(count), {"mean": torch.tensor(2 * total)})
+
+    def describe(self, batch):
+        tokens, place = torch.eye(2)[None], torch.zeros(1, 2, dtype=torch.int64)
+        return TokenFeatures(tokens, tokens, place, place == 0)
+
+
+class Numbers:
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def to(self, device):
+        return self
+
+
+def test_held_out_errors_are_told_by_kind_of_sequences_where_there_are_several():
+    batches = {"spatial": [Numbers(2.0, 4.0), Numbers(1.0, 2.0)], "contrast": [Numbers(9.0, 3.0)]}
+    health = Validation(OfKinds(), batches, (), torch.device("cpu")).measure()
+    assert health.errors == {"error": 12 / 9, "mean": 24 / 9}
+    assert health.kinds == {"spatial": 0.5, "contrast": 3.0}
+    metrics = health.metrics()
+    assert metrics["heldout_error_contrast"] == (3.0, "squared error") and metrics["heldout_error"] == (12 / 9, "squared error")
+    assert "0.5000 of spatial and 3.0000 of contrast sequences" in health.sentence()
+    assert not any("nothing learnt" in sentence for sentence in complaints(health, RUN, warm=True))
+    alone = Validation(OfKinds(), {"spatial": batches["spatial"]}, (), torch.device("cpu")).measure()
+    assert alone.kinds == {} and "heldout_error_spatial" not in alone.metrics()

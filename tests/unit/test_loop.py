@@ -32,6 +32,9 @@ PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.clas
 class Numbered:
     """The sample of training step n is full of n."""
 
+    def kind(self, material, purpose, number):
+        return "spatial"
+
     def draw(self, cases, purpose, *ids):
         return Sample(np.full((1, 1, 16, 16, 16), ids[0], np.float32), np.ones((1, 16, 16, 16), bool), np.arange(8), 1)
 
