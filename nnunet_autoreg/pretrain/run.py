@@ -264,7 +264,7 @@ def check_inputs(request: Request) -> None:
     nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
     some = Hardware("cpu", 1.0)
     sketch = make_plan(request.name, nobody, some, wishes_of(request), request.seed, {}, lambda *_: (0.0, 0.0))
-    override(sketch, list(request.settings))
+    override(with_presets(sketch, request), list(request.settings))
 
 
 def check_network(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan, with_hours
 from nnunet_autoreg.presets import faithful, with_objective
 from nnunet_autoreg.pretrain.folder import Request
-from nnunet_autoreg.pretrain.run import with_presets
+from nnunet_autoreg.pretrain.run import check_inputs, with_presets
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.step import parameter_groups
 from nnunet_autoreg.sequences.blocks import sequence_ids
@@ -155,3 +155,8 @@ def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_know
             after = objective.module(replace(batch, voxels=other), valid)
             assert torch.equal(before[0, ranks[0] <= rank], after[0, ranks[0] <= rank])
             assert (before[0, ranks[0] > rank] != after[0, ranks[0] > rank]).any(dim=-1).all()
+
+
+def test_a_preset_that_an_encoder_cannot_have_is_refused_before_any_scan_is_read() -> None:
+    with pytest.raises(PlanError, match="--preset faithful: resenc_tiny has convolutions"):
+        check_inputs(Request("run", ("4",), encoder="resenc_tiny", preset="faithful").check())
