@@ -26,7 +26,7 @@ from nnunet_autoreg.detection.instances import (
     read_true_boxes,
 )
 from nnunet_autoreg.detection.matching import ANY_CLASS, ScanBoxes
-from nnunet_autoreg.detection.scanfile import ScanFile, read_scan_file
+from nnunet_autoreg.detection.scanfile import ScanFile, is_scan_file, read_scan_file
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
 from nnunet_autoreg.records import read_json
 
@@ -82,7 +82,10 @@ def read_found(folder: Path) -> dict[str, ScanFile]:
     """
     if not folder.is_dir():
         raise UsageError(f"-p {folder} is no folder; give the folder that autoreg_detect wrote")
-    files = sorted((f for f in folder.glob("*.json") if _may_be_detections(f)), key=lambda f: natural_key(f.name))
+    candidates = sorted((f for f in folder.glob("*.json") if not f.name.startswith(".")), key=lambda f: natural_key(f.name))
+    files = [f for f in candidates if is_scan_file(f)]
+    if others := [f.name for f in candidates if f not in files]:
+        log.info("%d JSON files of %s are no detections and left out: %s", len(others), folder, _some(others))
     if not files:
         raise UsageError(f"-p {folder} holds no file of detections (*.json); give the folder that autoreg_detect wrote")
     found = {f.name.removesuffix(".json"): read_scan_file(f) for f in files}
@@ -92,10 +95,6 @@ def read_found(folder: Path) -> dict[str, ScanFile]:
             other = f"{first_name} has {first.classes}"
             raise ObjectsError(f"{folder}: {name} has the classes {record.classes}, {other}; detect them with one model")
     return found
-
-
-def _may_be_detections(file: Path) -> bool:
-    return not file.name.endswith((".mrk.json", DATASET_FILE)) and not file.name.startswith((".", "summary", "plans"))
 
 
 def read_classes(

@@ -111,6 +111,19 @@ def write_scan_file(path: Path, record: ScanFile) -> None:
     write_json(path, record)
 
 
+def is_scan_file(path: Path) -> bool:
+    """Whether a JSON file says that it holds detections, of whatever version.
+
+    Raises:
+        ObjectsError: it cannot be read.
+    """
+    try:
+        data = read_json(path)
+    except PlanError as error:
+        raise ObjectsError(str(error)) from error
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
 def read_scan_file(path: Path) -> ScanFile:
     """Read and check one.
 

@@ -149,6 +149,13 @@ def test_truth_without_any_object_is_said_and_gives_no_figure(folders, caplog):
     assert results_of(out)["ap"]["0.1"]["mean"] is None and results_of(out)["absent_classes"] == ["lesion", "cyst"]
 
 
+def test_other_json_files_beside_the_detections_are_named_and_left_out(folders, caplog):
+    truth, found, out = folders
+    (found / "plans.json").write_text("{}")
+    assert run(truth, found, out) == 0
+    assert "1 JSON files of" in caplog.text and "plans.json" in caplog.text and results_of(out)["scans"]["number"] == 3
+
+
 def fails(capsys, code, message, *arguments):
     assert run(*arguments) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -182,6 +189,11 @@ def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tm
     fails(capsys, 1, "has voxels of 2, 1.5, 1 mm (z, y, x), the detections were made on 2, 1, 1 mm", other, found, out)
     (other / "a.nii.gz").write_text("no image")
     fails(capsys, 1, "cannot be read as an image", other, found, out)
+    boxes = tmp_path / "boxes"
+    boxes.mkdir()
+    for name in ("a", "z"):
+        (boxes / f"{name}.json").write_text('{"boxes": []}')
+    fails(capsys, 1, "z.json: without detections the voxel size of this scan is not known", boxes, found, out, "--all-scans")
     (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 2, "cyst": 1}}')
     fails(capsys, 1, "class 'lesion' has label 2", truth, found, out)
     (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesions": 1, "cyst": 2}}')
