@@ -116,7 +116,7 @@ def evaluate(scans: Sequence[ScanBoxes], classes: Sequence[ObjectClass], setting
         "format": FORMAT, "version": VERSION,
         "settings": {**to_jsonable(settings), "hit": str(settings.hit)},
         "scans": _scans(scans),
-        "classes": {kind.name: _of_class(scans, p, kind, number[p]) for p, kind in enumerate(classes)},
+        "classes": {kind.name: _of_class(counting, p, kind, number[p]) for p, kind in enumerate(classes)},
         "absent_classes": [name for p, name in enumerate(names) if not number[p]],
         **_average_precisions(counting, names),
         "froc": _froc(counting, names),
@@ -129,13 +129,17 @@ def _scans(scans: Sequence[ScanBoxes]) -> dict[str, Any]:
     return {"number": len(scans), "positive": len(scans) - empty, "empty": empty, "names": [scan.name for scan in scans]}
 
 
-def _of_class(scans: Sequence[ScanBoxes], place: int, kind: ObjectClass, number: int) -> dict[str, Any]:
+def _of_class(counting: _Counting, place: int, kind: ObjectClass, number: int) -> dict[str, Any]:
+    scans = counting.scans
     own = [scan.true_places_G == place for scan in scans]
+    matched = counting.matched(place, counting.settings.hit)
+    false = sum(int(((m.object_of < 0) & ~m.excused).sum()) for m in matched)
     return {
         "label": kind.label, "objects": number,
         "ignored_objects": sum(int((o & s.ignored_G).sum()) for o, s in zip(own, scans, strict=True)),
         "scans_with_objects": sum(bool((o & ~s.ignored_G).any()) for o, s in zip(own, scans, strict=True)),
         "detections": sum(int((s.places_D == place).sum()) for s in scans),
+        "false_per_scan": false / len(scans),
     }
 
 

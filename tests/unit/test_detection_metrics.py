@@ -169,6 +169,7 @@ def test_perfect_detections_score_1_none_score_0_and_absent_classes_are_left_out
 def test_scans_without_any_object_give_no_figure_and_no_nan():
     results = evaluate([scan([], [(cube(0), 0, 0.9)])], [A], EvaluationSettings())
     assert results["ap"]["0.1"]["mean"] is None and results["froc"]["cpm"]["mean"] is None and results["absent_classes"] == ["a"]
+    assert results["classes"]["a"]["false_per_scan"] == 1
     assert "NaN" not in json.dumps(results) and "Infinity" not in json.dumps(results)
     with pytest.raises(ObjectsError, match="no scan to evaluate"):
         evaluate([], [A], EvaluationSettings())
