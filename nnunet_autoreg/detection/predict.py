@@ -1,0 +1,255 @@
+"""A trained detector over new scans: nnU-Net's preprocessing, all folds and mirrorings merged, results in the original image."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from numpy.typing import NDArray
+
+from nnunet_autoreg.detection.export import draw_boxes, draw_instances, shown, write_markup
+from nnunet_autoreg.detection.geometry import frame_of_properties, preprocessing_of
+from nnunet_autoreg.detection.infer import USUAL, Candidates, ScanDetector, Thinning, joined, merge
+from nnunet_autoreg.detection.metrics import Froc, threshold_at
+from nnunet_autoreg.detection.net import Detector
+from nnunet_autoreg.detection.plan import DetectionPlan, read_plan
+from nnunet_autoreg.detection.scanfile import ScanFile, make_scan_file, write_scan_file
+from nnunet_autoreg.detection.scans import Scan, ready
+from nnunet_autoreg.detection.validate import in_original
+from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
+from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.records import read_json
+
+SUMMARY = Path("validation_detection") / "summary_detection.json"
+DRAWN_FROM = 0.5
+"""Score from which boxes are drawn, if neither a score nor an operating point is asked for."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to detect and what to write.
+
+    Attributes:
+        mirror: also along every axis, which costs eight times the time.
+        thinning: overlaps.
+        min_score: one for all classes, or by class; lower scores are left out everywhere. None keeps all.
+        filled: label maps of boxes are solid.
+        with_instances: write the segmentation inside the boxes.
+    """
+
+    mirror: bool = False
+    thinning: Thinning = USUAL
+    min_score: float | Mapping[str, float] | None = None
+    filled: bool = False
+    with_instances: bool = True
+
+
+class Model:
+    """A trained folder of ``nnUNetv2_train``.
+
+    Args:
+        folder: ``<trainer>__<plans>__<configuration>``.
+        folds: which; all that are finished if empty.
+
+    Raises:
+        UsageError: there is no such model or fold.
+        PlanError: it is no detector.
+        WeightsError: a checkpoint does not belong to the plans.
+    """
+
+    def __init__(self, folder: Path, folds: Sequence[str], device: torch.device, checkpoint: str = "checkpoint_final.pth"):
+        self.folder, self.device = folder, device
+        self.folds = _folds(folder, folds, checkpoint)
+        self.stock = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=device, allow_tqdm=False)
+        self._check_plans()
+        try:
+            self.stock.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
+        except RuntimeError as error:
+            raise WeightsError(f"{folder}: its {checkpoint} does not fit its plans.json ({str(error).splitlines()[0]}); were the plans "
+                               "changed after the training? Train again") from error
+        self.configuration = self.stock.configuration_manager
+        plan = read_plan(self.configuration.configuration, str(folder / "plans.json"))
+        network = self.stock.network
+        assert plan is not None and isinstance(network, Detector)
+        self.plan: DetectionPlan = plan
+        self.network = network.to(device).eval()
+        self.network.detect = True
+
+    @property
+    def num_channels(self) -> int:
+        """Of the images."""
+        return int(determine_num_input_channels(self.stock.plans_manager, self.configuration, self.stock.dataset_json))
+
+    @property
+    def file_ending(self) -> str:
+        """Of the images it was trained on."""
+        return str(self.stock.dataset_json["file_ending"])
+
+    def describe(self) -> dict[str, Any]:
+        """What results say of the model."""
+        trainer, plans, configuration = self.folder.name.split("__")
+        return {"dataset": self.stock.plans_manager.dataset_name, "trainer": trainer, "plans": plans, "configuration": configuration,
+                "folds": list(self.folds)}
+
+    def thresholds(self, fp_per_scan: float) -> dict[str, float]:
+        """Class -> the score threshold that gave so many false positives per scan in validation, the mean over the folds.
+
+        Raises:
+            UsageError: a fold has no validation to tell.
+        """
+        found: dict[str, list[float]] = {kind.name: [] for kind in self.plan.classes}
+        for fold in self.folds:
+            file = self.folder / f"fold_{fold}" / SUMMARY
+            if not file.is_file():
+                raise UsageError(f"--fppi needs {file}, which validation writes; run nnUNetv2_train with --val, or give --min-score")
+            for name, curve in read_json(file)["froc"]["curve"].items():
+                points = [np.array([np.inf if v is None else v for v in curve[key]]) for key in ("fp_per_scan", "sensitivity", "threshold")]
+                found[name].append(min(1.0, threshold_at(Froc(*points), fp_per_scan)))
+        for name in (n for n, values in found.items() if not values):
+            log.warning("no validation case has an object of %s, so --fppi has no threshold for it: all of its boxes are kept", name)
+        return {name: float(np.mean(values)) if values else 0.0 for name, values in found.items()}
+
+    def _check_plans(self) -> None:
+        plans = read_json(self.folder / "plans.json")
+        configurations = plans.get("configurations", {})
+        name = self.folder.name.rsplit("__", 1)[-1]
+        if "autoreg_detection" not in configurations.get(name, {}):
+            raise PlanError(f"{self.folder} holds no detector; train one with -tr AutoregDetectionTrainer")
+
+    def weights(self) -> Iterator[None]:
+        """Give the network the weights of one fold after the other."""
+        for parameters in self.stock.list_of_parameters:
+            self.network.load_state_dict(parameters)
+            yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Of a forward pass."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def preprocess(self, files: list[str]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """A scan as the network sees it (C, Z, Y, X), and where it comes from."""
+        preprocessor = self.configuration.preprocessor_class(verbose=False)
+        data, _, properties = preprocessor.run_case(files, None, self.stock.plans_manager, self.configuration, self.stock.dataset_json)
+        return torch.from_numpy(np.asarray(data, dtype=np.float32)), properties
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A scan's file, and the segmentation (Z, Y, X) that came along, in the original image; properties are nnU-Net's."""
+
+    record: ScanFile
+    labels_ZYX: NDArray[Any] | None  # noqa: N815
+    properties: dict[str, Any]
+
+
+def detect(model: Model, scan: Scan, options: Options) -> Detected:
+    """Find the objects of a scan.
+
+    Raises:
+        ScanError: it cannot be read.
+    """
+    with ready(scan) as files:
+        image, properties = model.preprocess(files)
+    mirror_axes = _mirror_axes(model, options)
+    detector = ScanDetector(
+        model.network, model.plan.anchors, as_size(model.configuration.patch_size), model.device, mirror_axes=mirror_axes,
+        thinning=options.thinning, autocast=model.autocast,
+    )
+    with_labels = options.with_instances and model.plan.has_masks
+    parts: list[Candidates] = []
+    logits: torch.Tensor | None = None
+    for number, _ in enumerate(model.weights()):
+        found, of_fold = detector.candidates(image, with_logits=with_labels)
+        parts.append(replace(found, voters_N=found.voters_N + number * detector.num_voters))
+        if of_fold is not None:
+            logits = of_fold if logits is None else logits + of_fold
+    num_voters = len(parts) * detector.num_voters
+    merged = merge(joined(parts), num_voters, options.thinning)
+    manager = model.stock.plans_manager
+    shape = original_shape(properties, manager.transpose_backward)
+    geometry = preprocessing_of(properties, as_size(image.shape[1:]), manager.transpose_backward)
+    detections = [d for d in in_original(merged, geometry, shape, model.plan.classes) if d.score >= lowest(options.min_score, d.name)]
+    frame = frame_of_properties(properties, shape)
+    record = make_scan_file(scan.name, frame, detections, model.plan.labels, model.describe(), settings_of(model, options))
+    labels = None
+    if logits is not None:
+        labels = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits / len(parts), manager, model.configuration, model.stock.label_manager, properties,
+            num_threads_torch=torch.get_num_threads(),
+        )
+    return Detected(record, labels, properties)
+
+
+def settings_of(model: Model, options: Options) -> dict[str, Any]:
+    """What results say of the options that they depend on."""
+    return {"thinning": asdict(options.thinning), "mirrorings": 2 ** len(_mirror_axes(model, options)), "min_score": options.min_score}
+
+
+def _mirror_axes(model: Model, options: Options) -> tuple[int, ...]:
+    return tuple(model.stock.allowed_mirroring_axes or ()) if options.mirror else ()
+
+
+def original_shape(properties: Mapping[str, Any], transpose_backward: Sequence[int]) -> Size:
+    """Shape (z, y, x) of the image as it was read."""
+    before = properties["shape_before_cropping"]
+    return as_size([before[axis] for axis in transpose_backward])
+
+
+def lowest(min_score: float | Mapping[str, float] | None, name: str) -> float:
+    """The lowest score of a class that is kept."""
+    if min_score is None:
+        return 0.0
+    return min_score[name] if isinstance(min_score, Mapping) else min_score
+
+
+def write(model: Model, found: Detected, folder: Path, options: Options) -> None:
+    """Write the files of a scan; its JSON comes last, so that where it is, all is."""
+    record, name = found.record, found.record.scan
+    # Who asked for a score sees all that is left; else low scores, which are for evaluation, are not drawn.
+    boxes = shown(record.boxes, DRAWN_FROM if options.min_score is None else 0.0)
+    writer = model.stock.plans_manager.image_reader_writer_class()
+    drawn = draw_boxes(boxes, record.shape_zyx, options.filled)
+    writer.write_seg(drawn, str(folder / f"{name}_boxes{model.file_ending}"), found.properties)
+    if found.labels_ZYX is not None:
+        instances = draw_instances(boxes, np.asarray(found.labels_ZYX), model.plan.classes)
+        writer.write_seg(instances, str(folder / f"{name}_instances{model.file_ending}"), found.properties)
+    write_markup(folder / f"{name}.mrk.json", name, boxes, record.frame)
+    write_scan_file(folder / f"{name}.json", record)
+
+
+def trained_folder(results: Path, dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    """The folder of a trained model; the dataset is given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
+
+    Raises:
+        UsageError: no dataset of that number has been trained on, or several have.
+    """
+    name = dataset
+    if dataset.isdecimal():
+        found = sorted(p.name for p in results.glob(f"Dataset{int(dataset):03}_*") if p.is_dir())
+        if len(found) != 1:
+            what = f"{' and '.join(found)} share it" if found else f"{results} (nnUNet_results) has none"
+            raise UsageError(f"-d {dataset}: no single trained dataset has that number: {what}; give the full name")
+        name = found[0]
+    return results / name / f"{trainer}__{plans}__{configuration}"
+
+
+def _folds(folder: Path, wanted: Sequence[str], checkpoint: str) -> tuple[str, ...]:
+    if not folder.is_dir():
+        beside = sorted(p.name for p in folder.parent.glob("*Detection*")) if folder.parent.is_dir() else []
+        raise UsageError(f"there is no trained model {folder}; {'there are: ' + ', '.join(beside) if beside else 'train it first'}")
+    present = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}"))
+    if not present:
+        raise UsageError(f"{folder} has no finished fold (fold_*/{checkpoint}); finish a training, or use --checkpoint checkpoint_best.pth")
+    missing = [fold for fold in wanted if fold not in present]
+    if missing:
+        raise UsageError(f"-f {' '.join(missing)}: not finished in {folder}; there are: {', '.join(present)}")
+    return tuple(wanted) or tuple(present)

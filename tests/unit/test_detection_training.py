@@ -1,0 +1,358 @@
+"""What a detector is trained with: plan, objects in preprocessed space, patches around them, losses, averaged weights, merged boxes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_autoreg.detection.anchors import AnchorPlan, lay_out
+from nnunet_autoreg.detection.average import KEY, MovingAverage
+from nnunet_autoreg.detection.data import (
+    CaseBoxes,
+    InstanceIndex,
+    Maker,
+    instances_folder,
+    objects_of_patch,
+    place_around,
+    prepare_instances,
+)
+from nnunet_autoreg.detection.infer import Candidates, ScanDetector, boxes_of_output, merge, mirrored, place_weights
+from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
+from nnunet_autoreg.detection.net import Output
+from nnunet_autoreg.detection.objects import ObjectSource, sizes_of
+from nnunet_autoreg.detection.plan import DetectionPlan, check_same_dataset, make_plan, read_plan, store
+from nnunet_autoreg.detection.score import quick_scores, scan_boxes
+from nnunet_autoreg.detection.training import Losing, absent_classes, make_segmentation_loss, mean_dice, without_decay_on_norms
+from nnunet_autoreg.errors import ObjectsError, PlanError
+
+LESION = ObjectClass("lesion", 1, (1,))
+DATASET: dict[str, Any] = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
+ANCHORS = AnchorPlan((0,), ((4, 4, 4),), ((4.0, 4.0, 4.0),), 1.0, {})
+PLAN = DetectionPlan((LESION,), Rules(), ANCHORS, 64, True)
+
+
+def test_a_plan_survives_being_written_into_plans_and_refuses_what_cannot_be() -> None:
+    plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
+    assert read_plan(plans["configurations"]["3d_fullres"], "p") is None
+    store(plans, "3d_fullres", PLAN)
+    block = json.loads(json.dumps(plans))["configurations"]["3d_fullres"]
+    assert read_plan(block, "p") == PLAN
+    for key, value, said in [("average_decay", 1.0, r"in \[0, 1\)"), ("num_epochs", 0, "at least 1"), ("classification", "focl", "focal"),
+                             ("version", 2, "update"), ("nonsense", 1, "unknown key")]:
+        with pytest.raises(PlanError, match=said):
+            read_plan({"autoreg_detection": {**block["autoreg_detection"], key: value}}, "p")
+
+
+def test_a_plan_made_for_other_classes_than_the_dataset_has_now_is_refused() -> None:
+    check_same_dataset(PLAN, DATASET, "p")
+    with pytest.raises(PlanError, match=r"classes.*remove"):
+        check_same_dataset(PLAN, {**DATASET, "labels": {"background": 0, "tumour": 1}}, "p")
+    with pytest.raises(PlanError, match=r"min_voxels: 3 -> 9"):
+        check_same_dataset(PLAN, {**DATASET, "autoreg_detection": {"min_voxels": 9}}, "p")
+
+
+def test_planning_takes_stride_4_and_says_how_well_the_anchors_fit(caplog: pytest.LogCaptureFixture) -> None:
+    plan = make_plan(DATASET, {"lesion": [(8.0, 8.0, 8.0)] * 3 + [(70.0, 8.0, 8.0)]}, [(2, 2, 2), (4, 4, 4), (8, 8, 8)], (64, 64, 64),
+                     is_tiny=True, has_masks=False)
+    assert plan.anchors.stages == (1, 2) and plan.head_channels == 64 and not plan.has_masks
+    assert "4 objects" in plan.reasons["anchors"] and "boxesTr" in plan.reasons["has_masks"]
+    assert "1 of 4 objects are larger than the patch" in caplog.text
+
+
+def test_a_dataset_without_any_object_cannot_be_planned() -> None:
+    with pytest.raises(PlanError, match="no object to plan anchors for"):
+        make_plan(DATASET, {"lesion": []}, [(4, 4, 4)], (32, 32, 32), is_tiny=True, has_masks=True)
+
+
+class Reader:
+    """Reads label maps that lie as .npy under the name of an image."""
+
+    def read_seg(self, file: str) -> tuple[Any, dict[str, Any]]:
+        with Path(file).open("rb") as handle:
+            return np.load(handle)[None], {"spacing": [2.0, 1.0, 1.0]}
+
+
+def write(file: Path, array: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as handle:
+        np.save(handle, array)
+
+
+def source(root: Path) -> ObjectSource:
+    return ObjectSource(root / "labelsTr", root, DATASET, Reader)
+
+
+def cube() -> Any:
+    labels = np.zeros((8, 10, 12), np.uint8)
+    labels[2:4, 3:7, 5:9] = 1
+    return labels
+
+
+def test_objects_come_from_the_instance_map_else_from_boxes_else_from_the_labels(tmp_path: Path) -> None:
+    write(tmp_path / "labelsTr" / "a.nii.gz", cube())
+    found = source(tmp_path).read("a")
+    assert [o.box_zyx for o in found.instances.objects] == [(2, 3, 5, 4, 7, 9)] and found.has_masks
+    (tmp_path / "boxesTr").mkdir()
+    (tmp_path / "boxesTr" / "a.json").write_text('{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}')
+    found = source(tmp_path).read("a")
+    assert [o.box_zyx for o in found.instances.objects] == [(0, 0, 0, 4, 4, 4)] and not found.has_masks
+    assert found.instances.ids_ZYX is not None and found.instances.ids_ZYX[1, 1, 1] == 1
+    halves = cube().astype(np.int32)
+    halves[2:4, 3:7, 7:9] = 2
+    write(tmp_path / "instancesTr" / "a.nii.gz", halves)
+    (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"1": 1, "2": 1}}')
+    found = source(tmp_path).read("a")
+    assert [o.box_zyx for o in found.instances.objects] == [(2, 3, 5, 4, 7, 7), (2, 3, 7, 4, 7, 9)] and found.has_masks
+
+
+def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "labelsTr" / "a.nii.gz", cube())
+    (tmp_path / "boxesTr").mkdir()
+    (tmp_path / "boxesTr" / "a.json").write_text('{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}')
+    with pytest.raises(ObjectsError, match=r"lies outside the image of 8 x 10 x 12"):
+        source(tmp_path).read("a")
+    write(tmp_path / "instancesTr" / "a.nii.gz", cube())
+    (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"2": 1}}')
+    with pytest.raises(ObjectsError, match="the map holds id 1, which the JSON does not list"):
+        source(tmp_path).read("a")
+    write(tmp_path / "instancesTr" / "a.nii.gz", cube()[:4])
+    with pytest.raises(ObjectsError, match=r"\(4, 10, 12\).*have \(8, 10, 12\)"):
+        source(tmp_path).read("a")
+    with pytest.raises(ObjectsError, match=r"b\.nii\.gz does not exist"):
+        source(tmp_path).read("b")
+
+
+def test_sizes_are_transposed_and_resampled(tmp_path: Path) -> None:
+    write(tmp_path / "labelsTr" / "a.nii.gz", cube())
+    # 2 x 4 x 4 voxels of 2 x 1 x 1 mm, axes y, z, x, at 1 x 2 x 0.5 mm.
+    assert sizes_of(source(tmp_path).read("a"), 1, (1.0, 2.0, 0.5), (1, 0, 2)) == [[(4.0, 2.0, 8.0)]]
+
+
+def halved(array: Any, shape: Any, *_: Any) -> Any:
+    """Stands for nnU-Net's resampling of label maps: every second slice."""
+    assert tuple(shape) == (array.shape[1], array.shape[2] // 2, array.shape[3])
+    return array[:, :, ::2]
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Maker:
+    """A case of 8 x 10 x 12 voxels, axes y, z, x, cropped by one slice in front and resampled to half the slices."""
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    write(tmp_path / "raw" / "labelsTr" / "a.nii.gz", cube())
+    folder = tmp_path / "preprocessed"
+    folder.mkdir()
+    properties = {"bbox_used_for_cropping": [[1, 10], [0, 8], [0, 12]], "shape_after_cropping_and_before_resampling": (9, 8, 12)}
+    shape = (9, 4, 12)
+    options = {"chunks": (1, *shape), "blocks": (1, *shape)}
+    image, labels = np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int8)
+    nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / "a"), **options)
+    return Maker(folder, source(tmp_path / "raw"), (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved)
+
+
+def test_id_maps_are_transposed_cropped_and_resampled_once(maker: Maker) -> None:
+    import blosc2
+
+    index = prepare_instances(maker, ["a"])
+    (item,) = index.cases["a"].objects
+    # z 2-4, y 3-7, x 5-9 of the original: y less one, z halved.
+    assert item.box_zyx == (2.0, 1.0, 5.0, 6.0, 2.0, 9.0) and item.num_voxels == 4 * 1 * 4
+    folder = instances_folder(maker.preprocessed)
+    ids = blosc2.open(str(folder / "a.b2nd"))[:]
+    assert ids.shape == (9, 4, 12) and np.argwhere(ids == 1).min(0).tolist() == [2, 1, 5]
+    assert not list(maker.preprocessed.glob("*instances*"))
+    before = (folder / "a.b2nd").stat().st_mtime_ns
+    assert prepare_instances(maker, ["a"]) == index and (folder / "a.b2nd").stat().st_mtime_ns == before
+    changed = cube()
+    changed[2:4, 3:7, 5:6] = 0
+    write(maker.source.labels / "a.nii.gz", changed)
+    assert prepare_instances(maker, ["a"]).cases["a"].objects[0].box_zyx == (2.0, 1.0, 6.0, 6.0, 2.0, 9.0)
+
+
+def test_a_scan_without_objects_is_fine_and_a_class_that_a_fold_lacks_is_named(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    write(maker.source.labels / "a.nii.gz", np.zeros((8, 10, 12), np.uint8))
+    with caplog.at_level("INFO", "nnunet_autoreg"):
+        index = prepare_instances(maker, ["a"])
+    assert index.cases["a"].objects == () and "1 cases, 1 of them without an object: 0 lesion" in caplog.text
+    assert absent_classes(index, ["a"]) == ["lesion"]
+
+
+def test_patches_lie_so_that_the_object_is_whole_in_what_augmentation_leaves() -> None:
+    np.random.seed(0)
+    box = (20.0, 2.5, 30.0, 28.0, 7.5, 36.0)
+    for _ in range(50):
+        place = place_around(box, (40, 40, 40), (24, 24, 24), (16, 16, 16))
+        for axis in range(3):
+            start = place[axis] + 4
+            assert 0 <= start <= 24 and start <= box[axis] and start + 16 >= box[axis + 3]
+
+
+def test_an_object_larger_than_the_patch_fills_it_and_a_small_scan_is_centred() -> None:
+    np.random.seed(0)
+    starts = [place_around((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16)) for _ in range(50)]
+    assert min(s[0] for s in starts) >= 5 and max(s[0] for s in starts) <= 19 and len({s[0] for s in starts}) > 5
+    assert {s[1] for s in starts} == {-3}
+
+
+def test_boxes_of_a_patch_are_those_of_the_voxels_left_and_remains_are_ignored() -> None:
+    ids = np.full((6, 6, 6), -1, np.int16)
+    ids[1:6] = 0
+    ids[1:3, 0:2, 0:2] = 7
+    ids[5, 5, 4:6] = 9
+    known = {7: Instance(7, 1, (0, 0, 0, 9, 9, 9), 50), 9: Instance(9, 0, (0, 0, 0, 9, 9, 9), 50)}
+    found = objects_of_patch(ids, known, min_voxels=3)
+    assert found["boxes"].tolist() == [[1, 0, 0, 3, 2, 2], [5, 5, 4, 6, 6, 6]]
+    assert found["labels"].tolist() == [1, 0] and found["ignored"].tolist() == [False, True]
+
+
+def output_of(logit: float, anchor: int, codes: Any = None) -> tuple[Output, Any]:
+    """An output over 8^3 voxels with cells of 4, in which one anchor speaks."""
+    grid = lay_out(ANCHORS, [(2, 2, 2)])
+    scores = torch.full((1, 8, 1), -20.0)
+    scores[0, anchor, 0] = logit
+    return Output(torch.zeros(1, 2, 8, 8, 8), scores, torch.zeros(1, 8, 6) if codes is None else codes, ((2, 2, 2),)), grid
+
+
+def test_a_confident_anchor_becomes_its_box_clipped_to_the_patch() -> None:
+    codes = torch.zeros(1, 8, 6)
+    # Half an anchor towards -x: x from -2 to 2.
+    codes[0, 0, 2] = -0.5
+    output, grid = output_of(3.0, 0, codes)
+    (found,) = boxes_of_output(output, grid)
+    assert found.boxes_N6.tolist() == [[0.0, 0.0, 0.0, 4.0, 4.0, 2.0]]
+    assert found.scores_N.item() == pytest.approx(1 / (1 + np.exp(-3.0)))
+
+
+def test_weights_fall_from_the_middle_of_a_tile_to_its_border_and_mirroring_twice_changes_nothing() -> None:
+    boxes = torch.tensor([[3.0, 3.0, 3.0, 5.0, 5.0, 5.0], [0.0, 3.0, 3.0, 0.0, 5.0, 5.0], [1.0, 3.0, 3.0, 3.0, 5.0, 5.0]])
+    assert place_weights(boxes, (8, 8, 8)).tolist() == [1.0, 0.5, 0.75]
+    once = mirrored(boxes, (0, 2), (8, 8, 8))
+    assert once[2].tolist() == [5.0, 3.0, 3.0, 7.0, 5.0, 5.0]
+    assert torch.equal(mirrored(once, (0, 2), (8, 8, 8)), boxes)
+
+
+def test_one_voters_overlapping_boxes_are_thinned_and_two_voters_are_merged() -> None:
+    boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 1, 4, 4, 5], [20, 20, 20, 24, 24, 24]])
+    scores, labels = torch.tensor([0.8, 0.9, 0.5]), torch.zeros(3, dtype=torch.long)
+    # The first has the lower score, but the second was cut by its tile.
+    one = merge(Candidates(boxes, scores, labels, torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.long)), num_voters=1)
+    assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist() and one.votes_N.tolist() == [1, 1]
+    two = merge(Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_voters=2)
+    assert two.votes_N.tolist() == [2, 1]
+    # The lonely box lacks a vote: half its score.
+    assert two.scores_N[1].item() == pytest.approx(0.25)
+
+
+class Answers(torch.nn.Module):
+    """Says, for every anchor of 4^3 voxels, that there is an object where its voxels are bright."""
+
+    def forward(self, image: torch.Tensor) -> Output:
+        bright = torch.nn.functional.avg_pool3d(image, 4)
+        size = bright.shape[2]
+        scores = (bright * 20 - 10).flatten()[None, :, None]
+        return Output(torch.cat([-image, image], 1), scores, torch.zeros(1, size**3, 6), ((size, size, size),))
+
+
+@pytest.mark.parametrize("axes", [(), (0, 2)])
+def test_tiles_and_mirrorings_put_an_object_where_it_is_and_logits_are_those_of_every_voxel(axes: tuple[int, ...]) -> None:
+    image = torch.zeros(1, 12, 6, 16)
+    image[0, 4:8, 0:4, 8:12] = 1
+    network: Any = Answers()
+    detector = ScanDetector(network, ANCHORS, (8, 8, 8), torch.device("cpu"), mirror_axes=axes)
+    candidates, logits = detector.candidates(image, with_logits=True)
+    found = merge(candidates, detector.num_voters)
+    # The scan is padded from 6 to 8 voxels, one on either side, so that a cell holds three quarters of the object.
+    strongest = found.boxes_N6[0].tolist()
+    assert strongest[0] == 4.0 and strongest[2] == 8.0 and strongest[3] == 8.0 and strongest[5] == 12.0
+    assert found.scores_N[0].item() == pytest.approx(1 / (1 + np.exp(-5.0)), abs=1e-4)
+    assert logits is not None and logits.shape == (2, 12, 6, 16)
+    torch.testing.assert_close(logits[1], image[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_average_forgets_slowly_and_checkpoints_hold_both() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    average = MovingAverage(network, decay=0.9)
+    average.attach(optimizer)
+    torch.nn.init.ones_(network.weight)
+    average.update(step=0)
+    # Early: factor (1 + 0) / (10 + 0).
+    assert average.values[0].item() == pytest.approx(0.9)
+    average.update(step=1000)
+    assert average.values[0].item() == pytest.approx(0.91)
+    with average.saved():
+        saved = {"network": {k: v.clone() for k, v in network.state_dict().items()}, "optimizer": optimizer.state_dict()}
+    assert network.weight.item() == 1 and saved["network"]["weight"].item() == pytest.approx(0.91)
+    assert KEY not in optimizer.state_dict()
+    other = torch.nn.Linear(1, 1, bias=False)
+    again = torch.optim.SGD(other.parameters(), lr=1.0)
+    continued = MovingAverage(other, decay=0.9)
+    continued.attach(again)
+    other.load_state_dict(saved["network"])
+    again.load_state_dict(saved["optimizer"])
+    continued.restore()
+    assert other.weight.item() == 1 and continued.values[0].item() == pytest.approx(0.91)
+
+
+def objects(*boxes: Any) -> dict[str, Any]:
+    number = len(boxes)
+    return {"boxes": np.array(boxes, np.float32).reshape(-1, 6), "labels": np.zeros(number, np.int64), "ignored": np.zeros(number, bool)}
+
+
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(has_masks: bool) -> None:
+    from dataclasses import replace
+
+    losing = Losing(replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False), None, None)
+    labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
+    labels[..., :4, :4, :4] = 1
+    for there in (objects([0, 0, 0, 4, 4, 4]), objects()):
+        parts = [torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 8, 1), torch.zeros(1, 8, 6)]
+        for part in parts:
+            part.requires_grad_(True)
+        losses = losing.losses(Output(*parts, ((2, 2, 2),)), labels, [there])
+        losses.total.backward()
+        assert all(part.grad is not None for part in parts)
+        assert (losses.segmentation.item() != 0) is has_masks
+        assert losses.regression.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
+    losing = Losing(PLAN, make_segmentation_loss(True, 3, False), [(1, 2), 2], 3)
+    labels = torch.tensor([0, 1, 2, 3], dtype=torch.int16).reshape(1, 1, 4, 1, 1)
+    assert losing.target(labels)[0, :, :, 0, 0].int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    logits = torch.ones(1, 2, 4, 1, 1)
+    found = losing.confusion(Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels)
+    assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [[2, 1], [1, 2], [0, 0]]
+    assert mean_dice([found]) == [pytest.approx(4 / 5), pytest.approx(2 / 4)]
+
+
+def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.InstanceNorm3d(2, affine=True))
+    groups = without_decay_on_norms([{"params": list(network.parameters()), "rate_factor": 1.0, "weight_decay": 0.1}], network)
+    assert [(g["weight_decay"], len(g["params"]), g["rate_factor"]) for g in groups] == [(0.1, 1, 1.0), (0.0, 3, 1.0)]
+
+
+def test_scores_of_patches_leave_out_absent_classes_and_are_0_where_there_is_nothing() -> None:
+    box = [0, 0, 0, 4, 4, 4]
+    perfect = scan_boxes("a", (1, 1, 1), ([box], [1], [False]), ([box, box], [1, 0], [0.9, 0.8]))
+    assert quick_scores([perfect], 3) == {"ap_0.1": 1.0, "ap_0.5": 1.0, "map_0.1:0.5:0.05": 1.0}
+    empty = scan_boxes("b", (1, 1, 1), ([], [], []), ([], [], []))
+    assert quick_scores([empty], 3) == {"ap_0.1": 0.0, "ap_0.5": 0.0, "map_0.1:0.5:0.05": 0.0}
+
+
+def test_an_index_of_other_rules_is_not_used(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    folder = instances_folder(maker.preprocessed)
+    prepare_instances(maker, ["a"])
+    old = InstanceIndex(Rules(min_voxels=9), (LESION,), {"a": CaseBoxes("x", (), True)})
+    from nnunet_autoreg.records import write_json
+
+    write_json(folder / "boxes.json", old)
+    assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
+    (folder / "boxes.json").write_text("{")
+    assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
+    assert "is not valid JSON" in caplog.text
