@@ -33,7 +33,7 @@ from nnunet_autoreg.transfer.resolve import locate
 
 log = logging.getLogger(__name__)
 
-RECORD_NAME = "benchmark.json"
+RECORD_NAME, PINS_NAME = "benchmark.json", "weights.json"
 OWN_REQUEST_KEYS = ("objective.", "sequence.order=", "sequence.predictor=", "sequence.prefix")
 """Settings of a pretraining that its masked twin must not take over."""
 
@@ -98,6 +98,11 @@ def open_record(root: Path, request: Request, cases: Sequence[str]) -> Record:
         record = from_jsonable(Record, read_json(file), str(file))
         if record.dataset != request.dataset:
             raise UsageError(f"-o {root} holds a benchmark of {record.dataset}; name another folder for {request.dataset}")
+        if request.subjects and read_subjects(Path(request.subjects), sorted(record.subjects)) != record.subjects:
+            raise UsageError(f"--subjects {request.subjects} says other patients than {file}; name another -o")
+        newer = sorted(set(cases) - set(record.subjects))
+        if newer:
+            log.warning("%d cases are newer than this benchmark's division and take no part, the first is %s", len(newer), newer[0])
         return record
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(f"-o {root}: is neither empty nor a benchmark's folder; name a new one")
@@ -128,6 +133,7 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     for name in sorted({name for key in keys if (name := weights_of(key)) and name.endswith(MASKED_SUFFIX)}):
         ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
     for name in sorted({weights_of(key) or key.encoder for key in keys if key.arm != STOCK}):
+        pin(bench, name)
         warning = check_pretraining(bench.layout.pretraining(name), scored, bench.layout.exclude)
         if warning:
             log.warning("%s", warning)
@@ -193,10 +199,22 @@ def _pretrain(bench: Bench, name: str, arguments: Sequence[str]) -> None:
 
 def _link(bench: Bench, folder: Path, name: str) -> None:
     place = bench.layout.pretraining(name)
-    if place.is_symlink() and place.resolve() != folder.resolve():
-        raise UsageError(f"--weights {name}: this benchmark used {place.resolve()} so far, now the name means {folder}; name another -o")
     if not place.exists():
         place.symlink_to(folder.resolve(), target_is_directory=True)
+
+
+def pin(bench: Bench, name: str) -> None:
+    """Remember the weights of a pretraining when they are first used.
+
+    Raises:
+        UsageError: they are others now.
+    """
+    file = bench.layout.root / PINS_NAME
+    pins = read_json(file) if file.is_file() else {}
+    found = str(read_json(bench.layout.pretraining(name) / CARD_NAME)["sha256"])
+    if pins.setdefault(name, found) != found:
+        raise UsageError(f"the weights of '{name}' are others than those of this benchmark's trainings so far; name another -o")
+    write_json(file, pins)
 
 
 def ensure_plans(bench: Bench, keys: Sequence[RunKey]) -> None:

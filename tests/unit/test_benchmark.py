@@ -350,12 +350,18 @@ def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(bench: Bench, 
         "name": "benchmark_tiny_masked", "file": "autoreg_pretraining/benchmark_tiny_masked/encoder.safetensors", "sha256": "abc"}
 
 
-def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = request()
     record = open_record(tmp_path / "new", asked, CASES)
     assert open_record(tmp_path / "new", asked, CASES[:5]) == record
     with pytest.raises(UsageError, match="holds a benchmark of Dataset900_Heads"):
         open_record(tmp_path / "new", replace(asked, dataset="Dataset901_Other"), CASES)
+    other = tmp_path / "subjects.csv"
+    other.write_text("case,subject\n" + "".join(f"{case},x\n" for case in CASES))
+    with pytest.raises(UsageError, match="says other patients than"):
+        open_record(tmp_path / "new", replace(asked, subjects=str(other)), CASES)
+    assert open_record(tmp_path / "new", asked, [*CASES, "head_999"]) == record
+    assert "1 cases are newer than this benchmark's division and take no part, the first is head_999" in caplog.text
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()
     with pytest.raises(UsageError, match="neither empty nor a benchmark's folder"):
@@ -445,3 +451,78 @@ def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(t
     for lines in (one, pairs, flat, pairs + one):
         draw(tmp_path / "picture.png", lines, DATASET)
         assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+# --- pretrainings
+
+
+class Typed(Commands):
+    """Notes the lines instead of running them; a pretraining leaves its card and plan."""
+
+    def run(self, words: Any, **changes: Any) -> None:
+        typed.append((list(words), changes))
+        folder = Path(self.folders["nnUNet_results"]) / "autoreg_pretraining" / words[words.index("--name") + 1]
+        finished(folder, {"datasets": [DATASET], "encoder": "primus_tiny", "exclude": "/x.txt", "settings": []})
+
+
+typed: list[tuple[list[str], dict[str, Any]]] = []
+
+
+def finished(folder: Path, made_with: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    write_json(folder / "encoder.json", {"sha256": "first"})
+    (folder / "encoder.safetensors").touch()
+    if made_with is not None:
+        write_json(folder / "plan.json", {"request": made_with, "optim": {"num_steps": 700}})
+    return folder
+
+
+@pytest.fixture
+def typing(bench: Bench) -> Bench:
+    typed.clear()
+    (bench.layout.results / "autoreg_pretraining").mkdir(parents=True)
+    return replace(bench, commands=Typed(bench.commands.log_file, "cpu", 1, {"nnUNet_results": bench.layout.results}))
+
+
+def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Bench) -> None:
+    typing = replace(typing, request=request(encoders=("primus_tiny",), pretrain_steps=9))
+    for _ in range(2):
+        preparing.ensure_weights(typing, "benchmark_primus_tiny")
+        preparing.ensure_masked(typing, "benchmark_primus_tiny")
+    (first, changes), (second, _) = typed
+    assert first[:3] == ["autoreg_pretrain", "--name", "benchmark_primus_tiny"] and first[first.index("--steps") + 1] == "9"
+    assert first[first.index("--exclude") + 1] == str(typing.layout.exclude) and "--objective" not in first
+    assert changes["nnUNet_preprocessed"] == typing.user_preprocessed
+    assert second[2] == "benchmark_primus_tiny_masked" and second[second.index("--steps") + 1] == "700"
+    assert second[second.index("--objective") + 1] == "masked" and second[second.index("--exclude") + 1] == "/x.txt"
+
+
+def test_the_users_runs_are_linked_and_other_weights_of_that_name_later_are_refused(typing: Bench) -> None:
+    typing = replace(typing, request=request(weights=("brain",)))
+    theirs = typing.user_results / "autoreg_pretraining"
+    finished(theirs / "brain")
+    finished(theirs / "brain_masked")
+    preparing.ensure_weights(typing, "brain")
+    preparing.ensure_masked(typing, "brain")
+    assert typed == [] and typing.layout.pretraining("brain_masked").resolve() == (theirs / "brain_masked").resolve()
+    preparing.pin(typing, "brain")
+    preparing.pin(typing, "brain")
+    write_json(theirs / "brain" / "encoder.json", {"sha256": "trained anew"})
+    with pytest.raises(UsageError, match="the weights of 'brain' are others than those of this benchmark's trainings so far"):
+        preparing.pin(typing, "brain")
+
+
+def test_imported_weights_have_no_masked_twin(typing: Bench) -> None:
+    typing = replace(typing, request=request(weights=("imported",)))
+    finished(typing.user_results / "autoreg_pretraining" / "imported")
+    preparing.ensure_weights(typing, "imported")
+    with pytest.raises(AutoregError, match=r"the arm 'masked' needs a twin of 'imported', which has no plan\.json to repeat"):
+        preparing.ensure_masked(typing, "imported")
+
+
+def test_a_command_that_fails_ends_with_its_last_words(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "log", "cpu", 1)
+    with pytest.raises(AutoregError, match=r"python ended with exit code 3 \(no space left\); all of its output is in .*log"):
+        commands.run(["python", "-c", "print('fine'); print('no space left'); raise SystemExit(3)"])
+    with pytest.raises(AutoregError, match="the command autoreg_nothing is not installed"):
+        commands.run(["autoreg_nothing"])
