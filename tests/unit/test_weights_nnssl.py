@@ -246,6 +246,29 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
         import_weights(file, "m", tmp_path / "res", Options())
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("primus", {"arch_kwargs": [1, 2]}, "arch_kwargs of the adaptation plan is list"),
+        ("primus", {"arch_kwargs": primus_x(init_values="much")}, "init_values 'much' of the adaptation plan is no number"),
+        ("primus", {"arch_kwargs": primus_x(encoder_eva_numheads=5)}, "5 attention heads do not divide a width of 48"),
+        ("primus", {"arch_kwargs": primus_x(encoder_eva_numheads="four")}, "how many attention heads"),
+        ("primus", {"arch_class_name": None}, "no architecture_plans.arch_class_name"),
+        ("resenc", {"arch_kwargs": {**RESENC, "norm_op": "os.system"}}, r"norm_op='os\.system' is no class of torch\.nn"),
+        ("resenc", {"arch_kwargs": {**RESENC, "n_stages": "two"}}, r"cannot be built \("),
+        ("resenc", {"arch_kwargs": {"n_stages": 2}}, "arch_kwargs lack features_per_stage, conv_op"),
+    ],
+)
+def test_a_malformed_plan_ends_in_one_line(tmp_path: Path, family: str, change: dict[str, Any], message: str) -> None:
+    arguments, name, keys = {"primus": (PRIMUS, "PrimusX", PRIMUS_KEYS), "resenc": (RESENC, "ResidualEncoderUNet", RESENC_KEYS)}[family]
+    plan = plan_of(name, primus_x() if family == "primus" else RESENC, keys)
+    plan["architecture_plans"].update(change)
+    file = save(tmp_path, random_network(family, arguments).state_dict(), plan)
+    with pytest.raises(WeightsError, match=message):
+        import_weights(file, "a", tmp_path / "res", Options())
+    assert not (tmp_path / "res").exists()
+
+
 def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
     file = save(tmp_path, random_network("resenc", RESENC).state_dict(), plan_of("PlainConvUNet", {"n_stages": 2}, RESENC_KEYS))
     with pytest.raises(WeightsError, match="holds a PlainConvUNet, which cannot be fine-tuned here"):

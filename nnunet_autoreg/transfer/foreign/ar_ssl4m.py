@@ -82,7 +82,7 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
     hidden = int(tensors["model.layers.0.mlp.linear1.weight"].shape[0])
     return {
         "embed_dim": width, "patch_embed_size": list(token_size(tensors)), "eva_depth": depth, "eva_numheads": heads,
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": hidden / width, "decoder_features": ENCODERS["vit_b16"].arguments["decoder_features"],
     }  # fmt: skip
 
 

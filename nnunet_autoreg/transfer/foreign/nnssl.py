@@ -139,6 +139,8 @@ def architecture_of(plan: Mapping[str, Any], where: object) -> tuple[str, dict[s
     if not isinstance(described, Mapping) or not described.get("arch_class_name"):
         raise WeightsError(f"{where}: the adaptation plan has no architecture_plans.arch_class_name; add --adaptation-plan FILE")
     arguments = described.get("arch_kwargs") or {}
+    if not isinstance(arguments, Mapping):
+        raise WeightsError(f"{where}: architecture_plans.arch_kwargs of the adaptation plan is {type(arguments).__name__}, no dictionary")
     return str(described["arch_class_name"]).rpartition(".")[2], {
         str(key).removeprefix("encoder_"): value for key, value in arguments.items()
     }
@@ -232,16 +234,20 @@ def _primus_arguments(
     width, depth = int(tensors["eva.norm.weight"].shape[0]), max(depths) + 1
     preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
     heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
-    if heads is None:
+    if not isinstance(heads, int) or heads < 1:
         raise WeightsError("the adaptation plan does not say how many attention heads there are; add --heads N")
     said = (stated.get("embed_dim"), stated.get("eva_depth")) if stated else (preset[:2] if preset else (None, None))
     for what, number, there in (("width", said[0], width), ("depth", said[1], depth)):
-        if number is not None and int(number) != there:
-            raise WeightsError(f"the adaptation plan describes a {name} of {what} {int(number)}, but the weights have {what} {there}")
+        if number is not None and number != there:
+            raise WeightsError(f"the adaptation plan describes a {name} of {what} {number}, but the weights have {what} {there}")
+    if width % (6 * heads):
+        raise WeightsError(f"{heads} attention heads do not divide a width of {width} into multiples of 6 channels, as rotary angles need")
     kernel = tensors.get("down_projection.proj.weight")
-    token = kernel.shape[2:] if kernel is not None else stated.get("patch_embed_size", (8, 8, 8))
+    token = _size(kernel.shape[2:] if kernel is not None else stated.get("patch_embed_size", (8, 8, 8)))
+    if token is None:
+        raise WeightsError(f"patch_embed_size {stated.get('patch_embed_size')} of the adaptation plan is no size of three axes")
     arguments: dict[str, Any] = {
-        "embed_dim": width, "patch_embed_size": list(as_size(token)), "eva_depth": depth, "eva_numheads": int(heads),
+        "embed_dim": width, "patch_embed_size": list(token), "eva_depth": depth, "eva_numheads": heads,
         "init_values": _layer_scale(stated, tensors), "scale_attn_inner": _inner_norm(stated, tensors),
     }  # fmt: skip
     return arguments | {key: _listed(stated[key]) for key in PRIMUS_OPTIONS if stated.get(key) is not None}
@@ -254,6 +260,8 @@ def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fl
     value = stated["init_values"]
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
+    if value is not None and not isinstance(value, (int, float)):
+        raise WeightsError(f"init_values {value!r} of the adaptation plan is no number")
     return None if value is None else float(value)
 
 
@@ -287,7 +295,12 @@ def _patch_size(source: Source, encoder: EncoderPlan, tensors: Mapping[str, Tens
 
 def _stated_sizes(plan: Mapping[str, Any]) -> list[Size]:
     found = (plan.get("pretrain_patch_size"), configuration_of(plan).get("patch_size"), plan.get("recommended_downstream_patchsize"))
-    return [as_size(size) for size in found if isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 3]
+    return [size for value in found if (size := _size(value)) is not None]
+
+
+def _size(value: Any) -> Size | None:
+    is_one = isinstance(value, Sequence) and len(value) == 3 and all(isinstance(v, (int, float)) and v >= 1 for v in value)
+    return as_size(value) if is_one else None
 
 
 def _in_our_order(
