@@ -5,7 +5,6 @@ import fcntl
 import logging
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError, did_you_mean
-from nnunet_autoreg.model.card import CARD_NAME, NO_WEIGHTS, RUNS_FOLDER, WEIGHTS_NAME, read_card
+from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, check_run_name, read_card
 from nnunet_autoreg.plan import OBJECTIVES, Plan
 from nnunet_autoreg.presets import PRESETS
 from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, read_json, to_jsonable, write_json
@@ -74,10 +73,7 @@ class Request:
         """
         if not self.datasets and not self.folders:
             raise UsageError("no scans given; name nnU-Net datasets with -d and / or folders with -i")
-        if self.name == NO_WEIGHTS:
-            raise UsageError(f"--name {NO_WEIGHTS}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another name")
-        if not re.fullmatch(r"[\w.-]+", self.name) or "__" in self.name or self.name.startswith("."):
-            raise UsageError(f"--name {self.name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot")
+        check_run_name(self.name)
         for flag, value in (("--steps", self.num_steps), ("--batch", self.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value}: must be at least 1")
