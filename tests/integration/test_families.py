@@ -220,7 +220,7 @@ def test_a_cascade_of_cnns_starts_its_one_hot_channels_at_zero(
     make_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = make_project(HIPPOCAMPUS, "resenc_tiny", spacing_mm=(0.4, 0.4, 0.4))
-    project.plan(("3d_lowres", "3d_fullres"), overwrite_target_spacing=(0.35, 0.35, 0.35))
+    project.plan(("3d_lowres", "3d_fullres"), overwrite_target_spacing=(0.3, 0.3, 0.3))
     assert list(project.plans()["configurations"]) == ["3d_lowres", "3d_fullres", "3d_cascade_fullres"]
     project.shorten()
     project.train(configuration="3d_lowres", fold="all")
