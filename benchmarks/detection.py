@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
     file = work / "preprocessed" / dataset / f"{plans}.json"
     if not file.is_file():
         plan(env, work, dataset, number, args)
+    if args.plan_only:
+        return
     shorten(file, args)
     trainer = "AutoregDetectionTrainer" if args.arm == "pretrained" else "AutoregDetectionScratchTrainer"
     start = time.monotonic()
@@ -198,6 +200,7 @@ def main() -> None:
     second.add_argument("--val-iterations", type=int, default=4)
     second.add_argument("--batch", type=int)
     second.add_argument("--patch", type=int, nargs=3)
+    second.add_argument("--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop")
     second.add_argument("--pretrain-steps", type=int, default=2)
     second.add_argument("--threads", type=int, default=1)
     second.add_argument("--results", type=Path, default=RESULTS)

@@ -1,8 +1,9 @@
 """A trained detector over new scans: nnU-Net's preprocessing, all folds and mirrorings merged, results in the original image."""
 
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ class Model:
     def __init__(self, folder: Path, folds: Sequence[str], device: torch.device, checkpoint: str = "checkpoint_final.pth"):
         self.folder, self.device = folder, device
         self.folds = _folds(folder, folds, checkpoint)
-        self.stock = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=device, allow_tqdm=False)
+        # It prints advice about a switch that is off here.
+        with redirect_stdout(io.StringIO()):
+            self.stock = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=device, allow_tqdm=False)
         self._check_plans()
         try:
             self.stock.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)

@@ -18,6 +18,8 @@ OURS = {
     "autoreg_benchmark": "benchmark",
     "autoreg_weights": "weights",
     "autoreg_evaluate_detection": "evaluate_detection",
+    "autoreg_detect": "detect",
+    "autoreg_boxes_to_labels": "boxes_to_labels",
     "autoreg_convert_nndetection": "convert_nndetection",
 }
 

@@ -1,0 +1,159 @@
+"""Files of what was found, scans of a folder, and label maps made from boxes."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_autoreg.detection.box_labels import write_box_labels
+from nnunet_autoreg.detection.export import draw_boxes, draw_instances, write_markup, write_table
+from nnunet_autoreg.detection.geometry import frame_of_affine
+from nnunet_autoreg.detection.instances import ObjectClass
+from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
+from nnunet_autoreg.detection.scans import find, ready
+from nnunet_autoreg.errors import ObjectsError, ScanError, UsageError
+
+CLASSES = {"solid": 1, "holed": 2}
+# Index (i, j, k) to mm: x runs backwards, y along z, z along y: an oblique image would only be turned by less.
+AFFINE = [[-2.0, 0, 0, 10], [0, 0, 3.0, 20], [0, 1.0, 0, 30], [0, 0, 0, 1]]
+
+
+def record() -> Any:
+    low = Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.4)
+    high = Detection((2, 2, 2, 6, 5, 8), 2, "holed", 0.9, votes=3)
+    return make_scan_file("brain", frame_of_affine(AFFINE, (8, 8, 8)), [low, high], CLASSES)
+
+
+def test_frames_are_one_voxel_thick_and_the_higher_score_is_on_top() -> None:
+    drawn = draw_boxes(record().boxes, (8, 8, 8))
+    assert drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1 and drawn[0, 1, 1] == 2
+    # z 2-6, y 2-5, x 2-8: 4 x 3 x 6 voxels around 2 x 1 x 4.
+    assert (drawn == 1).sum() == 4 * 3 * 6 - 2 * 1 * 4
+    filled = draw_boxes(record().boxes, (8, 8, 8), filled=True)
+    assert (filled == 1).sum() == 72 and (filled == 2).sum() == 64 - 2 * 2 * 2
+
+
+def test_instances_are_the_segmentation_inside_the_boxes() -> None:
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[:4, :4, :4] = 1
+    labels[3:6, 3:5, 3:8] = 2
+    labels[7, 7, 7] = 2
+    drawn = draw_instances(record().boxes, labels, [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))])
+    assert (drawn == 1).sum() == 3 * 2 * 5 and (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
+
+
+def test_slicers_markup_has_the_box_in_lps_mm_with_its_own_axes(tmp_path: Path) -> None:
+    write_markup(tmp_path / "a.mrk.json", "brain", record().boxes[:1], record().frame)
+    (roi,) = json.loads((tmp_path / "a.mrk.json").read_text())["markups"]
+    # Middle of the box by hand: z 4, y 3.5, x 5 as edges, so index i 4.5, j 3, k 3.5: RAS (-2 * 4.5 + 10, 3 * 3.5 + 20, 3 + 30).
+    assert roi["center"] == [-1.0, -30.5, 33.0] and roi["coordinateSystem"] == "LPS" and roi["roiType"] == "Box"
+    # Sides along i, j, k: 6 voxels of 2 mm, 3 of 1, 4 of 3.
+    assert roi["size"] == [12.0, 3.0, 12.0]
+    # Columns: i runs towards left (+L), j towards superior, k towards anterior (-P).
+    assert np.array(roi["orientation"]).reshape(3, 3).T.tolist() == [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
+
+
+def test_the_table_begins_with_luna16s_columns(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [record()], lowest_score=0.5)
+    with (tmp_path / "t.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 1 and list(rows[0])[:5] == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
+    assert [float(rows[0][c]) for c in ("coordX", "coordY", "coordZ", "probability")] == [-1.0, -30.5, 33.0, 0.9]
+    assert rows[0]["class"] == "holed" and rows[0]["votes"] == "3"
+
+
+def write_image(file: Path, array: Any) -> None:
+    import SimpleITK
+
+    image: Any = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing((1.0, 2.0, 3.0))
+    image.SetOrigin((5.0, 6.0, 7.0))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(file))
+
+
+def test_cases_named_as_nnunet_does_come_with_all_their_channels(tmp_path: Path) -> None:
+    for name in ("b_10_0000", "b_2_0000", "b_2_0001", "b_10_0001"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    scans = find(tmp_path, ".nii.gz", 2)
+    assert [s.name for s in scans] == ["b_2", "b_10"]
+    assert [f.name for f in scans[0].files] == ["b_2_0000.nii.gz", "b_2_0001.nii.gz"]
+    with pytest.raises(UsageError, match="case b_2 lacks channel 0002 of 3"):
+        find(tmp_path, ".nii.gz", 3)
+    with pytest.raises(UsageError, match="holds no files named like case_0000"):
+        find(tmp_path, ".nrrd", 2)
+    with pytest.raises(UsageError, match="does not exist"):
+        find(tmp_path / "nothing", ".nii.gz", 1)
+
+
+def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: Path) -> None:
+    import SimpleITK
+
+    array = np.arange(6 * 7 * 8, dtype=np.float32).reshape(6, 7, 8)
+    write_image(tmp_path / "in" / "deep" / "scan one.nrrd", array)
+    write_image(tmp_path / "in" / "plain.nii.gz", array)
+    scans = {scan.name: scan for scan in find(tmp_path / "in", ".nii.gz", 1)}
+    assert set(scans) == {"deep_scan_one", "plain"}
+    with ready(scans["plain"]) as files:
+        assert files == [str(tmp_path / "in" / "plain.nii.gz")]
+    with ready(scans["deep_scan_one"]) as files:
+        read = SimpleITK.ReadImage(files[0])
+        assert read.GetSpacing() == (1.0, 2.0, 3.0) and read.GetOrigin() == pytest.approx((5.0, 6.0, 7.0))
+        assert np.array_equal(SimpleITK.GetArrayFromImage(read), array)
+    assert not Path(files[0]).exists()
+
+
+def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
+    import SimpleITK
+
+    scans = find(shared_data / "dicom" / "chest_ct_A0002", ".nii.gz", 1)
+    assert len(scans) == 1
+    with ready(scans[0]) as files:
+        read = SimpleITK.ReadImage(files[0])
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(next(scans[0].candidate.path.rglob("*.dcm")).parent))  # type: ignore[union-attr]
+    expected = SimpleITK.ReadImage(names)
+    assert read.GetSize() == expected.GetSize()
+    for corner in ((0, 0, 0), tuple(n - 1 for n in read.GetSize())):
+        assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(expected.TransformIndexToPhysicalPoint(corner), abs=1e-2)
+        assert read[corner] == pytest.approx(expected[corner])
+
+
+def test_a_file_that_is_gone_or_empty_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "a_0000.nii.gz").touch()
+    (scan,) = find(tmp_path, ".nii.gz", 1)
+    with pytest.raises(ScanError, match="the file is empty"), ready(scan):
+        pass
+
+
+@pytest.fixture
+def boxed(tmp_path: Path) -> Path:
+    """A raw dataset of two images and boxes of one of them."""
+    for case in ("a", "b"):
+        write_image(tmp_path / "imagesTr" / f"{case}_0000.nii.gz", np.zeros((6, 7, 8), np.float32))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"}))
+    (tmp_path / "boxesTr").mkdir()
+    (tmp_path / "boxesTr" / "a.json").write_text('{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}')
+    return tmp_path
+
+
+def test_boxes_become_ellipsoids_of_their_label_in_the_images_place(boxed: Path) -> None:
+    import SimpleITK
+
+    with pytest.raises(UsageError, match=r"1 cases .* have neither labels nor boxes \(first: b\)"):
+        write_box_labels(boxed)
+    (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
+    assert write_box_labels(boxed) == ["a", "b"]
+    image = SimpleITK.ReadImage(str(boxed / "labelsTr" / "a.nii.gz"))
+    array = SimpleITK.GetArrayFromImage(image)
+    assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
+    assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [int(v) for v in np.argwhere(array == 2).max(0)] == [3, 3, 3]
+    assert write_box_labels(boxed) == []
+
+
+def test_a_box_outside_of_its_image_is_named(boxed: Path) -> None:
+    (boxed / "boxesTr" / "b.json").write_text('{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}')
+    with pytest.raises(ObjectsError, match=r"b\.json: boxes\[0\].*outside the image of 6 x 7 x 8"):
+        write_box_labels(boxed)
