@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -72,10 +72,11 @@ def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask |
 def hooked(block: nn.Module) -> None:
     """Have a block be called as a module, so that hooks on modules, which FSDP lives by, take hold; what it computes stays."""
     if isinstance(block, EvaBlock):
-        block.forward = partial(_eva_block, block)
+        block.forward = partial(_eva_block, block)  # type: ignore[method-assign]
 
 
 def _eva_block(block: EvaBlock, x_BTV: Tensor, rope: Tensor | None = None, attn_mask: Mask | None = None) -> Tensor:
+    assert isinstance(block.attn, EvaAttention), "rotary attention of another layout"
     attended = self_attention(block.attn, block.norm1(x_BTV), rope, attn_mask)
     x_BTV = x_BTV + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
     changed = block.mlp(block.norm2(x_BTV))
@@ -96,11 +97,13 @@ def self_attention(attn: EvaAttention, x_BTV: Tensor, rope: Tensor | None, mask:
 
 def _projected(attn: EvaAttention, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each (B, H, T, D)."""
+    B, T, _ = x_BTV.shape
     if attn.qkv is None:
-        q, k, v = (layer(x_BTV).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (layer(x_BTV).reshape(B, T, attn.num_heads, -1).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
         return q, k, v
-    bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    fused = nn.functional.linear(x_BTV, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
+    biases: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
+    fused = nn.functional.linear(x_BTV, attn.qkv.weight, None if attn.q_bias is None else torch.cat(biases))
+    fused = fused.reshape(B, T, 3, attn.num_heads, -1)
     q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 

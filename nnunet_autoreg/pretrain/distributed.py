@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.model.trunk import hooked
@@ -89,9 +93,8 @@ def join(store: Any, rank: int, size: int, device: torch.device) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    named = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, store=dist.PrefixStore("training", store), rank=rank, world_size=size,
-                            timeout=TRAINING_TIMEOUT, **named)
+    dist.init_process_group(backend, store=PrefixStore("training", store), rank=rank, world_size=size, timeout=TRAINING_TIMEOUT,
+                            device_id=device if device.type == "cuda" else None)
     return World(rank, size, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
@@ -150,16 +153,14 @@ def spread(module: nn.Module, device: torch.device, world: World, sharded: bool)
     if world.size == 1:
         return module
     if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
         for parameter in module.parameters():
             dist.broadcast(parameter.data, src=0)
         mesh = init_device_mesh(device.type, (world.size,))
         for layer in layers_of(module):
             hooked(layer)
             fully_shard(layer, mesh=mesh)
-        return fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        return module
     with warnings.catch_warnings():
         # Newer versions rename broadcast_buffers; older ones know only this name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -182,7 +183,7 @@ def summing(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Around forward and backward of one part of a batch: gradients are summed over the processes in the ``last`` part alone."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return nullcontext() if last else module.no_sync()
-    if hasattr(module, "set_requires_gradient_sync"):
+    if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     return nullcontext()
 
@@ -193,13 +194,13 @@ def usable(module: nn.Module) -> Iterator[None]:
 
     All processes have to take the same passes inside.
     """
-    if hasattr(module, "unshard"):
+    if isinstance(module, FSDPModule):
         module.unshard()
     try:
         yield
     finally:
         for part in module.modules():
-            if hasattr(part, "reshard"):
+            if isinstance(part, FSDPModule):
                 part.reshard()
 
 
@@ -209,13 +210,11 @@ def whole(value: Any) -> Any:
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(whole(item) for item in value)
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def like(value: Any, pattern: Any) -> Any:
     """This process's part of a whole tensor, if ``pattern`` is a spread one of its shape; else the value itself."""
-    if not (hasattr(pattern, "full_tensor") and isinstance(value, Tensor) and value.shape == pattern.shape):
+    if not (isinstance(pattern, DTensor) and isinstance(value, Tensor) and value.shape == pattern.shape):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)

@@ -105,7 +105,7 @@ def pictures_of(trainer: Trainer) -> Callable[[], list[Picture]]:
     return drawn
 
 
-def assist(job: Job, world: World, local_rank: int, is_paced: bool) -> None:
+def assist(job: Job, is_paced: bool, world: World, local_rank: int) -> None:
     """The part of a process beside the main one: it trains its share, and lends its part of the weights where they are spread."""
     if is_paced:
         job = measured(job, world, local_rank, None)

@@ -129,7 +129,7 @@ class Crew:
 
     def _call(self) -> None:
         """Start the others, or tell those that wait to begin."""
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self.begun = True
         if self.launch.by_torchrun:
@@ -210,7 +210,7 @@ def open_store(launch: Launch) -> Any:
 def begin_helper(launch: Launch, device: str, port: int) -> None:
     """What a process does that ``--num-gpus`` started."""
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)  # torchvision's own, at its import
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     end_with_parent()
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=MEETING_TIMEOUT)
@@ -250,8 +250,8 @@ def help_to_train(launch: Launch, device: str, store: Any) -> int:
     try:
         place = replace(ALONE, rank=launch.rank, size=launch.size)
         world = join(store, launch.rank, launch.size, device_of(device, launch.local_rank, place))
-        job, is_paced = world.share(None)  # type: ignore[misc]
-        assist(job, world, launch.local_rank, is_paced)
+        told: Any = world.share(None)
+        assist(told[0], told[1], world, launch.local_rank)
         leave()
         return 0
     except InterruptedRunError:

@@ -230,4 +230,4 @@ class Trainer:
 def heldout_batch_size(plan: Plan) -> int:
     """A power of two, so that the same samples are held out whatever the memory and the number of processes."""
     size = min(plan.optim.micro_batch_size or plan.optim.batch_size, plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
-    return 2 ** int(math.log2(size))
+    return 1 << int(math.log2(size))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg.model.parameters import is_decayed
 from nnunet_autoreg.objectives.base import LossTerms, Objective
@@ -67,8 +68,8 @@ class TrainingStep:
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(batch)
-        norm: Tensor = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
-        norm = norm.full_tensor() if self.sharded else norm  # type: ignore[attr-defined]
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         skip_if(self.optimizer, self.guard.judge(loss, norm))
         self.optimizer.step()
         self.objective.after_step(step)

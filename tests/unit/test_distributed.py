@@ -130,7 +130,7 @@ def two(alone: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFacto
         port = free.getsockname()[1]
     torch.save(alone[6]["state"], folder / "alone.pt")
     processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)]) for rank in range(2)]
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
     return found
 
