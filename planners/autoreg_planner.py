@@ -215,4 +215,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             print(f"decoder first: {plans[BLOCK_KEY]['reasons']['recipe.decoder_first_fraction']}")
         print(f"plans: {self._plans_file()}")
         trainer = "AutoregPretrainedTrainer" if self.block.weights else "AutoregScratchTrainer"
+        if DETECTION_BLOCK in self.dataset_json:
+            detection = "AutoregDetectionTrainer" if self.block.weights else "AutoregDetectionScratchTrainer"
+            print(f"for detection: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {detection} -p {self.plans_identifier}")
         print(f"next: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {trainer} -p {self.plans_identifier} --npz")

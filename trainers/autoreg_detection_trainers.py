@@ -44,7 +44,7 @@ from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import as_size, as_spacing
 from nnunet_autoreg.records import read_json, write_json
 from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
-from nnunet_autoreg.transfer.block import read_block
+from nnunet_autoreg.transfer.block import AutoregBlock, read_block
 from nnunet_autoreg.transfer.network import build_network, own_arguments
 from nnunet_autoreg.transfer.one_line import one_line_errors
 from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
@@ -53,10 +53,12 @@ SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0
 """What the logger keeps of the scores of an epoch."""
 
 
-class AutoregDetectionTrainer(AutoregPretrainedTrainer):
+class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     """Trains a detector on the plan's pretrained encoder."""
 
+    block: AutoregBlock
     plan: DetectionPlan
+    inference_allowed_mirroring_axes: Any
 
     def initialize(self) -> None:
         """Find the objects, plan if nobody has, then nnU-Net's own preparations."""

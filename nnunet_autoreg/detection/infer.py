@@ -157,7 +157,8 @@ class ScanDetector:
         shape = as_size(image_CZYX.shape[1:])
         moved = Candidates(bx.clip(found.boxes_N6 - shift, shape), found.scores_N, found.labels_N, found.weights_N, found.voters_N)
         best = _best(moved, self.num_voters)
-        return best, None if logits is None else logits.mean()[(slice(None), *inner[1:])]
+        inside = (slice(None), *inner[1:])
+        return best, None if logits is None else logits.mean()[inside]
 
     def _tiles(self, shape: Size) -> Iterator[Size]:
         steps = compute_steps_for_sliding_window(shape, self.patch_size, 0.5)
@@ -168,7 +169,8 @@ class ScanDetector:
 
     def _tile(self, padded: Tensor, start: Size, logits: "_Sum | None") -> Iterator[Candidates]:
         place = tuple(slice(s, s + p) for s, p in zip(start, self.patch_size, strict=True))
-        tile = padded[(slice(None), *place)][None].to(self.device)
+        voxels = (slice(None), *place)
+        tile = padded[voxels][None].to(self.device)
         shift = torch.tensor([*start, *start], dtype=torch.float32)
         for voter, axes in enumerate(self.mirrorings):
             dims = [a + 2 for a in axes]
@@ -219,7 +221,8 @@ class _Sum:
         """Add a tile's."""
         if self.total is None or self.weight is None:
             self.total, self.weight = torch.zeros((logits_CZYX.shape[0], *shape)), torch.zeros(tuple(shape))
-        self.total[(slice(None), *place)] += logits_CZYX.float().cpu() * self.gaussian
+        voxels = (slice(None), *place)
+        self.total[voxels] += logits_CZYX.float().cpu() * self.gaussian
         self.weight[place] += self.gaussian
 
     def mean(self) -> Tensor:

@@ -120,8 +120,9 @@ class Detector(nn.Module):
         if not (self.training or self.detect):
             return logits
         laterals: Any = self.detection["laterals"]
+        heads: Any = self.detection["heads"]
         maps = [lateral(features) for lateral, features in zip(laterals, maps, strict=True)]
-        scores, codes = self.detection["heads"](maps)
+        scores, codes = heads(maps)
         return Output(logits, scores, codes, tuple(as_size(m.shape[2:]) for m in maps))
 
 
@@ -144,7 +145,8 @@ class ResEncDetector(Detector):
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Segmentation logits and the feature map of every level."""
         decoder: Any = self.decoder
-        skips = self.encoder(image_BCZYX)
+        encoder: Any = self.encoder
+        skips = encoder(image_BCZYX)
         x = skips[-1]
         outputs = [x]
         for up, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(skips[:-1]), strict=True):
@@ -194,7 +196,8 @@ class PrimusDetector(Detector):
         width = int(network.embed_dim)  # type: ignore[arg-type]
         pyramid = TokenPyramid(width, doublings)
         super().__init__(network, ("down_projection", "eva", "up_projection"), pyramid.channels, num_shapes, num_classes, num_channels)
-        self.register_buffer("mask_token", network.mask_token)
+        mask_token: Any = network.mask_token
+        self.register_buffer("mask_token", mask_token)
         self.detection["pyramid"] = pyramid
         self.stem_levels = self._join_stem(doublings, pyramid.channels)
 
@@ -213,13 +216,15 @@ class PrimusDetector(Detector):
         """Segmentation logits and the feature map of every level."""
         tokens, seen = self._tokens(image_BCZYX)
         B, C, z, y, x = tokens.shape
-        mixed, _ = self.eva(tokens.flatten(2).transpose(1, 2))
+        eva: Any = self.eva
+        decode: Any = self.up_projection
+        mixed, _ = eva(tokens.flatten(2).transpose(1, 2))
         tokens = mixed.transpose(1, 2).reshape(B, C, z, y, x)
         maps = self.detection["pyramid"](tokens)
         for level, stage in self.stem_levels.items():
             stem: Any = self.detection["stem"]
             maps[level] = maps[level] + stem[str(level)](seen[stage])
-        return self.up_projection(tokens), maps
+        return decode(tokens), maps
 
     def _tokens(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The tokenizer's output, and that of every stage of its stem."""
@@ -247,17 +252,20 @@ class ViTDetector(Detector):
         doublings = [token_doublings(token)[stage] for stage in stages]
         pyramid = TokenPyramid(int(network.embed_dim), doublings)  # type: ignore[arg-type]
         super().__init__(network, ("model", "decoder"), pyramid.channels, num_shapes, num_classes, num_channels)
-        self.register_buffer("positions", network.positions, persistent=False)
-        self.grid, self.tap_indices = network.grid, network.tap_indices
+        positions: Any = network.positions
+        self.register_buffer("positions", positions, persistent=False)
+        self.grid: Any = network.grid
+        self.tap_indices: Any = network.tap_indices
         self.detection["pyramid"] = pyramid
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Segmentation logits and the feature map of every level."""
         model: Any = self.model
+        decoder: Any = self.decoder
         tokens_BNV = model.patchifier(image_BCZYX).flatten(2).transpose(1, 2) + self.positions
-        states = [state[:, 1:].transpose(1, 2).unflatten(2, self.grid) for state in model.hidden(model.with_start(tokens_BNV))]  # type: ignore[arg-type]
-        taps = [states[i] for i in self.tap_indices]  # type: ignore[union-attr]
-        return self.decoder(image_BCZYX, taps, states[-1]), self.detection["pyramid"](states[-1])
+        states = [state[:, 1:].transpose(1, 2).unflatten(2, self.grid) for state in model.hidden(model.with_start(tokens_BNV))]
+        taps = [states[i] for i in self.tap_indices]
+        return decoder(image_BCZYX, taps, states[-1]), self.detection["pyramid"](states[-1])
 
 
 def token_doublings(token_size: Size) -> list[int]:

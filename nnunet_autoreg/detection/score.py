@@ -31,9 +31,9 @@ def scan_boxes(
         inside = ((middle[:, None] >= true_boxes[None, :, :3]) & (middle[:, None] < true_boxes[None, :, 3:])).all(-1)
     else:
         z, y, x = np.clip(np.floor(middle).astype(np.int64), 0, np.array(ids_ZYX.shape) - 1).T
-        inside = ids_ZYX[z, y, x][:, None] == np.asarray(ids, dtype=np.int64)[None]
+        inside = np.asarray(ids_ZYX[z, y, x])[:, None] == np.asarray(ids, dtype=np.int64)[None]
     return ScanBoxes(name, spacing_mm, true_boxes, np.asarray(true[1], dtype=np.int64), np.asarray(true[2], dtype=bool), boxes,
-                     np.asarray(found[1], dtype=np.int64), np.asarray(found[2], dtype=np.float64), inside)
+                     np.asarray(found[1], dtype=np.int64), np.asarray(found[2], dtype=np.float64), np.asarray(inside, dtype=bool))
 
 
 def scan_of_instances(name: str, spacing_mm: Spacing, instances: Instances, found: tuple[Any, Any, Any]) -> ScanBoxes:

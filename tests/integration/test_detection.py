@@ -142,3 +142,43 @@ def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(proje
     log = "".join(file.read_text() for file in fold_folder(project).glob("training_log_*.txt"))
     assert "100.0 % of the encoder's parameters come from the file" in log
     assert "decoder, detection (random, as always)" in log
+
+
+def test_a_folder_of_scans_becomes_boxes_in_files_and_the_same_line_goes_on(
+    project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import SimpleITK
+
+    from nnunet_autoreg.cli.detect import main
+    from nnunet_autoreg.cli.evaluate_detection import main as evaluate
+
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for number in (0, 1):
+        name = f"toy_{number:02}_0000.nii.gz"
+        (scans / name).symlink_to(project / "nnUNet_raw" / NAME / "imagesTr" / name)
+    line = ["-d", "902", "-i", str(scans), "-o", str(tmp_path / "out"), "--device", "cpu", "--csv"]
+    assert main(line) == 0
+    found = json.loads((tmp_path / "out" / "toy_00.json").read_text())
+    assert found["shape_zyx"] == [SIDE] * 3 and found["classes"] == {"solid": 1, "holed": 2} and found["model"]["folds"] == ["0"]
+    for kind in ("boxes", "instances"):
+        image = SimpleITK.ReadImage(str(tmp_path / "out" / f"toy_00_{kind}.nii.gz"))
+        assert image.GetSize() == (SIDE,) * 3
+    assert (tmp_path / "out" / "toy_01.mrk.json").is_file() and (tmp_path / "out" / "detections.csv").is_file()
+    assert main(line) == 0 and "2 of 2 scans were done before" in capsys.readouterr().out
+    assert main([*line, "--min-score", "0.9"]) == 2 and "with other options" in capsys.readouterr().err
+    assert main([*line, "--fppi", "1", "--overwrite"]) == 0
+    labels = project / "nnUNet_raw" / NAME / "labelsTr"
+    assert evaluate(["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["scans"]["names"] == ["toy_00", "toy_01"]
+
+
+def test_detection_asks_for_what_is_missing_in_one_line(project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nnunet_autoreg.cli.detect import main
+
+    for changes, said in [(["-f", "3"], "-f 3: not finished"), (["-tr", "AutoregDetectionScratchTrainer"], "there is no trained model"),
+                          (["-d", "903"], "no single trained dataset has that number"), (["-i", str(tmp_path / "no")], "does not exist")]:
+        line = ["-d", "902", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--device", "cpu", *changes]
+        assert main(line) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in error
