@@ -170,6 +170,6 @@ def test_under_torchrun_a_line_that_cannot_be_carried_out_ends_all_processes_wit
     process = place.start("impossible", "--num-gpus", "3", by=torchrun())
     assert process.wait(PATIENCE_S) != 0
     assert "torchrun started 2 processes already" in place.log("impossible").read_text()
-    process = place.start("none", "--exclude", str(place.root / "no such file"), by=torchrun())
+    process = place.start("lacking", "--exclude", str(place.root / "no such file"), by=torchrun())
     assert process.wait(PATIENCE_S) != 0
-    assert place.log("none").read_text().count("no such file: does not exist") == 1
+    assert place.log("lacking").read_text().count("no such file: does not exist") == 1
