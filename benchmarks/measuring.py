@@ -2,11 +2,28 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Line = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where ``gpu.py`` runs.
+
+    Attributes:
+        is_small: the miniature for a CPU.
+        minutes: of the pretraining by command.
+    """
+
+    device: torch.device
+    is_small: bool
+    minutes: float
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,3 +74,8 @@ def peak_bytes(run: Callable[[], object], held: list[torch.Tensor], device: torc
     with counted:
         run()
     return counted.peak
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-12))

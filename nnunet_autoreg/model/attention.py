@@ -149,7 +149,8 @@ def block_order(rank_BT: Tensor) -> Tensor:
 
 def _by_tile(value_BT: Tensor, beyond: float) -> Tensor:
     """(B, N, TILE), the last tile filled up with ``beyond``."""
-    return functional.pad(value_BT, (0, -value_BT.shape[1] % TILE), value=beyond).unflatten(1, (-1, TILE))
+    B, T = value_BT.shape
+    return functional.pad(value_BT, (0, -T % TILE), value=beyond).reshape(B, -1, TILE)
 
 
 def _listed(chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
