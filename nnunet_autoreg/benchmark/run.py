@@ -87,7 +87,7 @@ def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
 
 def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float:
     """Seconds of a training step of an arm, loading included."""
-    folder = bench.layout.root / "pace" / f"{key.encoder}-{key.arm}"
+    folder = bench.layout.root / "pace" / (STOCK if key.arm == STOCK else key.encoder)
     job = replace(job_of(bench, key, batch), num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False)
     log.info("measuring a step of %s", key.arm if key.arm == STOCK else key.encoder)
     result = _do(bench, folder, job, runner)
