@@ -120,10 +120,9 @@ def base(home):
         (home.folder() / name).write_bytes(content)
 
 
-@pytest.fixture(scope="module")
-def planned(home, shared_data):
-    """A small labelled dataset, planned for the weights of 'base'; gives the plans file."""
-    source, target = shared_data / "nnUNet_raw" / DATASET, home.root / "nnUNet_raw" / DATASET
+def add_labelled_scans(clinic, shared_data):
+    """A small labelled dataset among nnU-Net's raw ones."""
+    source, target = shared_data / "nnUNet_raw" / DATASET, clinic.root / "nnUNet_raw" / DATASET
     for part in ("imagesTr", "labelsTr"):
         (target / part).mkdir(parents=True)
     for image in sorted((source / "imagesTr").glob("*.nii.gz"))[:NUM_CASES]:
@@ -131,6 +130,22 @@ def planned(home, shared_data):
         shutil.copy(source / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
     description = json.loads((source / "dataset.json").read_text())
     (target / "dataset.json").write_text(json.dumps({**description, "numTraining": NUM_CASES}))
+
+
+@pytest.fixture(scope="module")
+def unpretrained(tmp_path_factory, shared_data):
+    """A clinic with a small labelled dataset and no run."""
+    clinic = Clinic(tmp_path_factory.mktemp("unpretrained"))
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (clinic.root / name).mkdir()
+    add_labelled_scans(clinic, shared_data)
+    return clinic
+
+
+@pytest.fixture(scope="module")
+def planned(home, shared_data):
+    """A small labelled dataset, planned for the weights of 'base'; gives the plans file."""
+    add_labelled_scans(home, shared_data)
     command = ["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "AutoregPlanner", "-c", "3d_fullres", "-npfp", "1", "-np", "1"]
     done = home.typed([home.program(command[0]), *command[1:]], autoreg_weights="base")
     assert done.returncode == 0, done.stderr

@@ -182,3 +182,12 @@ def test_impossible_values_are_named(changes: dict[str, object], message: str) -
     values = {"embed_dim": 24, "patch_embed_size": TOKEN, "eva_depth": 1, "eva_numheads": 2, "input_shape": (16, 16, 16), **changes}
     with pytest.raises(PlanError, match=message):
         ViT(input_channels=1, num_classes=2, **values)
+
+
+def test_a_checkpoint_of_163_tensors_loads_strictly_into_twelve_blocks() -> None:
+    weights = synthetic(depth=12, width=12)
+    assert len(weights) == 163
+    model = model_of(weights, (16, 16, 16), heads=2)
+    assert len([key for key in model.state_dict() if key.startswith("model.")]) == 161
+    with pytest.raises(RuntimeError, match=r"Missing key.*model\.layers\.11\.mlp\.linear2\.bias"):
+        model_of({key: value for key, value in weights.items() if key != "model.layers.11.mlp.linear2.bias"}, (16, 16, 16), heads=2)

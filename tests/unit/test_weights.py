@@ -222,3 +222,14 @@ def test_nnunet_finds_the_normalisation_by_name() -> None:
 
     assert bridge._module_of("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM) == "nnunet_autoreg.transfer.normalization"
     assert bridge._module_of("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
+
+
+def test_a_file_of_no_known_kind_is_said_to_be_one_and_what_is_in_it_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved(tmp_path / "u.pth", {"conv.weight": torch.ones(2, 3), "epoch": 3}))]) == 0
+    said = capsys.readouterr().out
+    assert "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's" in said and "1 with 6 parameters: conv.weight 1" in said
+    bare = saved(tmp_path / "n.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"})
+    assert main(["inspect", str(bare)]) == 0
+    said = capsys.readouterr().out
+    assert "without an adaptation plan" in said and "holds besides       trainer_name" in said
+    assert said.splitlines()[-1] == f"next: autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
