@@ -53,6 +53,6 @@ class ResEncEncoder(SequenceEncoder):
     def describe(self, voxels_BMCZYX: Tensor, rule: AttentionRule | None, positions_BT: Tensor | None = None) -> Tensor:
         """The CNN's deepest features (B, T, channels) of each whole crop: fine-tuning has no transformer."""
         whole_BMCZYX = voxels_BMCZYX.flatten(0, 1)
-        deepest = self.network.encoder(whole_BMCZYX)[-1]
+        deepest: Tensor = self.network.encoder(whole_BMCZYX)[-1]
         assert as_size(deepest.shape[2:]) == as_size([s // t for s, t in zip(whole_BMCZYX.shape[2:], self.token_size, strict=True)])
         return deepest.flatten(2).transpose(1, 2).reshape(voxels_BMCZYX.shape[0], -1, deepest.shape[1])

@@ -175,6 +175,23 @@ def test_the_loss_equals_a_hand_computation_for_two_samples_with_different_prefi
     assert terms.total.item() == pytest.approx(total, rel=1e-5)
 
 
+def test_a_cnn_under_its_transformer_learns_one_batch_by_heart():
+    plan = make_plan("resenc", crop_size_vox=(16, 32, 32), block_tokens=(2, 2, 2))
+    torch.manual_seed(0)
+    objective, batch = Autoregressive(plan), make_batch(plan, 1)
+    # Planes that go up and down along x; noise could be learnt only voxel by voxel.
+    batch = replace(batch, voxels=torch.arange(32.0).mul(0.4).sin().expand_as(batch.voxels) + 0.05 * batch.voxels)
+    optimiser, errors = torch.optim.AdamW(objective.module.parameters(), 3e-3), []
+    for _ in range(25):
+        terms = objective.loss(batch)
+        optimiser.zero_grad()
+        (terms.total / terms.count).backward()
+        optimiser.step()
+        errors.append(float(terms.total.detach() / terms.count))
+    assert errors[-1] < 0.5 * errors[0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.network.encoder.parameters() if p.ndim > 1)
+
+
 @pytest.mark.parametrize("encoder", CONVOLVED)
 def test_the_loss_over_blocks_of_several_tokens_equals_a_hand_computation(encoder):
     plan = make_plan(encoder, crop_size_vox=(16, 32, 32), block_tokens=CONVOLVED[encoder])
