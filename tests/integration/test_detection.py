@@ -173,7 +173,9 @@ def test_a_folder_of_scans_becomes_boxes_in_files_and_the_same_line_goes_on(
     assert json.loads((tmp_path / "scores.json").read_text())["scans"]["names"] == ["toy_00", "toy_01"]
 
 
-def test_detection_asks_for_what_is_missing_in_one_line(project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detection_asks_for_what_is_missing_in_one_line(
+    project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from nnunet_autoreg.cli.detect import main
 
     for changes, said in [(["-f", "3"], "-f 3: not finished"), (["-tr", "AutoregDetectionScratchTrainer"], "there is no trained model"),
