@@ -1,0 +1,51 @@
+"""The generated set of cubes: what it says it is, and the same every time."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+import pytest
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "detection.py"
+
+
+@pytest.fixture(scope="module")
+def toy() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARK))
+
+
+def test_cubes_are_apart_in_size_and_number_as_promised_and_every_eighth_case_is_empty(toy: dict[str, Any]) -> None:
+    for number in range(16):
+        case = toy["draw_case"](number, side=48)
+        components = cc3d.connected_components(case.labels > 0, connectivity=26)
+        boxes = cc3d.statistics(components)["bounding_boxes"][1:]
+        sides = [s.stop - s.start for box in boxes for s in box]
+        assert len(boxes) == case.num_cubes and all(8 <= side <= 16 for side in sides)
+        assert (number % 8 != 7) or case.num_cubes == 0
+        bright, dark = case.image[case.labels > 0], case.image[case.labels == 0]
+        assert not bright.size or bright.mean() - dark.mean() == pytest.approx(2, abs=0.1)
+    again = toy["draw_case"](3, side=48)
+    assert np.array_equal(again.image, toy["draw_case"](3, side=48).image)
+
+
+def test_only_holed_cubes_have_a_hole_without_label(toy: dict[str, Any]) -> None:
+    seen = set()
+    for number in range(12):
+        labels = toy["draw_case"](number, side=48).labels
+        components = cc3d.connected_components(labels > 0, connectivity=26)
+        for i, box in enumerate(cc3d.statistics(components)["bounding_boxes"][1:], start=1):
+            kind = int(labels[box][0, 0, 0])
+            seen.add(kind)
+            full = np.prod([s.stop - s.start for s in box])
+    XX
+    assert seen == {1, 2}
+
+
+def test_the_raw_dataset_asks_for_detection(toy: dict[str, Any], tmp_path: Path) -> None:
+    toy["write_toy"](tmp_path, num_cases=2, side=40)
+    described = json.loads((tmp_path / "dataset.json").read_text())
+    assert described["autoreg_detection"] == {} and described["numTraining"] == 2
+    assert sorted(p.name for p in (tmp_path / "imagesTr").iterdir()) == ["toy_00_0000.nii.gz", "toy_01_0000.nii.gz"]
