@@ -1,6 +1,7 @@
 """The families of encoders: which network class belongs to which, what its arguments must say, how large its tokens are."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ CNN_ARGUMENTS = (
     "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_blocks_per_stage", "n_conv_per_stage_decoder", "conv_bias",
     "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs",
 )  # fmt: skip
+LAYER_NAME = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
+"""What a name in a network's arguments may stand for: a layer of torch. A longer path would reach any module that torch imports."""
 MIN_CONV_SIDE = 16
 """Smallest side, in voxels, of a block that a convolution with instance normalisation runs on: over fewer, it erases intensity."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import (
+    LAYER_NAME,
     PRIMUS_V2,
     PRIMUS_V3,
     RESENC,
@@ -29,8 +30,6 @@ from nnunet_autoreg.plan import EncoderPlan, TrunkPlan
 
 IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 """Arguments of a CNN that name a class."""
-IMPORTED_FROM = "torch.nn."
-"""Where they may come from: a plan or card may be a stranger's."""
 
 
 def build_network(
@@ -129,13 +128,14 @@ def located(class_path: str) -> type:
 
 
 def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes that a CNN's arguments name."""
+    """The classes that a CNN's arguments name: layers of torch and nothing else, since a plan or card may be a stranger's."""
     found: dict[str, Any] = {}
     for key in IMPORTED_ARGUMENTS:
         name = arguments.get(key)
-        if name is not None and not (isinstance(name, str) and name.startswith(IMPORTED_FROM)):
-            raise PlanError(f"encoder.arguments.{key}='{name}' is no class of {IMPORTED_FROM}*")
-        found[key] = None if name is None else located(name)
+        layer = pydoc.locate(name) if isinstance(name, str) and LAYER_NAME.fullmatch(name) else None
+        if name is not None and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise PlanError(f"encoder.arguments.{key}='{name}' is no layer of torch.nn")
+        found[key] = layer
     return found
 
 

@@ -3,13 +3,12 @@
 Users edit the recipe by hand, so every read goes through ``read_block``, which refuses what it does not know.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import family_of, has_deep_supervision
+from nnunet_autoreg.families import LAYER_NAME, family_of, has_deep_supervision
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable
 
@@ -18,8 +17,6 @@ BLOCK_VERSION = 1
 ALLOWED_CLASSES = ("dynamic_network_architectures.", "nnunet_autoreg.")
 """Network classes come from these packages only: a plan or card may be a stranger's."""
 OPTIMIZERS = ADAMW, SGD = ("adamw", "sgd")
-_LAYER = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
-"""What a name in a network's arguments may stand for: a layer of torch."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     for key, value in arguments.items():
         if isinstance(value, Mapping):
             check_arguments(value, f"{where}: {key}")
-        elif isinstance(value, str) and not _LAYER.fullmatch(value):
+        elif isinstance(value, str) and not LAYER_NAME.fullmatch(value):
             raise PlanError(f"{where}: the network argument {key}='{value}' names no layer of torch.nn")
 
 

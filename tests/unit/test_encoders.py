@@ -1,6 +1,5 @@
 """Encoders of every family: built for fine-tuning and for pretraining from the same numbers, and what passes between the two."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,9 +196,11 @@ def test_what_a_family_cannot_do_is_refused() -> None:
 
 def test_a_strangers_arguments_name_no_class_from_elsewhere() -> None:
     plan = small_plan("resenc_tiny")
-    evil = replace(plan, arguments={**plan.arguments, "nonlin": "subprocess.Popen"})
-    with pytest.raises(PlanError, match=r"nonlin='subprocess\.Popen' is no class of torch\.nn"):
-        build_network(evil.class_path, evil.arguments, CROP, 1, 2)
+    # The second is the same class, by way of a module of torch that has imported it.
+    for name in ("subprocess.Popen", "torch.nn.modules.module.torch.utils.cpp_extension.subprocess.Popen", "torch.nn.Parameter", 3):
+        evil = {**plan.arguments, "nonlin": name, "nonlin_kwargs": {}}
+        with pytest.raises(PlanError, match=rf"nonlin='{name}' is no layer of torch\.nn"):
+            build_network(plan.class_path, evil, CROP, 1, 2)
     with pytest.raises(PlanError, match="none of the known encoders"):
         build_network("os.system", plan.arguments, CROP, 1, 2)
 

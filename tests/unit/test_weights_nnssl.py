@@ -254,8 +254,9 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
         ("primus", {"arch_kwargs": primus_x(encoder_eva_numheads=5)}, "5 attention heads do not divide a width of 48"),
         ("primus", {"arch_kwargs": primus_x(encoder_eva_numheads="four")}, "how many attention heads"),
         ("primus", {"arch_class_name": None}, "no architecture_plans.arch_class_name"),
-        ("resenc", {"arch_kwargs": {**RESENC, "norm_op": "os.system"}}, r"norm_op='os\.system' is no class of torch\.nn"),
+        ("resenc", {"arch_kwargs": {**RESENC, "norm_op": "os.system"}}, r"norm_op='os\.system' is no layer of torch\.nn"),
         ("resenc", {"arch_kwargs": {**RESENC, "n_stages": "two"}}, r"cannot be built \("),
+        ("resenc", {"arch_kwargs": {**RESENC, "norm_op": None}}, r"cannot be built \(AttributeError"),
         ("resenc", {"arch_kwargs": {"n_stages": 2}}, "arch_kwargs lack features_per_stage, conv_op"),
     ],
 )

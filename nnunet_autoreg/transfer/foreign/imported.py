@@ -71,7 +71,7 @@ def network_of(encoder: EncoderPlan, crop: Size, num_channels: int) -> nn.Module
     try:
         with torch.device("meta"):
             return build_network(encoder.class_path, encoder.arguments, crop, num_channels, 2)
-    except (PlanError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+    except (PlanError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError) as error:
         # A stranger's arguments reach torch's own constructors.
         raise WeightsError(f"the network that the file describes cannot be built ({type(error).__name__}: {error})") from error
 
