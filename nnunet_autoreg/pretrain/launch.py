@@ -155,10 +155,15 @@ class Crew:
                 helper.kill()
                 helper.join()
 
-    def cause(self) -> str:
-        """What became of a process that ended before its time; "" while none has."""
-        if self.store.check([FAILED]):
-            return f"{self.store.get(FAILED).decode()}; all processes were stopped, and {AGAIN}"
+    def cause(self, store: Any = None) -> str:
+        """What became of a process that ended before its time; "" while none has.
+
+        Args:
+            store: to ask by, instead of the crew's own.
+        """
+        store = self.store if store is None else store
+        if store.check([FAILED]):
+            return f"{store.get(FAILED).decode()}; all processes were stopped, and {AGAIN}"
         codes = {helper.name: helper.exitcode for helper in self.helpers if helper.exitcode not in (None, 0, InterruptedRunError.exit_code)}
         for name, code in sorted(codes.items(), key=lambda item: item[1]):
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -180,6 +185,8 @@ class Watch(threading.Thread):
     def __init__(self, crew: Crew):
         super().__init__(daemon=True)
         self.crew, self.over = crew, threading.Event()
+        # A connection of its own: a store lets nobody ask while somebody waits in it, as for a process that died before it came.
+        self.store = crew.store.clone() if hasattr(crew.store, "clone") else crew.store
         self.start()
 
     def run(self) -> None:
@@ -187,9 +194,9 @@ class Watch(threading.Thread):
         told = ""
         while not self.over.wait(LOOK_EVERY_S) and not told:
             try:
-                told = self.crew.cause()
-            except RuntimeError:  # the store is gone with the one who kept it
-                told = self.crew.cause() if not self.crew.launch.by_torchrun else f"the launcher is gone; {AGAIN}"
+                told = self.crew.cause(self.store)
+            except RuntimeError:  # the store is gone with the one who kept it, which --num-gpus does itself
+                told = f"the launcher is gone; {AGAIN}"
         if told and not self.over.wait(GRACE_S):
             print(f"autoreg_pretrain: {told}", file=sys.stderr, flush=True)
             os._exit(1)

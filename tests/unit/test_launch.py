@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 
@@ -79,6 +80,22 @@ def test_what_a_process_says_itself_goes_before_how_it_ended():
     crew = Crew(Launch(0, 2, 0, 2))
     crew.store, crew.helpers = Kept({FAILED: b"process 1 of 2: the case is damaged"}), [Ended(1, 1)]
     assert crew.fate().startswith("process 1 of 2: the case is damaged; all processes were stopped")
+
+
+def test_a_process_that_fails_before_it_comes_is_noticed_while_the_main_one_waits_for_it(monkeypatch, capsys):
+    from torch.distributed import TCPStore
+
+    crew = Crew(Launch(0, 2, 0, 2))
+    crew.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    crew.store.set(FAILED, b"process 1 of 2: no such device")
+    monkeypatch.setattr(launch, "LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(launch, "GRACE_S", 0.0)
+    monkeypatch.setattr(launch.os, "_exit", lambda code: watch.store.set("ended", str(code)))
+    watch = launch.Watch(crew)
+    crew.store.wait(["ended"], timedelta(seconds=30))
+    watch.join()
+    assert crew.store.get("ended") == b"1"
+    assert capsys.readouterr().err.startswith("autoreg_pretrain: process 1 of 2: no such device; all processes were stopped")
 
 
 def test_of_a_process_on_another_machine_one_knows_only_that_it_is_gone(monkeypatch):
