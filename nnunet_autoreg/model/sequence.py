@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from nnunet_autoreg.geometry import Size, as_size, grid_of
@@ -148,7 +149,7 @@ class SequenceEncoder(nn.Module):
         return self.contextual(self.tokens(voxels_BMCZYX, whole), rule, positions_BT)[:, self.num_starts :]
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """What fine-tuning loads, under the downstream keys, float32 on the CPU.
+        """What fine-tuning loads, under the downstream keys, float32 on the CPU. Where weights are spread over processes, all have to call.
 
         A tensor with several names - nnU-Net's convolutions have two - is listed once, under the first. Rotary tables are left out: the
         downstream network makes them for its own grid.
@@ -159,7 +160,9 @@ class SequenceEncoder(nn.Module):
         for key, value in state.items():
             if key.startswith(self.transfers) and ".rope." not in key and id(value) not in seen:
                 seen.add(id(value))
-                kept[key] = value.detach().to("cpu", torch.float32).contiguous()
+                # Gathered where it lies: nccl gathers nothing that was moved to the CPU before.
+                whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+                kept[key] = whole.to("cpu", torch.float32).contiguous()
         return kept
 
     def adaptation(self) -> Adaptation:

@@ -20,12 +20,10 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
     """
     from safetensors.torch import save_file
 
-    from nnunet_autoreg.pretrain.distributed import whole
-
     weights = folder / WEIGHTS_NAME
     # One entry only: safetensors writes several in an order that changes from process to process, and the bytes have to repeat.
     with atomic_path(weights) as temporary:
-        save_file(whole(objective.transferable_state()), temporary, metadata={"format": "pt"})
+        save_file(objective.transferable_state(), temporary, metadata={"format": "pt"})
     card = EncoderCard(
         name=plan.name,
         encoder=plan.encoder.name,

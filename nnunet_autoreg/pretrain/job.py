@@ -10,7 +10,7 @@ import torch
 
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable, whole
+from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.slices import Picture, held_out_pictures
@@ -116,5 +116,5 @@ def assist(job: Job, is_paced: bool, world: World, local_rank: int) -> None:
     trainer.run()
     if trainer.is_sharded:
         pictures()
-        whole(trainer.objective.transferable_state())
+        trainer.objective.transferable_state()
     world.wait()

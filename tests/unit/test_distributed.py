@@ -84,6 +84,7 @@ def together(rank: int, port: int, folder: Path) -> None:
     for name, (micro, sharding, batch_size) in WAYS.items():
         trainer = trainer_in(world, micro, sharding, batch_size)
         found[name] = {"losses": trained(trainer), "state": state_of(trainer), "sharded": trainer.is_sharded,
+                       "encoder": trainer.objective.transferable_state(),
                        "numbers": world.gather(list(trainer.train_step.numbers)), "tally": trainer.guard.tally()}
     for sharding in ("none", "full"):
         start = torch.load(folder / "alone.pt", weights_only=False)
@@ -149,6 +150,8 @@ def test_two_processes_have_the_losses_and_weights_of_one_also_with_uneven_share
         found = two[way]["state"]["network_weights"][name]
         assert type(found) is torch.Tensor
         assert torch.allclose(found, weights, atol=2e-5), name
+    for name, weights in two[way]["encoder"].items():
+        assert torch.equal(weights, two[way]["state"]["network_weights"][f"encoder.network.{name}"]), name
 
 
 @pytest.mark.parametrize("way", WAYS)
