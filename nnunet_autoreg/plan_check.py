@@ -138,6 +138,12 @@ def _check_convolutions(plan: Plan) -> None:
             f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and normalises each block by itself, which over "
             f"less than {side} voxels erases intensities; use at least {list(least)}"
         )
+    norm = plan.encoder.arguments.get("norm_op")
+    if "BatchNorm" in str(norm):
+        raise PlanError(
+            f"encoder.arguments.norm_op={norm}: its statistics are taken over all blocks of a batch, so that each would know of the blocks "
+            "to predict; use torch.nn.modules.instancenorm.InstanceNorm3d"
+        )
     if (trunk is None) == (not has_transformer(family)):
         need = "needs one: give its width, depth and num_heads" if trunk is None else "has its own: set it to null"
         raise PlanError(f"objective.trunk: {plan.encoder.name} {need}")

@@ -280,7 +280,7 @@ def check_network(plan: Plan) -> None:
     try:
         with torch.device("meta"):
             build_objective(plan)
-    except (AssertionError, ValueError, TypeError, RuntimeError, ArithmeticError, KeyError) as error:
+    except (AssertionError, AttributeError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(f"encoder.arguments={plan.encoder.arguments}: no network can be built from them ({why})") from error
 

@@ -175,6 +175,11 @@ def test_images_too_small_for_a_cnn_are_told_with_the_figures_and_refused_where_
         check(plan(35, 50, 36))
 
 
+def test_norms_over_several_blocks_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"norm_op=torch\.nn\.BatchNorm3d: its statistics are taken over all blocks of a batch"):
+        check(override(plan_for(encoder="resenc_tiny"), ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"]))
+
+
 def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
     plan = plan_for(encoder="resenc_tiny")
     with pytest.raises(PlanError, match=r"less than \[16, 16, 16\] voxels erases intensities; use at least \[2, 2, 2\]"):
