@@ -60,7 +60,8 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
     )
     objective = replace(plan.objective, name="autoregressive", variance_floor=0.0, variance_epsilon=1e-6, target_smoothing=0.0)
     made = replace(plan, sequence=sequence, optim=optim, objective=objective)
-    return replace(made, reasons={**plan.reasons, **dict.fromkeys(_changed(plan, made), BY_PRESET)})
+    by_preset = [*_changed(plan, made), *([] if "optim.batch_size" in kept else ["optim.batch_size"])]
+    return replace(made, reasons={**plan.reasons, **dict.fromkeys(by_preset, BY_PRESET)})
 
 
 def _crop(plan: Plan) -> Size:

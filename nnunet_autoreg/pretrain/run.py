@@ -24,7 +24,7 @@ from nnunet_autoreg.model.card import WEIGHTS_NAME
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
-from nnunet_autoreg.presets import faithful, with_objective
+from nnunet_autoreg.presets import PAPER_BATCH, faithful, with_objective
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.pretrain.folder import (
@@ -97,6 +97,8 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     """The plan and the usable scans: read from the folder if they are there, else made and written (the plan last)."""
     if has_plan(folder):
         plan = check(continued_plan(folder, request))
+        if not checkpoint.exists(folder):
+            check_network(plan)  # the plan may have been edited
         rows = usable(read_index(index_of(folder)))
         log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
         return plan, rows
@@ -345,8 +347,9 @@ def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
 
 
 def wishes_of(request: Request) -> Wishes:
-    """What the user fixed."""
-    return Wishes(request.encoder, request.batch_size, request.num_steps, request.num_epochs, request.num_hours)
+    """What the user fixed; a preset's batch too, since the length in steps follows from it."""
+    batch = request.batch_size or (PAPER_BATCH if request.preset == "faithful" else None)
+    return Wishes(request.encoder, batch, request.num_steps, request.num_epochs, request.num_hours)
 
 
 def licences(rows: Sequence[ScanRow]) -> dict[str, str]:

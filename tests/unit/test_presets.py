@@ -15,7 +15,7 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan, with_hours
 from nnunet_autoreg.presets import faithful, with_objective
 from nnunet_autoreg.pretrain.folder import Request
-from nnunet_autoreg.pretrain.run import check_inputs, with_presets
+from nnunet_autoreg.pretrain.run import check_inputs, wishes_of, with_presets
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.step import parameter_groups
 from nnunet_autoreg.sequences.blocks import sequence_ids
@@ -40,6 +40,19 @@ def test_faithful_is_what_ar_ssl4m_does() -> None:
     assert [learning_rate(o, step) for step in (0, 500, 1000)] == pytest.approx([1e-4, 5e-5, 0.0])
     assert s.crop_size_vox == (128, 128, 128)
     assert plan.reasons["optim.lr"] == plan.reasons["optim.warmup_steps"] == "as AR-SSL4M has it (--preset faithful)"
+
+
+def test_epochs_asked_for_are_counted_in_batches_of_the_preset() -> None:
+    def plan(*typed: object) -> Plan:
+        request = Request("run", ("4",), encoder="vit_b16", num_epochs=90.0, preset="faithful", batch_size=typed[0] if typed else None)
+        made = make_plan("run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0))
+        return with_presets(made, request)
+
+    # 400 million voxels are 191 crops of 128^3: less than a batch of 288, which counts as one, and 23.8 batches of 8.
+    assert (plan().optim.batch_size, plan().optim.num_steps) == (288, 90)
+    assert plan().reasons["optim.batch_size"] == "as AR-SSL4M has it (--preset faithful)"
+    assert (plan(8).optim.batch_size, plan(8).optim.num_steps) == (8, 2146)
+    assert plan(8).reasons["optim.batch_size"] == "set by the user"
 
 
 def test_faithful_on_primus_gives_at_least_one_block_and_cuts_the_crop_for_four_sub_volumes() -> None:
