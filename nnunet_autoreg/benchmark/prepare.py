@@ -34,7 +34,7 @@ from nnunet_autoreg.transfer.resolve import locate
 log = logging.getLogger(__name__)
 
 RECORD_NAME, PINS_NAME = "benchmark.json", "weights.json"
-OWN_REQUEST_KEYS = ("objective.", "sequence.order=", "sequence.predictor=", "sequence.prefix")
+OWN_REQUEST_KEYS = ("objective.name=", "sequence.order=", "sequence.predictor=", "sequence.prefix")
 """Settings of a pretraining that its masked twin must not take over."""
 
 
@@ -160,7 +160,7 @@ def ensure_masked(bench: Bench, family: str) -> None:
     """The masked twin of a run: the user's of that name, else the run's own line with ``--objective masked``.
 
     Raises:
-        AutoregError: the run was not made by autoreg_pretrain.
+        AutoregError: the run was not made by autoreg_pretrain, or by a preset, which has no masked form.
     """
     name = family + MASKED_SUFFIX
     theirs = bench.user_results / RUNS_FOLDER / name
@@ -172,11 +172,15 @@ def ensure_masked(bench: Bench, family: str) -> None:
         raise AutoregError(f"the arm 'masked' needs a twin of '{family}', which has no {plan_file.name} to repeat; leave it out of --arms, "
                            f"or give a run named {name}")
     plan = read_json(plan_file)
+    preset = plan["request"].get("preset")
+    if preset:
+        raise AutoregError(f"the arm 'masked' needs a twin of '{family}', which was made with --preset {preset} and would differ in more "
+                           f"than the objective; leave it out of --arms, or give a run named {name}")
     _pretrain(bench, name, [*retyped(plan["request"], int(plan["optim"]["num_steps"])), "--objective", "masked"])
 
 
 def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
-    """The arguments of ``autoreg_pretrain`` that a run was made with, less its name, objective and preset, at a fixed number of steps."""
+    """The arguments of ``autoreg_pretrain`` that a run was made with, less its name and objective, at a fixed number of steps."""
     flags = {"datasets": "-d", "folders": "-i", "encoder": "--encoder", "batch_size": "--batch", "seed": "--seed",
              "modality": "--modality", "exclude": "--exclude", "manifest": "--manifest", "init": "--init",
              "gpu_memory_gib": "--gpu-memory", "spacing": "--spacing", "sequences": "--sequences", "boxes": "--boxes"}

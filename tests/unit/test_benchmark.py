@@ -13,7 +13,7 @@ from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
 from nnunet_autoreg.benchmark.commands import Commands
 from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
-from nnunet_autoreg.benchmark.prepare import Bench, Record, open_record, retyped, write_folds, write_plans
+from nnunet_autoreg.benchmark.prepare import Bench, Record, ensure_masked, open_record, retyped, write_folds, write_plans
 from nnunet_autoreg.benchmark.protocol import Layout, Request, plans_name, runs_of, weights_of
 from nnunet_autoreg.benchmark.results import RunKey, append_result, key_of, read_results
 from nnunet_autoreg.benchmark.run import epochs_of, run_missing, settle_length
@@ -226,16 +226,24 @@ def test_a_length_is_cut_into_about_40_epochs_of_25_to_250_steps() -> None:
 def test_a_twin_is_retyped_from_the_runs_own_request_without_what_masking_sets() -> None:
     made = {"name": "brain", "datasets": ["4"], "folders": ["/scans one"], "encoder": "primus_tiny", "num_steps": None, "num_hours": 2.0,
             "batch_size": 8, "seed": 3, "exclude": "/x.txt", "modality": None, "spacing": "median", "split_4d": True, "sequences": [],
-            "settings": ["sequence.order=raster", "sequence.predictor=query", "optim.lr=1e-4"], "objective": "autoregressive"}
+            "settings": ["sequence.order=raster", "objective.name=autoregressive", "optim.lr=1e-4", "objective.variance_floor=0.1"],
+            "objective": "autoregressive"}
     words = retyped(made, 700)
     from nnunet_autoreg.cli.pretrain import parser as pretrain_parser
 
     args = pretrain_parser().parse_args(["--name", "brain_masked", *words, "--objective", "masked"])
     assert (args.d, args.i, args.steps, args.hours, args.batch, args.seed) == (["4"], ["/scans one"], 700, None, 8, 3)
-    assert (args.exclude, args.split_4d, args.set, args.objective) == ("/x.txt", True, ["optim.lr=1e-4"], "masked")
+    assert (args.exclude, args.split_4d, args.set, args.objective) == (
+        "/x.txt", True, ["optim.lr=1e-4", "objective.variance_floor=0.1"], "masked")
 
 
 # --- a benchmark with a runner that trains nothing
+
+
+def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
+    write_json(bench.layout.pretraining("published") / "plan.json", {"request": {"preset": "faithful"}, "optim": {"num_steps": 5}})
+    with pytest.raises(AutoregError, match=r"--preset faithful and would differ in more than the objective.*named published_masked"):
+        ensure_masked(bench, "published")
 
 
 @pytest.fixture
