@@ -36,9 +36,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+PRIMUS_TINY = encoder_size("primus_tiny")
+
+
 def card(name: str, finished_at: str) -> EncoderCard:
     return EncoderCard(
-        name=name, encoder="primus_tiny", class_path=encoder_size("primus_tiny").class_path, arguments=encoder_size("primus_tiny").arguments,
+        name=name, encoder="primus_tiny", class_path=PRIMUS_TINY.class_path, arguments=PRIMUS_TINY.arguments,
         token_size_vox=(8, 8, 8), crop_size_vox=(32, 32, 32),
         spacing_mm=(1.0, 1.0, 1.0), modalities=("MR",), channel_names=("MRI",), ct_window=None, num_input_channels=1,
         adaptation=Adaptation("eva", "down_projection", ("down_projection.proj",), "eva.pos_embed"), objective="autoregressive",

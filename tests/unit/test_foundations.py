@@ -19,7 +19,7 @@ CPU = Hardware("cpu", 24.0)
 
 
 def plan_for(pool=POOL, hardware=CPU, **wishes):
-    return make_plan("run", pool, hardware, Wishes(**wishes), 0, {}, lambda encoder, crop: (1e9, 5e8))
+    return make_plan("run", pool, hardware, Wishes(**wishes), 0, {}, lambda encoder, crop, recompute: (1e9, 5e8))
 
 
 def test_a_plan_survives_json_unchanged(tmp_path):

@@ -20,7 +20,7 @@ NEW_REQUEST_KEYS = ("num_epochs", "num_hours", "gpu_memory_gib", "spacing")
 def planned(folder: Path, request: Request) -> Plan:
     pool = Pool(9, (1.0, 1.0, 1.0), (32, 32, 32), 9 * 32**3, None)
     wishes = Wishes("auto", 2, 100)
-    plan = make_plan("run", pool, Hardware("cpu", 8.0), wishes, 0, to_jsonable(request), lambda encoder, crop: (0.0, 0.0))
+    plan = make_plan("run", pool, Hardware("cpu", 8.0), wishes, 0, to_jsonable(request), lambda encoder, crop, recompute: (0.0, 0.0))
     write_json(folder / PLAN_NAME, plan)
     return plan
 
