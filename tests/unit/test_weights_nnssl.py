@@ -270,6 +270,14 @@ def test_a_malformed_plan_ends_in_one_line(tmp_path: Path, family: str, change: 
     assert not (tmp_path / "res").exists()
 
 
+@pytest.mark.parametrize("stated", ["x", [1], -1])
+def test_an_impossible_number_of_channels_ends_in_one_line(tmp_path: Path, stated: Any) -> None:
+    plan = {**plan_of("PrimusX", primus_x(), PRIMUS_KEYS), "pretrain_num_input_channels": stated}
+    file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), plan)
+    with pytest.raises(WeightsError, match="is no number of channels"):
+        import_weights(file, "a", tmp_path / "res", Options())
+
+
 def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
     file = save(tmp_path, random_network("resenc", RESENC).state_dict(), plan_of("PlainConvUNet", {"n_stages": 2}, RESENC_KEYS))
     with pytest.raises(WeightsError, match="holds a PlainConvUNet, which cannot be fine-tuned here"):

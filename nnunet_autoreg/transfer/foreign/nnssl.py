@@ -64,7 +64,7 @@ def import_nnssl(source: Source, options: Options) -> Imported:
         crop_size_vox=crop,
         spacing_mm=options.spacing_mm or (1.0, 1.0, 1.0),
         modalities=options.modalities,
-        num_input_channels=int(plan.get("pretrain_num_input_channels") or 1),
+        num_input_channels=_num_channels(plan, source),
         licences=licences_of(plan, citations, source.file, options.licence),
         objective="",
         notes=(*notes, *crop_notes, *order_notes),
@@ -114,7 +114,15 @@ def _modalities(plan: Mapping[str, Any], citations: Any, source: Source, options
 def _own_card(own: Any, source: Source) -> EncoderCard | None:
     if not isinstance(own, Mapping) or "card" not in own:
         return None
-    return from_jsonable(EncoderCard, dict(own["card"]), f"{source.file}: {OWN_KEY}.card")
+    card = own["card"]
+    return from_jsonable(EncoderCard, dict(card) if isinstance(card, Mapping) else card, f"{source.file}: {OWN_KEY}.card")
+
+
+def _num_channels(plan: Mapping[str, Any], source: Source) -> int:
+    stated = plan.get("pretrain_num_input_channels") or 1
+    if not isinstance(stated, int) or stated < 1:
+        raise WeightsError(f"{source.file}: pretrain_num_input_channels {stated!r} of the adaptation plan is no number of channels")
+    return stated
 
 
 def _pretraining(plan: Mapping[str, Any]) -> Mapping[str, Any]:
