@@ -3,6 +3,7 @@ into the plan, so that a resumed run is the same run."""
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,15 +73,23 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
     while True:
         failed, seconds = _try(trainer_of, plan)
         if failed is None:
-            return _measured(plan, device, seconds)
+            plan = _measured(plan, device, seconds)
+            _free()
+            return plan
         plan, told = without_compiling(plan, failed) if cannot_compile(failed) else smaller(plan)
         log.warning(told)
         # What the failed try holds is freed only when nothing refers to it, its exception included.
         del failed
-        gc.collect()
+        _free()
+
+
+def _free() -> None:
+    """Give back what a try held: the training's own weights and moments come beside whatever is left, and compiled code anew."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan) -> tuple[Exception | None, float]:
