@@ -74,16 +74,16 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
         failed, seconds = _try(trainer_of, plan)
         if failed is None:
             plan = _measured(plan, device, seconds)
-            _free()
+            free()
             return plan
         plan, told = without_compiling(plan, failed) if cannot_compile(failed) else smaller(plan)
         log.warning(told)
         # What the failed try holds is freed only when nothing refers to it, its exception included.
         del failed
-        _free()
+        free()
 
 
-def _free() -> None:
+def free() -> None:
     """Give back what a try held: the training's own weights and moments come beside whatever is left, and compiled code anew."""
     gc.collect()
     if "torch._dynamo" in sys.modules:

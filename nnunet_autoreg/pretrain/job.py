@@ -88,9 +88,11 @@ def measured(job: Job, world: World, local_rank: int, write: Callable[[Plan, flo
     Args:
         write: of the main process, makes the plan from the seconds of a step and keeps it.
     """
+    from nnunet_autoreg.pretrain.fit import free
     from nnunet_autoreg.pretrain.pace import seconds_per_step
 
     seconds = seconds_per_step(trainer_of(job, world, local_rank))
+    free()
     return replace(job, plan=world.share(write(job.plan, seconds) if write is not None else job.plan))
 
 
