@@ -144,6 +144,9 @@ def _check_convolutions(plan: Plan) -> None:
             f"encoder.arguments.norm_op={norm}: its statistics are taken over all blocks of a batch, so that each would know of the blocks "
             "to predict; use torch.nn.modules.instancenorm.InstanceNorm3d"
         )
+    for kernel in plan.encoder.arguments.get("kernel_sizes", []):
+        if any(side % 2 == 0 for side in (kernel if isinstance(kernel, (list, tuple)) else [kernel])):
+            raise PlanError(f"encoder.arguments.kernel_sizes: {kernel} has an even side, which moves features between voxels; use odd ones")
     if (trunk is None) == (not has_transformer(family)):
         need = "needs one: give its width, depth and num_heads" if trunk is None else "has its own: set it to null"
         raise PlanError(f"objective.trunk: {plan.encoder.name} {need}")

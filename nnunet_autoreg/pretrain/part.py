@@ -11,6 +11,7 @@ from nnunet_autoreg.corpus.groups import contrast_groups
 from nnunet_autoreg.corpus.rows import ScanRow, read_index
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.folder import INDEX_NAME, PLAN_NAME, Request, index_of, log_file, matching_plan, run_folder
 from nnunet_autoreg.pretrain.machine import num_processes
 from nnunet_autoreg.pretrain.material import stored_groups
@@ -34,6 +35,7 @@ def preprocess_part(request: Request, part: Part) -> PartOutcome:
 
     Raises:
         UsageError: the run is not planned yet, or was planned with other settings.
+        PlanError: its plan was edited into one that cannot be carried out.
         StoreError: the disk is full, or the store cannot be written; finished cases stay.
     """
     folder = run_folder(nnunet_api.results_folder(), request.check().name)
@@ -42,7 +44,7 @@ def preprocess_part(request: Request, part: Part) -> PartOutcome:
         raise UsageError(f"--part {part.number}/{part.count}: the run '{request.name}' has no {PLAN_NAME} and {INDEX_NAME} yet, which all "
                          "parts share; type the same line once with --dry-run instead of --part")
     with log_file(folder, f"preprocessing_log_{part.number}of{part.count}"):
-        plan = matching_plan(folder, request)
+        plan = check(matching_plan(folder, request))
         rows, spacing_of = usable(read_index(index_of(folder))), partial(row_spacing, data=plan.data)
         done = store.ensure(rows, spacing_of, plan.data.ct_window, num_processes(), part)
         align_groups(plan, rows, store, part)

@@ -180,6 +180,11 @@ def test_norms_over_several_blocks_are_refused() -> None:
         check(override(plan_for(encoder="resenc_tiny"), ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"]))
 
 
+def test_even_kernels_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"kernel_sizes: \[3, 2, 3\] has an even side"):
+        check(override(plan_for(encoder="resenc_tiny"), ["encoder.arguments.kernel_sizes=[[3,3,3],[3,2,3],[3,3,3],[3,3,3]]"]))
+
+
 def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
     plan = plan_for(encoder="resenc_tiny")
     with pytest.raises(PlanError, match=r"less than \[16, 16, 16\] voxels erases intensities; use at least \[2, 2, 2\]"):
