@@ -161,7 +161,7 @@ class SequenceEncoder(nn.Module):
             if key.startswith(self.transfers) and ".rope." not in key and id(value) not in seen:
                 seen.add(id(value))
                 # Gathered where it lies: nccl gathers nothing that was moved to the CPU before.
-                whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+                whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()  # type: ignore[attr-defined]
                 kept[key] = whole.to("cpu", torch.float32).contiguous()
         return kept
 
