@@ -97,6 +97,8 @@ class Request:
         given = [flag for flag, value in lengths.items() if value is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} both say how long to train; give one of them")
+        if self.num_epochs is not None and any(setting.partition("=")[0].strip() == "optim.batch_size" for setting in self.settings):
+            raise UsageError("--set optim.batch_size comes after --epochs have been counted in steps; give the batch as --batch")
         for flag, value in {**lengths, "--gpu-memory": self.gpu_memory_gib}.items():
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{flag} {value:g}: must be a number greater than 0")

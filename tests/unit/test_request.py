@@ -28,6 +28,7 @@ def planned(folder: Path, request: Request) -> Plan:
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_steps": 5, "num_hours": 1.0}, "--steps and --hours both say how long"),
     ({"num_epochs": 5.0, "num_hours": 1.0}, "--epochs and --hours both say how long"),
+    ({"num_epochs": 5.0, "settings": ("optim.batch_size=4",)}, "give the batch as --batch"),
     ({"num_hours": 0.0}, "--hours 0: must be a number greater than 0"),
     ({"num_epochs": float("nan")}, "--epochs nan: must be a number greater than 0"),
     ({"gpu_memory_gib": -1.0}, "--gpu-memory -1: must be a number greater than 0"),
