@@ -6,7 +6,7 @@ A Retina U-Net on the plan's encoder: boxes are learned beside the segmentation,
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,8 +254,8 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     def on_validation_epoch_start(self) -> None:
         """Validate the averaged weights, and ask them for boxes."""
         super().on_validation_epoch_start()
-        self._averaged = self.average.applied()
-        self._averaged.__enter__()
+        self._validating = ExitStack()
+        self._validating.enter_context(self.average.applied())
         self._detector().detect = True
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +270,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Scores over all patches; the mean AP from IoU 0.1 to 0.5 stands where nnU-Net looks for the best epoch."""
         self._detector().detect = False
-        self._averaged.__exit__(None, None, None)
+        self._validating.close()
         outputs = self._from_all_processes(val_outputs)
         scores = quick_scores([scan for o in outputs for scan in o["scans"]], len(self.plan.classes))
         epoch = self.current_epoch

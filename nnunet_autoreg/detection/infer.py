@@ -22,6 +22,7 @@ from nnunet_autoreg.geometry import Size, as_size
 
 MOST_PER_TILE, MOST_CANDIDATES = 1000, 1000
 BORDER_WEIGHT = 0.5
+REACHED_VOX = 0.5
 LOWEST_SCORE = 1e-3
 """Below it nothing is a candidate; heads start at 0.01 for every anchor."""
 
@@ -33,12 +34,15 @@ class Thinning:
     Attributes:
         tile_iou, voter_iou: above it the lower score goes.
         merge_iou: above it boxes of different voters are one.
+        cut_factor: what the score of a box is multiplied with that ends at a border between tiles: the object may go on beyond it, and
+            another tile shows it whole, unless it is larger than half a tile.
         most_per_tile, most_boxes: kept in a tile, and in the end.
     """
 
     tile_iou: float = 0.6
     voter_iou: float = 0.1
     merge_iou: float = 0.5
+    cut_factor: float = 0.5
     most_per_tile: int = 100
     most_boxes: int = 100
 
@@ -177,8 +181,10 @@ class ScanDetector:
             with self.autocast():
                 output: Output = self.network(tile.flip(dims) if dims else tile)
             (found,) = boxes_of_output(output, self._grid(output.cells), self.thinning)
-            boxes = mirrored(found.boxes_N6, axes, self.patch_size).cpu() + shift
-            yield Candidates(boxes, found.scores_N.cpu(), found.labels_N.cpu(), found.weights_N.cpu(), found.voters_N.cpu() + voter)
+            boxes = mirrored(found.boxes_N6, axes, self.patch_size).cpu()
+            is_cut = ends_between_tiles(boxes, start, self.patch_size, as_size(padded.shape[1:]))
+            scores = torch.where(is_cut, found.scores_N.cpu() * self.thinning.cut_factor, found.scores_N.cpu())
+            yield Candidates(boxes + shift, scores, found.labels_N.cpu(), found.weights_N.cpu(), found.voters_N.cpu() + voter)
             if logits is not None:
                 logits.add(output.logits_BCZYX[0].flip([a + 1 for a in axes]) if dims else output.logits_BCZYX[0], place, padded.shape[1:])
 
@@ -186,6 +192,17 @@ class ScanDetector:
         if cells not in self.grids:
             self.grids[cells] = lay_out(self.anchors, cells, self.device)
         return self.grids[cells]
+
+
+def ends_between_tiles(boxes_N6: Tensor, start: Size, patch_size: Size, shape_vox: Size) -> Tensor:
+    """(N,) whether a box of the tile at ``start`` reaches a border of it, to half a voxel, beyond which the image goes on."""
+    found = torch.zeros(len(boxes_N6), dtype=torch.bool)
+    for axis in range(3):
+        if start[axis] > 0:
+            found |= boxes_N6[:, axis] <= REACHED_VOX
+        if start[axis] + patch_size[axis] < shape_vox[axis]:
+            found |= boxes_N6[:, axis + 3] >= patch_size[axis] - REACHED_VOX
+    return found
 
 
 def mirrored(boxes_N6: Tensor, axes: Sequence[int], shape_vox: Size) -> Tensor:

@@ -19,7 +19,7 @@ from nnunet_autoreg.detection.data import (
     place_around,
     prepare_instances,
 )
-from nnunet_autoreg.detection.infer import Candidates, ScanDetector, boxes_of_output, merge, mirrored, place_weights
+from nnunet_autoreg.detection.infer import Candidates, ScanDetector, boxes_of_output, ends_between_tiles, merge, mirrored, place_weights
 from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.objects import ObjectSource, sizes_of
@@ -356,3 +356,10 @@ def test_an_index_of_other_rules_is_not_used(maker: Maker, caplog: pytest.LogCap
     (folder / "boxes.json").write_text("{")
     assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
     assert "is not valid JSON" in caplog.text
+
+
+def test_boxes_that_end_between_tiles_count_half_and_those_at_the_images_border_do_not() -> None:
+    boxes = torch.tensor([[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]])
+    # A tile of 8 at z 0 of 12, y and x filling the image.
+    assert ends_between_tiles(boxes, (0, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [False, True, False, False]
+    assert ends_between_tiles(boxes, (4, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [True, False, False, False]
