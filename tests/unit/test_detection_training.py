@@ -251,9 +251,9 @@ class Answers(torch.nn.Module):
 
     def forward(self, image: torch.Tensor) -> Output:
         bright = torch.nn.functional.avg_pool3d(image, 4)
-        size = bright.shape[2]
         scores = (bright * 20 - 10).flatten()[None, :, None]
-        return Output(torch.cat([-image, image], 1), scores, torch.zeros(1, size**3, 6), ((size, size, size),))
+        cells = (bright.shape[2], bright.shape[3], bright.shape[4])
+        return Output(torch.cat([-image, image], 1), scores, torch.zeros(1, scores.shape[1], 6), (cells,))
 
 
 @pytest.mark.parametrize("axes", [(), (0, 2)])
@@ -261,7 +261,8 @@ def test_tiles_and_mirrorings_put_an_object_where_it_is_and_logits_are_those_of_
     image = torch.zeros(1, 12, 6, 16)
     image[0, 4:8, 0:4, 8:12] = 1
     network: Any = Answers()
-    detector = ScanDetector(network, ANCHORS, (8, 8, 8), torch.device("cpu"), mirror_axes=axes)
+    # Two tiles along x, at 0 and 4: the second has the object whole, at the border of the first it is cut.
+    detector = ScanDetector(network, ANCHORS, (12, 8, 12), torch.device("cpu"), mirror_axes=axes)
     candidates, logits = detector.candidates(image, with_logits=True)
     found = merge(candidates, detector.num_voters)
     # The scan is padded from 6 to 8 voxels, one on either side, so that a cell holds three quarters of the object.
