@@ -58,6 +58,9 @@ class Heads(nn.Module):
         self.scales = nn.Parameter(torch.ones(num_levels))
         last: Any = self.classifier[-1]
         nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
+        # Training starts from the anchors as they are: from random codes SGD at 1e-2 drove sides to their limit, where no gradient is.
+        to_codes: Any = self.regressor[-1]
+        nn.init.zeros_(to_codes.weight)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, A, K) and codes (B, A, 6): levels one after the other, then cells (z, y, x), then shapes."""
