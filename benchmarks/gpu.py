@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                       all parts, about 45 minutes; needs nnU-Net's three folders and dataset 4 for the last two
     python benchmarks/gpu.py --parts correctness memory
-    python benchmarks/gpu.py --dry-run-on-cpu      the same in miniature, about 3 minutes on a free CPU; chosen where there is no GPU
+    python benchmarks/gpu.py --dry-run-on-cpu      the same in miniature, about 8 minutes of processor time; chosen where there is no GPU
 
 JSON lines go to ``benchmarks/results/gpu.jsonl`` (a dry run's to ``--out``, by default nowhere), a table to the screen. The exit code is 1
 if a check failed.
