@@ -72,6 +72,12 @@ def _environment_folder(variable: str) -> Path:
     return folder
 
 
+def dataset_number(name: str) -> str:
+    """The number that nnU-Net's commands want, of a dataset given as ``4``, ``004`` or ``Dataset004_Hippocampus``; "ID" of others."""
+    match = re.match(r"(?:Dataset)?(\d+)", name)
+    return str(int(match[1])) if match else "ID"
+
+
 def dataset_folder(dataset: str) -> Path:
     """The folder of a raw dataset given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
 

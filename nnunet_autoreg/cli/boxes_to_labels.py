@@ -3,7 +3,7 @@
 import argparse
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
-from nnunet_autoreg.nnunet_api import dataset_folder
+from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,5 +27,5 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.detection.box_labels import write_box_labels
 
     print(f"{len(write_box_labels(dataset))} label maps written into {dataset / 'labelsTr'}")
-    print_next(f"nnUNetv2_plan_and_preprocess -d {arguments.d} -pl AutoregPlanner -c 3d_fullres")
+    print_next(f"nnUNetv2_plan_and_preprocess -d {dataset_number(arguments.d)} -pl AutoregPlanner -c 3d_fullres")
     return 0

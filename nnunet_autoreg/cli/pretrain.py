@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.plan import OBJECTIVES
 from nnunet_autoreg.presets import PRESETS
 
@@ -164,7 +165,7 @@ def run(request: "Request", args: argparse.Namespace, crew: "Crew") -> int:
         print_next(f"look at {pictures}{outcome.folder / 'plan.json'} and {outcome.folder / 'scans.csv'}, edit the plan if you like, "
                    "then type the same line without --dry-run")
         return 0
-    dataset = args.d[0] if args.d else "ID"
+    dataset = dataset_number(args.d[0]) if args.d else "ID"
     print_next(f"nnUNetv2_plan_and_preprocess -d {dataset} -pl AutoregPlanner")
     return 0
 

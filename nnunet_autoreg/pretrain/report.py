@@ -1,7 +1,6 @@
 """``report.html``: one self-contained page on a run - what went in, what was planned, whether it learns, what to type next."""
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from nnunet_autoreg.corpus.rows import read_index
 from nnunet_autoreg.geometry import grid_of, volume
+from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain import page
 from nnunet_autoreg.pretrain.curves import Line, Points, chart
@@ -185,8 +185,7 @@ def _next(plan: Plan, series: Series) -> str:
 def _dataset_number(plan: Plan) -> str:
     """Of the first dataset that was asked for; "ID" if there was none."""
     named = [str(dataset) for dataset in plan.request.get("datasets", ())]
-    match = re.match(r"(?:Dataset)?(\d+)", named[0]) if named else None
-    return str(int(match[1])) if match else "ID"
+    return dataset_number(named[0]) if named else "ID"
 
 
 def _learning(plan: Plan, series: Series) -> str:

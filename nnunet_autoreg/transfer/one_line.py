@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.nnunet_api import dataset_number
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def missing_plans(error: BaseException) -> str | None:
     if not isinstance(error, FileNotFoundError) or not str(error.filename).endswith("Plans.json"):
         return None
     file = Path(str(error.filename))
-    plan = f"nnUNetv2_plan_and_preprocess -d {file.parent.name} -pl AutoregPlanner"
+    plan = f"nnUNetv2_plan_and_preprocess -d {dataset_number(file.parent.name)} -pl AutoregPlanner"
     if file.name == "nnUNetPlans.json":
         return f"{file} does not exist; was '-p AutoregPlans' forgotten? Those plans are made by: {plan}"
     return f"{file} does not exist; make it with: {plan}"

@@ -147,3 +147,8 @@ def test_the_resampled_shape_is_nnunets() -> None:
         shape, old, new = rng.integers(1, 300, 3).tolist(), rng.uniform(0.2, 10, 3).tolist(), rng.uniform(0.2, 10, 3).tolist()
         assert nnunet_api.resampled_shape(shape, old, new) == tuple(compute_new_shape(shape, old, new))
     assert nnunet_api.resampled_shape((10, 5, 4), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0)) == (5, 2, 4)
+
+
+@pytest.mark.parametrize(("given", "number"), [("4", "4"), ("004", "4"), ("Dataset004_Hippocampus", "4"), ("scans", "ID")])
+def test_nnunets_commands_are_given_numbers(given: str, number: str) -> None:
+    assert nnunet_api.dataset_number(given) == number
