@@ -8,7 +8,7 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.records import atomic_path, sha256_of
+from nnunet_autoreg.records import sha256_of
 
 
 def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequence[ScanRow], licences: dict[str, str]) -> EncoderCard:
@@ -18,12 +18,10 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
         rows: the scans of the run, held-out ones included.
         licences: dataset -> licence text.
     """
-    from safetensors.torch import save_file
+    from nnunet_autoreg.transfer.load import write_tensors
 
     weights = folder / WEIGHTS_NAME
-    # One entry only: safetensors writes several in an order that changes from process to process, and the bytes have to repeat.
-    with atomic_path(weights) as temporary:
-        save_file(objective.transferable_state(), temporary, metadata={"format": "pt"})
+    write_tensors(weights, objective.transferable_state())
     card = EncoderCard(
         name=plan.name,
         encoder=plan.encoder.name,

@@ -13,7 +13,7 @@ from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import differences
+from nnunet_autoreg.records import atomic_path, differences
 from nnunet_autoreg.transfer.adapt import fit_channels, fit_kernel, fit_positions
 from nnunet_autoreg.transfer.block import AutoregBlock
 from nnunet_autoreg.transfer.channels import map_channels
@@ -116,6 +116,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"{file}: '{key}' holds NaN or infinity; the pretraining went wrong: use other weights")
     return {key: tensor.float() for key, tensor in tensors.items()}
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    # One entry only: safetensors writes several in an order that changes from process to process, and the bytes have to repeat.
+    with atomic_path(file) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:

@@ -16,9 +16,9 @@ from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.records import sha256_of
 from nnunet_autoreg.transfer.foreign.exporting import export_weights
-from nnunet_autoreg.transfer.foreign.imported import Options, names_of, write_tensors
+from nnunet_autoreg.transfer.foreign.imported import Options, names_of
 from nnunet_autoreg.transfer.foreign.importing import import_weights
-from nnunet_autoreg.transfer.load import Target, load_encoder
+from nnunet_autoreg.transfer.load import Target, load_encoder, write_tensors
 
 PRIMUS = {"embed_dim": 48, "patch_embed_size": [8, 8, 8], "eva_depth": 2, "eva_numheads": 4, "init_values": 0.1, "scale_attn_inner": True}
 CROP = (16, 16, 24)

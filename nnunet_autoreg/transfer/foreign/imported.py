@@ -14,7 +14,8 @@ from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.model.card import CARD_NAME, IMPORTED, RUNS_FOLDER, WEIGHTS_NAME, Adaptation, EncoderCard, read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import atomic_path, sha256_of
+from nnunet_autoreg.records import sha256_of
+from nnunet_autoreg.transfer.load import write_tensors
 from nnunet_autoreg.transfer.network import encoder_prefixes
 
 
@@ -137,15 +138,6 @@ def write_run(imported: Imported, results: Path, name: str) -> EncoderCard:
     except WeightsError:
         (folder / CARD_NAME).unlink()
         raise
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    # One entry only: safetensors writes several in an order that changes from process to process, and the bytes have to repeat.
-    with atomic_path(file) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
