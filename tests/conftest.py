@@ -1,5 +1,6 @@
 """Fixtures for every tier."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 
+# Tests run in as many processes as there are cores; threads of their own would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # dicom_files.py is shared by tests of several folders.
 sys.path.insert(0, str(Path(__file__).parent))
 
