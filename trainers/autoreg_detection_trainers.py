@@ -264,7 +264,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             output: Output = self.network(self._on_device(batch["data"]))
         target = self._on_device(batch["target"])
         losses = self.loss.losses(output, target, batch["objects"])
-        scans = patches_scored(output, self.loss.grid(output), batch["objects"], first=0)
+        scans = patches_scored(output, self.loss.grid(output), batch["objects"], 0, self.loss.uncounted(target))
         return {"loss": losses.numbers()["loss"], "scans": scans, **self.loss.confusion(output, target)}
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
@@ -324,7 +324,8 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         detector.detect = False
         every = self._from_all_processes([{"scan": scan} for scan in found])
         if self.local_rank == 0:
-            scores = write_summary(folder / "summary_detection.json", [o["scan"] for o in every], self.plan, model)
+            scores = write_summary(folder / "summary_detection.json", [o["scan"] for o in every], self.plan,
+                                   {**model, "mirrorings": scan_detector.num_voters})
             for name, value in scores.items():
                 self.logger.log_summary(f"final_val/{name}", value)
             told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())

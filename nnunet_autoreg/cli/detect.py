@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch,
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 
 if TYPE_CHECKING:
+    from nnunet_autoreg.detection.from_segmentation import Segmentations
     from nnunet_autoreg.detection.predict import Model, Options
     from nnunet_autoreg.detection.scanfile import ScanFile
     from nnunet_autoreg.detection.scans import Scan
@@ -26,9 +28,11 @@ def parser() -> argparse.ArgumentParser:
         "NAME_boxes (frames, a label map), NAME_instances (segmentation inside the boxes), NAME.mrk.json (for 3D Slicer).",
     )
     add = p.add_argument
-    add("-d", required=True, metavar="ID", help="the dataset the model was trained on (4 or Dataset004_Name)")
-    add("-i", required=True, metavar="FOLDER", help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for models of one channel, "
+    add("-d", metavar="ID", help="the dataset the model was trained on (4 or Dataset004_Name)")
+    add("-i", metavar="FOLDER", help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for models of one channel, "
         "any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, searched recursively")
+    add("--from-seg", metavar="FOLDER", type=Path, help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
+        "component of its segmentations becomes a detection, scored by its highest probability")
     add("-o", required=True, metavar="FOLDER", help="where results go")
     add("-f", nargs="+", default=[], metavar="FOLD", help="folds; default: all that are finished")
     add("-tr", default="AutoregDetectionTrainer", metavar="TRAINER", help="default: AutoregDetectionTrainer")
@@ -44,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--filled", action="store_true", help="draw solid boxes instead of frames")
     add("--no-instances", action="store_true", help="do not write NAME_instances")
     add("--csv", action="store_true", help=f"also write all boxes into {TABLE}, with LUNA16's columns (mm, LPS) first")
+    add("--nndet", action="store_true", help="also write NAME_boxes.pkl as nnDetection does")
     add("--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan")
     add("--overwrite", action="store_true", help="detect again where results are there already; default: go on with the others")
     return p
@@ -74,41 +79,75 @@ def options_of(args: argparse.Namespace, model: "Model") -> "Options":
         UsageError: a value that cannot be.
     """
     from nnunet_autoreg.detection.infer import Thinning
-    from nnunet_autoreg.detection.predict import Options
+    from nnunet_autoreg.detection.predict import Options, num_mirrorings
 
     if args.min_score is not None and args.fppi is not None:
         raise UsageError("--min-score and --fppi exclude each other; give one")
-    if args.min_score is not None and not 0 <= args.min_score <= 1:
-        raise UsageError(f"--min-score {args.min_score:g} must lie in [0, 1]")
+    _check_score(args)
     if args.fppi is not None and not args.fppi > 0:
         raise UsageError(f"--fppi {args.fppi:g} must be greater than 0")
     if not 0 <= args.nms_iou < 1:
         raise UsageError(f"--nms-iou {args.nms_iou:g} must lie in [0, 1)")
-    min_score = args.min_score if args.fppi is None else model.thresholds(args.fppi)
     mirror = model.device.type == "cuda" if args.tta is None else args.tta
-    return Options(mirror, Thinning(voter_iou=args.nms_iou), min_score, args.filled, not args.no_instances)
+    options = Options(mirror, Thinning(voter_iou=args.nms_iou), args.min_score, args.filled, not args.no_instances, args.nndet)
+    return options if args.fppi is None else replace(options, min_score=model.thresholds(args.fppi, num_mirrorings(model, options)))
+
+
+def _check_score(args: argparse.Namespace) -> None:
+    if args.min_score is not None and not 0 <= args.min_score <= 1:
+        raise UsageError(f"--min-score {args.min_score:g} must lie in [0, 1]")
 
 
 def detect_all(args: argparse.Namespace) -> int:
     """Detect in every scan; one that cannot be read is named and the others go on."""
-    from nnunet_autoreg.detection.export import write_table
-    from nnunet_autoreg.detection.predict import DRAWN_FROM, settings_of
+    from nnunet_autoreg.detection.predict import settings_of
     from nnunet_autoreg.detection.scans import find
 
+    if args.d is None or args.i is None:
+        raise UsageError("-d and -i are needed (the dataset the model was trained on, and the scans), or --from-seg")
     model = model_of(args)
     options = options_of(args, model)
     scans = find(Path(args.i), model.file_ending, model.num_channels, args.split_4d)
     folder = Path(args.o)
     folder.mkdir(parents=True, exist_ok=True)
     done = {} if args.overwrite else results_there(folder, [s.name for s in scans], model.describe(), settings_of(model, options))
-    found = [done.get(scan.name) or detect_one(model, scan, options, folder) for scan in scans]
+    return finish(args, options, [done.get(scan.name) or detect_one(model, scan, options, folder) for scan in scans])
+
+
+def detect_from_segmentations(args: argparse.Namespace) -> int:
+    """The components of segmentations; one that cannot be read is named and the others go on."""
+    from nnunet_autoreg.detection.from_segmentation import Segmentations
+    from nnunet_autoreg.detection.predict import Options
+
+    unused = {name: getattr(args, name.strip("-").replace("-", "_")) for name in ("-d", "-i", "-f", "--fppi", "--tta", "--split-4d")}
+    if given := [name for name, value in unused.items() if value not in (None, False, [])]:
+        raise UsageError(f"{given[0]} has no meaning with --from-seg; leave it out")
+    _check_score(args)
+    source = Segmentations(args.from_seg)
+    options = Options(min_score=args.min_score, filled=args.filled, with_instances=not args.no_instances, for_nndetection=args.nndet)
+    settings = {"min_score": args.min_score, "min_voxels": source.rules.min_voxels, "connectivity": source.rules.connectivity}
+    folder = Path(args.o)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {} if args.overwrite else results_there(folder, source.names, source.describe(), settings)
+    return finish(args, options, [done.get(name) or segmented_one(source, name, options, settings, folder) for name in source.names])
+
+
+def finish(args: argparse.Namespace, options: "Options", found: "list[ScanFile | None]") -> int:
+    """Write the table of all scans, None standing for one that could not be read; returns 1 if there was such a one, else 0.
+
+    Raises:
+        AutoregError: none could be read.
+    """
+    from nnunet_autoreg.detection.export import write_table
+    from nnunet_autoreg.detection.predict import DRAWN_FROM
+
     records = [record for record in found if record is not None]
     if not records:
-        raise AutoregError(f"none of the {len(scans)} scans of {args.i} could be read")
+        raise AutoregError(f"none of the {len(found)} scans of {args.from_seg or args.i} could be read")
     if args.csv:
-        write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
+        write_table(Path(args.o) / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
     print_next(f"autoreg_evaluate_detection -p {args.o} -g FOLDER_OF_LABELS -o FILE; or open NAME.mrk.json over the scan in 3D Slicer")
-    return 0 if len(records) == len(scans) else 1
+    return 0 if len(records) == len(found) else 1
 
 
 def results_there(folder: Path, names: list[str], model: dict[str, Any], settings: dict[str, Any]) -> dict[str, "ScanFile"]:
@@ -130,7 +169,7 @@ def results_there(folder: Path, names: list[str], model: dict[str, Any], setting
 
 def detect_one(model: "Model", scan: "Scan", options: "Options", folder: Path) -> "ScanFile | None":
     """Detect in one scan and write its files; None if it cannot be read."""
-    from nnunet_autoreg.detection.predict import DRAWN_FROM, detect, write
+    from nnunet_autoreg.detection.predict import detect, write
 
     try:
         found = detect(model, scan, options)
@@ -138,9 +177,32 @@ def detect_one(model: "Model", scan: "Scan", options: "Options", folder: Path) -
         log.warning("%s is left out (%s): %s", scan.name, error.status, error)
         return None
     write(model, found, folder, options)
-    strong = sum(box.score >= DRAWN_FROM for box in found.record.boxes)
-    print(f"{scan.name}: {len(found.record.boxes)} boxes, {strong} of them with a score of {DRAWN_FROM} or more", flush=True)
+    _tell(found.record)
     return found.record
+
+
+def segmented_one(
+    source: "Segmentations", name: str, options: "Options", settings: dict[str, Any], folder: Path
+) -> "ScanFile | None":
+    """Write the files of one segmentation's components; None if it cannot be read."""
+    from nnunet_autoreg.detection.predict import write_record
+
+    try:
+        record, ids, properties = source.read(name, options.min_score or 0.0, settings)
+    except ScanError as error:
+        log.warning("%s is left out (%s): %s", name, error.status, error)
+        return None
+    writer = source.manager.image_reader_writer_class()
+    write_record(record, ids if options.with_instances else None, writer, source.ending, properties, folder, options)
+    _tell(record)
+    return record
+
+
+def _tell(record: "ScanFile") -> None:
+    from nnunet_autoreg.detection.predict import DRAWN_FROM
+
+    strong = sum(box.score >= DRAWN_FROM for box in record.boxes)
+    print(f"{record.scan}: {len(record.boxes)} boxes, {strong} of them with a score of {DRAWN_FROM} or more", flush=True)
 
 
 @command
@@ -149,4 +211,4 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     prepare_torch()
     configure_logging()
-    return detect_all(args)
+    return detect_all(args) if args.from_seg is None else detect_from_segmentations(args)

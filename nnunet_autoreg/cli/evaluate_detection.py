@@ -31,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--iou", metavar="T", type=float, nargs="+", default=[0.1, 0.5],
                    help="IoUs of the average precisions (default: 0.1 0.5); the mean over 0.1 to 0.5 always comes with them")
     p.add_argument("--hit", metavar="RULE", default="iou:0.1",
-                   help="when a detection has found an object, for FROC, sizes, CSV and pictures: iou:T, centre (its centre lies in the "
-                   "object), radius (within half the object's largest side, as LUNA16), or radius:MM (default: iou:0.1)")
+                   help="when a detection has found an object, for FROC, sizes, CSV and pictures: iou:T, mask:T (IoU of voxels in "
+                   "NAME_instances, RibFrac's with 0.2), centre (its centre lies in the object), radius (within half the object's largest "
+                   "side, as LUNA16), or radius:MM (default: iou:0.1)")
     p.add_argument("--classes", metavar="NAME", nargs="+", default=[], help="score these only (default: all)")
     p.add_argument("--duplicates", choices=["false", "ignored"], default="false",
                    help="what a second detection of one object is: a false positive, or ignored as LUNA16 does (default: false)")
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     found = read_found(arguments.p)
     known = next(iter(found.values())).classes
     truth = read_classes(arguments.g, arguments.dataset_json, known, arguments.classes, arguments.min_voxels, arguments.connectivity)
-    folders = gather(truth, found, arguments.all_scans)
+    folders = gather(truth, found, arguments.all_scans, arguments.p if settings.hit.kind == "mask" else None)
     results = evaluate(folders.scans, truth.classes, settings)
     results["scans"] |= {"without_detections": list(folders.undetected), "without_truth": list(folders.unknown)}
     results["inputs"] = {"predictions": str(arguments.p), "truth": str(arguments.g), "min_voxels": truth.rules.min_voxels,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +15,6 @@ from nnunet_autoreg.detection.instances import (
     Instances,
     ObjectClass,
     Rules,
-    boxes_of_ids,
     find_instances,
     ignore_value,
     known_instances,
@@ -25,8 +23,9 @@ from nnunet_autoreg.detection.instances import (
     read_rules,
     read_true_boxes,
 )
-from nnunet_autoreg.detection.matching import ANY_CLASS, ScanBoxes
-from nnunet_autoreg.detection.scanfile import ScanFile, is_scan_file, read_scan_file
+from nnunet_autoreg.detection.matching import ScanBoxes
+from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, is_scan_file, read_scan_file
+from nnunet_autoreg.detection.score import mask_overlaps, scan_of_instances
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
 from nnunet_autoreg.records import read_json
 
@@ -150,14 +149,15 @@ def _choose(every: Sequence[ObjectClass], wanted: Sequence[str]) -> tuple[Object
     return tuple(kind for kind in every if not wanted or kind.name in wanted)
 
 
-def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = False) -> Folders:
+def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = False, masks: Path | None = None) -> Folders:
     """Read the objects of every scan and put its detections beside them.
 
     Args:
         with_undetected: a scan without a file of detections counts as one in which nothing was found; else it is left out.
+        masks: folder with ``<scan>_instances`` of the detections, if overlaps are to be counted in voxels.
 
     Raises:
-        UsageError: no scan is in both folders.
+        UsageError: no scan is in both folders, or voxels are to be counted that are not known.
         ObjectsError: a scan whose truth cannot be read, or whose detections were made on an image of another size.
     """
     files = _true_files(truth.folder)
@@ -171,7 +171,7 @@ def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = 
     if unknown:
         log.warning("%d scans have detections and no truth (%s): left out", len(unknown), _some(unknown))
     names = [name for name in files if name in found or with_undetected]
-    scans = tuple(_read_scan(name, files[name], truth, found.get(name)) for name in names)
+    scans = tuple(_read_scan(name, files[name], truth, found.get(name), masks) for name in names)
     return Folders(scans, dict(found), {name: files[name] for name in names}, undetected, unknown)
 
 
@@ -203,7 +203,7 @@ def read_array(file: Path) -> tuple[NDArray[Any], tuple[float, float, float]]:
     return SimpleITK.GetArrayFromImage(image), (z, y, x)
 
 
-def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None) -> ScanBoxes:
+def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None, masks: Path | None) -> ScanBoxes:
     array, spacing_mm = (None, None) if file.suffix == ".json" else read_array(file)
     if found is not None:
         spacing_mm = spacing_mm or found.spacing_mm_zyx
@@ -216,20 +216,31 @@ def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None) -> S
     if spacing_mm is None:
         raise ObjectsError(f"{file}: without detections the voxel size of this scan is not known; leave out --all-scans")
     instances = _instances(file, array, truth, found)
-    boxes_D6, places_D, scores_D = _detections(found, truth)
-    regions = [] if array is None or truth.ignore_label is None else _components(array == truth.ignore_label)
-    boxes = [o.box_zyx for o in instances.objects] + [box for box, _ in regions]
-    true_boxes = np.array(boxes, dtype=np.float64).reshape(-1, 6)
-    inside = _in_boxes(boxes_D6, true_boxes)
-    if instances.ids_ZYX is not None:
-        at_centres = _values_at_centres(instances.ids_ZYX, boxes_D6)
-        inside[:, :len(instances.objects)] = at_centres[:, None] == np.array([[o.id for o in instances.objects]])
-    for column, (_, mask) in enumerate(regions, start=len(instances.objects)):
-        inside[:, column] = _values_at_centres(mask, boxes_D6) > 0
-    places = [o.place for o in instances.objects] + [ANY_CLASS] * len(regions)
-    ignored = [o.ignored for o in instances.objects] + [True] * len(regions)
-    return ScanBoxes(name, spacing_mm, true_boxes, np.array(places, dtype=np.int64), np.array(ignored, dtype=bool),
-                     boxes_D6, places_D, scores_D, inside)
+    uncounted = None if array is None or truth.ignore_label is None else array == truth.ignore_label
+    scan = scan_of_instances(name, spacing_mm, instances, _detections(found, truth), uncounted)
+    return scan if masks is None else replace(scan, mask_overlap_DG=_mask_overlaps(scan, instances, found, truth, masks))
+
+
+def _mask_overlaps(
+    scan: ScanBoxes, instances: Instances, found: ScanFile | None, truth: Truth, masks: Path
+) -> NDArray[np.float64]:
+    """(D, G) IoU in voxels; 0 with what is no object but a region that does not count."""
+    if instances.ids_ZYX is None:
+        raise UsageError(f"--hit mask: the objects of {scan.name} are known as boxes only; take --hit iou:0.1")
+    overlap = np.zeros((len(scan.boxes_D6), len(scan.true_boxes_G6)))
+    ids = [box.id for box in _scored(found, truth)]
+    if ids:
+        files = [f for f in (masks / f"{scan.name}_instances{end}" for end in IMAGE_ENDINGS) if f.is_file()]
+        if not files:
+            raise UsageError(f"--hit mask: {masks} has no {scan.name}_instances; detect without --no-instances")
+        drawn, _ = read_array(files[0])
+        if drawn.shape != instances.ids_ZYX.shape:
+            raise ObjectsError(f"{files[0]} has {drawn.shape} voxels (z, y, x), the labels {instances.ids_ZYX.shape}: another image?")
+        overlap[:, :len(instances.objects)] = mask_overlaps(drawn, ids, instances.ids_ZYX, [o.id for o in instances.objects])
+        if undrawn := len(set(ids) - set(np.unique(drawn).tolist())):
+            log.warning("%s: %d of %d boxes have no voxel in %s and hit nothing; --min-score 0 draws low scores too", scan.name, undrawn,
+                        len(ids), files[0].name)
+    return overlap
 
 
 def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: ScanFile | None) -> Instances:
@@ -246,32 +257,17 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: Scan
     return find_instances(array, truth.classes, truth.rules)
 
 
-def _detections(found: ScanFile | None, truth: Truth) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Boxes, places of their classes and scores of the detections of classes that are scored."""
+def _scored(found: ScanFile | None, truth: Truth) -> list[FileBox]:
+    """The detections of classes that are scored."""
+    names = {kind.name for kind in truth.classes}
+    return [box for box in (found.boxes if found else ()) if box.name in names]
+
+
+def _detections(found: ScanFile | None, truth: Truth) -> tuple[list[Any], list[int], list[float]]:
+    """Their boxes, places of their classes and scores."""
     place_of = {kind.name: place for place, kind in enumerate(truth.classes)}
-    boxes = [box for box in (found.boxes if found else ()) if box.name in place_of]
-    return (np.array([b.box_zyx for b in boxes], dtype=np.float64).reshape(-1, 6),
-            np.array([place_of[b.name] for b in boxes], dtype=np.int64), np.array([b.score for b in boxes], dtype=np.float64))
-
-
-def _components(mask: NDArray[np.bool_]) -> list[tuple[tuple[float, ...], NDArray[np.bool_]]]:
-    """Box and mask of every connected part."""
-    ids = cc3d.connected_components(mask, connectivity=26)
-    return [(box, ids == i) for i, (box, _) in boxes_of_ids(ids).items()]
-
-
-def _in_boxes(boxes_D6: NDArray[np.float64], true_boxes_G6: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(D, G) whether the centre of each detection lies in each box."""
-    middle = (boxes_D6[:, None, :3] + boxes_D6[:, None, 3:]) / 2
-    inside = (middle >= true_boxes_G6[None, :, :3]) & (middle < true_boxes_G6[None, :, 3:])
-    return np.asarray(inside.all(-1))
-
-
-def _values_at_centres(array_ZYX: NDArray[Any], boxes_D6: NDArray[np.float64]) -> NDArray[Any]:
-    """(D,) the value of the voxel that holds the centre of each box."""
-    place = np.floor((boxes_D6[:, :3] + boxes_D6[:, 3:]) / 2).astype(np.int64)
-    z, y, x = np.clip(place, 0, np.array(array_ZYX.shape) - 1).T
-    return np.asarray(array_ZYX[z, y, x])
+    boxes = _scored(found, truth)
+    return [b.box_zyx for b in boxes], [place_of[b.name] for b in boxes], [b.score for b in boxes]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -48,6 +48,7 @@ class DetectionLoss:
 def detection_loss(
     logits_BAC: Tensor, codes_BA6: Tensor, grid: AnchorGrid, objects: Sequence[Objects],
     *, classification: str = "hard_negatives", centre_inside: bool = False, generator: torch.Generator | None = None,
+    uncounted_BZYX: Tensor | None = None,
 ) -> DetectionLoss:
     """Loss of a batch; an image without objects is fine, and so is a batch of such images.
 
@@ -56,6 +57,7 @@ def detection_loss(
         codes_BA6: predicted codes (boxes.encode).
         classification: ``hard_negatives`` or ``focal``.
         generator: draws the sampled anchors, on the CPU; torch's global one if None.
+        uncounted_BZYX: bool, voxels of nobody's label: an anchor with its centre there is no background.
 
     Raises:
         PlanError: there is no such classification loss.
@@ -65,6 +67,8 @@ def detection_loss(
     with torch.no_grad():
         assigned = [_assign(o, grid, centre_inside) for o in objects]
         state_BA = torch.stack([state for state, _, _ in assigned])
+        if uncounted_BZYX is not None:
+            state_BA = torch.where((state_BA == 0) & _at_centres(uncounted_BZYX, grid), -1, state_BA)
         wanted_BA6 = torch.stack([wanted for _, _, wanted in assigned])
         target_BAC = functional.one_hot(torch.stack([labels for _, labels, _ in assigned]), logits_BAC.shape[-1]).float()
         target_BAC = target_BAC * (state_BA > 0)[..., None]
@@ -144,6 +148,14 @@ def _assign(objects: Objects, grid: AnchorGrid, centre_inside: bool) -> tuple[Te
     ignored = objects.ignored_G.to(device)[place] & (matched >= 0)
     state = (matched >= 0).long() - 2 * ignored.long()
     return state, objects.labels_G.to(device).long()[place], objects.boxes_G6.to(grid.boxes_A6)[place]
+
+
+def _at_centres(values_BZYX: Tensor, grid: AnchorGrid) -> Tensor:
+    """(B, A) values of the voxels that hold the anchors' centres; of the nearest one beyond the patch."""
+    place = bx.centres(grid.boxes_A6).floor().long()
+    last = torch.tensor(values_BZYX.shape[1:], device=place.device) - 1
+    z, y, x = torch.minimum(place.clamp(min=0), last).unbind(1)
+    return values_BZYX[:, z, y, x]
 
 
 def _draw(indices: Tensor, number: int, generator: torch.Generator | None) -> Tensor:

@@ -18,7 +18,6 @@ Ints = NDArray[np.int64]
 ANY_CLASS = -1
 """The place of an ignored region that excuses detections of every class."""
 DUPLICATES = ("false", "ignored")
-KINDS = ("iou", "centre", "radius")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class HitRule:
     Attributes:
         kind: ``iou``: the boxes overlap by at least ``value``. ``centre``: its centre lies in the object; in the object's box, where
             no map is known. ``radius``: its centre is at most ``value`` mm from that of the object's box, and if ``value`` is 0 at
-            most half the object's largest side, which is LUNA16's rule.
+            most half the object's largest side, which is LUNA16's rule. ``mask``: the IoU of their voxels, not of their boxes, is at
+            least ``value``, as RibFrac has it with 0.2.
     """
 
     kind: str = "iou"
@@ -39,7 +39,7 @@ class HitRule:
 
 
 def parse_hit_rule(text: str) -> HitRule:
-    """``iou:0.1``, ``centre``, ``radius`` or ``radius:5`` (mm).
+    """``iou:0.1``, ``mask:0.2``, ``centre``, ``radius`` or ``radius:5`` (mm).
 
     Raises:
         UsageError: it is none of these.
@@ -49,9 +49,9 @@ def parse_hit_rule(text: str) -> HitRule:
         value = float(number) if number else 0.0
     except ValueError:
         value = math.nan
-    fits = {"iou": 0 < value <= 1, "centre": not number, "radius": 0 <= value < math.inf}
+    fits = {"iou": 0 < value <= 1, "mask": 0 < value <= 1, "centre": not number, "radius": 0 <= value < math.inf}
     if not fits.get(kind, False):
-        raise UsageError(f"hit rule '{text}' is not known; write iou:0.1 (0 to 1), centre, radius, or radius:5 (mm)")
+        raise UsageError(f"hit rule '{text}' is not known; write iou:0.1 or mask:0.2 (0 to 1), centre, radius, or radius:5 (mm)")
     return HitRule(kind, value)
 
 
@@ -64,6 +64,7 @@ class ScanBoxes:
         true_boxes_G6, true_places_G, ignored_G: objects, the place of their class, and whether they do not count.
         boxes_D6, places_D, scores_D: detections.
         centre_inside_DG: whether the detection's centre is a voxel of the object.
+        mask_overlap_DG: IoU of the voxels of each detection and object; None where they are not known.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ScanBoxes:
     places_D: Ints  # noqa: N815
     scores_D: Floats  # noqa: N815
     centre_inside_DG: Bools  # noqa: N815
+    mask_overlap_DG: Floats | None = None  # noqa: N815
 
     @property
     def is_empty(self) -> bool:
@@ -112,10 +114,16 @@ def distances_mm(scan: ScanBoxes) -> Floats:
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how good a one (more is better)."""
-    overlap = overlaps(scan.boxes_D6, scan.true_boxes_G6)
-    if rule.kind == "iou":
-        hit, quality = overlap >= min(rule.value, 1 - 1e-9), overlap
+    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how good a one (more is better).
+
+    Raises:
+        UsageError: the rule asks for voxels, and only boxes are known.
+    """
+    if rule.kind in ("iou", "mask"):
+        quality = overlaps(scan.boxes_D6, scan.true_boxes_G6) if rule.kind == "iou" else scan.mask_overlap_DG
+        if quality is None:
+            raise UsageError(f"hit rule {rule}: the voxels of {scan.name}'s objects are not known; take iou:T")
+        hit = quality >= min(rule.value, 1 - 1e-9)
     else:
         away = distances_mm(scan)
         quality = 1 / (1 + away)

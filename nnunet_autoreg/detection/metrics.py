@@ -111,6 +111,18 @@ def threshold_at(curve: Froc, fp_per_scan: float) -> float:
     return float(curve.threshold[np.searchsorted(curve.fp_per_scan, fp_per_scan, side="right") - 1])
 
 
+def common_threshold(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> float:
+    """As ``threshold_at`` for several curves, each with its number of scans, as if they were of one set of scans."""
+    thresholds = np.unique(np.concatenate([curve.threshold for curve, _ in curves]))[::-1]
+    false = np.zeros(len(thresholds))
+    for curve, scans in curves:
+        # Thresholds fall; a curve stays where its last point at or above the threshold is.
+        last = np.searchsorted(-curve.threshold, -thresholds, side="right") - 1
+        false += curve.fp_per_scan[last] * scans
+    allowed = false / sum(scans for _, scans in curves) <= fp_per_scan
+    return float(thresholds[allowed][-1])
+
+
 def cpm(pooled: Pooled, weights_S: Floats | None = None, points: Sequence[float] = FP_PER_SCAN) -> float:
     """Mean sensitivity at the operating points; NaN without objects."""
     return float(sensitivity_at(froc(pooled, weights_S), points).mean())

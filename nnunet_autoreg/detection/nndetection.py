@@ -1,12 +1,13 @@
-"""A task of nnDetection as an nnU-Net dataset: its classes count from 0, nnU-Net's labels from 1.
+"""A task of nnDetection as an nnU-Net dataset, and detections as nnDetection writes them: its classes count from 0, labels from 1.
 
 Source: nnDetection's documentation of its raw format: ``dataset.json`` with ``labels`` {"0": name} and ``modalities`` {"0": name};
 ``raw_splitted/imagesTr/<case>_0000.nii.gz``; ``raw_splitted/labelsTr/<case>.nii.gz`` with ids of instances and ``<case>.json`` with
-{"instances": {"1": 0}}.
+{"instances": {"1": 0}}; results as ``<case>_boxes.pkl``.
 """
 
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.detection.geometry import RAS_OF_LPS
 from nnunet_autoreg.detection.instances import ObjectClass, Rules, known_instances, labels_of_instances
+from nnunet_autoreg.detection.scanfile import ScanFile
 from nnunet_autoreg.errors import ObjectsError, PlanError, UsageError
 from nnunet_autoreg.records import atomic_path, read_json, write_json
 
@@ -27,6 +30,26 @@ log = logging.getLogger(__name__)
 def labels_from_classes(class_of: Mapping[int, int]) -> dict[int, int]:
     """Instance id -> nnU-Net label, from nnDetection's instance id -> class."""
     return {number: kind + 1 for number, kind in class_of.items()}
+
+
+def write_boxes(file: Path, record: ScanFile) -> None:
+    """The detections of a scan as nnDetection's ``<case>_boxes.pkl``: boxes z0, y0, z1, y1, x0, x1, from the voxel before the first one
+    to the voxel after the last; classes from 0 in the order of the labels.
+    """
+    linear = np.array(record.affine_ras)
+    spacing = np.linalg.norm(linear[:3, :3], axis=0)
+    places = {label: place for place, label in enumerate(sorted(record.classes.values()))}
+    boxes = np.array([box.box_zyx for box in record.boxes], dtype=np.float32).reshape(-1, 6)
+    data = {
+        "pred_boxes": boxes[:, [0, 1, 3, 4, 2, 5]] - np.array([1, 1, 0, 0, 1, 0], dtype=np.float32),
+        "pred_scores": np.array([box.score for box in record.boxes], dtype=np.float32),
+        "pred_labels": np.array([places[box.label] for box in record.boxes], dtype=np.int64),
+        "restore": True, "original_size_of_raw_data": np.array(record.shape_zyx),
+        "itk_origin": tuple((RAS_OF_LPS @ linear[:3, 3]).tolist()),
+        "itk_spacing": tuple(spacing.tolist()), "itk_direction": tuple((RAS_OF_LPS @ linear[:3, :3] / spacing).ravel().tolist()),
+    }
+    with atomic_path(file) as temporary, temporary.open("wb") as handle:
+        pickle.dump(data, handle)
 
 
 def convert_task(task: Path, dataset: Path) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nnunet_autoreg.detection.instances import (
     Instances,
@@ -46,12 +47,14 @@ class CaseObjects:
         instances: with their map.
         shape_vox, spacing_mm: (z, y, x) of the image.
         has_masks: False where only boxes are known: the map holds ellipsoids then.
+        uncounted_ZYX: voxels with nnU-Net's ignore label; None without one.
     """
 
     instances: Instances
     shape_vox: Size
     spacing_mm: Spacing
     has_masks: bool
+    uncounted_ZYX: NDArray[np.bool_] | None = None  # noqa: N815
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class ObjectSource:
             found = find_instances(array, self.classes, self.rules)
         if any(o.id > MOST_CARRIED for o in found.objects):
             raise ObjectsError(f"{known or label}: ids above {MOST_CARRIED} cannot be carried through training; number the objects from 1")
-        return CaseObjects(found, shape, spacing_mm, self.has_masks(case))
+        ignored = ignore_value(self.dataset)
+        return CaseObjects(found, shape, spacing_mm, self.has_masks(case), None if ignored is None else array == ignored)
 
     def _known(self, case: str) -> Path | None:
         file = None if self.raw is None else self.raw / INSTANCES / f"{case}{self.dataset['file_ending']}"

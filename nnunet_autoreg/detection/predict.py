@@ -15,13 +15,14 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.export import draw_boxes, draw_instances, shown, write_markup
+from nnunet_autoreg.detection.export import Ids, draw_boxes, draw_instances, shown, write_markup
 from nnunet_autoreg.detection.geometry import frame_of_properties, preprocessing_of
 from nnunet_autoreg.detection.infer import USUAL, Candidates, ScanDetector, Thinning, joined, merge
-from nnunet_autoreg.detection.metrics import Froc, threshold_at
+from nnunet_autoreg.detection.metrics import Froc, common_threshold
 from nnunet_autoreg.detection.net import Detector
+from nnunet_autoreg.detection.nndetection import write_boxes
 from nnunet_autoreg.detection.plan import DetectionPlan, read_plan
-from nnunet_autoreg.detection.scanfile import ScanFile, make_scan_file, write_scan_file
+from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, make_scan_file, write_scan_file
 from nnunet_autoreg.detection.scans import Scan, ready
 from nnunet_autoreg.detection.validate import in_original
 from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
@@ -45,6 +46,7 @@ class Options:
         min_score: one for all classes, or by class; lower scores are left out everywhere. None keeps all.
         filled: label maps of boxes are solid.
         with_instances: write the segmentation inside the boxes.
+        for_nndetection: write nnDetection's pickle too.
     """
 
     mirror: bool = False
@@ -52,6 +54,7 @@ class Options:
     min_score: float | Mapping[str, float] | None = None
     filled: bool = False
     with_instances: bool = True
+    for_nndetection: bool = False
 
 
 class Model:
@@ -103,23 +106,30 @@ class Model:
         return {"dataset": self.stock.plans_manager.dataset_name, "trainer": trainer, "plans": plans, "configuration": configuration,
                 "folds": list(self.folds)}
 
-    def thresholds(self, fp_per_scan: float) -> dict[str, float]:
-        """Class -> the score threshold that gave so many false positives per scan in validation, the mean over the folds.
+    def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
+        """Class -> the score threshold that gave so many false positives per scan in the validation of all folds together.
+
+        Args:
+            num_mirrorings: with which it is to be used; validation may have had others.
 
         Raises:
             UsageError: a fold has no validation to tell.
         """
-        found: dict[str, list[float]] = {kind.name: [] for kind in self.plan.classes}
+        curves: dict[str, list[tuple[Froc, int]]] = {kind.name: [] for kind in self.plan.classes}
         for fold in self.folds:
             file = self.folder / f"fold_{fold}" / SUMMARY
             if not file.is_file():
                 raise UsageError(f"--fppi needs {file}, which validation writes; run nnUNetv2_train with --val, or give --min-score")
-            for name, curve in read_json(file)["froc"]["curve"].items():
+            summary = read_json(file)
+            if summary["model"].get("mirrorings", num_mirrorings) != num_mirrorings:
+                log.warning("--fppi: fold %s was validated with %d mirrorings, here there are %d: its scores differ somewhat; --tta and "
+                            "--no-tta choose", fold, summary["model"]["mirrorings"], num_mirrorings)
+            for name, curve in summary["froc"]["curve"].items():
                 points = [np.array([np.inf if v is None else v for v in curve[key]]) for key in ("fp_per_scan", "sensitivity", "threshold")]
-                found[name].append(min(1.0, threshold_at(Froc(*points), fp_per_scan)))
-        for name in (n for n, values in found.items() if not values):
+                curves[name].append((Froc(*points), summary["scans"]["number"]))
+        for name in (n for n, known in curves.items() if not known):
             log.warning("no validation case has an object of %s, so --fppi has no threshold for it: all of its boxes are kept", name)
-        return {name: float(np.mean(values)) if values else 0.0 for name, values in found.items()}
+        return {name: min(1.0, common_threshold(known, fp_per_scan)) if known else 0.0 for name, known in curves.items()}
 
     def _check_plans(self) -> None:
         plans = read_json(self.folder / "plans.json")
@@ -194,7 +204,12 @@ def detect(model: Model, scan: Scan, options: Options) -> Detected:
 
 def settings_of(model: Model, options: Options) -> dict[str, Any]:
     """What results say of the options that they depend on."""
-    return {"thinning": asdict(options.thinning), "mirrorings": 2 ** len(_mirror_axes(model, options)), "min_score": options.min_score}
+    return {"thinning": asdict(options.thinning), "mirrorings": num_mirrorings(model, options), "min_score": options.min_score}
+
+
+def num_mirrorings(model: Model, options: Options) -> int:
+    """How often every model looks at a scan."""
+    return int(2 ** len(_mirror_axes(model, options)))
 
 
 def _mirror_axes(model: Model, options: Options) -> tuple[int, ...]:
@@ -216,17 +231,31 @@ def lowest(min_score: float | Mapping[str, float] | None, name: str) -> float:
 
 def write(model: Model, found: Detected, folder: Path, options: Options) -> None:
     """Write the files of a scan; its JSON comes last, so that where it is, all is."""
-    record, name = found.record, found.record.scan
-    # Who asked for a score sees all that is left; else low scores, which are for evaluation, are not drawn.
-    boxes = shown(record.boxes, DRAWN_FROM if options.min_score is None else 0.0)
-    writer = model.stock.plans_manager.image_reader_writer_class()
-    drawn = draw_boxes(boxes, record.shape_zyx, options.filled)
-    writer.write_seg(drawn, str(folder / f"{name}_boxes{model.file_ending}"), found.properties)
+    instances = None
     if found.labels_ZYX is not None:
-        instances = draw_instances(boxes, np.asarray(found.labels_ZYX), model.plan.classes)
-        writer.write_seg(instances, str(folder / f"{name}_instances{model.file_ending}"), found.properties)
+        instances = draw_instances(_drawn(found.record, options), np.asarray(found.labels_ZYX), model.plan.classes)
+    writer = model.stock.plans_manager.image_reader_writer_class()
+    write_record(found.record, instances, writer, model.file_ending, found.properties, folder, options)
+
+
+def write_record(
+    record: ScanFile, instances_ZYX: Ids | None, writer: Any, file_ending: str, properties: dict[str, Any], folder: Path, options: Options
+) -> None:
+    """Write the files of a scan, its JSON last; ``writer`` is nnU-Net's for images of these properties."""
+    name, boxes = record.scan, _drawn(record, options)
+    drawn = draw_boxes(boxes, record.shape_zyx, options.filled)
+    writer.write_seg(drawn, str(folder / f"{name}_boxes{file_ending}"), properties)
+    if instances_ZYX is not None:
+        writer.write_seg(instances_ZYX, str(folder / f"{name}_instances{file_ending}"), properties)
     write_markup(folder / f"{name}.mrk.json", name, boxes, record.frame)
+    if options.for_nndetection:
+        write_boxes(folder / f"{name}_boxes.pkl", record)
     write_scan_file(folder / f"{name}.json", record)
+
+
+def _drawn(record: ScanFile, options: Options) -> list[FileBox]:
+    # Who asked for a score sees all that is left; else low scores, which are for evaluation, are not drawn.
+    return shown(record.boxes, DRAWN_FROM if options.min_score is None else 0.0)
 
 
 def trained_folder(results: Path, dataset: str, trainer: str, plans: str, configuration: str) -> Path:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.detection.evaluate import MAP_IOUS, MAP_NAME
-from nnunet_autoreg.detection.instances import Instances
-from nnunet_autoreg.detection.matching import HitRule, ScanBoxes, match_scan
+from nnunet_autoreg.detection.instances import Instances, boxes_of_ids
+from nnunet_autoreg.detection.matching import ANY_CLASS, HitRule, ScanBoxes, match_scan
 from nnunet_autoreg.detection.metrics import average_precision, mean_of_present, pool
 from nnunet_autoreg.geometry import Spacing
 
@@ -17,30 +18,61 @@ Floats = NDArray[np.float64]
 
 def scan_boxes(
     name: str, spacing_mm: Spacing, true: tuple[Any, Any, Any], found: tuple[Any, Any, Any], ids_ZYX: NDArray[Any] | None = None,
-    ids: Sequence[int] = (),
+    ids: Sequence[int] = (), uncounted_ZYX: NDArray[np.bool_] | None = None,
 ) -> ScanBoxes:
     """Objects (boxes, places, ignored) beside detections (boxes, places, scores).
 
     Args:
         ids_ZYX: map of the objects, in which they have ``ids``: decides whether a detection's centre lies in an object. Their boxes do,
             where it is None.
+        uncounted_ZYX: where it is True nothing counts: each connected part becomes an ignored object of any class.
     """
     true_boxes, boxes = (np.asarray(b, dtype=np.float64).reshape(-1, 6) for b in (true[0], found[0]))
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
     if ids_ZYX is None:
         inside = ((middle[:, None] >= true_boxes[None, :, :3]) & (middle[:, None] < true_boxes[None, :, 3:])).all(-1)
     else:
-        z, y, x = np.clip(np.floor(middle).astype(np.int64), 0, np.array(ids_ZYX.shape) - 1).T
-        inside = np.asarray(ids_ZYX[z, y, x])[:, None] == np.asarray(ids, dtype=np.int64)[None]
-    return ScanBoxes(name, spacing_mm, true_boxes, np.asarray(true[1], dtype=np.int64), np.asarray(true[2], dtype=bool), boxes,
-                     np.asarray(found[1], dtype=np.int64), np.asarray(found[2], dtype=np.float64), np.asarray(inside, dtype=bool))
+        inside = _values_at(ids_ZYX, middle)[:, None] == np.asarray(ids, dtype=np.int64)[None]
+    places, ignored = np.asarray(true[1], dtype=np.int64), np.asarray(true[2], dtype=bool)
+    if uncounted_ZYX is not None and uncounted_ZYX.any():
+        parts = cc3d.connected_components(uncounted_ZYX, connectivity=26)
+        regions = boxes_of_ids(parts)
+        true_boxes = np.concatenate([true_boxes, [box for box, _ in regions.values()]])
+        places = np.concatenate([places, np.full(len(regions), ANY_CLASS)])
+        ignored = np.concatenate([ignored, np.ones(len(regions), dtype=bool)])
+        inside = np.concatenate([inside, _values_at(parts, middle)[:, None] == np.array(list(regions))[None]], axis=1)
+    return ScanBoxes(name, spacing_mm, true_boxes, places, ignored, boxes, np.asarray(found[1], dtype=np.int64),
+                     np.asarray(found[2], dtype=np.float64), np.asarray(inside, dtype=bool))
 
 
-def scan_of_instances(name: str, spacing_mm: Spacing, instances: Instances, found: tuple[Any, Any, Any]) -> ScanBoxes:
+def _values_at(array_ZYX: NDArray[Any], points_N3: Floats) -> NDArray[Any]:
+    """(N,) values of the voxels that hold the points."""
+    z, y, x = np.clip(np.floor(points_N3).astype(np.int64), 0, np.array(array_ZYX.shape) - 1).T
+    return np.asarray(array_ZYX[z, y, x])
+
+
+def scan_of_instances(
+    name: str, spacing_mm: Spacing, instances: Instances, found: tuple[Any, Any, Any], uncounted_ZYX: NDArray[np.bool_] | None = None
+) -> ScanBoxes:
     """The objects of a scan beside its detections."""
     objects = instances.objects
     true = ([o.box_zyx for o in objects], [o.place for o in objects], [o.ignored for o in objects])
-    return scan_boxes(name, spacing_mm, true, found, instances.ids_ZYX, [o.id for o in objects])
+    return scan_boxes(name, spacing_mm, true, found, instances.ids_ZYX, [o.id for o in objects], uncounted_ZYX)
+
+
+def mask_overlaps(found_ZYX: NDArray[Any], found_ids: Sequence[int], true_ZYX: NDArray[Any], true_ids: Sequence[int]) -> Floats:
+    """(D, G) IoU of the voxels that have each id in two maps of one shape; 0 for an id without any."""
+    base = int(true_ZYX.max(initial=0)) + 1
+    pairs, counts = np.unique(found_ZYX.astype(np.int64) * base + true_ZYX, return_counts=True)
+    common = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
+    found_size, true_size = (np.bincount(array.ravel()) for array in (found_ZYX, true_ZYX))
+    overlap = np.zeros((len(found_ids), len(true_ids)))
+    for d, i in enumerate(found_ids):
+        for g, j in enumerate(true_ids):
+            both = common.get(i * base + j, 0)
+            if both:
+                overlap[d, g] = both / (found_size[i] + true_size[j] - both)
+    return overlap
 
 
 def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, float]:

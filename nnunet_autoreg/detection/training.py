@@ -67,12 +67,17 @@ class Losing:
         """The three losses of a batch, in float32."""
         device = output.codes_BA6.device
         wanted = [Objects(*(torch.from_numpy(o[name]).to(device) for name in ("boxes", "labels", "ignored"))) for o in objects]
-        found = detection_loss(output.scores_BAK, output.codes_BA6, self.grid(output), wanted, classification=self.plan.classification)
+        found = detection_loss(output.scores_BAK, output.codes_BA6, self.grid(output), wanted, classification=self.plan.classification,
+                               uncounted_BZYX=self.uncounted(target_B1ZYX))
         logits = output.logits_BCZYX.float()
         if self.plan.has_masks:
             return Losses(found.classification, found.regression, self.segmentation(logits, self.target(target_B1ZYX)))
         # No outline is known; every parameter still needs a gradient in distributed training.
         return Losses(found.classification, found.regression, logits.sum() * 0)
+
+    def uncounted(self, labels_B1ZYX: Tensor) -> Tensor | None:
+        """(B, Z, Y, X) which voxels have the ignore label; None where the dataset has none."""
+        return None if self.ignore_label is None else labels_B1ZYX[:, 0] == self.ignore_label
 
     def target(self, labels_B1ZYX: Tensor) -> Tensor:
         """The labels as the loss wants them: as they are, or a channel per region, and one for the ignore label.
@@ -119,14 +124,17 @@ def make_segmentation_loss(has_regions: bool, ignore_label: int | None, distribu
     return loss
 
 
-def patches_scored(output: Output, grid: AnchorGrid, objects: Sequence[Mapping[str, NDArray[Any]]], first: int) -> list[ScanBoxes]:
+def patches_scored(
+    output: Output, grid: AnchorGrid, objects: Sequence[Mapping[str, NDArray[Any]]], first: int, uncounted_BZYX: Tensor | None = None
+) -> list[ScanBoxes]:
     """Every patch of a batch as if it were a scan; ``first`` is the number of the first one."""
     scans = []
-    for number, (candidates, true) in enumerate(zip(boxes_of_output(output, grid), objects, strict=True), start=first):
+    masks = [None] * len(objects) if uncounted_BZYX is None else uncounted_BZYX.cpu().numpy()
+    for number, (candidates, true, mask) in enumerate(zip(boxes_of_output(output, grid), objects, masks, strict=True), start=first):
         found = merge(candidates, num_voters=1)
         boxes, places, scores = (v.cpu().numpy() for v in (found.boxes_N6, found.labels_N, found.scores_N))
         objects_there = (true["boxes"], true["labels"], true["ignored"])
-        scans.append(scan_boxes(f"patch {number}", (1.0, 1.0, 1.0), objects_there, (boxes, places, scores)))
+        scans.append(scan_boxes(f"patch {number}", (1.0, 1.0, 1.0), objects_there, (boxes, places, scores), uncounted_ZYX=mask))
     return scans
 
 

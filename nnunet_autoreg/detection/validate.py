@@ -77,7 +77,7 @@ def validate_cases(
         for iou in sorted({USUAL.voter_iou, *SWEPT_IOUS}):
             thinning = replace(detector.thinning, voter_iou=iou)
             found = in_original(merge(candidates, detector.num_voters, thinning), geometry, true.shape_vox, plan.classes)
-            by_iou[iou] = scan_of_instances(case, true.spacing_mm, true.instances, _arrays(found, plan))
+            by_iou[iou] = scan_of_instances(case, true.spacing_mm, true.instances, _arrays(found, plan), true.uncounted_ZYX)
             if iou == USUAL.voter_iou:
                 frame = frame_of_properties(properties, true.shape_vox)
                 settings = {"thinning": vars(thinning), "mirrorings": detector.num_voters}

@@ -1,6 +1,7 @@
 """Matching, average precision, FROC and all that is reported of them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from nnunet_autoreg.detection import metrics as mt
 from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.matching import ANY_CLASS, HitRule, ScanBoxes, match_scan, parse_hit_rule
+from nnunet_autoreg.detection.score import mask_overlaps
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
 A, B, C = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,)), ObjectClass("c", 3, (3,))
@@ -74,7 +76,31 @@ def test_hit_rules_by_hand():
         assert match_scan(far, 0, rule).object_of.tolist() == [-1]
 
 
-@pytest.mark.parametrize("text", ["iou", "iou:0", "iou:2", "centre:1", "radius:-1", "mask:0.2", "iou:x", "radius:inf"])
+def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
+    # Ids 1 and 2 were found, 3 and 7 are there: 1 shares 2 of 2 + 4 - 2 voxels with 3, 2 has none, 7 is not met.
+    found, true = np.array([[[1, 1, 0, 0, 0, 2]]]), np.array([[[3, 3, 3, 3, 7, 0]]])
+    overlap = mask_overlaps(found, [2, 1, 9], true, [3, 7])
+    assert overlap.tolist() == [[0, 0], [0.5, 0], [0, 0]]
+    one = scan([(cube(0), 0)], [(cube(10), 0, 0.9)])
+    rule = parse_hit_rule("mask:0.2")
+    assert str(rule) == "mask:0.2"
+    assert match_scan(replace(one, mask_overlap_DG=np.array([[0.2]])), 0, rule).object_of.tolist() == [0]
+    assert match_scan(replace(one, mask_overlap_DG=np.array([[0.19]])), 0, rule).object_of.tolist() == [-1]
+    with pytest.raises(UsageError, match=r"the voxels of s's objects are not known; take iou:T"):
+        match_scan(one, 0, rule)
+
+
+def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
+    # Curve a: 4 scans, 1 false positive at 0.9, 4 at 0.5. Curve b: 1 scan, 1 at 0.7, 2 at 0.4.
+    a = mt.Froc(np.array([0, 0.25, 1.0]), np.array([0, 0.5, 1]), np.array([np.inf, 0.9, 0.5]))
+    b = mt.Froc(np.array([0, 1.0, 2.0]), np.array([0, 0.5, 1]), np.array([np.inf, 0.7, 0.4]))
+    together = [(a, 4), (b, 1)]
+    # In 5 scans: 1 down to 0.9, 2 to 0.7, 5 to 0.5, 6 to 0.4.
+    assert [mt.common_threshold(together, n) for n in (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)] == [np.inf, 0.9, 0.7, 0.7, 0.5, 0.4]
+    assert mt.common_threshold([(a, 4)], 0.5) == mt.threshold_at(a, 0.5) == 0.9
+
+
+@pytest.mark.parametrize("text", ["iou", "iou:0", "iou:2", "centre:1", "radius:-1", "mask", "mask:1.5", "iou:x", "radius:inf"])
 def test_unknown_hit_rules_are_refused(text):
     with pytest.raises(UsageError, match=r"is not known; write iou:0\.1"):
         parse_hit_rule(text)

@@ -1,6 +1,8 @@
 """What a detector is trained with: plan, objects in preprocessed space, patches around them, losses, averaged weights, merged boxes."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,19 @@ from nnunet_autoreg.detection.data import (
 )
 from nnunet_autoreg.detection.infer import Candidates, ScanDetector, boxes_of_output, ends_between_tiles, merge, mirrored, place_weights
 from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
+from nnunet_autoreg.detection.matching import HitRule, match_scan
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.objects import ObjectSource, sizes_of
 from nnunet_autoreg.detection.plan import DetectionPlan, check_same_dataset, make_plan, read_plan, store
 from nnunet_autoreg.detection.score import quick_scores, scan_boxes
-from nnunet_autoreg.detection.training import Losing, absent_classes, make_segmentation_loss, mean_dice, without_decay_on_norms
+from nnunet_autoreg.detection.training import (
+    Losing,
+    absent_classes,
+    make_segmentation_loss,
+    mean_dice,
+    patches_scored,
+    without_decay_on_norms,
+)
 from nnunet_autoreg.errors import ObjectsError, PlanError
 
 LESION = ObjectClass("lesion", 1, (1,))
@@ -306,8 +316,6 @@ def objects(*boxes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("has_masks", [True, False])
 def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(has_masks: bool) -> None:
-    from dataclasses import replace
-
     losing = Losing(replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False), None, None)
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     labels[..., :4, :4, :4] = 1
@@ -330,6 +338,26 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
     found = losing.confusion(Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels)
     assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [[2, 1], [1, 2], [0, 0]]
     assert mean_dice([found]) == [pytest.approx(4 / 5), pytest.approx(2 / 4)]
+
+
+def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there_excused() -> None:
+    losing = Losing(replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False), None, 2)
+    labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
+    logits = torch.full((1, 8, 1), -4.0)
+    # Anchor 7 lies around (6, 6, 6), and is sure of an object that nobody labelled.
+    logits[0, 7] = 4.0
+    output = Output(torch.zeros(1, 2, 8, 8, 8), logits, torch.zeros(1, 8, 6), ((2, 2, 2),))
+    wrong = losing.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
+    labels[..., 5:, 5:, 5:] = 2
+    uncounted = losing.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
+    # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that is wrong.
+    score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
+    assert uncounted == pytest.approx(0.75 * (1 - score) * large + 6 * 0.25 * score * small, rel=1e-5)
+    assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
+    (scan,) = patches_scored(output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0, losing.uncounted(labels))
+    assert match_scan(scan, 0, HitRule()).excused.tolist()[:1] == [True]
+    (scan,) = patches_scored(output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
+    assert not match_scan(scan, 0, HitRule()).excused.any()
 
 
 def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:

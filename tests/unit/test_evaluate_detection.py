@@ -88,6 +88,31 @@ def test_a_hit_rule_and_classes_can_be_chosen(folders):
     assert [s["objects"] for s in results["sizes"]["strata"]] == [0, 1]
 
 
+def test_voxels_can_decide_what_a_hit_is(folders, caplog, capsys):
+    truth, found, out = folders
+    # The lesion of scan a has 4 x 6 x 6 voxels; 28 of them are drawn as number 1: IoU 28 / 144 is below 0.2, with 29 it is not.
+    for number, sensitivity in ((28, 0.0), (29, 0.5)):
+        drawn = np.zeros(SHAPE, np.uint8)
+        inside = np.zeros(4 * 6 * 6, np.uint8)
+        inside[:number] = 1
+        drawn[1:5, 2:8, 3:9] = inside.reshape(4, 6, 6)
+        drawn[2:6, 10:14, 12:18] = 2
+        image = SimpleITK.GetImageFromArray(drawn)
+        image.SetSpacing((1.0, 1.0, 2.0))
+        for name in ("a", "c"):
+            SimpleITK.WriteImage(image, str(found / f"{name}_instances.nii.gz"))
+        assert run(truth, found, out, "--hit", "mask:0.2") == 0
+        results = results_of(out)
+        assert results["froc"]["hit"] == "mask:0.2"
+        # Of two lesions one was looked for, and the other missed.
+        assert results["froc"]["sensitivity"]["per_class"]["lesion"][-1] == sensitivity
+        assert results["froc"]["sensitivity"]["per_class"]["cyst"][-1] == 1.0
+    assert "a: 1 of 3 boxes have no voxel in a_instances.nii.gz and hit nothing" in caplog.text
+    (found / "a_instances.nii.gz").unlink()
+    assert run(truth, found, out, "--hit", "mask:0.2") == 2
+    assert "has no a_instances; detect without --no-instances" in capsys.readouterr().err
+
+
 def test_instance_maps_may_touch_and_take_their_labels_from_the_json(folders):
     truth, found, out = folders
     halves = [(3, (1, 2, 3, 5, 8, 6)), (4, (1, 2, 6, 5, 8, 9))]
