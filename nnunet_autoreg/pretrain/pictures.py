@@ -28,6 +28,7 @@ from nnunet_autoreg.sequences.material import Material
 from nnunet_autoreg.sequences.neighbours import ALIKE, places_alike
 from nnunet_autoreg.sequences.sample import Sample
 from nnunet_autoreg.sequences.sampler import SequenceSampler, Shown
+from nnunet_autoreg.sequences.turn import Turn
 from nnunet_autoreg.store.case import StoredCase
 from nnunet_autoreg.store.store import Store
 
@@ -126,14 +127,14 @@ def draw_few(plan: Plan, material: Material) -> list[Drawn]:
 def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
     """The same sequence the way round that radiologists look at scans: one of the ways in which training mirrors them."""
     flips = (False, True, True) if plan.sequence.flip else (False, False, False)
-    drawn: Any = replace(shown.drawn, flips=flips, axes=(0, 1, 2))
+    drawn: Any = replace(shown.drawn, turn=Turn(flips))
     if shown.kind == "spatial":
         sample = spatial.apply(plan, shown.cases[0], drawn)
     elif shown.kind == "strided":
         sample = strided.apply(plan, shown.cases[0], drawn)
     else:
         sample = members.apply(plan, shown.kind, shown.cases, drawn)
-    return sample, replace(shown, drawn=drawn)
+    return sample.turned(), replace(shown, drawn=drawn)
 
 
 def telling_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
@@ -304,7 +305,7 @@ def _read_size(plan: Plan, one: Drawn) -> tuple[int, int, int]:
     """Voxels along z, y, x of the scan that a member's crop covers: undo the axis order."""
     if one.shown.kind == "strided":
         return strided.stretch(plan)
-    shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.axes
+    shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.turn.axes
     z, y, x = (int(shape[axes.index(axis)]) for axis in range(3))
     return (z, y, x)
 

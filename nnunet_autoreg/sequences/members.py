@@ -1,6 +1,6 @@
 """Sequences of several images: contrasts of one subject at one place, or one structure in several subjects.
 
-All members are cropped alike, flipped alike and given one window of the plan's grid of positions. What is random is drawn first.
+All members are cropped alike, turned alike and given one window of the plan's grid of positions. What is random is drawn first.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from nnunet_autoreg.sequences.blocks import draw_prefix, sequence_ids, token_ran
 from nnunet_autoreg.sequences.kinds import member_codes, member_crop, num_members
 from nnunet_autoreg.sequences.material import Group, Place, Structure
 from nnunet_autoreg.sequences.sample import Sample
-from nnunet_autoreg.sequences.spatial import Flips, draw_axes, draw_flips, draw_start, transform
+from nnunet_autoreg.sequences.spatial import draw_start
+from nnunet_autoreg.sequences.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
 
 JITTER = 1 / 8
@@ -29,7 +30,7 @@ class MembersDraw:
     Attributes:
         starts: per member, first voxel of its crop, (z, y, x); may reach beyond the case.
         codes: per member, its code.
-        flips, axes: as in ``spatial.SpatialDraw``, the same for all members.
+        turn: as in ``spatial.SpatialDraw``, the same for all members.
         window: first token, in the plan's grid, of the positions that the crops take.
         prefix: number of given blocks.
         ranks: block rank per token, (T,), member after member.
@@ -37,8 +38,7 @@ class MembersDraw:
 
     starts: tuple[Size, ...]
     codes: tuple[int, ...]
-    flips: Flips
-    axes: Size
+    turn: Turn
     window: Size
     prefix: int
     ranks: NDArray[np.int64]
@@ -77,20 +77,21 @@ def _draw(
     plan: Plan, kind: str, starts: Sequence[Size], codes: Sequence[int], spacing_mm: Spacing, generator: np.random.Generator
 ) -> MembersDraw:
     s, size, token = plan.sequence, member_crop(plan, kind), plan.encoder.token_size_vox
-    flips, axes = draw_flips(plan, generator), draw_axes(plan, size, spacing_mm, generator)
+    turn = draw_turn(plan, size, spacing_mm, generator)
     room = [a - b for a, b in zip(grid_of(s.crop_size_vox, token), grid_of(size, token), strict=True)]
     window = as_size([int(generator.integers(r + 1)) for r in room])
     ids = sequence_ids(grid_of(size, token), s.block_tokens, num_members(s, kind), s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return MembersDraw(tuple(starts), tuple(codes), flips, axes, window, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
+    return MembersDraw(tuple(starts), tuple(codes), turn, window, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
 
 
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:
-    """Read the members' crops and transform them alike."""
+    """Read the members' crops, which are turned alike."""
     size, token = member_crop(plan, kind), plan.encoder.token_size_vox
-    crops = [transform(*case.read_padded(start, size), drawn.flips, drawn.axes) for case, start in zip(cases, drawn.starts, strict=True)]
+    crops = [case.read_padded(start, size) for case, start in zip(cases, drawn.starts, strict=True)]
     place = window_positions(grid_of(plan.sequence.crop_size_vox, token), grid_of(size, token), drawn.window)
     return Sample(
         np.stack([voxels for voxels, _ in crops]), np.stack([real for _, real in crops]), drawn.ranks, drawn.prefix,
         positions=np.tile(place, len(crops)), members=np.repeat(np.array(drawn.codes, dtype=np.int64), len(place)),
+        turn=drawn.turn,
     )

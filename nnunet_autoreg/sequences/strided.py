@@ -5,7 +5,7 @@ crop of it. At a smaller one most voxels are shown twice, and copying them predi
 out of the loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from nnunet_autoreg.geometry import Size, Spacing, grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sequences.blocks import draw_prefix, sequence_ids, token_ranks
 from nnunet_autoreg.sequences.sample import Sample
-from nnunet_autoreg.sequences.spatial import Flips, draw_axes, draw_flips, draw_start, transform
+from nnunet_autoreg.sequences.spatial import draw_start
+from nnunet_autoreg.sequences.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
 
 
@@ -23,8 +24,7 @@ class StridedDraw:
     """The random choices of one sample, as in ``spatial.SpatialDraw``; ``start`` is that of the whole stretch of slices."""
 
     start: Size
-    flips: Flips
-    axes: Size
+    turn: Turn
     prefix: int
     ranks: NDArray[np.int64]
 
@@ -43,24 +43,29 @@ def stretch(plan: Plan) -> Size:
 
 
 def draw(plan: Plan, shape_vox: Size, generator: np.random.Generator, spacing_mm: Spacing) -> StridedDraw:
-    """Draw a stretch of slices from a case of ``shape_vox``, its flips, axis order, prefix and block order."""
+    """Draw a stretch of slices from a case of ``shape_vox``, its turn, prefix and block order."""
     s = plan.sequence
     depth = s.crop_size_vox[0] // s.num_subvolumes
     start = draw_start(shape_vox, stretch(plan), generator)
-    flips = draw_flips(plan, generator)
-    wish = draw_axes(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
-    axes = wish if wish[0] == 0 else (0, 1, 2)
+    turn = draw_turn(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
+    turn = turn if turn.axes[0] == 0 else replace(turn, axes=(0, 1, 2))
     ids = sequence_ids(grid_of(s.crop_size_vox, plan.encoder.token_size_vox), s.block_tokens, 1, s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return StridedDraw(start, flips, axes, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
+    return StridedDraw(start, turn, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:
-    """Read the stretch, transform it and lay its sub-volumes after one another."""
-    voxels, real = transform(*case.read_padded(drawn.start, stretch(plan)), drawn.flips, drawn.axes)
-    slices = source_slices(plan)
+    """Read the stretch and lay its sub-volumes after one another.
+
+    Along z it is the stretch that is mirrored, so the slices are taken from its other end; y and x are left to the sample's turn.
+    """
+    voxels, real = case.read_padded(drawn.start, stretch(plan))
+    (flip_z, flip_y, flip_x), slices = drawn.turn.flips, source_slices(plan)
+    if flip_z:
+        slices = len(real) - 1 - slices
     scored = ~seen_before(plan, drawn.ranks)[None] if plan.sequence.mask_seen else None
-    return Sample(voxels[None, :, slices], real[None, slices], drawn.ranks, drawn.prefix, scored=scored)
+    turn = Turn((False, flip_y, flip_x), drawn.turn.axes)
+    return Sample(voxels[None, :, slices], real[None, slices], drawn.ranks, drawn.prefix, scored=scored, turn=turn)
 
 
 def seen_before(plan: Plan, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -5,45 +5,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from sequence_cases import WORDS, Ramp, contrast_material, contrast_plan, make_plan, semantic_material, semantic_plan
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import DataPlan, EncoderPlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
 from nnunet_autoreg.pretrain.run import split
 from nnunet_autoreg.sequences import spatial, strided
 from nnunet_autoreg.sequences.blocks import block_ids, draw_prefix, sequence_ids, token_ranks, window_positions
 from nnunet_autoreg.sequences.kinds import Offers, choose_members, member_crop, num_blocks, plan_weights
-from nnunet_autoreg.sequences.material import Group, Material, Place, Structure
+from nnunet_autoreg.sequences.material import Material
 from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
-
-TINY = encoder_size("primus_tiny")
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A case whose voxels are their own raster index."""
-
-    shape_vox: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-    def read_padded(self, start, size):
-        whole = np.arange(np.prod(self.shape_vox), dtype=np.float32).reshape(self.shape_vox) + 1
-        crop, real = np.zeros(size, np.float32), np.zeros(size, bool)
-        low = [max(0, -s) for s in start]
-        high = [min(n, m - s) for n, m, s in zip(size, self.shape_vox, start, strict=True)]
-        inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        crop[inside] = whole[tuple(slice(s + a, s + b) for s, a, b in zip(start, low, high, strict=True))]
-        real[inside] = True
-        return crop[None], real
-
-
-def make_plan(**sequence):
-    settings = {"crop_size_vox": (16, 24, 16), **sequence}
-    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
-                SequencePlan(**settings), ObjectivePlan(), OptimPlan(10, 2, 1e-3, 1), RunPlan(7, 10, 10))
+from nnunet_autoreg.sequences.turn import Turn
 
 
 def test_block_ids_go_in_raster_order_of_blocks():
@@ -67,15 +42,15 @@ def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     assert counts[1:5].min() > 900
 
 
-def test_a_draw_replays_to_the_same_sample_and_flips_voxels_and_padding_alike():
+def test_a_draw_replays_to_the_same_sample_and_turns_voxels_and_padding_alike():
     plan, case = make_plan(), Ramp((20, 30, 20))
     drawn = spatial.draw(plan, case.shape_vox, rng.generator(0, "x"))
     first, again = spatial.apply(plan, case, drawn), spatial.apply(plan, case, drawn)
-    assert np.array_equal(first.voxels, again.voxels)
-    plain = spatial.apply(plan, case, replace(drawn, flips=(False, False, False), axes=(0, 1, 2)))
-    flipped = spatial.apply(plan, case, replace(drawn, flips=(True, False, True), axes=(0, 1, 2)))
+    assert np.array_equal(first.voxels, again.voxels) and first.turn == again.turn == drawn.turn
+    plain = spatial.apply(plan, case, replace(drawn, turn=Turn()))
+    flipped = spatial.apply(plan, case, replace(drawn, turn=Turn((True, False, True)))).turned()
     assert np.array_equal(flipped.voxels[0, 0], plain.voxels[0, 0, ::-1, :, ::-1])
-    small = spatial.apply(plan, Ramp((10, 30, 20)), replace(drawn, start=(-3, 0, 0), flips=(True, False, False), axes=(0, 1, 2)))
+    small = spatial.apply(plan, Ramp((10, 30, 20)), replace(drawn, start=(-3, 0, 0), turn=Turn((True, False, False)))).turned()
     assert small.real[0, :, 0, 0].tolist() == [False] * 3 + [True] * 10 + [False] * 3
     assert np.array_equal(small.real[0], small.voxels[0, 0] > 0)
 
@@ -90,10 +65,10 @@ def test_crops_stay_inside_large_cases_and_small_cases_stay_inside_crops():
 
 
 def test_axes_swap_only_where_length_and_spacing_are_equal():
-    orders = {spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).axes for i in range(60)}
+    orders = {spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).turn.axes for i in range(60)}
     assert orders == {(0, 1, 2), (2, 1, 0)}
     anisotropic = replace(make_plan(), data=DataPlan((3.0, 1.0, 1.0)))
-    assert {spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).axes for i in range(60)} == {(0, 1, 2)}
+    assert {spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).turn.axes for i in range(60)} == {(0, 1, 2)}
 
 
 def test_samples_depend_on_seed_step_and_number_alone():
@@ -110,6 +85,7 @@ def test_the_number_of_workers_changes_no_batch(num_workers):
     assert len(prepared) == 4
     for step, batch in zip(range(2, 6), prepared, strict=True):
         assert batch.voxels.equal(batches[step].voxels) and batch.prefix.equal(batches[step].prefix)
+        assert batch.turns == batches[step].turns
 
 
 def test_heldout_samples_take_the_same_four_prefixes_every_time():
@@ -187,30 +163,6 @@ def test_strided_samples_repeat_overlapping_slices_and_can_leave_them_out_of_the
     assert plain.scored is None and np.array_equal(plain.voxels, sample.voxels)
 
 
-@dataclass(frozen=True)
-class Shifted(Ramp):
-    """Another contrast: the same ramp and a constant that tells whose it is."""
-
-    by: float = 0.0
-
-    def read_padded(self, start, size):
-        crop, real = super().read_padded(start, size)
-        return crop + self.by * real, real
-
-
-WORDS = ("T1w", "T1w-ce", "T2w", "FLAIR")
-
-
-def contrast_material(num_groups=2):
-    groups = [Group(f"case {g}", tuple((word, Shifted((30, 40, 30), by=1e5 * (4 * g + i))) for i, word in enumerate(WORDS)))
-              for g in range(num_groups)]
-    return Material((), tuple(groups))
-
-
-def contrast_plan(**sequence):
-    return make_plan(**{"crop_size_vox": (32, 32, 32), "weights": {"contrast": 1.0}, "contrasts": WORDS, "contrast_members": 4, **sequence})
-
-
 def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
     plan, material = contrast_plan(), contrast_material()
     for number in range(10):
@@ -233,18 +185,6 @@ def test_a_contrast_keeps_its_code_where_only_some_of_the_contrasts_are_taken():
         assert float(sample.voxels[1].max() - sample.voxels[0].max()) == pytest.approx(1e5 * (codes[1] - codes[0]))
         found.add(tuple(codes.tolist()))
     assert found == {(a, b) for a in range(4) for b in range(a + 1, 4)}
-
-
-def semantic_material():
-    def structure(name, of, subjects):
-        cases = [(s, Shifted((40, 40, 40), by=1e6 * s + 1e5 * of)) for s in subjects]
-        return Structure(name, (1.0, 1.0, 1.0), tuple(Place(f"patient {s}", case, (20.0, 10.0, 30.0)) for s, case in cases for _ in "ab"))
-
-    return Material((), (), (structure("kidney", 0, range(6)), structure("liver", 5, range(5))))
-
-
-def semantic_plan(**sequence):
-    return make_plan(**{"crop_size_vox": (32, 32, 32), "weights": {"semantic": 1.0}, "semantic_members": 4, **sequence})
 
 
 def test_a_semantic_sequence_shows_one_structure_in_four_different_patients():
