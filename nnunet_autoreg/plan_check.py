@@ -76,6 +76,8 @@ def _check_encoder(encoder: EncoderPlan) -> None:
 
 def _check_numbers(plan: Plan) -> None:
     o, run = plan.optim, plan.run
+    optional = {"optim.micro_batch_size": o.micro_batch_size, "run.seconds_per_step": run.seconds_per_step,
+                "run.peak_memory_gib": run.peak_memory_gib}
     positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
                 "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
                 "run.spike_sigmas": run.spike_sigmas, "run.max_bad_steps": run.max_bad_steps,
@@ -86,7 +88,7 @@ def _check_numbers(plan: Plan) -> None:
                 **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
                 **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
                 **_spacings(plan.data.spacing_groups),
-                **({} if o.micro_batch_size is None else {"optim.micro_batch_size": o.micro_batch_size})}
+                **{key: value for key, value in optional.items() if value is not None}}
     for key, number in positive.items():
         if not 0 < number < float("inf"):
             raise PlanError(f"{key}={number} must be a number greater than 0")

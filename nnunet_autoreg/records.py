@@ -31,8 +31,10 @@ def to_jsonable(record: Any) -> Any:
 def from_jsonable(kind: type[T], data: Any, where: str) -> T:
     """Build dataclass ``kind`` from parsed JSON; ``where`` names the file or option in messages.
 
+    The default of a record's own ``version`` is the newest format known here.
+
     Raises:
-        PlanError: an unknown or missing key, or a value of the wrong type.
+        PlanError: a newer format, an unknown or missing key, or a value of the wrong type.
     """
     return typing.cast(T, _convert(kind, data, where))
 
@@ -66,6 +68,7 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
         raise PlanError(f"{where}: expected an object with the keys of {kind.__name__}, found {data!r}")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    _refuse_newer(fields, data, where)
     for key in data:
         if key not in fields:
             raise PlanError(f"{where}: unknown key '{key}'; {did_you_mean(str(key), fields)}")
@@ -74,6 +77,12 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
         if name not in data and not has_default:
             raise PlanError(f"{where}: the key '{name}' is missing")
     return kind(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+def _refuse_newer(fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str) -> None:
+    known, found = fields["version"].default if "version" in fields else None, data.get("version")
+    if isinstance(known, int) and isinstance(found, int) and found > known:
+        raise PlanError(f"{where} is of format {found}, newer than {known}; update nnunet-autoreg")
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

@@ -101,9 +101,6 @@ def read_plan(configuration: Mapping[str, Any], where: str) -> DetectionPlan | N
     data = configuration.get(BLOCK)
     if data is None:
         return None
-    version = data.get("version", VERSION) if isinstance(data, dict) else VERSION
-    if isinstance(version, int) and version > VERSION:
-        raise PlanError(f"{where}: its {BLOCK} block has format {version}, newer than {VERSION}; update nnunet-autoreg")
     return check(from_jsonable(DetectionPlan, data, f"{where}: {BLOCK}"), where)
 
 

@@ -110,11 +110,7 @@ def read_card(folder: Path) -> EncoderCard:
     if not path.is_file():
         raise WeightsError(f"{folder} holds no {CARD_NAME}; has its pretraining finished?")
     try:
-        data = read_json(path)
-        version = data.get("version", CARD_VERSION) if isinstance(data, dict) else CARD_VERSION
-        if isinstance(version, int) and version > CARD_VERSION:
-            raise WeightsError(f"{path} is of format {version}, newer than {CARD_VERSION}; update nnunet-autoreg")
-        return _checked(from_jsonable(EncoderCard, data, str(path)), path)
+        return _checked(from_jsonable(EncoderCard, read_json(path), str(path)), path)
     except PlanError as error:
         raise WeightsError(str(error)) from error
 

@@ -96,11 +96,7 @@ def read_block(plans: dict[str, Any]) -> AutoregBlock:
             f"{where} has no \"{BLOCK_KEY}\" block, so it does not fit this trainer; add '-p AutoregPlans' to the command "
             "(made by: nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner)"
         )
-    data = plans[BLOCK_KEY]
-    version = data.get("version", BLOCK_VERSION) if isinstance(data, dict) else BLOCK_VERSION
-    if isinstance(version, int) and version > BLOCK_VERSION:
-        raise PlanError(f"{where}: its {BLOCK_KEY} block has format {version}, newer than {BLOCK_VERSION}; update nnunet-autoreg")
-    return check_block(from_jsonable(AutoregBlock, data, f"{where}: {BLOCK_KEY}"), where)
+    return check_block(from_jsonable(AutoregBlock, plans[BLOCK_KEY], f"{where}: {BLOCK_KEY}"), where)
 
 
 def check_block(block: AutoregBlock, where: str) -> AutoregBlock:

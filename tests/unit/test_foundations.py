@@ -6,13 +6,17 @@ from dataclasses import replace
 import pytest
 
 from nnunet_autoreg import rng
+from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import grid_of, round_up, spacing_ratio
+from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.records import atomic_path, differences, from_jsonable, read_json, to_jsonable, write_json
+from nnunet_autoreg.store.case import CaseRecord
+from nnunet_autoreg.transfer.block import AutoregBlock
 
 POOL = Pool(192, (1.0, 1.0, 1.0), (35, 50, 36), 12_000_000, None)
 CPU = Hardware("cpu", 24.0)
@@ -34,6 +38,14 @@ def test_unknown_plan_keys_are_refused_with_a_close_match():
     data["optim"]["learning_rte"] = 1
     with pytest.raises(PlanError, match=r"plan.json.optim: unknown key 'learning_rte'"):
         from_jsonable(Plan, data, "plan.json")
+
+
+@pytest.mark.parametrize(("kind", "newest"), [(Plan, 1), (EncoderCard, 1), (AutoregBlock, 1), (DetectionPlan, 1), (CaseRecord, 2)])
+def test_every_record_of_a_newer_format_is_refused_with_the_way_out_whatever_else_is_new_in_it(kind, newest):
+    with pytest.raises(PlanError, match=f"^here is of format {newest + 1}, newer than {newest}; update nnunet-autoreg$"):
+        from_jsonable(kind, {"version": newest + 1, "a key of then": 1}, "here")
+    with pytest.raises(PlanError, match="unknown key 'a key of then'"):
+        from_jsonable(kind, {"version": newest, "a key of then": 1}, "here")
 
 
 def test_missing_and_mistyped_plan_keys_are_named():
@@ -73,6 +85,9 @@ def test_wrong_settings_are_refused(setting, message):
     ("sequence.block_tokens=2,1,1", "40 on axis z|48 on axis z|no multiple"),
     ("sequence.order=rastr", "did you mean 'raster'"),
     ("optim.lr=0", "optim.lr=0.0 must be a number greater than 0"),
+    ("run.peak_memory_gib=-1", "run.peak_memory_gib=-1.0 must be a number greater than 0"),
+    ("run.seconds_per_step=0", "run.seconds_per_step=0.0 must be a number greater than 0"),
+    ("run.spike_sigmas=nan", "run.spike_sigmas=nan must be a number greater than 0"),
     ("data.holdout_fraction=1", r"must lie in \[0, 1\)"),
 ])
 def test_impossible_plans_say_what_is_possible(setting, message):
