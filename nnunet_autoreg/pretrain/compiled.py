@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 COMPILED_DEVICES = ("cuda",)
 BACKEND = "inductor"
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
+"""How torch says it where it raises a plain RuntimeError: on CPUs (Linux and macOS, Windows) and on Apple's GPUs."""
 
 
 def is_compiled(plan: Plan, device: torch.device, sharded: bool) -> bool:
@@ -33,5 +35,11 @@ def loss_function(plan: Plan, objective: Objective, device: torch.device, sharde
 
 def cannot_compile(error: BaseException) -> bool:
     """Whether an exception says that compiling failed, for want of a compiler, say - rather than running, or memory."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, or what caused it, says that a device's or the machine's memory does not suffice."""
     causes = [error, error.__cause__, getattr(error, "inner_exception", None)]
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not any(isinstance(c, torch.OutOfMemoryError) for c in causes)
+    return any(isinstance(c, (torch.OutOfMemoryError, MemoryError)) or
+               (isinstance(c, RuntimeError) and any(word in str(c) for word in NO_MEMORY)) for c in causes)

@@ -19,7 +19,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import BY_USER
 from nnunet_autoreg.pretrain.batches import StepBatches
-from nnunet_autoreg.pretrain.compiled import cannot_compile
+from nnunet_autoreg.pretrain.compiled import cannot_compile, is_out_of_memory
 from nnunet_autoreg.pretrain.display import peak_memory_gib
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.machine import computes_in_half, plan_memory
@@ -43,9 +43,12 @@ def memory_errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        raise AutoregError(f"{first} Something else may be using the GPU: free it and type the same line again; training goes on from "
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
+        what = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the memory"
+        raise AutoregError(f"{first}. Something else may be using {what}: free it and type the same line again; training goes on from "
                            "its last checkpoint") from error
 
 
@@ -96,10 +99,8 @@ def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan) -> tuple[Exception |
     """What went wrong in a dry step, if it was memory or compiling, and the seconds of a whole step."""
     try:
         return None, dry_step(trainer_of(plan))
-    except torch.OutOfMemoryError as error:
-        return error.with_traceback(None), 0.0
-    except RuntimeError as error:
-        if not cannot_compile(error):
+    except (RuntimeError, MemoryError) as error:
+        if not (is_out_of_memory(error) or cannot_compile(error)):
             raise
         return error.with_traceback(None), 0.0
 
@@ -166,17 +167,22 @@ def smaller(plan: Plan) -> tuple[Plan, str]:
 
 
 def smaller_crop(plan: Plan) -> Plan | None:
-    """The plan with a crop of at most three quarters of the voxels, taken from its longest axes in whole blocks; None if there is none."""
+    """The plan with a crop of at most three quarters of the voxels and about its proportions; None if there is none.
+
+    It gets shorter by whole blocks, each time along the axis that keeps most of its length, of equal ones the longest: to cut the longest
+    axis alone would show the network another part of the anatomy than the crop that suited the scans.
+    """
     s = plan.sequence
     side = [token * block for token, block in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
     if "strided" in wanted(plan):
         side[0] *= s.num_subvolumes
     crop = list(s.crop_size_vox)
     while volume(crop) > CROP_SHARE * volume(s.crop_size_vox):
-        longest = max((axis for axis in range(3) if crop[axis] > side[axis]), key=lambda axis: crop[axis], default=None)
-        if longest is None:
+        free = [axis for axis in range(3) if crop[axis] > side[axis]]
+        if not free:
             return None
-        crop[longest] -= side[longest]
+        chosen = max(free, key=lambda axis: ((crop[axis] - side[axis]) / s.crop_size_vox[axis], crop[axis]))
+        crop[chosen] -= side[chosen]
     member = s.member_crop_vox and as_size([min(m, c) for m, c in zip(s.member_crop_vox, crop, strict=True)])
     try:
         return check(replace(plan, sequence=replace(s, crop_size_vox=as_size(crop), member_crop_vox=member)))

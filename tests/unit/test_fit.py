@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.geometry import Size, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
-from nnunet_autoreg.pretrain.fit import dry_step, fitted, smaller, smaller_crop
+from nnunet_autoreg.pretrain.compiled import is_out_of_memory
+from nnunet_autoreg.pretrain.fit import dry_step, fitted, memory_errors_in_one_line, smaller, smaller_crop
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.sequences.sample import Batch, Sample
 
@@ -101,12 +103,50 @@ def test_where_nothing_fits_the_way_out_is_said(trainer_of: Callable[..., Any]) 
         smaller(replace(checkpointed, reasons={"sequence.crop_size_vox": "set by the user"}))
 
 
-def test_a_smaller_crop_is_cut_from_its_longest_axes_in_whole_blocks_and_members_follow() -> None:
+def test_a_smaller_crop_is_cut_in_whole_blocks_and_members_follow() -> None:
     plan = replace(PLAN, sequence=SequencePlan((32, 64, 48), block_tokens=(2, 2, 2), member_crop_vox=(32, 64, 16)))
     reduced = smaller_crop(plan)
     assert reduced is not None and reduced.sequence.crop_size_vox == (32, 48, 48)
     assert reduced.sequence.member_crop_vox == (32, 48, 16)
     assert smaller_crop(replace(PLAN, sequence=SequencePlan((8, 8, 16)))) is None
+
+
+@pytest.mark.parametrize(("crop", "expected"), [
+    ((64, 64, 64), (56, 56, 56)),
+    # What would be left: 120 of 128 (15/16), 72 of 80 (9/10), then 112 of 128 and 56 of 64, both 7/8, of which the longer goes first.
+    ((64, 80, 128), (56, 72, 112)),
+    ((64, 64, 80), (56, 56, 72)),
+    # A block of 8 along z would be half of it.
+    ((16, 128, 128), (16, 104, 112)),
+])
+def test_a_smaller_crop_keeps_its_proportions_as_far_as_whole_blocks_allow(crop: Size, expected: Size) -> None:
+    reduced = smaller_crop(replace(PLAN, sequence=SequencePlan(crop)))
+    assert reduced is not None and reduced.sequence.crop_size_vox == expected
+    assert volume(expected) <= 0.75 * volume(crop)
+
+
+NO_ROOM = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+
+
+@pytest.mark.parametrize("error", [RuntimeError(NO_ROOM), RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)."), MemoryError()])
+def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
+    error: Exception, trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_room_for_two(trainer: Trainer) -> float:
+        if trainer.train_step.micro_batch_size > 2:
+            raise error
+        return 1.0
+
+    monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", with_room_for_two)
+    assert fitted(PLAN, trainer_of(1e9, []), CPU).optim.micro_batch_size == 2
+    with pytest.raises(AutoregError, match=r"Something else may be using the memory: free it and type"), memory_errors_in_one_line():
+        raise error
+
+
+def test_torch_says_on_this_machine_what_is_taken_for_want_of_memory() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(failed.value) and not is_out_of_memory(RuntimeError("shapes"))
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
