@@ -2,53 +2,62 @@
 # {autoregressive, masked, scratch, stock} x {Primus, ResEnc} on Hippocampus: every line that makes the table, in order. Type any of them
 # again at any time: what is there is kept. FOLDER is new or an earlier one of this script; nnU-Net's three folders are in the environment.
 #
-#     bash benchmarks/encoders.sh FOLDER measure        the four pretrainings, plans, and seconds a step of each network
-#     bash benchmarks/encoders.sh FOLDER development    choices: rates by encoder, 20 labels, one seed, the development split (19 trainings)
-#     bash benchmarks/encoders.sh FOLDER test           the table, with the rates chosen: 42 trainings
+#     bash benchmarks/encoders.sh FOLDER pretrain       500 steps of 8 crops of the pool's scans, each encoder in both orders
+#     bash benchmarks/encoders.sh FOLDER development    choices of order and rate, 20 labels, one seed, the development split
+#     bash benchmarks/encoders.sh FOLDER test           the table, with what was chosen
+#     bash benchmarks/encoders.sh FOLDER stock          its last arm, which takes as long as all others together
 #
 # Then append the lines: cat FOLDER/runs.jsonl >> benchmarks/results/encoders.jsonl
 set -eu
 FOLDER=$1
 WHAT=$2
-# Of every training. The default gives all arms the steps that stock makes in 4.5 minutes, on one CPU core about 75: too few to tell Primus
-# from Primus. LENGTH="--steps 300" takes its twins 2 minutes and those of ResEnc 5 to 6, but stock 13 to 15.
-LENGTH=${LENGTH:---budget 4.5}
-STOCK_LENGTH=${STOCK_LENGTH:-$LENGTH}
-PRIMUS_RATES=${PRIMUS_RATES:-pretrained_rate=3e-3 scratch_rate=3e-3}
-RESENC_RATES=${RESENC_RATES:-pretrained_rate=1e-2 scratch_rate=1e-2}
-ARMS=(pretrained masked scratch)
+DEVICE=${DEVICE:-cpu}
+STEPS=${STEPS:-200}
+PRIMUS_RECIPE=${PRIMUS_RECIPE:-pretrained_rate=3e-3 scratch_rate=3e-3}
+RESENC_RECIPE=${RESENC_RECIPE:-}
+JOBS=${JOBS:-1}
 
 benchmark() {
-    autoreg_benchmark -d 4 --pretrain-steps 500 --pretrain-batch 8 --batch 2 --device "${DEVICE:-cpu}" -o "$FOLDER" "$@"
+    autoreg_benchmark -d 4 --steps "$STEPS" --batch 2 --device "$DEVICE" --jobs "$JOBS" -o "$FOLDER" "$@"
 }
 
+pretrain() {
+    autoreg_pretrain -d 4 --steps 500 --batch 8 --device "$DEVICE" --exclude "$FOLDER/exclude.txt" "$@"
+}
+
+RANDOM_ORDER=(sequence.order=random sequence.predictor=query)
+RASTER_ORDER=(sequence.order=raster sequence.predictor=next)
+
+# shellcheck disable=SC2086 # recipes are words
 case $WHAT in
-measure)                           # of all networks at once: a budget of 4.5 minutes is settled here, for every line below
-    benchmark --encoders primus_tiny resenc_tiny --arms "${ARMS[@]}" stock --labels 5 20 --budget 4.5 --measure
+pretrain)
+    benchmark --dry-run
+    for family in primus resenc; do
+        pretrain --name ${family}_random --encoder ${family}_tiny --set "${RANDOM_ORDER[@]}"
+        pretrain --name ${family}_raster --encoder ${family}_tiny --set "${RASTER_ORDER[@]}"
+    done
     ;;
 development)
-    for rate in 1e-3 3e-3 1e-2; do
-        for encoder in primus_tiny resenc_tiny; do
-            # shellcheck disable=SC2086
-            benchmark --encoders $encoder --arms "${ARMS[@]}" --labels 20 --seeds 1 --split development $LENGTH \
-                --recipe pretrained_rate=$rate scratch_rate=$rate
-        done
+    once() { benchmark --split development --labels 20 --seeds 1 "$@"; }
+    once --weights primus_random --arms pretrained scratch masked --recipe $PRIMUS_RECIPE
+    once --weights primus_raster --arms pretrained --recipe $PRIMUS_RECIPE
+    once --weights resenc_random --arms pretrained scratch masked
+    once --weights resenc_raster --arms pretrained
+    for rate in 3e-3 3e-2; do
+        once --weights resenc_random --arms pretrained scratch --recipe pretrained_rate=$rate scratch_rate=$rate
     done
-    # shellcheck disable=SC2086
-    benchmark --arms stock --labels 20 --seeds 1 --split development $STOCK_LENGTH
     ;;
 test)
     for seeds in 1 2 3; do         # seed by seed, so that whole comparisons are there early
-        # shellcheck disable=SC2086
-        benchmark --encoders primus_tiny --arms "${ARMS[@]}" --labels 5 20 --seeds $seeds $LENGTH --recipe $PRIMUS_RATES
-        # shellcheck disable=SC2086
-        benchmark --encoders resenc_tiny --arms "${ARMS[@]}" --labels 5 20 --seeds $seeds $LENGTH --recipe $RESENC_RATES
-        # shellcheck disable=SC2086
-        benchmark --arms stock --labels 5 20 --seeds $seeds $STOCK_LENGTH
+        benchmark --weights resenc_random --arms pretrained masked scratch --labels 5 20 --seeds $seeds ${RESENC_RECIPE:+--recipe $RESENC_RECIPE}
+        benchmark --weights primus_random --arms pretrained masked scratch --labels 5 20 --seeds $seeds --recipe $PRIMUS_RECIPE
     done
     ;;
+stock)
+    benchmark --arms stock --labels 5 20
+    ;;
 *)
-    echo "say measure, development or test" >&2
+    echo "say pretrain, development, test or stock" >&2
     exit 2
     ;;
 esac
