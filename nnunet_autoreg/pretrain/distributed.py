@@ -32,6 +32,31 @@ LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by p
 
 
 @dataclass(frozen=True)
+class Promised:
+    """A tensor that the main process holds and that is sent when all ask for it (``World.fetch``): no host has to hold all at once.
+
+    Attributes:
+        held: None on the other processes, and wherever this is pickled.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    held: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dtype": self.dtype, "held": None}
+
+
+def promised(tree: Any) -> Any:
+    """The same tree of dicts and lists with every tensor promised."""
+    if isinstance(tree, Mapping):
+        return {key: promised(item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(promised(item) for item in tree)
+    return Promised(tuple(tree.shape), tree.dtype, tree) if isinstance(tree, Tensor) else tree
+
+
+@dataclass(frozen=True)
 class World:
     """This process among those that train together. Alone, every method does nothing.
 
@@ -58,12 +83,22 @@ class World:
         return bool(said)
 
     def share(self, thing: T) -> T:
-        """What the main process holds, for all."""
+        """What the main process holds, for all: pickled whole, so that large tensors are better ``promised``."""
         if self.size == 1:
             return thing
         box = [thing if self.is_main else None]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return thing if self.is_main else box[0]  # type: ignore[return-value]
+
+    def fetch(self, value: Any) -> Any:
+        """A promised tensor, byte for byte; anything else is given back. All processes have to ask in the same order."""
+        if not isinstance(value, Promised):
+            return value
+        if self.size == 1:
+            return value.held
+        tensor = torch.empty(value.shape, dtype=value.dtype) if value.held is None else value.held.contiguous()
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0, group=self.control)
+        return tensor
 
     def gather(self, thing: T) -> list[T]:
         """One thing of every process, in the order of their ranks, for all."""

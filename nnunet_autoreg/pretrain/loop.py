@@ -24,7 +24,7 @@ from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.signals import InterruptedRunError, stop_signals
 from nnunet_autoreg.pretrain.sinks import open_sinks
-from nnunet_autoreg.pretrain.state import Progress, restore, restore_weights, snapshot
+from nnunet_autoreg.pretrain.state import Progress, lent, restore, restore_weights, snapshot
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.records import to_jsonable
@@ -151,11 +151,12 @@ class Trainer:
         bad, allowed = self.tally.in_row, self.plan.run.max_rollbacks
         advice = f"start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}"
         seeks = self.world.is_main and self.progress.rollbacks < allowed
-        good = self.world.share(checkpoint.newest_scheduled(self.folder) if seeks else None)
+        found = checkpoint.newest_scheduled(self.folder) if seeks else None
+        good = self.world.share(None if found is None else lent(found))
         if good is None:
             why = f"it went back {allowed} times already" if self.progress.rollbacks >= allowed else "there is no checkpoint to go back to"
             raise AutoregError(f"the last {bad} steps until step {step + 1} were all bad (infinite, NaN or far off), and {why}; {advice}")
-        restore_weights(good, self.module, self.optimizer)
+        restore_weights(good, self.module, self.optimizer, self.world)
         self.guard.forget()
         self.tally = self.guard.tally()
         self.progress.rollbacks += 1
@@ -213,7 +214,8 @@ class Trainer:
             checkpoint.save_checkpoint(self.folder / name, content, previous)
 
     def _resume(self) -> None:
-        newest = self.world.share(checkpoint.load_newest(self.folder) if self.world.is_main else None)
+        found = checkpoint.load_newest(self.folder) if self.world.is_main else None
+        newest = self.world.share(None if found is None else (found[0], lent(found[1])))
         if newest is None:
             return
         path, content = newest

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnunet_autoreg.pretrain.distributed import ALONE, World, like, whole
+from nnunet_autoreg.pretrain.distributed import ALONE, World, like, promised, whole
 from nnunet_autoreg.pretrain.guard import StepGuard
 
 
@@ -65,27 +65,33 @@ def snapshot(
     }
 
 
+def lent(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A snapshot of the main process as ``World.share`` gives it to the others: weights and moments follow one by one as it is restored."""
+    return {key: promised(value) if key in ("network_weights", "optimizer") else value for key, value in content.items()}
+
+
 def restore(
     content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, world: World = ALONE
 ) -> Progress:
-    """The inverse of ``snapshot``. A process that had no counterpart then keeps its fresh generators.
+    """The inverse of ``snapshot``, by all processes at once, of their own content or of what the main one ``lent``. A process that had no
+    counterpart then keeps its fresh generators.
 
     Raises:
         KeyError, RuntimeError, ValueError: the content is of another network or optimizer.
     """
-    restore_weights(content, module, optimizer)
+    restore_weights(content, module, optimizer, world)
     guard.load_state_dict(content["guard"])
     if world.rank < len(content["generators"]):
         set_generators(content["generators"][world.rank])
     return Progress(int(content["step"]), float(content["best_error"]), int(content["rollbacks"]))
 
 
-def restore_weights(content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore_weights(content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> None:
     """Weights and optimizer alone, for a roll-back; each process takes its part of what is spread."""
     present = module.state_dict()
-    module.load_state_dict({name: like(value, present.get(name)) for name, value in content["network_weights"].items()})
+    module.load_state_dict({name: like(world.fetch(value), present.get(name)) for name, value in content["network_weights"].items()})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = content["optimizer"]
-    state = {number: {key: like(value, parameters[number]) for key, value in entries.items()} if number < len(parameters) else entries
-             for number, entries in saved["state"].items()}
+    state = {number: {key: like(world.fetch(value), parameters[number] if number < len(parameters) else None)
+                      for key, value in entries.items()} for number, entries in saved["state"].items()}
     optimizer.load_state_dict({**saved, "state": state})

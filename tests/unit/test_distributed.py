@@ -1,5 +1,6 @@
 """Two processes are one: the same global batch gives the same losses, weights and checkpoints, summed by DDP or spread by FSDP2."""
 
+import pickle
 import socket
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.distributed import ALONE, World, is_lost_peer, join, leave, share_of
+from nnunet_autoreg.pretrain.distributed import ALONE, Promised, World, is_lost_peer, join, leave, share_of
 from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.state import restore, snapshot
+from nnunet_autoreg.pretrain.state import lent, restore, snapshot
 from nnunet_autoreg.sequences.sample import Sample
 
 TINY = encoder_size("primus_tiny")
@@ -93,6 +94,12 @@ def together(rank: int, port: int, folder: Path) -> None:
         restore(start, trainer.module, trainer.optimizer, trainer.guard, world)
         found[f"from alone, {sharding}"] = trained(trainer, STEPS, STEPS + 2)
         states = [state["torch"] for state in state_of(trainer)["generators"]]
+        # Only the main process has the file; what it holds afterwards, all do.
+        trainer = trainer_in(world, None, sharding, 6)
+        content = world.share(lent(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None)
+        restore(content, trainer.module, trainer.optimizer, trainer.guard, world)
+        own = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in trainer.module.state_dict().items()}
+        found[f"lent, {sharding}"] = (state_of(trainer), world.gather(own))
         torch.manual_seed(101)
         found[f"generators, {sharding}"] = [
             torch.equal(*pair) for pair in zip(states, (start["generators"][0]["torch"], torch.get_rng_state()), strict=True)]
@@ -175,6 +182,43 @@ def test_what_two_processes_save_one_goes_on_from(alone: dict[int, dict[str, Any
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_what_one_process_saves_two_go_on_from(alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str) -> None:
     assert two[f"from alone, {sharding}"] == pytest.approx(alone[6]["next"], rel=1e-5)
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_checkpoint_that_the_main_process_alone_reads_reaches_all_bit_for_bit(
+    alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str
+) -> None:
+    state, (main, other) = two[f"lent, {sharding}"]
+    start = alone[6]["state"]
+    assert_same(state["network_weights"], start["network_weights"])
+    assert_same(state["optimizer"]["state"], start["optimizer"]["state"])
+    for name, weights in start["network_weights"].items():
+        parts = [main[name]] if main[name].shape == weights.shape else [main[name], other[name]]
+        assert torch.equal(torch.cat(parts) if len(parts) > 1 else parts[0], weights), name
+        assert sharding == "full" or torch.equal(other[name], weights), name
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Equal trees, tensors bit for bit."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    else:
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_what_is_lent_is_told_without_its_weights_and_whole_where_one_process_is_alone(alone: dict[int, dict[str, Any]]) -> None:
+    start = alone[6]["state"]
+    outline = pickle.dumps(lent(start))
+    assert len(outline) < 0.2 * sum(weights.nbytes for weights in start["network_weights"].values())
+    told = pickle.loads(outline)
+    name, weights = next(iter(start["network_weights"].items()))
+    assert told["network_weights"][name] == Promised(tuple(weights.shape), weights.dtype, None)
+    assert told["generators"][0]["python"] == start["generators"][0]["python"] and told["step"] == STEPS
+    trainer = trainer_in(ALONE, None, "none", 6)
+    restore(lent(start), trainer.module, trainer.optimizer, trainer.guard)
+    assert_same(state_of(trainer)["network_weights"], start["network_weights"])
 
 
 def test_every_process_has_its_own_generators_in_the_checkpoint_and_a_new_one_keeps_its_fresh_ones(two: dict[str, Any]) -> None:
