@@ -1,11 +1,15 @@
-"""Does detection learn? A generated set of cubes and OASIS brains through the commands alone; one JSON line per training.
+"""Does detection learn? A generated set of cubes and real scans through the commands alone; one JSON line per training.
 
     python benchmarks/detection.py prepare --set toy --work FOLDER
     python benchmarks/detection.py prepare --set oasis --data RAW_DATASET --work FOLDER
     python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm scratch --epochs 16 --iterations 50
+    python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained --pretrain-raw RAW --pretrain-sets 4 27 51 61
+    python benchmarks/detection.py centre --work FOLDER
 
-``run`` pretrains an encoder of that name on the training images first (``--pretrain-steps``; the scratch arm uses none of it but its
-plan), plans, preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring.
+``run`` pretrains an encoder of that name first (``--pretrain-steps``; the scratch arm uses none of it but its plan): on the images of
+``--pretrain-sets``, or else on the training images of the first fold that is run. It plans, preprocesses, trains one fold with
+nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring. ``centre`` scores the answer that needs no
+network: in every validation scan one box in the middle, of the median size of the training objects.
 
 Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8 to 16 voxels, every 8th without any.
 """
@@ -19,19 +23,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nnunet_autoreg.rng import generator
 
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
-TOY, OASIS = "Dataset902_ToyCubes", "Dataset081_OasisNuclei"
+TOY = "Dataset902_ToyCubes"
 SIDE, NUM_CASES, EMPTY_EVERY, MOST_CUBES = 80, 40, 8, 3
 SMALLEST, LARGEST, HOLE = 8, 16, 0.5
 LABELS = {"background": 0, "solid": 1, "holed": 2}
 NUM_TOY_FOLDS = 5
-OASIS_FOLDS = ((6, 7), (0, 1), (2, 3))
-"""Places, in order of the names, of the brains that each fold validates on; the others train."""
+FOLDS = {"oasis": ((6, 7), (0, 1), (2, 3)), "sarcoma": ((12, 13, 14, 15), (0, 1, 2, 3)), "ms": ((1,), (0,))}
+"""Places, in order of the names, of the scans that each fold validates on; the others train. One scan a patient."""
 
 
 @dataclass(frozen=True)
@@ -87,23 +92,23 @@ def write_toy(raw: Path, num_cases: int = NUM_CASES, side: int = SIDE) -> None:
 
 def prepare(kind: str, data: Path | None, work: Path) -> None:
     """Write or copy the dataset, and its fixed folds."""
-    dataset = TOY if kind == "toy" else OASIS
+    if kind != "toy" and data is None:
+        sys.exit(f"--set {kind} needs --data, the raw dataset")
+    dataset = TOY if data is None else data.name
     raw = work / "raw" / dataset
     for folder in (work / "preprocessed" / dataset, work / "results"):
         folder.mkdir(parents=True)
-    if kind == "toy":
+    if data is None:
         write_toy(raw)
     else:
-        if data is None:
-            sys.exit("--set oasis needs --data, the raw dataset")
         shutil.copytree(data, raw)
         described = json.loads((raw / "dataset.json").read_text())
         (raw / "dataset.json").write_text(json.dumps({**described, "autoreg_detection": {}}))
     cases = sorted(p.name.removesuffix(".nii.gz") for p in (raw / "labelsTr").glob("*.nii.gz"))
-    if kind == "toy":
+    if data is None:
         validation = [cases[fold::NUM_TOY_FOLDS] for fold in range(NUM_TOY_FOLDS)]
     else:
-        validation = [[cases[place] for place in places] for places in OASIS_FOLDS]
+        validation = [[cases[place] for place in places] for places in FOLDS[kind]]
     folds = [{"train": [c for c in cases if c not in held], "val": held} for held in validation]
     (work / "preprocessed" / dataset / "splits_final.json").write_text(json.dumps(folds))
 
@@ -140,34 +145,75 @@ def run(args: argparse.Namespace) -> None:
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
     dice = json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
     planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
-    line = {
+    pretrained = {"pretrain_steps": args.pretrain_steps, "pretrain_sets": args.pretrain_sets} if args.arm == "pretrained" else {}
+    add_line(args.results, {
         "set": dataset, "encoder": args.encoder, "arm": args.arm, "fold": args.fold, "iterations": args.epochs * args.iterations,
         "batch": planned["batch_size"], "patch": planned["patch_size"], "minutes": round(minutes, 2), "threads": args.threads,
-        "pretrain_steps": args.pretrain_steps if args.arm == "pretrained" else 0,
+        **pretrained, **figures(summary), "dice": round(dice, 4),
+    })
+
+
+def figures(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a line holds of an evaluation."""
+    return {
         "scans": summary["scans"]["number"], "objects": sum(c["objects"] for c in summary["classes"].values()),
         **{f"ap_{iou}": round(summary["ap"][iou]["mean"], 4) for iou in ("0.1", "0.5")}, "ap_0.1_ci95": summary["ap"]["0.1"]["ci95"],
         "map": round(next(iter(summary["map"].values()))["mean"], 4), "cpm": round(summary["froc"]["cpm"]["mean"], 4),
-        "dice": round(dice, 4),
     }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as handle:
+
+
+def add_line(results: Path, line: dict[str, Any]) -> None:
+    """Append to the results."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
     print(json.dumps(line))
 
 
+def answer_the_centre(args: argparse.Namespace) -> None:
+    """Score one box per scan and class, in the middle: sides relative to the scan's are the median of the training objects'."""
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
+    from nnunet_autoreg.detection.objects import ObjectSource
+    from nnunet_autoreg.detection.score import scan_of_instances
+
+    (raw,) = (args.work / "raw").iterdir()
+    source = ObjectSource(raw / "labelsTr", raw, json.loads((raw / "dataset.json").read_text()), SimpleITKIO)
+    fold = json.loads((args.work / "preprocessed" / raw.name / "splits_final.json").read_text())[args.fold]
+    sides: dict[int, list[Any]] = {place: [] for place in range(len(source.classes))}
+    for case in fold["train"]:
+        known = source.read(case)
+        for item in known.instances.objects:
+            if not item.ignored:
+                sides[item.place].append(np.subtract(item.box_zyx[3:], item.box_zyx[:3]) / known.shape_vox)
+    boxes = {place: np.concatenate([0.5 - half, 0.5 + half]) for place, half in
+             ((place, np.median(known, axis=0) / 2) for place, known in sides.items() if known)}
+    scans = []
+    for case in fold["val"]:
+        known = source.read(case)
+        found = [box * np.tile(known.shape_vox, 2) for box in boxes.values()]
+        scans.append(scan_of_instances(case, known.spacing_mm, known.instances, (found, list(boxes), [1.0] * len(found))))
+    summary = evaluate(scans, source.classes, EvaluationSettings())
+    add_line(args.results, {"set": raw.name, "encoder": "none", "arm": "centre", "fold": args.fold, **figures(summary)})
+
+
 def plan(env: dict[str, str], work: Path, dataset: str, number: str, args: argparse.Namespace) -> None:
-    """Pretrain on the training images of the fold, then plan and preprocess for that encoder."""
+    """Pretrain, then plan and preprocess for that encoder."""
     held = json.loads((work / "preprocessed" / dataset / "splits_final.json").read_text())[args.fold]["val"]
     excluded = work / "held_out.txt"
     excluded.write_text("".join(f"{case}\n" for case in held))
+    raw = {"nnUNet_raw": str(args.pretrain_raw)} if args.pretrain_raw else {}
+    weights = {"autoreg_weights": args.encoder}
+    left_out = [] if args.pretrain_sets else ["--exclude", str(excluded)]
     lines = (
-        ["autoreg_pretrain", "-d", number, "--name", args.encoder, "--encoder", args.encoder, "--steps", str(args.pretrain_steps),
-         "--batch", "4", "--device", "cpu", "--exclude", str(excluded)],
+        ["autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", args.encoder, "--encoder", args.encoder,
+         "--steps", str(args.pretrain_steps), "--batch", "4", "--device", "cpu", *left_out],
         ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", "AutoregPlanner", "-overwrite_plans_name", f"AutoregPlans_{args.encoder}",
          "-c", "3d_fullres", "-np", "1"],
     )
-    for line in lines:
-        subprocess.run(line, env={**env, "autoreg_weights": args.encoder}, check=True)
+    for line, more in zip(lines, (raw, weights), strict=True):
+        subprocess.run(line, env={**env, **more}, check=True)
 
 
 def shorten(file: Path, args: argparse.Namespace) -> None:
@@ -189,7 +235,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True, dest="command")
     first = commands.add_parser("prepare")
-    first.add_argument("--set", choices=["toy", "oasis"], required=True)
+    first.add_argument("--set", choices=["toy", *FOLDS], required=True)
     first.add_argument("--data", type=Path)
     second = commands.add_parser("run")
     second.add_argument("--encoder", required=True)
@@ -202,13 +248,20 @@ def main() -> None:
     second.add_argument("--patch", type=int, nargs=3)
     second.add_argument("--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop")
     second.add_argument("--pretrain-steps", type=int, default=2)
+    second.add_argument("--pretrain-sets", nargs="+", default=[], help="datasets to pretrain on (default: the training images of the fold)")
+    second.add_argument("--pretrain-raw", type=Path, help="their nnUNet_raw (default: FOLDER's)")
     second.add_argument("--threads", type=int, default=1)
-    second.add_argument("--results", type=Path, default=RESULTS)
-    for command in (first, second):
+    third = commands.add_parser("centre")
+    third.add_argument("--fold", type=int, default=0)
+    for command in (second, third):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    for command in (first, second, third):
         command.add_argument("--work", type=Path, required=True)
     args = p.parse_args()
     if args.command == "prepare":
         prepare(args.set, args.data, args.work)
+    elif args.command == "centre":
+        answer_the_centre(args)
     else:
         run(args)
 

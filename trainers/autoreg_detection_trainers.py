@@ -34,6 +34,7 @@ from nnunet_autoreg.detection.training import (
     Losing,
     absent_classes,
     detection_recipe,
+    keep_thread_limit,
     make_segmentation_loss,
     mean_dice,
     patches_scored,
@@ -63,6 +64,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     def initialize(self) -> None:
         """Find the objects, plan if nobody has, then nnU-Net's own preparations."""
         if not self.was_initialized:
+            keep_thread_limit()
             with one_line_errors(), self._library_log():
                 self._prepare()
         super().initialize()

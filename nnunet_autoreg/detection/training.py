@@ -1,6 +1,7 @@
 """The pieces of a detector's training that know nothing of nnU-Net's trainer: its losses, recipe and pseudo Dice."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,6 +160,15 @@ def absent_classes(index: InstanceIndex, cases: Sequence[str]) -> list[str]:
     """Names of the classes of which none of the cases has an object that counts."""
     present = {item.place for case in cases for item in index.cases[case].objects if not item.ignored}
     return [kind.name for place, kind in enumerate(index.classes) if place not in present]
+
+
+def keep_thread_limit() -> None:
+    """Hold torch to ``OMP_NUM_THREADS`` where that is set: on a CPU ``nnUNetv2_train`` has taken every core, and threads that share
+    cores with other programs wait for each other.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        torch.set_num_threads(int(wanted))
 
 
 class ForwardedLog(logging.Handler):

@@ -31,6 +31,7 @@ from nnunet_autoreg.detection.score import quick_scores, scan_boxes
 from nnunet_autoreg.detection.training import (
     Losing,
     absent_classes,
+    keep_thread_limit,
     make_segmentation_loss,
     mean_dice,
     patches_scored,
@@ -358,6 +359,17 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
     assert match_scan(scan, 0, HitRule()).excused.tolist()[:1] == [True]
     (scan,) = patches_scored(output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
     assert not match_scan(scan, 0, HitRule()).excused.any()
+
+
+def test_the_number_of_threads_that_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    for value in ("3", "", "many", "0"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        keep_thread_limit()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    keep_thread_limit()
+    assert said == [3]
 
 
 def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
