@@ -7,9 +7,9 @@
     python benchmarks/detection.py centre --work FOLDER
 
 ``run`` pretrains an encoder of that name first (``--pretrain-steps``; the scratch arm uses none of it but its plan): on the images of
-``--pretrain-sets``, or else on the training images of the first fold that is run. It plans, preprocesses, trains one fold with
-nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring. ``centre`` scores the answer that needs no
-network: in every validation scan one box in the middle, of the median size of the training objects.
+``--pretrain-sets``, or else on the training images of the first fold that is run; ``--weights`` takes an encoder that is there. It plans,
+preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring. ``centre``
+scores the answer that needs no network: in every validation scan one box in the middle, of the training objects' median size.
 
 Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8 to 16 voxels, every 8th without any.
 """
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     env = environment(work, args.threads)
     dataset = next(p.name for p in (work / "raw").iterdir())
     number = dataset[len("Dataset"):].split("_")[0]
-    plans = f"AutoregPlans_{args.encoder}"
+    plans = f"AutoregPlans_{args.weights or args.encoder}"
     file = work / "preprocessed" / dataset / f"{plans}.json"
     if not file.is_file():
         plan(env, work, dataset, number, args)
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     shorten(file, args)
     trainer = "AutoregDetectionTrainer" if args.arm == "pretrained" else "AutoregDetectionScratchTrainer"
     start = time.monotonic()
-    log = work / f"{args.encoder}_{args.arm}_{args.fold}.log"
+    log = work / f"{args.weights or args.encoder}_{args.arm}_{args.fold}.log"
     with log.open("w") as handle:
         subprocess.run(["nnUNetv2_train", number, "3d_fullres", str(args.fold), "-tr", trainer, "-p", plans, "-device", "cpu"],
                        env=env, check=True, stdout=handle, stderr=subprocess.STDOUT)
@@ -145,11 +145,12 @@ def run(args: argparse.Namespace) -> None:
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
     dice = json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
     planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
-    pretrained = {"pretrain_steps": args.pretrain_steps, "pretrain_sets": args.pretrain_sets} if args.arm == "pretrained" else {}
+    card = json.loads(next((work / "results" / "autoreg_pretraining" / (args.weights or args.encoder)).glob("encoder.json")).read_text())
+    pretrained = {name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")}
     add_line(args.results, {
         "set": dataset, "encoder": args.encoder, "arm": args.arm, "fold": args.fold, "iterations": args.epochs * args.iterations,
         "batch": planned["batch_size"], "patch": planned["patch_size"], "minutes": round(minutes, 2), "threads": args.threads,
-        **pretrained, **figures(summary), "dice": round(dice, 4),
+        "pretrained": pretrained if args.arm == "pretrained" else {}, **figures(summary), "dice": round(dice, 4),
     })
 
 
@@ -204,16 +205,17 @@ def plan(env: dict[str, str], work: Path, dataset: str, number: str, args: argpa
     excluded = work / "held_out.txt"
     excluded.write_text("".join(f"{case}\n" for case in held))
     raw = {"nnUNet_raw": str(args.pretrain_raw)} if args.pretrain_raw else {}
-    weights = {"autoreg_weights": args.encoder}
+    name = args.weights or args.encoder
     left_out = [] if args.pretrain_sets else ["--exclude", str(excluded)]
     lines = (
         ["autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", args.encoder, "--encoder", args.encoder,
          "--steps", str(args.pretrain_steps), "--batch", "4", "--device", "cpu", *left_out],
-        ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", "AutoregPlanner", "-overwrite_plans_name", f"AutoregPlans_{args.encoder}",
+        ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", "AutoregPlanner", "-overwrite_plans_name", f"AutoregPlans_{name}",
          "-c", "3d_fullres", "-np", "1"],
     )
-    for line, more in zip(lines, (raw, weights), strict=True):
-        subprocess.run(line, env={**env, **more}, check=True)
+    if not args.weights:
+        subprocess.run(lines[0], env={**env, **raw}, check=True)
+    subprocess.run(lines[1], env={**env, "autoreg_weights": name}, check=True)
 
 
 def shorten(file: Path, args: argparse.Namespace) -> None:
@@ -249,6 +251,7 @@ def main() -> None:
     second.add_argument("--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop")
     second.add_argument("--pretrain-steps", type=int, default=2)
     second.add_argument("--pretrain-sets", nargs="+", default=[], help="datasets to pretrain on (default: the training images of the fold)")
+    second.add_argument("--weights", help="an encoder in FOLDER/results/autoreg_pretraining instead of a pretraining")
     second.add_argument("--pretrain-raw", type=Path, help="their nnUNet_raw (default: FOLDER's)")
     second.add_argument("--threads", type=int, default=1)
     third = commands.add_parser("centre")
