@@ -7,10 +7,10 @@
 JSON lines go to ``benchmarks/results/gpu.jsonl`` (a dry run's to ``--out``, by default nowhere), a table to the screen. The exit code is 1
 if a check failed.
 
-Parts: ``correctness`` - FlexAttention's kernels against plain attention, compiled against eager, bf16 against float32, checkpointing
-against none. ``throughput`` - every encoder's step, share of the matrix peak. ``memory`` - estimate against measured peak, every encoder,
-with and without checkpointing. ``resume`` - a run stopped and continued against one that was not. ``chain`` - ten minutes of pretraining on
-Hippocampus, then planning and fine-tuning, by the commands. ``processes`` - two GPUs against one.
+Parts: ``correctness`` - crops turned on the device, FlexAttention's kernels against plain attention, compiled against eager, bf16 against
+float32, checkpointing against none. ``throughput`` - every encoder's step, share of the matrix peak. ``memory`` - estimate against measured
+peak, every encoder, with and without checkpointing. ``resume`` - a run stopped and continued against one that was not. ``chain`` - ten
+minutes of pretraining on Hippocampus, then planning and fine-tuning, by the commands. ``processes`` - two GPUs against one.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import permutations, product
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import autocast
 from nnunet_autoreg.sequences.blocks import block_ids
 from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sequences.turn import Turn
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
@@ -70,7 +72,7 @@ def plan_of(encoder: EncoderSize, crop: Size, micro: int, recompute: bool = Fals
 
 
 def batch_of(plan: Plan, num_samples: int) -> Batch:
-    """Random crops, the last quarter of every second one padding."""
+    """Random crops, the last quarter of every second one padding; all are to be mirrored on the device."""
     size, generator = plan.sequence.crop_size_vox, torch.Generator().manual_seed(0)
     ids = torch.from_numpy(block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens))
     num_blocks = int(ids.max()) + 1
@@ -81,7 +83,8 @@ def batch_of(plan: Plan, num_samples: int) -> Batch:
     real = torch.ones(num_samples, 1, *size, dtype=torch.bool)
     real[1::2, :, size[0] * 3 // 4 :] = False
     prefix = torch.randint(1, num_blocks, (num_samples,), generator=generator)
-    return Batch(torch.randn(num_samples, 1, 1, *size, generator=generator) * real[:, :, None], real, ranks, prefix)
+    voxels = torch.randn(num_samples, 1, 1, *size, generator=generator) * real[:, :, None]
+    return Batch(voxels, real, ranks, prefix, turns=(Turn((True, True, True)),) * num_samples)
 
 
 def checked(what: str, error: float, limit: float, **more: object) -> Line:
@@ -170,8 +173,26 @@ def loss_lines(setting: Setting) -> Iterator[Line]:
                               gradient_error=float((found[1:] - plain[1:]).norm() / plain[1:].norm()))
 
 
+def turn_lines(setting: Setting) -> Iterator[Line]:
+    """Crops copied and turned on the device in every way: voxels that differ from those turned here, and its milliseconds per crop."""
+    turns = [Turn(flips, as_size(axes)) for flips in product((False, True), repeat=3) for axes in permutations(range(3))]
+    side = 16 if setting.is_small else 128
+    voxels = torch.randn(len(turns), 1, 1, side, side, side, generator=torch.Generator().manual_seed(0))
+    batch = Batch(voxels, voxels[:, 0] > 0, torch.zeros(len(turns), 8), torch.zeros(len(turns)), turns=tuple(turns))
+    batch = batch.pin_memory() if setting.device.type == "cuda" else batch
+    seconds = math.inf
+    for _ in range(3):  # the first one meets an empty cache of memory
+        start = time.monotonic()
+        turned = batch.to(setting.device).voxels
+        turned[-1].flatten()[0].item()  # waits for the device
+        seconds = min(seconds, time.monotonic() - start)
+    differ = sum(int((mine.cpu() != turn.tensor(whole)).sum()) for mine, whole, turn in zip(turned, voxels, turns, strict=True))
+    yield checked("crops turned on the device against here", differ, 0.0, side_vox=side, ms_per_crop=1000 * seconds / len(turns))
+
+
 def correctness(setting: Setting) -> Iterator[Line]:
     """All comparisons."""
+    yield from turn_lines(setting)
     yield from attention_lines(setting)
     yield from loss_lines(setting)
 

@@ -177,6 +177,7 @@ def test_semantic_samples_carry_one_turn_for_all_their_patients():
     assert {turn.flips for turn in turns} == set(FLIPS) and len({turn.axes for turn in turns}) > 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_turning_on_a_gpu_gives_the_same_bits_and_waits_for_nothing():
     sampler, device = SequenceSampler(make_plan()), torch.device("cuda")
