@@ -173,10 +173,12 @@ class Crew:
 
     def fate(self) -> str:
         """What to say when the connection to another process was lost."""
-        deadline = time.monotonic() + 10 * LOOK_EVERY_S
-        while not (told := self.cause()) and time.monotonic() < deadline:
-            time.sleep(LOOK_EVERY_S / 5)
-        return told or f"one of {self.launch.size} processes is gone, or cannot be reached any more; {AGAIN}"
+        deadline, told = time.monotonic() + 10 * LOOK_EVERY_S, ""
+        with suppress(InterruptedRunError):  # torchrun ends the others where one died; why it does is still to be said
+            while not (told := self.cause()) and time.monotonic() < deadline:
+                time.sleep(LOOK_EVERY_S / 5)
+        who = "; torchrun says which" if self.launch.by_torchrun else ""
+        return told or f"one of {self.launch.size} processes is gone, or cannot be reached any more{who}; {AGAIN}"
 
 
 class Watch(threading.Thread):

@@ -35,9 +35,9 @@ class Place:
             image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32))
             SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
 
-    def start(self, name, *words, by=(sys.executable, "-m", COMMAND), sharding="none"):
+    def start(self, name, *words, by=(sys.executable, "-m", COMMAND), sharding="none", length=("--steps", str(STEPS))):
         folders = {key: str(self.root / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        line = [*by, "-i", str(self.root / "scans"), "--name", name, "--steps", str(STEPS), "--batch", "4", "--device", "cpu", *words,
+        line = [*by, "-i", str(self.root / "scans"), "--name", name, *length, "--batch", "4", "--device", "cpu", *words,
                 "--set", *SETTINGS, f"run.sharding={sharding}"]
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
         with self.log(name).open("a") as log:
@@ -72,6 +72,13 @@ def helpers_of(process):
     """Process ids of the training processes that another one started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def ranks_of(process):
+    """Process ids by rank of the training processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    settings = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return {int(value[5:]): pid for pid, values in settings.items() for value in values if value.startswith(b"RANK=")}
 
 
 def gone(pid):
@@ -164,6 +171,38 @@ def test_a_main_process_that_is_killed_takes_the_others_with_it_and_leaves_no_lo
     assert gone(helper)
     place.run("headless", "--num-gpus", "2")
     assert place.encoder("headless") == place.encoder(whole)
+
+
+def test_under_torchrun_a_process_that_is_killed_stops_the_others_with_a_line_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
+    process = place.start("lost", by=torchrun())
+    place.wait_for_step("lost", process, 12)
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(90) != 0
+    assert gone(ranks[0])
+    own = [line for line in place.log("lost").read_text().splitlines() if line.startswith("autoreg_pretrain: ")]
+    assert own == ["autoreg_pretrain: one of 2 processes is gone, or cannot be reached any more; torchrun says which; the last checkpoint "
+                   "is kept: type the same line again to go on"]
+    assert damage_of(place.folder("lost") / LATEST_NAME) == ""
+    place.run("lost", by=torchrun())
+    assert "continuing after step 10 of 30" in place.log("lost").read_text()
+    assert place.encoder("lost") == place.encoder(whole)
+
+
+def test_hours_are_turned_into_steps_once_by_two_processes_and_the_same_line_goes_on_with_them(place):
+    hours = ("--hours", "0.001")
+    process = place.start("timed", "--num-gpus", "2", length=hours)
+    place.wait_for_step("timed", process, 1)
+    plan = json.loads((place.folder("timed") / "plan.json").read_text())
+    steps, seconds = plan["optim"]["num_steps"], plan["run"]["seconds_per_step"]
+    assert steps == int(0.95 * 3.6 / seconds) and "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) in (0, 130)
+    place.run("timed", "--num-gpus", "2", length=hours)
+    after = json.loads((place.folder("timed") / "plan.json").read_text())
+    assert (after["optim"], after["run"]) == (plan["optim"], plan["run"])
+    assert max(step for step, _ in place.errors("timed")) == steps - 1
+    assert json.loads((place.folder("timed") / "encoder.json").read_text())["num_steps"] == steps
 
 
 def test_under_torchrun_a_line_that_cannot_be_carried_out_ends_all_processes_with_one_line(place):

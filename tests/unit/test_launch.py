@@ -104,6 +104,17 @@ def test_of_a_process_on_another_machine_one_knows_only_that_it_is_gone(monkeypa
     assert Crew(Launch(0, 2, 0, 1, by_torchrun=True)).fate().startswith("one of 2 processes is gone, or cannot be reached any more")
 
 
+def test_what_is_said_of_a_lost_process_does_not_change_where_torchrun_ends_this_one_for_it(monkeypatch):
+    def sigterm(_):
+        raise InterruptedRunError("stopped by SIGTERM")
+
+    monkeypatch.setattr(launch.time, "sleep", sigterm)
+    monkeypatch.setattr(launch, "open_store", lambda _: Kept())
+    said = Crew(Launch(0, 2, 0, 2, by_torchrun=True)).fate()
+    assert said == ("one of 2 processes is gone, or cannot be reached any more; torchrun says which; the last checkpoint is kept: type the "
+                    "same line again to go on")
+
+
 @pytest.mark.parametrize(("error", "told"), [(None, b"end 0"), (UsageError("wrong"), b"end 1")])
 def test_processes_that_torchrun_started_are_sent_home_where_there_is_nothing_to_train(monkeypatch, error, told):
     store = Kept()
