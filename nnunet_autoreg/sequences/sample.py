@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in given.items() if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in given.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 def _turned(whole: Tensor, turns: Sequence[Turn]) -> Tensor:
