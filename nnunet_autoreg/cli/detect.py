@@ -188,7 +188,7 @@ def segmented_one(
     from nnunet_autoreg.detection.predict import write_record
 
     try:
-        record, ids, properties = source.read(name, options.min_score or 0.0, settings)
+        record, ids, properties = source.read(name, settings["min_score"] or 0.0, settings)
     except ScanError as error:
         log.warning("%s is left out (%s): %s", name, error.status, error)
         return None

@@ -127,7 +127,7 @@ def objects_of(
             continue
         kind = classes[item.place]
         place = tuple(slice(int(low), int(high)) for low, high in zip(item.box_zyx[:3], item.box_zyx[3:], strict=True))
-        own = probabilities_CZYX[(list(channels[item.place]), *place)].astype(np.float64).sum(0)
+        own = np.asarray(np.sum([probabilities_CZYX[channel][place] for channel in channels[item.place]], axis=0, dtype=np.float64))
         score = float(own[instances.ids_ZYX[place] == item.id].max())
         components.append(Component(item.id, Detection(item.box_zyx, kind.label, kind.name, min(1.0, score))))
     if dropped := len(instances.objects) - len(components):
