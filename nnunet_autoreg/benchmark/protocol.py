@@ -11,7 +11,7 @@ from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
 from nnunet_autoreg.model.card import RUNS_FOLDER
 from nnunet_autoreg.records import from_jsonable, to_jsonable
-from nnunet_autoreg.transfer.block import Recipe
+from nnunet_autoreg.transfer.block import Recipe, check_recipe
 
 ARMS = ("pretrained", "masked", "scratch", "stock")
 TRAINERS = {"pretrained": "AutoregPretrainedTrainer", "masked": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer",
@@ -97,18 +97,24 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
     found: dict[str, object] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        try:
-            found[key] = float(text) if "." in text or "e" in text.lower() else int(text)
-        except ValueError as error:
-            raise UsageError(f"--recipe {setting}: write it as key=number, e.g. pretrained_rate=3e-3") from error
-        if not equals:
-            raise UsageError(f"--recipe {setting}: write it as key=number, e.g. pretrained_rate=3e-3")
+        if not (key and equals and text):
+            raise UsageError(f"--recipe {setting}: write it as key=value, e.g. pretrained_rate=3e-3")
+        found[key] = _number_or_word(text)
     base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
     try:
-        from_jsonable(Recipe, {**base, **found}, "--recipe")
+        check_recipe(from_jsonable(Recipe, {**base, **found}, "--recipe"), "--recipe")
     except PlanError as error:
         raise UsageError(str(error)) from error
     return found
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:

@@ -108,7 +108,18 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
     check_class(block.encoder.class_path, where)
     check_arguments(block.encoder.arguments, where)
     _check_family(block, where)
-    r = block.recipe
+    check_recipe(block.recipe, where)
+    return block
+
+
+def check_recipe(r: Recipe, where: str) -> None:
+    """Refuse what no network can be trained with.
+
+    Raises:
+        PlanError: an unknown optimiser, or a number out of its range.
+    """
+    if r.optimizer not in OPTIMIZERS:
+        raise PlanError(f"{where}: {BLOCK_KEY}.recipe.optimizer={r.optimizer} does not exist; {did_you_mean(r.optimizer, OPTIMIZERS)}")
     at_least_one = {"num_epochs": r.num_epochs, "num_iterations_per_epoch": r.num_iterations_per_epoch,
                     "num_val_iterations_per_epoch": r.num_val_iterations_per_epoch}
     positive = {"pretrained_rate": r.pretrained_rate, "scratch_rate": r.scratch_rate, "poly_exponent": r.poly_exponent,
@@ -129,13 +140,10 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
         for name, value in values.items():
             if not holds(value):
                 raise PlanError(f"{where}: {BLOCK_KEY}.recipe.{name}={value} must be {range_text}")
-    return block
 
 
 def _check_family(block: AutoregBlock, where: str) -> None:
     r, is_cnn = block.recipe, has_deep_supervision(family_of(block.encoder.class_path))
-    if r.optimizer not in OPTIMIZERS:
-        raise PlanError(f"{where}: {BLOCK_KEY}.recipe.optimizer={r.optimizer} does not exist; {did_you_mean(r.optimizer, OPTIMIZERS)}")
     if is_cnn and r.drop_path_rate:
         raise PlanError(f"{where}: {BLOCK_KEY}.recipe.drop_path_rate={r.drop_path_rate}, but {block.encoder.name} has none; set it to 0.0")
     if r.deep_supervision and not is_cnn:

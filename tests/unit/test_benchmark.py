@@ -199,8 +199,10 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
     ({"num_seeds": 0}, "--seeds 0: must be greater than 0"),
     ({"labels": (0,)}, "--labels 0"),
     ({"recipe": ("pretrained_rat=1e-3",)}, "did you mean 'pretrained_rate'"),
-    ({"recipe": ("pretrained_rate",)}, "write it as key=number"),
-    ({"recipe": ("pretrained_rate=fast",)}, "write it as key=number"),
+    ({"recipe": ("pretrained_rate",)}, "write it as key=value"),
+    ({"recipe": ("pretrained_rate=fast",)}, "'fast' is not of type float"),
+    ({"recipe": ("optimizer=sgdd",)}, "did you mean 'sgd'"),
+    ({"recipe": ("momentum=1.5",)}, r"must be in \[0, 1\)"),
     ({"weights": ("some/folder",)}, "give the name of a run"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused(changes: dict[str, Any], message: str) -> None:
