@@ -11,9 +11,11 @@ from sequence_cases import Ramp, contrast_material, contrast_plan, make_plan, se
 from nnunet_autoreg import rng
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, parts_of, training_batches
+from nnunet_autoreg.pretrain.pictures import upright
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.sequences import members, spatial, strided
+from nnunet_autoreg.sequences.material import Material
 from nnunet_autoreg.sequences.sample import Batch, collate
 from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
 from nnunet_autoreg.sequences.turn import AS_READ, Turn
@@ -175,6 +177,18 @@ def test_the_loss_is_one_graph_however_the_samples_are_turned():
 def test_semantic_samples_carry_one_turn_for_all_their_patients():
     turns = [SequenceSampler(semantic_plan()).draw(semantic_material(), TRAINING, step, 0).turn for step in range(60)]
     assert {turn.flips for turn in turns} == set(FLIPS) and len({turn.axes for turn in turns}) > 1
+
+
+@pytest.mark.parametrize("kind", ["spatial", "strided", "contrast"])
+def test_pictures_show_sequences_turned_the_usual_way_round(kind):
+    plan = contrast_plan(weights={kind: 1.0}, num_subvolumes=2, stride_vox=16)
+    material = Material((Ramp((40, 40, 40)),), contrast_material(1).groups)
+    _, shown = SequenceSampler(plan).draw_kind(kind, material, rng.generator(0, "x"))
+    sample, again = upright(plan, shown)
+    assert sample.turn == AS_READ and again.drawn.turn == Turn((False, True, True))
+    start = again.drawn.starts[0] if kind == "contrast" else again.drawn.start
+    voxels, real = shown.cases[0].read_padded(start, sample.voxels.shape[2:])
+    assert np.array_equal(sample.voxels[0, 0], voxels[0, :, ::-1, ::-1]) and np.array_equal(sample.real[0], real[:, ::-1, ::-1])
 
 
 @pytest.mark.gpu
