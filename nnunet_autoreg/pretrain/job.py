@@ -13,8 +13,8 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.probe import LabelledCrop
-from nnunet_autoreg.pretrain.slices import Picture, held_out_pictures
 from nnunet_autoreg.pretrain.start import start_from
+from nnunet_autoreg.report.slices import Picture, held_out_pictures
 from nnunet_autoreg.sequences.material import Material
 
 MOST_LOADERS = 8

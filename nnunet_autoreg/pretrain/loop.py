@@ -19,15 +19,15 @@ from nnunet_autoreg.pretrain.display import gauges, postfix
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
 from nnunet_autoreg.pretrain.guard import Tally, in_words
 from nnunet_autoreg.pretrain.health import complaints
-from nnunet_autoreg.pretrain.metrics import MetricsFile, NoMetrics, draw_progress
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.signals import InterruptedRunError, stop_signals
-from nnunet_autoreg.pretrain.sinks import open_sinks
 from nnunet_autoreg.pretrain.state import Progress, lent, restore, restore_weights, snapshot
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.records import to_jsonable
+from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics, draw_progress
+from nnunet_autoreg.report.sinks import open_sinks
 from nnunet_autoreg.sequences.material import Material
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,6 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
 from nnunet_autoreg.presets import PAPER_BATCH, faithful, with_objective
 from nnunet_autoreg.pretrain.export import export_encoder
-from nnunet_autoreg.pretrain.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.pretrain.folder import (
     INDEX_NAME,
     PLAN_NAME,
@@ -43,10 +42,11 @@ from nnunet_autoreg.pretrain.launch import Crew
 from nnunet_autoreg.pretrain.machine import hardware, has_half, num_processes, step_memory
 from nnunet_autoreg.pretrain.material import make_material, parse_kinds, plan_with_sequences
 from nnunet_autoreg.pretrain.pictures import show_sequences
-from nnunet_autoreg.pretrain.report import Reporter, Setting
 from nnunet_autoreg.pretrain.signals import ends_on_sigterm
 from nnunet_autoreg.pretrain.start import check_start
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
+from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
+from nnunet_autoreg.report.report import Reporter, Setting
 from nnunet_autoreg.store.store import Store
 
 if TYPE_CHECKING:

@@ -91,8 +91,8 @@ def arm(point):
 
     from nnunet_autoreg.corpus import index
     from nnunet_autoreg.model.card import EncoderCard
-    from nnunet_autoreg.pretrain.metrics import MetricsFile
     from nnunet_autoreg.pretrain.validation import Validation
+    from nnunet_autoreg.report.metrics import MetricsFile
     from nnunet_autoreg.store import store
 
     {
@@ -111,7 +111,8 @@ def arm(point):
 
 
 def leave_out_pictures():
-    from nnunet_autoreg.pretrain import loop, report, run
+    from nnunet_autoreg.pretrain import loop, run
+    from nnunet_autoreg.report import report
 
     run.draw_fingerprint = loop.draw_progress = report.Reporter.write = lambda *_: None
     run.num_processes = lambda: 1

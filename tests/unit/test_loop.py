@@ -19,8 +19,8 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.metrics import MetricsFile, draw_progress, read_lines
 from nnunet_autoreg.pretrain.signals import InterruptedRunError, ends_on_sigterm
+from nnunet_autoreg.report.metrics import MetricsFile, draw_progress, read_lines
 from nnunet_autoreg.sequences.sample import Sample, collate
 
 TINY = encoder_size("primus_tiny")

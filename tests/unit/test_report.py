@@ -19,13 +19,13 @@ from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
-from nnunet_autoreg.pretrain import sinks
-from nnunet_autoreg.pretrain.curves import Line, chart, thinned
 from nnunet_autoreg.pretrain.display import Gauges, gauges, postfix
-from nnunet_autoreg.pretrain.metrics import MetricsFile, read_lines
-from nnunet_autoreg.pretrain.report import REPORT_NAME, Reporter, Setting, verdict
-from nnunet_autoreg.pretrain.report_scans import without_names
-from nnunet_autoreg.pretrain.slices import _outline, held_out_pictures, panels
+from nnunet_autoreg.report import sinks
+from nnunet_autoreg.report.curves import Line, chart, thinned
+from nnunet_autoreg.report.metrics import MetricsFile, read_lines
+from nnunet_autoreg.report.report import REPORT_NAME, Reporter, Setting, verdict
+from nnunet_autoreg.report.scans import without_names
+from nnunet_autoreg.report.slices import _outline, held_out_pictures, panels
 from nnunet_autoreg.sequences.sample import Sample, collate
 
 TINY = encoder_size("primus_tiny")
@@ -270,7 +270,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_report
-from nnunet_autoreg.pretrain import report
+from nnunet_autoreg.report import report
 original = Path.write_text
 def half(self, text, **options):
     if ".report.html." in self.name:

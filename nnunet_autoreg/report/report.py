@@ -12,12 +12,12 @@ from nnunet_autoreg.corpus.rows import read_index
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain import page
-from nnunet_autoreg.pretrain.curves import Line, Points, chart
-from nnunet_autoreg.pretrain.metrics import read_lines
-from nnunet_autoreg.pretrain.report_scans import scans_section
-from nnunet_autoreg.pretrain.slices import Picture, panels
 from nnunet_autoreg.records import to_jsonable, write_text
+from nnunet_autoreg.report import page
+from nnunet_autoreg.report.curves import Line, Points, chart
+from nnunet_autoreg.report.metrics import read_lines
+from nnunet_autoreg.report.scans import scans_section
+from nnunet_autoreg.report.slices import Picture, panels
 
 log = logging.getLogger(__name__)
 

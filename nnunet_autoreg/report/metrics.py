@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_autoreg.pretrain.sinks import Sink
 from nnunet_autoreg.records import atomic_path, write_text
+from nnunet_autoreg.report.sinks import Sink
 
 log = logging.getLogger(__name__)
 

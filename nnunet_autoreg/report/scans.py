@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 from nnunet_autoreg.corpus.rows import OK, ScanRow
-from nnunet_autoreg.pretrain import page
+from nnunet_autoreg.report import page
 
 NUM_EXAMPLES = 3
 MIN_NAME = 3
