@@ -10,7 +10,7 @@ import pytest
 
 # Tests run in as many processes as there are cores; threads of their own would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# dicom_files.py and sequence_cases.py are shared by several tests.
+# dicom_files.py, phantom_place.py, few_cases.py and sequence_cases.py are shared by several tests.
 sys.path.insert(0, str(Path(__file__).parent))
 
 

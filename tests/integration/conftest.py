@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from few_cases import copy_cases
 
 DATASET = "Dataset004_Hippocampus"
 ENCODER = ('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
@@ -122,14 +123,7 @@ def base(home):
 
 def add_labelled_scans(clinic, shared_data):
     """A small labelled dataset among nnU-Net's raw ones."""
-    source, target = shared_data / "nnUNet_raw" / DATASET, clinic.root / "nnUNet_raw" / DATASET
-    for part in ("imagesTr", "labelsTr"):
-        (target / part).mkdir(parents=True)
-    for image in sorted((source / "imagesTr").glob("*.nii.gz"))[:NUM_CASES]:
-        shutil.copy(image, target / "imagesTr")
-        shutil.copy(source / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
-    description = json.loads((source / "dataset.json").read_text())
-    (target / "dataset.json").write_text(json.dumps({**description, "numTraining": NUM_CASES}))
+    copy_cases(shared_data / "nnUNet_raw" / DATASET, clinic.root / "nnUNet_raw" / DATASET, NUM_CASES)
 
 
 @pytest.fixture(scope="module")

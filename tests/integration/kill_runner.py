@@ -134,8 +134,9 @@ def child(request):
 
 
 def serve():
+    ours = (f"nnunet_autoreg.{name}" for name in ("pretrain.run", "pretrain.loop", "report.report", "report.slices"))
     for module in ("dynamic_network_architectures.architectures.primus", "nnunetv2.preprocessing.preprocessors.default_preprocessor",
-                   "torch._dynamo", *(f"nnunet_autoreg.pretrain.{name}" for name in ("run", "loop", "report", "slices"))):
+                   "torch._dynamo", *ours):
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)

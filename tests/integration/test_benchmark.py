@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from few_cases import copy_cases
 
 pytestmark = pytest.mark.integration
 
@@ -30,14 +30,7 @@ def root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("benchmark")
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (root / variable).mkdir()
-    source, target = shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME
-    for part in ("imagesTr", "labelsTr"):
-        (target / part).mkdir(parents=True)
-    for label in sorted((source / "labelsTr").glob("*.nii.gz"))[:NUM_CASES]:
-        shutil.copy(label, target / "labelsTr")
-        shutil.copy(source / "imagesTr" / label.name.replace(".nii.gz", "_0000.nii.gz"), target / "imagesTr")
-    description = json.loads((source / "dataset.json").read_text())
-    (target / "dataset.json").write_text(json.dumps({**description, "numTraining": NUM_CASES}))
+    copy_cases(shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME, NUM_CASES)
     return root
 
 

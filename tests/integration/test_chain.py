@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from few_cases import copy_cases
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CHOICE = ["-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans"]
+NAME = "Dataset004_Hippocampus"
 NUM_CASES = 8
 
 
@@ -20,17 +22,7 @@ NUM_CASES = 8
 def home(tmp_path_factory, shared_data):
     """A small raw dataset of real scans and empty nnU-Net folders."""
     home = tmp_path_factory.mktemp("chain")
-    source, target = shared_data / "nnUNet_raw/Dataset004_Hippocampus", home / "nnUNet_raw/Dataset004_Hippocampus"
-    for folder in ("imagesTr", "labelsTr", "imagesTs"):
-        (target / folder).mkdir(parents=True)
-    images = sorted((source / "imagesTr").glob("*.nii.gz"))
-    for image in images[:NUM_CASES]:
-        shutil.copy(image, target / "imagesTr")
-        shutil.copy(source / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
-    for image in images[NUM_CASES : NUM_CASES + 2]:
-        shutil.copy(image, target / "imagesTs")
-    description = json.loads((source / "dataset.json").read_text())
-    (target / "dataset.json").write_text(json.dumps({**description, "numTraining": NUM_CASES}))
+    copy_cases(shared_data / "nnUNet_raw" / NAME, home / "nnUNet_raw" / NAME, NUM_CASES, num_tests=2)
     for folder in ("nnUNet_preprocessed", "nnUNet_results", "elsewhere"):
         (home / folder).mkdir()
     return home

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from few_cases import copy_cases
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CPU = torch.device("cpu")
 PRETRAINED = "AutoregPretrainedTrainer"
 HIPPOCAMPUS, SARCOMA = "Dataset004_Hippocampus", "Dataset051_SarcomaMR"
-CASES = {HIPPOCAMPUS: 5, SARCOMA: 5}
+NUM_CASES = 5
 SMALL_PATCH = [16, 40, 48]
 TRAINER_MODULE = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 
@@ -102,7 +103,7 @@ def make_project(
     monkeypatch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
 
     def make(dataset: str, encoder: str, **card: Any) -> Project:
-        copy_cases(shared_data / "nnUNet_raw" / dataset, tmp_path / "nnUNet_raw" / dataset)
+        copy_cases(shared_data / "nnUNet_raw" / dataset, tmp_path / "nnUNet_raw" / dataset, NUM_CASES)
         write_run(tmp_path / "nnUNet_results", "brain", encoder=encoder, **card)
         return Project(tmp_path, dataset)
 
@@ -119,17 +120,6 @@ def quick_predictor(**options: Any) -> Any:
 def without_validation(patch: pytest.MonkeyPatch) -> None:
     """For trainings whose validation says nothing new."""
     patch.setattr(f"{TRAINER_MODULE}.nnUNetTrainer.perform_actual_validation", lambda *_: None)
-
-
-def copy_cases(source: Path, target: Path) -> None:
-    for folder in ("imagesTr", "labelsTr"):
-        (target / folder).mkdir(parents=True)
-    for label in sorted((source / "labelsTr").glob("*.nii.gz"))[: CASES[source.name]]:
-        image = label.name.replace(".nii.gz", "_0000.nii.gz")
-        (target / "labelsTr" / label.name).symlink_to(label)
-        (target / "imagesTr" / image).symlink_to(source / "imagesTr" / image)
-    description = json.loads((source / "dataset.json").read_text())
-    (target / "dataset.json").write_text(json.dumps({**description, "numTraining": CASES[source.name]}))
 
 
 @pytest.mark.parametrize("dataset", [HIPPOCAMPUS, SARCOMA])

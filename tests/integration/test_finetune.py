@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from few_cases import copy_cases
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.integration
@@ -33,22 +34,11 @@ def project(shared_data: Path, write_run: Callable[..., Path], tmp_path_factory:
         patch.delenv("autoreg_weights", raising=False)
         bridge.install()
         patch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.default_num_processes", 1)
-        copy_cases(shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME)
+        copy_cases(shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME, NUM_CASES)
         write_run(root / "nnUNet_results", "brain")
         plan_and_preprocess()
         shorten(root)
         yield root
-
-
-def copy_cases(source: Path, target: Path) -> None:
-    for folder in ("imagesTr", "labelsTr"):
-        (target / folder).mkdir(parents=True)
-    for label in sorted((source / "labelsTr").glob("*.nii.gz"))[:NUM_CASES]:
-        image = label.name.replace(".nii.gz", "_0000.nii.gz")
-        (target / "labelsTr" / label.name).symlink_to(label)
-        (target / "imagesTr" / image).symlink_to(source / "imagesTr" / image)
-    description = json.loads((source / "dataset.json").read_text())
-    (target / "dataset.json").write_text(json.dumps({**description, "numTraining": NUM_CASES}))
 
 
 def plan_and_preprocess() -> None:

@@ -9,9 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import phantom_place
 import pytest
-import SimpleITK
 
 from nnunet_autoreg.checkpoint import RESUMABLE, damage_of
 from nnunet_autoreg.records import TEMPORARY_FILES
@@ -19,22 +18,15 @@ from nnunet_autoreg.records import TEMPORARY_FILES
 pytestmark = pytest.mark.integration
 
 RUNNER = Path(__file__).with_name("kill_runner.py")
-ENCODER = ('encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
-           '"init_values":0.1,"scale_attn_inner":true}')
-SETTINGS = [ENCODER, "sequence.crop_size_vox=16,16,16", "run.checkpoint_every=3", "run.validate_every=4", "run.log_every=1"]
+SETTINGS = [*phantom_place.SETTINGS, "run.checkpoint_every=3", "run.validate_every=4"]
 REPRODUCED = ("train_error", "gradient_norm", "lr", "heldout_error", "token_variance", "effective_rank")
 
 
-class Place:
-    """Five phantom scans, nnU-Net's folders, and a process that runs lines on them."""
+class Place(phantom_place.PhantomPlace):
+    """A process that runs lines on the phantoms."""
 
     def __init__(self, root):
-        self.root = root
-        for name in ("scans", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-        for number in range(5):
-            image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32))
-            SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
+        super().__init__(root)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("autoreg_", "KILL_"))}
         environment = {**clean, "OMP_NUM_THREADS": "1", "nnUNet_raw": str(root / "nnUNet_raw")}
         self.process = subprocess.Popen(
@@ -43,17 +35,14 @@ class Place:
     def run(self, name, point=None, store="nnUNet_preprocessed"):
         """Type the line, to be killed at ``point``; gives the exit status, negative for a signal."""
         argv = ["-i", str(self.root / "scans"), "--name", name, "--steps", "8", "--batch", "2", "--device", "cpu", "--set", *SETTINGS]
-        folders = {"nnUNet_preprocessed": str(self.root / store), "nnUNet_results": str(self.root / "nnUNet_results")}
-        request = {"argv": argv, "point": point, "log": str(self.root / f"{name}.log"), "env": folders}
+        folders = {**self.folders(), "nnUNet_preprocessed": str(self.root / store)}
+        request = {"argv": argv, "point": point, "log": str(self.log(name)), "env": folders}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())["status"]
 
-    def log(self, name):
-        return (self.root / f"{name}.log").read_text()
-
-    def folder(self, name):
-        return self.root / "nnUNet_results/autoreg_pretraining" / name
+    def said(self, name):
+        return self.log(name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +56,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(place):
     """The folder of a run that nobody disturbed."""
-    assert place.run("whole") == 0, place.log("whole")[-2000:]
+    assert place.run("whole") == 0, place.said("whole")[-2000:]
     return place.folder("whole")
 
 
@@ -92,15 +81,15 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
     if point in NEED_AN_EMPTY_STORE:
         store = f"store {point}"
         (place.root / store).mkdir()
-    assert place.run(name, point, store) == POINTS[point], place.log(name)[-2000:]
+    assert place.run(name, point, store) == POINTS[point], place.said(name)[-2000:]
     folder = place.folder(name)
     assert not (folder / "encoder.json").exists()
-    killed = place.log(name)
+    killed = place.said(name)
     assert "Traceback" not in killed, killed[-2000:]
     if point == "in a worker":
         assert "a worker process died" in killed.splitlines()[-1]
-    assert place.run(name, None, store) == 0, place.log(name)[-2000:]
-    again = place.log(name)[len(killed):]
+    assert place.run(name, None, store) == 0, place.said(name)[-2000:]
+    again = place.said(name)[len(killed):]
     assert "Traceback" not in again
     assert (folder / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
     assert reproduced(folder) == reproduced(whole)
@@ -114,8 +103,8 @@ def test_a_newest_checkpoint_with_a_flipped_bit_costs_the_steps_since_the_one_be
     data = bytearray(latest.read_bytes())
     data[len(data) // 2] ^= 4
     latest.write_bytes(data)
-    assert place.run("flipped") == 0, place.log("flipped")[-2000:]
-    told = [line for line in place.log("flipped").splitlines() if "its checksum differs" in line]
+    assert place.run("flipped") == 0, place.said("flipped")[-2000:]
+    told = [line for line in place.said("flipped").splitlines() if "its checksum differs" in line]
     assert len(told) == 1
     assert told[0].endswith("is now checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 6")
     assert (place.folder("flipped") / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()

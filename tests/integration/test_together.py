@@ -9,49 +9,31 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import phantom_place
 import pytest
-import SimpleITK
 
 from nnunet_autoreg.checkpoint import LATEST_NAME, damage_of
 
 pytestmark = pytest.mark.integration
 
-ENCODER = ('encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
-           '"init_values":0.1,"scale_attn_inner":true}')
-SETTINGS = [ENCODER, "sequence.crop_size_vox=16,16,16", "run.checkpoint_every=10", "run.validate_every=10", "run.log_every=1"]
+SETTINGS = [*phantom_place.SETTINGS, "run.checkpoint_every=10", "run.validate_every=10"]
 STEPS, PATIENCE_S = 30, 300
 COMMAND = "nnunet_autoreg.cli.pretrain"
 
 
-class Place:
-    """Five phantom scans, nnU-Net's folders, and lines typed on them."""
-
-    def __init__(self, root):
-        self.root = root
-        for name in ("scans", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / name).mkdir()
-        for number in range(5):
-            image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32))
-            SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
+class Place(phantom_place.PhantomPlace):
+    """Lines typed on the phantoms."""
 
     def start(self, name, *words, by=(sys.executable, "-m", COMMAND), sharding="none", length=("--steps", str(STEPS))):
-        folders = {key: str(self.root / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         line = [*by, "-i", str(self.root / "scans"), "--name", name, *length, "--batch", "4", "--device", "cpu", *words,
                 "--set", *SETTINGS, f"run.sharding={sharding}"]
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
         with self.log(name).open("a") as log:
-            return subprocess.Popen(line, env={**clean, "OMP_NUM_THREADS": "1", **folders}, stdout=log, stderr=log)
+            return subprocess.Popen(line, env={**clean, "OMP_NUM_THREADS": "1", **self.folders()}, stdout=log, stderr=log)
 
     def run(self, name, *words, **how):
         code = self.start(name, *words, **how).wait(PATIENCE_S)
         assert code == 0, self.log(name).read_text()[-2000:]
-
-    def log(self, name):
-        return self.root / f"{name}.log"
-
-    def folder(self, name):
-        return self.root / "nnUNet_results/autoreg_pretraining" / name
 
     def encoder(self, name):
         return (self.folder(name) / "encoder.safetensors").read_bytes()
