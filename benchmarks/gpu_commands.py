@@ -69,7 +69,8 @@ class Clinic:
         """A pretraining."""
         small = [SMALL_ENCODER, "sequence.crop_size_vox=16,24,16", "run.log_every=1"] if self.setting.is_small else []
         every = ["--set", *small, *settings] if small or settings else []
-        return ["autoreg_pretrain", "-d", "4", "--name", name, "--device", self.setting.device.type, *more, *every]
+        return ["autoreg_pretrain", "-d", "4", "--name", name, "--encoder", "primus_tiny", "--device", self.setting.device.type, *more,
+                *every]
 
     def folder(self, name: str) -> Path:
         """Of a pretraining."""

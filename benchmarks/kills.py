@@ -48,7 +48,8 @@ class Home:
 
     def __init__(self, root: Path, scans: Path, steps: int):
         self.root = root
-        self.argv = ["-i", str(scans), "--name", "run", "--steps", str(steps), "--batch", "2", "--device", "cpu", "--set", *SETTINGS]
+        self.argv = ["-i", str(scans), "--name", "run", "--steps", str(steps), "--batch", "2", "--encoder", "primus_tiny",
+                     "--device", "cpu", "--set", *SETTINGS]
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (root / name).mkdir(parents=True)
 

@@ -114,28 +114,48 @@ def pool_of(fingerprint: Fingerprint) -> Pool:
 
 
 def choose_encoder(name: str, hardware: Hardware, pool: Pool) -> tuple[str, str]:
-    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory."""
+    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory.
+
+    Of the two tiny ones the CNN is far ahead in short trainings (docs/measured.md, "Encoders"); the large ones have not been compared.
+    """
     if name != "auto":
         return encoder_size(name).name, BY_USER
-    tokens = volume(pool.median_shape_vox) / volume(encoder_size("primus_tiny").token_size)
+    tokens = volume(pool.median_shape_vox) / volume(encoder_size("resenc_tiny").token_size)
     if hardware.device != "cuda":
-        return "primus_tiny", f"device {hardware.device}: larger encoders need a GPU"
+        return _tiny_encoder(f"device {hardware.device}: larger encoders need a GPU", pool)
     if tokens < SMALL_IMAGE_TOKENS:
-        return "primus_tiny", f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}"
+        return _tiny_encoder(f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}", pool)
     for limit_gib, size in ((10, "primus_s"), (20, "primus_b")):
         if hardware.memory_gib < limit_gib:
             return size, f"{hardware.memory_gib:.0f} GiB of GPU memory, under {limit_gib}"
     return "primus_m", f"{hardware.memory_gib:.0f} GiB of GPU memory"
 
 
+def _tiny_encoder(reason: str, pool: Pool) -> tuple[str, str]:
+    """The CNN, or the transformer where scans are too small for a sequence of the CNN's blocks."""
+    cnn = suited_to(encoder_size("resenc_tiny"), pool.spacing_mm)
+    side = _side(cnn, smallest_block(cnn.family, cnn.token_size))
+    blocks = volume([max(1, round(m / b)) for m, b in zip(pool.median_shape_vox, side, strict=True)])
+    if blocks >= MIN_BLOCKS:
+        return cnn.name, reason
+    return "primus_tiny", f"{reason}; and fewer than {MIN_BLOCKS} blocks of {_times(side)} voxels, which a CNN needs"
+
+
 def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
     """A smaller encoder, and why, where the pool holds few tokens for the one chosen by memory."""
     tokens = pool.total_vox / volume(encoder_size(name).token_size)
-    sizes = ("primus_tiny", "primus_s", "primus_b", "primus_m")
+    sizes = ("primus_s", "primus_b", "primus_m")
     for size, limit in POOL_TOKENS:
-        if tokens < limit and sizes.index(name) > sizes.index(size):
+        if name in sizes and tokens < limit and sizes.index(name) > sizes.index(size):
             return size, f"the pool holds {_count(tokens)} tokens, fewer than {_count(limit)}; the memory would allow {name}"
     return name, f"{reason}; the pool holds {_count(tokens)} tokens"
+
+
+def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
+    """Order of the blocks, predictor, and the reason (docs/measured.md)."""
+    if encoder.trunk is None:
+        return "random", "query", "a transformer started better from it than from raster order"
+    return "raster", "next", "a CNN learnt more from it than from random order"
 
 
 @dataclass(frozen=True)
@@ -291,6 +311,7 @@ def make_plan(
     memory_of = _remembered(memory_of)
     layout = choose_layout(encoder, hardware, pool, memory_of)
     crop = layout.crop
+    order, predictor, why_order = choose_order(encoder)
     batch, why_batch = choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
     recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
     micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop, recompute))
@@ -305,7 +326,7 @@ def make_plan(
         name=name,
         data=data,
         encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
-        sequence=SequencePlan(crop, layout.block_tokens),
+        sequence=SequencePlan(crop, layout.block_tokens, order, predictor),
         objective=ObjectivePlan(trunk=encoder.trunk),
         optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1),
@@ -316,6 +337,7 @@ def make_plan(
             **({} if encoder.trunk is None else {"encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing"}),
             "sequence.crop_size_vox": layout.why_crop,
             "sequence.block_tokens": layout.why_block,
+            "sequence.order": why_order,
             "optim.batch_size": why_batch,
             "optim.micro_batch_size": why_micro,
             **({"optim.checkpoint_activations": why_recompute} if recompute else {}),

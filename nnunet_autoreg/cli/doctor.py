@@ -257,10 +257,10 @@ def check_device(answer: dict[str, Any]) -> Check:
     if kind == "mps":
         return Check("device", OK, "mps (Apple GPU); give --device mps")
     if kind == "cpu" and details[0]:
-        remedy = "if this machine has a GPU, look at its driver; without one, stay with primus_tiny on small images"
+        remedy = "if this machine has a GPU, look at its driver; without one, stay with small images and the tiny encoders"
         return Check("device", WARN, f"cpu only (torch is built for GPUs, version {details[0]}, but finds none)", remedy)
     if kind == "cpu":
-        remedy = "if this machine has a GPU, install a torch build for it; without one, stay with primus_tiny on small images"
+        remedy = "if this machine has a GPU, install a torch build for it; without one, stay with small images and the tiny encoders"
         return Check("device", WARN, "cpu only (this torch is a build for CPUs)", remedy)
     return Check("device", FAIL, f"unknown ({_one_line(_why(answer, 'device'))})", REINSTALL_TORCH)
 

@@ -7,7 +7,7 @@ from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.planning import Hardware
+from nnunet_autoreg.planning import Hardware, choose_order
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def has_half(device: str) -> bool:
 
 
 def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half: bool = True) -> tuple[float, float]:
-    """Estimated bytes of a training step with the default sequences: fixed, and per crop.
+    """Estimated bytes of a training step with the sequences that are planned for this encoder: fixed, and per crop.
 
     Args:
         recompute: activation checkpointing.
@@ -76,9 +76,10 @@ def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half:
 
     fitting = [max(n for n in range(1, most + 1) if size // token % n == 0)
                for size, token, most in zip(crop, encoder.token_size, encoder.block_tokens, strict=True)]
+    order, predictor, _ = choose_order(encoder)
     sketch = Plan("sketch", DataPlan((1.0, 1.0, 1.0)),
                   EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
-                  SequencePlan(crop, as_size(fitting)), ObjectivePlan(trunk=encoder.trunk),
+                  SequencePlan(crop, as_size(fitting), order, predictor), ObjectivePlan(trunk=encoder.trunk),
                   OptimPlan(1, 1, 1e-4, 1, checkpoint_activations=recompute), RunPlan(0, 1, 1))
     memory = plan_memory(sketch, half)
     return float(memory.fixed_bytes), float(memory.sample_bytes)

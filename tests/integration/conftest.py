@@ -45,7 +45,7 @@ class Clinic:
     def line(self, name, *arguments, settings=(), scans=None, steps=STEPS):
         """The arguments of one run on the one scan."""
         return [self.program("autoreg_pretrain"), "-i", str(scans or self.root / "größere Klinik"), "--name", name, "--steps", steps,
-                "--batch", "2", "--device", "cpu", *arguments, "--set", *SMALL, *settings]
+                "--encoder", "primus_tiny", "--batch", "2", "--device", "cpu", *arguments, "--set", *SMALL, *settings]
 
     def pretrain(self, name, *arguments, settings=(), scans=None, steps=STEPS, **changes):
         return self.typed(self.line(name, *arguments, settings=settings, scans=scans, steps=steps), **changes)

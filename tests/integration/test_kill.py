@@ -34,7 +34,8 @@ class Place(phantom_place.PhantomPlace):
 
     def run(self, name, point=None, store="nnUNet_preprocessed"):
         """Type the line, to be killed at ``point``; gives the exit status, negative for a signal."""
-        argv = ["-i", str(self.root / "scans"), "--name", name, "--steps", "8", "--batch", "2", "--device", "cpu", "--set", *SETTINGS]
+        argv = ["-i", str(self.root / "scans"), "--name", name, "--steps", "8", "--batch", "2", "--encoder", "primus_tiny",
+                "--device", "cpu", "--set", *SETTINGS]
         folders = {**self.folders(), "nnUNet_preprocessed": str(self.root / store)}
         request = {"argv": argv, "point": point, "log": str(self.log(name)), "env": folders}
         self.process.stdin.write(json.dumps(request) + "\n")

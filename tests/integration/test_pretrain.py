@@ -45,7 +45,7 @@ def environment(workplace):
 
 def line(workplace, name, *arguments):
     return [COMMAND, "-i", str(workplace / "größere Klinik"), "--name", name,
-            "--batch", "2", "--device", "cpu", *arguments]
+            "--encoder", "primus_tiny", "--batch", "2", "--device", "cpu", *arguments]
 
 
 def run(workplace, name, *arguments):

@@ -27,8 +27,8 @@ def line(tmp_path, shared_data, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / name))
 
     def typed(steps):
-        return main(["-i", str(scans), "--name", "small", "--steps", str(steps), "--batch", "4", "--device", "cpu", "--set", ENCODER,
-                     "sequence.crop_size_vox=16,24,16", "run.log_every=1"])
+        return main(["-i", str(scans), "--name", "small", "--encoder", "primus_tiny", "--steps", str(steps), "--batch", "4",
+                     "--device", "cpu", "--set", ENCODER, "sequence.crop_size_vox=16,24,16", "run.log_every=1"])
 
     return typed
 

@@ -26,7 +26,7 @@ class Place(phantom_place.PhantomPlace):
 
     def start(self, name, *words, by=(sys.executable, "-m", COMMAND), sharding="none", length=("--steps", str(STEPS))):
         line = [*by, "-i", str(self.root / "scans"), "--name", name, *length, "--batch", "4", "--device", "cpu", *words,
-                "--set", *SETTINGS, f"run.sharding={sharding}"]
+                "--encoder", "primus_tiny", "--set", *SETTINGS, f"run.sharding={sharding}"]
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
         with self.log(name).open("a") as log:
             return subprocess.Popen(line, env={**clean, "OMP_NUM_THREADS": "1", **self.folders()}, stdout=log, stderr=log)

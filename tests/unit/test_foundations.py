@@ -23,7 +23,8 @@ CPU = Hardware("cpu", 24.0)
 
 
 def plan_for(pool=POOL, hardware=CPU, **wishes):
-    return make_plan("run", pool, hardware, Wishes(**wishes), 0, {}, lambda encoder, crop, recompute: (1e9, 5e8))
+    asked = Wishes(**{"encoder": "primus_tiny", **wishes})
+    return make_plan("run", pool, hardware, asked, 0, {}, lambda encoder, crop, recompute: (1e9, 5e8))
 
 
 def test_a_plan_survives_json_unchanged(tmp_path):

@@ -30,6 +30,7 @@ from nnunet_autoreg.planning import (
     choose_layout,
     choose_length,
     choose_micro_batch,
+    choose_order,
     choose_rate,
     limit_by_pool,
     make_plan,
@@ -53,7 +54,7 @@ def flat_memory(encoder: Any, crop: Any, recompute: bool) -> tuple[float, float]
 
 
 def plan_for(pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **wishes: Any) -> Plan:
-    return make_plan("run", pool, hardware, Wishes(**wishes), 0, {}, memory)
+    return make_plan("run", pool, hardware, Wishes(**{"encoder": "primus_tiny", **wishes}), 0, {}, memory)
 
 
 def test_a_crop_fits_the_median_scan_in_whole_tokens() -> None:
@@ -73,12 +74,21 @@ def test_a_crop_of_thick_slices_is_flat() -> None:
 
 
 def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_another() -> None:
-    assert choose_encoder("auto", CPU, POOL)[0] == "primus_tiny"
+    assert choose_encoder("auto", CPU, POOL)[0] == "resenc_tiny"
+    # Blocks of 16^3: two along each axis make eight; 23 / 16 rounds down to one.
+    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(24, 25, 32)))[0] == "resenc_tiny"
+    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(23, 24, 32)))[0] == "primus_tiny"
+    assert choose_encoder("auto", GPU, replace(POOL, median_shape_vox=(23, 24, 32)))[0] == "primus_tiny"
     assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
     large = replace(POOL, median_shape_vox=(128, 256, 256))
     assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == ["primus_s", "primus_b", "primus_m"]
     with pytest.raises(PlanError, match="did you mean 'primus_tiny'"):
         choose_encoder("primus_tin", CPU, POOL)
+
+
+def test_a_transformer_is_asked_in_random_order_and_a_cnn_in_raster_order() -> None:
+    assert choose_order(encoder_size("primus_v2_m"))[:2] == ("random", "query")
+    assert choose_order(encoder_size("resenc_l"))[:2] == ("raster", "next")
 
 
 @pytest.mark.parametrize(("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")])
@@ -255,7 +265,7 @@ POOLS: dict[str, tuple[Hardware, list[Kind]]] = {
     "tiny": (GPU, [("MR", 5, (0.8, 0.8, 0.8), (16, 20, 18))]),
     "brain_mr_resenc_l": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
     "thick_slice_ct_resenc_m": (Hardware("cuda", 12.0), [("CT", 300, (5.0, 0.78, 0.78), (90, 420, 512))]),
-    "hippocampus_crops_resenc_tiny": (CPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
+    "hippocampus_crops_primus_tiny": (CPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
     "cine_mr_primus_v2_m": (GPU, [("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
     "brain_mr_vit_b16": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
     "pacs": (Hardware("cuda", 80.0), [
@@ -265,7 +275,7 @@ POOLS: dict[str, tuple[Hardware, list[Kind]]] = {
 
 
 ENCODER_OF = {
-    "brain_mr_resenc_l": "resenc_l", "thick_slice_ct_resenc_m": "resenc_m", "hippocampus_crops_resenc_tiny": "resenc_tiny",
+    "brain_mr_resenc_l": "resenc_l", "thick_slice_ct_resenc_m": "resenc_m", "hippocampus_crops_primus_tiny": "primus_tiny",
     "cine_mr_primus_v2_m": "primus_v2_m", "brain_mr_vit_b16": "vit_b16",
 }  # fmt: skip
 """Set by the user; planned for all other pools."""
