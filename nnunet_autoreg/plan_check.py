@@ -33,7 +33,7 @@ def _check_names(plan: Plan) -> None:
     if s.order == "random" and s.predictor == "next":
         raise PlanError(
             "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
-            "follows; use sequence.predictor=query"
+            "follows; use sequence.predictor=query, or sequence.order=raster"
         )
 
 

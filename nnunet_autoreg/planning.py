@@ -98,13 +98,18 @@ class Pool:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``."""
+    """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
+
+    Attributes:
+        single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset faithful``).
+    """
 
     encoder: str = "auto"
     batch_size: int | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
     num_hours: float | None = None
+    single_tokens: bool = False
 
 
 def pool_of(fingerprint: Fingerprint) -> Pool:
@@ -113,8 +118,8 @@ def pool_of(fingerprint: Fingerprint) -> Pool:
     return Pool(f.num_scans, f.spacing_mm, f.median_shape_vox, f.total_vox, f.ct_window, f.groups)
 
 
-def choose_encoder(name: str, hardware: Hardware, pool: Pool) -> tuple[str, str]:
-    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory.
+def choose_encoder(name: str, hardware: Hardware, pool: Pool, single_tokens: bool = False) -> tuple[str, str]:
+    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
 
     Of the two tiny ones the CNN is far ahead in short trainings (docs/measured.md, "Encoders"); the large ones have not been compared.
     """
@@ -122,23 +127,27 @@ def choose_encoder(name: str, hardware: Hardware, pool: Pool) -> tuple[str, str]
         return encoder_size(name).name, BY_USER
     tokens = volume(pool.median_shape_vox) / volume(encoder_size("resenc_tiny").token_size)
     if hardware.device != "cuda":
-        return _tiny_encoder(f"device {hardware.device}: larger encoders need a GPU", pool)
+        return _tiny_encoder(f"device {hardware.device}: larger encoders need a GPU", pool, single_tokens)
     if tokens < SMALL_IMAGE_TOKENS:
-        return _tiny_encoder(f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}", pool)
+        return _tiny_encoder(f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}", pool, single_tokens)
     for limit_gib, size in ((10, "primus_s"), (20, "primus_b")):
         if hardware.memory_gib < limit_gib:
             return size, f"{hardware.memory_gib:.0f} GiB of GPU memory, under {limit_gib}"
     return "primus_m", f"{hardware.memory_gib:.0f} GiB of GPU memory"
 
 
-def _tiny_encoder(reason: str, pool: Pool) -> tuple[str, str]:
-    """The CNN, or the transformer where scans are too small for a sequence of the CNN's blocks."""
+def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, str]:
+    """The CNN, or the transformer where scans are too small or too flat for a sequence of the CNN's blocks."""
+    if single_tokens:
+        return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
     cnn = suited_to(encoder_size("resenc_tiny"), pool.spacing_mm)
     side = _side(cnn, smallest_block(cnn.family, cnn.token_size))
-    blocks = volume([max(1, round(m / b)) for m, b in zip(pool.median_shape_vox, side, strict=True)])
-    if blocks >= MIN_BLOCKS:
-        return cnn.name, reason
-    return "primus_tiny", f"{reason}; and fewer than {MIN_BLOCKS} blocks of {_times(side)} voxels, which a CNN needs"
+    crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
+    if volume(crop) < MIN_BLOCKS * volume(side):
+        return "primus_tiny", f"{reason}; and fewer than {MIN_BLOCKS} blocks of {_times(side)} voxels, which a CNN needs"
+    if _real_share(crop, pool) < MOSTLY_PADDING:
+        return "primus_tiny", f"{reason}; and blocks of {_times(side)} voxels, which a CNN needs, would be mostly padding"
+    return cnn.name, reason
 
 
 def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
@@ -185,7 +194,7 @@ def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_o
         count = volume(crop) // volume(side)
         if count >= MIN_BLOCKS:
             break
-    real = volume([min(c, m) for c, m in zip(crop, pool.median_shape_vox, strict=True)]) / volume(crop)
+    real = _real_share(crop, pool)
     too_few = "" if count >= MIN_BLOCKS else f", FEWER than the {MIN_BLOCKS} of a good sequence: an encoder of smaller blocks suits better"
     padded = "" if real >= MOSTLY_PADDING else f", only {100 * real:.0f} % of them not padding"
     why_block = (
@@ -216,13 +225,18 @@ def choose_crop(
 
 
 def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:
-    """The encoder's usual block, but the smallest along axes that do not fill half of it."""
+    """The encoder's usual block, but the smallest along axes that do not fill half of it, or whose tokens are short."""
     usual = zip(encoder.block_tokens, smallest, encoder.token_size, pool.median_shape_vox, strict=True)
-    return as_size([block if median >= block * token / 2 else least for block, least, token, median in usual])
+    return as_size([max(block, least) if median >= block * token / 2 else least for block, least, token, median in usual])
 
 
 def _side(encoder: EncoderSize, block_tokens: Size) -> Size:
     return as_size([t * b for t, b in zip(encoder.token_size, block_tokens, strict=True)])
+
+
+def _real_share(crop: Sequence[int], pool: Pool) -> float:
+    """The share of a crop that the median scan fills."""
+    return volume([min(c, m) for c, m in zip(crop, pool.median_shape_vox, strict=True)]) / volume(crop)
 
 
 def choose_batch(hardware: Hardware) -> tuple[int, str]:
@@ -304,7 +318,7 @@ def make_plan(
     name: str, pool: Pool, hardware: Hardware, wishes: Wishes, seed: int, request: dict[str, Any], memory_of: MemoryOf
 ) -> Plan:
     """The plan that fits these scans and this hardware."""
-    chosen, why_encoder = choose_encoder(wishes.encoder, hardware, pool)
+    chosen, why_encoder = choose_encoder(wishes.encoder, hardware, pool, wishes.single_tokens)
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = suited_to(encoder_size(chosen), pool.spacing_mm)

@@ -265,8 +265,18 @@ def check_inputs(request: Request) -> None:
         raise UsageError(f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it")
     nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
     some = Hardware("cpu", 1.0)
-    sketch = make_plan(request.name, nobody, some, wishes_of(request), request.seed, {}, lambda *_: (0.0, 0.0))
-    override(with_presets(sketch, request), list(request.settings))
+    refused: PlanError | None = None
+    # Which family will suit the scans is not known yet, and a setting may be of either.
+    for name in ("resenc_tiny", "primus_tiny") if request.encoder == "auto" else (request.encoder,):
+        wishes = replace(wishes_of(request), encoder=name)
+        try:
+            sketch = make_plan(request.name, nobody, some, wishes, request.seed, {}, lambda *_: (0.0, 0.0))
+            override(with_presets(sketch, request), list(request.settings))
+            return
+        except PlanError as error:
+            refused = error
+    assert refused is not None
+    raise refused
 
 
 def check_network(plan: Plan) -> None:
@@ -347,9 +357,10 @@ def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
 
 
 def wishes_of(request: Request) -> Wishes:
-    """What the user fixed; a preset's batch too, since the length in steps follows from it."""
-    batch = request.batch_size or (PAPER_BATCH if request.preset == "faithful" else None)
-    return Wishes(request.encoder, batch, request.num_steps, request.num_epochs, request.num_hours)
+    """What the user fixed; a preset's batch too, since the length in steps follows from it, and what it asks of the encoder."""
+    is_faithful = request.preset == "faithful"
+    batch = request.batch_size or (PAPER_BATCH if is_faithful else None)
+    return Wishes(request.encoder, batch, request.num_steps, request.num_epochs, request.num_hours, single_tokens=is_faithful)
 
 
 def licences(rows: Sequence[ScanRow]) -> dict[str, str]:

@@ -86,6 +86,24 @@ def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_anothe
         choose_encoder("primus_tin", CPU, POOL)
 
 
+@pytest.mark.parametrize(("spacing", "shape", "token", "block"), [
+    ((5.0, 0.78, 0.78), (90, 420, 512), (2, 8, 8), (8, 4, 4)),
+    ((10.0, 1.5, 1.5), (10, 216, 256), (2, 8, 8), (8, 4, 4)),
+    ((6.0, 0.6, 0.6), (12, 320, 320), (1, 8, 8), (16, 4, 4)),
+])
+def test_on_a_cpu_scans_of_thick_slices_get_blocks_of_16_voxels_along_them(spacing: Spacing, shape: Size, token: Size, block: Size) -> None:
+    plan = check(plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto"))
+    assert (plan.encoder.name, plan.encoder.token_size_vox, plan.sequence.block_tokens) == ("resenc_tiny", token, block)
+
+
+def test_scans_of_few_slices_take_the_transformer_where_a_cnn_would_see_padding_mostly() -> None:
+    # Blocks are 16 slices deep: three of them are 19 %, four are 25 %.
+    flat = replace(POOL, spacing_mm=(8.0, 0.5, 0.5), median_shape_vox=(3, 512, 512))
+    name, reason = choose_encoder("auto", CPU, flat)
+    assert name == "primus_tiny" and reason.endswith("blocks of 16 x 16 x 16 voxels, which a CNN needs, would be mostly padding")
+    assert choose_encoder("auto", CPU, replace(flat, median_shape_vox=(4, 512, 512)))[0] == "resenc_tiny"
+
+
 def test_a_transformer_is_asked_in_random_order_and_a_cnn_in_raster_order() -> None:
     assert choose_order(encoder_size("primus_v2_m"))[:2] == ("random", "query")
     assert choose_order(encoder_size("resenc_l"))[:2] == ("raster", "next")

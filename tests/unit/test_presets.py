@@ -173,3 +173,17 @@ def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_know
 def test_a_preset_that_an_encoder_cannot_have_is_refused_before_any_scan_is_read() -> None:
     with pytest.raises(PlanError, match="--preset faithful: resenc_tiny has convolutions"):
         check_inputs(Request("run", ("4",), encoder="resenc_tiny", preset="faithful").check())
+
+
+def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
+    request = Request("run", ("4",), preset="faithful").check()
+    check_inputs(request)
+    made = make_plan("run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0))
+    assert check(with_presets(made, request)).encoder.name == "primus_tiny"
+
+
+@pytest.mark.parametrize("setting", ["encoder.arguments.init_values=0.2", "encoder.arguments.n_stages=3", "objective.trunk.depth=3"])
+def test_a_setting_of_either_family_is_taken_while_the_encoder_is_not_known(setting: str) -> None:
+    check_inputs(Request("run", ("4",), settings=(setting,)).check())
+    with pytest.raises(PlanError, match="there is no such setting"):
+        check_inputs(Request("run", ("4",), settings=("optim.lrr=1",)).check())
