@@ -6,6 +6,8 @@ Source: the idea of nnDetection's comparison with nnU-Net (Baumgartner et al. 20
 """
 
 import logging
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,7 @@ class Segmentations:
         try:
             array, properties = self.manager.image_reader_writer_class().read_seg(str(file))
             probabilities = np.load(beside)["probabilities"]
-        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError, zipfile.BadZipFile, zlib.error) as error:
             raise ScanError("unreadable", f"{file.name} or {beside.name} cannot be read ({error}); predict it again") from error
         seg = np.asarray(array)[0]
         if probabilities.ndim != 4 or probabilities.shape[1:] != seg.shape:
@@ -96,13 +98,14 @@ class Segmentations:
         return seg, properties, probabilities
 
     def _channels(self) -> list[list[int]]:
-        """By class, the channels of the probabilities whose sum is its own."""
+        """By class, the channels of the probabilities whose sum is its own; a region inside another adds nothing to it."""
         labels = self.manager.get_label_manager(self.dataset)
         if labels.has_regions:
             regions = [{r} if isinstance(r, int) else set(r) for r in labels.foreground_regions]
         else:
             regions = [{int(label)} for label in labels.all_labels]
-        found = [[i for i, region in enumerate(regions) if region <= set(kind.values)] for kind in self.classes]
+        within = [[(i, region) for i, region in enumerate(regions) if region <= set(kind.values)] for kind in self.classes]
+        found = [[i for i, region in own if not any(region < other for _, other in own)] for own in within]
         for kind, channels in zip(self.classes, found, strict=True):
             if not channels:
                 raise PlanError(f"class '{kind.name}' is no union of what the segmentation predicts; change autoreg_detection "

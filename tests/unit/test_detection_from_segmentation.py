@@ -100,6 +100,27 @@ def test_one_damaged_file_of_probabilities_stops_nothing(predicted: Path, tmp_pa
     assert "case_2 is left out (unreadable): case_2.npz has (3, 1, 1, 1)" in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
 
 
+def test_probabilities_whose_writing_was_cut_off_stop_nothing(predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
+    whole = (predicted / "case_1.npz").read_bytes()
+    (predicted / "case_2.npz").write_bytes(whole[: len(whole) // 2])
+    assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
+    assert "case_2 is left out (unreadable)" in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
+
+
+def test_a_region_inside_another_adds_nothing_to_its_probability(predicted: Path, tmp_path: Path) -> None:
+    dataset = json.loads((predicted / "dataset.json").read_text())
+    regions = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    rules = {"detect_labels": ["whole"], "min_voxels": 1}
+    (predicted / "dataset.json").write_text(json.dumps({**dataset, **regions, "autoreg_detection": rules}))
+    probabilities = np.zeros((2, *SHAPE), np.float16)
+    probabilities[0], probabilities[1] = 0.5, 0.25
+    np.savez_compressed(predicted / "case_1.npz", probabilities=probabilities)
+    assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 0
+    boxes = json.loads((tmp_path / "out" / "case_1.json").read_text())["boxes"]
+    assert {b["score"] for b in boxes} == {0.5}
+
+
 def test_a_merged_class_adds_the_probabilities_of_its_labels(predicted: Path, tmp_path: Path) -> None:
     dataset = json.loads((predicted / "dataset.json").read_text())
     rules = {"merge": {"any": ["lesion", "cyst"]}, "min_voxels": 1}
