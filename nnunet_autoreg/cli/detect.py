@@ -133,17 +133,24 @@ def detect_from_segmentations(args: argparse.Namespace) -> int:
 
 
 def finish(args: argparse.Namespace, options: "Options", found: "list[ScanFile | None]") -> int:
-    """Write the table of all scans, None standing for one that could not be read; returns 1 if there was such a one, else 0.
+    """Write the table of all scans, None standing for one that could not be read, and what was asked for of scans done before.
+
+    Returns:
+        1 if one could not be read, else 0.
 
     Raises:
         AutoregError: none could be read.
     """
     from nnunet_autoreg.detection.export import write_table
+    from nnunet_autoreg.detection.nndetection import write_boxes
     from nnunet_autoreg.detection.predict import DRAWN_FROM
 
     records = [record for record in found if record is not None]
     if not records:
         raise AutoregError(f"none of the {len(found)} scans of {args.from_seg or args.i} could be read")
+    for record in records if options.for_nndetection else ():
+        if not (file := Path(args.o) / f"{record.scan}_boxes.pkl").is_file():
+            write_boxes(file, record)
     if args.csv:
         write_table(Path(args.o) / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
     print_next(f"autoreg_evaluate_detection -p {args.o} -g FOLDER_OF_LABELS -o FILE; or open NAME.mrk.json over the scan in 3D Slicer")

@@ -15,8 +15,9 @@ from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_by_kind, training_batches
+from nnunet_autoreg.pretrain.compiled import is_out_of_memory
 from nnunet_autoreg.pretrain.display import gauges, postfix
-from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
+from nnunet_autoreg.pretrain.distributed import ALONE, World, is_lost_peer, is_spread, usable
 from nnunet_autoreg.pretrain.guard import Tally, in_words
 from nnunet_autoreg.pretrain.health import complaints
 from nnunet_autoreg.pretrain.probe import LabelledCrop
@@ -223,6 +224,8 @@ class Trainer:
             self.progress = restore(content, self.module, self.optimizer, self.guard, self.world)
             self.tally = Tally(**content["told"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_lost_peer(error) or is_out_of_memory(error):  # while tensors were sent or moved: nothing is wrong with the file
+                raise
             why = str(error).splitlines()[0]
             raise CheckpointError(f"{path} does not belong to this plan ({why}); move it away to start over") from error
         self.latest_is_scheduled = path.name == checkpoint.LATEST_NAME and bool(content["scheduled"])

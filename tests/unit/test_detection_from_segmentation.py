@@ -58,6 +58,8 @@ def test_components_of_a_segmentation_are_scored_by_their_highest_probability(pr
     with (out / "detections.csv").open(newline="") as handle:
         assert [row["probability"] for row in csv.DictReader(handle)] == ["0.875", "0.625", "0.5"]
     assert (out / "case_1_boxes.pkl").is_file() and (out / "case_1_boxes.nii.gz").is_file() and (out / "case_1.mrk.json").is_file()
+    (out / "case_1_boxes.pkl").unlink()
+    assert main(line) == 0 and (out / "case_1_boxes.pkl").is_file()
     assert main([*line[:-1], "--overwrite", "--min-score", "0.6"]) == 0
     assert [b["id"] for b in json.loads((out / "case_1.json").read_text())["boxes"]] == [1, 2]
 

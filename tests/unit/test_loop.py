@@ -265,6 +265,20 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         trainer(tmp_path, other).run()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("[gloo/tcp] Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_lost_process_or_want_of_memory_while_a_checkpoint_is_taken_up_is_not_said_to_be_the_checkpoints_fault(
+    tmp_path, monkeypatch, error
+):
+    def fails(*_):
+        raise error
+
+    trainer(tmp_path, Linear()).run()
+    monkeypatch.setattr("nnunet_autoreg.pretrain.loop.restore", fails)
+    with pytest.raises(RuntimeError) as raised:
+        trainer(tmp_path, Linear()).run()
+    assert raised.value is error
+
+
 def test_metrics_of_steps_that_run_again_are_dropped_and_a_torn_line_is_no_harm(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
