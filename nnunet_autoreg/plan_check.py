@@ -52,15 +52,16 @@ def _check_prefix(plan: Plan) -> None:
 
 
 def _check_start(plan: Plan) -> None:
-    s = plan.sequence
+    s, remedy = plan.sequence, "use sequence.prefix=uniform"
     if not has_start(family_of(plan.encoder.class_path)):
         why = f"encoder {plan.encoder.name} has no START token that could predict the first block"
     elif s.predictor != "next" or volume(s.block_tokens) > 1:
         why = (f"START predicts one token by predictor next, and the plan has predictor {s.predictor} and blocks of "
                f"{volume(s.block_tokens)} tokens")
+        remedy += "" if s.predictor == "next" else ", or sequence.predictor=next with sequence.order=raster"
     else:
         return
-    raise PlanError(f"sequence.prefix=uniform_from_0: {why}; use sequence.prefix=uniform")
+    raise PlanError(f"sequence.prefix=uniform_from_0: {why}; {remedy}")
 
 
 def _check_encoder(encoder: EncoderPlan) -> None:

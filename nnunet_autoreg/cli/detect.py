@@ -123,6 +123,8 @@ def detect_from_segmentations(args: argparse.Namespace) -> int:
     if given := [name for name, value in unused.items() if value not in (None, False, [])]:
         raise UsageError(f"{given[0]} has no meaning with --from-seg; leave it out")
     _check_score(args)
+    if Path(args.o).resolve() == args.from_seg.resolve():
+        raise UsageError(f"-o {args.o} is the folder of --from-seg, whose images are all taken for segmentations; give another one")
     source = Segmentations(args.from_seg)
     options = Options(min_score=args.min_score, filled=args.filled, with_instances=not args.no_instances, for_nndetection=args.nndet)
     settings = {"min_score": args.min_score, "min_voxels": source.rules.min_voxels, "connectivity": source.rules.connectivity}
