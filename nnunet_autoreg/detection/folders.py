@@ -216,7 +216,9 @@ def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None, mask
     if spacing_mm is None:
         raise ObjectsError(f"{file}: without detections the voxel size of this scan is not known; leave out --all-scans")
     instances = _instances(file, array, truth, found)
-    uncounted = None if array is None or truth.ignore_label is None else array == truth.ignore_label
+    # In an instance map the ignore label is the number of an object.
+    has_labels = array is not None and not _beside(file).is_file()
+    uncounted = array == truth.ignore_label if has_labels and truth.ignore_label is not None else None
     scan = scan_of_instances(name, spacing_mm, instances, _detections(found, truth), uncounted)
     return scan if masks is None else replace(scan, mask_overlap_DG=_mask_overlaps(scan, instances, found, truth, masks))
 
@@ -246,7 +248,7 @@ def _mask_overlaps(
 def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: ScanFile | None) -> Instances:
     if array is None:
         return read_true_boxes(file, truth.classes, found.shape_zyx if found else None, truth.other_labels)
-    beside = file.with_name(strip_ending(file.name) + ".json")
+    beside = _beside(file)
     if beside.is_file():
         return known_instances(array, labels_of_instances(beside), truth.classes, truth.rules, str(file), truth.other_labels)
     known = {0, truth.ignore_label, *truth.other_labels, *(v for kind in truth.classes for v in kind.values)}
@@ -255,6 +257,11 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: Scan
         listed = ", ".join(f"{v:g}" for v in strangers[:5])
         raise ObjectsError(f"{file} holds the values {listed}, which are no labels; an instance map needs {beside.name} beside it")
     return find_instances(array, truth.classes, truth.rules)
+
+
+def _beside(file: Path) -> Path:
+    """Where the labels of an instance map's objects are."""
+    return file.with_name(strip_ending(file.name) + ".json")
 
 
 def _scored(found: ScanFile | None, truth: Truth) -> list[FileBox]:

@@ -151,6 +151,17 @@ def test_the_ignore_label_excuses_what_lies_in_it(folders):
     assert [r["what"] for r in rows] == ["excused"]
 
 
+def test_the_object_of_an_instance_map_that_has_the_ignore_labels_number_excuses_nothing(folders):
+    truth, found, out = folders
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}))
+    write_map(truth / "a.nii.gz", [(3, LESION)])
+    (truth / "a.json").write_text('{"instances": {"3": 1}}')
+    write_found(found, "a", [(LESION, "cyst", 0.7)])
+    assert run(truth, found, out) == 0
+    rows = [r for r in csv.DictReader(out.with_suffix(".csv").open()) if r["scan"] == "a" and r["score"] == "0.7"]
+    assert [r["what"] for r in rows] == ["false"]
+
+
 def test_scans_without_a_file_of_detections_are_named_and_counted_only_when_asked(folders, caplog):
     truth, found, out = folders
     (found / "b.json").unlink()
