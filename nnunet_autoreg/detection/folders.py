@@ -217,8 +217,7 @@ def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None, mask
         raise ObjectsError(f"{file}: without detections the voxel size of this scan is not known; leave out --all-scans")
     instances = _instances(file, array, truth, found)
     # In an instance map the ignore label is the number of an object.
-    has_labels = array is not None and not _beside(file).is_file()
-    uncounted = array == truth.ignore_label if has_labels and truth.ignore_label is not None else None
+    uncounted = None if array is None or truth.ignore_label is None or _beside(file).is_file() else array == truth.ignore_label
     scan = scan_of_instances(name, spacing_mm, instances, _detections(found, truth), uncounted)
     return scan if masks is None else replace(scan, mask_overlap_DG=_mask_overlaps(scan, instances, found, truth, masks))
 
