@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TABLE = "detections.csv"
+OF_A_MODEL = ("-d", "-i", "-f", "-tr", "-p", "-c", "--checkpoint", "--device", "--tta", "--fppi", "--nms-iou", "--split-4d")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,9 +120,11 @@ def detect_from_segmentations(args: argparse.Namespace) -> int:
     from nnunet_autoreg.detection.from_segmentation import Segmentations
     from nnunet_autoreg.detection.predict import Options
 
-    unused = {name: getattr(args, name.strip("-").replace("-", "_")) for name in ("-d", "-i", "-f", "--fppi", "--tta", "--split-4d")}
-    if given := [name for name, value in unused.items() if value not in (None, False, [])]:
-        raise UsageError(f"{given[0]} has no meaning with --from-seg; leave it out")
+    untouched = parser()
+    for flag in OF_A_MODEL:
+        name = flag.strip("-").replace("-", "_")
+        if getattr(args, name) != untouched.get_default(name):
+            raise UsageError(f"{flag} has no meaning with --from-seg; leave it out")
     _check_score(args)
     if Path(args.o).resolve() == args.from_seg.resolve():
         raise UsageError(f"-o {args.o} is the folder of --from-seg, whose images are all taken for segmentations; give another one")

@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--manifest", metavar="FILE", help="CSV that says of scans what they are: path (of a file or folder), and any of "
                    "subject, session, contrast, class, modality")
     p.add_argument("--split-4d", action="store_true", help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a scan")
-    p.add_argument("--init", metavar="FILE", help="start from these weights (encoder.safetensors with its encoder.json beside it)")
+    p.add_argument("--init", metavar="FILE", help="start from these weights (encoder.safetensors with its encoder.json beside it); "
+                   "their encoder is taken where --encoder names none")
     p.add_argument("--sequences", nargs="+", default=[], metavar="KIND[=W]",
                    help="what sequences are made of, and how often: spatial (blocks of one crop), strided (overlapping sub-volumes), "
                    "contrast (one place in several contrasts of a subject), semantic (one structure in several subjects). Default: spatial "

@@ -20,7 +20,7 @@ from nnunet_autoreg.corpus.manifest import read_manifest
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
-from nnunet_autoreg.model.card import WEIGHTS_NAME
+from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
@@ -357,10 +357,12 @@ def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
 
 
 def wishes_of(request: Request) -> Wishes:
-    """What the user fixed; a preset's batch too, since the length in steps follows from it, and what it asks of the encoder."""
+    """What the user fixed: the encoder of ``--init``'s weights where none is named; a preset's batch too, since the length in steps follows
+    from it, and what it asks of the encoder."""
     is_faithful = request.preset == "faithful"
+    encoder = read_card(Path(request.init).parent).encoder if request.init and request.encoder == "auto" else request.encoder
     batch = request.batch_size or (PAPER_BATCH if is_faithful else None)
-    return Wishes(request.encoder, batch, request.num_steps, request.num_epochs, request.num_hours, single_tokens=is_faithful)
+    return Wishes(encoder, batch, request.num_steps, request.num_epochs, request.num_hours, single_tokens=is_faithful)
 
 
 def licences(rows: Sequence[ScanRow]) -> dict[str, str]:

@@ -88,6 +88,8 @@ def test_what_is_missing_for_a_segmentation_is_said_in_one_line(
     assert "-d and -i are needed" in error("-d", "4")
     assert "is no folder" in error("--from-seg", str(tmp_path / "no"))
     assert "--fppi has no meaning with --from-seg" in error("--from-seg", str(predicted), "--fppi", "1")
+    for flag, value in (("--fppi", "0"), ("--nms-iou", "0.3"), ("-tr", "AutoregDetectionScratchTrainer")):
+        assert f"{flag} has no meaning with --from-seg" in error("--from-seg", str(predicted), flag, value)
     assert "is the folder of --from-seg" in error("--from-seg", str(predicted), "-o", str(predicted))
     assert "--min-score 2 must lie in [0, 1]" in error("--from-seg", str(predicted), "--min-score", "2")
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())

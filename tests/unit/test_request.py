@@ -1,5 +1,6 @@
 """What the line typed says about length, memory and spacing, and whether a changed line continues a run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,18 @@ from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
 from nnunet_autoreg.pretrain.folder import PLAN_NAME, Request, continued_plan
+from nnunet_autoreg.pretrain.run import wishes_of
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
 
 REQUEST = Request("run", datasets=("4",))
 NEW_KEYS = {"data": ("spacing_groups",), "optim": ("micro_batch_size",), "run": ("seconds_per_step",)}
 NEW_REQUEST_KEYS = ("num_epochs", "num_hours", "gpu_memory_gib", "spacing")
+
+
+def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    request = replace(REQUEST, init=str(write_run(tmp_path, "brain") / "encoder.safetensors"))
+    assert wishes_of(REQUEST).encoder == "auto" and wishes_of(request).encoder == "primus_tiny"
+    assert wishes_of(replace(request, encoder="resenc_tiny")).encoder == "resenc_tiny"
 
 
 def planned(folder: Path, request: Request) -> Plan:
