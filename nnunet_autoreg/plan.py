@@ -247,7 +247,7 @@ def override(plan: Plan, settings: list[str]) -> Plan:
         key, equals, text = setting.partition("=")
         if not equals:
             raise PlanError(f"--set {setting}: write it as key=value, e.g. optim.lr=3e-4")
-        _assign(data, key.strip(), _literal(text.strip()))
+        _assign(data, key.strip(), literal(text.strip()))
         data["reasons"][key.strip()] = "set by the user"
     return from_jsonable(Plan, data, "--set")
 
@@ -265,13 +265,14 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """What a user typed as a value: JSON, numbers as Python writes them, lists by commas, true and false in any case; else the word."""
     try:
         return json.loads(text)
     except ValueError:
         parts = text.split(",")
         if len(parts) > 1:
-            return [_literal(p) for p in parts]
+            return [literal(p) for p in parts]
         lowered = text.lower()
         if lowered in ("true", "false"):
             return lowered == "true"

@@ -10,6 +10,7 @@ from nnunet_autoreg.benchmark.results import RunKey
 from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
 from nnunet_autoreg.model.card import RUNS_FOLDER
+from nnunet_autoreg.plan import literal
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.transfer.block import Recipe, check_recipe
 
@@ -99,22 +100,13 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
         key, equals, text = setting.partition("=")
         if not (key and equals and text):
             raise UsageError(f"--recipe {setting}: write it as key=value, e.g. pretrained_rate=3e-3")
-        found[key] = _number_or_word(text)
+        found[key] = literal(text)
     base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
     try:
         check_recipe(from_jsonable(Recipe, {**base, **found}, "--recipe"), "--recipe")
     except PlanError as error:
         raise UsageError(str(error)) from error
     return found
-
-
-def _number_or_word(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:
