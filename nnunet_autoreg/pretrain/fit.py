@@ -17,7 +17,7 @@ from nnunet_autoreg.geometry import Size, as_size, volume
 from nnunet_autoreg.model.memory import CONTEXT_BYTES, GIB
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning import BY_USER
+from nnunet_autoreg.planning.pool import BY_USER
 from nnunet_autoreg.pretrain.batches import StepBatches
 from nnunet_autoreg.pretrain.compiled import cannot_compile, is_out_of_memory
 from nnunet_autoreg.pretrain.display import peak_memory_gib

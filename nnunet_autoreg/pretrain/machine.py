@@ -7,7 +7,8 @@ from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.planning import Hardware, choose_order
+from nnunet_autoreg.planning.encoder import choose_order
+from nnunet_autoreg.planning.pool import Hardware
 
 if TYPE_CHECKING:
     import torch

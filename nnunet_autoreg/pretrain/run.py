@@ -23,7 +23,9 @@ from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning import BY_USER, Hardware, Pool, Wishes, make_plan, pool_of, with_hours
+from nnunet_autoreg.planning.length import with_hours
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import BY_USER, Hardware, Pool, Wishes, pool_of
 from nnunet_autoreg.presets import PAPER_BATCH, faithful, with_objective
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.folder import (
@@ -264,13 +266,12 @@ def check_inputs(request: Request) -> None:
     if request.init and Path(request.init).is_dir():
         raise UsageError(f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it")
     nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
-    some = Hardware("cpu", 1.0)
+    some, wishes = Hardware("cpu", 1.0), wishes_of(request)
     refused: PlanError | None = None
     # Which family will suit the scans is not known yet, and a setting may be of either.
-    for name in ("resenc_tiny", "primus_tiny") if request.encoder == "auto" else (request.encoder,):
-        wishes = replace(wishes_of(request), encoder=name)
+    for name in ("resenc_tiny", "primus_tiny") if wishes.encoder == "auto" else (wishes.encoder,):
         try:
-            sketch = make_plan(request.name, nobody, some, wishes, request.seed, {}, lambda *_: (0.0, 0.0))
+            sketch = make_plan(request.name, nobody, some, replace(wishes, encoder=name), request.seed, {}, lambda *_: (0.0, 0.0))
             override(with_presets(sketch, request), list(request.settings))
             return
         except PlanError as error:

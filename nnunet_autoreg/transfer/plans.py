@@ -13,7 +13,9 @@ from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.model.memory import GIB, TrainingMemory, training_memory
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.planning import Hardware, Pool, choose_encoder, plan_crop
+from nnunet_autoreg.planning.encoder import choose_encoder
+from nnunet_autoreg.planning.layout import plan_crop
+from nnunet_autoreg.planning.pool import Hardware, Pool
 from nnunet_autoreg.records import to_jsonable
 from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock, PlannedWeights, Recipe, check_block
 from nnunet_autoreg.transfer.channels import map_channels

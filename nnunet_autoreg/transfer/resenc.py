@@ -15,7 +15,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunet_autoreg.geometry import as_size, volume
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.planning import plan_crop
+from nnunet_autoreg.planning.layout import plan_crop
 from nnunet_autoreg.transfer.adapt import times
 from nnunet_autoreg.transfer.families import rows
 from nnunet_autoreg.transfer.plans import MAX_BATCH_TINY, MIN_BATCH, Budget, Fit, Task

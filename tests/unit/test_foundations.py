@@ -12,7 +12,8 @@ from nnunet_autoreg.geometry import grid_of, round_up, spacing_ratio
 from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.records import atomic_path, differences, from_jsonable, read_json, to_jsonable, write_json
 from nnunet_autoreg.store.case import CaseRecord

@@ -21,23 +21,11 @@ from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning import (
-    Hardware,
-    Pool,
-    Wishes,
-    choose_batch,
-    choose_encoder,
-    choose_layout,
-    choose_length,
-    choose_micro_batch,
-    choose_order,
-    choose_rate,
-    limit_by_pool,
-    make_plan,
-    plan_crop,
-    pool_of,
-    with_hours,
-)
+from nnunet_autoreg.planning.encoder import choose_encoder, choose_order, limit_by_pool
+from nnunet_autoreg.planning.layout import choose_layout, plan_crop
+from nnunet_autoreg.planning.length import choose_length, with_hours
+from nnunet_autoreg.planning.make import choose_batch, choose_micro_batch, choose_rate, make_plan
+from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes, pool_of
 from nnunet_autoreg.pretrain.machine import step_memory
 from nnunet_autoreg.records import differences, read_json, to_jsonable, write_json
 

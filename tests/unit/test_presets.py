@@ -12,7 +12,9 @@ from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import OptimPlan, Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan, with_hours
+from nnunet_autoreg.planning.length import with_hours
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
 from nnunet_autoreg.presets import faithful, with_objective
 from nnunet_autoreg.pretrain.folder import Request
 from nnunet_autoreg.pretrain.run import check_inputs, wishes_of, with_presets

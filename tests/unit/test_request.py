@@ -9,7 +9,8 @@ import pytest
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.planning import Hardware, Pool, Wishes, make_plan
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
 from nnunet_autoreg.pretrain.folder import PLAN_NAME, Request, continued_plan
 from nnunet_autoreg.pretrain.run import wishes_of
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json

@@ -1,0 +1,112 @@
+"""The crop, and the blocks it is cut into."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_autoreg.families import is_convolutional, smallest_block
+from nnunet_autoreg.geometry import Size, as_size, round_up, volume
+from nnunet_autoreg.model.sizes import EncoderSize
+from nnunet_autoreg.planning.pool import MOSTLY_PADDING, Hardware, MemoryOf, Pool, real_share, times
+
+START_VOX = 256**3
+MAX_PRETRAIN_VOX = 128**3
+MIN_BLOCKS = 8
+"""A sequence of fewer blocks teaches little: each is mostly context, and few are predicted."""
+
+
+def plan_crop(
+    median_shape_vox: Sequence[float], spacing_mm: Sequence[float], token_vox: Sequence[int], max_vox: int, round_to_nearest: bool = False
+) -> Size:
+    """The crop (pretraining) or patch (fine-tuning) that suits images of a median shape.
+
+    As nnU-Net plans patches: start from a box that is isotropic in mm and larger than needed, clip it to the median shape,
+    round up to whole tokens, then shrink the axis that is largest relative to the median shape until it fits.
+
+    Args:
+        median_shape_vox: median image size after resampling, (z, y, x).
+        spacing_mm: target spacing, (z, y, x).
+        token_vox: token or block; every axis of the result is a multiple of it.
+        max_vox: largest number of voxels allowed.
+        round_to_nearest: round to the nearest multiple rather than up, at least one: large blocks would be padding mostly.
+    """
+    resolution = [1 / s for s in spacing_mm]
+    scale = (START_VOX / (resolution[0] * resolution[1] * resolution[2])) ** (1 / 3)
+    start = [max(1, min(round(r * scale), round(m))) for r, m in zip(resolution, median_shape_vox, strict=True)]
+    nearest = [max(1, math.floor(s / t + 0.5)) * t for s, t in zip(start, token_vox, strict=True)]
+    crop = nearest if round_to_nearest else list(round_up(start, token_vox))
+    while volume(crop) > max_vox:
+        shrinkable = [i for i in range(3) if crop[i] > token_vox[i]]
+        if not shrinkable:
+            break
+        largest = max(shrinkable, key=lambda i: crop[i] / median_shape_vox[i])
+        crop[largest] -= token_vox[largest]
+    return as_size(crop)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A crop in voxels and its blocks in tokens, both (z, y, x), each with its reason."""
+
+    crop: Size
+    block_tokens: Size
+    why_crop: str
+    why_block: str
+
+
+def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf) -> Layout:
+    """The largest crop that suits the median scan and of which one fits into the memory, in blocks that suit the encoder.
+
+    A linear tokenizer takes whole tokens, rounded up, and blocks of one. Convolutions take larger blocks, and crops to the nearest
+    whole block; where that makes fewer than 8 blocks, the smallest blocks that their norms allow, and at last crops rounded up.
+    """
+    if not is_convolutional(encoder.family):
+        crop, why = choose_crop(encoder, encoder.block_tokens, False, hardware, pool, memory_of)
+        return Layout(crop, encoder.block_tokens, why, "linear tokens: one of them is a block")
+    smallest = smallest_block(encoder.family, encoder.token_size)
+    ways = ((_fitting_block(encoder, smallest, pool), True), (smallest, True), (smallest, False))
+    for block, nearest in ways:
+        crop, why = choose_crop(encoder, block, nearest, hardware, pool, memory_of)
+        side = side_of(encoder, block)
+        count = volume(crop) // volume(side)
+        if count >= MIN_BLOCKS:
+            break
+    real = real_share(crop, pool.median_shape_vox)
+    too_few = "" if count >= MIN_BLOCKS else f", FEWER than the {MIN_BLOCKS} of a good sequence: an encoder of smaller blocks suits better"
+    padded = "" if real >= MOSTLY_PADDING else f", only {100 * real:.0f} % of them not padding"
+    why_block = (
+        f"{times(side)} voxels, on each of which the convolutions run separately (at least {times(side_of(encoder, smallest))}, for "
+        f"their norms): blocks in a crop: {count}{too_few}{padded}"
+    )
+    return Layout(crop, block, why, why_block)
+
+
+def choose_crop(
+    encoder: EncoderSize, block_tokens: Size, round_to_nearest: bool, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+) -> tuple[Size, str]:
+    """The largest crop of whole blocks that suits the median scan and of which one fits into the memory, if need be with activations
+    checkpointed, and the reason."""
+    limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), side_of(encoder, block_tokens)
+    max_vox = limit
+    while True:
+        crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, side, max_vox, round_to_nearest)
+        fits = any(sum(memory_of(encoder, crop, recompute)) <= hardware.usable_bytes for recompute in (False, True))
+        if fits or volume(crop) <= 2 * volume(side):
+            break
+        max_vox = volume(crop) - 1
+    extent = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
+    tokens = volume(crop) // volume(encoder.token_size)
+    unit = "tokens" if volume(block_tokens) == 1 else "blocks"
+    cause = f"at most {limit} voxels" if max_vox == limit else f"as large as {hardware.memory_gib:.4g} GiB allow"
+    return crop, f"median scan of {times(pool.median_shape_vox)} voxels in whole {unit}, {cause}: {times(extent)} mm, {tokens} tokens"
+
+
+def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:
+    """The encoder's usual block, but the smallest along axes that do not fill half of it, or whose tokens are short."""
+    usual = zip(encoder.block_tokens, smallest, encoder.token_size, pool.median_shape_vox, strict=True)
+    return as_size([max(block, least) if median >= block * token / 2 else least for block, least, token, median in usual])
+
+
+def side_of(encoder: EncoderSize, block_tokens: Size) -> Size:
+    """A block in voxels."""
+    return as_size([t * b for t, b in zip(encoder.token_size, block_tokens, strict=True)])

@@ -1,0 +1,51 @@
+"""How long a training is, and what follows from it."""
+
+from dataclasses import replace
+
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.planning.pool import BY_USER, Pool, count_of
+from nnunet_autoreg.presets import BY_PRESET
+
+NUM_PASSES, MIN_STEPS, MAX_STEPS = 300, 1000, 100_000
+TRAINING_SHARE = 0.95
+
+
+def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) -> tuple[int, str]:
+    """Steps and the reason: epochs over the pool's tokens - those asked for, else 300 within bounds.
+
+    Args:
+        step_vox: real voxels that a step sees.
+    """
+    per_epoch = max(1.0, pool.total_vox / step_vox)
+    if num_epochs is not None:
+        return max(1, round(num_epochs * per_epoch)), f"{num_epochs:g} epochs over {count_of(pool.total_vox)} voxels, {BY_USER}"
+    steps = round(min(max(NUM_PASSES * per_epoch, MIN_STEPS), MAX_STEPS))
+    epochs = f"{steps / per_epoch:.0f} epochs over {count_of(pool.total_vox)} voxels"
+    return steps, f"{epochs}: {NUM_PASSES}, but within {MIN_STEPS} to {MAX_STEPS} steps"
+
+
+def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
+    """``plan`` with this many steps and all that follows from them, but for what the user set."""
+    every = min(num_steps, max(25, min(1000, num_steps // 20)))
+
+    def derived(key: str, planned: int, current: int) -> int:
+        return current if plan.reasons.get(key) in (BY_USER, BY_PRESET) else planned
+
+    why_warmup = plan.reasons.get("optim.warmup_steps", "5 % of the steps")
+    warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)
+    checkpoint = derived("run.checkpoint_every", every, plan.run.checkpoint_every)
+    validate = derived("run.validate_every", every, plan.run.validate_every)
+    return replace(
+        plan,
+        optim=replace(plan.optim, num_steps=num_steps, warmup_steps=warmup),
+        run=replace(plan.run, checkpoint_every=checkpoint, validate_every=validate),
+        reasons={**plan.reasons, "optim.num_steps": reason, "optim.warmup_steps": why_warmup},
+    )
+
+
+def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
+    """``plan`` with as many steps as ``hours`` allow at the measured pace; 5 % are left for held-out errors and checkpoints."""
+    steps = max(1, int(TRAINING_SHARE * hours * 3600 / seconds_per_step))
+    pace = f"{seconds_per_step:.3g} s a step measured on {device}"
+    timed = replace(plan, run=replace(plan.run, seconds_per_step=seconds_per_step))
+    return with_length(timed, steps, f"{100 * TRAINING_SHARE:.0f} % of {hours:g} h at {pace}")

@@ -1,0 +1,142 @@
+"""The rules together: numbers about the data and the hardware in, plan values with their reasons out. Pure, and torch-free."""
+
+import math
+from typing import Any
+
+from nnunet_autoreg.corpus.fingerprint import GroupPrint
+from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
+from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, SpacingGroup
+from nnunet_autoreg.planning.encoder import choose_encoder, choose_order, limit_by_pool
+from nnunet_autoreg.planning.layout import choose_layout
+from nnunet_autoreg.planning.length import choose_length, with_length
+from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, MemoryOf, Pool, Wishes, real_share, real_voxels, times
+
+BATCH_GPU, BATCH_ELSEWHERE = 32, 8
+
+
+def choose_batch(hardware: Hardware) -> tuple[int, str]:
+    """Crops per optimiser step and the reason; the same for every GPU, so that its memory does not change the result."""
+    if hardware.device != "cuda":
+        return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
+    return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
+
+
+def choose_checkpointing(encoder: EncoderSize, crop: Size, hardware: Hardware, memory_of: MemoryOf) -> tuple[bool, str]:
+    """Whether activations have to be checkpointed so that one crop fits, and the reason; "" where they need not."""
+    without = sum(memory_of(encoder, crop, False))
+    if without <= hardware.usable_bytes:
+        return False, ""
+    with_it = sum(memory_of(encoder, crop, True))
+    if with_it >= without:
+        return False, ""
+    return True, (f"one crop takes about {with_it / 2**30:.1f} GiB with it and {without / 2**30:.1f} without, more than the "
+                  f"{hardware.usable_bytes / 2**30:.1f} that may be used; a step takes about a third longer")
+
+
+def choose_micro_batch(batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float) -> tuple[int, str]:
+    """Crops on the device at once and the reason: as many as fit, in equal parts of the batch.
+
+    Args:
+        fixed_bytes, bytes_per_crop: estimated training memory of the encoder at the planned crop.
+    """
+    room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop if bytes_per_crop else batch_size
+    parts = math.ceil(batch_size / min(max(room, 1), batch_size))
+    micro = math.ceil(batch_size / parts)
+    needed = (fixed_bytes + micro * bytes_per_crop) / 2**30
+    usable = f"{100 * hardware.usable_share:.0f} % of {hardware.memory_gib:.4g} GiB"
+    if room < 1:
+        return micro, f"about {needed:.1f} GiB, MORE than {usable}: even one crop does not fit"
+    parts_text = "all at once" if parts == 1 else f"{parts} times a step"
+    return micro, f"{parts_text}; about {needed:.1f} GiB ({bytes_per_crop / 2**30:.2f} a crop), within {usable}"
+
+
+def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
+    """Peak rate and the reason: the encoder's usual one at its usual batch, times the root of the ratio of batches.
+
+    Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
+    """
+    usual = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
+    rate = float(f"{encoder.pretrain_rate * math.sqrt(batch_size / usual):.3g}")
+    return rate, f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root of {batch_size}/{usual}"
+
+
+def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
+    """Target spacings and the reasons; groups are written where their targets differ."""
+    if len({group.spacing_mm for group in pool.groups}) < 2:
+        reasons = [f"{group.reason}{f' ({group.modality})' if group.modality else ''}" for group in pool.groups]
+        reason = " and ".join(reasons) or f"median of {pool.num_scans} scans"
+        return DataPlan(pool.spacing_mm, pool.ct_window), {"data.spacing_mm": f"{reason}, coarsest axis first"}
+    groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in pool.groups)
+    told = "; ".join(f"{g.num_scans} {g.modality} to {times(g.spacing_mm)} mm ({g.reason}){_padding(crop, g)}" for g in pool.groups)
+    return DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=groups), {
+        "data.spacing_mm": f"that of the largest of {len(groups)} groups ({pool.groups[0].modality}, {pool.groups[0].reason})",
+        "data.spacing_groups": f"spacings within about a factor of 2 share a target: {told}",
+    }
+
+
+def make_plan(
+    name: str, pool: Pool, hardware: Hardware, wishes: Wishes, seed: int, request: dict[str, Any], memory_of: MemoryOf
+) -> Plan:
+    """The plan that fits these scans and this hardware."""
+    chosen, why_encoder = choose_encoder(wishes.encoder, hardware, pool, wishes.single_tokens)
+    if why_encoder != BY_USER:
+        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
+    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
+    memory_of = _remembered(memory_of)
+    layout = choose_layout(encoder, hardware, pool, memory_of)
+    crop = layout.crop
+    order, predictor, why_order = choose_order(encoder)
+    batch, why_batch = choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
+    recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
+    micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop, recompute))
+    rate, why_rate = choose_rate(encoder, batch)
+    planned = choose_length(pool, real_voxels(crop, pool.median_shape_vox) * batch, wishes.num_epochs)
+    steps, why_steps = planned if wishes.num_steps is None else (wishes.num_steps, BY_USER)
+    if wishes.num_hours is not None:
+        why_steps = f"stands in until a step has been measured, before the first; then what {wishes.num_hours:g} h allow"
+    data, why_data = plan_data(pool, crop)
+    plan = Plan(
+        name=name,
+        data=data,
+        encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
+        sequence=SequencePlan(crop, layout.block_tokens, order, predictor),
+        objective=ObjectivePlan(trunk=encoder.trunk),
+        optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
+        run=RunPlan(seed, checkpoint_every=1, validate_every=1),
+        request=request,
+        reasons={
+            **why_data,
+            "encoder.name": why_encoder,
+            **({} if encoder.trunk is None else {"encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing"}),
+            "sequence.crop_size_vox": layout.why_crop,
+            "sequence.block_tokens": layout.why_block,
+            "sequence.order": why_order,
+            "optim.batch_size": why_batch,
+            "optim.micro_batch_size": why_micro,
+            **({"optim.checkpoint_activations": why_recompute} if recompute else {}),
+            "optim.lr": why_rate,
+        },
+    )
+    return with_length(plan, steps, why_steps)
+
+
+def _remembered(memory_of: MemoryOf) -> MemoryOf:
+    """The same, asked once of every combination: a count of a large encoder takes seconds."""
+    known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
+
+    def remembered(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
+        key = encoder.name, crop, recompute
+        if key not in known:
+            known[key] = memory_of(encoder, crop, recompute)
+        return known[key]
+
+    return remembered
+
+
+def _padding(crop: Size, group: GroupPrint) -> str:
+    real = real_share(crop, group.median_shape_vox)
+    if real >= MOSTLY_PADDING:
+        return ""
+    return f", of whose crops only {100 * real:.0f} % is not padding: give these scans a run of their own if they matter"

@@ -1,0 +1,91 @@
+"""What a plan is made from: the scans in numbers, the hardware, and what the user fixed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
+from nnunet_autoreg.geometry import Size, Spacing, volume
+from nnunet_autoreg.model.sizes import EncoderSize
+from nnunet_autoreg.plan import IntensityWindow
+
+BY_USER = "set by the user"
+MOSTLY_PADDING = 0.25
+USABLE_GPU, USABLE_ELSEWHERE = 0.8, 0.5
+MemoryOf = Callable[[EncoderSize, Size, bool], tuple[float, float]]
+"""(encoder, crop, activations checkpointed) -> fixed bytes and bytes per crop of a training step."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run has: ``device`` is cpu, cuda or mps; ``memory_gib`` of the GPU, or of the machine without one."""
+
+    device: str
+    memory_gib: float
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a training step may take: 80 % of a GPU, half of a machine that others use too."""
+        return self.usable_share * self.memory_gib * 2**30
+
+    @property
+    def usable_share(self) -> float:
+        """That as a share of ``memory_gib``."""
+        return USABLE_GPU if self.device == "cuda" else USABLE_ELSEWHERE
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What planning needs to know of the scans: how many, their median shape and all their voxels after resampling, the CT
+    window if CT is among them, and the groups by target spacing, of which the largest has ``spacing_mm``."""
+
+    num_scans: int
+    spacing_mm: Spacing
+    median_shape_vox: Size
+    total_vox: int
+    ct_window: IntensityWindow | None
+    groups: tuple[GroupPrint, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
+
+    Attributes:
+        single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset faithful``).
+    """
+
+    encoder: str = "auto"
+    batch_size: int | None = None
+    num_steps: int | None = None
+    num_epochs: float | None = None
+    num_hours: float | None = None
+    single_tokens: bool = False
+
+
+def pool_of(fingerprint: Fingerprint) -> Pool:
+    """The part of a fingerprint that decides the plan."""
+    f = fingerprint
+    return Pool(f.num_scans, f.spacing_mm, f.median_shape_vox, f.total_vox, f.ct_window, f.groups)
+
+
+def real_voxels(crop: Sequence[int], shape_vox: Sequence[int]) -> int:
+    """Voxels of a crop that a scan of ``shape_vox`` fills; the rest is padding."""
+    return volume([min(c, n) for c, n in zip(crop, shape_vox, strict=True)])
+
+
+def real_share(crop: Sequence[int], shape_vox: Sequence[int]) -> float:
+    """The same as a share of the crop."""
+    return real_voxels(crop, shape_vox) / volume(crop)
+
+
+def times(values: Sequence[float]) -> str:
+    """Sizes in words: 32 x 48 x 32."""
+    return " x ".join(f"{v:.4g}" for v in values)
+
+
+def count_of(number: float) -> str:
+    """A large number in words: 37.2 thousand."""
+    for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f}"
