@@ -6,10 +6,10 @@
     python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained --pretrain-raw RAW --pretrain-sets 4 27 51 61
     python benchmarks/detection.py centre --work FOLDER
 
-``run`` pretrains an encoder of that name first (``--pretrain-steps``; the scratch arm uses none of it but its plan): on the images of
-``--pretrain-sets``, or else on the training images of the first fold that is run; ``--weights`` takes an encoder that is there. It plans,
-preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring. ``centre``
-scores the answer that needs no network: in every validation scan one box in the middle, of the training objects' median size.
+``run`` pretrains an encoder first (``--pretrain-steps``), on the images of ``--pretrain-sets`` but those of ``--exclude``; for the
+scratch arm, which takes nothing from it but its plan, two steps on the set itself will do. ``--weights`` takes an encoder that is there.
+It plans, preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring.
+``centre`` scores the answer that needs no network: in every validation scan one box in the middle, of the training objects' median size.
 
 Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8 to 16 voxels, every 8th without any.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.benchmark.protocol import recipe_values
 from nnunet_autoreg.rng import generator
 
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
@@ -129,8 +130,10 @@ def run(args: argparse.Namespace) -> None:
     number = dataset[len("Dataset"):].split("_")[0]
     plans = f"AutoregPlans_{args.weights or args.encoder}"
     file = work / "preprocessed" / dataset / f"{plans}.json"
+    if args.arm == "pretrained" and not args.weights and number in (args.pretrain_sets or [number]):
+        sys.exit(f"the pretrained arm must not have seen the scans it is scored on: name --pretrain-sets without {number}, or --weights")
     if not file.is_file():
-        plan(env, work, dataset, number, args)
+        plan(env, number, args)
     if args.plan_only:
         return
     shorten(file, args)
@@ -149,7 +152,8 @@ def run(args: argparse.Namespace) -> None:
     pretrained = {name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")}
     add_line(args.results, {
         "set": dataset, "encoder": args.encoder, "arm": args.arm, "fold": args.fold, "iterations": args.epochs * args.iterations,
-        "batch": planned["batch_size"], "patch": planned["patch_size"], "minutes": round(minutes, 2), "threads": args.threads,
+        "batch": planned["batch_size"], "patch": planned["patch_size"], "recipe": recipe_values(tuple(args.recipe)),
+        "minutes": round(minutes, 2), "threads": args.threads,
         "pretrained": pretrained if args.arm == "pretrained" else {}, **figures(summary), "dice": round(dice, 4),
     })
 
@@ -199,14 +203,11 @@ def answer_the_centre(args: argparse.Namespace) -> None:
     add_line(args.results, {"set": raw.name, "encoder": "none", "arm": "centre", "fold": args.fold, **figures(summary)})
 
 
-def plan(env: dict[str, str], work: Path, dataset: str, number: str, args: argparse.Namespace) -> None:
+def plan(env: dict[str, str], number: str, args: argparse.Namespace) -> None:
     """Pretrain, then plan and preprocess for that encoder."""
-    held = json.loads((work / "preprocessed" / dataset / "splits_final.json").read_text())[args.fold]["val"]
-    excluded = work / "held_out.txt"
-    excluded.write_text("".join(f"{case}\n" for case in held))
     raw = {"nnUNet_raw": str(args.pretrain_raw)} if args.pretrain_raw else {}
     name = args.weights or args.encoder
-    left_out = [] if args.pretrain_sets else ["--exclude", str(excluded)]
+    left_out = ["--exclude", str(args.exclude)] if args.exclude else []
     lines = (
         ["autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", args.encoder, "--encoder", args.encoder,
          "--steps", str(args.pretrain_steps), "--batch", "4", "--device", "cpu", *left_out],
@@ -221,7 +222,8 @@ def plan(env: dict[str, str], work: Path, dataset: str, number: str, args: argpa
 def shorten(file: Path, args: argparse.Namespace) -> None:
     """Length, patch and batch into the plans file."""
     plans = json.loads(file.read_text())
-    plans["autoreg"]["recipe"] |= {"num_iterations_per_epoch": args.iterations, "num_val_iterations_per_epoch": args.val_iterations}
+    lengths = {"num_iterations_per_epoch": args.iterations, "num_val_iterations_per_epoch": args.val_iterations}
+    plans["autoreg"]["recipe"] |= recipe_values(tuple(args.recipe)) | lengths
     configuration = plans["configurations"]["3d_fullres"]
     configuration["autoreg_detection"]["num_epochs"] = args.epochs
     if args.batch:
@@ -250,7 +252,9 @@ def main() -> None:
     second.add_argument("--patch", type=int, nargs=3)
     second.add_argument("--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop")
     second.add_argument("--pretrain-steps", type=int, default=2)
-    second.add_argument("--pretrain-sets", nargs="+", default=[], help="datasets to pretrain on (default: the training images of the fold)")
+    second.add_argument("--pretrain-sets", nargs="+", default=[], help="datasets to pretrain on (default: this one)")
+    second.add_argument("--exclude", type=Path, help="file with names of scans to leave out of it")
+    second.add_argument("--recipe", action="append", default=[], metavar="KEY=VALUE", help="change the planned recipe of fine-tuning")
     second.add_argument("--weights", help="an encoder in FOLDER/results/autoreg_pretraining instead of a pretraining")
     second.add_argument("--pretrain-raw", type=Path, help="their nnUNet_raw (default: FOLDER's)")
     second.add_argument("--threads", type=int, default=1)
