@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.nnunet_api import dataset_number
+from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 from nnunet_autoreg.plan import OBJECTIVES
 from nnunet_autoreg.presets import PRESETS
 
@@ -166,9 +166,18 @@ def run(request: "Request", args: argparse.Namespace, crew: "Crew") -> int:
         print_next(f"look at {pictures}{outcome.folder / 'plan.json'} and {outcome.folder / 'scans.csv'}, edit the plan if you like, "
                    "then type the same line without --dry-run")
         return 0
-    dataset = dataset_number(args.d[0]) if args.d else "ID"
-    print_next(f"nnUNetv2_plan_and_preprocess -d {dataset} -pl AutoregPlanner")
+    print_next(fine_tuning(args.d[0]) if args.d else "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner")
     return 0
+
+
+def fine_tuning(dataset: str) -> str:
+    """The first line of fine-tuning on a raw dataset, which nnU-Net can only plan with label maps."""
+    from nnunet_autoreg.detection.box_labels import has_boxes_alone
+
+    number = dataset_number(dataset)
+    if has_boxes_alone(dataset_folder(dataset)):
+        return f"autoreg_boxes_to_labels -d {number} (nnU-Net plans no dataset without label maps, and this one has boxes alone)"
+    return f"nnUNetv2_plan_and_preprocess -d {number} -pl AutoregPlanner"
 
 
 if __name__ == "__main__":

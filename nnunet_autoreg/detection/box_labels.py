@@ -17,6 +17,11 @@ from nnunet_autoreg.records import atomic_path, read_json
 log = logging.getLogger(__name__)
 
 
+def has_boxes_alone(dataset: Path) -> bool:
+    """Whether boxes are all that a raw dataset knows of its objects."""
+    return (dataset / BOXES).is_dir() and not (dataset / "labelsTr").is_dir()
+
+
 def write_box_labels(dataset: Path) -> list[str]:
     """Write ``labelsTr/<case>`` with the ellipsoid of every box of ``boxesTr/<case>.json``, for cases that have no label map.
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_autoreg.detection.box_labels import write_box_labels
+from nnunet_autoreg.cli.pretrain import fine_tuning
+from nnunet_autoreg.detection.box_labels import has_boxes_alone, write_box_labels
 from nnunet_autoreg.detection.export import draw_boxes, draw_instances, write_markup, write_table
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.instances import ObjectClass
@@ -142,15 +143,26 @@ def boxed(tmp_path: Path) -> Path:
 def test_boxes_become_ellipsoids_of_their_label_in_the_images_place(boxed: Path) -> None:
     import SimpleITK
 
+    assert has_boxes_alone(boxed)
     with pytest.raises(UsageError, match=r"1 cases .* have neither labels nor boxes \(first: b\)"):
         write_box_labels(boxed)
     (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
-    assert write_box_labels(boxed) == ["a", "b"]
+    assert write_box_labels(boxed) == ["a", "b"] and not has_boxes_alone(boxed)
     image = SimpleITK.ReadImage(str(boxed / "labelsTr" / "a.nii.gz"))
     array = SimpleITK.GetArrayFromImage(image)
     assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
     assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [int(v) for v in np.argwhere(array == 2).max(0)] == [3, 3, 3]
     assert write_box_labels(boxed) == []
+
+
+def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(boxed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = boxed.parent / "raw"
+    raw.mkdir()
+    boxed.rename(raw / "Dataset905_Boxes")
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    assert fine_tuning("905").startswith("autoreg_boxes_to_labels -d 905 ")
+    (raw / "Dataset905_Boxes" / "labelsTr").mkdir()
+    assert fine_tuning("905") == "nnUNetv2_plan_and_preprocess -d 905 -pl AutoregPlanner"
 
 
 def test_a_box_outside_of_its_image_is_named(boxed: Path) -> None:
