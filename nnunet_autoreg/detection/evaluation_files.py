@@ -16,7 +16,7 @@ from nnunet_autoreg.detection.matching import ScanBoxes, match_scan, overlaps
 from nnunet_autoreg.records import atomic_path
 
 COLUMNS = ("scan", "class", "what", "score", "iou", "largest_side_mm", "z0", "y0", "x0", "z1", "y1", "x1")
-TRUE, HIT, FALSE, OTHER = "tab:green", "tab:blue", "tab:red", "0.6"
+TRUE, HIT, FALSE, OTHER = "limegreen", "deepskyblue", "tomato", "0.7"
 MOST_SCANS, SLICES = 4, 3
 LEAST_FP, MOST_FP = 0.05, 16.0
 
@@ -140,18 +140,31 @@ def draw_scans(
 
 
 def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
-    """At most four, spread evenly over the list."""
-    if len(scans) <= MOST_SCANS:
-        return list(scans)
-    return [scans[round(i * (len(scans) - 1) / (MOST_SCANS - 1))] for i in range(MOST_SCANS)]
+    """At most four, spread evenly over the list; one without objects at most, and that last."""
+    empty = [scan for scan in scans if not len(scan.true_boxes_G6)][:1]
+    most = MOST_SCANS - len(empty)
+    full = [scan for scan in scans if len(scan.true_boxes_G6)]
+    if len(full) > most:
+        full = [full[round(i * (len(full) - 1) / (most - 1))] for i in range(most)]
+    return full + empty
 
 
 def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
-    """Three slices: through the middles of objects spread over z; of detections, where there is no object; of the image, where neither."""
+    """Three slices: through the middles of objects spread over z, through their quarters too if they are few; of detections, where there
+    is no object; of the image, where neither."""
     boxes = scan.true_boxes_G6 if len(scan.true_boxes_G6) else scan.boxes_D6
-    middles = np.unique(np.floor((boxes[:, 0] + boxes[:, 3]) / 2)) if len(boxes) else np.array([depth / 4, depth / 2, 3 * depth / 4])
-    places = np.linspace(0, len(middles) - 1, SLICES + 2)[1:-1] if len(middles) > SLICES else np.arange(SLICES) % len(middles)
-    return sorted(int(np.clip(middles[round(float(p))], 0, depth - 1)) for p in places)
+    if not len(boxes):
+        boxes = np.array([[0, 0, 0, depth, 0, 0]])
+    known = _cuts(boxes, (0.5,))
+    if len(known) < SLICES:
+        known = _cuts(boxes, (0.25, 0.5, 0.75))
+    places = np.linspace(0, len(known) - 1, SLICES + 2)[1:-1] if len(known) > SLICES else np.arange(SLICES) % len(known)
+    return sorted(int(np.clip(known[round(float(p))], 0, depth - 1)) for p in places)
+
+
+def _cuts(boxes_N6: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.float64]:
+    """The slices at these shares of the boxes' depth, each once."""
+    return np.unique(np.floor([z0 + share * (z1 - z0) for z0, z1 in boxes_N6[:, (0, 3)] for share in shares]))
 
 
 def _draw_slice(
@@ -167,22 +180,27 @@ def _draw_slice(
     for place in range(len(classes)):
         of_found, of_true = outcomes(scan, place, settings)
         for g, what in of_true.items():
-            _draw_box(axis, scan.true_boxes_G6[g], z, OTHER if what == "ignored" else TRUE, "", 1.8)
+            _draw_box(axis, scan.true_boxes_G6[g], z, OTHER if what == "ignored" else TRUE, "", 2.6)
         for d, what in of_found.items():
             if scan.scores_D[d] >= least_scores[place]:
                 colour = {"hit": HIT, "false": FALSE}.get(what, OTHER)
-                _draw_box(axis, scan.boxes_D6[d], z, colour, f"{classes[place].name} {scan.scores_D[d]:.2f}", 1.0)
+                _draw_box(axis, scan.boxes_D6[d], z, colour, f"{classes[place].name} {scan.scores_D[d]:.2f}", 1.2, is_below=what != "hit")
     axis.set_title(f"{scan.name}, z {z}", fontsize=8)
     axis.axis("off")
 
 
-def _draw_box(axis: Any, box: NDArray[np.float64], z: int, colour: str, text: str, width: float) -> None:
+def _draw_box(axis: Any, box: NDArray[np.float64], z: int, colour: str, text: str, width: float, is_below: bool = False) -> None:
+    """A box where it crosses slice ``z``, its text above it, or below: hits and false ones on the same object stay readable."""
     from matplotlib.patches import Rectangle
 
     z0, y0, x0, z1, y1, x1 = box
-    if z0 <= z + 0.5 < z1:
-        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width))
-        axis.text(x0, y0 - 1, text, color=colour, fontsize=5, clip_on=True)
+    if not z0 <= z + 0.5 < z1:
+        return
+    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width))
+    if text:
+        left, foot = x1 if axis.xaxis_inverted() else x0, y1 if axis.yaxis_inverted() == is_below else y0
+        axis.annotate(text, (left, foot), (0, -3 if is_below else 3), textcoords="offset points", va="top" if is_below else "bottom",
+                      color=colour, fontsize=7, annotation_clip=True, bbox={"color": "black", "alpha": 0.5, "pad": 0.4})
 
 
 def _figure(size: tuple[float, float]) -> Any:

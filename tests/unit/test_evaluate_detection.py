@@ -251,8 +251,11 @@ def test_pictures_show_scans_from_all_over_and_slices_through_objects():
         return ScanBoxes("s", (1, 1, 1), true, np.zeros(len(true), dtype=np.int64), np.zeros(len(true), dtype=bool), none,
                          np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, len(true)), dtype=bool))
 
-    assert pick_scans(list(range(10))) == [0, 3, 6, 9] and pick_scans([1, 2]) == [1, 2]
-    assert pick_slices(with_objects((2, 0, 0, 4, 1, 1)), 20) == [3, 3, 3]
+    full, empty = [with_objects((z, 0, 0, z + 1, 1, 1)) for z in range(10)], [with_objects(), with_objects()]
+    assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9] and len(pick_scans(full[:2])) == 2
+    assert [len(scan.true_boxes_G6) for scan in pick_scans([*empty, *full])] == [1, 1, 1, 0]
+    assert pick_slices(with_objects((2, 0, 0, 10, 1, 1)), 20) == [4, 6, 8]
+    assert pick_slices(with_objects((2, 0, 0, 3, 1, 1)), 20) == [2, 2, 2]
     assert pick_slices(with_objects(*[(z, 0, 0, z + 1, 1, 1) for z in (1, 5, 9, 13, 17)]), 20) == [5, 9, 13]
     assert pick_slices(with_objects(), 20) == [5, 10, 15]
 
