@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
                    help="when a detection has found an object, for FROC, sizes, CSV and pictures: iou:T, mask:T (IoU of voxels in "
                    "NAME_instances, RibFrac's with 0.2), centre (its centre lies in the object), radius (within half the object's largest "
                    "side, as LUNA16), or radius:MM (default: iou:0.1)")
+    p.add_argument("--box-convention", choices=["edges", "nndet"], default="edges",
+                   help="edges: boxes end where their voxels do; nndet: true and found ones a voxel longer on every axis, as behind "
+                   "nnDetection's figures (default: edges)")
     p.add_argument("--classes", metavar="NAME", nargs="+", default=[], help="score these only (default: all)")
     p.add_argument("--duplicates", choices=["false", "ignored"], default="false",
                    help="what a second detection of one object is: a false positive, or ignored as LUNA16 does (default: false)")
@@ -71,10 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     known = next(iter(found.values())).classes
     truth = read_classes(arguments.g, arguments.dataset_json, known, arguments.classes, arguments.min_voxels, arguments.connectivity)
     folders = gather(truth, found, arguments.all_scans, arguments.p if settings.hit.kind == "mask" else None)
+    if arguments.box_convention == "nndet":
+        folders = replace(folders, scans=tuple(scan.a_voxel_longer() for scan in folders.scans))
     results = evaluate(folders.scans, truth.classes, settings)
     results["scans"] |= {"without_detections": list(folders.undetected), "without_truth": list(folders.unknown)}
     results["inputs"] = {"predictions": str(arguments.p), "truth": str(arguments.g), "min_voxels": truth.rules.min_voxels,
-                         "connectivity": truth.rules.connectivity}
+                         "connectivity": truth.rules.connectivity, "box_convention": arguments.box_convention}
     if len(results["absent_classes"]) == len(truth.classes):
         log.warning("no scan holds an object that counts: there is nothing to find, and no figure; look at -g, --min-voxels and --classes")
     written = _write(arguments, results, folders, truth, settings)

@@ -19,8 +19,9 @@ from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
 from nnunet_autoreg.detection.score import quick_scores, scan_of_instances
+from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, as_size
-from nnunet_autoreg.records import atomic_path, write_json
+from nnunet_autoreg.records import atomic_path, read_json, write_json
 
 SWEPT_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Overlaps tried for the boxes of one voter, as nnDetection does. Smallest size and score are never tuned: that deletes small lesions."""
@@ -100,6 +101,32 @@ def _write_candidates(file: Path, candidates: Candidates) -> None:
                                        for name, value in vars(candidates).items()})
 
 
+def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str, Any] | None:
+    """What the overlap that is best on the other folds' cases gives on this fold's: an honest score for a tuned overlap.
+
+    Args:
+        file: this fold's summary; the others lie beside it as ``fold_*/validation_detection/`` has them.
+        tried: this fold's scores by overlap.
+
+    Returns:
+        None where no other fold has been validated.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for other in sorted(file.parents[2].glob(f"fold_*/{file.parent.name}/{file.name}")):
+        fold = other.parents[1]
+        if fold == file.parents[1]:
+            continue
+        try:
+            of_fold = read_json(other)["sweep"]["tried"]
+            found[fold.name] = {iou: float(of_fold[f"{iou:g}"][f"map_{MAP_NAME}"]) for iou in tried}
+        except (PlanError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s is left out of sweep_of_other_folds: it holds no such sweep (%s); validate it anew with --val", other, error)
+    if not found:
+        return None
+    best = max(tried, key=lambda iou: (sum(scores[iou] for scores in found.values()), iou == USUAL.voter_iou))
+    return {"folds": sorted(found), "voter_iou": best, **tried[best]}
+
+
 def write_summary(file: Path, cases: Sequence[ValidatedCase], plan: DetectionPlan, model: dict[str, Any]) -> dict[str, float]:
     """Every figure of the usual thinning, and what tuning its overlap on these very cases would give; the main figures come back."""
     figures = evaluate([case.usual for case in cases], plan.classes, EvaluationSettings())
@@ -107,7 +134,7 @@ def write_summary(file: Path, cases: Sequence[ValidatedCase], plan: DetectionPla
     best = max(tried, key=lambda iou: (tried[iou][f"map_{MAP_NAME}"], iou == USUAL.voter_iou))
     note = "chosen on the cases it is scored on, so too good; the figures above use voter_iou 0.1"
     sweep = {"note": note, "voter_iou": best, **tried[best], "tried": {f"{iou:g}": scores for iou, scores in tried.items()}}
-    write_json(file, {**figures, "model": model, "sweep": sweep})
+    write_json(file, {**figures, "model": model, "sweep": sweep, "sweep_of_other_folds": by_other_folds(file, tried)})
     ap = figures["ap"]
     main = {"ap_0.1": ap["0.1"]["mean"], "ap_0.5": ap["0.5"]["mean"], f"map_{MAP_NAME}": figures["map"][MAP_NAME]["mean"],
             "cpm": figures["froc"]["cpm"]["mean"]}

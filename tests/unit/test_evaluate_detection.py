@@ -244,6 +244,21 @@ def test_a_class_the_detector_does_not_know_counts_as_missed_and_is_said(folders
     assert "the detector does not know node" in caplog.text and results_of(out)["ap"]["0.1"]["per_class"]["node"] == 0
 
 
+def test_in_nndetections_convention_every_box_is_a_voxel_longer(folders):
+    truth, found, out = folders
+    # Beside the lesion of 4 x 6 x 6 voxels by one on x: 120 of 168 in common, and 5 x 7 x (7 - 1) = 210 of 280 when longer.
+    write_found(found, "b", [((1, 2, 4, 5, 8, 10), "lesion", 0.9)])
+    assert run(truth, found, out, "--iou", "0.72") == 0
+    usual = results_of(out)
+    assert run(truth, found, out, "--iou", "0.72", "--box-convention", "nndet") == 0
+    longer = results_of(out)
+    assert usual["inputs"]["box_convention"] == "edges" and longer["inputs"]["box_convention"] == "nndet"
+    assert usual["ap"]["0.72"]["per_class"]["lesion"] < 1 == pytest.approx(longer["ap"]["0.72"]["per_class"]["lesion"])
+    with out.with_suffix(".csv").open() as handle:
+        hit = next(row for row in csv.DictReader(handle) if row["scan"] == "b" and row["what"] == "hit")
+    assert float(hit["iou"]) == pytest.approx(0.75) and [float(hit[c]) for c in ("z0", "y0", "x0", "z1")] == [0, 1, 3, 5]
+
+
 def test_pictures_show_scans_from_all_over_and_slices_through_objects():
     def with_objects(*boxes):
         true = np.array(boxes, dtype=float).reshape(-1, 6)

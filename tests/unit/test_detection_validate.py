@@ -1,0 +1,38 @@
+"""What the summary of a fold says of the others'."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nnunet_autoreg.detection.evaluate import MAP_NAME
+from nnunet_autoreg.detection.validate import by_other_folds
+
+MEASURE = f"map_{MAP_NAME}"
+
+
+def summary_of(model: Path, fold: int, tried: dict[float, float] | None) -> Path:
+    file = model / f"fold_{fold}" / "validation_detection" / "summary_detection.json"
+    file.parent.mkdir(parents=True)
+    if tried is not None:
+        file.write_text(json.dumps({"sweep": {"tried": {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()}}}))
+    return file
+
+
+def test_the_overlap_comes_from_the_other_folds_and_its_score_from_this_one(tmp_path: Path) -> None:
+    summary_of(tmp_path, 0, {1e-5: 0.2, 0.1: 0.3, 0.5: 0.6})
+    summary_of(tmp_path, 1, {1e-5: 0.2, 0.1: 0.7, 0.5: 0.6})
+    mine = {1e-5: {MEASURE: 0.9}, 0.1: {MEASURE: 0.8}, 0.5: {MEASURE: 0.1}}
+    # On folds 0 and 1 the sums are 0.4, 1.0 and 1.2; here 0.5 is the worst.
+    assert by_other_folds(summary_of(tmp_path, 2, {0.5: 0}), mine) == {"folds": ["fold_0", "fold_1"], "voter_iou": 0.5, MEASURE: 0.1}
+
+
+def test_without_other_folds_there_is_none(tmp_path: Path) -> None:
+    assert by_other_folds(summary_of(tmp_path, 0, {0.1: 1.0}), {0.1: {MEASURE: 0.5}}) is None
+
+
+def test_a_fold_whose_summary_cannot_be_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    summary_of(tmp_path, 1, None).write_text("{")
+    summary_of(tmp_path, 3, {0.2: 0.5})
+    assert by_other_folds(summary_of(tmp_path, 0, None), {0.1: {MEASURE: 0.5}}) is None
+    assert "fold_1" in caplog.text and "fold_3" in caplog.text
