@@ -200,7 +200,7 @@ def _draw_box(axis: Any, box: NDArray[np.float64], z: int, colour: str, text: st
     if text:
         left, foot = x1 if axis.xaxis_inverted() else x0, y1 if axis.yaxis_inverted() == is_below else y0
         axis.annotate(text, (left, foot), (0, -3 if is_below else 3), textcoords="offset points", va="top" if is_below else "bottom",
-                      color=colour, fontsize=7, annotation_clip=True, bbox={"color": "black", "alpha": 0.5, "pad": 0.4})
+                      color=colour, fontsize=8, annotation_clip=True, bbox={"color": "black", "alpha": 0.75, "pad": 0.4})
 
 
 def _figure(size: tuple[float, float]) -> Any:
