@@ -13,6 +13,7 @@ from nnunet_autoreg.detection.metrics import (
     FP_PER_SCAN,
     Bools,
     Floats,
+    Froc,
     Pooled,
     average_precision,
     bootstrap_weights,
@@ -178,15 +179,16 @@ def _froc(counting: _Counting, names: Sequence[str]) -> dict[str, Any]:
         "hit": str(counting.settings.hit), "fp_per_scan": list(points),
         "cpm": _summary(counting.over_classes(pooled, measure), names),
         "sensitivity": {"mean": mean, "per_class": {names[p]: values.tolist() for p, values in at.items()}},
-        "operating_points": {names[p]: [_operating_point(counting, pooled[p], threshold_at(curves[p], point), point) for point in points]
-                             for p in counting.places},
+        "operating_points": {names[p]: [_operating_point(counting, pooled[p], curve, point) for point in points]
+                             for p, curve in curves.items()},
         "curve": {names[p]: {"fp_per_scan": curve.fp_per_scan.tolist(), "sensitivity": curve.sensitivity.tolist(),
                              "threshold": [_plain(t) for t in curve.threshold]} for p, curve in curves.items()},
     }
 
 
-def _operating_point(counting: _Counting, pooled: Pooled, threshold: float, point: float) -> dict[str, Any]:
-    """What a score threshold gives, false positives apart for scans with and without any object."""
+def _operating_point(counting: _Counting, pooled: Pooled, curve: Froc, point: float) -> dict[str, Any]:
+    """What the threshold of so many false positives per scan gives, these apart for scans with and without any object."""
+    threshold = threshold_at([(curve, 1)], point)
     shown = pooled.scores >= threshold
     empty = np.array([scan.is_empty for scan in counting.scans])
     false = np.bincount(pooled.scan[shown & ~pooled.is_hit], minlength=len(empty))

@@ -106,13 +106,12 @@ def sensitivity_at(curve: Froc, fp_per_scan: Sequence[float]) -> Floats:
     return np.interp(fp_per_scan, values, best)
 
 
-def threshold_at(curve: Froc, fp_per_scan: float) -> float:
-    """The lowest score threshold with at most so many false positives per scan; infinite if even the highest score has more."""
-    return float(curve.threshold[np.searchsorted(curve.fp_per_scan, fp_per_scan, side="right") - 1])
+def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> float:
+    """The lowest score threshold with at most so many false positives per scan; infinite if even the highest score has more.
 
-
-def common_threshold(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> float:
-    """As ``threshold_at`` for several curves, each with its number of scans, as if they were of one set of scans."""
+    Args:
+        curves: each with its number of scans, taken together as if they were of one set of scans.
+    """
     thresholds = np.unique(np.concatenate([curve.threshold for curve, _ in curves]))[::-1]
     false = np.zeros(len(thresholds))
     for curve, scans in curves:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.detection.export import Ids, draw_boxes, draw_instances, shown, write_markup
 from nnunet_autoreg.detection.geometry import frame_of_properties, preprocessing_of
 from nnunet_autoreg.detection.infer import USUAL, Candidates, ScanDetector, Thinning, joined, merge
-from nnunet_autoreg.detection.metrics import Froc, common_threshold
+from nnunet_autoreg.detection.metrics import Froc, threshold_at
 from nnunet_autoreg.detection.net import Detector
 from nnunet_autoreg.detection.nndetection import write_boxes
 from nnunet_autoreg.detection.plan import DetectionPlan, read_plan
@@ -129,7 +129,7 @@ class Model:
                 curves[name].append((Froc(*points), summary["scans"]["number"]))
         for name in (n for n, known in curves.items() if not known):
             log.warning("no validation case has an object of %s, so --fppi has no threshold for it: all of its boxes are kept", name)
-        return {name: min(1.0, common_threshold(known, fp_per_scan)) if known else 0.0 for name, known in curves.items()}
+        return {name: min(1.0, threshold_at(known, fp_per_scan)) if known else 0.0 for name, known in curves.items()}
 
     def _check_plans(self) -> None:
         plans = read_json(self.folder / "plans.json")

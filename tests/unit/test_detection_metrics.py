@@ -96,8 +96,8 @@ def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
     b = mt.Froc(np.array([0, 1.0, 2.0]), np.array([0, 0.5, 1]), np.array([np.inf, 0.7, 0.4]))
     together = [(a, 4), (b, 1)]
     # In 5 scans: 1 down to 0.9, 2 to 0.7, 5 to 0.5, 6 to 0.4.
-    assert [mt.common_threshold(together, n) for n in (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)] == [np.inf, 0.9, 0.7, 0.7, 0.5, 0.4]
-    assert mt.common_threshold([(a, 4)], 0.5) == mt.threshold_at(a, 0.5) == 0.9
+    assert [mt.threshold_at(together, n) for n in (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)] == [np.inf, 0.9, 0.7, 0.7, 0.5, 0.4]
+    assert mt.threshold_at([(a, 4)], 0.5) == mt.threshold_at([(a, 1)], 0.5) == 0.9
 
 
 @pytest.mark.parametrize("text", ["iou", "iou:0", "iou:2", "centre:1", "radius:-1", "mask", "mask:1.5", "iou:x", "radius:inf"])
@@ -169,7 +169,7 @@ def test_froc_by_hand_with_tied_scores_and_empty_scans():
     assert curve.threshold.tolist() == [np.inf, 0.9, 0.7, 0.5]
     assert curve.fp_per_scan.tolist() == [0, 0, 0.5, 1] and curve.sensitivity.tolist() == [0, 0.5, 0.5, 1]
     assert mt.sensitivity_at(curve, [0.125, 0.5, 0.75, 1, 8]).tolist() == [0.5, 0.5, 0.75, 1, 1]
-    assert mt.threshold_at(curve, 0.5) == 0.7 and mt.threshold_at(curve, 0.1) == 0.9 and mt.threshold_at(curve, 8) == 0.5
+    assert [mt.threshold_at([(curve, 1)], n) for n in (0.5, 0.1, 8)] == [0.7, 0.9, 0.5]
     assert mt.cpm(pooled([one, empty])) == pytest.approx((0.5 * 3 + 1 * 4) / 7)
 
 
