@@ -128,9 +128,11 @@ def run(args: argparse.Namespace) -> None:
     env = environment(work, args.threads)
     dataset = next(p.name for p in (work / "raw").iterdir())
     number = dataset[len("Dataset"):].split("_")[0]
-    plans = f"AutoregPlans_{args.weights or args.encoder}"
+    # Each arm pretrains under its own name: scratch needs but a plan, and makes it on the very set.
+    args.weights_name = args.weights or f"{args.encoder}_{args.arm}"
+    plans = f"AutoregPlans_{args.weights_name}"
     file = work / "preprocessed" / dataset / f"{plans}.json"
-    if args.arm == "pretrained" and not args.weights and number in (args.pretrain_sets or [number]):
+    if args.arm == "pretrained" and not args.weights and int(number) in [int(s) for s in args.pretrain_sets or [number]]:
         sys.exit(f"the pretrained arm must not have seen the scans it is scored on: name --pretrain-sets without {number}, or --weights")
     if not file.is_file():
         plan(env, number, args)
@@ -139,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     shorten(file, args)
     trainer = "AutoregDetectionTrainer" if args.arm == "pretrained" else "AutoregDetectionScratchTrainer"
     start = time.monotonic()
-    log = work / f"{args.weights or args.encoder}_{args.arm}_{args.fold}.log"
+    log = work / f"{args.weights_name}_{args.arm}_{args.fold}.log"
     with log.open("w") as handle:
         subprocess.run(["nnUNetv2_train", number, "3d_fullres", str(args.fold), "-tr", trainer, "-p", plans, "-device", "cpu"],
                        env=env, check=True, stdout=handle, stderr=subprocess.STDOUT)
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
     dice = json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
     planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
-    card = json.loads(next((work / "results" / "autoreg_pretraining" / (args.weights or args.encoder)).glob("encoder.json")).read_text())
+    card = json.loads(next((work / "results" / "autoreg_pretraining" / args.weights_name).glob("encoder.json")).read_text())
     pretrained = {name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")}
     add_line(args.results, {
         "set": dataset, "encoder": args.encoder, "arm": args.arm, "fold": args.fold, "iterations": args.epochs * args.iterations,
@@ -206,10 +208,10 @@ def answer_the_centre(args: argparse.Namespace) -> None:
 def plan(env: dict[str, str], number: str, args: argparse.Namespace) -> None:
     """Pretrain, then plan and preprocess for that encoder."""
     raw = {"nnUNet_raw": str(args.pretrain_raw)} if args.pretrain_raw else {}
-    name = args.weights or args.encoder
+    name = args.weights_name
     left_out = ["--exclude", str(args.exclude)] if args.exclude else []
     lines = (
-        ["autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", args.encoder, "--encoder", args.encoder,
+        ["autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", name, "--encoder", args.encoder,
          "--steps", str(args.pretrain_steps), "--batch", "4", "--device", "cpu", *left_out],
         ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", "AutoregPlanner", "-overwrite_plans_name", f"AutoregPlans_{name}",
          "-c", "3d_fullres", "-np", "1"],
@@ -252,7 +254,7 @@ def main() -> None:
     second.add_argument("--patch", type=int, nargs=3)
     second.add_argument("--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop")
     second.add_argument("--pretrain-steps", type=int, default=2)
-    second.add_argument("--pretrain-sets", nargs="+", default=[], help="datasets to pretrain on (default: this one)")
+    second.add_argument("--pretrain-sets", nargs="+", default=[], metavar="NUMBER", help="datasets to pretrain on (default: this one)")
     second.add_argument("--exclude", type=Path, help="file with names of scans to leave out of it")
     second.add_argument("--recipe", action="append", default=[], metavar="KEY=VALUE", help="change the planned recipe of fine-tuning")
     second.add_argument("--weights", help="an encoder in FOLDER/results/autoreg_pretraining instead of a pretraining")

@@ -135,6 +135,7 @@ def prepare_instances(maker: Maker, cases: Sequence[str], num_processes: int = 1
     """
     file = instances_folder(maker.preprocessed) / INDEX
     source = maker.source
+    source.keep()
     old = _read_index(file, source)
     stock = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
     stamps = {case: maker.stamp(case, as_size(stock.load_case(case)[1].shape[1:])) for case in cases}

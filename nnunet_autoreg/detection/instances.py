@@ -143,8 +143,11 @@ def _refuse_shared_values(classes: Sequence[ObjectClass], where: str) -> None:
             owner[value] = kind.name
 
 
-def find_instances(labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass], rules: Rules) -> Instances:
+def find_instances(labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass], rules: Rules, where: str = "label map") -> Instances:
     """Connected components, per class, of a label map (Z, Y, X); ids count from 1 class by class.
+
+    Args:
+        where: names the map in an error.
 
     Raises:
         ObjectsError: more than 65535 components.
@@ -155,7 +158,7 @@ def find_instances(labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass], rul
     connectivity: Any = rules.connectivity
     components, number = cc3d.connected_components(kinds, connectivity=connectivity, return_N=True)
     if number > MOST_OBJECTS:
-        raise ObjectsError(f"{number} components, at most {MOST_OBJECTS} can be told apart; is this a label map?")
+        raise ObjectsError(f"{where}: {number} components, at most {MOST_OBJECTS} can be told apart; is this a label map?")
     ids = components.astype(np.uint16)
     boxes = boxes_of_ids(ids)
     kind_of = _value_at(ids, kinds, number)

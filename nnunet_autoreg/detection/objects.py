@@ -5,6 +5,7 @@ dataset; else every connected component of the label map is an object.
 """
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from nnunet_autoreg.detection.instances import (
 )
 from nnunet_autoreg.errors import ObjectsError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
+from nnunet_autoreg.records import atomic_path
 
 INSTANCES, BOXES = "instancesTr", "boxesTr"
 RAW_VARIABLE = "nnUNet_raw"
@@ -63,21 +65,28 @@ class ObjectSource:
 
     Attributes:
         labels: folder of the label maps, ``<case><file_ending>``.
-        raw: the raw dataset, where ``instancesTr`` and ``boxesTr`` are looked for; None if it is not there.
+        raw: the folder in which ``instancesTr`` and ``boxesTr`` are looked for: the raw dataset, or the copies of ``keep``.
         dataset: parsed dataset.json.
         reader: nnU-Net's class that reads the images.
     """
 
     labels: Path
-    raw: Path | None
+    raw: Path
     dataset: Mapping[str, Any]
     reader: Any
 
     @classmethod
     def of_dataset(cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any) -> "ObjectSource":
-        """With the raw dataset where ``nnUNet_raw`` has it; training from preprocessed data alone works too."""
+        """With the raw dataset where ``nnUNet_raw`` has it, else with what ``keep`` copied: preprocessed data alone will do."""
         raw = Path(os.environ.get(RAW_VARIABLE) or os.devnull) / dataset_name
-        return cls(labels, raw if raw.is_dir() else None, dataset, reader)
+        return cls(labels, raw if raw.is_dir() else labels.parent, dataset, reader)
+
+    def keep(self) -> None:
+        """Copy ``instancesTr`` and ``boxesTr`` beside the folder of label maps, as nnU-Net copies those: without them, where the raw
+        dataset is missing, touching objects would silently become one."""
+        if self.raw != self.labels.parent:
+            for name in (INSTANCES, BOXES):
+                _mirror(self.raw / name, self.labels.parent / name)
 
     @cached_property
     def rules(self) -> Rules:
@@ -127,19 +136,19 @@ class ObjectSource:
         elif boxes is not None:
             found = with_ellipsoids(read_true_boxes(boxes, self.classes, shape, self.other_labels), shape)
         else:
-            found = find_instances(array, self.classes, self.rules)
+            found = find_instances(array, self.classes, self.rules, str(label))
         if any(o.id > MOST_CARRIED for o in found.objects):
             raise ObjectsError(f"{known or label}: ids above {MOST_CARRIED} cannot be carried through training; number the objects from 1")
         ignored = ignore_value(self.dataset)
         return CaseObjects(found, shape, spacing_mm, self.has_masks(case), None if ignored is None else array == ignored)
 
     def _known(self, case: str) -> Path | None:
-        file = None if self.raw is None else self.raw / INSTANCES / f"{case}{self.dataset['file_ending']}"
-        return file if file is not None and file.is_file() else None
+        file = self.raw / INSTANCES / f"{case}{self.dataset['file_ending']}"
+        return file if file.is_file() else None
 
     def _boxes(self, case: str) -> Path | None:
-        file = None if self.raw is None else self.raw / BOXES / f"{case}.json"
-        return file if file is not None and file.is_file() else None
+        file = self.raw / BOXES / f"{case}.json"
+        return file if file.is_file() else None
 
     def _array(self, file: Path) -> tuple[Any, Spacing]:
         try:
@@ -152,6 +161,19 @@ class ObjectSource:
 
 def _json_of(map_file: Path, file_ending: str) -> Path:
     return map_file.with_name(f"{map_file.name.removesuffix(file_ending)}.json")
+
+
+def _mirror(source: Path, target: Path) -> None:
+    """Give ``target`` the files of ``source``, with their times: by them a case tells whether it must be made anew."""
+    wanted = {f.name: f for f in source.iterdir() if f.is_file() and not f.name.startswith(".")} if source.is_dir() else {}
+    for old in target.iterdir() if target.is_dir() else ():
+        if old.name not in wanted:
+            old.unlink()
+    for name, file in wanted.items():
+        new, copy = file.stat(), target / name
+        if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime_ns) != (new.st_size, new.st_mtime_ns):
+            with atomic_path(copy) as temporary:
+                shutil.copy2(file, temporary)
 
 
 def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list[Any]:

@@ -26,6 +26,9 @@ from nnunet_autoreg.records import atomic_path, read_json, write_json
 SWEPT_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Overlaps tried for the boxes of one voter, as nnDetection does. Smallest size and score are never tuned: that deletes small lesions."""
 
+SLIVER_VOX = 0.01
+"""A box with a shorter side is nothing: clipped away, or lost when its edges are written with four decimals."""
+
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +51,7 @@ def in_original(found: Found, geometry: Preprocessing, shape_vox: Size, classes:
     detections = []
     for box, score, place, votes in zip(np.clip(boxes, 0, limit), found.scores_N.tolist(), found.labels_N.tolist(),
                                         found.votes_N.tolist(), strict=True):
-        if (box[3:] - box[:3] > 0).all():
+        if (box[3:] - box[:3] >= SLIVER_VOX).all():
             kind = classes[place]
             z0, y0, x0, z1, y1, x1 = (float(v) for v in box)
             detections.append(Detection((z0, y0, x0, z1, y1, x1), kind.label, kind.name, min(float(score), 1.0), int(votes)))
@@ -114,7 +117,7 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
     found: dict[str, dict[float, float]] = {}
     for other in sorted(file.parents[2].glob(f"fold_*/{file.parent.name}/{file.name}")):
         fold = other.parents[1]
-        if fold == file.parents[1]:
+        if fold == file.parents[1] or fold.name == "fold_all":  # which has trained on these cases
             continue
         try:
             of_fold = read_json(other)["sweep"]["tried"]

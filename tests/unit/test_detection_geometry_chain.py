@@ -146,7 +146,7 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
     folder.mkdir()
     options = {"chunks": (1, 8, 8, 8), "blocks": (1, 8, 8, 8)}
     nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / "a"), **options)
-    source = ObjectSource(raw.parent, None, DATASET, SimpleITKIO)
+    source = ObjectSource(raw.parent, raw.parent, DATASET, SimpleITKIO)
     maker = Maker(folder, source, (1, 0, 2), (1.0, 2.0, 1.0), (16, 16, 16), made.configuration.resampling_fn_seg)
     found = maker.make("a")
     ids = blosc2.open(str(instances_folder(folder) / "a.b2nd"))[:]

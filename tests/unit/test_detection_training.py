@@ -119,6 +119,36 @@ def test_objects_come_from_the_instance_map_else_from_boxes_else_from_the_labels
     assert [o.box_zyx for o in found.instances.objects] == [(2, 3, 5, 4, 7, 7), (2, 3, 7, 4, 7, 9)] and found.has_masks
 
 
+def test_without_the_raw_dataset_objects_stay_those_that_were_copied_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, preprocessed = tmp_path / "raw" / "Dataset900_X", tmp_path / "preprocessed" / "Dataset900_X"
+    labels = preprocessed / "gt_segmentations"
+    write(labels / "a.nii.gz", cube())
+    halves = cube().astype(np.int32)
+    halves[2:4, 3:7, 7:9] = 2
+    write(raw / "instancesTr" / "a.nii.gz", halves)
+    (raw / "instancesTr" / "a.json").write_text('{"instances": {"1": 1, "2": 1}}')
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    there = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
+    there.keep()
+    monkeypatch.delenv("nnUNet_raw")
+    elsewhere = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
+    assert len(elsewhere.read("a").instances.objects) == 2
+    told = [[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files("a")] for source in (there, elsewhere)]
+    assert told[0] == told[1] and len(told[0]) == 3
+    # What is gone from the raw dataset goes here too.
+    (raw / "instancesTr" / "a.nii.gz").unlink()
+    there.keep()
+    assert len(elsewhere.read("a").instances.objects) == 1
+
+
+def test_a_map_of_too_many_components_is_named(tmp_path: Path) -> None:
+    dots = np.zeros((100, 100, 100), np.uint8)
+    dots[::2, ::2, ::2] = 1
+    write(tmp_path / "labelsTr" / "a.nii.gz", dots)
+    with pytest.raises(ObjectsError, match=r"a\.nii\.gz: 125000 components"):
+        source(tmp_path).read("a")
+
+
 def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Path) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
     (tmp_path / "boxesTr").mkdir()
