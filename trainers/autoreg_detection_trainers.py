@@ -218,8 +218,8 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
                 self.print_to_log_file(f"WARNING: no {what} case of fold {self.fold} has an object of {', '.join(absent)}; "
                                        f"{'it cannot be learned' if what == 'training' else 'it is left out of the scores'}")
         if len(absent) == len(self.plan.classes):
-            self.print_to_log_file("WARNING: validation has nothing to find: its scores stay 0, and checkpoint_best.pth is that of the first "
-                                   "epoch; use checkpoint_final.pth")
+            self.print_to_log_file("WARNING: validation has nothing to find: its scores stay 0, and checkpoint_best.pth is that of the "
+                                   "first epoch; use checkpoint_final.pth")
 
     def on_train_start(self) -> None:
         """nnU-Net's preparations and the pretrained encoder, from which the average of the weights then begins."""
