@@ -5,11 +5,13 @@
     python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm scratch --epochs 16 --iterations 50
     python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained --pretrain-raw RAW --pretrain-sets 4 27 51 61
     python benchmarks/detection.py centre --work FOLDER
+    python benchmarks/detection.py table
 
 ``run`` pretrains an encoder first (``--pretrain-steps``), on the images of ``--pretrain-sets`` but those of ``--exclude``; for the
 scratch arm, which takes nothing from it but its plan, two steps on the set itself will do. ``--weights`` takes an encoder that is there.
 It plans, preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring.
 ``centre`` scores the answer that needs no network: in every validation scan one box in the middle, of the training objects' median size.
+``table`` prints all lines in Markdown.
 
 Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8 to 16 voxels, every 8th without any.
 """
@@ -236,6 +238,30 @@ def shorten(file: Path, args: argparse.Namespace) -> None:
     file.write_text(json.dumps(plans, indent=2))
 
 
+def table(results: Path) -> list[str]:
+    """Rows of Markdown: runs that differ in the fold alone share one, with the score of every fold."""
+    rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for line in map(json.loads, results.read_text().splitlines()):
+        patch = " x ".join(map(str, line.get("patch", [])))
+        length = f"{line['iterations']}, {patch}" if patch else "-"
+        key = (line["set"].split("_")[1], line["encoder"], line["arm"], length)
+        rows.setdefault(key, {})[line["fold"]] = line
+    measures = {"AP@0.1": "ap_0.1", "AP@0.5": "ap_0.5", "mAP": "map", "CPM": "cpm"}
+    made = [f"| set | encoder | start | iterations, patch | folds | objects | {' | '.join(measures)} |", f"|{'---|' * (6 + len(measures))}"]
+    for key, of_fold in sorted(rows.items()):
+        lines = [of_fold[fold] for fold in sorted(of_fold)]
+        cells = [*key, ", ".join(str(line["fold"]) for line in lines), str(sum(line["objects"] for line in lines))]
+        cells += [_spread([line[name] for line in lines if name in line]) for name in measures.values()]
+        made.append(f"| {' | '.join(cells)} |")
+    return made
+
+
+def _spread(values: list[float]) -> str:
+    """The mean, and in brackets what it is the mean of."""
+    each = ", ".join(f"{v:.2f}" for v in values)
+    return each or "-" if len(values) < 2 else f"{np.mean(values):.2f} ({each})"
+
+
 def main() -> None:
     """Parse the line and do it."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,7 +288,8 @@ def main() -> None:
     second.add_argument("--threads", type=int, default=1)
     third = commands.add_parser("centre")
     third.add_argument("--fold", type=int, default=0)
-    for command in (second, third):
+    fourth = commands.add_parser("table")
+    for command in (second, third, fourth):
         command.add_argument("--results", type=Path, default=RESULTS)
     for command in (first, second, third):
         command.add_argument("--work", type=Path, required=True)
@@ -271,6 +298,8 @@ def main() -> None:
         prepare(args.set, args.data, args.work)
     elif args.command == "centre":
         answer_the_centre(args)
+    elif args.command == "table":
+        print("\n".join(table(args.results)))
     else:
         run(args)
 
