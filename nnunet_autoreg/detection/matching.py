@@ -120,7 +120,8 @@ def distances_mm(scan: ScanBoxes) -> Floats:
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how good a one (more is better).
+    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how good a one (more is better); of a
+    region in which nothing counts, whether its centre lies in it.
 
     Raises:
         UsageError: the rule asks for voxels, and only boxes are known.
@@ -138,7 +139,9 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
         else:
             sides = (scan.true_boxes_G6[:, 3:] - scan.true_boxes_G6[:, :3]) * np.array(scan.spacing_mm)
             hit = away <= (rule.value or sides.max(1, initial=0.0)[None] / 2)
-    return hit | (scan.ignored_G[None] & scan.centre_inside_DG), quality
+    hit = hit | (scan.ignored_G[None] & scan.centre_inside_DG)
+    # A region is no object: its box may be the whole image, and says nothing.
+    return np.where((scan.true_places_G == ANY_CLASS)[None], scan.centre_inside_DG, hit), quality
 
 
 def match_scan(

@@ -62,10 +62,11 @@ def scan_of_instances(
 
 def mask_overlaps(found_ZYX: NDArray[Any], found_ids: Sequence[int], true_ZYX: NDArray[Any], true_ids: Sequence[int]) -> Floats:
     """(D, G) IoU of the voxels that have each id in two maps of one shape; 0 for an id without any."""
-    base = int(true_ZYX.max(initial=0)) + 1
-    pairs, counts = np.unique(found_ZYX.astype(np.int64) * base + true_ZYX, return_counts=True)
+    # What is 0 in either map is most of an image: it is not sorted, nor copied as larger numbers.
+    base, both_ZYX = int(true_ZYX.max(initial=0)) + 1, (found_ZYX != 0) & (true_ZYX != 0)
+    pairs, counts = np.unique(found_ZYX[both_ZYX].astype(np.int64) * base + true_ZYX[both_ZYX], return_counts=True)
     common = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
-    found_size, true_size = (np.bincount(array.ravel()) for array in (found_ZYX, true_ZYX))
+    found_size, true_size = (np.bincount(array[array != 0]) for array in (found_ZYX, true_ZYX))
     overlap = np.zeros((len(found_ids), len(true_ids)))
     for d, i in enumerate(found_ids):
         for g, j in enumerate(true_ids):

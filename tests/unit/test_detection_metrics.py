@@ -1,6 +1,7 @@
 """Matching, average precision, FROC and all that is reported of them."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from nnunet_autoreg.detection import metrics as mt
 from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.matching import ANY_CLASS, HitRule, ScanBoxes, match_scan, parse_hit_rule
-from nnunet_autoreg.detection.score import mask_overlaps
+from nnunet_autoreg.detection.score import mask_overlaps, scan_boxes
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
 A, B, C = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,)), ObjectClass("c", 3, (3,))
@@ -61,6 +62,17 @@ def test_ignored_objects_take_any_number_of_detections_and_regions_those_of_ever
     assert one.is_empty
 
 
+def test_a_region_excuses_what_has_its_centre_in_it_alone_whatever_the_hit_rule():
+    # A shell of one voxel around the image: its box is the image's own, with the detection in the middle of it.
+    shell = np.ones((12, 12, 12), dtype=bool)
+    shell[1:-1, 1:-1, 1:-1] = False
+    found = ([(4, 4, 4, 8, 8, 8), (0, 0, 0, 12, 12, 12), (0, 0, 0, 1, 4, 4)], [0, 0, 0], [0.9, 0.8, 0.7])
+    one = scan_boxes("s", (1.0, 1.0, 1.0), ([], [], []), found, uncounted_ZYX=shell)
+    for rule in ("iou:0.1", "centre", "radius", "radius:20"):
+        assert match_scan(one, 0, parse_hit_rule(rule)).excused.tolist() == [False, False, True]
+    assert match_scan(replace(one, mask_overlap_DG=np.ones((3, 1))), 0, parse_hit_rule("mask:0.2")).excused.tolist() == [False, False, True]
+
+
 def test_hit_rules_by_hand():
     # Centres 3 mm apart in z (1.5 voxels of 2 mm); the object's largest side is 8 mm.
     one = scan([((0, 0, 0, 4, 4, 4), 0)], [((1.5, 0, 0, 5.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0))
@@ -81,6 +93,7 @@ def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
     found, true = np.array([[[1, 1, 0, 0, 0, 2]]]), np.array([[[3, 3, 3, 3, 7, 0]]])
     overlap = mask_overlaps(found, [2, 1, 9], true, [3, 7])
     assert overlap.tolist() == [[0, 0], [0.5, 0], [0, 0]]
+    assert mask_overlaps(found * 0, [1], true, [3, 7]).tolist() == mask_overlaps(found, [1], true * 0, [3, 7]).tolist() == [[0, 0]]
     one = scan([(cube(0), 0)], [(cube(10), 0, 0.9)])
     rule = parse_hit_rule("mask:0.2")
     assert str(rule) == "mask:0.2"
@@ -88,6 +101,18 @@ def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
     assert match_scan(replace(one, mask_overlap_DG=np.array([[0.19]])), 0, rule).object_of.tolist() == [-1]
     with pytest.raises(UsageError, match=r"the voxels of s's objects are not known; take iou:T"):
         match_scan(one, 0, rule)
+
+
+def test_masks_of_few_voxels_are_counted_without_copies_of_the_whole_image():
+    found = np.zeros((128, 128, 128), np.uint16)
+    found[3:9, 3:9, 3:9], true = 500, found.copy()
+    true[3:6, 3:9, 3:9] = 9
+    tracemalloc.start()
+    overlap = mask_overlaps(found, [500], true, [9])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # A mask takes 2 MB, a copy of 64-bit numbers 16.
+    assert overlap.tolist() == [[0.5]] and most < 8e6
 
 
 def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
