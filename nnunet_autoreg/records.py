@@ -131,8 +131,16 @@ def write_json(path: Path, record: Any) -> None:
     write_text(path, json.dumps(to_jsonable(record), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+MEND_OURS = "mend it, or remove it to have it written anew"
+MEND_YOURS = "mend it, or restore it"
+"""What to do about a damaged file: one that is written here, and one that only its owner has, whose absence would mean something else."""
+
+
+def read_json(path: Path, advice: str = MEND_OURS) -> Any:
     """Parse a JSON file.
+
+    Args:
+        advice: what to do about one that is no JSON.
 
     Raises:
         PlanError: it cannot be read or is no JSON.
@@ -142,7 +150,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise PlanError(f"{path} is not valid JSON ({error}); mend it, or remove it to have it written anew") from error
+        raise PlanError(f"{path} is not valid JSON ({error}); {advice}") from error
 
 
 def sha256_of(path: Path) -> str:

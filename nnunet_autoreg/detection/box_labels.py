@@ -12,7 +12,7 @@ from nnunet_autoreg.detection.instances import object_classes, read_rules, read_
 from nnunet_autoreg.detection.objects import BOXES
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.geometry import as_size
-from nnunet_autoreg.records import atomic_path, read_json
+from nnunet_autoreg.records import MEND_YOURS, atomic_path, read_json
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def write_box_labels(dataset: Path) -> list[str]:
         UsageError: no ``boxesTr``, or images of which some have neither boxes nor labels.
         ObjectsError: an image or boxes that cannot be read, or contradict each other.
     """
-    described = read_json(dataset / "dataset.json")
+    described = read_json(dataset / "dataset.json", MEND_YOURS)
     ending, folder = str(described["file_ending"]), dataset / BOXES
     if not folder.is_dir():
         raise UsageError(f"{dataset} has no folder {BOXES} with <case>.json files")

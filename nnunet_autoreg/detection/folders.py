@@ -27,7 +27,7 @@ from nnunet_autoreg.detection.matching import ScanBoxes
 from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, is_scan_file, read_scan_file
 from nnunet_autoreg.detection.score import mask_overlaps, scan_of_instances
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.records import MEND_YOURS, read_json
 
 DATASET_FILE = "dataset.json"
 SPACING_TOLERANCE = 0.01
@@ -114,7 +114,7 @@ def read_classes(
     if not folder.is_dir():
         raise UsageError(f"-g {folder} is no folder; give a folder of label maps, instance maps or boxes")
     places = [dataset_file] if dataset_file else [p for p in (folder / DATASET_FILE, folder.parent / DATASET_FILE) if p.is_file()]
-    dataset: dict[str, Any] = read_json(places[0]) if places else {"labels": {"background": 0, **found}}
+    dataset: dict[str, Any] = read_json(places[0], MEND_YOURS) if places else {"labels": {"background": 0, **found}}
     where = str(places[0]) if places else "the detections"
     log.info("classes from %s", where)
     rules = read_rules(dataset, where)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.detection.geometry import check_inside
 from nnunet_autoreg.errors import ObjectsError, PlanError, did_you_mean
 from nnunet_autoreg.geometry import Size, as_size
-from nnunet_autoreg.records import from_jsonable, read_json
+from nnunet_autoreg.records import MEND_YOURS, from_jsonable, read_json
 
 Ids = NDArray[np.uint16]
 Box = tuple[float, float, float, float, float, float]
@@ -201,7 +201,7 @@ def labels_of_instances(file: Path) -> dict[int, int]:
         ObjectsError: it cannot be read or does not look like that.
     """
     try:
-        data = read_json(file)
+        data = read_json(file, MEND_YOURS)
     except PlanError as error:
         raise ObjectsError(str(error)) from error
     listed = data.get("instances") if isinstance(data, dict) else None
@@ -277,7 +277,7 @@ def read_true_boxes(file: Path, classes: Sequence[ObjectClass], shape_vox: Size 
         ObjectsError: it cannot be read, a box is none or lies outside, or a label is no class.
     """
     try:
-        data = read_json(file)
+        data = read_json(file, MEND_YOURS)
         listed = data.get("boxes") if isinstance(data, dict) else None
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise ObjectsError(f"{file}: expected {{\"boxes\": [{{\"box_zyx\": [z0, y0, x0, z1, y1, x1], \"label\": 1}}, ...]}}")

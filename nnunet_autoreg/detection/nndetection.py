@@ -19,7 +19,7 @@ from nnunet_autoreg.detection.geometry import RAS_OF_LPS
 from nnunet_autoreg.detection.instances import ObjectClass, Rules, known_instances, labels_of_instances
 from nnunet_autoreg.detection.scanfile import ScanFile
 from nnunet_autoreg.errors import ObjectsError, PlanError, UsageError
-from nnunet_autoreg.records import atomic_path, read_json, write_json
+from nnunet_autoreg.records import MEND_YOURS, atomic_path, read_json, write_json
 
 ENDING = ".nii.gz"
 SPLITS = ("Tr", "Ts")
@@ -95,7 +95,7 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
     if not file.is_file():
         hint = "write dataset.yaml as JSON" if (task / "dataset.yaml").is_file() else "give the folder of a task, e.g. Task016_Luna"
         raise UsageError(f"there is no {file}; {hint}")
-    data: Any = read_json(file)
+    data: Any = read_json(file, MEND_YOURS)
     try:
         names = {int(kind) + 1: str(name) for kind, name in sorted(data["labels"].items(), key=lambda item: int(item[0]))}
         channels = [str(name) for _, name in sorted(data["modalities"].items(), key=lambda item: int(item[0]))]

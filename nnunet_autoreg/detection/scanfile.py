@@ -14,6 +14,7 @@ from nnunet_autoreg.errors import ObjectsError, PlanError
 from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.records import from_jsonable, read_json, write_json
 
+MEND = "mend it, or detect anew"
 FORMAT, VERSION = "nnunet_autoreg.detections", 1
 AXES = (
     "box_zyx: edges z0, y0, x0, z1, y1, x1 of the stored array, half open, voxel v covers [v, v + 1); box_ijk: the same as continuous "
@@ -118,7 +119,7 @@ def is_scan_file(path: Path) -> bool:
         ObjectsError: it cannot be read.
     """
     try:
-        data = read_json(path)
+        data = read_json(path, MEND)
     except PlanError as error:
         raise ObjectsError(str(error)) from error
     return isinstance(data, dict) and data.get("format") == FORMAT
@@ -131,7 +132,7 @@ def read_scan_file(path: Path) -> ScanFile:
         ObjectsError: it cannot be read, is another kind of file, or contradicts itself.
     """
     try:
-        data = read_json(path)
+        data = read_json(path, MEND)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ObjectsError(f"{path} is no file of detections: its \"format\" is not \"{FORMAT}\"; give the folder autoreg_detect wrote")
         if data.get("version") != VERSION:

@@ -173,6 +173,13 @@ def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
         read_true_boxes(tmp_path / "a.json", [LESION], None)
 
 
+def test_nobody_is_told_to_remove_a_damaged_file_of_true_objects(tmp_path):
+    (tmp_path / "a.json").write_text('{"boxes": [')
+    for read in (labels_of_instances, lambda file: read_true_boxes(file, [LESION], None)):
+        with pytest.raises(ObjectsError, match=r"a\.json is not valid JSON .*; mend it, or restore it$"):
+            read(tmp_path / "a.json")
+
+
 def test_ellipsoids_have_the_boxes_they_were_made_of_and_small_ones_stay_visible():
     boxes = (Instance(1, 0, (0, 0, 0, 8, 2, 16), 0), Instance(2, 0, (3, 0, 7, 5, 2, 9), 0), Instance(3, 0, (9, 3, 0, 10, 4, 1), 0))
     drawn = with_ellipsoids(Instances(boxes, None), (10, 4, 16))
