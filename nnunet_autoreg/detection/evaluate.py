@@ -181,9 +181,14 @@ def _froc(counting: _Counting, names: Sequence[str]) -> dict[str, Any]:
         "sensitivity": {"mean": mean, "per_class": {names[p]: values.tolist() for p, values in at.items()}},
         "operating_points": {names[p]: [_operating_point(counting, pooled[p], curve, point) for point in points]
                              for p, curve in curves.items()},
-        "curve": {names[p]: {"fp_per_scan": curve.fp_per_scan.tolist(), "sensitivity": curve.sensitivity.tolist(),
-                             "threshold": [_plain(t) for t in curve.threshold]} for p, curve in curves.items()},
+        "curve": {name: _curve(curves[p] if p in curves else froc(pool(counting.matched(p, counting.settings.hit))))
+                  for p, name in enumerate(names)},
     }
+
+
+def _curve(curve: Froc) -> dict[str, list[float | None]]:
+    """Of a class without objects, too: its sensitivity is null, but its false positives count for whoever sets a threshold."""
+    return {name: [_plain(value) for value in getattr(curve, name)] for name in ("fp_per_scan", "sensitivity", "threshold")}
 
 
 def _operating_point(counting: _Counting, pooled: Pooled, curve: Froc, point: float) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
     axis = figure.subplots()
     froc = results["froc"]
     for name, curve in froc["curve"].items():
+        if name in results["absent_classes"]:
+            continue
         x = np.clip(np.array(curve["fp_per_scan"]), LEAST_FP, None)
         # The last point holds for any larger number of false positives: the detector has nothing more to say.
         axis.step([*x, MOST_FP], [*curve["sensitivity"], curve["sensitivity"][-1]], where="post", linewidth=1.3,
@@ -102,7 +104,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
              xlabel=f"false positives per scan ({results['scans']['number']} scans, {results['scans']['empty']} of them empty)",
              ylabel="sensitivity", title=f"FROC, hit rule {froc['hit']}")
     axis.grid(alpha=0.3)
-    if froc["curve"]:
+    if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="lower right")
     _save(figure, picture, 110)
 
