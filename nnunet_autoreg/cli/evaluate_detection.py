@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
-from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
 if TYPE_CHECKING:
@@ -70,9 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.detection.folders import gather, read_classes, read_found
 
     settings = _settings(arguments)
-    _check_output(arguments.o)
-    found = read_found(arguments.p)
-    known = next(iter(found.values())).classes
+    _check_places(arguments)
+    found, known = read_found(arguments.p)
     truth = read_classes(arguments.g, arguments.dataset_json, known, arguments.classes, arguments.min_voxels, arguments.connectivity)
     folders = gather(truth, found, arguments.all_scans, arguments.p if settings.hit.kind == "mask" else None)
     if arguments.box_convention == "nndet":
@@ -83,10 +82,12 @@ def main(argv: list[str] | None = None) -> int:
                          "connectivity": truth.rules.connectivity, "box_convention": arguments.box_convention}
     if len(results["absent_classes"]) == len(truth.classes):
         log.warning("no scan holds an object that counts: there is nothing to find, and no figure; look at -g, --min-voxels and --classes")
-    written = _write(arguments, results, folders, truth, settings)
+    named = _write_figures(arguments.o, results, folders, truth, settings)
     for line in _table(results):
         print(line)
-    print_next(f"look at {written}")
+    named += _draw(arguments, results, folders, truth, settings)
+    log.info("wrote %s", ", ".join(str(path) for path in named))
+    print_next(f"look at {named[-1]}")
     return 0
 
 
@@ -105,56 +106,65 @@ def _settings(arguments: argparse.Namespace) -> Any:
     return settings
 
 
-def _check_output(file: Path) -> None:
-    if file.is_dir():
-        raise UsageError(f"-o {file} is a folder; give a file in it, e.g. {file / 'scores.json'}")
+def _check_places(arguments: argparse.Namespace) -> None:
+    if arguments.o.is_dir():
+        raise UsageError(f"-o {arguments.o} is a folder; give a file in it, e.g. {arguments.o / 'scores.json'}")
+    if arguments.images and not arguments.images.is_dir():
+        raise UsageError(f"--images {arguments.images} is no folder")
 
 
-def _write(arguments: argparse.Namespace, results: dict[str, Any], folders: "Folders", truth: "Truth", settings: Any) -> Path:
-    """Write the four files; returns the picture to look at."""
+def _named(out: Path, end: str) -> Path:
+    """One of the files to write."""
+    stem = out.with_suffix("") if out.suffix in (".json", ".csv", ".png") else out
+    return stem.with_name(stem.name + end)
+
+
+def _write_figures(out: Path, results: dict[str, Any], folders: "Folders", truth: "Truth", settings: Any) -> list[Path]:
+    """All that is no picture: whatever is wrong with those, these are written."""
+    from nnunet_autoreg.detection.evaluation_files import write_rows
+
+    written = [_named(out, ".json"), _named(out, ".csv")]
+    write_json(written[0], results)
+    write_rows(written[1], folders.scans, truth.classes, settings)
+    return written
+
+
+def _draw(arguments: argparse.Namespace, results: dict[str, Any], folders: "Folders", truth: "Truth", settings: Any) -> list[Path]:
+    """Draw the curve, and the scans if there is something to draw them on."""
     from nnunet_autoreg.detection import evaluation_files as files
 
-    stem: Path = arguments.o.with_suffix("") if arguments.o.suffix in (".json", ".csv", ".png") else arguments.o
-    named = {end: stem.with_name(stem.name + end) for end in (".json", ".csv", "_froc.png", "_scans.png")}
-    named[".json"].parent.mkdir(parents=True, exist_ok=True)
-    files.write_rows(named[".csv"], folders.scans, truth.classes, settings)
-    files.draw_froc(named["_froc.png"], results)
+    drawn = [_named(arguments.o, "_froc.png")]
+    files.draw_froc(drawn[0], results)
     backgrounds = _backgrounds(arguments, folders)
     if backgrounds:
+        drawn.append(_named(arguments.o, "_scans.png"))
         least = files.thresholds(results, truth.classes)
-        files.draw_scans(named["_scans.png"], folders.scans, backgrounds, truth.classes, settings, least)
+        files.draw_scans(drawn[1], folders.scans, backgrounds, truth.classes, settings, least)
     else:
-        log.warning("no picture of scans: the truth has boxes only, and no image was found; give --images FOLDER")
-        del named["_scans.png"]
-    write_json(named[".json"], results)
-    log.info("wrote %s", ", ".join(str(path) for path in named.values()))
-    return named.get("_scans.png", named["_froc.png"])
+        log.warning("no picture of scans: there is neither an image nor a label map to draw on; give --images FOLDER")
+    return drawn
 
 
 def _backgrounds(arguments: argparse.Namespace, folders: "Folders") -> dict[str, "Background"]:
-    """Arrays of the scans that are drawn: the image where there is one, else the map of the true objects."""
+    """Arrays of the scans that are drawn: the image where there is one that can be used, else the map of the true objects."""
     from nnunet_autoreg.corpus.find import IMAGE_ENDINGS
     from nnunet_autoreg.detection.evaluation_files import background, pick_scans
-    from nnunet_autoreg.detection.folders import read_array
+    from nnunet_autoreg.detection.images import read_onto
 
-    if arguments.images and not arguments.images.is_dir():
-        raise UsageError(f"--images {arguments.images} is no folder")
     places = [arguments.images] if arguments.images else [arguments.g.parent / name for name in ("imagesTr", "imagesTs")]
     found = {}
     for scan in pick_scans(folders.scans):
         names = [f"{scan.name}{channel}{end}" for channel in ("_0000", "") for end in IMAGE_ENDINGS]
         files = [place / name for place in places for name in names if (place / name).is_file()]
-        true_file = folders.true_files[scan.name]
+        true_file, frame = folders.true_files[scan.name], folders.frames[scan.name]
         if arguments.images and not files:
             log.warning("--images %s has no %s: drawn on its label map, if there is one", arguments.images, names[0])
-        files += [] if true_file.suffix == ".json" else [true_file]
-        if files:
-            array, _ = read_array(files[0])
-            record = folders.found.get(scan.name)
-            if record is not None and array.shape != record.shape_zyx:
-                shapes = f"{array.shape} voxels (z, y, x), the detections of {scan.name} {record.shape_zyx}"
-                raise UsageError(f"{files[0]} has {shapes}: another image?")
-            found[scan.name] = background(array, record.frame if record else None)
+        for file in files + ([] if true_file.suffix == ".json" else [true_file]):
+            try:
+                found[scan.name] = background(read_onto(file, frame), frame)
+                break
+            except ObjectsError as error:
+                log.warning("%s is not drawn on this image: %s", scan.name, error)
     return found
 
 

@@ -173,7 +173,8 @@ def _draw_slice(
     axis: Any, scan: ScanBoxes, on: Background, z: int, classes: Sequence[ObjectClass], settings: EvaluationSettings,
     least_scores: Sequence[float],
 ) -> None:
-    low, high = np.percentile(on.array_ZYX, [1, 99.5])
+    finite = on.array_ZYX[np.isfinite(on.array_ZYX)]
+    low, high = np.percentile(finite, [1, 99.5]) if finite.size else (0.0, 1.0)
     _, y_mm, x_mm = scan.spacing_mm
     height, width = on.array_ZYX.shape[1:]
     # Edges, not centres: a box that ends at voxel v ends where the pixel does.

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.corpus.find import IMAGE_ENDINGS, natural_key, strip_ending
-from nnunet_autoreg.corpus.read import quiet_stderr
+from nnunet_autoreg.detection.geometry import Frame, frame_of_affine
+from nnunet_autoreg.detection.images import AS_STORED, read_array, read_onto, same_voxels
 from nnunet_autoreg.detection.instances import (
     Instances,
     ObjectClass,
@@ -24,14 +25,15 @@ from nnunet_autoreg.detection.instances import (
     read_true_boxes,
 )
 from nnunet_autoreg.detection.matching import ScanBoxes
-from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, is_scan_file, read_scan_file
+from nnunet_autoreg.detection.scanfile import is_scan_file, read_scan_file
 from nnunet_autoreg.detection.score import mask_overlaps, scan_of_instances
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
 from nnunet_autoreg.records import MEND_YOURS, read_json
 
 DATASET_FILE = "dataset.json"
-SPACING_TOLERANCE = 0.01
-"""Formats round voxel sizes; more than one part in a hundred is another image."""
+MARKUP = ".mrk"
+WRITTEN_BESIDE = (MARKUP, "_boxes", "_instances")
+"""What autoreg_detect's other files of a scan are called after its name."""
 
 log = logging.getLogger(__name__)
 
@@ -56,24 +58,46 @@ class Truth:
 
 
 @dataclass(frozen=True)
+class Found:
+    """The detections of a scan, as far as they are scored; their whole files would not fit into memory for thousands of scans.
+
+    Attributes:
+        frame: where the scan lies.
+        boxes_N6, labels_N, scores_N, ids_N: voxel edges, nnU-Net's label values, scores and numbers in the file.
+    """
+
+    frame: Frame
+    boxes_N6: NDArray[np.float64]  # noqa: N815
+    labels_N: NDArray[np.int64]  # noqa: N815
+    scores_N: NDArray[np.float64]  # noqa: N815
+    ids_N: NDArray[np.int64]  # noqa: N815
+
+    def only(self, labels: Sequence[int]) -> "Found":
+        """Those of some labels."""
+        kept = np.isin(self.labels_N, labels)
+        return Found(self.frame, self.boxes_N6[kept], self.labels_N[kept], self.scores_N[kept], self.ids_N[kept])
+
+
+@dataclass(frozen=True)
 class Folders:
     """Scans that both folders know, and those that only one does.
 
     Attributes:
         scans: what is scored, in natural order of the names.
+        frames: by scan: where the array lies in which its boxes are.
         true_files: by scan: the image or JSON of the true objects.
         undetected: names with true objects only, and ``unknown`` with detections only.
     """
 
     scans: tuple[ScanBoxes, ...]
-    found: dict[str, ScanFile]
+    frames: dict[str, Frame]
     true_files: dict[str, Path]
     undetected: tuple[str, ...]
     unknown: tuple[str, ...]
 
 
-def read_found(folder: Path) -> dict[str, ScanFile]:
-    """Every file of detections in a folder, by name of the scan.
+def read_found(folder: Path) -> tuple[dict[str, Found], dict[str, int]]:
+    """Every file of detections in a folder, by name of the scan; and name -> label of the classes that could have been found.
 
     Raises:
         UsageError: no folder, or none in it.
@@ -81,19 +105,28 @@ def read_found(folder: Path) -> dict[str, ScanFile]:
     """
     if not folder.is_dir():
         raise UsageError(f"-p {folder} is no folder; give the folder that autoreg_detect wrote")
-    candidates = sorted((f for f in folder.glob("*.json") if not f.name.startswith(".")), key=lambda f: natural_key(f.name))
-    files = [f for f in candidates if is_scan_file(f)]
-    if others := [f.name for f in candidates if f not in files]:
-        log.info("%d JSON files of %s are no detections and left out: %s", len(others), folder, _some(others))
-    if not files:
-        raise UsageError(f"-p {folder} holds no file of detections (*.json); give the folder that autoreg_detect wrote")
-    found = {f.name.removesuffix(".json"): read_scan_file(f) for f in files}
-    first_name, first = next(iter(found.items()))
-    for name, record in found.items():
-        if record.classes != first.classes:
-            other = f"{first_name} has {first.classes}"
+    candidates = (f for f in folder.glob("*.json") if not f.name.startswith(".") and not f.name.endswith(f"{MARKUP}.json"))
+    found: dict[str, Found] = {}
+    classes: dict[str, int] = {}
+    others = []
+    for file in sorted(candidates, key=lambda f: natural_key(f.name)):
+        if not is_scan_file(file):
+            others.append(file.name)
+            continue
+        record, name = read_scan_file(file), file.stem
+        classes = classes or record.classes
+        if record.classes != classes:
+            other = f"{next(iter(found))} has {classes}"
             raise ObjectsError(f"{folder}: {name} has the classes {record.classes}, {other}; detect them with one model")
-    return found
+        boxes = record.boxes
+        found[name] = Found(record.frame, np.array([box.box_zyx for box in boxes], dtype=np.float64).reshape(-1, 6),
+                            np.array([box.label for box in boxes], dtype=np.int64), np.array([box.score for box in boxes]),
+                            np.array([box.id for box in boxes], dtype=np.int64))
+    if others:
+        log.info("%d JSON files of %s are no detections and left out: %s", len(others), folder, _some(others))
+    if not found:
+        raise UsageError(f"-p {folder} holds no file of detections (*.json); give the folder that autoreg_detect wrote")
+    return found, classes
 
 
 def read_classes(
@@ -149,7 +182,7 @@ def _choose(every: Sequence[ObjectClass], wanted: Sequence[str]) -> tuple[Object
     return tuple(kind for kind in every if not wanted or kind.name in wanted)
 
 
-def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = False, masks: Path | None = None) -> Folders:
+def gather(truth: Truth, found: Mapping[str, Found], with_undetected: bool = False, masks: Path | None = None) -> Folders:
     """Read the objects of every scan and put its detections beside them.
 
     Args:
@@ -158,7 +191,7 @@ def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = 
 
     Raises:
         UsageError: no scan is in both folders, or voxels are to be counted that are not known.
-        ObjectsError: a scan whose truth cannot be read, or whose detections were made on an image of another size.
+        ObjectsError: a scan whose truth cannot be read, or whose detections were made on an image of another size or place.
     """
     files = _true_files(truth.folder)
     both = [name for name in files if name in found]
@@ -171,82 +204,66 @@ def gather(truth: Truth, found: Mapping[str, ScanFile], with_undetected: bool = 
     if unknown:
         log.warning("%d scans have detections and no truth (%s): left out", len(unknown), _some(unknown))
     names = [name for name in files if name in found or with_undetected]
-    scans = tuple(_read_scan(name, files[name], truth, found.get(name), masks) for name in names)
-    return Folders(scans, dict(found), {name: files[name] for name in names}, undetected, unknown)
+    read = {name: _read_scan(name, files[name], truth, found.get(name), masks) for name in names}
+    frames = {name: frame for name, (_, frame) in read.items()}
+    return Folders(tuple(scan for scan, _ in read.values()), frames, {name: files[name] for name in names}, undetected, unknown)
 
 
 def _true_files(folder: Path) -> dict[str, Path]:
-    """Case -> its image, or its JSON where there is no image."""
+    """Case -> its image, or its JSON where there is no image; without what autoreg_detect writes beside a file of detections."""
     files = {f.name.removesuffix(".json"): f for f in folder.glob("*.json") if f.name != DATASET_FILE and not f.name.startswith(".")}
     files |= {strip_ending(f.name): f for f in folder.iterdir() if f.name.lower().endswith(IMAGE_ENDINGS) and not f.name.startswith(".")}
     if not files:
         raise UsageError(f"-g {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor *.json")
-    return {name: files[name] for name in sorted(files, key=natural_key)}
+    drawn = [name for name in files if any(_is_detections(folder / f"{name.removesuffix(end)}.json")
+                                           for end in WRITTEN_BESIDE if name.endswith(end))]
+    if drawn:
+        log.info("-g %s: %d files that autoreg_detect wrote beside its detections are left out: %s", folder, len(drawn), _some(drawn))
+    return {name: files[name] for name in sorted(set(files) - set(drawn), key=natural_key)}
 
 
-def read_array(file: Path) -> tuple[NDArray[Any], tuple[float, float, float]]:
-    """An image as stored, (Z, Y, X), and its spacing (z, y, x) in mm.
-
-    Raises:
-        ObjectsError: it cannot be read, or is not 3D.
-    """
-    import SimpleITK
-
-    with quiet_stderr():
-        try:
-            image: Any = SimpleITK.ReadImage(str(file))
-        except RuntimeError as error:
-            raise ObjectsError(f"{file} cannot be read as an image; open it in a viewer, or copy it again") from error
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ObjectsError(f"{file} is no 3D image with one value per voxel")
-    x, y, z = image.GetSpacing()
-    return SimpleITK.GetArrayFromImage(image), (z, y, x)
+def _is_detections(file: Path) -> bool:
+    return file.is_file() and is_scan_file(file)
 
 
-def _read_scan(name: str, file: Path, truth: Truth, found: ScanFile | None, masks: Path | None) -> ScanBoxes:
-    array, spacing_mm = (None, None) if file.suffix == ".json" else read_array(file)
-    if found is not None:
-        spacing_mm = spacing_mm or found.spacing_mm_zyx
-        if array is not None and array.shape != found.shape_zyx:
-            sizes = [" x ".join(map(str, shape)) for shape in (array.shape, found.shape_zyx)]
-            raise ObjectsError(f"{file} has {sizes[0]} voxels (z, y, x), the detections were made on {sizes[1]}: another image?")
-        if not np.allclose(spacing_mm, found.spacing_mm_zyx, rtol=SPACING_TOLERANCE):
-            listed = [", ".join(f"{s:g}" for s in spacing) for spacing in (spacing_mm, found.spacing_mm_zyx)]
-            raise ObjectsError(f"{file} has voxels of {listed[0]} mm (z, y, x), the detections were made on {listed[1]} mm: another image?")
-    if spacing_mm is None:
+def _read_scan(name: str, file: Path, truth: Truth, found: Found | None, masks: Path | None) -> tuple[ScanBoxes, Frame]:
+    """The scan in the array of its detections, and where that lies; as stored, where there is no file of detections."""
+    array, frame = None, found.frame if found else None
+    if file.suffix != ".json":
+        array, frame = read_array(file) if frame is None else (read_onto(file, frame), frame)
+    if frame is None:
         raise ObjectsError(f"{file}: without detections the voxel size of this scan is not known; leave out --all-scans")
-    instances = _instances(file, array, truth, found)
+    instances = _instances(file, array, truth, frame)
     # In an instance map the ignore label is the number of an object.
     uncounted = None if array is None or truth.ignore_label is None or _beside(file).is_file() else array == truth.ignore_label
-    scan = scan_of_instances(name, spacing_mm, instances, _detections(found, truth), uncounted)
-    return scan if masks is None else replace(scan, mask_overlap_DG=_mask_overlaps(scan, instances, found, truth, masks))
+    scored = (found or _nothing(frame)).only([kind.label for kind in truth.classes])
+    scan = scan_of_instances(name, frame.spacing_mm, instances, (scored.boxes_N6, _places(scored, truth), scored.scores_N), uncounted)
+    return (scan if masks is None else replace(scan, mask_overlap_DG=_mask_overlaps(scan, instances, scored, masks))), frame
 
 
-def _mask_overlaps(
-    scan: ScanBoxes, instances: Instances, found: ScanFile | None, truth: Truth, masks: Path
-) -> NDArray[np.float64]:
+def _mask_overlaps(scan: ScanBoxes, instances: Instances, scored: Found, masks: Path) -> NDArray[np.float64]:
     """(D, G) IoU in voxels; 0 with what is no object but a region that does not count."""
     if instances.ids_ZYX is None:
         raise UsageError(f"--hit mask: the objects of {scan.name} are known as boxes only; take --hit iou:0.1")
     overlap = np.zeros((len(scan.boxes_D6), len(scan.true_boxes_G6)))
-    ids = [box.id for box in _scored(found, truth)]
+    ids = scored.ids_N.tolist()
     if ids:
         files = [f for f in (masks / f"{scan.name}_instances{end}" for end in IMAGE_ENDINGS) if f.is_file()]
         if not files:
             raise UsageError(f"--hit mask: {masks} has no {scan.name}_instances; detect without --no-instances")
-        drawn, _ = read_array(files[0])
-        if drawn.shape != instances.ids_ZYX.shape:
-            raise ObjectsError(f"{files[0]} has {drawn.shape} voxels (z, y, x), the labels {instances.ids_ZYX.shape}: another image?")
+        drawn = read_onto(files[0], scored.frame)
         overlap[:, :len(instances.objects)] = mask_overlaps(drawn, ids, instances.ids_ZYX, [o.id for o in instances.objects])
-        if undrawn := len(set(ids) - set(np.unique(drawn).tolist())):
+        if undrawn := len(set(ids) - set(np.unique(drawn[drawn != 0]).tolist())):
             log.warning("%s: %d of %d boxes have no voxel in %s and hit nothing; --min-score 0 draws low scores too", scan.name, undrawn,
                         len(ids), files[0].name)
     return overlap
 
 
-def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: ScanFile | None) -> Instances:
+def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Frame) -> Instances:
     if array is None:
-        return read_true_boxes(file, truth.classes, found.shape_zyx if found else None, truth.other_labels)
+        boxes = read_true_boxes(file, truth.classes, frame.shape_vox, truth.other_labels)
+        _check_place(file, frame)
+        return boxes
     beside = _beside(file)
     if beside.is_file():
         return known_instances(array, labels_of_instances(beside), truth.classes, truth.rules, str(file), truth.other_labels)
@@ -258,22 +275,33 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, found: Scan
     return find_instances(array, truth.classes, truth.rules)
 
 
+def _check_place(file: Path, onto: Frame) -> None:
+    """Check that true boxes which say where their image lies, as a file of detections does, are of the image that was searched."""
+    data = read_json(file, MEND_YOURS)
+    if not {"affine_ras", "shape_zyx"} <= set(data):
+        return
+    try:
+        frame = frame_of_affine(np.reshape(data["affine_ras"], (4, 4)), data["shape_zyx"])
+    except (TypeError, ValueError) as error:
+        raise ObjectsError(f"{file}: affine_ras must be 4 rows of 4 numbers, and shape_zyx 3 numbers ({error})") from error
+    if same_voxels(file, frame, onto) != AS_STORED:
+        raise ObjectsError(f"{file}: the axes of its image run otherwise than those of the detections' image; give boxes of that one")
+
+
 def _beside(file: Path) -> Path:
     """Where the labels of an instance map's objects are."""
     return file.with_name(strip_ending(file.name) + ".json")
 
 
-def _scored(found: ScanFile | None, truth: Truth) -> list[FileBox]:
-    """The detections of classes that are scored."""
-    names = {kind.name for kind in truth.classes}
-    return [box for box in (found.boxes if found else ()) if box.name in names]
+def _nothing(frame: Frame) -> Found:
+    """No detections."""
+    return Found(frame, np.zeros((0, 6)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
 
 
-def _detections(found: ScanFile | None, truth: Truth) -> tuple[list[Any], list[int], list[float]]:
-    """Their boxes, places of their classes and scores."""
-    place_of = {kind.name: place for place, kind in enumerate(truth.classes)}
-    boxes = _scored(found, truth)
-    return [b.box_zyx for b in boxes], [place_of[b.name] for b in boxes], [b.score for b in boxes]
+def _places(found: Found, truth: Truth) -> list[int]:
+    """Of the classes of detections."""
+    place_of = {kind.label: place for place, kind in enumerate(truth.classes)}
+    return [place_of[label] for label in found.labels_N.tolist()]
 
 
 def _some(names: Iterable[str]) -> str:

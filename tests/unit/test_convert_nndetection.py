@@ -7,7 +7,7 @@ import pytest
 import SimpleITK
 
 from nnunet_autoreg.cli.convert_nndetection import main
-from nnunet_autoreg.detection.folders import read_array
+from nnunet_autoreg.detection.images import read_array
 from nnunet_autoreg.detection.instances import labels_of_instances
 
 
@@ -36,8 +36,8 @@ def test_classes_from_0_become_labels_from_1_and_instances_stay_apart(task, tmp_
     made = tmp_path / "raw" / "Dataset016_Luna"
     dataset = json.loads((made / "dataset.json").read_text())
     assert dataset["labels"] == {"background": 0, "benign": 1, "malign": 2} and dataset["numTraining"] == 2
-    labels, spacing = read_array(made / "labelsTr" / "a.nii.gz")
-    assert labels[1, 2, 3:6].tolist() == [2, 2, 1] and labels.dtype == np.uint8 and spacing == (3, 2, 1)
+    labels, frame = read_array(made / "labelsTr" / "a.nii.gz")
+    assert labels[1, 2, 3:6].tolist() == [2, 2, 1] and labels.dtype == np.uint8 and frame.spacing_mm == (3, 2, 1)
     ids, _ = read_array(made / "instancesTr" / "a.nii.gz")
     assert ids[1, 2, 3:6].tolist() == [1, 1, 300]
     assert labels_of_instances(made / "instancesTr" / "a.json") == {1: 2, 300: 1}

@@ -1,7 +1,9 @@
 """The command autoreg_evaluate_detection: folders in, figures and pictures out."""
 
 import csv
+import gc
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import SimpleITK
 
 from nnunet_autoreg.cli.evaluate_detection import main
 from nnunet_autoreg.detection.evaluation_files import Background, background, pick_scans, pick_slices
+from nnunet_autoreg.detection.folders import read_found
 from nnunet_autoreg.detection.geometry import frame_of_affine, frame_of_itk
 from nnunet_autoreg.detection.matching import ScanBoxes
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
@@ -190,6 +193,124 @@ def test_other_json_files_beside_the_detections_are_named_and_left_out(folders, 
     (found / "plans.json").write_text("{}")
     assert run(truth, found, out) == 0
     assert "1 JSON files of" in caplog.text and "plans.json" in caplog.text and results_of(out)["scans"]["number"] == 3
+
+
+def rewrite(file, change):
+    """The file's image changed: its place in the world stays that of the voxels."""
+    SimpleITK.WriteImage(change(SimpleITK.ReadImage(str(file))), str(file))
+
+
+def flipped(*axes):
+    """The same image in the world, its axes stored the other way round; the identity would move it."""
+    return lambda image: SimpleITK.Flip(image, [axis in axes for axis in range(3)])
+
+
+def swapped(image):
+    return flipped(0)(SimpleITK.PermuteAxes(image, [2, 0, 1]))
+
+
+@pytest.mark.parametrize("change", [flipped(1), flipped(0, 2), swapped])
+def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, change):
+    truth, found, out = folders
+    write_map(truth.parent / "imagesTr" / "a_0000.nii.gz", [(7, LESION)])
+    assert run(truth, found, out, "--hit", "centre") == 0
+    before, picture = results_of(out), out.with_name("scores_scans.png").read_bytes()
+    for file in (truth / "a.nii.gz", truth / "b.nii.gz", truth.parent / "imagesTr" / "a_0000.nii.gz"):
+        rewrite(file, change)
+    assert SimpleITK.ReadImage(str(truth / "a.nii.gz")).GetDirection() != (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert run(truth, found, out, "--hit", "centre") == 0
+    assert results_of(out) == before and out.with_name("scores_scans.png").read_bytes() == picture
+
+
+def test_maps_of_what_was_found_are_turned_too(folders):
+    truth, found, out = folders
+    for name in "abc":
+        write_map(found / f"{name}_instances.nii.gz", [(1, LESION), (2, CYST)] if name == "a" else [])
+        rewrite(found / f"{name}_instances.nii.gz", flipped(1))
+    assert run(truth, found, out, "--hit", "mask:0.9") == 0
+    assert results_of(out)["froc"]["sensitivity"]["per_class"] == {"lesion": [0.5] * 7, "cyst": [1.0] * 7}
+
+
+def test_truth_at_another_place_is_refused_with_both_places(folders, tmp_path, capsys):
+    truth, found, out = folders
+
+    def moved(by):
+        def change(image):
+            image.SetOrigin((by, 0, 0))
+            return image
+        return change
+
+    rewrite(truth / "a.nii.gz", moved(0.4))
+    assert run(truth, found, out) == 0
+    rewrite(truth / "a.nii.gz", moved(0.6))
+    said = ("a.nii.gz lies elsewhere than the image of the detections: x, y, z run along (-1, 0, 0), (0, -1, 0), (0, 0, 1) from "
+            "(-0.6, 0, 0) mm RAS, there x, y, z run along (-1, 0, 0), (0, -1, 0), (0, 0, 1) from (0, 0, 0) mm RAS")
+    fails(capsys, 1, said, truth, found, out)
+    # Boxes that say where their image lies are held against it, and those that do not are taken as they are.
+    boxes = tmp_path / "boxes"
+    turned = make_scan_file("a", frame_of_itk(SHAPE, (1, 1, 2), (0, 15, 0), (1, 0, 0, 0, -1, 0, 0, 0, 1)), [], CLASSES)
+    write_scan_file(boxes / "a.json", turned)
+    fails(capsys, 1, "a.json: the axes of its image run otherwise", boxes, found, out)
+    (boxes / "a.json").write_text(json.dumps({"boxes": [], "affine_ras": [1], "shape_zyx": SHAPE}))
+    fails(capsys, 1, "a.json: affine_ras must be 4 rows of 4 numbers", boxes, found, out)
+    (boxes / "a.json").write_text('{"boxes": []}')
+    assert run(boxes, found, out) == 0
+
+
+def test_an_image_that_cannot_be_drawn_costs_no_figure(folders, caplog):
+    truth, found, out = folders
+    images = truth.parent / "imagesTr"
+    write_map(images / "a_0000.nii.gz", [], shape=(9, 16, 20))
+    (images / "b_0000.nii.gz").write_text("no image")
+    write_map(images / "b_0000.nrrd", [])
+    SimpleITK.WriteImage(SimpleITK.Compose([SimpleITK.ReadImage(str(truth / "c.nii.gz"))] * 3), str(images / "c_0000.nii.gz"))
+    assert run(truth, found, out) == 0
+    assert "a is not drawn on this image: " in caplog.text and "a_0000.nii.gz has 9 x 16 x 20 voxels" in caplog.text
+    assert "b_0000.nii.gz cannot be read as an image" in caplog.text and "c_0000.nii.gz is no 3D image" in caplog.text
+    assert out.exists() and out.with_suffix(".csv").exists() and out.with_name("scores_scans.png").exists()
+
+
+def test_images_with_holes_are_drawn(folders):
+    truth, found, out = folders
+    holes = np.full(SHAPE, np.nan, np.float32)
+    for name in "ab":
+        image = SimpleITK.GetImageFromArray(holes)
+        image.SetSpacing((1.0, 1.0, 2.0))
+        (truth.parent / "imagesTr").mkdir(exist_ok=True)
+        SimpleITK.WriteImage(image, str(truth.parent / "imagesTr" / f"{name}_0000.nii.gz"))
+        holes[0, 0, :5] = range(5)
+    assert run(truth, found, out) == 0
+
+
+def test_a_folder_of_detections_as_truth_holds_no_more_scans_than_files_of_detections(folders, caplog):
+    _, found, out = folders
+    for name in "abc":
+        (found / f"{name}.mrk.json").write_text('{"markups": []}')
+        for kind in ("boxes", "instances"):
+            write_map(found / f"{name}_{kind}.nii.gz", [(1, LESION)])
+    caplog.set_level("INFO")
+    assert run(found, found, out) == 0
+    assert results_of(out)["scans"]["names"] == ["a", "b", "c"] and results_of(out)["scans"]["without_detections"] == []
+    assert "9 files that autoreg_detect wrote beside its detections are left out" in caplog.text
+    # Scans that are called so are scans, where no file of detections says otherwise.
+    other = found.parent / "other" / "labels"
+    write_map(other / "a_boxes.nii.gz", [(1, LESION)])
+    write_found(found.parent / "of_other", "a_boxes", [(LESION, "lesion", 0.9)])
+    assert run(other, found.parent / "of_other", out) == 0
+    assert results_of(out)["scans"]["names"] == ["a_boxes"]
+
+
+def test_no_more_of_the_detections_is_kept_than_is_scored(tmp_path):
+    for number in range(20):
+        write_found(tmp_path, f"s{number}", [(LESION, "lesion", i / 100) for i in range(100)])
+    read_found(tmp_path)
+    tracemalloc.start()
+    kept = read_found(tmp_path)
+    gc.collect()
+    bytes_per_scan = tracemalloc.get_traced_memory()[0] / 20
+    tracemalloc.stop()
+    # Six coordinates, a label, a score and a number are 72 bytes a box; the records of the files were 2200.
+    assert len(kept[0]["s7"].boxes_N6) == 100 and bytes_per_scan < 12_000
 
 
 def fails(capsys, code, message, *arguments):
