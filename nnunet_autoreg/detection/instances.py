@@ -317,6 +317,6 @@ def with_ellipsoids(instances: Instances, shape_vox: Size) -> Instances:
             squares.append(away**2)
         inside = squares[0][:, None, None] + squares[1][None, :, None] + squares[2][None, None, :] < 1
         ids[low[0]:high[0], low[1]:high[1], low[2]:high[2]][inside] = item.id
-    counts = np.bincount(ids.ravel(), minlength=len(instances.objects) + 1)
+    counts = np.bincount(ids.ravel(), minlength=max((o.id for o in instances.objects), default=0) + 1)
     objects = tuple(Instance(o.id, o.place, o.box_zyx, int(counts[o.id]), o.ignored) for o in instances.objects)
     return Instances(objects, ids)

@@ -31,8 +31,7 @@ def plan_from_labels(
         ObjectsError: labels that are missing, damaged, or contradict each other.
     """
     source = ObjectSource(raw / "labelsTr", raw, dataset, reader)
-    ending = dataset["file_ending"]
-    cases = sorted(f.name.removesuffix(ending) for f in source.labels.iterdir() if f.name.endswith(ending))
+    cases = labelled_cases(source.labels, dataset["file_ending"])
     spacing, transpose = plans["configurations"][configuration]["spacing"], plans["transpose_forward"]
     found = in_parallel(partial(_sizes, source, spacing, transpose), cases, default_num_processes)
     sizes: dict[str, list[Spacing]] = defaultdict(list)
@@ -46,6 +45,11 @@ def plan_from_labels(
     )
     store(plans, configuration, plan)
     return plan
+
+
+def labelled_cases(labels: Path, file_ending: str) -> list[str]:
+    """The cases of a folder of label maps; hidden files (macOS writes ``._case.nii.gz``) are none."""
+    return sorted(f.name.removesuffix(file_ending) for f in labels.iterdir() if f.name.endswith(file_ending) and not f.name.startswith("."))
 
 
 def _sizes(source: ObjectSource, spacing_mm: Any, transpose: Any, case: str) -> list[list[Spacing]]:

@@ -13,6 +13,7 @@ from nnunet_autoreg.detection.box_labels import has_boxes_alone, write_box_label
 from nnunet_autoreg.detection.export import draw_boxes, draw_instances, write_markup, write_table
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.instances import ObjectClass
+from nnunet_autoreg.detection.planned import labelled_cases
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
 from nnunet_autoreg.detection.scans import find, ready
 from nnunet_autoreg.errors import ObjectsError, ScanError, UsageError
@@ -153,6 +154,45 @@ def test_boxes_become_ellipsoids_of_their_label_in_the_images_place(boxed: Path)
     assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
     assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [int(v) for v in np.argwhere(array == 2).max(0)] == [3, 3, 3]
     assert write_box_labels(boxed) == []
+
+
+def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
+    import SimpleITK
+
+    described = json.loads((boxed / "dataset.json").read_text())
+    (boxed / "dataset.json").write_text(json.dumps({**described, "autoreg_detection": {"detect_labels": ["x"]}}))
+    (boxed / "boxesTr" / "b.json").write_text(json.dumps({"boxes": [
+        {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True}, {"box_zyx": [2, 2, 2, 4, 4, 4], "label": 1},
+    ]}))
+    # What macOS leaves on other file systems is no image.
+    (boxed / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
+    assert write_box_labels(boxed) == ["a", "b"]
+    a, b = (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(boxed / "labelsTr" / f"{case}.nii.gz"))) for case in ("a", "b"))
+    assert a.max() == 0 and b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
+
+
+def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(boxed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    copied = shutil.copyfile
+
+    def killed(source: Path, target: Path) -> None:
+        copied(source, target)
+        (boxed / "left").write_text("\n".join(f.name for f in (boxed / "labelsTr").iterdir()))
+        raise KeyboardInterrupt
+
+    (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
+    monkeypatch.setattr(shutil, "copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_box_labels(boxed)
+    left = boxed / "labelsTr" / (boxed / "left").read_text()
+    assert left.name.startswith(".a.nii.gz.") and not left.name.endswith(".nii.gz")
+    left.touch()
+    (boxed / "labelsTr" / "._b.nii.gz").touch()
+    assert labelled_cases(boxed / "labelsTr", ".nii.gz") == []
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    assert write_box_labels(boxed) == ["a", "b"] and not left.exists()
+    assert labelled_cases(boxed / "labelsTr", ".nii.gz") == ["a", "b"]
 
 
 def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(boxed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,3 +188,10 @@ def test_ellipsoids_have_the_boxes_they_were_made_of_and_small_ones_stay_visible
     assert found[2][1] == 8 and drawn.objects[1].num_voxels == 8
     # The corners of the large box are free: it is an ellipsoid.
     assert drawn.ids_ZYX[0, 0, 0] == 0 and found[1][1] < 8 * 2 * 16 - 8
+
+
+def test_a_box_that_smaller_ones_hide_keeps_its_place_whatever_its_number():
+    # Numbers have gaps where boxes of other labels stand between.
+    boxes = (Instance(7, 0, (0, 0, 0, 2, 1, 1), 0), Instance(2, 0, (0, 0, 0, 1, 1, 1), 0), Instance(3, 0, (1, 0, 0, 2, 1, 1), 0))
+    drawn = with_ellipsoids(Instances(boxes, None), (2, 1, 1))
+    assert [(o.id, o.num_voxels) for o in drawn.objects] == [(7, 0), (2, 1), (3, 1)]
