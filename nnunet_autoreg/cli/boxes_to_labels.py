@@ -11,7 +11,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="autoreg_boxes_to_labels",
         description="For every case of a raw dataset that has boxesTr/CASE.json and no label map: write labelsTr/CASE with an ellipsoid in "
-        "every box, so that nnU-Net plans and preprocesses it. AutoregDetectionTrainer takes the boxes themselves.",
+        "every box that counts, so that nnU-Net plans and preprocesses it. AutoregDetectionTrainer takes the boxes themselves.",
     )
     p.add_argument("-d", metavar="ID", required=True, help="the raw dataset (4 or Dataset004_Name)")
     return p

@@ -34,18 +34,28 @@ def open_image(file: Path) -> Any:
             raise ObjectsError(f"{file} cannot be read as an image; open it in a viewer, or copy it again") from error
 
 
+def array_of(image: Any, file: Path) -> NDArray[Any]:
+    """The voxels (Z, Y, X) of SimpleITK's image, as stored.
+
+    Raises:
+        ObjectsError: it is not 3D; ``file`` is named.
+    """
+    import SimpleITK
+
+    array: NDArray[Any] = SimpleITK.GetArrayFromImage(image)
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or np.iscomplexobj(array):
+        raise ObjectsError(f"{file} is no 3D image with one real value per voxel")
+    return array
+
+
 def read_array(file: Path) -> tuple[NDArray[Any], Frame]:
     """An image as stored, (Z, Y, X), and where it lies.
 
     Raises:
         ObjectsError: it cannot be read, or is not 3D.
     """
-    import SimpleITK
-
     image = open_image(file)
-    array = SimpleITK.GetArrayFromImage(image)
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or np.iscomplexobj(array):
-        raise ObjectsError(f"{file} is no 3D image with one real value per voxel")
+    array = array_of(image, file)
     return array, frame_of_itk(array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.corpus.find import CHANNEL_SUFFIX, natural_key
 from nnunet_autoreg.detection.geometry import RAS_OF_LPS
+from nnunet_autoreg.detection.images import array_of, open_image
 from nnunet_autoreg.detection.instances import ObjectClass, Rules, known_instances, labels_of_instances
 from nnunet_autoreg.detection.scanfile import ScanFile
 from nnunet_autoreg.errors import ObjectsError, PlanError, UsageError
@@ -23,6 +25,7 @@ from nnunet_autoreg.records import MEND_YOURS, atomic_path, read_json, write_jso
 
 ENDING = ".nii.gz"
 SPLITS = ("Tr", "Ts")
+RESERVED = ("background", "ignore")
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ def write_boxes(file: Path, record: ScanFile) -> None:
 
 def convert_task(task: Path, dataset: Path) -> int:
     """Write an nnU-Net raw dataset with label maps and, beside them, instance maps; images are linked, or copied where links fail.
+    Test images come along with or without maps.
 
     Args:
         task: nnDetection's folder of the task.
@@ -64,13 +68,14 @@ def convert_task(task: Path, dataset: Path) -> int:
 
     Raises:
         UsageError: the task has no dataset.json or no training labels, or ``dataset`` is there.
-        ObjectsError: a map and its JSON disagree, or an image is missing.
+        PlanError: a dataset.json without classes or channels, or whose classes share a name or have one of nnU-Net's own.
+        ObjectsError: a map that cannot be read, a map and a JSON that disagree, or an image that is missing.
     """
     names, channels = _read_task(task)
     if dataset.exists():
         raise UsageError(f"{dataset} is there already; remove it, or give another number or name")
     raw = task / "raw_splitted"
-    if not any((raw / "labelsTr").glob(f"*{ENDING}")):
+    if not _files(raw / "labelsTr"):
         raise UsageError(f"{raw / 'labelsTr'} holds no {ENDING} file; prepare the task as nnDetection wants it before this")
     classes = tuple(ObjectClass(name, label, (label,)) for label, name in names.items())
     # Written under another name, and renamed when whole: a conversion that fails leaves nothing that looks like a dataset.
@@ -101,30 +106,44 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
         channels = [str(name) for _, name in sorted(data["modalities"].items(), key=lambda item: int(item[0]))]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{file} must have \"labels\" {{\"0\": name}} and \"modalities\" {{\"0\": name}} ({error!r})") from error
+    refused = [name for name in names.values() if name in RESERVED or list(names.values()).count(name) > 1]
+    if refused:
+        what = "means something else to nnU-Net" if refused[0] in RESERVED else "is the name of several classes"
+        raise PlanError(f"{file}: '{refused[0]}' {what}; rename it under \"labels\", and convert again")
     if data.get("target_class") is not None:
         log.warning("%s wants class %s only: put its name into autoreg_detection.detect_labels of dataset.json", file, data["target_class"])
     return names, channels
 
 
 def _convert_split(raw: Path, dataset: Path, split: str, classes: tuple[ObjectClass, ...], num_channels: int) -> int:
-    maps = sorted((raw / f"labels{split}").glob(f"*{ENDING}"))
-    for file in maps:
-        case = file.name.removesuffix(ENDING)
+    maps = {file.name.removesuffix(ENDING): file for file in _files(raw / f"labels{split}")}
+    found = (CHANNEL_SUFFIX.match(file.name.removesuffix(ENDING)) for file in _files(raw / f"images{split}"))
+    bare = sorted({named["case"] for named in found if named} - set(maps), key=natural_key)
+    if bare and split == "Tr":
+        log.warning("%d training images have no map of instances and are left out (first: %s); one without objects needs a map of zeros "
+                    "and {\"instances\": {}}", len(bare), bare[0])
+    for case in [*maps, *(bare if split == "Ts" else [])]:
         for channel in range(num_channels):
             image = raw / f"images{split}" / f"{case}_{channel:04d}{ENDING}"
             if not image.is_file():
-                raise ObjectsError(f"{file} has no image {image}")
+                raise ObjectsError(f"{maps.get(case, f'test case {case}')} has no image {image}")
             _link(image, dataset / f"images{split}" / image.name)
+    for case, file in maps.items():
         _convert_case(file, case, dataset, split, classes)
     return len(maps)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Images in a folder; hidden files are none."""
+    return sorted(file for file in folder.glob(f"*{ENDING}") if not file.name.startswith("."))
 
 
 def _convert_case(file: Path, case: str, dataset: Path, split: str, classes: tuple[ObjectClass, ...]) -> None:
     import SimpleITK
 
-    image: Any = SimpleITK.ReadImage(str(file))
+    image = open_image(file)
     label_of = labels_from_classes(labels_of_instances(file.with_name(f"{case}.json")))
-    found = known_instances(SimpleITK.GetArrayFromImage(image), label_of, classes, Rules(min_voxels=1), str(file))
+    found = known_instances(array_of(image, file), label_of, classes, Rules(min_voxels=1), str(file))
     ids = np.asarray(found.ids_ZYX)
     table = np.zeros(65536, dtype=np.uint8)
     for item in found.objects:

@@ -45,6 +45,19 @@ def test_classes_from_0_become_labels_from_1_and_instances_stay_apart(task, tmp_
     assert "2 training cases" in capsys.readouterr().out
 
 
+def test_test_images_come_along_without_maps_and_training_images_without_are_named(task, tmp_path, caplog):
+    raw = task / "raw_splitted"
+    (raw / "imagesTs").mkdir()
+    for split, case in (("Ts", "t"), ("Ts", "._t"), ("Tr", "c")):
+        (raw / f"images{split}" / f"{case}_0000.nii.gz").write_bytes((raw / "imagesTr" / "a_0000.nii.gz").read_bytes())
+    (raw / "labelsTr" / "._a.nii.gz").write_bytes(b"x")
+    assert main(["-i", str(task), "-d", "16"]) == 0
+    made = tmp_path / "raw" / "Dataset016_Luna"
+    assert [p.name for p in (made / "imagesTs").iterdir()] == ["t_0000.nii.gz"] and not (made / "labelsTs").exists()
+    assert sorted(p.name for p in (made / "imagesTr").iterdir()) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    assert "1 training images have no map of instances and are left out (first: c)" in caplog.text
+
+
 def fails(capsys, message, *arguments):
     assert main(list(arguments)) in (1, 2)
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -60,6 +73,14 @@ def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path, capsys):
     fails(capsys, "instance 300 has label 6, which is no class", "-i", str(task), "-d", "16")
     (labels / "a.json").write_text('{"instances": {"1": 1}}')
     fails(capsys, "the map holds id 300, which the JSON does not list", "-i", str(task), "-d", "16")
+    (task / "raw_splitted" / "imagesTs").mkdir()
+    (task / "raw_splitted" / "imagesTs" / "t_0001.nii.gz").touch()
+    (labels / "a.json").write_text('{"instances": {"1": 1, "300": 0}}')
+    fails(capsys, "test case t has no image", "-i", str(task), "-d", "16")
+    whole = (labels / "a.nii.gz").read_bytes()
+    (labels / "a.nii.gz").write_bytes(whole[:40])
+    fails(capsys, "a.nii.gz cannot be read as an image", "-i", str(task), "-d", "16")
+    (labels / "a.nii.gz").write_bytes(whole)
     (task / "raw_splitted" / "imagesTr" / "a_0000.nii.gz").unlink()
     fails(capsys, "has no image", "-i", str(task), "-d", "16")
     assert list(raw.iterdir()) == []
@@ -67,3 +88,6 @@ def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path, capsys):
     fails(capsys, "Dataset016_Other has this number", "-i", str(task), "-d", "16")
     (task / "dataset.json").write_text("{}")
     fails(capsys, 'must have "labels"', "-i", str(task), "-d", "17")
+    for names, message in ((["a", "b", "a"], "'a' is the name of several classes"), (["ignore"], "'ignore' means something else")):
+        (task / "dataset.json").write_text(json.dumps({"labels": dict(enumerate(names)), "modalities": {"0": "CT"}}))
+        fails(capsys, message, "-i", str(task), "-d", "17")
