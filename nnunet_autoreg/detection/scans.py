@@ -7,7 +7,7 @@ NIfTI file of the same geometry. Nothing is turned: a network expects the orient
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import Any
 
 from nnunet_autoreg.corpus.archive import unpacked
 from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.corpus.find import CHANNEL_SUFFIX, Candidate, find_scans, natural_key
+from nnunet_autoreg.corpus.find import CHANNEL_SUFFIX, IMAGE_ENDINGS, Candidate, absolute, find_scans, natural_key
 from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.corpus.read import check_file, quiet_stderr
 from nnunet_autoreg.errors import ScanError, UsageError
+
+SCAN_ENDINGS = (*IMAGE_ENDINGS, ".dcm", ".zip")
+MOST_NAMED = 3
 
 log = logging.getLogger(__name__)
 
@@ -37,32 +40,97 @@ class Scan:
     files: tuple[Path, ...]
     candidate: Candidate | None = None
 
+    @property
+    def origin(self) -> str:
+        """What to call its input in messages."""
+        return self.candidate.id if self.candidate else self.files[0].name
 
-def find(folder: Path, file_ending: str, num_channels: int, split_4d: bool = False) -> list[Scan]:
+    def inputs(self) -> tuple[dict[str, Any], ...]:
+        """As ``facts_of`` has them."""
+        return facts_of(self.files or ([self.candidate.path] if self.candidate else []))
+
+
+def facts_of(files: Sequence[Path]) -> tuple[dict[str, Any], ...]:
+    """Path, bytes and time of change of every file: what tells that an input is another one.
+
+    Of a folder only the path: its DICOM series are told by their UIDs, and others may come into it.
+    """
+    found = []
+    for file in files:
+        facts: dict[str, Any] = {"path": str(file.resolve())}
+        if file.is_file():
+            facts |= {"bytes": file.stat().st_size, "modified_ns": file.stat().st_mtime_ns}
+        found.append(facts)
+    return tuple(found)
+
+
+def find(folder: Path, file_ending: str, num_channels: int, split_4d: bool = False, output: Path | None = None) -> list[Scan]:
     """The scans of a folder, in natural order; what is left out is logged with its reason.
 
     Args:
         file_ending: of the dataset the model was trained on.
         num_channels: the model's.
+        output: the folder of results; what lies in it is no scan.
 
     Raises:
-        UsageError: no folder, no scan, channels missing, or files that do not say their channel for a model of several.
+        UsageError: no folder, no scan, channels missing, files that do not say their channel for a model of several, two scans of one
+            name, or results among the scans.
     """
     if not folder.exists():
         raise UsageError(f"-i {folder} does not exist; check the path")
     cases = _named_cases(folder, file_ending) if folder.is_dir() else {}
     if cases:
-        return [_of_case(name, cases[name], num_channels, folder) for name in sorted(cases, key=natural_key)]
+        scans = [_of_case(name, cases[name], num_channels, folder) for name in sorted(cases, key=natural_key)]
+        _tell_others(folder, file_ending, {file for scan in scans for file in scan.files}, output)
+    else:
+        scans = _found_scans(folder, file_ending, num_channels, split_4d, output)
+    _check_names(scans, folder)
+    return scans
+
+
+def _found_scans(folder: Path, file_ending: str, num_channels: int, split_4d: bool, output: Path | None) -> list[Scan]:
+    """Whatever pretraining would find, for models of one channel."""
     if num_channels > 1:
         raise UsageError(f"-i {folder} holds no files named like case_0000{file_ending}, and the model needs {num_channels} channels of "
                          "each scan; name them as nnU-Net does")
-    found = find_scans([], [folder], split_4d=split_4d)
+    if output is not None and absolute(output) == absolute(folder):
+        raise UsageError(f"-o {output} is the folder of -i, whose images are all taken for scans; give another one")
+    found = [c for c in find_scans([], [folder], split_4d=split_4d) if not _is_result(c.path, folder, output)]
     for left in (c for c in found if c.status and c.status != "duplicate"):
         log.warning("left out: %s (%s: %s)", left.id, left.status, left.reason)
     scans = [_of_candidate(c, file_ending) for c in found if not c.status]
     if not scans:
         raise UsageError(f"-i {folder} holds no scan")
     return scans
+
+
+def _is_result(path: Path, folder: Path, output: Path | None) -> bool:
+    """Whether a path below ``folder`` belongs to the results of an earlier run, which may lie in it."""
+    if output is None or absolute(folder) not in (inside := absolute(output)).parents:
+        return False
+    return inside in (absolute(path), *absolute(path).parents)
+
+
+def _tell_others(folder: Path, file_ending: str, taken: set[Path], output: Path | None) -> None:
+    """Warn of scans that nobody looks at, because some of the folder are named as nnU-Net does and they are not."""
+    endings = (*SCAN_ENDINGS, file_ending.lower())
+    files = (f for f in folder.rglob("*") if f.name.lower().endswith(endings) and not f.name.startswith(".") and f not in taken)
+    others = sorted((f.relative_to(folder).as_posix() for f in files if not _is_result(f, folder, output)), key=natural_key)
+    if others:
+        named = ", ".join(others[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
+        log.warning("-i %s: %d files are left out (%s): cases are named case_0000%s here, and these are not, or hold a channel that the "
+                    "model does not have; put them into another folder", folder, len(others), named, file_ending)
+
+
+def _check_names(scans: Sequence[Scan], folder: Path) -> None:
+    """Refuse two scans whose results would lie in the same files, also where a file system does not tell a from A."""
+    known: dict[str, Scan] = {}
+    for scan in scans:
+        other = known.setdefault(scan.name.casefold(), scan)
+        if other is not scan:
+            same = f"both be called {scan.name}" if scan.name == other.name else f"be called {other.name} and {scan.name}"
+            raise UsageError(f"-i {folder}: the results of {other.origin} and {scan.origin} would {same}, and one overwrite the other; "
+                             "rename one, or give each a line and -o of its own")
 
 
 def _named_cases(folder: Path, file_ending: str) -> dict[str, dict[int, Path]]:

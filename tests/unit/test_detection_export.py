@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,54 @@ def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: P
         assert read.GetSpacing() == (1.0, 2.0, 3.0) and read.GetOrigin() == pytest.approx((5.0, 6.0, 7.0))
         assert np.array_equal(SimpleITK.GetArrayFromImage(read), array)
     assert not Path(files[0]).exists()
+
+
+def test_scans_whose_results_would_overwrite_each_other_are_refused_by_name(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
+    for folder, first, second in (("one", "p1/t1.nrrd", "p1_t1.nrrd"), ("two", "p1 t1.mha", "p1_t1.nrrd"), ("three", "A.mha", "a.mha")):
+        write_image(tmp_path / folder / first, array)
+        write_image(tmp_path / folder / second, array + 1)
+        with pytest.raises(UsageError) as error:
+            find(tmp_path / folder, ".nii.gz", 1)
+        assert all(f"{folder}/{file.rpartition('.')[0]} " in str(error.value) for file in (first, second))
+    assert "be called A and a, and one overwrite the other" in str(error.value)
+    for name in ("Case", "case"):
+        (tmp_path / f"{name}_0000.nii.gz").touch()
+    with pytest.raises(UsageError, match=r"case_0000\.nii\.gz.*rename one"):
+        find(tmp_path, ".nii.gz", 1)
+
+
+def test_scans_beside_cases_named_as_nnunet_does_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b.nii.gz", "sub/c.nrrd", "sub/d.dcm", "notes.txt", ".hidden.nii.gz"):
+        (tmp_path / name).touch()
+    assert [s.name for s in find(tmp_path, ".nii.gz", 1)] == ["a"]
+    assert "4 files are left out (a_0001.nii.gz, b.nii.gz, sub/c.nrrd, ...): cases are named case_0000.nii.gz here" in caplog.text
+    caplog.clear()
+    for name in ("b.nii.gz", "sub/c.nrrd", "sub/d.dcm"):
+        (tmp_path / name).unlink()
+    assert [s.name for s in find(tmp_path, ".nii.gz", 2)] == ["a"] and not caplog.text
+
+
+def test_results_of_an_earlier_run_below_the_scans_are_no_scans(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
+    for name in ("scan.nii.gz", "found/scan_boxes.nii.gz"):
+        write_image(tmp_path / name, array)
+    assert [s.name for s in find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")] == ["scan"] and not caplog.text
+    # Results around the scans hide none of them.
+    assert len(find(tmp_path, ".nii.gz", 1, output=tmp_path.parent)) == 2
+    with pytest.raises(UsageError, match="is the folder of -i"):
+        find(tmp_path, ".nii.gz", 1, output=tmp_path)
+    write_image(tmp_path / "case_0000.nii.gz", array)
+    find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")
+    assert "1 files are left out (scan.nii.gz)" in caplog.text
+
+
+def test_inputs_are_told_by_their_size_and_time(tmp_path: Path) -> None:
+    (tmp_path / "a_0000.nii.gz").write_bytes(b"12345")
+    os.utime(tmp_path / "a_0000.nii.gz", (3, 3))
+    (scan,) = find(tmp_path, ".nii.gz", 1)
+    assert scan.inputs() == ({"path": str(tmp_path.resolve() / "a_0000.nii.gz"), "bytes": 5, "modified_ns": 3_000_000_000},)
 
 
 def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
