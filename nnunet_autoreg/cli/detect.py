@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
+from nnunet_autoreg.records import differences, to_jsonable
 
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.from_segmentation import Segmentations
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TABLE = "detections.csv"
-OF_A_MODEL = ("-d", "-i", "-f", "-tr", "-p", "-c", "--checkpoint", "--device", "--tta", "--fppi", "--nms-iou", "--split-4d")
+MOST_NAMED = 3
+OF_A_MODEL = ("-d", "-i", "-f", "-tr", "-p", "-c", "--checkpoint", "--device", "--tta", "--fppi", "--nms-iou", "--max-boxes",
+              "--split-4d")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--from-seg", metavar="FOLDER", type=Path, help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
         "component of its segmentations becomes a detection, scored by its highest probability")
     add("-o", required=True, metavar="FOLDER", help="where results go")
-    add("-f", nargs="+", default=[], metavar="FOLD", help="folds; default: all that are finished")
+    add("-f", nargs="+", default=[], metavar="FOLD", help="folds; default: all that are finished, except fold all, which has to be named")
     add("-tr", default="AutoregDetectionTrainer", metavar="TRAINER", help="default: AutoregDetectionTrainer")
     add("-p", default="AutoregPlans", metavar="PLANS", help="default: AutoregPlans")
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres")
@@ -46,9 +50,12 @@ def parser() -> argparse.ArgumentParser:
         "and the table start at 0.5")
     add("--fppi", type=float, metavar="N", help="instead: the scores that gave N false positives per scan in validation, class by class")
     add("--nms-iou", type=float, default=0.1, metavar="IOU", help="boxes of a class that overlap more are one object; default 0.1")
+    add("--max-boxes", type=int, default=100, metavar="N", help="keep at most this many boxes of a scan, all classes and folds together; "
+        "default 100")
     add("--filled", action="store_true", help="draw solid boxes instead of frames")
     add("--no-instances", action="store_true", help="do not write NAME_instances")
-    add("--csv", action="store_true", help=f"also write all boxes into {TABLE}, with LUNA16's columns (mm, LPS) first")
+    add("--csv", action="store_true", help=f"also write {TABLE}, with LUNA16's columns (mm, LPS) first: the boxes from a score of 0.5, or "
+        "all that --min-score or --fppi leave")
     add("--nndet", action="store_true", help="also write NAME_boxes.pkl as nnDetection does")
     add("--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan")
     add("--overwrite", action="store_true", help="detect again where results are there already; default: go on with the others")
@@ -79,7 +86,7 @@ def options_of(args: argparse.Namespace, model: "Model") -> "Options":
     Raises:
         UsageError: a value that cannot be.
     """
-    from nnunet_autoreg.detection.infer import Thinning
+    from nnunet_autoreg.detection.infer import MOST_CANDIDATES, USUAL, Thinning
     from nnunet_autoreg.detection.predict import Options, num_mirrorings
 
     if args.min_score is not None and args.fppi is not None:
@@ -89,9 +96,18 @@ def options_of(args: argparse.Namespace, model: "Model") -> "Options":
         raise UsageError(f"--fppi {args.fppi:g} must be greater than 0")
     if not 0 <= args.nms_iou < 1:
         raise UsageError(f"--nms-iou {args.nms_iou:g} must lie in [0, 1)")
+    if not 1 <= args.max_boxes <= MOST_CANDIDATES:
+        raise UsageError(f"--max-boxes {args.max_boxes} must lie in 1 to {MOST_CANDIDATES}")
     mirror = model.device.type == "cuda" if args.tta is None else args.tta
-    options = Options(mirror, Thinning(voter_iou=args.nms_iou), args.min_score, args.filled, not args.no_instances, args.nndet)
-    return options if args.fppi is None else replace(options, min_score=model.thresholds(args.fppi, num_mirrorings(model, options)))
+    # A tile that holds all of the scan must be able to give as many.
+    thinning = Thinning(voter_iou=args.nms_iou, most_per_tile=max(USUAL.most_per_tile, args.max_boxes), most_boxes=args.max_boxes)
+    options = Options(mirror, thinning, args.min_score, args.filled, not args.no_instances, args.nndet)
+    if args.fppi is None:
+        return options
+    if thinning != USUAL:
+        log.warning("--fppi: its scores come from a validation with --nms-iou %g and --max-boxes %d; with others the number of false "
+                    "positives is another one", USUAL.voter_iou, USUAL.most_boxes)
+    return replace(options, min_score=model.thresholds(args.fppi, num_mirrorings(model, options)))
 
 
 def _check_score(args: argparse.Namespace) -> None:
@@ -108,11 +124,12 @@ def detect_all(args: argparse.Namespace) -> int:
         raise UsageError("-d and -i are needed (the dataset the model was trained on, and the scans), or --from-seg")
     model = model_of(args)
     options = options_of(args, model)
-    scans = find(Path(args.i), model.file_ending, model.num_channels, args.split_4d)
+    scans = find(Path(args.i), model.file_ending, model.num_channels, args.split_4d, Path(args.o))
+    inputs = {scan.name: scan.inputs() for scan in scans}
+    done = start(args, inputs, model.describe(), settings_of(model, options))
     folder = Path(args.o)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = {} if args.overwrite else results_there(folder, [s.name for s in scans], model.describe(), settings_of(model, options))
-    return finish(args, options, [done.get(scan.name) or detect_one(model, scan, options, folder) for scan in scans])
+    names = [scan.name for scan in scans if scan.name in done or detect_one(model, scan, options, folder)]
+    return finish(args, options, names, len(scans))
 
 
 def detect_from_segmentations(args: argparse.Namespace) -> int:
@@ -130,15 +147,19 @@ def detect_from_segmentations(args: argparse.Namespace) -> int:
         raise UsageError(f"-o {args.o} is the folder of --from-seg, whose images are all taken for segmentations; give another one")
     source = Segmentations(args.from_seg)
     options = Options(min_score=args.min_score, filled=args.filled, with_instances=not args.no_instances, for_nndetection=args.nndet)
-    settings = {"min_score": args.min_score, "min_voxels": source.rules.min_voxels, "connectivity": source.rules.connectivity}
+    settings = {"min_score": args.min_score, **to_jsonable(source.rules), "filled": options.filled, "instances": options.with_instances}
+    done = start(args, {name: source.inputs(name) for name in source.names}, source.describe(), settings)
     folder = Path(args.o)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = {} if args.overwrite else results_there(folder, source.names, source.describe(), settings)
-    return finish(args, options, [done.get(name) or segmented_one(source, name, options, settings, folder) for name in source.names])
+    names = [name for name in source.names if name in done or segmented_one(source, name, options, settings, folder)]
+    return finish(args, options, names, len(source.names))
 
 
-def finish(args: argparse.Namespace, options: "Options", found: "list[ScanFile | None]") -> int:
-    """Write the table of all scans, None standing for one that could not be read, and what was asked for of scans done before.
+def finish(args: argparse.Namespace, options: "Options", names: Sequence[str], num_scans: int) -> int:
+    """Write the table of all scans, and what was asked for of scans done before, from their files: no scan is held in memory.
+
+    Args:
+        names: of the scans whose files are there.
+        num_scans: with those that could not be read.
 
     Returns:
         1 if one could not be read, else 0.
@@ -149,65 +170,88 @@ def finish(args: argparse.Namespace, options: "Options", found: "list[ScanFile |
     from nnunet_autoreg.detection.export import write_table
     from nnunet_autoreg.detection.nndetection import write_boxes
     from nnunet_autoreg.detection.predict import DRAWN_FROM
-
-    records = [record for record in found if record is not None]
-    if not records:
-        raise AutoregError(f"none of the {len(found)} scans of {args.from_seg or args.i} could be read")
-    for record in records if options.for_nndetection else ():
-        if not (file := Path(args.o) / f"{record.scan}_boxes.pkl").is_file():
-            write_boxes(file, record)
-    if args.csv:
-        write_table(Path(args.o) / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
-    print_next(f"autoreg_evaluate_detection -p {args.o} -g FOLDER_OF_LABELS -o FILE; or open NAME.mrk.json over the scan in 3D Slicer")
-    return 0 if len(records) == len(found) else 1
-
-
-def results_there(folder: Path, names: list[str], model: dict[str, Any], settings: dict[str, Any]) -> dict[str, "ScanFile"]:
-    """The scans whose results are there from an earlier run of the same line.
-
-    Raises:
-        UsageError: results of another model or other options.
-    """
     from nnunet_autoreg.detection.scanfile import read_scan_file
 
-    done = {name: read_scan_file(folder / f"{name}.json") for name in names if (folder / f"{name}.json").is_file()}
-    for name, record in done.items():
-        if (record.model, record.settings) != (model, settings):
-            raise UsageError(f"{folder / name}.json was made by another model or with other options; give another -o, or --overwrite")
+    if not names:
+        raise AutoregError(f"none of the {num_scans} scans of {args.from_seg or args.i} could be read")
+    folder = Path(args.o)
+    for name in names if options.for_nndetection else ():
+        if not (file := folder / f"{name}_boxes.pkl").is_file():
+            write_boxes(file, read_scan_file(folder / f"{name}.json"))
+    if args.csv:
+        records = (read_scan_file(folder / f"{name}.json") for name in names)
+        write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
+    print_next(f"autoreg_evaluate_detection -p {args.o} -g FOLDER_OF_LABELS -o FILE; or open NAME.mrk.json over the scan in 3D Slicer")
+    return 0 if len(names) == num_scans else 1
+
+
+def start(
+    args: argparse.Namespace, inputs: Mapping[str, Sequence[dict[str, Any]]], model: Mapping[str, Any], settings: Mapping[str, Any]
+) -> set[str]:
+    """Make the folder of results; the scans that need not be done, since an earlier run of the same line did them.
+
+    Args:
+        inputs: name of the scan -> its files.
+
+    Raises:
+        UsageError: results of another model, of another input, or with other options.
+    """
+    folder = Path(args.o)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [] if args.overwrite else [name for name in inputs if (folder / f"{name}.json").is_file()]
+    done = {name for name in there if _is_done(folder / f"{name}.json", {"model": model, "settings": settings, "inputs": inputs[name]})}
     if done:
-        print(f"{len(done)} of {len(names)} scans were done before")
+        print(f"{len(done)} of {len(inputs)} scans were done before")
+    if len(done) < len(there):
+        print(f"{len(there) - len(done)} scans were done before, but are to be drawn in another way, and are done again")
     return done
 
 
-def detect_one(model: "Model", scan: "Scan", options: "Options", folder: Path) -> "ScanFile | None":
-    """Detect in one scan and write its files; None if it cannot be read."""
+def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the results of a scan are those of this line; False if only what is drawn is not."""
+    from nnunet_autoreg.detection.predict import DRAWING
+    from nnunet_autoreg.detection.scanfile import read_scan_file
+
+    record = read_scan_file(file)
+    there = {"model": record.model, "settings": record.settings, "inputs": record.inputs}
+    of_drawing = tuple(f"settings.{name}: " for name in DRAWING)
+    changes = [change for change in differences(there, wanted) if not change.startswith(of_drawing)]
+    if changes:
+        what = "; ".join(changes[:MOST_NAMED])
+        raise UsageError(f"{file} was made by another model, of another input or with other options ({what}); give another -o, or "
+                         "--overwrite, or remove that file to have the scan done again")
+    old, new = record.settings, wanted["settings"]
+    # A segmentation that is there, and not asked for now, does no harm.
+    return old.get("filled") == new["filled"] and bool(old.get("instances") or not new["instances"])
+
+
+def detect_one(model: "Model", scan: "Scan", options: "Options", folder: Path) -> bool:
+    """Detect in one scan and write its files; False if it cannot be read."""
     from nnunet_autoreg.detection.predict import detect, write
 
     try:
         found = detect(model, scan, options)
     except ScanError as error:
         log.warning("%s is left out (%s): %s", scan.name, error.status, error)
-        return None
+        return False
     write(model, found, folder, options)
     _tell(found.record)
-    return found.record
+    return True
 
 
-def segmented_one(
-    source: "Segmentations", name: str, options: "Options", settings: dict[str, Any], folder: Path
-) -> "ScanFile | None":
-    """Write the files of one segmentation's components; None if it cannot be read."""
+def segmented_one(source: "Segmentations", name: str, options: "Options", settings: dict[str, Any], folder: Path) -> bool:
+    """Write the files of one segmentation's components; False if it cannot be read."""
     from nnunet_autoreg.detection.predict import write_record
 
     try:
         record, ids, properties = source.read(name, settings["min_score"] or 0.0, settings)
     except ScanError as error:
         log.warning("%s is left out (%s): %s", name, error.status, error)
-        return None
+        return False
     writer = source.manager.image_reader_writer_class()
     write_record(record, ids if options.with_instances else None, writer, source.ending, properties, folder, options)
     _tell(record)
-    return record
+    return True
 
 
 def _tell(record: "ScanFile") -> None:

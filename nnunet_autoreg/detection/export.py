@@ -77,7 +77,7 @@ def write_markup(file: Path, scan: str, boxes: Sequence[FileBox], frame: Frame) 
 
 
 def write_table(file: Path, scans: Iterable[ScanFile], lowest_score: float) -> None:
-    """Every box of every scan, a line each, in LUNA16's form."""
+    """Every box with at least that score of every scan, a line each, in LUNA16's form; one scan is held at a time."""
     with atomic_path(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)

@@ -6,6 +6,7 @@ Source: the idea of nnDetection's comparison with nnU-Net (Baumgartner et al. 20
 """
 
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from nnunet_autoreg.detection.export import Ids
 from nnunet_autoreg.detection.geometry import frame_of_properties
 from nnunet_autoreg.detection.instances import ObjectClass, Rules, find_instances, object_classes, read_rules
 from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_file
+from nnunet_autoreg.detection.scans import facts_of
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
 from nnunet_autoreg.records import read_json
 
@@ -67,11 +69,15 @@ class Segmentations:
         """What results say of the model."""
         return {"dataset": self.manager.dataset_name, "plans": self.manager.plans_name, "from_seg": str(self.folder.resolve())}
 
+    def inputs(self, name: str) -> tuple[dict[str, Any], ...]:
+        """The files of a case, as ``facts_of`` has them."""
+        return facts_of([self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"])
+
     def read(self, name: str, min_score: float, settings: dict[str, Any]) -> tuple[ScanFile, Ids, dict[str, Any]]:
         """The objects of a case: its file, the map (Z, Y, X) of their ids in it, and nnU-Net's properties of the image.
 
         Raises:
-            ScanError: segmentation or probabilities cannot be read, or do not belong together.
+            ScanError: segmentation or probabilities cannot be read, do not belong together, or are no finite numbers.
         """
         seg, properties, probabilities = self._load(name)
         components, ids = objects_of(seg, probabilities, self._channels(), self.classes, self.rules)
@@ -81,7 +87,8 @@ class Segmentations:
             table[component.id] = number
         frame = frame_of_properties(properties, seg.shape)
         labels = {kind.name: kind.label for kind in self.classes}
-        return make_scan_file(name, frame, [c.found for c in kept], labels, self.describe(), settings), table[ids], properties
+        record = make_scan_file(name, frame, [c.found for c in kept], labels, self.describe(), settings, self.inputs(name))
+        return record, table[ids], properties
 
     def _load(self, name: str) -> tuple[NDArray[Any], dict[str, Any], NDArray[Any]]:
         file, beside = self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"
@@ -121,6 +128,9 @@ def objects_of(
 
     Args:
         channels: by class; of several, the probabilities are added, to 1 at most.
+
+    Raises:
+        ScanError: probabilities that are no finite numbers.
     """
     instances = find_instances(labels_ZYX, classes, rules)
     assert instances.ids_ZYX is not None
@@ -132,6 +142,8 @@ def objects_of(
         place = tuple(slice(int(low), int(high)) for low, high in zip(item.box_zyx[:3], item.box_zyx[3:], strict=True))
         own = np.asarray(np.sum([probabilities_CZYX[channel][place] for channel in channels[item.place]], axis=0, dtype=np.float64))
         score = float(own[instances.ids_ZYX[place] == item.id].max())
+        if not math.isfinite(score):
+            raise ScanError("nonfinite", f"probabilities of {kind.name} are NaN or infinite in {item.box_zyx}; predict it again")
         components.append(Component(item.id, Detection(item.box_zyx, kind.label, kind.name, min(1.0, score))))
     if dropped := len(instances.objects) - len(components):
         log.info("%d components below %d voxels are left out (min_voxels)", dropped, rules.min_voxels)

@@ -18,6 +18,7 @@ from torch import Tensor
 from nnunet_autoreg.detection import boxes as bx
 from nnunet_autoreg.detection.anchors import AnchorGrid, AnchorPlan, lay_out
 from nnunet_autoreg.detection.net import Detector, Output
+from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import Size, as_size
 
 MOST_PER_TILE, MOST_CANDIDATES = 1000, 1000
@@ -151,7 +152,11 @@ class ScanDetector:
 
     @torch.inference_mode()
     def candidates(self, image_CZYX: Tensor, with_logits: bool = False) -> tuple[Candidates, Tensor | None]:
-        """The candidates of a preprocessed scan (at most 1000 a voter), and its segmentation logits (C, Z, Y, X) if asked for."""
+        """The candidates of a preprocessed scan (at most 1000 a voter), and its segmentation logits (C, Z, Y, X) if asked for.
+
+        Raises:
+            WeightsError: the network answers with numbers that are none.
+        """
         padded, inner = pad_nd_image(image_CZYX, self.patch_size, "constant", {"value": 0}, True, None)
         origin = torch.tensor([s.start or 0 for s in inner[1:]], dtype=torch.float32)
         logits = _Sum(self.patch_size) if with_logits else None
@@ -180,6 +185,7 @@ class ScanDetector:
             dims = [a + 2 for a in axes]
             with self.autocast():
                 output: Output = self.network(tile.flip(dims) if dims else tile)
+            _check_finite(output)
             (found,) = boxes_of_output(output, self._grid(output.cells), self.thinning)
             boxes = mirrored(found.boxes_N6, axes, self.patch_size).cpu()
             is_cut = ends_between_tiles(boxes, start, self.patch_size, as_size(padded.shape[1:]))
@@ -192,6 +198,13 @@ class ScanDetector:
         if cells not in self.grids:
             self.grids[cells] = lay_out(self.anchors, cells, self.device)
         return self.grids[cells]
+
+
+def _check_finite(output: Output) -> None:
+    """NaN would come first in the ranking of scores, and hide every box."""
+    if not (torch.isfinite(output.scores_BAK).all() and torch.isfinite(output.codes_BA6).all()):
+        raise WeightsError("the network answers with scores or boxes that are not finite (NaN or infinite): its training diverged, or half "
+                           "precision is too narrow for it; look at training_log_*.txt, or detect with checkpoint_best.pth, or on a CPU")
 
 
 def ends_between_tiles(boxes_N6: Tensor, start: Size, patch_size: Size, shape_vox: Size) -> Tensor:

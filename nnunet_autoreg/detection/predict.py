@@ -1,5 +1,6 @@
 """A trained detector over new scans: nnU-Net's preprocessing, all folds and mirrorings merged, results in the original image."""
 
+import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,25 +14,29 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
+from nnunet_autoreg.corpus.find import natural_key
+from nnunet_autoreg.corpus.read import quiet_stderr
 from nnunet_autoreg.detection.export import Ids, draw_boxes, draw_instances, shown, write_markup
 from nnunet_autoreg.detection.geometry import frame_of_properties, preprocessing_of
-from nnunet_autoreg.detection.infer import USUAL, Candidates, ScanDetector, Thinning, joined, merge
-from nnunet_autoreg.detection.metrics import Froc, threshold_at
+from nnunet_autoreg.detection.infer import USUAL, Candidates, Found, ScanDetector, Thinning, joined, merge
 from nnunet_autoreg.detection.net import Detector
 from nnunet_autoreg.detection.nndetection import write_boxes
 from nnunet_autoreg.detection.plan import DetectionPlan, read_plan
 from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, make_scan_file, write_scan_file
 from nnunet_autoreg.detection.scans import Scan, ready
+from nnunet_autoreg.detection.thresholds import FOLD_ALL, score_thresholds
 from nnunet_autoreg.detection.validate import in_original
-from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
+from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import read_json
 
-SUMMARY = Path("validation_detection") / "summary_detection.json"
 DRAWN_FROM = 0.5
 """Score from which boxes are drawn, if neither a score nor an operating point is asked for."""
+DRAWING = ("filled", "instances")
+"""The settings that no box depends on, and only what is drawn."""
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ class Options:
 
     Attributes:
         mirror: also along every axis, which costs eight times the time.
-        thinning: overlaps.
+        thinning: overlaps, and how many boxes are kept.
         min_score: one for all classes, or by class; lower scores are left out everywhere. None keeps all.
         filled: label maps of boxes are solid.
         with_instances: write the segmentation inside the boxes.
@@ -62,7 +67,7 @@ class Model:
 
     Args:
         folder: ``<trainer>__<plans>__<configuration>``.
-        folds: which; all that are finished if empty.
+        folds: which; all that are finished if empty, but for ``all``, which has to be asked for.
 
     Raises:
         UsageError: there is no such model or fold.
@@ -71,7 +76,7 @@ class Model:
     """
 
     def __init__(self, folder: Path, folds: Sequence[str], device: torch.device, checkpoint: str = "checkpoint_final.pth"):
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.checkpoint = folder, device, checkpoint
         self.folds = _folds(folder, folds, checkpoint)
         # It prints advice about a switch that is off here.
         with redirect_stdout(io.StringIO()):
@@ -89,6 +94,9 @@ class Model:
         self.plan: DetectionPlan = plan
         self.network = network.to(device).eval()
         self.network.detect = True
+        plans_bytes = (folder / "plans.json").read_bytes()
+        digests = (digest_of(parameters, plans_bytes) for parameters in self.stock.list_of_parameters)
+        self.sha256: dict[str, str] = dict(zip(self.folds, digests, strict=True))
 
     @property
     def num_channels(self) -> int:
@@ -101,10 +109,10 @@ class Model:
         return str(self.stock.dataset_json["file_ending"])
 
     def describe(self) -> dict[str, Any]:
-        """What results say of the model."""
+        """What results say of the model; ``sha256`` is that of every fold's weights and plans, which a new training changes."""
         trainer, plans, configuration = self.folder.name.split("__")
         return {"dataset": self.stock.plans_manager.dataset_name, "trainer": trainer, "plans": plans, "configuration": configuration,
-                "folds": list(self.folds)}
+                "folds": list(self.folds), "checkpoint": self.checkpoint, "sha256": self.sha256}
 
     def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
         """Class -> the score threshold that gave so many false positives per scan in the validation of all folds together.
@@ -113,29 +121,17 @@ class Model:
             num_mirrorings: with which it is to be used; validation may have had others.
 
         Raises:
-            UsageError: a fold has no validation to tell.
+            UsageError: a fold has no validation to tell, or is ``all``.
         """
-        curves: dict[str, list[tuple[Froc, int]]] = {kind.name: [] for kind in self.plan.classes}
-        for fold in self.folds:
-            file = self.folder / f"fold_{fold}" / SUMMARY
-            if not file.is_file():
-                raise UsageError(f"--fppi needs {file}, which validation writes; run nnUNetv2_train with --val, or give --min-score")
-            summary = read_json(file)
-            if summary["model"].get("mirrorings", num_mirrorings) != num_mirrorings:
-                log.warning("--fppi: fold %s was validated with %d mirrorings, here there are %d: its scores differ somewhat; --tta and "
-                            "--no-tta choose", fold, summary["model"]["mirrorings"], num_mirrorings)
-            for name, curve in summary["froc"]["curve"].items():
-                points = [np.array([np.inf if v is None else v for v in curve[key]]) for key in ("fp_per_scan", "sensitivity", "threshold")]
-                curves[name].append((Froc(*points), summary["scans"]["number"]))
-        for name in (n for n, known in curves.items() if not known):
-            log.warning("no validation case has an object of %s, so --fppi has no threshold for it: all of its boxes are kept", name)
-        return {name: min(1.0, threshold_at(known, fp_per_scan)) if known else 0.0 for name, known in curves.items()}
+        return score_thresholds(self.folder, self.folds, list(self.plan.labels), fp_per_scan, num_mirrorings)
 
     def _check_plans(self) -> None:
-        plans = read_json(self.folder / "plans.json")
-        configurations = plans.get("configurations", {})
+        file = self.folder / "plans.json"
+        plans = read_json(file)
         name = self.folder.name.rsplit("__", 1)[-1]
-        if "autoreg_detection" not in configurations.get(name, {}):
+        known = name in plans.get("configurations", {})
+        # A configuration may have the block from the one that it inherits from.
+        if not known or read_plan(PlansManager(plans).get_configuration(name).configuration, str(file)) is None:
             raise PlanError(f"{self.folder} holds no detector; train one with -tr AutoregDetectionTrainer")
 
     def weights(self) -> Iterator[None]:
@@ -145,14 +141,57 @@ class Model:
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Of a forward pass."""
-        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+        """Of a forward pass, in the precision of training and validation."""
+        return torch.autocast("cuda", dtype=half_precision(self.device)) if self.device.type == "cuda" else nullcontext()
 
     def preprocess(self, files: list[str]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """A scan as the network sees it (C, Z, Y, X), and where it comes from."""
+        """A scan as the network sees it (C, Z, Y, X), and where it comes from.
+
+        Raises:
+            ScanError: it cannot be read, has another number of channels or dimensions, or voxels that are no finite numbers.
+        """
+        data, properties = self._read(files)
         preprocessor = self.configuration.preprocessor_class(verbose=False)
-        data, _, properties = preprocessor.run_case(files, None, self.stock.plans_manager, self.configuration, self.stock.dataset_json)
-        return torch.from_numpy(np.asarray(data, dtype=np.float32)), properties
+        with np.errstate(invalid="ignore"):
+            image, _, properties = preprocessor.run_case_npy(
+                data, None, properties, self.stock.plans_manager, self.configuration, self.stock.dataset_json
+            )
+        image = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(image).all():
+            raise ScanError("nonfinite", f"{int((~np.isfinite(data)).sum())} of {data.size} voxels are NaN or infinite, and after "
+                            f"preprocessing {int((~np.isfinite(image)).sum())} of {image.size}; repair or leave out the scan")
+        return torch.from_numpy(image), properties
+
+    def _read(self, files: list[str]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """nnU-Net's reader, whose errors are of any kind, and partly printed."""
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said), quiet_stderr():
+                data, properties = self.stock.plans_manager.image_reader_writer_class().read_images(files)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1:] or said.getvalue().splitlines()[:1] or [type(error).__name__]
+            raise ScanError("unreadable", f"nnU-Net cannot read {', '.join(Path(f).name for f in files)} ({reason[0].strip()})") from error
+        if said.getvalue():
+            log.warning("%s: %s", files[0], " ".join(said.getvalue().split()))
+        if len(data) != self.num_channels:
+            raise ScanError("channels", f"its files hold {len(data)} channels and the model needs {self.num_channels}; is one of them 4D?")
+        if len(properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1))) != 3:
+            raise ScanError("not3d", f"it has {len(properties['sitk_stuff']['spacing'])} dimensions; store it as a 3D image")
+        return data, properties
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """What a GPU computes in, as the trainers have it: bfloat16 where it is in hardware."""
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
+    """16 hexadecimal digits of the SHA-256 of a network's plans and weights."""
+    digest = hashlib.sha256(plans)
+    for name, value in parameters.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -168,43 +207,53 @@ def detect(model: Model, scan: Scan, options: Options) -> Detected:
     """Find the objects of a scan.
 
     Raises:
-        ScanError: it cannot be read.
+        ScanError: it cannot be read, or does not fit the model.
+        WeightsError: the network answers with numbers that are none.
     """
     with ready(scan) as files:
         image, properties = model.preprocess(files)
-    mirror_axes = _mirror_axes(model, options)
-    detector = ScanDetector(
-        model.network, model.plan.anchors, as_size(model.configuration.patch_size), model.device, mirror_axes=mirror_axes,
-        thinning=options.thinning, autocast=model.autocast,
-    )
-    with_labels = options.with_instances and model.plan.has_masks
-    parts: list[Candidates] = []
-    logits: torch.Tensor | None = None
-    for number, _ in enumerate(model.weights()):
-        found, of_fold = detector.candidates(image, with_logits=with_labels)
-        parts.append(replace(found, voters_N=found.voters_N + number * detector.num_voters))
-        if of_fold is not None:
-            logits = of_fold if logits is None else logits + of_fold
-    num_voters = len(parts) * detector.num_voters
-    merged = merge(joined(parts), num_voters, options.thinning)
+    merged, logits = _merged(model, image, options)
     manager = model.stock.plans_manager
     shape = original_shape(properties, manager.transpose_backward)
     geometry = preprocessing_of(properties, as_size(image.shape[1:]), manager.transpose_backward)
     detections = [d for d in in_original(merged, geometry, shape, model.plan.classes) if d.score >= lowest(options.min_score, d.name)]
     frame = frame_of_properties(properties, shape)
-    record = make_scan_file(scan.name, frame, detections, model.plan.labels, model.describe(), settings_of(model, options))
+    record = make_scan_file(
+        scan.name, frame, detections, model.plan.labels, model.describe(), settings_of(model, options), scan.inputs()
+    )
     labels = None
     if logits is not None:
         labels = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits / len(parts), manager, model.configuration, model.stock.label_manager, properties,
-            num_threads_torch=torch.get_num_threads(),
+            logits, manager, model.configuration, model.stock.label_manager, properties, num_threads_torch=torch.get_num_threads(),
         )
     return Detected(record, labels, properties)
 
 
+def _merged(model: Model, image_CZYX: torch.Tensor, options: Options) -> tuple[Found, torch.Tensor | None]:
+    """What all folds and mirrorings find together, in the preprocessed image, and the mean of their segmentation logits (C, Z, Y, X)."""
+    detector = ScanDetector(
+        model.network, model.plan.anchors, as_size(model.configuration.patch_size), model.device,
+        mirror_axes=_mirror_axes(model, options), thinning=options.thinning, autocast=model.autocast,
+    )
+    parts: list[Candidates] = []
+    logits: torch.Tensor | None = None
+    for number, _ in enumerate(model.weights()):
+        found, of_fold = detector.candidates(image_CZYX, with_logits=_with_instances(model, options))
+        parts.append(replace(found, voters_N=found.voters_N + number * detector.num_voters))
+        if of_fold is not None:
+            logits = of_fold if logits is None else logits + of_fold
+    merged = merge(joined(parts), len(parts) * detector.num_voters, options.thinning)
+    return merged, None if logits is None else logits / len(parts)
+
+
 def settings_of(model: Model, options: Options) -> dict[str, Any]:
-    """What results say of the options that they depend on."""
-    return {"thinning": asdict(options.thinning), "mirrorings": num_mirrorings(model, options), "min_score": options.min_score}
+    """What results say of the options that they depend on; the last two (``DRAWING``) are of pictures alone."""
+    return {"thinning": asdict(options.thinning), "mirrorings": num_mirrorings(model, options), "min_score": options.min_score,
+            "filled": options.filled, "instances": _with_instances(model, options)}
+
+
+def _with_instances(model: Model, options: Options) -> bool:
+    return options.with_instances and model.plan.has_masks
 
 
 def num_mirrorings(model: Model, options: Options) -> int:
@@ -241,8 +290,12 @@ def write(model: Model, found: Detected, folder: Path, options: Options) -> None
 def write_record(
     record: ScanFile, instances_ZYX: Ids | None, writer: Any, file_ending: str, properties: dict[str, Any], folder: Path, options: Options
 ) -> None:
-    """Write the files of a scan, its JSON last; ``writer`` is nnU-Net's for images of these properties."""
+    """Write the files of a scan, its JSON last, and remove those of an earlier run; ``writer`` is nnU-Net's for images of these properties.
+    """
     name, boxes = record.scan, _drawn(record, options)
+    # The JSON first: where it is, all is, and of one run.
+    for old in (f"{name}.json", f"{name}_instances{file_ending}", f"{name}_boxes.pkl"):
+        (folder / old).unlink(missing_ok=True)
     drawn = draw_boxes(boxes, record.shape_zyx, options.filled)
     writer.write_seg(drawn, str(folder / f"{name}_boxes{file_ending}"), properties)
     if instances_ZYX is not None:
@@ -278,10 +331,14 @@ def _folds(folder: Path, wanted: Sequence[str], checkpoint: str) -> tuple[str, .
     if not folder.is_dir():
         beside = sorted(p.name for p in folder.parent.glob("*Detection*")) if folder.parent.is_dir() else []
         raise UsageError(f"there is no trained model {folder}; {'there are: ' + ', '.join(beside) if beside else 'train it first'}")
-    present = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}"))
+    present = sorted((p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}")), key=natural_key)
     if not present:
         raise UsageError(f"{folder} has no finished fold (fold_*/{checkpoint}); finish a training, or use --checkpoint checkpoint_best.pth")
     missing = [fold for fold in wanted if fold not in present]
     if missing:
         raise UsageError(f"-f {' '.join(missing)}: not finished in {folder}; there are: {', '.join(present)}")
-    return tuple(wanted) or tuple(present)
+    # Fold all has seen every case: it is no fifth opinion beside the folds, and nobody knows how good it is.
+    usual = [fold for fold in present if fold != FOLD_ALL]
+    if not wanted and not usual:
+        raise UsageError(f"{folder} has no finished fold but all; add -f all to use that")
+    return tuple(dict.fromkeys(wanted)) or tuple(usual)

@@ -68,8 +68,9 @@ class ScanFile:
         scan: the case's name, without channel and ending.
         affine_ras: 4 x 4, from i, j, k to mm, as nibabel's.
         classes: name -> label of all that could have been found.
-        model: which networks found it (dataset, plans, trainer, folds, weights).
+        model: which networks found it (dataset, plans, trainer, folds, checkpoint, sha256 of the weights).
         settings: thresholds and switches of the prediction.
+        inputs: the files it was detected in (``scans.facts_of``).
     """
 
     scan: str
@@ -80,6 +81,7 @@ class ScanFile:
     boxes: tuple[FileBox, ...]
     model: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[dict[str, Any], ...] = ()
     axes: str = AXES
     format: str = FORMAT
     version: int = VERSION
@@ -92,7 +94,7 @@ class ScanFile:
 
 def make_scan_file(
     scan: str, frame: Frame, detections: Sequence[Detection], classes: Mapping[str, int],
-    model: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None, inputs: Sequence[dict[str, Any]] = (),
 ) -> ScanFile:
     """The file of a scan; boxes get ids from 1, the highest score first.
 
@@ -102,7 +104,7 @@ def make_scan_file(
     ordered = sorted(detections, key=lambda d: -d.score)
     boxes = tuple(_file_box(i, found, frame) for i, found in enumerate(ordered, start=1))
     place = (frame.shape_vox, frame.spacing_mm, frame.affine_ras)
-    made = ScanFile(scan, *place, dict(classes), boxes, dict(model or {}), dict(settings or {}))
+    made = ScanFile(scan, *place, dict(classes), boxes, dict(model or {}), dict(settings or {}), tuple(inputs))
     _check(made, f"detections of {scan}")
     return made
 

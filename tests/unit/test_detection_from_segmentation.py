@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,28 @@ def test_probabilities_whose_writing_was_cut_off_stop_nothing(predicted: Path, t
     (predicted / "case_2.npz").write_bytes(whole[: len(whole) // 2])
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
     assert "case_2 is left out (unreadable)" in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
+
+
+def test_probabilities_that_are_no_numbers_stop_nothing(predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
+    np.savez_compressed(predicted / "case_2.npz", probabilities=np.full((3, *SHAPE), np.nan))
+    assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
+    assert "case_2 is left out (nonfinite): probabilities of " in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
+
+
+def test_the_same_line_goes_on_unless_the_segmentation_or_a_rule_is_another(
+    predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--from-seg", str(predicted), "-o", str(tmp_path / "out")]
+    assert main(line) == 0 and main(line) == 0 and "1 of 1 scans were done before" in capsys.readouterr().out
+    assert main([*line, "--filled"]) == 0 and "are to be drawn in another way" in capsys.readouterr().out
+    line.append("--filled")
+    dataset = json.loads((predicted / "dataset.json").read_text())
+    (predicted / "dataset.json").write_text(json.dumps({**dataset, "autoreg_detection": {"detect_labels": ["lesion"]}}))
+    assert main(line) == 2 and "settings.detect_labels: " in capsys.readouterr().err
+    (predicted / "dataset.json").write_text(json.dumps(dataset))
+    os.utime(predicted / "case_1.npz", (1, 1))
+    assert main(line) == 2 and "inputs: " in capsys.readouterr().err
 
 
 def test_a_region_inside_another_adds_nothing_to_its_probability(predicted: Path, tmp_path: Path) -> None:
