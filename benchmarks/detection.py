@@ -38,7 +38,8 @@ SIDE, NUM_CASES, EMPTY_EVERY, MOST_CUBES = 80, 40, 8, 3
 SMALLEST, LARGEST, HOLE = 8, 16, 0.5
 LABELS = {"background": 0, "solid": 1, "holed": 2}
 NUM_TOY_FOLDS = 5
-FOLDS = {"oasis": ((6, 7), (0, 1), (2, 3)), "sarcoma": ((12, 13, 14, 15), (0, 1, 2, 3)), "ms": ((1,), (0,))}
+FOLDS = {"oasis": ((6, 7), (0, 1), (2, 3)), "sarcoma": ((12, 13, 14, 15), (0, 1, 2, 3)), "sarcoma_ct": ((8, 9, 10, 11), (0, 1, 2, 3)),
+         "ms": ((1,), (0,))}
 """Places, in order of the names, of the scans that each fold validates on; the others train. One scan a patient."""
 
 
