@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, fold: str, seed: int, name: str = "checkpoint
 
 
 def write_scan(file: Path, seed: int = 0, **changes: Any) -> None:
-    """An image of noise with a bright cube; ``shape``, and ``voxel``, the value of one voxel, may be changed."""
+    """An image of noise with a bright cube; ``shape``, ``spacing`` (x, y, z), and ``voxel``, the value of one voxel, may be changed."""
     import SimpleITK
 
     array = np.random.default_rng(seed).normal(size=changes.get("shape", SHAPE)).astype(np.float32)
@@ -98,4 +98,6 @@ def write_scan(file: Path, seed: int = 0, **changes: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # A leading axis of a 4D array is time; SimpleITK would take it for values of a voxel.
     image: Any = SimpleITK.GetImageFromArray(array, isVector=False)
+    if "spacing" in changes:
+        image.SetSpacing(changes["spacing"])
     SimpleITK.WriteImage(image, str(file))

@@ -148,14 +148,20 @@ class Model:
         """A scan as the network sees it (C, Z, Y, X), and where it comes from.
 
         Raises:
-            ScanError: it cannot be read, has another number of channels or dimensions, or voxels that are no finite numbers.
+            ScanError: it cannot be read or resampled, has another number of channels or dimensions, or voxels that are no finite numbers.
         """
         data, properties = self._read(files)
         preprocessor = self.configuration.preprocessor_class(verbose=False)
-        with np.errstate(invalid="ignore"):
-            image, _, properties = preprocessor.run_case_npy(
-                data, None, properties, self.stock.plans_manager, self.configuration, self.stock.dataset_json
-            )
+        try:
+            with np.errstate(invalid="ignore"):
+                image, _, properties = preprocessor.run_case_npy(
+                    data, None, properties, self.stock.plans_manager, self.configuration, self.stock.dataset_json
+                )
+        except ValueError as error:
+            size = " x ".join(str(n) for n in data.shape[1:])
+            spacing = ", ".join(f"{mm:g}" for mm in properties["spacing"])
+            raise ScanError("spacing", f"nnU-Net cannot resample {size} voxels of {spacing} mm (z, y, x) ({error}); look at its header"
+                            ) from error
         image = np.asarray(image, dtype=np.float32)
         if not np.isfinite(image).all():
             raise ScanError("nonfinite", f"{int((~np.isfinite(data)).sum())} of {data.size} voxels are NaN or infinite, and after "
@@ -210,6 +216,7 @@ def detect(model: Model, scan: Scan, options: Options) -> Detected:
         ScanError: it cannot be read, or does not fit the model.
         WeightsError: the network answers with numbers that are none.
     """
+    inputs = scan.inputs()
     with ready(scan) as files:
         image, properties = model.preprocess(files)
     merged, logits = _merged(model, image, options)
@@ -218,9 +225,7 @@ def detect(model: Model, scan: Scan, options: Options) -> Detected:
     geometry = preprocessing_of(properties, as_size(image.shape[1:]), manager.transpose_backward)
     detections = [d for d in in_original(merged, geometry, shape, model.plan.classes) if d.score >= lowest(options.min_score, d.name)]
     frame = frame_of_properties(properties, shape)
-    record = make_scan_file(
-        scan.name, frame, detections, model.plan.labels, model.describe(), settings_of(model, options), scan.inputs()
-    )
+    record = make_scan_file(scan.name, frame, detections, model.plan.labels, model.describe(), settings_of(model, options), inputs)
     labels = None
     if logits is not None:
         labels = convert_predicted_logits_to_segmentation_with_correct_shape(

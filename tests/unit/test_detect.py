@@ -273,12 +273,14 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
     scans = tmp_path / "in"
     for name, shape in {"a": SHAPE, "time": (3, *SHAPE), "once": (1, *SHAPE), "flat": SHAPE[1:]}.items():
         write_scan(scans / f"{name}_0000.nrrd", shape=shape)
+    write_scan(scans / "thin_0000.nrrd", spacing=(1e-3, 1.0, 1.0))
     whole = (scans / "a_0000.nrrd").read_bytes()
     (scans / "cut_0000.nrrd").write_bytes(whole[: len(whole) // 2])
     assert run() == 1
     for said in ("cut is left out (unreadable): nnU-Net cannot read cut_0000.nrrd (", "flat is left out (not3d): it has 2 dimensions",
                  "time is left out (channels): its files hold 3 channels and the model needs 1",
-                 "once is left out (not3d): it has 4 dimensions"):
+                 "once is left out (not3d): it has 4 dimensions",
+                 "thin is left out (spacing): nnU-Net cannot resample 16 x 20 x 24 voxels of 1, 1, 0.001 mm (z, y, x)"):
         assert said in caplog.text
     assert [f.name for f in (tmp_path / "out").glob("*.json") if ".mrk" not in f.name] == ["a.json"]
 
