@@ -180,7 +180,8 @@ class Model:
         if said.getvalue():
             log.warning("%s: %s", files[0], " ".join(said.getvalue().split()))
         if len(data) != self.num_channels:
-            raise ScanError("channels", f"its files hold {len(data)} channels and the model needs {self.num_channels}; is one of them 4D?")
+            raise ScanError("channels", f"its files hold {len(data)} channels and the model needs {self.num_channels}; is one of them 4D "
+                            "or in colour?")
         if len(properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1))) != 3:
             raise ScanError("not3d", f"it has {len(properties['sitk_stuff']['spacing'])} dimensions; store it as a 3D image")
         return data, properties
