@@ -4,6 +4,7 @@ Whatever is no file that the dataset's reader takes - a DICOM series, a volume o
 NIfTI file of the same geometry. Nothing is turned: a network expects the orientation of the files it was trained on.
 """
 
+import hashlib
 import logging
 import re
 from collections import defaultdict
@@ -51,16 +52,16 @@ class Scan:
 
 
 def facts_of(files: Sequence[Path]) -> tuple[dict[str, Any], ...]:
-    """Path, bytes and time of change of every file: what tells that an input is another one.
+    """Bytes and time of change of every file: what tells that an input is another one. No paths, in which names of patients may be.
 
-    Of a folder only the path: its DICOM series are told by their UIDs, and others may come into it.
+    Of a folder a digest of its path alone: its DICOM series are told by their UIDs, and others may come into it.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for file in files:
-        facts: dict[str, Any] = {"path": str(file.resolve())}
         if file.is_file():
-            facts |= {"bytes": file.stat().st_size, "modified_ns": file.stat().st_mtime_ns}
-        found.append(facts)
+            found.append({"bytes": file.stat().st_size, "modified_ns": file.stat().st_mtime_ns})
+        else:
+            found.append({"folder_sha256": hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]})
     return tuple(found)
 
 

@@ -16,7 +16,7 @@ from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.planned import labelled_cases
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
-from nnunet_autoreg.detection.scans import find, ready
+from nnunet_autoreg.detection.scans import facts_of, find, ready
 from nnunet_autoreg.errors import ObjectsError, ScanError, UsageError
 
 CLASSES = {"solid": 1, "holed": 2}
@@ -154,7 +154,14 @@ def test_inputs_are_told_by_their_size_and_time(tmp_path: Path) -> None:
     (tmp_path / "a_0000.nii.gz").write_bytes(b"12345")
     os.utime(tmp_path / "a_0000.nii.gz", (3, 3))
     (scan,) = find(tmp_path, ".nii.gz", 1)
-    assert scan.inputs() == ({"path": str(tmp_path.resolve() / "a_0000.nii.gz"), "bytes": 5, "modified_ns": 3_000_000_000},)
+    assert scan.inputs() == ({"bytes": 5, "modified_ns": 3_000_000_000},)
+
+
+def test_inputs_name_no_path(tmp_path: Path) -> None:
+    folder = tmp_path / "Doe^Jane"
+    folder.mkdir()
+    (told,), (other,) = facts_of([folder]), facts_of([tmp_path])
+    assert "Doe" not in str(told) and told != other and list(told) == ["folder_sha256"]
 
 
 def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
