@@ -197,7 +197,10 @@ def start(
         UsageError: results of another model, of another input, or with other options.
     """
     folder = Path(args.o)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"-o {folder} cannot be made ({error.strerror or error}); give a folder that you may write to") from error
     there = [] if args.overwrite else [name for name in inputs if (folder / f"{name}.json").is_file()]
     done = {name for name in there if _is_done(folder / f"{name}.json", {"model": model, "settings": settings, "inputs": inputs[name]})}
     if done:

@@ -326,9 +326,11 @@ def trained_folder(results: Path, dataset: str, trainer: str, plans: str, config
     name = dataset
     if dataset.isdecimal():
         found = sorted(p.name for p in results.glob(f"Dataset{int(dataset):03}_*") if p.is_dir())
-        if len(found) != 1:
-            what = f"{' and '.join(found)} share it" if found else f"{results} (nnUNet_results) has none"
-            raise UsageError(f"-d {dataset}: no single trained dataset has that number: {what}; give the full name")
+        if len(found) > 1:
+            raise UsageError(f"-d {dataset}: {' and '.join(found)} share that number; give the full name")
+        if not found:
+            known = ", ".join(sorted(p.name for p in results.glob("Dataset*_*") if p.is_dir())) or "none"
+            raise UsageError(f"-d {dataset}: {results} (nnUNet_results) has no trained dataset of that number; there are: {known}")
         name = found[0]
     return results / name / f"{trainer}__{plans}__{configuration}"
 

@@ -101,7 +101,7 @@ def _found_scans(folder: Path, file_ending: str, num_channels: int, split_4d: bo
         log.warning("left out: %s (%s: %s)", left.id, left.status, left.reason)
     scans = [_of_candidate(c, file_ending) for c in found if not c.status]
     if not scans:
-        raise UsageError(f"-i {folder} holds no scan")
+        raise UsageError(f"-i {folder} holds no scan; name files <case>_0000{file_ending}, or give DICOM, NIfTI, NRRD or MetaImage")
     return scans
 
 

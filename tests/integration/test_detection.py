@@ -179,7 +179,7 @@ def test_detection_asks_for_what_is_missing_in_one_line(
     from nnunet_autoreg.cli.detect import main
 
     for changes, said in [(["-f", "3"], "-f 3: not finished"), (["-tr", "AutoregDetectionScratchTrainer"], "there is no trained model"),
-                          (["-d", "903"], "no single trained dataset has that number"), (["-i", str(tmp_path / "no")], "does not exist")]:
+                          (["-d", "903"], "has no trained dataset of that number"), (["-i", str(tmp_path / "no")], "does not exist")]:
         line = ["-d", "902", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--device", "cpu", *changes]
         assert main(line) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

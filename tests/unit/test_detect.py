@@ -298,6 +298,15 @@ def test_channels_that_do_not_fit_each_other_are_said_so(tmp_path: Path, monkeyp
     assert found(tmp_path / "out")["boxes"]
 
 
+def test_what_was_typed_wrong_is_told_with_what_would_do(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "empty").mkdir()
+    for more, told in ((["-o", str(tmp_path / "taken" / "x")], "cannot be made (Not a directory); give a folder"),
+                       (["-d", "951"], "has no trained dataset of that number; there are: Dataset950_Tiny"),
+                       (["-i", str(tmp_path / "empty")], "holds no scan; name files <case>_0000.nii.gz")):
+        assert run(*more) == 2 and told in capsys.readouterr().err
+
+
 def test_a_gpu_computes_in_the_precision_that_training_had(monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_autoreg.detection.predict import half_precision
 
