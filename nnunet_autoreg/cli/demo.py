@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     picture = draw(demo, dice)
     steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
     values = ", ".join(f"{arm} {value:.3f}" for arm, value in dice.items())
-    print(f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}")
+    print(f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}; two runs so short differ by more than "
+          "the arms do (autoreg_benchmark compares them)")
     print(f"picture: {picture}")
     print_next("autoreg_pretrain -i FOLDER_WITH_YOUR_SCANS --name NAME")
     return 0
