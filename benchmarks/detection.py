@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     pretrained = {name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")}
     add_line(args.results, {
         "set": dataset, "encoder": args.encoder, "arm": args.arm, "fold": args.fold, "iterations": args.epochs * args.iterations,
-        "batch": planned["batch_size"], "patch": planned["patch_size"], "recipe": recipe_values(tuple(args.recipe)),
+        "batch": planned["batch_size"], "patch": planned["patch_size"], "recipe": args.recipe,
         "minutes": round(minutes, 2), "threads": args.threads,
         "pretrained": pretrained if args.arm == "pretrained" else {}, **figures(summary), "dice": round(dice, 4),
     })
@@ -228,7 +228,7 @@ def shorten(file: Path, args: argparse.Namespace) -> None:
     """Length, patch and batch into the plans file."""
     plans = json.loads(file.read_text())
     lengths = {"num_iterations_per_epoch": args.iterations, "num_val_iterations_per_epoch": args.val_iterations}
-    plans["autoreg"]["recipe"] |= recipe_values(tuple(args.recipe)) | lengths
+    plans["autoreg"]["recipe"] |= args.recipe | lengths
     configuration = plans["configurations"]["3d_fullres"]
     configuration["autoreg_detection"]["num_epochs"] = args.epochs
     if args.batch:
@@ -302,6 +302,7 @@ def main() -> None:
     elif args.command == "table":
         print("\n".join(table(args.results)))
     else:
+        args.recipe = recipe_values(tuple(args.recipe))
         run(args)
 
 

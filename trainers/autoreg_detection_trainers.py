@@ -29,6 +29,7 @@ from nnunet_autoreg.detection.net import Detector, Output, build_detector, stage
 from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan, check_same_dataset, make_plan, read_plan, store
 from nnunet_autoreg.detection.score import quick_scores
+from nnunet_autoreg.detection.thresholds import SUMMARY
 from nnunet_autoreg.detection.training import (
     ForwardedLog,
     Losing,
@@ -309,7 +310,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         self.inference_allowed_mirroring_axes = trained_axes
 
     def _validate_boxes(self) -> None:
-        folder = Path(self.output_folder) / "validation_detection"
+        summary = Path(self.output_folder) / SUMMARY
         _, cases = self.do_split()
         mine = sorted(cases)
         if self.is_ddp:
@@ -324,12 +325,12 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
                  "configuration": self.configuration_name, "folds": [self.fold], "validation": True}
         stock = self.dataset_class(self.preprocessed_dataset_folder, mine)
         found = validate_cases(
-            scan_detector, stock, mine, self.source, self.plan, self.plans_manager.transpose_backward, folder, model
+            scan_detector, stock, mine, self.source, self.plan, self.plans_manager.transpose_backward, summary.parent, model
         )
         detector.detect = False
         every = self._from_all_processes([{"scan": scan} for scan in found])
         if self.local_rank == 0:
-            scores = write_summary(folder / "summary_detection.json", [o["scan"] for o in every], self.plan,
+            scores = write_summary(summary, [o["scan"] for o in every], self.plan,
                                    {**model, "mirrorings": scan_detector.num_voters})
             for name, value in scores.items():
                 self.logger.log_summary(f"final_val/{name}", value)

@@ -272,7 +272,7 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
     if strangers:
         listed = ", ".join(f"{v:g}" for v in strangers[:5])
         raise ObjectsError(f"{file} holds the values {listed}, which are no labels; an instance map needs {beside.name} beside it")
-    return find_instances(array, truth.classes, truth.rules)
+    return find_instances(array, truth.classes, truth.rules, str(file))
 
 
 def _check_place(file: Path, onto: Frame) -> None:

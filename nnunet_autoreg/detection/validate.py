@@ -19,6 +19,7 @@ from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
 from nnunet_autoreg.detection.score import quick_scores, scan_of_instances
+from nnunet_autoreg.detection.thresholds import FOLD_ALL
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import atomic_path, read_json, write_json
@@ -117,7 +118,7 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
     found: dict[str, dict[float, float]] = {}
     for other in sorted(file.parents[2].glob(f"fold_*/{file.parent.name}/{file.name}")):
         fold = other.parents[1]
-        if fold == file.parents[1] or fold.name == "fold_all":  # which has trained on these cases
+        if fold == file.parents[1] or fold.name == f"fold_{FOLD_ALL}":  # which has trained on these cases
             continue
         try:
             of_fold = read_json(other)["sweep"]["tried"]
