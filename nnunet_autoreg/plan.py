@@ -130,11 +130,15 @@ class TrunkPlan:
 
 @dataclass(frozen=True)
 class ObjectivePlan:
-    """Regression of normalised voxels: targets are (v - mean) / sqrt(max(var, floor) + epsilon) of every token.
+    """Regression of voxels: what is predicted, and by which head.
 
     Attributes:
         name: the objective's file in ``objectives/``: "autoregressive" - block after block; "masked" - the blocks that are not given, all
             at once from those that are (needs a fixed prefix, which is the visible share, random order and predictor "query").
+        target: what is regressed of every unknown token. "normalised" - its voxels with their own mean and deviation taken out,
+            (v - mean) / sqrt(max(var, floor) + epsilon); "normalised_with_statistics" - the same, and the token's mean and the logarithm
+            of its deviation as two more outputs; "voxels" - its voxels as they are, which nnU-Net's normalisation has brought to
+            mean 0 and deviation 1 over the scan.
         variance_floor: the floor, in squared normalised intensity units; 0 for none.
         variance_epsilon: what is added under the root, in the same units; AR-SSL4M adds 1e-6 and has no floor.
         target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's target, 0 for none. It stays inside the
@@ -144,6 +148,7 @@ class ObjectivePlan:
     """
 
     name: str = "autoregressive"
+    target: str = "normalised"
     variance_floor: float = 1e-2
     variance_epsilon: float = 0.0
     target_smoothing: float = 0.0
@@ -234,6 +239,7 @@ SHARDINGS = ("auto", "none", "full")
 PREDICTORS = ("next", "query")
 PREFIXES = ("uniform", "long", "fixed", "uniform_from_0")
 OBJECTIVES = ("autoregressive", "masked")
+TARGETS = ("normalised", "normalised_with_statistics", "voxels")
 
 
 def override(plan: Plan, settings: list[str]) -> Plan:

@@ -3,7 +3,7 @@
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import family_of, has_start, has_transformer, missing_arguments, smallest_block, token_size_of
 from nnunet_autoreg.geometry import volume
-from nnunet_autoreg.plan import KINDS, OBJECTIVES, ORDERS, PREDICTORS, PREFIXES, SHARDINGS, EncoderPlan, Plan, SpacingGroup
+from nnunet_autoreg.plan import KINDS, OBJECTIVES, ORDERS, PREDICTORS, PREFIXES, SHARDINGS, TARGETS, EncoderPlan, Plan, SpacingGroup
 
 
 def check(plan: Plan) -> Plan:
@@ -26,7 +26,7 @@ def _check_names(plan: Plan) -> None:
     s = plan.sequence
     named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
              "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES),
-             "run.sharding": (plan.run.sharding, SHARDINGS)}
+             "objective.target": (plan.objective.target, TARGETS), "run.sharding": (plan.run.sharding, SHARDINGS)}
     for key, (value, known) in named.items():
         if value not in known:
             raise PlanError(f"{key}: '{value}' does not exist; {did_you_mean(value, known)}")

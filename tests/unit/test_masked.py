@@ -242,6 +242,7 @@ REFUSED = [
     ({"objective": ObjectivePlan("masked")}, "use --objective masked"),
     ({"objective": ObjectivePlan("masked"), "order": "random", "predictor": "query"}, r"sequence\.prefix=uniform is ill-posed"),
     ({"objective": ObjectivePlan("mased")}, "did you mean 'masked'"),
+    ({"objective": ObjectivePlan(target="voxel")}, "did you mean 'voxels'"),
     ({"prefix": "fixed", "prefix_share": 0.0}, "between 0 and 1"),
     ({"prefix": "fixed", "prefix_share": 1.0}, "between 0 and 1"),
     ({"prefix": "short"}, "known are: fixed, long, uniform, uniform_from_0"),
