@@ -9,7 +9,7 @@ from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class SequencePlan:
         crop_size_vox: (z, y, x), a multiple of block_tokens x token size.
         block_tokens: tokens per block and axis; (1, 1, 1) is a block of one token.
         order: "raster" - image after image, each along x, then y, then z; "interleaved" - at each place in the plane along z
-            through all images or sub-volumes (AR-SSL4M's own); "random" (needs predictor "query").
+            through all images or sub-volumes (AR-SSL4M's own); "random" (needs predictor "query" or "network").
         predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light decoder is told where
-            the target lies and attends to earlier blocks only.
+            the target lies and attends to earlier blocks only; "network" - a CNN as a whole predicts all unknown voxels of a crop.
         prefix: distribution of the number p of given blocks: "uniform" over 1..K-1; "long" - the larger of two such numbers, so that
             most blocks are given; "fixed" - always ``prefix_share`` of the K blocks; "uniform_from_0" over 0..K-1, for encoders with a
             START token, which then predicts the first block (AR-SSL4M's own).
@@ -116,19 +116,6 @@ class SequencePlan:
 
 
 @dataclass(frozen=True)
-class TrunkPlan:
-    """The transformer that a CNN gets for its pretraining, since it has none of its own; it does not transfer.
-
-    Attributes:
-        width: features of a token, a multiple of 6 times the number of heads (rotary positions on three axes).
-    """
-
-    width: int
-    depth: int
-    num_heads: int
-
-
-@dataclass(frozen=True)
 class ObjectivePlan:
     """Regression of voxels: what is predicted, and by which head.
 
@@ -144,7 +131,9 @@ class ObjectivePlan:
         target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's target, 0 for none. It stays inside the
             token and takes real voxels alone, so that a target depends on its own token only.
         query_depth: layers of the decoder of predictor "query".
-        trunk: the transformer over a CNN's features; None for encoders that have one of their own.
+        unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they are 0 in the input; "learned" - a
+            learned vector is also added to their features after the stem.
+        trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run cannot be continued.
     """
 
     name: str = "autoregressive"
@@ -153,7 +142,8 @@ class ObjectivePlan:
     variance_epsilon: float = 0.0
     target_smoothing: float = 0.0
     query_depth: int = 2
-    trunk: TrunkPlan | None = None
+    unknown_mark: str = "zero"
+    trunk: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +226,8 @@ class Plan:
 ORDERS = ("raster", "interleaved", "random")
 KINDS = ("spatial", "strided", "contrast", "semantic")
 SHARDINGS = ("auto", "none", "full")
-PREDICTORS = ("next", "query")
+PREDICTORS = ("next", "query", "network")
+UNKNOWN_MARKS = ("zero", "learned")
 PREFIXES = ("uniform", "long", "fixed", "uniform_from_0")
 OBJECTIVES = ("autoregressive", "masked")
 TARGETS = ("normalised", "normalised_with_statistics", "voxels")

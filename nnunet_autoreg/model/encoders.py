@@ -23,10 +23,9 @@ from nnunet_autoreg.families import (
 )
 from nnunet_autoreg.geometry import Size, as_size, grid_of
 from nnunet_autoreg.model.primus import PrimusEncoder
-from nnunet_autoreg.model.resenc import ResEncEncoder
 from nnunet_autoreg.model.sequence import SequenceEncoder
 from nnunet_autoreg.model.vit_sequence import ViTEncoder
-from nnunet_autoreg.plan import EncoderPlan, TrunkPlan
+from nnunet_autoreg.plan import EncoderPlan
 
 IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 """Arguments of a CNN that name a class."""
@@ -87,32 +86,32 @@ def build_sequence_encoder(
     encoder: EncoderPlan,
     crop_size: Size,
     block_tokens: Size,
-    trunk: TrunkPlan | None,
     num_channels: int = 1,
     recompute: bool = False,
 ) -> SequenceEncoder:
-    """The encoder as pretraining runs it, with random weights.
+    """Return a transformer encoder as pretraining runs it, with random weights.
 
     Args:
         crop_size: voxels (z, y, x), a multiple of the block.
         block_tokens: tokens of a block per axis.
-        trunk: the transformer of a CNN; None for encoders that have one.
         recompute: activation checkpointing.
 
     Raises:
-        PlanError: as ``build_network``; or a CNN has no trunk.
+        PlanError: as ``build_network``; or the encoder is a CNN, which reads no sequence of tokens.
     """
+    family = family_of(encoder.class_path)
+    if family == RESENC:
+        raise PlanError(
+            f"encoder.name={encoder.name}: a CNN has no tokens to attend to; it is pretrained by "
+            "sequence.predictor=network"
+        )
+
     network = build_network(encoder.class_path, encoder.arguments, crop_size, num_channels, 1)
     token = encoder.token_size_vox
     block = as_size([t * b for t, b in zip(token, block_tokens, strict=True)])
-    family = family_of(encoder.class_path)
     if family == VIT:
         return ViTEncoder(network, token, block, recompute)
-    if family != RESENC:
-        return PrimusEncoder(network, token, block, recompute)
-    if trunk is None:
-        raise PlanError("objective.trunk is missing: a CNN is pretrained under a transformer; give its width, depth and num_heads")
-    return ResEncEncoder(network, token, block, grid_of(crop_size, token), trunk, recompute)
+    return PrimusEncoder(network, token, block, recompute)
 
 
 def located(class_path: str) -> type:

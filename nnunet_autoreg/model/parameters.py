@@ -1,6 +1,8 @@
-"""Which parameters weight decay may touch: one rule for pretraining and fine-tuning."""
+"""Rules about a network's parameters: which are decayed, and which leave a pretraining."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 POSITIONS = ("pos_embed", "register_tokens", "mask_token", "cls_token", "position", "member")
 """Last names of tables that are looked up rather than multiplied with."""
@@ -14,3 +16,26 @@ def is_position(name: str) -> bool:
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Matrices and kernels are decayed; norms, biases, LayerScale (at most one axis) and position tables are not."""
     return parameter.ndim > 1 and not is_position(name)
+
+
+def weights_under(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors of ``network`` whose keys begin with a prefix, as float32 on the CPU.
+
+    A tensor with several names (nnU-Net's convolutions have two) is listed once, under the first.
+    Rotary tables are left out: the downstream network makes them for its own grid. Where weights
+    are sharded over processes, all processes have to call this together.
+    """
+    seen: set[int] = set()
+    kept: dict[str, Tensor] = {}
+
+    for key, value in network.state_dict(keep_vars=True).items():
+        if not key.startswith(prefixes) or ".rope." in key or id(value) in seen:
+            continue
+        seen.add(id(value))
+
+        whole = value.detach()
+        if isinstance(value, DTensor):
+            # Gathered where it lies: nccl gathers nothing that was moved to the CPU before.
+            whole = whole.full_tensor()  # type: ignore[attr-defined]
+        kept[key] = whole.to("cpu", torch.float32).contiguous()
+    return kept

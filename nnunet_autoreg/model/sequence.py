@@ -4,16 +4,17 @@ Pretraining runs on nnU-Net's own classes, so that state-dict keys are already t
 M members, C channels, Z Y X voxels, T = M * N tokens, N tokens of a member in raster order (z, y, x), V width, K blocks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from nnunet_autoreg.geometry import Size, as_size, grid_of
+from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.parameters import weights_under
 from nnunet_autoreg.model.trunk import recomputed, run_blocks
 
 LOCAL_PIECES = 8
@@ -33,6 +34,19 @@ def from_blocks(blocks_BKVzyx: Tensor, grid: Size) -> Tensor:
     gz, gy, gx = grid
     whole = blocks_BKVzyx.reshape(B, gz, gy, gx, V, z, y, x).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return whole.reshape(B, V, gz * z, gy * y, gx * x)
+
+
+def to_tokens(volume_BMCZYX: Tensor, token: Size) -> Tensor:
+    """Return the voxels of every token, (B, T, P) with P = (C, z, y, x) flattened."""
+    cubes = to_blocks(volume_BMCZYX.flatten(0, 1), token).flatten(2)
+    return cubes.reshape(volume_BMCZYX.shape[0], -1, cubes.shape[-1])
+
+
+def from_tokens(tokens_BTP: Tensor, token: Size, shape_BMCZYX: Sequence[int]) -> Tensor:
+    """Return the first channel of every token in its place, (B, M, Z, Y, X)."""
+    B, M, _, Z, Y, X = shape_BMCZYX
+    cubes = tokens_BTP[:, :, : volume(token)].reshape(B * M, -1, 1, *token)
+    return from_blocks(cubes, grid_of((Z, Y, X), token)).reshape(B, M, Z, Y, X)
 
 
 class SequenceEncoder(nn.Module):
@@ -149,21 +163,8 @@ class SequenceEncoder(nn.Module):
         return self.contextual(self.tokens(voxels_BMCZYX, whole), rule, positions_BT)[:, self.num_starts :]
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """What fine-tuning loads, under the downstream keys, float32 on the CPU. Where weights are spread over processes, all have to call.
-
-        A tensor with several names - nnU-Net's convolutions have two - is listed once, under the first. Rotary tables are left out: the
-        downstream network makes them for its own grid.
-        """
-        state = self.network.state_dict(keep_vars=True)
-        seen: set[int] = set()
-        kept: dict[str, Tensor] = {}
-        for key, value in state.items():
-            if key.startswith(self.transfers) and ".rope." not in key and id(value) not in seen:
-                seen.add(id(value))
-                # Gathered where it lies: nccl gathers nothing that was moved to the CPU before.
-                whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()  # type: ignore[attr-defined]
-                kept[key] = whole.to("cpu", torch.float32).contiguous()
-        return kept
+        """Return what fine-tuning loads, under the downstream keys (``weights_under``)."""
+        return weights_under(self.network, self.transfers)
 
     def adaptation(self) -> Adaptation:
         """Where the adaptable parts live."""

@@ -11,7 +11,6 @@ from typing import Any
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, token_size_of
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.plan import TrunkPlan
 
 PRIMUS_WIDTHS = {"tiny": (264, 6, 4), "s": (396, 12, 6), "b": (792, 12, 12), "m": (864, 16, 12), "l": (1056, 24, 16)}
 """Size -> width, depth, heads."""
@@ -30,7 +29,6 @@ class EncoderSize:
         max_crop_vox: largest useful number of voxels of a crop or patch.
         scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe: AdamW, of a CNN SGD).
         pretrain_rate: peak learning rate of pretraining at the reference batch (AdamW).
-        trunk: the transformer that a CNN gets for its pretraining; None where the encoder has its own.
         patch_gib: of a CNN, the GPU memory for which nnU-Net's planner of the same name plans patch and batch.
     """
 
@@ -44,7 +42,6 @@ class EncoderSize:
     scratch_rate: float
     pretrained_rate: float
     pretrain_rate: float
-    trunk: TrunkPlan | None = None
     patch_gib: float | None = None
 
     @property
@@ -108,12 +105,11 @@ def _resenc(size: str, features: list[int], blocks: list[int], patch_gib: float 
         class_path=CLASS_PATHS[RESENC],
         arguments=arguments,
         token_size=token_size_of(CLASS_PATHS[RESENC], arguments),
-        block_tokens=(4, 4, 4) if tiny else (2, 2, 2),
+        block_tokens=(1, 1, 1),
         max_crop_vox=64**3 if tiny else 160**3,
         scratch_rate=1e-2,
         pretrained_rate=1e-3,
         pretrain_rate=1e-3 if tiny else 3e-4,
-        trunk=TrunkPlan(192, 2, 4) if tiny else TrunkPlan(384, 4, 8),
         patch_gib=patch_gib,
     )
 

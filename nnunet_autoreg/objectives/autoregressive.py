@@ -53,7 +53,7 @@ class AutoregressiveModel(nn.Module):
         sequence, token = plan.sequence, plan.encoder.token_size_vox
         recompute = plan.optim.checkpoint_activations
         self.encoder = build_sequence_encoder(
-            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, plan.objective.trunk, num_channels, recompute
+            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, num_channels, recompute
         )
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)

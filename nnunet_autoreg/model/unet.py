@@ -1,0 +1,95 @@
+"""nnU-Net's residual encoder U-Net as pretraining runs it: the whole network, one output channel.
+
+Shape suffixes: B samples, C channels or features, Z Y X voxels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.parameters import weights_under
+from nnunet_autoreg.model.trunk import recomputed
+
+ENCODER_PREFIX = "encoder."
+DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
+"""What fine-tuning loads besides the encoder. The segmentation heads are new in every task."""
+
+
+class PretrainingUNet(nn.Module):
+    """A ``ResidualEncoderUNet`` that is told which voxels it cannot see.
+
+    Unknown voxels are set to 0 in the input. Zero alone is ambiguous: padding, masked background
+    and mean tissue are 0 too. With ``learned_mark`` a vector that is learned in pretraining is added
+    to the features of unknown voxels after the stem. The vector is not transferred.
+
+    Args:
+        network: with one output channel and without deep supervision.
+        learned_mark: whether there is such a vector.
+        recompute: keep only the inputs of the stages for the backward pass (activation
+            checkpointing).
+    """
+
+    def __init__(self, network: nn.Module, learned_mark: bool, recompute: bool = False):
+        super().__init__()
+        self.network: Any = network
+        # The decoder registers the encoder a second time; every weight needs one name only.
+        del self.network.decoder.encoder
+
+        self.recompute = recompute
+        self.mark: nn.Parameter | None = None
+        if learned_mark:
+            num_features = int(self.network.encoder.output_channels[0])
+            self.mark = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, voxels_BCZYX: Tensor, known_BZYX: Tensor | None = None) -> Tensor:
+        """Return predicted intensities (B, 1, Z, Y, X).
+
+        Args:
+            known_BZYX: bool, True where a voxel may be seen; None where all may be.
+        """
+        skips = self.encode(voxels_BCZYX, known_BZYX)
+        decoder = self.network.decoder
+
+        x_BCZYX = skips[-1]
+        for level, (upsample, stage) in enumerate(
+            zip(decoder.transpconvs, decoder.stages, strict=True), start=2
+        ):
+            joined_BCZYX = torch.cat([upsample(x_BCZYX), skips[-level]], dim=1)
+            x_BCZYX = recomputed(stage, self.recompute, joined_BCZYX)
+
+        out: Tensor = decoder.seg_layers[-1](x_BCZYX)
+        return out
+
+    def encode(self, voxels_BCZYX: Tensor, known_BZYX: Tensor | None = None) -> list[Tensor]:
+        """Return the features of every encoder stage, the finest first."""
+        encoder = self.network.encoder
+        seen_BCZYX = voxels_BCZYX
+        if known_BZYX is not None:
+            seen_BCZYX = voxels_BCZYX * known_BZYX[:, None]
+
+        x_BCZYX = encoder.stem(seen_BCZYX)
+        if self.mark is not None and known_BZYX is not None:
+            unknown_B1ZYX = (~known_BZYX[:, None]).to(x_BCZYX.dtype)
+            x_BCZYX = x_BCZYX + self.mark[:, None, None, None] * unknown_B1ZYX
+
+        features = []
+        for stage in encoder.stages:
+            x_BCZYX = recomputed(stage, self.recompute, x_BCZYX)
+            features.append(x_BCZYX)
+        return features
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        """Return what fine-tuning loads, under the keys of the downstream network."""
+        return weights_under(self.network, (ENCODER_PREFIX, *DECODER_PREFIXES))
+
+    def adaptation(self) -> Adaptation:
+        """Return where fine-tuning finds the parts that it may have to adapt."""
+        network = self.network
+        return Adaptation(
+            key_to_encoder=str(network.key_to_encoder),
+            key_to_stem=str(network.key_to_stem),
+            keys_to_in_proj=tuple(network.keys_to_in_proj),
+            key_to_lpe=None,
+        )

@@ -1,0 +1,255 @@
+"""Whole-network autoregression for CNNs: the complete U-Net predicts unknown blocks from known ones.
+
+The blocks of a crop are put in a random order, and the first k of them are known ("random
+start-up"). The U-Net sees the known blocks and predicts the voxels of all others at once. Averaged
+over k and over orders this estimates the autoregressive objective over all orders
+(order-agnostic autoregression). For a CNN it is masked prediction whose known share is drawn
+uniformly; the masked twin is the same network with a fixed share.
+
+Encoder and decoder are both trained and both transferred. Several contrasts or patients are set
+side by side along z into one crop with one input channel, and the order runs over the blocks of
+all of them.
+
+Source: Uria et al. 2014 and Hoogeboom et al., arXiv 2110.02037 (order-agnostic autoregression);
+S3D, arXiv 2410.23132 (transfer of a CNN's decoder).
+
+Shape suffixes: B samples, M members, C channels, Z Y X voxels, T tokens, P voxels of a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_autoreg.geometry import Size, grid_of
+from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.encoders import build_network
+from nnunet_autoreg.model.sequence import from_tokens, to_tokens
+from nnunet_autoreg.model.unet import PretrainingUNet
+from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
+from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sequences.sampler import SequenceSampler
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the network has to predict, and where; all (B, T, P).
+
+    Attributes:
+        values: the intensities, normalised per token if the plan says so.
+        mean, deviation: what turns ``values`` back into intensities, (B, T, 1).
+        known: bool, voxels that the network is shown. Padding counts as known.
+        real: bool, False where there is padding.
+        loss_mask: bool, voxels that carry loss.
+    """
+
+    values: Tensor
+    mean: Tensor
+    deviation: Tensor
+    known: Tensor
+    real: Tensor
+    loss_mask: Tensor
+
+
+class WholeNetwork:
+    """The objective: loss, and what transfers. See ``objectives.base.Objective``.
+
+    Both ``autoregressive`` and ``masked`` are this class for CNNs: they differ in the distribution
+    of the number of known blocks, which the plan's ``sequence.prefix`` states.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.sampler = SequenceSampler(plan)
+        self.token: Size = plan.encoder.token_size_vox
+
+        encoder = plan.encoder
+        network = build_network(
+            encoder.class_path,
+            encoder.arguments,
+            plan.sequence.crop_size_vox,
+            num_input_channels=1,
+            num_classes=1,
+        )
+        self.model = PretrainingUNet(
+            network,
+            learned_mark=plan.objective.unknown_mark == "learned",
+            recompute=plan.optim.checkpoint_activations,
+        )
+        self.module: nn.Module = self.model
+        self.network: nn.Module = self.model.network
+
+    def loss(self, batch: Batch, references: bool = False) -> LossTerms:
+        """Return the squared error over unknown voxels: the sum of each sample's mean.
+
+        Every sample counts alike, however many of its voxels are unknown. References: ``mean``
+        predicts the mean of what is known; ``copy`` repeats the nearest known block.
+        """
+        targets = self._targets(batch)
+        weight_BTP = targets.loss_mask.float()
+        predicted_BTP = self._predict(batch, targets.known)
+
+        error_B = _sample_errors(predicted_BTP, targets.values, weight_BTP)
+        count = (weight_BTP.sum(dim=(1, 2)) > 0).sum()
+
+        trivial = {}
+        if references:
+            trivial = {
+                "mean": _sample_errors(self._known_mean(targets), targets.values, weight_BTP).sum(),
+                "copy": _sample_errors(self._copied(batch, targets), targets.values, weight_BTP).sum(),
+            }
+        return LossTerms(error_B.sum(), count, trivial)
+
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Return predictions in intensities, beside the truth and the prediction of the mean."""
+        targets = self._targets(batch)
+        predicted_BTP = self._predict(batch, targets.known)
+        trivial_BTP = self._known_mean(targets)
+
+        scale, shift = targets.deviation, targets.mean
+        given_BTP = targets.known & targets.real
+        return Reconstruction(
+            truth=batch.voxels[:, :, 0],
+            predicted=self._volume(predicted_BTP * scale + shift, batch),
+            trivial=self._volume(trivial_BTP * scale + shift, batch),
+            given=self._volume(given_BTP, batch),
+            scored=self._volume(targets.loss_mask, batch),
+            real=batch.real,
+        )
+
+    def describe(self, batch: Batch) -> TokenFeatures:
+        """Return the deepest features, each member seen whole and by itself, as in fine-tuning."""
+        voxels_BTP = to_tokens(batch.voxels, self.token)
+        valid_BT = to_tokens(batch.real[:, :, None], self.token).any(dim=-1)
+        B, T = valid_BT.shape
+
+        deepest = self.model.encode(batch.voxels.flatten(0, 1))[-1]  # (B * M, V, z, y, x)
+        features_BTV = deepest.flatten(2).transpose(1, 2).reshape(B, T, -1)
+
+        positions_BT = batch.positions
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=valid_BT.device).expand(B, T)
+        return TokenFeatures(features_BTV, voxels_BTP, positions_BT, valid_BT)
+
+    def after_step(self, step: int) -> None:
+        """Do nothing: this objective keeps no state beside its module."""
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        """Return the weights of encoder and decoder under the downstream network's keys."""
+        return self.model.transferable_state()
+
+    def adaptation(self) -> Adaptation:
+        """Return where fine-tuning finds the parts that it may have to adapt."""
+        return self.model.adaptation()
+
+    def _targets(self, batch: Batch) -> Targets:
+        settings = self.plan.objective
+        real_BTP = to_tokens(batch.real[:, :, None], self.token)
+        valid_BT = real_BTP.any(dim=-1)
+
+        known_BT = known_tokens(batch.ranks, batch.prefix, valid_BT)
+        known_BTP = known_BT[:, :, None].expand_as(real_BTP)
+
+        voxels_BTP = to_tokens(batch.voxels, self.token).float()
+        voxels_BTP = smoothed(voxels_BTP, real_BTP, self.token, settings.target_smoothing)
+        floor, epsilon = settings.variance_floor, settings.variance_epsilon
+        mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, real_BTP, floor, epsilon)
+
+        # Flat blocks (air, masked background) would make up most of the mean of some samples, and
+        # nothing is to be learned from them. They are hidden like all others, but carry no loss.
+        is_textured_BT1 = deviation_BT1.square() > floor + epsilon
+        loss_mask_BTP = ~known_BTP & real_BTP & is_textured_BT1
+        if batch.scored is not None:
+            loss_mask_BTP = loss_mask_BTP & to_tokens(batch.scored[:, :, None], self.token)
+
+        if settings.target == "normalised":
+            values_BTP = normalised_target(voxels_BTP, real_BTP, floor, epsilon)
+        else:
+            values_BTP = voxels_BTP
+            mean_BT1 = torch.zeros_like(mean_BT1)
+            deviation_BT1 = torch.ones_like(deviation_BT1)
+        return Targets(values_BTP, mean_BT1, deviation_BT1, known_BTP, real_BTP, loss_mask_BTP)
+
+    def _predict(self, batch: Batch, known_BTP: Tensor) -> Tensor:
+        """Return the network's prediction (B, T, P), float32."""
+        known_BMZYX = self._volume(known_BTP, batch)
+        crop_BCZYX = side_by_side(batch.voxels)
+        known_BZYX = side_by_side(known_BMZYX[:, :, None])[:, 0]
+
+        predicted_BCZYX = self.model(crop_BCZYX, known_BZYX).float()
+
+        B, M, _, Z, Y, X = batch.voxels.shape
+        predicted_BMCZYX = predicted_BCZYX.reshape(B, 1, M, Z, Y, X).transpose(1, 2)
+        return to_tokens(predicted_BMCZYX, self.token)
+
+    def _known_mean(self, targets: Targets) -> Tensor:
+        """Return the mean of each sample's known voxels everywhere, (B, T, P)."""
+        weight_BTP = (targets.known & targets.real).float()
+        total_B = (targets.values * weight_BTP).sum(dim=(1, 2))
+        mean_B = total_B / weight_BTP.sum(dim=(1, 2)).clamp(min=1)
+        return mean_B[:, None, None].expand_as(targets.values)
+
+    def _copied(self, batch: Batch, targets: Targets) -> Tensor:
+        """Return for every token the values of the known token nearest to it, (B, T, P)."""
+        _, M, _, Z, Y, X = batch.voxels.shape
+        grid = grid_of((Z, Y, X), self.token)
+        axes = [torch.arange(n, device=batch.voxels.device) for n in (M * grid[0], *grid[1:])]
+        place_T3 = torch.cartesian_prod(*axes).float() * torch.tensor(
+            self.token, device=batch.voxels.device
+        )
+
+        copied = torch.empty_like(targets.values)
+        can_be_copied_BT = (targets.known & targets.real).any(dim=-1)
+        # One sample at a time: all distances of a batch would be large.
+        for sample, usable_T in enumerate(can_be_copied_BT):
+            distance_TT = torch.cdist(place_T3, place_T3)
+            distance_TT = distance_TT.masked_fill(~usable_T[None, :], float("inf"))
+            copied[sample] = targets.values[sample][distance_TT.argmin(dim=1)]
+        return copied
+
+    def _volume(self, tokens_BTP: Tensor, batch: Batch) -> Tensor:
+        """Return values of tokens in their places, (B, M, Z, Y, X)."""
+        return from_tokens(tokens_BTP, self.token, batch.voxels.shape)
+
+
+def known_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
+    """Return which tokens are known, (B, T) bool; tokens that are all padding count as known.
+
+    The order is taken over the blocks that hold at least one real voxel. Of K such blocks, 1 to
+    K - 1 are known. The sampler draws the number of known blocks for a crop without padding, so
+    it is scaled to K. Nothing waits for the device.
+
+    Args:
+        ranks_BT: place of every token's block in the drawn order of all blocks.
+        prefix_B: number of known blocks of a crop without padding, from 1.
+        valid_BT: False where a token is all padding.
+    """
+    B, T = ranks_BT.shape
+
+    # Whether the block at each place of the order holds a real voxel; places beyond the last
+    # block stay empty.
+    is_real_BT = torch.zeros(B, T, dtype=torch.int64, device=ranks_BT.device)
+    is_real_BT = is_real_BT.scatter_reduce(1, ranks_BT, valid_BT.long(), reduce="amax")
+
+    num_real_B = is_real_BT.sum(dim=1)
+    place_among_real_BT = is_real_BT.cumsum(dim=1) - 1
+
+    num_blocks_B = ranks_BT.amax(dim=1) + 1
+    scaled_B = (prefix_B - 1) * (num_real_B - 1) // (num_blocks_B - 1).clamp(min=1)
+    num_known_B = 1 + scaled_B.clamp(min=0)
+
+    place_BT = place_among_real_BT.gather(1, ranks_BT)
+    return ~valid_BT | (place_BT < num_known_B[:, None])
+
+
+def side_by_side(members_BMCZYX: Tensor) -> Tensor:
+    """Return the members of a sequence along z in one crop, (B, C, M * Z, Y, X)."""
+    return members_BMCZYX.transpose(1, 2).flatten(2, 3)
+
+
+def _sample_errors(predicted_BTP: Tensor, target_BTP: Tensor, weight_BTP: Tensor) -> Tensor:
+    """Return each sample's mean squared error over its weighted voxels, (B,); 0 without any."""
+    squared_BTP = (predicted_BTP - target_BTP).square() * weight_BTP
+    return squared_BTP.sum(dim=(1, 2)) / weight_BTP.sum(dim=(1, 2)).clamp(min=1)
