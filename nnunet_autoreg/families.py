@@ -42,12 +42,15 @@ def family_of(class_path: str) -> str:
 
 
 def is_convolutional(family: str) -> bool:
-    """Whether tokens are made by convolutions that look beyond one token, so that a block is more than one of them."""
-    return family in (PRIMUS_V2, PRIMUS_V3, RESENC)
+    """Return whether convolutions that look beyond one token make the tokens.
+
+    The blocks of such a transformer go through its stem one by one, so each holds several tokens.
+    """
+    return family in (PRIMUS_V2, PRIMUS_V3)
 
 
 def has_transformer(family: str) -> bool:
-    """Whether the downstream network holds a transformer; a CNN gets one for its pretraining only."""
+    """Return whether the network holds a transformer; if not, it is a CNN."""
     return family != RESENC
 
 

@@ -3,7 +3,19 @@
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import family_of, has_start, has_transformer, missing_arguments, smallest_block, token_size_of
 from nnunet_autoreg.geometry import volume
-from nnunet_autoreg.plan import KINDS, OBJECTIVES, ORDERS, PREDICTORS, PREFIXES, SHARDINGS, TARGETS, EncoderPlan, Plan, SpacingGroup
+from nnunet_autoreg.plan import (
+    KINDS,
+    OBJECTIVES,
+    ORDERS,
+    PREDICTORS,
+    PREFIXES,
+    SHARDINGS,
+    TARGETS,
+    UNKNOWN_MARKS,
+    EncoderPlan,
+    Plan,
+    SpacingGroup,
+)
 
 
 def check(plan: Plan) -> Plan:
@@ -17,6 +29,7 @@ def check(plan: Plan) -> Plan:
     _check_numbers(plan)
     _check_blocks(plan)
     _check_convolutions(plan)
+    _check_whole_network(plan)
     _check_kinds(plan)
     _check_prefix(plan)
     return plan
@@ -26,7 +39,8 @@ def _check_names(plan: Plan) -> None:
     s = plan.sequence
     named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
              "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES),
-             "objective.target": (plan.objective.target, TARGETS), "run.sharding": (plan.run.sharding, SHARDINGS)}
+             "objective.target": (plan.objective.target, TARGETS),
+             "objective.unknown_mark": (plan.objective.unknown_mark, UNKNOWN_MARKS), "run.sharding": (plan.run.sharding, SHARDINGS)}
     for key, (value, known) in named.items():
         if value not in known:
             raise PlanError(f"{key}: '{value}' does not exist; {did_you_mean(value, known)}")
@@ -41,11 +55,12 @@ def _check_prefix(plan: Plan) -> None:
     s = plan.sequence
     if not 0 < s.prefix_share < 1:
         raise PlanError(f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: something is given and something asked for")
-    if plan.objective.name == "masked" and (s.order, s.predictor, s.prefix) != ("random", "query", "fixed"):
+    by_place = s.predictor in ("query", "network")
+    if plan.objective.name == "masked" and not (s.order == "random" and by_place and s.prefix == "fixed"):
         raise PlanError(
             f"objective.name=masked with sequence.order={s.order}, sequence.predictor={s.predictor} and sequence.prefix={s.prefix} is "
             "ill-posed: a random, fixed share of the blocks is visible and the others are asked for by place; use --objective masked, "
-            "which sets order=random, predictor=query and prefix=fixed"
+            "which sets order=random, prefix=fixed and a predictor that is told the place"
         )
     if s.prefix == "uniform_from_0":
         _check_start(plan)
@@ -132,8 +147,8 @@ def _check_blocks(plan: Plan) -> None:
 
 
 def _check_convolutions(plan: Plan) -> None:
-    """Blocks that norms can be taken over; a transformer of its own for a CNN, and for a CNN only."""
-    family, s, trunk = family_of(plan.encoder.class_path), plan.sequence, plan.objective.trunk
+    """Refuse blocks that norms cannot be taken over, and layers that move or mix blocks."""
+    family, s = family_of(plan.encoder.class_path), plan.sequence
     least = smallest_block(family, plan.encoder.token_size_vox)
     if any(b < n for b, n in zip(s.block_tokens, least, strict=True)):
         side = [n * t for n, t in zip(least, plan.encoder.token_size_vox, strict=True)]
@@ -150,13 +165,42 @@ def _check_convolutions(plan: Plan) -> None:
     for kernel in plan.encoder.arguments.get("kernel_sizes", []):
         if any(side % 2 == 0 for side in (kernel if isinstance(kernel, (list, tuple)) else [kernel])):
             raise PlanError(f"encoder.arguments.kernel_sizes: {kernel} has an even side, which moves features between voxels; use odd ones")
-    if (trunk is None) == (not has_transformer(family)):
-        need = "needs one: give its width, depth and num_heads" if trunk is None else "has its own: set it to null"
-        raise PlanError(f"objective.trunk: {plan.encoder.name} {need}")
-    if trunk is not None and (min(trunk.width, trunk.depth, trunk.num_heads) < 1 or trunk.width % (6 * trunk.num_heads)):
+
+
+def _check_whole_network(plan: Plan) -> None:
+    """Refuse what the predictor "network" cannot do, and any other predictor for a CNN."""
+    s, objective, name = plan.sequence, plan.objective, plan.encoder.name
+    is_cnn = not has_transformer(family_of(plan.encoder.class_path))
+
+    if objective.trunk is not None:
         raise PlanError(
-            f"objective.trunk: width {trunk.width}, depth {trunk.depth} and num_heads {trunk.num_heads} have to be at least 1, and the "
-            "width a multiple of 6 times num_heads"
+            f"objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained {name} block "
+            "by block under a transformer. This version trains the whole network instead: finish "
+            "the run with version 0.1, or start a new --name"
+        )
+    if is_cnn != (s.predictor == "network"):
+        fitting = "network" if is_cnn else "query or next"
+        raise PlanError(
+            f"sequence.predictor={s.predictor}: {name} needs {fitting}; leave the predictor to the "
+            "planner"
+        )
+    if not is_cnn:
+        return
+
+    if s.order != "random":
+        raise PlanError(
+            f"sequence.order={s.order}: a CNN predicts all unknown blocks at once, which has no "
+            "other order than random; use sequence.order=random"
+        )
+    if objective.target == "normalised_with_statistics":
+        raise PlanError(
+            "objective.target=normalised_with_statistics: a CNN predicts one value per voxel; use "
+            "voxels or normalised"
+        )
+    if s.weights.get("strided", 0) > 0:
+        raise PlanError(
+            "sequence.weights.strided: overlapping sub-volumes would show a CNN the voxels that it "
+            "has to predict; leave strided out of --sequences"
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Container
 from dataclasses import replace
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.families import family_of, has_start, is_convolutional
+from nnunet_autoreg.families import family_of, has_start, has_transformer, is_convolutional
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.plan import Plan
 
@@ -20,10 +20,12 @@ def with_objective(plan: Plan, name: str) -> Plan:
     plan = replace(plan, objective=replace(plan.objective, name=name))
     if name != "masked":
         return plan
+    is_transformer = has_transformer(family_of(plan.encoder.class_path))
+    predictor = "query" if is_transformer else "network"
     why = "what masked autoencoding is (--objective masked)"
     keys = ("objective.name", "sequence.order", "sequence.predictor", "sequence.prefix")
     return replace(
-        plan, sequence=replace(plan.sequence, order="random", predictor="query", prefix="fixed", prefix_share=0.25),
+        plan, sequence=replace(plan.sequence, order="random", predictor=predictor, prefix="fixed", prefix_share=0.25),
         reasons={**plan.reasons, **dict.fromkeys(keys, why), "sequence.prefix_share": "a quarter is visible, as usual"},
     )
 
@@ -45,7 +47,7 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
     Source: AR-SSL4M's released code (github.com/serena9525/AR-SSL4M).
     """
     family = family_of(plan.encoder.class_path)
-    if is_convolutional(family):
+    if is_convolutional(family) or not has_transformer(family):
         raise PlanError(f"--preset faithful: {plan.encoder.name} has convolutions that look beyond one token, and AR-SSL4M predicts "
                         "token by token; use --encoder vit_b16 (its own) or a primus_* one")
     sequence = replace(

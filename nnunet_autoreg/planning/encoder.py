@@ -1,6 +1,6 @@
 """Which encoder suits the scans and the hardware, and in which order it is asked for blocks."""
 
-from nnunet_autoreg.families import smallest_block
+from nnunet_autoreg.families import has_transformer, smallest_block
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.model.topology import suited_to
@@ -56,6 +56,6 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
 
 def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
     """Order of the blocks, predictor, and the reason (docs/measured.md)."""
-    if encoder.trunk is None:
+    if has_transformer(encoder.family):
         return "random", "query", "a transformer started better from it than from raster order"
-    return "raster", "next", "a CNN learnt more from it than from random order"
+    return "random", "network", "the whole U-Net predicts unknown blocks from known ones, in any order"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nnunet_autoreg.families import is_convolutional, smallest_block
+from nnunet_autoreg.families import has_transformer, is_convolutional, smallest_block
 from nnunet_autoreg.geometry import Size, as_size, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.planning.pool import MOSTLY_PADDING, Hardware, MemoryOf, Pool, real_share, times
@@ -60,6 +60,8 @@ def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_o
     A linear tokenizer takes whole tokens, rounded up, and blocks of one. Convolutions take larger blocks, and crops to the nearest
     whole block; where that makes fewer than 8 blocks, the smallest blocks that their norms allow, and at last crops rounded up.
     """
+    if not has_transformer(encoder.family):
+        return _layout_of_cnn(encoder, hardware, pool, memory_of)
     if not is_convolutional(encoder.family):
         crop, why = choose_crop(encoder, encoder.block_tokens, False, hardware, pool, memory_of)
         return Layout(crop, encoder.block_tokens, why, "linear tokens: one of them is a block")
@@ -79,6 +81,30 @@ def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_o
         f"their norms): blocks in a crop: {count}{too_few}{padded}"
     )
     return Layout(crop, block, why, why_block)
+
+
+def _layout_of_cnn(
+    encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+) -> Layout:
+    """Return the crop and the blocks of a CNN: a block is as large as the network's total stride.
+
+    The crop is rounded to the nearest whole block; where that makes too few blocks, it is rounded
+    up.
+    """
+    single = (1, 1, 1)
+    for round_to_nearest in (True, False):
+        crop, why_crop = choose_crop(encoder, single, round_to_nearest, hardware, pool, memory_of)
+        num_blocks = volume(crop) // volume(encoder.token_size)
+        if num_blocks >= MIN_BLOCKS:
+            break
+
+    why_block = (
+        f"{times(encoder.token_size)} voxels, the total stride of the network: "
+        f"{num_blocks} blocks in a crop"
+    )
+    if num_blocks < MIN_BLOCKS:
+        why_block += f", FEWER than the {MIN_BLOCKS} of a good sequence: a smaller encoder suits better"
+    return Layout(crop, single, why_crop, why_block)
 
 
 def choose_crop(

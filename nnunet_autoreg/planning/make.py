@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import GroupPrint
+from nnunet_autoreg.families import has_transformer
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.model.topology import suited_to
@@ -62,6 +63,21 @@ def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
     return rate, f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root of {batch_size}/{usual}"
 
 
+def choose_target(encoder: EncoderSize) -> str:
+    """Return what is regressed: plain z-scored voxels for CNNs, normalised tokens otherwise."""
+    return "normalised" if has_transformer(encoder.family) else "voxels"
+
+
+def _reasons_of_cnn(encoder: EncoderSize) -> dict[str, str]:
+    """Return the reasons for values that only a CNN's plan has."""
+    if has_transformer(encoder.family):
+        return {}
+    return {
+        "encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing",
+        "objective.target": "as nnssl's masked CNNs: z-scored voxels, which keep intensities",
+    }
+
+
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
     """Target spacings and the reasons; groups are written where their targets differ."""
     if len({group.spacing_mm for group in pool.groups}) < 2:
@@ -102,14 +118,14 @@ def make_plan(
         data=data,
         encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
         sequence=SequencePlan(crop, layout.block_tokens, order, predictor),
-        objective=ObjectivePlan(trunk=encoder.trunk),
+        objective=ObjectivePlan(target=choose_target(encoder)),
         optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1),
         request=request,
         reasons={
             **why_data,
             "encoder.name": why_encoder,
-            **({} if encoder.trunk is None else {"encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing"}),
+            **_reasons_of_cnn(encoder),
             "sequence.crop_size_vox": layout.why_crop,
             "sequence.block_tokens": layout.why_block,
             "sequence.order": why_order,

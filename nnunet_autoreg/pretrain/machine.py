@@ -8,6 +8,7 @@ from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.encoder import choose_order
+from nnunet_autoreg.planning.make import choose_target
 from nnunet_autoreg.planning.pool import Hardware
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half:
     order, predictor, _ = choose_order(encoder)
     sketch = Plan("sketch", DataPlan((1.0, 1.0, 1.0)),
                   EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
-                  SequencePlan(crop, as_size(fitting), order, predictor), ObjectivePlan(trunk=encoder.trunk),
+                  SequencePlan(crop, as_size(fitting), order, predictor), ObjectivePlan(target=choose_target(encoder)),
                   OptimPlan(1, 1, 1e-4, 1, checkpoint_activations=recompute), RunPlan(0, 1, 1))
     memory = plan_memory(sketch, half)
     return float(memory.fixed_bytes), float(memory.sample_bytes)
