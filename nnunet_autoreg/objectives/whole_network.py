@@ -16,6 +16,7 @@ S3D, arXiv 2410.23132 (transfer of a CNN's decoder).
 Shape suffixes: B samples, M members, C channels, Z Y X voxels, T tokens, P voxels of a token.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,9 @@ from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.sequences.sampler import SequenceSampler
+
+ABOVE_FLOOR = 1.001
+"""A token is flat if its deviation is the floor, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,10 @@ class WholeNetwork:
 
         trivial = {}
         if references:
+            mean_BTP, copied_BTP = self._known_mean(targets), self._copied(batch, targets)
             trivial = {
-                "mean": _sample_errors(self._known_mean(targets), targets.values, weight_BTP).sum(),
-                "copy": _sample_errors(self._copied(batch, targets), targets.values, weight_BTP).sum(),
+                "mean": _sample_errors(mean_BTP, targets.values, weight_BTP).sum(),
+                "copy": _sample_errors(copied_BTP, targets.values, weight_BTP).sum(),
             }
         return LossTerms(error_B.sum(), count, trivial)
 
@@ -159,7 +164,7 @@ class WholeNetwork:
 
         # Flat blocks (air, masked background) would make up most of the mean of some samples, and
         # nothing is to be learned from them. They are hidden like all others, but carry no loss.
-        is_textured_BT1 = deviation_BT1.square() > floor + epsilon
+        is_textured_BT1 = deviation_BT1 > math.sqrt(floor + epsilon) * ABOVE_FLOOR
         loss_mask_BTP = ~known_BTP & real_BTP & is_textured_BT1
         if batch.scored is not None:
             loss_mask_BTP = loss_mask_BTP & to_tokens(batch.scored[:, :, None], self.token)

@@ -20,7 +20,7 @@ from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.model.encoders import build_network, build_sequence_encoder
 from nnunet_autoreg.model.sequence import SequenceEncoder, to_blocks
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
-from nnunet_autoreg.plan import EncoderPlan, TrunkPlan
+from nnunet_autoreg.plan import EncoderPlan
 
 NARROW = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
 STAGES = {"features_per_stage": [8, 12, 16, 24], "n_blocks_per_stage": [1, 1, 1, 1]}
@@ -31,13 +31,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "resenc_tiny": STAGES,
     "vit_b16": {**NARROW, "patch_embed_size": [8, 8, 8], "decoder_features": 4},
 }
-CONVOLVED = ("primus_v2_tiny", "primus_v3_tiny", "resenc_tiny")
+TRANSFORMERS = tuple(name for name in SMALL if name != "resenc_tiny")
+CONVOLVED = ("primus_v2_tiny", "primus_v3_tiny")
 CROP = (16, 16, 32)
 ADAPTED = {
     "primus_tiny": ("eva", "down_projection", "down_projection.proj", "eva.pos_embed"),
     "primus_v2_tiny": ("eva", "down_projection", "down_projection.stem.blocks.0.conv1.conv", "eva.pos_embed"),
     "primus_v3_tiny": ("eva", "down_projection", "down_projection.stem.blocks.0.conv1.conv", "eva.pos_embed"),
-    "resenc_tiny": ("encoder.stages", "encoder.stem", "encoder.stem.convs.0.conv", None),
     "vit_b16": ("model", "model.patchifier", "model.patchifier.proj", None),
 }
 
@@ -52,8 +52,7 @@ def small_encoder(name: str, channels: int = 1) -> SequenceEncoder:
     torch.manual_seed(0)
     plan = small_plan(name)
     block = smallest_block(family_of(plan.class_path), plan.token_size_vox)
-    trunk = TrunkPlan(48, 2, 2) if encoder_size(name).trunk else None
-    return build_sequence_encoder(plan, CROP, block, trunk, channels).eval()
+    return build_sequence_encoder(plan, CROP, block, channels).eval()
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -85,7 +84,7 @@ def test_the_presets_have_the_sizes_of_their_papers() -> None:
     assert token_size_of(CLASS_PATHS["resenc"], {"strides": [1, [1, 2, 2], 2]}) == (2, 4, 4)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(name: str, tmp_path: Any) -> None:
     encoder, plan = small_encoder(name), small_plan(name)
     state = encoder.transferable_state()
@@ -106,9 +105,6 @@ def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(name: str,
 
 def fine_tuned_features(name: str, network: Any, volume: Tensor) -> Tensor:
     """Features as the downstream network computes them itself, (B, T, *)."""
-    if name == "resenc_tiny":
-        deepest: Tensor = network.encoder(volume)[-1]
-        return deepest.flatten(2).transpose(1, 2)
     if name == "vit_b16":
         last: Tensor = network.encode(volume)[-1]
         return last
@@ -117,7 +113,7 @@ def fine_tuned_features(name: str, network: Any, volume: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_card_names_the_parts_that_fine_tuning_adapts(name: str) -> None:
     encoder = small_encoder(name, channels=2)
     adaptation = encoder.adaptation()
@@ -190,8 +186,8 @@ def test_what_a_family_cannot_do_is_refused() -> None:
         build_network(cnn.class_path, cnn.arguments, (20, 16, 16), 1, 2)
     with pytest.raises(PlanError, match="strides missing"):
         build_network(cnn.class_path, {k: v for k, v in cnn.arguments.items() if k != "strides"}, CROP, 1, 2)
-    with pytest.raises(PlanError, match=r"objective\.trunk is missing"):
-        build_sequence_encoder(cnn, CROP, (2, 2, 2), None)
+    with pytest.raises(PlanError, match=r"sequence\.predictor=network"):
+        build_sequence_encoder(cnn, CROP, (2, 2, 2))
 
 
 def test_a_strangers_arguments_name_no_class_from_elsewhere() -> None:

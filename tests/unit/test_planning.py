@@ -63,10 +63,10 @@ def test_a_crop_of_thick_slices_is_flat() -> None:
 
 def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_another() -> None:
     assert choose_encoder("auto", CPU, POOL)[0] == "resenc_tiny"
-    # Blocks of 16^3: two along each axis make eight; 23 / 16 rounds down to one.
-    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(24, 25, 32)))[0] == "resenc_tiny"
-    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(23, 24, 32)))[0] == "primus_tiny"
-    assert choose_encoder("auto", GPU, replace(POOL, median_shape_vox=(23, 24, 32)))[0] == "primus_tiny"
+    # Blocks of 8^3: two along each axis make eight; 11 / 8 rounds down to one.
+    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(12, 13, 16)))[0] == "resenc_tiny"
+    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0] == "primus_tiny"
+    assert choose_encoder("auto", GPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0] == "primus_tiny"
     assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
     large = replace(POOL, median_shape_vox=(128, 256, 256))
     assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == ["primus_s", "primus_b", "primus_m"]
@@ -74,27 +74,47 @@ def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_anothe
         choose_encoder("primus_tin", CPU, POOL)
 
 
-@pytest.mark.parametrize(("spacing", "shape", "token", "block"), [
-    ((5.0, 0.78, 0.78), (90, 420, 512), (2, 8, 8), (8, 4, 4)),
-    ((10.0, 1.5, 1.5), (10, 216, 256), (2, 8, 8), (8, 4, 4)),
-    ((6.0, 0.6, 0.6), (12, 320, 320), (1, 8, 8), (16, 4, 4)),
+@pytest.mark.parametrize(("spacing", "shape", "token"), [
+    ((5.0, 0.78, 0.78), (90, 420, 512), (2, 8, 8)),
+    ((10.0, 1.5, 1.5), (10, 216, 256), (2, 8, 8)),
+    ((6.0, 0.6, 0.6), (12, 320, 320), (1, 8, 8)),
 ])
-def test_on_a_cpu_scans_of_thick_slices_get_blocks_of_16_voxels_along_them(spacing: Spacing, shape: Size, token: Size, block: Size) -> None:
+def test_blocks_of_a_cnn_are_flat_for_thick_slices(spacing: Spacing, shape: Size, token: Size) -> None:
     plan = check(plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto"))
-    assert (plan.encoder.name, plan.encoder.token_size_vox, plan.sequence.block_tokens) == ("resenc_tiny", token, block)
+    assert (plan.encoder.name, plan.encoder.token_size_vox) == ("resenc_tiny", token)
+    assert plan.sequence.block_tokens == (1, 1, 1)
 
 
-def test_scans_of_few_slices_take_the_transformer_where_a_cnn_would_see_padding_mostly() -> None:
-    # Blocks are 16 slices deep: three of them are 19 %, four are 25 %.
-    flat = replace(POOL, spacing_mm=(8.0, 0.5, 0.5), median_shape_vox=(3, 512, 512))
-    name, reason = choose_encoder("auto", CPU, flat)
-    assert name == "primus_tiny" and reason.endswith("blocks of 16 x 16 x 16 voxels, which a CNN needs, would be mostly padding")
-    assert choose_encoder("auto", CPU, replace(flat, median_shape_vox=(4, 512, 512)))[0] == "resenc_tiny"
-
-
-def test_a_transformer_is_asked_in_random_order_and_a_cnn_in_raster_order() -> None:
+def test_each_kind_of_encoder_has_its_own_predictor() -> None:
     assert choose_order(encoder_size("primus_v2_m"))[:2] == ("random", "query")
-    assert choose_order(encoder_size("resenc_l"))[:2] == ("raster", "next")
+    assert choose_order(encoder_size("resenc_l"))[:2] == ("random", "network")
+
+
+def test_a_predictor_of_the_other_kind_of_encoder_is_refused() -> None:
+    for encoder, predictor in (("resenc_tiny", "query"), ("primus_tiny", "network")):
+        with pytest.raises(PlanError, match=predictor):
+            check(override(plan_for(encoder=encoder), [f"sequence.predictor={predictor}"]))
+
+
+def test_a_block_by_block_run_of_a_cnn_names_its_version() -> None:
+    old = override(plan_for(encoder="resenc_tiny"), ['objective.trunk={"width":192,"depth":2}'])
+    with pytest.raises(PlanError, match=r"0\.1"):
+        check(old)
+
+
+def test_a_cnn_predicts_one_value_per_voxel_in_random_order() -> None:
+    plan = plan_for(encoder="resenc_tiny")
+    assert check(plan).objective.target == "voxels"
+    refused = ("objective.target=normalised_with_statistics", "sequence.order=raster",
+               'sequence.weights={"strided":1}')
+    for setting in refused:
+        with pytest.raises(PlanError):
+            check(override(plan, [setting]))
+
+
+def test_a_cnn_of_stride_32_has_blocks_of_32_voxels() -> None:
+    assert layout_of("resenc_l", 170, 220, 170) == ((96, 160, 128), (1, 1, 1))
+    assert layout_of("resenc_l", 80, 80, 80) == ((96, 96, 96), (1, 1, 1))
 
 
 @pytest.mark.parametrize(("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")])
@@ -151,15 +171,10 @@ def test_a_linear_tokenizer_has_blocks_of_one_token() -> None:
 def test_convolutions_take_blocks_of_32_voxels_and_of_16_where_images_are_small() -> None:
     assert layout_of("primus_v2_m", 170, 220, 170) == ((96, 160, 128), (4, 4, 4))
     # Hippocampus: blocks of 32 would make one or two, blocks of 16 make 2 x 3 x 2, all of it inside the median scan.
-    for encoder in ("primus_v2_tiny", "primus_v3_tiny", "resenc_tiny"):
+    for encoder in ("primus_v2_tiny", "primus_v3_tiny"):
         assert layout_of(encoder, 35, 50, 36, hardware=CPU) == ((32, 48, 32), (2, 2, 2))
     # Ten thick slices: 16 along z, 32 within the slice.
     assert layout_of("primus_v2_m", 10, 216, 256, spacing=(10.0, 1.5, 1.5)) == ((16, 224, 256), (2, 4, 4))
-
-
-def test_a_cnn_of_stride_32_takes_blocks_of_64_voxels_and_at_least_eight_of_them_at_the_price_of_padding() -> None:
-    assert layout_of("resenc_l", 170, 220, 170) == ((128, 128, 128), (2, 2, 2))
-    assert layout_of("resenc_l", 80, 80, 80) == ((128, 128, 128), (2, 2, 2))
 
 
 def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_nnunet_plans_them() -> None:
@@ -178,17 +193,18 @@ def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_nnunet_plans_them() 
 
 def test_thick_slices_make_flat_tokens_and_blocks_of_a_cnn() -> None:
     plan = plan_for(replace(POOL, spacing_mm=(5.0, 0.78, 0.78), median_shape_vox=(90, 420, 512)), GPU, encoder="resenc_m")
-    assert check(plan).encoder.token_size_vox == (8, 32, 32) and plan.sequence.block_tokens == (2, 2, 2)
-    assert plan.sequence.crop_size_vox[0] % 16 == 0 and plan.sequence.crop_size_vox[1] % 64 == 0
+    assert check(plan).encoder.token_size_vox == (8, 32, 32)
+    assert plan.sequence.block_tokens == (1, 1, 1)
+    assert plan.sequence.crop_size_vox[0] % 8 == 0 and plan.sequence.crop_size_vox[1] % 32 == 0
 
 
 def test_images_too_small_for_a_cnn_are_told_with_the_figures_and_refused_where_there_is_one_block() -> None:
     def plan(*median: int) -> Plan:
         return plan_for(replace(POOL, median_shape_vox=(median[0], median[1], median[2])), GPU, encoder="resenc_l")
 
-    assert "blocks in a crop: 2, FEWER than the 8" in plan(40, 40, 100).reasons["sequence.block_tokens"]
-    with pytest.raises(PlanError, match=r"holds one block of resenc_l.*resenc_tiny"):
-        check(plan(35, 50, 36))
+    assert "FEWER than the 8" in plan(32, 32, 100).reasons["sequence.block_tokens"]
+    with pytest.raises(PlanError, match="resenc_tiny"):
+        check(plan(30, 30, 30))
 
 
 def test_norms_over_several_blocks_are_refused() -> None:
@@ -202,20 +218,9 @@ def test_even_kernels_are_refused() -> None:
 
 
 def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
-    plan = plan_for(encoder="resenc_tiny")
+    plan = plan_for(encoder="primus_v2_tiny")
     with pytest.raises(PlanError, match=r"less than \[16, 16, 16\] voxels erases intensities; use at least \[2, 2, 2\]"):
         check(override(plan, ["sequence.block_tokens=1,2,2"]))
-
-
-def test_a_cnn_has_a_transformer_for_its_pretraining_and_no_other_encoder_has() -> None:
-    assert check(plan_for(encoder="resenc_tiny")).objective.trunk is not None
-    assert check(plan_for(encoder="primus_v2_tiny")).objective.trunk is None
-    with pytest.raises(PlanError, match="resenc_tiny needs one"):
-        check(override(plan_for(encoder="resenc_tiny"), ["objective.trunk=null"]))
-    with pytest.raises(PlanError, match="primus_tiny has its own"):
-        check(override(plan_for(), ['objective.trunk={"width":48,"depth":1,"num_heads":1}']))
-    with pytest.raises(PlanError, match="multiple of 6 times num_heads"):
-        check(override(plan_for(encoder="resenc_tiny"), ["objective.trunk.width=100"]))
 
 
 def test_the_rate_grows_with_the_root_of_the_batch() -> None:

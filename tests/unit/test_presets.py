@@ -184,7 +184,7 @@ def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
     assert check(with_presets(made, request)).encoder.name == "primus_tiny"
 
 
-@pytest.mark.parametrize("setting", ["encoder.arguments.init_values=0.2", "encoder.arguments.n_stages=3", "objective.trunk.depth=3"])
+@pytest.mark.parametrize("setting", ["encoder.arguments.init_values=0.2", "encoder.arguments.n_stages=3", "sequence.predictor=network"])
 def test_a_setting_of_either_family_is_taken_while_the_encoder_is_not_known(setting: str) -> None:
     check_inputs(Request("run", ("4",), settings=(setting,)).check())
     with pytest.raises(PlanError, match="there is no such setting"):

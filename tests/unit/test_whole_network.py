@@ -1,0 +1,326 @@
+"""Whole-network autoregression for CNNs: what is hidden stays hidden, and what it learns leaves.
+
+Shape suffixes: B samples, M members, C channels, Z Y X voxels, T tokens.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnunet_autoreg.families import token_size_of
+from nnunet_autoreg.geometry import Size, grid_of, volume
+from nnunet_autoreg.model.encoders import build_network
+from nnunet_autoreg.model.sequence import from_tokens, to_tokens
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.model.unet import PretrainingUNet
+from nnunet_autoreg.objectives.registry import build_objective
+from nnunet_autoreg.objectives.whole_network import WholeNetwork, known_tokens
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.sequences.sample import Batch
+
+NARROW = {"features_per_stage": [4, 6, 8, 8], "n_blocks_per_stage": [1, 1, 1, 1]}
+THICK_SLICES = {
+    "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]],
+    "kernel_sizes": [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]],
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one image": {},
+    "thick slices": {"arguments": THICK_SLICES, "crop": (8, 32, 32)},
+    "two members": {"num_members": 2, "crop": (16, 16, 32)},
+    "padding": {"num_padded": 10},
+    "padding and two members": {"num_members": 2, "num_padded": 10, "crop": (16, 16, 32)},
+    "learned mark": {"unknown_mark": "learned"},
+    "normalised target": {"target": "normalised"},
+    "smoothed target": {"target_smoothing": 1.0},
+}
+
+
+def plan_of(
+    crop: Size = (16, 32, 32),
+    arguments: dict[str, Any] | None = None,
+    prefix: str = "uniform",
+    recompute: bool = False,
+    name: str = "autoregressive",
+    **objective: Any,
+) -> Plan:
+    size = encoder_size("resenc_tiny")
+    built_with = {**size.arguments, **NARROW, **(arguments or {})}
+    token = token_size_of(size.class_path, built_with)
+    sequence = SequencePlan(crop, order="random", predictor="network", prefix=prefix)
+    settings = {"target": "voxels", **objective}
+
+    plan = Plan(
+        "test",
+        DataPlan((1.0, 1.0, 1.0)),
+        EncoderPlan("resenc_tiny", size.class_path, built_with, token),
+        sequence,
+        ObjectivePlan(name=name, **settings),
+        OptimPlan(10, 2, 1e-3, 1, checkpoint_activations=recompute),
+        RunPlan(0, 10, 10),
+    )
+    return check(plan)
+
+
+def objective_of(plan: Plan) -> WholeNetwork:
+    torch.manual_seed(0)
+    objective = build_objective(plan)
+    assert isinstance(objective, WholeNetwork)
+    if objective.model.mark is not None:
+        torch.nn.init.normal_(objective.model.mark)
+    return objective
+
+
+def batch_of(plan: Plan, num_members: int = 1, num_padded: int = 0, prefix: int = 7) -> Batch:
+    """Return two samples of noise, the last ``num_padded`` columns of each member padding."""
+    generator = torch.Generator().manual_seed(1)
+    size = plan.sequence.crop_size_vox
+    num_tokens = num_members * volume(grid_of(size, plan.encoder.token_size_vox))
+
+    voxels_BMCZYX = torch.randn(2, num_members, 1, *size, generator=generator)
+    real_BMZYX = torch.ones(2, num_members, *size, dtype=torch.bool)
+    if num_padded:
+        real_BMZYX[..., -num_padded:] = False
+        voxels_BMCZYX = voxels_BMCZYX * real_BMZYX[:, :, None]
+
+    ranks_BT = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(2)])
+    return Batch(voxels_BMCZYX, real_BMZYX, ranks_BT, torch.tensor([prefix, prefix + 2]))
+
+
+def known_voxels(plan: Plan, batch: Batch) -> Tensor:
+    """Return which voxels the network may see, (B, M, Z, Y, X)."""
+    token = plan.encoder.token_size_vox
+    real_BTP = to_tokens(batch.real[:, :, None], token)
+    known_BT = known_tokens(batch.ranks, batch.prefix, real_BTP.any(dim=-1))
+    known_BTP = known_BT[:, :, None].expand_as(real_BTP)
+    return from_tokens(known_BTP, token, batch.voxels.shape)
+
+
+def with_other_voxels(batch: Batch, where_BMZYX: Tensor) -> Batch:
+    """Return the batch with other noise at the given voxels."""
+    generator = torch.Generator().manual_seed(99)
+    noise = torch.randn(batch.voxels.shape, generator=generator)
+    return replace(batch, voxels=torch.where(where_BMZYX[:, :, None], noise, batch.voxels))
+
+
+def predictions(objective: WholeNetwork, batch: Batch) -> Tensor:
+    """Return what the network says of every voxel, from the batch as the loop hands it over."""
+    objective.module.eval()
+    with torch.no_grad():
+        targets = objective._targets(batch)
+        return objective._predict(batch, targets.known)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
+    settings = dict(VARIANTS[variant])
+    num_members, num_padded = settings.pop("num_members", 1), settings.pop("num_padded", 0)
+    plan = plan_of(**settings)
+    objective, batch = objective_of(plan), batch_of(plan, num_members, num_padded)
+
+    unknown = ~known_voxels(plan, batch) & batch.real
+    assert 0.1 < float(unknown.float().mean()) < 0.95
+    other = with_other_voxels(batch, unknown)
+
+    assert torch.equal(predictions(objective, batch), predictions(objective, other))
+
+
+def test_without_the_marking_the_exactness_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    objective, batch = objective_of(plan), batch_of(plan)
+    encode = PretrainingUNet.encode
+    monkeypatch.setattr(PretrainingUNet, "encode", lambda self, voxels, known: encode(self, voxels))
+
+    unknown = ~known_voxels(plan, batch)
+    other = with_other_voxels(batch, unknown)
+
+    assert not torch.equal(predictions(objective, batch), predictions(objective, other))
+
+
+def test_known_voxels_of_one_member_reach_the_other() -> None:
+    plan = plan_of(crop=(16, 16, 32))
+    objective, batch = objective_of(plan), batch_of(plan, num_members=2)
+    first_member = torch.zeros_like(batch.real)
+    first_member[:, 0] = True
+    other = with_other_voxels(batch, known_voxels(plan, batch) & first_member)
+
+    before, after = predictions(objective, batch), predictions(objective, other)
+
+    num_tokens = before.shape[1] // 2
+    assert not torch.equal(before[:, num_tokens:], after[:, num_tokens:])
+
+
+def test_a_padded_crop_has_one_to_all_but_one_real_block_known() -> None:
+    ranks_BT = torch.tensor([[3, 0, 4, 2, 1, 5]])
+    valid_BT = torch.tensor([[True, True, False, True, True, False]])
+
+    # The real blocks in the drawn order are those at tokens 1, 4, 3, 0.
+    numbers = []
+    for prefix in range(1, 6):
+        known_BT = known_tokens(ranks_BT, torch.tensor([prefix]), valid_BT)
+        assert known_BT[0, [2, 5]].all()
+        in_order = known_BT[0, [1, 4, 3, 0]].tolist()
+        assert in_order == sorted(in_order, reverse=True)
+        numbers.append(sum(in_order))
+
+    assert min(numbers) == 1 and max(numbers) == 3
+
+
+def test_without_padding_exactly_the_drawn_number_is_known() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ranks_BT = torch.randperm(12, generator=generator)[None]
+
+    for prefix in range(1, 12):
+        known_BT = known_tokens(ranks_BT, torch.tensor([prefix]), torch.ones_like(ranks_BT).bool())
+        assert torch.equal(known_BT, ranks_BT < prefix)
+
+
+def test_the_loss_is_the_mean_of_each_samples_mean() -> None:
+    plan = plan_of()
+    objective, batch = objective_of(plan), batch_of(plan)
+    unknown = ~known_voxels(plan, batch)[:, 0]
+
+    terms = objective.loss(batch)
+
+    token = plan.encoder.token_size_vox
+    said = from_tokens(predictions(objective, batch), token, batch.voxels.shape)[:, 0]
+    error = (said - batch.voxels[:, 0, 0]).square()
+    expected = sum(float(error[b][unknown[b]].mean()) for b in range(2))
+    assert int(terms.count) == 2
+    assert float(terms.total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_flat_blocks_are_hidden_but_carry_no_loss() -> None:
+    plan = plan_of()
+    objective, batch = objective_of(plan), batch_of(plan)
+    batch.voxels[:, :, :, :8] = 0.5
+    mask = objective._targets(batch).loss_mask
+    where = from_tokens(mask, plan.encoder.token_size_vox, batch.voxels.shape)
+
+    assert not where[:, :, :8].any() and where[:, :, 8:].any()
+    assert (~known_voxels(plan, batch)[:, :, :8]).any()
+
+
+def test_a_batch_without_unknown_voxels_gives_a_finite_loss_of_zero() -> None:
+    plan = plan_of()
+    objective, batch = objective_of(plan), batch_of(plan)
+    batch.voxels[:] = 1.0
+
+    terms = objective.loss(batch, references=True)
+
+    assert float(terms.total.detach()) == 0 and int(terms.count) == 0
+
+
+def test_trivial_predictions_are_the_known_mean_and_the_nearest_block() -> None:
+    plan = plan_of(crop=(8, 8, 32))
+    objective = objective_of(plan)
+    levels = torch.tensor([1.0, 2.0, 4.0, 8.0]).repeat_interleave(8)
+    ripple = torch.tensor([0.5, -0.5]).repeat(16)
+    voxels = (levels + ripple).expand(1, 1, 1, 8, 8, 32).clone()
+    real = torch.ones(1, 1, 8, 8, 32, dtype=torch.bool)
+    # Blocks 0 and 3 are known; block 1 is nearest to 0, block 2 to 3.
+    batch = Batch(voxels, real, torch.tensor([[0, 2, 3, 1]]), torch.tensor([2]))
+
+    references = objective.loss(batch, references=True).references
+
+    assert float(references["copy"]) == pytest.approx((1.0**2 + 4.0**2) / 2)
+    # The known mean is 4.5; the ripple of 0.5 adds its variance.
+    assert float(references["mean"]) == pytest.approx((2.5**2 + 0.5**2) / 2 + 0.25)
+
+
+def test_computing_stages_twice_changes_no_number() -> None:
+    once, twice = objective_of(plan_of()), objective_of(plan_of(recompute=True))
+    batch = batch_of(once.plan)
+
+    gradients = []
+    for objective in (once, twice):
+        objective.loss(batch).total.backward()
+        parts = [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_encoder_and_decoder_are_transferred_and_the_head_is_not() -> None:
+    plan = plan_of(unknown_mark="learned")
+    objective = objective_of(plan)
+    state = objective.transferable_state()
+
+    encoder = plan.encoder
+    downstream: Any = build_network(
+        encoder.class_path, encoder.arguments, plan.sequence.crop_size_vox, 1, 3
+    )
+    live = downstream.state_dict(keep_vars=True)
+    loaded = {id(live[key]) for key in state}
+    heads = {id(p) for p in downstream.decoder.seg_layers.parameters()}
+
+    assert not any("seg_layers" in key or "decoder.encoder" in key for key in state)
+    assert len(loaded) == len(state)
+    assert loaded == {id(p) for p in downstream.parameters()} - heads
+
+
+def test_features_are_those_that_fine_tuning_computes() -> None:
+    plan = plan_of()
+    objective, batch = objective_of(plan), batch_of(plan)
+    objective.module.eval()
+    encoder = plan.encoder
+    downstream: Any = build_network(
+        encoder.class_path, encoder.arguments, plan.sequence.crop_size_vox, 1, 3
+    ).eval()
+    downstream.load_state_dict(objective.transferable_state(), strict=False)
+
+    with torch.no_grad():
+        described = objective.describe(batch).features
+        deepest = downstream.encoder(batch.voxels[:, 0])[-1]
+
+    assert torch.allclose(described, deepest.flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_pictures_show_the_truth_where_it_was_known() -> None:
+    plan = plan_of(target="normalised")
+    objective, batch = objective_of(plan), batch_of(plan, num_padded=10)
+    with torch.no_grad():
+        made = objective.reconstruct(batch)
+
+    assert torch.equal(made.given, known_voxels(plan, batch) & batch.real)
+    assert not (made.given & made.scored).any() and made.scored.any()
+    assert made.predicted.shape == made.truth.shape == batch.real.shape
+
+
+def test_the_masked_twin_is_the_same_network_with_a_fixed_share() -> None:
+    plan, twin = plan_of(), plan_of(name="masked", prefix="fixed")
+    batch = batch_of(plan)
+
+    losses = [objective_of(p).loss(batch).total.item() for p in (plan, twin)]
+
+    assert losses[0] == losses[1]
+
+
+def test_a_network_learns_one_batch_by_heart() -> None:
+    plan = plan_of(unknown_mark="learned")
+    objective, batch = objective_of(plan), batch_of(plan)
+    # Planes that go up and down along x; noise could not be predicted.
+    waves = torch.arange(32.0).mul(0.4).sin().expand_as(batch.voxels)
+    batch = replace(batch, voxels=waves + 0.05 * batch.voxels)
+    optimiser = torch.optim.AdamW(objective.module.parameters(), 3e-3)
+
+    errors = []
+    for _ in range(30):
+        terms = objective.loss(batch)
+        optimiser.zero_grad()
+        terms.total.backward()
+        optimiser.step()
+        errors.append(float(terms.total.detach()))
+
+    assert errors[-1] < 0.5 * errors[0]
