@@ -54,7 +54,7 @@ def watch_loading(network: nn.Module) -> Callable[[], bool]:
     def note(module: nn.Module, incompatible_keys: Any) -> None:
         loaded.append(True)
 
-    network.register_load_state_dict_post_hook(note)
+    network.register_load_state_dict_post_hook(note)  # type: ignore[no-untyped-call]
     return lambda: bool(loaded)
 
 

@@ -14,6 +14,7 @@ from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation, EncoderCard, read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.pretrain.export import _check_keys
 from nnunet_autoreg.records import read_json, write_json
@@ -402,3 +403,27 @@ def test_the_card_says_whether_there_is_a_decoder(run: Path) -> None:
 
     assert card.has_decoder
     assert card.adaptation.keys_to_decoder == DECODER_PREFIXES
+
+
+def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> None:
+    pretraining = PretrainingUNet(build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=True)
+    state, adaptation = pretraining.transferable_state(), pretraining.adaptation()
+    _check_keys(state, adaptation)
+    rewrite(run, state)
+    replace(read_card(run), adaptation=adaptation).save(run)
+    network = unet()
+
+    table = loaded(network, run)
+
+    assert (table.encoder_share, table.decoder_share, table.unused) == (1.0, 1.0, ())
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in state.items())
+
+
+def test_a_pretraining_can_start_from_a_whole_network(run: Path) -> None:
+    pretraining = PretrainingUNet(build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=False)
+
+    table = loaded(pretraining.network, run)
+
+    given = load_file(run / "encoder.safetensors")
+    assert (table.encoder_share, table.decoder_share) == (1.0, 1.0)
+    assert all(torch.equal(pretraining.transferable_state()[key], value) for key, value in given.items())
