@@ -2,7 +2,7 @@
 
 Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain re-implementation of AR-SSL4M's way - START and END,
 a dense float mask built per sample on the host, raw-volume patch embedding - in float32, without compilation. On a GPU ours runs as
-training does (bf16, compiled, FlexAttention), the baseline once more in bf16, and the line also says the memory of a sample and the
+training does (bf16, compiled, FlexAttention), the baseline once more in bf16, and a line also says the memory of a sample and the
 share of the measured peak of bf16 matrix products.
 Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of that network, both on the same network and batch.
 
@@ -10,13 +10,14 @@ Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of tha
     python benchmarks/step.py finetuning  --repeats 7 --patch 64
     python benchmarks/step.py finetuning  --repeats 7 --patch 64 --encoder resenc_tiny
 
-One JSON line goes to ``benchmarks/results/step.jsonl``.
+A JSON line is written as soon as an arm has been built and has made three steps alone, so that a run that is cut off keeps the arms it
+has measured; the last lines have the interleaved steps and, on a GPU, memory. They go to ``--out``, by default
+``benchmarks/results/step.jsonl``.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,22 +25,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from measuring import peak_bytes
+from measuring import peak_bytes, plan_of
+from recording import Line, Recorder, commit_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_autoreg.families import CLASS_PATHS, PRIMUS
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
-from nnunet_autoreg.pretrain.compiled import loss_function
+from nnunet_autoreg.objectives.registry import build_objective
+from nnunet_autoreg.plan import EncoderPlan, Plan
 from nnunet_autoreg.pretrain.display import matmul_peak, step_flops
+from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import autocast
 from nnunet_autoreg.sequences.sample import Batch
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 WIDTH, DEPTH, HEADS, TOKEN, SIDE = 768, 12, 12, 16, 128
 NUM_TOKENS = (SIDE // TOKEN) ** 3
+STEPS_ALONE = 3
 
 
 class PlainBlock(nn.Module):
@@ -108,12 +110,29 @@ def plain_step(batch: int, device: torch.device, half: bool = False) -> Callable
     return step
 
 
-def our_plan(batch: int) -> Plan:
-    """The same width, depth and tokens (learned positions: the head width of 64 does not allow a rotary table)."""
-    arguments = {"embed_dim": WIDTH, "patch_embed_size": [TOKEN] * 3, "eva_depth": DEPTH, "eva_numheads": HEADS, "init_values": 0.1,
-                 "scale_attn_inner": True, "use_rot_pos_emb": False}
-    return Plan("step", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("width768", CLASS_PATHS[PRIMUS], arguments, (TOKEN,) * 3),
-                SequencePlan((SIDE,) * 3), ObjectivePlan(), OptimPlan(1, batch, 1e-4, 1), RunPlan(0, 1, 1))
+def our_plan(batch: int, compiled: bool = True) -> Plan:
+    """Return a plan of the same width, depth and tokens.
+
+    Positions are learnt: the head width of 64 does not allow a rotary table of three axes.
+    """
+    arguments = {
+        "embed_dim": WIDTH,
+        "patch_embed_size": [TOKEN] * 3,
+        "eva_depth": DEPTH,
+        "eva_numheads": HEADS,
+        "init_values": 0.1,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": False,
+    }
+    settings = [
+        f"encoder.arguments={json.dumps(arguments)}",
+        f"encoder.token_size_vox={TOKEN},{TOKEN},{TOKEN}",
+        "sequence.order=raster",
+        "sequence.predictor=next",
+        f"optim.batch_size={batch}",
+        f"run.compile={str(compiled).lower()}",
+    ]
+    return plan_of(encoder_size("primus_b"), (SIDE,) * 3, batch, *settings)
 
 
 def our_batch(crops: Tensor) -> Batch:
@@ -125,48 +144,46 @@ def our_batch(crops: Tensor) -> Batch:
 
 
 def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
-    """Our step as training makes it: compiled on a GPU."""
+    """Our step as training makes it: compiled and in bf16 on a GPU, with clipping and the loss-spike guard."""
     torch.manual_seed(0)
     plan = our_plan(batch)
-    objective = Autoregressive(plan)
-    objective.module.to(device)
-    loss = loss_function(plan, objective, device)
-    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-4, fused=True)
+    training = TrainingStep(plan, build_objective(plan), device)
 
     def step(crops: Tensor) -> None:
-        with autocast(device):
-            terms = loss(our_batch(crops).to(device))
-        optimizer.zero_grad(set_to_none=True)
-        (terms.total / terms.count).backward()
-        optimizer.step()
+        training(plan.optim.num_steps // 2, our_batch(crops))
 
     return step
 
 
-def on_a_gpu(batch: int, seconds: float, device: torch.device) -> dict[str, object]:
-    """Memory of a sample for every way, and the share of the measured matrix peak that ours reaches."""
-    ways = {"ours": our_step, "baseline": plain_step, "baseline in bf16": partial(plain_step, half=True)}
-    memory = {}
-    for name, make in ways.items():
-        peaks = []
-        for size in (batch, 2 * batch):
-            step, crops = make(size, device), torch.randn(size, 1, SIDE, SIDE, SIDE, device=device)
-            step(crops)
-            peaks.append(peak_bytes(partial(step, crops), [], device))
-            del step, crops
-            torch.cuda.empty_cache()
-        memory[name] = round((peaks[1] - peaks[0]) / batch / 2**20, 1)
-    objective = Autoregressive(our_plan(1))
+def memory_of(make: Callable[..., Callable[[Tensor], None]], batch: int, device: torch.device) -> Line:
+    """Return the MiB that one more sample takes, from the peaks of a batch and of twice that batch on a GPU."""
+    peaks = []
+    for size in (batch, 2 * batch):
+        step = make(size, device)
+        crops = torch.randn(size, 1, SIDE, SIDE, SIDE, device=device)
+        step(crops)
+        peaks.append(peak_bytes(partial(step, crops), [], device))
+        del step, crops
+        torch.cuda.empty_cache()
+    return {"mib_per_sample": round((peaks[1] - peaks[0]) / batch / 2**20, 1)}
+
+
+def share_of_peak(batch: int, seconds: float, device: torch.device) -> Line:
+    """Return the share of the measured matrix peak that our step reaches on a GPU."""
+    objective = build_objective(our_plan(1, compiled=False))
     objective.module.to(device)
     with autocast(device):
         flops = batch * step_flops(objective, our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device))
     peak = matmul_peak(device)
-    return {"mib_per_sample": memory, "share_of_peak": round(flops / seconds / peak, 3), "peak_tflops": round(peak / 1e12, 1),
-            "crops_per_second_needed": round(batch / seconds, 1)}
+    return {
+        "share_of_peak": round(flops / seconds / peak, 3),
+        "peak_tflops": round(peak / 1e12, 1),
+        "crops_per_second_needed": round(batch / seconds, 1),
+    }
 
 
-def finetuning_steps(name: str, patch: int, batch: int, device: torch.device) -> dict[str, Callable[[Tensor], None]]:
-    """Ours, stock and stock again: the trainers' own ``train_step`` on equal networks, loss and batch."""
+def finetuning_steps(name: str, patch: int, batch: int, device: torch.device) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
+    """What makes ours, stock and stock again: the trainers' own ``train_step`` on equal networks, loss and batch."""
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
     from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -209,7 +226,23 @@ def finetuning_steps(name: str, patch: int, batch: int, device: torch.device) ->
         return lambda crops: trainer.train_step({"data": crops, "target": targets if is_deep else targets[0]})
 
     stock = nnUNetTrainer if is_deep else nnUNet_Primus_S_Trainer
-    return {"ours": made(AutoregPretrainedTrainer, True), "baseline": made(stock, False), "baseline again": made(stock, False)}
+    return {
+        "ours": partial(made, AutoregPretrainedTrainer, True),
+        "baseline": partial(made, stock, False),
+        "baseline again": partial(made, stock, False),
+    }
+
+
+def alone(step: Callable[[Tensor], None], crops: Tensor, device: torch.device) -> list[float]:
+    """Return the seconds of an arm's first steps, the first of which compiles."""
+    seconds = []
+    for _ in range(STEPS_ALONE):
+        start = time.perf_counter()
+        step(crops)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - start, 4))
+    return seconds
 
 
 def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -229,44 +262,72 @@ def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: 
     return seconds
 
 
-def main() -> None:
-    """Parse the command line, measure, print and append one line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the arguments."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["pretraining", "finetuning"])
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--patch", type=int, default=64, help="edge of the fine-tuning patch")
     p.add_argument("--encoder", default="primus_s", help="of the fine-tuning: primus_s, or a resenc")
-    args = p.parse_args()
+    p.add_argument("--out", type=Path, default=RESULTS, help="file that every line is appended to at once")
+    return p
+
+
+def arms_of(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
+    """Return what makes the step of every arm, in the order in which they are built."""
+    if args.what == "finetuning":
+        return finetuning_steps(args.encoder, args.patch, args.batch, device)
+    arms = {
+        "ours": partial(our_step, args.batch, device),
+        "baseline": partial(plain_step, args.batch, device),
+        "baseline again": partial(plain_step, args.batch, device),
+    }
+    if device.type == "cuda":
+        arms["baseline in bf16"] = partial(plain_step, args.batch, device, half=True)
+    return arms
+
+
+def main() -> None:
+    """Measure each arm alone, then all of them interleaved; record a line after each."""
+    args = parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     edge = SIDE if args.what == "pretraining" else args.patch
     crops = torch.randn(args.batch, 1, edge, edge, edge, device=device)
-    if args.what == "pretraining":
-        steps = {"ours": our_step(args.batch, device), "baseline": plain_step(args.batch, device),
-                 "baseline again": plain_step(args.batch, device)}
-        if device.type == "cuda":
-            steps["baseline in bf16"] = plain_step(args.batch, device, half=True)
-    else:
-        steps = finetuning_steps(args.encoder, args.patch, args.batch, device)
+    encoder = args.encoder if args.what == "finetuning" else None
+    on_gpu = device.type == "cuda"
+    common: Line = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "commit": commit_of(Path(__file__).parent),
+        "versions": {name: version(name) for name in ("torch", "nnunetv2")},
+    }
+    recorder = Recorder(args.out.resolve(), common)
+    same: Line = {"part": "step", "what": args.what, "encoder": encoder, "batch": args.batch, "edge": edge}
+
+    steps: dict[str, Callable[[Tensor], None]] = {}
+    for name, make in arms_of(args, device).items():
+        start = time.perf_counter()
+        steps[name] = make()
+        built = round(time.perf_counter() - start, 2)
+        recorder.add({**same, "arm": name, "built_s": built, "first_steps_s": alone(steps[name], crops, device)})
+
     seconds = measure(steps, crops, args.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    line = {
-        "what": args.what, "encoder": args.encoder if args.what == "finetuning" else None, "batch": args.batch, "edge": edge,
+    recorder.add({
+        **same,
         "repeats": args.repeats,
         "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
         "median_s": {name: round(v, 4) for name, v in medians.items()},
         "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
         "baseline_again_over_baseline": round(medians["baseline again"] / medians["baseline"], 3),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "commit": commit.stdout.strip(), "versions": {name: version(name) for name in ("torch", "nnunetv2")},
-    }
-    if args.what == "pretraining" and device.type == "cuda":
-        line |= on_a_gpu(args.batch, medians["ours"], device)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as handle:
-        handle.write(json.dumps(line) + "\n")
-    print(json.dumps({key: value for key, value in line.items() if key != "seconds"}, indent=1))
+    })
+    if args.what == "pretraining" and on_gpu:
+        recorder.add({**same, "arm": "ours", **share_of_peak(args.batch, medians["ours"], device)})
+        steps.clear()
+        torch.cuda.empty_cache()
+        ways = {"ours": our_step, "baseline": plain_step, "baseline in bf16": partial(plain_step, half=True)}
+        for name, way in ways.items():
+            recorder.add({**same, "arm": name, **memory_of(way, args.batch, device)})
 
 
 if __name__ == "__main__":
