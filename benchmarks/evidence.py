@@ -119,7 +119,7 @@ def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
 
 def show_table(args: argparse.Namespace) -> None:
     """Print the results as Markdown."""
-    print(table(Journal(args.out).lines(), data=args.data, split=args.score, wanted_difference=args.wanted))
+    print(table(Journal(args.out).lines(), data=args.data, split=args.score, wanted=args.wanted))
 
 
 def parser() -> argparse.ArgumentParser:
