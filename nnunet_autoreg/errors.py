@@ -51,6 +51,16 @@ class ObjectsError(AutoregError):
     """Objects to detect, or detections, are missing, damaged or contradict the image they belong to."""
 
 
+class InterruptedRunError(KeyboardInterrupt):
+    """The user or the cluster asked a command to stop; what was done is kept.
+
+    No ``Exception``, as Python's own KeyboardInterrupt: code that goes on after any error, such as torch's compiler, must not take
+    this for one.
+    """
+
+    exit_code = 130
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown ``name``: a close match if there is one, else all that is known."""
     names = sorted(known)

@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from nnunet_autoreg.errors import AutoregError, PlanError
+from nnunet_autoreg.children import end_children
+from nnunet_autoreg.errors import AutoregError, InterruptedRunError, PlanError
 from nnunet_autoreg.requirements import find_violations, in_one_line
-
-INTERRUPTED = 130
+from nnunet_autoreg.stopping import report_stop, stop_requested, stoppable
 
 Main = Callable[[list[str] | None], int]
 Command = Callable[..., int]
@@ -21,36 +21,64 @@ Command = Callable[..., int]
 def command(main: Main) -> Command:
     """Wrap a command's ``main(argv)`` so that every way of ending is an exit code and at most one line on stderr.
 
-    An ``AutoregError`` becomes ``<command>: <message>`` and its exit code; an interruption 130; a closed pipe is silent.
-    Anything else is a bug and keeps its traceback, unless an installed package violates what is required of it: then one
-    line names the package and what mends it, and the exit code is 1. ``argparse`` ends misuse with 2 by itself.
+    An ``AutoregError`` becomes ``<command>: <message>`` and its exit code. SIGTERM and Ctrl-C become 130 within
+    ten seconds, with no child process left. A closed pipe is silent. Anything else is a bug and keeps its
+    traceback, unless an installed package violates what is required of it: then one line names the package and
+    what mends it, and the exit code is 1. ``argparse`` ends misuse with 2 by itself.
     """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
-        try:
-            code = main(argv)
-            sys.stdout.flush()
-            return code
-        except AutoregError as error:
-            return _complain(main, str(error) + _broken_packages(error), error.exit_code)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                _silence_stdout()
-                return 1
-            where = f" ({error.filename})" if error.filename else ""
-            return _complain(main, f"{error.strerror or error}{where}; what was written before is kept", 1)
-        except KeyboardInterrupt:
-            return _complain(main, "interrupted; run the same line again to go on", INTERRUPTED)
-        except Exception as error:
-            violations = find_violations()
-            if not violations:
-                raise
-            what = f"{type(error).__name__}: {error} ({_place_of(error)})"
-            advice = "mend this first; if the error remains, it is then shown in full"
-            return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
+        _quiet_resource_tracker()
+        # Without arguments of its own, it is the whole process that runs the command, and that ends with it.
+        with stoppable(_command_name(main), until_exit=argv is None):
+            try:
+                code = main(argv)
+                sys.stdout.flush()
+                return code
+            except KeyboardInterrupt as error:
+                return _stopped(error)
+            except Exception as error:
+                # Where children ended by the same signal, say: not what went wrong then, but why is what counts.
+                return _stopped(error) if stop_requested() else _failed(main, error)
 
     return run
+
+
+def _quiet_resource_tracker() -> None:
+    """Have multiprocessing's helper remove semaphores that killed processes leave behind without a warning beside the one line."""
+    ours, theirs = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
+    if ours not in theirs:
+        os.environ["PYTHONWARNINGS"] = f"{theirs},{ours}" if theirs else ours
+
+
+def _stopped(error: BaseException) -> int:
+    """Print the line of a command that was stopped, end its children, and return its exit code."""
+    if isinstance(error, InterruptedRunError):
+        report_stop(" ".join(str(error).split()))
+    else:
+        report_stop("" if stop_requested() else "interrupted; run the same line again to go on")
+    end_children()
+    return InterruptedRunError.exit_code
+
+
+def _failed(main: Main, error: Exception) -> int:
+    """Print the line of a command that failed, and return its exit code; raise what is a bug."""
+    if isinstance(error, AutoregError):
+        return _complain(main, str(error) + _broken_packages(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        _silence_stdout()
+        return 1
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return _complain(main, f"{error.strerror or error}{where}; what was written before is kept", 1)
+
+    violations = find_violations()
+    if not violations:
+        raise error
+    what = f"{type(error).__name__}: {error} ({_place_of(error)})"
+    advice = "mend this first; if the error remains, it is then shown in full"
+    return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
 
 
 def warn_of_violations() -> None:

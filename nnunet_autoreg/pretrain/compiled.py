@@ -7,6 +7,7 @@ import torch
 
 from nnunet_autoreg.objectives.base import LossTerms, Objective
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.pretrain.signals import refuse_interruption
 from nnunet_autoreg.sequences.sample import Batch
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,12 @@ def loss_function(plan: Plan, objective: Objective, device: torch.device, sharde
 
 
 def cannot_compile(error: BaseException) -> bool:
-    """Whether an exception says that compiling failed, for want of a compiler, say - rather than running, or memory."""
+    """Return whether an exception says that compiling failed, for want of a compiler, say - rather than running, or memory.
+
+    Raises:
+        InterruptedRunError: it was an interruption that failed to get through the compiler.
+    """
+    refuse_interruption(error)
     return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not is_out_of_memory(error)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunet_autoreg.corpus.parallel import end_with_parent
-from nnunet_autoreg.errors import AutoregError, UsageError
-from nnunet_autoreg.pretrain.signals import InterruptedRunError
+from nnunet_autoreg.errors import AutoregError, InterruptedRunError, UsageError
+from nnunet_autoreg.stopping import keep_silent
 
 GO, FAILED = "autoreg/go", "autoreg/failed"
 TRAIN = b"train"
@@ -232,6 +232,7 @@ def stand_by(launch: Launch, device: str) -> int:
     Returns:
         its exit code.
     """
+    keep_silent()
     store = open_store(launch)
     try:
         while not store.check([GO]):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_by_kind, training_batches
 from nnunet_autoreg.pretrain.compiled import is_out_of_memory
@@ -22,7 +23,7 @@ from nnunet_autoreg.pretrain.guard import Tally, in_words
 from nnunet_autoreg.pretrain.health import complaints
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.schedule import learning_rate
-from nnunet_autoreg.pretrain.signals import InterruptedRunError, stop_signals
+from nnunet_autoreg.pretrain.signals import InterruptedRunError, stops_noted
 from nnunet_autoreg.pretrain.state import Progress, lent, restore, restore_weights, snapshot
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
@@ -72,12 +73,15 @@ class Trainer:
         self.tally = self.guard.tally()
         self.progress = Progress()
         self.latest_is_scheduled = False
+        self.saved_step = 0
+        """The step that the newest checkpoint was made after; 0 if there is none."""
 
     def run(self) -> None:
         """Train from the latest checkpoint, or from the start, to the plan's last step.
 
         Raises:
-            InterruptedRunError: SIGINT or SIGTERM came; the state is saved.
+            InterruptedRunError: SIGINT or SIGTERM came; the state is saved. Where a step or a validation takes so long that it cannot be
+                saved in time, the process is ended instead (see ``stopping``).
             AutoregError: too many steps were bad, a loader process died, or a checkpoint cannot be read or written.
         """
         self._resume()
@@ -86,7 +90,10 @@ class Trainer:
         steps = range(start, optim.num_steps)
         bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0, disable=not self.world.is_main)
         loaded = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
-        with stop_signals() as stop, bar, closing(metrics), dead_workers_in_one_line(), closing(loaded) as prepared:
+        with (
+            stops_noted(self._line_if_forced) as stop, phase("training"), bar, closing(metrics), dead_workers_in_one_line(),
+            closing(loaded) as prepared,
+        ):
             clock = time.monotonic()
             for step, batch in zip(steps, prepared, strict=True):
                 loss, norm = self.train_step(step, batch)
@@ -102,19 +109,34 @@ class Trainer:
                 paused = time.monotonic()
                 if self._due(self.plan.run.validate_every):
                     self._validate(step, metrics)
-                stopping = self.world.any(bool(stop))
+                stopping = self.world.any(stop())
                 if self._due(self.plan.run.checkpoint_every) or stopping:
                     self._checkpoint(needed=stopping)
-                    if self.world.is_main:
-                        draw_progress(metrics.path, self.folder / "progress.png")
-                    self.after_checkpoint()
+                    # Pictures take long, and the next checkpoint brings them.
+                    if not stopping:
+                        self._show(metrics)
                     self.world.wait()
                 clock += time.monotonic() - paused
-                if stopping and self.progress.step < optim.num_steps:
+                if stopping:
                     raise InterruptedRunError(
                         f"stopped after step {self.progress.step} of {optim.num_steps}; the state is saved: "
                         "type the same line again to continue"
                     )
+
+    def _show(self, metrics: MetricsFile) -> None:
+        """Draw what was measured until now."""
+        with phase("drawing the report"):
+            if self.world.is_main:
+                draw_progress(metrics.path, self.folder / "progress.png")
+            self.after_checkpoint()
+
+    def _line_if_forced(self) -> str:
+        """What to say where a stop does not wait for the end of the step."""
+        step = self.progress.step
+        if self.saved_step == step > 0:
+            return f"stopped after step {step}; the state is saved: type the same line again to continue"
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there was no checkpoint yet"
+        return f"stopped in step {step + 1}, which takes too long to be waited for; {kept}: type the same line again to continue from there"
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.plan.optim.num_steps
@@ -170,7 +192,7 @@ class Trainer:
         """Look at held-out scans and keep the best state. The main process says whether it is the best."""
         if not self.looks:
             return
-        with usable(self.train_step.loss_of):
+        with usable(self.train_step.loss_of), phase("measuring the validation error"):
             is_best = self._look(step, metrics) if self.world.is_main or self.is_sharded else False
         self.progress.best_error = self.world.share(self.progress.best_error)
         if self.world.share(is_best):
@@ -204,8 +226,10 @@ class Trainer:
             return
         previous = self.folder / checkpoint.PREVIOUS_NAME
         keeps = self.latest_is_scheduled or not previous.exists()
-        self._save(checkpoint.LATEST_NAME, scheduled, previous if keeps else None)
+        with phase("saving a checkpoint"):
+            self._save(checkpoint.LATEST_NAME, scheduled, previous if keeps else None)
         self.latest_is_scheduled = scheduled
+        self.saved_step = step
 
     def _save(self, name: str, scheduled: bool, previous: Path | None = None) -> None:
         """Gather the state of all processes; the main one writes it."""
@@ -229,6 +253,7 @@ class Trainer:
             why = str(error).splitlines()[0]
             raise CheckpointError(f"{path} does not belong to this plan ({why}); move it away to start over") from error
         self.latest_is_scheduled = path.name == checkpoint.LATEST_NAME and bool(content["scheduled"])
+        self.saved_step = self.progress.step
         log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
 
 

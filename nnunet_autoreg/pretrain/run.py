@@ -21,6 +21,7 @@ from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
+from nnunet_autoreg.phases import phase, signs_of_life
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.length import with_hours
@@ -44,11 +45,11 @@ from nnunet_autoreg.pretrain.launch import Crew
 from nnunet_autoreg.pretrain.machine import hardware, has_half, num_processes, step_memory
 from nnunet_autoreg.pretrain.material import make_material, parse_kinds, plan_with_sequences
 from nnunet_autoreg.pretrain.pictures import show_sequences
-from nnunet_autoreg.pretrain.signals import ends_on_sigterm
 from nnunet_autoreg.pretrain.start import check_start
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.report.report import Reporter, Setting
+from nnunet_autoreg.stopping import stoppable
 from nnunet_autoreg.store.store import Store
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = 
     """
     folder = run_folder(nnunet_api.results_folder(), request.check().name)
     nnunet_api.preprocessed_folder()
-    with ends_on_sigterm(), locked(folder), log_file(folder):
+    with stoppable(), signs_of_life(), locked(folder), log_file(folder):
         plan, rows = prepare(folder, request, device)
         if show:
             show_sequences(folder, plan, rows, Store(), num_processes())
@@ -100,30 +101,33 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     if has_plan(folder):
         plan = check(continued_plan(folder, request))
         if not checkpoint.exists(folder):
-            check_network(plan)  # the plan may have been edited
+            with phase("building the network"):
+                check_network(plan)  # the plan may have been edited
         rows = usable(read_index(index_of(folder)))
         log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
         return plan, rows
     check_inputs(request)
-    index = index_inputs(folder, request)
+    with phase("looking for scans"):
+        index = index_inputs(folder, request)
     report_left_out(index.rows, folder / INDEX_NAME)
     rows = usable(index.rows)
     if not index.rows:
         raise AutoregError("no scan was found; give other datasets (-d) or folders (-i)")
     if not rows:
         raise AutoregError(f"no usable scan was found; {folder / INDEX_NAME} says why for each of {len(index.rows)}")
-    print_of = fingerprint(index, parse_policy(request.spacing))
-    plan = make_plan(
-        request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
-        to_jsonable(request), partial(step_memory, half=has_half(device)),
-    )
-    plan = with_presets(with_sequences(folder, plan, request, rows), request)
-    plan = check(override(plan, list(request.settings)))
-    check_network(plan)
-    check_start(plan)
-    write_json(folder / "fingerprint.json", print_of)
-    draw_fingerprint(folder / "fingerprint.png", print_of, rows, plan)
-    write_json(folder / PLAN_NAME, plan)
+    with phase("planning"):
+        print_of = fingerprint(index, parse_policy(request.spacing))
+        plan = make_plan(
+            request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
+            to_jsonable(request), partial(step_memory, half=has_half(device)),
+        )
+        plan = with_presets(with_sequences(folder, plan, request, rows), request)
+        plan = check(override(plan, list(request.settings)))
+        check_network(plan)
+        check_start(plan)
+        write_json(folder / "fingerprint.json", print_of)
+        draw_fingerprint(folder / "fingerprint.png", print_of, rows, plan)
+        write_json(folder / PLAN_NAME, plan)
     for key, reason in plan.reasons.items():
         log.info("%s = %s (%s)", key, value_at(plan, key), reason)
     return plan, rows
@@ -165,10 +169,11 @@ def index_inputs(folder: Path, request: Request) -> Index:
 
 def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew) -> None:
     """Preprocess what is missing, train to the plan's length together with the crew, export the encoder."""
-    from nnunet_autoreg.pretrain.distributed import share_of
-    from nnunet_autoreg.pretrain.fit import memory_errors_in_one_line
-    from nnunet_autoreg.pretrain.job import Job
-    from nnunet_autoreg.pretrain.labels import labelled_crops
+    with phase("loading torch"):
+        from nnunet_autoreg.pretrain.distributed import share_of
+        from nnunet_autoreg.pretrain.fit import memory_errors_in_one_line
+        from nnunet_autoreg.pretrain.job import Job
+        from nnunet_autoreg.pretrain.labels import labelled_crops
 
     share_of(plan.optim.batch_size, 0, crew.launch.size)
     store = Store()
@@ -179,8 +184,10 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew
     cases = {row.id: store.open(keys[row.id]) for row in rows}
 
     def job_of(plan: Plan) -> Job:
-        parts = make_material(folder, plan, store, cases, training, heldout, num_processes())
-        probe = labelled_crops(plan, rows, cases, {row.id for row in heldout})
+        with phase("gathering what sequences are cut from"):
+            parts = make_material(folder, plan, store, cases, training, heldout, num_processes())
+        with phase(f"reading label maps of {len(rows)} scans for the probe"):
+            probe = labelled_crops(plan, rows, cases, {row.id for row in heldout})
         return Job(folder, plan, device, *parts, probe, not checkpoint.exists(folder), crew.launch.local_size)
 
     job = tried(job_of(plan), job_of, crew.launch.size)
@@ -207,7 +214,8 @@ def tried(job: "Job", job_of: Callable[[Plan], "Job"], num_training: int) -> "Jo
     def with_plan(plan: Plan) -> "Job":
         return replace(job, plan=plan) if plan.sequence == job.plan.sequence else job_of(plan)
 
-    plan = fitted(share_of_plan(job.plan, num_training), lambda plan: trainer_of(with_plan(plan)), torch.device(job.device))
+    with phase("trying a training step, to see that it fits"):
+        plan = fitted(share_of_plan(job.plan, num_training), lambda plan: trainer_of(with_plan(plan)), torch.device(job.device))
     write_json(job.folder / PLAN_NAME, plan)
     return with_plan(plan)
 
@@ -219,11 +227,13 @@ def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: S
     folder, place = job.folder, crew.launch.local_rank
     world.share((job, needs_pace(job.plan)))
     if needs_pace(job.plan):
-        job = measured(job, world, place, lambda plan, seconds: with_pace(folder, plan, seconds, job.device))
+        with phase("measuring how long a step takes"):
+            job = measured(job, world, place, lambda plan, seconds: with_pace(folder, plan, seconds, job.device))
     if world.size > 1:
         log.info("%d processes train together, %d of %d crops in this one", world.size, job.plan.optim.batch_size // world.size,
                  job.plan.optim.batch_size)
-    trainer = trainer_of(job, world, place)
+    with phase("building the network and the validation batches"):
+        trainer = trainer_of(job, world, place)
     pictures, reporter = pictures_of(trainer), Reporter(folder, job.plan, setting)
 
     def report() -> None:
@@ -232,8 +242,10 @@ def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: S
 
     trainer.after_checkpoint = report
     trainer.run()
-    report()
-    export_encoder(folder, job.plan, trainer.objective, rows, licences(rows))
+    with phase("drawing the report"):
+        report()
+    with phase("exporting the encoder"):
+        export_encoder(folder, job.plan, trainer.objective, rows, licences(rows))
     world.wait()
 
 

@@ -1,54 +1,28 @@
-"""Signals that ask a run to stop: noted while training, so that its state is saved first; one line everywhere else."""
+"""How a training is stopped: its state is saved first, unless that would take too long."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from nnunet_autoreg.errors import InterruptedRunError
+from nnunet_autoreg.stopping import raise_if_stopped, stops_noted
 
-from nnunet_autoreg.errors import AutoregError
+__all__ = ["InterruptedRunError", "raise_if_stopped", "refuse_interruption", "stops_noted"]
 
 
-class InterruptedRunError(AutoregError):
-    """The user or the cluster asked the run to stop; what was done is kept."""
+def refuse_interruption(error: BaseException) -> None:
+    """Raise the interruption that an exception of other people's code stands for, if it stands for one.
 
-    exit_code = 130
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that is empty until SIGINT or SIGTERM comes; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def ends_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what is inside as an interruption does, with everything tidied up; outside the main thread nothing changes.
+    torch's compiler wraps whatever is raised inside it; what it wrapped is then no fault of the code that was compiled.
 
     Raises:
-        InterruptedRunError: it came.
+        InterruptedRunError: SIGTERM or Ctrl-C has come, or one of the causes of ``error`` is an interruption.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    raise_if_stopped()
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
 
-    def end(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRunError("stopped by SIGTERM; what was done is kept: type the same line again to go on")
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    while waiting:
+        cause = waiting.pop()
+        if cause is None or id(cause) in seen:
+            continue
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+        seen.add(id(cause))
+        waiting += [cause.__cause__, cause.__context__, getattr(cause, "inner_exception", None)]

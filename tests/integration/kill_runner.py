@@ -133,11 +133,16 @@ def child(request):
     return main(request["argv"])
 
 
-def serve():
+def import_all():
+    """Import what a line needs, so that its fork has it."""
     ours = (f"nnunet_autoreg.{name}" for name in ("pretrain.run", "pretrain.loop", "report.report", "report.slices"))
     for module in ("dynamic_network_architectures.architectures.primus", "nnunetv2.preprocessing.preprocessors.default_preprocessor",
                    "torch._dynamo", *ours):
         importlib.import_module(module)
+
+
+def serve():
+    import_all()
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

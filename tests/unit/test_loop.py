@@ -19,9 +19,10 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.signals import InterruptedRunError, ends_on_sigterm
+from nnunet_autoreg.pretrain.signals import InterruptedRunError
 from nnunet_autoreg.report.metrics import MetricsFile, draw_progress, read_lines
 from nnunet_autoreg.sequences.sample import Sample, collate
+from nnunet_autoreg.stopping import stoppable
 
 TINY = encoder_size("primus_tiny")
 PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
@@ -182,7 +183,7 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
 
 def test_sigterm_before_training_ends_in_one_line_and_the_usual_handler_is_back(tmp_path):
     usual = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRunError, match="type the same line again to go on") as caught, ends_on_sigterm():
+    with pytest.raises(InterruptedRunError, match="type the same line again to go on") as caught, stoppable():
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is usual

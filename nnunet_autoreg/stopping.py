@@ -1,0 +1,260 @@
+"""SIGTERM and Ctrl-C: they end a command within ten seconds, whatever it is doing, with one line and exit code 130.
+
+Python runs signal handlers between two instructions of the main thread. Three things can therefore go wrong, and each is provided for:
+
+1. Code that catches every exception swallows the one that the handler raises. ``InterruptedRunError`` is no ``Exception``, so that only
+   ``except BaseException`` catches it, and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
+   code asks ``raise_if_stopped``.
+2. The main thread is inside a long call of compiled code, and the handler does not run at all. The C part of Python notes the signal in a
+   pipe nevertheless; a thread reads the pipe and ends the process after ``GRACE_S``. It needs the interpreter's lock, which nearly
+   all compiled code gives back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
+3. Other processes go on. All descendants are killed before the process ends.
+
+Everything that has to survive is written to a temporary file and renamed, so that the end may come at any moment.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from nnunet_autoreg.children import end_children
+from nnunet_autoreg.errors import InterruptedRunError
+from nnunet_autoreg.phases import current_phase, ending
+
+NUDGE_S = 2.5
+"""The handler raises once more if the command has not begun to end by then."""
+
+GRACE_S = 7.5
+"""The process is ended if it has not ended by itself by then."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = "what was done is kept: type the same line again to go on"
+SECOND_PRESS_S = 0.3
+"""A second Ctrl-C that comes later than this ends the process at once; one that comes earlier is the first one, delivered twice."""
+
+
+class _Stop:
+    """The state of this process. ``session`` tells one use of ``stoppable`` from the next."""
+
+    def __init__(self) -> None:
+        self.session = 0
+        self.is_active = False
+        self.number = 0
+        self.num_noting = 0
+        self.command = ""
+        self.line_if_forced: Callable[[], str] | None = None
+        self.report_lock = threading.Lock()
+        self.is_reported = False
+        self.watchdog: _Watchdog | None = None
+
+    def begin(self, command: str) -> None:
+        """A command begins."""
+        self.session += 1
+        self.is_active, self.number, self.num_noting = True, 0, 0
+        self.command, self.line_if_forced, self.is_reported = command, None, False
+        ending.clear()
+
+    def end(self) -> None:
+        """It is over, and the process goes on to other things."""
+        self.session += 1
+        self.is_active, self.number = False, 0
+        ending.clear()
+
+
+_stop = _Stop()
+
+
+def stop_requested() -> bool:
+    """Return whether SIGTERM or Ctrl-C has come."""
+    return bool(_stop.number)
+
+
+def raise_if_stopped() -> None:
+    """Raise what a signal handler raised before, in case that somebody else's code has caught it.
+
+    Raises:
+        InterruptedRunError: SIGTERM or Ctrl-C has come, and it is not just noted (``stops_noted``).
+    """
+    if _stop.number and not _stop.num_noting:
+        raise InterruptedRunError(_line())
+
+
+def _line() -> str:
+    """Return what ends the command, what it was doing, and what to do."""
+    phase = current_phase()
+    doing = f" while {phase}" if phase is not None else ""
+    return f"{_cause()}{doing}; {AGAIN}"
+
+
+def _cause() -> str:
+    return "interrupted" if _stop.number == signal.SIGINT else "stopped by SIGTERM"
+
+
+@contextmanager
+def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end what is inside, as described above. Inside another one, and outside the main thread, nothing changes.
+
+    Args:
+        command: begins the line that is printed if the process has to be ended by force; "" to end it silently.
+        until_exit: the process ends soon after a stop, so that the watch goes on until then; else it ends with the block.
+
+    Raises:
+        InterruptedRunError: a signal came.
+    """
+    if _stop.is_active or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    _stop.begin(command)
+    if _stop.watchdog is None:
+        _stop.watchdog = _Watchdog()
+        _stop.watchdog.start()
+
+    handlers = {number: signal.signal(number, _on_signal) for number in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(_stop.watchdog.writer, warn_on_full_buffer=False)
+    hook = sys.unraisablehook
+    sys.unraisablehook = _without_interruptions(hook)
+    try:
+        yield
+    finally:
+        if not (until_exit and _stop.number):
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            sys.unraisablehook = hook
+            _stop.end()
+
+
+@contextmanager
+def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool]]:
+    """Only note the signals inside, so that the state can be saved first; yields what tells whether one has come.
+
+    Args:
+        line_if_forced: says what is kept where the process has to be ended by force, because the state was not saved in time.
+    """
+    with stoppable():
+        outer = _stop.line_if_forced
+        _stop.num_noting += 1
+        _stop.line_if_forced = line_if_forced
+        try:
+            yield stop_requested
+        finally:
+            _stop.num_noting -= 1
+            _stop.line_if_forced = outer
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """Run by Python in the main thread, as soon as that thread is back from compiled code."""
+    _stop.number = _stop.number or number
+    ending.set()
+    if not _stop.is_reported:
+        raise_if_stopped()
+
+
+def report_stop(line: str = "", is_forced: bool = False) -> None:
+    """Print the one line that ends a command that was stopped, once; "" for the usual one."""
+    with _stop.report_lock:
+        if _stop.is_reported:
+            return
+        _stop.is_reported = True
+    if not _stop.command:
+        return
+
+    whole = f"{_end_of_bar()}{_stop.command}: {line or _line()}\n"
+    with suppress(OSError):
+        if is_forced:
+            # Not through sys.stderr, whose lock the main thread may hold.
+            os.write(2, whole.encode(errors="replace"))
+        else:
+            print(whole, end="", file=sys.stderr, flush=True)
+
+
+def keep_silent() -> None:
+    """Leave the line to another process: this is one of several that train together, and not the main one."""
+    _stop.command = ""
+
+
+def _end_of_bar() -> str:
+    """Return a line break where a progress bar stands in an open line."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    with suppress(RuntimeError):  # A bar came or went while they were counted.
+        return "\n" if any(not bar.disable for bar in getattr(tqdm, "_instances", ())) else ""
+    return ""
+
+
+class _Watchdog(threading.Thread):
+    """Ends the process where it does not end by itself after a signal."""
+
+    def __init__(self) -> None:
+        super().__init__(name="stop watchdog", daemon=True)
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+
+    def run(self) -> None:
+        """Wait for signals for as long as the process lives."""
+        while True:
+            numbers = os.read(self.reader, 64)
+            stops = [number for number in numbers if number in STOP_SIGNALS]
+            if stops and _stop.is_active:
+                self._give_grace(stops[0])
+
+    def _give_grace(self, number: int) -> None:
+        """Wait for the end of the command; hurry it, then end it."""
+        session, began, is_nudged = _stop.session, time.monotonic(), False
+        _stop.number = _stop.number or number
+        ending.set()
+
+        while _stop.session == session:
+            elapsed = time.monotonic() - began
+            if elapsed >= GRACE_S or (elapsed > SECOND_PRESS_S and self._second_press()):
+                _end_now()
+            if elapsed >= NUDGE_S and not is_nudged and not _stop.num_noting and not _stop.is_reported:
+                is_nudged = True
+                # As a signal, it also interrupts a system call that waits.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            time.sleep(0.05)
+
+    def _second_press(self) -> bool:
+        """Return whether Ctrl-C was pressed again."""
+        ready, _, _ = select.select([self.reader], [], [], 0)
+        return bool(ready) and signal.SIGINT in os.read(self.reader, 64)
+
+
+def _end_now() -> None:
+    """End this process and all below it, with its line."""
+    try:
+        report_stop(_stop.line_if_forced() if _stop.line_if_forced is not None else "", is_forced=True)
+        end_children()
+    finally:
+        os._exit(InterruptedRunError.exit_code)
+
+
+def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Return a hook that does not print an interruption that was raised in a destructor; the handler raises it once more later."""
+
+    def quiet(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, InterruptedRunError):
+            hook(unraisable)
+
+    return quiet
+
+
+def _forget_in_child() -> None:
+    """Have a forked child neither write into its parent's pipe nor raise its parent's exceptions."""
+    if _stop.is_active:
+        signal.set_wakeup_fd(-1)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        _stop.end()
+    _stop.watchdog = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

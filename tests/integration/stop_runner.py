@@ -1,0 +1,129 @@
+"""Runs ``autoreg_pretrain`` lines in forks of one process that has imported everything, with slow work at a named point.
+
+A point replaces one function by one that first makes a mark and then takes minutes; the package knows nothing of it. Reads one JSON request
+a line - argv, point, way, mark, log, env - answers with the process id, and with the exit status at the end.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from kill_runner import at_call, import_all, leave_out_pictures
+
+LONG_S = 300.0
+
+
+def mark():
+    """Tell the test that the slow work has begun."""
+    Path(os.environ["STOP_MARK"]).touch()
+
+
+def wait_in_python(*arguments, **named):
+    mark()
+    time.sleep(LONG_S)
+
+
+def ignore_exceptions(*arguments, **named):
+    """Work that goes on after any exception, as code with a bare ``except`` does. One that follows later gets through."""
+    mark()
+    try:
+        time.sleep(LONG_S)
+    except BaseException:
+        time.sleep(LONG_S)
+
+
+def wait_in_c(*arguments, **named):
+    """A call of compiled code that no signal interrupts: a lock that is taken twice."""
+    mark()
+    lock, library = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
+
+
+def compile_slowly(*arguments, **named):
+    """A compiler that wraps whatever is raised inside it, as Dynamo does."""
+    import torch
+
+    def backend(graph, inputs):
+        try:
+            mark()
+            time.sleep(LONG_S)
+        except BaseException as error:
+            raise RuntimeError("the compiler failed") from error
+
+    torch.compile(lambda x: x * 2, backend=backend)(torch.ones(3))
+
+
+WAYS = {"python": wait_in_python, "ignoring": ignore_exceptions, "c": wait_in_c, "compiler": compile_slowly}
+
+
+def arm(point, way):
+    """Replace what the point names."""
+    import safetensors.torch
+    import torch
+
+    from nnunet_autoreg.corpus import index
+    from nnunet_autoreg.pretrain import fit, run
+    from nnunet_autoreg.pretrain.validation import Validation
+    from nnunet_autoreg.store import store
+
+    owner, name, number = {
+        "indexing": (index, "load_scan", 2),
+        "planning": (run, "check_start", 1),
+        "preprocessing": (store, "load_scan", 1),
+        "material": (run, "make_material", 1),
+        "dry step": (fit, "dry_step", 1),
+        "compilation": (fit, "dry_step", 1),
+        "training": (torch.optim.AdamW, "step", 7),
+        "validation": (Validation, "_features", 2),
+        "export": (safetensors.torch, "save_file", 1),
+    }[point]
+    if way == "workers":
+        # Both the main process and its workers come here; the work is done in the workers.
+        run.num_processes = lambda: 2
+        way = "c"
+    at_call(number, owner, name, WAYS[way])
+
+
+def child(request):
+    os.setsid()
+    os.environ.update(request["env"], STOP_MARK=request["mark"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    leave_out_pictures()
+    if request["point"]:
+        os.environ["STOP_AT"], os.environ["STOP_WAY"] = request["point"], request["way"]
+        arm(request["point"], request["way"])
+    from nnunet_autoreg.cli.pretrain import main
+
+    # As the installed command calls it.
+    sys.argv = ["autoreg_pretrain", *request["argv"]]
+    return main()
+
+
+def serve():
+    import_all()
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = child(request)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
+elif __name__ == "__mp_main__" and "STOP_AT" in os.environ:
+    arm(os.environ["STOP_AT"], os.environ["STOP_WAY"])

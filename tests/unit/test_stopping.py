@@ -1,0 +1,296 @@
+"""Signals that stop a command, signs of life, and children that end with their parents."""
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nnunet_autoreg import phases, stopping
+from nnunet_autoreg.children import descendants, end_children, run_guarded, start_guarded
+from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.errors import InterruptedRunError
+from nnunet_autoreg.phases import current_phase, phase, signs_of_life
+from nnunet_autoreg.stopping import raise_if_stopped, stop_requested, stoppable, stops_noted
+
+
+def press(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within a while."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_raises_an_error_that_except_exception_does_not_catch(number: int) -> None:
+    usual = signal.getsignal(number)
+
+    with pytest.raises(InterruptedRunError) as caught, stoppable():
+        try:
+            press(number)
+        except Exception:
+            pytest.fail("it was taken for an error")
+
+    assert caught.value.exit_code == 130
+    assert not isinstance(caught.value, Exception)
+    assert signal.getsignal(number) is usual
+    assert not stop_requested()
+
+
+def test_an_interruption_that_was_swallowed_can_be_asked_for() -> None:
+    with stoppable():
+        try:
+            press()
+        except BaseException:
+            assert stop_requested()
+
+        with pytest.raises(InterruptedRunError):
+            raise_if_stopped()
+
+    raise_if_stopped()
+
+
+def test_a_swallowed_interruption_is_raised_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "NUDGE_S", 0.1)
+
+    with pytest.raises(InterruptedRunError), stoppable():
+        try:
+            press()
+        except BaseException:
+            time.sleep(60)
+
+
+def test_noted_stops_raise_nothing_until_the_block_ends() -> None:
+    with stoppable(), stops_noted(lambda: "kept") as is_stopped:
+        assert not is_stopped()
+        press()
+        press()
+        raise_if_stopped()
+        assert is_stopped()
+
+
+def test_the_line_names_the_innermost_phase() -> None:
+    with stoppable(), phase("planning"), phase("checking scans") as doing:
+        doing.progress = "3 of 40"
+        with pytest.raises(InterruptedRunError, match="checking scans, 3 of 40"):
+            press()
+
+
+@pytest.mark.parametrize("lost", ["__cause__", "__context__", "inner_exception"])
+def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> None:
+    import torch
+
+    from nnunet_autoreg.pretrain.compiled import cannot_compile
+
+    wrapped = torch._dynamo.exc.TorchDynamoException("backend failed")
+    assert cannot_compile(wrapped)
+
+    outer = torch._dynamo.exc.TorchDynamoException("backend failed")
+    setattr(wrapped, lost, InterruptedRunError("stopped by SIGTERM"))
+    outer.__cause__ = wrapped
+    with pytest.raises(InterruptedRunError):
+        cannot_compile(outer)
+
+
+def test_a_swallowed_interruption_is_no_failure_to_compile_either() -> None:
+    import torch
+
+    from nnunet_autoreg.pretrain.compiled import cannot_compile
+
+    with stoppable():
+        with contextlib.suppress(BaseException):
+            press()
+
+        with pytest.raises(InterruptedRunError):
+            cannot_compile(torch._dynamo.exc.TorchDynamoException("no compiler"))
+
+
+def test_a_forked_child_keeps_signals_to_itself() -> None:
+    with stoppable():
+        child = os.fork()
+        if child == 0:
+            press()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+        time.sleep(0.2)
+        assert not stop_requested()
+
+
+def heard(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == phases.__name__]
+
+
+def wait_until_heard(caplog: pytest.LogCaptureFixture, number: int = 1) -> None:
+    deadline = time.monotonic() + 20
+    while len(heard(caplog)) < number and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(phases, "LOOK_EVERY_S", 0.02)
+    caplog.set_level(logging.INFO, "nnunet_autoreg")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_long_silence_is_broken_by_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    with signs_of_life(0.1), phase("outer"), phase("compiling the block") as doing:
+        wait_until_heard(caplog)
+        doing.progress = "2 of 3"
+        wait_until_heard(caplog, 2)
+
+    assert heard(caplog)[0].startswith("compiling the block (")
+    assert "2 of 3" in heard(caplog)[1]
+    assert current_phase() is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_is_said_while_other_lines_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with signs_of_life(2.0), phase("training"):
+        for _ in range(30):
+            logging.getLogger("nnunet_autoreg.other").info("a line")
+            time.sleep(0.1)
+
+    assert heard(caplog) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_is_said_beside_a_bar_that_moves(caplog: pytest.LogCaptureFixture) -> None:
+    from tqdm import tqdm
+
+    with signs_of_life(0.3), phase("training"), tqdm(total=100, disable=False, file=io.StringIO()) as bar:
+        for _ in range(5):
+            bar.update()
+            time.sleep(0.1)
+        time.sleep(0.6)
+
+    assert heard(caplog) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bar_that_has_not_moved_yet_keeps_nobody_silent(caplog: pytest.LogCaptureFixture) -> None:
+    from tqdm import tqdm
+
+    with signs_of_life(0.2), phase("training"), tqdm(total=100, disable=False, file=io.StringIO()):
+        wait_until_heard(caplog)
+
+    assert heard(caplog)
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_signs_of_life_phases_are_silent(caplog: pytest.LogCaptureFixture) -> None:
+    with phase("training"):
+        time.sleep(0.3)
+
+    assert heard(caplog) == []
+
+
+def test_workers_end_at_once_where_their_results_are_not_wanted() -> None:
+    results = parallel_map(time.sleep, [0.0, 300.0, 300.0, 300.0], 2, "testing")
+    assert next(results) is None
+    busy = descendants()
+
+    results.close()  # type: ignore[attr-defined]
+
+    assert len(busy) >= 2
+    assert all(is_gone(pid) for pid in busy if "resource_tracker" not in commandline(pid))
+
+
+def commandline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except FileNotFoundError:
+        return ""
+
+
+GRANDCHILD = ("import subprocess, sys, time\n"
+              "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+              "print(child.pid, flush=True)\n")
+
+
+def test_descendants_are_found_and_ended_with_their_children() -> None:
+    line = [sys.executable, "-c", f"{GRANDCHILD}time.sleep(300)"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        grandchild = int(child.stdout.readline())
+        assert descendants(child.pid) == [grandchild]
+
+        end_children(child.pid)
+        assert is_gone(grandchild)
+        assert child.poll() is None
+        child.kill()
+
+
+@pytest.mark.parametrize(("program", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
+def test_a_guarded_program_keeps_its_exit_code(tmp_path: Path, program: str, code: int) -> None:
+    with (tmp_path / "log").open("w") as log:
+        assert run_guarded([sys.executable, "-c", program], os.environ, log) == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_guarded_program_and_its_children_end_with_the_command(tmp_path: Path, number: int) -> None:
+    """Killed, a command can do nothing any more; the guard notices."""
+    log = tmp_path / "log"
+    script = ("import os, sys\nfrom nnunet_autoreg.children import run_guarded\n"
+              "from nnunet_autoreg.stopping import stoppable\n"
+              f"with stoppable(), open({str(log)!r}, 'w') as log:\n"
+              f"    run_guarded([sys.executable, '-c', {(GRANDCHILD + 'time.sleep(300)')!r}], os.environ, log)\n")
+    command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (log.is_file() and log.read_text().endswith("\n")):
+        assert command.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    below = descendants(command.pid)
+    assert int(log.read_text()) in below and len(below) == 3
+
+    command.send_signal(number)
+    command.wait(30)
+
+    assert [pid for pid in below if not is_gone(pid)] == []
+
+
+def test_a_program_whose_guard_is_killed_ends_too(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        guard = start_guarded([sys.executable, "-c", "import time; time.sleep(300)"], os.environ, log)
+        deadline = time.monotonic() + 30
+        while not (below := descendants(guard.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+        guard.kill()
+        guard.wait()
+
+    assert all(is_gone(pid) for pid in below)
+
+
+def test_outside_the_main_thread_nothing_changes() -> None:
+    usual = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def inside() -> None:
+        with stoppable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [usual]
