@@ -23,7 +23,7 @@ LOOK_EVERY_S = 0.5
 END_WITHIN_S = 4.0
 """How long a program may take to save its state after SIGTERM, before it is killed."""
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 STOPPED = 130
 
 
@@ -104,6 +104,9 @@ def run_guarded(line: Sequence[str], environment: Mapping[str, str], output: IO[
 
 def guard_program(parent: int, line: Sequence[str]) -> int:
     """Run ``line`` and return its exit code; end it and all below it on SIGTERM, and when ``parent`` is gone."""
+    if sys.platform == "linux":
+        # What loses its parent becomes a child of the guard, which therefore still finds it.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     program = subprocess.Popen(line, preexec_fn=_end_with_guard)  # noqa: PLW1509 - there is one thread
@@ -124,10 +127,15 @@ def guard_program(parent: int, line: Sequence[str]) -> int:
 
 def _end_program(program: "subprocess.Popen[bytes]") -> None:
     """Let the program save its state for a moment, then kill it and everything below it."""
+    below = descendants()
     program.terminate()
     with suppress(subprocess.TimeoutExpired):
         program.wait(END_WITHIN_S)
+
     end_children()
+    for child in below:  # Those whose parent has ended are nobody's descendants where the guard cannot take them over.
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(child, signal.SIGKILL)
     program.wait()
 
 

@@ -129,10 +129,12 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         return network
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint, written beside and renamed, so that a kill leaves the one before."""
+        """nnU-Net's checkpoint, written beside, brought to the disk and renamed, so that a kill or a power cut leaves the one before."""
         temporary = Path(f"{filename}.tmp")
         super().save_checkpoint(str(temporary))
         if self.local_rank == 0 and temporary.exists():
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
             temporary.replace(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:

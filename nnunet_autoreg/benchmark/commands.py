@@ -4,21 +4,22 @@ import logging
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.phases import phase
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Commands:
-    """Runs commands.
+    """Runs commands, which end with this process.
 
     Attributes:
         log_file: takes all of their output.
@@ -68,9 +69,10 @@ class Commands:
         with self.log_file.open("a", encoding="utf-8") as handle:
             handle.write(f"$ {shlex.join(line)}\n")
             handle.flush()
-            done = subprocess.run([program, *line[1:]], env=environment, stdout=handle, stderr=subprocess.STDOUT, check=False)
-        if done.returncode:
-            raise AutoregError(f"{line[0]} ended with exit code {done.returncode} ({last_words(self.log_file)}); all of its output is in "
+            with phase(f"running {line[0]}"):
+                code = run_guarded([program, *line[1:]], environment, handle)
+        if code:
+            raise AutoregError(f"{line[0]} ended with exit code {code} ({last_words(self.log_file)}); all of its output is in "
                                f"{self.log_file}")
         log.info("  done in %.0f s", time.monotonic() - start)
 

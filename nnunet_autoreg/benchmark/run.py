@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,11 @@ from nnunet_autoreg.benchmark.protocol import CONFIGURATION, STOCK, TRAINERS, fo
 from nnunet_autoreg.benchmark.results import RESULTS_NAME, RunKey, append_result, key_of, read_results
 from nnunet_autoreg.benchmark.statistics import mean_dice
 from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, Job
+from nnunet_autoreg.children import end_children, run_guarded
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
 from nnunet_autoreg.records import read_json, write_json
+from nnunet_autoreg.stopping import stop_requested
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,10 @@ Runner = Callable[[Path, Mapping[str, str]], int]
 
 
 def worker(folder: Path, environment: Mapping[str, str]) -> int:
-    """Run the job in ``folder`` in a process of its own."""
+    """Run the job in ``folder`` in a process of its own, which ends with this one."""
     line = [sys.executable, "-m", "nnunet_autoreg.benchmark.worker", str(folder)]
     with (folder / "log.txt").open("w", encoding="utf-8") as handle:
-        return subprocess.run(line, env=dict(environment), stdout=handle, stderr=subprocess.STDOUT, check=False).returncode
+        return run_guarded(line, environment, handle)
 
 
 def epochs_of(steps: int) -> tuple[int, int]:
@@ -119,10 +120,14 @@ def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Run
     lock = threading.Lock()
 
     def one(key: RunKey) -> None:
+        if stop_requested():
+            return
         folder = bench.layout.run(key)
         try:
             result = _do(bench, folder, job_of(bench, key, key.batch), runner)
         except AutoregError as error:
+            if stop_requested():  # It was ended, and did not fail.
+                return
             failed.append(key)
             log.error("%s FAILED: %s", key, error)
             return
@@ -136,7 +141,13 @@ def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Run
             one(key)
     else:
         with ThreadPoolExecutor(num_jobs) as pool:
-            list(pool.map(one, missing))
+            try:
+                list(pool.map(one, missing))
+            except BaseException:
+                # The pool waits for its threads, and these for their trainings.
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_children()
+                raise
     return failed
 
 

@@ -4,11 +4,9 @@ The job's folder holds ``job.json``; ``result.json`` is written last. nnU-Net's 
 """
 
 import math
-import os
 import random
 import statistics
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -134,21 +132,8 @@ def none_for_nan(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def end_with_parent() -> None:
-    """Have this process end soon after the one that started it, so that a killed benchmark leaves nothing that writes."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(folder: Path) -> None:
     """Do the job in ``folder``."""
-    end_with_parent()
     job = from_jsonable(Job, read_json(folder / JOB_NAME), str(folder / JOB_NAME))
     write_json(folder / RESULT_NAME, train(job))
 

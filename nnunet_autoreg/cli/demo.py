@@ -4,13 +4,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import command, prepare_torch, print_next
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -53,12 +53,12 @@ class Demo:
             program = shutil.which(line[0], path=self.environment["PATH"])
             if program is None:
                 raise AutoregError(f"the command {line[0]} is not installed; run autoreg_doctor")
-            done = subprocess.run([program, *line[1:]], env=self.environment, stdout=handle, stderr=subprocess.STDOUT, check=False)
+            code = run_guarded([program, *line[1:]], self.environment, handle)
         print(f"   [{time.monotonic() - start:.0f} s]", flush=True)
-        if done.returncode:
+        if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             print(tail, file=sys.stderr)
-            raise AutoregError(f"{line[0]} ended with exit code {done.returncode}; all of its output is in {log}")
+            raise AutoregError(f"{line[0]} ended with exit code {code}; all of its output is in {log}")
 
 
 def generate(demo: Demo) -> None:
