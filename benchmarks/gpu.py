@@ -191,8 +191,11 @@ def losses(setting: Setting, encoder: str) -> Iterator[Line]:
             "compiled bf16 against eager float32": (compiled, True, 5e-2),
         }
 
-    for order, predictor in (("raster", "next"), ("random", "query")):
-        sequence = [f"sequence.order={order}", f"sequence.predictor={predictor}"]
+    orders = (("raster", "next"), ("random", "query"))
+    choices = [[f"sequence.order={order}", f"sequence.predictor={predictor}"] for order, predictor in orders]
+    # A whole U-Net has one way to predict, which planning chooses.
+    is_whole_network = plan_of(size, crop, 2).sequence.predictor not in ("next", "query")
+    for sequence in [[]] if is_whole_network else choices:
         plain_plan = plan_of(size, crop, 2, *sequence, *eager)
         batch = batch_of(plain_plan, 2).to(setting.device)
         plain = loss_and_gradient(plain_plan, batch, False, setting)
@@ -201,7 +204,7 @@ def losses(setting: Setting, encoder: str) -> Iterator[Line]:
             found = loss_and_gradient(plan_of(size, crop, 2, *sequence, *settings), batch, is_half, setting)
             error = float((found[:1] / plain[:1] - 1).abs())
             gradient_error = float((found[1:] - plain[1:]).norm() / plain[1:].norm())
-            line = {"part": "losses", "encoder": encoder, "order": order, "what": what, "error": error}
+            line = {"part": "losses", "encoder": encoder, "order": plain_plan.sequence.order, "what": what, "error": error}
             more = {"gradient_error": gradient_error, "limit": limit, "seconds": round(time.monotonic() - start, 1)}
             yield {**line, **more, "ok": error <= limit}
 
