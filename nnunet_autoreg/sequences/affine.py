@@ -46,7 +46,9 @@ def in_plane_axes(spacing_mm: Sequence[float]) -> tuple[int, ...]:
     return tuple(axis for axis, spacing in enumerate(spacing_mm) if spacing <= COARSE * finest)
 
 
-def draw_affine(plan: Plan, spacing_mm: Sequence[float], generator: np.random.Generator) -> Affine | None:
+def draw_affine(
+    plan: Plan, spacing_mm: Sequence[float], generator: np.random.Generator
+) -> Affine | None:
     """Draw a rotation and a zoom, each with the plan's probability; None where there is neither.
 
     The rotation is about a random axis, or about the normal of the slices where these are thick. The zoom is drawn evenly on a
@@ -67,7 +69,12 @@ def draw_affine(plan: Plan, spacing_mm: Sequence[float], generator: np.random.Ge
     return affine_of(angle_deg, axis, math.exp(logarithm), spacing_mm)
 
 
-def affine_of(angle_deg: float, axis_zyx: Sequence[float] | NDArray[np.float64], zoom: float, spacing_mm: Sequence[float]) -> Affine:
+def affine_of(
+    angle_deg: float,
+    axis_zyx: Sequence[float] | NDArray[np.float64],
+    zoom: float,
+    spacing_mm: Sequence[float],
+) -> Affine:
     """Return the affine of a rotation about ``axis_zyx`` (any length, in mm) and of a zoom of the in-plane axes.
 
     Rotations happen in mm, so that voxels of unequal sides do not shear what they show.
@@ -109,7 +116,9 @@ class Source:
         return replace(self, voxels=self.voxels.pin_memory())
 
 
-def read_source(case: StoredCase, start: Size, size: Size, affine: Affine, max_source: float) -> Source:
+def read_source(
+    case: StoredCase, start: Size, size: Size, affine: Affine, max_source: float
+) -> Source:
     """Read the part of a case that the rotated and zoomed crop covers, and no more.
 
     The crop is turned about the middle of that part of it which lies inside the scan, so that it always keeps some of the scan.
@@ -152,7 +161,9 @@ def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     z, y, x = (torch.arange(n, device=device, dtype=torch.float32) for n in size)
     real = torch.ones(tuple(size), dtype=torch.bool, device=device)
     normalised = []
-    for (by_z, by_y, by_x), offset, n in zip(source.matrix, source.offset, source.voxels.shape[1:], strict=True):
+    for (by_z, by_y, by_x), offset, n in zip(
+        source.matrix, source.offset, source.voxels.shape[1:], strict=True
+    ):
         position_ZYX = (by_z * z)[:, None, None] + (by_y * y)[:, None] + by_x * x + offset
         real = real & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
         # -1 and 1 are the outer faces of the first and the last voxel (align_corners=False).
@@ -161,7 +172,9 @@ def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     # grid_sample takes the positions in the order x, y, z.
     grid_ZYX3 = torch.stack(normalised[::-1], dim=-1)
     with torch.autocast(device.type, enabled=False):
-        voxels_CZYX = F.grid_sample(source.voxels[None], grid_ZYX3[None], "bilinear", "border", align_corners=False)[0]
+        voxels_CZYX = F.grid_sample(
+            source.voxels[None], grid_ZYX3[None], "bilinear", "border", align_corners=False
+        )[0]
     return torch.where(real, voxels_CZYX, 0.0), real
 
 

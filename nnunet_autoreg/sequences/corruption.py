@@ -92,10 +92,14 @@ class Corruptions:
 def stacked(drawn: Sequence[Corruption]) -> Corruptions:
     """Return the corruptions of a batch."""
     strength = [(one.gamma, one.contrast, one.noise) for one in drawn]
-    return Corruptions(torch.tensor(strength, dtype=torch.float32), tuple(one.seed for one in drawn))
+    return Corruptions(
+        torch.tensor(strength, dtype=torch.float32), tuple(one.seed for one in drawn)
+    )
 
 
-def corrupted(voxels_BMCZYX: Tensor, known_BMZYX: Tensor, corruptions: Corruptions | None) -> Tensor:
+def corrupted(
+    voxels_BMCZYX: Tensor, known_BMZYX: Tensor, corruptions: Corruptions | None
+) -> Tensor:
     """Return the voxels with the known ones corrupted; the others, and samples that stay clean, keep every bit.
 
     Gamma acts between the smallest and the largest known intensity and keeps mean and deviation; contrast stays within that
@@ -109,7 +113,9 @@ def corrupted(voxels_BMCZYX: Tensor, known_BMZYX: Tensor, corruptions: Corruptio
         return voxels_BMCZYX
     assert corruptions.noise is not None, "Batch.to draws the noise"
     known = known_BMZYX[:, :, None].expand_as(voxels_BMCZYX)
-    gamma, contrast, noise = (column[:, None, None, None, None, None] for column in corruptions.strength.unbind(dim=1))
+    gamma, contrast, noise = (
+        column[:, None, None, None, None, None] for column in corruptions.strength.unbind(dim=1)
+    )
 
     # Bounds of the known voxels. Where there are none, the deviation is 0 and nothing is changed.
     lowest = torch.where(known, voxels_BMCZYX, math.inf).amin(REDUCED, keepdim=True)
