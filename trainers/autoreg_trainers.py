@@ -4,6 +4,7 @@ What a trainer does is decided by the ``"autoreg"`` block of its plan; the names
 Validation and prediction stay nnU-Net's own, so that what is validated is what ``nnUNetv2_predict`` computes.
 """
 
+import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
