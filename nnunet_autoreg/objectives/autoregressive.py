@@ -1,6 +1,7 @@
 """Next-block regression with random start-up: given the first p blocks, predict what comes next, block by block.
 
-Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included).
+Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included),
+O outputs of the head for a token (``targets.num_outputs``).
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
-from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
+from nnunet_autoreg.objectives.targets import as_intensities, num_outputs, output_weight, smoothed, target_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sequences.corruption import corrupted
 from nnunet_autoreg.sequences.kinds import num_blocks, num_codes
@@ -60,14 +61,14 @@ class AutoregressiveModel(nn.Module):
         )
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)
-        token_voxels = num_channels * volume(token)
+        outputs = num_outputs(plan.objective, num_channels * volume(token))
         self.head: NextHead | QueryDecoder
         if sequence.predictor == "next":
-            self.head = NextHead(self.encoder.width, token_voxels)
+            self.head = NextHead(self.encoder.width, outputs)
         else:
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
             heads, depth = self.encoder.num_heads, plan.objective.query_depth
-            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), token_voxels, recompute)
+            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), outputs, recompute)
         self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
@@ -116,37 +117,41 @@ class Autoregressive:
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Squared error over the supervised real voxels, in float32.
 
-        References: ``mean`` predicts every token's mean; ``copy`` repeats the previous block.
+        References: ``mean`` outputs 0, which is every token's own mean, or the scan's where the target holds means; ``copy`` repeats
+        the previous block.
         """
         settings, asked = self.plan.objective, self.as_predicted(batch)
         voxels_BTP, real_BTP = self._target_voxels(batch)
         valid_BT = real_BTP.any(dim=-1)
-        target_BTP = normalised_target(voxels_BTP, real_BTP, settings.variance_floor, settings.variance_epsilon)
+        target_BTO = target_of(settings, voxels_BTP, real_BTP)
         weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[:, :, None] & real_BTP).float()
         if batch.scored is not None:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
         if batch.corruption is not None:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
             asked = replace(asked, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
-        predicted_BTP = self.model(asked, valid_BT).float()
+        output_weight_BTO = output_weight(settings, weight_BTP)
+        predicted_BTO = self.model(asked, valid_BT).float()
         trivial = {}
         if references:
-            previous_BTP = self.model.shift(target_BTP, block_order(batch.ranks))
-            trivial = {"mean": _error(torch.zeros_like(target_BTP), target_BTP, weight_BTP),
-                       "copy": _error(previous_BTP, target_BTP, weight_BTP)}
-        return LossTerms(_error(predicted_BTP, target_BTP, weight_BTP), weight_BTP.sum(), trivial)
+            previous_BTO = self.model.shift(target_BTO, block_order(batch.ranks))
+            trivial = {
+                "mean": _error(torch.zeros_like(target_BTO), target_BTO, output_weight_BTO),
+                "copy": _error(previous_BTO, target_BTO, output_weight_BTO),
+            }
+        return LossTerms(_error(predicted_BTO, target_BTO, output_weight_BTO), weight_BTP.sum(), trivial)
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
-        """Predictions in intensities: each token's predicted pattern with the true token's mean and deviation. The first channel."""
+        """Predictions in intensities (``targets.as_intensities``). The first channel."""
         settings, asked = self.plan.objective, self.as_predicted(batch)
         real_BTP = self._tokens(batch.real[:, :, None])
         voxels_BTP, every_BTP = self._target_voxels(batch)
         valid_BT = every_BTP.any(dim=-1)
-        mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, every_BTP, settings.variance_floor, settings.variance_epsilon)
-        predicted_BTP = self.model(asked, valid_BT).float() * deviation_BT1 + mean_BT1
+        predicted_BTO = self.model(asked, valid_BT).float()
+        predicted_BTP, trivial_BTP = as_intensities(settings, predicted_BTO, voxels_BTP, every_BTP)
         given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
         scored_BT = supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)
-        parts = (predicted_BTP, mean_BT1.expand_as(voxels_BTP), given_BT[:, :, None] & real_BTP, scored_BT[:, :, None] & real_BTP)
+        parts = (predicted_BTP, trivial_BTP, given_BT[:, :, None] & real_BTP, scored_BT[:, :, None] & real_BTP)
         predicted, trivial, given, scored = (self._volume(part, batch) for part in parts)
         scored = scored if batch.scored is None else scored & batch.scored
         return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)

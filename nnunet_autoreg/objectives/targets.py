@@ -1,12 +1,79 @@
-"""What is regressed: every token's own voxels, low-passed if the plan says so, with their mean and deviation taken out. In float32.
+"""What is regressed: every token's own voxels, low-passed if the plan says so, in the form that ``objective.target`` names. In float32.
 
-Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattened, C channels, N tokens of all samples.
+Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattened, C channels, N tokens of all samples,
+O outputs of the head for a token: its P voxels and, where the plan asks for them, two statistics.
 """
 
 import torch
 from torch import Tensor
 
 from nnunet_autoreg.geometry import Size, volume
+from nnunet_autoreg.plan import ObjectivePlan
+
+NUM_STATISTICS = 2
+"""A token's mean and the logarithm of its deviation."""
+
+
+def num_outputs(settings: ObjectivePlan, token_voxels: int) -> int:
+    """Return how many numbers a head predicts of each token.
+
+    Args:
+        token_voxels: voxels of a token, channels included.
+    """
+    if settings.target == "normalised_with_statistics":
+        return token_voxels + NUM_STATISTICS
+    return token_voxels
+
+
+def target_of(settings: ObjectivePlan, voxels_BTP: Tensor, real_BTP: Tensor) -> Tensor:
+    """Return what a head has to predict of each token, (B, T, O); 0 where there is padding.
+
+    Args:
+        voxels_BTP: in the intensities that nnU-Net's normalisation gives.
+        real_BTP: bool, False where there is padding.
+    """
+    if settings.target == "voxels":
+        return voxels_BTP.float() * real_BTP.float()
+    floor, epsilon = settings.variance_floor, settings.variance_epsilon
+    pattern_BTP = normalised_target(voxels_BTP, real_BTP, floor, epsilon)
+    if settings.target == "normalised":
+        return pattern_BTP
+    mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, real_BTP, floor, epsilon)
+    return torch.cat([pattern_BTP, mean_BT1, deviation_BT1.log()], dim=-1)
+
+
+def output_weight(settings: ObjectivePlan, weight_BTP: Tensor) -> Tensor:
+    """Return how much the squared error of each output counts, (B, T, O).
+
+    A wrong mean makes all voxels of its token wrong. So each statistic counts as much as the token's supervised voxels together,
+    and the loss per voxel is the sum of three mean squared errors: of pattern, mean and log deviation.
+
+    Args:
+        weight_BTP: of each voxel, 0 where it carries no loss.
+    """
+    if settings.target != "normalised_with_statistics":
+        return weight_BTP
+    token_BT1 = weight_BTP.sum(dim=-1, keepdim=True)
+    return torch.cat([weight_BTP, token_BT1, token_BT1], dim=-1)
+
+
+def as_intensities(
+    settings: ObjectivePlan, predicted_BTO: Tensor, voxels_BTP: Tensor, real_BTP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return predictions in intensities, and what a head that outputs 0 would give; both (B, T, P).
+
+    Only the target "normalised" leaves each token's mean and deviation open. There they are taken from the true voxels.
+    """
+    if settings.target == "voxels":
+        return predicted_BTO, torch.zeros_like(predicted_BTO)
+    if settings.target == "normalised_with_statistics":
+        num_voxels = voxels_BTP.shape[-1]
+        pattern_BTP, mean_BT1, log_deviation_BT1 = predicted_BTO.split([num_voxels, 1, 1], dim=-1)
+        predicted_BTP = pattern_BTP * log_deviation_BT1.exp() + mean_BT1
+        return predicted_BTP, torch.zeros_like(predicted_BTP)
+    floor, epsilon = settings.variance_floor, settings.variance_epsilon
+    mean_BT1, deviation_BT1 = token_statistics(voxels_BTP, real_BTP, floor, epsilon)
+    return predicted_BTO * deviation_BT1 + mean_BT1, mean_BT1.expand_as(predicted_BTO)
 
 
 def token_statistics(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:

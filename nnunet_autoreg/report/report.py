@@ -155,7 +155,7 @@ def _tiles(plan: Plan, setting: Setting, series: Series) -> str:
     state = "finished" if done >= plan.optim.num_steps else "not finished"
     values = [("steps", f"{done:,} of {plan.optim.num_steps:,}", state),
               ("scans", f"{setting.num_training + setting.num_heldout:,}", f"{setting.num_heldout:,} of them held out"),
-              ("held-out error", "-" if error is None else f"{error:.3f}", "predicting nothing gives about 1"),
+              ("held-out error", "-" if error is None else f"{error:.3f}", _NOTHING_COSTS.get(plan.objective.target, "")),
               ("time in steps", _duration(_seconds(series)), f"on {setting.device}")]
     if speed is not None:
         values.append(("speed", f"{speed:,.0f}", "tokens per second"))
@@ -194,7 +194,7 @@ def _learning(plan: Plan, series: Series) -> str:
 
     errors = [line("held-out", "heldout_error"), line("training", "train_error", "second"), line("mean", "heldout_mean", "base2")]
     copy, highest = _last(series, "heldout_copy"), max((value for drawn in errors for _, value in drawn.points), default=0.0)
-    note = "Dotted: predicting each token's mean."
+    note = _MEAN_IS[plan.objective.target == "normalised"]
     if copy is not None and copy > FAR * highest:
         note += f" Copying the previous block costs {copy:.3g}, above this chart."
     elif copy is not None:
@@ -208,9 +208,19 @@ def _learning(plan: Plan, series: Series) -> str:
               f"Clipped at {plan.optim.clip_norm:g}.", logarithmic=True),
         chart("Time per step", "s", (line("seconds", "step_time", "second"),)),
     ]
-    text = "Voxels are normalised within each token, so that an error of 1 is what predicting nothing but the mean costs; lower is better."
+    text = _TARGET_IS[plan.objective.target]
     return page.section("learning", "Does it learn?", page.paragraph(text), f'<div class="charts">{"".join(charts)}</div>')
 
+
+_NOTHING_COSTS = {"normalised": "predicting nothing gives about 1"}
+_MEAN_IS = {True: "Dotted: predicting each token's mean.", False: "Dotted: predicting the mean of the scan."}
+_TARGET_IS = {
+    "normalised": "Voxels are normalised within each token, so that an error of 1 is what predicting nothing but the mean costs; "
+    "lower is better.",
+    "normalised_with_statistics": "The error is a sum of three: of voxels normalised within each token, of the token's mean, and of "
+    "the logarithm of its deviation; lower is better.",
+    "voxels": "Voxels are compared as they are, in standard deviations of the scan; lower is better.",
+}
 
 BY_KIND = "heldout_error_"
 

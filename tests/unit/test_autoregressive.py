@@ -12,7 +12,8 @@ from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.objectives.autoregressive import Autoregressive, normalised_target, supervised_tokens
+from nnunet_autoreg.objectives.autoregressive import Autoregressive, supervised_tokens
+from nnunet_autoreg.objectives.targets import normalised_target
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sequences.blocks import block_ids, sequence_ids, token_ranks, window_positions
