@@ -144,6 +144,9 @@ class ObjectivePlan:
         query_depth: layers of the decoder of predictor "query".
         corruption: share of the training samples whose given part is shown with another gamma and contrast and with noise. Targets
             are always clean.
+        query_attention: whether the decoder's queries of one block see each other, where a block has several tokens. Those of
+            different blocks never do.
+        head: of the predictors "query" and "next": "linear" - one matrix makes voxels of features; "mlp" - with a hidden layer.
         unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they are 0 in the input; "learned" - a
             learned vector is also added to their features after the stem.
         trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run cannot be continued.
@@ -156,6 +159,8 @@ class ObjectivePlan:
     target_smoothing: float = 0.0
     query_depth: int = 2
     corruption: float = 0.0
+    query_attention: bool = False
+    head: str = "linear"
     unknown_mark: str = "zero"
     trunk: dict[str, Any] | None = None
 
@@ -244,6 +249,7 @@ PREDICTORS = ("next", "query", "network")
 UNKNOWN_MARKS = ("zero", "learned")
 PREFIXES = ("uniform", "long", "fixed", "uniform_from_0")
 OBJECTIVES = ("autoregressive", "masked")
+HEADS = ("linear", "mlp")
 TARGETS = ("normalised", "normalised_with_statistics", "voxels")
 
 

@@ -4,6 +4,7 @@ from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import family_of, has_start, has_transformer, missing_arguments, smallest_block, token_size_of
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.plan import (
+    HEADS,
     KINDS,
     OBJECTIVES,
     ORDERS,
@@ -59,7 +60,7 @@ def _check_names(plan: Plan) -> None:
     s = plan.sequence
     named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
              "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES),
-             "objective.target": (plan.objective.target, TARGETS),
+             "objective.head": (plan.objective.head, HEADS), "objective.target": (plan.objective.target, TARGETS),
              "objective.unknown_mark": (plan.objective.unknown_mark, UNKNOWN_MARKS), "run.sharding": (plan.run.sharding, SHARDINGS)}
     for key, (value, known) in named.items():
         if value not in known:

@@ -61,7 +61,15 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
         batch_size=plan.optim.batch_size if "optim.batch_size" in kept else PAPER_BATCH,
     )
     objective = replace(
-        plan.objective, name="autoregressive", variance_floor=0.0, variance_epsilon=1e-6, target_smoothing=0.0, corruption=0.0
+        plan.objective,
+        name="autoregressive",
+        variance_floor=0.0,
+        variance_epsilon=1e-6,
+        target_smoothing=0.0,
+        corruption=0.0,
+        target="normalised",
+        head="linear",
+        query_attention=False,
     )
     made = replace(plan, sequence=sequence, optim=optim, objective=objective)
     by_preset = [*_changed(plan, made), *([] if "optim.batch_size" in kept else ["optim.batch_size"])]

@@ -4,7 +4,7 @@ Shape suffixes: B samples, T tokens (members, then raster order z, y, x), K bloc
 D head width, N tiles of tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class AttentionRule:
         """For FlexAttention inside what is compiled for CUDA - uncompiled it would keep all scores - and dense anywhere else."""
         fused = torch.compiler.is_compiling() and self.rank.device.type in FLEX_DEVICES
         return self.block_mask() if fused else self.dense()
+
+    def with_queries(self, index_BT: Tensor) -> "AttentionRule":
+        """Return the same rule for queries in another order; keys stay as they are.
+
+        Args:
+            index_BT: query i of the new order is query ``index_BT[:, i]`` of the old one.
+        """
+        assert self.lost is not None, "a query that sees itself has to stay at the place of its key"
+        return replace(self, reach=self.reach.gather(1, index_BT), lost=self.lost.gather(1, index_BT))
 
     def dense(self) -> Tensor:
         """Boolean (B, 1, Q, S), True where a query may attend."""
@@ -87,6 +96,25 @@ class AttentionRule:
             first_BN = _by_tile(self.rank, num_tokens).amin(-1) == 0
             more = _by_tile(self.lost, False).any(-1)[:, :, None] & first_BN[:, None, :]
         return some_BNN | more, highest_BN[:, None, :] <= nearest_BN[:, :, None]
+
+
+@dataclass(frozen=True)
+class VisibleKeys:
+    """Every query sees all valid keys. Queries and keys may differ in number.
+
+    Attributes:
+        valid: (B, S) bool, False where a key holds no real voxel. A sample without any valid key shows all, to stay finite.
+    """
+
+    valid: Tensor
+
+    def mask(self) -> Tensor:
+        """Return a dense mask of (B, 1, 1, S), True where a key may be seen; it is small on every device."""
+        none_B1 = ~self.valid.any(dim=1, keepdim=True)
+        return (self.valid | none_B1)[:, None, None, :]
+
+
+Rule = AttentionRule | VisibleKeys
 
 
 def block_causal(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:

@@ -1,92 +1,175 @@
 """Heads that turn features into predictions of the next block. They exist in pretraining only.
 
-Shape suffixes: B samples, T tokens, V width, P voxels of a token (channels included), H heads, D head width.
+Shape suffixes: B samples, T tokens, Q queries, S encoder tokens, J queries of a block, V width, O outputs for a token, H heads,
+D head width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from nnunet_autoreg.model.attention import AttentionRule, Mask, attend
+from nnunet_autoreg.model.attention import Mask, Rule, attend
 from nnunet_autoreg.model.trunk import recomputed
+
+HEAD_RATIO = 2
+"""Hidden features of an MLP head, as a multiple of the width."""
+
+
+def output_head(kind: str, width: int, outputs: int) -> nn.Module:
+    """Return the last layers, V -> O: "linear" is one matrix, "mlp" has a hidden layer."""
+    if kind == "linear":
+        return nn.Linear(width, outputs)
+    return nn.Sequential(
+        nn.Linear(width, HEAD_RATIO * width),
+        nn.GELU(),
+        nn.Linear(HEAD_RATIO * width, outputs),
+    )
 
 
 class NextHead(nn.Module):
-    """Linear V -> P: the feature of token j of block b becomes the prediction of token j of block b + 1."""
+    """V -> O: the feature of token j of block b becomes the prediction of token j of block b + 1."""
 
-    def __init__(self, width: int, token_voxels: int):
+    def __init__(self, width: int, outputs: int, kind: str = "linear"):
         super().__init__()
-        self.project = nn.Linear(width, token_voxels)
+        self.project = output_head(kind, width, outputs)
 
     def forward(self, features_BTV: Tensor) -> Tensor:
-        """Predictions (B, T, P)."""
+        """Predictions (B, T, O)."""
         out: Tensor = self.project(features_BTV)
         return out
 
 
-class CrossLayer(nn.Module):
-    """Pre-norm cross-attention from queries to encoder tokens, then an MLP."""
+class BlockAttention(nn.Module):
+    """Pre-norm attention among the queries of one block.
 
-    def __init__(self, width: int, num_heads: int):
+    Queries come block after block, so that one block is one row of a reshaped batch. Nothing can cross a row, and the cost grows
+    with the tokens of a block, not with those of the sequence: no mask is needed.
+
+    Args:
+        block_tokens: queries of a block, J.
+    """
+
+    def __init__(self, width: int, num_heads: int, block_tokens: int):
+        super().__init__()
+        self.num_heads, self.block_tokens = num_heads, block_tokens
+        self.norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, query_BQV: Tensor, rope: Tensor | None) -> Tensor:
+        """Return what to add to the queries, (B, Q, V)."""
+        B, Q, V = query_BQV.shape
+        heads, width = self.num_heads, V // self.num_heads
+        parts = self.query_key_value(self.norm(query_BQV)).chunk(3, dim=-1)
+        q_BHQD, k_BHQD, v_BHQD = (x.reshape(B, Q, heads, width).transpose(1, 2) for x in parts)
+        if rope is not None:
+            q_BHQD = apply_rot_embed_cat(q_BHQD, rope).type_as(v_BHQD)
+            k_BHQD = apply_rot_embed_cat(k_BHQD, rope).type_as(v_BHQD)
+
+        # (B, H, Q, D) -> (B * H, K, J, D): kernels take the K blocks for heads, which do not see each other.
+        rows = (B * heads, Q // self.block_tokens, self.block_tokens, width)
+        seen = attend(q_BHQD.reshape(rows), k_BHQD.reshape(rows), v_BHQD.reshape(rows), None)
+        out: Tensor = self.project(seen.reshape(B, heads, Q, width).transpose(1, 2).flatten(2))
+        return out
+
+
+class CrossLayer(nn.Module):
+    """Pre-norm cross-attention from queries to encoder tokens, attention among the queries of a block, then an MLP.
+
+    Args:
+        block_tokens: queries of a block, which come block after block and see each other; 1 where none sees another.
+    """
+
+    def __init__(self, width: int, num_heads: int, block_tokens: int = 1):
         super().__init__()
         self.num_heads = num_heads
         self.norm_query, self.norm_token, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.project = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.block = BlockAttention(width, num_heads, block_tokens) if block_tokens > 1 else None
 
     def _heads(self, x_BTV: Tensor) -> Tensor:
         B, T, V = x_BTV.shape
         return x_BTV.reshape(B, T, self.num_heads, V // self.num_heads).transpose(1, 2)
 
-    def forward(self, query_BTV: Tensor, token_BTV: Tensor, mask: Mask, rope: Tensor | None) -> Tensor:
-        """Updated queries (B, T, V)."""
-        q_BHTD = self._heads(self.query(self.norm_query(query_BTV)))
-        k_BHTD, v_BHTD = (self._heads(x) for x in self.key_value(self.norm_token(token_BTV)).chunk(2, dim=-1))
-        if rope is not None:
-            q_BHTD = apply_rot_embed_cat(q_BHTD, rope).type_as(v_BHTD)
-            k_BHTD = apply_rot_embed_cat(k_BHTD, rope).type_as(v_BHTD)
-        seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, mask)
-        query_BTV = query_BTV + self.project(seen_BHTD.transpose(1, 2).flatten(2))
-        out: Tensor = query_BTV + self.mlp(self.norm_mlp(query_BTV))
+    def forward(
+        self, query_BQV: Tensor, token_BSV: Tensor, mask: Mask, query_rope: Tensor | None, token_rope: Tensor | None
+    ) -> Tensor:
+        """Updated queries (B, Q, V)."""
+        q_BHQD = self._heads(self.query(self.norm_query(query_BQV)))
+        k_BHSD, v_BHSD = (self._heads(x) for x in self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1))
+        if query_rope is not None and token_rope is not None:
+            q_BHQD = apply_rot_embed_cat(q_BHQD, query_rope).type_as(v_BHSD)
+            k_BHSD = apply_rot_embed_cat(k_BHSD, token_rope).type_as(v_BHSD)
+        seen_BHQD = attend(q_BHQD, k_BHSD, v_BHSD, mask)
+        query_BQV = query_BQV + self.project(seen_BHQD.transpose(1, 2).flatten(2))
+
+        if self.block is not None:
+            query_BQV = query_BQV + self.block(query_BQV, query_rope)
+        out: Tensor = query_BQV + self.mlp(self.norm_mlp(query_BQV))
         return out
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where tokens lie: what tells a query which token to predict, and a key where it comes from.
+
+    Attributes:
+        rope: rotary table of the tokens; None without.
+        positions, members: (B, T) int64 each; None where member 0 alone fills the grid in order.
+    """
+
+    rope: Tensor | None
+    positions: Tensor | None = None
+    members: Tensor | None = None
+
+
 class QueryDecoder(nn.Module):
-    """A light decoder: one query per token, carrying that token's position and member, attends to strictly earlier blocks.
+    """A light decoder: one query per token, carrying that token's position and member, attends to the tokens that a rule allows.
 
-    Queries do not see each other, so all targets are predicted in parallel and any order of blocks is well-posed.
+    Queries of different blocks never see each other, so all targets are predicted in parallel and any order of blocks is
+    well-posed. Those of one block do where ``block_tokens`` is greater than 1.
 
-    Source: the parallel decoders of RandSAC (arXiv 2203.12054) and SAIM (arXiv 2212.01610), in cross-attention only.
+    Args:
+        block_tokens: as of ``CrossLayer``.
+        head: as of ``output_head``.
+
+    Source: the parallel decoders of RandSAC (arXiv 2203.12054) and SAIM (arXiv 2212.01610).
     """
 
     def __init__(
-        self, width: int, num_heads: int, depth: int, num_positions: int, num_members: int, token_voxels: int, recompute: bool = False
+        self, width: int, num_heads: int, depth: int, num_positions: int, num_members: int, outputs: int, recompute: bool = False,
+        block_tokens: int = 1, head: str = "linear",
     ):
         super().__init__()
         self.recompute = recompute
+        self.block_tokens = block_tokens
         self.position = nn.Parameter(torch.empty(1, 1, num_positions, width))
         self.member = nn.Parameter(torch.empty(1, num_members, 1, width))
         nn.init.trunc_normal_(self.position, std=0.02)
         nn.init.trunc_normal_(self.member, std=0.02)
-        self.layers = nn.ModuleList(CrossLayer(width, num_heads) for _ in range(depth))
+        self.layers = nn.ModuleList(CrossLayer(width, num_heads, block_tokens) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, token_voxels)
+        self.project = output_head(head, width, outputs)
 
-    def forward(
-        self, features_BTV: Tensor, rule: AttentionRule, rope: Tensor | None, positions_BT: Tensor | None = None,
-        members_BT: Tensor | None = None,
-    ) -> Tensor:
-        """Predictions (B, T, P): entry t predicts token t itself, from blocks of lower rank.
+    def forward(self, features_BSV: Tensor, rule: Rule, queries: Places, tokens: Places) -> Tensor:
+        """Predictions (B, Q, O): entry i predicts the token at place i of ``queries``.
 
         Args:
-            positions_BT, members_BT: of every token; None where member 0 alone fills the grid in order.
+            features_BSV: of the encoder's tokens.
+            rule: which of them each query may see.
+            queries: block after block where queries of a block see each other.
+            tokens: places of the encoder's tokens.
         """
-        position_BTV = self.position[0] if positions_BT is None else self.position[0, 0][positions_BT]
-        member_BTV = self.member[:, 0] if members_BT is None else self.member[0, :, 0][members_BT]
-        query_BTV = (position_BTV + member_BTV).expand(features_BTV.shape[0], -1, -1)
+        chosen, members = queries.positions, queries.members
+        position_BQV = self.position[0] if chosen is None else self.position[0, 0][chosen]
+        member_BQV = self.member[:, 0] if members is None else self.member[0, :, 0][members]
+        query_BQV = (position_BQV + member_BQV).expand(features_BSV.shape[0], -1, -1)
         mask = rule.mask()
         for layer in self.layers:
-            query_BTV = recomputed(layer, self.recompute, query_BTV, features_BTV, mask, rope)
-        out: Tensor = self.project(self.norm(query_BTV))
+            query_BQV = recomputed(layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope)
+        out: Tensor = self.project(self.norm(query_BQV))
         return out

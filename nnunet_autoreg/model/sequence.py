@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
-from nnunet_autoreg.model.attention import AttentionRule
+from nnunet_autoreg.model.attention import Rule
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.parameters import weights_under
 from nnunet_autoreg.model.trunk import recomputed, run_blocks
@@ -130,7 +130,7 @@ class SequenceEncoder(nn.Module):
         return table if positions_BT is None else table[positions_BT][:, None]
 
     def contextual(
-        self, x_BTV: Tensor, rule: AttentionRule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
+        self, x_BTV: Tensor, rule: Rule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
     ) -> Tensor:
         """Contextual features of local ones; see ``forward``."""
         trunk = self.trunk
@@ -142,7 +142,7 @@ class SequenceEncoder(nn.Module):
         return out
 
     def forward(
-        self, voxels_BMCZYX: Tensor, rule: AttentionRule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
+        self, voxels_BMCZYX: Tensor, rule: Rule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
     ) -> Tensor:
         """Contextual features (B, num_starts + T, V).
 
@@ -153,7 +153,7 @@ class SequenceEncoder(nn.Module):
         """
         return self.contextual(self.tokens(voxels_BMCZYX), rule, positions_BT, member_BTV)
 
-    def describe(self, voxels_BMCZYX: Tensor, rule: AttentionRule | None, positions_BT: Tensor | None = None) -> Tensor:
+    def describe(self, voxels_BMCZYX: Tensor, rule: Rule | None, positions_BT: Tensor | None = None) -> Tensor:
         """Features (B, T, *) of the tokens as fine-tuning gets them: the local part sees each whole crop at once.
 
         Args:

@@ -17,11 +17,11 @@ from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_autoreg.model.attention import AttentionRule, Mask, attend
+from nnunet_autoreg.model.attention import Mask, Rule, attend
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x_BTV: Tensor, rope: Tensor | None, rule: AttentionRule | None, recompute: bool = False
+    blocks: Iterable[nn.Module], x_BTV: Tensor, rope: Tensor | None, rule: Rule | None, recompute: bool = False
 ) -> Tensor:
     """Features (B, T, V) after all blocks.
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.attention import AttentionRule
+from nnunet_autoreg.model.attention import Rule
 from nnunet_autoreg.model.sequence import SequenceEncoder
 from nnunet_autoreg.model.trunk import run_blocks
 
@@ -45,7 +45,7 @@ class ViTEncoder(SequenceEncoder):
         """There is no rotary table."""
 
     def contextual(
-        self, x_BTV: Tensor, rule: AttentionRule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
+        self, x_BTV: Tensor, rule: Rule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
     ) -> Tensor:
         """Features (B, 1 + T, V) of START and the tokens; see ``forward``."""
         fixed = self.network.positions

@@ -13,7 +13,7 @@ from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.attention import AttentionRule, block_causal, block_order, strictly_earlier, with_starts
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_sequence_encoder
-from nnunet_autoreg.model.predictors import NextHead, QueryDecoder
+from nnunet_autoreg.model.predictors import NextHead, Places, QueryDecoder
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import as_intensities, num_outputs, output_weight, smoothed, target_of
@@ -64,11 +64,14 @@ class AutoregressiveModel(nn.Module):
         outputs = num_outputs(plan.objective, num_channels * volume(token))
         self.head: NextHead | QueryDecoder
         if sequence.predictor == "next":
-            self.head = NextHead(self.encoder.width, outputs)
+            self.head = NextHead(self.encoder.width, outputs, plan.objective.head)
         else:
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
             heads, depth = self.encoder.num_heads, plan.objective.query_depth
-            self.head = QueryDecoder(self.encoder.width, heads, depth, num_positions, num_codes(plan), outputs, recompute)
+            together = self.block_num_tokens if plan.objective.query_attention else 1
+            self.head = QueryDecoder(
+                self.encoder.width, heads, depth, num_positions, num_codes(plan), outputs, recompute, together, plan.objective.head
+            )
         self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
@@ -78,14 +81,31 @@ class AutoregressiveModel(nn.Module):
         features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
         start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
         if isinstance(self.head, QueryDecoder):
-            rule = strictly_earlier(batch.ranks, valid_BT)
-            out: Tensor = self.head(features_BTV, rule, self.encoder.rope(batch.positions), batch.positions, batch.members)
-            return out
+            return self._asked(self.head, batch, valid_BT, features_BTV)
         order_BT = block_order(batch.ranks)
         said_BTP = self.shift(self.head(features_BTV), order_BT)
         if not self.predicts_first:
             return said_BTP
         return said_BTP.scatter(1, order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]), self.head(start_BTV))
+
+    def _asked(self, head: QueryDecoder, batch: Batch, valid_BT: Tensor, features_BTV: Tensor) -> Tensor:
+        """Predictions (B, T, O) of the query decoder, entry t for token t."""
+        rule = strictly_earlier(batch.ranks, valid_BT)
+        tokens = Places(self.encoder.rope(batch.positions), batch.positions, batch.members)
+        if head.block_tokens == 1:
+            alone: Tensor = head(features_BTV, rule, tokens, tokens)
+            return alone
+
+        # Queries block after block, and their predictions back at the places of the tokens.
+        order_BT = block_order(batch.ranks)
+        in_order_BTO = head(features_BTV, rule.with_queries(order_BT), self.places(batch, order_BT), tokens)
+        return torch.zeros_like(in_order_BTO).scatter(1, order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO)
+
+    def places(self, batch: Batch, index_BN: Tensor) -> Places:
+        """Return where the tokens ``index_BN`` of a batch lie."""
+        positions_BN = index_BN if batch.positions is None else batch.positions.gather(1, index_BN)
+        members_BN = None if batch.members is None else batch.members.gather(1, index_BN)
+        return Places(self.encoder.rope(positions_BN), positions_BN, members_BN)
 
     @property
     def predicts_first(self) -> bool:
@@ -110,9 +130,13 @@ class Autoregressive:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.sampler = SequenceSampler(plan)
-        self.model = AutoregressiveModel(plan)
+        self.model = self.build_model(plan)
         self.module: nn.Module = self.model
         self.network: nn.Module = self.model.encoder.network
+
+    def build_model(self, plan: Plan) -> AutoregressiveModel:
+        """Return the encoder and the head."""
+        return AutoregressiveModel(plan)
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Squared error over the supervised real voxels, in float32.
@@ -131,7 +155,7 @@ class Autoregressive:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
             asked = replace(asked, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
         output_weight_BTO = output_weight(settings, weight_BTP)
-        predicted_BTO = self.model(asked, valid_BT).float()
+        predicted_BTO = self.model(batch, valid_BT).float()
         trivial = {}
         if references:
             previous_BTO = self.model.shift(target_BTO, block_order(batch.ranks))
@@ -147,7 +171,7 @@ class Autoregressive:
         real_BTP = self._tokens(batch.real[:, :, None])
         voxels_BTP, every_BTP = self._target_voxels(batch)
         valid_BT = every_BTP.any(dim=-1)
-        predicted_BTO = self.model(asked, valid_BT).float()
+        predicted_BTO = self.model(batch, valid_BT).float()
         predicted_BTP, trivial_BTP = as_intensities(settings, predicted_BTO, voxels_BTP, every_BTP)
         given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
         scored_BT = supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)
@@ -157,7 +181,7 @@ class Autoregressive:
         return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)
 
     def as_predicted(self, batch: Batch) -> Batch:
-        """The batch with the ranks and prefix by which the model attends and predicts: here its own."""
+        """The batch with the ranks and prefix that say what is given and what is asked for: here its own."""
         return batch
 
     def _target_voxels(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,80 @@
-"""Masked autoencoding of the simplest kind: the hidden blocks, all at once, from the visible ones. The yardstick of autoregression.
+"""Masked autoencoding, the baseline of autoregression: all hidden blocks at once, from the visible ones.
 
-It is autoregression with two ranks. The given blocks of a random order are the visible ones; all others are hidden, and a light
-decoder that is told where they lie predicts each from the visible blocks alone. Targets, padding, pictures and what transfers are those of
-``objectives.autoregressive``.
+The given blocks of a random order are the visible ones. Only they enter the encoder: their voxels are cut out before anything is
+computed, so that hidden voxels can reach nothing and cost nothing. A decoder that is told where the hidden tokens lie then predicts
+them from the visible ones. Targets, head, padding, pictures and what transfers are those of ``objectives.autoregressive``.
 
-Source: the idea of masked autoencoders (arXiv 2111.06377) with a decoder of cross-attention only, as CrossMAE (arXiv 2401.14391).
+Shape suffixes: as there, and S visible tokens, Q hidden tokens.
+
+Source: masked autoencoders (arXiv 2111.06377) with a decoder of cross-attention, as CrossMAE (arXiv 2401.14391).
 """
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.geometry import as_size, grid_of
+from nnunet_autoreg.model.attention import VisibleKeys, block_order, with_starts
+from nnunet_autoreg.model.predictors import QueryDecoder
+from nnunet_autoreg.model.sequence import to_blocks
+from nnunet_autoreg.objectives.autoregressive import Autoregressive, AutoregressiveModel
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.blocks import fixed_prefix
 from nnunet_autoreg.sequences.sample import Batch
 
 
-class Masked(Autoregressive):
-    """The objective; ``plan.check`` has seen to a fixed prefix, random order and the query predictor.
+class MaskedModel(AutoregressiveModel):
+    """The same modules as of autoregression; the encoder reads the visible blocks alone."""
 
-    Hidden tokens run through the encoder too, so that a step costs what an autoregressive one costs, but nothing reads what comes of them:
-    visible tokens attend to rank 0 only, and queries to ranks below their own.
-    """
+    def __init__(self, plan: Plan, num_channels: int = 1):
+        super().__init__(plan, num_channels)
+        self.visible_share = plan.sequence.prefix_share
+        self.token_size, self.block_grid = plan.encoder.token_size_vox, plan.sequence.block_tokens
+
+    def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
+        """Predictions (B, T, O), entry t for token t; 0 at visible tokens."""
+        assert isinstance(self.head, QueryDecoder), "plan.check allows no other predictor"
+        order_BT = block_order(batch.ranks)
+        num_blocks = order_BT.shape[1] // self.block_num_tokens
+        # The same number in every sample, known without looking at the batch: shapes stay fixed.
+        num_visible = fixed_prefix(num_blocks, self.visible_share)
+        visible_BS, hidden_BQ = order_BT.split(
+            [num_visible * self.block_num_tokens, (num_blocks - num_visible) * self.block_num_tokens], dim=1
+        )
+
+        tokens, queries = self.places(batch, visible_BS), self.places(batch, hidden_BQ)
+        member_BSV = None if self.member is None or tokens.members is None else self.member(tokens.members)
+        valid_BS = valid_BT.gather(1, visible_BS)
+        starts_BS = with_starts(visible_BS, batch.prefix, valid_BS, self.encoder.num_starts)[2]
+        # Every visible block is a small crop of its own: one member of the sequence.
+        blocks_BKCzyx = self._visible_blocks(batch, num_visible)
+        features = self.encoder(blocks_BKCzyx, VisibleKeys(starts_BS), tokens.positions, member_BSV)
+        features_BSV = features[:, self.encoder.num_starts :]
+
+        predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
+        everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
+        return everywhere_BTO.scatter(1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO)
+
+    def _visible_blocks(self, batch: Batch, num_visible: int) -> Tensor:
+        """Return the voxels of the visible blocks in the order of their ranks, (B, K, C, z, y, x)."""
+        B, M, C, Z, Y, X = batch.voxels.shape
+        grid = grid_of((Z, Y, X), self.token_size)
+        rank_BKJ = to_blocks(batch.ranks.reshape(B * M, 1, *grid), self.block_grid).reshape(B, -1, self.block_num_tokens)
+        chosen_BK = torch.argsort(rank_BKJ[:, :, 0], dim=1)[:, :num_visible]
+
+        block_size = as_size([token * number for token, number in zip(self.token_size, self.block_grid, strict=True)])
+        blocks_BKCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(B, -1, C, *block_size)
+        samples_B1 = torch.arange(B, device=chosen_BK.device)[:, None]
+        return blocks_BKCzyx[samples_B1, chosen_BK]
+
+
+class Masked(Autoregressive):
+    """The objective; ``plan_check`` makes sure of a fixed prefix, random order and the query predictor."""
+
+    def build_model(self, plan: Plan) -> MaskedModel:
+        """Return the encoder and the head."""
+        return MaskedModel(plan)
 
     def as_predicted(self, batch: Batch) -> Batch:
         """Rank 0 for what is visible, rank 1 for what is hidden, and one given rank."""

@@ -4,6 +4,7 @@ from nnunet_autoreg.families import has_transformer, smallest_block
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.plan import ObjectivePlan
 from nnunet_autoreg.planning.layout import MIN_BLOCKS, side_of
 from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, Pool, count_of, real_share, times
 
@@ -59,3 +60,22 @@ def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
     if has_transformer(encoder.family):
         return "random", "query", "a transformer started better from it than from raster order"
     return "random", "network", "the whole U-Net predicts unknown blocks from known ones, in any order"
+
+
+LEAST_QUERY_DEPTH, MOST_QUERY_DEPTH = 4, 8
+
+
+def choose_objective(encoder: EncoderSize) -> tuple[ObjectivePlan, dict[str, str]]:
+    """Return what is regressed and by which decoder, and the reasons.
+
+    Source: AIM (arXiv 2401.08541) and Pixio found that a deeper decoder and a head of several layers keep the encoder from
+    spending its own last layers on voxels; a third of the encoder's depth is a rule of thumb.
+    """
+    if not has_transformer(encoder.family):
+        return ObjectivePlan(target="voxels"), {"objective.target": "as nnssl's masked CNNs: z-scored voxels, which keep intensities"}
+
+    encoder_depth = int(encoder.arguments["eva_depth"])
+    depth = min(max(encoder_depth // 3, LEAST_QUERY_DEPTH), MOST_QUERY_DEPTH)
+    why_depth = f"a third of the encoder's {encoder_depth} layers, within {LEAST_QUERY_DEPTH} to {MOST_QUERY_DEPTH}"
+    objective = ObjectivePlan(query_depth=depth, query_attention=True, head="mlp")
+    return objective, {"objective.query_depth": why_depth}

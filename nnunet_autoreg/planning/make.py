@@ -9,8 +9,8 @@ from nnunet_autoreg.families import has_transformer
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.model.topology import suited_to
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan, SpacingGroup
-from nnunet_autoreg.planning.encoder import choose_encoder, choose_order, limit_by_pool
+from nnunet_autoreg.plan import DataPlan, EncoderPlan, OptimPlan, Plan, RunPlan, SequencePlan, SpacingGroup
+from nnunet_autoreg.planning.encoder import choose_encoder, choose_objective, choose_order, limit_by_pool
 from nnunet_autoreg.planning.layout import choose_layout
 from nnunet_autoreg.planning.length import choose_length, with_length
 from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, MemoryOf, Pool, Wishes, real_share, real_voxels, times
@@ -78,18 +78,12 @@ def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
     return rate, f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root of {batch_size}/{usual}"
 
 
-def choose_target(encoder: EncoderSize) -> str:
-    """Return what is regressed: plain z-scored voxels for CNNs, normalised tokens otherwise."""
-    return "normalised" if has_transformer(encoder.family) else "voxels"
-
-
 def _reasons_of_cnn(encoder: EncoderSize) -> dict[str, str]:
     """Return the reasons for values that only a CNN's plan has."""
     if has_transformer(encoder.family):
         return {}
     return {
         "encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing",
-        "objective.target": "as nnssl's masked CNNs: z-scored voxels, which keep intensities",
     }
 
 
@@ -119,6 +113,7 @@ def make_plan(
     layout = choose_layout(encoder, hardware, pool, memory_of)
     crop = layout.crop
     order, predictor, why_order = choose_order(encoder)
+    objective, why_objective = choose_objective(encoder)
     batch, why_batch = choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
     recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
     micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop, recompute))
@@ -141,7 +136,7 @@ def make_plan(
             max_rotation_deg=MAX_ROTATION_DEG,
             zoom=ZOOM,
         ),
-        objective=ObjectivePlan(target=choose_target(encoder)),
+        objective=objective,
         optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1),
         request=request,
@@ -149,6 +144,7 @@ def make_plan(
             **why_data,
             "encoder.name": why_encoder,
             **_reasons_of_cnn(encoder),
+            **why_objective,
             "sequence.crop_size_vox": layout.why_crop,
             "sequence.block_tokens": layout.why_block,
             "sequence.order": why_order,

@@ -7,8 +7,7 @@ from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.planning.encoder import choose_order
-from nnunet_autoreg.planning.make import choose_target
+from nnunet_autoreg.planning.encoder import choose_objective, choose_order
 from nnunet_autoreg.planning.pool import Hardware
 
 if TYPE_CHECKING:
@@ -74,14 +73,14 @@ def step_memory(encoder: EncoderSize, crop: Size, recompute: bool = False, half:
         recompute: activation checkpointing.
         half: half precision, as on a GPU.
     """
-    from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, RunPlan, SequencePlan
+    from nnunet_autoreg.plan import DataPlan, EncoderPlan, OptimPlan, RunPlan, SequencePlan
 
     fitting = [max(n for n in range(1, most + 1) if size // token % n == 0)
                for size, token, most in zip(crop, encoder.token_size, encoder.block_tokens, strict=True)]
     order, predictor, _ = choose_order(encoder)
     sketch = Plan("sketch", DataPlan((1.0, 1.0, 1.0)),
                   EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
-                  SequencePlan(crop, as_size(fitting), order, predictor), ObjectivePlan(target=choose_target(encoder)),
+                  SequencePlan(crop, as_size(fitting), order, predictor), choose_objective(encoder)[0],
                   OptimPlan(1, 1, 1e-4, 1, checkpoint_activations=recompute), RunPlan(0, 1, 1))
     memory = plan_memory(sketch, half)
     return float(memory.fixed_bytes), float(memory.sample_bytes)
