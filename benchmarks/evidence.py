@@ -70,6 +70,7 @@ def pretrain_all(args: argparse.Namespace) -> None:
             batch=args.batch or SETS[args.data].batch,
             crop_vox=args.crop,
             settings=tuple(args.settings),
+            half=args.half,
         )
         if deadline.has_passed() or not pretrain(job, data, args.work, journal, deadline, device):
             log.info("the time is up; type the same line again to go on")
@@ -89,7 +90,11 @@ def finetune_all(args: argparse.Namespace) -> None:
     jobs = list(finetune_jobs(args))
     for number, job in enumerate(jobs):
         if deadline.has_passed() or not finetune(job, data, args.work, journal, deadline, device):
-            log.info("the time is up, %d of %d runs are left; type the same line again to go on", len(jobs) - number, len(jobs))
+            log.info(
+                "the time is up, %d of %d runs are left; type the same line again to go on",
+                len(jobs) - number,
+                len(jobs),
+            )
             return
 
 
@@ -114,6 +119,7 @@ def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
                 encoder_lr=args.encoder_lr,
                 recipe=tuple(args.recipe),
                 tolerance_mm=args.tolerance_mm,
+                half=args.half,
             )
 
 
@@ -124,54 +130,116 @@ def show_table(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--work", type=Path, default=Path("evidence_work"), help="folder of prepared sets and runs")
+    common.add_argument(
+        "--work", type=Path, default=Path("evidence_work"), help="folder of prepared sets and runs"
+    )
     common.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
 
     slices = argparse.ArgumentParser(add_help=False)
     slices.add_argument("--minutes", type=positive, help="stop cleanly after so many minutes")
     training = argparse.ArgumentParser(add_help=False)
     training.add_argument("--data", choices=SETS, required=True)
-    training.add_argument("--encoder", default="resenc_tiny", help="name of an encoder (default: %(default)s)")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of pretraining (default: 0)")
+    training.add_argument(
+        "--encoder", default="resenc_tiny", help="name of an encoder (default: %(default)s)"
+    )
+    training.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="seeds of pretraining (default: 0)"
+    )
     training.add_argument("--steps", type=whole, default=1000)
     training.add_argument("--batch", type=whole, help="crops of a step (default: by the set)")
-    training.add_argument("--crop", type=crop, help="Z,Y,X voxels, e.g. 48,48,48 (default: by the set)")
+    training.add_argument(
+        "--crop", type=crop, help="Z,Y,X voxels, e.g. 48,48,48 (default: by the set)"
+    )
     training.add_argument("--device", choices=("cpu", "cuda", "mps"), default=None)
-    training.add_argument("--threads", type=whole, default=1, help="on a CPU (default: 1, so that jobs run side by side)")
+    training.add_argument(
+        "--threads",
+        type=whole,
+        default=1,
+        help="on a CPU (default: 1, so that jobs run side by side)",
+    )
 
-    made = commands.add_parser("prepare", parents=[common, slices], help="preprocess datasets, once")
+    training.add_argument("--half", action="store_true", help="compute in bfloat16 also on a CPU")
+
+    made = commands.add_parser(
+        "prepare", parents=[common, slices], help="preprocess datasets, once"
+    )
     made.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net's raw datasets")
     made.add_argument("--data", choices=SETS, nargs="+", default=list(SETS))
     made.add_argument("--workers", type=whole, default=1, help="processes")
     made.set_defaults(run=prepare_all)
 
-    pre = commands.add_parser("pretrain", parents=[common, slices, training], help="train encoders on the pool")
-    pre.add_argument("--arm", required=True, help="name of the arm, e.g. ar; one pretraining run per seed belongs to it")
+    pre = commands.add_parser(
+        "pretrain", parents=[common, slices, training], help="train encoders on the pool"
+    )
+    pre.add_argument(
+        "--arm",
+        required=True,
+        help="name of the arm, e.g. ar; one pretraining run per seed belongs to it",
+    )
     pre.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
-    pre.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="a value of the plan")
+    pre.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value of the plan",
+    )
     pre.set_defaults(run=pretrain_all)
 
-    fine = commands.add_parser("finetune", parents=[common, slices, training], help="fine-tune and score")
-    fine.add_argument("--init", nargs="+", default=[SCRATCH], help="arms to start from, and scratch")
+    fine = commands.add_parser(
+        "finetune", parents=[common, slices, training], help="fine-tune and score"
+    )
+    fine.add_argument(
+        "--init", nargs="+", default=[SCRATCH], help="arms to start from, and scratch"
+    )
     fine.add_argument("--labels", type=whole, nargs="+", default=[5], help="labelled patients")
-    fine.add_argument("--draws", type=int, nargs="+", default=[0], help="draws of labelled patients")
-    fine.add_argument("--at", type=whole, nargs="*", default=[], help="steps after which to score besides the last")
-    fine.add_argument("--score", choices=SPLITS, default=SPLITS[0], help="patients to score (default: %(default)s)")
+    fine.add_argument(
+        "--draws", type=int, nargs="+", default=[0], help="draws of labelled patients"
+    )
+    fine.add_argument(
+        "--at",
+        type=whole,
+        nargs="*",
+        default=[],
+        help="steps after which to score besides the last",
+    )
+    fine.add_argument(
+        "--score",
+        choices=SPLITS,
+        default=SPLITS[0],
+        help="patients to score (default: %(default)s)",
+    )
     fine.add_argument("--score-test-patients", action="store_true", help="needed for --score test")
     fine.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: by the recipe)")
     fine.add_argument("--lr", type=positive, help="peak rate (default: by the recipe)")
-    fine.add_argument("--encoder-lr", type=positive, help="peak rate of the encoder (default: that of the rest)")
-    fine.add_argument("--recipe", action="append", default=[], metavar="KEY=VALUE", help="a value of the recipe")
-    fine.add_argument("--tolerance-mm", type=positive, help="of surface Dice (default: the finest spacing, one voxel)")
+    fine.add_argument(
+        "--encoder-lr", type=positive, help="peak rate of the encoder (default: that of the rest)"
+    )
+    fine.add_argument(
+        "--recipe", action="append", default=[], metavar="KEY=VALUE", help="a value of the recipe"
+    )
+    fine.add_argument(
+        "--tolerance-mm",
+        type=positive,
+        help="of surface Dice (default: the finest spacing, one voxel)",
+    )
     fine.set_defaults(run=finetune_all)
 
     shown = commands.add_parser("table", parents=[common], help="print the results as Markdown")
     shown.add_argument("--data", choices=SETS, help="(default: all)")
     shown.add_argument("--score", choices=SPLITS, help="(default: both)")
-    shown.add_argument("--wanted", type=positive, default=0.02, help="difference that is to be shown (default: %(default)s)")
+    shown.add_argument(
+        "--wanted",
+        type=positive,
+        default=0.02,
+        help="difference that is to be shown (default: %(default)s)",
+    )
     shown.set_defaults(run=show_table)
     return p
 

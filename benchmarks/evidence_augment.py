@@ -195,7 +195,9 @@ def change(image: Tensor, drawn: Intensity) -> Tensor:
     if drawn.noise is not None:
         deviation, seed = drawn.noise
         generator = torch.Generator(image.device).manual_seed(seed)
-        image = image + deviation * torch.randn(image.shape, generator=generator, device=image.device)
+        image = image + deviation * torch.randn(
+            image.shape, generator=generator, device=image.device
+        )
     if drawn.gain is not None:
         image = image * drawn.gain
     if drawn.contrast is not None:

@@ -101,7 +101,7 @@ class ResidentCase:
     """A scan in memory with the part of ``StoredCase`` that the project's samplers use."""
 
     name: str
-    voxels_ZYX: NDArray[np.float32]
+    voxels_ZYX: NDArray[np.float32]  # noqa: N815
     shape_vox: Size
     spacing_mm: Spacing
 
@@ -173,7 +173,9 @@ class ResidentSet:
 
     def pool_rows(self) -> tuple[ScanRow, ...]:
         """Return the pool as rows of an index, with what an encoder's card says of the scans."""
-        return tuple(self._row(scan) for scan in self.facts.scans if scan.case in self.division.pool)
+        return tuple(
+            self._row(scan) for scan in self.facts.scans if scan.case in self.division.pool
+        )
 
     def _row(self, scan: ScanFacts) -> ScanRow:
         return ScanRow(
@@ -220,14 +222,22 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     """
     folder = raw / SETS[name].dataset
     if not folder.is_dir():
-        raise UsageError(f"--raw {raw}: there is no {SETS[name].dataset} in it; give the folder of nnU-Net's raw datasets")
+        raise UsageError(
+            f"--raw {raw}: there is no {SETS[name].dataset} in it; give the folder of nnU-Net's raw datasets"
+        )
     # The project finds datasets by nnU-Net's own variable.
-    os.environ["nnUNet_raw"] = str(raw)
+    os.environ["nnUNet_raw"] = str(raw)  # noqa: SIM112
     index = index_scans(find_scans([folder.name], []), set(), num_workers)
     # The folder of label maps is a row of its own, which is no scan.
-    lost = [row for row in index.rows if row.status != "ok" and Path(row.source).parent.name == "imagesTr"]
+    lost = [
+        row
+        for row in index.rows
+        if row.status != "ok" and Path(row.source).parent.name == "imagesTr"
+    ]
     if lost:
-        raise AutoregError(f"{lost[0].source} cannot be used: {lost[0].reason}; mend it, or restore the dataset")
+        raise AutoregError(
+            f"{lost[0].source} cannot be used: {lost[0].reason}; mend it, or restore the dataset"
+        )
 
     rows = sorted(index.usable, key=lambda row: row.case)
     subject_of = subjects_by_name([row.case for row in rows])
@@ -239,7 +249,9 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     store = Store(work / "store")
     keys = store.ensure(rows, spacing_mm, pool.ct_window, num_workers)
     if store.failures:
-        raise AutoregError(f"{len(store.failures)} scans of {folder} could not be preprocessed; the lines above say why")
+        raise AutoregError(
+            f"{len(store.failures)} scans of {folder} could not be preprocessed; the lines above say why"
+        )
     scans, images, labels = [], [], []
     for row in rows:
         case = store.open(keys[row.id])
@@ -247,7 +259,17 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
         packed, scale, zero = pack(voxels_ZYX)
         # A value that names nothing counts as background.
         truth = stored_labels(row, case.shape_vox).clip(min=0).astype(np.uint8)
-        scans.append(ScanFacts(row.case, subject_of[row.case], row.modality, row.channel, case.shape_vox, scale, zero))
+        scans.append(
+            ScanFacts(
+                row.case,
+                subject_of[row.case],
+                row.modality,
+                row.channel,
+                case.shape_vox,
+                scale,
+                zero,
+            )
+        )
         images.append(packed)
         labels.append(truth)
 
@@ -289,7 +311,10 @@ def unpack(levels: NDArray[np.uint8], scale: float, zero: int) -> NDArray[np.flo
 
 
 def write_set(
-    path: Path, facts: SetFacts, images: Sequence[NDArray[np.uint8]], labels: Sequence[NDArray[np.uint8]]
+    path: Path,
+    facts: SetFacts,
+    images: Sequence[NDArray[np.uint8]],
+    labels: Sequence[NDArray[np.uint8]],
 ) -> None:
     """Write a set as one file, whole or not at all."""
     described = np.frombuffer(json.dumps(to_jsonable(facts)).encode(), dtype=np.uint8)
@@ -298,7 +323,9 @@ def write_set(
             handle,
             facts=described,
             # Differences along x of neighbouring voxels (modulo 256) are small, and so compress better.
-            images=np.concatenate([np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images]),
+            images=np.concatenate(
+                [np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images]
+            ),
             labels=np.concatenate([label.ravel() for label in labels]),
         )
 
@@ -311,7 +338,9 @@ def load_set(work: Path, name: str) -> ResidentSet:
     """
     path = set_path(work, name)
     if not path.is_file():
-        raise UsageError(f"{path} is missing; type: python benchmarks/evidence.py prepare --data {name} --raw FOLDER")
+        raise UsageError(
+            f"{path} is missing; type: python benchmarks/evidence.py prepare --data {name} --raw FOLDER"
+        )
     with np.load(path) as stored:
         facts = from_jsonable(SetFacts, json.loads(stored["facts"].tobytes()), str(path))
         all_images, all_labels = stored["images"], stored["labels"]
@@ -343,6 +372,8 @@ def labelled_patients(data: ResidentSet, num_patients: int, draw: int) -> tuple[
     """
     pool = {data.subject_of[case] for case in data.division.pool}
     if not 0 < num_patients <= len(pool):
-        raise UsageError(f"--labels {num_patients}: the pool of {data.facts.name} has {len(pool)} patients")
+        raise UsageError(
+            f"--labels {num_patients}: the pool of {data.facts.name} has {len(pool)} patients"
+        )
     chosen = set(ordered(pool, f"{draw}/")[:num_patients])
     return tuple(case for case in data.division.pool if data.subject_of[case] in chosen)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from evidence_augment import LabelledScans
 from evidence_data import SETS, DeviceScan, ResidentSet, labelled_patients
-from evidence_lines import Deadline, Journal, Line, circumstances, key_of
+from evidence_lines import Deadline, Journal, Line, circumstances, half_precision, key_of
 from evidence_pretrain import weights_file
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.pretrain.validation import autocast
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.transfer.block import Recipe, check_recipe
 from nnunet_autoreg.transfer.families import decoder_first, is_cnn, recipe_values
@@ -64,6 +63,7 @@ class FinetuneJob:
         at: steps after which the scans are scored besides the last.
         optimizer, lr, encoder_lr: None for the recipe's own; ``encoder_lr`` for that of the other parameters.
         recipe: other changed values of the recipe, "key=value".
+        half: compute in bfloat16 also on a CPU.
     """
 
     data: str
@@ -82,6 +82,7 @@ class FinetuneJob:
     encoder_lr: float | None = None
     recipe: tuple[str, ...] = ()
     tolerance_mm: float | None = None
+    half: bool = False
 
     @property
     def identity(self) -> Line:
@@ -105,6 +106,7 @@ class FinetuneJob:
                 "encoder_lr": self.encoder_lr,
                 "recipe": sorted(self.recipe),
                 "tolerance_mm": self.tolerance_mm,
+                "half": self.half,
             },
         }
 
@@ -142,7 +144,12 @@ class Scores:
 
 
 def finetune(
-    job: FinetuneJob, data: ResidentSet, work: Path, journal: Journal, deadline: Deadline, device: torch.device
+    job: FinetuneJob,
+    data: ResidentSet,
+    work: Path,
+    journal: Journal,
+    deadline: Deadline,
+    device: torch.device,
 ) -> bool:
     """Train and score until the run's end or the deadline; return whether it is finished. What was trained is kept.
 
@@ -159,7 +166,9 @@ def finetune(
     recipe = recipe_of(job, start.encoder, len(chosen))
     peak_rate = job.lr or (recipe.scratch_rate if job.init == SCRATCH else recipe.pretrained_rate)
 
-    groups = with_encoder_rate(parameter_groups(network, recipe), network, peak_rate, job.encoder_lr)
+    groups = with_encoder_rate(
+        parameter_groups(network, recipe), network, peak_rate, job.encoder_lr
+    )
     optimizer = make_optimizer(groups, recipe, peak_rate)
     schedule = make_schedule(recipe, peak_rate, 1, job.steps, job.batch, job.init != SCRATCH)
     rates = IterationRates(optimizer, schedule, job.steps)
@@ -169,16 +178,16 @@ def finetune(
 
     folder = work / "finetuning" / hashlib.sha256(key_of(job.identity).encode()).hexdigest()[:16]
     step, notes = _resumed(folder, network, optimizer)
-    flops = flops_per_step(network, loss_of, scans.batch(job.draw, 0, job.batch, job.crop), device)
+    flops = flops_per_step(network, loss_of, scans.batch(job.draw, 0, job.batch, job.crop))
     started = saved = time.monotonic()
-    paused = 0.0
+    paused, busy = 0.0, time.process_time()
 
     while step < job.steps:
         network.train()
         images, labels = scans.batch(job.draw, step, job.batch, job.crop)
         rates.step(0, step)
         optimizer.zero_grad(set_to_none=True)
-        with autocast(device):
+        with half_precision(device, job.half):
             outputs = network(images)
         loss_of(outputs, labels).backward()
         if rates.is_decoder_first(0, step):
@@ -189,48 +198,59 @@ def finetune(
         step += 1
 
         if step in job.at and step < job.steps:
-            before = time.monotonic()
+            before, busy_before = time.monotonic(), time.process_time()
             found = score(job, network, scored, data, device, with_surface=False)
-            notes["curve"][str(step)] = {patient: _mean(values) for patient, values in found.dice.items()}
+            notes["curve"][str(step)] = {
+                patient: _mean(values) for patient, values in found.dice.items()
+            }
+            # Scoring is no training: both clocks stand still meanwhile.
             paused += time.monotonic() - before
+            busy += time.process_time() - busy_before
         is_late = deadline.has_passed() and step < job.steps
         if is_late or time.monotonic() - saved > SAVE_EVERY_S:
             spent = notes["seconds"] + time.monotonic() - started - paused
-            _save(folder, network, optimizer, step, {**notes, "seconds": spent})
+            spent_here = notes["process_seconds"] + time.process_time() - busy
+            kept = {**notes, "seconds": spent, "process_seconds": spent_here}
+            _save(folder, network, optimizer, step, kept)
             saved = time.monotonic()
         if is_late:
             log.info("%s: stopped after step %d of %d", described(job), step, job.steps)
             return False
 
     seconds = notes["seconds"] + time.monotonic() - started - paused
+    process_seconds = notes["process_seconds"] + time.process_time() - busy
     before = time.monotonic()
     scores = score(job, network, scored, data, device, with_surface=True)
-    journal.append(
-        {
-            **job.identity,
-            "scans": len(chosen),
-            "labelled": sorted({data.subject_of[case] for case in chosen}),
-            "classes": list(data.facts.classes),
-            "steps": job.steps,
-            "samples": job.steps * job.batch,
-            "flops_per_step": flops,
-            "seconds": round(seconds, 2),
-            "scoring_seconds": round(time.monotonic() - before, 2),
-            "peak_rate": peak_rate,
-            "recipe": to_jsonable(recipe),
-            "loaded_share": round(start.share, 4),
-            "weights_sha256": start.sha256[:16],
-            "dice_mean": round(scores.mean(), 5),
-            "surface_mean": round(mean_of(scores.surface), 5),
-            "dice": _storable(scores.dice),
-            "surface": _storable(scores.surface),
-            "curve": notes["curve"],
-            **circumstances(device),
-        }
-    )
+    facts = {
+        "scans": len(chosen),
+        "labelled": sorted({data.subject_of[case] for case in chosen}),
+        "classes": list(data.facts.classes),
+        "flops_per_step": flops,
+        "seconds": round(seconds, 2),
+        "process_seconds": round(process_seconds, 2),
+        "scoring_seconds": round(time.monotonic() - before, 2),
+        "peak_rate": peak_rate,
+        "recipe": to_jsonable(recipe),
+        "loaded_share": round(start.share, 4),
+        "weights_sha256": start.sha256[:16],
+        "curve": notes["curve"],
+    }
+    journal.append({**job.identity, **facts, **result_of(job, scores), **circumstances(device)})
     shutil.rmtree(folder, ignore_errors=True)
     log.info("%s: Dice %.4f, %.2f s a step", described(job), scores.mean(), seconds / job.steps)
     return True
+
+
+def result_of(job: FinetuneJob, scores: Scores) -> Line:
+    """Return the length and the scores of a run, as its line keeps them."""
+    return {
+        "steps": job.steps,
+        "samples": job.steps * job.batch,
+        "dice_mean": round(scores.mean(), 5),
+        "surface_mean": round(mean_of(scores.surface), 5),
+        "dice": _storable(scores.dice),
+        "surface": _storable(scores.surface),
+    }
 
 
 def described(job: FinetuneJob) -> str:
@@ -276,7 +296,9 @@ def recipe_of(job: FinetuneJob, encoder: EncoderPlan, num_cases: int) -> Recipe:
     Raises:
         UsageError, PlanError: a value that does not exist or is impossible.
     """
-    recipe = Recipe(num_epochs=1, **{**recipe_values(encoder), "num_iterations_per_epoch": job.steps})
+    recipe = Recipe(
+        num_epochs=1, **{**recipe_values(encoder), "num_iterations_per_epoch": job.steps}
+    )
     share, _ = decoder_first(encoder, num_cases, job.init != SCRATCH, "")
     recipe = replace(recipe, decoder_first_fraction=share)
     changed = {**read_recipe(job.recipe), **({"optimizer": job.optimizer} if job.optimizer else {})}
@@ -286,7 +308,10 @@ def recipe_of(job: FinetuneJob, encoder: EncoderPlan, num_cases: int) -> Recipe:
 
 
 def with_encoder_rate(
-    groups: Sequence[Mapping[str, Any]], network: nn.Module, peak_rate: float, encoder_rate: float | None
+    groups: Sequence[Mapping[str, Any]],
+    network: nn.Module,
+    peak_rate: float,
+    encoder_rate: float | None,
 ) -> list[dict[str, Any]]:
     """Return the optimiser's groups with a rate of its own for the encoder; as they are where none is given."""
     if encoder_rate is None:
@@ -316,7 +341,9 @@ class SegmentationLoss:
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
         dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
-        self.loss = DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
+        self.loss = DC_and_CE_loss(
+            dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss
+        )
         weights = [0.5**level for level in range(num_outputs)]
         if num_outputs > 1:
             weights[-1] = 0.0
@@ -344,25 +371,27 @@ def segmentation_loss(is_deep: bool, network: nn.Module) -> SegmentationLoss:
 
 
 def flops_per_step(
-    network: nn.Module, loss_of: SegmentationLoss, batch: tuple[Tensor, Tensor], device: torch.device
+    network: nn.Module, loss_of: SegmentationLoss, batch: tuple[Tensor, Tensor]
 ) -> float:
     """Return the multiplications and additions of a training step, forward and backward."""
     images, labels = batch
     network.train()
     # Dropped paths draw random numbers; the run must go on as if nothing had been counted.
     state = torch.get_rng_state()
-    with FlopCounterMode(display=False) as counter, autocast(device):
+    with FlopCounterMode(display=False) as counter:
         loss_of(network(images[:1]), labels[:1]).backward()
     torch.set_rng_state(state)
     network.zero_grad(set_to_none=True)
     return float(counter.get_total_flops()) * len(images)
 
 
-def _resumed(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def _resumed(
+    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
     """Go on from what an earlier slice left; return the step and the notes."""
     path = folder / checkpoint.LATEST_NAME
     if not path.is_file():
-        return 0, {"seconds": 0.0, "curve": {}}
+        return 0, {"seconds": 0.0, "process_seconds": 0.0, "curve": {}}
     content = checkpoint.load_checkpoint(path)
     network.load_state_dict(content["network_weights"])
     optimizer.load_state_dict(content["optimizer"])
@@ -371,7 +400,11 @@ def _resumed(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def _save(
-    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]
+    folder: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    notes: Mapping[str, Any],
 ) -> None:
     content = {
         "network_weights": network.state_dict(),
@@ -403,7 +436,8 @@ def score(
     dice: dict[str, list[list[float]]] = {}
     surface: dict[str, list[list[float]]] = {}
     for scan in scans:
-        predicted = segment(network, scan.image, job.crop, data.num_classes, device)
+        with half_precision(device, job.half):
+            predicted = segment(network, scan.image, job.crop, data.num_classes)
         truth = scan.labels[0, 0].cpu().numpy()
         patient = data.subject_of[scan.case]
         dice.setdefault(patient, []).append(dice_of_labels(truth, predicted, classes))
@@ -426,7 +460,7 @@ def _set_deep_supervision(network: nn.Module, is_on: bool) -> None:
 
 
 def segment(
-    network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int, device: torch.device
+    network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int
 ) -> NDArray[np.uint8]:
     """Return the label map (Z, Y, X) of a scan (1, 1, Z, Y, X).
 
@@ -434,13 +468,12 @@ def segment(
     fixed, sees patches that overlap by half, with nnU-Net's Gaussian weights.
     """
     shape = image.shape[2:]
-    with autocast(device):
-        if hasattr(network, "decoder") and hasattr(network.decoder, "deep_supervision"):
-            strides = torch.tensor([list(stride) for stride in network.encoder.strides])  # type: ignore[union-attr,operator]
-            whole = round_up(as_size(shape), strides.prod(dim=0).tolist())
-            logits = network(_padded(image, whole)).float()
-        else:
-            logits = _by_tiles(network, image, crop_vox, num_classes)
+    if hasattr(network, "decoder") and hasattr(network.decoder, "deep_supervision"):
+        strides = torch.tensor([list(stride) for stride in network.encoder.strides])  # type: ignore[union-attr,operator]
+        whole = round_up(as_size(shape), strides.prod(dim=0).tolist())
+        logits = network(_padded(image, whole)).float()
+    else:
+        logits = _by_tiles(network, image, crop_vox, num_classes)
     cropped = logits[0, :, : shape[0], : shape[1], : shape[2]]
     return np.asarray(cropped.argmax(dim=0).to(torch.uint8).cpu().numpy())
 
@@ -452,17 +485,27 @@ def _padded(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _by_tiles(network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int) -> Tensor:
-    from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+    from nnunetv2.inference.sliding_window_prediction import (
+        compute_gaussian,
+        compute_steps_for_sliding_window,
+    )
 
     padded = _padded(image, crop_vox)
     shape = padded.shape[2:]
     starts = compute_steps_for_sliding_window(tuple(shape), tuple(crop_vox), TILE_OVERLAP)
-    weight = compute_gaussian(tuple(crop_vox), sigma_scale=1 / 8, value_scaling_factor=10, device=image.device).float()
+    weight = compute_gaussian(
+        tuple(crop_vox), sigma_scale=1 / 8, value_scaling_factor=10, device=image.device
+    ).float()
     total = torch.zeros((1, num_classes, *shape), device=image.device)
     for z in starts[0]:
         for y in starts[1]:
             for x in starts[2]:
-                place = (..., slice(z, z + crop_vox[0]), slice(y, y + crop_vox[1]), slice(x, x + crop_vox[2]))
+                place = (
+                    ...,
+                    slice(z, z + crop_vox[0]),
+                    slice(y, y + crop_vox[1]),
+                    slice(x, x + crop_vox[2]),
+                )
                 total[place] += network(padded[place]).float() * weight
     return total
 

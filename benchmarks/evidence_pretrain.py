@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from evidence_data import SETS, ResidentSet
-from evidence_lines import Deadline, Journal, Line, circumstances
+from evidence_lines import Deadline, Journal, Line, circumstances, half_precision
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name
+from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
@@ -53,6 +54,7 @@ class PretrainJob:
         objective: "autoregressive" or "masked".
         crop_vox: None for the set's usual crop.
         settings: overrides of plan values, "key=value".
+        half: compute in bfloat16 also on a CPU.
     """
 
     data: str
@@ -64,6 +66,7 @@ class PretrainJob:
     batch: int
     crop_vox: Size | None = None
     settings: tuple[str, ...] = ()
+    half: bool = False
 
     @property
     def name(self) -> str:
@@ -90,7 +93,9 @@ def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
     request = {"evidence": data.facts.name}
     memory_of = partial(step_memory, half=has_half(device.type))
     wishes = Wishes(encoder=job.encoder, batch_size=job.batch, num_steps=job.steps)
-    plan = make_plan(job.name, data.facts.pool, hardware(device.type), wishes, job.seed, request, memory_of)
+    plan = make_plan(
+        job.name, data.facts.pool, hardware(device.type), wishes, job.seed, request, memory_of
+    )
     plan = with_objective(plan, job.objective)
     plan = with_crop(plan, job.crop_vox or SETS[data.facts.name].crop_vox)
     # A few minutes of training are over before a compiler is.
@@ -108,14 +113,21 @@ def with_crop(plan: Plan, crop_vox: Sequence[int]) -> Plan:
 
     block = []
     for tokens, most in zip(grid, plan.sequence.block_tokens, strict=True):
-        fitting = [n for n in range(1, most + 1) if tokens % n == 0 and (tokens // n > 1 or tokens == 1)]
+        fitting = [
+            n for n in range(1, most + 1) if tokens % n == 0 and (tokens // n > 1 or tokens == 1)
+        ]
         block.append(max(fitting))
     sequence = replace(plan.sequence, crop_size_vox=crop, block_tokens=as_size(block))
     return replace(plan, sequence=sequence)
 
 
 def pretrain(
-    job: PretrainJob, data: ResidentSet, work: Path, journal: Journal, deadline: Deadline, device: torch.device
+    job: PretrainJob,
+    data: ResidentSet,
+    work: Path,
+    journal: Journal,
+    deadline: Deadline,
+    device: torch.device,
 ) -> bool:
     """Train until the run's end or the deadline; return whether it is finished. What was trained is kept either way.
 
@@ -133,8 +145,10 @@ def pretrain(
     torch.manual_seed(plan.run.seed)
     objective = build_objective(plan)
     train_step = TrainingStep(plan, objective, device)
+    if job.half:
+        loss_in_half(train_step, device)
     found = checkpoint.load_newest(folder)
-    notes: dict[str, Any] = {"seconds": 0.0, "curve": []}
+    notes: dict[str, Any] = {"seconds": 0.0, "process_seconds": 0.0, "curve": []}
     progress = Progress()
     if found is not None:
         progress = restore(found[1], objective.module, train_step.optimizer, train_step.guard)
@@ -145,10 +159,16 @@ def pretrain(
     every = max(1, plan.optim.num_steps // LOSS_POINTS)
     losses = []
     started = saved = time.monotonic()
+    busy = time.process_time()
+
+    def spent() -> dict[str, float]:
+        seconds = notes["seconds"] + time.monotonic() - started
+        process_seconds = notes["process_seconds"] + time.process_time() - busy
+        return {"seconds": round(seconds, 2), "process_seconds": round(process_seconds, 2)}
 
     def save() -> None:
         state = snapshot(objective.module, train_step.optimizer, train_step.guard, progress)
-        kept = {**notes, "seconds": notes["seconds"] + time.monotonic() - started}
+        kept = {**notes, **spent()}
         checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, {**state, "notes": kept})
 
     for step, batch in zip(steps, prepared_ahead(batches, steps, device), strict=True):
@@ -161,13 +181,15 @@ def pretrain(
             _stop_if_lost(train_step, step)
         if deadline.has_passed() and progress.step < plan.optim.num_steps:
             save()
-            log.info("%s: stopped after step %d of %d", job.name, progress.step, plan.optim.num_steps)
+            log.info(
+                "%s: stopped after step %d of %d", job.name, progress.step, plan.optim.num_steps
+            )
             return False
         if time.monotonic() - saved > SAVE_EVERY_S:
             save()
             saved = time.monotonic()
 
-    seconds = notes["seconds"] + time.monotonic() - started
+    duration = spent()
     save()
     licences = {data.facts.dataset: data.facts.licence}
     export_encoder(folder, plan, objective, data.pool_rows(), licences)
@@ -178,7 +200,7 @@ def pretrain(
             **identity,
             **_sizes(plan, data),
             "flops_per_step": flops_per_step(plan, train_step, sample, device),
-            "seconds": round(seconds, 2),
+            **duration,
             "skipped_steps": train_step.guard.tally().skipped,
             "loss": notes["curve"],
             "parameters": sum(p.numel() for p in objective.module.parameters()),
@@ -186,6 +208,19 @@ def pretrain(
         }
     )
     return True
+
+
+def loss_in_half(train_step: TrainingStep, device: torch.device) -> None:
+    """Have a training step compute its loss in bfloat16, on any device."""
+    loss_of: Any = train_step.loss_of
+    in_full = loss_of.loss
+
+    def in_half(batch: Batch) -> LossTerms:
+        with half_precision(device, True):
+            terms: LossTerms = in_full(batch)
+        return terms
+
+    loss_of.loss = in_half
 
 
 def prepared_ahead(batches: StepBatches, steps: range, device: torch.device) -> Iterator[Batch]:
@@ -260,6 +295,7 @@ def _identity(job: PretrainJob) -> Line:
             "batch": job.batch,
             "crop": None if job.crop_vox is None else list(job.crop_vox),
             "set": list(job.settings),
+            "half": job.half,
         },
     }
 
@@ -273,7 +309,11 @@ def _sizes(plan: Plan, data: ResidentSet) -> Line:
         "block_tokens": list(plan.sequence.block_tokens),
         "token_size_vox": list(plan.encoder.token_size_vox),
         "passes": round(
-            plan.optim.num_steps * plan.optim.batch_size * volume(plan.sequence.crop_size_vox) / data.facts.pool.total_vox, 1
+            plan.optim.num_steps
+            * plan.optim.batch_size
+            * volume(plan.sequence.crop_size_vox)
+            / data.facts.pool.total_vox,
+            1,
         ),
         "scans": len(data.division.pool),
     }
@@ -289,7 +329,9 @@ def _stop_if_lost(train_step: TrainingStep, step: int) -> None:
         )
 
 
-def flops_per_step(plan: Plan, train_step: TrainingStep, batch: Batch, device: torch.device) -> float:
+def flops_per_step(
+    plan: Plan, train_step: TrainingStep, batch: Batch, device: torch.device
+) -> float:
     """Return the multiplications and additions of a training step, forward and backward.
 
     One crop is counted and multiplied: crops of one plan cost the same.

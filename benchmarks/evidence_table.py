@@ -127,7 +127,9 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], scores_of: ScoresOf) ->
 
     pairs: list[list[tuple[Scores, Scores]]] = []
     for seed in seeds:
-        pairs.append([(scores_of(our_runs[seed, d]), scores_of(their_runs[partner[seed], d])) for d in draws])
+        pairs.append(
+            [(scores_of(our_runs[seed, d]), scores_of(their_runs[partner[seed], d])) for d in draws]
+        )
     everywhere = [set(a) & set(b) for row in pairs for a, b in row]
     patients = sorted(set.intersection(*everywhere))
     if not patients:
@@ -180,7 +182,9 @@ def settings_of(lines: Sequence[Line]) -> dict[Setting, list[Line]]:
     found: dict[Setting, list[Line]] = {}
     for line in lines:
         if line["command"] == "finetune":
-            key = Setting(line["set"], line["encoder"], line["labels"], line["split"], line["steps"])
+            key = Setting(
+                line["set"], line["encoder"], line["labels"], line["split"], line["steps"]
+            )
             found.setdefault(key, []).append(line)
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
 
@@ -196,7 +200,9 @@ def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) ->
     for name, variants in sorted(by_name.items()):
         for settings, members in sorted(variants.items()):
             differing = _differing(json.loads(settings), [json.loads(other) for other in variants])
-            objective = SCRATCH if name == SCRATCH else objectives.get((members[0]["set"], name), "")
+            objective = (
+                SCRATCH if name == SCRATCH else objectives.get((members[0]["set"], name), "")
+            )
             arms.append(Arm(f"{name} {differing}".strip(), objective, tuple(members)))
     return arms
 
@@ -225,7 +231,9 @@ def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: fl
         data, split: show these only; None for all.
         wanted: the difference for which the number of pairs is planned.
     """
-    pretrainings = [line for line in lines if line["command"] == "pretrain" and data in (None, line["set"])]
+    pretrainings = [
+        line for line in lines if line["command"] == "pretrain" and data in (None, line["set"])
+    ]
     objectives = {(line["set"], line["arm"]): line["objective"] for line in pretrainings}
     parts = ["## Pretraining", _pretraining_rows(pretrainings)] if pretrainings else []
     for setting, members in settings_of(lines).items():
@@ -237,24 +245,53 @@ def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: fl
 
 
 def _pretraining_rows(lines: Sequence[Line]) -> str:
-    header = ["set", "arm", "seed", "encoder", "objective", "steps", "crops", "PFLOPs", "seconds", "first loss", "last loss"]
+    header = [
+        "set",
+        "arm",
+        "seed",
+        "encoder",
+        "objective",
+        "steps",
+        "crops",
+        "PFLOPs",
+        "seconds",
+        "first loss",
+        "last loss",
+    ]
     rows = []
     for line in lines:
         losses = [f"{value:.4f}" for _, value in line["loss"]] or ["-"]
         petaflops = line["flops_per_step"] * line["steps"] / 1e15
         sizes = [line["steps"], line["samples"], f"{petaflops:.3g}", f"{line['seconds']:.0f}"]
-        who = [line["set"], line["arm"], line["pretraining_seed"], line["encoder"], line["objective"]]
+        who = [
+            line["set"],
+            line["arm"],
+            line["pretraining_seed"],
+            line["encoder"],
+            line["objective"],
+        ]
         rows.append([*who, *sizes, losses[0], losses[-1]])
     return markdown(header, rows)
 
 
 def _arm_rows(arms: Sequence[Arm]) -> str:
-    header = ["arm", "runs", "Dice", "sd over runs", "surface Dice", "Dice on the way", "PFLOPs", "s / step"]
+    header = [
+        "arm",
+        "runs",
+        "Dice",
+        "sd over runs",
+        "surface Dice",
+        "Dice on the way",
+        "PFLOPs",
+        "s / step",
+    ]
     rows = []
     for arm in arms:
         dice = [line["dice_mean"] for line in arm.lines]
         surface = float(np.mean([line["surface_mean"] for line in arm.lines]))
-        petaflops = float(np.mean([line["flops_per_step"] * line["steps"] for line in arm.lines])) / 1e15
+        petaflops = (
+            float(np.mean([line["flops_per_step"] * line["steps"] for line in arm.lines])) / 1e15
+        )
         pace = float(np.median([line["seconds"] / line["steps"] for line in arm.lines]))
         sd = f"{np.std(dice, ddof=1):.4f}" if len(dice) > 1 else "-"
         score = [f"{np.mean(dice):.4f}", sd, f"{surface:.4f}", _on_the_way(arm)]
@@ -312,7 +349,9 @@ def at_step(step: str) -> ScoresOf:
     """Return a function from a line to patient -> mean Dice at an earlier step."""
 
     def means(line: Line) -> Scores:
-        return {patient: value for patient, value in line["curve"][step].items() if math.isfinite(value)}
+        return {
+            patient: value for patient, value in line["curve"][step].items() if math.isfinite(value)
+        }
 
     return means
 
