@@ -23,12 +23,16 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     alike = [line for line in lines if all(line[name] == last[name] for name in ("split", "steps", "batch"))]
     recipes = {line["encoder"]: line["recipe"] for line in alike}
     rows = rows_of([line for line in alike if line["recipe"] == recipes[line["encoder"]]])
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    # Runs of older versions have no surface Dice, and get no second line of panels.
+    has_surface = any(row.surface_dice for row in rows)
+    num_lines = 2 if has_surface else 1
+    figure = Figure(figsize=(10, 4.3 * num_lines + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    panels = figure.subplots(num_lines, 2, squeeze=False)
     labels = sorted({row.key.labels for row in rows})
-    _draw_dice(left, rows, labels)
-    _draw_differences(right, rows, labels)
+    for line_of_panels, is_surface in zip(panels, (False, True), strict=False):
+        _draw_dice(line_of_panels[0], rows, labels, is_surface)
+        _draw_differences(line_of_panels[1], rows, labels, is_surface)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(f"{title}: {last['split']} split, {last['steps']} steps of {last['batch']} patches", fontsize=11)
     with atomic_path(path) as temporary:
@@ -49,25 +53,41 @@ def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str,
     return {"color": COLOURS[name[1]], "marker": MARKERS[encoders.index(name[0]) % len(MARKERS)]}
 
 
-def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> None:
+def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int], is_surface: bool) -> None:
     names = _names(rows)
     for name in names:
         style, told = _style(names, name), name[1] if name[0] == "-" else f"{name[1]}, {name[0].removeprefix(OWN_PREFIX)}"
         for row in (row for row in rows if (row.key.encoder, row.key.arm) == name):
             place = _place(names, name, labels, row.key.labels)
-            axis.plot([place] * len(row.dice), row.dice, linestyle="", markersize=4, alpha=0.5, **style)
-            axis.plot([place - 0.04, place + 0.04], [np.mean(row.dice)] * 2, color=style["color"], linewidth=2.5)
-        axis.plot([], [], linestyle="", label=told, **style)
-    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases", ylabel="Dice (points: seeds, bars: mean)")
+            scores = row.surface_dice if is_surface else row.dice
+            if not scores:
+                continue
+            axis.plot([place] * len(scores), scores, linestyle="", markersize=4, alpha=0.5, **style)
+            axis.plot([place - 0.04, place + 0.04], [np.mean(scores)] * 2, color=style["color"], linewidth=2.5)
+        # One entry of the legend serves all panels.
+        if not is_surface:
+            axis.plot([], [], linestyle="", label=told, **style)
+    kind = "Surface Dice" if is_surface else "Dice"
+    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled patients", ylabel=f"{kind} (points: seeds, bars: mean)")
     axis.set_xlim(-0.5, len(labels) - 0.5)
     _plain(axis)
 
 
-def _draw_differences(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> None:
-    """Minus scratch; where there are no such pairs, minus stock."""
-    to, pairs = "scratch", [(row, row.to_scratch) for row in rows if row.to_scratch is not None]
+def _draw_differences(
+    axis: Any,
+    rows: Sequence[Row],
+    labels: Sequence[int],
+    is_surface: bool,
+) -> None:
+    """Draw the differences to scratch or, where there are no such pairs, to stock."""
+    to = "scratch"
+    found = [(row, row.surface_to_scratch if is_surface else row.to_scratch) for row in rows]
+    pairs = [(row, difference) for row, difference in found if difference is not None]
     if not pairs:
-        to, pairs = STOCK, [(row, row.to_stock) for row in rows if row.to_stock is not None]
+        to = STOCK
+        found = [(row, row.surface_to_stock if is_surface else row.to_stock) for row in rows]
+        pairs = [(row, difference) for row, difference in found if difference is not None]
+    kind = "Surface Dice" if is_surface else "Dice"
     names = _names([row for row, _ in pairs])
     for row, difference in pairs:
         name, (low, high) = (row.key.encoder, row.key.arm), difference.over_both
@@ -76,7 +96,7 @@ def _draw_differences(axis: Any, rows: Sequence[Row], labels: Sequence[int]) -> 
         axis.errorbar(_place(names, name, labels, row.key.labels), difference.mean, reach, capsize=3, markersize=5,
                       **_style(_names(rows), name))
     axis.axhline(0, color="#999999", linewidth=0.8)
-    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled cases", ylabel=f"Dice minus {to}, 95 %")
+    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled patients", ylabel=f"{kind} minus {to}, 95 %")
     axis.set_xlim(-0.5, len(labels) - 0.5)
     if not pairs:
         axis.text(0.5, 0.6, "no pairs yet", transform=axis.transAxes, ha="center")

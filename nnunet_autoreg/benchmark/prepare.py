@@ -2,6 +2,7 @@
 
 import logging
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,15 @@ from nnunet_autoreg.benchmark.protocol import (
     weights_of,
 )
 from nnunet_autoreg.benchmark.results import RunKey
-from nnunet_autoreg.benchmark.split import Division, divide, labelled, read_subjects, subjects_by_name
+from nnunet_autoreg.benchmark.split import (
+    CASES,
+    PATIENTS,
+    Division,
+    divide,
+    find_patients,
+    labelled,
+    read_subjects,
+)
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
@@ -46,11 +55,15 @@ class Record:
         dataset: folder name of the raw dataset.
         subjects: case -> patient.
         division: pool, development and test.
+        label_unit: what ``--labels`` counts; folders of older versions say nothing and count cases.
+        rule: how the patients were found, for the user.
     """
 
     dataset: str
     subjects: dict[str, str]
     division: Division
+    label_unit: str = CASES
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,9 @@ class Bench:
 
     def labelled(self, key: RunKey) -> tuple[str, ...]:
         """The labelled cases of a run."""
-        return labelled(self.record.division, self.record.subjects, key.labels, key.seed)
+        return labelled(
+            self.record.division, self.record.subjects, key.labels, key.seed, self.record.label_unit
+        )
 
 
 def images_of(dataset: str) -> dict[str, list[Path]]:
@@ -87,8 +102,16 @@ def images_of(dataset: str) -> dict[str, list[Path]]:
     return found
 
 
-def open_record(root: Path, request: Request, cases: Sequence[str]) -> Record:
-    """The record of ``root``, made if it is not there yet.
+def open_record(
+    root: Path,
+    request: Request,
+    cases: Sequence[str],
+    dataset: Path | None = None,
+) -> Record:
+    """Return the record of ``root``, made if it is not there yet.
+
+    Args:
+        dataset: folder of the raw dataset, where a ``cases.csv`` may name the patients.
 
     Raises:
         UsageError: the folder holds other things, or a benchmark of another dataset.
@@ -106,9 +129,11 @@ def open_record(root: Path, request: Request, cases: Sequence[str]) -> Record:
         return record
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(f"-o {root}: is neither empty nor a benchmark's folder; name a new one")
-    subjects = read_subjects(Path(request.subjects), cases) if request.subjects else subjects_by_name(cases)
-    record = Record(request.dataset, subjects, divide(subjects))
-    write_json(file, record)
+    file = Path(request.subjects) if request.subjects else None
+    patients = find_patients(dataset or root, cases, file)
+    division = divide(patients.patient_of)
+    record = Record(request.dataset, patients.patient_of, division, PATIENTS, patients.rule)
+    write_json(root / RECORD_NAME, record)
     return record
 
 
@@ -282,6 +307,22 @@ def planned_batch(bench: Bench, keys: Sequence[RunKey]) -> int:
     files = {STOCK_PLANS if key.arm == STOCK else f"AutoregPlans_{key.encoder}" for key in keys}
     plans = [read_json(bench.layout.plans / f"{name}.json") for name in sorted(files)]
     return min(int(p["configurations"][CONFIGURATION]["batch_size"]) for p in plans)
+
+
+def surface_tolerance_mm(bench: Bench) -> float | None:
+    """Return the tolerance of the surface Dice: the user's, or the dataset's typical in-plane voxel.
+
+    That is the median over the cases of the smallest voxel edge, from nnU-Net's fingerprint; None
+    before there is one.
+    """
+    if bench.request.surface_tolerance_mm is not None:
+        return bench.request.surface_tolerance_mm
+
+    file = bench.layout.plans / "dataset_fingerprint.json"
+    if not file.is_file():
+        return None
+    edges = [min(spacing) for spacing in read_json(file)["spacings"]]
+    return round(statistics.median(edges), 3)
 
 
 def available_cores() -> int:

@@ -35,7 +35,8 @@ class Request:
         budget_min: minutes of training per run; the steps follow from the slowest arm. None where ``steps`` are given.
         batch: patches per step, for all arms; None for the smallest of the plans.
         recipe: changed values of the fine-tuning recipe of our arms, "key=value".
-        subjects: a CSV of case and subject; None to go by names.
+        subjects: a CSV of case and subject; None for ``cases.csv`` or the cases' names.
+        surface_tolerance_mm: of the surface Dice; None for the dataset's typical in-plane voxel.
     """
 
     dataset: str
@@ -52,6 +53,7 @@ class Request:
     split: str = "test"
     recipe: tuple[str, ...] = ()
     subjects: str | None = None
+    surface_tolerance_mm: float | None = None
 
     def check(self) -> "Request":
         """Return the request if it makes sense.
@@ -65,6 +67,7 @@ class Request:
         if self.split not in SPLITS:
             raise UsageError(f"--split {self.split}: {did_you_mean(self.split, SPLITS)}")
         numbers = {"--seeds": self.num_seeds, "--budget": self.budget_min, "--steps": self.steps, "--batch": self.batch,
+                   "--surface-tolerance": self.surface_tolerance_mm,
                    "--pretrain-steps": self.pretrain_steps, "--pretrain-batch": self.pretrain_batch,
                    **{f"--labels {k}": k for k in self.labels}}
         for flag, number in numbers.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.benchmark.commands import last_words
-from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch
+from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch, surface_tolerance_mm
 from nnunet_autoreg.benchmark.protocol import CONFIGURATION, STOCK, TRAINERS, fold_of, plans_name, runs_of, weights_of
 from nnunet_autoreg.benchmark.results import RESULTS_NAME, RunKey, append_result, key_of, read_results
 from nnunet_autoreg.benchmark.statistics import mean_dice
@@ -104,7 +104,7 @@ def job_of(bench: Bench, key: RunKey, batch: int) -> Job:
     epochs, per_epoch = epochs_of(max(key.steps, 1))
     folds = read_json(bench.layout.plans / "splits_final.json")
     return Job(bench.request.dataset, CONFIGURATION, fold_of(folds, fold(bench, key)), TRAINERS[key.arm], plans_name(key), key.seed, epochs,
-               per_epoch, batch, bench.commands.device, bench.commands.threads)
+               per_epoch, batch, bench.commands.device, bench.commands.threads, surface_tolerance_mm=surface_tolerance_mm(bench))
 
 
 def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Runner = worker) -> list[RunKey]:
@@ -175,6 +175,7 @@ def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, A
     _, per_epoch = epochs_of(key.steps)
     return {
         **asdict(key), "dataset": bench.request.dataset, "num_labelled": len(cases), "labelled": list(cases),
+        "label_unit": bench.record.label_unit,
         "pretraining": pretraining_of(bench, key), "steps_per_epoch": per_epoch, **result, "subjects": subjects,
         "device": bench.commands.device, "threads": bench.commands.threads,
         "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-autoreg")},

@@ -15,6 +15,8 @@ from nnunet_autoreg.errors import UsageError, did_you_mean
 TEST_SHARE, DEVELOPMENT_SHARE = 0.2, 0.15
 MOST_SCANS_OF_A_PATIENT = 4
 SPLITS = ("development", "test")
+PATIENTS, CASES = "patients", "cases"
+"""What a number of labels counts."""
 CASES_NAME = "cases.csv"
 PATIENT_COLUMNS = ("patient", "subject", "participant_id")
 """Names that the column of patients may have in ``cases.csv``."""
@@ -148,22 +150,40 @@ def divide(subject_of: Mapping[str, str]) -> Division:
     return Division(pool, development, test)
 
 
-def labelled(division: Division, subject_of: Mapping[str, str], num_labels: int, seed: int) -> tuple[str, ...]:
-    """The cases of the pool that are labelled under a seed: whole patients until there are at least ``num_labels``.
+def labelled(
+    division: Division,
+    subject_of: Mapping[str, str],
+    num_labels: int,
+    seed: int,
+    unit: str = PATIENTS,
+) -> tuple[str, ...]:
+    """Return the cases of the pool that are labelled under a seed: all scans of so many patients.
 
-    Another seed labels other patients; the fewer labels of one seed are among its more.
+    Another seed labels other patients. The smaller sets of one seed are parts of its larger ones.
+
+    Args:
+        unit: what is counted. Folders of older versions count ``CASES``, and take whole patients
+            until there are at least ``num_labels`` cases.
 
     Raises:
         UsageError: the pool is too small.
     """
-    if num_labels > len(division.pool):
-        raise UsageError(f"--labels {num_labels}: the pool holds {len(division.pool)} labelled cases, {len(division.development)} more are "
-                         f"for development and {len(division.test)} for the test; ask for fewer")
+    patients = {subject_of[case] for case in division.pool}
+    available = len(patients) if unit == PATIENTS else len(division.pool)
+    if num_labels > available:
+        raise UsageError(
+            f"--labels {num_labels}: the pool holds {available} labelled {unit}; ask for fewer, as the "
+            "others are for development and test"
+        )
+
     chosen: list[str] = []
-    for subject in ordered({subject_of[case] for case in division.pool}, f"{seed}/"):
-        if len(chosen) >= num_labels:
+    num_patients = 0
+    for patient in ordered(patients, f"{seed}/"):
+        count = num_patients if unit == PATIENTS else len(chosen)
+        if count >= num_labels:
             break
-        chosen += [case for case in division.pool if subject_of[case] == subject]
+        chosen += [case for case in division.pool if subject_of[case] == patient]
+        num_patients += 1
     return tuple(sorted(chosen))
 
 

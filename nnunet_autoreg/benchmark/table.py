@@ -8,7 +8,7 @@ import numpy as np
 
 from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.results import RunKey, key_of
-from nnunet_autoreg.benchmark.statistics import Difference, mean_dice, paired
+from nnunet_autoreg.benchmark.statistics import SURFACE, Difference, mean_dice, paired, tolerance_of
 
 Lines = Mapping[int, Mapping[str, Any]]
 """Lines of runs that differ in their seed alone, by seed."""
@@ -22,17 +22,31 @@ class Row:
         key: that of the first seed.
         lines: by seed.
         to_scratch, to_stock: paired differences to the twin from random weights, and to nnU-Net as it comes.
+        surface_to_scratch, surface_to_stock: the same of the surface Dice.
     """
 
     key: RunKey
     lines: Lines
     to_scratch: Difference | None
     to_stock: Difference | None
+    surface_to_scratch: Difference | None = None
+    surface_to_stock: Difference | None = None
 
     @property
     def dice(self) -> list[float]:
         """Mean Dice of every seed."""
         return [mean_dice(line) for line in self.lines.values()]
+
+    @property
+    def surface_dice(self) -> list[float]:
+        """Mean surface Dice of every seed that has one."""
+        return [mean_dice(line, SURFACE) for line in self.lines.values() if tolerance_of(line) is not None]
+
+    @property
+    def tolerances_mm(self) -> list[float]:
+        """Tolerances of the surface Dice."""
+        found = {tolerance_of(line) for line in self.lines.values()}
+        return sorted(tolerance for tolerance in found if tolerance is not None)
 
 
 def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -46,8 +60,18 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
         key = key_of(next(iter(by_seed.values())))
         twin = _lines_of(groups, key, arm="scratch", encoder=key.encoder, recipe=key.recipe)
         stock = _lines_of(groups, key, arm=STOCK, encoder="-", recipe="")
-        rows.append(Row(key, by_seed, paired(by_seed, twin) if key.arm not in ("scratch", STOCK) and twin else None,
-                        paired(by_seed, stock) if key.arm != STOCK and stock else None))
+        twin = {} if key.arm in ("scratch", STOCK) else twin
+        stock = {} if key.arm == STOCK else stock
+        rows.append(
+            Row(
+                key,
+                by_seed,
+                paired(by_seed, twin),
+                paired(by_seed, stock),
+                paired(by_seed, twin, SURFACE),
+                paired(by_seed, stock, SURFACE),
+            )
+        )
     return sorted(rows, key=lambda row: (*_group(row.key)[:4], row.key.arm == STOCK, *_group(row.key)[4:-1], ARMS.index(row.key.arm)))
 
 
@@ -60,7 +84,7 @@ def _lines_of(groups: Mapping[tuple[Any, ...], Lines], key: RunKey, arm: str, en
 
 
 COLUMNS = ("split", "steps x batch", "labels", "encoder", "arm", "seeds", "Dice (sd over seeds)", "minus scratch [95 %]",
-           "minus stock [95 %]", "s a step", "min a run", "pretraining")
+           "minus stock [95 %]", "surface Dice (sd over seeds)", "minus scratch [95 %]", "s a step", "min a run", "pretraining")
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -76,11 +100,16 @@ def _cells(row: Row) -> list[str]:
     spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
     labelled = sorted({int(line["num_labelled"]) for line in lines})
     labels = str(key.labels) if labelled == [key.labels] else f"{key.labels} ({'-'.join(map(str, labelled))} cases)"
+    surface = "-"
+    if row.surface_dice:
+        deviation = f"{np.std(row.surface_dice, ddof=1):.3f}" if len(row.surface_dice) > 1 else "-"
+        tolerance = " or ".join(f"{value:g}" for value in row.tolerances_mm)
+        surface = f"{np.mean(row.surface_dice):.3f} ({deviation}) at {tolerance} mm"
     encoder = key.encoder.removeprefix(OWN_PREFIX) + (f", {key.recipe}" if key.recipe else "")
     paces = [line["seconds_per_step"] for line in lines if line["seconds_per_step"]]
     minutes = [(line["train_s"] + line["validate_s"]) / 60 for line in lines]
     return [key.split, f"{key.steps} x {key.batch}", labels, encoder, key.arm, str(len(dice)), f"{np.mean(dice):.3f} ({spread})",
-            signed(row.to_scratch), signed(row.to_stock), f"{np.median(paces):.2f}" if paces else "-", f"{np.mean(minutes):.1f}",
+            signed(row.to_scratch), signed(row.to_stock), surface, signed(row.surface_to_scratch), f"{np.median(paces):.2f}" if paces else "-", f"{np.mean(minutes):.1f}",
             _pretraining(lines[0].get("pretraining"))]
 
 
@@ -102,7 +131,9 @@ def _pretraining(told: Mapping[str, Any] | None) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
-        "Dice: mean over the cases of the split and their labels. Equal cost: all arms of a length take the same steps and patches a step; "
+        "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. Labels: patients, and cases where their "
+        "number differs (in folders of older versions: cases). Surface Dice: the share of border, by area, that lies within the tolerance "
+        "of the other border. Equal cost: all arms of a length take the same steps and patches a step; "
         "the patches' sizes and what a step costs differ between networks. Pretraining is listed apart.",
         "Differences are paired by seed and case. The interval draws patients and seeds anew (bootstrap, 95 %); every seed labels other "
         "patients of the pool, so it holds that choice, the initial weights and the order of the data. It does not hold another "

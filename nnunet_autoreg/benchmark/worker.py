@@ -3,6 +3,7 @@
 The job's folder holds ``job.json``; ``result.json`` is written last. nnU-Net's folders are in the environment.
 """
 
+import ast
 import math
 import random
 import statistics
@@ -15,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.benchmark.statistics import SURFACE
+from nnunet_autoreg.benchmark.surface import surface_dice
+from nnunet_autoreg.nnunet_api import read_scan
 from nnunet_autoreg.records import from_jsonable, read_json, write_json
 
 JOB_NAME, RESULT_NAME = "job.json", "result.json"
@@ -31,6 +35,7 @@ class Job:
         num_epochs, steps_per_epoch, batch: length; the same for all arms.
         validate: predict and score the fold's validation cases afterwards; off where only the pace is wanted.
         threads: of torch on a CPU.
+        surface_tolerance_mm: of the surface Dice of the validation; None to leave it out.
     """
 
     dataset: str
@@ -45,6 +50,7 @@ class Job:
     device: str
     threads: int
     validate: bool = True
+    surface_tolerance_mm: float | None = None
 
 
 class Stopwatch:
@@ -97,7 +103,11 @@ def train(job: Job) -> dict[str, Any]:
         trainer.perform_actual_validation()
         result["validate_s"] = round(time.monotonic() - start, 1)
         ending = str(trainer.dataset_json["file_ending"])
-        result["dice_per_case"] = read_dice(Path(trainer.output_folder) / "validation" / "summary.json", ending)
+        summary = Path(trainer.output_folder) / "validation" / "summary.json"
+        result["dice_per_case"] = read_dice(summary, ending)
+        if job.surface_tolerance_mm is not None:
+            result["surface_tolerance_mm"] = job.surface_tolerance_mm
+            result[SURFACE] = surface_dice_of_summary(summary, ending, job.surface_tolerance_mm)
     return result
 
 
@@ -124,6 +134,32 @@ def read_dice(summary: Path, ending: str) -> dict[str, dict[str, float | None]]:
     for case in read_json(summary)["metric_per_case"]:
         name = Path(case["reference_file"]).name.removesuffix(ending)
         found[name] = {str(label): none_for_nan(float(values["Dice"])) for label, values in case["metrics"].items()}
+    return found
+
+
+def surface_dice_of_summary(
+    summary: Path,
+    ending: str,
+    tolerance_mm: float,
+) -> dict[str, dict[str, float | None]]:
+    """Return case -> label -> surface Dice of the files that nnU-Net's summary names.
+
+    None stands where a label is neither there nor found. A region counts as one structure.
+    """
+    found = {}
+    for case in read_json(summary)["metric_per_case"]:
+        truth = read_scan(Path(case["reference_file"]))
+        prediction = read_scan(Path(case["prediction_file"]))
+
+        scores = {}
+        for name in case["metrics"]:
+            # The name is a label such as "1", or a region such as "(1, 2)".
+            values = np.atleast_1d(ast.literal_eval(name))
+            in_truth = np.isin(truth.array_CZYX[0], values)
+            in_prediction = np.isin(prediction.array_CZYX[0], values)
+            score = surface_dice(in_truth, in_prediction, truth.spacing_mm, tolerance_mm)
+            scores[str(name)] = none_for_nan(score)
+        found[Path(case["reference_file"]).name.removesuffix(ending)] = scores
     return found
 
 

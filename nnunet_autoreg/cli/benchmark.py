@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "stopped.",
     )
     p.add_argument("-d", required=True, metavar="ID", help="labelled nnU-Net raw dataset (4 or Dataset004_Name)")
-    p.add_argument("--labels", nargs="+", type=int, default=[5, 10, 20], metavar="K", help="numbers of labelled cases (default 5 10 20)")
+    p.add_argument("--labels", nargs="+", type=int, default=[5, 10, 20], metavar="K", help="numbers of labelled patients (default 5 10 20)")
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1; each labels other patients (default 3)")
     p.add_argument("--arms", nargs="+", default=["pretrained", "scratch", "stock"], metavar="ARM",
                    help="of pretrained, masked (the same pretraining with masked autoencoding), scratch, stock; default: all but masked")
@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
                    help="patients that are scored: development for choices, test for the final table (default)")
     p.add_argument("--recipe", nargs="+", default=[], metavar="KEY=VALUE",
                    help="changed values of the fine-tuning recipe of our arms, e.g. pretrained_rate=3e-3 scratch_rate=3e-3")
-    p.add_argument("--subjects", metavar="FILE", help="CSV with the columns case and subject; default: told by the cases' names")
+    p.add_argument("--subjects", metavar="FILE", help="CSV with the columns case and subject; default: cases.csv of the dataset, or the cases' names")
+    p.add_argument("--surface-tolerance", type=float, metavar="MM",
+                   help="tolerance of the surface Dice (default: the median over the cases of the smallest voxel edge)")
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
     p.add_argument("-o", metavar="FOLDER", help="where everything goes; default: $nnUNet_results/autoreg_benchmark/DATASET")
@@ -71,6 +73,7 @@ def read_request(args: argparse.Namespace) -> "Request":
         pretrain_steps=args.pretrain_steps, pretrain_batch=args.pretrain_batch,
         budget_min=DEFAULT_BUDGET_MIN if args.steps is None and args.budget is None else args.budget,
         steps=args.steps, batch=args.batch, split=args.split, recipe=tuple(args.recipe), subjects=args.subjects,
+        surface_tolerance_mm=args.surface_tolerance,
     ).check()
 
 
@@ -79,12 +82,12 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
     from nnunet_autoreg.benchmark.commands import Commands
     from nnunet_autoreg.benchmark.prepare import Bench, available_cores, images_of, open_record, write_exclude
     from nnunet_autoreg.benchmark.protocol import Layout
-    from nnunet_autoreg.nnunet_api import preprocessed_folder, results_folder
+    from nnunet_autoreg.nnunet_api import dataset_folder, preprocessed_folder, results_folder
 
     layout, images = Layout(root, request.dataset), images_of(request.dataset)
     folders = {"nnUNet_preprocessed": layout.preprocessed, "nnUNet_results": layout.results}
     commands = Commands(root / "commands.log", device, max(1, available_cores() // num_jobs), folders)
-    record = open_record(root, request, sorted(images))
+    record = open_record(root, request, sorted(images), dataset_folder(request.dataset))
     write_exclude(layout, record.division)
     return Bench(request, layout, record, images, commands, preprocessed_folder(), results_folder(), min(8, available_cores()))
 
@@ -93,6 +96,9 @@ def describe(bench: "Bench") -> None:
     """Say how the patients are divided."""
     d, subjects = bench.record.division, bench.record.subjects
     patients = [len({subjects[case] for case in part}) for part in (d.pool, d.development, d.test)]
+    if bench.record.rule:
+        print(bench.record.rule)
+    print(f"--labels counts {bench.record.label_unit}")
     print(f"{bench.request.dataset}: {len(subjects)} labelled cases of {len(set(subjects.values()))} patients; pool {len(d.pool)} "
           f"({patients[0]} patients), development {len(d.development)} ({patients[1]}), test {len(d.test)} ({patients[2]})", flush=True)
 
@@ -100,7 +106,7 @@ def describe(bench: "Bench") -> None:
 def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     """Prepare, train what is missing, show what is there; return how many trainings failed."""
     from nnunet_autoreg.benchmark.picture import draw
-    from nnunet_autoreg.benchmark.prepare import prepare
+    from nnunet_autoreg.benchmark.prepare import prepare, surface_tolerance_mm
     from nnunet_autoreg.benchmark.protocol import runs_of
     from nnunet_autoreg.benchmark.results import RESULTS_NAME, read_results
     from nnunet_autoreg.benchmark.run import run_missing, settle_length
@@ -111,6 +117,9 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     prepare(bench, [*runs_of(bench.request, 1, 1)])
     steps, batch = settle_length(bench)
     keys = [*runs_of(bench.request, steps, batch)]
+    tolerance_mm = surface_tolerance_mm(bench)
+    if tolerance_mm is not None:
+        print(f"surface Dice at a tolerance of {tolerance_mm:g} mm")
     print(f"{len(keys)} trainings of {steps} steps of {batch} patches", flush=True)
     if only_measure:
         return 0

@@ -10,7 +10,16 @@ from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
 from nnunet_autoreg.benchmark.commands import Commands
 from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
-from nnunet_autoreg.benchmark.prepare import Bench, Record, ensure_masked, open_record, retyped, write_folds, write_plans
+from nnunet_autoreg.benchmark.prepare import (
+    Bench,
+    Record,
+    ensure_masked,
+    open_record,
+    retyped,
+    surface_tolerance_mm,
+    write_folds,
+    write_plans,
+)
 from nnunet_autoreg.benchmark.protocol import Layout, Request, plans_name, runs_of, weights_of
 from nnunet_autoreg.benchmark.results import RunKey, key_of, read_results
 from nnunet_autoreg.benchmark.run import epochs_of, run_missing, settle_length
@@ -209,6 +218,31 @@ def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(bench: Bench, 
     assert made["autoreg"]["weights"] == {
         "name": "benchmark_tiny_masked", "file": "autoreg_pretraining/benchmark_tiny_masked/encoder.safetensors", "sha256": "abc",
         "has_decoder": True}
+
+
+def test_a_folder_of_an_older_version_keeps_counting_cases(tmp_path: Path) -> None:
+    cases = [f"patient{n:03d}_{phase}" for n in range(10) for phase in ("ED", "ES")]
+    record = open_record(tmp_path / "new", request(), cases)
+    file = tmp_path / "new" / "benchmark.json"
+    old = read_json(file)
+    del old["label_unit"], old["rule"]
+    write_json(file, old)
+
+    reopened = open_record(tmp_path / "new", request(), cases)
+
+    assert (record.label_unit, reopened.label_unit) == ("patients", "cases")
+    assert reopened.division == record.division
+
+
+def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:
+    assert surface_tolerance_mm(bench) is None
+
+    spacings = [[10.0, 1.5, 1.5], [10.0, 1.2, 1.2], [10.0, 1.8, 1.8]]
+    write_json(bench.layout.plans / "dataset_fingerprint.json", {"spacings": spacings})
+    given = replace(bench, request=request(surface_tolerance_mm=3.0))
+
+    assert surface_tolerance_mm(bench) == 1.5
+    assert surface_tolerance_mm(given) == 3.0
 
 
 def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from nnunet_autoreg.benchmark.results import append_result, key_of, read_results
-from nnunet_autoreg.benchmark.split import divide, labelled, read_subjects, subjects_by_name
+from nnunet_autoreg.benchmark.split import divide, find_patients, labelled, read_subjects, subjects_by_name
 from nnunet_autoreg.benchmark.statistics import interval, mean_dice, paired, steps_to
 from nnunet_autoreg.benchmark.table import markdown, rows_of
-from nnunet_autoreg.benchmark.worker import read_dice
+from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
 from nnunet_autoreg.errors import AutoregError, UsageError
 
 DATASET = "Dataset900_Heads"
@@ -37,7 +37,8 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     parts = [{subjects[case] for case in part} for part in (division.pool, division.development, division.test)]
     assert [len(part) for part in parts] == [16, 4, 5] and not set.intersection(*parts) and len(set.union(*parts)) == 25
     assert [len(p) for p in (division.pool, division.development, division.test)] == [32, 8, 10]
-    five = labelled(division, subjects, 5, seed=0)
+    assert len(labelled(division, subjects, 5, seed=0)) == 10
+    five = labelled(division, subjects, 5, seed=0, unit="cases")
     assert len(five) == 6 and {case[:-3] + phase for case in five for phase in ("_ED", "_ES")} == set(five)
 
 
@@ -48,7 +49,7 @@ def test_the_division_is_the_same_every_time_and_labels_of_a_seed_are_nested() -
     assert (len(division.pool), len(division.development), len(division.test)) == (13, 3, 4)
     assert set(labelled(division, subjects, 3, 0)) < set(labelled(division, subjects, 8, 0)) < set(division.pool)
     assert labelled(division, subjects, 3, 0) != labelled(division, subjects, 3, 1)
-    with pytest.raises(UsageError, match="--labels 14: the pool holds 13 labelled cases"):
+    with pytest.raises(UsageError, match="--labels 14: the pool holds 13 labelled patients"):
         labelled(division, subjects, 14, 0)
     with pytest.raises(UsageError, match="2 patients cannot be divided"):
         divide({"a": "a", "b": "b", "c": "b"})
@@ -113,8 +114,13 @@ def test_the_spread_between_seeds_is_in_the_interval_over_both_only() -> None:
     assert found.over_cases == pytest.approx((0.5, 0.5)) and found.over_both == (0.0, 1.0)
 
 
-def test_patients_with_more_scans_weigh_more() -> None:
-    assert interval(np.array([[0.0, 1.0, 1.0]]), ["a", "b", "b"]).mean == pytest.approx(2 / 3)
+def test_a_patient_counts_once_however_many_scans_there_are() -> None:
+    assert interval(np.array([[0.0, 1.0, 1.0]]), ["a", "b", "b"]).mean == pytest.approx(1 / 2)
+
+    scores = {"a": [0.1], "b1": [0.5], "b2": [0.7]}
+    run = line(dice=scores, subjects={"a": "a", "b1": "b", "b2": "b"})
+
+    assert mean_dice(run) == pytest.approx((0.1 + 0.6) / 2)
 
 
 def test_steps_to_a_dice_count_whole_epochs() -> None:
@@ -172,3 +178,105 @@ def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(t
     for lines in (one, pairs, flat, pairs + one):
         draw(tmp_path / "picture.png", lines, DATASET)
         assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+# --- surface Dice and patients
+
+
+def with_surface(tolerance_mm: float, scores: dict[str, list[float | None]], **changes: Any) -> dict[str, Any]:
+    surface = {}
+    for case, values in scores.items():
+        surface[case] = {str(i + 1): value for i, value in enumerate(values)}
+    extra = {"surface_dice_per_case": surface, "surface_tolerance_mm": tolerance_mm}
+    return line(**{"dice": {case: [0.5] for case in scores}, **extra, **changes})
+
+
+def test_surface_dice_is_paired_as_dice_is() -> None:
+    ours = with_surface(2.0, {"a": [0.9], "b": [0.8]})
+    theirs = with_surface(2.0, {"a": [0.6], "b": [0.7]}, arm="scratch")
+
+    row = next(row for row in rows_of([ours, theirs]) if row.key.arm == "pretrained")
+
+    assert row.surface_dice == [pytest.approx(0.85)]
+    assert row.surface_to_scratch is not None
+    assert row.surface_to_scratch.mean == pytest.approx(0.2)
+    assert row.to_scratch is not None
+    assert row.to_scratch.mean == 0
+    assert "0.850 (-) at 2 mm" in markdown([ours, theirs])
+
+
+def test_surface_dice_of_two_tolerances_is_never_paired() -> None:
+    ours = with_surface(2.0, {"a": [0.9]})
+    theirs = with_surface(1.0, {"a": [0.6]}, arm="scratch")
+
+    row = next(row for row in rows_of([ours, theirs]) if row.key.arm == "pretrained")
+
+    assert row.surface_to_scratch is None
+    assert row.to_scratch is not None
+
+
+def test_lines_without_surface_dice_are_still_read() -> None:
+    row = rows_of([line("pretrained"), line("scratch")])[0]
+
+    assert row.surface_dice == []
+    assert row.surface_to_scratch is None
+    assert row.to_scratch is not None
+
+
+def test_surface_dice_is_read_from_the_files_of_the_summary(tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:5, 2:5, 2:5] = 1
+    shifted = np.roll(truth, 1, axis=2)
+    for folder, array in (("gt", truth), ("validation", shifted)):
+        (tmp_path / folder).mkdir()
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing((2.0, 1.0, 1.0))
+        sitk.WriteImage(image, str(tmp_path / folder / "case_1.nii.gz"))
+    summary = tmp_path / "summary.json"
+    entry = {
+        "reference_file": str(tmp_path / "gt" / "case_1.nii.gz"),
+        "prediction_file": str(tmp_path / "validation" / "case_1.nii.gz"),
+        "metrics": {"1": {}, "2": {}, "(1, 2)": {}},
+    }
+    summary.write_text(json.dumps({"metric_per_case": [entry]}))
+
+    near = surface_dice_of_summary(summary, ".nii.gz", 2.0)["case_1"]
+    far = surface_dice_of_summary(summary, ".nii.gz", 1.0)["case_1"]
+
+    assert near == {"1": 1.0, "2": None, "(1, 2)": 1.0}
+    assert far["1"] is not None
+    assert far["1"] < 1
+
+
+def test_the_picture_shows_surface_dice_beside_dice(tmp_path: Path) -> None:
+    from nnunet_autoreg.benchmark.picture import draw
+
+    runs = [with_surface(2.0, {"a": [0.9]}), with_surface(2.0, {"a": [0.6]}, arm="scratch")]
+    draw(tmp_path / "both.png", runs, DATASET)
+    draw(tmp_path / "old.png", [line("pretrained"), line("scratch")], DATASET)
+
+    assert (tmp_path / "both.png").stat().st_size > (tmp_path / "old.png").stat().st_size
+
+
+def test_patients_come_from_cases_csv_where_it_names_them_all(tmp_path: Path) -> None:
+    table = tmp_path / "cases.csv"
+    cases = ["lidc0001_n01", "lidc0001_n02", "lidc0002_n01"]
+    table.write_text("case,patient\nlidc0001_n01,P1\nlidc0001_n02,P1\nlidc0002_n01,P2\n")
+
+    found = find_patients(tmp_path, cases)
+
+    assert found.patient_of == {"lidc0001_n01": "P1", "lidc0001_n02": "P1", "lidc0002_n01": "P2"}
+    assert "cases.csv" in found.rule
+
+
+@pytest.mark.parametrize("content", ["case,sex\na_1,F\n", "case,patient\na_1,x\n", "", None])
+def test_names_decide_where_cases_csv_does_not(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "cases.csv").write_text(content)
+
+    found = find_patients(tmp_path, ["a_1", "a_2"])
+
+    assert found.patient_of == {"a_1": "a_1", "a_2": "a_2"}
+    assert "names" in found.rule
