@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.benchmark.commands import last_words
+from nnunet_autoreg.benchmark.cost_record import Cost
 from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch, surface_tolerance_mm
 from nnunet_autoreg.benchmark.protocol import CONFIGURATION, STOCK, TRAINERS, fold_of, plans_name, runs_of, weights_of
 from nnunet_autoreg.benchmark.results import RESULTS_NAME, RunKey, append_result, key_of, read_results
@@ -21,12 +22,13 @@ from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, Job
 from nnunet_autoreg.children import end_children, run_guarded
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
-from nnunet_autoreg.records import read_json, write_json
+from nnunet_autoreg.records import read_json, to_jsonable, write_json
 from nnunet_autoreg.stopping import stop_requested
 
 log = logging.getLogger(__name__)
 
-LENGTHS_NAME = "lengths.json"
+LENGTHS_NAME, COSTS_NAME = "lengths.json", "costs.json"
+_costs_lock = threading.Lock()
 PACE_STEPS = 20
 TRAINING_SHARE = 0.9
 """Of the budget; the rest is left for nnU-Net's look at validation patches after every epoch."""
@@ -192,6 +194,31 @@ def pretraining_of(bench: Bench, key: RunKey) -> dict[str, Any] | None:
     card = read_card(folder)
     plan = folder / "plan.json"
     batch = int(read_json(plan)["optim"]["batch_size"]) if plan.is_file() else None
-    return {"name": name, "objective": card.objective, "encoder": card.encoder, "steps": card.num_steps, "batch": batch,
-            "scans": card.num_scans, "sha256": card.sha256}
+    cost = cost_of(bench, name, card.sha256)
+    return {
+        "name": name,
+        "objective": card.objective,
+        "encoder": card.encoder,
+        "steps": card.num_steps,
+        "batch": batch,
+        "scans": card.num_scans,
+        "sha256": card.sha256,
+        **(to_jsonable(cost) if cost is not None else {}),
+    }
+
+
+def cost_of(bench: Bench, name: str, sha256: str) -> Cost | None:
+    """Return the cost of a pretraining, which is counted once and then kept in ``costs.json``."""
+    file = bench.layout.root / COSTS_NAME
+    # Several trainings may end at once, and each of them writes the file.
+    with _costs_lock:
+        known = read_json(file) if file.is_file() else {}
+        if sha256 not in known:
+            from nnunet_autoreg.benchmark.cost import pretraining_cost
+
+            log.info("counting the arithmetic of the pretraining '%s'", name)
+            known[sha256] = to_jsonable(pretraining_cost(bench.layout.pretraining(name)))
+            write_json(file, known)
+    found = known[sha256]
+    return None if found is None else Cost(**found)
 

@@ -177,13 +177,11 @@ def labelled(
         )
 
     chosen: list[str] = []
-    num_patients = 0
-    for patient in ordered(patients, f"{seed}/"):
+    for num_patients, patient in enumerate(ordered(patients, f"{seed}/")):
         count = num_patients if unit == PATIENTS else len(chosen)
         if count >= num_labels:
             break
         chosen += [case for case in division.pool if subject_of[case] == patient]
-        num_patients += 1
     return tuple(sorted(chosen))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.benchmark.cost_record import UNEQUAL
 from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.results import RunKey, key_of
 from nnunet_autoreg.benchmark.statistics import SURFACE, Difference, mean_dice, paired, tolerance_of
@@ -126,20 +127,49 @@ def _pretraining(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return "-"
     times = f" x {told['batch']}" if told["batch"] else ""
-    return f"{told['objective'].split(' (')[0]}, {told['steps']}{times} on {told['scans']} scans"
+    told_cost = []
+    if told.get("flops") is not None:
+        told_cost.append(f"{told['flops']:.3g} FLOPs")
+    if told.get("samples") is not None:
+        told_cost.append(f"{told['samples']} samples")
+    if told.get("seconds") is not None:
+        told_cost.append(f"{told['seconds']:.0f} s")
+    cost = f"; {', '.join(told_cost)}" if told_cost else ""
+    return f"{told['objective'].split(' (')[0]}, {told['steps']}{times} on {told['scans']} scans{cost}"
+
+
+def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence for each encoder whose arms were pretrained at unequal cost."""
+    flops_of: dict[str, dict[str, float]] = {}
+    for row in rows:
+        pretraining = next(iter(row.lines.values())).get("pretraining")
+        if pretraining and pretraining.get("flops"):
+            flops_of.setdefault(row.key.encoder, {})[row.key.arm] = float(pretraining["flops"])
+
+    sentences = []
+    for encoder, of_arm in flops_of.items():
+        least, most = min(of_arm, key=of_arm.__getitem__), max(of_arm, key=of_arm.__getitem__)
+        ratio = of_arm[most] / of_arm[least]
+        if ratio > 1 + UNEQUAL:
+            name = encoder.removeprefix(OWN_PREFIX)
+            sentences.append(
+                f"NOT AT EQUAL COST: the pretraining of {most} ({name}) took {ratio:.2f} times the FLOPs of {least}."
+            )
+    return sentences
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
         "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. Labels: patients, and cases where their "
-        "number differs (in folders of older versions: cases). Surface Dice: the share of border, by area, that lies within the tolerance "
-        "of the other border. Equal cost: all arms of a length take the same steps and patches a step; "
+        "number differs (in folders of older versions: cases). Surface Dice: the share of border, by area, that lies within the "
+        "tolerance of the other border. FLOPs of pretraining: forward and backward of encoder, decoder and head. Equal cost: all arms of a length take the same steps and patches a step; "
         "the patches' sizes and what a step costs differ between networks. Pretraining is listed apart.",
         "Differences are paired by seed and case. The interval draws patients and seeds anew (bootstrap, 95 %); every seed labels other "
         "patients of the pool, so it holds that choice, the initial weights and the order of the data. It does not hold another "
         "pretraining, another division into pool and test, or another dataset, and few seeds tell little of their own spread. With 1 seed "
         "it draws patients alone.",
     ]
+    notes += unequal_pretrainings(rows)
     found = [d for row in rows for d in (row.to_scratch, row.to_stock) if d is not None]
     left_out = max((d.num_left_out for d in found), default=0)
     if left_out:

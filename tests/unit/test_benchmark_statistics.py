@@ -11,7 +11,7 @@ import pytest
 from nnunet_autoreg.benchmark.results import append_result, key_of, read_results
 from nnunet_autoreg.benchmark.split import divide, find_patients, labelled, read_subjects, subjects_by_name
 from nnunet_autoreg.benchmark.statistics import interval, mean_dice, paired, steps_to
-from nnunet_autoreg.benchmark.table import markdown, rows_of
+from nnunet_autoreg.benchmark.table import markdown, rows_of, unequal_pretrainings
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
 from nnunet_autoreg.errors import AutoregError, UsageError
 
@@ -258,6 +258,19 @@ def test_the_picture_shows_surface_dice_beside_dice(tmp_path: Path) -> None:
     draw(tmp_path / "old.png", [line("pretrained"), line("scratch")], DATASET)
 
     assert (tmp_path / "both.png").stat().st_size > (tmp_path / "old.png").stat().st_size
+
+
+@pytest.mark.parametrize(("flops", "is_said"), [(1.05e15, False), (1.3e15, True), (None, False)])
+def test_unequal_costs_of_pretraining_are_said(flops: float | None, is_said: bool) -> None:
+    cost = {"objective": "x", "steps": 5, "batch": 2, "scans": 3, "samples": 10, "seconds": 4.0}
+    ours = line("pretrained", pretraining={**cost, "flops": 1e15})
+    theirs = line("masked", pretraining={**cost, "flops": flops})
+
+    text = markdown([ours, theirs])
+
+    assert "1e+15 FLOPs, 10 samples, 4 s" in text
+    assert ("NOT AT EQUAL COST" in text) is is_said
+    assert bool(unequal_pretrainings(rows_of([ours, theirs]))) is is_said
 
 
 def test_patients_come_from_cases_csv_where_it_names_them_all(tmp_path: Path) -> None:

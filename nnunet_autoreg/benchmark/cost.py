@@ -1,0 +1,125 @@
+"""What a pretraining cost: arithmetic, samples and seconds, so that arms can be compared at equal cost."""
+
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.benchmark.cost_record import Cost
+from nnunet_autoreg.geometry import Size, Spacing, as_size
+from nnunet_autoreg.objectives.registry import build_objective
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.records import from_jsonable, read_json
+from nnunet_autoreg.sequences.material import Group, Material, Place, Structure
+from nnunet_autoreg.sequences.sample import collate
+from nnunet_autoreg.sequences.sampler import TRAINING
+
+log = logging.getLogger(__name__)
+
+NUM_STEPS_COUNTED = 4
+"""Kinds of sequences and shares of known blocks change from step to step, and so may the arithmetic."""
+
+NUM_SUBJECTS = 16
+
+
+@dataclass(frozen=True)
+class NoiseCase:
+    """A case without a file: noise of some shape, enough to count the arithmetic of a step."""
+
+    shape_vox: Size
+    spacing_mm: Spacing
+
+    def read_padded(
+        self,
+        start_zyx: Sequence[int],
+        size_zyx: Sequence[int],
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return noise (1, Z, Y, X) and which of its voxels lie inside the case."""
+        size = as_size(size_zyx)
+        generator = rng.generator(0, "cost of a step", *(abs(int(first)) for first in start_zyx))
+        noise = generator.normal(size=(1, *size)).astype(np.float32)
+
+        is_real = np.ones(size, dtype=bool)
+        for axis, (first, extent) in enumerate(zip(start_zyx, self.shape_vox, strict=True)):
+            places = np.arange(first, first + size[axis])
+            is_inside = (places >= 0) & (places < extent)
+            is_real &= is_inside.reshape([-1 if a == axis else 1 for a in range(3)])
+        return noise * is_real, is_real
+
+
+def pretraining_cost(folder: Path) -> Cost | None:
+    """Return the cost of a run from its plan and its metrics; None where it left no plan."""
+    file = folder / "plan.json"
+    if not file.is_file():
+        return None
+    plan = from_jsonable(Plan, read_json(file), str(file))
+
+    flops = None
+    try:
+        flops = flops_per_sample(plan) * plan.optim.batch_size * plan.optim.num_steps
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("the arithmetic of '%s' could not be counted (%s)", folder.name, reason)
+
+    samples = plan.optim.batch_size * plan.optim.num_steps
+    return Cost(flops, samples, _seconds(folder / "metrics.jsonl", plan.optim.num_steps))
+
+
+def flops_per_sample(plan: Plan) -> float:
+    """Return multiplications and additions of a training step on one crop, mean over a few steps.
+
+    Activations are not recomputed here: recomputing costs time, but it is no part of the method.
+    """
+    optim = replace(plan.optim, checkpoint_activations=False)
+    plan = replace(plan, optim=optim)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        objective = build_objective(plan)
+    material = _noise_material(plan)
+
+    counts = []
+    for step in range(NUM_STEPS_COUNTED):
+        batch = collate([objective.sampler.draw(material, TRAINING, step, 0)])
+        # The counter knows no fused attention of a CPU, but the matrix products of the plain one.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            torch.autograd.backward(objective.loss(batch).total)
+        objective.module.zero_grad(set_to_none=True)
+        counts.append(float(counter.get_total_flops()))
+    return statistics.fmean(counts)
+
+
+def _noise_material(plan: Plan) -> Material:
+    """Return material that offers every kind of sequence, in scans of twice the crop's extent."""
+    shape = as_size([2 * extent for extent in plan.sequence.crop_size_vox])
+    spacing_mm = plan.data.spacing_mm
+    case = NoiseCase(shape, spacing_mm)
+
+    group = Group("noise", tuple((name, case) for name in plan.sequence.contrasts))  # type: ignore[misc]
+    centre = (shape[0] / 2, shape[1] / 2, shape[2] / 2)
+    places = [Place(f"subject {n}", case, centre) for n in range(NUM_SUBJECTS)]  # type: ignore[arg-type]
+    structure = Structure("noise", spacing_mm, tuple(places))
+    return Material((case,), (group,), (structure,))  # type: ignore[arg-type]
+
+
+def _seconds(metrics: Path, num_steps: int) -> float | None:
+    """Return the seconds of all steps: the mean step time that was logged, times the steps."""
+    if not metrics.is_file():
+        return None
+    times = []
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("name") == "step_time":
+            times.append(float(line["value"]))
+    return round(statistics.fmean(times) * num_steps, 1) if times else None
