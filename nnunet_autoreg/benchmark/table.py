@@ -110,7 +110,8 @@ def _cells(row: Row) -> list[str]:
     paces = [line["seconds_per_step"] for line in lines if line["seconds_per_step"]]
     minutes = [(line["train_s"] + line["validate_s"]) / 60 for line in lines]
     return [key.split, f"{key.steps} x {key.batch}", labels, encoder, key.arm, str(len(dice)), f"{np.mean(dice):.3f} ({spread})",
-            signed(row.to_scratch), signed(row.to_stock), surface, signed(row.surface_to_scratch), f"{np.median(paces):.2f}" if paces else "-", f"{np.mean(minutes):.1f}",
+            signed(row.to_scratch), signed(row.to_stock), surface, signed(row.surface_to_scratch),
+            f"{np.median(paces):.2f}" if paces else "-", f"{np.mean(minutes):.1f}",
             _pretraining(lines[0].get("pretraining"))]
 
 
@@ -160,11 +161,11 @@ def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
-        "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. Labels: patients, and cases where their "
-        "number differs (in folders of older versions: cases). Surface Dice: the share of border, by area, that lies within the "
-        "tolerance of the other border. FLOPs of pretraining: forward and backward of encoder, decoder and head. Equal cost: all arms of a length take the same steps and patches a step; "
-        "the patches' sizes and what a step costs differ between networks. Pretraining is listed apart.",
-        "Differences are paired by seed and case. The interval draws patients and seeds anew (bootstrap, 95 %); every seed labels other "
+        "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. Labels: patients, and cases where "
+        "their number differs (in folders of older versions: cases). Surface Dice: the share of border, by area, that lies within the "
+        "tolerance of the other border. FLOPs of pretraining: forward and backward of encoder, decoder and head. Equal cost: all arms of "
+        "a length take the same steps and patches a step; the patches' sizes and what a step costs differ between networks. Pretraining "
+        "is listed apart."
         "patients of the pool, so it holds that choice, the initial weights and the order of the data. It does not hold another "
         "pretraining, another division into pool and test, or another dataset, and few seeds tell little of their own spread. With 1 seed "
         "it draws patients alone.",

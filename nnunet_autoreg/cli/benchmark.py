@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
                    help="patients that are scored: development for choices, test for the final table (default)")
     p.add_argument("--recipe", nargs="+", default=[], metavar="KEY=VALUE",
                    help="changed values of the fine-tuning recipe of our arms, e.g. pretrained_rate=3e-3 scratch_rate=3e-3")
-    p.add_argument("--subjects", metavar="FILE", help="CSV with the columns case and subject; default: cases.csv of the dataset, or the cases' names")
+    p.add_argument("--subjects", metavar="FILE",
+                   help="CSV with the columns case and subject; default: cases.csv of the dataset, or the cases' names")
     p.add_argument("--surface-tolerance", type=float, metavar="MM",
                    help="tolerance of the surface Dice (default: the median over the cases of the smallest voxel edge)")
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,13 +62,13 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from nnunet_autoreg.benchmark.dense_probe import ProbeSettings, dense_probe, raw_voxels
+    from nnunet_autoreg.benchmark.dense_probe import ProbeSettings
     from nnunet_autoreg.benchmark.prepare import images_of
     from nnunet_autoreg.benchmark.probe_data import common_spacing, load_cases, read_labels
-    from nnunet_autoreg.benchmark.probe_networks import FrozenNetwork
-    from nnunet_autoreg.benchmark.probe_report import RAW, ProbeLine, as_json, table
+    from nnunet_autoreg.benchmark.probe_report import table
+    from nnunet_autoreg.benchmark.probe_run import Probed, probe_all
     from nnunet_autoreg.benchmark.split import divide, find_patients
-    from nnunet_autoreg.geometry import as_size, as_spacing
+    from nnunet_autoreg.geometry import as_spacing
     from nnunet_autoreg.model.card import read_card
     from nnunet_autoreg.nnunet_api import dataset_folder, results_folder
     from nnunet_autoreg.pretrain.machine import check_device, default_device
@@ -103,49 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     given = (images, patients.patient_of, labels, spacing_mm, ct_window)
     pool = load_cases(dataset, division.pool, *given)
     scored = load_cases(dataset, scored_names, *given)
-    largest = as_size([max(case.image.shape[-3 + axis] for case in (*pool, *scored)) for axis in range(3)])
-
-    context = {
-        "dataset": dataset.name,
-        "split": args.score,
-        "spacing_mm": list(spacing_mm),
-        "voxels_per_class": settings.voxels_per_class,
-        "penalty": settings.penalty,
-    }
-    lines: list[ProbeLine] = []
+    probed = Probed(dataset.name, args.score, pool, scored, labels, spacing_mm)
     root.mkdir(parents=True, exist_ok=True)
-    with (root / LINES_NAME).open("a", encoding="utf-8") as handle:
-
-        def keep(new: list[ProbeLine], seconds: float) -> None:
-            for line in new:
-                handle.write(as_json(line, labels.structures, {**context, "seconds": seconds}) + "\n")
-            handle.flush()
-            lines.extend(new)
-
-        start = time.monotonic()
-        raw = dense_probe(raw_voxels, pool, scored, labels.num_classes, settings)
-        keep([ProbeLine(RAW, "-", None, result) for result in raw], round(time.monotonic() - start, 1))
-        print(f"{RAW}: {time.monotonic() - start:.0f} s", flush=True)
-
-        for encoder in encoders:
-            start = time.monotonic()
-            network = FrozenNetwork(encoder, largest, labels.channel_names, device)
-            results = dense_probe(
-                network.features,
-                pool,
-                scored,
-                labels.num_classes,
-                settings,
-                network.level_sets(),
-                network.input_shape,
-            )
-            seed = encoder.seed if encoder.file is None else None
-            name = encoder.architecture.name
-            seconds = round(time.monotonic() - start, 1)
-            keep([ProbeLine(encoder.name, name, seed, result) for result in results], seconds)
-            which = f"seed {seed}" if seed is not None else f"'{encoder.name}'"
-            print(f"{name}, {'random, ' if seed is not None else ''}{which}: {seconds:.0f} s", flush=True)
-
+    lines = probe_all(probed, encoders, settings, device, root / LINES_NAME)
     text = table(lines, labels.structures)
     write_text(root / TABLE_NAME, text + "\n")
     print(f"\n{text}\n\nlines: {root / LINES_NAME}\ntable: {root / TABLE_NAME}")

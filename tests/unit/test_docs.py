@@ -16,6 +16,7 @@ OURS = {
     "autoreg_doctor": "doctor",
     "autoreg_demo": "demo",
     "autoreg_benchmark": "benchmark",
+    "autoreg_probe": "probe",
     "autoreg_weights": "weights",
     "autoreg_evaluate_detection": "evaluate_detection",
     "autoreg_detect": "detect",

@@ -1,0 +1,91 @@
+"""The dense probe of several encoders on one dataset, with a line of JSON for every result."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_autoreg.benchmark.dense_probe import ProbeCase, ProbeSettings, dense_probe, raw_voxels
+from nnunet_autoreg.benchmark.probe_data import DatasetLabels
+from nnunet_autoreg.benchmark.probe_networks import Encoder, FrozenNetwork
+from nnunet_autoreg.benchmark.probe_report import RAW, ProbeLine, as_json
+from nnunet_autoreg.geometry import Spacing, as_size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the encoders are probed on.
+
+    Attributes:
+        dataset: name of the raw dataset.
+        split: whose patients are scored.
+        pool, scored: scans to label, and scans to score.
+        spacing_mm: to which they were resampled.
+    """
+
+    dataset: str
+    split: str
+    pool: Sequence[ProbeCase]
+    scored: Sequence[ProbeCase]
+    labels: DatasetLabels
+    spacing_mm: Spacing
+
+
+def probe_all(
+    probed: Probed,
+    encoders: Sequence[Encoder],
+    settings: ProbeSettings,
+    device: torch.device,
+    file: Path,
+) -> list[ProbeLine]:
+    """Probe raw voxels and every encoder; append one JSON line per result to ``file`` at once."""
+    context: dict[str, Any] = {
+        "dataset": probed.dataset,
+        "split": probed.split,
+        "spacing_mm": list(probed.spacing_mm),
+        "voxels_per_class": settings.voxels_per_class,
+        "penalty": settings.penalty,
+    }
+    cases = [*probed.pool, *probed.scored]
+    largest = as_size([max(case.image.shape[axis] for case in cases) for axis in (-3, -2, -1)])
+    num_classes = probed.labels.num_classes
+    structures = probed.labels.structures
+    lines: list[ProbeLine] = []
+
+    with file.open("a", encoding="utf-8") as handle:
+
+        def keep(new: list[ProbeLine], what: str, start: float) -> None:
+            seconds = round(time.monotonic() - start, 1)
+            for line in new:
+                handle.write(as_json(line, structures, {**context, "seconds": seconds}) + "\n")
+            handle.flush()
+            lines.extend(new)
+            log.info("%s: %.0f s", what, seconds)
+
+        start = time.monotonic()
+        results = dense_probe(raw_voxels, probed.pool, probed.scored, num_classes, settings)
+        keep([ProbeLine(RAW, "-", None, result) for result in results], RAW, start)
+
+        for encoder in encoders:
+            start = time.monotonic()
+            network = FrozenNetwork(encoder, largest, probed.labels.channel_names, device)
+            results = dense_probe(
+                network.features,
+                probed.pool,
+                probed.scored,
+                num_classes,
+                settings,
+                network.level_sets(),
+                network.input_shape,
+            )
+            name = encoder.architecture.name
+            seed = encoder.seed if encoder.file is None else None
+            what = f"{name}, '{encoder.name}'" if seed is None else f"{name}, random, seed {seed}"
+            keep([ProbeLine(encoder.name, name, seed, result) for result in results], what, start)
+    return lines
