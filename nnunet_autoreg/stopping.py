@@ -112,10 +112,11 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
         yield
         return
 
-    _stop.begin(command)
     if _stop.watchdog is None:
         _stop.watchdog = _Watchdog()
         _stop.watchdog.start()
+    _stop.watchdog.read()  # Signals of an earlier use are over.
+    _stop.begin(command)
 
     handlers = {number: signal.signal(number, _on_signal) for number in STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(_stop.watchdog.writer, warn_on_full_buffer=False)
@@ -195,15 +196,23 @@ class _Watchdog(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="stop watchdog", daemon=True)
         self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
         os.set_blocking(self.writer, False)
 
     def run(self) -> None:
         """Wait for signals for as long as the process lives."""
         while True:
-            numbers = os.read(self.reader, 64)
+            select.select([self.reader], [], [])
+            numbers = self.read()
             stops = [number for number in numbers if number in STOP_SIGNALS]
             if stops and _stop.is_active:
                 self._give_grace(stops[0])
+
+    def read(self) -> bytes:
+        """Return the numbers of the signals that have come and that nobody has read."""
+        with suppress(BlockingIOError):
+            return os.read(self.reader, 4096)
+        return b""
 
     def _give_grace(self, number: int) -> None:
         """Wait for the end of the command; hurry it, then end it."""
@@ -223,8 +232,7 @@ class _Watchdog(threading.Thread):
 
     def _second_press(self) -> bool:
         """Return whether Ctrl-C was pressed again."""
-        ready, _, _ = select.select([self.reader], [], [], 0)
-        return bool(ready) and signal.SIGINT in os.read(self.reader, 64)
+        return signal.SIGINT in self.read()
 
 
 def _end_now() -> None:

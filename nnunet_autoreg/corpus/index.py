@@ -17,7 +17,7 @@ from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sample_body
 from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key, stamp_of
 from nnunet_autoreg.corpus.manifest import Entry, Manifest, describe
-from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.parts import parse_part
 from nnunet_autoreg.corpus.peek import peek
 from nnunet_autoreg.corpus.read import cropped_shape, load_scan, read_header
@@ -175,8 +175,9 @@ def _read_voxels(
     signatures: list[Signature | None] = [None] * len(rows)
     samples: dict[int, Array] = {}
     keys = {n: journal_key(stamp, *_essence(tasks[n])) for n, stamp in enumerate(stamps) if stamp is not None}
+    sizes = [volume(row.shape_vox or (0, 0, 0)) for row in rows]
     with Journal(journal) as kept:
-        for n, facts in _all_facts(keys, tasks, kept, num_workers):
+        for n, facts in _all_facts(keys, tasks, sizes, kept, num_workers):
             rows[n] = _with_facts(rows[n], facts)
             signatures[n] = decoded(facts.signature, "<i2") if facts.signature else None
             if facts.samples:
@@ -188,15 +189,24 @@ def _essence(task: Task) -> tuple[object, ...]:
     return (str(task.path), task.part, task.channel, task.modality, task.rule, task.num_samples)
 
 
-def _all_facts(keys: Mapping[int, str], tasks: Sequence[Task], journal: Journal, num_workers: int) -> Iterator[tuple[int, Facts]]:
-    """Facts by the number of the row: those that the journal knows, then the others as they are read."""
+def _all_facts(
+    keys: Mapping[int, str], tasks: Sequence[Task], sizes: Sequence[int], journal: Journal, num_workers: int
+) -> Iterator[tuple[int, Facts]]:
+    """Yield facts by the number of the row: those that the journal knows, then the others as they are read.
+
+    Args:
+        sizes: voxels of every scan, by its header.
+    """
     unread = []
     for n, key in keys.items():
         if key in journal.known:
             yield n, journal.known[key]
         else:
             unread.append(n)
-    found = parallel_map(facts_of, [tasks[n] for n in unread], num_workers, "checking scans")
+    voxels = [sizes[n] for n in unread]
+    found = parallel_map(
+        facts_of, [tasks[n] for n in unread], workers_for(num_workers, voxels), "checking scans", apart=is_large(voxels)
+    )
     for n, facts in zip(unread, found, strict=True):
         if facts.status not in PASSING:
             journal.add(keys[n], facts)

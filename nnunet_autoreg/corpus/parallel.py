@@ -1,5 +1,6 @@
 """A map over worker processes that keeps order, shows progress, ends at once and speaks plainly when a worker dies."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -24,6 +26,8 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.phases import Phase, phase
 from nnunet_autoreg.stopping import raise_if_stopped
 
+log = logging.getLogger(__name__)
+
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -32,6 +36,16 @@ CHUNKS_AHEAD = 8
 
 TIDY_WITHIN_S = 1.0
 """How long a worker that is ended may take to remove its temporary files, before it is killed."""
+
+
+BYTES_PER_VOXEL = 36
+"""What checking or preprocessing a scan takes at its peak: 7.5 GB were measured for 600 x 600 x 600 voxels."""
+
+SHARE_OF_MEMORY = 0.8
+"""Of the free memory, that workers may take together."""
+
+LARGE_VOXELS = 32_000_000
+"""A scan of this size occupies a process for seconds, in which it may hear no signal: it is left to a worker, which can be killed."""
 
 
 class _EndedError(SystemExit):
@@ -77,7 +91,7 @@ def _interruption_held_back() -> Iterator[None]:
 
 
 def parallel_map(
-    function: Callable[[In], Out], items: Sequence[In], num_workers: int, title: str, chunk: int = 1
+    function: Callable[[In], Out], items: Sequence[In], num_workers: int, title: str, chunk: int = 1, apart: bool = False
 ) -> Iterator[Out]:
     """Yield ``function(item)`` in order, from this process (at most 1 worker) or from spawned ones.
 
@@ -87,6 +101,7 @@ def parallel_map(
 
     Args:
         chunk: items per hand-over; more than 1 where an item takes less than some milliseconds.
+        apart: use a worker even where it is the only one, so that the work can be ended at any moment.
 
     Raises:
         AutoregError: a worker process died.
@@ -96,12 +111,13 @@ def parallel_map(
     bar = partial(tqdm, total=len(items), desc=title, unit="scan", disable=None)
 
     with phase(title) as doing:
-        if num_workers <= 1 or len(items) <= chunk:
+        if not apart and (num_workers <= 1 or len(items) <= chunk):
             yield from _counted(bar(map(function, items)), doing, len(items))
             return
 
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(min(num_workers, -(-len(items) // chunk)), get_context("spawn"), initializer=begin_worker)
+        num_workers = max(1, min(num_workers, -(-len(items) // chunk)))
+        pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=begin_worker)
         results = _in_order(pool, partial(_apply, function), _chunks(items, chunk), CHUNKS_AHEAD * num_workers)
         num_done = 0
         try:
@@ -135,6 +151,50 @@ def _end(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
+
+
+def workers_for(num_workers: int, voxels: Sequence[int]) -> int:
+    """Return how many of at most ``num_workers`` processes have room in the free memory, at least 1.
+
+    Args:
+        voxels: size of every scan; the largest ones may come at the same time.
+    """
+    free = free_memory_bytes()
+    if not free:
+        return num_workers
+
+    room, fitting = SHARE_OF_MEMORY * free, 0
+    for size in sorted(voxels, reverse=True)[:num_workers]:
+        room -= size * BYTES_PER_VOXEL
+        if room < 0:
+            break
+        fitting += 1
+
+    if fitting < min(num_workers, len(voxels)):
+        log.info("%d scans at a time instead of %d: the largest takes about %.1f GiB of memory, and %.1f GiB are free",
+                 max(1, fitting), num_workers, max(voxels) * BYTES_PER_VOXEL / 2**30, free / 2**30)
+        return max(1, fitting)
+    return num_workers
+
+
+def is_large(voxels: Sequence[int]) -> bool:
+    """Return whether one of the scans is so large that it is better read in a worker process."""
+    return max(voxels, default=0) >= LARGE_VOXELS
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that new processes can have, within the limits of a container; 0 where the system does not say."""
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # "max", which is no number, where there is no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        found.append(max(1, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+    with suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=0)
 
 
 def _apply(function: Callable[[In], Out], items: list[In]) -> list[Out]:

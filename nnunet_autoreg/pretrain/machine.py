@@ -111,5 +111,13 @@ def plan_memory(plan: Plan, half: bool = True) -> "TrainingMemory":
 
 
 def num_processes() -> int:
-    """Processes for reading and preprocessing: as many as nnU-Net would use, bounded by the cores at hand."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """Return the number of processes for reading and preprocessing: nnU-Net's own (8, or nnUNet_def_n_proc), bounded by the cores at hand.
+
+    Raises:
+        UsageError: nnUNet_def_n_proc is no number.
+    """
+    wanted = os.environ.get("nnUNet_def_n_proc", "8").strip()  # noqa: SIM112 - nnU-Net's name
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UsageError(f"nnUNet_def_n_proc={wanted}: must be a whole number of processes, at least 1; set it anew or unset it")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(int(wanted), cores))

@@ -20,7 +20,7 @@ from nnunet_autoreg.corpus.content import content_hash
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan
 from nnunet_autoreg.corpus.groups import ContrastGroup
-from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.read import check_memory, cropped_shape, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError
@@ -69,7 +69,11 @@ def ensure_groups(
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
     lost: dict[str, ScanError] = {}
-    for name, problem in parallel_map(partial(_preprocess, store.root), missing, num_workers, "aligning contrasts"):
+    voxels = [sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows) for task in missing]
+    made = parallel_map(
+        partial(_preprocess, store.root), missing, workers_for(num_workers, voxels), "aligning contrasts", apart=is_large(voxels)
+    )
+    for name, problem in made:
         if problem:
             lost[name] = ScanError(*problem)
             log.warning("the contrasts of %s make no sequence (%s): %s", name, problem[0], problem[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nnunet_autoreg.corpus.content import content_hash
 from nnunet_autoreg.corpus.fingerprint import relative_size, transpose_axes, transposed_geometry
-from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.read import check_memory, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError, ScanError, StoreError, UsageError
@@ -94,7 +94,7 @@ class Store:
 
         Args:
             rows: usable rows of an index.
-            num_workers: processes; each holds one scan at a time.
+            num_workers: most processes; each holds one scan at a time, so that fewer are used where memory is short.
             part: leave the cases of other parts to others.
 
         Returns:
@@ -111,7 +111,11 @@ class Store:
         lost: dict[str, ScanError] = {}
         if missing:
             self._prepare(missing, len(tasks))
-            for key, error in parallel_map(partial(_preprocess, self.root), missing, num_workers, "preprocessing"):
+            voxels = [largest_volume(task) for task in missing]
+            made = parallel_map(
+                partial(_preprocess, self.root), missing, workers_for(num_workers, voxels), "preprocessing", apart=is_large(voxels)
+            )
+            for key, error in made:
                 if error:
                     lost[key] = ScanError(*error)
         self.failures = {t.row.id: lost[t.key] for t in tasks if t.key in lost}
@@ -179,6 +183,12 @@ class Store:
                  len(missing), num_all, needed / 2**30, self.root, free / 2**30)
         if needed > free:
             log.warning("store: the disk may be full before the end; finished cases are kept, and the same line goes on later")
+
+
+def largest_volume(task: Task) -> int:
+    """Return the voxels of a scan's file or of the case that is made of it, whichever are more."""
+    shape, spacing = transposed_geometry(task.row)
+    return max(volume(task.row.shape_vox or shape), volume(resampled_shape(shape, spacing, task.spacing_mm)))
 
 
 def case_path(root: Path, key: str) -> Path:

@@ -15,9 +15,11 @@ import pytest
 
 from nnunet_autoreg import phases, stopping
 from nnunet_autoreg.children import descendants, end_children, run_guarded, start_guarded
+from nnunet_autoreg.corpus import parallel
 from nnunet_autoreg.corpus.parallel import parallel_map
-from nnunet_autoreg.errors import InterruptedRunError
+from nnunet_autoreg.errors import InterruptedRunError, UsageError
 from nnunet_autoreg.phases import current_phase, phase, signs_of_life
+from nnunet_autoreg.pretrain.machine import num_processes
 from nnunet_autoreg.stopping import raise_if_stopped, stop_requested, stoppable, stops_noted
 
 
@@ -294,3 +296,47 @@ def test_outside_the_main_thread_nothing_changes() -> None:
     thread.start()
     thread.join()
     assert seen == [usual]
+
+
+@pytest.mark.parametrize(("free_gb", "sides", "workers"), [
+    (1000, [600] * 8, 8),
+    (24, [600] * 8, 2),
+    (5, [600] * 8, 1),
+    (24, [600, 600, 600, 100, 100], 2),
+    (24, [600, 100, 100, 100], 4),
+    (24, [100] * 20, 8),
+    (0, [600] * 8, 8),
+])
+def test_workers_are_as_many_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, free_gb: int, sides: list[int], workers: int
+) -> None:
+    monkeypatch.setattr(parallel, "free_memory_bytes", lambda: free_gb * 10**9)
+    fitting = parallel.workers_for(8, [side**3 for side in sides])
+    assert min(fitting, len(sides)) == workers
+
+
+def test_the_free_memory_of_this_machine_is_known() -> None:
+    assert 2**20 < parallel.free_memory_bytes() < 2**50
+
+
+def test_a_large_scan_is_read_in_a_worker_even_if_it_is_alone() -> None:
+    assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing")) == [os.getpid()]
+    assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing", apart=True)) != [os.getpid()]
+    assert parallel.is_large([600**3, 1]) and not parallel.is_large([200**3]) and not parallel.is_large([])
+
+
+@pytest.mark.parametrize(("value", "processes"), [("1", 1), ("3", 3), ("64", 4), (None, 4)])
+def test_nnunets_number_of_processes_is_respected(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, processes: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.delenv("nnUNet_def_n_proc", raising=False)
+    if value is not None:
+        monkeypatch.setenv("nnUNet_def_n_proc", value)
+    assert num_processes() == processes
+
+
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_def_n_proc", "many")
+    with pytest.raises(UsageError, match="nnUNet_def_n_proc=many"):
+        num_processes()
