@@ -459,7 +459,7 @@ def raw_voxels(image: NDArray[np.float32], num_levels: int = 5) -> list[Tensor]:
     maps = [level]
     for step in range(1, num_levels):
         # Each level is made from the image itself, so that uneven sizes do not shift the map.
-        size = [max(1, round(extent / 2**step)) for extent in image.shape[-3:]]
+        size = as_size([max(1, round(extent / 2**step)) for extent in image.shape[-3:]])
         maps.append(functional.adaptive_avg_pool3d(level[None], size)[0])
     return maps
 

@@ -129,8 +129,8 @@ def open_record(
         return record
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(f"-o {root}: is neither empty nor a benchmark's folder; name a new one")
-    file = Path(request.subjects) if request.subjects else None
-    patients = find_patients(dataset or root, cases, file)
+    table = Path(request.subjects) if request.subjects else None
+    patients = find_patients(dataset or root, cases, table)
     division = divide(patients.patient_of)
     record = Record(request.dataset, patients.patient_of, division, PATIENTS, patients.rule)
     write_json(root / RECORD_NAME, record)
@@ -321,7 +321,7 @@ def surface_tolerance_mm(bench: Bench) -> float | None:
     file = bench.layout.plans / "dataset_fingerprint.json"
     if not file.is_file():
         return None
-    edges = [min(spacing) for spacing in read_json(file)["spacings"]]
+    edges = [float(min(spacing)) for spacing in read_json(file)["spacings"]]
     return round(statistics.median(edges), 3)
 
 

@@ -16,7 +16,7 @@ from nnunet_autoreg.model.card import RUNS_FOLDER, read_card, verify_weights
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.model.topology import suited_to
-from nnunet_autoreg.transfer.load import Target, load_encoder, read_tensors
+from nnunet_autoreg.transfer.load import Target, load_encoder
 from nnunet_autoreg.transfer.resolve import locate
 
 ENCODER_LEVELS, ALL_LEVELS = "encoder", "encoder + decoder"
@@ -63,7 +63,7 @@ class Encoder:
         name: a run's name, or "random".
         file: its weights; None for random ones.
         seed: of random weights; also of those that the file does not hold.
-        has_decoder: whether the file holds weights of a decoder.
+        has_decoder: whether the card lists a pretrained decoder, which is then loaded as well.
     """
 
     name: str
@@ -99,9 +99,8 @@ def find_encoder(results: Path | None, wanted: str, spacing_mm: Spacing) -> Enco
     file = locate(results if results is not None else Path(), wanted)
     card = read_card(file.parent)
     verify_weights(file, card.sha256)
-    has_decoder = any(key.startswith("decoder.") for key in read_tensors(file))
     architecture = Architecture(card.encoder, card.class_path, card.arguments)
-    return Encoder(card.name, architecture, file, has_decoder=has_decoder)
+    return Encoder(card.name, architecture, file, has_decoder=card.has_decoder)
 
 
 @dataclass

@@ -135,6 +135,38 @@ def test_weights_of_the_file_are_in_the_network(
     assert all(torch.equal(state[key], tensor) for key, tensor in stored.items())
 
 
+def test_a_pretrained_decoder_is_loaded_and_probed(
+    folders: Path, write_run: Callable[..., Path]
+) -> None:
+    from safetensors.torch import load_file
+
+    from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation
+    from nnunet_autoreg.model.encoders import build_network
+    from nnunet_autoreg.model.sizes import ENCODERS
+    from nnunet_autoreg.records import sha256_of
+    from nnunet_autoreg.transfer.load import write_tensors
+
+    size = ENCODERS["resenc_tiny"]
+    whole = build_network(size.class_path, size.arguments, SHAPE, 1, 1).state_dict()
+    run = write_run(folders / "results", "whole", SHAPE, encoder="resenc_tiny")
+    tensors = load_file(run / "encoder.safetensors")
+    tensors |= {key: value for key, value in whole.items() if key.startswith(DECODER_PREFIXES)}
+    write_tensors(run / "encoder.safetensors", tensors)
+    card = json.loads((run / "encoder.json").read_text())
+    card["sha256"] = sha256_of(run / "encoder.safetensors")
+    card["adaptation"]["keys_to_decoder"] = list(DECODER_PREFIXES)
+    (run / "encoder.json").write_text(json.dumps(card))
+    assert Adaptation(**card["adaptation"]).keys_to_decoder
+
+    encoder = find_encoder(folders / "results", "whole", (1.0, 1.0, 1.0))
+    network = FrozenNetwork(encoder, SHAPE, ("MRI",))
+
+    state = network.network.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in tensors.items())
+    assert list(network.level_sets()) == ["encoder", "encoder + decoder"]
+    assert len(network.features(np.zeros(SHAPE, np.float32))) == 7
+
+
 def test_random_networks_of_two_seeds_differ_and_of_one_agree() -> None:
     from dataclasses import replace
 
