@@ -140,7 +140,7 @@ def test_a_pretrained_decoder_is_loaded_and_probed(
 ) -> None:
     from safetensors.torch import load_file
 
-    from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation
+    from nnunet_autoreg.model.card import DECODER_PREFIXES
     from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.model.sizes import ENCODERS
     from nnunet_autoreg.records import sha256_of
@@ -150,13 +150,15 @@ def test_a_pretrained_decoder_is_loaded_and_probed(
     whole = build_network(size.class_path, size.arguments, SHAPE, 1, 1).state_dict()
     run = write_run(folders / "results", "whole", SHAPE, encoder="resenc_tiny")
     tensors = load_file(run / "encoder.safetensors")
-    tensors |= {key: value for key, value in whole.items() if key.startswith(DECODER_PREFIXES)}
+    # ``all_modules`` holds second names of the same tensors, and a file may hold each tensor once.
+    for key, value in whole.items():
+        if key.startswith(DECODER_PREFIXES) and ".all_modules." not in key:
+            tensors[key] = value
     write_tensors(run / "encoder.safetensors", tensors)
     card = json.loads((run / "encoder.json").read_text())
     card["sha256"] = sha256_of(run / "encoder.safetensors")
     card["adaptation"]["keys_to_decoder"] = list(DECODER_PREFIXES)
     (run / "encoder.json").write_text(json.dumps(card))
-    assert Adaptation(**card["adaptation"]).keys_to_decoder
 
     encoder = find_encoder(folders / "results", "whole", (1.0, 1.0, 1.0))
     network = FrozenNetwork(encoder, SHAPE, ("MRI",))
