@@ -200,7 +200,11 @@ class RunPlan:
             with the data of the steps that follow.
         max_rollbacks: going back more often than this ends the run.
         min_token_variance, min_effective_rank: features below either are reported as collapsed.
-        compile: compile the loss and its gradient on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
+        compile: compile the transformer's layers on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
+        flex_attention: compiled layers use FlexAttention; false where the self-check found it wrong on this device.
+        self_check: before training, compare the compiled layers with eager ones and a dense mask, in float32.
+        dry_step_seconds: of a whole optimiser step, measured in the dry step, without loading; None until then.
+        load_seconds: of loading one crop in one process, measured beside the dry step on a GPU; None until then.
         peak_memory_gib: measured in a dry step, once, before the first; None until then.
         sharding: of parameters, gradients and moments over processes that train together: "none" - each holds all (DDP); "full" - each
             holds a part (FSDP2); "auto" - "full" where they would not leave a GPU room for activations. It changes no loss.
@@ -219,6 +223,10 @@ class RunPlan:
     sharding: str = "auto"
     compile: bool = True
     peak_memory_gib: float | None = None
+    flex_attention: bool = True
+    self_check: bool = True
+    dry_step_seconds: float | None = None
+    load_seconds: float | None = None
 
 
 @dataclass(frozen=True)

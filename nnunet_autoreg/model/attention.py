@@ -17,6 +17,18 @@ FLEX_DEVICES = ("cuda",)
 ALIGNMENT = 8
 """Memory-efficient kernels with a mask need a head width that is a multiple of this; the plain one keeps Q x S scores instead."""
 
+LISTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+"""What FlexAttention's kernels read of a BlockMask: forward by queries, backward by keys too."""
+
 Mask = Tensor | BlockMask
 """A rule ready for use: (B, 1, Q, S), True where a query may attend; or the same by tiles and rule for FlexAttention."""
 
@@ -25,7 +37,8 @@ Mask = Tensor | BlockMask
 class AttentionRule:
     """Token q sees the valid tokens k with rank k <= reach q; and so that no query is left with nothing, one thing more.
 
-    The rule is small; ``mask`` makes of it what the kernel at hand wants, once for all layers.
+    The rule is small; ``mask`` makes of it what the kernel at hand wants: once a step for all layers, outside
+    of what is compiled.
 
     Attributes:
         rank: (B, T) int64, block rank of every token, 0..K-1.
@@ -39,10 +52,15 @@ class AttentionRule:
     valid: Tensor
     lost: Tensor | None = None
 
-    def mask(self) -> Mask:
-        """For FlexAttention inside what is compiled for CUDA - uncompiled it would keep all scores - and dense anywhere else."""
-        fused = torch.compiler.is_compiling() and self.rank.device.type in FLEX_DEVICES
-        return self.block_mask() if fused else self.dense()
+    def mask(self, flex: bool = False, num_heads: int = 1) -> Mask:
+        """Return the rule as the attention kernel wants it.
+
+        Args:
+            flex: for FlexAttention inside a compiled layer. Outside of compiled code FlexAttention would
+                keep all scores, so that everything else takes the dense mask.
+            num_heads: of the attention that the mask is for.
+        """
+        return self.block_mask(num_heads) if flex else self.dense()
 
     def with_queries(self, index_BT: Tensor) -> "AttentionRule":
         """Return the same rule for queries in another order; keys stay as they are.
@@ -62,10 +80,18 @@ class AttentionRule:
             more = self.lost[:, :, None] & (self.rank == 0)[:, None, :]
         return (seen_BQS | more)[:, None]
 
-    def block_mask(self) -> BlockMask:
-        """The same rule for FlexAttention: which tiles hold nothing, something or all, told by their lowest and highest ranks.
+    @torch.compiler.disable
+    def block_mask(self, num_heads: int = 1) -> BlockMask:
+        """Return the rule for FlexAttention: the tiles that hold nothing, something or everything.
 
-        Nothing of size Q x S is made, and nothing waits for the device.
+        A tile's lowest and highest ranks tell which. Nothing of size Q x S is made, and nothing waits
+        for the device.
+
+        FlexAttention's kernels find the list of sample b and head h at (b * H + h) times the stride of
+        the head axis: they never read the batch's own stride. A compiler may give an axis of length 1
+        any stride, 0 included, and then every sample reads the tiles of sample 0. So the lists exist
+        for every head, they are contiguous, and they are always made eagerly: called inside compiled
+        code, this method breaks the graph (or is refused there, with ``fullgraph=True``).
         """
         rank_BT, reach_BT, valid_BT, lost_BT = self.rank, self.reach, self.valid, self.lost
 
@@ -74,11 +100,21 @@ class AttentionRule:
             return seen | (q == k if lost_BT is None else lost_BT[b, q] & (rank_BT[b, k] == 0))
 
         some_BNN, all_BNN = self._tiles()
-        num, index = _listed(some_BNN & ~all_BNN)
-        full_num, full_index = _listed(all_BNN)
+        num, index = _listed(some_BNN & ~all_BNN, num_heads)
+        full_num, full_index = _listed(all_BNN, num_heads)
         length = rank_BT.shape[1]
-        made: BlockMask = BlockMask.from_kv_blocks(num, index, full_num, full_index, BLOCK_SIZE=TILE, mask_mod=allowed,
-                                                   seq_lengths=(length, length))
+
+        made: BlockMask = BlockMask.from_kv_blocks(
+            num,
+            index,
+            full_num,
+            full_index,
+            BLOCK_SIZE=TILE,
+            mask_mod=allowed,
+            seq_lengths=(length, length),
+        )
+        for name in LISTS:
+            setattr(made, name, _plain(getattr(made, name)))
         return made
 
     def _tiles(self) -> tuple[Tensor, Tensor]:
@@ -181,7 +217,19 @@ def _by_tile(value_BT: Tensor, beyond: float) -> Tensor:
     return functional.pad(value_BT, (0, -T % TILE), value=beyond).reshape(B, -1, TILE)
 
 
-def _listed(chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of keys are chosen for each tile of queries, (B, 1, N), and all of them, chosen ones first, (B, 1, N, N)."""
+def _listed(chosen_BNN: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Return how many tiles of keys are chosen for each tile of queries, and all tiles, chosen ones first.
+
+    Shapes (B, H, N) and (B, H, N, N), int32, the same for all heads.
+    """
     order_BNN = torch.argsort(chosen_BNN.to(torch.int8), dim=-1, descending=True, stable=True)
-    return chosen_BNN.sum(-1).to(torch.int32)[:, None], order_BNN.to(torch.int32)[:, None]
+    num_BHN = chosen_BNN.sum(-1).to(torch.int32)[:, None].expand(-1, num_heads, -1)
+    order_BHNN = order_BNN.to(torch.int32)[:, None].expand(-1, num_heads, -1, -1)
+    return _plain(num_BHN), _plain(order_BHNN)
+
+
+def _plain(values: Tensor) -> Tensor:
+    """Return a copy whose strides are those of a C array, on axes of length 1 too."""
+    # ``contiguous`` leaves the strides of such axes as they are.
+    copy = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    return copy.copy_(values)

@@ -11,7 +11,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from nnunet_autoreg.model.attention import Mask, Rule, attend
-from nnunet_autoreg.model.trunk import recomputed
+from nnunet_autoreg.model.trunk import mask_of, run_layer
 
 HEAD_RATIO = 2
 """Hidden features of an MLP head, as a multiple of the width."""
@@ -145,7 +145,7 @@ class QueryDecoder(nn.Module):
         block_tokens: int = 1, head: str = "linear",
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.num_heads = recompute, num_heads
         self.block_tokens = block_tokens
         self.position = nn.Parameter(torch.empty(1, 1, num_positions, width))
         self.member = nn.Parameter(torch.empty(1, num_members, 1, width))
@@ -168,8 +168,8 @@ class QueryDecoder(nn.Module):
         position_BQV = self.position[0] if chosen is None else self.position[0, 0][chosen]
         member_BQV = self.member[:, 0] if members is None else self.member[0, :, 0][members]
         query_BQV = (position_BQV + member_BQV).expand(features_BSV.shape[0], -1, -1)
-        mask = rule.mask()
+        mask = mask_of(rule, self.num_heads)
         for layer in self.layers:
-            query_BQV = recomputed(layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope)
+            query_BQV = run_layer(layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope)
         out: Tensor = self.project(self.norm(query_BQV))
         return out

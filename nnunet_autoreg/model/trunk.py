@@ -17,7 +17,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_autoreg.model.attention import Mask, Rule, attend
+from nnunet_autoreg.model.attention import AttentionRule, Mask, Rule, attend
 
 
 def run_blocks(
@@ -31,10 +31,96 @@ def run_blocks(
         rule: who attends to whom; None for full attention.
         recompute: keep only each block's input and compute its inside a second time in the backward pass.
     """
-    mask = None if rule is None else rule.mask()
+    blocks = list(blocks)
+    mask = None if rule is None or not blocks else mask_of(rule, num_heads_of(blocks[0]))
     for block in blocks:
-        x_BTV = recomputed(run_block, recompute, block, x_BTV, rope, mask)
+        x_BTV = run_layer(block, recompute, x_BTV, rope, mask, by=run_block)
     return x_BTV
+
+
+class FastPath:
+    """How layers run in training on a GPU: each kind of layer is compiled once and reused by all of its kind.
+
+    Only layers are compiled: a graph of one transformer block compiles in seconds, and its parameters are
+    inputs of the graph, so that all blocks share it. What lies around the layers runs eagerly, the making
+    of masks included.
+
+    Args:
+        compile: makes of a function of a layer and its inputs the compiled one.
+        flex: attention is FlexAttention, whose mask is by tiles; otherwise it is torch's own, with a dense mask.
+
+    Attributes:
+        is_given_up: layers run eagerly after all, because they could not be compiled.
+        witness: is shown every call of a layer, for the self-check; None for nobody.
+        rules: while there is a witness, the rule behind each mask, by the mask's identity.
+    """
+
+    def __init__(self, compile: Callable[["Layer"], "Layer"], flex: bool):
+        self.compile, self.flex = compile, flex
+        self.is_given_up = False
+        self.witness: Callable[[Layer, tuple[Any, ...]], None] | None = None
+        self.rules: dict[int, AttentionRule] = {}
+
+
+Layer = Callable[..., Tensor]
+"""A function of a layer, as a module, and of the layer's inputs."""
+_paths: list[FastPath] = []
+
+
+@contextmanager
+def layers_run_by(path: FastPath) -> Iterator[None]:
+    """Run all layers inside by ``path``; without it they run eagerly, with dense masks."""
+    _paths.append(path)
+    try:
+        yield
+    finally:
+        _paths.pop()
+
+
+def _current_path() -> FastPath | None:
+    path = _paths[-1] if _paths else None
+    return None if path is None or path.is_given_up else path
+
+
+def mask_of(rule: Rule, num_heads: int) -> Mask:
+    """Return a rule's mask for the layers that ``run_layer`` runs next; to be made once for all of them."""
+    path = _current_path()
+    if path is None or not isinstance(rule, AttentionRule):
+        return rule.mask()
+
+    mask = rule.mask(path.flex, num_heads)
+    if path.witness is not None:
+        path.rules[id(mask)] = rule
+    return mask
+
+
+def call_layer(layer: nn.Module, *inputs: Any) -> Tensor:
+    """Return what a layer gives of its inputs."""
+    out: Tensor = layer(*inputs)
+    return out
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_layer) -> Tensor:
+    """Return ``by(layer, *inputs)``, compiled where training runs compiled layers.
+
+    Args:
+        layer: one of several layers of the same kind, for which one graph is compiled.
+        recompute: keep only the inputs and compute the inside a second time in the backward pass.
+        by: how the layer is called.
+    """
+    path = _current_path()
+    if path is None:
+        return recomputed(by, recompute, layer, *inputs)
+
+    if path.witness is not None:
+        path.witness(by, (layer, *inputs))
+    return recomputed(path.compile(by), recompute, layer, *inputs)
+
+
+def num_heads_of(block: nn.Module) -> int:
+    """Return the attention heads of a block; 1 where it does not say."""
+    attention = getattr(block, "attn", None) or getattr(block, "self_attn", None)
+    return int(getattr(attention, "num_heads", 1))
 
 
 def recomputed(function: Callable[..., Tensor], recompute: bool, *arguments: Any) -> Tensor:

@@ -8,6 +8,8 @@ from nnunet_autoreg.presets import BY_PRESET
 
 NUM_PASSES, MIN_STEPS, MAX_STEPS = 300, 1000, 100_000
 TRAINING_SHARE = 0.95
+COMPILE_FROM_STEPS, COMPILE_FROM_HOURS = 500, 0.25
+"""Compiling the layers takes about half a minute for every kind of sequence, which a shorter run does not earn back."""
 
 
 def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) -> tuple[int, str]:
@@ -41,6 +43,20 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
         run=replace(plan.run, checkpoint_every=checkpoint, validate_every=validate),
         reasons={**plan.reasons, "optim.num_steps": reason, "optim.warmup_steps": why_warmup},
     )
+
+
+def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool, str]:
+    """Return whether a GPU compiles the transformer's layers, and the reason.
+
+    Args:
+        num_hours: the length, where it was given in hours.
+    """
+    if num_hours is None:
+        pays, length, limit = num_steps >= COMPILE_FROM_STEPS, f"{num_steps} steps", f"{COMPILE_FROM_STEPS} steps"
+    else:
+        pays, length, limit = num_hours >= COMPILE_FROM_HOURS, f"{num_hours:g} h", f"{COMPILE_FROM_HOURS:g} h"
+    verdict = "earn back" if pays else "are too few to earn back"
+    return pays, f"on a GPU: {length} {verdict} the time that compiling takes, about half a minute; from {limit} on"
 
 
 def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:

@@ -12,7 +12,7 @@ from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, OptimPlan, Plan, RunPlan, SequencePlan, SpacingGroup
 from nnunet_autoreg.planning.encoder import choose_encoder, choose_objective, choose_order, limit_by_pool
 from nnunet_autoreg.planning.layout import choose_layout
-from nnunet_autoreg.planning.length import choose_length, with_length
+from nnunet_autoreg.planning.length import choose_compile, choose_length, with_length
 from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, MemoryOf, Pool, Wishes, real_share, real_voxels, times
 
 BATCH_GPU, BATCH_ELSEWHERE = 32, 8
@@ -123,6 +123,7 @@ def make_plan(
     if wishes.num_hours is not None:
         why_steps = f"stands in until a step has been measured, before the first; then what {wishes.num_hours:g} h allow"
     data, why_data = plan_data(pool, crop)
+    compiles, why_compile = choose_compile(steps, wishes.num_hours)
     plan = Plan(
         name=name,
         data=data,
@@ -138,7 +139,7 @@ def make_plan(
         ),
         objective=objective,
         optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
-        run=RunPlan(seed, checkpoint_every=1, validate_every=1),
+        run=RunPlan(seed, checkpoint_every=1, validate_every=1, compile=compiles),
         request=request,
         reasons={
             **why_data,
@@ -153,6 +154,7 @@ def make_plan(
             "optim.micro_batch_size": why_micro,
             **({"optim.checkpoint_activations": why_recompute} if recompute else {}),
             "optim.lr": why_rate,
+            "run.compile": why_compile,
         },
     )
     return with_length(plan, steps, why_steps)

@@ -3,7 +3,6 @@ into the plan, so that a resumed run is the same run."""
 
 import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,11 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.pool import BY_USER
 from nnunet_autoreg.pretrain.batches import StepBatches
-from nnunet_autoreg.pretrain.compiled import cannot_compile, is_out_of_memory
+from nnunet_autoreg.pretrain.compiled import (
+    cannot_compile,
+    first_line,
+    is_out_of_memory,
+)
 from nnunet_autoreg.pretrain.display import peak_memory_gib
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.machine import computes_in_half, plan_memory
@@ -87,10 +90,11 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
 
 
 def free() -> None:
-    """Give back what a try held: the training's own weights and moments come beside whatever is left, and compiled code anew."""
+    """Give back what a try held: the training's own weights and moments come beside whatever is left.
+
+    Compiled layers stay: they hold no weights, and the training uses them again.
+    """
     gc.collect()
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -192,8 +196,10 @@ def smaller_crop(plan: Plan) -> Plan | None:
 
 def without_compiling(plan: Plan, error: BaseException) -> tuple[Plan, str]:
     """The plan with nothing compiled, and why."""
-    first = str(error).strip().splitlines() or [type(error).__name__]
-    told = f"the loss could not be compiled ({first[0]}): it runs uncompiled, slower; mend that and start a new --name to have it compiled"
+    told = (
+        f"a layer could not be compiled ({first_line(error)}): everything runs uncompiled, slower; "
+        "mend that and start a new --name to have it compiled"
+    )
     return _changed(replace(plan, run=replace(plan.run, compile=False)), "run.compile", told), told
 
 

@@ -1,5 +1,6 @@
 """One optimiser step: forward and backward part by part, the sum over processes, the guard's verdict, the update."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,19 +11,27 @@ from nnunet_autoreg.model.parameters import is_decayed
 from nnunet_autoreg.objectives.base import LossTerms, Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import parts_of
-from nnunet_autoreg.pretrain.compiled import loss_function
+from nnunet_autoreg.pretrain.compiled import (
+    cannot_compile,
+    fast_path,
+    first_line,
+    place_on,
+    run_by,
+)
 from nnunet_autoreg.pretrain.distributed import ALONE, World, share_of, spread, summing
 from nnunet_autoreg.pretrain.guard import StepGuard, skip_if
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.validation import autocast
 from nnunet_autoreg.sequences.sample import Batch
 
+log = logging.getLogger(__name__)
+
 
 class BatchLoss(nn.Module):
     """An objective's loss as the forward of a module, which is where DDP and FSDP take hold.
 
     Args:
-        loss: ``objective.loss``, or the same compiled.
+        loss: ``objective.loss``, or the same with its layers compiled.
     """
 
     def __init__(self, objective: Objective, loss: Callable[[Batch], LossTerms]):
@@ -51,8 +60,11 @@ class TrainingStep:
         self.plan, self.objective, self.device, self.world, self.sharded = plan, objective, device, world, sharded
         self.numbers = share_of(plan.optim.batch_size, world.rank, world.size, sharded)
         self.micro_batch_size = min(plan.optim.micro_batch_size or len(self.numbers), len(self.numbers))
-        self.module = objective.module.to(device)
-        self.loss_of = spread(BatchLoss(objective, loss_function(plan, objective, device, sharded)), device, world, sharded)
+        place_on(device, objective.module, sharded)
+        self.module = objective.module
+        self.fast_path = fast_path(plan, device, sharded)
+        loss = run_by(self.fast_path, objective.loss)
+        self.loss_of = spread(BatchLoss(objective, loss), device, world, sharded)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.module, plan.optim.weight_decay, plan.optim.decay_all), lr=plan.optim.lr, betas=plan.optim.betas,
             fused=True,
@@ -67,13 +79,29 @@ class TrainingStep:
             group["lr"] = rate
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(batch)
+        loss = self._accumulated(batch)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         skip_if(self.optimizer, self.guard.judge(loss, norm))
         self.optimizer.step()
         self.objective.after_step(step)
         return loss, norm
+
+    def _accumulated(self, batch: Batch) -> Tensor:
+        """Return what ``_accumulate`` does; where compiling fails, log it once and compute everything eagerly from then on."""
+        try:
+            return self._accumulate(batch)
+        except Exception as error:
+            # Other processes have added up gradients of this step already; and the dry step decides for itself.
+            path, is_training = self.fast_path, self.plan.run.peak_memory_gib is not None
+            failed = path is not None and cannot_compile(error)
+            if path is None or path.is_given_up or self.world.size > 1 or not (is_training and failed):
+                raise
+            path.is_given_up = True
+            log.warning("a layer could not be compiled (%s): training goes on uncompiled, slower", first_line(error))
+
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._accumulate(batch)
 
     def _accumulate(self, batch: Batch) -> Tensor:
         """Leave the gradient of the mean over all that is supervised in the whole batch, part by part; return that mean.

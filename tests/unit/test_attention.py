@@ -3,10 +3,10 @@
 import pytest
 import torch
 from timm.models.eva import EvaBlock
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nnunet_autoreg.model import attention
-from nnunet_autoreg.model.attention import AttentionRule, attend, block_causal, strictly_earlier
+from nnunet_autoreg.model.attention import TILE, AttentionRule, attend, block_causal, strictly_earlier
 from nnunet_autoreg.model.trunk import run_block, run_blocks
 
 torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # the plain formula, uncompiled, for the comparison
@@ -101,10 +101,86 @@ def test_early_tiles_of_a_raster_sequence_see_no_late_ones():
     assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
 
 
-def test_the_mask_is_made_of_tiles_only_where_it_is_compiled_for_a_device_that_has_the_kernel():
+def test_the_mask_is_made_of_tiles_only_on_request():
     rule = block_causal(*CASES["one tile"])
     assert isinstance(rule.mask(), torch.Tensor)
+    assert isinstance(rule.mask(flex=True), BlockMask)
     assert "cpu" not in attention.FLEX_DEVICES
+
+
+received = {}
+
+
+@torch.library.custom_op("autoreg_test::receive", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def receive(values: torch.Tensor, name: str) -> torch.Tensor:
+    """Note a list as a kernel inside compiled code gets it, in whatever strides the compiler chose."""
+    assert torch.Tag.flexible_layout in torch.ops.autoreg_test.receive.default.tags
+    storage = torch.empty(0, dtype=values.dtype).set_(values.untyped_storage())
+    received[name] = (tuple(values.shape), values.stride(), values.storage_offset(), storage.clone())
+    return values.new_zeros(())
+
+
+@receive.register_fake
+def _(values, name):
+    return values.new_empty(())
+
+
+def as_the_kernels_read(name):
+    """A list of shape (B, H, ...) at the addresses that the kernels compute: (b * H + h) times the head's stride."""
+    shape, strides, offset, storage = received[name]
+    B, H = shape[:2]
+    flat = torch.as_strided(storage, (B * H, *shape[2:]), strides[1:], offset)
+    return flat.reshape(shape)
+
+
+def hand_over(ranks, prefix, valid, kind, num_heads):
+    mask = RULES[kind](ranks, prefix, valid).block_mask(num_heads)
+    return sum(receive(getattr(mask, name), name) for name in attention.LISTS)
+
+
+def visible(rule):
+    """(B, N, N) bool twice, by tiles of the dense mask: whether any pair is allowed, whether all are."""
+    dense, T = rule.dense()[:, 0], rule.rank.shape[1]
+    N = -(-T // TILE)
+    some = torch.zeros(len(dense), N, N, dtype=torch.bool)
+    every = some.clone()
+    for q in range(N):
+        for k in range(N):
+            tile = dense[:, q * TILE : (q + 1) * TILE, k * TILE : (k + 1) * TILE]
+            some[:, q, k] = tile.flatten(1).any(1)
+            every[:, q, k] = tile.flatten(1).all(1)
+    return some, every
+
+
+@pytest.mark.parametrize("where", ["eager", "compiled"])
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("kind", RULES)
+def test_kernels_read_every_samples_own_tiles(kind, num_heads, where):
+    # Inductor's own strides are the point, and its compiled code is looked up by shape.
+    run = torch.compile(hand_over, dynamic=False) if where == "compiled" else hand_over
+    generator = torch.Generator().manual_seed(0)
+    for B, T in ((1, 300), (2, 300), (4, 520)):
+        raster = torch.arange(T).expand(B, -1).contiguous()
+        mixed = torch.stack([torch.randperm(T, generator=generator) for _ in range(B)])
+        whole = torch.ones(B, T, dtype=torch.bool)
+        padded = whole.clone()
+        padded[-1, T // 3 :] = False
+        prefix = torch.randint(1, T, (B,), generator=generator)
+        for ranks in (raster, mixed):
+            for valid in (whole, padded):
+                run(ranks, prefix, valid, kind, num_heads)
+                some, every = visible(RULES[kind](ranks, prefix, valid))
+                lists = {name: as_the_kernels_read(name) for name in attention.LISTS}
+                for side in ("kv", "q"):
+                    partly = tiles(lists[f"{side}_num_blocks"], lists[f"{side}_indices"])
+                    full = tiles(lists[f"full_{side}_num_blocks"], lists[f"full_{side}_indices"])
+                    seen, all_seen = (partly | full), full
+                    if side == "q":
+                        seen, all_seen = seen.transpose(-1, -2), all_seen.transpose(-1, -2)
+                    for head in range(num_heads):
+                        assert torch.equal(seen[:, head], some)
+                        # A tile at the end of the sequence is never full for the kernels.
+                        assert not (all_seen[:, head] & ~every).any()
 
 
 def block(fused=False, registers=0, **arguments):

@@ -1,25 +1,30 @@
-"""A compiled loss is the loss: one graph, same value and gradient, same keys. FlexAttention's formula runs here, its kernels on GPUs."""
+"""Compiled layers are the layers: one graph for all of a kind, same loss and gradient, same keys. FlexAttention runs as a formula."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nnunet_autoreg.model import attention
+from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.pretrain import compiled
-from nnunet_autoreg.pretrain.compiled import cannot_compile, is_compiled, loss_function
+from nnunet_autoreg.pretrain.compiled import cannot_compile, fast_path, is_compiled, loss_function
+from nnunet_autoreg.pretrain.signals import InterruptedRunError
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.sequences.sample import Batch
 
 CPU = torch.device("cpu")
 TINY = encoder_size("primus_tiny")
-ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_depth": 1, "eva_numheads": 2}
+ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_numheads": 2}
 
 
-def make_plan(recompute: bool = False, **sequence: object) -> Plan:
-    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
-                SequencePlan((16, 16, 16), **sequence), ObjectivePlan(query_depth=1),  # type: ignore[arg-type]
+def make_plan(recompute: bool = False, depth: int = 1, **sequence: object) -> Plan:
+    arguments = {**ARGUMENTS, "eva_depth": depth}
+    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, arguments, TINY.token_size),
+                SequencePlan((16, 16, 16), **sequence), ObjectivePlan(query_depth=2),  # type: ignore[arg-type]
                 OptimPlan(4, 2, 1e-2, 1, checkpoint_activations=recompute), RunPlan(0, 2, 2))
 
 
@@ -66,22 +71,92 @@ def test_compiled_with_flexattention_the_loss_and_its_gradient_are_those_of_plai
     assert float((gradient - compiled_gradient).norm() / gradient.norm()) < 1e-5
 
 
+def num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def losses(plan: Plan, num_steps: int = 2) -> list[float]:
+    """Losses of a fresh network's first steps on one batch, by a training step of its own."""
+    torch.manual_seed(0)
+    step = TrainingStep(plan, Autoregressive(plan), CPU)
+    batch = make_batch(plan.sequence.order)
+    return [float(step(number, batch)[0]) for number in range(num_steps)]
+
+
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_the_whole_loss_is_one_graph_and_a_second_batch_of_its_shape_compiles_nothing() -> None:
+@pytest.mark.parametrize(("order", "predictor", "kinds"), [("raster", "next", 1), ("random", "query", 2)])
+def test_all_layers_share_a_graph_and_a_second_trainer_compiles_nothing(order: str, predictor: str, kinds: int) -> None:
+    plan = make_plan(order=order, predictor=predictor, depth=3)
+    before = num_graphs()
+
+    first = losses(plan)
+    after_dry_step = num_graphs()
+    second = losses(plan)
+
+    assert after_dry_step - before == kinds
+    assert num_graphs() == after_dry_step
+    assert first == second
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_no_mask_is_made_inside_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    block_mask = AttentionRule.block_mask
+
+    def watched(rule: AttentionRule, num_heads: int = 1) -> object:
+        made.append(torch.compiler.is_compiling())
+        return block_mask(rule, num_heads)
+
+    monkeypatch.setattr(AttentionRule, "block_mask", watched)
+    losses(make_plan(order="random", predictor="query", depth=3), num_steps=1)
+
+    assert made == [False, False]  # one for all blocks of the encoder, one for the decoder
+
+
+def test_a_cpu_compiles_layers_when_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan()
-    objective = Autoregressive(plan)
-    graphs: list[object] = []
+    plain = losses(plan)
+    assert fast_path(plan, CPU) is None
 
-    def counting(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
+    monkeypatch.setenv(compiled.ON_CPU, "1")
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    path = fast_path(plan, CPU)
 
-    loss = torch.compile(objective.loss, dynamic=False, backend=counting, fullgraph=True)  # type: ignore[arg-type]
-    for _ in range(2):
-        loss(make_batch())
-    assert len(graphs) == 1
-    loss(Batch(*(t[:1] for t in (make_batch().voxels, make_batch().real, make_batch().ranks, make_batch().prefix))))
-    assert len(graphs) == 2
+    assert path is not None and not path.flex
+    assert losses(plan) == pytest.approx(plain, rel=1e-5)
+
+
+def test_training_goes_on_eagerly_when_a_layer_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(graph: torch.fx.GraphModule, _: object) -> object:
+        raise FileNotFoundError("no compiler")
+
+    plan = make_plan()
+    tried = replace(plan, run=replace(plan.run, peak_memory_gib=1.0))
+    plain = losses(tried)
+    monkeypatch.setenv(compiled.ON_CPU, "1")
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    torch._dynamo.reset()
+
+    assert losses(tried) == plain
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    with pytest.raises(RuntimeError) as failed:
+        losses(plan)  # the dry step decides for itself
+    assert cannot_compile(failed.value)
+
+
+def test_a_request_to_stop_inside_the_compiler_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(graph: torch.fx.GraphModule, _: object) -> object:
+        raise InterruptedRunError("stopped")
+
+    monkeypatch.setenv(compiled.ON_CPU, "1")
+    monkeypatch.setattr(compiled, "BACKEND", interrupted)
+    torch._dynamo.reset()
+
+    with pytest.raises(InterruptedRunError):
+        losses(make_plan())
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
