@@ -201,10 +201,7 @@ class RunPlan:
         max_rollbacks: going back more often than this ends the run.
         min_token_variance, min_effective_rank: features below either are reported as collapsed.
         compile: compile the transformer's layers on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
-        flex_attention: compiled layers use FlexAttention; false where the self-check found it wrong on this device.
-        self_check: before training, compare the compiled layers with eager ones and a dense mask, in float32.
-        dry_step_seconds: of a whole optimiser step, measured in the dry step, without loading; None until then.
-        load_seconds: of loading one crop in one process, measured beside the dry step on a GPU; None until then.
+        flex_attention: compiled layers use FlexAttention on a GPU; false for torch's own attention with a dense mask.
         peak_memory_gib: measured in a dry step, once, before the first; None until then.
         sharding: of parameters, gradients and moments over processes that train together: "none" - each holds all (DDP); "full" - each
             holds a part (FSDP2); "auto" - "full" where they would not leave a GPU room for activations. It changes no loss.
@@ -224,9 +221,6 @@ class RunPlan:
     compile: bool = True
     peak_memory_gib: float | None = None
     flex_attention: bool = True
-    self_check: bool = True
-    dry_step_seconds: float | None = None
-    load_seconds: float | None = None
 
 
 @dataclass(frozen=True)

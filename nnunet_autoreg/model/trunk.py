@@ -114,6 +114,8 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
 
     if path.witness is not None:
         path.witness(by, (layer, *inputs))
+    # The first layer's input may be laid out in another way than the others', which would take a graph of its own.
+    inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
     return recomputed(path.compile(by), recompute, layer, *inputs)
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from nnunet_autoreg.model.attention import FLEX_DEVICES
+from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.trunk import FastPath, Layer, layers_run_by
 from nnunet_autoreg.objectives.base import LossTerms, Objective
 from nnunet_autoreg.plan import Plan
@@ -45,7 +45,7 @@ def fast_path(plan: Plan, device: torch.device, sharded: bool = False) -> FastPa
     if not is_compiled(plan, device, sharded):
         return None
     # FlexAttention has no gradient on a CPU, so that there the dense mask is compiled.
-    return FastPath(compiled_layer, plan.run.flex_attention and device.type in FLEX_DEVICES)
+    return FastPath(compiled_layer, plan.run.flex_attention and device.type in attention.FLEX_DEVICES)
 
 
 def compiled_layer(function: Layer) -> Layer:
