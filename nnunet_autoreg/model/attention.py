@@ -80,7 +80,7 @@ class AttentionRule:
             more = self.lost[:, :, None] & (self.rank == 0)[:, None, :]
         return (seen_BQS | more)[:, None]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def block_mask(self, num_heads: int = 1) -> BlockMask:
         """Return the rule for FlexAttention: the tiles that hold nothing, something or everything.
 

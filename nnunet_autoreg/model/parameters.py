@@ -36,6 +36,6 @@ def weights_under(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, Te
         whole = value.detach()
         if isinstance(value, DTensor):
             # Gathered where it lies: nccl gathers nothing that was moved to the CPU before.
-            whole = whole.full_tensor()  # type: ignore[attr-defined]
+            whole = whole.full_tensor()
         kept[key] = whole.to("cpu", torch.float32).contiguous()
     return kept

@@ -29,16 +29,16 @@ class PretrainingUNet(nn.Module):
             checkpointing).
     """
 
-    def __init__(self, network: nn.Module, learned_mark: bool, recompute: bool = False):
+    def __init__(self, network: Any, learned_mark: bool, recompute: bool = False):
         super().__init__()
         self.network: Any = network
         # The decoder registers the encoder a second time; every weight needs one name only.
-        del self.network.decoder.encoder
+        del network.decoder.encoder
 
         self.recompute = recompute
         self.mark: nn.Parameter | None = None
         if learned_mark:
-            num_features = int(self.network.encoder.output_channels[0])
+            num_features = int(network.encoder.output_channels[0])
             self.mark = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, voxels_BCZYX: Tensor, known_BZYX: Tensor | None = None) -> Tensor:

@@ -39,9 +39,8 @@ class MaskedModel(AutoregressiveModel):
         num_blocks = order_BT.shape[1] // self.block_num_tokens
         # The same number in every sample, known without looking at the batch: shapes stay fixed.
         num_visible = fixed_prefix(num_blocks, self.visible_share)
-        visible_BS, hidden_BQ = order_BT.split(
-            [num_visible * self.block_num_tokens, (num_blocks - num_visible) * self.block_num_tokens], dim=1
-        )
+        num_visible_tokens = num_visible * self.block_num_tokens
+        visible_BS, hidden_BQ = order_BT[:, :num_visible_tokens], order_BT[:, num_visible_tokens:]
 
         tokens, queries = self.places(batch, visible_BS), self.places(batch, hidden_BQ)
         member_BSV = None if self.member is None or tokens.members is None else self.member(tokens.members)
@@ -54,7 +53,10 @@ class MaskedModel(AutoregressiveModel):
 
         predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
         everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
-        return everywhere_BTO.scatter(1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO)
+        out: Tensor = everywhere_BTO.scatter(
+            1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO
+        )
+        return out
 
     def _visible_blocks(self, batch: Batch, num_visible: int) -> Tensor:
         """Return the voxels of the visible blocks in the order of their ranks, (B, K, C, z, y, x)."""

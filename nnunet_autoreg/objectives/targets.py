@@ -68,7 +68,7 @@ def as_intensities(
         return predicted_BTO, torch.zeros_like(predicted_BTO)
     if settings.target == "normalised_with_statistics":
         num_voxels = voxels_BTP.shape[-1]
-        pattern_BTP, mean_BT1, log_deviation_BT1 = predicted_BTO.split([num_voxels, 1, 1], dim=-1)
+        pattern_BTP, mean_BT1, log_deviation_BT1 = torch.split(predicted_BTO, [num_voxels, 1, 1], dim=-1)
         predicted_BTP = pattern_BTP * log_deviation_BT1.exp() + mean_BT1
         return predicted_BTP, torch.zeros_like(predicted_BTP)
     floor, epsilon = settings.variance_floor, settings.variance_epsilon

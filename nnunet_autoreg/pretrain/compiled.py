@@ -94,7 +94,7 @@ def place_on(device: torch.device, module: nn.Module, sharded: bool) -> None:
     """
     module.to(device)
     if device.type == "cuda" and not sharded:
-        module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        module.to(memory_format=torch.channels_last_3d)
 
 
 def cannot_compile(error: BaseException) -> bool:
