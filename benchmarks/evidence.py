@@ -1,12 +1,14 @@
-"""Does pretraining help? A fast harness around the project's own networks, objectives, recipe and loading of weights.
+"""Does pretraining help? A fast harness around the project's own networks, objectives and recipe.
 
     python benchmarks/evidence.py prepare  --raw RAW --data ixi
     python benchmarks/evidence.py pretrain --data ixi --arm ar --seeds 0 1 --steps 2000 --minutes 30
-    python benchmarks/evidence.py finetune --data ixi --init scratch ar --seeds 0 1 --labels 5 --draws 0 1 2 3 4 --minutes 60
+    python benchmarks/evidence.py finetune --data ixi --init scratch ar --seeds 0 1 --labels 5 \\
+        --draws 0 1 2 3 4 --steps 1000 --minutes 60
     python benchmarks/evidence.py table    --data ixi
 
-Every command does what is still missing, stops after ``--minutes`` and goes on where it stopped when it is typed again. Each
-finished run is one JSON line in ``benchmarks/results/evidence.jsonl``. ``docs/evidence.md`` explains the numbers.
+Every command does what is still missing, stops after ``--minutes`` and goes on where it stopped
+when it is typed again. Each finished run is one JSON line in ``benchmarks/results/evidence.jsonl``.
+``docs/evidence.md`` explains the numbers.
 """
 
 import argparse
@@ -79,11 +81,14 @@ def pretrain_all(args: argparse.Namespace) -> None:
 
 
 def finetune_all(args: argparse.Namespace) -> None:
-    """Train and score the runs that have no line yet, draw by draw, so that whole comparisons are there early."""
+    """Train and score the runs that have no line yet.
+
+    They go draw by draw, so that whole comparisons are there early.
+    """
     device, journal, deadline = torch.device(args.device), Journal(args.out), Deadline(args.minutes)
     if args.score == TEST and not args.score_test_patients:
         raise UsageError(
-            "--score test: the test patients are for the final numbers and are scored once, after every choice was made on "
+            "--score test: the test patients are scored once, after every choice was made on "
             "development patients; add --score-test-patients if this is that time"
         )
     data = load_set(args.work, args.data)

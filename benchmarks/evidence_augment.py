@@ -1,7 +1,9 @@
-"""Patches for fine-tuning, cut and augmented on the device in the way of nnU-Net: first everything random is drawn, then applied.
+"""Patches for fine-tuning, cut and augmented on the device in the way of nnU-Net.
 
-Source: ranges and probabilities of nnU-Net's ``nnUNetTrainer.get_training_transforms``, without blur and simulated low
-resolution, which cost more than they change here.
+Everything random is drawn first and applied afterwards.
+
+Source: ranges and probabilities of nnU-Net's ``nnUNetTrainer.get_training_transforms``, without
+blur and simulated low resolution.
 """
 
 import math
@@ -20,7 +22,7 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import Size, Spacing
 
 ANISOTROPIC = 3.0
-"""Where one spacing is this many times another, rotation and zoom stay in the plane, as nnU-Net does."""
+"""Where one spacing is over this many times another, rotation and zoom stay in the plane."""
 FOREGROUND_SHARE = 0.33
 """Share of the patches of a batch that must hold foreground."""
 MOST_LOCATIONS = 10_000
@@ -96,7 +98,7 @@ class LabelledScans:
     def _centre(
         self, generator: np.random.Generator, scan: int, crop_vox: Size, wants_foreground: bool
     ) -> tuple[float, float, float]:
-        """Draw the middle of a patch: anywhere, or around a voxel of one of the scan's structures."""
+        """Draw the middle of a patch: anywhere, or around a voxel of a structure."""
         shape = self.scans[scan].image.shape[2:]
         low = [min(0, (n - c) // 2) for n, c in zip(shape, crop_vox, strict=True)]
         high = [max(n - c, (n - c) // 2) for n, c in zip(shape, crop_vox, strict=True)]
@@ -113,7 +115,7 @@ class LabelledScans:
         return (z, y, x)
 
     def batch(self, seed: int, step: int, batch: int, crop_vox: Size) -> tuple[Tensor, Tensor]:
-        """Return the images (B, 1, Z, Y, X) float32 and labels (B, 1, Z, Y, X) float32 of a step."""
+        """Return the images and labels of a step, both (B, 1, Z, Y, X) float32."""
         images, labels = [], []
         for number in range(batch):
             drawn = self.draw(seed, step, number, batch, crop_vox)
@@ -172,7 +174,7 @@ def draw_intensity(generator: np.random.Generator) -> Intensity:
 
 
 def cut(scan: DeviceScan, drawn: PatchDraw, crop_vox: Size) -> tuple[Tensor, Tensor]:
-    """Return the patch of a scan and its labels, both (1, 1, Z, Y, X) float32; 0 outside the scan."""
+    """Return a patch and its labels, both (1, 1, Z, Y, X) float32; 0 outside the scan."""
     shape = np.array(scan.image.shape[2:], dtype=np.float64)
     # From torch's coordinates of the patch, -1 to 1 over its extent, to those of the scan.
     theta = np.empty((3, 4))

@@ -1,7 +1,7 @@
-"""The data of ``evidence.py``: a dataset preprocessed once by the project's store, kept whole in memory.
+"""The data of ``evidence.py``: datasets preprocessed by the project's store, kept whole in memory.
 
-One set is one ``.npz`` file. Voxels are stored as 8-bit numbers with a scale and a zero point of their own per scan, so that
-the intensity 0 (background outside a normalisation mask, and padding) stays exactly 0.
+One set is one ``.npz`` file. Voxels are stored as 8-bit numbers with a scale and a zero point per
+scan, so that the intensity 0 (background outside a normalisation mask) stays exactly 0.
 """
 
 import json
@@ -36,9 +36,10 @@ log = logging.getLogger("evidence")
 FORMAT = 1
 LEVELS = 255
 OUTSIDE = (0.02, 99.98)
-"""Percentiles of a scan's intensities between which its 255 levels lie; what is beyond is clipped."""
+"""Percentiles of a scan between which its 255 levels lie; what is beyond is clipped."""
 SMALLEST_STEP = 1 / 16
-"""In standard deviations of a scan: its rounding error of 0.018 is far below the noise, and finer levels only cost bytes."""
+"""In standard deviations of a scan. The rounding error of 0.018 is far below the noise, and finer
+levels only cost bytes."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What is known of one scan of a set. No path and no patient's name beyond the dataset's own case names."""
+    """What is known of one scan of a set; of names only the dataset's own case names."""
 
     case: str
     subject: str
@@ -132,10 +133,10 @@ class ResidentCase:
 
 
 class ResidentSet:
-    """A prepared set in memory: intensities as float32, labels as uint8, and the division of its patients.
+    """A prepared set in memory, and the division of its patients.
 
     Attributes:
-        images, labels: case -> array (Z, Y, X), in the order of ``facts.scans``.
+        images, labels: case -> array (Z, Y, X); float32 intensities, uint8 classes.
         division: cases of the pool, of development and of the test.
     """
 
@@ -208,7 +209,9 @@ class DeviceScan:
 
 
 def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any]:
-    """Preprocess a dataset by the project's store and write it as one file; return what the journal keeps.
+    """Preprocess a dataset by the project's store and write it as one file.
+
+    Returns what the journal keeps.
 
     The target spacing is the median of the pool's scans, one for all of the set.
 
@@ -223,7 +226,8 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     folder = raw / SETS[name].dataset
     if not folder.is_dir():
         raise UsageError(
-            f"--raw {raw}: there is no {SETS[name].dataset} in it; give the folder of nnU-Net's raw datasets"
+            f"--raw {raw}: there is no {SETS[name].dataset} in it; give the folder of nnU-Net's "
+            "raw datasets"
         )
     # The project finds datasets by nnU-Net's own variable.
     os.environ["nnUNet_raw"] = str(raw)  # noqa: SIM112
@@ -250,7 +254,8 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     keys = store.ensure(rows, spacing_mm, pool.ct_window, num_workers)
     if store.failures:
         raise AutoregError(
-            f"{len(store.failures)} scans of {folder} could not be preprocessed; the lines above say why"
+            f"{len(store.failures)} scans of {folder} could not be preprocessed; the lines above "
+            "say why"
         )
     scans, images, labels = [], [], []
     for row in rows:
@@ -295,7 +300,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
 
 
 def pack(voxels_ZYX: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, int]:
-    """Return voxels as 8-bit levels with the scale and the level of 0: value = (level - zero) * scale."""
+    """Return voxels as levels with scale and zero: value = (level - zero) * scale."""
     low, high = (float(v) for v in np.percentile(voxels_ZYX, OUTSIDE))
     low, high = min(low, 0.0), max(high, 0.0)
     # One level is kept back, so that rounding the zero point pushes nothing over the edge.
@@ -322,7 +327,7 @@ def write_set(
         np.savez_compressed(
             handle,
             facts=described,
-            # Differences along x of neighbouring voxels (modulo 256) are small, and so compress better.
+            # Differences of neighbours along x (modulo 256) are small, and so compress better.
             images=np.concatenate(
                 [np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images]
             ),
@@ -339,7 +344,8 @@ def load_set(work: Path, name: str) -> ResidentSet:
     path = set_path(work, name)
     if not path.is_file():
         raise UsageError(
-            f"{path} is missing; type: python benchmarks/evidence.py prepare --data {name} --raw FOLDER"
+            f"{path} is missing; type: python benchmarks/evidence.py prepare --data {name} "
+            "--raw FOLDER"
         )
     with np.load(path) as stored:
         facts = from_jsonable(SetFacts, json.loads(stored["facts"].tobytes()), str(path))
@@ -364,8 +370,8 @@ def set_path(work: Path, name: str) -> Path:
 def labelled_patients(data: ResidentSet, num_patients: int, draw: int) -> tuple[str, ...]:
     """Return the cases of the patients that are labelled in a draw.
 
-    The patients of the pool are put into an order by the draw's number, and the first ones are taken: so the sets of one draw
-    are nested, and all scans of a patient come together.
+    The patients of the pool are put into an order by the draw's number, and the first ones are
+    taken: so the sets of one draw are nested, and all scans of a patient come together.
 
     Raises:
         UsageError: the pool has fewer patients.

@@ -1,8 +1,10 @@
-"""Fine-tuning by ``evidence.py``: the project's network, recipe and loading of weights; nnU-Net's loss; whole scans scored."""
+"""Fine-tuning by ``evidence.py``.
+
+The network, the recipe and the loading of weights are the project's, the loss is nnU-Net's.
+"""
 
 import hashlib
 import logging
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -10,21 +12,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from evidence_augment import LabelledScans
-from evidence_data import SETS, DeviceScan, ResidentSet, labelled_patients
-from evidence_lines import Deadline, Journal, Line, circumstances, half_precision, key_of
+from evidence_data import SETS, ResidentSet, labelled_patients
+from evidence_lines import (
+    Deadline,
+    Journal,
+    Line,
+    Stopwatch,
+    circumstances,
+    half_precision,
+    key_of,
+)
 from evidence_pretrain import weights_file
-from numpy.typing import NDArray
+from evidence_score import Scores, mean, mean_of, score, storable
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.benchmark.protocol import recipe_values as read_recipe
-from nnunet_autoreg.benchmark.surface import surface_dice_of_labels
-from nnunet_autoreg.geometry import Size, as_size, round_up
+from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import read_card, verify_weights
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import encoder_size
@@ -46,8 +54,6 @@ log = logging.getLogger("evidence")
 
 SCRATCH = "scratch"
 SAVE_EVERY_S = 60.0
-WHOLE, TILES = "whole", "tiles"
-TILE_OVERLAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,12 @@ class FinetuneJob:
         init: the arm whose pretraining the network starts from, or "scratch".
         pretraining_seed: of that pretraining; None from scratch.
         labels: number of labelled patients.
-        draw: number of the draw, which decides the patients, the fresh weights and the patches; arms share it.
+        draw: number of the draw, which decides the patients, the fresh weights and the patches; the
+            arms share it.
         split: "development" or "test".
         at: steps after which the scans are scored besides the last.
-        optimizer, lr, encoder_lr: None for the recipe's own; ``encoder_lr`` for that of the other parameters.
+        optimizer, lr, encoder_lr: None for the recipe's own; of ``encoder_lr`` for the rate of the
+            other parameters.
         recipe: other changed values of the recipe, "key=value".
         half: compute in bfloat16 also on a CPU.
     """
@@ -131,16 +139,83 @@ class Start:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Dice and surface Dice per patient and class; NaN where neither truth nor prediction holds a class."""
+class Training:
+    """A fine-tuning on its device: network, recipe, rates, optimiser, loss and labelled scans."""
 
-    dice: dict[str, list[float]]
-    surface: dict[str, list[float]]
+    def __init__(self, job: FinetuneJob, data: ResidentSet, work: Path, device: torch.device):
+        self.job, self.device = job, device
+        self.cases = labelled_patients(data, job.labels, job.draw)
+        # Arms of one draw start from the same fresh weights, where they have any.
+        torch.manual_seed(job.draw)
+        self.start = start_of(job, data, work)
+        self.network = self.start.network.to(device)
+        self.recipe = recipe_of(job, self.start.encoder, len(self.cases))
+        usual = self.recipe.scratch_rate if job.init == SCRATCH else self.recipe.pretrained_rate
+        self.peak_rate = job.lr or usual
 
-    def mean(self) -> float:
-        """Return the mean Dice over patients of the mean over classes."""
-        return mean_of(self.dice)
+        groups = parameter_groups(self.network, self.recipe)
+        groups = with_encoder_rate(groups, self.network, self.peak_rate, job.encoder_lr)
+        self.optimizer = make_optimizer(groups, self.recipe, self.peak_rate)
+        uses_weights = job.init != SCRATCH
+        schedule = make_schedule(self.recipe, self.peak_rate, 1, job.steps, job.batch, uses_weights)
+        self.rates = IterationRates(self.optimizer, schedule, job.steps)
+        self.loss_of = segmentation_loss(self.recipe.deep_supervision, self.network)
+        scans = data.scans_on(self.cases, device)
+        self.scans = LabelledScans(scans, data.facts.spacing_mm)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of a step."""
+        return self.scans.batch(self.job.draw, step, self.job.batch, self.job.crop)
+
+    def step(self, step: int) -> None:
+        """Do one step of the optimiser."""
+        images, labels = self.batch(step)
+        self.network.train()
+        self.rates.step(0, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with half_precision(self.device, self.job.half):
+            outputs = self.network(images)
+        self.loss_of(outputs, labels).backward()
+
+        if self.rates.is_decoder_first(0, step):
+            for parameter in encoder_parameters(self.network):
+                parameter.grad = None
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+
+    def resume(self, folder: Path) -> tuple[int, dict[str, Any]]:
+        """Go on from what an earlier slice left; return the steps done and the notes."""
+        path = folder / checkpoint.LATEST_NAME
+        if not path.is_file():
+            return 0, {"seconds": 0.0, "process_seconds": 0.0, "curve": {}}
+        content = checkpoint.load_checkpoint(path)
+        self.network.load_state_dict(content["network_weights"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["generator"])
+        return int(content["step"]), dict(content["notes"])
+
+    def save(self, folder: Path, step: int, notes: Mapping[str, Any]) -> None:
+        """Write what a later slice goes on from."""
+        content = {
+            "network_weights": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": torch.get_rng_state(),
+            "step": step,
+            "notes": dict(notes),
+        }
+        checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, content)
+
+    def facts(self, data: ResidentSet) -> Line:
+        """Return what a line states of the training beside its identity."""
+        return {
+            "scans": len(self.cases),
+            "labelled": sorted({data.subject_of[case] for case in self.cases}),
+            "classes": list(data.facts.classes),
+            "peak_rate": self.peak_rate,
+            "recipe": to_jsonable(self.recipe),
+            "loaded_share": round(self.start.share, 4),
+            "weights_sha256": self.start.sha256[:16],
+        }
 
 
 def finetune(
@@ -151,7 +226,9 @@ def finetune(
     deadline: Deadline,
     device: torch.device,
 ) -> bool:
-    """Train and score until the run's end or the deadline; return whether it is finished. What was trained is kept.
+    """Train and score until the run's end or the deadline; return whether it is finished.
+
+    What was trained is kept either way.
 
     Raises:
         UsageError: the pretraining is not finished, or the pool has too few patients.
@@ -159,85 +236,47 @@ def finetune(
     """
     if journal.has(job.identity):
         return True
-    chosen = labelled_patients(data, job.labels, job.draw)
-    torch.manual_seed(job.draw)
-    start = start_of(job, data, work)
-    network = start.network.to(device)
-    recipe = recipe_of(job, start.encoder, len(chosen))
-    peak_rate = job.lr or (recipe.scratch_rate if job.init == SCRATCH else recipe.pretrained_rate)
-
-    groups = with_encoder_rate(
-        parameter_groups(network, recipe), network, peak_rate, job.encoder_lr
-    )
-    optimizer = make_optimizer(groups, recipe, peak_rate)
-    schedule = make_schedule(recipe, peak_rate, 1, job.steps, job.batch, job.init != SCRATCH)
-    rates = IterationRates(optimizer, schedule, job.steps)
-    loss_of = segmentation_loss(recipe.deep_supervision, network)
-    scans = LabelledScans(data.scans_on(chosen, device), data.facts.spacing_mm)
+    training = Training(job, data, work, device)
     scored = data.scans_on(data.division.scored(job.split), device)
+    key = hashlib.sha256(key_of(job.identity).encode()).hexdigest()[:16]
+    folder = work / "finetuning" / key
+    flops = flops_per_step(training.network, training.loss_of, training.batch(0))
+    done, notes = training.resume(folder)
+    clock = Stopwatch(notes["seconds"], notes["process_seconds"])
+    saved = time.monotonic()
 
-    folder = work / "finetuning" / hashlib.sha256(key_of(job.identity).encode()).hexdigest()[:16]
-    step, notes = _resumed(folder, network, optimizer)
-    flops = flops_per_step(network, loss_of, scans.batch(job.draw, 0, job.batch, job.crop))
-    started = saved = time.monotonic()
-    paused, busy = 0.0, time.process_time()
+    while done < job.steps:
+        training.step(done)
+        done += 1
+        if done in job.at and done < job.steps:
+            with clock.paused():
+                found = score(
+                    training.network, scored, data, job.crop, job.half, with_surface=False
+                )
+            notes["curve"][str(done)] = {name: mean(values) for name, values in found.dice.items()}
 
-    while step < job.steps:
-        network.train()
-        images, labels = scans.batch(job.draw, step, job.batch, job.crop)
-        rates.step(0, step)
-        optimizer.zero_grad(set_to_none=True)
-        with half_precision(device, job.half):
-            outputs = network(images)
-        loss_of(outputs, labels).backward()
-        if rates.is_decoder_first(0, step):
-            for parameter in encoder_parameters(network):
-                parameter.grad = None
-        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
-        optimizer.step()
-        step += 1
-
-        if step in job.at and step < job.steps:
-            before, busy_before = time.monotonic(), time.process_time()
-            found = score(job, network, scored, data, device, with_surface=False)
-            notes["curve"][str(step)] = {
-                patient: _mean(values) for patient, values in found.dice.items()
-            }
-            # Scoring is no training: both clocks stand still meanwhile.
-            paused += time.monotonic() - before
-            busy += time.process_time() - busy_before
-        is_late = deadline.has_passed() and step < job.steps
+        is_late = deadline.has_passed() and done < job.steps
         if is_late or time.monotonic() - saved > SAVE_EVERY_S:
-            spent = notes["seconds"] + time.monotonic() - started - paused
-            spent_here = notes["process_seconds"] + time.process_time() - busy
-            kept = {**notes, "seconds": spent, "process_seconds": spent_here}
-            _save(folder, network, optimizer, step, kept)
+            training.save(folder, done, {**notes, **clock.read()})
             saved = time.monotonic()
         if is_late:
-            log.info("%s: stopped after step %d of %d", described(job), step, job.steps)
+            log.info("%s: stopped after step %d of %d", described(job), done, job.steps)
             return False
 
-    seconds = notes["seconds"] + time.monotonic() - started - paused
-    process_seconds = notes["process_seconds"] + time.process_time() - busy
-    before = time.monotonic()
-    scores = score(job, network, scored, data, device, with_surface=True)
-    facts = {
-        "scans": len(chosen),
-        "labelled": sorted({data.subject_of[case] for case in chosen}),
-        "classes": list(data.facts.classes),
+    spent = clock.read()
+    scoring = Stopwatch()
+    scores = score(training.network, scored, data, job.crop, job.half, job.tolerance_mm)
+    costs = {
         "flops_per_step": flops,
-        "seconds": round(seconds, 2),
-        "process_seconds": round(process_seconds, 2),
-        "scoring_seconds": round(time.monotonic() - before, 2),
-        "peak_rate": peak_rate,
-        "recipe": to_jsonable(recipe),
-        "loaded_share": round(start.share, 4),
-        "weights_sha256": start.sha256[:16],
+        **spent,
+        "scoring_seconds": scoring.read()["seconds"],
         "curve": notes["curve"],
     }
-    journal.append({**job.identity, **facts, **result_of(job, scores), **circumstances(device)})
+    facts = {**training.facts(data), **costs, **result_of(job, scores)}
+    journal.append({**job.identity, **facts, **circumstances(device)})
     shutil.rmtree(folder, ignore_errors=True)
-    log.info("%s: Dice %.4f, %.2f s a step", described(job), scores.mean(), seconds / job.steps)
+    pace = spent["seconds"] / job.steps
+    log.info("%s: Dice %.4f, %.2f s a step", described(job), scores.mean(), pace)
     return True
 
 
@@ -248,8 +287,8 @@ def result_of(job: FinetuneJob, scores: Scores) -> Line:
         "samples": job.steps * job.batch,
         "dice_mean": round(scores.mean(), 5),
         "surface_mean": round(mean_of(scores.surface), 5),
-        "dice": _storable(scores.dice),
-        "surface": _storable(scores.surface),
+        "dice": storable(scores.dice),
+        "surface": storable(scores.surface),
     }
 
 
@@ -260,7 +299,7 @@ def described(job: FinetuneJob) -> str:
 
 
 def start_of(job: FinetuneJob, data: ResidentSet, work: Path) -> Start:
-    """Return the network with random weights, and with the pretrained ones copied in where the job names some."""
+    """Return the network with random weights, or with the pretrained ones that the job names."""
     arguments: dict[str, Any] = {}
     if job.init == SCRATCH:
         size = suited_to(encoder_size(job.encoder), data.facts.spacing_mm)
@@ -313,7 +352,7 @@ def with_encoder_rate(
     peak_rate: float,
     encoder_rate: float | None,
 ) -> list[dict[str, Any]]:
-    """Return the optimiser's groups with a rate of its own for the encoder; as they are where none is given."""
+    """Return the optimiser's groups, with a rate of its own for the encoder where one is given."""
     if encoder_rate is None:
         return [dict(group) for group in groups]
     of_encoder = {id(parameter) for parameter in encoder_parameters(network)}
@@ -330,10 +369,10 @@ def with_encoder_rate(
 
 
 class SegmentationLoss:
-    """nnU-Net's sum of Dice and cross-entropy, over all resolutions of a network that predicts at several.
+    """nnU-Net's sum of Dice and cross-entropy, over all resolutions that a network predicts at.
 
     Args:
-        num_outputs: resolutions; each weighs half of the one before, and the last of several nothing.
+        num_outputs: resolutions; each weighs half of the one before, the last of several nothing.
     """
 
     def __init__(self, num_outputs: int):
@@ -350,7 +389,7 @@ class SegmentationLoss:
         self.weights = [weight / sum(weights) for weight in weights]
 
     def __call__(self, outputs: Tensor | Sequence[Tensor], labels_B1ZYX: Tensor) -> Tensor:
-        """Return the loss of logits (B, classes, Z, Y, X), or of those of every resolution, the finest first."""
+        """Return the loss of logits (B, classes, Z, Y, X), or of several, the finest first."""
         several = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         total = torch.zeros((), device=labels_B1ZYX.device)
         for weight, output in zip(self.weights, several, strict=True):
@@ -383,168 +422,3 @@ def flops_per_step(
     torch.set_rng_state(state)
     network.zero_grad(set_to_none=True)
     return float(counter.get_total_flops()) * len(images)
-
-
-def _resumed(
-    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Any]]:
-    """Go on from what an earlier slice left; return the step and the notes."""
-    path = folder / checkpoint.LATEST_NAME
-    if not path.is_file():
-        return 0, {"seconds": 0.0, "process_seconds": 0.0, "curve": {}}
-    content = checkpoint.load_checkpoint(path)
-    network.load_state_dict(content["network_weights"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["generator"])
-    return int(content["step"]), dict(content["notes"])
-
-
-def _save(
-    folder: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    notes: Mapping[str, Any],
-) -> None:
-    content = {
-        "network_weights": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": torch.get_rng_state(),
-        "step": step,
-        "notes": dict(notes),
-    }
-    checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, content)
-
-
-@torch.no_grad()
-def score(
-    job: FinetuneJob,
-    network: nn.Module,
-    scans: Sequence[DeviceScan],
-    data: ResidentSet,
-    device: torch.device,
-    with_surface: bool,
-) -> Scores:
-    """Score a network on whole scans; a patient's scans are averaged."""
-    network.eval()
-    is_deep = bool(getattr(getattr(network, "decoder", None), "deep_supervision", False))
-    _set_deep_supervision(network, False)
-    spacing = data.facts.spacing_mm
-    tolerance = job.tolerance_mm or min(spacing)
-    classes = range(1, data.num_classes)
-
-    dice: dict[str, list[list[float]]] = {}
-    surface: dict[str, list[list[float]]] = {}
-    for scan in scans:
-        with half_precision(device, job.half):
-            predicted = segment(network, scan.image, job.crop, data.num_classes)
-        truth = scan.labels[0, 0].cpu().numpy()
-        patient = data.subject_of[scan.case]
-        dice.setdefault(patient, []).append(dice_of_labels(truth, predicted, classes))
-        if with_surface:
-            found = surface_dice_of_labels(truth, predicted, list(classes), spacing, tolerance)
-            surface.setdefault(patient, []).append(list(found))
-
-    _set_deep_supervision(network, is_deep)
-    network.train()
-    return Scores(
-        {patient: _over_scans(rows) for patient, rows in dice.items()},
-        {patient: _over_scans(rows) for patient, rows in surface.items()},
-    )
-
-
-def _set_deep_supervision(network: nn.Module, is_on: bool) -> None:
-    decoder: Any = getattr(network, "decoder", None)
-    if hasattr(decoder, "deep_supervision"):
-        decoder.deep_supervision = is_on
-
-
-def segment(
-    network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int
-) -> NDArray[np.uint8]:
-    """Return the label map (Z, Y, X) of a scan (1, 1, Z, Y, X).
-
-    A CNN sees the whole scan at once, padded with zeros to what its strides divide. A transformer, whose grid of tokens is
-    fixed, sees patches that overlap by half, with nnU-Net's Gaussian weights.
-    """
-    shape = image.shape[2:]
-    if hasattr(network, "decoder") and hasattr(network.decoder, "deep_supervision"):
-        strides = torch.tensor([list(stride) for stride in network.encoder.strides])  # type: ignore[union-attr,operator]
-        whole = round_up(as_size(shape), strides.prod(dim=0).tolist())
-        logits = network(_padded(image, whole)).float()
-    else:
-        logits = _by_tiles(network, image, crop_vox, num_classes)
-    cropped = logits[0, :, : shape[0], : shape[1], : shape[2]]
-    return np.asarray(cropped.argmax(dim=0).to(torch.uint8).cpu().numpy())
-
-
-def _padded(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the image with zeros behind it, up to ``size``."""
-    missing = [max(0, s - n) for s, n in zip(size, image.shape[2:], strict=True)]
-    return functional.pad(image, [0, missing[2], 0, missing[1], 0, missing[0]])
-
-
-def _by_tiles(network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int) -> Tensor:
-    from nnunetv2.inference.sliding_window_prediction import (
-        compute_gaussian,
-        compute_steps_for_sliding_window,
-    )
-
-    padded = _padded(image, crop_vox)
-    shape = padded.shape[2:]
-    starts = compute_steps_for_sliding_window(tuple(shape), tuple(crop_vox), TILE_OVERLAP)
-    weight = compute_gaussian(
-        tuple(crop_vox), sigma_scale=1 / 8, value_scaling_factor=10, device=image.device
-    ).float()
-    total = torch.zeros((1, num_classes, *shape), device=image.device)
-    for z in starts[0]:
-        for y in starts[1]:
-            for x in starts[2]:
-                place = (
-                    ...,
-                    slice(z, z + crop_vox[0]),
-                    slice(y, y + crop_vox[1]),
-                    slice(x, x + crop_vox[2]),
-                )
-                total[place] += network(padded[place]).float() * weight
-    return total
-
-
-def dice_of_labels(
-    truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: Sequence[int]
-) -> list[float]:
-    """Return the Dice of every class; NaN where neither map holds it."""
-    found = []
-    for value in classes:
-        a, b = truth == value, predicted == value
-        size = int(a.sum()) + int(b.sum())
-        found.append(2 * int((a & b).sum()) / size if size else math.nan)
-    return found
-
-
-def _over_scans(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean over a patient's scans, per class, without those that have no score."""
-    table = np.array(rows, dtype=float)
-    known = np.isfinite(table)
-    counts = known.sum(axis=0)
-    sums = np.where(known, table, 0.0).sum(axis=0)
-    return [float(s / n) if n else math.nan for s, n in zip(sums, counts, strict=True)]
-
-
-def mean_of(scores: Mapping[str, Sequence[float]]) -> float:
-    """Return the mean over patients of the mean over the classes that have a score."""
-    means = [_mean(values) for values in scores.values()]
-    return float(np.nanmean(means)) if means else math.nan
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return round(float(np.mean(known)), 5) if known else math.nan
-
-
-def _storable(scores: Mapping[str, Sequence[float]]) -> dict[str, list[float | None]]:
-    """Return scores as JSON has them: null where there is none."""
-    return {
-        patient: [round(value, 4) if math.isfinite(value) else None for value in values]
-        for patient, values in scores.items()
-    }

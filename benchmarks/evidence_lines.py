@@ -1,10 +1,13 @@
-"""What the commands of ``evidence.py`` share: the journal of JSON lines, the deadline of a slice, and what every line states."""
+"""What the commands of ``evidence.py`` share.
+
+The journal of JSON lines, the deadline of a slice, clocks, and what every line states.
+"""
 
 import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,33 @@ class Deadline:
     def has_passed(self) -> bool:
         """Return whether it is time to stop."""
         return self.end is not None and self.clock() >= self.end
+
+
+class Stopwatch:
+    """Seconds and seconds of processor time, which a busy machine does not stretch.
+
+    Args:
+        seconds, process_seconds: what an earlier slice took.
+    """
+
+    def __init__(self, seconds: float = 0.0, process_seconds: float = 0.0):
+        self.started = time.monotonic() - seconds
+        self.process_started = time.process_time() - process_seconds
+
+    def read(self) -> dict[str, float]:
+        """Return both, by the names that lines give them."""
+        return {
+            "seconds": round(time.monotonic() - self.started, 2),
+            "process_seconds": round(time.process_time() - self.process_started, 2),
+        }
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still while the block runs."""
+        before, process_before = time.monotonic(), time.process_time()
+        yield
+        self.started += time.monotonic() - before
+        self.process_started += time.process_time() - process_before
 
 
 class Journal:
@@ -111,9 +141,11 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def half_precision(device: torch.device, is_wanted: bool) -> AbstractContextManager[None]:
-    """Return the context in which networks compute: bfloat16 where the project does so, and where it is wanted.
+    """Return the context in which networks compute.
 
-    The project computes in float32 on CPUs. Those that have bfloat16 products in hardware are about twice as fast with it.
+    It is bfloat16 where the project uses that, on GPUs, and where it is wanted. The project
+    computes in float32 on CPUs; those with bfloat16 products in hardware are about twice as fast
+    in it.
     """
     return torch.autocast(
         device.type, torch.bfloat16, enabled=is_wanted or computes_in_half(device)

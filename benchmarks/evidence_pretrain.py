@@ -1,4 +1,7 @@
-"""Pretraining by ``evidence.py``: the project's plan, sampler, objective and training step on a set that is kept in memory."""
+"""Pretraining by ``evidence.py``, on a set that is kept in memory.
+
+Plan, sampler, objective and training step are the project's.
+"""
 
 import logging
 import queue
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 from evidence_data import SETS, ResidentSet
-from evidence_lines import Deadline, Journal, Line, circumstances, half_precision
+from evidence_lines import Deadline, Journal, Line, Stopwatch, circumstances, half_precision
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -85,7 +88,7 @@ def run_folder(work: Path, name: str) -> Path:
 
 
 def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
-    """Return the plan that the project makes from the pool's numbers, with the crop and the settings of the job.
+    """Return the project's plan for the pool's numbers, with the job's crop and settings.
 
     Raises:
         PlanError: a setting that does not exist, or a plan that cannot be carried out.
@@ -104,7 +107,7 @@ def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
 
 
 def with_crop(plan: Plan, crop_vox: Sequence[int]) -> Plan:
-    """Return the plan with another crop, and with the largest blocks up to the planned ones that divide it."""
+    """Return the plan with another crop, in the largest blocks up to the planned ones."""
     crop = as_size(crop_vox)
     try:
         grid = grid_of(crop, plan.encoder.token_size_vox)
@@ -129,7 +132,9 @@ def pretrain(
     deadline: Deadline,
     device: torch.device,
 ) -> bool:
-    """Train until the run's end or the deadline; return whether it is finished. What was trained is kept either way.
+    """Train until the run's end or the deadline; return whether it is finished.
+
+    What was trained is kept either way.
 
     Raises:
         UsageError: a run of this name exists and has another plan.
@@ -154,21 +159,18 @@ def pretrain(
         progress = restore(found[1], objective.module, train_step.optimizer, train_step.guard)
         notes = found[1]["notes"]
 
-    batches = StepBatches(objective.sampler, Material(data.pool_cases()), train_step.numbers)  # type: ignore[arg-type]
+    # Cases in memory have what the sampler asks of stored ones.
+    cases: Any = data.pool_cases()
+    batches = StepBatches(objective.sampler, Material(cases), train_step.numbers)
     steps = range(progress.step, plan.optim.num_steps)
     every = max(1, plan.optim.num_steps // LOSS_POINTS)
     losses = []
-    started = saved = time.monotonic()
-    busy = time.process_time()
-
-    def spent() -> dict[str, float]:
-        seconds = notes["seconds"] + time.monotonic() - started
-        process_seconds = notes["process_seconds"] + time.process_time() - busy
-        return {"seconds": round(seconds, 2), "process_seconds": round(process_seconds, 2)}
+    clock = Stopwatch(notes["seconds"], notes["process_seconds"])
+    saved = time.monotonic()
 
     def save() -> None:
         state = snapshot(objective.module, train_step.optimizer, train_step.guard, progress)
-        kept = {**notes, **spent()}
+        kept = {**notes, **clock.read()}
         checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, {**state, "notes": kept})
 
     for step, batch in zip(steps, prepared_ahead(batches, steps, device), strict=True):
@@ -189,7 +191,7 @@ def pretrain(
             save()
             saved = time.monotonic()
 
-    duration = spent()
+    duration = clock.read()
     save()
     licences = {data.facts.dataset: data.facts.licence}
     export_encoder(folder, plan, objective, data.pool_rows(), licences)
@@ -224,7 +226,9 @@ def loss_in_half(train_step: TrainingStep, device: torch.device) -> None:
 
 
 def prepared_ahead(batches: StepBatches, steps: range, device: torch.device) -> Iterator[Batch]:
-    """Yield the batch of every step. For a GPU a thread prepares the next ones meanwhile; a CPU has no core to spare.
+    """Yield the batch of every step.
+
+    For a GPU a thread prepares the next ones meanwhile; a CPU has no core to spare.
 
     Raises:
         AutoregError: a batch cannot be made.
@@ -276,8 +280,8 @@ def _kept_plan(folder: Path, plan: Plan) -> Plan:
     changed = differences(replace(kept, reasons={}), replace(plan, reasons={}))
     if changed:
         raise UsageError(
-            f"{folder} holds a run of another plan ({'; '.join(changed[:3])}), and one run has one plan; use another --arm, "
-            "or remove the folder"
+            f"{folder} holds a run of another plan ({'; '.join(changed[:3])}), and one run has one "
+            "plan; use another --arm, or remove the folder"
         )
     return kept
 
@@ -324,8 +328,9 @@ def _stop_if_lost(train_step: TrainingStep, step: int) -> None:
     tally = train_step.guard.tally()
     if tally.in_row >= train_step.plan.run.max_bad_steps:
         raise AutoregError(
-            f"{train_step.plan.name}: the last {tally.in_row} steps until step {step + 1} were all bad (infinite, NaN or far "
-            f"off); try a lower rate, e.g. --set optim.lr={train_step.plan.optim.lr / 3:.1e}"
+            f"{train_step.plan.name}: the last {tally.in_row} steps until step {step + 1} were all "
+            "bad (infinite, NaN or far off); try a lower rate, e.g. "
+            f"--set optim.lr={train_step.plan.optim.lr / 3:.1e}"
         )
 
 
@@ -351,7 +356,7 @@ def weights_file(work: Path, data: str, arm: str, seed: int) -> Path:
     folder = run_folder(work, run_name(data, arm, seed))
     if not (folder / CARD_NAME).is_file():
         raise UsageError(
-            f"--init {arm}: {folder} holds no finished run; type: python benchmarks/evidence.py pretrain --arm {arm} "
-            f"--seeds {seed} ..."
+            f"--init {arm}: {folder} holds no finished run; type: python benchmarks/evidence.py "
+            f"pretrain --data {data} --arm {arm} --seeds {seed} ..."
         )
     return folder / WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""From the lines of ``evidence.py`` to paired differences with their uncertainty, as Markdown. Pure numbers.
+"""From the lines of ``evidence.py`` to paired differences with their uncertainty, as Markdown.
 
 Shape suffixes: R pretraining runs, D draws, J patients, N bootstrap samples.
 """
@@ -30,7 +30,8 @@ class Comparison:
 
     Attributes:
         mean: over pretraining runs, draws and patients.
-        sd: standard deviation, over pairs of a pretraining run and a draw, of the difference of mean scores.
+        sd: standard deviation of the difference of mean scores, over all pairs of a pretraining run
+            and a draw.
         bootstrap: 95 % interval; runs, draws and patients are drawn anew, each on its own.
         t_interval: 95 % interval of Student's t over draws; None with one draw, or with 8 and more.
         needed: pairs after which a 95 % interval would reach ``wanted`` to either side.
@@ -92,7 +93,7 @@ ScoresOf = Callable[[Line], Scores]
 
 
 def patient_means(field: str) -> ScoresOf:
-    """Return a function from a line to patient -> mean over the classes that have a score, of "dice" or "surface"."""
+    """Return a function from a line to patient -> mean over classes, of "dice" or "surface"."""
 
     def means(line: Line) -> Scores:
         found = {}
@@ -108,9 +109,9 @@ def patient_means(field: str) -> ScoresOf:
 def paired(ours: Sequence[Line], theirs: Sequence[Line], scores_of: ScoresOf) -> Array | None:
     """Return the differences (R, D, J) of two arms, ours minus theirs.
 
-    A draw counts if both arms have it with every pretraining seed that they have at all; a run from scratch, which has no
-    pretraining seed, is compared with every seed of the other arm. Patients that lack a score in any run are left out.
-    None where nothing is common.
+    A draw counts if both arms have it with every pretraining seed that they share. A run from
+    scratch, which has no pretraining seed, is compared with every seed of the other arm. Patients
+    that lack a score in any run are left out. None where nothing is common.
     """
     our_runs, their_runs = _by_run(ours), _by_run(theirs)
     our_seeds = sorted({seed for seed, _ in our_runs}, key=str)
@@ -172,8 +173,8 @@ class Setting:
         """Return it in words."""
         patients = "patient" if self.labels == 1 else "patients"
         return (
-            f"{self.data}, {self.encoder}, {self.labels} labelled {patients}, {self.steps} steps, scored on "
-            f"{self.split} patients"
+            f"{self.data}, {self.encoder}, {self.labels} labelled {patients}, {self.steps} steps, "
+            f"scored on {self.split} patients"
         )
 
 
@@ -190,7 +191,7 @@ def settings_of(lines: Sequence[Line]) -> dict[Setting, list[Line]]:
 
 
 def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) -> list[Arm]:
-    """Return the arms of one setting. Where an arm was run with several values, each is an arm with those in its name."""
+    """Return the arms of one setting; an arm run with several values is one arm for each."""
     by_name: dict[str, dict[str, list[Line]]] = {}
     for line in lines:
         settings = json.dumps(line["settings"], sort_keys=True)
@@ -208,14 +209,14 @@ def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) ->
 
 
 def _differing(settings: Mapping[str, object], variants: Sequence[Mapping[str, object]]) -> str:
-    """Return the values in which an arm's variants differ, as ``(lr=0.01)``; "" where there is one variant."""
+    """Return the values in which an arm's variants differ, as ``(lr=0.01)``; "" for one variant."""
     keys = [key for key in settings if any(other.get(key) != settings[key] for other in variants)]
     values = ", ".join(f"{key}={settings[key]}" for key in keys)
     return f"({values})" if values else ""
 
 
 def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
-    """Yield the pairs to compare: every pretrained arm with scratch, and every autoregressive one with every masked one."""
+    """Yield the pairs to compare: pretrained with scratch, and autoregressive with masked."""
     for ours in arms:
         for theirs in arms:
             from_scratch = theirs.objective == SCRATCH and ours.objective != SCRATCH
@@ -225,7 +226,7 @@ def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
 
 
 def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: float) -> str:
-    """Return all results as Markdown: pretrainings, then for every setting its arms and their paired differences.
+    """Return all results as Markdown: pretrainings, then the arms of every setting.
 
     Args:
         data, split: show these only; None for all.
@@ -337,7 +338,7 @@ def _difference_rows(arms: Sequence[Arm], wanted: float) -> str:
 
 
 def scores_to_compare(ours: Arm, theirs: Arm) -> Iterator[tuple[str, ScoresOf]]:
-    """Yield the scores that two arms have in common: at earlier steps, at the end, and of surfaces."""
+    """Yield the scores that two arms share: at earlier steps, at the end, and of surfaces."""
     common = set.intersection(*(set(line["curve"]) for line in (*ours.lines, *theirs.lines)))
     for step in sorted(common, key=int):
         yield f"Dice at {step}", at_step(step)
