@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_autoreg.benchmark.split import Division, divide, ordered, subjects_by_name
+from nnunet_autoreg.benchmark.split import Division, divide, find_patients, ordered
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import Index, index_scans
@@ -244,7 +244,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
         )
 
     rows = sorted(index.usable, key=lambda row: row.case)
-    subject_of = subjects_by_name([row.case for row in rows])
+    subject_of = find_patients(folder, [row.case for row in rows]).patient_of
     pool_names = set(divide(subject_of).pool)
     pool_index = Index(tuple(row for row in rows if row.case in pool_names), index.ct_samples_hu)
     spacing_mm = fingerprint(pool_index).spacing_mm

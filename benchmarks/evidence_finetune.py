@@ -34,14 +34,15 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.benchmark.protocol import recipe_values as read_recipe
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import read_card, verify_weights
-from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable, to_jsonable
-from nnunet_autoreg.transfer.block import Recipe, check_recipe
-from nnunet_autoreg.transfer.families import decoder_first, is_cnn, recipe_values
-from nnunet_autoreg.transfer.load import Target, load_encoder
+from nnunet_autoreg.transfer.block import AutoregBlock, PlannedWeights, Recipe, check_block
+from nnunet_autoreg.transfer.decoder import transferred_keys
+from nnunet_autoreg.transfer.families import decoder_first, recipe_values
+from nnunet_autoreg.transfer.load import Target, WeightTable, load_encoder
+from nnunet_autoreg.transfer.network import build_network
 from nnunet_autoreg.transfer.recipe import (
     IterationRates,
     encoder_parameters,
@@ -124,37 +125,25 @@ class FinetuneJob:
         return self.crop_vox or SETS[self.data].crop_vox
 
 
-@dataclass(frozen=True)
-class Start:
-    """A network before its first step, with what is said of it.
-
-    Attributes:
-        share: of the parameters of the encoder that come from the weights; 0 from scratch.
-        sha256: of the weights; "" from scratch.
-    """
-
-    network: nn.Module
-    encoder: EncoderPlan
-    share: float
-    sha256: str
-
-
 class Training:
     """A fine-tuning on its device: network, recipe, rates, optimiser, loss and labelled scans."""
 
     def __init__(self, job: FinetuneJob, data: ResidentSet, work: Path, device: torch.device):
         self.job, self.device = job, device
         self.cases = labelled_patients(data, job.labels, job.draw)
+        self.block = block_of(job, data, work, len(self.cases))
+        self.recipe = self.block.recipe
         # Arms of one draw start from the same fresh weights, where they have any.
         torch.manual_seed(job.draw)
-        self.start = start_of(job, data, work)
-        self.network = self.start.network.to(device)
-        self.recipe = recipe_of(job, self.start.encoder, len(self.cases))
+        network = network_of(self.block, job.crop, data.num_classes)
+        self.table = load_weights(network, self.block, job.crop, data)
+        self.network = network.to(device)
+
         usual = self.recipe.scratch_rate if job.init == SCRATCH else self.recipe.pretrained_rate
         self.peak_rate = job.lr or usual
-
-        groups = parameter_groups(self.network, self.recipe)
-        groups = with_encoder_rate(groups, self.network, self.peak_rate, job.encoder_lr)
+        decoder_keys = transferred_keys(network, self.block)
+        groups = parameter_groups(network, self.recipe, decoder_keys)
+        groups = with_encoder_rate(groups, network, self.peak_rate, job.encoder_lr)
         self.optimizer = make_optimizer(groups, self.recipe, self.peak_rate)
         uses_weights = job.init != SCRATCH
         schedule = make_schedule(self.recipe, self.peak_rate, 1, job.steps, job.batch, uses_weights)
@@ -213,8 +202,8 @@ class Training:
             "classes": list(data.facts.classes),
             "peak_rate": self.peak_rate,
             "recipe": to_jsonable(self.recipe),
-            "loaded_share": round(self.start.share, 4),
-            "weights_sha256": self.start.sha256[:16],
+            "loaded_share": 0.0 if self.table is None else round(self.table.encoder_share, 4),
+            "loaded": [] if self.table is None else self.table.lines(),
         }
 
 
@@ -298,52 +287,65 @@ def described(job: FinetuneJob) -> str:
     return f"{job.data} {job.init}{seed}, {job.labels} labelled, draw {job.draw}"
 
 
-def start_of(job: FinetuneJob, data: ResidentSet, work: Path) -> Start:
-    """Return the network with random weights, or with the pretrained ones that the job names."""
-    arguments: dict[str, Any] = {}
+def block_of(job: FinetuneJob, data: ResidentSet, work: Path, num_cases: int) -> AutoregBlock:
+    """Return what the project plans for such a fine-tuning: encoder, weights and recipe.
+
+    Raises:
+        UsageError, PlanError: a value of the recipe that does not exist or is impossible, or a
+            pretraining that is not finished.
+    """
     if job.init == SCRATCH:
         size = suited_to(encoder_size(job.encoder), data.facts.spacing_mm)
         encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
+        weights = None
     else:
         assert job.pretraining_seed is not None, "every pretraining has a seed"
         file = weights_file(work, job.data, job.init, job.pretraining_seed)
         card = read_card(file.parent)
         encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
-    recipe = recipe_of(job, encoder, job.labels)
-    if is_cnn(encoder):
-        arguments["deep_supervision"] = recipe.deep_supervision
-    else:
-        arguments["drop_path_rate"] = recipe.drop_path_rate
-    network = build_network(
-        encoder.class_path, encoder.arguments, job.crop, 1, data.num_classes, **arguments
-    )
-    if job.init == SCRATCH:
-        return Start(network, encoder, 0.0, "")
+        weights = PlannedWeights(card.name, str(file), card.sha256, card.has_decoder)
 
-    verify_weights(file, card.sha256)
+    planned = {**recipe_values(encoder), "num_iterations_per_epoch": job.steps}
+    changed = read_recipe(job.recipe)
+    if job.optimizer:
+        changed["optimizer"] = job.optimizer
+    known = to_jsonable(Recipe(num_epochs=1, **planned))
+    recipe = from_jsonable(Recipe, {**known, **changed}, "--recipe")
+    block = AutoregBlock(encoder, weights, recipe)
+
+    # Whether the decoder learns alone at first follows from the rest, unless it is given.
+    if "decoder_first_fraction" not in changed:
+        is_pretrained, has_decoder = weights is not None, block.transfers_decoder
+        share, _ = decoder_first(encoder, num_cases, is_pretrained, "", has_decoder)
+        block = replace(block, recipe=replace(recipe, decoder_first_fraction=share))
+    return check_block(block, "--recipe")
+
+
+def network_of(block: AutoregBlock, crop_vox: Size, num_classes: int) -> nn.Module:
+    """Return the network with random weights."""
+    return build_network(
+        block, crop_vox, 1, num_classes, deep_supervision=block.recipe.deep_supervision
+    )
+
+
+def load_weights(
+    network: nn.Module, block: AutoregBlock, crop_vox: Size, data: ResidentSet
+) -> WeightTable | None:
+    """Copy the pretrained weights into the network as the recipe says; None from scratch."""
+    if block.weights is None:
+        return None
+    file = Path(block.weights.file)
+    verify_weights(file, block.weights.sha256)
     names = tuple(sorted({scan.channel for scan in data.facts.scans}))
-    target = Target(1, job.crop, names)
-    table = load_encoder(network, file, card, target, recipe.expected_encoder_share)
-    for line in table.lines():
-        log.info(line)
-    return Start(network, encoder, table.encoder_share, card.sha256)
-
-
-def recipe_of(job: FinetuneJob, encoder: EncoderPlan, num_cases: int) -> Recipe:
-    """Return the project's recipe for this encoder with the job's changes.
-
-    Raises:
-        UsageError, PlanError: a value that does not exist or is impossible.
-    """
-    recipe = Recipe(
-        num_epochs=1, **{**recipe_values(encoder), "num_iterations_per_epoch": job.steps}
+    recipe = block.recipe
+    return load_encoder(
+        network,
+        file,
+        read_card(file.parent),
+        Target(1, crop_vox, names),
+        recipe.expected_encoder_share,
+        recipe.transfer_decoder,
     )
-    share, _ = decoder_first(encoder, num_cases, job.init != SCRATCH, "")
-    recipe = replace(recipe, decoder_first_fraction=share)
-    changed = {**read_recipe(job.recipe), **({"optimizer": job.optimizer} if job.optimizer else {})}
-    made = from_jsonable(Recipe, {**to_jsonable(recipe), **changed}, "--recipe")
-    check_recipe(made, "--recipe")
-    return made
 
 
 def with_encoder_rate(

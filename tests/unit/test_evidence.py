@@ -26,6 +26,7 @@ from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.planning.pool import Pool
+from nnunet_autoreg.transfer.load import read_tensors
 
 CPU = torch.device("cpu")
 SHAPE = (20, 18, 24)
@@ -381,12 +382,34 @@ def test_both_trainings_in_miniature_leave_lines_that_a_table_compares(
     assert [found["command"] for found in journal.lines()] == ["pretrain", "finetune", "finetune"]
     scratch, ours = journal.lines()[1:]
     assert (scratch["loaded_share"], ours["loaded_share"]) == (0.0, 1.0)
+    assert (scratch["loaded"], len(ours["loaded"]) > 3) == ([], True)
     assert scratch["labelled"] == ours["labelled"] and len(ours["labelled"]) == 1
     patients = {data.subject_of[case] for case in data.division.development}
     assert set(ours["dice"]) == set(ours["surface"]) == set(ours["curve"]["1"]) == patients
     assert scratch["dice"] != ours["dice"]
     shown = evidence_table.table(journal.lines(), data="ixi", split=None, wanted=0.02)
     assert "| ar - scratch | Dice at 1 |" in shown and f"1 x 1 x {len(patients)}" in shown
+
+
+def test_the_decoder_starts_from_the_pretrained_one_unless_the_recipe_forbids(
+    tmp_path: Path, data: evidence_data.ResidentSet
+) -> None:
+    journal = Journal(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, journal, Deadline(None), CPU)
+    job = finetuning("ar", 0)
+    file = evidence_pretrain.weights_file(tmp_path, "ixi", "ar", 0)
+    key = "decoder.stages.2.convs.0.conv.weight"
+
+    with_decoder = evidence_finetune.Training(job, data, tmp_path, CPU)
+    without = replace(job, recipe=("transfer_decoder=false",))
+    encoder_alone = evidence_finetune.Training(without, data, tmp_path, CPU)
+
+    kernel = read_tensors(file)[key]
+    assert torch.equal(with_decoder.network.state_dict()[key], kernel)
+    assert not torch.equal(encoder_alone.network.state_dict()[key], kernel)
+    # Two labelled scans are very few: a random decoder learns alone at first.
+    assert with_decoder.recipe.decoder_first_fraction == 0.0
+    assert encoder_alone.recipe.decoder_first_fraction == 0.1
 
 
 def test_a_finetuning_in_slices_is_the_one_without(
