@@ -18,12 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from evidence_data import SETS, load_set, prepare, set_path
 from evidence_finetune import SCRATCH, FinetuneJob, finetune
 from evidence_lines import Deadline, Journal, circumstances
 from evidence_pretrain import PretrainJob, pretrain
+from evidence_probe import RANDOM, ProbeJob, probe
 from evidence_table import table
 
 from nnunet_autoreg.benchmark.split import SPLITS
@@ -86,11 +88,7 @@ def finetune_all(args: argparse.Namespace) -> None:
     They go draw by draw, so that whole comparisons are there early.
     """
     device, journal, deadline = torch.device(args.device), Journal(args.out), Deadline(args.minutes)
-    if args.score == TEST and not args.score_test_patients:
-        raise UsageError(
-            "--score test: the test patients are scored once, after every choice was made on "
-            "development patients; add --score-test-patients if this is that time"
-        )
+    check_split(args)
     data = load_set(args.work, args.data)
     jobs = list(finetune_jobs(args))
     for number, job in enumerate(jobs):
@@ -101,6 +99,42 @@ def finetune_all(args: argparse.Namespace) -> None:
                 len(jobs),
             )
             return
+
+
+def check_split(args: argparse.Namespace) -> None:
+    """Refuse to score the test patients by accident.
+
+    Raises:
+        UsageError: the flag that confirms it is missing.
+    """
+    if args.score == TEST and not args.score_test_patients:
+        raise UsageError(
+            "--score test: the test patients are scored once, after every choice was made on "
+            "development patients; add --score-test-patients if this is that time"
+        )
+
+
+def probe_all(args: argparse.Namespace) -> None:
+    """Probe the networks that have no line yet."""
+    device, journal, deadline = torch.device(args.device), Journal(args.out), Deadline(args.minutes)
+    check_split(args)
+    data = load_set(args.work, args.data)
+    for init in args.init:
+        for seed in (None,) if init == RANDOM else args.seeds:
+            if deadline.has_passed():
+                log.info("the time is up; type the same line again to go on")
+                return
+            job = ProbeJob(
+                data=args.data,
+                init=init,
+                pretraining_seed=seed,
+                encoder=args.encoder,
+                labels=tuple(args.labels),
+                num_draws=args.num_draws,
+                split=args.score,
+                voxels_per_class=args.voxels_per_class,
+            )
+            probe(job, data, args.work, journal, device)
 
 
 def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
@@ -135,118 +169,133 @@ def show_table(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    described = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=described)
     commands = p.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--work", type=Path, default=Path("evidence_work"), help="folder of prepared sets and runs"
-    )
-    common.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
+    add_prepare(commands)
+    add_pretrain(commands)
+    add_finetune(commands)
+    add_probe(commands)
+    add_table(commands)
+    return p
 
-    slices = argparse.ArgumentParser(add_help=False)
-    slices.add_argument("--minutes", type=positive, help="stop cleanly after so many minutes")
-    training = argparse.ArgumentParser(add_help=False)
-    training.add_argument("--data", choices=SETS, required=True)
-    training.add_argument(
-        "--encoder", default="resenc_tiny", help="name of an encoder (default: %(default)s)"
-    )
-    training.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="seeds of pretraining (default: 0)"
-    )
-    training.add_argument("--steps", type=whole, default=1000)
-    training.add_argument("--batch", type=whole, help="crops of a step (default: by the set)")
-    training.add_argument(
-        "--crop", type=crop, help="Z,Y,X voxels, e.g. 48,48,48 (default: by the set)"
-    )
-    training.add_argument("--device", choices=("cpu", "cuda", "mps"), default=None)
-    training.add_argument(
-        "--threads",
-        type=whole,
-        default=1,
-        help="on a CPU (default: 1, so that jobs run side by side)",
-    )
 
-    training.add_argument("--half", action="store_true", help="compute in bfloat16 also on a CPU")
+Commands = Any
+"""What argparse returns for subcommands."""
 
-    made = commands.add_parser(
-        "prepare", parents=[common, slices], help="preprocess datasets, once"
-    )
-    made.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net's raw datasets")
-    made.add_argument("--data", choices=SETS, nargs="+", default=list(SETS))
-    made.add_argument("--workers", type=whole, default=1, help="processes")
-    made.set_defaults(run=prepare_all)
 
-    pre = commands.add_parser(
-        "pretrain", parents=[common, slices, training], help="train encoders on the pool"
-    )
-    pre.add_argument(
-        "--arm",
-        required=True,
-        help="name of the arm, e.g. ar; one pretraining run per seed belongs to it",
-    )
-    pre.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
-    pre.add_argument(
+def add_prepare(commands: Commands) -> None:
+    """Add the command that preprocesses."""
+    p = commands.add_parser("prepare", help="preprocess datasets, once")
+    add_common(p, in_slices=True)
+    p.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net's raw datasets")
+    p.add_argument("--data", choices=SETS, nargs="+", default=list(SETS))
+    p.add_argument("--workers", type=whole, default=1, help="processes")
+    p.set_defaults(run=prepare_all)
+
+
+def add_pretrain(commands: Commands) -> None:
+    """Add the command that pretrains."""
+    p = commands.add_parser("pretrain", help="train encoders on the pool")
+    add_common(p, in_slices=True)
+    add_networks(p)
+    add_length(p)
+    p.add_argument("--arm", required=True, help="name of the arm; its runs differ in their seeds")
+    p.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
+    p.add_argument(
         "--set",
         dest="settings",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a value of the plan",
+        help="a value of the plan, e.g. optim.lr=3e-4",
     )
-    pre.set_defaults(run=pretrain_all)
+    p.set_defaults(run=pretrain_all)
 
-    fine = commands.add_parser(
-        "finetune", parents=[common, slices, training], help="fine-tune and score"
-    )
-    fine.add_argument(
-        "--init", nargs="+", default=[SCRATCH], help="arms to start from, and scratch"
-    )
-    fine.add_argument("--labels", type=whole, nargs="+", default=[5], help="labelled patients")
-    fine.add_argument(
-        "--draws", type=int, nargs="+", default=[0], help="draws of labelled patients"
-    )
-    fine.add_argument(
-        "--at",
-        type=whole,
-        nargs="*",
+
+def add_finetune(commands: Commands) -> None:
+    """Add the command that fine-tunes."""
+    p = commands.add_parser("finetune", help="fine-tune and score")
+    add_common(p, in_slices=True)
+    add_networks(p)
+    add_length(p)
+    add_scored(p)
+    p.add_argument("--init", nargs="+", default=[SCRATCH], help="arms to start from, and scratch")
+    p.add_argument("--draws", type=int, nargs="+", default=[0], help="draws of labelled patients")
+    p.add_argument("--at", type=whole, nargs="*", default=[], help="earlier steps to score after")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: by the recipe)")
+    p.add_argument("--lr", type=positive, help="peak rate (default: by the recipe)")
+    p.add_argument("--encoder-lr", type=positive, help="peak rate of the encoder (default: --lr)")
+    p.add_argument(
+        "--recipe",
+        action="append",
         default=[],
-        help="steps after which to score besides the last",
+        metavar="KEY=VALUE",
+        help="a value of the recipe, e.g. transfer_decoder=false",
     )
-    fine.add_argument(
-        "--score",
-        choices=SPLITS,
-        default=SPLITS[0],
-        help="patients to score (default: %(default)s)",
+    p.add_argument(
+        "--tolerance-mm", type=positive, help="of surface Dice (default: the finest spacing)"
     )
-    fine.add_argument("--score-test-patients", action="store_true", help="needed for --score test")
-    fine.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: by the recipe)")
-    fine.add_argument("--lr", type=positive, help="peak rate (default: by the recipe)")
-    fine.add_argument(
-        "--encoder-lr", type=positive, help="peak rate of the encoder (default: that of the rest)"
-    )
-    fine.add_argument(
-        "--recipe", action="append", default=[], metavar="KEY=VALUE", help="a value of the recipe"
-    )
-    fine.add_argument(
-        "--tolerance-mm",
-        type=positive,
-        help="of surface Dice (default: the finest spacing, one voxel)",
-    )
-    fine.set_defaults(run=finetune_all)
+    p.set_defaults(run=finetune_all)
 
-    shown = commands.add_parser("table", parents=[common], help="print the results as Markdown")
-    shown.add_argument("--data", choices=SETS, help="(default: all)")
-    shown.add_argument("--score", choices=SPLITS, help="(default: both)")
-    shown.add_argument(
-        "--wanted",
-        type=positive,
-        default=0.02,
-        help="difference that is to be shown (default: %(default)s)",
+
+def add_probe(commands: Commands) -> None:
+    """Add the command that probes frozen features."""
+    p = commands.add_parser("probe", help="score frozen features with a linear classifier")
+    add_common(p, in_slices=True)
+    add_networks(p)
+    add_scored(p)
+    p.add_argument("--init", nargs="+", default=[RANDOM], help="arms to probe, and random")
+    p.add_argument("--num-draws", type=whole, default=10, help="draws of labelled patients")
+    p.add_argument("--voxels-per-class", type=whole, default=100, help="of each labelled scan")
+    p.set_defaults(run=probe_all)
+
+
+def add_table(commands: Commands) -> None:
+    """Add the command that prints the results."""
+    p = commands.add_parser("table", help="print the results as Markdown")
+    add_common(p, in_slices=False)
+    p.add_argument("--data", choices=SETS, help="(default: all)")
+    p.add_argument("--score", choices=SPLITS, help="(default: both)")
+    p.add_argument(
+        "--wanted", type=positive, default=0.02, help="difference to show (default: %(default)s)"
     )
-    shown.set_defaults(run=show_table)
-    return p
+    p.set_defaults(run=show_table)
+
+
+def add_common(p: argparse.ArgumentParser, in_slices: bool) -> None:
+    """Add where things lie, and when to stop."""
+    work, out = Path("evidence_work"), RESULTS
+    p.add_argument("--work", type=Path, default=work, help="folder of prepared sets and runs")
+    p.add_argument("--out", type=Path, default=out, help="file of JSON lines")
+    if in_slices:
+        p.add_argument("--minutes", type=positive, help="stop cleanly after so many minutes")
+
+
+def add_networks(p: argparse.ArgumentParser) -> None:
+    """Add which set and network, and what computes."""
+    p.add_argument("--data", choices=SETS, required=True)
+    p.add_argument("--encoder", default="resenc_tiny", help="(default: %(default)s)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of pretraining (default: 0)")
+    p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(default: the best there is)")
+    p.add_argument(
+        "--threads", type=whole, default=1, help="on a CPU (default: 1: run jobs side by side)"
+    )
+
+
+def add_length(p: argparse.ArgumentParser) -> None:
+    """Add how long and on what a network is trained."""
+    p.add_argument("--steps", type=whole, default=1000)
+    p.add_argument("--batch", type=whole, help="crops of a step (default: by the set)")
+    p.add_argument("--crop", type=crop, help="Z,Y,X voxels, e.g. 48,48,48 (default: by the set)")
+    p.add_argument("--half", action="store_true", help="compute in bfloat16 also on a CPU")
+
+
+def add_scored(p: argparse.ArgumentParser) -> None:
+    """Add who is labelled and who is scored."""
+    p.add_argument("--labels", type=whole, nargs="+", default=[5], help="labelled patients")
+    p.add_argument("--score", choices=SPLITS, default=SPLITS[0], help="(default: %(default)s)")
+    p.add_argument("--score-test-patients", action="store_true", help="needed for --score test")
 
 
 def positive(text: str) -> float:

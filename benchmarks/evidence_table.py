@@ -242,7 +242,53 @@ def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: fl
             continue
         arms = arms_of(members, objectives)
         parts += [f"## {setting.title()}", _arm_rows(arms), _difference_rows(arms, wanted)]
+    parts += _probe_parts(lines, data, split, wanted)
     return "\n\n".join(part for part in parts if part) or "no results yet"
+
+
+def _probe_parts(
+    lines: Sequence[Line], data: str | None, split: str | None, wanted: float
+) -> list[str]:
+    """Return the titles and tables of the dense probes."""
+    groups: dict[tuple[str, str, str, int], list[Line]] = {}
+    for line in lines:
+        is_shown = data in (None, line["set"]) and split in (None, line.get("split"))
+        if line["command"] != "probe" or not is_shown:
+            continue
+        for result in line["results"]:
+            # One line for each draw, as of fine-tunings.
+            expanded = {**line, **result, "arm": f"{line['arm']}, {result['levels']}"}
+            key = (line["set"], line["encoder"], line["split"], result["labels"])
+            groups.setdefault(key, []).append(expanded)
+
+    parts = []
+    for (name, encoder, scored, labels), members in sorted(groups.items()):
+        title = f"{name}, {encoder}, dense probe, {labels} labelled patients, scored on {scored}"
+        parts += [f"## {title} patients", _probe_rows(members, wanted)]
+    return parts
+
+
+def _probe_rows(lines: Sequence[Line], wanted: float) -> str:
+    """Return the probes of one setting: their Dice, and the difference to random weights."""
+    header = ["arm", "probes", "Dice", "difference to random", "95 % bootstrap", "sd of a pair"]
+    by_arm: dict[str, list[Line]] = {}
+    for line in lines:
+        by_arm.setdefault(line["arm"], []).append(line)
+
+    rows = []
+    for arm, members in by_arm.items():
+        means = [np.mean(list(line["dice"].values())) for line in members]
+        levels = members[0]["levels"]
+        random = by_arm.get(f"random, {levels}", [])
+        difference = None
+        if random and members[0]["pretraining_seed"] is not None:
+            difference = paired(members, random, lambda line: line["dice"])
+        cells = ["-", "-", "-"]
+        if difference is not None:
+            found = compare(difference, wanted)
+            cells = [f"{found.mean:+.4f}", _interval(found.bootstrap), f"{found.sd:.4f}"]
+        rows.append([arm, len(members), f"{np.mean(means):.4f}", *cells])
+    return markdown(header, rows)
 
 
 def _pretraining_rows(lines: Sequence[Line]) -> str:

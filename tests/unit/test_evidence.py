@@ -1,4 +1,4 @@
-"""The evidence harness: nested labels, paired statistics, resuming, and its two trainings in miniature."""
+"""The evidence harness: labels, statistics, slices, and its trainings in miniature."""
 
 import json
 import math
@@ -17,6 +17,7 @@ import evidence_augment
 import evidence_data
 import evidence_finetune
 import evidence_pretrain
+import evidence_probe
 import evidence_score
 import evidence_table
 from evidence_lines import Deadline, Journal
@@ -425,6 +426,27 @@ def test_a_finetuning_in_slices_is_the_one_without(
     (first,), (second,) = whole.lines(), sliced.lines()
     assert first["dice"] == second["dice"] and first["curve"] == second["curve"]
     assert not list((tmp_path / "b" / "finetuning").iterdir())
+
+
+def test_a_probe_is_of_the_same_draws_and_done_once(
+    tmp_path: Path, data: evidence_data.ResidentSet
+) -> None:
+    journal = Journal(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, journal, Deadline(None), CPU)
+    for init, seed in (("random", None), ("ar", 0), ("ar", 0)):
+        job = evidence_probe.ProbeJob(
+            "ixi", init, seed, "resenc_tiny", (1,), 2, "development", voxels_per_class=20
+        )
+        evidence_probe.probe(job, data, tmp_path, journal, CPU)
+
+    _, random, ours = journal.lines()
+    assert random["command"] == ours["command"] == "probe"
+    keys = {(result["labels"], result["draw"]) for result in ours["results"]}
+    assert keys == {(1, 0), (1, 1)} and len(journal.lines()) == 3
+    patients = {data.subject_of[case] for case in data.division.development}
+    assert all(set(result["dice"]) == patients for result in ours["results"])
+    shown = evidence_table.table(journal.lines(), data=None, split=None, wanted=0.02)
+    assert "| ar, encoder + decoder | 2 |" in shown
 
 
 def test_the_encoder_rate_changes_the_encoder_alone(data: evidence_data.ResidentSet) -> None:
