@@ -1,7 +1,17 @@
 """Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the way out."""
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import family_of, has_start, has_transformer, missing_arguments, smallest_block, token_size_of
+from nnunet_autoreg.families import (
+    PRIMUS,
+    PRIMUS_V2,
+    PRIMUS_V3,
+    family_of,
+    has_start,
+    has_transformer,
+    missing_arguments,
+    smallest_block,
+    token_size_of,
+)
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.plan import (
     HEADS,
@@ -109,6 +119,25 @@ def _check_encoder(encoder: EncoderPlan) -> None:
         raise PlanError(
             f"encoder.token_size_vox={list(encoder.token_size_vox)} has to equal {stated}, the token size that encoder.arguments state"
         )
+    _check_token(encoder, stated)
+
+
+def _check_token(encoder: EncoderPlan, token: list[int]) -> None:
+    """Refuse tokens that the downstream network could not turn back into voxels."""
+    family = family_of(encoder.class_path)
+    # Its decoder doubles the grid step by step, along each axis as often as the token can be halved.
+    if family == PRIMUS and (max(token) < 2 or any(side < 1 or side & (side - 1) for side in token)):
+        raise PlanError(
+            f"encoder.arguments.patch_embed_size={token}: {encoder.name} doubles its grid until it has voxels, so each side has to be "
+            "1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 or 1,8,8, and encoder.token_size_vox likewise"
+        )
+    if family in (PRIMUS_V2, PRIMUS_V3):
+        halved = 2 ** len(encoder.arguments.get("depth_per_level", (1, 1, 1)))
+        if token != [halved] * 3:
+            raise PlanError(
+                f"encoder.arguments.patch_embed_size={token}: the convolutions of {encoder.name} make tokens of {halved}^3 voxels and no "
+                "others; use --encoder primus_* for other tokens"
+            )
 
 
 def _check_numbers(plan: Plan) -> None:

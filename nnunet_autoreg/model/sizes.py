@@ -45,6 +45,11 @@ class EncoderSize:
     patch_gib: float | None = None
 
     @property
+    def max_tokens(self) -> int:
+        """Most tokens of a crop or patch: a transformer's cost grows with them, however small they are."""
+        return self.max_crop_vox // 8**3
+
+    @property
     def is_tiny(self) -> bool:
         """Whether this size is meant for CPUs and very small images."""
         return self.name.endswith("_tiny")

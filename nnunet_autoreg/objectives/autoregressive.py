@@ -151,11 +151,12 @@ class Autoregressive:
         weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[:, :, None] & real_BTP).float()
         if batch.scored is not None:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
+        shown = batch
         if batch.corruption is not None:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
-            asked = replace(asked, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
+            shown = replace(batch, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
         output_weight_BTO = output_weight(settings, weight_BTP)
-        predicted_BTO = self.model(batch, valid_BT).float()
+        predicted_BTO = self.model(shown, valid_BT).float()
         trivial = {}
         if references:
             previous_BTO = self.model.shift(target_BTO, block_order(batch.ranks))

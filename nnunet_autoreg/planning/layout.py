@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nnunet_autoreg.families import has_transformer, is_convolutional, smallest_block
+from nnunet_autoreg.families import PRIMUS, has_transformer, is_convolutional, smallest_block
 from nnunet_autoreg.geometry import Size, as_size, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.planning.pool import MOSTLY_PADDING, Hardware, MemoryOf, Pool, real_share, times
@@ -87,14 +87,19 @@ class Layout:
 def choose_layout(encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf) -> Layout:
     """The largest crop that suits the median scan and of which one fits into the memory, in blocks that suit the encoder.
 
-    A linear tokenizer takes whole tokens, rounded up, and blocks of one. Convolutions take larger blocks, and crops to the nearest
-    whole block; where that makes fewer than 8 blocks, the smallest blocks that their norms allow, and at last crops rounded up.
+    A linear tokenizer takes whole blocks, rounded up: of one token, or of several small ones. Convolutions take larger blocks, and
+    crops to the nearest whole block; where that makes fewer than 8 blocks, the smallest blocks that their norms allow, and at last
+    crops rounded up.
     """
     if not has_transformer(encoder.family):
         return _layout_of_cnn(encoder, hardware, pool, memory_of)
     if not is_convolutional(encoder.family):
         crop, why = choose_crop(encoder, encoder.block_tokens, False, hardware, pool, memory_of)
-        return Layout(crop, encoder.block_tokens, why, "linear tokens: one of them is a block")
+        block = encoder.block_tokens
+        why_block = "linear tokens: one of them is a block"
+        if volume(block) > 1:
+            why_block = f"linear tokens: {times(block)} of them are a block of {times(side_of(encoder, block))} voxels"
+        return Layout(crop, block, why, why_block)
     smallest = smallest_block(encoder.family, encoder.token_size)
     ways = ((_fitting_block(encoder, smallest, pool), True), (smallest, True), (smallest, False))
     for block, nearest in ways:
@@ -143,6 +148,9 @@ def choose_crop(
     """The largest crop of whole blocks that suits the median scan and of which one fits into the memory, if need be with activations
     checkpointed; a part of the scan where all of it would fit. And the reason."""
     limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), side_of(encoder, block_tokens)
+    if encoder.family == PRIMUS:
+        # Small tokens make small crops: a step costs no more than with tokens of 8^3 voxels.
+        limit = min(limit, min(encoder.max_tokens, MAX_PRETRAIN_VOX // 8**3) * volume(encoder.token_size))
     max_vox = limit
     while True:
         crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, side, max_vox, round_to_nearest)

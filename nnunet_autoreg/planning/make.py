@@ -14,6 +14,7 @@ from nnunet_autoreg.planning.encoder import choose_encoder, choose_objective, ch
 from nnunet_autoreg.planning.layout import choose_layout
 from nnunet_autoreg.planning.length import choose_compile, choose_length, with_length
 from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, MemoryOf, Pool, Wishes, real_share, real_voxels, times
+from nnunet_autoreg.planning.tokens import with_tokens
 
 BATCH_GPU, BATCH_ELSEWHERE = 32, 8
 SPATIAL_SHARE, MAX_ROTATION_DEG, ZOOM = 0.2, 30.0, (0.7, 1.4)
@@ -109,6 +110,7 @@ def make_plan(
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
+    encoder, why_token = with_tokens(encoder, pool.spacing_mm, pool.median_shape_vox, wishes.token_size_vox)
     memory_of = _remembered(memory_of)
     layout = choose_layout(encoder, hardware, pool, memory_of)
     crop = layout.crop
@@ -145,6 +147,7 @@ def make_plan(
             **why_data,
             "encoder.name": why_encoder,
             **_reasons_of_cnn(encoder),
+            **({"encoder.token_size_vox": why_token} if why_token else {}),
             **why_objective,
             "sequence.crop_size_vox": layout.why_crop,
             "sequence.block_tokens": layout.why_block,

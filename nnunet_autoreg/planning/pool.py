@@ -51,6 +51,7 @@ class Wishes:
     """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
 
     Attributes:
+        token_size_vox: of the weights that training starts from; None is planned.
         single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset faithful``).
     """
 
@@ -60,6 +61,7 @@ class Wishes:
     num_epochs: float | None = None
     num_hours: float | None = None
     single_tokens: bool = False
+    token_size_vox: Size | None = None
 
 
 def pool_of(fingerprint: Fingerprint) -> Pool:

@@ -373,9 +373,11 @@ def wishes_of(request: Request) -> Wishes:
     """What the user fixed: the encoder of ``--init``'s weights where none is named; a preset's batch too, since the length in steps follows
     from it, and what it asks of the encoder."""
     is_faithful = request.preset == "faithful"
-    encoder = read_card(Path(request.init).parent).encoder if request.init and request.encoder == "auto" else request.encoder
+    card = read_card(Path(request.init).parent) if request.init else None
+    encoder = card.encoder if card is not None and request.encoder == "auto" else request.encoder
+    token = card.token_size_vox if card is not None and card.encoder == encoder else None
     batch = request.batch_size or (PAPER_BATCH if is_faithful else None)
-    return Wishes(encoder, batch, request.num_steps, request.num_epochs, request.num_hours, single_tokens=is_faithful)
+    return Wishes(encoder, batch, request.num_steps, request.num_epochs, request.num_hours, is_faithful, token)
 
 
 def licences(rows: Sequence[ScanRow]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.planning.encoder import choose_encoder
 from nnunet_autoreg.planning.layout import plan_crop
 from nnunet_autoreg.planning.pool import Hardware, Pool
+from nnunet_autoreg.planning.tokens import with_tokens
 from nnunet_autoreg.records import to_jsonable
 from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock, PlannedWeights, Recipe, check_block
 from nnunet_autoreg.transfer.channels import map_channels
@@ -29,6 +30,9 @@ FEW_CASES, EPOCHS_FEW, EPOCHS_MANY = 50, 150, 300
 MIN_BATCH = 2
 MAX_BATCH_TINY = 8
 DEFAULT_MAX_VOX = 160**3
+MAX_TOKENS = DEFAULT_MAX_VOX // 8**3
+MAX_TOKENS_TINY = 2048
+"""Most tokens of a patch, however small they are; those of a tiny encoder are enough for a whole scan of Hippocampus in tokens of 4^3."""
 SPATIAL_AXES = 3
 
 
@@ -98,7 +102,7 @@ def _planned_encoder(card: EncoderCard | None, task: Task, budget: Budget) -> tu
         ct_window=None,
     )
     name, reason = choose_encoder("auto", Hardware("cuda", budget.gib), pool)
-    size = encoder_size(name)
+    size, _ = with_tokens(encoder_size(name), task.spacing_mm, task.median_shape_vox)
     return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size), reason
 
 
@@ -154,6 +158,7 @@ def _largest_patch(
     """The wanted patch, shrunk until a batch of two fits (memory is close to proportional to the patch's voxels)."""
     size = ENCODERS.get(encoder.name)
     max_vox = size.max_crop_vox if size and (is_capped or not size.is_tiny) else DEFAULT_MAX_VOX
+    max_vox = min(max_vox, (MAX_TOKENS_TINY if is_capped else MAX_TOKENS) * volume(encoder.token_size_vox))
     while True:
         patch = plan_crop(task.median_shape_vox, task.spacing_mm, encoder.token_size_vox, max_vox)
         memory = memory_of(patch)

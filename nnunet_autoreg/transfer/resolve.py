@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_autoreg.errors import PlanError, WeightsError, did_you_mean
+from nnunet_autoreg.families import PRIMUS, family_of
 from nnunet_autoreg.geometry import Spacing, spacing_ratio
 from nnunet_autoreg.model.card import (
     CARD_NAME,
@@ -17,6 +18,7 @@ from nnunet_autoreg.model.card import (
     read_card,
     verify_weights,
 )
+from nnunet_autoreg.planning.tokens import objection_to_flat_tokens
 from nnunet_autoreg.transfer.block import PlannedWeights, check_class
 from nnunet_autoreg.transfer.channels import map_channels
 
@@ -79,7 +81,7 @@ def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -
     file = locate(results, setting)
     card = read_card(file.parent)
     verify_weights(file, card.sha256)
-    impossible = _objection_to_network(card) or _objection_to_channels(card, dataset)
+    impossible = _objection_to_network(card) or _objection_to_channels(card, dataset) or _objection_to_tokens(card, dataset)
     if impossible:
         raise WeightsError(f"{VARIABLE}={setting} cannot be used for {dataset.name}: {impossible}")
     doubts = (_objection_to_modality(card, dataset), _objection_to_spacing(card, dataset))
@@ -160,6 +162,7 @@ def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | No
         or _objection_to_modality(card, dataset)
         or _objection_to_channels(card, dataset)
         or _objection_to_spacing(card, dataset)
+        or _objection_to_tokens(card, dataset)
     )
     if found:
         return found
@@ -213,6 +216,12 @@ def _objection_to_spacing(card: EncoderCard, dataset: DatasetTraits) -> str | No
         f"its spacing {_mm(nearest)} is a factor of {ratio:.1f} from the target spacing {_mm(dataset.spacing_mm)}; "
         f"beyond {MAX_SPACING_RATIO:g} pretraining may harm"
     )
+
+
+def _objection_to_tokens(card: EncoderCard, dataset: DatasetTraits) -> str | None:
+    if family_of(card.class_path) != PRIMUS:
+        return None
+    return objection_to_flat_tokens(card.token_size_vox, dataset.spacing_mm)
 
 
 def _mm(spacing: Sequence[float]) -> str:

@@ -284,7 +284,9 @@ def test_the_length_counts_epochs_over_real_voxels() -> None:
     assert choose_length(replace(POOL, total_vox=1000), step)[0] == 1000
     assert choose_length(replace(POOL, total_vox=10**12), step)[0] == 100_000
     # The plan's crops of 24 x 40 x 24 lie inside the scan: 65.1 steps an epoch.
-    assert plan_for().optim.num_steps == 19531 and plan_for(num_epochs=10).optim.num_steps == 651
+    usual = {"token_size_vox": (8, 8, 8)}
+    assert plan_for(**usual).optim.num_steps == 19531
+    assert plan_for(num_epochs=10, **usual).optim.num_steps == 651
 
 
 def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> None:
@@ -386,7 +388,12 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
 def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
     plan, (hardware, _) = check(golden_plan(name)), POOLS[name]
     assert volume(plan.sequence.crop_size_vox) <= 128**3
-    encoder = suited_to(encoder_size(plan.encoder.name), plan.data.spacing_mm)
+    encoder = replace(
+        suited_to(encoder_size(plan.encoder.name), plan.data.spacing_mm),
+        arguments=plan.encoder.arguments,
+        token_size=plan.encoder.token_size_vox,
+        block_tokens=plan.sequence.block_tokens,
+    )
     fixed, per_crop = memory(encoder, plan.sequence.crop_size_vox, plan.optim.checkpoint_activations, hardware.device == "cuda")
     assert plan.optim.micro_batch_size is not None
     assert fixed + plan.optim.micro_batch_size * per_crop <= hardware.usable_bytes
