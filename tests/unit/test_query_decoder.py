@@ -17,6 +17,7 @@ from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sequences.blocks import block_ids
+from nnunet_autoreg.sequences.corruption import Corruption, stacked
 from nnunet_autoreg.sequences.sample import Batch
 
 CROP, TOKEN, BLOCK = (8, 16, 16), (4, 4, 4), (2, 2, 2)
@@ -240,3 +241,24 @@ def test_padded_visible_tokens_are_no_keys_of_the_masked_twin() -> None:
 
     assert torch.equal(before, after)
     assert bool(before.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "masked"])
+def test_corruption_reaches_the_encoder_through_what_is_given_alone(name: str) -> None:
+    torch.manual_seed(0)
+    objective = build_objective(make_plan(replace(NEW, name=name), **MASKED))
+    assert isinstance(objective, Autoregressive)
+    batch = make_batch(2)
+    strong = stacked([Corruption(gamma=1.5, contrast=0.7, noise=0.5, seed=n) for n in range(2)])
+    seen: list[Tensor] = []
+    hook = objective.model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    clean = objective.loss(batch, references=True)
+    dirty = objective.loss(replace(batch, corruption=strong.with_noise(batch.voxels)), references=True)
+    hook.remove()
+
+    changed = (seen[0] != seen[1]).float().mean()
+    assert float(changed) == pytest.approx(1.0 if name == "masked" else 0.5, abs=0.01)
+    assert float(clean.total.detach()) != float(dirty.total.detach())
+    # The targets are those of the clean voxels.
+    assert float(clean.references["mean"]) == float(dirty.references["mean"])
