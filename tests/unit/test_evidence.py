@@ -392,6 +392,33 @@ def test_both_trainings_in_miniature_leave_lines_that_a_table_compares(
     assert "| ar - scratch | Dice at 1 |" in shown and f"1 x 1 x {len(patients)}" in shown
 
 
+def test_a_transformer_is_trained_and_scores_scans_by_patches(
+    tmp_path: Path, data: evidence_data.ResidentSet
+) -> None:
+    journal = Journal(tmp_path / "lines.jsonl")
+    before = replace(pretraining(steps=1), encoder="primus_tiny", objective="masked")
+    after = replace(finetuning("ar", 0, steps=1), encoder="primus_tiny")
+
+    assert evidence_pretrain.pretrain(before, data, tmp_path, journal, Deadline(None), CPU)
+    assert evidence_finetune.finetune(after, data, tmp_path, journal, Deadline(None), CPU)
+
+    trained, scored = journal.lines()
+    assert trained["objective"] == "masked" and scored["loaded_share"] == 1.0
+    assert 0 <= scored["dice_mean"] <= 1
+
+
+def test_patches_that_overlap_make_up_the_whole_scan() -> None:
+    class Threshold(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.cat([0.5 - image, image - 0.5], dim=1)
+
+    image = torch.rand(1, 1, 9, 12, 7)
+
+    found = evidence_score.segment(Threshold(), image, (8, 8, 8), num_classes=2)
+
+    assert (found == (image[0, 0] > 0.5).numpy()).all()
+
+
 def test_the_decoder_starts_from_the_pretrained_one_unless_the_recipe_forbids(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
