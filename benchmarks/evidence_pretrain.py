@@ -191,24 +191,20 @@ def pretrain(
             save()
             saved = time.monotonic()
 
-    duration = clock.read()
+    spent = clock.read()
     save()
     licences = {data.facts.dataset: data.facts.licence}
     export_encoder(folder, plan, objective, data.pool_rows(), licences)
     sample = batches[0]
     assert isinstance(sample, Batch), "the first batch was drawn before"
-    journal.append(
-        {
-            **identity,
-            **_sizes(plan, data),
-            "flops_per_step": flops_per_step(plan, train_step, sample, device),
-            **duration,
-            "skipped_steps": train_step.guard.tally().skipped,
-            "loss": notes["curve"],
-            "parameters": sum(p.numel() for p in objective.module.parameters()),
-            **circumstances(device),
-        }
-    )
+    costs = {
+        "flops_per_step": flops_per_step(plan, train_step, sample, device),
+        **spent,
+        "skipped_steps": train_step.guard.tally().skipped,
+        "loss": notes["curve"],
+        "parameters": sum(p.numel() for p in objective.module.parameters()),
+    }
+    journal.append({**identity, **_sizes(plan, data), **costs, **circumstances(device)})
     return True
 
 
