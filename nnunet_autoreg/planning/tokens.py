@@ -82,7 +82,7 @@ def _flat_side(coarseness: float) -> int:
     """
     if coarseness <= THICK_SLICES:
         return USUAL_SIDE
-    return max(1, 2 ** round(math.log2(USUAL_SIDE / coarseness)))
+    return 1 << max(0, round(math.log2(USUAL_SIDE / coarseness)))
 
 
 def _resized(encoder: EncoderSize, token: Size, block_tokens: Size) -> EncoderSize:
