@@ -395,5 +395,6 @@ def value_at(plan: Plan, key: str) -> object:
     """The value of a dotted key of the plan."""
     node: object = plan
     for part in key.split("."):
-        node = getattr(node, part)
+        # Arguments of an encoder, and weights of sequences, are keys of a dict.
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
     return node

@@ -18,6 +18,7 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
 from nnunet_autoreg.planning.tokens import objection_to_flat_tokens, with_tokens
+from nnunet_autoreg.pretrain.run import value_at
 from nnunet_autoreg.transfer.plans import Budget, Task, fit_configuration, make_block
 from nnunet_autoreg.transfer.resolve import Choice, DatasetTraits, choose_weights
 
@@ -74,7 +75,11 @@ def test_a_token_that_is_set_by_hand_has_to_be_set_in_both_places() -> None:
     plan = plan_for(*CT, "primus_tiny", CPU)
     both = ["encoder.arguments.patch_embed_size=4,4,4", "encoder.token_size_vox=4,4,4"]
 
-    assert check(override(plan, both)).encoder.token_size_vox == (4, 4, 4)
+    changed = check(override(plan, both))
+
+    assert changed.encoder.token_size_vox == (4, 4, 4)
+    # What a run prints for each reason.
+    assert value_at(changed, "encoder.arguments.patch_embed_size") == [4, 4, 4]
     with pytest.raises(PlanError):
         check(override(plan, both[:1]))
 
