@@ -246,7 +246,8 @@ def pretrain(setting: Setting, encoder: str) -> Iterator[Line]:
 
     seconds = started.finish()
     last, plan = work.last_values(name), json.loads((work.folder(name) / "plan.json").read_text())
-    shown = {key: last.get(key) for key in ("train_error", "step_time", "peak_memory", "share_of_peak")}
+    names = ("train_error", "step_time", "data_wait", "peak_memory", "share_of_peak")
+    shown = {key: last.get(key) for key in names}
     yield {
         "part": "pretrain",
         "encoder": encoder,
@@ -342,7 +343,15 @@ def chain(setting: Setting) -> Iterator[Line]:
     seconds = work.start(*work.pretraining("chain", TRANSFORMER, *length)).finish()
 
     plan, last = json.loads((work.folder("chain") / "plan.json").read_text()), work.last_values("chain")
-    shown = ("heldout_error", "heldout_mean", "step_time", "tokens_per_second", "share_of_peak", "peak_memory")
+    shown = (
+        "heldout_error",
+        "heldout_mean",
+        "step_time",
+        "data_wait",
+        "tokens_per_second",
+        "share_of_peak",
+        "peak_memory",
+    )
     yield {
         "part": "chain",
         "what": "pretraining",

@@ -203,6 +203,9 @@ class RunPlan:
         compile: compile the transformer's layers on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
         flex_attention: compiled layers use FlexAttention on a GPU; false for torch's own attention with a dense mask.
         peak_memory_gib: measured in a dry step, once, before the first; None until then.
+        dry_step_seconds: of an optimiser step of the whole batch on one device, without loading, measured in the same dry step. Unlike
+            ``seconds_per_step`` it decides no length: together with ``loader_seconds_per_crop`` it decides how many processes load.
+        loader_seconds_per_crop: in which one process draws and collates a crop, measured beside the dry step.
         sharding: of parameters, gradients and moments over processes that train together: "none" - each holds all (DDP); "full" - each
             holds a part (FSDP2); "auto" - "full" where they would not leave a GPU room for activations. It changes no loss.
     """
@@ -221,6 +224,8 @@ class RunPlan:
     compile: bool = True
     peak_memory_gib: float | None = None
     flex_attention: bool = True
+    dry_step_seconds: float | None = None
+    loader_seconds_per_crop: float | None = None
 
 
 @dataclass(frozen=True)

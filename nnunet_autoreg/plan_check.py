@@ -143,7 +143,8 @@ def _check_token(encoder: EncoderPlan, token: list[int]) -> None:
 def _check_numbers(plan: Plan) -> None:
     o, run = plan.optim, plan.run
     optional = {"optim.micro_batch_size": o.micro_batch_size, "run.seconds_per_step": run.seconds_per_step,
-                "run.peak_memory_gib": run.peak_memory_gib}
+                "run.peak_memory_gib": run.peak_memory_gib, "run.dry_step_seconds": run.dry_step_seconds,
+                "run.loader_seconds_per_crop": run.loader_seconds_per_crop}
     positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
                 "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
                 "run.spike_sigmas": run.spike_sigmas, "run.max_bad_steps": run.max_bad_steps,

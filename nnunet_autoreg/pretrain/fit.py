@@ -24,6 +24,7 @@ from nnunet_autoreg.pretrain.compiled import (
     is_out_of_memory,
 )
 from nnunet_autoreg.pretrain.display import peak_memory_gib
+from nnunet_autoreg.pretrain.loading import seconds_per_crop
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.machine import computes_in_half, plan_memory
 from nnunet_autoreg.sequences.kinds import wanted
@@ -77,9 +78,9 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
         log.warning("%s has no bf16: everything is computed in float32, which takes longer and more memory",
                     torch.cuda.get_device_name(device))
     while True:
-        failed, seconds = _try(trainer_of, plan)
+        failed, seconds, crop_seconds = _try(trainer_of, plan)
         if failed is None:
-            plan = _measured(plan, device, seconds)
+            plan = _measured(plan, device, seconds, crop_seconds)
             free()
             return plan
         plan, told = without_compiling(plan, failed) if cannot_compile(failed) else smaller(plan)
@@ -99,14 +100,17 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan) -> tuple[Exception | None, float]:
-    """What went wrong in a dry step, if it was memory or compiling, and the seconds of a whole step."""
+def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan) -> tuple[Exception | None, float, float]:
+    """What went wrong in a dry step, if it was memory or compiling; the seconds of a whole step, and those of loading one crop."""
     try:
-        return None, dry_step(trainer_of(plan))
+        trainer = trainer_of(plan)
+        seconds = dry_step(trainer)
+        crop_seconds = seconds_per_crop(trainer.batches, _one_of_each_kind(trainer), plan.sequence.weights)
+        return None, seconds, crop_seconds
     except (RuntimeError, MemoryError) as error:
         if not (is_out_of_memory(error) or cannot_compile(error)):
             raise
-        return error.with_traceback(None), 0.0
+        return error.with_traceback(None), 0.0, 0.0
 
 
 def dry_step(trainer: Trainer) -> float:
@@ -203,7 +207,7 @@ def without_compiling(plan: Plan, error: BaseException) -> tuple[Plan, str]:
     return _changed(replace(plan, run=replace(plan.run, compile=False)), "run.compile", told), told
 
 
-def _measured(plan: Plan, device: torch.device, seconds: float) -> Plan:
+def _measured(plan: Plan, device: torch.device, seconds: float, crop_seconds: float) -> Plan:
     peak = peak_memory_gib(device)
     optim = plan.optim
     micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
@@ -212,7 +216,13 @@ def _measured(plan: Plan, device: torch.device, seconds: float) -> Plan:
     log.info("dry step: %.3g s a step, so about %.3g h for %d steps; %.2f GiB at its peak, %.2f were estimated%s", seconds,
              seconds * optim.num_steps / 3600, optim.num_steps, peak, estimated,
              "" if device.type == "cuda" else " for the step alone (the peak is the whole process')")
-    return replace(plan, run=replace(plan.run, peak_memory_gib=round(peak, 3)))
+    run = replace(
+        plan.run,
+        peak_memory_gib=round(peak, 3),
+        dry_step_seconds=float(f"{seconds:.4g}"),
+        loader_seconds_per_crop=float(f"{crop_seconds:.4g}"),
+    )
+    return replace(plan, run=run)
 
 
 def _changed(plan: Plan, key: str, why: str) -> Plan:

@@ -11,14 +11,13 @@ import torch
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_spread, usable
+from nnunet_autoreg.pretrain.loading import choose_loaders
 from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.pretrain.machine import usable_cores
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.start import start_from
 from nnunet_autoreg.report.slices import Picture, held_out_pictures
 from nnunet_autoreg.sequences.material import Material
-
-MOST_LOADERS = 8
-"""Loader processes for one GPU; a loader makes whole batches, and more than this would only fill memory with them."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,9 @@ def trainer_of(job: Job, world: World = ALONE, local_rank: int = 0) -> Trainer:
     objective = build_objective(plan)
     if job.is_new:
         start_from(objective.network, plan)
+    num_loaders, _ = choose_loaders(plan, job.device, job.num_local)
     trainer = Trainer(plan, job.folder, objective, job.training, job.heldout, device_of(job.device, local_rank, world),
-                      num_loaders(job.device, job.num_local), job.probe, world)
+                      num_loaders, job.probe, world)
     if not world.is_main:
         torch.manual_seed(plan.run.seed + world.rank)
     return trainer
@@ -58,14 +58,6 @@ def trainer_of(job: Job, world: World = ALONE, local_rank: int = 0) -> Trainer:
 def device_of(device: str, local_rank: int, world: World = ALONE) -> torch.device:
     """This process's own device; alone it is the current one."""
     return torch.device(device, local_rank) if device == "cuda" and world.size > 1 else torch.device(device)
-
-
-def num_loaders(device: str, num_local: int = 1) -> int:
-    """Processes that prepare batches for one that trains: its share of the cores, less its own; none where the CPU itself trains."""
-    if device != "cuda":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MOST_LOADERS, cores // num_local - 1))
 
 
 def is_shared_out(job: Job, num_processes: int) -> bool:
@@ -78,8 +70,7 @@ def is_shared_out(job: Job, num_processes: int) -> bool:
 def share_cores(num_local: int) -> None:
     """Have this process compute on its share of the cores, unless the user chose."""
     if num_local > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // num_local))
+        torch.set_num_threads(max(1, usable_cores() // num_local))
 
 
 def measured(job: Job, world: World, local_rank: int, write: Callable[[Plan, float], Plan] | None) -> Job:

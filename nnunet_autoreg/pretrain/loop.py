@@ -21,6 +21,7 @@ from nnunet_autoreg.pretrain.display import gauges, postfix
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_lost_peer, is_spread, usable
 from nnunet_autoreg.pretrain.guard import Tally, in_words
 from nnunet_autoreg.pretrain.health import complaints
+from nnunet_autoreg.pretrain.loading import DataWait
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.signals import InterruptedRunError, stops_noted
@@ -70,6 +71,8 @@ class Trainer:
         self.batches = StepBatches(objective.sampler, training, self.train_step.numbers)
         self.after_checkpoint: Callable[[], object] = lambda: None
         self.num_workers = num_workers
+        dry_step = plan.run.dry_step_seconds
+        self.data_wait = DataWait(device.type, num_workers, None if dry_step is None else dry_step / world.size)
         self.tally = self.guard.tally()
         self.progress = Progress()
         self.latest_is_scheduled = False
@@ -95,15 +98,17 @@ class Trainer:
             closing(loaded) as prepared,
         ):
             clock = time.monotonic()
-            for step, batch in zip(steps, prepared, strict=True):
+            for step, batch in zip(steps, self.data_wait.timed(prepared), strict=True):
                 loss, norm = self.train_step(step, batch)
                 self.progress.step = step + 1
                 bar.update()
                 if self._due(self.plan.run.log_every):
                     self._heed_guard(step, metrics)
                     error = float(loss)
-                    seconds = (time.monotonic() - clock) / self.plan.run.log_every
+                    elapsed = time.monotonic() - clock
+                    seconds = elapsed / self.plan.run.log_every
                     self._log(metrics, step, error, float(norm), seconds)
+                    self._log_wait(metrics, step, elapsed, seconds)
                     bar.set_postfix(postfix(error, self.gauges.read(seconds)))
                     clock = time.monotonic()
                 paused = time.monotonic()
@@ -154,6 +159,16 @@ class Trainer:
         metrics.log(step, "step_time", seconds, "s")
         for name, (value, unit) in self.gauges.read(seconds).items():
             metrics.log(step, name, value, unit)
+
+    def _log_wait(self, metrics: MetricsFile, step: int, elapsed: float, seconds: float) -> None:
+        """Log which share of the ``elapsed`` seconds went into waiting for data; warn once where that is long."""
+        share = self.data_wait.share(elapsed)
+        metrics.log(step, "data_wait", share, "share of time")
+
+        warning = self.data_wait.report(share, seconds)
+        if warning is not None:
+            log.warning("step %d: %s", step + 1, warning)
+            metrics.note(step, "data_wait_warning", warning)
 
     def _heed_guard(self, step: int, metrics: MetricsFile) -> None:
         """Say what was skipped since the last look; after too many bad steps in a row, go back."""

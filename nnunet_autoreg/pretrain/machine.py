@@ -119,5 +119,11 @@ def num_processes() -> int:
     wanted = os.environ.get("nnUNet_def_n_proc", "8").strip()  # noqa: SIM112 - nnU-Net's name
     if not wanted.isdigit() or int(wanted) < 1:
         raise UsageError(f"nnUNet_def_n_proc={wanted}: must be a whole number of processes, at least 1; set it anew or unset it")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(int(wanted), cores))
+    return max(1, min(int(wanted), usable_cores()))
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -223,6 +223,7 @@ def tried(job: "Job", job_of: Callable[[Plan], "Job"], num_training: int) -> "Jo
 def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: Setting) -> None:
     """The main process's part of the training, and the export; ``job.assist`` is the others'."""
     from nnunet_autoreg.pretrain.job import measured, pictures_of, trainer_of
+    from nnunet_autoreg.pretrain.loading import choose_loaders
 
     folder, place = job.folder, crew.launch.local_rank
     world.share((job, needs_pace(job.plan)))
@@ -232,6 +233,9 @@ def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: S
     if world.size > 1:
         log.info("%d processes train together, %d of %d crops in this one", world.size, job.plan.optim.batch_size // world.size,
                  job.plan.optim.batch_size)
+    if job.device == "cuda":
+        num_loaders, why = choose_loaders(job.plan, job.device, job.num_local)
+        log.info("%d processes load for each GPU (%s)", num_loaders, why)
     with phase("building the network and the validation batches"):
         trainer = trainer_of(job, world, place)
     pictures, reporter = pictures_of(trainer), Reporter(folder, job.plan, setting)

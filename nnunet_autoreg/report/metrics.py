@@ -117,6 +117,7 @@ LABELS = {
 PANELS = {
     "lr": "learning rate",
     "step_time": "seconds per step",
+    "data_wait": "share of time spent waiting for data",
     "gradient_norm": "gradient norm before clipping",
     "tokens_per_second": "tokens per second",
     "token_variance": "token variance (near 0: collapse)",

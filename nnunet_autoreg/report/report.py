@@ -207,6 +207,7 @@ def _learning(plan: Plan, series: Series) -> str:
         chart("Gradient norm", "before clipping", (line("norm", "gradient_norm", "second"),),
               f"Clipped at {plan.optim.clip_norm:g}.", logarithmic=True),
         chart("Time per step", "s", (line("seconds", "step_time", "second"),)),
+        chart("Waiting for data", "share of time", (line("share", "data_wait", "second"),)),
     ]
     text = _TARGET_IS[plan.objective.target]
     return page.section("learning", "Does it learn?", page.paragraph(text), f'<div class="charts">{"".join(charts)}</div>')
@@ -243,7 +244,7 @@ PROBES = {"probe_features": "main", "probe_voxels": "base", "probe_chance": "bas
 def _health(series: Series) -> str:
     """Health and probes, where they were measured; whatever else was logged comes after them."""
     shown = {"train_error", "heldout_error", *BASELINES, "lr", "gradient_norm", "step_time", "tokens_per_second", "peak_memory",
-             "share_of_peak"}
+             "share_of_peak", "data_wait"}
     charts = [chart(title, unit, (Line("now", series[name]),), note) for name, (title, unit, note) in HEALTH.items() if name in series]
     probes = [Line(name.removeprefix("probe_"), series[name], look) for name, look in PROBES.items() if name in series]
     charts.append(chart("Frozen probe on labels", "balanced accuracy, other subjects", probes,
@@ -291,6 +292,9 @@ def _cost(plan: Plan, setting: Setting, series: Series) -> str:
         if done < plan.optim.num_steps:
             rows.append(("time left", _duration(seconds * (plan.optim.num_steps - done)), "at this speed"))
     memory, share = _last(series, "peak_memory"), _typical(series.get("share_of_peak", ()))
+    waits = _typical(series.get("data_wait", ()))
+    if waits is not None:
+        rows.append(("waiting for data", f"{100 * waits:.0f} %", "of the time in steps, on the host's clock"))
     if memory is not None:
         rows.append(("memory", f"{memory:.2f} GiB", _memory_of(setting)))
     if share is not None:

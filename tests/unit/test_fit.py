@@ -70,6 +70,9 @@ def test_what_fits_stays_and_the_peak_is_kept(trainer_of: Callable[..., Any], ca
     caplog.set_level("INFO")
     plan = fitted(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
     assert plan.run.peak_memory_gib is not None and plan.run.peak_memory_gib > 0
+    assert plan.run.dry_step_seconds is not None and plan.run.dry_step_seconds > 0
+    assert plan.run.loader_seconds_per_crop is not None and plan.run.loader_seconds_per_crop > 0
+    assert plan.run.seconds_per_step is None
     assert replace(plan, run=PLAN.run) == PLAN
     assert "dry step: " in caplog.text and " h for 4 steps" in caplog.text and "were estimated" in caplog.text
 

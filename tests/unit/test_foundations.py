@@ -88,6 +88,8 @@ def test_wrong_settings_are_refused(setting, message):
     ("sequence.order=rastr", "did you mean 'raster'"),
     ("optim.lr=0", "optim.lr=0.0 must be a number greater than 0"),
     ("run.peak_memory_gib=-1", "run.peak_memory_gib=-1.0 must be a number greater than 0"),
+    ("run.dry_step_seconds=0", "run.dry_step_seconds=0.0 must be a number greater than 0"),
+    ("run.loader_seconds_per_crop=-1", "run.loader_seconds_per_crop=-1.0 must be a number greater than 0"),
     ("run.seconds_per_step=0", "run.seconds_per_step=0.0 must be a number greater than 0"),
     ("run.spike_sigmas=nan", "run.spike_sigmas=nan must be a number greater than 0"),
     ("data.holdout_fraction=1", r"must lie in \[0, 1\)"),

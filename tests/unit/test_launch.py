@@ -1,7 +1,6 @@
 """Who starts the processes that train together, and what is said when one of them ends."""
 
 import logging
-import os
 import signal
 from datetime import timedelta
 
@@ -10,7 +9,6 @@ import pytest
 from nnunet_autoreg.cli.pretrain import parser
 from nnunet_autoreg.errors import StoreError, UsageError
 from nnunet_autoreg.pretrain import distributed, job, launch
-from nnunet_autoreg.pretrain.job import num_loaders
 from nnunet_autoreg.pretrain.launch import FAILED, GO, Crew, Launch, help_to_train, launch_of, stand_by
 from nnunet_autoreg.pretrain.signals import InterruptedRunError
 
@@ -149,10 +147,3 @@ def test_a_failure_of_a_process_beside_the_main_one_is_told_there_and_the_loss_o
     finally:
         logging.getLogger("nnunet_autoreg").setLevel(level)
     assert store.get(FAILED) == said
-
-
-@pytest.mark.parametrize(("cores", "num_local", "loaders"), [(16, 1, 8), (16, 4, 3), (16, 16, 0), (4, 1, 3), (1, 1, 0)])
-def test_each_gpu_has_its_share_of_the_cores_to_load_with(monkeypatch, cores, num_local, loaders):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    assert num_loaders("cuda", num_local) == loaders
-    assert num_loaders("cpu", num_local) == 0

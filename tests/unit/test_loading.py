@@ -1,0 +1,300 @@
+"""Loading keeps up with training: how many processes load, and what a run says that waits."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnunet_autoreg.errors import StoreError
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.base import LossTerms
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
+from nnunet_autoreg.pretrain import loading, loop
+from nnunet_autoreg.pretrain.batches import StepBatches
+from nnunet_autoreg.pretrain.loading import DataWait, choose_loaders, seconds_per_crop
+from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.records import from_jsonable, to_jsonable
+from nnunet_autoreg.report.metrics import read_lines
+from nnunet_autoreg.sequences.sample import Sample
+
+TINY = encoder_size("primus_tiny")
+PLAN = Plan(
+    "t",
+    DataPlan((1.0, 1.0, 1.0)),
+    EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
+    SequencePlan((16, 16, 16)),
+    ObjectivePlan(),
+    OptimPlan(16, 4, 1e-2, 1),
+    RunPlan(0, 100, 100, log_every=2),
+)
+
+
+def measured(load: float, step: float) -> Plan:
+    run = replace(PLAN.run, loader_seconds_per_crop=load, dry_step_seconds=step)
+    return replace(PLAN, run=run)
+
+
+class Clock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the training loop and of all that is timed about loading."""
+    made = Clock()
+    stand_in = SimpleNamespace(monotonic=made, perf_counter=made)
+    monkeypatch.setattr(loading, "time", stand_in)
+    monkeypatch.setattr(loop, "time", stand_in)
+    return made
+
+
+class Loader:
+    """Draws empty crops, each of which takes some seconds by its kind; step n is of kind n % 2."""
+
+    def __init__(self, clock: Clock, *seconds: float):
+        self.clock, self.seconds = clock, seconds
+        self.drawn: list[tuple[int, ...]] = []
+
+    def kind(self, cases: Any, purpose: str, number: int) -> str:
+        return ("spatial", "contrast")[number % 2]
+
+    def draw(self, cases: Any, purpose: str, *ids: int) -> Sample:
+        self.drawn.append(ids)
+        self.clock.now += self.seconds[ids[0] % len(self.seconds)]
+        voxels = np.zeros((1, 1, 16, 16, 16), np.float32)
+        return Sample(voxels, np.ones((1, 16, 16, 16), bool), np.arange(8), 1)
+
+
+class OneSecondLoss:
+    """An objective whose loss takes one second for a whole batch."""
+
+    def __init__(self, clock: Clock, loader: Loader):
+        self.clock, self.sampler = clock, loader
+        self.module = self.network = nn.Linear(1, 1)
+
+    def loss(self, batch: Any, references: bool = False) -> LossTerms:
+        self.clock.now += 1.0
+        total = self.module.weight.square().sum()
+        return LossTerms(total, torch.tensor(8.0), {})
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+# The number of loader processes.
+
+
+@pytest.mark.parametrize(
+    ("load", "step", "cores", "num_local", "expected"),
+    [
+        (0.05, 0.4, 16, 1, 2),  # 1.5 x 0.05 x 4 / 0.4 = 0.75
+        (0.3, 0.5, 16, 1, 5),  # 1.5 x 0.3 x 4 / 0.5 = 3.6
+        (0.3, 0.5, 4, 1, 3),  # 4 cores, of which one trains
+        (0.3, 0.5, 16, 4, 3),  # 4 cores for each of 4 GPUs
+        (0.3, 0.5, 16, 2, 5),
+        (2.0, 0.5, 64, 1, 16),  # 25 are needed
+        (0.3, 0.5, 1, 1, 0),
+        (0.3, 0.5, 2, 4, 0),
+    ],
+)
+def test_loader_processes_follow_from_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+    load: float,
+    step: float,
+    cores: int,
+    num_local: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+
+    number, reason = choose_loaders(measured(load, step), "cuda", num_local)
+
+    assert number == expected
+    assert f"{load:.3g} s" in reason and f"{step:.3g} s" in reason
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_local", "expected"),
+    [(16, 1, 8), (16, 4, 3), (16, 16, 0), (4, 1, 3), (1, 1, 0)],
+)
+def test_unmeasured_each_gpu_has_its_share_of_the_cores_less_one(
+    monkeypatch: pytest.MonkeyPatch, cores: int, num_local: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert choose_loaders(PLAN, "cuda", num_local)[0] == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_no_process_loads_where_the_device_is_no_gpu(device: str) -> None:
+    number, reason = choose_loaders(measured(2.0, 0.5), device)
+    assert number == 0 and device in reason
+
+
+@pytest.mark.parametrize("key", ["dry_step_seconds", "loader_seconds_per_crop"])
+def test_one_measured_figure_alone_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    plan = measured(0.05, 0.4)
+    plan = replace(plan, run=replace(plan.run, **{key: None}))
+
+    assert choose_loaders(plan, "cuda")[0] == 8
+
+
+# How long one crop takes.
+
+
+def test_seconds_of_a_crop_are_weighted_by_kind(clock: Clock) -> None:
+    batches = StepBatches(Loader(clock, 1.0, 4.0), [], range(5))  # type: ignore[arg-type]
+
+    seconds = seconds_per_crop(batches, [0, 1], {"spatial": 1.0, "contrast": 0.5})
+
+    # (1.0 x 1 s + 0.5 x 4 s) / 1.5
+    assert seconds == pytest.approx(2.0)
+
+
+def test_timed_crops_are_none_of_those_trained_on(clock: Clock) -> None:
+    loader = Loader(clock, 1.0)
+
+    seconds_per_crop(StepBatches(loader, [], range(5)), [0], {"spatial": 1.0})  # type: ignore[arg-type]
+
+    assert len(loader.drawn) == len(set(loader.drawn)) > 2
+    assert all(step == 0 and sample >= 5 for step, sample in loader.drawn)
+
+
+def test_a_damaged_case_is_an_error_while_loading_is_timed(clock: Clock) -> None:
+    class Damaged(Loader):
+        def draw(self, cases: Any, purpose: str, *ids: int) -> Sample:
+            raise StoreError("the case is damaged")
+
+    batches = StepBatches(Damaged(clock, 1.0), [], range(5))  # type: ignore[arg-type]
+
+    with pytest.raises(StoreError):
+        seconds_per_crop(batches, [0], {"spatial": 1.0})
+
+
+# Plans.
+
+
+@pytest.mark.parametrize("plan", [PLAN, measured(0.05, 0.4)])
+def test_a_plan_keeps_what_was_measured_about_loading(plan: Plan) -> None:
+    assert from_jsonable(Plan, to_jsonable(plan), "plan.json") == plan
+
+
+def test_a_plan_written_before_loading_was_measured_is_read() -> None:
+    written = to_jsonable(PLAN)
+    del written["run"]["dry_step_seconds"], written["run"]["loader_seconds_per_crop"]
+
+    plan = from_jsonable(Plan, written, "plan.json")
+
+    assert (plan.run.dry_step_seconds, plan.run.loader_seconds_per_crop) == (None, None)
+
+
+# Waiting.
+
+
+def trained(folder: Path, clock: Clock, seconds_per_crop: float) -> list[dict[str, Any]]:
+    """Train 16 steps of 1 s with 4 crops each; return the lines of metrics.jsonl."""
+    objective: Any = OneSecondLoss(clock, Loader(clock, seconds_per_crop))
+    Trainer(PLAN, folder, objective, [None], [], torch.device("cpu"), 0).run()  # type: ignore[arg-type, list-item]
+    return read_lines(folder / "metrics.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "draw_progress", lambda *_: None)
+
+
+def test_slow_loading_is_measured_and_reported_once(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        lines = trained(tmp_path, clock, 0.25)
+
+    shares = [line for line in lines if line["name"] == "data_wait"]
+    assert [line["value"] for line in shares] == pytest.approx([0.5] * 8)
+    assert {line["unit"] for line in shares} == {"share of time"}
+
+    # Five intervals of two steps, so that it is reported after step 10.
+    (warning,) = [message for message in caplog.messages if "waits for data" in message]
+    assert warning.startswith("step 10: ")
+    for figure in ("50 %", "2 s", "nnUNet_preprocessed"):
+        assert figure in warning
+    notes = [(line["step"], line["value"]) for line in lines if line["unit"] == "text"]
+    assert notes == [(9, warning.removeprefix("step 10: "))]
+
+
+def test_fast_loading_is_measured_and_not_reported(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        lines = trained(tmp_path, clock, 0.0625)
+
+    # 0.25 s of 1.25 s: a fifth, which on a CPU is no reason to complain.
+    shares = [line["value"] for line in lines if line["name"] == "data_wait"]
+    assert shares == pytest.approx([0.2] * 8)
+    assert not caplog.messages
+    assert not [line for line in lines if line["unit"] == "text"]
+
+
+def reports(wait: DataWait, shares: list[float], step_seconds: float = 2.0) -> list[str | None]:
+    return [wait.report(share, step_seconds) for share in shares]
+
+
+def test_on_a_gpu_a_tenth_of_the_time_is_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+
+    given = reports(DataWait("cuda", 7, 1.0), [0.12, 0.2, 0.2, 0.2, 0.28, 0.9, 0.9])
+
+    assert [number for number, text in enumerate(given) if text is not None] == [4]
+    warning = given[4]
+    assert warning is not None
+    # The mean share, the step with and without loading, the processes and the cores.
+    for figure in ("20 %", "2 s", "1 s", "7 processes", "12 cores"):
+        assert figure in warning
+
+
+def test_one_short_wait_in_between_starts_the_count_anew() -> None:
+    given = reports(DataWait("cuda", 7), [0.2, 0.2, 0.2, 0.2, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2])
+    assert [text is not None for text in given] == [False] * 9 + [True]
+
+
+def test_waits_that_a_gpu_computes_through_are_not_reported() -> None:
+    # Steps take 5 % longer than without loading, although the host waits half of the time.
+    assert reports(DataWait("cuda", 7, 1.0), [0.5] * 10, 1.05) == [None] * 10
+
+
+def test_waiting_is_timed_around_the_loader_alone(clock: Clock) -> None:
+    def loaded() -> Iterator[Any]:
+        for number in range(3):
+            clock.now += 2.0
+            yield number
+
+    wait = DataWait("cpu", 0)
+    for _ in wait.timed(loaded()):
+        clock.now += 6.0
+
+    assert wait.share(24.0) == pytest.approx(0.25)
+    assert wait.share(24.0) == 0
