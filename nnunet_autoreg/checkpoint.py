@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunet_autoreg.errors import CheckpointError
+from nnunet_autoreg.errors import CheckpointError, WeightsError
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.safe_load import load_plain
 
 log = logging.getLogger(__name__)
 
@@ -161,15 +162,10 @@ class _HashingWriter:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a file whose bytes are whole."""
-    import pickle
-
-    import torch
-
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read ({first_line}); move it away to start from the beginning") from error
+        content: dict[str, Any] = load_plain(path)
+    except WeightsError as error:
+        raise CheckpointError(f"{error}; move it away to start from the beginning") from error
     if not isinstance(content, dict) or content.get("version") != CHECKPOINT_VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} is of format {found}, {CHECKPOINT_VERSION} is needed; update nnunet-autoreg, or move it away")

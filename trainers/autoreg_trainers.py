@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.nnunet_api import results_folder
+from nnunet_autoreg.safe_load import plain_loading
 from nnunet_autoreg.transfer.block import AutoregBlock, read_block
 from nnunet_autoreg.transfer.decoder import transferred_keys
 from nnunet_autoreg.transfer.load import Target, load_planned_encoder
@@ -139,8 +140,13 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             temporary.replace(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """Continue, validate or predict from a checkpoint: pretrained weights are not needed any more."""
-        super().load_checkpoint(filename_or_checkpoint)
+        """Continue, validate or predict from a checkpoint: pretrained weights are not needed any more.
+
+        Code that a checkpoint asks to run is not run: the command ends in one line.
+        """
+        named = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the checkpoint"
+        with one_line_errors(), plain_loading(Path(named)):
+            super().load_checkpoint(filename_or_checkpoint)
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:

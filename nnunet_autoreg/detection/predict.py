@@ -32,6 +32,7 @@ from nnunet_autoreg.detection.validate import in_original
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import read_json
+from nnunet_autoreg.safe_load import plain_loading
 
 DRAWN_FROM = 0.5
 """Score from which boxes are drawn, if neither a score nor an operating point is asked for."""
@@ -72,7 +73,7 @@ class Model:
     Raises:
         UsageError: there is no such model or fold.
         PlanError: it is no detector.
-        WeightsError: a checkpoint does not belong to the plans.
+        WeightsError: a checkpoint does not belong to the plans, or asks to run code.
     """
 
     def __init__(self, folder: Path, folds: Sequence[str], device: torch.device, checkpoint: str = "checkpoint_final.pth"):
@@ -83,7 +84,10 @@ class Model:
             self.stock = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=device, allow_tqdm=False)
         self._check_plans()
         try:
-            self.stock.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
+            # A folder from elsewhere must not run code: nnU-Net would unpickle all that its checkpoints hold.
+            fold = self.folds[0] if len(self.folds) == 1 else "*"
+            with plain_loading(folder / f"fold_{fold}" / checkpoint):
+                self.stock.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
         except RuntimeError as error:
             raise WeightsError(f"{folder}: its {checkpoint} does not fit its plans.json ({str(error).splitlines()[0]}); were the plans "
                                "changed after the training? Train again") from error

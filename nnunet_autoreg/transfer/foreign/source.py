@@ -2,22 +2,18 @@
 
 import json
 import logging
-import pickle
-import re
 import shlex
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME
 from nnunet_autoreg.records import read_json
+from nnunet_autoreg.safe_load import load_plain
 from nnunet_autoreg.transfer.foreign.ar_ssl4m import is_ar_ssl4m
 
 log = logging.getLogger(__name__)
@@ -108,42 +104,10 @@ def read_content(file: Path) -> dict[str, Any]:
         from nnunet_autoreg.transfer.load import read_tensors
 
         return dict(read_tensors(file))
-    try:
-        with warnings.catch_warnings():
-            # About pickle protocols, which the line below says better.
-            warnings.simplefilter("ignore", UserWarning)
-            with torch.serialization.safe_globals(_numbers_of_numpy()):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_why_unsafe(file, str(error))) from error
-    except Exception as error:  # torch stumbles over damaged bytes in many ways
-        raise WeightsError(f"{file} cannot be read ({type(error).__name__}: {_first_line(error)}); download it again") from error
+    content = load_plain(file)
     if not isinstance(content, dict):
         raise WeightsError(f"{file} holds {type(content).__name__}, no dictionary of tensors")
     return content
-
-
-def _numbers_of_numpy() -> list[Any]:
-    """Return what nnU-Net's checkpoints need besides tensors: numbers of numpy in logs and plans, which run no code."""
-    kinds = [np.float32, np.float64, np.int32, np.int64, np.bool_]
-    scalar = np.float64(0).__reduce__()[0]
-    # Earlier versions of numpy named the module differently, and the file names the one that wrote it.
-    names = ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
-    return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
-
-
-def _why_unsafe(file: Path, message: str) -> str:
-    named = re.search(r"GLOBAL (\S+)", message)
-    if named is None:
-        return f"{file} is no file of weights that can be read without running code in it; nothing of it was run"
-    return (
-        f"{file} asks to run '{named[1]}' when it is read; nothing of it was run: only tensors and plain values are taken. Ask its "
-        "author for a safetensors file or a plain state dict"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _as_plan(data: Any, where: Path) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""Read files of ``torch.save`` without running code that is in them: the one rule for all commands.
+
+A pickle names functions that are called while it is read. PyTorch's ``weights_only=True`` calls none but those
+that make tensors and plain values. nnU-Net's own checkpoints need a few numbers of numpy besides, which are
+allowed here by name.
+"""
+
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.errors import WeightsError
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""Variables of PyTorch's own that overrule the argument ``weights_only`` of ``torch.load``."""
+
+STOCK_KINDS = ("float32", "float64", "int32", "int64", "bool")
+"""The kinds of numpy's numbers that nnU-Net's logs and plans hold."""
+
+
+def load_plain(file: Path) -> Any:
+    """Return the content of a file of ``torch.save``, with all tensors on the CPU.
+
+    Raises:
+        WeightsError: the file is damaged, or reading it would run code. Nothing of it was run.
+    """
+    import torch
+
+    try:
+        with plain_loading(file), warnings.catch_warnings():
+            # About pickle protocols, which the error says better.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # torch stumbles over damaged bytes in many ways
+        reason = (str(error).splitlines() or [""])[0][:200]
+        message = f"{file} cannot be read ({type(error).__name__}: {reason}); download it again"
+        raise WeightsError(message) from error
+
+
+@contextmanager
+def plain_loading(where: Path) -> Iterator[None]:
+    """Have every ``torch.load`` inside the context refuse to run code, also where nnU-Net asks for the opposite.
+
+    Args:
+        where: the file that is read, or the folder of a model, for the message.
+
+    Raises:
+        WeightsError: a file asked to run code. Nothing of it was run.
+    """
+    import torch
+
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_numbers_of_numpy()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise WeightsError(_why_refused(where, str(error))) from error
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _numbers_of_numpy() -> list[Any]:
+    """Return what makes a single number of numpy; none of it runs code."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    # Earlier versions of numpy named the module differently, and the file names the one that wrote it.
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    by_name = [(scalar, name) for name in names]
+    kinds = [type(np.dtype(kind)) for kind in STOCK_KINDS]
+    return [*by_name, np.dtype, *kinds]
+
+
+def _why_refused(where: Path, message: str) -> str:
+    named = re.search(r"GLOBAL (\S+)", message)
+    if named is None:
+        return f"{where} cannot be read as tensors and plain values (it is damaged, or asks to run code); nothing of it was run"
+    # A file can name anything here, line breaks and control characters included.
+    function = ascii(named[1])[1:-1][:80]
+    return (
+        f"{where} asks to run '{function}' when it is read; nothing of it was run: only tensors and plain values "
+        "are read. Ask its author for a safetensors file or a plain state dict"
+    )
