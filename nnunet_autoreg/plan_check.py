@@ -1,5 +1,7 @@
 """Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the way out."""
 
+import math
+
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import (
     PRIMUS,
@@ -27,6 +29,7 @@ from nnunet_autoreg.plan import (
     Plan,
     SpacingGroup,
 )
+from nnunet_autoreg.records import to_jsonable
 
 MAX_ANGLE_DEG = 180.0
 
@@ -46,7 +49,20 @@ def check(plan: Plan) -> Plan:
     _check_kinds(plan)
     _check_prefix(plan)
     _check_variety(plan)
+    _check_finite(to_jsonable(plan), "")
     return plan
+
+
+def _check_finite(value: object, key: str) -> None:
+    """Refuse NaN and infinity, which JSON does not know but Python reads, wherever they stand in the plan."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_finite(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_finite(inner, f"{key}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise PlanError(f"{key}={value} must be a finite number: with it every weight or loss would be NaN or infinite")
 
 
 def _check_variety(plan: Plan) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import types
 import typing
 from collections.abc import Iterator
@@ -57,7 +58,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if kind is Any:
         return data
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise PlanError(f"{where}: a number with {len(str(abs(data)))} digits is too large") from None
     if isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
         return data
     raise PlanError(f"{where}: {data!r} is not of type {getattr(kind, '__name__', kind)}")
@@ -136,21 +140,34 @@ MEND_YOURS = "mend it, or restore it"
 """What to do about a damaged file: one that is written here, and one that only its owner has, whose absence would mean something else."""
 
 
-def read_json(path: Path, advice: str = MEND_OURS) -> Any:
+MAX_JSON_BYTES = 2**30
+"""Parsed JSON takes several times its size in memory."""
+
+
+def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file.
 
     Args:
         advice: what to do about one that is no JSON.
+        max_bytes: a larger file is refused before it is read.
 
     Raises:
-        PlanError: it cannot be read or is no JSON.
+        PlanError: it cannot be read, is too large, or is no JSON.
     """
     try:
+        found = path.stat()
+        # Reading a pipe would wait for its other end forever.
+        if not stat.S_ISREG(found.st_mode):
+            raise PlanError(f"{path} cannot be read (it is no regular file); {advice}")
+        if found.st_size > max_bytes:
+            raise PlanError(f"{path} has {found.st_size:,} bytes, more than {max_bytes:,}, and is not read; {advice}")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise PlanError(f"{path} is not valid JSON ({error}); {advice}") from error
+    except RecursionError as error:
+        raise PlanError(f"{path} is JSON of too many levels, one inside the other; {advice}") from error
 
 
 def sha256_of(path: Path) -> str:

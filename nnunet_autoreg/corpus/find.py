@@ -22,6 +22,7 @@ from nnunet_autoreg.records import read_json
 log = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -120,10 +121,19 @@ class _Finder:
             raise UsageError(f"-i {given} does not exist; {hint}")
         if folder.is_file():
             self._add_given_file(folder)
-        elif is_dataset(folder.parent) and folder.name in ("imagesTr", "imagesTs", "labelsTr", "labelsTs"):
+        elif is_dataset(folder.parent) and folder.name in DATASET_FOLDERS and self._is_ours(folder.parent):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Return whether ``dataset.json`` is nnU-Net's; of a folder that was not given as a dataset it may be anything."""
+        try:
+            _read_dataset_json(folder)
+        except UsageError as error:
+            log.warning("%s; the folder is searched as any other", error)
+            return False
+        return True
 
     def _add_given_file(self, path: Path) -> None:
         dicom, labels = self._collector(), Counter[Path]()
@@ -224,7 +234,7 @@ class _Finder:
         pending = [root]
         while pending:
             folder = pending.pop()
-            if is_dataset(folder):
+            if is_dataset(folder) and self._is_ours(folder):
                 self.add_dataset(folder)
                 continue
             pending.extend(reversed(self._visit(root, folder, others, labels, dicom)))

@@ -107,8 +107,8 @@ def check_run_name(name: str) -> None:
     Raises:
         UsageError: it is such a name.
     """
-    if name == NO_WEIGHTS:
-        raise UsageError(f"--name {NO_WEIGHTS}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another name")
+    if name.casefold() == NO_WEIGHTS:
+        raise UsageError(f"--name {name}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another name")
     if not re.fullmatch(r"[\w.-]+", name) or "__" in name or name.startswith("."):
         raise UsageError(f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot")
 

@@ -21,6 +21,8 @@ from nnunet_autoreg.presets import PRESETS
 from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, read_json, to_jsonable, write_json
 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
+MAY_CHANGE = {"optim": ("num_steps",), "run": ("sharding", "min_token_variance", "min_effective_rank")}
+"""Values of the plan that no step of training depends on."""
 NO_LENGTH: dict[str, Any] = {"num_steps": None, "num_epochs": None, "num_hours": None}
 
 
@@ -225,10 +227,14 @@ def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
 
 
 def _essence(plan: dict[str, Any]) -> dict[str, Any]:
-    """What may not change once training has begun: all but the length, how weights are spread, the request and the reasons."""
+    """Return what may not change once training has begun.
+
+    What may change are the length, how weights are spread, which features count as collapsed, the request and the reasons.
+    """
     kept = {key: value for key, value in plan.items() if key not in ("request", "reasons")}
-    without = {"optim": "num_steps", "run": "sharding"}
-    return {**kept, **{room: {k: v for k, v in kept[room].items() if k != key} for room, key in without.items()}}
+    for room, free in MAY_CHANGE.items():
+        kept[room] = {key: value for key, value in kept[room].items() if key not in free}
+    return kept
 
 
 def is_finished(folder: Path, plan: Plan) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_autoreg.plan import RunPlan
+from nnunet_autoreg.pretrain.guard import Tally
 
 MAX_TOKENS = 8192
 
@@ -101,13 +102,8 @@ def complaints(health: Health, run: RunPlan, warm: bool) -> list[str]:
     Args:
         warm: the warm-up is over, so that something should have been learnt.
     """
-    told = []
-    if health.token_variance is not None and health.token_variance < run.min_token_variance:
-        told.append(f"collapse: the features hardly depend on the image (token variance {health.token_variance:.2g}, limit "
-                    f"{run.min_token_variance:g}); lower the rate, or start a new --name with another seed")
-    if health.effective_rank is not None and health.effective_rank < run.min_effective_rank:
-        told.append(f"collapse: the features spread over {health.effective_rank:.1f} directions only (limit {run.min_effective_rank:g}); "
-                    "lower the rate, or start a new --name with another seed")
+    remedy = "lower the rate, or start a new --name with another seed"
+    told = [f"collapse: {sentence}; {remedy}" for sentence in collapses(health, run)]
     if not warm:
         return told
     error = health.errors["error"]
@@ -120,6 +116,45 @@ def complaints(health: Health, run: RunPlan, warm: bool) -> list[str]:
         told.append(f"the features tell labels apart no better than raw voxels do ({health.probe['features']:.3f} against "
                     f"{health.probe['voxels']:.3f} balanced accuracy): train longer")
     return told
+
+
+def collapses(health: Health, run: RunPlan) -> list[str]:
+    """Return a sentence for each sign that the features are collapsed."""
+    found = []
+    if health.token_variance is not None and not health.token_variance >= run.min_token_variance:
+        found.append(
+            f"the features hardly depend on the image (token variance {health.token_variance:.2g}, limit "
+            f"{run.min_token_variance:g})"
+        )
+    if health.effective_rank is not None and not health.effective_rank >= run.min_effective_rank:
+        found.append(
+            f"the features spread over {health.effective_rank:.1f} directions only (limit {run.min_effective_rank:g})"
+        )
+    return found
+
+
+def failures(health: Health | None, run: RunPlan, weights_are_finite: bool, tally: Tally, num_steps: int) -> list[str]:
+    """Return a sentence for each reason why a run that did all its steps must not be called finished.
+
+    Args:
+        health: of the last step; None where no scan was held out.
+        tally: of all steps.
+        num_steps: that were done, skipped ones included.
+    """
+    found = []
+    if not weights_are_finite:
+        found.append("weights hold NaN or infinity")
+    if tally.skipped >= num_steps:
+        found.append(f"none of the {num_steps} steps was good enough to change the weights")
+    elif health is None and tally.in_row:
+        found.append(f"the last {tally.in_row} steps were bad, and no scan was held out that could show that all is well")
+    if health is None:
+        return found
+
+    error = health.errors["error"]
+    if not math.isfinite(error):
+        found.append(f"the held-out error is {error}")
+    return [*found, *collapses(health, run)]
 
 
 WORDS = {"copy": "copy the previous block", "mean": "predict the mean"}

@@ -14,7 +14,7 @@ from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import read_label_map
 from nnunet_autoreg.corpus.places import label_map_of, label_names, nonzero_box, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.probe import LabelledCrop
@@ -47,7 +47,7 @@ def labelled_crops(
     for number, row in enumerate(chosen):
         try:
             crops.append(_crop(plan, row, cases[row.id], number, is_test=number < len(chosen) // 2))
-        except ScanError as error:
+        except (ScanError, UsageError) as error:
             log.warning("probe: %s is left out: %s", row.id, error)
     if crops:
         log.info("probe: %d labelled crops of %s, %d of them for testing", len(crops), chosen[0].dataset, sum(c.is_test for c in crops))

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from nnunet_autoreg import checkpoint
@@ -20,7 +21,7 @@ from nnunet_autoreg.pretrain.compiled import is_out_of_memory
 from nnunet_autoreg.pretrain.display import gauges, postfix
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_lost_peer, is_spread, usable
 from nnunet_autoreg.pretrain.guard import Tally, in_words
-from nnunet_autoreg.pretrain.health import complaints
+from nnunet_autoreg.pretrain.health import Health, complaints, failures
 from nnunet_autoreg.pretrain.loading import DataWait
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.schedule import learning_rate
@@ -74,6 +75,10 @@ class Trainer:
         dry_step = plan.run.dry_step_seconds
         self.data_wait = DataWait(device.type, num_workers, None if dry_step is None else dry_step / world.size)
         self.tally = self.guard.tally()
+        self.health: Health | None = None
+        """What the last look at held-out scans found, in this process."""
+        self.identity: tuple[int, int] | None = None
+        """Which folder on which disk ``folder`` was when training began."""
         self.progress = Progress()
         self.latest_is_scheduled = False
         self.saved_step = 0
@@ -85,11 +90,13 @@ class Trainer:
         Raises:
             InterruptedRunError: SIGINT or SIGTERM came; the state is saved. Where a step or a validation takes so long that it cannot be
                 saved in time, the process is ended instead (see ``stopping``).
-            AutoregError: too many steps were bad, a loader process died, or a checkpoint cannot be read or written.
+            AutoregError: too many steps were bad, the features are collapsed at the end, a loader process died, the folder was
+                removed, or a checkpoint cannot be read or written.
         """
         self._resume()
         optim, start = self.plan.optim, self.progress.step
         metrics = self._metrics(start)
+        self.identity = identity_of(self.folder)
         steps = range(start, optim.num_steps)
         bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0, disable=not self.world.is_main)
         loaded = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
@@ -114,6 +121,9 @@ class Trainer:
                 paused = time.monotonic()
                 if self._due(self.plan.run.validate_every):
                     self._validate(step, metrics)
+                if self.progress.step == optim.num_steps:
+                    # Before the state is saved, so that the last good one stays.
+                    self._refuse_failure()
                 stopping = self.world.any(stop())
                 if self._due(self.plan.run.checkpoint_every) or stopping:
                     self._checkpoint(needed=stopping)
@@ -127,9 +137,47 @@ class Trainer:
                         f"stopped after step {self.progress.step} of {optim.num_steps}; the state is saved: "
                         "type the same line again to continue"
                     )
+        if not steps:
+            self._refuse_failure()
+
+    def _refuse_failure(self) -> None:
+        """End a run that did all its steps, but whose encoder must not be used, in all processes.
+
+        Raises:
+            AutoregError: weights or held-out error are not finite, the features are collapsed, or no step was good.
+        """
+        if self.health is None and self.looks and (self.world.is_main or self.is_sharded):
+            with usable(self.train_step.loss_of), phase("measuring the validation error"):
+                self.health = self.validation.measure()
+
+        weights_are_finite = not self.world.any(not is_finite(self.module))
+        found = failures(self.health, self.plan.run, weights_are_finite, self.guard.tally(), self.progress.step)
+        # Only the main process has looked, and its word counts for all.
+        found = self.world.share(found)
+        if not found:
+            return
+        raise AutoregError(
+            f"after {self.progress.step} steps the run has failed, and no encoder is exported: {'; '.join(found)}. The last good "
+            f"checkpoint is kept. Start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with "
+            "another --seed. Should the features be what you want, lower run.min_token_variance or run.min_effective_rank in "
+            f"{self.folder / 'plan.json'}, and type the same line again"
+        )
+
+    def require_folder(self) -> None:
+        """Make sure that the folder is there and the same as when training began; a new one would be another run's.
+
+        Raises:
+            AutoregError: it was removed or replaced.
+        """
+        if self.world.is_main and identity_of(self.folder) != self.identity:
+            raise AutoregError(
+                f"{self.folder} was removed, renamed or replaced while it was trained in, so that nothing can be saved; training "
+                "stops here. Put the folder back to go on from its last checkpoint, or type the same line again to start over"
+            )
 
     def _show(self, metrics: MetricsFile) -> None:
         """Draw what was measured until now."""
+        self.require_folder()
         with phase("drawing the report"):
             if self.world.is_main:
                 draw_progress(metrics.path, self.folder / "progress.png")
@@ -151,6 +199,7 @@ class Trainer:
         return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start)) if self.world.is_main else NoMetrics(path)
 
     def _log(self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float) -> None:
+        self.require_folder()
         # JSON knows no NaN; what the guard says of the step is logged beside.
         if math.isfinite(error) and math.isfinite(norm):
             metrics.log(step, "train_error", error, "squared error")
@@ -216,8 +265,10 @@ class Trainer:
     def _look(self, step: int, metrics: MetricsFile) -> bool:
         """Measure, log and judge; whether the held-out error is the lowest so far."""
         health = self.validation.measure()
+        self.health = health
         if health is None or not self.world.is_main:
             return False
+        self.require_folder()
         for name, (value, unit) in health.metrics().items():
             metrics.log(step, name, value, unit)
         log.info("step %d: %s", step + 1, health.sentence())
@@ -250,6 +301,7 @@ class Trainer:
         """Gather the state of all processes; the main one writes it."""
         state = snapshot(self.module, self.optimizer, self.guard, self.progress, self.world)
         if self.world.is_main:
+            self.require_folder()
             content = {**state, "told": to_jsonable(self.tally), "scheduled": scheduled, "plan": to_jsonable(self.plan)}
             checkpoint.save_checkpoint(self.folder / name, content, previous)
 
@@ -270,6 +322,24 @@ class Trainer:
         self.latest_is_scheduled = path.name == checkpoint.LATEST_NAME and bool(content["scheduled"])
         self.saved_step = self.progress.step
         log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
+
+
+def is_finite(module: torch.nn.Module) -> bool:
+    """Return whether all weights of this process are finite; of weights that are spread, its own part."""
+    for tensor in module.state_dict().values():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            return False
+    return True
+
+
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one that takes its place; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def heldout_batch_size(plan: Plan) -> int:

@@ -16,6 +16,7 @@ from nnunet_autoreg.corpus.fingerprint import fingerprint, row_spacing
 from nnunet_autoreg.corpus.identity import load_salt
 from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.journal import JOURNAL_NAME
+from nnunet_autoreg.corpus.licences import read_licences, write_licences
 from nnunet_autoreg.corpus.manifest import read_manifest
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
@@ -46,7 +47,7 @@ from nnunet_autoreg.pretrain.machine import hardware, has_half, num_processes, s
 from nnunet_autoreg.pretrain.material import make_material, parse_kinds, plan_with_sequences
 from nnunet_autoreg.pretrain.pictures import show_sequences
 from nnunet_autoreg.pretrain.start import check_start
-from nnunet_autoreg.records import read_json, to_jsonable, write_json
+from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.report.report import Reporter, Setting
 from nnunet_autoreg.stopping import stoppable
@@ -162,6 +163,7 @@ def index_inputs(folder: Path, request: Request) -> Index:
     candidates = find_scans(list(request.datasets), folders, split_4d=request.split_4d, salt=salt)
     journal = folder / JOURNAL_NAME
     index = index_scans(candidates, exclude, num_processes(), request.modality, salt=salt, manifest=manifest, journal=journal)
+    write_licences(folder, index.rows)
     write_index(folder / INDEX_NAME, index.rows)
     journal.unlink(missing_ok=True)
     return index
@@ -246,10 +248,12 @@ def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: S
 
     trainer.after_checkpoint = report
     trainer.run()
+    trainer.require_folder()
     with phase("drawing the report"):
         report()
     with phase("exporting the encoder"):
-        export_encoder(folder, job.plan, trainer.objective, rows, licences(rows))
+        trainer.require_folder()
+        export_encoder(folder, job.plan, trainer.objective, rows, read_licences(folder))
     world.wait()
 
 
@@ -382,17 +386,6 @@ def wishes_of(request: Request) -> Wishes:
     token = card.token_size_vox if card is not None and card.encoder == encoder else None
     batch = request.batch_size or (PAPER_BATCH if is_faithful else None)
     return Wishes(encoder, batch, request.num_steps, request.num_epochs, request.num_hours, is_faithful, token)
-
-
-def licences(rows: Sequence[ScanRow]) -> dict[str, str]:
-    """Dataset name -> the licence that its dataset.json states, "" if it states none."""
-    found = {}
-    for row in rows:
-        if row.dataset and row.dataset not in found:
-            description = Path(row.source).parent.parent / "dataset.json"
-            data = read_json(description) if description.is_file() else {}
-            found[row.dataset] = str(data.get("licence", data.get("license", "")))
-    return found
 
 
 def value_at(plan: Plan, key: str) -> object:

@@ -140,8 +140,9 @@ def test_natural_order_counts_numbers() -> None:
     assert sorted(["s10", "s9", "S1", "t"], key=natural_key) == ["S1", "s9", "s10", "t"]
 
 
-def test_a_damaged_dataset_json_is_named(tmp_path: Path) -> None:
+def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_dataset(tmp_path)
     (folder / "dataset.json").write_text("{")
+    monkeypatch.setenv("nnUNet_raw", str(folder.parent))
     with pytest.raises(UsageError, match=r"dataset\.json"):
-        find_scans([], [folder])
+        find_scans([folder.name], [])

@@ -52,9 +52,7 @@ def detect(tmp_path: Path) -> int:
     return code
 
 
-def test_detect_runs_nothing_of_a_strangers_checkpoint(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_detect_runs_nothing_of_a_strangers_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = model / "fold_0" / "checkpoint_final.pth"
     sprung = tmp_path / "sprung"
     content = torch.load(file, weights_only=False)
@@ -80,9 +78,7 @@ def test_detect_reads_the_numbers_of_numpy_that_nnunet_writes(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("setting", [FORCE, FORCE_NOT])
-def test_a_variable_of_torch_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
-) -> None:
+def test_a_variable_of_torch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setenv(setting, "1")
     file, sprung = tmp_path / "x.pth", tmp_path / "sprung"
     torch.save({"more": Trap(sprung)}, file)

@@ -1,0 +1,57 @@
+"""The licence that a dataset states in its ``dataset.json``: optional, read once, and never a reason to stop."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.corpus.rows import OK, ScanRow
+from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.records import read_json, write_json
+
+LICENCES_NAME = "licences.json"
+IMAGE_FOLDERS = ("imagesTr", "imagesTs")
+KEYS = ("licence", "license")
+MAX_LENGTH = 200
+"""Characters of a licence that are kept: a name or a link, not its whole text."""
+
+
+def stated_licences(rows: Iterable[ScanRow]) -> dict[str, str]:
+    """Return dataset name -> licence for the usable scans of nnU-Net datasets; "" where none is stated.
+
+    Plain folders state no licence: a ``dataset.json`` near them may be anything.
+    """
+    found: dict[str, str] = {}
+    for row in rows:
+        folder = Path(row.source).parent
+        is_of_dataset = folder.name in IMAGE_FOLDERS and folder.parent.name == row.dataset
+        if row.status == OK and is_of_dataset and row.dataset not in found:
+            found[row.dataset] = _stated(folder.parent / "dataset.json")
+    return found
+
+
+def _stated(file: Path) -> str:
+    try:
+        content: Any = read_json(file) if file.is_file() else {}
+    except (AutoregError, OSError):
+        return ""
+    if not isinstance(content, dict):
+        return ""
+    texts = [content[key] for key in KEYS if isinstance(content.get(key), str)]
+    return " ".join(texts[0].split())[:MAX_LENGTH] if texts else ""
+
+
+def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
+    """Write what the datasets of a run state into its folder, while its scans are indexed."""
+    write_json(folder / LICENCES_NAME, stated_licences(rows))
+
+
+def read_licences(folder: Path) -> dict[str, str]:
+    """Return what ``write_licences`` wrote; nothing where the file is missing or damaged."""
+    file = folder / LICENCES_NAME
+    try:
+        content: Any = read_json(file) if file.is_file() else {}
+    except (AutoregError, OSError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {str(name): text for name, text in content.items() if isinstance(text, str)}

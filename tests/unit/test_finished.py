@@ -1,0 +1,207 @@
+"""Nothing wrong is called finished: what ends a run at its last step, and what can never end one."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stand_in import PLAN, Linear, trainer
+
+from nnunet_autoreg import checkpoint
+from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.licences import read_licences, stated_licences, write_licences
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
+from nnunet_autoreg.model.card import check_run_name
+from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.pretrain.guard import Tally
+from nnunet_autoreg.pretrain.health import Health, failures
+
+GOOD = Tally(0, 0, 0, 1.0)
+HEALTHY = Health({"error": 0.5, "mean": 1.0}, 0.5, 20.0)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunet_autoreg.pretrain.loop.draw_progress", lambda *_: None)
+
+
+class Collapsed(Linear):
+    """Its features are the same for every token of every image, as soon as ``step`` was trained."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step, self.has_collapsed = step, False
+
+    def after_step(self, step: int) -> None:
+        self.has_collapsed = step >= self.step
+
+    def describe(self, batch: Any) -> TokenFeatures:
+        tokens = super().describe(batch)
+        same = torch.ones_like(tokens.features)
+        return replace(tokens, features=same) if self.has_collapsed else tokens
+
+
+class Unreal(Linear):
+    """Its error on held-out scans is NaN."""
+
+    def loss(self, batch: Any, references: bool = False) -> LossTerms:
+        terms: LossTerms = super().loss(batch, references)
+        return replace(terms, total=terms.total * torch.nan) if references else terms
+
+
+def weights_of_checkpoint(folder: Path) -> tuple[int, torch.Tensor]:
+    found = checkpoint.load_newest(folder)
+    assert found is not None
+    return found[1]["step"], found[1]["network_weights"]["weight"]
+
+
+@pytest.mark.parametrize("objective", [Collapsed(4), Unreal()])
+def test_a_failed_run_keeps_its_last_good_state_and_fails_again(tmp_path: Path, objective: Linear) -> None:
+    for _ in range(2):
+        with pytest.raises(AutoregError) as caught:
+            trainer(tmp_path, objective).run()
+
+        assert caught.value.exit_code == 1
+        assert "\n" not in str(caught.value)
+        step, weights = weights_of_checkpoint(tmp_path)
+        assert step == 4
+        assert bool(torch.isfinite(weights).all())
+
+
+def test_a_collapse_that_the_user_wants_is_finished_with_a_lower_limit(tmp_path: Path) -> None:
+    with pytest.raises(AutoregError):
+        trainer(tmp_path, Collapsed(4)).run()
+    wanted = replace(PLAN, run=replace(PLAN.run, min_token_variance=0.0, min_effective_rank=0.0))
+
+    trainer(tmp_path, Collapsed(4), wanted).run()
+
+    assert weights_of_checkpoint(tmp_path)[0] == 6
+
+
+def test_a_run_without_an_accepted_step_fails(tmp_path: Path) -> None:
+    with pytest.raises(AutoregError):
+        trainer(tmp_path, Linear(lambda step, total: total * torch.nan)).run()
+
+    assert not (tmp_path / checkpoint.LATEST_NAME).exists()
+
+
+def test_a_state_saved_by_an_older_version_is_looked_at_before_export(tmp_path: Path) -> None:
+    trainer(tmp_path, Linear()).run()
+
+    with pytest.raises(AutoregError):
+        trainer(tmp_path, Unreal()).run()
+
+
+@pytest.mark.parametrize(
+    ("health", "finite", "tally"),
+    [
+        (HEALTHY, False, GOOD),
+        (HEALTHY, True, Tally(6, 0, 6, 0.0)),
+        (HEALTHY, True, Tally(3, 3, 1, 0.0)),
+        (None, True, Tally(1, 0, 1, 0.0)),
+        (replace(HEALTHY, errors={"error": float("nan"), "mean": 1.0}), True, GOOD),
+        (replace(HEALTHY, errors={"error": float("inf"), "mean": 1.0}), True, GOOD),
+        (replace(HEALTHY, token_variance=0.0), True, GOOD),
+        (replace(HEALTHY, token_variance=float("nan")), True, GOOD),
+        (replace(HEALTHY, effective_rank=1.0), True, GOOD),
+    ],
+)
+def test_every_kind_of_failure_is_found(health: Health | None, finite: bool, tally: Tally) -> None:
+    assert len(failures(health, PLAN.run, finite, tally, 6)) == 1
+
+
+def test_a_good_run_and_one_without_features_or_scans_have_not_failed() -> None:
+    for health in (HEALTHY, Health({"error": 2.0, "mean": 1.0}), None):
+        assert failures(health, PLAN.run, True, Tally(2, 0, 0, 1.0), 6) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_plan_with_numbers_that_are_none_is_refused_by_key(value: float) -> None:
+    encoder = replace(PLAN.encoder, arguments={**PLAN.encoder.arguments, "init_values": value})
+
+    with pytest.raises(PlanError, match=r"encoder\.arguments\.init_values"):
+        check(replace(PLAN, encoder=encoder))
+
+
+@pytest.mark.parametrize("name", ["none", "None", "NONE", "nOnE"])
+def test_no_run_is_called_none_in_any_case(name: str) -> None:
+    with pytest.raises(UsageError):
+        check_run_name(name)
+
+
+class Removing(Linear):
+    """Removes the run's folder, or puts another in its place, while step 3 is trained."""
+
+    def __init__(self, folder: Path, is_replaced: bool):
+        super().__init__()
+        self.folder, self.is_replaced = folder, is_replaced
+
+    def after_step(self, step: int) -> None:
+        if step == 2:
+            self.folder.rename(self.folder.with_name("elsewhere"))
+            if self.is_replaced:
+                self.folder.mkdir()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_folder_removed_in_training_is_noticed_at_the_next_write(tmp_path: Path, is_replaced: bool) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    with pytest.raises(AutoregError) as caught:
+        trainer(folder, Removing(folder, is_replaced)).run()
+
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert list(folder.iterdir()) == [] if is_replaced else not folder.exists()
+
+
+def row_of(source: Path, dataset: str) -> ScanRow:
+    size, spacing = (4, 4, 4), (1.0, 1.0, 1.0)
+    return ScanRow("x", dataset, "x", "CT", "CT", str(source), size, spacing, size, "0", "ok", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[1, 2]", "null", "3", "not json", '{"licence": {"a": 1}}', '{"licence": null}', "[" * 100_000, "\0", "NaN"],
+)
+def test_a_licence_that_cannot_be_read_stops_nothing(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "Dataset001_A"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "dataset.json").write_text(text)
+
+    assert stated_licences([row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name)]) == {folder.name: ""}
+
+    (tmp_path / "licences.json").write_text(text)
+    assert all(isinstance(value, str) for value in read_licences(tmp_path).values())
+
+
+def test_licences_are_read_while_indexing_and_then_no_more(tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset001_A"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps({"license": "CC-BY\n4.0"}))
+    (tmp_path / "plain" / "ct").mkdir(parents=True)
+    (tmp_path / "plain" / "dataset.json").write_text('["not nnU-Net\'s"]')
+    rows = [
+        row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name),
+        row_of(tmp_path / "plain" / "ct" / "y.nii.gz", "plain"),
+    ]
+
+    write_licences(tmp_path, rows)
+    shutil.rmtree(folder)
+
+    assert read_licences(tmp_path) == {"Dataset001_A": "CC-BY 4.0"}
+
+
+def test_a_dataset_json_of_another_kind_leaves_the_folder_a_plain_one(tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "imagesTr" / "a.nii.gz").write_bytes(b"")
+    (folder / "dataset.json").write_text('["a list"]')
+
+    for given in (folder, tmp_path, folder / "imagesTr"):
+        assert [found.path.name for found in find_scans([], [given]) if not found.status] == ["a.nii.gz"]
