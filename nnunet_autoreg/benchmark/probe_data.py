@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.benchmark.dense_probe import ProbeCase
+from nnunet_autoreg.corpus.dataset_json import read_dataset_json
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Spacing, as_spacing, volume
 from nnunet_autoreg.nnunet_api import (
@@ -65,8 +66,7 @@ def read_labels(dataset: Path) -> DatasetLabels:
         UsageError: its labels are regions, which one classifier per voxel cannot express.
     """
     content = read_json(dataset / "dataset.json")
-    channels = content["channel_names"]
-    names = tuple(str(channels[key]) for key in sorted(channels, key=int))
+    names = read_dataset_json(dataset).channels
 
     structures = {}
     for name, label in content["labels"].items():

@@ -5,19 +5,19 @@ import os
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from nnunet_autoreg.corpus.archive import members, opened, unpacked
 from nnunet_autoreg.corpus.collect import DicomCollector
 from nnunet_autoreg.corpus.contrast import bids_names, is_label_name, modality_of_contrast
+from nnunet_autoreg.corpus.dataset_json import DatasetJson, lists_its_files, read_dataset_json, unset_variables
 from nnunet_autoreg.corpus.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.read import num_volumes
-from nnunet_autoreg.errors import PlanError, ScanError, UsageError, did_you_mean
+from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.nnunet_api import dataset_folder
-from nnunet_autoreg.records import read_json
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Candidate:
         modality: as the file itself says (MR, CT, PT ...); "" if it does not.
         subject, session: identifiers **as found**; hash them with a salt before they are written or logged.
         contrast: a harmless word (T1w, FLAIR, ...), never free text.
+        listed_in: folder of the dataset.json that lists the file; "" for files that were found in a folder.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Candidate:
     subject: str = field(default="", repr=False)
     session: str = field(default="", repr=False)
     contrast: str = ""
+    listed_in: str = ""
 
 
 def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = False, salt: str = "") -> list[Candidate]:
@@ -77,6 +79,7 @@ def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = Fal
         finder.add_dataset(dataset_folder(dataset))
     for folder in folders:
         finder.add_given(folder)
+    finder.leave_out_listed_labels()
     if finder.num_repeated:
         log.info("%d files were reached twice and are counted once", finder.num_repeated)
     return finder.found
@@ -99,7 +102,8 @@ def absolute(path: str | Path) -> Path:
 
 def is_dataset(folder: Path) -> bool:
     """Whether a folder is an nnU-Net raw dataset."""
-    return (folder / "dataset.json").is_file() and (folder / "imagesTr").is_dir()
+    has_images = (folder / "dataset.json").is_file() and (folder / "imagesTr").is_dir()
+    return has_images or lists_its_files(folder)
 
 
 @dataclass
@@ -110,7 +114,15 @@ class _Finder:
     ids: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
+    listed_labels: set[str] = field(default_factory=set)
     num_repeated: int = 0
+
+    def leave_out_listed_labels(self) -> None:
+        """Leave out files that a dataset.json lists as label maps, wherever they were met."""
+        for number, found in enumerate(self.found):
+            if not found.status and os.path.realpath(found.path) in self.listed_labels:
+                reason = "dataset.json lists it as a label map"
+                self.found[number] = replace(found, status="labels", reason=reason)
 
     def add_given(self, given: Path) -> None:
         """A path given with -i: a folder, a dataset, a part of a dataset, or one file."""
@@ -185,39 +197,52 @@ class _Finder:
 
     def add_dataset(self, folder: Path, only: str | None = None) -> None:
         """The images of an nnU-Net raw dataset: imagesTr and imagesTs (or one of them), and dataset.json's own list."""
-        channels, listed = _read_dataset_json(folder)
+        described = read_dataset_json(folder)
         wanted = [only] if only else ["imagesTr", "imagesTs"]
-        if listed and not only:
-            self._add_listed(folder, channels, listed)
+        if described.listed and not only:
+            self._add_listed(folder, described)
         for part in wanted:
             if part.startswith("images") and (folder / part).is_dir():
-                self._add_images(folder, part, channels)
+                self._add_images(folder, part, described)
         for part in sorted(p.name for p in folder.iterdir() if p.is_dir() and (only is None or p.name == only)):
             if part not in ("imagesTr", "imagesTs"):
                 self._count_other(folder, part)
         files = [] if only else [p.name for p in folder.iterdir() if p.is_file() and p.name != "dataset.json"]
         self._report_others(folder, folder.name, "(other files)", Counter(map(_ending, files)))
 
-    def _add_images(self, folder: Path, part: str, channels: dict[int, str]) -> None:
+    def _add_images(self, folder: Path, part: str, described: DatasetJson) -> None:
         others: Counter[str] = Counter()
+        images: list[Path] = []
         for path in _listing(folder / part):
-            if not path.name.lower().endswith(IMAGE_ENDINGS) or path.name.startswith("."):
-                others["hidden" if path.name.startswith(".") else _ending(path.name)] += 1
-                continue
+            if path.name.startswith("."):
+                others["hidden"] += 1
+            elif path.name.lower().endswith(IMAGE_ENDINGS):
+                images.append(path)
+            else:
+                others[_ending(path.name)] += 1
+
+        positions = channel_positions(images, len(described.channels))
+        for path in images:
             stem = strip_ending(path.name)
-            match = CHANNEL_SUFFIX.match(stem)
-            number = int(match["channel"]) if match else 0
-            case, channel = match["case"] if match else stem, channels.get(number, str(number))
-            self.add_volumes(path, f"{folder.name}/{stem}", folder.name, case, self._volumes(path), _of_dataset(folder, case, channel))
+            case, number = case_and_channel(path)
+            channel = described.channel_name(positions[number])
+            facts = _of_dataset(folder, case, channel)
+            self.add_volumes(path, f"{folder.name}/{stem}", folder.name, case, self._volumes(path), facts)
         self._report_others(folder / part, folder.name, f"{part}/(other files)", others)
 
-    def _add_listed(self, folder: Path, channels: dict[int, str], listed: dict[str, Any]) -> None:
-        for case in sorted(listed, key=natural_key):
-            for number, name in enumerate(listed[case].get("images", [])):
-                path = absolute(folder / name)
-                channel = channels.get(number, str(number))
-                facts = _of_dataset(folder, case, channel)
-                self.add_volumes(path, f"{folder.name}/{case}_{number:04d}", folder.name, case, self._volumes(path), facts)
+    def _add_listed(self, folder: Path, described: DatasetJson) -> None:
+        for case in sorted(described.listed, key=natural_key):
+            label = described.listed[case].label
+            if label is not None:
+                self.listed_labels.add(os.path.realpath(label))
+            for number, path in enumerate(described.listed[case].images):
+                name = f"{case}_{number:04d}"
+                if not path.exists():
+                    self.leave_out(path, folder.name, name, "unreadable", _why_missing(path))
+                    continue
+                facts = _of_dataset(folder, case, described.channel_name(number))
+                facts["listed_in"] = str(folder)
+                self.add_volumes(path, f"{folder.name}/{name}", folder.name, case, self._volumes(path), facts)
 
     def _count_other(self, folder: Path, part: str) -> None:
         count = sum(1 for _, _, names in os.walk(folder / part) for n in names if n.lower().endswith(IMAGE_ENDINGS))
@@ -345,15 +370,30 @@ class _Finder:
             self.leave_out(path, dataset, what, "ignored", f"no image endings: {listed}")
 
 
-def _read_dataset_json(folder: Path) -> tuple[dict[int, str], dict[str, Any]]:
-    """Channel names by number, and the case list that a dataset.json may hold."""
-    try:
-        data = read_json(folder / "dataset.json")
-        names = data.get("channel_names", data.get("modality", {}))
-        listed = data.get("dataset", {})
-        return {int(k): str(v) for k, v in names.items()}, listed if isinstance(listed, dict) else {}
-    except (PlanError, AttributeError, ValueError) as error:
-        raise UsageError(f"{folder / 'dataset.json'} is no nnU-Net dataset.json ({error}); mend it") from error
+def case_and_channel(path: Path) -> tuple[str, int]:
+    """Return case and channel number of an image that is named as nnU-Net does, such as ``a.b.1_0000.nii.gz``."""
+    stem = strip_ending(path.name)
+    match = CHANNEL_SUFFIX.match(stem)
+    return (match["case"], int(match["channel"])) if match else (stem, 0)
+
+
+def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, int]:
+    """Return channel number -> position of its name in dataset.json.
+
+    nnU-Net sorts the files of a case and takes names in order, so numbers may begin at 1. Where files
+    and names differ in number, no order is certain, and a number is its own position.
+    """
+    numbers = sorted({case_and_channel(path)[1] for path in images})
+    if len(numbers) != num_channels:
+        return {number: number for number in numbers}
+    return {number: position for position, number in enumerate(numbers)}
+
+
+def _why_missing(path: Path) -> str:
+    unset = unset_variables(path)
+    if unset:
+        return f"dataset.json lists it below {unset[0]}, and that environment variable is not set; export it"
+    return "dataset.json lists it, and there is no such file; restore it, or mend the list"
 
 
 def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:

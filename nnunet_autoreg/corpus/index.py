@@ -132,7 +132,7 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> S
         candidate.id, candidate.dataset, candidate.case, candidate.channel, "", str(candidate.path), None, None, None, "", status,
         reason, part=candidate.part, subject=salted(subject, salt) if salt else "",
         session=salted(f"{subject}\n{session}", salt) if salt and session else "",
-        contrast=candidate.contrast, label_class=entry.label_class)
+        contrast=candidate.contrast, label_class=entry.label_class, listed_in=candidate.listed_in)
 
 
 def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -> list[str | None]:

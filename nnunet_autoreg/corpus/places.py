@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nnunet_autoreg.corpus.dataset_json import read_dataset_json
+from nnunet_autoreg.corpus.dicom import claims_dicom
+from nnunet_autoreg.corpus.find import case_and_channel, strip_ending
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.errors import PlanError, ScanError, UsageError, did_you_mean
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -54,27 +56,55 @@ def subject_of(row: ScanRow) -> str:
 
 
 def label_map_of(row: ScanRow) -> Path | None:
-    """The label map of a training image of an nnU-Net dataset; None if there is none."""
+    """Return the label map of a training image of an nnU-Net dataset; None if there is none."""
     image = Path(row.source)
-    if image.parent.name != "imagesTr" or row.part:
+    if row.part:
         return None
-    stem, _, ending = image.name.partition(".")
-    path = image.parent.parent / "labelsTr" / f"{stem.rpartition('_')[0]}.{ending}"
-    return path if path.is_file() else None
+    if row.listed_in:
+        path = _listed_label(row)
+    elif image.parent.name == "imagesTr":
+        ending = image.name.removeprefix(strip_ending(image.name))
+        path = image.parent.parent / "labelsTr" / f"{case_and_channel(image)[0]}{ending}"
+    else:
+        path = None
+    return path if path is not None and path.is_file() else None
+
+
+def _listed_label(row: ScanRow) -> Path | None:
+    try:
+        listed = read_dataset_json(Path(row.listed_in)).listed
+    except UsageError:
+        # Labels are optional: without them the scan is still trained on.
+        return None
+    return listed[row.case].label if row.case in listed else None
+
+
+def dataset_of(row: ScanRow) -> Path:
+    """Return the folder of the raw dataset that a scan belongs to."""
+    return Path(row.listed_in) if row.listed_in else Path(row.source).parent.parent
 
 
 def label_names(dataset: Path) -> dict[int, str]:
-    """Values of a dataset's labels and their names, less background, ignore and regions (which are unions of others).
+    """Return the values of a dataset's labels and their names, without background and ignored label.
+
+    Values of regions have the name of the smallest region; several values may share one.
 
     Raises:
         UsageError: dataset.json cannot be read.
     """
-    try:
-        labels = read_json(dataset / "dataset.json").get("labels", {})
-    except (PlanError, AttributeError) as error:
-        raise UsageError(f"{dataset / 'dataset.json'} is no nnU-Net dataset.json ({error}); mend it") from error
-    pairs = ((name, value) for name, value in labels.items() if isinstance(value, int)) if isinstance(labels, dict) else ()
-    return {value: str(name) for name, value in pairs if value != 0 and name != "ignore"}
+    return dict(read_dataset_json(dataset).structures)
+
+
+def values_of_structures(dataset: Path) -> dict[str, list[int]]:
+    """Return name -> label values, the inverse of ``label_names``.
+
+    Raises:
+        UsageError: dataset.json cannot be read.
+    """
+    found: dict[str, list[int]] = {}
+    for value, name in label_names(dataset).items():
+        found.setdefault(name, []).append(value)
+    return found
 
 
 def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPlace]:
@@ -98,9 +128,10 @@ def _labelled(row: ScanRow) -> tuple[list[KnownPlace], str]:
         labels_ZYX, grid = read_label_map(path)
         if grid.shape_vox != row.shape_vox:
             return [], f"{path} has {grid.shape_vox} voxels, its scan {row.shape_vox}"
-        centres = {name: part_centres(labels_ZYX == value) for value, name in label_names(path.parent.parent).items()}
+        structures = values_of_structures(dataset_of(row))
+        centres = {name: part_centres(np.isin(labels_ZYX, values)) for name, values in structures.items()}
         low, high = nonzero_box(row)
-    except ScanError as error:
+    except (ScanError, UsageError) as error:
         return [], str(error)
     place = partial(_share, row, low, high)
     channel = f", {row.channel}" if row.channel else ""
@@ -232,4 +263,6 @@ def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[Known
 
 def _names(row: ScanRow) -> set[str]:
     path = Path(row.source)
-    return {row.id, row.case, f"{row.dataset}/{row.case}", str(path), path.name, path.name.partition(".")[0]} - {""}
+    # A UID is full of dots, so only an ending that is one is taken off.
+    stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)
+    return {row.id, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem} - {""}

@@ -28,6 +28,7 @@ class ScanRow:
         subject, session: salted hashes (``identity.salted``); "" where unknown. A session's hash includes its subject.
         label_class: the manifest's class; "" without one.
         percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty where not known.
+        listed_in: as in ``Candidate``; the label map of a listed image is found there.
     """
 
     id: str
@@ -49,10 +50,12 @@ class ScanRow:
     contrast: str = ""
     label_class: str = ""
     percentiles: tuple[float, ...] = ()
+    listed_in: str = ""
 
 
 COLUMNS = ("id", "subject", "session", "dataset", "case", "channel", "contrast", "label_class", "modality", "modality_rule",
-           "shape_vox", "spacing_mm", "cropped_shape_vox", "percentiles", "source", "part", "content_hash", "status", "reason")
+           "shape_vox", "spacing_mm", "cropped_shape_vox", "percentiles", "source", "part", "content_hash", "status", "reason",
+           "listed_in")
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 

@@ -12,12 +12,12 @@ import torch
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import read_label_map
-from nnunet_autoreg.corpus.places import label_map_of, label_names, nonzero_box, subject_of
+from nnunet_autoreg.corpus.places import dataset_of, label_map_of, label_names, nonzero_box, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.probe import LabelledCrop
+from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
 from nnunet_autoreg.sequences.sample import Sample, collate
 from nnunet_autoreg.store.case import StoredCase
 
@@ -49,6 +49,9 @@ def labelled_crops(
             crops.append(_crop(plan, row, cases[row.id], number, is_test=number < len(chosen) // 2))
         except (ScanError, UsageError) as error:
             log.warning("probe: %s is left out: %s", row.id, error)
+    if crops and not Probe(crops).works:
+        log.warning("probe: left out, as the labels of %s show fewer than two classes to fit or to test on", chosen[0].dataset)
+        return []
     if crops:
         log.info("probe: %d labelled crops of %s, %d of them for testing", len(crops), chosen[0].dataset, sum(c.is_test for c in crops))
     return crops
@@ -100,7 +103,7 @@ def stored_labels(row: ScanRow, shape_vox: Size) -> Labels:
         raise ScanError("geometry", f"{path} has {grid.shape_vox} voxels, its scan {row.shape_vox}")
     low, high = nonzero_box(row)
     box = labels_ZYX[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].transpose(transpose_axes(row.spacing_mm))
-    known = [0, *label_names(path.parent.parent)]
+    known = [0, *label_names(dataset_of(row))]
     nearest = box[np.ix_(*(nearest_index(n, m) for n, m in zip(box.shape, shape_vox, strict=True)))]
     return np.where(np.isin(nearest, known), nearest, UNKNOWN)
 

@@ -1,0 +1,132 @@
+"""Read ``dataset.json`` by nnU-Net's rules: channels by position, listed files, labels and regions."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.errors import PlanError, UsageError
+from nnunet_autoreg.records import read_json
+
+NAME = "dataset.json"
+
+
+@dataclass(frozen=True)
+class ListedCase:
+    """One entry of the ``dataset`` list: which files belong to a case.
+
+    Attributes:
+        images: one absolute path for each channel.
+        label: absolute path of the label map; None if the entry names none.
+    """
+
+    images: tuple[Path, ...]
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class DatasetJson:
+    """What a raw dataset says of itself.
+
+    Attributes:
+        channels: names in the order of the file; nnU-Net ignores the keys, and so do we.
+        listed: case -> files, where the dataset lists them; empty otherwise.
+        structures: label value -> name, without background and ignored label. A value that occurs
+            in several regions has the name of the smallest one.
+    """
+
+    channels: tuple[str, ...]
+    listed: Mapping[str, ListedCase]
+    structures: Mapping[int, str]
+
+    def channel_name(self, position: int) -> str:
+        """Return the name of the channel at ``position``, or its number where it has no name."""
+        return self.channels[position] if position < len(self.channels) else str(position)
+
+
+def read_dataset_json(folder: Path) -> DatasetJson:
+    """Read the ``dataset.json`` of a raw dataset's folder; it is parsed once while it does not change.
+
+    Raises:
+        UsageError: it cannot be read, or is no nnU-Net dataset.json.
+    """
+    file = folder / NAME
+    try:
+        stamp = file.stat().st_mtime_ns
+        return _parsed(file, stamp, _variables())
+    except (OSError, PlanError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} is no nnU-Net dataset.json ({error}); mend it") from error
+
+
+def lists_its_files(folder: Path) -> bool:
+    """Return whether a folder holds a ``dataset.json`` that lists its files instead of ``imagesTr``."""
+    try:
+        return (folder / NAME).is_file() and bool(read_dataset_json(folder).listed)
+    except UsageError:
+        return False
+
+
+def unset_variables(path: Path) -> list[str]:
+    """Return the parts of a path that still begin with ``$``: variables that are not set."""
+    return [part for part in path.parts if part.startswith("$")]
+
+
+def _variables() -> tuple[tuple[str, str], ...]:
+    # Listed paths depend on the environment, so a parsed file is valid for one environment only.
+    return tuple(sorted(os.environ.items()))
+
+
+@lru_cache(maxsize=64)
+def _parsed(file: Path, _stamp: int, _environment: tuple[tuple[str, str], ...]) -> DatasetJson:
+    content = read_json(file)
+    names = content.get("channel_names", content.get("modality", {}))
+    listed = content.get("dataset", {})
+    if not isinstance(listed, dict):
+        # The first version of the format had other lists under other keys; nnU-Net v2 has none.
+        listed = {}
+
+    cases = {str(case): _listed_case(file.parent, entry) for case, entry in listed.items()}
+    channels = tuple(str(name) for name in names.values())
+    return DatasetJson(channels, cases, structures_of(content.get("labels", {})))
+
+
+def _listed_case(folder: Path, entry: Mapping[str, Any]) -> ListedCase:
+    images = tuple(_expanded(folder, name) for name in entry.get("images", []))
+    label = entry.get("label")
+    return ListedCase(images, _expanded(folder, label) if label else None)
+
+
+def _expanded(folder: Path, name: str) -> Path:
+    """Return a listed path as nnU-Net finds it: variables expanded, relative to the dataset's folder."""
+    # abspath, not resolve: links stay as they are, so that ids do not depend on where they lead.
+    return Path(os.path.abspath(folder / os.path.expandvars(name)))  # noqa: PTH100
+
+
+def structures_of(labels: Any) -> dict[int, str]:
+    """Return label value -> name of the ``labels`` of a dataset.json.
+
+    A label is a number, or a region: a list of numbers. Of the regions that a value belongs to, the
+    smallest names it. ``{"whole": [1, 2], "core": [2]}`` thus gives 1 -> whole and 2 -> core.
+    What is not a number is passed over: names are optional information and stop no run.
+    """
+    if not isinstance(labels, dict):
+        return {}
+    values_of = {str(name): _values(value) for name, value in labels.items()}
+    ignored = values_of.pop("ignore", ())
+
+    found: dict[int, str] = {}
+    for name, values in sorted(values_of.items(), key=lambda item: len(item[1])):
+        for value in values:
+            if value != 0 and value not in ignored:
+                found.setdefault(value, name)
+    return dict(sorted(found.items()))
+
+
+def _values(value: Any) -> tuple[int, ...]:
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        return tuple(int(number) for number in listed)
+    except (TypeError, ValueError):
+        return ()

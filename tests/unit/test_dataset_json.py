@@ -1,0 +1,174 @@
+"""``dataset.json`` by nnU-Net's rules: channels by position, listed files, case ids with dots, regions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_autoreg.benchmark.probe_data import read_labels
+from nnunet_autoreg.corpus.dataset_json import read_dataset_json, structures_of
+from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.index import index_scans
+from nnunet_autoreg.corpus.places import label_map_of, places_of_boxes, places_of_labels, read_boxes
+from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
+from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.pretrain.labels import stored_labels
+
+SHAPE = (16, 18, 20)
+LABELS = {"background": 0, "a": 1}
+
+
+def write_image(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(path))
+    return path
+
+
+def scan(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 1000, SHAPE).astype(np.int16)
+
+
+def label_map() -> np.ndarray:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[2:6, 2:6, 2:6] = 1
+    labels[10:14, 10:14, 10:14] = 2
+    return labels
+
+
+def describe(folder: Path, **content: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz", **content}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def make_dataset(root: Path, cases: list[str], **content: object) -> Path:
+    folder = describe(root / "Dataset030_Rules", **content)
+    for number, case in enumerate(cases):
+        write_image(folder / "imagesTr" / f"{case}_0000.nii.gz", scan(number))
+        write_image(folder / "labelsTr" / f"{case}.nii.gz", label_map())
+    return folder
+
+
+def usable(folder: Path) -> list[Candidate]:
+    return [c for c in find_scans([], [folder]) if not c.status]
+
+
+def rows_of(folder: Path) -> tuple[ScanRow, ...]:
+    return index_scans(find_scans([], [folder]), set(), 1, salt="pepper").usable
+
+
+@pytest.mark.parametrize("key", ["0", "1", "ct"])
+def test_a_channel_has_the_name_at_its_position_whatever_the_key(tmp_path: Path, key: str) -> None:
+    folder = make_dataset(tmp_path, ["x"], channel_names={key: "CT"})
+
+    assert [c.channel for c in usable(folder)] == ["CT"]
+    assert read_labels(folder).channel_names == ("CT",)
+
+
+def test_names_are_taken_in_the_order_of_the_file(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path, ["x"], channel_names={"1": "T1", "0": "CT"})
+    write_image(folder / "imagesTr" / "x_0001.nii.gz", scan(9))
+
+    assert [c.channel for c in usable(folder)] == ["T1", "CT"]
+
+
+def test_file_numbers_that_begin_at_1_are_positions_too(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "Dataset031_One", channel_names={"1": "T1", "2": "CT"})
+    for number in (1, 2):
+        write_image(folder / "imagesTr" / f"x_{number:04d}.nii.gz", scan(number))
+
+    assert [c.channel for c in usable(folder)] == ["T1", "CT"]
+
+
+def listed_dataset(root: Path) -> Path:
+    for number in range(2):
+        write_image(root / "store" / f"p{number}.nii.gz", scan(number))
+        write_image(root / "store" / f"p{number}_truth.nii.gz", label_map())
+    entries = {f"p{n}": {"images": [f"$MY_SCANS/p{n}.nii.gz"], "label": f"${{MY_SCANS}}/p{n}_truth.nii.gz"} for n in range(2)}
+    return describe(root / "Dataset032_Listed", dataset=entries)
+
+
+def test_variables_in_listed_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = listed_dataset(tmp_path)
+    monkeypatch.setenv("MY_SCANS", str(tmp_path / "store"))
+
+    found = usable(folder)
+
+    assert [c.path for c in found] == [tmp_path / "store" / f"p{n}.nii.gz" for n in range(2)]
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = listed_dataset(tmp_path)
+    monkeypatch.delenv("MY_SCANS", raising=False)
+
+    found = find_scans([], [folder])
+
+    assert [c.status for c in found] == ["unreadable"] * 2
+    assert all("$MY_SCANS" in c.reason and "export" in c.reason for c in found)
+
+
+def test_listed_label_maps_give_places_and_are_no_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed_dataset(tmp_path)
+    monkeypatch.setenv("MY_SCANS", str(tmp_path / "store"))
+
+    found = find_scans([], [tmp_path])
+    index = index_scans(found, set(), 1, salt="pepper")
+    write_index(tmp_path / "scans.csv", index.rows)
+    rows = [row for row in read_index(tmp_path / "scans.csv") if row.status == "ok"]
+
+    assert [c.status for c in found if c.path.name.endswith("_truth.nii.gz")] == ["labels"] * 2
+    assert [label_map_of(row) for row in rows] == [tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)]
+    assert {place.structure for place in places_of_labels(rows, 1)} == {"Dataset032_Listed: a, MRI"}
+    assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {-1, 0, 1}
+
+
+def test_a_listed_file_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "Dataset033_Gone", dataset={"p": {"images": ["gone.nii.gz"], "label": "l.nii.gz"}})
+
+    (found,) = find_scans([], [folder])
+
+    assert found.status == "unreadable" and "dataset.json lists it" in found.reason
+
+
+def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> None:
+    cases = [f"1.3.6.1.4.1.{n}" for n in (100, 101)]
+    rows = rows_of(make_dataset(tmp_path, cases))
+    (tmp_path / "boxes.csv").write_text(f"scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n{cases[0]}_0000,a,1,1,1,3,3,3\n1,b,1,1,1,3,3,3\n")
+
+    boxes = places_of_boxes(read_boxes(tmp_path / "boxes.csv"), rows)
+
+    assert [row.case for row in rows] == cases
+    assert [label_map_of(row).name for row in rows] == [f"{case}.nii.gz" for case in cases]
+    assert [(place.scan, place.structure) for place in boxes] == [(rows[0].id, "a, MRI")]
+
+
+def test_a_value_of_regions_is_named_by_its_smallest_region() -> None:
+    regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": [3], "ignore": 4}
+
+    assert structures_of(regions) == {1: "whole", 2: "core", 3: "active"}
+    assert structures_of({"background": 0, "a": 1, "b": "2", "both": [1, 2]}) == {1: "a", 2: "b"}
+    assert structures_of({"background": 0, "odd": {"x": 1}, "a": 1}) == {1: "a"}
+    assert structures_of(["a"]) == {}
+
+
+def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path, ["x", "y"], labels={"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[1, 2])
+    rows = rows_of(folder)
+
+    names = {place.structure for place in places_of_labels(rows, 1)}
+
+    assert names == {"Dataset030_Rules: whole, MRI", "Dataset030_Rules: core, MRI"}
+    assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"channel_names": ["CT"]}', '{"dataset": {"p": 3}}'])
+def test_what_is_no_dataset_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+
+    with pytest.raises(UsageError) as refused:
+        read_dataset_json(tmp_path)
+
+    assert str(tmp_path / "dataset.json") in str(refused.value)
