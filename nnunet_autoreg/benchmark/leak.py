@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_autoreg.corpus.content import content_hash
+from nnunet_autoreg.corpus.content import content_hash, earlier_hash
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.corpus.rows import OK, ScanRow, read_index
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
@@ -53,6 +53,10 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored, e.g. {seen[0]}: the comparison would be "
             f"worthless; pretrain another run with --exclude {exclude}"
         )
+    uncertain = _perhaps_seen(rows, scored)
+    if uncertain:
+        return (f"the pretraining '{run.name}' was indexed by an earlier version, which could not tell scans of very small values "
+                f"apart, so it may have seen scored patients, e.g. {uncertain[0]}; pretrain again to be sure")
     alike = _subjects(scored) | set(scored.cases)
     namesakes = sorted({row.case for row in rows if row.dataset != scored.dataset and row.case in alike})
     if namesakes:
@@ -71,6 +75,28 @@ def seen_subjects(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
     if hashes:
         found |= {scored.subject_of[case] for case in scored.cases if any(_hash(image) in hashes for image in scored.images[case])}
     return sorted(found)
+
+
+def _perhaps_seen(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
+    """Scored patients with a scan that has the hash of a pretraining's scan by the earlier rule alone."""
+    hashes = {row.content_hash for row in rows if row.dataset != scored.dataset}
+    if not hashes:
+        return []
+    found = set()
+    for case in scored.cases:
+        if any(_earlier_hash(image) in hashes for image in scored.images[case]):
+            found.add(scored.subject_of[case])
+    return sorted(found)
+
+
+def _earlier_hash(image: Path) -> str:
+    """The hash by the earlier rule, where it is another one; "" else."""
+    try:
+        scan = load_scan(image)
+    except ScanError:
+        return ""
+    earlier = earlier_hash(scan)
+    return earlier if earlier != content_hash(scan) else ""
 
 
 def _hash(image: Path) -> str:

@@ -36,11 +36,29 @@ Signature = npt.NDArray[np.int16]
 def content_hash(scan: RawScan) -> str:
     """Hex SHA-256 of voxels, shape and spacing (in steps of 1 um).
 
-    Voxels count as integers if every one lies within 1e-3 of an integer, else as float32. Origin and direction are left
-    out: arrays come in one orientation, nnU-Net ignores the origin, and a copy that was only moved is still the same scan.
+    Voxels count as integers if every one lies within 1e-3 of an integer, and rounding loses nothing of their
+    spread; else as float32. Origin and direction are left out: arrays come in one orientation, nnU-Net ignores
+    the origin, and a copy that was only moved is still the same scan.
     """
-    planes = scan.array_CZYX.reshape(-1, *scan.array_CZYX.shape[2:])
-    integers = all(_is_integer(plane) for plane in planes)
+    return _digest(scan, near_integers(scan) and _rounding_keeps_spread(scan))
+
+
+def earlier_hash(scan: RawScan) -> str:
+    """Return the hash that indexes of earlier versions hold; for nearly all scans it is ``content_hash``.
+
+    Earlier versions did not look at the spread, so that scans whose values all lie near 0, such as an ADC map
+    in m2/s, were rounded to nothing and shared one hash.
+    """
+    return _digest(scan, near_integers(scan))
+
+
+def has_content(scan: RawScan, known: str) -> bool:
+    """Return whether ``known``, from an index of this or an earlier version, is the hash of a scan."""
+    return content_hash(scan) == known or earlier_hash(scan) == known
+
+
+def _digest(scan: RawScan, integers: bool) -> str:
+    planes = _planes(scan)
     steps = [math.floor(s / SPACING_STEP_MM + SPACING_OFFSET) for s in scan.spacing_mm]
     digest = hashlib.sha256(json.dumps([list(scan.array_CZYX.shape), steps, integers]).encode())
     for plane in planes:
@@ -50,8 +68,34 @@ def content_hash(scan: RawScan) -> str:
     return digest.hexdigest()
 
 
+def _planes(scan: RawScan) -> Array:
+    """The slices of all channels, (C * Z, Y, X)."""
+    return scan.array_CZYX.reshape(-1, *scan.array_CZYX.shape[2:])
+
+
+def near_integers(scan: RawScan) -> bool:
+    """Return whether every voxel lies within 1e-3 of an integer that fits into 32 bits."""
+    return all(_is_integer(plane) for plane in _planes(scan))
+
+
 def _is_integer(plane: Array) -> bool:
     return bool(np.abs(plane).max() < 2**31) and bool((np.abs(plane - np.rint(plane)) <= INTEGER_TOLERANCE).all())
+
+
+def _rounding_keeps_spread(scan: RawScan) -> bool:
+    """Return whether what rounding takes away is small beside the scan's own variation."""
+    lost = spread = 0.0
+    first = float(np.rint(scan.array_CZYX.flat[0]))
+    for plane in _planes(scan):
+        values = plane.astype(np.float64)
+        rounded = np.rint(values)
+        lost += float(np.square(values - rounded).sum())
+        # Around one of the values instead of their mean, which would need a second pass; it is at least as large.
+        spread += float(np.square(rounded - first).sum())
+        if spread >= scan.array_CZYX.size:
+            # No voxel loses more than the tolerance, so the voxels to come cannot change the answer.
+            return True
+    return lost <= INTEGER_TOLERANCE**2 * spread
 
 
 def signature(array_ZYX: Array) -> Signature | None:

@@ -13,7 +13,7 @@ from nnunet_autoreg.geometry import Size, Spacing
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 JOURNAL_NAME = ".scans.partial.jsonl"
 
 

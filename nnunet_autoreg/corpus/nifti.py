@@ -9,6 +9,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, cast
 
@@ -19,6 +20,11 @@ from nnunet_autoreg.errors import ScanError
 GZIP_MAGIC = b"\x1f\x8b"
 COMPLEX_DATATYPES = (32, 1792, 2048)
 FLOAT_DATATYPES = {16: "f4", 64: "f8"}
+BITS_OF_DATATYPE = {
+    2: 8, 4: 16, 8: 32, 16: 32, 32: 64, 64: 64, 128: 24, 256: 8, 512: 16, 768: 32,
+    1024: 64, 1280: 64, 1536: 128, 1792: 128, 2048: 256, 2304: 32,
+}  # fmt: skip
+"""Bits of a voxel. Every reader goes by the datatype; the header's own bitpix repeats it, and some writers get it wrong."""
 PIECE_BYTES = 1 << 22
 # From 3 on (Talairach, MNI, template) the sform is a registration, and may scale; the qform keeps the scanner's geometry.
 REGISTERED_SFORM = 3
@@ -27,7 +33,12 @@ MAX_SCALE_DISAGREEMENT = 0.02
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """The header fields that are checked. ``sform_scales`` are the lengths of the affine's columns, in file units."""
+    """The header fields that are checked.
+
+    Attributes:
+        bits: of a voxel, by its datatype; the header's bitpix counts for datatypes that the standard does not know.
+        sform_scales: lengths of the affine's columns, in file units.
+    """
 
     byte_order: str
     dims: tuple[int, ...]
@@ -53,7 +64,7 @@ def check_nifti(path: Path) -> None:
         raise ScanError("unreadable", "the name ends in .gz but the content is not gzip; is it another kind of file?")
     try:
         with _opened(path, compressed) as stream:
-            head = stream.read(540)
+            head = _read_piece(stream, 540)
             header = parse_header(head)
             _check_header(header)
             num_bytes, num_bad = _read_through(stream, head, header)
@@ -71,6 +82,29 @@ def _opened(path: Path, compressed: bool) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if compressed else path.open("rb")
 
 
+def _read_piece(stream: IO[bytes], size: int) -> bytes:
+    """Return up to ``size`` bytes; fewer at the end of the image only.
+
+    What follows a gzip stream and is no gzip is passed over, as zlib and with it every reader does.
+    """
+    pieces: list[bytes] = []
+    wanted = size
+    while wanted > 0:
+        try:
+            # read1 hands over what it has before it looks at what follows, so that nothing is lost to an error.
+            piece = cast(BufferedReader, stream).read1(wanted)
+        except gzip.BadGzipFile as error:
+            # A wrong checksum has the same class, and stays an error.
+            if not str(error).startswith("Not a gzipped file"):
+                raise
+            break
+        if not piece:
+            break
+        pieces.append(piece)
+        wanted -= len(piece)
+    return b"".join(pieces)
+
+
 def _read_through(stream: IO[bytes], head: bytes, header: NiftiHeader) -> tuple[int, int]:
     """(bytes in all, voxels that are NaN or infinite) of a stream whose first bytes, ``head``, were taken already."""
     num_bytes, num_bad, rest = len(head), 0, head
@@ -83,7 +117,7 @@ def _read_through(stream: IO[bytes], head: bytes, header: NiftiHeader) -> tuple[
         if dtype.kind == "f":
             values = np.frombuffer(rest[:whole], dtype)
             num_bad += int(values.size - np.isfinite(values).sum())
-        piece = stream.read(PIECE_BYTES)
+        piece = _read_piece(stream, PIECE_BYTES)
         num_bytes += len(piece)
         rest = rest[whole:] + piece if piece else b""
     return num_bytes, num_bad
@@ -132,9 +166,11 @@ def _parse(head: bytes, order: str, layout: _Layout) -> NiftiHeader:
     qform, sform = (int(v) for v in read(layout.codes))
     x, y, z = read(layout.pixdim)[1:4]
     start = read(layout.offset)[0]
+    datatype = int(read(layout.datatype)[0])
+    bits = BITS_OF_DATATYPE.get(datatype, int(read(layout.bits)[0]))
     return NiftiHeader(
         byte_order=order, dims=tuple(sizes[:count]) if 1 <= count <= 7 else (),
-        datatype=int(read(layout.datatype)[0]), bits=int(read(layout.bits)[0]),
+        datatype=datatype, bits=bits,
         offset=int(start) if math.isfinite(start) else 0, pixdim=(x, y, z), qform_code=qform, sform_code=sform,
         sform_scales=(scales[0], scales[1], scales[2]),
     )

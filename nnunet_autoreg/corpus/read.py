@@ -271,7 +271,8 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
     low, high = float(array_ZYX.min()), float(array_ZYX.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = int(array_ZYX.size - np.isfinite(array_ZYX).sum())
-        raise ScanError("nonfinite", f"{bad} of {array_ZYX.size} voxels are NaN or infinite; repair or leave out the scan")
+        raise ScanError("nonfinite", f"{bad} of {array_ZYX.size} voxels are NaN, infinite or too large for 32-bit numbers; "
+                        "repair or leave out the scan")
     if low == high:
         raise ScanError("constant", f"every voxel has the value {low:g}")
     cropped = cropped_shape(array_ZYX)

@@ -98,7 +98,9 @@ class Maker:
             files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.source.files(case)]
         except OSError as error:
             raise ObjectsError(f"{error.filename} cannot be read ({error.strerror}); restore it, or preprocess again") from error
-        return f"{shape_vox} {self.target_spacing_mm} {files}"
+        # Boxes of such readers were once taken for the reader's own, and must be made anew.
+        turned = " boxes of the stored array" if self.source.turns_images and not self.source.has_masks(case) else ""
+        return f"{shape_vox} {self.target_spacing_mm} {files}{turned}"
 
     def make(self, case: str) -> CaseBoxes:
         """Write the id map of a case and give its boxes."""

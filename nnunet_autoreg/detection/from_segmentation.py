@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from nnunet_autoreg.corpus.find import natural_key
 from nnunet_autoreg.corpus.read import check_file
 from nnunet_autoreg.detection.export import Ids
-from nnunet_autoreg.detection.geometry import frame_of_properties
+from nnunet_autoreg.detection.geometry import stored_array
 from nnunet_autoreg.detection.instances import ObjectClass, Rules, find_instances, object_classes, read_rules
 from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_file
 from nnunet_autoreg.detection.scans import facts_of
+from nnunet_autoreg.detection.validate import as_stored
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
 from nnunet_autoreg.records import read_json
 
@@ -85,9 +86,10 @@ class Segmentations:
         table = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.uint16)
         for number, component in enumerate(kept, start=1):
             table[component.id] = number
-        frame = frame_of_properties(properties, seg.shape)
+        stored = stored_array(properties, seg.shape)
         labels = {kind.name: kind.label for kind in self.classes}
-        record = make_scan_file(name, frame, [c.found for c in kept], labels, self.describe(), settings, self.inputs(name))
+        found = as_stored([c.found for c in kept], stored)
+        record = make_scan_file(name, stored.frame, found, labels, self.describe(), settings, self.inputs(name))
         return record, table[ids], properties
 
     def _load(self, name: str) -> tuple[NDArray[Any], dict[str, Any], NDArray[Any]]:

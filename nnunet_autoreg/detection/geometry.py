@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_autoreg.corpus.orientation import Turn
 from nnunet_autoreg.errors import ObjectsError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, zyx
 
@@ -126,6 +127,99 @@ def frame_of_properties(properties: Mapping[str, Any], shape_vox: Sequence[int])
         return frame_of_affine(known.get("reoriented_affine", known["original_affine"]), shape_vox)
     z, y, x = as_spacing(properties["spacing"])
     return frame_of_itk(shape_vox, (x, y, z), (0, 0, 0), np.eye(3).ravel().tolist())
+
+
+AS_STORED: Turn = ((0, 1, 2), (False, False, False))
+
+OPPOSITE = {"R": "L", "A": "P", "S": "I"}
+"""The directions that nnU-Net's reorienting readers give the axes x, y and z, and their opposites."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """The array of a file as it is stored, beside the array that nnU-Net's reader makes of it.
+
+    Most readers give the stored array. Those whose names end in ``WithReorient`` turn it, and files
+    of boxes keep counting in the stored one.
+
+    Attributes:
+        frame: where the stored array lies.
+        turn: which stored axis becomes each axis (z, y, x) of the reader's array, and whether it is reversed.
+    """
+
+    frame: Frame
+    turn: Turn
+
+    def to_reader(self, boxes_N6: Any) -> Floats:
+        """Return boxes of the stored array in voxel edges of the reader's array."""
+        axes, reverse = self.turn
+        stored = _ends(boxes_N6)
+        ends = np.empty_like(stored)
+        for axis in range(3):
+            edges = stored[..., axes[axis]]
+            if reverse[axis]:
+                # The far end becomes the near one, so the two change places.
+                edges = (self.frame.shape_vox[axes[axis]] - edges)[..., ::-1]
+            ends[..., axis] = edges
+        return _boxes(ends)
+
+    def to_stored(self, boxes_N6: Any) -> Floats:
+        """Return boxes of the reader's array in voxel edges of the stored array: the inverse of ``to_reader``."""
+        axes, reverse = self.turn
+        read = _ends(boxes_N6)
+        ends = np.empty_like(read)
+        for axis in range(3):
+            edges = read[..., axis]
+            if reverse[axis]:
+                edges = (self.frame.shape_vox[axes[axis]] - edges)[..., ::-1]
+            ends[..., axes[axis]] = edges
+        return _boxes(ends)
+
+
+def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> StoredArray:
+    """Return the stored array of an image, from its reader's properties and the shape (z, y, x) that was read."""
+    read, turn = frame_of_properties(properties, shape_vox), reader_turn(properties)
+    axes, reverse = turn
+    shape = [0, 0, 0]
+    for axis in range(3):
+        shape[axes[axis]] = read.shape_vox[axis]
+
+    # From indices (x, y, z) of the stored array to those of the reader's array.
+    to_read = np.zeros((4, 4))
+    to_read[3, 3] = 1
+    for axis in range(3):
+        row, column = 2 - axis, 2 - axes[axis]
+        to_read[row, column] = -1 if reverse[axis] else 1
+        to_read[row, 3] = read.shape_vox[axis] - 1 if reverse[axis] else 0
+    return StoredArray(frame_of_affine(np.array(read.affine_ras) @ to_read, shape), turn)
+
+
+def reader_turn(properties: Mapping[str, Any]) -> Turn:
+    """Return how nnU-Net's reader turned the stored array into the one that it gave."""
+    nibabel, itk = properties.get("nibabel_stuff", {}), properties.get("sitk_stuff", {})
+    if "reoriented_affine" in nibabel:
+        stored = np.asarray(nibabel["original_affine"], dtype=np.float64)[:3, :3]
+        read = np.asarray(nibabel["reoriented_affine"], dtype=np.float64)[:3, :3]
+        # Both span the same axes, so this is a permutation with signs.
+        return _turn_of_permutation(np.linalg.solve(stored, read))
+    if "original_orientation" in itk:
+        permutation = np.zeros((3, 3))
+        for stored_axis, letter in enumerate(itk["original_orientation"]):
+            for axis, (towards, away) in enumerate(OPPOSITE.items()):
+                permutation[stored_axis, axis] = {towards: 1, away: -1}.get(letter, 0)
+        return _turn_of_permutation(permutation)
+    return AS_STORED
+
+
+def _turn_of_permutation(permutation: Floats) -> Turn:
+    """Return the turn for a (3, 3) matrix whose column k says which stored axis of (x, y, z) becomes axis k."""
+    axes, reverse = [], []
+    for axis in (2, 1, 0):
+        column = permutation[:, axis]
+        stored_axis = int(np.abs(column).argmax())
+        axes.append(2 - stored_axis)
+        reverse.append(bool(column[stored_axis] < 0))
+    return as_size(axes), (reverse[0], reverse[1], reverse[2])
 
 
 def to_ijk(boxes_N6: Any) -> Floats:

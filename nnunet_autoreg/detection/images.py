@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.corpus.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.corpus.read import quiet_stderr
-from nnunet_autoreg.detection.geometry import RAS_OF_LPS, Frame, frame_of_itk
+from nnunet_autoreg.detection.geometry import AS_STORED, RAS_OF_LPS, Frame, frame_of_itk
 from nnunet_autoreg.errors import ObjectsError
 
 SPACING_TOLERANCE = 0.01
 """Formats round voxel sizes; more than one part in a hundred is another image."""
 MOST_SHIFT_VOX = 0.5
 """At any corner; more would put voxels of one image into others of the other."""
-AS_STORED: Turn = ((0, 1, 2), (False, False, False))
 
 
 def open_image(file: Path) -> Any:

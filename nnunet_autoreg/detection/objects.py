@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_autoreg.detection.geometry import StoredArray, stored_array
 from nnunet_autoreg.detection.instances import (
     Instances,
     ObjectClass,
@@ -124,7 +125,8 @@ class ObjectSource:
             ObjectsError: a file is missing or damaged, or two of them contradict each other.
         """
         label = self.labels / f"{case}{self.dataset['file_ending']}"
-        array, spacing_mm = self._array(label)
+        array, properties = self._array(label)
+        spacing_mm = as_spacing(properties["spacing"])
         shape = as_size(array.shape)
         known, boxes = self._known(case), self._boxes(case)
         if known is not None:
@@ -134,7 +136,9 @@ class ObjectSource:
             labels = labels_of_instances(_json_of(known, self.dataset["file_ending"]))
             found = known_instances(ids, labels, self.classes, self.rules, str(known), self.other_labels)
         elif boxes is not None:
-            found = with_ellipsoids(read_true_boxes(boxes, self.classes, shape, self.other_labels), shape)
+            stored = stored_array(properties, shape)
+            known_boxes = read_true_boxes(boxes, self.classes, stored.frame.shape_vox, self.other_labels)
+            found = with_ellipsoids(in_readers_array(known_boxes, stored), shape)
         else:
             found = find_instances(array, self.classes, self.rules, str(label))
         if any(o.id > MOST_CARRIED for o in found.objects):
@@ -150,13 +154,27 @@ class ObjectSource:
         file = self.raw / BOXES / f"{case}.json"
         return file if file.is_file() else None
 
-    def _array(self, file: Path) -> tuple[Any, Spacing]:
+    @property
+    def turns_images(self) -> bool:
+        """Whether the reader turns images, so that its arrays are not those of the files."""
+        return "Reorient" in getattr(self.reader, "__name__", "")
+
+    def _array(self, file: Path) -> tuple[Any, dict[str, Any]]:
         try:
             array, properties = self.reader().read_seg(str(file))
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
             what = "does not exist" if not file.is_file() else f"cannot be read ({error})"
             raise ObjectsError(f"{file} {what}; restore it") from error
-        return np.asarray(array)[0], as_spacing(properties["spacing"])
+        return np.asarray(array)[0], properties
+
+
+def in_readers_array(instances: Instances, stored: StoredArray) -> Instances:
+    """Return objects that are known as boxes of the stored array with the boxes of the reader's array."""
+    objects = []
+    for item in instances.objects:
+        z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(item.box_zyx))
+        objects.append(replace(item, box_zyx=(z0, y0, x0, z1, y1, x1)))
+    return Instances(tuple(objects), None)
 
 
 def _json_of(map_file: Path, file_ending: str) -> Path:

@@ -18,9 +18,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunet_autoreg.corpus.find import natural_key
+from nnunet_autoreg.corpus.orientation import turned
 from nnunet_autoreg.corpus.read import quiet_stderr
 from nnunet_autoreg.detection.export import Ids, draw_boxes, draw_instances, shown, write_markup
-from nnunet_autoreg.detection.geometry import frame_of_properties, preprocessing_of
+from nnunet_autoreg.detection.geometry import StoredArray, preprocessing_of, reader_turn, stored_array
 from nnunet_autoreg.detection.infer import USUAL, Candidates, Found, ScanDetector, Thinning, joined, merge
 from nnunet_autoreg.detection.net import Detector
 from nnunet_autoreg.detection.nndetection import write_boxes
@@ -28,7 +29,7 @@ from nnunet_autoreg.detection.plan import DetectionPlan, read_plan
 from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, make_scan_file, write_scan_file
 from nnunet_autoreg.detection.scans import Scan, ready
 from nnunet_autoreg.detection.thresholds import FOLD_ALL, score_thresholds
-from nnunet_autoreg.detection.validate import in_original
+from nnunet_autoreg.detection.validate import as_stored, in_original
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import read_json
@@ -207,7 +208,7 @@ def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
 
 @dataclass(frozen=True)
 class Detected:
-    """A scan's file, and the segmentation (Z, Y, X) that came along, in the original image; properties are nnU-Net's."""
+    """A scan's file, and the segmentation (Z, Y, X) that came along, in the image as it was read; properties are nnU-Net's."""
 
     record: ScanFile
     labels_ZYX: NDArray[Any] | None  # noqa: N815
@@ -229,8 +230,10 @@ def detect(model: Model, scan: Scan, options: Options) -> Detected:
     shape = original_shape(properties, manager.transpose_backward)
     geometry = preprocessing_of(properties, as_size(image.shape[1:]), manager.transpose_backward)
     detections = [d for d in in_original(merged, geometry, shape, model.plan.classes) if d.score >= lowest(options.min_score, d.name)]
-    frame = frame_of_properties(properties, shape)
-    record = make_scan_file(scan.name, frame, detections, model.plan.labels, model.describe(), settings_of(model, options), inputs)
+    stored = stored_array(properties, shape)
+    record = make_scan_file(
+        scan.name, stored.frame, as_stored(detections, stored), model.plan.labels, model.describe(), settings_of(model, options), inputs
+    )
     labels = None
     if logits is not None:
         labels = convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -292,7 +295,9 @@ def write(model: Model, found: Detected, folder: Path, options: Options) -> None
     """Write the files of a scan; its JSON comes last, so that where it is, all is."""
     instances = None
     if found.labels_ZYX is not None:
-        instances = draw_instances(_drawn(found.record, options), np.asarray(found.labels_ZYX), model.plan.classes)
+        labels_ZYX = np.asarray(found.labels_ZYX)
+        boxes = _in_readers_array(_drawn(found.record, options), stored_array(found.properties, labels_ZYX.shape))
+        instances = draw_instances(boxes, labels_ZYX, model.plan.classes)
     writer = model.stock.plans_manager.image_reader_writer_class()
     write_record(found.record, instances, writer, model.file_ending, found.properties, folder, options)
 
@@ -307,6 +312,8 @@ def write_record(
     for old in (f"{name}.json", f"{name}_instances{file_ending}", f"{name}_boxes.pkl"):
         (folder / old).unlink(missing_ok=True)
     drawn = draw_boxes(boxes, record.shape_zyx, options.filled)
+    # The writer takes the array that the reader gave, and turns it back into the stored one.
+    drawn = turned(drawn, reader_turn(properties))
     writer.write_seg(drawn, str(folder / f"{name}_boxes{file_ending}"), properties)
     if instances_ZYX is not None:
         writer.write_seg(instances_ZYX, str(folder / f"{name}_instances{file_ending}"), properties)
@@ -314,6 +321,15 @@ def write_record(
     if options.for_nndetection:
         write_boxes(folder / f"{name}_boxes.pkl", record)
     write_scan_file(folder / f"{name}.json", record)
+
+
+def _in_readers_array(boxes: Sequence[FileBox], stored: StoredArray) -> list[FileBox]:
+    """The boxes of a file with their edges in the array that nnU-Net's reader gave."""
+    moved = []
+    for box in boxes:
+        z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(box.box_zyx))
+        moved.append(replace(box, box_zyx=(z0, y0, x0, z1, y1, x1)))
+    return moved
 
 
 def _drawn(record: ScanFile, options: Options) -> list[FileBox]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nnunet_autoreg.detection.evaluate import MAP_NAME, EvaluationSettings, evaluate
-from nnunet_autoreg.detection.geometry import Preprocessing, frame_of_properties, preprocessing_of
+from nnunet_autoreg.detection.geometry import Preprocessing, StoredArray, preprocessing_of, stored_array
 from nnunet_autoreg.detection.infer import USUAL, Candidates, Found, ScanDetector, merge
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.matching import ScanBoxes
@@ -46,7 +46,7 @@ class ValidatedCase:
 
 
 def in_original(found: Found, geometry: Preprocessing, shape_vox: Size, classes: Sequence[ObjectClass]) -> list[Detection]:
-    """What was found, in voxel edges of the original image, clipped to it; nothing is left of what lies outside."""
+    """What was found, in voxel edges of the image as it was read, clipped to it; nothing is left of what lies outside."""
     boxes = geometry.to_original(found.boxes_N6.numpy().astype(np.float64).reshape(-1, 6))
     limit = np.array([*shape_vox, *shape_vox], dtype=np.float64)
     detections = []
@@ -57,6 +57,15 @@ def in_original(found: Found, geometry: Preprocessing, shape_vox: Size, classes:
             z0, y0, x0, z1, y1, x1 = (float(v) for v in box)
             detections.append(Detection((z0, y0, x0, z1, y1, x1), kind.label, kind.name, min(float(score), 1.0), int(votes)))
     return detections
+
+
+def as_stored(detections: Sequence[Detection], stored: StoredArray) -> list[Detection]:
+    """Return detections in the reader's array with the boxes of the stored array, in which files count."""
+    moved = []
+    for found in detections:
+        z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_stored(found.box_zyx))
+        moved.append(replace(found, box_zyx=(z0, y0, x0, z1, y1, x1)))
+    return moved
 
 
 def validate_cases(
@@ -84,9 +93,10 @@ def validate_cases(
             found = in_original(merge(candidates, detector.num_voters, thinning), geometry, true.shape_vox, plan.classes)
             by_iou[iou] = scan_of_instances(case, true.spacing_mm, true.instances, _arrays(found, plan), true.uncounted_ZYX)
             if iou == USUAL.voter_iou:
-                frame = frame_of_properties(properties, true.shape_vox)
+                stored = stored_array(properties, true.shape_vox)
                 settings = {"thinning": vars(thinning), "mirrorings": detector.num_voters}
-                write_scan_file(folder / f"{case}.json", make_scan_file(case, frame, found, plan.labels, model, settings))
+                record = make_scan_file(case, stored.frame, as_stored(found, stored), plan.labels, model, settings)
+                write_scan_file(folder / f"{case}.json", record)
         _write_candidates(folder / f"{case}_candidates.npz", candidates)
         validated.append(ValidatedCase(by_iou))
         log.info("%s: %d objects, %d boxes", case, len(true.instances.objects), len(by_iou[USUAL.voter_iou].boxes_D6))

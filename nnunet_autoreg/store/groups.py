@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_autoreg.corpus.content import content_hash
+from nnunet_autoreg.corpus.content import has_content
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan
 from nnunet_autoreg.corpus.groups import ContrastGroup
@@ -167,6 +167,6 @@ def _grid(row: ScanRow, scan: RawScan) -> Grid:
 
 def _unchanged(row: ScanRow) -> RawScan:
     scan = load_scan(Path(row.source), row.part)
-    if content_hash(scan) != row.content_hash:
+    if not has_content(scan, row.content_hash):
         raise ScanError("changed", f"{row.source} changed after it was checked; run the same line again")
     return scan

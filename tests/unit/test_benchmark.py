@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import SimpleITK
 
 from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
@@ -312,6 +314,22 @@ def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(tmp_path: P
     copy = replace(scan("backup", "x"), content_hash=content_hash(load_scan(image)))
     with pytest.raises(AutoregError, match="saw 1 of the patients"):
         check_pretraining(pretrained_on(tmp_path / "brain", copy), scored, Path("x"))
+
+
+def test_an_index_that_could_not_tell_tiny_values_apart_is_warned_of(tmp_path: Path) -> None:
+    from nnunet_autoreg.corpus.content import content_hash, earlier_hash
+    from nnunet_autoreg.corpus.read import load_scan
+
+    values = np.random.default_rng(0).uniform(0.5e-9, 2e-9, (12, 13, 14)).astype(np.float32)
+    image = tmp_path / "a_0000.nii.gz"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(image))
+    scored = Scored(DATASET, {"a": "a"}, ["a"], {"a": [image]})
+    earlier = replace(scan("backup", "x"), content_hash=earlier_hash(load_scan(image)))
+    newer = replace(scan("backup", "x"), content_hash=content_hash(load_scan(image)))
+
+    assert "earlier version" in check_pretraining(pretrained_on(tmp_path / "earlier", earlier), scored, Path("x"))
+    with pytest.raises(AutoregError):
+        check_pretraining(pretrained_on(tmp_path / "newer", newer), scored, Path("x"))
 
 
 # --- the worker

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_autoreg.corpus.content import NUM_POINTS, TOLERANCE, _close_pairs, content_hash, settle_copies, signature
+from nnunet_autoreg.corpus.content import (
+    NUM_POINTS,
+    TOLERANCE,
+    _close_pairs,
+    content_hash,
+    earlier_hash,
+    has_content,
+    settle_copies,
+    signature,
+)
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.nnunet_api import RawScan
 
@@ -117,3 +126,33 @@ def test_close_pairs_are_those_that_comparing_all_would_find() -> None:
     wide = points.astype(int)
     every = [(i, j) for i in range(200) for j in range(i + 1, 200) if np.abs(wide[i] - wide[j]).max() <= TOLERANCE]
     assert _close_pairs(points) == every == [(3, 150), (7, 20)]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 3e-4, 1e-3])
+def test_scans_of_tiny_values_are_told_apart(scale: float) -> None:
+    """An ADC map in m2/s has values near 1e-9, which all round to 0."""
+    rng = np.random.default_rng(0)
+    first, second = (RawScan((rng.uniform(0.1, 1, (1, 8, 9, 10)) * scale).astype(np.float32), ONE) for _ in range(2))
+
+    assert content_hash(first) != content_hash(second)
+    assert content_hash(first) == content_hash(RawScan(first.array_CZYX.copy(), ONE))
+
+
+def test_tiny_values_of_two_patients_are_no_duplicates() -> None:
+    arrays = [np.random.default_rng(n).uniform(0.5e-9, 2e-9, (1, 12, 13, 14)).astype(np.float32) for n in range(2)]
+    rows = [row(f"s{n}", array) for n, array in enumerate(arrays)]
+
+    settled = settle_copies(rows, [signature(array[0]) for array in arrays])
+
+    assert [r.status for r in settled] == ["ok", "ok"]
+
+
+def test_indexes_of_earlier_versions_are_still_recognised() -> None:
+    usual = RawScan(jittered(integers()), ONE)
+    tiny = RawScan(np.random.default_rng(0).uniform(0, 1e-9, (1, 8, 9, 10)).astype(np.float32), ONE)
+    other = RawScan(np.random.default_rng(1).uniform(0, 5, (1, 8, 9, 10)).astype(np.float32), ONE)
+
+    assert content_hash(usual) == earlier_hash(usual)
+    assert content_hash(tiny) != earlier_hash(tiny)
+    assert has_content(tiny, earlier_hash(tiny)) and has_content(tiny, content_hash(tiny))
+    assert not has_content(other, earlier_hash(tiny))

@@ -81,10 +81,13 @@ def shifted_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(infer, "lay_out", every_voxel)
 
 
-def model() -> Any:
+READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient")
+
+
+def model(reader: str = "SimpleITKIO") -> Any:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    manager = PlansManager(PLANS)
+    manager = PlansManager({**PLANS, "image_reader_writer": reader})
     configuration = manager.get_configuration("3d_fullres")
     plan = DetectionPlan((ObjectClass("lesion", 1, (1,)),), Rules(), AnchorPlan((0,), ((1, 1, 1),), ((8.0, 4.0, 8.0),), 1.0, {}), 8, True)
 
@@ -99,14 +102,14 @@ def model() -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize(("reader", "mirror"), [(READERS[0], True), *((reader, False) for reader in READERS)])
 def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
-    image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
+    image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, mirror: bool
 ) -> None:
     import SimpleITK
 
     shifted_grid(monkeypatch)
-    made, options = model(), Options(mirror=mirror, min_score=0.9)
+    made, options = model(reader), Options(mirror=mirror, min_score=0.9)
     (scan,) = find(image_file.parent, ".nii.gz", 1)
     found = detect(made, scan, options)
     (box,) = found.record.boxes
@@ -124,6 +127,9 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     truth = np.zeros(inside.shape, bool)
     truth[BOX[0]:BOX[3], BOX[1]:BOX[4], BOX[2]:BOX[5]] = True
     assert (inside & truth).sum() / (inside | truth).sum() > 0.9
+    # The drawn frame lies on the box too, in the stored array.
+    frame = np.argwhere(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a_boxes.nii.gz"))))
+    assert [*frame.min(0), *(frame.max(0) + 1)] == list(BOX)
 
 
 def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_path: Path) -> None:
