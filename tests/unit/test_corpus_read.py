@@ -265,3 +265,40 @@ def test_a_nifti_2_header_is_understood(tmp_path: Path) -> None:
     header = parse_header(bytes(head))
     assert (header.dims, header.bits, header.offset) == ((20, 18, 16), 16, 544)
     assert header.pixdim == header.sform_scales == (1.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("bits", [0, 8, 32])
+def test_the_datatype_counts_and_not_bitpix(tmp_path: Path, bits: int, ending: str) -> None:
+    path = patch(save(tmp_path / "a.nii", noise()), (72, "h", (bits,)))
+    if ending == ".nii.gz":
+        path = Path(f"{path}.gz")
+        path.write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()))
+
+    found = read.load_scan(path)
+
+    np.testing.assert_array_equal(found.array_CZYX, read.load_scan(save(tmp_path / "right.nii", noise())).array_CZYX)
+
+
+@pytest.mark.parametrize("rest", [b"x", b"garbage at the end of the file", b"\0" * 512, b"\0" * 5 + b"rest"])
+def test_what_follows_a_gzip_stream_is_passed_over(tmp_path: Path, rest: bytes) -> None:
+    path = save(tmp_path / "a.nii.gz", noise())
+    path.write_bytes(path.read_bytes() + rest)
+
+    found = read.load_scan(path)
+
+    np.testing.assert_array_equal(found.array_CZYX, noise().astype(np.float32)[None, :, ::-1, ::-1])
+
+
+def test_a_truncated_image_with_a_rest_is_still_truncated(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", noise())
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-100]) + b"rest")
+
+    assert status_of(path)[0] == "unreadable"
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_values_beyond_32_bits_are_called_so(tmp_path: Path) -> None:
+    status, reason = status_of(save(tmp_path / "a.nii.gz", noise().astype(np.float64) * 1e40))
+
+    assert status == "nonfinite" and "too large" in reason
