@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,32 @@ def _environment_folder(variable: str) -> Path:
         raise UsageError(f"the environment variable {variable} is not set; type: export {variable}=/path/to/{variable}")
     folder = Path(value)
     if not folder.exists():
+        _refuse_unexpanded(variable, value)
         raise UsageError(f"{variable} is set to {value}, which does not exist; type: mkdir -p '{value}', or set {variable} anew")
     if not folder.is_dir():
         raise UsageError(f"{variable} is set to {value}, which is not a folder; type: export {variable}=/path/to/a/folder")
     return folder
+
+
+def _refuse_unexpanded(variable: str, value: str) -> None:
+    """Refuse a value in which quotes, ``~`` or a variable stand literally; nnU-Net would take them as part of the name.
+
+    Raises:
+        UsageError: with the value that was probably meant.
+    """
+    stripped = value.strip().strip("\"'").strip()
+    meant = os.path.expandvars(os.path.expanduser(stripped))  # noqa: PTH111
+    if meant == value:
+        return
+    kinds = (
+        ("quotation marks", value.strip() != value.strip().strip("\"'")),
+        ("~", stripped.startswith("~")),
+        ("a variable", "$" in stripped),
+        ("spaces around it", value != value.strip()),
+    )
+    found = " and ".join(kind for kind, is_there in kinds if is_there)
+    raise UsageError(f"{variable} is set to {value}, with {found} as part of the folder's name, which nnU-Net takes as it is; "
+                     f"type: export {variable}={shlex.quote(meant)}")
 
 
 def dataset_number(name: str) -> str:

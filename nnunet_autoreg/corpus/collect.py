@@ -3,10 +3,12 @@
 No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is told by a salted hash.
 """
 
+import logging
 import os
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from nnunet_autoreg.corpus.dicom import claims_dicom, file_slices, member_slices
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.read import check_stack
-from nnunet_autoreg.corpus.slices import Leave, Slice
-from nnunet_autoreg.corpus.stacks import Stack, by_series, stacks_of, without_copies
+from nnunet_autoreg.corpus.slices import SECONDARY, Leave, Slice
+from nnunet_autoreg.corpus.stacks import Stack, by_series, originals, stacks_of, without_copies
 from nnunet_autoreg.corpus.tags import NotDicomError
 from nnunet_autoreg.errors import ScanError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,27 @@ class DicomCollector:
 
     def rows(self) -> Iterator[Row]:
         """Scans first, then what was left out."""
-        for path, group in self._series():
-            yield from self._rows_of(path, group)
+        series = list(self._series())
+        original = {_kind(group[0]) for _, group in series if not originals(group)[0].derived}
+        num_used = 0
+        for path, group in series:
+            kept = list(originals(group))
+            if len(kept) < len(group):
+                # Derived images within a series of originals are no stack of their own.
+                self._leave_derived(path, [one for one in group if one.derived])
+            reason = _why_derived(kept, original)
+            num_used += bool(kept[0].derived and not reason)
+            yield from self._rows_of(path, kept, reason)
+        if num_used:
+            log.info("%d series are derived images (%s) and are used: their studies hold no original ones", num_used, SECONDARY)
         for (source, series, what, status, reason), count in self.left.items():
             name = f"{what}-{salted(series or f'{source} {reason}', self.salt)}"
             yield Row(source, name, status=status, reason=f"{reason} ({count} {'file' if count == 1 else 'files'})")
+
+    def _leave_derived(self, path: Path, group: Sequence[Slice]) -> None:
+        for one in group:
+            reason = f"derived images ({one.derived}) beside the original ones of their series"
+            self.left[path, one.series, one.modality, "derived", reason] += 1
 
     def _series(self) -> Iterator[tuple[Path, list[Slice]]]:
         """(folder, file or archive, slices of one series in it); a series spread over folders comes with their common folder."""
@@ -94,7 +114,8 @@ class DicomCollector:
                 yield _joined({f: groups.pop(f) for f in folders})
             yield from groups.items()
 
-    def _rows_of(self, path: Path, group: list[Slice]) -> Iterator[Row]:
+    def _rows_of(self, path: Path, group: list[Slice], derived: str) -> Iterator[Row]:
+        """Rows of a series; ``derived`` says why one of derived images is left out, "" for others."""
         below = "yes" if any("/" in s.file for s in group) and path.is_dir() else ""
         part = Part(series=group[0].series, instance=group[0].instance if group[0].frame >= 0 else "", below=below)
         stacks = stacks_of(group)
@@ -102,30 +123,51 @@ class DicomCollector:
             here = replace(part, stack=str(number)) if len(stacks) > 1 else part
             if self.split_4d and len(stack.volumes) > 1:
                 for t in range(len(stack.volumes)):
-                    yield self._row(path, stack, replace(here, t=str(t)))
+                    yield self._row(path, stack, replace(here, t=str(t)), derived)
             else:
-                yield self._row(path, stack, here)
+                yield self._row(path, stack, here, derived)
         copies = len(group) - len(without_copies(group))
         if copies:
             name = f"{group[0].modality}-{salted(f'{part} copies', self.salt)}"
             yield Row(path, name, status="duplicate", reason=f"{copies} of {len(group)} files of a series hold a slice that another file "
                       "of it holds too (same SOP instance); each is read once")
 
-    def _row(self, path: Path, stack: Stack, part: Part) -> Row:
+    def _row(self, path: Path, stack: Stack, part: Part, derived: str) -> Row:
         first, status, reason = stack.first, "", ""
         try:
             check_stack(stack, str(part))
         except ScanError as error:
             status, reason = error.status, str(error)
+        if derived:
+            status, reason = "derived", derived
         name = f"{first.modality}-{salted(str(replace(part, below='')), self.salt)}"
         return Row(path, name, str(part), first.modality, first.subject, first.study, first.contrast, status, reason)
 
 
+def _kind(one: Slice) -> tuple[str, str, str]:
+    """What an original must share with a derived image to be the better one."""
+    return one.subject, one.study, one.modality
+
+
+def _why_derived(group: Sequence[Slice], original: AbstractSet[tuple[str, str, str]]) -> str:
+    """Return why a series of derived images is left out; "" for originals, and where nothing better is there."""
+    first = group[0]
+    if not first.derived:
+        return ""
+    files = f"({len(group)} {'file' if len(group) == 1 else 'files'})"
+    use = "to use them, give their folder a modality in --manifest"
+    if first.derived != SECONDARY:
+        return f"derived images ({first.derived}): computed from others, not acquired; {use} {files}"
+    if _kind(first) in original:
+        return f"derived images ({SECONDARY}), and their study holds original {first.modality} images; {use} {files}"
+    return ""
+
+
 def _disjoint(groups: Sequence[list[Slice]]) -> bool:
     """Whether no instance is in two of the folders: they hold pieces of a series, not copies of it."""
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[object, ...]] = set()
     for group in groups:
-        here = {(s.instance, s.frame) for s in group}
+        here = {s.identity for s in group}
         if here & seen:
             return False
         seen |= here

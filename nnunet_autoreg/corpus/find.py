@@ -354,7 +354,9 @@ class _Finder:
 
     def _add_dicom(self, root: Path, dicom: DicomCollector) -> None:
         for row in dicom.rows():
-            self.add(row.path, f"{root.name}/{row.name}", root.name, "" if row.status else row.name, status=row.status, reason=row.reason,
+            # A manifest may overrule that images are derived, so they keep what a scan has.
+            case = row.name if row.status in ("", "derived") and row.part else ""
+            self.add(row.path, f"{root.name}/{row.name}", root.name, case, status=row.status, reason=row.reason,
                      part=row.part, modality=row.modality, subject=row.subject, session=row.session, contrast=row.contrast)
 
     def _report_labels(self, root: Path, labels: Counter[Path]) -> None:

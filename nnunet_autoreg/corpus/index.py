@@ -105,8 +105,18 @@ def index_scans(
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
     rows = settle_copies(rows, signatures)[: len(described)]
+    warn_of_one_subject(rows)
     kept = [drawn for number, drawn in samples.items() if number < len(rows) and rows[number].status == OK]
     return Index(tuple(rows), np.concatenate(kept) if kept else np.zeros(0, dtype=np.float32))
+
+
+def warn_of_one_subject(rows: Sequence[ScanRow]) -> None:
+    """Warn where all scans name one patient in several studies, as some anonymisers make it."""
+    usable = [row for row in rows if row.status == OK]
+    subjects, sessions = {row.subject for row in usable}, {row.session for row in usable}
+    if len(subjects) == 1 and "" not in subjects and len(sessions) > 1:
+        log.warning("all %d scans name one patient in %d studies, so none can be held out to validate on; if they are of several "
+                    "patients, say whose each is with --manifest (columns path and subject)", len(usable), len(sessions))
 
 
 def tasks_of(candidates: Sequence[Candidate], entries: Mapping[str, Entry], modality_override: str | None) -> list[Task]:

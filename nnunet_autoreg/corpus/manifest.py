@@ -107,9 +107,11 @@ def describe(candidates: Iterable[Candidate], manifest: Manifest | None) -> tupl
     if manifest is None:
         return list(candidates), {}
     described, used, keys = [], {}, set()
-    for candidate in candidates:
-        match = None if candidate.status else manifest.entry_of(candidate.path)
-        if match is None:
+    for found in candidates:
+        match = manifest.entry_of(found.path)
+        overruled = match is not None and _overrules(match, found)
+        candidate = replace(found, status="", reason="") if overruled else found
+        if match is None or candidate.status:
             described.append(candidate)
             continue
         key, entry = match
@@ -120,6 +122,13 @@ def describe(candidates: Iterable[Candidate], manifest: Manifest | None) -> tupl
             contrast=entry.contrast or candidate.contrast, modality=entry.modality or candidate.modality))
     _report(manifest, len(used), [key for key in manifest.entries if key not in keys])
     return described, used
+
+
+def _overrules(match: tuple[str, Entry], candidate: Candidate) -> bool:
+    """Return whether a row of the manifest makes a scan of derived images: it names their own folder, and a modality."""
+    key, entry = match
+    is_own = key == os.path.realpath(candidate.path)
+    return candidate.status == "derived" and bool(candidate.part) and is_own and bool(entry.modality)
 
 
 def _report(manifest: Manifest, num_used: int, unused: list[str]) -> None:

@@ -30,7 +30,9 @@ POSTPROCESSED = {
     "MPR", "REFORMATTED", "PROJECTION IMAGE", "MIP", "MINIP", "MIN_IP", "MNIP", "AVERAGE", "CSA MPR", "CSA MIP", "CSA RESAMPLED",
     "SUBTRACT", "SUBTRACTION", "ADC", "FA", "TENSOR", "TRACE", "TRACEW", "PERFUSION", "RCBV", "RCBF", "CBV", "CBF", "MTT", "TTP",
     "SCREEN SAVE", "VRT"}
-"""Words of Image Type that mark a derived image."""
+"""Words of Image Type that mark a derived image: computed from others, not acquired."""
+SECONDARY = "DERIVED, SECONDARY"
+"""Second word of Image Type: reformatted or computed images, but also originals that a program wrote as DICOM."""
 PARTS = {"M": "M", "MAGNITUDE": "M", "P": "P", "PHASE": "P", "R": "R", "REAL": "R", "I": "I", "IMAGINARY": "I", "W": "W", "WATER": "W",
          "F": "F", "FAT": "F", "IP": "IP", "IN_PHASE": "IP", "OP": "OP", "OPP_PHASE": "OP", "OUT_PHASE": "OP"}
 """Words of Image Type that tell the images of one acquisition apart."""
@@ -54,8 +56,10 @@ class Slice:
         shape: (rows, columns); ``spacing`` alike.
         orientation: directions along a row, then along a column.
         parts: magnitude, phase, water, fat ... as Image Type says.
-        order: (temporal position, b-value, echo, acquisition, trigger time, instance): what tells slices of one position apart.
+        order: what tells slices of one position apart, as ``ORDER_NAMES`` names it, and the instance number at the end.
         problem: why its series cannot be used; "" mostly.
+        thickness: NaN where the file does not say.
+        derived: the words of Image Type that mark a derived image; "" for an original one.
     """
 
     file: str
@@ -76,6 +80,17 @@ class Slice:
     contrast: str
     subject: str = field(repr=False)
     study: str = field(repr=False)
+    thickness: float = math.nan
+    derived: str = ""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two copies of one slice share. The SOP instance is not enough: some anonymisers give all files the same."""
+        return (self.instance, self.frame, self.position, self.order, self.parts)
+
+
+ORDER_NAMES = ("time", "b-value", "echo", "acquisition", "trigger time", "inversion time", "flip angle", "gradient direction")
+NUM_ORDERS = len(ORDER_NAMES) + 1
 
 
 def slices_of(tags: Tags, file: str, num_bytes: int) -> list[Slice]:
@@ -86,6 +101,7 @@ def slices_of(tags: Tags, file: str, num_bytes: int) -> list[Slice]:
         ScanError: ``unreadable``: it names no series.
     """
     modality = _modality(tags)
+    derived = _derived(tags, modality)
     if not text(tags, t.SERIES):
         raise ScanError("unreadable", "its DICOM header names no series (0020,000E); export it again")
     problem = _problem(tags, num_bytes)
@@ -103,7 +119,8 @@ def slices_of(tags: Tags, file: str, num_bytes: int) -> list[Slice]:
         found.append(Slice(
             file, number_, *common, shape, (spacing[0], spacing[1]), numbers(frame, t.ORIENTATION), numbers(frame, t.POSITION),
             number(frame, t.SLOPE, 1.0), number(frame, t.INTERCEPT, 0.0), intern(parts), _order(frame, number_), wrong,
-            number(frame, t.GANTRY_TILT, 0.0), contrast, subject, intern(text(tags, t.STUDY))))
+            number(frame, t.GANTRY_TILT, 0.0), contrast, subject, intern(text(tags, t.STUDY)),
+            number(frame, t.SLICE_THICKNESS, math.nan), derived))
     if len(found) != num_frames:
         reason = f"a multi-frame file of {num_frames} frames that gives positions for {len(found)}; export it again"
         return [_with_problem(s, ("slices", reason)) for s in found] or _no_geometry(tags, file, common, shape, num_frames)
@@ -114,7 +131,7 @@ def _no_geometry(tags: Tags, file: str, common: tuple[str, str, str], shape: tup
     reason = f"a multi-frame file of {num_frames} frames without the position of each; export it as single slices"
     subject = intern(text(tags, t.PATIENT_ID) or text(tags, t.STUDY))
     nowhere = (math.nan, math.nan)
-    return [Slice(file, 0, *common, shape, nowhere, (), (), 1.0, 0.0, "", (0.0,) * 6, ("slices", reason), 0.0, "", subject,
+    return [Slice(file, 0, *common, shape, nowhere, (), (), 1.0, 0.0, "", (0.0,) * NUM_ORDERS, ("slices", reason), 0.0, "", subject,
                   intern(text(tags, t.STUDY)))]
 
 
@@ -123,7 +140,7 @@ def _with_problem(one: Slice, problem: tuple[str, str]) -> Slice:
 
 
 def _modality(tags: Tags) -> str:
-    """CT, MR or PT; other kinds of objects, localisers and derived images are left."""
+    """CT, MR or PT; other kinds of objects, localisers and mosaics are left."""
     series = text(tags, t.SERIES)
     uid, claimed = text(tags, t.SOP_CLASS), text(tags, t.MODALITY).upper()
     short = uid.removeprefix(CLASSES) if uid.startswith(CLASSES) else ""
@@ -139,13 +156,20 @@ def _modality(tags: Tags) -> str:
     words = set(_image_type(tags))
     if "LOCALIZER" in words:
         raise Leave("localizer", "a localiser (scout): planning slices, not a scan", modality, series)
-    second = _image_type(tags)[1:2]
-    if second == ["SECONDARY"] and modality != "PT":
-        raise Leave("derived", "derived images (DERIVED, SECONDARY): made from another scan, which is the one to use", modality, series)
-    made = sorted(words & POSTPROCESSED)
-    if made:
-        raise Leave("derived", f"derived images ({made[0]}): made from another scan, which is the one to use", modality, series)
+    if "MOSAIC" in words:
+        raise Leave("mosaic", "a Siemens mosaic, which tiles all slices of a volume into one image; convert it with dcm2niix, "
+                    "and give the result", modality, series)
     return modality
+
+
+def _derived(tags: Tags, modality: str) -> str:
+    """Return the words of Image Type by which an image is a derived one; "" for an original."""
+    words = _image_type(tags)
+    made = sorted(set(words) & POSTPROCESSED)
+    if made:
+        return made[0]
+    # PET is always computed, so the word says nothing there.
+    return SECONDARY if words[1:2] == ["SECONDARY"] and modality != "PT" else ""
 
 
 def _image_type(tags: Tags) -> list[str]:
@@ -183,16 +207,36 @@ def _geometry_problem(frame: Tags, shape: tuple[int, int]) -> tuple[str, str]:
 
 
 def _order(frame: Tags, number_: int) -> tuple[float, ...]:
+    """Return the values that ``ORDER_NAMES`` names, and the instance number."""
     temporal = number(frame, t.TEMPORAL_POSITION, number(frame, t.TEMPORAL_INDEX, 0.0))
-    echo = number(frame, t.ECHO_TIME, number(frame, t.ECHO_NUMBER, 0.0))
+    echo_number = number(frame, t.ECHO_NUMBER, 0.0)
+    echo = number(frame, t.ECHO_TIME, number(frame, t.EFFECTIVE_ECHO_TIME, echo_number))
     instance = number(frame, t.INSTANCE, 0.0) if number_ < 0 else float(number_)
-    return (temporal, number(frame, t.B_VALUE, 0.0), echo, number(frame, t.ACQUISITION, 0.0), number(frame, t.TRIGGER_TIME, 0.0), instance)
+    return (
+        temporal,
+        number(frame, t.B_VALUE, 0.0),
+        echo,
+        number(frame, t.ACQUISITION, 0.0),
+        number(frame, t.TRIGGER_TIME, 0.0),
+        number(frame, t.INVERSION_TIME, 0.0),
+        number(frame, t.FLIP_ANGLE, 0.0),
+        _direction_number(numbers(frame, t.GRADIENT)),
+        instance,
+    )
+
+
+def _direction_number(direction: tuple[float, ...]) -> float:
+    """Return one number for a gradient direction, equal for directions that agree to two decimals; 0 for none."""
+    if len(direction) != 3 or not all(map(math.isfinite, direction)):
+        return 0.0
+    x, y, z = (round(100 * (value + 2)) for value in direction)
+    return float((x * 1000 + y) * 1000 + z)
 
 
 def _frames(tags: Tags) -> Iterator[tuple[int, Tags]]:
     """The frames of a multi-frame file as if each were a file: its own groups over the shared ones over the file's tags."""
     shared = _flattened(next(iter(tags.get(t.SHARED_GROUPS, [])), {}))
-    base = {k: v for k, v in tags.items() if k in (t.PIXEL_SPACING, t.ORIENTATION, t.SLOPE, t.INTERCEPT, t.GANTRY_TILT)}
+    base = {k: v for k, v in tags.items() if k in (t.PIXEL_SPACING, t.ORIENTATION, t.SLOPE, t.INTERCEPT, t.GANTRY_TILT, t.SLICE_THICKNESS)}
     for index, item in enumerate(tags.get(t.FRAME_GROUPS, [])):
         yield index, {**base, **shared, **_flattened(item)}
 

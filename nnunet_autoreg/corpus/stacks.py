@@ -4,20 +4,30 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_autoreg.corpus.slices import Slice
+from nnunet_autoreg.corpus.slices import ORDER_NAMES, Slice
 from nnunet_autoreg.geometry import Size, Spacing
 
-ORDER_NAMES = ("time", "b-value", "echo", "acquisition", "trigger time")
+# Slices that differ in one of these belong to different volumes, wherever they lie.
+VOLUME_NAMES = ("time", "b-value", "echo", "inversion time", "flip angle", "gradient direction", "acquisition")
 # Written with few digits, so equal directions and positions differ a little.
 SAME_DIRECTION, SAME_SPACING_MM, SAME_POSITION_MM = 5e-3, 1e-3, 1e-2
+GRADIENT = ORDER_NAMES.index("gradient direction")
 UNEVEN, MISSING = 0.05, 1.5
+MAX_DECIMALS = 3
 MAX_TILT_DEGREES = 0.5
 MAX_STACKS = 6
+# Of one series, told apart by the header: phases of a heart, or time points of other coverage each.
+MAX_PARTS = 64
+MIN_PART_SLICES = 2
+SAME_VALUE = 1e-3
+# Two acquisitions whose slices lie between each other's are packages of one volume if the slices fit side by side.
+PACKAGE_OVERLAP = 1.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class Stack:
 
 def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
     """The stacks of one series, the largest first; always the same for the same slices, in whatever order they come."""
-    ordered = sorted(without_copies(slices), key=lambda s: (s.order[-1], s.position, s.file, s.frame))
+    kept = without_copies(originals(slices))
+    ordered = sorted(kept, key=lambda s: (s.order[-1], s.position, s.order, s.file, s.frame))
     whole = _whole_problem(ordered)
     if whole[0]:
         return [_broken(ordered, whole)]
@@ -62,14 +73,126 @@ def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
     if len(groups) > MAX_STACKS:
         return [_broken(ordered, ("slices", f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a planning scan); "
                                   "no stack of parallel slices"))]
-    return [_stack(group) for group in sorted(groups, key=len, reverse=True)]
+    stacks = [stack for group in groups for stack in _separated(group)]
+    return sorted(stacks, key=lambda stack: sum(map(len, stack.volumes)), reverse=True)
+
+
+def originals(slices: Sequence[Slice]) -> Sequence[Slice]:
+    """Return the slices of a series that are not derived; all of them if every one is."""
+    kept = [one for one in slices if not one.derived]
+    return kept or slices
+
+
+def _separated(group: list[Slice]) -> list[Stack]:
+    """Return the stacks of slices of one size and orientation.
+
+    Slices that differ in echo, time, acquisition and the like are of different volumes. Where these
+    lie at the same positions they are the volumes of one 4D stack; elsewhere each is a stack of its own,
+    since putting them into one would mix them.
+    """
+    whole = _stack(group)
+    for name in VOLUME_NAMES:
+        parts = _parts_by_value(group, ORDER_NAMES.index(name))
+        stacks = _stacks_of_parts(parts)
+        if not stacks:
+            continue
+        if whole.problem[0] and (_overlap(stacks) or len(stacks) <= MAX_STACKS):
+            return stacks
+        # Slabs side by side, as of a CT that moves its table between exposures, make one volume.
+        if _overlap(stacks) and not (name == "acquisition" and _are_packages(whole)):
+            return stacks
+
+    if whole.problem[0]:
+        # Without an overlap the cut is where a slice is missing, and the series stays incomplete.
+        passes = _stacks_of_parts(_parts_by_runs(group))
+        return passes if passes and _overlap(passes) else [whole]
+    return [whole]
+
+
+def _parts_by_value(group: Sequence[Slice], index: int) -> list[list[Slice]]:
+    """Return the slices by the value of ``order[index]``; values that differ by rounding are one."""
+    ordered = sorted(group, key=lambda s: s.order[index])
+    parts: list[list[Slice]] = []
+    for one in ordered:
+        value = one.order[index]
+        if parts and math.isclose(value, parts[-1][-1].order[index], rel_tol=SAME_VALUE if index != GRADIENT else 0.0):
+            parts[-1].append(one)
+        else:
+            parts.append([one])
+    return parts
+
+
+def _parts_by_runs(group: Sequence[Slice]) -> list[list[Slice]]:
+    """Return the slices cut where instance numbers begin a new pass: where the slices jump or turn back."""
+    numbers = {s.order[-1] for s in group}
+    direction, bad = _direction(group[0])
+    if bad or len(numbers) != len(group):
+        return []
+    ordered = sorted(group, key=lambda s: s.order[-1])
+    heights = (np.array([s.position for s in ordered]) @ direction[:, 2]).tolist()
+
+    parts = [[ordered[0]]]
+    step: float | None = None
+    for one, before, height in zip(ordered[1:], heights, heights[1:], strict=False):
+        gap = height - before
+        if step is None or abs(gap - step) <= (MISSING - 1) * abs(step):
+            parts[-1].append(one)
+            step = gap if step is None else step
+        else:
+            parts.append([one])
+            step = None
+    return parts
+
+
+def _stacks_of_parts(parts: Sequence[list[Slice]]) -> list[Stack]:
+    """Return one stack for all parts at the same positions; nothing where that gives one stack, or a bad one."""
+    if not 1 < len(parts) <= MAX_PARTS or min(map(len, parts)) < MIN_PART_SLICES:
+        return []
+    together: list[list[Slice]] = []
+    heights_of: list[npt.NDArray[Any]] = []
+    for part in parts:
+        direction, _ = _direction(part[0])
+        heights = np.sort(np.array([s.position for s in part]) @ direction[:, 2])
+        alike = [n for n, known in enumerate(heights_of) if _at_same_places(heights, known)]
+        if alike:
+            together[alike[0]].extend(part)
+        else:
+            together.append(list(part))
+            heights_of.append(heights)
+
+    stacks = [_stack(members) for members in together]
+    if len(stacks) < 2 or any(stack.problem[0] for stack in stacks):
+        return []
+    return stacks
+
+
+def _at_same_places(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
+    return len(heights) == len(others) and bool(np.abs(heights - others).max() <= SAME_POSITION_MM)
+
+
+def _overlap(stacks: Sequence[Stack]) -> bool:
+    """Return whether two stacks share more of their extent than one slice; slabs side by side do not."""
+    ends = sorted(_extent(stack) for stack in stacks)
+    step = min(stack.spacing_mm[0] for stack in stacks)
+    return any(after[0] < before[1] - step / 2 for before, after in pairwise(ends))
+
+
+def _extent(stack: Stack) -> tuple[float, float]:
+    normal = stack.direction[:, 2]
+    low, high = (float(np.array(stack.volumes[0][end].position) @ normal) for end in (0, -1))
+    return low, high
+
+
+def _are_packages(whole: Stack) -> bool:
+    """Return whether acquisitions between each other's slices make one volume: the slices fit side by side."""
+    return whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
 
 
 def without_copies(slices: Sequence[Slice]) -> list[Slice]:
     """Each instance once: a file that lies there twice is no second slice."""
     kept: dict[tuple[object, ...], Slice] = {}
     for one in sorted(slices, key=lambda s: (s.file, s.frame)):
-        kept.setdefault((one.instance, one.frame, one.position), one)
+        kept.setdefault(one.identity, one)
     return list(kept.values())
 
 
@@ -89,7 +212,7 @@ def _broken(slices: Sequence[Slice], problem: tuple[str, str]) -> Stack:
 
 
 def _alike(a: Slice, b: Slice) -> bool:
-    return (a.shape == b.shape and a.parts == b.parts and (a.frame < 0) == (b.frame < 0)
+    return (a.shape == b.shape and a.parts == b.parts and a.derived == b.derived and (a.frame < 0) == (b.frame < 0)
             and all(abs(p - q) <= SAME_SPACING_MM * max(p, q, 1) for p, q in zip(a.spacing, b.spacing, strict=True))
             and all(abs(p - q) <= SAME_DIRECTION for p, q in zip(a.orientation, b.orientation, strict=True)))
 
@@ -108,7 +231,7 @@ def _stack(group: list[Slice]) -> Stack:
             places.append([])
         places[-1].append(group[i])
     volumes, repeated_over, problem = _volumes(places, levels)
-    step, uneven = _step(levels, places[0][0].spacing)
+    step, uneven = _step(levels, places[0][0].spacing, _rounding([place[0] for place in places], direction))
     spacing = (step, *group[0].spacing)
     problem = problem if problem[0] else uneven if uneven[0] else _tilt([place[0] for place in places], direction)
     return Stack(volumes, direction, spacing, repeated_over, problem)
@@ -145,8 +268,11 @@ def _volumes(places: list[list[Slice]], levels: list[float]) -> tuple[tuple[tupl
         if all(len(s) == most for s in sets) and (shared or name in ("acquisition", "trigger time")):
             ordered = [sorted(place, key=lambda s, i=index: s.order[i]) for place in places]  # type: ignore[misc]
             return tuple(zip(*ordered, strict=True)), name, ("", "")
-    if any(len({s.order[:-1] for s in place}) == most for place in places) or _runs(places):
+    if all(len({s.order[:-1] for s in place}) == most for place in places):
         ordered = [sorted(place, key=lambda s: s.order) for place in places]
+        return tuple(zip(*ordered, strict=True)), "instance number", ("", "")
+    if _runs(places) or _runs_of_places(places):
+        ordered = [sorted(place, key=lambda s: s.order[-1]) for place in places]
         return tuple(zip(*ordered, strict=True)), "instance number", ("", "")
     return everything, "", ("slices", f"each of {len(places)} slice positions occurs {most} times with nothing that tells them apart "
                             f"(first at {where}): duplicate slices; export it again")
@@ -160,7 +286,40 @@ def _runs(places: list[list[Slice]]) -> bool:
     return len(numbers) == total and max(lowest) - min(lowest) == len(places) - 1 and len(places[0]) > 2
 
 
-def _step(levels: list[float], spacing: Sequence[float]) -> tuple[float, tuple[str, str]]:
+def _runs_of_places(places: list[list[Slice]]) -> bool:
+    """Whether instance numbers run through all volumes of a slice before the next slice."""
+    numbers = [sorted(s.order[-1] for s in place) for place in places]
+    total = sum(len(place) for place in places)
+    if len({n for of_place in numbers for n in of_place}) != total:
+        return False
+    return all(of_place[-1] - of_place[0] == len(of_place) - 1 for of_place in numbers)
+
+
+def _rounding(slices: Sequence[Slice], direction: npt.NDArray[Any]) -> float:
+    """Return by how much rounded positions may change the distance of two slices, in mm; 0 for exact ones."""
+    positions = np.array([s.position for s in slices])
+    moving = np.ptp(positions, axis=0) > SAME_POSITION_MM
+    for num_decimals in range(MAX_DECIMALS + 1):
+        scaled = positions[:, moving] * 10**num_decimals
+        if np.abs(scaled - np.rint(scaled)).max(initial=0) < 1e-6 * 10**num_decimals:
+            # Either end is off by up to half of the last decimal, along each axis that the normal has a part of.
+            return float(10.0**-num_decimals * np.abs(direction[moving, 2]).sum())
+    return 0.0
+
+
+def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
+    """Return whether rounding alone can have made the gaps of evenly spaced slices differ as they do."""
+    gaps = np.diff(levels)
+    step = (levels[-1] - levels[0]) / (len(levels) - 1)
+    tolerance = rounding * 1.01
+    # Where rounding is coarse beside the gaps, a missing slice would pass for a rounded position.
+    if not 0 < tolerance <= step / 2:
+        return False
+    straight = levels[0] + step * np.arange(len(levels))
+    return bool(gaps.max() - gaps.min() <= tolerance and np.abs(np.array(levels) - straight).max() <= tolerance)
+
+
+def _step(levels: list[float], spacing: Sequence[float], rounding: float) -> tuple[float, tuple[str, str]]:
     """(distance of the slices in mm, problem)."""
     if len(levels) < 2:
         return float(max(spacing)), ("", "")
@@ -168,7 +327,7 @@ def _step(levels: list[float], spacing: Sequence[float]) -> tuple[float, tuple[s
     multiples = gaps / gaps.min()
     usual = float(gaps.min() if np.abs(multiples - np.rint(multiples)).max() < UNEVEN else np.median(gaps))
     wrong = np.flatnonzero(np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM))
-    if not wrong.size:
+    if not wrong.size or _is_even_within_rounding(levels, rounding):
         return round((levels[-1] - levels[0]) / (len(levels) - 1), 5), ("", "")
     widest = int(gaps.argmax())
     between = f"between {levels[widest]:.2f} and {levels[widest + 1]:.2f} mm"

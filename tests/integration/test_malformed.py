@@ -251,7 +251,7 @@ DICOM: dict[str, tuple[Make, str, str]] = {
     "no_rows": (series(t00280010=None), "unreadable", "a slice of 0 rows and 20 columns"),
     "colour": (colour, "rgb", "3 values per pixel"),
     "localiser": (series(**{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\LOCALIZER")}), "localizer", "a localiser (scout)"),
-    "secondary_mr": (series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "DERIVED\\SECONDARY")}), "derived", "images (DERIVED, SECONDARY)"),
+    "mosaic": (series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\M\\MOSAIC")}), "mosaic", "convert it with dcm2niix"),
     "reformatted_ct": (series(**{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\MPR")}), "derived", "derived images (MPR)"),
     "adc_map": (series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\DIFFUSION\\ADC")}), "derived", "derived images (ADC)"),
     "secondary_capture": (series(sop_class=SHOT), "secondary", "a secondary capture"),

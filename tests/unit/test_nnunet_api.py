@@ -152,3 +152,18 @@ def test_the_resampled_shape_is_nnunets() -> None:
 @pytest.mark.parametrize(("given", "number"), [("4", "4"), ("004", "4"), ("Dataset004_Hippocampus", "4"), ("scans", "ID")])
 def test_nnunets_commands_are_given_numbers(given: str, number: str) -> None:
     assert nnunet_api.dataset_number(given) == number
+
+
+@pytest.mark.parametrize(("value", "meant"), [
+    ('"{root}"', "{root}"), ("'{root}'", "{root}"), (" {root} ", "{root}"), ("~/here", "{home}/here"), ('"$HOME/a b"', "'{home}/a b'")])
+def test_quotes_and_a_tilde_in_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, meant: str) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    places = {"root": tmp_path, "home": home}
+    monkeypatch.setenv("nnUNet_results", value.format(**places))
+
+    with pytest.raises(UsageError) as refused:
+        nnunet_api.results_folder()
+
+    assert f"export nnUNet_results={meant.format(**places)}" in str(refused.value)
+    assert "mkdir" not in str(refused.value)
