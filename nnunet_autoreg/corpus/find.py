@@ -141,7 +141,7 @@ class _Finder:
     def _is_ours(self, folder: Path) -> bool:
         """Return whether ``dataset.json`` is nnU-Net's; of a folder that was not given as a dataset it may be anything."""
         try:
-            _read_dataset_json(folder)
+            read_dataset_json(folder)
         except UsageError as error:
             log.warning("%s; the folder is searched as any other", error)
             return False
