@@ -286,7 +286,8 @@ def _probe_rows(lines: Sequence[Line], wanted: float) -> str:
         cells = ["-", "-", "-"]
         if difference is not None:
             found = compare(difference, wanted)
-            cells = [f"{found.mean:+.4f}", _interval(found.bootstrap), f"{found.sd:.4f}"]
+            sd = f"{found.sd:.4f}" if math.isfinite(found.sd) else "-"
+            cells = [f"{found.mean:+.4f}", _interval(found.bootstrap), sd]
         rows.append([arm, len(members), f"{np.mean(means):.4f}", *cells])
     return markdown(header, rows)
 
