@@ -80,10 +80,10 @@ class DicomCollector:
 
     def rows(self) -> Iterator[Row]:
         """Scans first, then what was left out."""
-        series = list(self._series())
-        original = {_kind(group[0]) for _, group in series if not originals(group)[0].derived}
+        groups = list(self._series())
+        original = {_kind(group[0]) for _, group in groups if not originals(group)[0].derived}
         num_used = 0
-        for path, group in series:
+        for path, group in groups:
             kept = list(originals(group))
             if len(kept) < len(group):
                 # Derived images within a series of originals are no stack of their own.

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nnunet_autoreg.corpus.dicom import find_stack, pick_volume
 from nnunet_autoreg.corpus.orientation import Turn, turn_of, turned, turned_geometry
+from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, zyx
 from nnunet_autoreg.nnunet_api import Array
@@ -102,10 +104,10 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
     """A SimpleITK image or reader that knows size, spacing, origin and direction."""
     import SimpleITK
 
+    wanted = parse_part(part)
     try:
-        if path.is_dir() and part.startswith("series="):
-            names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), part.removeprefix("series="))  # type: ignore[no-untyped-call]
-            image: Any = SimpleITK.ReadImage(names)
+        if wanted.series:
+            image: Any = _series_frame(path, wanted)
         elif path.is_file() and not part:
             image = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
             image.SetFileName(str(path))
@@ -115,6 +117,20 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
     except RuntimeError as error:
         raise ScanError("geometry", f"where {path.name} lies in the patient cannot be told ({_said(error)})") from error
     return image, _turn(image)
+
+
+def _series_frame(path: Path, part: Part) -> Any:
+    """An empty image with the size, spacing, origin and direction of a DICOM volume, by its headers."""
+    import SimpleITK
+
+    stack = find_stack(path, part)
+    first = pick_volume(stack, part)[0]
+    size = [int(n) for n in stack.shape_vox[::-1]]
+    image: Any = SimpleITK.Image(size, SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
+    image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
+    image.SetOrigin([float(v) for v in first.position])
+    image.SetDirection([float(v) for v in stack.direction.ravel()])
+    return image
 
 
 def _said(error: RuntimeError) -> str:

@@ -201,7 +201,7 @@ def reader_turn(properties: Mapping[str, Any]) -> Turn:
         stored = np.asarray(nibabel["original_affine"], dtype=np.float64)[:3, :3]
         read = np.asarray(nibabel["reoriented_affine"], dtype=np.float64)[:3, :3]
         # Both span the same axes, so this is a permutation with signs.
-        return _turn_of_permutation(np.linalg.solve(stored, read))
+        return _turn_of_permutation(np.asarray(np.linalg.solve(stored, read), dtype=np.float64))
     if "original_orientation" in itk:
         permutation = np.zeros((3, 3))
         for stored_axis, letter in enumerate(itk["original_orientation"]):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.grid import grid_of_scan
 from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.manifest import describe, read_manifest
 from nnunet_autoreg.corpus.read import load_scan
@@ -80,6 +81,17 @@ def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str) ->
 
     assert len(found) == 2
     assert all(is_one_of(voxels(one), arrays) for one in found)
+
+
+def test_every_stack_of_a_series_has_a_place_of_its_own(tmp_path: Path) -> None:
+    for number, first in enumerate((0.0, 5.0)):
+        heights = [first + 2.0 * k for k in range(8)]
+        write_pass(tmp_path / "pool", d.volume(8, seed=number), 1 + 100 * number, heights, **MARKS["echo"][number])
+
+    grids = [grid_of_scan(c.path, c.part) for c in usable(tmp_path / "pool")]
+
+    assert sorted(grid.origin_mm[2] for grid in grids) == [0.0, 5.0]
+    assert all(grid.shape_vox == (8, 18, 20) and grid.spacing_mm == (2.0, 1.5, 1.0) for grid in grids)
 
 
 def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path) -> None:
