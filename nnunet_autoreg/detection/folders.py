@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.corpus.find import IMAGE_ENDINGS, natural_key, strip_ending
-from nnunet_autoreg.detection.geometry import Frame, frame_of_affine
-from nnunet_autoreg.detection.images import AS_STORED, read_array, read_onto, same_voxels
+from nnunet_autoreg.detection.geometry import AS_STORED, Frame, frame_of_affine
+from nnunet_autoreg.detection.images import read_array, read_onto, same_voxels
 from nnunet_autoreg.detection.instances import (
     Instances,
     ObjectClass,
