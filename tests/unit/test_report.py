@@ -77,7 +77,7 @@ def run_folder(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     for step in range(9, 20, 10):
         for name, value in (("train_error", 1.0), ("heldout_error", 0.8), ("heldout_mean", 1.0), ("heldout_copy", 1.9), ("lr", 1e-3),
-                            ("gradient_norm", 0.3), ("step_time", 0.5), ("tokens_per_second", 16.0), ("peak_memory", 1.25),
+                            ("gradient_norm", 0.3), ("step_time", 0.5), ("tokens_per_second", 16.0), ("peak_memory", 1.25), ("data_wait", 0.25),
                             ("token_variance", 0.4), ("effective_rank", 7.0), ("probe_features", 0.9), ("probe_voxels", 0.6)):
             metrics.log(step, name, value, "1")
     metrics.note(19, "health_warning", "collapse: words <of> warning")
@@ -170,9 +170,15 @@ def test_plan_values_stand_beside_their_reasons_and_the_request_with_its_paths_i
     assert not any(cells[0].startswith("request") for cells in page.rows)
 
 
+def test_the_time_spent_waiting_for_data_is_drawn_and_tabled(run_folder, objective, batch):
+    page = Reader(written(run_folder, objective, batch))
+    assert [cells[1] for cells in page.rows if cells[0] == "waiting for data"] == ["25 %"]
+    assert len([name for name in page.named if name.startswith("Waiting for data, steps 10 to 20: ")]) == 1
+
+
 def test_every_picture_has_a_text_that_says_what_it_shows_and_headings_do_not_skip_a_level(run_folder, objective, batch):
     page = Reader(written(run_folder, objective, batch))
-    assert len(page.named) == len([n for n in page.named if len(n) > 10]) == 7 + 2 * 2 * 4
+    assert len(page.named) == len([n for n in page.named if len(n) > 10]) == 8 + 2 * 2 * 4
     assert "Next-block error, steps 10 to 20: held-out from 0.8 to 0.8; training from 1 to 1; mean from 1 to 1" in page.named
     levels = [int(tag[1]) for tag, _ in page.headings]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
