@@ -21,13 +21,13 @@ from nnunet_autoreg.benchmark.split import Division, divide, find_patients, orde
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import Index, index_scans
+from nnunet_autoreg.corpus.licences import stated_licences
 from nnunet_autoreg.corpus.places import label_names
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
 from nnunet_autoreg.planning.pool import Pool, pool_of
 from nnunet_autoreg.pretrain.labels import stored_labels
-from nnunet_autoreg.pretrain.run import licences
 from nnunet_autoreg.records import atomic_path, from_jsonable, to_jsonable
 from nnunet_autoreg.store.store import Store
 
@@ -285,7 +285,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
         spacing_mm=as_spacing(spacing_mm),
         classes=tuple(names[value] for value in sorted(names)),
         pool=pool,
-        licence=licences(rows).get(folder.name, ""),
+        licence=stated_licences(rows).get(folder.name, ""),
         scans=tuple(scans),
     )
     path = set_path(work, name)
