@@ -77,8 +77,9 @@ def run_folder(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     for step in range(9, 20, 10):
         for name, value in (("train_error", 1.0), ("heldout_error", 0.8), ("heldout_mean", 1.0), ("heldout_copy", 1.9), ("lr", 1e-3),
-                            ("gradient_norm", 0.3), ("step_time", 0.5), ("tokens_per_second", 16.0), ("peak_memory", 1.25), ("data_wait", 0.25),
-                            ("token_variance", 0.4), ("effective_rank", 7.0), ("probe_features", 0.9), ("probe_voxels", 0.6)):
+                            ("gradient_norm", 0.3), ("step_time", 0.5), ("tokens_per_second", 16.0), ("peak_memory", 1.25),
+                            ("data_wait", 0.25), ("token_variance", 0.4), ("effective_rank", 7.0), ("probe_features", 0.9),
+                            ("probe_voxels", 0.6)):
             metrics.log(step, name, value, "1")
     metrics.note(19, "health_warning", "collapse: words <of> warning")
     return tmp_path
