@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.places import label_map_of, places_of_boxes, places_of_labels, read_boxes
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.pretrain.labels import stored_labels
+from nnunet_autoreg.pretrain.labels import labelled_crops, stored_labels
+from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
 
 SHAPE = (16, 18, 20)
 LABELS = {"background": 0, "a": 1}
@@ -32,8 +35,8 @@ def scan(seed: int) -> np.ndarray:
 
 def label_map() -> np.ndarray:
     labels = np.zeros(SHAPE, np.uint8)
-    labels[2:6, 2:6, 2:6] = 1
-    labels[10:14, 10:14, 10:14] = 2
+    labels[:8, :8, :8] = 1
+    labels[8:, 8:, 8:] = 2
     return labels
 
 
@@ -172,3 +175,37 @@ def test_what_is_no_dataset_json_is_refused_by_name(tmp_path: Path, content: str
         read_dataset_json(tmp_path)
 
     assert str(tmp_path / "dataset.json") in str(refused.value)
+
+
+class Stored:
+    """A stored case on the scan's own voxels."""
+
+    shape_vox = SHAPE
+
+    def read_padded(self, start: tuple[int, ...], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return np.random.default_rng(0).normal(size=size).astype(np.float32), np.ones(size, bool)
+
+
+def crops_of(folder: Path) -> list[LabelledCrop]:
+    rows = rows_of(folder)
+    plan = SimpleNamespace(
+        run=SimpleNamespace(seed=0), sequence=SimpleNamespace(crop_size_vox=(16, 16, 16)), encoder=SimpleNamespace(token_size_vox=(4, 4, 4))
+    )
+    return labelled_crops(cast(Any, plan), rows, cast(Any, {row.id: Stored() for row in rows}), {rows[0].id})
+
+
+def test_the_probe_works_for_regions_and_for_case_ids_with_dots(tmp_path: Path) -> None:
+    cases = [f"1.2.{n}" for n in range(4)]
+    folder = make_dataset(tmp_path, cases, labels={"background": 0, "whole": [1, 2], "core": [2]})
+
+    crops = crops_of(folder)
+
+    assert len(crops) == 4 and Probe(crops).works
+
+
+def test_a_probe_that_could_never_give_a_result_is_left_out_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # The labels name none of the values of the label maps.
+    folder = make_dataset(tmp_path, [f"c{n}" for n in range(4)], labels={"background": 0, "other": 7})
+
+    assert crops_of(folder) == []
+    assert [r.levelname for r in caplog.records if "probe" in r.getMessage()] == ["WARNING"]
