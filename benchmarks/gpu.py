@@ -22,7 +22,6 @@ Groups of parts: ``smoke``, ``correctness``, ``all``.
 
 import argparse
 import faulthandler
-import inspect
 import math
 import sys
 import tempfile
@@ -39,10 +38,9 @@ from gpu_commands import CNN, TRANSFORMER, chain, finetune, pretrain, processes,
 from measuring import Setting, batch_of, crop_of, peak_bytes, plan_of, relative
 from recording import Line, Recorder, commit_of, python_command, read_lines, run_bounded
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
-from nnunet_autoreg.model.attention import AttentionRule, attend, block_causal, strictly_earlier
+from nnunet_autoreg.model.attention import attend, block_causal, strictly_earlier
 from nnunet_autoreg.model.memory import CONTEXT_BYTES
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
 from nnunet_autoreg.objectives.base import Objective
@@ -108,7 +106,7 @@ def attention(setting: Setting, is_quick: bool = False) -> Iterator[Line]:
             tensors = [t.to(setting.device) for t in (ranks, prefix, valid)]
             rule = block_causal(*tensors) if kind == "encoder" else strictly_earlier(tensors[0], tensors[2])
             inputs = random_inputs((num_samples, num_heads, num_tokens, width), setting.device)
-            mask = tiles_of(rule, num_heads)
+            mask = rule.block_mask(num_heads)
 
             start = time.monotonic()
             found = outputs_and_gradients(flex, inputs, mask, dtype)
@@ -146,13 +144,6 @@ def attention_cases(num_samples: int, num_tokens: int) -> dict[tuple[str, str], 
         for padding, valid in (("whole", whole), ("padded", padded)):
             cases[order, padding] = (ranks, prefix, valid)
     return cases
-
-
-def tiles_of(rule: AttentionRule, num_heads: int) -> BlockMask:
-    """Return the rule as FlexAttention takes it, made outside compiled code, with lists per head where it makes them."""
-    takes_heads = "num_heads" in inspect.signature(rule.block_mask).parameters
-    arguments = {"num_heads": num_heads} if takes_heads else {}
-    return rule.block_mask(**arguments)
 
 
 def random_inputs(shape: Sequence[int], device: torch.device) -> list[Tensor]:

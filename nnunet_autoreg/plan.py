@@ -202,6 +202,7 @@ class RunPlan:
         min_token_variance, min_effective_rank: features below either are reported as collapsed.
         compile: compile the transformer's layers on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
         flex_attention: compiled layers use FlexAttention on a GPU; false for torch's own attention with a dense mask.
+        self_check: after the dry step, compare a compiled layer of each kind with a dense mask in float32.
         peak_memory_gib: measured in a dry step, once, before the first; None until then.
         dry_step_seconds: of an optimiser step of the whole batch on one device, without loading, measured in the same dry step. Unlike
             ``seconds_per_step`` it decides no length: together with ``loader_seconds_per_crop`` it decides how many processes load.
@@ -226,6 +227,7 @@ class RunPlan:
     flex_attention: bool = True
     dry_step_seconds: float | None = None
     loader_seconds_per_crop: float | None = None
+    self_check: bool = True
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,12 @@ class AttentionRule:
         assert self.lost is not None, "a query that sees itself has to stay at the place of its key"
         return replace(self, reach=self.reach.gather(1, index_BT), lost=self.lost.gather(1, index_BT))
 
+    def of_sample(self, sample: int) -> "AttentionRule":
+        """Return the rule of one sample of the batch, as a batch of one."""
+        one = slice(sample, sample + 1)
+        lost = None if self.lost is None else self.lost[one]
+        return AttentionRule(self.rank[one], self.reach[one], self.valid[one], lost)
+
     def dense(self) -> Tensor:
         """Boolean (B, 1, Q, S), True where a query may attend."""
         seen_BQS = (self.rank[:, None, :] <= self.reach[:, :, None]) & self.valid[:, None, :]

@@ -6,7 +6,7 @@ kernel that suits the rule. Blocks of our own take ``rope`` and ``attn_mask`` an
 Shape suffixes: B samples, T tokens, V width, H heads, D head width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nnunet_autoreg.model.attention import AttentionRule, Mask, Rule, attend
 
@@ -51,15 +52,15 @@ class FastPath:
 
     Attributes:
         is_given_up: layers run eagerly after all, because they could not be compiled.
-        witness: is shown every call of a layer, for the self-check; None for nobody.
-        rules: while there is a witness, the rule behind each mask, by the mask's identity.
+        witness: is shown every call of a layer - function, layer, inputs - for the self-check; None for nobody.
+        rules: while there is a witness, the rule behind each living mask, and its number of heads.
     """
 
     def __init__(self, compile: Callable[["Layer"], "Layer"], flex: bool):
         self.compile, self.flex = compile, flex
         self.is_given_up = False
-        self.witness: Callable[[Layer, tuple[Any, ...]], None] | None = None
-        self.rules: dict[int, AttentionRule] = {}
+        self.witness: Callable[[Layer, nn.Module, tuple[Any, ...]], None] | None = None
+        self.rules: MutableMapping[Mask, tuple[AttentionRule, int]] = WeakIdKeyDictionary()
 
 
 Layer = Callable[..., Tensor]
@@ -90,7 +91,7 @@ def mask_of(rule: Rule, num_heads: int) -> Mask:
 
     mask = rule.mask(path.flex, num_heads)
     if path.witness is not None:
-        path.rules[id(mask)] = rule
+        path.rules[mask] = rule, num_heads
     return mask
 
 
@@ -113,7 +114,7 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
         return recomputed(by, recompute, layer, *inputs)
 
     if path.witness is not None:
-        path.witness(by, (layer, *inputs))
+        path.witness(by, layer, inputs)
     # The first layer's input may be laid out in another way than the others', which would take a graph of its own.
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
     return recomputed(path.compile(by), recompute, layer, *inputs)

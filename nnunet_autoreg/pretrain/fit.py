@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -14,6 +14,8 @@ import torch
 from nnunet_autoreg.errors import AutoregError, PlanError
 from nnunet_autoreg.geometry import Size, as_size, volume
 from nnunet_autoreg.model.memory import CONTEXT_BYTES, GIB
+from nnunet_autoreg.model.trunk import FastPath
+from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.pool import BY_USER
@@ -27,6 +29,8 @@ from nnunet_autoreg.pretrain.display import peak_memory_gib
 from nnunet_autoreg.pretrain.loading import seconds_per_crop
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.machine import computes_in_half, plan_memory
+from nnunet_autoreg.pretrain.self_check import Disagreement, Witness, self_check
+from nnunet_autoreg.pretrain.signals import refuse_interruption
 from nnunet_autoreg.sequences.kinds import wanted
 from nnunet_autoreg.sequences.sampler import TRAINING
 
@@ -66,7 +70,9 @@ def share_of_plan(plan: Plan, num_processes: int) -> Plan:
 
 
 def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.device) -> Plan:
-    """``plan``, made smaller until a dry step fits, with the peak that was measured. Says what a step takes.
+    """Return ``plan``, made smaller until a dry step fits, with the peak that was measured; log what a step takes.
+
+    Where compiled layers do not compute what plain attention computes, the plan leaves them out.
 
     Args:
         trainer_of: makes a trainer alone on its device; it is trained by this and thrown away.
@@ -78,15 +84,20 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
         log.warning("%s has no bf16: everything is computed in float32, which takes longer and more memory",
                     torch.cuda.get_device_name(device))
     while True:
-        failed, seconds, crop_seconds = _try(trainer_of, plan)
-        if failed is None:
-            plan = _measured(plan, device, seconds, crop_seconds)
+        tried = _try(trainer_of, plan, device)
+        if tried.failed is not None:
+            is_compiling = cannot_compile(tried.failed)
+            plan, message = without_compiling(plan, tried.failed) if is_compiling else smaller(plan)
+        elif tried.disagreement is not None:
+            plan, message = without_fast_path(plan, tried.disagreement, tried.is_flex, device)
+        else:
+            plan = _measured(plan, device, tried)
             free()
             return plan
-        plan, told = without_compiling(plan, failed) if cannot_compile(failed) else smaller(plan)
-        log.warning(told)
-        # What the failed try holds is freed only when nothing refers to it, its exception included.
-        del failed
+
+        log.warning(message)
+        # What the try holds is freed only when nothing refers to it, its exception included.
+        del tried
         free()
 
 
@@ -100,17 +111,68 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan) -> tuple[Exception | None, float, float]:
-    """What went wrong in a dry step, if it was memory or compiling; the seconds of a whole step, and those of loading one crop."""
+@dataclass(frozen=True)
+class Tried:
+    """What a dry step showed.
+
+    Attributes:
+        failed: what it failed by, if that was memory or compiling.
+        seconds: of a whole step.
+        crop_seconds: in which this process draws and collates one crop.
+        peak_gib: of memory, before the self-check.
+        disagreement: between the compiled layers and plain attention.
+        is_flex: the compiled layers used FlexAttention.
+    """
+
+    failed: Exception | None = None
+    seconds: float = 0.0
+    crop_seconds: float = 0.0
+    peak_gib: float = 0.0
+    disagreement: Disagreement | None = None
+    is_flex: bool = False
+
+
+def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan, device: torch.device) -> Tried:
+    """Run a dry step and, where layers are compiled, the self-check."""
     try:
         trainer = trainer_of(plan)
+        path = trainer.train_step.fast_path
+        is_checked = path is not None and plan.run.self_check
+        witness = None
+        if path is not None and is_checked:
+            witness = path.witness = Witness(path)
+
         seconds = dry_step(trainer)
-        crop_seconds = seconds_per_crop(trainer.batches, _one_of_each_kind(trainer), plan.sequence.weights)
-        return None, seconds, crop_seconds
+        peak = peak_memory_gib(device)
+        kinds = _one_of_each_kind(trainer)
+        crop_seconds = seconds_per_crop(trainer.batches, kinds, plan.sequence.weights)
     except (RuntimeError, MemoryError) as error:
         if not (is_out_of_memory(error) or cannot_compile(error)):
             raise
-        return error.with_traceback(None), 0.0, 0.0
+        return Tried(error.with_traceback(None))
+
+    if path is None or witness is None:
+        return Tried(seconds=seconds, crop_seconds=crop_seconds, peak_gib=peak)
+
+    path.witness = None
+    trainer.optimizer.zero_grad(set_to_none=True)
+    disagreement = _checked(path, witness, device)
+    return Tried(None, seconds, crop_seconds, peak, disagreement, path.flex)
+
+
+def _checked(path: FastPath, witness: Witness, device: torch.device) -> Disagreement | None:
+    """Return what the self-check found. One that cannot be done does not stop a training."""
+    calls = [(kind, call) for (kind, _, _), call in witness.calls.items()]
+    try:
+        with phase("checking attention on this device"):
+            return self_check(path, calls, device)
+    except AutoregError:
+        raise
+    except Exception as error:
+        refuse_interruption(error)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        log.warning("attention could not be checked on this device (%s): training goes on unchecked", why)
+        return None
 
 
 def dry_step(trainer: Trainer) -> float:
@@ -119,15 +181,18 @@ def dry_step(trainer: Trainer) -> float:
     Two parts, because the second is computed while the first one's gradient is there; two steps, because the first compiles.
     """
     sampler, cases, step = trainer.batches.sampler, trainer.batches.cases, trainer.train_step
+    witness = None if step.fast_path is None else step.fast_path.witness
     tried = range(min(len(step.numbers), 2 * step.micro_batch_size))
     batches = StepBatches(sampler, cases, tried)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
     seconds = []
-    for number in _one_of_each_kind(trainer):
+    for kind, number in _one_of_each_kind(trainer).items():
         batch = batches[number]
         if isinstance(batch, AutoregError):
             raise batch
+        if isinstance(witness, Witness):
+            witness.kind = kind
         for _ in range(2):
             start = time.monotonic()
             loss, _ = step(number, batch)
@@ -136,8 +201,8 @@ def dry_step(trainer: Trainer) -> float:
     return sum(seconds) / len(seconds) * len(step.numbers) / len(tried)
 
 
-def _one_of_each_kind(trainer: Trainer) -> list[int]:
-    """The first step of every kind of sequence, among the first few."""
+def _one_of_each_kind(trainer: Trainer) -> dict[str, int]:
+    """Return the first step of every kind of sequence, by kind, among the first few."""
     sampler, cases = trainer.batches.sampler, trainer.batches.cases
     kinds = wanted(trainer.plan)
     first: dict[str, int] = {}
@@ -145,7 +210,7 @@ def _one_of_each_kind(trainer: Trainer) -> list[int]:
         first.setdefault(sampler.kind(cases, TRAINING, number), number)
         if len(first) == len(kinds):
             break
-    return list(first.values())
+    return first
 
 
 def smaller(plan: Plan) -> tuple[Plan, str]:
@@ -207,8 +272,32 @@ def without_compiling(plan: Plan, error: BaseException) -> tuple[Plan, str]:
     return _changed(replace(plan, run=replace(plan.run, compile=False)), "run.compile", told), told
 
 
-def _measured(plan: Plan, device: torch.device, seconds: float, crop_seconds: float) -> Plan:
-    peak = peak_memory_gib(device)
+def without_fast_path(
+    plan: Plan, disagreement: Disagreement, is_flex: bool, device: torch.device
+) -> tuple[Plan, str]:
+    """Return the plan without the kernels that are wrong on this device, and why, in a line that asks for a report.
+
+    Args:
+        is_flex: they are FlexAttention's, so that compiled layers may still be right with a dense mask.
+    """
+    run = plan.run
+    if is_flex:
+        key, wrong, instead = "run.flex_attention", "FlexAttention is wrong", "the dense mask"
+        run = replace(run, flex_attention=False)
+    else:
+        key, wrong, instead = "run.compile", "compiled layers are wrong", "uncompiled layers and the dense mask"
+        run = replace(run, compile=False)
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    message = (
+        f"{wrong} on this device: {disagreement}; training uses {instead}, which is slower. "
+        f"Please report this line to the authors of nnunet-autoreg ({name}, torch {torch.__version__})"
+    )
+    return _changed(replace(plan, run=run), key, message), message
+
+
+def _measured(plan: Plan, device: torch.device, tried: Tried) -> Plan:
+    peak, seconds, crop_seconds = tried.peak_gib, tried.seconds, tried.crop_seconds
     optim = plan.optim
     micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
     estimate = plan_memory(plan, computes_in_half(device)).total_bytes(micro)
