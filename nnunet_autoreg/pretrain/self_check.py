@@ -1,8 +1,8 @@
 """Whether compiled layers compute on the user's own device what plain attention computes.
 
-Kernels and compilers have bugs that show on some devices only, and nothing else would notice: a network that
-attends to the wrong tokens trains all the same. So the dry step notes which layers ran and under which masks,
-and afterwards a copy of one layer of each kind runs both ways.
+Kernels and compilers have bugs that show on some devices only, and nothing else would notice: a
+network that attends to the wrong tokens trains all the same. So the dry step notes which layers
+ran and under which masks, and afterwards a copy of one layer of each kind runs both ways.
 
 Shape suffixes: B samples, T tokens, V width, Q queries, S keys.
 """
@@ -27,13 +27,13 @@ from nnunet_autoreg.pretrain.validation import autocast
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-2
-"""Relative error of the fast path that is always allowed: float32 may be multiplied with the mantissa of TF32."""
+"""Relative error that is always allowed: a GPU may multiply float32 with the mantissa of TF32."""
 HALF_FACTOR = 4.0
 """In bf16 so many times the error of plain attention in bf16 is allowed on top."""
 SMALL = 2.0**-7
-"""Size of the random tokens. Layers normalise them first, so that what attention adds is much larger."""
+"""Size of the random tokens. Layers normalise them first: what attention adds is much larger."""
 BESIDE_ATTENTION = ("mlp", "block")
-"""Parts of a layer that add to the tokens without the mask; they would hide an error of the attention."""
+"""Parts of a layer that add to the tokens without the mask and would hide errors of attention."""
 SEED = 0
 
 
@@ -43,8 +43,8 @@ class Call:
 
     Attributes:
         by: the function of the layer that was called.
-        inputs: as they were. The random tokens of the check replace those that have a gradient, of which
-            only an empty stand-in on the device "meta" is kept.
+        inputs: as they were. Of those that have a gradient, only an empty stand-in on the device
+            "meta" is kept: the random tokens of the check take their place.
         rules: for every input that is a mask made of a rule: the rule and the number of heads.
     """
 
@@ -55,7 +55,9 @@ class Call:
 
 
 class Witness:
-    """Notes the first call of every kind of layer for every kind of sequence; set as ``FastPath.witness``.
+    """Notes the first call of every kind of layer for every kind of sequence.
+
+    It is to be set as ``FastPath.witness``.
 
     Attributes:
         kind: the kind of sequence that is trained now.
@@ -107,19 +109,25 @@ class Disagreement:
 
     def __str__(self) -> str:
         return (
-            f"{self.what} of a layer {self.layer} in {self.kind} sequences is off by {self.error:.2g} "
-            f"of its size ({self.allowed:.2g} would pass)"
+            f"{self.what} of a layer {self.layer} in {self.kind} sequences is off by "
+            f"{self.error:.2g} of its size ({self.allowed:.2g} would pass)"
         )
 
 
-def self_check(path: FastPath, calls: Sequence[tuple[str, Call]], device: torch.device) -> Disagreement | None:
-    """Compare the fast path with eager float32 and a dense mask; return the worst disagreement, None if all is well.
+def self_check(
+    path: FastPath, calls: Sequence[tuple[str, Call]], device: torch.device
+) -> Disagreement | None:
+    """Compare the fast path with eager float32 and a dense mask.
 
-    Nothing that training uses is changed: layers are copied, and random numbers come from a generator of
-    their own. Nothing is compiled either, since the dry step has compiled these very graphs.
+    Nothing that training uses is changed: layers are copied, and random numbers come from a
+    generator of their own. Nothing is compiled either: the dry step has compiled these
+    graphs already.
 
     Args:
         calls: the kind of sequence and the call, for all kinds of layers and sequences.
+
+    Returns:
+        the worst disagreement, None if all is well.
     """
     if not calls:
         return None
@@ -129,7 +137,9 @@ def self_check(path: FastPath, calls: Sequence[tuple[str, Call]], device: torch.
         for is_attention_alone in (True, False):
             found += _compared(path, kind, call, is_attention_alone, device)
 
-    log.info("attention checked on this device: %d layers, %.1f s", len(calls), time.monotonic() - start)
+    log.info(
+        "attention checked on this device: %d layers, %.1f s", len(calls), time.monotonic() - start
+    )
     return max(found, key=lambda one: one.error / one.allowed, default=None)
 
 
@@ -139,85 +149,97 @@ def _compared(
     """Return what disagrees in one layer.
 
     Args:
-        is_attention_alone: the parts beside attention give 0, so that errors of attention stand out.
+        is_attention_alone: the parts beside attention give 0, so that its errors stand out.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     layer = _strong_copy(call.layer, is_attention_alone, generator)
-    inputs = [_random_like(x, device, generator) if _is_meta(x) else x for x in call.inputs]
-    fast = list(inputs)
+    inputs = [_random_like(x, generator) if _is_meta(x) else x for x in call.inputs]
+
+    # All samples at once, as training runs them.
+    masked = list(inputs)
     for number, (rule, num_heads) in call.rules.items():
-        fast[number] = rule.mask(path.flex, num_heads)
-
+        masked[number] = rule.mask(path.flex, num_heads)
     with layers_run_by(path), autocast(device):
-        out = run_layer(layer, False, *fast, by=call.by)
-    del fast
-    direction = torch.randn(out.shape, generator=generator).to(device)
-    results = _with_gradients(out, inputs, direction)
-    del out
+        out = run_layer(layer, False, *masked, by=call.by)
+    direction = torch.randn(out.shape, generator=generator, device=device)
+    found = _with_gradients(out, inputs, direction)
+    del masked, out
 
-    worst_fast = torch.zeros(len(results), device=device)
-    worst_half = torch.zeros(len(results), device=device)
+    # One sample at a time, because plain attention in float32 may keep all scores.
     num_samples = len(direction)
+    worst = torch.zeros(len(found), device=device)
+    worst_half = torch.zeros(len(found), device=device)
     for sample in range(num_samples):
-        # One sample at a time: plain attention in float32 may keep all scores.
-        mine = [_of_sample(x, sample, num_samples) for x in inputs]
+        plain = [_of_sample(x, sample, num_samples) for x in inputs]
         for number, (rule, _) in call.rules.items():
-            mine[number] = rule.of_sample(sample).dense()
+            plain[number] = rule.of_sample(sample).dense()
         toward = direction[sample : sample + 1]
-        expected = _plain(call.by, layer, [_in_float32(x) for x in mine], toward)
-        errors = [_error(x[sample], y[0]) for x, y in zip(results, expected, strict=True)]
-        worst_fast = torch.maximum(worst_fast, torch.stack(errors))
+        in_float32 = [_in_float32(x) for x in plain]
+        expected = _with_gradients(call.by(layer, *in_float32), in_float32, toward)
+        mine = [x[sample : sample + 1] for x in found]
+        worst = torch.maximum(worst, _errors(mine, expected))
+
         if computes_in_half(device):
             with autocast(device):
-                half = _plain(call.by, layer, mine, toward)
-            errors = [_error(x[0], y[0]) for x, y in zip(half, expected, strict=True)]
-            worst_half = torch.maximum(worst_half, torch.stack(errors))
+                out = call.by(layer, *plain)
+            half = _with_gradients(out, plain, toward)
+            worst_half = torch.maximum(worst_half, _errors(half, expected))
 
-    names = ["the output", *(f"gradient {number}" for number in range(1, len(results)))]
-    name = type(layer).__name__
-    found = []
-    for what, error, half_error in zip(names, worst_fast.tolist(), worst_half.tolist(), strict=True):
+    learnt = [number for number, x in enumerate(inputs, start=1) if _has_gradient(x)]
+    names = ["the output", *(f"the gradient in input {number}" for number in learnt)]
+    disagreements = []
+    for name, error, half_error in zip(names, worst.tolist(), worst_half.tolist(), strict=True):
         allowed = TOLERANCE + HALF_FACTOR * half_error
         if error > allowed:
-            found.append(Disagreement(kind, name, what, error, allowed))
-    return found
+            layer_name = type(layer).__name__
+            disagreements.append(Disagreement(kind, layer_name, name, error, allowed))
+    return disagreements
 
 
-def _strong_copy(layer: nn.Module, is_attention_alone: bool, generator: torch.Generator) -> nn.Module:
-    """Return a copy whose attention is not drowned by the rest, as it is in a fresh network of small weights.
+def _strong_copy(
+    layer: nn.Module, is_attention_alone: bool, generator: torch.Generator
+) -> nn.Module:
+    """Return a copy whose attention is not hidden by the rest, as it is where weights are small.
 
-    Matrices keep the size of what they multiply, and scales of whole branches are 1. A layer that leaves
-    out features at random is copied for evaluation, which takes a graph of its own.
+    Random matrices keep the size of what they multiply, and scales of whole branches are 1. A layer
+    that leaves out features at random is copied for evaluation, which takes a graph of its own.
     """
     copy = deepcopy(layer)
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
+            # Zeros, or weights of 0.02, would have attention add next to nothing.
             if parameter.ndim == 2:
-                drawn = torch.randn(parameter.shape, generator=generator)
+                drawn = torch.randn(parameter.shape, generator=generator, device=generator.device)
                 parameter.copy_(drawn / math.sqrt(parameter.shape[1]))
             elif name.startswith("gamma"):
                 parameter.fill_(1.0)
             if is_attention_alone and name.split(".")[0] in BESIDE_ATTENTION:
                 parameter.zero_()
 
+    # timm calls the rate of its DropPath otherwise than torch that of Dropout.
     rates = [getattr(m, "p", None) or getattr(m, "drop_prob", None) for m in copy.modules()]
     if any(rates):
         copy.eval()
     return copy
 
 
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
 
 
-def _random_like(stand_in: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
+def _random_like(stand_in: Tensor, generator: torch.Generator) -> Tensor:
     """Return small random tokens of the same shape and type, with a gradient."""
-    drawn = SMALL * torch.randn(stand_in.shape, generator=generator)
-    return drawn.to(device, stand_in.dtype).requires_grad_()
+    drawn = torch.randn(stand_in.shape, generator=generator, device=generator.device)
+    return (SMALL * drawn).to(stand_in.dtype).requires_grad_()
 
 
 def _of_sample(value: Any, sample: int, num_samples: int) -> Any:
     """Return an input for one sample alone; a table of (T, *) is for all samples."""
+    # A rotary table of all samples has two axes, one for each sample has four.
     is_of_samples = isinstance(value, Tensor) and value.ndim > 2 and len(value) == num_samples
     if not is_of_samples:
         return value
@@ -230,23 +252,21 @@ def _in_float32(value: Any) -> Any:
     return value.detach().float().requires_grad_(value.requires_grad)
 
 
-def _plain(by: Layer, layer: nn.Module, inputs: Sequence[Any], direction: Tensor) -> list[Tensor]:
-    """Return output and gradients as they are without compiling."""
-    return _with_gradients(by(layer, *inputs), inputs, direction)
-
-
 def _with_gradients(out: Tensor, inputs: Sequence[Any], direction: Tensor) -> list[Tensor]:
     """Return the output and its gradients in the inputs that have one, in float32.
 
     Args:
         direction: what the output is multiplied with before it is summed.
     """
-    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    leaves = [x for x in inputs if _has_gradient(x)]
     gradients = torch.autograd.grad((out.float() * direction).sum(), leaves)
     return [out.detach().float(), *(gradient.float() for gradient in gradients)]
 
 
-def _error(found: Tensor, expected: Tensor) -> Tensor:
-    """Return the size of the difference over the size of what is expected; infinite where a number is none."""
-    error = (found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.nan_to_num(error, nan=math.inf, posinf=math.inf)
+def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """Return the norms of the differences over those of ``expected``; infinite where one is NaN."""
+    tiny = torch.finfo(torch.float32).tiny
+    ratios = []
+    for x, y in zip(found, expected, strict=True):
+        ratios.append((x - y).norm() / y.norm().clamp(min=tiny))
+    return torch.nan_to_num(torch.stack(ratios), nan=math.inf, posinf=math.inf)
