@@ -152,7 +152,7 @@ def _stacks_of_parts(parts: Sequence[list[Slice]]) -> list[Stack]:
     heights_of: list[npt.NDArray[Any]] = []
     for part in parts:
         direction, _ = _direction(part[0])
-        heights = np.sort(np.array([s.position for s in part]) @ direction[:, 2])
+        heights = _distinct(np.sort(np.array([s.position for s in part]) @ direction[:, 2]))
         alike = [n for n, known in enumerate(heights_of) if _at_same_places(heights, known)]
         if alike:
             together[alike[0]].extend(part)
@@ -164,6 +164,12 @@ def _stacks_of_parts(parts: Sequence[list[Slice]]) -> list[Stack]:
     if len(stacks) < 2 or any(stack.problem[0] for stack in stacks):
         return []
     return stacks
+
+
+def _distinct(heights: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return sorted heights without repetitions: a part may be several volumes itself, such as all directions of a b-value."""
+    is_new = np.diff(heights, prepend=-np.inf) > SAME_POSITION_MM
+    return heights[is_new]
 
 
 def _at_same_places(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:

@@ -173,8 +173,10 @@ def test_diffusion_directions_of_several_b_values_are_split(tmp_path: Path) -> N
         for k in range(8):
             write_pass(tmp_path / "pool", array[k:k + 1], int(of_volume[k]), [2.0 * k], **tags)
 
+    (refused,) = find_scans([], [tmp_path / "pool"])
     found = usable(tmp_path / "pool", split_4d=True)
 
+    assert refused.status == "4d" and f"{len(marks)} volumes" in refused.reason
     assert len(found) == len(marks) and all(is_one_of(voxels(one), arrays) for one in found)
 
 
