@@ -88,7 +88,7 @@ def choose_loaders(plan: Plan, device: str, num_local: int = 1) -> tuple[int, st
     load, step = plan.run.loader_seconds_per_crop, plan.run.dry_step_seconds
     if load is None or step is None:
         allowed = min(MOST_UNMEASURED, free_cores)
-        return allowed, f"all cores but one, at most {MOST_UNMEASURED}; no dry step measured loading"
+        return allowed, f"not measured: all cores but one, at most {MOST_UNMEASURED}"
 
     # Several processes share the batch as well as the step's time, so that the ratio is the same.
     crops = plan.optim.batch_size

@@ -45,7 +45,7 @@ PLAN = Plan(
 )
 
 
-def measured(load: float, step: float) -> Plan:
+def measured(load: float | None, step: float | None) -> Plan:
     run = replace(PLAN.run, loader_seconds_per_crop=load, dry_step_seconds=step)
     return replace(PLAN, run=run)
 
@@ -152,15 +152,12 @@ def test_no_process_loads_where_the_device_is_no_gpu(device: str) -> None:
     assert number == 0 and device in reason
 
 
-@pytest.mark.parametrize("key", ["dry_step_seconds", "loader_seconds_per_crop"])
+@pytest.mark.parametrize(("load", "step"), [(None, 0.4), (0.05, None)])
 def test_one_measured_figure_alone_decides_nothing(
-    monkeypatch: pytest.MonkeyPatch, key: str
+    monkeypatch: pytest.MonkeyPatch, load: float | None, step: float | None
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    plan = measured(0.05, 0.4)
-    plan = replace(plan, run=replace(plan.run, **{key: None}))
-
-    assert choose_loaders(plan, "cuda")[0] == 8
+    assert choose_loaders(measured(load, step), "cuda")[0] == 8
 
 
 # How long one crop takes.
@@ -176,9 +173,10 @@ def test_seconds_of_a_crop_are_weighted_by_kind(clock: Clock) -> None:
 
 
 def test_timed_crops_are_none_of_those_trained_on(clock: Clock) -> None:
-    loader = Loader(clock, 1.0)
+    loader: Any = Loader(clock, 1.0)
+    material: Any = []
 
-    seconds_per_crop(StepBatches(loader, [], range(5)), [0], {"spatial": 1.0})  # type: ignore[arg-type]
+    seconds_per_crop(StepBatches(loader, material, range(5)), [0], {"spatial": 1.0})
 
     assert len(loader.drawn) == len(set(loader.drawn)) > 2
     assert all(step == 0 and sample >= 5 for step, sample in loader.drawn)
@@ -218,7 +216,8 @@ def test_a_plan_written_before_loading_was_measured_is_read() -> None:
 def trained(folder: Path, clock: Clock, seconds_per_crop: float) -> list[dict[str, Any]]:
     """Train 16 steps of 1 s with 4 crops each; return the lines of metrics.jsonl."""
     objective: Any = OneSecondLoss(clock, Loader(clock, seconds_per_crop))
-    Trainer(PLAN, folder, objective, [None], [], torch.device("cpu"), 0).run()  # type: ignore[arg-type, list-item]
+    material: Any = []
+    Trainer(PLAN, folder, objective, material, material, torch.device("cpu"), 0).run()
     return read_lines(folder / "metrics.jsonl")
 
 
