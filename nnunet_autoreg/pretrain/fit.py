@@ -137,15 +137,14 @@ def _try(trainer_of: Callable[[Plan], Trainer], plan: Plan, device: torch.device
     try:
         trainer = trainer_of(plan)
         path = trainer.train_step.fast_path
-        is_checked = path is not None and plan.run.self_check
         witness = None
-        if path is not None and is_checked:
+        if path is not None and plan.run.self_check:
             witness = path.witness = Witness(path)
 
         seconds = dry_step(trainer)
         peak = peak_memory_gib(device)
-        kinds = _one_of_each_kind(trainer)
-        crop_seconds = seconds_per_crop(trainer.batches, kinds, plan.sequence.weights)
+        steps = list(_one_of_each_kind(trainer).values())
+        crop_seconds = seconds_per_crop(trainer.batches, steps, plan.sequence.weights)
     except (RuntimeError, MemoryError) as error:
         if not (is_out_of_memory(error) or cannot_compile(error)):
             raise
