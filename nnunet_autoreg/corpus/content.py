@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_autoreg.corpus.rows import OK, ScanRow
+from nnunet_autoreg.corpus.rows import COPY_OF, OK, ScanRow
 from nnunet_autoreg.geometry import Spacing
 from nnunet_autoreg.nnunet_api import Array, RawScan
 
@@ -153,8 +153,9 @@ def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
 
 
 def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
-    inside = f" ({original.id})" if original.part and original.id != original.source else ""
-    return replace(row, status="excluded", reason=f"same {how} the excluded {original.source}{inside}")
+    called = original.name or original.id
+    inside = f" ({called})" if original.part and called != original.source else ""
+    return replace(row, status="excluded", reason=f"same {how} {COPY_OF}{original.source}{inside}")
 
 
 def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[np.int16]) -> None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.corpus.private import public_channel
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.records import read_json
 
@@ -42,8 +43,8 @@ class DatasetJson:
     structures: Mapping[int, str]
 
     def channel_name(self, position: int) -> str:
-        """Return the name of the channel at ``position``, or its number where it has no name."""
-        return self.channels[position] if position < len(self.channels) else str(position)
+        """Return the name of the channel at ``position``, or its number where it has none that outputs may show."""
+        return public_channel(self.channels[position], position) if position < len(self.channels) else str(position)
 
 
 def read_dataset_json(folder: Path) -> DatasetJson:

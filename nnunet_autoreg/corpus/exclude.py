@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nnunet_autoreg.corpus.find import Candidate, absolute, find_scans
 from nnunet_autoreg.corpus.parts import parse_part
+from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.errors import UsageError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate]) -> None:
     if unmatched:
         hint = did_you_mean(unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ())
         log.warning("--exclude: %d of %d names match no scan, the first is '%s'; %s",
-                    len(unmatched), len(exclude), unmatched[0], hint)
+                    len(unmatched), len(exclude), unmatched[0], hint, extra=NAMES_FILES)
 
 
 def _names(candidate: Candidate) -> set[str]:

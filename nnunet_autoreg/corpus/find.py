@@ -15,6 +15,7 @@ from nnunet_autoreg.corpus.contrast import bids_names, is_label_name, modality_o
 from nnunet_autoreg.corpus.dataset_json import DatasetJson, lists_its_files, read_dataset_json, unset_variables
 from nnunet_autoreg.corpus.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.corpus.parts import Part
+from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.corpus.read import num_volumes
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.nnunet_api import dataset_folder
@@ -143,7 +144,7 @@ class _Finder:
         try:
             read_dataset_json(folder)
         except UsageError as error:
-            log.warning("%s; the folder is searched as any other", error)
+            log.warning("%s; the folder is searched as any other", error, extra=NAMES_FILES)
             return False
         return True
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.corpus.rows import ScanRow
 
 # AR-SSL4M goes from T1 to T1 after contrast agent, T2 and FLAIR; what it does not know follows by name.
@@ -40,7 +41,7 @@ def contrast_word(row: ScanRow) -> str:
     """
     word = row.contrast or row.channel
     if word.isdecimal():
-        return f"{row.dataset} channel {word}"
+        return f"{public_dataset(row.dataset)} channel {word}"
     return SAME_WORD.get(re.sub(r"[^a-z0-9]", "", word.lower()), word)
 
 

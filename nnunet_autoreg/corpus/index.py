@@ -138,11 +138,12 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> S
     """All that is known of a candidate before it is read; from here on its subject and session are hashes."""
     subject, session = candidate.subject.strip(), candidate.session.strip()
     status, reason = ("excluded", excluded) if excluded and not candidate.status else (candidate.status, candidate.reason)
+    public_id = salted(candidate.id, salt) if salt else candidate.id
     return ScanRow(
-        candidate.id, candidate.dataset, candidate.case, candidate.channel, "", str(candidate.path), None, None, None, "", status,
+        public_id, candidate.dataset, candidate.case, candidate.channel, "", str(candidate.path), None, None, None, "", status,
         reason, part=candidate.part, subject=salted(subject, salt) if salt else "",
         session=salted(f"{subject}\n{session}", salt) if salt and session else "",
-        contrast=candidate.contrast, label_class=entry.label_class, listed_in=candidate.listed_in)
+        contrast=candidate.contrast, label_class=entry.label_class, listed_in=candidate.listed_in, name=candidate.id)
 
 
 def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -> list[str | None]:

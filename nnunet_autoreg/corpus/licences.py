@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.corpus.rows import OK, ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.records import read_json, write_json
@@ -42,7 +43,8 @@ def _stated(file: Path) -> str:
 
 def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
     """Write what the datasets of a run state into its folder, while its scans are indexed."""
-    write_json(folder / LICENCES_NAME, stated_licences(rows))
+    stated = stated_licences(rows)
+    write_json(folder / LICENCES_NAME, {public_dataset(name): text for name, text in stated.items()})
 
 
 def read_licences(folder: Path) -> dict[str, str]:

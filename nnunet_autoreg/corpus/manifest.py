@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.find import Candidate, absolute
+from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.errors import UsageError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -136,10 +137,10 @@ def _report(manifest: Manifest, num_used: int, unused: list[str]) -> None:
              len(manifest.entries) + len(manifest.missing))
     if manifest.missing:
         log.warning("--manifest: %d paths do not exist, the first is '%s'; they are relative to %s",
-                    len(manifest.missing), manifest.missing[0], manifest.file.parent)
+                    len(manifest.missing), manifest.missing[0], manifest.file.parent, extra=NAMES_FILES)
     if unused:
         log.warning("--manifest: %d paths hold no scan of the inputs, the first is '%s'; name its folder with -i",
-                    len(unused), unused[0])
+                    len(unused), unused[0], extra=NAMES_FILES)
 
 
 def _listed() -> str:

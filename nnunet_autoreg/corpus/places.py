@@ -18,6 +18,7 @@ from nnunet_autoreg.corpus.find import case_and_channel, strip_ending
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
 from nnunet_autoreg.corpus.parallel import parallel_map
+from nnunet_autoreg.corpus.private import NAMES_FILES, public_dataset
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
@@ -52,7 +53,10 @@ class KnownPlace:
 
 def subject_of(row: ScanRow) -> str:
     """Whose scan it is: the subject if it is known, else the case."""
-    return row.subject or f"{row.dataset}/{row.case}"
+    if row.subject or not row.name:
+        return row.subject or f"{row.dataset}/{row.case}"
+    # A case of one channel is one scan, and its id names nobody.
+    return f"{public_dataset(row.dataset)}/{row.case}" if row.channel else row.id
 
 
 def label_map_of(row: ScanRow) -> Path | None:
@@ -117,7 +121,7 @@ def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPla
     for row, (places, problem) in zip(tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True):
         found += places
         if problem:
-            log.warning("positions: the label map of %s is left out: %s", row.id, problem)
+            log.warning("positions: the label map of %s is left out: %s", row.id, problem, extra=NAMES_FILES)
     return found
 
 
@@ -135,7 +139,7 @@ def _labelled(row: ScanRow) -> tuple[list[KnownPlace], str]:
         return [], str(error)
     place = partial(_share, row, low, high)
     channel = f", {row.channel}" if row.channel else ""
-    return [KnownPlace(row.id, subject_of(row), f"{row.dataset}: {name}{channel}", place(c))
+    return [KnownPlace(row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", place(c))
             for name, points in centres.items() for c in points], ""
 
 
@@ -257,7 +261,8 @@ def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[Known
             place = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
             found.append(KnownPlace(row.id, subject_of(row), structure, place))
     if unmatched:
-        log.warning("--boxes: %d of %d boxes are of no scan here, the first is of '%s'", len(unmatched), len(boxes), unmatched[0])
+        log.warning("--boxes: %d of %d boxes are of no scan here, the first is of '%s'", len(unmatched), len(boxes), unmatched[0],
+                    extra=NAMES_FILES)
     return found
 
 
@@ -265,4 +270,4 @@ def _names(row: ScanRow) -> set[str]:
     path = Path(row.source)
     # A UID is full of dots, so only an ending that is one is taken off.
     stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)
-    return {row.id, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem} - {""}
+    return {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem} - {""}

@@ -1,15 +1,29 @@
-"""``scans.csv``: one line per scan, read and written as a stream."""
+"""``scans.csv``: one line per scan, read and written as a stream.
+
+What may name a patient stands in a file of its own beside it (``private``).
+"""
 
 import csv
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from nnunet_autoreg.corpus.private import (
+    HIDDEN_NAME,
+    PRIVATE_NAME,
+    public_dataset,
+    read_private,
+    without_names,
+    write_private,
+)
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
 from nnunet_autoreg.records import atomic_path
 
 OK = "ok"
+COPY_OF = "the excluded "
+"""Comes before the path of an excluded scan in a reason; what follows is private."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +31,8 @@ class ScanRow:
     """One line of ``scans.csv``.
 
     Attributes:
-        id, dataset, case, channel, part, contrast: as in ``Candidate``; the manifest's contrast counts more.
+        id: a salted hash of the candidate's id, under which the scan appears in outputs.
+        dataset, case, channel, part, contrast: as in ``Candidate``; the manifest's contrast counts more.
         modality, modality_rule: "CT", "MR", ... and how that was decided.
         source: the file, or the folder of a DICOM series.
         shape_vox, spacing_mm: as read, (z, y, x), before transposition; None where the scan could not be read.
@@ -29,6 +44,7 @@ class ScanRow:
         label_class: the manifest's class; "" without one.
         percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty where not known.
         listed_in: as in ``Candidate``; the label map of a listed image is found there.
+        name: the candidate's id, made of folder and file names; "" in an index of an earlier version, whose ids are these names.
     """
 
     id: str
@@ -51,6 +67,7 @@ class ScanRow:
     label_class: str = ""
     percentiles: tuple[float, ...] = ()
     listed_in: str = ""
+    name: str = ""
 
 
 COLUMNS = ("id", "subject", "session", "dataset", "case", "channel", "contrast", "label_class", "modality", "modality_rule",
@@ -59,24 +76,97 @@ COLUMNS = ("id", "subject", "session", "dataset", "case", "channel", "contrast",
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 
-def write_index(path: Path, rows: Iterable[ScanRow]) -> None:
-    """Write ``scans.csv`` whole or not at all, row by row.
+def write_index(path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None) -> None:
+    """Write ``scans.csv`` whole or not at all, row by row, and before it the private file beside it.
+
+    Args:
+        paths: what else the private file has to know, by id; None keeps what it knows.
 
     Sizes are written as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x); percentiles with spaces between them.
     """
+    rows = list(rows)
+    if paths is None:
+        paths = _known_paths(path.parent, {row.id for row in rows})
+    others = [{"id": key, "source": value} for key, value in paths.items()]
+    write_private(path.parent, [*others, *map(_private_cells, rows)])
+
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:
-            writer.writerow([_cell(name, getattr(row, name)) for name in COLUMNS])
+            public = public_row(row)
+            writer.writerow([_cell(name, getattr(public, name)) for name in COLUMNS])
 
 
-def read_index(path: Path) -> tuple[ScanRow, ...]:
+def public_row(row: ScanRow) -> ScanRow:
+    """Return a row without anything that may name a patient."""
+    return replace(
+        row,
+        dataset=public_dataset(row.dataset),
+        case="",
+        part="",
+        source="",
+        listed_in="",
+        name="",
+        reason=_public_reason(row),
+    )
+
+
+def _public_reason(row: ScanRow) -> str:
+    said, mark, _ = row.reason.partition(COPY_OF)
+    if mark:
+        return f"{said}an excluded scan"
+    if row.status == "excluded":
+        # In brackets stands what the user called the scan.
+        said = re.sub(r" \('.*'\)", "", said)
+    return without_names(said, _names(row))
+
+
+def _names(row: ScanRow) -> set[str]:
+    """Return all that a row's own scan is called, the folders on its way included."""
+    source = Path(row.source)
+    folders = {str(folder) for folder in source.parents if folder != folder.parent}
+    folders |= {folder.name for folder in source.parents}
+    names = {row.name, row.listed_in, row.case, f"{row.dataset}/{row.case}", row.source, source.name}
+    parts = {value for piece in row.part.split(";") for value in (piece, piece.partition("=")[2])}
+    is_named = {row.dataset, row.id} if not row.name else {row.dataset}
+    return (folders | names | parts | is_named) - {"", HIDDEN_NAME}
+
+
+def _private_cells(row: ScanRow) -> dict[str, str]:
+    return {name: getattr(row, name) for name in ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")}
+
+
+def _known_paths(folder: Path, scans: set[str]) -> dict[str, str]:
+    """Return what an existing private file knows beside scans."""
+    if not (folder / PRIVATE_NAME).is_file():
+        return {}
+    return {cells["id"]: cells["source"] for cells in read_private(folder) if cells["id"] not in scans}
+
+
+def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
     """Read what ``write_index`` wrote, now or in an earlier version (with fewer columns).
 
+    Args:
+        is_private: with paths and names, from the file beside it.
+
     Raises:
-        UsageError: the file is missing or is no index.
+        UsageError: the file is missing or is no index, or the private file beside it is missing.
     """
+    rows = _read_rows(path)
+    if not is_private:
+        return tuple(map(public_row, rows))
+    # An index of an earlier version has everything itself.
+    if all(row.source for row in rows):
+        return rows
+    private = {cells["id"]: cells for cells in read_private(path.parent)}
+    lost = [row.id for row in rows if row.id not in private]
+    if lost:
+        raise UsageError(f"{path.parent / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another --name")
+    return tuple(replace(row, **private[row.id]) for row in rows)
+
+
+def _read_rows(path: Path) -> tuple[ScanRow, ...]:
     try:
         with path.open(encoding="utf-8", newline="") as handle:
             reader = csv.DictReader(handle)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg import checkpoint
+from nnunet_autoreg.corpus.private import hide_paths, show_paths
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError, did_you_mean
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, check_run_name, read_card
@@ -23,6 +24,8 @@ from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
 MAY_CHANGE = {"optim": ("num_steps",), "run": ("sharding", "min_token_variance", "min_effective_rank")}
 """Values of the plan that no step of training depends on."""
+PATH_FIELDS = ("folders", "exclude", "manifest", "init", "boxes")
+"""Fields of a request that hold paths."""
 NO_LENGTH: dict[str, Any] = {"num_steps": None, "num_epochs": None, "num_hours": None}
 
 
@@ -148,7 +151,18 @@ def read_plan(folder: Path) -> Plan:
         PlanError: it cannot be read, or holds unknown or wrong values.
     """
     path = folder / PLAN_NAME
-    return from_jsonable(Plan, read_json(path), str(path))
+    plan = from_jsonable(Plan, read_json(path), str(path))
+    return replace(plan, request=show_paths(plan.request, PATH_FIELDS, folder))
+
+
+def public_plan(plan: Plan) -> Plan:
+    """Return the plan as it is written: without the paths of the inputs."""
+    return replace(plan, request=hide_paths(plan.request, PATH_FIELDS)[0])
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write ``plan.json``."""
+    write_json(folder / PLAN_NAME, public_plan(plan))
 
 
 def has_plan(folder: Path) -> bool:
@@ -209,7 +223,7 @@ def continued_plan(folder: Path, request: Request) -> Plan:
     _refuse_changed_plan(folder, plan)
     if request.num_steps is not None and request.num_steps > plan.optim.num_steps:
         plan = replace(plan, optim=replace(plan.optim, num_steps=request.num_steps), request=to_jsonable(request))
-        write_json(folder / PLAN_NAME, plan)
+        write_plan(folder, plan)
     return plan
 
 
@@ -253,6 +267,8 @@ class log_file(logging.FileHandler):
     def __init__(self, folder: Path, name: str = "training_log"):
         super().__init__(folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        # A log is sent along with a question; the terminal shows these lines.
+        self.addFilter(lambda record: not getattr(record, "names_files", False))
 
     def __enter__(self) -> "log_file":
         logging.getLogger("nnunet_autoreg").addHandler(self)

@@ -13,6 +13,7 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import read_label_map
 from nnunet_autoreg.corpus.places import dataset_of, label_map_of, label_names, nonzero_box, subject_of
+from nnunet_autoreg.corpus.private import NAMES_FILES, public_dataset
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of
@@ -48,12 +49,14 @@ def labelled_crops(
         try:
             crops.append(_crop(plan, row, cases[row.id], number, is_test=number < len(chosen) // 2))
         except (ScanError, UsageError) as error:
-            log.warning("probe: %s is left out: %s", row.id, error)
+            log.warning("probe: %s is left out: %s", row.id, error, extra=NAMES_FILES)
     if crops and not Probe(crops).works:
-        log.warning("probe: left out, as the labels of %s show fewer than two classes to fit or to test on", chosen[0].dataset)
+        log.warning("probe: left out, as the labels of %s show fewer than two classes to fit or to test on", public_dataset(chosen[0].dataset))
         return []
     if crops:
-        log.info("probe: %d labelled crops of %s, %d of them for testing", len(crops), chosen[0].dataset, sum(c.is_test for c in crops))
+        dataset = public_dataset(chosen[0].dataset)
+        num_test = sum(crop.is_test for crop in crops)
+        log.info("probe: %d labelled crops of %s, %d of them for testing", len(crops), dataset, num_test)
     return crops
 
 

@@ -20,6 +20,7 @@ from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_lin
 from nnunet_autoreg.pretrain.compiled import is_out_of_memory
 from nnunet_autoreg.pretrain.display import gauges, postfix
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_lost_peer, is_spread, usable
+from nnunet_autoreg.pretrain.folder import public_plan
 from nnunet_autoreg.pretrain.guard import Tally, in_words
 from nnunet_autoreg.pretrain.health import Health, complaints, failures
 from nnunet_autoreg.pretrain.loading import DataWait
@@ -302,7 +303,7 @@ class Trainer:
         state = snapshot(self.module, self.optimizer, self.guard, self.progress, self.world)
         if self.world.is_main:
             self.require_folder()
-            content = {**state, "told": to_jsonable(self.tally), "scheduled": scheduled, "plan": to_jsonable(self.plan)}
+            content = {**state, "told": to_jsonable(self.tally), "scheduled": scheduled, "plan": to_jsonable(public_plan(self.plan))}
             checkpoint.save_checkpoint(self.folder / name, content, previous)
 
     def _resume(self) -> None:

@@ -18,6 +18,7 @@ from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.journal import JOURNAL_NAME
 from nnunet_autoreg.corpus.licences import read_licences, write_licences
 from nnunet_autoreg.corpus.manifest import read_manifest
+from nnunet_autoreg.corpus.private import hide_paths
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
@@ -32,7 +33,7 @@ from nnunet_autoreg.presets import PAPER_BATCH, faithful, with_objective
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.folder import (
     INDEX_NAME,
-    PLAN_NAME,
+    PATH_FIELDS,
     Request,
     continued_plan,
     has_plan,
@@ -41,6 +42,7 @@ from nnunet_autoreg.pretrain.folder import (
     locked,
     log_file,
     run_folder,
+    write_plan,
 )
 from nnunet_autoreg.pretrain.launch import Crew
 from nnunet_autoreg.pretrain.machine import hardware, has_half, num_processes, step_memory
@@ -128,7 +130,7 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
         check_start(plan)
         write_json(folder / "fingerprint.json", print_of)
         draw_fingerprint(folder / "fingerprint.png", print_of, rows, plan)
-        write_json(folder / PLAN_NAME, plan)
+        write_plan(folder, plan)
     for key, reason in plan.reasons.items():
         log.info("%s = %s (%s)", key, value_at(plan, key), reason)
     return plan, rows
@@ -164,7 +166,8 @@ def index_inputs(folder: Path, request: Request) -> Index:
     journal = folder / JOURNAL_NAME
     index = index_scans(candidates, exclude, num_processes(), request.modality, salt=salt, manifest=manifest, journal=journal)
     write_licences(folder, index.rows)
-    write_index(folder / INDEX_NAME, index.rows)
+    _, paths = hide_paths(to_jsonable(request), PATH_FIELDS)
+    write_index(folder / INDEX_NAME, index.rows, paths)
     journal.unlink(missing_ok=True)
     return index
 
@@ -218,7 +221,7 @@ def tried(job: "Job", job_of: Callable[[Plan], "Job"], num_training: int) -> "Jo
 
     with phase("trying a training step, to see that it fits"):
         plan = fitted(share_of_plan(job.plan, num_training), lambda plan: trainer_of(with_plan(plan)), torch.device(job.device))
-    write_json(job.folder / PLAN_NAME, plan)
+    write_plan(job.folder, plan)
     return with_plan(plan)
 
 
@@ -266,7 +269,7 @@ def needs_pace(plan: Plan) -> bool:
 def with_pace(folder: Path, plan: Plan, seconds: float, device: str) -> Plan:
     """The plan with its hours turned into steps, written once, so that a resumed run is the same run."""
     plan = with_hours(plan, float(plan.request["num_hours"]), seconds, device)
-    write_json(folder / PLAN_NAME, plan)
+    write_plan(folder, plan)
     log.info("optim.num_steps = %d (%s)", plan.optim.num_steps, plan.reasons["optim.num_steps"])
     return plan
 

@@ -47,7 +47,7 @@ class Reporter:
     def write(self, make_pictures: Callable[[], Sequence[Picture]]) -> None:
         """Write the report, whole or not at all. A report that fails is named in the log and ends no training."""
         try:
-            rows = () if self.scans else read_index(self.folder / "scans.csv")
+            rows = () if self.scans else read_index(self.folder / "scans.csv", is_private=False)
             self.scans = self.scans or scans_section(rows, self.setting.num_training, self.setting.num_heldout)
             logged = read_series(self.folder), read_notes(self.folder)
             text = report(self.plan, self.setting, *logged, self.scans, make_pictures())

@@ -79,4 +79,4 @@ def _pool_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:
 
 def _dataset(number: int, name: str) -> str:
     """nnU-Net's own names are shown; a folder of the user's may be called after a patient."""
-    return name if re.fullmatch(r"Dataset\d{3,}_\S+", name) else f"input {number} (a folder)"
+    return name if re.fullmatch(r"Dataset\d{3,}(_\S+)?", name) else f"input {number} (a folder)"

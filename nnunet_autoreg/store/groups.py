@@ -73,10 +73,12 @@ def ensure_groups(
     made = parallel_map(
         partial(_preprocess, store.root), missing, workers_for(num_workers, voxels), "aligning contrasts", apart=is_large(voxels)
     )
+    first_scan = {group.name: group.rows[0].id for group in groups}
     for name, problem in made:
         if problem:
             lost[name] = ScanError(*problem)
-            log.warning("the contrasts of %s make no sequence (%s): %s", name, problem[0], problem[1])
+            # A group is called after folders; the id of a scan names nobody.
+            log.warning("the contrasts of scan %s and others make no sequence (%s): %s", first_scan[name], *problem)
     return {task.group.name: task.keys for task in tasks if task.group.name not in lost}
 
 
@@ -168,5 +170,5 @@ def _grid(row: ScanRow, scan: RawScan) -> Grid:
 def _unchanged(row: ScanRow) -> RawScan:
     scan = load_scan(Path(row.source), row.part)
     if not has_content(scan, row.content_hash):
-        raise ScanError("changed", f"{row.source} changed after it was checked; run the same line again")
+        raise ScanError("changed", f"{row.id} changed after it was checked; run the same line again")
     return scan

@@ -243,7 +243,7 @@ def _make_case(root: Path, task: Task) -> None:
     check_memory(max(new_shape, shape, key=volume))
     scan = load_scan(Path(task.row.source), task.row.part)
     if not has_content(scan, task.row.content_hash):
-        raise ScanError("changed", f"{task.row.source} changed after it was checked; run the same line again")
+        raise ScanError("changed", f"{task.row.id} changed after it was checked; run the same line again")
     axes = transpose_axes(scan.spacing_mm)
     array_CZYX = scan.array_CZYX.transpose(0, *(a + 1 for a in axes))
     source_mm = [scan.spacing_mm[a] for a in axes]

@@ -86,7 +86,7 @@ def test_one_contrast_has_one_word_wherever_it_is_named_and_numbers_mean_their_d
     row = rows_of(write_dataset(tmp_path))[0]
     words = {contrast_word(replace(row, contrast=name)) for name in ("T1w-ce", "t1post", "T1c", "T1Gd")}
     assert words == {"T1w-ce"}
-    assert contrast_word(replace(row, contrast="", channel="0")) == "Dataset700_Two channel 0"
+    assert contrast_word(replace(row, contrast="", channel="0")) == "Dataset700 channel 0"
 
 
 def test_scans_of_one_subject_and_session_are_a_group_and_of_two_like_ones_the_larger_counts(tmp_path):
@@ -179,11 +179,11 @@ def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
 def test_label_maps_give_positions_in_the_cropped_box_by_dataset_name_and_channel(tmp_path):
     places = places_of_labels(rows_of(write_dataset(tmp_path)), 1)
     assert len(places) == 3 * 2 * 2
-    cube = [p for p in places if p.structure == "Dataset700_Two: cube, T1"]
+    cube = [p for p in places if p.structure == "Dataset700: cube, T1"]
     assert len({p.subject for p in cube}) == 3
     # Centre (8, 12, 6); 2 of 20 slices are cropped away in front.
     assert cube[0].centre == pytest.approx(((8.5 - 2) / 18, 12.5 / 24, 6.5 / 22))
-    flair = next(p for p in places if p.structure == "Dataset700_Two: cube, FLAIR")
+    flair = next(p for p in places if p.structure == "Dataset700: cube, FLAIR")
     assert flair.centre[0] == pytest.approx((8.5 - 3) / 17)
 
 
@@ -199,9 +199,12 @@ def test_each_part_of_a_structure_has_its_centre_the_largest_first_and_specks_ar
 def test_a_label_map_of_another_size_is_left_out_with_its_reason(tmp_path, caplog):
     folder = write_dataset(tmp_path, num_cases=2)
     write_image(folder / "labelsTr" / "case1.nii.gz", np.ones((5, 5, 5), np.uint8))
-    places = places_of_labels(rows_of(folder), 1)
-    assert {p.subject for p in places} == {p.subject for p in places if p.scan.startswith("Dataset700_Two/case0")}
-    assert "the label map of Dataset700_Two/case1_0000 is left out" in caplog.text and "(5, 5, 5) voxels" in caplog.text
+    rows = rows_of(folder)
+    places = places_of_labels(rows, 1)
+    names = {row.id: row.name for row in rows}
+    assert {p.subject for p in places} == {p.subject for p in places if names[p.scan].startswith("Dataset700_Two/case0")} != set()
+    left_out = next(row.id for row in rows if row.name == "Dataset700_Two/case1_0000")
+    assert f"the label map of {left_out} is left out" in caplog.text and "(5, 5, 5) voxels" in caplog.text
 
 
 def test_boxes_give_their_middle_and_slices_of_one_scan_and_class_make_one_box(tmp_path, caplog):
@@ -301,7 +304,7 @@ def test_semantic_crops_show_the_structure_of_the_label_map_in_every_patient(tmp
     training, _ = stored_material(tmp_path, plan, rows, store)
     for number in range(6):
         sample, shown = SequenceSampler(plan).draw_kind("semantic", training, rng.generator(0, "x", number))
-        if shown.subject.startswith("Dataset700_Two: cube"):
+        if shown.subject.startswith("Dataset700: cube"):
             assert all(member.max() > 5 for member in sample.voxels)
         assert len(set(shown.names)) == 3
 
@@ -344,7 +347,7 @@ def test_a_run_that_goes_on_takes_the_places_it_was_planned_with(tmp_path, store
     for label in (folder / "labelsTr").iterdir():
         label.unlink()
     training, _ = stored_material(tmp_path, plan, rows, store)
-    assert {s.name for s in training.structures} == {"Dataset700_Two: cube, MRI", "Dataset700_Two: other, MRI"}
+    assert {s.name for s in training.structures} == {"Dataset700: cube, MRI", "Dataset700: other, MRI"}
 
 
 def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
