@@ -61,6 +61,16 @@ class InterruptedRunError(KeyboardInterrupt):
     exit_code = 130
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with line breaks, control characters and bytes that are no text as escapes.
+
+    Names of files and words in other people's files may hold any of them, and a terminal obeys them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown ``name``: a close match if there is one, else all that is known."""
     names = sorted(known)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.errors import PlanError, did_you_mean, printable
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if origin is tuple and isinstance(data, (list, tuple)):
         kinds = [args[0]] * len(data) if len(args) == 2 and args[1] is ... else list(args)
         if len(kinds) != len(data):
-            raise PlanError(f"{where}: {data!r} has {len(data)} values, {len(kinds)} are needed")
+            raise PlanError(f"{where}: {_short(data)} has {len(data)} values, {len(kinds)} are needed")
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True)))
     if origin is dict and isinstance(data, dict):
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in data.items()}
@@ -64,12 +64,41 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             raise PlanError(f"{where}: a number with {len(str(abs(data)))} digits is too large") from None
     if isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
         return data
-    raise PlanError(f"{where}: {data!r} is not of type {getattr(kind, '__name__', kind)}")
+    raise PlanError(f"{where}: {_short(data)} is not of type {getattr(kind, '__name__', kind)}")
+
+
+MAX_SHOWN = 200
+FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _short(data: Any) -> str:
+    """Return a value as it is shown in a message, cut where it is long."""
+    try:
+        text = printable(repr(data))
+    except (RecursionError, ValueError):
+        return "a value of too many levels or digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def to_cell(text: str) -> str:
+    """Return a cell of a CSV file that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not text.startswith((*FORMULA_MARKS, "'")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def from_cell(cell: str) -> str:
+    """Return the inverse of ``to_cell``."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith((*FORMULA_MARKS, "'")) else cell
 
 
 def _convert_record(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise PlanError(f"{where}: expected an object with the keys of {kind.__name__}, found {data!r}")
+        raise PlanError(f"{where}: expected an object with the keys of {kind.__name__}, found {_short(data)}")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _refuse_newer(fields, data, where)

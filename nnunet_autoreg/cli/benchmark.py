@@ -1,6 +1,7 @@
 """``autoreg_benchmark``: pretrained against scratch, masked and stock at a few labels, at equal cost, with spread."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = open_bench(request, root, device, args.jobs)
         describe(bench)
         if args.dry_run:
-            print_next(f"autoreg_pretrain -d {args.d} --name NAME --exclude {bench.layout.exclude}")
+            print_next(f"autoreg_pretrain -d {shlex.quote(args.d)} --name NAME --exclude {shlex.quote(str(bench.layout.exclude))}")
             return 0
         num_failed = run(bench, args.jobs, args.measure)
     if num_failed:

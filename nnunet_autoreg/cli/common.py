@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nnunet_autoreg.children import end_children
-from nnunet_autoreg.errors import AutoregError, InterruptedRunError, PlanError
+from nnunet_autoreg.errors import AutoregError, InterruptedRunError, PlanError, printable
 from nnunet_autoreg.requirements import find_violations, in_one_line
 from nnunet_autoreg.stopping import report_stop, stop_requested, stoppable
 
@@ -121,14 +121,23 @@ def prepare_torch() -> None:
 
 def print_next(line: str) -> None:
     """Print a command's last line: what to type next."""
-    print(f"next: {line}", flush=True)
+    print(f"next: {printable(line)}", flush=True)
+
+
+def _without_controls(record: logging.LogRecord) -> logging.LogRecord:
+    """Return a record whose arguments, which may be names of files, hold no character that a terminal obeys."""
+    if not isinstance(record.args, tuple):
+        return record
+    safe = logging.makeLogRecord(record.__dict__)
+    safe.args = tuple(printable(str(a)) if isinstance(a, str | Path | BaseException) else a for a in record.args)
+    return safe
 
 
 class _LevelFormatter(logging.Formatter):
     """Plain messages, with the level in front from WARNING up."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = super().format(_without_controls(record))
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
@@ -145,7 +154,7 @@ def configure_logging(verbose: bool = False) -> None:
 
 
 def _complain(main: Main, message: str, code: int) -> int:
-    one_line = " ".join(message.splitlines())
+    one_line = printable(" ".join(message.splitlines()))
     print(f"{_command_name(main)}: {one_line}", file=sys.stderr, flush=True)
     return code
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,7 +182,8 @@ def finish(args: argparse.Namespace, options: "Options", names: Sequence[str], n
     if args.csv:
         records = (read_scan_file(folder / f"{name}.json") for name in names)
         write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
-    print_next(f"autoreg_evaluate_detection -p {args.o} -g FOLDER_OF_LABELS -o FILE; or open NAME.mrk.json over the scan in 3D Slicer")
+    results = shlex.quote(args.o)
+    print_next(f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open NAME.mrk.json over the scan in 3D Slicer")
     return 0 if len(names) == num_scans else 1
 
 

@@ -1,6 +1,7 @@
 """``autoreg_weights``: look at, import and export pretrained encoders."""
 
 import argparse
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
-from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.errors import UsageError, printable
 from nnunet_autoreg.geometry import as_size, as_spacing
 from nnunet_autoreg.model.card import check_run_name
 
@@ -74,7 +75,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     facts, following = inspect_weights(_path(arguments.path), _options(arguments), _plan(arguments))
     for name, text in facts:
-        print(f"{name:<19} {text}")
+        print(f"{name:<19} {printable(text)}")
     print_next(following)
     return 0
 
@@ -104,7 +105,7 @@ def _export(arguments: argparse.Namespace) -> int:
         print(f"wrote {file}")
     if done.card.licence_line:
         print(done.card.licence_line)
-    print_next(f"autoreg_weights inspect {arguments.folder}")
+    print_next(f"autoreg_weights inspect {shlex.quote(arguments.folder)}")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.records import atomic_path, from_cell, to_cell
 
 PRIVATE_NAME = "paths_do_not_share.csv"
 COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
@@ -120,7 +120,8 @@ def write_private(folder: Path, lines: Iterable[Mapping[str, str]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(lines)
+        for line in lines:
+            writer.writerow({name: to_cell(value) for name, value in line.items()})
     path.chmod(0o600)
 
 
@@ -139,7 +140,7 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
             for cells in reader:
                 if None in cells or None in cells.values():
                     raise ValueError(f"line {reader.line_num} has not {len(COLUMNS)} cells")
-                yield cells
+                yield {name: from_cell(cell) for name, cell in cells.items()}
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing, so that the files of the scans are not known; put it back, or use another --name") from error
     except (OSError, ValueError, csv.Error) as error:

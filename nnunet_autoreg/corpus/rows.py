@@ -17,9 +17,9 @@ from nnunet_autoreg.corpus.private import (
     without_names,
     write_private,
 )
-from nnunet_autoreg.errors import UsageError, did_you_mean
+from nnunet_autoreg.errors import UsageError, did_you_mean, printable
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.records import atomic_path, from_cell, to_cell
 
 OK = "ok"
 COPY_OF = "the excluded "
@@ -186,7 +186,8 @@ def _check_columns(names: Iterable[str]) -> None:
 
 
 def _rows_of(reader: Iterable[dict[str, str]]) -> Iterator[ScanRow]:
-    for cells in reader:
+    for line in reader:
+        cells = {name: from_cell(cell) for name, cell in line.items()}
         shape, spacing, cropped = (cells.pop(k).split("x") for k in ("shape_vox", "spacing_mm", "cropped_shape_vox"))
         percentiles = (cells.pop("percentiles", "") or "").split()
         yield ScanRow(
@@ -201,4 +202,4 @@ def _cell(name: str, value: object) -> str:
         return ""
     if isinstance(value, tuple):
         return (" " if name == "percentiles" else "x").join(repr(v) for v in value)
-    return str(value)
+    return to_cell(printable(str(value)))

@@ -16,6 +16,8 @@ NO_WEIGHTS = "none"
 CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1
+MAX_CARD_BYTES, MAX_LEVELS, MAX_VALUES, MAX_NUMBER, MAX_PARAMETERS = 2**24, 20, 10_000, 100_000, 2e9
+"""A card comes from anywhere: what lies beyond these is no encoder, and would take all memory."""
 IMPORTED = "imported"
 """Key of ``EncoderCard.extra`` that says where imported weights come from."""
 DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
@@ -123,12 +125,61 @@ def read_card(folder: Path) -> EncoderCard:
     if not path.is_file():
         raise WeightsError(f"{folder} holds no {CARD_NAME}; has its pretraining finished?")
     try:
-        return _checked(from_jsonable(EncoderCard, read_json(path), str(path)), path)
+        return _checked(from_jsonable(EncoderCard, read_json(path, max_bytes=MAX_CARD_BYTES), str(path)), path)
     except PlanError as error:
         raise WeightsError(str(error)) from error
 
 
+def _refuse_huge(card: EncoderCard, path: Path) -> None:
+    """Refuse numbers that no encoder has: a network built from them would take all memory.
+
+    Raises:
+        WeightsError: a number is too large or not finite, or a list too long.
+    """
+    values: list[tuple[str, object]] = [
+        ("arguments", card.arguments),
+        ("token_size_vox", list(card.token_size_vox)),
+        ("crop_size_vox", list(card.crop_size_vox)),
+        ("spacing_mm", list(card.spacing_mm)),
+        ("num_input_channels", card.num_input_channels),
+    ]
+    num_seen = 0
+    while values:
+        key, value = values.pop()
+        num_seen += 1
+        if key.count("[") + key.count(".") > MAX_LEVELS:
+            raise WeightsError(f"{path}: arguments has more than {MAX_LEVELS} levels; restore the file")
+        if num_seen > MAX_VALUES:
+            raise WeightsError(f"{path}: arguments has more than {MAX_VALUES} values; restore the file")
+        if isinstance(value, dict):
+            values += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            values += [(f"{key}[{number}]", inner) for number, inner in enumerate(value)]
+        elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise WeightsError(f"{path}: {key} is larger than any encoder's, at most {MAX_NUMBER:,}; restore the file")
+
+    parameters = _rough_parameters(card.arguments)
+    if parameters > MAX_PARAMETERS:
+        raise WeightsError(
+            f"{path}: arguments describe a network of about {parameters:.0e} parameters, at most {MAX_PARAMETERS:.0e} are "
+            "possible here; restore the file"
+        )
+
+
+def _rough_parameters(arguments: dict[str, Any]) -> float:
+    """Return a lower bound of the parameters that arguments ask for; 0 where they are of no known form."""
+    width, depth = arguments.get("embed_dim"), arguments.get("eva_depth")
+    if isinstance(width, int) and isinstance(depth, int):
+        return 4.0 * width * width * depth
+    features, blocks = arguments.get("features_per_stage"), arguments.get("n_blocks_per_stage")
+    if not isinstance(features, list) or not isinstance(blocks, list):
+        return 0.0
+    pairs = zip(features, blocks, strict=False)
+    return sum(27.0 * f * f * n for f, n in pairs if isinstance(f, int) and isinstance(n, int))
+
+
 def _checked(card: EncoderCard, path: Path) -> EncoderCard:
+    _refuse_huge(card, path)
     groups = (value for group in card.spacing_groups for value in (*group.native_mm, *group.spacing_mm))
     sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels)
     if not all(value > 0 for value in sizes):

@@ -286,6 +286,9 @@ def check_inputs(request: Request) -> None:
         for path in paths:
             if path and not Path(path).exists():
                 raise UsageError(f"{flag} {path}: does not exist")
+            # Reading a pipe would wait for its other end forever.
+            if path and not (Path(path).is_file() or Path(path).is_dir()):
+                raise UsageError(f"{flag} {path}: is neither a file nor a folder")
     if request.init and Path(request.init).is_dir():
         raise UsageError(f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it")
     nobody = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)

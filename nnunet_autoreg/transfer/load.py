@@ -18,6 +18,7 @@ from nnunet_autoreg.transfer.adapt import fit_channels, fit_kernel, fit_position
 from nnunet_autoreg.transfer.block import AutoregBlock
 from nnunet_autoreg.transfer.channels import map_channels
 from nnunet_autoreg.transfer.decoder import DECODER, fit_decoder, has_decoder_stages, num_stages
+from nnunet_autoreg.transfer.foreign.floats import check_kind
 from nnunet_autoreg.transfer.network import encoder_prefixes
 from nnunet_autoreg.transfer.table import ADAPTED, LOADED, RANDOM, UNUSED, Entry, WeightTable, some
 
@@ -45,11 +46,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     try:
         tensors = load_file(file, device="cpu")
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise WeightsError(
             f"{file} cannot be read as safetensors ({error}): restore the file, or plan again with other weights"
         ) from error
     for key, tensor in tensors.items():
+        check_kind(file, key, tensor)
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"{file}: '{key}' holds NaN or infinity; the pretraining went wrong: use other weights")
     return {key: tensor.float() for key, tensor in tensors.items()}

@@ -86,7 +86,7 @@ def _card_facts(card: EncoderCard) -> Facts:
 
 def _foreign_facts(source: Source, head: Facts, options: Options, plan_file: Path | None) -> tuple[Facts, str]:
     head = [*head, ("what", f"{source.kind} checkpoint")]
-    import_line = " ".join(["autoreg_weights import", str(source.file), "--name NAME", *_typed(options, plan_file)])
+    import_line = " ".join(["autoreg_weights import", shlex.quote(str(source.file)), "--name NAME", *_typed(options, plan_file)])
     try:
         imported = converted(source, options)
         network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
@@ -100,9 +100,9 @@ def _foreign_facts(source: Source, head: Facts, options: Options, plan_file: Pat
 def _typed(options: Options, plan_file: Path | None) -> list[str]:
     """What the user said, as it is typed."""
     flags: dict[str, object] = {
-        "--adaptation-plan": plan_file, "--token-order": options.token_order, "--heads": options.num_heads,
+        "--adaptation-plan": plan_file and shlex.quote(str(plan_file)), "--token-order": options.token_order, "--heads": options.num_heads,
         "--patch-size": " ".join(str(v) for v in options.patch_size_vox or ()),
-        "--spacing": " ".join(f"{v:g}" for v in options.spacing_mm or ()), "--modality": " ".join(options.modalities),
+        "--spacing": " ".join(f"{v:g}" for v in options.spacing_mm or ()), "--modality": shlex.join(options.modalities),
         "--licence": options.licence and shlex.quote(options.licence),
     }  # fmt: skip
     return [f"{flag} {value}" for flag, value in flags.items() if value]
@@ -124,7 +124,7 @@ def _imported_facts(imported: Imported) -> Facts:
 def _unknown_facts(source: Source, head: Facts) -> tuple[Facts, str]:
     if source.kind == NO_PLAN:
         what = "a checkpoint of nnU-Net or nnssl without an adaptation plan: it does not say what its encoder is"
-        following = f"autoreg_weights import {source.file} --name NAME --adaptation-plan FILE"
+        following = f"autoreg_weights import {shlex.quote(str(source.file))} --name NAME --adaptation-plan FILE"
     else:
         what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
         following = "look at the keys; nnssl's forms need their adaptation plan (--adaptation-plan FILE)"

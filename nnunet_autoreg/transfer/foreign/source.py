@@ -22,7 +22,7 @@ RUN, NNSSL, AR_SSL4M, NO_PLAN, UNKNOWN = "run", "nnssl", "AR-SSL4M", "checkpoint
 TRAINED = "trained nnU-Net model"
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
-MAX_NAMES = 3
+MAX_NAMES, MAX_VALUES = 3, 2_000_000
 WRAPPERS = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before a key."""
 
@@ -105,9 +105,28 @@ def read_content(file: Path) -> dict[str, Any]:
 
         return dict(read_tensors(file))
     content = load_plain(file)
+    _refuse_endless(content, file)
     if not isinstance(content, dict):
         raise WeightsError(f"{file} holds {type(content).__name__}, no dictionary of tensors")
     return content
+
+
+def _refuse_endless(content: Any, file: Path) -> None:
+    """Refuse lists that hold one another many times: a few hundred bytes of them become gigabytes when they are written out.
+
+    Raises:
+        WeightsError: there are more values than any checkpoint has.
+    """
+    pending, num_seen = [content], 0
+    while pending:
+        value = pending.pop()
+        num_seen += 1
+        if num_seen > MAX_VALUES:
+            raise WeightsError(f"{file} holds more than {MAX_VALUES:,} values, or lists inside one another without end; use another file")
+        if isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            pending.extend(value)
 
 
 def _as_plan(data: Any, where: Path) -> dict[str, Any]:
