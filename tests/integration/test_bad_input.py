@@ -1,6 +1,5 @@
 """Bad input and rough handling of pretraining, as a user types it: one clear line, the right exit code, and nothing lost."""
 
-import csv
 import json
 import os
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+
+from nnunet_autoreg.corpus.rows import read_index
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -172,10 +173,10 @@ def test_files_that_cannot_be_opened_are_left_out_with_their_reason(home, tmp_pa
     done = home.pretrain("unreadable", "--dry-run", scans=scans)
     assert done.returncode == 0, done.stderr
     assert f"{len(wanted)} unreadable" in done.stderr
-    with (home.folder("unreadable") / "scans.csv").open(encoding="utf-8") as handle:
-        rows = {Path(row["source"]).name.partition(".")[0]: row for row in csv.DictReader(handle)}
-    assert rows["Kopf groß 1"]["status"] == "ok"
-    assert all(rows[name]["status"] == "unreadable" and words in rows[name]["reason"] for name, words in wanted.items())
+    found = read_index(home.folder("unreadable") / "scans.csv")
+    rows = {Path(row.source).name.partition(".")[0]: row for row in found}
+    assert rows["Kopf groß 1"].status == "ok"
+    assert all(rows[name].status == "unreadable" and words in rows[name].reason for name, words in wanted.items())
 
 
 def test_folders_that_cannot_be_written_are_named_in_one_line(home, tmp_path):

@@ -17,7 +17,9 @@ import pytest
 import SimpleITK
 
 from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.private import PRIVATE_NAME
 from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.corpus.rows import read_index
 from nnunet_autoreg.errors import ScanError
 
 pytestmark = pytest.mark.integration
@@ -367,10 +369,10 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
     statuses = sorted(row["status"] for row in rows)
     assert statuses == ["derived", "notimage", "notimage", "ok", "ok", "secondary", "slices", "unreadable", "unreadable"]
     texts = [",".join(v for k, v in row.items() if k != "source") for row in rows]
-    others = [p for p in tmp_path.rglob("*") if p.is_file() and "pool" not in p.parts and p.name not in ("scans.csv", "x.dcm")]
+    others = [p for p in tmp_path.rglob("*") if p.is_file() and "pool" not in p.parts and p.name not in (PRIVATE_NAME, "x.dcm")]
     assert {"plan.json", "fingerprint.json"} <= {p.name for p in others}
     texts += [p.read_bytes().decode("latin-1") for p in others] + [done.stdout, done.stderr]
     for word in PLANTED:
         assert not [text for text in texts if word.lower() in text.lower()], word
-    sources = {row["source"] for row in rows}
-    assert all(Path(source).exists() for source in sources), "the source column is the user's own path, as typed and found"
+    sources = {row.source for row in read_index(folder / "scans.csv")}
+    assert all(Path(source).exists() for source in sources), "the private file has the user's own paths, as typed and found"

@@ -1,6 +1,5 @@
 """autoreg_pretrain on real scans, as a user types it: what it leaves, resuming bit for bit, refusals, bad scans."""
 
-import csv
 import json
 import os
 import shutil
@@ -14,6 +13,9 @@ import numpy as np
 import pytest
 import SimpleITK
 from safetensors.numpy import load_file
+
+from nnunet_autoreg.corpus.private import PRIVATE_NAME
+from nnunet_autoreg.corpus.rows import read_index
 
 pytestmark = pytest.mark.integration
 
@@ -112,7 +114,7 @@ def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workp
     assert dry.returncode == 0, dry.stderr
     left = folder_of(workplace, "dry")
     made = {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))}
-    assert made == {"plan.json", "scans.csv", "fingerprint.json", "fingerprint.png"}
+    assert made == {"plan.json", "scans.csv", PRIVATE_NAME, "licences.json", "fingerprint.json", "fingerprint.png"}
     plan_file = left / "plan.json"
     plan_file.write_text(plan_file.read_text().replace('"lr": 0.0005', '"lr": 0.00025'))
     assert run(workplace, "dry", "--steps", "2", *SMALL).returncode == 0
@@ -148,8 +150,8 @@ def test_bad_scans_are_left_out_with_their_reason_and_the_run_goes_on(workplace)
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array, isVector=False), str(folder / f"{name}.nii.gz"))
     done = run(workplace, "bad", "--steps", "2", *SMALL)
     assert done.returncode == 0, done.stderr
-    with (folder_of(workplace, "bad") / "scans.csv").open(encoding="utf-8") as handle:
-        status = {Path(row["source"]).name: (row["status"], row["reason"]) for row in csv.DictReader(handle)}
+    rows = read_index(folder_of(workplace, "bad") / "scans.csv")
+    status = {Path(row.source).name: (row.status, row.reason) for row in rows}
     assert {name: status[f"{name}.nii.gz"][0] for name in ("empty", "text", "truncated", "nan", "constant", "flat", "series")} == {
         "empty": "unreadable", "text": "unreadable", "truncated": "unreadable", "nan": "nonfinite", "constant": "constant",
         "flat": "not3d", "series": "4d"}
