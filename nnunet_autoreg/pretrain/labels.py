@@ -51,7 +51,10 @@ def labelled_crops(
         except (ScanError, UsageError) as error:
             log.warning("probe: %s is left out: %s", row.id, error, extra=NAMES_FILES)
     if crops and not Probe(crops).works:
-        log.warning("probe: left out, as the labels of %s show fewer than two classes to fit or to test on", public_dataset(chosen[0].dataset))
+        log.warning(
+            "probe: left out, as the labels of %s show fewer than two classes to fit or to test on",
+            public_dataset(chosen[0].dataset),
+        )
         return []
     if crops:
         dataset = public_dataset(chosen[0].dataset)
