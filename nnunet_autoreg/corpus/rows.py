@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from nnunet_autoreg.corpus.private import (
     HIDDEN_NAME,
@@ -159,7 +160,7 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
     # An index of an earlier version has everything itself.
     if all(row.source for row in rows):
         return rows
-    private = {cells["id"]: cells for cells in read_private(path.parent)}
+    private: dict[str, dict[str, Any]] = {cells["id"]: dict(cells) for cells in read_private(path.parent)}
     lost = [row.id for row in rows if row.id not in private]
     if lost:
         raise UsageError(f"{path.parent / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another --name")

@@ -194,7 +194,7 @@ def test_licences_are_read_while_indexing_and_then_no_more(tmp_path: Path) -> No
     write_licences(tmp_path, rows)
     shutil.rmtree(folder)
 
-    assert read_licences(tmp_path) == {"Dataset001_A": "CC-BY 4.0"}
+    assert read_licences(tmp_path) == {"Dataset001": "CC-BY 4.0"}
 
 
 def test_a_dataset_json_of_another_kind_leaves_the_folder_a_plain_one(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def request_of(place: Path) -> Request:
     manifest.write_text(f"path,subject\n{pool / f'{SENTINEL}0'},{SENTINEL}\ngone_{SENTINEL},x\n")
     settings = (
         f"encoder.arguments={json.dumps(ARGUMENTS)}",
+        "encoder.token_size_vox=8,8,8",
+        "sequence.block_tokens=1,1,1",
         "sequence.crop_size_vox=16,16,16",
         "run.min_token_variance=0",
         "run.min_effective_rank=0",

@@ -237,7 +237,7 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
     with torch.device("meta"):
         network = build_network(CLASS_PATHS["resenc"], ENCODERS["resenc_l"].arguments, (64,) * 3, 1, 2)
     shapes = {key: value.shape for key, value in network.state_dict().items()}
-    state = {key: torch.zeros(1).expand(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
+    state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
     card, _ = import_weights(save(tmp_path, state, plan), "a", tmp_path / "res", Options())
     assert (card.encoder, card.token_size_vox, card.spacing_mm) == ("resenc_l", (32, 32, 32), (1.0, 1.0, 1.0))
     primus = plan_of("PrimusM", None, PRIMUS_KEYS)
