@@ -28,7 +28,8 @@ def line(tmp_path, shared_data, monkeypatch):
 
     def typed(steps):
         return main(["-i", str(scans), "--name", "small", "--encoder", "primus_tiny", "--steps", str(steps), "--batch", "4",
-                     "--device", "cpu", "--set", ENCODER, "sequence.crop_size_vox=16,24,16", "run.log_every=1"])
+                     "--device", "cpu", "--set", ENCODER, "encoder.token_size_vox=8,8,8", "sequence.block_tokens=1,1,1",
+                     "sequence.crop_size_vox=16,24,16", "run.log_every=1"])
 
     return typed
 
@@ -48,6 +49,7 @@ def test_a_step_that_does_not_fit_is_made_in_more_parts_and_a_continued_run_is_t
     file = tmp_path / "nnUNet_results/autoreg_pretraining/small/plan.json"
     plan = json.loads(file.read_text())
     assert (plan["optim"]["batch_size"], plan["optim"]["micro_batch_size"]) == (4, 1)
+    assert plan["run"]["dry_step_seconds"] > 0 and plan["run"]["loader_seconds_per_crop"] > 0
     assert plan["run"]["peak_memory_gib"] > 0 and "out of memory with 2 crops at once" in plan["reasons"]["optim.micro_batch_size"]
     said = capsys.readouterr().err
     assert "out of memory with 4 crops at once: 2 at once, 2 times a step; the batch stays" in said
