@@ -32,15 +32,7 @@ RESULTS = REPO / "benchmarks" / "results" / "kills.jsonl"
 SCANS = REPO.parent / "shared/data/nnUNet_raw/Dataset004_Hippocampus/imagesTr"
 ENCODER = ('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
            '"init_values":0.1,"scale_attn_inner":true}')
-SETTINGS = [
-    ENCODER,
-    "encoder.token_size_vox=8,8,8",
-    "sequence.block_tokens=1,1,1",
-    "sequence.crop_size_vox=24,32,24",
-    "run.checkpoint_every=5",
-    "run.validate_every=10",
-    "run.log_every=1",
-]
+SETTINGS = [ENCODER, "sequence.crop_size_vox=24,32,24", "run.checkpoint_every=5", "run.validate_every=10", "run.log_every=1"]
 PHASES = ("indexing and planning", "preprocessing and loading", "training", "export")
 
 

@@ -16,8 +16,7 @@ from few_cases import copy_cases
 DATASET = "Dataset004_Hippocampus"
 ENCODER = ('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
            '"init_values":0.1,"scale_attn_inner":true}')
-TOKENS = ["encoder.token_size_vox=8,8,8", "sequence.block_tokens=1,1,1"]
-SMALL = [ENCODER, *TOKENS, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=1", "run.validate_every=1000", "run.log_every=1"]
+SMALL = [ENCODER, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=1", "run.validate_every=1000", "run.log_every=1"]
 STEPS = "4"
 NUM_CASES = 5
 

@@ -23,16 +23,7 @@ COMMAND = str(Path(sys.executable).with_name("autoreg_pretrain"))
 ARGUMENTS = {"embed_dim": 48, "patch_embed_size": [8, 8, 8], "eva_depth": 2, "eva_numheads": 2, "init_values": 0.1,
              "scale_attn_inner": True}
 SMALL_ENCODER = f"encoder.arguments={json.dumps(ARGUMENTS)}"
-TOKENS = ("encoder.token_size_vox=8,8,8", "sequence.block_tokens=1,1,1")
-SMALL = [
-    "--set",
-    SMALL_ENCODER,
-    *TOKENS,
-    "sequence.crop_size_vox=16,24,16",
-    "run.checkpoint_every=5",
-    "run.validate_every=5",
-    "run.log_every=1",
-]
+SMALL = ["--set", SMALL_ENCODER, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=5", "run.validate_every=5", "run.log_every=1"]
 
 
 @pytest.fixture
