@@ -51,7 +51,7 @@ class Wishes:
     """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
 
     Attributes:
-        token_size_vox: of the weights that training starts from; None is planned.
+        token_size_vox: of the weights that training starts from, or of arguments that the user set; None is planned.
         single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset faithful``).
     """
 

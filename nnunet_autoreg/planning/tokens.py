@@ -33,7 +33,7 @@ def with_tokens(
 
     Args:
         spacing_mm, median_shape_vox: after resampling, (z, y, x).
-        fixed: the token size of weights that training starts from.
+        fixed: the token size of weights that training starts from, or that the user set.
     """
     if encoder.family != PRIMUS:
         return encoder, ""
@@ -41,7 +41,7 @@ def with_tokens(
     single = (1, 1, 1)
     if fixed is not None:
         block = (2, 2, 2) if max(fixed) <= SMALL_SIDE else single
-        return _resized(encoder, fixed, block), "that of the weights it starts from"
+        return _resized(encoder, fixed, block), "that of the weights it starts from, or of the arguments set by the user"
 
     finest = min(spacing_mm)
     if max(spacing_mm) > THICK_SLICES * finest:

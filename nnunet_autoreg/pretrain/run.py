@@ -22,9 +22,10 @@ from nnunet_autoreg.corpus.private import hide_paths
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
+from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
 from nnunet_autoreg.phases import phase, signs_of_life
-from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan import Plan, literal, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.planning.make import make_plan
@@ -389,9 +390,31 @@ def wishes_of(request: Request) -> Wishes:
     is_faithful = request.preset == "faithful"
     card = read_card(Path(request.init).parent) if request.init else None
     encoder = card.encoder if card is not None and request.encoder == "auto" else request.encoder
-    token = card.token_size_vox if card is not None and card.encoder == encoder else None
+    token = typed_token_size(request.settings)
+    if token is None and card is not None and card.encoder == encoder:
+        token = card.token_size_vox
     batch = request.batch_size or (PAPER_BATCH if is_faithful else None)
     return Wishes(encoder, batch, request.num_steps, request.num_epochs, request.num_hours, is_faithful, token)
+
+
+def typed_token_size(settings: Sequence[str]) -> Size | None:
+    """Return the token size that ``--set`` gives among an encoder's arguments, so that crop and blocks are planned for it.
+
+    A value that is no size is left to the check of the plan, which names it.
+    """
+    found: object = None
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        value = literal(text.strip())
+        if key.strip() == "encoder.arguments" and isinstance(value, dict):
+            found = value.get("patch_embed_size", found)
+        elif key.strip() == "encoder.arguments.patch_embed_size":
+            found = value
+
+    if not isinstance(found, list) or len(found) != 3:
+        return None
+    is_size = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in found)
+    return as_size(found) if is_size else None
 
 
 def value_at(plan: Plan, key: str) -> object:

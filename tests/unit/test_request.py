@@ -98,3 +98,21 @@ def test_a_plan_changed_after_training_began_is_refused_by_its_new_keys_too(tmp_
     write_json(tmp_path / PLAN_NAME, replace(plan, optim=replace(plan.optim, micro_batch_size=1)))
     with pytest.raises(PlanError, match=r"optim\.micro_batch_size: 2 -> 1"):
         continued_plan(tmp_path, REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8]}',), (8, 8, 8)),
+        (("encoder.arguments.patch_embed_size=2,8,8",), (2, 8, 8)),
+        (("encoder.arguments.patch_embed_size=[4,4,4]", "optim.lr=1e-3"), (4, 4, 4)),
+        (("encoder.arguments={}", "optim.lr=1e-3"), None),
+        (("encoder.arguments.patch_embed_size=0,8,8",), None),
+    ],
+)
+def test_tokens_that_the_user_sets_are_planned_for(
+    settings: tuple[str, ...], expected: tuple[int, int, int] | None
+) -> None:
+    request = Request("run", ("4",), encoder="primus_tiny", settings=settings)
+
+    assert wishes_of(request).token_size_vox == expected
