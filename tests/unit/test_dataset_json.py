@@ -124,7 +124,7 @@ def test_listed_label_maps_give_places_and_are_no_scans(tmp_path: Path, monkeypa
 
     assert [c.status for c in found if c.path.name.endswith("_truth.nii.gz")] == ["labels"] * 2
     assert [label_map_of(row) for row in rows] == [tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)]
-    assert {place.structure for place in places_of_labels(rows, 1)} == {"Dataset032_Listed: a, MRI"}
+    assert {place.structure for place in places_of_labels(rows, 1)} == {"Dataset032: a, MRI"}
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {-1, 0, 1}
 
 
@@ -163,7 +163,7 @@ def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
 
     names = {place.structure for place in places_of_labels(rows, 1)}
 
-    assert names == {"Dataset030_Rules: whole, MRI", "Dataset030_Rules: core, MRI"}
+    assert names == {"Dataset030: whole, MRI", "Dataset030: core, MRI"}
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {0, 1, 2}
 
 
