@@ -51,6 +51,13 @@ class ObjectsError(AutoregError):
     """Objects to detect, or detections, are missing, damaged or contradict the image they belong to."""
 
 
+class LostProcessError(AutoregError):
+    """Another process of the training is gone.
+
+    A launcher then ends the others too, by SIGTERM. The loss, and not that signal, is what the user has to be told.
+    """
+
+
 class InterruptedRunError(KeyboardInterrupt):
     """The user or the cluster asked a command to stop; what was done is kept.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nnunet_autoreg.children import end_children
-from nnunet_autoreg.errors import AutoregError, InterruptedRunError, PlanError, printable
+from nnunet_autoreg.errors import AutoregError, InterruptedRunError, LostProcessError, PlanError, printable
 from nnunet_autoreg.requirements import find_violations, in_one_line
 from nnunet_autoreg.stopping import report_stop, stop_requested, stoppable
 
@@ -40,7 +40,8 @@ def command(main: Main) -> Command:
                 return _stopped(error)
             except Exception as error:
                 # Where children ended by the same signal, say: not what went wrong then, but why is what counts.
-                return _stopped(error) if stop_requested() else _failed(main, error)
+                is_consequence = stop_requested() and not isinstance(error, LostProcessError)
+                return _stopped(error) if is_consequence else _failed(main, error)
 
     return run
 

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunet_autoreg.corpus.parallel import end_with_parent
-from nnunet_autoreg.errors import AutoregError, InterruptedRunError, UsageError
+from nnunet_autoreg.errors import AutoregError, InterruptedRunError, LostProcessError, UsageError
 from nnunet_autoreg.stopping import keep_silent
 
 GO, FAILED = "autoreg/go", "autoreg/failed"
@@ -121,7 +121,7 @@ class Crew:
             leave()
         except Exception as error:
             if is_lost_peer(error):
-                raise AutoregError(self.fate()) from error
+                raise LostProcessError(self.fate()) from error
             raise
         finally:
             watch.stop()
