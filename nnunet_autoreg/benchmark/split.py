@@ -15,6 +15,9 @@ from nnunet_autoreg.errors import UsageError, did_you_mean
 TEST_SHARE, DEVELOPMENT_SHARE = 0.2, 0.15
 MOST_SCANS_OF_A_PATIENT = 4
 SPLITS = ("development", "test")
+CASES_NAME = "cases.csv"
+PATIENT_COLUMNS = ("patient", "subject", "participant_id")
+"""Names that the column of patients may have in ``cases.csv``."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,67 @@ def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
         raise UsageError(f"--subjects {path} names no subject for {len(missing)} of {len(cases)} cases, the first is {missing[0]}; "
                          f"{did_you_mean(missing[0], found)}")
     return {case: found[case] for case in cases}
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Who the cases are of.
+
+    Attributes:
+        patient_of: case -> patient.
+        rule: one line for the user that says how this was found.
+    """
+
+    patient_of: dict[str, str]
+    rule: str
+
+
+def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None) -> Patients:
+    """Return the patients of a raw dataset's cases.
+
+    They come from ``file`` if the user names one; else from ``cases.csv`` in the dataset's folder if
+    that has a column of patients and names every case; else from the names of the cases.
+
+    Args:
+        dataset: folder of the raw dataset.
+
+    Raises:
+        UsageError: ``file`` cannot be used.
+    """
+    if file is not None:
+        return _counted(read_subjects(file, cases), f"file {file}")
+
+    table = dataset / CASES_NAME
+    column, listed = _listed_patients(table)
+    missing = [case for case in cases if not listed.get(case)]
+    if listed and not missing:
+        return _counted({case: listed[case] for case in cases}, f"{CASES_NAME}, column {column}")
+
+    by_name = subjects_by_name(cases)
+    if listed:
+        return _counted(by_name, f"the cases' names, as {CASES_NAME} has no patient for {missing[0]}")
+    return _counted(by_name, "the cases' names")
+
+
+def _listed_patients(table: Path) -> tuple[str, dict[str, str]]:
+    """Return the column of patients in ``cases.csv`` and case -> patient; nothing where it has none."""
+    if not table.is_file():
+        return "", {}
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return "", {}
+
+    columns = [name for name in PATIENT_COLUMNS if rows and name in rows[0]]
+    if not columns or "case" not in rows[0]:
+        return "", {}
+    return columns[0], {row["case"]: (row[columns[0]] or "").strip() for row in rows}
+
+
+def _counted(patient_of: dict[str, str], source: str) -> Patients:
+    number = len(set(patient_of.values()))
+    return Patients(patient_of, f"{number} patients by {source}")
 
 
 def divide(subject_of: Mapping[str, str]) -> Division:
