@@ -1,0 +1,315 @@
+"""Pretraining by ``evidence.py``: the project's plan, sampler, objective and training step on a set that is kept in memory."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence_data import SETS, ResidentSet
+from evidence_lines import Deadline, Journal, Line, circumstances
+
+from nnunet_autoreg import checkpoint
+from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
+from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name
+from nnunet_autoreg.objectives.registry import build_objective
+from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import Wishes
+from nnunet_autoreg.presets import with_objective
+from nnunet_autoreg.pretrain.batches import StepBatches, parts_of
+from nnunet_autoreg.pretrain.display import step_flops
+from nnunet_autoreg.pretrain.export import export_encoder
+from nnunet_autoreg.pretrain.machine import hardware, has_half, step_memory
+from nnunet_autoreg.pretrain.state import Progress, restore, snapshot
+from nnunet_autoreg.pretrain.step import TrainingStep
+from nnunet_autoreg.pretrain.validation import autocast
+from nnunet_autoreg.records import differences, from_jsonable, read_json, write_json
+from nnunet_autoreg.sequences.material import Material
+from nnunet_autoreg.sequences.sample import Batch
+
+log = logging.getLogger("evidence")
+
+PLAN_NAME = "plan.json"
+SAVE_EVERY_S = 60.0
+LOSS_POINTS = 20
+"""Points of the training curve that a line keeps."""
+PREPARED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """One pretraining.
+
+    Attributes:
+        arm: name of the arm; its runs of several seeds are called ``<set>-<arm>-s<seed>``.
+        objective: "autoregressive" or "masked".
+        crop_vox: None for the set's usual crop.
+        settings: overrides of plan values, "key=value".
+    """
+
+    data: str
+    arm: str
+    encoder: str
+    objective: str
+    seed: int
+    steps: int
+    batch: int
+    crop_vox: Size | None = None
+    settings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return run_name(self.data, self.arm, self.seed)
+
+
+def run_name(data: str, arm: str, seed: int) -> str:
+    """Return the name of the pretraining run of an arm and a seed."""
+    return f"{data}-{arm}-s{seed}"
+
+
+def run_folder(work: Path, name: str) -> Path:
+    """Return the folder of a pretraining run."""
+    return work / "runs" / name
+
+
+def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
+    """Return the plan that the project makes from the pool's numbers, with the crop and the settings of the job.
+
+    Raises:
+        PlanError: a setting that does not exist, or a plan that cannot be carried out.
+    """
+    request = {"evidence": data.facts.name}
+    memory_of = partial(step_memory, half=has_half(device.type))
+    wishes = Wishes(encoder=job.encoder, batch_size=job.batch, num_steps=job.steps)
+    plan = make_plan(job.name, data.facts.pool, hardware(device.type), wishes, job.seed, request, memory_of)
+    plan = with_objective(plan, job.objective)
+    plan = with_crop(plan, job.crop_vox or SETS[data.facts.name].crop_vox)
+    # A few minutes of training are over before a compiler is.
+    plan = replace(plan, run=replace(plan.run, compile=False))
+    return check(override(plan, list(job.settings)))
+
+
+def with_crop(plan: Plan, crop_vox: Sequence[int]) -> Plan:
+    """Return the plan with another crop, and with the largest blocks up to the planned ones that divide it."""
+    crop = as_size(crop_vox)
+    try:
+        grid = grid_of(crop, plan.encoder.token_size_vox)
+    except ValueError as error:
+        raise UsageError(f"--crop {crop}: {error}") from error
+
+    block = []
+    for tokens, most in zip(grid, plan.sequence.block_tokens, strict=True):
+        fitting = [n for n in range(1, most + 1) if tokens % n == 0 and (tokens // n > 1 or tokens == 1)]
+        block.append(max(fitting))
+    sequence = replace(plan.sequence, crop_size_vox=crop, block_tokens=as_size(block))
+    return replace(plan, sequence=sequence)
+
+
+def pretrain(
+    job: PretrainJob, data: ResidentSet, work: Path, journal: Journal, deadline: Deadline, device: torch.device
+) -> bool:
+    """Train until the run's end or the deadline; return whether it is finished. What was trained is kept either way.
+
+    Raises:
+        UsageError: a run of this name exists and has another plan.
+        AutoregError: too many steps in a row were bad.
+    """
+    check_run_name(job.name)
+    folder = run_folder(work, job.name)
+    plan = _kept_plan(folder, plan_of(job, data, device))
+    identity = _identity(job)
+    if (folder / CARD_NAME).is_file() and journal.has(identity):
+        return True
+
+    torch.manual_seed(plan.run.seed)
+    objective = build_objective(plan)
+    train_step = TrainingStep(plan, objective, device)
+    found = checkpoint.load_newest(folder)
+    notes: dict[str, Any] = {"seconds": 0.0, "curve": []}
+    progress = Progress()
+    if found is not None:
+        progress = restore(found[1], objective.module, train_step.optimizer, train_step.guard)
+        notes = found[1]["notes"]
+
+    batches = StepBatches(objective.sampler, Material(data.pool_cases()), train_step.numbers)  # type: ignore[arg-type]
+    steps = range(progress.step, plan.optim.num_steps)
+    every = max(1, plan.optim.num_steps // LOSS_POINTS)
+    losses = []
+    started = saved = time.monotonic()
+
+    def save() -> None:
+        state = snapshot(objective.module, train_step.optimizer, train_step.guard, progress)
+        kept = {**notes, "seconds": notes["seconds"] + time.monotonic() - started}
+        checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, {**state, "notes": kept})
+
+    for step, batch in zip(steps, prepared_ahead(batches, steps, device), strict=True):
+        loss, _ = train_step(step, batch)
+        losses.append(loss)
+        progress.step = step + 1
+        if progress.step % every == 0:
+            notes["curve"].append([progress.step, round(float(torch.stack(losses).mean()), 4)])
+            losses.clear()
+            _stop_if_lost(train_step, step)
+        if deadline.has_passed() and progress.step < plan.optim.num_steps:
+            save()
+            log.info("%s: stopped after step %d of %d", job.name, progress.step, plan.optim.num_steps)
+            return False
+        if time.monotonic() - saved > SAVE_EVERY_S:
+            save()
+            saved = time.monotonic()
+
+    seconds = notes["seconds"] + time.monotonic() - started
+    save()
+    licences = {data.facts.dataset: data.facts.licence}
+    export_encoder(folder, plan, objective, data.pool_rows(), licences)
+    sample = batches[0]
+    assert isinstance(sample, Batch), "the first batch was drawn before"
+    journal.append(
+        {
+            **identity,
+            **_sizes(plan, data),
+            "flops_per_step": flops_per_step(plan, train_step, sample, device),
+            "seconds": round(seconds, 2),
+            "skipped_steps": train_step.guard.tally().skipped,
+            "loss": notes["curve"],
+            "parameters": sum(p.numel() for p in objective.module.parameters()),
+            **circumstances(device),
+        }
+    )
+    return True
+
+
+def prepared_ahead(batches: StepBatches, steps: range, device: torch.device) -> Iterator[Batch]:
+    """Yield the batch of every step. For a GPU a thread prepares the next ones meanwhile; a CPU has no core to spare.
+
+    Raises:
+        AutoregError: a batch cannot be made.
+    """
+    if device.type == "cpu":
+        for step in steps:
+            yield _made(batches[step])
+        return
+
+    ready: queue.Queue[Batch | AutoregError] = queue.Queue(PREPARED_BATCHES)
+    ended = threading.Event()
+
+    def work() -> None:
+        for step in steps:
+            batch = batches[step]
+            pinned = batch.pin_memory() if isinstance(batch, Batch) else batch
+            while not ended.is_set():
+                try:
+                    ready.put(pinned, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if ended.is_set():
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            yield _made(ready.get())
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _made(batch: Batch | AutoregError) -> Batch:
+    if isinstance(batch, AutoregError):
+        raise batch
+    return batch
+
+
+def _kept_plan(folder: Path, plan: Plan) -> Plan:
+    """Write the plan of a new run; of one that exists, refuse another."""
+    path = folder / PLAN_NAME
+    if not path.is_file():
+        write_json(path, plan)
+        return plan
+    kept = from_jsonable(Plan, read_json(path), str(path))
+    changed = differences(replace(kept, reasons={}), replace(plan, reasons={}))
+    if changed:
+        raise UsageError(
+            f"{folder} holds a run of another plan ({'; '.join(changed[:3])}), and one run has one plan; use another --arm, "
+            "or remove the folder"
+        )
+    return kept
+
+
+def _identity(job: PretrainJob) -> Line:
+    return {
+        "command": "pretrain",
+        "set": job.data,
+        "arm": job.arm,
+        "pretraining_seed": job.seed,
+        "encoder": job.encoder,
+        "settings": {
+            "objective": job.objective,
+            "steps": job.steps,
+            "batch": job.batch,
+            "crop": None if job.crop_vox is None else list(job.crop_vox),
+            "set": list(job.settings),
+        },
+    }
+
+
+def _sizes(plan: Plan, data: ResidentSet) -> Line:
+    return {
+        "objective": plan.objective.name,
+        "steps": plan.optim.num_steps,
+        "samples": plan.optim.num_steps * plan.optim.batch_size,
+        "crop_vox": list(plan.sequence.crop_size_vox),
+        "block_tokens": list(plan.sequence.block_tokens),
+        "token_size_vox": list(plan.encoder.token_size_vox),
+        "passes": round(
+            plan.optim.num_steps * plan.optim.batch_size * volume(plan.sequence.crop_size_vox) / data.facts.pool.total_vox, 1
+        ),
+        "scans": len(data.division.pool),
+    }
+
+
+def _stop_if_lost(train_step: TrainingStep, step: int) -> None:
+    """Raise where so many steps in a row were bad that the project's own training would go back."""
+    tally = train_step.guard.tally()
+    if tally.in_row >= train_step.plan.run.max_bad_steps:
+        raise AutoregError(
+            f"{train_step.plan.name}: the last {tally.in_row} steps until step {step + 1} were all bad (infinite, NaN or far "
+            f"off); try a lower rate, e.g. --set optim.lr={train_step.plan.optim.lr / 3:.1e}"
+        )
+
+
+def flops_per_step(plan: Plan, train_step: TrainingStep, batch: Batch, device: torch.device) -> float:
+    """Return the multiplications and additions of a training step, forward and backward.
+
+    One crop is counted and multiplied: crops of one plan cost the same.
+    """
+    train_step.module.train()
+    with autocast(device):
+        single = step_flops(train_step.objective, next(parts_of(batch, 1)).to(device))
+    return plan.optim.batch_size * single
+
+
+def weights_file(work: Path, data: str, arm: str, seed: int) -> Path:
+    """Return the weights of a finished pretraining run.
+
+    Raises:
+        UsageError: the run is not finished.
+    """
+    folder = run_folder(work, run_name(data, arm, seed))
+    if not (folder / CARD_NAME).is_file():
+        raise UsageError(
+            f"--init {arm}: {folder} holds no finished run; type: python benchmarks/evidence.py pretrain --arm {arm} "
+            f"--seeds {seed} ..."
+        )
+    return folder / WEIGHTS_NAME

@@ -1,0 +1,329 @@
+"""From the lines of ``evidence.py`` to paired differences with their uncertainty, as Markdown. Pure numbers.
+
+Shape suffixes: R pretraining runs, D draws, J patients, N bootstrap samples.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from evidence_lines import Line
+from numpy.typing import NDArray
+from scipy import stats
+
+from nnunet_autoreg import rng
+
+Array = NDArray[np.float64]
+
+SCRATCH = "scratch"
+NUM_BOOTSTRAP = 10_000
+FEW_DRAWS = 8
+"""Under so many draws a bootstrap over draws is too narrow, and the t interval stands beside it."""
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired difference of two arms.
+
+    Attributes:
+        mean: over pretraining runs, draws and patients.
+        sd: standard deviation, over pairs of a pretraining run and a draw, of the difference of mean scores.
+        bootstrap: 95 % interval; runs, draws and patients are drawn anew, each on its own.
+        t_interval: 95 % interval of Student's t over draws; None with one draw, or with 8 and more.
+        needed: pairs after which a 95 % interval would reach ``wanted`` to either side.
+    """
+
+    mean: float
+    sd: float
+    bootstrap: tuple[float, float]
+    t_interval: tuple[float, float] | None
+    needed: int | None
+    num_runs: int
+    num_draws: int
+    num_patients: int
+
+
+def compare(difference_RDJ: Array, wanted: float, num_bootstrap: int = NUM_BOOTSTRAP) -> Comparison:
+    """Return the comparison of paired differences.
+
+    Args:
+        difference_RDJ: of every pretraining run, draw and patient; finite.
+        wanted: the difference that is to be shown.
+    """
+    num_runs, num_draws, num_patients = difference_RDJ.shape
+    pairs_RD = difference_RDJ.mean(axis=2)
+    sd = float(pairs_RD.std(ddof=1)) if pairs_RD.size > 1 else math.nan
+
+    generator = rng.generator(0, "evidence: bootstrap")
+    weights = [_resampled(generator, n, num_bootstrap) for n in difference_RDJ.shape]
+    means_N = np.einsum("nr,nd,nj,rdj->n", *weights, difference_RDJ, optimize=True)
+    low, high = np.percentile(means_N, [2.5, 97.5])
+
+    # Pretraining runs are no repetitions of a draw, so they are averaged first.
+    draws_D = pairs_RD.mean(axis=0)
+    t_interval = None
+    if 1 < num_draws < FEW_DRAWS:
+        half = float(stats.t.ppf(0.975, num_draws - 1) * draws_D.std(ddof=1) / math.sqrt(num_draws))
+        t_interval = (float(draws_D.mean()) - half, float(draws_D.mean()) + half)
+    needed = math.ceil((NORMAL_95 * sd / wanted) ** 2) if math.isfinite(sd) else None
+    return Comparison(
+        mean=float(difference_RDJ.mean()),
+        sd=sd,
+        bootstrap=(float(low), float(high)),
+        t_interval=t_interval,
+        needed=needed,
+        num_runs=num_runs,
+        num_draws=num_draws,
+        num_patients=num_patients,
+    )
+
+
+def _resampled(generator: np.random.Generator, count: int, num_bootstrap: int) -> Array:
+    """Return (N, count) weights: how often each thing is drawn, as a share."""
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=num_bootstrap)
+    return np.asarray(drawn / count, dtype=np.float64)
+
+
+Scores = Mapping[str, float]
+ScoresOf = Callable[[Line], Scores]
+
+
+def patient_means(field: str) -> ScoresOf:
+    """Return a function from a line to patient -> mean over the classes that have a score, of "dice" or "surface"."""
+
+    def means(line: Line) -> Scores:
+        found = {}
+        for patient, values in line[field].items():
+            known = [value for value in values if value is not None]
+            if known:
+                found[patient] = float(np.mean(known))
+        return found
+
+    return means
+
+
+def paired(ours: Sequence[Line], theirs: Sequence[Line], scores_of: ScoresOf) -> Array | None:
+    """Return the differences (R, D, J) of two arms, ours minus theirs.
+
+    A draw counts if both arms have it with every pretraining seed that they have at all; a run from scratch, which has no
+    pretraining seed, is compared with every seed of the other arm. Patients that lack a score in any run are left out.
+    None where nothing is common.
+    """
+    our_runs, their_runs = _by_run(ours), _by_run(theirs)
+    our_seeds = sorted({seed for seed, _ in our_runs}, key=str)
+    their_seeds = {seed for seed, _ in their_runs}
+    partner = {seed: None if their_seeds == {None} else seed for seed in our_seeds}
+    seeds = [seed for seed in our_seeds if partner[seed] in their_seeds]
+    draws = []
+    for draw in sorted({draw for _, draw in our_runs}):
+        has_all = [(s, draw) in our_runs and (partner[s], draw) in their_runs for s in seeds]
+        if has_all and all(has_all):
+            draws.append(draw)
+    if not draws:
+        return None
+
+    pairs: list[list[tuple[Scores, Scores]]] = []
+    for seed in seeds:
+        pairs.append([(scores_of(our_runs[seed, d]), scores_of(their_runs[partner[seed], d])) for d in draws])
+    everywhere = [set(a) & set(b) for row in pairs for a, b in row]
+    patients = sorted(set.intersection(*everywhere))
+    if not patients:
+        return None
+    table = np.zeros((len(seeds), len(draws), len(patients)))
+    for r, row in enumerate(pairs):
+        for d, (a, b) in enumerate(row):
+            table[r, d] = [a[patient] - b[patient] for patient in patients]
+    return table
+
+
+def _by_run(lines: Sequence[Line]) -> dict[tuple[int | None, int], Line]:
+    return {(line["pretraining_seed"], line["draw"]): line for line in lines}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The fine-tunings of one arm with one group of settings.
+
+    Attributes:
+        objective: of its pretraining; "scratch" without one, "" where the pretraining has no line.
+    """
+
+    name: str
+    objective: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What runs have to share before they are compared."""
+
+    data: str
+    encoder: str
+    labels: int
+    split: str
+    steps: int
+
+    def title(self) -> str:
+        """Return it in words."""
+        patients = "patient" if self.labels == 1 else "patients"
+        return (
+            f"{self.data}, {self.encoder}, {self.labels} labelled {patients}, {self.steps} steps, scored on "
+            f"{self.split} patients"
+        )
+
+
+def settings_of(lines: Sequence[Line]) -> dict[Setting, list[Line]]:
+    """Return the fine-tunings by what they share, in order."""
+    found: dict[Setting, list[Line]] = {}
+    for line in lines:
+        if line["command"] == "finetune":
+            key = Setting(line["set"], line["encoder"], line["labels"], line["split"], line["steps"])
+            found.setdefault(key, []).append(line)
+    return dict(sorted(found.items(), key=lambda item: str(item[0])))
+
+
+def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) -> list[Arm]:
+    """Return the arms of one setting. Where an arm was run with several values, each is an arm with those in its name."""
+    by_name: dict[str, dict[str, list[Line]]] = {}
+    for line in lines:
+        settings = json.dumps(line["settings"], sort_keys=True)
+        by_name.setdefault(line["arm"], {}).setdefault(settings, []).append(line)
+
+    arms = []
+    for name, variants in sorted(by_name.items()):
+        for settings, members in sorted(variants.items()):
+            differing = _differing(json.loads(settings), [json.loads(other) for other in variants])
+            objective = SCRATCH if name == SCRATCH else objectives.get((members[0]["set"], name), "")
+            arms.append(Arm(f"{name} {differing}".strip(), objective, tuple(members)))
+    return arms
+
+
+def _differing(settings: Mapping[str, object], variants: Sequence[Mapping[str, object]]) -> str:
+    """Return the values in which an arm's variants differ, as ``(lr=0.01)``; "" where there is one variant."""
+    keys = [key for key in settings if any(other.get(key) != settings[key] for other in variants)]
+    values = ", ".join(f"{key}={settings[key]}" for key in keys)
+    return f"({values})" if values else ""
+
+
+def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
+    """Yield the pairs to compare: every pretrained arm with scratch, and every autoregressive one with every masked one."""
+    for ours in arms:
+        for theirs in arms:
+            from_scratch = theirs.objective == SCRATCH and ours.objective != SCRATCH
+            twins = (ours.objective, theirs.objective) == ("autoregressive", "masked")
+            if from_scratch or twins:
+                yield ours, theirs
+
+
+def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: float) -> str:
+    """Return all results as Markdown: pretrainings, then for every setting its arms and their paired differences.
+
+    Args:
+        data, split: show these only; None for all.
+        wanted: the difference for which the number of pairs is planned.
+    """
+    pretrainings = [line for line in lines if line["command"] == "pretrain" and data in (None, line["set"])]
+    objectives = {(line["set"], line["arm"]): line["objective"] for line in pretrainings}
+    parts = ["## Pretraining", _pretraining_rows(pretrainings)] if pretrainings else []
+    for setting, members in settings_of(lines).items():
+        if data not in (None, setting.data) or split not in (None, setting.split):
+            continue
+        arms = arms_of(members, objectives)
+        parts += [f"## {setting.title()}", _arm_rows(arms), _difference_rows(arms, wanted)]
+    return "\n\n".join(part for part in parts if part) or "no results yet"
+
+
+def _pretraining_rows(lines: Sequence[Line]) -> str:
+    header = ["set", "arm", "seed", "encoder", "objective", "steps", "crops", "PFLOPs", "seconds", "first loss", "last loss"]
+    rows = []
+    for line in lines:
+        losses = [f"{value:.4f}" for _, value in line["loss"]] or ["-"]
+        petaflops = line["flops_per_step"] * line["steps"] / 1e15
+        sizes = [line["steps"], line["samples"], f"{petaflops:.3g}", f"{line['seconds']:.0f}"]
+        who = [line["set"], line["arm"], line["pretraining_seed"], line["encoder"], line["objective"]]
+        rows.append([*who, *sizes, losses[0], losses[-1]])
+    return markdown(header, rows)
+
+
+def _arm_rows(arms: Sequence[Arm]) -> str:
+    header = ["arm", "runs", "Dice", "sd over runs", "surface Dice", "Dice on the way", "PFLOPs", "s / step"]
+    rows = []
+    for arm in arms:
+        dice = [line["dice_mean"] for line in arm.lines]
+        surface = float(np.mean([line["surface_mean"] for line in arm.lines]))
+        petaflops = float(np.mean([line["flops_per_step"] * line["steps"] for line in arm.lines])) / 1e15
+        pace = float(np.median([line["seconds"] / line["steps"] for line in arm.lines]))
+        sd = f"{np.std(dice, ddof=1):.4f}" if len(dice) > 1 else "-"
+        score = [f"{np.mean(dice):.4f}", sd, f"{surface:.4f}", _on_the_way(arm)]
+        rows.append([arm.name, len(dice), *score, f"{petaflops:.3g}", f"{pace:.3f}"])
+    return markdown(header, rows)
+
+
+def _on_the_way(arm: Arm) -> str:
+    """Return the mean Dice at the earlier steps that every run was scored at."""
+    common = set.intersection(*(set(line["curve"]) for line in arm.lines))
+    found = []
+    for step in sorted(common, key=int):
+        means = [np.nanmean(list(line["curve"][step].values())) for line in arm.lines]
+        found.append(f"{step}: {np.mean(means):.4f}")
+    return ", ".join(found) or "-"
+
+
+def _difference_rows(arms: Sequence[Arm], wanted: float) -> str:
+    header = [
+        "difference",
+        "score",
+        "mean",
+        "sd of a pair",
+        "95 % bootstrap",
+        "95 % t over draws",
+        "runs x draws x patients",
+        f"pairs for {wanted:g}",
+    ]
+    rows = []
+    for ours, theirs in contrasts(arms):
+        for score, scores_of in scores_to_compare(ours, theirs):
+            difference = paired(ours.lines, theirs.lines, scores_of)
+            if difference is None:
+                continue
+            found = compare(difference, wanted)
+            size = f"{found.num_runs} x {found.num_draws} x {found.num_patients}"
+            sd = f"{found.sd:.4f}" if math.isfinite(found.sd) else "-"
+            needed = "-" if found.needed is None else found.needed
+            intervals = [_interval(found.bootstrap), _interval(found.t_interval)]
+            name = f"{ours.name} - {theirs.name}"
+            rows.append([name, score, f"{found.mean:+.4f}", sd, *intervals, size, needed])
+    return markdown(header, rows) if rows else ""
+
+
+def scores_to_compare(ours: Arm, theirs: Arm) -> Iterator[tuple[str, ScoresOf]]:
+    """Yield the scores that two arms have in common: at earlier steps, at the end, and of surfaces."""
+    common = set.intersection(*(set(line["curve"]) for line in (*ours.lines, *theirs.lines)))
+    for step in sorted(common, key=int):
+        yield f"Dice at {step}", at_step(step)
+    yield "Dice", patient_means("dice")
+    yield "surface Dice", patient_means("surface")
+
+
+def at_step(step: str) -> ScoresOf:
+    """Return a function from a line to patient -> mean Dice at an earlier step."""
+
+    def means(line: Line) -> Scores:
+        return {patient: value for patient, value in line["curve"][step].items() if math.isfinite(value)}
+
+    return means
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table."""
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for row in rows:
+        lines.append(f"| {' | '.join(str(cell) for cell in row)} |")
+    return "\n".join(lines)
