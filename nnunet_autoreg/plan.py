@@ -87,6 +87,13 @@ class SequencePlan:
         prefix_share: of prefix "fixed".
         flip: random flips of the data per axis.
         swap_axes: random swaps of axes of equal length and spacing.
+        spatial_share: how often a training crop is rotated, and independently how often it is zoomed (0 to 1). Sequences of kind
+            "strided" never are, since their slices overlap along the axis z of the scan. Where one spacing is over 3 times another,
+            both stay in the plane of the small spacings.
+        max_rotation_deg: rotations are drawn evenly between minus and plus this angle, about a random axis.
+        zoom: smallest and largest factor by which things become larger.
+        max_source: most voxels, along an axis, that are read for a rotated or zoomed crop, as a multiple of the crop's own. What
+            a turn brings in from beyond them is padding, as it is beyond the scan.
         weights: how often each kind of sequence is drawn, relative to the others; one kind per batch. "spatial" - one crop;
             "strided" - sub-volumes of one crop that overlap, one after another along z (AR-SSL4M's own); "contrast" - one place in
             several contrasts of a subject; "semantic" - one structure in several subjects.
@@ -105,6 +112,10 @@ class SequencePlan:
     prefix_share: float = 0.25
     flip: bool = True
     swap_axes: bool = True
+    spatial_share: float = 0.0
+    max_rotation_deg: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    max_source: float = 1.6
     weights: dict[str, float] = field(default_factory=lambda: {"spatial": 1.0})
     contrasts: tuple[str, ...] = ()
     contrast_members: int = 0
@@ -140,6 +151,8 @@ class ObjectivePlan:
         target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's target, 0 for none. It stays inside the
             token and takes real voxels alone, so that a target depends on its own token only.
         query_depth: layers of the decoder of predictor "query".
+        corruption: share of the training samples whose given part is shown with another gamma and contrast and with noise. Targets
+            are always clean.
         trunk: the transformer over a CNN's features; None for encoders that have one of their own.
     """
 
@@ -148,6 +161,7 @@ class ObjectivePlan:
     variance_epsilon: float = 0.0
     target_smoothing: float = 0.0
     query_depth: int = 2
+    corruption: float = 0.0
     trunk: TrunkPlan | None = None
 
 

@@ -3,6 +3,8 @@
 Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.corruption import corrupted
 from nnunet_autoreg.sequences.kinds import num_blocks, num_codes
 from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.sequences.sampler import SequenceSampler
@@ -122,6 +125,11 @@ class Autoregressive:
         weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[:, :, None] & real_BTP).float()
         if batch.scored is not None:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
+        if batch.corruption is not None:
+            # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
+            given_BT = (asked.ranks < asked.prefix[:, None])[:, :, None].expand_as(real_BTP)
+            known_BMZYX = self._volume(given_BT & real_BTP, batch)
+            asked = replace(asked, voxels=corrupted(batch.voxels, known_BMZYX, batch.corruption))
         predicted_BTP = self.model(asked, valid_BT).float()
         trivial = {}
         if references:
