@@ -127,9 +127,7 @@ class Autoregressive:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
         if batch.corruption is not None:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
-            given_BT = (asked.ranks < asked.prefix[:, None])[:, :, None].expand_as(real_BTP)
-            known_BMZYX = self._volume(given_BT & real_BTP, batch)
-            asked = replace(asked, voxels=corrupted(batch.voxels, known_BMZYX, batch.corruption))
+            asked = replace(asked, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
         predicted_BTP = self.model(asked, valid_BT).float()
         trivial = {}
         if references:
@@ -168,6 +166,14 @@ class Autoregressive:
         token, (B, M, _, Z, Y, X) = self.plan.encoder.token_size_vox, batch.voxels.shape
         cubes = tokens_BTP[:, :, : volume(token)].reshape(B * M, -1, 1, *token)
         return from_blocks(cubes, grid_of((Z, Y, X), token)).reshape(B, M, Z, Y, X)
+
+    def _given_voxels(self, asked: Batch) -> Tensor:
+        """Return the real voxels of the given blocks, (B, M, Z, Y, X)."""
+        token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.real.shape
+        given = (asked.ranks < asked.prefix[:, None]).reshape(B, M, Z // token[0], Y // token[1], X // token[2])
+        for axis in range(3):
+            given = given.repeat_interleave(token[axis], dim=2 + axis)
+        return given & asked.real
 
     def _tokens(self, volume_BMCZYX: Tensor) -> Tensor:
         """Voxels by token: (B, M, C, Z, Y, X) -> (B, T, P), P = (C, z, y, x) flattened."""
