@@ -87,6 +87,13 @@ class SequencePlan:
         prefix_share: of prefix "fixed".
         flip: random flips of the data per axis.
         swap_axes: random swaps of axes of equal length and spacing.
+        spatial_share: how often a training crop is rotated, and independently how often it is zoomed (0 to 1). Sequences of kind
+            "strided" never are, since their slices overlap along the axis z of the scan. Where one spacing is over 3 times another,
+            both stay in the plane of the small spacings.
+        max_rotation_deg: rotations are drawn evenly between minus and plus this angle, about a random axis.
+        zoom: smallest and largest factor by which things become larger.
+        max_source: most voxels, along an axis, that are read for a rotated or zoomed crop, as a multiple of the crop's own. What
+            a turn brings in from beyond them is padding, as it is beyond the scan.
         weights: how often each kind of sequence is drawn, relative to the others; one kind per batch. "spatial" - one crop;
             "strided" - sub-volumes of one crop that overlap, one after another along z (AR-SSL4M's own); "contrast" - one place in
             several contrasts of a subject; "semantic" - one structure in several subjects.
@@ -105,6 +112,10 @@ class SequencePlan:
     prefix_share: float = 0.25
     flip: bool = True
     swap_axes: bool = True
+    spatial_share: float = 0.0
+    max_rotation_deg: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    max_source: float = 1.6
     weights: dict[str, float] = field(default_factory=lambda: {"spatial": 1.0})
     contrasts: tuple[str, ...] = ()
     contrast_members: int = 0
@@ -133,6 +144,8 @@ class ObjectivePlan:
         query_depth: layers of the decoder of predictor "query".
         unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they are 0 in the input; "learned" - a
             learned vector is also added to their features after the stem.
+        corruption: share of the training samples whose given part is shown with another gamma and contrast and with noise. Targets
+            are always clean.
         trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run cannot be continued.
     """
 
@@ -143,6 +156,7 @@ class ObjectivePlan:
     target_smoothing: float = 0.0
     query_depth: int = 2
     unknown_mark: str = "zero"
+    corruption: float = 0.0
     trunk: dict[str, Any] | None = None
 
 

@@ -17,6 +17,8 @@ from nnunet_autoreg.plan import (
     SpacingGroup,
 )
 
+MAX_ANGLE_DEG = 180.0
+
 
 def check(plan: Plan) -> Plan:
     """Return ``plan`` if it can be carried out.
@@ -32,7 +34,25 @@ def check(plan: Plan) -> Plan:
     _check_whole_network(plan)
     _check_kinds(plan)
     _check_prefix(plan)
+    _check_variety(plan)
     return plan
+
+
+def _check_variety(plan: Plan) -> None:
+    s = plan.sequence
+    shares = {"sequence.spatial_share": s.spatial_share, "objective.corruption": plan.objective.corruption}
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise PlanError(f"{key}={share} must lie between 0 (never) and 1 (every training sample); use 0.2, as nnU-Net does")
+    if not 0 <= s.max_rotation_deg <= MAX_ANGLE_DEG:
+        raise PlanError(f"sequence.max_rotation_deg={s.max_rotation_deg} must lie between 0 and {MAX_ANGLE_DEG:g}; use 30")
+    smallest, largest = s.zoom
+    if not 0 < smallest <= largest < float("inf"):
+        raise PlanError(f"sequence.zoom={list(s.zoom)} must be two factors greater than 0, the smaller one first; use 0.7,1.4")
+    if not 1 <= s.max_source < float("inf"):
+        raise PlanError(
+            f"sequence.max_source={s.max_source} must be at least 1: with less, a part of every rotated crop would be padding; use 1.6"
+        )
 
 
 def _check_names(plan: Plan) -> None:

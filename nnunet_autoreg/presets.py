@@ -52,15 +52,17 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
                         "token by token; use --encoder vit_b16 (its own) or a primus_* one")
     sequence = replace(
         plan.sequence, crop_size_vox=_crop(plan), block_tokens=(1, 1, 1), order="interleaved", predictor="next",
-        prefix="uniform_from_0" if has_start(family) else "uniform", flip=False, swap_axes=False, num_subvolumes=SUB_VOLUMES,
-        stride_vox=STRIDE_VOX, mask_seen=False,
+        prefix="uniform_from_0" if has_start(family) else "uniform", flip=False, swap_axes=False, spatial_share=0.0,
+        num_subvolumes=SUB_VOLUMES, stride_vox=STRIDE_VOX, mask_seen=False,
         weights=plan.sequence.weights if "sequence.weights" in kept else {"strided": 1.0},
     )
     optim = replace(
         plan.optim, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01, decay_all=True, warmup_steps=0, clip_norm=NEVER_CLIPS,
         batch_size=plan.optim.batch_size if "optim.batch_size" in kept else PAPER_BATCH,
     )
-    objective = replace(plan.objective, name="autoregressive", variance_floor=0.0, variance_epsilon=1e-6, target_smoothing=0.0)
+    objective = replace(
+        plan.objective, name="autoregressive", variance_floor=0.0, variance_epsilon=1e-6, target_smoothing=0.0, corruption=0.0
+    )
     made = replace(plan, sequence=sequence, optim=optim, objective=objective)
     by_preset = [*_changed(plan, made), *([] if "optim.batch_size" in kept else ["optim.batch_size"])]
     return replace(made, reasons={**plan.reasons, **dict.fromkeys(by_preset, BY_PRESET)})

@@ -3,6 +3,8 @@
 Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.corruption import corrupted
 from nnunet_autoreg.sequences.kinds import num_blocks, num_codes
 from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.sequences.sampler import SequenceSampler
@@ -122,6 +125,9 @@ class Autoregressive:
         weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[:, :, None] & real_BTP).float()
         if batch.scored is not None:
             weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
+        if batch.corruption is not None:
+            # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
+            asked = replace(asked, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
         predicted_BTP = self.model(asked, valid_BT).float()
         trivial = {}
         if references:
@@ -160,6 +166,14 @@ class Autoregressive:
         token, (B, M, _, Z, Y, X) = self.plan.encoder.token_size_vox, batch.voxels.shape
         cubes = tokens_BTP[:, :, : volume(token)].reshape(B * M, -1, 1, *token)
         return from_blocks(cubes, grid_of((Z, Y, X), token)).reshape(B, M, Z, Y, X)
+
+    def _given_voxels(self, asked: Batch) -> Tensor:
+        """Return the real voxels of the given blocks, (B, M, Z, Y, X)."""
+        token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.real.shape
+        given = (asked.ranks < asked.prefix[:, None]).reshape(B, M, Z // token[0], Y // token[1], X // token[2])
+        for axis in range(3):
+            given = given.repeat_interleave(token[axis], dim=2 + axis)
+        return given & asked.real
 
     def _tokens(self, volume_BMCZYX: Tensor) -> Tensor:
         """Voxels by token: (B, M, C, Z, Y, X) -> (B, T, P), P = (C, z, y, x) flattened."""

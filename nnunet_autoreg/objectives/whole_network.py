@@ -30,6 +30,7 @@ from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.corruption import corrupted
 from nnunet_autoreg.sequences.sample import Batch
 from nnunet_autoreg.sequences.sampler import SequenceSampler
 
@@ -180,7 +181,9 @@ class WholeNetwork:
     def _predict(self, batch: Batch, known_BTP: Tensor) -> Tensor:
         """Return the network's prediction (B, T, P), float32."""
         known_BMZYX = self._volume(known_BTP, batch)
-        crop_BCZYX = side_by_side(batch.voxels)
+        # Targets are taken from the clean voxels; only what is shown is corrupted.
+        shown_BMCZYX = corrupted(batch.voxels, known_BMZYX & batch.real, batch.corruption)
+        crop_BCZYX = side_by_side(shown_BMCZYX)
         known_BZYX = side_by_side(known_BMZYX[:, :, None])[:, 0]
 
         predicted_BCZYX = self.model(crop_BCZYX, known_BZYX).float()

@@ -13,6 +13,8 @@ START_VOX = 256**3
 MAX_PRETRAIN_VOX = 128**3
 MIN_BLOCKS = 8
 """A sequence of fewer blocks teaches little: each is mostly context, and few are predicted."""
+LEAST_EXTENT, MOST_EXTENT = 0.5, 0.8
+"""Of a scan that would fit into one crop, a crop takes this share of every axis: crops of the same scan then differ."""
 
 
 def plan_crop(
@@ -42,6 +44,34 @@ def plan_crop(
         largest = max(shrinkable, key=lambda i: crop[i] / median_shape_vox[i])
         crop[largest] -= token_vox[largest]
     return as_size(crop)
+
+
+def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> Size:
+    """Return a crop that leaves a part of the scan out, where ``crop`` would hold all of it and crops would differ by flips alone.
+
+    A crop holds the whole scan if it covers more than 0.8 of every axis. It is then shortened block by block, always along the axis
+    that it covers most, to 0.5 - 0.8 of the scan. An axis keeps its length where blocks are too large for that, and every axis where
+    fewer than 8 blocks would be left.
+
+    Args:
+        side: of a block, in voxels.
+    """
+    covered = [c / m for c, m in zip(crop, median_shape_vox, strict=True)]
+    if min(covered) <= MOST_EXTENT:
+        return crop
+    shorter = list(crop)
+    while True:
+        spare = volume(shorter) // volume(side) - MIN_BLOCKS
+        shortened = []
+        for axis in range(3):
+            lost = volume(shorter) // volume(side) // (shorter[axis] // side[axis])
+            share = (shorter[axis] - side[axis]) / median_shape_vox[axis]
+            if shorter[axis] > MOST_EXTENT * median_shape_vox[axis] and share >= LEAST_EXTENT and lost <= spare:
+                shortened.append(axis)
+        if not shortened:
+            return as_size(shorter)
+        longest = max(shortened, key=lambda axis: shorter[axis] / median_shape_vox[axis])
+        shorter[longest] -= side[longest]
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,7 @@ def choose_crop(
     encoder: EncoderSize, block_tokens: Size, round_to_nearest: bool, hardware: Hardware, pool: Pool, memory_of: MemoryOf
 ) -> tuple[Size, str]:
     """The largest crop of whole blocks that suits the median scan and of which one fits into the memory, if need be with activations
-    checkpointed, and the reason."""
+    checkpointed; a part of the scan where all of it would fit. And the reason."""
     limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), side_of(encoder, block_tokens)
     max_vox = limit
     while True:
@@ -120,11 +150,18 @@ def choose_crop(
         if fits or volume(crop) <= 2 * volume(side):
             break
         max_vox = volume(crop) - 1
+    whole, crop = crop, with_variety(crop, side, pool.median_shape_vox)
     extent = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
     tokens = volume(crop) // volume(encoder.token_size)
     unit = "tokens" if volume(block_tokens) == 1 else "blocks"
     cause = f"at most {limit} voxels" if max_vox == limit else f"as large as {hardware.memory_gib:.4g} GiB allow"
-    return crop, f"median scan of {times(pool.median_shape_vox)} voxels in whole {unit}, {cause}: {times(extent)} mm, {tokens} tokens"
+    why = f"median scan of {times(pool.median_shape_vox)} voxels in whole {unit}, {cause}"
+    if crop != whole:
+        why += (
+            f"; {times(whole)} would hold all of it, so a crop takes {LEAST_EXTENT:g} - {MOST_EXTENT:g} of an axis where its {unit} allow: "
+            "crops of whole images taught far less (AIM, arXiv 2401.08541)"
+        )
+    return crop, f"{why}: {times(extent)} mm, {tokens} tokens"
 
 
 def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:

@@ -1,6 +1,7 @@
 """The rules together: numbers about the data and the hardware in, plan values with their reasons out. Pure, and torch-free."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import GroupPrint
@@ -15,6 +16,8 @@ from nnunet_autoreg.planning.length import choose_length, with_length
 from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, MemoryOf, Pool, Wishes, real_share, real_voxels, times
 
 BATCH_GPU, BATCH_ELSEWHERE = 32, 8
+SPATIAL_SHARE, MAX_ROTATION_DEG, ZOOM = 0.2, 30.0, (0.7, 1.4)
+THICK_SLICES = 3.0
 
 
 def choose_batch(hardware: Hardware) -> tuple[int, str]:
@@ -51,6 +54,18 @@ def choose_micro_batch(batch_size: int, hardware: Hardware, fixed_bytes: float, 
         return micro, f"about {needed:.1f} GiB, MORE than {usable}: even one crop does not fit"
     parts_text = "all at once" if parts == 1 else f"{parts} times a step"
     return micro, f"{parts_text}; about {needed:.1f} GiB ({bytes_per_crop / 2**30:.2f} a crop), within {usable}"
+
+
+def why_varied(spacing_mm: Sequence[float]) -> dict[str, str]:
+    """Return the reasons for rotating and zooming training crops."""
+    in_plane = max(spacing_mm) > THICK_SLICES * min(spacing_mm)
+    where = f", in the plane of the slices only: one spacing is over {THICK_SLICES:g} times another" if in_plane else ""
+    source = "nnU-Net's and nnssl's"
+    return {
+        "sequence.spatial_share": f"{source}: one training crop in five is rotated, and one in five zoomed{where}",
+        "sequence.max_rotation_deg": source,
+        "sequence.zoom": source,
+    }
 
 
 def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
@@ -117,7 +132,15 @@ def make_plan(
         name=name,
         data=data,
         encoder=EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
-        sequence=SequencePlan(crop, layout.block_tokens, order, predictor),
+        sequence=SequencePlan(
+            crop,
+            layout.block_tokens,
+            order,
+            predictor,
+            spatial_share=SPATIAL_SHARE,
+            max_rotation_deg=MAX_ROTATION_DEG,
+            zoom=ZOOM,
+        ),
         objective=ObjectivePlan(target=choose_target(encoder)),
         optim=OptimPlan(steps, batch, rate, warmup_steps=1, micro_batch_size=micro, checkpoint_activations=recompute),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1),
@@ -129,6 +152,7 @@ def make_plan(
             "sequence.crop_size_vox": layout.why_crop,
             "sequence.block_tokens": layout.why_block,
             "sequence.order": why_order,
+            **why_varied(pool.spacing_mm),
             "optim.batch_size": why_batch,
             "optim.micro_batch_size": why_micro,
             **({"optim.checkpoint_activations": why_recompute} if recompute else {}),

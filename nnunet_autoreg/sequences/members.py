@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.affine import Affine, Source, draw_affine, read_source
 from nnunet_autoreg.sequences.blocks import draw_prefix, sequence_ids, token_ranks, window_positions
 from nnunet_autoreg.sequences.kinds import member_codes, member_crop, num_members
 from nnunet_autoreg.sequences.material import Group, Place, Structure
-from nnunet_autoreg.sequences.sample import Sample
+from nnunet_autoreg.sequences.sample import Sample, unread
 from nnunet_autoreg.sequences.spatial import draw_start
 from nnunet_autoreg.sequences.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
@@ -34,6 +35,7 @@ class MembersDraw:
         window: first token, in the plan's grid, of the positions that the crops take.
         prefix: number of given blocks.
         ranks: block rank per token, (T,), member after member.
+        affine: how the crops are rotated and zoomed, the same for all members; None where they are not.
     """
 
     starts: tuple[Size, ...]
@@ -42,6 +44,7 @@ class MembersDraw:
     window: Size
     prefix: int
     ranks: NDArray[np.int64]
+    affine: Affine | None = None
 
 
 def choose_contrasts(plan: Plan, group: Group, generator: np.random.Generator) -> list[tuple[int, StoredCase]]:
@@ -51,10 +54,17 @@ def choose_contrasts(plan: Plan, group: Group, generator: np.random.Generator) -
     return [(plan.sequence.contrasts.index(contrast), case) for contrast, case in members]
 
 
-def draw_contrast(plan: Plan, shape_vox: Size, spacing_mm: Spacing, codes: Sequence[int], generator: np.random.Generator) -> MembersDraw:
-    """One crop of ``shape_vox`` for all members of a group."""
+def draw_contrast(
+    plan: Plan,
+    shape_vox: Size,
+    spacing_mm: Spacing,
+    codes: Sequence[int],
+    generator: np.random.Generator,
+    affine_generator: np.random.Generator | None = None,
+) -> MembersDraw:
+    """Draw one crop of ``shape_vox`` for all members of a group; ``affine_generator`` as in ``spatial.draw``."""
     start = draw_start(shape_vox, member_crop(plan, "contrast"), generator)
-    return _draw(plan, "contrast", [start] * len(codes), codes, spacing_mm, generator)
+    return _draw(plan, "contrast", [start] * len(codes), codes, spacing_mm, generator, affine_generator)
 
 
 def choose_places(plan: Plan, structure: Structure, generator: np.random.Generator) -> list[Place]:
@@ -65,16 +75,29 @@ def choose_places(plan: Plan, structure: Structure, generator: np.random.Generat
     return [subjects[names[i]][int(generator.integers(len(subjects[names[i]])))] for i in chosen.tolist()]
 
 
-def draw_semantic(plan: Plan, places: Sequence[Place], spacing_mm: Spacing, generator: np.random.Generator) -> MembersDraw:
-    """Crops with the structure near their middle, each moved a little by itself."""
+def draw_semantic(
+    plan: Plan,
+    places: Sequence[Place],
+    spacing_mm: Spacing,
+    generator: np.random.Generator,
+    affine_generator: np.random.Generator | None = None,
+) -> MembersDraw:
+    """Draw crops with the structure near their middle, each moved a little by itself; ``affine_generator`` as in ``spatial.draw``."""
     size = np.array(member_crop(plan, "semantic"))
     moved = generator.uniform(-JITTER, JITTER, (len(places), 3)) * size
     starts = [as_size(np.rint(np.array(p.centre_vox) + m - (size - 1) / 2).astype(int)) for p, m in zip(places, moved, strict=True)]
-    return _draw(plan, "semantic", starts, list(member_codes(plan)["semantic"]), spacing_mm, generator)
+    codes = list(member_codes(plan)["semantic"])
+    return _draw(plan, "semantic", starts, codes, spacing_mm, generator, affine_generator)
 
 
 def _draw(
-    plan: Plan, kind: str, starts: Sequence[Size], codes: Sequence[int], spacing_mm: Spacing, generator: np.random.Generator
+    plan: Plan,
+    kind: str,
+    starts: Sequence[Size],
+    codes: Sequence[int],
+    spacing_mm: Spacing,
+    generator: np.random.Generator,
+    affine_generator: np.random.Generator | None,
 ) -> MembersDraw:
     s, size, token = plan.sequence, member_crop(plan, kind), plan.encoder.token_size_vox
     turn = draw_turn(plan, size, spacing_mm, generator)
@@ -82,16 +105,31 @@ def _draw(
     window = as_size([int(generator.integers(r + 1)) for r in room])
     ids = sequence_ids(grid_of(size, token), s.block_tokens, num_members(s, kind), s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return MembersDraw(tuple(starts), tuple(codes), turn, window, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
+    prefix = draw_prefix(int(ids.max()) + 1, generator, s)
+    affine = None if affine_generator is None else draw_affine(plan, spacing_mm, affine_generator)
+    return MembersDraw(tuple(starts), tuple(codes), turn, window, prefix, ranks, affine)
 
 
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:
-    """Read the members' crops, which are turned alike."""
-    size, token = member_crop(plan, kind), plan.encoder.token_size_vox
-    crops = [case.read_padded(start, size) for case, start in zip(cases, drawn.starts, strict=True)]
-    place = window_positions(grid_of(plan.sequence.crop_size_vox, token), grid_of(size, token), drawn.window)
+    """Read the members' crops, or what they are going to be resampled from; all are turned alike."""
+    size, token, affine = member_crop(plan, kind), plan.encoder.token_size_vox, drawn.affine
+    places = list(zip(cases, drawn.starts, strict=True))
+    if affine is None:
+        crops = [case.read_padded(start, size) for case, start in places]
+        voxels, real = np.stack([voxels for voxels, _ in crops]), np.stack([real for _, real in crops])
+        sources: tuple[Source, ...] = ()
+    else:
+        voxels, real = unread(len(places), size)
+        sources = tuple(read_source(case, start, size, affine, plan.sequence.max_source) for case, start in places)
+
+    positions = window_positions(grid_of(plan.sequence.crop_size_vox, token), grid_of(size, token), drawn.window)
     return Sample(
-        np.stack([voxels for voxels, _ in crops]), np.stack([real for _, real in crops]), drawn.ranks, drawn.prefix,
-        positions=np.tile(place, len(crops)), members=np.repeat(np.array(drawn.codes, dtype=np.int64), len(place)),
+        voxels,
+        real,
+        drawn.ranks,
+        drawn.prefix,
+        positions=np.tile(positions, len(places)),
+        members=np.repeat(np.array(drawn.codes, dtype=np.int64), len(positions)),
         turn=drawn.turn,
+        sources=sources,
     )

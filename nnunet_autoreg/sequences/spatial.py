@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sequences.affine import Affine, draw_affine, read_source
 from nnunet_autoreg.sequences.blocks import draw_prefix, sequence_ids, token_ranks
-from nnunet_autoreg.sequences.sample import Sample
+from nnunet_autoreg.sequences.sample import Sample, unread
 from nnunet_autoreg.sequences.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
 
@@ -26,33 +27,48 @@ class SpatialDraw:
         turn: how the crop is mirrored and its axes are reordered.
         prefix: number of given blocks.
         ranks: block rank per token, (T,).
+        affine: how the crop is rotated and zoomed; None where it is not.
     """
 
     start: Size
     turn: Turn
     prefix: int
     ranks: NDArray[np.int64]
+    affine: Affine | None = None
 
 
-def draw(plan: Plan, shape_vox: Size, generator: np.random.Generator, spacing_mm: Spacing | None = None) -> SpatialDraw:
+def draw(
+    plan: Plan,
+    shape_vox: Size,
+    generator: np.random.Generator,
+    spacing_mm: Spacing | None = None,
+    affine_generator: np.random.Generator | None = None,
+) -> SpatialDraw:
     """Draw a crop of the plan's size from a case of ``shape_vox``, its turn, prefix and block order.
 
     Where the case is smaller than the crop, it lies at a random place inside the crop and padding surrounds it.
 
     Args:
         spacing_mm: of the case; None for the plan's.
+        affine_generator: draws rotation and zoom; None for samples that are never rotated or zoomed.
     """
     s = plan.sequence
+    spacing_mm = spacing_mm or plan.data.spacing_mm
     start = draw_start(shape_vox, s.crop_size_vox, generator)
-    turn = draw_turn(plan, s.crop_size_vox, spacing_mm or plan.data.spacing_mm, generator)
+    turn = draw_turn(plan, s.crop_size_vox, spacing_mm, generator)
     ids = sequence_ids(grid_of(s.crop_size_vox, plan.encoder.token_size_vox), s.block_tokens, 1, s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return SpatialDraw(start, turn, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
+    affine = None if affine_generator is None else draw_affine(plan, spacing_mm, affine_generator)
+    return SpatialDraw(start, turn, draw_prefix(int(ids.max()) + 1, generator, s), ranks, affine)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:
-    """Read the crop that was drawn."""
-    voxels, real = case.read_padded(drawn.start, plan.sequence.crop_size_vox)
+    """Read the crop that was drawn, or what it is going to be resampled from."""
+    size = plan.sequence.crop_size_vox
+    if drawn.affine is not None:
+        source = read_source(case, drawn.start, size, drawn.affine, plan.sequence.max_source)
+        return Sample(*unread(1, size), drawn.ranks, drawn.prefix, turn=drawn.turn, sources=(source,))
+    voxels, real = case.read_padded(drawn.start, size)
     return Sample(voxels[None], real[None], drawn.ranks, drawn.prefix, turn=drawn.turn)
 
 

@@ -2,7 +2,7 @@
 
 AR-SSL4M's spatial sequence is four sub-volumes of 128 x 128 x 32 at a stride of 8 slices. A stride of the sub-volume's depth makes a plain
 crop of it. At a smaller one most voxels are shown twice, and copying them predicts them; ``sequence.mask_seen`` takes them
-out of the loss.
+out of the loss. Strided sequences are mirrored, but neither rotated nor zoomed: their slices lie along the axis z of the scan.
 """
 
 from dataclasses import dataclass, replace

@@ -22,12 +22,12 @@ from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.encoder import choose_encoder, choose_order, limit_by_pool
-from nnunet_autoreg.planning.layout import choose_layout, plan_crop
+from nnunet_autoreg.planning.layout import choose_layout, plan_crop, with_variety
 from nnunet_autoreg.planning.length import choose_length, with_hours
 from nnunet_autoreg.planning.make import choose_batch, choose_micro_batch, choose_rate, make_plan
 from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes, pool_of
 from nnunet_autoreg.pretrain.machine import step_memory
-from nnunet_autoreg.records import differences, read_json, to_jsonable, write_json
+from nnunet_autoreg.records import differences, from_jsonable, read_json, to_jsonable, write_json
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 REGENERATE = "AUTOREG_REGENERATE_GOLDEN"
@@ -114,7 +114,7 @@ def test_a_cnn_predicts_one_value_per_voxel_in_random_order() -> None:
 
 def test_a_cnn_of_stride_32_has_blocks_of_32_voxels() -> None:
     assert layout_of("resenc_l", 170, 220, 170) == ((96, 160, 128), (1, 1, 1))
-    assert layout_of("resenc_l", 80, 80, 80) == ((96, 96, 96), (1, 1, 1))
+    assert layout_of("resenc_l", 80, 80, 80) == ((64, 64, 64), (1, 1, 1))
 
 
 @pytest.mark.parametrize(("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")])
@@ -165,16 +165,62 @@ def layout_of(encoder: str, *median: int, hardware: Hardware = GPU, spacing: Spa
 
 def test_a_linear_tokenizer_has_blocks_of_one_token() -> None:
     assert layout_of("primus_m", 170, 220, 170) == ((112, 152, 120), (1, 1, 1))
-    assert layout_of("vit_b16", 35, 50, 36) == ((48, 64, 48), (1, 1, 1))
+    assert layout_of("vit_b16", 35, 50, 36) == ((32, 32, 32), (1, 1, 1))
 
 
 def test_convolutions_take_blocks_of_32_voxels_and_of_16_where_images_are_small() -> None:
     assert layout_of("primus_v2_m", 170, 220, 170) == ((96, 160, 128), (4, 4, 4))
-    # Hippocampus: blocks of 32 would make one or two, blocks of 16 make 2 x 3 x 2, all of it inside the median scan.
+    # Hippocampus: blocks of 32 would make one or two, blocks of 16 make 2 x 3 x 2, and 2 x 2 x 2 leave a part of the scan out.
     for encoder in ("primus_v2_tiny", "primus_v3_tiny"):
-        assert layout_of(encoder, 35, 50, 36, hardware=CPU) == ((32, 48, 32), (2, 2, 2))
-    # Ten thick slices: 16 along z, 32 within the slice.
-    assert layout_of("primus_v2_m", 10, 216, 256, spacing=(10.0, 1.5, 1.5)) == ((16, 224, 256), (2, 4, 4))
+        assert layout_of(encoder, 35, 50, 36, hardware=CPU) == ((32, 32, 32), (2, 2, 2))
+    # Ten thick slices: 16 along z, 32 within the slice, where 5 of 7 and 6 of 8 blocks are at most 0.8 of the scan.
+    assert layout_of("primus_v2_m", 10, 216, 256, spacing=(10.0, 1.5, 1.5)) == ((16, 160, 192), (2, 4, 4))
+
+
+def test_a_crop_that_would_hold_the_whole_scan_is_shortened() -> None:
+    # 24 / 35, 40 / 50 and 24 / 36 are the largest whole tokens of at most 0.8 of each axis.
+    assert with_variety((40, 56, 40), (8, 8, 8), (35, 50, 36)) == (24, 40, 24)
+    # A crop that leaves a fifth of one axis out differs from another one already.
+    assert with_variety((32, 40, 32), (8, 8, 8), (35, 50, 36)) == (32, 40, 32)
+    # One block less would be 0.46 of the first axis and 0.44 of the last one, so these keep their length.
+    assert with_variety((32, 48, 32), (16, 16, 16), (35, 50, 36)) == (32, 32, 32)
+    # Eight blocks are left in any case: 2 x 2 x 2 stay, and of 3 x 2 x 2 only one layer goes.
+    assert with_variety((64, 64, 64), (32, 32, 32), (64, 64, 64)) == (64, 64, 64)
+    assert with_variety((96, 64, 64), (32, 32, 32), (100, 64, 64)) == (64, 64, 64)
+    assert with_variety((48, 32, 32), (16, 32, 32), (48, 32, 32)) == (48, 32, 32)
+
+
+def test_new_runs_rotate_and_zoom_and_older_plans_do_not() -> None:
+    plan = plan_for()
+    older = to_jsonable(plan)
+    for key in ("spatial_share", "max_rotation_deg", "zoom", "max_source"):
+        del older["sequence"][key]
+    del older["objective"]["corruption"]
+
+    read = from_jsonable(Plan, older, "plan.json")
+
+    assert (plan.sequence.spatial_share, plan.sequence.max_rotation_deg, plan.sequence.zoom) == (0.2, 30.0, (0.7, 1.4))
+    assert (read.sequence.spatial_share, read.sequence.max_rotation_deg, read.sequence.zoom) == (0.0, 0.0, (1.0, 1.0))
+    assert plan.objective.corruption == 0.0 and read.objective.corruption == 0.0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "sequence.spatial_share=1.1",
+        "sequence.spatial_share=-0.1",
+        "sequence.max_rotation_deg=181",
+        "sequence.zoom=1.4,0.7",
+        "sequence.zoom=0,1",
+        "sequence.max_source=0.9",
+        "objective.corruption=2",
+    ],
+)
+def test_impossible_augmentation_is_refused_by_its_key(setting: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        check(override(plan_for(), [setting]))
+
+    assert setting.split("=", maxsplit=1)[0] in str(refused.value)
 
 
 def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_nnunet_plans_them() -> None:
@@ -237,7 +283,8 @@ def test_the_length_counts_epochs_over_real_voxels() -> None:
     assert choose_length(POOL, step, 0.001)[0] == 1
     assert choose_length(replace(POOL, total_vox=1000), step)[0] == 1000
     assert choose_length(replace(POOL, total_vox=10**12), step)[0] == 100_000
-    assert plan_for().optim.num_steps == 7143 and plan_for(num_epochs=10).optim.num_steps == 238
+    # The plan's crops of 24 x 40 x 24 lie inside the scan: 65.1 steps an epoch.
+    assert plan_for().optim.num_steps == 19531 and plan_for(num_epochs=10).optim.num_steps == 651
 
 
 def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> None:

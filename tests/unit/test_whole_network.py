@@ -28,6 +28,7 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.sequences.corruption import Corruption, stacked
 from nnunet_autoreg.sequences.sample import Batch
 
 NARROW = {"features_per_stage": [4, 6, 8, 8], "n_blocks_per_stage": [1, 1, 1, 1]}
@@ -44,6 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned mark": {"unknown_mark": "learned"},
     "normalised target": {"target": "normalised"},
     "smoothed target": {"target_smoothing": 1.0},
+    "corruption": {"corrupted": True},
+    "corruption, padding and members": {
+        "corrupted": True,
+        "num_members": 2,
+        "num_padded": 10,
+        "crop": (16, 16, 32),
+    },
 }
 
 
@@ -126,8 +134,12 @@ def predictions(objective: WholeNetwork, batch: Batch) -> Tensor:
 def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
     settings = dict(VARIANTS[variant])
     num_members, num_padded = settings.pop("num_members", 1), settings.pop("num_padded", 0)
+    is_corrupted = settings.pop("corrupted", False)
     plan = plan_of(**settings)
     objective, batch = objective_of(plan), batch_of(plan, num_members, num_padded)
+    if is_corrupted:
+        drawn = stacked([Corruption(1.4, 0.8, 0.2, seed=3), Corruption(0.8, 1.2, 0.1, seed=4)])
+        batch = replace(batch, corruption=drawn.with_noise(batch.voxels))
 
     unknown = ~known_voxels(plan, batch) & batch.real
     assert 0.1 < float(unknown.float().mean()) < 0.95
@@ -324,3 +336,13 @@ def test_a_network_learns_one_batch_by_heart() -> None:
         errors.append(float(terms.total.detach()))
 
     assert errors[-1] < 0.5 * errors[0]
+
+
+def test_what_is_shown_is_corrupted_and_what_is_predicted_is_not() -> None:
+    plan = plan_of()
+    objective, batch = objective_of(plan), batch_of(plan)
+    drawn = stacked([Corruption(1.4, 0.8, 0.2, seed=3)] * 2)
+    other = replace(batch, corruption=drawn.with_noise(batch.voxels))
+
+    assert not torch.equal(predictions(objective, batch), predictions(objective, other))
+    assert torch.equal(objective._targets(batch).values, objective._targets(other).values)
