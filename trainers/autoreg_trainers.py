@@ -20,6 +20,7 @@ from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.transfer.block import AutoregBlock, read_block
+from nnunet_autoreg.transfer.decoder import transferred_keys
 from nnunet_autoreg.transfer.load import Target, load_planned_encoder
 from nnunet_autoreg.transfer.network import build_network, own_arguments
 from nnunet_autoreg.transfer.one_line import explain_missing_plans, one_line_errors
@@ -33,6 +34,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     """nnU-Net's trainer with the plan's network, optimiser and schedule."""
 
     uses_weights = True
+    transfers_decoder = True
+    """False for networks that use the encoder of the weights alone, whatever the plan says."""
     length: int | None = None
 
     def __init__(
@@ -96,7 +99,10 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """The recipe's optimiser and the rate of every iteration."""
         recipe = self.block.recipe
-        groups = parameter_groups(self.unwrapped(), recipe)
+        network = self.unwrapped()
+        has_decoder = self.uses_weights and self.transfers_decoder
+        decoder_keys = transferred_keys(network, self.block) if has_decoder else frozenset()
+        groups = parameter_groups(network, recipe, decoder_keys)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
         schedule = make_schedule(
             recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size,
@@ -140,7 +146,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             self.print_to_log_file(f"WARNING: {warning}")
         names = self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"].values()
         target = Target(len(names), as_size(self.configuration_manager.patch_size), tuple(str(name) for name in names))
-        table = load_planned_encoder(self.unwrapped(), self.block, results_folder(), target)
+        table = load_planned_encoder(
+            self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
+        )
         if self.local_rank == 0:
             self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
 
