@@ -4,6 +4,7 @@ What a trainer does is decided by the ``"autoreg"`` block of its plan; the names
 Validation and prediction stay nnU-Net's own, so that what is validated is what ``nnUNetv2_predict`` computes.
 """
 
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from nnunet_autoreg.transfer.block import AutoregBlock, read_block
 from nnunet_autoreg.transfer.decoder import transferred_keys
 from nnunet_autoreg.transfer.load import Target, load_planned_encoder
 from nnunet_autoreg.transfer.network import build_network, own_arguments
-from nnunet_autoreg.transfer.one_line import explain_missing_plans, one_line_errors
+from nnunet_autoreg.transfer.one_line import explain_errors_of_nnunet, one_line_errors
 from nnunet_autoreg.transfer.recipe import IterationRates, encoder_parameters, make_optimizer, make_schedule, parameter_groups
 from nnunet_autoreg.transfer.resolve import ignored_setting, setting_of_environment
+from nnunet_autoreg.transfer.user_weights import kept_line, named_weights, watch_loading
 
-explain_missing_plans()
+explain_errors_of_nnunet()
 
 
 class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
@@ -90,6 +92,13 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
                 deep_supervision=enable_deep_supervision and block.recipe.deep_supervision,
             )
 
+    def initialize(self) -> None:
+        """nnU-Net's own; weights that are loaded into the network from now on are the user's (``-pretrained_weights``)."""
+        with one_line_errors():
+            self.users_weights = named_weights(sys.argv)
+        super().initialize()
+        self.has_users_weights = watch_loading(self.unwrapped())
+
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on after validation, whatever was before."""
         if self.block.recipe.deep_supervision:
@@ -132,10 +141,16 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:
-        """Load the pretrained encoder on a fresh start, on every rank; then nnU-Net's own preparations."""
+        """Load the pretrained weights on a fresh start, on every rank; then nnU-Net's own preparations.
+
+        Weights that the user named are never overwritten.
+        """
         if not self.was_initialized:
             self.initialize()
-        if self.is_fresh_start and self.uses_weights:
+        if self.is_fresh_start and self.has_users_weights():
+            weights = self.block.weights if self.uses_weights else None
+            self.print_to_log_file(kept_line(self.users_weights, weights.name if weights else None))
+        elif self.is_fresh_start and self.uses_weights:
             with one_line_errors():
                 self._load_encoder()
         super().on_train_start()

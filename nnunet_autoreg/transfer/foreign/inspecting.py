@@ -13,7 +13,17 @@ from nnunet_autoreg.records import sha256_of
 from nnunet_autoreg.transfer.foreign.imported import Imported, Options, checked_tensors, network_of
 from nnunet_autoreg.transfer.foreign.importing import converted
 from nnunet_autoreg.transfer.foreign.licences import NONE_STATED
-from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NNSSL, NO_PLAN, RUN, Source, open_source
+from nnunet_autoreg.transfer.foreign.source import (
+    AR_SSL4M,
+    NNSSL,
+    NO_PLAN,
+    RUN,
+    TRAINED,
+    Source,
+    open_source,
+    trained_model_line,
+    trained_model_next,
+)
 from nnunet_autoreg.transfer.load import read_tensors
 
 Facts = list[tuple[str, str]]
@@ -34,6 +44,8 @@ def inspect_weights(path: Path, options: Options, plan_file: Path | None = None)
         return _run_facts(source.file, head)
     if source.kind in (AR_SSL4M, NNSSL):
         return _foreign_facts(source, head, options, plan_file)
+    if source.kind == TRAINED:
+        return [*head, ("what", trained_model_line(source)), *_shape_facts(source.tensors)], trained_model_next(source)
     return _unknown_facts(source, head)
 
 
