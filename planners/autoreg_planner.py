@@ -200,6 +200,8 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         for line in choice.warnings:
             print(f"WARNING: {line}")
         print(f"weights: {choice.card.name if choice.card else 'none'} - {choice.reason}")
+        if choice.card is not None and choice.card.has_decoder:
+            print("decoder: pretrained too, and loaded with the encoder")
         if choice.card is not None and choice.card.licence_line:
             print(choice.card.licence_line)
 

@@ -31,12 +31,19 @@ def write_run() -> Callable[..., Path]:
 
 
 def _write_run(
-    results: Path, name: str, crop: tuple[int, int, int] = (32, 40, 32), channels: int = 1, encoder: str = "primus_tiny", **changes: Any
+    results: Path,
+    name: str,
+    crop: tuple[int, int, int] = (32, 40, 32),
+    channels: int = 1,
+    encoder: str = "primus_tiny",
+    decoder: bool = False,
+    **changes: Any,
 ) -> Path:
+    """Write a run; ``decoder`` adds the decoder of a CNN, as whole-network pretraining leaves it."""
     import torch
     from safetensors.torch import save_file
 
-    from nnunet_autoreg.model.card import Adaptation, EncoderCard
+    from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation, EncoderCard
     from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.model.sizes import ENCODERS
     from nnunet_autoreg.records import sha256_of
@@ -46,7 +53,8 @@ def _write_run(
     size = ENCODERS[encoder]
     torch.manual_seed(len(name))
     network: Any = build_network(size.class_path, changes.get("arguments", size.arguments), crop, channels, 2)
-    prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
+    decoder_keys = DECODER_PREFIXES if decoder else ()
+    prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.", *decoder_keys)
     # A tensor of two names is written under its first, as pretraining does.
     first = {id(tensor): key for key, tensor in reversed(network.state_dict(keep_vars=True).items()) if key.startswith(prefixes)}
     state = network.state_dict()
@@ -55,7 +63,9 @@ def _write_run(
         "name": name, "encoder": size.name, "class_path": size.class_path, "arguments": size.arguments,
         "token_size_vox": size.token_size, "crop_size_vox": crop, "spacing_mm": (1.0, 1.0, 1.0), "modalities": ("MR",),
         "channel_names": ("MRI",), "ct_window": None, "num_input_channels": channels,
-        "adaptation": Adaptation(network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), network.key_to_lpe),
+        "adaptation": Adaptation(
+            network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), network.key_to_lpe, decoder_keys
+        ),
         "objective": "autoregressive", "licences": {}, "num_scans": 10, "num_steps": 100, "finished_at": "2026-01-01T00:00:00Z",
         "sha256": sha256_of(folder / "encoder.safetensors"), **changes,
     }

@@ -58,6 +58,7 @@ SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0
 class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     """Trains a detector on the plan's pretrained encoder."""
 
+    transfers_decoder = False
     block: AutoregBlock
     plan: DetectionPlan
     inference_allowed_mirroring_axes: Any

@@ -4,6 +4,7 @@ What a trainer does is decided by the ``"autoreg"`` block of its plan; the names
 Validation and prediction stay nnU-Net's own, so that what is validated is what ``nnUNetv2_predict`` computes.
 """
 
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,23 @@ from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.transfer.block import AutoregBlock, read_block
+from nnunet_autoreg.transfer.decoder import transferred_keys
 from nnunet_autoreg.transfer.load import Target, load_planned_encoder
 from nnunet_autoreg.transfer.network import build_network, own_arguments
-from nnunet_autoreg.transfer.one_line import explain_missing_plans, one_line_errors
+from nnunet_autoreg.transfer.one_line import explain_errors_of_nnunet, one_line_errors
 from nnunet_autoreg.transfer.recipe import IterationRates, encoder_parameters, make_optimizer, make_schedule, parameter_groups
 from nnunet_autoreg.transfer.resolve import ignored_setting, setting_of_environment
+from nnunet_autoreg.transfer.user_weights import kept_line, named_weights, watch_loading
 
-explain_missing_plans()
+explain_errors_of_nnunet()
 
 
 class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     """nnU-Net's trainer with the plan's network, optimiser and schedule."""
 
     uses_weights = True
+    transfers_decoder = True
+    """False for networks that use the encoder of the weights alone, whatever the plan says."""
     length: int | None = None
 
     def __init__(
@@ -87,6 +92,13 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
                 deep_supervision=enable_deep_supervision and block.recipe.deep_supervision,
             )
 
+    def initialize(self) -> None:
+        """nnU-Net's own; weights that are loaded into the network from now on are the user's (``-pretrained_weights``)."""
+        with one_line_errors():
+            self.users_weights = named_weights(sys.argv)
+        super().initialize()
+        self.has_users_weights = watch_loading(self.unwrapped())
+
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on after validation, whatever was before."""
         if self.block.recipe.deep_supervision:
@@ -96,7 +108,10 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """The recipe's optimiser and the rate of every iteration."""
         recipe = self.block.recipe
-        groups = parameter_groups(self.unwrapped(), recipe)
+        network = self.unwrapped()
+        has_decoder = self.uses_weights and self.transfers_decoder
+        decoder_keys = transferred_keys(network, self.block) if has_decoder else frozenset()
+        groups = parameter_groups(network, recipe, decoder_keys)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
         schedule = make_schedule(
             recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size,
@@ -126,10 +141,16 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:
-        """Load the pretrained encoder on a fresh start, on every rank; then nnU-Net's own preparations."""
+        """Load the pretrained weights on a fresh start, on every rank; then nnU-Net's own preparations.
+
+        Weights that the user named are never overwritten.
+        """
         if not self.was_initialized:
             self.initialize()
-        if self.is_fresh_start and self.uses_weights:
+        if self.is_fresh_start and self.has_users_weights():
+            weights = self.block.weights if self.uses_weights else None
+            self.print_to_log_file(kept_line(self.users_weights, weights.name if weights else None))
+        elif self.is_fresh_start and self.uses_weights:
             with one_line_errors():
                 self._load_encoder()
         super().on_train_start()
@@ -140,7 +161,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             self.print_to_log_file(f"WARNING: {warning}")
         names = self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"].values()
         target = Target(len(names), as_size(self.configuration_manager.patch_size), tuple(str(name) for name in names))
-        table = load_planned_encoder(self.unwrapped(), self.block, results_folder(), target)
+        table = load_planned_encoder(
+            self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
+        )
         if self.local_rank == 0:
             self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
 

@@ -258,7 +258,8 @@ def write_plans(bench: Bench, key: RunKey) -> None:
     weights = weights_of(key)
     if weights is not None:
         card = read_card(bench.layout.pretraining(weights))
-        plans[BLOCK_KEY]["weights"] = {"name": weights, "file": f"{RUNS_FOLDER}/{weights}/{WEIGHTS_NAME}", "sha256": card.sha256}
+        plans[BLOCK_KEY]["weights"] = {"name": weights, "file": f"{RUNS_FOLDER}/{weights}/{WEIGHTS_NAME}", "sha256": card.sha256,
+                                       "has_decoder": card.has_decoder}
     write_json(bench.layout.plans / f"{name}.json", plans)
 
 

@@ -18,16 +18,24 @@ WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1
 IMPORTED = "imported"
 """Key of ``EncoderCard.extra`` that says where imported weights come from."""
+DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
+"""What a U-Net's decoder is transferred by. Its segmentation heads are new in every task, and what lies
+under ``decoder.encoder.`` are second names of the encoder's own tensors."""
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Where the parts that fine-tuning may have to adapt live in the state dict."""
+    """Where the parts that fine-tuning may have to adapt live in the state dict.
+
+    ``keys_to_decoder`` are the prefixes of a pretrained decoder, ``DECODER_PREFIXES``; they are empty
+    where the weights hold the encoder alone.
+    """
 
     key_to_encoder: str
     key_to_stem: str
     keys_to_in_proj: tuple[str, ...]
     key_to_lpe: str | None
+    keys_to_decoder: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,11 @@ class EncoderCard:
     normalization: str | None = None
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether the weights hold a pretrained decoder beside the encoder."""
+        return bool(self.adaptation.keys_to_decoder)
+
+    @property
     def licence_line(self) -> str:
         """The licences that the weights come with, as one line for the user; "" where none is stated."""
         stated = [f"{name}: {text}" for name, text in self.licences.items() if text]
@@ -120,6 +133,12 @@ def _checked(card: EncoderCard, path: Path) -> EncoderCard:
     sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels)
     if not all(value > 0 for value in sizes):
         raise WeightsError(f"{path}: token size, crop size, spacing and channels have to be greater than 0; restore the file")
+    decoder = card.adaptation.keys_to_decoder
+    if decoder and set(decoder) != set(DECODER_PREFIXES):
+        raise WeightsError(
+            f"{path}: adaptation.keys_to_decoder is {list(decoder)}; only {list(DECODER_PREFIXES)}, or nothing, can be "
+            "transferred: restore the file"
+        )
     try:
         missing = missing_arguments(card.class_path, card.arguments)
     except PlanError as error:

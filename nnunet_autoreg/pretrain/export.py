@@ -1,11 +1,11 @@
 """What a finished run leaves for fine-tuning: ``encoder.safetensors`` and ``encoder.json``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard
+from nnunet_autoreg.model.card import WEIGHTS_NAME, Adaptation, EncoderCard
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import sha256_of
@@ -20,8 +20,11 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
     """
     from nnunet_autoreg.transfer.load import write_tensors
 
+    state, adaptation = objective.transferable_state(), objective.adaptation()
+    _check_keys(state, adaptation)
+
     weights = folder / WEIGHTS_NAME
-    write_tensors(weights, objective.transferable_state())
+    write_tensors(weights, state)
     card = EncoderCard(
         name=plan.name,
         encoder=plan.encoder.name,
@@ -35,7 +38,7 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
         channel_names=tuple(sorted({row.channel for row in rows})),
         ct_window=plan.data.ct_window,
         num_input_channels=1,
-        adaptation=objective.adaptation(),
+        adaptation=adaptation,
         objective=f"{plan.objective.name} ({plan.sequence.order} order, {plan.sequence.predictor}-block predictor)",
         licences=licences,
         num_scans=len(rows),
@@ -45,3 +48,15 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
     )
     card.save(folder)
     return card
+
+
+def _check_keys(keys: Iterable[str], adaptation: Adaptation) -> None:
+    """Check that a file of weights holds what its card lists and nothing else.
+
+    Segmentation heads and second names of the encoder (``decoder.encoder.``) would mislead every
+    reader of the file.
+    """
+    encoder = (f"{adaptation.key_to_encoder}.", f"{adaptation.key_to_stem}.")
+    listed = (*encoder, *adaptation.keys_to_decoder)
+    stray = [key for key in keys if not key.startswith(listed)]
+    assert not stray, f"the card lists no place for {stray[:3]}"

@@ -21,11 +21,19 @@ OPTIMIZERS = ADAMW, SGD = ("adamw", "sgd")
 
 @dataclass(frozen=True)
 class PlannedWeights:
-    """Where pretrained weights lie: run name, file relative to ``$nnUNet_results`` (or absolute), its hex sha256."""
+    """Where pretrained weights lie, and whether they hold a decoder.
+
+    Attributes:
+        name: of the run.
+        file: relative to ``$nnUNet_results``, or absolute.
+        sha256: hex, of the file.
+        has_decoder: whether a CNN's decoder was pretrained too.
+    """
 
     name: str
     file: str
     sha256: str
+    has_decoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Recipe:
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length; a trainer's ``_<N>epochs`` name overrides
             the first.
         pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
+        transfer_decoder: whether a CNN's decoder is loaded too, where the weights hold one.
+        decoder_rate_factor: peak rate of the loaded part of the decoder, as a multiple of ``pretrained_rate``; what
+            starts at random, the segmentation heads among it, keeps the full rate.
         optimizer: ``adamw``, or ``sgd`` with Nesterov momentum.
         weight_decay: with ``adamw`` none on norms, biases, positions and LayerScale; with ``sgd`` on everything, as nnU-Net does.
         betas: of AdamW.
@@ -71,6 +82,8 @@ class Recipe:
     deep_supervision: bool = False
     layer_decay: float = 1.0
     expected_encoder_share: float = 0.95
+    transfer_decoder: bool = True
+    decoder_rate_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,11 @@ class AutoregBlock:
     recipe: Recipe
     reasons: dict[str, str] = field(default_factory=dict)
     version: int = BLOCK_VERSION
+
+    @property
+    def transfers_decoder(self) -> bool:
+        """Whether fine-tuning starts from a pretrained decoder: the weights hold one, and the recipe wants it."""
+        return self.weights is not None and self.weights.has_decoder and self.recipe.transfer_decoder
 
 
 def read_block(plans: dict[str, Any]) -> AutoregBlock:
@@ -123,7 +141,7 @@ def check_recipe(r: Recipe, where: str) -> None:
     at_least_one = {"num_epochs": r.num_epochs, "num_iterations_per_epoch": r.num_iterations_per_epoch,
                     "num_val_iterations_per_epoch": r.num_val_iterations_per_epoch}
     positive = {"pretrained_rate": r.pretrained_rate, "scratch_rate": r.scratch_rate, "poly_exponent": r.poly_exponent,
-                "clip_norm": r.clip_norm, "layer_decay": r.layer_decay}
+                "clip_norm": r.clip_norm, "layer_decay": r.layer_decay, "decoder_rate_factor": r.decoder_rate_factor}
     not_negative = {"weight_decay": r.weight_decay, "warmup_min_samples": r.warmup_min_samples,
                     "warmup_max_epochs": r.warmup_max_epochs}
     below_one = {"betas[0]": r.betas[0], "betas[1]": r.betas[1], "drop_path_rate": r.drop_path_rate,

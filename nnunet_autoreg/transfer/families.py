@@ -40,21 +40,33 @@ def recipe_values(encoder: EncoderPlan) -> dict[str, Any]:
     size = ENCODERS.get(encoder.name)
     usual = CNN_RATES if is_cnn(encoder) else TRANSFORMER_RATES
     pretrained, scratch = (size.pretrained_rate, size.scratch_rate) if size else usual
-    return {**(CNN_RECIPE if is_cnn(encoder) else {}), "pretrained_rate": pretrained, "scratch_rate": scratch}
+    values = {"pretrained_rate": pretrained, "scratch_rate": scratch}
+
+    if is_cnn(encoder):
+        values |= CNN_RECIPE
+    elif size is not None and size.is_tiny:
+        # Six narrow layers leave nothing to spare.
+        values["drop_path_rate"] = 0.0
+    return values
 
 
-def decoder_first(encoder: EncoderPlan, num_cases: int, is_pretrained: bool, stem_change: str) -> tuple[float, str]:
+def decoder_first(
+    encoder: EncoderPlan, num_cases: int, is_pretrained: bool, stem_change: str, has_decoder: bool = False
+) -> tuple[float, str]:
     """Share of the run in which only the decoder learns, and why.
 
     Args:
         num_cases: labelled cases.
         is_pretrained: whether the plan names weights.
         stem_change: how the stem is adapted to the data, "" if it is not.
+        has_decoder: whether the decoder starts from pretrained weights too.
     """
     if not is_cnn(encoder):
         return 0.0, "off for transformers"
     if not is_pretrained:
         return 0.0, "off: nothing is pretrained"
+    if has_decoder:
+        return 0.0, "off: the decoder is pretrained too"
     if stem_change:
         return DECODER_FIRST, f"on, the stem is adapted: {stem_change}"
     if num_cases <= VERY_FEW_CASES:

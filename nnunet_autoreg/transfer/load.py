@@ -1,7 +1,7 @@
 """Pretrained encoder weights into a network: everything checked on the CPU first, then copied, then shown in one table."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,78 +11,15 @@ from torch import Tensor, nn
 
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import Size, grid_of, volume
-from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
+from nnunet_autoreg.model.card import DECODER_PREFIXES, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import atomic_path, differences
 from nnunet_autoreg.transfer.adapt import fit_channels, fit_kernel, fit_positions
 from nnunet_autoreg.transfer.block import AutoregBlock
 from nnunet_autoreg.transfer.channels import map_channels
+from nnunet_autoreg.transfer.decoder import DECODER, fit_decoder, has_decoder_stages, num_stages
 from nnunet_autoreg.transfer.network import encoder_prefixes
-
-LOADED, ADAPTED, RANDOM, UNUSED = "loaded", "adapted", "random", "unused"
-MAX_NAMES = 3
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the encoder: key, parameters in it, where its values come from, and how they were adapted."""
-
-    key: str
-    num_parameters: int
-    status: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class WeightTable:
-    """What became of every encoder tensor; ``decoder`` are the other parameters, which always start at random.
-
-    ``unused`` are tensors of the file that this network has no place for: stages deeper than its own. ``licences`` is a line about
-    those of the weights, "" where none is stated.
-    """
-
-    source: str
-    entries: tuple[Entry, ...]
-    decoder: Entry
-    unused: tuple[Entry, ...] = ()
-    licences: str = ""
-
-    @property
-    def encoder_share(self) -> float:
-        """Share of the encoder's parameters that come from the file, 0 to 1."""
-        total = sum(e.num_parameters for e in self.entries)
-        return sum(e.num_parameters for e in self.entries if e.status != RANDOM) / total
-
-    def lines(self) -> list[str]:
-        """The table as text, one line per status."""
-        rows = [f"encoder weights from {self.source}"]
-        for status in (LOADED, ADAPTED, RANDOM, UNUSED):
-            chosen = [e for e in (*self.entries, *self.unused) if e.status == status]
-            if chosen or status != UNUSED:
-                told = _by_note(chosen) if status != LOADED else ""
-                rows.append(_row(status, len(chosen), sum(e.num_parameters for e in chosen), told))
-        rows.append(_row("decoder", 1, self.decoder.num_parameters, f"{self.decoder.key} (random, as always)", unit="part"))
-        if self.licences:
-            rows.append(f"  {self.licences}")
-        rows.append(f"  {100 * self.encoder_share:.1f} % of the encoder's parameters come from the file")
-        return rows
-
-
-def _row(status: str, count: int, parameters: int, notes: str, unit: str = "tensors") -> str:
-    return f"  {status:<8} {count:>4} {unit:<7} {parameters:>12,} parameters  {notes}".rstrip()
-
-
-def _by_note(entries: Sequence[Entry]) -> str:
-    """The keys, those of one note together."""
-    keys: dict[str, list[str]] = {}
-    for entry in entries:
-        keys.setdefault(entry.note, []).append(entry.key)
-    return "; ".join(f"{_some(names)} ({note})" if note else _some(names) for note, names in keys.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return "; ".join(names[:MAX_NAMES]) + more
+from nnunet_autoreg.transfer.table import ADAPTED, LOADED, RANDOM, UNUSED, Entry, WeightTable, some
 
 
 @dataclass(frozen=True)
@@ -140,44 +77,76 @@ def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:
         raise WeightsError(f"the weights '{card.name}' are of another encoder than the plan's ({'; '.join(found)}); plan again")
 
 
-def load_encoder(network: nn.Module, file: Path, card: EncoderCard, target: Target, expected_share: float) -> WeightTable:
-    """Copy the encoder's weights into ``network``, all or nothing, and say what became of each tensor.
+def load_encoder(
+    network: nn.Module,
+    file: Path,
+    card: EncoderCard,
+    target: Target,
+    expected_share: float,
+    with_decoder: bool = True,
+) -> WeightTable:
+    """Copy the pretrained weights into ``network``, all or nothing, and say what became of each tensor.
 
     Args:
         network: unwrapped (no DDP, no compiled module); its own keys name its encoder, stem, input projection, positions.
         file: .safetensors with the network's own keys.
-        expected_share: smallest share of the encoder's parameters that must come from the file, 0 to 1.
+        expected_share: smallest share of the encoder's parameters that must come from the file, 0 to 1. The decoder
+            does not count.
+        with_decoder: whether a decoder that the card lists is loaded too.
 
     Raises:
         WeightsError: the file is damaged or of another encoder, or gives less than the expected share.
     """
     live = _encoder_tensors(network)
-    tensors, unused = _matched(read_tensors(file), live, network, file)
+    use_decoder = with_decoder and card.has_decoder and has_decoder_stages(network)
+    sorted_file = _sort_tensors(read_tensors(file), live, network, use_decoder)
+    if sorted_file.foreign:
+        raise WeightsError(
+            f"{file} is of another encoder: the network has no place for {len(sorted_file.foreign)} of its tensors "
+            f"({some(sorted_file.foreign)}); plan again with these weights"
+        )
+
     ready: dict[str, Tensor] = {}
     entries = []
     for key, tensor in live.items():
         status, note = RANDOM, ""
-        if key in tensors:
-            ready[key], note = _fit((key, tensors[key], tensor), network, card, target)
+        if key in sorted_file.encoder:
+            ready[key], note = _fit((key, sorted_file.encoder[key], tensor), network, card, target)
             status = ADAPTED if note else LOADED
         entries.append(Entry(key, tensor.numel(), status, note))
-    source = f"'{card.name}' (sha256 {card.sha256[:12]}...)"
-    table = WeightTable(source, tuple(entries), _decoder_of(network, live), unused, card.licence_line)
-    if table.encoder_share < expected_share:
-        missing = [e.key for e in entries if e.status == RANDOM]
-        raise WeightsError(
-            f"{file} gives {100 * table.encoder_share:.1f} % of the encoder's parameters, {100 * expected_share:.0f} % are "
-            f"expected (missing: {_some(missing)}); plan again with weights of this encoder, or lower expected_encoder_share "
-            "in the recipe of the plans file"
-        )
+
+    decoder: tuple[Entry, ...] = ()
+    unused = sorted_file.unused
+    if use_decoder:
+        fitted = fit_decoder(network, sorted_file.decoder, num_stages(card.arguments))
+        ready |= fitted.ready
+        decoder = fitted.entries
+        unused = (*unused, *fitted.unused)
+
+    table = WeightTable(
+        source=f"'{card.name}' (sha256 {card.sha256[:12]}...)",
+        entries=tuple(entries),
+        rest=_rest_of(network, (*live, *(entry.key for entry in decoder)), use_decoder),
+        decoder=decoder,
+        unused=unused,
+        licences=card.licence_line,
+    )
+    _check_share(table, expected_share, file)
+
+    state = network.state_dict(keep_vars=True)
     with torch.no_grad():
         for key, value in ready.items():
-            live[key].copy_(value)
+            state[key].copy_(value)
     return table
 
 
-def load_planned_encoder(network: nn.Module, block: AutoregBlock, results: Path, target: Target) -> WeightTable:
+def load_planned_encoder(
+    network: nn.Module, block: AutoregBlock, results: Path, target: Target, with_decoder: bool = True
+) -> WeightTable:
     """``load_encoder`` with the file, the hash and the share that a plan names.
+
+    Args:
+        with_decoder: False for networks that use the encoder alone, whatever the plan says.
 
     Raises:
         WeightsError: the plan names no weights, or they are gone, replaced, or do not fit.
@@ -188,7 +157,24 @@ def load_planned_encoder(network: nn.Module, block: AutoregBlock, results: Path,
     verify_weights(file, block.weights.sha256)
     card = read_card(file.parent)
     check_same_encoder(card, block.encoder)
-    return load_encoder(network, file, card, target, block.recipe.expected_encoder_share)
+    if block.weights.has_decoder and not card.has_decoder:
+        raise WeightsError(
+            f"the plan expects a pretrained decoder, but {file.parent} lists none in its card, so rates and weights would not "
+            "belong together; plan again"
+        )
+    use_decoder = with_decoder and block.transfers_decoder
+    return load_encoder(network, file, card, target, block.recipe.expected_encoder_share, use_decoder)
+
+
+def _check_share(table: WeightTable, expected_share: float, file: Path) -> None:
+    if table.encoder_share >= expected_share:
+        return
+    missing = [entry.key for entry in table.entries if entry.status == RANDOM]
+    raise WeightsError(
+        f"{file} gives {100 * table.encoder_share:.1f} % of the encoder's parameters, {100 * expected_share:.0f} % are "
+        f"expected (missing: {some(missing)}); plan again with weights of this encoder, or lower expected_encoder_share "
+        "in the recipe of the plans file"
+    )
 
 
 def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -207,35 +193,73 @@ def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _decoder_of(network: nn.Module, encoder: dict[str, Tensor]) -> Entry:
-    known = {id(t) for t in encoder.values()}
-    rest = [(name, p) for name, p in network.named_parameters() if id(p) not in known]
-    parts = sorted({name.split(".")[0] for name, _ in rest})
-    return Entry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM)
+def _rest_of(network: nn.Module, known: Iterable[str], has_decoder: bool) -> Entry:
+    """Return the parameters that are in neither the encoder nor a transferred decoder."""
+    state = network.state_dict(keep_vars=True)
+    known_ids = {id(state[key]) for key in known}
+    rest = [(name, p) for name, p in network.named_parameters() if id(p) not in known_ids]
+
+    # Of a decoder whose stages are transferred, "decoder" alone would not say what is left.
+    depth = 2 if has_decoder else 1
+    parts = sorted({".".join(name.split(".")[:depth]) for name, _ in rest})
+    note = "random, as it is new in every task" if has_decoder else "random"
+    return Entry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM, note)
 
 
-def _matched(
-    tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, file: Path
-) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
-    """The file's tensors under the names of ``live`` (a file may name an alias), and those of stages that the network lacks."""
+@dataclass(frozen=True)
+class SortedTensors:
+    """The tensors of a file by what they are for.
+
+    Attributes:
+        encoder: by the network's own keys (a file may name an alias).
+        decoder: by the file's keys.
+        unused: what this network does not load, and why.
+        foreign: keys that show that the file is of another encoder.
+    """
+
+    encoder: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    unused: tuple[Entry, ...]
+    foreign: tuple[str, ...]
+
+
+def _sort_tensors(
+    tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, use_decoder: bool
+) -> SortedTensors:
     name_of = {id(tensor): key for key, tensor in live.items()}
-    names = {alias: name_of.get(id(tensor)) for alias, tensor in network.state_dict(keep_vars=True).items()}
-    matched: dict[str, Tensor] = {}
+    state = network.state_dict(keep_vars=True)
+    names = {alias: name_of.get(id(tensor)) for alias, tensor in state.items()}
+
+    encoder: dict[str, Tensor] = {}
+    decoder: dict[str, Tensor] = {}
     unused, foreign = [], []
     for key, tensor in tensors.items():
+        # First, because a U-Net's decoder names the tensors of its encoder a second time.
+        if key.startswith(DECODER):
+            if use_decoder and key.startswith(DECODER_PREFIXES):
+                decoder[key] = tensor
+            else:
+                unused.append(Entry(key, tensor.numel(), UNUSED, _why_unused(key)))
+            continue
+
         name = names.get(key)
         if name is not None:
-            matched[name] = tensor
+            encoder[name] = tensor
         elif _is_deeper_stage(key, network):
             unused.append(Entry(key, tensor.numel(), UNUSED, "stages that this network does not have"))
-        elif key not in names and ".rope." not in key:
+        elif key in names:
+            unused.append(Entry(key, tensor.numel(), UNUSED, "no part of the encoder"))
+        elif ".rope." not in key:
             foreign.append(key)
-    if foreign:
-        raise WeightsError(
-            f"{file} is of another encoder: the network has no place for {len(foreign)} of its {len(tensors)} tensors "
-            f"({_some(foreign)}); plan again with these weights"
-        )
-    return matched, tuple(unused)
+    return SortedTensors(encoder, decoder, tuple(unused), tuple(foreign))
+
+
+def _why_unused(key: str) -> str:
+    if key.startswith(f"{DECODER}encoder."):
+        return "second names of the encoder's tensors"
+    if key.startswith(f"{DECODER}seg_layers."):
+        return "segmentation heads are never transferred"
+    return "a decoder that is not transferred"
 
 
 def _is_deeper_stage(key: str, network: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.nnunet_api import dataset_number
+from nnunet_autoreg.transfer.user_weights import misfit
 
 
 @contextmanager
@@ -30,15 +31,18 @@ def missing_plans(error: BaseException) -> str | None:
     return f"{file} does not exist; make it with: {plan}"
 
 
-def explain_missing_plans() -> None:
-    """From now on, end in ``missing_plans``'s line where there is one: nnU-Net opens the plans before it asks the trainer."""
+def explain_errors_of_nnunet() -> None:
+    """From now on, end in one line where nnU-Net's own code fails because of what the user typed.
+
+    nnU-Net opens the plans before it asks the trainer, and loads ``-pretrained_weights`` between two of its calls.
+    """
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        said = missing_plans(error)
-        if said is None:
+        message = missing_plans(error) or misfit(error, trace, sys.argv)
+        if message is None:
             previous(kind, error, trace)
         else:
-            sys.stderr.write(f"error: {said}\n")
+            sys.stderr.write(f"error: {message}\n")
 
     sys.excepthook = hook

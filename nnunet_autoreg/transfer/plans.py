@@ -107,7 +107,7 @@ def _planned_weights(choice: Choice, results: Path) -> PlannedWeights | None:
         return None
     home = results.resolve()
     file = choice.file.relative_to(home) if choice.file.is_relative_to(home) else choice.file
-    return PlannedWeights(choice.card.name, file.as_posix(), choice.card.sha256)
+    return PlannedWeights(choice.card.name, file.as_posix(), choice.card.sha256, choice.card.has_decoder)
 
 
 def memory_estimator(block: AutoregBlock, num_channels: int, num_classes: int) -> Callable[[Size], TrainingMemory]:
@@ -186,7 +186,7 @@ def with_fits(
     arguments = next((fit.arguments for fit in fits.values() if fit.arguments is not None), block.encoder.arguments)
     channels = map_channels(card.num_input_channels, card.channel_names, len(channel_names), channel_names) if card else None
     change = stem_change(block.encoder, arguments, channels.note if channels else "")
-    share, why = decoder_first(block.encoder, num_cases, card is not None, change)
+    share, why = decoder_first(block.encoder, num_cases, card is not None, change, block.transfers_decoder)
     reasons = {**block.reasons, "recipe.decoder_first_fraction": why, **{name: fit.reason for name, fit in fits.items()}}
     return replace(block, recipe=replace(block.recipe, decoder_first_fraction=share), reasons=reasons)
 

@@ -4,7 +4,7 @@ All of it is a pure function of the iteration, so a resumed run is the run it re
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,15 @@ def encoder_parameters(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in network.named_parameters() if name.startswith(prefixes)]
 
 
-def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: nn.Module, recipe: Recipe, decoder_keys: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Groups for the optimiser: decayed and undecayed parameters, and per layer too where ``layer_decay`` is on.
 
     The first group always has the full rate: nnU-Net logs that one.
+
+    Args:
+        decoder_keys: parameters of the decoder that start from pretrained weights; they have a rate of their own.
     """
     layers = _layer_of(network)
     top = max(layers.values())
@@ -108,11 +113,16 @@ def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
         if not parameter.requires_grad:
             continue
         factor = recipe.layer_decay ** (top - layers[name])
+        if name in decoder_keys:
+            factor *= recipe.decoder_rate_factor
         decay = recipe.weight_decay if recipe.optimizer == SGD or is_decayed(name, parameter) else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
+
+    # Every network has heads that start at random, so there is always a group at the full rate.
+    full_rate_first = sorted(groups, key=lambda group: (group[0] == 1.0, *group), reverse=True)
     return [
-        {"params": parameters, "rate_factor": factor, "weight_decay": decay}
-        for (factor, decay), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {"params": groups[factor, decay], "rate_factor": factor, "weight_decay": decay}
+        for factor, decay in full_rate_first
     ]
 
 

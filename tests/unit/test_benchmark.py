@@ -199,7 +199,7 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest_and_is_settled_once(be
 
 
 def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "read_card", lambda folder: type("Card", (), {"sha256": "abc"}))
+    monkeypatch.setattr(preparing, "read_card", lambda folder: type("Card", (), {"sha256": "abc", "has_decoder": True}))
     key = RunKey("masked", "benchmark_tiny", 2, 0, "test", 50, 2, "pretrained_rate=0.01")
     write_plans(bench, key)
     base = read_json(bench.layout.plans / "AutoregPlans_benchmark_tiny.json")
@@ -207,7 +207,8 @@ def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(bench: Bench, 
     assert made["configurations"] == base["configurations"]
     assert made["autoreg"]["recipe"] == {"pretrained_rate": 0.01, "scratch_rate": 1e-3}
     assert made["autoreg"]["weights"] == {
-        "name": "benchmark_tiny_masked", "file": "autoreg_pretraining/benchmark_tiny_masked/encoder.safetensors", "sha256": "abc"}
+        "name": "benchmark_tiny_masked", "file": "autoreg_pretraining/benchmark_tiny_masked/encoder.safetensors", "sha256": "abc",
+        "has_decoder": True}
 
 
 def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

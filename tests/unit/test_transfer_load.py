@@ -43,7 +43,8 @@ def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(tmp_path
     assert all(torch.equal(state[k], v) for k, v in decoder.items())
     assert table.encoder_share == 1.0
     assert {e.status for e in table.entries} == {"loaded"}
-    assert table.decoder.key == "up_projection"
+    assert table.rest.key == "up_projection"
+    assert table.decoder == ()
     assert "100.0 %" in table.lines()[-1]
 
 

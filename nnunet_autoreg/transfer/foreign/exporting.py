@@ -5,7 +5,7 @@ nnssl's, which nnU-Net's master branch, its fork and nnDetection read: ``checkpo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from nnunet_autoreg import __version__
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, family_of
-from nnunet_autoreg.model.card import IMPORTED, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.model.card import DECODER_PREFIXES, IMPORTED, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
@@ -58,18 +58,31 @@ def export_weights(weights: Path, folder: Path) -> Exported:
         raise WeightsError(f"-o {folder} holds {', '.join(there)} already; choose another folder, or remove them")
     encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
     network = network_of(encoder, card.crop_size_vox, card.num_input_channels)
-    tensors = checked_tensors(network, read_tensors(weights), str(weights))
+    encoder_tensors, num_decoder = _without_decoder(read_tensors(weights), card)
+    card = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
+    tensors = checked_tensors(network, encoder_tensors, str(weights))
     if family_of(card.class_path) == VIT:
         return _export_vit(card, tensors, folder)
     # Their loaders read encoder and stem strictly, by every name that a tensor has.
     aliased = {name: tensors[first] for first, names in names_of(network).items() for name in names}
     plan, warnings = adaptation_plan(card, aliased)
+    if num_decoder:
+        left_out = f"the {num_decoder} tensors of the pretrained decoder are left out: readers of this format use the encoder alone"
+        warnings = (*warnings, left_out)
     content = {WEIGHTS_KEY: aliased, PLAN_KEY: plan, "citations": _citations(card), "trainer_name": "autoreg_pretrain",
                OWN_KEY: _own(card)}  # fmt: skip
     _save(folder / CHECKPOINT_NAME, content)
     write_json(folder / ADAPTATION_NAME, {**plan, "trainer_name": "autoreg_pretrain"})
     write_json(folder / CONFIG_NAME, {"model_type": "nnssl", "architectures": [plan["architecture_plans"]["arch_class_name"]]})
     return Exported(tuple(folder / name for name in (CHECKPOINT_NAME, ADAPTATION_NAME, CONFIG_NAME)), card, warnings)
+
+
+def _without_decoder(tensors: Mapping[str, Tensor], card: EncoderCard) -> tuple[dict[str, Tensor], int]:
+    """Return the encoder's tensors, and how many of the decoder's that the card lists were left out."""
+    encoder = dict(tensors)
+    if card.has_decoder:
+        encoder = {key: value for key, value in tensors.items() if not key.startswith(DECODER_PREFIXES)}
+    return encoder, len(tensors) - len(encoder)
 
 
 def _export_vit(card: EncoderCard, tensors: Mapping[str, Tensor], folder: Path) -> Exported:

@@ -149,6 +149,8 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
             known, name=name, class_path=encoder.class_path, arguments=encoder.arguments, token_size_vox=encoder.token_size_vox,
             crop_size_vox=imported.crop_size_vox, num_input_channels=imported.num_input_channels, spacing_mm=imported.spacing_mm,
             modalities=imported.modalities, licences=imported.licences, extra={**known.extra, IMPORTED: imported.origin},
+            # An export never holds a decoder, whatever its card says.
+            adaptation=replace(known.adaptation, keys_to_decoder=()),
         )  # fmt: skip
     return EncoderCard(
         name=name,

@@ -7,7 +7,16 @@ from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.transfer.foreign.ar_ssl4m import import_ar_ssl4m
 from nnunet_autoreg.transfer.foreign.imported import Imported, Options, write_run
 from nnunet_autoreg.transfer.foreign.nnssl import import_nnssl
-from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NNSSL, RUN, Source, open_source
+from nnunet_autoreg.transfer.foreign.source import (
+    AR_SSL4M,
+    NNSSL,
+    RUN,
+    TRAINED,
+    Source,
+    open_source,
+    trained_model_line,
+    trained_model_next,
+)
 
 
 def import_weights(path: Path, name: str, results: Path, options: Options, plan_file: Path | None = None) -> tuple[EncoderCard, Imported]:
@@ -36,6 +45,8 @@ def converted(source: Source, options: Options) -> Imported:
         return import_nnssl(source, options)
     if source.kind == RUN:
         raise WeightsError(f"{source.file} is a finished pretraining already; use it as it is: export autoreg_weights={source.file.parent}")
+    if source.kind == TRAINED:
+        raise WeightsError(f"{source.file} is {trained_model_line(source)}; to start from it: {trained_model_next(source)}")
     raise WeightsError(
         f"{source.file} is of no known kind ({source.kind}); what can be imported: AR-SSL4M checkpoints, and nnssl's with their "
         "adaptation plan (--adaptation-plan FILE)"

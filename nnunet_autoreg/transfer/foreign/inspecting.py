@@ -13,7 +13,17 @@ from nnunet_autoreg.records import sha256_of
 from nnunet_autoreg.transfer.foreign.imported import Imported, Options, checked_tensors, network_of
 from nnunet_autoreg.transfer.foreign.importing import converted
 from nnunet_autoreg.transfer.foreign.licences import NONE_STATED
-from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NNSSL, NO_PLAN, RUN, Source, open_source
+from nnunet_autoreg.transfer.foreign.source import (
+    AR_SSL4M,
+    NNSSL,
+    NO_PLAN,
+    RUN,
+    TRAINED,
+    Source,
+    open_source,
+    trained_model_line,
+    trained_model_next,
+)
 from nnunet_autoreg.transfer.load import read_tensors
 
 Facts = list[tuple[str, str]]
@@ -34,6 +44,8 @@ def inspect_weights(path: Path, options: Options, plan_file: Path | None = None)
         return _run_facts(source.file, head)
     if source.kind in (AR_SSL4M, NNSSL):
         return _foreign_facts(source, head, options, plan_file)
+    if source.kind == TRAINED:
+        return [*head, ("what", trained_model_line(source)), *_shape_facts(source.tensors)], trained_model_next(source)
     return _unknown_facts(source, head)
 
 
@@ -44,8 +56,18 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
     made = f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished {card.finished_at}"
     if isinstance(origin, Mapping):
         made = f"imported {card.finished_at} from {origin.get('file')} ({origin.get('format')}, sha256 {str(origin.get('sha256'))[:12]}...)"
-    facts = [*head, ("what", f"a finished pretraining, '{card.name}': {made}"), *_card_facts(card), *_shape_facts(read_tensors(file))]
+    tensors = read_tensors(file)
+    what = f"a finished pretraining, '{card.name}': {made}"
+    facts = [*head, ("what", what), *_card_facts(card), _decoder_fact(card, tensors), *_shape_facts(tensors)]
     return facts, f"export autoreg_weights={card.name}; nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner -c 3d_fullres"
+
+
+def _decoder_fact(card: EncoderCard, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    decoder = [tensor for key, tensor in tensors.items() if key.startswith(card.adaptation.keys_to_decoder)]
+    if not decoder:
+        return "decoder", "none: it starts at random in fine-tuning"
+    parameters = sum(tensor.numel() for tensor in decoder)
+    return "decoder", f"pretrained too, {len(decoder)} tensors with {parameters:,} parameters"
 
 
 def _card_facts(card: EncoderCard) -> Facts:

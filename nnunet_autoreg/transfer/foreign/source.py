@@ -4,12 +4,14 @@ import json
 import logging
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from nnunet_autoreg.transfer.foreign.ar_ssl4m import is_ar_ssl4m
 log = logging.getLogger(__name__)
 
 RUN, NNSSL, AR_SSL4M, NO_PLAN, UNKNOWN = "run", "nnssl", "AR-SSL4M", "checkpoint without a plan", "unknown"
+TRAINED = "trained nnU-Net model"
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
 MAX_NAMES = 3
@@ -109,7 +112,8 @@ def read_content(file: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             # About pickle protocols, which the line below says better.
             warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_numbers_of_numpy()):
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_unsafe(file, str(error))) from error
     except Exception as error:  # torch stumbles over damaged bytes in many ways
@@ -117,6 +121,15 @@ def read_content(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{file} holds {type(content).__name__}, no dictionary of tensors")
     return content
+
+
+def _numbers_of_numpy() -> list[Any]:
+    """Return what nnU-Net's checkpoints need besides tensors: numbers of numpy in logs and plans, which run no code."""
+    kinds = [np.float32, np.float64, np.int32, np.int64, np.bool_]
+    scalar = np.float64(0).__reduce__()[0]
+    # Earlier versions of numpy named the module differently, and the file names the one that wrote it.
+    names = ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
+    return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
 def _why_unsafe(file: Path, message: str) -> str:
@@ -151,10 +164,33 @@ def _sorted(file: Path, content: dict[str, Any], plan_beside: dict[str, Any] | N
             continue
         if is_ar_ssl4m(tensors):
             return Source(AR_SSL4M, file, tensors, rest={} if key is None else rest)
+        if plan is None and key == WEIGHTS_KEY and _is_trained(content):
+            return Source(TRAINED, file, tensors, rest=rest)
         if plan is not None or plan_beside is not None:
             return Source(NNSSL, file, tensors, plan, plan_beside, rest)
         return Source(NO_PLAN if key == WEIGHTS_KEY else UNKNOWN, file, tensors, rest={} if key is None else rest)
     return Source(UNKNOWN, file, rest=content)
+
+
+def _is_trained(content: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is of nnU-Net's trainer: those of pretraining know no labelled dataset."""
+    arguments = content.get("init_args")
+    return isinstance(arguments, Mapping) and "dataset_json" in arguments and "trainer_name" in content
+
+
+def trained_model_line(source: Source) -> str:
+    """Return what a trained nnU-Net model is, in one line."""
+    arguments = source.rest["init_args"]
+    plans = arguments.get("plans")
+    named = plans if isinstance(plans, Mapping) else {}
+    words = (source.rest["trainer_name"], named.get("plans_name"), arguments.get("configuration"), named.get("dataset_name"))
+    described = ", ".join(str(word)[:80] for word in words if word)
+    return f"a trained nnU-Net model ({described}): it segments already and is no pretrained encoder"
+
+
+def trained_model_next(source: Source) -> str:
+    """Return what to type to start from a trained nnU-Net model."""
+    return f"nnUNetv2_train DATASET CONFIGURATION FOLD -p PLANS_OF_THE_SAME_NETWORK -pretrained_weights {shlex.quote(str(source.file))}"
 
 
 def _only_tensors(candidate: Any) -> dict[str, Tensor]:
