@@ -1,15 +1,30 @@
-"""What a step really takes: its peak of memory, on a GPU by the allocator's own count, on a CPU by following every tensor."""
+"""What a step really takes: its peak of memory, on a GPU by the allocator's own count, on a CPU by following every tensor.
+
+And the one place where the benchmarks make their plans and batches.
+"""
 
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Line = dict[str, object]
+from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
+from nnunet_autoreg.model.sizes import EncoderSize
+from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
+from nnunet_autoreg.sequences.blocks import block_ids
+from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sequences.turn import Turn
+
+PLENTY_GIB = 1e6
+NUM_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -18,12 +33,60 @@ class Setting:
 
     Attributes:
         is_small: the miniature for a CPU.
-        minutes: of the pretraining by command.
+        minutes: the most that one part may take.
+        folder: for the scans and runs of the parts that type commands; parts of one call share it.
     """
 
     device: torch.device
     is_small: bool
     minutes: float
+    folder: Path
+
+
+def crop_of(encoder: EncoderSize, is_small: bool) -> Size:
+    """Return a crop of whole blocks: 128^3 voxels or the next smaller one, or a miniature."""
+    sides = []
+    for token, block in zip(encoder.token_size, encoder.block_tokens, strict=True):
+        side = token * block
+        sides.append(max(2 * side, 32) if is_small else max(2, 128 // side) * side)
+    return as_size(sides)
+
+
+def plan_of(encoder: EncoderSize, crop: Size, micro: int, *settings: str) -> Plan:
+    """Return the plan that planning makes for an encoder, with this crop and a step of two parts.
+
+    Args:
+        micro: crops on the device at once; the batch is twice that.
+        settings: as after ``--set``; they come last.
+    """
+    pool = Pool(1, (1.0, 1.0, 1.0), crop, volume(crop), None)
+    wishes = Wishes(encoder=encoder.name, batch_size=2 * micro, num_steps=NUM_STEPS)
+    hardware = Hardware("cuda", PLENTY_GIB)
+    planned = make_plan("benchmark", pool, hardware, wishes, 0, {}, lambda *_: (0.0, 0.0))
+
+    sizes = {"crop_size_vox": crop, "block_tokens": encoder.block_tokens}
+    fixed = [f"sequence.{name}={','.join(map(str, size))}" for name, size in sizes.items()]
+    return check(override(planned, [*fixed, f"optim.micro_batch_size={micro}", *settings]))
+
+
+def batch_of(plan: Plan, num_samples: int) -> Batch:
+    """Return random crops, all to be mirrored on the device; a quarter of every second one is padding."""
+    size = plan.sequence.crop_size_vox
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.from_numpy(block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens))
+    num_blocks = int(ids.max()) + 1
+
+    if plan.sequence.order == "random":
+        orders = [torch.randperm(num_blocks, generator=generator) for _ in range(num_samples)]
+        ranks = torch.stack([order[ids] for order in orders])  # (B, T)
+    else:
+        ranks = ids.expand(num_samples, -1).clone()
+
+    real = torch.ones(num_samples, 1, *size, dtype=torch.bool)
+    real[1::2, :, size[0] * 3 // 4 :] = False
+    voxels = torch.randn(num_samples, 1, 1, *size, generator=generator) * real[:, :, None]
+    prefix = torch.randint(1, num_blocks, (num_samples,), generator=generator)
+    return Batch(voxels, real, ranks, prefix, turns=(Turn((True, True, True)),) * num_samples)
 
 
 class LiveBytes(TorchDispatchMode):

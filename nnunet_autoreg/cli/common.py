@@ -4,11 +4,13 @@ import functools
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.errors import AutoregError, PlanError
+from nnunet_autoreg.requirements import find_violations, in_one_line
 
 INTERRUPTED = 130
 
@@ -20,7 +22,8 @@ def command(main: Main) -> Command:
     """Wrap a command's ``main(argv)`` so that every way of ending is an exit code and at most one line on stderr.
 
     An ``AutoregError`` becomes ``<command>: <message>`` and its exit code; an interruption 130; a closed pipe is silent.
-    Anything else is a bug and keeps its traceback. ``argparse`` ends misuse with 2 by itself.
+    Anything else is a bug and keeps its traceback, unless an installed package violates what is required of it: then one
+    line names the package and what mends it, and the exit code is 1. ``argparse`` ends misuse with 2 by itself.
     """
 
     @functools.wraps(main)
@@ -30,7 +33,7 @@ def command(main: Main) -> Command:
             sys.stdout.flush()
             return code
         except AutoregError as error:
-            return _complain(main, str(error), error.exit_code)
+            return _complain(main, str(error) + _broken_packages(error), error.exit_code)
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 _silence_stdout()
@@ -39,8 +42,42 @@ def command(main: Main) -> Command:
             return _complain(main, f"{error.strerror or error}{where}; what was written before is kept", 1)
         except KeyboardInterrupt:
             return _complain(main, "interrupted; run the same line again to go on", INTERRUPTED)
+        except Exception as error:
+            violations = find_violations()
+            if not violations:
+                raise
+            what = f"{type(error).__name__}: {error} ({_place_of(error)})"
+            advice = "mend this first; if the error remains, it is then shown in full"
+            return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
 
     return run
+
+
+def warn_of_violations() -> None:
+    """Log one warning per installed package that violates a requirement; with several processes, in the main one only.
+
+    It is no error yet: most versions that a requirement excludes still work for most encoders. Where the
+    network cannot be built after all, the error names the package again.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for violation in find_violations():
+        logging.getLogger("nnunet_autoreg").warning("%s", violation)
+
+
+def _broken_packages(error: AutoregError) -> str:
+    """Return the tail of a message about a network that could not be built: violated requirements may be why."""
+    cause = error.__cause__
+    if not isinstance(error, PlanError) or cause is None or isinstance(cause, AutoregError | OSError):
+        return ""
+    violations = find_violations()
+    return f"; {in_one_line(violations)}" if violations else ""
+
+
+def _place_of(error: Exception) -> str:
+    """Return file and line of the innermost call, in place of a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "place unknown"
 
 
 def prepare_torch() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from nnunet_autoreg import __version__, bridge, nnunet_api
 from nnunet_autoreg.cli.common import command, print_next
 from nnunet_autoreg.errors import AutoregError, UsageError, WeightsError
+from nnunet_autoreg.requirements import Violation, checked_distributions, find_violations
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 PYTHON_FROM = (3, 10)
@@ -32,6 +33,9 @@ REINSTALL_TORCH = (
     "torch and torchvision must be builds of one registry: pip install --force-reinstall torch torchvision "
     "(a CPU-only torch beside another torchvision does not load)"
 )
+
+PROBED_NETWORKS = ("resenc_tiny", "primus_tiny", "primus_v3_tiny", "vit_b16")
+"""One encoder of every kind of building blocks: they are what breaks beside another version of timm."""
 
 # Runs in an interpreter of its own: what this one has imported already must not make anything look well.
 PROBE = f"""
@@ -62,8 +66,19 @@ def trainer():
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
     return find("AutoregPretrainedTrainer").__module__
 
+def network(name):
+    import torch
+    from nnunet_autoreg.model.encoders import build_network
+    from nnunet_autoreg.model.sizes import encoder_size
+    size = encoder_size(name)
+    with torch.device("meta"):
+        build_network(size.class_path, size.arguments, (64, 64, 64), 1, 2)
+    return "built"
+
 for name in ("torch", "torchvision", "timm"):
     attempt(name, lambda: importlib.import_module(name).__version__)
+for name in {PROBED_NETWORKS!r}:
+    attempt("network " + name, lambda: network(name))
 attempt("device", device)
 attempt("planner", planner)
 attempt("trainer", trainer)
@@ -132,6 +147,9 @@ def all_checks() -> Iterator[Check]:
     yield check_bridge(answer, os.environ.get(bridge.SWITCH))
     yield check_torch(answer)
     yield from (check_companion(answer, name) for name in ("torchvision", "timm"))
+    violations = find_violations()
+    yield check_networks(answer, violations)
+    yield from check_requirements(violations)
     yield check_device(answer)
     yield check_machine()
     yield check_runs()
@@ -241,6 +259,33 @@ def check_companion(answer: dict[str, Any], name: str) -> Check:
     if name in answer:
         return Check(name, OK, answer[name])
     return Check(name, FAIL, _one_line(_why(answer, name)), REINSTALL_TORCH)
+
+
+def check_networks(answer: dict[str, Any], violations: tuple[Violation, ...]) -> Check:
+    """Whether one network of every family can be built with the installed packages."""
+    name = "networks"
+    failed = [encoder for encoder in PROBED_NETWORKS if f"network {encoder}" not in answer]
+    if not failed:
+        return Check(name, OK, f"built {', '.join(PROBED_NETWORKS)}")
+
+    reason = _one_line(_why(answer, f"network {failed[0]}"))
+    finding = f"cannot build {', '.join(failed)}: {reason}"
+    # Several commands are one line for the shell: the reader copies it once.
+    commands = [violation.remedy for violation in violations]
+    remedy = " && ".join(commands) or "pip install --force-reinstall --no-deps nnunet-autoreg dynamic-network-architectures"
+    return Check(name, FAIL, finding, remedy)
+
+
+def check_requirements(violations: tuple[Violation, ...]) -> list[Check]:
+    """One line for every package that violates a requirement, or one that says that none does."""
+    if not violations:
+        return [Check("requirements", OK, f"those of {', '.join(checked_distributions())} are met")]
+    checks = []
+    for violation in violations:
+        found = violation.installed or "not installed"
+        finding = f"{violation.package} {found}, but {' and '.join(violation.required)}"
+        checks.append(Check("requirements", WARN, finding, violation.remedy))
+    return checks
 
 
 def _why(answer: dict[str, Any], name: str) -> str:

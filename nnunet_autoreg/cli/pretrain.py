@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next, warn_of_violations
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
     configure_logging()
+    warn_of_violations()
     prepare_torch()
     if args.num_gpus or "WORLD_SIZE" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns in every process of what is as it should be

@@ -18,7 +18,7 @@ PACKAGE = "nnunet_autoreg"
 # Level by level; the files of levels 0 and 1 are one room each, in the order in which they may import each other.
 LEVELS = [
     ["errors", "geometry", "records", "rng"],
-    ["families", "plan", "plan_check", "presets", "nnunet_api", "bridge"],
+    ["families", "plan", "plan_check", "presets", "nnunet_api", "bridge", "requirements"],
     ["corpus", "model"],
     ["planning", "store", "checkpoint"],
     ["sequences", "objectives", "transfer"],

@@ -20,6 +20,7 @@ WELL = {
     "torch": "2.15.0",
     "torchvision": "0.29.2",
     "timm": "1.0.22",
+    **{f"network {name}": "built" for name in doctor.PROBED_NETWORKS},
     "device": ["cuda", "Some GPU", 24 * 2**30, 1, 20 * 2**30],
     "planner": "nnunet_autoreg.planners.autoreg_planner",
     "trainer": "nnunet_autoreg.trainers.autoreg_trainers",
@@ -55,7 +56,7 @@ def test_when_all_is_well_every_line_is_ok_and_the_next_line_pretrains(
     monkeypatch.setattr(doctor, "probe", lambda: WELL)
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["ok"] * 13
+    assert [line.split()[0] for line in lines[:-1]] == ["ok"] * 15
     assert "cuda: Some GPU, 24 GiB (20 free)" in lines[-4]
     assert lines[-1] == "next: autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
 

@@ -1,0 +1,175 @@
+"""Compare the installed packages with what nnU-Net, its networks and this package require of them.
+
+pip checks requirements only when it installs something: a package that is upgraded later can break the
+networks without a word. Only metadata is read here, nothing is imported, so that a package which cannot
+be imported any more is named as well.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+CHECKED = ("nnunetv2", "dynamic-network-architectures", "nnunet-autoreg")
+"""The distributions whose requirements are checked; one that is not installed has none."""
+
+INSTALLED_TOGETHER = {"torch": ("torchvision",)}
+"""Packages that do not load beside an older or newer build of the package named first."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One package whose installed version is not one that is required, or that is missing.
+
+    Attributes:
+        package: canonical name, e.g. "timm".
+        installed: its version; None where it is not installed.
+        required: who requires what, e.g. ("timm<1.0.23 is required by dynamic-network-architectures 0.4.4",).
+        remedy: the pip command that installs a version which meets all that is required of the package.
+    """
+
+    package: str
+    installed: str | None
+    required: tuple[str, ...]
+    remedy: str
+
+    def __str__(self) -> str:
+        found = (
+            f"{self.package} {self.installed}"
+            if self.installed
+            else f"{self.package} is not installed"
+        )
+        return f"{found}, but {' and '.join(self.required)}; type: {self.remedy}"
+
+
+def find_violations() -> tuple[Violation, ...]:
+    """Return every violated requirement of the checked distributions, sorted by package.
+
+    Markers are evaluated for this interpreter. Requirements of an extra count only where another
+    requirement asks for that extra.
+    """
+    wanted: dict[str, list[tuple[str, Requirement]]] = {}
+    for name in CHECKED:
+        for owner, requirement in _requirements_of(name, frozenset(), set()):
+            wanted.setdefault(canonicalize_name(requirement.name), []).append((owner, requirement))
+
+    violations = []
+    for package, asked in sorted(wanted.items()):
+        installed = _installed_version(package)
+        broken = [(owner, wish) for owner, wish in asked if not _is_met(wish, installed)]
+        if broken:
+            everything = [requirement for _, requirement in asked]
+            remedy = _remedy(package, everything)
+            violations.append(Violation(package, installed, _grouped(broken), remedy))
+    return tuple(violations)
+
+
+def checked_distributions() -> tuple[str, ...]:
+    """Return the names and versions of those checked distributions that are installed."""
+    found = []
+    for name in CHECKED:
+        version = _installed_version(name)
+        if version is not None:
+            found.append(f"{name} {version}")
+    return tuple(found)
+
+
+def in_one_line(violations: tuple[Violation, ...]) -> str:
+    """Return all violations with their remedies as one sentence for an error message."""
+    return "installed packages violate what is required of them: " + "; ".join(map(str, violations))
+
+
+def _requirements_of(
+    name: str, extras: frozenset[str], visited: set[tuple[str, frozenset[str]]]
+) -> Iterator[tuple[str, Requirement]]:
+    """Yield (who requires it, requirement) of a distribution, and what its requirements' extras add.
+
+    Args:
+        extras: empty for the requirements without an extra, else those that only these extras add.
+        visited: distributions with extras that were read already; extras may refer to each other.
+    """
+    found = _distribution(name)
+    key = (canonicalize_name(name), extras)
+    if found is None or key in visited:
+        return
+    visited.add(key)
+
+    owner = f"{canonicalize_name(name)} {_version_of(found) or 'of unknown version'}"
+    for text in found.requires or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue  # A line that pip could not read either.
+
+        is_always = _holds(requirement, "")
+        is_of_extra = any(_holds(requirement, extra) for extra in extras)
+        applies = is_of_extra and not is_always if extras else is_always
+        if not applies:
+            continue
+        yield owner, requirement
+        if requirement.extras:
+            yield from _requirements_of(requirement.name, frozenset(requirement.extras), visited)
+
+
+def _holds(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _distribution(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _version_of(found: Distribution) -> str | None:
+    # A damaged .dist-info folder has no version; Python's releases differ in whether they raise then.
+    try:
+        version: str | None = found.metadata["Version"]
+    except KeyError:
+        return None
+    return version
+
+
+def _installed_version(name: str) -> str | None:
+    found = _distribution(name)
+    return None if found is None else _version_of(found) or "of unknown version"
+
+
+def _is_met(requirement: Requirement, installed: str | None) -> bool:
+    """Return whether a version meets a requirement; what cannot be compared counts as met."""
+    if installed is None:
+        return False
+    try:
+        version = Version(installed)
+    except InvalidVersion:
+        return True
+    # Whoever installed a pre-release wanted it: it is compared like any other version.
+    return requirement.specifier.contains(version, prereleases=True)
+
+
+def _grouped(broken: list[tuple[str, Requirement]]) -> tuple[str, ...]:
+    """Return one clause per different requirement, with all who require it."""
+    owners: dict[str, list[str]] = {}
+    for owner, requirement in broken:
+        owners.setdefault(_plain(requirement), []).append(owner)
+    return tuple(f"{text} is required by {' and '.join(names)}" for text, names in owners.items())
+
+
+def _remedy(package: str, requirements: list[Requirement]) -> str:
+    """Return the pip command that meets all requirements of a package at once."""
+    specifiers = sorted({str(s) for requirement in requirements for s in requirement.specifier})
+    extras = sorted({extra for requirement in requirements for extra in requirement.extras})
+    name = f"{package}[{','.join(extras)}]" if extras else package
+    arguments = [name + ",".join(specifiers), *INSTALLED_TOGETHER.get(package, ())]
+    return "pip install " + shlex.join(arguments)
+
+
+def _plain(requirement: Requirement) -> str:
+    """Return a requirement without its marker, as it would be typed."""
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
