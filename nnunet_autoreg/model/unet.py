@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation
 from nnunet_autoreg.model.parameters import weights_under
 from nnunet_autoreg.model.trunk import recomputed
 
 ENCODER_PREFIX = "encoder."
-DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
-"""What fine-tuning loads besides the encoder. The segmentation heads are new in every task."""
 
 
 class PretrainingUNet(nn.Module):
@@ -92,4 +90,5 @@ class PretrainingUNet(nn.Module):
             key_to_stem=str(network.key_to_stem),
             keys_to_in_proj=tuple(network.keys_to_in_proj),
             key_to_lpe=None,
+            keys_to_decoder=DECODER_PREFIXES,
         )
