@@ -33,9 +33,11 @@ from nnunet_autoreg.benchmark.split import (
     read_subjects,
 )
 from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.private import show_paths
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.nnunet_api import dataset_folder
+from nnunet_autoreg.pretrain.folder import PATH_FIELDS
 from nnunet_autoreg.records import from_jsonable, read_json, write_json, write_text
 from nnunet_autoreg.transfer.block import BLOCK_KEY
 from nnunet_autoreg.transfer.resolve import locate
@@ -201,7 +203,9 @@ def ensure_masked(bench: Bench, family: str) -> None:
     if preset:
         raise AutoregError(f"the arm 'masked' needs a twin of '{family}', which was made with --preset {preset} and would differ in more "
                            f"than the objective; leave it out of --arms, or give a run named {name}")
-    _pretrain(bench, name, [*retyped(plan["request"], int(plan["optim"]["num_steps"])), "--objective", "masked"])
+    # The plan may be shared, so the paths of its request stand in the run's private file.
+    request = show_paths(plan["request"], PATH_FIELDS, plan_file.parent)
+    _pretrain(bench, name, [*retyped(request, int(plan["optim"]["num_steps"])), "--objective", "masked"])
 
 
 def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
