@@ -33,11 +33,10 @@ from nnunet_autoreg.benchmark.split import (
     read_subjects,
 )
 from nnunet_autoreg.corpus.find import find_scans
-from nnunet_autoreg.corpus.private import show_paths
+from nnunet_autoreg.corpus.private import PATH_FIELDS, show_paths
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.nnunet_api import dataset_folder
-from nnunet_autoreg.pretrain.folder import PATH_FIELDS
 from nnunet_autoreg.records import from_jsonable, read_json, write_json, write_text
 from nnunet_autoreg.transfer.block import BLOCK_KEY
 from nnunet_autoreg.transfer.resolve import locate

@@ -17,6 +17,8 @@ from nnunet_autoreg.records import atomic_path, from_cell, to_cell
 
 PRIVATE_NAME = "paths_do_not_share.csv"
 COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
+PATH_FIELDS = ("folders", "exclude", "manifest", "init", "boxes")
+"""Fields of a request that hold paths."""
 HIDDEN = "hidden:"
 """Begins what stands in the plan for a path: the rest is the id of its line in the private file."""
 HIDDEN_NAME = "[name]"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.corpus.private import hide_paths, show_paths
+from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths, show_paths
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError, did_you_mean
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, check_run_name, read_card
@@ -24,8 +24,6 @@ from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
 MAY_CHANGE = {"optim": ("num_steps",), "run": ("sharding", "min_token_variance", "min_effective_rank")}
 """Values of the plan that no step of training depends on."""
-PATH_FIELDS = ("folders", "exclude", "manifest", "init", "boxes")
-"""Fields of a request that hold paths."""
 NO_LENGTH: dict[str, Any] = {"num_steps": None, "num_epochs": None, "num_hours": None}
 
 

@@ -18,7 +18,7 @@ from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.journal import JOURNAL_NAME
 from nnunet_autoreg.corpus.licences import read_licences, write_licences
 from nnunet_autoreg.corpus.manifest import read_manifest
-from nnunet_autoreg.corpus.private import hide_paths
+from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
@@ -34,7 +34,6 @@ from nnunet_autoreg.presets import PAPER_BATCH, faithful, with_objective
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.folder import (
     INDEX_NAME,
-    PATH_FIELDS,
     Request,
     continued_plan,
     has_plan,
