@@ -1,6 +1,8 @@
-"""Package map: top-level ``trainers/`` and ``planners/`` are ``nnunet_autoreg.trainers`` and ``nnunet_autoreg.planners``.
+"""Package map: top-level ``trainers/`` and ``planners/`` are ``nnunet_autoreg.trainers`` and
+``nnunet_autoreg.planners``.
 
-The wheel also carries the start-up bridge's ``.pth`` line at its root, where ``pip`` installs and uninstalls it whole.
+The wheel also carries the start-up bridge's ``.pth`` line at its root, where ``pip`` installs and
+uninstalls it whole.
 """
 
 import runpy

@@ -1,19 +1,23 @@
-"""Does detection learn? A generated set of cubes and real scans through the commands alone; one JSON line per training.
+"""Does detection learn?
 
-    python benchmarks/detection.py prepare --set toy --work FOLDER
-    python benchmarks/detection.py prepare --set oasis --data RAW_DATASET --work FOLDER
-    python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm scratch --epochs 16 --iterations 50
-    python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained --pretrain-raw RAW --pretrain-sets 4 27 51 61
-    python benchmarks/detection.py centre --work FOLDER
-    python benchmarks/detection.py table
+A generated set of cubes and real scans through the commands alone; one JSON line per training.
 
-``run`` pretrains an encoder first (``--pretrain-steps``), on the images of ``--pretrain-sets`` but those of ``--exclude``; for the
-scratch arm, which takes nothing from it but its plan, two steps on the set itself will do. ``--weights`` takes an encoder that is there.
-It plans, preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without mirroring.
-``centre`` scores the answer that needs no network: in every validation scan one box in the middle, of the training objects' median size.
-``table`` prints all lines in Markdown.
+    python benchmarks/detection.py prepare --set toy --work FOLDER python benchmarks/detection.py
+    prepare --set oasis --data RAW_DATASET --work FOLDER python benchmarks/detection.py run --work
+    FOLDER --encoder resenc_tiny --arm scratch --epochs 16 --iterations 50 python
+    benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained --pretrain-raw
+    RAW --pretrain-sets 4 27 51 61 python benchmarks/detection.py centre --work FOLDER python
+    benchmarks/detection.py table
 
-Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8 to 16 voxels, every 8th without any.
+``run`` pretrains an encoder first (``--pretrain-steps``), on the images of ``--pretrain-sets`` but
+those of ``--exclude``; for the scratch arm, which takes nothing from it but its plan, two steps on
+the set itself will do. ``--weights`` takes an encoder that is there. It plans, preprocesses, trains
+one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without
+mirroring. ``centre`` scores the answer that needs no network: in every validation scan one box in
+the middle, of the training objects' median size. ``table`` prints all lines in Markdown.
+
+Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8
+    to 16 voxels, every 8th without any.
 """
 
 import argparse
@@ -38,9 +42,16 @@ SIDE, NUM_CASES, EMPTY_EVERY, MOST_CUBES = 80, 40, 8, 3
 SMALLEST, LARGEST, HOLE = 8, 16, 0.5
 LABELS = {"background": 0, "solid": 1, "holed": 2}
 NUM_TOY_FOLDS = 5
-FOLDS = {"oasis": ((6, 7), (0, 1), (2, 3)), "sarcoma": ((12, 13, 14, 15), (0, 1, 2, 3)), "sarcoma_ct": ((8, 9, 10, 11), (0, 1, 2, 3)),
-         "ms": ((1,), (0,))}
-"""Places, in order of the names, of the scans that each fold validates on; the others train. One scan a patient."""
+FOLDS = {
+    "oasis": ((6, 7), (0, 1), (2, 3)),
+    "sarcoma": ((12, 13, 14, 15), (0, 1, 2, 3)),
+    "sarcoma_ct": ((8, 9, 10, 11), (0, 1, 2, 3)),
+    "ms": ((1,), (0,)),
+}
+"""Places, in order of the names, of the scans that each fold validates on; the others train.
+
+One scan a patient.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,16 @@ class Case:
 
 
 def draw_case(number: int, seed: int = 0, side: int = SIDE) -> Case:
-    """Toy case ``number``: noise, and cubes that are brighter by two of its standard deviations; holed ones lack their inner half."""
+    """Toy case ``number``: noise, and cubes that are brighter by two of its standard deviations;
+    holed ones lack their inner half.
+    """
     random = generator(seed, "toy cubes", number)
     image = random.standard_normal((side, side, side)).astype(np.float32)
     labels = np.zeros(image.shape, np.uint8)
     taken = np.zeros(image.shape, bool)
-    wanted = 0 if number % EMPTY_EVERY == EMPTY_EVERY - 1 else int(random.integers(0, MOST_CUBES + 1))
+    wanted = (
+        0 if number % EMPTY_EVERY == EMPTY_EVERY - 1 else int(random.integers(0, MOST_CUBES + 1))
+    )
     placed = 0
     while placed < wanted:
         size = int(random.integers(SMALLEST, LARGEST + 1))
@@ -72,7 +87,7 @@ def draw_case(number: int, seed: int = 0, side: int = SIDE) -> Case:
         if kind == LABELS["holed"]:
             hole = max(2, round(size * HOLE))
             low = (size - hole) // 2
-            body[low:low + hole, low:low + hole, low:low + hole] = False
+            body[low : low + hole, low : low + hole, low : low + hole] = False
         image[cube][body] += 2
         labels[cube][body] = kind
         taken[cube] = True
@@ -86,12 +101,25 @@ def write_toy(raw: Path, num_cases: int = NUM_CASES, side: int = SIDE) -> None:
 
     for number in range(num_cases):
         case = draw_case(number, side=side)
-        for folder, name, array in (("imagesTr", f"toy_{number:02}_0000", case.image), ("labelsTr", f"toy_{number:02}", case.labels)):
+        for folder, name, array in (
+            ("imagesTr", f"toy_{number:02}_0000", case.image),
+            ("labelsTr", f"toy_{number:02}", case.labels),
+        ):
             (raw / folder).mkdir(parents=True, exist_ok=True)
-            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(raw / folder / f"{name}.nii.gz"))
-    (raw / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": num_cases, "file_ending": ".nii.gz", "autoreg_detection": {},
-    }))
+            SimpleITK.WriteImage(
+                SimpleITK.GetImageFromArray(array), str(raw / folder / f"{name}.nii.gz")
+            )
+    (raw / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "MRI"},
+                "labels": LABELS,
+                "numTraining": num_cases,
+                "file_ending": ".nii.gz",
+                "autoreg_detection": {},
+            }
+        )
+    )
 
 
 def prepare(kind: str, data: Path | None, work: Path) -> None:
@@ -118,10 +146,21 @@ def prepare(kind: str, data: Path | None, work: Path) -> None:
 
 
 def environment(work: Path, threads: int) -> dict[str, str]:
-    """nnU-Net's folders, augmentation in the training's own process, and this interpreter's commands first."""
-    folders = {"nnUNet_raw": work / "raw", "nnUNet_preprocessed": work / "preprocessed", "nnUNet_results": work / "results"}
-    settings = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000",
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """nnU-Net's folders, augmentation in the training's own process, and this interpreter's
+    commands first.
+    """
+    folders = {
+        "nnUNet_raw": work / "raw",
+        "nnUNet_preprocessed": work / "preprocessed",
+        "nnUNet_results": work / "results",
+    }
+    settings = {
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "GOMP_SPINCOUNT": "1000",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     return {**os.environ, **settings, **{name: str(folder) for name, folder in folders.items()}}
 
 
@@ -130,45 +169,93 @@ def run(args: argparse.Namespace) -> None:
     work: Path = args.work
     env = environment(work, args.threads)
     dataset = next(p.name for p in (work / "raw").iterdir())
-    number = dataset[len("Dataset"):].split("_")[0]
+    number = dataset[len("Dataset") :].split("_")[0]
     # Each arm pretrains under its own name: scratch needs but a plan, and makes it on the very set.
     args.weights_name = args.weights or f"{args.encoder}_{args.arm}"
     plans = f"AutoregPlans_{args.weights_name}"
     file = work / "preprocessed" / dataset / f"{plans}.json"
-    if args.arm == "pretrained" and not args.weights and int(number) in [int(s) for s in args.pretrain_sets or [number]]:
-        sys.exit(f"the pretrained arm must not have seen the scans it is scored on: name --pretrain-sets without {number}, or --weights")
+    if (
+        args.arm == "pretrained"
+        and not args.weights
+        and int(number) in [int(s) for s in args.pretrain_sets or [number]]
+    ):
+        sys.exit(
+            "the pretrained arm must not have seen the scans it is scored on: name "
+            f"--pretrain-sets without {number}, or --weights"
+        )
     if not file.is_file():
         plan(env, number, args)
     if args.plan_only:
         return
     shorten(file, args)
-    trainer = "AutoregDetectionTrainer" if args.arm == "pretrained" else "AutoregDetectionScratchTrainer"
+    trainer = (
+        "AutoregDetectionTrainer" if args.arm == "pretrained" else "AutoregDetectionScratchTrainer"
+    )
     start = time.monotonic()
     log = work / f"{args.weights_name}_{args.arm}_{args.fold}.log"
     with log.open("w") as handle:
-        subprocess.run(["nnUNetv2_train", number, "3d_fullres", str(args.fold), "-tr", trainer, "-p", plans, "-device", "cpu"],
-                       env=env, check=True, stdout=handle, stderr=subprocess.STDOUT)
+        subprocess.run(
+            [
+                "nnUNetv2_train",
+                number,
+                "3d_fullres",
+                str(args.fold),
+                "-tr",
+                trainer,
+                "-p",
+                plans,
+                "-device",
+                "cpu",
+            ],
+            env=env,
+            check=True,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+        )
     minutes = (time.monotonic() - start) / 60
     folder = work / "results" / dataset / f"{trainer}__{plans}__3d_fullres" / f"fold_{args.fold}"
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
-    dice = json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
+    dice = json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"][
+        "Dice"
+    ]
     planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
-    card = json.loads(next((work / "results" / "autoreg_pretraining" / args.weights_name).glob("encoder.json")).read_text())
-    pretrained = {name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")}
-    add_line(args.results, {
-        "set": dataset, "encoder": args.encoder, "arm": args.arm, "fold": args.fold, "iterations": args.epochs * args.iterations,
-        "batch": planned["batch_size"], "patch": planned["patch_size"], "recipe": args.recipe,
-        "minutes": round(minutes, 2), "threads": args.threads,
-        "pretrained": pretrained if args.arm == "pretrained" else {}, **figures(summary), "dice": round(dice, 4),
-    })
+    card = json.loads(
+        next(
+            (work / "results" / "autoreg_pretraining" / args.weights_name).glob("encoder.json")
+        ).read_text()
+    )
+    pretrained = {
+        name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")
+    }
+    add_line(
+        args.results,
+        {
+            "set": dataset,
+            "encoder": args.encoder,
+            "arm": args.arm,
+            "fold": args.fold,
+            "iterations": args.epochs * args.iterations,
+            "batch": planned["batch_size"],
+            "patch": planned["patch_size"],
+            "recipe": args.recipe,
+            "minutes": round(minutes, 2),
+            "threads": args.threads,
+            "pretrained": pretrained if args.arm == "pretrained" else {},
+            **figures(summary),
+            "dice": round(dice, 4),
+        },
+    )
 
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:
     """What a line holds of an evaluation."""
     return {
-        "scans": summary["scans"]["number"], "objects": sum(c["objects"] for c in summary["classes"].values()),
-        **{f"ap_{iou}": round(summary["ap"][iou]["mean"], 4) for iou in ("0.1", "0.5")}, "ap_0.1_ci95": summary["ap"]["0.1"]["ci95"],
-        "map": round(next(iter(summary["map"].values()))["mean"], 4), "cpm": round(summary["froc"]["cpm"]["mean"], 4),
+        "scans": summary["scans"]["number"],
+        "objects": sum(c["objects"] for c in summary["classes"].values()),
+        **{f"ap_{iou}": round(summary["ap"][iou]["mean"], 4) for iou in ("0.1", "0.5")},
+        "ap_0.1_ci95": summary["ap"]["0.1"]["ci95"],
+        "map": round(next(iter(summary["map"].values()))["mean"], 4),
+        "cpm": round(summary["froc"]["cpm"]["mean"], 4),
     }
 
 
@@ -181,7 +268,9 @@ def add_line(results: Path, line: dict[str, Any]) -> None:
 
 
 def answer_the_centre(args: argparse.Namespace) -> None:
-    """Score one box per scan and class, in the middle: sides relative to the scan's are the median of the training objects'."""
+    """Score one box per scan and class, in the middle: sides relative to the scan's are the median
+    of the training objects'.
+    """
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
     from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
@@ -189,23 +278,46 @@ def answer_the_centre(args: argparse.Namespace) -> None:
     from nnunet_autoreg.detection.score import scan_of_instances
 
     (raw,) = (args.work / "raw").iterdir()
-    source = ObjectSource(raw / "labelsTr", raw, json.loads((raw / "dataset.json").read_text()), SimpleITKIO)
-    fold = json.loads((args.work / "preprocessed" / raw.name / "splits_final.json").read_text())[args.fold]
+    source = ObjectSource(
+        raw / "labelsTr", raw, json.loads((raw / "dataset.json").read_text()), SimpleITKIO
+    )
+    fold = json.loads((args.work / "preprocessed" / raw.name / "splits_final.json").read_text())[
+        args.fold
+    ]
     sides: dict[int, list[Any]] = {place: [] for place in range(len(source.classes))}
     for case in fold["train"]:
         known = source.read(case)
         for item in known.instances.objects:
             if not item.ignored:
-                sides[item.place].append(np.subtract(item.box_zyx[3:], item.box_zyx[:3]) / known.shape_vox)
-    boxes = {place: np.concatenate([0.5 - half, 0.5 + half]) for place, half in
-             ((place, np.median(known, axis=0) / 2) for place, known in sides.items() if known)}
+                sides[item.place].append(
+                    np.subtract(item.box_zyx[3:], item.box_zyx[:3]) / known.shape_vox
+                )
+    boxes = {
+        place: np.concatenate([0.5 - half, 0.5 + half])
+        for place, half in (
+            (place, np.median(known, axis=0) / 2) for place, known in sides.items() if known
+        )
+    }
     scans = []
     for case in fold["val"]:
         known = source.read(case)
         found = [box * np.tile(known.shape_vox, 2) for box in boxes.values()]
-        scans.append(scan_of_instances(case, known.spacing_mm, known.instances, (found, list(boxes), [1.0] * len(found))))
+        scans.append(
+            scan_of_instances(
+                case, known.spacing_mm, known.instances, (found, list(boxes), [1.0] * len(found))
+            )
+        )
     summary = evaluate(scans, source.classes, EvaluationSettings())
-    add_line(args.results, {"set": raw.name, "encoder": "none", "arm": "centre", "fold": args.fold, **figures(summary)})
+    add_line(
+        args.results,
+        {
+            "set": raw.name,
+            "encoder": "none",
+            "arm": "centre",
+            "fold": args.fold,
+            **figures(summary),
+        },
+    )
 
 
 def plan(env: dict[str, str], number: str, args: argparse.Namespace) -> None:
@@ -214,10 +326,35 @@ def plan(env: dict[str, str], number: str, args: argparse.Namespace) -> None:
     name = args.weights_name
     left_out = ["--exclude", str(args.exclude)] if args.exclude else []
     lines = (
-        ["autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", name, "--encoder", args.encoder,
-         "--steps", str(args.pretrain_steps), "--batch", "4", "--device", "cpu", *left_out],
-        ["nnUNetv2_plan_and_preprocess", "-d", number, "-pl", "AutoregPlanner", "-overwrite_plans_name", f"AutoregPlans_{name}",
-         "-c", "3d_fullres", "-np", "1"],
+        [
+            "autoreg_pretrain",
+            "-d",
+            *(args.pretrain_sets or [number]),
+            "--name",
+            name,
+            "--encoder",
+            args.encoder,
+            "--steps",
+            str(args.pretrain_steps),
+            "--batch",
+            "4",
+            "--device",
+            "cpu",
+            *left_out,
+        ],
+        [
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            number,
+            "-pl",
+            "AutoregPlanner",
+            "-overwrite_plans_name",
+            f"AutoregPlans_{name}",
+            "-c",
+            "3d_fullres",
+            "-np",
+            "1",
+        ],
     )
     if not args.weights:
         subprocess.run(lines[0], env={**env, **raw}, check=True)
@@ -227,7 +364,10 @@ def plan(env: dict[str, str], number: str, args: argparse.Namespace) -> None:
 def shorten(file: Path, args: argparse.Namespace) -> None:
     """Length, patch and batch into the plans file."""
     plans = json.loads(file.read_text())
-    lengths = {"num_iterations_per_epoch": args.iterations, "num_val_iterations_per_epoch": args.val_iterations}
+    lengths = {
+        "num_iterations_per_epoch": args.iterations,
+        "num_val_iterations_per_epoch": args.val_iterations,
+    }
     plans["autoreg"]["recipe"] |= args.recipe | lengths
     configuration = plans["configurations"]["3d_fullres"]
     configuration["autoreg_detection"]["num_epochs"] = args.epochs
@@ -240,7 +380,9 @@ def shorten(file: Path, args: argparse.Namespace) -> None:
 
 
 def table(results: Path) -> list[str]:
-    """Rows of Markdown: runs that differ in the fold alone share one, with the score of every fold."""
+    """Rows of Markdown: runs that differ in the fold alone share one, with the score of every
+    fold.
+    """
     rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for line in map(json.loads, results.read_text().splitlines()):
         patch = " x ".join(map(str, line.get("patch", [])))
@@ -248,11 +390,20 @@ def table(results: Path) -> list[str]:
         key = (line["set"].split("_")[1], line["encoder"], line["arm"], length)
         rows.setdefault(key, {})[line["fold"]] = line
     measures = {"AP@0.1": "ap_0.1", "AP@0.5": "ap_0.5", "mAP": "map", "CPM": "cpm"}
-    made = [f"| set | encoder | start | iterations, patch | folds | objects | {' | '.join(measures)} |", f"|{'---|' * (6 + len(measures))}"]
+    made = [
+        f"| set | encoder | start | iterations, patch | folds | objects | {' | '.join(measures)} |",
+        f"|{'---|' * (6 + len(measures))}",
+    ]
     for key, of_fold in sorted(rows.items()):
         lines = [of_fold[fold] for fold in sorted(of_fold)]
-        cells = [*key, ", ".join(str(line["fold"]) for line in lines), str(sum(line["objects"] for line in lines))]
-        cells += [_spread([line[name] for line in lines if name in line]) for name in measures.values()]
+        cells = [
+            *key,
+            ", ".join(str(line["fold"]) for line in lines),
+            str(sum(line["objects"] for line in lines)),
+        ]
+        cells += [
+            _spread([line[name] for line in lines if name in line]) for name in measures.values()
+        ]
         made.append(f"| {' | '.join(cells)} |")
     return made
 
@@ -265,7 +416,9 @@ def _spread(values: list[float]) -> str:
 
 def main() -> None:
     """Parse the line and do it."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(required=True, dest="command")
     first = commands.add_parser("prepare")
     first.add_argument("--set", choices=["toy", *FOLDS], required=True)
@@ -279,12 +432,29 @@ def main() -> None:
     second.add_argument("--val-iterations", type=int, default=4)
     second.add_argument("--batch", type=int)
     second.add_argument("--patch", type=int, nargs=3)
-    second.add_argument("--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop")
+    second.add_argument(
+        "--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop"
+    )
     second.add_argument("--pretrain-steps", type=int, default=2)
-    second.add_argument("--pretrain-sets", nargs="+", default=[], metavar="NUMBER", help="datasets to pretrain on (default: this one)")
+    second.add_argument(
+        "--pretrain-sets",
+        nargs="+",
+        default=[],
+        metavar="NUMBER",
+        help="datasets to pretrain on (default: this one)",
+    )
     second.add_argument("--exclude", type=Path, help="file with names of scans to leave out of it")
-    second.add_argument("--recipe", action="append", default=[], metavar="KEY=VALUE", help="change the planned recipe of fine-tuning")
-    second.add_argument("--weights", help="an encoder in FOLDER/results/autoreg_pretraining instead of a pretraining")
+    second.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the planned recipe of fine-tuning",
+    )
+    second.add_argument(
+        "--weights",
+        help="an encoder in FOLDER/results/autoreg_pretraining instead of a pretraining",
+    )
     second.add_argument("--pretrain-raw", type=Path, help="their nnUNet_raw (default: FOLDER's)")
     second.add_argument("--threads", type=int, default=1)
     third = commands.add_parser("centre")

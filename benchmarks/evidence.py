@@ -31,10 +31,10 @@ from evidence_table import table
 from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.cli.common import configure_logging
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.finetune.block import OPTIMIZERS
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.plan import OBJECTIVES
 from nnunet_autoreg.pretrain.machine import check_device, default_device
-from nnunet_autoreg.transfer.block import OPTIMIZERS
 
 log = logging.getLogger("evidence")
 

@@ -32,24 +32,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.benchmark.protocol import recipe_values as read_recipe
-from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.card import read_card, verify_weights
-from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.model.topology import suited_to
-from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import from_jsonable, to_jsonable
-from nnunet_autoreg.transfer.block import AutoregBlock, PlannedWeights, Recipe, check_block
-from nnunet_autoreg.transfer.decoder import transferred_keys
-from nnunet_autoreg.transfer.families import decoder_first, recipe_values
-from nnunet_autoreg.transfer.load import Target, WeightTable, load_encoder
-from nnunet_autoreg.transfer.network import build_network
-from nnunet_autoreg.transfer.recipe import (
+from nnunet_autoreg.finetune.block import AutoregBlock, PlannedWeights, Recipe, check_block
+from nnunet_autoreg.finetune.decoder import transferred_keys
+from nnunet_autoreg.finetune.families import decoder_first, recipe_values
+from nnunet_autoreg.finetune.load import Target, WeightTable, load_encoder
+from nnunet_autoreg.finetune.network import build_network
+from nnunet_autoreg.finetune.recipe import (
     IterationRates,
     encoder_parameters,
     make_optimizer,
     make_schedule,
     parameter_groups,
 )
+from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.model.card import read_card, verify_weights
+from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.records import from_jsonable, to_jsonable
 
 log = logging.getLogger("evidence")
 

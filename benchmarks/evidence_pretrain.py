@@ -36,8 +36,8 @@ from nnunet_autoreg.pretrain.state import Progress, restore, snapshot
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import autocast
 from nnunet_autoreg.records import differences, from_jsonable, read_json, write_json
-from nnunet_autoreg.sequences.material import Material
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.material import Material
+from nnunet_autoreg.sampling.sample import Batch
 
 log = logging.getLogger("evidence")
 

@@ -1,14 +1,18 @@
-"""Does pretraining help with few labels? Hippocampus, fixed split, equal cost, one JSON line per run.
+"""Does pretraining help with few labels?
 
-152 fixed cases are the unlabelled pool, its first 5, 10, 20 are the labelled ones, the next 32 of it the development split; 40 fixed cases
-are the test split, never seen in pretraining and scored for final tables only. Arms: ``pretrained`` and ``scratch`` (our trainers on one
-plan) and ``stock`` (nnUNetTrainer on nnUNetPlans), all with the same number of optimiser steps and samples. Everything runs through
-nnU-Net's own planner, trainer and validation; validation is without mirroring, for every arm.
+Hippocampus, fixed split, equal cost, one JSON line per run.
 
-    python benchmarks/few_label.py prepare  --data RAW_DATASET --work FOLDER
-    python benchmarks/few_label.py pretrain --work FOLDER --configuration raster
-    python benchmarks/few_label.py run      --work FOLDER --configuration raster --arms pretrained scratch --labels 5 10 20 --seeds 0 1 2
-    python benchmarks/few_label.py table
+152 fixed cases are the unlabelled pool, its first 5, 10, 20 are the labelled ones, the next 32 of
+it the development split; 40 fixed cases are the test split, never seen in pretraining and scored
+for final tables only. Arms: ``pretrained`` and ``scratch`` (our trainers on one plan) and ``stock``
+(nnUNetTrainer on nnUNetPlans), all with the same number of optimiser steps and samples. Everything
+runs through nnU-Net's own planner, trainer and validation; validation is without mirroring, for
+every arm.
+
+    python benchmarks/few_label.py prepare  --data RAW_DATASET --work FOLDER python
+    benchmarks/few_label.py pretrain --work FOLDER --configuration raster python
+    benchmarks/few_label.py run      --work FOLDER --configuration raster --arms pretrained scratch
+    --labels 5 10 20 --seeds 0 1 2 python benchmarks/few_label.py table
 
 ``run`` skips what the results file already holds, so that the table can grow over days.
 """
@@ -47,7 +51,8 @@ class Configuration:
         settings: of the pretraining, for ``--set``.
         length: of the pretraining, as a multiple of PRETRAIN_STEPS.
         recipe: changed values of the fine-tuning recipe.
-        weights: the configuration whose pretraining is used; "" for its own, None where there is none (scratch).
+        weights: the configuration whose pretraining is used; "" for its own, None where there is
+            none (scratch).
     """
 
     settings: tuple[str, ...] = ()
@@ -83,10 +88,21 @@ BASE_RECIPE = {"pretrained_rate": 3e-3, "scratch_rate": 3e-3}
 
 
 def environment(work: Path, results: Path, threads: int = 1) -> dict[str, str]:
-    """nnU-Net's folders, single-threaded augmentation (so that a seed decides), and this interpreter's commands first."""
-    folders = {"nnUNet_raw": work / "raw", "nnUNet_preprocessed": work / "preprocessed", "nnUNet_results": results}
-    settings = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000",
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """nnU-Net's folders, single-threaded augmentation (so that a seed decides), and this
+    interpreter's commands first.
+    """
+    folders = {
+        "nnUNet_raw": work / "raw",
+        "nnUNet_preprocessed": work / "preprocessed",
+        "nnUNet_results": results,
+    }
+    settings = {
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "GOMP_SPINCOUNT": "1000",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     return {**os.environ, **settings, **{name: str(folder) for name, folder in folders.items()}}
 
 
@@ -97,7 +113,9 @@ def split_cases(cases: list[str]) -> tuple[list[str], list[str]]:
 
 
 def fold_of(labels: int, split: str) -> int:
-    """The fold of ``splits_final.json`` that trains on ``labels`` cases and validates on ``split``."""
+    """The fold of ``splits_final.json`` that trains on ``labels`` cases and validates on
+    ``split``.
+    """
     return list(product(LABELS, SPLITS)).index((labels, split))
 
 
@@ -112,32 +130,77 @@ def run_name(configuration: str) -> str:
 
 
 def prepare(data: Path, work: Path) -> None:
-    """Copy the dataset, write splits and the exclusion list, plan and preprocess for our trainers and for stock nnU-Net."""
+    """Copy the dataset, write splits and the exclusion list, plan and preprocess for our trainers
+    and for stock nnU-Net.
+    """
     raw = work / "raw" / DATASET
     shutil.copytree(data, raw)
     results = work / "results"
     (work / "preprocessed" / DATASET).mkdir(parents=True)
     results.mkdir()
-    pool, test = split_cases([p.name.removesuffix(".nii.gz") for p in (raw / "labelsTr").glob("*.nii.gz")])
+    pool, test = split_cases(
+        [p.name.removesuffix(".nii.gz") for p in (raw / "labelsTr").glob("*.nii.gz")]
+    )
     (work / "test_cases.txt").write_text("\n".join(test) + "\n")
     validation = {"development": pool[max(LABELS) : max(LABELS) + NUM_DEVELOPMENT], "test": test}
-    folds = [{"train": pool[:labels], "val": validation[split]} for labels, split in product(LABELS, SPLITS)]
+    folds = [
+        {"train": pool[:labels], "val": validation[split]}
+        for labels, split in product(LABELS, SPLITS)
+    ]
     (work / "preprocessed" / DATASET / "splits_final.json").write_text(json.dumps(folds))
     env = {**environment(work, results), "autoreg_weights": "none", "nnUNet_n_proc_DA": "2"}
-    lines = (["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "ExperimentPlanner", "-c", "3d_fullres", "-np", "2"],
-             ["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "AutoregPlanner", "-c", "3d_fullres", "-np", "2"])
+    lines = (
+        [
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            "4",
+            "-pl",
+            "ExperimentPlanner",
+            "-c",
+            "3d_fullres",
+            "-np",
+            "2",
+        ],
+        [
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            "4",
+            "-pl",
+            "AutoregPlanner",
+            "-c",
+            "3d_fullres",
+            "-np",
+            "2",
+        ],
+    )
     for line in lines:
         subprocess.run(line, env=env, check=True)
 
 
 def pretrain(work: Path, configuration: str, threads: int) -> None:
-    """Pretrain on the pool, unless the configuration uses another's weights, and write a plans file for it."""
+    """Pretrain on the pool, unless the configuration uses another's weights, and write a plans file
+    for it.
+    """
     tried = CONFIGURATIONS[configuration]
     results = work / "results"
     if tried.weights == "":
-        line = ["autoreg_pretrain", "-d", "4", "--name", run_name(configuration), "--encoder", "primus_tiny", "--steps",
-                str(tried.length * PRETRAIN_STEPS), "--batch", str(PRETRAIN_BATCH), "--device", "cpu",
-                "--exclude", str(work / "test_cases.txt")]
+        line = [
+            "autoreg_pretrain",
+            "-d",
+            "4",
+            "--name",
+            run_name(configuration),
+            "--encoder",
+            "primus_tiny",
+            "--steps",
+            str(tried.length * PRETRAIN_STEPS),
+            "--batch",
+            str(PRETRAIN_BATCH),
+            "--device",
+            "cpu",
+            "--exclude",
+            str(work / "test_cases.txt"),
+        ]
         set_values = ["--set", *tried.settings] if tried.settings else []
         subprocess.run([*line, *set_values], env=environment(work, results, threads), check=True)
     write_plans(work, configuration)
@@ -160,16 +223,25 @@ def write_plans(work: Path, configuration: str) -> None:
 
 def pretraining_steps(configuration: str) -> int:
     """Steps of the pretraining whose weights a configuration uses."""
-    return CONFIGURATIONS[CONFIGURATIONS[configuration].weights or configuration].length * PRETRAIN_STEPS
+    return (
+        CONFIGURATIONS[CONFIGURATIONS[configuration].weights or configuration].length
+        * PRETRAIN_STEPS
+    )
 
 
 def tried_by(configuration: str, arm: str) -> str:
-    """The configuration that matters to an arm: stock has none, and scratch only those made for it (it ignores weights)."""
-    matters = arm == "pretrained" or (arm == "scratch" and CONFIGURATIONS[configuration].weights is None)
+    """The configuration that matters to an arm: stock has none, and scratch only those made for it
+    (it ignores weights).
+    """
+    matters = arm == "pretrained" or (
+        arm == "scratch" and CONFIGURATIONS[configuration].weights is None
+    )
     return configuration if matters else "-"
 
 
-def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, split: str, steps: int) -> None:
+def train_one(
+    work: Path, configuration: str, arm: str, labels: int, seed: int, split: str, steps: int
+) -> None:
     """One training in this process (its nnU-Net folders are in the environment), one JSON line."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
@@ -177,12 +249,21 @@ def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, 
     for seed_with in (random.seed, np.random.seed, torch.manual_seed):
         seed_with(seed)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    trainers = {"pretrained": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer", "stock": "nnUNetTrainer"}
+    trainers = {
+        "pretrained": "AutoregPretrainedTrainer",
+        "scratch": "AutoregScratchTrainer",
+        "stock": "nnUNetTrainer",
+    }
     tried = tried_by(configuration, arm)
     plans = "nnUNetPlans" if arm == "stock" else plans_name(tried if tried != "-" else "raster")
-    trainer = get_trainer_from_args("4", "3d_fullres", fold_of(labels, split), trainers[arm], plans, device=torch.device("cpu"))
+    trainer = get_trainer_from_args(
+        "4", "3d_fullres", fold_of(labels, split), trainers[arm], plans, device=torch.device("cpu")
+    )
     trainer.num_epochs = steps // STEPS_PER_EPOCH
-    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = STEPS_PER_EPOCH, VAL_STEPS
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = (
+        STEPS_PER_EPOCH,
+        VAL_STEPS,
+    )
     trainer.configuration_manager.configuration["batch_size"] = BATCH_SIZE
     start = time.monotonic()
     trainer.run_training()
@@ -191,15 +272,34 @@ def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, 
     trainer.perform_actual_validation()
     summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
     curve = [float(v) for v in trainer.logger.get_value("mean_fg_dice", step=None)]
-    dice = [[case["metrics"][label]["Dice"] for label in sorted(case["metrics"])] for case in summary["metric_per_case"]]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    dice = [
+        [case["metrics"][label]["Dice"] for label in sorted(case["metrics"])]
+        for case in summary["metric_per_case"]
+    ]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     line = {
-        "configuration": tried, "arm": arm, "labels": labels, "seed": seed, "split": split,
-        "steps": steps, "batch": BATCH_SIZE, "dice": summary["foreground_mean"]["Dice"], "dice_per_case": np.round(dice, 4).tolist(),
-        "curve_steps_per_point": STEPS_PER_EPOCH, "curve": np.round(curve, 4).tolist(), "train_s": round(seconds, 1),
+        "configuration": tried,
+        "arm": arm,
+        "labels": labels,
+        "seed": seed,
+        "split": split,
+        "steps": steps,
+        "batch": BATCH_SIZE,
+        "dice": summary["foreground_mean"]["Dice"],
+        "dice_per_case": np.round(dice, 4).tolist(),
+        "curve_steps_per_point": STEPS_PER_EPOCH,
+        "curve": np.round(curve, 4).tolist(),
+        "train_s": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "pretrain_steps": pretraining_steps(tried) if arm == "pretrained" else 0,
-        "commit": commit.stdout.strip(), "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-autoreg")},
+        "commit": commit.stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-autoreg")},
     }
     with RESULTS.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
@@ -207,12 +307,16 @@ def train_one(work: Path, configuration: str, arm: str, labels: int, seed: int, 
 
 def read_results() -> list[dict]:
     """All lines so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
 
 
 def key_of(line: dict) -> tuple:
     """What makes two runs the same run."""
-    return tuple(line[name] for name in ("configuration", "arm", "labels", "seed", "split", "steps"))
+    return tuple(
+        line[name] for name in ("configuration", "arm", "labels", "seed", "split", "steps")
+    )
 
 
 def run_all(work: Path, args: argparse.Namespace) -> None:
@@ -224,15 +328,46 @@ def run_all(work: Path, args: argparse.Namespace) -> None:
         seed, labels, arm = job
         if (tried_by(args.configuration, arm), arm, labels, seed, args.split, args.steps) in done:
             return
-        results = work / "runs" / f"{run_name(args.configuration)}-{arm}-{labels}-{seed}-{args.split}-{args.steps}"
+        results = (
+            work
+            / "runs"
+            / f"{run_name(args.configuration)}-{arm}-{labels}-{seed}-{args.split}-{args.steps}"
+        )
         shutil.rmtree(results, ignore_errors=True)
         results.mkdir(parents=True)
         (results / "autoreg_pretraining").symlink_to(work / "results" / "autoreg_pretraining")
-        line = [sys.executable, __file__, "one", "--work", str(work), "--configuration", args.configuration, "--arms", arm,
-                "--labels", str(labels), "--seeds", str(seed), "--split", args.split, "--steps", str(args.steps)]
+        line = [
+            sys.executable,
+            __file__,
+            "one",
+            "--work",
+            str(work),
+            "--configuration",
+            args.configuration,
+            "--arms",
+            arm,
+            "--labels",
+            str(labels),
+            "--seeds",
+            str(seed),
+            "--split",
+            args.split,
+            "--steps",
+            str(args.steps),
+        ]
         with (results / "log.txt").open("w") as log:
-            code = subprocess.run(line, env=environment(work, results), stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        print(f"{arm}, {labels} labels, seed {seed}: " + ("done" if code == 0 else f"FAILED, see {results / 'log.txt'}"), flush=True)
+            code = subprocess.run(
+                line,
+                env=environment(work, results),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            ).returncode
+        print(
+            f"{arm}, {labels} labels, seed {seed}: "
+            + ("done" if code == 0 else f"FAILED, see {results / 'log.txt'}"),
+            flush=True,
+        )
 
     with ThreadPoolExecutor(args.jobs) as jobs:
         list(jobs.map(one, product(args.seeds, args.labels, args.arms)))
@@ -245,43 +380,82 @@ def steps_to(line: dict, dice: float) -> int | None:
 
 
 def paired_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over cases (differences are averaged over seeds first)."""
+    """95 % bootstrap interval of the mean over cases (differences are averaged over seeds
+    first).
+    """
     generator = np.random.default_rng(seed)
     means = generator.choice(differences, (10_000, len(differences))).mean(axis=1)
     return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
 def table() -> str:
-    """Mean and spread over seeds, steps to given Dice, and the paired difference to scratch, as Markdown."""
+    """Mean and spread over seeds, steps to given Dice, and the paired difference to scratch, as
+    Markdown.
+    """
     lines = read_results()
-    groups = sorted({(x["split"], x["steps"], x["labels"], x["arm"], x["configuration"]) for x in lines})
-    columns = ["split", "steps", "labels", "arm", "pretraining", "n", "Dice mean (sd over seeds)",
-               "steps to " + " / ".join(map(str, REACHED)), "paired difference to scratch [95 %]"]
+    groups = sorted(
+        {(x["split"], x["steps"], x["labels"], x["arm"], x["configuration"]) for x in lines}
+    )
+    columns = [
+        "split",
+        "steps",
+        "labels",
+        "arm",
+        "pretraining",
+        "n",
+        "Dice mean (sd over seeds)",
+        "steps to " + " / ".join(map(str, REACHED)),
+        "paired difference to scratch [95 %]",
+    ]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for split, steps, labels, arm, configuration in groups:
-        same = {x["seed"]: x for x in lines if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
-                == (split, steps, labels, arm, configuration)}
-        twins = {x["seed"]: x for x in lines if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
-                 == (split, steps, labels, "scratch", "-")}
+        same = {
+            x["seed"]: x
+            for x in lines
+            if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
+            == (split, steps, labels, arm, configuration)
+        }
+        twins = {
+            x["seed"]: x
+            for x in lines
+            if (x["split"], x["steps"], x["labels"], x["arm"], x["configuration"])
+            == (split, steps, labels, "scratch", "-")
+        }
         dice = [x["dice"] for x in same.values()]
         spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
-        reach = " / ".join("-" if None in found else f"{np.mean(found):.0f}"
-                           for found in ([steps_to(x, d) for x in same.values()] for d in REACHED))
+        reach = " / ".join(
+            "-" if None in found else f"{np.mean(found):.0f}"
+            for found in ([steps_to(x, d) for x in same.values()] for d in REACHED)
+        )
         shared = sorted(set(same) & set(twins)) if (arm, configuration) != ("scratch", "-") else []
         paired = "-"
         if shared:
-            case_means = [[np.mean(x["dice_per_case"], axis=1) for x in (same[s], twins[s])] for s in shared]
+            case_means = [
+                [np.mean(x["dice_per_case"], axis=1) for x in (same[s], twins[s])] for s in shared
+            ]
             difference = np.mean([a - b for a, b in case_means], axis=0)
             low, high = paired_interval(difference)
             paired = f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}], n = {len(shared)}"
-        cells = [split, steps, labels, arm, configuration, len(dice), f"{np.mean(dice):.3f} ({spread})", reach, paired]
+        cells = [
+            split,
+            steps,
+            labels,
+            arm,
+            configuration,
+            len(dice),
+            f"{np.mean(dice):.3f} ({spread})",
+            reach,
+            paired,
+        ]
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 
 def main() -> None:
     """Parse the command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=["prepare", "pretrain", "run", "one", "table"])
     p.add_argument("--data", type=Path, help="the raw dataset folder")
     p.add_argument("--work", type=Path, help="folder for everything that is made")
@@ -291,7 +465,9 @@ def main() -> None:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--split", choices=SPLITS, default="development")
     p.add_argument("--steps", type=int, default=400)
-    p.add_argument("--threads", type=int, default=2, help="of a pretraining; a fine-tuning takes one")
+    p.add_argument(
+        "--threads", type=int, default=2, help="of a pretraining; a fine-tuning takes one"
+    )
     p.add_argument("--jobs", type=int, default=2)
     args = p.parse_args()
     if args.what == "prepare":
@@ -301,7 +477,15 @@ def main() -> None:
     elif args.what == "run":
         run_all(args.work.resolve(), args)
     elif args.what == "one":
-        train_one(args.work, args.configuration, args.arms[0], args.labels[0], args.seeds[0], args.split, args.steps)
+        train_one(
+            args.work,
+            args.configuration,
+            args.arms[0],
+            args.labels[0],
+            args.seeds[0],
+            args.split,
+            args.steps,
+        )
     else:
         print(table())
 

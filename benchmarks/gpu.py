@@ -1,22 +1,29 @@
-"""Everything that only a GPU can say: is it right, how fast, does the memory estimate hold, do the commands work.
+"""Everything that only a GPU can say: is it right, how fast, does the memory estimate hold, do the
+commands work.
 
-    python benchmarks/gpu.py --parts smoke --out gpu.jsonl       the first thing to run, about 3 minutes
-    python benchmarks/gpu.py --parts throughput --encoders primus_m resenc_l --out gpu.jsonl
-    python benchmarks/gpu.py --parts smoke --dry-run-on-cpu      the same in miniature, a couple of minutes
+    python benchmarks/gpu.py --parts smoke --out gpu.jsonl       the first thing to run, about 3
+    minutes python benchmarks/gpu.py --parts throughput --encoders primus_m resenc_l --out gpu.jsonl
+    python benchmarks/gpu.py --parts smoke --dry-run-on-cpu      the same in miniature, a couple of
+    minutes
 
-Every part runs in a process of its own, for at most ``--minutes`` (4): one that fails or takes longer leaves a line that
-says so, and the next one begins. Parts that are measured per encoder run once per encoder. Every line is on disk, in the
-file named by ``--out``, before the next one is measured. The exit code is 1 if something is wrong.
+Every part runs in a process of its own, for at most ``--minutes`` (4): one that fails or takes
+longer leaves a line that says so, and the next one begins. Parts that are measured per encoder run
+once per encoder. Every line is on disk, in the file named by ``--out``, before the next one is
+measured. The exit code is 1 if something is wrong.
 
-Nothing is needed but the installed package and this folder: scans are generated, or taken from dataset 4 where
+Nothing is needed but the installed package and this folder: scans are generated, or taken from
+    dataset 4 where
 ``nnUNet_raw`` has it. There is no network access.
 
-Parts: ``turns`` - crops turned on the device. ``attention`` (``attention_quick``) - FlexAttention's kernels against plain
-attention. ``losses`` - compiled against eager, bf16 against float32, checkpointed against not, per encoder.
-``throughput`` - seconds of a step, share of the matrix peak, per encoder. ``memory`` - estimate against measured peak, per
-encoder. ``pretrain`` - the command, 50 steps of a CNN and of a transformer, and the seconds to the first step. ``stop`` -
-SIGTERM before the first step. ``resume`` - a pretraining stopped and continued against one that was not. ``finetune`` -
-planning, 20 iterations of ``nnUNetv2_train``, prediction. ``chain`` - the same, longer. ``processes`` - two GPUs.
+Parts: ``turns`` - crops turned on the device. ``attention`` (``attention_quick``) - FlexAttention's
+    kernels against plain
+attention. ``losses`` - compiled against eager, bf16 against float32, checkpointed against not, per
+encoder. ``throughput`` - seconds of a step, share of the matrix peak, per encoder. ``memory`` -
+estimate against measured peak, per encoder. ``pretrain`` - the command, 50 steps of a CNN and of a
+transformer, and the seconds to the first step. ``stop`` - SIGTERM before the first step. ``resume``
+- a pretraining stopped and continued against one that was not. ``finetune`` - planning, 20
+iterations of ``nnUNetv2_train``, prediction. ``chain`` - the same, longer. ``processes`` - two
+GPUs.
 Groups of parts: ``smoke``, ``correctness``, ``all``.
 """
 
@@ -50,11 +57,13 @@ from nnunet_autoreg.pretrain.display import matmul_peak, step_flops
 from nnunet_autoreg.pretrain.machine import plan_memory
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import autocast
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.turn import Turn
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.turn import Turn
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
-"""Largest difference over the largest value: float32 on a GPU multiplies in TF32 or float32, bf16 has 8 bits."""
+"""Largest difference over the largest value: float32 on a GPU multiplies in TF32 or float32, bf16
+has 8 bits.
+"""
 ESTIMATE_WITHIN = 0.10
 NUM_STEPS, NUM_STEPS_SMALL = 8, 3
 MOST_AT_ONCE = 16
@@ -64,13 +73,21 @@ LOSSES_OF = ("primus_tiny", "primus_b", "primus_v3_s", "resenc_tiny")
 
 
 def turns(setting: Setting) -> Iterator[Line]:
-    """Crops turned on the device in every way: voxels that differ from those turned here, milliseconds per crop."""
+    """Crops turned on the device in every way: voxels that differ from those turned here,
+    milliseconds per crop.
+    """
     flips = list(product((False, True), repeat=3))
     ways = [Turn(flip, as_size(axes)) for flip in flips for axes in permutations(range(3))]
     side = 16 if setting.is_small else 128
     generator = torch.Generator().manual_seed(0)
     voxels = torch.randn(len(ways), 1, 1, side, side, side, generator=generator)
-    batch = Batch(voxels, voxels[:, 0] > 0, torch.zeros(len(ways), 8), torch.zeros(len(ways)), turns=tuple(ways))
+    batch = Batch(
+        voxels,
+        voxels[:, 0] > 0,
+        torch.zeros(len(ways), 8),
+        torch.zeros(len(ways)),
+        turns=tuple(ways),
+    )
     batch = batch.pin_memory() if setting.device.type == "cuda" else batch
 
     seconds = math.inf
@@ -84,7 +101,13 @@ def turns(setting: Setting) -> Iterator[Line]:
     for found, turn, whole in zip(turned, ways, voxels, strict=True):
         differ += int((found.cpu() != turn.tensor(whole)).sum())
     more = {"side_vox": side, "ms_per_crop": 1000 * seconds / len(ways)}
-    yield {"part": "turns", "what": "voxels that differ", **more, "error": differ, "ok": differ == 0}
+    yield {
+        "part": "turns",
+        "what": "voxels that differ",
+        **more,
+        "error": differ,
+        "ok": differ == 0,
+    }
 
 
 def attention(setting: Setting, is_quick: bool = False) -> Iterator[Line]:
@@ -104,7 +127,11 @@ def attention(setting: Setting, is_quick: bool = False) -> Iterator[Line]:
         flex = torch.compile(attend, dynamic=False, backend=backend)
         for (order, padding), (ranks, prefix, valid) in cases.items():
             tensors = [t.to(setting.device) for t in (ranks, prefix, valid)]
-            rule = block_causal(*tensors) if kind == "encoder" else strictly_earlier(tensors[0], tensors[2])
+            rule = (
+                block_causal(*tensors)
+                if kind == "encoder"
+                else strictly_earlier(tensors[0], tensors[2])
+            )
             inputs = random_inputs((num_samples, num_heads, num_tokens, width), setting.device)
             mask = rule.block_mask(num_heads)
 
@@ -130,11 +157,17 @@ def attention(setting: Setting, is_quick: bool = False) -> Iterator[Line]:
             }
 
 
-def attention_cases(num_samples: int, num_tokens: int) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
-    """Return ranks (B, T), prefix (B,) and validity (B, T) by order and padding; samples differ in all of them."""
+def attention_cases(
+    num_samples: int, num_tokens: int
+) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
+    """Return ranks (B, T), prefix (B,) and validity (B, T) by order and padding; samples differ in
+    all of them.
+    """
     generator = torch.Generator().manual_seed(0)
     raster = torch.arange(num_tokens).expand(num_samples, -1)
-    mixed = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_samples)])
+    mixed = torch.stack(
+        [torch.randperm(num_tokens, generator=generator) for _ in range(num_samples)]
+    )
     whole = torch.ones(num_samples, num_tokens, dtype=torch.bool)
     padded = torch.rand(num_samples, num_tokens, generator=generator) > 0.3
     prefix = torch.linspace(1, num_tokens * 2 // 3, num_samples).long()
@@ -170,10 +203,16 @@ def sample_error(found: Tensor, expected: Tensor) -> list[float]:
 
 
 def losses(setting: Setting, encoder: str) -> Iterator[Line]:
-    """The whole loss and its gradient: compiled, in bf16, checkpointed, against the plain one in float32."""
+    """The whole loss and its gradient: compiled, in bf16, checkpointed, against the plain one in
+    float32.
+    """
     size = encoder_size(encoder)
     crop = as_size([min(64, side) for side in crop_of(size, setting.is_small)])
-    eager, compiled, checkpointed = ["run.compile=false"], ["run.compile=true"], ["optim.checkpoint_activations=true"]
+    eager, compiled, checkpointed = (
+        ["run.compile=false"],
+        ["run.compile=true"],
+        ["optim.checkpoint_activations=true"],
+    )
     ways = {"checkpointed against not": ([*eager, *checkpointed], False, 1e-4)}
     if setting.device.type == "cuda":
         ways |= {
@@ -183,7 +222,10 @@ def losses(setting: Setting, encoder: str) -> Iterator[Line]:
         }
 
     orders = (("raster", "next"), ("random", "query"))
-    choices = [[f"sequence.order={order}", f"sequence.predictor={predictor}"] for order, predictor in orders]
+    choices = [
+        [f"sequence.order={order}", f"sequence.predictor={predictor}"]
+        for order, predictor in orders
+    ]
     # A whole U-Net has one way to predict, which planning chooses.
     is_whole_network = plan_of(size, crop, 2).sequence.predictor not in ("next", "query")
     for sequence in [[]] if is_whole_network else choices:
@@ -192,16 +234,30 @@ def losses(setting: Setting, encoder: str) -> Iterator[Line]:
         plain = loss_and_gradient(plain_plan, batch, False, setting)
         for what, (settings, is_half, limit) in ways.items():
             start = time.monotonic()
-            found = loss_and_gradient(plan_of(size, crop, 2, *sequence, *settings), batch, is_half, setting)
+            found = loss_and_gradient(
+                plan_of(size, crop, 2, *sequence, *settings), batch, is_half, setting
+            )
             error = float((found[:1] / plain[:1] - 1).abs())
             gradient_error = float((found[1:] - plain[1:]).norm() / plain[1:].norm())
-            line = {"part": "losses", "encoder": encoder, "order": plain_plan.sequence.order, "what": what, "error": error}
-            more = {"gradient_error": gradient_error, "limit": limit, "seconds": round(time.monotonic() - start, 1)}
+            line = {
+                "part": "losses",
+                "encoder": encoder,
+                "order": plain_plan.sequence.order,
+                "what": what,
+                "error": error,
+            }
+            more = {
+                "gradient_error": gradient_error,
+                "limit": limit,
+                "seconds": round(time.monotonic() - start, 1),
+            }
             yield {**line, **more, "ok": error <= limit}
 
 
 def loss_and_gradient(plan: Plan, batch: Batch, is_half: bool, setting: Setting) -> Tensor:
-    """Return the mean loss and behind it the norm of the gradient in every parameter, in float64."""
+    """Return the mean loss and behind it the norm of the gradient in every parameter, in
+    float64.
+    """
     step, objective = step_of(plan, setting)
     with torch.autocast(setting.device.type, torch.bfloat16) if is_half else nullcontext():
         total, count = step.loss_of(batch)
@@ -221,7 +277,9 @@ def step_of(plan: Plan, setting: Setting) -> tuple[TrainingStep, Objective]:
 
 
 def throughput(setting: Setting, encoder: str) -> Iterator[Line]:
-    """Steps of an encoder: seconds, crops and tokens per second, share of the matrix peak (attention counted dense)."""
+    """Steps of an encoder: seconds, crops and tokens per second, share of the matrix peak
+    (attention counted dense).
+    """
     size = encoder_size(encoder)
     crop = crop_of(size, setting.is_small)
     line: Line = {"part": "throughput", "encoder": encoder, "crop": list(crop)}
@@ -255,7 +313,8 @@ def throughput(setting: Setting, encoder: str) -> Iterator[Line]:
         "tokens_per_s": round(crops * volume(grid_of(crop, size.token_size)) / usual),
     }
     if setting.device.type == "cuda":
-        # Counting comes last, on a network that is not compiled: what was measured is not lost if it fails.
+        # Counting comes last, on a network that is not compiled: what was measured is not lost if
+        # it fails.
         yield measured
         del step, objective
         plain, counted = step_of(plan_of(size, crop, micro, "run.compile=false"), setting)
@@ -263,20 +322,29 @@ def throughput(setting: Setting, encoder: str) -> Iterator[Line]:
             flops = crops * step_flops(counted, batch_of(plan, 1).to(setting.device))
         peak = matmul_peak(setting.device)
         del plain
-        share = {"share_of_peak": round(flops / usual / peak, 3), "peak_tflops": round(peak / 1e12, 1)}
+        share = {
+            "share_of_peak": round(flops / usual / peak, 3),
+            "peak_tflops": round(peak / 1e12, 1),
+        }
         yield {**line, **share}
     else:
         yield measured
 
 
 def memory(setting: Setting, encoder: str) -> Iterator[Line]:
-    """Estimated over measured peak of a step, the context left out: one crop at once and two, checkpointed and not."""
+    """Estimated over measured peak of a step, the context left out: one crop at once and two,
+    checkpointed and not.
+    """
     size = encoder_size(encoder)
     crop = crop_of(size, setting.is_small)
     for micro, recompute in product((2, 1), (False, True)):
         compiling = f"run.compile={'true' if setting.device.type == 'cuda' else 'false'}"
-        plan = plan_of(size, crop, micro, f"optim.checkpoint_activations={str(recompute).lower()}", compiling)
-        estimate = plan_memory(plan, setting.device.type == "cuda").total_bytes(micro) - CONTEXT_BYTES
+        plan = plan_of(
+            size, crop, micro, f"optim.checkpoint_activations={str(recompute).lower()}", compiling
+        )
+        estimate = (
+            plan_memory(plan, setting.device.type == "cuda").total_bytes(micro) - CONTEXT_BYTES
+        )
         line: Line = {
             "part": "memory",
             "encoder": encoder,
@@ -331,11 +399,24 @@ PARTS_PER_ENCODER: dict[str, Callable[[Setting, str], Iterator[Line]]] = {
 GROUPS = {
     "smoke": ["attention_quick", "pretrain", "resume", "finetune"],
     "correctness": ["turns", "attention", "losses"],
-    "all": ["turns", "attention", "losses", "throughput", "memory", "pretrain", "stop", "resume", "chain", "processes"],
+    "all": [
+        "turns",
+        "attention",
+        "losses",
+        "throughput",
+        "memory",
+        "pretrain",
+        "stop",
+        "resume",
+        "chain",
+        "processes",
+    ],
 }
 
 
-def units_of(names: Sequence[str], encoders: Sequence[str], is_small: bool) -> list[tuple[str, str]]:
+def units_of(
+    names: Sequence[str], encoders: Sequence[str], is_small: bool
+) -> list[tuple[str, str]]:
     """Return (part, encoder) in the order in which they run; "" where a part is not of one encoder.
 
     Args:
@@ -355,13 +436,17 @@ def units_of(names: Sequence[str], encoders: Sequence[str], is_small: bool) -> l
             own = LOSSES_OF
         if is_small:
             own = (TRANSFORMER, CNN)
-        chosen = [""] if part in PARTS else [*encoders] if encoders and part != "pretrain" else [*own]
+        chosen = (
+            [""] if part in PARTS else [*encoders] if encoders and part != "pretrain" else [*own]
+        )
         units += [(part, encoder) for encoder in chosen]
     return units
 
 
 def run_unit(unit: str, setting: Setting, recorder: Recorder) -> int:
-    """Measure one part in this process; return the exit code, which is 0 if all was recorded, failures included."""
+    """Measure one part in this process; return the exit code, which is 0 if all was recorded,
+    failures included.
+    """
     part, _, encoder = unit.partition(":")
     name: Line = {"part": part, "encoder": encoder} if encoder else {"part": part}
     # A part that hangs says where, just before it is ended.
@@ -377,7 +462,14 @@ def run_units(args: argparse.Namespace, is_small: bool, recorder: Recorder) -> N
     with tempfile.TemporaryDirectory(prefix="autoreg_gpu_") as folder:
         for part, encoder in units_of(args.parts, args.encoders, is_small):
             unit = f"{part}:{encoder}" if encoder else part
-            options = ["--unit", unit, "--minutes", str(args.minutes), "--folder", str(args.folder or folder)]
+            options = [
+                "--unit",
+                unit,
+                "--minutes",
+                str(args.minutes),
+                "--folder",
+                str(args.folder or folder),
+            ]
             options += ["--out", str(recorder.path)] if recorder.path else []
             options += ["--dry-run-on-cpu"] if is_small else []
 
@@ -385,21 +477,62 @@ def run_units(args: argparse.Namespace, is_small: bool, recorder: Recorder) -> N
             failed = run_bounded(python_command(Path(__file__), *options), 60 * args.minutes)
             seconds = round(time.monotonic() - started, 1)
             if failed:
-                recorder.add({"part": part, "encoder": encoder or None, "failed": failed, "after_s": seconds, "ok": False})
+                recorder.add(
+                    {
+                        "part": part,
+                        "encoder": encoder or None,
+                        "failed": failed,
+                        "after_s": seconds,
+                        "ok": False,
+                    }
+                )
             else:
-                recorder.add({"part": part, "encoder": encoder or None, "what": "whole part", "seconds": seconds})
+                recorder.add(
+                    {
+                        "part": part,
+                        "encoder": encoder or None,
+                        "what": "whole part",
+                        "seconds": seconds,
+                    }
+                )
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the arguments."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [*GROUPS, *PARTS, *PARTS_PER_ENCODER]
-    p.add_argument("--parts", nargs="+", choices=names, default=["smoke"], metavar="PART", help="default: smoke")
-    p.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=[], metavar="NAME", help="for losses, throughput and memory")
-    p.add_argument("--minutes", type=float, default=4, help="the most that one part may take (default 4)")
+    p.add_argument(
+        "--parts",
+        nargs="+",
+        choices=names,
+        default=["smoke"],
+        metavar="PART",
+        help="default: smoke",
+    )
+    p.add_argument(
+        "--encoders",
+        nargs="+",
+        choices=list(ENCODERS),
+        default=[],
+        metavar="NAME",
+        help="for losses, throughput and memory",
+    )
+    p.add_argument(
+        "--minutes", type=float, default=4, help="the most that one part may take (default 4)"
+    )
     p.add_argument("--out", type=Path, help="file that every line is appended to at once, as JSON")
-    p.add_argument("--folder", type=Path, help="existing folder for scans, runs and logs; default: a temporary one")
-    p.add_argument("--dry-run-on-cpu", action="store_true", help="everything in miniature; chosen where there is no GPU")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        help="existing folder for scans, runs and logs; default: a temporary one",
+    )
+    p.add_argument(
+        "--dry-run-on-cpu",
+        action="store_true",
+        help="everything in miniature; chosen where there is no GPU",
+    )
     p.add_argument("--unit", help=argparse.SUPPRESS)
     return p
 
@@ -422,7 +555,10 @@ def main() -> int:
         lines = read_lines(path)[num_before:]
 
     wrong = [line for line in lines if line.get("ok") is False]
-    print(f"{len(lines)} lines, {len(wrong)} wrong; {lines[-1]['device']}, versions {lines[-1]['versions']}")
+    print(
+        f"{len(lines)} lines, {len(wrong)} wrong; {lines[-1]['device']}, versions "
+        f"{lines[-1]['versions']}"
+    )
     return 1 if wrong else 0
 
 

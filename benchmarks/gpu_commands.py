@@ -1,4 +1,6 @@
-"""The parts of ``gpu.py`` that type commands: pretraining, stopping and resuming, fine-tuning, two GPUs."""
+"""The parts of ``gpu.py`` that type commands: pretraining, stopping and resuming, fine-tuning, two
+GPUs.
+"""
 
 import json
 import math
@@ -37,7 +39,9 @@ SMALL_SETTINGS = {
 """What makes a pretraining a miniature for a CPU."""
 
 COMPILED = ["run.compile=true"]
-"""A run of 50 steps would not be compiled by itself; here it is, since compiling is what is to be tried."""
+"""A run of 50 steps would not be compiled by itself; here it is, since compiling is what is to be
+tried.
+"""
 
 FIRST_STEP_WITHIN_S = 60
 STOPS_WITHIN_S = 10
@@ -84,10 +88,12 @@ class Started:
 
 @dataclass(frozen=True)
 class Workspace:
-    """nnU-Net's three folders below ``root``, with a few scans in the raw one; its methods type commands.
+    """nnU-Net's three folders below ``root``, with a few scans in the raw one; its methods type
+    commands.
 
     Attributes:
-        dataset: name of the dataset's folder: Hippocampus where ``nnUNet_raw`` has it, else generated scans.
+        dataset: name of the dataset's folder: Hippocampus where ``nnUNet_raw`` has it, else
+            generated scans.
     """
 
     root: Path
@@ -99,10 +105,13 @@ class Workspace:
         """Return the workspace that the parts of one call share; the first of them makes it."""
         root = setting.folder / "workspace"
         if not root.exists():
-            # Renamed when it is whole: a part that is cut off leaves no half of a dataset to the next.
+            # Renamed when it is whole: a part that is cut off leaves no half of a dataset to the
+            # next.
             temporary = Path(tempfile.mkdtemp(dir=setting.folder))
             num_cases = 6 if setting.is_small else 16
-            dataset = _link_hippocampus(temporary, num_cases) or _write_phantoms(temporary, num_cases)
+            dataset = _link_hippocampus(temporary, num_cases) or _write_phantoms(
+                temporary, num_cases
+            )
             for name in (PREPROCESSED, RESULTS):
                 (temporary / name).mkdir()
             (temporary / "dataset").write_text(dataset)
@@ -134,16 +143,30 @@ class Workspace:
             )
         return Started(process, command, log, time.monotonic())
 
-    def pretraining(self, name: str, encoder: str, *more: str, settings: Sequence[str] = ()) -> list[str]:
+    def pretraining(
+        self, name: str, encoder: str, *more: str, settings: Sequence[str] = ()
+    ) -> list[str]:
         """Return the command of a pretraining on the workspace's scans."""
         device = self.setting.device.type
         small = [*SMALL_SETTINGS[encoder], "run.log_every=1"] if self.setting.is_small else []
         every = ["--set", *small, *settings] if small or settings else []
-        start = ["autoreg_pretrain", "-d", self.number, "--name", name, "--encoder", encoder, "--device", device]
+        start = [
+            "autoreg_pretrain",
+            "-d",
+            self.number,
+            "--name",
+            name,
+            "--encoder",
+            encoder,
+            "--device",
+            device,
+        ]
         return [*start, *more, *every]
 
     def short_pretraining(self, name: str, encoder: str) -> list[str]:
-        """Return the command of the pretraining that is tried, stopped and resumed: the same but for its name."""
+        """Return the command of the pretraining that is tried, stopped and resumed: the same but
+        for its name.
+        """
         length = ["--steps", str(self.num_steps)]
         batch = ["--batch", "2"] if self.setting.is_small else []
         often = ["run.log_every=1", "run.checkpoint_every=2", "run.validate_every=1000"]
@@ -160,7 +183,10 @@ class Workspace:
 
     def last_values(self, name: str) -> dict[str, float]:
         """Return the last value of everything that a pretraining logged."""
-        lines = [json.loads(text) for text in (self.folder(name) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(text)
+            for text in (self.folder(name) / "metrics.jsonl").read_text().splitlines()
+        ]
         return {line["name"]: line["value"] for line in lines if line["unit"] != "text"}
 
     def has_stepped(self, name: str) -> bool:
@@ -169,7 +195,9 @@ class Workspace:
         return metrics.exists() and '"step_time"' in metrics.read_text()
 
     def finished_pretraining(self, encoder: str) -> str:
-        """Return the name of a finished short pretraining; it is run if no part before has done so."""
+        """Return the name of a finished short pretraining; it is run if no part before has done
+        so.
+        """
         name = f"short_{encoder}"
         if not (self.folder(name) / "encoder.safetensors").exists():
             self.start(*self.short_pretraining(name, encoder)).finish()
@@ -187,12 +215,18 @@ def program_of(name: str) -> list[str]:
     found = list(entry_points(group="console_scripts", name=name))
     if found:
         module, attribute = found[0].value.split(":")
-        return [sys.executable, "-c", f"import sys; from {module} import {attribute} as f; sys.exit(f())"]
+        return [
+            sys.executable,
+            "-c",
+            f"import sys; from {module} import {attribute} as f; sys.exit(f())",
+        ]
     return [shutil.which(name) or name]
 
 
 def _link_hippocampus(root: Path, num_cases: int) -> str | None:
-    """Link the first scans of Hippocampus into the raw folder; None where ``nnUNet_raw`` does not have it."""
+    """Link the first scans of Hippocampus into the raw folder; None where ``nnUNet_raw`` does not
+    have it.
+    """
     source = Path(os.environ.get(RAW, "/nowhere")) / HIPPOCAMPUS
     images = sorted(source.glob("imagesTr/*.nii.gz"))[: num_cases + NUM_TEST]
     if len(images) < num_cases + NUM_TEST:
@@ -229,7 +263,9 @@ def _write_phantoms(root: Path, num_cases: int) -> str:
 
 
 def pretrain(setting: Setting, encoder: str) -> Iterator[Line]:
-    """A short pretraining by the command: the seconds to its first step, and its longest silence before that."""
+    """A short pretraining by the command: the seconds to its first step, and its longest silence
+    before that.
+    """
     work = Workspace.opened(setting)
     name = f"short_{encoder}"
     started = work.start(*work.short_pretraining(name, encoder))
@@ -264,7 +300,9 @@ def pretrain(setting: Setting, encoder: str) -> Iterator[Line]:
 
 
 def stop(setting: Setting) -> Iterator[Line]:
-    """A pretraining that gets SIGTERM before its first step: the seconds until it has ended, and its exit code."""
+    """A pretraining that gets SIGTERM before its first step: the seconds until it has ended, and
+    its exit code.
+    """
     work = Workspace.opened(setting)
     for encoder in (TRANSFORMER, CNN):
         name = f"stopped_early_{encoder}"
@@ -273,18 +311,28 @@ def stop(setting: Setting) -> Iterator[Line]:
             time.sleep(POLL_S)
         # From here on it preprocesses, tries a step and compiles.
         time.sleep(3)
-        yield {"part": "stop", "encoder": encoder, "when": "before the first step", **_ended(started)}
+        yield {
+            "part": "stop",
+            "encoder": encoder,
+            "when": "before the first step",
+            **_ended(started),
+        }
 
 
 def resume(setting: Setting) -> Iterator[Line]:
-    """A pretraining that gets SIGTERM after its first checkpoint and is typed again, against one left alone."""
+    """A pretraining that gets SIGTERM after its first checkpoint and is typed again, against one
+    left alone.
+    """
     from safetensors.torch import load_file
 
     work = Workspace.opened(setting)
     whole = work.finished_pretraining(TRANSFORMER)
     command = work.short_pretraining("stopped", TRANSFORMER)
     started = work.start(*command)
-    while started.process.poll() is None and not (work.folder("stopped") / "checkpoint_latest.pth").exists():
+    while (
+        started.process.poll() is None
+        and not (work.folder("stopped") / "checkpoint_latest.pth").exists()
+    ):
         time.sleep(POLL_S / 10)
     ended = _ended(started)
     yield {"part": "resume", "what": "stopped", **ended}
@@ -329,20 +377,29 @@ def _ended(started: Started) -> Line:
 
 
 def finetune(setting: Setting) -> Iterator[Line]:
-    """Planning, ``nnUNetv2_train`` of 20 iterations and prediction, from the weights of a short pretraining."""
+    """Planning, ``nnUNetv2_train`` of 20 iterations and prediction, from the weights of a short
+    pretraining.
+    """
     work = Workspace.opened(setting)
     name = work.finished_pretraining(TRANSFORMER)
-    yield from _finetuned(work, "finetune", name, num_epochs=1, num_iterations=2 if setting.is_small else 20)
+    yield from _finetuned(
+        work, "finetune", name, num_epochs=1, num_iterations=2 if setting.is_small else 20
+    )
 
 
 def chain(setting: Setting) -> Iterator[Line]:
-    """The same with a third of the part's time for pretraining as planned, and 200 iterations of fine-tuning."""
+    """The same with a third of the part's time for pretraining as planned, and 200 iterations of
+    fine-tuning.
+    """
     work = Workspace.opened(setting)
     hours = ["--hours", f"{setting.minutes / 3 / 60:.4f}"]
     length = ["--steps", "4", "--batch", "2"] if setting.is_small else hours
     seconds = work.start(*work.pretraining("chain", TRANSFORMER, *length)).finish()
 
-    plan, last = json.loads((work.folder("chain") / "plan.json").read_text()), work.last_values("chain")
+    plan, last = (
+        json.loads((work.folder("chain") / "plan.json").read_text()),
+        work.last_values("chain"),
+    )
     shown = (
         "heldout_error",
         "heldout_mean",
@@ -365,19 +422,42 @@ def chain(setting: Setting) -> Iterator[Line]:
     yield from _finetuned(work, "chain", "chain", epochs, iterations)
 
 
-def _finetuned(work: Workspace, part: str, name: str, num_epochs: int, num_iterations: int) -> Iterator[Line]:
-    """Plan, train and predict with nnU-Net's own commands, from the weights of the pretraining ``name``."""
+def _finetuned(
+    work: Workspace, part: str, name: str, num_epochs: int, num_iterations: int
+) -> Iterator[Line]:
+    """Plan, train and predict with nnU-Net's own commands, from the weights of the pretraining
+    ``name``.
+    """
     variables = {"autoreg_weights": name, "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2"}
     which = [work.number, "3d_fullres", "0"]
-    choice = ["-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans", "-device", work.setting.device.type]
+    choice = [
+        "-tr",
+        "AutoregPretrainedTrainer",
+        "-p",
+        "AutoregPlans",
+        "-device",
+        work.setting.device.type,
+    ]
 
-    planning = ["nnUNetv2_plan_and_preprocess", "-d", work.number, "-pl", "AutoregPlanner", "-c", "3d_fullres"]
+    planning = [
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        work.number,
+        "-pl",
+        "AutoregPlanner",
+        "-c",
+        "3d_fullres",
+    ]
     seconds = work.start(*planning, "-np", "2", "-npfp", "2", **variables).finish()
     yield {"part": part, "what": "planning", "seconds": seconds}
 
     plans_file = work.root / PREPROCESSED / work.dataset / "AutoregPlans.json"
     plans = json.loads(plans_file.read_text())
-    length = {"num_epochs": num_epochs, "num_iterations_per_epoch": num_iterations, "num_val_iterations_per_epoch": 1}
+    length = {
+        "num_epochs": num_epochs,
+        "num_iterations_per_epoch": num_iterations,
+        "num_val_iterations_per_epoch": 1,
+    }
     plans["autoreg"]["recipe"].update(length)
     plans_file.write_text(json.dumps(plans))
     seconds = work.start("nnUNetv2_train", *which, *choice, **variables).finish()
@@ -392,8 +472,21 @@ def _finetuned(work: Workspace, part: str, name: str, num_epochs: int, num_itera
     }
 
     scans, predicted = work.root / RAW / work.dataset / "imagesTs", work.root / f"predicted_{part}"
-    places = ["-d", work.number, "-i", str(scans), "-o", str(predicted), "-f", "0", "-c", "3d_fullres"]
-    seconds = work.start("nnUNetv2_predict", *places, "-npp", "2", "-nps", "2", *choice, **variables).finish()
+    places = [
+        "-d",
+        work.number,
+        "-i",
+        str(scans),
+        "-o",
+        str(predicted),
+        "-f",
+        "0",
+        "-c",
+        "3d_fullres",
+    ]
+    seconds = work.start(
+        "nnUNetv2_predict", *places, "-npp", "2", "-nps", "2", *choice, **variables
+    ).finish()
     num_predicted = len(list(predicted.glob("*.nii.gz")))
     line = {"part": part, "what": "prediction", "seconds": seconds, "scans": num_predicted}
     yield {**line, "ok": num_predicted == NUM_TEST}
@@ -412,4 +505,9 @@ def processes(setting: Setting) -> Iterator[Line]:
         work.start(*work.pretraining(f"gpus{num}", "primus_b", *length)).finish()
         seconds[num] = work.last_values(f"gpus{num}")["step_time"]
     efficiency = seconds[1] / seconds[2]
-    yield {"part": "processes", "step_s": seconds, "efficiency": round(efficiency, 3), "ok": efficiency >= 0.9}
+    yield {
+        "part": "processes",
+        "step_s": seconds,
+        "efficiency": round(efficiency, 3),
+        "ok": efficiency >= 0.9,
+    }

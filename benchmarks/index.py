@@ -1,15 +1,20 @@
-"""Seconds and memory to index many scans by their headers, content hashing apart, against the obvious ways.
+"""Seconds and memory to index many scans by their headers, content hashing apart, against the
+obvious ways.
 
-The files are generated: half NIfTI, half MetaImage, whole headers with their own voxel sizes, voxels left as a hole in the file. They
-are warm (read once before). Timed is all that the index does short of reading voxels: finding the files, reading and checking
-the headers, hashing subjects, exclusions and manifest looked up, and scans.csv written. Baselines: SimpleITK's
-``ReadImageInformation`` over the same list of files in one process, and in as many processes as ours. ``rest`` is what else grows with the
-number of scans: telling copies by signatures (one shape, anatomically alike, one copy hidden), and taking up a journal of all scans.
+The files are generated: half NIfTI, half MetaImage, whole headers with their own voxel sizes,
+    voxels left as a hole in the file. They
+are warm (read once before). Timed is all that the index does short of reading voxels: finding the
+files, reading and checking the headers, hashing subjects, exclusions and manifest looked up, and
+scans.csv written. Baselines: SimpleITK's ``ReadImageInformation`` over the same list of files in
+one process, and in as many processes as ours. ``rest`` is what else grows with the
+number of scans: telling copies by signatures (one shape, anatomically alike, one copy hidden), and
+    taking up a journal of all scans.
 
     python benchmarks/index.py --num 100000
     python benchmarks/index.py --num 100000 --only ours rest
 
-One JSON line goes to ``benchmarks/results/index.jsonl``. Every way runs in a process of its own, so that each has its own peak memory.
+One JSON line goes to ``benchmarks/results/index.jsonl``. Every way runs in a process of its own, so
+that each has its own peak memory.
 """
 
 import argparse
@@ -53,16 +58,24 @@ def nifti_header(spacing_mm: float) -> bytes:
 def meta_header(spacing_mm: float) -> bytes:
     """A MetaImage header of int16 voxels."""
     x, y, z = SHAPE_XYZ
-    return (f"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n"
-            f"TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = {spacing_mm:.6f} {spacing_mm:.6f} 2.5\n"
-            f"DimSize = {x} {y} {z}\nElementType = MET_SHORT\nElementDataFile = LOCAL\n").encode()
+    return (
+        "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = "
+        "False\nCompressedData = False\n"
+        f"TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = {spacing_mm:.6f} "
+        f"{spacing_mm:.6f} 2.5\n"
+        f"DimSize = {x} {y} {z}\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+    ).encode()
 
 
 def make_files(folder: Path, num: int) -> None:
     """Write ``num`` scans, named as BIDS does, 100 subjects to a folder."""
     num_bytes = 2 * SHAPE_XYZ[0] * SHAPE_XYZ[1] * SHAPE_XYZ[2]
     for n in range(num):
-        head, ending = (nifti_header(0.5 + n / num), ".nii") if n % 2 == 0 else (meta_header(0.5 + n / num), ".mha")
+        head, ending = (
+            (nifti_header(0.5 + n / num), ".nii")
+            if n % 2 == 0
+            else (meta_header(0.5 + n / num), ".mha")
+        )
         path = folder / f"site{n // PER_FOLDER:04d}" / f"sub-{n:06d}_T1w{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as handle:
@@ -100,11 +113,17 @@ def ours(folder: Path, workers: int) -> dict[str, Any]:
     clock.append(time.perf_counter())
     write_index(folder.parent / "scans.csv", rows)
     clock.append(time.perf_counter())
-    assert all(stamp and row.shape_vox == SHAPE_XYZ[::-1] for stamp, row in zip(stamps, rows, strict=True))
+    assert all(
+        stamp and row.shape_vox == SHAPE_XYZ[::-1] for stamp, row in zip(stamps, rows, strict=True)
+    )
     assert len(read_index(folder.parent / "scans.csv")) == len(rows)
     steps = [round(b - a, 2) for a, b in pairwise(clock)]
     names = ("find_s", "headers_s", "write_s")
-    return {"num": len(rows), "seconds": round(clock[-1] - clock[0], 2), **dict(zip(names, steps, strict=True))}
+    return {
+        "num": len(rows),
+        "seconds": round(clock[-1] - clock[0], 2),
+        **dict(zip(names, steps, strict=True)),
+    }
 
 
 def plain(folder: Path, workers: int) -> dict[str, Any]:
@@ -130,10 +149,17 @@ def rest(folder: Path, num: int) -> dict[str, Any]:
     from nnunet_autoreg.corpus.rows import ScanRow
 
     rng = np.random.default_rng(0)
-    points = (rng.normal(0, 3800, NUM_POINTS) + rng.normal(0, 1200, (num, NUM_POINTS))).astype(np.int16)
+    points = (rng.normal(0, 3800, NUM_POINTS) + rng.normal(0, 1200, (num, NUM_POINTS))).astype(
+        np.int16
+    )
     points[-1] = points[0] + 3
     size, spacing = (32, 64, 64), (2.5, 1.0, 1.0)
-    rows = [ScanRow(f"p/{n}", "p", str(n), "", "MR", f"/p/{n}", size, spacing, size, f"{n:064d}", "ok", "") for n in range(num)]
+    rows = [
+        ScanRow(
+            f"p/{n}", "p", str(n), "", "MR", f"/p/{n}", size, spacing, size, f"{n:064d}", "ok", ""
+        )
+        for n in range(num)
+    ]
     start = time.perf_counter()
     settled = settle_copies(rows, list(points))
     copies_s = time.perf_counter() - start
@@ -147,13 +173,28 @@ def rest(folder: Path, num: int) -> dict[str, Any]:
     start = time.perf_counter()
     with Journal(path) as journal:
         assert len(journal.known) == num
-    return {"num": num, "copies_s": round(copies_s, 2), "journal_read_s": round(time.perf_counter() - start, 2),
-            "journal_mib": round(path.stat().st_size / 2**20)}
+    return {
+        "num": num,
+        "copies_s": round(copies_s, 2),
+        "journal_read_s": round(time.perf_counter() - start, 2),
+        "journal_mib": round(path.stat().st_size / 2**20),
+    }
 
 
 def measured(way: str, folder: Path, workers: int, num: int) -> dict[str, Any]:
     """Run one way in a fresh process; adds processor seconds and peak memory."""
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--workers", str(workers), "--num", str(num)]
+    command = [
+        sys.executable,
+        __file__,
+        "--way",
+        way,
+        "--folder",
+        str(folder),
+        "--workers",
+        str(workers),
+        "--num",
+        str(num),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{way} failed: {done.stderr[-2000:]}")
@@ -162,8 +203,13 @@ def measured(way: str, folder: Path, workers: int, num: int) -> dict[str, Any]:
 
 def run_way(way: str, folder: Path, workers: int, num: int) -> None:
     """What the fresh process does: one JSON line on stdout."""
-    result = rest(folder, num) if way == "rest" else {"ours": ours, "plain": plain}[way](folder, workers)
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = (
+        rest(folder, num) if way == "rest" else {"ours": ours, "plain": plain}[way](folder, workers)
+    )
+    own, children = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+    )
     num_children = workers if workers > 1 and way != "rest" else 0
     result["cpu_s"] = round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1)
     result["peak_mib"] = round(own.ru_maxrss / 1024)
@@ -173,10 +219,14 @@ def run_way(way: str, folder: Path, workers: int, num: int) -> None:
 
 def main() -> None:
     """Parse the command line, measure, print and append one line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--num", type=int, default=100_000)
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    p.add_argument("--only", nargs="+", choices=[*WAYS], default=[*WAYS], help="of the ways; default: all")
+    p.add_argument(
+        "--only", nargs="+", choices=[*WAYS], default=[*WAYS], help="of the ways; default: all"
+    )
     p.add_argument("--way", choices=["ours", "plain", "rest"], help=argparse.SUPPRESS)
     p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -189,12 +239,32 @@ def main() -> None:
         for path in files_of(folder):
             with Path(path).open("rb") as handle:
                 handle.read(4096)
-        ways = {name: measured(WAYS[name], folder, 1 if name == "one_process" else args.workers, args.num) for name in args.only}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        ways = {
+            name: measured(
+                WAYS[name], folder, 1 if name == "one_process" else args.workers, args.num
+            )
+            for name in args.only
+        }
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     line = {
-        "what": "index of headers", "command": " ".join(["benchmarks/index.py", *sys.argv[1:]]), "num": args.num, "workers": args.workers,
-        **ways, "cores": len(os.sched_getaffinity(0)), "load_1_min_at_end": round(os.getloadavg()[0], 2), "commit": commit.stdout.strip(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("simpleitk", "numpy")}},
+        "what": "index of headers",
+        "command": " ".join(["benchmarks/index.py", *sys.argv[1:]]),
+        "num": args.num,
+        "workers": args.workers,
+        **ways,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_1_min_at_end": round(os.getloadavg()[0], 2),
+        "commit": commit.stdout.strip(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("simpleitk", "numpy")},
+        },
     }
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as handle:

@@ -1,7 +1,9 @@
-"""kill -9 at random moments of real pretrainings; the encoder compared, byte for byte, with that of a run that nobody disturbed.
+"""kill -9 at random moments of real pretrainings; the encoder compared, byte for byte, with that of
+a run that nobody disturbed.
 
-Every run begins with empty nnU-Net folders, so that kills fall into indexing, preprocessing, training and export alike. A killed run is
-typed again, and killed again, until it finishes; then the next one begins. What is killed is a fork of this process, which has imported
+Every run begins with empty nnU-Net folders, so that kills fall into indexing, preprocessing,
+training and export alike. A killed run is typed again, and killed again, until it finishes; then
+the next one begins. What is killed is a fork of this process, which has imported
 everything: kills fall into the work, not into imports.
 
     python benchmarks/kills.py --kills 50
@@ -30,16 +32,29 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "kills.jsonl"
 SCANS = REPO.parent / "shared/data/nnUNet_raw/Dataset004_Hippocampus/imagesTr"
-ENCODER = ('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
-           '"init_values":0.1,"scale_attn_inner":true}')
-SETTINGS = [ENCODER, "sequence.crop_size_vox=24,32,24", "run.checkpoint_every=5", "run.validate_every=10", "run.log_every=1"]
+ENCODER = (
+    'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
+    '"init_values":0.1,"scale_attn_inner":true}'
+)
+SETTINGS = [
+    ENCODER,
+    "sequence.crop_size_vox=24,32,24",
+    "run.checkpoint_every=5",
+    "run.validate_every=10",
+    "run.log_every=1",
+]
 PHASES = ("indexing and planning", "preprocessing and loading", "training", "export")
 
 
 def import_everything() -> None:
     """What a run imports late."""
-    for module in ("dynamic_network_architectures.architectures.primus", "nnunetv2.preprocessing.preprocessors.default_preprocessor",
-                   "torch._dynamo", "matplotlib.figure", *(f"nnunet_autoreg.pretrain.{name}" for name in ("run", "loop", "report"))):
+    for module in (
+        "dynamic_network_architectures.architectures.primus",
+        "nnunetv2.preprocessing.preprocessors.default_preprocessor",
+        "torch._dynamo",
+        "matplotlib.figure",
+        *(f"nnunet_autoreg.pretrain.{name}" for name in ("run", "loop", "report")),
+    ):
         importlib.import_module(module)
 
 
@@ -48,8 +63,22 @@ class Home:
 
     def __init__(self, root: Path, scans: Path, steps: int):
         self.root = root
-        self.argv = ["-i", str(scans), "--name", "run", "--steps", str(steps), "--batch", "2", "--encoder", "primus_tiny",
-                     "--device", "cpu", "--set", *SETTINGS]
+        self.argv = [
+            "-i",
+            str(scans),
+            "--name",
+            "run",
+            "--steps",
+            str(steps),
+            "--batch",
+            "2",
+            "--encoder",
+            "primus_tiny",
+            "--device",
+            "cpu",
+            "--set",
+            *SETTINGS,
+        ]
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (root / name).mkdir(parents=True)
 
@@ -101,14 +130,24 @@ class Home:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--kills", type=int, default=50)
     p.add_argument("--cases", type=int, default=6)
     p.add_argument("--steps", type=int, default=20)
-    p.add_argument("--longest", type=float, default=0.5, metavar="SHARE",
-                   help="latest moment of a kill, as a share of the time of an undisturbed run (a run that is typed again takes less)")
+    p.add_argument(
+        "--longest",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="latest moment of a kill, as a share of the time of an undisturbed run (a run that is "
+        "typed again takes less)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the moments")
-    p.add_argument("--minutes", type=float, default=60, help="begin no further kill after this time")
+    p.add_argument(
+        "--minutes", type=float, default=60, help="begin no further kill after this time"
+    )
     args = p.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -121,7 +160,9 @@ def main() -> None:
     with RESULTS.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=2))
-    sys.exit(0 if record["num_identical"] == record["num_finished"] and not record["num_failed"] else 1)
+    sys.exit(
+        0 if record["num_identical"] == record["num_finished"] and not record["num_failed"] else 1
+    )
 
 
 def measure(root: Path, args: argparse.Namespace, deadline: float) -> dict[str, object]:
@@ -151,18 +192,42 @@ def measure(root: Path, args: argparse.Namespace, deadline: float) -> dict[str, 
                 break
         finished, most = finished + 1, max(most, in_row)
         identical += status == 0 and home.digest() == whole.digest()
-        print(f"run {finished}: {in_row} kills, {kills.total()} in all, {identical} identical", flush=True)
+        print(
+            f"run {finished}: {in_row} kills, {kills.total()} in all, {identical} identical",
+            flush=True,
+        )
         shutil.rmtree(home.root)
-    return {"num_kills": kills.total(), "kills_by_phase": {name: kills[name] for name in PHASES}, "num_finished": finished,
-            "num_identical": identical, "num_failed": failed, "most_kills_of_one_run": most, "undisturbed_s": round(duration, 1)}
+    return {
+        "num_kills": kills.total(),
+        "kills_by_phase": {name: kills[name] for name in PHASES},
+        "num_finished": finished,
+        "num_identical": identical,
+        "num_failed": failed,
+        "most_kills_of_one_run": most,
+        "undisturbed_s": round(duration, 1),
+    }
 
 
 def about(args: argparse.Namespace) -> dict[str, object]:
     """What is needed to repeat it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPO, check=False).stdout.strip()
-    return {"benchmark": "kills", "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]), "commit": commit,
-            "versions": {name: version(name) for name in ("torch", "nnunetv2", "numpy")}, "machine": f"{platform.machine()}, 1 CPU core",
-            "cases": f"{args.cases} of Dataset004_Hippocampus", "steps": args.steps, "settings": SETTINGS, "seed": args.seed}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        check=False,
+    ).stdout.strip()
+    return {
+        "benchmark": "kills",
+        "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
+        "commit": commit,
+        "versions": {name: version(name) for name in ("torch", "nnunetv2", "numpy")},
+        "machine": f"{platform.machine()}, 1 CPU core",
+        "cases": f"{args.cases} of Dataset004_Hippocampus",
+        "steps": args.steps,
+        "settings": SETTINGS,
+        "seed": args.seed,
+    }
 
 
 if __name__ == "__main__":

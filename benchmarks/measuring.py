@@ -1,4 +1,5 @@
-"""What a step really takes: its peak of memory, on a GPU by the allocator's own count, on a CPU by following every tensor.
+"""What a step really takes: its peak of memory, on a GPU by the allocator's own count, on a CPU by
+following every tensor.
 
 And the one place where the benchmarks make their plans and batches.
 """
@@ -19,9 +20,9 @@ from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
-from nnunet_autoreg.sequences.blocks import block_ids
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.turn import Turn
+from nnunet_autoreg.sampling.blocks import block_ids
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.turn import Turn
 
 PLENTY_GIB = 1e6
 NUM_STEPS = 10_000
@@ -70,10 +71,14 @@ def plan_of(encoder: EncoderSize, crop: Size, micro: int, *settings: str) -> Pla
 
 
 def batch_of(plan: Plan, num_samples: int) -> Batch:
-    """Return random crops, all to be mirrored on the device; a quarter of every second one is padding."""
+    """Return random crops, all to be mirrored on the device; a quarter of every second one is
+    padding.
+    """
     size = plan.sequence.crop_size_vox
     generator = torch.Generator().manual_seed(0)
-    ids = torch.from_numpy(block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens))
+    ids = torch.from_numpy(
+        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens)
+    )
     num_blocks = int(ids.max()) + 1
 
     if plan.sequence.order == "random":
@@ -90,7 +95,9 @@ def batch_of(plan: Plan, num_samples: int) -> Batch:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive on the CPU, and the most there were; what an operation needs inside itself is not seen."""
+    """Bytes of the tensors that are alive on the CPU, and the most there were; what an operation
+    needs inside itself is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +130,8 @@ def peak_bytes(run: Callable[[], object], held: list[torch.Tensor], device: torc
     """The most bytes in use while ``run`` runs.
 
     Args:
-        held: tensors that are there before and count: parameters, moments, inputs. On a GPU all that is there counts.
+        held: tensors that are there before and count: parameters, moments, inputs. On a GPU all
+            that is there counts.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -141,4 +149,7 @@ def peak_bytes(run: Callable[[], object], held: list[torch.Tensor], device: torc
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference over the largest value."""
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-12))
+    return float(
+        (found.float() - expected.float()).abs().max()
+        / expected.float().abs().max().clamp(min=1e-12)
+    )

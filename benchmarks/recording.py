@@ -1,4 +1,6 @@
-"""Keep what a measurement found, whatever happens next: lines on disk at once, parts that cannot run on."""
+"""Keep what a measurement found, whatever happens next: lines on disk at once, parts that cannot
+run on.
+"""
 
 import json
 import os
@@ -19,7 +21,8 @@ GRACE_S = 10
 
 @dataclass(frozen=True)
 class Recorder:
-    """Prints lines and appends them to a file, as JSON, each of them on disk before the next is measured.
+    """Prints lines and appends them to a file, as JSON, each of them on disk before the next is
+    measured.
 
     Attributes:
         path: of the file; None to print only.
@@ -42,7 +45,9 @@ class Recorder:
             os.fsync(handle.fileno())
 
     def add_all(self, part: Line, lines: Iterable[Line]) -> bool:
-        """Record lines as they are made; an exception becomes the last line. Returns whether there was none.
+        """Record lines as they are made; an exception becomes the last line.
+
+        Returns whether there was none.
 
         Args:
             part: what to say of the lines if making them fails, e.g. {"part": "attention"}.
@@ -123,5 +128,7 @@ def commit_of(folder: Path) -> str:
 
 
 def python_command(script: Path, *arguments: str) -> list[str]:
-    """Return the command that runs a script with this interpreter, without what torch says of its own future."""
+    """Return the command that runs a script with this interpreter, without what torch says of its
+    own future.
+    """
     return [sys.executable, "-u", "-W", "ignore::FutureWarning", str(script), *arguments]

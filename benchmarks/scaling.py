@@ -1,13 +1,16 @@
-"""How well two processes use two devices: the same crops per process and step, so that a perfect pair takes as long as one alone.
+"""How well two processes use two devices: the same crops per process and step, so that a perfect
+pair takes as long as one alone.
 
-One and two processes take turns in one run, so that what else the machine does meets both. A step is the training loop's own - loading,
-forward, backward, the sum over processes, the update - without held-out scans and checkpoints. On CUDA each process has a GPU; on a CPU
-each computes with one thread, which says something only where two cores are free.
+One and two processes take turns in one run, so that what else the machine does meets both. A step
+is the training loop's own - loading, forward, backward, the sum over processes, the update -
+without held-out scans and checkpoints. On CUDA each process has a GPU; on a CPU each computes with
+one thread, which says something only where two cores are free.
 
-    python benchmarks/scaling.py --steps 20 --repeats 5
-    python benchmarks/scaling.py --device cuda --encoder primus_b --crop 96 96 96 --batch 8 --steps 50 --repeats 5
+    python benchmarks/scaling.py --steps 20 --repeats 5 python benchmarks/scaling.py --device cuda
+    --encoder primus_b --crop 96 96 96 --batch 8 --steps 50 --repeats 5
 
-One JSON line goes to ``benchmarks/results/scaling.jsonl``: seconds per step of both, medians over repeats, and the efficiency, one over
+One JSON line goes to ``benchmarks/results/scaling.jsonl``: seconds per step of both, medians over
+    repeats, and the efficiency, one over
 two.
 """
 
@@ -30,30 +33,53 @@ WARM_UP = 3
 
 
 class Noise:
-    """Samples of noise with a prefix of half the blocks: what is drawn costs the same in every process."""
+    """Samples of noise with a prefix of half the blocks: what is drawn costs the same in every
+    process.
+    """
 
     def __init__(self, plan: Any):
-        from nnunet_autoreg.sequences.kinds import num_blocks
+        from nnunet_autoreg.sampling.kinds import num_blocks
 
         self.size, self.num_blocks = plan.sequence.crop_size_vox, num_blocks(plan)
 
     def draw(self, cases: Any, purpose: str, step: int, number: int = 0) -> Any:
         """Sample ``number`` of a step."""
-        from nnunet_autoreg.sequences.sample import Sample
+        from nnunet_autoreg.sampling.sample import Sample
 
-        voxels = np.random.default_rng([step, number]).normal(size=(1, 1, *self.size)).astype(np.float32)
-        return Sample(voxels, np.ones((1, *self.size), dtype=bool), np.arange(self.num_blocks), self.num_blocks // 2)
+        voxels = (
+            np.random.default_rng([step, number]).normal(size=(1, 1, *self.size)).astype(np.float32)
+        )
+        return Sample(
+            voxels,
+            np.ones((1, *self.size), dtype=bool),
+            np.arange(self.num_blocks),
+            self.num_blocks // 2,
+        )
 
 
 def plan_of(args: argparse.Namespace, size: int) -> Any:
     """A plan of raster sequences of single tokens, with so many crops per process."""
     from nnunet_autoreg.model.sizes import encoder_size
-    from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+    from nnunet_autoreg.plan import (
+        DataPlan,
+        EncoderPlan,
+        ObjectivePlan,
+        OptimPlan,
+        Plan,
+        RunPlan,
+        SequencePlan,
+    )
 
     encoder = encoder_size(args.encoder)
-    return Plan("scaling", DataPlan((1.0, 1.0, 1.0)),
-                EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size), SequencePlan(tuple(args.crop)),
-                ObjectivePlan(), OptimPlan(10**6, args.batch * size, 1e-4, 1), RunPlan(0, 10**6, 10**6, sharding=args.sharding))
+    return Plan(
+        "scaling",
+        DataPlan((1.0, 1.0, 1.0)),
+        EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
+        SequencePlan(tuple(args.crop)),
+        ObjectivePlan(),
+        OptimPlan(10**6, args.batch * size, 1e-4, 1),
+        RunPlan(0, 10**6, 10**6, sharding=args.sharding),
+    )
 
 
 def measure(args: argparse.Namespace) -> float:
@@ -69,10 +95,17 @@ def measure(args: argparse.Namespace) -> float:
     size, rank = args.size, args.rank
     if args.device == "cpu":
         torch.set_num_threads(1)
-    device = torch.device(args.device, rank) if args.device == "cuda" else device_of(args.device, rank)
+    device = (
+        torch.device(args.device, rank) if args.device == "cuda" else device_of(args.device, rank)
+    )
     world = ALONE
     if size > 1:
-        world = join(TCPStore("127.0.0.1", args.port, size, rank == 0, timeout=timedelta(minutes=5)), rank, size, device)
+        world = join(
+            TCPStore("127.0.0.1", args.port, size, rank == 0, timeout=timedelta(minutes=5)),
+            rank,
+            size,
+            device,
+        )
     torch.manual_seed(0)
     plan = plan_of(args, size)
     objective = build_objective(plan)
@@ -94,10 +127,30 @@ def measure(args: argparse.Namespace) -> float:
 
 def together(args: argparse.Namespace, size: int, port: int) -> float:
     """Seconds per step of ``size`` processes: what the main one measured."""
-    words = [sys.executable, __file__, "--device", args.device, "--encoder", args.encoder, "--batch", str(args.batch),
-             "--steps", str(args.steps), "--sharding", args.sharding, "--crop", *map(str, args.crop),
-             "--size", str(size), "--port", str(port)]
-    processes = [subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(size)]
+    words = [
+        sys.executable,
+        __file__,
+        "--device",
+        args.device,
+        "--encoder",
+        args.encoder,
+        "--batch",
+        str(args.batch),
+        "--steps",
+        str(args.steps),
+        "--sharding",
+        args.sharding,
+        "--crop",
+        *map(str, args.crop),
+        "--size",
+        str(size),
+        "--port",
+        str(port),
+    ]
+    processes = [
+        subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
     said = [process.communicate()[0] for process in processes]
     assert all(process.returncode == 0 for process in processes)
     return float(said[0])
@@ -105,7 +158,9 @@ def together(args: argparse.Namespace, size: int, port: int) -> float:
 
 def main() -> None:
     """Measure one process or, without a rank, all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--encoder", default="primus_tiny")
     parser.add_argument("--crop", nargs=3, type=int, default=[32, 32, 32])
@@ -126,11 +181,28 @@ def main() -> None:
     one, two = (statistics.median(times[size]) for size in (1, 2))
     import torch
 
-    name = torch.cuda.get_device_name(0) if args.device == "cuda" else platform.processor() or platform.machine()
-    record = {"device": args.device, "hardware": name, "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__,
-              "encoder": args.encoder, "crop": args.crop, "batch_per_process": args.batch, "steps": args.steps, "repeats": args.repeats,
-              "sharding": args.sharding, "seconds_per_step_1": one, "seconds_per_step_2": two, "all_seconds": times,
-              "efficiency": one / two}
+    name = (
+        torch.cuda.get_device_name(0)
+        if args.device == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    record = {
+        "device": args.device,
+        "hardware": name,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "encoder": args.encoder,
+        "crop": args.crop,
+        "batch_per_process": args.batch,
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "sharding": args.sharding,
+        "seconds_per_step_1": one,
+        "seconds_per_step_2": two,
+        "all_seconds": times,
+        "efficiency": one / two,
+    }
     with RESULTS.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))

@@ -1,18 +1,22 @@
-"""Seconds per training step: ours against the obvious way, interleaved, beside the noise of a baseline against itself.
+"""Seconds per training step: ours against the obvious way, interleaved, beside the noise of a
+baseline against itself.
 
-Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain re-implementation of AR-SSL4M's way - START and END,
-a dense float mask built per sample on the host, raw-volume patch embedding - in float32, without compilation. On a GPU ours runs as
-training does (bf16, compiled, FlexAttention), the baseline once more in bf16, and a line also says the memory of a sample and the
-share of the measured peak of bf16 matrix products.
-Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of that network, both on the same network and batch.
+Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain
+    re-implementation of AR-SSL4M's way - START and END,
+a dense float mask built per sample on the host, raw-volume patch embedding - in float32, without
+compilation. On a GPU ours runs as training does (bf16, compiled, FlexAttention), the baseline once
+more in bf16, and a line also says the memory of a sample and the share of the measured peak of bf16
+matrix products.
+Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of that network, both on
+    the same network and batch.
 
     python benchmarks/step.py pretraining --repeats 7 --batch 1
     python benchmarks/step.py finetuning  --repeats 7 --patch 64
     python benchmarks/step.py finetuning  --repeats 7 --patch 64 --encoder resenc_tiny
 
-A JSON line is written as soon as an arm has been built and has made three steps alone, so that a run that is cut off keeps the arms it
-has measured; the last lines have the interleaved steps and, on a GPU, memory. They go to ``--out``, by default
-``benchmarks/results/step.jsonl``.
+A JSON line is written as soon as an arm has been built and has made three steps alone, so that a
+run that is cut off keeps the arms it has measured; the last lines have the interleaved steps and,
+on a GPU, memory. They go to ``--out``, by default ``benchmarks/results/step.jsonl``.
 """
 
 import argparse
@@ -36,7 +40,7 @@ from nnunet_autoreg.plan import EncoderPlan, Plan
 from nnunet_autoreg.pretrain.display import matmul_peak, step_flops
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import autocast
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.sample import Batch
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 WIDTH, DEPTH, HEADS, TOKEN, SIDE = 768, 12, 12, 16, 128
@@ -52,12 +56,21 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         h = self.norm1(x)
-        q, k, v = (layer(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        x = x + self.out(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        q, k, v = (
+            layer(h).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        x = x + self.out(
+            functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return x + self.mlp(self.norm2(x))
 
 
@@ -84,7 +97,10 @@ class PlainModel(nn.Module):
 def host_mask(prefixes: list[int]) -> Tensor:
     """The dense additive mask of every sample, built on the host in float32."""
     index = torch.arange(NUM_TOKENS + 2)
-    masks = [torch.where(index[None, :] <= torch.clamp(index[:, None], min=p), 0.0, float("-inf")) for p in prefixes]
+    masks = [
+        torch.where(index[None, :] <= torch.clamp(index[:, None], min=p), 0.0, float("-inf"))
+        for p in prefixes
+    ]
     return torch.stack(masks)[:, None]
 
 
@@ -99,9 +115,20 @@ def plain_step(batch: int, device: torch.device, half: bool = False) -> Callable
         mask = host_mask(prefixes).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             predicted = model(crops, mask)[:, :NUM_TOKENS].float()
-        patches = crops.unfold(2, TOKEN, TOKEN).unfold(3, TOKEN, TOKEN).unfold(4, TOKEN, TOKEN).reshape(batch, NUM_TOKENS, -1)
-        target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-        weight = torch.stack([torch.arange(NUM_TOKENS) >= p for p in prefixes]).to(device)[:, :, None].float()
+        patches = (
+            crops.unfold(2, TOKEN, TOKEN)
+            .unfold(3, TOKEN, TOKEN)
+            .unfold(4, TOKEN, TOKEN)
+            .reshape(batch, NUM_TOKENS, -1)
+        )
+        target = (patches - patches.mean(-1, keepdim=True)) / (
+            patches.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
+        weight = (
+            torch.stack([torch.arange(NUM_TOKENS) >= p for p in prefixes])
+            .to(device)[:, :, None]
+            .float()
+        )
         loss = ((predicted - target).square() * weight).sum() / (weight.sum() * TOKEN**3)
         optimizer.zero_grad()
         loss.backward()
@@ -144,7 +171,9 @@ def our_batch(crops: Tensor) -> Batch:
 
 
 def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
-    """Our step as training makes it: compiled and in bf16 on a GPU, with clipping and the loss-spike guard."""
+    """Our step as training makes it: compiled and in bf16 on a GPU, with clipping and the
+    loss-spike guard.
+    """
     torch.manual_seed(0)
     plan = our_plan(batch)
     training = TrainingStep(plan, build_objective(plan), device)
@@ -155,8 +184,12 @@ def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
     return step
 
 
-def memory_of(make: Callable[..., Callable[[Tensor], None]], batch: int, device: torch.device) -> Line:
-    """Return the MiB that one more sample takes, from the peaks of a batch and of twice that batch on a GPU."""
+def memory_of(
+    make: Callable[..., Callable[[Tensor], None]], batch: int, device: torch.device
+) -> Line:
+    """Return the MiB that one more sample takes, from the peaks of a batch and of twice that batch
+    on a GPU.
+    """
     peaks = []
     for size in (batch, 2 * batch):
         step = make(size, device)
@@ -173,7 +206,9 @@ def share_of_peak(batch: int, seconds: float, device: torch.device) -> Line:
     objective = build_objective(our_plan(1, compiled=False))
     objective.module.to(device)
     with autocast(device):
-        flops = batch * step_flops(objective, our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device))
+        flops = batch * step_flops(
+            objective, our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device)
+        )
     peak = matmul_peak(device)
     return {
         "share_of_peak": round(flops / seconds / peak, 3),
@@ -182,48 +217,83 @@ def share_of_peak(batch: int, seconds: float, device: torch.device) -> Line:
     }
 
 
-def finetuning_steps(name: str, patch: int, batch: int, device: torch.device) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
-    """What makes ours, stock and stock again: the trainers' own ``train_step`` on equal networks, loss and batch."""
+def finetuning_steps(
+    name: str, patch: int, batch: int, device: torch.device
+) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
+    """What makes ours, stock and stock again: the trainers' own ``train_step`` on equal networks,
+    loss and batch.
+    """
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
     from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 
+    from nnunet_autoreg.finetune.block import AutoregBlock, Recipe
+    from nnunet_autoreg.finetune.families import recipe_values
+    from nnunet_autoreg.finetune.network import build_network
+    from nnunet_autoreg.finetune.recipe import (
+        IterationRates,
+        make_optimizer,
+        make_schedule,
+        parameter_groups,
+    )
     from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
-    from nnunet_autoreg.transfer.block import AutoregBlock, Recipe
-    from nnunet_autoreg.transfer.families import recipe_values
-    from nnunet_autoreg.transfer.network import build_network
-    from nnunet_autoreg.transfer.recipe import IterationRates, make_optimizer, make_schedule, parameter_groups
 
     size = encoder_size(name)
     encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
     block = AutoregBlock(encoder, None, Recipe(num_epochs=150, **recipe_values(encoder)))
     recipe, is_deep = block.recipe, block.recipe.deep_supervision
-    shapes = [patch >> level for level in range(size.arguments["n_stages"] - 1)] if is_deep else [patch]
+    shapes = (
+        [patch >> level for level in range(size.arguments["n_stages"] - 1)] if is_deep else [patch]
+    )
     targets = [torch.randint(0, 3, (batch, 1, edge, edge, edge)).float() for edge in shapes]
     weights = [0.5**level for level in range(len(shapes) - 1)] + [0.0]
 
     def made(trainer_class: type, ours: bool) -> Callable[[Tensor], None]:
         torch.manual_seed(0)
         network = build_network(block, (patch,) * 3, 1, 3, deep_supervision=is_deep).to(device)
-        loss = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_ce=1, weight_dice=1,
-                              dice_class=MemoryEfficientSoftDiceLoss)
+        loss = DC_and_CE_loss(
+            {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False},
+            {},
+            weight_ce=1,
+            weight_dice=1,
+            dice_class=MemoryEfficientSoftDiceLoss,
+        )
         rate = recipe.pretrained_rate
         if ours:
             optimizer = make_optimizer(parameter_groups(network, recipe), recipe, rate)
         elif is_deep:
-            optimizer = torch.optim.SGD(network.parameters(), rate, weight_decay=3e-5, momentum=0.99, nesterov=True)
+            optimizer = torch.optim.SGD(
+                network.parameters(), rate, weight_decay=3e-5, momentum=0.99, nesterov=True
+            )
         else:
-            optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=5e-2, betas=(0.9, 0.98), fused=True)
+            optimizer = torch.optim.AdamW(
+                network.parameters(), rate, weight_decay=5e-2, betas=(0.9, 0.98), fused=True
+            )
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         trainer = trainer_class.__new__(trainer_class)
         vars(trainer).update(
-            device=device, network=network, optimizer=optimizer, block=block, has_bf16=has_bf16, current_epoch=0, iteration=0,
+            device=device,
+            network=network,
+            optimizer=optimizer,
+            block=block,
+            has_bf16=has_bf16,
+            current_epoch=0,
+            iteration=0,
             loss=DeepSupervisionWrapper(loss, weights) if is_deep else loss,
-            lr_scheduler=IterationRates(optimizer, make_schedule(recipe, rate, 150, 250, batch), 250) if ours else None,
-            grad_scaler=torch.GradScaler("cuda") if device.type == "cuda" and not (ours and has_bf16) else None)
-        return lambda crops: trainer.train_step({"data": crops, "target": targets if is_deep else targets[0]})
+            lr_scheduler=IterationRates(
+                optimizer, make_schedule(recipe, rate, 150, 250, batch), 250
+            )
+            if ours
+            else None,
+            grad_scaler=torch.GradScaler("cuda")
+            if device.type == "cuda" and not (ours and has_bf16)
+            else None,
+        )
+        return lambda crops: trainer.train_step(
+            {"data": crops, "target": targets if is_deep else targets[0]}
+        )
 
     stock = nnUNetTrainer if is_deep else nnUNet_Primus_S_Trainer
     return {
@@ -245,8 +315,12 @@ def alone(step: Callable[[Tensor], None], crops: Tensor, device: torch.device) -
     return seconds
 
 
-def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step, one of each in turn, after one warm-up round; every round begins with another, as places are not alike."""
+def measure(
+    steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step, one of each in turn, after one warm-up round; every round begins with
+    another, as places are not alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(repeats + 1):
         names = list(steps)
@@ -264,17 +338,25 @@ def measure(steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: 
 
 def parser() -> argparse.ArgumentParser:
     """Return the arguments."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=["pretraining", "finetuning"])
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--patch", type=int, default=64, help="edge of the fine-tuning patch")
-    p.add_argument("--encoder", default="primus_s", help="of the fine-tuning: primus_s, or a resenc")
-    p.add_argument("--out", type=Path, default=RESULTS, help="file that every line is appended to at once")
+    p.add_argument(
+        "--encoder", default="primus_s", help="of the fine-tuning: primus_s, or a resenc"
+    )
+    p.add_argument(
+        "--out", type=Path, default=RESULTS, help="file that every line is appended to at once"
+    )
     return p
 
 
-def arms_of(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
+def arms_of(
+    args: argparse.Namespace, device: torch.device
+) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
     """Return what makes the step of every arm, in the order in which they are built."""
     if args.what == "finetuning":
         return finetuning_steps(args.encoder, args.patch, args.batch, device)
@@ -297,35 +379,58 @@ def main() -> None:
     encoder = args.encoder if args.what == "finetuning" else None
     on_gpu = device.type == "cuda"
     common: Line = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"cpu, {torch.get_num_threads()} threads",
         "commit": commit_of(Path(__file__).parent),
         "versions": {name: version(name) for name in ("torch", "nnunetv2")},
     }
     recorder = Recorder(args.out.resolve(), common)
-    same: Line = {"part": "step", "what": args.what, "encoder": encoder, "batch": args.batch, "edge": edge}
+    same: Line = {
+        "part": "step",
+        "what": args.what,
+        "encoder": encoder,
+        "batch": args.batch,
+        "edge": edge,
+    }
 
     steps: dict[str, Callable[[Tensor], None]] = {}
     for name, make in arms_of(args, device).items():
         start = time.perf_counter()
         steps[name] = make()
         built = round(time.perf_counter() - start, 2)
-        recorder.add({**same, "arm": name, "built_s": built, "first_steps_s": alone(steps[name], crops, device)})
+        recorder.add(
+            {
+                **same,
+                "arm": name,
+                "built_s": built,
+                "first_steps_s": alone(steps[name], crops, device),
+            }
+        )
 
     seconds = measure(steps, crops, args.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    recorder.add({
-        **same,
-        "repeats": args.repeats,
-        "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
-        "median_s": {name: round(v, 4) for name, v in medians.items()},
-        "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
-        "baseline_again_over_baseline": round(medians["baseline again"] / medians["baseline"], 3),
-    })
+    recorder.add(
+        {
+            **same,
+            "repeats": args.repeats,
+            "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
+            "median_s": {name: round(v, 4) for name, v in medians.items()},
+            "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
+            "baseline_again_over_baseline": round(
+                medians["baseline again"] / medians["baseline"], 3
+            ),
+        }
+    )
     if args.what == "pretraining" and on_gpu:
         recorder.add({**same, "arm": "ours", **share_of_peak(args.batch, medians["ours"], device)})
         steps.clear()
         torch.cuda.empty_cache()
-        ways = {"ours": our_step, "baseline": plain_step, "baseline in bf16": partial(plain_step, half=True)}
+        ways = {
+            "ours": our_step,
+            "baseline": plain_step,
+            "baseline in bf16": partial(plain_step, half=True),
+        }
         for name, way in ways.items():
             recorder.add({**same, "arm": name, **memory_of(way, args.batch, device)})
 

@@ -1,17 +1,22 @@
 """The store against nnU-Net's own way, on the same real scans, interleaved in one run.
 
-crops: random crops per second and core, read from the store and through ``nnUNetDatasetBlosc2``, which holds the same arrays, written
-with its own block sizes and filters for this crop. "ours": with arrays opened and chunks checked; "ours, first touch": every round
-begins as a new process does, opening arrays and checking chunks; "baseline": ``load_case`` and a crop of the images, as its loader
-does for every sample; "opened once": a crop from an array of nnU-Net's that stays open, which its loader does not do.
+crops: random crops per second and core, read from the store and through ``nnUNetDatasetBlosc2``,
+    which holds the same arrays, written
+with its own block sizes and filters for this crop. "ours": with arrays opened and chunks checked;
+"ours, first touch": every round begins as a new process does, opening arrays and checking chunks;
+"baseline": ``load_case`` and a crop of the images, as its loader does for every sample; "opened
+once": a crop from an array of nnU-Net's that stays open, which its loader does not do.
 
-preprocessing: the commands as typed, on one core: ``autoreg_pretrain ... --part 1/1`` and ``nnUNetv2_preprocess -np 1``, which preprocesses
-the label maps as well; beside them "no labels", the same with the package's functions and nnU-Net's, without label maps, scan by scan.
+preprocessing: the commands as typed, on one core: ``autoreg_pretrain ... --part 1/1`` and
+    ``nnUNetv2_preprocess -np 1``, which preprocesses
+the label maps as well; beside them "no labels", the same with the package's functions and
+nnU-Net's, without label maps, scan by scan.
 
     python benchmarks/store.py crops --repeats 7
     python benchmarks/store.py preprocessing --repeats 3
 
-One JSON line per set goes to ``benchmarks/results/store.jsonl``: medians of CPU seconds (own and of ended children) and of wall seconds.
+One JSON line per set goes to ``benchmarks/results/store.jsonl``: medians of CPU seconds (own and of
+ended children) and of wall seconds.
 """
 
 import argparse
@@ -42,8 +47,17 @@ from nnunet_autoreg.store.layout import blocks_touched, layout_of
 from nnunet_autoreg.store.store import Store, _make_case, plan_task
 
 RESULTS = Path(__file__).parent / "results" / "store.jsonl"
-WINDOW = IntensityWindow(mean=40.0, std=100.0, median=35.0, min=-900.0, max=1500.0, percentile_00_5=-160.0, percentile_99_5=400.0)
-# Name, dataset, number of cases, spacing, crop. At 1 mm the CT is resampled along z, as thick slices are in an isotropic plan.
+WINDOW = IntensityWindow(
+    mean=40.0,
+    std=100.0,
+    median=35.0,
+    min=-900.0,
+    max=1500.0,
+    percentile_00_5=-160.0,
+    percentile_99_5=400.0,
+)
+# Name, dataset, number of cases, spacing, crop. At 1 mm the CT is resampled along z, as thick
+# slices are in an isotropic plan.
 CROP_SETS: tuple[tuple[str, str, int, Spacing, Size], ...] = (
     ("hippocampus", "Dataset004_Hippocampus", 48, (1.0, 1.0, 1.0), (40, 56, 40)),
     ("cardiac cine", "Dataset027_ACDC", 16, (10.0, 1.5, 1.5), (16, 128, 128)),
@@ -53,7 +67,11 @@ CROP_SETS: tuple[tuple[str, str, int, Spacing, Size], ...] = (
     ("MS brains", "Dataset061_MSLesions", 8, (1.0, 1.0, 1.0), (128, 128, 128)),
     ("MS brains", "Dataset061_MSLesions", 8, (1.0, 1.0, 1.0), (64, 64, 64)),
 )
-PREPROCESSING_SETS = (("4", "Dataset004_Hippocampus", 48), ("51", "Dataset051_SarcomaMR", 16), ("52", "Dataset052_SarcomaCT", 12))
+PREPROCESSING_SETS = (
+    ("4", "Dataset004_Hippocampus", 48),
+    ("51", "Dataset051_SarcomaMR", 16),
+    ("52", "Dataset052_SarcomaCT", 12),
+)
 
 
 def rows_of(dataset: str, num: int) -> list[ScanRow]:
@@ -64,6 +82,7 @@ def rows_of(dataset: str, num: int) -> list[ScanRow]:
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """(CPU seconds of this process and of children that ended meanwhile, wall seconds)."""
+
     def cpu() -> float:
         uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         return sum(use.ru_utime + use.ru_stime for use in uses)
@@ -73,12 +92,16 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return cpu() - start_cpu, time.perf_counter() - start
 
 
-def interleaved(ways: dict[str, Callable[[], object]], repeats: int, warm_up: bool) -> dict[str, dict[str, list[float]]]:
+def interleaved(
+    ways: dict[str, Callable[[], object]], repeats: int, warm_up: bool
+) -> dict[str, dict[str, list[float]]]:
     """Every way once per round, in turning order; one round before, not counted, if ``warm_up``."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"cpu_s": [], "wall_s": []} for name in ways}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"cpu_s": [], "wall_s": []} for name in ways
+    }
     names = list(ways)
     for number in range(-int(warm_up), repeats):
-        for name in names[number % len(names):] + names[:number % len(names)]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             spent = timed(ways[name])
             if number >= 0:
                 for key, value in zip(("cpu_s", "wall_s"), spent, strict=True):
@@ -88,14 +111,32 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int, warm_up: bo
 
 def write_line(line: dict[str, Any], seconds: dict[str, dict[str, list[float]]], per: int) -> None:
     """Append and print a result; ``per`` is the number of crops or cases that a round handles."""
-    medians = {name: {key: statistics.median(values) / per for key, values in kinds.items()} for name, kinds in seconds.items()}
-    spread = {name: [round(f(kinds["cpu_s"]) / per, 6) for f in (min, max)] for name, kinds in seconds.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    medians = {
+        name: {key: statistics.median(values) / per for key, values in kinds.items()}
+        for name, kinds in seconds.items()
+    }
+    spread = {
+        name: [round(f(kinds["cpu_s"]) / per, 6) for f in (min, max)]
+        for name, kinds in seconds.items()
+    }
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     line = {
-        **line, "per_round": per, "median_s_each": {n: {k: round(v, 6) for k, v in kinds.items()} for n, kinds in medians.items()},
+        **line,
+        "per_round": per,
+        "median_s_each": {
+            n: {k: round(v, 6) for k, v in kinds.items()} for n, kinds in medians.items()
+        },
         "cpu_s_each_min_max": spread,
         "ours_over_baseline_cpu": round(medians["ours"]["cpu_s"] / medians["baseline"]["cpu_s"], 3),
-        "cores": os.cpu_count(), "shared_machine": True, "commit": commit.stdout.strip(),
+        "cores": os.cpu_count(),
+        "shared_machine": True,
+        "commit": commit.stdout.strip(),
         "versions": {name: version(name) for name in ("nnunetv2", "blosc2", "numpy")},
         "command": " ".join(["python", "benchmarks/store.py", *sys.argv[1:]]),
     }
@@ -120,24 +161,55 @@ def bench_crops(repeats: int, num_crops: int) -> None:
             for n, start, size in draws:
                 block, chunk = layout_of(cases[n].shape_vox)
                 touched += blocks_touched(start, size, block, chunk) * volume(block)
-            sizes = {who: sum(p.stat().st_size for p in (Path(folder) / who).rglob("*.b2nd") if "_seg" not in p.name)
-                     for who in ("ours", "theirs")}
-            per_s = {way: round(num_crops / statistics.median(kinds["cpu_s"])) for way, kinds in seconds.items()}
-            write_line({"what": "crops", "set": name, "crop_vox": crop, "num_cases": len(cases), "repeats": repeats, "seed": 0,
-                        "crops_per_s_and_core": per_s, "decompressed_over_crop": round(touched / voxels, 2), "bytes_on_disk": sizes},
-                       seconds, num_crops)
+            sizes = {
+                who: sum(
+                    p.stat().st_size
+                    for p in (Path(folder) / who).rglob("*.b2nd")
+                    if "_seg" not in p.name
+                )
+                for who in ("ours", "theirs")
+            }
+            per_s = {
+                way: round(num_crops / statistics.median(kinds["cpu_s"]))
+                for way, kinds in seconds.items()
+            }
+            write_line(
+                {
+                    "what": "crops",
+                    "set": name,
+                    "crop_vox": crop,
+                    "num_cases": len(cases),
+                    "repeats": repeats,
+                    "seed": 0,
+                    "crops_per_s_and_core": per_s,
+                    "decompressed_over_crop": round(touched / voxels, 2),
+                    "bytes_on_disk": sizes,
+                },
+                seconds,
+                num_crops,
+            )
 
 
 def save_as_nnunet(folder: Path, cases: list[StoredCase], crop: Size) -> Any:
-    """The same arrays in nnU-Net's format, as its preprocessor lays them out for this patch size, with empty label maps."""
+    """The same arrays in nnU-Net's format, as its preprocessor lays them out for this patch size,
+    with empty label maps.
+    """
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
     folder.mkdir()
     for n, case in enumerate(cases):
         data = case.read((0, 0, 0), case.shape_vox)
         blocks, chunks = comp_blosc2_params(data.shape, crop, data.itemsize)
-        nnUNetDatasetBlosc2.save_case(data, np.zeros(data.shape, np.int8), {"spacing": case.spacing_mm}, str(folder / str(n)),
-                                      chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks)
+        nnUNetDatasetBlosc2.save_case(
+            data,
+            np.zeros(data.shape, np.int8),
+            {"spacing": case.spacing_mm},
+            str(folder / str(n)),
+            chunks=chunks,
+            blocks=blocks,
+            chunks_seg=chunks,
+            blocks_seg=blocks,
+        )
     return nnUNetDatasetBlosc2(str(folder), [str(n) for n in range(len(cases))])
 
 
@@ -147,12 +219,17 @@ def draw_crops(cases: list[StoredCase], crop: Size, num: int) -> list[tuple[int,
     for _ in range(num):
         n = int(generator.integers(len(cases)))
         size = tuple(min(a, b) for a, b in zip(crop, cases[n].shape_vox, strict=True))
-        start = tuple(int(generator.integers(b - a + 1)) for a, b in zip(size, cases[n].shape_vox, strict=True))
+        start = tuple(
+            int(generator.integers(b - a + 1))
+            for a, b in zip(size, cases[n].shape_vox, strict=True)
+        )
         draws.append((n, start, size))
     return draws  # type: ignore[return-value]
 
 
-def crop_ways(cases: list[StoredCase], theirs: Any, draws: list[tuple[int, Size, Size]]) -> dict[str, Callable[[], object]]:
+def crop_ways(
+    cases: list[StoredCase], theirs: Any, draws: list[tuple[int, Size, Size]]
+) -> dict[str, Callable[[], object]]:
     """The readings to compare; they must give the same voxels."""
     opened = [theirs.load_case(str(n))[0] for n in range(len(cases))]
 
@@ -179,7 +256,13 @@ def crop_ways(cases: list[StoredCase], theirs: Any, draws: list[tuple[int, Size,
 
     for n, start, size in draws[:20]:
         np.testing.assert_array_equal(cases[n].read(start, size), part(opened[n], start, size))
-    return {"ours": ours, "ours, first touch": ours_first, "baseline": baseline, "baseline again": baseline, "opened once": opened_once}
+    return {
+        "ours": ours,
+        "ours, first touch": ours_first,
+        "baseline": baseline,
+        "baseline again": baseline,
+        "opened once": opened_once,
+    }
 
 
 def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
@@ -190,15 +273,31 @@ def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
             environment = link_subset(Path(folder), dataset, num)
 
             def run(*line: str, environment: dict[str, str] = environment) -> None:
-                done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    line, env=environment, capture_output=True, text=True, check=False
+                )
                 assert done.returncode == 0, done.stderr[-2000:]
 
             run("nnUNetv2_plan_and_preprocess", "-d", number, "--no_pp", "-npfp", "1")
-            ours = ("autoreg_pretrain", "-d", number, "--name", "x", "--steps", "1", "--batch", "1", "--device", "cpu")
+            ours = (
+                "autoreg_pretrain",
+                "-d",
+                number,
+                "--name",
+                "x",
+                "--steps",
+                "1",
+                "--batch",
+                "1",
+                "--device",
+                "cpu",
+            )
             run(*ours, "--dry-run")
             made = Path(environment["nnUNet_preprocessed"])
 
-            def fresh_ours(run: Callable[..., None] = run, ours: tuple[str, ...] = ours, made: Path = made) -> None:
+            def fresh_ours(
+                run: Callable[..., None] = run, ours: tuple[str, ...] = ours, made: Path = made
+            ) -> None:
                 for path in (made / "autoreg_store").glob("??"):
                     shutil.rmtree(path)
                 run(*ours, "--part", "1/1")
@@ -206,15 +305,25 @@ def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
             def baseline(run: Callable[..., None] = run, number: str = number) -> None:
                 run("nnUNetv2_preprocess", "-d", number, "-c", "3d_fullres", "-np", "1")
 
-            ways: dict[str, Callable[[], object]] = {"ours": fresh_ours, "baseline": baseline, "baseline again": baseline}
+            ways: dict[str, Callable[[], object]] = {
+                "ours": fresh_ours,
+                "baseline": baseline,
+                "baseline again": baseline,
+            }
             with_functions = function_ways(dataset, num, made, Path(folder))
             functions = interleaved(with_functions, repeats, warm_up=True)
             seconds = interleaved(ways, repeats, warm_up=False) | functions
-            write_line({"what": "preprocessing", "set": dataset, "repeats": repeats, "num_workers": 1}, seconds, num)
+            write_line(
+                {"what": "preprocessing", "set": dataset, "repeats": repeats, "num_workers": 1},
+                seconds,
+                num,
+            )
 
 
 def link_subset(folder: Path, dataset: str, num: int) -> dict[str, str]:
-    """nnU-Net folders with links to the first cases of a raw dataset; returns the environment that names them."""
+    """nnU-Net folders with links to the first cases of a raw dataset; returns the environment that
+    names them.
+    """
     source = Path(os.environ["nnUNet_raw"]) / dataset  # noqa: SIM112
     target = folder / "raw" / dataset
     (target / "imagesTr").mkdir(parents=True)
@@ -226,14 +335,26 @@ def link_subset(folder: Path, dataset: str, num: int) -> dict[str, str]:
             (target / "imagesTr" / image.name).symlink_to(image)
     description = json.loads((source / "dataset.json").read_text())
     (target / "dataset.json").write_text(json.dumps({**description, "numTraining": len(labels)}))
-    names = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
+    names = {
+        "nnUNet_raw": "raw",
+        "nnUNet_preprocessed": "preprocessed",
+        "nnUNet_results": "results",
+    }
     for name in names.values():
         (folder / name).mkdir(exist_ok=True)
-    return {**os.environ, **{variable: str(folder / name) for variable, name in names.items()}, "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        **{variable: str(folder / name) for variable, name in names.items()},
+        "OMP_NUM_THREADS": "1",
+    }
 
 
-def function_ways(dataset: str, num: int, made: Path, folder: Path) -> dict[str, Callable[[], object]]:
-    """Preprocessing and writing one scan after the other in this process, without label maps: ours and nnU-Net's."""
+def function_ways(
+    dataset: str, num: int, made: Path, folder: Path
+) -> dict[str, Callable[[], object]]:
+    """Preprocessing and writing one scan after the other in this process, without label maps: ours
+    and nnU-Net's.
+    """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -254,22 +375,41 @@ def function_ways(dataset: str, num: int, made: Path, folder: Path) -> dict[str,
         shutil.rmtree(folder / "functions", ignore_errors=True)
         (folder / "functions").mkdir()
         for n, row in enumerate(rows):
-            data, _, properties = DefaultPreprocessor(verbose=False).run_case([row.source], None, plans, configuration, description)
-            blocks, chunks = comp_blosc2_params(data.shape, tuple(configuration.patch_size), data.itemsize)
+            data, _, properties = DefaultPreprocessor(verbose=False).run_case(
+                [row.source], None, plans, configuration, description
+            )
+            blocks, chunks = comp_blosc2_params(
+                data.shape, tuple(configuration.patch_size), data.itemsize
+            )
             seg = np.zeros((1, 1, 1, 1), np.int8)
-            nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / "functions" / str(n)), chunks=chunks, blocks=blocks,
-                                          chunks_seg=(1, 1, 1, 1), blocks_seg=(1, 1, 1, 1))
+            nnUNetDatasetBlosc2.save_case(
+                data,
+                seg,
+                properties,
+                str(folder / "functions" / str(n)),
+                chunks=chunks,
+                blocks=blocks,
+                chunks_seg=(1, 1, 1, 1),
+                blocks_seg=(1, 1, 1, 1),
+            )
 
     return {"ours, no labels": ours, "baseline, no labels": theirs}
 
 
 def main() -> None:
     """Parse the command line and measure."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=["crops", "preprocessing"])
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--crops", type=int, default=100, help="crops of a round")
-    p.add_argument("--datasets", nargs="+", default=[entry[0] for entry in PREPROCESSING_SETS], help="of preprocessing")
+    p.add_argument(
+        "--datasets",
+        nargs="+",
+        default=[entry[0] for entry in PREPROCESSING_SETS],
+        help="of preprocessing",
+    )
     args = p.parse_args()
     if args.what == "crops":
         bench_crops(args.repeats, args.crops)

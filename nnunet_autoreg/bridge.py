@@ -1,8 +1,10 @@
-"""The start-up bridge: makes stock nnU-Net find our trainers, planners and one normalisation by name.
+"""The start-up bridge: makes stock nnU-Net find our trainers, planners and one normalisation by
+name.
 
-A ``.pth`` line (``PTH_LINE``) runs ``install`` at every start of the interpreter, so this file imports only what every
-interpreter has loaded anyway, does nothing but register one import hook, and leaves stock look-ups as they are: only a
-name of ours that nnU-Net did not find is answered from a fixed table.
+A ``.pth`` line (``PTH_LINE``) runs ``install`` at every start of the interpreter, so this file
+imports only what every interpreter has loaded anyway, does nothing but register one import hook,
+and leaves stock look-ups as they are: only a name of ours that nnU-Net did not find is answered
+from a fixed table.
 """
 
 import _thread
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 SWITCH = "NNUNET_AUTOREG_BRIDGE"
 PTH_NAME = "nnunet_autoreg_bridge.pth"
-PTH_LINE = 'import sys; exec("try:\\n from nnunet_autoreg.bridge import install; install()\\nexcept Exception: pass")\n'
+PTH_LINE = (
+    'import sys; exec("try:\\n from nnunet_autoreg.bridge import install; install()\\nexcept '
+    'Exception: pass")\n'
+)
 
 HOOKED_MODULE = "nnunetv2.utilities.find_class_by_name"
 HOOKED_FUNCTION = "recursive_find_python_class"
@@ -28,7 +33,7 @@ TRAINERS_ROOM = "nnunetv2.training"
 NORMALIZATIONS_ROOM = "nnunetv2.preprocessing.normalization"
 LENGTHS = ("", "_5epochs", "_50epochs", "_150epochs", "_300epochs")
 PLANNERS = {"AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner"}
-NORMALIZATIONS = {"AutoregPercentileNormalization": "nnunet_autoreg.transfer.normalization"}
+NORMALIZATIONS = {"AutoregPercentileNormalization": "nnunet_autoreg.finetune.normalization"}
 TRAINERS = {
     base + length: f"nnunet_autoreg.trainers.{module}"
     for base, module in (
@@ -42,7 +47,9 @@ TRAINERS = {
 
 
 class BridgeFinder:
-    """A meta-path finder that lets others find nnU-Net's look-up module and wraps the look-up once it has run."""
+    """A meta-path finder that lets others find nnU-Net's look-up module and wraps the look-up once
+    it has run.
+    """
 
     is_autoreg_bridge = True
 
@@ -52,7 +59,9 @@ class BridgeFinder:
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """The spec of nnU-Net's look-up module, as the other finders give it; None for every other module."""
+        """The spec of nnU-Net's look-up module, as the other finders give it; None for every other
+        module.
+        """
         if fullname != HOOKED_MODULE or _thread.get_ident() in self._asking:
             return None
         self._asking.add(_thread.get_ident())
@@ -68,7 +77,9 @@ class BridgeFinder:
 
 
 def install() -> None:
-    """Register the hook, once, unless the environment switches it off; also reach modules that are loaded already."""
+    """Register the hook, once, unless the environment switches it off; also reach modules that are
+    loaded already.
+    """
     if os.environ.get(SWITCH) == "0" or is_live():
         return
     sys.meta_path.insert(0, BridgeFinder())
@@ -82,7 +93,9 @@ def is_live() -> bool:
 
 
 def _wrap_after_execution(spec: "ModuleSpec") -> None:
-    """Shadow the loader's ``exec_module`` for one call; the loader itself stays what it is, so that ``inspect`` works."""
+    """Shadow the loader's ``exec_module`` for one call; the loader itself stays what it is, so that
+    ``inspect`` works.
+    """
     loader: Any = spec.loader
     stock: Any = getattr(loader, "exec_module", None)
     if stock is None:
@@ -97,7 +110,8 @@ def _wrap_after_execution(spec: "ModuleSpec") -> None:
         stock(module)
         _wrap_lookup(module)
 
-    # A loader that takes no attributes: nnU-Net must still load, and autoreg_doctor tells that our names are not found.
+    # A loader that takes no attributes: nnU-Net must still load, and autoreg_doctor tells that our
+    # names are not found.
     try:
         loader.exec_module = exec_module
     except AttributeError:
@@ -105,7 +119,9 @@ def _wrap_after_execution(spec: "ModuleSpec") -> None:
 
 
 def _wrap_lookup(module: "ModuleType") -> None:
-    """Replace the look-up in its module, and wherever nnU-Net has imported it from there already."""
+    """Replace the look-up in its module, and wherever nnU-Net has imported it from there
+    already.
+    """
     stock = getattr(module, HOOKED_FUNCTION, None)
     if stock is None or hasattr(stock, "is_autoreg_bridge"):
         return
@@ -134,8 +150,14 @@ def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
 
 
 def _module_of(class_name: str, searched: "str | None") -> "str | None":
-    """Our module that holds ``class_name``, if it belongs in the package ``searched`` (None: a folder of nnUNet_extTrainer)."""
-    for room, table in ((TRAINERS_ROOM, TRAINERS), (PLANNERS_ROOM, PLANNERS), (NORMALIZATIONS_ROOM, NORMALIZATIONS)):
+    """Our module that holds ``class_name``, if it belongs in the package ``searched`` (None: a
+    folder of nnUNet_extTrainer).
+    """
+    for room, table in (
+        (TRAINERS_ROOM, TRAINERS),
+        (PLANNERS_ROOM, PLANNERS),
+        (NORMALIZATIONS_ROOM, NORMALIZATIONS),
+    ):
         if class_name in table and (searched is None or f"{searched}.".startswith(f"{room}.")):
             return table[class_name]
     return None
@@ -153,6 +175,7 @@ def _load(class_name: str, module: str) -> "Any":
         return getattr(importlib.import_module(module), class_name)
     except Exception as error:
         raise ImportError(
-            f"nnunet-autoreg offers '{class_name}', but {module} cannot be imported ({type(error).__name__}: {error}); "
+            f"nnunet-autoreg offers '{class_name}', but {module} cannot be imported "
+            f"({type(error).__name__}: {error}); "
             "run autoreg_doctor to see what is wrong, or install nnunet-autoreg anew"
         ) from error

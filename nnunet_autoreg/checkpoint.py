@@ -1,7 +1,8 @@
-"""Checkpoints of a pretraining run: written whole or not at all, checked by a hash, read without running anything.
+"""Checkpoints of a pretraining run: written whole or not at all, checked by a hash, read without
+running anything.
 
-A run keeps the newest two and the best. The file is torch's own zip, with the SHA-256 of all that precedes as the zip's comment,
-so that hash and content cannot part.
+A run keeps the newest two and the best. The file is torch's own zip, with the SHA-256 of all that
+precedes as the zip's comment, so that hash and content cannot part.
 """
 
 import hashlib
@@ -32,10 +33,12 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
     """Write tensors and plain values to ``path``.
 
     Args:
-        previous: where the file that is there now goes, once the new one is complete; None replaces it.
+        previous: where the file that is there now goes, once the new one is complete; None replaces
+            it.
 
     Raises:
-        CheckpointError: the disk is full or the folder not writable; the previous files are untouched.
+        CheckpointError: the disk is full or the folder not writable; the previous files are
+            untouched.
     """
     try:
         with atomic_path(path) as temporary:
@@ -44,18 +47,24 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
                 path.replace(previous)
     except OSError as error:
         why = error.strerror or error
-        raise CheckpointError(f"{path} cannot be written ({why}); the last good checkpoint is kept: free some space and rerun") from error
+        raise CheckpointError(
+            f"{path} cannot be written ({why}); the last good checkpoint is kept: free some space "
+            "and rerun"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, tensors and plain values only (``weights_only=True``).
 
     Raises:
-        CheckpointError: it is damaged, holds anything but tensors and plain values, or is of another format.
+        CheckpointError: it is damaged, holds anything but tensors and plain values, or is of
+            another format.
     """
     damage = damage_of(path)
     if damage:
-        raise CheckpointError(f"{path} cannot be read ({damage}); move it away to start from the beginning")
+        raise CheckpointError(
+            f"{path} cannot be read ({damage}); move it away to start from the beginning"
+        )
     return _read(path)
 
 
@@ -67,10 +76,12 @@ def exists(folder: Path) -> bool:
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run and its content; None if there is no checkpoint at all.
 
-    Damaged ones that are newer are renamed to ``<name>.damaged``, with one line each, so that they take no whole one's place.
+    Damaged ones that are newer are renamed to ``<name>.damaged``, with one line each, so that they
+    take no whole one's place.
 
     Raises:
-        CheckpointError: all are damaged (none is touched), or the newest whole one is of another format.
+        CheckpointError: all are damaged (none is touched), or the newest whole one is of another
+            format.
     """
     damaged: list[tuple[Path, str]] = []
     for path in (folder / name for name in RESUMABLE if (folder / name).exists()):
@@ -82,19 +93,32 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         for lost, why in damaged:
             aside = lost.with_name(f"{lost.name}.damaged")
             lost.replace(aside)
-            log.warning("%s cannot be read (%s) and is now %s; going on from %s, step %s", lost, why, aside.name, path.name,
-                        content.get("step"))
+            log.warning(
+                "%s cannot be read (%s) and is now %s; going on from %s, step %s",
+                lost,
+                why,
+                aside.name,
+                path.name,
+                content.get("step"),
+            )
         return path, content
     if damaged:
         path, why = damaged[0]
         others = f", nor can {', '.join(p.name for p, _ in damaged[1:])}" if damaged[1:] else ""
-        raise CheckpointError(f"{path} cannot be read ({why}){others}; move the checkpoints away to start from the beginning")
+        raise CheckpointError(
+            f"{path} cannot be read ({why}){others}; move the checkpoints away to start from the "
+            "beginning"
+        )
     return None
 
 
 def newest_scheduled(folder: Path) -> dict[str, Any] | None:
-    """Content of the newest whole checkpoint that was made at a planned step (``"scheduled"``); None if there is none."""
-    for path in (folder / name for name in (LATEST_NAME, PREVIOUS_NAME) if (folder / name).exists()):
+    """Content of the newest whole checkpoint that was made at a planned step (``"scheduled"``);
+    None if there is none.
+    """
+    for path in (
+        folder / name for name in (LATEST_NAME, PREVIOUS_NAME) if (folder / name).exists()
+    ):
         content = {} if damage_of(path) else _read(path)
         if content.get("scheduled"):
             return content
@@ -116,8 +140,14 @@ def damage_of(path: Path) -> str:
                 left -= len(piece)
             ending = handle.read()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); mend it and run the same line again") from error
-    if left < 0 or ending[: len(_NO_COMMENT) + len(_MARK)] != _COMMENT_BYTES.to_bytes(2, "little") + _MARK:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}); mend it and run the same line "
+            "again"
+        ) from error
+    if (
+        left < 0
+        or ending[: len(_NO_COMMENT) + len(_MARK)] != _COMMENT_BYTES.to_bytes(2, "little") + _MARK
+    ):
         return "its end is missing"
     digest.update(_NO_COMMENT)
     return "" if ending[-64:] == digest.hexdigest().encode() else "its checksum differs"
@@ -135,7 +165,9 @@ def _write(path: Path, content: dict[str, Any]) -> None:
                 raise writer.error from error
             raise
         handle.seek(-len(_NO_COMMENT), os.SEEK_END)
-        handle.write(_COMMENT_BYTES.to_bytes(2, "little") + _MARK + writer.digest.hexdigest().encode())
+        handle.write(
+            _COMMENT_BYTES.to_bytes(2, "little") + _MARK + writer.digest.hexdigest().encode()
+        )
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -168,5 +200,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}; move it away to start from the beginning") from error
     if not isinstance(content, dict) or content.get("version") != CHECKPOINT_VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} is of format {found}, {CHECKPOINT_VERSION} is needed; update nnunet-autoreg, or move it away")
+        raise CheckpointError(
+            f"{path} is of format {found}, {CHECKPOINT_VERSION} is needed; update nnunet-autoreg, "
+            "or move it away"
+        )
     return content

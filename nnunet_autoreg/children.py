@@ -1,8 +1,9 @@
 """Child processes that never outlive the process that started them. Standard library alone.
 
-Two ways lead there. A command that ends calls ``end_children``, which kills all of its descendants. A command that is killed cannot do so,
-therefore ``start_guarded`` puts a small guard process between it and the program that it runs: the guard notices within half a second that
-its parent is gone and ends everything below itself.
+Two ways lead there. A command that ends calls ``end_children``, which kills all of its descendants.
+A command that is killed cannot do so, therefore ``start_guarded`` puts a small guard process
+between it and the program that it runs: the guard notices within half a second that its parent is
+gone and ends everything below itself.
 """
 
 import ctypes
@@ -28,7 +29,9 @@ STOPPED = 130
 
 
 def descendants(pid: int | None = None) -> list[int]:
-    """Return the ids of all processes below ``pid`` (default: this process), parents before their children."""
+    """Return the ids of all processes below ``pid`` (default: this process), parents before their
+    children.
+    """
     children: dict[int, list[int]] = {}
     for child, parent in _parents().items():
         children.setdefault(parent, []).append(child)
@@ -43,9 +46,13 @@ def descendants(pid: int | None = None) -> list[int]:
 
 
 def _parents() -> dict[int, int]:
-    """Return process id -> id of its parent for all running processes; ended ones that nobody has waited for are left out."""
+    """Return process id -> id of its parent for all running processes; ended ones that nobody has
+    waited for are left out.
+    """
     if not Path("/proc/self/stat").exists():
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=False).stdout
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=False
+        ).stdout
         rows = [line.split() for line in listed.splitlines()]
         return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
 
@@ -54,7 +61,8 @@ def _parents() -> dict[int, int]:
         if not folder.name.isdigit():
             continue
         try:
-            # The program's name stands in parentheses and may hold spaces and parentheses of its own.
+            # The program's name stands in parentheses and may hold spaces and parentheses of its
+            # own.
             fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue  # It ended meanwhile.
@@ -66,7 +74,8 @@ def _parents() -> dict[int, int]:
 def end_children(pid: int | None = None) -> None:
     """Kill every process below ``pid`` (default: this process).
 
-    The resource tracker of ``multiprocessing`` is spared: it removes the semaphores of the killed processes and then ends by itself.
+    The resource tracker of ``multiprocessing`` is spared: it removes the semaphores of the killed
+        processes and then ends by itself.
     """
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
 
@@ -81,14 +90,26 @@ def end_children(pid: int | None = None) -> None:
         time.sleep(0.02)
 
 
-def start_guarded(line: Sequence[str], environment: Mapping[str, str], output: IO[str]) -> "subprocess.Popen[bytes]":
-    """Start a program below a guard process, in a session of its own, so that Ctrl-C reaches it through this process alone."""
+def start_guarded(
+    line: Sequence[str], environment: Mapping[str, str], output: IO[str]
+) -> "subprocess.Popen[bytes]":
+    """Start a program below a guard process, in a session of its own, so that Ctrl-C reaches it
+    through this process alone.
+    """
     guard = [sys.executable, "-m", __name__, str(os.getpid()), *line]
-    return subprocess.Popen(guard, env=dict(environment), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        guard,
+        env=dict(environment),
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def run_guarded(line: Sequence[str], environment: Mapping[str, str], output: IO[str]) -> int:
-    """Run a program below a guard and return its exit code; an exception in this process, such as an interruption, ends the program."""
+    """Run a program below a guard and return its exit code; an exception in this process, such as
+    an interruption, ends the program.
+    """
     guard = start_guarded(line, environment, output)
     try:
         return guard.wait()
@@ -103,7 +124,9 @@ def run_guarded(line: Sequence[str], environment: Mapping[str, str], output: IO[
 
 
 def guard_program(parent: int, line: Sequence[str]) -> int:
-    """Run ``line`` and return its exit code; end it and all below it on SIGTERM, and when ``parent`` is gone."""
+    """Run ``line`` and return its exit code; end it and all below it on SIGTERM, and when
+    ``parent`` is gone.
+    """
     if sys.platform == "linux":
         # What loses its parent becomes a child of the guard, which therefore still finds it.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -133,14 +156,17 @@ def _end_program(program: "subprocess.Popen[bytes]") -> None:
         program.wait(END_WITHIN_S)
 
     end_children()
-    for child in below:  # Those whose parent has ended are nobody's descendants where the guard cannot take them over.
+    # Those whose parent has ended are nobody's descendants where the guard cannot take them over.
+    for child in below:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(child, signal.SIGKILL)
     program.wait()
 
 
 def _end_with_guard() -> None:
-    """In the program's process, before it begins: have the kernel kill it if the guard itself is killed. Linux alone knows how."""
+    """In the program's process, before it begins: have the kernel kill it if the guard itself is
+    killed. Linux alone knows how.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,6 +1,7 @@
 """The exceptions a user can meet. Every message says what, which value, where, and what to do next.
 
-Commands turn an ``AutoregError`` into one line on stderr and its ``exit_code``; anything else is a bug and keeps its traceback.
+Commands turn an ``AutoregError`` into one line on stderr and its ``exit_code``; anything else is a
+bug and keeps its traceback.
 """
 
 import difflib
@@ -48,21 +49,24 @@ class WeightsError(AutoregError):
 
 
 class ObjectsError(AutoregError):
-    """Objects to detect, or detections, are missing, damaged or contradict the image they belong to."""
+    """Objects to detect, or detections, are missing, damaged or contradict the image they belong
+    to.
+    """
 
 
 class LostProcessError(AutoregError):
     """Another process of the training is gone.
 
-    A launcher then ends the others too, by SIGTERM. The loss, and not that signal, is what the user has to be told.
+    A launcher then ends the others too, by SIGTERM. The loss, and not that signal, is what the user
+    has to be told.
     """
 
 
 class InterruptedRunError(KeyboardInterrupt):
     """The user or the cluster asked a command to stop; what was done is kept.
 
-    No ``Exception``, as Python's own KeyboardInterrupt: code that goes on after any error, such as torch's compiler, must not take
-    this for one.
+    No ``Exception``, as Python's own KeyboardInterrupt: code that goes on after any error, such as
+    torch's compiler, must not take this for one.
     """
 
     exit_code = 130
@@ -71,15 +75,20 @@ class InterruptedRunError(KeyboardInterrupt):
 def printable(text: str) -> str:
     """Return ``text`` with line breaks, control characters and bytes that are no text as escapes.
 
-    Names of files and words in other people's files may hold any of them, and a terminal obeys them.
+    Names of files and words in other people's files may hold any of them, and a terminal obeys
+    them.
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown ``name``: a close match if there is one, else all that is known."""
+    """The tail of a message about an unknown ``name``: a close match if there is one, else all that
+    is known.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(names)}"

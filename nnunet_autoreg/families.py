@@ -1,4 +1,6 @@
-"""The families of encoders: which network class belongs to which, what its arguments must say, how large its tokens are."""
+"""The families of encoders: which network class belongs to which, what its arguments must say, how
+large its tokens are.
+"""
 
 import math
 import re
@@ -20,13 +22,28 @@ CLASS_PATHS: dict[str, str] = {
 }
 TRANSFORMER_ARGUMENTS = ("embed_dim", "patch_embed_size", "eva_depth", "eva_numheads")
 CNN_ARGUMENTS = (
-    "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_blocks_per_stage", "n_conv_per_stage_decoder", "conv_bias",
-    "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs",
-)  # fmt: skip
+    "n_stages",
+    "features_per_stage",
+    "conv_op",
+    "kernel_sizes",
+    "strides",
+    "n_blocks_per_stage",
+    "n_conv_per_stage_decoder",
+    "conv_bias",
+    "norm_op",
+    "norm_op_kwargs",
+    "nonlin",
+    "nonlin_kwargs",
+)
 LAYER_NAME = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
-"""What a name in a network's arguments may stand for: a layer of torch. A longer path would reach any module that torch imports."""
+"""What a name in a network's arguments may stand for: a layer of torch.
+
+A longer path would reach any module that torch imports.
+"""
 MIN_CONV_SIDE = 16
-"""Smallest side, in voxels, of a block that a convolution with instance normalisation runs on: over fewer, it erases intensity."""
+"""Smallest side, in voxels, of a block that a convolution with instance normalisation runs on: over
+fewer, it erases intensity.
+"""
 
 
 def family_of(class_path: str) -> str:
@@ -38,7 +55,10 @@ def family_of(class_path: str) -> str:
     for family, path in CLASS_PATHS.items():
         if path == class_path:
             return family
-    raise PlanError(f"the network class '{class_path}' is none of the known encoders: {', '.join(CLASS_PATHS.values())}")
+    raise PlanError(
+        f"the network class '{class_path}' is none of the known encoders: "
+        f"{', '.join(CLASS_PATHS.values())}"
+    )
 
 
 def is_convolutional(family: str) -> bool:
@@ -75,7 +95,8 @@ def missing_arguments(class_path: str, arguments: Mapping[str, Any]) -> list[str
 
 
 def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
-    """Voxels (z, y, x) of a token: a transformer's patch, or the total stride of a CNN, whose deepest features are the tokens.
+    """Voxels (z, y, x) of a token: a transformer's patch, or the total stride of a CNN, whose
+    deepest features are the tokens.
 
     Raises:
         PlanError: the class is of no known family, or its arguments state no size of three axes.
@@ -83,15 +104,23 @@ def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
     try:
         if family_of(class_path) != RESENC:
             return as_size(arguments["patch_embed_size"])
-        return as_size([math.prod(per_axis) for per_axis in zip(*(_triple(s) for s in arguments["strides"]), strict=True)])
+        return as_size(
+            [
+                math.prod(per_axis)
+                for per_axis in zip(*(_triple(s) for s in arguments["strides"]), strict=True)
+            ]
+        )
     except (TypeError, ValueError) as error:
-        raise PlanError(f"encoder.arguments: {dict(arguments)} state no token size of three axes ({error})") from error
+        raise PlanError(
+            f"encoder.arguments: {dict(arguments)} state no token size of three axes ({error})"
+        ) from error
 
 
 def smallest_block(family: str, token_size: Size) -> Size:
     """Tokens per axis of the smallest block: one, or as many as instance normalisation needs.
 
-    Source: rule of the design, side >= max(16, 2 x total stride), so that the deepest features of a block are at least 2 x 2 x 2.
+    Source: rule of the design, side >= max(16, 2 x total stride), so that the deepest features of a
+        block are at least 2 x 2 x 2.
     """
     if not is_convolutional(family):
         return (1, 1, 1)

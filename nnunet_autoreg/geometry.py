@@ -1,6 +1,7 @@
 """Axis order, millimetres and divisibility.
 
-Arrays are always (C, Z, Y, X) or (Z, Y, X); sizes are in voxels and spacings in mm, in the same (Z, Y, X) order.
+Arrays are always (C, Z, Y, X) or (Z, Y, X); sizes are in voxels and spacings in mm, in the same (Z,
+Y, X) order.
 SimpleITK speaks (x, y, z): ``zyx`` is the one place where that is turned.
 """
 
@@ -44,7 +45,9 @@ def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
         if s % t:
             low, high = s // t * t, (s // t + 1) * t
             near = f"{low} or {high}" if low else f"{high}"
-            raise ValueError(f"size {s} on axis {axis} is no multiple of the token size {t}; use {near}")
+            raise ValueError(
+                f"size {s} on axis {axis} is no multiple of the token size {t}; use {near}"
+            )
     return as_size([s // t for s, t in zip(size, token, strict=True)])
 
 
@@ -54,6 +57,9 @@ def volume(size: Sequence[int]) -> int:
 
 
 def spacing_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """The largest factor, over the axes, between two spacings (always >= 1). Axes are compared sorted by spacing,
-    because nnU-Net moves the coarsest axis to the front."""
+    """The largest factor, over the axes, between two spacings (always >= 1).
+
+    Axes are compared sorted by spacing,
+    because nnU-Net moves the coarsest axis to the front.
+    """
     return max(max(p / q, q / p) for p, q in zip(sorted(a), sorted(b), strict=True))

@@ -1,4 +1,6 @@
-"""What a command is doing now, for the line that ends it and for a sign of life whenever nothing else is printed for five seconds."""
+"""What a command is doing now, for the line that ends it and for a sign of life whenever nothing
+else is printed for five seconds.
+"""
 
 import logging
 import sys
@@ -46,7 +48,9 @@ ending = threading.Event()
 
 @contextmanager
 def phase(doing: str) -> Iterator[Phase]:
-    """Say what is being done inside, e.g. ``with phase("reading labels of 40 scans")``. Phases may be nested; the innermost counts."""
+    """Say what is being done inside, e.g. ``with phase("reading labels of 40 scans")``. Phases may
+    be nested; the innermost counts.
+    """
     entered = Phase(doing)
     _phases.append(entered)
     try:
@@ -63,7 +67,9 @@ def current_phase() -> Phase | None:
 
 @contextmanager
 def signs_of_life(quiet_s: float = QUIET_S) -> Iterator[None]:
-    """Log what is going on, and for how long, whenever nothing else was logged and no progress bar has moved for ``quiet_s``."""
+    """Log what is going on, and for how long, whenever nothing else was logged and no progress bar
+    has moved for ``quiet_s``.
+    """
     watcher = _Watcher(quiet_s)
     logger = logging.getLogger("nnunet_autoreg")
     logger.addHandler(watcher.handler)
@@ -110,7 +116,9 @@ class _Watcher(threading.Thread):
 
             if phase is not spoke_of:
                 spoke_of, wait_s = phase, self.quiet_s
-            patience_s = max(wait_s, QUIET_BESIDE_BAR_S) if self.bar_moved_at > phase.began else wait_s
+            patience_s = (
+                max(wait_s, QUIET_BESIDE_BAR_S) if self.bar_moved_at > phase.began else wait_s
+            )
 
             last_output = max(self.handler.at, self.bar_moved_at)
             if time.monotonic() - last_output >= patience_s:

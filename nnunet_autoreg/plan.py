@@ -1,4 +1,6 @@
-"""The plan of a pretraining run: every choosable value, written before work begins and obeyed afterwards."""
+"""The plan of a pretraining run: every choosable value, written before work begins and obeyed
+afterwards.
+"""
 
 import dataclasses
 import json
@@ -14,7 +16,9 @@ PLAN_VERSION = 2
 
 @dataclass(frozen=True)
 class IntensityWindow:
-    """CT intensities inside the body over the pretraining pool, in HU: nnU-Net's foreground properties by name."""
+    """CT intensities inside the body over the pretraining pool, in HU: nnU-Net's foreground
+    properties by name.
+    """
 
     mean: float
     std: float
@@ -27,10 +31,12 @@ class IntensityWindow:
 
 @dataclass(frozen=True, repr=False)
 class SpacingGroup:
-    """Scans of one modality and like spacing, which share a target spacing; all (z, y, x), the coarsest axis first.
+    """Scans of one modality and like spacing, which share a target spacing; all (z, y, x), the
+    coarsest axis first.
 
     Attributes:
-        native_mm: median of their own spacings; a scan belongs to the group of its modality whose median is nearest.
+        native_mm: median of their own spacings; a scan belongs to the group of its modality whose
+            median is nearest.
         spacing_mm: what they are resampled to.
     """
 
@@ -39,7 +45,9 @@ class SpacingGroup:
     spacing_mm: Spacing
 
     def __repr__(self) -> str:
-        native, target = (" x ".join(f"{s:.4g}" for s in spacing) for spacing in (self.native_mm, self.spacing_mm))
+        native, target = (
+            " x ".join(f"{s:.4g}" for s in spacing) for spacing in (self.native_mm, self.spacing_mm)
+        )
         return f"{self.modality} of {native} to {target} mm"
 
 
@@ -48,10 +56,12 @@ class DataPlan:
     """What goes in.
 
     Attributes:
-        spacing_mm: every scan that belongs to no group is resampled to this, (z, y, x); with groups, that of the largest.
+        spacing_mm: every scan that belongs to no group is resampled to this, (z, y, x); with
+            groups, that of the largest.
         ct_window: Hounsfield statistics inside the body over the pool's CT scans; None without CT.
         holdout_fraction: share of the cases kept for the held-out error (never trained on).
-        spacing_groups: target spacings by modality and own spacing; empty where all scans share ``spacing_mm``.
+        spacing_groups: target spacings by modality and own spacing; empty where all scans share
+            ``spacing_mm``.
     """
 
     spacing_mm: Spacing
@@ -62,7 +72,9 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """The network class, its arguments (no channels, classes, input shape) and token size (z, y, x), as in ``model.sizes``."""
+    """The network class, its arguments (no channels, classes, input shape) and token size (z, y,
+    x), as in ``model.sizes``.
+    """
 
     name: str
     class_path: str
@@ -77,31 +89,42 @@ class SequencePlan:
     Attributes:
         crop_size_vox: (z, y, x), a multiple of block_tokens x token size.
         block_tokens: tokens per block and axis; (1, 1, 1) is a block of one token.
-        order: "raster" - image after image, each along x, then y, then z; "interleaved" - at each place in the plane along z
-            through all images or sub-volumes (AR-SSL4M's own); "random" (needs predictor "query" or "network").
-        predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light decoder is told where
-            the target lies and attends to earlier blocks only; "network" - a CNN as a whole predicts all unknown voxels of a crop.
-        prefix: distribution of the number p of given blocks: "uniform" over 1..K-1; "long" - the larger of two such numbers, so that
-            most blocks are given; "fixed" - always ``prefix_share`` of the K blocks; "uniform_from_0" over 0..K-1, for encoders with a
+        order: "raster" - image after image, each along x, then y, then z; "interleaved" - at each
+            place in the plane along z through all images or sub-volumes (AR-SSL4M's own); "random"
+            (needs predictor "query" or "network").
+        predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light
+            decoder is told where the target lies and attends to earlier blocks only; "network" - a
+            CNN as a whole predicts all unknown voxels of a crop.
+        prefix: distribution of the number p of given blocks: "uniform" over 1..K-1; "long" - the
+            larger of two such numbers, so that most blocks are given; "fixed" - always
+            ``prefix_share`` of the K blocks; "uniform_from_0" over 0..K-1, for encoders with a
             START token, which then predicts the first block (AR-SSL4M's own).
         prefix_share: of prefix "fixed".
         flip: random flips of the data per axis.
         swap_axes: random swaps of axes of equal length and spacing.
-        spatial_share: how often a training crop is rotated, and independently how often it is zoomed (0 to 1). Sequences of kind
-            "strided" never are, since their slices overlap along the axis z of the scan. Where one spacing is over 3 times another,
-            both stay in the plane of the small spacings.
-        max_rotation_deg: rotations are drawn evenly between minus and plus this angle, about a random axis.
+        spatial_share: how often a training crop is rotated, and independently how often it is
+            zoomed (0 to 1). Sequences of kind "strided" never are, since their slices overlap along
+            the axis z of the scan. Where one spacing is over 3 times another, both stay in the
+            plane of the small spacings.
+        max_rotation_deg: rotations are drawn evenly between minus and plus this angle, about a
+            random axis.
         zoom: smallest and largest factor by which things become larger.
-        max_source: most voxels, along an axis, that are read for a rotated or zoomed crop, as a multiple of the crop's own. What
-            a turn brings in from beyond them is padding, as it is beyond the scan.
-        weights: how often each kind of sequence is drawn, relative to the others; one kind per batch. "spatial" - one crop;
-            "strided" - sub-volumes of one crop that overlap, one after another along z (AR-SSL4M's own); "contrast" - one place in
-            several contrasts of a subject; "semantic" - one structure in several subjects.
+        max_source: most voxels, along an axis, that are read for a rotated or zoomed crop, as a
+            multiple of the crop's own. What a turn brings in from beyond them is padding, as it is
+            beyond the scan.
+        weights: how often each kind of sequence is drawn, relative to the others; one kind per
+            batch. "spatial" - one crop; "strided" - sub-volumes of one crop that overlap, one after
+            another along z (AR-SSL4M's own); "contrast" - one place in several contrasts of a
+            subject; "semantic" - one structure in several subjects.
         contrasts: the contrasts that contrast sequences are made of, in their fixed order.
-        contrast_members, semantic_members: images of a sequence. Their crops are smaller, so that the tokens stay as many.
-        member_crop_vox: the crop of one such image; None has it planned from crop_size_vox and the number of members.
-        num_subvolumes, stride_vox: of "strided" sequences, along z; a stride below the sub-volume's depth makes them overlap.
-        mask_seen: in "strided" sequences, voxels that an earlier sub-volume has shown already carry no loss.
+        contrast_members, semantic_members: images of a sequence. Their crops are smaller, so that
+            the tokens stay as many.
+        member_crop_vox: the crop of one such image; None has it planned from crop_size_vox and the
+            number of members.
+        num_subvolumes, stride_vox: of "strided" sequences, along z; a stride below the sub-volume's
+            depth makes them overlap.
+        mask_seen: in "strided" sequences, voxels that an earlier sub-volume has shown already carry
+            no loss.
     """
 
     crop_size_vox: Size
@@ -131,25 +154,32 @@ class ObjectivePlan:
     """Regression of voxels: what is predicted, and by which head.
 
     Attributes:
-        name: the objective's file in ``objectives/``: "autoregressive" - block after block; "masked" - the blocks that are not given, all
-            at once from those that are (needs a fixed prefix, which is the visible share, random order and predictor "query").
-        target: what is regressed of every unknown token. "normalised" - its voxels with their own mean and deviation taken out,
-            (v - mean) / sqrt(max(var, floor) + epsilon); "normalised_with_statistics" - the same, and the token's mean and the logarithm
-            of its deviation as two more outputs; "voxels" - its voxels as they are, which nnU-Net's normalisation has brought to
-            mean 0 and deviation 1 over the scan.
+        name: the objective's file in ``objectives/``: "autoregressive" - block after block;
+            "masked" - the blocks that are not given, all at once from those that are (needs a fixed
+            prefix, which is the visible share, random order and predictor "query").
+        target: what is regressed of every unknown token. "normalised" - its voxels with their own
+            mean and deviation taken out, (v - mean) / sqrt(max(var, floor) + epsilon);
+            "normalised_with_statistics" - the same, and the token's mean and the logarithm of its
+            deviation as two more outputs; "voxels" - its voxels as they are, which nnU-Net's
+            normalisation has brought to mean 0 and deviation 1 over the scan.
         variance_floor: the floor, in squared normalised intensity units; 0 for none.
-        variance_epsilon: what is added under the root, in the same units; AR-SSL4M adds 1e-6 and has no floor.
-        target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's target, 0 for none. It stays inside the
-            token and takes real voxels alone, so that a target depends on its own token only.
+        variance_epsilon: what is added under the root, in the same units; AR-SSL4M adds 1e-6 and
+            has no floor.
+        target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's
+            target, 0 for none. It stays inside the token and takes real voxels alone, so that a
+            target depends on its own token only.
         query_depth: layers of the decoder of predictor "query".
-        corruption: share of the training samples whose given part is shown with another gamma and contrast and with noise. Targets
-            are always clean.
-        query_attention: whether the decoder's queries of one block see each other, where a block has several tokens. Those of
-            different blocks never do.
-        head: of the predictors "query" and "next": "linear" - one matrix makes voxels of features; "mlp" - with a hidden layer.
-        unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they are 0 in the input; "learned" - a
-            learned vector is also added to their features after the stem.
-        trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run cannot be continued.
+        corruption: share of the training samples whose given part is shown with another gamma and
+            contrast and with noise. Targets are always clean.
+        query_attention: whether the decoder's queries of one block see each other, where a block
+            has several tokens. Those of different blocks never do.
+        head: of the predictors "query" and "next": "linear" - one matrix makes voxels of features;
+            "mlp" - with a hidden layer.
+        unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they
+            are 0 in the input; "learned" - a learned vector is also added to their features after
+            the stem.
+        trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run
+            cannot be continued.
     """
 
     name: str = "autoregressive"
@@ -171,10 +201,13 @@ class OptimPlan:
 
     Attributes:
         batch_size: crops per optimiser step.
-        decay_all: weight decay also on norms, biases, positions and scales (AR-SSL4M's own), which are left out otherwise.
-        micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None: the whole batch.
-        checkpoint_activations: keep only the inputs of the transformer's blocks for the backward pass and compute their insides twice:
-            the same numbers in less memory, about a third slower.
+        decay_all: weight decay also on norms, biases, positions and scales (AR-SSL4M's own), which
+            are left out otherwise.
+        micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None:
+            the whole batch.
+        checkpoint_activations: keep only the inputs of the transformer's blocks for the backward
+            pass and compute their insides twice: the same numbers in less memory, about a third
+            slower.
     """
 
     num_steps: int
@@ -195,20 +228,27 @@ class RunPlan:
 
     Attributes:
         seconds_per_step: measured once, where the length was given in hours; None where it was not.
-        spike_sigmas: a step whose loss lies this many standard deviations above the running mean, and above twice that mean, is skipped.
-        max_bad_steps: after so many skipped steps in a row the weights go back to the last checkpoint, and training goes on from there
-            with the data of the steps that follow.
+        spike_sigmas: a step whose loss lies this many standard deviations above the running mean,
+            and above twice that mean, is skipped.
+        max_bad_steps: after so many skipped steps in a row the weights go back to the last
+            checkpoint, and training goes on from there with the data of the steps that follow.
         max_rollbacks: going back more often than this ends the run.
         min_token_variance, min_effective_rank: features below either are reported as collapsed.
-        compile: compile the transformer's layers on a GPU; elsewhere, and where weights are sharded, nothing is compiled.
-        flex_attention: compiled layers use FlexAttention on a GPU; false for torch's own attention with a dense mask.
-        self_check: after the dry step, compare a compiled layer of each kind with a dense mask in float32.
+        compile: compile the transformer's layers on a GPU; elsewhere, and where weights are
+            sharded, nothing is compiled.
+        flex_attention: compiled layers use FlexAttention on a GPU; false for torch's own attention
+            with a dense mask.
+        self_check: after the dry step, compare a compiled layer of each kind with a dense mask in
+            float32.
         peak_memory_gib: measured in a dry step, once, before the first; None until then.
-        dry_step_seconds: of an optimiser step of the whole batch on one device, without loading, measured in the same dry step. Unlike
-            ``seconds_per_step`` it decides no length: together with ``loader_seconds_per_crop`` it decides how many processes load.
-        loader_seconds_per_crop: in which one process draws and collates a crop, measured beside the dry step.
-        sharding: of parameters, gradients and moments over processes that train together: "none" - each holds all (DDP); "full" - each
-            holds a part (FSDP2); "auto" - "full" where they would not leave a GPU room for activations. It changes no loss.
+        dry_step_seconds: of an optimiser step of the whole batch on one device, without loading,
+            measured in the same dry step. Unlike ``seconds_per_step`` it decides no length:
+            together with ``loader_seconds_per_crop`` it decides how many processes load.
+        loader_seconds_per_crop: in which one process draws and collates a crop, measured beside the
+            dry step.
+        sharding: of parameters, gradients and moments over processes that train together: "none" -
+            each holds all (DDP); "full" - each holds a part (FSDP2); "auto" - "full" where they
+            would not leave a GPU room for activations. It changes no loss.
     """
 
     seed: int
@@ -263,7 +303,8 @@ TARGETS = ("normalised", "normalised_with_statistics", "voxels")
 
 
 def override(plan: Plan, settings: list[str]) -> Plan:
-    """Apply ``key=value`` settings such as ``optim.lr=3e-4``; each overridden key gets the reason "set by the user".
+    """Apply ``key=value`` settings such as ``optim.lr=3e-4``; each overridden key gets the reason
+    "set by the user".
 
     Raises:
         PlanError: an unknown key (with a close match) or a value of the wrong type.
@@ -281,18 +322,32 @@ def override(plan: Plan, settings: list[str]) -> Plan:
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     *path, leaf = key.split(".")
     node: Any = data
-    known = [f"{s.name}.{f.name}" for s in dataclasses.fields(Plan) if dataclasses.is_dataclass(s.type)
-             for f in dataclasses.fields(s.type)]
+    known = [
+        f"{s.name}.{f.name}"
+        for s in dataclasses.fields(Plan)
+        if dataclasses.is_dataclass(s.type)
+        for f in dataclasses.fields(s.type)
+    ]
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
-    if not path or not isinstance(node, dict) or leaf not in node or path[0] in ("reasons", "request"):
+    if (
+        not path
+        or not isinstance(node, dict)
+        or leaf not in node
+        or path[0] in ("reasons", "request")
+    ):
         same_leaf = [name for name in known if name.endswith(f".{key}")]
-        raise PlanError(f"--set {key}: there is no such setting; {did_you_mean((same_leaf or [key])[0], known)}")
+        raise PlanError(
+            f"--set {key}: there is no such setting; {did_you_mean((same_leaf or [key])[0], known)}"
+        )
     node[leaf] = value
 
 
 def literal(text: str) -> Any:
-    """What a user typed as a value: JSON, numbers as Python writes them, lists by commas, true and false in any case; else the word."""
+    """What a user typed as a value:
+
+    JSON, numbers as Python writes them, lists by commas, true and false in any case; else the word.
+    """
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,6 @@
-"""Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the way out."""
+"""Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the
+way out.
+"""
 
 import math
 
@@ -54,7 +56,9 @@ def check(plan: Plan) -> Plan:
 
 
 def _check_finite(value: object, key: str) -> None:
-    """Refuse NaN and infinity, which JSON does not know but Python reads, wherever they stand in the plan."""
+    """Refuse NaN and infinity, which JSON does not know but Python reads, wherever they stand in
+    the plan.
+    """
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_finite(inner, f"{key}.{name}" if key else str(name))
@@ -62,38 +66,61 @@ def _check_finite(value: object, key: str) -> None:
         for number, inner in enumerate(value):
             _check_finite(inner, f"{key}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise PlanError(f"{key}={value} must be a finite number: with it every weight or loss would be NaN or infinite")
+        raise PlanError(
+            f"{key}={value} must be a finite number: with it every weight or loss would be NaN or "
+            "infinite"
+        )
 
 
 def _check_variety(plan: Plan) -> None:
     s = plan.sequence
-    shares = {"sequence.spatial_share": s.spatial_share, "objective.corruption": plan.objective.corruption}
+    shares = {
+        "sequence.spatial_share": s.spatial_share,
+        "objective.corruption": plan.objective.corruption,
+    }
     for key, share in shares.items():
         if not 0 <= share <= 1:
-            raise PlanError(f"{key}={share} must lie between 0 (never) and 1 (every training sample); use 0.2, as nnU-Net does")
+            raise PlanError(
+                f"{key}={share} must lie between 0 (never) and 1 (every training sample); use 0.2, "
+                "as nnU-Net does"
+            )
     if not 0 <= s.max_rotation_deg <= MAX_ANGLE_DEG:
-        raise PlanError(f"sequence.max_rotation_deg={s.max_rotation_deg} must lie between 0 and {MAX_ANGLE_DEG:g}; use 30")
+        raise PlanError(
+            f"sequence.max_rotation_deg={s.max_rotation_deg} must lie between 0 and "
+            f"{MAX_ANGLE_DEG:g}; use 30"
+        )
     smallest, largest = s.zoom
     if not 0 < smallest <= largest < float("inf"):
-        raise PlanError(f"sequence.zoom={list(s.zoom)} must be two factors greater than 0, the smaller one first; use 0.7,1.4")
+        raise PlanError(
+            f"sequence.zoom={list(s.zoom)} must be two factors greater than 0, the smaller one "
+            "first; use 0.7,1.4"
+        )
     if not 1 <= s.max_source < float("inf"):
         raise PlanError(
-            f"sequence.max_source={s.max_source} must be at least 1: with less, a part of every rotated crop would be padding; use 1.6"
+            f"sequence.max_source={s.max_source} must be at least 1: with less, a part of every "
+            "rotated crop would be padding; use 1.6"
         )
 
 
 def _check_names(plan: Plan) -> None:
     s = plan.sequence
-    named = {"sequence.order": (s.order, ORDERS), "sequence.predictor": (s.predictor, PREDICTORS),
-             "sequence.prefix": (s.prefix, PREFIXES), "objective.name": (plan.objective.name, OBJECTIVES),
-             "objective.head": (plan.objective.head, HEADS), "objective.target": (plan.objective.target, TARGETS),
-             "objective.unknown_mark": (plan.objective.unknown_mark, UNKNOWN_MARKS), "run.sharding": (plan.run.sharding, SHARDINGS)}
+    named = {
+        "sequence.order": (s.order, ORDERS),
+        "sequence.predictor": (s.predictor, PREDICTORS),
+        "sequence.prefix": (s.prefix, PREFIXES),
+        "objective.name": (plan.objective.name, OBJECTIVES),
+        "objective.head": (plan.objective.head, HEADS),
+        "objective.target": (plan.objective.target, TARGETS),
+        "objective.unknown_mark": (plan.objective.unknown_mark, UNKNOWN_MARKS),
+        "run.sharding": (plan.run.sharding, SHARDINGS),
+    }
     for key, (value, known) in named.items():
         if value not in known:
             raise PlanError(f"{key}: '{value}' does not exist; {did_you_mean(value, known)}")
     if s.order == "random" and s.predictor == "next":
         raise PlanError(
-            "sequence.order=random with sequence.predictor=next is ill-posed: position alone no longer says which block "
+            "sequence.order=random with sequence.predictor=next is ill-posed: position alone no "
+            "longer says which block "
             "follows; use sequence.predictor=query, or sequence.order=raster"
         )
 
@@ -101,12 +128,19 @@ def _check_names(plan: Plan) -> None:
 def _check_prefix(plan: Plan) -> None:
     s = plan.sequence
     if not 0 < s.prefix_share < 1:
-        raise PlanError(f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: something is given and something asked for")
-    by_place = s.predictor in ("query", "network")
-    if plan.objective.name == "masked" and not (s.order == "random" and by_place and s.prefix == "fixed"):
         raise PlanError(
-            f"objective.name=masked with sequence.order={s.order}, sequence.predictor={s.predictor} and sequence.prefix={s.prefix} is "
-            "ill-posed: a random, fixed share of the blocks is visible and the others are asked for by place; use --objective masked, "
+            f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: something is given "
+            "and something asked for"
+        )
+    by_place = s.predictor in ("query", "network")
+    if plan.objective.name == "masked" and not (
+        s.order == "random" and by_place and s.prefix == "fixed"
+    ):
+        raise PlanError(
+            f"objective.name=masked with sequence.order={s.order}, "
+            f"sequence.predictor={s.predictor} and sequence.prefix={s.prefix} is "
+            "ill-posed: a random, fixed share of the blocks is visible and the others are asked "
+            "for by place; use --objective masked, "
             "which sets order=random, prefix=fixed and a predictor that is told the place"
         )
     if s.prefix == "uniform_from_0":
@@ -118,9 +152,16 @@ def _check_start(plan: Plan) -> None:
     if not has_start(family_of(plan.encoder.class_path)):
         why = f"encoder {plan.encoder.name} has no START token that could predict the first block"
     elif s.predictor != "next" or volume(s.block_tokens) > 1:
-        why = (f"START predicts one token by predictor next, and the plan has predictor {s.predictor} and blocks of "
-               f"{volume(s.block_tokens)} tokens")
-        remedy += "" if s.predictor == "next" else ", or sequence.predictor=next with sequence.order=raster"
+        why = (
+            f"START predicts one token by predictor next, and the plan has predictor {s.predictor} "
+            "and blocks of "
+            f"{volume(s.block_tokens)} tokens"
+        )
+        remedy += (
+            ""
+            if s.predictor == "next"
+            else ", or sequence.predictor=next with sequence.order=raster"
+        )
     else:
         return
     raise PlanError(f"sequence.prefix=uniform_from_0: {why}; {remedy}")
@@ -129,11 +170,15 @@ def _check_start(plan: Plan) -> None:
 def _check_encoder(encoder: EncoderPlan) -> None:
     missing = missing_arguments(encoder.class_path, encoder.arguments)
     if missing:
-        raise PlanError(f"encoder.arguments: {', '.join(missing)} missing; take those of an encoder in model/sizes.py")
+        raise PlanError(
+            f"encoder.arguments: {', '.join(missing)} missing; take those of an encoder in "
+            "model/sizes.py"
+        )
     stated = list(token_size_of(encoder.class_path, encoder.arguments))
     if stated != list(encoder.token_size_vox):
         raise PlanError(
-            f"encoder.token_size_vox={list(encoder.token_size_vox)} has to equal {stated}, the token size that encoder.arguments state"
+            f"encoder.token_size_vox={list(encoder.token_size_vox)} has to equal {stated}, the "
+            "token size that encoder.arguments state"
         )
     _check_token(encoder, stated)
 
@@ -141,75 +186,111 @@ def _check_encoder(encoder: EncoderPlan) -> None:
 def _check_token(encoder: EncoderPlan, token: list[int]) -> None:
     """Refuse tokens that the downstream network could not turn back into voxels."""
     family = family_of(encoder.class_path)
-    # Its decoder doubles the grid step by step, along each axis as often as the token can be halved.
-    if family == PRIMUS and (max(token) < 2 or any(side < 1 or side & (side - 1) for side in token)):
+    # Its decoder doubles the grid step by step, along each axis as often as the token can be
+    # halved.
+    if family == PRIMUS and (
+        max(token) < 2 or any(side < 1 or side & (side - 1) for side in token)
+    ):
         raise PlanError(
-            f"encoder.arguments.patch_embed_size={token}: {encoder.name} doubles its grid until it has voxels, so each side has to be "
-            "1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 or 1,8,8, and encoder.token_size_vox likewise"
+            f"encoder.arguments.patch_embed_size={token}: {encoder.name} doubles its grid until it "
+            "has voxels, so each side has to be "
+            "1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 or 1,8,8, and encoder.token_size_vox "
+            "likewise"
         )
     if family in (PRIMUS_V2, PRIMUS_V3):
         halved = 2 ** len(encoder.arguments.get("depth_per_level", (1, 1, 1)))
         if token != [halved] * 3:
             raise PlanError(
-                f"encoder.arguments.patch_embed_size={token}: the convolutions of {encoder.name} make tokens of {halved}^3 voxels and no "
+                f"encoder.arguments.patch_embed_size={token}: the convolutions of {encoder.name} "
+                f"make tokens of {halved}^3 voxels and no "
                 "others; use --encoder primus_* for other tokens"
             )
 
 
 def _check_numbers(plan: Plan) -> None:
     o, run = plan.optim, plan.run
-    optional = {"optim.micro_batch_size": o.micro_batch_size, "run.seconds_per_step": run.seconds_per_step,
-                "run.peak_memory_gib": run.peak_memory_gib, "run.dry_step_seconds": run.dry_step_seconds,
-                "run.loader_seconds_per_crop": run.loader_seconds_per_crop}
-    positive = {"optim.num_steps": o.num_steps, "optim.batch_size": o.batch_size, "optim.lr": o.lr, "optim.clip_norm": o.clip_norm,
-                "run.checkpoint_every": run.checkpoint_every, "run.validate_every": run.validate_every, "run.log_every": run.log_every,
-                "run.spike_sigmas": run.spike_sigmas, "run.max_bad_steps": run.max_bad_steps,
-                "objective.query_depth": plan.objective.query_depth,
-                "objective.variance_floor + objective.variance_epsilon":
-                    plan.objective.variance_floor + plan.objective.variance_epsilon,
-                **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
-                **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
-                **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
-                **_spacings(plan.data.spacing_groups),
-                **{key: value for key, value in optional.items() if value is not None}}
+    optional = {
+        "optim.micro_batch_size": o.micro_batch_size,
+        "run.seconds_per_step": run.seconds_per_step,
+        "run.peak_memory_gib": run.peak_memory_gib,
+        "run.dry_step_seconds": run.dry_step_seconds,
+        "run.loader_seconds_per_crop": run.loader_seconds_per_crop,
+    }
+    positive = {
+        "optim.num_steps": o.num_steps,
+        "optim.batch_size": o.batch_size,
+        "optim.lr": o.lr,
+        "optim.clip_norm": o.clip_norm,
+        "run.checkpoint_every": run.checkpoint_every,
+        "run.validate_every": run.validate_every,
+        "run.log_every": run.log_every,
+        "run.spike_sigmas": run.spike_sigmas,
+        "run.max_bad_steps": run.max_bad_steps,
+        "objective.query_depth": plan.objective.query_depth,
+        "objective.variance_floor + objective.variance_epsilon": plan.objective.variance_floor
+        + plan.objective.variance_epsilon,
+        **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
+        **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
+        **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
+        **_spacings(plan.data.spacing_groups),
+        **{key: value for key, value in optional.items() if value is not None},
+    }
     for key, number in positive.items():
         if not 0 < number < float("inf"):
             raise PlanError(f"{key}={number} must be a number greater than 0")
-    not_negative = {"objective.variance_floor": plan.objective.variance_floor,
-                    "objective.variance_epsilon": plan.objective.variance_epsilon,
-                    "objective.target_smoothing": plan.objective.target_smoothing,
-                    "run.max_rollbacks": run.max_rollbacks, "run.min_token_variance": run.min_token_variance,
-                    "run.min_effective_rank": run.min_effective_rank, "run.seed": run.seed,
-                    "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps}
+    not_negative = {
+        "objective.variance_floor": plan.objective.variance_floor,
+        "objective.variance_epsilon": plan.objective.variance_epsilon,
+        "objective.target_smoothing": plan.objective.target_smoothing,
+        "run.max_rollbacks": run.max_rollbacks,
+        "run.min_token_variance": run.min_token_variance,
+        "run.min_effective_rank": run.min_effective_rank,
+        "run.seed": run.seed,
+        "optim.weight_decay": o.weight_decay,
+        "optim.warmup_steps": o.warmup_steps,
+    }
     for key, number in not_negative.items():
         if not 0 <= number < float("inf"):
             raise PlanError(f"{key}={number} must not be negative")
-    shares = {"data.holdout_fraction": plan.data.holdout_fraction, "optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1]}
+    shares = {
+        "data.holdout_fraction": plan.data.holdout_fraction,
+        "optim.betas[0]": o.betas[0],
+        "optim.betas[1]": o.betas[1],
+    }
     for key, share in shares.items():
         if not 0 <= share < 1:
             raise PlanError(f"{key}={share} must lie in [0, 1)")
 
 
 def _spacings(groups: tuple[SpacingGroup, ...]) -> dict[str, float]:
-    return {f"data.spacing_groups[{n}].{name}[{i}]": value for n, group in enumerate(groups)
-            for name, spacing in (("native_mm", group.native_mm), ("spacing_mm", group.spacing_mm)) for i, value in enumerate(spacing)}
+    return {
+        f"data.spacing_groups[{n}].{name}[{i}]": value
+        for n, group in enumerate(groups)
+        for name, spacing in (("native_mm", group.native_mm), ("spacing_mm", group.spacing_mm))
+        for i, value in enumerate(spacing)
+    }
 
 
 def _check_blocks(plan: Plan) -> None:
     s, blocks = plan.sequence, 1
-    for axis, crop, token, block in zip("zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True):
+    for axis, crop, token, block in zip(
+        "zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
+    ):
         side = token * block
         if crop <= 0 or crop % side:
             near = f"{max(crop // side, 1) * side} or {(max(crop // side, 0) + 1) * side}"
             raise PlanError(
-                f"sequence.crop_size_vox: {crop} on axis {axis} is no multiple of the block of {side} voxels "
+                f"sequence.crop_size_vox: {crop} on axis {axis} is no multiple of the block of "
+                f"{side} voxels "
                 f"({block} tokens of {token}); use {near}"
             )
         blocks *= crop // side
     if blocks < 2:
         raise PlanError(
-            f"a crop of {s.crop_size_vox} voxels holds one block of {plan.encoder.name}; a sequence needs at least 2: enlarge "
-            "sequence.crop_size_vox, or use an --encoder with smaller blocks, such as primus_tiny or resenc_tiny"
+            f"a crop of {s.crop_size_vox} voxels holds one block of {plan.encoder.name}; a "
+            "sequence needs at least 2: enlarge "
+            "sequence.crop_size_vox, or use an --encoder with smaller blocks, such as primus_tiny "
+            "or resenc_tiny"
         )
 
 
@@ -220,18 +301,25 @@ def _check_convolutions(plan: Plan) -> None:
     if any(b < n for b, n in zip(s.block_tokens, least, strict=True)):
         side = [n * t for n, t in zip(least, plan.encoder.token_size_vox, strict=True)]
         raise PlanError(
-            f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and normalises each block by itself, which over "
+            f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and "
+            "normalises each block by itself, which over "
             f"less than {side} voxels erases intensities; use at least {list(least)}"
         )
     norm = plan.encoder.arguments.get("norm_op")
     if "BatchNorm" in str(norm):
         raise PlanError(
-            f"encoder.arguments.norm_op={norm}: its statistics are taken over all blocks of a batch, so that each would know of the blocks "
+            f"encoder.arguments.norm_op={norm}: its statistics are taken over all blocks of a "
+            "batch, so that each would know of the blocks "
             "to predict; use torch.nn.modules.instancenorm.InstanceNorm3d"
         )
     for kernel in plan.encoder.arguments.get("kernel_sizes", []):
-        if any(side % 2 == 0 for side in (kernel if isinstance(kernel, (list, tuple)) else [kernel])):
-            raise PlanError(f"encoder.arguments.kernel_sizes: {kernel} has an even side, which moves features between voxels; use odd ones")
+        if any(
+            side % 2 == 0 for side in (kernel if isinstance(kernel, (list, tuple)) else [kernel])
+        ):
+            raise PlanError(
+                f"encoder.arguments.kernel_sizes: {kernel} has an even side, which moves features "
+                "between voxels; use odd ones"
+            )
 
 
 def _check_whole_network(plan: Plan) -> None:
@@ -241,7 +329,8 @@ def _check_whole_network(plan: Plan) -> None:
 
     if objective.trunk is not None:
         raise PlanError(
-            f"objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained {name} block "
+            f"objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained {name} "
+            "block "
             "by block under a transformer. This version trains the whole network instead: finish "
             "the run with version 0.1, or start a new --name"
         )
@@ -275,12 +364,17 @@ def _check_kinds(plan: Plan) -> None:
     s = plan.sequence
     for kind, weight in s.weights.items():
         if kind not in KINDS:
-            raise PlanError(f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}")
+            raise PlanError(
+                f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}"
+            )
         if not 0 <= weight < float("inf"):
             raise PlanError(f"sequence.weights.{kind}={weight} must not be negative")
     wanted = {kind for kind, weight in s.weights.items() if weight > 0}
     if not wanted:
-        raise PlanError(f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater than 0")
+        raise PlanError(
+            f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater "
+            "than 0"
+        )
     if "strided" in wanted:
         _check_strided(plan)
     for kind, members in (("contrast", s.contrast_members), ("semantic", s.semantic_members)):
@@ -288,8 +382,10 @@ def _check_kinds(plan: Plan) -> None:
             _check_members(plan, kind, members)
     if "contrast" in wanted and s.predictor == "next" and len(s.contrasts) != s.contrast_members:
         raise PlanError(
-            f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} sequence.contrasts with sequence.predictor=next is "
-            "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or use sequence.predictor=query"
+            f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} "
+            "sequence.contrasts with sequence.predictor=next is "
+            "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or "
+            "use sequence.predictor=query"
         )
 
 
@@ -297,22 +393,37 @@ def _check_strided(plan: Plan) -> None:
     s, side = plan.sequence, plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
     if s.num_subvolumes < 1 or s.crop_size_vox[0] % (s.num_subvolumes * side):
         raise PlanError(
-            f"sequence.crop_size_vox: {s.crop_size_vox[0]} on axis z cannot be cut into sequence.num_subvolumes={s.num_subvolumes} of "
-            f"whole blocks of {side}; use a multiple of {max(s.num_subvolumes, 1) * side}, or another number"
+            f"sequence.crop_size_vox: {s.crop_size_vox[0]} on axis z cannot be cut into "
+            f"sequence.num_subvolumes={s.num_subvolumes} of "
+            f"whole blocks of {side}; use a multiple of {max(s.num_subvolumes, 1) * side}, or "
+            "another number"
         )
     depth = s.crop_size_vox[0] // s.num_subvolumes
     if not 1 <= s.stride_vox <= depth:
-        raise PlanError(f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth of {depth} (no overlap)")
+        raise PlanError(
+            f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth of "
+            f"{depth} (no overlap)"
+        )
 
 
 def _check_members(plan: Plan, kind: str, members: int) -> None:
     s = plan.sequence
     if members < 2:
-        raise PlanError(f"sequence.{kind}_members={members}: a {kind} sequence has at least 2 images")
+        raise PlanError(
+            f"sequence.{kind}_members={members}: a {kind} sequence has at least 2 images"
+        )
     if s.member_crop_vox is None:
         return
     for axis, member, crop, token, block in zip(
-        "zyx", s.member_crop_vox, s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
+        "zyx",
+        s.member_crop_vox,
+        s.crop_size_vox,
+        plan.encoder.token_size_vox,
+        s.block_tokens,
+        strict=True,
     ):
         if member % (token * block) or not 0 < member <= crop:
-            raise PlanError(f"sequence.member_crop_vox: {member} on axis {axis} has to be a multiple of {token * block}, at most {crop}")
+            raise PlanError(
+                f"sequence.member_crop_vox: {member} on axis {axis} has to be a multiple of "
+                f"{token * block}, at most {crop}"
+            )

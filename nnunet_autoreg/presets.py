@@ -1,4 +1,7 @@
-"""Named sets of plan values: ``--objective masked`` and ``--preset faithful``. What the user sets beside them counts more."""
+"""Named sets of plan values:
+
+``--objective masked`` and ``--preset faithful``. What the user sets beside them counts more.
+"""
 
 from collections.abc import Container
 from dataclasses import replace
@@ -16,7 +19,9 @@ SUB_VOLUMES, STRIDE_VOX = 4, 8
 
 
 def with_objective(plan: Plan, name: str) -> Plan:
-    """``plan`` for this objective: masked autoencoding hides a random three quarters of the blocks and asks for all of them by place."""
+    """``plan`` for this objective: masked autoencoding hides a random three quarters of the blocks
+    and asks for all of them by place.
+    """
     plan = replace(plan, objective=replace(plan.objective, name=name))
     if name != "masked":
         return plan
@@ -25,18 +30,28 @@ def with_objective(plan: Plan, name: str) -> Plan:
     why = "what masked autoencoding is (--objective masked)"
     keys = ("objective.name", "sequence.order", "sequence.predictor", "sequence.prefix")
     return replace(
-        plan, sequence=replace(plan.sequence, order="random", predictor=predictor, prefix="fixed", prefix_share=0.25),
-        reasons={**plan.reasons, **dict.fromkeys(keys, why), "sequence.prefix_share": "a quarter is visible, as usual"},
+        plan,
+        sequence=replace(
+            plan.sequence, order="random", predictor=predictor, prefix="fixed", prefix_share=0.25
+        ),
+        reasons={
+            **plan.reasons,
+            **dict.fromkeys(keys, why),
+            "sequence.prefix_share": "a quarter is visible, as usual",
+        },
     )
 
 
 def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
     """AR-SSL4M's settings as far as an encoder has them.
 
-    One crop as four overlapping sub-volumes in interleaved order without augmentation, single tokens, predictor ``next``; START predicts
-    the first of them where there is a START token (``vit_b16``), else at least one block is given. Target with 1e-6 added under the root,
-    AdamW 1e-4 with decay 0.01 on everything, no warm-up, no clipping, half a cosine, batch 288. Not theirs, and the same for every run
-    of ours: resampling, nnU-Net's normalisation instead of percentiles of each crop, which crops are cut, and the length.
+    One crop as four overlapping sub-volumes in interleaved order without augmentation, single
+    tokens, predictor ``next``; START predicts the first of them where there is a START token
+    (``vit_b16``), else at least one block is given. Target with 1e-6 added under the root, AdamW
+    1e-4 with decay 0.01 on everything, no warm-up, no clipping, half a cosine, batch 288. Not
+    theirs, and the same for every run
+    of ours: resampling, nnU-Net's normalisation instead of percentiles of each crop, which crops
+        are cut, and the length.
 
     Args:
         kept: "sequence.weights" and "optim.batch_size" where the user chose them.
@@ -48,16 +63,34 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
     """
     family = family_of(plan.encoder.class_path)
     if is_convolutional(family) or not has_transformer(family):
-        raise PlanError(f"--preset faithful: {plan.encoder.name} has convolutions that look beyond one token, and AR-SSL4M predicts "
-                        "token by token; use --encoder vit_b16 (its own) or a primus_* one")
+        raise PlanError(
+            f"--preset faithful: {plan.encoder.name} has convolutions that look beyond one token, "
+            "and AR-SSL4M predicts "
+            "token by token; use --encoder vit_b16 (its own) or a primus_* one"
+        )
     sequence = replace(
-        plan.sequence, crop_size_vox=_crop(plan), block_tokens=(1, 1, 1), order="interleaved", predictor="next",
-        prefix="uniform_from_0" if has_start(family) else "uniform", flip=False, swap_axes=False, spatial_share=0.0,
-        num_subvolumes=SUB_VOLUMES, stride_vox=STRIDE_VOX, mask_seen=False,
+        plan.sequence,
+        crop_size_vox=_crop(plan),
+        block_tokens=(1, 1, 1),
+        order="interleaved",
+        predictor="next",
+        prefix="uniform_from_0" if has_start(family) else "uniform",
+        flip=False,
+        swap_axes=False,
+        spatial_share=0.0,
+        num_subvolumes=SUB_VOLUMES,
+        stride_vox=STRIDE_VOX,
+        mask_seen=False,
         weights=plan.sequence.weights if "sequence.weights" in kept else {"strided": 1.0},
     )
     optim = replace(
-        plan.optim, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01, decay_all=True, warmup_steps=0, clip_norm=NEVER_CLIPS,
+        plan.optim,
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        decay_all=True,
+        warmup_steps=0,
+        clip_norm=NEVER_CLIPS,
         batch_size=plan.optim.batch_size if "optim.batch_size" in kept else PAPER_BATCH,
     )
     objective = replace(
@@ -72,7 +105,10 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
         query_attention=False,
     )
     made = replace(plan, sequence=sequence, optim=optim, objective=objective)
-    by_preset = [*_changed(plan, made), *([] if "optim.batch_size" in kept else ["optim.batch_size"])]
+    by_preset = [
+        *_changed(plan, made),
+        *([] if "optim.batch_size" in kept else ["optim.batch_size"]),
+    ]
     return replace(made, reasons={**plan.reasons, **dict.fromkeys(by_preset, BY_PRESET)})
 
 
@@ -84,6 +120,14 @@ def _crop(plan: Plan) -> Size:
 
 
 def _changed(before: Plan, after: Plan) -> list[str]:
-    pairs = (("sequence", before.sequence, after.sequence), ("optim", before.optim, after.optim),
-             ("objective", before.objective, after.objective))
-    return [f"{part}.{key}" for part, old, new in pairs for key, value in vars(new).items() if vars(old)[key] != value]
+    pairs = (
+        ("sequence", before.sequence, after.sequence),
+        ("optim", before.optim, after.optim),
+        ("objective", before.objective, after.objective),
+    )
+    return [
+        f"{part}.{key}"
+        for part, old, new in pairs
+        for key, value in vars(new).items()
+        if vars(old)[key] != value
+    ]

@@ -1,4 +1,6 @@
-"""Frozen dataclasses <-> JSON, with unknown keys refused, and files that are written whole or not at all."""
+"""Frozen dataclasses <-> JSON, with unknown keys refused, and files that are written whole or not
+at all.
+"""
 
 import dataclasses
 import hashlib
@@ -51,8 +53,13 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if origin is tuple and isinstance(data, (list, tuple)):
         kinds = [args[0]] * len(data) if len(args) == 2 and args[1] is ... else list(args)
         if len(kinds) != len(data):
-            raise PlanError(f"{where}: {_short(data)} has {len(data)} values, {len(kinds)} are needed")
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True)))
+            raise PlanError(
+                f"{where}: {_short(data)} has {len(data)} values, {len(kinds)} are needed"
+            )
+        return tuple(
+            _convert(k, v, f"{where}[{i}]")
+            for i, (k, v) in enumerate(zip(kinds, data, strict=True))
+        )
     if origin is dict and isinstance(data, dict):
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in data.items()}
     if kind is Any:
@@ -61,8 +68,14 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         try:
             return float(data)
         except OverflowError:
-            raise PlanError(f"{where}: a number with {len(str(abs(data)))} digits is too large") from None
-    if isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+            raise PlanError(
+                f"{where}: a number with {len(str(abs(data)))} digits is too large"
+            ) from None
+    if (
+        isinstance(kind, type)
+        and isinstance(data, kind)
+        and not (kind is int and isinstance(data, bool))
+    ):
         return data
     raise PlanError(f"{where}: {_short(data)} is not of type {getattr(kind, '__name__', kind)}")
 
@@ -98,7 +111,9 @@ def from_cell(cell: str) -> str:
 
 def _convert_record(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise PlanError(f"{where}: expected an object with the keys of {kind.__name__}, found {_short(data)}")
+        raise PlanError(
+            f"{where}: expected an object with the keys of {kind.__name__}, found {_short(data)}"
+        )
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _refuse_newer(fields, data, where)
@@ -106,13 +121,18 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
         if key not in fields:
             raise PlanError(f"{where}: unknown key '{key}'; {did_you_mean(str(key), fields)}")
     for name, field in fields.items():
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        has_default = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
         if name not in data and not has_default:
             raise PlanError(f"{where}: the key '{name}' is missing")
     return kind(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
 
 
-def _refuse_newer(fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str) -> None:
+def _refuse_newer(
+    fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str
+) -> None:
     known, found = fields["version"].default if "version" in fields else None, data.get("version")
     if isinstance(known, int) and isinstance(found, int) and found > known:
         raise PlanError(f"{where} is of format {found}, newer than {known}; update nnunet-autoreg")
@@ -123,7 +143,11 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     a, b = to_jsonable(a), to_jsonable(b)
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(a) + [k for k in b if k not in a]
-        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}.{k}" if where else str(k))]
+        return [
+            d
+            for k in keys
+            for d in differences(a.get(k), b.get(k), f"{where}.{k}" if where else str(k))
+        ]
     return [] if a == b else [f"{where}: {a!r} -> {b!r}"]
 
 
@@ -133,7 +157,9 @@ TEMPORARY_FILES = ".*.*.tmp"
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; flush it to disk and rename it onto ``path`` when the block ends well."""
+    """Yield a temporary path beside ``path``; flush it to disk and rename it onto ``path`` when the
+    block ends well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two machines that share the folder may have the same process number.
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
@@ -166,7 +192,9 @@ def write_json(path: Path, record: Any) -> None:
 
 MEND_OURS = "mend it, or remove it to have it written anew"
 MEND_YOURS = "mend it, or restore it"
-"""What to do about a damaged file: one that is written here, and one that only its owner has, whose absence would mean something else."""
+"""What to do about a damaged file: one that is written here, and one that only its owner has, whose
+absence would mean something else.
+"""
 
 
 MAX_JSON_BYTES = 2**30
@@ -189,14 +217,19 @@ def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYT
         if not stat.S_ISREG(found.st_mode):
             raise PlanError(f"{path} cannot be read (it is no regular file); {advice}")
         if found.st_size > max_bytes:
-            raise PlanError(f"{path} has {found.st_size:,} bytes, more than {max_bytes:,}, and is not read; {advice}")
+            raise PlanError(
+                f"{path} has {found.st_size:,} bytes, more than {max_bytes:,}, and is not read; "
+                f"{advice}"
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise PlanError(f"{path} is not valid JSON ({error}); {advice}") from error
     except RecursionError as error:
-        raise PlanError(f"{path} is JSON of too many levels, one inside the other; {advice}") from error
+        raise PlanError(
+            f"{path} is JSON of too many levels, one inside the other; {advice}"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

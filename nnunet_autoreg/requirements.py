@@ -1,8 +1,9 @@
 """Compare the installed packages with what nnU-Net, its networks and this package require of them.
 
-pip checks requirements only when it installs something: a package that is upgraded later can break the
-networks without a word. Only metadata is read here, nothing is imported, so that a package which cannot
-be imported any more is named as well.
+pip checks requirements only when it installs something: a package that is upgraded later can break
+    the
+networks without a word. Only metadata is read here, nothing is imported, so that a package which
+cannot be imported any more is named as well.
 """
 
 import shlex
@@ -28,8 +29,10 @@ class Violation:
     Attributes:
         package: canonical name, e.g. "timm".
         installed: its version; None where it is not installed.
-        required: who requires what, e.g. ("timm<1.0.23 is required by dynamic-network-architectures 0.4.4",).
-        remedy: the pip command that installs a version which meets all that is required of the package.
+        required: who requires what, e.g. ("timm<1.0.23 is required by dynamic-network-architectures
+            0.4.4",).
+        remedy: the pip command that installs a version which meets all that is required of the
+            package.
     """
 
     package: str
@@ -86,7 +89,8 @@ def in_one_line(violations: tuple[Violation, ...]) -> str:
 def _requirements_of(
     name: str, extras: frozenset[str], visited: set[tuple[str, frozenset[str]]]
 ) -> Iterator[tuple[str, Requirement]]:
-    """Yield (who requires it, requirement) of a distribution, and what its requirements' extras add.
+    """Yield (who requires it, requirement) of a distribution, and what its requirements' extras
+    add.
 
     Args:
         extras: empty for the requirements without an extra, else those that only these extras add.
@@ -127,7 +131,8 @@ def _distribution(name: str) -> Distribution | None:
 
 
 def _version_of(found: Distribution) -> str | None:
-    # A damaged .dist-info folder has no version; Python's releases differ in whether they raise then.
+    # A damaged .dist-info folder has no version; Python's releases differ in whether they raise
+    # then.
     try:
         version: str | None = found.metadata["Version"]
     except KeyError:

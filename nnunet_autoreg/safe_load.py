@@ -1,8 +1,8 @@
 """Read files of ``torch.save`` without running code that is in them: the one rule for all commands.
 
-A pickle names functions that are called while it is read. PyTorch's ``weights_only=True`` calls none but those
-that make tensors and plain values. nnU-Net's own checkpoints need a few numbers of numpy besides, which are
-allowed here by name.
+A pickle names functions that are called while it is read. PyTorch's ``weights_only=True`` calls
+none but those that make tensors and plain values. nnU-Net's own checkpoints need a few numbers of
+numpy besides, which are allowed here by name.
 """
 
 import os
@@ -47,7 +47,8 @@ def load_plain(file: Path) -> Any:
 
 @contextmanager
 def plain_loading(where: Path) -> Iterator[None]:
-    """Have every ``torch.load`` inside the context refuse to run code, also where nnU-Net asks for the opposite.
+    """Have every ``torch.load`` inside the context refuse to run code, also where nnU-Net asks for
+    the opposite.
 
     Args:
         where: the file that is read, or the folder of a model, for the message.
@@ -74,7 +75,8 @@ def _numbers_of_numpy() -> list[Any]:
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]
-    # Earlier versions of numpy named the module differently, and the file names the one that wrote it.
+    # Earlier versions of numpy named the module differently, and the file names the one that wrote
+    # it.
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     by_name = [(scalar, name) for name in names]
     kinds = [type(np.dtype(kind)) for kind in STOCK_KINDS]
@@ -84,10 +86,14 @@ def _numbers_of_numpy() -> list[Any]:
 def _why_refused(where: Path, message: str) -> str:
     named = re.search(r"GLOBAL (\S+)", message)
     if named is None:
-        return f"{where} cannot be read as tensors and plain values (it is damaged, or asks to run code); nothing of it was run"
+        return (
+            f"{where} cannot be read as tensors and plain values (it is damaged, or asks to run "
+            "code); nothing of it was run"
+        )
     # A file can name anything here, line breaks and control characters included.
     function = ascii(named[1])[1:-1][:80]
     return (
-        f"{where} asks to run '{function}' when it is read; nothing of it was run: only tensors and plain values "
+        f"{where} asks to run '{function}' when it is read; nothing of it was run: only tensors "
+        "and plain values "
         "are read. Ask its author for a safetensors file or a plain state dict"
     )

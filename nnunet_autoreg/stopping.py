@@ -1,16 +1,21 @@
-"""SIGTERM and Ctrl-C: they end a command within ten seconds, whatever it is doing, with one line and exit code 130.
+"""SIGTERM and Ctrl-C: they end a command within ten seconds, whatever it is doing, with one line
+and exit code 130.
 
-Python runs signal handlers between two instructions of the main thread. Three things can therefore go wrong, and each is provided for:
+Python runs signal handlers between two instructions of the main thread. Three things can therefore
+go wrong, and each is provided for:
 
-1. Code that catches every exception swallows the one that the handler raises. ``InterruptedRunError`` is no ``Exception``, so that only
-   ``except BaseException`` catches it, and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
-   code asks ``raise_if_stopped``.
-2. The main thread is inside a long call of compiled code, and the handler does not run at all. The C part of Python notes the signal in a
-   pipe nevertheless; a thread reads the pipe and ends the process after ``GRACE_S``. It needs the interpreter's lock, which nearly
-   all compiled code gives back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
+1. Code that catches every exception swallows the one that the handler raises.
+    ``InterruptedRunError`` is no ``Exception``, so that only ``except BaseException`` catches it,
+    and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
+    code asks ``raise_if_stopped``.
+2. The main thread is inside a long call of compiled code, and the handler does not run at all. The
+    C part of Python notes the signal in a pipe nevertheless; a thread reads the pipe and ends the
+    process after ``GRACE_S``. It needs the interpreter's lock, which nearly all compiled code gives
+    back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
 3. Other processes go on. All descendants are killed before the process ends.
 
-Everything that has to survive is written to a temporary file and renamed, so that the end may come at any moment.
+Everything that has to survive is written to a temporary file and renamed, so that the end may come
+at any moment.
 """
 
 import os
@@ -37,7 +42,9 @@ GRACE_S = 7.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = "what was done is kept: type the same line again to go on"
 SECOND_PRESS_S = 0.3
-"""A second Ctrl-C that comes later than this ends the process at once; one that comes earlier is the first one, delivered twice."""
+"""A second Ctrl-C that comes later than this ends the process at once; one that comes earlier is
+the first one, delivered twice.
+"""
 
 
 class _Stop:
@@ -99,11 +106,15 @@ def _cause() -> str:
 
 @contextmanager
 def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end what is inside, as described above. Inside another one, and outside the main thread, nothing changes.
+    """Let SIGTERM and Ctrl-C end what is inside, as described above.
+
+    Inside another one, and outside the main thread, nothing changes.
 
     Args:
-        command: begins the line that is printed if the process has to be ended by force; "" to end it silently.
-        until_exit: the process ends soon after a stop, so that the watch goes on until then; else it ends with the block.
+        command: begins the line that is printed if the process has to be ended by force; "" to end
+            it silently.
+        until_exit: the process ends soon after a stop, so that the watch goes on until then; else
+            it ends with the block.
 
     Raises:
         InterruptedRunError: a signal came.
@@ -135,10 +146,12 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
 
 @contextmanager
 def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Only note the signals inside, so that the state can be saved first; yields what tells whether one has come.
+    """Only note the signals inside, so that the state can be saved first; yields what tells whether
+    one has come.
 
     Args:
-        line_if_forced: says what is kept where the process has to be ended by force, because the state was not saved in time.
+        line_if_forced: says what is kept where the process has to be ended by force, because the
+            state was not saved in time.
     """
     with stoppable():
         outer = _stop.line_if_forced
@@ -178,7 +191,9 @@ def report_stop(line: str = "", is_forced: bool = False) -> None:
 
 
 def keep_silent() -> None:
-    """Leave the line to another process: this is one of several that train together, and not the main one."""
+    """Leave the line to another process: this is one of several that train together, and not the
+    main one.
+    """
     _stop.command = ""
 
 
@@ -224,7 +239,12 @@ class _Watchdog(threading.Thread):
             elapsed = time.monotonic() - began
             if elapsed >= GRACE_S or (elapsed > SECOND_PRESS_S and self._second_press()):
                 _end_now()
-            if elapsed >= NUDGE_S and not is_nudged and not _stop.num_noting and not _stop.is_reported:
+            if (
+                elapsed >= NUDGE_S
+                and not is_nudged
+                and not _stop.num_noting
+                and not _stop.is_reported
+            ):
                 is_nudged = True
                 # As a signal, it also interrupts a system call that waits.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -238,14 +258,18 @@ class _Watchdog(threading.Thread):
 def _end_now() -> None:
     """End this process and all below it, with its line."""
     try:
-        report_stop(_stop.line_if_forced() if _stop.line_if_forced is not None else "", is_forced=True)
+        report_stop(
+            _stop.line_if_forced() if _stop.line_if_forced is not None else "", is_forced=True
+        )
         end_children()
     finally:
         os._exit(InterruptedRunError.exit_code)
 
 
 def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Return a hook that does not print an interruption that was raised in a destructor; the handler raises it once more later."""
+    """Return a hook that does not print an interruption that was raised in a destructor; the
+    handler raises it once more later.
+    """
 
     def quiet(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, InterruptedRunError):
@@ -255,7 +279,9 @@ def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], obj
 
 
 def _forget_in_child() -> None:
-    """Have a forked child neither write into its parent's pipe nor raise its parent's exceptions."""
+    """Have a forked child neither write into its parent's pipe nor raise its parent's
+    exceptions.
+    """
     if _stop.is_active:
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:

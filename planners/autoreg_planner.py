@@ -1,4 +1,6 @@
-"""``nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner``: nnU-Net's own planning for a pretrained encoder."""
+"""``nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner``: nnU-Net's own planning for a
+pretrained encoder.
+"""
 
 import io
 import logging
@@ -9,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import ResEncUNetPlanner
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
+    ExperimentPlanner,
+)
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (  # noqa: E501
+    ResEncUNetPlanner,
+)
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.geometry import Size, as_spacing
-from nnunet_autoreg.model.memory import TrainingMemory
-from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
-from nnunet_autoreg.records import read_json, to_jsonable, write_json
-from nnunet_autoreg.transfer.block import BLOCK_KEY, AutoregBlock
-from nnunet_autoreg.transfer.families import is_cnn
-from nnunet_autoreg.transfer.network import architecture_entry
-from nnunet_autoreg.transfer.normalization import as_pretrained
-from nnunet_autoreg.transfer.one_line import one_line_errors
-from nnunet_autoreg.transfer.plans import (
+from nnunet_autoreg.finetune.block import BLOCK_KEY, AutoregBlock
+from nnunet_autoreg.finetune.families import is_cnn
+from nnunet_autoreg.finetune.network import architecture_entry
+from nnunet_autoreg.finetune.normalization import as_pretrained
+from nnunet_autoreg.finetune.one_line import one_line_errors
+from nnunet_autoreg.finetune.plans import (
     DEFAULT_TARGET_GIB,
     Budget,
     Fit,
@@ -36,8 +38,17 @@ from nnunet_autoreg.transfer.plans import (
     with_ct_window,
     with_fits,
 )
-from nnunet_autoreg.transfer.resenc import fit_resenc, stock_planner
-from nnunet_autoreg.transfer.resolve import Choice, DatasetTraits, choose_weights, setting_of_environment
+from nnunet_autoreg.finetune.resenc import fit_resenc, stock_planner
+from nnunet_autoreg.finetune.resolve import (
+    Choice,
+    DatasetTraits,
+    choose_weights,
+    setting_of_environment,
+)
+from nnunet_autoreg.geometry import Size, as_spacing
+from nnunet_autoreg.model.memory import TrainingMemory
+from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
+from nnunet_autoreg.records import read_json, to_jsonable, write_json
 
 DETECTION_BLOCK = "autoreg_detection"
 """The key of dataset.json by which detection is planned along."""
@@ -46,7 +57,9 @@ log = logging.getLogger(__name__)
 
 
 class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
-    """nnU-Net's fingerprint, spacing, transposition and cascade; patch, batch, network and intensities of the encoder."""
+    """nnU-Net's fingerprint, spacing, transposition and cascade; patch, batch, network and
+    intensities of the encoder.
+    """
 
     def __init__(
         self,
@@ -60,7 +73,12 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         is_explicit = gpu_memory_target_in_gb is not None
         self.budget = Budget(float(gpu_memory_target_in_gb or DEFAULT_TARGET_GIB), is_explicit)
         super().__init__(
-            dataset_name_or_id, self.budget.gib, preprocessor_name, plans_name, overwrite_target_spacing, suppress_transpose
+            dataset_name_or_id,
+            self.budget.gib,
+            preprocessor_name,
+            plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
         )
         self.fits: dict[str, Fit] = {}
 
@@ -83,16 +101,25 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         return plans
 
     def get_plans_for_configuration(
-        self, spacing: Any, median_shape: Any, data_identifier: str, approximate_n_voxels_dataset: float, _cache: dict[str, Any]
+        self,
+        spacing: Any,
+        median_shape: Any,
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[str, Any],
     ) -> dict[str, Any]:
-        """One configuration, as nnU-Net's planner asks for it; an empty one for 2D, which ``save_plans`` leaves out."""
+        """One configuration, as nnU-Net's planner asks for it; an empty one for 2D, which
+        ``save_plans`` leaves out.
+        """
         if len(spacing) == 2:
             return {}
         fit = self._fit(self._task(spacing, median_shape), approximate_n_voxels_dataset, _cache)
         self.fits[data_identifier.removeprefix(f"{self.plans_identifier}_")] = fit
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
-        stock_schemes, stock_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        stock_schemes, stock_mask = (
+            self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        )
         schemes, use_mask = as_pretrained(stock_schemes, stock_mask, self.choice.card)
         return {
             "data_identifier": data_identifier,
@@ -113,22 +140,37 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         }
 
     def _fit(self, task: Task, dataset_vox: float, cache: dict[str, Any]) -> Fit:
-        encoder, shares = self.block.encoder, {"dataset_vox": dataset_vox, "max_share": self.max_dataset_covered}
+        encoder, shares = (
+            self.block.encoder,
+            {"dataset_vox": dataset_vox, "max_share": self.max_dataset_covered},
+        )
         if is_cnn(encoder):
             return fit_resenc(self._resenc_planner, encoder, task, self.budget, cache, **shares)
         return fit_configuration(encoder, task, self.budget, self._memory_of, **shares)
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Write the plans whole or not at all; of an earlier file only the user's own configurations are kept."""
+        """Write the plans whole or not at all; of an earlier file only the user's own
+        configurations are kept.
+        """
         plans["configurations"].pop("2d", None)
         plans["foreground_intensity_properties_per_channel"] = with_ct_window(
-            plans["foreground_intensity_properties_per_channel"], self._channel_names(), self.choice.card
+            plans["foreground_intensity_properties_per_channel"],
+            self._channel_names(),
+            self.choice.card,
         )
         fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
         self._plan_detection(plans, fits)
-        block = with_fits(self.block, fits, self.choice.card, int(self.dataset_json["numTraining"]), self._channel_names())
+        block = with_fits(
+            self.block,
+            fits,
+            self.choice.card,
+            int(self.dataset_json["numTraining"]),
+            self._channel_names(),
+        )
         plans[BLOCK_KEY] = to_jsonable(block)
-        custom, dropped = kept_configurations(self._old_plans() or {}, plans, block.encoder.class_path)
+        custom, dropped = kept_configurations(
+            self._old_plans() or {}, plans, block.encoder.class_path
+        )
         plans["configurations"].update(custom)
         for line in dropped:
             log.warning(line)
@@ -136,7 +178,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         write_json(self._plans_file(), plans)
 
     def _plan_detection(self, plans: dict[str, Any], fits: Mapping[str, Fit]) -> None:
-        """The detection block of every configuration, if dataset.json asks for it; else the detection trainer plans when it needs to."""
+        """The detection block of every configuration, if dataset.json asks for it; else the
+        detection trainer plans when it needs to.
+        """
         if DETECTION_BLOCK not in self.dataset_json:
             return
         # Imported here: segmentation alone needs none of it.
@@ -144,7 +188,15 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
         raw = raw_folder() / str(self.dataset_name)
         for name, fit in fits.items():
-            plan_from_labels(plans, name, self.dataset_json, raw, self.determine_reader_writer(), self.block.encoder, fit)
+            plan_from_labels(
+                plans,
+                name,
+                self.dataset_json,
+                raw,
+                self.determine_reader_writer(),
+                self.block.encoder,
+                fit,
+            )
 
     @cached_property
     def choice(self) -> Choice:
@@ -158,7 +210,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         """What the plans say about encoder, weights and recipe."""
         transpose = self.determine_transpose()[0]
         spacing = self.determine_fullres_target_spacing()
-        sizes_mm = np.array(self.dataset_fingerprint["shapes_after_crop"]) * np.array(self.dataset_fingerprint["spacings"])
+        sizes_mm = np.array(self.dataset_fingerprint["shapes_after_crop"]) * np.array(
+            self.dataset_fingerprint["spacings"]
+        )
         task = self._task(spacing[transpose], np.median(sizes_mm / spacing, 0)[transpose])
         return make_block(self.choice, task, self.budget, results_folder())
 
@@ -168,7 +222,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
     @cached_property
     def _memory_of(self) -> Callable[[Size], TrainingMemory]:
-        return memory_estimator(self.block, len(self._channel_names()), len(self.dataset_json["labels"]))
+        return memory_estimator(
+            self.block, len(self._channel_names()), len(self.dataset_json["labels"])
+        )
 
     def _task(self, spacing: Any, median_shape: Any) -> Task:
         z, y, x = (float(v) for v in median_shape)
@@ -181,7 +237,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         )
 
     def _channel_names(self) -> list[str]:
-        named = self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"]
+        named = self.dataset_json[
+            "channel_names" if "channel_names" in self.dataset_json else "modality"
+        ]
         return [str(name) for name in named.values()]
 
     def _plans_file(self) -> Path:
@@ -192,7 +250,10 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
     def _refuse_2d(self) -> None:
         if 1 in np.median(np.array(self.dataset_fingerprint["shapes_after_crop"]), 0):
-            raise PlanError(f"{self.dataset_name} holds 2D images, and these encoders are 3D: use -pl ExperimentPlanner")
+            raise PlanError(
+                f"{self.dataset_name} holds 2D images, and these encoders are 3D: use -pl "
+                "ExperimentPlanner"
+            )
 
     def _tell_choice(self, choice: Choice) -> None:
         for line in choice.rejected:
@@ -209,15 +270,33 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         print(f"encoder: {self.block.encoder.name} - {self.block.reasons['encoder']}")
         for name, c in plans["configurations"].items():
             if name in self.fits:
-                patch, spacing = (" x ".join(f"{v:.4g}" for v in c[key]) for key in ("patch_size", "spacing"))
-                print(f"{name}: patch {patch}, batch {c['batch_size']}, spacing {spacing} mm - {self.fits[name].reason}")
+                patch, spacing = (
+                    " x ".join(f"{v:.4g}" for v in c[key]) for key in ("patch_size", "spacing")
+                )
+                print(
+                    f"{name}: patch {patch}, batch {c['batch_size']}, spacing {spacing} mm - "
+                    f"{self.fits[name].reason}"
+                )
         r, reasons = self.block.recipe, self.block.reasons
-        print(f"length: {r.num_epochs} epochs of {r.num_iterations_per_epoch} iterations - {reasons['recipe.num_epochs']}")
+        print(
+            f"length: {r.num_epochs} epochs of {r.num_iterations_per_epoch} iterations - "
+            f"{reasons['recipe.num_epochs']}"
+        )
         if plans[BLOCK_KEY]["recipe"]["decoder_first_fraction"]:
             print(f"decoder first: {plans[BLOCK_KEY]['reasons']['recipe.decoder_first_fraction']}")
         print(f"plans: {self._plans_file()}")
         trainer = "AutoregPretrainedTrainer" if self.block.weights else "AutoregScratchTrainer"
         if DETECTION_BLOCK in self.dataset_json:
-            detection = "AutoregDetectionTrainer" if self.block.weights else "AutoregDetectionScratchTrainer"
-            print(f"for detection: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {detection} -p {self.plans_identifier}")
-        print(f"next: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {trainer} -p {self.plans_identifier} --npz")
+            detection = (
+                "AutoregDetectionTrainer"
+                if self.block.weights
+                else "AutoregDetectionScratchTrainer"
+            )
+            print(
+                f"for detection: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {detection} "
+                f"-p {self.plans_identifier}"
+            )
+        print(
+            f"next: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {trainer} -p "
+            f"{self.plans_identifier} --npz"
+        )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-# Tests run in as many processes as there are cores; threads of their own would only wait for each other.
+# Tests run in as many processes as there are cores; threads of their own would only wait for each
+# other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # dicom_files.py, phantom_place.py, few_cases.py and sequence_cases.py are shared by several tests.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,8 +26,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def write_run() -> Callable[..., Path]:
-    """A function that writes a finished pretraining run as pretraining leaves it: an encoder, a tiny Primus if none is named, with
-    random weights."""
+    """A function that writes a finished pretraining run as pretraining leaves it: an encoder, a
+    tiny Primus if none is named, with random weights.
+    """
     return _write_run
 
 
@@ -39,7 +41,9 @@ def _write_run(
     decoder: bool = False,
     **changes: Any,
 ) -> Path:
-    """Write a run; ``decoder`` adds the decoder of a CNN, as whole-network pretraining leaves it."""
+    """Write a run; ``decoder`` adds the decoder of a CNN, as whole-network pretraining leaves
+    it.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -52,22 +56,48 @@ def _write_run(
     folder.mkdir(parents=True)
     size = ENCODERS[encoder]
     torch.manual_seed(len(name))
-    network: Any = build_network(size.class_path, changes.get("arguments", size.arguments), crop, channels, 2)
+    network: Any = build_network(
+        size.class_path, changes.get("arguments", size.arguments), crop, channels, 2
+    )
     decoder_keys = DECODER_PREFIXES if decoder else ()
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.", *decoder_keys)
     # A tensor of two names is written under its first, as pretraining does.
-    first = {id(tensor): key for key, tensor in reversed(network.state_dict(keep_vars=True).items()) if key.startswith(prefixes)}
+    first = {
+        id(tensor): key
+        for key, tensor in reversed(network.state_dict(keep_vars=True).items())
+        if key.startswith(prefixes)
+    }
     state = network.state_dict()
-    save_file({key: state[key].contiguous() for key in first.values() if ".rope." not in key}, folder / "encoder.safetensors")
+    save_file(
+        {key: state[key].contiguous() for key in first.values() if ".rope." not in key},
+        folder / "encoder.safetensors",
+    )
     values: dict[str, Any] = {
-        "name": name, "encoder": size.name, "class_path": size.class_path, "arguments": size.arguments,
-        "token_size_vox": size.token_size, "crop_size_vox": crop, "spacing_mm": (1.0, 1.0, 1.0), "modalities": ("MR",),
-        "channel_names": ("MRI",), "ct_window": None, "num_input_channels": channels,
+        "name": name,
+        "encoder": size.name,
+        "class_path": size.class_path,
+        "arguments": size.arguments,
+        "token_size_vox": size.token_size,
+        "crop_size_vox": crop,
+        "spacing_mm": (1.0, 1.0, 1.0),
+        "modalities": ("MR",),
+        "channel_names": ("MRI",),
+        "ct_window": None,
+        "num_input_channels": channels,
         "adaptation": Adaptation(
-            network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), network.key_to_lpe, decoder_keys
+            network.key_to_encoder,
+            network.key_to_stem,
+            tuple(network.keys_to_in_proj),
+            network.key_to_lpe,
+            decoder_keys,
         ),
-        "objective": "autoregressive", "licences": {}, "num_scans": 10, "num_steps": 100, "finished_at": "2026-01-01T00:00:00Z",
-        "sha256": sha256_of(folder / "encoder.safetensors"), **changes,
+        "objective": "autoregressive",
+        "licences": {},
+        "num_scans": 10,
+        "num_steps": 100,
+        "finished_at": "2026-01-01T00:00:00Z",
+        "sha256": sha256_of(folder / "encoder.safetensors"),
+        **changes,
     }
     EncoderCard(**values).save(folder)
     return folder

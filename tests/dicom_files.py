@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 
-CT, MR, PET = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128"
+CT, MR, PET = (
+    "1.2.840.10008.5.1.4.1.1.2",
+    "1.2.840.10008.5.1.4.1.1.4",
+    "1.2.840.10008.5.1.4.1.1.128",
+)
 ENHANCED_CT, ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1"
 EXPLICIT, IMPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 LONG = ("OB", "OW", "SQ", "UN", "UT")
@@ -15,15 +19,27 @@ Values = dict[int, tuple[str, Any]]
 """Tag -> (value representation, value); None as the whole entry removes a tag."""
 
 
-def write(path: Path, values: Values, pixels: Any = None, syntax: str = EXPLICIT, preamble: bool = True) -> Path:
+def write(
+    path: Path, values: Values, pixels: Any = None, syntax: str = EXPLICIT, preamble: bool = True
+) -> Path:
     """Write one file; ``pixels`` (rows, columns) or (frames, rows, columns), int16 or uint16."""
     order = ">" if syntax == BIG_ENDIAN else "<"
     values = {k: v for k, v in values.items() if v is not None}
     if pixels is not None:
-        values[0x7FE00010] = ("OW", np.asarray(pixels).astype(np.asarray(pixels).dtype.newbyteorder(order)).tobytes())
+        values[0x7FE00010] = (
+            "OW",
+            np.asarray(pixels).astype(np.asarray(pixels).dtype.newbyteorder(order)).tobytes(),
+        )
     body = _elements(values, syntax != IMPLICIT, order)
-    meta = _elements({0x00020002: values.get(0x00080016, ("UI", CT)), 0x00020003: values.get(0x00080018, ("UI", "1.2")),
-                      0x00020010: ("UI", syntax)}, True, "<")
+    meta = _elements(
+        {
+            0x00020002: values.get(0x00080016, ("UI", CT)),
+            0x00020003: values.get(0x00080018, ("UI", "1.2")),
+            0x00020010: ("UI", syntax),
+        },
+        True,
+        "<",
+    )
     head = b"\0" * 128 + b"DICM" + _elements({0x00020000: ("UL", [len(meta)])}, True, "<") + meta
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes((head if preamble else b"") + body)
@@ -35,7 +51,7 @@ def _elements(values: Values, explicit: bool, order: str) -> bytes:
     for tag in sorted(values):
         vr, value = values[tag]
         raw = _raw(vr, value, explicit, order)
-        raw += (b"" if len(raw) % 2 == 0 else b"\0" if vr in ("UI", "OB") else b" ")
+        raw += b"" if len(raw) % 2 == 0 else b"\0" if vr in ("UI", "OB") else b" "
         head = struct.pack(order + "HH", tag >> 16, tag & 0xFFFF)
         if not explicit:
             head += struct.pack(order + "I", len(raw))
@@ -50,29 +66,57 @@ def _elements(values: Values, explicit: bool, order: str) -> bytes:
 def _raw(vr: str, value: Any, explicit: bool, order: str) -> bytes:
     if vr == "SQ":
         items = [_elements(item, explicit, order) for item in value]
-        return b"".join(struct.pack(order + "HHI", 0xFFFE, 0xE000, len(item)) + item for item in items)
+        return b"".join(
+            struct.pack(order + "HHI", 0xFFFE, 0xE000, len(item)) + item for item in items
+        )
     if isinstance(value, bytes):
         return value
     if vr in ("US", "UL", "FD"):
-        return b"".join(struct.pack(order + {"US": "H", "UL": "I", "FD": "d"}[vr], v) for v in value)
+        return b"".join(
+            struct.pack(order + {"US": "H", "UL": "I", "FD": "d"}[vr], v) for v in value
+        )
     if isinstance(value, (tuple, list)):
         value = "\\".join(f"{v:.10g}" if isinstance(v, float) else str(v) for v in value)
     return str(value).encode("latin-1")
 
 
 def slice_values(
-    number: int, series: str = "1.2.3", sop_class: str = CT, z_mm: float | None = None, spacing: tuple[float, float] = (1.5, 1.0),
-    step_mm: float = 2.0, shape: tuple[int, int] = (18, 20), **changes: Any,
+    number: int,
+    series: str = "1.2.3",
+    sop_class: str = CT,
+    z_mm: float | None = None,
+    spacing: tuple[float, float] = (1.5, 1.0),
+    step_mm: float = 2.0,
+    shape: tuple[int, int] = (18, 20),
+    **changes: Any,
 ) -> Values:
-    """The tags of axial slice ``number`` of a series; ``changes`` are tags as ``t00080060=("CS", "MR")``, or None to drop one."""
-    modality = {CT: "CT", MR: "MR", PET: "PT", ENHANCED_CT: "CT", ENHANCED_MR: "MR"}.get(sop_class, "OT")
+    """The tags of axial slice ``number`` of a series; ``changes`` are tags as ``t00080060=("CS",
+    "MR")``, or None to drop one.
+    """
+    modality = {CT: "CT", MR: "MR", PET: "PT", ENHANCED_CT: "CT", ENHANCED_MR: "MR"}.get(
+        sop_class, "OT"
+    )
     height = number * step_mm if z_mm is None else z_mm
     values: Values = {
-        0x00080008: ("CS", "ORIGINAL\\PRIMARY\\AXIAL"), 0x00080016: ("UI", sop_class), 0x00080018: ("UI", f"{series}.9.{number}"),
-        0x00080060: ("CS", modality), 0x00100020: ("LO", "P1"), 0x0020000D: ("UI", "1.2.77"), 0x0020000E: ("UI", series),
-        0x00200013: ("IS", str(number)), 0x00200032: ("DS", (-10.0, -20.0, float(height))), 0x00200037: ("DS", (1, 0, 0, 0, 1, 0)),
-        0x00280002: ("US", [1]), 0x00280004: ("CS", "MONOCHROME2"), 0x00280010: ("US", [shape[0]]), 0x00280011: ("US", [shape[1]]),
-        0x00280030: ("DS", spacing), 0x00280100: ("US", [16]), 0x00280101: ("US", [16]), 0x00280102: ("US", [15]), 0x00280103: ("US", [1]),
+        0x00080008: ("CS", "ORIGINAL\\PRIMARY\\AXIAL"),
+        0x00080016: ("UI", sop_class),
+        0x00080018: ("UI", f"{series}.9.{number}"),
+        0x00080060: ("CS", modality),
+        0x00100020: ("LO", "P1"),
+        0x0020000D: ("UI", "1.2.77"),
+        0x0020000E: ("UI", series),
+        0x00200013: ("IS", str(number)),
+        0x00200032: ("DS", (-10.0, -20.0, float(height))),
+        0x00200037: ("DS", (1, 0, 0, 0, 1, 0)),
+        0x00280002: ("US", [1]),
+        0x00280004: ("CS", "MONOCHROME2"),
+        0x00280010: ("US", [shape[0]]),
+        0x00280011: ("US", [shape[1]]),
+        0x00280030: ("DS", spacing),
+        0x00280100: ("US", [16]),
+        0x00280101: ("US", [16]),
+        0x00280102: ("US", [15]),
+        0x00280103: ("US", [1]),
     }
     for name, value in changes.items():
         values[int(name[1:], 16)] = value
@@ -85,33 +129,69 @@ def volume(num: int = 8, shape: tuple[int, int] = (18, 20), seed: int = 0) -> An
 
 
 def write_series(
-    folder: Path, array: Any = None, syntax: str = EXPLICIT, skip: tuple[int, ...] = (), prefix: str = "", **settings: Any,
+    folder: Path,
+    array: Any = None,
+    syntax: str = EXPLICIT,
+    skip: tuple[int, ...] = (),
+    prefix: str = "",
+    **settings: Any,
 ) -> Path:
     """A series of one file per slice in ``folder``; ``settings`` go to ``slice_values``."""
     array = volume() if array is None else array
     for number, pixels in enumerate(array):
         if number not in skip:
-            write(folder / f"{prefix}{number:03d}.dcm", slice_values(number, shape=pixels.shape, **settings), pixels, syntax)
+            write(
+                folder / f"{prefix}{number:03d}.dcm",
+                slice_values(number, shape=pixels.shape, **settings),
+                pixels,
+                syntax,
+            )
     return folder
 
 
-def multiframe_values(positions: list[tuple[float, float, float]], sop_class: str = ENHANCED_CT, slopes: list[float] | None = None,
-                      extra: list[Values] | None = None, **changes: Any) -> Values:
-    """The tags of an enhanced file with one frame per position; ``extra`` are further tags of each frame's content."""
+def multiframe_values(
+    positions: list[tuple[float, float, float]],
+    sop_class: str = ENHANCED_CT,
+    slopes: list[float] | None = None,
+    extra: list[Values] | None = None,
+    **changes: Any,
+) -> Values:
+    """The tags of an enhanced file with one frame per position; ``extra`` are further tags of each
+    frame's content.
+    """
     values = slice_values(0, sop_class=sop_class)
     for tag in (0x00200032, 0x00200037, 0x00280030):
         del values[tag]
     values[0x00280008] = ("IS", str(len(positions)))
-    values[0x52009229] = ("SQ", [{
-        0x00209116: ("SQ", [{0x00200037: ("DS", (1, 0, 0, 0, 1, 0))}]),
-        0x00289110: ("SQ", [{0x00280030: ("DS", (1.5, 1.0)), 0x00180050: ("DS", "2")}]),
-    }])
+    values[0x52009229] = (
+        "SQ",
+        [
+            {
+                0x00209116: ("SQ", [{0x00200037: ("DS", (1, 0, 0, 0, 1, 0))}]),
+                0x00289110: ("SQ", [{0x00280030: ("DS", (1.5, 1.0)), 0x00180050: ("DS", "2")}]),
+            }
+        ],
+    )
     frames = []
     for index, position in enumerate(positions):
-        frame: Values = {0x00209111: ("SQ", [{0x00209157: ("UL", [1, index + 1]), **(extra[index] if extra else {})}]),
-                         0x00209113: ("SQ", [{0x00200032: ("DS", position)}])}
+        frame: Values = {
+            0x00209111: (
+                "SQ",
+                [{0x00209157: ("UL", [1, index + 1]), **(extra[index] if extra else {})}],
+            ),
+            0x00209113: ("SQ", [{0x00200032: ("DS", position)}]),
+        }
         if slopes:
-            frame[0x00289145] = ("SQ", [{0x00281052: ("DS", "-1000"), 0x00281053: ("DS", slopes[index]), 0x00281054: ("LO", "HU")}])
+            frame[0x00289145] = (
+                "SQ",
+                [
+                    {
+                        0x00281052: ("DS", "-1000"),
+                        0x00281053: ("DS", slopes[index]),
+                        0x00281054: ("LO", "HU"),
+                    }
+                ],
+            )
         frames.append(frame)
     values[0x52009230] = ("SQ", frames)
     for name, value in changes.items():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def copy_cases(source: Path, target: Path, number: int, num_tests: int = 0) -> None:
-    """The first ``number`` labelled cases of one channel, and the next ``num_tests`` as test cases without labels."""
+    """The first ``number`` labelled cases of one channel, and the next ``num_tests`` as test cases
+    without labels.
+    """
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (target / folder).mkdir(parents=True)
     images = sorted((source / "imagesTr").glob("*.nii.gz"))

@@ -1,12 +1,16 @@
-"""Five phantom scans in nnU-Net's folders, and an encoder small enough to train on them in seconds."""
+"""Five phantom scans in nnU-Net's folders, and an encoder small enough to train on them in
+seconds.
+"""
 
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
 
-ENCODER = ('encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
-           '"init_values":0.1,"scale_attn_inner":true}')
+ENCODER = (
+    'encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
+    '"init_values":0.1,"scale_attn_inner":true}'
+)
 SETTINGS = [ENCODER, "sequence.crop_size_vox=16,16,16", "run.log_every=1"]
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -19,7 +23,9 @@ class PhantomPlace:
         for name in ("scans", *FOLDERS):
             (root / name).mkdir()
         for number in range(5):
-            image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32))
+            image = SimpleITK.GetImageFromArray(
+                np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32)
+            )
             SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
 
     def folders(self) -> dict[str, str]:

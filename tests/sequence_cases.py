@@ -1,12 +1,22 @@
-"""Cases whose voxels tell where they came from, and plans for sequences of them; shared by several tests."""
+"""Cases whose voxels tell where they came from, and plans for sequences of them; shared by several
+tests.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
-from nnunet_autoreg.sequences.material import Group, Material, Place, Structure
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
+from nnunet_autoreg.sampling.material import Group, Material, Place, Structure
 
 TINY = encoder_size("primus_tiny")
 WORDS = ("T1w", "T1w-ce", "T2w", "FLAIR")
@@ -25,15 +35,24 @@ class Ramp:
         low = [max(0, -s) for s in start]
         high = [min(n, m - s) for n, m, s in zip(size, self.shape_vox, start, strict=True)]
         inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        crop[inside] = whole[tuple(slice(s + a, s + b) for s, a, b in zip(start, low, high, strict=True))]
+        crop[inside] = whole[
+            tuple(slice(s + a, s + b) for s, a, b in zip(start, low, high, strict=True))
+        ]
         real[inside] = True
         return crop[None], real
 
 
 def make_plan(**sequence):
     settings = {"crop_size_vox": (16, 24, 16), **sequence}
-    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
-                SequencePlan(**settings), ObjectivePlan(), OptimPlan(10, 2, 1e-3, 1), RunPlan(7, 10, 10))
+    return Plan(
+        "t",
+        DataPlan((1.0, 1.0, 1.0)),
+        EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
+        SequencePlan(**settings),
+        ObjectivePlan(),
+        OptimPlan(10, 2, 1e-3, 1),
+        RunPlan(7, 10, 10),
+    )
 
 
 @dataclass(frozen=True)
@@ -48,22 +67,50 @@ class Shifted(Ramp):
 
 
 def contrast_material(num_groups=2):
-    groups = [Group(f"case {g}", tuple((word, Shifted((30, 40, 30), by=1e5 * (4 * g + i))) for i, word in enumerate(WORDS)))
-              for g in range(num_groups)]
+    groups = [
+        Group(
+            f"case {g}",
+            tuple(
+                (word, Shifted((30, 40, 30), by=1e5 * (4 * g + i))) for i, word in enumerate(WORDS)
+            ),
+        )
+        for g in range(num_groups)
+    ]
     return Material((), tuple(groups))
 
 
 def contrast_plan(**sequence):
-    return make_plan(**{"crop_size_vox": (32, 32, 32), "weights": {"contrast": 1.0}, "contrasts": WORDS, "contrast_members": 4, **sequence})
+    return make_plan(
+        **{
+            "crop_size_vox": (32, 32, 32),
+            "weights": {"contrast": 1.0},
+            "contrasts": WORDS,
+            "contrast_members": 4,
+            **sequence,
+        }
+    )
 
 
 def semantic_material():
     def structure(name, of, subjects):
         cases = [(s, Shifted((40, 40, 40), by=1e6 * s + 1e5 * of)) for s in subjects]
-        return Structure(name, (1.0, 1.0, 1.0), tuple(Place(f"patient {s}", case, (20.0, 10.0, 30.0)) for s, case in cases for _ in "ab"))
+        return Structure(
+            name,
+            (1.0, 1.0, 1.0),
+            tuple(
+                Place(f"patient {s}", case, (20.0, 10.0, 30.0)) for s, case in cases for _ in "ab"
+            ),
+        )
 
     return Material((), (), (structure("kidney", 0, range(6)), structure("liver", 5, range(5))))
 
 
 def semantic_plan(**sequence):
-    return make_plan(**{"crop_size_vox": (32, 32, 32), "weights": {"semantic": 1.0}, "semantic_members": 4, **sequence})
+    return make_plan(
+        **{
+            "crop_size_vox": (32, 32, 32),
+            "weights": {"semantic": 1.0},
+            "semantic_members": 4,
+            **sequence,
+        }
+    )

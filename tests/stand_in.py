@@ -1,4 +1,6 @@
-"""A stand-in for an objective: one weight, fitted to 3, so that the training loop can be tried in milliseconds."""
+"""A stand-in for an objective: one weight, fitted to 3, so that the training loop can be tried in
+milliseconds.
+"""
 
 from dataclasses import dataclass
 
@@ -8,13 +10,28 @@ from torch import nn
 
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.sequences.sample import Sample
+from nnunet_autoreg.sampling.sample import Sample
 
 TINY = encoder_size("primus_tiny")
-PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
-            SequencePlan((16, 16, 16)), ObjectivePlan(), OptimPlan(6, 1, 1e-2, 1), RunPlan(0, 2, 2, log_every=2))
+PLAN = Plan(
+    "t",
+    DataPlan((1.0, 1.0, 1.0)),
+    EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
+    SequencePlan((16, 16, 16)),
+    ObjectivePlan(),
+    OptimPlan(6, 1, 1e-2, 1),
+    RunPlan(0, 2, 2, log_every=2),
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,12 @@ class Numbered:
         return "spatial"
 
     def draw(self, cases, purpose, *ids):
-        return Sample(np.full((1, 1, 16, 16, 16), ids[0], np.float32), np.ones((1, 16, 16, 16), bool), np.arange(8), 1)
+        return Sample(
+            np.full((1, 1, 16, 16, 16), ids[0], np.float32),
+            np.ones((1, 16, 16, 16), bool),
+            np.arange(8),
+            1,
+        )
 
 
 class Linear:
@@ -40,11 +62,18 @@ class Linear:
         total = (self.module.weight.sum() - 3).square() * 8
         if references:
             return LossTerms(total, torch.tensor(8.0), {"mean": torch.tensor(8.0)})
-        return LossTerms(self.disturb(int(batch.voxels[0, 0, 0, 0, 0, 0]), total), torch.tensor(8.0), {})
+        return LossTerms(
+            self.disturb(int(batch.voxels[0, 0, 0, 0, 0, 0]), total), torch.tensor(8.0), {}
+        )
 
     def describe(self, batch):
-        tokens = torch.eye(8).expand(len(batch.prefix), 8, 8) * batch.voxels.mean((1, 2, 3, 4, 5))[:, None, None]
-        return TokenFeatures(tokens, tokens, batch.ranks, torch.ones_like(batch.ranks, dtype=torch.bool))
+        tokens = (
+            torch.eye(8).expand(len(batch.prefix), 8, 8)
+            * batch.voxels.mean((1, 2, 3, 4, 5))[:, None, None]
+        )
+        return TokenFeatures(
+            tokens, tokens, batch.ranks, torch.ones_like(batch.ranks, dtype=torch.bool)
+        )
 
     def after_step(self, step):
         pass

@@ -1,4 +1,6 @@
-"""A trained model's folder as nnU-Net leaves it, of a tiny network with random weights, and images for it: detection without a training."""
+"""A trained model's folder as nnU-Net leaves it, of a tiny network with random weights, and images
+for it: detection without a training.
+"""
 
 import json
 from pathlib import Path
@@ -10,20 +12,25 @@ import torch
 from nnunet_autoreg.detection.anchors import AnchorPlan
 from nnunet_autoreg.detection.instances import ObjectClass, Rules
 from nnunet_autoreg.detection.plan import DetectionPlan
+from nnunet_autoreg.finetune.block import AutoregBlock, Recipe
+from nnunet_autoreg.finetune.families import recipe_values
+from nnunet_autoreg.finetune.network import architecture_entry
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import to_jsonable
-from nnunet_autoreg.transfer.block import AutoregBlock, Recipe
-from nnunet_autoreg.transfer.families import recipe_values
-from nnunet_autoreg.transfer.network import architecture_entry
 
 PATCH, SHAPE = (16, 16, 16), (16, 20, 24)
 NAME = "AutoregDetectionTrainer__AutoregPlans__3d_fullres"
 CLASSES = (ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,)))
 ARGUMENTS: dict[str, Any] = {
-    **ENCODERS["resenc_tiny"].arguments, "n_stages": 3, "features_per_stage": [4, 6, 8], "kernel_sizes": [[3, 3, 3]] * 3,
-    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "n_blocks_per_stage": [1, 1, 1], "n_conv_per_stage_decoder": [1, 1],
-}  # fmt: skip
+    **ENCODERS["resenc_tiny"].arguments,
+    "n_stages": 3,
+    "features_per_stage": [4, 6, 8],
+    "kernel_sizes": [[3, 3, 3]] * 3,
+    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+    "n_blocks_per_stage": [1, 1, 1],
+    "n_conv_per_stage_decoder": [1, 1],
+}
 ANCHORS = AnchorPlan((2,), ((4, 4, 4),), ((6.0, 6.0, 6.0),), 0.7, {})
 RESAMPLING = "resample_data_or_seg_to_shape"
 
@@ -34,19 +41,32 @@ def make_plans(num_channels: int = 1) -> dict[str, Any]:
     block = AutoregBlock(encoder, None, Recipe(1, **recipe_values(encoder)))
     kwargs = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     configuration = {
-        "data_identifier": "x", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2, "patch_size": list(PATCH),
-        "spacing": [1.0, 1.0, 1.0], "normalization_schemes": ["ZScoreNormalization"] * num_channels,
+        "data_identifier": "x",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(PATCH),
+        "spacing": [1.0, 1.0, 1.0],
+        "normalization_schemes": ["ZScoreNormalization"] * num_channels,
         "use_mask_for_norm": [False] * num_channels,
         **{f"resampling_fn_{what}": RESAMPLING for what in ("data", "seg", "probabilities")},
-        **{f"resampling_fn_{what}_kwargs": {**kwargs, "is_seg": what == "seg"} for what in ("data", "seg", "probabilities")},
-        "architecture": architecture_entry(block, PATCH), "batch_dice": False,
+        **{
+            f"resampling_fn_{what}_kwargs": {**kwargs, "is_seg": what == "seg"}
+            for what in ("data", "seg", "probabilities")
+        },
+        "architecture": architecture_entry(block, PATCH),
+        "batch_dice": False,
         "autoreg_detection": to_jsonable(DetectionPlan(CLASSES, Rules(), ANCHORS, 32, True)),
     }
     return {
-        "dataset_name": "Dataset950_Tiny", "plans_name": "AutoregPlans", "image_reader_writer": "SimpleITKIO",
-        "label_manager": "LabelManager", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "dataset_name": "Dataset950_Tiny",
+        "plans_name": "AutoregPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "label_manager": "LabelManager",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
         "foreground_intensity_properties_per_channel": {str(i): {} for i in range(num_channels)},
-        "configurations": {"3d_fullres": configuration}, "autoreg": to_jsonable(block),
+        "configurations": {"3d_fullres": configuration},
+        "autoreg": to_jsonable(block),
     }
 
 
@@ -55,16 +75,24 @@ def write_model(results: Path, folds: tuple[str, ...] = ("0",), num_channels: in
     folder = results / "Dataset950_Tiny" / NAME
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(make_plans(num_channels)))
-    (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": {str(i): "MRI" for i in range(num_channels)}, "labels": {"background": 0, "solid": 1, "holed": 2},
-        "numTraining": 1, "file_ending": ".nii.gz",
-    }))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {str(i): "MRI" for i in range(num_channels)},
+                "labels": {"background": 0, "solid": 1, "holed": 2},
+                "numTraining": 1,
+                "file_ending": ".nii.gz",
+            }
+        )
+    )
     for seed, fold in enumerate(folds):
         write_checkpoint(folder, fold, seed)
     return folder
 
 
-def write_checkpoint(folder: Path, fold: str, seed: int, name: str = "checkpoint_final.pth", damaged: bool = False) -> None:
+def write_checkpoint(
+    folder: Path, fold: str, seed: int, name: str = "checkpoint_final.pth", damaged: bool = False
+) -> None:
     """A checkpoint of a network with weights of this seed, all of them NaN if ``damaged``."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -74,21 +102,33 @@ def write_checkpoint(folder: Path, fold: str, seed: int, name: str = "checkpoint
     configuration = manager.get_configuration("3d_fullres")
     torch.manual_seed(seed)
     num_channels = len(configuration.normalization_schemes)
-    network: Any = AutoregDetectionTrainer.build_network_architecture(manager, configuration, num_channels, 3)
+    network: Any = AutoregDetectionTrainer.build_network_architecture(
+        manager, configuration, num_channels, 3
+    )
     # Scores around 0.5, far enough apart to tell boxes.
     last = network.detection["heads"].classifier[-1]
     torch.nn.init.normal_(last.weight, std=0.5)
     torch.nn.init.zeros_(last.bias)
-    state = {key: torch.full_like(value, torch.nan) if damaged else value for key, value in network.state_dict().items()}
+    state = {
+        key: torch.full_like(value, torch.nan) if damaged else value
+        for key, value in network.state_dict().items()
+    }
     (folder / f"fold_{fold}").mkdir(exist_ok=True)
-    torch.save({
-        "network_weights": state, "trainer_name": "AutoregDetectionTrainer", "init_args": {"configuration": "3d_fullres"},
-        "inference_allowed_mirroring_axes": (0, 1, 2),
-    }, folder / f"fold_{fold}" / name)
+    torch.save(
+        {
+            "network_weights": state,
+            "trainer_name": "AutoregDetectionTrainer",
+            "init_args": {"configuration": "3d_fullres"},
+            "inference_allowed_mirroring_axes": (0, 1, 2),
+        },
+        folder / f"fold_{fold}" / name,
+    )
 
 
 def write_scan(file: Path, seed: int = 0, **changes: Any) -> None:
-    """An image of noise with a bright cube; ``shape``, ``spacing`` (x, y, z), and ``voxel``, the value of one voxel, may be changed."""
+    """An image of noise with a bright cube; ``shape``, ``spacing`` (x, y, z), and ``voxel``, the
+    value of one voxel, may be changed.
+    """
     import SimpleITK
 
     array = np.random.default_rng(seed).normal(size=changes.get("shape", SHAPE)).astype(np.float32)

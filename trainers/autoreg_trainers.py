@@ -1,7 +1,9 @@
-"""``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p AutoregPlans``: fine-tuning inside nnU-Net.
+"""``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p AutoregPlans``:
+fine-tuning inside nnU-Net.
 
-What a trainer does is decided by the ``"autoreg"`` block of its plan; the names with a number only change the length.
-Validation and prediction stay nnU-Net's own, so that what is validated is what ``nnUNetv2_predict`` computes.
+What a trainer does is decided by the ``"autoreg"`` block of its plan; the names with a number only
+change the length. Validation and prediction stay nnU-Net's own, so that what is validated is what
+``nnUNetv2_predict`` computes.
 """
 
 import os
@@ -19,17 +21,23 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.finetune.block import AutoregBlock, read_block
+from nnunet_autoreg.finetune.decoder import transferred_keys
+from nnunet_autoreg.finetune.load import Target, load_planned_encoder
+from nnunet_autoreg.finetune.network import build_network, own_arguments
+from nnunet_autoreg.finetune.one_line import explain_errors_of_nnunet, one_line_errors
+from nnunet_autoreg.finetune.recipe import (
+    IterationRates,
+    encoder_parameters,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
+from nnunet_autoreg.finetune.resolve import ignored_setting, setting_of_environment
+from nnunet_autoreg.finetune.user_weights import kept_line, named_weights, watch_loading
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.safe_load import plain_loading
-from nnunet_autoreg.transfer.block import AutoregBlock, read_block
-from nnunet_autoreg.transfer.decoder import transferred_keys
-from nnunet_autoreg.transfer.load import Target, load_planned_encoder
-from nnunet_autoreg.transfer.network import build_network, own_arguments
-from nnunet_autoreg.transfer.one_line import explain_errors_of_nnunet, one_line_errors
-from nnunet_autoreg.transfer.recipe import IterationRates, encoder_parameters, make_optimizer, make_schedule, parameter_groups
-from nnunet_autoreg.transfer.resolve import ignored_setting, setting_of_environment
-from nnunet_autoreg.transfer.user_weights import kept_line, named_weights, watch_loading
 
 explain_errors_of_nnunet()
 
@@ -43,7 +51,11 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     length: int | None = None
 
     def __init__(
-        self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any],
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008
     ):
         with one_line_errors():
@@ -56,8 +68,12 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
         # With fewer than three resolutions nnU-Net's weights of the coarser outputs are 0 / 0.
-        self.enable_deep_supervision = recipe.deep_supervision and len(self.configuration_manager.pool_op_kernel_sizes) > 2
-        self.has_bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        self.enable_deep_supervision = (
+            recipe.deep_supervision and len(self.configuration_manager.pool_op_kernel_sizes) > 2
+        )
+        self.has_bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(
+            self.device
+        ) >= (8, 0)
         if self.has_bf16:
             self.grad_scaler = None
         self.is_fresh_start = True
@@ -68,11 +84,17 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         block = read_block(plans)
         if configuration not in plans["configurations"]:
             known = ", ".join(plans["configurations"])
-            raise PlanError(f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: {known}")
-        if cls.uses_weights and block.weights is None:
-            twin = cls.__name__.replace("Pretrained", "Scratch").replace("DetectionTrainer", "DetectionScratchTrainer")
             raise PlanError(
-                f"{plans['plans_name']}.json was made for training from scratch (autoreg_weights=none); use '-tr {twin}', or plan "
+                f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: "
+                f"{known}"
+            )
+        if cls.uses_weights and block.weights is None:
+            twin = cls.__name__.replace("Pretrained", "Scratch").replace(
+                "DetectionTrainer", "DetectionScratchTrainer"
+            )
+            raise PlanError(
+                f"{plans['plans_name']}.json was made for training from scratch "
+                f"(autoreg_weights=none); use '-tr {twin}', or plan "
                 "again with weights"
             )
         return block
@@ -85,24 +107,34 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The plan's network with random weights; prediction calls this too, when the pretrained weights may be gone."""
+        """The plan's network with random weights; prediction calls this too, when the pretrained
+        weights may be gone.
+        """
         with one_line_errors():
             block = read_block(plans_manager.plans)
             arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
             return build_network(
-                block, configuration_manager.patch_size, num_input_channels, num_output_channels, arguments,
+                block,
+                configuration_manager.patch_size,
+                num_input_channels,
+                num_output_channels,
+                arguments,
                 deep_supervision=enable_deep_supervision and block.recipe.deep_supervision,
             )
 
     def initialize(self) -> None:
-        """nnU-Net's own; weights that are loaded into the network from now on are the user's (``-pretrained_weights``)."""
+        """nnU-Net's own; weights that are loaded into the network from now on are the user's
+        (``-pretrained_weights``).
+        """
         with one_line_errors():
             self.users_weights = named_weights(sys.argv)
         super().initialize()
         self.has_users_weights = watch_loading(self.unwrapped())
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on after validation, whatever was before."""
+        """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on
+        after validation, whatever was before.
+        """
         if self.block.recipe.deep_supervision:
             decoder: Any = self.unwrapped().decoder
             decoder.deep_supervision = enabled and self.enable_deep_supervision
@@ -116,7 +148,11 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         groups = parameter_groups(network, recipe, decoder_keys)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
         schedule = make_schedule(
-            recipe, self.initial_lr, self.num_epochs, self.num_iterations_per_epoch, self.configuration_manager.batch_size,
+            recipe,
+            self.initial_lr,
+            self.num_epochs,
+            self.num_iterations_per_epoch,
+            self.configuration_manager.batch_size,
             self.uses_weights,
         )
         return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
@@ -131,7 +167,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         return network
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint, written beside, brought to the disk and renamed, so that a kill or a power cut leaves the one before."""
+        """nnU-Net's checkpoint, written beside, brought to the disk and renamed, so that a kill or
+        a power cut leaves the one before.
+        """
         temporary = Path(f"{filename}.tmp")
         super().save_checkpoint(str(temporary))
         if self.local_rank == 0 and temporary.exists():
@@ -140,17 +178,21 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             temporary.replace(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """Continue, validate or predict from a checkpoint: pretrained weights are not needed any more.
+        """Continue, validate or predict from a checkpoint: pretrained weights are not needed any
+        more.
 
         Code that a checkpoint asks to run is not run: the command ends in one line.
         """
-        named = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the checkpoint"
+        named = (
+            filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the checkpoint"
+        )
         with one_line_errors(), plain_loading(Path(named)):
             super().load_checkpoint(filename_or_checkpoint)
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:
-        """Load the pretrained weights on a fresh start, on every rank; then nnU-Net's own preparations.
+        """Load the pretrained weights on a fresh start, on every rank; then nnU-Net's own
+        preparations.
 
         Weights that the user named are never overwritten.
         """
@@ -165,11 +207,19 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         super().on_train_start()
 
     def _load_encoder(self) -> None:
-        warning = self.block.weights and ignored_setting(results_folder(), self.block.weights, setting_of_environment())
+        warning = self.block.weights and ignored_setting(
+            results_folder(), self.block.weights, setting_of_environment()
+        )
         if warning:
             self.print_to_log_file(f"WARNING: {warning}")
-        names = self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"].values()
-        target = Target(len(names), as_size(self.configuration_manager.patch_size), tuple(str(name) for name in names))
+        names = self.dataset_json[
+            "channel_names" if "channel_names" in self.dataset_json else "modality"
+        ].values()
+        target = Target(
+            len(names),
+            as_size(self.configuration_manager.patch_size),
+            tuple(str(name) for name in names),
+        )
         table = load_planned_encoder(
             self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
         )
@@ -182,7 +232,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.iteration = 0
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step with a rate per iteration, a decoder-first stage, bfloat16 where the device has it, and the recipe's clip."""
+        """nnU-Net's step with a rate per iteration, a decoder-first stage, bfloat16 where the
+        device has it, and the recipe's clip.
+        """
         self.lr_scheduler.step(self.current_epoch, self.iteration)
         is_decoder_first = self.lr_scheduler.is_decoder_first(self.current_epoch, self.iteration)
         self.iteration += 1
@@ -191,7 +243,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         with self._autocast():
             output = self.network(data)
             # Dice sums over millions of voxels: too many for 8 bits of mantissa.
-            loss = self.loss([o.float() for o in output] if isinstance(output, list) else output.float(), target)
+            loss = self.loss(
+                [o.float() for o in output] if isinstance(output, list) else output.float(), target
+            )
         self._update(loss, is_decoder_first)
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -201,7 +255,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         loss = loss if scaler is None else scaler.scale(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         if is_decoder_first:
-            # Without a gradient a parameter is skipped, momentum and weight decay included; DDP has summed them all before.
+            # Without a gradient a parameter is skipped, momentum and weight decay included; DDP has
+            # summed them all before.
             for parameter in encoder_parameters(self.unwrapped()):
                 parameter.grad = None
         if scaler is not None:
@@ -230,7 +285,9 @@ class AutoregPretrainedTrainer(_AutoregTrainer):
 
 
 class AutoregScratchTrainer(_AutoregTrainer):
-    """The twin from random weights: same plan, length, augmentation and steps; only its own best rate differs."""
+    """The twin from random weights: same plan, length, augmentation and steps; only its own best
+    rate differs.
+    """
 
     uses_weights = False
 

@@ -35,7 +35,10 @@ class Commands:
 
     def environment(self, **changes: object) -> dict[str, str]:
         """The caller's environment with the folders, and this interpreter's commands first."""
-        settings: dict[str, object] = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"), **self.folders}
+        settings: dict[str, object] = {
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+            **self.folders,
+        }
         if self.device == "cpu":
             settings["OMP_NUM_THREADS"] = self.threads
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -45,8 +48,8 @@ class Commands:
     def for_training(self, results: Path) -> dict[str, str]:
         """The environment of a training that writes to ``results``.
 
-        On a CPU the augmentation runs in the training's own process, so that the seed decides; on a GPU, which it would slow down, in
-        nnU-Net's workers.
+        On a CPU the augmentation runs in the training's own process, so that the seed decides; on a
+        GPU, which it would slow down, in nnU-Net's workers.
         """
         alone = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1} if self.device == "cpu" else {}
         return self.environment(nnUNet_results=results, **alone)
@@ -72,8 +75,11 @@ class Commands:
             with phase(f"running {line[0]}"):
                 code = run_guarded([program, *line[1:]], environment, handle)
         if code:
-            raise AutoregError(f"{line[0]} ended with exit code {code} ({last_words(self.log_file)}); all of its output is in "
-                               f"{self.log_file}")
+            raise AutoregError(
+                f"{line[0]} ended with exit code {code} ({last_words(self.log_file)}); all of its "
+                "output is in "
+                f"{self.log_file}"
+            )
         log.info("  done in %.0f s", time.monotonic() - start)
 
 

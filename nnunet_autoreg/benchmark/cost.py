@@ -1,4 +1,6 @@
-"""What a pretraining cost: arithmetic, samples and seconds, so that arms can be compared at equal cost."""
+"""What a pretraining cost: arithmetic, samples and seconds, so that arms can be compared at equal
+cost.
+"""
 
 import json
 import logging
@@ -19,14 +21,16 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import from_jsonable, read_json
-from nnunet_autoreg.sequences.material import Group, Material, Place, Structure
-from nnunet_autoreg.sequences.sample import collate
-from nnunet_autoreg.sequences.sampler import TRAINING
+from nnunet_autoreg.sampling.material import Group, Material, Place, Structure
+from nnunet_autoreg.sampling.sample import collate
+from nnunet_autoreg.sampling.sampler import TRAINING
 
 log = logging.getLogger(__name__)
 
 NUM_STEPS_COUNTED = 4
-"""Kinds of sequences and shares of known blocks change from step to step, and so may the arithmetic."""
+"""Kinds of sequences and shares of known blocks change from step to step, and so may the
+arithmetic.
+"""
 
 NUM_SUBJECTS = 16
 

@@ -1,4 +1,6 @@
-"""Patients that are scored must not have been in the pretraining: what scans.csv of a run says about that."""
+"""Patients that are scored must not have been in the pretraining: what scans.csv of a run says
+about that.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,8 @@ class Scored:
 
 
 def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
-    """Refuse weights whose pretraining saw a scored patient; return a warning where that cannot be told, "" where all is well.
+    """Refuse weights whose pretraining saw a scored patient; return a warning where that cannot be
+    told, "" where all is well.
 
     Args:
         run: folder of the pretraining.
@@ -42,43 +45,77 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
     """
     index = run / INDEX_NAME
     if not index.is_file():
-        return f"{run.name} has no {INDEX_NAME}, so nobody knows whether its pretraining saw the patients that are scored"
+        return (
+            f"{run.name} has no {INDEX_NAME}, so nobody knows whether its pretraining saw the "
+            "patients that are scored"
+        )
     try:
         rows = [row for row in read_index(index) if row.status == OK]
     except UsageError as error:
-        return f"whether the pretraining of {run.name} saw the patients that are scored cannot be told: {error}"
+        return (
+            f"whether the pretraining of {run.name} saw the patients that are scored cannot be "
+            f"told: {error}"
+        )
     seen = seen_subjects(rows, scored)
     if seen:
         raise AutoregError(
-            f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored, e.g. {seen[0]}: the comparison would be "
+            f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored, e.g. "
+            f"{seen[0]}: the comparison would be "
             f"worthless; pretrain another run with --exclude {exclude}"
         )
     uncertain = _perhaps_seen(rows, scored)
     if uncertain:
-        return (f"the pretraining '{run.name}' was indexed by an earlier version, which could not tell scans of very small values "
-                f"apart, so it may have seen scored patients, e.g. {uncertain[0]}; pretrain again to be sure")
+        return (
+            f"the pretraining '{run.name}' was indexed by an earlier version, which could not tell "
+            "scans of very small values "
+            f"apart, so it may have seen scored patients, e.g. {uncertain[0]}; pretrain again to "
+            "be sure"
+        )
     alike = _subjects(scored) | set(scored.cases)
-    namesakes = sorted({row.case for row in rows if row.dataset != scored.dataset and row.case in alike})
+    namesakes = sorted(
+        {row.case for row in rows if row.dataset != scored.dataset and row.case in alike}
+    )
     if namesakes:
-        return (f"the pretraining '{run.name}' saw scans of other datasets that are named like scored patients, e.g. {namesakes[0]}; "
-                "exclude them if they are the same people")
+        return (
+            f"the pretraining '{run.name}' saw scans of other datasets that are named like scored "
+            f"patients, e.g. {namesakes[0]}; "
+            "exclude them if they are the same people"
+        )
     return ""
 
 
 def seen_subjects(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
-    """Scored patients among the scans of a pretraining: by case of the dataset, by file, and by content."""
+    """Scored patients among the scans of a pretraining: by case of the dataset, by file, and by
+    content.
+    """
     subjects = _subjects(scored)
-    files = {os.path.realpath(image): case for case in scored.cases for image in scored.images[case]}
-    found = {scored.subject_of[row.case] for row in rows if row.dataset == scored.dataset and row.case in scored.subject_of} & subjects
-    found |= {scored.subject_of[files[path]] for path in (os.path.realpath(row.source) for row in rows) if path in files}
+    files = {
+        os.path.realpath(image): case for case in scored.cases for image in scored.images[case]
+    }
+    found = {
+        scored.subject_of[row.case]
+        for row in rows
+        if row.dataset == scored.dataset and row.case in scored.subject_of
+    } & subjects
+    found |= {
+        scored.subject_of[files[path]]
+        for path in (os.path.realpath(row.source) for row in rows)
+        if path in files
+    }
     hashes = {row.content_hash for row in rows if row.dataset != scored.dataset}
     if hashes:
-        found |= {scored.subject_of[case] for case in scored.cases if any(_hash(image) in hashes for image in scored.images[case])}
+        found |= {
+            scored.subject_of[case]
+            for case in scored.cases
+            if any(_hash(image) in hashes for image in scored.images[case])
+        }
     return sorted(found)
 
 
 def _perhaps_seen(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
-    """Scored patients with a scan that has the hash of a pretraining's scan by the earlier rule alone."""
+    """Scored patients with a scan that has the hash of a pretraining's scan by the earlier rule
+    alone.
+    """
     hashes = {row.content_hash for row in rows if row.dataset != scored.dataset}
     if not hashes:
         return []

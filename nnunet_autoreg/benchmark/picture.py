@@ -1,4 +1,6 @@
-"""``benchmark.png``: Dice by arm and number of labels with every seed, and the paired differences with their intervals."""
+"""``benchmark.png``: Dice by arm and number of labels with every seed, and the paired differences
+with their intervals.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +17,18 @@ MARKERS = "osD^vP"
 
 
 def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw the runs of the length and split of the last line, those of an encoder with the recipe of its own last line."""
+    """Draw the runs of the length and split of the last line, those of an encoder with the recipe
+    of its own last line.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     last = lines[-1]
-    alike = [line for line in lines if all(line[name] == last[name] for name in ("split", "steps", "batch"))]
+    alike = [
+        line
+        for line in lines
+        if all(line[name] == last[name] for name in ("split", "steps", "batch"))
+    ]
     recipes = {line["encoder"]: line["recipe"] for line in alike}
     rows = rows_of([line for line in alike if line["recipe"] == recipes[line["encoder"]]])
     # Runs of older versions have no surface Dice, and get no second line of panels.
@@ -34,7 +42,10 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
         _draw_dice(line_of_panels[0], rows, labels, is_surface)
         _draw_differences(line_of_panels[1], rows, labels, is_surface)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.suptitle(f"{title}: {last['split']} split, {last['steps']} steps of {last['batch']} patches", fontsize=11)
+    figure.suptitle(
+        f"{title}: {last['split']} split, {last['steps']} steps of {last['batch']} patches",
+        fontsize=11,
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -44,7 +55,9 @@ def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((row.key.encoder, row.key.arm) for row in rows))
 
 
-def _place(names: Sequence[tuple[str, str]], name: tuple[str, str], labels: Sequence[int], num_labels: int) -> float:
+def _place(
+    names: Sequence[tuple[str, str]], name: tuple[str, str], labels: Sequence[int], num_labels: int
+) -> float:
     return labels.index(num_labels) + 0.7 * ((names.index(name) + 0.5) / len(names) - 0.5)
 
 
@@ -56,19 +69,32 @@ def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str,
 def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int], is_surface: bool) -> None:
     names = _names(rows)
     for name in names:
-        style, told = _style(names, name), name[1] if name[0] == "-" else f"{name[1]}, {name[0].removeprefix(OWN_PREFIX)}"
+        style, told = (
+            _style(names, name),
+            name[1] if name[0] == "-" else f"{name[1]}, {name[0].removeprefix(OWN_PREFIX)}",
+        )
         for row in (row for row in rows if (row.key.encoder, row.key.arm) == name):
             place = _place(names, name, labels, row.key.labels)
             scores = row.surface_dice if is_surface else row.dice
             if not scores:
                 continue
             axis.plot([place] * len(scores), scores, linestyle="", markersize=4, alpha=0.5, **style)
-            axis.plot([place - 0.04, place + 0.04], [np.mean(scores)] * 2, color=style["color"], linewidth=2.5)
+            axis.plot(
+                [place - 0.04, place + 0.04],
+                [np.mean(scores)] * 2,
+                color=style["color"],
+                linewidth=2.5,
+            )
         # One entry of the legend serves all panels.
         if not is_surface:
             axis.plot([], [], linestyle="", label=told, **style)
     kind = "Surface Dice" if is_surface else "Dice"
-    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled patients", ylabel=f"{kind} (points: seeds, bars: mean)")
+    axis.set(
+        xticks=range(len(labels)),
+        xticklabels=labels,
+        xlabel="labelled patients",
+        ylabel=f"{kind} (points: seeds, bars: mean)",
+    )
     axis.set_xlim(-0.5, len(labels) - 0.5)
     _plain(axis)
 
@@ -93,10 +119,21 @@ def _draw_differences(
         name, (low, high) = (row.key.encoder, row.key.arm), difference.over_both
         # Rounding may put the ends of an interval of no width on the wrong side of its mean.
         reach = [[max(difference.mean - low, 0.0)], [max(high - difference.mean, 0.0)]]
-        axis.errorbar(_place(names, name, labels, row.key.labels), difference.mean, reach, capsize=3, markersize=5,
-                      **_style(_names(rows), name))
+        axis.errorbar(
+            _place(names, name, labels, row.key.labels),
+            difference.mean,
+            reach,
+            capsize=3,
+            markersize=5,
+            **_style(_names(rows), name),
+        )
     axis.axhline(0, color="#999999", linewidth=0.8)
-    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled patients", ylabel=f"{kind} minus {to}, 95 %")
+    axis.set(
+        xticks=range(len(labels)),
+        xticklabels=labels,
+        xlabel="labelled patients",
+        ylabel=f"{kind} minus {to}, 95 %",
+    )
     axis.set_xlim(-0.5, len(labels) - 0.5)
     if not pairs:
         axis.text(0.5, 0.6, "no pairs yet", transform=axis.transAxes, ha="center")

@@ -1,4 +1,6 @@
-"""Everything before the trainings: the division of the patients, pretrained weights, plans, preprocessed cases, folds. Safe to repeat."""
+"""Everything before the trainings: the division of the patients, pretrained weights, plans,
+preprocessed cases, folds. Safe to repeat.
+"""
 
 import logging
 import os
@@ -35,11 +37,11 @@ from nnunet_autoreg.benchmark.split import (
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.private import PATH_FIELDS, show_paths
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.finetune.block import BLOCK_KEY
+from nnunet_autoreg.finetune.resolve import locate
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.nnunet_api import dataset_folder
 from nnunet_autoreg.records import from_jsonable, read_json, write_json, write_text
-from nnunet_autoreg.transfer.block import BLOCK_KEY
-from nnunet_autoreg.transfer.resolve import locate
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,10 @@ def images_of(dataset: str) -> dict[str, list[Path]]:
     ending = str(read_json(folder / "dataset.json").get("file_ending", ".nii.gz"))
     found: dict[str, list[Path]] = {}
     for candidate in find_scans([dataset], []):
-        if candidate.path.parent.name == "imagesTr" and (folder / "labelsTr" / f"{candidate.case}{ending}").is_file():
+        if (
+            candidate.path.parent.name == "imagesTr"
+            and (folder / "labelsTr" / f"{candidate.case}{ending}").is_file()
+        ):
             found.setdefault(candidate.case, []).append(candidate.path)
     return found
 
@@ -121,12 +126,25 @@ def open_record(
     if file.is_file():
         record = from_jsonable(Record, read_json(file), str(file))
         if record.dataset != request.dataset:
-            raise UsageError(f"-o {root} holds a benchmark of {record.dataset}; name another folder for {request.dataset}")
-        if request.subjects and read_subjects(Path(request.subjects), sorted(record.subjects)) != record.subjects:
-            raise UsageError(f"--subjects {request.subjects} says other patients than {file}; name another -o")
+            raise UsageError(
+                f"-o {root} holds a benchmark of {record.dataset}; name another folder for "
+                f"{request.dataset}"
+            )
+        if (
+            request.subjects
+            and read_subjects(Path(request.subjects), sorted(record.subjects)) != record.subjects
+        ):
+            raise UsageError(
+                f"--subjects {request.subjects} says other patients than {file}; name another -o"
+            )
         newer = sorted(set(cases) - set(record.subjects))
         if newer:
-            log.warning("%d cases are newer than this benchmark's division and take no part, the first is %s", len(newer), newer[0])
+            log.warning(
+                "%d cases are newer than this benchmark's division and take no part, the first is "
+                "%s",
+                len(newer),
+                newer[0],
+            )
         return record
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(f"-o {root}: is neither empty nor a benchmark's folder; name a new one")
@@ -153,10 +171,14 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     for folder in (bench.layout.plans, bench.layout.results / RUNS_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
     subjects, division = bench.record.subjects, bench.record.division
-    scored = Scored(bench.request.dataset, subjects, division.scored(bench.request.split), bench.images)
+    scored = Scored(
+        bench.request.dataset, subjects, division.scored(bench.request.split), bench.images
+    )
     for family in sorted({key.encoder for key in keys if key.arm != STOCK}):
         ensure_weights(bench, family)
-    for name in sorted({name for key in keys if (name := weights_of(key)) and name.endswith(MASKED_SUFFIX)}):
+    for name in sorted(
+        {name for key in keys if (name := weights_of(key)) and name.endswith(MASKED_SUFFIX)}
+    ):
         ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
     for name in sorted({weights_of(key) or key.encoder for key in keys if key.arm != STOCK}):
         pin(bench, name)
@@ -173,8 +195,19 @@ def ensure_weights(bench: Bench, family: str) -> None:
         _link(bench, locate(bench.user_results, family).parent, family)
         return
     encoder = dict(zip(bench.request.families, bench.request.encoders, strict=True))[family]
-    _pretrain(bench, family, ["-d", bench.request.dataset, "--encoder", encoder, "--exclude", str(bench.layout.exclude),
-                              *_length(bench.request)])
+    _pretrain(
+        bench,
+        family,
+        [
+            "-d",
+            bench.request.dataset,
+            "--encoder",
+            encoder,
+            "--exclude",
+            str(bench.layout.exclude),
+            *_length(bench.request),
+        ],
+    )
 
 
 def _length(request: Request) -> list[str]:
@@ -183,10 +216,12 @@ def _length(request: Request) -> list[str]:
 
 
 def ensure_masked(bench: Bench, family: str) -> None:
-    """The masked twin of a run: the user's of that name, else the run's own line with ``--objective masked``.
+    """The masked twin of a run: the user's of that name, else the run's own line with ``--objective
+    masked``.
 
     Raises:
-        AutoregError: the run was not made by autoreg_pretrain, or by a preset, which has no masked form.
+        AutoregError: the run was not made by autoreg_pretrain, or by a preset, which has no masked
+            form.
     """
     name = family + MASKED_SUFFIX
     theirs = bench.user_results / RUNS_FOLDER / name
@@ -195,23 +230,45 @@ def ensure_masked(bench: Bench, family: str) -> None:
         return
     plan_file = bench.layout.pretraining(family) / "plan.json"
     if not plan_file.is_file():
-        raise AutoregError(f"the arm 'masked' needs a twin of '{family}', which has no {plan_file.name} to repeat; leave it out of --arms, "
-                           f"or give a run named {name}")
+        raise AutoregError(
+            f"the arm 'masked' needs a twin of '{family}', which has no {plan_file.name} to "
+            "repeat; leave it out of --arms, "
+            f"or give a run named {name}"
+        )
     plan = read_json(plan_file)
     preset = plan["request"].get("preset")
     if preset:
-        raise AutoregError(f"the arm 'masked' needs a twin of '{family}', which was made with --preset {preset} and would differ in more "
-                           f"than the objective; leave it out of --arms, or give a run named {name}")
+        raise AutoregError(
+            f"the arm 'masked' needs a twin of '{family}', which was made with --preset {preset} "
+            "and would differ in more "
+            f"than the objective; leave it out of --arms, or give a run named {name}"
+        )
     # The plan may be shared, so the paths of its request stand in the run's private file.
     request = show_paths(plan["request"], PATH_FIELDS, plan_file.parent)
-    _pretrain(bench, name, [*retyped(request, int(plan["optim"]["num_steps"])), "--objective", "masked"])
+    _pretrain(
+        bench, name, [*retyped(request, int(plan["optim"]["num_steps"])), "--objective", "masked"]
+    )
 
 
 def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
-    """The arguments of ``autoreg_pretrain`` that a run was made with, less its name and objective, at a fixed number of steps."""
-    flags = {"datasets": "-d", "folders": "-i", "encoder": "--encoder", "batch_size": "--batch", "seed": "--seed",
-             "modality": "--modality", "exclude": "--exclude", "manifest": "--manifest", "init": "--init",
-             "gpu_memory_gib": "--gpu-memory", "spacing": "--spacing", "sequences": "--sequences", "boxes": "--boxes"}
+    """The arguments of ``autoreg_pretrain`` that a run was made with, less its name and objective,
+    at a fixed number of steps.
+    """
+    flags = {
+        "datasets": "-d",
+        "folders": "-i",
+        "encoder": "--encoder",
+        "batch_size": "--batch",
+        "seed": "--seed",
+        "modality": "--modality",
+        "exclude": "--exclude",
+        "manifest": "--manifest",
+        "init": "--init",
+        "gpu_memory_gib": "--gpu-memory",
+        "spacing": "--spacing",
+        "sequences": "--sequences",
+        "boxes": "--boxes",
+    }
     words = ["--steps", str(num_steps)]
     for key, flag in flags.items():
         value = request.get(key)
@@ -225,8 +282,10 @@ def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
 def _pretrain(bench: Bench, name: str, arguments: Sequence[str]) -> None:
     if (bench.layout.pretraining(name) / CARD_NAME).is_file():
         return
-    bench.commands.run(["autoreg_pretrain", "--name", name, *arguments, "--device", bench.commands.device],
-                       nnUNet_preprocessed=bench.user_preprocessed)
+    bench.commands.run(
+        ["autoreg_pretrain", "--name", name, *arguments, "--device", bench.commands.device],
+        nnUNet_preprocessed=bench.user_preprocessed,
+    )
 
 
 def _link(bench: Bench, folder: Path, name: str) -> None:
@@ -245,32 +304,56 @@ def pin(bench: Bench, name: str) -> None:
     pins = read_json(file) if file.is_file() else {}
     found = str(read_json(bench.layout.pretraining(name) / CARD_NAME)["sha256"])
     if pins.setdefault(name, found) != found:
-        raise UsageError(f"the weights of '{name}' are others than those of this benchmark's trainings so far; name another -o")
+        raise UsageError(
+            f"the weights of '{name}' are others than those of this benchmark's trainings so far; "
+            "name another -o"
+        )
     write_json(file, pins)
 
 
 def ensure_plans(bench: Bench, keys: Sequence[RunKey]) -> None:
-    """nnU-Net's plans and ours, and the cases preprocessed by each; then the plans of the runs, which share them."""
+    """nnU-Net's plans and ours, and the cases preprocessed by each; then the plans of the runs,
+    which share them.
+    """
     if any(key.arm == STOCK for key in keys):
         _once(bench, STOCK_PLANS, ["-pl", "ExperimentPlanner"], {})
     for family in sorted({key.encoder for key in keys if key.arm != STOCK}):
         name = f"AutoregPlans_{family}"
-        _once(bench, name, ["-pl", "AutoregPlanner", "-overwrite_plans_name", name], {"autoreg_weights": family})
+        _once(
+            bench,
+            name,
+            ["-pl", "AutoregPlanner", "-overwrite_plans_name", name],
+            {"autoreg_weights": family},
+        )
     for key in keys:
         if key.arm != STOCK:
             write_plans(bench, key)
 
 
-def _once(bench: Bench, plans: str, arguments: Sequence[str], changes: Mapping[str, object]) -> None:
+def _once(
+    bench: Bench, plans: str, arguments: Sequence[str], changes: Mapping[str, object]
+) -> None:
     done = bench.layout.root / "done" / plans
     if done.is_file():
         return
     # This command takes numbers only.
     number = str(int(bench.request.dataset.removeprefix("Dataset").split("_")[0]))
-    bench.commands.run(["nnUNetv2_plan_and_preprocess", "-d", number, *arguments, "-c", CONFIGURATION,
-                        "-np", str(bench.num_processes), "-npfp", str(bench.num_processes)],
-                       # nnU-Net's planner takes this for torch's threads, of which there has to be one.
-                       **{"nnUNet_n_proc_DA": bench.num_processes, **changes})
+    bench.commands.run(
+        [
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            number,
+            *arguments,
+            "-c",
+            CONFIGURATION,
+            "-np",
+            str(bench.num_processes),
+            "-npfp",
+            str(bench.num_processes),
+        ],
+        # nnU-Net's planner takes this for torch's threads, of which there has to be one.
+        **{"nnUNet_n_proc_DA": bench.num_processes, **changes},
+    )
     write_text(done, "")
 
 
@@ -286,13 +369,19 @@ def write_plans(bench: Bench, key: RunKey) -> None:
     weights = weights_of(key)
     if weights is not None:
         card = read_card(bench.layout.pretraining(weights))
-        plans[BLOCK_KEY]["weights"] = {"name": weights, "file": f"{RUNS_FOLDER}/{weights}/{WEIGHTS_NAME}", "sha256": card.sha256,
-                                       "has_decoder": card.has_decoder}
+        plans[BLOCK_KEY]["weights"] = {
+            "name": weights,
+            "file": f"{RUNS_FOLDER}/{weights}/{WEIGHTS_NAME}",
+            "sha256": card.sha256,
+            "has_decoder": card.has_decoder,
+        }
     write_json(bench.layout.plans / f"{name}.json", plans)
 
 
 def write_folds(bench: Bench, keys: Iterable[RunKey]) -> None:
-    """``splits_final.json``: one fold for each set of labelled cases and split; earlier ones keep their numbers."""
+    """``splits_final.json``: one fold for each set of labelled cases and split; earlier ones keep
+    their numbers.
+    """
     file = bench.layout.plans / "splits_final.json"
     folds: list[Mapping[str, object]] = read_json(file) if file.is_file() else []
     for key in keys:
@@ -302,7 +391,10 @@ def write_folds(bench: Bench, keys: Iterable[RunKey]) -> None:
 
 def fold(bench: Bench, key: RunKey) -> dict[str, object]:
     """What a run trains on and what it is scored on."""
-    return {"train": list(bench.labelled(key)), "val": list(bench.record.division.scored(key.split))}
+    return {
+        "train": list(bench.labelled(key)),
+        "val": list(bench.record.division.scored(key.split)),
+    }
 
 
 def planned_batch(bench: Bench, keys: Sequence[RunKey]) -> int:
@@ -313,7 +405,8 @@ def planned_batch(bench: Bench, keys: Sequence[RunKey]) -> int:
 
 
 def surface_tolerance_mm(bench: Bench) -> float | None:
-    """Return the tolerance of the surface Dice: the user's, or the dataset's typical in-plane voxel.
+    """Return the tolerance of the surface Dice: the user's, or the dataset's typical in-plane
+    voxel.
 
     That is the median over the cases of the smallest voxel edge, from nnU-Net's fingerprint; None
     before there is one.

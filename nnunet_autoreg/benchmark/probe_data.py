@@ -26,7 +26,9 @@ from nnunet_autoreg.records import read_json
 log = logging.getLogger(__name__)
 
 MASK_BELOW = 0.75
-"""As nnU-Net: intensities are normalised inside the non-zero mask if cropping to it saves this much."""
+"""As nnU-Net: intensities are normalised inside the non-zero mask if cropping to it saves this
+much.
+"""
 
 MOST_VOXELS = 200**3
 """Of a scan: its features at full resolution have to fit into memory."""
@@ -129,7 +131,8 @@ def _load(
     shape = resampled_shape(stack_CZYX.shape[1:], source_mm, spacing_mm)
     if volume(shape) > MOST_VOXELS:
         raise UsageError(
-            f"{name} has {shape[0]} x {shape[1]} x {shape[2]} voxels at this spacing, whose features "
+            f"{name} has {shape[0]} x {shape[1]} x {shape[2]} voxels at this spacing, whose "
+            "features "
             "are too large to hold; give a coarser --spacing"
         )
 

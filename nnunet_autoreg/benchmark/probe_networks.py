@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nnunet_autoreg.families import RESENC, VIT, family_of, token_size_of
+from nnunet_autoreg.finetune.load import Target, load_encoder
+from nnunet_autoreg.finetune.resolve import locate
 from nnunet_autoreg.geometry import Size, Spacing, grid_of, round_up, volume
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card, verify_weights
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.model.topology import suited_to
-from nnunet_autoreg.transfer.load import Target, load_encoder
-from nnunet_autoreg.transfer.resolve import locate
 
 ENCODER_LEVELS, ALL_LEVELS = "encoder", "encoder + decoder"
 TRANSFORMER_DEPTHS = (1 / 3, 2 / 3, 1.0)

@@ -9,14 +9,18 @@ from pathlib import Path
 from nnunet_autoreg.benchmark.results import RunKey
 from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.finetune.block import Recipe, check_recipe
 from nnunet_autoreg.model.card import RUNS_FOLDER
 from nnunet_autoreg.plan import literal
 from nnunet_autoreg.records import from_jsonable, to_jsonable
-from nnunet_autoreg.transfer.block import Recipe, check_recipe
 
 ARMS = ("pretrained", "masked", "scratch", "stock")
-TRAINERS = {"pretrained": "AutoregPretrainedTrainer", "masked": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer",
-            "stock": "nnUNetTrainer"}
+TRAINERS = {
+    "pretrained": "AutoregPretrainedTrainer",
+    "masked": "AutoregPretrainedTrainer",
+    "scratch": "AutoregScratchTrainer",
+    "stock": "nnUNetTrainer",
+}
 STOCK, STOCK_PLANS = "stock", "nnUNetPlans"
 CONFIGURATION = "3d_fullres"
 MASKED_SUFFIX = "_masked"
@@ -29,10 +33,12 @@ class Request:
 
     Attributes:
         dataset: folder name of the raw dataset.
-        weights: finished pretraining runs; empty to have the benchmark pretrain ``encoders`` itself.
+        weights: finished pretraining runs; empty to have the benchmark pretrain ``encoders``
+            itself.
         encoders: to pretrain on the dataset's own pool.
         pretrain_steps, pretrain_batch: of those pretrainings; None to have them planned.
-        budget_min: minutes of training per run; the steps follow from the slowest arm. None where ``steps`` are given.
+        budget_min: minutes of training per run; the steps follow from the slowest arm. None where
+            ``steps`` are given.
         batch: patches per step, for all arms; None for the smallest of the plans.
         recipe: changed values of the fine-tuning recipe of our arms, "key=value".
         subjects: a CSV of case and subject; None for ``cases.csv`` or the cases' names.
@@ -66,10 +72,16 @@ class Request:
                 raise UsageError(f"--arms {arm}: there is no such arm; {did_you_mean(arm, ARMS)}")
         if self.split not in SPLITS:
             raise UsageError(f"--split {self.split}: {did_you_mean(self.split, SPLITS)}")
-        numbers = {"--seeds": self.num_seeds, "--budget": self.budget_min, "--steps": self.steps, "--batch": self.batch,
-                   "--surface-tolerance": self.surface_tolerance_mm,
-                   "--pretrain-steps": self.pretrain_steps, "--pretrain-batch": self.pretrain_batch,
-                   **{f"--labels {k}": k for k in self.labels}}
+        numbers = {
+            "--seeds": self.num_seeds,
+            "--budget": self.budget_min,
+            "--steps": self.steps,
+            "--batch": self.batch,
+            "--surface-tolerance": self.surface_tolerance_mm,
+            "--pretrain-steps": self.pretrain_steps,
+            "--pretrain-batch": self.pretrain_batch,
+            **{f"--labels {k}": k for k in self.labels},
+        }
         for flag, number in numbers.items():
             if number is not None and not 0 < number < float("inf"):
                 raise UsageError(f"{flag} {number:g}: must be greater than 0")
@@ -77,13 +89,17 @@ class Request:
             raise UsageError("give the length of a run either as --steps or as --budget")
         for name in self.weights:
             if not re.fullmatch(r"[\w.-]+", name):
-                raise UsageError(f"--weights {name}: give the name of a run in $nnUNet_results/{RUNS_FOLDER}")
+                raise UsageError(
+                    f"--weights {name}: give the name of a run in $nnUNet_results/{RUNS_FOLDER}"
+                )
         recipe_values(self.recipe)
         return self
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the runs whose plans are compared: the weights given, or those that the benchmark makes."""
+        """Names of the runs whose plans are compared: the weights given, or those that the
+        benchmark makes.
+        """
         return self.weights or tuple(OWN_PREFIX + encoder for encoder in self.encoders)
 
     @property
@@ -102,7 +118,9 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not (key and equals and text):
-            raise UsageError(f"--recipe {setting}: write it as key=value, e.g. pretrained_rate=3e-3")
+            raise UsageError(
+                f"--recipe {setting}: write it as key=value, e.g. pretrained_rate=3e-3"
+            )
         found[key] = literal(text)
     base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
     try:
@@ -162,7 +180,9 @@ def weights_of(key: RunKey) -> str | None:
 
 
 def plans_name(key: RunKey) -> str:
-    """Plans file of a run. The twins' plans differ from the pretrained arm's in nothing; the masked arm's in the weights."""
+    """Plans file of a run. The twins' plans differ from the pretrained arm's in nothing; the masked
+    arm's in the weights.
+    """
     if key.arm == STOCK:
         return STOCK_PLANS
     name = f"AutoregPlans_{weights_of(key) or key.encoder}"
@@ -171,7 +191,9 @@ def plans_name(key: RunKey) -> str:
 
 
 def fold_of(folds: list[Mapping[str, object]], fold: Mapping[str, object]) -> int:
-    """The index of a fold in ``splits_final.json``; it is added where it is missing, so that earlier numbers stay."""
+    """The index of a fold in ``splits_final.json``; it is added where it is missing, so that
+    earlier numbers stay.
+    """
     if fold not in folds:
         folds.append(fold)
     return folds.index(fold)

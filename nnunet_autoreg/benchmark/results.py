@@ -1,4 +1,6 @@
-"""``runs.jsonl``: one line per finished run, appended whole, so that a table may grow over many sittings."""
+"""``runs.jsonl``: one line per finished run, appended whole, so that a table may grow over many
+sittings.
+"""
 
 import json
 import os
@@ -21,7 +23,8 @@ class RunKey:
         arm: "pretrained", "masked", "scratch" or "stock".
         encoder: name of the weights whose plan it uses; "-" for stock.
         labels: labelled cases asked for.
-        recipe: changed values of the fine-tuning recipe as "key=value" words; "" for stock and without any.
+        recipe: changed values of the fine-tuning recipe as "key=value" words; "" for stock and
+            without any.
     """
 
     arm: str
@@ -36,8 +39,20 @@ class RunKey:
     @property
     def folder(self) -> str:
         """Name of the run's folder."""
-        words = (self.encoder, self.arm, f"{self.labels}labels", f"seed{self.seed}", self.split, f"{self.steps}x{self.batch}", self.recipe)
-        return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in word) for word in words if word not in ("", "-"))
+        words = (
+            self.encoder,
+            self.arm,
+            f"{self.labels}labels",
+            f"seed{self.seed}",
+            self.split,
+            f"{self.steps}x{self.batch}",
+            self.recipe,
+        )
+        return "-".join(
+            "".join(c if c.isalnum() or c in "_." else "_" for c in word)
+            for word in words
+            if word not in ("", "-")
+        )
 
     def __str__(self) -> str:
         on = "" if self.encoder == "-" else f" ({self.encoder})"
@@ -62,7 +77,10 @@ def read_results(file: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             key_of(line)
         except (ValueError, KeyError, TypeError) as error:
-            raise AutoregError(f"{file}, line {number} is no run ({error!r}); remove that line to have its run repeated") from error
+            raise AutoregError(
+                f"{file}, line {number} is no run ({error!r}); remove that line to have its run "
+                "repeated"
+            ) from error
         found.append(line)
     return found
 

@@ -1,4 +1,6 @@
-"""The trainings of a benchmark: what is missing is run, one process each; what is there is left alone."""
+"""The trainings of a benchmark: what is missing is run, one process each; what is there is left
+alone.
+"""
 
 import logging
 import shutil
@@ -15,8 +17,22 @@ from typing import Any
 from nnunet_autoreg.benchmark.commands import last_words
 from nnunet_autoreg.benchmark.cost_record import Cost
 from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch, surface_tolerance_mm
-from nnunet_autoreg.benchmark.protocol import CONFIGURATION, STOCK, TRAINERS, fold_of, plans_name, runs_of, weights_of
-from nnunet_autoreg.benchmark.results import RESULTS_NAME, RunKey, append_result, key_of, read_results
+from nnunet_autoreg.benchmark.protocol import (
+    CONFIGURATION,
+    STOCK,
+    TRAINERS,
+    fold_of,
+    plans_name,
+    runs_of,
+    weights_of,
+)
+from nnunet_autoreg.benchmark.results import (
+    RESULTS_NAME,
+    RunKey,
+    append_result,
+    key_of,
+    read_results,
+)
 from nnunet_autoreg.benchmark.statistics import mean_dice
 from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, Job
 from nnunet_autoreg.children import end_children, run_guarded
@@ -52,7 +68,9 @@ def epochs_of(steps: int) -> tuple[int, int]:
 
 
 def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
-    """Steps and batch of all runs: those asked for, or what the budget allows the slowest arm. Settled once per budget and batch.
+    """Steps and batch of all runs: those asked for, or what the budget allows the slowest arm.
+
+    Settled once per budget and batch.
 
     Raises:
         AutoregError: an arm cannot be run, or the budget is too small for a step.
@@ -67,14 +85,27 @@ def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
         budgets = lengths.setdefault("budgets", {})
         name = f"{request.budget_min:g} min at batch {batch}"
         if name not in budgets:
-            paces = {str(key): measure_pace(bench, key, batch, runner) for key in _one_of_each(some)}
+            paces = {
+                str(key): measure_pace(bench, key, batch, runner) for key in _one_of_each(some)
+            }
             slowest = max(paces, key=lambda arm: paces[arm])
             steps = int(TRAINING_SHARE * request.budget_min * 60 / paces[slowest])
             if steps < 1:
-                raise AutoregError(f"--budget {request.budget_min:g}: a step of {slowest} takes {paces[slowest]:.1f} s; give more minutes")
-            budgets[name] = {"steps": steps, "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()}}
+                raise AutoregError(
+                    f"--budget {request.budget_min:g}: a step of {slowest} takes "
+                    f"{paces[slowest]:.1f} s; give more minutes"
+                )
+            budgets[name] = {
+                "steps": steps,
+                "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()},
+            }
         steps, paces = int(budgets[name]["steps"]), budgets[name]["seconds_per_step"]
-        log.info("%s: %d steps, by %s", name, steps, ", ".join(f"{arm} {pace:.3g} s a step" for arm, pace in paces.items()))
+        log.info(
+            "%s: %d steps, by %s",
+            name,
+            steps,
+            ", ".join(f"{arm} {pace:.3g} s a step" for arm, pace in paces.items()),
+        )
     write_json(file, lengths)
     epochs, per_epoch = epochs_of(steps)
     return epochs * per_epoch, int(batch)
@@ -91,13 +122,19 @@ def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
 def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float:
     """Seconds of a training step of an arm, loading included."""
     folder = bench.layout.root / "pace" / (STOCK if key.arm == STOCK else key.encoder)
-    job = replace(job_of(bench, key, batch), num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False)
+    job = replace(
+        job_of(bench, key, batch), num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False
+    )
     log.info("measuring a step of %s", key.arm if key.arm == STOCK else key.encoder)
     result = _do(bench, folder, job, runner)
     if not result["seconds_per_step"]:
         raise AutoregError(f"the step of {key} could not be measured; see {folder / 'log.txt'}")
     pace = float(result["seconds_per_step"])
-    log.info("  %.3g s a step, of which %.3g s on a processor", pace, result["processor_s_per_step"] or pace)
+    log.info(
+        "  %.3g s a step, of which %.3g s on a processor",
+        pace,
+        result["processor_s_per_step"] or pace,
+    )
     return pace
 
 
@@ -105,11 +142,25 @@ def job_of(bench: Bench, key: RunKey, batch: int) -> Job:
     """The training of a run."""
     epochs, per_epoch = epochs_of(max(key.steps, 1))
     folds = read_json(bench.layout.plans / "splits_final.json")
-    return Job(bench.request.dataset, CONFIGURATION, fold_of(folds, fold(bench, key)), TRAINERS[key.arm], plans_name(key), key.seed, epochs,
-               per_epoch, batch, bench.commands.device, bench.commands.threads, surface_tolerance_mm=surface_tolerance_mm(bench))
+    return Job(
+        bench.request.dataset,
+        CONFIGURATION,
+        fold_of(folds, fold(bench, key)),
+        TRAINERS[key.arm],
+        plans_name(key),
+        key.seed,
+        epochs,
+        per_epoch,
+        batch,
+        bench.commands.device,
+        bench.commands.threads,
+        surface_tolerance_mm=surface_tolerance_mm(bench),
+    )
 
 
-def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Runner = worker) -> list[RunKey]:
+def run_missing(
+    bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Runner = worker
+) -> list[RunKey]:
     """Run what ``runs.jsonl`` does not hold yet, ``num_jobs`` at a time; return what failed.
 
     A run that was cut short leaves a folder without a line, and is done anew.
@@ -117,7 +168,13 @@ def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Run
     file = bench.layout.root / RESULTS_NAME
     done = {key_of(line) for line in read_results(file)}
     missing = [key for key in keys if key not in done]
-    log.info("%d of %d runs are there, %d to do, %d at a time", len(keys) - len(missing), len(keys), len(missing), num_jobs)
+    log.info(
+        "%d of %d runs are there, %d to do, %d at a time",
+        len(keys) - len(missing),
+        len(keys),
+        len(missing),
+        num_jobs,
+    )
     failed: list[RunKey] = []
     lock = threading.Lock()
 
@@ -136,7 +193,13 @@ def run_missing(bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Run
         line = line_of(bench, key, result)
         with lock:
             append_result(file, line)
-        log.info("%s: Dice %.3f after %d steps in %.0f s", key, mean_dice(line), key.steps, line["train_s"])
+        log.info(
+            "%s: Dice %.3f after %d steps in %.0f s",
+            key,
+            mean_dice(line),
+            key.steps,
+            line["train_s"],
+        )
 
     if num_jobs == 1:
         for key in missing:
@@ -161,11 +224,15 @@ def _do(bench: Bench, folder: Path, job: Job, runner: Runner) -> dict[str, Any]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / RUNS_FOLDER).symlink_to((bench.layout.results / RUNS_FOLDER).resolve(), target_is_directory=True)
+    (folder / RUNS_FOLDER).symlink_to(
+        (bench.layout.results / RUNS_FOLDER).resolve(), target_is_directory=True
+    )
     write_json(folder / JOB_NAME, job)
     code = runner(folder, bench.commands.for_training(folder))
     if code or not (folder / RESULT_NAME).is_file():
-        raise AutoregError(f"exit code {code} ({last_words(folder / 'log.txt')}); see {folder / 'log.txt'}")
+        raise AutoregError(
+            f"exit code {code} ({last_words(folder / 'log.txt')}); see {folder / 'log.txt'}"
+        )
     found: dict[str, Any] = read_json(folder / RESULT_NAME)
     return found
 
@@ -173,13 +240,22 @@ def _do(bench: Bench, folder: Path, job: Job, runner: Runner) -> dict[str, Any]:
 def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
     """The line of a finished run: what it is, what it rests on, what came of it."""
     cases = bench.labelled(key)
-    subjects = {case: bench.record.subjects[case] for case in bench.record.division.scored(key.split)}
+    subjects = {
+        case: bench.record.subjects[case] for case in bench.record.division.scored(key.split)
+    }
     _, per_epoch = epochs_of(key.steps)
     return {
-        **asdict(key), "dataset": bench.request.dataset, "num_labelled": len(cases), "labelled": list(cases),
+        **asdict(key),
+        "dataset": bench.request.dataset,
+        "num_labelled": len(cases),
+        "labelled": list(cases),
         "label_unit": bench.record.label_unit,
-        "pretraining": pretraining_of(bench, key), "steps_per_epoch": per_epoch, **result, "subjects": subjects,
-        "device": bench.commands.device, "threads": bench.commands.threads,
+        "pretraining": pretraining_of(bench, key),
+        "steps_per_epoch": per_epoch,
+        **result,
+        "subjects": subjects,
+        "device": bench.commands.device,
+        "threads": bench.commands.threads,
         "versions": {name: version(name) for name in ("torch", "nnunetv2", "nnunet-autoreg")},
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -221,4 +297,3 @@ def cost_of(bench: Bench, name: str, sha256: str) -> Cost | None:
             write_json(file, known)
     found = known[sha256]
     return None if found is None else Cost(**found)
-

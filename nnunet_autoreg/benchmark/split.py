@@ -1,6 +1,8 @@
-"""Which patients are for choosing, which for the final table, and which are labelled under which seed. Pure.
+"""Which patients are for choosing, which for the final table, and which are labelled under which
+seed. Pure.
 
-Everything goes by hashes of names, so that it never changes, and by whole patients: all scans of one go the same way.
+Everything goes by hashes of names, so that it never changes, and by whole patients: all scans of
+one go the same way.
 """
 
 import csv
@@ -24,7 +26,9 @@ PATIENT_COLUMNS = ("patient", "subject", "participant_id")
 
 @dataclass(frozen=True)
 class Division:
-    """Case ids: ``pool`` to label and pretrain on, ``development`` for choices, ``test`` for the final table."""
+    """Case ids: ``pool`` to label and pretrain on, ``development`` for choices, ``test`` for the
+    final table.
+    """
 
     pool: tuple[str, ...]
     development: tuple[str, ...]
@@ -38,8 +42,9 @@ class Division:
 def subjects_by_name(cases: Sequence[str]) -> dict[str, str]:
     """Case -> patient, from names alone: the name up to the first number that tells patients apart.
 
-    ``patient001_ED`` and ``patient001_ES`` are one patient, ``hippocampus_001`` and ``hippocampus_003`` two. A number that would give
-    patients more than four scans each on average is passed over, as the 22 of ``FLARE22_Tr_0001`` and the site of ``site1_0001``.
+    ``patient001_ED`` and ``patient001_ES`` are one patient, ``hippocampus_001`` and
+    ``hippocampus_003`` two. A number that would give patients more than four scans each on average
+    is passed over, as the 22 of ``FLARE22_Tr_0001`` and the site of ``site1_0001``.
     """
     most_numbers = max((len(re.findall(r"\d+", case)) for case in cases), default=0)
     for count in range(1, most_numbers + 1):
@@ -64,11 +69,17 @@ def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             found = {row["case"]: row["subject"] for row in csv.DictReader(handle)}
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
-        raise UsageError(f"--subjects {path} cannot be used ({error!r}); give a CSV with the columns case and subject") from error
+        raise UsageError(
+            f"--subjects {path} cannot be used ({error!r}); give a CSV with the columns case and "
+            "subject"
+        ) from error
     missing = [case for case in cases if not found.get(case)]
     if missing:
-        raise UsageError(f"--subjects {path} names no subject for {len(missing)} of {len(cases)} cases, the first is {missing[0]}; "
-                         f"{did_you_mean(missing[0], found)}")
+        raise UsageError(
+            f"--subjects {path} names no subject for {len(missing)} of {len(cases)} cases, the "
+            f"first is {missing[0]}; "
+            f"{did_you_mean(missing[0], found)}"
+        )
     return {case: found[case] for case in cases}
 
 
@@ -88,8 +99,8 @@ class Patients:
 def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None) -> Patients:
     """Return the patients of a raw dataset's cases.
 
-    They come from ``file`` if the user names one; else from ``cases.csv`` in the dataset's folder if
-    that has a column of patients and names every case; else from the names of the cases.
+    They come from ``file`` if the user names one; else from ``cases.csv`` in the dataset's folder
+    if that has a column of patients and names every case; else from the names of the cases.
 
     Args:
         dataset: folder of the raw dataset.
@@ -108,12 +119,16 @@ def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None)
 
     by_name = subjects_by_name(cases)
     if listed:
-        return _counted(by_name, f"the cases' names, as {CASES_NAME} has no patient for {missing[0]}")
+        return _counted(
+            by_name, f"the cases' names, as {CASES_NAME} has no patient for {missing[0]}"
+        )
     return _counted(by_name, "the cases' names")
 
 
 def _listed_patients(table: Path) -> tuple[str, dict[str, str]]:
-    """Return the column of patients in ``cases.csv`` and case -> patient; nothing where it has none."""
+    """Return the column of patients in ``cases.csv`` and case -> patient; nothing where it has
+    none.
+    """
     if not table.is_file():
         return "", {}
     try:
@@ -134,19 +149,30 @@ def _counted(patient_of: dict[str, str], source: str) -> Patients:
 
 
 def divide(subject_of: Mapping[str, str]) -> Division:
-    """A fifth of the patients for the test, 15 % for development, the others are the pool; at least one patient each.
+    """A fifth of the patients for the test, 15 % for development, the others are the pool; at least
+    one patient each.
 
     Raises:
         UsageError: fewer than 3 patients.
     """
     order = ordered(set(subject_of.values()))
     if len(order) < 3:
-        raise UsageError(f"{len(subject_of)} labelled cases of {len(order)} patients cannot be divided into pool, development and test; "
-                         "give a dataset of at least 3 patients, or --subjects if the names mislead")
+        raise UsageError(
+            f"{len(subject_of)} labelled cases of {len(order)} patients cannot be divided into "
+            "pool, development and test; "
+            "give a dataset of at least 3 patients, or --subjects if the names mislead"
+        )
     num_test = max(1, round(TEST_SHARE * len(order)))
     num_development = max(1, round(DEVELOPMENT_SHARE * len(order)))
-    parts = order[num_test + num_development :], order[num_test : num_test + num_development], order[:num_test]
-    pool, development, test = (tuple(sorted(case for case, subject in subject_of.items() if subject in set(part))) for part in parts)
+    parts = (
+        order[num_test + num_development :],
+        order[num_test : num_test + num_development],
+        order[:num_test],
+    )
+    pool, development, test = (
+        tuple(sorted(case for case, subject in subject_of.items() if subject in set(part)))
+        for part in parts
+    )
     return Division(pool, development, test)
 
 
@@ -172,7 +198,8 @@ def labelled(
     available = len(patients) if unit == PATIENTS else len(division.pool)
     if num_labels > available:
         raise UsageError(
-            f"--labels {num_labels}: the pool holds {available} labelled {unit}; ask for fewer, as the "
+            f"--labels {num_labels}: the pool holds {available} labelled {unit}; ask for fewer, as "
+            "the "
             "others are for development and test"
         )
 

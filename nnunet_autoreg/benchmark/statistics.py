@@ -25,7 +25,8 @@ class Difference:
 
     Attributes:
         mean: over seeds and patients; a patient's value is the mean over the patient's scans.
-        over_both: interval when patients and seeds are drawn anew. Each seed labels other patients, so it holds that choice, too.
+        over_both: interval when patients and seeds are drawn anew. Each seed labels other patients,
+            so it holds that choice, too.
         over_cases: interval when patients alone are drawn anew.
         num_seeds, num_cases: what it rests on.
         num_left_out: cases without a Dice in some run (nothing to find, nothing found).
@@ -76,7 +77,11 @@ def paired(
     seeds = sorted(set(ours) & set(theirs))
     if metric == SURFACE:
         # A surface Dice means something at its own tolerance only.
-        seeds = [seed for seed in seeds if tolerance_of(ours[seed]) == tolerance_of(theirs[seed]) is not None]
+        seeds = [
+            seed
+            for seed in seeds
+            if tolerance_of(ours[seed]) == tolerance_of(theirs[seed]) is not None
+        ]
     if not seeds:
         return None
     cases = sorted(set(ours[seeds[0]][metric]))
@@ -86,11 +91,21 @@ def paired(
         rows.append([a.get(case, np.nan) - b.get(case, np.nan) for case in cases])
     difference_RC = np.array(rows)
     kept = np.isfinite(difference_RC).all(axis=0)
-    subjects = [str(ours[seeds[0]]["subjects"][case]) for case, keep in zip(cases, kept, strict=True) if keep]
-    return interval(difference_RC[:, kept], subjects, num_left_out=int((~kept).sum())) if kept.any() else None
+    subjects = [
+        str(ours[seeds[0]]["subjects"][case])
+        for case, keep in zip(cases, kept, strict=True)
+        if keep
+    ]
+    return (
+        interval(difference_RC[:, kept], subjects, num_left_out=int((~kept).sum()))
+        if kept.any()
+        else None
+    )
 
 
-def interval(difference_RC: Array, subjects: Sequence[str], num_left_out: int = 0, num_draws: int = NUM_DRAWS) -> Difference:
+def interval(
+    difference_RC: Array, subjects: Sequence[str], num_left_out: int = 0, num_draws: int = NUM_DRAWS
+) -> Difference:
     """Mean and bootstrap intervals of differences.
 
     Args:
@@ -102,13 +117,24 @@ def interval(difference_RC: Array, subjects: Sequence[str], num_left_out: int = 
     # A patient counts once, however many scans there are.
     means_RJ = difference_RC @ (member_CJ / member_CJ.sum(axis=0))
     generator = rng.generator(0, "benchmark: bootstrap")
-    drawn_DJ = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_draws).astype(float)
+    drawn_DJ = generator.multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=num_draws
+    ).astype(float)
     num_seeds = len(difference_RC)
-    drawn_DR = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_draws).astype(float)
+    drawn_DR = generator.multinomial(
+        num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_draws
+    ).astype(float)
     total = num_seeds * len(names)
     over_both_D = np.einsum("dr,rj,dj->d", drawn_DR, means_RJ, drawn_DJ) / total
     over_cases_D = (drawn_DJ @ means_RJ.sum(axis=0)) / total
-    return Difference(float(means_RJ.mean()), _middle(over_both_D), _middle(over_cases_D), num_seeds, len(subjects), num_left_out)
+    return Difference(
+        float(means_RJ.mean()),
+        _middle(over_both_D),
+        _middle(over_cases_D),
+        num_seeds,
+        len(subjects),
+        num_left_out,
+    )
 
 
 def tolerance_of(line: Mapping[str, Any]) -> float | None:
@@ -123,6 +149,8 @@ def _middle(values_D: Array) -> tuple[float, float]:
 
 
 def steps_to(line: Mapping[str, Any], dice: float) -> int | None:
-    """Steps until the Dice of patches during training first reached a value; None if it never did."""
+    """Steps until the Dice of patches during training first reached a value; None if it never
+    did.
+    """
     reached = [i for i, value in enumerate(line["curve"]) if value is not None and value >= dice]
     return (reached[0] + 1) * int(line["steps_per_epoch"]) if reached else None

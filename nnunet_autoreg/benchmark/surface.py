@@ -51,7 +51,8 @@ def surface_dice(
     if not truth.any() or not prediction.any():
         return 0.0
 
-    # Both surfaces lie in the box around both masks: a small structure in a large scan costs little.
+    # Both surfaces lie in the box around both masks: a small structure in a large scan costs
+    # little.
     box = _bounding_box(truth | prediction)
     areas_truth = border_areas(truth[box], spacing_mm)
     areas_prediction = border_areas(prediction[box], spacing_mm)

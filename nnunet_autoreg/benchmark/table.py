@@ -22,7 +22,8 @@ class Row:
     Attributes:
         key: that of the first seed.
         lines: by seed.
-        to_scratch, to_stock: paired differences to the twin from random weights, and to nnU-Net as it comes.
+        to_scratch, to_stock: paired differences to the twin from random weights, and to nnU-Net as
+            it comes.
         surface_to_scratch, surface_to_stock: the same of the surface Dice.
     """
 
@@ -41,7 +42,11 @@ class Row:
     @property
     def surface_dice(self) -> list[float]:
         """Mean surface Dice of every seed that has one."""
-        return [mean_dice(line, SURFACE) for line in self.lines.values() if tolerance_of(line) is not None]
+        return [
+            mean_dice(line, SURFACE)
+            for line in self.lines.values()
+            if tolerance_of(line) is not None
+        ]
 
     @property
     def tolerances_mm(self) -> list[float]:
@@ -51,7 +56,9 @@ class Row:
 
 
 def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row for each arm, encoder, number of labels, length and recipe; later lines of the same run count."""
+    """One row for each arm, encoder, number of labels, length and recipe; later lines of the same
+    run count.
+    """
     groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         groups.setdefault(_group(key_of(line)), {})[int(line["seed"])] = line
@@ -73,19 +80,43 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
                 paired(by_seed, stock, SURFACE),
             )
         )
-    return sorted(rows, key=lambda row: (*_group(row.key)[:4], row.key.arm == STOCK, *_group(row.key)[4:-1], ARMS.index(row.key.arm)))
+    return sorted(
+        rows,
+        key=lambda row: (
+            *_group(row.key)[:4],
+            row.key.arm == STOCK,
+            *_group(row.key)[4:-1],
+            ARMS.index(row.key.arm),
+        ),
+    )
 
 
 def _group(key: RunKey) -> tuple[Any, ...]:
     return (key.split, key.steps, key.batch, key.labels, key.recipe, key.encoder, key.arm)
 
 
-def _lines_of(groups: Mapping[tuple[Any, ...], Lines], key: RunKey, arm: str, encoder: str, recipe: str) -> Lines:
+def _lines_of(
+    groups: Mapping[tuple[Any, ...], Lines], key: RunKey, arm: str, encoder: str, recipe: str
+) -> Lines:
     return groups.get((key.split, key.steps, key.batch, key.labels, recipe, encoder, arm), {})
 
 
-COLUMNS = ("split", "steps x batch", "labels", "encoder", "arm", "seeds", "Dice (sd over seeds)", "minus scratch [95 %]",
-           "minus stock [95 %]", "surface Dice (sd over seeds)", "minus scratch [95 %]", "s a step", "min a run", "pretraining")
+COLUMNS = (
+    "split",
+    "steps x batch",
+    "labels",
+    "encoder",
+    "arm",
+    "seeds",
+    "Dice (sd over seeds)",
+    "minus scratch [95 %]",
+    "minus stock [95 %]",
+    "surface Dice (sd over seeds)",
+    "minus scratch [95 %]",
+    "s a step",
+    "min a run",
+    "pretraining",
+)
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -100,7 +131,11 @@ def _cells(row: Row) -> list[str]:
     key, dice, lines = row.key, row.dice, list(row.lines.values())
     spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
     labelled = sorted({int(line["num_labelled"]) for line in lines})
-    labels = str(key.labels) if labelled == [key.labels] else f"{key.labels} ({'-'.join(map(str, labelled))} cases)"
+    labels = (
+        str(key.labels)
+        if labelled == [key.labels]
+        else f"{key.labels} ({'-'.join(map(str, labelled))} cases)"
+    )
     surface = "-"
     if row.surface_dice:
         deviation = f"{np.std(row.surface_dice, ddof=1):.3f}" if len(row.surface_dice) > 1 else "-"
@@ -109,10 +144,22 @@ def _cells(row: Row) -> list[str]:
     encoder = key.encoder.removeprefix(OWN_PREFIX) + (f", {key.recipe}" if key.recipe else "")
     paces = [line["seconds_per_step"] for line in lines if line["seconds_per_step"]]
     minutes = [(line["train_s"] + line["validate_s"]) / 60 for line in lines]
-    return [key.split, f"{key.steps} x {key.batch}", labels, encoder, key.arm, str(len(dice)), f"{np.mean(dice):.3f} ({spread})",
-            signed(row.to_scratch), signed(row.to_stock), surface, signed(row.surface_to_scratch),
-            f"{np.median(paces):.2f}" if paces else "-", f"{np.mean(minutes):.1f}",
-            _pretraining(lines[0].get("pretraining"))]
+    return [
+        key.split,
+        f"{key.steps} x {key.batch}",
+        labels,
+        encoder,
+        key.arm,
+        str(len(dice)),
+        f"{np.mean(dice):.3f} ({spread})",
+        signed(row.to_scratch),
+        signed(row.to_stock),
+        surface,
+        signed(row.surface_to_scratch),
+        f"{np.median(paces):.2f}" if paces else "-",
+        f"{np.mean(minutes):.1f}",
+        _pretraining(lines[0].get("pretraining")),
+    ]
 
 
 def signed(difference: Difference | None) -> str:
@@ -136,7 +183,9 @@ def _pretraining(told: Mapping[str, Any] | None) -> str:
     if told.get("seconds") is not None:
         told_cost.append(f"{told['seconds']:.0f} s")
     cost = f"; {', '.join(told_cost)}" if told_cost else ""
-    return f"{told['objective'].split(' (')[0]}, {told['steps']}{times} on {told['scans']} scans{cost}"
+    return (
+        f"{told['objective'].split(' (')[0]}, {told['steps']}{times} on {told['scans']} scans{cost}"
+    )
 
 
 def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
@@ -154,25 +203,35 @@ def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
         if ratio > 1 + UNEQUAL:
             name = encoder.removeprefix(OWN_PREFIX)
             sentences.append(
-                f"NOT AT EQUAL COST: the pretraining of {most} ({name}) took {ratio:.2f} times the FLOPs of {least}."
+                f"NOT AT EQUAL COST: the pretraining of {most} ({name}) took {ratio:.2f} times the "
+                f"FLOPs of {least}."
             )
     return sentences
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
-        "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. Labels: patients, and cases where "
-        "their number differs (in folders of older versions: cases). Surface Dice: the share of border, by area, that lies within the "
-        "tolerance of the other border. FLOPs of pretraining: forward and backward of encoder, decoder and head. Equal cost: all arms of "
-        "a length take the same steps and patches a step; the patches' sizes and what a step costs differ between networks. Pretraining "
+        "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. "
+        "Labels: patients, and cases where "
+        "their number differs (in folders of older versions: cases). Surface Dice: the share of "
+        "border, by area, that lies within the "
+        "tolerance of the other border. FLOPs of pretraining: forward and backward of encoder, "
+        "decoder and head. Equal cost: all arms of "
+        "a length take the same steps and patches a step; the patches' sizes and what a step costs "
+        "differ between networks. Pretraining "
         "is listed apart."
-        "patients of the pool, so it holds that choice, the initial weights and the order of the data. It does not hold another "
-        "pretraining, another division into pool and test, or another dataset, and few seeds tell little of their own spread. With 1 seed "
+        "patients of the pool, so it holds that choice, the initial weights and the order of the "
+        "data. It does not hold another "
+        "pretraining, another division into pool and test, or another dataset, and few seeds tell "
+        "little of their own spread. With 1 seed "
         "it draws patients alone.",
     ]
     notes += unequal_pretrainings(rows)
     found = [d for row in rows for d in (row.to_scratch, row.to_stock) if d is not None]
     left_out = max((d.num_left_out for d in found), default=0)
     if left_out:
-        notes.append(f"Up to {left_out} cases have no Dice in some run (nothing to find and nothing found) and are left out of the pairs.")
+        notes.append(
+            f"Up to {left_out} cases have no Dice in some run (nothing to find and nothing found) "
+            "and are left out of the pairs."
+        )
     return notes

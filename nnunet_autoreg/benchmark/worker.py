@@ -1,6 +1,9 @@
-"""One training in a process of its own, by nnU-Net's own trainer, loader and validation: ``python -m nnunet_autoreg.benchmark.worker JOB``.
+"""One training in a process of its own, by nnU-Net's own trainer, loader and validation:
 
-The job's folder holds ``job.json``; ``result.json`` is written last. nnU-Net's folders are in the environment.
+``python -m nnunet_autoreg.benchmark.worker JOB``.
+
+The job's folder holds ``job.json``; ``result.json`` is written last. nnU-Net's folders are in the
+environment.
 """
 
 import ast
@@ -33,7 +36,8 @@ class Job:
     Attributes:
         dataset, configuration, fold, trainer, plans: as of ``nnUNetv2_train``.
         num_epochs, steps_per_epoch, batch: length; the same for all arms.
-        validate: predict and score the fold's validation cases afterwards; off where only the pace is wanted.
+        validate: predict and score the fold's validation cases afterwards; off where only the pace
+            is wanted.
         threads: of torch on a CPU.
         surface_tolerance_mm: of the surface Dice of the validation; None to leave it out.
     """
@@ -54,7 +58,9 @@ class Job:
 
 
 class Stopwatch:
-    """Wraps a trainer's step to note when each one began, by the clock and by the processor's time of this process."""
+    """Wraps a trainer's step to note when each one began, by the clock and by the processor's time
+    of this process.
+    """
 
     def __init__(self, trainer: Any):
         self.times: list[float] = []
@@ -70,16 +76,24 @@ class Stopwatch:
         trainer.train_step = timed
 
     def seconds_per_step(self, steps_per_epoch: int) -> float:
-        """Median time from one step's beginning to the next one's, loading included, within epochs, without the first steps."""
+        """Median time from one step's beginning to the next one's, loading included, within epochs,
+        without the first steps.
+        """
         return _median_gap(self.times, steps_per_epoch)
 
     def processor_seconds_per_step(self, steps_per_epoch: int) -> float:
-        """The same in this process's time on a processor, which other work on the machine does not lengthen."""
+        """The same in this process's time on a processor, which other work on the machine does not
+        lengthen.
+        """
         return _median_gap(self.processor_times, steps_per_epoch)
 
 
 def _median_gap(times: list[float], steps_per_epoch: int) -> float:
-    gaps = [b - a for i, (a, b) in enumerate(pairwise(times), start=1) if i > NUM_WARM_STEPS and i % steps_per_epoch]
+    gaps = [
+        b - a
+        for i, (a, b) in enumerate(pairwise(times), start=1)
+        if i > NUM_WARM_STEPS and i % steps_per_epoch
+    ]
     return statistics.median(gaps) if gaps else float("nan")
 
 
@@ -90,9 +104,12 @@ def train(job: Job) -> dict[str, Any]:
     start = time.monotonic()
     trainer.run_training()
     result: dict[str, Any] = {
-        "train_s": round(time.monotonic() - start, 1), "seconds_per_step": none_for_nan(watch.seconds_per_step(job.steps_per_epoch)),
+        "train_s": round(time.monotonic() - start, 1),
+        "seconds_per_step": none_for_nan(watch.seconds_per_step(job.steps_per_epoch)),
         "processor_s_per_step": none_for_nan(watch.processor_seconds_per_step(job.steps_per_epoch)),
-        "curve": [none_for_nan(float(v)) for v in trainer.logger.get_value("mean_fg_dice", step=None)],
+        "curve": [
+            none_for_nan(float(v)) for v in trainer.logger.get_value("mean_fg_dice", step=None)
+        ],
         "patch": [int(v) for v in trainer.configuration_manager.patch_size],
         "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
     }
@@ -120,9 +137,19 @@ def prepare(job: Job) -> Any:
         seed_with(job.seed)
     if job.device == "cpu":
         torch.set_num_threads(job.threads)
-    trainer = get_trainer_from_args(job.dataset, job.configuration, job.fold, job.trainer, job.plans, device=torch.device(job.device))
+    trainer = get_trainer_from_args(
+        job.dataset,
+        job.configuration,
+        job.fold,
+        job.trainer,
+        job.plans,
+        device=torch.device(job.device),
+    )
     trainer.num_epochs = job.num_epochs
-    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = job.steps_per_epoch, VAL_STEPS if job.validate else 1
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = (
+        job.steps_per_epoch,
+        VAL_STEPS if job.validate else 1,
+    )
     trainer.configuration_manager.configuration["batch_size"] = job.batch
     trainer.disable_checkpointing = True
     return trainer
@@ -133,7 +160,10 @@ def read_dice(summary: Path, ending: str) -> dict[str, dict[str, float | None]]:
     found = {}
     for case in read_json(summary)["metric_per_case"]:
         name = Path(case["reference_file"]).name.removesuffix(ending)
-        found[name] = {str(label): none_for_nan(float(values["Dice"])) for label, values in case["metrics"].items()}
+        found[name] = {
+            str(label): none_for_nan(float(values["Dice"]))
+            for label, values in case["metrics"].items()
+        }
     return found
 
 

@@ -1,4 +1,6 @@
-"""``autoreg_demo``: the whole chain on generated scans - pretrain, plan, train with and without, predict, compare."""
+"""``autoreg_demo``: the whole chain on generated scans - pretrain, plan, train with and without,
+predict, compare.
+"""
 
 import argparse
 import json
@@ -32,8 +34,13 @@ class Demo:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The caller's environment with nnU-Net's folders inside the demo's, and this interpreter's commands first."""
-        folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        """The caller's environment with nnU-Net's folders inside the demo's, and this interpreter's
+        commands first.
+        """
+        folders = {
+            name: str(self.folder / name)
+            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        }
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": "demo"}
         return {**os.environ, **folders, **settings, "PATH": path}
@@ -58,20 +65,29 @@ class Demo:
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             print(tail, file=sys.stderr)
-            raise AutoregError(f"{line[0]} ended with exit code {code}; all of its output is in {log}")
+            raise AutoregError(
+                f"{line[0]} ended with exit code {code}; all of its output is in {log}"
+            )
 
 
 def generate(demo: Demo) -> None:
     """Write the unlabelled scans, and an nnU-Net raw dataset of the labelled and the test scans."""
     raw = demo.folder / "nnUNet_raw" / DATASET
     for number in range(NUM_UNLABELLED):
-        write_image(demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", draw_phantom(0, number)[0])
+        write_image(
+            demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", draw_phantom(0, number)[0]
+        )
     for number in range(NUM_UNLABELLED, NUM_UNLABELLED + NUM_LABELLED + NUM_TEST):
         part = "Tr" if number < NUM_UNLABELLED + NUM_LABELLED else "Ts"
         scan, truth = draw_phantom(0, number)
         write_image(raw / f"images{part}" / f"phantom_{number}_0000.nii.gz", scan)
         write_image(raw / f"labels{part}" / f"phantom_{number}.nii.gz", truth)
-    description = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": NUM_LABELLED, "file_ending": ".nii.gz"}
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": LABELS,
+        "numTraining": NUM_LABELLED,
+        "file_ending": ".nii.gz",
+    }
     write_json(raw / "dataset.json", description)
     for name in ("nnUNet_preprocessed", "nnUNet_results"):
         (demo.folder / name).mkdir()
@@ -88,20 +104,60 @@ def run_chain(demo: Demo) -> dict[str, float]:
         # The tokens of 4^3 voxels that are planned for small images would take ten times as long.
         *("--set", "encoder.arguments.patch_embed_size=[8,8,8]"),
     )
-    demo.run("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-pl", "AutoregPlanner", "-c", "3d_fullres", "-np", "2",
-             "--verify_dataset_integrity")
+    demo.run(
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        DATASET_ID,
+        "-pl",
+        "AutoregPlanner",
+        "-c",
+        "3d_fullres",
+        "-np",
+        "2",
+        "--verify_dataset_integrity",
+    )
     shorten_recipe(demo.folder / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json")
     dice = {}
     for arm, trainer in ARMS.items():
         predicted = demo.folder / f"predicted_{arm}"
         choice = ("-tr", trainer, "-p", "AutoregPlans")
         demo.run("nnUNetv2_train", DATASET_ID, "3d_fullres", "0", *choice, *device)
-        demo.run("nnUNetv2_predict", "-d", DATASET_ID, "-i", str(raw / "imagesTs"), "-o", str(predicted), "-f", "0", "-c", "3d_fullres",
-                 "-npp", "2", "-nps", "2", *choice, *device)
+        demo.run(
+            "nnUNetv2_predict",
+            "-d",
+            DATASET_ID,
+            "-i",
+            str(raw / "imagesTs"),
+            "-o",
+            str(predicted),
+            "-f",
+            "0",
+            "-c",
+            "3d_fullres",
+            "-npp",
+            "2",
+            "-nps",
+            "2",
+            *choice,
+            *device,
+        )
         summary = demo.folder / f"dice_{arm}.json"
-        demo.run("nnUNetv2_evaluate_folder", str(raw / "labelsTs"), str(predicted), "-djfile", str(predicted / "dataset.json"),
-                 "-pfile", str(predicted / "plans.json"), "-o", str(summary), "-np", "2")
-        dice[arm] = float(json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]["Dice"])
+        demo.run(
+            "nnUNetv2_evaluate_folder",
+            str(raw / "labelsTs"),
+            str(predicted),
+            "-djfile",
+            str(predicted / "dataset.json"),
+            "-pfile",
+            str(predicted / "plans.json"),
+            "-o",
+            str(summary),
+            "-np",
+            "2",
+        )
+        dice[arm] = float(
+            json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]["Dice"]
+        )
     return dice
 
 
@@ -121,7 +177,10 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
 
     raw = demo.folder / "nnUNet_raw" / DATASET
     scans = sorted((raw / "imagesTs").glob("*.nii.gz"))
-    columns = {"truth": raw / "labelsTs", **{f"{arm}: Dice {dice[arm]:.3f}": demo.folder / f"predicted_{arm}" for arm in ARMS}}
+    columns = {
+        "truth": raw / "labelsTs",
+        **{f"{arm}: Dice {dice[arm]:.3f}": demo.folder / f"predicted_{arm}" for arm in ARMS},
+    }
     figure = Figure(figsize=(10, 3.0 * len(scans) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     colours = ["#e69f00", "#56b4e9", "#009e73"]
@@ -129,13 +188,18 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
         voxels = GetArrayFromImage(ReadImage(str(scan)))
         middle = voxels.shape[0] // 2 + 3
         for axis, (title, folder) in zip(row, columns.items(), strict=True):
-            labels = GetArrayFromImage(ReadImage(str(folder / scan.name.replace("_0000", ""))))[middle]
+            labels = GetArrayFromImage(ReadImage(str(folder / scan.name.replace("_0000", ""))))[
+                middle
+            ]
             axis.imshow(voxels[middle], cmap="gray", vmin=-160, vmax=240)
             for label, colour in zip(range(1, len(LABELS)), colours, strict=True):
                 if (labels == label).any():
                     axis.contour(labels == label, levels=[0.5], colors=colour, linewidths=1.5)
             axis.set(xticks=[], yticks=[], title=title if scan == scans[0] else "")
-    handles = [Line2D([], [], color=colour, label=name) for colour, name in zip(colours, list(LABELS)[1:], strict=True)]
+    handles = [
+        Line2D([], [], color=colour, label=name)
+        for colour, name in zip(colours, list(LABELS)[1:], strict=True)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     with atomic_path(demo.folder / "demo.png") as temporary:
         figure.savefig(temporary, format="png", dpi=100)
@@ -146,10 +210,16 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="autoreg_demo",
-        description="The whole chain on generated CT-like scans, in minutes on two CPU cores: pretraining, then nnU-Net's own "
-        "commands with and without the pretrained weights. A demonstration that everything works, not a benchmark.",
+        description="The whole chain on generated CT-like scans, in minutes on two CPU cores: "
+        "pretraining, then nnU-Net's own "
+        "commands with and without the pretrained weights. A demonstration that everything works, "
+        "not a benchmark.",
     )
-    p.add_argument("--out", metavar="FOLDER", help="empty or new folder for everything (default: a temporary one, kept)")
+    p.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="empty or new folder for everything (default: a temporary one, kept)",
+    )
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
     return p
 
@@ -159,21 +229,30 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
     prepare_torch()
-    folder = Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
+    folder = (
+        Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
+    )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder}: is not an empty folder; name a new one")
     from nnunet_autoreg.pretrain.machine import check_device, default_device
 
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(folder, check_device(args.device) if args.device else default_device())
-    print(f"generating {NUM_UNLABELLED} unlabelled, {NUM_LABELLED} labelled and {NUM_TEST} test scans in {folder}", flush=True)
+    print(
+        f"generating {NUM_UNLABELLED} unlabelled, {NUM_LABELLED} labelled and {NUM_TEST} test "
+        f"scans in {folder}",
+        flush=True,
+    )
     generate(demo)
     dice = run_chain(demo)
     picture = draw(demo, dice)
     steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
     values = ", ".join(f"{arm} {value:.3f}" for arm, value in dice.items())
-    print(f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}; two runs so short differ by more than "
-          "the arms do (autoreg_benchmark compares them)")
+    print(
+        f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}; two runs so "
+        "short differ by more than "
+        "the arms do (autoreg_benchmark compares them)"
+    )
     print(f"picture: {picture}")
     print_next("autoreg_pretrain -i FOLDER_WITH_YOUR_SCANS --name NAME")
     return 0

@@ -30,14 +30,18 @@ LINK_NAME = "nnunet_autoreg_link.pth"
 LINK_HEAD = "# Made by autoreg_doctor --link; remove with autoreg_doctor --unlink.\n"
 
 REINSTALL_TORCH = (
-    "torch and torchvision must be builds of one registry: pip install --force-reinstall torch torchvision "
+    "torch and torchvision must be builds of one registry: pip install --force-reinstall torch "
+    "torchvision "
     "(a CPU-only torch beside another torchvision does not load)"
 )
 
 PROBED_NETWORKS = ("resenc_tiny", "primus_tiny", "primus_v3_tiny", "vit_b16")
-"""One encoder of every kind of building blocks: they are what breaks beside another version of timm."""
+"""One encoder of every kind of building blocks: they are what breaks beside another version of
+timm.
+"""
 
-# Runs in an interpreter of its own: what this one has imported already must not make anything look well.
+# Runs in an interpreter of its own: what this one has imported already must not make anything look
+# well.
 PROBE = f"""
 import importlib, json, sys
 answer = {{"live": any(hasattr(f, "is_autoreg_bridge") for f in sys.meta_path)}}
@@ -53,13 +57,16 @@ def device():
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(0)
         return ["cuda", torch.cuda.get_device_name(0), total, torch.cuda.device_count(), free]
-    return ["mps"] if torch.backends.mps.is_available() else ["cpu", torch.version.cuda or torch.version.hip]
+    if torch.backends.mps.is_available():
+        return ["mps"]
+    return ["cpu", torch.version.cuda or torch.version.hip]
 
 def planner():
     from os.path import join
     import nnunetv2
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
-    found = find(join(nnunetv2.__path__[0], "experiment_planning"), "AutoregPlanner", "nnunetv2.experiment_planning")
+    package = "nnunetv2.experiment_planning"
+    found = find(join(nnunetv2.__path__[0], "experiment_planning"), "AutoregPlanner", package)
     return None if found is None else found.__module__
 
 def trainer():
@@ -105,23 +112,32 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="autoreg_doctor",
-        description="Checks that nnunet-autoreg and nnU-Net find each other, which GPU and paths are used, "
-        "and says how to mend what is wrong. Exit code 0: all is well; 1: something is to be mended.",
+        description="Checks that nnunet-autoreg and nnU-Net find each other, which GPU and paths "
+        "are used, "
+        "and says how to mend what is wrong. Exit code 0: all is well; 1: something is to be "
+        "mended.",
     )
     mending = p.add_mutually_exclusive_group()
     mending.add_argument(
         "--link",
         action="store_true",
-        help=f"write {LINK_NAME} into this environment's site-packages if nnU-Net does not find our classes "
-        "(needed after 'pip install -e' of nnunet-autoreg, or when it is reached through PYTHONPATH)",
+        help=f"write {LINK_NAME} into this environment's site-packages if nnU-Net does not find "
+        "our classes "
+        "(needed after 'pip install -e' of nnunet-autoreg, or when it is reached through "
+        "PYTHONPATH)",
     )
-    mending.add_argument("--unlink", action="store_true", help="remove what --link wrote, and nothing else")
+    mending.add_argument(
+        "--unlink", action="store_true", help="remove what --link wrote, and nothing else"
+    )
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Show the table, or make or remove the link. Returns 0 when all is well, 1 when something is to be mended."""
+    """Show the table, or make or remove the link.
+
+    Returns 0 when all is well, 1 when something is to be mended.
+    """
     arguments = parser().parse_args(argv)
     if arguments.link:
         return _link(_site_packages())
@@ -138,7 +154,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def all_checks() -> Iterator[Check]:
-    """The lines of the table, quick ones first; the middle ones start an interpreter and import torch, which takes seconds."""
+    """The lines of the table, quick ones first; the middle ones start an interpreter and import
+    torch, which takes seconds.
+    """
     yield check_python()
     yield Check("nnunet-autoreg", OK, f"{__version__} in {Path(bridge.__file__).parent}")
     yield check_nnunet()
@@ -159,7 +177,9 @@ def _next(checks: list[Check]) -> str:
     for check in checks:
         if check.status == FAIL:
             return f"mend '{check.name}': {check.remedy}"
-    if any(check.name == "pretraining runs" and check.finding.startswith("none") for check in checks):
+    if any(
+        check.name == "pretraining runs" and check.finding.startswith("none") for check in checks
+    ):
         return "autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
     return "nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner -c 3d_fullres"
 
@@ -168,7 +188,12 @@ def check_python() -> Check:
     """Whether this Python is new enough."""
     found = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info[:2] < PYTHON_FROM:
-        return Check("python", FAIL, found, "nnunet-autoreg needs Python 3.10 or newer; make a new environment with it")
+        return Check(
+            "python",
+            FAIL,
+            found,
+            "nnunet-autoreg needs Python 3.10 or newer; make a new environment with it",
+        )
     return Check("python", OK, found)
 
 
@@ -182,10 +207,20 @@ def check_nnunet() -> Check:
     try:
         version = importlib.metadata.version("nnunetv2")
     except importlib.metadata.PackageNotFoundError:
-        return Check("nnunetv2", WARN, f"of unknown version in {place}", f"install it, so that its version is known: {supported}")
+        return Check(
+            "nnunetv2",
+            WARN,
+            f"of unknown version in {place}",
+            f"install it, so that its version is known: {supported}",
+        )
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     if not NNUNET_FROM <= numbers < NNUNET_BELOW:
-        return Check("nnunetv2", FAIL, f"{version} in {place} is outside the supported range 2.8.1 to <3", supported)
+        return Check(
+            "nnunetv2",
+            FAIL,
+            f"{version} in {place} is outside the supported range 2.8.1 to <3",
+            supported,
+        )
     return Check("nnunetv2", OK, f"{version} in {place}")
 
 
@@ -211,7 +246,10 @@ def check_folder(variable: str, get: Callable[[], Path]) -> Check:
 
 
 def probe() -> dict[str, Any]:
-    """Ask a fresh interpreter, started where nnU-Net's own commands start, what it finds. ``error`` is set if it fell over."""
+    """Ask a fresh interpreter, started where nnU-Net's own commands start, what it finds.
+
+    ``error`` is set if it fell over.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -222,28 +260,51 @@ def probe() -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"live": False, "error": f"importing torch and nnunetv2 took longer than {PROBE_LIMIT_S} s"}
+        return {
+            "live": False,
+            "error": f"importing torch and nnunetv2 took longer than {PROBE_LIMIT_S} s",
+        }
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not lines:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"live": False, "error": f"a fresh interpreter ended with exit code {done.returncode}: {last}"}
+        return {
+            "live": False,
+            "error": f"a fresh interpreter ended with exit code {done.returncode}: {last}",
+        }
     return dict(json.loads(lines[-1].removeprefix(ANSWER)))
 
 
 def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
-    """Whether a fresh interpreter has the hook, and nnU-Net's own look-up finds our planner and trainer."""
+    """Whether a fresh interpreter has the hook, and nnU-Net's own look-up finds our planner and
+    trainer.
+    """
     name = "start-up bridge"
     if "error" in answer:
-        return Check(name, FAIL, answer["error"], f"run '{sys.executable} -c \"import nnunetv2\"' and mend what it says")
+        return Check(
+            name,
+            FAIL,
+            answer["error"],
+            f"run '{sys.executable} -c \"import nnunetv2\"' and mend what it says",
+        )
     if switch == "0":
         return Check(name, FAIL, f"switched off by {bridge.SWITCH}=0", f"unset {bridge.SWITCH}")
     if not answer["live"]:
-        return Check(name, FAIL, "nnU-Net does not find our classes: the .pth line is not read", "autoreg_doctor --link")
+        return Check(
+            name,
+            FAIL,
+            "nnU-Net does not find our classes: the .pth line is not read",
+            "autoreg_doctor --link",
+        )
     for key, class_name in (("planner", "AutoregPlanner"), ("trainer", "AutoregPretrainedTrainer")):
         if answer.get(key) is None:
             reason = answer.get(f"{key}_error", "nnU-Net's look-up returned nothing")
-            remedy = "mend the cause; if it lies in nnunet-autoreg: pip install --force-reinstall --no-deps nnunet-autoreg"
-            return Check(name, FAIL, f"live, but {class_name} is not found: {_one_line(reason)}", remedy)
+            remedy = (
+                "mend the cause; if it lies in nnunet-autoreg: pip install --force-reinstall "
+                "--no-deps nnunet-autoreg"
+            )
+            return Check(
+                name, FAIL, f"live, but {class_name} is not found: {_one_line(reason)}", remedy
+            )
     return Check(name, OK, "live; nnU-Net finds AutoregPlanner and AutoregPretrainedTrainer")
 
 
@@ -251,7 +312,12 @@ def check_torch(answer: dict[str, Any]) -> Check:
     """Whether torch loads."""
     if "torch" in answer:
         return Check("torch", OK, answer["torch"])
-    return Check("torch", FAIL, _one_line(_why(answer, "torch")), "pip install torch torchvision, both from one registry")
+    return Check(
+        "torch",
+        FAIL,
+        _one_line(_why(answer, "torch")),
+        "pip install torch torchvision, both from one registry",
+    )
 
 
 def check_companion(answer: dict[str, Any], name: str) -> Check:
@@ -272,7 +338,10 @@ def check_networks(answer: dict[str, Any], violations: tuple[Violation, ...]) ->
     finding = f"cannot build {', '.join(failed)}: {reason}"
     # Several commands are one line for the shell: the reader copies it once.
     commands = [violation.remedy for violation in violations]
-    remedy = " && ".join(commands) or "pip install --force-reinstall --no-deps nnunet-autoreg dynamic-network-architectures"
+    remedy = (
+        " && ".join(commands)
+        or "pip install --force-reinstall --no-deps nnunet-autoreg dynamic-network-architectures"
+    )
     return Check(name, FAIL, finding, remedy)
 
 
@@ -298,14 +367,27 @@ def check_device(answer: dict[str, Any]) -> Check:
     if kind == "cuda":
         gpu, total, count, free = details
         more = f", {count} of them" if count > 1 else ""
-        return Check("device", OK, f"cuda: {gpu}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free){more}")
+        return Check(
+            "device", OK, f"cuda: {gpu}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free){more}"
+        )
     if kind == "mps":
         return Check("device", OK, "mps (Apple GPU); give --device mps")
     if kind == "cpu" and details[0]:
-        remedy = "if this machine has a GPU, look at its driver; without one, stay with small images and the tiny encoders"
-        return Check("device", WARN, f"cpu only (torch is built for GPUs, version {details[0]}, but finds none)", remedy)
+        remedy = (
+            "if this machine has a GPU, look at its driver; without one, stay with small images "
+            "and the tiny encoders"
+        )
+        return Check(
+            "device",
+            WARN,
+            f"cpu only (torch is built for GPUs, version {details[0]}, but finds none)",
+            remedy,
+        )
     if kind == "cpu":
-        remedy = "if this machine has a GPU, install a torch build for it; without one, stay with small images and the tiny encoders"
+        remedy = (
+            "if this machine has a GPU, install a torch build for it; without one, stay with small "
+            "images and the tiny encoders"
+        )
         return Check("device", WARN, "cpu only (this torch is a build for CPUs)", remedy)
     return Check("device", FAIL, f"unknown ({_one_line(_why(answer, 'device'))})", REINSTALL_TORCH)
 
@@ -314,7 +396,9 @@ def check_machine() -> Check:
     """Cores and memory that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
+        memory = (
+            f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
+        )
     except (AttributeError, OSError, ValueError):
         memory = "memory unknown on this system"
     return Check("machine", OK, f"{cores} cores, {memory}")
@@ -338,9 +422,13 @@ def check_runs() -> Check:
     newest = max(cards, key=lambda card: card.finished_at, default=None)
     finding = "none yet"
     if newest is not None:
-        finding = f"{len(cards)} finished, newest: {newest.name} ({newest.encoder}, {newest.finished_at})"
+        finding = (
+            f"{len(cards)} finished, newest: {newest.name} ({newest.encoder}, {newest.finished_at})"
+        )
     if unreadable:
-        return Check(name, WARN, f"{finding}; {len(unreadable)} unreadable", _one_line(unreadable[0]))
+        return Check(
+            name, WARN, f"{finding}; {len(unreadable)} unreadable", _one_line(unreadable[0])
+        )
     return Check(name, OK, finding)
 
 
@@ -355,7 +443,12 @@ def _site_packages() -> Path:
 
 def _live_in_fresh_interpreter() -> bool:
     script = "import sys; sys.exit(not any(hasattr(f, 'is_autoreg_bridge') for f in sys.meta_path))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(sys.executable).parent, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(sys.executable).parent,
+        capture_output=True,
+        check=False,
+    )
     return done.returncode == 0
 
 
@@ -363,26 +456,37 @@ def _link(folder: Path) -> int:
     """Write the guarded ``.pth`` line, unless the bridge is live without it.
 
     Raises:
-        AutoregError: the bridge is switched off, a foreign file is in the way, or writing does not help.
+        AutoregError: the bridge is switched off, a foreign file is in the way, or writing does not
+            help.
     """
     target = folder / LINK_NAME
     if os.environ.get(bridge.SWITCH) == "0":
-        raise UsageError(f"the start-up bridge is switched off by {bridge.SWITCH}=0; unset {bridge.SWITCH}, and try again")
+        raise UsageError(
+            f"the start-up bridge is switched off by {bridge.SWITCH}=0; unset {bridge.SWITCH}, and "
+            "try again"
+        )
     if _live_in_fresh_interpreter():
         print("the start-up bridge is live already; nothing was written")
         print_next("autoreg_doctor")
         return 0
     if target.exists() and not _is_our_link(target):
-        raise AutoregError(f"{target} was not made by autoreg_doctor and is left as it is; move it away, and try again")
+        raise AutoregError(
+            f"{target} was not made by autoreg_doctor and is left as it is; move it away, and try "
+            "again"
+        )
     try:
         target.write_text(LINK_HEAD + bridge.PTH_LINE, encoding="ascii")
     except OSError as error:
-        raise AutoregError(f"{target} cannot be written ({error.strerror}); activate an environment of your own") from error
+        raise AutoregError(
+            f"{target} cannot be written ({error.strerror}); activate an environment of your own"
+        ) from error
     print(f"wrote {target}")
     if not _live_in_fresh_interpreter():
         raise AutoregError(
-            f"a fresh interpreter reads no .pth line in {folder}, or does not find nnunet_autoreg: put "
-            f"{Path(bridge.__file__).parents[1]} on PYTHONPATH, or install with pip; {target} was left in place"
+            f"a fresh interpreter reads no .pth line in {folder}, or does not find nnunet_autoreg: "
+            "put "
+            f"{Path(bridge.__file__).parents[1]} on PYTHONPATH, or install with pip; {target} was "
+            "left in place"
         )
     print_next("autoreg_doctor")
     return 0
@@ -410,7 +514,9 @@ def _unlink(folder: Path) -> int:
 
 
 def _is_our_link(target: Path) -> bool:
-    return target.is_file() and target.read_text(encoding="utf-8", errors="replace").startswith(LINK_HEAD)
+    return target.is_file() and target.read_text(encoding="utf-8", errors="replace").startswith(
+        LINK_HEAD
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ WARP_VOX, WARP_SMOOTHNESS_VOX = 1.2, 6.0
 
 @dataclass(frozen=True)
 class Organ:
-    """An ellipsoid in units of the body's half axes (z, y, x), its intensity, and its label (0: unlabelled)."""
+    """An ellipsoid in units of the body's half axes (z, y, x), its intensity, and its label (0:
+    unlabelled).
+    """
 
     centre: tuple[float, float, float]
     radius: tuple[float, float, float]
@@ -41,8 +43,8 @@ ORGANS = (
 def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Scan ``number``: intensities in HU and label map, both (Z, Y, X).
 
-    Body size, and place, size and intensity of every organ vary; borders are deformed by a smooth random field; noise is
-    added and slightly smoothed, as a scanner would.
+    Body size, and place, size and intensity of every organ vary; borders are deformed by a smooth
+    random field; noise is added and slightly smoothed, as a scanner would.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -50,13 +52,17 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
     half = np.array(SHAPE_VOX) / 2 * np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
     axes = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE_VOX), indexing="ij")
     fields = [gaussian_filter(g.standard_normal(SHAPE_VOX), WARP_SMOOTHNESS_VOX) for _ in axes]
-    z, y, x = ((axis + WARP_VOX * f / f.std()) / h for axis, f, h in zip(axes, fields, half, strict=True))
+    z, y, x = (
+        (axis + WARP_VOX * f / f.std()) / h for axis, f, h in zip(axes, fields, half, strict=True)
+    )
     scan = np.where(y**2 + x**2 < 1, FAT_HU, AIR_HU)
     truth = np.zeros(SHAPE_VOX, np.uint8)
     for organ in ORGANS:
         centre = np.array(organ.centre) + g.normal(0, 0.05, 3)
         radius = np.array(organ.radius) * g.uniform(0.8, 1.2, 3)
-        inside = sum(((p - c) / r) ** 2 for p, c, r in zip((z, y, x), centre, radius, strict=True)) < 1
+        inside = (
+            sum(((p - c) / r) ** 2 for p, c, r in zip((z, y, x), centre, radius, strict=True)) < 1
+        )
         scan[inside] = organ.intensity_hu + g.normal(0, 8)
         truth[inside] = organ.label
     noise = gaussian_filter(g.standard_normal(SHAPE_VOX), 0.6)

@@ -24,7 +24,12 @@ def parser() -> argparse.ArgumentParser:
         "scores it as Dice on other patients, beside the same network with random weights and "
         "beside raw voxels. Takes minutes and trains no network.",
     )
-    p.add_argument("-d", required=True, metavar="ID", help="labelled nnU-Net raw dataset (4 or Dataset004_Name)")
+    p.add_argument(
+        "-d",
+        required=True,
+        metavar="ID",
+        help="labelled nnU-Net raw dataset (4 or Dataset004_Name)",
+    )
     p.add_argument(
         "--encoder",
         nargs="+",
@@ -35,20 +40,55 @@ def parser() -> argparse.ArgumentParser:
         "resenc_tiny for random weights alone. Random twins of all of them are added; the word "
         "random may stand for them. May be given several times",
     )
-    p.add_argument("--labels", nargs="+", type=int, default=[5], metavar="K", help="numbers of labelled patients (default 5)")
-    p.add_argument("--draws", type=int, default=10, metavar="N", help="sets of labelled patients (default 10)")
-    p.add_argument("--random-seeds", type=int, default=3, metavar="N", help="random networks to average (default 3)")
+    p.add_argument(
+        "--labels",
+        nargs="+",
+        type=int,
+        default=[5],
+        metavar="K",
+        help="numbers of labelled patients (default 5)",
+    )
+    p.add_argument(
+        "--draws", type=int, default=10, metavar="N", help="sets of labelled patients (default 10)"
+    )
+    p.add_argument(
+        "--random-seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="random networks to average (default 3)",
+    )
     p.add_argument(
         "--score",
         choices=["development", "test"],
         default="development",
         help="patients that are scored: development for choices (default); test once, at the end",
     )
-    p.add_argument("--subjects", metavar="FILE", help="CSV with the columns case and subject; default: see docs/benchmark.md")
-    p.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="mm; default: the median of the dataset")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sampled voxels (default 0)")
+    p.add_argument(
+        "--subjects",
+        metavar="FILE",
+        help="CSV with the columns case and subject; default: see docs/benchmark.md",
+    )
+    p.add_argument(
+        "--spacing",
+        nargs=3,
+        type=float,
+        metavar=("Z", "Y", "X"),
+        help="mm; default: the median of the dataset",
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed of the sampled voxels (default 0)",
+    )
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    p.add_argument("-o", metavar="FOLDER", help="where the results go; default: $nnUNet_results/autoreg_probe/DATASET")
+    p.add_argument(
+        "-o",
+        metavar="FOLDER",
+        help="where the results go; default: $nnUNet_results/autoreg_probe/DATASET",
+    )
     return p
 
 
@@ -77,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     # The dataset: who is labelled, who is scored, at which spacing.
     dataset = dataset_folder(args.d)
     images, labels = images_of(dataset.name), read_labels(dataset)
-    patients = find_patients(dataset, sorted(images), Path(args.subjects) if args.subjects else None)
+    patients = find_patients(
+        dataset, sorted(images), Path(args.subjects) if args.subjects else None
+    )
     division = divide(patients.patient_of)
     spacing_mm = as_spacing(args.spacing) if args.spacing else common_spacing(images)
     root = Path(args.o).resolve() if args.o else results_folder() / "autoreg_probe" / dataset.name
@@ -108,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     text = table(lines, labels.structures)
     write_text(root / TABLE_NAME, text + "\n")
     print(f"\n{text}\n\nlines: {root / LINES_NAME}\ntable: {root / TABLE_NAME}")
-    print_next(f"autoreg_benchmark -d {args.d} --split development, to see whether fine-tuning agrees")
+    print_next(
+        f"autoreg_benchmark -d {args.d} --split development, to see whether fine-tuning agrees"
+    )
     return 0
 
 
@@ -124,7 +168,10 @@ def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Enco
 
     names = [name for name in dict.fromkeys(args.encoder) if name != RANDOM_WORD]
     if not names:
-        raise UsageError("--encoder: name a pretraining, or an encoder such as resenc_tiny for random weights alone")
+        raise UsageError(
+            "--encoder: name a pretraining, or an encoder such as resenc_tiny for random weights "
+            "alone"
+        )
 
     setting = os.environ.get("nnUNet_results", "")  # noqa: SIM112
     results = Path(setting) if setting else None
@@ -138,7 +185,9 @@ def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Enco
         if encoder.architecture not in known:
             known.append(encoder.architecture)
             for seed in range(args.random_seeds):
-                twins.append(replace(encoder, name=RANDOM_WORD, file=None, has_decoder=False, seed=seed))
+                twins.append(
+                    replace(encoder, name=RANDOM_WORD, file=None, has_decoder=False, seed=seed)
+                )
     return [*pretrained, *twins]
 
 
@@ -164,14 +213,20 @@ def refuse_leaks(
         if not exclude.is_file():
             root.mkdir(parents=True, exist_ok=True)
             exclude.write_text("".join(f"{dataset}/{name}\n" for name in scored), encoding="utf-8")
-        warning = check_pretraining(encoder.file.parent, Scored(dataset, patient_of, scored, images), exclude)
+        warning = check_pretraining(
+            encoder.file.parent, Scored(dataset, patient_of, scored, images), exclude
+        )
         if warning:
             print(f"warning: {warning}", flush=True)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers that no probe can be made with."""
-    numbers = {"--labels": min(args.labels), "--draws": args.draws, "--random-seeds": args.random_seeds + 1}
+    numbers = {
+        "--labels": min(args.labels),
+        "--draws": args.draws,
+        "--random-seeds": args.random_seeds + 1,
+    }
     for flag, number in numbers.items():
         if number < 1:
             raise UsageError(f"{flag} {number}: must be at least 1")

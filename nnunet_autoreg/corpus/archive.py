@@ -1,6 +1,8 @@
-"""Scans inside .zip exports, read in place: what is needed is unpacked into a temporary folder for as long as it is read.
+"""Scans inside .zip exports, read in place: what is needed is unpacked into a temporary folder for
+as long as it is read.
 
-Nothing is written under a name that an archive gives, so no member can leave that folder; sizes are checked before unpacking.
+Nothing is written under a name that an archive gives, so no member can leave that folder; sizes are
+checked before unpacking.
 """
 
 import shutil
@@ -13,7 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from nnunet_autoreg.errors import ScanError
 
-# Deflate reaches 1030; scans reach 3, and maps of labels or empty scans a few hundred while they are small.
+# Deflate reaches 1030; scans reach 3, and maps of labels or empty scans a few hundred while they
+# are small.
 MAX_RATIO, SMALL_BYTES = 200, 1 << 26
 MAX_MEMBERS = 1_000_000
 FREE_SHARE = 0.8
@@ -30,7 +33,10 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
     except DAMAGED as error:
-        raise ScanError("unreadable", f"not a zip archive, or a damaged one ({type(error).__name__}); copy it again") from error
+        raise ScanError(
+            "unreadable",
+            f"not a zip archive, or a damaged one ({type(error).__name__}); copy it again",
+        ) from error
     with archive:
         yield archive
 
@@ -39,7 +45,13 @@ def members(archive: zipfile.ZipFile) -> tuple[list[zipfile.ZipInfo], list[tuple
     """(the files that may be read, (status, reason) of those that must not)."""
     infos = [info for info in archive.infolist() if not info.is_dir()]
     if len(infos) > MAX_MEMBERS:
-        return [], [("unreadable", f"the archive lists {len(infos)} files, more than {MAX_MEMBERS}; unpack it by hand if you trust it")]
+        return [], [
+            (
+                "unreadable",
+                f"the archive lists {len(infos)} files, more than {MAX_MEMBERS}; unpack it by hand "
+                "if you trust it",
+            )
+        ]
     good, bad = [], []
     for info in infos:
         why = _danger(info)
@@ -53,28 +65,39 @@ def members(archive: zipfile.ZipFile) -> tuple[list[zipfile.ZipInfo], list[tuple
 def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
     name = PurePosixPath(info.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or (name.parts and ":" in name.parts[0]):
-        return "unreadable", "a name in the archive leads out of it (/ or ..): made to harm, or broken; unpack it by hand if you trust it"
+        return (
+            "unreadable",
+            "a name in the archive leads out of it (/ or ..): made to harm, or broken; unpack it "
+            "by hand if you trust it",
+        )
     if info.flag_bits & 0x1:
         return "unreadable", "encrypted with a password; unpack it first"
     if info.file_size > SMALL_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
-        return "unreadable", (f"would unpack from {info.compress_size / 2**20:.1f} to {info.file_size / 2**20:.0f} MiB, as zip bombs do; "
-                              "unpack it by hand if you trust it")
+        return "unreadable", (
+            f"would unpack from {info.compress_size / 2**20:.1f} to {info.file_size / 2**20:.0f} "
+            "MiB, as zip bombs do; "
+            "unpack it by hand if you trust it"
+        )
     return None
 
 
 @contextmanager
 def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Members of an archive as files in a temporary folder, under names of our own with their endings.
+    """Members of an archive as files in a temporary folder, under names of our own with their
+    endings.
 
     Raises:
-        ScanError: ``unreadable``: a member is missing, damaged or dangerous, or there is no room for it.
+        ScanError: ``unreadable``: a member is missing, damaged or dangerous, or there is no room
+            for it.
     """
     with opened(path) as archive, tempfile.TemporaryDirectory(prefix="autoreg_") as folder:
         good, bad = members(archive)
         known = {info.filename: info for info in good}
         missing = [name for name in names if name not in known]
         if missing:
-            raise ScanError("unreadable", bad[0][1] if bad else "a file is no longer in the archive; run again")
+            raise ScanError(
+                "unreadable", bad[0][1] if bad else "a file is no longer in the archive; run again"
+            )
         _check_room(sum(known[name].file_size for name in names), Path(folder))
         files = {}
         for number, name in enumerate(names):
@@ -86,8 +109,12 @@ def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
 def _check_room(num_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > FREE_SHARE * free:
-        raise ScanError("unreadable", f"unpacking needs {num_bytes / 2**30:.1f} GiB, the temporary folder has {free / 2**30:.1f}; "
-                        "set TMPDIR to a larger disk")
+        raise ScanError(
+            "unreadable",
+            f"unpacking needs {num_bytes / 2**30:.1f} GiB, the temporary folder has "
+            f"{free / 2**30:.1f}; "
+            "set TMPDIR to a larger disk",
+        )
 
 
 def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
@@ -95,11 +122,17 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None
         with archive.open(info) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     except DAMAGED as error:
-        raise ScanError("unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again") from error
+        raise ScanError(
+            "unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again"
+        ) from error
 
 
 def _ending(name: str) -> str:
     """.nii.gz and the like; a doubled ending counts only if the last one is a compression."""
     suffixes = PurePosixPath(name).suffixes
-    joined = "".join(suffixes[-2:]) if suffixes and suffixes[-1].lower() == ".gz" else "".join(suffixes[-1:])
+    joined = (
+        "".join(suffixes[-2:])
+        if suffixes and suffixes[-1].lower() == ".gz"
+        else "".join(suffixes[-1:])
+    )
     return joined.lower() if joined.isascii() and len(joined) < 12 and "/" not in joined else ""

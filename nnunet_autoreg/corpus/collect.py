@@ -1,6 +1,8 @@
-"""DICOM files met while searching, gathered into one row per series: a scan, or what was left out and why.
+"""DICOM files met while searching, gathered into one row per series: a scan, or what was left out
+and why.
 
-No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is told by a salted hash.
+No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is
+told by a salted hash.
 """
 
 import logging
@@ -49,7 +51,9 @@ class DicomCollector:
     left: "Counter[tuple[Path, str, str, str, str]]" = field(default_factory=Counter)
 
     def add_file(self, path: Path, source: Path | None = None) -> bool:
-        """Take a file if it is DICOM (or claims to be, by its ending); ``source`` is the file itself if it was given alone."""
+        """Take a file if it is DICOM (or claims to be, by its ending); ``source`` is the file
+        itself if it was given alone.
+        """
         source = source or path.parent
         try:
             self.slices[source] += file_slices(path, path.name)
@@ -92,10 +96,20 @@ class DicomCollector:
             num_used += bool(kept[0].derived and not reason)
             yield from self._rows_of(path, kept, reason)
         if num_used:
-            log.info("%d series are derived images (%s) and are used: their studies hold no original ones", num_used, SECONDARY)
+            log.info(
+                "%d series are derived images (%s) and are used: their studies hold no original "
+                "ones",
+                num_used,
+                SECONDARY,
+            )
         for (source, series, what, status, reason), count in self.left.items():
             name = f"{what}-{salted(series or f'{source} {reason}', self.salt)}"
-            yield Row(source, name, status=status, reason=f"{reason} ({count} {'file' if count == 1 else 'files'})")
+            yield Row(
+                source,
+                name,
+                status=status,
+                reason=f"{reason} ({count} {'file' if count == 1 else 'files'})",
+            )
 
     def _leave_derived(self, path: Path, group: Sequence[Slice]) -> None:
         for one in group:
@@ -103,7 +117,9 @@ class DicomCollector:
             self.left[path, one.series, one.modality, "derived", reason] += 1
 
     def _series(self) -> Iterator[tuple[Path, list[Slice]]]:
-        """(folder, file or archive, slices of one series in it); a series spread over folders comes with their common folder."""
+        """(folder, file or archive, slices of one series in it); a series spread over folders comes
+        with their common folder.
+        """
         places: dict[tuple[str, str], dict[Path, list[Slice]]] = defaultdict(dict)
         for source, slices in self.slices.items():
             for key, group in by_series(slices).items():
@@ -115,9 +131,15 @@ class DicomCollector:
             yield from groups.items()
 
     def _rows_of(self, path: Path, group: list[Slice], derived: str) -> Iterator[Row]:
-        """Rows of a series; ``derived`` says why one of derived images is left out, "" for others."""
+        """Rows of a series; ``derived`` says why one of derived images is left out, "" for
+        others.
+        """
         below = "yes" if any("/" in s.file for s in group) and path.is_dir() else ""
-        part = Part(series=group[0].series, instance=group[0].instance if group[0].frame >= 0 else "", below=below)
+        part = Part(
+            series=group[0].series,
+            instance=group[0].instance if group[0].frame >= 0 else "",
+            below=below,
+        )
         stacks = stacks_of(group)
         for number, stack in enumerate(stacks):
             here = replace(part, stack=str(number)) if len(stacks) > 1 else part
@@ -129,8 +151,13 @@ class DicomCollector:
         copies = len(group) - len(without_copies(group))
         if copies:
             name = f"{group[0].modality}-{salted(f'{part} copies', self.salt)}"
-            yield Row(path, name, status="duplicate", reason=f"{copies} of {len(group)} files of a series hold a slice that another file "
-                      "of it holds too (same SOP instance); each is read once")
+            yield Row(
+                path,
+                name,
+                status="duplicate",
+                reason=f"{copies} of {len(group)} files of a series hold a slice that another file "
+                "of it holds too (same SOP instance); each is read once",
+            )
 
     def _row(self, path: Path, stack: Stack, part: Part, derived: str) -> Row:
         first, status, reason = stack.first, "", ""
@@ -141,7 +168,17 @@ class DicomCollector:
         if derived:
             status, reason = "derived", derived
         name = f"{first.modality}-{salted(str(replace(part, below='')), self.salt)}"
-        return Row(path, name, str(part), first.modality, first.subject, first.study, first.contrast, status, reason)
+        return Row(
+            path,
+            name,
+            str(part),
+            first.modality,
+            first.subject,
+            first.study,
+            first.contrast,
+            status,
+            reason,
+        )
 
 
 def _kind(one: Slice) -> tuple[str, str, str]:
@@ -150,21 +187,30 @@ def _kind(one: Slice) -> tuple[str, str, str]:
 
 
 def _why_derived(group: Sequence[Slice], original: AbstractSet[tuple[str, str, str]]) -> str:
-    """Return why a series of derived images is left out; "" for originals, and where nothing better is there."""
+    """Return why a series of derived images is left out; "" for originals, and where nothing better
+    is there.
+    """
     first = group[0]
     if not first.derived:
         return ""
     files = f"({len(group)} {'file' if len(group) == 1 else 'files'})"
     use = "to use them, give their folder a modality in --manifest"
     if first.derived != SECONDARY:
-        return f"derived images ({first.derived}): computed from others, not acquired; {use} {files}"
+        return (
+            f"derived images ({first.derived}): computed from others, not acquired; {use} {files}"
+        )
     if _kind(first) in original:
-        return f"derived images ({SECONDARY}), and their study holds original {first.modality} images; {use} {files}"
+        return (
+            f"derived images ({SECONDARY}), and their study holds original {first.modality} "
+            f"images; {use} {files}"
+        )
     return ""
 
 
 def _disjoint(groups: Sequence[list[Slice]]) -> bool:
-    """Whether no instance is in two of the folders: they hold pieces of a series, not copies of it."""
+    """Whether no instance is in two of the folders: they hold pieces of a series, not copies of
+    it.
+    """
     seen: set[tuple[object, ...]] = set()
     for group in groups:
         here = {s.identity for s in group}
@@ -176,4 +222,8 @@ def _disjoint(groups: Sequence[list[Slice]]) -> bool:
 
 def _joined(groups: dict[Path, list[Slice]]) -> tuple[Path, list[Slice]]:
     root = Path(os.path.commonpath(list(groups)))
-    return root, [replace(s, file=(folder.relative_to(root) / s.file).as_posix()) for folder, group in groups.items() for s in group]
+    return root, [
+        replace(s, file=(folder.relative_to(root) / s.file).as_posix())
+        for folder, group in groups.items()
+        for s in group
+    ]

@@ -1,11 +1,15 @@
-"""Which scans are the same: an exact hash of the content, and a signature that forgives rounding and scaling.
+"""Which scans are the same: an exact hash of the content, and a signature that forgives rounding
+and scaling.
 
-A scan stored as DICOM and as NIfTI differs in the 7th digit: of the spacing always, of the voxels where a rescale slope is no
-whole number (PET, some MR). A hash of rounded values cannot forgive that, since among millions of voxels some lie on a
-border of the rounding. So the hash is exact, over integers where all voxels are integers (CT, most MR); whatever it misses is
-found by comparing signatures with a tolerance, which has no borders.
+A scan stored as DICOM and as NIfTI differs in the 7th digit: of the spacing always, of the voxels
+    where a rescale slope is no
+whole number (PET, some MR). A hash of rounded values cannot forgive that, since among millions of
+voxels some lie on a border of the rounding. So the hash is exact, over integers where all voxels
+are integers (CT, most MR); whatever it misses is found by comparing signatures with a tolerance,
+which has no borders.
 
-Limits: a copy that was cropped, resampled, smoothed, clipped or stored with another voxel size is another scan.
+Limits: a copy that was cropped, resampled, smoothed, clipped or stored with another voxel size is
+    another scan.
 """
 
 import hashlib
@@ -22,7 +26,8 @@ from nnunet_autoreg.corpus.rows import COPY_OF, OK, ScanRow
 from nnunet_autoreg.geometry import Spacing
 from nnunet_autoreg.nnunet_api import Array, RawScan
 
-# Spacings are cut into steps of 1 um whose borders lie off the round numbers: at 0.382 um, where 0.78125 or 2/3 never fall.
+# Spacings are cut into steps of 1 um whose borders lie off the round numbers: at 0.382 um, where
+# 0.78125 or 2/3 never fall.
 SPACING_STEP_MM, SPACING_OFFSET = 1e-3, 0.618034
 INTEGER_TOLERANCE = 1e-3
 NUM_POINTS, POINTS_PER_SD, TOLERANCE = 64, 4000, 8
@@ -36,24 +41,27 @@ Signature = npt.NDArray[np.int16]
 def content_hash(scan: RawScan) -> str:
     """Hex SHA-256 of voxels, shape and spacing (in steps of 1 um).
 
-    Voxels count as integers if every one lies within 1e-3 of an integer, and rounding loses nothing of their
-    spread; else as float32. Origin and direction are left out: arrays come in one orientation, nnU-Net ignores
-    the origin, and a copy that was only moved is still the same scan.
+    Voxels count as integers if every one lies within 1e-3 of an integer, and rounding loses nothing
+    of their spread; else as float32. Origin and direction are left out: arrays come in one
+    orientation, nnU-Net ignores the origin, and a copy that was only moved is still the same scan.
     """
     return _digest(scan, near_integers(scan) and _rounding_keeps_spread(scan))
 
 
 def earlier_hash(scan: RawScan) -> str:
-    """Return the hash that indexes of earlier versions hold; for nearly all scans it is ``content_hash``.
+    """Return the hash that indexes of earlier versions hold; for nearly all scans it is
+    ``content_hash``.
 
-    Earlier versions did not look at the spread, so that scans whose values all lie near 0, such as an ADC map
-    in m2/s, were rounded to nothing and shared one hash.
+    Earlier versions did not look at the spread, so that scans whose values all lie near 0, such as
+    an ADC map in m2/s, were rounded to nothing and shared one hash.
     """
     return _digest(scan, near_integers(scan))
 
 
 def has_content(scan: RawScan, known: str) -> bool:
-    """Return whether ``known``, from an index of this or an earlier version, is the hash of a scan."""
+    """Return whether ``known``, from an index of this or an earlier version, is the hash of a
+    scan.
+    """
     return content_hash(scan) == known or earlier_hash(scan) == known
 
 
@@ -79,7 +87,9 @@ def near_integers(scan: RawScan) -> bool:
 
 
 def _is_integer(plane: Array) -> bool:
-    return bool(np.abs(plane).max() < 2**31) and bool((np.abs(plane - np.rint(plane)) <= INTEGER_TOLERANCE).all())
+    return bool(np.abs(plane).max() < 2**31) and bool(
+        (np.abs(plane - np.rint(plane)) <= INTEGER_TOLERANCE).all()
+    )
 
 
 def _rounding_keeps_spread(scan: RawScan) -> bool:
@@ -90,32 +100,42 @@ def _rounding_keeps_spread(scan: RawScan) -> bool:
         values = plane.astype(np.float64)
         rounded = np.rint(values)
         lost += float(np.square(values - rounded).sum())
-        # Around one of the values instead of their mean, which would need a second pass; it is at least as large.
+        # Around one of the values instead of their mean, which would need a second pass; it is at
+        # least as large.
         spread += float(np.square(rounded - first).sum())
         if spread >= scan.array_CZYX.size:
-            # No voxel loses more than the tolerance, so the voxels to come cannot change the answer.
+            # No voxel loses more than the tolerance, so the voxels to come cannot change the
+            # answer.
             return True
     return lost <= INTEGER_TOLERANCE**2 * spread
 
 
 def signature(array_ZYX: Array) -> Signature | None:
-    """64 voxels from the middle of a scan in steps of 1/4000 of their standard deviation, mean 0; None if most are equal.
+    """64 voxels from the middle of a scan in steps of 1/4000 of their standard deviation, mean 0;
+    None if most are equal.
 
-    Single voxels and not means: each carries its own noise, so that two scans of one patient never agree in all of them.
+    Single voxels and not means: each carries its own noise, so that two scans of one patient never
+        agree in all of them.
     Scans of another linear scale get the same signature.
     """
-    z, y, x = np.floor((0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS) * np.array(array_ZYX.shape)[:, None]).astype(np.int64)
+    z, y, x = np.floor(
+        (0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS) * np.array(array_ZYX.shape)[:, None]
+    ).astype(np.int64)
     values = array_ZYX[z, y, x].astype(np.float64)
     _, counts = np.unique(values, return_counts=True)
     spread = float(values.std())
     if counts.max() > NUM_POINTS // 2 or not math.isfinite(spread) or spread == 0:
         return None
-    # 64 values lie within (64 - 1) / sqrt(64) < 8 standard deviations of their mean, so 4000 steps each fit into 16 bits.
+    # 64 values lie within (64 - 1) / sqrt(64) < 8 standard deviations of their mean, so 4000 steps
+    # each fit into 16 bits.
     return np.asarray(np.rint((values - values.mean()) / spread * POINTS_PER_SD), dtype=np.int16)
 
 
 def _fractions() -> npt.NDArray[np.float64]:
-    """(3, 64) places spread evenly over the unit cube. Source: Roberts 2018, quasirandom sequence R3."""
+    """(3, 64) places spread evenly over the unit cube.
+
+    Source: Roberts 2018, quasirandom sequence R3.
+    """
     root = 1.2207440846057596  # of x^4 = x + 1
     return np.array([(0.5 + np.arange(1, NUM_POINTS + 1) / root**axis) % 1 for axis in (1, 2, 3)])
 
@@ -124,7 +144,9 @@ _FRACTIONS = _fractions()
 
 
 def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None]) -> list[ScanRow]:
-    """Mark copies of excluded scans, then all but the first of equal scans; ``signatures`` belong to the rows."""
+    """Mark copies of excluded scans, then all but the first of equal scans; ``signatures`` belong
+    to the rows.
+    """
     settled = _settle_equal(rows)
     shapes = defaultdict(list)
     for number, (row, points) in enumerate(zip(settled, signatures, strict=True)):
@@ -132,13 +154,19 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
             shapes[row.shape_vox].append(number)
     for members in shapes.values():
         if len(members) > 1:
-            _settle_alike(settled, members, np.stack([points for n in members if (points := signatures[n]) is not None]))
+            _settle_alike(
+                settled,
+                members,
+                np.stack([points for n in members if (points := signatures[n]) is not None]),
+            )
     return settled
 
 
 def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
     rows = list(rows)
-    excluded = {row.content_hash: row for row in rows if row.status == "excluded" and row.content_hash}
+    excluded = {
+        row.content_hash: row for row in rows if row.status == "excluded" and row.content_hash
+    }
     first: dict[str, ScanRow] = {}
     settled = []
     for row in rows:
@@ -159,29 +187,43 @@ def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
 
 
 def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[np.int16]) -> None:
-    """The same for scans whose signatures agree within the tolerance; changes ``rows`` at ``members`` (all of one shape)."""
+    """The same for scans whose signatures agree within the tolerance; changes ``rows`` at
+    ``members`` (all of one shape).
+    """
     how = "voxels, but for rounding or scale, as"
-    pairs = [(members[a], members[b]) for a, b in _close_pairs(points) if _same_spacing(rows[members[a]], rows[members[b]])]
+    pairs = [
+        (members[a], members[b])
+        for a, b in _close_pairs(points)
+        if _same_spacing(rows[members[a]], rows[members[b]])
+    ]
     for first, second in pairs:
         for copy, original in ((first, second), (second, first)):
             if rows[copy].status == OK and rows[original].status == "excluded":
                 rows[copy] = _copy_of_excluded(rows[copy], rows[original], how)
     for first, second in pairs:
         if rows[first].status == rows[second].status == OK:
-            rows[second] = replace(rows[second], status="duplicate", reason=f"same {how} {rows[first].id}")
+            rows[second] = replace(
+                rows[second], status="duplicate", reason=f"same {how} {rows[first].id}"
+            )
 
 
 def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
     """All (i, j), i < j, whose signatures differ by at most ``TOLERANCE`` steps everywhere; sorted.
 
-    Four random projections find the few pairs worth comparing. A projection is a sum of 64 values with signs, so within the
-    tolerance it differs by at most 64 times as much.
+    Four random projections find the few pairs worth comparing. A projection is a sum of 64 values
+    with signs, so within the tolerance it differs by at most 64 times as much.
     """
     from scipy.spatial import cKDTree
 
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (NUM_POINTS, NUM_PROJECTIONS))
-    near = cKDTree(points.astype(np.float64) @ signs).query_pairs(NUM_POINTS * TOLERANCE, p=np.inf, output_type="ndarray")
-    return [(int(i), int(j)) for i, j in near[np.lexsort((near[:, 1], near[:, 0]))] if _alike(points[i], points[j])]
+    near = cKDTree(points.astype(np.float64) @ signs).query_pairs(
+        NUM_POINTS * TOLERANCE, p=np.inf, output_type="ndarray"
+    )
+    return [
+        (int(i), int(j))
+        for i, j in near[np.lexsort((near[:, 1], near[:, 0]))]
+        if _alike(points[i], points[j])
+    ]
 
 
 def _alike(a: Signature, b: Signature) -> bool:
@@ -189,7 +231,11 @@ def _alike(a: Signature, b: Signature) -> bool:
 
 
 def _same_spacing(a: ScanRow, b: ScanRow) -> bool:
-    return a.spacing_mm is not None and b.spacing_mm is not None and _ratio(a.spacing_mm, b.spacing_mm) <= 1 + SAME_SPACING
+    return (
+        a.spacing_mm is not None
+        and b.spacing_mm is not None
+        and _ratio(a.spacing_mm, b.spacing_mm) <= 1 + SAME_SPACING
+    )
 
 
 def _ratio(a: Spacing, b: Spacing) -> float:

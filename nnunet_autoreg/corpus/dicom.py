@@ -1,4 +1,6 @@
-"""DICOM series, read through SimpleITK's GDCM: headers first, then the pixels of one volume, from folders, files and .zip archives."""
+"""DICOM series, read through SimpleITK's GDCM: headers first, then the pixels of one volume, from
+folders, files and .zip archives.
+"""
 
 import os
 import zipfile
@@ -22,7 +24,9 @@ ENDINGS = (".dcm", ".dicom", ".ima")
 
 
 def may_be_dicom(name: str) -> bool:
-    """Whether a file name is one that DICOM files have: a usual ending, none, or a number as the end of a UID."""
+    """Whether a file name is one that DICOM files have: a usual ending, none, or a number as the
+    end of a UID.
+    """
     ending = Path(name).suffix.lower()
     return ending in ENDINGS or not ending or ending[1:].isdecimal()
 
@@ -53,7 +57,10 @@ def file_slices(path: Path, file: str) -> list[Slice]:
         with path.open("rb", buffering=0) as stream:
             return read_slices(stream, file, os.fstat(stream.fileno()).st_size)
     except OSError as error:
-        raise ScanError("unreadable", f"the file system says: {error.strerror or error}; grant read access, or restore it") from error
+        raise ScanError(
+            "unreadable",
+            f"the file system says: {error.strerror or error}; grant read access, or restore it",
+        ) from error
 
 
 def find_stack(path: Path, part: Part) -> Stack:
@@ -65,11 +72,18 @@ def find_stack(path: Path, part: Part) -> Stack:
     slices = _slices_of_series(path, part)
     group = by_series(slices).get((part.series, part.instance))
     if not group:
-        raise ScanError("unreadable", "its DICOM files vanished after they were found; restore them, or run again without them")
+        raise ScanError(
+            "unreadable",
+            "its DICOM files vanished after they were found; restore them, or run again without "
+            "them",
+        )
     stacks = stacks_of(group)
     number = int(part.stack or 0)
     if number >= len(stacks):
-        raise ScanError("unreadable", "its DICOM files changed after they were found; remove scans.csv and run again")
+        raise ScanError(
+            "unreadable",
+            "its DICOM files changed after they were found; remove scans.csv and run again",
+        )
     stack = stacks[number]
     if stack.problem[0]:
         raise ScanError(*stack.problem)
@@ -84,7 +98,10 @@ def pick_volume(stack: Stack, part: Part) -> tuple[Slice, ...]:
     """
     if part.t:
         if int(part.t) >= len(stack.volumes):
-            raise ScanError("unreadable", f"has {len(stack.volumes)} volumes, number {part.t} is not among them; run again")
+            raise ScanError(
+                "unreadable",
+                f"has {len(stack.volumes)} volumes, number {part.t} is not among them; run again",
+            )
         return stack.volumes[int(part.t)]
     if len(stack.volumes) > 1:
         raise ScanError("4d", series_of_volumes(stack))
@@ -94,11 +111,16 @@ def pick_volume(stack: Stack, part: Part) -> tuple[Slice, ...]:
 def series_of_volumes(stack: Stack) -> str:
     """What a 4D series is, and the flag that splits it."""
     z, y, x = stack.shape_vox
-    return f"a series of {len(stack.volumes)} volumes of {x} x {y} x {z} voxels over {stack.repeated_over}; --split-4d takes each as a scan"
+    return (
+        f"a series of {len(stack.volumes)} volumes of {x} x {y} x {z} voxels over "
+        f"{stack.repeated_over}; --split-4d takes each as a scan"
+    )
 
 
 def read_volume(path: Path, slices: Sequence[Slice]) -> Array:
-    """The voxels of a volume in the order of its slices: (Z, Y, X) float32, rescaled slice by slice.
+    """The voxels of a volume in the order of its slices:
+
+    (Z, Y, X) float32, rescaled slice by slice.
 
     Raises:
         ScanError: ``unreadable``.
@@ -114,7 +136,11 @@ def _frames(file: Path, slices: Sequence[Slice]) -> Array:
     """Frames of a multi-frame file; GDCM rescales all of them as it does the first."""
     whole = _pixels(file, None)
     if whole.shape[1:] != slices[0].shape or max(s.frame for s in slices) >= len(whole):
-        raise ScanError("unreadable", f"holds {len(whole)} frames of {whole.shape[1:]}, its header says otherwise; export it again")
+        raise ScanError(
+            "unreadable",
+            f"holds {len(whole)} frames of {whole.shape[1:]}, its header says otherwise; export it "
+            "again",
+        )
     first = min(_or_nothing(file, ""), key=lambda s: s.frame)
     if all((s.slope, s.intercept) == (first.slope, first.intercept) for s in slices):
         return whole[[s.frame for s in slices]]
@@ -133,17 +159,26 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
     try:
         array = np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
     except RuntimeError as error:
-        raise ScanError("unreadable", "GDCM cannot read the pixels of a slice (damaged, or compressed in an unknown way); copy it "
-                        "again, or export it uncompressed") from error
+        raise ScanError(
+            "unreadable",
+            "GDCM cannot read the pixels of a slice (damaged, or compressed in an unknown way); "
+            "copy it "
+            "again, or export it uncompressed",
+        ) from error
     array = array.reshape((-1, *array.shape[-2:]))
     if shape is not None and array.shape != shape:
-        raise ScanError("unreadable", f"a slice holds {array.shape} voxels, its header says {shape}; export the series again")
+        raise ScanError(
+            "unreadable",
+            f"a slice holds {array.shape} voxels, its header says {shape}; export the series again",
+        )
     return array
 
 
 @contextmanager
 def _on_disk(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Where the named files lie: in a folder, the file itself, or unpacked from an archive for the time being."""
+    """Where the named files lie: in a folder, the file itself, or unpacked from an archive for the
+    time being.
+    """
     if path.is_dir():
         yield {name: path / name for name in names}
     elif is_archive(path.name):
@@ -159,17 +194,27 @@ def is_archive(name: str) -> bool:
 
 
 def _slices_of_series(path: Path, part: Part) -> list[Slice]:
-    """The slices of one series by headers; which files hold it is kept for the next of its neighbours."""
+    """The slices of one series by headers; which files hold it is kept for the next of its
+    neighbours.
+    """
     try:
         stamp = path.stat().st_mtime_ns
     except OSError as error:
-        raise ScanError("unreadable", "vanished after it was found; restore it, or run again without it") from error
+        raise ScanError(
+            "unreadable", "vanished after it was found; restore it, or run again without it"
+        ) from error
     names = _files_by_series(str(path), bool(part.below), stamp).get(part.series, ())
     if is_archive(path.name):
-        return [s for found in _archived(path, set(names)) for s in found if s.series == part.series]
+        return [
+            s for found in _archived(path, set(names)) for s in found if s.series == part.series
+        ]
     found = []
     for name in names:
-        found += [s for s in _or_nothing(path / name if path.is_dir() else path, name) if s.series == part.series]
+        found += [
+            s
+            for s in _or_nothing(path / name if path.is_dir() else path, name)
+            if s.series == part.series
+        ]
     return found
 
 
@@ -181,8 +226,17 @@ def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]
     if is_archive(root.name):
         every = [s for slices in _archived(root, None) for s in slices]
     elif root.is_dir():
-        names = _names_below(root) if below else [p.name for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
-        every = [s for name in sorted(names) if may_be_dicom(name) for s in _or_nothing(root / name, name)]
+        names = (
+            _names_below(root)
+            if below
+            else [p.name for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
+        )
+        every = [
+            s
+            for name in sorted(names)
+            if may_be_dicom(name)
+            for s in _or_nothing(root / name, name)
+        ]
     else:
         every = _or_nothing(root, root.name)
     for one in every:
@@ -193,8 +247,12 @@ def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]
 
 
 def _names_below(root: Path) -> list[str]:
-    return [Path(folder, name).relative_to(root).as_posix() for folder, _, names in os.walk(root, followlinks=True)
-            for name in names if not name.startswith(".")]
+    return [
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".")
+    ]
 
 
 def _or_nothing(path: Path, name: str) -> list[Slice]:
@@ -228,4 +286,6 @@ def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[Slice
         with archive.open(info) as stream:
             return read_slices(stream, info.filename, info.file_size)
     except DAMAGED as error:
-        raise ScanError("unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again") from error
+        raise ScanError(
+            "unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again"
+        ) from error

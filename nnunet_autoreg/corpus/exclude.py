@@ -15,7 +15,10 @@ from nnunet_autoreg.errors import UsageError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-FORMATS = "a text file with one path, scan id or case id per line, a JSON list of ids, or nnU-Net's splits_final.json"
+FORMATS = (
+    "a text file with one path, scan id or case id per line, a JSON list of ids, or nnU-Net's "
+    "splits_final.json"
+)
 BY_SERIES = "excluded by the user (an excluded folder holds this series too)"
 BY_SUBJECT = "excluded by the user (by its subject)"
 
@@ -23,8 +26,9 @@ BY_SUBJECT = "excluded by the user (by its subject)"
 def read_exclude(path: Path) -> set[str]:
     """Names to leave out: paths of files or folders, scan ids, case ids or subjects.
 
-    Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's ``splits_final.json``. Of the
-    latter the ``val`` and ``test`` cases of the **first** fold are left out: over all five folds every case is once in ``val``.
+    Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's
+    ``splits_final.json``. Of the latter the ``val`` and ``test`` cases of the **first** fold are
+    left out: over all five folds every case is once in ``val``.
 
     Raises:
         UsageError: the file cannot be read, or is none of these.
@@ -48,7 +52,9 @@ def read_exclude(path: Path) -> set[str]:
 
 
 def excluded_because(candidate: Candidate, exclude: set[str], series: Container[str] = ()) -> str:
-    """Why a candidate is excluded; "" if it is not. A subject is not repeated: it may be a patient's number.
+    """Why a candidate is excluded; "" if it is not.
+
+    A subject is not repeated: it may be a patient's number.
 
     Args:
         series: DICOM series of which excluded folders hold slices.
@@ -62,7 +68,9 @@ def excluded_because(candidate: Candidate, exclude: set[str], series: Container[
 
 
 def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Excluded scans that are no candidates themselves, so that copies of them are recognised; named by their paths."""
+    """Excluded scans that are no candidates themselves, so that copies of them are recognised;
+    named by their paths.
+    """
     entries = sorted(e for e in exclude if os.sep in e and Path(e).exists())
     known = {(os.path.realpath(c.path), c.part) for c in candidates} if entries else set()
     new = []
@@ -81,17 +89,33 @@ def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate]) -> None:
         return
     unmatched = sorted(exclude.difference(*(_names(c) | {c.subject.strip()} for c in candidates)))
     if unmatched:
-        hint = did_you_mean(unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ())
-        log.warning("--exclude: %d of %d names match no scan, the first is '%s'; %s",
-                    len(unmatched), len(exclude), unmatched[0], hint, extra=NAMES_FILES)
+        hint = did_you_mean(
+            unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ()
+        )
+        log.warning(
+            "--exclude: %d of %d names match no scan, the first is '%s'; %s",
+            len(unmatched),
+            len(exclude),
+            unmatched[0],
+            hint,
+            extra=NAMES_FILES,
+        )
 
 
 def _names(candidate: Candidate) -> set[str]:
     """Every name under which a candidate may be excluded, but its subject."""
     path = candidate.path
-    names = {candidate.id, candidate.case, f"{candidate.dataset}/{candidate.case}", path.name, series_of(candidate)}
+    names = {
+        candidate.id,
+        candidate.case,
+        f"{candidate.dataset}/{candidate.case}",
+        path.name,
+        series_of(candidate),
+    }
     for variant in (path, Path(os.path.realpath(path)), _relative(path)):
-        names.update(str(p) for p in (variant, *variant.parents) if str(p) not in (".", path.anchor))
+        names.update(
+            str(p) for p in (variant, *variant.parents) if str(p) not in (".", path.anchor)
+        )
     return names - {""}
 
 

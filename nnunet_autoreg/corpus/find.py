@@ -1,4 +1,7 @@
-"""Find scans in nnU-Net raw datasets and in plain folders. Whatever is left out comes back too, with its reason."""
+"""Find scans in nnU-Net raw datasets and in plain folders.
+
+Whatever is left out comes back too, with its reason.
+"""
 
 import logging
 import os
@@ -12,7 +15,12 @@ from pathlib import Path, PurePosixPath
 from nnunet_autoreg.corpus.archive import members, opened, unpacked
 from nnunet_autoreg.corpus.collect import DicomCollector
 from nnunet_autoreg.corpus.contrast import bids_names, is_label_name, modality_of_contrast
-from nnunet_autoreg.corpus.dataset_json import DatasetJson, lists_its_files, read_dataset_json, unset_variables
+from nnunet_autoreg.corpus.dataset_json import (
+    DatasetJson,
+    lists_its_files,
+    read_dataset_json,
+    unset_variables,
+)
 from nnunet_autoreg.corpus.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.private import NAMES_FILES
@@ -32,18 +40,23 @@ class Candidate:
     """A file that may be a scan, or (``status`` set) something that was left out already.
 
     Attributes:
-        id: unique and stable: ``Dataset004_Hippocampus/hippocampus_001_0000``, or folder name / path below it, no ending.
+        id: unique and stable: ``Dataset004_Hippocampus/hippocampus_001_0000``, or folder name /
+            path below it, no ending.
         path: the file, or the folder that a left-out row stands for.
         dataset: name of the nnU-Net dataset, or of the folder given.
-        case: groups the channels of one nnU-Net case; in plain folders the path below the folder, no ending.
+        case: groups the channels of one nnU-Net case; in plain folders the path below the folder,
+            no ending.
         channel: name in dataset.json; "" in plain folders.
         status, reason: why it was left out; "" for candidates.
-        part: what inside ``path``, as ``load_scan`` takes it: "" is the file itself, ``series=<SeriesInstanceUID>`` a series in
-            a DICOM folder, ``t=<k>`` a volume of a 4D file, ``member=<name>`` a file within a .zip; joined by ";".
+        part: what inside ``path``, as ``load_scan`` takes it: "" is the file itself,
+            ``series=<SeriesInstanceUID>`` a series in a DICOM folder, ``t=<k>`` a volume of a 4D
+            file, ``member=<name>`` a file within a .zip; joined by ";".
         modality: as the file itself says (MR, CT, PT ...); "" if it does not.
-        subject, session: identifiers **as found**; hash them with a salt before they are written or logged.
+        subject, session: identifiers **as found**; hash them with a salt before they are written or
+            logged.
         contrast: a harmless word (T1w, FLAIR, ...), never free text.
-        listed_in: folder of the dataset.json that lists the file; "" for files that were found in a folder.
+        listed_in: folder of the dataset.json that lists the file; "" for files that were found in a
+            folder.
     """
 
     id: str
@@ -61,12 +74,15 @@ class Candidate:
     listed_in: str = ""
 
 
-def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = False, salt: str = "") -> list[Candidate]:
+def find_scans(
+    datasets: list[str], folders: list[Path], *, split_4d: bool = False, salt: str = ""
+) -> list[Candidate]:
     """All candidates, datasets first, in natural order; a file reached twice is listed once.
 
-    Of an nnU-Net dataset (``dataset.json`` beside ``imagesTr``) only the images are taken, wherever it is met. Other folders
-    are searched whole, following links but no link twice, without hidden files, and .zip archives with them. Of DICOM files the
-    headers are read and sorted into series; no pixels are.
+    Of an nnU-Net dataset (``dataset.json`` beside ``imagesTr``) only the images are taken, wherever
+    it is met. Other folders are searched whole, following links but no link twice, without hidden
+    files, and .zip archives with them. Of DICOM files the headers are read and sorted into series;
+    no pixels are.
 
     Args:
         split_4d: list every volume of a 4D file or series as a scan of its own.
@@ -88,7 +104,11 @@ def find_scans(datasets: list[str], folders: list[Path], *, split_4d: bool = Fal
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sort key under which scan2 comes before scan10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part.lower())
+        for part in re.split(r"(\d+)", text)
+        if part
+    ]
 
 
 def strip_ending(name: str) -> str:
@@ -97,7 +117,9 @@ def strip_ending(name: str) -> str:
 
 
 def absolute(path: str | Path) -> Path:
-    """An absolute path without ``..``, links left as they are (``resolve`` would follow them and change ids)."""
+    """An absolute path without ``..``, links left as they are (``resolve`` would follow them and
+    change ids).
+    """
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
@@ -130,17 +152,27 @@ class _Finder:
         folder = absolute(given)
         if not folder.exists():
             siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            hint = did_you_mean(folder.name, siblings) if 0 < len(siblings) <= 1000 else "check the path"
+            hint = (
+                did_you_mean(folder.name, siblings)
+                if 0 < len(siblings) <= 1000
+                else "check the path"
+            )
             raise UsageError(f"-i {given} does not exist; {hint}")
         if folder.is_file():
             self._add_given_file(folder)
-        elif is_dataset(folder.parent) and folder.name in DATASET_FOLDERS and self._is_ours(folder.parent):
+        elif (
+            is_dataset(folder.parent)
+            and folder.name in DATASET_FOLDERS
+            and self._is_ours(folder.parent)
+        ):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
 
     def _is_ours(self, folder: Path) -> bool:
-        """Return whether ``dataset.json`` is nnU-Net's; of a folder that was not given as a dataset it may be anything."""
+        """Return whether ``dataset.json`` is nnU-Net's; of a folder that was not given as a dataset
+        it may be anything.
+        """
         try:
             read_dataset_json(folder)
         except UsageError as error:
@@ -152,7 +184,9 @@ class _Finder:
         dicom, labels = self._collector(), Counter[Path]()
         if is_archive(path.name):
             self.add_archive(path, path.parent, dicom)
-        elif path.name.lower().endswith(IMAGE_ENDINGS) or not (may_be_dicom(path.name) and dicom.add_file(path, path)):
+        elif path.name.lower().endswith(IMAGE_ENDINGS) or not (
+            may_be_dicom(path.name) and dicom.add_file(path, path)
+        ):
             self.add_file(path, path.parent, labels)
         self._add_dicom(path.parent, dicom)
         self._report_labels(path.parent, labels)
@@ -161,7 +195,9 @@ class _Finder:
         return DicomCollector(self.salt, self.split_4d)
 
     def add(self, path: Path, base_id: str, dataset: str, case: str, **facts: str) -> None:
-        """List one candidate, or one row of something left out, unless it is listed already; ``facts`` are ``Candidate``'s."""
+        """List one candidate, or one row of something left out, unless it is listed already;
+        ``facts`` are ``Candidate``'s.
+        """
         status, part = facts.get("status", ""), facts.get("part", "")
         real = f"{status}:{path}:{base_id}" if status else f"{os.path.realpath(path)}:{part}"
         if real in self.files:
@@ -169,7 +205,11 @@ class _Finder:
             return
         self.files.add(real)
         if not _is_utf8(path):
-            path, base_id, case = (Path(_printable(str(path))), _printable(base_id), _printable(case))
+            path, base_id, case = (
+                Path(_printable(str(path))),
+                _printable(base_id),
+                _printable(case),
+            )
             facts.update(status="unreadable", reason="the name is not valid UTF-8; rename the file")
         unique, n = base_id, 1
         while unique in self.ids:
@@ -179,7 +219,14 @@ class _Finder:
         self.found.append(Candidate(unique, path, dataset, case, **facts))
 
     def add_volumes(
-        self, path: Path, base_id: str, dataset: str, case: str, volumes: int, facts: dict[str, str], part: Part | None = None
+        self,
+        path: Path,
+        base_id: str,
+        dataset: str,
+        case: str,
+        volumes: int,
+        facts: dict[str, str],
+        part: Part | None = None,
     ) -> None:
         """A file: one candidate, or one for each of its ``volumes``."""
         part = part or Part()
@@ -187,7 +234,14 @@ class _Finder:
             self.add(path, base_id, dataset, case, part=str(part), **facts)
             return
         for t in range(volumes):
-            self.add(path, f"{base_id}/t{t}", dataset, f"{case}/t{t}", part=str(replace(part, t=str(t))), **facts)
+            self.add(
+                path,
+                f"{base_id}/t{t}",
+                dataset,
+                f"{case}/t{t}",
+                part=str(replace(part, t=str(t))),
+                **facts,
+            )
 
     def _volumes(self, path: Path) -> int:
         return num_volumes(path) if self.split_4d else 1
@@ -197,7 +251,9 @@ class _Finder:
         self.add(path, f"{dataset}/{what}", dataset, "", status=status, reason=reason)
 
     def add_dataset(self, folder: Path, only: str | None = None) -> None:
-        """The images of an nnU-Net raw dataset: imagesTr and imagesTs (or one of them), and dataset.json's own list."""
+        """The images of an nnU-Net raw dataset: imagesTr and imagesTs (or one of them), and
+        dataset.json's own list.
+        """
         described = read_dataset_json(folder)
         wanted = [only] if only else ["imagesTr", "imagesTs"]
         if described.listed and not only:
@@ -205,10 +261,16 @@ class _Finder:
         for part in wanted:
             if part.startswith("images") and (folder / part).is_dir():
                 self._add_images(folder, part, described)
-        for part in sorted(p.name for p in folder.iterdir() if p.is_dir() and (only is None or p.name == only)):
+        for part in sorted(
+            p.name for p in folder.iterdir() if p.is_dir() and (only is None or p.name == only)
+        ):
             if part not in ("imagesTr", "imagesTs"):
                 self._count_other(folder, part)
-        files = [] if only else [p.name for p in folder.iterdir() if p.is_file() and p.name != "dataset.json"]
+        files = (
+            []
+            if only
+            else [p.name for p in folder.iterdir() if p.is_file() and p.name != "dataset.json"]
+        )
         self._report_others(folder, folder.name, "(other files)", Counter(map(_ending, files)))
 
     def _add_images(self, folder: Path, part: str, described: DatasetJson) -> None:
@@ -228,7 +290,9 @@ class _Finder:
             case, number = case_and_channel(path)
             channel = described.channel_name(positions[number])
             facts = _of_dataset(folder, case, channel)
-            self.add_volumes(path, f"{folder.name}/{stem}", folder.name, case, self._volumes(path), facts)
+            self.add_volumes(
+                path, f"{folder.name}/{stem}", folder.name, case, self._volumes(path), facts
+            )
         self._report_others(folder / part, folder.name, f"{part}/(other files)", others)
 
     def _add_listed(self, folder: Path, described: DatasetJson) -> None:
@@ -243,14 +307,30 @@ class _Finder:
                     continue
                 facts = _of_dataset(folder, case, described.channel_name(number))
                 facts["listed_in"] = str(folder)
-                self.add_volumes(path, f"{folder.name}/{name}", folder.name, case, self._volumes(path), facts)
+                self.add_volumes(
+                    path, f"{folder.name}/{name}", folder.name, case, self._volumes(path), facts
+                )
 
     def _count_other(self, folder: Path, part: str) -> None:
-        count = sum(1 for _, _, names in os.walk(folder / part) for n in names if n.lower().endswith(IMAGE_ENDINGS))
+        count = sum(
+            1
+            for _, _, names in os.walk(folder / part)
+            for n in names
+            if n.lower().endswith(IMAGE_ENDINGS)
+        )
         if count:
-            kind = "label maps" if part.startswith("labels") else "images outside imagesTr and imagesTs"
-            self.leave_out(folder / part, folder.name, part, "labels" if part.startswith("labels") else "ignored",
-                           f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read")
+            kind = (
+                "label maps"
+                if part.startswith("labels")
+                else "images outside imagesTr and imagesTs"
+            )
+            self.leave_out(
+                folder / part,
+                folder.name,
+                part,
+                "labels" if part.startswith("labels") else "ignored",
+                f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read",
+            )
 
     def add_folder(self, root: Path) -> None:
         """Everything below a plain folder."""
@@ -268,18 +348,33 @@ class _Finder:
         self._report_labels(root, labels)
         self._report_others(root, root.name, "(other files)", others)
 
-    def _visit(self, root: Path, folder: Path, others: Counter[str], labels: Counter[Path], dicom: DicomCollector) -> list[Path]:
+    def _visit(
+        self,
+        root: Path,
+        folder: Path,
+        others: Counter[str],
+        labels: Counter[Path],
+        dicom: DicomCollector,
+    ) -> list[Path]:
         """List the candidates of one folder; returns the folders to go on with."""
         where = _below(folder, root)
         real = os.path.realpath(folder)
         if real in self.folders:
-            self.leave_out(folder, root.name, where, "link", "leads to a folder that is searched already")
+            self.leave_out(
+                folder, root.name, where, "link", "leads to a folder that is searched already"
+            )
             return []
         self.folders.add(real)
         try:
             entries = _listing(folder)
         except OSError as error:
-            self.leave_out(folder, root.name, where, "unreadable", f"the folder cannot be listed: {error.strerror}")
+            self.leave_out(
+                folder,
+                root.name,
+                where,
+                "unreadable",
+                f"the folder cannot be listed: {error.strerror}",
+            )
             return []
         deeper = []
         for path in entries:
@@ -291,13 +386,21 @@ class _Finder:
                 deeper.append(path)
             elif is_archive(path.name):
                 self.add_archive(path, root, dicom)
-            elif path.name.upper() == "DICOMDIR" or not (may_be_dicom(path.name) and dicom.add_file(path)):
+            elif path.name.upper() == "DICOMDIR" or not (
+                may_be_dicom(path.name) and dicom.add_file(path)
+            ):
                 others["DICOMDIR" if path.name.upper() == "DICOMDIR" else _ending(path.name)] += 1
         return deeper
 
     def _hidden(self, path: Path, root: Path, others: Counter[str]) -> None:
         if path.is_dir() or path.name.lower().endswith(IMAGE_ENDINGS):
-            self.leave_out(path, root.name, _below(path, root), "hidden", "its name begins with a dot; rename it if it is wanted")
+            self.leave_out(
+                path,
+                root.name,
+                _below(path, root),
+                "hidden",
+                "its name begins with a dot; rename it if it is wanted",
+            )
         else:
             others["hidden"] += 1
 
@@ -307,7 +410,14 @@ class _Finder:
         if is_label_name(f"{root.name}/{inside}"):
             labels[path.parent] += 1
             return
-        self.add_volumes(path, f"{root.name}/{inside}", root.name, inside, self._volumes(path), _of_name(root.name, inside))
+        self.add_volumes(
+            path,
+            f"{root.name}/{inside}",
+            root.name,
+            inside,
+            self._volumes(path),
+            _of_name(root.name, inside),
+        )
 
     def add_archive(self, path: Path, root: Path, dicom: DicomCollector) -> None:
         """The scans inside a .zip: images by their names, DICOM by series."""
@@ -322,11 +432,19 @@ class _Finder:
             bad[error.status, str(error)] += 1
         for number, ((status, reason), count) in enumerate(bad.items()):
             what = f"{where}/(left out {number})" if number else f"{where}/(left out)"
-            self.leave_out(path, root.name, what, status, reason if count == 1 else f"{reason} ({count} files)")
+            self.leave_out(
+                path, root.name, what, status, reason if count == 1 else f"{reason} ({count} files)"
+            )
         self._report_others(path, root.name, f"{where}/(other files)", others)
 
     def _add_member(
-        self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, root: Path, dicom: DicomCollector, others: Counter[str]
+        self,
+        archive: zipfile.ZipFile,
+        info: zipfile.ZipInfo,
+        path: Path,
+        root: Path,
+        dicom: DicomCollector,
+        others: Counter[str],
     ) -> None:
         name = PurePosixPath(info.filename)
         inside = strip_ending(info.filename)
@@ -335,14 +453,23 @@ class _Finder:
         elif name.suffix.lower() == ".mhd":
             others[".mhd (its data is another file: unpack the archive)"] += 1
         elif not name.name.lower().endswith(IMAGE_ENDINGS):
-            if name.name.upper() == "DICOMDIR" or not (may_be_dicom(name.name) and dicom.add_member(archive, info, path)):
+            if name.name.upper() == "DICOMDIR" or not (
+                may_be_dicom(name.name) and dicom.add_member(archive, info, path)
+            ):
                 others[_ending(name.name)] += 1
         elif is_label_name(inside):
             others["label maps"] += 1
         else:
             part, case = Part(member=info.filename), f"{_below(path, root)}/{inside}"
-            self.add_volumes(path, f"{root.name}/{case}", root.name, case, self._member_volumes(path, info.filename),
-                             _of_name(f"{root.name}/{_below(path, root)}", inside), part)
+            self.add_volumes(
+                path,
+                f"{root.name}/{case}",
+                root.name,
+                case,
+                self._member_volumes(path, info.filename),
+                _of_name(f"{root.name}/{_below(path, root)}", inside),
+                part,
+            )
 
     def _member_volumes(self, path: Path, name: str) -> int:
         if not self.split_4d:
@@ -357,13 +484,30 @@ class _Finder:
         for row in dicom.rows():
             # A manifest may overrule that images are derived, so they keep what a scan has.
             case = row.name if row.status in ("", "derived") and row.part else ""
-            self.add(row.path, f"{root.name}/{row.name}", root.name, case, status=row.status, reason=row.reason,
-                     part=row.part, modality=row.modality, subject=row.subject, session=row.session, contrast=row.contrast)
+            self.add(
+                row.path,
+                f"{root.name}/{row.name}",
+                root.name,
+                case,
+                status=row.status,
+                reason=row.reason,
+                part=row.part,
+                modality=row.modality,
+                subject=row.subject,
+                session=row.session,
+                contrast=row.contrast,
+            )
 
     def _report_labels(self, root: Path, labels: Counter[Path]) -> None:
         for folder, count in labels.items():
-            self.leave_out(folder, root.name, f"{_below(folder, root)}/(label maps)", "labels",
-                           f"{count} label {'map' if count == 1 else 'maps'} by name (a folder labels..., or _dseg, _mask)")
+            self.leave_out(
+                folder,
+                root.name,
+                f"{_below(folder, root)}/(label maps)",
+                "labels",
+                f"{count} label {'map' if count == 1 else 'maps'} by name (a folder labels..., or "
+                "_dseg, _mask)",
+            )
 
     def _report_others(self, path: Path, dataset: str, what: str, others: Counter[str]) -> None:
         if any(c.path.suffix.lower() == ".mhd" and path in c.path.parents for c in self.found):
@@ -374,7 +518,9 @@ class _Finder:
 
 
 def case_and_channel(path: Path) -> tuple[str, int]:
-    """Return case and channel number of an image that is named as nnU-Net does, such as ``a.b.1_0000.nii.gz``."""
+    """Return case and channel number of an image that is named as nnU-Net does, such as
+    ``a.b.1_0000.nii.gz``.
+    """
     stem = strip_ending(path.name)
     match = CHANNEL_SUFFIX.match(stem)
     return (match["case"], int(match["channel"])) if match else (stem, 0)
@@ -383,8 +529,8 @@ def case_and_channel(path: Path) -> tuple[str, int]:
 def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, int]:
     """Return channel number -> position of its name in dataset.json.
 
-    nnU-Net sorts the files of a case and takes names in order, so numbers may begin at 1. Where files
-    and names differ in number, no order is certain, and a number is its own position.
+    nnU-Net sorts the files of a case and takes names in order, so numbers may begin at 1. Where
+    files and names differ in number, no order is certain, and a number is its own position.
     """
     numbers = sorted({case_and_channel(path)[1] for path in images})
     if len(numbers) != num_channels:
@@ -395,7 +541,10 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
 def _why_missing(path: Path) -> str:
     unset = unset_variables(path)
     if unset:
-        return f"dataset.json lists it below {unset[0]}, and that environment variable is not set; export it"
+        return (
+            f"dataset.json lists it below {unset[0]}, and that environment variable is not set; "
+            "export it"
+        )
     return "dataset.json lists it, and there is no such file; restore it, or mend the list"
 
 
@@ -405,10 +554,16 @@ def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:
 
 
 def _of_name(scope: str, inside: str) -> dict[str, str]:
-    """What a BIDS name says; subjects of different datasets are different people, so ``scope`` goes with them."""
+    """What a BIDS name says; subjects of different datasets are different people, so ``scope`` goes
+    with them.
+    """
     subject, session, contrast = bids_names(inside)
-    return {"subject": subject and f"{scope}/{subject}", "session": session, "contrast": contrast,
-            "modality": modality_of_contrast(contrast)}
+    return {
+        "subject": subject and f"{scope}/{subject}",
+        "session": session,
+        "contrast": contrast,
+        "modality": modality_of_contrast(contrast),
+    }
 
 
 def _is_utf8(path: Path) -> bool:

@@ -1,4 +1,6 @@
-"""The pool in numbers: what planning, and a person looking at ``fingerprint.json``, needs to know of the scans."""
+"""The pool in numbers: what planning, and a person looking at ``fingerprint.json``, needs to know
+of the scans.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Spread:
-    """10th percentile, median and 90th percentile over the scans; three values per axis (z, y, x), or one."""
+    """10th percentile, median and 90th percentile over the scans; three values per axis (z, y, x),
+    or one.
+    """
 
     p10: tuple[float, ...]
     median: tuple[float, ...]
@@ -90,7 +94,9 @@ class GroupPrint:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Numbers about the usable scans. Every scan is transposed first: its coarsest axis comes to the front.
+    """Numbers about the usable scans.
+
+    Every scan is transposed first: its coarsest axis comes to the front.
 
     Attributes:
         num_scans, num_cases: usable files; cases are counted by (dataset, case).
@@ -122,9 +128,11 @@ class Fingerprint:
 
 
 def transpose_axes(spacing_mm: Sequence[float]) -> Axes:
-    """The order in which a scan's axes are used: the coarsest first, if it is clearly coarser than the first.
+    """The order in which a scan's axes are used: the coarsest first, if it is clearly coarser than
+    the first.
 
-    nnU-Net does this once per dataset, and for any excess; a pool mixes datasets, and 5 % keeps rounding from turning axes.
+    nnU-Net does this once per dataset, and for any excess; a pool mixes datasets, and 5 % keeps
+    rounding from turning axes.
     """
     coarsest = max(range(3), key=lambda axis: spacing_mm[axis])
     if spacing_mm[coarsest] <= COARSER * spacing_mm[0]:
@@ -135,14 +143,20 @@ def transpose_axes(spacing_mm: Sequence[float]) -> Axes:
 
 def transposed_geometry(row: ScanRow) -> tuple[Size, Spacing]:
     """(cropped shape, spacing) of a usable scan with its axes transposed."""
-    assert row.spacing_mm is not None and row.cropped_shape_vox is not None, "only usable rows have a geometry"
+    assert row.spacing_mm is not None and row.cropped_shape_vox is not None, (
+        "only usable rows have a geometry"
+    )
     axes = transpose_axes(row.spacing_mm)
-    return as_size([row.cropped_shape_vox[a] for a in axes]), as_spacing([row.spacing_mm[a] for a in axes])
+    return as_size([row.cropped_shape_vox[a] for a in axes]), as_spacing(
+        [row.spacing_mm[a] for a in axes]
+    )
 
 
 def relative_size(row: ScanRow) -> float:
     """Share of a scan's voxels that cropping to non-zero keeps."""
-    assert row.shape_vox is not None and row.cropped_shape_vox is not None, "only usable rows have a geometry"
+    assert row.shape_vox is not None and row.cropped_shape_vox is not None, (
+        "only usable rows have a geometry"
+    )
     return volume(row.cropped_shape_vox) / volume(row.shape_vox)
 
 
@@ -168,7 +182,9 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
     """
     rows = index.usable
     if not rows:
-        raise UsageError(f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}")
+        raise UsageError(
+            f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}"
+        )
     scans = [scan_geometry(row) for row in rows]
     groups = group_scans(scans, policy)
     shapes = np.zeros((len(rows), 3), dtype=np.int64)
@@ -180,25 +196,34 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
         num_scans=len(rows),
         num_cases=_num_cases(rows),
         channel_names=tuple(sorted({row.channel for row in rows} - {""})),
-        modalities={name: _modality_print([row for row in rows if row.modality == name]) for name, _ in per_modality},
+        modalities={
+            name: _modality_print([row for row in rows if row.modality == name])
+            for name, _ in per_modality
+        },
         groups=tuple(_group_print(group, shapes[list(group.members)]) for group in groups),
         spacing_mm=groups[0].spacing_mm,
         shape_vox=spread(shapes),
         total_vox=int(shapes.prod(axis=1).sum()),
         ct_window=window_of(index.ct_samples_hu) if "CT" in dict(per_modality) else None,
-        relative_size_after_cropping=round(float(np.median([relative_size(row) for row in rows])), DIGITS),
+        relative_size_after_cropping=round(
+            float(np.median([relative_size(row) for row in rows])), DIGITS
+        ),
     )
 
 
 def spread(values: npt.ArrayLike) -> Spread:
     """Percentiles over the first axis of (scans, axes) or (scans,)."""
     rows = np.asarray(values, dtype=np.float64).reshape(len(np.asarray(values)), -1)
-    low, middle, high = (tuple(round(float(v), DIGITS) for v in p) for p in np.percentile(rows, (10, 50, 90), axis=0))
+    low, middle, high = (
+        tuple(round(float(v), DIGITS) for v in p) for p in np.percentile(rows, (10, 50, 90), axis=0)
+    )
     return Spread(low, middle, high)
 
 
 def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
-    shapes, spacings = (np.array(values) for values in zip(*(transposed_geometry(row) for row in rows), strict=True))
+    shapes, spacings = (
+        np.array(values) for values in zip(*(transposed_geometry(row) for row in rows), strict=True)
+    )
     return ModalityPrint(
         num_scans=len(rows),
         num_cases=_num_cases(rows),
@@ -220,7 +245,15 @@ def _intensity_print(rows: Sequence[ScanRow]) -> IntensityPrint | None:
 
 def _group_print(group: Group, shapes: npt.NDArray[np.int64]) -> GroupPrint:
     total = int(shapes.prod(axis=1).sum())
-    return GroupPrint(group.modality, len(shapes), group.native_mm, group.spacing_mm, group.reason, spread(shapes), total)
+    return GroupPrint(
+        group.modality,
+        len(shapes),
+        group.native_mm,
+        group.spacing_mm,
+        group.reason,
+        spread(shapes),
+        total,
+    )
 
 
 def _num_cases(rows: Sequence[ScanRow]) -> int:
@@ -234,4 +267,8 @@ def _whole(values: Sequence[float]) -> Size:
 def _why(index: Index) -> str:
     counts = Counter(row.status for row in index.rows).most_common()
     listed = ", ".join(f"{n} {status}" for status, n in counts)
-    return f" ({listed}); scans.csv says why for each" if listed else "; give other datasets (-d) or folders (-i)"
+    return (
+        f" ({listed}); scans.csv says why for each"
+        if listed
+        else "; give other datasets (-d) or folders (-i)"
+    )

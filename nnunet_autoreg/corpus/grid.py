@@ -1,4 +1,7 @@
-"""Where a scan's voxels lie in the patient, and another scan brought onto the same voxels. Arrays in the one orientation throughout."""
+"""Where a scan's voxels lie in the patient, and another scan brought onto the same voxels.
+
+Arrays in the one orientation throughout.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +62,10 @@ def oriented_voxel(path: Path, part: str, voxel_zyx: Sequence[float]) -> tuple[f
     """
     image, (axes, reverse) = _header(path, part)
     size = image.GetSize()[::-1]
-    z, y, x = (size[a] - 1 - float(voxel_zyx[a]) if r else float(voxel_zyx[a]) for a, r in zip(axes, reverse, strict=True))
+    z, y, x = (
+        size[a] - 1 - float(voxel_zyx[a]) if r else float(voxel_zyx[a])
+        for a, r in zip(axes, reverse, strict=True)
+    )
     return (z, y, x)
 
 
@@ -74,7 +80,9 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
     try:
         image: Any = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
-        raise ScanError("unreadable", f"{path} cannot be read as a label map; repair it, or move it away") from error
+        raise ScanError(
+            "unreadable", f"{path} cannot be read as a label map; repair it, or move it away"
+        ) from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError("unreadable", f"{path} is no 3D label map; repair it, or move it away")
     turn = _turn(image)
@@ -83,7 +91,9 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
 
 
 def brought_onto(array_ZYX: Array, grid: Grid, target: Grid, outside: float) -> Array:
-    """A scan resampled linearly onto another grid by world coordinates; ``outside`` fills what it does not cover."""
+    """A scan resampled linearly onto another grid by world coordinates; ``outside`` fills what it
+    does not cover.
+    """
     import SimpleITK
 
     image: Any = SimpleITK.GetImageFromArray(array_ZYX)
@@ -113,14 +123,22 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
             image.SetFileName(str(path))
             image.ReadImageInformation()
         else:
-            raise ScanError("geometry", f"where {path.name} ({part}) lies in the patient cannot be told; give it as a file or DICOM folder")
+            raise ScanError(
+                "geometry",
+                f"where {path.name} ({part}) lies in the patient cannot be told; give it as a file "
+                "or DICOM folder",
+            )
     except RuntimeError as error:
-        raise ScanError("geometry", f"where {path.name} lies in the patient cannot be told ({_said(error)})") from error
+        raise ScanError(
+            "geometry", f"where {path.name} lies in the patient cannot be told ({_said(error)})"
+        ) from error
     return image, _turn(image)
 
 
 def _series_frame(path: Path, part: Part) -> Any:
-    """An empty image with the size, spacing, origin and direction of a DICOM volume, by its headers."""
+    """An empty image with the size, spacing, origin and direction of a DICOM volume, by its
+    headers.
+    """
     import SimpleITK
 
     stack = find_stack(path, part)
@@ -152,7 +170,9 @@ def _turned_grid(image: Any, turn: Turn) -> Grid:
         columns.append(-column if reverse else column)
     shape, turned_spacing = turned_geometry(size, spacing, turn)
     x, y, z = (float(v) for v in origin)
-    return Grid(shape, turned_spacing, (x, y, z), tuple(float(v) for v in np.stack(columns, axis=1).ravel()))
+    return Grid(
+        shape, turned_spacing, (x, y, z), tuple(float(v) for v in np.stack(columns, axis=1).ravel())
+    )
 
 
 def _to_world(grid: Grid, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

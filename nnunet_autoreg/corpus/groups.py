@@ -1,4 +1,6 @@
-"""Which scans show one subject in one session in several contrasts: what contrast sequences are made of. Pure."""
+"""Which scans show one subject in one session in several contrasts: what contrast sequences are
+made of. Pure.
+"""
 
 import re
 from collections import Counter
@@ -8,12 +10,46 @@ from dataclasses import dataclass
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.corpus.rows import ScanRow
 
-# AR-SSL4M goes from T1 to T1 after contrast agent, T2 and FLAIR; what it does not know follows by name.
-ORDER = ("T1w", "T1w-ce", "T2w", "FLAIR", "PDw", "T2starw", "SWI", "DWI", "ADC", "CT", "CT-ce", "PT")
+# AR-SSL4M goes from T1 to T1 after contrast agent, T2 and FLAIR; what it does not know follows by
+# name.
+ORDER = (
+    "T1w",
+    "T1w-ce",
+    "T2w",
+    "FLAIR",
+    "PDw",
+    "T2starw",
+    "SWI",
+    "DWI",
+    "ADC",
+    "CT",
+    "CT-ce",
+    "PT",
+)
 SAME_WORD = {
-    "t1": "T1w", "t1w": "T1w", "t1n": "T1w", "t1pre": "T1w", "t1post": "T1w-ce", "t1c": "T1w-ce", "t1ce": "T1w-ce", "t1gd": "T1w-ce",
-    "t1wce": "T1w-ce", "t2": "T2w", "t2w": "T2w", "flair": "FLAIR", "t2f": "FLAIR", "t2flair": "FLAIR", "pd": "PDw", "pdw": "PDw",
-    "adc": "ADC", "dwi": "DWI", "swi": "SWI", "ct": "CT", "ctce": "CT-ce", "pet": "PT", "pt": "PT",
+    "t1": "T1w",
+    "t1w": "T1w",
+    "t1n": "T1w",
+    "t1pre": "T1w",
+    "t1post": "T1w-ce",
+    "t1c": "T1w-ce",
+    "t1ce": "T1w-ce",
+    "t1gd": "T1w-ce",
+    "t1wce": "T1w-ce",
+    "t2": "T2w",
+    "t2w": "T2w",
+    "flair": "FLAIR",
+    "t2f": "FLAIR",
+    "t2flair": "FLAIR",
+    "pd": "PDw",
+    "pdw": "PDw",
+    "adc": "ADC",
+    "dwi": "DWI",
+    "swi": "SWI",
+    "ct": "CT",
+    "ctce": "CT-ce",
+    "pet": "PT",
+    "pt": "PT",
 }
 
 
@@ -35,7 +71,8 @@ class ContrastGroup:
 
 
 def contrast_word(row: ScanRow) -> str:
-    """One word for what a scan shows, the same for "T1post" of a dataset.json and "T1w-ce" of a DICOM series; "" if unknown.
+    """One word for what a scan shows, the same for "T1post" of a dataset.json and "T1w-ce" of a
+    DICOM series; "" if unknown.
 
     A channel that has only a number is a contrast of its dataset alone.
     """
@@ -51,9 +88,11 @@ def order_of(word: str) -> tuple[int, str]:
 
 
 def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
-    """All groups of at least two contrasts: channels of a case, and other scans of one subject and session in one dataset or folder.
+    """All groups of at least two contrasts: channels of a case, and other scans of one subject and
+    session in one dataset or folder.
 
-    Of two scans of one contrast the larger counts. Scans without a known contrast belong to no group.
+    Of two scans of one contrast the larger counts. Scans without a known contrast belong to no
+    group.
     """
     by_case: dict[tuple[str, ...], list[ScanRow]] = {}
     by_subject: dict[tuple[str, ...], list[ScanRow]] = {}
@@ -62,7 +101,9 @@ def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
             by_case.setdefault((row.dataset, row.case), []).append(row)
         elif row.subject:
             by_subject.setdefault((row.dataset, row.subject, row.session), []).append(row)
-    found = [_group(f"{dataset}/{case}", members, True) for (dataset, case), members in by_case.items()]
+    found = [
+        _group(f"{dataset}/{case}", members, True) for (dataset, case), members in by_case.items()
+    ]
     found += [_group(f"{key[0]}/{key[1]}", members, False) for key, members in by_subject.items()]
     return [group for group in found if len(group.rows) >= 2]
 

@@ -1,4 +1,6 @@
-"""Subjects under another name: a keyed hash that is the same on this machine and means nothing anywhere else."""
+"""Subjects under another name: a keyed hash that is the same on this machine and means nothing
+anywhere else.
+"""
 
 import hashlib
 import hmac
@@ -13,19 +15,25 @@ NUM_SALT_BYTES, NUM_HEX = 32, 16
 
 
 def salted(text: str, salt: str) -> str:
-    """16 hex digits that stand for ``text``: the head of HMAC-SHA256 under ``salt``; "" (unknown) stays "".
+    """16 hex digits that stand for ``text``: the head of HMAC-SHA256 under ``salt``; "" (unknown)
+    stays "".
 
-    Without the salt nobody can tell the text by hashing every name or number that it might be. Spaces around the text do
-    not count: DICOM pads its values with them. Among a million subjects two share their digits with a chance of 3e-8.
+    Without the salt nobody can tell the text by hashing every name or number that it might be.
+    Spaces around the text do
+    not count: DICOM pads its values with them. Among a million subjects two share their digits with
+        a chance of 3e-8.
     """
     stripped = text.strip().strip("\0").strip()
     if not stripped:
         return ""
-    return hmac.new(salt.encode(), stripped.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:NUM_HEX]
+    return hmac.new(
+        salt.encode(), stripped.encode("utf-8", "surrogateescape"), hashlib.sha256
+    ).hexdigest()[:NUM_HEX]
 
 
 def load_salt(folder: Path) -> str:
-    """The secret of the store in ``folder``: random, made once, readable by its owner only, equal for every process that asks.
+    """The secret of the store in ``folder``: random, made once, readable by its owner only, equal
+    for every process that asks.
 
     Raises:
         UsageError: it cannot be made, read, or is damaged.
@@ -34,23 +42,34 @@ def load_salt(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be made ({error.strerror}); set nnUNet_preprocessed to a folder that can be written") from error
+        raise UsageError(
+            f"{folder} cannot be made ({error.strerror}); set nnUNet_preprocessed to a folder that "
+            "can be written"
+        ) from error
     try:
         if not path.exists():
             _make(path)
         salt = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         why = (isinstance(error, OSError) and error.strerror) or "it is not text"
-        raise UsageError(f"{path} cannot be made or read ({why}); it belongs to the first user of this nnUNet_preprocessed: "
-                         "ask them, or set nnUNet_preprocessed to a folder of your own") from error
+        raise UsageError(
+            f"{path} cannot be made or read ({why}); it belongs to the first user of this "
+            "nnUNet_preprocessed: "
+            "ask them, or set nnUNet_preprocessed to a folder of your own"
+        ) from error
     if len(salt) != 2 * NUM_SALT_BYTES:
-        raise UsageError(f"{path} is damaged: {len(salt)} characters instead of {2 * NUM_SALT_BYTES}; put it back, or remove it "
-                         "(subjects then get new hashes)")
+        raise UsageError(
+            f"{path} is damaged: {len(salt)} characters instead of {2 * NUM_SALT_BYTES}; put it "
+            "back, or remove it "
+            "(subjects then get new hashes)"
+        )
     return salt
 
 
 def _make(path: Path) -> None:
-    """Write a fresh salt and link it to ``path``, which only the first of several processes can do; it is never seen half-written."""
+    """Write a fresh salt and link it to ``path``, which only the first of several processes can do;
+    it is never seen half-written.
+    """
     fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -69,6 +88,7 @@ def _claim(fresh: Path, path: Path) -> None:
     except FileExistsError:
         return
     except OSError:
-        # A file system without hard links: the rename is whole too, but the last of several processes wins, so look first.
+        # A file system without hard links: the rename is whole too, but the last of several
+        # processes wins, so look first.
         if not path.exists():
             fresh.replace(path)

@@ -1,4 +1,6 @@
-"""Examine every candidate: first all headers, then all voxels; one row per scan, exclusions and copies sorted out."""
+"""Examine every candidate: first all headers, then all voxels; one row per scan, exclusions and
+copies sorted out.
+"""
 
 import base64
 import logging
@@ -33,7 +35,8 @@ HEADERS_PER_CHUNK = 64
 EXCLUDED = "excluded"
 # Not kept in the journal: memory may be free, or the file readable, the next time.
 PASSING = ("huge", "unreadable")
-# Of these a header says all there is to say. With any other complaint the whole file is looked at, for the better reason.
+# Of these a header says all there is to say. With any other complaint the whole file is looked at,
+# for the better reason.
 SETTLED_BY_HEADER = ("4d", "not3d", "tiny", "huge", "rgb", "complex")
 OTHER_NAMES = {"PT": "PET", "MRI": "MR", "MRT": "MR"}
 TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free some memory"
@@ -41,7 +44,9 @@ TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free s
 
 @dataclass(frozen=True)
 class Index:
-    """All rows in candidate order, and Hounsfield values inside the body pooled over the usable CT scans (at most 1e6)."""
+    """All rows in candidate order, and Hounsfield values inside the body pooled over the usable CT
+    scans (at most 1e6).
+    """
 
     rows: tuple[ScanRow, ...]
     ct_samples_hu: Array
@@ -54,7 +59,9 @@ class Index:
 
 @dataclass(frozen=True)
 class Task:
-    """One scan to read. ``modality`` and ``rule`` are set where somebody said what it is; ``num_samples`` are wanted of a CT."""
+    """One scan to read. ``modality`` and ``rule`` are set where somebody said what it is;
+    ``num_samples`` are wanted of a CT.
+    """
 
     path: Path
     part: str
@@ -66,7 +73,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Header:
-    """What a scan's header says (z, y, x), or why it cannot be used; ``stamp`` tells whether the file changes later."""
+    """What a scan's header says (z, y, x), or why it cannot be used; ``stamp`` tells whether the
+    file changes later.
+    """
 
     stamp: str
     shape_vox: Size | None = None
@@ -76,21 +85,30 @@ class Header:
 
 
 def index_scans(
-    candidates: Sequence[Candidate], exclude: set[str], num_workers: int, modality_override: str | None = None, *,
-    salt: str = "", manifest: Manifest | None = None, journal: Path | None = None,
+    candidates: Sequence[Candidate],
+    exclude: set[str],
+    num_workers: int,
+    modality_override: str | None = None,
+    *,
+    salt: str = "",
+    manifest: Manifest | None = None,
+    journal: Path | None = None,
 ) -> Index:
-    """Read, check, identify and hash every candidate: headers first, then voxels, one scan in memory per worker.
+    """Read, check, identify and hash every candidate: headers first, then voxels, one scan in
+    memory per worker.
 
-    Excluded scans are read too: a copy of one under another name is recognised by content and excluded as well.
+    Excluded scans are read too: a copy of one under another name is recognised by content and
+        excluded as well.
 
     Args:
         exclude: paths of files or folders, scan ids, case ids, ``dataset/case``, or subjects.
         num_workers: processes; at most 1 works in this one.
-        modality_override: counts for every scan, whatever its file or dataset says, but not against the manifest.
+        modality_override: counts for every scan, whatever its file or dataset says, but not against
+            the manifest.
         salt: for the hashes of subjects and sessions; without one these are left out.
         manifest: what the user says of some scans.
-        journal: file in which to keep what was read, so that a killed call goes on; the caller removes it once the index
-            is written.
+        journal: file in which to keep what was read, so that a killed call goes on; the caller
+            removes it once the index is written.
 
     Raises:
         AutoregError: a worker process died.
@@ -100,13 +118,20 @@ def index_scans(
     everything = [*described, *others]
     warn_unmatched(exclude, everything)
     series = {series_of(c) for c in others} - {""}
-    rows = [first_row(c, excluded_because(c, exclude, series), salt, entries.get(c.id, Entry())) for c in everything]
+    rows = [
+        first_row(c, excluded_because(c, exclude, series), salt, entries.get(c.id, Entry()))
+        for c in everything
+    ]
     tasks = tasks_of(everything, entries, modality_override)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
     rows = settle_copies(rows, signatures)[: len(described)]
     warn_of_one_subject(rows)
-    kept = [drawn for number, drawn in samples.items() if number < len(rows) and rows[number].status == OK]
+    kept = [
+        drawn
+        for number, drawn in samples.items()
+        if number < len(rows) and rows[number].status == OK
+    ]
     return Index(tuple(rows), np.concatenate(kept) if kept else np.zeros(0, dtype=np.float32))
 
 
@@ -115,57 +140,108 @@ def warn_of_one_subject(rows: Sequence[ScanRow]) -> None:
     usable = [row for row in rows if row.status == OK]
     subjects, sessions = {row.subject for row in usable}, {row.session for row in usable}
     if len(subjects) == 1 and "" not in subjects and len(sessions) > 1:
-        log.warning("all %d scans name one patient in %d studies, so none can be held out to validate on; if they are of several "
-                    "patients, say whose each is with --manifest (columns path and subject)", len(usable), len(sessions))
+        log.warning(
+            "all %d scans name one patient in %d studies, so none can be held out to validate on; "
+            "if they are of several "
+            "patients, say whose each is with --manifest (columns path and subject)",
+            len(usable),
+            len(sessions),
+        )
 
 
-def tasks_of(candidates: Sequence[Candidate], entries: Mapping[str, Entry], modality_override: str | None) -> list[Task]:
-    """What is to be read of each candidate, and who said what modality it is: manifest, --modality, or the file itself."""
-    # A power of two, so that a file more or less leaves the number, and with it what the journal knows, as it was.
+def tasks_of(
+    candidates: Sequence[Candidate], entries: Mapping[str, Entry], modality_override: str | None
+) -> list[Task]:
+    """What is to be read of each candidate, and who said what modality it is: manifest, --modality,
+    or the file itself.
+    """
+    # A power of two, so that a file more or less leaves the number, and with it what the journal
+    # knows, as it was.
     share = MAX_SAMPLES >> max(0, len(candidates) - 1).bit_length()
     num_samples = max(MIN_SAMPLES_PER_SCAN, min(MAX_SAMPLES_PER_SCAN, share))
     tasks = []
     for candidate in candidates:
         named = entries.get(candidate.id, Entry()).modality
-        said = ((named, "--manifest"), (modality_override or "", "--modality"), (candidate.modality, "the file says so"))
-        modality, rule = next(((m.strip().upper(), rule) for m, rule in said if m.strip()), ("", ""))
+        said = (
+            (named, "--manifest"),
+            (modality_override or "", "--modality"),
+            (candidate.modality, "the file says so"),
+        )
+        modality, rule = next(
+            ((m.strip().upper(), rule) for m, rule in said if m.strip()), ("", "")
+        )
         modality = OTHER_NAMES.get(modality, modality)
-        tasks.append(Task(candidate.path, candidate.part, candidate.channel, modality, rule, num_samples))
+        tasks.append(
+            Task(candidate.path, candidate.part, candidate.channel, modality, rule, num_samples)
+        )
     return tasks
 
 
 def first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> ScanRow:
-    """All that is known of a candidate before it is read; from here on its subject and session are hashes."""
+    """All that is known of a candidate before it is read; from here on its subject and session are
+    hashes.
+    """
     subject, session = candidate.subject.strip(), candidate.session.strip()
-    status, reason = ("excluded", excluded) if excluded and not candidate.status else (candidate.status, candidate.reason)
+    status, reason = (
+        ("excluded", excluded)
+        if excluded and not candidate.status
+        else (candidate.status, candidate.reason)
+    )
     public_id = salted(candidate.id, salt) if salt else candidate.id
     return ScanRow(
-        public_id, candidate.dataset, candidate.case, candidate.channel, "", str(candidate.path), None, None, None, "", status,
-        reason, part=candidate.part, subject=salted(subject, salt) if salt else "",
+        public_id,
+        candidate.dataset,
+        candidate.case,
+        candidate.channel,
+        "",
+        str(candidate.path),
+        None,
+        None,
+        None,
+        "",
+        status,
+        reason,
+        part=candidate.part,
+        subject=salted(subject, salt) if salt else "",
         session=salted(f"{subject}\n{session}", salt) if salt and session else "",
-        contrast=candidate.contrast, label_class=entry.label_class, listed_in=candidate.listed_in, name=candidate.id)
+        contrast=candidate.contrast,
+        label_class=entry.label_class,
+        listed_in=candidate.listed_in,
+        name=candidate.id,
+    )
 
 
 def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -> list[str | None]:
-    """Put into ``rows`` what the headers say; returns stamps of the scans that are worth reading whole, None for the others.
+    """Put into ``rows`` what the headers say; returns stamps of the scans that are worth reading
+    whole, None for the others.
 
     Raises:
         AutoregError: a worker process died.
     """
     numbers = [n for n, row in enumerate(rows) if row.status in ("", EXCLUDED)]
     stamps: list[str | None] = [None] * len(rows)
-    found = parallel_map(header_of, [tasks[n] for n in numbers], num_workers, "reading headers", HEADERS_PER_CHUNK)
+    found = parallel_map(
+        header_of, [tasks[n] for n in numbers], num_workers, "reading headers", HEADERS_PER_CHUNK
+    )
     num_vox = 0
     for n, header in zip(numbers, found, strict=True):
         if header.status in SETTLED_BY_HEADER:
-            rows[n] = rows[n] if rows[n].status else replace(rows[n], status=header.status, reason=header.reason)
+            rows[n] = (
+                rows[n]
+                if rows[n].status
+                else replace(rows[n], status=header.status, reason=header.reason)
+            )
             continue
         stamps[n] = header.stamp
         if header.shape_vox is not None:
             rows[n] = replace(rows[n], shape_vox=header.shape_vox, spacing_mm=header.spacing_mm)
             num_vox += volume(header.shape_vox)
-    log.info("%d headers are read; next come %.2f billion voxels of %d scans", len(numbers), num_vox / 1e9,
-             len(stamps) - stamps.count(None))
+    log.info(
+        "%d headers are read; next come %.2f billion voxels of %d scans",
+        len(numbers),
+        num_vox / 1e9,
+        len(stamps) - stamps.count(None),
+    )
     return stamps
 
 
@@ -180,12 +256,22 @@ def header_of(task: Task) -> Header:
 
 
 def _read_voxels(
-    rows: list[ScanRow], tasks: Sequence[Task], stamps: Sequence[str | None], journal: Path | None, num_workers: int
+    rows: list[ScanRow],
+    tasks: Sequence[Task],
+    stamps: Sequence[str | None],
+    journal: Path | None,
+    num_workers: int,
 ) -> tuple[list[Signature | None], dict[int, Array]]:
-    """Put into ``rows`` what the voxels say; returns signatures, and Hounsfield samples by the number of the row."""
+    """Put into ``rows`` what the voxels say; returns signatures, and Hounsfield samples by the
+    number of the row.
+    """
     signatures: list[Signature | None] = [None] * len(rows)
     samples: dict[int, Array] = {}
-    keys = {n: journal_key(stamp, *_essence(tasks[n])) for n, stamp in enumerate(stamps) if stamp is not None}
+    keys = {
+        n: journal_key(stamp, *_essence(tasks[n]))
+        for n, stamp in enumerate(stamps)
+        if stamp is not None
+    }
     sizes = [volume(row.shape_vox or (0, 0, 0)) for row in rows]
     with Journal(journal) as kept:
         for n, facts in _all_facts(keys, tasks, sizes, kept, num_workers):
@@ -201,9 +287,14 @@ def _essence(task: Task) -> tuple[object, ...]:
 
 
 def _all_facts(
-    keys: Mapping[int, str], tasks: Sequence[Task], sizes: Sequence[int], journal: Journal, num_workers: int
+    keys: Mapping[int, str],
+    tasks: Sequence[Task],
+    sizes: Sequence[int],
+    journal: Journal,
+    num_workers: int,
 ) -> Iterator[tuple[int, Facts]]:
-    """Yield facts by the number of the row: those that the journal knows, then the others as they are read.
+    """Yield facts by the number of the row: those that the journal knows, then the others as they
+    are read.
 
     Args:
         sizes: voxels of every scan, by its header.
@@ -216,7 +307,11 @@ def _all_facts(
             unread.append(n)
     voxels = [sizes[n] for n in unread]
     found = parallel_map(
-        facts_of, [tasks[n] for n in unread], workers_for(num_workers, voxels), "checking scans", apart=is_large(voxels)
+        facts_of,
+        [tasks[n] for n in unread],
+        workers_for(num_workers, voxels),
+        "checking scans",
+        apart=is_large(voxels),
     )
     for n, facts in zip(unread, found, strict=True):
         if facts.status not in PASSING:
@@ -228,9 +323,16 @@ def _with_facts(row: ScanRow, facts: Facts) -> ScanRow:
     if facts.status:
         return row if row.status else replace(row, status=facts.status, reason=facts.reason)
     return replace(
-        row, modality=facts.modality, modality_rule=facts.modality_rule, shape_vox=facts.shape_vox, spacing_mm=facts.spacing_mm,
-        cropped_shape_vox=facts.cropped_shape_vox, content_hash=facts.content_hash, percentiles=facts.percentiles,
-        status=row.status or OK)
+        row,
+        modality=facts.modality,
+        modality_rule=facts.modality_rule,
+        shape_vox=facts.shape_vox,
+        spacing_mm=facts.spacing_mm,
+        cropped_shape_vox=facts.cropped_shape_vox,
+        content_hash=facts.content_hash,
+        percentiles=facts.percentiles,
+        status=row.status or OK,
+    )
 
 
 def facts_of(task: Task) -> Facts:
@@ -243,8 +345,18 @@ def facts_of(task: Task) -> Facts:
         drawn = sample_body(array_ZYX, task.num_samples, digest) if modality == "CT" else None
         points = signature(array_ZYX)
         return Facts(
-            "", "", modality, rule, as_size(array_ZYX.shape), scan.spacing_mm, cropped_shape(array_ZYX), digest,
-            tuple(float(f"{v:.6g}") for v in body_percentiles(array_ZYX, modality)), encoded(points, "<i2"), encoded(drawn, "<f4"))
+            "",
+            "",
+            modality,
+            rule,
+            as_size(array_ZYX.shape),
+            scan.spacing_mm,
+            cropped_shape(array_ZYX),
+            digest,
+            tuple(float(f"{v:.6g}") for v in body_percentiles(array_ZYX, modality)),
+            encoded(points, "<i2"),
+            encoded(drawn, "<f4"),
+        )
     except ScanError as error:
         return Facts(error.status, str(error))
     except MemoryError:
@@ -254,8 +366,12 @@ def facts_of(task: Task) -> Facts:
 def _modality(task: Task, array_ZYX: Array) -> tuple[str, str]:
     if not task.modality:
         return modality_of(task.channel, array_ZYX)
-    unusual = task.modality == "CT" and not task.rule.startswith("--") and float(array_ZYX.min()) >= 0
-    return task.modality, task.rule + (", though no value is negative: are these Hounsfield units?" if unusual else "")
+    unusual = (
+        task.modality == "CT" and not task.rule.startswith("--") and float(array_ZYX.min()) >= 0
+    )
+    return task.modality, task.rule + (
+        ", though no value is negative: are these Hounsfield units?" if unusual else ""
+    )
 
 
 def encoded(values: npt.NDArray[Any] | None, kind: str) -> str:

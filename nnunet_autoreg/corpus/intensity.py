@@ -16,7 +16,9 @@ NOT_MR = ("PET", "PT", "SPECT", "NM", "US", "XA", "CBCT", "DX", "CR", "OCT")
 
 
 def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
-    """(modality, rule used) of a scan, from its dataset's channel name or, where there is none, from its values."""
+    """(modality, rule used) of a scan, from its dataset's channel name or, where there is none,
+    from its values.
+    """
     name = channel.strip().upper()
     if not name:
         if looks_like_hounsfield(array_ZYX):
@@ -30,8 +32,9 @@ def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
 
 
 def looks_like_hounsfield(array_ZYX: Array) -> bool:
-    """Air well below -500, soft tissue around 0, and next to nothing below air (signed phase images have that; a constant
-    padding value below air is allowed for)."""
+    """Air well below -500, soft tissue around 0, and next to nothing below air (signed phase images
+    have that; a constant padding value below air is allowed for).
+    """
     values = array_ZYX[:: max(1, array_ZYX.shape[0] // 64), ::2, ::2]
     low = float(values.min())
     if low > -500 or float(values.max()) > 40000:
@@ -42,7 +45,8 @@ def looks_like_hounsfield(array_ZYX: Array) -> bool:
 
 
 def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
-    """The body in a CT scan: the largest connected part above -300 HU, with what it encloses within each axial slice.
+    """The body in a CT scan: the largest connected part above -300 HU, with what it encloses within
+    each axial slice.
 
     Filling brings lungs and bowel gas back in, which lie below -300 HU but inside the body.
     """
@@ -60,10 +64,11 @@ def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 
 
 def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
-    """The body in a scan without Hounsfield units: what lies more than 10 % of the way from the 2nd to the 98th percentile.
+    """The body in a scan without Hounsfield units: what lies more than 10 % of the way from the 2nd
+    to the 98th percentile.
 
-    The most frequent lowest value (skull-stripping, padding) counts as air before the percentiles are taken. A crop without
-    air loses its darkest voxels only.
+    The most frequent lowest value (skull-stripping, padding) counts as air before the percentiles
+    are taken. A crop without air loses its darkest voxels only.
 
     Source: the threshold with which BET starts (Smith 2002, Human Brain Mapping 17:143).
     """
@@ -75,7 +80,8 @@ def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 
 
 def body_percentiles(array_ZYX: Array, modality: str) -> tuple[float, ...]:
-    """The ``PERCENTILES`` of a scan's intensities inside the body, not in air; empty where no body is found.
+    """The ``PERCENTILES`` of a scan's intensities inside the body, not in air; empty where no body
+    is found.
 
     Volumes wider than 256 voxels are thinned first.
     """
@@ -94,9 +100,11 @@ def _thinned(array_ZYX: Array) -> Array:
 
 
 def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
-    """``num`` Hounsfield values drawn inside the body, with replacement so that every scan weighs the same.
+    """``num`` Hounsfield values drawn inside the body, with replacement so that every scan weighs
+    the same.
 
-    Volumes wider than 256 voxels are thinned first; the draw depends on the content alone. Empty without a body.
+    Volumes wider than 256 voxels are thinned first; the draw depends on the content alone. Empty
+    without a body.
     """
     thinned = _thinned(array_ZYX)
     inside = thinned[body_mask(thinned)]
@@ -113,6 +121,11 @@ def window_of(samples_hu: Array) -> IntensityWindow | None:
     values = samples_hu.astype(np.float64)
     low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
     return IntensityWindow(
-        mean=float(values.mean()), std=float(values.std()), median=float(median), min=float(values.min()),
-        max=float(values.max()), percentile_00_5=float(low), percentile_99_5=float(high),
+        mean=float(values.mean()),
+        std=float(values.std()),
+        median=float(median),
+        min=float(values.min()),
+        max=float(values.max()),
+        percentile_00_5=float(low),
+        percentile_99_5=float(high),
     )

@@ -1,4 +1,6 @@
-"""What was found out about each scan while indexing, kept as it comes, so that a killed indexing goes on where it stopped."""
+"""What was found out about each scan while indexing, kept as it comes, so that a killed indexing
+goes on where it stopped.
+"""
 
 import hashlib
 import json
@@ -25,7 +27,8 @@ class Facts:
         status, reason: as in ``ScanRow``; "" where the scan is good.
         shape_vox ... percentiles: as in ``ScanRow``.
         signature: base64 of ``content.signature``; "" without one.
-        samples: base64 of float32 Hounsfield values drawn inside the body; "" unless the scan is a CT.
+        samples: base64 of float32 Hounsfield values drawn inside the body; "" unless the scan is a
+            CT.
     """
 
     status: str = ""
@@ -44,7 +47,8 @@ class Facts:
 class Journal:
     """A hidden file of JSON lines ``[key, facts]``; without a path it remembers nothing.
 
-    A key stands for a file as it is now (path, part, size, time of change) and for all that the facts depend on besides.
+    A key stands for a file as it is now (path, part, size, time of change) and for all that the
+    facts depend on besides.
     """
 
     def __init__(self, path: Path | None):
@@ -59,7 +63,10 @@ class Journal:
             self._handle = self.path.open("a", encoding="utf-8")
             self._handle.truncate(whole)
             if self.known:
-                log.info("going on with an index that was cut short: %d scans were read before", len(self.known))
+                log.info(
+                    "going on with an index that was cut short: %d scans were read before",
+                    len(self.known),
+                )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,13 +74,18 @@ class Journal:
             self._handle.close()
 
     def _load(self, path: Path) -> int:
-        """Remember all whole lines; returns their length in bytes. A torn last line, and what follows a damaged one, is read again."""
+        """Remember all whole lines; returns their length in bytes.
+
+        A torn last line, and what follows a damaged one, is read again.
+        """
         whole = 0
         with path.open("rb") as handle:
             for line in handle:
                 try:
                     key, facts = json.loads(line)
-                    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+                    values: dict[str, Any] = {
+                        name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()
+                    }
                     self.known[str(key)] = Facts(**values)
                 except (ValueError, TypeError, AttributeError):
                     break
@@ -90,12 +102,20 @@ class Journal:
 
 
 def journal_key(stamp: str, *depends_on: Any) -> str:
-    """A key for facts about a file with this ``stamp``; "" (never found again) where there is none."""
-    return hashlib.sha256(json.dumps([VERSION, stamp, *depends_on]).encode()).hexdigest() if stamp else ""
+    """A key for facts about a file with this ``stamp``; "" (never found again) where there is
+    none.
+    """
+    return (
+        hashlib.sha256(json.dumps([VERSION, stamp, *depends_on]).encode()).hexdigest()
+        if stamp
+        else ""
+    )
 
 
 def stamp_of(path: Path, deep: bool = False) -> str:
-    """Size and time of change of a file, or of all files in a folder (``deep``: and below it); "" if it cannot be looked at."""
+    """Size and time of change of a file, or of all files in a folder (``deep``: and below it); ""
+    if it cannot be looked at.
+    """
     try:
         return _folder_stamp(str(path), deep) if path.is_dir() else _entry(path.stat())
     except OSError:
@@ -112,5 +132,7 @@ def _folder_stamp(folder: str, deep: bool) -> str:
     listed = []
     for where in sorted(folders):
         with os.scandir(where) as entries:
-            listed += sorted(f"{entry.path}/{_entry(entry.stat())}" for entry in entries if entry.is_file())
+            listed += sorted(
+                f"{entry.path}/{_entry(entry.stat())}" for entry in entries if entry.is_file()
+            )
     return hashlib.sha256("\n".join(listed).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,4 +1,6 @@
-"""The licence that a dataset states in its ``dataset.json``: optional, read once, and never a reason to stop."""
+"""The licence that a dataset states in its ``dataset.json``: optional, read once, and never a
+reason to stop.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +19,8 @@ MAX_LENGTH = 200
 
 
 def stated_licences(rows: Iterable[ScanRow]) -> dict[str, str]:
-    """Return dataset name -> licence for the usable scans of nnU-Net datasets; "" where none is stated.
+    """Return dataset name -> licence for the usable scans of nnU-Net datasets; "" where none is
+    stated.
 
     Plain folders state no licence: a ``dataset.json`` near them may be anything.
     """
@@ -44,7 +47,9 @@ def _stated(file: Path) -> str:
 def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
     """Write what the datasets of a run state into its folder, while its scans are indexed."""
     stated = stated_licences(rows)
-    write_json(folder / LICENCES_NAME, {public_dataset(name): text for name, text in stated.items()})
+    write_json(
+        folder / LICENCES_NAME, {public_dataset(name): text for name, text in stated.items()}
+    )
 
 
 def read_licences(folder: Path) -> dict[str, str]:

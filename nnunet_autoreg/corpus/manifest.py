@@ -1,4 +1,6 @@
-"""A table in which the user says what the files cannot: whose scan it is, from which session, its contrast and its class."""
+"""A table in which the user says what the files cannot: whose scan it is, from which session, its
+contrast and its class.
+"""
 
 import csv
 import io
@@ -43,7 +45,9 @@ class Manifest:
     missing: tuple[str, ...] = ()
 
     def entry_of(self, path: Path) -> tuple[str, Entry] | None:
-        """(key, entry) of the nearest path of the manifest: the scan's own, or a folder that it lies in."""
+        """(key, entry) of the nearest path of the manifest: the scan's own, or a folder that it
+        lies in.
+        """
         real = Path(os.path.realpath(path))
         key = next((str(p) for p in (real, *real.parents) if str(p) in self.entries), None)
         return None if key is None else (key, self.entries[key])
@@ -52,19 +56,26 @@ class Manifest:
 def read_manifest(file: Path) -> Manifest:
     """Read a CSV with a header line; separated by commas, semicolons or tabs.
 
-    Columns: ``path`` (of a file or folder; absolute, or relative to the manifest), and any of ``subject``, ``session``,
+    Columns: ``path`` (of a file or folder; absolute, or relative to the manifest), and any of
+        ``subject``, ``session``,
     ``contrast``, ``class``, ``modality``. An empty cell says nothing.
 
     Raises:
-        UsageError: it cannot be read, has an unknown column, no ``path``, a row that is too long, or a path twice.
+        UsageError: it cannot be read, has an unknown column, no ``path``, a row that is too long,
+            or a path twice.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--manifest {file} cannot be read ({error}); give a CSV file in UTF-8 with the columns {_listed()}") from error
+        raise UsageError(
+            f"--manifest {file} cannot be read ({error}); give a CSV file in UTF-8 with the "
+            f"columns {_listed()}"
+        ) from error
     delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="", strict=True)
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="", strict=True
+        )
         _check_columns(file, [(name or "").strip().lower() for name in reader.fieldnames or ()])
         rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in reader]
     except csv.Error as error:
@@ -75,11 +86,18 @@ def read_manifest(file: Path) -> Manifest:
 def _check_columns(file: Path, names: list[str]) -> None:
     for name in names:
         if name not in COLUMNS:
-            raise UsageError(f"--manifest {file}: unknown column '{name}'; {did_you_mean(name, COLUMNS)}")
+            raise UsageError(
+                f"--manifest {file}: unknown column '{name}'; {did_you_mean(name, COLUMNS)}"
+            )
         if names.count(name) > 1:
-            raise UsageError(f"--manifest {file}: the column '{name}' stands there twice; remove one")
+            raise UsageError(
+                f"--manifest {file}: the column '{name}' stands there twice; remove one"
+            )
     if "path" not in names:
-        raise UsageError(f"--manifest {file}: the column 'path' is missing; the first line names the columns, of {_listed()}")
+        raise UsageError(
+            f"--manifest {file}: the column 'path' is missing; the first line names the columns, "
+            f"of {_listed()}"
+        )
 
 
 def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
@@ -87,24 +105,42 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
     missing = []
     for number, row in enumerate(rows, 1):
         if row.get(""):
-            raise UsageError(f"--manifest {file}: row {number} has more cells than the first line has columns; quote cells that hold "
-                             "the separator")
+            raise UsageError(
+                f"--manifest {file}: row {number} has more cells than the first line has columns; "
+                "quote cells that hold "
+                "the separator"
+            )
         cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
         if not cells["path"]:
-            raise UsageError(f"--manifest {file}: row {number} has no path; fill it in, or remove the row")
+            raise UsageError(
+                f"--manifest {file}: row {number} has no path; fill it in, or remove the row"
+            )
         path = absolute(file.parent / cells["path"])
         if not path.exists():
             missing.append(cells["path"])
             continue
         real = os.path.realpath(path)
         if real in entries:
-            raise UsageError(f"--manifest {file}: row {number} names {cells['path']} a second time; keep one row for each path")
-        entries[real] = Entry(cells["subject"], cells["session"], cells["contrast"], cells["class"], cells["modality"].upper())
+            raise UsageError(
+                f"--manifest {file}: row {number} names {cells['path']} a second time; keep one "
+                "row for each path"
+            )
+        entries[real] = Entry(
+            cells["subject"],
+            cells["session"],
+            cells["contrast"],
+            cells["class"],
+            cells["modality"].upper(),
+        )
     return Manifest(file, entries, tuple(missing))
 
 
-def describe(candidates: Iterable[Candidate], manifest: Manifest | None) -> tuple[list[Candidate], dict[str, Entry]]:
-    """The candidates as the manifest describes them, which counts more than what was found; and the entries used, by candidate id."""
+def describe(
+    candidates: Iterable[Candidate], manifest: Manifest | None
+) -> tuple[list[Candidate], dict[str, Entry]]:
+    """The candidates as the manifest describes them, which counts more than what was found; and the
+    entries used, by candidate id.
+    """
     if manifest is None:
         return list(candidates), {}
     described, used, keys = [], {}, set()
@@ -118,29 +154,53 @@ def describe(candidates: Iterable[Candidate], manifest: Manifest | None) -> tupl
         key, entry = match
         keys.add(key)
         used[candidate.id] = entry
-        described.append(replace(
-            candidate, subject=entry.subject or candidate.subject, session=entry.session or candidate.session,
-            contrast=entry.contrast or candidate.contrast, modality=entry.modality or candidate.modality))
+        described.append(
+            replace(
+                candidate,
+                subject=entry.subject or candidate.subject,
+                session=entry.session or candidate.session,
+                contrast=entry.contrast or candidate.contrast,
+                modality=entry.modality or candidate.modality,
+            )
+        )
     _report(manifest, len(used), [key for key in manifest.entries if key not in keys])
     return described, used
 
 
 def _overrules(match: tuple[str, Entry], candidate: Candidate) -> bool:
-    """Return whether a row of the manifest makes a scan of derived images: it names their own folder, and a modality."""
+    """Return whether a row of the manifest makes a scan of derived images: it names their own
+    folder, and a modality.
+    """
     key, entry = match
     is_own = key == os.path.realpath(candidate.path)
-    return candidate.status == "derived" and bool(candidate.part) and is_own and bool(entry.modality)
+    return (
+        candidate.status == "derived" and bool(candidate.part) and is_own and bool(entry.modality)
+    )
 
 
 def _report(manifest: Manifest, num_used: int, unused: list[str]) -> None:
-    log.info("--manifest: %d scans are described by %d of %d rows", num_used, len(manifest.entries) - len(unused),
-             len(manifest.entries) + len(manifest.missing))
+    log.info(
+        "--manifest: %d scans are described by %d of %d rows",
+        num_used,
+        len(manifest.entries) - len(unused),
+        len(manifest.entries) + len(manifest.missing),
+    )
     if manifest.missing:
-        log.warning("--manifest: %d paths do not exist, the first is '%s'; they are relative to %s",
-                    len(manifest.missing), manifest.missing[0], manifest.file.parent, extra=NAMES_FILES)
+        log.warning(
+            "--manifest: %d paths do not exist, the first is '%s'; they are relative to %s",
+            len(manifest.missing),
+            manifest.missing[0],
+            manifest.file.parent,
+            extra=NAMES_FILES,
+        )
     if unused:
-        log.warning("--manifest: %d paths hold no scan of the inputs, the first is '%s'; name its folder with -i",
-                    len(unused), unused[0], extra=NAMES_FILES)
+        log.warning(
+            "--manifest: %d paths hold no scan of the inputs, the first is '%s'; name its folder "
+            "with -i",
+            len(unused),
+            unused[0],
+            extra=NAMES_FILES,
+        )
 
 
 def _listed() -> str:

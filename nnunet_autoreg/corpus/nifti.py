@@ -1,7 +1,9 @@
-"""What SimpleITK passes over in a NIfTI file: missing bytes, NaN, impossible voxel sizes, qform and sform at odds.
+"""What SimpleITK passes over in a NIfTI file: missing bytes, NaN, impossible voxel sizes, qform and
+sform at odds.
 
-ITK fills the missing end of a truncated NIfTI file with zeros, replaces NaN and infinity by 0 and a voxel size of zero by 1 mm,
-all without a word, so the header and the bytes are checked here. Source: the NIfTI-1 and NIfTI-2 header layouts.
+ITK fills the missing end of a truncated NIfTI file with zeros, replaces NaN and infinity by 0 and a
+voxel size of zero by 1 mm, all without a word, so the header and the bytes are checked here.
+Source: the NIfTI-1 and NIfTI-2 header layouts.
 """
 
 import gzip
@@ -21,12 +23,29 @@ GZIP_MAGIC = b"\x1f\x8b"
 COMPLEX_DATATYPES = (32, 1792, 2048)
 FLOAT_DATATYPES = {16: "f4", 64: "f8"}
 BITS_OF_DATATYPE = {
-    2: 8, 4: 16, 8: 32, 16: 32, 32: 64, 64: 64, 128: 24, 256: 8, 512: 16, 768: 32,
-    1024: 64, 1280: 64, 1536: 128, 1792: 128, 2048: 256, 2304: 32,
-}  # fmt: skip
-"""Bits of a voxel. Every reader goes by the datatype; the header's own bitpix repeats it, and some writers get it wrong."""
+    2: 8,
+    4: 16,
+    8: 32,
+    16: 32,
+    32: 64,
+    64: 64,
+    128: 24,
+    256: 8,
+    512: 16,
+    768: 32,
+    1024: 64,
+    1280: 64,
+    1536: 128,
+    1792: 128,
+    2048: 256,
+    2304: 32,
+}
+"""Bits of a voxel. Every reader goes by the datatype; the header's own bitpix repeats it, and some
+writers get it wrong.
+"""
 PIECE_BYTES = 1 << 22
-# From 3 on (Talairach, MNI, template) the sform is a registration, and may scale; the qform keeps the scanner's geometry.
+# From 3 on (Talairach, MNI, template) the sform is a registration, and may scale; the qform keeps
+# the scanner's geometry.
 REGISTERED_SFORM = 3
 MAX_SCALE_DISAGREEMENT = 0.02
 
@@ -36,7 +55,8 @@ class NiftiHeader:
     """The header fields that are checked.
 
     Attributes:
-        bits: of a voxel, by its datatype; the header's bitpix counts for datatypes that the standard does not know.
+        bits: of a voxel, by its datatype; the header's bitpix counts for datatypes that the
+            standard does not know.
         sform_scales: lengths of the affine's columns, in file units.
     """
 
@@ -55,13 +75,16 @@ def check_nifti(path: Path) -> None:
     """Check a NIfTI file's header and length.
 
     Raises:
-        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip), ``complex``, ``spacing``, ``direction``,
-            ``nonfinite``.
+        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip), ``complex``, ``spacing``,
+            ``direction``, ``nonfinite``.
     """
     with path.open("rb") as handle:
         compressed = handle.read(2) == GZIP_MAGIC
     if path.name.lower().endswith(".gz") and not compressed:
-        raise ScanError("unreadable", "the name ends in .gz but the content is not gzip; is it another kind of file?")
+        raise ScanError(
+            "unreadable",
+            "the name ends in .gz but the content is not gzip; is it another kind of file?",
+        )
     try:
         with _opened(path, compressed) as stream:
             head = _read_piece(stream, 540)
@@ -71,11 +94,18 @@ def check_nifti(path: Path) -> None:
         _check_length(header, num_bytes)
         if num_bad:
             total = math.prod(header.dims)
-            raise ScanError("nonfinite", f"{num_bad} of {total} voxels are NaN or infinite; repair or leave out the scan")
+            raise ScanError(
+                "nonfinite",
+                f"{num_bad} of {total} voxels are NaN or infinite; repair or leave out the scan",
+            )
     except EOFError as error:
-        raise ScanError("unreadable", "truncated: the gzip stream ends early; copy the file again") from error
+        raise ScanError(
+            "unreadable", "truncated: the gzip stream ends early; copy the file again"
+        ) from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ScanError("unreadable", f"damaged gzip stream ({error}); copy the file again") from error
+        raise ScanError(
+            "unreadable", f"damaged gzip stream ({error}); copy the file again"
+        ) from error
 
 
 def _opened(path: Path, compressed: bool) -> IO[bytes]:
@@ -91,7 +121,8 @@ def _read_piece(stream: IO[bytes], size: int) -> bytes:
     wanted = size
     while wanted > 0:
         try:
-            # read1 hands over what it has before it looks at what follows, so that nothing is lost to an error.
+            # read1 hands over what it has before it looks at what follows, so that nothing is lost
+            # to an error.
             piece = cast(BufferedReader, stream).read1(wanted)
         except gzip.BadGzipFile as error:
             # A wrong checksum has the same class, and stays an error.
@@ -106,7 +137,9 @@ def _read_piece(stream: IO[bytes], size: int) -> bytes:
 
 
 def _read_through(stream: IO[bytes], head: bytes, header: NiftiHeader) -> tuple[int, int]:
-    """(bytes in all, voxels that are NaN or infinite) of a stream whose first bytes, ``head``, were taken already."""
+    """(bytes in all, voxels that are NaN or infinite) of a stream whose first bytes, ``head``, were
+    taken already.
+    """
     num_bytes, num_bad, rest = len(head), 0, head
     to_skip = max(header.offset, 0)
     dtype = np.dtype(header.byte_order + FLOAT_DATATYPES.get(header.datatype, "u1"))
@@ -152,8 +185,12 @@ class _Layout:
     srow: tuple[str, int]
 
 
-NIFTI_1 = _Layout(("8h", 40), ("h", 70), ("h", 72), ("8f", 76), ("f", 108), ("2h", 252), ("12f", 280))
-NIFTI_2 = _Layout(("8q", 16), ("h", 12), ("h", 14), ("8d", 104), ("q", 168), ("2i", 344), ("12d", 400))
+NIFTI_1 = _Layout(
+    ("8h", 40), ("h", 70), ("h", 72), ("8f", 76), ("f", 108), ("2h", 252), ("12f", 280)
+)
+NIFTI_2 = _Layout(
+    ("8q", 16), ("h", 12), ("h", 14), ("8d", 104), ("q", 168), ("2i", 344), ("12d", 400)
+)
 
 
 def _parse(head: bytes, order: str, layout: _Layout) -> NiftiHeader:
@@ -169,9 +206,14 @@ def _parse(head: bytes, order: str, layout: _Layout) -> NiftiHeader:
     datatype = int(read(layout.datatype)[0])
     bits = BITS_OF_DATATYPE.get(datatype, int(read(layout.bits)[0]))
     return NiftiHeader(
-        byte_order=order, dims=tuple(sizes[:count]) if 1 <= count <= 7 else (),
-        datatype=datatype, bits=bits,
-        offset=int(start) if math.isfinite(start) else 0, pixdim=(x, y, z), qform_code=qform, sform_code=sform,
+        byte_order=order,
+        dims=tuple(sizes[:count]) if 1 <= count <= 7 else (),
+        datatype=datatype,
+        bits=bits,
+        offset=int(start) if math.isfinite(start) else 0,
+        pixdim=(x, y, z),
+        qform_code=qform,
+        sform_code=sform,
         sform_scales=(scales[0], scales[1], scales[2]),
     )
 
@@ -183,21 +225,30 @@ def _check_header(header: NiftiHeader) -> None:
         raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
     used = header.pixdim[: min(len(header.dims), 3)]
     if not all(math.isfinite(s) and s > 0 for s in used):
-        raise ScanError("spacing", f"voxel size {_listed(used)} in the header (x, y, z); it must be positive: correct pixdim")
+        raise ScanError(
+            "spacing",
+            f"voxel size {_listed(used)} in the header (x, y, z); it must be positive: correct "
+            "pixdim",
+        )
     registered = header.sform_code >= REGISTERED_SFORM and header.qform_code > 0
     if header.sform_code < 1 or registered or len(header.dims) < 3:
         return
     worst = max(abs(s / p - 1) for s, p in zip(header.sform_scales, header.pixdim, strict=True))
     if not worst <= MAX_SCALE_DISAGREEMENT:
         raise ScanError(
-            "direction", f"pixdim/qform and sform disagree: voxel sizes {_listed(header.pixdim)} mm against "
-            f"{_listed(header.sform_scales)} mm (x, y, z); correct the header")
+            "direction",
+            f"pixdim/qform and sform disagree: voxel sizes {_listed(header.pixdim)} mm against "
+            f"{_listed(header.sform_scales)} mm (x, y, z); correct the header",
+        )
 
 
 def _check_length(header: NiftiHeader, num_bytes: int) -> None:
     expected = max(header.offset, 0) + math.prod(header.dims) * header.bits // 8
     if num_bytes < expected:
-        raise ScanError("unreadable", f"truncated: {num_bytes} of {expected} bytes are there; copy the file again")
+        raise ScanError(
+            "unreadable",
+            f"truncated: {num_bytes} of {expected} bytes are there; copy the file again",
+        )
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -1,4 +1,6 @@
-"""One orientation for all scans: array axes (z, y, x) run towards superior, anterior, right (RAS, as most NIfTI files are stored)."""
+"""One orientation for all scans: array axes (z, y, x) run towards superior, anterior, right (RAS,
+as most NIfTI files are stored).
+"""
 
 from itertools import permutations
 from typing import Any
@@ -30,7 +32,9 @@ def turn_of(direction: npt.NDArray[Any]) -> Turn:
         score = sum(abs(float(direction[world, order[world]])) for world in range(3))
         if score > best + CLEARLY:
             best, chosen = score, (order[0], order[1], order[2])
-    reverse = [float(direction[world, chosen[world]]) * TOWARDS_LPS[world] < 0 for world in range(3)]
+    reverse = [
+        float(direction[world, chosen[world]]) * TOWARDS_LPS[world] < 0 for world in range(3)
+    ]
     x, y, z = (2 - axis for axis in chosen)
     return (z, y, x), (reverse[2], reverse[1], reverse[0])
 

@@ -1,4 +1,6 @@
-"""A map over worker processes that keeps order, shows progress, ends at once and speaks plainly when a worker dies."""
+"""A map over worker processes that keeps order, shows progress, ends at once and speaks plainly
+when a worker dies.
+"""
 
 import logging
 import multiprocessing
@@ -31,7 +33,8 @@ log = logging.getLogger(__name__)
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-# Chunks given to each worker ahead of the results: enough to bridge one slow scan, few enough to stay small in memory.
+# Chunks given to each worker ahead of the results: enough to bridge one slow scan, few enough to
+# stay small in memory.
 CHUNKS_AHEAD = 8
 
 TIDY_WITHIN_S = 1.0
@@ -39,17 +42,24 @@ TIDY_WITHIN_S = 1.0
 
 
 BYTES_PER_VOXEL = 36
-"""What checking or preprocessing a scan takes at its peak: 7.5 GB were measured for 600 x 600 x 600 voxels."""
+"""What checking or preprocessing a scan takes at its peak:
+
+7.5 GB were measured for 600 x 600 x 600 voxels.
+"""
 
 SHARE_OF_MEMORY = 0.8
 """Of the free memory, that workers may take together."""
 
 LARGE_VOXELS = 32_000_000
-"""A scan of this size occupies a process for seconds, in which it may hear no signal: it is left to a worker, which can be killed."""
+"""A scan of this size occupies a process for seconds, in which it may hear no signal: it is left to
+a worker, which can be killed.
+"""
 
 
 class _EndedError(SystemExit):
-    """Raised in a worker where it is to end, so that what it was writing is tidied up. multiprocessing prints nothing about it."""
+    """Raised in a worker where it is to end, so that what it was writing is tidied up.
+    multiprocessing prints nothing about it.
+    """
 
 
 def end_with_parent() -> None:
@@ -65,7 +75,9 @@ def end_with_parent() -> None:
 
 
 def begin_worker() -> None:
-    """Prepare a process of a pool: it ends with its parent, and leaves Ctrl-C, which reaches the whole group, to its parent."""
+    """Prepare a process of a pool: it ends with its parent, and leaves Ctrl-C, which reaches the
+    whole group, to its parent.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _EndedError
@@ -79,7 +91,9 @@ def begin_worker() -> None:
 
 @contextmanager
 def _interruption_held_back() -> Iterator[None]:
-    """Around the start of processes, which begin with SIGINT blocked, since one that is interrupted at its start prints a traceback."""
+    """Around the start of processes, which begin with SIGINT blocked, since one that is interrupted
+    at its start prints a traceback.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -91,17 +105,24 @@ def _interruption_held_back() -> Iterator[None]:
 
 
 def parallel_map(
-    function: Callable[[In], Out], items: Sequence[In], num_workers: int, title: str, chunk: int = 1, apart: bool = False
+    function: Callable[[In], Out],
+    items: Sequence[In],
+    num_workers: int,
+    title: str,
+    chunk: int = 1,
+    apart: bool = False,
 ) -> Iterator[Out]:
     """Yield ``function(item)`` in order, from this process (at most 1 worker) or from spawned ones.
 
-    ``function`` and the items must be picklable. Items are handed out a few chunks ahead of the results, so that memory does
-    not grow with their number. The progress bar goes to stderr, on terminals only. Where the results are not wanted any more, after an
-    interruption for instance, the workers are ended in the middle of their work.
+    ``function`` and the items must be picklable. Items are handed out a few chunks ahead of the
+    results, so that memory does not grow with their number. The progress bar goes to stderr, on
+    terminals only. Where the results are not wanted any more, after an interruption for instance,
+    the workers are ended in the middle of their work.
 
     Args:
         chunk: items per hand-over; more than 1 where an item takes less than some milliseconds.
-        apart: use a worker even where it is the only one, so that the work can be ended at any moment.
+        apart: use a worker even where it is the only one, so that the work can be ended at any
+            moment.
 
     Raises:
         AutoregError: a worker process died.
@@ -118,7 +139,9 @@ def parallel_map(
         others = set(multiprocessing.active_children())
         num_workers = max(1, min(num_workers, -(-len(items) // chunk)))
         pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=begin_worker)
-        results = _in_order(pool, partial(_apply, function), _chunks(items, chunk), CHUNKS_AHEAD * num_workers)
+        results = _in_order(
+            pool, partial(_apply, function), _chunks(items, chunk), CHUNKS_AHEAD * num_workers
+        )
         num_done = 0
         try:
             for result in _counted(bar(results), doing, len(items)):
@@ -127,11 +150,15 @@ def parallel_map(
         except BrokenProcessPool as error:
             raise_if_stopped()
             raise AutoregError(
-                f"{title}: a worker process died after {num_done} of {len(items)} scans, most likely for want of memory; free some and run "
-                "the same line again") from error
+                f"{title}: a worker process died after {num_done} of {len(items)} scans, most "
+                "likely for want of memory; free some and run "
+                "the same line again"
+            ) from error
         finally:
             if num_done < len(items):
-                _end([worker for worker in multiprocessing.active_children() if worker not in others])
+                _end(
+                    [worker for worker in multiprocessing.active_children() if worker not in others]
+                )
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -154,7 +181,8 @@ def _end(workers: Sequence[BaseProcess]) -> None:
 
 
 def workers_for(num_workers: int, voxels: Sequence[int]) -> int:
-    """Return how many of at most ``num_workers`` processes have room in the free memory, at least 1.
+    """Return how many of at most ``num_workers`` processes have room in the free memory, at least
+    1.
 
     Args:
         voxels: size of every scan; the largest ones may come at the same time.
@@ -171,8 +199,14 @@ def workers_for(num_workers: int, voxels: Sequence[int]) -> int:
         fitting += 1
 
     if fitting < min(num_workers, len(voxels)):
-        log.info("%d scans at a time instead of %d: the largest takes about %.1f GiB of memory, and %.1f GiB are free",
-                 max(1, fitting), num_workers, max(voxels) * BYTES_PER_VOXEL / 2**30, free / 2**30)
+        log.info(
+            "%d scans at a time instead of %d: the largest takes about %.1f GiB of memory, and "
+            "%.1f GiB are free",
+            max(1, fitting),
+            num_workers,
+            max(voxels) * BYTES_PER_VOXEL / 2**30,
+            free / 2**30,
+        )
         return max(1, fitting)
     return num_workers
 
@@ -183,7 +217,9 @@ def is_large(voxels: Sequence[int]) -> bool:
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that new processes can have, within the limits of a container; 0 where the system does not say."""
+    """Return the memory that new processes can have, within the limits of a container; 0 where the
+    system does not say.
+    """
     found = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -211,7 +247,10 @@ def _chunks(items: Iterable[In], size: int) -> Iterator[list[In]]:
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, function: Callable[[list[In]], list[Out]], chunks: Iterator[list[In]], ahead: int
+    pool: ProcessPoolExecutor,
+    function: Callable[[list[In]], list[Out]],
+    chunks: Iterator[list[In]],
+    ahead: int,
 ) -> Iterator[Out]:
     waiting: deque[Future[list[Out]]] = deque()
     with _interruption_held_back():

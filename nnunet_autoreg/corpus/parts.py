@@ -1,4 +1,6 @@
-"""Which scan inside a file, folder or archive: the text of ``Candidate.part``, taken apart and put together."""
+"""Which scan inside a file, folder or archive: the text of ``Candidate.part``, taken apart and put
+together.
+"""
 
 from dataclasses import dataclass, fields
 from urllib.parse import quote, unquote
@@ -41,6 +43,9 @@ def parse_part(text: str) -> Part:
     for item in filter(None, text.split(";")):
         name, _, value = item.partition("=")
         if name not in known or (name in ("stack", "t") and not value.isdecimal()):
-            raise ScanError("unreadable", f"'{name}' names no part of a file; remove scans.csv to have it written anew")
+            raise ScanError(
+                "unreadable",
+                f"'{name}' names no part of a file; remove scans.csv to have it written anew",
+            )
         values[name] = unquote(value)
     return Part(**values)

@@ -1,6 +1,8 @@
-"""A scan's size from the first kilobytes of its file, ten times as fast as SimpleITK, where nothing about it is unusual.
+"""A scan's size from the first kilobytes of its file, ten times as fast as SimpleITK, where nothing
+about it is unusual.
 
-This serves the index's first pass over many thousand files. It judges nothing: whatever is not plain gets None, and a full look.
+This serves the index's first pass over many thousand files. It judges nothing: whatever is not
+plain gets None, and a full look.
 """
 
 import gzip
@@ -21,7 +23,9 @@ META_LINE = re.compile(rb"^(\w+) *= *(.*?)\r?$", re.MULTILINE)
 
 
 def peek(path: Path, part: str = "") -> ScanHeader | None:
-    """Size and spacing (z, y, x) along the file's own axes of a plain NIfTI or MetaImage file; None for anything else."""
+    """Size and spacing (z, y, x) along the file's own axes of a plain NIfTI or MetaImage file; None
+    for anything else.
+    """
     name = path.name.lower()
     if part or not name.endswith((".nii", ".nii.gz", ".mha", ".mhd")):
         return None
@@ -48,14 +52,25 @@ def _head(path: Path) -> bytes:
 def _nifti(head: bytes) -> tuple[list[int], Sequence[float]]:
     header = parse_header(head)
     version_1 = struct.unpack_from(header.byte_order + "i", head)[0] == 348
-    unit = (head[123] if version_1 else struct.unpack_from(header.byte_order + "i", head, 500)[0]) & 7
-    if header.datatype not in SCALAR_DATATYPES or unit not in (UNKNOWN_UNIT, MILLIMETRES) or any(d != 1 for d in header.dims[3:]):
+    unit = (
+        head[123] if version_1 else struct.unpack_from(header.byte_order + "i", head, 500)[0]
+    ) & 7
+    if (
+        header.datatype not in SCALAR_DATATYPES
+        or unit not in (UNKNOWN_UNIT, MILLIMETRES)
+        or any(d != 1 for d in header.dims[3:])
+    ):
         raise ValueError("not plain")
     return list(header.dims[:3]), header.pixdim
 
 
 def _meta(head: bytes) -> tuple[list[int], Sequence[float]]:
-    fields = {key.decode(): value.decode("ascii") for key, value in META_LINE.findall(head.partition(b"ElementDataFile")[0])}
+    fields = {
+        key.decode(): value.decode("ascii")
+        for key, value in META_LINE.findall(head.partition(b"ElementDataFile")[0])
+    }
     if int(fields.get("ElementNumberOfChannels", "1")) != 1:
         raise ValueError("not plain")
-    return [int(v) for v in fields["DimSize"].split()], [float(v) for v in fields["ElementSpacing"].split()]
+    return [int(v) for v in fields["DimSize"].split()], [
+        float(v) for v in fields["ElementSpacing"].split()
+    ]

@@ -1,5 +1,6 @@
-"""Where structures lie: from label maps beside the scans, from boxes in a CSV, from classes in a manifest. Positions only - no label
-ever reaches training."""
+"""Where structures lie: from label maps beside the scans, from boxes in a CSV, from classes in a
+manifest. Positions only - no label ever reaches training.
+"""
 
 import csv
 import logging
@@ -28,10 +29,20 @@ log = logging.getLogger(__name__)
 Point = tuple[float, float, float]
 
 MAX_PARTS = 16
-"""Separate parts of a structure in one scan (lesions, left and right) that count, the largest first."""
+"""Separate parts of a structure in one scan (lesions, left and right) that count, the largest
+first.
+"""
 MIN_PART_VOX = 8
 BOX_COLUMNS = ("scan", "class", "zmin", "ymin", "xmin", "zmax", "ymax", "xmax")
-SAME_COLUMN = {"series": "scan", "id": "scan", "path": "scan", "case": "scan", "label": "class", "z_index": "z", "z": "z"}
+SAME_COLUMN = {
+    "series": "scan",
+    "id": "scan",
+    "path": "scan",
+    "case": "scan",
+    "label": "class",
+    "z_index": "z",
+    "z": "z",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class KnownPlace:
     Attributes:
         scan: id of its row.
         subject: tells patients apart.
-        structure: name, with dataset and channel where labels of different datasets need not mean the same.
+        structure: name, with dataset and channel where labels of different datasets need not mean
+            the same.
         centre: as a share of the scan's cropped and transposed box, (z, y, x), each 0..1.
     """
 
@@ -89,7 +101,8 @@ def dataset_of(row: ScanRow) -> Path:
 
 
 def label_names(dataset: Path) -> dict[int, str]:
-    """Return the values of a dataset's labels and their names, without background and ignored label.
+    """Return the values of a dataset's labels and their names, without background and ignored
+    label.
 
     Values of regions have the name of the smallest region; several values may share one.
 
@@ -112,44 +125,65 @@ def values_of_structures(dataset: Path) -> dict[str, list[int]]:
 
 
 def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPlace]:
-    """The centre of every structure that a label map shows; of one in several parts, the centre of each.
+    """The centre of every structure that a label map shows; of one in several parts, the centre of
+    each.
 
-    A label map that cannot be used is logged and left out; its scan still takes part in other sequences.
+    A label map that cannot be used is logged and left out; its scan still takes part in other
+    sequences.
     """
     tasks = [row for row in rows if label_map_of(row) is not None]
     found: list[KnownPlace] = []
-    for row, (places, problem) in zip(tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True):
+    for row, (places, problem) in zip(
+        tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True
+    ):
         found += places
         if problem:
-            log.warning("positions: the label map of %s is left out: %s", row.id, problem, extra=NAMES_FILES)
+            log.warning(
+                "positions: the label map of %s is left out: %s", row.id, problem, extra=NAMES_FILES
+            )
     return found
 
 
 def _labelled(row: ScanRow) -> tuple[list[KnownPlace], str]:
     path = label_map_of(row)
-    assert path is not None and row.shape_vox is not None and row.spacing_mm is not None, "only labelled, usable rows come here"
+    assert path is not None and row.shape_vox is not None and row.spacing_mm is not None, (
+        "only labelled, usable rows come here"
+    )
     try:
         labels_ZYX, grid = read_label_map(path)
         if grid.shape_vox != row.shape_vox:
             return [], f"{path} has {grid.shape_vox} voxels, its scan {row.shape_vox}"
         structures = values_of_structures(dataset_of(row))
-        centres = {name: part_centres(np.isin(labels_ZYX, values)) for name, values in structures.items()}
+        centres = {
+            name: part_centres(np.isin(labels_ZYX, values)) for name, values in structures.items()
+        }
         low, high = nonzero_box(row)
     except (ScanError, UsageError) as error:
         return [], str(error)
     place = partial(_share, row, low, high)
     channel = f", {row.channel}" if row.channel else ""
-    return [KnownPlace(row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", place(c))
-            for name, points in centres.items() for c in points], ""
+    return [
+        KnownPlace(
+            row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", place(c)
+        )
+        for name, points in centres.items()
+        for c in points
+    ], ""
 
 
 def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
-    """Centres of a structure's connected parts in voxels, the largest first, each moved onto the part itself."""
+    """Centres of a structure's connected parts in voxels, the largest first, each moved onto the
+    part itself.
+    """
     from scipy import ndimage
 
     numbered, num_parts = ndimage.label(mask_ZYX, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(numbered.ravel(), minlength=num_parts + 1)[1:]
-    order = [int(i) + 1 for i in np.argsort(-sizes, kind="stable")[:MAX_PARTS] if sizes[i] >= min(MIN_PART_VOX, sizes.max())]
+    order = [
+        int(i) + 1
+        for i in np.argsort(-sizes, kind="stable")[:MAX_PARTS]
+        if sizes[i] >= min(MIN_PART_VOX, sizes.max())
+    ]
     boxes = ndimage.find_objects(numbered)
     centres = []
     for number in order:
@@ -170,7 +204,10 @@ def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int
     if row.cropped_shape_vox == row.shape_vox:
         return (0, 0, 0), row.shape_vox
     nonzero = load_scan(Path(row.source), row.part).array_CZYX[0] != 0
-    hits = [np.flatnonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    hits = [
+        np.flatnonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis)))
+        for axis in range(3)
+    ]
     z, y, x = ((int(h[0]), int(h[-1]) + 1) for h in hits)
     return (z[0], y[0], x[0]), (z[1], y[1], x[1])
 
@@ -184,12 +221,18 @@ def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequenc
 
 def places_of_classes(rows: Iterable[ScanRow]) -> list[KnownPlace]:
     """The middle of every scan to which the manifest gives a class."""
-    return [KnownPlace(row.id, subject_of(row), row.label_class, (0.5, 0.5, 0.5)) for row in rows if row.label_class]
+    return [
+        KnownPlace(row.id, subject_of(row), row.label_class, (0.5, 0.5, 0.5))
+        for row in rows
+        if row.label_class
+    ]
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box in a scan: voxels from ``low`` to ``high``, both included, (z, y, x) in the file's own axes."""
+    """A box in a scan: voxels from ``low`` to ``high``, both included, (z, y, x) in the file's own
+    axes.
+    """
 
     scan: str
     structure: str
@@ -198,9 +241,11 @@ class Box:
 
 
 def read_boxes(path: Path) -> list[Box]:
-    """Boxes from a CSV with the columns scan, class, zmin, ymin, xmin, zmax, ymax, xmax (voxels, counted from 0).
+    """Boxes from a CSV with the columns scan, class, zmin, ymin, xmin, zmax, ymax, xmax (voxels,
+    counted from 0).
 
-    With one column z_index in place of zmin and zmax, each line is one slice, and lines of one scan and class make one box.
+    With one column z_index in place of zmin and zmax, each line is one slice, and lines of one scan
+    and class make one box.
 
     Raises:
         UsageError: it cannot be read, a column is missing or a number is none.
@@ -208,11 +253,17 @@ def read_boxes(path: Path) -> list[Box]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle)
-            names = {name: SAME_COLUMN.get(name.strip().lower(), name.strip().lower()) for name in reader.fieldnames or ()}
+            names = {
+                name: SAME_COLUMN.get(name.strip().lower(), name.strip().lower())
+                for name in reader.fieldnames or ()
+            }
             _check_box_columns(path, set(names.values()))
             lines = [{names[k]: v for k, v in line.items() if k in names} for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"--boxes {path} cannot be read ({error}); give a CSV with the columns {', '.join(BOX_COLUMNS)}") from error
+        raise UsageError(
+            f"--boxes {path} cannot be read ({error}); give a CSV with the columns "
+            f"{', '.join(BOX_COLUMNS)}"
+        ) from error
     merged: dict[tuple[str, str, int], list[Box]] = {}
     for number, line in enumerate(lines):
         box = _box(path, number + 2, line)
@@ -224,7 +275,10 @@ def _check_box_columns(path: Path, names: set[str]) -> None:
     wanted = [c for c in BOX_COLUMNS if not ("z" in names and c in ("zmin", "zmax"))]
     missing = [column for column in wanted if column not in names]
     if missing:
-        raise UsageError(f"--boxes {path} has no column '{missing[0]}' ({did_you_mean(missing[0], names)}); needed are {', '.join(wanted)}")
+        raise UsageError(
+            f"--boxes {path} has no column '{missing[0]}' ({did_you_mean(missing[0], names)}); "
+            f"needed are {', '.join(wanted)}"
+        )
 
 
 def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
@@ -233,9 +287,14 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
         low = (float(first), float(line["ymin"]), float(line["xmin"]))
         high = (float(last), float(line["ymax"]), float(line["xmax"]))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--boxes {path}, line {number}: {error}; give numbers of voxels") from error
+        raise UsageError(
+            f"--boxes {path}, line {number}: {error}; give numbers of voxels"
+        ) from error
     if any(a > b for a, b in zip(low, high, strict=True)):
-        raise UsageError(f"--boxes {path}, line {number}: the box ends before it begins ({low} to {high}, z y x); mend it")
+        raise UsageError(
+            f"--boxes {path}, line {number}: the box ends before it begins ({low} to {high}, z y "
+            "x); mend it"
+        )
     return Box(str(line["scan"]), str(line["class"]), low, high)
 
 
@@ -245,7 +304,10 @@ def _around(boxes: Sequence[Box]) -> Box:
 
 
 def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[KnownPlace]:
-    """The middle of every box whose scan is among the rows: by id, case, file or folder name. Boxes of no scan are counted and logged."""
+    """The middle of every box whose scan is among the rows: by id, case, file or folder name.
+
+    Boxes of no scan are counted and logged.
+    """
     by_name: dict[str, list[ScanRow]] = {}
     for row in rows:
         for name in _names(row):
@@ -261,8 +323,13 @@ def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[Known
             place = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
             found.append(KnownPlace(row.id, subject_of(row), structure, place))
     if unmatched:
-        log.warning("--boxes: %d of %d boxes are of no scan here, the first is of '%s'", len(unmatched), len(boxes), unmatched[0],
-                    extra=NAMES_FILES)
+        log.warning(
+            "--boxes: %d of %d boxes are of no scan here, the first is of '%s'",
+            len(unmatched),
+            len(boxes),
+            unmatched[0],
+            extra=NAMES_FILES,
+        )
     return found
 
 
@@ -270,4 +337,6 @@ def _names(row: ScanRow) -> set[str]:
     path = Path(row.source)
     # A UID is full of dots, so only an ending that is one is taken off.
     stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)
-    return {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem} - {""}
+    return {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem} - {
+        ""
+    }

@@ -1,7 +1,11 @@
-"""What may name a patient, and the one file that holds it: ``paths_do_not_share.csv`` in a run's folder.
+"""What may name a patient, and the one file that holds it:
 
-The rule for every other output - the plan, ``scans.csv``, checkpoints, the card of the weights, logs, the
-report, pictures, metrics: no patient's name, birth date, UID, and no name of a folder or file of the inputs.
+``paths_do_not_share.csv`` in a run's folder.
+
+The rule for every other output - the plan, ``scans.csv``, checkpoints, the card of the weights,
+logs, the
+report, pictures, metrics: no patient's name, birth date, UID, and no name of a folder or file of
+    the inputs.
 Scans are called by a salted hash there, datasets by their number, inputs by what they are.
 """
 
@@ -24,21 +28,25 @@ HIDDEN = "hidden:"
 HIDDEN_NAME = "[name]"
 NUMBERED_DATASET = re.compile(r"(Dataset\d{3,}|folder-[0-9a-f]{3})(?:_\S+)?")
 NAMES_FILES = {"names_files": True}
-"""Given as ``extra`` to a log call whose line names files: it is shown on the terminal and kept out of log files."""
+"""Given as ``extra`` to a log call whose line names files: it is shown on the terminal and kept out
+of log files.
+"""
 CHANNEL_WORDS = frozenset(
     """
     adc angio arterial art asl attn axial b b0 b1000 blood bold c cbct cbf cbv ce contrast cor
     coronal ct cta ctp dce delayed diffusion dixon dsc dti dwi ep2d fat fd fdg fdgpet flair fmri fs
     g gad gd hbv hr in inphase inv inversion km late magnitude map mip mra mprage mr mri mrt native
-    noncontrast nonct nonorm no none norm normalization opp opphase out pd pdw perfusion pet phase portal post
-    pre psma pt pwi r rescale rgb rgb_to_0_1 s sag sagittal space spgr spect stir suv sub
+    noncontrast nonct nonorm no none norm normalization opp opphase out pd pdw perfusion pet phase portal
+    post pre psma pt pwi r rescale rgb rgb_to_0_1 s sag sagittal space spgr spect stir suv sub
     subtraction swi t t1 t1c t1ce t1gd t1n t1w t2 t2f t2star t2starw t2w tof tra transverse us uspio
     venous vibe w water xray zscore to mtr fa md petct tirm subtracted dynamic early image channel
     modality scan highres lowres
     """.split()  # noqa: SIM905
 )
 """Words that channels are called by; none of them is a name."""
-_LONG_WORDS = "|".join(sorted((word for word in CHANNEL_WORDS if len(word) > 1), key=len, reverse=True))
+_LONG_WORDS = "|".join(
+    sorted((word for word in CHANNEL_WORDS if len(word) > 1), key=len, reverse=True)
+)
 KNOWN_WORD = re.compile(rf"(?:{_LONG_WORDS})+\d{{0,4}}|[a-z]?\d{{0,4}}")
 """Several words in one, as in T1post, a word with a short number, or a single letter."""
 
@@ -51,24 +59,32 @@ def is_harmless_word(name: str) -> bool:
 
 
 def public_channel(name: str, number: int) -> str:
-    """Return a channel's name where it is made of words of imaging, else its number in the dataset."""
+    """Return a channel's name where it is made of words of imaging, else its number in the
+    dataset.
+    """
     return name if is_harmless_word(name) else str(number)
 
 
 def public_dataset(name: str) -> str:
-    """Return what a dataset is called in outputs: nnU-Net's number, or three digits that tell folders apart."""
+    """Return what a dataset is called in outputs: nnU-Net's number, or three digits that tell
+    folders apart.
+    """
     numbered = NUMBERED_DATASET.fullmatch(name)
     if numbered:
         return numbered[1]
     # So few digits that nobody can learn the name by hashing all names there are.
-    return f"folder-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:3]}" if name else ""
+    return (
+        f"folder-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:3]}"
+        if name
+        else ""
+    )
 
 
 def without_names(text: str, names: Iterable[str]) -> str:
     """Return a message without the names and paths of the scan that it is about.
 
-    A path is replaced wherever it stands, a single word only between quotes: a folder may be called as an
-    ordinary word is.
+    A path is replaced wherever it stands, a single word only between quotes: a folder may be called
+    as an ordinary word is.
     """
     for name in sorted({name for name in names if name}, key=len, reverse=True):
         if "/" in name.strip("/") or "." in name:
@@ -77,7 +93,9 @@ def without_names(text: str, names: Iterable[str]) -> str:
     return text
 
 
-def hide_paths(request: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def hide_paths(
+    request: Mapping[str, Any], fields: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a request whose paths are replaced by ids, and the paths by id."""
     hidden, paths = dict(request), {}
     for field in fields:
@@ -88,7 +106,11 @@ def hide_paths(request: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[
         new = [key for key, path in zip(keys, values, strict=True) if not path.startswith(HIDDEN)]
         paths.update({key: path for key, path in zip(keys, values, strict=True) if key in new})
         if values:
-            hidden[field] = f"{HIDDEN}{keys[0]}" if isinstance(value, str) else [f"{HIDDEN}{key}" for key in keys]
+            hidden[field] = (
+                f"{HIDDEN}{keys[0]}"
+                if isinstance(value, str)
+                else [f"{HIDDEN}{key}" for key in keys]
+            )
     return hidden, paths
 
 
@@ -110,7 +132,10 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
         keys = [path.removeprefix(HIDDEN) for path in values]
         lost = [key for key in keys if key not in known]
         if lost:
-            raise UsageError(f"{folder / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another --name")
+            raise UsageError(
+                f"{folder / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another "
+                "--name"
+            )
         paths = [known[key] for key in keys]
         shown[field] = paths[0] if isinstance(value, str) else paths
     return shown
@@ -119,7 +144,10 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
 def write_private(folder: Path, lines: Iterable[Mapping[str, str]]) -> None:
     """Write the private file whole or not at all, readable by its owner only."""
     path = folder / PRIVATE_NAME
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle,
+    ):
         writer = csv.DictWriter(handle, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         for line in lines:
@@ -144,6 +172,11 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
                     raise ValueError(f"line {reader.line_num} has not {len(COLUMNS)} cells")
                 yield {name: from_cell(cell) for name, cell in cells.items()}
     except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing, so that the files of the scans are not known; put it back, or use another --name") from error
+        raise UsageError(
+            f"{path} is missing, so that the files of the scans are not known; put it back, or use "
+            "another --name"
+        ) from error
     except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} cannot be read ({error}); restore it, or use another --name") from error
+        raise UsageError(
+            f"{path} cannot be read ({error}); restore it, or use another --name"
+        ) from error

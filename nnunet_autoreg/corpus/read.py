@@ -1,4 +1,6 @@
-"""Read one scan and check that it is one: every way in which it is not has a one-word status and a reason."""
+"""Read one scan and check that it is one: every way in which it is not has a one-word status and a
+reason.
+"""
 
 import math
 import os
@@ -26,11 +28,14 @@ from nnunet_autoreg.nnunet_api import Array, RawScan, read_scan
 MIN_AXIS_VOX = 4
 MIN_SPACING_MM, MAX_SPACING_MM, MAX_SPACING_RATIO = 0.01, 50.0, 30.0
 MAX_DIRECTION_ERROR = 1e-2
-# float32 scan, its normalised copy and nnU-Net's float64 resampling live at the same time; measured: 34 to 47.
+# float32 scan, its normalised copy and nnU-Net's float64 resampling live at the same time;
+# measured: 34 to 47.
 BYTES_PER_VOXEL = 48
 MAX_LABELS, SURE_LABELS = 512, 16
 LABEL_RUNS, NAMED_LABEL_RUNS = 0.6, 0.35
-LABEL_NAME = re.compile(r"(^|[^a-z])(seg|segmentation|label|labels|labelmap|mask|gt|annotation)([^a-z]|$)")
+LABEL_NAME = re.compile(
+    r"(^|[^a-z])(seg|segmentation|label|labels|labelmap|mask|gt|annotation)([^a-z]|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,12 @@ def load_scan(path: Path, part: str = "") -> RawScan:
     """Read and check one scan: a file, or the ``part`` of it that ``Candidate.part`` names.
 
     Returns:
-        The scan, its array (1, Z, Y, X) float32, the axes towards superior, anterior and right (corpus/orientation.py).
+        The scan, its array (1, Z, Y, X) float32, the axes towards superior, anterior and right
+        (corpus/orientation.py).
 
     Raises:
-        ScanError: with one of the statuses unreadable, not3d, 4d, rgb, complex, spacing, direction, slices, tiny, huge,
-            nonfinite, constant, labelmap.
+        ScanError: with one of the statuses unreadable, not3d, 4d, rgb, complex, spacing, direction,
+            slices, tiny, huge, nonfinite, constant, labelmap.
     """
     wanted = parse_part(part)
     if wanted.series:
@@ -123,7 +129,10 @@ def check_file(path: Path) -> None:
     """
     try:
         if path.is_symlink() and not path.exists():
-            raise ScanError("unreadable", "a link whose target does not exist; mount the target, or remove the link")
+            raise ScanError(
+                "unreadable",
+                "a link whose target does not exist; mount the target, or remove the link",
+            )
         if path.exists() and not path.is_file():
             raise ScanError("unreadable", "not a file (a folder or device with an image's name)")
         with path.open("rb") as handle:
@@ -132,7 +141,10 @@ def check_file(path: Path) -> None:
         if path.name.lower().endswith((".nii", ".nii.gz")):
             check_nifti(path)
     except FileNotFoundError as error:
-        raise ScanError("unreadable", "the file vanished after it was found; restore it, or run again without it") from error
+        raise ScanError(
+            "unreadable",
+            "the file vanished after it was found; restore it, or run again without it",
+        ) from error
     except PermissionError as error:
         raise ScanError("unreadable", "permission denied; grant read access (chmod u+r)") from error
     except OSError as error:
@@ -140,7 +152,9 @@ def check_file(path: Path) -> None:
 
 
 def read_header(path: Path, part: str = "") -> ScanHeader:
-    """Check what the header says, without reading voxels. Shape and spacing are those of the array that ``load_scan`` gives.
+    """Check what the header says, without reading voxels.
+
+    Shape and spacing are those of the array that ``load_scan`` gives.
 
     Raises:
         ScanError: unreadable, not3d, 4d, rgb, complex, spacing, direction, slices, tiny, huge.
@@ -155,7 +169,9 @@ def read_header(path: Path, part: str = "") -> ScanHeader:
 
 
 def num_volumes(path: Path) -> int:
-    """Number of volumes of a 4D file; 1 for any other, and for one that cannot be read (reading it says why)."""
+    """Number of volumes of a 4D file; 1 for any other, and for one that cannot be read (reading it
+    says why).
+    """
     try:
         size = _information(path).GetSize()
     except ScanError:
@@ -186,11 +202,16 @@ def _file_header(path: Path, part: Part) -> tuple[ScanHeader, Turn]:
     if "complex" in pixel:
         raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
     if reader.GetNumberOfComponents() > 1:
-        raise ScanError("rgb", f"{reader.GetNumberOfComponents()} values per voxel (RGB or vector image); split it")
+        raise ScanError(
+            "rgb",
+            f"{reader.GetNumberOfComponents()} values per voxel (RGB or vector image); split it",
+        )
     size = list(reader.GetSize())
     if part.t and len(size) == 4:
         if int(part.t) >= size[3]:
-            raise ScanError("unreadable", f"has {size[3]} volumes, number {part.t} is not among them; run again")
+            raise ScanError(
+                "unreadable", f"has {size[3]} volumes, number {part.t} is not among them; run again"
+            )
         size.pop()
     while len(size) > 3 and size[-1] == 1:
         size.pop()
@@ -228,18 +249,34 @@ def check_spacing(spacing_mm: Sequence[float]) -> None:
     """
     listed = ", ".join(f"{s:g}" for s in spacing_mm)
     if not all(math.isfinite(s) and s > 0 for s in spacing_mm):
-        raise ScanError("spacing", f"voxel size {listed} mm (z, y, x); it must be positive: correct the header")
+        raise ScanError(
+            "spacing", f"voxel size {listed} mm (z, y, x); it must be positive: correct the header"
+        )
     if min(spacing_mm) < MIN_SPACING_MM or max(spacing_mm) > MAX_SPACING_MM:
-        raise ScanError("spacing", f"voxel size {listed} mm (z, y, x) lies outside {MIN_SPACING_MM:g} .. {MAX_SPACING_MM:g} mm; "
-                        "a wrong unit in the header?")
+        raise ScanError(
+            "spacing",
+            f"voxel size {listed} mm (z, y, x) lies outside {MIN_SPACING_MM:g} .. "
+            f"{MAX_SPACING_MM:g} mm; "
+            "a wrong unit in the header?",
+        )
     if max(spacing_mm) / min(spacing_mm) > MAX_SPACING_RATIO:
-        raise ScanError("spacing", f"voxel size {listed} mm (z, y, x) is anisotropic by {max(spacing_mm) / min(spacing_mm):.0f}; "
-                        f"at most {MAX_SPACING_RATIO:g}")
+        raise ScanError(
+            "spacing",
+            f"voxel size {listed} mm (z, y, x) is anisotropic by "
+            f"{max(spacing_mm) / min(spacing_mm):.0f}; "
+            f"at most {MAX_SPACING_RATIO:g}",
+        )
 
 
 def _check_direction(direction: Any) -> None:
-    if not np.isfinite(direction).all() or np.abs(direction @ direction.T - np.eye(3)).max() > MAX_DIRECTION_ERROR:
-        raise ScanError("direction", "the axes are not at right angles (sheared or tilted gantry); resample the scan first")
+    if (
+        not np.isfinite(direction).all()
+        or np.abs(direction @ direction.T - np.eye(3)).max() > MAX_DIRECTION_ERROR
+    ):
+        raise ScanError(
+            "direction",
+            "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
+        )
 
 
 def check_memory(shape_vox: Sequence[int]) -> None:
@@ -251,8 +288,12 @@ def check_memory(shape_vox: Sequence[int]) -> None:
     needed = volume(shape_vox) * BYTES_PER_VOXEL
     total = _memory_bytes()
     if total and needed > 0.8 * total:
-        raise ScanError("huge", f"{' x '.join(map(str, shape_vox))} voxels need about {needed / 2**30:.0f} GiB of memory, "
-                        f"this machine has {total / 2**30:.0f}; crop or downsample the scan")
+        raise ScanError(
+            "huge",
+            f"{' x '.join(map(str, shape_vox))} voxels need about {needed / 2**30:.0f} GiB of "
+            "memory, "
+            f"this machine has {total / 2**30:.0f}; crop or downsample the scan",
+        )
 
 
 def _memory_bytes() -> int:
@@ -271,13 +312,18 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
     low, high = float(array_ZYX.min()), float(array_ZYX.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = int(array_ZYX.size - np.isfinite(array_ZYX).sum())
-        raise ScanError("nonfinite", f"{bad} of {array_ZYX.size} voxels are NaN, infinite or too large for 32-bit numbers; "
-                        "repair or leave out the scan")
+        raise ScanError(
+            "nonfinite",
+            f"{bad} of {array_ZYX.size} voxels are NaN, infinite or too large for 32-bit numbers; "
+            "repair or leave out the scan",
+        )
     if low == high:
         raise ScanError("constant", f"every voxel has the value {low:g}")
     cropped = cropped_shape(array_ZYX)
     if min(cropped) < MIN_AXIS_VOX:
-        raise ScanError("tiny", f"only {' x '.join(map(str, cropped))} voxels hold values other than 0")
+        raise ScanError(
+            "tiny", f"only {' x '.join(map(str, cropped))} voxels hold values other than 0"
+        )
     reason = _labelmap_reason(array_ZYX, low, high, name)
     if reason:
         raise ScanError("labelmap", reason)
@@ -296,8 +342,9 @@ def cropped_shape(array_ZYX: Array) -> Size:
 def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> str:
     """Why an array looks like a label map; "" if it does not.
 
-    Label maps hold few whole numbers, and a voxel inside a structure equals its neighbour; in scans noise forbids that
-    (share of equal neighbours in real scans here: at most 0.33, in real label maps: 0.40 to 0.96).
+    Label maps hold few whole numbers, and a voxel inside a structure equals its neighbour; in scans
+    noise forbids that (share of equal neighbours in real scans here: at most 0.33, in real label
+    maps: 0.40 to 0.96).
     """
     sample = array_ZYX[::4, ::4, ::4]
     if high - low > 65535 or np.unique(sample).size > MAX_LABELS or not _is_integer(array_ZYX):
@@ -313,7 +360,10 @@ def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> st
     if runs < (NAMED_LABEL_RUNS if named else LABEL_RUNS):
         return ""
     also = " and its name says so" if named else ""
-    return f"{distinct} distinct whole numbers, {runs:.0%} of neighbours equal{also}: a label map, not a scan"
+    return (
+        f"{distinct} distinct whole numbers, {runs:.0%} of neighbours equal{also}: a label map, "
+        "not a scan"
+    )
 
 
 def _is_integer(array_ZYX: Array) -> bool:
@@ -329,12 +379,36 @@ def _equal_neighbours(array_ZYX: Array, background: float) -> float:
 
 # What SimpleITK and the libraries below it say -> status and reason; the first match counts.
 TRANSLATIONS = (
-    (("bad_alloc", "MemoryError"), "huge", "the scan does not fit into memory; crop or downsample it, or free some memory"),
-    (("orthonormal",), "direction", "the axes are not at right angles (sheared or tilted gantry); resample the scan first"),
-    (("Zero-valued spacing", "Negative spacing"), "spacing", "a voxel size of zero or less; correct the header"),
-    (("not read completely", "fread got only"), "unreadable", "truncated: voxels are missing at the end; copy the file again"),
-    (("Cannot open data file", "trouble opening"), "unreadable", "the data file that the header names is missing; restore it"),
-    (("Unable to determine ImageIO",), "unreadable", "not an image that SimpleITK knows; is it another kind of file?"),
+    (
+        ("bad_alloc", "MemoryError"),
+        "huge",
+        "the scan does not fit into memory; crop or downsample it, or free some memory",
+    ),
+    (
+        ("orthonormal",),
+        "direction",
+        "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
+    ),
+    (
+        ("Zero-valued spacing", "Negative spacing"),
+        "spacing",
+        "a voxel size of zero or less; correct the header",
+    ),
+    (
+        ("not read completely", "fread got only"),
+        "unreadable",
+        "truncated: voxels are missing at the end; copy the file again",
+    ),
+    (
+        ("Cannot open data file", "trouble opening"),
+        "unreadable",
+        "the data file that the header names is missing; restore it",
+    ),
+    (
+        ("Unable to determine ImageIO",),
+        "unreadable",
+        "not an image that SimpleITK knows; is it another kind of file?",
+    ),
     (("nrrd",), "unreadable", "a damaged NRRD file; copy it again"),
 )
 
@@ -344,18 +418,24 @@ def _reading_failed(error: Exception, said: str) -> ScanError:
     for signs, status, reason in TRANSLATIONS:
         if any(sign in text for sign in signs):
             return ScanError(status, reason)
-    return ScanError("unreadable", f"SimpleITK cannot read it ({type(error).__name__}); open it in a viewer, or copy it again")
+    return ScanError(
+        "unreadable",
+        f"SimpleITK cannot read it ({type(error).__name__}); open it in a viewer, or copy it again",
+    )
 
 
 @contextmanager
 def quiet_stderr() -> Iterator[Any]:
-    """Keep what C++ libraries write to stderr off the terminal; yields a function that returns it so far.
+    """Keep what C++ libraries write to stderr off the terminal; yields a function that returns it
+    so far.
 
-    ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor itself is redirected.
+    ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor
+    itself is redirected.
     """
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as caught:
+
         def said() -> str:
             caught.seek(0)
             return caught.read().decode("utf-8", "replace")

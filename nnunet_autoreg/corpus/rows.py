@@ -33,19 +33,24 @@ class ScanRow:
 
     Attributes:
         id: a salted hash of the candidate's id, under which the scan appears in outputs.
-        dataset, case, channel, part, contrast: as in ``Candidate``; the manifest's contrast counts more.
+        dataset, case, channel, part, contrast: as in ``Candidate``; the manifest's contrast counts
+            more.
         modality, modality_rule: "CT", "MR", ... and how that was decided.
         source: the file, or the folder of a DICOM series.
-        shape_vox, spacing_mm: as read, (z, y, x), before transposition; None where the scan could not be read.
+        shape_vox, spacing_mm: as read, (z, y, x), before transposition; None where the scan could
+            not be read.
         cropped_shape_vox: after cropping to non-zero.
         content_hash: of voxels, shape and rounded spacing.
         status: "ok", or why the scan is left out, in one word.
         reason: the same in a sentence.
-        subject, session: salted hashes (``identity.salted``); "" where unknown. A session's hash includes its subject.
+        subject, session: salted hashes (``identity.salted``); "" where unknown. A session's hash
+            includes its subject.
         label_class: the manifest's class; "" without one.
-        percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty where not known.
+        percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty where not
+            known.
         listed_in: as in ``Candidate``; the label map of a listed image is found there.
-        name: the candidate's id, made of folder and file names; "" in an index of an earlier version, whose ids are these names.
+        name: the candidate's id, made of folder and file names; "" in an index of an earlier
+            version, whose ids are these names.
     """
 
     id: str
@@ -71,19 +76,42 @@ class ScanRow:
     name: str = ""
 
 
-COLUMNS = ("id", "subject", "session", "dataset", "case", "channel", "contrast", "label_class", "modality", "modality_rule",
-           "shape_vox", "spacing_mm", "cropped_shape_vox", "percentiles", "source", "part", "content_hash", "status", "reason",
-           "listed_in")
+COLUMNS = (
+    "id",
+    "subject",
+    "session",
+    "dataset",
+    "case",
+    "channel",
+    "contrast",
+    "label_class",
+    "modality",
+    "modality_rule",
+    "shape_vox",
+    "spacing_mm",
+    "cropped_shape_vox",
+    "percentiles",
+    "source",
+    "part",
+    "content_hash",
+    "status",
+    "reason",
+    "listed_in",
+)
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 
-def write_index(path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None) -> None:
-    """Write ``scans.csv`` whole or not at all, row by row, and before it the private file beside it.
+def write_index(
+    path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None
+) -> None:
+    """Write ``scans.csv`` whole or not at all, row by row, and before it the private file beside
+    it.
 
     Args:
         paths: what else the private file has to know, by id; None keeps what it knows.
 
-    Sizes are written as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x); percentiles with spaces between them.
+    Sizes are written as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x); percentiles with spaces
+    between them.
     """
     rows = list(rows)
     if paths is None:
@@ -91,7 +119,10 @@ def write_index(path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | 
     others = [{"id": key, "source": value} for key, value in paths.items()]
     write_private(path.parent, [*others, *map(_private_cells, rows)])
 
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as handle:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as handle,
+    ):
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:
@@ -128,21 +159,33 @@ def _names(row: ScanRow) -> set[str]:
     source = Path(row.source)
     folders = {str(folder) for folder in source.parents if folder != folder.parent}
     folders |= {folder.name for folder in source.parents}
-    names = {row.name, row.listed_in, row.case, f"{row.dataset}/{row.case}", row.source, source.name}
+    names = {
+        row.name,
+        row.listed_in,
+        row.case,
+        f"{row.dataset}/{row.case}",
+        row.source,
+        source.name,
+    }
     parts = {value for piece in row.part.split(";") for value in (piece, piece.partition("=")[2])}
     is_named = {row.dataset, row.id} if not row.name else {row.dataset}
     return (folders | names | parts | is_named) - {"", HIDDEN_NAME}
 
 
 def _private_cells(row: ScanRow) -> dict[str, str]:
-    return {name: getattr(row, name) for name in ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")}
+    return {
+        name: getattr(row, name)
+        for name in ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
+    }
 
 
 def _known_paths(folder: Path, scans: set[str]) -> dict[str, str]:
     """Return what an existing private file knows beside scans."""
     if not (folder / PRIVATE_NAME).is_file():
         return {}
-    return {cells["id"]: cells["source"] for cells in read_private(folder) if cells["id"] not in scans}
+    return {
+        cells["id"]: cells["source"] for cells in read_private(folder) if cells["id"] not in scans
+    }
 
 
 def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
@@ -160,10 +203,15 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
     # An index of an earlier version has everything itself.
     if all(row.source for row in rows):
         return rows
-    private: dict[str, dict[str, Any]] = {cells["id"]: dict(cells) for cells in read_private(path.parent)}
+    private: dict[str, dict[str, Any]] = {
+        cells["id"]: dict(cells) for cells in read_private(path.parent)
+    }
     lost = [row.id for row in rows if row.id not in private]
     if lost:
-        raise UsageError(f"{path.parent / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another --name")
+        raise UsageError(
+            f"{path.parent / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another "
+            "--name"
+        )
     return tuple(replace(row, **private[row.id]) for row in rows)
 
 
@@ -174,7 +222,9 @@ def _read_rows(path: Path) -> tuple[ScanRow, ...]:
             _check_columns(reader.fieldnames or ())
             return tuple(_rows_of(reader))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise UsageError(f"{path} is no index of scans ({error}); remove it to have it written anew") from error
+        raise UsageError(
+            f"{path} is no index of scans ({error}); remove it to have it written anew"
+        ) from error
 
 
 def _check_columns(names: Iterable[str]) -> None:
@@ -189,13 +239,17 @@ def _check_columns(names: Iterable[str]) -> None:
 def _rows_of(reader: Iterable[dict[str, str]]) -> Iterator[ScanRow]:
     for line in reader:
         cells = {name: from_cell(cell) for name, cell in line.items()}
-        shape, spacing, cropped = (cells.pop(k).split("x") for k in ("shape_vox", "spacing_mm", "cropped_shape_vox"))
+        shape, spacing, cropped = (
+            cells.pop(k).split("x") for k in ("shape_vox", "spacing_mm", "cropped_shape_vox")
+        )
         percentiles = (cells.pop("percentiles", "") or "").split()
         yield ScanRow(
-            **cells, shape_vox=as_size([int(v) for v in shape]) if shape != [""] else None,
+            **cells,
+            shape_vox=as_size([int(v) for v in shape]) if shape != [""] else None,
             spacing_mm=as_spacing([float(v) for v in spacing]) if spacing != [""] else None,
             cropped_shape_vox=as_size([int(v) for v in cropped]) if cropped != [""] else None,
-            percentiles=tuple(float(v) for v in percentiles))
+            percentiles=tuple(float(v) for v in percentiles),
+        )
 
 
 def _cell(name: str, value: object) -> str:

@@ -1,4 +1,6 @@
-"""Which spacing a scan is resampled to: groups of like spacing, each with a target of its own, and the policies for it."""
+"""Which spacing a scan is resampled to: groups of like spacing, each with a target of its own, and
+the policies for it.
+"""
 
 import math
 import re
@@ -14,7 +16,9 @@ from nnunet_autoreg.plan import DataPlan
 
 MEDIAN, FINEST, ISOTROPIC = POLICIES = ("median", "finest", "isotropic")
 GROUP_RATIO = 2.0
-"""The factor beyond which fine-tuning refuses weights by itself: scans of one group are not further apart."""
+"""The factor beyond which fine-tuning refuses weights by itself: scans of one group are not further
+apart.
+"""
 MIN_GROUP_SCANS = 3
 """Fewer scans of an odd spacing are taken for outliers, which join the nearest group."""
 SMALL_IMAGE_VOX = 64**3
@@ -45,7 +49,8 @@ class Group:
     """Scans that share a target spacing.
 
     Attributes:
-        native_mm: median of its scans' own spacings; a scan belongs to the group whose median is nearest.
+        native_mm: median of its scans' own spacings; a scan belongs to the group whose median is
+            nearest.
         spacing_mm: the target.
         members: positions in the list that was grouped.
         reason: the rule it came from.
@@ -67,22 +72,30 @@ def parse_policy(text: str) -> str | Spacing:
     if text in POLICIES:
         return text
     if not re.search(r"\d", text):
-        raise UsageError(f"--spacing {text}: {did_you_mean(text, POLICIES)}; or give z,y,x in mm, e.g. 3,1,1")
+        raise UsageError(
+            f"--spacing {text}: {did_you_mean(text, POLICIES)}; or give z,y,x in mm, e.g. 3,1,1"
+        )
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if len(numbers) != 3 or not all(0 < n < math.inf for n in numbers):
-        raise UsageError(f"--spacing {text}: give three numbers greater than 0, z,y,x in mm with the coarsest first, e.g. 3,1,1")
+        raise UsageError(
+            f"--spacing {text}: give three numbers greater than 0, z,y,x in mm with the coarsest "
+            "first, e.g. 3,1,1"
+        )
     return as_spacing(numbers)
 
 
 def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Group]:
-    """Groups with their target spacings, the largest first. An explicit spacing puts all scans into one group.
+    """Groups with their target spacings, the largest first.
 
-    Scans of one modality and of spacings within about a factor of 2 share a target; so a cine MR of 10 x 1.5 x 1.5 mm and a
-    brain of 1 mm, in one pool, both stay near their own resolution. One or two scans of an odd spacing found no group and move
-    no target. Targets within 2 % of each other become that of the larger group.
+    An explicit spacing puts all scans into one group.
+
+    Scans of one modality and of spacings within about a factor of 2 share a target; so a cine MR of
+    10 x 1.5 x 1.5 mm and a brain of 1 mm, in one pool, both stay near their own resolution. One or
+    two scans of an odd spacing found no group and move no target. Targets within 2 % of each other
+    become that of the larger group.
     """
     if not isinstance(policy, str):
         everyone = tuple(range(len(scans)))
@@ -99,50 +112,82 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Gr
             target, reason = target_of([scans[i] for i in positions[core]], policy)
             if members:
                 groups.append(Group(modality, natives[n], target, members, reason))
-    return _aligned(sorted(groups, key=lambda group: (-len(group.members), math.prod(group.spacing_mm))))
+    return _aligned(
+        sorted(groups, key=lambda group: (-len(group.members), math.prod(group.spacing_mm)))
+    )
 
 
 def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]:
     """The target spacing of one group, and the rule.
 
-    ``median``: of the scans' own spacings per axis, but no coarser than the median of the small images among them, whose
-    structures would be lost first. ``finest``: the 10th percentile per axis. ``isotropic``: the median's finest axis on all three.
+    ``median``: of the scans' own spacings per axis, but no coarser than the median of the small
+    images among them, whose
+    structures would be lost first. ``finest``: the 10th percentile per axis. ``isotropic``: the
+        median's finest axis on all three.
     """
     spacings = np.array([scan.spacing_mm for scan in scans], dtype=np.float64)
     median = np.median(spacings, axis=0)
     if policy == FINEST:
-        return _rounded(np.percentile(spacings, FINEST_PERCENTILE, axis=0)), f"{FINEST_PERCENTILE}th percentile of {len(scans)} scans"
+        return _rounded(
+            np.percentile(spacings, FINEST_PERCENTILE, axis=0)
+        ), f"{FINEST_PERCENTILE}th percentile of {len(scans)} scans"
     if policy == ISOTROPIC:
-        return _rounded(np.full(3, median.min())), f"the finest axis of the median of {len(scans)} scans, on every axis"
+        return _rounded(
+            np.full(3, median.min())
+        ), f"the finest axis of the median of {len(scans)} scans, on every axis"
     small = [i for i, scan in enumerate(scans) if volume(scan.shape_vox) < SMALL_IMAGE_VOX]
     if len(small) >= MIN_GROUP_SCANS and (np.median(spacings[small], axis=0) < median).any():
         kept = np.minimum(median, np.median(spacings[small], axis=0))
-        return _rounded(kept), f"native median of {len(scans)} scans, no coarser than that of the {len(small)} small images among them"
+        return (
+            _rounded(kept),
+            f"native median of {len(scans)} scans, no coarser than that of the {len(small)} small "
+            "images among them",
+        )
     return _rounded(median), f"native median of {len(scans)} scans"
 
 
 def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -> Spacing:
-    """What the plan resamples a scan to: the target of its modality's nearest group, else ``data.spacing_mm``.
+    """What the plan resamples a scan to: the target of its modality's nearest group, else
+    ``data.spacing_mm``.
 
     Args:
         spacing_mm: the scan's own, its coarsest axis first.
     """
     own = [group for group in data.spacing_groups if group.modality == modality]
-    return own[_nearest(spacing_mm, [group.native_mm for group in own])].spacing_mm if own else data.spacing_mm
+    return (
+        own[_nearest(spacing_mm, [group.native_mm for group in own])].spacing_mm
+        if own
+        else data.spacing_mm
+    )
 
 
 def _aligned(groups: list[Group]) -> list[Group]:
-    """Targets that all but agree, made equal: CT and MR of one patient then have voxels of one size."""
+    """Targets that all but agree, made equal:
+
+    CT and MR of one patient then have voxels of one size.
+    """
     targets: list[Spacing] = []
     for group in groups:
-        alike = [t for t in targets if max(max(p / q, q / p) for p, q in zip(t, group.spacing_mm, strict=True)) <= ALIKE_RATIO]
+        alike = [
+            t
+            for t in targets
+            if max(max(p / q, q / p) for p, q in zip(t, group.spacing_mm, strict=True))
+            <= ALIKE_RATIO
+        ]
         targets.append(alike[0] if alike else group.spacing_mm)
-    return [replace(group, spacing_mm=target) for group, target in zip(groups, targets, strict=True)]
+    return [
+        replace(group, spacing_mm=target) for group, target in zip(groups, targets, strict=True)
+    ]
 
 
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:
     """Position of the spacing that is off by the smallest factor on its worst axis."""
-    return min(range(len(others_mm)), key=lambda n: max(abs(math.log2(p / q)) for p, q in zip(spacing_mm, others_mm[n], strict=True)))
+    return min(
+        range(len(others_mm)),
+        key=lambda n: max(
+            abs(math.log2(p / q)) for p, q in zip(spacing_mm, others_mm[n], strict=True)
+        ),
+    )
 
 
 def _rounded(spacing: npt.NDArray[np.float64]) -> Spacing:
@@ -151,7 +196,9 @@ def _rounded(spacing: npt.NDArray[np.float64]) -> Spacing:
 
 
 def _cores(logs: Log2) -> list[Indices]:
-    """The scans of one modality that found its groups, the densest ball first; the first group needs no minimum."""
+    """The scans of one modality that found its groups, the densest ball first; the first group
+    needs no minimum.
+    """
     binned = np.round(logs * BINS_PER_OCTAVE) / BINS_PER_OCTAVE
     points, of_scan, counts = np.unique(binned, axis=0, return_inverse=True, return_counts=True)
     free = np.ones(len(points), dtype=bool)
@@ -165,8 +212,12 @@ def _cores(logs: Log2) -> list[Indices]:
     return cores
 
 
-def _densest_ball(points: Log2, counts: Indices, free: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The free points within ``GROUP_RATIO`` of the point that has most scans around it, recentred on their median."""
+def _densest_ball(
+    points: Log2, counts: Indices, free: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """The free points within ``GROUP_RATIO`` of the point that has most scans around it, recentred
+    on their median.
+    """
     radius = math.log2(GROUP_RATIO) + 1e-9
     near = np.abs(points[:, None] - points[None]).max(axis=-1) <= radius
     around = np.where(free, (near & free[None]) @ counts, -1)

@@ -1,4 +1,6 @@
-"""The slices of a DICOM series sorted into volumes; what keeps them from being one is said with figures. Pure: no file is read."""
+"""The slices of a DICOM series sorted into volumes; what keeps them from being one is said with
+figures. Pure: no file is read.
+"""
 
 import math
 from collections import defaultdict
@@ -14,7 +16,15 @@ from nnunet_autoreg.corpus.slices import ORDER_NAMES, Slice
 from nnunet_autoreg.geometry import Size, Spacing
 
 # Slices that differ in one of these belong to different volumes, wherever they lie.
-VOLUME_NAMES = ("time", "b-value", "echo", "inversion time", "flip angle", "gradient direction", "acquisition")
+VOLUME_NAMES = (
+    "time",
+    "b-value",
+    "echo",
+    "inversion time",
+    "flip angle",
+    "gradient direction",
+    "acquisition",
+)
 # Written with few digits, so equal directions and positions differ a little.
 SAME_DIRECTION, SAME_SPACING_MM, SAME_POSITION_MM = 5e-3, 1e-3, 1e-2
 GRADIENT = ORDER_NAMES.index("gradient direction")
@@ -26,7 +36,8 @@ MAX_STACKS = 6
 MAX_PARTS = 64
 MIN_PART_SLICES = 2
 SAME_VALUE = 1e-3
-# Two acquisitions whose slices lie between each other's are packages of one volume if the slices fit side by side.
+# Two acquisitions whose slices lie between each other's are packages of one volume if the slices
+# fit side by side.
 PACKAGE_OVERLAP = 1.5
 
 
@@ -35,7 +46,8 @@ class Stack:
     """The slices of a series that share size, orientation and kind.
 
     Attributes:
-        volumes: the slices of each volume, from the lowest along the normal on; more than one for a 4D series.
+        volumes: the slices of each volume, from the lowest along the normal on; more than one for a
+            4D series.
         direction: (3, 3), column k the direction of axis k of (x, y, z) in LPS.
         spacing_mm: (z, y, x).
         repeated_over: what tells the volumes apart.
@@ -58,7 +70,9 @@ class Stack:
 
 
 def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
-    """The stacks of one series, the largest first; always the same for the same slices, in whatever order they come."""
+    """The stacks of one series, the largest first; always the same for the same slices, in whatever
+    order they come.
+    """
     kept = without_copies(originals(slices))
     ordered = sorted(kept, key=lambda s: (s.order[-1], s.position, s.order, s.file, s.frame))
     whole = _whole_problem(ordered)
@@ -71,8 +85,17 @@ def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
             groups.append(group := [])
         group.append(one)
     if len(groups) > MAX_STACKS:
-        return [_broken(ordered, ("slices", f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a planning scan); "
-                                  "no stack of parallel slices"))]
+        return [
+            _broken(
+                ordered,
+                (
+                    "slices",
+                    f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a "
+                    "planning scan); "
+                    "no stack of parallel slices",
+                ),
+            )
+        ]
     stacks = [stack for group in groups for stack in _separated(group)]
     return sorted(stacks, key=lambda stack: sum(map(len, stack.volumes)), reverse=True)
 
@@ -87,8 +110,8 @@ def _separated(group: list[Slice]) -> list[Stack]:
     """Return the stacks of slices of one size and orientation.
 
     Slices that differ in echo, time, acquisition and the like are of different volumes. Where these
-    lie at the same positions they are the volumes of one 4D stack; elsewhere each is a stack of its own,
-    since putting them into one would mix them.
+    lie at the same positions they are the volumes of one 4D stack; elsewhere each is a stack of its
+    own, since putting them into one would mix them.
     """
     whole = _stack(group)
     for name in VOLUME_NAMES:
@@ -110,12 +133,16 @@ def _separated(group: list[Slice]) -> list[Stack]:
 
 
 def _parts_by_value(group: Sequence[Slice], index: int) -> list[list[Slice]]:
-    """Return the slices by the value of ``order[index]``; values that differ by rounding are one."""
+    """Return the slices by the value of ``order[index]``; values that differ by rounding are
+    one.
+    """
     ordered = sorted(group, key=lambda s: s.order[index])
     parts: list[list[Slice]] = []
     for one in ordered:
         value = one.order[index]
-        if parts and math.isclose(value, parts[-1][-1].order[index], rel_tol=SAME_VALUE if index != GRADIENT else 0.0):
+        if parts and math.isclose(
+            value, parts[-1][-1].order[index], rel_tol=SAME_VALUE if index != GRADIENT else 0.0
+        ):
             parts[-1].append(one)
         else:
             parts.append([one])
@@ -123,7 +150,9 @@ def _parts_by_value(group: Sequence[Slice], index: int) -> list[list[Slice]]:
 
 
 def _parts_by_runs(group: Sequence[Slice]) -> list[list[Slice]]:
-    """Return the slices cut where instance numbers begin a new pass: where the slices jump or turn back."""
+    """Return the slices cut where instance numbers begin a new pass: where the slices jump or turn
+    back.
+    """
     numbers = {s.order[-1] for s in group}
     direction, bad = _direction(group[0])
     if bad or len(numbers) != len(group):
@@ -145,7 +174,9 @@ def _parts_by_runs(group: Sequence[Slice]) -> list[list[Slice]]:
 
 
 def _stacks_of_parts(parts: Sequence[list[Slice]]) -> list[Stack]:
-    """Return one stack for all parts at the same positions; nothing where that gives one stack, or a bad one."""
+    """Return one stack for all parts at the same positions; nothing where that gives one stack, or
+    a bad one.
+    """
     if not 1 < len(parts) <= MAX_PARTS or min(map(len, parts)) < MIN_PART_SLICES:
         return []
     together: list[list[Slice]] = []
@@ -167,7 +198,9 @@ def _stacks_of_parts(parts: Sequence[list[Slice]]) -> list[Stack]:
 
 
 def _distinct(heights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return sorted heights without repetitions: a part may be several volumes itself, such as all directions of a b-value."""
+    """Return sorted heights without repetitions: a part may be several volumes itself, such as all
+    directions of a b-value.
+    """
     is_new = np.diff(heights, prepend=-np.inf) > SAME_POSITION_MM
     return heights[is_new]
 
@@ -177,7 +210,9 @@ def _at_same_places(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool
 
 
 def _overlap(stacks: Sequence[Stack]) -> bool:
-    """Return whether two stacks share more of their extent than one slice; slabs side by side do not."""
+    """Return whether two stacks share more of their extent than one slice; slabs side by side do
+    not.
+    """
     ends = sorted(_extent(stack) for stack in stacks)
     step = min(stack.spacing_mm[0] for stack in stacks)
     return any(after[0] < before[1] - step / 2 for before, after in pairwise(ends))
@@ -190,7 +225,9 @@ def _extent(stack: Stack) -> tuple[float, float]:
 
 
 def _are_packages(whole: Stack) -> bool:
-    """Return whether acquisitions between each other's slices make one volume: the slices fit side by side."""
+    """Return whether acquisitions between each other's slices make one volume: the slices fit side
+    by side.
+    """
     return whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
 
 
@@ -206,10 +243,16 @@ def _whole_problem(slices: Sequence[Slice]) -> tuple[str, str]:
     broken = [s.problem for s in slices if s.problem[0]]
     if broken:
         status, reason = broken[0]
-        return status, reason if len(slices) == 1 else f"{reason} ({len(broken)} of {len(slices)} slices)"
+        return status, reason if len(
+            slices
+        ) == 1 else f"{reason} ({len(broken)} of {len(slices)} slices)"
     num_subjects = len({s.subject for s in slices})
     if num_subjects > 1:
-        return "slices", f"its slices name {num_subjects} different patients under one series; export the patients apart"
+        return (
+            "slices",
+            f"its slices name {num_subjects} different patients under one series; export the "
+            "patients apart",
+        )
     return "", ""
 
 
@@ -218,15 +261,32 @@ def _broken(slices: Sequence[Slice], problem: tuple[str, str]) -> Stack:
 
 
 def _alike(a: Slice, b: Slice) -> bool:
-    return (a.shape == b.shape and a.parts == b.parts and a.derived == b.derived and (a.frame < 0) == (b.frame < 0)
-            and all(abs(p - q) <= SAME_SPACING_MM * max(p, q, 1) for p, q in zip(a.spacing, b.spacing, strict=True))
-            and all(abs(p - q) <= SAME_DIRECTION for p, q in zip(a.orientation, b.orientation, strict=True)))
+    return (
+        a.shape == b.shape
+        and a.parts == b.parts
+        and a.derived == b.derived
+        and (a.frame < 0) == (b.frame < 0)
+        and all(
+            abs(p - q) <= SAME_SPACING_MM * max(p, q, 1)
+            for p, q in zip(a.spacing, b.spacing, strict=True)
+        )
+        and all(
+            abs(p - q) <= SAME_DIRECTION for p, q in zip(a.orientation, b.orientation, strict=True)
+        )
+    )
 
 
 def _stack(group: list[Slice]) -> Stack:
     direction, bad = _direction(group[0])
     if bad:
-        return _broken(group, ("direction", "the rows and columns of its slices are not at right angles; resample the scan first"))
+        return _broken(
+            group,
+            (
+                "direction",
+                "the rows and columns of its slices are not at right angles; resample the scan "
+                "first",
+            ),
+        )
     heights = np.array([s.position for s in group]) @ direction[:, 2]
     order = np.argsort(heights, kind="stable")
     places: list[list[Slice]] = []
@@ -237,9 +297,17 @@ def _stack(group: list[Slice]) -> Stack:
             places.append([])
         places[-1].append(group[i])
     volumes, repeated_over, problem = _volumes(places, levels)
-    step, uneven = _step(levels, places[0][0].spacing, _rounding([place[0] for place in places], direction))
+    step, uneven = _step(
+        levels, places[0][0].spacing, _rounding([place[0] for place in places], direction)
+    )
     spacing = (step, *group[0].spacing)
-    problem = problem if problem[0] else uneven if uneven[0] else _tilt([place[0] for place in places], direction)
+    problem = (
+        problem
+        if problem[0]
+        else uneven
+        if uneven[0]
+        else _tilt([place[0] for place in places], direction)
+    )
     return Stack(volumes, direction, spacing, repeated_over, problem)
 
 
@@ -255,7 +323,9 @@ def _direction(one: Slice) -> tuple[npt.NDArray[Any], bool]:
     return np.stack([x, y, np.cross(x, y)], axis=1), False
 
 
-def _volumes(places: list[list[Slice]], levels: list[float]) -> tuple[tuple[tuple[Slice, ...], ...], str, tuple[str, str]]:
+def _volumes(
+    places: list[list[Slice]], levels: list[float]
+) -> tuple[tuple[tuple[Slice, ...], ...], str, tuple[str, str]]:
     """(volumes, what tells them apart, problem) of the slices at each place along the normal."""
     counts = [len(place) for place in places]
     most = max(counts)
@@ -265,13 +335,20 @@ def _volumes(places: list[list[Slice]], levels: list[float]) -> tuple[tuple[tupl
     doubled = sum(n > 1 for n in counts)
     where = f"{levels[next(i for i, n in enumerate(counts) if n > 1)]:.2f} mm"
     if len(set(counts)) > 1:
-        reason = (f"{doubled} of {len(places)} slice positions occur up to {most} times and others {min(counts)} (first at {where}); "
-                  "duplicate slices, or a 4D series with slices missing: export it again")
+        reason = (
+            f"{doubled} of {len(places)} slice positions occur up to {most} times and others "
+            f"{min(counts)} (first at {where}); "
+            "duplicate slices, or a 4D series with slices missing: export it again"
+        )
         return everything, "", ("slices", reason)
     for index, name in enumerate(ORDER_NAMES):
         sets = [sorted({s.order[index] for s in place}) for place in places]
-        shared = len(sets[0]) == most and all(np.allclose(s, sets[0], rtol=1e-3) for s in sets if len(s) == most)
-        if all(len(s) == most for s in sets) and (shared or name in ("acquisition", "trigger time")):
+        shared = len(sets[0]) == most and all(
+            np.allclose(s, sets[0], rtol=1e-3) for s in sets if len(s) == most
+        )
+        if all(len(s) == most for s in sets) and (
+            shared or name in ("acquisition", "trigger time")
+        ):
             ordered = [sorted(place, key=lambda s, i=index: s.order[i]) for place in places]  # type: ignore[misc]
             return tuple(zip(*ordered, strict=True)), name, ("", "")
     if all(len({s.order[:-1] for s in place}) == most for place in places):
@@ -280,16 +357,30 @@ def _volumes(places: list[list[Slice]], levels: list[float]) -> tuple[tuple[tupl
     if _runs(places) or _runs_of_places(places):
         ordered = [sorted(place, key=lambda s: s.order[-1]) for place in places]
         return tuple(zip(*ordered, strict=True)), "instance number", ("", "")
-    return everything, "", ("slices", f"each of {len(places)} slice positions occurs {most} times with nothing that tells them apart "
-                            f"(first at {where}): duplicate slices; export it again")
+    return (
+        everything,
+        "",
+        (
+            "slices",
+            f"each of {len(places)} slice positions occurs {most} times with nothing that tells "
+            "them apart "
+            f"(first at {where}): duplicate slices; export it again",
+        ),
+    )
 
 
 def _runs(places: list[list[Slice]]) -> bool:
-    """Whether instance numbers run through one volume after the other, as in a 4D series that says nothing else."""
+    """Whether instance numbers run through one volume after the other, as in a 4D series that says
+    nothing else.
+    """
     lowest = [min(s.order[-1] for s in place) for place in places]
     numbers = {s.order[-1] for place in places for s in place}
     total = sum(len(place) for place in places)
-    return len(numbers) == total and max(lowest) - min(lowest) == len(places) - 1 and len(places[0]) > 2
+    return (
+        len(numbers) == total
+        and max(lowest) - min(lowest) == len(places) - 1
+        and len(places[0]) > 2
+    )
 
 
 def _runs_of_places(places: list[list[Slice]]) -> bool:
@@ -302,19 +393,24 @@ def _runs_of_places(places: list[list[Slice]]) -> bool:
 
 
 def _rounding(slices: Sequence[Slice], direction: npt.NDArray[Any]) -> float:
-    """Return by how much rounded positions may change the distance of two slices, in mm; 0 for exact ones."""
+    """Return by how much rounded positions may change the distance of two slices, in mm; 0 for
+    exact ones.
+    """
     positions = np.array([s.position for s in slices])
     moving = np.ptp(positions, axis=0) > SAME_POSITION_MM
     for num_decimals in range(MAX_DECIMALS + 1):
         scaled = positions[:, moving] * 10**num_decimals
         if np.abs(scaled - np.rint(scaled)).max(initial=0) < 1e-6 * 10**num_decimals:
-            # Either end is off by up to half of the last decimal, along each axis that the normal has a part of.
+            # Either end is off by up to half of the last decimal, along each axis that the normal
+            # has a part of.
             return float(10.0**-num_decimals * np.abs(direction[moving, 2]).sum())
     return 0.0
 
 
 def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
-    """Return whether rounding alone can have made the gaps of evenly spaced slices differ as they do."""
+    """Return whether rounding alone can have made the gaps of evenly spaced slices differ as they
+    do.
+    """
     gaps = np.diff(levels)
     step = (levels[-1] - levels[0]) / (len(levels) - 1)
     tolerance = rounding * 1.01
@@ -322,16 +418,23 @@ def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
     if not 0 < tolerance <= step / 2:
         return False
     straight = levels[0] + step * np.arange(len(levels))
-    return bool(gaps.max() - gaps.min() <= tolerance and np.abs(np.array(levels) - straight).max() <= tolerance)
+    return bool(
+        gaps.max() - gaps.min() <= tolerance
+        and np.abs(np.array(levels) - straight).max() <= tolerance
+    )
 
 
-def _step(levels: list[float], spacing: Sequence[float], rounding: float) -> tuple[float, tuple[str, str]]:
+def _step(
+    levels: list[float], spacing: Sequence[float], rounding: float
+) -> tuple[float, tuple[str, str]]:
     """(distance of the slices in mm, problem)."""
     if len(levels) < 2:
         return float(max(spacing)), ("", "")
     gaps = np.diff(levels)
     multiples = gaps / gaps.min()
-    usual = float(gaps.min() if np.abs(multiples - np.rint(multiples)).max() < UNEVEN else np.median(gaps))
+    usual = float(
+        gaps.min() if np.abs(multiples - np.rint(multiples)).max() < UNEVEN else np.median(gaps)
+    )
     wrong = np.flatnonzero(np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM))
     if not wrong.size or _is_even_within_rounding(levels, rounding):
         return round((levels[-1] - levels[0]) / (len(levels) - 1), 5), ("", "")
@@ -339,9 +442,17 @@ def _step(levels: list[float], spacing: Sequence[float], rounding: float) -> tup
     between = f"between {levels[widest]:.2f} and {levels[widest + 1]:.2f} mm"
     if gaps[widest] > MISSING * usual:
         num = sum(max(0, round(float(g) / usual) - 1) for g in gaps)
-        return usual, ("slices", f"about {num} of {len(levels) + num} slices are missing: the widest gap is {gaps[widest]:.2f} mm "
-                       f"{between}, the others are {usual:.2f} mm; export the whole series again")
-    return usual, ("slices", f"uneven slices: {gaps.min():.2f} to {gaps.max():.2f} mm apart (widest {between}); resample the scan first")
+        return usual, (
+            "slices",
+            f"about {num} of {len(levels) + num} slices are missing: the widest gap is "
+            f"{gaps[widest]:.2f} mm "
+            f"{between}, the others are {usual:.2f} mm; export the whole series again",
+        )
+    return usual, (
+        "slices",
+        f"uneven slices: {gaps.min():.2f} to {gaps.max():.2f} mm apart (widest {between}); "
+        "resample the scan first",
+    )
 
 
 def _tilt(places: list[Slice], direction: npt.NDArray[Any]) -> tuple[str, str]:
@@ -353,8 +464,11 @@ def _tilt(places: list[Slice], direction: npt.NDArray[Any]) -> tuple[str, str]:
     degrees = math.degrees(math.atan2(math.hypot(x, y), abs(z)))
     if degrees <= MAX_TILT_DEGREES:
         return "", ""
-    return "direction", (f"tilted gantry: the slices are sheared by {degrees:.1f} degrees; convert it with dcm2niix, which corrects that, "
-                         "and give the result")
+    return "direction", (
+        f"tilted gantry: the slices are sheared by {degrees:.1f} degrees; convert it with "
+        "dcm2niix, which corrects that, "
+        "and give the result"
+    )
 
 
 def by_series(slices: Sequence[Slice]) -> dict[tuple[str, str], list[Slice]]:

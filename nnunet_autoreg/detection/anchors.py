@@ -1,7 +1,9 @@
-"""Anchors: their shapes and levels are planned from the objects' sizes, laid over the feature grids, and matched to objects.
+"""Anchors: their shapes and levels are planned from the objects' sizes, laid over the feature
+grids, and matched to objects.
 
-Level 0 is the finest. Every level has the same K shapes, doubled from level to level as the stride doubles, because the levels share
-one head. Sizes, strides and shapes are in voxels of the preprocessed image, (z, y, x).
+Level 0 is the finest. Every level has the same K shapes, doubled from level to level as the stride
+doubles, because the levels share one head. Sizes, strides and shapes are in voxels of the
+preprocessed image, (z, y, x).
 """
 
 import logging
@@ -26,11 +28,14 @@ REACHABLE_IOU = 0.3
 MOST_LEVELS = 4
 USUAL_STRIDE, SMALL_STRIDE, SMALL_SIDE_VOX = 4, 2, 4.0
 ANCHOR_SIDES = 4
-"""Strides to a side of the object for which a level is meant: nnDetection's ratio, 16 voxels at stride 4."""
+"""Strides to a side of the object for which a level is meant: nnDetection's ratio, 16 voxels at
+stride 4.
+"""
 RESTARTS, ROUNDS = 4, 40
 NUM_CANDIDATE_CELLS = 4
 WINDOW = 4
-"""Cells per axis among which the four nearest ones lie, whatever the strides: two on either side."""
+"""Cells per axis among which the four nearest ones lie, whatever the strides: two on either side.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +48,10 @@ class AnchorPlan:
         stages: which of the encoder's stages the levels are, finest first.
         strides_vox: stride of each level.
         shapes_vox: the K shapes of level 0.
-        mean_iou: mean over the objects of the IoU with the best shape of any level, centres put together.
-        unreachable: class name -> share of its objects that no anchor reaches with IoU 0.3 where the grid happens to fall.
+        mean_iou: mean over the objects of the IoU with the best shape of any level, centres put
+            together.
+        unreachable: class name -> share of its objects that no anchor reaches with IoU 0.3 where
+            the grid happens to fall.
     """
 
     stages: tuple[int, ...]
@@ -59,8 +66,13 @@ class AnchorPlan:
         return len(self.shapes_vox)
 
 
-def plan_anchors(sizes_vox: Mapping[str, Sequence[Sequence[float]]], stage_strides_vox: Sequence[Size], seed: int = 0) -> AnchorPlan:
-    """Choose levels and shapes for the objects of a training set; classes with objects that are out of reach are warned about.
+def plan_anchors(
+    sizes_vox: Mapping[str, Sequence[Sequence[float]]],
+    stage_strides_vox: Sequence[Size],
+    seed: int = 0,
+) -> AnchorPlan:
+    """Choose levels and shapes for the objects of a training set; classes with objects that are out
+    of reach are warned about.
 
     Args:
         sizes_vox: class name -> sides of its objects, at the target spacing.
@@ -69,50 +81,81 @@ def plan_anchors(sizes_vox: Mapping[str, Sequence[Sequence[float]]], stage_strid
     Raises:
         PlanError: no object, an object without extent, or no stage.
     """
-    sizes = np.array([side for of_class in sizes_vox.values() for side in of_class], dtype=np.float64).reshape(-1, 3)
+    sizes = np.array(
+        [side for of_class in sizes_vox.values() for side in of_class], dtype=np.float64
+    ).reshape(-1, 3)
     if not len(sizes):
-        raise PlanError("there is no object to plan anchors for; look at the labels, at min_voxels and at detect_labels")
+        raise PlanError(
+            "there is no object to plan anchors for; look at the labels, at min_voxels and at "
+            "detect_labels"
+        )
     if sizes.min() <= 0:
-        raise PlanError(f"an object has sides of {tuple(sizes[sizes.min(1).argmin()].tolist())} voxels; every side must be greater than 0")
+        raise PlanError(
+            f"an object has sides of {tuple(sizes[sizes.min(1).argmin()].tolist())} voxels; every "
+            "side must be greater than 0"
+        )
     stages = choose_levels(sizes, stage_strides_vox)
     strides = [stage_strides_vox[s] for s in stages]
     shapes, mean_iou = choose_shapes(sizes, strides, seed)
-    unreachable = {name: _share_out_of_reach(np.array(of_class, dtype=np.float64).reshape(-1, 3), shapes, strides)
-                   for name, of_class in sizes_vox.items() if len(of_class)}
+    unreachable = {
+        name: _share_out_of_reach(
+            np.array(of_class, dtype=np.float64).reshape(-1, 3), shapes, strides
+        )
+        for name, of_class in sizes_vox.items()
+        if len(of_class)
+    }
     for name, share in unreachable.items():
         if share > 0:
-            log.warning("%.1f %% of the objects of class '%s' are too small or too thin for every anchor (IoU below %g, finest stride %s): "
-                        "they can hardly be learned; use a finer spacing", 100 * share, name, REACHABLE_IOU, "x".join(map(str, strides[0])))
+            log.warning(
+                "%.1f %% of the objects of class '%s' are too small or too thin for every anchor "
+                "(IoU below %g, finest stride %s): "
+                "they can hardly be learned; use a finer spacing",
+                100 * share,
+                name,
+                REACHABLE_IOU,
+                "x".join(map(str, strides[0])),
+            )
     plain = tuple(as_spacing([round(float(v), 3) for v in shape]) for shape in shapes)
-    return AnchorPlan(tuple(stages), tuple(as_size(s) for s in strides), plain, round(mean_iou, 4), unreachable)
+    return AnchorPlan(
+        tuple(stages), tuple(as_size(s) for s in strides), plain, round(mean_iou, 4), unreachable
+    )
 
 
 def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[int]:
-    """Stages for the levels: the finest has stride 4, or 2 where a tenth of the objects have a mean side below 4 voxels.
+    """Stages for the levels: the finest has stride 4, or 2 where a tenth of the objects have a mean
+    side below 4 voxels.
 
-    The mean side is geometric, and a stage has stride 4 if that is its largest. Levels go up to the one that the largest object
-    belongs to, but there are two where there are two stages, and at most four.
+    The mean side is geometric, and a stage has stride 4 if that is its largest. Levels go up to the
+    one that the largest object belongs to, but there are two where there are two stages, and at
+    most four.
 
     Raises:
         PlanError: no stage.
     """
     if not stage_strides_vox:
-        raise PlanError("the encoder offers no stage for detection; a stage with a stride of at most 4 voxels is needed")
+        raise PlanError(
+            "the encoder offers no stage for detection; a stage with a stride of at most 4 voxels "
+            "is needed"
+        )
     side = np.cbrt(sizes_N3.prod(1))
     wanted = SMALL_STRIDE if np.percentile(side, 10) < SMALL_SIDE_VOX else USUAL_STRIDE
-    # Never finer than wanted unless the stages skip it: stride 2 costs eight times the anchors of stride 4.
+    # Never finer than wanted unless the stages skip it: stride 2 costs eight times the anchors of
+    # stride 4.
     fitting = [i for i, stride in enumerate(stage_strides_vox) if max(stride) <= wanted]
     first = fitting[-1] if fitting else 0
     available = list(range(first, min(first + MOST_LEVELS, len(stage_strides_vox))))
     highest = int(_levels_of(sizes_N3, [stage_strides_vox[i] for i in available]).max())
-    return available[:max(highest + 1, 2)]
+    return available[: max(highest + 1, 2)]
 
 
-def choose_shapes(sizes_N3: Floats, strides_vox: Sequence[Size], seed: int = 0) -> tuple[Floats, float]:
+def choose_shapes(
+    sizes_N3: Floats, strides_vox: Sequence[Size], seed: int = 0
+) -> tuple[Floats, float]:
     """The fewest shapes, at most 12, with which the mean best IoU reaches 0.7; else the best found.
 
-    Every object is first halved once per level below its own. The shapes are then the means of clusters, in logarithms, by k-means
-    whose distance is 1 - IoU of boxes with one centre (Redmon & Farhadi 2017, arXiv 1612.08242, in 2D).
+    Every object is first halved once per level below its own. The shapes are then the means of
+    clusters, in logarithms, by k-means whose distance is 1 - IoU of boxes with one centre (Redmon &
+    Farhadi 2017, arXiv 1612.08242, in 2D).
 
     Returns:
         (K, 3) shapes of level 0, smallest first, and their mean best IoU over all levels.
@@ -132,7 +175,9 @@ def choose_shapes(sizes_N3: Floats, strides_vox: Sequence[Size], seed: int = 0) 
 
 
 def _levels_of(sizes_N3: Floats, strides_vox: Sequence[Size]) -> NDArray[np.intp]:
-    """The level each object belongs to: where its mean side is nearest to four mean strides, by ratio."""
+    """The level each object belongs to: where its mean side is nearest to four mean strides, by
+    ratio.
+    """
     sides = np.log2(np.cbrt(sizes_N3.prod(1)))
     strides = np.log2(ANCHOR_SIDES * np.cbrt(np.array(strides_vox, dtype=np.float64).prod(1)))
     return np.asarray(np.abs(sides[:, None] - strides[None]).argmin(1))
@@ -151,7 +196,9 @@ def _k_means(sizes: Floats, k: int, random: np.random.Generator) -> Floats:
         distance = 1 - _centred_iou(sizes, centres).max(1)
         if distance.sum() <= 0:
             break
-        centres = np.concatenate([centres, sizes[[int(random.choice(len(sizes), p=distance / distance.sum()))]]])
+        centres = np.concatenate(
+            [centres, sizes[[int(random.choice(len(sizes), p=distance / distance.sum()))]]]
+        )
     nearest = None
     for _ in range(ROUNDS):
         now = _centred_iou(sizes, centres).argmax(1)
@@ -170,21 +217,30 @@ def _centred_iou(sizes_N3: Floats, shapes_K3: Floats, offset: Floats | float = 0
     return np.asarray(common / (a.prod(-1) + b.prod(-1) - common))
 
 
-def _best_iou(sizes_N3: Floats, shapes_K3: Floats, strides_vox: Sequence[Size], offset: float) -> Floats:
+def _best_iou(
+    sizes_N3: Floats, shapes_K3: Floats, strides_vox: Sequence[Size], offset: float
+) -> Floats:
     """(N,) best IoU over shapes and levels, with centres ``offset`` strides apart on each axis."""
     strides = np.array(strides_vox, dtype=np.float64)
-    per_level = [_centred_iou(sizes_N3, shapes_K3 * f, offset * s).max(1) for f, s in zip(_factors(strides_vox), strides, strict=True)]
+    per_level = [
+        _centred_iou(sizes_N3, shapes_K3 * f, offset * s).max(1)
+        for f, s in zip(_factors(strides_vox), strides, strict=True)
+    ]
     return np.asarray(np.max(per_level, axis=0))
 
 
 def _share_out_of_reach(sizes_N3: Floats, shapes_K3: Floats, strides_vox: Sequence[Size]) -> float:
-    # The nearest cell's centre is a quarter of a stride away on each axis, in the mean over all places of an object.
-    return round(float((_best_iou(sizes_N3, shapes_K3, strides_vox, offset=0.25) < REACHABLE_IOU).mean()), 4)
+    # The nearest cell's centre is a quarter of a stride away on each axis, in the mean over all
+    # places of an object.
+    return round(
+        float((_best_iou(sizes_N3, shapes_K3, strides_vox, offset=0.25) < REACHABLE_IOU).mean()), 4
+    )
 
 
 @dataclass(frozen=True)
 class AnchorGrid:
-    """The anchors of one patch size, as they are laid out in the head's output: level, then cell (z, y, x), then shape.
+    """The anchors of one patch size, as they are laid out in the head's output: level, then cell
+    (z, y, x), then shape.
 
     Attributes:
         boxes_A6: float32.
@@ -199,39 +255,58 @@ class AnchorGrid:
     num_shapes: int
 
 
-def lay_out(plan: AnchorPlan, level_cells: Sequence[Size], device: torch.device | str = "cpu") -> AnchorGrid:
-    """Anchors over feature maps of ``level_cells`` cells; the anchors of a cell have its centre, (i + 1/2) strides.
+def lay_out(
+    plan: AnchorPlan, level_cells: Sequence[Size], device: torch.device | str = "cpu"
+) -> AnchorGrid:
+    """Anchors over feature maps of ``level_cells`` cells; the anchors of a cell have its centre, (i
+    + 1/2) strides.
 
     Raises:
         PlanError: another number of feature maps than levels.
     """
     if len(level_cells) != len(plan.strides_vox):
-        raise PlanError(f"{len(level_cells)} feature maps for the {len(plan.strides_vox)} levels of the detection plan; plan anew")
+        raise PlanError(
+            f"{len(level_cells)} feature maps for the {len(plan.strides_vox)} levels of the "
+            "detection plan; plan anew"
+        )
     shapes = torch.tensor(plan.shapes_vox, dtype=torch.float32)
     levels = []
-    for cells, stride, factor in zip(level_cells, plan.strides_vox, _factors(plan.strides_vox), strict=True):
-        axes = [(torch.arange(n, dtype=torch.float32) + 0.5) * s for n, s in zip(cells, stride, strict=True)]
+    for cells, stride, factor in zip(
+        level_cells, plan.strides_vox, _factors(plan.strides_vox), strict=True
+    ):
+        axes = [
+            (torch.arange(n, dtype=torch.float32) + 0.5) * s
+            for n, s in zip(cells, stride, strict=True)
+        ]
         middle = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, 3)
         half = (shapes * torch.tensor(factor, dtype=torch.float32) / 2)[None]
         levels.append(torch.cat([middle - half, middle + half], -1).reshape(-1, 6))
-    return AnchorGrid(torch.cat(levels).to(device), tuple(as_size(c) for c in level_cells), plan.strides_vox, plan.num_shapes)
+    return AnchorGrid(
+        torch.cat(levels).to(device),
+        tuple(as_size(c) for c in level_cells),
+        plan.strides_vox,
+        plan.num_shapes,
+    )
 
 
 def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) -> Tensor:
     """Adaptive training sample selection: which object each anchor is to find.
 
-    The candidates of an object are all anchors of the four nearest cells of every level. Those are positive whose IoU reaches the
-    mean plus the standard deviation of the candidates' IoUs; an anchor wanted by several objects goes to the one it overlaps most.
-    Unlike in the paper an anchor that does not touch the object is never positive, and an object left without any takes its best
+    The candidates of an object are all anchors of the four nearest cells of every level. Those are
+    positive whose IoU reaches the mean plus the standard deviation of the candidates' IoUs; an
+    anchor wanted by several objects goes to the one it overlaps most. Unlike in the paper an anchor
+    that does not touch the object is never positive, and an object left without any takes its best
     free candidate: by IoU, else the nearest cell's shape of the most similar volume.
 
     Args:
-        centre_inside: the anchor's centre must also lie inside the object. nnDetection does without.
+        centre_inside: the anchor's centre must also lie inside the object. nnDetection does
+            without.
 
     Returns:
         (A,) index of the object, or -1 for background.
 
-    Source: Zhang et al. 2020, "Bridging the gap between anchor-based and anchor-free detection" (arXiv 1912.02424).
+    Source: Zhang et al. 2020, "Bridging the gap between anchor-based and anchor-free detection"
+        (arXiv 1912.02424).
     """
     anchors, objects = grid.boxes_A6, objects_G6.to(grid.boxes_A6)
     matched = torch.full((len(anchors),), -1, dtype=torch.long, device=anchors.device)
@@ -254,7 +329,9 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
     return matched
 
 
-def _serve_the_unmatched(matched: Tensor, objects: Tensor, anchors: Tensor, candidates: Tensor, overlap: Tensor) -> None:
+def _serve_the_unmatched(
+    matched: Tensor, objects: Tensor, anchors: Tensor, candidates: Tensor, overlap: Tensor
+) -> None:
     """Give every object without an anchor its best candidate that nobody has."""
     served = torch.zeros(len(objects), dtype=torch.bool, device=matched.device)
     served[matched[matched >= 0]] = True
@@ -271,17 +348,27 @@ def _serve_the_unmatched(matched: Tensor, objects: Tensor, anchors: Tensor, cand
 
 
 def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:
-    """(G, C) indices of the anchors of the nearest cells of every level; computed from the grid, never over all anchors."""
+    """(G, C) indices of the anchors of the nearest cells of every level; computed from the grid,
+    never over all anchors.
+    """
     found, first = [], 0
     for cells, stride in zip(grid.level_cells, grid.strides_vox, strict=True):
         step = torch.tensor(stride, dtype=torch.float32, device=centres_G3.device)
         number = torch.tensor(cells, device=centres_G3.device)
         place = centres_G3 / step - 0.5
         start = torch.minimum(place.floor().long() - 1, number - WINDOW).clamp(min=0)
-        axes = [start[:, i, None] + torch.arange(min(WINDOW, cells[i]), device=start.device) for i in range(3)]
+        axes = [
+            start[:, i, None] + torch.arange(min(WINDOW, cells[i]), device=start.device)
+            for i in range(3)
+        ]
         away = [((axis - place[:, i, None]) * step[i]).square() for i, axis in enumerate(axes)]
-        distance = (away[0][:, :, None, None] + away[1][:, None, :, None] + away[2][:, None, None, :]).flatten(1)
-        index = ((axes[0][:, :, None, None] * cells[1] + axes[1][:, None, :, None]) * cells[2] + axes[2][:, None, None, :]).flatten(1)
+        distance = (
+            away[0][:, :, None, None] + away[1][:, None, :, None] + away[2][:, None, None, :]
+        ).flatten(1)
+        index = (
+            (axes[0][:, :, None, None] * cells[1] + axes[1][:, None, :, None]) * cells[2]
+            + axes[2][:, None, None, :]
+        ).flatten(1)
         nearest = torch.sort(distance, dim=1, stable=True).indices[:, :NUM_CANDIDATE_CELLS]
         cell = index.gather(1, nearest)
         shape = torch.arange(grid.num_shapes, device=cell.device)

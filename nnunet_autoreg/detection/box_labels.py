@@ -26,10 +26,12 @@ def has_boxes_alone(dataset: Path) -> bool:
 
 
 def write_box_labels(dataset: Path) -> list[str]:
-    """Write ``labelsTr/<case>`` with the ellipsoid of every box of ``boxesTr/<case>.json``, for cases that have no label map; boxes
-    that do not count, and those of labels that are not detected, are left undrawn.
+    """Write ``labelsTr/<case>`` with the ellipsoid of every box of ``boxesTr/<case>.json``, for
+    cases that have no label map; boxes that do not count, and those of labels that are not
+    detected, are left undrawn.
 
-    Training takes the boxes themselves; the ellipsoids say where foreground is, and no segmentation is learned from them.
+    Training takes the boxes themselves; the ellipsoids say where foreground is, and no segmentation
+    is learned from them.
 
     Returns:
         The cases written.
@@ -43,15 +45,22 @@ def write_box_labels(dataset: Path) -> list[str]:
     if not folder.is_dir():
         raise UsageError(f"{dataset} has no folder {BOXES} with <case>.json files")
     images: dict[str, Path] = {}
-    for file in sorted((dataset / "imagesTr").glob(f"*{ending}"), key=lambda f: natural_key(f.name)):
+    for file in sorted(
+        (dataset / "imagesTr").glob(f"*{ending}"), key=lambda f: natural_key(f.name)
+    ):
         named = CHANNEL_SUFFIX.match(file.name.removesuffix(ending))
         if named and not file.name.startswith("."):
             images.setdefault(named["case"], file)
     labelled = {case for case in images if (labels / f"{case}{ending}").is_file()}
-    bare = [case for case in images if case not in labelled and not (folder / f"{case}.json").is_file()]
+    bare = [
+        case for case in images if case not in labelled and not (folder / f"{case}.json").is_file()
+    ]
     if bare:
-        raise UsageError(f"{len(bare)} cases of {dataset} have neither labels nor boxes (first: {bare[0]}); for a scan without objects "
-                         f"write {BOXES}/{bare[0]}.json with {{\"boxes\": []}}")
+        raise UsageError(
+            f"{len(bare)} cases of {dataset} have neither labels nor boxes (first: {bare[0]}); for "
+            "a scan without objects "
+            f'write {BOXES}/{bare[0]}.json with {{"boxes": []}}'
+        )
     written = [case for case in images if case not in labelled]
     for torn in labels.glob(TEMPORARY_FILES):
         torn.unlink()
@@ -71,14 +80,17 @@ def _write(image_file: Path, boxes: Path, target: Path, source: ObjectSource) ->
     shape = as_size(image.GetSize()[::-1])
     known = read_true_boxes(boxes, source.classes, shape, source.other_labels)
     # A box that does not count is no foreground either: nobody says what is in it.
-    found = with_ellipsoids(replace(known, objects=tuple(o for o in known.objects if not o.ignored)), shape)
+    found = with_ellipsoids(
+        replace(known, objects=tuple(o for o in known.objects if not o.ignored)), shape
+    )
     label_of = np.zeros(max((o.id for o in found.objects), default=0) + 1, np.uint8)
     for item in found.objects:
         label_of[item.id] = source.classes[item.place].label
     assert found.ids_ZYX is not None
     drawn: Any = SimpleITK.GetImageFromArray(label_of[found.ids_ZYX])
     drawn.CopyInformation(image)
-    # SimpleITK knows formats by their endings, and what is half written must not have that of a label map.
+    # SimpleITK knows formats by their endings, and what is half written must not have that of a
+    # label map.
     with atomic_path(target) as temporary, TemporaryDirectory() as elsewhere:
         whole = Path(elsewhere) / target.name
         SimpleITK.WriteImage(drawn, str(whole), True)

@@ -1,6 +1,8 @@
-"""Objects in preprocessed space, and patches with their boxes: what nnU-Net's loader is asked to carry through its augmentation.
+"""Objects in preprocessed space, and patches with their boxes: what nnU-Net's loader is asked to
+carry through its augmentation.
 
-Ids, not components found after augmentation: cropping and rotating merge and split components (design, detection.md section 3).
+Ids, not components found after augmentation: cropping and rotating merge and split components
+    (design, detection.md section 3).
 """
 
 import logging
@@ -46,7 +48,9 @@ class CaseBoxes:
 
 @dataclass(frozen=True)
 class InstanceIndex:
-    """``boxes.json``: all cases of a configuration, and the rules by which their objects were found."""
+    """``boxes.json``: all cases of a configuration, and the rules by which their objects were
+    found.
+    """
 
     rules: Rules
     classes: tuple[ObjectClass, ...]
@@ -70,7 +74,9 @@ class InstanceIndex:
 
 
 def instances_folder(preprocessed: Path) -> Path:
-    """Where the id maps of a folder of preprocessed cases lie: not in it, where every ``.b2nd`` counts as a case."""
+    """Where the id maps of a folder of preprocessed cases lie: not in it, where every ``.b2nd``
+    counts as a case.
+    """
     return preprocessed.with_name(f"{preprocessed.name}_instances")
 
 
@@ -95,16 +101,27 @@ class Maker:
     def stamp(self, case: str, shape_vox: Size) -> str:
         """What the objects of a case depend on besides the rules."""
         try:
-            files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.source.files(case)]
+            files = [
+                (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.source.files(case)
+            ]
         except OSError as error:
-            raise ObjectsError(f"{error.filename} cannot be read ({error.strerror}); restore it, or preprocess again") from error
+            raise ObjectsError(
+                f"{error.filename} cannot be read ({error.strerror}); restore it, or preprocess "
+                "again"
+            ) from error
         # Boxes of such readers were once taken for the reader's own, and must be made anew.
-        turned = " boxes of the stored array" if self.source.turns_images and not self.source.has_masks(case) else ""
+        turned = (
+            " boxes of the stored array"
+            if self.source.turns_images and not self.source.has_masks(case)
+            else ""
+        )
         return f"{shape_vox} {self.target_spacing_mm} {files}{turned}"
 
     def make(self, case: str) -> CaseBoxes:
         """Write the id map of a case and give its boxes."""
-        _, seg, _, properties = infer_dataset_class(str(self.preprocessed))(str(self.preprocessed), [case]).load_case(case)
+        _, seg, _, properties = infer_dataset_class(str(self.preprocessed))(
+            str(self.preprocessed), [case]
+        ).load_case(case)
         shape = as_size(seg.shape[1:])
         found = self.source.read(case)
         geometry = preprocessing_of(properties, shape, np.argsort(self.transpose).tolist())
@@ -112,7 +129,9 @@ class Maker:
         ids = found.instances.ids_ZYX.astype(np.int16).transpose(self.transpose)
         crop = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
         spacing = [found.spacing_mm[a] for a in self.transpose]
-        carried = np.asarray(self.resample_seg(ids[crop][None], shape, spacing, self.target_spacing_mm))[0].astype(np.int16)
+        carried = np.asarray(
+            self.resample_seg(ids[crop][None], shape, spacing, self.target_spacing_mm)
+        )[0].astype(np.int16)
         self._write(case, carried)
         present = boxes_of_ids(carried)
         objects = []
@@ -126,11 +145,17 @@ class Maker:
         blosc2.set_nthreads(1)
         blocks, chunks = comp_blosc2_params((1, *ids_ZYX.shape), self.patch_size, bytes_per_pixel=2)
         with atomic_path(instances_folder(self.preprocessed) / f"{case}.b2nd") as temporary:
-            blosc2.asarray(np.ascontiguousarray(ids_ZYX), urlpath=str(temporary), chunks=chunks[1:], blocks=blocks[1:])
+            blosc2.asarray(
+                np.ascontiguousarray(ids_ZYX),
+                urlpath=str(temporary),
+                chunks=chunks[1:],
+                blocks=blocks[1:],
+            )
 
 
 def prepare_instances(maker: Maker, cases: Sequence[str], num_processes: int = 1) -> InstanceIndex:
-    """The objects of all cases: those made before are kept, the others made; ``boxes.json`` is written last.
+    """The objects of all cases: those made before are kept, the others made; ``boxes.json`` is
+    written last.
 
     Raises:
         ObjectsError: labels that are missing, damaged, or contradict each other.
@@ -140,13 +165,21 @@ def prepare_instances(maker: Maker, cases: Sequence[str], num_processes: int = 1
     source.keep()
     old = _read_index(file, source)
     stock = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
-    stamps = {case: maker.stamp(case, as_size(stock.load_case(case)[1].shape[1:])) for case in cases}
-    kept = {c: old[c] for c in cases if c in old and old[c].stamp == stamps[c] and (file.parent / f"{c}.b2nd").is_file()}
+    stamps = {
+        case: maker.stamp(case, as_size(stock.load_case(case)[1].shape[1:])) for case in cases
+    }
+    kept = {
+        c: old[c]
+        for c in cases
+        if c in old and old[c].stamp == stamps[c] and (file.parent / f"{c}.b2nd").is_file()
+    }
     wanted = [case for case in cases if case not in kept]
     if wanted:
         log.info("objects of %d cases are found in their labels; this is done once", len(wanted))
     made = dict(zip(wanted, in_parallel(partial(_make, maker), wanted, num_processes), strict=True))
-    index = InstanceIndex(source.rules, source.classes, {case: kept.get(case) or made[case] for case in cases})
+    index = InstanceIndex(
+        source.rules, source.classes, {case: kept.get(case) or made[case] for case in cases}
+    )
     if made:
         write_json(file, index)
         _tell(index)
@@ -180,15 +213,27 @@ def _tell(index: InstanceIndex) -> None:
             ignored += item.ignored
             vanished += not item.num_voxels and not item.ignored
     told = ", ".join(f"{n} {name}" for name, n in number.items())
-    log.info("%d cases, %d of them without an object: %s; %d smaller than %d voxels are ignored", len(index.cases), empty, told, ignored,
-             index.rules.min_voxels)
+    log.info(
+        "%d cases, %d of them without an object: %s; %d smaller than %d voxels are ignored",
+        len(index.cases),
+        empty,
+        told,
+        ignored,
+        index.rules.min_voxels,
+    )
     if vanished:
-        log.warning("%d objects vanish at the target spacing or lie outside of the image's content, and cannot be learned; use a finer "
-                    "spacing", vanished)
+        log.warning(
+            "%d objects vanish at the target spacing or lie outside of the image's content, and "
+            "cannot be learned; use a finer "
+            "spacing",
+            vanished,
+        )
 
 
 class InstanceDataset:
-    """nnU-Net's dataset with the id map of each case where the loader expects the segmentation of an earlier stage."""
+    """nnU-Net's dataset with the id map of each case where the loader expects the segmentation of
+    an earlier stage.
+    """
 
     def __init__(self, stock: Any, preprocessed: Path, index: InstanceIndex):
         self.stock, self.folder, self.index = stock, instances_folder(preprocessed), index
@@ -198,13 +243,20 @@ class InstanceDataset:
         """Image (C, Z, Y, X), segmentation (1, Z, Y, X), ids (Z, Y, X), properties."""
         data, seg, _, properties = self.stock.load_case(identifier)
         options = getattr(self.stock, "mmap_kwargs", {})
-        return data, seg, blosc2.open(urlpath=str(self.folder / f"{identifier}.b2nd"), mode="r", **options), properties
+        return (
+            data,
+            seg,
+            blosc2.open(urlpath=str(self.folder / f"{identifier}.b2nd"), mode="r", **options),
+            properties,
+        )
 
 
 class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
-    """nnU-Net's loader; a share of each batch is drawn around an object, every object of the fold as likely as any other.
+    """nnU-Net's loader; a share of each batch is drawn around an object, every object of the fold
+    as likely as any other.
 
-    A batch has ``objects`` besides: for each sample the boxes (G, 6) in voxel edges of the patch, places of classes, and which are
+    A batch has ``objects`` besides: for each sample the boxes (G, 6) in voxel edges of the patch,
+        places of classes, and which are
     ignored.
     """
 
@@ -212,13 +264,19 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         super().__init__(data, *args, **kwargs)
         cases = data.index.cases
         every = [(name, item) for name in data.identifiers for item in cases[name].objects]
-        self.around = [(name, item.box_zyx) for name, item in every if item.num_voxels and not item.ignored]
-        self.known = {name: {item.id: item for item in cases[name].objects} for name in data.identifiers}
+        self.around = [
+            (name, item.box_zyx) for name, item in every if item.num_voxels and not item.ignored
+        ]
+        self.known = {
+            name: {item.id: item for item in cases[name].objects} for name in data.identifiers
+        }
         self.min_voxels = data.index.rules.min_voxels
         self.wanted: list[Any] = []
 
     def get_indices(self) -> list[str]:
-        """The cases of a batch; which object each sample is drawn around is kept for ``get_bbox``."""
+        """The cases of a batch; which object each sample is drawn around is kept for
+        ``get_bbox``.
+        """
         names, self.wanted = [], []
         for number in range(self.batch_size):
             if self.around and self.get_do_oversample(number):
@@ -230,11 +288,20 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         return names
 
     def get_bbox(
-        self, data_shape: Any, force_fg: bool, class_locations: Any, overwrite_class: Any = None, verbose: bool = False
+        self,
+        data_shape: Any,
+        force_fg: bool,
+        class_locations: Any,
+        overwrite_class: Any = None,
+        verbose: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """Where a patch lies: anywhere, or so that the wanted object is whole in what remains of it after augmentation."""
+        """Where a patch lies: anywhere, or so that the wanted object is whole in what remains of it
+        after augmentation.
+        """
         box = self.wanted.pop(0)
-        place = place_around(box, as_size(data_shape), as_size(self.patch_size), as_size(self.final_patch_size))
+        place = place_around(
+            box, as_size(data_shape), as_size(self.patch_size), as_size(self.final_patch_size)
+        )
         return place, [p + s for p, s in zip(place, self.patch_size, strict=True)]
 
     def generate_train_batch(self) -> dict[str, Any]:
@@ -242,15 +309,21 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         batch: dict[str, Any] = super().generate_train_batch()
         ids = batch["target"][:, 1].numpy()
         batch["target"] = batch["target"][:, :1].contiguous()
-        batch["objects"] = [objects_of_patch(i, self.known[name], self.min_voxels) for i, name in zip(ids, batch["keys"], strict=True)]
+        batch["objects"] = [
+            objects_of_patch(i, self.known[name], self.min_voxels)
+            for i, name in zip(ids, batch["keys"], strict=True)
+        ]
         return batch
 
 
-def place_around(box_zyx: Sequence[float] | None, shape: Size, patch: Size, final: Size) -> list[int]:
+def place_around(
+    box_zyx: Sequence[float] | None, shape: Size, patch: Size, final: Size
+) -> list[int]:
     """Start of a patch that augmentation cuts to its middle ``final`` voxels.
 
-    With a box, a place at random where the box is whole in that middle - or the middle whole in a larger box -, as near as the image's
-    borders allow; without, a place anywhere. The middle stays in the image; an image that is smaller is padded on both sides.
+    With a box, a place at random where the box is whole in that middle - or the middle whole in a
+    larger box -, as near as the image's borders allow; without, a place anywhere. The middle stays
+    in the image; an image that is smaller is padded on both sides.
     """
     start = []
     for axis in range(3):
@@ -260,17 +333,27 @@ def place_around(box_zyx: Sequence[float] | None, shape: Size, patch: Size, fina
             lowest = highest = highest // 2
         low, high = lowest, highest
         if box_zyx is not None:
-            ends = sorted((int(np.floor(box_zyx[axis])), int(np.ceil(box_zyx[axis + 3])) - final[axis]))
+            ends = sorted(
+                (int(np.floor(box_zyx[axis])), int(np.ceil(box_zyx[axis + 3])) - final[axis])
+            )
             low, high = (min(max(end, lowest), highest) for end in ends)
         start.append(int(np.random.randint(low, high + 1)) - margin)
     return start
 
 
-def objects_of_patch(ids_ZYX: NDArray[Any], known: Mapping[int, Instance], min_voxels: int) -> dict[str, NDArray[Any]]:
+def objects_of_patch(
+    ids_ZYX: NDArray[Any], known: Mapping[int, Instance], min_voxels: int
+) -> dict[str, NDArray[Any]]:
     """Boxes of what is left of each object in a patch; remains below ``min_voxels`` are ignored."""
-    found = [(box, count, known[i]) for i, (box, count) in boxes_of_ids(np.maximum(ids_ZYX, 0)).items() if i in known]
+    found = [
+        (box, count, known[i])
+        for i, (box, count) in boxes_of_ids(np.maximum(ids_ZYX, 0)).items()
+        if i in known
+    ]
     return {
         "boxes": np.array([box for box, _, _ in found], dtype=np.float32).reshape(-1, 6),
         "labels": np.array([item.place for _, _, item in found], dtype=np.int64),
-        "ignored": np.array([item.ignored or count < min_voxels for _, count, item in found], dtype=bool),
+        "ignored": np.array(
+            [item.ignored or count < min_voxels for _, count, item in found], dtype=bool
+        ),
     }

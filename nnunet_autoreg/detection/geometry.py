@@ -1,6 +1,7 @@
 """Boxes between the preprocessed image, the original one and the world.
 
-Voxel edges scale and shift without half-voxel terms: voxel i covers [i, i + 1). In world coordinates whole numbers are the centres of
+Voxel edges scale and shift without half-voxel terms: voxel i covers [i, i + 1). In world
+    coordinates whole numbers are the centres of
 voxels, so an edge e has the continuous index e - 0.5.
 """
 
@@ -19,7 +20,9 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, zyx
 Floats = NDArray[np.float64]
 
 RAS_OF_LPS = np.diag([-1.0, -1.0, 1.0])
-"""DICOM and SimpleITK count towards left and posterior, NIfTI and nibabel towards right and anterior."""
+"""DICOM and SimpleITK count towards left and posterior, NIfTI and nibabel towards right and
+anterior.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Preprocessing:
     Attributes:
         shape_vox: of the preprocessed image.
         cropped_shape_vox, crop_start_vox: of the crop, axes transposed.
-        transpose_backward: axis i of the original is axis ``transpose_backward[i]`` of the transposed image.
+        transpose_backward: axis i of the original is axis ``transpose_backward[i]`` of the
+            transposed image.
     """
 
     shape_vox: Size
@@ -49,15 +53,27 @@ class Preprocessing:
         return _boxes((ends - np.array(self.crop_start_vox)) / self._factor())
 
     def _factor(self) -> Floats:
-        # The ratio of shapes, not of spacings: nnU-Net rounds the new shape and stretches the image to it.
-        return np.asarray(np.array(self.cropped_shape_vox, dtype=np.float64) / np.array(self.shape_vox))
+        # The ratio of shapes, not of spacings: nnU-Net rounds the new shape and stretches the image
+        # to it.
+        return np.asarray(
+            np.array(self.cropped_shape_vox, dtype=np.float64) / np.array(self.shape_vox)
+        )
 
 
-def preprocessing_of(properties: Mapping[str, Any], shape_vox: Sequence[int], transpose_backward: Sequence[int]) -> Preprocessing:
-    """From a case's ``.pkl`` of nnU-Net, the spatial shape of its preprocessed array, and the plan's ``transpose_backward``."""
+def preprocessing_of(
+    properties: Mapping[str, Any], shape_vox: Sequence[int], transpose_backward: Sequence[int]
+) -> Preprocessing:
+    """From a case's ``.pkl`` of nnU-Net, the spatial shape of its preprocessed array, and the
+    plan's ``transpose_backward``.
+    """
     backward = as_size(transpose_backward)
     start = as_size([low for low, _ in properties["bbox_used_for_cropping"]])
-    return Preprocessing(as_size(shape_vox), as_size(properties["shape_after_cropping_and_before_resampling"]), start, backward)
+    return Preprocessing(
+        as_size(shape_vox),
+        as_size(properties["shape_after_cropping_and_before_resampling"]),
+        start,
+        backward,
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,8 @@ class Frame:
 
     Attributes:
         shape_vox: (z, y, x).
-        affine_ras: 4 rows of 4; from the index (i, j, k) = (x, y, z) to mm towards right, anterior, superior, as nibabel's.
+        affine_ras: 4 rows of 4; from the index (i, j, k) = (x, y, z) to mm towards right, anterior,
+            superior, as nibabel's.
     """
 
     shape_vox: Size
@@ -78,7 +95,9 @@ class Frame:
         return zyx(np.linalg.norm(self._linear(), axis=0).tolist())
 
     def to_ras(self, points_zyx: Any) -> Floats:
-        """(..., 3) mm (x, y, z) towards right, anterior, superior, of points (z, y, x) in voxel edges."""
+        """(..., 3) mm (x, y, z) towards right, anterior, superior, of points (z, y, x) in voxel
+        edges.
+        """
         index = np.asarray(points_zyx, dtype=np.float64)[..., ::-1] - 0.5
         return np.asarray(index @ self._linear().T + np.array(self.affine_ras)[:3, 3])
 
@@ -87,13 +106,23 @@ class Frame:
         return np.asarray(self.to_ras(points_zyx) @ RAS_OF_LPS)
 
     def corners_ras(self, box_zyx: Sequence[float]) -> Floats:
-        """(8, 3) mm, x (i) varying fastest; on an oblique image the box is not parallel to the axes of the world."""
+        """(8, 3) mm, x (i) varying fastest; on an oblique image the box is not parallel to the axes
+        of the world.
+        """
         low, high = box_zyx[:3], box_zyx[3:]
-        return self.to_ras([[(low, high)[c][axis] for axis, c in enumerate(choice)] for choice in product((0, 1), repeat=3)])
+        return self.to_ras(
+            [
+                [(low, high)[c][axis] for axis, c in enumerate(choice)]
+                for choice in product((0, 1), repeat=3)
+            ]
+        )
 
     def size_mm(self, box_zyx: Sequence[float]) -> tuple[float, float, float]:
         """Sides in mm along the image's own axes i, j, k (x, y, z)."""
-        z, y, x = ((high - low) * s for low, high, s in zip(box_zyx[:3], box_zyx[3:], self.spacing_mm, strict=True))
+        z, y, x = (
+            (high - low) * s
+            for low, high, s in zip(box_zyx[:3], box_zyx[3:], self.spacing_mm, strict=True)
+        )
         return (float(x), float(y), float(z))
 
     def _linear(self) -> Floats:
@@ -106,18 +135,29 @@ def frame_of_affine(affine_ras: Any, shape_vox: Sequence[int]) -> Frame:
     return Frame(as_size(shape_vox), tuple(tuple(float(v) for v in row) for row in rows))
 
 
-def frame_of_itk(shape_vox: Sequence[int], spacing_xyz: Sequence[float], origin_xyz: Sequence[float], direction: Sequence[float]) -> Frame:
-    """From what SimpleITK says of an image: all but the shape in (x, y, z), ``direction`` row by row, LPS."""
+def frame_of_itk(
+    shape_vox: Sequence[int],
+    spacing_xyz: Sequence[float],
+    origin_xyz: Sequence[float],
+    direction: Sequence[float],
+) -> Frame:
+    """From what SimpleITK says of an image: all but the shape in (x, y, z), ``direction`` row by
+    row, LPS.
+    """
     affine = np.eye(4)
-    affine[:3, :3] = RAS_OF_LPS @ np.array(direction, dtype=np.float64).reshape(3, 3) @ np.diag(spacing_xyz)
+    affine[:3, :3] = (
+        RAS_OF_LPS @ np.array(direction, dtype=np.float64).reshape(3, 3) @ np.diag(spacing_xyz)
+    )
     affine[:3, 3] = RAS_OF_LPS @ np.array(origin_xyz, dtype=np.float64)
     return frame_of_affine(affine, shape_vox)
 
 
 def frame_of_properties(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> Frame:
-    """From the properties that one of nnU-Net's readers gives, and the shape (z, y, x) of the array as it was read.
+    """From the properties that one of nnU-Net's readers gives, and the shape (z, y, x) of the array
+    as it was read.
 
-    A reader that keeps no origin (2D formats, plain TIFF) gives an image at the origin with the spacing it read.
+    A reader that keeps no origin (2D formats, plain TIFF) gives an image at the origin with the
+    spacing it read.
     """
     if "sitk_stuff" in properties:
         itk = properties["sitk_stuff"]
@@ -132,7 +172,8 @@ def frame_of_properties(properties: Mapping[str, Any], shape_vox: Sequence[int])
 AS_STORED: Turn = ((0, 1, 2), (False, False, False))
 
 OPPOSITE = {"R": "L", "A": "P", "S": "I"}
-"""The directions that nnU-Net's reorienting readers give the axes x, y and z, and their opposites."""
+"""The directions that nnU-Net's reorienting readers give the axes x, y and z, and their opposites.
+"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +185,8 @@ class StoredArray:
 
     Attributes:
         frame: where the stored array lies.
-        turn: which stored axis becomes each axis (z, y, x) of the reader's array, and whether it is reversed.
+        turn: which stored axis becomes each axis (z, y, x) of the reader's array, and whether it is
+            reversed.
     """
 
     frame: Frame
@@ -164,7 +206,9 @@ class StoredArray:
         return _boxes(ends)
 
     def to_stored(self, boxes_N6: Any) -> Floats:
-        """Return boxes of the reader's array in voxel edges of the stored array: the inverse of ``to_reader``."""
+        """Return boxes of the reader's array in voxel edges of the stored array: the inverse of
+        ``to_reader``.
+        """
         axes, reverse = self.turn
         read = _ends(boxes_N6)
         ends = np.empty_like(read)
@@ -177,7 +221,9 @@ class StoredArray:
 
 
 def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> StoredArray:
-    """Return the stored array of an image, from its reader's properties and the shape (z, y, x) that was read."""
+    """Return the stored array of an image, from its reader's properties and the shape (z, y, x)
+    that was read.
+    """
     read, turn = frame_of_properties(properties, shape_vox), reader_turn(properties)
     axes, reverse = turn
     shape = [0, 0, 0]
@@ -212,7 +258,9 @@ def reader_turn(properties: Mapping[str, Any]) -> Turn:
 
 
 def _turn_of_permutation(permutation: Floats) -> Turn:
-    """Return the turn for a (3, 3) matrix whose column k says which stored axis of (x, y, z) becomes axis k."""
+    """Return the turn for a (3, 3) matrix whose column k says which stored axis of (x, y, z)
+    becomes axis k.
+    """
     axes, reverse = [], []
     for axis in (2, 1, 0):
         column = permutation[:, axis]
@@ -223,11 +271,15 @@ def _turn_of_permutation(permutation: Floats) -> Turn:
 
 
 def to_ijk(boxes_N6: Any) -> Floats:
-    """(N, 6) as (i0, j0, k0, i1, j1, k1): continuous indices, whole numbers at the centres of voxels; a voxel 4 reads 3.5, 4.5."""
+    """(N, 6) as (i0, j0, k0, i1, j1, k1): continuous indices, whole numbers at the centres of
+    voxels; a voxel 4 reads 3.5, 4.5.
+    """
     return _boxes(_ends(boxes_N6)[..., ::-1] - 0.5)
 
 
-def check_inside(box_zyx: Sequence[float], shape_vox: Sequence[int], where: str, tolerance_vox: float = 0.01) -> None:
+def check_inside(
+    box_zyx: Sequence[float], shape_vox: Sequence[int], where: str, tolerance_vox: float = 0.01
+) -> None:
     """Check that a box is one, and lies in its image.
 
     Raises:
@@ -235,13 +287,23 @@ def check_inside(box_zyx: Sequence[float], shape_vox: Sequence[int], where: str,
     """
     listed = ", ".join(f"{v:g}" for v in box_zyx)
     if len(box_zyx) != 6 or not np.isfinite(box_zyx).all():
-        raise ObjectsError(f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1")
+        raise ObjectsError(
+            f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1"
+        )
     if any(low >= high for low, high in zip(box_zyx[:3], box_zyx[3:], strict=True)):
-        raise ObjectsError(f"{where}: box [{listed}] has no extent; z0 < z1, y0 < y1 and x0 < x1 are needed, in that order")
-    outside = min(box_zyx[:3]) < -tolerance_vox or any(h > s + tolerance_vox for h, s in zip(box_zyx[3:], shape_vox, strict=True))
+        raise ObjectsError(
+            f"{where}: box [{listed}] has no extent; z0 < z1, y0 < y1 and x0 < x1 are needed, in "
+            "that order"
+        )
+    outside = min(box_zyx[:3]) < -tolerance_vox or any(
+        h > s + tolerance_vox for h, s in zip(box_zyx[3:], shape_vox, strict=True)
+    )
     if outside:
         size = " x ".join(str(s) for s in shape_vox)
-        raise ObjectsError(f"{where}: box [{listed}] lies outside the image of {size} voxels (z, y, x); are the axes in the order z, y, x?")
+        raise ObjectsError(
+            f"{where}: box [{listed}] lies outside the image of {size} voxels (z, y, x); are the "
+            "axes in the order z, y, x?"
+        )
 
 
 def _ends(boxes: Any) -> Floats:

@@ -1,4 +1,6 @@
-"""Which detection found which object: hit rules, and greedy matching from the highest score down, as in COCO."""
+"""Which detection found which object: hit rules, and greedy matching from the highest score down,
+as in COCO.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -25,10 +27,11 @@ class HitRule:
     """When a detection counts as having found an object.
 
     Attributes:
-        kind: ``iou``: the boxes overlap by at least ``value``. ``centre``: its centre lies in the object; in the object's box, where
-            no map is known. ``radius``: its centre is at most ``value`` mm from that of the object's box, and if ``value`` is 0 at
-            most half the object's largest side, which is LUNA16's rule. ``mask``: the IoU of their voxels, not of their boxes, is at
-            least ``value``, as RibFrac has it with 0.2.
+        kind: ``iou``: the boxes overlap by at least ``value``. ``centre``: its centre lies in the
+            object; in the object's box, where no map is known. ``radius``: its centre is at most
+            ``value`` mm from that of the object's box, and if ``value`` is 0 at most half the
+            object's largest side, which is LUNA16's rule. ``mask``: the IoU of their voxels, not of
+            their boxes, is at least ``value``, as RibFrac has it with 0.2.
     """
 
     kind: str = "iou"
@@ -49,9 +52,17 @@ def parse_hit_rule(text: str) -> HitRule:
         value = float(number) if number else 0.0
     except ValueError:
         value = math.nan
-    fits = {"iou": 0 < value <= 1, "mask": 0 < value <= 1, "centre": not number, "radius": 0 <= value < math.inf}
+    fits = {
+        "iou": 0 < value <= 1,
+        "mask": 0 < value <= 1,
+        "centre": not number,
+        "radius": 0 <= value < math.inf,
+    }
     if not fits.get(kind, False):
-        raise UsageError(f"hit rule '{text}' is not known; write iou:0.1 or mask:0.2 (0 to 1), centre, radius, or radius:5 (mm)")
+        raise UsageError(
+            f"hit rule '{text}' is not known; write iou:0.1 or mask:0.2 (0 to 1), centre, radius, "
+            "or radius:5 (mm)"
+        )
     return HitRule(kind, value)
 
 
@@ -61,10 +72,12 @@ class ScanBoxes:
 
     Attributes:
         spacing_mm: (z, y, x).
-        true_boxes_G6, true_places_G, ignored_G: objects, the place of their class, and whether they do not count.
+        true_boxes_G6, true_places_G, ignored_G: objects, the place of their class, and whether they
+            do not count.
         boxes_D6, places_D, scores_D: detections.
         centre_inside_DG: whether the detection's centre is a voxel of the object.
-        mask_overlap_DG: IoU of the voxels of each detection and object; None where they are not known.
+        mask_overlap_DG: IoU of the voxels of each detection and object; None where they are not
+            known.
     """
 
     name: str
@@ -84,15 +97,19 @@ class ScanBoxes:
         return bool(self.ignored_G.all())
 
     def a_voxel_longer(self) -> "ScanBoxes":
-        """With every box, true or found, as nnDetection has it: from the voxel before the first to the last, one voxel longer on each
-        axis. Small objects overlap more that way."""
+        """With every box, true or found, as nnDetection has it: from the voxel before the first to
+        the last, one voxel longer on each axis. Small objects overlap more that way.
+        """
         lower = np.array([1.0, 1, 1, 0, 0, 0])
-        return replace(self, true_boxes_G6=self.true_boxes_G6 - lower, boxes_D6=self.boxes_D6 - lower)
+        return replace(
+            self, true_boxes_G6=self.true_boxes_G6 - lower, boxes_D6=self.boxes_D6 - lower
+        )
 
 
 @dataclass(frozen=True)
 class Matched:
-    """The matching of one class in one scan; all arrays but the last by detection, highest score first.
+    """The matching of one class in one scan; all arrays but the last by detection, highest score
+    first.
 
     Attributes:
         detections: their numbers in the scan.
@@ -110,26 +127,38 @@ class Matched:
 
 def overlaps(a_N6: Floats, b_M6: Floats) -> Floats:
     """(N, M) IoU, float64."""
-    return bx.iou(torch.from_numpy(np.asarray(a_N6, np.float64)), torch.from_numpy(np.asarray(b_M6, np.float64))).numpy()
+    return bx.iou(
+        torch.from_numpy(np.asarray(a_N6, np.float64)),
+        torch.from_numpy(np.asarray(b_M6, np.float64)),
+    ).numpy()
 
 
 def distances_mm(scan: ScanBoxes) -> Floats:
     """(D, G) distances of the boxes' centres."""
-    found, true = ((b[:, :3] + b[:, 3:]) / 2 * np.array(scan.spacing_mm) for b in (scan.boxes_D6, scan.true_boxes_G6))
+    found, true = (
+        (b[:, :3] + b[:, 3:]) / 2 * np.array(scan.spacing_mm)
+        for b in (scan.boxes_D6, scan.true_boxes_G6)
+    )
     return np.asarray(np.linalg.norm(found[:, None] - true[None], axis=-1))
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how good a one (more is better); of a
-    region in which nothing counts, whether its centre lies in it.
+    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how
+    good a one (more is better); of a region in which nothing counts, whether its centre lies in it.
 
     Raises:
         UsageError: the rule asks for voxels, and only boxes are known.
     """
     if rule.kind in ("iou", "mask"):
-        quality = overlaps(scan.boxes_D6, scan.true_boxes_G6) if rule.kind == "iou" else scan.mask_overlap_DG
+        quality = (
+            overlaps(scan.boxes_D6, scan.true_boxes_G6)
+            if rule.kind == "iou"
+            else scan.mask_overlap_DG
+        )
         if quality is None:
-            raise UsageError(f"hit rule {rule}: the voxels of {scan.name}'s objects are not known; take iou:T")
+            raise UsageError(
+                f"hit rule {rule}: the voxels of {scan.name}'s objects are not known; take iou:T"
+            )
         hit = quality >= min(rule.value, 1 - 1e-9)
     else:
         away = distances_mm(scan)
@@ -137,7 +166,9 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
         if rule.kind == "centre":
             hit = scan.centre_inside_DG
         else:
-            sides = (scan.true_boxes_G6[:, 3:] - scan.true_boxes_G6[:, :3]) * np.array(scan.spacing_mm)
+            sides = (scan.true_boxes_G6[:, 3:] - scan.true_boxes_G6[:, :3]) * np.array(
+                scan.spacing_mm
+            )
             hit = away <= (rule.value or sides.max(1, initial=0.0)[None] / 2)
     hit = hit | (scan.ignored_G[None] & scan.centre_inside_DG)
     # A region is no object: its box may be the whole image, and says nothing.
@@ -145,13 +176,21 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
 
 
 def match_scan(
-    scan: ScanBoxes, place: int, rule: HitRule, *, duplicates: str = "false", max_detections: int = 100,
-    excused_objects: Bools | None = None, excused_if_unmatched: Bools | None = None,
+    scan: ScanBoxes,
+    place: int,
+    rule: HitRule,
+    *,
+    duplicates: str = "false",
+    max_detections: int = 100,
+    excused_objects: Bools | None = None,
+    excused_if_unmatched: Bools | None = None,
 ) -> Matched:
-    """Match the detections of one class with its objects: each takes the best object still free; an ignored one takes any number.
+    """Match the detections of one class with its objects: each takes the best object still free; an
+    ignored one takes any number.
 
     Args:
-        duplicates: what a further detection of an object found already is: ``false`` positive or ``ignored``.
+        duplicates: what a further detection of an object found already is: ``false`` positive or
+            ``ignored``.
         max_detections: only the highest scores count.
         excused_objects: (G,) further objects that do not count here, e.g. those of another size.
         excused_if_unmatched: (D,) detections that are no false positives here.

@@ -1,6 +1,8 @@
-"""Average precision, free-response curves, and their intervals, from matched detections of many scans.
+"""Average precision, free-response curves, and their intervals, from matched detections of many
+scans.
 
-Every function takes a weight per scan, so that a bootstrap resample costs no new matching: a scan drawn twice weighs 2.
+Every function takes a weight per scan, so that a bootstrap resample costs no new matching: a scan
+drawn twice weighs 2.
 """
 
 from collections.abc import Sequence
@@ -44,7 +46,8 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Froc:
-    """A free-response curve: points at falling score thresholds, first the one at which nothing is detected.
+    """A free-response curve: points at falling score thresholds, first the one at which nothing is
+    detected.
 
     Attributes:
         fp_per_scan, sensitivity, threshold: arrays of one length; the first threshold is infinite.
@@ -58,15 +61,27 @@ class Froc:
 def pool(matched: Sequence[Matched]) -> Pooled:
     """Put the scans' matchings of one class together."""
     counted = [~m.excused for m in matched]
-    scores = np.concatenate([m.scores[c] for m, c in zip(matched, counted, strict=True)] or [np.zeros(0)])
-    is_hit = np.concatenate([m.object_of[c] >= 0 for m, c in zip(matched, counted, strict=True)] or [np.zeros(0, dtype=bool)])
+    scores = np.concatenate(
+        [m.scores[c] for m, c in zip(matched, counted, strict=True)] or [np.zeros(0)]
+    )
+    is_hit = np.concatenate(
+        [m.object_of[c] >= 0 for m, c in zip(matched, counted, strict=True)]
+        or [np.zeros(0, dtype=bool)]
+    )
     scan = np.repeat(np.arange(len(matched)), [int(c.sum()) for c in counted])
     order = np.argsort(-scores, kind="stable")
-    return Pooled(scores[order], is_hit[order], scan[order], np.array([len(m.objects) for m in matched], dtype=np.int64))
+    return Pooled(
+        scores[order],
+        is_hit[order],
+        scan[order],
+        np.array([len(m.objects) for m in matched], dtype=np.int64),
+    )
 
 
 def average_precision(pooled: Pooled, weights_S: Floats | None = None) -> float:
-    """Mean, over recalls 0, 0.01 .. 1, of the best precision at that recall or beyond; 0 without detections, NaN without objects.
+    """Mean, over recalls 0, 0.01 ..
+
+    1, of the best precision at that recall or beyond; 0 without detections, NaN without objects.
 
     Recalls are compared in float32, as nnDetection and MONAI do: 7 of 10 does not reach 0.70 there.
     """
@@ -83,20 +98,31 @@ def average_precision(pooled: Pooled, weights_S: Floats | None = None) -> float:
 
 
 def froc(pooled: Pooled, weights_S: Floats | None = None) -> Froc:
-    """Sensitivity against false positives per scan, empty scans included; detections of one score come in together."""
+    """Sensitivity against false positives per scan, empty scans included; detections of one score
+    come in together.
+    """
     weights = np.ones(len(pooled.objects_S)) if weights_S is None else weights_S
     each = weights[pooled.scan]
-    last = np.flatnonzero(np.append(pooled.scores[1:] != pooled.scores[:-1], True)) if len(pooled.scores) else np.zeros(0, dtype=np.int64)
+    last = (
+        np.flatnonzero(np.append(pooled.scores[1:] != pooled.scores[:-1], True))
+        if len(pooled.scores)
+        else np.zeros(0, dtype=np.int64)
+    )
     objects, scans = float(weights @ pooled.objects_S), float(weights.sum())
     hits = np.cumsum(each * pooled.is_hit)[last]
     misses = np.cumsum(each * ~pooled.is_hit)[last]
     sensitivity = hits / objects if objects else np.full(len(last), np.nan)
     start = 0.0 if objects else np.nan
-    return Froc(np.append(0.0, misses / scans), np.append(start, sensitivity), np.append(np.inf, pooled.scores[last]))
+    return Froc(
+        np.append(0.0, misses / scans),
+        np.append(start, sensitivity),
+        np.append(np.inf, pooled.scores[last]),
+    )
 
 
 def sensitivity_at(curve: Froc, fp_per_scan: Sequence[float]) -> Floats:
-    """Sensitivities at given numbers of false positives per scan: linear between the curve's points, as in LUNA16's evaluation.
+    """Sensitivities at given numbers of false positives per scan: linear between the curve's
+    points, as in LUNA16's evaluation.
 
     Beyond the last point the curve stays where it is; no detection at all is 0.
     """
@@ -107,7 +133,8 @@ def sensitivity_at(curve: Froc, fp_per_scan: Sequence[float]) -> Floats:
 
 
 def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> float:
-    """The lowest score threshold with at most so many false positives per scan; infinite if even the highest score has more.
+    """The lowest score threshold with at most so many false positives per scan; infinite if even
+    the highest score has more.
 
     Args:
         curves: each with its number of scans, taken together as if they were of one set of scans.
@@ -122,7 +149,9 @@ def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> floa
     return float(thresholds[allowed][-1])
 
 
-def cpm(pooled: Pooled, weights_S: Floats | None = None, points: Sequence[float] = FP_PER_SCAN) -> float:
+def cpm(
+    pooled: Pooled, weights_S: Floats | None = None, points: Sequence[float] = FP_PER_SCAN
+) -> float:
     """Mean sensitivity at the operating points; NaN without objects."""
     return float(sensitivity_at(froc(pooled, weights_S), points).mean())
 
@@ -134,14 +163,19 @@ def mean_of_present(values: Sequence[float]) -> float:
 
 
 def bootstrap_weights(num_scans: int, num_resamples: int, seed: int) -> Floats:
-    """(B, S) how often each scan is drawn, with replacement, into each of B resamples of S scans."""
+    """(B, S) how often each scan is drawn, with replacement, into each of B resamples of S
+    scans.
+    """
     random = generator(seed, "bootstrap over scans")
     drawn = random.integers(0, num_scans, (num_resamples, num_scans))
     return np.stack([np.bincount(scans, minlength=num_scans) for scans in drawn]).astype(np.float64)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The middle 95 % of resampled values; those of resamples without any object are left out. None if fewer than two are left."""
+    """The middle 95 % of resampled values; those of resamples without any object are left out.
+
+    None if fewer than two are left.
+    """
     known = [v for v in values if not np.isnan(v)]
     if len(known) < 2:
         return None

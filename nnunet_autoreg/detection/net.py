@@ -1,12 +1,16 @@
-"""Retina U-Net on the networks that fine-tuning builds: their segmentation as it was, beside it boxes from several feature maps.
+"""Retina U-Net on the networks that fine-tuning builds: their segmentation as it was, beside it
+boxes from several feature maps.
 
-Encoder and decoder keep their key names, so that pretrained weights load as they do for segmentation; what is new lies below
-``detection.``. In training, and where ``detect`` is set, ``forward`` gives a ``Output``; else the segmentation logits alone, so that
-stock ``nnUNetv2_predict`` works.
+Encoder and decoder keep their key names, so that pretrained weights load as they do for
+segmentation; what is new lies below ``detection.``. In training, and where ``detect`` is set,
+``forward`` gives a ``Output``; else the segmentation logits alone, so that stock
+``nnUNetv2_predict`` works.
 
-Shape suffixes: B samples, C channels, Z Y X voxels, z y x cells of a feature map, A anchors of all levels, K classes.
+Shape suffixes: B samples, C channels, Z Y X voxels, z y x cells of a feature map, A anchors of all
+    levels, K classes.
 
-Source: Jaeger et al. 2018, "Retina U-Net" (arXiv 1811.08661); Li et al. 2022, "Exploring plain vision transformer backbones for object
+Source: Jaeger et al. 2018, "Retina U-Net" (arXiv 1811.08661); Li et al. 2022, "Exploring plain
+    vision transformer backbones for object
 detection" (arXiv 2203.16527) for the pyramid over tokens.
 """
 
@@ -16,7 +20,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchEmbedDeeperControlled
+from dynamic_network_architectures.building_blocks.patch_encode_decode import (
+    LayerNormNd,
+    PatchEmbedDeeperControlled,
+)
 from torch import Tensor, nn
 
 from nnunet_autoreg.errors import PlanError
@@ -48,7 +55,9 @@ class Output(NamedTuple):
 
 
 class Heads(nn.Module):
-    """Classifier and box regressor, shared by all levels; only the scale of the boxes is each level's own."""
+    """Classifier and box regressor, shared by all levels; only the scale of the boxes is each
+    level's own.
+    """
 
     def __init__(self, num_channels: int, num_shapes: int, num_classes: int, num_levels: int):
         super().__init__()
@@ -58,12 +67,15 @@ class Heads(nn.Module):
         self.scales = nn.Parameter(torch.ones(num_levels))
         last: Any = self.classifier[-1]
         nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
-        # Training starts from the anchors as they are: from random codes SGD at 1e-2 drove sides to their limit, where no gradient is.
+        # Training starts from the anchors as they are: from random codes SGD at 1e-2 drove sides to
+        # their limit, where no gradient is.
         to_codes: Any = self.regressor[-1]
         nn.init.zeros_(to_codes.weight)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, A, K) and codes (B, A, 6): levels one after the other, then cells (z, y, x), then shapes."""
+        """Logits (B, A, K) and codes (B, A, 6): levels one after the other, then cells (z, y, x),
+        then shapes.
+        """
         scores, codes = [], []
         for level, features in enumerate(maps):
             scores.append(_by_anchor(self.classifier(features), self.num_classes))
@@ -79,7 +91,11 @@ def _head(num_channels: int, num_outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(2):
         norm = nn.GroupNorm(max(1, num_channels // GROUP), num_channels)
-        layers += [nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False), norm, nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False),
+            norm,
+            nn.ReLU(inplace=True),
+        ]
     layers.append(nn.Conv3d(num_channels, num_outputs, 3, padding=1))
     head = nn.Sequential(*layers)
     for layer in head:
@@ -94,13 +110,20 @@ class Detector(nn.Module):
     """Base: a segmentation network whose inner feature maps feed the heads.
 
     Args:
-        network: as ``encoders.build_network`` makes it, without deep supervision; its parts are taken over.
+        network: as ``encoders.build_network`` makes it, without deep supervision; its parts are
+            taken over.
         parts: names of its children that are taken over.
         level_channels: channels of the feature map of every level, finest first.
     """
 
     def __init__(
-        self, network: nn.Module, parts: Sequence[str], level_channels: Sequence[int], num_shapes: int, num_classes: int, num_channels: int
+        self,
+        network: nn.Module,
+        parts: Sequence[str],
+        level_channels: Sequence[int],
+        num_shapes: int,
+        num_classes: int,
+        num_channels: int,
     ):
         super().__init__()
         for part in parts:
@@ -108,17 +131,23 @@ class Detector(nn.Module):
         for name in ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe"):
             setattr(self, name, getattr(network, name))
         self.detect = False
-        self.detection = nn.ModuleDict({
-            "laterals": nn.ModuleList(nn.Conv3d(c, num_channels, kernel_size=1) for c in level_channels),
-            "heads": Heads(num_channels, num_shapes, num_classes, len(level_channels)),
-        })
+        self.detection = nn.ModuleDict(
+            {
+                "laterals": nn.ModuleList(
+                    nn.Conv3d(c, num_channels, kernel_size=1) for c in level_channels
+                ),
+                "heads": Heads(num_channels, num_shapes, num_classes, len(level_channels)),
+            }
+        )
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Segmentation logits and the feature map of every level."""
         raise NotImplementedError
 
     def forward(self, image_BCZYX: Tensor) -> Output | Tensor:
-        """An ``Output`` in training or where ``detect`` is set; else segmentation logits (B, C, Z, Y, X)."""
+        """An ``Output`` in training or where ``detect`` is set; else segmentation logits (B, C, Z,
+        Y, X).
+        """
         logits, maps = self.both(image_BCZYX)
         if not (self.training or self.detect):
             return logits
@@ -130,18 +159,29 @@ class Detector(nn.Module):
 
 
 class ResEncDetector(Detector):
-    """nnU-Net's residual encoder U-Net; levels are the outputs of the decoder's stages, and the bottleneck.
+    """nnU-Net's residual encoder U-Net; levels are the outputs of the decoder's stages, and the
+    bottleneck.
 
     Args:
         stages: of the encoder, 0 at full resolution.
     """
 
-    def __init__(self, network: nn.Module, stages: Sequence[int], num_shapes: int, num_classes: int, num_channels: int):
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Sequence[int],
+        num_shapes: int,
+        num_classes: int,
+        num_channels: int,
+    ):
         encoder: Any = network.encoder
         channels = [int(encoder.output_channels[stage]) for stage in stages]
-        super().__init__(network, ("encoder", "decoder"), channels, num_shapes, num_classes, num_channels)
+        super().__init__(
+            network, ("encoder", "decoder"), channels, num_shapes, num_classes, num_channels
+        )
         self.stages = tuple(stages)
-        # Without deep supervision nothing reaches the coarser outputs, and distributed training waits for every gradient.
+        # Without deep supervision nothing reaches the coarser outputs, and distributed training
+        # waits for every gradient.
         decoder: Any = self.decoder
         decoder.seg_layers[:-1].requires_grad_(False)
 
@@ -152,7 +192,9 @@ class ResEncDetector(Detector):
         skips = encoder(image_BCZYX)
         x = skips[-1]
         outputs = [x]
-        for up, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(skips[:-1]), strict=True):
+        for up, stage, skip in zip(
+            decoder.transpconvs, decoder.stages, reversed(skips[:-1]), strict=True
+        ):
             x = stage(torch.cat([up(x), skip], 1))
             outputs.append(x)
         outputs.reverse()
@@ -160,7 +202,8 @@ class ResEncDetector(Detector):
 
 
 class TokenPyramid(nn.Module):
-    """Feature maps of several strides from the token map alone: transposed convolutions up, pooling down.
+    """Feature maps of several strides from the token map alone: transposed convolutions up, pooling
+    down.
 
     Args:
         doublings: per level how often the token map is doubled; negative: halved.
@@ -171,7 +214,9 @@ class TokenPyramid(nn.Module):
         self.doublings = tuple(doublings)
         widths = [max(width // 2**n, GROUP) for n in range(max(0, *doublings) + 1)]
         self.ups = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose3d(a, b, kernel_size=2, stride=2), LayerNormNd(b), nn.GELU())
+            nn.Sequential(
+                nn.ConvTranspose3d(a, b, kernel_size=2, stride=2), LayerNormNd(b), nn.GELU()
+            )
             for a, b in pairwise(widths)
         )
         self.channels = [widths[max(0, n)] for n in doublings]
@@ -192,13 +237,30 @@ class TokenPyramid(nn.Module):
 
 
 class PrimusDetector(Detector):
-    """Primus, V2 and V3: a pyramid over the token map; of V2 and V3 the stem's own features join it at their strides."""
+    """Primus, V2 and V3: a pyramid over the token map; of V2 and V3 the stem's own features join it
+    at their strides.
+    """
 
-    def __init__(self, network: nn.Module, stages: Sequence[int], num_shapes: int, num_classes: int, num_channels: int, token: Size):
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Sequence[int],
+        num_shapes: int,
+        num_classes: int,
+        num_channels: int,
+        token: Size,
+    ):
         doublings = [token_doublings(token)[stage] for stage in stages]
         width = int(network.embed_dim)  # type: ignore[arg-type]
         pyramid = TokenPyramid(width, doublings)
-        super().__init__(network, ("down_projection", "eva", "up_projection"), pyramid.channels, num_shapes, num_classes, num_channels)
+        super().__init__(
+            network,
+            ("down_projection", "eva", "up_projection"),
+            pyramid.channels,
+            num_shapes,
+            num_classes,
+            num_channels,
+        )
         mask_token: Any = network.mask_token
         self.register_buffer("mask_token", mask_token)
         self.detection["pyramid"] = pyramid
@@ -211,7 +273,10 @@ class PrimusDetector(Detector):
             return {}
         last = len(stem.stages) - 1
         levels = {level: last - n for level, n in enumerate(doublings) if 0 < n <= last}
-        joins = {str(level): nn.Conv3d(int(stem.stages[s].output_channels), channels[level], 1) for level, s in levels.items()}
+        joins = {
+            str(level): nn.Conv3d(int(stem.stages[s].output_channels), channels[level], 1)
+            for level, s in levels.items()
+        }
         self.detection["stem"] = nn.ModuleDict(joins)
         return levels
 
@@ -244,17 +309,29 @@ class PrimusDetector(Detector):
         tokens: Tensor = stem.final_proj(x)
         if has_skips:
             skips = zip(stem.scale_proj_to_tokens, stem.proj_to_tokens, before[:-1], strict=True)
-            tokens = tokens + torch.stack([scale * project(features) for scale, project, features in skips]).sum(0)
+            tokens = tokens + torch.stack(
+                [scale * project(features) for scale, project, features in skips]
+            ).sum(0)
         return tokens, seen
 
 
 class ViTDetector(Detector):
     """The ViT of AR-SSL4M with its UNETR decoder: a pyramid over the last tokens."""
 
-    def __init__(self, network: nn.Module, stages: Sequence[int], num_shapes: int, num_classes: int, num_channels: int, token: Size):
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Sequence[int],
+        num_shapes: int,
+        num_classes: int,
+        num_channels: int,
+        token: Size,
+    ):
         doublings = [token_doublings(token)[stage] for stage in stages]
         pyramid = TokenPyramid(int(network.embed_dim), doublings)  # type: ignore[arg-type]
-        super().__init__(network, ("model", "decoder"), pyramid.channels, num_shapes, num_classes, num_channels)
+        super().__init__(
+            network, ("model", "decoder"), pyramid.channels, num_shapes, num_classes, num_channels
+        )
         positions: Any = network.positions
         self.register_buffer("positions", positions, persistent=False)
         self.grid: Any = network.grid
@@ -266,25 +343,36 @@ class ViTDetector(Detector):
         model: Any = self.model
         decoder: Any = self.decoder
         tokens_BNV = model.patchifier(image_BCZYX).flatten(2).transpose(1, 2) + self.positions
-        states = [state[:, 1:].transpose(1, 2).unflatten(2, self.grid) for state in model.hidden(model.with_start(tokens_BNV))]
+        states = [
+            state[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+            for state in model.hidden(model.with_start(tokens_BNV))
+        ]
         taps = [states[i] for i in self.tap_indices]
         return decoder(image_BCZYX, taps, states[-1]), self.detection["pyramid"](states[-1])
 
 
 def token_doublings(token_size: Size) -> list[int]:
-    """How often the token map is doubled for every stage that can carry a level, finest first; negative: halved.
+    """How often the token map is doubled for every stage that can carry a level, finest first;
+    negative: halved.
 
     Raises:
         PlanError: the token is too small, or no power of two.
     """
     largest = max(token_size)
     if any(side & (side - 1) for side in token_size) or largest < FINEST_STRIDE:
-        raise PlanError(f"tokens of {token_size} voxels: detection needs sides that are powers of two, and one of {FINEST_STRIDE} or more")
+        raise PlanError(
+            f"tokens of {token_size} voxels: detection needs sides that are powers of two, and one "
+            f"of {FINEST_STRIDE} or more"
+        )
     most = int(math.log2(largest // FINEST_STRIDE))
-    return [n for n in range(most, -COARSER_STAGES - 1, -1) if all(side >= 2**n for side in token_size)]
+    return [
+        n for n in range(most, -COARSER_STAGES - 1, -1) if all(side >= 2**n for side in token_size)
+    ]
 
 
-def stage_strides(class_path: str, arguments: Mapping[str, Any], patch_size: Sequence[int]) -> list[Size]:
+def stage_strides(
+    class_path: str, arguments: Mapping[str, Any], patch_size: Sequence[int]
+) -> list[Size]:
     """The stride (z, y, x) in voxels of every stage that can carry a level, finest first.
 
     Args:
@@ -294,16 +382,35 @@ def stage_strides(class_path: str, arguments: Mapping[str, Any], patch_size: Seq
     if family_of(class_path) == RESENC:
         strides, total = [], (1, 1, 1)
         for step in arguments["strides"]:
-            total = as_size([t * s for t, s in zip(total, [step] * 3 if isinstance(step, int) else step, strict=True)])
+            total = as_size(
+                [
+                    t * s
+                    for t, s in zip(
+                        total, [step] * 3 if isinstance(step, int) else step, strict=True
+                    )
+                ]
+            )
             strides.append(total)
         return strides
     token = token_size_of(class_path, arguments)
-    every = [as_size([t // 2**n if n >= 0 else t * 2**-n for t in token]) for n in token_doublings(token)]
-    return [stride for stride in every if all(p % s == 0 for p, s in zip(patch_size, stride, strict=True))]
+    every = [
+        as_size([t // 2**n if n >= 0 else t * 2**-n for t in token]) for n in token_doublings(token)
+    ]
+    return [
+        stride
+        for stride in every
+        if all(p % s == 0 for p, s in zip(patch_size, stride, strict=True))
+    ]
 
 
 def build_detector(
-    network: nn.Module, class_path: str, arguments: Mapping[str, Any], *, stages: Sequence[int], num_shapes: int, num_classes: int,
+    network: nn.Module,
+    class_path: str,
+    arguments: Mapping[str, Any],
+    *,
+    stages: Sequence[int],
+    num_shapes: int,
+    num_classes: int,
     num_channels: int,
 ) -> Detector:
     """The detector over a segmentation network, whose parts it takes over.
@@ -320,4 +427,6 @@ def build_detector(
     if family == RESENC:
         return ResEncDetector(network, stages, num_shapes, num_classes, num_channels)
     kind = ViTDetector if family == VIT else PrimusDetector
-    return kind(network, stages, num_shapes, num_classes, num_channels, token_size_of(class_path, arguments))
+    return kind(
+        network, stages, num_shapes, num_classes, num_channels, token_size_of(class_path, arguments)
+    )

@@ -1,7 +1,9 @@
-"""The objects of a labelled dataset, case by case, in the original images: from an instance map, boxes, or the label map.
+"""The objects of a labelled dataset, case by case, in the original images: from an instance map,
+boxes, or the label map.
 
-``instancesTr/<case>`` with its JSON comes first, then ``boxesTr/<case>.json``, both optional and beside ``labelsTr`` in the raw
-dataset; else every connected component of the label map is an object.
+``instancesTr/<case>`` with its JSON comes first, then ``boxesTr/<case>.json``, both optional and
+beside ``labelsTr`` in the raw dataset; else every connected component of the label map is an
+object.
 """
 
 import os
@@ -66,7 +68,8 @@ class ObjectSource:
 
     Attributes:
         labels: folder of the label maps, ``<case><file_ending>``.
-        raw: the folder in which ``instancesTr`` and ``boxesTr`` are looked for: the raw dataset, or the copies of ``keep``.
+        raw: the folder in which ``instancesTr`` and ``boxesTr`` are looked for: the raw dataset, or
+            the copies of ``keep``.
         dataset: parsed dataset.json.
         reader: nnU-Net's class that reads the images.
     """
@@ -77,14 +80,20 @@ class ObjectSource:
     reader: Any
 
     @classmethod
-    def of_dataset(cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any) -> "ObjectSource":
-        """With the raw dataset where ``nnUNet_raw`` has it, else with what ``keep`` copied: preprocessed data alone will do."""
+    def of_dataset(
+        cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any
+    ) -> "ObjectSource":
+        """With the raw dataset where ``nnUNet_raw`` has it, else with what ``keep`` copied:
+        preprocessed data alone will do.
+        """
         raw = Path(os.environ.get(RAW_VARIABLE) or os.devnull) / dataset_name
         return cls(labels, raw if raw.is_dir() else labels.parent, dataset, reader)
 
     def keep(self) -> None:
-        """Copy ``instancesTr`` and ``boxesTr`` beside the folder of label maps, as nnU-Net copies those: without them, where the raw
-        dataset is missing, touching objects would silently become one."""
+        """Copy ``instancesTr`` and ``boxesTr`` beside the folder of label maps, as nnU-Net copies
+        those: without them, where the raw dataset is missing, touching objects would silently
+        become one.
+        """
         if self.raw != self.labels.parent:
             for name in (INSTANCES, BOXES):
                 _mirror(self.raw / name, self.labels.parent / name)
@@ -102,7 +111,11 @@ class ObjectSource:
     @cached_property
     def other_labels(self) -> tuple[int, ...]:
         """Label values that are there and not detected."""
-        listed = [v for value in self.dataset["labels"].values() for v in (value if isinstance(value, (list, tuple)) else [value])]
+        listed = [
+            v
+            for value in self.dataset["labels"].values()
+            for v in (value if isinstance(value, (list, tuple)) else [value])
+        ]
         chosen = {v for kind in self.classes for v in kind.values}
         return tuple(sorted({int(v) for v in listed} - chosen - {0, ignore_value(self.dataset)}))
 
@@ -132,19 +145,35 @@ class ObjectSource:
         if known is not None:
             ids, _ = self._array(known)
             if ids.shape != array.shape:
-                raise ObjectsError(f"{known} has {ids.shape} voxels (z, y, x), the labels of the case have {array.shape}; export it anew")
+                raise ObjectsError(
+                    f"{known} has {ids.shape} voxels (z, y, x), the labels of the case have "
+                    f"{array.shape}; export it anew"
+                )
             labels = labels_of_instances(_json_of(known, self.dataset["file_ending"]))
-            found = known_instances(ids, labels, self.classes, self.rules, str(known), self.other_labels)
+            found = known_instances(
+                ids, labels, self.classes, self.rules, str(known), self.other_labels
+            )
         elif boxes is not None:
             stored = stored_array(properties, shape)
-            known_boxes = read_true_boxes(boxes, self.classes, stored.frame.shape_vox, self.other_labels)
+            known_boxes = read_true_boxes(
+                boxes, self.classes, stored.frame.shape_vox, self.other_labels
+            )
             found = with_ellipsoids(in_readers_array(known_boxes, stored), shape)
         else:
             found = find_instances(array, self.classes, self.rules, str(label))
         if any(o.id > MOST_CARRIED for o in found.objects):
-            raise ObjectsError(f"{known or label}: ids above {MOST_CARRIED} cannot be carried through training; number the objects from 1")
+            raise ObjectsError(
+                f"{known or label}: ids above {MOST_CARRIED} cannot be carried through training; "
+                "number the objects from 1"
+            )
         ignored = ignore_value(self.dataset)
-        return CaseObjects(found, shape, spacing_mm, self.has_masks(case), None if ignored is None else array == ignored)
+        return CaseObjects(
+            found,
+            shape,
+            spacing_mm,
+            self.has_masks(case),
+            None if ignored is None else array == ignored,
+        )
 
     def _known(self, case: str) -> Path | None:
         file = self.raw / INSTANCES / f"{case}{self.dataset['file_ending']}"
@@ -169,7 +198,9 @@ class ObjectSource:
 
 
 def in_readers_array(instances: Instances, stored: StoredArray) -> Instances:
-    """Return objects that are known as boxes of the stored array with the boxes of the reader's array."""
+    """Return objects that are known as boxes of the stored array with the boxes of the reader's
+    array.
+    """
     objects = []
     for item in instances.objects:
         z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(item.box_zyx))
@@ -182,20 +213,31 @@ def _json_of(map_file: Path, file_ending: str) -> Path:
 
 
 def _mirror(source: Path, target: Path) -> None:
-    """Give ``target`` the files of ``source``, with their times: by them a case tells whether it must be made anew."""
-    wanted = {f.name: f for f in source.iterdir() if f.is_file() and not f.name.startswith(".")} if source.is_dir() else {}
+    """Give ``target`` the files of ``source``, with their times: by them a case tells whether it
+    must be made anew.
+    """
+    wanted = (
+        {f.name: f for f in source.iterdir() if f.is_file() and not f.name.startswith(".")}
+        if source.is_dir()
+        else {}
+    )
     for old in target.iterdir() if target.is_dir() else ():
         if old.name not in wanted:
             old.unlink()
     for name, file in wanted.items():
         new, copy = file.stat(), target / name
-        if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime_ns) != (new.st_size, new.st_mtime_ns):
+        if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime_ns) != (
+            new.st_size,
+            new.st_mtime_ns,
+        ):
             with atomic_path(copy) as temporary:
                 shutil.copy2(file, temporary)
 
 
 def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list[Any]:
-    """``function`` of every item, in order; in this process where another one would take longer to start than it saves."""
+    """``function`` of every item, in order; in this process where another one would take longer to
+    start than it saves.
+    """
     workers = min(num_processes, len(items) // FEWEST_PER_PROCESS)
     if workers < 2:
         return [function(item) for item in items]
@@ -203,11 +245,22 @@ def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list
         return list(pool.map(function, items))
 
 
-def sizes_of(objects: CaseObjects, num_classes: int, target_spacing_mm: Sequence[float], transpose: Sequence[int]) -> list[list[Spacing]]:
-    """By class, the sides (z, y, x) that objects have once transposed and resampled, in voxels; ignored ones left out."""
+def sizes_of(
+    objects: CaseObjects,
+    num_classes: int,
+    target_spacing_mm: Sequence[float],
+    transpose: Sequence[int],
+) -> list[list[Spacing]]:
+    """By class, the sides (z, y, x) that objects have once transposed and resampled, in voxels;
+    ignored ones left out.
+    """
     found: list[list[Spacing]] = [[] for _ in range(num_classes)]
     for item in objects.instances.objects:
         if not item.ignored:
-            sides = [(item.box_zyx[a + 3] - item.box_zyx[a]) * objects.spacing_mm[a] for a in transpose]
-            found[item.place].append(as_spacing([s / t for s, t in zip(sides, target_spacing_mm, strict=True)]))
+            sides = [
+                (item.box_zyx[a + 3] - item.box_zyx[a]) * objects.spacing_mm[a] for a in transpose
+            ]
+            found[item.place].append(
+                as_spacing([s / t for s, t in zip(sides, target_spacing_mm, strict=True)])
+            )
     return found

@@ -1,6 +1,8 @@
-"""The detections of one scan as a JSON file: voxels and millimetres side by side, under names that say which.
+"""The detections of one scan as a JSON file: voxels and millimetres side by side, under names that
+say which.
 
-The same file may hold true boxes: it needs no more than ``{"boxes": [{"box_zyx": [...], "label": 1}]}`` then.
+The same file may hold true boxes: it needs no more than ``{"boxes": [{"box_zyx": [...], "label":
+    1}]}`` then.
 """
 
 import math
@@ -17,8 +19,10 @@ from nnunet_autoreg.records import from_jsonable, read_json, write_json
 MEND = "mend it, or detect anew"
 FORMAT, VERSION = "nnunet_autoreg.detections", 1
 AXES = (
-    "box_zyx: edges z0, y0, x0, z1, y1, x1 of the stored array, half open, voxel v covers [v, v + 1); box_ijk: the same as continuous "
-    "indices i, j, k = x, y, z with voxel centres at whole numbers; ras and lps: world mm, x, y, z; size_mm: along i, j, k; "
+    "box_zyx: edges z0, y0, x0, z1, y1, x1 of the stored array, half open, voxel v covers [v, v + "
+    "1); box_ijk: the same as continuous "
+    "indices i, j, k = x, y, z with voxel centres at whole numbers; ras and lps: world mm, x, y, "
+    "z; size_mm: along i, j, k; "
     "corners_mm_ras: 8 points, i varying fastest"
 )
 
@@ -68,7 +72,8 @@ class ScanFile:
         scan: the case's name, without channel and ending.
         affine_ras: 4 x 4, from i, j, k to mm, as nibabel's.
         classes: name -> label of all that could have been found.
-        model: which networks found it (dataset, plans, trainer, folds, checkpoint, sha256 of the weights).
+        model: which networks found it (dataset, plans, trainer, folds, checkpoint, sha256 of the
+            weights).
         settings: thresholds and switches of the prediction.
         inputs: the files it was detected in (``scans.facts_of``).
     """
@@ -93,18 +98,26 @@ class ScanFile:
 
 
 def make_scan_file(
-    scan: str, frame: Frame, detections: Sequence[Detection], classes: Mapping[str, int],
-    model: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None, inputs: Sequence[dict[str, Any]] = (),
+    scan: str,
+    frame: Frame,
+    detections: Sequence[Detection],
+    classes: Mapping[str, int],
+    model: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Sequence[dict[str, Any]] = (),
 ) -> ScanFile:
     """The file of a scan; boxes get ids from 1, the highest score first.
 
     Raises:
-        ObjectsError: a box that is none, outside of the image, of an unknown class, or with a score outside [0, 1].
+        ObjectsError: a box that is none, outside of the image, of an unknown class, or with a score
+            outside [0, 1].
     """
     ordered = sorted(detections, key=lambda d: -d.score)
     boxes = tuple(_file_box(i, found, frame) for i, found in enumerate(ordered, start=1))
     place = (frame.shape_vox, frame.spacing_mm, frame.affine_ras)
-    made = ScanFile(scan, *place, dict(classes), boxes, dict(model or {}), dict(settings or {}), tuple(inputs))
+    made = ScanFile(
+        scan, *place, dict(classes), boxes, dict(model or {}), dict(settings or {}), tuple(inputs)
+    )
     _check(made, f"detections of {scan}")
     return made
 
@@ -136,9 +149,15 @@ def read_scan_file(path: Path) -> ScanFile:
     try:
         data = read_json(path, MEND)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ObjectsError(f"{path} is no file of detections: its \"format\" is not \"{FORMAT}\"; give the folder autoreg_detect wrote")
+            raise ObjectsError(
+                f'{path} is no file of detections: its "format" is not "{FORMAT}"; give the folder '
+                "autoreg_detect wrote"
+            )
         if data.get("version") != VERSION:
-            raise ObjectsError(f"{path} has version {data.get('version')!r} of the format, this program reads {VERSION}; detect anew")
+            raise ObjectsError(
+                f"{path} has version {data.get('version')!r} of the format, this program reads "
+                f"{VERSION}; detect anew"
+            )
         record = from_jsonable(ScanFile, data, str(path))
     except PlanError as error:
         raise ObjectsError(str(error)) from error
@@ -151,8 +170,17 @@ def _file_box(number: int, found: Detection, frame: Frame) -> FileBox:
     middle = [(low + high) / 2 for low, high in zip(box[:3], box[3:], strict=True)]
     corners = tuple(_point(corner) for corner in frame.corners_ras(box))
     return FileBox(
-        number, int(found.label), found.name, round(float(found.score), 6), int(found.votes), _rounded(box), _rounded(to_ijk(box)),
-        _point(frame.to_ras(middle)), _point(frame.to_lps(middle)), _point(frame.size_mm(box)), corners,
+        number,
+        int(found.label),
+        found.name,
+        round(float(found.score), 6),
+        int(found.votes),
+        _rounded(box),
+        _rounded(to_ijk(box)),
+        _point(frame.to_ras(middle)),
+        _point(frame.to_lps(middle)),
+        _point(frame.size_mm(box)),
+        corners,
     )
 
 
@@ -167,7 +195,9 @@ def _point(values: Iterable[float]) -> Point:
 
 
 def _check(record: ScanFile, where: str) -> None:
-    if len(record.affine_ras) != 4 or any(len(row) != 4 or not all(map(math.isfinite, row)) for row in record.affine_ras):
+    if len(record.affine_ras) != 4 or any(
+        len(row) != 4 or not all(map(math.isfinite, row)) for row in record.affine_ras
+    ):
         raise ObjectsError(f"{where}: affine_ras must be 4 rows of 4 finite numbers")
     seen: set[int] = set()
     for box in record.boxes:
@@ -180,4 +210,6 @@ def _check(record: ScanFile, where: str) -> None:
             raise ObjectsError(f"{here}: score {box.score:g} must lie in [0, 1]")
         if record.classes.get(box.name) != box.label:
             known = ", ".join(f"{name} {label}" for name, label in record.classes.items())
-            raise ObjectsError(f"{here}: name '{box.name}' with label {box.label} is none of the classes ({known})")
+            raise ObjectsError(
+                f"{here}: name '{box.name}' with label {box.label} is none of the classes ({known})"
+            )

@@ -1,7 +1,10 @@
-"""The scans of a folder as nnU-Net's readers take them: cases by their names, or else whatever pretraining would find there.
+"""The scans of a folder as nnU-Net's readers take them: cases by their names, or else whatever
+pretraining would find there.
 
-Whatever is no file that the dataset's reader takes - a DICOM series, a volume of a 4D file, another format - is written as a temporary
-NIfTI file of the same geometry. Nothing is turned: a network expects the orientation of the files it was trained on.
+Whatever is no file that the dataset's reader takes - a DICOM series, a volume of a 4D file, another
+format - is written as a temporary
+NIfTI file of the same geometry. Nothing is turned: a network expects the orientation of the files
+    it was trained on.
 """
 
 import hashlib
@@ -17,7 +20,14 @@ from typing import Any
 
 from nnunet_autoreg.corpus.archive import unpacked
 from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.corpus.find import CHANNEL_SUFFIX, IMAGE_ENDINGS, Candidate, absolute, find_scans, natural_key
+from nnunet_autoreg.corpus.find import (
+    CHANNEL_SUFFIX,
+    IMAGE_ENDINGS,
+    Candidate,
+    absolute,
+    find_scans,
+    natural_key,
+)
 from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.corpus.read import check_file, quiet_stderr
 from nnunet_autoreg.errors import ScanError, UsageError
@@ -52,20 +62,31 @@ class Scan:
 
 
 def facts_of(files: Sequence[Path]) -> tuple[dict[str, Any], ...]:
-    """Bytes and time of change of every file: what tells that an input is another one. No paths, in which names of patients may be.
+    """Bytes and time of change of every file: what tells that an input is another one.
 
-    Of a folder a digest of its path alone: its DICOM series are told by their UIDs, and others may come into it.
+    No paths, in which names of patients may be.
+
+    Of a folder a digest of its path alone: its DICOM series are told by their UIDs, and others may
+        come into it.
     """
     found: list[dict[str, Any]] = []
     for file in files:
         if file.is_file():
             found.append({"bytes": file.stat().st_size, "modified_ns": file.stat().st_mtime_ns})
         else:
-            found.append({"folder_sha256": hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]})
+            found.append(
+                {"folder_sha256": hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}
+            )
     return tuple(found)
 
 
-def find(folder: Path, file_ending: str, num_channels: int, split_4d: bool = False, output: Path | None = None) -> list[Scan]:
+def find(
+    folder: Path,
+    file_ending: str,
+    num_channels: int,
+    split_4d: bool = False,
+    output: Path | None = None,
+) -> list[Scan]:
     """The scans of a folder, in natural order; what is left out is logged with its reason.
 
     Args:
@@ -74,14 +95,17 @@ def find(folder: Path, file_ending: str, num_channels: int, split_4d: bool = Fal
         output: the folder of results; what lies in it is no scan.
 
     Raises:
-        UsageError: no folder, no scan, channels missing, files that do not say their channel for a model of several, two scans of one
-            name, or results among the scans.
+        UsageError: no folder, no scan, channels missing, files that do not say their channel for a
+            model of several, two scans of one name, or results among the scans.
     """
     if not folder.exists():
         raise UsageError(f"-i {folder} does not exist; check the path")
     cases = _named_cases(folder, file_ending) if folder.is_dir() else {}
     if cases:
-        scans = [_of_case(name, cases[name], num_channels, folder) for name in sorted(cases, key=natural_key)]
+        scans = [
+            _of_case(name, cases[name], num_channels, folder)
+            for name in sorted(cases, key=natural_key)
+        ]
         _tell_others(folder, file_ending, {file for scan in scans for file in scan.files}, output)
     else:
         scans = _found_scans(folder, file_ending, num_channels, split_4d, output)
@@ -89,56 +113,102 @@ def find(folder: Path, file_ending: str, num_channels: int, split_4d: bool = Fal
     return scans
 
 
-def _found_scans(folder: Path, file_ending: str, num_channels: int, split_4d: bool, output: Path | None) -> list[Scan]:
+def _found_scans(
+    folder: Path, file_ending: str, num_channels: int, split_4d: bool, output: Path | None
+) -> list[Scan]:
     """Whatever pretraining would find, for models of one channel."""
     if num_channels > 1:
-        raise UsageError(f"-i {folder} holds no files named like case_0000{file_ending}, and the model needs {num_channels} channels of "
-                         "each scan; name them as nnU-Net does")
+        raise UsageError(
+            f"-i {folder} holds no files named like case_0000{file_ending}, and the model needs "
+            f"{num_channels} channels of "
+            "each scan; name them as nnU-Net does"
+        )
     if output is not None and absolute(output) == absolute(folder):
-        raise UsageError(f"-o {output} is the folder of -i, whose images are all taken for scans; give another one")
-    found = [c for c in find_scans([], [folder], split_4d=split_4d) if not _is_result(c.path, folder, output)]
+        raise UsageError(
+            f"-o {output} is the folder of -i, whose images are all taken for scans; give another "
+            "one"
+        )
+    found = [
+        c
+        for c in find_scans([], [folder], split_4d=split_4d)
+        if not _is_result(c.path, folder, output)
+    ]
     for left in (c for c in found if c.status and c.status != "duplicate"):
         log.warning("left out: %s (%s: %s)", left.id, left.status, left.reason)
     scans = [_of_candidate(c, file_ending) for c in found if not c.status]
     if not scans:
-        raise UsageError(f"-i {folder} holds no scan; name files <case>_0000{file_ending}, or give DICOM, NIfTI, NRRD or MetaImage")
+        raise UsageError(
+            f"-i {folder} holds no scan; name files <case>_0000{file_ending}, or give DICOM, "
+            "NIfTI, NRRD or MetaImage"
+        )
     return scans
 
 
 def _is_result(path: Path, folder: Path, output: Path | None) -> bool:
-    """Whether a path below ``folder`` belongs to the results of an earlier run, which may lie in it."""
+    """Whether a path below ``folder`` belongs to the results of an earlier run, which may lie in
+    it.
+    """
     if output is None or absolute(folder) not in (inside := absolute(output)).parents:
         return False
     return inside in (absolute(path), *absolute(path).parents)
 
 
 def _tell_others(folder: Path, file_ending: str, taken: set[Path], output: Path | None) -> None:
-    """Warn of scans that nobody looks at, because some of the folder are named as nnU-Net does and they are not."""
+    """Warn of scans that nobody looks at, because some of the folder are named as nnU-Net does and
+    they are not.
+    """
     endings = (*SCAN_ENDINGS, file_ending.lower())
-    files = (f for f in folder.rglob("*") if f.name.lower().endswith(endings) and not f.name.startswith(".") and f not in taken)
-    others = sorted((f.relative_to(folder).as_posix() for f in files if not _is_result(f, folder, output)), key=natural_key)
+    files = (
+        f
+        for f in folder.rglob("*")
+        if f.name.lower().endswith(endings) and not f.name.startswith(".") and f not in taken
+    )
+    others = sorted(
+        (f.relative_to(folder).as_posix() for f in files if not _is_result(f, folder, output)),
+        key=natural_key,
+    )
     if others:
         named = ", ".join(others[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
-        log.warning("-i %s: %d files are left out (%s): cases are named case_0000%s here, and these are not, or hold a channel that the "
-                    "model does not have; put them into another folder", folder, len(others), named, file_ending)
+        log.warning(
+            "-i %s: %d files are left out (%s): cases are named case_0000%s here, and these are "
+            "not, or hold a channel that the "
+            "model does not have; put them into another folder",
+            folder,
+            len(others),
+            named,
+            file_ending,
+        )
 
 
 def _check_names(scans: Sequence[Scan], folder: Path) -> None:
-    """Refuse two scans whose results would lie in the same files, also where a file system does not tell a from A."""
+    """Refuse two scans whose results would lie in the same files, also where a file system does not
+    tell a from A.
+    """
     known: dict[str, Scan] = {}
     for scan in scans:
         other = known.setdefault(scan.name.casefold(), scan)
         if other is not scan:
-            same = f"both be called {scan.name}" if scan.name == other.name else f"be called {other.name} and {scan.name}"
-            raise UsageError(f"-i {folder}: the results of {other.origin} and {scan.origin} would {same}, and one overwrite the other; "
-                             "rename one, or give each a line and -o of its own")
+            same = (
+                f"both be called {scan.name}"
+                if scan.name == other.name
+                else f"be called {other.name} and {scan.name}"
+            )
+            raise UsageError(
+                f"-i {folder}: the results of {other.origin} and {scan.origin} would {same}, and "
+                "one overwrite the other; "
+                "rename one, or give each a line and -o of its own"
+            )
 
 
 def _named_cases(folder: Path, file_ending: str) -> dict[str, dict[int, Path]]:
     """Case -> channel -> file, of files named as nnU-Net does."""
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in folder.iterdir():
-        named = CHANNEL_SUFFIX.match(file.name.removesuffix(file_ending)) if file.name.endswith(file_ending) else None
+        named = (
+            CHANNEL_SUFFIX.match(file.name.removesuffix(file_ending))
+            if file.name.endswith(file_ending)
+            else None
+        )
         if named and not file.name.startswith("."):
             found[named["case"]][int(named["channel"])] = file
     return found
@@ -147,7 +217,10 @@ def _named_cases(folder: Path, file_ending: str) -> dict[str, dict[int, Path]]:
 def _of_case(name: str, channels: dict[int, Path], num_channels: int, folder: Path) -> Scan:
     missing = [n for n in range(num_channels) if n not in channels]
     if missing:
-        raise UsageError(f"-i {folder}: case {name} lacks channel {', '.join(f'{n:04}' for n in missing)} of {num_channels}")
+        raise UsageError(
+            f"-i {folder}: case {name} lacks channel {', '.join(f'{n:04}' for n in missing)} of "
+            f"{num_channels}"
+        )
     return Scan(name, tuple(channels[n] for n in range(num_channels)))
 
 
@@ -212,8 +285,15 @@ def _file_image(file: Path, part: Part) -> Any:
         try:
             image: Any = SimpleITK.ReadImage(str(file))
         except RuntimeError as error:
-            raise ScanError("unreadable", f"SimpleITK cannot read it ({str(error).splitlines()[-1].strip()}); copy it again") from error
+            raise ScanError(
+                "unreadable",
+                f"SimpleITK cannot read it ({str(error).splitlines()[-1].strip()}); copy it again",
+            ) from error
     image = image[..., int(part.t)] if part.t else image
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError("not3d", "no 3D image with one value per voxel; --split-4d takes every volume of a 4D file as a scan")
+        raise ScanError(
+            "not3d",
+            "no 3D image with one value per voxel; --split-4d takes every volume of a 4D file as a "
+            "scan",
+        )
     return image

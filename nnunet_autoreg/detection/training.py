@@ -1,4 +1,6 @@
-"""The pieces of a detector's training that know nothing of nnU-Net's trainer: its losses, recipe and pseudo Dice."""
+"""The pieces of a detector's training that know nothing of nnU-Net's trainer: its losses, recipe
+and pseudo Dice.
+"""
 
 import logging
 import os
@@ -19,9 +21,9 @@ from nnunet_autoreg.detection.matching import ScanBoxes
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.detection.score import scan_boxes
+from nnunet_autoreg.finetune.block import Recipe
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.parameters import is_decayed
-from nnunet_autoreg.transfer.block import Recipe
 
 Region = int | Sequence[int]
 
@@ -41,7 +43,12 @@ class Losses:
 
     def numbers(self) -> dict[str, Any]:
         """As nnU-Net's trainer collects them."""
-        parts = {"loss": self.total, "loss_class": self.classification, "loss_box": self.regression, "loss_seg": self.segmentation}
+        parts = {
+            "loss": self.total,
+            "loss_class": self.classification,
+            "loss_box": self.regression,
+            "loss_seg": self.segmentation,
+        }
         return {name: value.detach().cpu().numpy() for name, value in parts.items()}
 
 
@@ -54,25 +61,55 @@ class Losing:
         ignore_label: voxels that do not count.
     """
 
-    def __init__(self, plan: DetectionPlan, segmentation: nn.Module, regions: Sequence[Region] | None, ignore_label: int | None):
-        self.plan, self.segmentation, self.regions, self.ignore_label = plan, segmentation, regions, ignore_label
+    def __init__(
+        self,
+        plan: DetectionPlan,
+        segmentation: nn.Module,
+        regions: Sequence[Region] | None,
+        ignore_label: int | None,
+    ):
+        self.plan, self.segmentation, self.regions, self.ignore_label = (
+            plan,
+            segmentation,
+            regions,
+            ignore_label,
+        )
         self.grids: dict[tuple[Size, ...], AnchorGrid] = {}
 
     def grid(self, output: Output) -> AnchorGrid:
         """The anchors of an output."""
         if output.cells not in self.grids:
-            self.grids[output.cells] = lay_out(self.plan.anchors, output.cells, output.codes_BA6.device)
+            self.grids[output.cells] = lay_out(
+                self.plan.anchors, output.cells, output.codes_BA6.device
+            )
         return self.grids[output.cells]
 
-    def losses(self, output: Output, target_B1ZYX: Tensor, objects: Sequence[Mapping[str, NDArray[Any]]]) -> Losses:
+    def losses(
+        self, output: Output, target_B1ZYX: Tensor, objects: Sequence[Mapping[str, NDArray[Any]]]
+    ) -> Losses:
         """The three losses of a batch, in float32."""
         device = output.codes_BA6.device
-        wanted = [Objects(*(torch.from_numpy(o[name]).to(device) for name in ("boxes", "labels", "ignored"))) for o in objects]
-        found = detection_loss(output.scores_BAK, output.codes_BA6, self.grid(output), wanted, classification=self.plan.classification,
-                               uncounted_BZYX=self.uncounted(target_B1ZYX))
+        wanted = [
+            Objects(
+                *(torch.from_numpy(o[name]).to(device) for name in ("boxes", "labels", "ignored"))
+            )
+            for o in objects
+        ]
+        found = detection_loss(
+            output.scores_BAK,
+            output.codes_BA6,
+            self.grid(output),
+            wanted,
+            classification=self.plan.classification,
+            uncounted_BZYX=self.uncounted(target_B1ZYX),
+        )
         logits = output.logits_BCZYX.float()
         if self.plan.has_masks:
-            return Losses(found.classification, found.regression, self.segmentation(logits, self.target(target_B1ZYX)))
+            return Losses(
+                found.classification,
+                found.regression,
+                self.segmentation(logits, self.target(target_B1ZYX)),
+            )
         # No outline is known; every parameter still needs a gradient in distributed training.
         return Losses(found.classification, found.regression, logits.sum() * 0)
 
@@ -81,9 +118,11 @@ class Losing:
         return None if self.ignore_label is None else labels_B1ZYX[:, 0] == self.ignore_label
 
     def target(self, labels_B1ZYX: Tensor) -> Tensor:
-        """The labels as the loss wants them: as they are, or a channel per region, and one for the ignore label.
+        """The labels as the loss wants them: as they are, or a channel per region, and one for the
+        ignore label.
 
-        On the device, because nnU-Net's own transform would have dropped the ids that travel beside the labels.
+        On the device, because nnU-Net's own transform would have dropped the ids that travel beside
+        the labels.
         """
         if self.regions is None:
             return labels_B1ZYX
@@ -91,14 +130,21 @@ class Losing:
         return torch.cat([_is_in(labels_B1ZYX, region) for region in regions], 1)
 
     def confusion(self, output: Output, labels_B1ZYX: Tensor) -> dict[str, NDArray[Any]]:
-        """True positive, false positive and false negative voxels of each foreground class or region."""
+        """True positive, false positive and false negative voxels of each foreground class or
+        region.
+        """
         logits = output.logits_BCZYX
         if self.regions is None:
             classes = range(1, logits.shape[1])
             chosen = logits.argmax(1, keepdim=True)
-            said, true = (torch.cat([seg == c for c in classes], 1) for seg in (chosen, labels_B1ZYX))
+            said, true = (
+                torch.cat([seg == c for c in classes], 1) for seg in (chosen, labels_B1ZYX)
+            )
         else:
-            said, true = logits > 0, torch.cat([_is_in(labels_B1ZYX, region) for region in self.regions], 1)
+            said, true = (
+                logits > 0,
+                torch.cat([_is_in(labels_B1ZYX, region) for region in self.regions], 1),
+            )
         if self.ignore_label is not None:
             counted = labels_B1ZYX != self.ignore_label
             said, true = said & counted, true & counted
@@ -112,7 +158,9 @@ def _is_in(labels: Tensor, region: Region) -> Tensor:
     return torch.isin(labels, torch.tensor(values, dtype=labels.dtype, device=labels.device))
 
 
-def make_segmentation_loss(has_regions: bool, ignore_label: int | None, distributed: bool) -> nn.Module:
+def make_segmentation_loss(
+    has_regions: bool, ignore_label: int | None, distributed: bool
+) -> nn.Module:
     """Half cross-entropy, half Dice over the batch, in nnU-Net's form for labels or for regions."""
     if not has_regions:
         return segmentation_loss(ignore_label, distributed)
@@ -120,51 +168,89 @@ def make_segmentation_loss(has_regions: bool, ignore_label: int | None, distribu
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
     dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": distributed}
-    loss: nn.Module = DC_and_BCE_loss({}, dice, weight_ce=0.5, weight_dice=0.5, use_ignore_label=ignore_label is not None,
-                                      dice_class=MemoryEfficientSoftDiceLoss)
+    loss: nn.Module = DC_and_BCE_loss(
+        {},
+        dice,
+        weight_ce=0.5,
+        weight_dice=0.5,
+        use_ignore_label=ignore_label is not None,
+        dice_class=MemoryEfficientSoftDiceLoss,
+    )
     return loss
 
 
 def patches_scored(
-    output: Output, grid: AnchorGrid, objects: Sequence[Mapping[str, NDArray[Any]]], first: int, uncounted_BZYX: Tensor | None = None
+    output: Output,
+    grid: AnchorGrid,
+    objects: Sequence[Mapping[str, NDArray[Any]]],
+    first: int,
+    uncounted_BZYX: Tensor | None = None,
 ) -> list[ScanBoxes]:
     """Every patch of a batch as if it were a scan; ``first`` is the number of the first one."""
     scans = []
     masks = [None] * len(objects) if uncounted_BZYX is None else uncounted_BZYX.cpu().numpy()
-    for number, (candidates, true, mask) in enumerate(zip(boxes_of_output(output, grid), objects, masks, strict=True), start=first):
+    for number, (candidates, true, mask) in enumerate(
+        zip(boxes_of_output(output, grid), objects, masks, strict=True), start=first
+    ):
         found = merge(candidates, num_voters=1)
-        boxes, places, scores = (v.cpu().numpy() for v in (found.boxes_N6, found.labels_N, found.scores_N))
+        boxes, places, scores = (
+            v.cpu().numpy() for v in (found.boxes_N6, found.labels_N, found.scores_N)
+        )
         objects_there = (true["boxes"], true["labels"], true["ignored"])
-        scans.append(scan_boxes(f"patch {number}", (1.0, 1.0, 1.0), objects_there, (boxes, places, scores), uncounted_ZYX=mask))
+        scans.append(
+            scan_boxes(
+                f"patch {number}",
+                (1.0, 1.0, 1.0),
+                objects_there,
+                (boxes, places, scores),
+                uncounted_ZYX=mask,
+            )
+        )
     return scans
 
 
 def detection_recipe(recipe: Recipe, plan: DetectionPlan) -> Recipe:
-    """The segmentation's recipe as detection uses it: its own momentum, one output, and the encoder learns from the start."""
-    return replace(recipe, momentum=plan.momentum, deep_supervision=False, decoder_first_fraction=0.0)
+    """The segmentation's recipe as detection uses it: its own momentum, one output, and the encoder
+    learns from the start.
+    """
+    return replace(
+        recipe, momentum=plan.momentum, deep_supervision=False, decoder_first_fraction=0.0
+    )
 
 
-def without_decay_on_norms(groups: Sequence[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups with norms, biases and tables apart, undecayed; of equal rate the decayed ones come first."""
+def without_decay_on_norms(
+    groups: Sequence[dict[str, Any]], network: nn.Module
+) -> list[dict[str, Any]]:
+    """Parameter groups with norms, biases and tables apart, undecayed; of equal rate the decayed
+    ones come first.
+    """
     decayed = {id(p) for name, p in network.named_parameters() if is_decayed(name, p)}
     split = []
     for group in groups:
         for takes_decay in (True, False):
             chosen = [p for p in group["params"] if (id(p) in decayed) == takes_decay]
             if chosen:
-                split.append({**group, "params": chosen, "weight_decay": group["weight_decay"] if takes_decay else 0.0})
+                split.append(
+                    {
+                        **group,
+                        "params": chosen,
+                        "weight_decay": group["weight_decay"] if takes_decay else 0.0,
+                    }
+                )
     return split
 
 
 def absent_classes(index: InstanceIndex, cases: Sequence[str]) -> list[str]:
     """Names of the classes of which none of the cases has an object that counts."""
-    present = {item.place for case in cases for item in index.cases[case].objects if not item.ignored}
+    present = {
+        item.place for case in cases for item in index.cases[case].objects if not item.ignored
+    }
     return [kind.name for place, kind in enumerate(index.classes) if place not in present]
 
 
 def keep_thread_limit() -> None:
-    """Hold torch to ``OMP_NUM_THREADS`` where that is set: on a CPU ``nnUNetv2_train`` has taken every core, and threads that share
-    cores with other programs wait for each other.
+    """Hold torch to ``OMP_NUM_THREADS`` where that is set: on a CPU ``nnUNetv2_train`` has taken
+    every core, and threads that share cores with other programs wait for each other.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
@@ -185,7 +271,12 @@ class ForwardedLog(logging.Handler):
 
 
 def mean_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Pseudo Dice of each class over all validation patches; NaN where it neither is nor was said to be."""
-    tp, fp, fn = (np.sum([o[name] for o in outputs], 0).astype(np.float64) for name in ("tp_hard", "fp_hard", "fn_hard"))
+    """Pseudo Dice of each class over all validation patches; NaN where it neither is nor was said
+    to be.
+    """
+    tp, fp, fn = (
+        np.sum([o[name] for o in outputs], 0).astype(np.float64)
+        for name in ("tp_hard", "fp_hard", "fn_hard")
+    )
     with np.errstate(invalid="ignore"):
         return [float(v) for v in 2 * tp / (2 * tp + fp + fn)]

@@ -21,16 +21,19 @@ MAX_CARD_BYTES, MAX_LEVELS, MAX_VALUES, MAX_NUMBER, MAX_PARAMETERS = 2**24, 20, 
 IMPORTED = "imported"
 """Key of ``EncoderCard.extra`` that says where imported weights come from."""
 DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
-"""What a U-Net's decoder is transferred by. Its segmentation heads are new in every task, and what lies
-under ``decoder.encoder.`` are second names of the encoder's own tensors."""
+"""What a U-Net's decoder is transferred by.
+
+Its segmentation heads are new in every task, and what lies
+under ``decoder.encoder.`` are second names of the encoder's own tensors.
+"""
 
 
 @dataclass(frozen=True)
 class Adaptation:
     """Where the parts that fine-tuning may have to adapt live in the state dict.
 
-    ``keys_to_decoder`` are the prefixes of a pretrained decoder, ``DECODER_PREFIXES``; they are empty
-    where the weights hold the encoder alone.
+    ``keys_to_decoder`` are the prefixes of a pretrained decoder, ``DECODER_PREFIXES``; they are
+    empty where the weights hold the encoder alone.
     """
 
     key_to_encoder: str
@@ -47,21 +50,25 @@ class EncoderCard:
     Attributes:
         name: the run's name.
         encoder: its name in ``model.sizes``.
-        class_path, arguments: the downstream network class and its arguments (no channels, classes, input shape).
+        class_path, arguments: the downstream network class and its arguments (no channels, classes,
+            input shape).
         token_size_vox, crop_size_vox: (z, y, x); crop / token is the grid of ``eva.pos_embed``.
         spacing_mm: target spacing of pretraining, (z, y, x).
-        modalities: "CT" and / or "MR" (every non-CT scan is z-scored and counted as what its dataset calls it).
+        modalities: "CT" and / or "MR" (every non-CT scan is z-scored and counted as what its
+            dataset calls it).
         channel_names: channel names met in the pool.
         ct_window: set when CT was among the scans.
-        spacing_groups: target spacings where the pool had more than one; ``spacing_mm`` is that of the largest.
+        spacing_groups: target spacings where the pool had more than one; ``spacing_mm`` is that of
+            the largest.
         num_input_channels: channels of the stem.
         objective: name of the objective and its settings that matter to a user.
         licences: dataset name -> licence text found beside it ("" if none was).
-        num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC. Imported weights: 0, 0, when they were imported.
+        num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC. Imported
+            weights: 0, 0, when they were imported.
         sha256: of ``encoder.safetensors`` beside this card.
         extra: ``imported`` tells where imported weights come from.
-        normalization: nnU-Net's name of the scheme that every channel had in pretraining; None is nnU-Net's own choice per channel
-            (CT by the window, all else z-scored).
+        normalization: nnU-Net's name of the scheme that every channel had in pretraining; None is
+            nnU-Net's own choice per channel (CT by the window, all else z-scored).
     """
 
     name: str
@@ -94,7 +101,9 @@ class EncoderCard:
 
     @property
     def licence_line(self) -> str:
-        """The licences that the weights come with, as one line for the user; "" where none is stated."""
+        """The licences that the weights come with, as one line for the user; "" where none is
+        stated.
+        """
         stated = [f"{name}: {text}" for name, text in self.licences.items() if text]
         return f"licences of the weights: {'; '.join(stated)}" if stated else ""
 
@@ -110,9 +119,14 @@ def check_run_name(name: str) -> None:
         UsageError: it is such a name.
     """
     if name.casefold() == NO_WEIGHTS:
-        raise UsageError(f"--name {name}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another name")
+        raise UsageError(
+            f"--name {name}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another "
+            "name"
+        )
     if not re.fullmatch(r"[\w.-]+", name) or "__" in name or name.startswith("."):
-        raise UsageError(f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot")
+        raise UsageError(
+            f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot"
+        )
 
 
 def read_card(folder: Path) -> EncoderCard:
@@ -125,7 +139,9 @@ def read_card(folder: Path) -> EncoderCard:
     if not path.is_file():
         raise WeightsError(f"{folder} holds no {CARD_NAME}; has its pretraining finished?")
     try:
-        return _checked(from_jsonable(EncoderCard, read_json(path, max_bytes=MAX_CARD_BYTES), str(path)), path)
+        return _checked(
+            from_jsonable(EncoderCard, read_json(path, max_bytes=MAX_CARD_BYTES), str(path)), path
+        )
     except PlanError as error:
         raise WeightsError(str(error)) from error
 
@@ -148,26 +164,36 @@ def _refuse_huge(card: EncoderCard, path: Path) -> None:
         key, value = values.pop()
         num_seen += 1
         if key.count("[") + key.count(".") > MAX_LEVELS:
-            raise WeightsError(f"{path}: arguments has more than {MAX_LEVELS} levels; restore the file")
+            raise WeightsError(
+                f"{path}: arguments has more than {MAX_LEVELS} levels; restore the file"
+            )
         if num_seen > MAX_VALUES:
-            raise WeightsError(f"{path}: arguments has more than {MAX_VALUES} values; restore the file")
+            raise WeightsError(
+                f"{path}: arguments has more than {MAX_VALUES} values; restore the file"
+            )
         if isinstance(value, dict):
             values += [(f"{key}.{name}", inner) for name, inner in value.items()]
         elif isinstance(value, list):
             values += [(f"{key}[{number}]", inner) for number, inner in enumerate(value)]
         elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
-            raise WeightsError(f"{path}: {key} is larger than any encoder's, at most {MAX_NUMBER:,}; restore the file")
+            raise WeightsError(
+                f"{path}: {key} is larger than any encoder's, at most {MAX_NUMBER:,}; restore the "
+                "file"
+            )
 
     parameters = _rough_parameters(card.arguments)
     if parameters > MAX_PARAMETERS:
         raise WeightsError(
-            f"{path}: arguments describe a network of about {parameters:.0e} parameters, at most {MAX_PARAMETERS:.0e} are "
+            f"{path}: arguments describe a network of about {parameters:.0e} parameters, at most "
+            f"{MAX_PARAMETERS:.0e} are "
             "possible here; restore the file"
         )
 
 
 def _rough_parameters(arguments: dict[str, Any]) -> float:
-    """Return a lower bound of the parameters that arguments ask for; 0 where they are of no known form."""
+    """Return a lower bound of the parameters that arguments ask for; 0 where they are of no known
+    form.
+    """
     width, depth = arguments.get("embed_dim"), arguments.get("eva_depth")
     if isinstance(width, int) and isinstance(depth, int):
         return 4.0 * width * width * depth
@@ -180,14 +206,26 @@ def _rough_parameters(arguments: dict[str, Any]) -> float:
 
 def _checked(card: EncoderCard, path: Path) -> EncoderCard:
     _refuse_huge(card, path)
-    groups = (value for group in card.spacing_groups for value in (*group.native_mm, *group.spacing_mm))
-    sizes = (*groups, *card.token_size_vox, *card.crop_size_vox, *card.spacing_mm, card.num_input_channels)
+    groups = (
+        value for group in card.spacing_groups for value in (*group.native_mm, *group.spacing_mm)
+    )
+    sizes = (
+        *groups,
+        *card.token_size_vox,
+        *card.crop_size_vox,
+        *card.spacing_mm,
+        card.num_input_channels,
+    )
     if not all(value > 0 for value in sizes):
-        raise WeightsError(f"{path}: token size, crop size, spacing and channels have to be greater than 0; restore the file")
+        raise WeightsError(
+            f"{path}: token size, crop size, spacing and channels have to be greater than 0; "
+            "restore the file"
+        )
     decoder = card.adaptation.keys_to_decoder
     if decoder and set(decoder) != set(DECODER_PREFIXES):
         raise WeightsError(
-            f"{path}: adaptation.keys_to_decoder is {list(decoder)}; only {list(DECODER_PREFIXES)}, or nothing, can be "
+            f"{path}: adaptation.keys_to_decoder is {list(decoder)}; only "
+            f"{list(DECODER_PREFIXES)}, or nothing, can be "
             "transferred: restore the file"
         )
     try:
@@ -214,6 +252,7 @@ def verify_weights(weights: Path, sha256: str) -> None:
     found = sha256_of(weights)
     if found != sha256:
         raise WeightsError(
-            f"{weights} has sha256 {found[:12]}..., {sha256[:12]}... was expected: the file is damaged or was replaced; "
+            f"{weights} has sha256 {found[:12]}..., {sha256[:12]}... was expected: the file is "
+            "damaged or was replaced; "
             "restore it, or plan again"
         )

@@ -1,4 +1,5 @@
-"""Networks of every family by class path and arguments: the downstream network, and the encoder that pretraining runs.
+"""Networks of every family by class path and arguments: the downstream network, and the encoder
+that pretraining runs.
 
 Both are made of the same class, so that state-dict keys are the downstream ones from the start.
 """
@@ -42,38 +43,51 @@ def build_network(
 ) -> nn.Module:
     """The downstream network of any family, with random weights.
 
-    It names its parts as dynamic_network_architectures does: ``key_to_encoder``, ``key_to_stem``, ``keys_to_in_proj`` - here every
+    It names its parts as dynamic_network_architectures does: ``key_to_encoder``, ``key_to_stem``,
+        ``keys_to_in_proj`` - here every
     convolution that reads the image - and ``key_to_lpe``, None without learnt positions.
 
     Args:
         arguments: as in ``model.sizes``; classes as dotted names.
         input_shape: (z, y, x) voxels, a multiple of the token size.
         drop_path_rate: stochastic depth; a CNN has none.
-        deep_supervision: predictions at several resolutions while ``network.decoder.deep_supervision`` is on; CNNs only.
+        deep_supervision: predictions at several resolutions while
+            ``network.decoder.deep_supervision`` is on; CNNs only.
 
     Raises:
-        PlanError: the class is unknown or cannot be imported, the shape is no multiple of the token size, arguments are missing, or the
-            family cannot do what is asked.
+        PlanError: the class is unknown or cannot be imported, the shape is no multiple of the token
+            size, arguments are missing, or the family cannot do what is asked.
     """
     family = family_of(class_path)
     missing = missing_arguments(class_path, arguments)
     if missing:
-        raise PlanError(f"encoder.arguments: {', '.join(missing)} missing for {class_path}; take those of an encoder in model/sizes.py")
+        raise PlanError(
+            f"encoder.arguments: {', '.join(missing)} missing for {class_path}; take those of an "
+            "encoder in model/sizes.py"
+        )
     try:
         grid_of(as_size(input_shape), token_size_of(class_path, arguments))
     except ValueError as error:
         raise PlanError(f"input shape {tuple(input_shape)}: {error}") from error
     if deep_supervision and not has_deep_supervision(family):
-        raise PlanError(f"{class_path} predicts at one resolution only; build it without deep supervision")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        raise PlanError(
+            f"{class_path} predicts at one resolution only; build it without deep supervision"
+        )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
+    }
     if family != RESENC:
         shape = tuple(int(s) for s in input_shape)
         values |= {"input_shape": shape, "drop_path_rate": drop_path_rate}
     elif drop_path_rate > 0:
-        raise PlanError(f"drop_path_rate={drop_path_rate}: {class_path} has no stochastic depth; set it to 0")
+        raise PlanError(
+            f"drop_path_rate={drop_path_rate}: {class_path} has no stochastic depth; set it to 0"
+        )
     else:
         values |= {"deep_supervision": deep_supervision, **_imported(values)}
-    network: nn.Module = located(class_path)(input_channels=num_input_channels, num_classes=num_classes, **values)
+    network: nn.Module = located(class_path)(
+        input_channels=num_input_channels, num_classes=num_classes, **values
+    )
     if family == RESENC:
         network.apply(network.initialize)  # type: ignore[arg-type]
         network.key_to_lpe = None  # type: ignore[assignment]
@@ -122,12 +136,17 @@ def located(class_path: str) -> type:
     """
     found = pydoc.locate(class_path)
     if not isinstance(found, type):
-        raise PlanError(f"the network class '{class_path}' cannot be imported; is dynamic_network_architectures installed?")
+        raise PlanError(
+            f"the network class '{class_path}' cannot be imported; is "
+            "dynamic_network_architectures installed?"
+        )
     return found
 
 
 def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes that a CNN's arguments name: layers of torch and nothing else, since a plan or card may be a stranger's."""
+    """The classes that a CNN's arguments name: layers of torch and nothing else, since a plan or
+    card may be a stranger's.
+    """
     found: dict[str, Any] = {}
     for key in IMPORTED_ARGUMENTS:
         name = arguments.get(key)
@@ -139,9 +158,14 @@ def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image_readers(network: nn.Module) -> tuple[str, ...]:
-    """Every name of the convolutions that read the image in the stem of PrimusV2 and V3: the network itself leaves out the one on the
-    way around the first block."""
+    """Every name of the convolutions that read the image in the stem of PrimusV2 and V3: the
+    network itself leaves out the one on the way around the first block.
+    """
     state = network.state_dict()
     block = "down_projection.stem.blocks.0"
-    names = [f"{block}.{way}.{alias}" for way in ("conv1", "skip.0") for alias in ("conv", "all_modules.0")]
+    names = [
+        f"{block}.{way}.{alias}"
+        for way in ("conv1", "skip.0")
+        for alias in ("conv", "all_modules.0")
+    ]
     return tuple(name for name in names if f"{name}.weight" in state)

@@ -1,8 +1,10 @@
-"""How much memory a training step needs, without a GPU: a forward pass on the meta device that counts what autograd keeps.
+"""How much memory a training step needs, without a GPU: a forward pass on the meta device that
+counts what autograd keeps.
 
-Shapes alone decide what is kept, so the count costs milliseconds and no memory. On a CPU in single precision it agrees with the
-bytes really kept (a test holds it to 10 %); the half-precision rules and the overheads follow CUDA autocast's published lists
-and have not been compared with a GPU's peak yet.
+Shapes alone decide what is kept, so the count costs milliseconds and no memory. On a CPU in single
+precision it agrees with the bytes really kept (a test holds it to 10 %); the half-precision rules
+and the overheads follow CUDA autocast's published lists and have not been compared with a GPU's
+peak yet.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,17 +23,38 @@ GIB = 1024**3
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and two Adam moments in single precision."""
 BYTES_PER_LOGIT = 24
-"""Kept per output voxel and class by Dice and cross-entropy: single-precision copy, softmax, log-softmax, one-hot, gradients."""
+"""Kept per output voxel and class by Dice and cross-entropy: single-precision copy, softmax,
+log-softmax, one-hot, gradients.
+"""
 CONTEXT_BYTES = int(0.75 * GIB)
 """The CUDA context and the libraries' workspaces."""
 SLACK = 1.1
 """The allocator's fragmentation and short-lived buffers."""
 
 _HALF_OPS = frozenset(
-    {F.linear, F.conv3d, F.conv_transpose3d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm}
+    {
+        F.linear,
+        F.conv3d,
+        F.conv_transpose3d,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.baddbmm,
+    }
 )
 _SINGLE_OPS = frozenset(
-    {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, torch.softmax, torch.pow, torch.Tensor.pow, torch.rsqrt, torch.sum}
+    {
+        F.layer_norm,
+        F.group_norm,
+        F.softmax,
+        F.log_softmax,
+        torch.softmax,
+        torch.pow,
+        torch.Tensor.pow,
+        torch.rsqrt,
+        torch.sum,
+    }
 )
 
 
@@ -57,12 +80,18 @@ class TrainingMemory:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: queries, keys, values, output and one log-sum per row - never N x N."""
+    """Keeps what a fused attention kernel keeps: queries, keys, values, output and one log-sum per
+    row - never N x N.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         return out
 
     @staticmethod
@@ -71,7 +100,9 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _AsOnDevice(TorchFunctionMode):
-    """Shapes and dtypes as on the training device: fused attention, and autocast's lists when ``half``."""
+    """Shapes and dtypes as on the training device: fused attention, and autocast's lists when
+    ``half``.
+    """
 
     def __init__(self, half: bool):
         super().__init__()
@@ -94,13 +125,17 @@ class _AsOnDevice(TorchFunctionMode):
 
 
 class _Kept:
-    """The bytes of the distinct storages that autograd saves, less those of ``known`` tensors (parameters, buffers)."""
+    """The bytes of the distinct storages that autograd saves, less those of ``known`` tensors
+    (parameters, buffers).
+    """
 
     def __init__(self, known: Iterable[torch.Tensor]):
         self._storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
         self.num_bytes = 0
         self.largest_piece = 0
-        """Bytes that the largest of the pieces that are computed twice keeps inside, which are there one piece at a time."""
+        """Bytes that the largest of the pieces that are computed twice keeps inside, which are
+        there one piece at a time.
+        """
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -109,7 +144,9 @@ class _Kept:
             self.num_bytes += storage.nbytes()
         return tensor
 
-    def piece(self, function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> torch.Tensor:
+    def piece(
+        self, function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]
+    ) -> torch.Tensor:
         """What activation checkpointing keeps of ``function(*arguments)``: tensors that go in."""
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
@@ -125,25 +162,34 @@ class _Kept:
 @contextmanager
 def _counting(network: nn.Module) -> Iterator[_Kept]:
     kept = _Kept(t for group in (network.parameters(), network.buffers()) for t in group)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), observed(kept.piece):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+        observed(kept.piece),
+    ):
         yield kept
 
 
-def kept_bytes(network: nn.Module, volume: torch.Tensor, half: bool | None = None) -> tuple[int, torch.Size]:
-    """Bytes that autograd keeps for the backward pass of ``network(volume)``, and the output's shape.
+def kept_bytes(
+    network: nn.Module, volume: torch.Tensor, half: bool | None = None
+) -> tuple[int, torch.Size]:
+    """Bytes that autograd keeps for the backward pass of ``network(volume)``, and the output's
+    shape.
 
     Args:
         volume: (B, C, Z, Y, X), on the network's device.
-        half: count as under half-precision autocast with fused attention (True), or as in single precision with fused
-            attention (False); None runs the network just as it is.
+        half: count as under half-precision autocast with fused attention (True), or as in single
+            precision with fused attention (False); None runs the network just as it is.
     """
     with _counting(network) as kept, nullcontext() if half is None else _AsOnDevice(half):
         output = network(volume)
     return kept.num_bytes, output.shape
 
 
-def training_memory(build: Callable[[], nn.Module], input_shape: Sequence[int], half: bool = True) -> TrainingMemory:
-    """Estimate the memory of training the network that ``build`` makes with AdamW on segmentation patches.
+def training_memory(
+    build: Callable[[], nn.Module], input_shape: Sequence[int], half: bool = True
+) -> TrainingMemory:
+    """Estimate the memory of training the network that ``build`` makes with AdamW on segmentation
+    patches.
 
     Args:
         build: makes the network; called once, on the meta device.
@@ -158,7 +204,9 @@ def training_memory(build: Callable[[], nn.Module], input_shape: Sequence[int], 
     return _line(network, one + logits, two + 2 * logits)
 
 
-def pretraining_memory(module: nn.Module, loss_of: Callable[[int], object], half: bool = True) -> TrainingMemory:
+def pretraining_memory(
+    module: nn.Module, loss_of: Callable[[int], object], half: bool = True
+) -> TrainingMemory:
     """Estimate the memory of training ``module`` with AdamW.
 
     Args:
@@ -178,4 +226,7 @@ def _line(network: nn.Module, one: int, two: int) -> TrainingMemory:
     """From the bytes kept for one sample and for two."""
     parameters = sum(p.numel() for p in network.parameters())
     fixed = parameters * BYTES_PER_PARAMETER + max(0, 2 * one - two)
-    return TrainingMemory(fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed), sample_bytes=max(1, int(SLACK * (two - one))))
+    return TrainingMemory(
+        fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed),
+        sample_bytes=max(1, int(SLACK * (two - one))),
+    )

@@ -14,7 +14,9 @@ def is_position(name: str) -> bool:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels are decayed; norms, biases, LayerScale (at most one axis) and position tables are not."""
+    """Matrices and kernels are decayed; norms, biases, LayerScale (at most one axis) and position
+    tables are not.
+    """
     return parameter.ndim > 1 and not is_position(name)
 
 

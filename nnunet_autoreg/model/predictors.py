@@ -1,6 +1,7 @@
 """Heads that turn features into predictions of the next block. They exist in pretraining only.
 
-Shape suffixes: B samples, T tokens, Q queries, S encoder tokens, J queries of a block, V width, O outputs for a token, H heads,
+Shape suffixes: B samples, T tokens, Q queries, S encoder tokens, J queries of a block, V width, O
+    outputs for a token, H heads,
 D head width.
 """
 
@@ -29,7 +30,9 @@ def output_head(kind: str, width: int, outputs: int) -> nn.Module:
 
 
 class NextHead(nn.Module):
-    """V -> O: the feature of token j of block b becomes the prediction of token j of block b + 1."""
+    """V -> O: the feature of token j of block b becomes the prediction of token j of block b +
+    1.
+    """
 
     def __init__(self, width: int, outputs: int, kind: str = "linear"):
         super().__init__()
@@ -44,7 +47,8 @@ class NextHead(nn.Module):
 class BlockAttention(nn.Module):
     """Pre-norm attention among the queries of one block.
 
-    Queries come block after block, so that one block is one row of a reshaped batch. Nothing can cross a row, and the cost grows
+    Queries come block after block, so that one block is one row of a reshaped batch. Nothing can
+    cross a row, and the cost grows
     with the tokens of a block, not with those of the sequence: no mask is needed.
 
     Args:
@@ -68,7 +72,8 @@ class BlockAttention(nn.Module):
             q_BHQD = apply_rot_embed_cat(q_BHQD, rope).type_as(v_BHQD)
             k_BHQD = apply_rot_embed_cat(k_BHQD, rope).type_as(v_BHQD)
 
-        # (B, H, Q, D) -> (B * H, K, J, D): kernels take the K blocks for heads, which do not see each other.
+        # (B, H, Q, D) -> (B * H, K, J, D): kernels take the K blocks for heads, which do not see
+        # each other.
         rows = (B * heads, Q // self.block_tokens, self.block_tokens, width)
         seen = attend(q_BHQD.reshape(rows), k_BHQD.reshape(rows), v_BHQD.reshape(rows), None)
         out: Tensor = self.project(seen.reshape(B, heads, Q, width).transpose(1, 2).flatten(2))
@@ -76,19 +81,27 @@ class BlockAttention(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Pre-norm cross-attention from queries to encoder tokens, attention among the queries of a block, then an MLP.
+    """Pre-norm cross-attention from queries to encoder tokens, attention among the queries of a
+    block, then an MLP.
 
     Args:
-        block_tokens: queries of a block, which come block after block and see each other; 1 where none sees another.
+        block_tokens: queries of a block, which come block after block and see each other; 1 where
+            none sees another.
     """
 
     def __init__(self, width: int, num_heads: int, block_tokens: int = 1):
         super().__init__()
         self.num_heads = num_heads
-        self.norm_query, self.norm_token, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_query, self.norm_token, self.norm_mlp = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+        )
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.project = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.block = BlockAttention(width, num_heads, block_tokens) if block_tokens > 1 else None
 
     def _heads(self, x_BTV: Tensor) -> Tensor:
@@ -96,11 +109,18 @@ class CrossLayer(nn.Module):
         return x_BTV.reshape(B, T, self.num_heads, V // self.num_heads).transpose(1, 2)
 
     def forward(
-        self, query_BQV: Tensor, token_BSV: Tensor, mask: Mask, query_rope: Tensor | None, token_rope: Tensor | None
+        self,
+        query_BQV: Tensor,
+        token_BSV: Tensor,
+        mask: Mask,
+        query_rope: Tensor | None,
+        token_rope: Tensor | None,
     ) -> Tensor:
         """Updated queries (B, Q, V)."""
         q_BHQD = self._heads(self.query(self.norm_query(query_BQV)))
-        k_BHSD, v_BHSD = (self._heads(x) for x in self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1))
+        k_BHSD, v_BHSD = (
+            self._heads(x) for x in self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1)
+        )
         if query_rope is not None and token_rope is not None:
             q_BHQD = apply_rot_embed_cat(q_BHQD, query_rope).type_as(v_BHSD)
             k_BHSD = apply_rot_embed_cat(k_BHSD, token_rope).type_as(v_BHSD)
@@ -128,10 +148,12 @@ class Places:
 
 
 class QueryDecoder(nn.Module):
-    """A light decoder: one query per token, carrying that token's position and member, attends to the tokens that a rule allows.
+    """A light decoder: one query per token, carrying that token's position and member, attends to
+    the tokens that a rule allows.
 
-    Queries of different blocks never see each other, so all targets are predicted in parallel and any order of blocks is
-    well-posed. Those of one block do where ``block_tokens`` is greater than 1.
+    Queries of different blocks never see each other, so all targets are predicted in parallel and
+    any order of blocks is well-posed. Those of one block do where ``block_tokens`` is greater than
+    1.
 
     Args:
         block_tokens: as of ``CrossLayer``.
@@ -141,8 +163,16 @@ class QueryDecoder(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, depth: int, num_positions: int, num_members: int, outputs: int, recompute: bool = False,
-        block_tokens: int = 1, head: str = "linear",
+        self,
+        width: int,
+        num_heads: int,
+        depth: int,
+        num_positions: int,
+        num_members: int,
+        outputs: int,
+        recompute: bool = False,
+        block_tokens: int = 1,
+        head: str = "linear",
     ):
         super().__init__()
         self.recompute, self.num_heads = recompute, num_heads
@@ -151,7 +181,9 @@ class QueryDecoder(nn.Module):
         self.member = nn.Parameter(torch.empty(1, num_members, 1, width))
         nn.init.trunc_normal_(self.position, std=0.02)
         nn.init.trunc_normal_(self.member, std=0.02)
-        self.layers = nn.ModuleList(CrossLayer(width, num_heads, block_tokens) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            CrossLayer(width, num_heads, block_tokens) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.project = output_head(head, width, outputs)
 
@@ -170,6 +202,8 @@ class QueryDecoder(nn.Module):
         query_BQV = (position_BQV + member_BQV).expand(features_BSV.shape[0], -1, -1)
         mask = mask_of(rule, self.num_heads)
         for layer in self.layers:
-            query_BQV = run_layer(layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope)
+            query_BQV = run_layer(
+                layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope
+            )
         out: Tensor = self.project(self.norm(query_BQV))
         return out

@@ -12,13 +12,15 @@ from nnunet_autoreg.model.sequence import SequenceEncoder
 class PrimusEncoder(SequenceEncoder):
     """The tokenizer and the transformer of a Primus network; its decoder is dropped.
 
-    The convolutional tokenizers of V2 and V3 look far beyond a token and normalise over all they see; fine-tuning lets them see a whole
-    patch where pretraining shows them a block.
+    The convolutional tokenizers of V2 and V3 look far beyond a token and normalise over all they
+    see; fine-tuning lets them see a whole patch where pretraining shows them a block.
     """
 
     transfers = ("down_projection.", "eva.")
 
-    def __init__(self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False):
+    def __init__(
+        self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False
+    ):
         super().__init__(network, token_size, block_size, recompute)
         self.network.up_projection = nn.Identity()
 
@@ -32,7 +34,11 @@ class PrimusEncoder(SequenceEncoder):
         """That of the first Primus; V2 and V3 have none."""
         tokenizer = self.network.down_projection
         projection = getattr(tokenizer, "proj", None)
-        is_linear = isinstance(tokenizer, PatchEmbed) and isinstance(projection, nn.Conv3d) and projection.kernel_size == self.token_size
+        is_linear = (
+            isinstance(tokenizer, PatchEmbed)
+            and isinstance(projection, nn.Conv3d)
+            and projection.kernel_size == self.token_size
+        )
         return projection if is_linear else None
 
     def local(self, volumes_BCZYX: Tensor) -> Tensor:

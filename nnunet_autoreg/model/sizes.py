@@ -1,18 +1,34 @@
 """The encoders by name, as numbers: torch-free, so that planning and ``--help`` stay light.
 
-Sources: Primus sizes S, B, M, L - Wald et al. 2025, arXiv 2503.01835, as in dynamic_network_architectures' ``_PRIMUS_CONFIGS``;
-LayerScale 0.1 and inner attention norm as in nnU-Net's trainers of Primus, V2 and V3; ResEnc - nnU-Net's ResEncUNetPlanner for
-an isotropic patch of 128^3; ViT-B/16 - AR-SSL4M. The ``tiny`` ones are ours.
+Sources: Primus sizes S, B, M, L - Wald et al. 2025, arXiv 2503.01835, as in
+    dynamic_network_architectures' ``_PRIMUS_CONFIGS``;
+LayerScale 0.1 and inner attention norm as in nnU-Net's trainers of Primus, V2 and V3; ResEnc -
+nnU-Net's ResEncUNetPlanner for an isotropic patch of 128^3; ViT-B/16 - AR-SSL4M. The ``tiny`` ones
+are ours.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, token_size_of
+from nnunet_autoreg.families import (
+    CLASS_PATHS,
+    PRIMUS,
+    PRIMUS_V2,
+    PRIMUS_V3,
+    RESENC,
+    VIT,
+    token_size_of,
+)
 from nnunet_autoreg.geometry import Size
 
-PRIMUS_WIDTHS = {"tiny": (264, 6, 4), "s": (396, 12, 6), "b": (792, 12, 12), "m": (864, 16, 12), "l": (1056, 24, 16)}
+PRIMUS_WIDTHS = {
+    "tiny": (264, 6, 4),
+    "s": (396, 12, 6),
+    "b": (792, 12, 12),
+    "m": (864, 16, 12),
+    "l": (1056, 24, 16),
+}
 """Size -> width, depth, heads."""
 
 
@@ -24,12 +40,15 @@ class EncoderSize:
         family: as in ``families``; class path, tokens and what the network can do follow from it.
         class_path: the network class that fine-tuning builds.
         arguments: its constructor's arguments, without channels, classes and input shape.
-        token_size: voxels (z, y, x) of one token - of a CNN, its total stride; crops and patches are multiples of it.
+        token_size: voxels (z, y, x) of one token - of a CNN, its total stride; crops and patches
+            are multiples of it.
         block_tokens: tokens of a block per axis (z, y, x) where the images are large enough.
         max_crop_vox: largest useful number of voxels of a crop or patch.
-        scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe: AdamW, of a CNN SGD).
+        scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe: AdamW,
+            of a CNN SGD).
         pretrain_rate: peak learning rate of pretraining at the reference batch (AdamW).
-        patch_gib: of a CNN, the GPU memory for which nnU-Net's planner of the same name plans patch and batch.
+        patch_gib: of a CNN, the GPU memory for which nnU-Net's planner of the same name plans patch
+            and batch.
     """
 
     name: str
@@ -46,7 +65,9 @@ class EncoderSize:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a crop or patch: a transformer's cost grows with them, however small they are."""
+        """Most tokens of a crop or patch: a transformer's cost grows with them, however small they
+        are.
+        """
         return self.max_crop_vox // 8**3
 
     @property
@@ -86,7 +107,9 @@ def _primus(family: str, size: str) -> EncoderSize:
     )
 
 
-def _resenc(size: str, features: list[int], blocks: list[int], patch_gib: float | None) -> EncoderSize:
+def _resenc(
+    size: str, features: list[int], blocks: list[int], patch_gib: float | None
+) -> EncoderSize:
     tiny, stages = size == "tiny", len(features)
     arguments: dict[str, Any] = {
         "n_stages": stages,
@@ -121,9 +144,16 @@ def _resenc(size: str, features: list[int], blocks: list[int], patch_gib: float 
 
 def _vit(name: str) -> EncoderSize:
     arguments = {
-        "embed_dim": 768, "patch_embed_size": [16, 16, 16], "eva_depth": 12, "eva_numheads": 12, "mlp_ratio": 4.0, "decoder_features": 16,
-    }  # fmt: skip
-    return EncoderSize(name, VIT, CLASS_PATHS[VIT], arguments, (16, 16, 16), (1, 1, 1), 160**3, 3e-4, 1e-4, 1e-4)
+        "embed_dim": 768,
+        "patch_embed_size": [16, 16, 16],
+        "eva_depth": 12,
+        "eva_numheads": 12,
+        "mlp_ratio": 4.0,
+        "decoder_features": 16,
+    }
+    return EncoderSize(
+        name, VIT, CLASS_PATHS[VIT], arguments, (16, 16, 16), (1, 1, 1), 160**3, 3e-4, 1e-4, 1e-4
+    )
 
 
 _RESENC_FEATURES, _RESENC_BLOCKS = [32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6]
@@ -131,7 +161,11 @@ _RESENC_FEATURES, _RESENC_BLOCKS = [32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6,
 ENCODERS: dict[str, EncoderSize] = {
     size.name: size
     for size in (
-        *(_primus(family, size) for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3) for size in PRIMUS_WIDTHS),
+        *(
+            _primus(family, size)
+            for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3)
+            for size in PRIMUS_WIDTHS
+        ),
         _resenc("tiny", [16, 32, 64, 128], [1, 2, 2, 2], None),
         _resenc("m", _RESENC_FEATURES, _RESENC_BLOCKS, 8.0),
         _resenc("l", _RESENC_FEATURES, _RESENC_BLOCKS, 24.0),

@@ -1,7 +1,8 @@
 """Runs transformer blocks under an attention rule: the one place where self-attention happens.
 
-timm's ``EvaBlock``, which nnU-Net's Primus networks are made of, is computed here: what it computes itself, but attention goes to the
-kernel that suits the rule. Blocks of our own take ``rope`` and ``attn_mask`` and hand the mask to ``attend``.
+timm's ``EvaBlock``, which nnU-Net's Primus networks are made of, is computed here: what it computes
+itself, but attention goes to the kernel that suits the rule. Blocks of our own take ``rope`` and
+``attn_mask`` and hand the mask to ``attend``.
 
 Shape suffixes: B samples, T tokens, V width, H heads, D head width.
 """
@@ -22,7 +23,11 @@ from nnunet_autoreg.model.attention import AttentionRule, Mask, Rule, attend
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x_BTV: Tensor, rope: Tensor | None, rule: Rule | None, recompute: bool = False
+    blocks: Iterable[nn.Module],
+    x_BTV: Tensor,
+    rope: Tensor | None,
+    rule: Rule | None,
+    recompute: bool = False,
 ) -> Tensor:
     """Features (B, T, V) after all blocks.
 
@@ -30,7 +35,8 @@ def run_blocks(
         blocks: timm's ``EvaBlock``, or blocks of our own.
         rope: rotary table, (T, 2 * D) or (B, 1, T, 2 * D); None without.
         rule: who attends to whom; None for full attention.
-        recompute: keep only each block's input and compute its inside a second time in the backward pass.
+        recompute: keep only each block's input and compute its inside a second time in the backward
+            pass.
     """
     blocks = list(blocks)
     mask = None if rule is None or not blocks else mask_of(rule, num_heads_of(blocks[0]))
@@ -40,19 +46,23 @@ def run_blocks(
 
 
 class FastPath:
-    """How layers run in training on a GPU: each kind of layer is compiled once and reused by all of its kind.
+    """How layers run in training on a GPU: each kind of layer is compiled once and reused by all of
+    its kind.
 
-    Only layers are compiled: a graph of one transformer block compiles in seconds, and its parameters are
-    inputs of the graph, so that all blocks share it. What lies around the layers runs eagerly, the making
-    of masks included.
+    Only layers are compiled: a graph of one transformer block compiles in seconds, and its
+        parameters are
+    inputs of the graph, so that all blocks share it. What lies around the layers runs eagerly, the
+    making of masks included.
 
     Args:
         compile: makes of a function of a layer and its inputs the compiled one.
-        flex: attention is FlexAttention, whose mask is by tiles; otherwise it is torch's own, with a dense mask.
+        flex: attention is FlexAttention, whose mask is by tiles; otherwise it is torch's own, with
+            a dense mask.
 
     Attributes:
         is_given_up: layers run eagerly after all, because they could not be compiled.
-        witness: is shown every call of a layer - function, layer, inputs - for the self-check; None for nobody.
+        witness: is shown every call of a layer - function, layer, inputs - for the self-check; None
+            for nobody.
         rules: while there is a witness, the rule behind each living mask, and its number of heads.
     """
 
@@ -84,7 +94,9 @@ def _current_path() -> FastPath | None:
 
 
 def mask_of(rule: Rule, num_heads: int) -> Mask:
-    """Return a rule's mask for the layers that ``run_layer`` runs next; to be made once for all of them."""
+    """Return a rule's mask for the layers that ``run_layer`` runs next; to be made once for all of
+    them.
+    """
     path = _current_path()
     if path is None or not isinstance(rule, AttentionRule):
         return rule.mask()
@@ -115,7 +127,8 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
 
     if path.witness is not None:
         path.witness(by, layer, inputs)
-    # The first layer's input may be laid out in another way than the others', which would take a graph of its own.
+    # The first layer's input may be laid out in another way than the others', which would take a
+    # graph of its own.
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
     return recomputed(path.compile(by), recompute, layer, *inputs)
 
@@ -127,7 +140,9 @@ def num_heads_of(block: nn.Module) -> int:
 
 
 def recomputed(function: Callable[..., Tensor], recompute: bool, *arguments: Any) -> Tensor:
-    """``function(*arguments)``; where ``recompute`` is on, only tensors among ``arguments`` are kept for the backward pass."""
+    """``function(*arguments)``; where ``recompute`` is on, only tensors among ``arguments`` are
+    kept for the backward pass.
+    """
     if not (recompute and torch.is_grad_enabled()):
         return function(*arguments)
     if _observers:
@@ -142,7 +157,9 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Have every piece that would be computed twice run by ``observer``, once: for counting what it would keep."""
+    """Have every piece that would be computed twice run by ``observer``, once: for counting what it
+    would keep.
+    """
     _observers.append(observer)
     try:
         yield
@@ -151,7 +168,9 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None) -> Tensor:
-    """Features (B, T, V) after one block: pre-norm attention and MLP, each scaled where the block has a scale."""
+    """Features (B, T, V) after one block: pre-norm attention and MLP, each scaled where the block
+    has a scale.
+    """
     if isinstance(block, EvaBlock) and "forward" not in vars(block):
         return _eva_block(block, x_BTV, rope, mask)
     own: Tensor = block(x_BTV, rope=rope, attn_mask=mask)
@@ -159,21 +178,31 @@ def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask |
 
 
 def hooked(block: nn.Module) -> None:
-    """Have a block be called as a module, so that hooks on modules, which FSDP lives by, take hold; what it computes stays."""
+    """Have a block be called as a module, so that hooks on modules, which FSDP lives by, take hold;
+    what it computes stays.
+    """
     if isinstance(block, EvaBlock):
         block.forward = partial(_eva_block, block)  # type: ignore[method-assign]
 
 
-def _eva_block(block: EvaBlock, x_BTV: Tensor, rope: Tensor | None = None, attn_mask: Mask | None = None) -> Tensor:
+def _eva_block(
+    block: EvaBlock, x_BTV: Tensor, rope: Tensor | None = None, attn_mask: Mask | None = None
+) -> Tensor:
     assert isinstance(block.attn, EvaAttention), "rotary attention of another layout"
     attended = self_attention(block.attn, block.norm1(x_BTV), rope, attn_mask)
-    x_BTV = x_BTV + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
+    x_BTV = x_BTV + block.drop_path1(
+        attended if block.gamma_1 is None else block.gamma_1 * attended
+    )
     changed = block.mlp(block.norm2(x_BTV))
-    out: Tensor = x_BTV + block.drop_path2(changed if block.gamma_2 is None else block.gamma_2 * changed)
+    out: Tensor = x_BTV + block.drop_path2(
+        changed if block.gamma_2 is None else block.gamma_2 * changed
+    )
     return out
 
 
-def self_attention(attn: EvaAttention, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None) -> Tensor:
+def self_attention(
+    attn: EvaAttention, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None
+) -> Tensor:
     """What ``attn`` computes of (B, T, V), with its projections, norms and rotary positions."""
     q_BHTD, k_BHTD, v_BHTD = _projected(attn, x_BTV)
     q_BHTD, k_BHTD = attn.q_norm(q_BHTD), attn.k_norm(k_BHTD)
@@ -188,10 +217,15 @@ def _projected(attn: EvaAttention, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Queries, keys and values, each (B, H, T, D)."""
     B, T, _ = x_BTV.shape
     if attn.qkv is None:
-        q, k, v = (layer(x_BTV).reshape(B, T, attn.num_heads, -1).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (
+            layer(x_BTV).reshape(B, T, attn.num_heads, -1).transpose(1, 2)
+            for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
         return q, k, v
     biases: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
-    fused = nn.functional.linear(x_BTV, attn.qkv.weight, None if attn.q_bias is None else torch.cat(biases))
+    fused = nn.functional.linear(
+        x_BTV, attn.qkv.weight, None if attn.q_bias is None else torch.cat(biases)
+    )
     fused = fused.reshape(B, T, 3, attn.num_heads, -1)
     q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
@@ -204,4 +238,6 @@ def _rotated(attn: EvaAttention, x_BHTD: Tensor, rope: Tensor) -> Tensor:
     if first == 0:
         turned: Tensor = apply_rot_embed_cat(x_BHTD, rope, half=half)
         return turned
-    return torch.cat([x_BHTD[:, :, :first], apply_rot_embed_cat(x_BHTD[:, :, first:], rope, half=half)], dim=2)
+    return torch.cat(
+        [x_BHTD[:, :, :first], apply_rot_embed_cat(x_BHTD[:, :, first:], rope, half=half)], dim=2
+    )

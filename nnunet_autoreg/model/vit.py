@@ -1,12 +1,17 @@
-"""The ViT of AR-SSL4M as an nnU-Net network: START token, fixed 3D sin-cos positions, UNETR decoder.
+"""The ViT of AR-SSL4M as an nnU-Net network:
 
-Everything below ``model.`` has AR-SSL4M's own key names and shapes; only the axes are ours: volumes are (z, y, x) here and
-(x, y, z) there, so the patch kernel is transposed and the three thirds of a position belong to x, y and z in that order.
+START token, fixed 3D sin-cos positions, UNETR decoder.
 
-Shape suffixes: B samples, C channels, Z Y X voxels, N tokens in raster order (z, y, x), T = N + 1 tokens with START in front,
+Everything below ``model.`` has AR-SSL4M's own key names and shapes; only the axes are ours: volumes
+are (z, y, x) here and (x, y, z) there, so the patch kernel is transposed and the three thirds of a
+position belong to x, y and z in that order.
+
+Shape suffixes: B samples, C channels, Z Y X voxels, N tokens in raster order (z, y, x), T = N + 1
+    tokens with START in front,
 V width, H heads, D head width, Q queries, S keys.
 
-Source: AR-SSL4M (github.com/serena9525/AR-SSL4M), written anew from its description; UNETR (arXiv 2103.10504) for the decoder.
+Source: AR-SSL4M (github.com/serena9525/AR-SSL4M), written anew from its description; UNETR (arXiv
+    2103.10504) for the decoder.
 """
 
 import math
@@ -14,8 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
-from dynamic_network_architectures.building_blocks.residual import BasicBlockD, StackedResidualBlocks
+from dynamic_network_architectures.architectures.abstract_arch import (
+    AbstractDynamicNetworkArchitectures,
+)
+from dynamic_network_architectures.building_blocks.residual import (
+    BasicBlockD,
+    StackedResidualBlocks,
+)
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
@@ -25,21 +35,29 @@ from nnunet_autoreg.geometry import Size, as_size, grid_of
 from nnunet_autoreg.model.attention import Mask, attend
 
 START_ROW = 1
-"""Row of ``embed_tokens`` that is START. Row 2 is END, which pretraining with END appends and nothing else reads; 0 and 3 are unused."""
+"""Row of ``embed_tokens`` that is START.
+
+Row 2 is END, which pretraining with END appends and nothing else reads; 0 and 3 are unused.
+"""
 
 NUM_SPECIAL_TOKENS = 4
 
 
 def sincos_positions(grid: Size, width: int) -> Tensor:
-    """Fixed positions (1, N, V) of a grid (z, y, x): a third of the width for x, one for y, one for z, each [sin | cos].
+    """Fixed positions (1, N, V) of a grid (z, y, x): a third of the width for x, one for y, one for
+    z, each [sin | cos].
 
-    Angular frequencies are 10000^(-k / (width / 6)), k = 0 .. width / 6 - 1, at integer grid indices.
+    Angular frequencies are 10000^(-k / (width / 6)), k = 0 .. width / 6 - 1, at integer grid
+    indices.
 
     Raises:
         PlanError: the width is no multiple of 6.
     """
     if width % 6:
-        raise PlanError(f"width {width} is no multiple of 6, so sine and cosine of three axes do not fill it; use {width // 6 * 6}")
+        raise PlanError(
+            f"width {width} is no multiple of 6, so sine and cosine of three axes do not fill it; "
+            f"use {width // 6 * 6}"
+        )
     frequencies = 10000.0 ** (-torch.arange(width // 6, dtype=torch.float64) / (width // 6))
     parts = []
     for axis in (2, 1, 0):
@@ -70,14 +88,19 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(3)
+        )
         self.o_proj = nn.Linear(width, width)
 
     def heads(self, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, D)."""
         B, T, V = x_BTV.shape
         shape = (B, T, self.num_heads, V // self.num_heads)
-        q, k, v = (layer(x_BTV).reshape(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            layer(x_BTV).reshape(shape).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return q, k, v
 
     def forward(self, x_BTV: Tensor, attn_mask: Mask | None = None) -> Tensor:
@@ -108,11 +131,16 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(width, num_heads)
         self.mlp = Mlp(width, hidden)
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.LayerNorm(width, eps=1e-5),
+            nn.LayerNorm(width, eps=1e-5),
+        )
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x_BTV: Tensor, rope: None = None, attn_mask: Mask | None = None) -> Tensor:
-        """Tokens (B, T, V); ``attn_mask`` (B, 1, Q, S) is True where a query may attend, None for full attention."""
+        """Tokens (B, T, V); ``attn_mask`` (B, 1, Q, S) is True where a query may attend, None for
+        full attention.
+        """
         x_BTV = x_BTV + self.drop_path(self.self_attn(self.input_layernorm(x_BTV), attn_mask))
         out: Tensor = x_BTV + self.drop_path(self.mlp(self.post_attention_layernorm(x_BTV)))
         return out
@@ -122,13 +150,22 @@ class Trunk(nn.Module):
     """Everything that is pretrained: AR-SSL4M's ``model``."""
 
     def __init__(
-        self, num_channels: int, width: int, depth: int, num_heads: int, token_size: Size, mlp_ratio: float, drop_path_rate: float
+        self,
+        num_channels: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        token_size: Size,
+        mlp_ratio: float,
+        drop_path_rate: float,
     ):
         super().__init__()
         self.embed_tokens = nn.Embedding(NUM_SPECIAL_TOKENS, width)
         self.patchifier = PatchEmbedding(num_channels, width, token_size)
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.layers = nn.ModuleList(Layer(width, num_heads, round(width * mlp_ratio), rate) for rate in rates)
+        self.layers = nn.ModuleList(
+            Layer(width, num_heads, round(width * mlp_ratio), rate) for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self._initialise()
 
@@ -146,7 +183,9 @@ class Trunk(nn.Module):
     def with_start(self, tokens_BNV: Tensor) -> Tensor:
         """Tokens (B, T, V): START, which has no position, then ``tokens_BNV``."""
         start_11V = self.embed_tokens.weight[START_ROW][None, None]
-        return torch.cat([start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype), tokens_BNV], dim=1)
+        return torch.cat(
+            [start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype), tokens_BNV], dim=1
+        )
 
     def hidden(self, x_BTV: Tensor, mask_B1QS: Mask | None = None) -> list[Tensor]:
         """The tokens (B, T, V) after every layer; the last entry is normalised."""
@@ -160,25 +199,35 @@ class Trunk(nn.Module):
 class UnetrDecoder(nn.Module):
     """From token grids of several depths, and the image, to logits at full resolution.
 
-    Level l has a resolution of 1 / 2^l; level ``num_levels`` is the token grid. Taps are brought to levels num_levels - 1 .. 1
-    by transposed convolutions, the deepest tap by the fewest; level 0 is the image itself.
+    Level l has a resolution of 1 / 2^l; level ``num_levels`` is the token grid. Taps are brought to
+    levels num_levels - 1 .. 1 by transposed convolutions, the deepest tap by the fewest; level 0 is
+    the image itself.
     """
 
-    def __init__(self, num_channels: int, width: int, num_classes: int, num_levels: int, num_features: int):
+    def __init__(
+        self, num_channels: int, width: int, num_classes: int, num_levels: int, num_features: int
+    ):
         super().__init__()
         features = [num_features * 2**level for level in range(num_levels)]
         self.image = _residual(num_channels, features[0])
         # From level 1, fed by the shallowest tap, to the deepest but one.
-        self.taps = nn.ModuleList(_lift(width, features[level], num_levels - level) for level in range(1, num_levels))
+        self.taps = nn.ModuleList(
+            _lift(width, features[level], num_levels - level) for level in range(1, num_levels)
+        )
         above = [*features[1:], width]
         self.ups = nn.ModuleList(_up(above[level], features[level]) for level in range(num_levels))
         self.merges = nn.ModuleList(_residual(2 * f, f) for f in features)
         self.logits = nn.Conv3d(features[0], num_classes, kernel_size=1)
         self.apply(InitWeights_He(1e-2))
 
-    def forward(self, image_BCZYX: Tensor, taps_BVzyx: Sequence[Tensor], final_BVzyx: Tensor) -> Tensor:
+    def forward(
+        self, image_BCZYX: Tensor, taps_BVzyx: Sequence[Tensor], final_BVzyx: Tensor
+    ) -> Tensor:
         """Logits (B, classes, Z, Y, X); ``taps_BVzyx`` from shallow to deep."""
-        skips = [self.image(image_BCZYX), *(lift(tap) for lift, tap in zip(self.taps, taps_BVzyx, strict=True))]
+        skips = [
+            self.image(image_BCZYX),
+            *(lift(tap) for lift, tap in zip(self.taps, taps_BVzyx, strict=True)),
+        ]
         x = final_BVzyx
         for level in reversed(range(len(skips))):
             x = self.merges[level](torch.cat([self.ups[level](x), skips[level]], dim=1))
@@ -188,9 +237,21 @@ class UnetrDecoder(nn.Module):
 
 def _residual(num_inputs: int, num_outputs: int) -> nn.Module:
     block: nn.Module = StackedResidualBlocks(
-        1, nn.Conv3d, num_inputs, num_outputs, [3, 3, 3], 1, False, nn.InstanceNorm3d, {"eps": 1e-5, "affine": True},
-        None, None, nn.LeakyReLU, {"inplace": True}, block=BasicBlockD,
-    )  # fmt: skip
+        1,
+        nn.Conv3d,
+        num_inputs,
+        num_outputs,
+        [3, 3, 3],
+        1,
+        False,
+        nn.InstanceNorm3d,
+        {"eps": 1e-5, "affine": True},
+        None,
+        None,
+        nn.LeakyReLU,
+        {"inplace": True},
+        block=BasicBlockD,
+    )
     return block
 
 
@@ -209,8 +270,8 @@ def _lift(width: int, num_features: int, num_doublings: int) -> nn.Module:
 class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
     """AR-SSL4M's encoder under a UNETR decoder; arguments are named as those of nnU-Net's Primus.
 
-    The encoder reads START and the tokens under full attention; START is dropped before decoding. UNETR's skips are taken after
-    blocks 4, 7 and 10 of 12, and at the same shares of another depth.
+    The encoder reads START and the tokens under full attention; START is dropped before decoding.
+    UNETR's skips are taken after blocks 4, 7 and 10 of 12, and at the same shares of another depth.
 
     Args:
         input_shape: (z, y, x) voxels, a multiple of the token size; positions are computed for it.
@@ -220,8 +281,8 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         decoder_features: channels of the decoder at full resolution.
 
     Raises:
-        PlanError: tokens that UNETR cannot double up to full resolution, a shape that they do not fill, or a width that heads or
-            positions do not divide.
+        PlanError: tokens that UNETR cannot double up to full resolution, a shape that they do not
+            fill, or a width that heads or positions do not divide.
     """
 
     def __init__(
@@ -251,9 +312,21 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         self.keys_to_in_proj = ("model.patchifier.proj",)
         self.key_to_lpe = None
         num_levels = int(math.log2(token_size[0]))
-        self.tap_indices = [min(int(1 + eva_depth * k / num_levels), eva_depth) - 1 for k in range(1, num_levels)]
-        self.model = Trunk(input_channels, embed_dim, eva_depth, eva_numheads, token_size, mlp_ratio, drop_path_rate)
-        self.decoder = UnetrDecoder(input_channels, embed_dim, num_classes, num_levels, decoder_features)
+        self.tap_indices = [
+            min(int(1 + eva_depth * k / num_levels), eva_depth) - 1 for k in range(1, num_levels)
+        ]
+        self.model = Trunk(
+            input_channels,
+            embed_dim,
+            eva_depth,
+            eva_numheads,
+            token_size,
+            mlp_ratio,
+            drop_path_rate,
+        )
+        self.decoder = UnetrDecoder(
+            input_channels, embed_dim, num_classes, num_levels, decoder_features
+        )
         self.positions: Tensor
         self.register_buffer("positions", sincos_positions(self.grid, embed_dim), persistent=False)
 
@@ -263,7 +336,9 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         return grid_BVzyx.flatten(2).transpose(1, 2) + self.positions
 
     def encode(self, volume_BCZYX: Tensor) -> list[Tensor]:
-        """The tokens (B, N, V) after every block under full attention, START dropped; the last entry is normalised."""
+        """The tokens (B, N, V) after every block under full attention, START dropped; the last
+        entry is normalised.
+        """
         states = self.model.hidden(self.model.with_start(self.tokens(volume_BCZYX)))
         return [state[:, 1:] for state in states]
 
@@ -283,12 +358,17 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         Raises:
             NotImplementedError: always, as Primus does.
         """
-        raise NotImplementedError("the memory of a transformer is not proportional to its convolutional feature maps")
+        raise NotImplementedError(
+            "the memory of a transformer is not proportional to its convolutional feature maps"
+        )
 
 
 def _checked_token(patch_embed_size: Sequence[int]) -> Size:
     token = as_size(patch_embed_size)
     side = token[0]
     if len(set(token)) > 1 or side < 4 or side & (side - 1):
-        raise PlanError(f"patch_embed_size={list(token)}: the UNETR decoder doubles tokens up to voxels; use a cube of side 4, 8, 16 or 32")
+        raise PlanError(
+            f"patch_embed_size={list(token)}: the UNETR decoder doubles tokens up to voxels; use a "
+            "cube of side 4, 8, 16 or 32"
+        )
     return token

@@ -1,4 +1,6 @@
-"""AR-SSL4M's ViT over a sequence of blocks: the START token goes in front, as one more block that is always given."""
+"""AR-SSL4M's ViT over a sequence of blocks: the START token goes in front, as one more block that
+is always given.
+"""
 
 from typing import Any
 
@@ -16,7 +18,9 @@ class ViTEncoder(SequenceEncoder):
     transfers = ("model.",)
     num_starts = 1
 
-    def __init__(self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False):
+    def __init__(
+        self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False
+    ):
         super().__init__(network, token_size, block_size, recompute)
         self.network.decoder = nn.Identity()
 
@@ -45,12 +49,18 @@ class ViTEncoder(SequenceEncoder):
         """There is no rotary table."""
 
     def contextual(
-        self, x_BTV: Tensor, rule: Rule | None, positions_BT: Tensor | None = None, member_BTV: Tensor | None = None
+        self,
+        x_BTV: Tensor,
+        rule: Rule | None,
+        positions_BT: Tensor | None = None,
+        member_BTV: Tensor | None = None,
     ) -> Tensor:
         """Features (B, 1 + T, V) of START and the tokens; see ``forward``."""
         fixed = self.network.positions
         x_BTV = x_BTV + (fixed if positions_BT is None else fixed[0][positions_BT])
         if member_BTV is not None:
             x_BTV = x_BTV + member_BTV
-        out: Tensor = self.trunk.norm(run_blocks(self.trunk.layers, self.trunk.with_start(x_BTV), None, rule, self.recompute))
+        out: Tensor = self.trunk.norm(
+            run_blocks(self.trunk.layers, self.trunk.with_start(x_BTV), None, rule, self.recompute)
+        )
         return out

@@ -1,6 +1,8 @@
-"""Next-block regression with random start-up: given the first p blocks, predict what comes next, block by block.
+"""Next-block regression with random start-up: given the first p blocks, predict what comes next,
+block by block.
 
-Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of a token (channels included),
+Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of
+    a token (channels included),
 O outputs of the head for a token (``targets.num_outputs``).
 """
 
@@ -10,22 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import grid_of, volume
-from nnunet_autoreg.model.attention import AttentionRule, block_causal, block_order, strictly_earlier, with_starts
+from nnunet_autoreg.model.attention import (
+    AttentionRule,
+    block_causal,
+    block_order,
+    strictly_earlier,
+    with_starts,
+)
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.predictors import NextHead, Places, QueryDecoder
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
-from nnunet_autoreg.objectives.targets import as_intensities, num_outputs, output_weight, smoothed, target_of
+from nnunet_autoreg.objectives.targets import (
+    as_intensities,
+    num_outputs,
+    output_weight,
+    smoothed,
+    target_of,
+)
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sequences.corruption import corrupted
-from nnunet_autoreg.sequences.kinds import num_blocks, num_codes
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.sampler import SequenceSampler
+from nnunet_autoreg.sampling.corruption import corrupted
+from nnunet_autoreg.sampling.kinds import num_blocks, num_codes
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 
-def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from_start: bool = False) -> Tensor:
-    """(B, T) bool: tokens that are predicted - of rank >= p, holding real voxels, with something real before them.
+def supervised_tokens(
+    ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from_start: bool = False
+) -> Tensor:
+    """(B, T) bool: tokens that are predicted - of rank >= p, holding real voxels, with something
+    real before them.
 
     Args:
         from_start: a START token is before all of them, and is enough.
@@ -37,8 +54,11 @@ def supervised_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from
 
 
 class MemberEmbedding(nn.Module):
-    """What is added to the tokens of each member code but 0, and starts as nothing. It exists in pretraining only: fine-tuning sees tokens
-    as code 0 has them."""
+    """What is added to the tokens of each member code but 0, and starts as nothing.
+
+    It exists in pretraining only: fine-tuning sees tokens
+    as code 0 has them.
+    """
 
     def __init__(self, num_codes: int, width: int):
         super().__init__()
@@ -70,13 +90,28 @@ class AutoregressiveModel(nn.Module):
             heads, depth = self.encoder.num_heads, plan.objective.query_depth
             together = self.block_num_tokens if plan.objective.query_attention else 1
             self.head = QueryDecoder(
-                self.encoder.width, heads, depth, num_positions, num_codes(plan), outputs, recompute, together, plan.objective.head
+                self.encoder.width,
+                heads,
+                depth,
+                num_positions,
+                num_codes(plan),
+                outputs,
+                recompute,
+                together,
+                plan.objective.head,
             )
-        self.member = MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
+        self.member = (
+            MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
+        )
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
-        """Predictions (B, T, P), entry t for token t. With ``next``, rank 0 has one from START alone: without, its entries are 0."""
-        member_BTV = None if self.member is None or batch.members is None else self.member(batch.members)
+        """Predictions (B, T, P), entry t for token t.
+
+        With ``next``, rank 0 has one from START alone: without, its entries are 0.
+        """
+        member_BTV = (
+            None if self.member is None or batch.members is None else self.member(batch.members)
+        )
         rule = self.rule(batch.ranks, batch.prefix, valid_BT)
         features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
         start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
@@ -86,9 +121,13 @@ class AutoregressiveModel(nn.Module):
         said_BTP = self.shift(self.head(features_BTV), order_BT)
         if not self.predicts_first:
             return said_BTP
-        return said_BTP.scatter(1, order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]), self.head(start_BTV))
+        return said_BTP.scatter(
+            1, order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]), self.head(start_BTV)
+        )
 
-    def _asked(self, head: QueryDecoder, batch: Batch, valid_BT: Tensor, features_BTV: Tensor) -> Tensor:
+    def _asked(
+        self, head: QueryDecoder, batch: Batch, valid_BT: Tensor, features_BTV: Tensor
+    ) -> Tensor:
         """Predictions (B, T, O) of the query decoder, entry t for token t."""
         rule = strictly_earlier(batch.ranks, valid_BT)
         tokens = Places(self.encoder.rope(batch.positions), batch.positions, batch.members)
@@ -98,8 +137,12 @@ class AutoregressiveModel(nn.Module):
 
         # Queries block after block, and their predictions back at the places of the tokens.
         order_BT = block_order(batch.ranks)
-        in_order_BTO = head(features_BTV, rule.with_queries(order_BT), self.places(batch, order_BT), tokens)
-        return torch.zeros_like(in_order_BTO).scatter(1, order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO)
+        in_order_BTO = head(
+            features_BTV, rule.with_queries(order_BT), self.places(batch, order_BT), tokens
+        )
+        return torch.zeros_like(in_order_BTO).scatter(
+            1, order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO
+        )
 
     def places(self, batch: Batch, index_BN: Tensor) -> Places:
         """Return where the tokens ``index_BN`` of a batch lie."""
@@ -109,8 +152,14 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def predicts_first(self) -> bool:
-        """Whether START says what the first block is: it has one output, so that block has to be one token."""
-        return self.encoder.num_starts == 1 and self.block_num_tokens == 1 and isinstance(self.head, NextHead)
+        """Whether START says what the first block is: it has one output, so that block has to be
+        one token.
+        """
+        return (
+            self.encoder.num_starts == 1
+            and self.block_num_tokens == 1
+            and isinstance(self.head, NextHead)
+        )
 
     def rule(self, rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
         """Who may attend to whom in the encoder, start tokens included."""
@@ -141,20 +190,31 @@ class Autoregressive:
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Squared error over the supervised real voxels, in float32.
 
-        References: ``mean`` outputs 0, which is every token's own mean, or the scan's where the target holds means; ``copy`` repeats
+        References: ``mean`` outputs 0, which is every token's own mean, or the scan's where the
+            target holds means; ``copy`` repeats
         the previous block.
         """
         settings, asked = self.plan.objective, self.as_predicted(batch)
         voxels_BTP, real_BTP = self._target_voxels(batch)
         valid_BT = real_BTP.any(dim=-1)
         target_BTO = target_of(settings, voxels_BTP, real_BTP)
-        weight_BTP = (supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[:, :, None] & real_BTP).float()
+        weight_BTP = (
+            supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[
+                :, :, None
+            ]
+            & real_BTP
+        ).float()
         if batch.scored is not None:
-            weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
+            weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(
+                1, 1, batch.voxels.shape[2]
+            )
         shown = batch
         if batch.corruption is not None:
-            # Targets were taken above, from the clean voxels; blocks that are predicted stay clean as context of later ones, too.
-            shown = replace(batch, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption))
+            # Targets were taken above, from the clean voxels; blocks that are predicted stay clean
+            # as context of later ones, too.
+            shown = replace(
+                batch, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption)
+            )
         output_weight_BTO = output_weight(settings, weight_BTP)
         predicted_BTO = self.model(shown, valid_BT).float()
         trivial = {}
@@ -164,7 +224,9 @@ class Autoregressive:
                 "mean": _error(torch.zeros_like(target_BTO), target_BTO, output_weight_BTO),
                 "copy": _error(previous_BTO, target_BTO, output_weight_BTO),
             }
-        return LossTerms(_error(predicted_BTO, target_BTO, output_weight_BTO), weight_BTP.sum(), trivial)
+        return LossTerms(
+            _error(predicted_BTO, target_BTO, output_weight_BTO), weight_BTP.sum(), trivial
+        )
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Predictions in intensities (``targets.as_intensities``). The first channel."""
@@ -175,18 +237,29 @@ class Autoregressive:
         predicted_BTO = self.model(batch, valid_BT).float()
         predicted_BTP, trivial_BTP = as_intensities(settings, predicted_BTO, voxels_BTP, every_BTP)
         given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
-        scored_BT = supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)
-        parts = (predicted_BTP, trivial_BTP, given_BT[:, :, None] & real_BTP, scored_BT[:, :, None] & real_BTP)
+        scored_BT = supervised_tokens(
+            asked.ranks, asked.prefix, valid_BT, self.model.predicts_first
+        )
+        parts = (
+            predicted_BTP,
+            trivial_BTP,
+            given_BT[:, :, None] & real_BTP,
+            scored_BT[:, :, None] & real_BTP,
+        )
         predicted, trivial, given, scored = (self._volume(part, batch) for part in parts)
         scored = scored if batch.scored is None else scored & batch.scored
         return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)
 
     def as_predicted(self, batch: Batch) -> Batch:
-        """The batch with the ranks and prefix that say what is given and what is asked for: here its own."""
+        """The batch with the ranks and prefix that say what is given and what is asked for: here
+        its own.
+        """
         return batch
 
     def _target_voxels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Voxels by token before normalisation, low-passed as the plan says, and where they are real; both (B, T, P)."""
+        """Voxels by token before normalisation, low-passed as the plan says, and where they are
+        real; both (B, T, P).
+        """
         real_BTP = self._tokens(batch.real[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
         token, sigma_vox = self.plan.encoder.token_size_vox, self.plan.objective.target_smoothing
         return smoothed(self._tokens(batch.voxels), real_BTP, token, sigma_vox), real_BTP
@@ -200,7 +273,9 @@ class Autoregressive:
     def _given_voxels(self, asked: Batch) -> Tensor:
         """Return the real voxels of the given blocks, (B, M, Z, Y, X)."""
         token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.real.shape
-        given = (asked.ranks < asked.prefix[:, None]).reshape(B, M, Z // token[0], Y // token[1], X // token[2])
+        given = (asked.ranks < asked.prefix[:, None]).reshape(
+            B, M, Z // token[0], Y // token[1], X // token[2]
+        )
         for axis in range(3):
             given = given.repeat_interleave(token[axis], dim=2 + axis)
         return given & asked.real
@@ -211,14 +286,23 @@ class Autoregressive:
         return tokens.reshape(volume_BMCZYX.shape[0], -1, tokens.shape[-1])
 
     def describe(self, batch: Batch) -> TokenFeatures:
-        """Features as fine-tuning gets them: every real token may attend to every other, and no member is told from another."""
+        """Features as fine-tuning gets them: every real token may attend to every other, and no
+        member is told from another.
+        """
         voxels_BTP = self._tokens(batch.voxels)
         valid_BT = self._tokens(batch.real[:, :, None]).any(dim=-1)
         one_block_BT = torch.zeros_like(batch.ranks)
         rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
         features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)
-        in_order = torch.arange(batch.ranks.shape[1], device=batch.ranks.device).expand_as(batch.ranks)
-        return TokenFeatures(features_BTV, voxels_BTP, in_order if batch.positions is None else batch.positions, valid_BT)
+        in_order = torch.arange(batch.ranks.shape[1], device=batch.ranks.device).expand_as(
+            batch.ranks
+        )
+        return TokenFeatures(
+            features_BTV,
+            voxels_BTP,
+            in_order if batch.positions is None else batch.positions,
+            valid_BT,
+        )
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""

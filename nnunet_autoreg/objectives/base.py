@@ -1,4 +1,7 @@
-"""What the training loop asks of an objective. A new objective is a new file beside this one; the loop does not change."""
+"""What the training loop asks of an objective.
+
+A new objective is a new file beside this one; the loop does not change.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +10,14 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.sampler import SequenceSampler
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss as a sum and the number of things it sums over, so that the mean is taken once, over the whole batch.
+    """A loss as a sum and the number of things it sums over, so that the mean is taken once, over
+    the whole batch.
 
     Attributes:
         total: scalar, carries the gradient.
@@ -28,12 +32,16 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an objective makes of a batch, back in the place of the voxels, for people to look at. All (B, M, Z, Y, X).
+    """What an objective makes of a batch, back in the place of the voxels, for people to look at.
+
+    All (B, M, Z, Y, X).
 
     Attributes:
         truth: first channel, in normalised intensities.
-        predicted: the prediction, with what the loss leaves free (a token's mean and deviation) taken from the truth.
-        trivial: the same with a prediction of nothing, so that one sees what was taken from the truth.
+        predicted: the prediction, with what the loss leaves free (a token's mean and deviation)
+            taken from the truth.
+        trivial: the same with a prediction of nothing, so that one sees what was taken from the
+            truth.
         given: bool, what the model was shown from the start.
         scored: bool, what it was asked for.
         real: bool, False where there is padding.

@@ -1,12 +1,15 @@
-"""Masked autoencoding, the baseline of autoregression: all hidden blocks at once, from the visible ones.
+"""Masked autoencoding, the baseline of autoregression: all hidden blocks at once, from the visible
+ones.
 
-The given blocks of a random order are the visible ones. Only they enter the encoder: their voxels are cut out before anything is
-computed, so that hidden voxels can reach nothing and cost nothing. A decoder that is told where the hidden tokens lie then predicts
-them from the visible ones. Targets, head, padding, pictures and what transfers are those of ``objectives.autoregressive``.
+The given blocks of a random order are the visible ones. Only they enter the encoder: their voxels
+are cut out before anything is computed, so that hidden voxels can reach nothing and cost nothing. A
+decoder that is told where the hidden tokens lie then predicts them from the visible ones. Targets,
+head, padding, pictures and what transfers are those of ``objectives.autoregressive``.
 
 Shape suffixes: as there, and S visible tokens, Q hidden tokens.
 
-Source: masked autoencoders (arXiv 2111.06377) with a decoder of cross-attention, as CrossMAE (arXiv 2401.14391).
+Source: masked autoencoders (arXiv 2111.06377) with a decoder of cross-attention, as CrossMAE (arXiv
+    2401.14391).
 """
 
 from dataclasses import replace
@@ -20,8 +23,8 @@ from nnunet_autoreg.model.predictors import QueryDecoder
 from nnunet_autoreg.model.sequence import to_blocks
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, AutoregressiveModel
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sequences.blocks import fixed_prefix
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.blocks import fixed_prefix
+from nnunet_autoreg.sampling.sample import Batch
 
 
 class MaskedModel(AutoregressiveModel):
@@ -43,7 +46,9 @@ class MaskedModel(AutoregressiveModel):
         visible_BS, hidden_BQ = order_BT[:, :num_visible_tokens], order_BT[:, num_visible_tokens:]
 
         tokens, queries = self.places(batch, visible_BS), self.places(batch, hidden_BQ)
-        member_BSV = None if self.member is None or tokens.members is None else self.member(tokens.members)
+        member_BSV = (
+            None if self.member is None or tokens.members is None else self.member(tokens.members)
+        )
         valid_BS = valid_BT.gather(1, visible_BS)
         starts_BS = with_starts(visible_BS, batch.prefix, valid_BS, self.encoder.num_starts)[2]
         # Every visible block is a small crop of its own: one member of the sequence.
@@ -59,20 +64,30 @@ class MaskedModel(AutoregressiveModel):
         return out
 
     def _visible_blocks(self, batch: Batch, num_visible: int) -> Tensor:
-        """Return the voxels of the visible blocks in the order of their ranks, (B, K, C, z, y, x)."""
+        """Return the voxels of the visible blocks in the order of their ranks, (B, K, C, z, y,
+        x).
+        """
         B, M, C, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token_size)
-        rank_BKJ = to_blocks(batch.ranks.reshape(B * M, 1, *grid), self.block_grid).reshape(B, -1, self.block_num_tokens)
+        rank_BKJ = to_blocks(batch.ranks.reshape(B * M, 1, *grid), self.block_grid).reshape(
+            B, -1, self.block_num_tokens
+        )
         chosen_BK = torch.argsort(rank_BKJ[:, :, 0], dim=1)[:, :num_visible]
 
-        block_size = as_size([token * number for token, number in zip(self.token_size, self.block_grid, strict=True)])
-        blocks_BKCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(B, -1, C, *block_size)
+        block_size = as_size(
+            [token * number for token, number in zip(self.token_size, self.block_grid, strict=True)]
+        )
+        blocks_BKCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(
+            B, -1, C, *block_size
+        )
         samples_B1 = torch.arange(B, device=chosen_BK.device)[:, None]
         return blocks_BKCzyx[samples_B1, chosen_BK]
 
 
 class Masked(Autoregressive):
-    """The objective; ``plan_check`` makes sure of a fixed prefix, random order and the query predictor."""
+    """The objective; ``plan_check`` makes sure of a fixed prefix, random order and the query
+    predictor.
+    """
 
     def build_model(self, plan: Plan) -> MaskedModel:
         """Return the encoder and the head."""

@@ -1,6 +1,8 @@
-"""What is regressed: every token's own voxels, low-passed if the plan says so, in the form that ``objective.target`` names. In float32.
+"""What is regressed: every token's own voxels, low-passed if the plan says so, in the form that
+``objective.target`` names. In float32.
 
-Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattened, C channels, N tokens of all samples,
+Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattened, C channels, N
+    tokens of all samples,
 O outputs of the head for a token: its P voxels and, where the plan asks for them, two statistics.
 """
 
@@ -45,8 +47,9 @@ def target_of(settings: ObjectivePlan, voxels_BTP: Tensor, real_BTP: Tensor) -> 
 def output_weight(settings: ObjectivePlan, weight_BTP: Tensor) -> Tensor:
     """Return how much the squared error of each output counts, (B, T, O).
 
-    A wrong mean makes all voxels of its token wrong. So each statistic counts as much as the token's supervised voxels together,
-    and the loss per voxel is the sum of three mean squared errors: of pattern, mean and log deviation.
+    A wrong mean makes all voxels of its token wrong. So each statistic counts as much as the
+    token's supervised voxels together, and the loss per voxel is the sum of three mean squared
+    errors: of pattern, mean and log deviation.
 
     Args:
         weight_BTP: of each voxel, 0 where it carries no loss.
@@ -62,13 +65,16 @@ def as_intensities(
 ) -> tuple[Tensor, Tensor]:
     """Return predictions in intensities, and what a head that outputs 0 would give; both (B, T, P).
 
-    Only the target "normalised" leaves each token's mean and deviation open. There they are taken from the true voxels.
+    Only the target "normalised" leaves each token's mean and deviation open. There they are taken
+    from the true voxels.
     """
     if settings.target == "voxels":
         return predicted_BTO, torch.zeros_like(predicted_BTO)
     if settings.target == "normalised_with_statistics":
         num_voxels = voxels_BTP.shape[-1]
-        pattern_BTP, mean_BT1, log_deviation_BT1 = torch.split(predicted_BTO, [num_voxels, 1, 1], dim=-1)
+        pattern_BTP, mean_BT1, log_deviation_BT1 = torch.split(
+            predicted_BTO, [num_voxels, 1, 1], dim=-1
+        )
         predicted_BTP = pattern_BTP * log_deviation_BT1.exp() + mean_BT1
         return predicted_BTP, torch.zeros_like(predicted_BTP)
     floor, epsilon = settings.variance_floor, settings.variance_epsilon
@@ -76,8 +82,12 @@ def as_intensities(
     return predicted_BTO * deviation_BT1 + mean_BT1, mean_BT1.expand_as(predicted_BTO)
 
 
-def token_statistics(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(max(var, floor) + epsilon) of every token, (B, T, 1); unbiased variance, over real voxels only."""
+def token_statistics(
+    voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(max(var, floor) + epsilon) of every token, (B, T, 1); unbiased variance, over
+    real voxels only.
+    """
     voxels_BTP, weight_BTP = voxels_BTP.float(), real_BTP.float()
     count_BT1 = weight_BTP.sum(-1, keepdim=True)
     mean_BT1 = (voxels_BTP * weight_BTP).sum(-1, keepdim=True) / count_BT1.clamp(min=1)
@@ -86,7 +96,9 @@ def token_statistics(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon
     return mean_BT1, (variance_BT1.clamp(min=floor) + epsilon).sqrt()
 
 
-def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0) -> Tensor:
+def normalised_target(
+    voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0
+) -> Tensor:
     """Per-token normalised voxels (v - mean) / sqrt(max(var, floor) + epsilon).
 
     A constant token becomes 0. Padding becomes 0.
@@ -98,10 +110,12 @@ def normalised_target(voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilo
 
 
 def smoothed(voxels_BTP: Tensor, real_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
-    """Every token under a Gaussian low-pass that ends at its border and at padding: a weighted mean over its own real voxels.
+    """Every token under a Gaussian low-pass that ends at its border and at padding: a weighted mean
+    over its own real voxels.
 
-    Inside the token alone, so that its target depends on nothing else: neighbours would bring voxels of other blocks, and in strided
-    sequences of other slices. A constant token stays as it is. Padding becomes 0; sigma 0 changes nothing.
+    Inside the token alone, so that its target depends on nothing else: neighbours would bring
+    voxels of other blocks, and in strided sequences of other slices. A constant token stays as it
+    is. Padding becomes 0; sigma 0 changes nothing.
 
     Args:
         token_size: voxels (z, y, x); P is a multiple of their number.
@@ -125,11 +139,15 @@ def _blurred(values_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
     assert values_BTP.shape[-1] % volume(token_size) == 0
     cubes_Nzyx = values_BTP.reshape(-1, *token_size)
     for axis, size in enumerate(token_size, start=1):
-        cubes_Nzyx = torch.tensordot(cubes_Nzyx, _kernel(size, sigma_vox, values_BTP.device), dims=([axis], [0])).movedim(-1, axis)
+        cubes_Nzyx = torch.tensordot(
+            cubes_Nzyx, _kernel(size, sigma_vox, values_BTP.device), dims=([axis], [0])
+        ).movedim(-1, axis)
     return cubes_Nzyx.reshape(values_BTP.shape)
 
 
 def _kernel(size: int, sigma_vox: float, device: torch.device) -> Tensor:
-    """exp(-(i - j)^2 / (2 sigma^2)), (size, size); on the device, so that nothing is copied there in a step."""
+    """exp(-(i - j)^2 / (2 sigma^2)), (size, size); on the device, so that nothing is copied there
+    in a step.
+    """
     place = torch.arange(size, dtype=torch.float32, device=device)
     return torch.exp(-(place[:, None] - place[None, :]).square() / (2 * sigma_vox**2))

@@ -1,4 +1,5 @@
-"""Whole-network autoregression for CNNs: the complete U-Net predicts unknown blocks from known ones.
+"""Whole-network autoregression for CNNs: the complete U-Net predicts unknown blocks from known
+ones.
 
 The blocks of a crop are put in a random order, and the first k of them are known ("random
 start-up"). The U-Net sees the known blocks and predicts the voxels of all others at once. Averaged
@@ -30,9 +31,9 @@ from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sequences.corruption import corrupted
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.sampler import SequenceSampler
+from nnunet_autoreg.sampling.corruption import corrupted
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 ABOVE_FLOOR = 1.001
 """A token is flat if its deviation is the floor, up to rounding."""

@@ -6,25 +6,46 @@ from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
 from nnunet_autoreg.model.topology import suited_to
 from nnunet_autoreg.plan import ObjectivePlan
 from nnunet_autoreg.planning.layout import MIN_BLOCKS, side_of
-from nnunet_autoreg.planning.pool import BY_USER, MOSTLY_PADDING, Hardware, Pool, count_of, real_share, times
+from nnunet_autoreg.planning.pool import (
+    BY_USER,
+    MOSTLY_PADDING,
+    Hardware,
+    Pool,
+    count_of,
+    real_share,
+    times,
+)
 
 SMALL_IMAGE_TOKENS = 512
 POOL_TOKENS = (("primus_s", 250_000), ("primus_b", 1_500_000))
-"""A pool of fewer tokens takes at most this encoder: some hundred parameters a token. A rule of thumb, not measured."""
+"""A pool of fewer tokens takes at most this encoder: some hundred parameters a token.
+
+A rule of thumb, not measured.
+"""
 
 
-def choose_encoder(name: str, hardware: Hardware, pool: Pool, single_tokens: bool = False) -> tuple[str, str]:
-    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
+def choose_encoder(
+    name: str, hardware: Hardware, pool: Pool, single_tokens: bool = False
+) -> tuple[str, str]:
+    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory, and
+    takes no CNN for ``single_tokens``.
 
-    Of the two tiny ones the CNN is far ahead in short trainings (docs/measured.md, "Encoders"); the large ones have not been compared.
+    Of the two tiny ones the CNN is far ahead in short trainings (docs/measured.md, "Encoders"); the
+    large ones have not been compared.
     """
     if name != "auto":
         return encoder_size(name).name, BY_USER
     tokens = volume(pool.median_shape_vox) / volume(encoder_size("resenc_tiny").token_size)
     if hardware.device != "cuda":
-        return _tiny_encoder(f"device {hardware.device}: larger encoders need a GPU", pool, single_tokens)
+        return _tiny_encoder(
+            f"device {hardware.device}: larger encoders need a GPU", pool, single_tokens
+        )
     if tokens < SMALL_IMAGE_TOKENS:
-        return _tiny_encoder(f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}", pool, single_tokens)
+        return _tiny_encoder(
+            f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}",
+            pool,
+            single_tokens,
+        )
     for limit_gib, size in ((10, "primus_s"), (20, "primus_b")):
         if hardware.memory_gib < limit_gib:
             return size, f"{hardware.memory_gib:.0f} GiB of GPU memory, under {limit_gib}"
@@ -32,16 +53,26 @@ def choose_encoder(name: str, hardware: Hardware, pool: Pool, single_tokens: boo
 
 
 def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, str]:
-    """The CNN, or the transformer where scans are too small or too flat for a sequence of the CNN's blocks."""
+    """The CNN, or the transformer where scans are too small or too flat for a sequence of the CNN's
+    blocks.
+    """
     if single_tokens:
         return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
     cnn = suited_to(encoder_size("resenc_tiny"), pool.spacing_mm)
     side = side_of(cnn, smallest_block(cnn.family, cnn.token_size))
     crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
     if volume(crop) < MIN_BLOCKS * volume(side):
-        return "primus_tiny", f"{reason}; and fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN needs"
+        return (
+            "primus_tiny",
+            f"{reason}; and fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN "
+            "needs",
+        )
     if real_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
-        return "primus_tiny", f"{reason}; and blocks of {times(side)} voxels, which a CNN needs, would be mostly padding"
+        return (
+            "primus_tiny",
+            f"{reason}; and blocks of {times(side)} voxels, which a CNN needs, would be mostly "
+            "padding",
+        )
     return cnn.name, reason
 
 
@@ -51,7 +82,11 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
     sizes = ("primus_s", "primus_b", "primus_m")
     for size, limit in POOL_TOKENS:
         if name in sizes and tokens < limit and sizes.index(name) > sizes.index(size):
-            return size, f"the pool holds {count_of(tokens)} tokens, fewer than {count_of(limit)}; the memory would allow {name}"
+            return (
+                size,
+                f"the pool holds {count_of(tokens)} tokens, fewer than {count_of(limit)}; the "
+                f"memory would allow {name}",
+            )
     return name, f"{reason}; the pool holds {count_of(tokens)} tokens"
 
 
@@ -59,7 +94,11 @@ def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
     """Order of the blocks, predictor, and the reason (docs/measured.md)."""
     if has_transformer(encoder.family):
         return "random", "query", "a transformer started better from it than from raster order"
-    return "random", "network", "the whole U-Net predicts unknown blocks from known ones, in any order"
+    return (
+        "random",
+        "network",
+        "the whole U-Net predicts unknown blocks from known ones, in any order",
+    )
 
 
 LEAST_QUERY_DEPTH, MOST_QUERY_DEPTH = 4, 8
@@ -68,14 +107,20 @@ LEAST_QUERY_DEPTH, MOST_QUERY_DEPTH = 4, 8
 def choose_objective(encoder: EncoderSize) -> tuple[ObjectivePlan, dict[str, str]]:
     """Return what is regressed and by which decoder, and the reasons.
 
-    Source: AIM (arXiv 2401.08541) and Pixio found that a deeper decoder and a head of several layers keep the encoder from
+    Source: AIM (arXiv 2401.08541) and Pixio found that a deeper decoder and a head of several
+        layers keep the encoder from
     spending its own last layers on voxels; a third of the encoder's depth is a rule of thumb.
     """
     if not has_transformer(encoder.family):
-        return ObjectivePlan(target="voxels"), {"objective.target": "as nnssl's masked CNNs: z-scored voxels, which keep intensities"}
+        return ObjectivePlan(target="voxels"), {
+            "objective.target": "as nnssl's masked CNNs: z-scored voxels, which keep intensities"
+        }
 
     encoder_depth = int(encoder.arguments["eva_depth"])
     depth = min(max(encoder_depth // 3, LEAST_QUERY_DEPTH), MOST_QUERY_DEPTH)
-    why_depth = f"a third of the encoder's {encoder_depth} layers, within {LEAST_QUERY_DEPTH} to {MOST_QUERY_DEPTH}"
+    why_depth = (
+        f"a third of the encoder's {encoder_depth} layers, within {LEAST_QUERY_DEPTH} to "
+        f"{MOST_QUERY_DEPTH}"
+    )
     objective = ObjectivePlan(query_depth=depth, query_attention=True, head="mlp")
     return objective, {"objective.query_depth": why_depth}

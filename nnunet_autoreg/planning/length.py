@@ -9,18 +9,23 @@ from nnunet_autoreg.presets import BY_PRESET
 NUM_PASSES, MIN_STEPS, MAX_STEPS = 300, 1000, 100_000
 TRAINING_SHARE = 0.95
 COMPILE_FROM_STEPS, COMPILE_FROM_HOURS = 500, 0.25
-"""Compiling the layers takes about half a minute for every kind of sequence, which a shorter run does not earn back."""
+"""Compiling the layers takes about half a minute for every kind of sequence, which a shorter run
+does not earn back.
+"""
 
 
 def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) -> tuple[int, str]:
-    """Steps and the reason: epochs over the pool's tokens - those asked for, else 300 within bounds.
+    """Steps and the reason: epochs over the pool's tokens - those asked for, else 300 within
+    bounds.
 
     Args:
         step_vox: real voxels that a step sees.
     """
     per_epoch = max(1.0, pool.total_vox / step_vox)
     if num_epochs is not None:
-        return max(1, round(num_epochs * per_epoch)), f"{num_epochs:g} epochs over {count_of(pool.total_vox)} voxels, {BY_USER}"
+        return max(
+            1, round(num_epochs * per_epoch)
+        ), f"{num_epochs:g} epochs over {count_of(pool.total_vox)} voxels, {BY_USER}"
     steps = round(min(max(NUM_PASSES * per_epoch, MIN_STEPS), MAX_STEPS))
     epochs = f"{steps / per_epoch:.0f} epochs over {count_of(pool.total_vox)} voxels"
     return steps, f"{epochs}: {NUM_PASSES}, but within {MIN_STEPS} to {MAX_STEPS} steps"
@@ -52,15 +57,29 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
         num_hours: the length, where it was given in hours.
     """
     if num_hours is None:
-        pays, length, limit = num_steps >= COMPILE_FROM_STEPS, f"{num_steps} steps", f"{COMPILE_FROM_STEPS} steps"
+        pays, length, limit = (
+            num_steps >= COMPILE_FROM_STEPS,
+            f"{num_steps} steps",
+            f"{COMPILE_FROM_STEPS} steps",
+        )
     else:
-        pays, length, limit = num_hours >= COMPILE_FROM_HOURS, f"{num_hours:g} h", f"{COMPILE_FROM_HOURS:g} h"
+        pays, length, limit = (
+            num_hours >= COMPILE_FROM_HOURS,
+            f"{num_hours:g} h",
+            f"{COMPILE_FROM_HOURS:g} h",
+        )
     verdict = "earn back" if pays else "are too few to earn back"
-    return pays, f"on a GPU: {length} {verdict} the time that compiling takes, about half a minute; from {limit} on"
+    return (
+        pays,
+        f"on a GPU: {length} {verdict} the time that compiling takes, about half a minute; from "
+        f"{limit} on",
+    )
 
 
 def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
-    """``plan`` with as many steps as ``hours`` allow at the measured pace; 5 % are left for held-out errors and checkpoints."""
+    """``plan`` with as many steps as ``hours`` allow at the measured pace; 5 % are left for
+    held-out errors and checkpoints.
+    """
     steps = max(1, int(TRAINING_SHARE * hours * 3600 / seconds_per_step))
     pace = f"{seconds_per_step:.3g} s a step measured on {device}"
     timed = replace(plan, run=replace(plan.run, seconds_per_step=seconds_per_step))

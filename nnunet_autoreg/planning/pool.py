@@ -12,12 +12,15 @@ BY_USER = "set by the user"
 MOSTLY_PADDING = 0.25
 USABLE_GPU, USABLE_ELSEWHERE = 0.8, 0.5
 MemoryOf = Callable[[EncoderSize, Size, bool], tuple[float, float]]
-"""(encoder, crop, activations checkpointed) -> fixed bytes and bytes per crop of a training step."""
+"""(encoder, crop, activations checkpointed) -> fixed bytes and bytes per crop of a training step.
+"""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run has: ``device`` is cpu, cuda or mps; ``memory_gib`` of the GPU, or of the machine without one."""
+    """What the run has: ``device`` is cpu, cuda or mps; ``memory_gib`` of the GPU, or of the
+    machine without one.
+    """
 
     device: str
     memory_gib: float
@@ -35,8 +38,10 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Pool:
-    """What planning needs to know of the scans: how many, their median shape and all their voxels after resampling, the CT
-    window if CT is among them, and the groups by target spacing, of which the largest has ``spacing_mm``."""
+    """What planning needs to know of the scans: how many, their median shape and all their voxels
+    after resampling, the CT window if CT is among them, and the groups by target spacing, of which
+    the largest has ``spacing_mm``.
+    """
 
     num_scans: int
     spacing_mm: Spacing
@@ -48,11 +53,15 @@ class Pool:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user fixed; None is planned. At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
+    """What the user fixed; None is planned.
+
+    At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
 
     Attributes:
-        token_size_vox: of the weights that training starts from, or of arguments that the user set; None is planned.
-        single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset faithful``).
+        token_size_vox: of the weights that training starts from, or of arguments that the user set;
+            None is planned.
+        single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset
+            faithful``).
     """
 
     encoder: str = "auto"

@@ -1,6 +1,7 @@
 """How large the linear tokens of a Primus are, for scans of this size and spacing. Torch-free.
 
-The token size is planned once, in pretraining, and stored in the encoder's card. Fine-tuning keeps it.
+The token size is planned once, in pretraining, and stored in the encoder's card. Fine-tuning keeps
+it.
 """
 
 import math
@@ -16,20 +17,31 @@ USUAL_SIDE, SMALL_SIDE = 8, 4
 THICK_SLICES = 3.0
 """Slices whose distance is more than this many times the finest spacing get flat tokens."""
 SMALL_IMAGE_TOKENS = 512
-"""An image of fewer tokens of 8^3 voxels is small: finer tokens are affordable, and 8^3 would leave few to learn from."""
+"""An image of fewer tokens of 8^3 voxels is small: finer tokens are affordable, and 8^3 would leave
+few to learn from.
+"""
 LARGEST_SIDE_MM = 12.0
-"""A token of 8 voxels that is longer than this mixes most organs and brain structures with what surrounds them."""
+"""A token of 8 voxels that is longer than this mixes most organs and brain structures with what
+surrounds them.
+"""
 MAX_ELONGATION = 4.0
-"""Flat tokens whose side along the slices is shorter, in mm, than the others by more than this do not suit the scans."""
+"""Flat tokens whose side along the slices is shorter, in mm, than the others by more than this do
+not suit the scans.
+"""
 
 
 def with_tokens(
-    encoder: EncoderSize, spacing_mm: Spacing, median_shape_vox: Sequence[float], fixed: Size | None = None
+    encoder: EncoderSize,
+    spacing_mm: Spacing,
+    median_shape_vox: Sequence[float],
+    fixed: Size | None = None,
 ) -> tuple[EncoderSize, str]:
-    """Return ``encoder`` with tokens that suit the scans, and the reason; "" where its tokens cannot be chosen.
+    """Return ``encoder`` with tokens that suit the scans, and the reason; "" where its tokens
+    cannot be chosen.
 
-    Thick slices get tokens that are about as long in mm along every axis. Small images, and those of coarse voxels, get tokens of
-    4^3 voxels in blocks of 2^3 tokens. All others keep tokens of 8^3 voxels.
+    Thick slices get tokens that are about as long in mm along every axis. Small images, and those
+    of coarse voxels, get tokens of 4^3 voxels in blocks of 2^3 tokens. All others keep tokens of
+    8^3 voxels.
 
     Args:
         spacing_mm, median_shape_vox: after resampling, (z, y, x).
@@ -41,7 +53,9 @@ def with_tokens(
     single = (1, 1, 1)
     if fixed is not None:
         block = (2, 2, 2) if max(fixed) <= SMALL_SIDE else single
-        return _resized(encoder, fixed, block), "that of the weights it starts from, or of the arguments set by the user"
+        return _resized(
+            encoder, fixed, block
+        ), "that of the weights it starts from, or of the arguments set by the user"
 
     finest = min(spacing_mm)
     if max(spacing_mm) > THICK_SLICES * finest:
@@ -52,11 +66,17 @@ def with_tokens(
     small, in_pairs = as_size([SMALL_SIDE] * 3), (2, 2, 2)
     num_tokens = volume([max(1, round(m)) for m in median_shape_vox]) / volume(usual)
     if num_tokens < SMALL_IMAGE_TOKENS:
-        why = f"small images: the median scan holds {num_tokens:.0f} tokens of 8^3 voxels, fewer than {SMALL_IMAGE_TOKENS}"
+        why = (
+            f"small images: the median scan holds {num_tokens:.0f} tokens of 8^3 voxels, fewer "
+            f"than {SMALL_IMAGE_TOKENS}"
+        )
         return _resized(encoder, small, in_pairs), why
     side_mm = USUAL_SIDE * math.prod(spacing_mm) ** (1 / 3)
     if side_mm > LARGEST_SIDE_MM:
-        why = f"coarse voxels: 8 of them are {side_mm:.3g} mm, more than {LARGEST_SIDE_MM:g}, in which most structures would be lost"
+        why = (
+            f"coarse voxels: 8 of them are {side_mm:.3g} mm, more than {LARGEST_SIDE_MM:g}, in "
+            "which most structures would be lost"
+        )
         return _resized(encoder, small, in_pairs), why
     return encoder, "the encoder's usual one"
 
@@ -70,13 +90,15 @@ def objection_to_flat_tokens(token_size: Size, spacing_mm: Sequence[float]) -> s
     if max(sides_mm) <= MAX_ELONGATION * sides_mm[shortest_axis]:
         return None
     return (
-        f"its tokens of {times(token_size)} voxels were made for thick slices, and would be {times(sides_mm)} mm here: too flat. "
+        f"its tokens of {times(token_size)} voxels were made for thick slices, and would be "
+        f"{times(sides_mm)} mm here: too flat. "
         "Pretrain on scans of this spacing"
     )
 
 
 def _flat_side(coarseness: float) -> int:
-    """Return the power of two that makes a token of voxels so many times as long about as long as one of 8 voxels.
+    """Return the power of two that makes a token of voxels so many times as long about as long as
+    one of 8 voxels.
 
     Axes that are as fine as the finest, or nearly, keep 8.
     """

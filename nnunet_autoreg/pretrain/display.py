@@ -1,4 +1,6 @@
-"""What a run shows while it goes: tokens per second, share of the device's peak, memory - for the progress bar and the metrics."""
+"""What a run shows while it goes: tokens per second, share of the device's peak, memory - for the
+progress bar and the metrics.
+"""
 
 import logging
 import resource
@@ -12,7 +14,7 @@ from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import parts_of
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.sample import Batch
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,8 @@ class Gauges:
     Attributes:
         step_tokens: tokens of an optimiser step, padding included.
         step_flops: multiplications and additions of a step; None where no peak was measured.
-        peak_flops: what the device reaches per second in a large bf16 matrix product; None on anything but CUDA.
+        peak_flops: what the device reaches per second in a large bf16 matrix product; None on
+            anything but CUDA.
     """
 
     device: torch.device
@@ -37,36 +40,56 @@ class Gauges:
 
     def read(self, seconds: float) -> dict[str, tuple[float, str]]:
         """Name -> (value, unit) after steps of ``seconds`` each."""
-        values = {"tokens_per_second": (self.step_tokens / seconds, "1/s"), "peak_memory": (peak_memory_gib(self.device), "GiB")}
+        values = {
+            "tokens_per_second": (self.step_tokens / seconds, "1/s"),
+            "peak_memory": (peak_memory_gib(self.device), "GiB"),
+        }
         if self.step_flops and self.peak_flops:
             values["share_of_peak"] = (self.step_flops / seconds / self.peak_flops, "1")
         return values
 
 
-def gauges(plan: Plan, objective: Objective, device: torch.device, sample: Batch | None = None, num_devices: int = 1) -> Gauges:
+def gauges(
+    plan: Plan,
+    objective: Objective,
+    device: torch.device,
+    sample: Batch | None = None,
+    num_devices: int = 1,
+) -> Gauges:
     """Gauges of a run; on CUDA they take a second to measure the peak.
 
     Args:
-        sample: to count the arithmetic of a step with its first crop; without it there is no share of peak.
+        sample: to count the arithmetic of a step with its first crop; without it there is no share
+            of peak.
         num_devices: that share the step's arithmetic.
     """
-    tokens = plan.optim.batch_size * volume(grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
+    tokens = plan.optim.batch_size * volume(
+        grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox)
+    )
     if device.type != "cuda" or sample is None:
         return Gauges(device, tokens)
     try:
-        flops = plan.optim.batch_size / num_devices * step_flops(objective, next(parts_of(sample, 1)).to(device))
+        flops = (
+            plan.optim.batch_size
+            / num_devices
+            * step_flops(objective, next(parts_of(sample, 1)).to(device))
+        )
         peak = matmul_peak(device)
     except (RuntimeError, NotImplementedError) as error:
-        log.warning("the share of the device's peak could not be measured (%s)", str(error).splitlines()[0])
+        log.warning(
+            "the share of the device's peak could not be measured (%s)", str(error).splitlines()[0]
+        )
         return Gauges(device, tokens)
     torch.cuda.reset_peak_memory_stats(device)
     return Gauges(device, tokens, flops, peak)
 
 
 def step_flops(objective: Objective, batch: Batch) -> float:
-    """Multiplications and additions of forward and backward on a batch, attention counted dense; gradients are cleared after.
+    """Multiplications and additions of forward and backward on a batch, attention counted dense;
+    gradients are cleared after.
 
-    Parameters are not stepped and no random number is drawn, so that training goes on as if this had not been.
+    Parameters are not stepped and no random number is drawn, so that training goes on as if this
+    had not been.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,7 +100,9 @@ def step_flops(objective: Objective, batch: Batch) -> float:
 
 
 def matmul_peak(device: torch.device) -> float:
-    """Multiplications and additions per second of a large bf16 matrix product on a CUDA device: the median of a few."""
+    """Multiplications and additions per second of a large bf16 matrix product on a CUDA device: the
+    median of a few.
+    """
     a = torch.full((PEAK_SIDE, PEAK_SIDE), 0.5, dtype=torch.bfloat16, device=device)
     times = []
     for _ in range(PEAK_REPEATS):

@@ -1,4 +1,7 @@
-"""The processes that train together: what they agree on, and how the weights are spread over them. The engine is torch.distributed."""
+"""The processes that train together: what they agree on, and how the weights are spread over them.
+
+The engine is torch.distributed.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,19 +24,29 @@ from nnunet_autoreg.model.trunk import hooked
 T = TypeVar("T")
 
 CONTROL_TIMEOUT = timedelta(hours=2)
-"""How long processes wait for the main one, which alone looks at held-out scans and writes. One that died is noticed at once."""
+"""How long processes wait for the main one, which alone looks at held-out scans and writes.
+
+One that died is noticed at once.
+"""
 TRAINING_TIMEOUT = timedelta(minutes=30)
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments in float32."""
 MOST_OF_DEVICE = 0.7
 """What of a device's memory these may take before they are spread; the rest is for activations."""
-LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "process group")
+LOST_PEER = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "process group",
+)
 """What occurs in torch's messages where another process is gone."""
 
 
 @dataclass(frozen=True)
 class Promised:
-    """A tensor that the main process holds and that is sent when all ask for it (``World.fetch``): no host has to hold all at once.
+    """A tensor that the main process holds and that is sent when all ask for it (``World.fetch``):
+    no host has to hold all at once.
 
     Attributes:
         held: None on the other processes, and wherever this is pickled.
@@ -62,7 +75,8 @@ class World:
 
     Attributes:
         rank: 0 is the main process, which alone writes.
-        control: the group for what hosts say to each other, on gloo, so that no device waits for it.
+        control: the group for what hosts say to each other, on gloo, so that no device waits for
+            it.
     """
 
     rank: int = 0
@@ -83,7 +97,9 @@ class World:
         return bool(said)
 
     def share(self, thing: T) -> T:
-        """What the main process holds, for all: pickled whole, so that large tensors are better ``promised``."""
+        """What the main process holds, for all: pickled whole, so that large tensors are better
+        ``promised``.
+        """
         if self.size == 1:
             return thing
         box = [thing if self.is_main else None]
@@ -91,12 +107,19 @@ class World:
         return thing if self.is_main else box[0]  # type: ignore[return-value]
 
     def fetch(self, value: Any) -> Any:
-        """A promised tensor, byte for byte; anything else is given back. All processes have to ask in the same order."""
+        """A promised tensor, byte for byte; anything else is given back.
+
+        All processes have to ask in the same order.
+        """
         if not isinstance(value, Promised):
             return value
         if self.size == 1:
             return value.held
-        tensor = torch.empty(value.shape, dtype=value.dtype) if value.held is None else value.held.contiguous()
+        tensor = (
+            torch.empty(value.shape, dtype=value.dtype)
+            if value.held is None
+            else value.held.contiguous()
+        )
         dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0, group=self.control)
         return tensor
 
@@ -124,12 +147,20 @@ ALONE = World()
 
 
 def join(store: Any, rank: int, size: int, device: torch.device) -> World:
-    """Meet the other processes at ``store`` and form the groups: nccl between CUDA devices, gloo between CPUs."""
+    """Meet the other processes at ``store`` and form the groups: nccl between CUDA devices, gloo
+    between CPUs.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=PrefixStore("training", store), rank=rank, world_size=size, timeout=TRAINING_TIMEOUT,
-                            device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("training", store),
+        rank=rank,
+        world_size=size,
+        timeout=TRAINING_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
     return World(rank, size, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
@@ -148,42 +179,58 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def share_of(num: int, rank: int, size: int, sharded: bool = False) -> range:
-    """The numbers out of ``range(num)`` that one of ``size`` processes takes: none twice, none left, as even as they come.
+    """The numbers out of ``range(num)`` that one of ``size`` processes takes: none twice, none
+    left, as even as they come.
 
     Args:
         sharded: weights are spread, so that all processes have to take equally many passes.
 
     Raises:
-        UsageError: there are fewer than processes, or they cannot be shared evenly where they have to be.
+        UsageError: there are fewer than processes, or they cannot be shared evenly where they have
+            to be.
     """
     if sharded and num % size:
-        raise UsageError(f"optim.batch_size={num} cannot be shared evenly by {size} processes, which run.sharding=full needs; train on a "
-                         "number of processes that divides it (--num-gpus), or set run.sharding=none in plan.json")
+        raise UsageError(
+            f"optim.batch_size={num} cannot be shared evenly by {size} processes, which "
+            "run.sharding=full needs; train on a "
+            "number of processes that divides it (--num-gpus), or set run.sharding=none in "
+            "plan.json"
+        )
     if num < size:
-        raise UsageError(f"optim.batch_size={num} cannot be shared by {size} processes, of which each needs a crop; train on {num} or "
-                         "fewer (--num-gpus), or start another --name with a larger --batch")
+        raise UsageError(
+            f"optim.batch_size={num} cannot be shared by {size} processes, of which each needs a "
+            f"crop; train on {num} or "
+            "fewer (--num-gpus), or start another --name with a larger --batch"
+        )
     return range(rank * num // size, (rank + 1) * num // size)
 
 
 def is_spread(sharding: str, module: nn.Module, device: torch.device, world: World) -> bool:
-    """Whether parameters, gradients and moments are to be spread over the processes instead of being held by each.
+    """Whether parameters, gradients and moments are to be spread over the processes instead of
+    being held by each.
 
     Args:
-        sharding: ``run.sharding`` of the plan; "auto" spreads what would not leave a device room for activations.
+        sharding: ``run.sharding`` of the plan; "auto" spreads what would not leave a device room
+            for activations.
     """
     if world.size == 1 or sharding == "none":
         return False
     if sharding == "full":
         return True
     need = BYTES_PER_PARAMETER * sum(p.numel() for p in module.parameters())
-    return device.type == "cuda" and need > MOST_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory
+    return (
+        device.type == "cuda"
+        and need > MOST_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory
+    )
 
 
 def spread(module: nn.Module, device: torch.device, world: World, sharded: bool) -> nn.Module:
-    """The module for training together: as it is (alone), sharded in place (FSDP2), or wrapped so that gradients are summed (DDP).
+    """The module for training together: as it is (alone), sharded in place (FSDP2), or wrapped so
+    that gradients are summed (DDP).
 
-    Parameters that a step does not use - of another kind of sequence, of the downstream decoder - keep no gradient, as alone.
-    Parameters stay float32 throughout, so that both ways give the same losses.
+    Parameters that a step does not use - of another kind of sequence, of the downstream decoder -
+    keep no gradient, as alone. Parameters stay float32 throughout, so that both ways give the same
+    losses.
     """
     if world.size == 1:
         return module
@@ -200,7 +247,11 @@ def spread(module: nn.Module, device: torch.device, world: World, sharded: bool)
         # Newer versions rename broadcast_buffers; older ones know only this name.
         warnings.simplefilter("ignore", FutureWarning)
         return nn.parallel.DistributedDataParallel(
-            module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
+            module,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -215,7 +266,9 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 
 def summing(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of one part of a batch: gradients are summed over the processes in the ``last`` part alone."""
+    """Around forward and backward of one part of a batch: gradients are summed over the processes
+    in the ``last`` part alone.
+    """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return nullcontext() if last else module.no_sync()
     if isinstance(module, FSDPModule):
@@ -225,7 +278,8 @@ def summing(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def usable(module: nn.Module) -> Iterator[None]:
-    """Around forward passes that do not begin at the module that was spread: its outer parameters are gathered, and spread again after.
+    """Around forward passes that do not begin at the module that was spread: its outer parameters
+    are gathered, and spread again after.
 
     All processes have to take the same passes inside.
     """
@@ -240,7 +294,10 @@ def usable(module: nn.Module) -> Iterator[None]:
 
 
 def whole(value: Any) -> Any:
-    """The same tree of dicts and lists with whole tensors on the CPU instead of spread ones. All processes have to call this."""
+    """The same tree of dicts and lists with whole tensors on the CPU instead of spread ones.
+
+    All processes have to call this.
+    """
     if isinstance(value, Mapping):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -249,7 +306,13 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Any, pattern: Any) -> Any:
-    """This process's part of a whole tensor, if ``pattern`` is a spread one of its shape; else the value itself."""
-    if not (isinstance(pattern, DTensor) and isinstance(value, Tensor) and value.shape == pattern.shape):
+    """This process's part of a whole tensor, if ``pattern`` is a spread one of its shape; else the
+    value itself.
+    """
+    if not (
+        isinstance(pattern, DTensor) and isinstance(value, Tensor) and value.shape == pattern.shape
+    ):
         return value
-    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None
+    )

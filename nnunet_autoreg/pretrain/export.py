@@ -11,14 +11,20 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import sha256_of
 
 
-def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequence[ScanRow], licences: dict[str, str]) -> EncoderCard:
+def export_encoder(
+    folder: Path,
+    plan: Plan,
+    objective: Objective,
+    rows: Sequence[ScanRow],
+    licences: dict[str, str],
+) -> EncoderCard:
     """Write the encoder's weights, then its card, which marks the run as finished.
 
     Args:
         rows: the scans of the run, held-out ones included.
         licences: dataset -> licence text.
     """
-    from nnunet_autoreg.transfer.load import write_tensors
+    from nnunet_autoreg.finetune.load import write_tensors
 
     state, adaptation = objective.transferable_state(), objective.adaptation()
     _check_keys(state, adaptation)
@@ -39,7 +45,8 @@ def export_encoder(folder: Path, plan: Plan, objective: Objective, rows: Sequenc
         ct_window=plan.data.ct_window,
         num_input_channels=1,
         adaptation=adaptation,
-        objective=f"{plan.objective.name} ({plan.sequence.order} order, {plan.sequence.predictor}-block predictor)",
+        objective=f"{plan.objective.name} ({plan.sequence.order} order, "
+        f"{plan.sequence.predictor}-block predictor)",
         licences=licences,
         num_scans=len(rows),
         num_steps=plan.optim.num_steps,

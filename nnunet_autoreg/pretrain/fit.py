@@ -1,5 +1,6 @@
-"""Whether a plan fits the device: tried with real steps before the first, made smaller where it does not. What comes out is written once
-into the plan, so that a resumed run is the same run."""
+"""Whether a plan fits the device: tried with real steps before the first, made smaller where it
+does not. What comes out is written once into the plan, so that a resumed run is the same run.
+"""
 
 import gc
 import logging
@@ -31,8 +32,8 @@ from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.machine import computes_in_half, plan_memory
 from nnunet_autoreg.pretrain.self_check import Disagreement, Witness, self_check
 from nnunet_autoreg.pretrain.signals import refuse_interruption
-from nnunet_autoreg.sequences.kinds import wanted
-from nnunet_autoreg.sequences.sampler import TRAINING
+from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.sampler import TRAINING
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,11 @@ def memory_errors_in_one_line() -> Iterator[None]:
             raise
         first = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
         what = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the memory"
-        raise AutoregError(f"{first}. Something else may be using {what}: free it and type the same line again; training goes on from "
-                           "its last checkpoint") from error
+        raise AutoregError(
+            f"{first}. Something else may be using {what}: free it and type the same line again; "
+            "training goes on from "
+            "its last checkpoint"
+        ) from error
 
 
 def share_of_plan(plan: Plan, num_processes: int) -> Plan:
@@ -66,11 +70,14 @@ def share_of_plan(plan: Plan, num_processes: int) -> Plan:
     if (optim.micro_batch_size or optim.batch_size) <= share:
         return plan
     told = f"all that each of {num_processes} processes gets of a batch of {optim.batch_size}"
-    return _changed(replace(plan, optim=replace(optim, micro_batch_size=share)), "optim.micro_batch_size", told)
+    return _changed(
+        replace(plan, optim=replace(optim, micro_batch_size=share)), "optim.micro_batch_size", told
+    )
 
 
 def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.device) -> Plan:
-    """Return ``plan``, made smaller until a dry step fits, with the peak that was measured; log what a step takes.
+    """Return ``plan``, made smaller until a dry step fits, with the peak that was measured; log
+    what a step takes.
 
     Where compiled layers do not compute what plain attention computes, the plan leaves them out.
 
@@ -81,8 +88,10 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
         AutoregError: not even the smallest step fits.
     """
     if device.type == "cuda" and not computes_in_half(device):
-        log.warning("%s has no bf16: everything is computed in float32, which takes longer and more memory",
-                    torch.cuda.get_device_name(device))
+        log.warning(
+            "%s has no bf16: everything is computed in float32, which takes longer and more memory",
+            torch.cuda.get_device_name(device),
+        )
     while True:
         tried = _try(trainer_of, plan, device)
         if tried.failed is not None:
@@ -102,7 +111,8 @@ def fitted(plan: Plan, trainer_of: Callable[[Plan], Trainer], device: torch.devi
 
 
 def free() -> None:
-    """Give back what a try held: the training's own weights and moments come beside whatever is left.
+    """Give back what a try held: the training's own weights and moments come beside whatever is
+    left.
 
     Compiled layers stay: they hold no weights, and the training uses them again.
     """
@@ -170,14 +180,18 @@ def _checked(path: FastPath, witness: Witness, device: torch.device) -> Disagree
     except Exception as error:
         refuse_interruption(error)
         why = f"{type(error).__name__}: {first_line(error)}"
-        log.warning("attention could not be checked on this device (%s): training goes on unchecked", why)
+        log.warning(
+            "attention could not be checked on this device (%s): training goes on unchecked", why
+        )
         return None
 
 
 def dry_step(trainer: Trainer) -> float:
-    """Seconds of a whole optimiser step, estimated from two steps of up to two parts of a batch, of every kind of sequence.
+    """Seconds of a whole optimiser step, estimated from two steps of up to two parts of a batch, of
+    every kind of sequence.
 
-    Two parts, because the second is computed while the first one's gradient is there; two steps, because the first compiles.
+    Two parts, because the second is computed while the first one's gradient is there; two steps,
+    because the first compiles.
     """
     sampler, cases, step = trainer.batches.sampler, trainer.batches.cases, trainer.train_step
     witness = None if step.fast_path is None else step.fast_path.witness
@@ -213,7 +227,8 @@ def _one_of_each_kind(trainer: Trainer) -> dict[str, int]:
 
 
 def smaller(plan: Plan) -> tuple[Plan, str]:
-    """The next smaller plan after one that ran out of memory, and what was done: first what changes no number, the crop last.
+    """The next smaller plan after one that ran out of memory, and what was done: first what changes
+    no number, the crop last.
 
     Raises:
         AutoregError: there is none.
@@ -222,30 +237,58 @@ def smaller(plan: Plan) -> tuple[Plan, str]:
     micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
     if micro > 1:
         half = ceil(micro / 2)
-        told = f"out of memory with {micro} crops at once: {half} at once, {ceil(optim.batch_size / half)} times a step; the batch stays"
-        return _changed(replace(plan, optim=replace(optim, micro_batch_size=half)), "optim.micro_batch_size", told), told
+        told = (
+            f"out of memory with {micro} crops at once: {half} at once, "
+            f"{ceil(optim.batch_size / half)} times a step; the batch stays"
+        )
+        return _changed(
+            replace(plan, optim=replace(optim, micro_batch_size=half)),
+            "optim.micro_batch_size",
+            told,
+        ), told
     if not optim.checkpoint_activations:
-        told = "out of memory with one crop at once: activations are checkpointed; the losses stay, a step takes about a third longer"
-        return _changed(replace(plan, optim=replace(optim, checkpoint_activations=True)), "optim.checkpoint_activations", told), told
+        told = (
+            "out of memory with one crop at once: activations are checkpointed; the losses stay, a "
+            "step takes about a third longer"
+        )
+        return _changed(
+            replace(plan, optim=replace(optim, checkpoint_activations=True)),
+            "optim.checkpoint_activations",
+            told,
+        ), told
     if plan.reasons.get("sequence.crop_size_vox") == BY_USER:
-        raise AutoregError(f"out of memory with one crop of {_times(crop)} and activations checkpointed, and sequence.crop_size_vox was "
-                           "set by the user; set a smaller one, or choose a smaller --encoder, with a new --name")
+        raise AutoregError(
+            f"out of memory with one crop of {_times(crop)} and activations checkpointed, and "
+            "sequence.crop_size_vox was "
+            "set by the user; set a smaller one, or choose a smaller --encoder, with a new --name"
+        )
     reduced = smaller_crop(plan)
     if reduced is None:
-        raise AutoregError(f"out of memory with one crop of {_times(crop)} and activations checkpointed, and no smaller crop makes a "
-                           "sequence; choose a smaller --encoder with a new --name")
-    told = f"out of memory with one crop of {_times(crop)} and activations checkpointed: crops of {_times(reduced.sequence.crop_size_vox)}"
+        raise AutoregError(
+            f"out of memory with one crop of {_times(crop)} and activations checkpointed, and no "
+            "smaller crop makes a "
+            "sequence; choose a smaller --encoder with a new --name"
+        )
+    told = (
+        f"out of memory with one crop of {_times(crop)} and activations checkpointed: crops of "
+        f"{_times(reduced.sequence.crop_size_vox)}"
+    )
     return _changed(reduced, "sequence.crop_size_vox", told), told
 
 
 def smaller_crop(plan: Plan) -> Plan | None:
-    """The plan with a crop of at most three quarters of the voxels and about its proportions; None if there is none.
+    """The plan with a crop of at most three quarters of the voxels and about its proportions; None
+    if there is none.
 
-    It gets shorter by whole blocks, each time along the axis that keeps most of its length, of equal ones the longest: to cut the longest
-    axis alone would show the network another part of the anatomy than the crop that suited the scans.
+    It gets shorter by whole blocks, each time along the axis that keeps most of its length, of
+    equal ones the longest: to cut the longest axis alone would show the network another part of the
+    anatomy than the crop that suited the scans.
     """
     s = plan.sequence
-    side = [token * block for token, block in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
+    side = [
+        token * block
+        for token, block in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)
+    ]
     if "strided" in wanted(plan):
         side[0] *= s.num_subvolumes
     crop = list(s.crop_size_vox)
@@ -253,11 +296,17 @@ def smaller_crop(plan: Plan) -> Plan | None:
         free = [axis for axis in range(3) if crop[axis] > side[axis]]
         if not free:
             return None
-        chosen = max(free, key=lambda axis: ((crop[axis] - side[axis]) / s.crop_size_vox[axis], crop[axis]))
+        chosen = max(
+            free, key=lambda axis: ((crop[axis] - side[axis]) / s.crop_size_vox[axis], crop[axis])
+        )
         crop[chosen] -= side[chosen]
-    member = s.member_crop_vox and as_size([min(m, c) for m, c in zip(s.member_crop_vox, crop, strict=True)])
+    member = s.member_crop_vox and as_size(
+        [min(m, c) for m, c in zip(s.member_crop_vox, crop, strict=True)]
+    )
     try:
-        return check(replace(plan, sequence=replace(s, crop_size_vox=as_size(crop), member_crop_vox=member)))
+        return check(
+            replace(plan, sequence=replace(s, crop_size_vox=as_size(crop), member_crop_vox=member))
+        )
     except PlanError:
         return None
 
@@ -274,23 +323,30 @@ def without_compiling(plan: Plan, error: BaseException) -> tuple[Plan, str]:
 def without_fast_path(
     plan: Plan, disagreement: Disagreement, is_flex: bool, device: torch.device
 ) -> tuple[Plan, str]:
-    """Return the plan without the kernels that are wrong on this device, and why, in a line that asks for a report.
+    """Return the plan without the kernels that are wrong on this device, and why, in a line that
+    asks for a report.
 
     Args:
-        is_flex: they are FlexAttention's, so that compiled layers may still be right with a dense mask.
+        is_flex: they are FlexAttention's, so that compiled layers may still be right with a dense
+            mask.
     """
     run = plan.run
     if is_flex:
         key, wrong, instead = "run.flex_attention", "FlexAttention is wrong", "the dense mask"
         run = replace(run, flex_attention=False)
     else:
-        key, wrong, instead = "run.compile", "compiled layers are wrong", "uncompiled layers and the dense mask"
+        key, wrong, instead = (
+            "run.compile",
+            "compiled layers are wrong",
+            "uncompiled layers and the dense mask",
+        )
         run = replace(run, compile=False)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     message = (
         f"{wrong} on this device: {disagreement}; training uses {instead}, which is slower. "
-        f"Please report this line to the authors of nnunet-autoreg ({name}, torch {torch.__version__})"
+        f"Please report this line to the authors of nnunet-autoreg ({name}, torch "
+        f"{torch.__version__})"
     )
     return _changed(replace(plan, run=run), key, message), message
 
@@ -301,9 +357,16 @@ def _measured(plan: Plan, device: torch.device, tried: Tried) -> Plan:
     micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
     estimate = plan_memory(plan, computes_in_half(device)).total_bytes(micro)
     estimated = (estimate - CONTEXT_BYTES if device.type == "cuda" else estimate) / GIB
-    log.info("dry step: %.3g s a step, so about %.3g h for %d steps; %.2f GiB at its peak, %.2f were estimated%s", seconds,
-             seconds * optim.num_steps / 3600, optim.num_steps, peak, estimated,
-             "" if device.type == "cuda" else " for the step alone (the peak is the whole process')")
+    log.info(
+        "dry step: %.3g s a step, so about %.3g h for %d steps; %.2f GiB at its peak, %.2f were "
+        "estimated%s",
+        seconds,
+        seconds * optim.num_steps / 3600,
+        optim.num_steps,
+        peak,
+        estimated,
+        "" if device.type == "cuda" else " for the step alone (the peak is the whole process')",
+    )
     run = replace(
         plan.run,
         peak_memory_gib=round(peak, 3),

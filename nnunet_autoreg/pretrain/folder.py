@@ -1,4 +1,6 @@
-"""A run's folder: its name, its lock, its files, and whether the line typed is the line it was made with."""
+"""A run's folder: its name, its lock, its files, and whether the line typed is the line it was made
+with.
+"""
 
 import errno
 import fcntl
@@ -16,20 +18,37 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths, show_paths
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError, did_you_mean
-from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, check_run_name, read_card
+from nnunet_autoreg.model.card import (
+    CARD_NAME,
+    RUNS_FOLDER,
+    WEIGHTS_NAME,
+    check_run_name,
+    read_card,
+)
 from nnunet_autoreg.plan import OBJECTIVES, Plan
 from nnunet_autoreg.presets import PRESETS
-from nnunet_autoreg.records import TEMPORARY_FILES, differences, from_jsonable, read_json, to_jsonable, write_json
+from nnunet_autoreg.records import (
+    TEMPORARY_FILES,
+    differences,
+    from_jsonable,
+    read_json,
+    to_jsonable,
+    write_json,
+)
 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
-MAY_CHANGE = {"optim": ("num_steps",), "run": ("sharding", "min_token_variance", "min_effective_rank")}
+MAY_CHANGE = {
+    "optim": ("num_steps",),
+    "run": ("sharding", "min_token_variance", "min_effective_rank"),
+}
 """Values of the plan that no step of training depends on."""
 NO_LENGTH: dict[str, Any] = {"num_steps": None, "num_epochs": None, "num_hours": None}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user typed, less what may differ between a run and its continuation (device, dry run).
+    """What the user typed, less what may differ between a run and its continuation (device, dry
+    run).
 
     Attributes:
         datasets, folders: inputs; folders as absolute paths.
@@ -40,7 +59,8 @@ class Request:
         spacing: policy of the target spacings, or "z,y,x" in mm.
         settings: the ``--set`` arguments.
         split_4d: every volume of a 4D file or series is a scan.
-        sequences: kinds of sequences with their weights, e.g. "contrast=0.5"; empty to have them planned.
+        sequences: kinds of sequences with their weights, e.g. "contrast=0.5"; empty to have them
+            planned.
         boxes: absolute path of a CSV that says where structures lie, or None.
         objective: of ``plan.OBJECTIVES``.
         preset: of ``presets.PRESETS``, or "".
@@ -75,7 +95,9 @@ class Request:
             UsageError: no input, an impossible name or number.
         """
         if not self.datasets and not self.folders:
-            raise UsageError("no scans given; name nnU-Net datasets with -d and / or folders with -i")
+            raise UsageError(
+                "no scans given; name nnU-Net datasets with -d and / or folders with -i"
+            )
         check_run_name(self.name)
         for flag, value in (("--steps", self.num_steps), ("--batch", self.batch_size)):
             if value is not None and value < 1:
@@ -89,19 +111,36 @@ class Request:
 
     def _check_presets(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise UsageError(f"--objective {self.objective}: does not exist; {did_you_mean(self.objective, OBJECTIVES)}")
+            raise UsageError(
+                f"--objective {self.objective}: does not exist; "
+                f"{did_you_mean(self.objective, OBJECTIVES)}"
+            )
         if self.preset and self.preset not in PRESETS:
-            raise UsageError(f"--preset {self.preset}: does not exist; {did_you_mean(self.preset, PRESETS)}")
+            raise UsageError(
+                f"--preset {self.preset}: does not exist; {did_you_mean(self.preset, PRESETS)}"
+            )
         if self.preset and self.objective != "autoregressive":
-            raise UsageError(f"--preset {self.preset} is autoregressive and excludes --objective {self.objective}; give one of them")
+            raise UsageError(
+                f"--preset {self.preset} is autoregressive and excludes --objective "
+                f"{self.objective}; give one of them"
+            )
 
     def _check_length_and_memory(self) -> None:
-        lengths = {"--steps": self.num_steps, "--epochs": self.num_epochs, "--hours": self.num_hours}
+        lengths = {
+            "--steps": self.num_steps,
+            "--epochs": self.num_epochs,
+            "--hours": self.num_hours,
+        }
         given = [flag for flag, value in lengths.items() if value is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} both say how long to train; give one of them")
-        if self.num_epochs is not None and any(setting.partition("=")[0].strip() == "optim.batch_size" for setting in self.settings):
-            raise UsageError("--set optim.batch_size comes after --epochs have been counted in steps; give the batch as --batch")
+        if self.num_epochs is not None and any(
+            setting.partition("=")[0].strip() == "optim.batch_size" for setting in self.settings
+        ):
+            raise UsageError(
+                "--set optim.batch_size comes after --epochs have been counted in steps; give the "
+                "batch as --batch"
+            )
         for flag, value in {**lengths, "--gpu-memory": self.gpu_memory_gib}.items():
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{flag} {value:g}: must be a number greater than 0")
@@ -114,7 +153,9 @@ def run_folder(results: Path, name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path, instead: str = "use another --name") -> Iterator[None]:
-    """Hold the run's folder. The lock is the process's own: it ends with it and no worker inherits it.
+    """Hold the run's folder.
+
+    The lock is the process's own: it ends with it and no worker inherits it.
 
     Args:
         instead: what else the user can do where another process holds it.
@@ -126,14 +167,21 @@ def locked(folder: Path, instead: str = "use another --name") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / LOCK_NAME).open("a+")
     except OSError as error:
-        raise AutoregError(f"{folder} cannot be written ({error.strerror}); check the rights of nnUNet_results") from error
+        raise AutoregError(
+            f"{folder} cannot be written ({error.strerror}); check the rights of nnUNet_results"
+        ) from error
     with handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise AutoregError(f"another process is working in {folder}; wait for it, or {instead}") from error
-            raise AutoregError(f"{folder / LOCK_NAME} cannot be locked ({error.strerror}); does this file system know locks?") from error
+                raise AutoregError(
+                    f"another process is working in {folder}; wait for it, or {instead}"
+                ) from error
+            raise AutoregError(
+                f"{folder / LOCK_NAME} cannot be locked ({error.strerror}); does this file system "
+                "know locks?"
+            ) from error
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")
         handle.flush()
@@ -184,7 +232,10 @@ def index_of(folder: Path) -> Path:
     """
     index = folder / INDEX_NAME
     if not index.exists():
-        raise AutoregError(f"{index} is missing, so the run's scans are not known; put it back, or use another --name")
+        raise AutoregError(
+            f"{index} is missing, so the run's scans are not known; put it back, or use another "
+            "--name"
+        )
     return index
 
 
@@ -199,13 +250,17 @@ def matching_plan(folder: Path, request: Request) -> Plan:
     other = differences(replace(before, **NO_LENGTH), replace(request, **NO_LENGTH))
     fewer = request.num_steps is None or request.num_steps < plan.optim.num_steps
     if fewer:
-        lengths = {name: getattr(before, name) for name in NO_LENGTH}, {name: getattr(request, name) for name in NO_LENGTH}
+        lengths = (
+            {name: getattr(before, name) for name in NO_LENGTH},
+            {name: getattr(request, name) for name in NO_LENGTH},
+        )
         other += [line for line in differences(*lengths) if not line.startswith("num_steps")]
         if before.num_steps != request.num_steps:
             other.append(f"num_steps: {plan.optim.num_steps} -> {request.num_steps}")
     if other:
         raise UsageError(
-            f"the run '{request.name}' exists with other settings ({'; '.join(other)}); use another --name, or type the line "
+            f"the run '{request.name}' exists with other settings ({'; '.join(other)}); use "
+            "another --name, or type the line "
             "it was started with (only --steps may grow)"
         )
     return plan
@@ -215,12 +270,17 @@ def continued_plan(folder: Path, request: Request) -> Plan:
     """The plan on disk as ``matching_plan`` returns it, with the steps now asked for.
 
     Raises:
-        UsageError: the request differs in anything else, or the plan was changed after training began.
+        UsageError: the request differs in anything else, or the plan was changed after training
+            began.
     """
     plan = matching_plan(folder, request)
     _refuse_changed_plan(folder, plan)
     if request.num_steps is not None and request.num_steps > plan.optim.num_steps:
-        plan = replace(plan, optim=replace(plan.optim, num_steps=request.num_steps), request=to_jsonable(request))
+        plan = replace(
+            plan,
+            optim=replace(plan.optim, num_steps=request.num_steps),
+            request=to_jsonable(request),
+        )
         write_plan(folder, plan)
     return plan
 
@@ -229,19 +289,22 @@ def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
     newest = checkpoint.load_newest(folder)
     if newest is None:
         return
-    # Through the record, so that a plan of an older version gets the defaults of keys that are newer.
+    # Through the record, so that a plan of an older version gets the defaults of keys that are
+    # newer.
     trained = to_jsonable(from_jsonable(Plan, newest[1]["plan"], str(newest[0])))
     changed = differences(_essence(trained), _essence(to_jsonable(plan)))
     if changed:
         raise PlanError(
-            f"{folder / PLAN_NAME} was changed after training began ({'; '.join(changed)}); undo the change, or use another --name"
+            f"{folder / PLAN_NAME} was changed after training began ({'; '.join(changed)}); undo "
+            "the change, or use another --name"
         )
 
 
 def _essence(plan: dict[str, Any]) -> dict[str, Any]:
     """Return what may not change once training has begun.
 
-    What may change are the length, how weights are spread, which features count as collapsed, the request and the reasons.
+    What may change are the length, how weights are spread, which features count as collapsed, the
+    request and the reasons.
     """
     kept = {key: value for key, value in plan.items() if key not in ("request", "reasons")}
     for room, free in MAY_CHANGE.items():
@@ -263,7 +326,9 @@ class log_file(logging.FileHandler):
     """While it is open, everything logged also goes to ``<name>_*.txt`` in the run's folder."""
 
     def __init__(self, folder: Path, name: str = "training_log"):
-        super().__init__(folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True)
+        super().__init__(
+            folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt", encoding="utf-8", delay=True
+        )
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         # A log is sent along with a question; the terminal shows these lines.
         self.addFilter(lambda record: not getattr(record, "names_files", False))

@@ -1,4 +1,6 @@
-"""Bad training steps - a loss or gradient that is not finite, or a loss far off the usual - are skipped, on the device, without waiting."""
+"""Bad training steps - a loss or gradient that is not finite, or a loss far off the usual - are
+skipped, on the device, without waiting.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,13 +12,16 @@ from torch import Tensor
 from nnunet_autoreg.plan import RunPlan
 
 WINDOW = 100
-"""The usual loss is a running mean over about this many good steps; before as many were seen nothing is a spike."""
+"""The usual loss is a running mean over about this many good steps; before as many were seen
+nothing is a spike.
+"""
 SPIKE_RATIO = 2.0
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Steps since training began, but for ``in_row``: the bad ones that came last, without a good one between.
+    """Steps since training began, but for ``in_row``: the bad ones that came last, without a good
+    one between.
 
     Attributes:
         nonfinite, spikes: skipped, by reason.
@@ -37,9 +42,10 @@ class Tally:
 class StepGuard:
     """Says of every step whether its update may be applied, and counts.
 
-    A loss is a spike if it lies more than ``run.spike_sigmas`` standard deviations above the running mean and above twice the
-    mean. Everything is decided on the device; ``tally`` is the only look from the host. Its state belongs in checkpoints, so
-    that a resumed run decides the same.
+    A loss is a spike if it lies more than ``run.spike_sigmas`` standard deviations above the
+    running mean and above twice the mean. Everything is decided on the device; ``tally`` is the
+    only look from the host. Its state belongs in checkpoints, so that a resumed run decides the
+    same.
     """
 
     def __init__(self, run: RunPlan, device: torch.device):
@@ -83,21 +89,33 @@ class StepGuard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
-        self.loss, self.counts = (state[key].to(getattr(self, key).device, copy=True) for key in ("loss", "counts"))
+        self.loss, self.counts = (
+            state[key].to(getattr(self, key).device, copy=True) for key in ("loss", "counts")
+        )
 
 
 def running(statistics: Tensor, value: Tensor) -> Tensor:
-    """(mean, variance, n) after one more value: exact up to ``WINDOW`` values, then exponentially forgetting."""
+    """(mean, variance, n) after one more value: exact up to ``WINDOW`` values, then exponentially
+    forgetting.
+    """
     mean, variance, seen = statistics.unbind()
     weight = 1 / torch.clamp(seen + 1, max=WINDOW)
     difference = value - mean
-    return torch.stack([mean + weight * difference, (1 - weight) * (variance + weight * difference.square()), seen + 1])
+    return torch.stack(
+        [
+            mean + weight * difference,
+            (1 - weight) * (variance + weight * difference.square()),
+            seen + 1,
+        ]
+    )
 
 
 def skip_if(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """Have the next step of a fused optimizer change nothing - no weight, moment or count - where ``bad`` is 1.
+    """Have the next step of a fused optimizer change nothing - no weight, moment or count - where
+    ``bad`` is 1.
 
-    This is how torch's gradient scaler hands its verdict to fused kernels; nothing waits for the device.
+    This is how torch's gradient scaler hands its verdict to fused kernels; nothing waits for the
+    device.
     """
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -114,4 +132,7 @@ def in_words(before: Tally, now: Tally, step: int) -> str:
         told.append(f"{spikes} with a loss far above the usual {usual}")
     if not told:
         return ""
-    return f"by step {step + 1} these steps were skipped and changed nothing: {' and '.join(told)}; {now.skipped} since the start"
+    return (
+        f"by step {step + 1} these steps were skipped and changed nothing: {' and '.join(told)}; "
+        f"{now.skipped} since the start"
+    )

@@ -1,4 +1,5 @@
-"""Whether the features say anything: how much of them depends on the image, over how many directions they spread, and in words.
+"""Whether the features say anything: how much of them depends on the image, over how many
+directions they spread, and in words.
 
 Shape suffixes: N tokens, V width.
 """
@@ -17,24 +18,33 @@ MAX_TOKENS = 8192
 
 
 def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
-    """Features less the mean of all tokens at the same place in the grid: what depends on the image, not on the place."""
+    """Features less the mean of all tokens at the same place in the grid: what depends on the
+    image, not on the place.
+    """
     num_positions = int(position_N.max()) + 1 if len(position_N) else 0
-    sums = torch.zeros(num_positions, features_NV.shape[1], dtype=features_NV.dtype, device=features_NV.device)
+    sums = torch.zeros(
+        num_positions, features_NV.shape[1], dtype=features_NV.dtype, device=features_NV.device
+    )
     sums.index_add_(0, position_N, features_NV)
     count = torch.bincount(position_N, minlength=num_positions).clamp(min=1).to(features_NV.dtype)
     return features_NV - (sums / count[:, None])[position_N]
 
 
 def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
-    """Share of the features' mean square that depends on the image: 0 (every image looks alike) to 1. 0 if all are 0, or some NaN."""
+    """Share of the features' mean square that depends on the image:
+
+    0 (every image looks alike) to 1. 0 if all are 0, or some NaN.
+    """
     whole = features_NV.double().square().sum()
     return float(content_NV.double().square().sum() / whole) if 0 < whole < math.inf else 0.0
 
 
 def effective_rank(content_NV: Tensor) -> float:
-    """Over how many directions the features spread: exp of the entropy of the singular values, taken as shares.
+    """Over how many directions the features spread: exp of the entropy of the singular values,
+    taken as shares.
 
-    0 if all are 0, or some NaN. In float64, because noise of many small singular values would pass for rank.
+    0 if all are 0, or some NaN. In float64, because noise of many small singular values would pass
+    for rank.
 
     Source: RankMe, arXiv 2210.02885, equation 1 (there without subtracting a mean).
     """
@@ -61,8 +71,10 @@ class Health:
 
     Attributes:
         errors: next-block error "error" and that of trivial predictions by name, per voxel.
-        token_variance, effective_rank: as the functions of these names give them; None where features could not be had.
-        probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of "chance"; None without labels.
+        token_variance, effective_rank: as the functions of these names give them; None where
+            features could not be had.
+        probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of
+            "chance"; None without labels.
         kinds: next-block error by kind of sequences; empty where there is one kind.
     """
 
@@ -80,19 +92,36 @@ class Health:
             found["token_variance"] = (self.token_variance, "share of mean square")
         if self.effective_rank is not None:
             found["effective_rank"] = (self.effective_rank, "directions")
-        return {**found, **{f"probe_{name}": (value, "balanced accuracy") for name, value in (self.probe or {}).items()}}
+        return {
+            **found,
+            **{
+                f"probe_{name}": (value, "balanced accuracy")
+                for name, value in (self.probe or {}).items()
+            },
+        }
 
     def sentence(self) -> str:
         """All of it in one line."""
-        trivial = ", ".join(f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error")
+        trivial = ", ".join(
+            f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error"
+        )
         told = f"held-out next-block error {self.errors['error']:.4f} (baselines: {trivial})"
         if self.kinds:
-            told += f", {' and '.join(f'{value:.4f} of {kind}' for kind, value in self.kinds.items())} sequences"
+            told += (
+                f", {' and '.join(f'{value:.4f} of {kind}' for kind, value in self.kinds.items())} "
+                "sequences"
+            )
         if self.token_variance is not None and self.effective_rank is not None:
-            told += f"; features: token variance {self.token_variance:.3f}, effective rank {self.effective_rank:.1f}"
+            told += (
+                f"; features: token variance {self.token_variance:.3f}, effective rank "
+                f"{self.effective_rank:.1f}"
+            )
         if self.probe is not None:
-            told += (f"; probe: balanced accuracy {self.probe['features']:.3f} from features, {self.probe['voxels']:.3f} from raw voxels, "
-                     f"{self.probe['chance']:.3f} by chance")
+            told += (
+                f"; probe: balanced accuracy {self.probe['features']:.3f} from features, "
+                f"{self.probe['voxels']:.3f} from raw voxels, "
+                f"{self.probe['chance']:.3f} by chance"
+            )
         return told
 
 
@@ -108,13 +137,23 @@ def complaints(health: Health, run: RunPlan, warm: bool) -> list[str]:
         return told
     error = health.errors["error"]
     trivial = {name: value for name, value in health.errors.items() if name != "error"}
-    beaten = [f"'{WORDS.get(name, name)}' ({value:.4f})" for name, value in trivial.items() if not error < value]
+    beaten = [
+        f"'{WORDS.get(name, name)}' ({value:.4f})"
+        for name, value in trivial.items()
+        if not error < value
+    ]
     if beaten or not math.isfinite(error):
-        told.append(f"nothing learnt yet: the held-out error {error:.4f} is not below {' and '.join(beaten) or 'anything'}; it should "
-                    "fall within the next few hundred steps, else change the rate")
+        told.append(
+            f"nothing learnt yet: the held-out error {error:.4f} is not below "
+            f"{' and '.join(beaten) or 'anything'}; it should "
+            "fall within the next few hundred steps, else change the rate"
+        )
     if health.probe is not None and health.probe["features"] <= health.probe["voxels"]:
-        told.append(f"the features tell labels apart no better than raw voxels do ({health.probe['features']:.3f} against "
-                    f"{health.probe['voxels']:.3f} balanced accuracy): train longer")
+        told.append(
+            "the features tell labels apart no better than raw voxels do "
+            f"({health.probe['features']:.3f} against "
+            f"{health.probe['voxels']:.3f} balanced accuracy): train longer"
+        )
     return told
 
 
@@ -123,18 +162,23 @@ def collapses(health: Health, run: RunPlan) -> list[str]:
     found = []
     if health.token_variance is not None and not health.token_variance >= run.min_token_variance:
         found.append(
-            f"the features hardly depend on the image (token variance {health.token_variance:.2g}, limit "
+            f"the features hardly depend on the image (token variance {health.token_variance:.2g}, "
+            "limit "
             f"{run.min_token_variance:g})"
         )
     if health.effective_rank is not None and not health.effective_rank >= run.min_effective_rank:
         found.append(
-            f"the features spread over {health.effective_rank:.1f} directions only (limit {run.min_effective_rank:g})"
+            f"the features spread over {health.effective_rank:.1f} directions only (limit "
+            f"{run.min_effective_rank:g})"
         )
     return found
 
 
-def failures(health: Health | None, run: RunPlan, weights_are_finite: bool, tally: Tally, num_steps: int) -> list[str]:
-    """Return a sentence for each reason why a run that did all its steps must not be called finished.
+def failures(
+    health: Health | None, run: RunPlan, weights_are_finite: bool, tally: Tally, num_steps: int
+) -> list[str]:
+    """Return a sentence for each reason why a run that did all its steps must not be called
+    finished.
 
     Args:
         health: of the last step; None where no scan was held out.
@@ -147,7 +191,10 @@ def failures(health: Health | None, run: RunPlan, weights_are_finite: bool, tall
     if tally.skipped >= num_steps:
         found.append(f"none of the {num_steps} steps was good enough to change the weights")
     elif health is None and tally.in_row:
-        found.append(f"the last {tally.in_row} steps were bad, and no scan was held out that could show that all is well")
+        found.append(
+            f"the last {tally.in_row} steps were bad, and no scan was held out that could show "
+            "that all is well"
+        )
     if health is None:
         return found
 

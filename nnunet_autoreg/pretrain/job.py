@@ -1,4 +1,6 @@
-"""The training itself, from stored scans to the last step: what the main process hands to all, and what each makes of it."""
+"""The training itself, from stored scans to the last step: what the main process hands to all, and
+what each makes of it.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -17,12 +19,13 @@ from nnunet_autoreg.pretrain.machine import usable_cores
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.start import start_from
 from nnunet_autoreg.report.slices import Picture, held_out_pictures
-from nnunet_autoreg.sequences.material import Material
+from nnunet_autoreg.sampling.material import Material
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs to train with the others; files are read through it, and the run's folder by the main process alone.
+    """All that a process needs to train with the others; files are read through it, and the run's
+    folder by the main process alone.
 
     Attributes:
         device: cpu, cuda or mps.
@@ -48,8 +51,17 @@ def trainer_of(job: Job, world: World = ALONE, local_rank: int = 0) -> Trainer:
     if job.is_new:
         start_from(objective.network, plan)
     num_loaders, _ = choose_loaders(plan, job.device, job.num_local)
-    trainer = Trainer(plan, job.folder, objective, job.training, job.heldout, device_of(job.device, local_rank, world),
-                      num_loaders, job.probe, world)
+    trainer = Trainer(
+        plan,
+        job.folder,
+        objective,
+        job.training,
+        job.heldout,
+        device_of(job.device, local_rank, world),
+        num_loaders,
+        job.probe,
+        world,
+    )
     if not world.is_main:
         torch.manual_seed(plan.run.seed + world.rank)
     return trainer
@@ -57,14 +69,22 @@ def trainer_of(job: Job, world: World = ALONE, local_rank: int = 0) -> Trainer:
 
 def device_of(device: str, local_rank: int, world: World = ALONE) -> torch.device:
     """This process's own device; alone it is the current one."""
-    return torch.device(device, local_rank) if device == "cuda" and world.size > 1 else torch.device(device)
+    return (
+        torch.device(device, local_rank)
+        if device == "cuda" and world.size > 1
+        else torch.device(device)
+    )
 
 
 def is_shared_out(job: Job, num_processes: int) -> bool:
-    """Whether the weights are to be spread over the processes, so that one of them cannot try a step alone."""
+    """Whether the weights are to be spread over the processes, so that one of them cannot try a
+    step alone.
+    """
     with torch.device("meta"):
         module = build_objective(job.plan).module
-    return is_spread(job.plan.run.sharding, module, torch.device(job.device), World(size=num_processes))
+    return is_spread(
+        job.plan.run.sharding, module, torch.device(job.device), World(size=num_processes)
+    )
 
 
 def share_cores(num_local: int) -> None:
@@ -73,7 +93,9 @@ def share_cores(num_local: int) -> None:
         torch.set_num_threads(max(1, usable_cores() // num_local))
 
 
-def measured(job: Job, world: World, local_rank: int, write: Callable[[Plan, float], Plan] | None) -> Job:
+def measured(
+    job: Job, world: World, local_rank: int, write: Callable[[Plan, float], Plan] | None
+) -> Job:
     """The job with its hours turned into steps by a rehearsal of all processes.
 
     Args:
@@ -84,12 +106,20 @@ def measured(job: Job, world: World, local_rank: int, write: Callable[[Plan, flo
 
     seconds = seconds_per_step(trainer_of(job, world, local_rank))
     free()
-    return replace(job, plan=world.share(write(job.plan, seconds) if write is not None else job.plan))
+    return replace(
+        job, plan=world.share(write(job.plan, seconds) if write is not None else job.plan)
+    )
 
 
 def pictures_of(trainer: Trainer) -> Callable[[], list[Picture]]:
     """What draws held-out samples; where the weights are spread, all processes have to call it."""
-    draw = partial(held_out_pictures, trainer.objective, trainer.heldout, trainer.device, trainer.plan.data.spacing_mm)
+    draw = partial(
+        held_out_pictures,
+        trainer.objective,
+        trainer.heldout,
+        trainer.device,
+        trainer.plan.data.spacing_mm,
+    )
 
     def drawn() -> list[Picture]:
         with usable(trainer.train_step.loss_of):
@@ -99,7 +129,9 @@ def pictures_of(trainer: Trainer) -> Callable[[], list[Picture]]:
 
 
 def assist(job: Job, is_paced: bool, world: World, local_rank: int) -> None:
-    """The part of a process beside the main one: it trains its share, and lends its part of the weights where they are spread."""
+    """The part of a process beside the main one: it trains its share, and lends its part of the
+    weights where they are spread.
+    """
     if is_paced:
         job = measured(job, world, local_rank, None)
     trainer = trainer_of(job, world, local_rank)

@@ -1,4 +1,6 @@
-"""Several processes for one training: started here (``--num-gpus``) or by torchrun, met, watched, and ended together."""
+"""Several processes for one training: started here (``--num-gpus``) or by torchrun, met, watched,
+and ended together.
+"""
 
 import logging
 import multiprocessing
@@ -26,7 +28,9 @@ TRAIN = b"train"
 MEETING_TIMEOUT = timedelta(minutes=15)
 LOOK_EVERY_S, WAIT_EVERY_S = 0.5, 1.0
 GRACE_S = 20.0
-"""How long the main process may take to notice by itself that another one is gone, before it is ended."""
+"""How long the main process may take to notice by itself that another one is gone, before it is
+ended.
+"""
 AGAIN = "the last checkpoint is kept: type the same line again to go on"
 
 
@@ -52,13 +56,23 @@ def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> 
     Raises:
         UsageError: they contradict each other, or there are not so many GPUs.
     """
-    size = int(environ.get("WORLD_SIZE", "1")) if "RANK" in environ and "MASTER_ADDR" in environ else 1
+    size = (
+        int(environ.get("WORLD_SIZE", "1")) if "RANK" in environ and "MASTER_ADDR" in environ else 1
+    )
     if size > 1:
-        launch = Launch(int(environ["RANK"]), size, int(environ.get("LOCAL_RANK", environ["RANK"])),
-                        int(environ.get("LOCAL_WORLD_SIZE", size)), True)
+        launch = Launch(
+            int(environ["RANK"]),
+            size,
+            int(environ.get("LOCAL_RANK", environ["RANK"])),
+            int(environ.get("LOCAL_WORLD_SIZE", size)),
+            True,
+        )
         if num_gpus is not None and num_gpus != size:
-            raise UsageError(f"--num-gpus {num_gpus}: torchrun started {size} processes already, and they are what trains; leave "
-                             "--num-gpus away")
+            raise UsageError(
+                f"--num-gpus {num_gpus}: torchrun started {size} processes already, and they are "
+                "what trains; leave "
+                "--num-gpus away"
+            )
     else:
         launch = Launch(size=num_gpus or 1, local_size=num_gpus or 1)
     if num_gpus is not None and num_gpus < 1:
@@ -72,14 +86,22 @@ def _check_devices(launch: Launch, device: str) -> None:
     import torch
 
     if device == "mps":
-        raise UsageError(f"{launch.size} processes on --device mps: there is one such device only; leave --num-gpus away")
+        raise UsageError(
+            f"{launch.size} processes on --device mps: there is one such device only; leave "
+            "--num-gpus away"
+        )
     if device == "cuda" and launch.local_size > torch.cuda.device_count():
-        raise UsageError(f"{launch.local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: each needs one; "
-                         f"use --num-gpus {torch.cuda.device_count()}")
+        raise UsageError(
+            f"{launch.local_size} processes on this machine, which has {torch.cuda.device_count()} "
+            "GPUs: each needs one; "
+            f"use --num-gpus {torch.cuda.device_count()}"
+        )
 
 
 class Crew:
-    """The processes that train with the main one, as the main one sees them. A context; ``world`` begins and ends the common part.
+    """The processes that train with the main one, as the main one sees them.
+
+    A context; ``world`` begins and ends the common part.
 
     Args:
         device: cpu, cuda or mps, for all.
@@ -100,7 +122,8 @@ class Crew:
 
     @contextmanager
     def world(self) -> Iterator[Any]:
-        """The ``World`` of the main process, from the moment that all are needed until all are done.
+        """The ``World`` of the main process, from the moment that all are needed until all are
+        done.
 
         Raises:
             AutoregError: another process died or failed.
@@ -116,7 +139,12 @@ class Crew:
         watch = Watch(self)
         try:
             place = replace(ALONE, size=self.launch.size)
-            yield join(self.store, 0, self.launch.size, device_of(self.device, self.launch.local_rank, place))
+            yield join(
+                self.store,
+                0,
+                self.launch.size,
+                device_of(self.device, self.launch.local_rank, place),
+            )
             self._see_off()
             leave()
         except Exception as error:
@@ -135,11 +163,19 @@ class Crew:
         if self.launch.by_torchrun:
             self.store.set(GO, TRAIN)
             return
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=MEETING_TIMEOUT)
+        self.store = TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=MEETING_TIMEOUT
+        )
         context = multiprocessing.get_context("spawn")
         for rank in range(1, self.launch.size):
             place = replace(self.launch, rank=rank, local_rank=rank)
-            self.helpers.append(context.Process(target=begin_helper, args=(place, self.device, self.store.port), name=f"process {rank}"))
+            self.helpers.append(
+                context.Process(
+                    target=begin_helper,
+                    args=(place, self.device, self.store.port),
+                    name=f"process {rank}",
+                )
+            )
             self.helpers[-1].start()
 
     def _see_off(self) -> None:
@@ -164,30 +200,46 @@ class Crew:
         store = self.store if store is None else store
         if store.check([FAILED]):
             return f"{store.get(FAILED).decode()}; all processes were stopped, and {AGAIN}"
-        codes = {helper.name: helper.exitcode for helper in self.helpers if helper.exitcode not in (None, 0, InterruptedRunError.exit_code)}
+        codes = {
+            helper.name: helper.exitcode
+            for helper in self.helpers
+            if helper.exitcode not in (None, 0, InterruptedRunError.exit_code)
+        }
         for name, code in sorted(codes.items(), key=lambda item: item[1]):
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             want = ", most likely for want of memory" if code == -signal.SIGKILL else ""
-            return f"{name} of {self.launch.size} ended {how}{want}; all processes were stopped, and {AGAIN}"
+            return (
+                f"{name} of {self.launch.size} ended {how}{want}; all processes were stopped, and "
+                f"{AGAIN}"
+            )
         return ""
 
     def fate(self) -> str:
         """What to say when the connection to another process was lost."""
         deadline, told = time.monotonic() + 10 * LOOK_EVERY_S, ""
-        with suppress(InterruptedRunError):  # torchrun ends the others where one died; why it does is still to be said
+        with suppress(
+            InterruptedRunError
+        ):  # torchrun ends the others where one died; why it does is still to be said
             while not (told := self.cause()) and time.monotonic() < deadline:
                 time.sleep(LOOK_EVERY_S / 5)
         who = "; torchrun says which" if self.launch.by_torchrun else ""
-        return told or f"one of {self.launch.size} processes is gone, or cannot be reached any more{who}; {AGAIN}"
+        return (
+            told
+            or f"one of {self.launch.size} processes is gone, or cannot be reached any more{who}; "
+            f"{AGAIN}"
+        )
 
 
 class Watch(threading.Thread):
-    """Ends the main process with a line where another one is gone and the main one, waiting in a device's queue, would never notice."""
+    """Ends the main process with a line where another one is gone and the main one, waiting in a
+    device's queue, would never notice.
+    """
 
     def __init__(self, crew: Crew):
         super().__init__(daemon=True)
         self.crew, self.over = crew, threading.Event()
-        # A connection of its own: a store lets nobody ask while somebody waits in it, as for a process that died before it came.
+        # A connection of its own: a store lets nobody ask while somebody waits in it, as for a
+        # process that died before it came.
         self.store = crew.store.clone() if hasattr(crew.store, "clone") else crew.store
         self.start()
 
@@ -197,7 +249,9 @@ class Watch(threading.Thread):
         while not self.over.wait(LOOK_EVERY_S) and not told:
             try:
                 told = self.crew.cause(self.store)
-            except RuntimeError:  # the store is gone with the one who kept it, which --num-gpus does itself
+            except (
+                RuntimeError
+            ):  # the store is gone with the one who kept it, which --num-gpus does itself
                 told = f"the launcher is gone; {AGAIN}"
         if told and not self.over.wait(GRACE_S):
             print(f"autoreg_pretrain: {told}", file=sys.stderr, flush=True)
@@ -218,7 +272,9 @@ def open_store(launch: Launch) -> Any:
 
 def begin_helper(launch: Launch, device: str, port: int) -> None:
     """What a process does that ``--num-gpus`` started."""
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)  # torchvision's own, at its import
+    warnings.filterwarnings(
+        "ignore", message=r".*torch\.jit\.", category=FutureWarning
+    )  # torchvision's own, at its import
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     end_with_parent()
@@ -227,7 +283,8 @@ def begin_helper(launch: Launch, device: str, port: int) -> None:
 
 
 def stand_by(launch: Launch, device: str) -> int:
-    """What a process beside the main one does that torchrun started: wait, for hours if need be, until training begins, and take part.
+    """What a process beside the main one does that torchrun started: wait, for hours if need be,
+    until training begins, and take part.
 
     Returns:
         its exit code.
@@ -246,9 +303,12 @@ def stand_by(launch: Launch, device: str) -> int:
 
 
 def help_to_train(launch: Launch, device: str, store: Any) -> int:
-    """Take part in the training that the main process leads; what fails here is told there. Returns the exit code.
+    """Take part in the training that the main process leads; what fails here is told there.
 
-    After a failure a process with a GPU ends at once: the device may wait for ever for a process that is gone.
+    Returns the exit code.
+
+    After a failure a process with a GPU ends at once: the device may wait for ever for a process
+        that is gone.
     """
     from nnunet_autoreg.pretrain.distributed import ALONE, is_lost_peer, join, leave
     from nnunet_autoreg.pretrain.job import assist, device_of, share_cores
@@ -256,7 +316,9 @@ def help_to_train(launch: Launch, device: str, store: Any) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("nnunet_autoreg").setLevel(logging.ERROR)
     share_cores(launch.local_size)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is a semaphore of the system, which a killed process would leave behind
     try:
         place = replace(ALONE, rank=launch.rank, size=launch.size)
         world = join(store, launch.rank, launch.size, device_of(device, launch.local_rank, place))
@@ -272,7 +334,11 @@ def help_to_train(launch: Launch, device: str, store: Any) -> int:
                 traceback.print_exc()
             first_line = (str(error).splitlines() or [""])[0]
             with suppress(RuntimeError):  # the main process may be gone
-                store.set(FAILED, f"process {launch.rank} of {launch.size}: {first_line or type(error).__name__}".encode())
+                store.set(
+                    FAILED,
+                    f"process {launch.rank} of {launch.size}: "
+                    f"{first_line or type(error).__name__}".encode(),
+                )
         if device == "cuda":
             sys.stderr.flush()
             os._exit(1)

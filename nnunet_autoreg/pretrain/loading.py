@@ -11,8 +11,8 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.batches import StepBatches
 from nnunet_autoreg.pretrain.machine import usable_cores
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.sampler import TRAINING
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.sampler import TRAINING
 
 CROPS_PER_KIND = 6
 """Crops of every kind of sequence that are loaded to measure how long one takes."""

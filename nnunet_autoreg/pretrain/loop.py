@@ -1,4 +1,7 @@
-"""The training loop: steps, held-out error, checkpoints. It knows objectives by their interface only."""
+"""The training loop: steps, held-out error, checkpoints.
+
+It knows objectives by their interface only.
+"""
 
 import logging
 import math
@@ -16,7 +19,12 @@ from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.batches import StepBatches, dead_workers_in_one_line, heldout_by_kind, training_batches
+from nnunet_autoreg.pretrain.batches import (
+    StepBatches,
+    dead_workers_in_one_line,
+    heldout_by_kind,
+    training_batches,
+)
 from nnunet_autoreg.pretrain.compiled import is_out_of_memory
 from nnunet_autoreg.pretrain.display import gauges, postfix
 from nnunet_autoreg.pretrain.distributed import ALONE, World, is_lost_peer, is_spread, usable
@@ -33,7 +41,7 @@ from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.records import to_jsonable
 from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics, draw_progress
 from nnunet_autoreg.report.sinks import open_sinks
-from nnunet_autoreg.sequences.material import Material
+from nnunet_autoreg.sampling.material import Material
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +49,8 @@ NUM_HELDOUT_SAMPLES = 16
 
 
 class Trainer:
-    """Trains one objective by one plan in one folder, alone or together with other processes, of which the main one alone writes.
+    """Trains one objective by one plan in one folder, alone or together with other processes, of
+    which the main one alone writes.
 
     Args:
         objective: on any device; it is moved.
@@ -51,18 +60,36 @@ class Trainer:
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, objective: Objective, training: Material, heldout: Material,
-        device: torch.device, num_workers: int, probe: Sequence[LabelledCrop] = (), world: World = ALONE,
+        self,
+        plan: Plan,
+        folder: Path,
+        objective: Objective,
+        training: Material,
+        heldout: Material,
+        device: torch.device,
+        num_workers: int,
+        probe: Sequence[LabelledCrop] = (),
+        world: World = ALONE,
     ):
-        self.plan, self.folder, self.objective, self.device, self.world = plan, folder, objective, device, world
+        self.plan, self.folder, self.objective, self.device, self.world = (
+            plan,
+            folder,
+            objective,
+            device,
+            world,
+        )
         self.module = objective.module.to(device)
         self.is_sharded = is_spread(plan.run.sharding, self.module, device, world)
         self.looks = bool(heldout)
-        """Whether there is anything to validate on; the main process does, all of them where none has all weights."""
+        """Whether there is anything to validate on; the main process does, all of them where none
+        has all weights.
+        """
         heldout_of = {}
         if heldout and (world.is_main or self.is_sharded):
             size = heldout_batch_size(plan)
-            heldout_of = heldout_by_kind(objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size)
+            heldout_of = heldout_by_kind(
+                objective.sampler, heldout, size, NUM_HELDOUT_SAMPLES // size
+            )
         self.heldout = [batch for batches in heldout_of.values() for batch in batches]
         self.validation = Validation(objective, heldout_of, probe, device)
         # Before the step is set up, which from then on sums every gradient over all processes.
@@ -74,7 +101,9 @@ class Trainer:
         self.after_checkpoint: Callable[[], object] = lambda: None
         self.num_workers = num_workers
         dry_step = plan.run.dry_step_seconds
-        self.data_wait = DataWait(device.type, num_workers, None if dry_step is None else dry_step / world.size)
+        self.data_wait = DataWait(
+            device.type, num_workers, None if dry_step is None else dry_step / world.size
+        )
         self.tally = self.guard.tally()
         self.health: Health | None = None
         """What the last look at held-out scans found, in this process."""
@@ -89,20 +118,32 @@ class Trainer:
         """Train from the latest checkpoint, or from the start, to the plan's last step.
 
         Raises:
-            InterruptedRunError: SIGINT or SIGTERM came; the state is saved. Where a step or a validation takes so long that it cannot be
-                saved in time, the process is ended instead (see ``stopping``).
-            AutoregError: too many steps were bad, the features are collapsed at the end, a loader process died, the folder was
-                removed, or a checkpoint cannot be read or written.
+            InterruptedRunError: SIGINT or SIGTERM came; the state is saved. Where a step or a
+                validation takes so long that it cannot be saved in time, the process is ended
+                instead (see ``stopping``).
+            AutoregError: too many steps were bad, the features are collapsed at the end, a loader
+                process died, the folder was removed, or a checkpoint cannot be read or written.
         """
         self._resume()
         optim, start = self.plan.optim, self.progress.step
         metrics = self._metrics(start)
         self.identity = identity_of(self.folder)
         steps = range(start, optim.num_steps)
-        bar = tqdm(total=optim.num_steps, initial=start, unit="step", desc=self.plan.name, mininterval=1.0, disable=not self.world.is_main)
+        bar = tqdm(
+            total=optim.num_steps,
+            initial=start,
+            unit="step",
+            desc=self.plan.name,
+            mininterval=1.0,
+            disable=not self.world.is_main,
+        )
         loaded = training_batches(self.batches, steps, self.num_workers, self.device.type == "cuda")
         with (
-            stops_noted(self._line_if_forced) as stop, phase("training"), bar, closing(metrics), dead_workers_in_one_line(),
+            stops_noted(self._line_if_forced) as stop,
+            phase("training"),
+            bar,
+            closing(metrics),
+            dead_workers_in_one_line(),
             closing(loaded) as prepared,
         ):
             clock = time.monotonic()
@@ -135,7 +176,8 @@ class Trainer:
                 clock += time.monotonic() - paused
                 if stopping:
                     raise InterruptedRunError(
-                        f"stopped after step {self.progress.step} of {optim.num_steps}; the state is saved: "
+                        f"stopped after step {self.progress.step} of {optim.num_steps}; the state "
+                        "is saved: "
                         "type the same line again to continue"
                     )
         if not steps:
@@ -145,35 +187,44 @@ class Trainer:
         """End a run that did all its steps, but whose encoder must not be used, in all processes.
 
         Raises:
-            AutoregError: weights or held-out error are not finite, the features are collapsed, or no step was good.
+            AutoregError: weights or held-out error are not finite, the features are collapsed, or
+                no step was good.
         """
         if self.health is None and self.looks and (self.world.is_main or self.is_sharded):
             with usable(self.train_step.loss_of), phase("measuring the validation error"):
                 self.health = self.validation.measure()
 
         weights_are_finite = not self.world.any(not is_finite(self.module))
-        found = failures(self.health, self.plan.run, weights_are_finite, self.guard.tally(), self.progress.step)
+        found = failures(
+            self.health, self.plan.run, weights_are_finite, self.guard.tally(), self.progress.step
+        )
         # Only the main process has looked, and its word counts for all.
         found = self.world.share(found)
         if not found:
             return
         raise AutoregError(
-            f"after {self.progress.step} steps the run has failed, and no encoder is exported: {'; '.join(found)}. The last good "
-            f"checkpoint is kept. Start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with "
-            "another --seed. Should the features be what you want, lower run.min_token_variance or run.min_effective_rank in "
+            f"after {self.progress.step} steps the run has failed, and no encoder is exported: "
+            f"{'; '.join(found)}. The last good "
+            "checkpoint is kept. Start a new --name with a lower rate, e.g. --set "
+            f"optim.lr={self.plan.optim.lr / 3:.1e}, or with "
+            "another --seed. Should the features be what you want, lower run.min_token_variance or "
+            "run.min_effective_rank in "
             f"{self.folder / 'plan.json'}, and type the same line again"
         )
 
     def require_folder(self) -> None:
-        """Make sure that the folder is there and the same as when training began; a new one would be another run's.
+        """Make sure that the folder is there and the same as when training began; a new one would
+        be another run's.
 
         Raises:
             AutoregError: it was removed or replaced.
         """
         if self.world.is_main and identity_of(self.folder) != self.identity:
             raise AutoregError(
-                f"{self.folder} was removed, renamed or replaced while it was trained in, so that nothing can be saved; training "
-                "stops here. Put the folder back to go on from its last checkpoint, or type the same line again to start over"
+                f"{self.folder} was removed, renamed or replaced while it was trained in, so that "
+                "nothing can be saved; training "
+                "stops here. Put the folder back to go on from its last checkpoint, or type the "
+                "same line again to start over"
             )
 
     def _show(self, metrics: MetricsFile) -> None:
@@ -188,18 +239,34 @@ class Trainer:
         """What to say where a stop does not wait for the end of the step."""
         step = self.progress.step
         if self.saved_step == step > 0:
-            return f"stopped after step {step}; the state is saved: type the same line again to continue"
-        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there was no checkpoint yet"
-        return f"stopped in step {step + 1}, which takes too long to be waited for; {kept}: type the same line again to continue from there"
+            return (
+                f"stopped after step {step}; the state is saved: type the same line again to "
+                "continue"
+            )
+        kept = (
+            f"the checkpoint of step {self.saved_step} is kept"
+            if self.saved_step
+            else "there was no checkpoint yet"
+        )
+        return (
+            f"stopped in step {step + 1}, which takes too long to be waited for; {kept}: type the "
+            "same line again to continue from there"
+        )
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.plan.optim.num_steps
 
     def _metrics(self, start: int) -> MetricsFile:
         path = self.folder / "metrics.jsonl"
-        return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start)) if self.world.is_main else NoMetrics(path)
+        return (
+            MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start))
+            if self.world.is_main
+            else NoMetrics(path)
+        )
 
-    def _log(self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float) -> None:
+    def _log(
+        self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float
+    ) -> None:
         self.require_folder()
         # JSON knows no NaN; what the guard says of the step is logged beside.
         if math.isfinite(error) and math.isfinite(norm):
@@ -211,7 +278,9 @@ class Trainer:
             metrics.log(step, name, value, unit)
 
     def _log_wait(self, metrics: MetricsFile, step: int, elapsed: float, seconds: float) -> None:
-        """Log which share of the ``elapsed`` seconds went into waiting for data; warn once where that is long."""
+        """Log which share of the ``elapsed`` seconds went into waiting for data; warn once where
+        that is long.
+        """
         share = self.data_wait.share(elapsed)
         metrics.log(step, "data_wait", share, "share of time")
 
@@ -232,29 +301,51 @@ class Trainer:
             self._roll_back(step, metrics)
 
     def _roll_back(self, step: int, metrics: MetricsFile) -> None:
-        """Weights and optimizer as in the last regular checkpoint; step and data go on, so that other data follow.
+        """Weights and optimizer as in the last regular checkpoint; step and data go on, so that
+        other data follow.
 
         Regular checkpoints alone: an interruption must not change where a run goes back to.
         """
         bad, allowed = self.tally.in_row, self.plan.run.max_rollbacks
-        advice = f"start a new --name with a lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}"
+        advice = (
+            "start a new --name with a lower rate, e.g. --set "
+            f"optim.lr={self.plan.optim.lr / 3:.1e}"
+        )
         seeks = self.world.is_main and self.progress.rollbacks < allowed
         found = checkpoint.newest_scheduled(self.folder) if seeks else None
         good = self.world.share(None if found is None else lent(found))
         if good is None:
-            why = f"it went back {allowed} times already" if self.progress.rollbacks >= allowed else "there is no checkpoint to go back to"
-            raise AutoregError(f"the last {bad} steps until step {step + 1} were all bad (infinite, NaN or far off), and {why}; {advice}")
+            why = (
+                f"it went back {allowed} times already"
+                if self.progress.rollbacks >= allowed
+                else "there is no checkpoint to go back to"
+            )
+            raise AutoregError(
+                f"the last {bad} steps until step {step + 1} were all bad (infinite, NaN or far "
+                f"off), and {why}; {advice}"
+            )
         restore_weights(good, self.module, self.optimizer, self.world)
         self.guard.forget()
         self.tally = self.guard.tally()
         self.progress.rollbacks += 1
-        log.warning("the last %d steps until step %d were all bad: the weights of step %s are taken up again and training goes on with "
-                    "other data (time %d of at most %d); if this repeats, %s",
-                    bad, step + 1, good["step"], self.progress.rollbacks, allowed, advice)
+        log.warning(
+            "the last %d steps until step %d were all bad: the weights of step %s are taken up "
+            "again and training goes on with "
+            "other data (time %d of at most %d); if this repeats, %s",
+            bad,
+            step + 1,
+            good["step"],
+            self.progress.rollbacks,
+            allowed,
+            advice,
+        )
         metrics.log(step, "rollbacks", self.progress.rollbacks, "times")
 
     def _validate(self, step: int, metrics: MetricsFile) -> None:
-        """Look at held-out scans and keep the best state. The main process says whether it is the best."""
+        """Look at held-out scans and keep the best state.
+
+        The main process says whether it is the best.
+        """
         if not self.looks:
             return
         with usable(self.train_step.loss_of), phase("measuring the validation error"):
@@ -273,7 +364,9 @@ class Trainer:
         for name, (value, unit) in health.metrics().items():
             metrics.log(step, name, value, unit)
         log.info("step %d: %s", step + 1, health.sentence())
-        for sentence in complaints(health, self.plan.run, warm=step >= 2 * self.plan.optim.warmup_steps):
+        for sentence in complaints(
+            health, self.plan.run, warm=step >= 2 * self.plan.optim.warmup_steps
+        ):
             log.warning("step %d: %s", step + 1, sentence)
             metrics.note(step, "health_warning", sentence)
         is_best = health.errors["error"] < self.progress.best_error
@@ -285,7 +378,8 @@ class Trainer:
         """Save the newest state, keeping the one before.
 
         Args:
-            needed: also in the middle of a row of bad steps, of which no regular checkpoint is made.
+            needed: also in the middle of a row of bad steps, of which no regular checkpoint is
+                made.
         """
         step, every, optim = self.progress.step, self.plan.run.checkpoint_every, self.plan.optim
         scheduled = step % every == 0 and self.guard.tally().in_row == 0
@@ -303,7 +397,12 @@ class Trainer:
         state = snapshot(self.module, self.optimizer, self.guard, self.progress, self.world)
         if self.world.is_main:
             self.require_folder()
-            content = {**state, "told": to_jsonable(self.tally), "scheduled": scheduled, "plan": to_jsonable(public_plan(self.plan))}
+            content = {
+                **state,
+                "told": to_jsonable(self.tally),
+                "scheduled": scheduled,
+                "plan": to_jsonable(public_plan(self.plan)),
+            }
             checkpoint.save_checkpoint(self.folder / name, content, previous)
 
     def _resume(self) -> None:
@@ -316,17 +415,25 @@ class Trainer:
             self.progress = restore(content, self.module, self.optimizer, self.guard, self.world)
             self.tally = Tally(**content["told"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            if is_lost_peer(error) or is_out_of_memory(error):  # while tensors were sent or moved: nothing is wrong with the file
+            if is_lost_peer(error) or is_out_of_memory(
+                error
+            ):  # while tensors were sent or moved: nothing is wrong with the file
                 raise
             why = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} does not belong to this plan ({why}); move it away to start over") from error
-        self.latest_is_scheduled = path.name == checkpoint.LATEST_NAME and bool(content["scheduled"])
+            raise CheckpointError(
+                f"{path} does not belong to this plan ({why}); move it away to start over"
+            ) from error
+        self.latest_is_scheduled = path.name == checkpoint.LATEST_NAME and bool(
+            content["scheduled"]
+        )
         self.saved_step = self.progress.step
         log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
 
 
 def is_finite(module: torch.nn.Module) -> bool:
-    """Return whether all weights of this process are finite; of weights that are spread, its own part."""
+    """Return whether all weights of this process are finite; of weights that are spread, its own
+    part.
+    """
     for tensor in module.state_dict().values():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
@@ -344,6 +451,12 @@ def identity_of(folder: Path) -> tuple[int, int] | None:
 
 
 def heldout_batch_size(plan: Plan) -> int:
-    """A power of two, so that the same samples are held out whatever the memory and the number of processes."""
-    size = min(plan.optim.micro_batch_size or plan.optim.batch_size, plan.optim.batch_size, NUM_HELDOUT_SAMPLES)
+    """A power of two, so that the same samples are held out whatever the memory and the number of
+    processes.
+    """
+    size = min(
+        plan.optim.micro_batch_size or plan.optim.batch_size,
+        plan.optim.batch_size,
+        NUM_HELDOUT_SAMPLES,
+    )
     return 1 << int(math.log2(size))

@@ -10,13 +10,16 @@ ENOUGH_S = 20.0
 
 
 def seconds_per_step(trainer: Trainer) -> float:
-    """Mean seconds of a training step, loading included, over up to 50 steps or about 20 s after two steps of warm-up.
+    """Mean seconds of a training step, loading included, over up to 50 steps or about 20 s after
+    two steps of warm-up.
 
     Args:
         trainer: is trained by this and not to be used afterwards.
     """
     steps = range(WARM_UP_STEPS + MAX_STEPS)
-    prepared = training_batches(trainer.batches, steps, trainer.num_workers, trainer.device.type == "cuda")
+    prepared = training_batches(
+        trainer.batches, steps, trainer.num_workers, trainer.device.type == "cuda"
+    )
     start, done = time.monotonic(), 0
     for step, batch in zip(steps, prepared, strict=True):
         loss, _ = trainer.train_step(step, batch)

@@ -1,4 +1,7 @@
-"""One pretraining from the request to the encoder: index, plan, store, train, export. Safe to repeat at any point."""
+"""One pretraining from the request to the encoder: index, plan, store, train, export.
+
+Safe to repeat at any point.
+"""
 
 import hashlib
 import logging
@@ -70,15 +73,21 @@ class Outcome:
     finished: bool
 
 
-def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = False, crew: Crew | None = None) -> Outcome:
+def pretrain(
+    request: Request,
+    device: str,
+    dry_run: bool = False,
+    show: bool = False,
+    crew: Crew | None = None,
+) -> Outcome:
     """Do what is left of the run that ``request`` describes.
 
     Args:
         device: cpu, cuda or mps.
         dry_run: stop after plan.json and scans.csv.
         show: before that, preprocess a few scans and draw ``sequences.png``.
-        crew: the processes that train together; None for this one alone. All but the training is done by this one alone, before the
-            others are needed.
+        crew: the processes that train together; None for this one alone. All but the training is
+            done by this one alone, before the others are needed.
 
     Raises:
         UsageError: the request is wrong, or differs from the one that the run was made with.
@@ -93,14 +102,21 @@ def pretrain(request: Request, device: str, dry_run: bool = False, show: bool = 
         if dry_run:
             return Outcome(folder, is_finished(folder, plan))
         if is_finished(folder, plan):
-            log.info("run '%s' is finished: %d steps on %d scans", plan.name, plan.optim.num_steps, len(rows))
+            log.info(
+                "run '%s' is finished: %d steps on %d scans",
+                plan.name,
+                plan.optim.num_steps,
+                len(rows),
+            )
             return Outcome(folder, True)
         train(folder, plan, rows, device, crew or Crew())
         return Outcome(folder, True)
 
 
 def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[ScanRow]]:
-    """The plan and the usable scans: read from the folder if they are there, else made and written (the plan last)."""
+    """The plan and the usable scans: read from the folder if they are there, else made and written
+    (the plan last).
+    """
     if has_plan(folder):
         plan = check(continued_plan(folder, request))
         if not checkpoint.exists(folder):
@@ -117,12 +133,20 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
     if not index.rows:
         raise AutoregError("no scan was found; give other datasets (-d) or folders (-i)")
     if not rows:
-        raise AutoregError(f"no usable scan was found; {folder / INDEX_NAME} says why for each of {len(index.rows)}")
+        raise AutoregError(
+            f"no usable scan was found; {folder / INDEX_NAME} says why for each of "
+            f"{len(index.rows)}"
+        )
     with phase("planning"):
         print_of = fingerprint(index, parse_policy(request.spacing))
         plan = make_plan(
-            request.name, pool_of(print_of), hardware(device, request.gpu_memory_gib), wishes_of(request), request.seed,
-            to_jsonable(request), partial(step_memory, half=has_half(device)),
+            request.name,
+            pool_of(print_of),
+            hardware(device, request.gpu_memory_gib),
+            wishes_of(request),
+            request.seed,
+            to_jsonable(request),
+            partial(step_memory, half=has_half(device)),
         )
         plan = with_presets(with_sequences(folder, plan, request, rows), request)
         plan = check(override(plan, list(request.settings)))
@@ -137,13 +161,17 @@ def prepare(folder: Path, request: Request, device: str) -> tuple[Plan, list[Sca
 
 
 def with_sequences(folder: Path, plan: Plan, request: Request, rows: list[ScanRow]) -> Plan:
-    """The plan with its kinds of sequences, by what the training scans offer; positions of structures are kept in ``places.json``."""
+    """The plan with its kinds of sequences, by what the training scans offer; positions of
+    structures are kept in ``places.json``.
+    """
     training, _ = split(rows, plan.data.holdout_fraction, plan.run.seed)
     return plan_with_sequences(folder, plan, request, training, rows, num_processes())
 
 
 def with_presets(plan: Plan, request: Request) -> Plan:
-    """The plan for the objective and the preset asked for; what is typed beside a preset counts more."""
+    """The plan for the objective and the preset asked for; what is typed beside a preset counts
+    more.
+    """
     plan = with_objective(plan, request.objective)
     if request.preset != "faithful":
         return plan
@@ -164,7 +192,15 @@ def index_inputs(folder: Path, request: Request) -> Index:
     folders = [Path(f) for f in request.folders]
     candidates = find_scans(list(request.datasets), folders, split_4d=request.split_4d, salt=salt)
     journal = folder / JOURNAL_NAME
-    index = index_scans(candidates, exclude, num_processes(), request.modality, salt=salt, manifest=manifest, journal=journal)
+    index = index_scans(
+        candidates,
+        exclude,
+        num_processes(),
+        request.modality,
+        salt=salt,
+        manifest=manifest,
+        journal=journal,
+    )
     write_licences(folder, index.rows)
     _, paths = hide_paths(to_jsonable(request), PATH_FIELDS)
     write_index(folder / INDEX_NAME, index.rows, paths)
@@ -173,7 +209,9 @@ def index_inputs(folder: Path, request: Request) -> Index:
 
 
 def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew) -> None:
-    """Preprocess what is missing, train to the plan's length together with the crew, export the encoder."""
+    """Preprocess what is missing, train to the plan's length together with the crew, export the
+    encoder.
+    """
     with phase("loading torch"):
         from nnunet_autoreg.pretrain.distributed import share_of
         from nnunet_autoreg.pretrain.fit import memory_errors_in_one_line
@@ -182,7 +220,9 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew
 
     share_of(plan.optim.batch_size, 0, crew.launch.size)
     store = Store()
-    keys = store.ensure(rows, partial(row_spacing, data=plan.data), plan.data.ct_window, num_processes())
+    keys = store.ensure(
+        rows, partial(row_spacing, data=plan.data), plan.data.ct_window, num_processes()
+    )
     rows = stored(folder, rows, store, begun=checkpoint.exists(folder))
     training, heldout = split(rows, plan.data.holdout_fraction, plan.run.seed)
     log.info("%d scans to train on, %d held out", len(training), len(heldout))
@@ -193,7 +233,15 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew
             parts = make_material(folder, plan, store, cases, training, heldout, num_processes())
         with phase(f"reading label maps of {len(rows)} scans for the probe"):
             probe = labelled_crops(plan, rows, cases, {row.id for row in heldout})
-        return Job(folder, plan, device, *parts, probe, not checkpoint.exists(folder), crew.launch.local_size)
+        return Job(
+            folder,
+            plan,
+            device,
+            *parts,
+            probe,
+            not checkpoint.exists(folder),
+            crew.launch.local_size,
+        )
 
     job = tried(job_of(plan), job_of, crew.launch.size)
     with crew.world() as world, memory_errors_in_one_line():
@@ -201,7 +249,8 @@ def train(folder: Path, plan: Plan, rows: list[ScanRow], device: str, crew: Crew
 
 
 def tried(job: "Job", job_of: Callable[[Plan], "Job"], num_training: int) -> "Job":
-    """The job with a plan that a dry step on this process's device has shown to fit, written once, before the first step.
+    """The job with a plan that a dry step on this process's device has shown to fit, written once,
+    before the first step.
 
     Args:
         job_of: makes the job of another plan, whose sequences are others.
@@ -220,7 +269,11 @@ def tried(job: "Job", job_of: Callable[[Plan], "Job"], num_training: int) -> "Jo
         return replace(job, plan=plan) if plan.sequence == job.plan.sequence else job_of(plan)
 
     with phase("trying a training step, to see that it fits"):
-        plan = fitted(share_of_plan(job.plan, num_training), lambda plan: trainer_of(with_plan(plan)), torch.device(job.device))
+        plan = fitted(
+            share_of_plan(job.plan, num_training),
+            lambda plan: trainer_of(with_plan(plan)),
+            torch.device(job.device),
+        )
     write_plan(job.folder, plan)
     return with_plan(plan)
 
@@ -234,10 +287,19 @@ def lead(job: "Job", world: "World", crew: Crew, rows: list[ScanRow], setting: S
     world.share((job, needs_pace(job.plan)))
     if needs_pace(job.plan):
         with phase("measuring how long a step takes"):
-            job = measured(job, world, place, lambda plan, seconds: with_pace(folder, plan, seconds, job.device))
+            job = measured(
+                job,
+                world,
+                place,
+                lambda plan, seconds: with_pace(folder, plan, seconds, job.device),
+            )
     if world.size > 1:
-        log.info("%d processes train together, %d of %d crops in this one", world.size, job.plan.optim.batch_size // world.size,
-                 job.plan.optim.batch_size)
+        log.info(
+            "%d processes train together, %d of %d crops in this one",
+            world.size,
+            job.plan.optim.batch_size // world.size,
+            job.plan.optim.batch_size,
+        )
     if job.device == "cuda":
         num_loaders, why = choose_loaders(job.plan, job.device, job.num_local)
         log.info("%d processes load for each GPU (%s)", num_loaders, why)
@@ -267,7 +329,9 @@ def needs_pace(plan: Plan) -> bool:
 
 
 def with_pace(folder: Path, plan: Plan, seconds: float, device: str) -> Plan:
-    """The plan with its hours turned into steps, written once, so that a resumed run is the same run."""
+    """The plan with its hours turned into steps, written once, so that a resumed run is the same
+    run.
+    """
     plan = with_hours(plan, float(plan.request["num_hours"]), seconds, device)
     write_plan(folder, plan)
     log.info("optim.num_steps = %d (%s)", plan.optim.num_steps, plan.reasons["optim.num_steps"])
@@ -281,8 +345,16 @@ def check_inputs(request: Request) -> None:
         UsageError: a path that does not exist, or an unknown or mistyped setting.
     """
     parse_kinds(request.sequences)
-    files = {"--exclude": request.exclude, "--manifest": request.manifest, "--init": request.init, "--boxes": request.boxes}
-    for flag, paths in (("-i", request.folders), *((flag, (path,)) for flag, path in files.items())):
+    files = {
+        "--exclude": request.exclude,
+        "--manifest": request.manifest,
+        "--init": request.init,
+        "--boxes": request.boxes,
+    }
+    for flag, paths in (
+        ("-i", request.folders),
+        *((flag, (path,)) for flag, path in files.items()),
+    ):
         for path in paths:
             if path and not Path(path).exists():
                 raise UsageError(f"{flag} {path}: does not exist")
@@ -297,7 +369,15 @@ def check_inputs(request: Request) -> None:
     # Which family will suit the scans is not known yet, and a setting may be of either.
     for name in ("resenc_tiny", "primus_tiny") if wishes.encoder == "auto" else (wishes.encoder,):
         try:
-            sketch = make_plan(request.name, nobody, some, replace(wishes, encoder=name), request.seed, {}, lambda *_: (0.0, 0.0))
+            sketch = make_plan(
+                request.name,
+                nobody,
+                some,
+                replace(wishes, encoder=name),
+                request.seed,
+                {},
+                lambda *_: (0.0, 0.0),
+            )
             override(with_presets(sketch, request), list(request.settings))
             return
         except PlanError as error:
@@ -319,30 +399,53 @@ def check_network(plan: Plan) -> None:
     try:
         with torch.device("meta"):
             build_objective(plan)
-    except (AssertionError, AttributeError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(f"encoder.arguments={plan.encoder.arguments}: no network can be built from them ({why})") from error
+        raise PlanError(
+            f"encoder.arguments={plan.encoder.arguments}: no network can be built from them ({why})"
+        ) from error
 
 
-def split(rows: Sequence[ScanRow], fraction: float, seed: int) -> tuple[list[ScanRow], list[ScanRow]]:
-    """Training and held-out scans. All scans of a subject, and all channels of a case, go the same way.
+def split(
+    rows: Sequence[ScanRow], fraction: float, seed: int
+) -> tuple[list[ScanRow], list[ScanRow]]:
+    """Training and held-out scans.
 
-    Which way is told by a hash of the cases' names that other cases do not change; of a subject the lowest counts, since its
-    own hash differs between machines.
+    All scans of a subject, and all channels of a case, go the same way.
+
+    Which way is told by a hash of the cases' names that other cases do not change; of a subject the
+    lowest counts, since its own hash differs between machines.
     """
     cases = {(row.dataset, row.case): row.subject for row in reversed(rows)}
     lowest: dict[object, str] = {}
     for case, subject in cases.items():
         drawn = hashlib.sha256(f"{seed}/{case}".encode()).hexdigest()
         lowest[subject or case] = min(drawn, lowest.get(subject or case, drawn))
-    num_heldout = min(max(1, round(fraction * len(lowest))), len(lowest) - 1) if fraction > 0 and len(lowest) > 1 else 0
+    num_heldout = (
+        min(max(1, round(fraction * len(lowest))), len(lowest) - 1)
+        if fraction > 0 and len(lowest) > 1
+        else 0
+    )
     chosen = set(sorted(lowest, key=lambda group: lowest[group])[:num_heldout])
-    is_heldout = [(cases[row.dataset, row.case] or (row.dataset, row.case)) in chosen for row in rows]
-    return [r for r, out in zip(rows, is_heldout, strict=True) if not out], [r for r, out in zip(rows, is_heldout, strict=True) if out]
+    is_heldout = [
+        (cases[row.dataset, row.case] or (row.dataset, row.case)) in chosen for row in rows
+    ]
+    return [r for r, out in zip(rows, is_heldout, strict=True) if not out], [
+        r for r, out in zip(rows, is_heldout, strict=True) if out
+    ]
 
 
 def stored(folder: Path, rows: list[ScanRow], store: Store, begun: bool) -> list[ScanRow]:
-    """The scans that are in the store; those that could not be preprocessed get their reason in scans.csv.
+    """The scans that are in the store; those that could not be preprocessed get their reason in
+    scans.csv.
 
     Args:
         begun: training has begun, so that no scan may leave any more.
@@ -357,15 +460,28 @@ def stored(folder: Path, rows: list[ScanRow], store: Store, begun: bool) -> list
     left = [row for row in rows if row.id not in failed]
     first, (status, reason) = next(iter(failed.items()))
     if not left:
-        raise AutoregError(f"none of {len(rows)} scans could be preprocessed; the first, {first}, is {status}: {reason}")
+        raise AutoregError(
+            f"none of {len(rows)} scans could be preprocessed; the first, {first}, is {status}: "
+            f"{reason}"
+        )
     if begun:
         raise AutoregError(
-            f"{len(failed)} scans of this run are in the store no more and cannot be read again; the first, {first}, is {status} "
+            f"{len(failed)} scans of this run are in the store no more and cannot be read again; "
+            f"the first, {first}, is {status} "
             f"({reason}): put them back, so that the run stays the same, or use another --name"
         )
-    write_index(index, [replace(row, status=failed[row.id][0], reason=failed[row.id][1]) if row.id in failed else row
-                        for row in read_index(index)])
-    log.warning("%d scans could not be preprocessed and are left out; %s says why", len(failed), index)
+    write_index(
+        index,
+        [
+            replace(row, status=failed[row.id][0], reason=failed[row.id][1])
+            if row.id in failed
+            else row
+            for row in read_index(index)
+        ],
+    )
+    log.warning(
+        "%d scans could not be preprocessed and are left out; %s says why", len(failed), index
+    )
     return left
 
 
@@ -377,15 +493,25 @@ def usable(rows: Sequence[ScanRow]) -> list[ScanRow]:
 def report_left_out(rows: Sequence[ScanRow], index: Path) -> None:
     """Say how many scans take part, how many do not by status, and how modalities were told."""
     counts = Counter(row.status for row in rows)
-    left_out = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if status != "ok")
-    log.info("%d scans are usable%s; %s says why for each", counts["ok"], f", left out are: {left_out}" if left_out else "", index)
-    for (modality, rule), count in Counter((row.modality, row.modality_rule) for row in rows if row.status == "ok").items():
+    left_out = ", ".join(
+        f"{count} {status}" for status, count in sorted(counts.items()) if status != "ok"
+    )
+    log.info(
+        "%d scans are usable%s; %s says why for each",
+        counts["ok"],
+        f", left out are: {left_out}" if left_out else "",
+        index,
+    )
+    for (modality, rule), count in Counter(
+        (row.modality, row.modality_rule) for row in rows if row.status == "ok"
+    ).items():
         log.info("%d of them are %s (%s)", count, modality, rule)
 
 
 def wishes_of(request: Request) -> Wishes:
-    """What the user fixed: the encoder of ``--init``'s weights where none is named; a preset's batch too, since the length in steps follows
-    from it, and what it asks of the encoder."""
+    """What the user fixed: the encoder of ``--init``'s weights where none is named; a preset's
+    batch too, since the length in steps follows from it, and what it asks of the encoder.
+    """
     is_faithful = request.preset == "faithful"
     card = read_card(Path(request.init).parent) if request.init else None
     encoder = card.encoder if card is not None and request.encoder == "auto" else request.encoder
@@ -393,11 +519,14 @@ def wishes_of(request: Request) -> Wishes:
     if token is None and card is not None and card.encoder == encoder:
         token = card.token_size_vox
     batch = request.batch_size or (PAPER_BATCH if is_faithful else None)
-    return Wishes(encoder, batch, request.num_steps, request.num_epochs, request.num_hours, is_faithful, token)
+    return Wishes(
+        encoder, batch, request.num_steps, request.num_epochs, request.num_hours, is_faithful, token
+    )
 
 
 def typed_token_size(settings: Sequence[str]) -> Size | None:
-    """Return the token size that ``--set`` gives among an encoder's arguments, so that crop and blocks are planned for it.
+    """Return the token size that ``--set`` gives among an encoder's arguments, so that crop and
+    blocks are planned for it.
 
     A value that is no size is left to the check of the plan, which names it.
     """
@@ -412,7 +541,9 @@ def typed_token_size(settings: Sequence[str]) -> Size | None:
 
     if not isinstance(found, list) or len(found) != 3:
         return None
-    is_size = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in found)
+    is_size = all(
+        isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in found
+    )
     return as_size(found) if is_size else None
 
 

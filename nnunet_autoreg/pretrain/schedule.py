@@ -6,7 +6,9 @@ from nnunet_autoreg.plan import OptimPlan
 
 
 def learning_rate(optim: OptimPlan, step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up to ``lr`` over ``warmup_steps``, then half a cosine to 0 at ``num_steps``."""
+    """Rate of step 0, 1, ...: linear warm-up to ``lr`` over ``warmup_steps``, then half a cosine to
+    0 at ``num_steps``.
+    """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps)

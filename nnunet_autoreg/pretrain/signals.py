@@ -7,12 +7,15 @@ __all__ = ["InterruptedRunError", "raise_if_stopped", "refuse_interruption", "st
 
 
 def refuse_interruption(error: BaseException) -> None:
-    """Raise the interruption that an exception of other people's code stands for, if it stands for one.
+    """Raise the interruption that an exception of other people's code stands for, if it stands for
+    one.
 
-    torch's compiler wraps whatever is raised inside it; what it wrapped is then no fault of the code that was compiled.
+    torch's compiler wraps whatever is raised inside it; what it wrapped is then no fault of the
+    code that was compiled.
 
     Raises:
-        InterruptedRunError: SIGTERM or Ctrl-C has come, or one of the causes of ``error`` is an interruption.
+        InterruptedRunError: SIGTERM or Ctrl-C has come, or one of the causes of ``error`` is an
+            interruption.
     """
     raise_if_stopped()
     seen: set[int] = set()

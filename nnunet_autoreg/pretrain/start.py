@@ -39,7 +39,7 @@ def check_start(plan: Plan) -> None:
     named = named_weights(plan)
     if named is None:
         return
-    from nnunet_autoreg.transfer.load import check_same_encoder, read_tensors
+    from nnunet_autoreg.finetune.load import check_same_encoder, read_tensors
 
     weights, card = named
     check_same_encoder(card, plan.encoder)
@@ -55,7 +55,7 @@ def start_from(network: "nn.Module", plan: Plan) -> None:
     named = named_weights(plan)
     if named is None:
         return
-    from nnunet_autoreg.transfer.load import Target, load_encoder
+    from nnunet_autoreg.finetune.load import Target, load_encoder
 
     weights, card = named
     table = load_encoder(network, weights, card, Target(1, plan.sequence.crop_size_vox), INIT_SHARE)

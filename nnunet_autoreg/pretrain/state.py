@@ -1,7 +1,8 @@
-"""What a checkpoint holds beside the plan: weights, optimizer, guard, progress and the state of every generator.
+"""What a checkpoint holds beside the plan: weights, optimizer, guard, progress and the state of
+every generator.
 
-The rate is a function of the step, samples are functions of (seed, step, number), and bf16 needs no loss scaler: none of them has a
-state of its own.
+The rate is a function of the step, samples are functions of (seed, step, number), and bf16 needs no
+loss scaler: none of them has a state of its own.
 """
 
 import math
@@ -20,7 +21,9 @@ from nnunet_autoreg.pretrain.guard import StepGuard
 
 @dataclass
 class Progress:
-    """Where training stands: steps done, the best held-out error so far (infinite before the first), and times it went back."""
+    """Where training stands: steps done, the best held-out error so far (infinite before the
+    first), and times it went back.
+    """
 
     step: int = 0
     best_error: float = math.inf
@@ -28,7 +31,9 @@ class Progress:
 
 
 def generator_states() -> dict[str, Any]:
-    """The state of every global generator of this process - on CUDA of the device it uses - as tensors and plain values."""
+    """The state of every global generator of this process - on CUDA of the device it uses - as
+    tensors and plain values.
+    """
     name, keys, position, has_gauss, cached = np.random.get_state()
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {
@@ -51,9 +56,16 @@ def set_generators(states: Mapping[str, Any]) -> None:
 
 
 def snapshot(
-    module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, progress: Progress, world: World = ALONE
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
+    progress: Progress,
+    world: World = ALONE,
 ) -> dict[str, Any]:
-    """Everything that training goes on from, whole, whatever it was spread over. All processes have to call this."""
+    """Everything that training goes on from, whole, whatever it was spread over.
+
+    All processes have to call this.
+    """
     return {
         "network_weights": whole(module.state_dict()),
         "optimizer": whole(optimizer.state_dict()),
@@ -66,15 +78,24 @@ def snapshot(
 
 
 def lent(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A snapshot of the main process as ``World.share`` gives it to the others: weights and moments follow one by one as it is restored."""
-    return {key: promised(value) if key in ("network_weights", "optimizer") else value for key, value in content.items()}
+    """A snapshot of the main process as ``World.share`` gives it to the others: weights and moments
+    follow one by one as it is restored.
+    """
+    return {
+        key: promised(value) if key in ("network_weights", "optimizer") else value
+        for key, value in content.items()
+    }
 
 
 def restore(
-    content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, world: World = ALONE
+    content: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
+    world: World = ALONE,
 ) -> Progress:
-    """The inverse of ``snapshot``, by all processes at once, of their own content or of what the main one ``lent``. A process that had no
-    counterpart then keeps its fresh generators.
+    """The inverse of ``snapshot``, by all processes at once, of their own content or of what the
+    main one ``lent``. A process that had no counterpart then keeps its fresh generators.
 
     Raises:
         KeyError, RuntimeError, ValueError: the content is of another network or optimizer.
@@ -86,12 +107,29 @@ def restore(
     return Progress(int(content["step"]), float(content["best_error"]), int(content["rollbacks"]))
 
 
-def restore_weights(content: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> None:
-    """Weights and optimizer alone, for a roll-back; each process takes its part of what is spread."""
+def restore_weights(
+    content: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World = ALONE,
+) -> None:
+    """Weights and optimizer alone, for a roll-back; each process takes its part of what is
+    spread.
+    """
     present = module.state_dict()
-    module.load_state_dict({name: like(world.fetch(value), present.get(name)) for name, value in content["network_weights"].items()})
+    module.load_state_dict(
+        {
+            name: like(world.fetch(value), present.get(name))
+            for name, value in content["network_weights"].items()
+        }
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = content["optimizer"]
-    state = {number: {key: like(world.fetch(value), parameters[number] if number < len(parameters) else None)
-                      for key, value in entries.items()} for number, entries in saved["state"].items()}
+    state = {
+        number: {
+            key: like(world.fetch(value), parameters[number] if number < len(parameters) else None)
+            for key, value in entries.items()
+        }
+        for number, entries in saved["state"].items()
+    }
     optimizer.load_state_dict({**saved, "state": state})

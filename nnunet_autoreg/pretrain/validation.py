@@ -7,21 +7,35 @@ import torch
 from torch import Tensor
 
 from nnunet_autoreg.objectives.base import Objective, TokenFeatures
-from nnunet_autoreg.pretrain.health import MAX_TOKENS, Health, content_part, effective_rank, evenly, token_variance
+from nnunet_autoreg.pretrain.health import (
+    MAX_TOKENS,
+    Health,
+    content_part,
+    effective_rank,
+    evenly,
+    token_variance,
+)
 from nnunet_autoreg.pretrain.machine import computes_in_half
 from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.sample import Batch
 
 
 class Validation:
-    """Measures the same things on the same data every time; changes nothing, draws nothing at random.
+    """Measures the same things on the same data every time; changes nothing, draws nothing at
+    random.
 
     Args:
         heldout: batches on the CPU, by their kind of sequences.
         crops: labelled crops for the probe; may be empty.
     """
 
-    def __init__(self, objective: Objective, heldout: Mapping[str, Sequence[Batch]], crops: Sequence[LabelledCrop], device: torch.device):
+    def __init__(
+        self,
+        objective: Objective,
+        heldout: Mapping[str, Sequence[Batch]],
+        crops: Sequence[LabelledCrop],
+        device: torch.device,
+    ):
         self.objective, self.heldout, self.device = objective, heldout, device
         self.probe = Probe(crops)
         self.voxel_score: float | None = None
@@ -42,14 +56,20 @@ class Validation:
         return autocast(self.device)
 
     def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Errors over all batches, by name, and the objective's own by kind of sequences, where there are several."""
+        """Errors over all batches, by name, and the objective's own by kind of sequences, where
+        there are several.
+        """
         sums = {kind: self._sums(batches) for kind, batches in self.heldout.items()}
         whole: dict[str, float] = {}
         for part in sums.values():
             for name, value in part.items():
                 whole[name] = whole.get(name, 0.0) + value
         count = max(whole.pop("count"), 1.0)
-        kinds = {kind: part["error"] / max(part["count"], 1.0) for kind, part in sums.items()} if len(sums) > 1 else {}
+        kinds = (
+            {kind: part["error"] / max(part["count"], 1.0) for kind, part in sums.items()}
+            if len(sums) > 1
+            else {}
+        )
         return {name: value / count for name, value in whole.items()}, kinds
 
     def _sums(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -57,7 +77,11 @@ class Validation:
         for batch in batches:
             with self.autocast():
                 terms = self.objective.loss(batch.to(self.device), references=True)
-            for name, term in {"error": terms.total, "count": terms.count, **terms.references}.items():
+            for name, term in {
+                "error": terms.total,
+                "count": terms.count,
+                **terms.references,
+            }.items():
                 sums[name] = sums.get(name, 0.0) + float(term)
         return sums
 
@@ -66,7 +90,9 @@ class Validation:
             return self.objective.describe(batch.to(self.device))
 
     def _features(self) -> tuple[Tensor, Tensor]:
-        """Features (N, V) of held-out tokens that hold voxels, and the part of them that depends on the image."""
+        """Features (N, V) of held-out tokens that hold voxels, and the part of them that depends on
+        the image.
+        """
         features, positions = [], []
         for batch in (batch for batches in self.heldout.values() for batch in batches):
             tokens = self._describe(batch)
@@ -80,7 +106,11 @@ class Validation:
     def _probed(self) -> dict[str, float]:
         if self.voxel_score is None:
             self.voxel_score = self.probe.score(self._voxels_of)
-        return {"features": self.probe.score(self._features_of), "voxels": self.voxel_score, "chance": self.probe.chance}
+        return {
+            "features": self.probe.score(self._features_of),
+            "voxels": self.voxel_score,
+            "chance": self.probe.chance,
+        }
 
     def _features_of(self, batch: Batch) -> Tensor:
         return self._describe(batch).features[0].float().cpu()
@@ -90,5 +120,7 @@ class Validation:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """bf16 on GPUs that have it, full precision elsewhere. bf16 has the range of float32, so that no loss scaler is needed."""
+    """bf16 on GPUs that have it, full precision elsewhere. bf16 has the range of float32, so that
+    no loss scaler is needed.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_half(device))

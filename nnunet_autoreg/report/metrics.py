@@ -62,11 +62,15 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines: a torn last one (the process was killed while writing) is left out, others with a word. No file: no lines."""
+    """All whole lines: a torn last one (the process was killed while writing) is left out, others
+    with a word. No file: no lines.
+    """
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    ):
         try:
             record = json.loads(line)
             found.append({key: record[key] for key in ("step", "name", "value", "unit")})
@@ -76,7 +80,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_progress(metrics: Path, picture: Path) -> None:
-    """Draw ``progress.png``: error with the trivial baselines, rate, gradient norm, seconds per step, and the health of the features."""
+    """Draw ``progress.png``: error with the trivial baselines, rate, gradient norm, seconds per
+    step, and the health of the features.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,13 +99,26 @@ def draw_progress(metrics: Path, picture: Path) -> None:
     top = figure.add_subplot(grid[:2, :])
     for name, (label, colour, style) in LABELS.items():
         if name in series:
-            top.plot(*zip(*series[name], strict=True), label=f"{label}: {series[name][-1][1]:.3f}", color=colour, linestyle=style)
-    top.set(ylabel="squared error per voxel\n(normalised token = 1)", title="Next-block prediction", xlabel="step")
+            top.plot(
+                *zip(*series[name], strict=True),
+                label=f"{label}: {series[name][-1][1]:.3f}",
+                color=colour,
+                linestyle=style,
+            )
+    top.set(
+        ylabel="squared error per voxel\n(normalised token = 1)",
+        title="Next-block prediction",
+        xlabel="step",
+    )
     if top.lines:
         top.legend()
     axes = [figure.add_subplot(grid[2 + i // 2, i % 2], sharex=top) for i in range(len(shown))]
     for axis, (name, label) in zip(axes, shown, strict=True):
-        axis.plot(*zip(*series[name], strict=True), color="#0072b2", marker="." if len(series[name]) < 20 else None)
+        axis.plot(
+            *zip(*series[name], strict=True),
+            color="#0072b2",
+            marker="." if len(series[name]) < 20 else None,
+        )
         axis.set(title=label, xlabel="step")
     for axis in (top, *axes):
         axis.grid(alpha=0.3)

@@ -1,4 +1,7 @@
-"""The parts of one self-contained HTML page: its look, tables, figures. Nothing is fetched from anywhere."""
+"""The parts of one self-contained HTML page: its look, tables, figures.
+
+Nothing is fetched from anywhere.
+"""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -69,7 +72,10 @@ def page(title: str, body: Iterable[str]) -> str:
 def section(name: str, title: str, *content: str) -> str:
     """A section under a heading that ``#name`` leads to; empty parts are left out."""
     parts = "\n".join(part for part in content if part)
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(title)}</h2>\n{parts}\n</section>'
+    return (
+        f'<section aria-labelledby="{name}">\n<h2 '
+        f'id="{name}">{escape(title)}</h2>\n{parts}\n</section>'
+    )
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -84,11 +90,16 @@ def commands(lines: Iterable[str]) -> str:
 
 def tiles(values: Iterable[tuple[str, str, str]]) -> str:
     """Key figures: (name, value, remark)."""
-    cells = (f"<div><dt>{escape(n)}</dt><dd>{escape(v)}{f'<small>{escape(r)}</small>' if r else ''}</dd></div>" for n, v, r in values)
+    cells = []
+    for name, value, remark in values:
+        note = f"<small>{escape(remark)}</small>" if remark else ""
+        cells.append(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{note}</dd></div>")
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
-def table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]], kinds: Sequence[str] = ()) -> str:
+def table(
+    name: str, header: Sequence[str], rows: Iterable[Sequence[str]], kinds: Sequence[str] = ()
+) -> str:
     """A table that scrolls sideways where it is too wide; the first cell of a row names it.
 
     Args:
@@ -97,11 +108,19 @@ def table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]], kinds
         kinds: per column, "n" for numbers, "wide" for sentences, or "".
     """
     kinds = kinds or [""] * len(header)
-    head = "".join(f'<th scope="col"{_class(k)}>{escape(h)}</th>' for h, k in zip(header, kinds, strict=True))
+    head = "".join(
+        f'<th scope="col"{_class(k)}>{escape(h)}</th>' for h, k in zip(header, kinds, strict=True)
+    )
     lines = (enumerate(zip(row, kinds, strict=True)) for row in rows)
-    body = "\n".join("<tr>" + "".join(_cell(i, text, kind) for i, (text, kind) in line) + "</tr>" for line in lines)
-    return (f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
-            f"<tbody>\n{body}\n</tbody>\n</table></div>")
+    body = "\n".join(
+        "<tr>" + "".join(_cell(i, text, kind) for i, (text, kind) in line) + "</tr>"
+        for line in lines
+    )
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(name)}" '
+        f'tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
 
 
 def folded(title: str, content: str) -> str:
@@ -111,8 +130,16 @@ def folded(title: str, content: str) -> str:
 
 def _cell(number: int, text: str, kind: str) -> str:
     lines = text.split("\n")
-    inner = escape(text) if len(lines) == 1 else "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-    return f'<th scope="row"{_class(kind)}>{inner}</th>' if number == 0 else f"<td{_class(kind)}>{inner}</td>"
+    inner = (
+        escape(text)
+        if len(lines) == 1
+        else "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    )
+    return (
+        f'<th scope="row"{_class(kind)}>{inner}</th>'
+        if number == 0
+        else f"<td{_class(kind)}>{inner}</td>"
+    )
 
 
 def _class(kind: str) -> str:

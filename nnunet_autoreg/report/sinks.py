@@ -1,4 +1,8 @@
-"""Where metrics also go: TensorBoard if it is installed, W&B if nnU-Net's own switch is on. Neither can stop or slow a run much."""
+"""Where metrics also go:
+
+TensorBoard if it is installed, W&B if nnU-Net's own switch is on. Neither can stop or slow a run
+much.
+"""
 
 import importlib
 import importlib.util
@@ -15,10 +19,20 @@ SWITCH, PROJECT, MODE = "nnUNet_wandb_enabled", "nnUNet_wandb_project", "nnUNet_
 SECONDS_TO_WAIT = 30
 ID_NAME = ".wandb_id"
 QUIET: dict[str, Any] = {
-    "init_timeout": SECONDS_TO_WAIT, "login_timeout": SECONDS_TO_WAIT, "silent": True, "console": "off", "disable_git": True,
-    "disable_code": True, "x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True, "x_save_requirements": False,
+    "init_timeout": SECONDS_TO_WAIT,
+    "login_timeout": SECONDS_TO_WAIT,
+    "silent": True,
+    "console": "off",
+    "disable_git": True,
+    "disable_code": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
 }
-"""So that W&B waits for nobody and takes no host name, code, packages or printed lines; some versions know only part of it."""
+"""So that W&B waits for nobody and takes no host name, code, packages or printed lines; some
+versions know only part of it.
+"""
 
 
 class Sink(Protocol):
@@ -58,7 +72,9 @@ def wandb_enabled() -> bool:
     """
     value = os.environ.get(SWITCH, "0").lower()
     if value not in ("0", "1", "true", "false"):
-        raise UsageError(f"{SWITCH}={os.environ[SWITCH]}: nnU-Net knows 0 (off) and 1 (on); type: unset {SWITCH}")
+        raise UsageError(
+            f"{SWITCH}={os.environ[SWITCH]}: nnU-Net knows 0 (off) and 1 (on); type: unset {SWITCH}"
+        )
     return value in ("1", "true")
 
 
@@ -67,11 +83,18 @@ def _try(opened: list[Sink], what: str, make: Any) -> None:
         opened.append(make())
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("%s could not be started (%s); the run goes on without it, metrics.jsonl has every value", what, why)
+        log.warning(
+            "%s could not be started (%s); the run goes on without it, metrics.jsonl has every "
+            "value",
+            what,
+            why,
+        )
 
 
 class Guarded:
-    """A sink that is dropped, with one line, at its first failure: a full disk or a lost network ends no training."""
+    """A sink that is dropped, with one line, at its first failure: a full disk or a lost network
+    ends no training.
+    """
 
     what = ""
 
@@ -93,7 +116,11 @@ class Guarded:
             call()
         except Exception as error:
             self.works = False
-            log.warning("%s takes no more metrics (%s); the run goes on without it", self.what, (str(error).splitlines() or ["?"])[0])
+            log.warning(
+                "%s takes no more metrics (%s); the run goes on without it",
+                self.what,
+                (str(error).splitlines() or ["?"])[0],
+            )
 
     def _log(self, step: int, name: str, value: float) -> None:
         raise NotImplementedError
@@ -121,7 +148,10 @@ class TensorBoard(Guarded):
 
 
 class WeightsAndBiases(Guarded):
-    """The project and mode that nnU-Net's variables name. Metrics are sent and nothing else: no plan, paths or scans."""
+    """The project and mode that nnU-Net's variables name.
+
+    Metrics are sent and nothing else: no plan, paths or scans.
+    """
 
     what = "W&B"
 
@@ -132,8 +162,13 @@ class WeightsAndBiases(Guarded):
         known = getattr(wandb.Settings, "model_fields", None) or vars(wandb.Settings())
         settings = wandb.Settings(**{name: value for name, value in QUIET.items() if name in known})
         self.run: Any = wandb.init(
-            project=os.environ.get(PROJECT, "nnunet"), dir=str(folder), name=name, id=_lasting_id(folder), resume="allow",
-            mode=mode, settings=settings,
+            project=os.environ.get(PROJECT, "nnunet"),
+            dir=str(folder),
+            name=name,
+            id=_lasting_id(folder),
+            resume="allow",
+            mode=mode,
+            settings=settings,
         )
         self.first_step = max(first_step, int(self.run.step))
 

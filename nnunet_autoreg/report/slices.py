@@ -1,4 +1,6 @@
-"""True, trivial and predicted slices of held-out scans, and the error, as small pictures inside SVG."""
+"""True, trivial and predicted slices of held-out scans, and the error, as small pictures inside
+SVG.
+"""
 
 import base64
 import io
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from nnunet_autoreg.objectives.base import Objective
-    from nnunet_autoreg.sequences.sample import Batch
+    from nnunet_autoreg.sampling.sample import Batch
 
 Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
@@ -55,7 +57,9 @@ class Picture:
 def held_out_pictures(
     objective: "Objective", batches: Sequence["Batch"], device: "torch.device", spacing_mm: Spacing
 ) -> list[Picture]:
-    """The first few held-out samples under the objective's present weights; each costs one forward pass of its batch."""
+    """The first few held-out samples under the objective's present weights; each costs one forward
+    pass of its batch.
+    """
     import torch
 
     was_training = objective.module.training
@@ -67,11 +71,19 @@ def held_out_pictures(
                 break
             with torch.no_grad():
                 made = objective.reconstruct(batch.to(device))
-            parts = {name: getattr(made, name).float().cpu().numpy() for name in
-                     ("truth", "trivial", "predicted", "given", "scored", "real")}
+            parts = {
+                name: getattr(made, name).float().cpu().numpy()
+                for name in ("truth", "trivial", "predicted", "given", "scored", "real")
+            }
             blocks = (batch.ranks.amax(dim=1) + 1).tolist()
-            pictures += [Picture(given, blocks[b], _planes({name: part[b] for name, part in parts.items()}, spacing_mm))
-                         for b, given in enumerate(batch.prefix.tolist())]
+            pictures += [
+                Picture(
+                    given,
+                    blocks[b],
+                    _planes({name: part[b] for name, part in parts.items()}, spacing_mm),
+                )
+                for b, given in enumerate(batch.prefix.tolist())
+            ]
     finally:
         objective.module.train(was_training)
     return pictures[:NUM_SAMPLES]
@@ -87,25 +99,47 @@ def _planes(parts: dict[str, Floats], spacing_mm: Spacing) -> tuple[Slice, ...]:
     return tuple(_slice(own, axis, name, spacing_mm, grey) for axis, name in AXES)
 
 
-def _slice(own: dict[str, Floats], axis: int, name: str, spacing_mm: Spacing, grey: tuple[float, float]) -> Slice:
+def _slice(
+    own: dict[str, Floats], axis: int, name: str, spacing_mm: Spacing, grey: tuple[float, float]
+) -> Slice:
     """The plane across ``axis`` where most is to be seen of what was asked for."""
     others = tuple(a for a in range(3) if a != axis)
     busy = (own["scored"] * np.abs(own["truth"] - own["trivial"])).sum(axis=others)
     cut = {key: np.take(part, int(busy.argmax()), axis=axis) for key, part in own.items()}
     height, width = (spacing_mm[a] for a in others)
     flags = {key: cut[key] > 0 for key in ("given", "scored", "real")}
-    return Slice(name, height / width, cut["truth"], cut["trivial"], cut["predicted"], flags["given"], flags["scored"], flags["real"], grey)
+    return Slice(
+        name,
+        height / width,
+        cut["truth"],
+        cut["trivial"],
+        cut["predicted"],
+        flags["given"],
+        flags["scored"],
+        flags["real"],
+        grey,
+    )
 
 
 def panels(cut: Slice) -> list[tuple[str, str]]:
     """(title, SVG) of the truth, the trivial prediction, the prediction, and its error."""
     low, high = cut.grey
     shown = cut.given | cut.scored
-    trivial, predicted = (np.where(cut.given, cut.truth, made) for made in (cut.trivial, cut.predicted))
+    trivial, predicted = (
+        np.where(cut.given, cut.truth, made) for made in (cut.trivial, cut.predicted)
+    )
     error = np.abs(cut.predicted - cut.truth) / ((high - low) * ERROR_REACH)
     greys = [_grey((image - low) / (high - low)) for image in (cut.truth, trivial, predicted)]
-    pictures = [(greys[0], cut.real), (greys[1], shown), (greys[2], shown), (_coloured(error), cut.scored)]
-    return [(title, _svg(cut, title, image, visible)) for title, (image, visible) in zip(TITLES, pictures, strict=True)]
+    pictures = [
+        (greys[0], cut.real),
+        (greys[1], shown),
+        (greys[2], shown),
+        (_coloured(error), cut.scored),
+    ]
+    return [
+        (title, _svg(cut, title, image, visible))
+        for title, (image, visible) in zip(TITLES, pictures, strict=True)
+    ]
 
 
 def _grey(values: Floats) -> NDArray[np.uint8]:
@@ -121,7 +155,9 @@ def _coloured(values: Floats) -> NDArray[np.uint8]:
 
 
 def _svg(cut: Slice, title: str, image: NDArray[np.uint8], visible: Bools) -> str:
-    """The image with what was given tinted and outlined; what is not ``visible`` lets the page's hatching through."""
+    """The image with what was given tinted and outlined; what is not ``visible`` lets the page's
+    hatching through.
+    """
     rows, columns = visible.shape
     height = rows * cut.aspect
     alt = f"{title}, {cut.name}: {100 * cut.given.mean():.0f} % of the picture was given"
@@ -129,13 +165,17 @@ def _svg(cut: Slice, title: str, image: NDArray[np.uint8], visible: Bools) -> st
     fill, edge = _outline(cut.given)
     return (
         f'<svg class="slice" viewBox="0 0 {columns} {height:.2f}" role="img" aria-label="{alt}">'
-        f'<image width="{columns}" height="{height:.2f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>'
-        f'<g transform="scale(1 {cut.aspect:.4f})"><path class="given" d="{fill}"/><path class="edge" d="{edge}"/></g></svg>'
+        f'<image width="{columns}" height="{height:.2f}" preserveAspectRatio="none" '
+        f'href="data:image/png;base64,{data}"/>'
+        f'<g transform="scale(1 {cut.aspect:.4f})"><path class="given" d="{fill}"/><path '
+        f'class="edge" d="{edge}"/></g></svg>'
     )
 
 
 def _outline(region: Bools) -> tuple[str, str]:
-    """Path data of a region in pixels: its rows of equal pixels as rectangles, and its border towards the rest of the picture."""
+    """Path data of a region in pixels: its rows of equal pixels as rectangles, and its border
+    towards the rest of the picture.
+    """
     fill, edge = [], []
     changes = np.flatnonzero(np.any(region[1:] != region[:-1], axis=1)) + 1
     bounds = [0, *changes.tolist(), region.shape[0]]
@@ -152,7 +192,11 @@ def _runs(row: Bools) -> list[tuple[int, int]]:
     """[start, end) of every stretch of True."""
     padded = np.concatenate([[False], row, [False]]).astype(np.int8)
     change = np.diff(padded)
-    return list(zip(np.flatnonzero(change == 1).tolist(), np.flatnonzero(change == -1).tolist(), strict=True))
+    return list(
+        zip(
+            np.flatnonzero(change == 1).tolist(), np.flatnonzero(change == -1).tolist(), strict=True
+        )
+    )
 
 
 def _png(rgba: NDArray[np.uint8]) -> bytes:

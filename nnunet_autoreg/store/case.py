@@ -1,4 +1,6 @@
-"""One preprocessed case on disk: a blosc2 array read crop by crop, described by a JSON file beside it."""
+"""One preprocessed case on disk: a blosc2 array read crop by crop, described by a JSON file beside
+it.
+"""
 
 import errno
 import logging
@@ -30,7 +32,9 @@ CLEARLY_SMALLER = 0.9
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """What a stored case is. ``shape_vox`` and ``spacing_mm`` are (z, y, x) after ``axes`` reordered the scan's own axes.
+    """What a stored case is.
+
+    ``shape_vox`` and ``spacing_mm`` are (z, y, x) after ``axes`` reordered the scan's own axes.
 
     Attributes:
         seal: checksums of the ``.b2nd`` file; None before it is written.
@@ -51,10 +55,12 @@ class CaseRecord:
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A case that is read crop by crop. It holds no open file, so it can be pickled and used in any process.
+    """A case that is read crop by crop.
 
-    What a process reads for the first time is checked against ``seal``. A damaged case is taken out of the store, so that the
-    next run makes it anew.
+    It holds no open file, so it can be pickled and used in any process.
+
+    What a process reads for the first time is checked against ``seal``. A damaged case is taken out
+    of the store, so that the next run makes it anew.
     """
 
     path: Path
@@ -70,20 +76,28 @@ class StoredCase:
             StoreError: the file is missing or damaged.
         """
         start, size = as_size(start_zyx), as_size(size_zyx)
-        if any(a < 0 or n < 1 or a + n > m for a, n, m in zip(start, size, self.shape_vox, strict=True)):
-            raise ValueError(f"the crop of {size} voxels at {start} reaches beyond the case of {self.shape_vox}")
+        if any(
+            a < 0 or n < 1 or a + n > m for a, n, m in zip(start, size, self.shape_vox, strict=True)
+        ):
+            raise ValueError(
+                f"the crop of {size} voxels at {start} reaches beyond the case of {self.shape_vox}"
+            )
         (z, y, x), (dz, dy, dx) = start, size
         try:
             array = _opened(self)
             _check_chunks(self, array, start, size)
-            crop = array[0:1, z:z + dz, y:y + dy, x:x + dx]
+            crop = array[0:1, z : z + dz, y : y + dy, x : x + dx]
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be read ({error.strerror or error}); run the same line again") from error
+            raise StoreError(
+                f"{self.path} cannot be read ({error.strerror or error}); run the same line again"
+            ) from error
         except (RuntimeError, ValueError) as error:
             raise _damaged(self.path, f"blosc2 says: {error}") from error
         return np.asarray(crop, dtype=np.float32)
 
-    def read_padded(self, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> tuple[Array, npt.NDArray[np.bool_]]:
+    def read_padded(
+        self, start_zyx: Sequence[int], size_zyx: Sequence[int]
+    ) -> tuple[Array, npt.NDArray[np.bool_]]:
         """The crop, zero where it reaches beyond the case, and where it lies inside.
 
         Returns:
@@ -106,7 +120,10 @@ _checked: dict[Path, set[int]] = {}
 
 
 def _opened(case: StoredCase) -> Any:
-    """An open blosc2 array; the last few stay open. Keyed by process, because a forked handle is its parent's."""
+    """An open blosc2 array; the last few stay open.
+
+    Keyed by process, because a forked handle is its parent's.
+    """
     import blosc2
 
     key = (os.getpid(), case.path)
@@ -120,7 +137,9 @@ def _opened(case: StoredCase) -> Any:
     mapped = {} if os.name == "nt" else {"mmap_mode": "r"}
     array = blosc2.open(str(case.path), mode="r", dparams={"nthreads": 1}, **mapped)
     if tuple(array.shape) != (1, *case.shape_vox):
-        raise _damaged(case.path, f"it holds {tuple(array.shape[1:])} voxels, its record says {case.shape_vox}")
+        raise _damaged(
+            case.path, f"it holds {tuple(array.shape[1:])} voxels, its record says {case.shape_vox}"
+        )
     _handles[key] = array
     while len(_handles) > MAX_OPEN:
         _handles.popitem(last=False)
@@ -129,7 +148,11 @@ def _opened(case: StoredCase) -> Any:
 
 def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None:
     checked = _checked.setdefault(case.path, set())
-    new = [i for i in chunks_touched(start, size, case.shape_vox, as_size(array.chunks[1:])) if i not in checked]
+    new = [
+        i
+        for i in chunks_touched(start, size, case.shape_vox, as_size(array.chunks[1:]))
+        if i not in checked
+    ]
     damage = chunk_damage(array, case.seal, new)
     if damage:
         raise _damaged(case.path, damage)
@@ -146,7 +169,10 @@ def _damaged(path: Path, what: str) -> StoreError:
     except FileNotFoundError:
         then = "another process has said so too: run the same line again to have it made anew"
     except OSError as error:
-        then = f"it cannot be taken out of the store ({error.strerror}): delete it and run the same line again"
+        then = (
+            f"it cannot be taken out of the store ({error.strerror}): delete it and run the same "
+            "line again"
+        )
     return StoreError(f"{path} is damaged ({what}); {then}")
 
 
@@ -173,7 +199,8 @@ def is_whole(path: Path) -> bool:
 
 
 def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
-    """Write ``path`` (.b2nd), then its JSON, each whole or not at all; returns the record with the file's seal.
+    """Write ``path`` (.b2nd), then its JSON, each whole or not at all; returns the record with the
+    file's seal.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written.
@@ -189,15 +216,24 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
         mark_of(path).unlink(missing_ok=True)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk or your quota is full; finished cases are kept: free space" if full else f"{error.strerror}; mend it"
-        raise StoreError(f"{path.parent} cannot be written: {what} and run the same line again") from error
+        what = (
+            "the disk or your quota is full; finished cases are kept: free space"
+            if full
+            else f"{error.strerror}; mend it"
+        )
+        raise StoreError(
+            f"{path.parent} cannot be written: {what} and run the same line again"
+        ) from error
     return written
 
 
 def compressed(data_CZYX: Array) -> Any:
-    """A blosc2 array in memory. Bytes are shuffled unless a middle chunk is clearly smaller without.
+    """A blosc2 array in memory.
 
-    Resampled voxels are; native ones, of few distinct values, often are not. Shuffled ones are read faster.
+    Bytes are shuffled unless a middle chunk is clearly smaller without.
+
+    Resampled voxels are; native ones, of few distinct values, often are not. Shuffled ones are read
+    faster.
     """
     import blosc2
 
@@ -211,12 +247,20 @@ def compressed(data_CZYX: Array) -> Any:
     starts = [(n - min(n, c)) // 2 for n, c in zip(data_CZYX.shape[1:], chunk, strict=True)]
     z, y, x = (slice(a, a + c) for a, c in zip(starts, chunk, strict=True))
     middle = np.ascontiguousarray(data_CZYX[:, z, y, x])
-    shuffled, plain = (packed(middle, kind).schunk.cbytes for kind in (blosc2.Filter.SHUFFLE, blosc2.Filter.NOFILTER))
-    return packed(data_CZYX, blosc2.Filter.NOFILTER if plain < CLEARLY_SMALLER * shuffled else blosc2.Filter.SHUFFLE)
+    shuffled, plain = (
+        packed(middle, kind).schunk.cbytes
+        for kind in (blosc2.Filter.SHUFFLE, blosc2.Filter.NOFILTER)
+    )
+    return packed(
+        data_CZYX,
+        blosc2.Filter.NOFILTER if plain < CLEARLY_SMALLER * shuffled else blosc2.Filter.SHUFFLE,
+    )
 
 
 def read_record(path: Path) -> CaseRecord | None:
-    """The record beside a ``.b2nd`` file; None if the case is missing, torn, or of another format."""
+    """The record beside a ``.b2nd`` file; None if the case is missing, torn, or of another
+    format.
+    """
     try:
         record = from_jsonable(CaseRecord, read_json(path.with_suffix(".json")), str(path))
         whole = record.seal is not None and path.stat().st_size == record.seal.num_bytes

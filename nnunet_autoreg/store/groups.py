@@ -1,8 +1,10 @@
-"""Contrasts of one subject on one grid: every member of a group stored once more, cropped and resampled as all the others of it.
+"""Contrasts of one subject on one grid: every member of a group stored once more, cropped and
+resampled as all the others of it.
 
-Channels of an nnU-Net case lie on one grid already; they are cropped to the box around all of them, as nnU-Net does. Images of a
-session are first resampled onto the member with most voxels, by world coordinates, and cropped to what all of them cover. The key of a
-member holds the content of the whole group, so that a group that changes is made anew.
+Channels of an nnU-Net case lie on one grid already; they are cropped to the box around all of them,
+as nnU-Net does. Images of a session are first resampled onto the member with most voxels, by world
+coordinates, and cropped to what all of them cover. The key of a member holds the content of the
+whole group, so that a group that changes is made anew.
 """
 
 import hashlib
@@ -25,7 +27,13 @@ from nnunet_autoreg.corpus.read import check_memory, cropped_shape, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
-from nnunet_autoreg.nnunet_api import CT_SCHEME, Array, RawScan, crop_resample_normalise, resampled_shape
+from nnunet_autoreg.nnunet_api import (
+    CT_SCHEME,
+    Array,
+    RawScan,
+    crop_resample_normalise,
+    resampled_shape,
+)
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.store.case import CaseRecord, read_record, write_case
 from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, plan_task
@@ -39,7 +47,9 @@ MIN_SHARED_VOX = 8
 
 @dataclass(frozen=True)
 class GroupTask:
-    """One group to preprocess: its scans, which of them is the reference, and a key, scheme and window per scan."""
+    """One group to preprocess: its scans, which of them is the reference, and a key, scheme and
+    window per scan.
+    """
 
     group: ContrastGroup
     reference: int
@@ -50,12 +60,16 @@ class GroupTask:
 
 
 def ensure_groups(
-    store: Store, groups: Sequence[ContrastGroup], spacing_of: Callable[[ScanRow], Spacing], ct_window: IntensityWindow | None,
+    store: Store,
+    groups: Sequence[ContrastGroup],
+    spacing_of: Callable[[ScanRow], Spacing],
+    ct_window: IntensityWindow | None,
     num_workers: int,
 ) -> dict[str, tuple[str, ...]]:
     """Preprocess the groups that are missing; safe to kill at any moment and to run again.
 
-    A group that cannot be brought onto one grid is logged and absent from the result; its scans still take part alone.
+    A group that cannot be brought onto one grid is logged and absent from the result; its scans
+    still take part alone.
 
     Returns:
         name of the group -> keys of its members for ``Store.open``.
@@ -65,24 +79,42 @@ def ensure_groups(
         AutoregError: a worker died.
     """
     tasks = [plan_group(group, spacing_of, ct_window) for group in groups]
-    missing = [task for task in tasks if any(read_record(case_path(store.root, key)) is None for key in task.keys)]
+    missing = [
+        task
+        for task in tasks
+        if any(read_record(case_path(store.root, key)) is None for key in task.keys)
+    ]
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
     lost: dict[str, ScanError] = {}
-    voxels = [sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows) for task in missing]
+    voxels = [
+        sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows) for task in missing
+    ]
     made = parallel_map(
-        partial(_preprocess, store.root), missing, workers_for(num_workers, voxels), "aligning contrasts", apart=is_large(voxels)
+        partial(_preprocess, store.root),
+        missing,
+        workers_for(num_workers, voxels),
+        "aligning contrasts",
+        apart=is_large(voxels),
     )
     first_scan = {group.name: group.rows[0].id for group in groups}
     for name, problem in made:
         if problem:
             lost[name] = ScanError(*problem)
             # A group is called after folders; the id of a scan names nobody.
-            log.warning("the contrasts of scan %s and others make no sequence (%s): %s", first_scan[name], *problem)
+            log.warning(
+                "the contrasts of scan %s and others make no sequence (%s): %s",
+                first_scan[name],
+                *problem,
+            )
     return {task.group.name: task.keys for task in tasks if task.group.name not in lost}
 
 
-def plan_group(group: ContrastGroup, spacing_of: Callable[[ScanRow], Spacing], ct_window: IntensityWindow | None) -> GroupTask:
+def plan_group(
+    group: ContrastGroup,
+    spacing_of: Callable[[ScanRow], Spacing],
+    ct_window: IntensityWindow | None,
+) -> GroupTask:
     """How a group is preprocessed, and the keys of its members.
 
     Raises:
@@ -93,8 +125,18 @@ def plan_group(group: ContrastGroup, spacing_of: Callable[[ScanRow], Spacing], c
     spacing = as_spacing(spacing_of(group.rows[reference]))
     alone = [plan_task(row, spacing, ct_window) for row in group.rows]
     whole = [[row.content_hash for row in group.rows], reference, group.channels]
-    keys = tuple(hashlib.sha256(json.dumps(["group", LAYOUT, i, whole, task.key]).encode()).hexdigest() for i, task in enumerate(alone))
-    return GroupTask(group, reference, spacing, keys, tuple(t.scheme for t in alone), tuple(t.ct_window for t in alone))
+    keys = tuple(
+        hashlib.sha256(json.dumps(["group", LAYOUT, i, whole, task.key]).encode()).hexdigest()
+        for i, task in enumerate(alone)
+    )
+    return GroupTask(
+        group,
+        reference,
+        spacing,
+        keys,
+        tuple(t.scheme for t in alone),
+        tuple(t.ct_window for t in alone),
+    )
 
 
 def _preprocess(root: Path, task: GroupTask) -> tuple[str, tuple[str, str] | None]:
@@ -103,7 +145,10 @@ def _preprocess(root: Path, task: GroupTask) -> tuple[str, tuple[str, str] | Non
     except ScanError as error:
         return task.group.name, (error.status, str(error))
     except MemoryError:
-        return task.group.name, ("huge", "its scans do not fit into memory together; free some memory")
+        return task.group.name, (
+            "huge",
+            "its scans do not fit into memory together; free some memory",
+        )
     return task.group.name, None
 
 
@@ -115,25 +160,45 @@ def _make_group(root: Path, task: GroupTask) -> None:
     cropped = cropped_shape((stack_CZYX != 0).any(axis=0).astype(np.float32))
     shape = resampled_shape(cropped, source_mm, task.spacing_mm)
     if min(shape) < 1:
-        raise ScanError("spacing", f"{cropped} voxels of {source_mm} mm vanish at the target spacing {task.spacing_mm} mm")
+        raise ScanError(
+            "spacing",
+            f"{cropped} voxels of {source_mm} mm vanish at the target spacing {task.spacing_mm} mm",
+        )
     shrinks = volume(cropped) / volume(stack_CZYX.shape[1:]) < MASK_BELOW
-    for scheme, window in sorted(set(zip(task.schemes, task.windows, strict=True)), key=lambda pair: pair[0]):
+    for scheme, window in sorted(
+        set(zip(task.schemes, task.windows, strict=True)), key=lambda pair: pair[0]
+    ):
         use_mask = shrinks and scheme != CT_SCHEME
-        # The whole stack goes in, because the box that it is cropped to has to be that of all members.
-        data_CZYX = crop_resample_normalise(stack_CZYX, source_mm, task.spacing_mm, scheme, use_mask, window)
+        # The whole stack goes in, because the box that it is cropped to has to be that of all
+        # members.
+        data_CZYX = crop_resample_normalise(
+            stack_CZYX, source_mm, task.spacing_mm, scheme, use_mask, window
+        )
         for i in (i for i, own in enumerate(task.schemes) if own == scheme):
             row = task.group.rows[i]
             record = CaseRecord(
-                content_hash=row.content_hash, shape_vox=as_size(data_CZYX.shape[1:]), spacing_mm=task.spacing_mm,
-                original_shape_vox=as_size([stack_CZYX.shape[1 + axes.index(a)] for a in range(3)]), original_spacing_mm=spacing_mm,
-                axes=axes, scheme=scheme, use_mask=use_mask, ct_window=window)
+                content_hash=row.content_hash,
+                shape_vox=as_size(data_CZYX.shape[1:]),
+                spacing_mm=task.spacing_mm,
+                original_shape_vox=as_size([stack_CZYX.shape[1 + axes.index(a)] for a in range(3)]),
+                original_spacing_mm=spacing_mm,
+                axes=axes,
+                scheme=scheme,
+                use_mask=use_mask,
+                ct_window=window,
+            )
             write_case(case_path(root, task.keys[i]), data_CZYX[i : i + 1], record)
 
 
 def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
     """All members as (C, Z, Y, X) on the reference's voxels, and their spacing."""
     rows = task.group.rows
-    check_memory([len(rows) * (rows[task.reference].shape_vox or (1, 1, 1))[0], *(rows[task.reference].shape_vox or (1, 1, 1))[1:]])
+    check_memory(
+        [
+            len(rows) * (rows[task.reference].shape_vox or (1, 1, 1))[0],
+            *(rows[task.reference].shape_vox or (1, 1, 1))[1:],
+        ]
+    )
     scans = [_unchanged(row) for row in rows]
     target = scans[task.reference]
     if task.group.channels and all(s.array_CZYX.shape == target.array_CZYX.shape for s in scans):
@@ -141,9 +206,18 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
     grids = [_grid(row, scan) for row, scan in zip(rows, scans, strict=True)]
     frame = grids[task.reference]
     others = [grid for grid in grids if not grid.is_like(frame)]
-    shared = _shared_box([brought_onto(np.ones(grid.shape_vox, np.float32), grid, frame, 0.0) > 0.5 for grid in others])
-    moved = [scan.array_CZYX[0] if grid.is_like(frame) else brought_onto(scan.array_CZYX[0], grid, frame, float(scan.array_CZYX.min()))
-             for scan, grid in zip(scans, grids, strict=True)]
+    shared = _shared_box(
+        [
+            brought_onto(np.ones(grid.shape_vox, np.float32), grid, frame, 0.0) > 0.5
+            for grid in others
+        ]
+    )
+    moved = [
+        scan.array_CZYX[0]
+        if grid.is_like(frame)
+        else brought_onto(scan.array_CZYX[0], grid, frame, float(scan.array_CZYX.min()))
+        for scan, grid in zip(scans, grids, strict=True)
+    ]
     return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm
 
 
@@ -152,10 +226,17 @@ def _shared_box(covered_ZYX: Sequence[npt.NDArray[np.bool_]]) -> tuple[slice, ..
     if not covered_ZYX:
         return (slice(None),) * 3
     everywhere = np.logical_and.reduce(covered_ZYX)
-    hits = [np.flatnonzero(everywhere.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    hits = [
+        np.flatnonzero(everywhere.any(axis=tuple(a for a in range(3) if a != axis)))
+        for axis in range(3)
+    ]
     sides = [int(h[-1] - h[0] + 1) if h.size else 0 for h in hits]
     if min(sides) < MIN_SHARED_VOX:
-        raise ScanError("geometry", f"they share only {' x '.join(map(str, sides))} voxels: they show different parts of the body")
+        raise ScanError(
+            "geometry",
+            f"they share only {' x '.join(map(str, sides))} voxels: they show different parts of "
+            "the body",
+        )
     return tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
 
 
@@ -163,12 +244,18 @@ def _grid(row: ScanRow, scan: RawScan) -> Grid:
     grid = grid_of_scan(Path(row.source), row.part)
     if grid.shape_vox != scan.array_CZYX.shape[1:]:
         read = scan.array_CZYX.shape[1:]
-        raise ScanError("geometry", f"where {row.id} lies in the patient cannot be told ({grid.shape_vox} voxels in space, {read} read)")
+        raise ScanError(
+            "geometry",
+            f"where {row.id} lies in the patient cannot be told ({grid.shape_vox} voxels in space, "
+            f"{read} read)",
+        )
     return grid
 
 
 def _unchanged(row: ScanRow) -> RawScan:
     scan = load_scan(Path(row.source), row.part)
     if not has_content(scan, row.content_hash):
-        raise ScanError("changed", f"{row.id} changed after it was checked; run the same line again")
+        raise ScanError(
+            "changed", f"{row.id} changed after it was checked; run the same line again"
+        )
     return scan

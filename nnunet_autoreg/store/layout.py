@@ -1,6 +1,8 @@
-"""How a case is cut into blosc2 blocks, the unit of decompression, and chunks, the unit of storage and checksum.
+"""How a case is cut into blosc2 blocks, the unit of decompression, and chunks, the unit of storage
+and checksum.
 
-The layout follows from the case's shape alone: whoever makes a case, for whatever crop, makes the same bytes.
+The layout follows from the case's shape alone: whoever makes a case, for whatever crop, makes the
+same bytes.
 """
 
 import itertools
@@ -12,8 +14,8 @@ from nnunet_autoreg.geometry import Size, as_size, volume
 
 REFERENCE_CROP_VOX = 96
 MAX_BLOCK_VOX = 8192
-# What a block costs beside its voxels, in voxels. Measured with crops of 64 and 128: 4096 voxels a block decompress the least,
-# 8192 are the fastest, 32768 no faster.
+# What a block costs beside its voxels, in voxels. Measured with crops of 64 and 128: 4096 voxels a
+# block decompress the least, 8192 are the fastest, 32768 no faster.
 BLOCK_OVERHEAD_VOX = 2000
 CHUNK_VOX = 64**3
 LARGE_AXIS_VOX, LARGE_AXIS_BLOCKS = 64, (8, 16, 32)
@@ -21,42 +23,66 @@ LARGE_AXIS_VOX, LARGE_AXIS_BLOCKS = 64, (8, 16, 32)
 
 @lru_cache(maxsize=4096)
 def layout_of(shape_vox: Size) -> tuple[Size, Size]:
-    """The (blocks, chunks) of a case; chunks are whole blocks, both may reach a little beyond the case."""
+    """The (blocks, chunks) of a case; chunks are whole blocks, both may reach a little beyond the
+    case.
+    """
     choices = itertools.product(*(_block_lengths(n) for n in shape_vox))
     allowed = [block for block in choices if volume(block) <= MAX_BLOCK_VOX]
     # Of equal ones the longest along x, where voxels are contiguous.
     block = as_size(min(allowed, key=lambda b: (_cost(shape_vox, b), -b[2], -b[1])))
     chunk = list(block)
     while True:
-        growable = [a for a in range(3) if chunk[a] < shape_vox[a] and volume(chunk) // chunk[a] * (chunk[a] + block[a]) <= CHUNK_VOX]
+        growable = [
+            a
+            for a in range(3)
+            if chunk[a] < shape_vox[a]
+            and volume(chunk) // chunk[a] * (chunk[a] + block[a]) <= CHUNK_VOX
+        ]
         if not growable:
             return block, as_size(chunk)
         axis = min(growable, key=lambda a: chunk[a])
         chunk[axis] += block[axis]
 
 
-def blocks_touched(start_zyx: Sequence[int], size_zyx: Sequence[int], block_vox: Size, chunk_vox: Size) -> int:
-    """Number of blocks that hold a part of a crop. Blocks do not cross chunks, and chunks are whole blocks."""
+def blocks_touched(
+    start_zyx: Sequence[int], size_zyx: Sequence[int], block_vox: Size, chunk_vox: Size
+) -> int:
+    """Number of blocks that hold a part of a crop.
+
+    Blocks do not cross chunks, and chunks are whole blocks.
+    """
     assert all(c % b == 0 for c, b in zip(chunk_vox, block_vox, strict=True))
-    return math.prod((a + n - 1) // b - a // b + 1 for a, n, b in zip(start_zyx, size_zyx, block_vox, strict=True))
+    return math.prod(
+        (a + n - 1) // b - a // b + 1
+        for a, n, b in zip(start_zyx, size_zyx, block_vox, strict=True)
+    )
 
 
-def chunks_touched(start_zyx: Sequence[int], size_zyx: Sequence[int], shape_vox: Size, chunk_vox: Size) -> list[int]:
+def chunks_touched(
+    start_zyx: Sequence[int], size_zyx: Sequence[int], shape_vox: Size, chunk_vox: Size
+) -> list[int]:
     """Numbers of the chunks that hold a part of a crop, counted in C order."""
     _, ny, nx = (math.ceil(n / c) for n, c in zip(shape_vox, chunk_vox, strict=True))
-    per_axis = (range(a // c, (a + n - 1) // c + 1) for a, n, c in zip(start_zyx, size_zyx, chunk_vox, strict=True))
+    per_axis = (
+        range(a // c, (a + n - 1) // c + 1)
+        for a, n, c in zip(start_zyx, size_zyx, chunk_vox, strict=True)
+    )
     return [(z * ny + y) * nx + x for z, y, x in itertools.product(*per_axis)]
 
 
 def _block_lengths(length: int) -> list[int]:
-    """Lengths to try along an axis: short axes in equal parts, so that little of the last block is padding."""
+    """Lengths to try along an axis: short axes in equal parts, so that little of the last block is
+    padding.
+    """
     if length > LARGE_AXIS_VOX:
         return list(LARGE_AXIS_BLOCKS)
     return sorted({math.ceil(length / parts) for parts in range(1, max(1, length // 4) + 1)})
 
 
 def _cost(shape_vox: Size, block_vox: Sequence[int]) -> float:
-    """Voxels that a typical crop decompresses: of an axis that it holds whole all blocks, else b - 1 more than its length."""
+    """Voxels that a typical crop decompresses: of an axis that it holds whole all blocks, else b -
+    1 more than its length.
+    """
     covered = 1
     for n, b in zip(shape_vox, block_vox, strict=True):
         whole = math.ceil(n / b) * b

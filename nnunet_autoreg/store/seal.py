@@ -1,6 +1,8 @@
-"""Checksums of a blosc2 file: over every compressed chunk, and over what lies before and after the chunks.
+"""Checksums of a blosc2 file: over every compressed chunk, and over what lies before and after the
+chunks.
 
-A chunk is checked when a process first touches it, so that reading stays lazy and the check costs once per process and chunk.
+A chunk is checked when a process first touches it, so that reading stays lazy and the check costs
+once per process and chunk.
 """
 
 import zlib
@@ -57,6 +59,9 @@ def frame_damage(path: Path, seal: Seal) -> str:
 def chunk_damage(array: Any, seal: Seal, numbers: Iterable[int]) -> str:
     """What is wrong with some chunks of an open blosc2 array; "" if nothing is."""
     for i in numbers:
-        if f"{zlib.crc32(array.schunk.get_chunk(i)):0{DIGITS}x}" != seal.chunk_crc32[i * DIGITS:(i + 1) * DIGITS]:
+        if (
+            f"{zlib.crc32(array.schunk.get_chunk(i)):0{DIGITS}x}"
+            != seal.chunk_crc32[i * DIGITS : (i + 1) * DIGITS]
+        ):
             return f"the checksum of chunk {i} differs"
     return ""

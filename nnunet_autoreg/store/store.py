@@ -1,4 +1,6 @@
-"""The store of preprocessed cases: found by content, spacing and normalisation, and shared by runs."""
+"""The store of preprocessed cases: found by content, spacing and normalisation, and shared by
+runs.
+"""
 
 import hashlib
 import json
@@ -18,15 +20,30 @@ from nnunet_autoreg.corpus.read import check_memory, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError, ScanError, StoreError, UsageError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
-from nnunet_autoreg.nnunet_api import CT_SCHEME, crop_resample_normalise, preprocessed_folder, resampled_shape, scheme_of
+from nnunet_autoreg.nnunet_api import (
+    CT_SCHEME,
+    crop_resample_normalise,
+    preprocessed_folder,
+    resampled_shape,
+    scheme_of,
+)
 from nnunet_autoreg.plan import IntensityWindow
-from nnunet_autoreg.store.case import FORMAT_VERSION, CaseRecord, StoredCase, is_whole, mark_of, read_record, write_case
+from nnunet_autoreg.store.case import (
+    FORMAT_VERSION,
+    CaseRecord,
+    StoredCase,
+    is_whole,
+    mark_of,
+    read_record,
+    write_case,
+)
 
 log = logging.getLogger(__name__)
 
 FOLDER = "autoreg_store"
 MASK_BELOW = 3 / 4
-# An upper bound: float32 shrinks to 1.6 .. 3.4 bytes on the average of a dataset, 1.1 .. 3.6 in single cases (docs/measured.md).
+# An upper bound: float32 shrinks to 1.6 .. 3.4 bytes on the average of a dataset, 1.1 .. 3.6 in
+# single cases (docs/measured.md).
 BYTES_PER_VOXEL = 3.6
 BYTES_PER_CASE = 8192
 STALE_AFTER_S = 24 * 3600
@@ -46,7 +63,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """Share ``number`` (from 1) of ``count``. Who takes a case follows from its key, so that parts need no coordinator."""
+    """Share ``number`` (from 1) of ``count``.
+
+    Who takes a case follows from its key, so that parts need no coordinator.
+    """
 
     number: int = 1
     count: int = 1
@@ -69,7 +89,9 @@ def parse_part(text: str) -> Part:
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs")
+        raise UsageError(
+            f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs"
+        )
     return Part(int(match[1]), int(match[2]))
 
 
@@ -85,16 +107,23 @@ class Store:
         self.failures: dict[str, ScanError] = {}
 
     def ensure(
-        self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None, num_workers: int, part: Part = ALL
+        self,
+        rows: Sequence[ScanRow],
+        spacing_mm: SpacingOf,
+        ct_window: IntensityWindow | None,
+        num_workers: int,
+        part: Part = ALL,
     ) -> dict[str, str]:
-        """Preprocess what is missing; safe to kill at any moment, to run again, and to run several times at once.
+        """Preprocess what is missing; safe to kill at any moment, to run again, and to run several
+        times at once.
 
-        A scan that cannot be preprocessed any more (vanished, changed, too large at this spacing) is logged, kept in
-        ``failures`` and absent from the result.
+        A scan that cannot be preprocessed any more (vanished, changed, too large at this spacing)
+        is logged, kept in ``failures`` and absent from the result.
 
         Args:
             rows: usable rows of an index.
-            num_workers: most processes; each holds one scan at a time, so that fewer are used where memory is short.
+            num_workers: most processes; each holds one scan at a time, so that fewer are used where
+                memory is short.
             part: leave the cases of other parts to others.
 
         Returns:
@@ -113,7 +142,11 @@ class Store:
             self._prepare(missing, len(tasks))
             voxels = [largest_volume(task) for task in missing]
             made = parallel_map(
-                partial(_preprocess, self.root), missing, workers_for(num_workers, voxels), "preprocessing", apart=is_large(voxels)
+                partial(_preprocess, self.root),
+                missing,
+                workers_for(num_workers, voxels),
+                "preprocessing",
+                apart=is_large(voxels),
             )
             for key, error in made:
                 if error:
@@ -123,23 +156,37 @@ class Store:
             log.warning("%s is left out (%s): %s", name, failure.status, failure)
         return {t.row.id: t.key for t in tasks if t.key not in lost}
 
-    def num_missing(self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None) -> tuple[int, int]:
+    def num_missing(
+        self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
+    ) -> tuple[int, int]:
         """Cases that ``ensure`` would have to make now, and all cases of these rows."""
         tasks = plan_tasks(rows, spacing_mm, ct_window)
         return len(self._missing(tasks)), len({task.key for task in tasks})
 
     def _missing(self, tasks: Sequence[Task]) -> list[Task]:
         """One task for every key that is not in the store."""
-        return list({task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values())
+        return list(
+            {task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values()
+        )
 
     def _checked(self, tasks: Sequence[Task], missing: list[Task], num_workers: int) -> list[Task]:
-        """What is missing, after a look at every byte of the others if one of the missing was found damaged."""
+        """What is missing, after a look at every byte of the others if one of the missing was found
+        damaged.
+        """
         num_damaged = sum(mark_of(self._path(task.key)).exists() for task in missing)
-        paths = sorted({self._path(task.key) for task in tasks} - {self._path(task.key) for task in missing})
+        paths = sorted(
+            {self._path(task.key) for task in tasks} - {self._path(task.key) for task in missing}
+        )
         if not num_damaged or not paths:
             return missing
-        log.warning("store: %d cases were found damaged, so all %d others of this run are checked", num_damaged, len(paths))
-        num_more = sum(not whole for whole in parallel_map(is_whole, paths, num_workers, "checking the store"))
+        log.warning(
+            "store: %d cases were found damaged, so all %d others of this run are checked",
+            num_damaged,
+            len(paths),
+        )
+        num_more = sum(
+            not whole for whole in parallel_map(is_whole, paths, num_workers, "checking the store")
+        )
         log.info("store: %d more are damaged; all are made anew", num_more)
         return self._missing(tasks)
 
@@ -161,34 +208,56 @@ class Store:
         """
         record = read_record(self._path(key))
         if record is None:
-            raise StoreError(f"{self._path(key)} is missing or damaged; run the same line again to have it made anew")
+            raise StoreError(
+                f"{self._path(key)} is missing or damaged; run the same line again to have it made "
+                "anew"
+            )
         return record
 
     def _path(self, key: str) -> Path:
         return case_path(self.root, key)
 
     def _prepare(self, missing: Sequence[Task], num_all: int) -> None:
-        """Make the folder, sweep what a killed run left half-written, and say what will be needed."""
+        """Make the folder, sweep what a killed run left half-written, and say what will be
+        needed.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.root).free
         except OSError as error:
-            raise StoreError(f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew") from error
+            raise StoreError(
+                f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew"
+            ) from error
         for stale in self.root.glob("*/.*.tmp"):
             if time.time() - stale.stat().st_mtime > STALE_AFTER_S:
                 stale.unlink(missing_ok=True)
-        voxels = sum(volume(resampled_shape(*transposed_geometry(t.row), t.spacing_mm)) for t in missing)
+        voxels = sum(
+            volume(resampled_shape(*transposed_geometry(t.row), t.spacing_mm)) for t in missing
+        )
         needed = voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
-        log.info("store: %d of %d cases are missing; they need at most about %.2f GiB in %s (%.2f GiB free)",
-                 len(missing), num_all, needed / 2**30, self.root, free / 2**30)
+        log.info(
+            "store: %d of %d cases are missing; they need at most about %.2f GiB in %s (%.2f GiB "
+            "free)",
+            len(missing),
+            num_all,
+            needed / 2**30,
+            self.root,
+            free / 2**30,
+        )
         if needed > free:
-            log.warning("store: the disk may be full before the end; finished cases are kept, and the same line goes on later")
+            log.warning(
+                "store: the disk may be full before the end; finished cases are kept, and the same "
+                "line goes on later"
+            )
 
 
 def largest_volume(task: Task) -> int:
     """Return the voxels of a scan's file or of the case that is made of it, whichever are more."""
     shape, spacing = transposed_geometry(task.row)
-    return max(volume(task.row.shape_vox or shape), volume(resampled_shape(shape, spacing, task.spacing_mm)))
+    return max(
+        volume(task.row.shape_vox or shape),
+        volume(resampled_shape(shape, spacing, task.spacing_mm)),
+    )
 
 
 def case_path(root: Path, key: str) -> Path:
@@ -196,13 +265,20 @@ def case_path(root: Path, key: str) -> Path:
     return root / key[:2] / f"{key}.b2nd"
 
 
-def plan_tasks(rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None) -> list[Task]:
+def plan_tasks(
+    rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
+) -> list[Task]:
     """How each scan is preprocessed.
 
     Raises:
         PlanError: a CT scan without ``ct_window``.
     """
-    return [plan_task(row, as_spacing(spacing_mm(row) if callable(spacing_mm) else spacing_mm), ct_window) for row in rows]
+    return [
+        plan_task(
+            row, as_spacing(spacing_mm(row) if callable(spacing_mm) else spacing_mm), ct_window
+        )
+        for row in rows
+    ]
 
 
 def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> Task:
@@ -214,10 +290,20 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
     scheme = scheme_of(row.modality)
     window = ct_window if scheme == CT_SCHEME else None
     if scheme == CT_SCHEME and window is None:
-        raise PlanError(f"{row.id} is a CT scan and there is no Hounsfield window; set data.ct_window, or index CT scans")
+        raise PlanError(
+            f"{row.id} is a CT scan and there is no Hounsfield window; set data.ct_window, or "
+            "index CT scans"
+        )
     use_mask = scheme != CT_SCHEME and relative_size(row) < MASK_BELOW
     rounded = [round(s, 4) for s in spacing_mm]
-    known = [FORMAT_VERSION, row.content_hash, rounded, scheme, use_mask, asdict(window) if window else None]
+    known = [
+        FORMAT_VERSION,
+        row.content_hash,
+        rounded,
+        scheme,
+        use_mask,
+        asdict(window) if window else None,
+    ]
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     return Task(row, key, spacing_mm, scheme, use_mask, window)
 
@@ -229,7 +315,11 @@ def _preprocess(root: Path, task: Task) -> tuple[str, tuple[str, str] | None]:
     except ScanError as error:
         return task.key, (error.status, str(error))
     except MemoryError:
-        return task.key, ("huge", "the scan does not fit into memory at this spacing; free some memory or use a coarser spacing")
+        return task.key, (
+            "huge",
+            "the scan does not fit into memory at this spacing; free some memory or use a coarser "
+            "spacing",
+        )
     return task.key, None
 
 
@@ -239,17 +329,31 @@ def _make_case(root: Path, task: Task) -> None:
     shape, spacing = transposed_geometry(task.row)
     new_shape = resampled_shape(shape, spacing, task.spacing_mm)
     if min(new_shape) < 1:
-        raise ScanError("spacing", f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm")
+        raise ScanError(
+            "spacing",
+            f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm",
+        )
     check_memory(max(new_shape, shape, key=volume))
     scan = load_scan(Path(task.row.source), task.row.part)
     if not has_content(scan, task.row.content_hash):
-        raise ScanError("changed", f"{task.row.id} changed after it was checked; run the same line again")
+        raise ScanError(
+            "changed", f"{task.row.id} changed after it was checked; run the same line again"
+        )
     axes = transpose_axes(scan.spacing_mm)
     array_CZYX = scan.array_CZYX.transpose(0, *(a + 1 for a in axes))
     source_mm = [scan.spacing_mm[a] for a in axes]
-    data_CZYX = crop_resample_normalise(array_CZYX, source_mm, task.spacing_mm, task.scheme, task.use_mask, task.ct_window)
+    data_CZYX = crop_resample_normalise(
+        array_CZYX, source_mm, task.spacing_mm, task.scheme, task.use_mask, task.ct_window
+    )
     record = CaseRecord(
-        content_hash=task.row.content_hash, shape_vox=as_size(data_CZYX.shape[1:]), spacing_mm=task.spacing_mm,
-        original_shape_vox=as_size(scan.array_CZYX.shape[1:]), original_spacing_mm=scan.spacing_mm, axes=axes,
-        scheme=task.scheme, use_mask=task.use_mask, ct_window=task.ct_window)
+        content_hash=task.row.content_hash,
+        shape_vox=as_size(data_CZYX.shape[1:]),
+        spacing_mm=task.spacing_mm,
+        original_shape_vox=as_size(scan.array_CZYX.shape[1:]),
+        original_spacing_mm=scan.spacing_mm,
+        axes=axes,
+        scheme=task.scheme,
+        use_mask=task.use_mask,
+        ct_window=task.ct_window,
+    )
     write_case(case_path(root, task.key), data_CZYX, record)

@@ -1,7 +1,8 @@
 """A real install: our wheel in fresh environments, beside nnU-Net installed normally and editable.
 
-The fresh environments borrow the heavy packages of the running one through a folder of links: ``.pth`` files in such a folder
-are not executed, and nnunet-autoreg is left out of it, so that only what the test installs can make the bridge live.
+The fresh environments borrow the heavy packages of the running one through a folder of links:
+``.pth`` files in such a folder are not executed, and nnunet-autoreg is left out of it, so that only
+what the test installs can make the bridge live.
 """
 
 import importlib.util
@@ -23,16 +24,24 @@ from nnunet_autoreg import bridge
 pytestmark = pytest.mark.contract
 
 REPO = Path(__file__).resolve().parents[2]
-SOURCES = ("nnunet_autoreg", "trainers", "planners", "setup.py", "pyproject.toml", "LICENSE", "README.md")
+SOURCES = (
+    "nnunet_autoreg",
+    "trainers",
+    "planners",
+    "setup.py",
+    "pyproject.toml",
+    "LICENSE",
+    "README.md",
+)
 OURS = ("AutoregPlanner", "AutoregPretrainedTrainer", "AutoregScratchTrainer_5epochs")
 STOCK = ("ExperimentPlanner", "nnUNetTrainer", "nnUNetTrainer_5epochs")
 FOUND = {
     "AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner",
     "AutoregPretrainedTrainer": "nnunet_autoreg.trainers.autoreg_trainers",
     "AutoregScratchTrainer_5epochs": "nnunet_autoreg.trainers.autoreg_trainers",
-    "ExperimentPlanner": "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner",
+    "ExperimentPlanner": "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner",  # noqa: E501
     "nnUNetTrainer": "nnunetv2.training.nnUNetTrainer.nnUNetTrainer",
-    "nnUNetTrainer_5epochs": "nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs",
+    "nnUNetTrainer_5epochs": "nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs",  # noqa: E501
 }
 ANSWER = "answer:"
 
@@ -47,7 +56,9 @@ def look_up(name):
     try:
         if name.endswith("Planner"):
             folder = join(nnunetv2.__path__[0], "experiment_planning")
-            found = find_class_by_name.recursive_find_python_class(folder, name, current_module="nnunetv2.experiment_planning")
+            found = find_class_by_name.recursive_find_python_class(
+                folder, name, current_module="nnunetv2.experiment_planning"
+            )
         else:
             found = find_objects.recursive_find_trainer_class_by_name(name)
     except Exception as error:
@@ -83,10 +94,19 @@ class Environment:
     def site_packages(self) -> Path:
         if os.name == "nt":
             return self.root / "Lib" / "site-packages"
-        return self.root / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        return (
+            self.root
+            / "lib"
+            / f"python{sys.version_info.major}.{sys.version_info.minor}"
+            / "site-packages"
+        )
 
     def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", bridge.SWITCH)}
+        inherited = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTHONPATH", "PYTHONHOME", bridge.SWITCH)
+        }
         return subprocess.run(
             [self.python, *arguments],
             cwd=self.root,
@@ -97,12 +117,22 @@ class Environment:
         )
 
     def pip(self, *arguments: str | Path) -> None:
-        line = [sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check", *arguments]
+        line = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            "--disable-pip-version-check",
+            *arguments,
+        ]
         done = subprocess.run(line, cwd=self.root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self, **variables: str) -> str:
-        """Start the bare interpreter, which must be silent; report whether the hook is live, and what heavy things are loaded."""
+        """Start the bare interpreter, which must be silent; report whether the hook is live, and
+        what heavy things are loaded.
+        """
         done = self.run("-c", START, **variables)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.strip()
@@ -117,12 +147,18 @@ class Environment:
 
 
 def link_library(folder: Path, *without: str) -> Path:
-    """Links to every package of the running environment but ours and ``without``, and to no ``.pth``."""
+    """Links to every package of the running environment but ours and ``without``, and to no
+    ``.pth``.
+    """
     folder.mkdir()
     excluded = ("nnunet_autoreg", "__editable__", *without)
     for library in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for entry in Path(library).iterdir():
-            if entry.suffix == ".pth" or entry.name.lower().startswith(excluded) or (folder / entry.name).is_symlink():
+            if (
+                entry.suffix == ".pth"
+                or entry.name.lower().startswith(excluded)
+                or (folder / entry.name).is_symlink()
+            ):
                 continue
             try:
                 (folder / entry.name).symlink_to(entry)
@@ -143,7 +179,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = importlib.util.find_spec("nnunetv2")
     assert spec is not None
     place = Path(next(iter(spec.submodule_search_locations or ())))
-    if place.parent not in (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))):
+    if place.parent not in (
+        Path(sysconfig.get_path("purelib")),
+        Path(sysconfig.get_path("platlib")),
+    ):
         pytest.skip(f"nnunetv2 is not in this environment's own site-packages but in {place}")
     return link_library(tmp_path_factory.mktemp("borrowed") / "library")
 
@@ -154,7 +193,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (REPO / name).is_dir():
-            shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         elif (REPO / name).exists():
             shutil.copy(REPO / name, folder / name)
     return folder
@@ -163,7 +204,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source]
+    line = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder,
+        source,
+    ]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
@@ -189,9 +241,16 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert archive.read(bridge.PTH_NAME).decode() == bridge.PTH_LINE
-    assert {"nnunet_autoreg/trainers/__init__.py", "nnunet_autoreg/planners/__init__.py", "nnunet_autoreg/bridge.py"} <= set(names)
+    assert {
+        "nnunet_autoreg/trainers/__init__.py",
+        "nnunet_autoreg/planners/__init__.py",
+        "nnunet_autoreg/bridge.py",
+    } <= set(names)
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"nnunet_autoreg", bridge.PTH_NAME}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "nnunet_autoreg",
+        bridge.PTH_NAME,
+    }
 
 
 def test_every_start_is_silent_light_and_has_the_hook(installed: Environment) -> None:
@@ -208,9 +267,13 @@ def test_stock_and_our_names_are_found_also_in_spawned_workers(installed: Enviro
 def test_the_switch_leaves_stock_nnunet_as_it_is(installed: Environment) -> None:
     off = {bridge.SWITCH: "0"}
     assert installed.start(**off) == "False []"
-    answer = installed.look_up("AutoregPlanner", "AutoregPretrainedTrainer", "ExperimentPlanner", **off)
+    answer = installed.look_up(
+        "AutoregPlanner", "AutoregPretrainedTrainer", "ExperimentPlanner", **off
+    )
     assert answer["AutoregPlanner"] is None
-    assert answer["AutoregPretrainedTrainer"].startswith("RuntimeError: Could not find requested nnunet trainer")
+    assert answer["AutoregPretrainedTrainer"].startswith(
+        "RuntimeError: Could not find requested nnunet trainer"
+    )
     assert answer["ExperimentPlanner"] == FOUND["ExperimentPlanner"]
 
 
@@ -221,7 +284,9 @@ def test_commands_are_installed_and_end_misuse_with_2(installed: Environment) ->
 
 
 @pytest.mark.parametrize("broken", ["__init__.py", "bridge.py"])
-def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(disposable: Environment, broken: str) -> None:
+def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(
+    disposable: Environment, broken: str
+) -> None:
     (disposable.site_packages / "nnunet_autoreg" / broken).write_text("def (:\n")
     assert disposable.start() == "False []"
     answer = disposable.look_up("ExperimentPlanner", "nnUNetTrainer_5epochs")
@@ -229,12 +294,18 @@ def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(disposab
     assert answer["nnUNetTrainer_5epochs"] == FOUND["nnUNetTrainer_5epochs"]
 
 
-def test_a_broken_trainer_of_ours_gives_a_clear_error_for_our_name_only(disposable: Environment) -> None:
-    (disposable.site_packages / "nnunet_autoreg" / "trainers" / "autoreg_trainers.py").write_text("import no_such_thing\n")
+def test_a_broken_trainer_of_ours_gives_a_clear_error_for_our_name_only(
+    disposable: Environment,
+) -> None:
+    (disposable.site_packages / "nnunet_autoreg" / "trainers" / "autoreg_trainers.py").write_text(
+        "import no_such_thing\n"
+    )
     assert disposable.start() == "True []"
     answer = disposable.look_up("AutoregPretrainedTrainer", "nnUNetTrainer_5epochs")
     assert answer["nnUNetTrainer_5epochs"] == FOUND["nnUNetTrainer_5epochs"]
-    assert answer["AutoregPretrainedTrainer"].startswith("ImportError: nnunet-autoreg offers 'AutoregPretrainedTrainer', but")
+    assert answer["AutoregPretrainedTrainer"].startswith(
+        "ImportError: nnunet-autoreg offers 'AutoregPretrainedTrainer', but"
+    )
     assert "No module named 'no_such_thing'" in answer["AutoregPretrainedTrainer"]
 
 
@@ -242,40 +313,76 @@ def test_uninstalling_removes_the_package_the_pth_and_the_hook(disposable: Envir
     assert disposable.start() == "True []"
     disposable.pip("uninstall", "--yes", "nnunet-autoreg")
     assert disposable.start() == "False []"
-    assert [entry.name for entry in disposable.site_packages.iterdir() if "autoreg" in entry.name] == []
+    assert [
+        entry.name for entry in disposable.site_packages.iterdir() if "autoreg" in entry.name
+    ] == []
 
 
-def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(source: Path, library: Path, tmp_path: Path) -> None:
+def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
+    source: Path, library: Path, tmp_path: Path
+) -> None:
     environment = make_environment(tmp_path / "venv", library)
-    environment.pip("install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source)
+    environment.pip(
+        "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source
+    )
     doctor = environment.python.parent / "autoreg_doctor"
     assert environment.start() == "False []"
     assert environment.run(doctor, "--link").returncode == 0
     assert environment.start() == "True []"
-    assert environment.look_up("AutoregPretrainedTrainer")["AutoregPretrainedTrainer"] == FOUND["AutoregPretrainedTrainer"]
+    assert (
+        environment.look_up("AutoregPretrainedTrainer")["AutoregPretrainedTrainer"]
+        == FOUND["AutoregPretrainedTrainer"]
+    )
     assert environment.run(doctor, "--unlink").returncode == 0
     assert environment.start() == "False []"
 
 
 @pytest.fixture(scope="module")
-def nnunet_checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nnU-Net's source tree in the installed version, downloaded once and kept in pytest's cache; skips where it cannot be had."""
+def nnunet_checkout(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """nnU-Net's source tree in the installed version, downloaded once and kept in pytest's cache;
+    skips where it cannot be had.
+    """
     release = version("nnunetv2")
     cache = Path(request.config.cache.mkdir("nnunetv2-source"))  # type: ignore[union-attr]
     archive = cache / f"nnunetv2-{release}.tar.gz"
     if not archive.is_file():
-        line = [sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--no-build-isolation"]
-        done = subprocess.run([*line, "-d", cache, f"nnunetv2=={release}"], capture_output=True, text=True, check=False)
+        line = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-binary",
+            ":all:",
+            "--no-deps",
+            "--no-build-isolation",
+        ]
+        done = subprocess.run(
+            [*line, "-d", cache, f"nnunetv2=={release}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode or not archive.is_file():
-            pytest.skip(f"the source of nnunetv2 {release} cannot be downloaded: {(done.stderr.strip() or 'no message')[-200:]}")
+            pytest.skip(
+                f"the source of nnunetv2 {release} cannot be downloaded: "
+                f"{(done.stderr.strip() or 'no message')[-200:]}"
+            )
     folder = tmp_path_factory.mktemp("checkout")
     shutil.unpack_archive(archive, folder)
     return folder / f"nnunetv2-{release}"
 
 
-def test_an_editable_nnunet_stays_whole_and_finds_us(wheel: Path, nnunet_checkout: Path, tmp_path: Path) -> None:
-    environment = make_environment(tmp_path / "venv", link_library(tmp_path / "library", "nnunetv2"))
-    environment.pip("install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", nnunet_checkout)
+def test_an_editable_nnunet_stays_whole_and_finds_us(
+    wheel: Path, nnunet_checkout: Path, tmp_path: Path
+) -> None:
+    environment = make_environment(
+        tmp_path / "venv", link_library(tmp_path / "library", "nnunetv2")
+    )
+    environment.pip(
+        "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", nnunet_checkout
+    )
     environment.pip("install", "--no-deps", "--no-index", wheel)
     assert environment.start() == "True []"
     answer = environment.look_up(*OURS, *STOCK, flag="--spawn")

@@ -1,4 +1,6 @@
-"""Every signature of nnU-Net and its networks that we call or override: when one of these changes, look at our use of it."""
+"""Every signature of nnU-Net and its networks that we call or override: when one of these changes,
+look at our use of it.
+"""
 
 import importlib
 import inspect
@@ -9,15 +11,19 @@ import pytest
 pytestmark = pytest.mark.contract
 
 TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer"
-PLANNER = "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner:ExperimentPlanner"
+PLANNER = (
+    "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner:ExperimentPlanner"
+)
 NORMALIZATION = "nnunetv2.preprocessing.normalization.default_normalization_schemes"
 RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 
-# "name" has no default, "name=..." has one; values of defaults are pinned below where we lean on them.
+# "name" has no default, "name=..." has one; values of defaults are pinned below where we lean on
+# them.
 SIGNATURES = {
     f"{TRAINER}.__init__": "self plans configuration fold dataset_json device=",
     f"{TRAINER}.build_network_architecture": (
-        "plans_manager configuration_manager num_input_channels num_output_channels enable_deep_supervision="
+        "plans_manager configuration_manager num_input_channels num_output_channels "
+        "enable_deep_supervision="
     ),
     f"{TRAINER}.initialize": "self",
     f"{TRAINER}.on_train_start": "self",
@@ -28,9 +34,11 @@ SIGNATURES = {
     f"{TRAINER}._get_deep_supervision_scales": "self",
     f"{TRAINER}.do_split": "self",
     f"{PLANNER}.__init__": (
-        "self dataset_name_or_id gpu_memory_target_in_gb= preprocessor_name= plans_name= overwrite_target_spacing= suppress_transpose="
+        "self dataset_name_or_id gpu_memory_target_in_gb= preprocessor_name= plans_name= "
+        "overwrite_target_spacing= suppress_transpose="
     ),
-    f"{PLANNER}.get_plans_for_configuration": "self spacing median_shape data_identifier approximate_n_voxels_dataset _cache",
+    f"{PLANNER}.get_plans_for_configuration": "self spacing median_shape data_identifier "
+    "approximate_n_voxels_dataset _cache",
     f"{PLANNER}.plan_experiment": "self",
     f"{PLANNER}.save_plans": "self plans",
     f"{PLANNER}.generate_data_identifier": "self configuration_name",
@@ -43,15 +51,19 @@ SIGNATURES = {
     "nnunetv2.preprocessing.cropping.cropping:crop_to_nonzero": "data seg= nonzero_label=",
     f"{RESAMPLING}:compute_new_shape": "old_shape old_spacing new_spacing",
     f"{RESAMPLING}:resample_data_or_seg_to_shape": (
-        "data new_shape current_spacing new_spacing is_seg= order= order_z= force_separate_z= separate_z_anisotropy_threshold="
+        "data new_shape current_spacing new_spacing is_seg= order= order_z= force_separate_z= "
+        "separate_z_anisotropy_threshold="
     ),
-    f"{NORMALIZATION}:ImageNormalization.__init__": "self use_mask_for_norm= intensityproperties= target_dtype=",
+    f"{NORMALIZATION}:ImageNormalization.__init__": "self use_mask_for_norm= intensityproperties= "
+    "target_dtype=",
     f"{NORMALIZATION}:ZScoreNormalization.run": "self image seg=",
     f"{NORMALIZATION}:CTNormalization.run": "self image seg=",
     "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIO.read_images": "self image_fnames",
     "dynamic_network_architectures.architectures.primus:Primus.__init__": (
-        "self input_channels embed_dim patch_embed_size num_classes eva_depth= eva_numheads= input_shape= decoder_norm= decoder_act= "
-        "num_register_tokens= use_rot_pos_emb= use_abs_pos_embed= mlp_ratio= drop_path_rate= patch_drop_rate= proj_drop_rate= "
+        "self input_channels embed_dim patch_embed_size num_classes eva_depth= eva_numheads= "
+        "input_shape= decoder_norm= decoder_act= "
+        "num_register_tokens= use_rot_pos_emb= use_abs_pos_embed= mlp_ratio= drop_path_rate= "
+        "patch_drop_rate= proj_drop_rate= "
         "attn_drop_rate= rope_impl= rope_kwargs= init_values= scale_attn_inner="
     ),
     "timm.models.eva:EvaBlock.forward": "self x rope= attn_mask=",
@@ -77,12 +89,16 @@ def resolve(where: str) -> Any:
 @pytest.mark.parametrize("where", SIGNATURES, ids=lambda where: where.partition(":")[2])
 def test_a_borrowed_signature_is_as_we_know_it(where: str) -> None:
     parameters = inspect.signature(resolve(where)).parameters.values()
-    found = " ".join(p.name + ("" if p.default is inspect.Parameter.empty else "=") for p in parameters)
+    found = " ".join(
+        p.name + ("" if p.default is inspect.Parameter.empty else "=") for p in parameters
+    )
     assert found == SIGNATURES[where]
     assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
-@pytest.mark.parametrize(("where", "name"), DEFAULTS, ids=lambda text: text.partition(":")[2] or text)
+@pytest.mark.parametrize(
+    ("where", "name"), DEFAULTS, ids=lambda text: text.partition(":")[2] or text
+)
 def test_a_default_that_we_lean_on_is_as_we_know_it(where: str, name: str) -> None:
     assert inspect.signature(resolve(where)).parameters[name].default == DEFAULTS[where, name]
 
@@ -94,9 +110,18 @@ def test_the_network_builder_is_static_so_that_prediction_calls_it_without_a_tra
 
 def test_primus_names_the_parts_that_a_weight_contract_needs() -> None:
     network = resolve("dynamic_network_architectures.architectures.primus:Primus")(
-        input_channels=1, embed_dim=264, patch_embed_size=(8, 8, 8), num_classes=2, eva_depth=1, eva_numheads=4, input_shape=(16, 16, 16)
+        input_channels=1,
+        embed_dim=264,
+        patch_embed_size=(8, 8, 8),
+        num_classes=2,
+        eva_depth=1,
+        eva_numheads=4,
+        input_shape=(16, 16, 16),
     )
     assert (network.key_to_encoder, network.key_to_stem) == ("eva", "down_projection")
-    assert (network.keys_to_in_proj, network.key_to_lpe) == (("down_projection.proj",), "eva.pos_embed")
+    assert (network.keys_to_in_proj, network.key_to_lpe) == (
+        ("down_projection.proj",),
+        "eva.pos_embed",
+    )
     assert tuple(network.eva.pos_embed.shape) == (1, 2 * 2 * 2, 264)
     assert isinstance(network.eva.blocks[0], resolve("timm.models.eva:EvaBlock"))

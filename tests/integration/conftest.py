@@ -1,4 +1,6 @@
-"""A clinic: nnU-Net's folders, one real scan, one finished pretraining run, and the lines that its users type."""
+"""A clinic: nnU-Net's folders, one real scan, one finished pretraining run, and the lines that its
+users type.
+"""
 
 import hashlib
 import json
@@ -14,9 +16,17 @@ import pytest
 from few_cases import copy_cases
 
 DATASET = "Dataset004_Hippocampus"
-ENCODER = ('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
-           '"init_values":0.1,"scale_attn_inner":true}')
-SMALL = [ENCODER, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=1", "run.validate_every=1000", "run.log_every=1"]
+ENCODER = (
+    'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
+    '"init_values":0.1,"scale_attn_inner":true}'
+)
+SMALL = [
+    ENCODER,
+    "sequence.crop_size_vox=16,24,16",
+    "run.checkpoint_every=1",
+    "run.validate_every=1000",
+    "run.log_every=1",
+]
 STEPS = "4"
 NUM_CASES = 5
 
@@ -31,7 +41,10 @@ class Clinic:
     def environment(self, **changes):
         """The three folders below ``root``; a change to None removes a variable."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-        folders = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        folders = {
+            name: str(self.root / name)
+            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        }
         settings = {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
         wanted = {**clean, **folders, **settings, **changes}
         return {k: str(v) for k, v in wanted.items() if v is not None}
@@ -40,18 +53,49 @@ class Clinic:
         return str(Path(sys.executable).with_name(name))
 
     def typed(self, command, **changes):
-        return subprocess.run(command, env=self.environment(**changes), capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env=self.environment(**changes), capture_output=True, text=True, check=False
+        )
 
     def line(self, name, *arguments, settings=(), scans=None, steps=STEPS):
         """The arguments of one run on the one scan."""
-        return [self.program("autoreg_pretrain"), "-i", str(scans or self.root / "größere Klinik"), "--name", name, "--steps", steps,
-                "--encoder", "primus_tiny", "--batch", "2", "--device", "cpu", *arguments, "--set", *SMALL, *settings]
+        return [
+            self.program("autoreg_pretrain"),
+            "-i",
+            str(scans or self.root / "größere Klinik"),
+            "--name",
+            name,
+            "--steps",
+            steps,
+            "--encoder",
+            "primus_tiny",
+            "--batch",
+            "2",
+            "--device",
+            "cpu",
+            *arguments,
+            "--set",
+            *SMALL,
+            *settings,
+        ]
 
     def pretrain(self, name, *arguments, settings=(), scans=None, steps=STEPS, **changes):
-        return self.typed(self.line(name, *arguments, settings=settings, scans=scans, steps=steps), **changes)
+        return self.typed(
+            self.line(name, *arguments, settings=settings, scans=scans, steps=steps), **changes
+        )
 
     def train(self, *arguments, trainer="AutoregPretrainedTrainer", plans="AutoregPlans"):
-        command = [self.program("nnUNetv2_train"), "4", "3d_fullres", "0", "-tr", trainer, "-device", "cpu", *arguments]
+        command = [
+            self.program("nnUNetv2_train"),
+            "4",
+            "3d_fullres",
+            "0",
+            "-tr",
+            trainer,
+            "-device",
+            "cpu",
+            *arguments,
+        ]
         return self.typed([*command, "-p", plans] if plans else command)
 
     def plan_again(self, weights):
@@ -59,9 +103,16 @@ class Clinic:
         return self.typed(command, autoreg_weights=weights)
 
     def started(self, command, log, until):
-        """Start a command in a process group of its own and wait until ``until(text of stderr)``."""
+        """Start a command in a process group of its own and wait until ``until(text of
+        stderr)``.
+        """
         process = subprocess.Popen(
-            command, env=self.environment(), stdout=subprocess.DEVNULL, stderr=log.open("w"), start_new_session=True)
+            command,
+            env=self.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=log.open("w"),
+            start_new_session=True,
+        )
         deadline = time.monotonic() + 120
         while not until(log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
@@ -73,10 +124,16 @@ class Clinic:
 
     def bytes_of(self, path):
         """Content of every file of a run but the lock and the logs, by name."""
-        return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file() and not p.name.startswith((".lock", "training_log"))}
+        return {
+            p.name: p.read_bytes()
+            for p in path.iterdir()
+            if p.is_file() and not p.name.startswith((".lock", "training_log"))
+        }
 
     def refused(self, done, code, *said):
-        """The last line on stderr is the command's own, it holds all of ``said``, and nothing else of the error is shown."""
+        """The last line on stderr is the command's own, it holds all of ``said``, and nothing else
+        of the error is shown.
+        """
         assert done.returncode == code, done.stderr[-2000:]
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
         last = done.stderr.strip().splitlines()[-1]
@@ -98,7 +155,9 @@ class Clinic:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, shared_data):
-    """A clinic with one real scan in a folder with a space and an umlaut, and the finished run 'base' on it."""
+    """A clinic with one real scan in a folder with a space and an umlaut, and the finished run
+    'base' on it.
+    """
     clinic = Clinic(tmp_path_factory.mktemp("bad input"))
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "größere Klinik"):
         (clinic.root / name).mkdir()
@@ -115,7 +174,11 @@ def base(home):
     kept = home.bytes_of(home.folder())
     yield home.folder()
     for path in home.folder().iterdir():
-        if path.is_file() and path.name not in kept and not path.name.startswith((".lock", "training_log")):
+        if (
+            path.is_file()
+            and path.name not in kept
+            and not path.name.startswith((".lock", "training_log"))
+        ):
             path.unlink()
     for name, content in kept.items():
         (home.folder() / name).write_bytes(content)
@@ -123,7 +186,9 @@ def base(home):
 
 def add_labelled_scans(clinic, shared_data):
     """A small labelled dataset among nnU-Net's raw ones."""
-    copy_cases(shared_data / "nnUNet_raw" / DATASET, clinic.root / "nnUNet_raw" / DATASET, NUM_CASES)
+    copy_cases(
+        shared_data / "nnUNet_raw" / DATASET, clinic.root / "nnUNet_raw" / DATASET, NUM_CASES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +205,26 @@ def unpretrained(tmp_path_factory, shared_data):
 def planned(home, shared_data):
     """A small labelled dataset, planned for the weights of 'base'; gives the plans file."""
     add_labelled_scans(home, shared_data)
-    command = ["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "AutoregPlanner", "-c", "3d_fullres", "-npfp", "1", "-np", "1"]
+    command = [
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        "4",
+        "-pl",
+        "AutoregPlanner",
+        "-c",
+        "3d_fullres",
+        "-npfp",
+        "1",
+        "-np",
+        "1",
+    ]
     done = home.typed([home.program(command[0]), *command[1:]], autoreg_weights="base")
     assert done.returncode == 0, done.stderr
     file = home.root / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json"
     plans = json.loads(file.read_text())
-    plans["autoreg"]["recipe"].update(num_epochs=2, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1)
+    plans["autoreg"]["recipe"].update(
+        num_epochs=2, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1
+    )
     file.write_text(json.dumps(plans))
     return file
 

@@ -1,7 +1,9 @@
-"""Runs ``autoreg_pretrain`` lines in forks of one process that has imported everything, and kills them at named points.
+"""Runs ``autoreg_pretrain`` lines in forks of one process that has imported everything, and kills
+them at named points.
 
-A point replaces one function of the package, or of torch, by one that ends the process with SIGKILL; the package knows nothing of it.
-Reads one JSON request a line - argv, point, log, env - and answers with the exit status. Pictures are left out: they take most of the time.
+A point replaces one function of the package, or of torch, by one that ends the process with
+SIGKILL; the package knows nothing of it. Reads one JSON request a line - argv, point, log, env -
+and answers with the exit status. Pictures are left out: they take most of the time.
 """
 
 import importlib
@@ -25,7 +27,11 @@ def at_call(number, owner, name, act):
 
     def replaced(*arguments, **named):
         calls.append(1)
-        return act(original, *arguments, **named) if len(calls) == number else original(*arguments, **named)
+        return (
+            act(original, *arguments, **named)
+            if len(calls) == number
+            else original(*arguments, **named)
+        )
 
     setattr(owner, name, replaced)
 
@@ -78,9 +84,11 @@ def on_replace(target, act):
 def in_a_worker():
     if __name__ == "__mp_main__":
         from nnunet_autoreg.store import store
+
         at_call(1, store, "write_case", before)
     else:
         from nnunet_autoreg.pretrain import run
+
         run.num_processes = lambda: 2
 
 
@@ -102,11 +110,17 @@ def arm(point):
         "in the middle of a step": lambda: at_call(5, torch.optim.AdamW, "step", before),
         "validation": lambda: at_call(2, Validation, "_features", before),
         "while a checkpoint is written": lambda: at_call(3, torch, "save", half_saved),
-        "between writing and renaming a checkpoint": lambda: on_replace("checkpoint_latest.pth", before),
-        "between the two renames of a checkpoint": lambda: on_replace("checkpoint_previous.pth", after),
+        "between writing and renaming a checkpoint": lambda: on_replace(
+            "checkpoint_latest.pth", before
+        ),
+        "between the two renames of a checkpoint": lambda: on_replace(
+            "checkpoint_previous.pth", after
+        ),
         "while writing metrics.jsonl": lambda: at_call(12, MetricsFile, "_append", half_a_line),
         "export": lambda: at_call(1, safetensors.torch, "save_file", half_exported),
-        "after the export, before the finished mark": lambda: at_call(1, EncoderCard, "save", before),
+        "after the export, before the finished mark": lambda: at_call(
+            1, EncoderCard, "save", before
+        ),
     }[point]()
 
 
@@ -135,9 +149,16 @@ def child(request):
 
 def import_all():
     """Import what a line needs, so that its fork has it."""
-    ours = (f"nnunet_autoreg.{name}" for name in ("pretrain.run", "pretrain.loop", "report.report", "report.slices"))
-    for module in ("dynamic_network_architectures.architectures.primus", "nnunetv2.preprocessing.preprocessors.default_preprocessor",
-                   "torch._dynamo", *ours):
+    ours = (
+        f"nnunet_autoreg.{name}"
+        for name in ("pretrain.run", "pretrain.loop", "report.report", "report.slices")
+    )
+    for module in (
+        "dynamic_network_architectures.architectures.primus",
+        "nnunetv2.preprocessing.preprocessors.default_preprocessor",
+        "torch._dynamo",
+        *ours,
+    ):
         importlib.import_module(module)
 
 

@@ -1,7 +1,9 @@
-"""Runs ``autoreg_pretrain`` lines in forks of one process that has imported everything, with slow work at a named point.
+"""Runs ``autoreg_pretrain`` lines in forks of one process that has imported everything, with slow
+work at a named point.
 
-A point replaces one function by one that first makes a mark and then takes minutes; the package knows nothing of it. Reads one JSON request
-a line - argv, point, way, mark, log, env - answers with the process id, and with the exit status at the end.
+A point replaces one function by one that first makes a mark and then takes minutes; the package
+knows nothing of it. Reads one JSON request a line - argv, point, way, mark, log, env - answers with
+the process id, and with the exit status at the end.
 """
 
 import ctypes
@@ -27,7 +29,10 @@ def wait_in_python(*arguments, **named):
 
 
 def ignore_exceptions(*arguments, **named):
-    """Work that goes on after any exception, as code with a bare ``except`` does. One that follows later gets through."""
+    """Work that goes on after any exception, as code with a bare ``except`` does.
+
+    One that follows later gets through.
+    """
     mark()
     try:
         time.sleep(LONG_S)
@@ -57,7 +62,12 @@ def compile_slowly(*arguments, **named):
     torch.compile(lambda x: x * 2, backend=backend)(torch.ones(3))
 
 
-WAYS = {"python": wait_in_python, "ignoring": ignore_exceptions, "c": wait_in_c, "compiler": compile_slowly}
+WAYS = {
+    "python": wait_in_python,
+    "ignoring": ignore_exceptions,
+    "c": wait_in_c,
+    "compiler": compile_slowly,
+}
 
 
 def arm(point, way):

@@ -1,4 +1,6 @@
-"""Bad input and rough handling of pretraining, as a user types it: one clear line, the right exit code, and nothing lost."""
+"""Bad input and rough handling of pretraining, as a user types it: one clear line, the right exit
+code, and nothing lost.
+"""
 
 import json
 import os
@@ -17,9 +19,14 @@ from nnunet_autoreg.corpus.rows import read_index
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def test_an_edited_plan_with_an_unknown_key_or_a_wrong_type_is_refused_and_nothing_is_touched(home, base):
+def test_an_edited_plan_with_an_unknown_key_or_a_wrong_type_is_refused_and_nothing_is_touched(
+    home, base
+):
     original = (base / "plan.json").read_text()
-    edits = (('"lr":', '"learning_rate":', "unknown key 'learning_rate'"), ('"batch_size": 2,', '"batch_size": "two",', "'two'"))
+    edits = (
+        ('"lr":', '"learning_rate":', "unknown key 'learning_rate'"),
+        ('"batch_size": 2,', '"batch_size": "two",', "'two'"),
+    )
     for old, new, said in edits:
         (base / "plan.json").write_text(original.replace(old, new, 1))
         before = home.bytes_of(base)
@@ -27,15 +34,20 @@ def test_an_edited_plan_with_an_unknown_key_or_a_wrong_type_is_refused_and_nothi
         assert home.bytes_of(base) == before
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("optim.learning_rate=1", "optim.learning_rate"),
-    ("sequence.block_tokens=0,1,1", "sequence.block_tokens"),
-    ("optim.betas=2,3", "optim.betas"),
-    ("objective.name=autoregresive", "'autoregressive'"),
-    ("encoder.arguments={}", "encoder.arguments"),
-    ("encoder.token_size_vox=4,4,4", "encoder.token_size_vox"),
-])
-def test_a_nonsense_setting_is_refused_before_anything_is_planned_so_that_the_name_stays_free(home, setting, said):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optim.learning_rate=1", "optim.learning_rate"),
+        ("sequence.block_tokens=0,1,1", "sequence.block_tokens"),
+        ("optim.betas=2,3", "optim.betas"),
+        ("objective.name=autoregresive", "'autoregressive'"),
+        ("encoder.arguments={}", "encoder.arguments"),
+        ("encoder.token_size_vox=4,4,4", "encoder.token_size_vox"),
+    ],
+)
+def test_a_nonsense_setting_is_refused_before_anything_is_planned_so_that_the_name_stays_free(
+    home, setting, said
+):
     home.refused(home.pretrain("nonsense", settings=[setting]), 2, said)
     assert not (home.folder("nonsense") / "plan.json").exists()
 
@@ -45,11 +57,21 @@ def test_the_name_that_means_no_weights_is_refused(home):
 
 
 def test_an_exclude_file_that_does_not_exist_is_refused(home):
-    home.refused(home.pretrain("excluded", "--exclude", "no such file.txt"), 2, "--exclude", "no such file.txt: does not exist")
+    home.refused(
+        home.pretrain("excluded", "--exclude", "no such file.txt"),
+        2,
+        "--exclude",
+        "no such file.txt: does not exist",
+    )
 
 
 def test_a_device_that_is_not_there_is_refused(home):
-    home.refused(home.pretrain("device", "--device", "cuda", CUDA_VISIBLE_DEVICES=""), 2, "--device cuda", "--device cpu")
+    home.refused(
+        home.pretrain("device", "--device", "cuda", CUDA_VISIBLE_DEVICES=""),
+        2,
+        "--device cuda",
+        "--device cpu",
+    )
     assert not home.folder("device").exists()
 
 
@@ -63,7 +85,7 @@ class Harmful:
         return Path.touch, (Path(self.witness),)
 
 
-def test_garbage_a_pickle_or_weights_with_an_edited_card_as_init_are_refused_before_anything_is_planned(home, tmp_path):
+def test_bad_weights_as_init_are_refused_before_planning(home, tmp_path):
     import pickle
 
     garbage = tmp_path / "garbage.safetensors"
@@ -83,7 +105,10 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_is_continued(home, ba
     latest.write_bytes(latest.read_bytes()[:1000])
     longer = home.pretrain("base", steps="5")
     assert longer.returncode == 0, longer.stderr
-    assert "checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 3" in longer.stderr
+    assert (
+        "checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 3"
+        in longer.stderr
+    )
     assert "continuing after step 3 of 5" in longer.stderr
 
 
@@ -91,7 +116,9 @@ def test_where_all_checkpoints_are_truncated_the_run_is_refused_and_nothing_is_t
     for path in base.glob("checkpoint_*.pth"):
         path.write_bytes(path.read_bytes()[:1000])
     before = home.bytes_of(base)
-    home.refused(home.pretrain("base", steps="5"), 1, "checkpoint_latest.pth", "move the checkpoints away")
+    home.refused(
+        home.pretrain("base", steps="5"), 1, "checkpoint_latest.pth", "move the checkpoints away"
+    )
     assert home.bytes_of(base) == before
 
 
@@ -125,7 +152,11 @@ def test_an_edited_encoder_json_of_a_finished_run_is_named_in_one_line(home, bas
 
 def test_a_checkpoint_whose_plan_was_removed_is_not_continued_with_other_settings(home, base):
     (base / "plan.json").unlink()
-    kept = {name: content for name, content in home.bytes_of(base).items() if name.startswith(("checkpoint", "encoder"))}
+    kept = {
+        name: content
+        for name, content in home.bytes_of(base).items()
+        if name.startswith(("checkpoint", "encoder"))
+    }
     home.refused(home.pretrain("base", "--seed", "1"), 2, "seed: 0 -> 1")
     assert {name: content for name, content in home.bytes_of(base).items() if name in kept} == kept
 
@@ -147,10 +178,14 @@ def test_a_run_continues_after_its_scans_moved_away_because_the_store_has_them(h
     assert "continuing after step 4 of 5" in longer.stderr
 
 
-def test_scans_that_vanish_before_preprocessing_end_the_run_and_it_goes_on_when_they_are_back(home, tmp_path):
+def test_scans_that_vanish_before_preprocessing_end_the_run_and_it_goes_on_when_they_are_back(
+    home, tmp_path
+):
     scans = tmp_path / "usb disk"
     scans.mkdir()
-    image = SimpleITK.GetImageFromArray(np.random.default_rng(0).normal(300, 90, size=(20, 28, 20)).astype(np.float32))
+    image = SimpleITK.GetImageFromArray(
+        np.random.default_rng(0).normal(300, 90, size=(20, 28, 20)).astype(np.float32)
+    )
     SimpleITK.WriteImage(image, str(scans / "scan.nii.gz"))
     assert home.pretrain("unplugged", "--dry-run", scans=scans).returncode == 0
     (scans / "scan.nii.gz").rename(tmp_path / "scan.nii.gz")
@@ -176,20 +211,34 @@ def test_files_that_cannot_be_opened_are_left_out_with_their_reason(home, tmp_pa
     found = read_index(home.folder("unreadable") / "scans.csv")
     rows = {Path(row.source).name.partition(".")[0]: row for row in found}
     assert rows["Kopf groß 1"].status == "ok"
-    assert all(rows[name].status == "unreadable" and words in rows[name].reason for name, words in wanted.items())
+    assert all(
+        rows[name].status == "unreadable" and words in rows[name].reason
+        for name, words in wanted.items()
+    )
 
 
 def test_folders_that_cannot_be_written_are_named_in_one_line(home, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/autoreg_pretraining").write_text("a file is in the way")
-    home.refused(home.pretrain("x", nnUNet_results=tmp_path / "results"), 1, "autoreg_pretraining", "cannot be written")
+    home.refused(
+        home.pretrain("x", nnUNet_results=tmp_path / "results"),
+        1,
+        "autoreg_pretraining",
+        "cannot be written",
+    )
     (tmp_path / "preprocessed").mkdir()
     (tmp_path / "preprocessed/autoreg_store").write_text("a file is in the way")
-    home.refused(home.pretrain("no_store", nnUNet_preprocessed=tmp_path / "preprocessed"), 2, "autoreg_store cannot be made (File exists)")
+    home.refused(
+        home.pretrain("no_store", nnUNet_preprocessed=tmp_path / "preprocessed"),
+        2,
+        "autoreg_store cannot be made (File exists)",
+    )
     assert (tmp_path / "preprocessed/autoreg_store").read_text() == "a file is in the way"
 
 
-def test_a_second_run_in_the_folder_is_refused_and_sigterm_in_the_first_steps_saves_the_state(home, tmp_path):
+def test_a_second_run_in_the_folder_is_refused_and_sigterm_in_the_first_steps_saves_the_state(
+    home, tmp_path
+):
     quiet = ["run.checkpoint_every=100000", "run.log_every=100000"]
     command = home.line("shared", steps="600", settings=quiet)
     process = home.started(command, tmp_path / "log", lambda text: "/600 [" in text)
@@ -208,16 +257,24 @@ def test_a_second_run_in_the_folder_is_refused_and_sigterm_in_the_first_steps_sa
 
 def alive(group):
     """Process ids of a process group, zombies left out."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [row.split() for row in listed.splitlines()]
-    return [int(pid) for pid, pgid, state in rows if int(pgid) == group and not state.startswith("Z")]
+    return [
+        int(pid) for pid, pgid, state in rows if int(pgid) == group and not state.startswith("Z")
+    ]
 
 
-def test_a_kill_during_preprocessing_leaves_no_process_behind_and_the_same_line_goes_on(home, tmp_path):
+def test_a_kill_during_preprocessing_leaves_no_process_behind_and_the_same_line_goes_on(
+    home, tmp_path
+):
     scans = tmp_path / "many"
     scans.mkdir()
     for number in range(3):
-        image = SimpleITK.GetImageFromArray(np.random.default_rng(number).normal(300, 90, size=(48, 48, 48)).astype(np.float32))
+        image = SimpleITK.GetImageFromArray(
+            np.random.default_rng(number).normal(300, 90, size=(48, 48, 48)).astype(np.float32)
+        )
         image.SetSpacing((1.0, 1.0, 1.0 + 0.1 * number))
         SimpleITK.WriteImage(image, str(scans / f"Größe {number}.nii"))
     store = home.root / "nnUNet_preprocessed/autoreg_store"

@@ -1,4 +1,6 @@
-"""Wrong plans, weights and names given to nnU-Net's commands, as a user types them: one clear line, exit code 1, nothing lost."""
+"""Wrong plans, weights and names given to nnU-Net's commands, as a user types them: one clear line,
+exit code 1, nothing lost.
+"""
 
 import hashlib
 import json
@@ -11,19 +13,31 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def test_forgotten_plans_end_in_one_line_with_and_without_stock_plans(home, planned):
-    said = home.refused(home.train(plans=None), 1, "nnUNetPlans.json does not exist", "-p AutoregPlans", "-pl AutoregPlanner")
+    said = home.refused(
+        home.train(plans=None),
+        1,
+        "nnUNetPlans.json does not exist",
+        "-p AutoregPlans",
+        "-pl AutoregPlanner",
+    )
     assert home.dataset in said
     stock = planned.with_name("nnUNetPlans.json")
-    content = {key: value for key, value in json.loads(planned.read_text()).items() if key != "autoreg"}
+    content = {
+        key: value for key, value in json.loads(planned.read_text()).items() if key != "autoreg"
+    }
     stock.write_text(json.dumps({**content, "plans_name": "nnUNetPlans"}))
     try:
-        home.refused(home.train(plans=None), 1, 'nnUNetPlans.json has no "autoreg" block', "-p AutoregPlans")
+        home.refused(
+            home.train(plans=None), 1, 'nnUNetPlans.json has no "autoreg" block', "-p AutoregPlans"
+        )
     finally:
         stock.unlink()
 
 
 def test_plans_that_do_not_exist_are_named_with_the_line_that_makes_them(home, planned):
-    home.refused(home.train(plans="OtherPlans"), 1, "OtherPlans.json does not exist", "-pl AutoregPlanner")
+    home.refused(
+        home.train(plans="OtherPlans"), 1, "OtherPlans.json does not exist", "-pl AutoregPlanner"
+    )
 
 
 def test_the_stock_trainer_on_our_plans_ends_in_one_line(home, planned):
@@ -65,17 +79,38 @@ def test_training_with_weights_of_another_shape_ends_in_one_line(home, plans, ba
     key = "eva.blocks.0.attn.q_proj.weight"
     save_file({**tensors, key: tensors[key][:40].copy()}, base / "encoder.safetensors")
     changed = json.loads(plans.read_text())
-    changed["autoreg"]["weights"]["sha256"] = hashlib.sha256((base / "encoder.safetensors").read_bytes()).hexdigest()
+    changed["autoreg"]["weights"]["sha256"] = hashlib.sha256(
+        (base / "encoder.safetensors").read_bytes()
+    ).hexdigest()
     plans.write_text(json.dumps(changed))
     home.refused(home.train(), 1, key, "(40, 48)", "(48, 48)")
 
 
-def test_training_that_was_killed_and_training_that_is_finished_go_on_with_c(home, planned, tmp_path):
-    fold = home.root / "nnUNet_results" / home.dataset / "AutoregPretrainedTrainer__AutoregPlans__3d_fullres/fold_0"
+def test_training_that_was_killed_and_training_that_is_finished_go_on_with_c(
+    home, planned, tmp_path
+):
+    fold = (
+        home.root
+        / "nnUNet_results"
+        / home.dataset
+        / "AutoregPretrainedTrainer__AutoregPlans__3d_fullres/fold_0"
+    )
     shutil.rmtree(fold, ignore_errors=True)
-    command = [home.program("nnUNetv2_train"), "4", "3d_fullres", "0", "-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans",
-               "-device", "cpu"]
-    process = home.started(command, tmp_path / "log", lambda _: (fold / "checkpoint_best.pth").exists())
+    command = [
+        home.program("nnUNetv2_train"),
+        "4",
+        "3d_fullres",
+        "0",
+        "-tr",
+        "AutoregPretrainedTrainer",
+        "-p",
+        "AutoregPlans",
+        "-device",
+        "cpu",
+    ]
+    process = home.started(
+        command, tmp_path / "log", lambda _: (fold / "checkpoint_best.pth").exists()
+    )
     process.kill()
     process.wait()
     continued = home.train("--c")

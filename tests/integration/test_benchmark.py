@@ -1,4 +1,6 @@
-"""autoreg_benchmark by its own line on real scans: all arms, two labels, two steps; and the same line again."""
+"""autoreg_benchmark by its own line on real scans: all arms, two labels, two steps; and the same
+line again.
+"""
 
 import json
 import os
@@ -15,16 +17,44 @@ pytestmark = pytest.mark.integration
 
 NAME = "Dataset004_Hippocampus"
 NUM_CASES = 8
-LINE = ["-d", "4", "--labels", "2", "--seeds", "1", "--arms", "pretrained", "masked", "scratch", "stock", "--encoders", "primus_tiny",
-        "--pretrain-steps", "2", "--pretrain-batch", "2", "--steps", "2", "--batch", "2", "--device", "cpu"]
+LINE = [
+    "-d",
+    "4",
+    "--labels",
+    "2",
+    "--seeds",
+    "1",
+    "--arms",
+    "pretrained",
+    "masked",
+    "scratch",
+    "stock",
+    "--encoders",
+    "primus_tiny",
+    "--pretrain-steps",
+    "2",
+    "--pretrain-batch",
+    "2",
+    "--steps",
+    "2",
+    "--batch",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def typed(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         environment[variable] = str(root / variable)
-    return subprocess.run([sys.executable, "-m", "nnunet_autoreg.cli.benchmark", *arguments], env=environment, capture_output=True,
-                          text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "nnunet_autoreg.cli.benchmark", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +82,60 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     assert by_arm["masked"]["pretraining"]["objective"].startswith("masked")
     assert by_arm["scratch"]["pretraining"] is None
     masked_run = out / "results/autoreg_pretraining/benchmark_primus_tiny_masked"
-    seen = [row for row in read_index(masked_run / "scans.csv", is_private=False) if row.status == OK]
+    seen = [
+        row for row in read_index(masked_run / "scans.csv", is_private=False) if row.status == OK
+    ]
     assert len(seen) == len(record["pool"])
-    assert (out / "benchmark.png").stat().st_size > 10_000 and "minus scratch" in (out / "table.md").read_text()
+    assert (out / "benchmark.png").stat().st_size > 10_000 and "minus scratch" in (
+        out / "table.md"
+    ).read_text()
     again = typed(root, *LINE, "-o", str(out))
     assert again.returncode == 0 and "4 of 4 runs are there, 0 to do" in again.stderr
-    assert again.stdout.splitlines()[-1].startswith("next: ") and len((out / "runs.jsonl").read_text().splitlines()) == 4
+    assert (
+        again.stdout.splitlines()[-1].startswith("next: ")
+        and len((out / "runs.jsonl").read_text().splitlines()) == 4
+    )
 
 
 def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
-    environment = {**os.environ, **{v: str(root / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}}
-    line = ["-d", "4", "--name", "all", "--encoder", "primus_tiny", "--steps", "1", "--batch", "1", "--device", "cpu"]
+    environment = {
+        **os.environ,
+        **{v: str(root / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+    }
+    line = [
+        "-d",
+        "4",
+        "--name",
+        "all",
+        "--encoder",
+        "primus_tiny",
+        "--steps",
+        "1",
+        "--batch",
+        "1",
+        "--device",
+        "cpu",
+    ]
     program = str(Path(sys.executable).with_name("autoreg_pretrain"))
     subprocess.run([program, *line], env=environment, capture_output=True, check=True)
-    done = typed(root, "-d", "4", "--labels", "2", "--weights", "all", "--steps", "2", "-o", str(root / "leaky"))
+    done = typed(
+        root,
+        "-d",
+        "4",
+        "--labels",
+        "2",
+        "--weights",
+        "all",
+        "--steps",
+        "2",
+        "-o",
+        str(root / "leaky"),
+    )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored") and "--exclude" in last
+    assert (
+        last.startswith(
+            "autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored"
+        )
+        and "--exclude" in last
+    )

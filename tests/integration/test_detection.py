@@ -1,4 +1,6 @@
-"""Detection through nnU-Net's own planning, preprocessing, training and prediction, on generated cubes and a mini network, on a CPU."""
+"""Detection through nnU-Net's own planning, preprocessing, training and prediction, on generated
+cubes and a mini network, on a CPU.
+"""
 
 import json
 import runpy
@@ -17,13 +19,18 @@ pytestmark = pytest.mark.integration
 NAME, NUM_CASES, SIDE = "Dataset902_ToyCubes", 10, 40
 CPU = torch.device("cpu")
 MINI = {
-    **ENCODERS["resenc_tiny"].arguments, "n_stages": 4, "features_per_stage": [4, 6, 8, 8], "n_blocks_per_stage": [1, 1, 1, 1],
-}  # fmt: skip
+    **ENCODERS["resenc_tiny"].arguments,
+    "n_stages": 4,
+    "features_per_stage": [4, 6, 8, 8],
+    "n_blocks_per_stage": [1, 1, 1, 1],
+}
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "detection.py"
 
 
 @pytest.fixture(scope="module")
-def project(write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(
+    write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """nnU-Net's three folders with ten toy cases, planned and preprocessed for a mini encoder."""
     from nnunet_autoreg import bridge
 
@@ -32,20 +39,34 @@ def project(write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (root / variable).mkdir()
             patch.setenv(variable, str(root / variable))
-        for variable, value in {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}.items():
+        for variable, value in {
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_def_n_proc": "1",
+            "OMP_NUM_THREADS": "1",
+        }.items():
             patch.setenv(variable, value)
         patch.delenv("autoreg_weights", raising=False)
         bridge.install()
         patch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.default_num_processes", 1)
         runpy.run_path(str(BENCHMARK))["write_toy"](root / "nnUNet_raw" / NAME, NUM_CASES, SIDE)
-        write_run(root / "nnUNet_results", "mini", crop=(32, 32, 32), encoder="resenc_tiny", arguments=MINI)
+        write_run(
+            root / "nnUNet_results",
+            "mini",
+            crop=(32, 32, 32),
+            encoder="resenc_tiny",
+            arguments=MINI,
+        )
         plan_and_preprocess()
         shorten(root)
         yield root
 
 
 def plan_and_preprocess() -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        preprocess,
+    )
 
     extract_fingerprints([902], num_processes=1, show_progress_bar=False)
     identifier = plan_experiments([902], "AutoregPlanner")
@@ -61,7 +82,11 @@ def shorten(root: Path) -> None:
     plans["autoreg"]["recipe"] |= {"num_iterations_per_epoch": 3, "num_val_iterations_per_epoch": 2}
     configuration = plans["configurations"]["3d_fullres"]
     configuration["autoreg_detection"]["num_epochs"] = 2
-    configuration["patch_size"] = configuration["architecture"]["arch_kwargs"]["input_shape"] = [32, 32, 32]
+    configuration["patch_size"] = configuration["architecture"]["arch_kwargs"]["input_shape"] = [
+        32,
+        32,
+        32,
+    ]
     configuration["batch_size"] = 2
     plans_file(root).write_text(json.dumps(plans))
 
@@ -69,8 +94,18 @@ def shorten(root: Path) -> None:
 def trained(fold: int = 0, trainer: str = "AutoregDetectionTrainer", **options: Any) -> Any:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-    made = get_trainer_from_args(NAME, "3d_fullres", fold, trainer, "AutoregPlans", options.get("continue_training", False), CPU)
-    maybe_load_checkpoint(made, options.get("continue_training", False), options.get("only_validation", False))
+    made = get_trainer_from_args(
+        NAME,
+        "3d_fullres",
+        fold,
+        trainer,
+        "AutoregPlans",
+        options.get("continue_training", False),
+        CPU,
+    )
+    maybe_load_checkpoint(
+        made, options.get("continue_training", False), options.get("only_validation", False)
+    )
     if not options.get("only_validation", False):
         made.run_training()
     made.perform_actual_validation()
@@ -83,21 +118,36 @@ def finished(project: Path) -> Any:
 
 
 def fold_folder(root: Path) -> Path:
-    return root / "nnUNet_results" / NAME / "AutoregDetectionTrainer__AutoregPlans__3d_fullres" / "fold_0"
+    return (
+        root
+        / "nnUNet_results"
+        / NAME
+        / "AutoregDetectionTrainer__AutoregPlans__3d_fullres"
+        / "fold_0"
+    )
 
 
 def test_the_planner_writes_the_detection_block_that_dataset_json_asks_for(project: Path) -> None:
-    block = json.loads(plans_file(project).read_text())["configurations"]["3d_fullres"]["autoreg_detection"]
+    block = json.loads(plans_file(project).read_text())["configurations"]["3d_fullres"][
+        "autoreg_detection"
+    ]
     assert [c["name"] for c in block["classes"]] == ["solid", "holed"]
-    assert block["has_masks"] and block["anchors"]["mean_iou"] >= 0.7 and block["head_channels"] == 64
+    assert (
+        block["has_masks"] and block["anchors"]["mean_iou"] >= 0.7 and block["head_channels"] == 64
+    )
 
 
-def test_training_leaves_boxes_scores_and_checkpoints_and_val_reproduces_them(project: Path, finished: Any) -> None:
+def test_training_leaves_boxes_scores_and_checkpoints_and_val_reproduces_them(
+    project: Path, finished: Any
+) -> None:
     folder = fold_folder(project)
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
     assert summary["scans"]["number"] == 2 and "0.1" in summary["ap"] and summary["sweep"]["tried"]
     for case in summary["scans"]["names"]:
-        assert json.loads((folder / "validation_detection" / f"{case}.json").read_text())["shape_zyx"] == [SIDE] * 3
+        assert (
+            json.loads((folder / "validation_detection" / f"{case}.json").read_text())["shape_zyx"]
+            == [SIDE] * 3
+        )
         assert (folder / "validation" / f"{case}.nii.gz").is_file()
     assert len(finished.logger.local_logger.my_fantastic_logging["det_map"]) == 2
     (folder / "validation_detection" / "summary_detection.json").unlink()
@@ -106,20 +156,30 @@ def test_training_leaves_boxes_scores_and_checkpoints_and_val_reproduces_them(pr
     assert again == summary
 
 
-def test_a_checkpoint_holds_the_average_and_the_weights_that_training_continues_from(project: Path, finished: Any) -> None:
+def test_a_checkpoint_holds_the_average_and_the_weights_that_training_continues_from(
+    project: Path, finished: Any
+) -> None:
     saved = torch.load(fold_folder(project) / "checkpoint_final.pth", weights_only=False)
     names = [name for name, _ in finished.unwrapped().named_parameters()]
     own = saved["optimizer_state"]["autoreg_training_weights"]
     network = finished.unwrapped()
     assert all(torch.equal(value, p) for value, p in zip(own, network.parameters(), strict=True))
-    assert any(not torch.equal(saved["network_weights"][name], value) for name, value in zip(names, own, strict=True))
-    assert all(torch.equal(saved["network_weights"][n], v) for n, v in zip(names, finished.average.values, strict=True))
+    assert any(
+        not torch.equal(saved["network_weights"][name], value)
+        for name, value in zip(names, own, strict=True)
+    )
+    assert all(
+        torch.equal(saved["network_weights"][n], v)
+        for n, v in zip(names, finished.average.values, strict=True)
+    )
 
 
 def test_a_stopped_training_continues_with_its_own_weights(project: Path, finished: Any) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-    made = get_trainer_from_args(NAME, "3d_fullres", 0, "AutoregDetectionTrainer", "AutoregPlans", True, CPU)
+    made = get_trainer_from_args(
+        NAME, "3d_fullres", 0, "AutoregDetectionTrainer", "AutoregPlans", True, CPU
+    )
     maybe_load_checkpoint(made, True, False)
     assert made.current_epoch == 2
     for a, b in zip(made.unwrapped().parameters(), finished.unwrapped().parameters(), strict=True):
@@ -128,17 +188,27 @@ def test_a_stopped_training_continues_with_its_own_weights(project: Path, finish
         assert torch.equal(a, b)
 
 
-def test_stock_prediction_gives_the_auxiliary_segmentation(project: Path, finished: Any, tmp_path: Path) -> None:
+def test_stock_prediction_gives_the_auxiliary_segmentation(
+    project: Path, finished: Any, tmp_path: Path
+) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=CPU, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(fold_folder(project).parent), (0,), "checkpoint_final.pth")
-    segmentation = predictor.predict_single_npy_array(np.zeros((1, SIDE, SIDE, SIDE), np.float32) + np.eye(SIDE, dtype=np.float32),
-                                                      {"spacing": [1.0, 1.0, 1.0]})
+    predictor = nnUNetPredictor(
+        use_mirroring=False, perform_everything_on_device=False, device=CPU, allow_tqdm=False
+    )
+    predictor.initialize_from_trained_model_folder(
+        str(fold_folder(project).parent), (0,), "checkpoint_final.pth"
+    )
+    segmentation = predictor.predict_single_npy_array(
+        np.zeros((1, SIDE, SIDE, SIDE), np.float32) + np.eye(SIDE, dtype=np.float32),
+        {"spacing": [1.0, 1.0, 1.0]},
+    )
     assert segmentation.shape == (SIDE, SIDE, SIDE)
 
 
-def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(project: Path, finished: Any) -> None:
+def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(
+    project: Path, finished: Any
+) -> None:
     log = "".join(file.read_text() for file in fold_folder(project).glob("training_log_*.txt"))
     assert "100.0 % of the encoder's parameters come from the file" in log
     assert "decoder, detection (random)" in log
@@ -160,17 +230,33 @@ def test_a_folder_of_scans_becomes_boxes_in_files_and_the_same_line_goes_on(
     line = ["-d", "902", "-i", str(scans), "-o", str(tmp_path / "out"), "--device", "cpu", "--csv"]
     assert main(line) == 0
     found = json.loads((tmp_path / "out" / "toy_00.json").read_text())
-    assert found["shape_zyx"] == [SIDE] * 3 and found["classes"] == {"solid": 1, "holed": 2} and found["model"]["folds"] == ["0"]
+    assert (
+        found["shape_zyx"] == [SIDE] * 3
+        and found["classes"] == {"solid": 1, "holed": 2}
+        and found["model"]["folds"] == ["0"]
+    )
     for kind in ("boxes", "instances"):
         image = SimpleITK.ReadImage(str(tmp_path / "out" / f"toy_00_{kind}.nii.gz"))
         assert image.GetSize() == (SIDE,) * 3
-    assert (tmp_path / "out" / "toy_01.mrk.json").is_file() and (tmp_path / "out" / "detections.csv").is_file()
+    assert (tmp_path / "out" / "toy_01.mrk.json").is_file() and (
+        tmp_path / "out" / "detections.csv"
+    ).is_file()
     assert main(line) == 0 and "2 of 2 scans were done before" in capsys.readouterr().out
-    assert main([*line, "--min-score", "0.9"]) == 2 and "with other options" in capsys.readouterr().err
+    assert (
+        main([*line, "--min-score", "0.9"]) == 2 and "with other options" in capsys.readouterr().err
+    )
     assert main([*line, "--fppi", "1", "--overwrite"]) == 0
     labels = project / "nnUNet_raw" / NAME / "labelsTr"
-    assert evaluate(["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")]) == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["scans"]["names"] == ["toy_00", "toy_01"]
+    assert (
+        evaluate(
+            ["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "scores.json").read_text())["scans"]["names"] == [
+        "toy_00",
+        "toy_01",
+    ]
 
 
 def test_detection_asks_for_what_is_missing_in_one_line(
@@ -178,9 +264,23 @@ def test_detection_asks_for_what_is_missing_in_one_line(
 ) -> None:
     from nnunet_autoreg.cli.detect import main
 
-    for changes, said in [(["-f", "3"], "-f 3: not finished"), (["-tr", "AutoregDetectionScratchTrainer"], "there is no trained model"),
-                          (["-d", "903"], "has no trained dataset of that number"), (["-i", str(tmp_path / "no")], "does not exist")]:
-        line = ["-d", "902", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--device", "cpu", *changes]
+    for changes, said in [
+        (["-f", "3"], "-f 3: not finished"),
+        (["-tr", "AutoregDetectionScratchTrainer"], "there is no trained model"),
+        (["-d", "903"], "has no trained dataset of that number"),
+        (["-i", str(tmp_path / "no")], "does not exist"),
+    ]:
+        line = [
+            "-d",
+            "902",
+            "-i",
+            str(tmp_path),
+            "-o",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+            *changes,
+        ]
         assert main(line) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert said in error

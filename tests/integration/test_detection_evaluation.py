@@ -1,4 +1,6 @@
-"""Real lesions: objects of the label maps, written as detections and read back, score 1 and lie where SimpleITK says."""
+"""Real lesions: objects of the label maps, written as detections and read back, score 1 and lie
+where SimpleITK says.
+"""
 
 import json
 
@@ -9,7 +11,12 @@ import SimpleITK
 from nnunet_autoreg.cli.evaluate_detection import main
 from nnunet_autoreg.detection.geometry import frame_of_itk
 from nnunet_autoreg.detection.instances import find_instances, object_classes, read_rules
-from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, read_scan_file, write_scan_file
+from nnunet_autoreg.detection.scanfile import (
+    Detection,
+    make_scan_file,
+    read_scan_file,
+    write_scan_file,
+)
 
 pytestmark = pytest.mark.integration
 OBJECTS = {"patient07": 37, "patient26": 19}
@@ -25,19 +32,44 @@ def test_the_objects_of_real_label_maps_score_1_and_lie_in_their_lesions(shared_
         name = file.name.removesuffix(".nii.gz")
         image = SimpleITK.ReadImage(str(file))
         array = SimpleITK.GetArrayFromImage(image)
-        frame = frame_of_itk(array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+        frame = frame_of_itk(
+            array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+        )
         objects = find_instances(array, classes, rules).objects
         counted[name] = len(objects)
         found = [Detection(o.box_zyx, 1, "lesion", 0.9) for o in objects if not o.ignored]
-        write_scan_file(tmp_path / "found" / f"{name}.json", make_scan_file(name, frame, found, {"lesion": 1}))
+        write_scan_file(
+            tmp_path / "found" / f"{name}.json", make_scan_file(name, frame, found, {"lesion": 1})
+        )
         for box in read_scan_file(tmp_path / "found" / f"{name}.json").boxes:
             index = image.TransformPhysicalPointToContinuousIndex(box.center_mm_lps)
             z0, y0, x0, z1, y1, x1 = box.box_zyx
-            assert index == pytest.approx([(x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2, (z0 + z1 - 1) / 2], abs=1e-3)
-            assert np.any(array[int(z0):int(z1), int(y0):int(y1), int(x0):int(x1)])
+            assert index == pytest.approx(
+                [(x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2, (z0 + z1 - 1) / 2], abs=1e-3
+            )
+            assert np.any(array[int(z0) : int(z1), int(y0) : int(y1), int(x0) : int(x1)])
     # As counted in the description of the data.
     assert counted == OBJECTS
-    assert main(["-p", str(tmp_path / "found"), "-g", str(dataset / "labelsTr"), "-o", str(tmp_path / "s.json"), "--bootstrap", "0"]) == 0
+    assert (
+        main(
+            [
+                "-p",
+                str(tmp_path / "found"),
+                "-g",
+                str(dataset / "labelsTr"),
+                "-o",
+                str(tmp_path / "s.json"),
+                "--bootstrap",
+                "0",
+            ]
+        )
+        == 0
+    )
     scores = json.loads((tmp_path / "s.json").read_text())
-    assert scores["ap"]["0.1"]["mean"] == scores["ap"]["0.5"]["mean"] == scores["froc"]["cpm"]["mean"] == 1
+    assert (
+        scores["ap"]["0.1"]["mean"]
+        == scores["ap"]["0.5"]["mean"]
+        == scores["froc"]["cpm"]["mean"]
+        == 1
+    )
     assert (tmp_path / "s_scans.png").stat().st_size > 50_000

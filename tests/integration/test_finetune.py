@@ -1,4 +1,6 @@
-"""From a finished run through nnU-Net's own planning, preprocessing, training, validation and prediction, on real scans, on a CPU."""
+"""From a finished run through nnU-Net's own planning, preprocessing, training, validation and
+prediction, on real scans, on a CPU.
+"""
 
 import json
 import shutil
@@ -20,8 +22,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def project(shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """nnU-Net's three folders with ten hippocampi, planned and preprocessed for the tiny encoder of the run 'brain'."""
+def project(
+    shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """nnU-Net's three folders with ten hippocampi, planned and preprocessed for the tiny encoder of
+    the run 'brain'.
+    """
     from nnunet_autoreg import bridge
 
     root = tmp_path_factory.mktemp("finetune")
@@ -29,7 +35,11 @@ def project(shared_data: Path, write_run: Callable[..., Path], tmp_path_factory:
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (root / variable).mkdir()
             patch.setenv(variable, str(root / variable))
-        for variable, value in {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}.items():
+        for variable, value in {
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_def_n_proc": "1",
+            "OMP_NUM_THREADS": "1",
+        }.items():
             patch.setenv(variable, value)
         patch.delenv("autoreg_weights", raising=False)
         bridge.install()
@@ -42,11 +52,17 @@ def project(shared_data: Path, write_run: Callable[..., Path], tmp_path_factory:
 
 
 def plan_and_preprocess() -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        preprocess,
+    )
 
     extract_fingerprints([4], num_processes=1, show_progress_bar=False)
     identifier = plan_experiments([4], "AutoregPlanner")
-    preprocess([4], identifier, ["2d", "3d_fullres", "3d_lowres"], [1, 1, 1], show_progress_bar=False)
+    preprocess(
+        [4], identifier, ["2d", "3d_fullres", "3d_lowres"], [1, 1, 1], show_progress_bar=False
+    )
 
 
 def plans_file(root: Path, name: str = "AutoregPlans") -> Path:
@@ -60,11 +76,20 @@ def read_plans(root: Path) -> dict[str, Any]:
 
 def shorten(root: Path, **recipe: Any) -> None:
     plans = read_plans(root)
-    plans["autoreg"]["recipe"].update({"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, **recipe})
+    plans["autoreg"]["recipe"].update(
+        {
+            "num_epochs": 1,
+            "num_iterations_per_epoch": 2,
+            "num_val_iterations_per_epoch": 1,
+            **recipe,
+        }
+    )
     plans_file(root).write_text(json.dumps(plans))
 
 
-def train(trainer: str, plans: str = "AutoregPlans", configuration: str = "3d_fullres", **options: Any) -> None:
+def train(
+    trainer: str, plans: str = "AutoregPlans", configuration: str = "3d_fullres", **options: Any
+) -> None:
     from nnunetv2.run.run_training import run_training
 
     run_training("4", configuration, 0, trainer, plans, device=CPU, **options)
@@ -75,12 +100,16 @@ def fold(root: Path, trainer: str) -> Path:
 
 
 def checkpoint(root: Path, trainer: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(fold(root, trainer) / "checkpoint_final.pth", map_location=CPU, weights_only=False)
+    found: dict[str, Any] = torch.load(
+        fold(root, trainer) / "checkpoint_final.pth", map_location=CPU, weights_only=False
+    )
     return found
 
 
 def logs(root: Path, trainer: str) -> str:
-    return "\n".join(log.read_text() for log in sorted(fold(root, trainer).glob("training_log_*.txt")))
+    return "\n".join(
+        log.read_text() for log in sorted(fold(root, trainer).glob("training_log_*.txt"))
+    )
 
 
 def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
@@ -91,10 +120,15 @@ def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     assert full["patch_size"] == [40, 56, 40]
     assert full["batch_size"] == 2
     assert plans["autoreg"]["weights"]["file"] == "autoreg_pretraining/brain/encoder.safetensors"
-    assert len(list((plans_file(project).parent / "AutoregPlans_3d_fullres").glob("*.b2nd"))) == 2 * NUM_CASES
+    assert (
+        len(list((plans_file(project).parent / "AutoregPlans_3d_fullres").glob("*.b2nd")))
+        == 2 * NUM_CASES
+    )
 
 
-def test_planning_again_keeps_the_users_configurations_and_drops_stale_ones(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planning_again_keeps_the_users_configurations_and_drops_stale_ones(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
     plans = read_plans(project)
@@ -102,7 +136,13 @@ def test_planning_again_keeps_the_users_configurations_and_drops_stale_ones(proj
     plans["configurations"]["3d_lowres"] = plans["configurations"]["3d_fullres"]
     plans["configurations"]["bs4"] = {"inherits_from": "3d_fullres", "batch_size": 4}
     plans_file(project, "Other").write_text(json.dumps(plans))
-    plan_experiments([4], "AutoregPlanner", 12.0, overwrite_plans_name="Other", overwrite_target_spacing=(1.5, 1.5, 1.5))
+    plan_experiments(
+        [4],
+        "AutoregPlanner",
+        12.0,
+        overwrite_plans_name="Other",
+        overwrite_target_spacing=(1.5, 1.5, 1.5),
+    )
     again = json.loads(plans_file(project, "Other").read_text())
     assert list(again["configurations"]) == ["3d_fullres", "bs4"]
     assert again["configurations"]["3d_fullres"]["spacing"] == [1.5, 1.5, 1.5]
@@ -110,14 +150,20 @@ def test_planning_again_keeps_the_users_configurations_and_drops_stale_ones(proj
     printed = capsys.readouterr().out
     assert "weights: brain - the newest finished run that suits" in printed
     assert "2D U-Net" not in printed
-    assert f"next: nnUNetv2_train {NAME} 3d_fullres 0 -tr AutoregPretrainedTrainer -p Other" in printed
+    assert (
+        f"next: nnUNetv2_train {NAME} 3d_fullres 0 -tr AutoregPretrainedTrainer -p Other" in printed
+    )
 
 
-def test_planning_without_fitting_weights_ends_in_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_without_fitting_weights_ends_in_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
     monkeypatch.setenv("autoreg_weights", "brian")
-    with pytest.raises(SystemExit, match=r"^error: autoreg_weights=brian .* did you mean 'brain'\?$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: autoreg_weights=brian .* did you mean 'brain'\?$"
+    ):
         plan_experiments([4], "AutoregPlanner", overwrite_plans_name="Nothing")
     assert not plans_file(project, "Nothing").exists()
 
@@ -133,7 +179,9 @@ def test_pretrained_training_validates_resumes_and_predicts_without_the_weights(
     assert (fold(project, trainer) / "validation" / "summary.json").is_file()
     assert list((fold(project, trainer) / "validation").glob("*.npz"))
     first = checkpoint(project, trainer)
-    given = load_file(project / "nnUNet_results/autoreg_pretraining/brain/encoder.safetensors")["eva.blocks.0.attn.q_proj.weight"]
+    given = load_file(project / "nnUNet_results/autoreg_pretraining/brain/encoder.safetensors")[
+        "eva.blocks.0.attn.q_proj.weight"
+    ]
     assert (first["network_weights"]["eva.blocks.0.attn.q_proj.weight"] - given).abs().max() < 0.01
 
     shutil.rmtree(project / "nnUNet_results" / "autoreg_pretraining" / "brain")
@@ -141,7 +189,9 @@ def test_pretrained_training_validates_resumes_and_predicts_without_the_weights(
     train(trainer, continue_training=True)
     second = checkpoint(project, trainer)
     assert (first["current_epoch"], second["current_epoch"]) == (1, 2)
-    assert not torch.equal(first["network_weights"]["eva.pos_embed"], second["network_weights"]["eva.pos_embed"])
+    assert not torch.equal(
+        first["network_weights"]["eva.pos_embed"], second["network_weights"]["eva.pos_embed"]
+    )
     train(trainer, only_run_validation=True, val_with_best=True)
     assert predict(project, trainer, tmp_path) == (35, 51, 35)
 
@@ -171,13 +221,23 @@ def test_wrong_combinations_end_in_one_line_with_the_right_command(project: Path
         train("nnUNetTrainer")
     plans = read_plans(project)
     del plans["autoreg"]
-    plans_file(project, "nnUNetPlans").write_text(json.dumps({**plans, "plans_name": "nnUNetPlans"}))
-    with pytest.raises(SystemExit, match=r'^error: nnUNetPlans.json has no "autoreg" block.*-p AutoregPlans'):
+    plans_file(project, "nnUNetPlans").write_text(
+        json.dumps({**plans, "plans_name": "nnUNetPlans"})
+    )
+    with pytest.raises(
+        SystemExit, match=r'^error: nnUNetPlans.json has no "autoreg" block.*-p AutoregPlans'
+    ):
         train("AutoregPretrainedTrainer", plans="nnUNetPlans")
-    with pytest.raises(SystemExit, match=r"^error: AutoregPlans.json has no configuration '2d'; it has: 3d_fullres"):
+    with pytest.raises(
+        SystemExit, match=r"^error: AutoregPlans.json has no configuration '2d'; it has: 3d_fullres"
+    ):
         train("AutoregPretrainedTrainer", configuration="2d")
     plans = read_plans(project)
     plans["autoreg"]["weights"] = None
     plans_file(project, "Scratch").write_text(json.dumps({**plans, "plans_name": "Scratch"}))
-    with pytest.raises(SystemExit, match=r"^error: Scratch.json was made for training from scratch .*-tr AutoregScratchTrainer_5epochs"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^error: Scratch.json was made for training from scratch .*-tr "
+        r"AutoregScratchTrainer_5epochs",
+    ):
         train("AutoregPretrainedTrainer_5epochs", plans="Scratch")

@@ -1,4 +1,6 @@
-"""Other people's weights through the commands on real scans: import, plan, train, predict when the weights are gone."""
+"""Other people's weights through the commands on real scans: import, plan, train, predict when the
+weights are gone.
+"""
 
 import json
 import shutil
@@ -17,9 +19,15 @@ DATASET = "Dataset004_Hippocampus"
 
 @pytest.fixture(scope="module")
 def clinic(unpretrained, shared_data):
-    """Labelled scans, and an AR-SSL4M checkpoint: the small one whose numbers the original model has computed."""
+    """Labelled scans, and an AR-SSL4M checkpoint: the small one whose numbers the original model
+    has computed.
+    """
     with np.load(shared_data / "golden" / "ar_ssl4m_small.npz") as file:
-        weights = {key.removeprefix("weights/"): torch.from_numpy(file[key]) for key in file.files if key.startswith("weights/")}
+        weights = {
+            key.removeprefix("weights/"): torch.from_numpy(file[key])
+            for key in file.files
+            if key.startswith("weights/")
+        }
     torch.save({"state_dict": weights}, unpretrained.root / "ar_ssl4m.pth")
     return unpretrained
 
@@ -29,9 +37,23 @@ def weights_command(clinic, *arguments):
 
 
 def test_ar_ssl4m_is_fine_tuned_by_nnunets_own_commands_and_predicts_without_its_file(clinic):
-    done = weights_command(clinic, "import", str(clinic.root / "ar_ssl4m.pth"), "--heads", "12", "--name", "theirs")
+    done = weights_command(
+        clinic, "import", str(clinic.root / "ar_ssl4m.pth"), "--heads", "12", "--name", "theirs"
+    )
     assert done.returncode == 0, done.stderr
-    plan = ["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "AutoregPlanner", "-c", "3d_fullres", "-npfp", "1", "-np", "1"]
+    plan = [
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        "4",
+        "-pl",
+        "AutoregPlanner",
+        "-c",
+        "3d_fullres",
+        "-npfp",
+        "1",
+        "-np",
+        "1",
+    ]
     done = clinic.typed([clinic.program(plan[0]), *plan[1:]], autoreg_weights="theirs")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "licences of the weights: AR-SSL4M: none stated" in done.stdout
@@ -40,7 +62,9 @@ def test_ar_ssl4m_is_fine_tuned_by_nnunets_own_commands_and_predicts_without_its
     configuration = plans["configurations"]["3d_fullres"]
     assert configuration["normalization_schemes"] == ["AutoregPercentileNormalization"]
     assert all(side % 16 == 0 for side in configuration["patch_size"])
-    plans["autoreg"]["recipe"].update(num_epochs=1, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1)
+    plans["autoreg"]["recipe"].update(
+        num_epochs=1, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1
+    )
     file.write_text(json.dumps(plans))
     done = clinic.train()
     assert done.returncode == 0, done.stderr[-2000:]
@@ -51,8 +75,30 @@ def test_ar_ssl4m_is_fine_tuned_by_nnunets_own_commands_and_predicts_without_its
     scans.mkdir()
     image = min((clinic.root / "nnUNet_raw" / DATASET / "imagesTr").iterdir())
     shutil.copy(image, scans)
-    predict = ["nnUNetv2_predict", "-i", str(scans), "-o", str(clinic.root / "out"), "-d", "4", "-c", "3d_fullres", "-f", "0", "-tr",
-               "AutoregPretrainedTrainer", "-p", "AutoregPlans", "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta"]  # fmt: skip
+    predict = [
+        "nnUNetv2_predict",
+        "-i",
+        str(scans),
+        "-o",
+        str(clinic.root / "out"),
+        "-d",
+        "4",
+        "-c",
+        "3d_fullres",
+        "-f",
+        "0",
+        "-tr",
+        "AutoregPretrainedTrainer",
+        "-p",
+        "AutoregPlans",
+        "-device",
+        "cpu",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+        "--disable_tta",
+    ]
     done = clinic.typed([clinic.program(predict[0]), *predict[1:]])
     assert done.returncode == 0, done.stderr[-2000:]
     assert (clinic.root / "out" / Path(image.name.replace("_0000", ""))).is_file()

@@ -1,4 +1,6 @@
-"""Malformed inputs of every format: the one row that the user sees in scans.csv, through the same search and reading as the command."""
+"""Malformed inputs of every format: the one row that the user sees in scans.csv, through the same
+search and reading as the command.
+"""
 
 import csv
 import gzip
@@ -48,6 +50,7 @@ def series(**settings: Any) -> Make:
 
 def changed(number: int, **changes: Any) -> Make:
     """A series whose slice ``number`` has other tags."""
+
     def make(folder: Path) -> None:
         d.write_series(folder, skip=(number,))
         d.write(folder / "changed.dcm", d.slice_values(number, **changes), d.volume()[number])
@@ -57,14 +60,22 @@ def changed(number: int, **changes: Any) -> Make:
 
 def one_object(sop_class: str, modality: str, **changes: Any) -> Make:
     values = {"t00080060": ("CS", modality), **changes}
-    return lambda folder: d.write(folder / "x.dcm", d.slice_values(0, sop_class=f"1.2.840.10008.5.1.4.1.1.{sop_class}", **values))
+    return lambda folder: d.write(
+        folder / "x.dcm",
+        d.slice_values(0, sop_class=f"1.2.840.10008.5.1.4.1.1.{sop_class}", **values),
+    )
 
 
 def at(*heights_mm: float) -> Make:
     """A series with slices at these heights."""
+
     def make(folder: Path) -> None:
         for number, height in enumerate(heights_mm):
-            d.write(folder / f"{number}.dcm", d.slice_values(number, z_mm=height), d.volume(len(heights_mm))[number])
+            d.write(
+                folder / f"{number}.dcm",
+                d.slice_values(number, z_mm=height),
+                d.volume(len(heights_mm))[number],
+            )
 
     return make
 
@@ -80,43 +91,62 @@ def cut(name: str, keep: int, make: Make) -> Make:
 
 def tilted(folder: Path) -> None:
     for number, pixels in enumerate(d.volume()):
-        changes = {"t00200032": ("DS", (0.0, 0.5 * number, 2.0 * number)), "t00181120": ("DS", "14")}
+        changes = {
+            "t00200032": ("DS", (0.0, 0.5 * number, 2.0 * number)),
+            "t00181120": ("DS", "14"),
+        }
         d.write(folder / f"{number}.dcm", d.slice_values(number, **changes), pixels)
 
 
 def doubled(folder: Path) -> None:
     d.write_series(folder)
-    d.write(folder / "again.dcm", d.slice_values(3, t00080018=("UI", "1.2.999")), d.volume(seed=2)[3])
+    d.write(
+        folder / "again.dcm", d.slice_values(3, t00080018=("UI", "1.2.999")), d.volume(seed=2)[3]
+    )
 
 
 def all_doubled(folder: Path) -> None:
     for again in range(2):
         for number, pixels in enumerate(d.volume()):
-            d.write(folder / f"{again}_{number}.dcm", d.slice_values(number, t00080018=("UI", f"1.2.{again}.{number}")), pixels)
+            d.write(
+                folder / f"{again}_{number}.dcm",
+                d.slice_values(number, t00080018=("UI", f"1.2.{again}.{number}")),
+                pixels,
+            )
 
 
 def radial(folder: Path) -> None:
     for number, pixels in enumerate(d.volume()):
         angle = np.pi * number / 8
         direction = (float(np.cos(angle)), float(np.sin(angle)), 0, 0, 0, 1)
-        d.write(folder / f"{number}.dcm", d.slice_values(number, t00200037=("DS", direction)), pixels)
+        d.write(
+            folder / f"{number}.dcm", d.slice_values(number, t00200037=("DS", direction)), pixels
+        )
 
 
 def colour(folder: Path) -> None:
     for number in range(8):
-        values = d.slice_values(number, t00280002=("US", [3]), t00280004=("CS", "RGB"), t00280006=("US", [0]))
+        values = d.slice_values(
+            number, t00280002=("US", [3]), t00280004=("CS", "RGB"), t00280006=("US", [0])
+        )
         d.write(folder / f"{number}.dcm", values, np.zeros((18, 60), np.uint16))
 
 
 def compressed(folder: Path) -> None:
     """A JPEG 2000 syntax with bytes that are none."""
     for number in range(8):
-        fragments = struct.pack("<HHI", 0xFFFE, 0xE000, 0) + struct.pack("<HHI", 0xFFFE, 0xE000, 8) + b"nonsense"
-        values = d.slice_values(number) | {0x7FE00010: ("OB", fragments + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))}
+        fragments = (
+            struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+            + struct.pack("<HHI", 0xFFFE, 0xE000, 8)
+            + b"nonsense"
+        )
+        values = d.slice_values(number) | {
+            0x7FE00010: ("OB", fragments + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
+        }
         path = d.write(folder / f"{number}.dcm", values, syntax="1.2.840.10008.1.2.4.90")
         content = bytearray(path.read_bytes())
         place = content.index(b"\xe0\x7f\x10\x00OB")
-        content[place + 8:place + 12] = b"\xff" * 4
+        content[place + 8 : place + 12] = b"\xff" * 4
         path.write_bytes(bytes(content))
 
 
@@ -124,12 +154,16 @@ def overlong_length(folder: Path) -> None:
     path = d.write(folder / "x.dcm", d.slice_values(0), d.volume(1)[0])
     content = bytearray(path.read_bytes())
     place = content.index(b"\x20\x00\x0d\x00UI")
-    content[place + 6:place + 8] = b"\xff\xff"
+    content[place + 6 : place + 8] = b"\xff\xff"
     path.write_bytes(bytes(content))
 
 
 def nested_forever(folder: Path) -> None:
-    deep = struct.pack("<HH", 0x0008, 0x1140) + b"SQ\0\0\xff\xff\xff\xff" + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    deep = (
+        struct.pack("<HH", 0x0008, 0x1140)
+        + b"SQ\0\0\xff\xff\xff\xff"
+        + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    )
     path = d.write(folder / "x.dcm", {0x00080016: ("UI", d.CT)})
     path.write_bytes(path.read_bytes() + deep * 5000)
 
@@ -165,7 +199,9 @@ def damaged_member(folder: Path) -> None:
     (folder / "x.zip").write_bytes(bytes(content))
 
 
-def image(name: str, array: Any, spacing: tuple[float, ...] = (1.0, 1.0, 2.0), vector: bool = False) -> Make:
+def image(
+    name: str, array: Any, spacing: tuple[float, ...] = (1.0, 1.0, 2.0), vector: bool = False
+) -> Make:
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         made = SimpleITK.GetImageFromArray(array, isVector=vector)
@@ -186,6 +222,7 @@ def content(name: str, data: bytes) -> Make:
 
 def nifti(*changes: tuple[int, str, tuple[float, ...]]) -> Make:
     """An uncompressed NIfTI-1 file with fields overwritten: (offset, format, values)."""
+
     def make(folder: Path) -> None:
         image("a.nii", d.volume().astype(np.float32))(folder)
         data = bytearray((folder / "a.nii").read_bytes())
@@ -198,6 +235,7 @@ def nifti(*changes: tuple[int, str, tuple[float, ...]]) -> Make:
 
 def text_header(name: str, old: str, new: str) -> Make:
     """An NRRD or MetaImage file with one line of its header changed."""
+
     def make(folder: Path) -> None:
         image(name, d.volume())(folder)
         data = (folder / name).read_bytes()
@@ -209,28 +247,66 @@ def text_header(name: str, old: str, new: str) -> Make:
 
 NAN = d.volume().astype(np.float32)
 NAN[2, 3, 4] = np.nan
-LABELS = np.repeat(np.repeat(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 8, 1), 8, 2).repeat(4, 0)
+LABELS = np.repeat(np.repeat(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 8, 1), 8, 2).repeat(
+    4, 0
+)
 SHOT = "1.2.840.10008.5.1.4.1.1.7"
 IMAGE_TYPE = "t00080008"
 
 DICOM: dict[str, tuple[Make, str, str]] = {
-    "slice_missing": (series(skip=(4,)), "slices", "about 1 of 8 slices are missing: the widest gap is 4.00 mm between 6.00 and 10.00 mm, "
-                      "the others are 2.00 mm"),
-    "three_missing": (series(skip=(2, 3, 5)), "slices", "about 3 of 8 slices are missing: the widest gap is 6.00 mm"),
-    "uneven": (at(0, 2, 4, 6, 8.5, 10.5, 12.5, 14.5), "slices", "uneven slices: 2.00 to 2.50 mm apart (widest between 6.00 and 8.50 mm)"),
-    "one_doubled": (doubled, "slices", "1 of 8 slice positions occur up to 2 times and others 1 (first at 6.00 mm)"),
-    "all_doubled": (all_doubled, "slices", "each of 8 slice positions occurs 2 times with nothing that tells them apart"),
+    "slice_missing": (
+        series(skip=(4,)),
+        "slices",
+        "about 1 of 8 slices are missing: the widest gap is 4.00 mm between 6.00 and 10.00 mm, "
+        "the others are 2.00 mm",
+    ),
+    "three_missing": (
+        series(skip=(2, 3, 5)),
+        "slices",
+        "about 3 of 8 slices are missing: the widest gap is 6.00 mm",
+    ),
+    "uneven": (
+        at(0, 2, 4, 6, 8.5, 10.5, 12.5, 14.5),
+        "slices",
+        "uneven slices: 2.00 to 2.50 mm apart (widest between 6.00 and 8.50 mm)",
+    ),
+    "one_doubled": (
+        doubled,
+        "slices",
+        "1 of 8 slice positions occur up to 2 times and others 1 (first at 6.00 mm)",
+    ),
+    "all_doubled": (
+        all_doubled,
+        "slices",
+        "each of 8 slice positions occurs 2 times with nothing that tells them apart",
+    ),
     "tilted": (tilted, "direction", "tilted gantry: the slices are sheared by 14.0 degrees"),
     "radial": (radial, "slices", "8 slices in 8 orientations or sizes"),
     "one_slice": (at(0), "not3d", "a single slice (20 x 18 x 1)"),
     "three_slices": (at(0, 2, 4), "tiny", "20 x 18 x 3 voxels"),
     "two_patients": (changed(3, t00100020=("LO", "P2")), "slices", "name 2 different patients"),
     "no_position": (changed(3, t00200032=None), "slices", "does not say where it lies"),
-    "position_of_two_numbers": (changed(3, t00200032=("DS", "1\\2")), "slices", "does not say where it lies"),
-    "position_in_words": (changed(3, t00200032=("DS", "left\\up\\far")), "slices", "does not say where it lies"),
-    "position_nan": (changed(3, t00200032=("DS", "nan\\0\\0")), "slices", "does not say where it lies"),
+    "position_of_two_numbers": (
+        changed(3, t00200032=("DS", "1\\2")),
+        "slices",
+        "does not say where it lies",
+    ),
+    "position_in_words": (
+        changed(3, t00200032=("DS", "left\\up\\far")),
+        "slices",
+        "does not say where it lies",
+    ),
+    "position_nan": (
+        changed(3, t00200032=("DS", "nan\\0\\0")),
+        "slices",
+        "does not say where it lies",
+    ),
     "no_orientation": (series(t00200037=None), "slices", "does not say where it lies"),
-    "sheared_axes": (series(t00200037=("DS", (1, 0, 0, 0.5, 0.866, 0))), "direction", "not at right angles"),
+    "sheared_axes": (
+        series(t00200037=("DS", (1, 0, 0, 0.5, 0.866, 0))),
+        "direction",
+        "not at right angles",
+    ),
     "null_axes": (series(t00200037=("DS", (0, 0, 0, 0, 0, 0))), "direction", "not at right angles"),
     "no_pixel_spacing": (series(t00280030=None), "spacing", "pixel spacing none mm"),
     "zero_pixel_spacing": (series(spacing=(0.0, 1.0)), "spacing", "pixel spacing 0, 1 mm"),
@@ -238,34 +314,89 @@ DICOM: dict[str, tuple[Make, str, str]] = {
     "huge_pixel_spacing": (series(spacing=(900.0, 900.0)), "spacing", "lies outside 0.01 .. 50 mm"),
     "spacing_in_metres": (series(spacing=(0.001, 0.001)), "spacing", "lies outside 0.01 .. 50 mm"),
     "anisotropic": (series(step_mm=45.0), "spacing", "anisotropic by 45"),
-    "constant": (series(array=np.full((8, 18, 20), 5, np.int16)), "constant", "every voxel has the value 5"),
+    "constant": (
+        series(array=np.full((8, 18, 20), 5, np.int16)),
+        "constant",
+        "every voxel has the value 5",
+    ),
     "label_map": (series(array=LABELS.astype(np.int16)), "labelmap", "8 distinct whole numbers"),
-    "truncated_pixels": (cut("003.dcm", -300, series()), "unreadable", "truncated: a file holds 420 of 720 bytes of pixels"),
-    "truncated_header": (cut("x.dcm", 400, one_object("2", "CT")), "unreadable", "DICOM header is damaged or cut short"),
+    "truncated_pixels": (
+        cut("003.dcm", -300, series()),
+        "unreadable",
+        "truncated: a file holds 420 of 720 bytes of pixels",
+    ),
+    "truncated_header": (
+        cut("x.dcm", 400, one_object("2", "CT")),
+        "unreadable",
+        "DICOM header is damaged or cut short",
+    ),
     "no_pixels": (one_object("2", "CT"), "unreadable", "a slice has no pixels"),
     "wrong_bytes_in_jpeg2000": (compressed, "unreadable", "GDCM cannot read the pixels"),
     "overlong_element": (overlong_length, "unreadable", "DICOM header is damaged or cut short"),
     "nested_forever": (nested_forever, "unreadable", "DICOM header is damaged"),
     "empty_file": (content("x.dcm", b""), "unreadable", "the file is empty"),
-    "text_as_dicom": (content("x.dcm", b"a letter " * 100), "unreadable", "not DICOM: the mark at byte 128"),
-    "preamble_alone": (content("IM0001", b"\0" * 128 + b"DICM"), "unreadable", "DICOM header is damaged or cut short"),
+    "text_as_dicom": (
+        content("x.dcm", b"a letter " * 100),
+        "unreadable",
+        "not DICOM: the mark at byte 128",
+    ),
+    "preamble_alone": (
+        content("IM0001", b"\0" * 128 + b"DICM"),
+        "unreadable",
+        "DICOM header is damaged or cut short",
+    ),
     "no_series_uid": (series(t0020000E=None), "unreadable", "names no series (0020,000E)"),
     "no_rows": (series(t00280010=None), "unreadable", "a slice of 0 rows and 20 columns"),
     "colour": (colour, "rgb", "3 values per pixel"),
-    "localiser": (series(**{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\LOCALIZER")}), "localizer", "a localiser (scout)"),
-    "mosaic": (series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\M\\MOSAIC")}), "mosaic", "convert it with dcm2niix"),
-    "reformatted_ct": (series(**{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\MPR")}), "derived", "derived images (MPR)"),
-    "adc_map": (series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\DIFFUSION\\ADC")}), "derived", "derived images (ADC)"),
+    "localiser": (
+        series(**{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\LOCALIZER")}),
+        "localizer",
+        "a localiser (scout)",
+    ),
+    "mosaic": (
+        series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\M\\MOSAIC")}),
+        "mosaic",
+        "convert it with dcm2niix",
+    ),
+    "reformatted_ct": (
+        series(**{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\MPR")}),
+        "derived",
+        "derived images (MPR)",
+    ),
+    "adc_map": (
+        series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\DIFFUSION\\ADC")}),
+        "derived",
+        "derived images (ADC)",
+    ),
     "secondary_capture": (series(sop_class=SHOT), "secondary", "a secondary capture"),
-    "rtstruct": (one_object("481.3", "RTSTRUCT"), "notimage", "RTSTRUCT (contours), no image (1 file)"),
-    "rtdose": (one_object("481.2", "RTDOSE"), "notimage", "RTDOSE"), "rtplan": (one_object("481.5", "RTPLAN"), "notimage", "RTPLAN"),
-    "seg": (one_object("66.4", "SEG"), "labels", "SEG (a segmentation)"), "sr": (one_object("88.33", "SR"), "notimage", "SR"),
-    "pr": (one_object("11.1", "PR"), "notimage", "PR"), "ko": (one_object("88.59", "KO"), "notimage", "KO"),
+    "rtstruct": (
+        one_object("481.3", "RTSTRUCT"),
+        "notimage",
+        "RTSTRUCT (contours), no image (1 file)",
+    ),
+    "rtdose": (one_object("481.2", "RTDOSE"), "notimage", "RTDOSE"),
+    "rtplan": (one_object("481.5", "RTPLAN"), "notimage", "RTPLAN"),
+    "seg": (one_object("66.4", "SEG"), "labels", "SEG (a segmentation)"),
+    "sr": (one_object("88.33", "SR"), "notimage", "SR"),
+    "pr": (one_object("11.1", "PR"), "notimage", "PR"),
+    "ko": (one_object("88.59", "KO"), "notimage", "KO"),
     "pdf": (one_object("104.1", "DOC"), "notimage", "an encapsulated document"),
     "ultrasound": (one_object("6.1", "US"), "notimage", "a DICOM object of US"),
-    "unknown_modality": (one_object("999", "DOE JOHN"), "notimage", "a DICOM object of another kind"),
-    "enhanced_without_positions": (enhanced(8, 8, t52009230=None), "slices", "8 frames without the position of each"),
-    "enhanced_with_too_few_positions": (enhanced(6, 8), "slices", "8 frames that gives positions for 6"),
+    "unknown_modality": (
+        one_object("999", "DOE JOHN"),
+        "notimage",
+        "a DICOM object of another kind",
+    ),
+    "enhanced_without_positions": (
+        enhanced(8, 8, t52009230=None),
+        "slices",
+        "8 frames without the position of each",
+    ),
+    "enhanced_with_too_few_positions": (
+        enhanced(6, 8),
+        "slices",
+        "8 frames that gives positions for 6",
+    ),
 }
 
 FILES: dict[str, tuple[Make, str, str]] = {
@@ -273,7 +404,11 @@ FILES: dict[str, tuple[Make, str, str]] = {
     "zip_absolute": (zip_of(("/etc/evil.nii.gz", b"x")), "unreadable", "leads out of it"),
     "zip_bomb": (zip_of(("bomb.nii", bytes(80 << 20))), "unreadable", "as zip bombs do"),
     "zip_text": (content("x.zip", b"no archive " * 50), "unreadable", "not a zip archive"),
-    "zip_cut": (cut("x.zip", -40, zip_of(("a.nii.gz", b"x" * 500))), "unreadable", "not a zip archive, or a damaged one"),
+    "zip_cut": (
+        cut("x.zip", -40, zip_of(("a.nii.gz", b"x" * 500))),
+        "unreadable",
+        "not a zip archive, or a damaged one",
+    ),
     "zip_encrypted": (encrypted, "unreadable", "encrypted with a password"),
     "zip_damaged_member": (damaged_member, "unreadable", "damaged in the archive"),
     "zip_empty_scan": (zip_of(("a.nii.gz", b"")), "unreadable", "the file is empty"),
@@ -281,26 +416,80 @@ FILES: dict[str, tuple[Make, str, str]] = {
     "zip_nothing": (zip_of(("a.txt", b"x")), "ignored", "no image endings: 1 .txt"),
     "zip_in_zip": (zip_of(("inner.zip", b"x")), "ignored", "1 .zip"),
     "zip_mhd": (zip_of(("a.mhd", b"x")), "ignored", "unpack the archive"),
-    "nifti_dims": (nifti((40, "8h", (3, 20, 0, 8, 1, 1, 1, 1))), "unreadable", "impossible dimensions"),
-    "nifti_negative_dims": (nifti((40, "8h", (3, 20, -18, 8, 1, 1, 1, 1))), "unreadable", "impossible dimensions"),
-    "nifti_dims_beyond_file": (nifti((40, "8h", (3, 20, 18, 800, 1, 1, 1, 1))), "unreadable", "truncated"),
-    "nifti_nan_spacing": (nifti((76, "4f", (1, 1, float("nan"), 2))), "spacing", "must be positive"),
+    "nifti_dims": (
+        nifti((40, "8h", (3, 20, 0, 8, 1, 1, 1, 1))),
+        "unreadable",
+        "impossible dimensions",
+    ),
+    "nifti_negative_dims": (
+        nifti((40, "8h", (3, 20, -18, 8, 1, 1, 1, 1))),
+        "unreadable",
+        "impossible dimensions",
+    ),
+    "nifti_dims_beyond_file": (
+        nifti((40, "8h", (3, 20, 18, 800, 1, 1, 1, 1))),
+        "unreadable",
+        "truncated",
+    ),
+    "nifti_nan_spacing": (
+        nifti((76, "4f", (1, 1, float("nan"), 2))),
+        "spacing",
+        "must be positive",
+    ),
     "nifti_wrong_mark": (nifti((0, "i", (999,))), "unreadable", "not a NIfTI image"),
-    "nifti_gz_of_text": (content("a.nii.gz", gzip.compress(b"a letter " * 99)), "unreadable", "not a NIfTI image"),
-    "nifti_4d": (image("a.nii.gz", np.stack([d.volume()] * 3).astype(np.float32)), "4d", "3 volumes (20 x 18 x 8 x 3); --split-4d takes"),
+    "nifti_gz_of_text": (
+        content("a.nii.gz", gzip.compress(b"a letter " * 99)),
+        "unreadable",
+        "not a NIfTI image",
+    ),
+    "nifti_4d": (
+        image("a.nii.gz", np.stack([d.volume()] * 3).astype(np.float32)),
+        "4d",
+        "3 volumes (20 x 18 x 8 x 3); --split-4d takes",
+    ),
     "nifti_nan": (image("a.nii.gz", NAN), "nonfinite", "1 of 2880 voxels"),
     "nifti_labels": (image("a.nii.gz", LABELS), "labelmap", "8 distinct whole numbers"),
     "nifti_dseg": (image("sub-1_dseg.nii.gz", d.volume()), "labels", "1 label map by name"),
     "nrrd_nan": (image("a.nrrd", NAN), "nonfinite", "1 of 2880 voxels"),
-    "nrrd_rgb": (image("a.nrrd", np.stack([d.volume()] * 3, -1), vector=True), "rgb", "3 values per voxel"),
-    "nrrd_no_such_type": (text_header("a.nrrd", "type: short", "type: stone"), "unreadable", "a damaged NRRD file"),
-    "nrrd_cut_header": (cut("a.nrrd", 60, image("a.nrrd", d.volume())), "unreadable", "a damaged NRRD file"),
-    "mha_constant": (image("a.mha", np.zeros((8, 18, 20), np.int16)), "constant", "every voxel has the value 0"),
-    "mha_zero_spacing": (text_header("a.mha", "ElementSpacing = 1 1 2", "ElementSpacing = 0 1 2"), "spacing", "voxel size 2, 1, 0 mm"),
-    "mha_unknown_type": (text_header("a.mha", "MET_SHORT", "MET_STONE"), "unreadable", "SimpleITK cannot read it"),
+    "nrrd_rgb": (
+        image("a.nrrd", np.stack([d.volume()] * 3, -1), vector=True),
+        "rgb",
+        "3 values per voxel",
+    ),
+    "nrrd_no_such_type": (
+        text_header("a.nrrd", "type: short", "type: stone"),
+        "unreadable",
+        "a damaged NRRD file",
+    ),
+    "nrrd_cut_header": (
+        cut("a.nrrd", 60, image("a.nrrd", d.volume())),
+        "unreadable",
+        "a damaged NRRD file",
+    ),
+    "mha_constant": (
+        image("a.mha", np.zeros((8, 18, 20), np.int16)),
+        "constant",
+        "every voxel has the value 0",
+    ),
+    "mha_zero_spacing": (
+        text_header("a.mha", "ElementSpacing = 1 1 2", "ElementSpacing = 0 1 2"),
+        "spacing",
+        "voxel size 2, 1, 0 mm",
+    ),
+    "mha_unknown_type": (
+        text_header("a.mha", "MET_SHORT", "MET_STONE"),
+        "unreadable",
+        "SimpleITK cannot read it",
+    ),
     "mha_slice": (image("a.mha", d.volume(1)), "not3d", "a single slice"),
-    "mhd_no_data": (content("a.mhd", b"NDims = 3\nDimSize = 8 8 8\nElementType = MET_SHORT\nElementDataFile = gone.raw\n"),
-                    "unreadable", "the data file that the header names is missing"),
+    "mhd_no_data": (
+        content(
+            "a.mhd",
+            b"NDims = 3\nDimSize = 8 8 8\nElementType = MET_SHORT\nElementDataFile = gone.raw\n",
+        ),
+        "unreadable",
+        "the data file that the header names is missing",
+    ),
 }
 
 
@@ -309,12 +498,18 @@ def test_malformed_dicom_gets_one_row_with_its_reason(tmp_path: Path, case: str)
     make, status, reason = DICOM[case]
     make(tmp_path / "pool")
     rows = seen(tmp_path / "pool")
-    assert rows and {r[0] for r in rows} == {status} and all(reason in r[1] and "\n" not in r[1] for r in rows), rows
+    assert (
+        rows
+        and {r[0] for r in rows} == {status}
+        and all(reason in r[1] and "\n" not in r[1] for r in rows)
+    ), rows
     assert len(rows) == 1
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_malformed_files_and_archives_get_one_row_with_their_reason(tmp_path: Path, case: str) -> None:
+def test_malformed_files_and_archives_get_one_row_with_their_reason(
+    tmp_path: Path, case: str
+) -> None:
     make, status, reason = FILES[case]
     make(tmp_path / "pool")
     (row,) = seen(tmp_path / "pool")
@@ -322,16 +517,34 @@ def test_malformed_files_and_archives_get_one_row_with_their_reason(tmp_path: Pa
     assert not list(tmp_path.parent.rglob("evil*"))
 
 
-PLANTED = ("Dumbledore", "Albus", "ID-481516", "19010203", "Hogwarts", "ACC-2342", "Dr Snape", "cough since Tuesday", "Slytherin")
+PLANTED = (
+    "Dumbledore",
+    "Albus",
+    "ID-481516",
+    "19010203",
+    "Hogwarts",
+    "ACC-2342",
+    "Dr Snape",
+    "cough since Tuesday",
+    "Slytherin",
+)
 
 
 def planted(**changes: Any) -> dict[str, Any]:
     """Tags with names, dates and free text in every place that usually holds some."""
     return {
-        "t00100010": ("PN", "Dumbledore^Albus"), "t00100020": ("LO", "ID-481516"), "t00100030": ("DA", "19010203"),
-        "t00080080": ("LO", "Hogwarts"), "t00080050": ("SH", "ACC-2342"), "t00080090": ("PN", "Dr Snape"),
-        "t0008103E": ("LO", "T1 Dumbledore"), "t00081030": ("LO", "Slytherin"), "t001021B0": ("LT", "cough since Tuesday"),
-        "t00080020": ("DA", "19010203"), "t00181030": ("LO", "Albus protocol"), "t00180010": ("LO", "Dr Snape potion"),
+        "t00100010": ("PN", "Dumbledore^Albus"),
+        "t00100020": ("LO", "ID-481516"),
+        "t00100030": ("DA", "19010203"),
+        "t00080080": ("LO", "Hogwarts"),
+        "t00080050": ("SH", "ACC-2342"),
+        "t00080090": ("PN", "Dr Snape"),
+        "t0008103E": ("LO", "T1 Dumbledore"),
+        "t00081030": ("LO", "Slytherin"),
+        "t001021B0": ("LT", "cough since Tuesday"),
+        "t00080020": ("DA", "19010203"),
+        "t00181030": ("LO", "Albus protocol"),
+        "t00180010": ("LO", "Dr Snape potion"),
         **changes,
     }
 
@@ -342,14 +555,26 @@ def plant(pool: Path) -> None:
     d.write_series(pool / series / "good", series="1.1", **planted())
     d.write_series(pool / series / "gap", series="1.2", skip=(3,), **planted())
     d.write_series(pool / series / "shot", series="1.3", sop_class=SHOT, **planted())
-    d.write_series(pool / series / "derived", series="1.4", **planted(**{IMAGE_TYPE: ("CS", "DERIVED\\SECONDARY\\Dumbledore")}))
-    d.write(pool / series / "rs" / "Dumbledore.dcm", d.slice_values(0, "1.5", "1.2.840.10008.5.1.4.1.1.481.3", **planted()))
-    d.write(pool / series / "odd" / "Albus.dcm", d.slice_values(0, "1.6", "1.2.3.4", **planted(t00080060=("CS", "Dumbledore"))))
+    d.write_series(
+        pool / series / "derived",
+        series="1.4",
+        **planted(**{IMAGE_TYPE: ("CS", "DERIVED\\SECONDARY\\Dumbledore")}),
+    )
+    d.write(
+        pool / series / "rs" / "Dumbledore.dcm",
+        d.slice_values(0, "1.5", "1.2.840.10008.5.1.4.1.1.481.3", **planted()),
+    )
+    d.write(
+        pool / series / "odd" / "Albus.dcm",
+        d.slice_values(0, "1.6", "1.2.3.4", **planted(t00080060=("CS", "Dumbledore"))),
+    )
     (pool / series / "odd" / "Dumbledore.dcm").write_bytes(b"Dumbledore" * 50)
     (pool / series / "cut.dcm").write_bytes((pool / series / "good" / "003.dcm").read_bytes()[:-50])
     with zipfile.ZipFile(pool / "export.zip", "w") as archive:
         for number, pixels in enumerate(d.volume(seed=4)):
-            path = d.write(pool.parent / "x.dcm", d.slice_values(number, "1.7", **planted()), pixels)
+            path = d.write(
+                pool.parent / "x.dcm", d.slice_values(number, "1.7", **planted()), pixels
+            )
             archive.write(path, f"Dumbledore^Albus/{number}.dcm")
 
 
@@ -357,22 +582,53 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
     plant(tmp_path / "pool")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1",
-                   **{name: str(tmp_path / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}}
-    command = [str(Path(sys.executable).with_name("autoreg_pretrain")), "-i", str(tmp_path / "pool"), "--name", "private", "--dry-run",
-               "--device", "cpu"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "nnUNet_def_n_proc": "1",
+        **{
+            name: str(tmp_path / name)
+            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        },
+    }
+    command = [
+        str(Path(sys.executable).with_name("autoreg_pretrain")),
+        "-i",
+        str(tmp_path / "pool"),
+        "--name",
+        "private",
+        "--dry-run",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "nnUNet_results/autoreg_pretraining/private"
     with (folder / "scans.csv").open(encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     statuses = sorted(row["status"] for row in rows)
-    assert statuses == ["derived", "notimage", "notimage", "ok", "ok", "secondary", "slices", "unreadable", "unreadable"]
+    assert statuses == [
+        "derived",
+        "notimage",
+        "notimage",
+        "ok",
+        "ok",
+        "secondary",
+        "slices",
+        "unreadable",
+        "unreadable",
+    ]
     texts = [",".join(v for k, v in row.items() if k != "source") for row in rows]
-    others = [p for p in tmp_path.rglob("*") if p.is_file() and "pool" not in p.parts and p.name not in (PRIVATE_NAME, "x.dcm")]
+    others = [
+        p
+        for p in tmp_path.rglob("*")
+        if p.is_file() and "pool" not in p.parts and p.name not in (PRIVATE_NAME, "x.dcm")
+    ]
     assert {"plan.json", "fingerprint.json"} <= {p.name for p in others}
     texts += [p.read_bytes().decode("latin-1") for p in others] + [done.stdout, done.stderr]
     for word in PLANTED:
         assert not [text for text in texts if word.lower() in text.lower()], word
     sources = {row.source for row in read_index(folder / "scans.csv")}
-    assert all(Path(source).exists() for source in sources), "the private file has the user's own paths, as typed and found"
+    assert all(Path(source).exists() for source in sources), (
+        "the private file has the user's own paths, as typed and found"
+    )

@@ -1,4 +1,6 @@
-"""autoreg_pretrain on real scans, as a user types it: what it leaves, resuming bit for bit, refusals, bad scans."""
+"""autoreg_pretrain on real scans, as a user types it: what it leaves, resuming bit for bit,
+refusals, bad scans.
+"""
 
 import json
 import os
@@ -20,16 +22,33 @@ from nnunet_autoreg.corpus.rows import read_index
 pytestmark = pytest.mark.integration
 
 COMMAND = str(Path(sys.executable).with_name("autoreg_pretrain"))
-ARGUMENTS = {"embed_dim": 48, "patch_embed_size": [8, 8, 8], "eva_depth": 2, "eva_numheads": 2, "init_values": 0.1,
-             "scale_attn_inner": True}
+ARGUMENTS = {
+    "embed_dim": 48,
+    "patch_embed_size": [8, 8, 8],
+    "eva_depth": 2,
+    "eva_numheads": 2,
+    "init_values": 0.1,
+    "scale_attn_inner": True,
+}
 SMALL_ENCODER = f"encoder.arguments={json.dumps(ARGUMENTS)}"
-SMALL = ["--set", SMALL_ENCODER, "sequence.crop_size_vox=16,24,16", "run.checkpoint_every=5", "run.validate_every=5", "run.log_every=1"]
+SMALL = [
+    "--set",
+    SMALL_ENCODER,
+    "sequence.crop_size_vox=16,24,16",
+    "run.checkpoint_every=5",
+    "run.validate_every=5",
+    "run.log_every=1",
+]
 
 
 @pytest.fixture
 def workplace(tmp_path, shared_data):
-    """Six real scans in a folder with a space and an umlaut in its name, and empty nnU-Net folders."""
-    images = sorted((shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"))[:6]
+    """Six real scans in a folder with a space and an umlaut in its name, and empty nnU-Net
+    folders.
+    """
+    images = sorted((shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"))[
+        :6
+    ]
     folder = tmp_path / "größere Klinik"
     folder.mkdir()
     for image in images:
@@ -40,18 +59,39 @@ def workplace(tmp_path, shared_data):
 
 
 def environment(workplace):
-    folders = {name: str(workplace / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    folders = {
+        name: str(workplace / name)
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    }
     clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
     return {**clean, **folders, "OMP_NUM_THREADS": "1"}
 
 
 def line(workplace, name, *arguments):
-    return [COMMAND, "-i", str(workplace / "größere Klinik"), "--name", name,
-            "--encoder", "primus_tiny", "--batch", "2", "--device", "cpu", *arguments]
+    return [
+        COMMAND,
+        "-i",
+        str(workplace / "größere Klinik"),
+        "--name",
+        name,
+        "--encoder",
+        "primus_tiny",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        *arguments,
+    ]
 
 
 def run(workplace, name, *arguments):
-    return subprocess.run(line(workplace, name, *arguments), env=environment(workplace), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        line(workplace, name, *arguments),
+        env=environment(workplace),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def folder_of(workplace, name):
@@ -61,17 +101,35 @@ def folder_of(workplace, name):
 def test_a_run_leaves_everything_and_a_killed_run_continues_to_the_same_bytes(workplace):
     whole = run(workplace, "whole", "--steps", "12", *SMALL)
     assert whole.returncode == 0, whole.stderr
-    assert whole.stdout.splitlines()[-1] == "next: nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
+    assert (
+        whole.stdout.splitlines()[-1]
+        == "next: nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
+    )
     left = folder_of(workplace, "whole")
-    names = {"plan.json", "scans.csv", "fingerprint.json", "encoder.json", "encoder.safetensors", "checkpoint_latest.pth",
-             "checkpoint_best.pth", "metrics.jsonl", "progress.png"}
+    names = {
+        "plan.json",
+        "scans.csv",
+        "fingerprint.json",
+        "encoder.json",
+        "encoder.safetensors",
+        "checkpoint_latest.pth",
+        "checkpoint_best.pth",
+        "metrics.jsonl",
+        "progress.png",
+    }
     assert names <= {p.name for p in left.iterdir()}
     assert len(list(left.glob("training_log_*.txt"))) == 1
     lines = [json.loads(text) for text in (left / "metrics.jsonl").read_text().splitlines()]
-    assert {"train_error", "heldout_error", "heldout_mean", "heldout_copy", "lr", "step_time"} <= {x["name"] for x in lines}
+    assert {"train_error", "heldout_error", "heldout_mean", "heldout_copy", "lr", "step_time"} <= {
+        x["name"] for x in lines
+    }
     assert [x["step"] for x in lines if x["name"] == "train_error"] == list(range(12))
 
-    process = subprocess.Popen(line(workplace, "killed", "--steps", "12", *SMALL), env=environment(workplace), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        line(workplace, "killed", "--steps", "12", *SMALL),
+        env=environment(workplace),
+        stderr=subprocess.DEVNULL,
+    )
     killed = folder_of(workplace, "killed")
     while not (killed / "checkpoint_latest.pth").exists() and process.poll() is None:
         time.sleep(0.02)
@@ -81,7 +139,9 @@ def test_a_run_leaves_everything_and_a_killed_run_continues_to_the_same_bytes(wo
     again = run(workplace, "killed", "--steps", "12", *SMALL)
     assert again.returncode == 0, again.stderr
     assert "continuing after step" in again.stderr
-    assert (killed / "encoder.safetensors").read_bytes() == (left / "encoder.safetensors").read_bytes()
+    assert (killed / "encoder.safetensors").read_bytes() == (
+        left / "encoder.safetensors"
+    ).read_bytes()
     resumed = [json.loads(text) for text in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [(x["step"], x["value"]) for x in resumed if x["name"] == "train_error"] == [
         (x["step"], x["value"]) for x in lines if x["name"] == "train_error"
@@ -103,7 +163,9 @@ def test_other_settings_are_refused_with_the_difference_and_more_steps_are_not(w
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder_of(workplace, "a") / "encoder.json").read_text())["num_steps"] == 5
     plan_file = folder_of(workplace, "a") / "plan.json"
-    plan_file.write_text(plan_file.read_text().replace('"variance_floor": 0.01', '"variance_floor": 0.5'))
+    plan_file.write_text(
+        plan_file.read_text().replace('"variance_floor": 0.01', '"variance_floor": 0.5')
+    )
     edited = run(workplace, "a", "--steps", "5", *SMALL)
     assert edited.returncode == 2
     assert "objective.variance_floor: 0.01 -> 0.5" in edited.stderr
@@ -114,7 +176,14 @@ def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workp
     assert dry.returncode == 0, dry.stderr
     left = folder_of(workplace, "dry")
     made = {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))}
-    assert made == {"plan.json", "scans.csv", PRIVATE_NAME, "licences.json", "fingerprint.json", "fingerprint.png"}
+    assert made == {
+        "plan.json",
+        "scans.csv",
+        PRIVATE_NAME,
+        "licences.json",
+        "fingerprint.json",
+        "fingerprint.png",
+    }
     plan_file = left / "plan.json"
     plan_file.write_text(plan_file.read_text().replace('"lr": 0.0005', '"lr": 0.00025'))
     assert run(workplace, "dry", "--steps", "2", *SMALL).returncode == 0
@@ -125,12 +194,16 @@ def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workp
 def test_existing_weights_start_a_run(workplace):
     assert run(workplace, "first", "--steps", "3", *SMALL).returncode == 0
     weights = folder_of(workplace, "first") / "encoder.safetensors"
-    second = run(workplace, "second", "--steps", "1", "--init", str(weights), *SMALL, "optim.lr=1e-12")
+    second = run(
+        workplace, "second", "--steps", "1", "--init", str(weights), *SMALL, "optim.lr=1e-12"
+    )
     assert second.returncode == 0, second.stderr
     assert "100.0 % of the encoder's parameters come from the file" in second.stderr
     a, b = load_file(weights), load_file(folder_of(workplace, "second") / "encoder.safetensors")
     assert all(np.allclose(a[key], b[key], atol=1e-9) for key in a)
-    other = run(workplace, "third", "--steps", "1", "--init", str(weights), "--set", "run.log_every=1")
+    other = run(
+        workplace, "third", "--steps", "1", "--init", str(weights), "--set", "run.log_every=1"
+    )
     assert other.returncode == 1
     assert len(other.stderr.strip().splitlines()[-1]) > 0
     assert "Traceback" not in other.stderr
@@ -144,17 +217,30 @@ def test_bad_scans_are_left_out_with_their_reason_and_the_run_goes_on(workplace)
     (folder / "truncated.nii.gz").write_bytes(good[0].read_bytes()[:2000])
     shutil.copy(good[1], folder / "copy of it.nii.gz")
     for name, array in {
-        "nan": np.full((16, 16, 16), np.nan, np.float32), "constant": np.full((16, 16, 16), 7.0, np.float32),
-        "flat": np.ones((16, 16), np.float32), "series": np.random.default_rng(0).normal(size=(3, 16, 16, 16)).astype(np.float32),
+        "nan": np.full((16, 16, 16), np.nan, np.float32),
+        "constant": np.full((16, 16, 16), 7.0, np.float32),
+        "flat": np.ones((16, 16), np.float32),
+        "series": np.random.default_rng(0).normal(size=(3, 16, 16, 16)).astype(np.float32),
     }.items():
-        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array, isVector=False), str(folder / f"{name}.nii.gz"))
+        SimpleITK.WriteImage(
+            SimpleITK.GetImageFromArray(array, isVector=False), str(folder / f"{name}.nii.gz")
+        )
     done = run(workplace, "bad", "--steps", "2", *SMALL)
     assert done.returncode == 0, done.stderr
     rows = read_index(folder_of(workplace, "bad") / "scans.csv")
     status = {Path(row.source).name: (row.status, row.reason) for row in rows}
-    assert {name: status[f"{name}.nii.gz"][0] for name in ("empty", "text", "truncated", "nan", "constant", "flat", "series")} == {
-        "empty": "unreadable", "text": "unreadable", "truncated": "unreadable", "nan": "nonfinite", "constant": "constant",
-        "flat": "not3d", "series": "4d"}
+    assert {
+        name: status[f"{name}.nii.gz"][0]
+        for name in ("empty", "text", "truncated", "nan", "constant", "flat", "series")
+    } == {
+        "empty": "unreadable",
+        "text": "unreadable",
+        "truncated": "unreadable",
+        "nan": "nonfinite",
+        "constant": "constant",
+        "flat": "not3d",
+        "series": "4d",
+    }
     assert [s for s, _ in status.values()].count("ok") == 6
     assert sum(s == "duplicate" for s, _ in status.values()) == 1
     assert all(reason for s, reason in status.values() if s != "ok")
@@ -164,10 +250,14 @@ def test_a_folder_with_nothing_usable_and_missing_variables_end_in_one_line(work
     empty = workplace / "leer"
     empty.mkdir()
     command = [COMMAND, "-i", str(empty), "--name", "x", "--device", "cpu"]
-    done = subprocess.run(command, env=environment(workplace), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment(workplace), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "no scan was found; give other datasets" in done.stderr
-    bare = {key: value for key, value in environment(workplace).items() if not key.startswith("nnUNet_")}
+    bare = {
+        key: value for key, value in environment(workplace).items() if not key.startswith("nnUNet_")
+    }
     done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,6 @@
-"""autoreg_pretrain on a device that is too small for its plan: the plan is stepped down once, written down, and the run is that run."""
+"""autoreg_pretrain on a device that is too small for its plan: the plan is stepped down once,
+written down, and the run is that run.
+"""
 
 import json
 import shutil
@@ -11,8 +13,10 @@ from nnunet_autoreg.objectives.autoregressive import Autoregressive
 
 pytestmark = pytest.mark.integration
 
-ENCODER = ('encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
-           '"init_values":0.1,"scale_attn_inner":true}')
+ENCODER = (
+    'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
+    '"init_values":0.1,"scale_attn_inner":true}'
+)
 
 
 @pytest.fixture
@@ -20,21 +24,44 @@ def line(tmp_path, shared_data, monkeypatch):
     """Type a line on three real scans; gives its exit code."""
     scans = tmp_path / "scans"
     scans.mkdir()
-    for image in sorted((shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"))[:3]:
+    for image in sorted(
+        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz")
+    )[:3]:
         shutil.copy(image, scans)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
 
     def typed(steps):
-        return main(["-i", str(scans), "--name", "small", "--encoder", "primus_tiny", "--steps", str(steps), "--batch", "4",
-                     "--device", "cpu", "--set", ENCODER, "encoder.token_size_vox=8,8,8", "sequence.block_tokens=1,1,1",
-                     "sequence.crop_size_vox=16,24,16", "run.log_every=1"])
+        return main(
+            [
+                "-i",
+                str(scans),
+                "--name",
+                "small",
+                "--encoder",
+                "primus_tiny",
+                "--steps",
+                str(steps),
+                "--batch",
+                "4",
+                "--device",
+                "cpu",
+                "--set",
+                ENCODER,
+                "encoder.token_size_vox=8,8,8",
+                "sequence.block_tokens=1,1,1",
+                "sequence.crop_size_vox=16,24,16",
+                "run.log_every=1",
+            ]
+        )
 
     return typed
 
 
-def test_a_step_that_does_not_fit_is_made_in_more_parts_and_a_continued_run_is_the_same_run(line, tmp_path, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_is_made_in_more_parts_and_a_continued_run_is_the_same_run(
+    line, tmp_path, monkeypatch, capsys
+):
     loss, seen = Autoregressive.loss, []
 
     def on_a_small_device(self, batch, references=False):
@@ -50,7 +77,10 @@ def test_a_step_that_does_not_fit_is_made_in_more_parts_and_a_continued_run_is_t
     plan = json.loads(file.read_text())
     assert (plan["optim"]["batch_size"], plan["optim"]["micro_batch_size"]) == (4, 1)
     assert plan["run"]["dry_step_seconds"] > 0 and plan["run"]["loader_seconds_per_crop"] > 0
-    assert plan["run"]["peak_memory_gib"] > 0 and "out of memory with 2 crops at once" in plan["reasons"]["optim.micro_batch_size"]
+    assert (
+        plan["run"]["peak_memory_gib"] > 0
+        and "out of memory with 2 crops at once" in plan["reasons"]["optim.micro_batch_size"]
+    )
     said = capsys.readouterr().err
     assert "out of memory with 4 crops at once: 2 at once, 2 times a step; the batch stays" in said
     assert "dry step: " in said
@@ -63,7 +93,11 @@ def test_a_step_that_does_not_fit_is_made_in_more_parts_and_a_continued_run_is_t
     assert "out of memory" not in capsys.readouterr().err
     later = json.loads(file.read_text())
     assert later["optim"]["num_steps"] == 3
-    assert {**later["optim"], "num_steps": 2} == plan["optim"] and later["run"] == plan["run"] and later["sequence"] == plan["sequence"]
+    assert (
+        {**later["optim"], "num_steps": 2} == plan["optim"]
+        and later["run"] == plan["run"]
+        and later["sequence"] == plan["sequence"]
+    )
 
 
 def test_running_out_of_memory_later_is_said_in_one_line(line, monkeypatch, capsys):
@@ -78,4 +112,8 @@ def test_running_out_of_memory_later_is_said_in_one_line(line, monkeypatch, caps
     monkeypatch.setattr(Autoregressive, "loss", on_a_device_that_others_use)
     assert line(8) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "CUDA out of memory. Tried to allocate 2.00 GiB. Something else may be using the GPU" in last and "same line again" in last
+    assert (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. Something else may be using the GPU"
+        in last
+        and "same line again" in last
+    )

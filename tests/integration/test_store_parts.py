@@ -17,7 +17,9 @@ COMMAND = str(Path(sys.executable).with_name("autoreg_pretrain"))
 def workplace(tmp_path: Path, shared_data: Path) -> Path:
     """Eight real scans and empty nnU-Net folders."""
     (tmp_path / "scans").mkdir()
-    for image in sorted((shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"))[:8]:
+    for image in sorted(
+        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz")
+    )[:8]:
         shutil.copy(image, tmp_path / "scans")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
@@ -25,14 +27,35 @@ def workplace(tmp_path: Path, shared_data: Path) -> Path:
 
 
 def start(workplace: Path, *arguments: str) -> "subprocess.Popen[str]":
-    folders = {name: str(workplace / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    line = [COMMAND, "-i", str(workplace / "scans"), "--name", "array", "--batch", "1", "--steps", "1", "--device", "cpu",
-            "--encoder", "primus_tiny", *arguments]
+    folders = {
+        name: str(workplace / name)
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    }
+    line = [
+        COMMAND,
+        "-i",
+        str(workplace / "scans"),
+        "--name",
+        "array",
+        "--batch",
+        "1",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--encoder",
+        "primus_tiny",
+        *arguments,
+    ]
     environment = {**os.environ, **folders, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def test_parts_need_a_plan_run_at_once_meet_in_one_store_and_say_what_comes_next(workplace: Path) -> None:
+def test_parts_need_a_plan_run_at_once_meet_in_one_store_and_say_what_comes_next(
+    workplace: Path,
+) -> None:
     early = start(workplace, "--part", "1/2")
     _, said = early.communicate()
     assert early.returncode == 2

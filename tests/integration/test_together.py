@@ -1,4 +1,6 @@
-"""Two processes on one training, through the command: killed, stopped, started by torchrun; the same line goes on to the same bytes."""
+"""Two processes on one training, through the command: killed, stopped, started by torchrun; the
+same line goes on to the same bytes.
+"""
 
 import json
 import os
@@ -24,12 +26,44 @@ COMMAND = "nnunet_autoreg.cli.pretrain"
 class Place(phantom_place.PhantomPlace):
     """Lines typed on the phantoms."""
 
-    def start(self, name, *words, by=(sys.executable, "-m", COMMAND), sharding="none", length=("--steps", str(STEPS))):
-        line = [*by, "-i", str(self.root / "scans"), "--name", name, *length, "--batch", "4", "--device", "cpu", *words,
-                "--encoder", "primus_tiny", "--set", *SETTINGS, f"run.sharding={sharding}"]
-        clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    def start(
+        self,
+        name,
+        *words,
+        by=(sys.executable, "-m", COMMAND),
+        sharding="none",
+        length=("--steps", str(STEPS)),
+    ):
+        line = [
+            *by,
+            "-i",
+            str(self.root / "scans"),
+            "--name",
+            name,
+            *length,
+            "--batch",
+            "4",
+            "--device",
+            "cpu",
+            *words,
+            "--encoder",
+            "primus_tiny",
+            "--set",
+            *SETTINGS,
+            f"run.sharding={sharding}",
+        ]
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+        }
         with self.log(name).open("a") as log:
-            return subprocess.Popen(line, env={**clean, "OMP_NUM_THREADS": "1", **self.folders()}, stdout=log, stderr=log)
+            return subprocess.Popen(
+                line,
+                env={**clean, "OMP_NUM_THREADS": "1", **self.folders()},
+                stdout=log,
+                stderr=log,
+            )
 
     def run(self, name, *words, **how):
         code = self.start(name, *words, **how).wait(PATIENCE_S)
@@ -39,28 +73,46 @@ class Place(phantom_place.PhantomPlace):
         return (self.folder(name) / "encoder.safetensors").read_bytes()
 
     def errors(self, name):
-        lines = [json.loads(line) for line in (self.folder(name) / "metrics.jsonl").read_text().splitlines()]
-        return {(x["step"], x["name"]): x["value"] for x in lines if x["name"] in ("train_error", "heldout_error", "gradient_norm")}
+        lines = [
+            json.loads(line)
+            for line in (self.folder(name) / "metrics.jsonl").read_text().splitlines()
+        ]
+        return {
+            (x["step"], x["name"]): x["value"]
+            for x in lines
+            if x["name"] in ("train_error", "heldout_error", "gradient_norm")
+        }
 
     def wait_for_step(self, name, process, step):
         """Until this step was logged."""
         deadline, metrics = time.monotonic() + PATIENCE_S, self.folder(name) / "metrics.jsonl"
         while not (metrics.exists() and f'"step": {step}, ' in metrics.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, self.log(name).read_text()[-2000:]
+            assert process.poll() is None and time.monotonic() < deadline, self.log(
+                name
+            ).read_text()[-2000:]
             time.sleep(0.05)
 
 
 def helpers_of(process):
     """Process ids of the training processes that another one started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def ranks_of(process):
     """Process ids by rank of the training processes that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    settings = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-    return {int(value[5:]): pid for pid, values in settings.items() for value in values if value.startswith(b"RANK=")}
+    settings = {
+        int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children
+    }
+    return {
+        int(value[5:]): pid
+        for pid, values in settings.items()
+        for value in values
+        if value.startswith(b"RANK=")
+    }
 
 
 def gone(pid):
@@ -80,7 +132,15 @@ def torchrun(num_processes=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={port}", "-m", COMMAND)
+    return (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={num_processes}",
+        f"--master-port={port}",
+        "-m",
+        COMMAND,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +155,9 @@ def whole(place):
     return "whole"
 
 
-def test_one_process_and_a_run_that_changes_their_number_and_sharding_have_the_same_errors(place, whole):
+def test_one_process_and_a_run_that_changes_their_number_and_sharding_have_the_same_errors(
+    place, whole
+):
     place.run("alone")
     process = place.start("changing", "--num-gpus", "2")
     place.wait_for_step("changing", process, 5)
@@ -107,22 +169,28 @@ def test_one_process_and_a_run_that_changes_their_number_and_sharding_have_the_s
     place.wait_for_step("changing", process, 14)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) != 0
-    assert "the state is saved" in place.log("changing").read_text().split("continuing after step")[1]
+    assert (
+        "the state is saved" in place.log("changing").read_text().split("continuing after step")[1]
+    )
     place.run("changing")
     errors = place.errors(whole)
     assert set(errors) == set(place.errors("alone")) == set(place.errors("changing"))
     for name in ("alone", "changing"):
-        assert [place.errors(name)[key] for key in errors] == pytest.approx(list(errors.values()), rel=1e-5)
+        assert [place.errors(name)[key] for key in errors] == pytest.approx(
+            list(errors.values()), rel=1e-5
+        )
 
 
-def test_a_process_that_is_killed_stops_the_others_with_a_line_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
+def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, whole):
     process = place.start("killed", "--num-gpus", "2")
     place.wait_for_step("killed", process, 12)
-    helper, = helpers_of(process)
+    (helper,) = helpers_of(process)
     os.kill(helper, signal.SIGKILL)
     assert process.wait(60) == 1
     said = place.log("killed").read_text()
-    assert said.splitlines()[-1].startswith("autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for want of memory; all ")
+    assert said.splitlines()[-1].startswith(
+        "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for want of memory; all "
+    )
     assert "Traceback" not in said
     assert damage_of(place.folder("killed") / LATEST_NAME) == ""
     place.run("killed", "--num-gpus", "2")
@@ -133,7 +201,7 @@ def test_a_process_that_is_killed_stops_the_others_with_a_line_and_the_same_line
 def test_sigterm_saves_once_and_ends_all_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
     process = place.start("stopped", "--num-gpus", "2")
     place.wait_for_step("stopped", process, 3)
-    helper, = helpers_of(process)
+    (helper,) = helpers_of(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     assert gone(helper)
@@ -147,7 +215,7 @@ def test_sigterm_saves_once_and_ends_all_and_the_same_line_goes_on_to_the_same_b
 def test_a_main_process_that_is_killed_takes_the_others_with_it_and_leaves_no_lock(place, whole):
     process = place.start("headless", "--num-gpus", "2")
     place.wait_for_step("headless", process, 3)
-    helper, = helpers_of(process)
+    (helper,) = helpers_of(process)
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
     assert gone(helper)
@@ -155,29 +223,41 @@ def test_a_main_process_that_is_killed_takes_the_others_with_it_and_leaves_no_lo
     assert place.encoder("headless") == place.encoder(whole)
 
 
-def test_under_torchrun_a_process_that_is_killed_stops_the_others_with_a_line_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
+def test_under_torchrun_a_killed_process_stops_the_run_which_resumes_exactly(place, whole):
     process = place.start("lost", by=torchrun())
     place.wait_for_step("lost", process, 12)
     ranks = ranks_of(process)
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(90) != 0
     assert gone(ranks[0])
-    own = [line for line in place.log("lost").read_text().splitlines() if line.startswith("autoreg_pretrain: ")]
-    assert own == ["autoreg_pretrain: one of 2 processes is gone, or cannot be reached any more; torchrun says which; the last checkpoint "
-                   "is kept: type the same line again to go on"]
+    own = [
+        line
+        for line in place.log("lost").read_text().splitlines()
+        if line.startswith("autoreg_pretrain: ")
+    ]
+    assert own == [
+        "autoreg_pretrain: one of 2 processes is gone, or cannot be reached any more; torchrun "
+        "says which; the last checkpoint "
+        "is kept: type the same line again to go on"
+    ]
     assert damage_of(place.folder("lost") / LATEST_NAME) == ""
     place.run("lost", by=torchrun())
     assert "continuing after step 10 of 30" in place.log("lost").read_text()
     assert place.encoder("lost") == place.encoder(whole)
 
 
-def test_hours_are_turned_into_steps_once_by_two_processes_and_the_same_line_goes_on_with_them(place):
+def test_hours_are_turned_into_steps_once_by_two_processes_and_the_same_line_goes_on_with_them(
+    place,
+):
     hours = ("--hours", "0.001")
     process = place.start("timed", "--num-gpus", "2", length=hours)
     place.wait_for_step("timed", process, 1)
     plan = json.loads((place.folder("timed") / "plan.json").read_text())
     steps, seconds = plan["optim"]["num_steps"], plan["run"]["seconds_per_step"]
-    assert steps == int(0.95 * 3.6 / seconds) and "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
+    assert (
+        steps == int(0.95 * 3.6 / seconds)
+        and "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
+    )
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) in (0, 130)
     place.run("timed", "--num-gpus", "2", length=hours)

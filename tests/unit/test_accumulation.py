@@ -11,20 +11,37 @@ import torch
 
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.pretrain.batches import parts_of
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.pace import seconds_per_step
-from nnunet_autoreg.sequences.sample import Batch, Sample, collate
+from nnunet_autoreg.sampling.sample import Batch, Sample, collate
 
 TINY = encoder_size("primus_tiny")
 ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 4}
-PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
-            SequencePlan((16, 16, 16)), ObjectivePlan(), OptimPlan(4, 5, 1e-2, 1), RunPlan(0, 2, 2, log_every=2))
+PLAN = Plan(
+    "t",
+    DataPlan((1.0, 1.0, 1.0)),
+    EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
+    SequencePlan((16, 16, 16)),
+    ObjectivePlan(),
+    OptimPlan(4, 5, 1e-2, 1),
+    RunPlan(0, 2, 2, log_every=2),
+)
 
 
 def sample(number: int) -> Sample:
-    """A crop with padding from plane 9 on in every other sample, and prefixes 1 to 5: parts that differ in what they supervise."""
+    """A crop with padding from plane 9 on in every other sample, and prefixes 1 to 5: parts that
+    differ in what they supervise.
+    """
     rng = np.random.default_rng(number)
     real = np.ones((1, 16, 16, 16), dtype=bool)
     if number % 2:
@@ -59,13 +76,17 @@ def gradient(trainer: Trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 5, 9])
-def test_parts_give_the_gradient_of_the_whole_batch(trained: Callable[..., Any], micro: int) -> None:
+def test_parts_give_the_gradient_of_the_whole_batch(
+    trained: Callable[..., Any], micro: int
+) -> None:
     (whole, loss), (parts, loss_of_parts) = trained(None), trained(micro)
     assert float((gradient(whole) - gradient(parts)).norm() / gradient(whole).norm()) < 1e-6
     assert float(loss_of_parts) == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels_not_of_the_mean_of_means(trained: Callable[..., Any]) -> None:
+def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels_not_of_the_mean_of_means(
+    trained: Callable[..., Any],
+) -> None:
     whole, loss = trained(2)
     torch.manual_seed(0)
     objective = Autoregressive(PLAN)
@@ -73,7 +94,9 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels_not_of_the_
     mean = sum(t.total for t in terms) / sum(t.count for t in terms)
     mean_of_means = sum(t.total / t.count for t in terms) / 5
     mean.backward()
-    expected = torch.cat([p.grad.flatten() for p in objective.module.parameters() if p.grad is not None])
+    expected = torch.cat(
+        [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None]
+    )
     assert float((gradient(whole) - expected).norm() / expected.norm()) < 1e-6
     assert float(loss) == pytest.approx(float(mean.detach()), rel=1e-6)
     assert abs(float(mean_of_means.detach() / mean.detach()) - 1) > 1e-4
@@ -88,9 +111,15 @@ def test_a_batch_falls_into_parts_whole_and_in_order() -> None:
     assert all(isinstance(part, Batch) and part.positions is None for part in parts)
 
 
-def test_the_pace_is_measured_on_steps_that_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pace_is_measured_on_steps_that_leave_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nnunet_autoreg.pretrain.pace.MAX_STEPS", 3)
     objective = Autoregressive(PLAN)
     objective.sampler = Five()  # type: ignore[assignment]
-    assert 0 < seconds_per_step(Trainer(PLAN, tmp_path, objective, [], [], torch.device("cpu"), 0)) < 60
+    assert (
+        0
+        < seconds_per_step(Trainer(PLAN, tmp_path, objective, [], [], torch.device("cpu"), 0))
+        < 60
+    )
     assert list(tmp_path.iterdir()) == []

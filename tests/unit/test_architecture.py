@@ -1,4 +1,6 @@
-"""The house rules that can be read off import statements: levels, light modules, empty ``__init__`` files."""
+"""The house rules that can be read off import statements: levels, light modules, empty ``__init__``
+files.
+"""
 
 import ast
 import graphlib
@@ -15,32 +17,56 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = "nnunet_autoreg"
 
-# Level by level; the files of levels 0 and 1 are one room each, in the order in which they may import each other.
+# Level by level; the files of levels 0 and 1 are one room each, in the order in which they may
+# import each other.
 LEVELS = [
     ["errors", "geometry", "records", "rng", "safe_load", "children", "phases", "stopping"],
     ["families", "plan", "plan_check", "presets", "nnunet_api", "bridge", "requirements"],
     ["corpus", "model"],
     ["planning", "store", "checkpoint"],
-    ["sequences", "objectives", "transfer"],
-    ["report"],
+    ["sampling", "objectives", "finetune"],
+    ["report", "convert"],
     ["pretrain", "benchmark", "detection", "classification"],
     ["cli", "trainers", "planners"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ROOMS_OF_ORDERED_FILES = (0, 1)
-# One level, one way: an objective reads the samples that a sequence lays out; a sequence knows no objective.
-SIDEWAYS = {("objectives", "sequences")}
+# One level, one way: an objective reads the samples that a sequence lays out; a sequence knows no
+# objective.
+SIDEWAYS = {("objectives", "sampling")}
 
-MAY_IMPORT_NNUNET = {"nnunet_api", "transfer", "benchmark", "detection", "classification", "trainers", "planners"}
+MAY_IMPORT_NNUNET = {
+    "nnunet_api",
+    "finetune",
+    "convert",
+    "benchmark",
+    "detection",
+    "classification",
+    "trainers",
+    "planners",
+}
 LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "corpus", "planning", "store", "cli"}
 LIGHT_FILES = {"model.sizes", "model.topology", "model.card"}
-HEAVY = ("torch", "torchvision", "nnunetv2", "timm", "dynamic_network_architectures", "batchgeneratorsv2")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "nnunetv2",
+    "timm",
+    "dynamic_network_architectures",
+    "batchgeneratorsv2",
+)
 
 
 def source_files() -> dict[str, Path]:
-    """Dotted name below the package -> file; ``trainers/`` and ``planners/`` lie at the top of the repository."""
+    """Dotted name below the package -> file; ``trainers/`` and ``planners/`` lie at the top of the
+    repository.
+    """
     files = {}
-    for folder, prefix in ((REPO / PACKAGE, ""), (REPO / "trainers", "trainers."), (REPO / "planners", "planners.")):
+    for folder, prefix in (
+        (REPO / PACKAGE, ""),
+        (REPO / "trainers", "trainers."),
+        (REPO / "planners", "planners."),
+    ):
         for path in sorted(folder.rglob("*.py")):
             name = prefix + ".".join(path.relative_to(folder).with_suffix("").parts)
             files[name.removesuffix(".__init__").removesuffix("__init__")] = path
@@ -61,7 +87,9 @@ def imports(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: write imports with the full name of the module"
             base = str(node.module)
-            found |= {f"{base}.{a.name}" if is_ours(f"{base}.{a.name}") else base for a in node.names}
+            found |= {
+                f"{base}.{a.name}" if is_ours(f"{base}.{a.name}") else base for a in node.names
+            }
     return frozenset(found)
 
 
@@ -70,7 +98,11 @@ def is_ours(name: str) -> bool:
 
 
 def own_imports(module: str) -> set[str]:
-    return {name.removeprefix(f"{PACKAGE}.") for name in imports(module) if name.startswith(f"{PACKAGE}.")}
+    return {
+        name.removeprefix(f"{PACKAGE}.")
+        for name in imports(module)
+        if name.startswith(f"{PACKAGE}.")
+    }
 
 
 def room_of(module: str) -> str:
@@ -84,16 +116,22 @@ def may_import(importer: str, imported: str) -> bool:
         return True
     level = LEVEL_OF[here]
     ordered = LEVELS[level]
-    return level in ROOMS_OF_ORDERED_FILES and LEVEL_OF[there] == level and ordered.index(there) < ordered.index(here)
+    return (
+        level in ROOMS_OF_ORDERED_FILES
+        and LEVEL_OF[there] == level
+        and ordered.index(there) < ordered.index(here)
+    )
 
 
 def test_the_rule_itself_tells_up_from_down() -> None:
     assert may_import("records", "errors") and not may_import("errors", "records")
     assert may_import("model.card", "plan") and not may_import("plan", "model.card")
-    assert may_import("pretrain.loop", "report.metrics") and not may_import("report.metrics", "pretrain.loop")
+    assert may_import("pretrain.loop", "report.metrics") and not may_import(
+        "report.metrics", "pretrain.loop"
+    )
     assert not may_import("pretrain.loop", "detection.boxes")
-    assert may_import("objectives.x", "sequences.y") and not may_import("sequences.y", "objectives.x")
-    assert not may_import("planning", "store.case") and may_import("trainers.x", "transfer.y")
+    assert may_import("objectives.x", "sampling.y") and not may_import("sampling.y", "objectives.x")
+    assert not may_import("planning", "store.case") and may_import("trainers.x", "finetune.y")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -104,12 +142,16 @@ def test_a_file_stands_in_a_known_room_and_imports_downwards_only(module: str) -
 
 
 def test_no_two_files_import_each_other_in_a_circle() -> None:
-    graph = {module: {name for name in own_imports(module) if name in MODULES} for module in MODULES}
+    graph = {
+        module: {name for name in own_imports(module) if name in MODULES} for module in MODULES
+    }
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_everything_imported_from_the_package_exists() -> None:
-    missing = {(module, name) for module in MODULES for name in own_imports(module) if name not in FILES}
+    missing = {
+        (module, name) for module in MODULES for name in own_imports(module) if name not in FILES
+    }
     assert not missing
 
 
@@ -118,7 +160,9 @@ def test_init_files_hold_nothing_but_a_docstring_and_the_version() -> None:
         if path.name != "__init__.py":
             continue
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        rest = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        rest = [
+            n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+        ]
         if name == "":
             assert [ast.unparse(n).split(" = ")[0] for n in rest] == ["__version__"]
         else:
@@ -126,7 +170,11 @@ def test_init_files_hold_nothing_but_a_docstring_and_the_version() -> None:
 
 
 def test_nnunet_is_imported_in_its_own_rooms_only() -> None:
-    users = {module for module in MODULES if any(name.split(".")[0] == "nnunetv2" for name in imports(module))}
+    users = {
+        module
+        for module in MODULES
+        if any(name.split(".")[0] == "nnunetv2" for name in imports(module))
+    }
     assert {m for m in users if room_of(m) not in MAY_IMPORT_NNUNET} == set()
     assert "nnunet_api" in users
 
@@ -143,11 +191,15 @@ def test_importing_a_light_module_loads_no_torch_directly_or_through_others() ->
         f"    loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "    assert not loaded, f'importing {module} loads {loaded}'\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
-COMMANDS = sorted(m for m in MODULES if room_of(m) == "cli" and m != "cli.common" and "argparse" in imports(m))
+COMMANDS = sorted(
+    m for m in MODULES if room_of(m) == "cli" and m != "cli.common" and "argparse" in imports(m)
+)
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -159,15 +211,24 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
         "except SystemExit as ended:\n"
         f"    sys.exit(ended.code or [name for name in {HEAVY!r} if name in sys.modules] or 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: autoreg_")
 
 
 def declared_dependencies() -> set[str]:
-    block = re.search(r"^dependencies = \[(.*?)^\]", (REPO / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    block = re.search(
+        r"^dependencies = \[(.*?)^\]",
+        (REPO / "pyproject.toml").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
     assert block is not None
-    return {canonical(re.split(r"[<>=!~; \[]", line)[0]) for line in re.findall(r'"([^"]+)"', block.group(1))}
+    return {
+        canonical(re.split(r"[<>=!~; \[]", line)[0])
+        for line in re.findall(r'"([^"]+)"', block.group(1))
+    }
 
 
 def canonical(name: str) -> str:
@@ -180,7 +241,11 @@ NNUNETS_OWN = {"acvl-utils", "batchgenerators"}
 
 def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() -> None:
     roots = {name.split(".")[0] for module in MODULES for name in imports(module)}
-    foreign = {name for name in roots - set(sys.stdlib_module_names) - {PACKAGE} if importlib.util.find_spec(name)}
+    foreign = {
+        name
+        for name in roots - set(sys.stdlib_module_names) - {PACKAGE}
+        if importlib.util.find_spec(name)
+    }
     providers = packages_distributions()
     used = {canonical(dist) for name in foreign for dist in providers[name]}
     assert used | NNUNETS_OWN == declared_dependencies()

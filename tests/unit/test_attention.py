@@ -1,4 +1,6 @@
-"""The attention rule in its three forms - dense, by tiles, inside a compiled loss - and blocks run under it."""
+"""The attention rule in its three forms - dense, by tiles, inside a compiled loss - and blocks run
+under it.
+"""
 
 import pytest
 import torch
@@ -6,18 +8,30 @@ from timm.models.eva import EvaBlock
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nnunet_autoreg.model import attention
-from nnunet_autoreg.model.attention import TILE, AttentionRule, attend, block_causal, strictly_earlier
+from nnunet_autoreg.model.attention import (
+    TILE,
+    AttentionRule,
+    attend,
+    block_causal,
+    strictly_earlier,
+)
 from nnunet_autoreg.model.trunk import run_block, run_blocks
 
-torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # the plain formula, uncompiled, for the comparison
+torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = (
+    True  # the plain formula, uncompiled, for the comparison
+)
 
 
 def cases():
-    """Name -> ranks (B, T), prefixes, validity: raster and random orders, blocks, padding, several tiles, a length that is no multiple."""
+    """Name -> ranks (B, T), prefixes, validity: raster and random orders, blocks, padding, several
+    tiles, a length that is no multiple.
+    """
     generator = torch.Generator().manual_seed(0)
     raster = torch.arange(300).expand(2, -1)
     mixed = torch.stack([torch.randperm(300, generator=generator) for _ in range(2)])
-    blocks = torch.stack([torch.randperm(75, generator=generator).repeat_interleave(4) for _ in range(2)])
+    blocks = torch.stack(
+        [torch.randperm(75, generator=generator).repeat_interleave(4) for _ in range(2)]
+    )
     members = torch.arange(75).repeat(4).expand(2, -1)
     real = torch.ones(2, 300, dtype=torch.bool)
     holes = torch.rand(2, 300, generator=generator) > 0.3
@@ -28,16 +42,25 @@ def cases():
     none_left[1] = False
     prefix = torch.tensor([1, 40])
     return {
-        "raster": (raster, prefix, real), "random": (mixed, prefix, real), "random, padded": (mixed, prefix, holes),
-        "blocks": (blocks, prefix, real), "blocks, padded": (blocks, prefix, holes), "members": (members, prefix, real),
-        "padding first": (raster, prefix, first_missing), "a tile of padding": (raster, torch.tensor([299, 200]), tile_missing),
-        "only padding": (members, prefix, none_left), "one rank": (torch.zeros_like(raster), prefix, holes),
+        "raster": (raster, prefix, real),
+        "random": (mixed, prefix, real),
+        "random, padded": (mixed, prefix, holes),
+        "blocks": (blocks, prefix, real),
+        "blocks, padded": (blocks, prefix, holes),
+        "members": (members, prefix, real),
+        "padding first": (raster, prefix, first_missing),
+        "a tile of padding": (raster, torch.tensor([299, 200]), tile_missing),
+        "only padding": (members, prefix, none_left),
+        "one rank": (torch.zeros_like(raster), prefix, holes),
         "one tile": (raster[:, :24], torch.tensor([2, 23]), holes[:, :24]),
     }
 
 
 CASES = cases()
-RULES = {"encoder": block_causal, "decoder": lambda ranks, prefix, valid: strictly_earlier(ranks, valid)}
+RULES = {
+    "encoder": block_causal,
+    "decoder": lambda ranks, prefix, valid: strictly_earlier(ranks, valid),
+}
 
 
 def by_hand(kind, ranks, prefix, valid):
@@ -47,7 +70,10 @@ def by_hand(kind, ranks, prefix, valid):
     for b in range(B):
         r, v, p = ranks[b].tolist(), valid[b].tolist(), int(prefix[b])
         for q in range(T):
-            seen = [v[k] and (r[k] <= max(r[q], p - 1) if kind == "encoder" else r[k] < r[q]) for k in range(T)]
+            seen = [
+                v[k] and (r[k] <= max(r[q], p - 1) if kind == "encoder" else r[k] < r[q])
+                for k in range(T)
+            ]
             if kind == "encoder":
                 seen[q] = True
             elif not any(seen):
@@ -60,7 +86,9 @@ def by_hand(kind, ranks, prefix, valid):
 @pytest.mark.parametrize("name", ["blocks, padded", "padding first", "only padding"])
 def test_the_dense_mask_is_the_rule_in_words(kind, name):
     ranks, prefix, valid = (t[:, :160] if t.dim() == 2 else t for t in CASES[name])
-    assert torch.equal(RULES[kind](ranks, prefix, valid).dense(), by_hand(kind, ranks, prefix, valid))
+    assert torch.equal(
+        RULES[kind](ranks, prefix, valid).dense(), by_hand(kind, ranks, prefix, valid)
+    )
 
 
 def tiles(num, index):
@@ -75,10 +103,19 @@ def test_tiles_and_their_rule_are_those_that_torch_finds_by_trying_every_pair(ki
     rule = RULES[kind](*CASES[name])
     made, (B, T) = rule.block_mask(), rule.rank.shape
     expected = create_block_mask(made.mask_mod, B, None, T, T, device="cpu")
-    full, expected_full = tiles(made.full_kv_num_blocks, made.full_kv_indices), tiles(expected.full_kv_num_blocks, expected.full_kv_indices)
-    partly, expected_partly = tiles(made.kv_num_blocks, made.kv_indices), tiles(expected.kv_num_blocks, expected.kv_indices)
+    full, expected_full = (
+        tiles(made.full_kv_num_blocks, made.full_kv_indices),
+        tiles(expected.full_kv_num_blocks, expected.full_kv_indices),
+    )
+    partly, expected_partly = (
+        tiles(made.kv_num_blocks, made.kv_indices),
+        tiles(expected.kv_num_blocks, expected.kv_indices),
+    )
     assert torch.equal(full | partly, expected_full | expected_partly) and not (full & partly).any()
-    if (kind, name) == ("decoder", "one rank"):  # full through what lost queries see, which tiles are not asked for
+    if (kind, name) == (
+        "decoder",
+        "one rank",
+    ):  # full through what lost queries see, which tiles are not asked for
         assert not full.any() and expected_full.any()
     else:
         assert torch.equal(full, expected_full)
@@ -92,11 +129,17 @@ def test_flexattention_agrees_with_the_dense_mask(kind, name):
     rule = RULES[kind](*CASES[name])
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, 2, rule.rank.shape[1], 6, generator=generator) for _ in range(3))
-    assert torch.allclose(flex_attention(q, k, v, block_mask=rule.block_mask()), attend(q, k, v, rule.dense()), atol=1e-6)
+    assert torch.allclose(
+        flex_attention(q, k, v, block_mask=rule.block_mask()),
+        attend(q, k, v, rule.dense()),
+        atol=1e-6,
+    )
 
 
 def test_early_tiles_of_a_raster_sequence_see_no_late_ones():
-    mask = block_causal(torch.arange(512)[None], torch.tensor([1]), torch.ones(1, 512, dtype=torch.bool)).block_mask()
+    mask = block_causal(
+        torch.arange(512)[None], torch.tensor([1]), torch.ones(1, 512, dtype=torch.bool)
+    ).block_mask()
     assert mask.kv_num_blocks.tolist() == [[[1, 1, 1, 1]]]
     assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
 
@@ -111,12 +154,21 @@ def test_the_mask_is_made_of_tiles_only_on_request():
 received = {}
 
 
-@torch.library.custom_op("autoreg_test::receive", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+@torch.library.custom_op(
+    "autoreg_test::receive", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
 def receive(values: torch.Tensor, name: str) -> torch.Tensor:
-    """Note a list as a kernel inside compiled code gets it, in whatever strides the compiler chose."""
+    """Note a list as a kernel inside compiled code gets it, in whatever strides the compiler
+    chose.
+    """
     assert torch.Tag.flexible_layout in torch.ops.autoreg_test.receive.default.tags
     storage = torch.empty(0, dtype=values.dtype).set_(values.untyped_storage())
-    received[name] = (tuple(values.shape), values.stride(), values.storage_offset(), storage.clone())
+    received[name] = (
+        tuple(values.shape),
+        values.stride(),
+        values.storage_offset(),
+        storage.clone(),
+    )
     return values.new_zeros(())
 
 
@@ -126,7 +178,10 @@ def _(values, name):
 
 
 def as_the_kernels_read(name):
-    """A list of shape (B, H, ...) at the addresses that the kernels compute: (b * H + h) times the head's stride."""
+    """A list of shape (B, H, ...) at the addresses that the kernels compute:
+
+    (b * H + h) times the head's stride.
+    """
     shape, strides, offset, storage = received[name]
     B, H = shape[:2]
     flat = torch.as_strided(storage, (B * H, *shape[2:]), strides[1:], offset)
@@ -139,7 +194,9 @@ def hand_over(ranks, prefix, valid, kind, num_heads):
 
 
 def visible(rule):
-    """(B, N, N) bool twice, by tiles of the dense mask: whether any pair is allowed, whether all are."""
+    """(B, N, N) bool twice, by tiles of the dense mask: whether any pair is allowed, whether all
+    are.
+    """
     dense, T = rule.dense()[:, 0], rule.rank.shape[1]
     N = -(-T // TILE)
     some = torch.zeros(len(dense), N, N, dtype=torch.bool)
@@ -185,14 +242,26 @@ def test_kernels_read_every_samples_own_tiles(kind, num_heads, where):
 
 def block(fused=False, registers=0, **arguments):
     torch.manual_seed(0)
-    made = EvaBlock(24, 2, qkv_fused=fused, swiglu_mlp=True, scale_mlp=True, num_prefix_tokens=registers, **arguments)
+    made = EvaBlock(
+        24,
+        2,
+        qkv_fused=fused,
+        swiglu_mlp=True,
+        scale_mlp=True,
+        num_prefix_tokens=registers,
+        **arguments,
+    )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made.eval()
 
 
-BLOCKS = {"as in Primus": {"init_values": 0.1, "scale_attn_inner": True}, "plain": {}, "fused": {"fused": True},
-          "fused, no biases, registers": {"fused": True, "qkv_bias": False, "registers": 2}}
+BLOCKS = {
+    "as in Primus": {"init_values": 0.1, "scale_attn_inner": True},
+    "plain": {},
+    "fused": {"fused": True},
+    "fused, no biases, registers": {"fused": True, "qkv_bias": False, "registers": 2},
+}
 
 
 @pytest.mark.parametrize("arguments", BLOCKS.values(), ids=BLOCKS.keys())
@@ -200,7 +269,9 @@ def test_a_block_gives_what_it_gives_by_itself_bit_for_bit(arguments):
     ranks, prefix, valid = CASES["one tile"]
     made, mask = block(**arguments), block_causal(ranks, prefix, valid).dense()
     x = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(2))
-    rope = torch.randn(24 - arguments.get("registers", 0), 24, generator=torch.Generator().manual_seed(3))
+    rope = torch.randn(
+        24 - arguments.get("registers", 0), 24, generator=torch.Generator().manual_seed(3)
+    )
     with torch.no_grad():
         for table in (rope, None):
             assert torch.equal(run_block(made, x, table, mask), made(x, rope=table, attn_mask=mask))
@@ -211,8 +282,12 @@ def test_blocks_of_our_own_get_the_mask_and_the_positions():
         def forward(self, x, rope, attn_mask):
             return x + rope + attn_mask[:, 0].sum(-1, keepdim=True)
 
-    rule = block_causal(torch.tensor([[0, 1, 2]]), torch.tensor([2]), torch.ones(1, 3, dtype=torch.bool))
-    assert run_blocks([Own(), Own()], torch.zeros(1, 3, 1), torch.ones(3, 1), rule).flatten().tolist() == [6, 6, 8]
+    rule = block_causal(
+        torch.tensor([[0, 1, 2]]), torch.tensor([2]), torch.ones(1, 3, dtype=torch.bool)
+    )
+    assert run_blocks(
+        [Own(), Own()], torch.zeros(1, 3, 1), torch.ones(3, 1), rule
+    ).flatten().tolist() == [6, 6, 8]
 
 
 def test_recomputing_changes_neither_features_nor_gradients():
@@ -229,6 +304,9 @@ def test_recomputing_changes_neither_features_nor_gradients():
 
 
 def test_a_rule_is_three_small_tensors_and_no_pairs():
-    rule = AttentionRule(*(torch.zeros(1, 4096, dtype=torch.long) for _ in range(2)), torch.ones(1, 4096, dtype=torch.bool))
+    rule = AttentionRule(
+        *(torch.zeros(1, 4096, dtype=torch.long) for _ in range(2)),
+        torch.ones(1, 4096, dtype=torch.bool),
+    )
     largest = max(t.numel() for t in rule.block_mask().as_tuple() if isinstance(t, torch.Tensor))
     assert largest == 32 * 32

@@ -1,4 +1,6 @@
-"""Exactness of block-causal prediction: the tests T1-T3, T5-T7 of the method, on every family of encoders, in float32."""
+"""Exactness of block-causal prediction: the tests T1-T3, T5-T7 of the method, on every family of
+encoders, in float32.
+"""
 
 from dataclasses import replace
 
@@ -14,11 +16,19 @@ from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, supervised_tokens
 from nnunet_autoreg.objectives.targets import normalised_target
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.sequences.blocks import block_ids, sequence_ids, token_ranks, window_positions
-from nnunet_autoreg.sequences.kinds import member_codes, member_crop
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.blocks import block_ids, sequence_ids, token_ranks, window_positions
+from nnunet_autoreg.sampling.kinds import member_codes, member_crop
+from nnunet_autoreg.sampling.sample import Batch
 
 NARROW = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
 ENCODERS = {
@@ -35,10 +45,21 @@ def make_plan(encoder="primus", **sequence):
     size = encoder_size(name)
     arguments = {**size.arguments, **smaller}
     settings = {"crop_size_vox": (16, 32, 24), **sequence}
-    planned = EncoderPlan(name, size.class_path, arguments, token_size_of(size.class_path, arguments))
+    planned = EncoderPlan(
+        name, size.class_path, arguments, token_size_of(size.class_path, arguments)
+    )
     objective = ObjectivePlan()
-    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), planned, SequencePlan(**settings), objective, OptimPlan(10, 2, 1e-3, 1),
-                      RunPlan(0, 10, 10)))
+    return check(
+        Plan(
+            "t",
+            DataPlan((1.0, 1.0, 1.0)),
+            planned,
+            SequencePlan(**settings),
+            objective,
+            OptimPlan(10, 2, 1e-3, 1),
+            RunPlan(0, 10, 10),
+        )
+    )
 
 
 def make_batch(plan, prefix, seed=0, num_samples=1):
@@ -46,12 +67,24 @@ def make_batch(plan, prefix, seed=0, num_samples=1):
     generator = torch.Generator().manual_seed(seed)
     size = plan.sequence.crop_size_vox
     voxels = torch.randn(num_samples, 1, 1, *size, generator=generator)
-    ids = torch.from_numpy(block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens))
+    ids = torch.from_numpy(
+        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens)
+    )
     if plan.sequence.order == "random":
-        ranks = torch.stack([torch.randperm(int(ids.max()) + 1, generator=generator)[ids] for _ in range(num_samples)])
+        ranks = torch.stack(
+            [
+                torch.randperm(int(ids.max()) + 1, generator=generator)[ids]
+                for _ in range(num_samples)
+            ]
+        )
     else:
         ranks = ids.expand(num_samples, -1).clone()
-    return Batch(voxels, torch.ones(num_samples, 1, *size, dtype=torch.bool), ranks, torch.tensor([prefix] * num_samples))
+    return Batch(
+        voxels,
+        torch.ones(num_samples, 1, *size, dtype=torch.bool),
+        ranks,
+        torch.tensor([prefix] * num_samples),
+    )
 
 
 def predict(objective, batch):
@@ -76,9 +109,17 @@ def change_block(batch, plan, rank):
 CONVOLVED = {"primus_v2": (2, 2, 2), "primus_v3": (2, 2, 2)}
 """Tokens of the smallest block."""
 VARIANTS = {
-    **{f"{encoder}, {order}, {predictor}": {"encoder": encoder, "block_tokens": block, "crop_size_vox": (16, 32, 32), "order": order,
-                                            "predictor": predictor}
-       for encoder, block in CONVOLVED.items() for order, predictor in (("raster", "next"), ("random", "query"))},
+    **{
+        f"{encoder}, {order}, {predictor}": {
+            "encoder": encoder,
+            "block_tokens": block,
+            "crop_size_vox": (16, 32, 32),
+            "order": order,
+            "predictor": predictor,
+        }
+        for encoder, block in CONVOLVED.items()
+        for order, predictor in (("raster", "next"), ("random", "query"))
+    },
     "vit, raster, next": {"encoder": "vit"},
     "vit, random, query": {"encoder": "vit", "order": "random", "predictor": "query"},
     "raster, single tokens": {},
@@ -143,7 +184,9 @@ def test_a_prefix_of_one_block_is_plain_causal_attention():
 def test_the_longest_prefix_supervises_exactly_the_last_block(objective):
     num_blocks = objective.module.num_blocks
     batch = make_batch(objective.plan, num_blocks - 1)
-    chosen = supervised_tokens(batch.ranks, batch.prefix, torch.ones_like(batch.ranks, dtype=torch.bool))
+    chosen = supervised_tokens(
+        batch.ranks, batch.prefix, torch.ones_like(batch.ranks, dtype=torch.bool)
+    )
     assert int(chosen.sum()) == objective.module.block_num_tokens
     assert set(batch.ranks[chosen].tolist()) == {num_blocks - 1}
 
@@ -172,9 +215,6 @@ def test_the_loss_equals_a_hand_computation_for_two_samples_with_different_prefi
     assert terms.total.item() == pytest.approx(total, rel=1e-5)
 
 
-
-
-
 @pytest.mark.parametrize("encoder", CONVOLVED)
 def test_the_loss_over_blocks_of_several_tokens_equals_a_hand_computation(encoder):
     plan = make_plan(encoder, crop_size_vox=(16, 32, 32), block_tokens=CONVOLVED[encoder])
@@ -190,7 +230,9 @@ def test_the_loss_over_blocks_of_several_tokens_equals_a_hand_computation(encode
                 token = crop[z : z + depth, y : y + 8, x : x + 8].reshape(-1)
                 # Blocks of 16^3 in raster order: 0 and 1 lie at y < 16 and are given.
                 if y >= 16:
-                    total += ((predicted[0, t] - (token - token.mean()) / token.std(ddof=1)) ** 2).sum()
+                    total += (
+                        (predicted[0, t] - (token - token.mean()) / token.std(ddof=1)) ** 2
+                    ).sum()
                     count += token.size
                 t += 1
     terms = objective.loss(batch)
@@ -204,7 +246,9 @@ def test_the_head_gets_no_gradient_from_given_blocks():
     objective = Autoregressive(plan)
     batch = make_batch(plan, prefix=23)
     features = []
-    hook = objective.module.head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].requires_grad_()))
+    hook = objective.module.head.register_forward_pre_hook(
+        lambda module, inputs: features.append(inputs[0].requires_grad_())
+    )
     terms = objective.loss(batch)
     hook.remove()
     (gradient,) = torch.autograd.grad(terms.total, features[0])
@@ -253,7 +297,12 @@ def test_baselines_are_the_errors_of_predicting_the_mean_and_of_repeating_the_pr
     objective = Autoregressive(plan)
     ramp = torch.arange(512.0).reshape(8, 8, 8)
     voxels = torch.cat([ramp, -ramp], dim=2)[None, None, None]
-    batch = Batch(voxels, torch.ones(1, 1, 8, 8, 16, dtype=torch.bool), torch.tensor([[0, 1]]), torch.tensor([1]))
+    batch = Batch(
+        voxels,
+        torch.ones(1, 1, 8, 8, 16, dtype=torch.bool),
+        torch.tensor([[0, 1]]),
+        torch.tensor([1]),
+    )
     terms = objective.loss(batch, references=True)
     assert float(terms.references["mean"]) == pytest.approx(511, rel=1e-4)
     assert float(terms.references["copy"]) == pytest.approx(4 * 511, rel=1e-4)
@@ -286,12 +335,19 @@ def test_random_order_with_the_next_predictor_is_refused_with_the_way_out():
 
 def test_what_transfers_has_the_downstream_keys_and_no_rotary_table_or_decoder():
     keys = set(Autoregressive(make_plan()).transferable_state())
-    assert {"down_projection.proj.weight", "down_projection.proj.bias", "eva.pos_embed", "eva.norm.weight"} <= keys
+    assert {
+        "down_projection.proj.weight",
+        "down_projection.proj.bias",
+        "eva.pos_embed",
+        "eva.norm.weight",
+    } <= keys
     assert not [key for key in keys if "rope" in key or "up_projection" in key or "primus" in key]
 
 
 def several_members(plan, kind, prefix, seed=0):
-    """Random crops for a sequence of several members, laid out as the sampler does, at a window of the grid that is not its corner."""
+    """Random crops for a sequence of several members, laid out as the sampler does, at a window of
+    the grid that is not its corner.
+    """
     generator = torch.Generator().manual_seed(seed)
     size, token = member_crop(plan, kind), plan.encoder.token_size_vox
     codes = list(member_codes(plan)[kind])
@@ -301,29 +357,51 @@ def several_members(plan, kind, prefix, seed=0):
     place = window_positions(whole, grid, [w - g for w, g in zip(whole, grid, strict=True)])
     voxels = torch.randn(1, len(codes), 1, *size, generator=generator)
     return Batch(
-        voxels, torch.ones(1, len(codes), *size, dtype=torch.bool), torch.from_numpy(ranks)[None], torch.tensor([prefix]),
-        torch.from_numpy(np.tile(place, len(codes)))[None], torch.from_numpy(np.repeat(np.array(codes), len(place)))[None],
+        voxels,
+        torch.ones(1, len(codes), *size, dtype=torch.bool),
+        torch.from_numpy(ranks)[None],
+        torch.tensor([prefix]),
+        torch.from_numpy(np.tile(place, len(codes)))[None],
+        torch.from_numpy(np.repeat(np.array(codes), len(place)))[None],
     )
 
 
 WORDS = ("T1w", "T2w", "FLAIR")
 KINDS = {
-    "contrast": {"weights": {"spatial": 1.0, "contrast": 1.0}, "contrasts": WORDS, "contrast_members": 3},
-    "semantic": {"weights": {"contrast": 1.0, "semantic": 1.0}, "contrasts": WORDS, "contrast_members": 3, "semantic_members": 2},
+    "contrast": {
+        "weights": {"spatial": 1.0, "contrast": 1.0},
+        "contrasts": WORDS,
+        "contrast_members": 3,
+    },
+    "semantic": {
+        "weights": {"contrast": 1.0, "semantic": 1.0},
+        "contrasts": WORDS,
+        "contrast_members": 3,
+        "semantic_members": 2,
+    },
 }
 WAYS = {
-    "raster, next": {}, "interleaved, next": {"order": "interleaved"}, "raster, query": {"predictor": "query"},
+    "raster, next": {},
+    "interleaved, next": {"order": "interleaved"},
+    "raster, query": {"predictor": "query"},
     "random, query": {"order": "random", "predictor": "query"},
     "interleaved, next, blocks of 1x1x2": {"order": "interleaved", "block_tokens": (1, 1, 2)},
-    "primus_v2, random, query": {"encoder": "primus_v2", "block_tokens": (2, 2, 2), "crop_size_vox": (32, 32, 32), "order": "random",
-                                 "predictor": "query"},
+    "primus_v2, random, query": {
+        "encoder": "primus_v2",
+        "block_tokens": (2, 2, 2),
+        "crop_size_vox": (32, 32, 32),
+        "order": "random",
+        "predictor": "query",
+    },
     "vit, raster, next": {"encoder": "vit"},
 }
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_sequences_of_several_images_nothing_leaks_from_later_blocks_and_the_next_block_reacts(kind, way):
+def test_in_sequences_of_several_images_nothing_leaks_from_later_blocks_and_the_next_block_reacts(
+    kind, way
+):
     plan = make_plan(**{"crop_size_vox": (16, 32, 32), **KINDS[kind], **way})
     torch.manual_seed(0)
     objective = Autoregressive(plan)
@@ -342,7 +420,10 @@ def test_in_sequences_of_several_images_nothing_leaks_from_later_blocks_and_the_
 
 def change_members(batch, plan, rank):
     """The same batch with other voxels in the block of this rank."""
-    token, (members, size) = plan.encoder.token_size_vox, (batch.voxels.shape[1], batch.voxels.shape[3:])
+    token, (members, size) = (
+        plan.encoder.token_size_vox,
+        (batch.voxels.shape[1], batch.voxels.shape[3:]),
+    )
     tokens = to_blocks(batch.voxels[0], token).clone()
     chosen = batch.ranks[0] == rank
     flat = tokens.view(-1, *tokens.shape[2:])
@@ -361,7 +442,10 @@ def test_members_are_told_apart_by_their_code_and_code_0_is_what_fine_tuning_see
     torch.nn.init.normal_(objective.model.member.table)
     tokens = len(batch.ranks[0]) // 3
     told, one = predict(objective, batch), predict(objective, as_one)
-    assert torch.equal(told[0, :tokens], one[0, :tokens]) and (told[0, tokens + 1 :] != one[0, tokens + 1 :]).any()
+    assert (
+        torch.equal(told[0, :tokens], one[0, :tokens])
+        and (told[0, tokens + 1 :] != one[0, tokens + 1 :]).any()
+    )
     assert not [key for key in objective.transferable_state() if "member" in key]
 
 

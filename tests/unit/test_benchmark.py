@@ -37,75 +37,161 @@ CASES = [f"head_{n:03d}" for n in range(20)]
 
 
 def request(**changes: Any) -> Request:
-    return Request(**{"dataset": DATASET, "labels": (2,), "num_seeds": 2, "arms": ("pretrained", "scratch"), "encoders": ("tiny",),
-                      "steps": 50, "batch": 2, **changes}).check()
+    return Request(
+        **{
+            "dataset": DATASET,
+            "labels": (2,),
+            "num_seeds": 2,
+            "arms": ("pretrained", "scratch"),
+            "encoders": ("tiny",),
+            "steps": 50,
+            "batch": 2,
+            **changes,
+        }
+    ).check()
 
 
 # --- requests and plans
 
 
 def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
-    keys = list(runs_of(request(arms=("masked", "stock"), encoders=("a", "b"), recipe=("scratch_rate=1e-2",)), 50, 2))
+    keys = list(
+        runs_of(
+            request(arms=("masked", "stock"), encoders=("a", "b"), recipe=("scratch_rate=1e-2",)),
+            50,
+            2,
+        )
+    )
     assert [(k.seed, k.arm, k.encoder, k.recipe) for k in keys[:3]] == [
-        (0, "masked", "benchmark_a", "scratch_rate=1e-2"), (0, "masked", "benchmark_b", "scratch_rate=1e-2"), (0, "stock", "-", "")]
+        (0, "masked", "benchmark_a", "scratch_rate=1e-2"),
+        (0, "masked", "benchmark_b", "scratch_rate=1e-2"),
+        (0, "stock", "-", ""),
+    ]
     assert len(keys) == 6 and len({key.folder for key in keys}) == 6
     assert weights_of(keys[0]) == "benchmark_a_masked" and weights_of(keys[2]) is None
-    assert plans_name(keys[0]) == "AutoregPlans_benchmark_a_masked_scratch_rate_1e_2" and plans_name(keys[2]) == "nnUNetPlans"
+    assert (
+        plans_name(keys[0]) == "AutoregPlans_benchmark_a_masked_scratch_rate_1e_2"
+        and plans_name(keys[2]) == "nnUNetPlans"
+    )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"arms": ("pretraind",)}, "did you mean 'pretrained'"),
-    ({"steps": None}, "--steps or as --budget"),
-    ({"budget_min": 3.0}, "--steps or as --budget"),
-    ({"num_seeds": 0}, "--seeds 0: must be greater than 0"),
-    ({"labels": (0,)}, "--labels 0"),
-    ({"recipe": ("pretrained_rat=1e-3",)}, "did you mean 'pretrained_rate'"),
-    ({"recipe": ("pretrained_rate",)}, "write it as key=value"),
-    ({"recipe": ("pretrained_rate=fast",)}, "'fast' is not of type float"),
-    ({"recipe": ("optimizer=sgdd",)}, "did you mean 'sgd'"),
-    ({"recipe": ("momentum=1.5",)}, r"must be in \[0, 1\)"),
-    ({"weights": ("some/folder",)}, "give the name of a run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("pretraind",)}, "did you mean 'pretrained'"),
+        ({"steps": None}, "--steps or as --budget"),
+        ({"budget_min": 3.0}, "--steps or as --budget"),
+        ({"num_seeds": 0}, "--seeds 0: must be greater than 0"),
+        ({"labels": (0,)}, "--labels 0"),
+        ({"recipe": ("pretrained_rat=1e-3",)}, "did you mean 'pretrained_rate'"),
+        ({"recipe": ("pretrained_rate",)}, "write it as key=value"),
+        ({"recipe": ("pretrained_rate=fast",)}, "'fast' is not of type float"),
+        ({"recipe": ("optimizer=sgdd",)}, "did you mean 'sgd'"),
+        ({"recipe": ("momentum=1.5",)}, r"must be in \[0, 1\)"),
+        ({"weights": ("some/folder",)}, "give the name of a run"),
+    ],
+)
 def test_impossible_requests_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         request(**changes)
 
 
-def test_the_line_typed_becomes_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_line_typed_becomes_the_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / DATASET).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    typed = read_request(parser().parse_args(
-        ["-d", "900", "--labels", "20", "5", "5", "--arms", "pretrained", "masked", "--weights", "brain"]))
-    assert typed == Request(DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=30.0)
+    typed = read_request(
+        parser().parse_args(
+            [
+                "-d",
+                "900",
+                "--labels",
+                "20",
+                "5",
+                "5",
+                "--arms",
+                "pretrained",
+                "masked",
+                "--weights",
+                "brain",
+            ]
+        )
+    )
+    assert typed == Request(
+        DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=30.0
+    )
     assert typed.families == ("brain",)
     with pytest.raises(UsageError, match="--jobs 0"):
         read_request(parser().parse_args(["-d", "900", "--jobs", "0"]))
 
 
 def test_a_length_is_cut_into_about_40_epochs_of_25_to_250_steps() -> None:
-    assert [epochs_of(steps) for steps in (2, 30, 400, 4000, 100_000)] == [(1, 2), (1, 25), (16, 25), (40, 100), (400, 250)]
+    assert [epochs_of(steps) for steps in (2, 30, 400, 4000, 100_000)] == [
+        (1, 2),
+        (1, 25),
+        (16, 25),
+        (40, 100),
+        (400, 250),
+    ]
 
 
 def test_a_twin_is_retyped_from_the_runs_own_request_without_what_masking_sets() -> None:
-    made = {"name": "brain", "datasets": ["4"], "folders": ["/scans one"], "encoder": "primus_tiny", "num_steps": None, "num_hours": 2.0,
-            "batch_size": 8, "seed": 3, "exclude": "/x.txt", "modality": None, "spacing": "median", "split_4d": True, "sequences": [],
-            "settings": ["sequence.order=raster", "objective.name=autoregressive", "optim.lr=1e-4", "objective.variance_floor=0.1"],
-            "objective": "autoregressive"}
+    made = {
+        "name": "brain",
+        "datasets": ["4"],
+        "folders": ["/scans one"],
+        "encoder": "primus_tiny",
+        "num_steps": None,
+        "num_hours": 2.0,
+        "batch_size": 8,
+        "seed": 3,
+        "exclude": "/x.txt",
+        "modality": None,
+        "spacing": "median",
+        "split_4d": True,
+        "sequences": [],
+        "settings": [
+            "sequence.order=raster",
+            "objective.name=autoregressive",
+            "optim.lr=1e-4",
+            "objective.variance_floor=0.1",
+        ],
+        "objective": "autoregressive",
+    }
     words = retyped(made, 700)
     from nnunet_autoreg.cli.pretrain import parser as pretrain_parser
 
     args = pretrain_parser().parse_args(["--name", "brain_masked", *words, "--objective", "masked"])
-    assert (args.d, args.i, args.steps, args.hours, args.batch, args.seed) == (["4"], ["/scans one"], 700, None, 8, 3)
+    assert (args.d, args.i, args.steps, args.hours, args.batch, args.seed) == (
+        ["4"],
+        ["/scans one"],
+        700,
+        None,
+        8,
+        3,
+    )
     assert (args.exclude, args.split_4d, args.set, args.objective) == (
-        "/x.txt", True, ["optim.lr=1e-4", "objective.variance_floor=0.1"], "masked")
+        "/x.txt",
+        True,
+        ["optim.lr=1e-4", "objective.variance_floor=0.1"],
+        "masked",
+    )
 
 
 # --- a benchmark with a runner that trains nothing
 
 
 def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
-    write_json(bench.layout.pretraining("published") / "plan.json", {"request": {"preset": "faithful"}, "optim": {"num_steps": 5}})
-    with pytest.raises(AutoregError, match=r"--preset faithful and would differ in more than the objective.*named published_masked"):
+    write_json(
+        bench.layout.pretraining("published") / "plan.json",
+        {"request": {"preset": "faithful"}, "optim": {"num_steps": 5}},
+    )
+    with pytest.raises(
+        AutoregError,
+        match=r"--preset faithful and would differ in more than the objective.*named "
+        r"published_masked",
+    ):
         ensure_masked(bench, "published")
 
 
@@ -117,9 +203,20 @@ def bench(tmp_path: Path) -> Bench:
     configurations = {"3d_fullres": {"batch_size": 6}}
     recipe = {"pretrained_rate": 1e-3, "scratch_rate": 1e-3}
     for name in ("AutoregPlans_benchmark_tiny", "nnUNetPlans"):
-        write_json(layout.plans / f"{name}.json", {"plans_name": name, "configurations": configurations, "autoreg": {"recipe": recipe}})
-    made = Bench(request(), layout, Record(DATASET, subjects, divide(subjects)), {}, Commands(tmp_path / "log", "cpu", 1),
-                 tmp_path / "pp", tmp_path / "res", 1)
+        write_json(
+            layout.plans / f"{name}.json",
+            {"plans_name": name, "configurations": configurations, "autoreg": {"recipe": recipe}},
+        )
+    made = Bench(
+        request(),
+        layout,
+        Record(DATASET, subjects, divide(subjects)),
+        {},
+        Commands(tmp_path / "log", "cpu", 1),
+        tmp_path / "pp",
+        tmp_path / "res",
+        1,
+    )
     return made
 
 
@@ -131,15 +228,26 @@ class FakeRunner:
 
     def __call__(self, folder: Path, environment: Any) -> int:
         job = from_jsonable(Job, read_json(folder / "job.json"), "job")
-        assert environment["nnUNet_results"] == str(folder) and (folder / "autoreg_pretraining").is_symlink()
+        assert (
+            environment["nnUNet_results"] == str(folder)
+            and (folder / "autoreg_pretraining").is_symlink()
+        )
         (folder / "log.txt").write_text("started\nout of memory\n")
         if (job.trainer, job.seed) in self.broken:
             return 1
         self.done.append((job.trainer, job.seed, job.fold))
-        write_json(folder / "result.json", {
-            "train_s": 1.0, "validate_s": 1.0, "seconds_per_step": self.pace.get(job.trainer, 0.5), "processor_s_per_step": 0.1,
-            "curve": [0.5], "patch": [8, 8, 8],
-            "dice_per_case": {case: {"1": 0.5} for case in job_cases(folder, job)}})
+        write_json(
+            folder / "result.json",
+            {
+                "train_s": 1.0,
+                "validate_s": 1.0,
+                "seconds_per_step": self.pace.get(job.trainer, 0.5),
+                "processor_s_per_step": 0.1,
+                "curve": [0.5],
+                "patch": [8, 8, 8],
+                "dice_per_case": {case: {"1": 0.5} for case in job_cases(folder, job)},
+            },
+        )
         return 0
 
 
@@ -157,7 +265,9 @@ def results(bench: Bench) -> list[dict[str, Any]]:
     return read_results(bench.layout.root / "runs.jsonl")
 
 
-def test_what_is_there_is_skipped_what_failed_is_done_again_and_half_done_folders_are_cleared(bench: Bench) -> None:
+def test_what_is_there_is_skipped_what_failed_is_done_again_and_half_done_folders_are_cleared(
+    bench: Bench,
+) -> None:
     keys = list(runs_of(bench.request, 50, 2))
     write_folds(bench, keys)
     half = bench.layout.run(keys[0])
@@ -174,7 +284,9 @@ def test_what_is_there_is_skipped_what_failed_is_done_again_and_half_done_folder
     assert run_missing(bench, keys, 1, FakeRunner(("AutoregPretrainedTrainer", 0))) == []
 
 
-def test_all_arms_of_a_seed_train_on_the_same_cases_and_are_scored_on_the_same(bench: Bench) -> None:
+def test_all_arms_of_a_seed_train_on_the_same_cases_and_are_scored_on_the_same(
+    bench: Bench,
+) -> None:
     keys = list(runs_of(bench.request, 50, 2))
     write_folds(bench, keys)
     runner = FakeRunner()
@@ -182,8 +294,16 @@ def test_all_arms_of_a_seed_train_on_the_same_cases_and_are_scored_on_the_same(b
     folds = read_json(bench.layout.plans / "splits_final.json")
     by_seed = {seed: {fold for _, s, fold in runner.done if s == seed} for seed in (0, 1)}
     assert by_seed == {0: {0}, 1: {1}}
-    assert folds[0]["train"] == list(labelled(bench.record.division, bench.record.subjects, 2, 0)) != folds[1]["train"]
-    assert all(fold["val"] == list(bench.record.division.test) and not set(fold["val"]) & set(fold["train"]) for fold in folds)
+    assert (
+        folds[0]["train"]
+        == list(labelled(bench.record.division, bench.record.subjects, 2, 0))
+        != folds[1]["train"]
+    )
+    assert all(
+        fold["val"] == list(bench.record.division.test)
+        and not set(fold["val"]) & set(fold["train"])
+        for fold in folds
+    )
     assert results(bench)[0]["labelled"] == folds[0]["train"]
 
 
@@ -206,11 +326,20 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest_and_is_settled_once(be
     assert len(runner.done) == 2
     assert settle_length(bench, FakeRunner(("nnUNetTrainer", 0))) == (100, 6)
     with pytest.raises(AutoregError, match=r"a step of stock.* takes 100\.0 s; give more minutes"):
-        settle_length(replace(bench, request=replace(asked, budget_min=0.5)), FakeRunner(pace={"nnUNetTrainer": 100.0}))
+        settle_length(
+            replace(bench, request=replace(asked, budget_min=0.5)),
+            FakeRunner(pace={"nnUNetTrainer": 100.0}),
+        )
 
 
-def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "read_card", lambda folder: type("Card", (), {"sha256": "abc", "has_decoder": True}))
+def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        preparing,
+        "read_card",
+        lambda folder: type("Card", (), {"sha256": "abc", "has_decoder": True}),
+    )
     key = RunKey("masked", "benchmark_tiny", 2, 0, "test", 50, 2, "pretrained_rate=0.01")
     write_plans(bench, key)
     base = read_json(bench.layout.plans / "AutoregPlans_benchmark_tiny.json")
@@ -218,8 +347,11 @@ def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(bench: Bench, 
     assert made["configurations"] == base["configurations"]
     assert made["autoreg"]["recipe"] == {"pretrained_rate": 0.01, "scratch_rate": 1e-3}
     assert made["autoreg"]["weights"] == {
-        "name": "benchmark_tiny_masked", "file": "autoreg_pretraining/benchmark_tiny_masked/encoder.safetensors", "sha256": "abc",
-        "has_decoder": True}
+        "name": "benchmark_tiny_masked",
+        "file": "autoreg_pretraining/benchmark_tiny_masked/encoder.safetensors",
+        "sha256": "abc",
+        "has_decoder": True,
+    }
 
 
 def test_a_folder_of_an_older_version_keeps_counting_cases(tmp_path: Path) -> None:
@@ -247,7 +379,9 @@ def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:
     assert surface_tolerance_mm(given) == 3.0
 
 
-def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_of_other_things_or_of_another_dataset_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     asked = request()
     record = open_record(tmp_path / "new", asked, CASES)
     assert open_record(tmp_path / "new", asked, CASES[:5]) == record
@@ -258,7 +392,10 @@ def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Pat
     with pytest.raises(UsageError, match="says other patients than"):
         open_record(tmp_path / "new", replace(asked, subjects=str(other)), CASES)
     assert open_record(tmp_path / "new", asked, [*CASES, "head_999"]) == record
-    assert "1 cases are newer than this benchmark's division and take no part, the first is head_999" in caplog.text
+    assert (
+        "1 cases are newer than this benchmark's division and take no part, the first is head_999"
+        in caplog.text
+    )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()
     with pytest.raises(UsageError, match="neither empty nor a benchmark's folder"):
@@ -269,14 +406,32 @@ def test_a_folder_of_other_things_or_of_another_dataset_is_refused(tmp_path: Pat
 
 
 def scan(dataset: str, case: str, source: str = "/elsewhere.nii.gz", status: str = "ok") -> ScanRow:
-    return ScanRow(f"{dataset}/{case}", dataset, case, "MR", "MR", source, (8, 8, 8), (1.0, 1.0, 1.0), (8, 8, 8), "hash", status, "")
+    return ScanRow(
+        f"{dataset}/{case}",
+        dataset,
+        case,
+        "MR",
+        "MR",
+        source,
+        (8, 8, 8),
+        (1.0, 1.0, 1.0),
+        (8, 8, 8),
+        "hash",
+        status,
+        "",
+    )
 
 
 @pytest.fixture
 def scored(tmp_path: Path) -> Scored:
     image = tmp_path / "p2_ES_0000.nii.gz"
     image.touch()
-    return Scored(DATASET, {"p1_ED": "p1", "p2_ED": "p2", "p2_ES": "p2", "p3_ED": "p3"}, ["p2_ES"], {"p2_ES": [image]})
+    return Scored(
+        DATASET,
+        {"p1_ED": "p1", "p2_ED": "p2", "p2_ES": "p2", "p3_ED": "p3"},
+        ["p2_ES"],
+        {"p2_ES": [image]},
+    )
 
 
 def pretrained_on(folder: Path, *rows: ScanRow) -> Path:
@@ -285,18 +440,31 @@ def pretrained_on(folder: Path, *rows: ScanRow) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("row", [
-    scan(DATASET, "p2_ES"), scan(DATASET, "p2_ED"), scan("my scans", "anything", "SCORED IMAGE"),
-], ids=["the case", "another scan of the patient", "the file by another way"])  # fmt: skip
-def test_weights_that_saw_a_scored_patient_are_refused(tmp_path: Path, scored: Scored, row: ScanRow) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        scan(DATASET, "p2_ES"),
+        scan(DATASET, "p2_ED"),
+        scan("my scans", "anything", "SCORED IMAGE"),
+    ],
+    ids=["the case", "another scan of the patient", "the file by another way"],
+)
+def test_weights_that_saw_a_scored_patient_are_refused(
+    tmp_path: Path, scored: Scored, row: ScanRow
+) -> None:
     if row.source == "SCORED IMAGE":
         row = replace(row, source=str(scored.images["p2_ES"][0]))
     run = pretrained_on(tmp_path / "brain", scan(DATASET, "p1_ED"), row)
-    with pytest.raises(AutoregError, match=r"saw 1 of the patients that are scored, e\.g\. p2: .* --exclude /x\.txt"):
+    with pytest.raises(
+        AutoregError,
+        match=r"saw 1 of the patients that are scored, e\.g\. p2: .* --exclude /x\.txt",
+    ):
         check_pretraining(run, scored, Path("/x.txt"))
 
 
-def test_weights_that_saw_others_pass_and_what_nobody_knows_is_said(tmp_path: Path, scored: Scored) -> None:
+def test_weights_that_saw_others_pass_and_what_nobody_knows_is_said(
+    tmp_path: Path, scored: Scored
+) -> None:
     others = scan(DATASET, "p1_ED"), scan(DATASET, "p2_ES", status="excluded")
     assert check_pretraining(pretrained_on(tmp_path / "brain", *others), scored, Path("x")) == ""
     (tmp_path / "foreign").mkdir()
@@ -305,7 +473,9 @@ def test_weights_that_saw_others_pass_and_what_nobody_knows_is_said(tmp_path: Pa
     assert "named like scored patients, e.g. p2" in check_pretraining(named, scored, Path("x"))
 
 
-def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(tmp_path: Path, shared_data: Path) -> None:
+def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(
+    tmp_path: Path, shared_data: Path
+) -> None:
     from nnunet_autoreg.corpus.content import content_hash
     from nnunet_autoreg.corpus.read import load_scan
 
@@ -327,7 +497,9 @@ def test_an_index_that_could_not_tell_tiny_values_apart_is_warned_of(tmp_path: P
     earlier = replace(scan("backup", "x"), content_hash=earlier_hash(load_scan(image)))
     newer = replace(scan("backup", "x"), content_hash=content_hash(load_scan(image)))
 
-    assert "earlier version" in check_pretraining(pretrained_on(tmp_path / "earlier", earlier), scored, Path("x"))
+    assert "earlier version" in check_pretraining(
+        pretrained_on(tmp_path / "earlier", earlier), scored, Path("x")
+    )
     with pytest.raises(AutoregError):
         check_pretraining(pretrained_on(tmp_path / "newer", newer), scored, Path("x"))
 
@@ -343,7 +515,15 @@ def test_a_steps_time_leaves_out_the_first_steps_and_what_lies_between_epochs() 
     trainer = Trainer()
     watch = Stopwatch(trainer)
     assert trainer.train_step({"x": 1}) == {"x": 1} and len(watch.times) == 1
-    watch.times = [0, 9, 18, 20, 30, 33, 35]  # epochs of 4: 30 begins the second one; 2, 3 and 2 s are left
+    watch.times = [
+        0,
+        9,
+        18,
+        20,
+        30,
+        33,
+        35,
+    ]  # epochs of 4: 30 begins the second one; 2, 3 and 2 s are left
     assert watch.seconds_per_step(4) == 2.0
 
 
@@ -355,8 +535,15 @@ class Typed(Commands):
 
     def run(self, words: Any, **changes: Any) -> None:
         typed.append((list(words), changes))
-        folder = Path(self.folders["nnUNet_results"]) / "autoreg_pretraining" / words[words.index("--name") + 1]
-        finished(folder, {"datasets": [DATASET], "encoder": "primus_tiny", "exclude": "/x.txt", "settings": []})
+        folder = (
+            Path(self.folders["nnUNet_results"])
+            / "autoreg_pretraining"
+            / words[words.index("--name") + 1]
+        )
+        finished(
+            folder,
+            {"datasets": [DATASET], "encoder": "primus_tiny", "exclude": "/x.txt", "settings": []},
+        )
 
 
 typed: list[tuple[list[str], dict[str, Any]]] = []
@@ -375,7 +562,10 @@ def finished(folder: Path, made_with: dict[str, Any] | None = None) -> Path:
 def typing(bench: Bench) -> Bench:
     typed.clear()
     (bench.layout.results / "autoreg_pretraining").mkdir(parents=True)
-    return replace(bench, commands=Typed(bench.commands.log_file, "cpu", 1, {"nnUNet_results": bench.layout.results}))
+    return replace(
+        bench,
+        commands=Typed(bench.commands.log_file, "cpu", 1, {"nnUNet_results": bench.layout.results}),
+    )
 
 
 def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Bench) -> None:
@@ -384,25 +574,45 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
         preparing.ensure_weights(typing, "benchmark_primus_tiny")
         preparing.ensure_masked(typing, "benchmark_primus_tiny")
     (first, changes), (second, _) = typed
-    assert first[:3] == ["autoreg_pretrain", "--name", "benchmark_primus_tiny"] and first[first.index("--steps") + 1] == "9"
-    assert first[first.index("--exclude") + 1] == str(typing.layout.exclude) and "--objective" not in first
+    assert (
+        first[:3] == ["autoreg_pretrain", "--name", "benchmark_primus_tiny"]
+        and first[first.index("--steps") + 1] == "9"
+    )
+    assert (
+        first[first.index("--exclude") + 1] == str(typing.layout.exclude)
+        and "--objective" not in first
+    )
     assert changes["nnUNet_preprocessed"] == typing.user_preprocessed
-    assert second[2] == "benchmark_primus_tiny_masked" and second[second.index("--steps") + 1] == "700"
-    assert second[second.index("--objective") + 1] == "masked" and second[second.index("--exclude") + 1] == "/x.txt"
+    assert (
+        second[2] == "benchmark_primus_tiny_masked" and second[second.index("--steps") + 1] == "700"
+    )
+    assert (
+        second[second.index("--objective") + 1] == "masked"
+        and second[second.index("--exclude") + 1] == "/x.txt"
+    )
 
 
-def test_the_users_runs_are_linked_and_other_weights_of_that_name_later_are_refused(typing: Bench) -> None:
+def test_the_users_runs_are_linked_and_other_weights_of_that_name_later_are_refused(
+    typing: Bench,
+) -> None:
     typing = replace(typing, request=request(weights=("brain",)))
     theirs = typing.user_results / "autoreg_pretraining"
     finished(theirs / "brain")
     finished(theirs / "brain_masked")
     preparing.ensure_weights(typing, "brain")
     preparing.ensure_masked(typing, "brain")
-    assert typed == [] and typing.layout.pretraining("brain_masked").resolve() == (theirs / "brain_masked").resolve()
+    assert (
+        typed == []
+        and typing.layout.pretraining("brain_masked").resolve()
+        == (theirs / "brain_masked").resolve()
+    )
     preparing.pin(typing, "brain")
     preparing.pin(typing, "brain")
     write_json(theirs / "brain" / "encoder.json", {"sha256": "trained anew"})
-    with pytest.raises(UsageError, match="the weights of 'brain' are others than those of this benchmark's trainings so far"):
+    with pytest.raises(
+        UsageError,
+        match="the weights of 'brain' are others than those of this benchmark's trainings so far",
+    ):
         preparing.pin(typing, "brain")
 
 
@@ -410,13 +620,19 @@ def test_imported_weights_have_no_masked_twin(typing: Bench) -> None:
     typing = replace(typing, request=request(weights=("imported",)))
     finished(typing.user_results / "autoreg_pretraining" / "imported")
     preparing.ensure_weights(typing, "imported")
-    with pytest.raises(AutoregError, match=r"the arm 'masked' needs a twin of 'imported', which has no plan\.json to repeat"):
+    with pytest.raises(
+        AutoregError,
+        match=r"the arm 'masked' needs a twin of 'imported', which has no plan\.json to repeat",
+    ):
         preparing.ensure_masked(typing, "imported")
 
 
 def test_a_command_that_fails_ends_with_its_last_words(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "log", "cpu", 1)
-    with pytest.raises(AutoregError, match=r"python ended with exit code 3 \(no space left\); all of its output is in .*log"):
+    with pytest.raises(
+        AutoregError,
+        match=r"python ended with exit code 3 \(no space left\); all of its output is in .*log",
+    ):
         commands.run(["python", "-c", "print('fine'); print('no space left'); raise SystemExit(3)"])
     with pytest.raises(AutoregError, match="the command autoreg_nothing is not installed"):
         commands.run(["autoreg_nothing"])

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from nnunet_autoreg.benchmark.results import append_result, key_of, read_results
-from nnunet_autoreg.benchmark.split import divide, find_patients, labelled, read_subjects, subjects_by_name
+from nnunet_autoreg.benchmark.split import (
+    divide,
+    find_patients,
+    labelled,
+    read_subjects,
+    subjects_by_name,
+)
 from nnunet_autoreg.benchmark.statistics import interval, mean_dice, paired, steps_to
 from nnunet_autoreg.benchmark.table import markdown, rows_of, unequal_pretrainings
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
@@ -21,7 +27,10 @@ CASES = [f"head_{n:03d}" for n in range(20)]
 
 def test_names_tell_patients_by_their_first_number_that_separates_them() -> None:
     assert subjects_by_name(["patient001_ED", "patient001_ES", "patient002_ED"]) == {
-        "patient001_ED": "patient001", "patient001_ES": "patient001", "patient002_ED": "patient002"}
+        "patient001_ED": "patient001",
+        "patient001_ES": "patient001",
+        "patient002_ED": "patient002",
+    }
     assert set(subjects_by_name(CASES).values()) == set(CASES)
     flare = [f"FLARE22_Tr_{n:04d}" for n in range(50)]
     assert set(subjects_by_name(flare).values()) == set(flare)
@@ -34,12 +43,21 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     cases = [f"patient{n:03d}_{phase}" for n in range(1, 26) for phase in ("ED", "ES")]
     subjects = subjects_by_name(cases)
     division = divide(subjects)
-    parts = [{subjects[case] for case in part} for part in (division.pool, division.development, division.test)]
-    assert [len(part) for part in parts] == [16, 4, 5] and not set.intersection(*parts) and len(set.union(*parts)) == 25
+    parts = [
+        {subjects[case] for case in part}
+        for part in (division.pool, division.development, division.test)
+    ]
+    assert (
+        [len(part) for part in parts] == [16, 4, 5]
+        and not set.intersection(*parts)
+        and len(set.union(*parts)) == 25
+    )
     assert [len(p) for p in (division.pool, division.development, division.test)] == [32, 8, 10]
     assert len(labelled(division, subjects, 5, seed=0)) == 10
     five = labelled(division, subjects, 5, seed=0, unit="cases")
-    assert len(five) == 6 and {case[:-3] + phase for case in five for phase in ("_ED", "_ES")} == set(five)
+    assert len(five) == 6 and {
+        case[:-3] + phase for case in five for phase in ("_ED", "_ES")
+    } == set(five)
 
 
 def test_the_division_is_the_same_every_time_and_labels_of_a_seed_are_nested() -> None:
@@ -47,7 +65,11 @@ def test_the_division_is_the_same_every_time_and_labels_of_a_seed_are_nested() -
     division = divide(subjects)
     assert division == divide(dict(reversed(subjects.items())))
     assert (len(division.pool), len(division.development), len(division.test)) == (13, 3, 4)
-    assert set(labelled(division, subjects, 3, 0)) < set(labelled(division, subjects, 8, 0)) < set(division.pool)
+    assert (
+        set(labelled(division, subjects, 3, 0))
+        < set(labelled(division, subjects, 8, 0))
+        < set(division.pool)
+    )
     assert labelled(division, subjects, 3, 0) != labelled(division, subjects, 3, 1)
     with pytest.raises(UsageError, match="--labels 14: the pool holds 13 labelled patients"):
         labelled(division, subjects, 14, 0)
@@ -59,32 +81,64 @@ def test_subjects_come_from_a_file_that_has_to_name_every_case(tmp_path: Path) -
     file = tmp_path / "subjects.csv"
     file.write_text("case,subject\na_1,x\na_2,x\nb_1,y\n")
     assert read_subjects(file, ["a_1", "a_2", "b_1"]) == {"a_1": "x", "a_2": "x", "b_1": "y"}
-    with pytest.raises(UsageError, match="names no subject for 1 of 2 cases, the first is b_2; did you mean 'b_1'"):
+    with pytest.raises(
+        UsageError, match="names no subject for 1 of 2 cases, the first is b_2; did you mean 'b_1'"
+    ):
         read_subjects(file, ["a_1", "b_2"])
     file.write_text("name,patient\na_1,x\n")
     with pytest.raises(UsageError, match="columns case and subject"):
         read_subjects(file, ["a_1"])
 
 
-def line(arm: str = "pretrained", seed: int = 0, dice: dict[str, list[float | None]] | None = None, **changes: Any) -> dict[str, Any]:
+def line(
+    arm: str = "pretrained",
+    seed: int = 0,
+    dice: dict[str, list[float | None]] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
     dice = {"a": [0.5, 0.7], "b": [0.4, 0.4]} if dice is None else dice
     return {
-        "arm": arm, "encoder": "-" if arm == "stock" else "brain", "labels": 2, "seed": seed, "split": "test", "steps": 50, "batch": 2,
-        "recipe": "", "num_labelled": 2, "steps_per_epoch": 25, "curve": [0.1, 0.3], "train_s": 60.0, "validate_s": 6.0,
-        "seconds_per_step": 1.2, "subjects": {case: case for case in dice}, "pretraining": None,
-        "dice_per_case": {case: {str(i + 1): v for i, v in enumerate(values)} for case, values in dice.items()}, **changes,
+        "arm": arm,
+        "encoder": "-" if arm == "stock" else "brain",
+        "labels": 2,
+        "seed": seed,
+        "split": "test",
+        "steps": 50,
+        "batch": 2,
+        "recipe": "",
+        "num_labelled": 2,
+        "steps_per_epoch": 25,
+        "curve": [0.1, 0.3],
+        "train_s": 60.0,
+        "validate_s": 6.0,
+        "seconds_per_step": 1.2,
+        "subjects": {case: case for case in dice},
+        "pretraining": None,
+        "dice_per_case": {
+            case: {str(i + 1): v for i, v in enumerate(values)} for case, values in dice.items()
+        },
+        **changes,
     }
 
 
 def test_dice_is_the_mean_over_cases_of_the_mean_over_labels_that_have_one() -> None:
     assert mean_dice(line()) == pytest.approx((0.6 + 0.4) / 2)
-    assert mean_dice(line(dice={"a": [None, 0.8], "b": [None, None], "c": [0.2, 0.4]})) == pytest.approx((0.8 + 0.3) / 2)
+    assert mean_dice(
+        line(dice={"a": [None, 0.8], "b": [None, None], "c": [0.2, 0.4]})
+    ) == pytest.approx((0.8 + 0.3) / 2)
     assert math.isnan(mean_dice(line(dice={"a": [None]})))
 
 
 def test_pairs_are_of_one_seed_and_one_case_and_cases_without_a_dice_are_counted() -> None:
-    ours = {0: line(dice={"a": [0.5], "b": [0.6], "c": [None]}), 1: line(dice={"a": [0.7], "b": [0.6], "c": [0.1]}), 2: line()}
-    theirs = {0: line(dice={"a": [0.4], "b": [0.6], "c": [0.1]}), 1: line(dice={"a": [0.4], "b": [0.5], "c": [0.1]})}
+    ours = {
+        0: line(dice={"a": [0.5], "b": [0.6], "c": [None]}),
+        1: line(dice={"a": [0.7], "b": [0.6], "c": [0.1]}),
+        2: line(),
+    }
+    theirs = {
+        0: line(dice={"a": [0.4], "b": [0.6], "c": [0.1]}),
+        1: line(dice={"a": [0.4], "b": [0.5], "c": [0.1]}),
+    }
     found = paired(ours, theirs)
     assert found is not None and found.mean == pytest.approx((0.1 + 0.0 + 0.3 + 0.1) / 4)
     assert (found.num_seeds, found.num_cases, found.num_left_out) == (2, 2, 1)
@@ -94,15 +148,18 @@ def test_pairs_are_of_one_seed_and_one_case_and_cases_without_a_dice_are_counted
 def test_equal_differences_have_an_interval_of_no_width() -> None:
     found = interval(np.full((3, 4), 0.25), list("abcd"))
     assert found.mean == 0.25
-    assert found.over_both == pytest.approx((0.25, 0.25)) and found.over_cases == pytest.approx((0.25, 0.25))
+    assert found.over_both == pytest.approx((0.25, 0.25)) and found.over_cases == pytest.approx(
+        (0.25, 0.25)
+    )
 
 
 def test_two_patients_and_one_seed_give_the_exact_bootstrap() -> None:
-    # Draws of two from {0, 1}: mean 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4, so 2.5 % and 97.5 % lie at 0 and 1.
+    # Draws of two from {0, 1}: mean 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4, so 2.5 % and
+    # 97.5 % lie at 0 and 1.
     found = interval(np.array([[0.0, 1.0]]), ["a", "b"])
     assert found.over_cases == (0.0, 1.0) and found.mean == 0.5
-    # Both scans of one patient come and go together: without that, a mean of 0 (all four draws from the first patient's) would be
-    # rarer than 1 in 16.
+    # Both scans of one patient come and go together: without that, a mean of 0 (all four draws from
+    # the first patient's) would be rarer than 1 in 16.
     grouped = interval(np.array([[0.0, 0.0, 1.0, 1.0]]), ["a", "a", "b", "b"])
     assert grouped.over_cases == (0.0, 1.0)
     alone = interval(np.array([[0.0] * 10 + [1.0] * 10]), [str(n) for n in range(20)])
@@ -143,12 +200,20 @@ def test_lines_come_back_and_a_torn_last_one_is_dropped_and_overwritten(tmp_path
 
 def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
     lines = [line("pretrained", s, {"a": [0.5 + 0.1 * s], "b": [0.5]}) for s in (0, 1)]
-    lines += [line("scratch", s, {"a": [0.4], "b": [0.4]}) for s in (0, 1)] + [line("stock", 0, {"a": [0.8], "b": [0.7]})]
+    lines += [line("scratch", s, {"a": [0.4], "b": [0.4]}) for s in (0, 1)] + [
+        line("stock", 0, {"a": [0.8], "b": [0.7]})
+    ]
     rows = {row.key.arm: row for row in rows_of(lines)}
     assert list(rows) == ["pretrained", "scratch", "stock"]
     ours = rows["pretrained"]
-    assert ours.to_scratch is not None and ours.to_scratch.mean == pytest.approx((0.1 + 0.1 + 0.2 + 0.1) / 4)
-    assert ours.to_stock is not None and ours.to_stock.mean == pytest.approx(-0.25) and ours.to_stock.num_seeds == 1
+    assert ours.to_scratch is not None and ours.to_scratch.mean == pytest.approx(
+        (0.1 + 0.1 + 0.2 + 0.1) / 4
+    )
+    assert (
+        ours.to_stock is not None
+        and ours.to_stock.mean == pytest.approx(-0.25)
+        and ours.to_stock.num_seeds == 1
+    )
     assert rows["scratch"].to_scratch is None and rows["stock"].to_stock is None
     text = markdown(lines)
     assert "| test | 50 x 2 | 2 | brain | pretrained | 2 | 0.525 (0.035) | +0.125 [" in text
@@ -156,19 +221,38 @@ def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
 
 
 def test_runs_of_another_recipe_or_length_are_never_paired() -> None:
-    lines = [line("pretrained", recipe="pretrained_rate=1e-2"), line("scratch"), line("stock", steps=100)]
+    lines = [
+        line("pretrained", recipe="pretrained_rate=1e-2"),
+        line("scratch"),
+        line("stock", steps=100),
+    ]
     ours = next(row for row in rows_of(lines) if row.key.arm == "pretrained")
     assert ours.to_scratch is None and ours.to_stock is None
 
 
-def test_nnunets_summary_gives_dice_by_case_and_none_where_nothing_was_there(tmp_path: Path) -> None:
+def test_nnunets_summary_gives_dice_by_case_and_none_where_nothing_was_there(
+    tmp_path: Path,
+) -> None:
     metrics = {"1": {"Dice": 0.75}, "2": {"Dice": float("nan")}}
-    (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": [
-        {"reference_file": "/gt/case.a_01.nii.gz", "prediction_file": "", "metrics": metrics}]}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps(
+            {
+                "metric_per_case": [
+                    {
+                        "reference_file": "/gt/case.a_01.nii.gz",
+                        "prediction_file": "",
+                        "metrics": metrics,
+                    }
+                ]
+            }
+        )
+    )
     assert read_dice(tmp_path / "summary.json", ".nii.gz") == {"case.a_01": {"1": 0.75, "2": None}}
 
 
-def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(tmp_path: Path) -> None:
+def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(
+    tmp_path: Path,
+) -> None:
     from nnunet_autoreg.benchmark.picture import draw
 
     one = [line("stock")]
@@ -183,7 +267,9 @@ def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(t
 # --- surface Dice and patients
 
 
-def with_surface(tolerance_mm: float, scores: dict[str, list[float | None]], **changes: Any) -> dict[str, Any]:
+def with_surface(
+    tolerance_mm: float, scores: dict[str, list[float | None]], **changes: Any
+) -> dict[str, Any]:
     surface = {}
     for case, values in scores.items():
         surface[case] = {str(i + 1): value for i, value in enumerate(values)}

@@ -1,4 +1,6 @@
-"""The start-up bridge, against a stand-in for nnU-Net's look-up module (the real one: tests/contract/test_install.py)."""
+"""The start-up bridge, against a stand-in for nnU-Net's look-up module (the real one:
+tests/contract/test_install.py).
+"""
 
 import ast
 import importlib
@@ -15,7 +17,9 @@ import pytest
 from nnunet_autoreg import bridge
 
 LOOKUP = """
-def recursive_find_python_class(folder, class_name, current_module, base_folder=None, verbose=False):
+def recursive_find_python_class(
+    folder, class_name, current_module, base_folder=None, verbose=False
+):
     \"\"\"Stock.\"\"\"
     return {"nnUNetTrainer": "the stock trainer", "Odd": 0}.get(class_name)
 """
@@ -26,17 +30,25 @@ PLANNERS_SEARCH = "nnunetv2.experiment_planning"
 
 @pytest.fixture
 def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A tiny package of nnU-Net's name that can be imported, in an interpreter without the bridge."""
+    """A tiny package of nnU-Net's name that can be imported, in an interpreter without the
+    bridge.
+    """
     utilities = tmp_path / "nnunetv2" / "utilities"
     utilities.mkdir(parents=True)
     (utilities / "__init__.py").touch()
     (utilities.parent / "__init__.py").touch()
     (utilities / "find_class_by_name.py").write_text(LOOKUP)
     (utilities / "find_objects.py").write_text(USER)
-    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "nnunetv2"}
+    loaded = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.split(".")[0] == "nnunetv2"
+    }
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv(bridge.SWITCH, raising=False)
-    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")])
+    monkeypatch.setattr(
+        sys, "meta_path", [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")]
+    )
     yield utilities
     for name in [name for name in sys.modules if name.split(".")[0] == "nnunetv2"]:
         del sys.modules[name]
@@ -56,16 +68,25 @@ def lookup_module() -> ModuleType:
     return importlib.import_module(bridge.HOOKED_MODULE)
 
 
-def test_a_name_that_stock_did_not_find_is_answered_from_the_table(nnunet: Path, our_trainers: ModuleType) -> None:
+def test_a_name_that_stock_did_not_find_is_answered_from_the_table(
+    nnunet: Path, our_trainers: ModuleType
+) -> None:
     bridge.install()
     find = lookup_module().recursive_find_python_class
-    assert find("folder", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
-    assert find("folder", class_name="AutoregScratchTrainer_5epochs", current_module=TRAINERS_SEARCH) == (
-        "our AutoregScratchTrainer_5epochs"
+    assert (
+        find("folder", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
+        == "our AutoregPretrainedTrainer"
     )
-    assert find("a folder of nnUNet_extTrainer", "AutoregPretrainedTrainer", None, base_folder="x", verbose=False) == (
-        "our AutoregPretrainedTrainer"
-    )
+    assert find(
+        "folder", class_name="AutoregScratchTrainer_5epochs", current_module=TRAINERS_SEARCH
+    ) == ("our AutoregScratchTrainer_5epochs")
+    assert find(
+        "a folder of nnUNet_extTrainer",
+        "AutoregPretrainedTrainer",
+        None,
+        base_folder="x",
+        verbose=False,
+    ) == ("our AutoregPretrainedTrainer")
 
 
 def test_stock_answers_pass_through_untouched(nnunet: Path) -> None:
@@ -77,19 +98,36 @@ def test_stock_answers_pass_through_untouched(nnunet: Path) -> None:
 
 
 def test_a_class_of_the_same_name_inside_stock_wins(nnunet: Path, our_trainers: ModuleType) -> None:
-    (nnunet / "find_class_by_name.py").write_text(LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"'))
+    (nnunet / "find_class_by_name.py").write_text(
+        LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"')
+    )
     bridge.install()
-    assert lookup_module().recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "the stock trainer"
+    assert (
+        lookup_module().recursive_find_python_class(
+            "f", "AutoregPretrainedTrainer", TRAINERS_SEARCH
+        )
+        == "the stock trainer"
+    )
 
 
 @pytest.mark.parametrize(
-    "searched", ["nnunetv2.preprocessing", "nnunetv2.imageio", "nnunetv2.training_tools", PLANNERS_SEARCH, "mine"]
+    "searched",
+    [
+        "nnunetv2.preprocessing",
+        "nnunetv2.imageio",
+        "nnunetv2.training_tools",
+        PLANNERS_SEARCH,
+        "mine",
+    ],
 )
 def test_a_trainer_is_not_offered_where_something_else_is_searched(
     nnunet: Path, our_trainers: ModuleType, searched: str
 ) -> None:
     bridge.install()
-    assert lookup_module().recursive_find_python_class("folder", "AutoregPretrainedTrainer", searched) is None
+    assert (
+        lookup_module().recursive_find_python_class("folder", "AutoregPretrainedTrainer", searched)
+        is None
+    )
 
 
 def test_a_module_of_ours_that_does_not_load_gives_an_error_that_names_class_and_cause(
@@ -98,7 +136,9 @@ def test_a_module_of_ours_that_does_not_load_gives_an_error_that_names_class_and
     monkeypatch.setitem(bridge.PLANNERS, "AutoregPlanner", "nnunet_autoreg.planners.no_such_module")
     bridge.install()
     find = lookup_module().recursive_find_python_class
-    with pytest.raises(ImportError, match=r"'AutoregPlanner'.*ModuleNotFoundError.*no_such_module.*autoreg_doctor"):
+    with pytest.raises(
+        ImportError, match=r"'AutoregPlanner'.*ModuleNotFoundError.*no_such_module.*autoreg_doctor"
+    ):
         find("folder", "AutoregPlanner", PLANNERS_SEARCH)
     assert find("folder", "nnUNetTrainer", TRAINERS_SEARCH) == "the stock trainer"
 
@@ -107,9 +147,14 @@ def test_installing_after_nnunet_was_imported_reaches_every_module_that_holds_th
     nnunet: Path, our_trainers: ModuleType
 ) -> None:
     user = importlib.import_module("nnunetv2.utilities.find_objects")
-    assert user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) is None
+    assert (
+        user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) is None
+    )
     bridge.install()
-    assert user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+    assert (
+        user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
+        == "our AutoregPretrainedTrainer"
+    )
     assert user.recursive_find_python_class is lookup_module().recursive_find_python_class
 
 
@@ -134,20 +179,31 @@ def test_the_hooked_module_keeps_its_import_metadata(nnunet: Path) -> None:
     module = lookup_module()
     spec = module.__spec__
     assert plain is not None and spec is not None
-    assert (spec.name, spec.origin, type(spec.loader)) == (plain.name, plain.origin, type(plain.loader))
+    assert (spec.name, spec.origin, type(spec.loader)) == (
+        plain.name,
+        plain.origin,
+        type(plain.loader),
+    )
     assert "exec_module" not in vars(spec.loader)
     assert "return {" in inspect.getsource(module)
-    assert str(inspect.signature(module.recursive_find_python_class)).startswith("(folder, class_name, current_module")
+    assert str(inspect.signature(module.recursive_find_python_class)).startswith(
+        "(folder, class_name, current_module"
+    )
     assert module.recursive_find_python_class.__doc__ == "Stock."
 
 
 def test_a_reload_is_wrapped_again(nnunet: Path, our_trainers: ModuleType) -> None:
     bridge.install()
     again = importlib.reload(lookup_module())
-    assert again.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
+    assert (
+        again.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
+        == "our AutoregPretrainedTrainer"
+    )
 
 
-def test_an_import_that_fails_leaves_no_trace_on_the_next_one(nnunet: Path, our_trainers: ModuleType) -> None:
+def test_an_import_that_fails_leaves_no_trace_on_the_next_one(
+    nnunet: Path, our_trainers: ModuleType
+) -> None:
     bridge.install()
     (nnunet / "find_class_by_name.py").write_text("raise RuntimeError('half written')")
     with pytest.raises(RuntimeError, match="half written"):
@@ -158,13 +214,20 @@ def test_an_import_that_fails_leaves_no_trace_on_the_next_one(nnunet: Path, our_
     assert find("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
 
 
-def test_another_finder_that_asks_all_others_does_not_loop(nnunet: Path, our_trainers: ModuleType) -> None:
+def test_another_finder_that_asks_all_others_does_not_loop(
+    nnunet: Path, our_trainers: ModuleType
+) -> None:
     class Asker:
-        """As lazy-import and instrumentation tools do: ask everybody else, then wrap what comes back."""
+        """As lazy-import and instrumentation tools do: ask everybody else, then wrap what comes
+        back.
+        """
 
         def find_spec(self, fullname, path=None, target=None):
             others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
-            return next((s for s in (f.find_spec(fullname, path, target) for f in others) if s is not None), None)
+            return next(
+                (s for s in (f.find_spec(fullname, path, target) for f in others) if s is not None),
+                None,
+            )
 
     bridge.install()
     sys.meta_path.insert(1, Asker())
@@ -186,7 +249,11 @@ def test_finders_and_loaders_of_an_older_kind_do_not_stop_nnunet(nnunet: Path) -
 
     class Finder:
         def find_spec(self, fullname, path=None, target=None):
-            return importlib.util.spec_from_loader(fullname, Slotted()) if fullname == bridge.HOOKED_MODULE else None
+            return (
+                importlib.util.spec_from_loader(fullname, Slotted())
+                if fullname == bridge.HOOKED_MODULE
+                else None
+            )
 
     bridge.install()
     sys.meta_path[1:1] = [SimpleNamespace(find_module=lambda *_: None), Finder()]
@@ -202,7 +269,12 @@ def test_a_look_up_module_without_the_function_is_left_alone(nnunet: Path) -> No
 def test_every_trainer_has_its_short_lengths_and_no_name_breaks_nnunets_folder_names() -> None:
     names = {*bridge.TRAINERS, *bridge.PLANNERS}
     assert len(bridge.TRAINERS) == 20
-    some = {"AutoregPretrainedTrainer_5epochs", "AutoregScratchTrainer_300epochs", "AutoregDetectionTrainer_50epochs", "AutoregPlanner"}
+    some = {
+        "AutoregPretrainedTrainer_5epochs",
+        "AutoregScratchTrainer_300epochs",
+        "AutoregDetectionTrainer_50epochs",
+        "AutoregPlanner",
+    }
     assert some <= names
     assert not [name for name in names if "__" in name]
 
@@ -218,16 +290,21 @@ def test_the_bridge_imports_the_standard_library_alone() -> None:
 
 
 def run_pth_line(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Execute the ``.pth`` line as ``site`` does, where ``folder`` is searched first, and report what is loaded then."""
+    """Execute the ``.pth`` line as ``site`` does, where ``folder`` is searched first, and report
+    what is loaded then.
+    """
     script = (
         "import os, sys  # as site has\n"
         f"sys.path.insert(0, {str(folder)!r})\n"
         "before = set(sys.modules)\n"
         f"exec({bridge.PTH_LINE!r})\n"
-        "print(sorted(set(sys.modules) - before), any(hasattr(f, 'is_autoreg_bridge') for f in sys.meta_path))"
+        "print(sorted(set(sys.modules) - before), any(hasattr(f, 'is_autoreg_bridge') for f in "
+        "sys.meta_path))"
     )
     # -I and -S: no site-packages, so that neither an installed bridge nor its package helps.
-    return subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True
+    )
 
 
 def test_the_pth_line_loads_the_bridge_and_nothing_else() -> None:
@@ -252,4 +329,8 @@ def test_the_pth_line_is_silent_when_the_package_is_gone(tmp_path: Path) -> None
 
 
 def test_the_pth_line_is_one_line_that_site_executes() -> None:
-    assert bridge.PTH_LINE.startswith("import ") and bridge.PTH_LINE.count("\n") == 1 and bridge.PTH_LINE.isascii()
+    assert (
+        bridge.PTH_LINE.startswith("import ")
+        and bridge.PTH_LINE.count("\n") == 1
+        and bridge.PTH_LINE.isascii()
+    )

@@ -8,12 +8,24 @@ import pytest
 import torch
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.checkpoint import BEST_NAME, LATEST_NAME, PREVIOUS_NAME, damage_of, load_checkpoint, load_newest, save_checkpoint
+from nnunet_autoreg.checkpoint import (
+    BEST_NAME,
+    LATEST_NAME,
+    PREVIOUS_NAME,
+    damage_of,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 from nnunet_autoreg.errors import CheckpointError
 
 
 def save(folder, step, size=100):
-    save_checkpoint(folder / LATEST_NAME, {"step": step, "weights": torch.full((size,), float(step))}, folder / PREVIOUS_NAME)
+    save_checkpoint(
+        folder / LATEST_NAME,
+        {"step": step, "weights": torch.full((size,), float(step))},
+        folder / PREVIOUS_NAME,
+    )
 
 
 def flip_a_bit(path, where):
@@ -33,7 +45,10 @@ def test_the_newest_two_are_kept(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([LATEST_NAME, PREVIOUS_NAME])
-    assert [load_checkpoint(tmp_path / name)["step"] for name in (LATEST_NAME, PREVIOUS_NAME)] == [3, 2]
+    assert [load_checkpoint(tmp_path / name)["step"] for name in (LATEST_NAME, PREVIOUS_NAME)] == [
+        3,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("place", [0, 1, 700, -140, -100, -72, -64, -1])
@@ -48,11 +63,15 @@ def test_a_torn_file_is_found(tmp_path, length):
     save(tmp_path, 1)
     data = (tmp_path / LATEST_NAME).read_bytes()
     (tmp_path / LATEST_NAME).write_bytes(data[:length])
-    with pytest.raises(CheckpointError, match=r"checkpoint_latest.pth cannot be read .* move it away"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint_latest.pth cannot be read .* move it away"
+    ):
         load_checkpoint(tmp_path / LATEST_NAME)
 
 
-def test_a_damaged_newest_one_is_set_aside_once_with_one_line_and_never_takes_a_whole_ones_place(tmp_path, caplog):
+def test_a_damaged_newest_one_is_set_aside_once_with_one_line_and_never_takes_a_whole_ones_place(
+    tmp_path, caplog
+):
     save(tmp_path, 1)
     save(tmp_path, 2)
     flip_a_bit(tmp_path / LATEST_NAME, 500)
@@ -62,10 +81,16 @@ def test_a_damaged_newest_one_is_set_aside_once_with_one_line_and_never_takes_a_
         load_newest(tmp_path)
     assert (path.name, content["step"]) == (PREVIOUS_NAME, 1)
     assert len(caplog.messages) == 1
-    assert "its checksum differs" in caplog.messages[0] and "going on from checkpoint_previous.pth, step 1" in caplog.messages[0]
+    assert (
+        "its checksum differs" in caplog.messages[0]
+        and "going on from checkpoint_previous.pth, step 1" in caplog.messages[0]
+    )
     assert (tmp_path / f"{LATEST_NAME}.damaged").read_bytes() == flipped
     save(tmp_path, 2)
-    assert [load_checkpoint(tmp_path / name)["step"] for name in (LATEST_NAME, PREVIOUS_NAME)] == [2, 1]
+    assert [load_checkpoint(tmp_path / name)["step"] for name in (LATEST_NAME, PREVIOUS_NAME)] == [
+        2,
+        1,
+    ]
 
 
 def test_after_a_kill_between_the_two_renames_the_one_before_is_found(tmp_path):
@@ -84,7 +109,10 @@ def test_where_all_are_damaged_nothing_is_touched_and_all_are_named(tmp_path):
     for path in tmp_path.iterdir():
         flip_a_bit(path, 300)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match=r"latest.pth cannot be read .*checkpoint_previous.pth, checkpoint_best.pth; move"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"latest.pth cannot be read .*checkpoint_previous.pth, checkpoint_best.pth; move",
+    ):
         load_newest(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -101,7 +129,10 @@ def test_a_disk_that_takes_no_more_bytes_is_named_and_the_files_stay(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot be written \(File too large\); the last good checkpoint is kept") as caught:
+        with pytest.raises(
+            CheckpointError,
+            match=r"cannot be written \(File too large\); the last good checkpoint is kept",
+        ) as caught:
             save(tmp_path, 3, size=100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

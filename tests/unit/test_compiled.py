@@ -1,4 +1,7 @@
-"""Compiled layers are the layers: one graph for all of a kind, same loss and gradient, same keys. FlexAttention runs as a formula."""
+"""Compiled layers are the layers: one graph for all of a kind, same loss and gradient, same keys.
+
+FlexAttention runs as a formula.
+"""
 
 from dataclasses import replace
 
@@ -9,12 +12,20 @@ from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.pretrain import compiled
 from nnunet_autoreg.pretrain.compiled import cannot_compile, fast_path, is_compiled, loss_function
 from nnunet_autoreg.pretrain.signals import InterruptedRunError
 from nnunet_autoreg.pretrain.step import TrainingStep
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.sample import Batch
 
 CPU = torch.device("cpu")
 TINY = encoder_size("primus_tiny")
@@ -23,14 +34,24 @@ ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_numheads": 2}
 
 def make_plan(recompute: bool = False, depth: int = 1, **sequence: object) -> Plan:
     arguments = {**ARGUMENTS, "eva_depth": depth}
-    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, arguments, TINY.token_size),
-                SequencePlan((16, 16, 16), **sequence), ObjectivePlan(query_depth=2),  # type: ignore[arg-type]
-                OptimPlan(4, 2, 1e-2, 1, checkpoint_activations=recompute), RunPlan(0, 2, 2))
+    return Plan(
+        "t",
+        DataPlan((1.0, 1.0, 1.0)),
+        EncoderPlan("primus_tiny", TINY.class_path, arguments, TINY.token_size),
+        SequencePlan((16, 16, 16), **sequence),
+        ObjectivePlan(query_depth=2),  # type: ignore[arg-type]
+        OptimPlan(4, 2, 1e-2, 1, checkpoint_activations=recompute),
+        RunPlan(0, 2, 2),
+    )
 
 
 def make_batch(order: str = "raster") -> Batch:
     generator = torch.Generator().manual_seed(0)
-    ranks = torch.stack([torch.randperm(8, generator=generator) for _ in range(2)]) if order == "random" else torch.arange(8).repeat(2, 1)
+    ranks = (
+        torch.stack([torch.randperm(8, generator=generator) for _ in range(2)])
+        if order == "random"
+        else torch.arange(8).repeat(2, 1)
+    )
     real = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
     real[1, :, 9:] = False
     voxels = torch.randn(2, 1, 1, 16, 16, 16, generator=generator) * real[:, :, None]
@@ -39,7 +60,9 @@ def make_batch(order: str = "raster") -> Batch:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled path with FlexAttention on the CPU; torch refuses its gradient there only because no CPU kernel has one."""
+    """The compiled path with FlexAttention on the CPU; torch refuses its gradient there only
+    because no CPU kernel has one.
+    """
     monkeypatch.setattr(compiled, "COMPILED_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     monkeypatch.setattr(attention, "FLEX_DEVICES", ("cuda", "cpu"))
@@ -47,11 +70,15 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-def value_and_gradient(loss: object, module: torch.nn.Module, batch: Batch) -> tuple[float, torch.Tensor]:
+def value_and_gradient(
+    loss: object, module: torch.nn.Module, batch: Batch
+) -> tuple[float, torch.Tensor]:
     module.zero_grad()
     terms = loss(batch)  # type: ignore[operator]
     terms.total.backward()
-    return float(terms.total.detach()), torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    return float(terms.total.detach()), torch.cat(
+        [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+    )
 
 
 WAYS = [("raster", "next", False), ("random", "query", False), ("raster", "next", True)]
@@ -66,7 +93,9 @@ def test_compiled_with_flexattention_the_loss_and_its_gradient_are_those_of_plai
     torch.manual_seed(0)
     objective = Autoregressive(plan)
     plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
-    found, compiled_gradient = value_and_gradient(loss_function(plan, objective, CPU), objective.module, batch)
+    found, compiled_gradient = value_and_gradient(
+        loss_function(plan, objective, CPU), objective.module, batch
+    )
     assert found == pytest.approx(plain, rel=1e-5)
     assert float((gradient - compiled_gradient).norm() / gradient.norm()) < 1e-5
 
@@ -84,8 +113,12 @@ def losses(plan: Plan, num_steps: int = 2) -> list[float]:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize(("order", "predictor", "kinds"), [("raster", "next", 1), ("random", "query", 2)])
-def test_all_layers_share_a_graph_and_a_second_trainer_compiles_nothing(order: str, predictor: str, kinds: int) -> None:
+@pytest.mark.parametrize(
+    ("order", "predictor", "kinds"), [("raster", "next", 1), ("random", "query", 2)]
+)
+def test_all_layers_share_a_graph_and_a_second_trainer_compiles_nothing(
+    order: str, predictor: str, kinds: int
+) -> None:
     plan = make_plan(order=order, predictor=predictor, depth=3)
     before = num_graphs()
 
@@ -166,7 +199,9 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
     before = list(objective.module.state_dict())
     step = TrainingStep(plan, objective, CPU)
     assert step.loss_of.loss is not objective.loss  # type: ignore[union-attr]
-    assert list(objective.module.state_dict()) == before and not [key for key in before if "_orig_mod" in key]
+    assert list(objective.module.state_dict()) == before and not [
+        key for key in before if "_orig_mod" in key
+    ]
 
 
 def test_nothing_is_compiled_on_a_cpu_where_the_plan_says_no_or_where_weights_are_sharded() -> None:
@@ -174,7 +209,9 @@ def test_nothing_is_compiled_on_a_cpu_where_the_plan_says_no_or_where_weights_ar
     objective = Autoregressive(plan)
     assert loss_function(plan, objective, CPU) == objective.loss
     assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
-    assert not is_compiled(Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}), cuda, sharded=False)
+    assert not is_compiled(
+        Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}), cuda, sharded=False
+    )
 
 
 def test_failing_to_compile_is_told_from_failing_to_run() -> None:

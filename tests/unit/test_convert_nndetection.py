@@ -17,7 +17,9 @@ def task(tmp_path, monkeypatch):
     folder = tmp_path / "Task016_Luna"
     (folder / "raw_splitted" / "imagesTr").mkdir(parents=True)
     (folder / "raw_splitted" / "labelsTr").mkdir()
-    (folder / "dataset.json").write_text(json.dumps({"labels": {"0": "benign", "1": "malign"}, "modalities": {"0": "CT"}}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": {"0": "benign", "1": "malign"}, "modalities": {"0": "CT"}})
+    )
     ids = np.zeros((4, 6, 8), np.uint16)
     ids[1, 2:4, 3:5], ids[1, 2:4, 5] = 1, 300
     for case, array, instances in (("a", ids, {"1": 1, "300": 0}), ("b", ids * 0, {})):
@@ -25,7 +27,9 @@ def task(tmp_path, monkeypatch):
         image.SetSpacing((1, 2, 3))
         SimpleITK.WriteImage(image, str(folder / f"raw_splitted/labelsTr/{case}.nii.gz"))
         SimpleITK.WriteImage(image, str(folder / f"raw_splitted/imagesTr/{case}_0000.nii.gz"))
-        (folder / f"raw_splitted/labelsTr/{case}.json").write_text(json.dumps({"instances": instances}))
+        (folder / f"raw_splitted/labelsTr/{case}.json").write_text(
+            json.dumps({"instances": instances})
+        )
     (tmp_path / "raw").mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     return folder
@@ -35,26 +39,45 @@ def test_classes_from_0_become_labels_from_1_and_instances_stay_apart(task, tmp_
     assert main(["-i", str(task), "-d", "16"]) == 0
     made = tmp_path / "raw" / "Dataset016_Luna"
     dataset = json.loads((made / "dataset.json").read_text())
-    assert dataset["labels"] == {"background": 0, "benign": 1, "malign": 2} and dataset["numTraining"] == 2
+    assert (
+        dataset["labels"] == {"background": 0, "benign": 1, "malign": 2}
+        and dataset["numTraining"] == 2
+    )
     labels, frame = read_array(made / "labelsTr" / "a.nii.gz")
-    assert labels[1, 2, 3:6].tolist() == [2, 2, 1] and labels.dtype == np.uint8 and frame.spacing_mm == (3, 2, 1)
+    assert (
+        labels[1, 2, 3:6].tolist() == [2, 2, 1]
+        and labels.dtype == np.uint8
+        and frame.spacing_mm == (3, 2, 1)
+    )
     ids, _ = read_array(made / "instancesTr" / "a.nii.gz")
     assert ids[1, 2, 3:6].tolist() == [1, 1, 300]
     assert labels_of_instances(made / "instancesTr" / "a.json") == {1: 2, 300: 1}
-    assert sorted(p.name for p in (made / "imagesTr").iterdir()) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    assert sorted(p.name for p in (made / "imagesTr").iterdir()) == [
+        "a_0000.nii.gz",
+        "b_0000.nii.gz",
+    ]
     assert "2 training cases" in capsys.readouterr().out
 
 
-def test_test_images_come_along_without_maps_and_training_images_without_are_named(task, tmp_path, caplog):
+def test_test_images_come_along_without_maps_and_training_images_without_are_named(
+    task, tmp_path, caplog
+):
     raw = task / "raw_splitted"
     (raw / "imagesTs").mkdir()
     for split, case in (("Ts", "t"), ("Ts", "._t"), ("Tr", "c")):
-        (raw / f"images{split}" / f"{case}_0000.nii.gz").write_bytes((raw / "imagesTr" / "a_0000.nii.gz").read_bytes())
+        (raw / f"images{split}" / f"{case}_0000.nii.gz").write_bytes(
+            (raw / "imagesTr" / "a_0000.nii.gz").read_bytes()
+        )
     (raw / "labelsTr" / "._a.nii.gz").write_bytes(b"x")
     assert main(["-i", str(task), "-d", "16"]) == 0
     made = tmp_path / "raw" / "Dataset016_Luna"
-    assert [p.name for p in (made / "imagesTs").iterdir()] == ["t_0000.nii.gz"] and not (made / "labelsTs").exists()
-    assert sorted(p.name for p in (made / "imagesTr").iterdir()) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    assert [p.name for p in (made / "imagesTs").iterdir()] == ["t_0000.nii.gz"] and not (
+        made / "labelsTs"
+    ).exists()
+    assert sorted(p.name for p in (made / "imagesTr").iterdir()) == [
+        "a_0000.nii.gz",
+        "b_0000.nii.gz",
+    ]
     assert "1 training images have no map of instances and are left out (first: c)" in caplog.text
 
 
@@ -88,6 +111,11 @@ def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path, capsys):
     fails(capsys, "Dataset016_Other has this number", "-i", str(task), "-d", "16")
     (task / "dataset.json").write_text("{}")
     fails(capsys, 'must have "labels"', "-i", str(task), "-d", "17")
-    for names, message in ((["a", "b", "a"], "'a' is the name of several classes"), (["ignore"], "'ignore' means something else")):
-        (task / "dataset.json").write_text(json.dumps({"labels": dict(enumerate(names)), "modalities": {"0": "CT"}}))
+    for names, message in (
+        (["a", "b", "a"], "'a' is the name of several classes"),
+        (["ignore"], "'ignore' means something else"),
+    ):
+        (task / "dataset.json").write_text(
+            json.dumps({"labels": dict(enumerate(names)), "modalities": {"0": "CT"}})
+        )
         fails(capsys, message, "-i", str(task), "-d", "17")

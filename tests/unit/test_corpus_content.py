@@ -37,7 +37,20 @@ def jittered(array: Any) -> Any:
 
 def row(name: str, array: Any, spacing: Any = ONE, status: str = "ok") -> ScanRow:
     size = tuple(array.shape[1:])
-    return ScanRow(name, "pool", name, "", "MR", f"/pool/{name}", size, spacing, size, content_hash(RawScan(array, spacing)), status, "")
+    return ScanRow(
+        name,
+        "pool",
+        name,
+        "",
+        "MR",
+        f"/pool/{name}",
+        size,
+        spacing,
+        size,
+        content_hash(RawScan(array, spacing)),
+        status,
+        "",
+    )
 
 
 def settled(*scans: tuple[ScanRow, Any]) -> list[ScanRow]:
@@ -59,39 +72,77 @@ def test_fractions_hash_exactly_so_that_no_rounding_has_a_border() -> None:
     assert content_hash(RawScan(jittered(array), ONE)) != content_hash(RawScan(array, ONE))
 
 
-@pytest.mark.parametrize("mm", [0.78125, 0.9765625, 0.46875, 0.6835938, 2 / 3, 1 / 3, 0.7, 0.75, 1.0, 1.25, 3.27, 0.5005, 1.1719, 0.00125])
+@pytest.mark.parametrize(
+    "mm",
+    [
+        0.78125,
+        0.9765625,
+        0.46875,
+        0.6835938,
+        2 / 3,
+        1 / 3,
+        0.7,
+        0.75,
+        1.0,
+        1.25,
+        3.27,
+        0.5005,
+        1.1719,
+        0.00125,
+    ],
+)
 def test_usual_voxel_sizes_lie_on_no_border(mm: float) -> None:
-    hashes = {content_hash(RawScan(integers(), (mm * factor, mm, mm))) for factor in (1 - 1e-6, 1.0, 1 + 1e-6)}
+    hashes = {
+        content_hash(RawScan(integers(), (mm * factor, mm, mm)))
+        for factor in (1 - 1e-6, 1.0, 1 + 1e-6)
+    }
     assert len(hashes) == 1
     assert content_hash(RawScan(integers(), (mm + 0.002, mm, mm))) not in hashes
 
 
-@pytest.mark.parametrize("change", [jittered, lambda a: a * np.float32(0.5) + 10, lambda a: (a - a.mean()) / a.std()])
+@pytest.mark.parametrize(
+    "change", [jittered, lambda a: a * np.float32(0.5) + 10, lambda a: (a - a.mean()) / a.std()]
+)
 def test_a_copy_that_was_rounded_scaled_or_normalised_is_a_duplicate(change: Any) -> None:
     array = fractions()
     copy = change(array).astype(np.float32)
     first, second = settled((row("a", array), array), (row("b", copy, (2.0000004, 1.0, 1.0)), copy))
     assert first.status == "ok"
-    assert (second.status, second.reason) == ("duplicate", "same voxels, but for rounding or scale, as a")
+    assert (second.status, second.reason) == (
+        "duplicate",
+        "same voxels, but for rounding or scale, as a",
+    )
 
 
 def test_a_repeated_measurement_is_no_duplicate() -> None:
     array = fractions()
     again = (array + np.random.default_rng(1).normal(0, 1, array.shape)).astype(np.float32)
-    assert [r.status for r in settled((row("a", array), array), (row("b", again), again))] == ["ok", "ok"]
+    assert [r.status for r in settled((row("a", array), array), (row("b", again), again))] == [
+        "ok",
+        "ok",
+    ]
 
 
 def test_the_same_voxels_with_another_voxel_size_are_another_scan() -> None:
     array = fractions()
-    assert [r.status for r in settled((row("a", array), array), (row("b", array, (2.01, 1.0, 1.0)), array))] == ["ok", "ok"]
+    assert [
+        r.status
+        for r in settled((row("a", array), array), (row("b", array, (2.01, 1.0, 1.0)), array))
+    ] == ["ok", "ok"]
 
 
 def test_a_rounded_copy_of_an_excluded_scan_is_excluded_wherever_it_stands() -> None:
     array, copy = fractions(), jittered(fractions())
-    for scans in ([("test", array, "excluded"), ("b", copy, "ok")], [("b", copy, "ok"), ("test", array, "excluded")]):
+    for scans in (
+        [("test", array, "excluded"), ("b", copy, "ok")],
+        [("b", copy, "ok"), ("test", array, "excluded")],
+    ):
         rows = settled(*((row(name, a, status=status), a) for name, a, status in scans))
         found = next(r for r in rows if r.id == "b")
-        assert (found.status, found.reason) == ("excluded", "same voxels, but for rounding or scale, as the excluded /pool/test")
+        assert (found.status, found.reason) == (
+            "excluded",
+            "same voxels, but for rounding or scale, as the excluded /pool/test",
+        )
 
 
 def test_of_three_alike_the_first_stays() -> None:
@@ -124,7 +175,12 @@ def test_close_pairs_are_those_that_comparing_all_would_find() -> None:
     points[160] = points[50]
     points[160, 5] += TOLERANCE + 1
     wide = points.astype(int)
-    every = [(i, j) for i in range(200) for j in range(i + 1, 200) if np.abs(wide[i] - wide[j]).max() <= TOLERANCE]
+    every = [
+        (i, j)
+        for i in range(200)
+        for j in range(i + 1, 200)
+        if np.abs(wide[i] - wide[j]).max() <= TOLERANCE
+    ]
     assert _close_pairs(points) == every == [(3, 150), (7, 20)]
 
 
@@ -132,14 +188,20 @@ def test_close_pairs_are_those_that_comparing_all_would_find() -> None:
 def test_scans_of_tiny_values_are_told_apart(scale: float) -> None:
     """An ADC map in m2/s has values near 1e-9, which all round to 0."""
     rng = np.random.default_rng(0)
-    first, second = (RawScan((rng.uniform(0.1, 1, (1, 8, 9, 10)) * scale).astype(np.float32), ONE) for _ in range(2))
+    first, second = (
+        RawScan((rng.uniform(0.1, 1, (1, 8, 9, 10)) * scale).astype(np.float32), ONE)
+        for _ in range(2)
+    )
 
     assert content_hash(first) != content_hash(second)
     assert content_hash(first) == content_hash(RawScan(first.array_CZYX.copy(), ONE))
 
 
 def test_tiny_values_of_two_patients_are_no_duplicates() -> None:
-    arrays = [np.random.default_rng(n).uniform(0.5e-9, 2e-9, (1, 12, 13, 14)).astype(np.float32) for n in range(2)]
+    arrays = [
+        np.random.default_rng(n).uniform(0.5e-9, 2e-9, (1, 12, 13, 14)).astype(np.float32)
+        for n in range(2)
+    ]
     rows = [row(f"s{n}", array) for n, array in enumerate(arrays)]
 
     settled = settle_copies(rows, [signature(array[0]) for array in arrays])

@@ -1,4 +1,6 @@
-"""DICOM: headers, series, stacks, volumes, pixels; one orientation for all formats; BIDS names and contrast words."""
+"""DICOM: headers, series, stacks, volumes, pixels; one orientation for all formats; BIDS names and
+contrast words.
+"""
 
 import io
 import zipfile
@@ -45,7 +47,13 @@ def ras(array_LPS: Any) -> Any:
 def test_a_series_is_one_scan_in_every_uncompressed_syntax(tmp_path: Path, syntax: str) -> None:
     d.write_series(tmp_path / "pool", syntax=syntax)
     one = only(tmp_path / "pool")
-    assert (one.part, one.modality, one.subject, one.session, one.path) == ("series=1.2.3", "CT", "P1", "1.2.77", tmp_path / "pool")
+    assert (one.part, one.modality, one.subject, one.session, one.path) == (
+        "series=1.2.3",
+        "CT",
+        "P1",
+        "1.2.77",
+        tmp_path / "pool",
+    )
     np.testing.assert_array_equal(array_of(one), ras(d.volume()))
     assert read_header(one.path, one.part).spacing_mm == (2.0, 1.5, 1.0)
 
@@ -63,7 +71,9 @@ def test_slices_are_sorted_by_position_not_by_name_or_number(tmp_path: Path) -> 
     array = d.volume()
     for number, pixels in enumerate(array):
         changes = {"t00200013": ("IS", str((number * 5) % 8))}
-        d.write(tmp_path / "pool" / f"{(number * 3) % 8}.dcm", d.slice_values(number, **changes), pixels)
+        d.write(
+            tmp_path / "pool" / f"{(number * 3) % 8}.dcm", d.slice_values(number, **changes), pixels
+        )
     np.testing.assert_array_equal(array_of(only(tmp_path / "pool")), ras(array))
 
 
@@ -71,7 +81,11 @@ def test_slope_and_intercept_are_applied_slice_by_slice(tmp_path: Path) -> None:
     array = d.volume()
     for number, pixels in enumerate(array):
         changes = {"t00281052": ("DS", "-3"), "t00281053": ("DS", f"{0.25 * (number + 1)}")}
-        d.write(tmp_path / "pool" / f"{number}.dcm", d.slice_values(number, sop_class=d.PET, **changes), pixels)
+        d.write(
+            tmp_path / "pool" / f"{number}.dcm",
+            d.slice_values(number, sop_class=d.PET, **changes),
+            pixels,
+        )
     expected = array * (0.25 * np.arange(1, 9))[:, None, None] - 3
     np.testing.assert_allclose(array_of(only(tmp_path / "pool")), ras(expected), rtol=1e-6)
 
@@ -81,9 +95,18 @@ def write_compressed(folder: Path, array: Any) -> None:
     folder.mkdir()
     for number, pixels in enumerate(array):
         image = SimpleITK.GetImageFromArray(pixels)
-        values = {"0008|0008": "ORIGINAL\\PRIMARY\\AXIAL", "0008|0060": "CT", "0008|0016": d.CT, "0020|000d": "1.2.77",
-                  "0020|000e": "1.2.3", "0008|0018": f"1.2.3.9.{number}", "0020|0013": str(number), "0020|0032": f"-10\\-20\\{2 * number}",
-                  "0020|0037": "1\\0\\0\\0\\1\\0", "0028|0030": "1.5\\1"}
+        values = {
+            "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
+            "0008|0060": "CT",
+            "0008|0016": d.CT,
+            "0020|000d": "1.2.77",
+            "0020|000e": "1.2.3",
+            "0008|0018": f"1.2.3.9.{number}",
+            "0020|0013": str(number),
+            "0020|0032": f"-10\\-20\\{2 * number}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0028|0030": "1.5\\1",
+        }
         for key, value in values.items():
             image.SetMetaData(key, value)
         writer: Any = SimpleITK.ImageFileWriter()
@@ -107,7 +130,9 @@ def test_a_compressed_series_is_read_and_a_truncated_one_is_noticed(tmp_path: Pa
     assert caught.value.status == "unreadable"
 
 
-def test_series_of_one_folder_are_told_apart_and_nested_folders_are_searched(tmp_path: Path) -> None:
+def test_series_of_one_folder_are_told_apart_and_nested_folders_are_searched(
+    tmp_path: Path,
+) -> None:
     d.write_series(tmp_path / "pool" / "x" / "y", series="1.1", prefix="a")
     d.write_series(tmp_path / "pool" / "x" / "y", d.volume(seed=1), series="1.2", prefix="b")
     first, second = found(tmp_path / "pool")
@@ -117,7 +142,11 @@ def test_series_of_one_folder_are_told_apart_and_nested_folders_are_searched(tmp
 
 def test_a_series_spread_over_folders_is_one_scan(tmp_path: Path) -> None:
     for number, pixels in enumerate(d.volume()):
-        d.write(tmp_path / "pool" / "A" / str(number // 3) / f"{number}.dcm", d.slice_values(number), pixels)
+        d.write(
+            tmp_path / "pool" / "A" / str(number // 3) / f"{number}.dcm",
+            d.slice_values(number),
+            pixels,
+        )
     one = only(tmp_path / "pool")
     assert one.path == tmp_path / "pool" / "A" and one.part == "series=1.2.3;below=yes"
     np.testing.assert_array_equal(array_of(one), ras(d.volume()))
@@ -149,19 +178,35 @@ def time_series(folder: Path, **tag_of_time: Any) -> Any:
     for time in range(2):
         for z in range(8):
             changes = {name: (vr, values[time]) for name, (vr, values) in tag_of_time.items()}
-            changes.update(t00080018=("UI", f"1.2.9.{time}.{z}"), t00200013=("IS", str(2 * z + time)))
-            d.write(folder / f"{z}_{time}.dcm", d.slice_values(z, sop_class=d.MR, **changes), arrays[time][z])
+            changes.update(
+                t00080018=("UI", f"1.2.9.{time}.{z}"), t00200013=("IS", str(2 * z + time))
+            )
+            d.write(
+                folder / f"{z}_{time}.dcm",
+                d.slice_values(z, sop_class=d.MR, **changes),
+                arrays[time][z],
+            )
     return arrays
 
 
-@pytest.mark.parametrize(("tag", "name"), [
-    ({"t00200100": ("IS", ("1", "2"))}, "time"), ({"t00189087": ("FD", ([0.0], [800.0]))}, "b-value"),
-    ({"t00180081": ("DS", ("10", "80"))}, "echo"), ({"t00200012": ("IS", ("1", "2"))}, "acquisition")])
-def test_a_4d_series_is_refused_with_the_flag_and_split_when_asked(tmp_path: Path, tag: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        ({"t00200100": ("IS", ("1", "2"))}, "time"),
+        ({"t00189087": ("FD", ([0.0], [800.0]))}, "b-value"),
+        ({"t00180081": ("DS", ("10", "80"))}, "echo"),
+        ({"t00200012": ("IS", ("1", "2"))}, "acquisition"),
+    ],
+)
+def test_a_4d_series_is_refused_with_the_flag_and_split_when_asked(
+    tmp_path: Path, tag: dict[str, Any], name: str
+) -> None:
     arrays = time_series(tmp_path / "pool", **tag)
     (refused,) = found(tmp_path / "pool")
     assert (refused.status, refused.reason) == (
-        "4d", f"a series of 2 volumes of 20 x 18 x 8 voxels over {name}; --split-4d takes each as a scan")
+        "4d",
+        f"a series of 2 volumes of 20 x 18 x 8 voxels over {name}; --split-4d takes each as a scan",
+    )
     both = found(tmp_path / "pool", split_4d=True)
     assert [c.part for c in both] == ["series=1.2.3;t=0", "series=1.2.3;t=1"]
     for one, array in zip(both, arrays, strict=True):
@@ -177,7 +222,9 @@ def test_a_4d_nifti_is_split_when_asked(tmp_path: Path) -> None:
     with pytest.raises(ScanError, match=r"3 volumes .*--split-4d"):
         load_scan(whole.path, whole.part)
     parts = found(tmp_path / "pool", split_4d=True)
-    assert [(c.id, c.part, c.contrast) for c in parts] == [(f"pool/sub-1_bold/t{k}", f"t={k}", "bold") for k in range(3)]
+    assert [(c.id, c.part, c.contrast) for c in parts] == [
+        (f"pool/sub-1_bold/t{k}", f"t={k}", "bold") for k in range(3)
+    ]
     for one, array in zip(parts, arrays, strict=True):
         np.testing.assert_array_equal(array_of(one), ras(array))
 
@@ -185,30 +232,45 @@ def test_a_4d_nifti_is_split_when_asked(tmp_path: Path) -> None:
 def test_stacks_of_other_orientation_in_one_series_are_scans_of_their_own(tmp_path: Path) -> None:
     d.write_series(tmp_path / "pool")
     for number, pixels in enumerate(d.volume(6, seed=3)):
-        changes = {"t00080018": ("UI", f"1.2.8.{number}"), "t00200037": ("DS", (0, 1, 0, 0, 0, -1)),
-                   "t00200032": ("DS", (3.0 * number, 0.0, 0.0))}
+        changes = {
+            "t00080018": ("UI", f"1.2.8.{number}"),
+            "t00200037": ("DS", (0, 1, 0, 0, 0, -1)),
+            "t00200032": ("DS", (3.0 * number, 0.0, 0.0)),
+        }
         d.write(tmp_path / "pool" / f"sag{number}.dcm", d.slice_values(number, **changes), pixels)
     axial, sagittal = found(tmp_path / "pool")
     assert [axial.part, sagittal.part] == ["series=1.2.3;stack=0", "series=1.2.3;stack=1"]
     assert array_of(axial).shape == (8, 18, 20)
-    assert load_scan(sagittal.path, sagittal.part).spacing_mm == (1.5, 1.0, 3.0) and array_of(sagittal).shape == (18, 20, 6)
+    assert load_scan(sagittal.path, sagittal.part).spacing_mm == (1.5, 1.0, 3.0) and array_of(
+        sagittal
+    ).shape == (18, 20, 6)
 
 
-def test_an_enhanced_file_is_a_scan_its_frames_sorted_and_each_with_its_slope(tmp_path: Path) -> None:
+def test_an_enhanced_file_is_a_scan_its_frames_sorted_and_each_with_its_slope(
+    tmp_path: Path,
+) -> None:
     array = d.volume(6)
     order = [3, 0, 5, 1, 4, 2]
-    values = d.multiframe_values([(0.0, 0.0, 2.5 * order[i]) for i in range(6)], slopes=[1.0 + order[i] for i in range(6)])
+    values = d.multiframe_values(
+        [(0.0, 0.0, 2.5 * order[i]) for i in range(6)], slopes=[1.0 + order[i] for i in range(6)]
+    )
     d.write(tmp_path / "pool" / "enhanced.dcm", values, array[order])
     one = only(tmp_path / "pool")
-    assert one.part == "series=1.2.3;instance=1.2.3.9.0" and read_header(one.path, one.part).spacing_mm == (2.5, 1.5, 1.0)
-    np.testing.assert_allclose(array_of(one), ras(array * (1.0 + np.arange(6))[:, None, None] - 1000), rtol=1e-5)
+    assert one.part == "series=1.2.3;instance=1.2.3.9.0" and read_header(
+        one.path, one.part
+    ).spacing_mm == (2.5, 1.5, 1.0)
+    np.testing.assert_allclose(
+        array_of(one), ras(array * (1.0 + np.arange(6))[:, None, None] - 1000), rtol=1e-5
+    )
     np.testing.assert_array_equal(array_of(only(tmp_path / "pool" / "enhanced.dcm")), array_of(one))
 
 
 def test_an_enhanced_file_of_two_volumes_is_split(tmp_path: Path) -> None:
     arrays = np.stack([d.volume(5), d.volume(5, seed=1)])
     extra: list[d.Values] = [{0x00209128: ("UL", [i // 5 + 1])} for i in range(10)]
-    values = d.multiframe_values([(0.0, 0.0, 2.0 * (i % 5)) for i in range(10)], d.ENHANCED_MR, extra=extra)
+    values = d.multiframe_values(
+        [(0.0, 0.0, 2.0 * (i % 5)) for i in range(10)], d.ENHANCED_MR, extra=extra
+    )
     d.write(tmp_path / "pool" / "x.dcm", values, arrays.reshape(10, 18, 20))
     assert found(tmp_path / "pool")[0].status == "4d"
     for one, array in zip(found(tmp_path / "pool", split_4d=True), arrays, strict=True):
@@ -231,37 +293,69 @@ def test_zipped_dicom_and_nifti_are_read_in_place(tmp_path: Path) -> None:
     (tmp_path / "export" / "notes.txt").write_text("x")
     zipped(tmp_path / "export", tmp_path / "pool" / "export.zip")
     before = sorted(tmp_path.rglob("*"))
-    nifti, other, dicom = sorted(found(tmp_path / "pool"), key=lambda c: c.part != "" and c.part.startswith("series"))
+    nifti, other, dicom = sorted(
+        found(tmp_path / "pool"), key=lambda c: c.part != "" and c.part.startswith("series")
+    )
     if other.part:
         nifti, other = other, nifti
-    assert (nifti.part, dicom.part, other.status) == ("member=scan one.nii.gz", "series=1.2.3", "ignored")
+    assert (nifti.part, dicom.part, other.status) == (
+        "member=scan one.nii.gz",
+        "series=1.2.3",
+        "ignored",
+    )
     assert "DOE" not in repr(dicom) and dicom.path.name == "export.zip"
     np.testing.assert_array_equal(array_of(nifti), ras(d.volume(seed=1)))
     np.testing.assert_array_equal(array_of(dicom), ras(d.volume()))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def as_nifti(candidate: Candidate, target: Path, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> Path:
-    """The series through SimpleITK's own series reader, its axes permuted and flipped (the geometry with them)."""
+def as_nifti(
+    candidate: Candidate, target: Path, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
+) -> Path:
+    """The series through SimpleITK's own series reader, its axes permuted and flipped (the geometry
+    with them).
+    """
     reader: Any = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(candidate.path), candidate.part.removeprefix("series=")))
+    reader.SetFileNames(
+        SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(
+            str(candidate.path), candidate.part.removeprefix("series=")
+        )
+    )
     image = SimpleITK.Flip(SimpleITK.PermuteAxes(reader.Execute(), axes), flips)
     SimpleITK.WriteImage(image, str(target))
     return target
 
 
-@pytest.mark.parametrize(("axes", "flips"), [((0, 1, 2), (False, False, False)), ((0, 1, 2), (True, False, True)),
-                                             ((2, 0, 1), (False, True, False)), ((1, 2, 0), (True, True, True))])
+@pytest.mark.parametrize(
+    ("axes", "flips"),
+    [
+        ((0, 1, 2), (False, False, False)),
+        ((0, 1, 2), (True, False, True)),
+        ((2, 0, 1), (False, True, False)),
+        ((1, 2, 0), (True, True, True)),
+    ],
+)
 def test_the_same_scan_as_dicom_and_as_nifti_gives_the_same_voxels(
     tmp_path: Path, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
 ) -> None:
     for number in range(8):
         place = np.array([-10, -20, 30]) + 2.0 * number * np.array([0.198997, 0, 0.98])
-        changes = {"t00200037": ("DS", (0.98, 0.0, -0.198997, 0, 1, 0)), "t00200032": ("DS", tuple(map(float, place))),
-                   "t00281053": ("DS", "0.5"), "t00281052": ("DS", "-1000")}
-        d.write(tmp_path / "dicom" / f"{number}.dcm", d.slice_values(number, **changes), d.volume()[number])
+        changes = {
+            "t00200037": ("DS", (0.98, 0.0, -0.198997, 0, 1, 0)),
+            "t00200032": ("DS", tuple(map(float, place))),
+            "t00281053": ("DS", "0.5"),
+            "t00281052": ("DS", "-1000"),
+        }
+        d.write(
+            tmp_path / "dicom" / f"{number}.dcm",
+            d.slice_values(number, **changes),
+            d.volume()[number],
+        )
     one = only(tmp_path / "dicom")
-    scan, other = load_scan(one.path, one.part), load_scan(as_nifti(one, tmp_path / "x.nii.gz", axes, flips))
+    scan, other = (
+        load_scan(one.path, one.part),
+        load_scan(as_nifti(one, tmp_path / "x.nii.gz", axes, flips)),
+    )
     np.testing.assert_allclose(scan.array_CZYX, other.array_CZYX, atol=1e-3)
     np.testing.assert_allclose(scan.spacing_mm, other.spacing_mm, atol=1e-4)
 
@@ -281,7 +375,13 @@ def test_every_real_file_is_accounted_for(shared_data: Path) -> None:
     covered = {c.path for c in rows if c.path != shared_data / "dicom"}
     files = [p for p in (shared_data / "dicom").rglob("*") if p.is_file() and p.suffix == ".dcm"]
     assert files and all(p.parent in covered for p in files)
-    assert sorted(c.status for c in rows if c.status) == ["derived", "ignored", "notimage", "notimage", "notimage"]
+    assert sorted(c.status for c in rows if c.status) == [
+        "derived",
+        "ignored",
+        "notimage",
+        "notimage",
+        "notimage",
+    ]
 
 
 def test_the_parser_agrees_with_gdcm_on_real_headers(shared_data: Path) -> None:
@@ -295,18 +395,32 @@ def test_the_parser_agrees_with_gdcm_on_real_headers(shared_data: Path) -> None:
         if t.text(tags, t.MODALITY) == "RTSTRUCT":
             continue
         reader.ReadImageInformation()
-        for tag in (t.SERIES, t.STUDY, t.SOP_CLASS, t.MODALITY, t.POSITION, t.ORIENTATION, t.PIXEL_SPACING, t.PATIENT_ID):
+        for tag in (
+            t.SERIES,
+            t.STUDY,
+            t.SOP_CLASS,
+            t.MODALITY,
+            t.POSITION,
+            t.ORIENTATION,
+            t.PIXEL_SPACING,
+            t.PATIENT_ID,
+        ):
             key = f"{tag >> 16:04x}|{tag & 0xFFFF:04x}"
             assert t.text(tags, tag) == reader.GetMetaData(key).strip()
         assert (tags[t.COLUMNS][0], tags[t.ROWS][0]) == reader.GetSize()[:2]
 
 
-@pytest.mark.parametrize(("direction", "stored", "expected"), [
-    (np.diag([-1.0, -1.0, 1.0]), (0, 1, 2), (False, False, False)),
-    (np.eye(3), (0, 1, 2), (False, True, True)),
-    (np.array([[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]), (1, 2, 0), (True, True, True)),
-])
-def test_axes_are_turned_to_superior_anterior_right(direction: Any, stored: tuple[int, ...], expected: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize(
+    ("direction", "stored", "expected"),
+    [
+        (np.diag([-1.0, -1.0, 1.0]), (0, 1, 2), (False, False, False)),
+        (np.eye(3), (0, 1, 2), (False, True, True)),
+        (np.array([[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]), (1, 2, 0), (True, True, True)),
+    ],
+)
+def test_axes_are_turned_to_superior_anterior_right(
+    direction: Any, stored: tuple[int, ...], expected: tuple[bool, ...]
+) -> None:
     assert turn_of(direction) == (stored, expected)
 
 
@@ -315,7 +429,9 @@ def test_turning_agrees_with_simpleitk() -> None:
     image.SetDirection((0.0, 0, 1, 1, 0, 0, 0, -1, 0))
     # SimpleITK names an orientation by where axes point: RAS is (x to R, y to A, z to S).
     wanted = SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(image, "RAS"))
-    np.testing.assert_array_equal(turned(d.volume(), turn_of(np.array(image.GetDirection()).reshape(3, 3))), wanted)
+    np.testing.assert_array_equal(
+        turned(d.volume(), turn_of(np.array(image.GetDirection()).reshape(3, 3))), wanted
+    )
 
 
 def test_at_45_degrees_the_last_digits_do_not_turn_a_scan() -> None:
@@ -332,20 +448,46 @@ def test_parts_survive_being_written() -> None:
         parse_part("nonsense=1")
 
 
-@pytest.mark.parametrize(("modality", "tags", "word"), [
-    ("MR", {t.SERIES_DESCRIPTION: "DOE JOHN Ax T2 FLAIR"}, "FLAIR"), ("MR", {t.SERIES_DESCRIPTION: "t1_mprage_sag post Gd"}, "T1w-ce"),
-    ("MR", {t.PROTOCOL_NAME: "ep2d_diff_3scan_trace"}, "DWI"), ("MR", {t.SERIES_DESCRIPTION: "PD tse"}, "PDw"),
-    ("MR", {t.SERIES_DESCRIPTION: "JOHN"}, ""),
-    ("MR", {t.ECHO_TIME: "90", t.REPETITION_TIME: "9000", t.INVERSION_TIME: "2500"}, "FLAIR"),
-    ("MR", {t.ECHO_TIME: "10", t.REPETITION_TIME: "500", t.SCANNING_SEQUENCE: "SE", t.CONTRAST_AGENT: "Gadovist"}, "T1w-ce"),
-    ("CT", {t.CONTRAST_AGENT: "Ultravist 370"}, "CT-ce"), ("PT", {t.CORRECTED_IMAGE: "DECY\\RAN"}, "PTnac")])
-def test_contrast_words_come_from_a_fixed_list(modality: str, tags: dict[int, str], word: str) -> None:
+@pytest.mark.parametrize(
+    ("modality", "tags", "word"),
+    [
+        ("MR", {t.SERIES_DESCRIPTION: "DOE JOHN Ax T2 FLAIR"}, "FLAIR"),
+        ("MR", {t.SERIES_DESCRIPTION: "t1_mprage_sag post Gd"}, "T1w-ce"),
+        ("MR", {t.PROTOCOL_NAME: "ep2d_diff_3scan_trace"}, "DWI"),
+        ("MR", {t.SERIES_DESCRIPTION: "PD tse"}, "PDw"),
+        ("MR", {t.SERIES_DESCRIPTION: "JOHN"}, ""),
+        ("MR", {t.ECHO_TIME: "90", t.REPETITION_TIME: "9000", t.INVERSION_TIME: "2500"}, "FLAIR"),
+        (
+            "MR",
+            {
+                t.ECHO_TIME: "10",
+                t.REPETITION_TIME: "500",
+                t.SCANNING_SEQUENCE: "SE",
+                t.CONTRAST_AGENT: "Gadovist",
+            },
+            "T1w-ce",
+        ),
+        ("CT", {t.CONTRAST_AGENT: "Ultravist 370"}, "CT-ce"),
+        ("PT", {t.CORRECTED_IMAGE: "DECY\\RAN"}, "PTnac"),
+    ],
+)
+def test_contrast_words_come_from_a_fixed_list(
+    modality: str, tags: dict[int, str], word: str
+) -> None:
     assert contrast_of(modality, tags) == word
 
 
 def test_bids_names_tell_subject_session_and_contrast(tmp_path: Path) -> None:
-    assert bids_names("ds1/sub-01/ses-02/anat/sub-01_ses-02_ce-gadolinium_T1w") == ("ds1/sub-01", "ses-02", "T1w-ce")
-    assert bids_names("sub-9_FLAIR") == ("sub-9", "", "FLAIR") and bids_names("patient_T1w") == ("", "", "")
+    assert bids_names("ds1/sub-01/ses-02/anat/sub-01_ses-02_ce-gadolinium_T1w") == (
+        "ds1/sub-01",
+        "ses-02",
+        "T1w-ce",
+    )
+    assert bids_names("sub-9_FLAIR") == ("sub-9", "", "FLAIR") and bids_names("patient_T1w") == (
+        "",
+        "",
+        "",
+    )
     assert bids_names("sub-9_Doe") == ("sub-9", "", "")
     names = ("anat/sub-1_T2w", "anat/sub-1_dseg", "anat/sub-1_desc-brain_mask", "labelsTr/x")
     for name in names:
@@ -354,17 +496,30 @@ def test_bids_names_tell_subject_session_and_contrast(tmp_path: Path) -> None:
         path.write_bytes(b"x")
     rows = found(tmp_path / "pool")
     assert [(c.id, c.subject, c.contrast, c.modality) for c in rows if not c.status] == [
-        ("pool/anat/sub-1_T2w", "pool/anat/sub-1", "T2w", "MR")]
+        ("pool/anat/sub-1_T2w", "pool/anat/sub-1", "T2w", "MR")
+    ]
     assert [(c.id, c.status, c.reason[:12]) for c in rows if c.status] == [
-        ("pool/anat/(label maps)", "labels", "2 label maps"), ("pool/labelsTr/(label maps)", "labels", "1 label map ")]
+        ("pool/anat/(label maps)", "labels", "2 label maps"),
+        ("pool/labelsTr/(label maps)", "labels", "1 label map "),
+    ]
 
 
 def test_label_names_are_those_of_bids_and_nnunet_only() -> None:
-    assert is_label_name("a/sub-1_dseg") and is_label_name("pool/labelsTr/x") and not is_label_name("pool/masked/x_T1w")
+    assert (
+        is_label_name("a/sub-1_dseg")
+        and is_label_name("pool/labelsTr/x")
+        and not is_label_name("pool/masked/x_T1w")
+    )
     assert not is_label_name("mask") and not is_label_name("pool/scan_seg")
 
 
 def test_subject_and_session_do_not_show_when_a_candidate_is_printed(tmp_path: Path) -> None:
-    d.write_series(tmp_path / "pool", t00100020=("LO", "Dumbledore-1881"), t0020000D=("UI", "1.2.123456789"))
+    d.write_series(
+        tmp_path / "pool", t00100020=("LO", "Dumbledore-1881"), t0020000D=("UI", "1.2.123456789")
+    )
     one = only(tmp_path / "pool")
-    assert one.subject == "Dumbledore-1881" and "Dumbledore" not in repr(one) and "123456789" not in repr(one)
+    assert (
+        one.subject == "Dumbledore-1881"
+        and "Dumbledore" not in repr(one)
+        and "123456789" not in repr(one)
+    )

@@ -21,7 +21,9 @@ def make_dataset(root: Path, name: str = "Dataset007_Brain", cases: int = 2) -> 
         for channel in range(2):
             touch(folder / "imagesTr" / f"b_{case}_{channel:04d}.nii.gz")
         touch(folder / "labelsTr" / f"b_{case}.nii.gz")
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1", "1": "CT"}, "file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "T1", "1": "CT"}, "file_ending": ".nii.gz"})
+    )
     return folder
 
 
@@ -33,11 +35,15 @@ def left_out(found: list[Candidate]) -> dict[str, str]:
     return {c.id: c.status for c in found if c.status}
 
 
-def test_every_channel_of_a_dataset_is_a_scan_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_channel_of_a_dataset_is_a_scan_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     touch(make_dataset(tmp_path) / "imagesTs" / "b_9_0000.nii.gz")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     found = find_scans(["7"], [])
-    assert scans(found) == [f"Dataset007_Brain/b_{n}" for n in ("1_0000", "1_0001", "2_0000", "2_0001", "9_0000")]
+    assert scans(found) == [
+        f"Dataset007_Brain/b_{n}" for n in ("1_0000", "1_0001", "2_0000", "2_0001", "9_0000")
+    ]
     assert [(c.case, c.channel) for c in found[:2]] == [("b_1", "T1"), ("b_1", "CT")]
     assert left_out(found) == {"Dataset007_Brain/labelsTr": "labels"}
 
@@ -55,26 +61,39 @@ def test_a_part_of_a_dataset_is_recognised(tmp_path: Path, part: str, num: int) 
     assert len(scans(find_scans([], [make_dataset(tmp_path) / part]))) == num
 
 
-def test_a_file_reached_twice_is_one_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_reached_twice_is_one_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_dataset(tmp_path / "raw")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "again.nii.gz").symlink_to(folder / "imagesTr" / "b_1_0000.nii.gz")
-    found = find_scans(["Dataset007_Brain"], [tmp_path / "raw", folder, tmp_path / "links", tmp_path / "links"])
+    found = find_scans(
+        ["Dataset007_Brain"], [tmp_path / "raw", folder, tmp_path / "links", tmp_path / "links"]
+    )
     assert len(scans(found)) == 4
 
 
-def test_the_file_list_of_a_dataset_json_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_list_of_a_dataset_json_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "Dataset007_Brain"
     folder.mkdir()
     touch(tmp_path / "elsewhere" / "x.nii.gz")
-    data = {"channel_names": {"0": "T1"}, "dataset": {"p1": {"images": ["../elsewhere/x.nii.gz"], "label": "y.nii.gz"}}}
+    data = {
+        "channel_names": {"0": "T1"},
+        "dataset": {"p1": {"images": ["../elsewhere/x.nii.gz"], "label": "y.nii.gz"}},
+    }
     (folder / "dataset.json").write_text(json.dumps(data))
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    assert [(c.id, c.case, c.channel) for c in find_scans(["7"], [])] == [("Dataset007_Brain/p1_0000", "p1", "T1")]
+    assert [(c.id, c.case, c.channel) for c in find_scans(["7"], [])] == [
+        ("Dataset007_Brain/p1_0000", "p1", "T1")
+    ]
 
 
-def test_plain_folders_are_searched_deeply_in_natural_order_with_any_case_of_ending(tmp_path: Path) -> None:
+def test_plain_folders_are_searched_deeply_in_natural_order_with_any_case_of_ending(
+    tmp_path: Path,
+) -> None:
     names = ("s10.nii.gz", "s2.NII.GZ", "deep er/ü/s1.Nrrd", "a.mha", "b.mhd")
     for name in (*names, "b.raw", "notes.txt", "c.json", "README"):
         touch(tmp_path / "pool" / name)
@@ -87,7 +106,10 @@ def test_plain_folders_are_searched_deeply_in_natural_order_with_any_case_of_end
 def test_hidden_files_get_a_row_each(tmp_path: Path) -> None:
     touch(tmp_path / "pool" / "._x.nii.gz")
     touch(tmp_path / "pool" / ".cache" / "y.nii.gz")
-    assert left_out(find_scans([], [tmp_path / "pool"])) == {"pool/._x.nii.gz": "hidden", "pool/.cache": "hidden"}
+    assert left_out(find_scans([], [tmp_path / "pool"])) == {
+        "pool/._x.nii.gz": "hidden",
+        "pool/.cache": "hidden",
+    }
 
 
 def test_link_loops_end_and_are_reported(tmp_path: Path) -> None:
@@ -97,21 +119,36 @@ def test_link_loops_end_and_are_reported(tmp_path: Path) -> None:
     assert scans(found) == ["pool/sub/x"] and left_out(found) == {"pool/sub/up": "link"}
 
 
-def test_broken_dicom_gets_one_row_per_folder_and_reason_without_any_file_name(tmp_path: Path) -> None:
+def test_broken_dicom_gets_one_row_per_folder_and_reason_without_any_file_name(
+    tmp_path: Path,
+) -> None:
     touch(tmp_path / "pool" / "a" / "Doe_1.dcm")
     touch(tmp_path / "pool" / "a" / "Doe_2.DCM")
     touch(tmp_path / "pool" / "b" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
     found = find_scans([], [tmp_path / "pool"])
     assert [(c.status, c.path.name, c.reason) for c in found] == [
-        ("unreadable", "a", "not DICOM: the mark at byte 128 is missing; is it another kind of file? (2 files)"),
-        ("unreadable", "b", "its DICOM header is damaged or cut short; copy the file again (1 file)")]
+        (
+            "unreadable",
+            "a",
+            "not DICOM: the mark at byte 128 is missing; is it another kind of file? (2 files)",
+        ),
+        (
+            "unreadable",
+            "b",
+            "its DICOM header is damaged or cut short; copy the file again (1 file)",
+        ),
+    ]
     assert all(c.id.startswith("pool/DICOM-") and "Doe" not in c.id for c in found)
 
 
 def test_ids_stay_unique_when_names_meet(tmp_path: Path) -> None:
     for name in ("one/pool/x.nii.gz", "one/pool/x.nii", "two/pool/x.nii.gz"):
         touch(tmp_path / name)
-    assert scans(find_scans([], [tmp_path / "one" / "pool", tmp_path / "two" / "pool"])) == ["pool/x", "pool/x#2", "pool/x#3"]
+    assert scans(find_scans([], [tmp_path / "one" / "pool", tmp_path / "two" / "pool"])) == [
+        "pool/x",
+        "pool/x#2",
+        "pool/x#3",
+    ]
 
 
 def test_a_single_file_may_be_given(tmp_path: Path) -> None:
@@ -140,7 +177,9 @@ def test_natural_order_counts_numbers() -> None:
     assert sorted(["s10", "s9", "S1", "t"], key=natural_key) == ["S1", "s9", "s10", "t"]
 
 
-def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_dataset(tmp_path)
     (folder / "dataset.json").write_text("{")
     monkeypatch.setenv("nnUNet_raw", str(folder.parent))

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from nnunet_autoreg.corpus.fingerprint import Fingerprint, Spread, fingerprint, row_spacing, transpose_axes
+from nnunet_autoreg.corpus.fingerprint import (
+    Fingerprint,
+    Spread,
+    fingerprint,
+    row_spacing,
+    transpose_axes,
+)
 from nnunet_autoreg.corpus.index import Index
 from nnunet_autoreg.corpus.intensity import body_percentiles
 from nnunet_autoreg.corpus.rows import ScanRow
@@ -13,10 +19,23 @@ from nnunet_autoreg.plan import DataPlan, SpacingGroup
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 
 
-def row(name: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **changes: object) -> ScanRow:
+def row(
+    name: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **changes: object
+) -> ScanRow:
     values: dict[str, object] = {
-        "id": name, "dataset": "d", "case": name, "channel": "", "modality": "MR", "source": name, "shape_vox": shape,
-        "spacing_mm": spacing, "cropped_shape_vox": shape, "content_hash": name, "status": "ok", "reason": ""}
+        "id": name,
+        "dataset": "d",
+        "case": name,
+        "channel": "",
+        "modality": "MR",
+        "source": name,
+        "shape_vox": shape,
+        "spacing_mm": spacing,
+        "cropped_shape_vox": shape,
+        "content_hash": name,
+        "status": "ok",
+        "reason": "",
+    }
     return ScanRow(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -24,20 +43,38 @@ def make_index(*rows: ScanRow, hu: tuple[float, ...] = ()) -> Index:
     return Index(rows, np.array(hu, dtype=np.float32))
 
 
-@pytest.mark.parametrize(("spacing", "axes"), [
-    ((1.0, 1.0, 1.0), (0, 1, 2)), ((10.0, 1.5, 1.5), (0, 1, 2)), ((1.0, 1.0, 3.0), (2, 0, 1)), ((0.5, 3.0, 1.0), (1, 0, 2)),
-    ((1.0, 1.04, 1.0), (0, 1, 2)), ((1.0, 1.06, 1.0), (1, 0, 2)),
-])
-def test_a_clearly_coarser_axis_comes_to_the_front(spacing: tuple[float, ...], axes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("spacing", "axes"),
+    [
+        ((1.0, 1.0, 1.0), (0, 1, 2)),
+        ((10.0, 1.5, 1.5), (0, 1, 2)),
+        ((1.0, 1.0, 3.0), (2, 0, 1)),
+        ((0.5, 3.0, 1.0), (1, 0, 2)),
+        ((1.0, 1.04, 1.0), (0, 1, 2)),
+        ((1.0, 1.06, 1.0), (1, 0, 2)),
+    ],
+)
+def test_a_clearly_coarser_axis_comes_to_the_front(
+    spacing: tuple[float, ...], axes: tuple[int, ...]
+) -> None:
     assert transpose_axes(spacing) == axes
 
 
 def test_medians_are_taken_over_transposed_scans() -> None:
-    found = fingerprint(make_index(row("a", (10, 20, 30), (4.0, 1.0, 1.0)), row("b", (20, 30, 10), (1.0, 1.0, 4.0)),
-                                   row("c", (10, 20, 30), (4.0, 1.0, 1.0))))
+    found = fingerprint(
+        make_index(
+            row("a", (10, 20, 30), (4.0, 1.0, 1.0)),
+            row("b", (20, 30, 10), (1.0, 1.0, 4.0)),
+            row("c", (10, 20, 30), (4.0, 1.0, 1.0)),
+        )
+    )
     assert found.spacing_mm == (4.0, 1.0, 1.0)
-    assert found.modalities["MR"].spacing_mm == Spread((4.0, 1.0, 1.0), (4.0, 1.0, 1.0), (4.0, 1.0, 1.0))
-    assert found.modalities["MR"].extent_mm.median == (40.0, 20.0, 30.0) and found.modalities["MR"].anisotropy.median == (4.0,)
+    assert found.modalities["MR"].spacing_mm == Spread(
+        (4.0, 1.0, 1.0), (4.0, 1.0, 1.0), (4.0, 1.0, 1.0)
+    )
+    assert found.modalities["MR"].extent_mm.median == (40.0, 20.0, 30.0) and found.modalities[
+        "MR"
+    ].anisotropy.median == (4.0,)
     assert found.median_shape_vox == (10, 20, 30)
     assert found.total_vox == 3 * 6000
 
@@ -45,27 +82,51 @@ def test_medians_are_taken_over_transposed_scans() -> None:
 def test_shapes_are_those_at_the_asked_spacing() -> None:
     found = fingerprint(make_index(row("a", (10, 20, 30), (4.0, 1.0, 1.0))), (2.0, 2.0, 2.0))
     assert found.median_shape_vox == (20, 10, 15) and found.total_vox == 3000
-    assert found.spacing_mm == (2.0, 2.0, 2.0) and found.modalities["MR"].spacing_mm.median == (4.0, 1.0, 1.0)
+    assert found.spacing_mm == (2.0, 2.0, 2.0) and found.modalities["MR"].spacing_mm.median == (
+        4.0,
+        1.0,
+        1.0,
+    )
 
 
 def test_one_odd_scan_does_not_move_the_medians() -> None:
-    ordinary = [row(str(n), (40, 50, 60), (1.0, 1.0, 1.0), percentiles=(1.0, 2.0, 3.0, 4.0, 5.0)) for n in range(4)]
+    ordinary = [
+        row(str(n), (40, 50, 60), (1.0, 1.0, 1.0), percentiles=(1.0, 2.0, 3.0, 4.0, 5.0))
+        for n in range(4)
+    ]
     odd = row("odd", (4, 900, 900), (25.0, 1.0, 1.0), percentiles=(0.0, 0.0, 9e9, 9e9, 9e9))
     found = fingerprint(make_index(*ordinary, odd))
     assert found.median_shape_vox == (40, 50, 60) and found.spacing_mm == (1.0, 1.0, 1.0)
     assert found.modalities["MR"].intensity.percentiles["50.0"].median == (3.0,)
-    assert fingerprint(make_index(*ordinary, odd), "finest").spacing_mm == fingerprint(make_index(*ordinary, odd), "isotropic").spacing_mm
+    assert (
+        fingerprint(make_index(*ordinary, odd), "finest").spacing_mm
+        == fingerprint(make_index(*ordinary, odd), "isotropic").spacing_mm
+    )
 
 
 def test_only_usable_rows_count_and_channels_of_a_case_are_one_case() -> None:
-    rows = [row("a", (9, 9, 9), (1.0, 1.0, 1.0), case="p", channel="T1"),
-            row("b", (9, 9, 9), (1.0, 1.0, 1.0), case="p", channel="CT", modality="CT", cropped_shape_vox=(9, 9, 3)),
-            row("c", (9, 9, 9), (1.0, 1.0, 1.0), case="q", status="duplicate")]
+    rows = [
+        row("a", (9, 9, 9), (1.0, 1.0, 1.0), case="p", channel="T1"),
+        row(
+            "b",
+            (9, 9, 9),
+            (1.0, 1.0, 1.0),
+            case="p",
+            channel="CT",
+            modality="CT",
+            cropped_shape_vox=(9, 9, 3),
+        ),
+        row("c", (9, 9, 9), (1.0, 1.0, 1.0), case="q", status="duplicate"),
+    ]
     found = fingerprint(make_index(*rows, hu=(0.0, 100.0)))
     assert (found.num_scans, found.num_cases, found.channel_names) == (2, 1, ("CT", "T1"))
     assert {name: m.num_scans for name, m in found.modalities.items()} == {"CT": 1, "MR": 1}
     assert found.relative_size_after_cropping == pytest.approx(2 / 3)
-    assert found.ct_window is not None and (found.ct_window.mean, found.ct_window.std, found.ct_window.max) == (50.0, 50.0, 100.0)
+    assert found.ct_window is not None and (
+        found.ct_window.mean,
+        found.ct_window.std,
+        found.ct_window.max,
+    ) == (50.0, 50.0, 100.0)
 
 
 def test_a_fingerprint_survives_json() -> None:
@@ -75,7 +136,9 @@ def test_a_fingerprint_survives_json() -> None:
 
 def test_a_pool_without_usable_scans_says_what_was_met() -> None:
     with pytest.raises(UsageError, match=r"none of the 2 .* \(2 labelmap\)"):
-        fingerprint(make_index(*(row(n, (9, 9, 9), (1.0, 1.0, 1.0), status="labelmap") for n in "ab")))
+        fingerprint(
+            make_index(*(row(n, (9, 9, 9), (1.0, 1.0, 1.0), status="labelmap") for n in "ab"))
+        )
     with pytest.raises(UsageError, match="give other datasets"):
         fingerprint(make_index())
 
@@ -83,11 +146,19 @@ def test_a_pool_without_usable_scans_says_what_was_met() -> None:
 BRAIN, CINE = (1.0, 1.0, 1.0), (10.0, 1.5, 1.5)
 
 
-def scans(*counted: tuple[int, tuple[float, float, float]], modality: str = "MR", side: int = 100) -> list[ScanGeometry]:
-    return [ScanGeometry(modality, spacing, (side, side, side)) for count, spacing in counted for _ in range(count)]
+def scans(
+    *counted: tuple[int, tuple[float, float, float]], modality: str = "MR", side: int = 100
+) -> list[ScanGeometry]:
+    return [
+        ScanGeometry(modality, spacing, (side, side, side))
+        for count, spacing in counted
+        for _ in range(count)
+    ]
 
 
-def targets(found: list[ScanGeometry], policy: str = "median") -> list[tuple[int, tuple[float, float, float]]]:
+def targets(
+    found: list[ScanGeometry], policy: str = "median"
+) -> list[tuple[int, tuple[float, float, float]]]:
     return [(len(group.members), group.spacing_mm) for group in group_scans(found, policy)]
 
 
@@ -96,7 +167,9 @@ def test_cine_and_brain_scans_of_one_pool_keep_their_own_spacing() -> None:
 
 
 def test_spacings_within_a_factor_of_two_share_the_median() -> None:
-    assert targets(scans((3, (1.0, 1.0, 1.0)), (1, (1.2, 1.2, 1.2)), (1, (1.5, 1.5, 1.5)))) == [(5, BRAIN)]
+    assert targets(scans((3, (1.0, 1.0, 1.0)), (1, (1.2, 1.2, 1.2)), (1, (1.5, 1.5, 1.5)))) == [
+        (5, BRAIN)
+    ]
 
 
 def test_two_scans_of_an_odd_spacing_found_no_group_and_move_no_target_but_three_do() -> None:
@@ -106,13 +179,19 @@ def test_two_scans_of_an_odd_spacing_found_no_group_and_move_no_target_but_three
 
 
 def test_modalities_have_groups_of_their_own_even_where_they_are_few() -> None:
-    assert targets([*scans((9, BRAIN)), *scans((1, (3.0, 1.0, 1.0)), modality="CT")]) == [(9, BRAIN), (1, (3.0, 1.0, 1.0))]
+    assert targets([*scans((9, BRAIN)), *scans((1, (3.0, 1.0, 1.0)), modality="CT")]) == [
+        (9, BRAIN),
+        (1, (3.0, 1.0, 1.0)),
+    ]
 
 
 def test_targets_of_two_modalities_that_all_but_agree_are_made_equal() -> None:
     pair = [*scans((9, (3.27, 0.98, 0.98))), *scans((5, (3.2699, 0.9766, 0.9766)), modality="CT")]
     assert targets(pair) == [(9, (3.27, 0.98, 0.98)), (5, (3.27, 0.98, 0.98))]
-    assert targets([*scans((9, BRAIN)), *scans((5, (1.03, 1.0, 1.0)), modality="CT")])[1] == (5, (1.03, 1.0, 1.0))
+    assert targets([*scans((9, BRAIN)), *scans((5, (1.03, 1.0, 1.0)), modality="CT")])[1] == (
+        5,
+        (1.03, 1.0, 1.0),
+    )
 
 
 def test_the_grouping_does_not_depend_on_the_order_of_the_scans() -> None:
@@ -132,15 +211,27 @@ def test_the_policies_choose_the_tenth_percentile_the_finest_axis_or_what_the_us
 def test_small_images_are_not_made_coarser_than_they_are() -> None:
     large, small = scans((7, (1.5, 1.5, 1.5)), side=150), scans((3, (1.0, 1.0, 1.0)), side=40)
     assert targets(large + small) == [(10, (1.0, 1.0, 1.0))]
-    assert "no coarser than that of the 3 small images" in group_scans(large + small, "median")[0].reason
+    assert (
+        "no coarser than that of the 3 small images"
+        in group_scans(large + small, "median")[0].reason
+    )
     assert targets(large + small[:2]) == [(9, (1.5, 1.5, 1.5))]
-    assert targets(scans((7, (1.0, 1.0, 1.0)), side=150) + scans((3, (1.5, 1.5, 1.5)), side=40)) == [(10, (1.0, 1.0, 1.0))]
+    assert targets(
+        scans((7, (1.0, 1.0, 1.0)), side=150) + scans((3, (1.5, 1.5, 1.5)), side=40)
+    ) == [(10, (1.0, 1.0, 1.0))]
 
 
 @pytest.mark.parametrize("policy", ["median", "finest", "isotropic", (2.0, 1.0, 1.0)])
 def test_what_the_plan_gives_a_scan_is_what_its_group_was_counted_at(policy: str) -> None:
     rng = np.random.default_rng(0)
-    rows = [row(str(n), (30, 40, 50), tuple(np.round(2 ** rng.uniform((0, -1, -1), (3.5, 1, 1)), 3).tolist())) for n in range(60)]
+    rows = [
+        row(
+            str(n),
+            (30, 40, 50),
+            tuple(np.round(2 ** rng.uniform((0, -1, -1), (3.5, 1, 1)), 3).tolist()),
+        )
+        for n in range(60)
+    ]
     found = fingerprint(make_index(*rows), policy)
     groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in found.groups)
     data = DataPlan(found.spacing_mm, spacing_groups=groups if len(groups) > 1 else ())
@@ -150,10 +241,17 @@ def test_what_the_plan_gives_a_scan_is_what_its_group_was_counted_at(policy: str
     assert len(found.groups) > 1 or not isinstance(policy, str)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("medan", "did you mean 'median'"), ("1,2", "give three numbers"), ("1,2,x", "give three numbers"), ("0,1,1", "greater than 0"),
-    ("1,1,inf", "greater than 0"), ("1 1 1", "give three numbers"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("medan", "did you mean 'median'"),
+        ("1,2", "give three numbers"),
+        ("1,2,x", "give three numbers"),
+        ("0,1,1", "greater than 0"),
+        ("1,1,inf", "greater than 0"),
+        ("1 1 1", "give three numbers"),
+    ],
+)
 def test_a_wrong_spacing_policy_is_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_policy(text)
@@ -162,11 +260,19 @@ def test_a_wrong_spacing_policy_is_refused_in_one_line(text: str, message: str) 
 def test_air_and_padding_are_no_part_of_the_intensities() -> None:
     scan = np.zeros((20, 20, 20), dtype=np.float32)
     scan[5:15, 5:15, 5:15] = 100 + np.arange(1000, dtype=np.float32).reshape(10, 10, 10) / 10
-    noisy = scan + np.random.default_rng(0).uniform(1, 5, scan.shape).astype(np.float32) * (scan == 0)
+    noisy = scan + np.random.default_rng(0).uniform(1, 5, scan.shape).astype(np.float32) * (
+        scan == 0
+    )
     for image in (scan, noisy):
         low, _, middle, _, high = body_percentiles(image, "MR")
         assert low > 100 and middle == pytest.approx(150, abs=8) and high < 200
     ct = np.where(scan > 0, scan, -1000).astype(np.float32)
     ct[8:10, 8:10, 8:10] = -900  # air inside the body counts
-    assert body_percentiles(ct, "CT")[0] == -900 and body_percentiles(ct, "CT")[2] == pytest.approx(150, abs=1)
-    assert body_percentiles(np.full((8, 8, 8), -1000, np.float32), "CT") == body_percentiles(np.ones((8, 8, 8), np.float32), "MR") == ()
+    assert body_percentiles(ct, "CT")[0] == -900 and body_percentiles(ct, "CT")[2] == pytest.approx(
+        150, abs=1
+    )
+    assert (
+        body_percentiles(np.full((8, 8, 8), -1000, np.float32), "CT")
+        == body_percentiles(np.ones((8, 8, 8), np.float32), "MR")
+        == ()
+    )

@@ -1,4 +1,6 @@
-"""The index: one row per scan, copies and exclusions sorted out, the modality decided, Hounsfield samples pooled."""
+"""The index: one row per scan, copies and exclusions sorted out, the modality decided, Hounsfield
+samples pooled.
+"""
 
 import json
 import os
@@ -48,7 +50,9 @@ def save(path: Path, array: Any, spacing: tuple[float, float, float] = (1.0, 1.0
     return path
 
 
-def make_index(folder: Path, exclude: set[str] | None = None, num_workers: int = 1, modality: str | None = None) -> Index:
+def make_index(
+    folder: Path, exclude: set[str] | None = None, num_workers: int = 1, modality: str | None = None
+) -> Index:
     return index_scans(find_scans([], [folder]), exclude or set(), num_workers, modality)
 
 
@@ -62,11 +66,17 @@ def test_a_row_holds_what_the_scan_is(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", array)
     row = make_index(tmp_path / "pool").rows[0]
     assert (row.id, row.status, row.reason, row.modality) == ("pool/a", "ok", "", "MR")
-    assert (row.shape_vox, row.spacing_mm, row.cropped_shape_vox) == ((16, 18, 20), (2.0, 1.0, 1.0), (12, 18, 20))
+    assert (row.shape_vox, row.spacing_mm, row.cropped_shape_vox) == (
+        (16, 18, 20),
+        (2.0, 1.0, 1.0),
+        (12, 18, 20),
+    )
     assert row.source == str(tmp_path / "pool" / "a.nii.gz") and len(row.content_hash) == 64
 
 
-def test_the_same_scan_in_another_format_and_type_is_a_duplicate_of_the_first(tmp_path: Path) -> None:
+def test_the_same_scan_in_another_format_and_type_is_a_duplicate_of_the_first(
+    tmp_path: Path,
+) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     save(tmp_path / "pool" / "b.mha", mr(0).astype(np.float32))
     save(tmp_path / "pool" / "c.nrrd", mr(0), (1.5, 1.0, 2.0))
@@ -89,7 +99,9 @@ def test_scans_are_excluded_by_case_id_file_or_folder(tmp_path: Path, name: str)
     assert statuses(make_index(folder, {name.format(folder=folder)})) == {"a": "excluded"}
 
 
-def test_a_copy_of_an_excluded_scan_is_excluded_too_wherever_the_original_lies(tmp_path: Path) -> None:
+def test_a_copy_of_an_excluded_scan_is_excluded_too_wherever_the_original_lies(
+    tmp_path: Path,
+) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     save(tmp_path / "pool" / "b.nii.gz", mr(1))
     save(tmp_path / "pool" / "c.nii.gz", mr(2))
@@ -100,7 +112,9 @@ def test_a_copy_of_an_excluded_scan_is_excluded_too_wherever_the_original_lies(t
     assert "zz_test" in index.rows[0].reason and str(outside) in index.rows[1].reason
 
 
-def test_an_exclusion_that_matches_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exclusion_that_matches_nothing_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path / "pool" / "case1.nii.gz", mr(0))
     make_index(tmp_path / "pool", {"case11"})
     assert "'case11'; did you mean 'case1'" in caplog.text
@@ -132,11 +146,16 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dying_worker_is_a_clear_error() -> None:
-    with pytest.raises(AutoregError, match=r"after 0 of 3 scans.*free some and run the same line again"):
+    with pytest.raises(
+        AutoregError, match=r"after 0 of 3 scans.*free some and run the same line again"
+    ):
         list(parallel_map(os._exit, [1, 1, 1], 2, "testing"))
 
 
-@pytest.mark.parametrize(("channel", "modality"), [("CT", "CT"), ("ct", "CT"), ("T1", "MR"), ("MRI", "MR"), ("PET", "PET")])
+@pytest.mark.parametrize(
+    ("channel", "modality"),
+    [("CT", "CT"), ("ct", "CT"), ("T1", "MR"), ("MRI", "MR"), ("PET", "PET")],
+)
 def test_the_channel_name_of_a_dataset_decides_the_modality(channel: str, modality: str) -> None:
     assert intensity.modality_of(channel, mr(0).astype(np.float32))[0] == modality
 
@@ -162,7 +181,11 @@ def test_a_signed_phase_image_is_not_ct() -> None:
 def test_the_user_may_name_the_modality(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", ct())
     index = make_index(tmp_path / "pool", modality="mr")
-    assert (index.rows[0].modality, index.rows[0].modality_rule, index.ct_samples_hu.size) == ("MR", "--modality", 0)
+    assert (index.rows[0].modality, index.rows[0].modality_rule, index.ct_samples_hu.size) == (
+        "MR",
+        "--modality",
+        0,
+    )
 
 
 def test_real_scans_get_their_true_modality_from_values_alone(shared_data: Path) -> None:
@@ -173,7 +196,9 @@ def test_real_scans_get_their_true_modality_from_values_alone(shared_data: Path)
         array = read_scan(min((dataset / "imagesTr").iterdir())).array_CZYX[0]
         channels = json.loads((dataset / "dataset.json").read_text())["channel_names"]
         assert intensity.looks_like_hounsfield(array) == ("CT" in channels.values()), dataset.name
-    assert intensity.looks_like_hounsfield(read_scan(shared_data / "nifti" / "example_ct.nii.gz").array_CZYX[0])
+    assert intensity.looks_like_hounsfield(
+        read_scan(shared_data / "nifti" / "example_ct.nii.gz").array_CZYX[0]
+    )
 
 
 def test_the_body_holds_its_lung_and_not_the_air_around_it() -> None:
@@ -195,7 +220,7 @@ def test_the_window_comes_from_inside_the_body_alone(tmp_path: Path) -> None:
 
 
 def test_the_index_survives_its_file(tmp_path: Path) -> None:
-    save(tmp_path / "pool" / "ä, \"quoted\".nii.gz", mr(0), (0.1, 0.333333333, 2.0))
+    save(tmp_path / "pool" / 'ä, "quoted".nii.gz', mr(0), (0.1, 0.333333333, 2.0))
     (tmp_path / "pool" / "b.nii.gz").write_bytes(b"")
     rows = make_index(tmp_path / "pool").rows
     write_index(tmp_path / "run" / "scans.csv", rows)
@@ -216,7 +241,14 @@ def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
     assert read_exclude(text) == {"case 1", "/data/ä.nii.gz", "x#2"}
     ids.write_text('["p1", "p2"]')
     assert read_exclude(ids) == {"p1", "p2"}
-    splits.write_text(json.dumps([{"train": ["a", "b"], "val": ["c"], "test": ["d"]}, {"train": ["c", "b"], "val": ["a"]}]))
+    splits.write_text(
+        json.dumps(
+            [
+                {"train": ["a", "b"], "val": ["c"], "test": ["d"]},
+                {"train": ["c", "b"], "val": ["a"]},
+            ]
+        )
+    )
     assert read_exclude(splits) == {"c", "d"}
 
 
@@ -229,7 +261,9 @@ def test_an_exclusion_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_left_out_candidates_pass_through_unread(tmp_path: Path) -> None:
-    row = index_scans([Candidate("x/y", tmp_path / "y", "x", "", status="dicom", reason="3 files")], set(), 1).rows[0]
+    row = index_scans(
+        [Candidate("x/y", tmp_path / "y", "x", "", status="dicom", reason="3 files")], set(), 1
+    ).rows[0]
     assert (row.status, row.reason, row.shape_vox) == ("dicom", "3 files", None)
 
 
@@ -239,36 +273,64 @@ def described(path: Path, **changes: str) -> list[Candidate]:
 
 def test_subjects_and_sessions_are_hashed_and_left_out_without_a_salt(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
-    candidates = described(tmp_path / "pool", subject="DOE^JOHN ", session="1.2.3", contrast="T1w", part="")
+    candidates = described(
+        tmp_path / "pool", subject="DOE^JOHN ", session="1.2.3", contrast="T1w", part=""
+    )
     row = index_scans(candidates, set(), 1, salt="s").rows[0]
-    assert (row.subject, row.session, row.contrast) == (salted("DOE^JOHN", "s"), salted("DOE^JOHN\n1.2.3", "s"), "T1w")
+    assert (row.subject, row.session, row.contrast) == (
+        salted("DOE^JOHN", "s"),
+        salted("DOE^JOHN\n1.2.3", "s"),
+        "T1w",
+    )
     bare = index_scans(candidates, set(), 1).rows[0]
     assert (bare.subject, bare.session) == ("", "")
 
 
-def test_no_identifier_reaches_the_index_or_the_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_identifier_reaches_the_index_or_the_journal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("DEBUG", "nnunet_autoreg")
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     candidates = described(tmp_path / "pool", subject="DOE^JOHN", session="1.2.3.4")
     index = index_scans(candidates, {"DOE^JOHN"}, 1, salt="s", journal=tmp_path / "journal")
     write_index(tmp_path / "scans.csv", index.rows)
-    assert (index.rows[0].status, index.rows[0].reason) == ("excluded", "excluded by the user (by its subject)")
-    written = (tmp_path / "scans.csv").read_text() + (tmp_path / "journal").read_text() + caplog.text + repr(candidates)
+    assert (index.rows[0].status, index.rows[0].reason) == (
+        "excluded",
+        "excluded by the user (by its subject)",
+    )
+    written = (
+        (tmp_path / "scans.csv").read_text()
+        + (tmp_path / "journal").read_text()
+        + caplog.text
+        + repr(candidates)
+    )
     assert "DOE" not in written and "1.2.3.4" not in written
 
 
-@pytest.mark.parametrize(("found", "override", "in_manifest", "expected"), [
-    ("PET", None, "", ("PET", "the file says so")),
-    ("CT", None, "", ("CT", "the file says so, though no value is negative: are these Hounsfield units?")),
-    ("PET", "ct", "", ("CT", "--modality")),
-    ("PET", "ct", "US", ("US", "--manifest")),
-])
+@pytest.mark.parametrize(
+    ("found", "override", "in_manifest", "expected"),
+    [
+        ("PET", None, "", ("PET", "the file says so")),
+        (
+            "CT",
+            None,
+            "",
+            ("CT", "the file says so, though no value is negative: are these Hounsfield units?"),
+        ),
+        ("PET", "ct", "", ("CT", "--modality")),
+        ("PET", "ct", "US", ("US", "--manifest")),
+    ],
+)
 def test_manifest_then_option_then_file_decide_the_modality(
     tmp_path: Path, found: str, override: str | None, in_manifest: str, expected: tuple[str, str]
 ) -> None:
     path = save(tmp_path / "pool" / "a.nii.gz", mr(0))
-    manifest = Manifest(tmp_path / "m.csv", {str(path): Entry(modality=in_manifest, label_class="liver")})
-    row = index_scans(described(tmp_path / "pool", modality=found), set(), 1, override, manifest=manifest).rows[0]
+    manifest = Manifest(
+        tmp_path / "m.csv", {str(path): Entry(modality=in_manifest, label_class="liver")}
+    )
+    row = index_scans(
+        described(tmp_path / "pool", modality=found), set(), 1, override, manifest=manifest
+    ).rows[0]
     assert (row.modality, row.modality_rule, row.label_class) == (*expected, "liver")
 
 
@@ -280,7 +342,9 @@ def test_a_row_holds_intensity_percentiles_of_the_body(tmp_path: Path) -> None:
 
 
 def interrupted_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """Index a pool of 4 with a journal, interrupted before scan number ``after``; returns the files that were read."""
+    """Index a pool of 4 with a journal, interrupted before scan number ``after``; returns the files
+    that were read.
+    """
     read: list[str] = []
 
     def counted(task: index_module.Task) -> Facts:
@@ -293,27 +357,40 @@ def interrupted_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: in
     with monkeypatch.context() as patch:
         patch.setattr(index_module, "facts_of", counted)
         with pytest.raises(KeyboardInterrupt) if after < 4 else nullcontext():
-            index_scans(find_scans([], [tmp_path / "pool"]), set(), 1, journal=tmp_path / ".journal")
+            index_scans(
+                find_scans([], [tmp_path / "pool"]), set(), 1, journal=tmp_path / ".journal"
+            )
     return read
 
 
 @pytest.fixture
 def pool_of_4(tmp_path: Path) -> Path:
-    for name, array in (("a", ct(0)), ("b", mr(1)), ("c", np.full((16, 16, 16), 3, np.int16)), ("d", ct(1))):
+    for name, array in (
+        ("a", ct(0)),
+        ("b", mr(1)),
+        ("c", np.full((16, 16, 16), 3, np.int16)),
+        ("d", ct(1)),
+    ):
         save(tmp_path / "pool" / f"{name}.nii.gz", array)
     return tmp_path
 
 
-def test_an_index_that_was_cut_short_goes_on_where_it_stopped(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_was_cut_short_goes_on_where_it_stopped(
+    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = make_index(pool_of_4 / "pool")
     assert interrupted_index(pool_of_4, monkeypatch, 3) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["d.nii.gz"]
-    index = index_scans(find_scans([], [pool_of_4 / "pool"]), set(), 1, journal=pool_of_4 / ".journal")
+    index = index_scans(
+        find_scans([], [pool_of_4 / "pool"]), set(), 1, journal=pool_of_4 / ".journal"
+    )
     assert index.rows == whole.rows
     np.testing.assert_array_equal(index.ct_samples_hu, whole.ct_samples_hu)
 
 
-def test_a_file_that_changed_meanwhile_is_read_again(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changed_meanwhile_is_read_again(
+    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupted_index(pool_of_4, monkeypatch, 2)
     before = (pool_of_4 / "pool" / "b.nii.gz").stat()
     save(pool_of_4 / "pool" / "b.nii.gz", mr(2))
@@ -321,14 +398,24 @@ def test_a_file_that_changed_meanwhile_is_read_again(pool_of_4: Path, monkeypatc
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["b.nii.gz", "c.nii.gz", "d.nii.gz"]
 
 
-def test_another_modality_asked_for_reads_the_scans_again(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_modality_asked_for_reads_the_scans_again(
+    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupted_index(pool_of_4, monkeypatch, 4)
-    index = index_scans(find_scans([], [pool_of_4 / "pool"]), set(), 1, "MR", journal=pool_of_4 / ".journal")
-    assert {row.modality_rule for row in index.usable} == {"--modality"} and not index.ct_samples_hu.size
+    index = index_scans(
+        find_scans([], [pool_of_4 / "pool"]), set(), 1, "MR", journal=pool_of_4 / ".journal"
+    )
+    assert {row.modality_rule for row in index.usable} == {
+        "--modality"
+    } and not index.ct_samples_hu.size
 
 
-@pytest.mark.parametrize("torn", [b'["abc", {"status": "o', b"\x00\x00\n", b'["abc", {"what": 1}]\n'])
-def test_a_torn_journal_loses_its_last_line_only(pool_of_4: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes) -> None:
+@pytest.mark.parametrize(
+    "torn", [b'["abc", {"status": "o', b"\x00\x00\n", b'["abc", {"what": 1}]\n']
+)
+def test_a_torn_journal_loses_its_last_line_only(
+    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+) -> None:
     interrupted_index(pool_of_4, monkeypatch, 2)
     journal = pool_of_4 / ".journal"
     lines = journal.read_bytes()
@@ -350,15 +437,21 @@ def test_a_folder_of_slices_has_a_stamp_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "1" / "a.dcm").write_text("x")
     shutil.copytree(tmp_path / "1", tmp_path / "2")
     (tmp_path / "2" / "b.dcm").write_text("y")
-    assert stamp_of(tmp_path / "1") != stamp_of(tmp_path / "2") and stamp_of(tmp_path / "gone") == ""
+    assert (
+        stamp_of(tmp_path / "1") != stamp_of(tmp_path / "2") and stamp_of(tmp_path / "gone") == ""
+    )
     assert stamp_of(tmp_path) != stamp_of(tmp_path, deep=True)
 
 
-def test_headers_tell_what_they_can_before_any_voxel_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_tell_what_they_can_before_any_voxel_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     save(tmp_path / "pool" / "b.nii.gz", np.zeros((2, 16, 16), np.int16))
     read = []
-    monkeypatch.setattr(index_module, "facts_of", lambda task: read.append(task.path.name) or Facts("constant", "x"))
+    monkeypatch.setattr(
+        index_module, "facts_of", lambda task: read.append(task.path.name) or Facts("constant", "x")
+    )
     assert statuses(make_index(tmp_path / "pool")) == {"a": "constant", "b": "tiny"}
     assert read == ["a.nii.gz"]
 
@@ -379,8 +472,10 @@ def test_items_are_handed_out_a_few_chunks_ahead_of_the_results() -> None:
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    names = "id,dataset,case,channel,modality,source,shape_vox,spacing_mm,cropped_shape_vox,content_hash,status,reason,modality_rule"
-    (tmp_path / "scans.csv").write_text(f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n")
+    names = "id,dataset,case,channel,modality,source,shape_vox,spacing_mm,cropped_shape_vox,content_hash,status,reason,modality_rule"  # noqa: E501
+    (tmp_path / "scans.csv").write_text(
+        f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n"
+    )
     row = read_index(tmp_path / "scans.csv")[0]
     assert (row.spacing_mm, row.subject, row.percentiles) == ((1.0, 1.0, 2.0), "", ())
 
@@ -388,9 +483,15 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 def test_many_rows_are_written_one_by_one(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     row = make_index(tmp_path / "pool").rows[0]
-    write_index(tmp_path / "scans.csv", (replace(row, id=f"pool/{n}", percentiles=(-1e-7, 0.5 * n)) for n in range(50)))
+    write_index(
+        tmp_path / "scans.csv",
+        (replace(row, id=f"pool/{n}", percentiles=(-1e-7, 0.5 * n)) for n in range(50)),
+    )
     rows = read_index(tmp_path / "scans.csv")
-    assert [r.id for r in rows] == [f"pool/{n}" for n in range(50)] and rows[3].percentiles == (-1e-7, 1.5)
+    assert [r.id for r in rows] == [f"pool/{n}" for n in range(50)] and rows[3].percentiles == (
+        -1e-7,
+        1.5,
+    )
 
 
 @pytest.fixture
@@ -404,7 +505,9 @@ def as_image(series: Path) -> Any:
     return reader.Execute()
 
 
-def test_a_series_and_its_copies_in_other_formats_and_axis_orders_are_one_scan(pet_series: Path, tmp_path: Path) -> None:
+def test_a_series_and_its_copies_in_other_formats_and_axis_orders_are_one_scan(
+    pet_series: Path, tmp_path: Path
+) -> None:
     image = as_image(pet_series)
     (tmp_path / "pool").mkdir()
     for name, copy in (
@@ -413,28 +516,47 @@ def test_a_series_and_its_copies_in_other_formats_and_axis_orders_are_one_scan(p
         ("rounded.mha", SimpleITK.Cast(image * (1 + 3e-7), SimpleITK.sitkFloat32)),
     ):
         SimpleITK.WriteImage(copy, str(tmp_path / "pool" / name))
-    index = index_scans([*find_scans([], [pet_series]), *find_scans([], [tmp_path / "pool"])], set(), 1)
+    index = index_scans(
+        [*find_scans([], [pet_series]), *find_scans([], [tmp_path / "pool"])], set(), 1
+    )
     original = index.rows[0]
-    assert (original.status, original.modality) == ("ok", "PET") and original.part.startswith("series=")
+    assert (original.status, original.modality) == ("ok", "PET") and original.part.startswith(
+        "series="
+    )
     assert {row.case: row.reason for row in index.rows[1:]} == {
-        "same": f"same voxels and spacing as {original.id}", "turned": f"same voxels and spacing as {original.id}",
-        "rounded": f"same voxels, but for rounding or scale, as {original.id}"}
+        "same": f"same voxels and spacing as {original.id}",
+        "turned": f"same voxels and spacing as {original.id}",
+        "rounded": f"same voxels, but for rounding or scale, as {original.id}",
+    }
 
 
-def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(pet_series: Path, tmp_path: Path) -> None:
+def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(
+    pet_series: Path, tmp_path: Path
+) -> None:
     (tmp_path / "pool").mkdir()
-    SimpleITK.WriteImage(SimpleITK.Cast(as_image(pet_series), SimpleITK.sitkFloat32), str(tmp_path / "pool" / "copy.nii.gz"))
+    SimpleITK.WriteImage(
+        SimpleITK.Cast(as_image(pet_series), SimpleITK.sitkFloat32),
+        str(tmp_path / "pool" / "copy.nii.gz"),
+    )
     inside = index_scans(find_scans([], [pet_series.parent]), {str(pet_series)}, 1)
-    assert {row.reason for row in inside.rows if row.status == "excluded"} == {f"excluded by the user ('{pet_series}')"}
+    assert {row.reason for row in inside.rows if row.status == "excluded"} == {
+        f"excluded by the user ('{pet_series}')"
+    }
     elsewhere = make_index(tmp_path / "pool", {str(pet_series.parent)})
-    assert [(row.status, row.reason) for row in elsewhere.rows] == [("excluded", f"same voxels as the excluded {pet_series}")]
+    assert [(row.status, row.reason) for row in elsewhere.rows] == [
+        ("excluded", f"same voxels as the excluded {pet_series}")
+    ]
 
 
-def test_a_series_is_excluded_if_an_excluded_folder_holds_some_of_its_slices(pet_series: Path, tmp_path: Path) -> None:
+def test_a_series_is_excluded_if_an_excluded_folder_holds_some_of_its_slices(
+    pet_series: Path, tmp_path: Path
+) -> None:
     for number, path in enumerate(sorted(pet_series.iterdir())):
         folder = tmp_path / "pool" / f"{number // 20}"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
     candidates = find_scans([], [tmp_path / "pool"])
     index = index_scans(candidates, {str(tmp_path / "pool" / "1")}, 1)
-    assert [row.reason for row in index.rows] == ["excluded by the user (an excluded folder holds this series too)"]
+    assert [row.reason for row in index.rows] == [
+        "excluded by the user (an excluded folder holds this series too)"
+    ]

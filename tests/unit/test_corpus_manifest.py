@@ -1,4 +1,6 @@
-"""The manifest: what the user says of scans counts, and what cannot be meant is refused or shown."""
+"""The manifest: what the user says of scans counts, and what cannot be meant is refused or
+shown.
+"""
 
 from pathlib import Path
 
@@ -19,17 +21,32 @@ def write(folder: Path, text: str) -> Path:
 
 
 def candidates(folder: Path) -> list[Candidate]:
-    return [Candidate(f"p/{n}", folder / n, "p", n, subject="found", contrast="T1w", modality="MR")
-            for n in ("a.nii.gz", "sub/b.nii.gz", "sub/c.nii.gz")]
+    return [
+        Candidate(f"p/{n}", folder / n, "p", n, subject="found", contrast="T1w", modality="MR")
+        for n in ("a.nii.gz", "sub/b.nii.gz", "sub/c.nii.gz")
+    ]
 
 
-def test_a_row_counts_more_than_what_was_found_and_an_empty_cell_says_nothing(tmp_path: Path) -> None:
-    manifest = read_manifest(write(tmp_path, f"path,subject,session,contrast,class,modality\na.nii.gz,P1,S1,,tumour,pet\n"
-                                             f"{tmp_path}/sub/b.nii.gz,,,FLAIR,,\n"))
+def test_a_row_counts_more_than_what_was_found_and_an_empty_cell_says_nothing(
+    tmp_path: Path,
+) -> None:
+    manifest = read_manifest(
+        write(
+            tmp_path,
+            f"path,subject,session,contrast,class,modality\na.nii.gz,P1,S1,,tumour,pet\n"
+            f"{tmp_path}/sub/b.nii.gz,,,FLAIR,,\n",
+        )
+    )
     described, entries = describe(candidates(tmp_path), manifest)
     assert [(c.subject, c.session, c.contrast, c.modality) for c in described] == [
-        ("P1", "S1", "T1w", "PET"), ("found", "", "FLAIR", "MR"), ("found", "", "T1w", "MR")]
-    assert entries["p/a.nii.gz"].label_class == "tumour" and set(entries) == {"p/a.nii.gz", "p/sub/b.nii.gz"}
+        ("P1", "S1", "T1w", "PET"),
+        ("found", "", "FLAIR", "MR"),
+        ("found", "", "T1w", "MR"),
+    ]
+    assert entries["p/a.nii.gz"].label_class == "tumour" and set(entries) == {
+        "p/a.nii.gz",
+        "p/sub/b.nii.gz",
+    }
 
 
 def test_a_folder_speaks_for_all_scans_in_it_and_a_file_for_itself(tmp_path: Path) -> None:
@@ -42,26 +59,42 @@ def test_tabs_a_byte_order_mark_capitals_and_quoted_commas_are_read(tmp_path: Pa
     assert list(manifest.entries.values()) == [Entry(label_class="left, upper")]
 
 
-def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "nnunet_autoreg")
-    manifest = read_manifest(write(tmp_path, "path,subject\na.nii.gz,1\ngone.nii.gz,2\nmanifest.csv,3\n"))
+    manifest = read_manifest(
+        write(tmp_path, "path,subject\na.nii.gz,1\ngone.nii.gz,2\nmanifest.csv,3\n")
+    )
     describe(candidates(tmp_path), manifest)
     assert "1 scans are described by 1 of 3 rows" in caplog.text
-    assert f"1 paths do not exist, the first is 'gone.nii.gz'; they are relative to {tmp_path}" in caplog.text
-    assert f"1 paths hold no scan of the inputs, the first is '{tmp_path / 'manifest.csv'}'" in caplog.text
+    assert (
+        f"1 paths do not exist, the first is 'gone.nii.gz'; they are relative to {tmp_path}"
+        in caplog.text
+    )
+    assert (
+        f"1 paths hold no scan of the inputs, the first is '{tmp_path / 'manifest.csv'}'"
+        in caplog.text
+    )
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("path,subjekt\na.nii.gz,1\n", "unknown column 'subjekt'; did you mean 'subject'?"),
-    ("file,subject\na.nii.gz,1\n", "unknown column 'file'"),
-    ("subject\n1\n", "the column 'path' is missing"),
-    ("", "the column 'path' is missing"),
-    ("path,path\na,b\n", "the column 'path' stands there twice"),
-    ("path,subject\na.nii.gz,1,2\n", "row 1 has more cells than the first line"),
-    ("path,subject\na.nii.gz,1\n,2\n", "row 2 has no path"),
-    ("path,subject\na.nii.gz,1\n./sub/../a.nii.gz,2\n", "row 2 names ./sub/../a.nii.gz a second time"),
-    ('path,subject\n"a.nii.gz,1\n', "no CSV file"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("path,subjekt\na.nii.gz,1\n", "unknown column 'subjekt'; did you mean 'subject'?"),
+        ("file,subject\na.nii.gz,1\n", "unknown column 'file'"),
+        ("subject\n1\n", "the column 'path' is missing"),
+        ("", "the column 'path' is missing"),
+        ("path,path\na,b\n", "the column 'path' stands there twice"),
+        ("path,subject\na.nii.gz,1,2\n", "row 1 has more cells than the first line"),
+        ("path,subject\na.nii.gz,1\n,2\n", "row 2 has no path"),
+        (
+            "path,subject\na.nii.gz,1\n./sub/../a.nii.gz,2\n",
+            "row 2 names ./sub/../a.nii.gz a second time",
+        ),
+        ('path,subject\n"a.nii.gz,1\n', "no CSV file"),
+    ],
+)
 def test_a_manifest_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         read_manifest(write(tmp_path, text))

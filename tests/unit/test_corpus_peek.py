@@ -1,4 +1,6 @@
-"""The quick look at headers: the same as SimpleITK's where all is plain, and no answer elsewhere."""
+"""The quick look at headers: the same as SimpleITK's where all is plain, and no answer
+elsewhere.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from nnunet_autoreg.corpus.peek import peek
 from nnunet_autoreg.corpus.read import ScanHeader
 
 
-def save(path: Path, array: Any, spacing: tuple[float, ...] = (1.5, 1.25, 2.0), vector: bool = False) -> Path:
+def save(
+    path: Path, array: Any, spacing: tuple[float, ...] = (1.5, 1.25, 2.0), vector: bool = False
+) -> Path:
     image = SimpleITK.GetImageFromArray(array, isVector=vector)
     image.SetSpacing(spacing)
     SimpleITK.WriteImage(image, str(path), useCompression=path.name.startswith("small"))
@@ -40,7 +44,11 @@ def test_whatever_is_not_plain_gets_no_answer(tmp_path: Path) -> None:
     (tmp_path / "text.nii.gz").write_bytes(b"\x1f\x8b nonsense")
     (tmp_path / "empty.mha").touch()
     odd = [
-        tmp_path / "m.nii", tmp_path / "text.nii", tmp_path / "text.nii.gz", tmp_path / "empty.mha", tmp_path / "gone.nii",
+        tmp_path / "m.nii",
+        tmp_path / "text.nii",
+        tmp_path / "text.nii.gz",
+        tmp_path / "empty.mha",
+        tmp_path / "gone.nii",
         save(tmp_path / "a.nrrd", PLAIN),
         save(tmp_path / "4d.nii", np.zeros((3, 8, 9, 10), np.int16), (1.0, 1.0, 1.0, 1.0)),
         save(tmp_path / "thin.mha", PLAIN[:2]),
@@ -53,7 +61,9 @@ def test_whatever_is_not_plain_gets_no_answer(tmp_path: Path) -> None:
 
 
 def test_real_scans_are_seen_as_simpleitk_sees_them(shared_data: Path) -> None:
-    paths = [min((d / "imagesTr").iterdir()) for d in sorted((shared_data / "nnUNet_raw").iterdir())]
+    paths = [
+        min((d / "imagesTr").iterdir()) for d in sorted((shared_data / "nnUNet_raw").iterdir())
+    ]
     for path in paths:
         reader: Any = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))

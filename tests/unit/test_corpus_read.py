@@ -18,7 +18,9 @@ def noise(shape: tuple[int, ...] = (16, 18, 20), seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 1000, shape).astype(np.int16)
 
 
-def save(path: Path, array: Any, spacing: tuple[float, ...] = (1.0, 1.0, 2.0), vector: bool = False) -> Path:
+def save(
+    path: Path, array: Any, spacing: tuple[float, ...] = (1.0, 1.0, 2.0), vector: bool = False
+) -> Path:
     image = SimpleITK.GetImageFromArray(array, isVector=vector)
     if image.GetDimension() == len(spacing):
         image.SetSpacing(spacing)
@@ -51,7 +53,12 @@ def test_every_format_is_read_in_zyx_order_and_turned_to_ras(tmp_path: Path, end
 def test_names_with_spaces_and_umlauts_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "Präparat ä ö"
     folder.mkdir()
-    assert read.load_scan(save(folder / "Schädel 1 größer.nii.gz", noise())).array_CZYX.shape == (1, 16, 18, 20)
+    assert read.load_scan(save(folder / "Schädel 1 größer.nii.gz", noise())).array_CZYX.shape == (
+        1,
+        16,
+        18,
+        20,
+    )
 
 
 def test_a_truncated_gzip_is_noticed_though_itk_fills_it_with_zeros(tmp_path: Path) -> None:
@@ -126,10 +133,14 @@ def test_a_slice_is_not_3d(tmp_path: Path) -> None:
 
 
 def test_a_series_is_4d_but_one_volume_with_a_fourth_axis_is_a_scan(tmp_path: Path) -> None:
-    status, reason = status_of(save(tmp_path / "a.nii.gz", noise((3, 16, 18, 20)).astype(np.float32)))
+    status, reason = status_of(
+        save(tmp_path / "a.nii.gz", noise((3, 16, 18, 20)).astype(np.float32))
+    )
     assert status == "4d" and "3 volumes" in reason
     for name in ("b.nii.gz", "b.mha"):
-        scan = read.load_scan(save(tmp_path / name, noise((1, 16, 18, 20)).astype(np.float32), (1.0, 1.0, 2.0, 1.0)))
+        scan = read.load_scan(
+            save(tmp_path / name, noise((1, 16, 18, 20)).astype(np.float32), (1.0, 1.0, 2.0, 1.0))
+        )
         assert scan.array_CZYX.shape == (1, 16, 18, 20) and scan.spacing_mm == (2.0, 1.0, 1.0)
 
 
@@ -159,14 +170,18 @@ def test_a_constant_scan_is_refused_with_its_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
-def test_impossible_voxel_sizes_are_noticed_though_itk_replaces_them(tmp_path: Path, size: float) -> None:
+def test_impossible_voxel_sizes_are_noticed_though_itk_replaces_them(
+    tmp_path: Path, size: float
+) -> None:
     path = patch(save(tmp_path / "a.nii", noise()), (80, "3f", (size, 1, 2)))
     assert status_of(path)[0] == "spacing"
 
 
 def test_a_zero_voxel_size_in_other_formats_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.mha", noise())
-    path.write_bytes(path.read_bytes().replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2"))
+    path.write_bytes(
+        path.read_bytes().replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2")
+    )
     assert status_of(path)[0] == "spacing"
 
 
@@ -186,12 +201,18 @@ def test_sheared_axes_are_refused_in_every_format(tmp_path: Path) -> None:
     nrrd = save(tmp_path / "a.nrrd", noise())
     nrrd.write_bytes(nrrd.read_bytes().replace(b"(1,0,0)", b"(1,.5,0)"))
     assert status_of(nrrd)[0] == "direction"
-    rows = [(280, "4f", (0.9, 0.43589, 0, 0)), (296, "4f", (0.43589, 0.9, 0, 0)), (312, "4f", (0, 0, 2, 0))]
+    rows = [
+        (280, "4f", (0.9, 0.43589, 0, 0)),
+        (296, "4f", (0.43589, 0.9, 0, 0)),
+        (312, "4f", (0, 0, 2, 0)),
+    ]
     only_sform = [(252, "2h", (0, 1)), *rows]
     assert status_of(patch(save(tmp_path / "b.nii", noise()), *only_sform))[0] == "direction"
 
 
-def test_qform_and_sform_at_odds_are_refused_unless_the_sform_is_a_registration(tmp_path: Path) -> None:
+def test_qform_and_sform_at_odds_are_refused_unless_the_sform_is_a_registration(
+    tmp_path: Path,
+) -> None:
     rows = [(280, "4f", (3, 0, 0, 0)), (296, "4f", (0, 3, 0, 0)), (312, "4f", (0, 0, 3, 0))]
     status, reason = status_of(patch(save(tmp_path / "a.nii", noise()), (252, "2h", (1, 1)), *rows))
     assert status == "direction" and "1, 1, 2 mm against 3, 3, 3 mm" in reason
@@ -200,17 +221,26 @@ def test_qform_and_sform_at_odds_are_refused_unless_the_sform_is_a_registration(
 
 
 def test_few_slices_pass_and_fewer_than_four_do_not(tmp_path: Path) -> None:
-    assert read.load_scan(save(tmp_path / "a.nii.gz", noise((6, 20, 20)))).array_CZYX.shape == (1, 6, 20, 20)
+    assert read.load_scan(save(tmp_path / "a.nii.gz", noise((6, 20, 20)))).array_CZYX.shape == (
+        1,
+        6,
+        20,
+        20,
+    )
     assert status_of(save(tmp_path / "b.nii.gz", noise((3, 20, 20))))[0] == "tiny"
     nearly_empty = np.zeros((16, 16, 16), np.int16)
     nearly_empty[5:7, 2:12, 2:12] = noise((2, 10, 10)) + 1
     assert status_of(save(tmp_path / "c.nii.gz", nearly_empty))[0] == "tiny"
 
 
-def test_a_volume_beyond_memory_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_volume_beyond_memory_is_refused_with_the_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(read, "_memory_bytes", lambda: 8 * 2**30)
     read.check_memory((512, 512, 500))
-    with pytest.raises(ScanError, match="need about 48 GiB of memory, this machine has 8") as caught:
+    with pytest.raises(
+        ScanError, match="need about 48 GiB of memory, this machine has 8"
+    ) as caught:
         read.check_memory((1024, 1024, 1024))
     assert caught.value.status == "huge"
 
@@ -222,7 +252,9 @@ def test_a_label_map_is_told_by_few_whole_numbers(tmp_path: Path) -> None:
 
 
 def test_a_map_of_many_organs_is_told_by_its_areas(tmp_path: Path) -> None:
-    organs = np.repeat(np.repeat(np.repeat(np.arange(1, 28).reshape(3, 3, 3), 8, 0), 8, 1), 8, 2).astype(np.uint8)
+    organs = np.repeat(
+        np.repeat(np.repeat(np.arange(1, 28).reshape(3, 3, 3), 8, 0), 8, 1), 8, 2
+    ).astype(np.uint8)
     assert status_of(save(tmp_path / "organs.nii.gz", organs))[0] == "labelmap"
 
 
@@ -243,7 +275,9 @@ def test_real_scans_pass_and_real_label_maps_do_not(shared_data: Path) -> None:
     assert status_of(shared_data / "nifti" / "example_seg.nii.gz")[0] == "labelmap"
 
 
-def test_what_libraries_print_is_caught_and_stderr_comes_back(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_libraries_print_is_caught_and_stderr_comes_back(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with read.quiet_stderr() as said:
         os.write(2, b"noise from C++\n")
         assert "noise from C++" in said()
@@ -277,10 +311,14 @@ def test_the_datatype_counts_and_not_bitpix(tmp_path: Path, bits: int, ending: s
 
     found = read.load_scan(path)
 
-    np.testing.assert_array_equal(found.array_CZYX, read.load_scan(save(tmp_path / "right.nii", noise())).array_CZYX)
+    np.testing.assert_array_equal(
+        found.array_CZYX, read.load_scan(save(tmp_path / "right.nii", noise())).array_CZYX
+    )
 
 
-@pytest.mark.parametrize("rest", [b"x", b"garbage at the end of the file", b"\0" * 512, b"\0" * 5 + b"rest"])
+@pytest.mark.parametrize(
+    "rest", [b"x", b"garbage at the end of the file", b"\0" * 512, b"\0" * 5 + b"rest"]
+)
 def test_what_follows_a_gzip_stream_is_passed_over(tmp_path: Path, rest: bytes) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
     path.write_bytes(path.read_bytes() + rest)

@@ -15,16 +15,28 @@ from nnunet_autoreg.corpus.manifest import describe, read_manifest
 from nnunet_autoreg.corpus.read import load_scan
 
 ACQUISITION, TEMPORAL, TRIGGER, ECHO = "t00200012", "t00200100", "t00181060", "t00180081"
-INVERSION, FLIP, B_VALUE, GRADIENT, THICKNESS = "t00180082", "t00181314", "t00189087", "t00189089", "t00180050"
+INVERSION, FLIP, B_VALUE, GRADIENT, THICKNESS = (
+    "t00180082",
+    "t00181314",
+    "t00189087",
+    "t00189089",
+    "t00180050",
+)
 IMAGE_TYPE = "t00080008"
 
 
 def write_pass(folder: Path, array: Any, first: int, heights: Sequence[float], **tags: Any) -> None:
-    """One pass of the series 1.2.3: slices at ``heights`` mm, instance numbers from ``first`` on."""
+    """One pass of the series 1.2.3: slices at ``heights`` mm, instance numbers from ``first``
+    on.
+    """
     for number, (pixels, height) in enumerate(zip(array, heights, strict=True), start=first):
         uid = {"t00080018": ("UI", f"1.2.3.9.{number}"), "t00200013": ("IS", str(number)), **tags}
         sop_class = uid.pop("sop_class", d.MR)
-        d.write(folder / f"{number:04d}.dcm", d.slice_values(number, sop_class=sop_class, z_mm=height, **uid), pixels)
+        d.write(
+            folder / f"{number:04d}.dcm",
+            d.slice_values(number, sop_class=sop_class, z_mm=height, **uid),
+            pixels,
+        )
 
 
 def usable(folder: Path, split_4d: bool = False) -> list[Candidate]:
@@ -40,7 +52,9 @@ def turned(array: Any) -> np.ndarray:
 
 
 def is_one_of(array: np.ndarray, others: Sequence[Any]) -> bool:
-    return any(array.shape == other.shape and bool((array == turned(other)).all()) for other in others)
+    return any(
+        array.shape == other.shape and bool((array == turned(other)).all()) for other in others
+    )
 
 
 MARKS = {
@@ -53,12 +67,17 @@ MARKS = {
     "gradient direction": [{GRADIENT: ("FD", n)} for n in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])],
     "instance number": [{}, {}],
 }
-COVERAGES = {"shifted": [4.0 + 2 * k for k in range(8)], "longer": [2.0 * k for k in range(8)] + [16.0]}
+COVERAGES = {
+    "shifted": [4.0 + 2 * k for k in range(8)],
+    "longer": [2.0 * k for k in range(8)] + [16.0],
+}
 
 
 @pytest.mark.parametrize("coverage", COVERAGES)
 @pytest.mark.parametrize("mark", MARKS)
-def test_volumes_of_other_coverage_are_stacks_of_their_own(tmp_path: Path, mark: str, coverage: str) -> None:
+def test_volumes_of_other_coverage_are_stacks_of_their_own(
+    tmp_path: Path, mark: str, coverage: str
+) -> None:
     second = COVERAGES[coverage]
     arrays = [d.volume(8), d.volume(len(second), seed=1)]
     write_pass(tmp_path / "pool", arrays[0], 1, [2.0 * k for k in range(8)], **MARKS[mark][0])
@@ -75,7 +94,14 @@ def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str) ->
     arrays = [d.volume(8), d.volume(8, seed=1)]
     for number, offset in enumerate((0.0, 1.0)):
         heights = [offset + 2.0 * k for k in range(8)]
-        write_pass(tmp_path / "pool", arrays[number], 1 + 100 * number, heights, **{THICKNESS: ("DS", "2.0")}, **MARKS[mark][number])
+        write_pass(
+            tmp_path / "pool",
+            arrays[number],
+            1 + 100 * number,
+            heights,
+            **{THICKNESS: ("DS", "2.0")},
+            **MARKS[mark][number],
+        )
 
     found = usable(tmp_path / "pool")
 
@@ -86,12 +112,20 @@ def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str) ->
 def test_every_stack_of_a_series_has_a_place_of_its_own(tmp_path: Path) -> None:
     for number, first in enumerate((0.0, 5.0)):
         heights = [first + 2.0 * k for k in range(8)]
-        write_pass(tmp_path / "pool", d.volume(8, seed=number), 1 + 100 * number, heights, **MARKS["echo"][number])
+        write_pass(
+            tmp_path / "pool",
+            d.volume(8, seed=number),
+            1 + 100 * number,
+            heights,
+            **MARKS["echo"][number],
+        )
 
     grids = [grid_of_scan(c.path, c.part) for c in usable(tmp_path / "pool")]
 
     assert sorted(grid.origin_mm[2] for grid in grids) == [0.0, 5.0]
-    assert all(grid.shape_vox == (8, 18, 20) and grid.spacing_mm == (2.0, 1.5, 1.0) for grid in grids)
+    assert all(
+        grid.shape_vox == (8, 18, 20) and grid.spacing_mm == (2.0, 1.5, 1.0) for grid in grids
+    )
 
 
 def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path) -> None:
@@ -110,7 +144,13 @@ def test_slabs_side_by_side_stay_one_volume(tmp_path: Path) -> None:
     array = d.volume(16)
     for number in range(4):
         heights = [2.0 * (4 * number + k) for k in range(4)]
-        write_pass(tmp_path / "pool", array[4 * number:4 * number + 4], 1 + 4 * number, heights, **{ACQUISITION: ("IS", str(number + 1))})
+        write_pass(
+            tmp_path / "pool",
+            array[4 * number : 4 * number + 4],
+            1 + 4 * number,
+            heights,
+            **{ACQUISITION: ("IS", str(number + 1))},
+        )
 
     (found,) = usable(tmp_path / "pool")
 
@@ -135,13 +175,23 @@ def test_the_second_pass_may_run_backwards(tmp_path: Path) -> None:
     assert len(found) == 2 and all(is_one_of(voxels(one), arrays) for one in found)
 
 
-@pytest.mark.parametrize("mark", ["acquisition", "inversion time", "flip angle", "gradient direction"])
-def test_volumes_at_the_same_places_are_split_by_what_tells_them_apart(tmp_path: Path, mark: str) -> None:
+@pytest.mark.parametrize(
+    "mark", ["acquisition", "inversion time", "flip angle", "gradient direction"]
+)
+def test_volumes_at_the_same_places_are_split_by_what_tells_them_apart(
+    tmp_path: Path, mark: str
+) -> None:
     arrays = [d.volume(8), d.volume(8, seed=1)]
     for number in range(2):
         for k in range(8):
             # Instance numbers run through both volumes of a slice before the next slice.
-            write_pass(tmp_path / "pool", arrays[number][k:k + 1], 1 + 2 * k + number, [2.0 * k], **MARKS[mark][number])
+            write_pass(
+                tmp_path / "pool",
+                arrays[number][k : k + 1],
+                1 + 2 * k + number,
+                [2.0 * k],
+                **MARKS[mark][number],
+            )
 
     (refused,) = find_scans([], [tmp_path / "pool"])
     found = usable(tmp_path / "pool", split_4d=True)
@@ -154,7 +204,7 @@ def test_instance_numbers_that_run_slice_by_slice_give_the_order(tmp_path: Path)
     arrays = [d.volume(8, seed=n) for n in range(3)]
     for k in range(8):
         for number in range(3):
-            write_pass(tmp_path / "pool", arrays[number][k:k + 1], 1 + 3 * k + number, [2.0 * k])
+            write_pass(tmp_path / "pool", arrays[number][k : k + 1], 1 + 3 * k + number, [2.0 * k])
 
     found = usable(tmp_path / "pool", split_4d=True)
 
@@ -164,14 +214,20 @@ def test_instance_numbers_that_run_slice_by_slice_give_the_order(tmp_path: Path)
 
 
 def test_diffusion_directions_of_several_b_values_are_split(tmp_path: Path) -> None:
-    marks = [(0.0, None), (500.0, [1.0, 0.0, 0.0]), (500.0, [0.0, 1.0, 0.0]), (1000.0, [1.0, 0.0, 0.0]), (1000.0, [0.0, 1.0, 0.0])]
+    marks = [
+        (0.0, None),
+        (500.0, [1.0, 0.0, 0.0]),
+        (500.0, [0.0, 1.0, 0.0]),
+        (1000.0, [1.0, 0.0, 0.0]),
+        (1000.0, [0.0, 1.0, 0.0]),
+    ]
     arrays = [d.volume(8, seed=n) for n in range(len(marks))]
     # Nothing follows from the instance numbers here.
     numbers = np.random.default_rng(0).permutation(len(marks) * 8).reshape(len(marks), 8)
     for (b_value, direction), array, of_volume in zip(marks, arrays, numbers, strict=True):
         tags = {B_VALUE: ("FD", [b_value])} | ({GRADIENT: ("FD", direction)} if direction else {})
         for k in range(8):
-            write_pass(tmp_path / "pool", array[k:k + 1], int(of_volume[k]), [2.0 * k], **tags)
+            write_pass(tmp_path / "pool", array[k : k + 1], int(of_volume[k]), [2.0 * k], **tags)
 
     (refused,) = find_scans([], [tmp_path / "pool"])
     found = usable(tmp_path / "pool", split_4d=True)
@@ -194,18 +250,30 @@ def test_one_sop_instance_for_all_files_does_not_make_them_copies(tmp_path: Path
 
 
 @pytest.mark.parametrize(("step", "decimals"), [(0.625, 1), (1.25, 1), (0.7, 1), (3.3, 0)])
-def test_rounded_positions_are_even_within_their_rounding(tmp_path: Path, step: float, decimals: int) -> None:
+def test_rounded_positions_are_even_within_their_rounding(
+    tmp_path: Path, step: float, decimals: int
+) -> None:
     heights = [round(-50 + step * k, decimals) for k in range(32)]
     write_pass(tmp_path / "pool", d.volume(32), 1, heights, sop_class=d.CT)
 
     (found,) = usable(tmp_path / "pool")
 
-    assert load_scan(found.path, found.part).spacing_mm[0] == pytest.approx(step, abs=10**-decimals / 31)
+    assert load_scan(found.path, found.part).spacing_mm[0] == pytest.approx(
+        step, abs=10**-decimals / 31
+    )
 
 
-@pytest.mark.parametrize("heights", [
-    [0.0, 0.6, 1.2, 1.8, 2.4, 3.1, 3.8, 4.5, 5.2], [0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0], [0.0, 2.0, 4.0, 6.5, 8.0, 10.0]])  # fmt: skip
-def test_what_rounding_does_not_explain_is_still_refused(tmp_path: Path, heights: list[float]) -> None:
+@pytest.mark.parametrize(
+    "heights",
+    [
+        [0.0, 0.6, 1.2, 1.8, 2.4, 3.1, 3.8, 4.5, 5.2],
+        [0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+        [0.0, 2.0, 4.0, 6.5, 8.0, 10.0],
+    ],
+)
+def test_what_rounding_does_not_explain_is_still_refused(
+    tmp_path: Path, heights: list[float]
+) -> None:
     write_pass(tmp_path / "pool", d.volume(len(heights)), 1, heights)
 
     (found,) = find_scans([], [tmp_path / "pool"])
@@ -214,7 +282,14 @@ def test_what_rounding_does_not_explain_is_still_refused(tmp_path: Path, heights
 
 
 def derived(folder: Path, words: str, **tags: Any) -> Path:
-    return d.write_series(folder, d.volume(seed=5), sop_class=d.MR, series="1.4", **{IMAGE_TYPE: ("CS", words)}, **tags)
+    return d.write_series(
+        folder,
+        d.volume(seed=5),
+        sop_class=d.MR,
+        series="1.4",
+        **{IMAGE_TYPE: ("CS", words)},
+        **tags,
+    )
 
 
 def test_secondary_images_are_used_where_nothing_better_is_there(tmp_path: Path) -> None:
@@ -228,7 +303,9 @@ def test_secondary_images_are_used_where_nothing_better_is_there(tmp_path: Path)
 def test_secondary_images_give_way_to_originals_of_their_study_only(tmp_path: Path) -> None:
     derived(tmp_path / "pool" / "a", "DERIVED\\SECONDARY")
     other_study = {"t0020000D": ("UI", "1.2.78")}
-    d.write_series(tmp_path / "pool" / "b", d.volume(seed=6), sop_class=d.MR, series="1.5", **other_study)
+    d.write_series(
+        tmp_path / "pool" / "b", d.volume(seed=6), sop_class=d.MR, series="1.5", **other_study
+    )
     assert len(usable(tmp_path / "pool")) == 2
 
     d.write_series(tmp_path / "pool" / "c", d.volume(seed=7), sop_class=d.MR, series="1.6")
@@ -251,24 +328,41 @@ def test_a_manifest_overrules_that_images_are_derived(tmp_path: Path, words: str
 
     assert sorted(c.status for c in found) == ["", "derived"] == sorted(c.status for c in of_all)
     assert [c.status for c in described] == ["", ""]
-    assert [row.status for row in index_scans(found, set(), 1, salt="x", manifest=read_manifest(tmp_path / "m.csv")).rows] == ["ok", "ok"]
+    assert [
+        row.status
+        for row in index_scans(
+            found, set(), 1, salt="x", manifest=read_manifest(tmp_path / "m.csv")
+        ).rows
+    ] == ["ok", "ok"]
 
 
 def test_a_mosaic_is_named_with_the_tool_that_converts_it(tmp_path: Path) -> None:
     for number in range(3):
-        tags = {IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\M\\ND\\MOSAIC"), ACQUISITION: ("IS", str(number))}
+        tags = {
+            IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\M\\ND\\MOSAIC"),
+            ACQUISITION: ("IS", str(number)),
+        }
         write_pass(tmp_path / "pool", d.volume(1, seed=number), number, [0.0], **tags)
 
     (found,) = find_scans([], [tmp_path / "pool"])
 
-    assert found.status == "mosaic" and "dcm2niix" in found.reason and "--split-4d" not in found.reason
+    assert (
+        found.status == "mosaic" and "dcm2niix" in found.reason and "--split-4d" not in found.reason
+    )
 
 
 @pytest.mark.parametrize(("same_patient", "warned"), [(True, True), (False, False)])
-def test_one_patient_id_for_everybody_is_warned_of(tmp_path: Path, caplog: Any, same_patient: bool, warned: bool) -> None:
+def test_one_patient_id_for_everybody_is_warned_of(
+    tmp_path: Path, caplog: Any, same_patient: bool, warned: bool
+) -> None:
     for number in range(3):
-        tags = {"t00100020": ("LO", "ANONYMOUS" if same_patient else f"P{number}"), "t0020000D": ("UI", f"1.7.{number}")}
-        d.write_series(tmp_path / "pool" / str(number), d.volume(seed=number), series=f"1.8.{number}", **tags)
+        tags = {
+            "t00100020": ("LO", "ANONYMOUS" if same_patient else f"P{number}"),
+            "t0020000D": ("UI", f"1.7.{number}"),
+        }
+        d.write_series(
+            tmp_path / "pool" / str(number), d.volume(seed=number), series=f"1.8.{number}", **tags
+        )
 
     index_scans(find_scans([], [tmp_path / "pool"], salt="x"), set(), 1, salt="x")
 

@@ -1,4 +1,6 @@
-"""``dataset.json`` by nnU-Net's rules: channels by position, listed files, case ids with dots, regions."""
+"""``dataset.json`` by nnU-Net's rules: channels by position, listed files, case ids with dots,
+regions.
+"""
 
 import json
 from pathlib import Path
@@ -90,11 +92,16 @@ def listed_dataset(root: Path) -> Path:
     for number in range(2):
         write_image(root / "store" / f"p{number}.nii.gz", scan(number))
         write_image(root / "store" / f"p{number}_truth.nii.gz", label_map())
-    entries = {f"p{n}": {"images": [f"$MY_SCANS/p{n}.nii.gz"], "label": f"${{MY_SCANS}}/p{n}_truth.nii.gz"} for n in range(2)}
+    entries = {
+        f"p{n}": {"images": [f"$MY_SCANS/p{n}.nii.gz"], "label": f"${{MY_SCANS}}/p{n}_truth.nii.gz"}
+        for n in range(2)
+    }
     return describe(root / "Dataset032_Listed", dataset=entries)
 
 
-def test_variables_in_listed_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_in_listed_paths_are_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = listed_dataset(tmp_path)
     monkeypatch.setenv("MY_SCANS", str(tmp_path / "store"))
 
@@ -103,7 +110,9 @@ def test_variables_in_listed_paths_are_expanded(tmp_path: Path, monkeypatch: pyt
     assert [c.path for c in found] == [tmp_path / "store" / f"p{n}.nii.gz" for n in range(2)]
 
 
-def test_a_variable_that_is_not_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_is_not_set_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = listed_dataset(tmp_path)
     monkeypatch.delenv("MY_SCANS", raising=False)
 
@@ -113,7 +122,9 @@ def test_a_variable_that_is_not_set_is_named(tmp_path: Path, monkeypatch: pytest
     assert all("$MY_SCANS" in c.reason and "export" in c.reason for c in found)
 
 
-def test_listed_label_maps_give_places_and_are_no_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listed_label_maps_give_places_and_are_no_scans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listed_dataset(tmp_path)
     monkeypatch.setenv("MY_SCANS", str(tmp_path / "store"))
 
@@ -123,13 +134,18 @@ def test_listed_label_maps_give_places_and_are_no_scans(tmp_path: Path, monkeypa
     rows = [row for row in read_index(tmp_path / "scans.csv") if row.status == "ok"]
 
     assert [c.status for c in found if c.path.name.endswith("_truth.nii.gz")] == ["labels"] * 2
-    assert [label_map_of(row) for row in rows] == [tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)]
+    assert [label_map_of(row) for row in rows] == [
+        tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)
+    ]
     assert {place.structure for place in places_of_labels(rows, 1)} == {"Dataset032: a, MRI"}
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {-1, 0, 1}
 
 
 def test_a_listed_file_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
-    folder = describe(tmp_path / "Dataset033_Gone", dataset={"p": {"images": ["gone.nii.gz"], "label": "l.nii.gz"}})
+    folder = describe(
+        tmp_path / "Dataset033_Gone",
+        dataset={"p": {"images": ["gone.nii.gz"], "label": "l.nii.gz"}},
+    )
 
     (found,) = find_scans([], [folder])
 
@@ -139,7 +155,9 @@ def test_a_listed_file_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
 def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> None:
     cases = [f"1.3.6.1.4.1.{n}" for n in (100, 101)]
     rows = rows_of(make_dataset(tmp_path, cases))
-    (tmp_path / "boxes.csv").write_text(f"scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n{cases[0]}_0000,a,1,1,1,3,3,3\n1,b,1,1,1,3,3,3\n")
+    (tmp_path / "boxes.csv").write_text(
+        f"scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n{cases[0]}_0000,a,1,1,1,3,3,3\n1,b,1,1,1,3,3,3\n"
+    )
 
     boxes = places_of_boxes(read_boxes(tmp_path / "boxes.csv"), rows)
 
@@ -158,7 +176,12 @@ def test_a_value_of_regions_is_named_by_its_smallest_region() -> None:
 
 
 def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
-    folder = make_dataset(tmp_path, ["x", "y"], labels={"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[1, 2])
+    folder = make_dataset(
+        tmp_path,
+        ["x", "y"],
+        labels={"background": 0, "whole": [1, 2], "core": [2]},
+        regions_class_order=[1, 2],
+    )
     rows = rows_of(folder)
 
     names = {place.structure for place in places_of_labels(rows, 1)}
@@ -167,7 +190,9 @@ def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"channel_names": ["CT"]}', '{"dataset": {"p": 3}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"channel_names": ["CT"]}', '{"dataset": {"p": 3}}']
+)
 def test_what_is_no_dataset_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)
 
@@ -182,16 +207,22 @@ class Stored:
 
     shape_vox = SHAPE
 
-    def read_padded(self, start: tuple[int, ...], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def read_padded(
+        self, start: tuple[int, ...], size: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
         return np.random.default_rng(0).normal(size=size).astype(np.float32), np.ones(size, bool)
 
 
 def crops_of(folder: Path) -> list[LabelledCrop]:
     rows = rows_of(folder)
     plan = SimpleNamespace(
-        run=SimpleNamespace(seed=0), sequence=SimpleNamespace(crop_size_vox=(16, 16, 16)), encoder=SimpleNamespace(token_size_vox=(4, 4, 4))
+        run=SimpleNamespace(seed=0),
+        sequence=SimpleNamespace(crop_size_vox=(16, 16, 16)),
+        encoder=SimpleNamespace(token_size_vox=(4, 4, 4)),
     )
-    return labelled_crops(cast(Any, plan), rows, cast(Any, {row.id: Stored() for row in rows}), {rows[0].id})
+    return labelled_crops(
+        cast(Any, plan), rows, cast(Any, {row.id: Stored() for row in rows}), {rows[0].id}
+    )
 
 
 def test_the_probe_works_for_regions_and_for_case_ids_with_dots(tmp_path: Path) -> None:
@@ -203,9 +234,13 @@ def test_the_probe_works_for_regions_and_for_case_ids_with_dots(tmp_path: Path) 
     assert len(crops) == 4 and Probe(crops).works
 
 
-def test_a_probe_that_could_never_give_a_result_is_left_out_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_probe_that_could_never_give_a_result_is_left_out_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # The labels name none of the values of the label maps.
-    folder = make_dataset(tmp_path, [f"c{n}" for n in range(4)], labels={"background": 0, "other": 7})
+    folder = make_dataset(
+        tmp_path, [f"c{n}" for n in range(4)], labels={"background": 0, "other": 7}
+    )
 
     assert crops_of(folder) == []
     assert [r.levelname for r in caplog.records if "probe" in r.getMessage()] == ["WARNING"]

@@ -36,7 +36,9 @@ def scan(number: int, patient: str | None = None) -> ProbeCase:
     labels[6:9, 3:11, 3:12] = 2
     intensity = np.array([0.0, 1.0, -1.0])[labels]
     image = intensity + 0.05 * generator.normal(size=SHAPE)
-    return ProbeCase(f"case{number}", patient or f"patient{number}", image.astype(np.float32), labels)
+    return ProbeCase(
+        f"case{number}", patient or f"patient{number}", image.astype(np.float32), labels
+    )
 
 
 def intensities(image: np.ndarray) -> list[torch.Tensor]:
@@ -143,7 +145,9 @@ def test_sets_of_levels_are_scored_apart() -> None:
 def test_samples_hold_every_class_and_stand_for_all_voxels() -> None:
     case = scan(0)
 
-    sample = sample_voxels(case, intensities(case.image), SHAPE, 3, ProbeSettings(voxels_per_class=20))
+    sample = sample_voxels(
+        case, intensities(case.image), SHAPE, 3, ProbeSettings(voxels_per_class=20)
+    )
 
     assert torch.bincount(sample.labels).tolist() == [160, 20, 20]
     sizes = [float(sample.weights[sample.labels == label].sum()) for label in range(3)]

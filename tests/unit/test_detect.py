@@ -1,4 +1,6 @@
-"""The command autoreg_detect with a tiny network of random weights: what it reads, refuses, goes on with and writes."""
+"""The command autoreg_detect with a tiny network of random weights: what it reads, refuses, goes on
+with and writes.
+"""
 
 import csv
 import json
@@ -21,7 +23,12 @@ from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.infer import ScanDetector
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.predict import Options
-from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, read_scan_file, write_scan_file
+from nnunet_autoreg.detection.scanfile import (
+    Detection,
+    make_scan_file,
+    read_scan_file,
+    write_scan_file,
+)
 from nnunet_autoreg.errors import WeightsError
 
 Run = Callable[..., int]
@@ -53,7 +60,20 @@ def run(results: Path, tmp_path: Path) -> Run:
 
     def detect(*more: str) -> int:
         folds = [] if "-f" in more else ["-f", "0"]
-        code: int = main(["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu", *folds, *more])
+        code: int = main(
+            [
+                "-d",
+                "950",
+                "-i",
+                str(tmp_path / "in"),
+                "-o",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+                *folds,
+                *more,
+            ]
+        )
         return code
 
     return detect
@@ -71,12 +91,16 @@ def drawn(file: Path) -> Any:
 
 
 def take_nrrd(model: Path) -> None:
-    """Have the model's dataset end in .nrrd, of which the header alone is checked before nnU-Net reads it."""
+    """Have the model's dataset end in .nrrd, of which the header alone is checked before nnU-Net
+    reads it.
+    """
     data = json.loads((model / "dataset.json").read_text())
     (model / "dataset.json").write_text(json.dumps({**data, "file_ending": ".nrrd"}))
 
 
-def test_the_same_line_goes_on_and_every_file_is_there(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_line_goes_on_and_every_file_is_there(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert run("--csv") == 0
     (out / "b.json").unlink()
@@ -96,9 +120,14 @@ def test_results_of_another_model_are_not_gone_on_with(
     assert run() == 0
     model = found(tmp_path / "out")["model"]
     assert model["checkpoint"] == "checkpoint_final.pth" and list(model["sha256"]) == ["0"]
-    shutil.copy(results / "fold_0" / "checkpoint_final.pth", results / "fold_0" / "checkpoint_best.pth")
+    shutil.copy(
+        results / "fold_0" / "checkpoint_final.pth", results / "fold_0" / "checkpoint_best.pth"
+    )
     assert run("--checkpoint", "checkpoint_best.pth") == 2
-    assert "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'" in capsys.readouterr().err
+    assert (
+        "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
+        in capsys.readouterr().err
+    )
     # Retrained, under the old name.
     write_checkpoint(results, "0", seed=7)
     assert run() == 2
@@ -112,7 +141,10 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
     assert run() == 0
     write_scan(tmp_path / "other" / "a_0000.nii.gz", seed=5)
     assert run("-i", str(tmp_path / "other")) == 2
-    assert "a.json was made by another model, of another input or with other options (inputs: " in capsys.readouterr().err
+    assert (
+        "a.json was made by another model, of another input or with other options (inputs: "
+        in capsys.readouterr().err
+    )
     file = tmp_path / "in" / "b_0000.nii.gz"
     os.utime(file, (1, 1))
     assert run() == 2 and "b.json was made" in capsys.readouterr().err
@@ -120,22 +152,33 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
     assert run() == 0 and "1 of 2 scans were done before" in capsys.readouterr().out
 
 
-def test_what_is_to_be_drawn_in_another_way_is_done_again(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_to_be_drawn_in_another_way_is_done_again(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert run("--no-instances", "--max-boxes", "3") == 0
     frames, boxes = drawn(out / "a_boxes.nii.gz"), found(out)["boxes"]
     assert not (out / "a_instances.nii.gz").exists()
-    assert run("--max-boxes", "3") == 0 and "2 scans were done before, but are to be drawn" in capsys.readouterr().out
+    assert (
+        run("--max-boxes", "3") == 0
+        and "2 scans were done before, but are to be drawn" in capsys.readouterr().out
+    )
     assert (out / "a_instances.nii.gz").is_file()
     assert run("--max-boxes", "3", "--filled") == 0 and found(out)["boxes"] == boxes
     filled = drawn(out / "a_boxes.nii.gz")
     assert (filled > 0).sum() > (frames > 0).sum()
     # The middle of the best box is empty in frames.
-    place = tuple(int((low + high) / 2) for low, high in zip(boxes[0]["box_zyx"][:3], boxes[0]["box_zyx"][3:], strict=True))
+    place = tuple(
+        int((low + high) / 2)
+        for low, high in zip(boxes[0]["box_zyx"][:3], boxes[0]["box_zyx"][3:], strict=True)
+    )
     assert filled[place] == 1 and frames[place] != 1
     capsys.readouterr()
     # A segmentation more than was asked for does no harm.
-    assert run("--max-boxes", "3", "--filled", "--no-instances") == 0 and "2 of 2 scans were done before" in capsys.readouterr().out
+    assert (
+        run("--max-boxes", "3", "--filled", "--no-instances") == 0
+        and "2 of 2 scans were done before" in capsys.readouterr().out
+    )
 
 
 def test_a_scan_that_is_done_anew_leaves_nothing_of_the_old_run_when_it_is_cut_off(
@@ -144,15 +187,25 @@ def test_a_scan_that_is_done_anew_leaves_nothing_of_the_old_run_when_it_is_cut_o
     out = tmp_path / "out"
     assert run("--nndet") == 0
     # Everything but the JSON is written, then the power fails.
-    monkeypatch.setattr("nnunet_autoreg.detection.predict.write_scan_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "nnunet_autoreg.detection.predict.write_scan_file",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     assert run("--overwrite", "--no-instances") == 130
-    assert {f.name for f in out.iterdir() if f.name.startswith("a")} == {"a_boxes.nii.gz", "a.mrk.json"}
+    assert {f.name for f in out.iterdir() if f.name.startswith("a")} == {
+        "a_boxes.nii.gz",
+        "a.mrk.json",
+    }
 
 
 def test_folds_are_merged_and_mirrorings_vote(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     votes = {}
-    for name, line in {"one": ["-f", "0"], "two": ["-f", "0", "1"], "tta": ["-f", "0", "--tta"]}.items():
+    for name, line in {
+        "one": ["-f", "0"],
+        "two": ["-f", "0", "1"],
+        "tta": ["-f", "0", "--tta"],
+    }.items():
         assert run(*line, "--overwrite") == 0
         record = found(out)
         votes[name] = [box["votes"] for box in record["boxes"]]
@@ -163,15 +216,21 @@ def test_folds_are_merged_and_mirrorings_vote(run: Run, tmp_path: Path) -> None:
     assert set(votes["one"]) == {1} and 2 in votes["two"] and max(votes["tta"]) >= 4
 
 
-def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(run: Run, results: Path, tmp_path: Path) -> None:
-    shutil.copy(results / "fold_0" / "checkpoint_final.pth", results / "fold_1" / "checkpoint_final.pth")
+def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
+    run: Run, results: Path, tmp_path: Path
+) -> None:
+    shutil.copy(
+        results / "fold_0" / "checkpoint_final.pth", results / "fold_1" / "checkpoint_final.pth"
+    )
     assert run("-f", "0", "--max-boxes", "5") == 0
     one = found(tmp_path / "out")
     assert run("-f", "0", "1", "--max-boxes", "5", "--overwrite") == 0
     two = found(tmp_path / "out")
     assert [b["votes"] for b in two["boxes"]] == [2] * 5
     for a, b in zip(one["boxes"], two["boxes"], strict=True):
-        assert b["score"] == pytest.approx(a["score"], abs=1e-5) and b["box_zyx"] == pytest.approx(a["box_zyx"], abs=1e-3)
+        assert b["score"] == pytest.approx(a["score"], abs=1e-5) and b["box_zyx"] == pytest.approx(
+            a["box_zyx"], abs=1e-3
+        )
     # Two networks of the same mind have one segmentation.
     assert (drawn(tmp_path / "out" / "a_instances.nii.gz") > 0).any()
 
@@ -182,8 +241,13 @@ def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
     write_checkpoint(results, "all", seed=3)
     line = ["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
     assert main(line) == 0 and found(tmp_path / "out")["model"]["folds"] == ["0", "1"]
-    assert run("-f", "all", "--overwrite") == 0 and found(tmp_path / "out")["model"]["folds"] == ["all"]
-    assert run("-f", "all", "--fppi", "1", "--overwrite") == 2 and "fold all is validated on the cases" in capsys.readouterr().err
+    assert run("-f", "all", "--overwrite") == 0 and found(tmp_path / "out")["model"]["folds"] == [
+        "all"
+    ]
+    assert (
+        run("-f", "all", "--fppi", "1", "--overwrite") == 2
+        and "fold all is validated on the cases" in capsys.readouterr().err
+    )
     for fold in ("0", "1"):
         shutil.rmtree(results / f"fold_{fold}")
     assert main(line) == 2 and "add -f all" in capsys.readouterr().err
@@ -193,36 +257,62 @@ def test_false_positives_per_scan_become_scores_and_other_thinning_is_warned_of(
     run: Run, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     curve = {"fp_per_scan": [0.0, 1.0], "sensitivity": [None, None], "threshold": [None, 0.55]}
-    summary = {"froc": {"curve": {kind.name: curve for kind in CLASSES}}, "scans": {"number": 1}, "model": {"mirrorings": 1}}
+    summary = {
+        "froc": {"curve": {kind.name: curve for kind in CLASSES}},
+        "scans": {"number": 1},
+        "model": {"mirrorings": 1},
+    }
     (results / "fold_0" / "validation_detection").mkdir()
-    (results / "fold_0" / "validation_detection" / "summary_detection.json").write_text(json.dumps(summary))
+    (results / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
+        json.dumps(summary)
+    )
     assert run("--fppi", "1") == 0 and not caplog.text
     record = found(tmp_path / "out")
-    assert record["settings"]["min_score"] == {"solid": 0.55, "holed": 0.55} and min(b["score"] for b in record["boxes"]) >= 0.55
+    assert (
+        record["settings"]["min_score"] == {"solid": 0.55, "holed": 0.55}
+        and min(b["score"] for b in record["boxes"]) >= 0.55
+    )
     assert run("--fppi", "1", "--nms-iou", "0.3", "--overwrite") == 0
-    assert "--fppi: its scores come from a validation with --nms-iou 0.1 and --max-boxes 100" in caplog.text
+    assert (
+        "--fppi: its scores come from a validation with --nms-iou 0.1 and --max-boxes 100"
+        in caplog.text
+    )
 
 
-def test_the_number_of_boxes_can_be_chosen(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_boxes_can_be_chosen(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run() == 0
     every = found(tmp_path / "out")["boxes"]
     assert run("--max-boxes", "7", "--overwrite") == 0
     fewer = found(tmp_path / "out")["boxes"]
-    assert len(every) > 7 == len(fewer) and {str(b["box_zyx"]) for b in fewer} <= {str(b["box_zyx"]) for b in every}
+    assert len(every) > 7 == len(fewer) and {str(b["box_zyx"]) for b in fewer} <= {
+        str(b["box_zyx"]) for b in every
+    }
     # A wider overlap leaves more than 100, and one tile may give them all.
     assert run("--max-boxes", "1000", "--nms-iou", "0.55", "--overwrite") == 0
     assert len(found(tmp_path / "out")["boxes"]) > 100
     for number in ("0", "1001"):
-        assert run("--max-boxes", number) == 2 and f"--max-boxes {number} must lie in 1 to 1000" in capsys.readouterr().err
+        assert (
+            run("--max-boxes", number) == 2
+            and f"--max-boxes {number} must lie in 1 to 1000" in capsys.readouterr().err
+        )
 
 
-def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_may_inherit_its_detector(
+    run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plans = json.loads((results / "plans.json").read_text())
     plans["configurations"]["large"] = {"inherits_from": "3d_fullres", "batch_size": 4}
-    plans["configurations"]["other"] = {**plans["configurations"]["3d_fullres"], "autoreg_detection": None}
+    plans["configurations"]["other"] = {
+        **plans["configurations"]["3d_fullres"],
+        "autoreg_detection": None,
+    }
     (results / "plans.json").write_text(json.dumps(plans))
     for name in ("large", "other", "unknown"):
-        results.rename(results := results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}"))
+        results.rename(
+            results := results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}")
+        )
         assert run("-c", name) == (0 if name == "large" else 2)
     assert "holds no detector" in capsys.readouterr().err
 
@@ -237,7 +327,10 @@ def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
     assert run() == 1
     # Normalising by mean and spread makes every voxel one that is none.
     number = np.prod(SHAPE)
-    assert f"b is left out (nonfinite): 1 of {number} voxels are NaN or infinite, and after preprocessing {number} of" in caplog.text
+    assert (
+        f"b is left out (nonfinite): 1 of {number} voxels are NaN or infinite, and after "
+        f"preprocessing {number} of" in caplog.text
+    )
     assert not (tmp_path / "out" / "b.json").exists() and found(tmp_path / "out")["boxes"]
 
 
@@ -254,7 +347,12 @@ class Diverged(torch.nn.Module):
     """Good scores, and boxes that are none."""
 
     def forward(self, image: torch.Tensor) -> Output:
-        return Output(torch.cat([image, image], 1), torch.zeros(1, 8, 1), torch.full((1, 8, 6), torch.inf), ((2, 2, 2),))
+        return Output(
+            torch.cat([image, image], 1),
+            torch.zeros(1, 8, 1),
+            torch.full((1, 8, 6), torch.inf),
+            ((2, 2, 2),),
+        )
 
 
 def test_boxes_that_are_no_numbers_stop_too() -> None:
@@ -271,21 +369,32 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
 ) -> None:
     take_nrrd(results)
     scans = tmp_path / "in"
-    for name, shape in {"a": SHAPE, "time": (3, *SHAPE), "once": (1, *SHAPE), "flat": SHAPE[1:]}.items():
+    for name, shape in {
+        "a": SHAPE,
+        "time": (3, *SHAPE),
+        "once": (1, *SHAPE),
+        "flat": SHAPE[1:],
+    }.items():
         write_scan(scans / f"{name}_0000.nrrd", shape=shape)
     write_scan(scans / "thin_0000.nrrd", spacing=(1e-3, 1.0, 1.0))
     whole = (scans / "a_0000.nrrd").read_bytes()
     (scans / "cut_0000.nrrd").write_bytes(whole[: len(whole) // 2])
     assert run() == 1
-    for said in ("cut is left out (unreadable): nnU-Net cannot read cut_0000.nrrd (", "flat is left out (not3d): it has 2 dimensions",
-                 "time is left out (channels): its files hold 3 channels and the model needs 1",
-                 "once is left out (not3d): it has 4 dimensions",
-                 "thin is left out (spacing): nnU-Net cannot resample 16 x 20 x 24 voxels of 1, 1, 0.001 mm (z, y, x)"):
+    for said in (
+        "cut is left out (unreadable): nnU-Net cannot read cut_0000.nrrd (",
+        "flat is left out (not3d): it has 2 dimensions",
+        "time is left out (channels): its files hold 3 channels and the model needs 1",
+        "once is left out (not3d): it has 4 dimensions",
+        "thin is left out (spacing): nnU-Net cannot resample 16 x 20 x 24 voxels of 1, 1, 0.001 mm "
+        "(z, y, x)",
+    ):
         assert said in caplog.text
     assert [f.name for f in (tmp_path / "out").glob("*.json") if ".mrk" not in f.name] == ["a.json"]
 
 
-def test_channels_that_do_not_fit_each_other_are_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_channels_that_do_not_fit_each_other_are_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     bridge.install()
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, str(tmp_path))
@@ -293,24 +402,49 @@ def test_channels_that_do_not_fit_each_other_are_said_so(tmp_path: Path, monkeyp
     for name, second in (("a", SHAPE), ("b", (4, 4, 4))):
         write_scan(tmp_path / "in" / f"{name}_0000.nii.gz")
         write_scan(tmp_path / "in" / f"{name}_0001.nii.gz", shape=second)
-    assert main(["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert "b is left out (unreadable)" in caplog.text and "Not all input images have the same shape!" in caplog.text
+    assert (
+        main(
+            [
+                "-d",
+                "950",
+                "-i",
+                str(tmp_path / "in"),
+                "-o",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 1
+    )
+    assert (
+        "b is left out (unreadable)" in caplog.text
+        and "Not all input images have the same shape!" in caplog.text
+    )
     assert found(tmp_path / "out")["boxes"]
 
 
-def test_what_was_typed_wrong_is_told_with_what_would_do(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_typed_wrong_is_told_with_what_would_do(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "taken").write_text("")
     (tmp_path / "empty").mkdir()
-    for more, told in ((["-o", str(tmp_path / "taken" / "x")], "cannot be made (Not a directory); give a folder"),
-                       (["-d", "951"], "has no trained dataset of that number; there are: Dataset950_Tiny"),
-                       (["-i", str(tmp_path / "empty")], "holds no scan; name files <case>_0000.nii.gz")):
+    for more, told in (
+        (["-o", str(tmp_path / "taken" / "x")], "cannot be made (Not a directory); give a folder"),
+        (["-d", "951"], "has no trained dataset of that number; there are: Dataset950_Tiny"),
+        (["-i", str(tmp_path / "empty")], "holds no scan; name files <case>_0000.nii.gz"),
+    ):
         assert run(*more) == 2 and told in capsys.readouterr().err
 
 
 def test_a_gpu_computes_in_the_precision_that_training_had(monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_autoreg.detection.predict import half_precision
 
-    for capability, kind in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+    for capability, kind in (
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
         assert half_precision(torch.device("cuda")) is kind
 
@@ -319,7 +453,9 @@ def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: 
     frame = frame_of_affine(np.eye(4), (8, 8, 8))
     boxes = []
     for low in np.linspace(0, 7.98, 400).tolist():
-        boxes.append(Detection((low, low, low, low + 0.01, low + 0.01, low + 0.01), 1, "solid", 0.5))
+        boxes.append(
+            Detection((low, low, low, low + 0.01, low + 0.01, low + 0.01), 1, "solid", 0.5)
+        )
     record = make_scan_file("s", frame, boxes, {"solid": 1})
     write_scan_file(tmp_path / "s.json", record)
     assert len(read_scan_file(tmp_path / "s.json").boxes) == 400
@@ -328,7 +464,14 @@ def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: 
 def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
     frame = frame_of_affine(np.eye(4), (8, 8, 8))
     settings = {"filled": False, "instances": True}
-    record = make_scan_file("s", frame, [Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.9)] * 50, {"solid": 1}, {}, settings)
+    record = make_scan_file(
+        "s",
+        frame,
+        [Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.9)] * 50,
+        {"solid": 1},
+        {},
+        settings,
+    )
     args = parser().parse_args(["-i", "in", "-o", str(tmp_path), "--csv"])
     peaks = []
     for number in (3, 30):

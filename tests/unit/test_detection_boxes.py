@@ -6,7 +6,14 @@ import torch
 
 from nnunet_autoreg.detection import boxes as bx
 from nnunet_autoreg.detection.anchors import AnchorPlan, choose_levels, lay_out, match, plan_anchors
-from nnunet_autoreg.detection.loss import Objects, box_loss, detection_loss, focal, sample_hard_negatives, segmentation_loss
+from nnunet_autoreg.detection.loss import (
+    Objects,
+    box_loss,
+    detection_loss,
+    focal,
+    sample_hard_negatives,
+    segmentation_loss,
+)
 from nnunet_autoreg.errors import PlanError
 
 WHY_MONAI = "MONAI is the oracle of this test; pip install 'nnunet-autoreg[test]'"
@@ -15,18 +22,23 @@ WHY_MONAI = "MONAI is the oracle of this test; pip install 'nnunet-autoreg[test]
 def some_boxes(number, seed, extent=60.0, largest=24.0):
     random = np.random.default_rng(seed)
     low = random.uniform(0, extent, (number, 3))
-    return torch.tensor(np.concatenate([low, low + random.uniform(1, largest, (number, 3))], 1), dtype=torch.float32)
+    return torch.tensor(
+        np.concatenate([low, low + random.uniform(1, largest, (number, 3))], 1), dtype=torch.float32
+    )
 
 
 CUBE = torch.tensor([[0.0, 0, 0, 2, 2, 2]])
 
 
 def test_iou_counts_voxels_of_half_open_boxes():
-    others = torch.tensor([[1.0, 0, 0, 3, 2, 2], [2.0, 0, 0, 4, 2, 2], [0.0, 0, 0, 2, 2, 2], [0.0, 0, 0, 0, 2, 2]])
+    others = torch.tensor(
+        [[1.0, 0, 0, 3, 2, 2], [2.0, 0, 0, 4, 2, 2], [0.0, 0, 0, 2, 2, 2], [0.0, 0, 0, 0, 2, 2]]
+    )
     assert bx.iou(CUBE, others)[0].tolist() == pytest.approx([4 / 12, 0, 1, 0])
     assert bx.iou(others[3:], others[3:]).item() == 0
     assert bx.pair_iou(CUBE.expand(4, -1), others).tolist() == pytest.approx([4 / 12, 0, 1, 0])
-    # Touching: no common voxel, and the hull is as large as the union; 2 apart: the hull has 24 voxels, 8 of them in neither.
+    # Touching: no common voxel, and the hull is as large as the union; 2 apart: the hull has 24
+    # voxels, 8 of them in neither.
     assert bx.pair_giou(CUBE, others[1:2]).item() == 0
     assert bx.pair_giou(CUBE, torch.tensor([[4.0, 0, 0, 6, 2, 2]])).item() == pytest.approx(-8 / 24)
 
@@ -63,7 +75,10 @@ def plain_nms(boxes, scores, threshold):
 
 
 def test_nms_keeps_what_the_definition_keeps_over_several_blocks():
-    boxes, scores = some_boxes(300, 5, extent=30), torch.rand(300, generator=torch.Generator().manual_seed(0))
+    boxes, scores = (
+        some_boxes(300, 5, extent=30),
+        torch.rand(300, generator=torch.Generator().manual_seed(0)),
+    )
     assert bx.nms(boxes, scores, 0.2).tolist() == plain_nms(boxes, scores, 0.2)
     assert bx.nms(boxes, scores, 0.2, max_kept=3).tolist() == plain_nms(boxes, scores, 0.2)[:3]
     assert bx.nms(boxes[:0], scores[:0], 0.2).tolist() == []
@@ -71,11 +86,17 @@ def test_nms_keeps_what_the_definition_keeps_over_several_blocks():
 
 def test_labels_keep_boxes_from_suppressing_each_other():
     boxes = CUBE.repeat(3, 1)
-    assert bx.nms(boxes, torch.tensor([0.1, 0.9, 0.5]), 0.5, torch.tensor([0, 1, 0])).tolist() == [1, 2]
+    assert bx.nms(boxes, torch.tensor([0.1, 0.9, 0.5]), 0.5, torch.tensor([0, 1, 0])).tolist() == [
+        1,
+        2,
+    ]
 
 
 def test_nms_of_5000_boxes_compares_each_pair_once_in_a_few_large_steps(monkeypatch):
-    boxes, scores = some_boxes(5000, 6, extent=300), torch.rand(5000, generator=torch.Generator().manual_seed(1))
+    boxes, scores = (
+        some_boxes(5000, 6, extent=300),
+        torch.rand(5000, generator=torch.Generator().manual_seed(1)),
+    )
     plain, pairs = bx.iou, []
 
     def counted(a, b):
@@ -90,8 +111,11 @@ def test_nms_of_5000_boxes_compares_each_pair_once_in_a_few_large_steps(monkeypa
 def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
     boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0.0, 0, 0, 4, 4, 2], [20.0, 20, 20, 24, 24, 24]])
     scores = torch.tensor([0.8, 0.4, 0.6])
-    merged, score, labels, votes = bx.cluster(boxes, scores, torch.zeros(3, dtype=torch.long), 0.4, expected_N=torch.full((3,), 3.0))
-    # First cluster: weights 1 and IoU 1/2, votes .8 and .2; one of three is missing: 1.0 / (1.5 + 0.75).
+    merged, score, labels, votes = bx.cluster(
+        boxes, scores, torch.zeros(3, dtype=torch.long), 0.4, expected_N=torch.full((3,), 3.0)
+    )
+    # First cluster: weights 1 and IoU 1/2, votes .8 and .2; one of three is missing: 1.0 / (1.5 +
+    # 0.75).
     assert votes.tolist() == [2, 1] and labels.tolist() == [0, 0]
     assert score.tolist() == pytest.approx([1.0 / 2.25, 0.6 / 3])
     assert merged[0].tolist() == pytest.approx([0, 0, 0, 4, 4, 0.8 * 4 + 0.2 * 2])
@@ -100,8 +124,15 @@ def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
 def test_clusters_do_not_mix_labels_and_may_be_empty():
     boxes = CUBE.repeat(2, 1)
     _, score, labels, votes = bx.cluster(boxes, torch.tensor([0.2, 0.7]), torch.tensor([3, 1]), 0.1)
-    assert labels.tolist() == [1, 3] and score.tolist() == pytest.approx([0.7, 0.2]) and votes.tolist() == [1, 1]
-    assert [len(part) for part in bx.cluster(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.1)] == [0, 0, 0, 0]
+    assert (
+        labels.tolist() == [1, 3]
+        and score.tolist() == pytest.approx([0.7, 0.2])
+        and votes.tolist() == [1, 1]
+    )
+    assert [
+        len(part)
+        for part in bx.cluster(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.1)
+    ] == [0, 0, 0, 0]
 
 
 STRIDES = ((1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8), (16, 16, 16), (32, 32, 32))
@@ -110,21 +141,33 @@ STRIDES = ((1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8), (16, 16, 16), (32, 32, 32
 def test_levels_start_at_stride_4_and_at_2_for_small_objects_only():
     def levels(side):
         return choose_levels(np.full((10, 3), side), STRIDES)
+
     assert levels(16.0) == [2, 3] and levels(3.0) == [1, 2] and levels(64.0) == [2, 3, 4]
-    # Coarse slices: the encoder does not shrink z at first, and the stage with 4 in the plane is the one.
-    assert choose_levels(np.full((10, 3), 9.0), [(1, 1, 1), (1, 2, 2), (1, 4, 4), (2, 8, 8)]) == [2, 3]
+    # Coarse slices: the encoder does not shrink z at first, and the stage with 4 in the plane is
+    # the one.
+    assert choose_levels(np.full((10, 3), 9.0), [(1, 1, 1), (1, 2, 2), (1, 4, 4), (2, 8, 8)]) == [
+        2,
+        3,
+    ]
 
 
 def test_one_shape_is_enough_for_objects_of_one_shape_on_two_levels():
     plan = plan_anchors({"a": [(16, 16, 16)] * 5, "b": [(32, 32, 32)] * 5}, STRIDES)
-    assert plan.shapes_vox == ((16.0, 16.0, 16.0),) and plan.mean_iou == 1.0 and plan.strides_vox == ((4, 4, 4), (8, 8, 8))
+    assert (
+        plan.shapes_vox == ((16.0, 16.0, 16.0),)
+        and plan.mean_iou == 1.0
+        and plan.strides_vox == ((4, 4, 4), (8, 8, 8))
+    )
     assert plan.unreachable == {"a": 0.0, "b": 0.0}
 
 
 def test_shapes_are_as_few_as_reach_the_mean_iou_and_the_same_every_time():
     random = np.random.default_rng(0)
     sizes = np.exp(random.normal(np.log([8, 16, 16]), 0.3, (200, 3)))
-    plan, again = plan_anchors({"x": sizes.tolist()}, STRIDES), plan_anchors({"x": sizes.tolist()}, STRIDES)
+    plan, again = (
+        plan_anchors({"x": sizes.tolist()}, STRIDES),
+        plan_anchors({"x": sizes.tolist()}, STRIDES),
+    )
     assert plan == again and plan.mean_iou >= 0.7 and 1 < plan.num_shapes <= 12
     # One shape for all of them is not enough.
     middle = np.exp(np.log(sizes).mean(0))
@@ -174,9 +217,10 @@ def test_an_object_that_touches_no_candidate_still_gets_one():
     assert matched.tolist() == [0] + [-1] * 7
 
 
-def test_an_anchor_wanted_twice_goes_to_the_object_it_overlaps_most_and_the_other_takes_its_next_best():
+def test_an_anchor_wanted_twice_goes_to_the_object_it_overlaps_most():
     grid = lay_out(plan_of(((8, 8, 8),), ((4, 4, 4),)), [(4, 4, 4)])
-    # The anchor of cell (1, 1, 1) is the second object and has IoU 3/4 with the first, whose next best is that of (1, 1, 0).
+    # The anchor of cell (1, 1, 1) is the second object and has IoU 3/4 with the first, whose next
+    # best is that of (1, 1, 0).
     matched = match(torch.tensor([[2.0, 2, 2, 10, 10, 8], [2.0, 2, 2, 10, 10, 10]]), grid)
     assert matched[21] == 1 and matched[20] == 0 and (matched >= 0).sum() == 2
 
@@ -185,12 +229,17 @@ def test_an_anchor_wanted_twice_goes_to_the_object_it_overlaps_most_and_the_othe
 def test_atss_positives_contain_monais(centre_inside):
     oracle = pytest.importorskip("monai.apps.detection.utils.ATSS_matcher", reason=WHY_MONAI)
     # Every level has cells enough for MONAI's candidates, which it caps by cells.
-    grid = lay_out(plan_of(((7, 8, 9), (9, 14, 14), (12, 20, 11)), ((4, 4, 4), (8, 8, 8))), [(20, 20, 20), (10, 10, 10)])
+    grid = lay_out(
+        plan_of(((7, 8, 9), (9, 14, 14), (12, 20, 11)), ((4, 4, 4), (8, 8, 8))),
+        [(20, 20, 20), (10, 10, 10)],
+    )
     theirs_all, common = 0, 0
     for seed in range(6):
         objects = some_boxes(12, 10 + seed, extent=52, largest=26)
         objects[:, 3:] = torch.maximum(objects[:, 3:], objects[:, :3] + 6)
-        _, theirs = oracle.ATSSMatcher(4, center_in_gt=centre_inside)(objects, grid.boxes_A6, [8000, 1000], 3)
+        _, theirs = oracle.ATSSMatcher(4, center_in_gt=centre_inside)(
+            objects, grid.boxes_A6, [8000, 1000], 3
+        )
         ours = match(objects, grid, centre_inside=centre_inside)
         theirs_all += int((theirs >= 0).sum())
         common += int(((theirs >= 0) & (ours == theirs)).sum())
@@ -206,7 +255,9 @@ def batch(objects, grid, classes=2):
 
 
 GRID = lay_out(plan_of(((4, 4, 4),), ((4, 4, 4),)), [(4, 4, 4)])
-NOTHING = Objects(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+NOTHING = Objects(
+    torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+)
 ONE = Objects(torch.tensor([[4.0, 4, 4, 8, 8, 8]]), torch.tensor([1]), torch.tensor([False]))
 
 
@@ -223,9 +274,14 @@ def test_a_perfect_detector_has_no_loss_and_a_wrong_class_costs():
     logits, codes = torch.full((1, 64, 2), -30.0), torch.zeros(1, 64, 6)
     logits[0, 21, 1] = 30.0
     right = detection_loss(logits, codes, GRID, [ONE])
-    assert right.num_positive == 1 and right.classification.item() < 1e-6 and right.regression.item() == pytest.approx(0, abs=1e-6)
+    assert (
+        right.num_positive == 1
+        and right.classification.item() < 1e-6
+        and right.regression.item() == pytest.approx(0, abs=1e-6)
+    )
     wrong = detection_loss(logits.flip(-1), codes, GRID, [ONE])
-    # One positive and two negatives with two classes each; both entries of the positive are wrong by 30.
+    # One positive and two negatives with two classes each; both entries of the positive are wrong
+    # by 30.
     assert wrong.classification.item() == pytest.approx(60 / 6)
 
 
@@ -235,8 +291,14 @@ def test_an_ignored_object_is_neither_found_nor_background():
     logits[0, 21] = 30.0
     codes = torch.zeros(1, 64, 6)
     # Focal: it takes every anchor, and not a drawn few.
-    assert detection_loss(logits, codes, GRID, [ignored], classification="focal").classification.item() < 1e-6
-    assert detection_loss(logits, codes, GRID, [NOTHING], classification="focal").classification.item() > 1
+    assert (
+        detection_loss(logits, codes, GRID, [ignored], classification="focal").classification.item()
+        < 1e-6
+    )
+    assert (
+        detection_loss(logits, codes, GRID, [NOTHING], classification="focal").classification.item()
+        > 1
+    )
     assert detection_loss(logits, codes, GRID, [ignored]).classification.item() < 1e-6
 
 
@@ -251,15 +313,21 @@ def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
     assert chosen[1, :130].sum() == 6 and not chosen[1, 5]
     many = torch.ones(2, 100, dtype=torch.long)
     assert sample_hard_negatives(many, torch.zeros(2, 100)).sum() == 21
-    assert sample_hard_negatives(torch.zeros(1, 50, dtype=torch.long), torch.zeros(1, 50)).sum() == 2
+    assert (
+        sample_hard_negatives(torch.zeros(1, 50, dtype=torch.long), torch.zeros(1, 50)).sum() == 2
+    )
 
 
 def test_focal_loss_and_box_loss_by_hand():
     logits, target = torch.zeros(1, 2, 1), torch.tensor([[[1.0], [0.0]]])
     # ln 2 x 0.5 x (0.75 + 0.25), over one positive.
-    assert focal(logits, target, torch.ones(1, 2, dtype=torch.bool), 1).item() == pytest.approx(np.log(2) / 2)
+    assert focal(logits, target, torch.ones(1, 2, dtype=torch.bool), 1).item() == pytest.approx(
+        np.log(2) / 2
+    )
     anchors, wanted = CUBE[None], torch.tensor([[[1.0, 0, 0, 3, 2, 2]]])
-    assert box_loss(torch.zeros(1, 1, 6), anchors, wanted, torch.ones(1, 1, dtype=torch.bool)).item() == pytest.approx(2 / 3)
+    assert box_loss(
+        torch.zeros(1, 1, 6), anchors, wanted, torch.ones(1, 1, dtype=torch.bool)
+    ).item() == pytest.approx(2 / 3)
 
 
 def test_half_precision_outputs_give_a_float32_loss():
@@ -274,8 +342,11 @@ def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice_over_the_batc
     logits = torch.zeros(2, 2, 4, 4, 4)
     target = torch.zeros(2, 1, 4, 4, 4)
     target[0, 0, :2] = 1
-    # Half of 128 voxels' probability 0.5 against 32 voxels: Dice = 2 x 16 / (64 + 32), negated by nnU-Net.
-    assert segmentation_loss()(logits, target).item() == pytest.approx(0.5 * np.log(2) - 0.5 * 32 / 96, abs=1e-4)
+    # Half of 128 voxels' probability 0.5 against 32 voxels: Dice = 2 x 16 / (64 + 32), negated by
+    # nnU-Net.
+    assert segmentation_loss()(logits, target).item() == pytest.approx(
+        0.5 * np.log(2) - 0.5 * 32 / 96, abs=1e-4
+    )
 
 
 @pytest.mark.gpu
@@ -285,10 +356,24 @@ def test_a_gpu_matches_and_scores_as_the_cpu_does():
     assert bx.nms(boxes.cuda(), scores.cuda(), 0.3).tolist() == bx.nms(boxes, scores, 0.3).tolist()
     plan = plan_of(((7, 8, 9), (12, 20, 11)))
     here, there = (lay_out(plan, [(10, 10, 10), (5, 5, 5)], device) for device in ("cpu", "cuda"))
-    objects = Objects(some_boxes(6, 8, extent=30), torch.tensor([0, 1, 0, 1, 0, 1]), torch.tensor([False] * 5 + [True]))
+    objects = Objects(
+        some_boxes(6, 8, extent=30),
+        torch.tensor([0, 1, 0, 1, 0, 1]),
+        torch.tensor([False] * 5 + [True]),
+    )
     assert match(objects.boxes_G6.cuda(), there).tolist() == match(objects.boxes_G6, here).tolist()
     logits, codes = batch([objects, NOTHING], here)
-    losses = [detection_loss(logits.to(d), codes.to(d), grid, [objects, NOTHING], generator=torch.Generator().manual_seed(0))
-              for d, grid in (("cpu", here), ("cuda", there))]
+    losses = [
+        detection_loss(
+            logits.to(d),
+            codes.to(d),
+            grid,
+            [objects, NOTHING],
+            generator=torch.Generator().manual_seed(0),
+        )
+        for d, grid in (("cpu", here), ("cuda", there))
+    ]
     assert losses[0].regression.item() == pytest.approx(losses[1].regression.item(), rel=1e-4)
-    assert losses[0].classification.item() == pytest.approx(losses[1].classification.item(), rel=1e-4)
+    assert losses[0].classification.item() == pytest.approx(
+        losses[1].classification.item(), rel=1e-4
+    )

@@ -20,7 +20,8 @@ from nnunet_autoreg.detection.scans import facts_of, find, ready
 from nnunet_autoreg.errors import ObjectsError, ScanError, UsageError
 
 CLASSES = {"solid": 1, "holed": 2}
-# Index (i, j, k) to mm: x runs backwards, y along z, z along y: an oblique image would only be turned by less.
+# Index (i, j, k) to mm: x runs backwards, y along z, z along y: an oblique image would only be
+# turned by less.
 AFFINE = [[-2.0, 0, 0, 10], [0, 0, 3.0, 20], [0, 1.0, 0, 30], [0, 0, 0, 1]]
 
 
@@ -32,7 +33,9 @@ def record() -> Any:
 
 def test_frames_are_one_voxel_thick_and_the_higher_score_is_on_top() -> None:
     drawn = draw_boxes(record().boxes, (8, 8, 8))
-    assert drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1 and drawn[0, 1, 1] == 2
+    assert (
+        drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1 and drawn[0, 1, 1] == 2
+    )
     # z 2-6, y 2-5, x 2-8: 4 x 3 x 6 voxels around 2 x 1 x 4.
     assert (drawn == 1).sum() == 4 * 3 * 6 - 2 * 1 * 4
     filled = draw_boxes(record().boxes, (8, 8, 8), filled=True)
@@ -44,27 +47,49 @@ def test_instances_are_the_segmentation_inside_the_boxes() -> None:
     labels[:4, :4, :4] = 1
     labels[3:6, 3:5, 3:8] = 2
     labels[7, 7, 7] = 2
-    drawn = draw_instances(record().boxes, labels, [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))])
+    drawn = draw_instances(
+        record().boxes, labels, [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))]
+    )
     assert (drawn == 1).sum() == 3 * 2 * 5 and (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
 
 
 def test_slicers_markup_has_the_box_in_lps_mm_with_its_own_axes(tmp_path: Path) -> None:
     write_markup(tmp_path / "a.mrk.json", "brain", record().boxes[:1], record().frame)
     (roi,) = json.loads((tmp_path / "a.mrk.json").read_text())["markups"]
-    # Middle of the box by hand: z 4, y 3.5, x 5 as edges, so index i 4.5, j 3, k 3.5: RAS (-2 * 4.5 + 10, 3 * 3.5 + 20, 3 + 30).
-    assert roi["center"] == [-1.0, -30.5, 33.0] and roi["coordinateSystem"] == "LPS" and roi["roiType"] == "Box"
+    # Middle of the box by hand: z 4, y 3.5, x 5 as edges, so index i 4.5, j 3, k 3.5: RAS (-2 * 4.5
+    # + 10, 3 * 3.5 + 20, 3 + 30).
+    assert (
+        roi["center"] == [-1.0, -30.5, 33.0]
+        and roi["coordinateSystem"] == "LPS"
+        and roi["roiType"] == "Box"
+    )
     # Sides along i, j, k: 6 voxels of 2 mm, 3 of 1, 4 of 3.
     assert roi["size"] == [12.0, 3.0, 12.0]
     # Columns: i runs towards left (+L), j towards superior, k towards anterior (-P).
-    assert np.array(roi["orientation"]).reshape(3, 3).T.tolist() == [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
+    assert np.array(roi["orientation"]).reshape(3, 3).T.tolist() == [
+        [1, 0, 0],
+        [0, 0, 1],
+        [0, -1, 0],
+    ]
 
 
 def test_the_table_begins_with_luna16s_columns(tmp_path: Path) -> None:
     write_table(tmp_path / "t.csv", [record()], lowest_score=0.5)
     with (tmp_path / "t.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert len(rows) == 1 and list(rows[0])[:5] == ["seriesuid", "coordX", "coordY", "coordZ", "probability"]
-    assert [float(rows[0][c]) for c in ("coordX", "coordY", "coordZ", "probability")] == [-1.0, -30.5, 33.0, 0.9]
+    assert len(rows) == 1 and list(rows[0])[:5] == [
+        "seriesuid",
+        "coordX",
+        "coordY",
+        "coordZ",
+        "probability",
+    ]
+    assert [float(rows[0][c]) for c in ("coordX", "coordY", "coordZ", "probability")] == [
+        -1.0,
+        -30.5,
+        33.0,
+        0.9,
+    ]
     assert rows[0]["class"] == "holed" and rows[0]["votes"] == "3"
 
 
@@ -104,19 +129,27 @@ def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: P
         assert files == [str(tmp_path / "in" / "plain.nii.gz")]
     with ready(scans["deep_scan_one"]) as files:
         read = SimpleITK.ReadImage(files[0])
-        assert read.GetSpacing() == (1.0, 2.0, 3.0) and read.GetOrigin() == pytest.approx((5.0, 6.0, 7.0))
+        assert read.GetSpacing() == (1.0, 2.0, 3.0) and read.GetOrigin() == pytest.approx(
+            (5.0, 6.0, 7.0)
+        )
         assert np.array_equal(SimpleITK.GetArrayFromImage(read), array)
     assert not Path(files[0]).exists()
 
 
 def test_scans_whose_results_would_overwrite_each_other_are_refused_by_name(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
-    for folder, first, second in (("one", "p1/t1.nrrd", "p1_t1.nrrd"), ("two", "p1 t1.mha", "p1_t1.nrrd"), ("three", "A.mha", "a.mha")):
+    for folder, first, second in (
+        ("one", "p1/t1.nrrd", "p1_t1.nrrd"),
+        ("two", "p1 t1.mha", "p1_t1.nrrd"),
+        ("three", "A.mha", "a.mha"),
+    ):
         write_image(tmp_path / folder / first, array)
         write_image(tmp_path / folder / second, array + 1)
         with pytest.raises(UsageError) as error:
             find(tmp_path / folder, ".nii.gz", 1)
-        assert all(f"{folder}/{file.rpartition('.')[0]} " in str(error.value) for file in (first, second))
+        assert all(
+            f"{folder}/{file.rpartition('.')[0]} " in str(error.value) for file in (first, second)
+        )
     assert "be called A and a, and one overwrite the other" in str(error.value)
     for name in ("Case", "case"):
         (tmp_path / f"{name}_0000.nii.gz").touch()
@@ -124,23 +157,40 @@ def test_scans_whose_results_would_overwrite_each_other_are_refused_by_name(tmp_
         find(tmp_path, ".nii.gz", 1)
 
 
-def test_scans_beside_cases_named_as_nnunet_does_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scans_beside_cases_named_as_nnunet_does_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b.nii.gz", "sub/c.nrrd", "sub/d.dcm", "notes.txt", ".hidden.nii.gz"):
+    for name in (
+        "a_0000.nii.gz",
+        "a_0001.nii.gz",
+        "b.nii.gz",
+        "sub/c.nrrd",
+        "sub/d.dcm",
+        "notes.txt",
+        ".hidden.nii.gz",
+    ):
         (tmp_path / name).touch()
     assert [s.name for s in find(tmp_path, ".nii.gz", 1)] == ["a"]
-    assert "4 files are left out (a_0001.nii.gz, b.nii.gz, sub/c.nrrd, ...): cases are named case_0000.nii.gz here" in caplog.text
+    assert (
+        "4 files are left out (a_0001.nii.gz, b.nii.gz, sub/c.nrrd, ...): cases are named "
+        "case_0000.nii.gz here" in caplog.text
+    )
     caplog.clear()
     for name in ("b.nii.gz", "sub/c.nrrd", "sub/d.dcm"):
         (tmp_path / name).unlink()
     assert [s.name for s in find(tmp_path, ".nii.gz", 2)] == ["a"] and not caplog.text
 
 
-def test_results_of_an_earlier_run_below_the_scans_are_no_scans(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_of_an_earlier_run_below_the_scans_are_no_scans(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
     for name in ("scan.nii.gz", "found/scan_boxes.nii.gz"):
         write_image(tmp_path / name, array)
-    assert [s.name for s in find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")] == ["scan"] and not caplog.text
+    assert [s.name for s in find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")] == [
+        "scan"
+    ] and not caplog.text
     # Results around the scans hide none of them.
     assert len(find(tmp_path, ".nii.gz", 1, output=tmp_path.parent)) == 2
     with pytest.raises(UsageError, match="is the folder of -i"):
@@ -171,11 +221,15 @@ def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
     assert len(scans) == 1
     with ready(scans[0]) as files:
         read = SimpleITK.ReadImage(files[0])
-    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(next(scans[0].candidate.path.rglob("*.dcm")).parent))  # type: ignore[union-attr]
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(
+        str(next(scans[0].candidate.path.rglob("*.dcm")).parent)
+    )  # type: ignore[union-attr]
     expected = SimpleITK.ReadImage(names)
     assert read.GetSize() == expected.GetSize()
     for corner in ((0, 0, 0), tuple(n - 1 for n in read.GetSize())):
-        assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(expected.TransformIndexToPhysicalPoint(corner), abs=1e-2)
+        assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(
+            expected.TransformIndexToPhysicalPoint(corner), abs=1e-2
+        )
         assert read[corner] == pytest.approx(expected[corner])
 
 
@@ -191,9 +245,13 @@ def boxed(tmp_path: Path) -> Path:
     """A raw dataset of two images and boxes of one of them."""
     for case in ("a", "b"):
         write_image(tmp_path / "imagesTr" / f"{case}_0000.nii.gz", np.zeros((6, 7, 8), np.float32))
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"}))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"})
+    )
     (tmp_path / "boxesTr").mkdir()
-    (tmp_path / "boxesTr" / "a.json").write_text('{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}')
+    (tmp_path / "boxesTr" / "a.json").write_text(
+        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}'
+    )
     return tmp_path
 
 
@@ -208,7 +266,9 @@ def test_boxes_become_ellipsoids_of_their_label_in_the_images_place(boxed: Path)
     image = SimpleITK.ReadImage(str(boxed / "labelsTr" / "a.nii.gz"))
     array = SimpleITK.GetArrayFromImage(image)
     assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
-    assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [int(v) for v in np.argwhere(array == 2).max(0)] == [3, 3, 3]
+    assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [
+        int(v) for v in np.argwhere(array == 2).max(0)
+    ] == [3, 3, 3]
     assert write_box_labels(boxed) == []
 
 
@@ -216,18 +276,32 @@ def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
     import SimpleITK
 
     described = json.loads((boxed / "dataset.json").read_text())
-    (boxed / "dataset.json").write_text(json.dumps({**described, "autoreg_detection": {"detect_labels": ["x"]}}))
-    (boxed / "boxesTr" / "b.json").write_text(json.dumps({"boxes": [
-        {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True}, {"box_zyx": [2, 2, 2, 4, 4, 4], "label": 1},
-    ]}))
+    (boxed / "dataset.json").write_text(
+        json.dumps({**described, "autoreg_detection": {"detect_labels": ["x"]}})
+    )
+    (boxed / "boxesTr" / "b.json").write_text(
+        json.dumps(
+            {
+                "boxes": [
+                    {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True},
+                    {"box_zyx": [2, 2, 2, 4, 4, 4], "label": 1},
+                ]
+            }
+        )
+    )
     # What macOS leaves on other file systems is no image.
     (boxed / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
     assert write_box_labels(boxed) == ["a", "b"]
-    a, b = (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(boxed / "labelsTr" / f"{case}.nii.gz"))) for case in ("a", "b"))
+    a, b = (
+        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(boxed / "labelsTr" / f"{case}.nii.gz")))
+        for case in ("a", "b")
+    )
     assert a.max() == 0 and b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
 
 
-def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(boxed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(
+    boxed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     copied = shutil.copyfile
@@ -251,7 +325,9 @@ def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(boxed: Path, monkey
     assert labelled_cases(boxed / "labelsTr", ".nii.gz") == ["a", "b"]
 
 
-def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(boxed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(
+    boxed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = boxed.parent / "raw"
     raw.mkdir()
     boxed.rename(raw / "Dataset905_Boxes")
@@ -262,6 +338,8 @@ def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(boxed: Path,
 
 
 def test_a_box_outside_of_its_image_is_named(boxed: Path) -> None:
-    (boxed / "boxesTr" / "b.json").write_text('{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}')
+    (boxed / "boxesTr" / "b.json").write_text(
+        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}'
+    )
     with pytest.raises(ObjectsError, match=r"b\.json: boxes\[0\].*outside the image of 6 x 7 x 8"):
         write_box_labels(boxed)

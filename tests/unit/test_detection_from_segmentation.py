@@ -16,34 +16,61 @@ from nnunet_autoreg.detection.nndetection import write_boxes
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
 
 SHAPE = (6, 8, 10)
-ONE, TWO, SPECK = (slice(0, 2), slice(0, 3), slice(0, 4)), (slice(3, 5), slice(4, 8), slice(6, 9)), (slice(5, 6), slice(0, 1), slice(0, 1))
+ONE, TWO, SPECK = (
+    (slice(0, 2), slice(0, 3), slice(0, 4)),
+    (slice(3, 5), slice(4, 8), slice(6, 9)),
+    (slice(5, 6), slice(0, 1), slice(0, 1)),
+)
 
 
 @pytest.fixture
 def predicted(tmp_path: Path) -> Path:
-    """What nnUNetv2_predict --save_probabilities leaves of one case: two lesions, a cyst that touches one of them, a speck of one voxel."""
+    """What nnUNetv2_predict --save_probabilities leaves of one case: two lesions, a cyst that
+    touches one of them, a speck of one voxel.
+    """
     import SimpleITK
 
     folder = tmp_path / "predicted"
     folder.mkdir()
     labels, probabilities = np.zeros(SHAPE, np.uint8), np.zeros((3, *SHAPE), np.float16)
-    for place, value, score in ((ONE, 1, 0.5), (TWO, 1, 0.75), (SPECK, 1, 1.0), ((slice(2, 3), slice(0, 3), slice(0, 4)), 2, 0.625)):
+    for place, value, score in (
+        (ONE, 1, 0.5),
+        (TWO, 1, 0.75),
+        (SPECK, 1, 1.0),
+        ((slice(2, 3), slice(0, 3), slice(0, 4)), 2, 0.625),
+    ):
         labels[place], probabilities[(value, *place)] = value, score
     probabilities[1, 4, 5, 7] = 0.875
     image: Any = SimpleITK.GetImageFromArray(labels)
     image.SetSpacing((1.0, 2.0, 3.0))
     SimpleITK.WriteImage(image, str(folder / "case_1.nii.gz"))
     np.savez_compressed(folder / "case_1.npz", probabilities=probabilities)
-    (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1, "cyst": 2}, "file_ending": ".nii.gz", "numTraining": 1,
-    }))
-    (folder / "plans.json").write_text(json.dumps({
-        "dataset_name": "Dataset999_X", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO", "configurations": {},
-    }))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "CT"},
+                "labels": {"background": 0, "lesion": 1, "cyst": 2},
+                "file_ending": ".nii.gz",
+                "numTraining": 1,
+            }
+        )
+    )
+    (folder / "plans.json").write_text(
+        json.dumps(
+            {
+                "dataset_name": "Dataset999_X",
+                "plans_name": "nnUNetPlans",
+                "image_reader_writer": "SimpleITKIO",
+                "configurations": {},
+            }
+        )
+    )
     return folder
 
 
-def test_components_of_a_segmentation_are_scored_by_their_highest_probability(predicted: Path, tmp_path: Path) -> None:
+def test_components_of_a_segmentation_are_scored_by_their_highest_probability(
+    predicted: Path, tmp_path: Path
+) -> None:
     import SimpleITK
 
     out = tmp_path / "out"
@@ -51,21 +78,35 @@ def test_components_of_a_segmentation_are_scored_by_their_highest_probability(pr
     assert main(line) == 0
     found = json.loads((out / "case_1.json").read_text())
     assert [(b["id"], b["name"], b["score"], b["box_zyx"]) for b in found["boxes"]] == [
-        (1, "lesion", 0.875, [3, 4, 6, 5, 8, 9]), (2, "cyst", 0.625, [2, 0, 0, 3, 3, 4]), (3, "lesion", 0.5, [0, 0, 0, 2, 3, 4]),
+        (1, "lesion", 0.875, [3, 4, 6, 5, 8, 9]),
+        (2, "cyst", 0.625, [2, 0, 0, 3, 3, 4]),
+        (3, "lesion", 0.5, [0, 0, 0, 2, 3, 4]),
     ]
-    assert found["model"]["dataset"] == "Dataset999_X" and found["spacing_mm_zyx"] == [3.0, 2.0, 1.0]
+    assert found["model"]["dataset"] == "Dataset999_X" and found["spacing_mm_zyx"] == [
+        3.0,
+        2.0,
+        1.0,
+    ]
     ids = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out / "case_1_instances.nii.gz")))
-    assert [int((ids == i).sum()) for i in range(1, 4)] == [2 * 4 * 3, 12, 24] and ids[SPECK].item() == 0
+    assert [int((ids == i).sum()) for i in range(1, 4)] == [2 * 4 * 3, 12, 24] and ids[
+        SPECK
+    ].item() == 0
     with (out / "detections.csv").open(newline="") as handle:
         assert [row["probability"] for row in csv.DictReader(handle)] == ["0.875", "0.625", "0.5"]
-    assert (out / "case_1_boxes.pkl").is_file() and (out / "case_1_boxes.nii.gz").is_file() and (out / "case_1.mrk.json").is_file()
+    assert (
+        (out / "case_1_boxes.pkl").is_file()
+        and (out / "case_1_boxes.nii.gz").is_file()
+        and (out / "case_1.mrk.json").is_file()
+    )
     (out / "case_1_boxes.pkl").unlink()
     assert main(line) == 0 and (out / "case_1_boxes.pkl").is_file()
     assert main([*line[:-1], "--overwrite", "--min-score", "0.6"]) == 0
     assert [b["id"] for b in json.loads((out / "case_1.json").read_text())["boxes"]] == [1, 2]
 
 
-def test_a_segmentation_scored_against_itself_has_hits_in_voxels(predicted: Path, tmp_path: Path) -> None:
+def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
+    predicted: Path, tmp_path: Path
+) -> None:
     from nnunet_autoreg.cli.evaluate_detection import main as evaluate
 
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 0
@@ -73,7 +114,16 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(predicted: Path
     truth.mkdir()
     (truth / "case_1.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     (truth / "dataset.json").write_bytes((predicted / "dataset.json").read_bytes())
-    line = ["-p", str(tmp_path / "out"), "-g", str(truth), "-o", str(tmp_path / "scores.json"), "--hit", "mask:1"]
+    line = [
+        "-p",
+        str(tmp_path / "out"),
+        "-g",
+        str(truth),
+        "-o",
+        str(tmp_path / "scores.json"),
+        "--hit",
+        "mask:1",
+    ]
     assert evaluate(line) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["froc"]["cpm"]["mean"] == 1.0 and scores["ap"]["0.5"]["mean"] == 1.0
@@ -88,59 +138,104 @@ def test_what_is_missing_for_a_segmentation_is_said_in_one_line(
 
     assert "-d and -i are needed" in error("-d", "4")
     assert "is no folder" in error("--from-seg", str(tmp_path / "no"))
-    assert "--fppi has no meaning with --from-seg" in error("--from-seg", str(predicted), "--fppi", "1")
-    for flag, value in (("--fppi", "0"), ("--nms-iou", "0.3"), ("-tr", "AutoregDetectionScratchTrainer")):
-        assert f"{flag} has no meaning with --from-seg" in error("--from-seg", str(predicted), flag, value)
-    assert "is the folder of --from-seg" in error("--from-seg", str(predicted), "-o", str(predicted))
-    assert "--min-score 2 must lie in [0, 1]" in error("--from-seg", str(predicted), "--min-score", "2")
+    assert "--fppi has no meaning with --from-seg" in error(
+        "--from-seg", str(predicted), "--fppi", "1"
+    )
+    for flag, value in (
+        ("--fppi", "0"),
+        ("--nms-iou", "0.3"),
+        ("-tr", "AutoregDetectionScratchTrainer"),
+    ):
+        assert f"{flag} has no meaning with --from-seg" in error(
+            "--from-seg", str(predicted), flag, value
+        )
+    assert "is the folder of --from-seg" in error(
+        "--from-seg", str(predicted), "-o", str(predicted)
+    )
+    assert "--min-score 2 must lie in [0, 1]" in error(
+        "--from-seg", str(predicted), "--min-score", "2"
+    )
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
-    assert "1 of 2 segmentations lack their probabilities (case_2.npz)" in error("--from-seg", str(predicted))
+    assert "1 of 2 segmentations lack their probabilities (case_2.npz)" in error(
+        "--from-seg", str(predicted)
+    )
     (predicted / "plans.json").unlink()
     assert "holds no plans.json" in error("--from-seg", str(predicted))
 
 
-def test_one_damaged_file_of_probabilities_stops_nothing(predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_damaged_file_of_probabilities_stops_nothing(
+    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.zeros((3, 1, 1, 1)))
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
-    assert "case_2 is left out (unreadable): case_2.npz has (3, 1, 1, 1)" in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
+    assert (
+        "case_2 is left out (unreadable): case_2.npz has (3, 1, 1, 1)" in caplog.text
+        and (tmp_path / "out" / "case_1.json").is_file()
+    )
 
 
-def test_probabilities_whose_writing_was_cut_off_stop_nothing(predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_probabilities_whose_writing_was_cut_off_stop_nothing(
+    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     whole = (predicted / "case_1.npz").read_bytes()
     (predicted / "case_2.npz").write_bytes(whole[: len(whole) // 2])
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
-    assert "case_2 is left out (unreadable)" in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
+    assert (
+        "case_2 is left out (unreadable)" in caplog.text
+        and (tmp_path / "out" / "case_1.json").is_file()
+    )
 
 
-def test_probabilities_that_are_no_numbers_stop_nothing(predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_probabilities_that_are_no_numbers_stop_nothing(
+    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.full((3, *SHAPE), np.nan))
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
-    assert "case_2 is left out (nonfinite): probabilities of " in caplog.text and (tmp_path / "out" / "case_1.json").is_file()
+    assert (
+        "case_2 is left out (nonfinite): probabilities of " in caplog.text
+        and (tmp_path / "out" / "case_1.json").is_file()
+    )
 
 
 def test_the_same_line_goes_on_unless_the_segmentation_or_a_rule_is_another(
     predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["--from-seg", str(predicted), "-o", str(tmp_path / "out")]
-    assert main(line) == 0 and main(line) == 0 and "1 of 1 scans were done before" in capsys.readouterr().out
-    assert main([*line, "--filled"]) == 0 and "are to be drawn in another way" in capsys.readouterr().out
+    assert (
+        main(line) == 0
+        and main(line) == 0
+        and "1 of 1 scans were done before" in capsys.readouterr().out
+    )
+    assert (
+        main([*line, "--filled"]) == 0
+        and "are to be drawn in another way" in capsys.readouterr().out
+    )
     line.append("--filled")
     dataset = json.loads((predicted / "dataset.json").read_text())
-    (predicted / "dataset.json").write_text(json.dumps({**dataset, "autoreg_detection": {"detect_labels": ["lesion"]}}))
+    (predicted / "dataset.json").write_text(
+        json.dumps({**dataset, "autoreg_detection": {"detect_labels": ["lesion"]}})
+    )
     assert main(line) == 2 and "settings.detect_labels: " in capsys.readouterr().err
     (predicted / "dataset.json").write_text(json.dumps(dataset))
     os.utime(predicted / "case_1.npz", (1, 1))
     assert main(line) == 2 and "inputs: " in capsys.readouterr().err
 
 
-def test_a_region_inside_another_adds_nothing_to_its_probability(predicted: Path, tmp_path: Path) -> None:
+def test_a_region_inside_another_adds_nothing_to_its_probability(
+    predicted: Path, tmp_path: Path
+) -> None:
     dataset = json.loads((predicted / "dataset.json").read_text())
-    regions = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    regions = {
+        "labels": {"background": 0, "whole": [1, 2], "core": 2},
+        "regions_class_order": [1, 2],
+    }
     rules = {"detect_labels": ["whole"], "min_voxels": 1}
-    (predicted / "dataset.json").write_text(json.dumps({**dataset, **regions, "autoreg_detection": rules}))
+    (predicted / "dataset.json").write_text(
+        json.dumps({**dataset, **regions, "autoreg_detection": rules})
+    )
     probabilities = np.zeros((2, *SHAPE), np.float16)
     probabilities[0], probabilities[1] = 0.5, 0.25
     np.savez_compressed(predicted / "case_1.npz", probabilities=probabilities)
@@ -149,7 +244,9 @@ def test_a_region_inside_another_adds_nothing_to_its_probability(predicted: Path
     assert {b["score"] for b in boxes} == {0.5}
 
 
-def test_a_merged_class_adds_the_probabilities_of_its_labels(predicted: Path, tmp_path: Path) -> None:
+def test_a_merged_class_adds_the_probabilities_of_its_labels(
+    predicted: Path, tmp_path: Path
+) -> None:
     dataset = json.loads((predicted / "dataset.json").read_text())
     rules = {"merge": {"any": ["lesion", "cyst"]}, "min_voxels": 1}
     (predicted / "dataset.json").write_text(json.dumps({**dataset, "autoreg_detection": rules}))
@@ -158,21 +255,37 @@ def test_a_merged_class_adds_the_probabilities_of_its_labels(predicted: Path, tm
     np.savez_compressed(predicted / "case_1.npz", probabilities=probabilities)
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 0
     boxes = json.loads((tmp_path / "out" / "case_1.json").read_text())["boxes"]
-    # The cyst (0.625) and the lesion it touches (0.5 + 0.25) are one; the speck counts, since one voxel is enough.
+    # The cyst (0.625) and the lesion it touches (0.5 + 0.25) are one; the speck counts, since one
+    # voxel is enough.
     assert [(b["name"], b["score"], b["box_zyx"]) for b in boxes] == [
-        ("any", 1.0, [5, 0, 0, 6, 1, 1]), ("any", 0.875, [3, 4, 6, 5, 8, 9]), ("any", 0.75, [0, 0, 0, 3, 3, 4]),
+        ("any", 1.0, [5, 0, 0, 6, 1, 1]),
+        ("any", 0.875, [3, 4, 6, 5, 8, 9]),
+        ("any", 0.75, [0, 0, 0, 3, 3, 4]),
     ]
 
 
 def test_nndetections_pickle_has_its_keys_order_and_voxel_more(tmp_path: Path) -> None:
     affine = [[-2.0, 0, 0, 10], [0, 0, 3.0, 20], [0, 1.0, 0, 30], [0, 0, 0, 1]]
-    found = [Detection((0, 1, 2, 4, 5, 7), 5, "holed", 0.9), Detection((1, 1, 1, 2, 2, 2), 2, "solid", 0.5)]
-    write_boxes(tmp_path / "a.pkl", make_scan_file("a", frame_of_affine(affine, (8, 8, 8)), found, {"holed": 5, "solid": 2}))
+    found = [
+        Detection((0, 1, 2, 4, 5, 7), 5, "holed", 0.9),
+        Detection((1, 1, 1, 2, 2, 2), 2, "solid", 0.5),
+    ]
+    write_boxes(
+        tmp_path / "a.pkl",
+        make_scan_file("a", frame_of_affine(affine, (8, 8, 8)), found, {"holed": 5, "solid": 2}),
+    )
     data = pickle.loads((tmp_path / "a.pkl").read_bytes())
     # Voxels z 0 to 3, y 1 to 4, x 2 to 6: z -1, y 0, z 4, y 5, x 1, x 7.
     assert data["pred_boxes"].tolist() == [[-1, 0, 4, 5, 1, 7], [0, 0, 2, 2, 0, 2]]
-    assert data["pred_labels"].tolist() == [1, 0] and data["pred_scores"].tolist() == [np.float32(0.9), 0.5]
+    assert data["pred_labels"].tolist() == [1, 0] and data["pred_scores"].tolist() == [
+        np.float32(0.9),
+        0.5,
+    ]
     assert data["restore"] is True and data["original_size_of_raw_data"].tolist() == [8, 8, 8]
     assert data["itk_spacing"] == (2.0, 1.0, 3.0) and data["itk_origin"] == (-10.0, -20.0, 30.0)
     # Column by column, i towards left, j towards superior, k towards anterior, in LPS.
-    assert np.array(data["itk_direction"]).reshape(3, 3).T.tolist() == [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
+    assert np.array(data["itk_direction"]).reshape(3, 3).T.tolist() == [
+        [1, 0, 0],
+        [0, 0, 1],
+        [0, -1, 0],
+    ]

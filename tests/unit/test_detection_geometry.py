@@ -14,12 +14,18 @@ from nnunet_autoreg.detection.geometry import (
     preprocessing_of,
     to_ijk,
 )
-from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, read_scan_file, write_scan_file
+from nnunet_autoreg.detection.scanfile import (
+    Detection,
+    make_scan_file,
+    read_scan_file,
+    write_scan_file,
+)
 from nnunet_autoreg.errors import ObjectsError
 
 
 def test_boxes_come_back_through_resampling_crop_and_transpose_by_hand():
-    # Original (z, y, x) = (40, 60, 50), transposed to (x, z, y), cropped from (5, 2, 1) to 40 x 30 x 50, resampled to 20 x 60 x 50.
+    # Original (z, y, x) = (40, 60, 50), transposed to (x, z, y), cropped from (5, 2, 1) to 40 x 30
+    # x 50, resampled to 20 x 60 x 50.
     way = Preprocessing((20, 60, 50), (40, 30, 50), (5, 2, 1), (1, 2, 0))
     back = way.to_original([[2, 10, 3, 4, 20, 7]])
     # x: 2..4 times 2 plus 5; z: 10..20 times 1/2 plus 2; y: 3..7 plus 1.
@@ -40,14 +46,20 @@ def ellipsoid(shape, centre, radii):
 @pytest.mark.parametrize("transpose", [(0, 1, 2), (1, 2, 0)])
 def test_an_ellipsoid_resampled_by_nnunet_from_5_mm_to_1_mm_comes_back_to_its_place(transpose):
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
+    from nnunetv2.preprocessing.resampling.default_resampling import (
+        compute_new_shape,
+        resample_data_or_seg_to_shape,
+    )
 
     spacing, target = np.array([5.0, 0.8, 0.8]), np.array([1.0, 1.0, 1.0])
     overlaps, away_mm = [], []
     for seed in range(4):
         random = np.random.default_rng(seed)
         shape = (16, 61, 57)
-        centre, radii = random.uniform([6, 22, 22], [10, 38, 34]), random.uniform(9, 14, 3) / spacing
+        centre, radii = (
+            random.uniform([6, 22, 22], [10, 38, 34]),
+            random.uniform(9, 14, 3) / spacing,
+        )
         image = np.zeros((1, *shape), np.float32)
         image[0, 2:14, 3:60, 5:55] = 1
         labels = ellipsoid(shape, centre, radii).astype(np.float32)[None]
@@ -55,17 +67,31 @@ def test_an_ellipsoid_resampled_by_nnunet_from_5_mm_to_1_mm_comes_back_to_its_pl
         data, seg, crop = crop_to_nonzero(image.transpose(order), labels.transpose(order))
         moved = spacing[list(transpose)]
         new = compute_new_shape(data.shape[1:], moved, target)
-        resampled = resample_data_or_seg_to_shape(seg, new, moved, target, is_seg=True, order=1, order_z=0)[0] == 1
+        resampled = (
+            resample_data_or_seg_to_shape(seg, new, moved, target, is_seg=True, order=1, order_z=0)[
+                0
+            ]
+            == 1
+        )
         places = np.nonzero(resampled)
         pre = [float(p.min()) for p in places] + [float(p.max()) + 1 for p in places]
-        properties = {"bbox_used_for_cropping": crop, "shape_after_cropping_and_before_resampling": data.shape[1:]}
+        properties = {
+            "bbox_used_for_cropping": crop,
+            "shape_after_cropping_and_before_resampling": data.shape[1:],
+        }
         way = preprocessing_of(properties, new, np.argsort(transpose).tolist())
         found = way.to_original(pre)
         places = np.nonzero(labels[0])
         true = np.array([float(p.min()) for p in places] + [float(p.max()) + 1 for p in places])
-        common = np.prod(np.clip(np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3]), 0, None))
-        overlaps.append(common / (np.prod(found[3:] - found[:3]) + np.prod(true[3:] - true[:3]) - common))
-        away_mm.append(np.linalg.norm(((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2 * spacing))
+        common = np.prod(
+            np.clip(np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3]), 0, None)
+        )
+        overlaps.append(
+            common / (np.prod(found[3:] - found[:3]) + np.prod(true[3:] - true[:3]) - common)
+        )
+        away_mm.append(
+            np.linalg.norm(((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2 * spacing)
+        )
     assert np.mean(overlaps) >= 0.90 and np.mean(away_mm) <= 0.35
 
 
@@ -117,13 +143,26 @@ def test_world_coordinates_are_nibabels_however_the_image_is_stored(tmp_path):
     data = np.asarray(turned.dataobj).transpose(2, 1, 0)
     places = np.nonzero(data)
     middle = [(p.min() + p.max() + 1) / 2 for p in places]
-    assert frame_of_affine(turned.affine, data.shape).to_ras(middle) == pytest.approx(ours.to_ras([3.5, 12, 6]), abs=1e-3)
+    assert frame_of_affine(turned.affine, data.shape).to_ras(middle) == pytest.approx(
+        ours.to_ras([3.5, 12, 6]), abs=1e-3
+    )
 
 
 def test_frames_come_from_the_properties_of_every_reader_of_nnunet():
-    itk = {"sitk_stuff": {"spacing": SPACING_XYZ, "origin": ORIGIN_XYZ, "direction": turn().ravel().tolist()}}
+    itk = {
+        "sitk_stuff": {
+            "spacing": SPACING_XYZ,
+            "origin": ORIGIN_XYZ,
+            "direction": turn().ravel().tolist(),
+        }
+    }
     frame = frame_of_properties(itk, (10, 30, 20))
-    nibabel = {"nibabel_stuff": {"original_affine": np.eye(4), "reoriented_affine": np.array(frame.affine_ras)}}
+    nibabel = {
+        "nibabel_stuff": {
+            "original_affine": np.eye(4),
+            "reoriented_affine": np.array(frame.affine_ras),
+        }
+    }
     assert frame_of_properties(nibabel, (10, 30, 20)) == frame
     plain = frame_of_properties({"spacing": (3, 2, 1)}, (4, 4, 4))
     assert plain.to_lps((1.5, 1.5, 1.5)).tolist() == [1, 2, 3]
@@ -136,7 +175,10 @@ def test_indices_are_half_a_voxel_less_than_edges_and_in_the_order_x_y_z():
 
 
 FRAME = frame_of_itk((10, 30, 20), SPACING_XYZ, ORIGIN_XYZ, turn().ravel().tolist())
-FOUND = [Detection((2, 10, 3, 5, 14, 9), 1, "lesion", 0.4, 2), Detection((0, 0, 0, 10, 30, 20), 1, "lesion", 0.9)]
+FOUND = [
+    Detection((2, 10, 3, 5, 14, 9), 1, "lesion", 0.4, 2),
+    Detection((0, 0, 0, 10, 30, 20), 1, "lesion", 0.9),
+]
 
 
 def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
@@ -146,11 +188,15 @@ def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
     assert read == made and read.frame == FRAME
     assert [(b.id, b.score, b.votes) for b in read.boxes] == [(1, 0.9, 1), (2, 0.4, 2)]
     small = read.boxes[1]
-    assert small.box_ijk == (2.5, 9.5, 1.5, 8.5, 13.5, 4.5) and small.size_mm == pytest.approx((4.2, 3.6, 9.9), abs=1e-4)
+    assert small.box_ijk == (2.5, 9.5, 1.5, 8.5, 13.5, 4.5) and small.size_mm == pytest.approx(
+        (4.2, 3.6, 9.9), abs=1e-4
+    )
     affine = np.array(read.affine_ras)
     middle = (np.array(small.box_ijk[:3]) + small.box_ijk[3:]) / 2
     assert affine[:3, :3] @ middle + affine[:3, 3] == pytest.approx(small.center_mm_ras, abs=1e-3)
-    assert small.center_mm_lps == pytest.approx((-small.center_mm_ras[0], -small.center_mm_ras[1], small.center_mm_ras[2]))
+    assert small.center_mm_lps == pytest.approx(
+        (-small.center_mm_ras[0], -small.center_mm_ras[1], small.center_mm_ras[2])
+    )
     assert np.mean(small.corners_mm_ras, 0) == pytest.approx(small.center_mm_ras, abs=1e-3)
 
 
@@ -159,15 +205,21 @@ def test_a_scan_without_detections_has_a_file_too(tmp_path):
     assert read_scan_file(tmp_path / "empty.json").boxes == ()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"box_zyx": [2, 10, 3, 5, 14, 29]}, "box 2: box .* lies outside the image of 10 x 30 x 20 voxels"),
-    ({"box_zyx": [5, 10, 3, 2, 14, 9]}, "box 2: box .* has no extent"),
-    ({"score": 1.5}, "box 2: score 1.5 must lie in"),
-    ({"name": "tumour"}, "name 'tumour' with label 1 is none of the classes \\(lesion 1\\)"),
-    ({"id": 1}, "box 1: the id is there twice"),
-    ({"box_zyx": [2, 10, 3]}, "has 3 values, 6 are needed"),
-    ({"colour": 1}, "unknown key 'colour'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"box_zyx": [2, 10, 3, 5, 14, 29]},
+            "box 2: box .* lies outside the image of 10 x 30 x 20 voxels",
+        ),
+        ({"box_zyx": [5, 10, 3, 2, 14, 9]}, "box 2: box .* has no extent"),
+        ({"score": 1.5}, "box 2: score 1.5 must lie in"),
+        ({"name": "tumour"}, "name 'tumour' with label 1 is none of the classes \\(lesion 1\\)"),
+        ({"id": 1}, "box 1: the id is there twice"),
+        ({"box_zyx": [2, 10, 3]}, "has 3 values, 6 are needed"),
+        ({"colour": 1}, "unknown key 'colour'"),
+    ],
+)
 def test_a_scan_file_that_contradicts_itself_is_refused(tmp_path, change, message):
     write_scan_file(tmp_path / "a.json", make_scan_file("a", FRAME, FOUND, {"lesion": 1}))
     data = json.loads((tmp_path / "a.json").read_text())

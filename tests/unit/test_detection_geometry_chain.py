@@ -1,4 +1,6 @@
-"""From an oblique, anisotropic image with an empty border through nnU-Net's preprocessing, tiles and merging, back to where objects are."""
+"""From an oblique, anisotropic image with an empty border through nnU-Net's preprocessing, tiles
+and merging, back to where objects are.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,20 +22,40 @@ from nnunet_autoreg.detection.scans import find
 SEG = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 DATA = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 CONFIGURATION = {
-    "preprocessor_name": "DefaultPreprocessor", "patch_size": [16, 16, 16], "spacing": [1.0, 2.0, 1.0], "batch_size": 2,
-    "normalization_schemes": ["NoNormalization"], "use_mask_for_norm": [False], "data_identifier": "x", "architecture": {},
-    "resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_seg": "resample_data_or_seg_to_shape",
-    "resampling_fn_data_kwargs": DATA, "resampling_fn_seg_kwargs": SEG,
-    "resampling_fn_probabilities": "resample_data_or_seg_to_shape", "resampling_fn_probabilities_kwargs": {**DATA, "order": 1},
-}  # fmt: skip
+    "preprocessor_name": "DefaultPreprocessor",
+    "patch_size": [16, 16, 16],
+    "spacing": [1.0, 2.0, 1.0],
+    "batch_size": 2,
+    "normalization_schemes": ["NoNormalization"],
+    "use_mask_for_norm": [False],
+    "data_identifier": "x",
+    "architecture": {},
+    "resampling_fn_data": "resample_data_or_seg_to_shape",
+    "resampling_fn_seg": "resample_data_or_seg_to_shape",
+    "resampling_fn_data_kwargs": DATA,
+    "resampling_fn_seg_kwargs": SEG,
+    "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+    "resampling_fn_probabilities_kwargs": {**DATA, "order": 1},
+}
 PLANS = {
-    "dataset_name": "D", "plans_name": "P", "image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager",
-    "transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2], "configurations": {"3d_fullres": CONFIGURATION},
+    "dataset_name": "D",
+    "plans_name": "P",
+    "image_reader_writer": "SimpleITKIO",
+    "label_manager": "LabelManager",
+    "transpose_forward": [1, 0, 2],
+    "transpose_backward": [1, 0, 2],
+    "configurations": {"3d_fullres": CONFIGURATION},
     "foreground_intensity_properties_per_channel": {"0": {}},
-}  # fmt: skip
-DATASET: dict[str, Any] = {"labels": {"background": 0, "lesion": 1}, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+}
+DATASET: dict[str, Any] = {
+    "labels": {"background": 0, "lesion": 1},
+    "channel_names": {"0": "MRI"},
+    "file_ending": ".nii.gz",
+}
 BOX = (4, 8, 16, 8, 16, 24)
-"""z, y, x: 4 x 8 x 8 voxels of 2 x 1 x 1 mm; 8 x 4 x 8 once transposed and resampled to (y, z, x) = 1 x 2 x 1 mm."""
+"""z, y, x: 4 x 8 x 8 voxels of 2 x 1 x 1 mm; 8 x 4 x 8 once transposed and resampled to (y, z, x) =
+1 x 2 x 1 mm.
+"""
 
 
 class Bright(torch.nn.Module):
@@ -43,7 +65,12 @@ class Bright(torch.nn.Module):
         filled = torch.nn.functional.avg_pool3d(image, (8, 4, 8), stride=(1, 1, 1))
         scores = (filled * 30 - 25).flatten()[None, :, None]
         cells = (filled.shape[2], filled.shape[3], filled.shape[4])
-        return Output(torch.cat([0.5 - image, image - 0.5], 1), scores, torch.zeros(1, scores.shape[1], 6), (cells,))
+        return Output(
+            torch.cat([0.5 - image, image - 0.5], 1),
+            scores,
+            torch.zeros(1, scores.shape[1], 6),
+            (cells,),
+        )
 
     def eval(self) -> "Bright":
         return self
@@ -51,12 +78,14 @@ class Bright(torch.nn.Module):
 
 @pytest.fixture
 def image_file(tmp_path: Path) -> Path:
-    """24 x 32 x 40 voxels of 2 x 1 x 1 mm, turned about two axes; zero outside of the middle, 1 in one box, 0.1 around it."""
+    """24 x 32 x 40 voxels of 2 x 1 x 1 mm, turned about two axes; zero outside of the middle, 1 in
+    one box, 0.1 around it.
+    """
     import SimpleITK
 
     array = np.zeros((24, 32, 40), np.float32)
     array[2:22, 4:28, 6:34] = 0.1
-    array[BOX[0]:BOX[3], BOX[1]:BOX[4], BOX[2]:BOX[5]] = 1
+    array[BOX[0] : BOX[3], BOX[1] : BOX[4], BOX[2] : BOX[5]] = 1
     image: Any = SimpleITK.GetImageFromArray(array)
     image.SetSpacing((1.0, 1.0, 2.0))
     image.SetOrigin((-30.0, 12.0, 99.0))
@@ -75,8 +104,15 @@ def shifted_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_autoreg.detection.anchors import AnchorGrid
 
     def every_voxel(plan: AnchorPlan, cells: Any, device: Any) -> AnchorGrid:
-        corners = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in cells[0]), indexing="ij"), -1).reshape(-1, 3)
-        return AnchorGrid(torch.cat([corners, corners + torch.tensor([8.0, 4.0, 8.0])], 1), tuple(cells), ((1, 1, 1),), 1)
+        corners = torch.stack(
+            torch.meshgrid(*(torch.arange(float(n)) for n in cells[0]), indexing="ij"), -1
+        ).reshape(-1, 3)
+        return AnchorGrid(
+            torch.cat([corners, corners + torch.tensor([8.0, 4.0, 8.0])], 1),
+            tuple(cells),
+            ((1, 1, 1),),
+            1,
+        )
 
     monkeypatch.setattr(infer, "lay_out", every_voxel)
 
@@ -89,20 +125,42 @@ def model(reader: str = "SimpleITKIO") -> Any:
 
     manager = PlansManager({**PLANS, "image_reader_writer": reader})
     configuration = manager.get_configuration("3d_fullres")
-    plan = DetectionPlan((ObjectClass("lesion", 1, (1,)),), Rules(), AnchorPlan((0,), ((1, 1, 1),), ((8.0, 4.0, 8.0),), 1.0, {}), 8, True)
+    plan = DetectionPlan(
+        (ObjectClass("lesion", 1, (1,)),),
+        Rules(),
+        AnchorPlan((0,), ((1, 1, 1),), ((8.0, 4.0, 8.0),), 1.0, {}),
+        8,
+        True,
+    )
 
     def preprocess(files: list[str]) -> tuple[torch.Tensor, dict[str, Any]]:
-        data, _, properties = configuration.preprocessor_class(verbose=False).run_case(files, None, manager, configuration, DATASET)
+        data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
+            files, None, manager, configuration, DATASET
+        )
         return torch.from_numpy(data), properties
 
-    stock = SimpleNamespace(plans_manager=manager, allowed_mirroring_axes=(0, 1, 2), label_manager=manager.get_label_manager(DATASET))
+    stock = SimpleNamespace(
+        plans_manager=manager,
+        allowed_mirroring_axes=(0, 1, 2),
+        label_manager=manager.get_label_manager(DATASET),
+    )
     return SimpleNamespace(
-        stock=stock, configuration=configuration, plan=plan, network=Bright(), device=torch.device("cpu"), preprocess=preprocess,
-        autocast=torch.inference_mode, weights=lambda: iter([None]), describe=dict, file_ending=".nii.gz",
-    )  # fmt: skip
+        stock=stock,
+        configuration=configuration,
+        plan=plan,
+        network=Bright(),
+        device=torch.device("cpu"),
+        preprocess=preprocess,
+        autocast=torch.inference_mode,
+        weights=lambda: iter([None]),
+        describe=dict,
+        file_ending=".nii.gz",
+    )
 
 
-@pytest.mark.parametrize(("reader", "mirror"), [(READERS[0], True), *((reader, False) for reader in READERS)])
+@pytest.mark.parametrize(
+    ("reader", "mirror"), [(READERS[0], True), *((reader, False) for reader in READERS)]
+)
 def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, mirror: bool
 ) -> None:
@@ -117,7 +175,9 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     image = SimpleITK.ReadImage(str(image_file))
     # The middle as an index of voxel centres, x first: half a voxel below the middle of the edges.
     middle = [(BOX[a] + BOX[a + 3]) / 2 - 0.5 for a in (2, 1, 0)]
-    assert box.center_mm_lps == pytest.approx(image.TransformContinuousIndexToPhysicalPoint(middle), abs=0.5)
+    assert box.center_mm_lps == pytest.approx(
+        image.TransformContinuousIndexToPhysicalPoint(middle), abs=0.5
+    )
     assert box.size_mm == pytest.approx((8, 8, 8), abs=0.5)
     write(made, found, tmp_path, options)
     instances = SimpleITK.ReadImage(str(tmp_path / "a_instances.nii.gz"))
@@ -125,10 +185,12 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     assert instances.GetDirection() == pytest.approx(image.GetDirection(), abs=1e-6)
     inside = SimpleITK.GetArrayFromImage(instances) == 1
     truth = np.zeros(inside.shape, bool)
-    truth[BOX[0]:BOX[3], BOX[1]:BOX[4], BOX[2]:BOX[5]] = True
+    truth[BOX[0] : BOX[3], BOX[1] : BOX[4], BOX[2] : BOX[5]] = True
     assert (inside & truth).sum() / (inside | truth).sum() > 0.9
     # The drawn frame lies on the box too, in the stored array.
-    frame = np.argwhere(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a_boxes.nii.gz"))))
+    frame = np.argwhere(
+        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a_boxes.nii.gz")))
+    )
     assert [*frame.min(0), *(frame.max(0) + 1)] == list(BOX)
 
 
@@ -140,7 +202,9 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
 
     made = model()
     image = SimpleITK.ReadImage(str(image_file))
-    labels: Any = SimpleITK.GetImageFromArray((SimpleITK.GetArrayFromImage(image) == 1).astype(np.uint8))
+    labels: Any = SimpleITK.GetImageFromArray(
+        (SimpleITK.GetArrayFromImage(image) == 1).astype(np.uint8)
+    )
     labels.CopyInformation(image)
     raw = tmp_path / "raw" / "labelsTr" / "a.nii.gz"
     raw.parent.mkdir(parents=True)
@@ -153,10 +217,20 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
     options = {"chunks": (1, 8, 8, 8), "blocks": (1, 8, 8, 8)}
     nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / "a"), **options)
     source = ObjectSource(raw.parent, raw.parent, DATASET, SimpleITKIO)
-    maker = Maker(folder, source, (1, 0, 2), (1.0, 2.0, 1.0), (16, 16, 16), made.configuration.resampling_fn_seg)
+    maker = Maker(
+        folder,
+        source,
+        (1, 0, 2),
+        (1.0, 2.0, 1.0),
+        (16, 16, 16),
+        made.configuration.resampling_fn_seg,
+    )
     found = maker.make("a")
     ids = blosc2.open(str(instances_folder(folder) / "a.b2nd"))[:]
     assert np.array_equal(ids > 0, seg[0] > 0) and ids.max() == 1
     (item,) = found.objects
     low, high = np.argwhere(ids == 1).min(0), np.argwhere(ids == 1).max(0) + 1
-    assert item.box_zyx == pytest.approx([*low, *high], abs=0.51) and item.num_voxels == (ids == 1).sum()
+    assert (
+        item.box_zyx == pytest.approx([*low, *high], abs=0.51)
+        and item.num_voxels == (ids == 1).sum()
+    )

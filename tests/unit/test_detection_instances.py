@@ -37,14 +37,23 @@ def labels():
 def test_components_are_objects_with_boxes_of_voxel_edges():
     found = find_instances(labels(), [LESION, CYST], Rules())
     assert found.objects == (
-        Instance(1, 0, (0, 0, 0, 3, 4, 5), 25), Instance(2, 0, (5, 5, 5, 7, 8, 9), 24), Instance(3, 1, (5, 5, 9, 7, 8, 10), 6),
+        Instance(1, 0, (0, 0, 0, 3, 4, 5), 25),
+        Instance(2, 0, (5, 5, 5, 7, 8, 9), 24),
+        Instance(3, 1, (5, 5, 9, 7, 8, 10), 6),
     )
-    assert found.ids_ZYX.dtype == np.uint16 and (found.ids_ZYX[5, 5] == [0] * 5 + [2] * 4 + [3] + [0] * 2).all()
+    assert (
+        found.ids_ZYX.dtype == np.uint16
+        and (found.ids_ZYX[5, 5] == [0] * 5 + [2] * 4 + [3] + [0] * 2).all()
+    )
 
 
 def test_corners_join_with_26_neighbours_only_and_small_objects_are_ignored_but_kept():
     found = find_instances(labels(), [LESION], Rules(connectivity=6, min_voxels=2))
-    assert [(o.num_voxels, o.ignored) for o in found.objects] == [(24, False), (1, True), (24, False)]
+    assert [(o.num_voxels, o.ignored) for o in found.objects] == [
+        (24, False),
+        (1, True),
+        (24, False),
+    ]
     assert found.ids_ZYX[2, 3, 4] == found.objects[1].id
 
 
@@ -77,19 +86,36 @@ def test_every_label_is_a_class_unless_the_dataset_says_otherwise():
     assert names() == [("edema", 1, (1,)), ("core", 2, (2,)), ("cyst", 3, (3,))]
     assert names(detect_labels=["cyst"]) == [("cyst", 3, (3,))]
     assert names(merge={"tumour": ["core", "edema"]}) == [("tumour", 1, (1, 2)), ("cyst", 3, (3,))]
-    assert names(merge={"tumour": ["core", "edema"]}, detect_labels=["tumour"]) == [("tumour", 1, (1, 2))]
+    assert names(merge={"tumour": ["core", "edema"]}, detect_labels=["tumour"]) == [
+        ("tumour", 1, (1, 2))
+    ]
     assert ignore_value(DATASET) == 4 and ignore_value({"labels": {"background": 0}}) is None
 
 
-@pytest.mark.parametrize(("labels", "block", "message"), [
-    (DATASET["labels"], {"detect_labels": ["cist"]}, "detect_labels names 'cist', which is no label; did you mean 'cyst'"),
-    (DATASET["labels"], {"merge": {"t": ["corre"]}}, "merge names the label 'corre', which is not there; did you mean 'core'"),
-    (DATASET["labels"], {"min_voxel": 3}, "unknown key 'min_voxel'"),
-    (DATASET["labels"], {"connectivity": 8}, "connectivity=8 must be 6, 18 or 26"),
-    (DATASET["labels"], {"min_voxels": 0}, "min_voxels=0 must be at least 1"),
-    ({"background": 0}, {}, "no label to detect is left"),
-    ({"background": 0, "whole": [1, 2], "core": [2]}, {}, "'whole' and 'core' share the label value 2"),
-])
+@pytest.mark.parametrize(
+    ("labels", "block", "message"),
+    [
+        (
+            DATASET["labels"],
+            {"detect_labels": ["cist"]},
+            "detect_labels names 'cist', which is no label; did you mean 'cyst'",
+        ),
+        (
+            DATASET["labels"],
+            {"merge": {"t": ["corre"]}},
+            "merge names the label 'corre', which is not there; did you mean 'core'",
+        ),
+        (DATASET["labels"], {"min_voxel": 3}, "unknown key 'min_voxel'"),
+        (DATASET["labels"], {"connectivity": 8}, "connectivity=8 must be 6, 18 or 26"),
+        (DATASET["labels"], {"min_voxels": 0}, "min_voxels=0 must be at least 1"),
+        ({"background": 0}, {}, "no label to detect is left"),
+        (
+            {"background": 0, "whole": [1, 2], "core": [2]},
+            {},
+            "'whole' and 'core' share the label value 2",
+        ),
+    ],
+)
 def test_rules_and_labels_that_cannot_be_are_refused(labels, block, message):
     dataset = {"labels": labels, "autoreg_detection": block}
     with pytest.raises(PlanError, match=message):
@@ -97,7 +123,10 @@ def test_rules_and_labels_that_cannot_be_are_refused(labels, block, message):
 
 
 def test_regions_are_classes_where_they_do_not_overlap():
-    dataset = {"labels": {"background": 0, "whole": [1, 2, 3], "core": 2}, "autoreg_detection": {"detect_labels": ["whole"]}}
+    dataset = {
+        "labels": {"background": 0, "whole": [1, 2, 3], "core": 2},
+        "autoreg_detection": {"detect_labels": ["whole"]},
+    }
     assert object_classes(dataset, read_rules(dataset)) == (ObjectClass("whole", 1, (1, 2, 3)),)
 
 
@@ -109,8 +138,13 @@ def ids():
 
 def test_an_instance_map_keeps_its_ids_and_an_object_may_have_parts(tmp_path):
     (tmp_path / "a.json").write_text('{"instances": {"1": 2, "7": 1}}')
-    found = known_instances(ids(), labels_of_instances(tmp_path / "a.json"), [LESION, CYST], Rules(min_voxels=4), "a")
-    assert found.objects == (Instance(1, 1, (0, 0, 0, 4, 6, 6), 9), Instance(7, 0, (2, 2, 3, 3, 5, 4), 3, True))
+    found = known_instances(
+        ids(), labels_of_instances(tmp_path / "a.json"), [LESION, CYST], Rules(min_voxels=4), "a"
+    )
+    assert found.objects == (
+        Instance(1, 1, (0, 0, 0, 4, 6, 6), 9),
+        Instance(7, 0, (2, 2, 3, 3, 5, 4), 3, True),
+    )
 
 
 def test_objects_of_labels_that_are_not_detected_leave_the_map():
@@ -118,11 +152,17 @@ def test_objects_of_labels_that_are_not_detected_leave_the_map():
     assert [o.id for o in found.objects] == [7] and set(np.unique(found.ids_ZYX)) == {0, 7}
 
 
-@pytest.mark.parametrize(("label_of", "message"), [
-    ({1: 1}, "the map holds id 7, which the JSON does not list"),
-    ({1: 1, 7: 1, 8: 1, 9: 1}, "the JSON lists ids 8, 9, of which the map has no voxel"),
-    ({1: 1, 7: 5}, r"instance 7 has label 5, which is no class; known are: 1 \(lesion\), 2 \(cyst\)"),
-])
+@pytest.mark.parametrize(
+    ("label_of", "message"),
+    [
+        ({1: 1}, "the map holds id 7, which the JSON does not list"),
+        ({1: 1, 7: 1, 8: 1, 9: 1}, "the JSON lists ids 8, 9, of which the map has no voxel"),
+        (
+            {1: 1, 7: 5},
+            r"instance 7 has label 5, which is no class; known are: 1 \(lesion\), 2 \(cyst\)",
+        ),
+    ],
+)
 def test_a_map_and_a_json_that_disagree_are_refused(label_of, message):
     with pytest.raises(ObjectsError, match=message):
         known_instances(ids(), label_of, [LESION, CYST], Rules(), "case_3")
@@ -147,21 +187,35 @@ def boxes_file(tmp_path, *boxes):
 
 
 def test_boxes_alone_are_objects_without_a_map(tmp_path):
-    first, second = {"box_zyx": [0, 1, 2, 3.5, 4, 5], "label": 2, "score": 1}, {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True}
+    first, second = (
+        {"box_zyx": [0, 1, 2, 3.5, 4, 5], "label": 2, "score": 1},
+        {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True},
+    )
     file = boxes_file(tmp_path, first, second)
     found = read_true_boxes(file, [LESION, CYST], (4, 8, 8))
-    assert found.objects == (Instance(1, 1, (0, 1, 2, 3.5, 4, 5), 0), Instance(2, 0, (0, 0, 0, 1, 1, 1), 0, True))
+    assert found.objects == (
+        Instance(1, 1, (0, 1, 2, 3.5, 4, 5), 0),
+        Instance(2, 0, (0, 0, 0, 1, 1, 1), 0, True),
+    )
     assert found.ids_ZYX is None
-    assert [o.place for o in read_true_boxes(file, [LESION], (4, 8, 8), other_labels=[2]).objects] == [0]
+    assert [
+        o.place for o in read_true_boxes(file, [LESION], (4, 8, 8), other_labels=[2]).objects
+    ] == [0]
 
 
-@pytest.mark.parametrize(("box", "message"), [
-    ({"box_zyx": [0, 1, 2, 5, 4, 5], "label": 2}, r"boxes\[0\]: box .* lies outside the image of 4 x 8 x 8 voxels"),
-    ({"box_zyx": [0, 1, 2, 3, 4, 5], "label": 9}, "label 9 is no class"),
-    ({"box_zyx": [0, 1, 2, 3, 4], "label": 1}, "5 values, 6 are needed"),
-    ({"label": 1}, "'box_zyx' is missing"),
-    ({"box_zyx": [0, 1, 2, 3, 4, "5"], "label": 1}, "'5' is not of type float"),
-])
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (
+            {"box_zyx": [0, 1, 2, 5, 4, 5], "label": 2},
+            r"boxes\[0\]: box .* lies outside the image of 4 x 8 x 8 voxels",
+        ),
+        ({"box_zyx": [0, 1, 2, 3, 4, 5], "label": 9}, "label 9 is no class"),
+        ({"box_zyx": [0, 1, 2, 3, 4], "label": 1}, "5 values, 6 are needed"),
+        ({"label": 1}, "'box_zyx' is missing"),
+        ({"box_zyx": [0, 1, 2, 3, 4, "5"], "label": 1}, "'5' is not of type float"),
+    ],
+)
 def test_wrong_boxes_are_refused(tmp_path, box, message):
     with pytest.raises(ObjectsError, match=message):
         read_true_boxes(boxes_file(tmp_path, box), [LESION, CYST], (4, 8, 8))
@@ -176,12 +230,18 @@ def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
 def test_nobody_is_told_to_remove_a_damaged_file_of_true_objects(tmp_path):
     (tmp_path / "a.json").write_text('{"boxes": [')
     for read in (labels_of_instances, lambda file: read_true_boxes(file, [LESION], None)):
-        with pytest.raises(ObjectsError, match=r"a\.json is not valid JSON .*; mend it, or restore it$"):
+        with pytest.raises(
+            ObjectsError, match=r"a\.json is not valid JSON .*; mend it, or restore it$"
+        ):
             read(tmp_path / "a.json")
 
 
 def test_ellipsoids_have_the_boxes_they_were_made_of_and_small_ones_stay_visible():
-    boxes = (Instance(1, 0, (0, 0, 0, 8, 2, 16), 0), Instance(2, 0, (3, 0, 7, 5, 2, 9), 0), Instance(3, 0, (9, 3, 0, 10, 4, 1), 0))
+    boxes = (
+        Instance(1, 0, (0, 0, 0, 8, 2, 16), 0),
+        Instance(2, 0, (3, 0, 7, 5, 2, 9), 0),
+        Instance(3, 0, (9, 3, 0, 10, 4, 1), 0),
+    )
     drawn = with_ellipsoids(Instances(boxes, None), (10, 4, 16))
     found = boxes_of_ids(drawn.ids_ZYX)
     assert {i: box for i, (box, _) in found.items()} == {b.id: b.box_zyx for b in boxes}
@@ -192,6 +252,10 @@ def test_ellipsoids_have_the_boxes_they_were_made_of_and_small_ones_stay_visible
 
 def test_a_box_that_smaller_ones_hide_keeps_its_place_whatever_its_number():
     # Numbers have gaps where boxes of other labels stand between.
-    boxes = (Instance(7, 0, (0, 0, 0, 2, 1, 1), 0), Instance(2, 0, (0, 0, 0, 1, 1, 1), 0), Instance(3, 0, (1, 0, 0, 2, 1, 1), 0))
+    boxes = (
+        Instance(7, 0, (0, 0, 0, 2, 1, 1), 0),
+        Instance(2, 0, (0, 0, 0, 1, 1, 1), 0),
+        Instance(3, 0, (1, 0, 0, 2, 1, 1), 0),
+    )
     drawn = with_ellipsoids(Instances(boxes, None), (2, 1, 1))
     assert [(o.id, o.num_voxels) for o in drawn.objects] == [(7, 0), (2, 1), (3, 1)]

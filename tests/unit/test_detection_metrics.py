@@ -11,7 +11,13 @@ import torch
 from nnunet_autoreg.detection import metrics as mt
 from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.matching import ANY_CLASS, HitRule, ScanBoxes, match_scan, parse_hit_rule
+from nnunet_autoreg.detection.matching import (
+    ANY_CLASS,
+    HitRule,
+    ScanBoxes,
+    match_scan,
+    parse_hit_rule,
+)
 from nnunet_autoreg.detection.score import mask_overlaps, scan_boxes
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
@@ -20,14 +26,25 @@ WHY_MONAI = "MONAI is the oracle of this test; pip install 'nnunet-autoreg[test]
 
 
 def scan(true=(), found=(), ignored=(), name="s", spacing=(1.0, 1.0, 1.0)):
-    """``true``: (box, place); ``found``: (box, place, score); ``ignored``: numbers of true objects that do not count."""
+    """``true``: (box, place); ``found``:
+
+    (box, place, score); ``ignored``: numbers of true objects that do not count.
+    """
     true_boxes = np.array([box for box, _ in true], dtype=float).reshape(-1, 6)
     boxes = np.array([box for box, _, _ in found], dtype=float).reshape(-1, 6)
     middle = (boxes[:, None, :3] + boxes[:, None, 3:]) / 2
     inside = ((middle >= true_boxes[None, :, :3]) & (middle < true_boxes[None, :, 3:])).all(-1)
-    return ScanBoxes(name, spacing, true_boxes, np.array([p for _, p in true], dtype=np.int64),
-                     np.isin(np.arange(len(true)), list(ignored)), boxes, np.array([p for _, p, _ in found], dtype=np.int64),
-                     np.array([s for _, _, s in found], dtype=float), inside)
+    return ScanBoxes(
+        name,
+        spacing,
+        true_boxes,
+        np.array([p for _, p in true], dtype=np.int64),
+        np.isin(np.arange(len(true)), list(ignored)),
+        boxes,
+        np.array([p for _, p, _ in found], dtype=np.int64),
+        np.array([s for _, _, s in found], dtype=float),
+        inside,
+    )
 
 
 def cube(start, side=4):
@@ -39,12 +56,18 @@ def pooled(scans, place=0, rule=HitRule(), **options):  # noqa: B008
 
 
 def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
-    one = scan([(cube(0), 0), (cube(2), 0)], [(cube(1), 0, 0.5), (cube(0), 0, 0.9), (cube(0), 0, 0.4)])
+    one = scan(
+        [(cube(0), 0), (cube(2), 0)], [(cube(1), 0, 0.5), (cube(0), 0, 0.9), (cube(0), 0, 0.4)]
+    )
     matched = match_scan(one, 0, HitRule("iou", 0.1))
     # The middle one overlaps both alike and gets what is left; then nothing is left.
     assert matched.detections.tolist() == [1, 0, 2] and matched.object_of.tolist() == [0, 1, -1]
     assert not matched.excused.any() and matched.objects.tolist() == [0, 1]
-    assert match_scan(one, 0, HitRule("iou", 0.1), duplicates="ignored").excused.tolist() == [False, False, True]
+    assert match_scan(one, 0, HitRule("iou", 0.1), duplicates="ignored").excused.tolist() == [
+        False,
+        False,
+        True,
+    ]
     assert match_scan(one, 0, HitRule("iou", 0.1), max_detections=1).detections.tolist() == [1]
 
 
@@ -63,19 +86,28 @@ def test_ignored_objects_take_any_number_of_detections_and_regions_those_of_ever
 
 
 def test_a_region_excuses_what_has_its_centre_in_it_alone_whatever_the_hit_rule():
-    # A shell of one voxel around the image: its box is the image's own, with the detection in the middle of it.
+    # A shell of one voxel around the image: its box is the image's own, with the detection in the
+    # middle of it.
     shell = np.ones((12, 12, 12), dtype=bool)
     shell[1:-1, 1:-1, 1:-1] = False
-    found = ([(4, 4, 4, 8, 8, 8), (0, 0, 0, 12, 12, 12), (0, 0, 0, 1, 4, 4)], [0, 0, 0], [0.9, 0.8, 0.7])
+    found = (
+        [(4, 4, 4, 8, 8, 8), (0, 0, 0, 12, 12, 12), (0, 0, 0, 1, 4, 4)],
+        [0, 0, 0],
+        [0.9, 0.8, 0.7],
+    )
     one = scan_boxes("s", (1.0, 1.0, 1.0), ([], [], []), found, uncounted_ZYX=shell)
     for rule in ("iou:0.1", "centre", "radius", "radius:20"):
         assert match_scan(one, 0, parse_hit_rule(rule)).excused.tolist() == [False, False, True]
-    assert match_scan(replace(one, mask_overlap_DG=np.ones((3, 1))), 0, parse_hit_rule("mask:0.2")).excused.tolist() == [False, False, True]
+    assert match_scan(
+        replace(one, mask_overlap_DG=np.ones((3, 1))), 0, parse_hit_rule("mask:0.2")
+    ).excused.tolist() == [False, False, True]
 
 
 def test_hit_rules_by_hand():
     # Centres 3 mm apart in z (1.5 voxels of 2 mm); the object's largest side is 8 mm.
-    one = scan([((0, 0, 0, 4, 4, 4), 0)], [((1.5, 0, 0, 5.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0))
+    one = scan(
+        [((0, 0, 0, 4, 4, 4), 0)], [((1.5, 0, 0, 5.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0)
+    )
 
     def is_hit(text):
         return match_scan(one, 0, parse_hit_rule(text)).object_of.tolist() == [0]
@@ -83,22 +115,33 @@ def test_hit_rules_by_hand():
     overlap = 2.5 / 5.5
     assert is_hit(f"iou:{overlap - 0.01}") and not is_hit(f"iou:{overlap + 0.01}")
     assert is_hit("centre") and is_hit("radius") and is_hit("radius:3") and not is_hit("radius:2.9")
-    far = scan([((0, 0, 0, 4, 4, 4), 0)], [((2.5, 0, 0, 6.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0))
+    far = scan(
+        [((0, 0, 0, 4, 4, 4), 0)], [((2.5, 0, 0, 6.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0)
+    )
     for rule in (HitRule("centre", 0), HitRule("radius", 0)):
         assert match_scan(far, 0, rule).object_of.tolist() == [-1]
 
 
 def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
-    # Ids 1 and 2 were found, 3 and 7 are there: 1 shares 2 of 2 + 4 - 2 voxels with 3, 2 has none, 7 is not met.
+    # Ids 1 and 2 were found, 3 and 7 are there: 1 shares 2 of 2 + 4 - 2 voxels with 3, 2 has none,
+    # 7 is not met.
     found, true = np.array([[[1, 1, 0, 0, 0, 2]]]), np.array([[[3, 3, 3, 3, 7, 0]]])
     overlap = mask_overlaps(found, [2, 1, 9], true, [3, 7])
     assert overlap.tolist() == [[0, 0], [0.5, 0], [0, 0]]
-    assert mask_overlaps(found * 0, [1], true, [3, 7]).tolist() == mask_overlaps(found, [1], true * 0, [3, 7]).tolist() == [[0, 0]]
+    assert (
+        mask_overlaps(found * 0, [1], true, [3, 7]).tolist()
+        == mask_overlaps(found, [1], true * 0, [3, 7]).tolist()
+        == [[0, 0]]
+    )
     one = scan([(cube(0), 0)], [(cube(10), 0, 0.9)])
     rule = parse_hit_rule("mask:0.2")
     assert str(rule) == "mask:0.2"
-    assert match_scan(replace(one, mask_overlap_DG=np.array([[0.2]])), 0, rule).object_of.tolist() == [0]
-    assert match_scan(replace(one, mask_overlap_DG=np.array([[0.19]])), 0, rule).object_of.tolist() == [-1]
+    assert match_scan(
+        replace(one, mask_overlap_DG=np.array([[0.2]])), 0, rule
+    ).object_of.tolist() == [0]
+    assert match_scan(
+        replace(one, mask_overlap_DG=np.array([[0.19]])), 0, rule
+    ).object_of.tolist() == [-1]
     with pytest.raises(UsageError, match=r"the voxels of s's objects are not known; take iou:T"):
         match_scan(one, 0, rule)
 
@@ -121,19 +164,32 @@ def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
     b = mt.Froc(np.array([0, 1.0, 2.0]), np.array([0, 0.5, 1]), np.array([np.inf, 0.7, 0.4]))
     together = [(a, 4), (b, 1)]
     # In 5 scans: 1 down to 0.9, 2 to 0.7, 5 to 0.5, 6 to 0.4.
-    assert [mt.threshold_at(together, n) for n in (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)] == [np.inf, 0.9, 0.7, 0.7, 0.5, 0.4]
+    assert [mt.threshold_at(together, n) for n in (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)] == [
+        np.inf,
+        0.9,
+        0.7,
+        0.7,
+        0.5,
+        0.4,
+    ]
     assert mt.threshold_at([(a, 4)], 0.5) == mt.threshold_at([(a, 1)], 0.5) == 0.9
 
 
-@pytest.mark.parametrize("text", ["iou", "iou:0", "iou:2", "centre:1", "radius:-1", "mask", "mask:1.5", "iou:x", "radius:inf"])
+@pytest.mark.parametrize(
+    "text",
+    ["iou", "iou:0", "iou:2", "centre:1", "radius:-1", "mask", "mask:1.5", "iou:x", "radius:inf"],
+)
 def test_unknown_hit_rules_are_refused(text):
     with pytest.raises(UsageError, match=r"is not known; write iou:0\.1"):
         parse_hit_rule(text)
 
 
 def test_average_precision_by_hand():
-    # Hit, false, hit of 2 objects: precision 1 up to recall 1/2 (51 recalls), then 2/3 (50 recalls).
-    one = scan([(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.8), (cube(10), 0, 0.7)])
+    # Hit, false, hit of 2 objects: precision 1 up to recall 1/2 (51 recalls), then 2/3 (50
+    # recalls).
+    one = scan(
+        [(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.8), (cube(10), 0, 0.7)]
+    )
     assert mt.average_precision(pooled([one])) == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert mt.average_precision(pooled([scan([(cube(0), 0)])])) == 0
     assert np.isnan(mt.average_precision(pooled([scan([], [(cube(0), 0, 0.9)])])))
@@ -144,7 +200,9 @@ def test_a_scan_drawn_twice_weighs_as_much_as_two_scans():
     scans = random_scans(random, 4, classes=1)
     weights = np.array([2.0, 0.0, 1.0, 1.0])
     twice = [scans[0], scans[0], scans[2], scans[3]]
-    assert mt.average_precision(pooled(scans), weights) == pytest.approx(mt.average_precision(pooled(twice)), abs=0.02)
+    assert mt.average_precision(pooled(scans), weights) == pytest.approx(
+        mt.average_precision(pooled(twice)), abs=0.02
+    )
     assert mt.cpm(pooled(scans), weights) == pytest.approx(mt.cpm(pooled(twice)), abs=1e-9)
 
 
@@ -162,7 +220,13 @@ def random_scans(random, number, classes=3):
                     found.append((moved, place, random.uniform(0.3, 1)))
             for _ in range(int(random.integers(0, 5))):
                 low = random.uniform(0, 60, 3)
-                found.append((np.concatenate([low, low + random.uniform(4, 14, 3)]), place, random.uniform(0, 0.8)))
+                found.append(
+                    (
+                        np.concatenate([low, low + random.uniform(4, 14, 3)]),
+                        place,
+                        random.uniform(0, 0.8),
+                    )
+                )
         scans.append(scan(true, found, name=f"s{n}"))
     return scans
 
@@ -173,43 +237,82 @@ def test_average_precision_equals_monais():
     box_iou = pytest.importorskip("monai.data.box_utils", reason=WHY_MONAI).box_iou
     for seed in range(3):
         scans = random_scans(np.random.default_rng(seed), 12)
-        metric = coco.COCOMetric(["a", "b", "c"], iou_list=[0.1, 0.5], max_detection=[100], verbose=False)
-        theirs, _ = metric(matching.matching_batch(
-            box_iou, metric.iou_thresholds, [s.boxes_D6 for s in scans], [s.places_D for s in scans], [s.scores_D for s in scans],
-            [s.true_boxes_G6 for s in scans], [s.true_places_G for s in scans],
-        ))
+        metric = coco.COCOMetric(
+            ["a", "b", "c"], iou_list=[0.1, 0.5], max_detection=[100], verbose=False
+        )
+        theirs, _ = metric(
+            matching.matching_batch(
+                box_iou,
+                metric.iou_thresholds,
+                [s.boxes_D6 for s in scans],
+                [s.places_D for s in scans],
+                [s.scores_D for s in scans],
+                [s.true_boxes_G6 for s in scans],
+                [s.true_places_G for s in scans],
+            )
+        )
         ours = evaluate(scans, [A, B, C], EvaluationSettings(num_resamples=0))
         for iou in ("0.1", "0.5"):
-            assert ours["ap"][iou]["mean"] == pytest.approx(theirs[f"AP_IoU_0.{iou[2:]}0_MaxDet_100"], abs=1e-4)
+            assert ours["ap"][iou]["mean"] == pytest.approx(
+                theirs[f"AP_IoU_0.{iou[2:]}0_MaxDet_100"], abs=1e-4
+            )
             for name in "abc":
-                assert ours["ap"][iou]["per_class"][name] == pytest.approx(theirs[f"{name}_AP_IoU_{iou}0_MaxDet_100"], abs=1e-4)
-        assert ours["map"]["0.1:0.5:0.05"]["mean"] == pytest.approx(theirs["mAP_IoU_0.10_0.50_0.05_MaxDet_100"], abs=1e-4)
+                assert ours["ap"][iou]["per_class"][name] == pytest.approx(
+                    theirs[f"{name}_AP_IoU_{iou}0_MaxDet_100"], abs=1e-4
+                )
+        assert ours["map"]["0.1:0.5:0.05"]["mean"] == pytest.approx(
+            theirs["mAP_IoU_0.10_0.50_0.05_MaxDet_100"], abs=1e-4
+        )
         assert 0.2 < ours["ap"]["0.5"]["mean"] < 0.95
 
 
 def test_froc_by_hand_with_tied_scores_and_empty_scans():
-    one = scan([(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.5), (cube(10), 0, 0.5)])
+    one = scan(
+        [(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.5), (cube(10), 0, 0.5)]
+    )
     empty = scan([], [(cube(0), 0, 0.7)])
     curve = mt.froc(pooled([one, empty]))
     assert curve.threshold.tolist() == [np.inf, 0.9, 0.7, 0.5]
-    assert curve.fp_per_scan.tolist() == [0, 0, 0.5, 1] and curve.sensitivity.tolist() == [0, 0.5, 0.5, 1]
+    assert curve.fp_per_scan.tolist() == [0, 0, 0.5, 1] and curve.sensitivity.tolist() == [
+        0,
+        0.5,
+        0.5,
+        1,
+    ]
     assert mt.sensitivity_at(curve, [0.125, 0.5, 0.75, 1, 8]).tolist() == [0.5, 0.5, 0.75, 1, 1]
     assert [mt.threshold_at([(curve, 1)], n) for n in (0.5, 0.1, 8)] == [0.7, 0.9, 0.5]
     assert mt.cpm(pooled([one, empty])) == pytest.approx((0.5 * 3 + 1 * 4) / 7)
 
 
 def perfect(scans, score=0.9):
-    return [scan(list(zip(s.true_boxes_G6, s.true_places_G, strict=True)),
-                 [(b, p, score) for b, p in zip(s.true_boxes_G6, s.true_places_G, strict=True)], name=s.name) for s in scans]
+    return [
+        scan(
+            list(zip(s.true_boxes_G6, s.true_places_G, strict=True)),
+            [(b, p, score) for b, p in zip(s.true_boxes_G6, s.true_places_G, strict=True)],
+            name=s.name,
+        )
+        for s in scans
+    ]
 
 
 def test_perfect_detections_score_1_none_score_0_and_absent_classes_are_left_out():
     scans = [*random_scans(np.random.default_rng(1), 6, classes=2), scan(name="empty")]
     best = evaluate(perfect(scans), [A, B, C], EvaluationSettings(num_resamples=50))
     assert best["absent_classes"] == ["c"] and set(best["ap"]["0.1"]["per_class"]) == {"a", "b"}
-    for figure in (best["ap"]["0.1"], best["ap"]["0.5"], best["map"]["0.1:0.5:0.05"], best["froc"]["cpm"]):
-        assert figure["mean"] == 1 and figure["ci95"] == [1, 1] and set(figure["per_class"].values()) == {1}
-    blind = [scan(list(zip(s.true_boxes_G6, s.true_places_G, strict=True)), name=s.name) for s in scans]
+    for figure in (
+        best["ap"]["0.1"],
+        best["ap"]["0.5"],
+        best["map"]["0.1:0.5:0.05"],
+        best["froc"]["cpm"],
+    ):
+        assert (
+            figure["mean"] == 1
+            and figure["ci95"] == [1, 1]
+            and set(figure["per_class"].values()) == {1}
+        )
+    blind = [
+        scan(list(zip(s.true_boxes_G6, s.true_places_G, strict=True)), name=s.name) for s in scans
+    ]
     worst = evaluate(blind, [A, B, C], EvaluationSettings(num_resamples=50))
     for figure in (worst["ap"]["0.1"], worst["map"]["0.1:0.5:0.05"], worst["froc"]["cpm"]):
         assert figure["mean"] == 0 and figure["ci95"] == [0, 0]
@@ -219,7 +322,11 @@ def test_perfect_detections_score_1_none_score_0_and_absent_classes_are_left_out
 
 def test_scans_without_any_object_give_no_figure_and_no_nan():
     results = evaluate([scan([], [(cube(0), 0, 0.9)])], [A], EvaluationSettings())
-    assert results["ap"]["0.1"]["mean"] is None and results["froc"]["cpm"]["mean"] is None and results["absent_classes"] == ["a"]
+    assert (
+        results["ap"]["0.1"]["mean"] is None
+        and results["froc"]["cpm"]["mean"] is None
+        and results["absent_classes"] == ["a"]
+    )
     assert results["classes"]["a"]["false_per_scan"] == 1
     assert "NaN" not in json.dumps(results) and "Infinity" not in json.dumps(results)
     with pytest.raises(ObjectsError, match="no scan to evaluate"):
@@ -227,43 +334,85 @@ def test_scans_without_any_object_give_no_figure_and_no_nan():
 
 
 def test_false_positives_are_split_into_scans_with_and_without_objects():
-    scans = [scan([(cube(0), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.8)], name="p"), scan([], [(cube(0), 0, 0.8)] * 3, name="e")]
-    point = evaluate(scans, [A], EvaluationSettings(fp_per_scan=(0.5, 2.0), num_resamples=0))["froc"]["operating_points"]["a"]
-    assert point[0] == {"fp_per_scan_at_most": 0.5, "threshold": 0.9, "sensitivity": 1, "fp_per_scan": 0, "fp_per_positive_scan": 0,
-                        "fp_per_empty_scan": 0}
-    assert (point[1]["fp_per_scan"], point[1]["fp_per_positive_scan"], point[1]["fp_per_empty_scan"]) == (2, 1, 3)
+    scans = [
+        scan([(cube(0), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.8)], name="p"),
+        scan([], [(cube(0), 0, 0.8)] * 3, name="e"),
+    ]
+    point = evaluate(scans, [A], EvaluationSettings(fp_per_scan=(0.5, 2.0), num_resamples=0))[
+        "froc"
+    ]["operating_points"]["a"]
+    assert point[0] == {
+        "fp_per_scan_at_most": 0.5,
+        "threshold": 0.9,
+        "sensitivity": 1,
+        "fp_per_scan": 0,
+        "fp_per_positive_scan": 0,
+        "fp_per_empty_scan": 0,
+    }
+    assert (
+        point[1]["fp_per_scan"],
+        point[1]["fp_per_positive_scan"],
+        point[1]["fp_per_empty_scan"],
+    ) == (2, 1, 3)
 
 
 def test_sizes_ignore_objects_and_false_positives_of_other_sizes():
     small, large = cube(0, 2), cube(20, 10)
-    scans = [scan([(small, 0), (large, 0)], [(small, 0, 0.9), (cube(50, 12), 0, 0.8)], spacing=(1.0, 1.0, 1.0))]
-    strata = evaluate(scans, [A], EvaluationSettings(size_edges_mm=(5.0,), num_resamples=0))["sizes"]["strata"]
+    scans = [
+        scan(
+            [(small, 0), (large, 0)],
+            [(small, 0, 0.9), (cube(50, 12), 0, 0.8)],
+            spacing=(1.0, 1.0, 1.0),
+        )
+    ]
+    strata = evaluate(scans, [A], EvaluationSettings(size_edges_mm=(5.0,), num_resamples=0))[
+        "sizes"
+    ]["strata"]
     assert [(s["from_mm"], s["to_mm"], s["objects"]) for s in strata] == [(0, 5, 1), (5, None, 1)]
     assert strata[0]["per_class"]["a"] == {"objects": 1, "ap": 1, "sensitivity": 1}
     assert strata[1]["per_class"]["a"] == {"objects": 1, "ap": 0, "sensitivity": 0}
-    assert evaluate(scans, [A], EvaluationSettings(size_edges_mm=(), num_resamples=0))["sizes"]["strata"] == []
+    assert (
+        evaluate(scans, [A], EvaluationSettings(size_edges_mm=(), num_resamples=0))["sizes"][
+            "strata"
+        ]
+        == []
+    )
 
 
 def test_intervals_are_the_same_every_time_and_hold_the_value():
     scans = random_scans(np.random.default_rng(2), 10, classes=2)
-    first, again = (evaluate(scans, [A, B], EvaluationSettings(num_resamples=200, seed=3)) for _ in range(2))
+    first, again = (
+        evaluate(scans, [A, B], EvaluationSettings(num_resamples=200, seed=3)) for _ in range(2)
+    )
     assert first == again
     low, high = first["ap"]["0.5"]["ci95"]
     assert low < first["ap"]["0.5"]["mean"] < high
-    assert mt.interval([float("nan"), 0.5]) is None and mt.interval([0.2, float("nan"), 0.4]) == pytest.approx((0.205, 0.395))
+    assert mt.interval([float("nan"), 0.5]) is None and mt.interval(
+        [0.2, float("nan"), 0.4]
+    ) == pytest.approx((0.205, 0.395))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"ious": (0.0,)}, "greater than 0 and at most 1"), ({"duplicates": "x"}, "write false or ignored"),
-    ({"max_detections": 0}, "at least 1 detection"), ({"fp_per_scan": (0.0,)}, "greater than 0"),
-    ({"size_edges_mm": (5.0, 3.0)}, "must be greater than 0 mm and rise"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ious": (0.0,)}, "greater than 0 and at most 1"),
+        ({"duplicates": "x"}, "write false or ignored"),
+        ({"max_detections": 0}, "at least 1 detection"),
+        ({"fp_per_scan": (0.0,)}, "greater than 0"),
+        ({"size_edges_mm": (5.0, 3.0)}, "must be greater than 0 mm and rise"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(UsageError, match=message):
         evaluate([scan()], [A], EvaluationSettings(**change))
 
 
 def test_the_results_are_plain_json():
-    results = evaluate(random_scans(np.random.default_rng(4), 3), [A, B, C], EvaluationSettings(num_resamples=10))
+    results = evaluate(
+        random_scans(np.random.default_rng(4), 3), [A, B, C], EvaluationSettings(num_resamples=10)
+    )
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert not any(isinstance(value, (np.generic, torch.Tensor)) for value in results["ap"]["0.1"]["per_class"].values())
+    assert not any(
+        isinstance(value, (np.generic, torch.Tensor))
+        for value in results["ap"]["0.1"]["per_class"].values()
+    )

@@ -1,4 +1,6 @@
-"""Detectors over every family: segmentation unchanged, levels where they are said to be, gradients everywhere."""
+"""Detectors over every family: segmentation unchanged, levels where they are said to be, gradients
+everywhere.
+"""
 
 from typing import Any
 
@@ -15,7 +17,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "resenc_tiny": {"features_per_stage": [4, 6, 8, 8]},
     "primus_tiny": {"embed_dim": 48, "eva_depth": 1, "eva_numheads": 2},
     "primus_v2_tiny": {"embed_dim": 48, "eva_depth": 1, "eva_numheads": 2},
-    "primus_v3_tiny": {"embed_dim": 48, "eva_depth": 1, "eva_numheads": 2, "ch_per_level": [4, 6, 8, 8]},
+    "primus_v3_tiny": {
+        "embed_dim": 48,
+        "eva_depth": 1,
+        "eva_numheads": 2,
+        "ch_per_level": [4, 6, 8, 8],
+    },
     "vit_b16": {"embed_dim": 48, "eva_depth": 4, "eva_numheads": 2},
 }
 
@@ -38,14 +45,20 @@ def made(name: str, num_shapes: int = 3, num_classes: int = 2) -> tuple[Any, Any
     arguments = {**size.arguments, **SMALL[name]}
     torch.manual_seed(0)
     network = encoders.build_network(size.class_path, arguments, PATCH, 1, 3)
-    stages = [i for i, stride in enumerate(stage_strides(size.class_path, arguments, PATCH)) if max(stride) in (4, 8)]
+    stages = [
+        i
+        for i, stride in enumerate(stage_strides(size.class_path, arguments, PATCH))
+        if max(stride) in (4, 8)
+    ]
     heads = {"num_shapes": num_shapes, "num_classes": num_classes, "num_channels": 32}
     detector = build_detector(network, size.class_path, arguments, stages=stages, **heads)
     return network, detector, stages
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_in_evaluation_the_segmentation_is_that_of_the_network_without_heads_under_the_same_keys(name: str) -> None:
+def test_in_evaluation_the_segmentation_is_that_of_the_network_without_heads_under_the_same_keys(
+    name: str,
+) -> None:
     network, detector, _ = made(name)
     image = torch.randn(1, 1, *PATCH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -57,16 +70,24 @@ def test_in_evaluation_the_segmentation_is_that_of_the_network_without_heads_und
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_heads_speak_of_every_anchor_and_every_trained_parameter_gets_a_gradient(name: str) -> None:
+def test_the_heads_speak_of_every_anchor_and_every_trained_parameter_gets_a_gradient(
+    name: str,
+) -> None:
     _, detector, stages = made(name)
     assert len(stages) == 2
     output = detector.train()(torch.randn(2, 1, *PATCH))
     assert isinstance(output, Output) and output.cells == ((8, 8, 8), (4, 4, 4))
     num_anchors = (8**3 + 4**3) * 3
-    assert output.scores_BAK.shape == (2, num_anchors, 2) and output.codes_BA6.shape == (2, num_anchors, 6)
+    assert output.scores_BAK.shape == (2, num_anchors, 2) and output.codes_BA6.shape == (
+        2,
+        num_anchors,
+        6,
+    )
     torch.nn.init.ones_(detector.detection["heads"].regressor[-1].weight)
     output = detector(torch.randn(2, 1, *PATCH))
-    (output.logits_BCZYX.sum() + output.scores_BAK.sum() + output.codes_BA6.square().sum()).backward()
+    (
+        output.logits_BCZYX.sum() + output.scores_BAK.sum() + output.codes_BA6.square().sum()
+    ).backward()
     silent = [key for key, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert silent == []
 
@@ -84,7 +105,9 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
     _, detector, _ = made("resenc_tiny")
     heads = detector.detection["heads"]
     maps = [torch.zeros(1, 32, 2, 2, 2), torch.zeros(1, 32, 1, 1, 1)]
-    marked = torch.arange(6.0)[None, :, None, None, None] + 100 * torch.arange(8.0).reshape(1, 1, 2, 2, 2)
+    marked = torch.arange(6.0)[None, :, None, None, None] + 100 * torch.arange(8.0).reshape(
+        1, 1, 2, 2, 2
+    )
     heads.classifier, heads.regressor = Says(marked), Says(torch.zeros(1, 18, 2, 2, 2))
     scores, _ = heads(maps)
     # Six channels: three shapes of two classes; cell 3 of 8 is the fourth.
@@ -96,8 +119,18 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
 def test_strides_of_stages_follow_the_network_and_no_cell_is_cut() -> None:
     resenc, primus = ENCODERS["resenc_tiny"], ENCODERS["primus_tiny"]
     flat = {**resenc.arguments, "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]}
-    assert stage_strides(resenc.class_path, flat, PATCH) == [(1, 1, 1), (1, 2, 2), (2, 4, 4), (4, 8, 8)]
-    assert stage_strides(primus.class_path, primus.arguments, (48, 64, 64)) == [(2, 2, 2), (4, 4, 4), (8, 8, 8), (16, 16, 16)]
+    assert stage_strides(resenc.class_path, flat, PATCH) == [
+        (1, 1, 1),
+        (1, 2, 2),
+        (2, 4, 4),
+        (4, 8, 8),
+    ]
+    assert stage_strides(primus.class_path, primus.arguments, (48, 64, 64)) == [
+        (2, 2, 2),
+        (4, 4, 4),
+        (8, 8, 8),
+        (16, 16, 16),
+    ]
     assert token_doublings((8, 8, 8)) == [2, 1, 0, -1, -2]
     assert token_doublings((4, 8, 8)) == [2, 1, 0, -1, -2]
 

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_autoreg.detection.data import CaseBoxes, InstanceIndex, Maker, instances_folder, prepare_instances
+from nnunet_autoreg.detection.data import (
+    CaseBoxes,
+    InstanceIndex,
+    Maker,
+    instances_folder,
+    prepare_instances,
+)
 from nnunet_autoreg.detection.instances import ObjectClass, Rules
 from nnunet_autoreg.detection.objects import ObjectSource, sizes_of
 from nnunet_autoreg.detection.training import absent_classes
@@ -40,25 +46,39 @@ def cube() -> Any:
     return labels
 
 
-def test_objects_come_from_the_instance_map_else_from_boxes_else_from_the_labels(tmp_path: Path) -> None:
+def test_objects_come_from_the_instance_map_else_from_boxes_else_from_the_labels(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
     found = source(tmp_path).read("a")
     assert [o.box_zyx for o in found.instances.objects] == [(2, 3, 5, 4, 7, 9)] and found.has_masks
     (tmp_path / "boxesTr").mkdir()
-    (tmp_path / "boxesTr" / "a.json").write_text('{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}')
+    (tmp_path / "boxesTr" / "a.json").write_text(
+        '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}'
+    )
     found = source(tmp_path).read("a")
-    assert [o.box_zyx for o in found.instances.objects] == [(0, 0, 0, 4, 4, 4)] and not found.has_masks
+    assert [o.box_zyx for o in found.instances.objects] == [
+        (0, 0, 0, 4, 4, 4)
+    ] and not found.has_masks
     assert found.instances.ids_ZYX is not None and found.instances.ids_ZYX[1, 1, 1] == 1
     halves = cube().astype(np.int32)
     halves[2:4, 3:7, 7:9] = 2
     write(tmp_path / "instancesTr" / "a.nii.gz", halves)
     (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"1": 1, "2": 1}}')
     found = source(tmp_path).read("a")
-    assert [o.box_zyx for o in found.instances.objects] == [(2, 3, 5, 4, 7, 7), (2, 3, 7, 4, 7, 9)] and found.has_masks
+    assert [o.box_zyx for o in found.instances.objects] == [
+        (2, 3, 5, 4, 7, 7),
+        (2, 3, 7, 4, 7, 9),
+    ] and found.has_masks
 
 
-def test_without_the_raw_dataset_objects_stay_those_that_were_copied_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw, preprocessed = tmp_path / "raw" / "Dataset900_X", tmp_path / "preprocessed" / "Dataset900_X"
+def test_without_the_raw_dataset_objects_stay_those_that_were_copied_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, preprocessed = (
+        tmp_path / "raw" / "Dataset900_X",
+        tmp_path / "preprocessed" / "Dataset900_X",
+    )
     labels = preprocessed / "gt_segmentations"
     write(labels / "a.nii.gz", cube())
     halves = cube().astype(np.int32)
@@ -71,7 +91,10 @@ def test_without_the_raw_dataset_objects_stay_those_that_were_copied_from_it(tmp
     monkeypatch.delenv("nnUNet_raw")
     elsewhere = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
     assert len(elsewhere.read("a").instances.objects) == 2
-    told = [[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files("a")] for source in (there, elsewhere)]
+    told = [
+        [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files("a")]
+        for source in (there, elsewhere)
+    ]
     assert told[0] == told[1] and len(told[0]) == 3
     # What is gone from the raw dataset goes here too.
     (raw / "instancesTr" / "a.nii.gz").unlink()
@@ -90,7 +113,9 @@ def test_a_map_of_too_many_components_is_named(tmp_path: Path) -> None:
 def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Path) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
     (tmp_path / "boxesTr").mkdir()
-    (tmp_path / "boxesTr" / "a.json").write_text('{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}')
+    (tmp_path / "boxesTr" / "a.json").write_text(
+        '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}'
+    )
     with pytest.raises(ObjectsError, match=r"lies outside the image of 8 x 10 x 12"):
         source(tmp_path).read("a")
     write(tmp_path / "instancesTr" / "a.nii.gz", cube())
@@ -107,7 +132,9 @@ def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Pat
 def test_sizes_are_transposed_and_resampled(tmp_path: Path) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
     # 2 x 4 x 4 voxels of 2 x 1 x 1 mm, axes y, z, x, at 1 x 2 x 0.5 mm.
-    assert sizes_of(source(tmp_path).read("a"), 1, (1.0, 2.0, 0.5), (1, 0, 2)) == [[(4.0, 2.0, 8.0)]]
+    assert sizes_of(source(tmp_path).read("a"), 1, (1.0, 2.0, 0.5), (1, 0, 2)) == [
+        [(4.0, 2.0, 8.0)]
+    ]
 
 
 def halved(array: Any, shape: Any, *_: Any) -> Any:
@@ -118,13 +145,18 @@ def halved(array: Any, shape: Any, *_: Any) -> Any:
 
 @pytest.fixture
 def maker(tmp_path: Path) -> Maker:
-    """A case of 8 x 10 x 12 voxels, axes y, z, x, cropped by one slice in front and resampled to half the slices."""
+    """A case of 8 x 10 x 12 voxels, axes y, z, x, cropped by one slice in front and resampled to
+    half the slices.
+    """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
     write(tmp_path / "raw" / "labelsTr" / "a.nii.gz", cube())
     folder = tmp_path / "preprocessed"
     folder.mkdir()
-    properties = {"bbox_used_for_cropping": [[1, 10], [0, 8], [0, 12]], "shape_after_cropping_and_before_resampling": (9, 8, 12)}
+    properties = {
+        "bbox_used_for_cropping": [[1, 10], [0, 8], [0, 12]],
+        "shape_after_cropping_and_before_resampling": (9, 8, 12),
+    }
     shape = (9, 4, 12)
     options = {"chunks": (1, *shape), "blocks": (1, *shape)}
     image, labels = np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int8)
@@ -144,22 +176,39 @@ def test_id_maps_are_transposed_cropped_and_resampled_once(maker: Maker) -> None
     assert ids.shape == (9, 4, 12) and np.argwhere(ids == 1).min(0).tolist() == [2, 1, 5]
     assert not list(maker.preprocessed.glob("*instances*"))
     before = (folder / "a.b2nd").stat().st_mtime_ns
-    assert prepare_instances(maker, ["a"]) == index and (folder / "a.b2nd").stat().st_mtime_ns == before
+    assert (
+        prepare_instances(maker, ["a"]) == index
+        and (folder / "a.b2nd").stat().st_mtime_ns == before
+    )
     changed = cube()
     changed[2:4, 3:7, 5:6] = 0
     write(maker.source.labels / "a.nii.gz", changed)
-    assert prepare_instances(maker, ["a"]).cases["a"].objects[0].box_zyx == (2.0, 1.0, 6.0, 6.0, 2.0, 9.0)
+    assert prepare_instances(maker, ["a"]).cases["a"].objects[0].box_zyx == (
+        2.0,
+        1.0,
+        6.0,
+        6.0,
+        2.0,
+        9.0,
+    )
 
 
-def test_a_scan_without_objects_is_fine_and_a_class_that_a_fold_lacks_is_named(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scan_without_objects_is_fine_and_a_class_that_a_fold_lacks_is_named(
+    maker: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
     write(maker.source.labels / "a.nii.gz", np.zeros((8, 10, 12), np.uint8))
     with caplog.at_level("INFO", "nnunet_autoreg"):
         index = prepare_instances(maker, ["a"])
-    assert index.cases["a"].objects == () and "1 cases, 1 of them without an object: 0 lesion" in caplog.text
+    assert (
+        index.cases["a"].objects == ()
+        and "1 cases, 1 of them without an object: 0 lesion" in caplog.text
+    )
     assert absent_classes(index, ["a"]) == ["lesion"]
 
 
-def test_an_index_of_other_rules_is_not_used(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_index_of_other_rules_is_not_used(
+    maker: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = instances_folder(maker.preprocessed)
     prepare_instances(maker, ["a"])
     old = InstanceIndex(Rules(min_voxels=9), (LESION,), {"a": CaseBoxes("x", (), True)})

@@ -26,13 +26,18 @@ def readers() -> dict[str, Any]:
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
-    return {c.__name__: c for c in (NibabelIO, NibabelIOWithReorient, SimpleITKIO, SimpleITKIOWithReorient)}
+    return {
+        c.__name__: c
+        for c in (NibabelIO, NibabelIOWithReorient, SimpleITKIO, SimpleITKIOWithReorient)
+    }
 
 
 def make_dataset(root: Path, direction: tuple[float, ...]) -> tuple[Path, Any]:
-    """One image with a bright box near the low corner of every stored axis, and a JSON file with its box."""
+    """One image with a bright box near the low corner of every stored axis, and a JSON file with
+    its box.
+    """
     array = np.zeros(SHAPE, np.float32)
-    array[BOX[0]:BOX[3], BOX[1]:BOX[4], BOX[2]:BOX[5]] = 100
+    array[BOX[0] : BOX[3], BOX[1] : BOX[4], BOX[2] : BOX[5]] = 100
     image: Any = SimpleITK.GetImageFromArray(array)
     image.SetSpacing((1.0, 2.0, 3.0))
     image.SetOrigin((11.0, -7.0, 5.0))
@@ -41,7 +46,11 @@ def make_dataset(root: Path, direction: tuple[float, ...]) -> tuple[Path, Any]:
         (root / name).mkdir(parents=True)
     SimpleITK.WriteImage(image, str(root / "imagesTr" / "a_0000.nii.gz"))
     (root / "boxesTr" / "a.json").write_text(json.dumps({"boxes": [{"box_zyx": BOX, "label": 1}]}))
-    described = {"labels": {"background": 0, "cube": 1}, "file_ending": ".nii.gz", "channel_names": {"0": "MRI"}}
+    described = {
+        "labels": {"background": 0, "cube": 1},
+        "file_ending": ".nii.gz",
+        "channel_names": {"0": "MRI"},
+    }
     (root / "dataset.json").write_text(json.dumps(described))
     write_box_labels(root)
     return root, image
@@ -49,10 +58,14 @@ def make_dataset(root: Path, direction: tuple[float, ...]) -> tuple[Path, Any]:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reader", sorted(readers()))
-def test_boxes_hold_the_object_in_the_array_that_is_trained_on(tmp_path: Path, reader: str, direction: str) -> None:
+def test_boxes_hold_the_object_in_the_array_that_is_trained_on(
+    tmp_path: Path, reader: str, direction: str
+) -> None:
     root, _ = make_dataset(tmp_path / "Dataset001_A", DIRECTIONS[direction])
     kind = readers()[reader]
-    source = ObjectSource(root / "labelsTr", root, json.loads((root / "dataset.json").read_text()), kind)
+    source = ObjectSource(
+        root / "labelsTr", root, json.loads((root / "dataset.json").read_text()), kind
+    )
 
     image = kind().read_images([str(root / "imagesTr" / "a_0000.nii.gz")])[0][0]
     (found,) = source.read("a").instances.objects
@@ -63,7 +76,9 @@ def test_boxes_hold_the_object_in_the_array_that_is_trained_on(tmp_path: Path, r
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reader", sorted(readers()))
-def test_boxes_come_back_to_the_stored_array_and_its_place(tmp_path: Path, reader: str, direction: str) -> None:
+def test_boxes_come_back_to_the_stored_array_and_its_place(
+    tmp_path: Path, reader: str, direction: str
+) -> None:
     root, image = make_dataset(tmp_path / "Dataset001_A", DIRECTIONS[direction])
     array, properties = readers()[reader]().read_images([str(root / "imagesTr" / "a_0000.nii.gz")])
 
@@ -75,4 +90,6 @@ def test_boxes_come_back_to_the_stored_array_and_its_place(tmp_path: Path, reade
     true = frame_of_itk(SHAPE, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     assert stored.frame.shape_vox == SHAPE
     assert np.allclose(stored.frame.affine_ras, true.affine_ras, atol=1e-4)
-    assert (reader_turn(properties) != AS_STORED) == ("Reorient" in reader and direction not in ("RAS",))
+    assert (reader_turn(properties) != AS_STORED) == (
+        "Reorient" in reader and direction not in ("RAS",)
+    )

@@ -19,49 +19,81 @@ SETTINGS = EvaluationSettings(num_resamples=0)
 BOX, AWAY = (0, 0, 0, 4, 4, 4), (20, 20, 20, 24, 24, 24)
 
 
-def scan(true: list[int], false: list[tuple[int, float]], hits: list[tuple[int, float]] = []) -> ScanBoxes:  # noqa: B006
-    """A scan with an object of every class in ``true`` in one place; (class, score) of what was found there and elsewhere."""
+def scan(
+    true: list[int],
+    false: list[tuple[int, float]],
+    hits: list[tuple[int, float]] = [],  # noqa: B006
+) -> ScanBoxes:
+    """A scan with an object of every class in ``true`` in one place; (class, score) of what was
+    found there and elsewhere.
+    """
     found = [(BOX, *hit) for hit in hits] + [(AWAY, *wrong) for wrong in false]
     boxes, labels, scores = ([one[i] for one in found] for i in range(3))
-    return scan_boxes("s", (1, 1, 1), ([BOX] * len(true), true, [False] * len(true)), (boxes, labels, scores))
+    return scan_boxes(
+        "s", (1, 1, 1), ([BOX] * len(true), true, [False] * len(true)), (boxes, labels, scores)
+    )
 
 
 def summary(model: Path, fold: int, scans: list[ScanBoxes], is_old: bool = False) -> dict[str, Any]:
     """Write a fold's summary as validation does, or as it did before absent classes had curves."""
     figures = evaluate(scans, (A, B), SETTINGS)
     if is_old:
-        figures["froc"]["curve"] = {name: c for name, c in figures["froc"]["curve"].items() if name not in figures["absent_classes"]}
+        figures["froc"]["curve"] = {
+            name: c
+            for name, c in figures["froc"]["curve"].items()
+            if name not in figures["absent_classes"]
+        }
     file = model / f"fold_{fold}" / "validation_detection" / "summary_detection.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({**figures, "model": {"mirrorings": 1}}, allow_nan=False))
     return figures
 
 
-def found_thresholds(model: Path, fppi: float, folds: tuple[str, ...] = ("0", "1"), num_mirrorings: int = 1) -> dict[str, float]:
+def found_thresholds(
+    model: Path, fppi: float, folds: tuple[str, ...] = ("0", "1"), num_mirrorings: int = 1
+) -> dict[str, float]:
     return score_thresholds(model, folds, ["a", "b"], fppi, num_mirrorings)
 
 
 def test_a_class_without_objects_has_a_curve_of_its_false_positives_alone(tmp_path: Path) -> None:
-    figures = evaluate([scan([0], [(1, 0.75), (1, 0.25)], [(0, 0.9)]), scan([], [(1, 0.5)])], (A, B), SETTINGS)
+    figures = evaluate(
+        [scan([0], [(1, 0.75), (1, 0.25)], [(0, 0.9)]), scan([], [(1, 0.5)])], (A, B), SETTINGS
+    )
     assert json.loads(json.dumps(figures, allow_nan=False))["froc"]["curve"]["b"] == {
-        "fp_per_scan": [0.0, 0.5, 1.0, 1.5], "sensitivity": [None] * 4, "threshold": [None, 0.75, 0.5, 0.25],
+        "fp_per_scan": [0.0, 0.5, 1.0, 1.5],
+        "sensitivity": [None] * 4,
+        "threshold": [None, 0.75, 0.5, 0.25],
     }
-    assert list(figures["froc"]["operating_points"]) == ["a"] and figures["froc"]["sensitivity"]["per_class"].keys() == {"a"}
-    assert figures["froc"]["curve"]["a"] == {"fp_per_scan": [0.0, 0.0], "sensitivity": [0.0, 1.0], "threshold": [None, 0.9]}
+    assert list(figures["froc"]["operating_points"]) == ["a"] and figures["froc"]["sensitivity"][
+        "per_class"
+    ].keys() == {"a"}
+    assert figures["froc"]["curve"]["a"] == {
+        "fp_per_scan": [0.0, 0.0],
+        "sensitivity": [0.0, 1.0],
+        "threshold": [None, 0.9],
+    }
     draw_froc(tmp_path / "froc.png", figures)
-    assert (tmp_path / "froc.png").read_bytes().startswith(b"\x89PNG") and thresholds(figures, (A, B))[1] == 0.0
+    assert (tmp_path / "froc.png").read_bytes().startswith(b"\x89PNG") and thresholds(
+        figures, (A, B)
+    )[1] == 0.0
 
 
-def test_a_picture_without_any_object_is_drawn_without_a_legend(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_picture_without_any_object_is_drawn_without_a_legend(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     draw_froc(tmp_path / "froc.png", evaluate([scan([], [(1, 0.5)])], (A, B), SETTINGS))
-    assert (tmp_path / "froc.png").is_file() and not [w for w in recwarn if "legend" in str(w.message)]
+    assert (tmp_path / "froc.png").is_file() and not [
+        w for w in recwarn if "legend" in str(w.message)
+    ]
 
 
 def test_false_positives_of_a_fold_without_objects_of_the_class_count(tmp_path: Path) -> None:
-    # Class b: fold 0 has an object in one of its two scans and a false box at 0.3, fold 1 none and false boxes at 0.8, 0.6 and 0.4.
+    # Class b: fold 0 has an object in one of its two scans and a false box at 0.3, fold 1 none and
+    # false boxes at 0.8, 0.6 and 0.4.
     summary(tmp_path, 0, [scan([1], [(1, 0.3)], [(1, 0.9)]), scan([], [])])
     summary(tmp_path, 1, [scan([0], [(1, 0.8), (1, 0.4)]), scan([], [(1, 0.6)])])
-    # Four scans: two false boxes are 0.5 per scan; the third comes in at 0.4. Fold 0 alone would say 0.3.
+    # Four scans: two false boxes are 0.5 per scan; the third comes in at 0.4. Fold 0 alone would
+    # say 0.3.
     assert found_thresholds(tmp_path, 0.5)["b"] == 0.6
     assert found_thresholds(tmp_path, 0.2)["b"] == 0.9
     assert found_thresholds(tmp_path, 1.0)["b"] == 0.3
@@ -77,14 +109,18 @@ def test_a_class_without_any_object_has_a_threshold_from_its_false_positives(
     assert found_thresholds(tmp_path, 0.1)["b"] == 1.0
 
 
-def test_of_what_validation_never_found_everything_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_what_validation_never_found_everything_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     summary(tmp_path, 0, [scan([0], [], [(0, 0.9)])])
     summary(tmp_path, 1, [scan([0], [], [(0, 0.8)])])
     assert found_thresholds(tmp_path, 1) == {"a": 0.8, "b": 0.0}
     assert "validation found nothing of b" in caplog.text
 
 
-def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     summary(tmp_path, 0, [scan([0, 1], [(1, 0.3)], [(0, 0.9), (1, 0.9)])])
     summary(tmp_path, 1, [scan([0], [], [(0, 0.9)])], is_old=True)
     # Nothing was found of b in fold 1: half a false box per scan at 0.3.
@@ -94,7 +130,9 @@ def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(tmp_path: Path
     assert "fold_2" in caplog.text and "false boxes of b and no score of them" in caplog.text
 
 
-def test_other_mirrorings_are_told_and_what_cannot_say_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_mirrorings_are_told_and_what_cannot_say_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     summary(tmp_path, 0, [scan([0], [], [(0, 0.9)])])
     found_thresholds(tmp_path, 1, ("0",), num_mirrorings=8)
     assert "fold 0 was validated with 1 mirrorings, here there are 8" in caplog.text
@@ -102,6 +140,8 @@ def test_other_mirrorings_are_told_and_what_cannot_say_is_refused(tmp_path: Path
         found_thresholds(tmp_path, 1)
     with pytest.raises(UsageError, match="fold all is validated on the cases it was trained on"):
         found_thresholds(tmp_path, 1, ("0", "all"))
-    (tmp_path / "fold_0" / "validation_detection" / "summary_detection.json").write_text('{"model": {}}')
+    (tmp_path / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
+        '{"model": {}}'
+    )
     with pytest.raises(UsageError, match=r"is no summary of a validation \(KeyError\('scans'\)\)"):
         found_thresholds(tmp_path, 1, ("0",))

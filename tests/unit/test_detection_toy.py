@@ -17,7 +17,9 @@ def toy() -> dict[str, Any]:
     return runpy.run_path(str(BENCHMARK))
 
 
-def test_cubes_are_apart_in_size_and_number_as_promised_and_every_eighth_case_is_empty(toy: dict[str, Any]) -> None:
+def test_cubes_are_apart_in_size_and_number_as_promised_and_every_eighth_case_is_empty(
+    toy: dict[str, Any],
+) -> None:
     for number in range(16):
         case = toy["draw_case"](number, side=48)
         components = cc3d.connected_components(case.labels > 0, connectivity=26)
@@ -48,4 +50,7 @@ def test_the_raw_dataset_asks_for_detection(toy: dict[str, Any], tmp_path: Path)
     toy["write_toy"](tmp_path, num_cases=2, side=40)
     described = json.loads((tmp_path / "dataset.json").read_text())
     assert described["autoreg_detection"] == {} and described["numTraining"] == 2
-    assert sorted(p.name for p in (tmp_path / "imagesTr").iterdir()) == ["toy_00_0000.nii.gz", "toy_01_0000.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "imagesTr").iterdir()) == [
+        "toy_00_0000.nii.gz",
+        "toy_01_0000.nii.gz",
+    ]

@@ -1,4 +1,6 @@
-"""What a detector is trained with: plan, patches around objects, losses, averaged weights, merged boxes."""
+"""What a detector is trained with: plan, patches around objects, losses, averaged weights, merged
+boxes.
+"""
 
 import json
 import math
@@ -12,11 +14,25 @@ import torch
 from nnunet_autoreg.detection.anchors import AnchorPlan, lay_out
 from nnunet_autoreg.detection.average import KEY, MovingAverage
 from nnunet_autoreg.detection.data import objects_of_patch, place_around
-from nnunet_autoreg.detection.infer import Candidates, ScanDetector, boxes_of_output, ends_between_tiles, merge, mirrored, place_weights
+from nnunet_autoreg.detection.infer import (
+    Candidates,
+    ScanDetector,
+    boxes_of_output,
+    ends_between_tiles,
+    merge,
+    mirrored,
+    place_weights,
+)
 from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
 from nnunet_autoreg.detection.matching import HitRule, match_scan
 from nnunet_autoreg.detection.net import Output
-from nnunet_autoreg.detection.plan import DetectionPlan, check_same_dataset, make_plan, read_plan, store
+from nnunet_autoreg.detection.plan import (
+    DetectionPlan,
+    check_same_dataset,
+    make_plan,
+    read_plan,
+    store,
+)
 from nnunet_autoreg.detection.score import quick_scores, scan_boxes
 from nnunet_autoreg.detection.training import (
     Losing,
@@ -40,8 +56,13 @@ def test_a_plan_survives_being_written_into_plans_and_refuses_what_cannot_be() -
     store(plans, "3d_fullres", PLAN)
     block = json.loads(json.dumps(plans))["configurations"]["3d_fullres"]
     assert read_plan(block, "p") == PLAN
-    for key, value, said in [("average_decay", 1.0, r"in \[0, 1\)"), ("num_epochs", 0, "at least 1"), ("classification", "focl", "focal"),
-                             ("version", 2, "update"), ("nonsense", 1, "unknown key")]:
+    for key, value, said in [
+        ("average_decay", 1.0, r"in \[0, 1\)"),
+        ("num_epochs", 0, "at least 1"),
+        ("classification", "focl", "focal"),
+        ("version", 2, "update"),
+        ("nonsense", 1, "unknown key"),
+    ]:
         with pytest.raises(PlanError, match=said):
             read_plan({"autoreg_detection": {**block["autoreg_detection"], key: value}}, "p")
 
@@ -54,9 +75,17 @@ def test_a_plan_made_for_other_classes_than_the_dataset_has_now_is_refused() -> 
         check_same_dataset(PLAN, {**DATASET, "autoreg_detection": {"min_voxels": 9}}, "p")
 
 
-def test_planning_takes_stride_4_and_says_how_well_the_anchors_fit(caplog: pytest.LogCaptureFixture) -> None:
-    plan = make_plan(DATASET, {"lesion": [(8.0, 8.0, 8.0)] * 3 + [(70.0, 8.0, 8.0)]}, [(2, 2, 2), (4, 4, 4), (8, 8, 8)], (64, 64, 64),
-                     is_tiny=True, has_masks=False)
+def test_planning_takes_stride_4_and_says_how_well_the_anchors_fit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = make_plan(
+        DATASET,
+        {"lesion": [(8.0, 8.0, 8.0)] * 3 + [(70.0, 8.0, 8.0)]},
+        [(2, 2, 2), (4, 4, 4), (8, 8, 8)],
+        (64, 64, 64),
+        is_tiny=True,
+        has_masks=False,
+    )
     assert plan.anchors.stages == (1, 2) and plan.head_channels == 64 and not plan.has_masks
     assert "4 objects" in plan.reasons["anchors"] and "boxesTr" in plan.reasons["has_masks"]
     assert "1 of 4 objects are larger than the patch" in caplog.text
@@ -79,8 +108,15 @@ def test_patches_lie_so_that_the_object_is_whole_in_what_augmentation_leaves() -
 
 def test_an_object_larger_than_the_patch_fills_it_and_a_small_scan_is_centred() -> None:
     np.random.seed(0)
-    starts = [place_around((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16)) for _ in range(50)]
-    assert min(s[0] for s in starts) >= 5 and max(s[0] for s in starts) <= 19 and len({s[0] for s in starts}) > 5
+    starts = [
+        place_around((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16))
+        for _ in range(50)
+    ]
+    assert (
+        min(s[0] for s in starts) >= 5
+        and max(s[0] for s in starts) <= 19
+        and len({s[0] for s in starts}) > 5
+    )
     assert {s[1] for s in starts} == {-3}
 
 
@@ -100,7 +136,12 @@ def output_of(logit: float, anchor: int, codes: Any = None) -> tuple[Output, Any
     grid = lay_out(ANCHORS, [(2, 2, 2)])
     scores = torch.full((1, 8, 1), -20.0)
     scores[0, anchor, 0] = logit
-    return Output(torch.zeros(1, 2, 8, 8, 8), scores, torch.zeros(1, 8, 6) if codes is None else codes, ((2, 2, 2),)), grid
+    return Output(
+        torch.zeros(1, 2, 8, 8, 8),
+        scores,
+        torch.zeros(1, 8, 6) if codes is None else codes,
+        ((2, 2, 2),),
+    ), grid
 
 
 def test_a_confident_anchor_becomes_its_box_clipped_to_the_patch() -> None:
@@ -113,8 +154,14 @@ def test_a_confident_anchor_becomes_its_box_clipped_to_the_patch() -> None:
     assert found.scores_N.item() == pytest.approx(1 / (1 + np.exp(-3.0)))
 
 
-def test_weights_fall_from_the_middle_of_a_tile_to_its_border_and_mirroring_twice_changes_nothing() -> None:
-    boxes = torch.tensor([[3.0, 3.0, 3.0, 5.0, 5.0, 5.0], [0.0, 3.0, 3.0, 0.0, 5.0, 5.0], [1.0, 3.0, 3.0, 3.0, 5.0, 5.0]])
+def test_tile_weights_fall_to_the_border_and_mirroring_twice_is_neutral() -> None:
+    boxes = torch.tensor(
+        [
+            [3.0, 3.0, 3.0, 5.0, 5.0, 5.0],
+            [0.0, 3.0, 3.0, 0.0, 5.0, 5.0],
+            [1.0, 3.0, 3.0, 3.0, 5.0, 5.0],
+        ]
+    )
     assert place_weights(boxes, (8, 8, 8)).tolist() == [1.0, 0.5, 0.75]
     once = mirrored(boxes, (0, 2), (8, 8, 8))
     assert once[2].tolist() == [5.0, 3.0, 3.0, 7.0, 5.0, 5.0]
@@ -125,9 +172,16 @@ def test_one_voters_overlapping_boxes_are_thinned_and_two_voters_are_merged() ->
     boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 1, 4, 4, 5], [20, 20, 20, 24, 24, 24]])
     scores, labels = torch.tensor([0.8, 0.9, 0.5]), torch.zeros(3, dtype=torch.long)
     # The first has the lower score, but the second was cut by its tile.
-    one = merge(Candidates(boxes, scores, labels, torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.long)), num_voters=1)
+    one = merge(
+        Candidates(
+            boxes, scores, labels, torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.long)
+        ),
+        num_voters=1,
+    )
     assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist() and one.votes_N.tolist() == [1, 1]
-    two = merge(Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_voters=2)
+    two = merge(
+        Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_voters=2
+    )
     assert two.votes_N.tolist() == [2, 1]
     # The lonely box lacks a vote: half its score.
     assert two.scores_N[1].item() == pytest.approx(0.25)
@@ -140,21 +194,29 @@ class Answers(torch.nn.Module):
         bright = torch.nn.functional.avg_pool3d(image, 4)
         scores = (bright * 20 - 10).flatten()[None, :, None]
         cells = (bright.shape[2], bright.shape[3], bright.shape[4])
-        return Output(torch.cat([-image, image], 1), scores, torch.zeros(1, scores.shape[1], 6), (cells,))
+        return Output(
+            torch.cat([-image, image], 1), scores, torch.zeros(1, scores.shape[1], 6), (cells,)
+        )
 
 
 @pytest.mark.parametrize("axes", [(), (0, 2)])
-def test_tiles_and_mirrorings_put_an_object_where_it_is_and_logits_are_those_of_every_voxel(axes: tuple[int, ...]) -> None:
+def test_tiles_and_mirrorings_put_an_object_where_it_is_and_logits_are_those_of_every_voxel(
+    axes: tuple[int, ...],
+) -> None:
     image = torch.zeros(1, 12, 6, 16)
     image[0, 4:8, 0:4, 8:12] = 1
     network: Any = Answers()
-    # Two tiles along x, at 0 and 4: the second has the object whole, at the border of the first it is cut.
+    # Two tiles along x, at 0 and 4: the second has the object whole, at the border of the first it
+    # is cut.
     detector = ScanDetector(network, ANCHORS, (12, 8, 12), torch.device("cpu"), mirror_axes=axes)
     candidates, logits = detector.candidates(image, with_logits=True)
     found = merge(candidates, detector.num_voters)
-    # The scan is padded from 6 to 8 voxels, one on either side, so that a cell holds three quarters of the object.
+    # The scan is padded from 6 to 8 voxels, one on either side, so that a cell holds three quarters
+    # of the object.
     strongest = found.boxes_N6[0].tolist()
-    assert strongest[0] == 4.0 and strongest[2] == 8.0 and strongest[3] == 8.0 and strongest[5] == 12.0
+    assert (
+        strongest[0] == 4.0 and strongest[2] == 8.0 and strongest[3] == 8.0 and strongest[5] == 12.0
+    )
     assert found.scores_N[0].item() == pytest.approx(1 / (1 + np.exp(-5.0)), abs=1e-4)
     assert logits is not None and logits.shape == (2, 12, 6, 16)
     torch.testing.assert_close(logits[1], image[0], atol=1e-5, rtol=1e-5)
@@ -173,7 +235,10 @@ def test_the_average_forgets_slowly_and_checkpoints_hold_both() -> None:
     average.update(step=1000)
     assert average.values[0].item() == pytest.approx(0.91)
     with average.saved():
-        saved = {"network": {k: v.clone() for k, v in network.state_dict().items()}, "optimizer": optimizer.state_dict()}
+        saved = {
+            "network": {k: v.clone() for k, v in network.state_dict().items()},
+            "optimizer": optimizer.state_dict(),
+        }
     assert network.weight.item() == 1 and saved["network"]["weight"].item() == pytest.approx(0.91)
     assert KEY not in optimizer.state_dict()
     other = torch.nn.Linear(1, 1, bias=False)
@@ -188,12 +253,20 @@ def test_the_average_forgets_slowly_and_checkpoints_hold_both() -> None:
 
 def objects(*boxes: Any) -> dict[str, Any]:
     number = len(boxes)
-    return {"boxes": np.array(boxes, np.float32).reshape(-1, 6), "labels": np.zeros(number, np.int64), "ignored": np.zeros(number, bool)}
+    return {
+        "boxes": np.array(boxes, np.float32).reshape(-1, 6),
+        "labels": np.zeros(number, np.int64),
+        "ignored": np.zeros(number, bool),
+    }
 
 
 @pytest.mark.parametrize("has_masks", [True, False])
-def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(has_masks: bool) -> None:
-    losing = Losing(replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False), None, None)
+def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(
+    has_masks: bool,
+) -> None:
+    losing = Losing(
+        replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False), None, None
+    )
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     labels[..., :4, :4, :4] = 1
     for there in (objects([0, 0, 0, 4, 4, 4]), objects()):
@@ -210,15 +283,25 @@ def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(ha
 def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
     losing = Losing(PLAN, make_segmentation_loss(True, 3, False), [(1, 2), 2], 3)
     labels = torch.tensor([0, 1, 2, 3], dtype=torch.int16).reshape(1, 1, 4, 1, 1)
-    assert losing.target(labels)[0, :, :, 0, 0].int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert losing.target(labels)[0, :, :, 0, 0].int().tolist() == [
+        [0, 1, 1, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
     logits = torch.ones(1, 2, 4, 1, 1)
     found = losing.confusion(Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels)
-    assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [[2, 1], [1, 2], [0, 0]]
+    assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [
+        [2, 1],
+        [1, 2],
+        [0, 0],
+    ]
     assert mean_dice([found]) == [pytest.approx(4 / 5), pytest.approx(2 / 4)]
 
 
 def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there_excused() -> None:
-    losing = Losing(replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False), None, 2)
+    losing = Losing(
+        replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False), None, 2
+    )
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     logits = torch.full((1, 8, 1), -4.0)
     # Anchor 7 lies around (6, 6, 6), and is sure of an object that nobody labelled.
@@ -227,11 +310,16 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
     wrong = losing.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
     labels[..., 5:, 5:, 5:] = 2
     uncounted = losing.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
-    # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that is wrong.
+    # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that
+    # is wrong.
     score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
-    assert uncounted == pytest.approx(0.75 * (1 - score) * large + 6 * 0.25 * score * small, rel=1e-5)
+    assert uncounted == pytest.approx(
+        0.75 * (1 - score) * large + 6 * 0.25 * score * small, rel=1e-5
+    )
     assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
-    (scan,) = patches_scored(output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0, losing.uncounted(labels))
+    (scan,) = patches_scored(
+        output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0, losing.uncounted(labels)
+    )
     assert match_scan(scan, 0, HitRule()).excused.tolist()[:1] == [True]
     (scan,) = patches_scored(output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
     assert not match_scan(scan, 0, HitRule()).excused.any()
@@ -250,8 +338,13 @@ def test_the_number_of_threads_that_the_user_set_is_kept(monkeypatch: pytest.Mon
 
 def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.InstanceNorm3d(2, affine=True))
-    groups = without_decay_on_norms([{"params": list(network.parameters()), "rate_factor": 1.0, "weight_decay": 0.1}], network)
-    assert [(g["weight_decay"], len(g["params"]), g["rate_factor"]) for g in groups] == [(0.1, 1, 1.0), (0.0, 3, 1.0)]
+    groups = without_decay_on_norms(
+        [{"params": list(network.parameters()), "rate_factor": 1.0, "weight_decay": 0.1}], network
+    )
+    assert [(g["weight_decay"], len(g["params"]), g["rate_factor"]) for g in groups] == [
+        (0.1, 1, 1.0),
+        (0.0, 3, 1.0),
+    ]
 
 
 def test_scores_of_patches_leave_out_absent_classes_and_are_0_where_there_is_nothing() -> None:
@@ -263,7 +356,19 @@ def test_scores_of_patches_leave_out_absent_classes_and_are_0_where_there_is_not
 
 
 def test_boxes_that_end_between_tiles_count_half_and_those_at_the_images_border_do_not() -> None:
-    boxes = torch.tensor([[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]])
+    boxes = torch.tensor(
+        [[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]]
+    )
     # A tile of 8 at z 0 of 12, y and x filling the image.
-    assert ends_between_tiles(boxes, (0, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [False, True, False, False]
-    assert ends_between_tiles(boxes, (4, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [True, False, False, False]
+    assert ends_between_tiles(boxes, (0, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert ends_between_tiles(boxes, (4, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]

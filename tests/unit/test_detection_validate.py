@@ -21,7 +21,11 @@ def summary_of(model: Path, fold: int | str, tried: dict[float, float] | None) -
     file = model / f"fold_{fold}" / "validation_detection" / "summary_detection.json"
     file.parent.mkdir(parents=True)
     if tried is not None:
-        file.write_text(json.dumps({"sweep": {"tried": {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()}}}))
+        file.write_text(
+            json.dumps(
+                {"sweep": {"tried": {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()}}}
+            )
+        )
     return file
 
 
@@ -31,14 +35,20 @@ def test_the_overlap_comes_from_the_other_folds_and_its_score_from_this_one(tmp_
     summary_of(tmp_path, "all", {1e-5: 0, 0.1: 9, 0.5: 0})
     mine = {1e-5: {MEASURE: 0.9}, 0.1: {MEASURE: 0.8}, 0.5: {MEASURE: 0.1}}
     # On folds 0 and 1 the sums are 0.4, 1.0 and 1.2; here 0.5 is the worst.
-    assert by_other_folds(summary_of(tmp_path, 2, {0.5: 0}), mine) == {"folds": ["fold_0", "fold_1"], "voter_iou": 0.5, MEASURE: 0.1}
+    assert by_other_folds(summary_of(tmp_path, 2, {0.5: 0}), mine) == {
+        "folds": ["fold_0", "fold_1"],
+        "voter_iou": 0.5,
+        MEASURE: 0.1,
+    }
 
 
 def test_without_other_folds_there_is_none(tmp_path: Path) -> None:
     assert by_other_folds(summary_of(tmp_path, 0, {0.1: 1.0}), {0.1: {MEASURE: 0.5}}) is None
 
 
-def test_a_fold_whose_summary_cannot_be_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fold_whose_summary_cannot_be_used_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     summary_of(tmp_path, 1, None).write_text("{")
     summary_of(tmp_path, 3, {0.2: 0.5})
     assert by_other_folds(summary_of(tmp_path, 0, None), {0.1: {MEASURE: 0.5}}) is None
@@ -48,7 +58,20 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(tmp_path: Path, caplog: py
 def test_what_is_left_of_a_box_at_the_images_end_is_a_box_or_nothing() -> None:
     # Edges are written with four decimals: a side below that would be none.
     boxes = torch.tensor([[-5, 2, 2, 1e-6, 8, 8], [2, 2, 2, 6, 8, 8], [9, 2, 2, 12, 8, 8]])
-    found = Found(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long))
-    left = in_original(found, Preprocessing((10, 10, 10), (10, 10, 10), (0, 0, 0)), (10, 10, 10), [ObjectClass("x", 1, (1,))])
+    found = Found(
+        boxes,
+        torch.tensor([0.9, 0.8, 0.7]),
+        torch.zeros(3, dtype=torch.long),
+        torch.ones(3, dtype=torch.long),
+    )
+    left = in_original(
+        found,
+        Preprocessing((10, 10, 10), (10, 10, 10), (0, 0, 0)),
+        (10, 10, 10),
+        [ObjectClass("x", 1, (1,))],
+    )
     assert [d.box_zyx for d in left] == [(2, 2, 2, 6, 8, 8), (9, 2, 2, 10, 8, 8)]
-    assert len(make_scan_file("a", frame_of_affine(np.eye(4), (10, 10, 10)), left, {"x": 1}).boxes) == 2
+    assert (
+        len(make_scan_file("a", frame_of_affine(np.eye(4), (10, 10, 10)), left, {"x": 1}).boxes)
+        == 2
+    )

@@ -1,4 +1,6 @@
-"""Two processes are one: the same global batch gives the same losses, weights and checkpoints, summed by DDP or spread by FSDP2."""
+"""Two processes are one: the same global batch gives the same losses, weights and checkpoints,
+summed by DDP or spread by FSDP2.
+"""
 
 import pickle
 import socket
@@ -17,30 +19,64 @@ from torch import distributed as dist
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.distributed import ALONE, Promised, World, is_lost_peer, join, leave, share_of
+from nnunet_autoreg.pretrain.distributed import (
+    ALONE,
+    Promised,
+    World,
+    is_lost_peer,
+    join,
+    leave,
+    share_of,
+)
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.state import lent, restore, snapshot
-from nnunet_autoreg.sequences.sample import Sample
+from nnunet_autoreg.sampling.sample import Sample
 
 TINY = encoder_size("primus_tiny")
 ARGUMENTS = {**TINY.arguments, "embed_dim": 24, "eva_depth": 2, "eva_numheads": 2}
-PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
-            SequencePlan((16, 16, 16), weights={"spatial": 1.0, "semantic": 1.0}, semantic_members=2, member_crop_vox=(8, 16, 16)),
-            ObjectivePlan(), OptimPlan(8, 5, 1e-2, 1), RunPlan(0, 2, 2, log_every=2))
+PLAN = Plan(
+    "t",
+    DataPlan((1.0, 1.0, 1.0)),
+    EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
+    SequencePlan(
+        (16, 16, 16),
+        weights={"spatial": 1.0, "semantic": 1.0},
+        semantic_members=2,
+        member_crop_vox=(8, 16, 16),
+    ),
+    ObjectivePlan(),
+    OptimPlan(8, 5, 1e-2, 1),
+    RunPlan(0, 2, 2, log_every=2),
+)
 STEPS = 4
 SPOILED = 2
 """At this step process 1 alone meets an infinite voxel; all skip the step."""
 
 
-WAYS = {"ddp": (None, "none", 5), "ddp in parts": (2, "none", 5), "ddp, even": (None, "none", 6),
-        "fsdp": (None, "full", 6), "fsdp in parts": (1, "full", 6)}
+WAYS = {
+    "ddp": (None, "none", 5),
+    "ddp in parts": (2, "none", 5),
+    "ddp, even": (None, "none", 6),
+    "fsdp": (None, "full", 6),
+    "fsdp in parts": (1, "full", 6),
+}
 """Name -> crops at once, how weights are spread, crops of a step."""
 
 
 class Mixed:
-    """Sample i of step n: one crop where n is even, two members where it is odd; every third sample is half padding."""
+    """Sample i of step n: one crop where n is even, two members where it is odd; every third sample
+    is half padding.
+    """
 
     def draw(self, cases: Any, purpose: str, step: int, number: int = 0) -> Sample:
         rng = np.random.default_rng([step, number])
@@ -56,9 +92,15 @@ class Mixed:
         return Sample(voxels, real, np.arange(8), 1, np.tile(np.arange(4), 2), np.repeat([1, 0], 4))
 
 
-def trainer_in(world: World, micro: int | None, sharding: str = "none", batch_size: int = 5) -> Trainer:
+def trainer_in(
+    world: World, micro: int | None, sharding: str = "none", batch_size: int = 5
+) -> Trainer:
     torch.manual_seed(0)
-    plan = replace(PLAN, optim=replace(PLAN.optim, micro_batch_size=micro, batch_size=batch_size), run=replace(PLAN.run, sharding=sharding))
+    plan = replace(
+        PLAN,
+        optim=replace(PLAN.optim, micro_batch_size=micro, batch_size=batch_size),
+        run=replace(PLAN.run, sharding=sharding),
+    )
     objective = Autoregressive(plan)
     objective.sampler = Mixed()  # type: ignore[assignment]
     return Trainer(plan, Path("nowhere"), objective, [], [], torch.device("cpu"), 0, world=world)  # type: ignore[arg-type]
@@ -66,12 +108,16 @@ def trainer_in(world: World, micro: int | None, sharding: str = "none", batch_si
 
 def trained(trainer: Trainer, first: int = 0, last: int = STEPS) -> list[float]:
     """The losses of some steps."""
-    return [float(trainer.train_step(step, trainer.batches[step])[0]) for step in range(first, last)]
+    return [
+        float(trainer.train_step(step, trainer.batches[step])[0]) for step in range(first, last)
+    ]
 
 
 def state_of(trainer: Trainer, step: int = STEPS) -> dict[str, Any]:
     trainer.progress.step = step
-    return snapshot(trainer.module, trainer.optimizer, trainer.guard, trainer.progress, trainer.world)
+    return snapshot(
+        trainer.module, trainer.optimizer, trainer.guard, trainer.progress, trainer.world
+    )
 
 
 def together(rank: int, port: int, folder: Path) -> None:
@@ -80,13 +126,20 @@ def together(rank: int, port: int, folder: Path) -> None:
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=60))
     world = join(store, rank, 2, torch.device("cpu"))
     found: dict[str, Any] = {
-        "shared": world.share(f"of {rank}"), "gathered": world.gather(rank), "any": (world.any(rank == 1), world.any(False)),
+        "shared": world.share(f"of {rank}"),
+        "gathered": world.gather(rank),
+        "any": (world.any(rank == 1), world.any(False)),
     }
     for name, (micro, sharding, batch_size) in WAYS.items():
         trainer = trainer_in(world, micro, sharding, batch_size)
-        found[name] = {"losses": trained(trainer), "state": state_of(trainer), "sharded": trainer.is_sharded,
-                       "encoder": trainer.objective.transferable_state(),
-                       "numbers": world.gather(list(trainer.train_step.numbers)), "tally": trainer.guard.tally()}
+        found[name] = {
+            "losses": trained(trainer),
+            "state": state_of(trainer),
+            "sharded": trainer.is_sharded,
+            "encoder": trainer.objective.transferable_state(),
+            "numbers": world.gather(list(trainer.train_step.numbers)),
+            "tally": trainer.guard.tally(),
+        }
     for sharding in ("none", "full"):
         start = torch.load(folder / "alone.pt", weights_only=False)
         trainer = trainer_in(world, None, sharding, 6)
@@ -96,13 +149,22 @@ def together(rank: int, port: int, folder: Path) -> None:
         states = [state["torch"] for state in state_of(trainer)["generators"]]
         # Only the main process has the file; what it holds afterwards, all do.
         trainer = trainer_in(world, None, sharding, 6)
-        content = world.share(lent(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None)
+        content = world.share(
+            lent(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None
+        )
         restore(content, trainer.module, trainer.optimizer, trainer.guard, world)
-        own = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in trainer.module.state_dict().items()}
+        own = {
+            name: p.to_local() if hasattr(p, "to_local") else p
+            for name, p in trainer.module.state_dict().items()
+        }
         found[f"lent, {sharding}"] = (state_of(trainer), world.gather(own))
         torch.manual_seed(101)
         found[f"generators, {sharding}"] = [
-            torch.equal(*pair) for pair in zip(states, (start["generators"][0]["torch"], torch.get_rng_state()), strict=True)]
+            torch.equal(*pair)
+            for pair in zip(
+                states, (start["generators"][0]["torch"], torch.get_rng_state()), strict=True
+            )
+        ]
     if rank == 0:
         torch.save(found, folder / "found.pt")
     world.wait()
@@ -119,7 +181,11 @@ def run_alone(batch_size: int) -> dict[str, Any]:
     trainer = trainer_in(ALONE, None, "none", batch_size)
     losses = trained(trainer)
     state = state_of(trainer)
-    kept = {**state, "optimizer": copied(state["optimizer"]), "network_weights": copied(state["network_weights"])}
+    kept = {
+        **state,
+        "optimizer": copied(state["optimizer"]),
+        "network_weights": copied(state["network_weights"]),
+    }
     return {"losses": losses, "state": kept, "next": trained(trainer, STEPS, STEPS + 2)}
 
 
@@ -130,14 +196,19 @@ def copied(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def two(alone: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two(
+    alone: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.save(alone[6]["state"], folder / "alone.pt")
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)]) for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)])
+        for rank in range(2)
+    ]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
     return found
@@ -149,28 +220,42 @@ def test_two_processes_have_the_losses_and_weights_of_one_also_with_uneven_share
 ) -> None:
     batch_size = WAYS[way][2]
     one = alone[batch_size]
-    assert two[way]["numbers"] == ([[0, 1], [2, 3, 4]] if batch_size == 5 else [[0, 1, 2], [3, 4, 5]])
+    assert two[way]["numbers"] == (
+        [[0, 1], [2, 3, 4]] if batch_size == 5 else [[0, 1, 2], [3, 4, 5]]
+    )
     assert two[way]["sharded"] is way.startswith("fsdp")
     good = [n for n in range(STEPS) if n != SPOILED]
-    assert [two[way]["losses"][n] for n in good] == pytest.approx([one["losses"][n] for n in good], rel=1e-5)
+    assert [two[way]["losses"][n] for n in good] == pytest.approx(
+        [one["losses"][n] for n in good], rel=1e-5
+    )
     for name, weights in one["state"]["network_weights"].items():
         found = two[way]["state"]["network_weights"][name]
         assert type(found) is torch.Tensor
         assert torch.allclose(found, weights, atol=2e-5), name
     for name, weights in two[way]["encoder"].items():
-        assert torch.equal(weights, two[way]["state"]["network_weights"][f"encoder.network.{name}"]), name
+        assert torch.equal(
+            weights, two[way]["state"]["network_weights"][f"encoder.network.{name}"]
+        ), name
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str) -> None:
-    assert not np.isfinite(two[way]["losses"][SPOILED]) and not np.isfinite(alone[5]["losses"][SPOILED])
+def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
+    alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str
+) -> None:
+    assert not np.isfinite(two[way]["losses"][SPOILED]) and not np.isfinite(
+        alone[5]["losses"][SPOILED]
+    )
     assert (two[way]["tally"].nonfinite, two[way]["tally"].in_row) == (1, 0)
     steps = {int(entry["step"]) for entry in two[way]["state"]["optimizer"]["state"].values()}
-    assert steps == {int(entry["step"]) for entry in alone[5]["state"]["optimizer"]["state"].values()}
+    assert steps == {
+        int(entry["step"]) for entry in alone[5]["state"]["optimizer"]["state"].values()
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_two_processes_save_one_goes_on_from(alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str) -> None:
+def test_what_two_processes_save_one_goes_on_from(
+    alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str
+) -> None:
     one = alone[WAYS[way][2]]
     trainer = trainer_in(ALONE, None, "none", WAYS[way][2])
     restore(two[way]["state"], trainer.module, trainer.optimizer, trainer.guard)
@@ -180,7 +265,9 @@ def test_what_two_processes_save_one_goes_on_from(alone: dict[int, dict[str, Any
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_what_one_process_saves_two_go_on_from(alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str) -> None:
+def test_what_one_process_saves_two_go_on_from(
+    alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str
+) -> None:
     assert two[f"from alone, {sharding}"] == pytest.approx(alone[6]["next"], rel=1e-5)
 
 
@@ -208,27 +295,39 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-def test_what_is_lent_is_told_without_its_weights_and_whole_where_one_process_is_alone(alone: dict[int, dict[str, Any]]) -> None:
+def test_what_is_lent_is_told_without_its_weights_and_whole_where_one_process_is_alone(
+    alone: dict[int, dict[str, Any]],
+) -> None:
     start = alone[6]["state"]
     outline = pickle.dumps(lent(start))
     assert len(outline) < 0.2 * sum(weights.nbytes for weights in start["network_weights"].values())
     told = pickle.loads(outline)
     name, weights = next(iter(start["network_weights"].items()))
     assert told["network_weights"][name] == Promised(tuple(weights.shape), weights.dtype, None)
-    assert told["generators"][0]["python"] == start["generators"][0]["python"] and told["step"] == STEPS
+    assert (
+        told["generators"][0]["python"] == start["generators"][0]["python"]
+        and told["step"] == STEPS
+    )
     trainer = trainer_in(ALONE, None, "none", 6)
     restore(lent(start), trainer.module, trainer.optimizer, trainer.guard)
     assert_same(state_of(trainer)["network_weights"], start["network_weights"])
 
 
-def test_every_process_has_its_own_generators_in_the_checkpoint_and_a_new_one_keeps_its_fresh_ones(two: dict[str, Any]) -> None:
+def test_every_process_has_its_own_generators_in_the_checkpoint_and_a_new_one_keeps_its_fresh_ones(
+    two: dict[str, Any],
+) -> None:
     assert len(two["ddp"]["state"]["generators"]) == 2
     assert two["generators, none"] == two["generators, full"] == [True, True]
 
 
 def test_what_processes_say_to_each_other(two: dict[str, Any]) -> None:
     assert (two["shared"], two["gathered"], two["any"]) == ("of 0", [0, 1], (True, False))
-    assert (ALONE.share("x"), ALONE.gather(3), ALONE.any(True), ALONE.is_main) == ("x", [3], True, True)
+    assert (ALONE.share("x"), ALONE.gather(3), ALONE.any(True), ALONE.is_main) == (
+        "x",
+        [3],
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize(("num", "size"), [(8, 1), (8, 2), (8, 3), (5, 4), (4, 4), (33, 7)])
@@ -239,14 +338,22 @@ def test_shares_have_no_overlap_and_no_gap_and_are_as_even_as_can_be(num: int, s
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UsageError, match=r"optim.batch_size=3 cannot be shared by 4 processes.*--num-gpus"):
+    with pytest.raises(
+        UsageError, match=r"optim.batch_size=3 cannot be shared by 4 processes.*--num-gpus"
+    ):
         share_of(3, 0, 4)
-    with pytest.raises(UsageError, match=r"optim.batch_size=5 cannot be shared evenly by 2 processes.*run.sharding"):
+    with pytest.raises(
+        UsageError, match=r"optim.batch_size=5 cannot be shared evenly by 2 processes.*run.sharding"
+    ):
         share_of(5, 0, 2, sharded=True)
 
 
 def test_a_lost_process_is_told_from_an_error_of_ones_own() -> None:
-    assert is_lost_peer(RuntimeError("[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
+    assert is_lost_peer(
+        RuntimeError(
+            "[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+        )
+    )
     assert is_lost_peer(dist.DistBackendError("NCCL error"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(UsageError("gloo"))

@@ -26,10 +26,18 @@ OURS = {
 
 
 def lines_to_type(document: Path) -> Iterator[list[str]]:
-    """The command lines in a document's fenced blocks, without comments, prompts and environment assignments."""
-    for block in re.findall(r"^```[a-z]*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    """The command lines in a document's fenced blocks, without comments, prompts and environment
+    assignments.
+    """
+    for block in re.findall(
+        r"^```[a-z]*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    ):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True) if re.match(r"(\$ )?(autoreg_|nnUNetv2_)\w+( |$)", line) else []
+            words = (
+                shlex.split(line.removeprefix("$ "), comments=True)
+                if re.match(r"(\$ )?(autoreg_|nnUNetv2_)\w+( |$)", line)
+                else []
+            )
             if words:
                 yield words
 
@@ -47,7 +55,11 @@ def test_every_command_line_in_the_documents_can_be_typed(document: Path) -> Non
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_relative_link_leads_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8"))
-    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    missing = [
+        target
+        for target in targets
+        if "://" not in target and not (document.parent / target).exists()
+    ]
     assert missing == []
 
 

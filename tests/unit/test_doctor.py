@@ -42,12 +42,25 @@ PRIMUS_TINY = encoder_size("primus_tiny")
 
 def card(name: str, finished_at: str) -> EncoderCard:
     return EncoderCard(
-        name=name, encoder="primus_tiny", class_path=PRIMUS_TINY.class_path, arguments=PRIMUS_TINY.arguments,
-        token_size_vox=(8, 8, 8), crop_size_vox=(32, 32, 32),
-        spacing_mm=(1.0, 1.0, 1.0), modalities=("MR",), channel_names=("MRI",), ct_window=None, num_input_channels=1,
-        adaptation=Adaptation("eva", "down_projection", ("down_projection.proj",), "eva.pos_embed"), objective="autoregressive",
-        licences={}, num_scans=3, num_steps=5, finished_at=finished_at, sha256="0" * 64,
-    )  # fmt: skip
+        name=name,
+        encoder="primus_tiny",
+        class_path=PRIMUS_TINY.class_path,
+        arguments=PRIMUS_TINY.arguments,
+        token_size_vox=(8, 8, 8),
+        crop_size_vox=(32, 32, 32),
+        spacing_mm=(1.0, 1.0, 1.0),
+        modalities=("MR",),
+        channel_names=("MRI",),
+        ct_window=None,
+        num_input_channels=1,
+        adaptation=Adaptation("eva", "down_projection", ("down_projection.proj",), "eva.pos_embed"),
+        objective="autoregressive",
+        licences={},
+        num_scans=3,
+        num_steps=5,
+        finished_at=finished_at,
+        sha256="0" * 64,
+    )
 
 
 def test_when_all_is_well_every_line_is_ok_and_the_next_line_pretrains(
@@ -90,9 +103,15 @@ def test_what_is_wrong_fails_with_a_remedy_and_the_first_one_comes_next(
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "fail  nnUNet_raw          the environment variable nnUNet_raw is not set\n" in out
-    assert "fail  start-up bridge     nnU-Net does not find our classes: the .pth line is not read\n" in out
+    assert (
+        "fail  start-up bridge     nnU-Net does not find our classes: the .pth line is not read\n"
+        in out
+    )
     assert "\n      -> autoreg_doctor --link\n" in out
-    assert out.splitlines()[-1] == "next: mend 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
+    assert (
+        out.splitlines()[-1]
+        == "next: mend 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
+    )
 
 
 def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> None:
@@ -103,7 +122,9 @@ def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> N
     assert doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"]).status == "fail"
 
 
-@pytest.mark.parametrize(("variable", "status"), [("nnUNet_raw", "warn"), ("nnUNet_results", "fail")])
+@pytest.mark.parametrize(
+    ("variable", "status"), [("nnUNet_raw", "warn"), ("nnUNet_results", "fail")]
+)
 def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
     folders: Path, monkeypatch: pytest.MonkeyPatch, variable: str, status: str
 ) -> None:
@@ -113,7 +134,8 @@ def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [("2.8.1", "ok"), ("2.10.0", "ok"), ("2.8.0", "fail"), ("2.5", "fail"), ("3.0.0", "fail")]
+    ("version", "status"),
+    [("2.8.1", "ok"), ("2.10.0", "ok"), ("2.8.0", "fail"), ("2.5", "fail"), ("3.0.0", "fail")],
 )
 def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
     monkeypatch: pytest.MonkeyPatch, version: str, status: str
@@ -123,7 +145,9 @@ def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
     assert check.status == status and version in check.finding
 
 
-def test_a_missing_nnunet_fails_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nnunet_fails_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
     check = doctor.check_nnunet()
     assert check.status == "fail" and check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
@@ -133,16 +157,24 @@ def test_the_bridge_line_tells_switched_off_from_not_read_from_broken() -> None:
     assert doctor.check_bridge(WELL, None).status == "ok"
     assert doctor.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
     assert doctor.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
-    broken = {k: v for k, v in WELL.items() if k != "trainer"} | {"trainer_error": "ImportError: no\n such module"}
+    broken = {k: v for k, v in WELL.items() if k != "trainer"} | {
+        "trainer_error": "ImportError: no\n such module"
+    }
     check = doctor.check_bridge(broken, None)
     assert check.status == "fail"
-    assert check.finding == "live, but AutoregPretrainedTrainer is not found: ImportError: no such module"
+    assert (
+        check.finding
+        == "live, but AutoregPretrainedTrainer is not found: ImportError: no such module"
+    )
 
 
 def test_a_torchvision_of_another_torch_build_is_named_as_such() -> None:
     answer = {k: v for k, v in WELL.items() if k != "torchvision"} | {"torchvision_error": TRAP}
     check = doctor.check_companion(answer, "torchvision")
-    assert (check.status, check.finding) == ("fail", "RuntimeError: operator torchvision::nms does not exist")
+    assert (check.status, check.finding) == (
+        "fail",
+        "RuntimeError: operator torchvision::nms does not exist",
+    )
     assert "one registry" in check.remedy
 
 
@@ -154,12 +186,17 @@ def test_a_cpu_is_a_warning_that_tells_the_kind_of_torch_build() -> None:
     assert doctor.check_device({"device_error": "OSError: libcudart"}).status == "fail"
 
 
-def test_a_fresh_interpreter_that_falls_over_is_reported_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_interpreter_that_falls_over_is_reported_with_its_last_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fallen = SimpleNamespace(stdout="", stderr="Fatal\nSegmentation fault\n", returncode=-11)
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: fallen)
     answer = doctor.probe()
     check = doctor.check_bridge(answer, None)
-    assert check.status == "fail" and check.finding == "a fresh interpreter ended with exit code -11: Segmentation fault"
+    assert (
+        check.status == "fail"
+        and check.finding == "a fresh interpreter ended with exit code -11: Segmentation fault"
+    )
     assert doctor.check_torch(answer).status == "fail"
 
 
@@ -172,7 +209,9 @@ def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_link_writes_the_guarded_line_and_unlink_removes_it(site_packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_link_writes_the_guarded_line_and_unlink_removes_it(
+    site_packages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert doctor.main(["--link"]) == 0
     link = site_packages / "nnunet_autoreg_link.pth"
     head, line = link.read_text().splitlines()
@@ -204,7 +243,9 @@ def test_link_says_so_when_it_does_not_help(
     assert "PYTHONPATH" in capsys.readouterr().err
 
 
-def test_link_refuses_while_the_bridge_is_switched_off(site_packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_refuses_while_the_bridge_is_switched_off(
+    site_packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(bridge.SWITCH, "0")
     assert doctor.main(["--link"]) == 2
     assert list(site_packages.iterdir()) == []
@@ -221,7 +262,11 @@ def test_misuse_ends_with_2() -> None:
     [
         (AutoregError("no scan\nis left"), 1, "autoreg_test_doctor: no scan is left\n"),
         (UsageError("set nnUNet_results"), 2, "autoreg_test_doctor: set nnUNet_results\n"),
-        (KeyboardInterrupt(), 130, "autoreg_test_doctor: interrupted; run the same line again to go on\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "autoreg_test_doctor: interrupted; run the same line again to go on\n",
+        ),
     ],
 )
 def test_a_command_turns_errors_into_one_line_and_a_code(
@@ -255,7 +300,9 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
         "    return 0\n"
         "sys.exit(main())\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert run.stdout is not None and run.stderr is not None
     run.stdout.readline()
     run.stdout.close()
@@ -263,7 +310,9 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
     run.stderr.close()
 
 
-def test_the_log_goes_to_stderr_once_with_the_level_before_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_goes_to_stderr_once_with_the_level_before_warnings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     logger = logging.getLogger("nnunet_autoreg")
     before = list(logger.handlers), logger.level
     try:

@@ -1,4 +1,6 @@
-"""Encoders of every family: built for fine-tuning and for pretraining from the same numbers, and what passes between the two."""
+"""Encoders of every family: built for fine-tuning and for pretraining from the same numbers, and
+what passes between the two.
+"""
 
 from typing import Any
 
@@ -36,8 +38,18 @@ CONVOLVED = ("primus_v2_tiny", "primus_v3_tiny")
 CROP = (16, 16, 32)
 ADAPTED = {
     "primus_tiny": ("eva", "down_projection", "down_projection.proj", "eva.pos_embed"),
-    "primus_v2_tiny": ("eva", "down_projection", "down_projection.stem.blocks.0.conv1.conv", "eva.pos_embed"),
-    "primus_v3_tiny": ("eva", "down_projection", "down_projection.stem.blocks.0.conv1.conv", "eva.pos_embed"),
+    "primus_v2_tiny": (
+        "eva",
+        "down_projection",
+        "down_projection.stem.blocks.0.conv1.conv",
+        "eva.pos_embed",
+    ),
+    "primus_v3_tiny": (
+        "eva",
+        "down_projection",
+        "down_projection.stem.blocks.0.conv1.conv",
+        "eva.pos_embed",
+    ),
     "vit_b16": ("model", "model.patchifier", "model.patchifier.proj", None),
 }
 
@@ -64,28 +76,53 @@ def test_every_named_encoder_can_be_built_and_states_its_tokens_and_family(name:
     size = encoder_size(name)
     shallow = {**size.arguments, **({"eva_depth": 2} if "eva_depth" in size.arguments else {})}
     with torch.device("meta"):
-        network: Any = build_network(size.class_path, shallow, [4 * t for t in size.token_size], 1, 3)
+        network: Any = build_network(
+            size.class_path, shallow, [4 * t for t in size.token_size], 1, 3
+        )
         output = network(torch.empty(1, 1, *(4 * t for t in size.token_size)))
     assert output.shape == (1, 3, *(4 * t for t in size.token_size))
     assert family_of(size.class_path) == size.family and name.startswith(size.family)
     assert token_size_of(size.class_path, size.arguments) == size.token_size
-    assert all(b >= n for b, n in zip(size.block_tokens, smallest_block(size.family, size.token_size), strict=True))
+    assert all(
+        b >= n
+        for b, n in zip(
+            size.block_tokens, smallest_block(size.family, size.token_size), strict=True
+        )
+    )
     assert not missing_arguments(size.class_path, size.arguments)
 
 
 def test_the_presets_have_the_sizes_of_their_papers() -> None:
-    """nnU-Net's ResEnc encoder: 6 stages, stride 32; Primus M: width 864, 16 blocks; ViT-B/16: 12 blocks of 768."""
+    """nnU-Net's ResEnc encoder:
+
+    6 stages, stride 32; Primus M: width 864, 16 blocks; ViT-B/16: 12 blocks of 768.
+    """
     resenc = encoder_size("resenc_l")
-    assert resenc.token_size == (32, 32, 32) and resenc.arguments["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
-    assert encoder_size("resenc_m").arguments == resenc.arguments == encoder_size("resenc_xl").arguments
+    assert resenc.token_size == (32, 32, 32) and resenc.arguments["n_blocks_per_stage"] == [
+        1,
+        3,
+        4,
+        6,
+        6,
+        6,
+    ]
+    assert (
+        encoder_size("resenc_m").arguments
+        == resenc.arguments
+        == encoder_size("resenc_xl").arguments
+    )
     assert [encoder_size(f"resenc_{s}").patch_gib for s in ("m", "l", "xl")] == [8, 24, 40]
-    assert encoder_size("primus_v2_m").arguments["embed_dim"] == 864 and encoder_size("vit_b16").token_size == (16, 16, 16)
+    assert encoder_size("primus_v2_m").arguments["embed_dim"] == 864 and encoder_size(
+        "vit_b16"
+    ).token_size == (16, 16, 16)
     # Total stride of strides 1, (1, 2, 2), 2: per axis.
     assert token_size_of(CLASS_PATHS["resenc"], {"strides": [1, [1, 2, 2], 2]}) == (2, 4, 4)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(name: str, tmp_path: Any) -> None:
+def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(
+    name: str, tmp_path: Any
+) -> None:
     encoder, plan = small_encoder(name), small_plan(name)
     state = encoder.transferable_state()
     save_file(state, tmp_path / "encoder.safetensors")
@@ -118,7 +155,11 @@ def test_the_card_names_the_parts_that_fine_tuning_adapts(name: str) -> None:
     encoder = small_encoder(name, channels=2)
     adaptation = encoder.adaptation()
     key_to_encoder, key_to_stem, in_proj, positions = ADAPTED[name]
-    assert (adaptation.key_to_encoder, adaptation.key_to_stem, adaptation.key_to_lpe) == (key_to_encoder, key_to_stem, positions)
+    assert (adaptation.key_to_encoder, adaptation.key_to_stem, adaptation.key_to_lpe) == (
+        key_to_encoder,
+        key_to_stem,
+        positions,
+    )
     assert adaptation.keys_to_in_proj[0] == in_proj
     # Every tensor whose shape depends on the number of channels is named, under some name.
     other = small_encoder(name, channels=3).network.state_dict()
@@ -134,7 +175,10 @@ def test_the_local_part_sees_one_block_at_a_time(name: str) -> None:
     blocks = to_blocks(volume[:, 0], encoder.block_size)
     with torch.no_grad():
         tokens = encoder.tokens(volume)
-        alone = [encoder.local(blocks[:, k]).flatten(2).transpose(1, 2)[0] for k in range(blocks.shape[1])]
+        alone = [
+            encoder.local(blocks[:, k]).flatten(2).transpose(1, 2)[0]
+            for k in range(blocks.shape[1])
+        ]
     # Two blocks of 16^3 beside each other along x, each of 2 x 2 x 2 tokens.
     index = torch.arange(16).reshape(2, 2, 4)
     assert blocks.shape[1] == 2
@@ -153,7 +197,9 @@ def test_run_over_a_whole_crop_the_local_part_would_leak(name: str) -> None:
     with torch.no_grad():
         assert torch.equal(encoder.tokens(volume)[0, first], encoder.tokens(other)[0, first])
         whole = as_size(CROP)
-        assert not torch.equal(encoder.tokens(volume, whole)[0, first], encoder.tokens(other, whole)[0, first])
+        assert not torch.equal(
+            encoder.tokens(volume, whole)[0, first], encoder.tokens(other, whole)[0, first]
+        )
 
 
 @pytest.mark.parametrize("name", CONVOLVED)
@@ -164,7 +210,10 @@ def test_computing_the_local_part_twice_changes_no_number(name: str) -> None:
     for encoder in (once, twice):
         (encoder(volume, None) * noise(1, 16, 48, seed=2)).sum().backward()
     # All gradients in one: those of biases before a norm are nothing but rounding.
-    one, two = (torch.cat([p.grad.flatten() for p in e.parameters() if p.grad is not None]) for e in (once, twice))
+    one, two = (
+        torch.cat([p.grad.flatten() for p in e.parameters() if p.grad is not None])
+        for e in (once, twice)
+    )
     assert (one - two).norm() < 1e-4 * one.norm()
 
 
@@ -182,10 +231,14 @@ def test_what_a_family_cannot_do_is_refused() -> None:
         build_network(cnn.class_path, cnn.arguments, CROP, 1, 2, drop_path_rate=0.2)
     with pytest.raises(PlanError, match="one resolution only"):
         build_network(primus.class_path, primus.arguments, CROP, 1, 2, deep_supervision=True)
-    with pytest.raises(PlanError, match=r"size 20 on axis z is no multiple of the token size 8; use 16 or 24"):
+    with pytest.raises(
+        PlanError, match=r"size 20 on axis z is no multiple of the token size 8; use 16 or 24"
+    ):
         build_network(cnn.class_path, cnn.arguments, (20, 16, 16), 1, 2)
     with pytest.raises(PlanError, match="strides missing"):
-        build_network(cnn.class_path, {k: v for k, v in cnn.arguments.items() if k != "strides"}, CROP, 1, 2)
+        build_network(
+            cnn.class_path, {k: v for k, v in cnn.arguments.items() if k != "strides"}, CROP, 1, 2
+        )
     with pytest.raises(PlanError, match=r"sequence\.predictor=network"):
         build_sequence_encoder(cnn, CROP, (2, 2, 2))
 
@@ -193,7 +246,12 @@ def test_what_a_family_cannot_do_is_refused() -> None:
 def test_a_strangers_arguments_name_no_class_from_elsewhere() -> None:
     plan = small_plan("resenc_tiny")
     # The second is the same class, by way of a module of torch that has imported it.
-    for name in ("subprocess.Popen", "torch.nn.modules.module.torch.utils.cpp_extension.subprocess.Popen", "torch.nn.Parameter", 3):
+    for name in (
+        "subprocess.Popen",
+        "torch.nn.modules.module.torch.utils.cpp_extension.subprocess.Popen",
+        "torch.nn.Parameter",
+        3,
+    ):
         evil = {**plan.arguments, "nonlin": name, "nonlin_kwargs": {}}
         with pytest.raises(PlanError, match=rf"nonlin='{name}' is no layer of torch\.nn"):
             build_network(plan.class_path, evil, CROP, 1, 2)

@@ -10,7 +10,12 @@ import pytest
 import SimpleITK
 
 from nnunet_autoreg.cli.evaluate_detection import main
-from nnunet_autoreg.detection.evaluation_files import Background, background, pick_scans, pick_slices
+from nnunet_autoreg.detection.evaluation_files import (
+    Background,
+    background,
+    pick_scans,
+    pick_slices,
+)
 from nnunet_autoreg.detection.folders import read_found
 from nnunet_autoreg.detection.geometry import frame_of_affine, frame_of_itk
 from nnunet_autoreg.detection.matching import ScanBoxes
@@ -47,7 +52,11 @@ def folders(tmp_path):
     write_map(truth / "c.nii.gz", [])
     (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES}}))
     found = tmp_path / "found"
-    write_found(found, "a", [(LESION, "lesion", 0.9), (CYST, "cyst", 0.8), ((0, 12, 0, 4, 16, 4), "lesion", 0.3)])
+    write_found(
+        found,
+        "a",
+        [(LESION, "lesion", 0.9), (CYST, "cyst", 0.8), ((0, 12, 0, 4, 16, 4), "lesion", 0.3)],
+    )
     write_found(found, "b", [])
     write_found(found, "c", [((0, 0, 0, 4, 4, 4), "cyst", 0.1)])
     return truth, found, tmp_path / "out" / "scores.json"
@@ -68,32 +77,48 @@ def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
     # Lesions: one hit at 0.9, one false at 0.3, two objects: precision 1 up to recall 0.5.
     assert results["ap"]["0.1"]["per_class"] == {"lesion": pytest.approx(51 / 101), "cyst": 1}
     assert results["ap"]["0.1"]["mean"] == pytest.approx((51 / 101 + 1) / 2)
-    assert results["classes"]["lesion"]["objects"] == 2 and results["classes"]["lesion"]["ignored_objects"] == 1
+    assert (
+        results["classes"]["lesion"]["objects"] == 2
+        and results["classes"]["lesion"]["ignored_objects"] == 1
+    )
     assert results["scans"]["number"] == 3 and results["scans"]["empty"] == 1
     assert results["froc"]["operating_points"]["cyst"][-1]["fp_per_empty_scan"] == 1
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
     assert [(r["scan"], r["class"], r["what"], r["score"]) for r in rows] == [
-        ("a", "lesion", "hit", "0.9"), ("a", "lesion", "false", "0.3"), ("a", "lesion", "ignored", ""), ("a", "cyst", "hit", "0.8"),
-        ("b", "lesion", "missed", ""), ("c", "cyst", "false", "0.1"),
+        ("a", "lesion", "hit", "0.9"),
+        ("a", "lesion", "false", "0.3"),
+        ("a", "lesion", "ignored", ""),
+        ("a", "cyst", "hit", "0.8"),
+        ("b", "lesion", "missed", ""),
+        ("c", "cyst", "false", "0.1"),
     ]
     # The lesion is 4 voxels of 2 mm high and 6 mm wide.
     assert rows[0]["iou"] == "1.0000" and rows[0]["largest_side_mm"] == "8.000"
     for end in ("_froc.png", "_scans.png"):
         assert out.with_name("scores" + end).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
-    assert "3 scans, 1 without objects" in said and said.splitlines()[-1].startswith("next: look at ")
+    assert "3 scans, 1 without objects" in said and said.splitlines()[-1].startswith(
+        "next: look at "
+    )
 
 
 def test_a_hit_rule_and_classes_can_be_chosen(folders):
-    assert run(*folders, "--hit", "centre", "--classes", "cyst", "--iou", "0.3", "--sizes", "5") == 0
+    assert (
+        run(*folders, "--hit", "centre", "--classes", "cyst", "--iou", "0.3", "--sizes", "5") == 0
+    )
     results = results_of(folders[2])
-    assert list(results["classes"]) == ["cyst"] and results["froc"]["hit"] == "centre" and "0.3" in results["ap"]
+    assert (
+        list(results["classes"]) == ["cyst"]
+        and results["froc"]["hit"] == "centre"
+        and "0.3" in results["ap"]
+    )
     assert [s["objects"] for s in results["sizes"]["strata"]] == [0, 1]
 
 
 def test_voxels_can_decide_what_a_hit_is(folders, caplog, capsys):
     truth, found, out = folders
-    # The lesion of scan a has 4 x 6 x 6 voxels; 28 of them are drawn as number 1: IoU 28 / 144 is below 0.2, with 29 it is not.
+    # The lesion of scan a has 4 x 6 x 6 voxels; 28 of them are drawn as number 1: IoU 28 / 144 is
+    # below 0.2, with 29 it is not.
     for number, sensitivity in ((28, 0.0), (29, 0.5)):
         drawn = np.zeros(SHAPE, np.uint8)
         inside = np.zeros(4 * 6 * 6, np.uint8)
@@ -123,14 +148,21 @@ def test_instance_maps_may_touch_and_take_their_labels_from_the_json(folders):
     (truth / "a.json").write_text('{"instances": {"3": 1, "4": 2}}')
     write_found(found, "a", [(halves[0][1], "lesion", 0.9), (halves[1][1], "cyst", 0.9)])
     assert run(truth, found, out) == 0
-    assert results_of(out)["ap"]["0.5"]["per_class"] == {"lesion": pytest.approx(51 / 101), "cyst": 1}
+    assert results_of(out)["ap"]["0.5"]["per_class"] == {
+        "lesion": pytest.approx(51 / 101),
+        "cyst": 1,
+    }
 
 
-def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images_if_there_are_any(folders, tmp_path, caplog):
+def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images_if_there_are_any(
+    folders, tmp_path, caplog
+):
     _, found, out = folders
     truth = tmp_path / "boxes"
     truth.mkdir()
-    (truth / "a.json").write_text(json.dumps({"boxes": [{"box_zyx": LESION, "label": 1}, {"box_zyx": CYST, "label": 2}]}))
+    (truth / "a.json").write_text(
+        json.dumps({"boxes": [{"box_zyx": LESION, "label": 1}, {"box_zyx": CYST, "label": 2}]})
+    )
     assert run(truth, found, out) == 0
     assert results_of(out)["ap"]["0.1"]["mean"] == 1
     assert "no picture of scans" in caplog.text and not out.with_name("scores_scans.png").exists()
@@ -147,21 +179,33 @@ def test_a_file_of_detections_can_itself_be_the_truth(folders):
 
 def test_the_ignore_label_excuses_what_lies_in_it(folders):
     truth, found, out = folders
-    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}))
+    (truth.parent / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}})
+    )
     write_map(truth / "a.nii.gz", [(1, LESION), (3, (0, 10, 0, 6, 16, 6))])
     assert run(truth, found, out) == 0
-    rows = [r for r in csv.DictReader(out.with_suffix(".csv").open()) if r["scan"] == "a" and r["score"] == "0.3"]
+    rows = [
+        r
+        for r in csv.DictReader(out.with_suffix(".csv").open())
+        if r["scan"] == "a" and r["score"] == "0.3"
+    ]
     assert [r["what"] for r in rows] == ["excused"]
 
 
 def test_the_object_of_an_instance_map_that_has_the_ignore_labels_number_excuses_nothing(folders):
     truth, found, out = folders
-    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}))
+    (truth.parent / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}})
+    )
     write_map(truth / "a.nii.gz", [(3, LESION)])
     (truth / "a.json").write_text('{"instances": {"3": 1}}')
     write_found(found, "a", [(LESION, "cyst", 0.7)])
     assert run(truth, found, out) == 0
-    rows = [r for r in csv.DictReader(out.with_suffix(".csv").open()) if r["scan"] == "a" and r["score"] == "0.7"]
+    rows = [
+        r
+        for r in csv.DictReader(out.with_suffix(".csv").open())
+        if r["scan"] == "a" and r["score"] == "0.7"
+    ]
     assert [r["what"] for r in rows] == ["false"]
 
 
@@ -173,7 +217,9 @@ def test_scans_without_a_file_of_detections_are_named_and_counted_only_when_aske
     assert "1 scans have true objects and no file of detections (b): left out" in caplog.text
     assert "1 scans have detections and no truth (d): left out" in caplog.text
     results = results_of(out)
-    assert results["scans"]["without_detections"] == ["b"] and results["scans"]["without_truth"] == ["d"]
+    assert results["scans"]["without_detections"] == ["b"] and results["scans"][
+        "without_truth"
+    ] == ["d"]
     assert results["ap"]["0.1"]["per_class"]["lesion"] == 1
     assert run(truth, found, out, "--all-scans") == 0
     assert results_of(out)["ap"]["0.1"]["per_class"]["lesion"] == pytest.approx(51 / 101)
@@ -185,14 +231,21 @@ def test_truth_without_any_object_is_said_and_gives_no_figure(folders, caplog):
         write_map(truth / f"{name}.nii.gz", [])
     assert run(truth, found, out) == 0
     assert "no scan holds an object that counts" in caplog.text
-    assert results_of(out)["ap"]["0.1"]["mean"] is None and results_of(out)["absent_classes"] == ["lesion", "cyst"]
+    assert results_of(out)["ap"]["0.1"]["mean"] is None and results_of(out)["absent_classes"] == [
+        "lesion",
+        "cyst",
+    ]
 
 
 def test_other_json_files_beside_the_detections_are_named_and_left_out(folders, caplog):
     truth, found, out = folders
     (found / "plans.json").write_text("{}")
     assert run(truth, found, out) == 0
-    assert "1 JSON files of" in caplog.text and "plans.json" in caplog.text and results_of(out)["scans"]["number"] == 3
+    assert (
+        "1 JSON files of" in caplog.text
+        and "plans.json" in caplog.text
+        and results_of(out)["scans"]["number"] == 3
+    )
 
 
 def rewrite(file, change):
@@ -201,7 +254,9 @@ def rewrite(file, change):
 
 
 def flipped(*axes):
-    """The same image in the world, its axes stored the other way round; the identity would move it."""
+    """The same image in the world, its axes stored the other way round; the identity would move
+    it.
+    """
     return lambda image: SimpleITK.Flip(image, [axis in axes for axis in range(3)])
 
 
@@ -215,9 +270,23 @@ def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, cha
     write_map(truth.parent / "imagesTr" / "a_0000.nii.gz", [(7, LESION)])
     assert run(truth, found, out, "--hit", "centre") == 0
     before, picture = results_of(out), out.with_name("scores_scans.png").read_bytes()
-    for file in (truth / "a.nii.gz", truth / "b.nii.gz", truth.parent / "imagesTr" / "a_0000.nii.gz"):
+    for file in (
+        truth / "a.nii.gz",
+        truth / "b.nii.gz",
+        truth.parent / "imagesTr" / "a_0000.nii.gz",
+    ):
         rewrite(file, change)
-    assert SimpleITK.ReadImage(str(truth / "a.nii.gz")).GetDirection() != (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert SimpleITK.ReadImage(str(truth / "a.nii.gz")).GetDirection() != (
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        1,
+    )
     assert run(truth, found, out, "--hit", "centre") == 0
     assert results_of(out) == before and out.with_name("scores_scans.png").read_bytes() == picture
 
@@ -225,10 +294,15 @@ def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, cha
 def test_maps_of_what_was_found_are_turned_too(folders):
     truth, found, out = folders
     for name in "abc":
-        write_map(found / f"{name}_instances.nii.gz", [(1, LESION), (2, CYST)] if name == "a" else [])
+        write_map(
+            found / f"{name}_instances.nii.gz", [(1, LESION), (2, CYST)] if name == "a" else []
+        )
         rewrite(found / f"{name}_instances.nii.gz", flipped(1))
     assert run(truth, found, out, "--hit", "mask:0.9") == 0
-    assert results_of(out)["froc"]["sensitivity"]["per_class"] == {"lesion": [0.5] * 7, "cyst": [1.0] * 7}
+    assert results_of(out)["froc"]["sensitivity"]["per_class"] == {
+        "lesion": [0.5] * 7,
+        "cyst": [1.0] * 7,
+    }
 
 
 def test_truth_at_another_place_is_refused_with_both_places(folders, tmp_path, capsys):
@@ -238,17 +312,25 @@ def test_truth_at_another_place_is_refused_with_both_places(folders, tmp_path, c
         def change(image):
             image.SetOrigin((by, 0, 0))
             return image
+
         return change
 
     rewrite(truth / "a.nii.gz", moved(0.4))
     assert run(truth, found, out) == 0
     rewrite(truth / "a.nii.gz", moved(0.6))
-    said = ("a.nii.gz lies elsewhere than the image of the detections: x, y, z run along (-1, 0, 0), (0, -1, 0), (0, 0, 1) from "
-            "(-0.6, 0, 0) mm RAS, there x, y, z run along (-1, 0, 0), (0, -1, 0), (0, 0, 1) from (0, 0, 0) mm RAS")
+    said = (
+        "a.nii.gz lies elsewhere than the image of the detections: x, y, z run along (-1, 0, 0), "
+        "(0, -1, 0), (0, 0, 1) from "
+        "(-0.6, 0, 0) mm RAS, there x, y, z run along (-1, 0, 0), (0, -1, 0), (0, 0, 1) from (0, "
+        "0, 0) mm RAS"
+    )
     fails(capsys, 1, said, truth, found, out)
-    # Boxes that say where their image lies are held against it, and those that do not are taken as they are.
+    # Boxes that say where their image lies are held against it, and those that do not are taken as
+    # they are.
     boxes = tmp_path / "boxes"
-    turned = make_scan_file("a", frame_of_itk(SHAPE, (1, 1, 2), (0, 15, 0), (1, 0, 0, 0, -1, 0, 0, 0, 1)), [], CLASSES)
+    turned = make_scan_file(
+        "a", frame_of_itk(SHAPE, (1, 1, 2), (0, 15, 0), (1, 0, 0, 0, -1, 0, 0, 0, 1)), [], CLASSES
+    )
     write_scan_file(boxes / "a.json", turned)
     fails(capsys, 1, "a.json: the axes of its image run otherwise", boxes, found, out)
     (boxes / "a.json").write_text(json.dumps({"boxes": [], "affine_ras": [1], "shape_zyx": SHAPE}))
@@ -263,11 +345,24 @@ def test_an_image_that_cannot_be_drawn_costs_no_figure(folders, caplog):
     write_map(images / "a_0000.nii.gz", [], shape=(9, 16, 20))
     (images / "b_0000.nii.gz").write_text("no image")
     write_map(images / "b_0000.nrrd", [])
-    SimpleITK.WriteImage(SimpleITK.Compose([SimpleITK.ReadImage(str(truth / "c.nii.gz"))] * 3), str(images / "c_0000.nii.gz"))
+    SimpleITK.WriteImage(
+        SimpleITK.Compose([SimpleITK.ReadImage(str(truth / "c.nii.gz"))] * 3),
+        str(images / "c_0000.nii.gz"),
+    )
     assert run(truth, found, out) == 0
-    assert "a is not drawn on this image: " in caplog.text and "a_0000.nii.gz has 9 x 16 x 20 voxels" in caplog.text
-    assert "b_0000.nii.gz cannot be read as an image" in caplog.text and "c_0000.nii.gz is no 3D image" in caplog.text
-    assert out.exists() and out.with_suffix(".csv").exists() and out.with_name("scores_scans.png").exists()
+    assert (
+        "a is not drawn on this image: " in caplog.text
+        and "a_0000.nii.gz has 9 x 16 x 20 voxels" in caplog.text
+    )
+    assert (
+        "b_0000.nii.gz cannot be read as an image" in caplog.text
+        and "c_0000.nii.gz is no 3D image" in caplog.text
+    )
+    assert (
+        out.exists()
+        and out.with_suffix(".csv").exists()
+        and out.with_name("scores_scans.png").exists()
+    )
 
 
 def test_images_with_holes_are_drawn(folders):
@@ -282,7 +377,9 @@ def test_images_with_holes_are_drawn(folders):
     assert run(truth, found, out) == 0
 
 
-def test_a_folder_of_detections_as_truth_holds_no_more_scans_than_files_of_detections(folders, caplog):
+def test_a_folder_of_detections_as_truth_holds_no_more_scans_than_files_of_detections(
+    folders, caplog
+):
     _, found, out = folders
     for name in "abc":
         (found / f"{name}.mrk.json").write_text('{"markups": []}')
@@ -290,7 +387,10 @@ def test_a_folder_of_detections_as_truth_holds_no_more_scans_than_files_of_detec
             write_map(found / f"{name}_{kind}.nii.gz", [(1, LESION)])
     caplog.set_level("INFO")
     assert run(found, found, out) == 0
-    assert results_of(out)["scans"]["names"] == ["a", "b", "c"] and results_of(out)["scans"]["without_detections"] == []
+    assert (
+        results_of(out)["scans"]["names"] == ["a", "b", "c"]
+        and results_of(out)["scans"]["without_detections"] == []
+    )
     assert "9 files that autoreg_detect wrote beside its detections are left out" in caplog.text
     # Scans that are called so are scans, where no file of detections says otherwise.
     other = found.parent / "other" / "labels"
@@ -309,7 +409,8 @@ def test_no_more_of_the_detections_is_kept_than_is_scored(tmp_path):
     gc.collect()
     bytes_per_scan = tracemalloc.get_traced_memory()[0] / 20
     tracemalloc.stop()
-    # Six coordinates, a label, a score and a number are 72 bytes a box; the records of the files were 2200.
+    # Six coordinates, a label, a score and a number are 72 bytes a box; the records of the files
+    # were 2200.
     assert len(kept[0]["s7"].boxes_N6) == 100 and bytes_per_scan < 12_000
 
 
@@ -325,7 +426,16 @@ def test_what_cannot_be_scored_is_said_in_one_line(folders, tmp_path, capsys):
     fails(capsys, 2, "is no folder", truth, tmp_path / "none", out)
     fails(capsys, 2, "holds no file of detections", truth, tmp_path / "nothing", out)
     fails(capsys, 2, "holds neither images", tmp_path / "nothing", found, out)
-    fails(capsys, 2, "there is no such class; did you mean 'cyst'?", truth, found, out, "--classes", "cist")
+    fails(
+        capsys,
+        2,
+        "there is no such class; did you mean 'cyst'?",
+        truth,
+        found,
+        out,
+        "--classes",
+        "cist",
+    )
     fails(capsys, 2, "hit rule 'mask'", truth, found, out, "--hit", "mask")
     fails(capsys, 2, "is a folder; give a file in it", truth, found, tmp_path)
     fails(capsys, 2, "--min-voxels 0 must be at least 1", truth, found, out, "--min-voxels", "0")
@@ -341,64 +451,129 @@ def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tm
     write_map(other / "a.nii.gz", [(7, LESION)])
     fails(capsys, 1, "holds the values 7, which are no labels", other, found, out)
     write_map(other / "a.nii.gz", [(1, LESION)], shape=(9, 16, 20))
-    fails(capsys, 1, "has 9 x 16 x 20 voxels (z, y, x), the detections were made on 8 x 16 x 20", other, found, out)
+    fails(
+        capsys,
+        1,
+        "has 9 x 16 x 20 voxels (z, y, x), the detections were made on 8 x 16 x 20",
+        other,
+        found,
+        out,
+    )
     write_map(other / "a.nii.gz", [(1, LESION)], spacing=(1.0, 1.5, 2.0))
-    fails(capsys, 1, "has voxels of 2, 1.5, 1 mm (z, y, x), the detections were made on 2, 1, 1 mm", other, found, out)
+    fails(
+        capsys,
+        1,
+        "has voxels of 2, 1.5, 1 mm (z, y, x), the detections were made on 2, 1, 1 mm",
+        other,
+        found,
+        out,
+    )
     (other / "a.nii.gz").write_text("no image")
     fails(capsys, 1, "cannot be read as an image", other, found, out)
     boxes = tmp_path / "boxes"
     boxes.mkdir()
     for name in ("a", "z"):
         (boxes / f"{name}.json").write_text('{"boxes": []}')
-    fails(capsys, 1, "z.json: without detections the voxel size of this scan is not known", boxes, found, out, "--all-scans")
-    (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 2, "cyst": 1}}')
+    fails(
+        capsys,
+        1,
+        "z.json: without detections the voxel size of this scan is not known",
+        boxes,
+        found,
+        out,
+        "--all-scans",
+    )
+    (truth.parent / "dataset.json").write_text(
+        '{"labels": {"background": 0, "lesion": 2, "cyst": 1}}'
+    )
     fails(capsys, 1, "class 'lesion' has label 2", truth, found, out)
-    (truth.parent / "dataset.json").write_text('{"labels": {"background": 0, "lesions": 1, "cyst": 2}}')
+    (truth.parent / "dataset.json").write_text(
+        '{"labels": {"background": 0, "lesions": 1, "cyst": 2}}'
+    )
     fails(capsys, 1, "know a class 'lesion' that", truth, found, out)
 
 
 def test_a_class_the_detector_does_not_know_counts_as_missed_and_is_said(folders, caplog):
     truth, found, out = folders
-    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **CLASSES, "node": 3}}))
+    (truth.parent / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, **CLASSES, "node": 3}})
+    )
     write_map(truth / "b.nii.gz", [(3, LESION)])
     assert run(truth, found, out) == 0
-    assert "the detector does not know node" in caplog.text and results_of(out)["ap"]["0.1"]["per_class"]["node"] == 0
+    assert (
+        "the detector does not know node" in caplog.text
+        and results_of(out)["ap"]["0.1"]["per_class"]["node"] == 0
+    )
 
 
 def test_in_nndetections_convention_every_box_is_a_voxel_longer(folders):
     truth, found, out = folders
-    # Beside the lesion of 4 x 6 x 6 voxels by one on x: 120 of 168 in common, and 5 x 7 x (7 - 1) = 210 of 280 when longer.
+    # Beside the lesion of 4 x 6 x 6 voxels by one on x: 120 of 168 in common, and 5 x 7 x (7 - 1) =
+    # 210 of 280 when longer.
     write_found(found, "b", [((1, 2, 4, 5, 8, 10), "lesion", 0.9)])
     assert run(truth, found, out, "--iou", "0.72") == 0
     usual = results_of(out)
     assert run(truth, found, out, "--iou", "0.72", "--box-convention", "nndet") == 0
     longer = results_of(out)
-    assert usual["inputs"]["box_convention"] == "edges" and longer["inputs"]["box_convention"] == "nndet"
-    assert usual["ap"]["0.72"]["per_class"]["lesion"] < 1 == pytest.approx(longer["ap"]["0.72"]["per_class"]["lesion"])
+    assert (
+        usual["inputs"]["box_convention"] == "edges"
+        and longer["inputs"]["box_convention"] == "nndet"
+    )
+    assert (
+        usual["ap"]["0.72"]["per_class"]["lesion"]
+        < 1
+        == pytest.approx(longer["ap"]["0.72"]["per_class"]["lesion"])
+    )
     with out.with_suffix(".csv").open() as handle:
-        hit = next(row for row in csv.DictReader(handle) if row["scan"] == "b" and row["what"] == "hit")
-    assert float(hit["iou"]) == pytest.approx(0.75) and [float(hit[c]) for c in ("z0", "y0", "x0", "z1")] == [0, 1, 3, 5]
+        hit = next(
+            row for row in csv.DictReader(handle) if row["scan"] == "b" and row["what"] == "hit"
+        )
+    assert float(hit["iou"]) == pytest.approx(0.75) and [
+        float(hit[c]) for c in ("z0", "y0", "x0", "z1")
+    ] == [0, 1, 3, 5]
 
 
 def test_pictures_show_scans_from_all_over_and_slices_through_objects():
     def with_objects(*boxes):
         true = np.array(boxes, dtype=float).reshape(-1, 6)
         none = np.zeros((0, 6))
-        return ScanBoxes("s", (1, 1, 1), true, np.zeros(len(true), dtype=np.int64), np.zeros(len(true), dtype=bool), none,
-                         np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, len(true)), dtype=bool))
+        return ScanBoxes(
+            "s",
+            (1, 1, 1),
+            true,
+            np.zeros(len(true), dtype=np.int64),
+            np.zeros(len(true), dtype=bool),
+            none,
+            np.zeros(0, dtype=np.int64),
+            np.zeros(0),
+            np.zeros((0, len(true)), dtype=bool),
+        )
 
-    full, empty = [with_objects((z, 0, 0, z + 1, 1, 1)) for z in range(10)], [with_objects(), with_objects()]
-    assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9] and len(pick_scans(full[:2])) == 2
+    full, empty = (
+        [with_objects((z, 0, 0, z + 1, 1, 1)) for z in range(10)],
+        [with_objects(), with_objects()],
+    )
+    assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9] and len(
+        pick_scans(full[:2])
+    ) == 2
     assert [len(scan.true_boxes_G6) for scan in pick_scans([*empty, *full])] == [1, 1, 1, 0]
     assert pick_slices(with_objects((2, 0, 0, 10, 1, 1)), 20) == [4, 6, 8]
     assert pick_slices(with_objects((2, 0, 0, 3, 1, 1)), 20) == [2, 2, 2]
-    assert pick_slices(with_objects(*[(z, 0, 0, z + 1, 1, 1) for z in (1, 5, 9, 13, 17)]), 20) == [5, 9, 13]
+    assert pick_slices(with_objects(*[(z, 0, 0, z + 1, 1, 1) for z in (1, 5, 9, 13, 17)]), 20) == [
+        5,
+        9,
+        13,
+    ]
     assert pick_slices(with_objects(), 20) == [5, 10, 15]
 
 
 def test_axial_slices_are_drawn_anterior_up_and_the_patients_right_on_the_left():
     array = np.zeros((2, 3, 4))
-    assert background(array, frame_of_affine(np.eye(4), (2, 3, 4))) == Background(array, flip_y=True, flip_x=True)
-    assert background(array, frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))) == Background(array)
+    assert background(array, frame_of_affine(np.eye(4), (2, 3, 4))) == Background(
+        array, flip_y=True, flip_x=True
+    )
+    assert background(array, frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))) == Background(
+        array
+    )
     sagittal = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     assert background(array, frame_of_affine(sagittal, (2, 3, 4))) == Background(array)

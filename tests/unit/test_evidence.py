@@ -24,10 +24,10 @@ from evidence_lines import Deadline, Journal
 
 from nnunet_autoreg.benchmark.split import divide
 from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.planning.pool import Pool
-from nnunet_autoreg.transfer.load import read_tensors
 
 CPU = torch.device("cpu")
 SHAPE = (20, 18, 24)

@@ -1,4 +1,6 @@
-"""Nothing wrong is called finished: what ends a run at its last step, and what can never end one."""
+"""Nothing wrong is called finished: what ends a run at its last step, and what can never end
+one.
+"""
 
 import json
 import shutil
@@ -61,7 +63,9 @@ def weights_of_checkpoint(folder: Path) -> tuple[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("objective", [Collapsed(4), Unreal()])
-def test_a_failed_run_keeps_its_last_good_state_and_fails_again(tmp_path: Path, objective: Linear) -> None:
+def test_a_failed_run_keeps_its_last_good_state_and_fails_again(
+    tmp_path: Path, objective: Linear
+) -> None:
     for _ in range(2):
         with pytest.raises(AutoregError) as caught:
             trainer(tmp_path, objective).run()
@@ -149,7 +153,9 @@ class Removing(Linear):
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-def test_a_folder_removed_in_training_is_noticed_at_the_next_write(tmp_path: Path, is_replaced: bool) -> None:
+def test_a_folder_removed_in_training_is_noticed_at_the_next_write(
+    tmp_path: Path, is_replaced: bool
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
 
@@ -167,14 +173,28 @@ def row_of(source: Path, dataset: str) -> ScanRow:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "[1, 2]", "null", "3", "not json", '{"licence": {"a": 1}}', '{"licence": null}', "[" * 100_000, "\0", "NaN"],
+    [
+        "",
+        "[]",
+        "[1, 2]",
+        "null",
+        "3",
+        "not json",
+        '{"licence": {"a": 1}}',
+        '{"licence": null}',
+        "[" * 100_000,
+        "\0",
+        "NaN",
+    ],
 )
 def test_a_licence_that_cannot_be_read_stops_nothing(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "Dataset001_A"
     (folder / "imagesTr").mkdir(parents=True)
     (folder / "dataset.json").write_text(text)
 
-    assert stated_licences([row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name)]) == {folder.name: ""}
+    assert stated_licences([row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name)]) == {
+        folder.name: ""
+    }
 
     (tmp_path / "licences.json").write_text(text)
     assert all(isinstance(value, str) for value in read_licences(tmp_path).values())
@@ -204,4 +224,6 @@ def test_a_dataset_json_of_another_kind_leaves_the_folder_a_plain_one(tmp_path: 
     (folder / "dataset.json").write_text('["a list"]')
 
     for given in (folder, tmp_path, folder / "imagesTr"):
-        assert [found.path.name for found in find_scans([], [given]) if not found.status] == ["a.nii.gz"]
+        assert [found.path.name for found in find_scans([], [given]) if not found.status] == [
+            "a.nii.gz"
+        ]

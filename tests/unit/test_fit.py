@@ -1,4 +1,6 @@
-"""A plan that does not fit is made smaller, in the order that changes least, and what comes out is kept."""
+"""A plan that does not fit is made smaller, in the order that changes least, and what comes out is
+kept.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,17 +15,38 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.pretrain.compiled import is_out_of_memory
-from nnunet_autoreg.pretrain.fit import dry_step, fitted, memory_errors_in_one_line, smaller, smaller_crop
+from nnunet_autoreg.pretrain.fit import (
+    dry_step,
+    fitted,
+    memory_errors_in_one_line,
+    smaller,
+    smaller_crop,
+)
 from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.sequences.sample import Batch, Sample
+from nnunet_autoreg.sampling.sample import Batch, Sample
 
 CPU = torch.device("cpu")
 TINY = encoder_size("primus_tiny")
 ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_depth": 1, "eva_numheads": 2}
-PLAN = Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
-            SequencePlan((16, 16, 24)), ObjectivePlan(), OptimPlan(4, 5, 1e-2, 1, micro_batch_size=5), RunPlan(0, 2, 2))
+PLAN = Plan(
+    "t",
+    DataPlan((1.0, 1.0, 1.0)),
+    EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
+    SequencePlan((16, 16, 24)),
+    ObjectivePlan(),
+    OptimPlan(4, 5, 1e-2, 1, micro_batch_size=5),
+    RunPlan(0, 2, 2),
+)
 
 
 class Noise:
@@ -43,9 +66,13 @@ class Noise:
 
 @pytest.fixture
 def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
-    """Trainers on a device that holds so many voxels at once, twice as many with activations checkpointed, and what they were asked for."""
+    """Trainers on a device that holds so many voxels at once, twice as many with activations
+    checkpointed, and what they were asked for.
+    """
 
-    def with_room_for(num_voxels: float, asked: list[tuple[int, bool, tuple[int, ...]]]) -> Callable[[Plan], Trainer]:
+    def with_room_for(
+        num_voxels: float, asked: list[tuple[int, bool, tuple[int, ...]]]
+    ) -> Callable[[Plan], Trainer]:
         def made(plan: Plan) -> Trainer:
             objective = Autoregressive(plan)
             objective.sampler = Noise(plan)  # type: ignore[assignment]
@@ -53,7 +80,13 @@ def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
             room = num_voxels * (2 if plan.optim.checkpoint_activations else 1)
 
             def limited(batch: Batch, references: bool = False) -> Any:
-                asked.append((len(batch.prefix), plan.optim.checkpoint_activations, plan.sequence.crop_size_vox))
+                asked.append(
+                    (
+                        len(batch.prefix),
+                        plan.optim.checkpoint_activations,
+                        plan.sequence.crop_size_vox,
+                    )
+                )
                 if batch.voxels.numel() > room:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 return loss(batch, references)
@@ -66,7 +99,9 @@ def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
     return with_room_for
 
 
-def test_what_fits_stays_and_the_peak_is_kept(trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fits_stays_and_the_peak_is_kept(
+    trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     plan = fitted(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
     assert plan.run.peak_memory_gib is not None and plan.run.peak_memory_gib > 0
@@ -74,23 +109,45 @@ def test_what_fits_stays_and_the_peak_is_kept(trainer_of: Callable[..., Any], ca
     assert plan.run.loader_seconds_per_crop is not None and plan.run.loader_seconds_per_crop > 0
     assert plan.run.seconds_per_step is None
     assert replace(plan, run=PLAN.run) == PLAN
-    assert "dry step: " in caplog.text and " h for 4 steps" in caplog.text and "were estimated" in caplog.text
+    assert (
+        "dry step: " in caplog.text
+        and " h for 4 steps" in caplog.text
+        and "were estimated" in caplog.text
+    )
 
 
-def test_crops_at_once_are_halved_first_and_the_batch_stays(trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_crops_at_once_are_halved_first_and_the_batch_stays(
+    trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     asked: list[Any] = []
     plan = fitted(PLAN, trainer_of(2 * 16 * 16 * 24, asked), CPU)
-    assert (plan.optim.batch_size, plan.optim.micro_batch_size, plan.optim.checkpoint_activations) == (5, 2, False)
+    assert (
+        plan.optim.batch_size,
+        plan.optim.micro_batch_size,
+        plan.optim.checkpoint_activations,
+    ) == (5, 2, False)
     assert plan.sequence == PLAN.sequence
-    assert list(dict.fromkeys(asked))[:3] == [(5, False, (16, 16, 24)), (3, False, (16, 16, 24)), (2, False, (16, 16, 24))]
+    assert list(dict.fromkeys(asked))[:3] == [
+        (5, False, (16, 16, 24)),
+        (3, False, (16, 16, 24)),
+        (2, False, (16, 16, 24)),
+    ]
     assert "out of memory with 5 crops at once: 3 at once, 2 times a step" in caplog.text
-    assert "out of memory with 3 crops at once: 2 at once, 3 times a step; the batch stays" in plan.reasons["optim.micro_batch_size"]
+    assert (
+        "out of memory with 3 crops at once: 2 at once, 3 times a step; the batch stays"
+        in plan.reasons["optim.micro_batch_size"]
+    )
 
 
-def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(trainer_of: Callable[..., Any]) -> None:
+def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(
+    trainer_of: Callable[..., Any],
+) -> None:
     one = 16 * 16 * 24
     checkpointed = fitted(PLAN, trainer_of(0.6 * one, []), CPU)
-    assert (checkpointed.optim.micro_batch_size, checkpointed.optim.checkpoint_activations) == (1, True)
+    assert (checkpointed.optim.micro_batch_size, checkpointed.optim.checkpoint_activations) == (
+        1,
+        True,
+    )
     assert checkpointed.sequence == PLAN.sequence
     cropped = fitted(PLAN, trainer_of(0.4 * one, []), CPU)
     assert (cropped.optim.micro_batch_size, cropped.optim.checkpoint_activations) == (1, True)
@@ -101,37 +158,58 @@ def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(trainer_of:
 def test_where_nothing_fits_the_way_out_is_said(trainer_of: Callable[..., Any]) -> None:
     with pytest.raises(AutoregError, match="choose a smaller --encoder"):
         fitted(PLAN, trainer_of(10, []), CPU)
-    checkpointed = replace(PLAN, optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True))
+    checkpointed = replace(
+        PLAN, optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True)
+    )
     with pytest.raises(AutoregError, match="crop_size_vox was set by the user"):
         smaller(replace(checkpointed, reasons={"sequence.crop_size_vox": "set by the user"}))
 
 
 def test_a_smaller_crop_is_cut_in_whole_blocks_and_members_follow() -> None:
-    plan = replace(PLAN, sequence=SequencePlan((32, 64, 48), block_tokens=(2, 2, 2), member_crop_vox=(32, 64, 16)))
+    plan = replace(
+        PLAN,
+        sequence=SequencePlan((32, 64, 48), block_tokens=(2, 2, 2), member_crop_vox=(32, 64, 16)),
+    )
     reduced = smaller_crop(plan)
     assert reduced is not None and reduced.sequence.crop_size_vox == (32, 48, 48)
     assert reduced.sequence.member_crop_vox == (32, 48, 16)
     assert smaller_crop(replace(PLAN, sequence=SequencePlan((8, 8, 16)))) is None
 
 
-@pytest.mark.parametrize(("crop", "expected"), [
-    ((64, 64, 64), (56, 56, 56)),
-    # What would be left: 120 of 128 (15/16), 72 of 80 (9/10), then 112 of 128 and 56 of 64, both 7/8, of which the longer goes first.
-    ((64, 80, 128), (56, 72, 112)),
-    ((64, 64, 80), (56, 56, 72)),
-    # A block of 8 along z would be half of it.
-    ((16, 128, 128), (16, 104, 112)),
-])
-def test_a_smaller_crop_keeps_its_proportions_as_far_as_whole_blocks_allow(crop: Size, expected: Size) -> None:
+@pytest.mark.parametrize(
+    ("crop", "expected"),
+    [
+        ((64, 64, 64), (56, 56, 56)),
+        # What would be left: 120 of 128 (15/16), 72 of 80 (9/10), then 112 of 128 and 56 of 64,
+        # both 7/8, of which the longer goes first.
+        ((64, 80, 128), (56, 72, 112)),
+        ((64, 64, 80), (56, 56, 72)),
+        # A block of 8 along z would be half of it.
+        ((16, 128, 128), (16, 104, 112)),
+    ],
+)
+def test_a_smaller_crop_keeps_its_proportions_as_far_as_whole_blocks_allow(
+    crop: Size, expected: Size
+) -> None:
     reduced = smaller_crop(replace(PLAN, sequence=SequencePlan(crop)))
     assert reduced is not None and reduced.sequence.crop_size_vox == expected
     assert volume(expected) <= 0.75 * volume(crop)
 
 
-NO_ROOM = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+NO_ROOM = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 8 bytes."
+)
 
 
-@pytest.mark.parametrize("error", [RuntimeError(NO_ROOM), RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)."), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(NO_ROOM),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)."),
+        MemoryError(),
+    ],
+)
 def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
     error: Exception, trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +220,12 @@ def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
 
     monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", with_room_for_two)
     assert fitted(PLAN, trainer_of(1e9, []), CPU).optim.micro_batch_size == 2
-    with pytest.raises(AutoregError, match=r"Something else may be using the memory: free it and type"), memory_errors_in_one_line():
+    with (
+        pytest.raises(
+            AutoregError, match=r"Something else may be using the memory: free it and type"
+        ),
+        memory_errors_in_one_line(),
+    ):
         raise error
 
 
@@ -152,7 +235,9 @@ def test_torch_says_on_this_machine_what_is_taken_for_want_of_memory() -> None:
     assert is_out_of_memory(failed.value) and not is_out_of_memory(RuntimeError("shapes"))
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_want_of_memory(
+    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(trainer: Trainer) -> float:
         raise RuntimeError("shapes")
 
@@ -161,7 +246,9 @@ def test_other_errors_are_not_taken_for_want_of_memory(trainer_of: Callable[...,
         fitted(PLAN, trainer_of(1e9, []), CPU)
 
 
-def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
+    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def without_a_compiler(trainer: Trainer) -> float:
         if trainer.plan.run.compile:
             raise torch._dynamo.exc.TorchDynamoException("no C compiler")

@@ -8,6 +8,7 @@ import pytest
 from nnunet_autoreg import rng
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.geometry import grid_of, round_up, spacing_ratio
 from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, override
@@ -15,9 +16,15 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
 from nnunet_autoreg.pretrain.schedule import learning_rate
-from nnunet_autoreg.records import atomic_path, differences, from_jsonable, read_json, to_jsonable, write_json
+from nnunet_autoreg.records import (
+    atomic_path,
+    differences,
+    from_jsonable,
+    read_json,
+    to_jsonable,
+    write_json,
+)
 from nnunet_autoreg.store.case import CaseRecord
-from nnunet_autoreg.transfer.block import AutoregBlock
 
 POOL = Pool(192, (1.0, 1.0, 1.0), (35, 50, 36), 12_000_000, None)
 CPU = Hardware("cpu", 24.0)
@@ -25,7 +32,9 @@ CPU = Hardware("cpu", 24.0)
 
 def plan_for(pool=POOL, hardware=CPU, **wishes):
     asked = Wishes(**{"encoder": "primus_tiny", **wishes})
-    return make_plan("run", pool, hardware, asked, 0, {}, lambda encoder, crop, recompute: (1e9, 5e8))
+    return make_plan(
+        "run", pool, hardware, asked, 0, {}, lambda encoder, crop, recompute: (1e9, 5e8)
+    )
 
 
 def test_a_plan_survives_json_unchanged(tmp_path):
@@ -42,9 +51,17 @@ def test_unknown_plan_keys_are_refused_with_a_close_match():
         from_jsonable(Plan, data, "plan.json")
 
 
-@pytest.mark.parametrize(("kind", "newest"), [(Plan, 2), (EncoderCard, 1), (AutoregBlock, 1), (DetectionPlan, 1), (CaseRecord, 2)])
-def test_every_record_of_a_newer_format_is_refused_with_the_way_out_whatever_else_is_new_in_it(kind, newest):
-    with pytest.raises(PlanError, match=f"^here is of format {newest + 1}, newer than {newest}; update nnunet-autoreg$"):
+@pytest.mark.parametrize(
+    ("kind", "newest"),
+    [(Plan, 2), (EncoderCard, 1), (AutoregBlock, 1), (DetectionPlan, 1), (CaseRecord, 2)],
+)
+def test_every_record_of_a_newer_format_is_refused_with_the_way_out_whatever_else_is_new_in_it(
+    kind, newest
+):
+    with pytest.raises(
+        PlanError,
+        match=f"^here is of format {newest + 1}, newer than {newest}; update nnunet-autoreg$",
+    ):
         from_jsonable(kind, {"version": newest + 1, "a key of then": 1}, "here")
     with pytest.raises(PlanError, match="unknown key 'a key of then'"):
         from_jsonable(kind, {"version": newest, "a key of then": 1}, "here")
@@ -62,38 +79,58 @@ def test_missing_and_mistyped_plan_keys_are_named():
 
 
 def test_settings_are_typed_and_leave_a_reason():
-    plan = override(plan_for(), ["optim.lr=3e-4", "sequence.crop_size_vox=32,32,16", "sequence.flip=false", "data.ct_window=null"])
+    plan = override(
+        plan_for(),
+        [
+            "optim.lr=3e-4",
+            "sequence.crop_size_vox=32,32,16",
+            "sequence.flip=false",
+            "data.ct_window=null",
+        ],
+    )
     assert plan.optim.lr == 3e-4
     assert plan.sequence.crop_size_vox == (32, 32, 16)
     assert plan.sequence.flip is False
     assert plan.reasons["optim.lr"] == "set by the user"
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ("optim.lr", "write it as key=value"),
-    ("optim.learning=1", "there is no such setting"),
-    ("lr=1", "there is no such setting; did you mean 'optim.lr'"),
-    ("optim.betas=0.9", "is not of type"),
-    ("request.name=x", "there is no such setting"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.lr", "write it as key=value"),
+        ("optim.learning=1", "there is no such setting"),
+        ("lr=1", "there is no such setting; did you mean 'optim.lr'"),
+        ("optim.betas=0.9", "is not of type"),
+        ("request.name=x", "there is no such setting"),
+    ],
+)
 def test_wrong_settings_are_refused(setting, message):
     with pytest.raises(PlanError, match=message):
         override(plan_for(), [setting])
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ("sequence.crop_size_vox=32,30,32", "30 on axis y is no multiple of the block of 8 voxels .* use 24 or 32"),
-    ("sequence.crop_size_vox=8,8,8", "a sequence needs at least 2"),
-    ("sequence.block_tokens=7,1,1", "on axis z is no multiple"),
-    ("sequence.order=rastr", "did you mean 'raster'"),
-    ("optim.lr=0", "optim.lr=0.0 must be a number greater than 0"),
-    ("run.peak_memory_gib=-1", "run.peak_memory_gib=-1.0 must be a number greater than 0"),
-    ("run.dry_step_seconds=0", "run.dry_step_seconds=0.0 must be a number greater than 0"),
-    ("run.loader_seconds_per_crop=-1", "run.loader_seconds_per_crop=-1.0 must be a number greater than 0"),
-    ("run.seconds_per_step=0", "run.seconds_per_step=0.0 must be a number greater than 0"),
-    ("run.spike_sigmas=nan", "run.spike_sigmas=nan must be a number greater than 0"),
-    ("data.holdout_fraction=1", r"must lie in \[0, 1\)"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "sequence.crop_size_vox=32,30,32",
+            "30 on axis y is no multiple of the block of 8 voxels .* use 24 or 32",
+        ),
+        ("sequence.crop_size_vox=8,8,8", "a sequence needs at least 2"),
+        ("sequence.block_tokens=7,1,1", "on axis z is no multiple"),
+        ("sequence.order=rastr", "did you mean 'raster'"),
+        ("optim.lr=0", "optim.lr=0.0 must be a number greater than 0"),
+        ("run.peak_memory_gib=-1", "run.peak_memory_gib=-1.0 must be a number greater than 0"),
+        ("run.dry_step_seconds=0", "run.dry_step_seconds=0.0 must be a number greater than 0"),
+        (
+            "run.loader_seconds_per_crop=-1",
+            "run.loader_seconds_per_crop=-1.0 must be a number greater than 0",
+        ),
+        ("run.seconds_per_step=0", "run.seconds_per_step=0.0 must be a number greater than 0"),
+        ("run.spike_sigmas=nan", "run.spike_sigmas=nan must be a number greater than 0"),
+        ("data.holdout_fraction=1", r"must lie in \[0, 1\)"),
+    ],
+)
 def test_impossible_plans_say_what_is_possible(setting, message):
     with pytest.raises(PlanError, match=message):
         check(override(plan_for(replace(POOL, median_shape_vox=(40, 50, 36))), [setting]))
@@ -109,7 +146,10 @@ def test_the_rate_warms_up_linearly_and_ends_at_zero():
 def test_generators_depend_on_seed_purpose_and_ids_alone():
     draw = rng.generator(1, "crop", 5, 2).integers(1 << 60)
     assert draw == rng.generator(1, "crop", 5, 2).integers(1 << 60)
-    others = [rng.generator(*key).integers(1 << 60) for key in ((2, "crop", 5, 2), (1, "flip", 5, 2), (1, "crop", 2, 5))]
+    others = [
+        rng.generator(*key).integers(1 << 60)
+        for key in ((2, "crop", 5, 2), (1, "flip", 5, 2), (1, "crop", 2, 5))
+    ]
     assert draw not in others
 
 
@@ -124,12 +164,17 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_differences_name_every_leaf():
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: 2 -> 3",
+        "d: None -> 4",
+    ]
 
 
 def test_grids_rounding_and_spacing_ratio():
     assert grid_of((40, 56, 40), (8, 8, 8)) == (5, 7, 5)
-    with pytest.raises(ValueError, match="size 30 on axis x is no multiple of the token size 8; use 24 or 32"):
+    with pytest.raises(
+        ValueError, match="size 30 on axis x is no multiple of the token size 8; use 24 or 32"
+    ):
         grid_of((8, 8, 30), (8, 8, 8))
     assert round_up((1, 8, 9), (8, 8, 8)) == (8, 8, 16)
     assert spacing_ratio((10, 1.5, 1.5), (1.5, 1.5, 5)) == 2.0

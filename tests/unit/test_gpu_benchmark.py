@@ -1,4 +1,6 @@
-"""What keeps the results of ``benchmarks/gpu.py``: lines on disk at once, parts that end in time."""
+"""What keeps the results of ``benchmarks/gpu.py``: lines on disk at once, parts that end in
+time.
+"""
 
 import importlib.util
 import json
@@ -34,7 +36,9 @@ def on_disk(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_line_is_on_disk_before_the_next_is_made(recording: ModuleType, tmp_path: Path) -> None:
+def test_every_line_is_on_disk_before_the_next_is_made(
+    recording: ModuleType, tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "lines.jsonl"
     recorder = recording.Recorder(out, {"device": "cpu"})
     counted = []
@@ -50,7 +54,9 @@ def test_every_line_is_on_disk_before_the_next_is_made(recording: ModuleType, tm
     assert on_disk(out)[1] == {"part": "x", "number": 1, "device": "cpu"}
 
 
-def test_a_part_that_fails_leaves_what_it_had_and_a_line(recording: ModuleType, tmp_path: Path) -> None:
+def test_a_part_that_fails_leaves_what_it_had_and_a_line(
+    recording: ModuleType, tmp_path: Path
+) -> None:
     out = tmp_path / "lines.jsonl"
 
     def lines() -> Iterator[dict[str, object]]:
@@ -100,7 +106,11 @@ def test_a_command_past_its_limit_is_ended_with_its_children(
 
 @pytest.mark.parametrize(
     ("script", "word"),
-    [("pass", None), ("raise SystemExit(7)", "7"), ("import os; os.kill(os.getpid(), 9)", "SIGKILL")],
+    [
+        ("pass", None),
+        ("raise SystemExit(7)", "7"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+    ],
 )
 def test_how_a_command_ended_is_said(recording: ModuleType, script: str, word: str | None) -> None:
     reason = recording.run_bounded([sys.executable, "-c", script], 60)
@@ -121,14 +131,21 @@ def test_the_smoke_parts_cover_attention_and_every_command(gpu: ModuleType) -> N
     units = gpu.units_of(["smoke"], [], False)
 
     assert units[0] == ("attention_quick", "")
-    assert {("pretrain", gpu.CNN), ("pretrain", gpu.TRANSFORMER), ("resume", ""), ("finetune", "")} <= set(units)
+    assert {
+        ("pretrain", gpu.CNN),
+        ("pretrain", gpu.TRANSFORMER),
+        ("resume", ""),
+        ("finetune", ""),
+    } <= set(units)
 
 
 def test_long_parts_run_encoder_by_encoder(gpu: ModuleType) -> None:
     chosen = gpu.units_of(["throughput", "memory"], ["primus_m", "vit_b16"], False)
     every = gpu.units_of(["throughput"], [], False)
 
-    assert chosen == [(part, name) for part in ("throughput", "memory") for name in ("primus_m", "vit_b16")]
+    assert chosen == [
+        (part, name) for part in ("throughput", "memory") for name in ("primus_m", "vit_b16")
+    ]
     assert [name for _, name in every] == list(gpu.ENCODERS)
 
 
@@ -141,8 +158,12 @@ def test_attention_is_compared_for_samples_that_differ(gpu: ModuleType) -> None:
         assert len(set(prefix.tolist())) == 3
 
 
-@pytest.mark.parametrize("encoder", ["primus_tiny", "resenc_tiny", "primus_m", "resenc_l", "vit_b16"])
-def test_a_plan_has_the_crop_and_the_two_parts_that_are_measured(gpu: ModuleType, encoder: str) -> None:
+@pytest.mark.parametrize(
+    "encoder", ["primus_tiny", "resenc_tiny", "primus_m", "resenc_l", "vit_b16"]
+)
+def test_a_plan_has_the_crop_and_the_two_parts_that_are_measured(
+    gpu: ModuleType, encoder: str
+) -> None:
     size = gpu.encoder_size(encoder)
 
     plan = gpu.plan_of(size, gpu.crop_of(size, False), 3, "run.compile=false")

@@ -36,7 +36,9 @@ def test_later_values_count_with_the_weight_of_the_window():
     assert statistics.tolist() == pytest.approx([2.0, (1 - 1 / WINDOW) * WINDOW, WINDOW + 1])
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
+)
 def test_what_is_not_finite_is_bad_from_the_first_step_on(loss, norm):
     assert verdict(guard_after([]), loss, norm) == 1
     assert verdict(guard_after([]), 1e9) == 0
@@ -48,7 +50,9 @@ def test_a_spike_has_to_pass_both_limits_and_needs_a_hundred_steps_to_compare_wi
     assert verdict(guard, 1.79) == 0  # below both
     assert verdict(guard, 1.99) == 0  # above 8 deviations, below twice the mean
     assert verdict(guard, 2.01) == 1
-    assert verdict(guard_after(alternating, spike_sigmas=20), 2.5) == 0  # above twice the mean, below 20 deviations
+    assert (
+        verdict(guard_after(alternating, spike_sigmas=20), 2.5) == 0
+    )  # above twice the mean, below 20 deviations
     assert verdict(guard_after(alternating[:-1]), 100.0) == 0
 
 
@@ -72,7 +76,7 @@ def test_a_guard_goes_on_from_its_state_bit_for_bit():
     assert torch.equal(resumed.loss, whole.loss) and torch.equal(resumed.counts, whole.counts)
 
 
-def test_a_skipped_step_changes_no_weight_moment_or_count_and_the_next_one_is_as_if_it_had_not_been():
+def test_a_skipped_step_leaves_no_trace_in_weights_moments_or_counts():
     def stepped(*bad):
         torch.manual_seed(0)
         module = nn.Linear(3, 2)
@@ -98,8 +102,10 @@ def test_what_was_skipped_is_said_in_one_sentence_or_not_at_all():
     before, now = Tally(1, 0, 0, 0.8), Tally(3, 1, 2, 0.8)
     assert in_words(now, now, 9) == ""
     assert in_words(before, now, 9) == (
-        "by step 10 these steps were skipped and changed nothing: 2 with a loss or gradient that was infinite or NaN and 1 with a loss far "
-        "above the usual 0.8; 4 since the start")
+        "by step 10 these steps were skipped and changed nothing: 2 with a loss or gradient that "
+        "was infinite or NaN and 1 with a loss far "
+        "above the usual 0.8; 4 since the start"
+    )
 
 
 @pytest.mark.gpu

@@ -11,11 +11,24 @@ import torch
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
-from nnunet_autoreg.pretrain.health import Health, complaints, content_part, effective_rank, evenly, token_variance
-from nnunet_autoreg.pretrain.labels import around_labels, choose, nearest_index, stored_labels, token_labels
+from nnunet_autoreg.pretrain.health import (
+    Health,
+    complaints,
+    content_part,
+    effective_rank,
+    evenly,
+    token_variance,
+)
+from nnunet_autoreg.pretrain.labels import (
+    around_labels,
+    choose,
+    nearest_index,
+    stored_labels,
+    token_labels,
+)
 from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, balanced_accuracy, fit_and_score
 from nnunet_autoreg.pretrain.validation import Validation
-from nnunet_autoreg.sequences.sample import Sample, collate
+from nnunet_autoreg.sampling.sample import Sample, collate
 
 RUN = RunPlan(0, 1, 1)
 
@@ -29,7 +42,9 @@ def test_equal_directions_count_whole_and_unequal_ones_by_their_entropy():
 
 
 def test_one_direction_is_rank_1_whatever_noise_of_rounding_it_carries():
-    line = torch.linspace(-1, 1, 2000)[:, None] * torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    line = torch.linspace(-1, 1, 2000)[:, None] * torch.randn(
+        1, 256, generator=torch.Generator().manual_seed(0)
+    )
     assert effective_rank(line) == pytest.approx(1, abs=0.01)
 
 
@@ -56,25 +71,52 @@ def test_evenly_takes_all_or_equally_spaced_ones():
     assert evenly(9, 3).tolist() == [0, 4, 8]
 
 
-GOOD = Health({"error": 0.5, "mean": 1.0, "copy": 1.8}, 0.8, 90.0, {"features": 0.7, "voxels": 0.5, "chance": 0.33})
+GOOD = Health(
+    {"error": 0.5, "mean": 1.0, "copy": 1.8},
+    0.8,
+    90.0,
+    {"features": 0.7, "voxels": 0.5, "chance": 0.33},
+)
 
 
 def test_a_healthy_model_is_not_complained_about_and_a_young_one_not_yet():
     assert complaints(GOOD, RUN, warm=True) == []
-    young = replace(GOOD, errors={"error": 1.2, "mean": 1.0, "copy": 1.8}, probe={"features": 0.4, "voxels": 0.5, "chance": 0.33})
+    young = replace(
+        GOOD,
+        errors={"error": 1.2, "mean": 1.0, "copy": 1.8},
+        probe={"features": 0.4, "voxels": 0.5, "chance": 0.33},
+    )
     assert complaints(young, RUN, warm=False) == []
     assert len(complaints(young, RUN, warm=True)) == 2
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"token_variance": 0.002}, "collapse: the features hardly depend on the image (token variance 0.002, limit 0.01)"),
-    ({"effective_rank": 1.4}, "collapse: the features spread over 1.4 directions only (limit 3)"),
-    ({"errors": {"error": 1.0, "mean": 1.0, "copy": 1.8}}, "nothing learnt yet: the held-out error 1.0000 is not below 'predict the mean' "
-     "(1.0000)"),
-    ({"errors": {"error": float("nan"), "mean": 1.0, "copy": 1.8}}, "nothing learnt yet: the held-out error nan"),
-    ({"probe": {"features": 0.5, "voxels": 0.5, "chance": 0.33}}, "the features tell labels apart no better than raw voxels do (0.500 "
-     "against 0.500 balanced accuracy): train longer"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"token_variance": 0.002},
+            "collapse: the features hardly depend on the image (token variance 0.002, limit 0.01)",
+        ),
+        (
+            {"effective_rank": 1.4},
+            "collapse: the features spread over 1.4 directions only (limit 3)",
+        ),
+        (
+            {"errors": {"error": 1.0, "mean": 1.0, "copy": 1.8}},
+            "nothing learnt yet: the held-out error 1.0000 is not below 'predict the mean' "
+            "(1.0000)",
+        ),
+        (
+            {"errors": {"error": float("nan"), "mean": 1.0, "copy": 1.8}},
+            "nothing learnt yet: the held-out error nan",
+        ),
+        (
+            {"probe": {"features": 0.5, "voxels": 0.5, "chance": 0.33}},
+            "the features tell labels apart no better than raw voxels do (0.500 "
+            "against 0.500 balanced accuracy): train longer",
+        ),
+    ],
+)
 def test_what_is_wrong_is_said_in_words_with_value_and_limit(changes, said):
     [sentence] = complaints(replace(GOOD, **changes), RUN, warm=True)
     assert sentence.startswith(said)
@@ -82,9 +124,20 @@ def test_what_is_wrong_is_said_in_words_with_value_and_limit(changes, said):
 
 
 def test_every_number_reaches_the_metrics_under_the_names_that_the_report_knows():
-    assert set(GOOD.metrics()) == {"heldout_error", "heldout_mean", "heldout_copy", "token_variance", "effective_rank", "probe_features",
-                                   "probe_voxels", "probe_chance"}
-    assert "effective rank 90.0; probe: balanced accuracy 0.700 from features, 0.500 from raw voxels, 0.330 by chance" in GOOD.sentence()
+    assert set(GOOD.metrics()) == {
+        "heldout_error",
+        "heldout_mean",
+        "heldout_copy",
+        "token_variance",
+        "effective_rank",
+        "probe_features",
+        "probe_voxels",
+        "probe_chance",
+    }
+    assert (
+        "effective rank 90.0; probe: balanced accuracy 0.700 from features, 0.500 from raw voxels, "
+        "0.330 by chance" in GOOD.sentence()
+    )
 
 
 def test_balanced_accuracy_counts_classes_equally():
@@ -102,7 +155,12 @@ def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
 
 
 def crop(value, labels, is_test):
-    sample = Sample(np.full((1, 1, 2, 2, 2), value, np.float32), np.ones((1, 2, 2, 2), bool), np.zeros(len(labels), np.int64), 1)
+    sample = Sample(
+        np.full((1, 1, 2, 2, 2), value, np.float32),
+        np.ones((1, 2, 2, 2), bool),
+        np.zeros(len(labels), np.int64),
+        1,
+    )
     return LabelledCrop(collate([sample]), torch.tensor(labels), is_test)
 
 
@@ -113,9 +171,13 @@ def test_the_probe_never_fits_on_a_test_subject_and_leaves_unknown_tokens_out():
         seen.append(float(batch.voxels.mean()))
         return torch.tensor([[0.0], [1.0], [9.0]])
 
-    probe = Probe([crop(1, [0, 1, -1], False), crop(2, [1, 0, -1], True), crop(3, [0, 1, -1], False)])
+    probe = Probe(
+        [crop(1, [0, 1, -1], False), crop(2, [1, 0, -1], True), crop(3, [0, 1, -1], False)]
+    )
     assert probe.works and probe.chance == 0.5
-    assert probe.score(read) == 0  # fitted on crops 1 and 3, where the label is the input; in crop 2 it is the opposite
+    assert (
+        probe.score(read) == 0
+    )  # fitted on crops 1 and 3, where the label is the input; in crop 2 it is the opposite
     assert sorted(seen) == [1, 2, 3]
     assert probe.score(lambda batch: torch.full((3, 1), torch.nan)) == 0
     assert not Probe([crop(1, [0, 1], False), crop(2, [1, 1], True)]).works
@@ -156,7 +218,9 @@ def dataset(tmp_path):
     labels = np.zeros((6, 8, 10), np.uint8)
     labels[0, 1, 2], labels[5, 6, 7] = 1, 2
     for number in range(8):
-        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(labels), str(root / "labelsTr" / f"c{number}.nii.gz"))
+        SimpleITK.WriteImage(
+            SimpleITK.GetImageFromArray(labels), str(root / "labelsTr" / f"c{number}.nii.gz")
+        )
         for channel in range(2 if number == 0 else 1):
             (root / "imagesTr" / f"c{number}_{channel:04d}.nii.gz").touch()
     return root
@@ -164,9 +228,20 @@ def dataset(tmp_path):
 
 def row(root: Path, number: int, channel: int = 0) -> ScanRow:
     name = f"c{number}_{channel:04d}"
-    return ScanRow(id=f"{root.name}/{name}", dataset=root.name, case=f"c{number}", channel=str(channel), modality="MR",
-                   source=str(root / "imagesTr" / f"{name}.nii.gz"), shape_vox=(6, 8, 10), spacing_mm=(1.0, 1.0, 1.0),
-                   cropped_shape_vox=(6, 8, 10), content_hash="", status="ok", reason="")
+    return ScanRow(
+        id=f"{root.name}/{name}",
+        dataset=root.name,
+        case=f"c{number}",
+        channel=str(channel),
+        modality="MR",
+        source=str(root / "imagesTr" / f"{name}.nii.gz"),
+        shape_vox=(6, 8, 10),
+        spacing_mm=(1.0, 1.0, 1.0),
+        cropped_shape_vox=(6, 8, 10),
+        content_hash="",
+        status="ok",
+        reason="",
+    )
 
 
 def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
@@ -181,19 +256,26 @@ def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
 def test_labels_come_onto_the_stored_voxels_and_what_has_no_name_is_unknown(dataset):
     found = stored_labels(row(dataset, 1), (12, 8, 10))
     assert found.shape == (12, 8, 10)
-    assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [[1, 0, 0], [1, 0, 0]]
+    assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [
+        [1, 0, 0],
+        [1, 0, 0],
+    ]
     distance = np.abs(np.argwhere(found == 1)[0] - np.argwhere(found == -1)[0])
     assert distance.tolist() == [10, 5, 5]
 
 
 class OfKinds:
-    """Says a total and a count per batch, which is a pair of them; two tokens that are told apart."""
+    """Says a total and a count per batch, which is a pair of them; two tokens that are told
+    apart.
+    """
 
     module = torch.nn.Linear(1, 1)
 
     def loss(self, batch, references=False):
         total, count = batch.numbers
-        return LossTerms(torch.tensor(total), torch.tensor(count), {"mean": torch.tensor(2 * total)})
+        return LossTerms(
+            torch.tensor(total), torch.tensor(count), {"mean": torch.tensor(2 * total)}
+        )
 
     def describe(self, batch):
         tokens, place = torch.eye(2)[None], torch.zeros(1, 2, dtype=torch.int64)
@@ -214,8 +296,12 @@ def test_held_out_errors_are_told_by_kind_of_sequences_where_there_are_several()
     assert health.errors == {"error": 12 / 9, "mean": 24 / 9}
     assert health.kinds == {"spatial": 0.5, "contrast": 3.0}
     metrics = health.metrics()
-    assert metrics["heldout_error_contrast"] == (3.0, "squared error") and metrics["heldout_error"] == (12 / 9, "squared error")
+    assert metrics["heldout_error_contrast"] == (3.0, "squared error") and metrics[
+        "heldout_error"
+    ] == (12 / 9, "squared error")
     assert "0.5000 of spatial and 3.0000 of contrast sequences" in health.sentence()
     assert not any("nothing learnt" in sentence for sentence in complaints(health, RUN, warm=True))
-    alone = Validation(OfKinds(), {"spatial": batches["spatial"]}, (), torch.device("cpu")).measure()
+    alone = Validation(
+        OfKinds(), {"spatial": batches["spatial"]}, (), torch.device("cpu")
+    ).measure()
     assert alone.kinds == {} and "heldout_error_spatial" not in alone.metrics()

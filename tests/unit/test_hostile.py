@@ -1,4 +1,6 @@
-"""Files and names from strangers: one line each, memory bounded, nothing that a terminal or a spreadsheet obeys."""
+"""Files and names from strangers: one line each, memory bounded, nothing that a terminal or a
+spreadsheet obeys.
+"""
 
 import json
 import logging
@@ -13,15 +15,15 @@ from safetensors.torch import save_file
 
 from nnunet_autoreg.cli.common import _LevelFormatter, print_next
 from nnunet_autoreg.cli.weights import main as weights_main
+from nnunet_autoreg.convert.source import read_content
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import PlanError, UsageError, WeightsError, printable
+from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.model.card import CARD_NAME, read_card
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.pretrain.folder import Request
 from nnunet_autoreg.pretrain.run import check_inputs
 from nnunet_autoreg.records import from_cell, read_json, to_cell
-from nnunet_autoreg.transfer.foreign.source import read_content
-from nnunet_autoreg.transfer.load import read_tensors
 
 TINY = encoder_size("primus_tiny")
 CARD = {
@@ -36,7 +38,12 @@ CARD = {
     "channel_names": ["CT"],
     "ct_window": None,
     "num_input_channels": 1,
-    "adaptation": {"key_to_encoder": "eva", "key_to_stem": "down_projection", "keys_to_in_proj": [], "key_to_lpe": None},
+    "adaptation": {
+        "key_to_encoder": "eva",
+        "key_to_stem": "down_projection",
+        "keys_to_in_proj": [],
+        "key_to_lpe": None,
+    },
     "objective": "autoregressive",
     "licences": {},
     "num_scans": 1,
@@ -81,7 +88,9 @@ def test_an_honest_card_is_read(tmp_path: Path) -> None:
         {"licences": [1] * 100_000},
     ],
 )
-def test_numbers_that_no_encoder_has_are_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_numbers_that_no_encoder_has_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     key = next(iter(changes))
 
     with pytest.raises(WeightsError, match=key) as caught:
@@ -111,7 +120,9 @@ def test_a_pipe_given_as_an_option_is_refused_and_not_waited_for(tmp_path: Path,
         check_inputs(Request("x", folders=(str(tmp_path),), **{flag: str(pipe)}))
 
 
-def test_weights_that_are_pipes_are_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_pipes_are_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("x.pth", "x.safetensors"):
         os.mkfifo(tmp_path / name)
         assert weights_main(["inspect", str(tmp_path / name)]) == 1
@@ -130,7 +141,7 @@ def test_kinds_of_numbers_that_cannot_be_computed_with_are_named(tmp_path: Path,
 
 
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
-    from nnunet_autoreg.transfer.foreign.floats import as_float
+    from nnunet_autoreg.finetune.floats import as_float
 
     file = tmp_path / "x.pth"
     torch.save({"a": torch.zeros(1).expand(2**40)}, file)
@@ -171,7 +182,15 @@ def test_what_is_to_be_typed_is_quoted(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixture[str]) -> None:
     name = "a\x1b[2Jb\nc\r\x07\udcff\u202e"
-    record = logging.LogRecord("n", logging.WARNING, "", 0, "%s and %s has %d voxels\nnext line", (name, Path(name), 3), None)
+    record = logging.LogRecord(
+        "n",
+        logging.WARNING,
+        "",
+        0,
+        "%s and %s has %d voxels\nnext line",
+        (name, Path(name), 3),
+        None,
+    )
     error = logging.LogRecord("n", logging.WARNING, "", 0, "%s", (ValueError(name),), None)
 
     assert _LevelFormatter("%(message)s").format(record).splitlines()[1:] == ["next line"]
@@ -181,7 +200,9 @@ def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+a", "-cmd", "@SUM(A1)", "\t=1", "'=1", "''", "'", "it's"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+a", "-cmd", "@SUM(A1)", "\t=1", "'=1", "''", "'", "it's"]
+)
 def test_a_cell_is_no_formula_and_comes_back_as_it_was(text: str) -> None:
     assert to_cell(text)[0] not in "=+-@\t\r"
     assert from_cell(to_cell(text)) == text
@@ -195,7 +216,20 @@ def test_numbers_and_other_cells_stay_as_they_are(text: str) -> None:
 def test_formulas_and_line_breaks_in_names_are_harmless_in_the_index(tmp_path: Path) -> None:
     source = "/d/=cmd\n|calc.nii.gz"
     row = ScanRow(
-        "0a1b", "=d", "=cmd\n|calc", "", "CT", source, None, None, None, "", "unreadable", "=1+1\nx", label_class="@a", name="=n\n"
+        "0a1b",
+        "=d",
+        "=cmd\n|calc",
+        "",
+        "CT",
+        source,
+        None,
+        None,
+        None,
+        "",
+        "unreadable",
+        "=1+1\nx",
+        label_class="@a",
+        name="=n\n",
     )
 
     write_index(tmp_path / "scans.csv", [row])
@@ -204,4 +238,9 @@ def test_formulas_and_line_breaks_in_names_are_harmless_in_the_index(tmp_path: P
     assert len(lines) == 2
     assert not [cell for cell in lines[1].split(",") if cell.startswith(("=", "+", "-", "@"))]
     found = read_index(tmp_path / "scans.csv")[0]
-    assert (found.source, found.case, found.name, found.label_class) == (source, row.case, row.name, "@a")
+    assert (found.source, found.case, found.name, found.label_class) == (
+        source,
+        row.case,
+        row.name,
+        "@a",
+    )

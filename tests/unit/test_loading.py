@@ -31,7 +31,7 @@ from nnunet_autoreg.pretrain.loading import DataWait, choose_loaders, seconds_pe
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.report.metrics import read_lines
-from nnunet_autoreg.sequences.sample import Sample
+from nnunet_autoreg.sampling.sample import Sample
 
 TINY = encoder_size("primus_tiny")
 PLAN = Plan(

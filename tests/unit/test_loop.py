@@ -1,4 +1,6 @@
-"""The training loop with a stand-in objective: bad steps, roll-backs, signals, checkpoints, loader processes."""
+"""The training loop with a stand-in objective: bad steps, roll-backs, signals, checkpoints, loader
+processes.
+"""
 
 import logging
 import math
@@ -20,7 +22,7 @@ from nnunet_autoreg.plan import OptimPlan, RunPlan
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.signals import InterruptedRunError
 from nnunet_autoreg.report.metrics import MetricsFile, draw_progress, read_lines
-from nnunet_autoreg.sequences.sample import collate
+from nnunet_autoreg.sampling.sample import collate
 from nnunet_autoreg.stopping import stoppable
 
 
@@ -33,8 +35,10 @@ def no_pictures(request, monkeypatch):
 
 def spoiled(*steps):
     """Adds a gradient that is infinite, while the loss stays finite."""
+
     def disturb(step, total):
         return total + (0 * total).sqrt() if step in steps else total
+
     return disturb
 
 
@@ -42,8 +46,12 @@ def nan_between(first, last):
     return lambda step, total: total * math.nan if first <= step <= last else total
 
 
-def test_a_finite_loss_with_an_infinite_gradient_is_skipped_with_one_line_and_changes_nothing(tmp_path, caplog):
-    before = trainer(tmp_path / "before", Linear(), replace(PLAN, optim=replace(PLAN.optim, num_steps=3)))
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped_with_one_line_and_changes_nothing(
+    tmp_path, caplog
+):
+    before = trainer(
+        tmp_path / "before", Linear(), replace(PLAN, optim=replace(PLAN.optim, num_steps=3))
+    )
     before.plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=6))
     for step in range(3):
         before.train_step(step, batch_of(step))
@@ -56,10 +64,16 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_with_one_line_and_ch
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, Linear(spoiled(3))).run()
     skipped = [message for message in caplog.messages if "skipped" in message]
-    assert skipped == ["by step 4 these steps were skipped and changed nothing: 1 with a loss or gradient that was infinite or NaN; "
-                       "1 since the start"]
+    assert skipped == [
+        "by step 4 these steps were skipped and changed nothing: 1 with a loss or gradient that "
+        "was infinite or NaN; "
+        "1 since the start"
+    ]
     lines = read_lines(tmp_path / "metrics.jsonl")
-    assert [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"] == [(3, 1), (5, 1)]
+    assert [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"] == [
+        (3, 1),
+        (5, 1),
+    ]
     assert [line["step"] for line in lines if line["name"] == "train_error"] == [1, 5]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
@@ -68,34 +82,67 @@ def batch_of(step):
     return collate([Numbered().draw([], "training", step)])
 
 
-ROUGH = replace(PLAN, optim=OptimPlan(40, 1, 1e-2, 1), run=RunPlan(0, 10, 1000, log_every=2, max_bad_steps=4, max_rollbacks=2))
+ROUGH = replace(
+    PLAN,
+    optim=OptimPlan(40, 1, 1e-2, 1),
+    run=RunPlan(0, 10, 1000, log_every=2, max_bad_steps=4, max_rollbacks=2),
+)
 
 
-def test_after_too_many_bad_steps_in_a_row_the_weights_go_back_and_training_goes_on_with_other_data(tmp_path, caplog):
+def test_after_too_many_bad_steps_in_a_row_the_weights_go_back_and_training_goes_on_with_other_data(
+    tmp_path, caplog
+):
     with caplog.at_level(logging.WARNING):
         rough = trainer(tmp_path, Linear(nan_between(13, 17)), ROUGH)
         rough.run()
     assert rough.progress.rollbacks == 1
     assert rough.progress.step == 40
-    assert any("the last 5 steps until step 18 were all bad: the weights of step 10 are taken up again" in m for m in caplog.messages)
-    assert [line["value"] for line in read_lines(tmp_path / "metrics.jsonl") if line["name"] == "rollbacks"] == [1]
+    assert any(
+        "the last 5 steps until step 18 were all bad: the weights of step 10 are taken up again"
+        in m
+        for m in caplog.messages
+    )
+    assert [
+        line["value"]
+        for line in read_lines(tmp_path / "metrics.jsonl")
+        if line["name"] == "rollbacks"
+    ] == [1]
     assert bool(torch.isfinite(rough.module.weight).all())
 
 
-@pytest.mark.parametrize(("first", "last", "said"), [
-    (0, 40, "the last 4 steps until step 4 were all bad.*there is no checkpoint to go back to.*--set optim.lr=3.3e-03"),
-    (11, 40, "the last 4 steps until step 24 were all bad.*it went back 2 times already.*--set optim.lr=3.3e-03"),
-])
-def test_what_never_gets_better_ends_the_run_in_one_line_and_the_last_good_state_stays(tmp_path, first, last, said):
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        (
+            0,
+            40,
+            "the last 4 steps until step 4 were all bad.*there is no checkpoint to go back "
+            "to.*--set optim.lr=3.3e-03",
+        ),
+        (
+            11,
+            40,
+            "the last 4 steps until step 24 were all bad.*it went back 2 times already.*--set "
+            "optim.lr=3.3e-03",
+        ),
+    ],
+)
+def test_what_never_gets_better_ends_the_run_in_one_line_and_the_last_good_state_stays(
+    tmp_path, first, last, said
+):
     with pytest.raises(AutoregError, match=said) as caught:
         trainer(tmp_path, Linear(nan_between(first, last)), ROUGH).run()
     assert "\n" not in str(caught.value)
     if checkpoint.exists(tmp_path):
-        assert bool(torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all())
+        assert bool(
+            torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all()
+        )
 
 
 @pytest.mark.parametrize("stop_at", [(5,), (12,), (14, 15), (17, 19), (20, 29), (18,)])
-def test_a_run_that_was_stopped_goes_back_to_the_same_checkpoint_as_one_that_was_not(tmp_path, stop_at):
+def test_a_run_that_was_stopped_goes_back_to_the_same_checkpoint_as_one_that_was_not(
+    tmp_path, stop_at
+):
     bad = nan_between(13, 17)
     whole = trainer(tmp_path / "whole", Linear(bad), ROUGH)
     whole.run()
@@ -114,8 +161,14 @@ def test_a_run_that_was_stopped_goes_back_to_the_same_checkpoint_as_one_that_was
     stopped.run()
     assert torch.equal(stopped.module.weight, whole.module.weight)
     assert stopped.progress == whole.progress
-    told = [[(x["step"], x["name"], x["value"]) for x in read_lines(tmp_path / name / "metrics.jsonl") if x["name"] in COMPARED]
-            for name in ("whole", "stopped")]
+    told = [
+        [
+            (x["step"], x["name"], x["value"])
+            for x in read_lines(tmp_path / name / "metrics.jsonl")
+            if x["name"] in COMPARED
+        ]
+        for name in ("whole", "stopped")
+    ]
     assert told[0] == told[1]
 
 
@@ -141,7 +194,10 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
 
 def test_sigterm_before_training_ends_in_one_line_and_the_usual_handler_is_back(tmp_path):
     usual = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRunError, match="type the same line again to go on") as caught, stoppable():
+    with (
+        pytest.raises(InterruptedRunError, match="type the same line again to go on") as caught,
+        stoppable(),
+    ):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is usual
@@ -154,6 +210,7 @@ def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
         def disturb(step, total):
             drawn.append((step, float(torch.rand(())), float(np.random.rand()), random.random()))
             return total
+
         return disturb
 
     whole, first, second = [], [], []
@@ -161,13 +218,19 @@ def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
     trainer(tmp_path / "whole", Linear(noisy(whole)), plan).run()
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     with pytest.raises(ZeroDivisionError):
-        trainer(tmp_path / "a", Linear(lambda step, total: noisy(first)(step, total) if step < 2 else 1 / 0), plan).run()
+        trainer(
+            tmp_path / "a",
+            Linear(lambda step, total: noisy(first)(step, total) if step < 2 else 1 / 0),
+            plan,
+        ).run()
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     trainer(tmp_path / "a", Linear(noisy(second)), plan).run()
     assert first + second == whole
 
 
-def test_the_newest_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_only_the_steps_since(tmp_path, caplog):
+def test_the_newest_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_only_the_steps_since(
+    tmp_path, caplog
+):
     trainer(tmp_path, Linear()).run()
     names = (checkpoint.LATEST_NAME, checkpoint.PREVIOUS_NAME)
     assert [checkpoint.load_checkpoint(tmp_path / name)["step"] for name in names] == [6, 4]
@@ -198,10 +261,17 @@ class Dying(Numbered):
         return super().draw(cases, purpose, *ids)
 
 
-@pytest.mark.parametrize(("sampler", "said"), [
-    (Broken(), "^the case is damaged; run the same line again$"),
-    (Dying(), r"^a process that loads data died \(DataLoader worker .*same line again: training goes on from its last checkpoint$"),
-])
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        (Broken(), "^the case is damaged; run the same line again$"),
+        (
+            Dying(),
+            r"^a process that loads data died \(DataLoader worker .*same line again: training goes "
+            r"on from its last checkpoint$",
+        ),
+    ],
+)
 def test_an_error_or_a_death_in_a_loader_process_is_told_in_one_line(tmp_path, sampler, said):
     objective = Linear()
     objective.sampler = sampler
@@ -224,10 +294,14 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         trainer(tmp_path, other).run()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("[gloo/tcp] Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_a_lost_process_or_want_of_memory_while_a_checkpoint_is_taken_up_is_not_said_to_be_the_checkpoints_fault(
-    tmp_path, monkeypatch, error
-):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/tcp] Connection closed by peer"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_a_lost_process_while_loading_does_not_blame_the_checkpoint(tmp_path, monkeypatch, error):
     def fails(*_):
         raise error
 
@@ -246,6 +320,10 @@ def test_metrics_of_steps_that_run_again_are_dropped_and_a_torn_line_is_no_harm(
     with path.open("a") as handle:
         handle.write('{"step": 4, "na')
     MetricsFile(path, 2).log(2, "train_error", 0.5, "squared error")
-    assert [(line["step"], line["value"]) for line in read_lines(path)] == [(0, 1.0), (1, 1.0), (2, 0.5)]
+    assert [(line["step"], line["value"]) for line in read_lines(path)] == [
+        (0, 1.0),
+        (1, 1.0),
+        (2, 0.5),
+    ]
     draw_progress(tmp_path / "none.jsonl", tmp_path / "p.png")
     assert (tmp_path / "p.png").exists()

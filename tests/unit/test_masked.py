@@ -1,4 +1,6 @@
-"""Masked autoencoding, low-pass targets and distributions of the prefix: hidden voxels stay hidden, whatever is combined."""
+"""Masked autoencoding, low-pass targets and distributions of the prefix: hidden voxels stay hidden,
+whatever is combined.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -15,13 +17,26 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives import autoregressive
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.sequences.blocks import draw_prefix, fixed_prefix
-from nnunet_autoreg.sequences.sample import collate
-from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.blocks import draw_prefix, fixed_prefix
+from nnunet_autoreg.sampling.sample import collate
+from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
 
-SMALL = {**encoder_size("primus_tiny").arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
+SMALL = {
+    **encoder_size("primus_tiny").arguments,
+    "embed_dim": 48,
+    "eva_depth": 2,
+    "eva_numheads": 2,
+}
 CROP = (16, 32, 24)
 PLAIN = ObjectivePlan()
 MASKED = {"order": "random", "predictor": "query", "prefix": "fixed"}
@@ -38,8 +53,17 @@ class Case:
 
 def make_plan(objective=PLAIN, **sequence):
     tiny = encoder_size("primus_tiny")
-    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", tiny.class_path, SMALL, tiny.token_size),
-                      SequencePlan(**{"crop_size_vox": CROP, **sequence}), objective, OptimPlan(10, 2, 1e-3, 1), RunPlan(0, 10, 10)))
+    return check(
+        Plan(
+            "t",
+            DataPlan((1.0, 1.0, 1.0)),
+            EncoderPlan("primus_tiny", tiny.class_path, SMALL, tiny.token_size),
+            SequencePlan(**{"crop_size_vox": CROP, **sequence}),
+            objective,
+            OptimPlan(10, 2, 1e-3, 1),
+            RunPlan(0, 10, 10),
+        )
+    )
 
 
 def masked_plan(**sequence):
@@ -50,14 +74,21 @@ def drawn_batch(plan, num_samples=1):
     """As the sampler draws it, of a case that fills the crop, with noise for voxels."""
     samples = [SequenceSampler(plan).draw([Case()], TRAINING, 0, n) for n in range(num_samples)]
     batch = collate(samples)
-    return replace(batch, voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0)))
+    return replace(
+        batch, voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def changed(batch, plan, chosen_T):
     """The same batch with other voxels in these tokens of the first sample."""
     tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
     tokens[0, chosen_T] = tokens[0, chosen_T] * 2 + torch.linspace(0, 3, 512).reshape(8, 8, 8)
-    return replace(batch, voxels=from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))[:, None])
+    return replace(
+        batch,
+        voxels=from_blocks(
+            tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox)
+        )[:, None],
+    )
 
 
 def predict(objective, batch):
@@ -68,17 +99,38 @@ def predict(objective, batch):
 
 def targets(objective, batch):
     voxels, real = objective._target_voxels(batch)
-    return normalised_target(voxels, real, objective.plan.objective.variance_floor, objective.plan.objective.variance_epsilon)
+    return normalised_target(
+        voxels,
+        real,
+        objective.plan.objective.variance_floor,
+        objective.plan.objective.variance_epsilon,
+    )
 
 
-WAYS = [("raster", "next"), ("interleaved", "next"), ("raster", "query"), ("interleaved", "query"), ("random", "query")]
-TARGETS = [("uniform", ObjectivePlan()), ("long", ObjectivePlan(target_smoothing=1.0)),
-           ("fixed", ObjectivePlan(variance_floor=0.0, variance_epsilon=1e-6))]
+WAYS = [
+    ("raster", "next"),
+    ("interleaved", "next"),
+    ("raster", "query"),
+    ("interleaved", "query"),
+    ("random", "query"),
+]
+TARGETS = [
+    ("uniform", ObjectivePlan()),
+    ("long", ObjectivePlan(target_smoothing=1.0)),
+    ("fixed", ObjectivePlan(variance_floor=0.0, variance_epsilon=1e-6)),
+]
 COMBINATIONS = [
     make_plan(objective, order=order, predictor=predictor, block_tokens=block, prefix=prefix)
-    for (order, predictor), block, (prefix, objective) in product(WAYS, [(1, 1, 1), (2, 2, 1)], TARGETS)
+    for (order, predictor), block, (prefix, objective) in product(
+        WAYS, [(1, 1, 1), (2, 2, 1)], TARGETS
+    )
 ] + [
-    make_plan(ObjectivePlan("masked", target_smoothing=sigma), block_tokens=block, prefix_share=share, **MASKED)
+    make_plan(
+        ObjectivePlan("masked", target_smoothing=sigma),
+        block_tokens=block,
+        prefix_share=share,
+        **MASKED,
+    )
     for sigma, block, share in [(0.0, (1, 1, 1), 0.25), (1.0, (2, 2, 1), 0.5)]
 ]
 
@@ -92,14 +144,21 @@ def named(plan):
 def test_no_prediction_knows_its_own_or_a_later_block_and_no_target_knows_another_token(plan):
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
-    ranks, prefix = objective.as_predicted(batch).ranks[0], int(objective.as_predicted(batch).prefix[0])
+    ranks, prefix = (
+        objective.as_predicted(batch).ranks[0],
+        int(objective.as_predicted(batch).prefix[0]),
+    )
     before, aims = predict(objective, batch), targets(objective, batch)
     for rank in sorted({prefix, int(ranks.max())}):
         other = changed(batch, plan, ranks == rank)
         asked = (ranks >= prefix) & (ranks <= rank)
         assert torch.equal(before[0, asked], predict(objective, other)[0, asked])
         assert torch.equal(aims[0, ranks != rank], targets(objective, other)[0, ranks != rank])
-        assert (aims[0, ranks == rank] != targets(objective, other)[0, ranks == rank]).any(dim=-1).all()
+        assert (
+            (aims[0, ranks == rank] != targets(objective, other)[0, ranks == rank])
+            .any(dim=-1)
+            .all()
+        )
     given = changed(batch, plan, ranks == prefix - 1)
     assert (before[0, ranks == prefix] != predict(objective, given)[0, ranks == prefix]).any()
 
@@ -113,8 +172,13 @@ def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
     assert float(terms.count) == 512 * num_asked
     terms.total.backward()
     gradients = [p.grad for p in objective.module.parameters() if p.grad is not None]
-    assert all(g.isfinite().all() for g in gradients) and sum(float(g.abs().sum()) for g in gradients) > 0
-    assert float(terms.references["mean"]) == pytest.approx(float(targets(objective, batch)[batch.ranks >= batch.prefix].square().sum()))
+    assert (
+        all(g.isfinite().all() for g in gradients)
+        and sum(float(g.abs().sum()) for g in gradients) > 0
+    )
+    assert float(terms.references["mean"]) == pytest.approx(
+        float(targets(objective, batch)[batch.ranks >= batch.prefix].square().sum())
+    )
 
 
 def test_hidden_voxels_change_no_prediction_and_every_visible_block_changes_all():
@@ -124,7 +188,9 @@ def test_hidden_voxels_change_no_prediction_and_every_visible_block_changes_all(
     hidden = batch.ranks[0] >= batch.prefix[0]
     assert int(hidden.sum()) == 18 and int(batch.prefix[0]) == 6
     before = predict(objective, batch)
-    assert torch.equal(before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden])
+    assert torch.equal(
+        before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden]
+    )
     for rank in range(6):
         after = predict(objective, changed(batch, plan, batch.ranks[0] == rank))
         assert (before[0, hidden] != after[0, hidden]).any(dim=-1).all()
@@ -138,14 +204,27 @@ CONVOLVED = {"primus_v2_tiny": NARROW}
 def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
     size = encoder_size(encoder)
     plan = masked_plan(crop_size_vox=(16, 32, 32), block_tokens=(2, 2, 2), prefix_share=0.5)
-    plan = check(replace(plan, encoder=EncoderPlan(encoder, size.class_path, {**size.arguments, **CONVOLVED[encoder]}, size.token_size)))
+    plan = check(
+        replace(
+            plan,
+            encoder=EncoderPlan(
+                encoder, size.class_path, {**size.arguments, **CONVOLVED[encoder]}, size.token_size
+            ),
+        )
+    )
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
     hidden = batch.ranks[0] >= batch.prefix[0]
     assert int(hidden.sum()) == 16
     before = predict(objective, batch)
-    assert torch.equal(before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden])
-    assert (before[0, hidden] != predict(objective, changed(batch, plan, ~hidden))[0, hidden]).any(dim=-1).all()
+    assert torch.equal(
+        before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden]
+    )
+    assert (
+        (before[0, hidden] != predict(objective, changed(batch, plan, ~hidden))[0, hidden])
+        .any(dim=-1)
+        .all()
+    )
 
 
 def test_masked_is_random_order_autoregression_whose_queries_all_see_the_prefix_only(monkeypatch):
@@ -157,9 +236,15 @@ def test_masked_is_random_order_autoregression_whose_queries_all_see_the_prefix_
     plain = one.loss(batch).total.item()
     rule = autoregressive.strictly_earlier
     # As if every asked block came right after the prefix.
-    monkeypatch.setattr(autoregressive, "strictly_earlier", lambda ranks, valid: rule(torch.minimum(ranks, batch.prefix[:, None]), valid))
+    monkeypatch.setattr(
+        autoregressive,
+        "strictly_earlier",
+        lambda ranks, valid: rule(torch.minimum(ranks, batch.prefix[:, None]), valid),
+    )
     ours, theirs = masked.loss(batch), one.loss(batch)
-    assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-5) and float(ours.count) == float(theirs.count)
+    assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-5) and float(
+        ours.count
+    ) == float(theirs.count)
     assert plain != ours.total.item()
 
 
@@ -191,7 +276,13 @@ def test_long_prefixes_are_the_larger_of_two_and_uniform_from_0_begins_at_0():
     counts = np.bincount([draw_prefix(5, generator, long) for _ in range(16_000)], minlength=5)
     # (2 p - 1) / 16 of 16000, p = 1..4; one standard deviation is at most 63.
     assert np.abs(counts - [0, 1000, 3000, 5000, 7000]).max() < 250
-    counts = np.bincount([draw_prefix(4, generator, SequencePlan(CROP, prefix="uniform_from_0")) for _ in range(4000)], minlength=4)
+    counts = np.bincount(
+        [
+            draw_prefix(4, generator, SequencePlan(CROP, prefix="uniform_from_0"))
+            for _ in range(4000)
+        ],
+        minlength=4,
+    )
     assert counts.min() > 850 and len(counts) == 4
 
 
@@ -201,13 +292,18 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
     voxels[0, 1] = 5.0
     real = torch.ones(1, 2, 8, dtype=torch.bool)
     out = smoothed(voxels, real, (2, 2, 2), 1.0)
-    # Along each axis a voxel counts 1 and its neighbour w = exp(-1/2); a voxel n axes away gets 8 w^n / (1 + w)^3.
+    # Along each axis a voxel counts 1 and its neighbour w = exp(-1/2); a voxel n axes away gets 8
+    # w^n / (1 + w)^3.
     w = float(np.exp(-0.5))
-    assert out[0, 0].tolist() == pytest.approx([8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)])
+    assert out[0, 0].tolist() == pytest.approx(
+        [8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)]
+    )
     assert out[0, 1].tolist() == pytest.approx([5.0] * 8)
     real[0, :, 4:] = False
     out = smoothed(voxels, real, (2, 2, 2), 1.0)
-    assert out[0, 0].tolist() == pytest.approx([8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4)
+    assert out[0, 0].tolist() == pytest.approx(
+        [8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4
+    )
     assert out[0, 1].tolist() == pytest.approx([5.0] * 4 + [0] * 4)
 
 
@@ -224,30 +320,45 @@ def test_smoothed_targets_have_mean_0_and_unbiased_sd_1_and_noise_falls_below_th
     real = torch.ones(1, 1, 512, dtype=torch.bool)
     low = smoothed(voxels, real, (8, 8, 8), 1.0)
     target = normalised_target(low, real, 1e-6)
-    assert float(target.mean()) == pytest.approx(0, abs=1e-5) and float(target.std(unbiased=True)) == pytest.approx(1, abs=1e-4)
+    assert float(target.mean()) == pytest.approx(0, abs=1e-5) and float(
+        target.std(unbiased=True)
+    ) == pytest.approx(1, abs=1e-4)
     assert float(low.std()) < 0.5 * float(voxels.std())
 
 
 def test_epsilon_is_added_under_the_root_where_a_floor_is_a_least_value():
     voxels = torch.tensor([[[0.0, 2.0, 0.0, 2.0]]])  # unbiased variance 4/3
     real = torch.ones(1, 1, 4, dtype=torch.bool)
-    assert float(token_statistics(voxels, real, 0.0, 1e-6)[1]) == pytest.approx(np.sqrt(4 / 3 + 1e-6))
+    assert float(token_statistics(voxels, real, 0.0, 1e-6)[1]) == pytest.approx(
+        np.sqrt(4 / 3 + 1e-6)
+    )
     assert float(token_statistics(voxels, real, 2.0)[1]) == pytest.approx(np.sqrt(2.0))
-    assert torch.equal(normalised_target(torch.full((1, 1, 4), 7.0), real, 0.0, 1e-6), torch.zeros(1, 1, 4))
+    assert torch.equal(
+        normalised_target(torch.full((1, 1, 4), 7.0), real, 0.0, 1e-6), torch.zeros(1, 1, 4)
+    )
 
 
 REFUSED = [
     ({"objective": ObjectivePlan("masked")}, "use --objective masked"),
-    ({"objective": ObjectivePlan("masked"), "order": "random", "predictor": "query"}, r"sequence\.prefix=uniform is ill-posed"),
+    (
+        {"objective": ObjectivePlan("masked"), "order": "random", "predictor": "query"},
+        r"sequence\.prefix=uniform is ill-posed",
+    ),
     ({"objective": ObjectivePlan("mased")}, "did you mean 'masked'"),
     ({"objective": ObjectivePlan(target="voxel")}, "did you mean 'voxels'"),
     ({"prefix": "fixed", "prefix_share": 0.0}, "between 0 and 1"),
     ({"prefix": "fixed", "prefix_share": 1.0}, "between 0 and 1"),
     ({"prefix": "short"}, "known are: fixed, long, uniform, uniform_from_0"),
     ({"prefix": "uniform_from_0"}, "no START token"),
-    ({"objective": ObjectivePlan(target_smoothing=-1.0)}, r"target_smoothing=-1.0 must not be negative"),
+    (
+        {"objective": ObjectivePlan(target_smoothing=-1.0)},
+        r"target_smoothing=-1.0 must not be negative",
+    ),
     ({"objective": ObjectivePlan(target_smoothing=float("nan"))}, "must not be negative"),
-    ({"objective": ObjectivePlan(variance_floor=0.0)}, r"variance_floor \+ objective\.variance_epsilon=0\.0 must be a number greater"),
+    (
+        {"objective": ObjectivePlan(variance_floor=0.0)},
+        r"variance_floor \+ objective\.variance_epsilon=0\.0 must be a number greater",
+    ),
 ]
 
 

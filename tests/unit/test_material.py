@@ -1,4 +1,6 @@
-"""Groups of contrasts, places of structures, and the material that sequences are cut from; with small scans on disk."""
+"""Groups of contrasts, places of structures, and the material that sequences are cut from; with
+small scans on disk.
+"""
 
 import json
 import pickle
@@ -10,21 +12,47 @@ import SimpleITK
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.find import find_scans
-from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan, oriented_voxel, read_label_map
+from nnunet_autoreg.corpus.grid import (
+    Grid,
+    brought_onto,
+    grid_of_scan,
+    oriented_voxel,
+    read_label_map,
+)
 from nnunet_autoreg.corpus.groups import commonest, contrast_groups, contrast_word
 from nnunet_autoreg.corpus.index import index_scans
-from nnunet_autoreg.corpus.places import part_centres, places_of_boxes, places_of_classes, places_of_labels, read_boxes
+from nnunet_autoreg.corpus.places import (
+    part_centres,
+    places_of_boxes,
+    places_of_classes,
+    places_of_labels,
+    read_boxes,
+)
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.folder import Request
-from nnunet_autoreg.pretrain.material import make_material, offers_of, parse_kinds, plan_sequences, plan_with_sequences
+from nnunet_autoreg.pretrain.material import (
+    make_material,
+    offers_of,
+    parse_kinds,
+    plan_sequences,
+    plan_with_sequences,
+)
 from nnunet_autoreg.pretrain.pictures import show_sequences
-from nnunet_autoreg.sequences.kinds import num_codes
-from nnunet_autoreg.sequences.neighbours import places_alike
-from nnunet_autoreg.sequences.sampler import SequenceSampler
+from nnunet_autoreg.sampling.kinds import num_codes
+from nnunet_autoreg.sampling.neighbours import places_alike
+from nnunet_autoreg.sampling.sampler import SequenceSampler
 from nnunet_autoreg.store.groups import ensure_groups
 from nnunet_autoreg.store.store import Store
 
@@ -34,8 +62,15 @@ RAS = (-1, 0, 0, 0, -1, 0, 0, 0, 1)
 
 def make_plan(**sequence):
     settings = {"crop_size_vox": (16, 16, 16), **sequence}
-    return Plan("t", DataPlan((1.0, 1.0, 1.0)), EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
-                SequencePlan(**settings), ObjectivePlan(), OptimPlan(10, 2, 1e-3, 1), RunPlan(7, 10, 10))
+    return Plan(
+        "t",
+        DataPlan((1.0, 1.0, 1.0)),
+        EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
+        SequencePlan(**settings),
+        ObjectivePlan(),
+        OptimPlan(10, 2, 1e-3, 1),
+        RunPlan(7, 10, 10),
+    )
 
 
 def write_image(path, array, spacing=(1, 1, 1), origin=(0, 0, 0), direction=RAS):
@@ -52,7 +87,9 @@ def noise(seed, shape=(20, 24, 22)):
 
 
 def write_dataset(raw, channels=("T1", "FLAIR"), num_cases=3, name="Dataset700_Two"):
-    """Cases with a margin of zeros that differs between channels, and label maps with a cube at (8, 12, 6)."""
+    """Cases with a margin of zeros that differs between channels, and label maps with a cube at (8,
+    12, 6).
+    """
     folder = raw / name
     for case in range(num_cases):
         for channel in range(len(channels)):
@@ -63,8 +100,12 @@ def write_dataset(raw, channels=("T1", "FLAIR"), num_cases=3, name="Dataset700_T
         labels[7:10, 11:14, 5:8] = 1
         labels[15:18, 3:6, 18:21] = 2
         write_image(folder / "labelsTr" / f"case{case}.nii.gz", labels)
-    description = {"channel_names": dict(enumerate(channels)), "labels": {"background": 0, "cube": 1, "other": 2}, "numTraining": num_cases,
-                   "file_ending": ".nii.gz"}
+    description = {
+        "channel_names": dict(enumerate(channels)),
+        "labels": {"background": 0, "cube": 1, "other": 2},
+        "numTraining": num_cases,
+        "file_ending": ".nii.gz",
+    }
     (folder / "dataset.json").write_text(json.dumps(description))
     return folder
 
@@ -84,14 +125,29 @@ def test_channels_of_a_case_are_a_group_in_the_fixed_order_of_contrasts(tmp_path
 
 def test_one_contrast_has_one_word_wherever_it_is_named_and_numbers_mean_their_dataset(tmp_path):
     row = rows_of(write_dataset(tmp_path))[0]
-    words = {contrast_word(replace(row, contrast=name)) for name in ("T1w-ce", "t1post", "T1c", "T1Gd")}
+    words = {
+        contrast_word(replace(row, contrast=name)) for name in ("T1w-ce", "t1post", "T1c", "T1Gd")
+    }
     assert words == {"T1w-ce"}
     assert contrast_word(replace(row, contrast="", channel="0")) == "Dataset700 channel 0"
 
 
-def test_scans_of_one_subject_and_session_are_a_group_and_of_two_like_ones_the_larger_counts(tmp_path):
-    for seed, name in enumerate(("sub-1_ses-1_T1w", "sub-1_ses-1_run-2_T1w", "sub-1_ses-1_T2w", "sub-1_ses-2_T2w", "sub-2_ses-1_T1w")):
-        write_image(tmp_path / "bids" / f"{name}.nii.gz", noise(seed, (24, 24, 22) if "run" in name else (20, 24, 22)))
+def test_scans_of_one_subject_and_session_are_a_group_and_of_two_like_ones_the_larger_counts(
+    tmp_path,
+):
+    for seed, name in enumerate(
+        (
+            "sub-1_ses-1_T1w",
+            "sub-1_ses-1_run-2_T1w",
+            "sub-1_ses-1_T2w",
+            "sub-1_ses-2_T2w",
+            "sub-2_ses-1_T1w",
+        )
+    ):
+        write_image(
+            tmp_path / "bids" / f"{name}.nii.gz",
+            noise(seed, (24, 24, 22) if "run" in name else (20, 24, 22)),
+        )
     (group,) = contrast_groups(rows_of(tmp_path / "bids"))
     assert group.contrasts == ("T1w", "T2w") and not group.channels
     assert [row.shape_vox for row in group.rows] == [(24, 24, 22), (20, 24, 22)]
@@ -119,13 +175,29 @@ def smooth(z, y, x):
     return (np.sin(z / 9) + np.cos(y / 11) + np.sin(x / 7)) * 100 + 500
 
 
-def test_images_of_a_session_come_onto_one_grid_by_world_coordinates_and_only_where_all_see_something(tmp_path, store):
-    """The second image has other voxels, another corner and reversed axes, but shows the same function of the place in mm."""
+def test_images_of_a_session_share_one_grid_where_all_have_voxels(tmp_path, store):
+    """The second image has other voxels, another corner and reversed axes, but shows the same
+    function of the place in mm.
+    """
     fine = np.meshgrid(np.arange(30.0), np.arange(32.0), np.arange(28.0), indexing="ij")
-    write_image(tmp_path / "b" / "sub-1_T1w.nii.gz", smooth(*fine).astype(np.float32), (1, 1, 1), (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
-    coarse = np.meshgrid(4 + 2 * np.arange(12.0), 2 + 2 * np.arange(14.0), 24 - 2 * np.arange(12.0), indexing="ij")
+    write_image(
+        tmp_path / "b" / "sub-1_T1w.nii.gz",
+        smooth(*fine).astype(np.float32),
+        (1, 1, 1),
+        (0, 0, 0),
+        (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    )
+    coarse = np.meshgrid(
+        4 + 2 * np.arange(12.0), 2 + 2 * np.arange(14.0), 24 - 2 * np.arange(12.0), indexing="ij"
+    )
     other = smooth(*coarse).astype(np.float32)
-    write_image(tmp_path / "b" / "sub-1_T2w.nii.gz", other, (2, 2, 2), (24, 2, 4), (-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    write_image(
+        tmp_path / "b" / "sub-1_T2w.nii.gz",
+        other,
+        (2, 2, 2),
+        (24, 2, 4),
+        (-1, 0, 0, 0, 1, 0, 0, 0, 1),
+    )
     groups = contrast_groups(rows_of(tmp_path / "b"))
     keys = ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1)
     first, second = (store.open(key) for key in keys[groups[0].name])
@@ -140,7 +212,10 @@ def test_images_of_different_parts_of_the_body_make_no_group_and_say_so(tmp_path
     write_image(tmp_path / "b" / "sub-1_T2w.nii.gz", noise(1), origin=(0, 0, 500))
     groups = contrast_groups(rows_of(tmp_path / "b"))
     assert ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1) == {}
-    assert "make no sequence (geometry)" in caplog.text and "different parts of the body" in caplog.text
+    assert (
+        "make no sequence (geometry)" in caplog.text
+        and "different parts of the body" in caplog.text
+    )
 
 
 def test_the_grid_of_a_scan_fits_the_array_that_is_read_whatever_its_axes(tmp_path):
@@ -156,7 +231,9 @@ def test_the_grid_of_a_scan_fits_the_array_that_is_read_whatever_its_axes(tmp_pa
         grid, scan = grid_of_scan(path), load_scan(path).array_CZYX[0]
         assert grid.shape_vox == scan.shape
         z, y, x = np.unravel_index(scan.argmax(), scan.shape)
-        found = np.array(grid.origin_mm) + np.array(grid.direction).reshape(3, 3) @ (np.array([x, y, z]) * grid.spacing_mm[::-1])
+        found = np.array(grid.origin_mm) + np.array(grid.direction).reshape(3, 3) @ (
+            np.array([x, y, z]) * grid.spacing_mm[::-1]
+        )
         assert np.allclose(found, world, atol=1e-4)
         assert oriented_voxel(path, "", (2, 3, 5)) == (z, y, x)
         labels, label_grid = read_label_map(path)
@@ -173,7 +250,9 @@ def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
     array = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
     moved = brought_onto(array, here, replace(here, origin_mm=(1.0, 0.0, 0.0)), -1.0)
     assert np.array_equal(moved[:, :, :3], array[:, :, 1:]) and (moved[:, :, 3] == -1).all()
-    assert here.is_like(replace(here, origin_mm=(0.001, 0, 0))) and not here.is_like(replace(here, origin_mm=(0.1, 0, 0)))
+    assert here.is_like(replace(here, origin_mm=(0.001, 0, 0))) and not here.is_like(
+        replace(here, origin_mm=(0.1, 0, 0))
+    )
 
 
 def test_label_maps_give_positions_in_the_cropped_box_by_dataset_name_and_channel(tmp_path):
@@ -202,16 +281,28 @@ def test_a_label_map_of_another_size_is_left_out_with_its_reason(tmp_path, caplo
     rows = rows_of(folder)
     places = places_of_labels(rows, 1)
     names = {row.id: row.name for row in rows}
-    assert {p.subject for p in places} == {p.subject for p in places if names[p.scan].startswith("Dataset700_Two/case0")} != set()
+    assert (
+        {p.subject for p in places}
+        == {p.subject for p in places if names[p.scan].startswith("Dataset700_Two/case0")}
+        != set()
+    )
     left_out = next(row.id for row in rows if row.name == "Dataset700_Two/case1_0000")
-    assert f"the label map of {left_out} is left out" in caplog.text and "(5, 5, 5) voxels" in caplog.text
+    assert (
+        f"the label map of {left_out} is left out" in caplog.text
+        and "(5, 5, 5) voxels" in caplog.text
+    )
 
 
 def test_boxes_give_their_middle_and_slices_of_one_scan_and_class_make_one_box(tmp_path, caplog):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
     whole, slices = tmp_path / "boxes.csv", tmp_path / "slices.csv"
-    whole.write_text("scan,class,zmin,ymin,xmin,zmax,ymax,xmax\ncase0,lesion,7,11,5,9,13,7\nnobody,lesion,0,0,0,1,1,1\n")
-    slices.write_text("series,z_index,class,xmin,ymin,xmax,ymax\n" + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9)))
+    whole.write_text(
+        "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\ncase0,lesion,7,11,5,9,13,7\nnobody,lesion,0,0,0,1,1,1\n"
+    )
+    slices.write_text(
+        "series,z_index,class,xmin,ymin,xmax,ymax\n"
+        + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9))
+    )
     (place,) = places_of_boxes(read_boxes(whole), rows)
     assert place.structure == "lesion, MRI"
     assert place.centre == pytest.approx((6.5 / 18, 12.5 / 24, 6.5 / 22))
@@ -219,11 +310,20 @@ def test_boxes_give_their_middle_and_slices_of_one_scan_and_class_make_one_box(t
     assert "1 of 2 boxes are of no scan here, the first is of 'nobody'" in caplog.text
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("scan,class,zmin,ymin,xmin,zmax,ymax\n", "has no column 'xmax'"),
-    ("scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,1,2,3,0,5,6\n", "line 2: the box ends before it begins"),
-    ("scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,one,2,3,0,5,6\n", "line 2: could not convert"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scan,class,zmin,ymin,xmin,zmax,ymax\n", "has no column 'xmax'"),
+        (
+            "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,1,2,3,0,5,6\n",
+            "line 2: the box ends before it begins",
+        ),
+        (
+            "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,one,2,3,0,5,6\n",
+            "line 2: could not convert",
+        ),
+    ],
+)
 def test_boxes_that_are_none_are_refused_by_line(tmp_path, text, message):
     path = tmp_path / "boxes.csv"
     path.write_text(text)
@@ -239,7 +339,11 @@ def test_a_class_of_the_manifest_stands_for_the_middle_of_its_scan(tmp_path):
 
 def test_words_of_sequences_are_weights_and_wrong_ones_are_refused():
     assert parse_kinds(["spatial", "contrast=0.5"]) == {"spatial": 1.0, "contrast": 0.5}
-    for word, message in (("contrst", "did you mean 'contrast'"), ("contrast=x", "'x' is no number"), ("contrast=0", "greater than 0")):
+    for word, message in (
+        ("contrst", "did you mean 'contrast'"),
+        ("contrast=x", "'x' is no number"),
+        ("contrast=0", "greater than 0"),
+    ):
         with pytest.raises(UsageError, match=message):
             parse_kinds([word])
     with pytest.raises(UsageError, match="named twice"):
@@ -248,7 +352,9 @@ def test_words_of_sequences_are_weights_and_wrong_ones_are_refused():
 
 def stored_material(folder, plan, rows, store, heldout=()):
     keys = store.ensure([*rows, *heldout], (1.0, 1.0, 1.0), None, 1)
-    return make_material(folder, plan, store, {i: store.open(key) for i, key in keys.items()}, rows, list(heldout), 1)
+    return make_material(
+        folder, plan, store, {i: store.open(key) for i, key in keys.items()}, rows, list(heldout), 1
+    )
 
 
 def test_one_dataset_stays_spatial_and_asked_for_kinds_are_planned_with_their_reasons(tmp_path):
@@ -256,11 +362,27 @@ def test_one_dataset_stays_spatial_and_asked_for_kinds_are_planned_with_their_re
     request = Request("t", folders=("x",))
     alone = plan_with_sequences(tmp_path, make_plan(), request, rows, rows, 1)
     assert alone.sequence.weights == {"spatial": 1.0} and not (tmp_path / "places.json").exists()
-    asked = check(plan_with_sequences(tmp_path, make_plan(), replace(request, sequences=("contrast", "semantic=0.5")), rows, rows, 1))
+    asked = check(
+        plan_with_sequences(
+            tmp_path,
+            make_plan(),
+            replace(request, sequences=("contrast", "semantic=0.5")),
+            rows,
+            rows,
+            1,
+        )
+    )
     assert asked.sequence.weights == {"contrast": 1.0, "semantic": 0.5}
-    assert (asked.sequence.contrasts, asked.sequence.contrast_members, asked.sequence.semantic_members) == (("T1w", "FLAIR"), 2, 3)
+    assert (
+        asked.sequence.contrasts,
+        asked.sequence.contrast_members,
+        asked.sequence.semantic_members,
+    ) == (("T1w", "FLAIR"), 2, 3)
     assert num_codes(asked) == 5
-    assert "4 of 4 structures are known in at least 3 subjects, from label maps" in asked.reasons["sequence.semantic_members"]
+    assert (
+        "4 of 4 structures are known in at least 3 subjects, from label maps"
+        in asked.reasons["sequence.semantic_members"]
+    )
 
 
 def test_several_datasets_get_what_they_offer_unasked(tmp_path):
@@ -279,15 +401,23 @@ def test_contrasts_asked_of_scans_that_have_none_are_refused(tmp_path):
 def test_structures_asked_of_too_few_subjects_are_refused_with_what_is_known(tmp_path):
     rows = rows_of(write_dataset(tmp_path, num_cases=1))
     request = Request("t", folders=("x",), sequences=("semantic",))
-    with pytest.raises(UsageError, match="semantic: label maps show no structure in two of the 1 training subjects"):
+    with pytest.raises(
+        UsageError, match="semantic: label maps show no structure in two of the 1 training subjects"
+    ):
         plan_with_sequences(tmp_path, make_plan(), request, rows, rows, 1)
-    with pytest.raises(UsageError, match="semantic: nothing can be found in two of the 1 training subjects"):
+    with pytest.raises(
+        UsageError, match="semantic: nothing can be found in two of the 1 training subjects"
+    ):
         plan_sequences(make_plan(), {"semantic": 1.0}, offers_of(rows, [], ""))
 
 
 def test_a_crop_for_strided_sequences_is_cut_to_whole_sub_volumes_with_the_reason(tmp_path):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
-    plan = check(plan_sequences(make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, offers_of(rows, [], "")))
+    plan = check(
+        plan_sequences(
+            make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, offers_of(rows, [], "")
+        )
+    )
     assert plan.sequence.crop_size_vox == (32, 16, 16)
     assert "32 along z for 4 sub-volumes" in plan.reasons["sequence.crop_size_vox"]
 
@@ -300,29 +430,43 @@ def test_semantic_crops_show_the_structure_of_the_label_map_in_every_patient(tmp
         write_image(folder / "imagesTr" / f"case{case}_0000.nii.gz", array)
     rows = rows_of(folder)
     request = Request("t", folders=("x",), sequences=("semantic",))
-    plan = check(plan_with_sequences(tmp_path, make_plan(member_crop_vox=(16, 16, 16)), request, rows, rows, 1))
+    plan = check(
+        plan_with_sequences(
+            tmp_path, make_plan(member_crop_vox=(16, 16, 16)), request, rows, rows, 1
+        )
+    )
     training, _ = stored_material(tmp_path, plan, rows, store)
     for number in range(6):
-        sample, shown = SequenceSampler(plan).draw_kind("semantic", training, rng.generator(0, "x", number))
+        sample, shown = SequenceSampler(plan).draw_kind(
+            "semantic", training, rng.generator(0, "x", number)
+        )
         if shown.subject.startswith("Dataset700: cube"):
             assert all(member.max() > 5 for member in sample.voxels)
         assert len(set(shown.names)) == 3
 
 
-def test_too_few_held_out_scans_leave_a_kind_unmeasured_and_too_few_training_scans_end_the_run(tmp_path, store, caplog):
+def test_too_few_held_out_scans_leave_a_kind_unmeasured_and_too_few_training_scans_end_the_run(
+    tmp_path, store, caplog
+):
     caplog.set_level("INFO")
     rows = rows_of(write_dataset(tmp_path))
     request = Request("t", folders=("x",), sequences=("spatial", "semantic"))
     plan = plan_with_sequences(tmp_path, make_plan(), request, rows[:4], rows, 1)
     training, heldout = stored_material(tmp_path, plan, rows[:4], store, rows[4:])
-    assert len(training.structures) == 4 and heldout.offers("semantic") == 0 and heldout.offers("spatial") == 2
+    assert (
+        len(training.structures) == 4
+        and heldout.offers("semantic") == 0
+        and heldout.offers("spatial") == 2
+    )
     assert "the held-out scans are too few for semantic sequences" in caplog.text
     greedy = replace(plan, sequence=replace(plan.sequence, semantic_members=3))
     with pytest.raises(Exception, match="no structure is known in 3 subjects; give more scans"):
         stored_material(tmp_path, greedy, rows[:4], store, rows[4:])
 
 
-def test_without_labels_places_that_look_alike_stand_in_and_find_the_same_pattern_in_other_patients(tmp_path, store):
+def test_without_labels_places_that_look_alike_stand_in_and_find_the_same_pattern_in_other_patients(
+    tmp_path, store
+):
     pattern = np.kron(np.random.default_rng(5).normal(size=(4, 4, 4)), np.ones((4, 4, 4))) * 3000
     for case in range(4):
         array = noise(case, (24, 24, 24))
@@ -333,9 +477,16 @@ def test_without_labels_places_that_look_alike_stand_in_and_find_the_same_patter
     cases = {row.id: store.open(keys[row.id]) for row in rows}
     places = places_alike(rows, cases, (16, 16, 16), 3)
     structures = {p.structure for p in places}
-    assert structures and all(len({p.subject for p in places if p.structure == name}) == 3 for name in structures)
-    near = [np.abs(np.subtract(p.centre, q.centre)).max() for name in structures
-            for p in places for q in places if p.structure == q.structure == name]
+    assert structures and all(
+        len({p.subject for p in places if p.structure == name}) == 3 for name in structures
+    )
+    near = [
+        np.abs(np.subtract(p.centre, q.centre)).max()
+        for name in structures
+        for p in places
+        for q in places
+        if p.structure == q.structure == name
+    ]
     assert np.median(near) < 0.15
     assert places == places_alike(rows, cases, (16, 16, 16), 3)
 
@@ -343,25 +494,41 @@ def test_without_labels_places_that_look_alike_stand_in_and_find_the_same_patter
 def test_a_run_that_goes_on_takes_the_places_it_was_planned_with(tmp_path, store):
     folder = write_dataset(tmp_path, ("MRI",))
     rows = rows_of(folder)
-    plan = plan_with_sequences(tmp_path, make_plan(), Request("t", folders=("x",), sequences=("semantic",)), rows, rows, 1)
+    plan = plan_with_sequences(
+        tmp_path, make_plan(), Request("t", folders=("x",), sequences=("semantic",)), rows, rows, 1
+    )
     for label in (folder / "labelsTr").iterdir():
         label.unlink()
     training, _ = stored_material(tmp_path, plan, rows, store)
-    assert {s.name for s in training.structures} == {"Dataset700: cube, MRI", "Dataset700: other, MRI"}
+    assert {s.name for s in training.structures} == {
+        "Dataset700: cube, MRI",
+        "Dataset700: other, MRI",
+    }
 
 
 def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
     rows = rows_of(write_dataset(tmp_path))
     request = Request("t", folders=("x",), sequences=("spatial", "strided", "contrast", "semantic"))
-    plan = plan_with_sequences(tmp_path, make_plan(crop_size_vox=(32, 24, 16)), request, rows, rows, 1)
+    plan = plan_with_sequences(
+        tmp_path, make_plan(crop_size_vox=(32, 24, 16)), request, rows, rows, 1
+    )
     picture = show_sequences(tmp_path, check(plan), rows, store, 1)
     image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(picture)))
-    assert picture.name == "sequences.png" and image.shape[0] > 1500 and len(np.unique(image[..., 0])) > 100
+    assert (
+        picture.name == "sequences.png"
+        and image.shape[0] > 1500
+        and len(np.unique(image[..., 0])) > 100
+    )
 
 
 def test_groups_and_members_survive_pickling_for_loader_processes(tmp_path, store):
     rows = rows_of(write_dataset(tmp_path))
-    plan = plan_with_sequences(tmp_path, make_plan(), Request("t", folders=("x",), sequences=("contrast",)), rows, rows, 1)
+    plan = plan_with_sequences(
+        tmp_path, make_plan(), Request("t", folders=("x",), sequences=("contrast",)), rows, rows, 1
+    )
     training, _ = stored_material(tmp_path, plan, rows, store)
-    first, second = (SequenceSampler(plan).draw(m, "training", 3, 1) for m in (training, pickle.loads(pickle.dumps(training))))
+    first, second = (
+        SequenceSampler(plan).draw(m, "training", 3, 1)
+        for m in (training, pickle.loads(pickle.dumps(training)))
+    )
     assert np.array_equal(first.voxels, second.voxels)

@@ -10,16 +10,28 @@ from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.plan import IntensityWindow
 
-WINDOW = IntensityWindow(mean=40.0, std=100.0, median=35.0, min=-900.0, max=1500.0, percentile_00_5=-160.0, percentile_99_5=400.0)
+WINDOW = IntensityWindow(
+    mean=40.0,
+    std=100.0,
+    median=35.0,
+    min=-900.0,
+    max=1500.0,
+    percentile_00_5=-160.0,
+    percentile_99_5=400.0,
+)
 
 
-def test_a_missing_variable_is_named_with_the_line_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_variable_is_named_with_the_line_that_sets_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("nnUNet_results", raising=False)
     with pytest.raises(UsageError, match="export nnUNet_results="):
         nnunet_api.results_folder()
 
 
-def test_a_variable_that_names_no_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_variable_that_names_no_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "gone"))
     with pytest.raises(UsageError, match="does not exist"):
         nnunet_api.preprocessed_folder()
@@ -30,14 +42,18 @@ def test_a_variable_that_names_no_folder_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["4", "004", "Dataset004_Hippo"])
-def test_a_dataset_is_found_by_number_and_by_name(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_dataset_is_found_by_number_and_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for folder in ("Dataset004_Hippo", "Dataset027_ACDC"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     assert nnunet_api.dataset_folder(name) == tmp_path / "Dataset004_Hippo"
 
 
-def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for folder in ("Dataset004_Hippo", "Dataset027_ACDC"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
@@ -47,7 +63,9 @@ def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(monkeypatch:
         nnunet_api.dataset_folder("5")
 
 
-def test_two_datasets_of_one_number_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_two_datasets_of_one_number_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for folder in ("Dataset004_A", "Dataset004_B"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
@@ -55,7 +73,9 @@ def test_two_datasets_of_one_number_are_refused(monkeypatch: pytest.MonkeyPatch,
         nnunet_api.dataset_folder("4")
 
 
-def run_nnunet(array: Any, spacing: tuple[float, ...], target: tuple[float, ...], scheme: str, use_mask: bool) -> Any:
+def run_nnunet(
+    array: Any, spacing: tuple[float, ...], target: tuple[float, ...], scheme: str, use_mask: bool
+) -> Any:
     """The same case through nnU-Net's own preprocessor."""
     import dataclasses
     from types import SimpleNamespace
@@ -65,30 +85,45 @@ def run_nnunet(array: Any, spacing: tuple[float, ...], target: tuple[float, ...]
 
     function = "resample_data_or_seg_to_shape"
     shared = {"order_z": 0, "force_separate_z": None}
-    configuration = ConfigurationManager({
-        "architecture": {"network_class_name": "unused"},
-        "spacing": list(target), "normalization_schemes": [scheme], "use_mask_for_norm": [use_mask],
-        "resampling_fn_data": function, "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **shared},
-        "resampling_fn_seg": function, "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **shared},
-    })
-    plans = SimpleNamespace(transpose_forward=[0, 1, 2],
-                            foreground_intensity_properties_per_channel={"0": dataclasses.asdict(WINDOW)})
+    configuration = ConfigurationManager(
+        {
+            "architecture": {"network_class_name": "unused"},
+            "spacing": list(target),
+            "normalization_schemes": [scheme],
+            "use_mask_for_norm": [use_mask],
+            "resampling_fn_data": function,
+            "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **shared},
+            "resampling_fn_seg": function,
+            "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **shared},
+        }
+    )
+    plans = SimpleNamespace(
+        transpose_forward=[0, 1, 2],
+        foreground_intensity_properties_per_channel={"0": dataclasses.asdict(WINDOW)},
+    )
     preprocessor = DefaultPreprocessor(verbose=False)
-    return preprocessor.run_case_npy(array, None, {"spacing": list(spacing)}, plans, configuration, {})[0]
+    return preprocessor.run_case_npy(
+        array, None, {"spacing": list(spacing)}, plans, configuration, {}
+    )[0]
 
 
-@pytest.mark.parametrize(("dataset", "target", "scheme", "use_mask"), [
-    ("Dataset004_Hippocampus", (1.2, 0.9, 1.1), "ZScoreNormalization", False),
-    ("Dataset004_Hippocampus", (1.0, 1.0, 1.0), "ZScoreNormalization", True),
-    ("Dataset052_SarcomaCT", (3.0, 2.0, 2.0), "CTNormalization", False),
-])
+@pytest.mark.parametrize(
+    ("dataset", "target", "scheme", "use_mask"),
+    [
+        ("Dataset004_Hippocampus", (1.2, 0.9, 1.1), "ZScoreNormalization", False),
+        ("Dataset004_Hippocampus", (1.0, 1.0, 1.0), "ZScoreNormalization", True),
+        ("Dataset052_SarcomaCT", (3.0, 2.0, 2.0), "CTNormalization", False),
+    ],
+)
 def test_a_real_case_is_preprocessed_bit_for_bit_as_nnunet_does(
     shared_data: Path, dataset: str, target: tuple[float, ...], scheme: str, use_mask: bool
 ) -> None:
     path = min((shared_data / "nnUNet_raw" / dataset / "imagesTr").iterdir())
     scan = nnunet_api.read_scan(path)
     before = scan.array_CZYX.copy()
-    ours = nnunet_api.crop_resample_normalise(scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask, WINDOW)
+    ours = nnunet_api.crop_resample_normalise(
+        scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask, WINDOW
+    )
     theirs = run_nnunet(scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, theirs)
@@ -99,8 +134,12 @@ def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
     array = np.zeros((1, 20, 20, 20), dtype=np.float32)
     array[0, 4:16, 4:16, 4:16] = np.random.default_rng(0).normal(100, 10, (12, 12, 12))
     array[0, 4, 4, :] = 0
-    ours = nnunet_api.crop_resample_normalise(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True, None)
-    np.testing.assert_array_equal(ours, run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True))
+    ours = nnunet_api.crop_resample_normalise(
+        array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True, None
+    )
+    np.testing.assert_array_equal(
+        ours, run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True)
+    )
     assert ours.shape == (1, 12, 12, 12)
     assert (ours[0, 0, 0] == 0).all()
     assert abs(float(ours[array[:, 4:16, 4:16, 4:16] != 0].mean())) < 1e-4
@@ -108,17 +147,23 @@ def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
 
 def test_an_anisotropic_scan_is_resampled_slice_by_slice_as_nnunet_does() -> None:
     array = np.random.default_rng(1).normal(size=(1, 6, 20, 24)).astype(np.float32)
-    ours = nnunet_api.crop_resample_normalise(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False, None)
+    ours = nnunet_api.crop_resample_normalise(
+        array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False, None
+    )
     assert ours.shape == (1, 12, 30, 36)
     np.testing.assert_array_equal(ours[:, 0], ours[:, 1])
-    np.testing.assert_array_equal(ours, run_nnunet(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False))
+    np.testing.assert_array_equal(
+        ours, run_nnunet(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False)
+    )
 
 
 def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
     array = np.full((1, 4, 4, 4), 40.0, dtype=np.float32)
     array[0, 0] = 3000
     array[0, 1] = -1000
-    ours = nnunet_api.crop_resample_normalise(array, (1, 1, 1), (1, 1, 1), "CTNormalization", False, WINDOW)
+    ours = nnunet_api.crop_resample_normalise(
+        array, (1, 1, 1), (1, 1, 1), "CTNormalization", False, WINDOW
+    )
     assert ours[0, 0, 0, 0] == pytest.approx(3.6)
     assert ours[0, 1, 0, 0] == pytest.approx(-2.0)
     assert ours[0, 2, 0, 0] == 0
@@ -126,12 +171,16 @@ def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
 
 def test_ct_without_a_window_is_refused() -> None:
     with pytest.raises(PlanError, match="Hounsfield window"):
-        nnunet_api.crop_resample_normalise(np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "CTNormalization", False, None)
+        nnunet_api.crop_resample_normalise(
+            np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "CTNormalization", False, None
+        )
 
 
 def test_an_unknown_scheme_gets_a_close_match() -> None:
     with pytest.raises(PlanError, match="did you mean 'ZScoreNormalization'"):
-        nnunet_api.crop_resample_normalise(np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "ZScoreNormalisation", False, None)
+        nnunet_api.crop_resample_normalise(
+            np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "ZScoreNormalisation", False, None
+        )
 
 
 def test_only_ct_keeps_its_window() -> None:
@@ -144,19 +193,38 @@ def test_the_resampled_shape_is_nnunets() -> None:
 
     rng = np.random.default_rng(0)
     for _ in range(200):
-        shape, old, new = rng.integers(1, 300, 3).tolist(), rng.uniform(0.2, 10, 3).tolist(), rng.uniform(0.2, 10, 3).tolist()
-        assert nnunet_api.resampled_shape(shape, old, new) == tuple(compute_new_shape(shape, old, new))
+        shape, old, new = (
+            rng.integers(1, 300, 3).tolist(),
+            rng.uniform(0.2, 10, 3).tolist(),
+            rng.uniform(0.2, 10, 3).tolist(),
+        )
+        assert nnunet_api.resampled_shape(shape, old, new) == tuple(
+            compute_new_shape(shape, old, new)
+        )
     assert nnunet_api.resampled_shape((10, 5, 4), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0)) == (5, 2, 4)
 
 
-@pytest.mark.parametrize(("given", "number"), [("4", "4"), ("004", "4"), ("Dataset004_Hippocampus", "4"), ("scans", "ID")])
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [("4", "4"), ("004", "4"), ("Dataset004_Hippocampus", "4"), ("scans", "ID")],
+)
 def test_nnunets_commands_are_given_numbers(given: str, number: str) -> None:
     assert nnunet_api.dataset_number(given) == number
 
 
-@pytest.mark.parametrize(("value", "meant"), [
-    ('"{root}"', "{root}"), ("'{root}'", "{root}"), (" {root} ", "{root}"), ("~/here", "{home}/here"), ('"$HOME/a b"', "'{home}/a b'")])
-def test_quotes_and_a_tilde_in_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, meant: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ('"{root}"', "{root}"),
+        ("'{root}'", "{root}"),
+        (" {root} ", "{root}"),
+        ("~/here", "{home}/here"),
+        ('"$HOME/a b"', "'{home}/a b'"),
+    ],
+)
+def test_quotes_and_a_tilde_in_a_folder_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, meant: str
+) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     places = {"root": tmp_path, "home": home}

@@ -1,7 +1,8 @@
 """The planning rules by hand-computed numbers, and whole plans against golden files.
 
-A golden file is the plan of one made-up pool. After a deliberate change of a rule, write them anew and read the difference:
-``AUTOREG_REGENERATE_GOLDEN=1 pytest tests/unit/test_planning.py`` and ``git diff tests/golden``.
+A golden file is the plan of one made-up pool. After a deliberate change of a rule, write them anew
+and read the difference: ``AUTOREG_REGENERATE_GOLDEN=1 pytest tests/unit/test_planning.py`` and
+``git diff tests/golden``.
 """
 
 import os
@@ -41,8 +42,12 @@ def flat_memory(encoder: Any, crop: Any, recompute: bool) -> tuple[float, float]
     return GIB, GIB * volume(crop) / (2e6 if recompute else 1e6)
 
 
-def plan_for(pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **wishes: Any) -> Plan:
-    return make_plan("run", pool, hardware, Wishes(**{"encoder": "primus_tiny", **wishes}), 0, {}, memory)
+def plan_for(
+    pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **wishes: Any
+) -> Plan:
+    return make_plan(
+        "run", pool, hardware, Wishes(**{"encoder": "primus_tiny", **wishes}), 0, {}, memory
+    )
 
 
 def test_a_crop_fits_the_median_scan_in_whole_tokens() -> None:
@@ -64,23 +69,43 @@ def test_a_crop_of_thick_slices_is_flat() -> None:
 def test_without_a_gpu_the_tiny_encoder_is_chosen_and_the_user_may_choose_another() -> None:
     assert choose_encoder("auto", CPU, POOL)[0] == "resenc_tiny"
     # Blocks of 8^3: two along each axis make eight; 11 / 8 rounds down to one.
-    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(12, 13, 16)))[0] == "resenc_tiny"
-    assert choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0] == "primus_tiny"
-    assert choose_encoder("auto", GPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0] == "primus_tiny"
+    assert (
+        choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(12, 13, 16)))[0]
+        == "resenc_tiny"
+    )
+    assert (
+        choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0]
+        == "primus_tiny"
+    )
+    assert (
+        choose_encoder("auto", GPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0]
+        == "primus_tiny"
+    )
     assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
     large = replace(POOL, median_shape_vox=(128, 256, 256))
-    assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == ["primus_s", "primus_b", "primus_m"]
+    assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == [
+        "primus_s",
+        "primus_b",
+        "primus_m",
+    ]
     with pytest.raises(PlanError, match="did you mean 'primus_tiny'"):
         choose_encoder("primus_tin", CPU, POOL)
 
 
-@pytest.mark.parametrize(("spacing", "shape", "token"), [
-    ((5.0, 0.78, 0.78), (90, 420, 512), (2, 8, 8)),
-    ((10.0, 1.5, 1.5), (10, 216, 256), (2, 8, 8)),
-    ((6.0, 0.6, 0.6), (12, 320, 320), (1, 8, 8)),
-])
-def test_blocks_of_a_cnn_are_flat_for_thick_slices(spacing: Spacing, shape: Size, token: Size) -> None:
-    plan = check(plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto"))
+@pytest.mark.parametrize(
+    ("spacing", "shape", "token"),
+    [
+        ((5.0, 0.78, 0.78), (90, 420, 512), (2, 8, 8)),
+        ((10.0, 1.5, 1.5), (10, 216, 256), (2, 8, 8)),
+        ((6.0, 0.6, 0.6), (12, 320, 320), (1, 8, 8)),
+    ],
+)
+def test_blocks_of_a_cnn_are_flat_for_thick_slices(
+    spacing: Spacing, shape: Size, token: Size
+) -> None:
+    plan = check(
+        plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto")
+    )
     assert (plan.encoder.name, plan.encoder.token_size_vox) == ("resenc_tiny", token)
     assert plan.sequence.block_tokens == (1, 1, 1)
 
@@ -105,8 +130,11 @@ def test_a_block_by_block_run_of_a_cnn_names_its_version() -> None:
 def test_a_cnn_predicts_one_value_per_voxel_in_random_order() -> None:
     plan = plan_for(encoder="resenc_tiny")
     assert check(plan).objective.target == "voxels"
-    refused = ("objective.target=normalised_with_statistics", "sequence.order=raster",
-               'sequence.weights={"strided":1}')
+    refused = (
+        "objective.target=normalised_with_statistics",
+        "sequence.order=raster",
+        'sequence.weights={"strided":1}',
+    )
     for setting in refused:
         with pytest.raises(PlanError):
             check(override(plan, [setting]))
@@ -117,8 +145,12 @@ def test_a_cnn_of_stride_32_has_blocks_of_32_voxels() -> None:
     assert layout_of("resenc_l", 80, 80, 80) == ((64, 64, 64), (1, 1, 1))
 
 
-@pytest.mark.parametrize(("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")])
-def test_a_small_pool_takes_a_smaller_encoder_than_the_memory_allows(tokens: int, encoder: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")]
+)
+def test_a_small_pool_takes_a_smaller_encoder_than_the_memory_allows(
+    tokens: int, encoder: str
+) -> None:
     assert limit_by_pool("primus_m", "24 GiB", replace(POOL, total_vox=512 * tokens))[0] == encoder
     assert limit_by_pool("primus_tiny", "", replace(POOL, total_vox=512))[0] == "primus_tiny"
 
@@ -128,7 +160,9 @@ def test_the_user_may_have_a_large_encoder_on_a_small_pool() -> None:
 
 
 def test_the_batch_is_the_same_on_every_gpu_and_comes_in_equal_parts_that_fit() -> None:
-    assert [choose_batch(hardware)[0] for hardware in (CPU, Hardware("cuda", 8), Hardware("cuda", 80))] == [8, 32, 32]
+    assert [
+        choose_batch(hardware)[0] for hardware in (CPU, Hardware("cuda", 8), Hardware("cuda", 80))
+    ] == [8, 32, 32]
     # 80 % of 24 GiB less 1 GiB fixed leaves room for 18 crops of 1 GiB: 32 come as 16 + 16.
     assert choose_micro_batch(32, GPU, GIB, GIB)[0] == 16
     assert choose_micro_batch(32, Hardware("cuda", 80), GIB, GIB)[0] == 32
@@ -143,21 +177,31 @@ def test_a_crop_shrinks_until_one_fits_into_the_memory() -> None:
     assert choose_layout(encoder, GPU, pool, flat_memory).crop == (128, 128, 128)
     layout = choose_layout(encoder, Hardware("cuda", 2.0), pool, flat_memory)
     crop, reason = layout.crop, layout.why_crop
-    assert sum(flat_memory(encoder, crop, True)) <= 0.8 * 2 * GIB < 1.1 * sum(flat_memory(encoder, crop, True))
+    assert (
+        sum(flat_memory(encoder, crop, True))
+        <= 0.8 * 2 * GIB
+        < 1.1 * sum(flat_memory(encoder, crop, True))
+    )
     assert "as large as 2 GiB allow" in reason
 
 
-def test_activations_are_checkpointed_before_the_crop_shrinks_and_only_where_one_crop_would_not_fit() -> None:
-    # A crop of 128^3 takes 1 + 2.1 GiB, or 1 + 1.05 checkpointed; 80 % of 4 and of 3 GiB may be used.
+def test_activations_are_checkpointed_before_the_crop_shrinks() -> None:
+    # A crop of 128^3 takes 1 + 2.1 GiB, or 1 + 1.05 checkpointed; 80 % of 4 and of 3 GiB may be
+    # used.
     pool = replace(POOL, median_shape_vox=(400, 400, 400))
     roomy, tight = (plan_for(pool, Hardware("cuda", gib), encoder="primus_b") for gib in (4.0, 3.0))
     assert roomy.sequence.crop_size_vox == tight.sequence.crop_size_vox == (128, 128, 128)
-    assert not roomy.optim.checkpoint_activations and "optim.checkpoint_activations" not in roomy.reasons
+    assert (
+        not roomy.optim.checkpoint_activations
+        and "optim.checkpoint_activations" not in roomy.reasons
+    )
     assert tight.optim.checkpoint_activations
     assert "2.0 GiB with it and 3.1 without" in tight.reasons["optim.checkpoint_activations"]
 
 
-def layout_of(encoder: str, *median: int, hardware: Hardware = GPU, spacing: Spacing = (1.0, 1.0, 1.0)) -> tuple[Size, Size]:
+def layout_of(
+    encoder: str, *median: int, hardware: Hardware = GPU, spacing: Spacing = (1.0, 1.0, 1.0)
+) -> tuple[Size, Size]:
     pool = replace(POOL, median_shape_vox=(median[0], median[1], median[2]), spacing_mm=spacing)
     layout = choose_layout(encoder_size(encoder), hardware, pool, lambda *_: (0.0, 0.0))
     return layout.crop, layout.block_tokens
@@ -170,11 +214,16 @@ def test_a_linear_tokenizer_has_blocks_of_one_token() -> None:
 
 def test_convolutions_take_blocks_of_32_voxels_and_of_16_where_images_are_small() -> None:
     assert layout_of("primus_v2_m", 170, 220, 170) == ((96, 160, 128), (4, 4, 4))
-    # Hippocampus: blocks of 32 would make one or two, blocks of 16 make 2 x 3 x 2, and 2 x 2 x 2 leave a part of the scan out.
+    # Hippocampus: blocks of 32 would make one or two, blocks of 16 make 2 x 3 x 2, and 2 x 2 x 2
+    # leave a part of the scan out.
     for encoder in ("primus_v2_tiny", "primus_v3_tiny"):
         assert layout_of(encoder, 35, 50, 36, hardware=CPU) == ((32, 32, 32), (2, 2, 2))
-    # Ten thick slices: 16 along z, 32 within the slice, where 5 of 7 and 6 of 8 blocks are at most 0.8 of the scan.
-    assert layout_of("primus_v2_m", 10, 216, 256, spacing=(10.0, 1.5, 1.5)) == ((16, 160, 192), (2, 4, 4))
+    # Ten thick slices: 16 along z, 32 within the slice, where 5 of 7 and 6 of 8 blocks are at most
+    # 0.8 of the scan.
+    assert layout_of("primus_v2_m", 10, 216, 256, spacing=(10.0, 1.5, 1.5)) == (
+        (16, 160, 192),
+        (2, 4, 4),
+    )
 
 
 def test_a_crop_that_would_hold_the_whole_scan_is_shortened() -> None:
@@ -182,7 +231,8 @@ def test_a_crop_that_would_hold_the_whole_scan_is_shortened() -> None:
     assert with_variety((40, 56, 40), (8, 8, 8), (35, 50, 36)) == (24, 40, 24)
     # A crop that leaves a fifth of one axis out differs from another one already.
     assert with_variety((32, 40, 32), (8, 8, 8), (35, 50, 36)) == (32, 40, 32)
-    # One block less would be 0.46 of the first axis and 0.44 of the last one, so these keep their length.
+    # One block less would be 0.46 of the first axis and 0.44 of the last one, so these keep their
+    # length.
     assert with_variety((32, 48, 32), (16, 16, 16), (35, 50, 36)) == (32, 32, 32)
     # Eight blocks are left in any case: 2 x 2 x 2 stay, and of 3 x 2 x 2 only one layer goes.
     assert with_variety((64, 64, 64), (32, 32, 32), (64, 64, 64)) == (64, 64, 64)
@@ -199,8 +249,16 @@ def test_new_runs_rotate_and_zoom_and_older_plans_do_not() -> None:
 
     read = from_jsonable(Plan, older, "plan.json")
 
-    assert (plan.sequence.spatial_share, plan.sequence.max_rotation_deg, plan.sequence.zoom) == (0.2, 30.0, (0.7, 1.4))
-    assert (read.sequence.spatial_share, read.sequence.max_rotation_deg, read.sequence.zoom) == (0.0, 0.0, (1.0, 1.0))
+    assert (plan.sequence.spatial_share, plan.sequence.max_rotation_deg, plan.sequence.zoom) == (
+        0.2,
+        30.0,
+        (0.7, 1.4),
+    )
+    assert (read.sequence.spatial_share, read.sequence.max_rotation_deg, read.sequence.zoom) == (
+        0.0,
+        0.0,
+        (1.0, 1.0),
+    )
     assert plan.objective.corruption == 0.0 and read.objective.corruption == 0.0
 
 
@@ -224,13 +282,24 @@ def test_impossible_augmentation_is_refused_by_its_key(setting: str) -> None:
 
 
 def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_nnunet_plans_them() -> None:
-    """Slices of 5 mm, voxels of 0.78 mm within: halved twice within the slice to 3.1 mm, then along all axes."""
-    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+    """Slices of 5 mm, voxels of 0.78 mm within: halved twice within the slice to 3.1 mm, then along
+    all axes.
+    """
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import (
+        get_pool_and_conv_props,
+    )
 
-    for spacing, token in (((5.0, 0.78, 0.78), (8, 32, 32)), ((10.0, 1.5, 1.5), (8, 32, 32)), ((1.0, 1.0, 1.0), (32, 32, 32))):
+    for spacing, token in (
+        ((5.0, 0.78, 0.78), (8, 32, 32)),
+        ((10.0, 1.5, 1.5), (8, 32, 32)),
+        ((1.0, 1.0, 1.0), (32, 32, 32)),
+    ):
         suited = suited_to(encoder_size("resenc_l"), spacing)
-        # Sizes that nnU-Net halves until six stages are made, but not along the slices before it has to.
-        _, strides, kernels, _, _ = get_pool_and_conv_props(list(spacing), [4 * t for t in token], 4, 99)
+        # Sizes that nnU-Net halves until six stages are made, but not along the slices before it
+        # has to.
+        _, strides, kernels, _, _ = get_pool_and_conv_props(
+            list(spacing), [4 * t for t in token], 4, 99
+        )
         assert suited.arguments["strides"] == [list(map(int, s)) for s in strides]
         assert suited.arguments["kernel_sizes"] == [list(map(int, k)) for k in kernels]
         assert suited.token_size == token
@@ -238,15 +307,23 @@ def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_nnunet_plans_them() 
 
 
 def test_thick_slices_make_flat_tokens_and_blocks_of_a_cnn() -> None:
-    plan = plan_for(replace(POOL, spacing_mm=(5.0, 0.78, 0.78), median_shape_vox=(90, 420, 512)), GPU, encoder="resenc_m")
+    plan = plan_for(
+        replace(POOL, spacing_mm=(5.0, 0.78, 0.78), median_shape_vox=(90, 420, 512)),
+        GPU,
+        encoder="resenc_m",
+    )
     assert check(plan).encoder.token_size_vox == (8, 32, 32)
     assert plan.sequence.block_tokens == (1, 1, 1)
     assert plan.sequence.crop_size_vox[0] % 8 == 0 and plan.sequence.crop_size_vox[1] % 32 == 0
 
 
-def test_images_too_small_for_a_cnn_are_told_with_the_figures_and_refused_where_there_is_one_block() -> None:
+def test_images_too_small_for_a_cnn_are_refused_with_the_figures() -> None:
     def plan(*median: int) -> Plan:
-        return plan_for(replace(POOL, median_shape_vox=(median[0], median[1], median[2])), GPU, encoder="resenc_l")
+        return plan_for(
+            replace(POOL, median_shape_vox=(median[0], median[1], median[2])),
+            GPU,
+            encoder="resenc_l",
+        )
 
     assert "FEWER than the 8" in plan(32, 32, 100).reasons["sequence.block_tokens"]
     with pytest.raises(PlanError, match="resenc_tiny"):
@@ -254,18 +331,34 @@ def test_images_too_small_for_a_cnn_are_told_with_the_figures_and_refused_where_
 
 
 def test_norms_over_several_blocks_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"norm_op=torch\.nn\.BatchNorm3d: its statistics are taken over all blocks of a batch"):
-        check(override(plan_for(encoder="resenc_tiny"), ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"]))
+    with pytest.raises(
+        PlanError,
+        match=r"norm_op=torch\.nn\.BatchNorm3d: its statistics are taken over all blocks of a "
+        r"batch",
+    ):
+        check(
+            override(
+                plan_for(encoder="resenc_tiny"), ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"]
+            )
+        )
 
 
 def test_even_kernels_are_refused() -> None:
     with pytest.raises(PlanError, match=r"kernel_sizes: \[3, 2, 3\] has an even side"):
-        check(override(plan_for(encoder="resenc_tiny"), ["encoder.arguments.kernel_sizes=[[3,3,3],[3,2,3],[3,3,3],[3,3,3]]"]))
+        check(
+            override(
+                plan_for(encoder="resenc_tiny"),
+                ["encoder.arguments.kernel_sizes=[[3,3,3],[3,2,3],[3,3,3],[3,3,3]]"],
+            )
+        )
 
 
 def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
     plan = plan_for(encoder="primus_v2_tiny")
-    with pytest.raises(PlanError, match=r"less than \[16, 16, 16\] voxels erases intensities; use at least \[2, 2, 2\]"):
+    with pytest.raises(
+        PlanError,
+        match=r"less than \[16, 16, 16\] voxels erases intensities; use at least \[2, 2, 2\]",
+    ):
         check(override(plan, ["sequence.block_tokens=1,2,2"]))
 
 
@@ -291,24 +384,46 @@ def test_the_length_counts_epochs_over_real_voxels() -> None:
 
 def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> None:
     plan = with_hours(plan_for(), 2.0, 0.9, "cpu")
-    assert (plan.optim.num_steps, plan.optim.warmup_steps, plan.run.validate_every) == (7600, 380, 380)
-    assert plan.run.seconds_per_step == 0.9 and "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
+    assert (plan.optim.num_steps, plan.optim.warmup_steps, plan.run.validate_every) == (
+        7600,
+        380,
+        380,
+    )
+    assert (
+        plan.run.seconds_per_step == 0.9
+        and "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
+    )
     assert "until a step has been measured" in plan_for(num_hours=2.0).reasons["optim.num_steps"]
     assert with_hours(plan, 1e-9, 0.9, "cpu").optim.num_steps == 1
 
 
 def test_hours_leave_alone_what_the_user_set() -> None:
-    plan = with_hours(override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]), 2.0, 0.9, "cpu")
-    assert (plan.optim.warmup_steps, plan.run.validate_every, plan.run.checkpoint_every) == (7, 9, 380)
+    plan = with_hours(
+        override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]), 2.0, 0.9, "cpu"
+    )
+    assert (plan.optim.warmup_steps, plan.run.validate_every, plan.run.checkpoint_every) == (
+        7,
+        9,
+        380,
+    )
     assert plan.reasons["optim.warmup_steps"] == "set by the user"
 
 
 def test_every_planned_value_that_can_surprise_has_a_reason() -> None:
-    assert {"data.spacing_mm", "encoder.name", "sequence.crop_size_vox", "optim.batch_size", "optim.micro_batch_size", "optim.num_steps",
-            "optim.lr", "optim.warmup_steps"} <= set(plan_for().reasons)
+    assert {
+        "data.spacing_mm",
+        "encoder.name",
+        "sequence.crop_size_vox",
+        "optim.batch_size",
+        "optim.micro_batch_size",
+        "optim.num_steps",
+        "optim.lr",
+        "optim.warmup_steps",
+    } <= set(plan_for().reasons)
 
 
-# Golden files: (modality, scans, spacing (z, y, x), median shape (z, y, x)), with sizes and spacings spread by a few percent.
+# Golden files: (modality, scans, spacing (z, y, x), median shape (z, y, x)), with sizes and
+# spacings spread by a few percent.
 
 Kind = tuple[str, int, tuple[float, float, float], tuple[int, int, int]]
 
@@ -318,31 +433,57 @@ POOLS: dict[str, tuple[Hardware, list[Kind]]] = {
     "cine_mr": (Hardware("cuda", 12.0), [("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
     "hippocampus_crops_cpu": (CPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
     "hippocampus_crops_gpu": (GPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
-    "mixed_ct_mr": (GPU, [("CT", 60, (3.27, 0.98, 0.98), (60, 150, 150)), ("MR", 80, (5.5, 0.86, 0.86), (40, 170, 170))]),
+    "mixed_ct_mr": (
+        GPU,
+        [
+            ("CT", 60, (3.27, 0.98, 0.98), (60, 150, 150)),
+            ("MR", 80, (5.5, 0.86, 0.86), (40, 170, 170)),
+        ],
+    ),
     "whole_body_pet": (Hardware("cuda", 48.0), [("PT", 150, (3.27, 4.07, 4.07), (300, 168, 168))]),
-    "brain_and_cine_mr": (GPU, [("MR", 120, (1.0, 1.0, 1.0), (170, 220, 170)), ("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
+    "brain_and_cine_mr": (
+        GPU,
+        [
+            ("MR", 120, (1.0, 1.0, 1.0), (170, 220, 170)),
+            ("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256)),
+        ],
+    ),
     "giant": (Hardware("cuda", 8.0), [("CT", 20, (0.3, 0.3, 0.3), (1200, 1500, 1500))]),
     "tiny": (GPU, [("MR", 5, (0.8, 0.8, 0.8), (16, 20, 18))]),
     "brain_mr_resenc_l": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
-    "thick_slice_ct_resenc_m": (Hardware("cuda", 12.0), [("CT", 300, (5.0, 0.78, 0.78), (90, 420, 512))]),
+    "thick_slice_ct_resenc_m": (
+        Hardware("cuda", 12.0),
+        [("CT", 300, (5.0, 0.78, 0.78), (90, 420, 512))],
+    ),
     "hippocampus_crops_primus_tiny": (CPU, [("MR", 192, (1.0, 1.0, 1.0), (35, 50, 36))]),
     "cine_mr_primus_v2_m": (GPU, [("MR", 100, (10.0, 1.5, 1.5), (10, 216, 256))]),
     "brain_mr_vit_b16": (GPU, [("MR", 500, (1.0, 1.0, 1.0), (170, 220, 170))]),
-    "pacs": (Hardware("cuda", 80.0), [
-        ("CT", 400, (1.25, 0.75, 0.75), (260, 440, 500)), ("CT", 200, (5.0, 0.8, 0.8), (70, 430, 500)),
-        ("MR", 300, (5.0, 0.5, 0.5), (26, 400, 340)), ("MR", 100, (1.0, 0.9, 0.9), (170, 230, 230))]),
+    "pacs": (
+        Hardware("cuda", 80.0),
+        [
+            ("CT", 400, (1.25, 0.75, 0.75), (260, 440, 500)),
+            ("CT", 200, (5.0, 0.8, 0.8), (70, 430, 500)),
+            ("MR", 300, (5.0, 0.5, 0.5), (26, 400, 340)),
+            ("MR", 100, (1.0, 0.9, 0.9), (170, 230, 230)),
+        ],
+    ),
 }
 
 
 ENCODER_OF = {
-    "brain_mr_resenc_l": "resenc_l", "thick_slice_ct_resenc_m": "resenc_m", "hippocampus_crops_primus_tiny": "primus_tiny",
-    "cine_mr_primus_v2_m": "primus_v2_m", "brain_mr_vit_b16": "vit_b16",
-}  # fmt: skip
+    "brain_mr_resenc_l": "resenc_l",
+    "thick_slice_ct_resenc_m": "resenc_m",
+    "hippocampus_crops_primus_tiny": "primus_tiny",
+    "cine_mr_primus_v2_m": "primus_v2_m",
+    "brain_mr_vit_b16": "vit_b16",
+}
 """Set by the user; planned for all other pools."""
 
 
 def rows_of(kinds: list[Kind]) -> list[ScanRow]:
-    """Scans spread around each kind: sizes by 10 %, spacings by 5 %, one in twenty with an odd spacing."""
+    """Scans spread around each kind: sizes by 10 %, spacings by 5 %, one in twenty with an odd
+    spacing.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for k, (modality, count, spacing, shape) in enumerate(kinds):
@@ -351,8 +492,22 @@ def rows_of(kinds: list[Kind]) -> list[ScanRow]:
             own = [round(s * factor, 4) for s in spacing] if n % 20 else [s * 1.3 for s in spacing]
             size = [max(8, round(m * (1 + 0.1 * rng.uniform(-1, 1)))) for m in shape]
             name = f"{k}_{n}"
-            rows.append(ScanRow(name, f"kind{k}", name, "", modality, name, (size[0], size[1], size[2]), (own[0], own[1], own[2]),
-                                (size[0], size[1], size[2]), name, "ok", ""))
+            rows.append(
+                ScanRow(
+                    name,
+                    f"kind{k}",
+                    name,
+                    "",
+                    modality,
+                    name,
+                    (size[0], size[1], size[2]),
+                    (own[0], own[1], own[2]),
+                    (size[0], size[1], size[2]),
+                    name,
+                    "ok",
+                    "",
+                )
+            )
     return rows
 
 
@@ -367,11 +522,23 @@ def memory(encoder: EncoderSize, crop: Size, recompute: bool, half: bool) -> tup
 
 def golden_plan(name: str) -> Plan:
     hardware, kinds = POOLS[name]
-    hu = np.linspace(-200, 300, 1001, dtype=np.float32) if any(k[0] == "CT" for k in kinds) else np.zeros(0, dtype=np.float32)
+    hu = (
+        np.linspace(-200, 300, 1001, dtype=np.float32)
+        if any(k[0] == "CT" for k in kinds)
+        else np.zeros(0, dtype=np.float32)
+    )
     pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
     half = hardware.device == "cuda"
     wishes = Wishes(ENCODER_OF.get(name, "auto"))
-    return make_plan(name, pool, hardware, wishes, 0, {}, lambda encoder, crop, recompute: memory(encoder, crop, recompute, half))
+    return make_plan(
+        name,
+        pool,
+        hardware,
+        wishes,
+        0,
+        {},
+        lambda encoder, crop, recompute: memory(encoder, crop, recompute, half),
+    )
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -381,7 +548,9 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
     if os.environ.get(REGENERATE):
         write_json(file, found)
     changed = differences(read_json(file), found)
-    assert not changed, f"{file.name} differs ({REGENERATE}=1 writes it anew): " + "; ".join(changed)
+    assert not changed, f"{file.name} differs ({REGENERATE}=1 writes it anew): " + "; ".join(
+        changed
+    )
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -394,7 +563,12 @@ def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
         token_size=plan.encoder.token_size_vox,
         block_tokens=plan.sequence.block_tokens,
     )
-    fixed, per_crop = memory(encoder, plan.sequence.crop_size_vox, plan.optim.checkpoint_activations, hardware.device == "cuda")
+    fixed, per_crop = memory(
+        encoder,
+        plan.sequence.crop_size_vox,
+        plan.optim.checkpoint_activations,
+        hardware.device == "cuda",
+    )
     assert plan.optim.micro_batch_size is not None
     assert fixed + plan.optim.micro_batch_size * per_crop <= hardware.usable_bytes
 

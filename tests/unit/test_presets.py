@@ -1,4 +1,6 @@
-"""``--preset faithful`` and ``--objective masked``: the values they set, what they refuse, and the original model's own numbers."""
+"""``--preset faithful`` and ``--objective masked``: the values they set, what they refuse, and the
+original model's own numbers.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,44 +22,83 @@ from nnunet_autoreg.pretrain.folder import Request
 from nnunet_autoreg.pretrain.run import check_inputs, wishes_of, with_presets
 from nnunet_autoreg.pretrain.schedule import learning_rate
 from nnunet_autoreg.pretrain.step import parameter_groups
-from nnunet_autoreg.sequences.blocks import sequence_ids
-from nnunet_autoreg.sequences.sample import Batch
-from nnunet_autoreg.sequences.sampler import TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.blocks import sequence_ids
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
 
 POOL = Pool(192, (1.0, 1.0, 1.0), (200, 200, 200), 400_000_000, None)
 
 
 def planned(encoder: str, **wishes) -> Plan:
-    return make_plan("run", POOL, Hardware("cpu", 24.0), Wishes(encoder, **wishes), 0, {}, lambda *_: (0.0, 0.0))
+    return make_plan(
+        "run", POOL, Hardware("cpu", 24.0), Wishes(encoder, **wishes), 0, {}, lambda *_: (0.0, 0.0)
+    )
 
 
 def test_faithful_is_what_ar_ssl4m_does() -> None:
     plan = check(faithful(planned("vit_b16", num_steps=1000)))
     s, o = plan.sequence, plan.optim
     assert (s.order, s.predictor, s.prefix, s.block_tokens, s.flip, s.swap_axes) == (
-        "interleaved", "next", "uniform_from_0", (1, 1, 1), False, False)
-    assert (s.weights, s.num_subvolumes, s.stride_vox, s.mask_seen) == ({"strided": 1.0}, 4, 8, False)
-    assert (plan.objective.variance_floor, plan.objective.variance_epsilon, plan.objective.target_smoothing) == (0.0, 1e-6, 0.0)
-    assert (o.lr, o.betas, o.weight_decay, o.decay_all, o.batch_size) == (1e-4, (0.9, 0.999), 0.01, True, 288)
+        "interleaved",
+        "next",
+        "uniform_from_0",
+        (1, 1, 1),
+        False,
+        False,
+    )
+    assert (s.weights, s.num_subvolumes, s.stride_vox, s.mask_seen) == (
+        {"strided": 1.0},
+        4,
+        8,
+        False,
+    )
+    assert (
+        plan.objective.variance_floor,
+        plan.objective.variance_epsilon,
+        plan.objective.target_smoothing,
+    ) == (0.0, 1e-6, 0.0)
+    assert (o.lr, o.betas, o.weight_decay, o.decay_all, o.batch_size) == (
+        1e-4,
+        (0.9, 0.999),
+        0.01,
+        True,
+        288,
+    )
     assert [learning_rate(o, step) for step in (0, 500, 1000)] == pytest.approx([1e-4, 5e-5, 0.0])
     assert s.crop_size_vox == (128, 128, 128)
-    assert plan.reasons["optim.lr"] == plan.reasons["optim.warmup_steps"] == "as AR-SSL4M has it (--preset faithful)"
+    assert (
+        plan.reasons["optim.lr"]
+        == plan.reasons["optim.warmup_steps"]
+        == "as AR-SSL4M has it (--preset faithful)"
+    )
 
 
 def test_epochs_asked_for_are_counted_in_batches_of_the_preset() -> None:
     def plan(*typed: object) -> Plan:
-        request = Request("run", ("4",), encoder="vit_b16", num_epochs=90.0, preset="faithful", batch_size=typed[0] if typed else None)
-        made = make_plan("run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0))
+        request = Request(
+            "run",
+            ("4",),
+            encoder="vit_b16",
+            num_epochs=90.0,
+            preset="faithful",
+            batch_size=typed[0] if typed else None,
+        )
+        made = make_plan(
+            "run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0)
+        )
         return with_presets(made, request)
 
-    # 400 million voxels are 191 crops of 128^3: less than a batch of 288, which counts as one, and 23.8 batches of 8.
+    # 400 million voxels are 191 crops of 128^3: less than a batch of 288, which counts as one, and
+    # 23.8 batches of 8.
     assert (plan().optim.batch_size, plan().optim.num_steps) == (288, 90)
     assert plan().reasons["optim.batch_size"] == "as AR-SSL4M has it (--preset faithful)"
     assert (plan(8).optim.batch_size, plan(8).optim.num_steps) == (8, 2146)
     assert plan(8).reasons["optim.batch_size"] == "set by the user"
 
 
-def test_faithful_on_primus_gives_at_least_one_block_and_cuts_the_crop_for_four_sub_volumes() -> None:
+def test_faithful_on_primus_gives_at_least_one_block_and_cuts_the_crop_for_four_sub_volumes() -> (
+    None
+):
     plan = check(faithful(planned("primus_tiny", num_steps=10)))
     assert plan.sequence.prefix == "uniform" and plan.sequence.crop_size_vox[0] % 32 == 0
 
@@ -73,16 +114,29 @@ def test_hours_leave_a_presets_warm_up_alone() -> None:
 
 
 def test_what_is_typed_counts_more_than_a_preset() -> None:
-    request = Request("run", ("4",), preset="faithful", batch_size=4, sequences=("spatial",)).check()
+    request = Request(
+        "run", ("4",), preset="faithful", batch_size=4, sequences=("spatial",)
+    ).check()
     plan = planned("primus_tiny", num_steps=10, batch_size=4)
     made = override(with_presets(plan, request), ["optim.lr=3e-4"])
-    assert (made.optim.batch_size, made.sequence.weights, made.optim.lr, made.optim.weight_decay) == (4, {"spatial": 1.0}, 3e-4, 0.01)
+    assert (
+        made.optim.batch_size,
+        made.sequence.weights,
+        made.optim.lr,
+        made.optim.weight_decay,
+    ) == (4, {"spatial": 1.0}, 3e-4, 0.01)
 
 
 def test_masked_hides_three_quarters_in_random_order_and_excludes_the_preset() -> None:
     plan = check(with_objective(planned("primus_tiny", num_steps=10), "masked"))
     s = plan.sequence
-    assert (plan.objective.name, s.order, s.predictor, s.prefix, s.prefix_share) == ("masked", "random", "query", "fixed", 0.25)
+    assert (plan.objective.name, s.order, s.predictor, s.prefix, s.prefix_share) == (
+        "masked",
+        "random",
+        "query",
+        "fixed",
+        0.25,
+    )
     with pytest.raises(UsageError, match="excludes --objective masked"):
         Request("run", ("4",), preset="faithful", objective="masked").check()
     with pytest.raises(UsageError, match="did you mean 'faithful'"):
@@ -94,41 +148,74 @@ def test_masked_hides_three_quarters_in_random_order_and_excludes_the_preset() -
 def test_start_predicts_one_token_by_next_only() -> None:
     plan = faithful(planned("vit_b16", num_steps=10))
     with pytest.raises(PlanError, match=r"blocks of 8 tokens; use sequence\.prefix=uniform"):
-        check(replace(plan, sequence=replace(plan.sequence, block_tokens=(2, 2, 2), num_subvolumes=2)))
-    with pytest.raises(PlanError, match=r"predictor query .*uniform, or sequence\.predictor=next with sequence\.order=raster$"):
+        check(
+            replace(plan, sequence=replace(plan.sequence, block_tokens=(2, 2, 2), num_subvolumes=2))
+        )
+    with pytest.raises(
+        PlanError,
+        match=r"predictor query .*uniform, or sequence\.predictor=next with "
+        r"sequence\.order=raster$",
+    ):
         check(replace(plan, sequence=replace(plan.sequence, predictor="query")))
 
 
 def test_decay_on_everything_leaves_nothing_out() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    both, everything = parameter_groups(module, 0.01), parameter_groups(module, 0.01, decay_all=True)
-    assert [len(g["params"]) for g in both] == [1, 3] and [len(g["params"]) for g in everything] == [4, 0]
+    both, everything = (
+        parameter_groups(module, 0.01),
+        parameter_groups(module, 0.01, decay_all=True),
+    )
+    assert [len(g["params"]) for g in both] == [1, 3] and [
+        len(g["params"]) for g in everything
+    ] == [4, 0]
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5, 23])
-def test_the_faithful_objective_gives_the_original_models_loss(shared_data: Path, prefix: int) -> None:
-    from nnunet_autoreg.transfer.foreign.ar_ssl4m import head_to_ours, to_ours
+def test_the_faithful_objective_gives_the_original_models_loss(
+    shared_data: Path, prefix: int
+) -> None:
+    from nnunet_autoreg.convert.ar_ssl4m import head_to_ours, to_ours
 
     with np.load(shared_data / "golden" / "ar_ssl4m_small.npz") as file:
         numbers = {key: torch.from_numpy(file[key]) for key in file.files}
-    weights = {key.removeprefix("weights/"): value for key, value in numbers.items() if key.startswith("weights/")}
+    weights = {
+        key.removeprefix("weights/"): value
+        for key, value in numbers.items()
+        if key.startswith("weights/")
+    }
     voxels = numbers["input_xyz"].permute(0, 3, 2, 1)[:, None, None].contiguous()
     crop = tuple(voxels.shape[-3:])
     plan = faithful(planned("vit_b16", num_steps=10))
     arguments = {**plan.encoder.arguments, "embed_dim": 96, "eva_depth": 3, "eva_numheads": 12}
-    plan = check(replace(plan, encoder=replace(plan.encoder, arguments=arguments),
-                         sequence=replace(plan.sequence, crop_size_vox=crop)))
+    plan = check(
+        replace(
+            plan,
+            encoder=replace(plan.encoder, arguments=arguments),
+            sequence=replace(plan.sequence, crop_size_vox=crop),
+        )
+    )
     objective = build_objective(plan)
-    missing, unexpected = objective.model.encoder.network.load_state_dict(to_ours(weights), strict=False)
+    missing, unexpected = objective.model.encoder.network.load_state_dict(
+        to_ours(weights), strict=False
+    )
     assert not missing and not unexpected
     weight, bias = head_to_ours(weights, (16, 16, 16))
     objective.model.head.project.load_state_dict({"weight": weight, "bias": bias})
-    ranks = torch.from_numpy(sequence_ids(grid_of(crop, (16, 16, 16)), (1, 1, 1), 1, "interleaved")).expand(len(voxels), -1)
-    batch = Batch(voxels, torch.ones_like(voxels[:, :, 0], dtype=torch.bool), ranks, torch.full((len(voxels),), prefix))
+    ranks = torch.from_numpy(
+        sequence_ids(grid_of(crop, (16, 16, 16)), (1, 1, 1), 1, "interleaved")
+    ).expand(len(voxels), -1)
+    batch = Batch(
+        voxels,
+        torch.ones_like(voxels[:, :, 0], dtype=torch.bool),
+        ranks,
+        torch.full((len(voxels),), prefix),
+    )
     with torch.no_grad():
         terms = objective.loss(batch)
     assert float(terms.count) == len(voxels) * (24 - prefix) * 4096
-    assert float(terms.total / terms.count) == pytest.approx(float(numbers[f"prefix{prefix}/loss"]), abs=1e-4)
+    assert float(terms.total / terms.count) == pytest.approx(
+        float(numbers[f"prefix{prefix}/loss"]), abs=1e-4
+    )
 
 
 def test_the_faithful_sampler_draws_prefixes_from_0_and_overlapping_sub_volumes() -> None:
@@ -141,17 +228,32 @@ def test_the_faithful_sampler_draws_prefixes_from_0_and_overlapping_sub_volumes(
 
     sampler = SequenceSampler(faithful(planned("vit_b16", num_steps=10)))
     samples = [sampler.draw([Case()], TRAINING, step, 0) for step in range(12)]
-    assert samples[0].voxels[0, 0, :, 0, 0].tolist() == [k * 8 + i for k in range(4) for i in range(32)]
+    assert samples[0].voxels[0, 0, :, 0, 0].tolist() == [
+        k * 8 + i for k in range(4) for i in range(32)
+    ]
     assert all(0 <= sample.prefix < 512 for sample in samples)
     assert len({sample.prefix for sample in samples}) > 6
     assert isinstance(sampler.plan.optim, OptimPlan)
 
 
-def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_knows_no_voxel() -> None:
+def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_knows_no_voxel() -> (
+    None
+):
     plan = faithful(planned("vit_b16", num_steps=10))
-    arguments = {**plan.encoder.arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "patch_embed_size": [8, 8, 8]}
-    plan = check(replace(plan, encoder=replace(plan.encoder, arguments=arguments, token_size_vox=(8, 8, 8)),
-                         sequence=replace(plan.sequence, crop_size_vox=(32, 16, 8))))
+    arguments = {
+        **plan.encoder.arguments,
+        "embed_dim": 48,
+        "eva_depth": 2,
+        "eva_numheads": 2,
+        "patch_embed_size": [8, 8, 8],
+    }
+    plan = check(
+        replace(
+            plan,
+            encoder=replace(plan.encoder, arguments=arguments, token_size_vox=(8, 8, 8)),
+            sequence=replace(plan.sequence, crop_size_vox=(32, 16, 8)),
+        )
+    )
     torch.manual_seed(0)
     objective = build_objective(plan)
     ranks = torch.from_numpy(sequence_ids((4, 2, 1), (1, 1, 1), 1, "interleaved"))[None]
@@ -180,11 +282,20 @@ def test_a_preset_that_an_encoder_cannot_have_is_refused_before_any_scan_is_read
 def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
     request = Request("run", ("4",), preset="faithful").check()
     check_inputs(request)
-    made = make_plan("run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0))
+    made = make_plan(
+        "run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0)
+    )
     assert check(with_presets(made, request)).encoder.name == "primus_tiny"
 
 
-@pytest.mark.parametrize("setting", ["encoder.arguments.init_values=0.2", "encoder.arguments.n_stages=3", "sequence.predictor=network"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "encoder.arguments.init_values=0.2",
+        "encoder.arguments.n_stages=3",
+        "sequence.predictor=network",
+    ],
+)
 def test_a_setting_of_either_family_is_taken_while_the_encoder_is_not_known(setting: str) -> None:
     check_inputs(Request("run", ("4",), settings=(setting,)).check())
     with pytest.raises(PlanError, match="there is no such setting"):

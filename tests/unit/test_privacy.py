@@ -1,4 +1,6 @@
-"""No output but the one private file holds a name: a run on scans with telling names, searched byte by byte."""
+"""No output but the one private file holds a name: a run on scans with telling names, searched byte
+by byte.
+"""
 
 import json
 import logging
@@ -12,7 +14,12 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_autoreg.corpus.private import PRIVATE_NAME, is_harmless_word, public_dataset, without_names
+from nnunet_autoreg.corpus.private import (
+    PRIVATE_NAME,
+    is_harmless_word,
+    public_dataset,
+    without_names,
+)
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.pretrain.folder import Request, matching_plan, read_plan
@@ -38,7 +45,9 @@ def write_nifti(file: Path, seed: int, shape: tuple[int, int, int] = (24, 24, 24
 
 
 def write_inputs(root: Path) -> Path:
-    """Scans of every form whose folders, files, tags and members are called after patients; some of them unusable."""
+    """Scans of every form whose folders, files, tags and members are called after patients; some of
+    them unusable.
+    """
     pool = root / f"{SENTINEL}^ward_{BIRTH}"
     for seed in range(3):
         write_nifti(pool / f"{SENTINEL}{seed}" / f"ct_{SENTINEL}{seed}_{BIRTH}.nii.gz", seed)
@@ -57,7 +66,9 @@ def write_inputs(root: Path) -> Path:
         "t00091010": ("LO", SENTINEL),
     }
     for number in range(16):
-        values = dicom_files.slice_values(number, series=f"{UID}.5", sop_class=dicom_files.MR, shape=(24, 24), **changes)
+        values = dicom_files.slice_values(
+            number, series=f"{UID}.5", sop_class=dicom_files.MR, shape=(24, 24), **changes
+        )
         pixels = generator.integers(0, 500, (24, 24)).astype(np.int16)
         dicom_files.write(pool / SENTINEL / "dicom" / f"{SENTINEL}{number}", values, pixels)
 
@@ -75,8 +86,16 @@ def write_dataset(root: Path) -> None:
         labels = np.zeros((24, 24, 24), np.uint8)
         labels[8:16, 8:16, 8:16] = 1
         (folder / "labelsTr").mkdir(exist_ok=True)
-        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(labels), str(folder / "labelsTr" / f"{SENTINEL}{seed}.nii.gz"))
-    content = {"channel_names": {"0": SENTINEL}, "labels": {"background": 0, "cube": 1}, "file_ending": ".nii.gz", "licence": "CC0"}
+        SimpleITK.WriteImage(
+            SimpleITK.GetImageFromArray(labels),
+            str(folder / "labelsTr" / f"{SENTINEL}{seed}.nii.gz"),
+        )
+    content = {
+        "channel_names": {"0": SENTINEL},
+        "labels": {"background": 0, "cube": 1},
+        "file_ending": ".nii.gz",
+        "licence": "CC0",
+    }
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
@@ -129,8 +148,20 @@ def leaks(folder: Path) -> list[str]:
     """Files below a folder with a secret in their name or content, the private one left out."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != PRIVATE_NAME]
     assert files
-    found = [f"{file.name}: {secret}" for file in files for secret in SECRETS if secret.encode() in contents(file)]
-    return sorted(found + [str(file) for file in files if any(secret in str(file.relative_to(folder)) for secret in SECRETS)])
+    found = [
+        f"{file.name}: {secret}"
+        for file in files
+        for secret in SECRETS
+        if secret.encode() in contents(file)
+    ]
+    return sorted(
+        found
+        + [
+            str(file)
+            for file in files
+            if any(secret in str(file.relative_to(folder)) for secret in SECRETS)
+        ]
+    )
 
 
 def test_a_run_on_scans_with_telling_names_leaves_none_in_any_output(place: Path) -> None:
@@ -147,7 +178,8 @@ def test_a_run_on_scans_with_telling_names_leaves_none_in_any_output(place: Path
     statuses = {row.status for row in read_index(outcome.folder / "scans.csv")}
     assert {"ok", "duplicate", "unreadable", "excluded", "labels"} <= statuses
 
-    # The same line goes on, since the paths are known from the private file; another one is refused.
+    # The same line goes on, since the paths are known from the private file; another one is
+    # refused.
     assert read_plan(outcome.folder).request["folders"] == list(request.folders)
     assert matching_plan(outcome.folder, request).name == "quiet"
     with pytest.raises(UsageError):
@@ -161,9 +193,21 @@ def test_an_index_is_split_in_two_and_read_as_one(tmp_path: Path) -> None:
     source = f"/data/{SENTINEL}/endings/x_{SENTINEL}.nii.gz"
     reason = f"no image endings; same as {source} and '{SENTINEL}'"
     row = ScanRow(
-        "0a1b", SENTINEL, f"{SENTINEL}/x", "", "CT", source, None, None, None, "", "ignored", reason,
-        part=f"series={UID};t=1", name=f"{SENTINEL}/endings/x_{SENTINEL}",
-    )  # fmt: skip
+        "0a1b",
+        SENTINEL,
+        f"{SENTINEL}/x",
+        "",
+        "CT",
+        source,
+        None,
+        None,
+        None,
+        "",
+        "ignored",
+        reason,
+        part=f"series={UID};t=1",
+        name=f"{SENTINEL}/endings/x_{SENTINEL}",
+    )
     write_index(tmp_path / "scans.csv", [row], {"folders:0": "/data/" + SENTINEL})
 
     assert read_index(tmp_path / "scans.csv") == (row,)
@@ -177,7 +221,18 @@ def test_an_index_is_split_in_two_and_read_as_one(tmp_path: Path) -> None:
 
 
 def test_channels_and_datasets_are_called_by_words_of_imaging_or_numbers() -> None:
-    for name in ("CT", "MRI", "T1w", "T1ce", "FLAIR", "ADC", "noNorm", "zscore", "T2-FLAIR", "b1000"):
+    for name in (
+        "CT",
+        "MRI",
+        "T1w",
+        "T1ce",
+        "FLAIR",
+        "ADC",
+        "noNorm",
+        "zscore",
+        "T2-FLAIR",
+        "b1000",
+    ):
         assert is_harmless_word(name), name
     for name in ("Doe", "DOE_JOHN", "T1 Doe", "19601231", "", "CT 1.2.840.113619", "Müller"):
         assert not is_harmless_word(name), name
@@ -188,5 +243,8 @@ def test_channels_and_datasets_are_called_by_words_of_imaging_or_numbers() -> No
 def test_a_path_is_hidden_anywhere_and_a_word_between_quotes_only() -> None:
     said = "/data/DOE/x.nii and 'DOE' but no DOE endings"
 
-    assert without_names(said, ["DOE", "/data/DOE/x.nii", ""]) == "[name] and [name] but no DOE endings"
+    assert (
+        without_names(said, ["DOE", "/data/DOE/x.nii", ""])
+        == "[name] and [name] but no DOE endings"
+    )
     assert os.sep == "/"

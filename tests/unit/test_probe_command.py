@@ -72,7 +72,11 @@ def test_a_run_is_scored_beside_random_twins_and_raw_voxels(
     assert found == {
         ("raw voxels", "all levels", None),
         ("brain", "encoder", None),
-        *(("random", levels, seed) for levels in ("encoder", "encoder + decoder") for seed in (0, 1)),
+        *(
+            ("random", levels, seed)
+            for levels in ("encoder", "encoder + decoder")
+            for seed in (0, 1)
+        ),
     }
     assert len(lines) == 2 * len(found)
     assert all(0 <= line["dice"] <= 1 for line in lines)
@@ -97,10 +101,20 @@ def test_an_encoder_that_saw_a_scored_patient_is_refused(
         case = f"blob_{number:03d}"
         rows.append(
             ScanRow(
-                f"{DATASET}/{case}", DATASET, case, "MR", "MR", "/x.nii.gz", SHAPE,
-                (1.0, 1.0, 1.0), SHAPE, "hash", "ok", "",
+                f"{DATASET}/{case}",
+                DATASET,
+                case,
+                "MR",
+                "MR",
+                "/x.nii.gz",
+                SHAPE,
+                (1.0, 1.0, 1.0),
+                SHAPE,
+                "hash",
+                "ok",
+                "",
             )
-        )  # fmt: skip
+        )
     write_index(run / "scans.csv", rows)
 
     assert probe("--encoder", "brain") != 0
@@ -140,11 +154,11 @@ def test_a_pretrained_decoder_is_loaded_and_probed(
 ) -> None:
     from safetensors.torch import load_file
 
+    from nnunet_autoreg.finetune.load import write_tensors
     from nnunet_autoreg.model.card import DECODER_PREFIXES
     from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.model.sizes import ENCODERS
     from nnunet_autoreg.records import sha256_of
-    from nnunet_autoreg.transfer.load import write_tensors
 
     size = ENCODERS["resenc_tiny"]
     whole = build_network(size.class_path, size.arguments, SHAPE, 1, 1).state_dict()

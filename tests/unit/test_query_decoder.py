@@ -1,4 +1,6 @@
-"""The deeper decoder keeps causality bit for bit, old plans keep their networks, and the masked twin never sees hidden voxels."""
+"""The deeper decoder keeps causality bit for bit, old plans keep their networks, and the masked
+twin never sees hidden voxels.
+"""
 
 from dataclasses import replace
 
@@ -14,11 +16,19 @@ from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.registry import build_objective
-from nnunet_autoreg.plan import DataPlan, EncoderPlan, ObjectivePlan, OptimPlan, Plan, RunPlan, SequencePlan
+from nnunet_autoreg.plan import (
+    DataPlan,
+    EncoderPlan,
+    ObjectivePlan,
+    OptimPlan,
+    Plan,
+    RunPlan,
+    SequencePlan,
+)
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.sequences.blocks import block_ids
-from nnunet_autoreg.sequences.corruption import Corruption, stacked
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.blocks import block_ids
+from nnunet_autoreg.sampling.corruption import Corruption, stacked
+from nnunet_autoreg.sampling.sample import Batch
 
 CROP, TOKEN, BLOCK = (8, 16, 16), (4, 4, 4), (2, 2, 2)
 NEW = ObjectivePlan(query_depth=4, query_attention=True, head="mlp")
@@ -31,7 +41,17 @@ def make_plan(objective: ObjectivePlan = NEW, **sequence: object) -> Plan:
     encoder = EncoderPlan("primus_tiny", tiny.class_path, {**tiny.arguments, **SMALL}, TOKEN)
     values = {"block_tokens": BLOCK, "order": "random", "predictor": "query", **sequence}
     chosen = SequencePlan(CROP, **values)  # type: ignore[arg-type]
-    return check(Plan("t", DataPlan((1.0, 1.0, 1.0)), encoder, chosen, objective, OptimPlan(10, 2, 1e-3, 1), RunPlan(0, 10, 10)))
+    return check(
+        Plan(
+            "t",
+            DataPlan((1.0, 1.0, 1.0)),
+            encoder,
+            chosen,
+            objective,
+            OptimPlan(10, 2, 1e-3, 1),
+            RunPlan(0, 10, 10),
+        )
+    )
 
 
 def make_batch(prefix: int, num_samples: int = 2) -> Batch:
@@ -47,7 +67,9 @@ def make_batch(prefix: int, num_samples: int = 2) -> Batch:
 
 def with_other_voxels(batch: Batch, chosen_BT: Tensor) -> Batch:
     tokens = to_blocks(batch.voxels[:, 0], TOKEN).clone()
-    tokens[chosen_BT] = torch.randn(tokens[chosen_BT].shape, generator=torch.Generator().manual_seed(9))
+    tokens[chosen_BT] = torch.randn(
+        tokens[chosen_BT].shape, generator=torch.Generator().manual_seed(9)
+    )
     return replace(batch, voxels=from_blocks(tokens, grid_of(CROP, TOKEN))[:, None])
 
 
@@ -60,7 +82,9 @@ def predict(objective: Autoregressive, batch: Batch) -> Tensor:
 
 
 def leaks(objective: Autoregressive, batch: Batch) -> bool:
-    """Whether voxels of any block of rank >= q reach a prediction for a rank <= q that is asked for."""
+    """Whether voxels of any block of rank >= q reach a prediction for a rank <= q that is asked
+    for.
+    """
     before, prefix = predict(objective, batch), int(batch.prefix[0])
     for rank in range(prefix, 4):
         after = predict(objective, with_other_voxels(batch, batch.ranks >= rank))
@@ -96,7 +120,9 @@ def test_without_the_mask_the_causality_test_fails(monkeypatch: pytest.MonkeyPat
     assert leaks(objective, batch)
 
 
-def test_queries_across_blocks_would_fail_the_causality_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_across_blocks_would_fail_the_causality_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     objective, batch = Autoregressive(make_plan()), make_batch(1)
 
@@ -132,7 +158,13 @@ def test_a_rule_for_reordered_queries_is_the_old_rule_with_its_rows_reordered(fu
 
     if fused:
         allowed = moved.block_mask().mask_mod
-        pairs = [[[bool(allowed(*map(torch.tensor, (b, 0, q, k)))) for k in range(32)] for q in range(32)] for b in range(2)]
+        pairs = [
+            [
+                [bool(allowed(*map(torch.tensor, (b, 0, q, k)))) for k in range(32)]
+                for q in range(32)
+            ]
+            for b in range(2)
+        ]
         assert torch.equal(torch.tensor(pairs)[:, None], expected)
     else:
         assert torch.equal(moved.dense(), expected)
@@ -161,7 +193,11 @@ def test_an_mlp_head_has_a_hidden_layer(predictor: str) -> None:
     order = "random" if predictor == "query" else "raster"
     objective = Autoregressive(make_plan(predictor=predictor, order=order))
 
-    weights = [module for module in objective.module.head.project.modules() if isinstance(module, nn.Linear)]
+    weights = [
+        module
+        for module in objective.module.head.project.modules()
+        if isinstance(module, nn.Linear)
+    ]
 
     assert [layer.out_features for layer in weights] == [96, 64]
 
@@ -190,7 +226,9 @@ def test_the_decoder_learns_one_batch_by_heart() -> None:
 def read_by_encoder(objective: Autoregressive, batch: Batch) -> Tensor:
     """The voxels that go into the encoder."""
     seen: list[Tensor] = []
-    hook = objective.model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = objective.model.encoder.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
     predict(objective, batch)
     hook.remove()
     return seen[0]
@@ -223,7 +261,9 @@ def test_hidden_voxels_change_nothing_in_the_masked_twin() -> None:
     before = predict(objective, batch)
 
     assert torch.equal(before, predict(objective, with_other_voxels(batch, hidden)))
-    assert (before != predict(objective, with_other_voxels(batch, ~hidden)))[hidden].any(dim=-1).all()
+    assert (
+        (before != predict(objective, with_other_voxels(batch, ~hidden)))[hidden].any(dim=-1).all()
+    )
 
 
 def test_padded_visible_tokens_are_no_keys_of_the_masked_twin() -> None:
@@ -251,10 +291,14 @@ def test_corruption_reaches_the_encoder_through_what_is_given_alone(name: str) -
     batch = make_batch(2)
     strong = stacked([Corruption(gamma=1.5, contrast=0.7, noise=0.5, seed=n) for n in range(2)])
     seen: list[Tensor] = []
-    hook = objective.model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = objective.model.encoder.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
 
     clean = objective.loss(batch, references=True)
-    dirty = objective.loss(replace(batch, corruption=strong.with_noise(batch.voxels)), references=True)
+    dirty = objective.loss(
+        replace(batch, corruption=strong.with_noise(batch.voxels)), references=True
+    )
     hook.remove()
 
     changed = (seen[0] != seen[1]).float().mean()

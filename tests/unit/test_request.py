@@ -1,4 +1,6 @@
-"""What the line typed says about length, memory and spacing, and whether a changed line continues a run."""
+"""What the line typed says about length, memory and spacing, and whether a changed line continues a
+run.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +18,17 @@ from nnunet_autoreg.pretrain.run import wishes_of
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
 
 REQUEST = Request("run", datasets=("4",))
-NEW_KEYS = {"data": ("spacing_groups",), "optim": ("micro_batch_size",), "run": ("seconds_per_step",)}
+NEW_KEYS = {
+    "data": ("spacing_groups",),
+    "optim": ("micro_batch_size",),
+    "run": ("seconds_per_step",),
+}
 NEW_REQUEST_KEYS = ("num_epochs", "num_hours", "gpu_memory_gib", "spacing")
 
 
-def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
+    tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
     request = replace(REQUEST, init=str(write_run(tmp_path, "brain") / "encoder.safetensors"))
     assert wishes_of(REQUEST).encoder == "auto" and wishes_of(request).encoder == "primus_tiny"
     assert wishes_of(replace(request, encoder="resenc_tiny")).encoder == "resenc_tiny"
@@ -29,28 +37,45 @@ def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(tmp_path:
 def planned(folder: Path, request: Request) -> Plan:
     pool = Pool(9, (1.0, 1.0, 1.0), (32, 32, 32), 9 * 32**3, None)
     wishes = Wishes("auto", 2, 100)
-    plan = make_plan("run", pool, Hardware("cpu", 8.0), wishes, 0, to_jsonable(request), lambda encoder, crop, recompute: (0.0, 0.0))
+    plan = make_plan(
+        "run",
+        pool,
+        Hardware("cpu", 8.0),
+        wishes,
+        0,
+        to_jsonable(request),
+        lambda encoder, crop, recompute: (0.0, 0.0),
+    )
     write_json(folder / PLAN_NAME, plan)
     return plan
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"num_steps": 5, "num_hours": 1.0}, "--steps and --hours both say how long"),
-    ({"num_epochs": 5.0, "num_hours": 1.0}, "--epochs and --hours both say how long"),
-    ({"num_epochs": 5.0, "settings": ("optim.batch_size=4",)}, "give the batch as --batch"),
-    ({"num_hours": 0.0}, "--hours 0: must be a number greater than 0"),
-    ({"num_epochs": float("nan")}, "--epochs nan: must be a number greater than 0"),
-    ({"gpu_memory_gib": -1.0}, "--gpu-memory -1: must be a number greater than 0"),
-    ({"spacing": "isotrop"}, "did you mean 'isotropic'"),
-    ({"spacing": "1,1"}, "--spacing 1,1: give three numbers"),
-])
-def test_impossible_lengths_memory_and_spacings_are_refused(changes: dict[str, object], message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 5, "num_hours": 1.0}, "--steps and --hours both say how long"),
+        ({"num_epochs": 5.0, "num_hours": 1.0}, "--epochs and --hours both say how long"),
+        ({"num_epochs": 5.0, "settings": ("optim.batch_size=4",)}, "give the batch as --batch"),
+        ({"num_hours": 0.0}, "--hours 0: must be a number greater than 0"),
+        ({"num_epochs": float("nan")}, "--epochs nan: must be a number greater than 0"),
+        ({"gpu_memory_gib": -1.0}, "--gpu-memory -1: must be a number greater than 0"),
+        ({"spacing": "isotrop"}, "did you mean 'isotropic'"),
+        ({"spacing": "1,1"}, "--spacing 1,1: give three numbers"),
+    ],
+)
+def test_impossible_lengths_memory_and_spacings_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         replace(REQUEST, **changes).check()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("length", [{}, {"num_hours": 1.0}, {"num_epochs": 2.0}, {"num_steps": 100}])
-def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(tmp_path: Path, length: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "length", [{}, {"num_hours": 1.0}, {"num_epochs": 2.0}, {"num_steps": 100}]
+)
+def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(
+    tmp_path: Path, length: dict[str, float]
+) -> None:
     begun = replace(REQUEST, **length)  # type: ignore[arg-type]
     plan = planned(tmp_path, begun)
     assert continued_plan(tmp_path, begun) == plan
@@ -59,13 +84,20 @@ def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(tmp_path
     assert continued_plan(tmp_path, more).optim.num_steps == 150
 
 
-@pytest.mark.parametrize(("then", "difference"), [
-    (replace(REQUEST, num_hours=2.0), "num_hours: 1.0 -> 2.0"), (replace(REQUEST, num_epochs=2.0), "num_epochs: None -> 2.0"),
-    (REQUEST, "num_hours: 1.0 -> None"), (replace(REQUEST, num_steps=50), "num_steps: 100 -> 50"),
-    (replace(REQUEST, num_hours=1.0, spacing="finest"), "spacing: 'median' -> 'finest'"),
-    (replace(REQUEST, num_hours=1.0, gpu_memory_gib=8.0), "gpu_memory_gib: None -> 8.0"),
-])
-def test_another_length_memory_or_spacing_is_another_run(tmp_path: Path, then: Request, difference: str) -> None:
+@pytest.mark.parametrize(
+    ("then", "difference"),
+    [
+        (replace(REQUEST, num_hours=2.0), "num_hours: 1.0 -> 2.0"),
+        (replace(REQUEST, num_epochs=2.0), "num_epochs: None -> 2.0"),
+        (REQUEST, "num_hours: 1.0 -> None"),
+        (replace(REQUEST, num_steps=50), "num_steps: 100 -> 50"),
+        (replace(REQUEST, num_hours=1.0, spacing="finest"), "spacing: 'median' -> 'finest'"),
+        (replace(REQUEST, num_hours=1.0, gpu_memory_gib=8.0), "gpu_memory_gib: None -> 8.0"),
+    ],
+)
+def test_another_length_memory_or_spacing_is_another_run(
+    tmp_path: Path, then: Request, difference: str
+) -> None:
     planned(tmp_path, replace(REQUEST, num_hours=1.0))
     with pytest.raises(UsageError, match=f"exists with other settings .*{difference}"):
         continued_plan(tmp_path, then)
@@ -87,7 +119,11 @@ def test_a_run_of_the_first_version_is_read_and_continued(tmp_path: Path) -> Non
     write_json(tmp_path / PLAN_NAME, old)
     checkpoint.save_checkpoint(tmp_path / checkpoint.LATEST_NAME, {"plan": old})
     found = continued_plan(tmp_path, REQUEST)
-    assert (found.data.spacing_groups, found.optim.micro_batch_size, found.run.seconds_per_step) == ((), None, None)
+    assert (
+        found.data.spacing_groups,
+        found.optim.micro_batch_size,
+        found.run.seconds_per_step,
+    ) == ((), None, None)
     assert found.optim.lr == plan.optim.lr
     assert from_jsonable(Plan, read_json(tmp_path / PLAN_NAME), "plan.json") == found
 

@@ -1,4 +1,6 @@
-"""Installed packages against what is required of them, with distributions written to a folder on ``sys.path``."""
+"""Installed packages against what is required of them, with distributions written to a folder on
+``sys.path``.
+"""
 
 import os
 import shlex

@@ -52,7 +52,9 @@ def detect(tmp_path: Path) -> int:
     return code
 
 
-def test_detect_runs_nothing_of_a_strangers_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detect_runs_nothing_of_a_strangers_checkpoint(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = model / "fold_0" / "checkpoint_final.pth"
     sprung = tmp_path / "sprung"
     content = torch.load(file, weights_only=False)
@@ -71,14 +73,19 @@ def test_detect_runs_nothing_of_a_strangers_checkpoint(model: Path, tmp_path: Pa
 def test_detect_reads_the_numbers_of_numpy_that_nnunet_writes(model: Path, tmp_path: Path) -> None:
     file = model / "fold_0" / "checkpoint_final.pth"
     content = torch.load(file, weights_only=False)
-    logging = {"mean_fg_dice": [np.float32(0.5)], "stamps": [np.float64(1), np.int64(2), np.bool_(True)]}
+    logging = {
+        "mean_fg_dice": [np.float32(0.5)],
+        "stamps": [np.float64(1), np.int64(2), np.bool_(True)],
+    }
     torch.save({**content, "logging": logging, "_best_ema": np.float64(0.5)}, file)
 
     assert detect(tmp_path) == 0
 
 
 @pytest.mark.parametrize("setting", [FORCE, FORCE_NOT])
-def test_a_variable_of_torch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+def test_a_variable_of_torch_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
     monkeypatch.setenv(setting, "1")
     file, sprung = tmp_path / "x.pth", tmp_path / "sprung"
     torch.save({"more": Trap(sprung)}, file)

@@ -30,7 +30,7 @@ from nnunet_autoreg.pretrain.job import Job
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.run import tried
 from nnunet_autoreg.records import from_jsonable, to_jsonable
-from nnunet_autoreg.sequences.material import Material
+from nnunet_autoreg.sampling.material import Material
 
 CPU = torch.device("cpu")
 NARROW = {

@@ -5,7 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from sequence_cases import WORDS, Ramp, contrast_material, contrast_plan, make_plan, semantic_material, semantic_plan
+from sequence_cases import (
+    WORDS,
+    Ramp,
+    contrast_material,
+    contrast_plan,
+    make_plan,
+    semantic_material,
+    semantic_plan,
+)
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
@@ -13,12 +21,24 @@ from nnunet_autoreg.plan import DataPlan, EncoderPlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
 from nnunet_autoreg.pretrain.run import split
-from nnunet_autoreg.sequences import spatial, strided
-from nnunet_autoreg.sequences.blocks import block_ids, draw_prefix, sequence_ids, token_ranks, window_positions
-from nnunet_autoreg.sequences.kinds import Offers, choose_members, member_crop, num_blocks, plan_weights
-from nnunet_autoreg.sequences.material import Material
-from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
-from nnunet_autoreg.sequences.turn import Turn
+from nnunet_autoreg.sampling import spatial, strided
+from nnunet_autoreg.sampling.blocks import (
+    block_ids,
+    draw_prefix,
+    sequence_ids,
+    token_ranks,
+    window_positions,
+)
+from nnunet_autoreg.sampling.kinds import (
+    Offers,
+    choose_members,
+    member_crop,
+    num_blocks,
+    plan_weights,
+)
+from nnunet_autoreg.sampling.material import Material
+from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.turn import Turn
 
 
 def test_block_ids_go_in_raster_order_of_blocks():
@@ -37,7 +57,9 @@ def test_random_ranks_permute_blocks_and_keep_tokens_together():
 
 def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     generator = rng.generator(0, "prefix")
-    counts = np.bincount([draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)], minlength=6)
+    counts = np.bincount(
+        [draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)], minlength=6
+    )
     assert counts[0] == counts[5] == 0
     assert counts[1:5].min() > 900
 
@@ -50,7 +72,9 @@ def test_a_draw_replays_to_the_same_sample_and_turns_voxels_and_padding_alike():
     plain = spatial.apply(plan, case, replace(drawn, turn=Turn()))
     flipped = spatial.apply(plan, case, replace(drawn, turn=Turn((True, False, True)))).turned()
     assert np.array_equal(flipped.voxels[0, 0], plain.voxels[0, 0, ::-1, :, ::-1])
-    small = spatial.apply(plan, Ramp((10, 30, 20)), replace(drawn, start=(-3, 0, 0), turn=Turn((True, False, False)))).turned()
+    small = spatial.apply(
+        plan, Ramp((10, 30, 20)), replace(drawn, start=(-3, 0, 0), turn=Turn((True, False, False)))
+    ).turned()
     assert small.real[0, :, 0, 0].tolist() == [False] * 3 + [True] * 10 + [False] * 3
     assert np.array_equal(small.real[0], small.voxels[0, 0] > 0)
 
@@ -65,10 +89,16 @@ def test_crops_stay_inside_large_cases_and_small_cases_stay_inside_crops():
 
 
 def test_axes_swap_only_where_length_and_spacing_are_equal():
-    orders = {spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).turn.axes for i in range(60)}
+    orders = {
+        spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).turn.axes
+        for i in range(60)
+    }
     assert orders == {(0, 1, 2), (2, 1, 0)}
     anisotropic = replace(make_plan(), data=DataPlan((3.0, 1.0, 1.0)))
-    assert {spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).turn.axes for i in range(60)} == {(0, 1, 2)}
+    assert {
+        spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).turn.axes
+        for i in range(60)
+    } == {(0, 1, 2)}
 
 
 def test_samples_depend_on_seed_step_and_number_alone():
@@ -80,7 +110,9 @@ def test_samples_depend_on_seed_step_and_number_alone():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_number_of_workers_changes_no_batch(num_workers):
-    batches = StepBatches(SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(2))
+    batches = StepBatches(
+        SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(2)
+    )
     prepared = list(training_batches(batches, range(2, 6), num_workers, pin_memory=False))
     assert len(prepared) == 4
     for step, batch in zip(range(2, 6), prepared, strict=True):
@@ -91,7 +123,9 @@ def test_the_number_of_workers_changes_no_batch(num_workers):
 def test_heldout_samples_take_the_same_four_prefixes_every_time():
     plan = make_plan()
     assert num_blocks(plan) == 12
-    first, second = (heldout_batches(SequenceSampler(plan), [Ramp((30, 30, 30))], 4, 1)[0] for _ in range(2))
+    first, second = (
+        heldout_batches(SequenceSampler(plan), [Ramp((30, 30, 30))], 4, 1)[0] for _ in range(2)
+    )
     assert first.prefix.tolist() == second.prefix.tolist() == [1, 3, 6, 9]
     assert SequenceSampler(plan).draw([Ramp((30, 30, 30))], HELDOUT, 4).prefix == 1
 
@@ -105,7 +139,9 @@ class Row:
 
 
 def test_channels_of_a_case_are_held_out_together_and_more_cases_move_none_back():
-    rows = [Row(f"{case}_{channel}", "D", f"case{case}") for case in range(40) for channel in range(4)]
+    rows = [
+        Row(f"{case}_{channel}", "D", f"case{case}") for case in range(40) for channel in range(4)
+    ]
     training, heldout = split(rows, 0.1, 0)
     assert len(heldout) == 16 and len({row.case for row in heldout}) == 4
     assert not {row.case for row in training} & {row.case for row in heldout}
@@ -115,14 +151,19 @@ def test_channels_of_a_case_are_held_out_together_and_more_cases_move_none_back(
 def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
     ways = []
     for salt in ("x", "y"):
-        rows = [Row(f"{case}", f"D{case % 2}", f"case{case}", f"{salt}{case // 4}") for case in range(80)]
+        rows = [
+            Row(f"{case}", f"D{case % 2}", f"case{case}", f"{salt}{case // 4}")
+            for case in range(80)
+        ]
         training, heldout = split(rows, 0.1, 0)
-        assert len(heldout) == 8 and not {row.subject for row in training} & {row.subject for row in heldout}
+        assert len(heldout) == 8 and not {row.subject for row in training} & {
+            row.subject for row in heldout
+        }
         ways.append([row.id for row in heldout])
     assert ways[0] == ways[1]
 
 
-def test_interleaved_order_takes_two_tokens_of_each_sub_volume_and_raster_order_one_sub_volume_after_another():
+def test_interleaved_order_takes_two_tokens_of_each_sub_volume_in_turn():
     """128^3 as four sub-volumes of 32 slices, tokens of 16: two tokens of each along z."""
     of_sub_volume = np.arange(8 * 8 * 8) // 64 // 2
     interleaved = sequence_ids((8, 8, 8), (1, 1, 1), 1, "interleaved")
@@ -140,26 +181,57 @@ def test_interleaved_members_alternate_at_each_place_of_the_plane():
 
 
 @pytest.mark.parametrize(("stride", "expected"), [(8, 0.5625), (32, 0.0)])
-def test_a_stride_of_8_shows_56_percent_of_the_voxels_before_and_a_stride_of_32_none(stride, expected):
+def test_a_stride_of_8_shows_56_percent_of_the_voxels_before_and_a_stride_of_32_none(
+    stride, expected
+):
     encoder = EncoderPlan("x", "y", {}, (16, 16, 16))
-    plan = replace(make_plan(crop_size_vox=(128, 32, 16), order="interleaved", weights={"strided": 1.0}, stride_vox=stride),
-                   encoder=encoder)
+    plan = replace(
+        make_plan(
+            crop_size_vox=(128, 32, 16),
+            order="interleaved",
+            weights={"strided": 1.0},
+            stride_vox=stride,
+        ),
+        encoder=encoder,
+    )
     ranks = sequence_ids((8, 2, 1), (1, 1, 1), 1, "interleaved")
     seen = strided.seen_before(plan, ranks)
     assert seen.mean() == expected
     if stride == 8:
-        assert [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)] == [0, 0, 1, 0.5, 1, 0.5, 1, 0.5]
+        assert [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)] == [
+            0,
+            0,
+            1,
+            0.5,
+            1,
+            0.5,
+            1,
+            0.5,
+        ]
         assert len(set(strided.source_slices(plan).tolist())) == 56
 
 
 def test_strided_samples_repeat_overlapping_slices_and_can_leave_them_out_of_the_loss():
-    plan = make_plan(crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8, mask_seen=True, flip=False,
-                     swap_axes=False)
+    plan = make_plan(
+        crop_size_vox=(32, 16, 16),
+        weights={"strided": 1.0},
+        num_subvolumes=2,
+        stride_vox=8,
+        mask_seen=True,
+        flip=False,
+        swap_axes=False,
+    )
     sample = SequenceSampler(plan).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
     assert strided.stretch(plan) == (24, 16, 16)
     assert np.array_equal(sample.voxels[0, 0, 16:24], sample.voxels[0, 0, 8:16])
-    assert sample.scored[0, :16].all() and not sample.scored[0, 16:24].any() and sample.scored[0, 24:].all()
-    plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
+    assert (
+        sample.scored[0, :16].all()
+        and not sample.scored[0, 16:24].any()
+        and sample.scored[0, 24:].all()
+    )
+    plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw(
+        [Ramp((24, 16, 16))], TRAINING, 0, 0
+    )
     assert plain.scored is None and np.array_equal(plain.voxels, sample.voxels)
 
 
@@ -170,7 +242,9 @@ def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
         assert sample.voxels.shape[0] == 4
         first = sample.voxels[0, 0]
         for member in range(1, 4):
-            assert np.array_equal(sample.voxels[member, 0] - first, np.full(first.shape, 1e5 * member, np.float32))
+            assert np.array_equal(
+                sample.voxels[member, 0] - first, np.full(first.shape, 1e5 * member, np.float32)
+            )
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         tokens = len(sample.ranks) // 4
         assert np.array_equal(sample.positions[:tokens], sample.positions[tokens : 2 * tokens])
@@ -182,7 +256,9 @@ def test_a_contrast_keeps_its_code_where_only_some_of_the_contrasts_are_taken():
     for number in range(40):
         sample = SequenceSampler(plan).draw(contrast_material(1), TRAINING, number, 0)
         codes = sample.members.reshape(2, -1)[:, 0]
-        assert float(sample.voxels[1].max() - sample.voxels[0].max()) == pytest.approx(1e5 * (codes[1] - codes[0]))
+        assert float(sample.voxels[1].max() - sample.voxels[0].max()) == pytest.approx(
+            1e5 * (codes[1] - codes[0])
+        )
         found.add(tuple(codes.tolist()))
     assert found == {(a, b) for a in range(4) for b in range(a + 1, 4)}
 
@@ -191,9 +267,13 @@ def test_a_semantic_sequence_shows_one_structure_in_four_different_patients():
     plan = semantic_plan()
     structures = set()
     for number in range(20):
-        sample, shown = SequenceSampler(plan).draw_kind("semantic", semantic_material(), rng.generator(0, "x", number))
+        sample, shown = SequenceSampler(plan).draw_kind(
+            "semantic", semantic_material(), rng.generator(0, "x", number)
+        )
         assert len(set(shown.names)) == len({case.by for case in shown.cases}) == 4
-        assert {case.by % 1e6 for case in shown.cases} == {0.0 if shown.subject == "kidney" else 5e5}
+        assert {case.by % 1e6 for case in shown.cases} == {
+            0.0 if shown.subject == "kidney" else 5e5
+        }
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         structures.add(shown.subject)
     assert structures == {"kidney", "liver"}
@@ -205,7 +285,9 @@ def test_a_structure_lies_within_an_eighth_of_the_crop_from_its_middle():
     assert (size % 8 == 0).all()
     moved = []
     for number in range(50):
-        _, shown = SequenceSampler(plan).draw_kind("semantic", semantic_material(), rng.generator(0, "x", number))
+        _, shown = SequenceSampler(plan).draw_kind(
+            "semantic", semantic_material(), rng.generator(0, "x", number)
+        )
         moved += [np.array(start) + (size - 1) / 2 - (20, 10, 30) for start in shown.drawn.starts]
     assert (np.abs(moved) <= size / 8 + 0.5).all() and np.abs(moved).max() > 1
 
@@ -220,8 +302,16 @@ def test_members_together_hold_no_more_tokens_than_one_crop_and_a_wish_counts():
 
 
 def test_positions_are_a_window_of_the_grid_anywhere_in_it():
-    assert window_positions((3, 4, 5), (1, 2, 2), (2, 1, 3)).tolist() == [2 * 20 + 5 + 3, 2 * 20 + 5 + 4, 2 * 20 + 10 + 3, 2 * 20 + 10 + 4]
-    windows = {SequenceSampler(contrast_plan()).draw(contrast_material(), TRAINING, n, 0).positions[0] for n in range(60)}
+    assert window_positions((3, 4, 5), (1, 2, 2), (2, 1, 3)).tolist() == [
+        2 * 20 + 5 + 3,
+        2 * 20 + 5 + 4,
+        2 * 20 + 10 + 3,
+        2 * 20 + 10 + 4,
+    ]
+    windows = {
+        SequenceSampler(contrast_plan()).draw(contrast_material(), TRAINING, n, 0).positions[0]
+        for n in range(60)
+    }
     assert len(windows) > 3
 
 
@@ -253,7 +343,10 @@ def test_one_dataset_alone_gives_the_samples_of_a_plan_that_knows_no_other_kinds
     generator = rng.generator(7, TRAINING, 3, 1)
     case = cases[int(generator.integers(2))]
     drawn = spatial.draw(plan, case.shape_vox, generator)
-    assert np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels) and sample.prefix == drawn.prefix
+    assert (
+        np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels)
+        and sample.prefix == drawn.prefix
+    )
     assert sample.positions is sample.members is sample.scored is None
 
 
@@ -262,27 +355,48 @@ def test_one_input_stays_spatial_and_several_get_what_they_offer_with_the_reason
     assert plan_weights(Offers(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {"spatial": 1.0}
     weights, why = plan_weights(Offers(2, 9, WORDS, 3, 0, structures, "label maps"))
     assert weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
-    assert "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why and "2 structures" in why and "positions only" in why
+    assert (
+        "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why
+        and "2 structures" in why
+        and "positions only" in why
+    )
     assert plan_weights(Offers(2, 9))[0] == {"spatial": 1.0}
     assert choose_members(Offers(2, 9, structures=structures, num_subjects=9), 4) == 4
-    assert choose_members(Offers(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9), 4) == 3
+    assert (
+        choose_members(Offers(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9), 4) == 3
+    )
     assert choose_members(Offers(2, 9, num_subjects=9), 4) == 4
     assert choose_members(Offers(2, 3, num_subjects=3), 4) == 3
 
 
-@pytest.mark.parametrize(("sequence", "message"), [
-    ({"weights": {"spacial": 1.0}}, "did you mean 'spatial'"),
-    ({"weights": {"spatial": -1.0}}, "must not be negative"),
-    ({"weights": {"spatial": 0.0}}, "draws nothing"),
-    ({"weights": {"contrast": 1.0}}, "contrast_members=0: a contrast sequence has at least 2 images"),
-    ({"weights": {"contrast": 1.0}, "contrasts": WORDS, "contrast_members": 2}, "use sequence.predictor=query"),
-    ({"weights": {"semantic": 1.0}, "semantic_members": 1}, "at least 2 images"),
-    ({"weights": {"semantic": 1.0}, "member_crop_vox": (12, 16, 16)}, "12 on axis z has to be a multiple of 8"),
-    ({"weights": {"strided": 1.0}}, "use a multiple of 32, or another number"),
-    ({"weights": {"strided": 1.0}, "crop_size_vox": (32, 16, 16), "stride_vox": 9}, "between 1 and the sub-volume's depth of 8"),
-    ({"order": "random"}, "use sequence.predictor=query"),
-    ({"order": "interleafed"}, "did you mean 'interleaved'"),
-])
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ({"weights": {"spacial": 1.0}}, "did you mean 'spatial'"),
+        ({"weights": {"spatial": -1.0}}, "must not be negative"),
+        ({"weights": {"spatial": 0.0}}, "draws nothing"),
+        (
+            {"weights": {"contrast": 1.0}},
+            "contrast_members=0: a contrast sequence has at least 2 images",
+        ),
+        (
+            {"weights": {"contrast": 1.0}, "contrasts": WORDS, "contrast_members": 2},
+            "use sequence.predictor=query",
+        ),
+        ({"weights": {"semantic": 1.0}, "semantic_members": 1}, "at least 2 images"),
+        (
+            {"weights": {"semantic": 1.0}, "member_crop_vox": (12, 16, 16)},
+            "12 on axis z has to be a multiple of 8",
+        ),
+        ({"weights": {"strided": 1.0}}, "use a multiple of 32, or another number"),
+        (
+            {"weights": {"strided": 1.0}, "crop_size_vox": (32, 16, 16), "stride_vox": 9},
+            "between 1 and the sub-volume's depth of 8",
+        ),
+        ({"order": "random"}, "use sequence.predictor=query"),
+        ({"order": "interleafed"}, "did you mean 'interleaved'"),
+    ],
+)
 def test_ill_posed_and_impossible_sequences_are_refused_with_the_way_out(sequence, message):
     with pytest.raises(PlanError, match=re.escape(message)):
         check(make_plan(**sequence))

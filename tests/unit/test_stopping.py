@@ -179,7 +179,11 @@ def test_nothing_is_said_while_other_lines_are_logged(caplog: pytest.LogCaptureF
 def test_nothing_is_said_beside_a_bar_that_moves(caplog: pytest.LogCaptureFixture) -> None:
     from tqdm import tqdm
 
-    with signs_of_life(0.3), phase("training"), tqdm(total=100, disable=False, file=io.StringIO()) as bar:
+    with (
+        signs_of_life(0.3),
+        phase("training"),
+        tqdm(total=100, disable=False, file=io.StringIO()) as bar,
+    ):
         for _ in range(5):
             bar.update()
             time.sleep(0.1)
@@ -224,9 +228,11 @@ def commandline(pid: int) -> str:
         return ""
 
 
-GRANDCHILD = ("import subprocess, sys, time\n"
-              "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
-              "print(child.pid, flush=True)\n")
+GRANDCHILD = (
+    "import subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+    "print(child.pid, flush=True)\n"
+)
 
 
 def test_descendants_are_found_and_ended_with_their_children() -> None:
@@ -242,20 +248,27 @@ def test_descendants_are_found_and_ended_with_their_children() -> None:
         child.kill()
 
 
-@pytest.mark.parametrize(("program", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
+@pytest.mark.parametrize(
+    ("program", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
 def test_a_guarded_program_keeps_its_exit_code(tmp_path: Path, program: str, code: int) -> None:
     with (tmp_path / "log").open("w") as log:
         assert run_guarded([sys.executable, "-c", program], os.environ, log) == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_guarded_program_and_its_children_end_with_the_command(tmp_path: Path, number: int) -> None:
+def test_a_guarded_program_and_its_children_end_with_the_command(
+    tmp_path: Path, number: int
+) -> None:
     """Killed, a command can do nothing any more; the guard notices."""
     log = tmp_path / "log"
-    script = ("import os, sys\nfrom nnunet_autoreg.children import run_guarded\n"
-              "from nnunet_autoreg.stopping import stoppable\n"
-              f"with stoppable(), open({str(log)!r}, 'w') as log:\n"
-              f"    run_guarded([sys.executable, '-c', {(GRANDCHILD + 'time.sleep(300)')!r}], os.environ, log)\n")
+    script = (
+        "import os, sys\nfrom nnunet_autoreg.children import run_guarded\n"
+        "from nnunet_autoreg.stopping import stoppable\n"
+        f"with stoppable(), open({str(log)!r}, 'w') as log:\n"
+        f"    run_guarded([sys.executable, '-c', {(GRANDCHILD + 'time.sleep(300)')!r}], "
+        "os.environ, log)\n"
+    )
     command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not (log.is_file() and log.read_text().endswith("\n")):
@@ -272,7 +285,9 @@ def test_a_guarded_program_and_its_children_end_with_the_command(tmp_path: Path,
 
 def test_a_program_whose_guard_is_killed_ends_too(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
-        guard = start_guarded([sys.executable, "-c", "import time; time.sleep(300)"], os.environ, log)
+        guard = start_guarded(
+            [sys.executable, "-c", "import time; time.sleep(300)"], os.environ, log
+        )
         deadline = time.monotonic() + 30
         while not (below := descendants(guard.pid)):
             assert time.monotonic() < deadline
@@ -298,15 +313,18 @@ def test_outside_the_main_thread_nothing_changes() -> None:
     assert seen == [usual]
 
 
-@pytest.mark.parametrize(("free_gb", "sides", "workers"), [
-    (1000, [600] * 8, 8),
-    (24, [600] * 8, 2),
-    (5, [600] * 8, 1),
-    (24, [600, 600, 600, 100, 100], 2),
-    (24, [600, 100, 100, 100], 4),
-    (24, [100] * 20, 8),
-    (0, [600] * 8, 8),
-])
+@pytest.mark.parametrize(
+    ("free_gb", "sides", "workers"),
+    [
+        (1000, [600] * 8, 8),
+        (24, [600] * 8, 2),
+        (5, [600] * 8, 1),
+        (24, [600, 600, 600, 100, 100], 2),
+        (24, [600, 100, 100, 100], 4),
+        (24, [100] * 20, 8),
+        (0, [600] * 8, 8),
+    ],
+)
 def test_workers_are_as_many_as_memory_allows(
     monkeypatch: pytest.MonkeyPatch, free_gb: int, sides: list[int], workers: int
 ) -> None:
@@ -321,8 +339,14 @@ def test_the_free_memory_of_this_machine_is_known() -> None:
 
 def test_a_large_scan_is_read_in_a_worker_even_if_it_is_alone() -> None:
     assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing")) == [os.getpid()]
-    assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing", apart=True)) != [os.getpid()]
-    assert parallel.is_large([600**3, 1]) and not parallel.is_large([200**3]) and not parallel.is_large([])
+    assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing", apart=True)) != [
+        os.getpid()
+    ]
+    assert (
+        parallel.is_large([600**3, 1])
+        and not parallel.is_large([200**3])
+        and not parallel.is_large([])
+    )
 
 
 @pytest.mark.parametrize(("value", "processes"), [("1", 1), ("3", 3), ("64", 4), (None, 4)])

@@ -21,9 +21,10 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.sample import Batch
 
-# One token of four voxels: mean 1, unbiased variance 4/3. The last voxel of the second token is padding.
+# One token of four voxels: mean 1, unbiased variance 4/3. The last voxel of the second token is
+# padding.
 VOXELS = torch.tensor([[[0.0, 2.0, 0.0, 2.0], [3.0, 5.0, 4.0, 9.0]]])
 REAL = torch.tensor([[[True, True, True, True], [True, True, True, False]]])
 

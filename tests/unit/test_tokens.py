@@ -1,4 +1,6 @@
-"""Tokens of a Primus follow spacing and size of the scans, from planning over the network to fine-tuning."""
+"""Tokens of a Primus follow spacing and size of the scans, from planning over the network to
+fine-tuning.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 from nnunet_autoreg.errors import PlanError, WeightsError
+from nnunet_autoreg.finetune.plans import Budget, Task, fit_configuration, make_block
+from nnunet_autoreg.finetune.resolve import Choice, DatasetTraits, choose_weights
 from nnunet_autoreg.geometry import Size, Spacing, grid_of, volume
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.encoders import build_network
@@ -19,8 +23,6 @@ from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
 from nnunet_autoreg.planning.tokens import objection_to_flat_tokens, with_tokens
 from nnunet_autoreg.pretrain.run import value_at
-from nnunet_autoreg.transfer.plans import Budget, Task, fit_configuration, make_block
-from nnunet_autoreg.transfer.resolve import Choice, DatasetTraits, choose_weights
 
 CPU, GPU = Hardware("cpu", 24.0), Hardware("cuda", 24.0)
 HIPPOCAMPUS = ((1.0, 1.0, 1.0), (35, 50, 36))
@@ -30,7 +32,9 @@ CT = ((1.5, 0.8, 0.8), (200, 420, 420))
 THICK_CT = ((3.0, 0.8, 0.8), (100, 420, 420))
 
 
-def plan_for(spacing: Spacing, shape: Size, encoder: str, hardware: Hardware, token: Size | None = None) -> Plan:
+def plan_for(
+    spacing: Spacing, shape: Size, encoder: str, hardware: Hardware, token: Size | None = None
+) -> Plan:
     pool = Pool(100, spacing, shape, 100 * volume(shape), None)
     wishes = Wishes(encoder, token_size_vox=token)
     return check(make_plan("run", pool, hardware, wishes, 0, {}, lambda *_: (0.0, GIB / 100)))
@@ -46,9 +50,16 @@ def plan_for(spacing: Spacing, shape: Size, encoder: str, hardware: Hardware, to
         (CT, (8, 8, 8), (1, 1, 1)),
     ],
 )
-@pytest.mark.parametrize(("encoder", "hardware", "most"), [("primus_tiny", CPU, 512), ("primus_m", GPU, 4096)])
+@pytest.mark.parametrize(
+    ("encoder", "hardware", "most"), [("primus_tiny", CPU, 512), ("primus_m", GPU, 4096)]
+)
 def test_tokens_follow_the_scans_and_their_number_is_bounded(
-    scans: tuple[Spacing, Size], token: Size, block: Size, encoder: str, hardware: Hardware, most: int
+    scans: tuple[Spacing, Size],
+    token: Size,
+    block: Size,
+    encoder: str,
+    hardware: Hardware,
+    most: int,
 ) -> None:
     plan = plan_for(*scans, encoder, hardware)
 
@@ -89,20 +100,35 @@ def test_tokens_that_cannot_be_doubled_back_to_voxels_are_refused(token: str) ->
     plan = plan_for(*CT, "primus_tiny", CPU)
 
     with pytest.raises(PlanError):
-        check(override(plan, [f"encoder.arguments.patch_embed_size={token}", f"encoder.token_size_vox={token}"]))
+        check(
+            override(
+                plan,
+                [f"encoder.arguments.patch_embed_size={token}", f"encoder.token_size_vox={token}"],
+            )
+        )
 
 
 def test_convolutional_tokens_have_one_size() -> None:
     plan = plan_for(*CT, "primus_v2_tiny", CPU)
 
     with pytest.raises(PlanError):
-        check(override(plan, ["encoder.arguments.patch_embed_size=4,8,8", "encoder.token_size_vox=4,8,8"]))
+        check(
+            override(
+                plan, ["encoder.arguments.patch_embed_size=4,8,8", "encoder.token_size_vox=4,8,8"]
+            )
+        )
 
 
 @pytest.mark.parametrize("token", [(4, 4, 4), (1, 8, 8), (2, 8, 8), (8, 8, 8), (2, 2, 2)])
 def test_the_decoder_of_a_primus_gives_a_value_for_every_voxel(token: Size) -> None:
     size = encoder_size("primus_tiny")
-    arguments = {**size.arguments, "embed_dim": 48, "eva_depth": 1, "eva_numheads": 2, "patch_embed_size": list(token)}
+    arguments = {
+        **size.arguments,
+        "embed_dim": 48,
+        "eva_depth": 1,
+        "eva_numheads": 2,
+        "patch_embed_size": list(token),
+    }
     network = build_network(size.class_path, arguments, (8, 16, 24), 1, 3)
 
     out = network(torch.randn(1, 1, 8, 16, 24))
@@ -124,9 +150,12 @@ def test_a_patch_is_a_multiple_of_the_token_with_bounded_tokens() -> None:
     def memory(patch: Size) -> TrainingMemory:
         return TrainingMemory(fixed_bytes=1, sample_bytes=volume(patch))
 
-    fit = fit_configuration(flat_plan(), task, Budget(8, False), memory, dataset_vox=1e12, max_share=0.05)
+    fit = fit_configuration(
+        flat_plan(), task, Budget(8, False), memory, dataset_vox=1e12, max_share=0.05
+    )
 
-    # 10 slices of 27 x 32 tokens are too many: ``grid_of`` refuses what is no multiple of the token.
+    # 10 slices of 27 x 32 tokens are too many: ``grid_of`` refuses what is no multiple of the
+    # token.
     assert 1024 < volume(grid_of(fit.patch_size, (1, 8, 8))) <= 2048
 
 
@@ -137,9 +166,15 @@ def test_flat_tokens_suit_thick_slices_and_no_others() -> None:
     assert "1 x 8 x 8 mm" in str(objection_to_flat_tokens((1, 8, 8), (1.0, 1.0, 1.0)))
 
 
-def test_the_planner_takes_flat_tokens_or_says_why_not(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_the_planner_takes_flat_tokens_or_says_why_not(
+    tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
     plan = flat_plan()
-    values = {"token_size_vox": (1, 8, 8), "arguments": plan.arguments, "crop_size_vox": (8, 32, 32)}
+    values = {
+        "token_size_vox": (1, 8, 8),
+        "arguments": plan.arguments,
+        "crop_size_vox": (8, 32, 32),
+    }
     folder = write_run(tmp_path, "cine", **values, spacing_mm=(10.0, 1.5, 1.5))
     thick = DatasetTraits("Dataset028_X", ("MRI",), (10.0, 1.5, 1.5))
     thin = replace(thick, spacing_mm=(1.0, 1.0, 1.0))

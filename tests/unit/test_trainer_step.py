@@ -1,4 +1,6 @@
-"""The trainer's own step on a tiny CNN, without nnU-Net's folders: decoder-first stage, deep supervision, resuming."""
+"""The trainer's own step on a tiny CNN, without nnU-Net's folders: decoder-first stage, deep
+supervision, resuming.
+"""
 
 import copy
 from typing import Any
@@ -6,19 +8,30 @@ from typing import Any
 import pytest
 import torch
 
+from nnunet_autoreg.finetune.block import AutoregBlock, Recipe
+from nnunet_autoreg.finetune.families import recipe_values
+from nnunet_autoreg.finetune.network import build_network
+from nnunet_autoreg.finetune.recipe import (
+    IterationRates,
+    encoder_parameters,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.transfer.block import AutoregBlock, Recipe
-from nnunet_autoreg.transfer.families import recipe_values
-from nnunet_autoreg.transfer.network import build_network
-from nnunet_autoreg.transfer.recipe import IterationRates, encoder_parameters, make_optimizer, make_schedule, parameter_groups
 
 PER_EPOCH = 2
 PATCH = (8, 8, 8)
 ARGUMENTS = {
-    **ENCODERS["resenc_tiny"].arguments, "n_stages": 2, "features_per_stage": [4, 8], "kernel_sizes": [[3, 3, 3]] * 2,
-    "strides": [[1, 1, 1], [2, 2, 2]], "n_blocks_per_stage": [1, 1], "n_conv_per_stage_decoder": [1],
-}  # fmt: skip
+    **ENCODERS["resenc_tiny"].arguments,
+    "n_stages": 2,
+    "features_per_stage": [4, 8],
+    "kernel_sizes": [[3, 3, 3]] * 2,
+    "strides": [[1, 1, 1], [2, 2, 2]],
+    "n_blocks_per_stage": [1, 1],
+    "n_conv_per_stage_decoder": [1],
+}
 
 
 def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> Any:
@@ -26,7 +39,9 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
     from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
 
     encoder = EncoderPlan("resenc_tiny", ENCODERS["resenc_tiny"].class_path, ARGUMENTS, (2, 2, 2))
-    recipe = Recipe(num_epochs, **{**recipe_values(encoder), "decoder_first_fraction": 0.4, **changes})
+    recipe = Recipe(
+        num_epochs, **{**recipe_values(encoder), "decoder_first_fraction": 0.4, **changes}
+    )
     made = AutoregPretrainedTrainer.__new__(AutoregPretrainedTrainer)
     made.block = AutoregBlock(encoder, None, recipe)
     torch.manual_seed(3)
@@ -56,18 +71,26 @@ def weights(of: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in of.network.state_dict().items()}
 
 
-def test_in_the_first_stage_only_the_decoder_learns_and_nothing_of_the_encoder_is_remembered() -> None:
+def test_in_the_first_stage_only_the_decoder_learns_and_nothing_of_the_encoder_is_remembered() -> (
+    None
+):
     run = trainer()
     before = weights(run)
     encoder = [key for key in before if key.startswith("encoder.")]
-    decoder = [key for key in before if key.startswith(("decoder.stages", "decoder.transpconvs", "decoder.seg_layers"))]
+    decoder = [
+        key
+        for key in before
+        if key.startswith(("decoder.stages", "decoder.transpconvs", "decoder.seg_layers"))
+    ]
     # 40 % of 5 epochs.
     epoch(run, 0)
     epoch(run, 1)
     middle = weights(run)
     assert all(torch.equal(before[key], middle[key]) for key in encoder)
     assert any(not torch.equal(before[key], middle[key]) for key in decoder)
-    assert not any(parameter in run.optimizer.state for parameter in encoder_parameters(run.network))
+    assert not any(
+        parameter in run.optimizer.state for parameter in encoder_parameters(run.network)
+    )
     epoch(run, 2)
     after = weights(run)
     assert any(not torch.equal(middle[key], after[key]) for key in encoder)
@@ -77,7 +100,11 @@ def test_the_scratch_twin_has_no_first_stage() -> None:
     run = trainer(uses_weights=False)
     before = weights(run)
     epoch(run, 0)
-    assert any(not torch.equal(before[key], value) for key, value in weights(run).items() if key.startswith("encoder."))
+    assert any(
+        not torch.equal(before[key], value)
+        for key, value in weights(run).items()
+        if key.startswith("encoder.")
+    )
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
@@ -88,7 +115,9 @@ def test_a_run_stopped_in_any_stage_continues_bit_for_bit(stop_after: int) -> No
     first = trainer()
     for number in range(stop_after + 1):
         epoch(first, number)
-    saved = copy.deepcopy({"network": first.network.state_dict(), "optimizer": first.optimizer.state_dict()})
+    saved = copy.deepcopy(
+        {"network": first.network.state_dict(), "optimizer": first.optimizer.state_dict()}
+    )
     second = trainer()
     second.network.load_state_dict(saved["network"])
     second.optimizer.load_state_dict(saved["optimizer"])
@@ -112,10 +141,14 @@ def test_the_rate_rises_for_the_decoder_then_from_zero_for_all_then_falls() -> N
 def test_a_cnn_is_trained_by_sgd_that_decays_everything_and_slows_layers_if_asked() -> None:
     run = trainer()
     assert isinstance(run.optimizer, torch.optim.SGD)
-    assert [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in run.optimizer.param_groups] == [(0.99, True, 3e-5)]
+    assert [
+        (g["momentum"], g["nesterov"], g["weight_decay"]) for g in run.optimizer.param_groups
+    ] == [(0.99, True, 3e-5)]
     slowed = trainer(layer_decay=0.5)
     names = {id(p): name for name, p in slowed.network.named_parameters()}
-    factor = {names[id(p)]: g["rate_factor"] for g in slowed.optimizer.param_groups for p in g["params"]}
+    factor = {
+        names[id(p)]: g["rate_factor"] for g in slowed.optimizer.param_groups for p in g["params"]
+    }
     # Blocks of all stages are counted through: stem 0, stage 0 block 0, stage 1 block 0, decoder.
     assert factor["encoder.stem.convs.0.conv.weight"] == 0.125
     assert factor["encoder.stages.0.blocks.0.conv1.conv.weight"] == 0.25
@@ -123,7 +156,9 @@ def test_a_cnn_is_trained_by_sgd_that_decays_everything_and_slows_layers_if_aske
     assert factor["decoder.stages.0.convs.0.conv.weight"] == 1.0
 
 
-def test_coarser_outputs_are_switched_with_the_trainer_and_never_on_where_the_recipe_has_none() -> None:
+def test_coarser_outputs_are_switched_with_the_trainer_and_never_on_where_the_recipe_has_none() -> (
+    None
+):
     image = torch.zeros(1, 1, *PATCH)
     run = trainer()
     assert len(run.network(image)) == 1 and isinstance(run.network(image), list)

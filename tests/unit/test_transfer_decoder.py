@@ -10,7 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nnunet_autoreg.convert.exporting import export_weights
+from nnunet_autoreg.convert.imported import Options
+from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.errors import PlanError, WeightsError
+from nnunet_autoreg.finetune.block import (
+    AutoregBlock,
+    PlannedWeights,
+    Recipe,
+    check_recipe,
+    read_block,
+)
+from nnunet_autoreg.finetune.decoder import transferred_keys
+from nnunet_autoreg.finetune.families import decoder_first, recipe_values
+from nnunet_autoreg.finetune.load import Target, load_encoder, load_planned_encoder
+from nnunet_autoreg.finetune.recipe import make_optimizer, make_schedule, parameter_groups
+from nnunet_autoreg.finetune.table import WeightTable
 from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation, EncoderCard, read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
@@ -18,15 +33,6 @@ from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.pretrain.export import _check_keys
 from nnunet_autoreg.records import read_json, write_json
-from nnunet_autoreg.transfer.block import AutoregBlock, PlannedWeights, Recipe, check_recipe, read_block
-from nnunet_autoreg.transfer.decoder import transferred_keys
-from nnunet_autoreg.transfer.families import decoder_first, recipe_values
-from nnunet_autoreg.transfer.foreign.exporting import export_weights
-from nnunet_autoreg.transfer.foreign.imported import Options
-from nnunet_autoreg.transfer.foreign.importing import import_weights
-from nnunet_autoreg.transfer.load import Target, load_encoder, load_planned_encoder
-from nnunet_autoreg.transfer.recipe import make_optimizer, make_schedule, parameter_groups
-from nnunet_autoreg.transfer.table import WeightTable
 
 Write = Callable[..., Path]
 CROP = (16, 16, 16)
@@ -51,7 +57,9 @@ ANISOTROPIC: dict[str, Any] = {
 
 @pytest.fixture
 def run(tmp_path: Path, write_run: Write) -> Path:
-    """A finished run of the whole network, encoder and decoder, with known values in the decoder."""
+    """A finished run of the whole network, encoder and decoder, with known values in the
+    decoder.
+    """
     folder = write_run(tmp_path, "whole", crop=CROP, encoder="resenc_tiny", decoder=True)
     tensors = load_file(folder / "encoder.safetensors")
     for number, key in enumerate(sorted(tensors)):
@@ -69,14 +77,22 @@ def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
     replace(read_card(folder), sha256=sha256_of(folder / "encoder.safetensors")).save(folder)
 
 
-def unet(arguments: dict[str, Any] = SIZE.arguments, channels: int = 1, deep_supervision: bool = False) -> nn.Module:
+def unet(
+    arguments: dict[str, Any] = SIZE.arguments, channels: int = 1, deep_supervision: bool = False
+) -> nn.Module:
     torch.manual_seed(99)
-    return build_network(SIZE.class_path, arguments, CROP, channels, 3, deep_supervision=deep_supervision)
+    return build_network(
+        SIZE.class_path, arguments, CROP, channels, 3, deep_supervision=deep_supervision
+    )
 
 
-def loaded(network: nn.Module, folder: Path, channels: int = 1, with_decoder: bool = True) -> WeightTable:
+def loaded(
+    network: nn.Module, folder: Path, channels: int = 1, with_decoder: bool = True
+) -> WeightTable:
     file = folder / "encoder.safetensors"
-    return load_encoder(network, file, read_card(folder), Target(channels, CROP), 0.95, with_decoder)
+    return load_encoder(
+        network, file, read_card(folder), Target(channels, CROP), 0.95, with_decoder
+    )
 
 
 def statuses(table: WeightTable) -> dict[str, str]:
@@ -85,7 +101,12 @@ def statuses(table: WeightTable) -> dict[str, str]:
 
 def block_of(folder: Path, **recipe: Any) -> AutoregBlock:
     card = read_card(folder)
-    weights = PlannedWeights(card.name, f"autoreg_pretraining/{card.name}/encoder.safetensors", card.sha256, card.has_decoder)
+    weights = PlannedWeights(
+        card.name,
+        f"autoreg_pretraining/{card.name}/encoder.safetensors",
+        card.sha256,
+        card.has_decoder,
+    )
     return AutoregBlock(ENCODER, weights, Recipe(150, **{**recipe_values(ENCODER), **recipe}))
 
 
@@ -124,23 +145,39 @@ def test_stages_are_matched_from_the_finest_where_there_are_fewer(run: Path) -> 
 
     state, given = network.state_dict(), load_file(run / "encoder.safetensors")
     for mine, theirs in ((0, 1), (1, 2)):
-        for name in ("stages.{}.convs.0.conv.weight", "stages.{}.convs.0.norm.bias", "transpconvs.{}.weight"):
-            assert torch.equal(state[f"decoder.{name.format(mine)}"], given[f"decoder.{name.format(theirs)}"])
+        for name in (
+            "stages.{}.convs.0.conv.weight",
+            "stages.{}.convs.0.norm.bias",
+            "transpconvs.{}.weight",
+        ):
+            assert torch.equal(
+                state[f"decoder.{name.format(mine)}"], given[f"decoder.{name.format(theirs)}"]
+            )
     assert set(statuses(table).values()) == {"loaded"}
     deepest = ("encoder.stages.3.", "decoder.stages.0.", "decoder.transpconvs.0.")
-    assert {entry.key for entry in table.unused} == {key for key in given if key.startswith(deepest)}
+    assert {entry.key for entry in table.unused} == {
+        key for key in given if key.startswith(deepest)
+    }
 
 
-def test_a_decoder_with_fewer_stages_fills_the_finest_ones(tmp_path: Path, write_run: Write, run: Path) -> None:
-    small = write_run(tmp_path, "small", crop=CROP, encoder="resenc_tiny", decoder=True, arguments=FEWER_STAGES)
+def test_a_decoder_with_fewer_stages_fills_the_finest_ones(
+    tmp_path: Path, write_run: Write, run: Path
+) -> None:
+    small = write_run(
+        tmp_path, "small", crop=CROP, encoder="resenc_tiny", decoder=True, arguments=FEWER_STAGES
+    )
     network = unet()
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
-    table = load_encoder(network, small / "encoder.safetensors", read_card(small), Target(1, CROP), 0.1)
+    table = load_encoder(
+        network, small / "encoder.safetensors", read_card(small), Target(1, CROP), 0.1
+    )
 
     state, given = network.state_dict(), load_file(small / "encoder.safetensors")
     assert torch.equal(state["decoder.transpconvs.2.weight"], given["decoder.transpconvs.1.weight"])
-    assert torch.equal(state["decoder.transpconvs.0.weight"], before["decoder.transpconvs.0.weight"])
+    assert torch.equal(
+        state["decoder.transpconvs.0.weight"], before["decoder.transpconvs.0.weight"]
+    )
     random = {key.split(".")[2] for key, status in statuses(table).items() if status == "random"}
     assert random == {"0"}
 
@@ -180,9 +217,13 @@ def test_convolutions_of_other_channels_stay_random_whole(run: Path) -> None:
     found = statuses(table)
     random = {key for key, status in found.items() if status == "random"}
     part = "decoder.stages.1.convs.0."
-    assert random == {f"{part}{name}" for name in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")}
+    assert random == {
+        f"{part}{name}" for name in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+    }
     assert all(torch.equal(network.state_dict()[key], before[key]) for key in random)
-    assert any("shape 48x64x3x3x3 in the weights, 32x64x3x3x3 here" in line for line in table.lines())
+    assert any(
+        "shape 48x64x3x3x3 in the weights, 32x64x3x3x3 here" in line for line in table.lines()
+    )
 
 
 def test_other_image_channels_and_a_cascade_leave_the_decoder_whole(run: Path) -> None:
@@ -210,7 +251,9 @@ def test_a_file_without_a_decoder_loads_as_before(tmp_path: Path, write_run: Wri
     assert table.encoder_share == 1.0
     assert (table.decoder, table.rest.key) == ((), "decoder")
     state = network.state_dict()
-    assert all(torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES))
+    assert all(
+        torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
+    )
 
 
 def test_heads_and_second_names_in_a_file_are_ignored_and_listed(run: Path) -> None:
@@ -226,7 +269,9 @@ def test_heads_and_second_names_in_a_file_are_ignored_and_listed(run: Path) -> N
 
     assert {entry.key for entry in table.unused} == set(stray)
     state = network.state_dict()
-    assert torch.equal(state["encoder.stem.convs.0.conv.weight"], tensors["encoder.stem.convs.0.conv.weight"])
+    assert torch.equal(
+        state["encoder.stem.convs.0.conv.weight"], tensors["encoder.stem.convs.0.conv.weight"]
+    )
     assert not torch.any(state["decoder.seg_layers.2.weight"] == 7.0)
 
 
@@ -239,13 +284,17 @@ def test_a_decoder_that_the_card_does_not_list_is_not_loaded(run: Path) -> None:
     table = loaded(network, run)
 
     state = network.state_dict()
-    assert all(torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES))
+    assert all(
+        torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
+    )
     assert {entry.key for entry in table.unused} == {
         key for key in load_file(run / "encoder.safetensors") if key.startswith("decoder.")
     }
 
 
-@pytest.mark.parametrize("keys", [["encoder."], ["decoder."], ["decoder.stages."], ["decoder.seg_layers."]])
+@pytest.mark.parametrize(
+    "keys", [["encoder."], ["decoder."], ["decoder.stages."], ["decoder.seg_layers."]]
+)
 def test_a_card_that_lists_another_decoder_is_refused(run: Path, keys: list[str]) -> None:
     card = read_json(run / "encoder.json")
     card["adaptation"]["keys_to_decoder"] = keys
@@ -259,10 +308,14 @@ def test_consumers_of_the_encoder_alone_leave_the_decoder_random(run: Path, tmp_
     network = unet()
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
-    table = load_planned_encoder(network, block_of(run), tmp_path, Target(1, CROP), with_decoder=False)
+    table = load_planned_encoder(
+        network, block_of(run), tmp_path, Target(1, CROP), with_decoder=False
+    )
 
     state = network.state_dict()
-    assert all(torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES))
+    assert all(
+        torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
+    )
     assert (table.decoder, table.encoder_share) == ((), 1.0)
 
 
@@ -275,7 +328,9 @@ def test_a_recipe_can_leave_the_decoder_at_random(run: Path, tmp_path: Path) -> 
     assert transferred_keys(unet(), block) == frozenset()
 
 
-def test_a_plan_that_expects_a_decoder_refuses_weights_without(tmp_path: Path, write_run: Write) -> None:
+def test_a_plan_that_expects_a_decoder_refuses_weights_without(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "old", crop=CROP, encoder="resenc_tiny")
     block = block_of(folder)
     assert block.weights is not None
@@ -285,8 +340,12 @@ def test_a_plan_that_expects_a_decoder_refuses_weights_without(tmp_path: Path, w
         load_planned_encoder(unet(), expecting, tmp_path, Target(1, CROP))
 
 
-@pytest.mark.parametrize("arguments", [SIZE.arguments, FEWER_STAGES, ANISOTROPIC], ids=["equal", "fewer", "anisotropic"])
-def test_rates_know_the_loaded_decoder_without_the_file(run: Path, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [SIZE.arguments, FEWER_STAGES, ANISOTROPIC], ids=["equal", "fewer", "anisotropic"]
+)
+def test_rates_know_the_loaded_decoder_without_the_file(
+    run: Path, arguments: dict[str, Any]
+) -> None:
     network = unet(arguments)
     table = loaded(network, run)
     block = block_of(run)
@@ -324,14 +383,24 @@ def test_the_scratch_twin_has_the_length_of_the_pretrained_run(run: Path) -> Non
     pretrained = make_schedule(recipe, recipe.pretrained_rate, 10, 25, 2)
     scratch = make_schedule(recipe, recipe.scratch_rate, 10, 25, 2, uses_weights=False)
 
-    assert (pretrained.num_iterations, pretrained.warmup_iterations) == (scratch.num_iterations, scratch.warmup_iterations)
+    assert (pretrained.num_iterations, pretrained.warmup_iterations) == (
+        scratch.num_iterations,
+        scratch.warmup_iterations,
+    )
     assert pretrained.decoder_first_iterations == scratch.decoder_first_iterations == 0
-    rates = [(pretrained.rate(i) / recipe.pretrained_rate, scratch.rate(i) / recipe.scratch_rate) for i in range(250)]
+    rates = [
+        (pretrained.rate(i) / recipe.pretrained_rate, scratch.rate(i) / recipe.scratch_rate)
+        for i in range(250)
+    ]
     assert all(a == pytest.approx(b) for a, b in rates)
 
 
-@pytest.mark.parametrize(("optimizer", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_a_cnn_is_trained_by_the_optimiser_of_its_recipe(run: Path, optimizer: str, kind: type) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
+)
+def test_a_cnn_is_trained_by_the_optimiser_of_its_recipe(
+    run: Path, optimizer: str, kind: type
+) -> None:
     network = unet()
     block = block_of(run, optimizer=optimizer, weight_decay=0.01)
     groups = parameter_groups(network, block.recipe, transferred_keys(network, block))
@@ -342,8 +411,14 @@ def test_a_cnn_is_trained_by_the_optimiser_of_its_recipe(run: Path, optimizer: s
     found.step()
 
     assert type(found) is kind
-    used = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert used and all(not torch.equal(dict(network.named_parameters())[name], before[name]) for name in used)
+    used = {
+        name
+        for name, p in network.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
+    assert used and all(
+        not torch.equal(dict(network.named_parameters())[name], before[name]) for name in used
+    )
     # SGD decays everything, as nnU-Net's own; AdamW neither norms nor biases.
     decays = {group["weight_decay"] for group in found.param_groups}
     assert decays == ({0.01} if optimizer == "sgd" else {0.01, 0.0})
@@ -364,11 +439,21 @@ def test_an_impossible_decoder_rate_is_refused_by_name(run: Path) -> None:
 
 
 def test_plans_of_earlier_trainings_are_read_without_a_decoder() -> None:
-    encoder = {"name": SIZE.name, "class_path": SIZE.class_path, "arguments": SIZE.arguments, "token_size_vox": [8, 8, 8]}
+    encoder = {
+        "name": SIZE.name,
+        "class_path": SIZE.class_path,
+        "arguments": SIZE.arguments,
+        "token_size_vox": [8, 8, 8],
+    }
     recipe = {"num_epochs": 1, **recipe_values(ENCODER)}
     weights = {"name": "old", "file": "old/encoder.safetensors", "sha256": "00"}
 
-    block = read_block({"plans_name": "AutoregPlans", "autoreg": {"encoder": encoder, "weights": weights, "recipe": recipe}})
+    block = read_block(
+        {
+            "plans_name": "AutoregPlans",
+            "autoreg": {"encoder": encoder, "weights": weights, "recipe": recipe},
+        }
+    )
 
     assert not block.transfers_decoder
     assert transferred_keys(unet(), block) == frozenset()
@@ -383,13 +468,23 @@ def test_foreign_exports_hold_the_encoder_alone(run: Path, tmp_path: Path) -> No
     assert any("decoder" in warning for warning in done.warnings)
     back, _ = import_weights(tmp_path / "out", "back", tmp_path, Options())
     assert not back.has_decoder
-    assert not any(key.startswith("decoder.") for key in load_file(tmp_path / "autoreg_pretraining" / "back" / "encoder.safetensors"))
+    assert not any(
+        key.startswith("decoder.")
+        for key in load_file(tmp_path / "autoreg_pretraining" / "back" / "encoder.safetensors")
+    )
 
 
-@pytest.mark.parametrize("stray", ["decoder.seg_layers.0.weight", "decoder.encoder.stem.convs.0.conv.weight", "mark"])
+@pytest.mark.parametrize(
+    "stray", ["decoder.seg_layers.0.weight", "decoder.encoder.stem.convs.0.conv.weight", "mark"]
+)
 def test_a_pretraining_writes_nothing_that_its_card_does_not_list(stray: str) -> None:
     adaptation = Adaptation("encoder.stages", "encoder.stem", (), None, DECODER_PREFIXES)
-    whole = ["encoder.stages.0.x", "encoder.stem.x", "decoder.stages.0.x", "decoder.transpconvs.0.weight"]
+    whole = [
+        "encoder.stages.0.x",
+        "encoder.stem.x",
+        "decoder.stages.0.x",
+        "decoder.transpconvs.0.weight",
+    ]
     _check_keys(whole, adaptation)
 
     with pytest.raises(AssertionError):
@@ -406,7 +501,9 @@ def test_the_card_says_whether_there_is_a_decoder(run: Path) -> None:
 
 
 def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> None:
-    pretraining = PretrainingUNet(build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=True)
+    pretraining = PretrainingUNet(
+        build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=True
+    )
     state, adaptation = pretraining.transferable_state(), pretraining.adaptation()
     _check_keys(state, adaptation)
     rewrite(run, state)
@@ -420,10 +517,14 @@ def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> N
 
 
 def test_a_pretraining_can_start_from_a_whole_network(run: Path) -> None:
-    pretraining = PretrainingUNet(build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=False)
+    pretraining = PretrainingUNet(
+        build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=False
+    )
 
     table = loaded(pretraining.network, run)
 
     given = load_file(run / "encoder.safetensors")
     assert (table.encoder_share, table.decoder_share) == (1.0, 1.0)
-    assert all(torch.equal(pretraining.transferable_state()[key], value) for key, value in given.items())
+    assert all(
+        torch.equal(pretraining.transferable_state()[key], value) for key, value in given.items()
+    )

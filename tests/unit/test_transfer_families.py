@@ -1,4 +1,6 @@
-"""Weights of every family of encoders into networks of other grids, channels, kernels and depths."""
+"""Weights of every family of encoders into networks of other grids, channels, kernels and
+depths.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,24 +13,32 @@ from torch import nn
 from torch.nn import functional
 
 from nnunet_autoreg.errors import PlanError, WeightsError
+from nnunet_autoreg.finetune.adapt import fit_kernel
+from nnunet_autoreg.finetune.block import AutoregBlock, Recipe, check_block
+from nnunet_autoreg.finetune.channels import map_channels
+from nnunet_autoreg.finetune.families import decoder_first, recipe_values
+from nnunet_autoreg.finetune.load import Target, WeightTable, load_encoder
+from nnunet_autoreg.finetune.network import architecture_entry
+from nnunet_autoreg.finetune.network import build_network as network_of_plan
+from nnunet_autoreg.finetune.resenc import reconciled
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.transfer.adapt import fit_kernel
-from nnunet_autoreg.transfer.block import AutoregBlock, Recipe, check_block
-from nnunet_autoreg.transfer.channels import map_channels
-from nnunet_autoreg.transfer.families import decoder_first, recipe_values
-from nnunet_autoreg.transfer.load import Target, WeightTable, load_encoder
-from nnunet_autoreg.transfer.network import architecture_entry
-from nnunet_autoreg.transfer.network import build_network as network_of_plan
-from nnunet_autoreg.transfer.resenc import reconciled
 
 Write = Callable[..., Path]
 CROP = (16, 24, 16)
 RESENC = ENCODERS["resenc_tiny"]
-SMALL_VIT = {"embed_dim": 48, "patch_embed_size": [8, 8, 8], "eva_depth": 3, "eva_numheads": 4, "mlp_ratio": 4.0, "decoder_features": 4}
-# What nnU-Net's planner asks for at 3.27 x 0.98 x 0.98 mm, by its rule: an axis more than twice as coarse is neither pooled nor convolved.
+SMALL_VIT = {
+    "embed_dim": 48,
+    "patch_embed_size": [8, 8, 8],
+    "eva_depth": 3,
+    "eva_numheads": 4,
+    "mlp_ratio": 4.0,
+    "decoder_features": 4,
+}
+# What nnU-Net's planner asks for at 3.27 x 0.98 x 0.98 mm, by its rule: an axis more than twice as
+# coarse is neither pooled nor convolved.
 ANISOTROPIC: dict[str, Any] = {
     "n_stages": 5,
     "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)),
@@ -42,10 +52,15 @@ def planned(name: str) -> EncoderPlan:
 
 
 def network_of(
-    name: str, patch: tuple[int, int, int] = CROP, channels: int = 1, arguments: dict[str, Any] | None = None
+    name: str,
+    patch: tuple[int, int, int] = CROP,
+    channels: int = 1,
+    arguments: dict[str, Any] | None = None,
 ) -> nn.Module:
     torch.manual_seed(99)
-    return build_network(ENCODERS[name].class_path, arguments or ENCODERS[name].arguments, patch, channels, 3)
+    return build_network(
+        ENCODERS[name].class_path, arguments or ENCODERS[name].arguments, patch, channels, 3
+    )
 
 
 def loaded(network: nn.Module, folder: Path, target: Target, share: float = 0.95) -> WeightTable:
@@ -54,7 +69,12 @@ def loaded(network: nn.Module, folder: Path, target: Target, share: float = 0.95
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("resenc_tiny", None), ("primus_v2_tiny", None), ("primus_v3_tiny", None), ("vit_b16", SMALL_VIT)],
+    [
+        ("resenc_tiny", None),
+        ("primus_v2_tiny", None),
+        ("primus_v3_tiny", None),
+        ("vit_b16", SMALL_VIT),
+    ],
     ids=["resenc", "primus_v2", "primus_v3", "vit"],
 )
 def test_an_encoder_of_any_family_is_loaded_whole_under_all_of_its_names(
@@ -72,25 +92,40 @@ def test_an_encoder_of_any_family_is_loaded_whole_under_all_of_its_names(
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
     assert changed
-    # A U-Net's decoder holds its encoder, so every tensor of the encoder has a name below "decoder." too.
+    # A U-Net's decoder holds its encoder, so every tensor of the encoder has a name below
+    # "decoder." too.
     assert all(key.removeprefix("decoder.").startswith(prefixes) for key in changed)
-    assert all(torch.equal(after[f"{k}.weight"], after[f"{network.keys_to_in_proj[0]}.weight"]) for k in network.keys_to_in_proj[:2])
+    assert all(
+        torch.equal(after[f"{k}.weight"], after[f"{network.keys_to_in_proj[0]}.weight"])
+        for k in network.keys_to_in_proj[:2]
+    )
 
 
-def test_a_file_that_names_a_tensor_by_its_other_name_is_loaded_alike(tmp_path: Path, write_run: Write) -> None:
+def test_a_file_that_names_a_tensor_by_its_other_name_is_loaded_alike(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     given = load_file(folder / "encoder.safetensors")
-    renamed = {key.replace(".conv.weight", ".all_modules.0.weight"): value for key, value in given.items()}
+    renamed = {
+        key.replace(".conv.weight", ".all_modules.0.weight"): value for key, value in given.items()
+    }
     assert set(renamed) != set(given)
     save_file(renamed, folder / "encoder.safetensors")
     network = network_of("resenc_tiny")
     assert loaded(network, folder, Target(1, CROP)).encoder_share == 1.0
-    assert torch.equal(network.state_dict()["encoder.stem.convs.0.conv.weight"], given["encoder.stem.convs.0.conv.weight"])
+    assert torch.equal(
+        network.state_dict()["encoder.stem.convs.0.conv.weight"],
+        given["encoder.stem.convs.0.conv.weight"],
+    )
 
 
 @pytest.mark.parametrize("name", ["resenc_tiny", "primus_v2_tiny", "primus_v3_tiny"])
-def test_every_convolution_that_reads_the_image_gets_its_channels(tmp_path: Path, write_run: Write, name: str) -> None:
-    """On an image repeated over the channels the adapted network gives what the one-channel network gives."""
+def test_every_convolution_that_reads_the_image_gets_its_channels(
+    tmp_path: Path, write_run: Write, name: str
+) -> None:
+    """On an image repeated over the channels the adapted network gives what the one-channel network
+    gives.
+    """
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name)
     one, three = network_of(name).eval(), network_of(name, channels=4).eval()
     loaded(one, folder, Target(1, CROP))
@@ -105,10 +140,14 @@ def test_every_convolution_that_reads_the_image_gets_its_channels(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["primus_v2_tiny", "primus_v3_tiny"])
-def test_positions_of_a_convolutional_tokenizer_go_to_another_grid(tmp_path: Path, write_run: Write, name: str) -> None:
+def test_positions_of_a_convolutional_tokenizer_go_to_another_grid(
+    tmp_path: Path, write_run: Write, name: str
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name)
     table = loaded(network_of(name, (24, 24, 32)), folder, Target(1, (24, 24, 32)))
-    assert [e.note for e in table.entries if e.status == "adapted"] == ["positions 2x3x2 -> 3x3x4, trilinear"]
+    assert [e.note for e in table.entries if e.status == "adapted"] == [
+        "positions 2x3x2 -> 3x3x4, trilinear"
+    ]
 
 
 def test_a_kernel_summed_over_an_axis_answers_alike_on_images_that_do_not_change_along_it() -> None:
@@ -117,7 +156,9 @@ def test_a_kernel_summed_over_an_axis_answers_alike_on_images_that_do_not_change
     slice_ = torch.randn(1, 2, 1, 9, 9)
     flat, note = fit_kernel(kernel, (1, 3, 3))
     expected = functional.conv3d(slice_.expand(-1, -1, 3, -1, -1), kernel, padding=(0, 1, 1))
-    torch.testing.assert_close(functional.conv3d(slice_, flat, padding=(0, 1, 1)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        functional.conv3d(slice_, flat, padding=(0, 1, 1)), expected, rtol=1e-4, atol=1e-4
+    )
     assert note == "kernel 3x3x3 -> 1x3x3, summed"
 
 
@@ -127,12 +168,16 @@ def test_a_flat_kernel_in_the_middle_of_a_deep_one_answers_exactly_alike() -> No
     image = torch.randn(1, 2, 5, 6, 7)
     deep, note = fit_kernel(kernel, (3, 3, 3))
     expected = functional.conv3d(image, kernel, padding=(1, 0, 1))
-    torch.testing.assert_close(functional.conv3d(image, deep, padding=1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        functional.conv3d(image, deep, padding=1), expected, rtol=1e-5, atol=1e-5
+    )
     assert note == "kernel 3x1x3 -> 3x3x3, padded with zeros"
     assert fit_kernel(torch.zeros(4, 2, 5, 5, 5), (3, 3, 3))[1] == ""
 
 
-def test_anisotropic_data_get_their_strides_and_kernels_and_every_weight(tmp_path: Path, write_run: Write) -> None:
+def test_anisotropic_data_get_their_strides_and_kernels_and_every_weight(
+    tmp_path: Path, write_run: Write
+) -> None:
     arguments, told = reconciled(ANISOTROPIC, planned("resenc_tiny"))
     assert arguments["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
     assert arguments["features_per_stage"] == [16, 32, 64, 128]
@@ -147,30 +192,51 @@ def test_anisotropic_data_get_their_strides_and_kernels_and_every_weight(tmp_pat
     given, state = load_file(folder / "encoder.safetensors"), network.state_dict()
     for key in ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.blocks.0.conv1.conv.weight"):
         torch.testing.assert_close(state[key], given[key].sum(2, keepdim=True))
-    assert torch.equal(state["encoder.stages.1.blocks.0.conv1.conv.weight"], given["encoder.stages.1.blocks.0.conv1.conv.weight"])
+    assert torch.equal(
+        state["encoder.stages.1.blocks.0.conv1.conv.weight"],
+        given["encoder.stages.1.blocks.0.conv1.conv.weight"],
+    )
     assert table.encoder_share == 1.0
     # The stem and the two convolutions of the one block of stage 0, in one group of the table.
-    assert "adapted     3 tensors" in table.lines()[2] and table.lines()[2].endswith("(kernel 3x3x3 -> 1x3x3, summed)")
+    assert "adapted     3 tensors" in table.lines()[2] and table.lines()[2].endswith(
+        "(kernel 3x3x3 -> 1x3x3, summed)"
+    )
     assert network(torch.zeros(1, 1, *patch)).shape == (1, 3, *patch)
 
 
-def test_a_patch_with_fewer_stages_uses_the_first_ones_and_names_the_rest(tmp_path: Path, write_run: Write) -> None:
-    wanted = {"n_stages": 3, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "kernel_sizes": [[3, 3, 3]] * 3}
+def test_a_patch_with_fewer_stages_uses_the_first_ones_and_names_the_rest(
+    tmp_path: Path, write_run: Write
+) -> None:
+    wanted = {
+        "n_stages": 3,
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "kernel_sizes": [[3, 3, 3]] * 3,
+    }
     arguments, told = reconciled(wanted, planned("resenc_tiny"))
     assert told == "3 stages fit the patch, 4 has the encoder: the deepest are not used"
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     table = loaded(network_of("resenc_tiny", arguments=arguments), folder, Target(1, CROP))
     given = load_file(folder / "encoder.safetensors")
-    deepest = sum(value.numel() for key, value in given.items() if key.startswith("encoder.stages.3."))
+    deepest = sum(
+        value.numel() for key, value in given.items() if key.startswith("encoder.stages.3.")
+    )
     assert table.encoder_share == 1.0
     assert sum(e.num_parameters for e in table.unused) == deepest > 0
-    assert any(line.strip().startswith("unused") and "stages that this network does not have" in line for line in table.lines())
+    assert any(
+        line.strip().startswith("unused") and "stages that this network does not have" in line
+        for line in table.lines()
+    )
 
 
-def test_a_deeper_network_than_the_weights_starts_its_last_stage_at_random_if_that_is_allowed(tmp_path: Path, write_run: Write) -> None:
+def test_a_deeper_network_than_the_weights_starts_its_last_stage_at_random_if_that_is_allowed(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     given = load_file(folder / "encoder.safetensors")
-    save_file({k: v for k, v in given.items() if not k.startswith("encoder.stages.3.")}, folder / "encoder.safetensors")
+    save_file(
+        {k: v for k, v in given.items() if not k.startswith("encoder.stages.3.")},
+        folder / "encoder.safetensors",
+    )
     with pytest.raises(WeightsError, match=r"missing: encoder\.stages\.3\.blocks\.0"):
         loaded(network_of("resenc_tiny"), folder, Target(1, CROP))
     table = loaded(network_of("resenc_tiny"), folder, Target(1, CROP), share=0.1)
@@ -180,14 +246,38 @@ def test_a_deeper_network_than_the_weights_starts_its_last_stage_at_random_if_th
 def test_other_widths_or_blocks_are_another_encoder(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     with pytest.raises(WeightsError, match="of another encoder"):
-        loaded(network_of("resenc_tiny", arguments={**RESENC.arguments, "features_per_stage": [8, 16, 32, 64]}), folder, Target(1, CROP))
-    with pytest.raises(WeightsError, match=r"another encoder: .* \(encoder\.stages\.1\.blocks\.1\."):
-        loaded(network_of("resenc_tiny", arguments={**RESENC.arguments, "n_blocks_per_stage": [1, 1, 2, 2]}), folder, Target(1, CROP))
+        loaded(
+            network_of(
+                "resenc_tiny", arguments={**RESENC.arguments, "features_per_stage": [8, 16, 32, 64]}
+            ),
+            folder,
+            Target(1, CROP),
+        )
+    with pytest.raises(
+        WeightsError, match=r"another encoder: .* \(encoder\.stages\.1\.blocks\.1\."
+    ):
+        loaded(
+            network_of(
+                "resenc_tiny", arguments={**RESENC.arguments, "n_blocks_per_stage": [1, 1, 2, 2]}
+            ),
+            folder,
+            Target(1, CROP),
+        )
 
 
-def test_channels_go_by_name_and_one_without_a_namesake_starts_from_the_mean(tmp_path: Path, write_run: Write) -> None:
+def test_channels_go_by_name_and_one_without_a_namesake_starts_from_the_mean(
+    tmp_path: Path, write_run: Write
+) -> None:
     names = ("T1", "T2", "FLAIR")
-    folder = write_run(tmp_path, "brain", crop=CROP, channels=3, encoder="resenc_tiny", num_input_channels=3, channel_names=names)
+    folder = write_run(
+        tmp_path,
+        "brain",
+        crop=CROP,
+        channels=3,
+        encoder="resenc_tiny",
+        num_input_channels=3,
+        channel_names=names,
+    )
     old = load_file(folder / "encoder.safetensors")["encoder.stem.convs.0.conv.weight"]
     network = network_of("resenc_tiny", channels=2)
     table = loaded(network, folder, Target(2, CROP, ("flair", "PET")))
@@ -212,7 +302,11 @@ def test_channels_go_by_name_and_one_without_a_namesake_starts_from_the_mean(tmp
     ],
 )
 def test_what_each_image_channel_starts_from(
-    given: int, given_names: tuple[str, ...], needed_names: tuple[str, ...], sources: Any, factors: Any
+    given: int,
+    given_names: tuple[str, ...],
+    needed_names: tuple[str, ...],
+    sources: Any,
+    factors: Any,
 ) -> None:
     found = map_channels(given, given_names, len(needed_names), needed_names)
     assert found is not None and (found.sources, found.factors) == (sources, factors)
@@ -221,9 +315,18 @@ def test_what_each_image_channel_starts_from(
 def test_the_recipe_of_a_cnn_is_nnunets_own_with_a_tenth_of_its_rate() -> None:
     values = recipe_values(planned("resenc_l"))
     assert (values["optimizer"], values["weight_decay"], values["clip_norm"]) == ("sgd", 3e-5, 12.0)
-    assert (values["pretrained_rate"], values["scratch_rate"], values["deep_supervision"]) == (1e-3, 1e-2, True)
+    assert (values["pretrained_rate"], values["scratch_rate"], values["deep_supervision"]) == (
+        1e-3,
+        1e-2,
+        True,
+    )
     recipe = Recipe(150, **recipe_values(planned("primus_v2_m")))
-    assert (recipe.optimizer, recipe.pretrained_rate, recipe.scratch_rate, recipe.deep_supervision) == ("adamw", 1e-4, 3e-4, False)
+    assert (
+        recipe.optimizer,
+        recipe.pretrained_rate,
+        recipe.scratch_rate,
+        recipe.deep_supervision,
+    ) == ("adamw", 1e-4, 3e-4, False)
 
 
 def test_the_decoder_learns_first_where_a_cnns_stem_is_adapted_or_labels_are_very_few() -> None:
@@ -238,10 +341,21 @@ def test_the_decoder_learns_first_where_a_cnns_stem_is_adapted_or_labels_are_ver
 def test_what_a_family_cannot_do_is_refused_by_name() -> None:
     cnn = Recipe(1, **recipe_values(planned("resenc_tiny")))
     with pytest.raises(PlanError, match=r"recipe\.drop_path_rate=0\.2, but resenc_tiny has none"):
-        check_block(AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2)), "AutoregPlans.json")
-    with pytest.raises(PlanError, match=r"recipe\.deep_supervision=true, but primus_tiny has one output"):
-        check_block(AutoregBlock(planned("primus_tiny"), None, Recipe(1, 1e-3, 1e-3, deep_supervision=True)), "AutoregPlans.json")
-    evil = EncoderPlan("evil", RESENC.class_path, {**RESENC.arguments, "norm_op": "subprocess.Popen"}, (8, 8, 8))
+        check_block(
+            AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2)), "AutoregPlans.json"
+        )
+    with pytest.raises(
+        PlanError, match=r"recipe\.deep_supervision=true, but primus_tiny has one output"
+    ):
+        check_block(
+            AutoregBlock(
+                planned("primus_tiny"), None, Recipe(1, 1e-3, 1e-3, deep_supervision=True)
+            ),
+            "AutoregPlans.json",
+        )
+    evil = EncoderPlan(
+        "evil", RESENC.class_path, {**RESENC.arguments, "norm_op": "subprocess.Popen"}, (8, 8, 8)
+    )
     with pytest.raises(PlanError, match=r"norm_op='subprocess\.Popen' names no layer of torch\.nn"):
         check_block(AutoregBlock(evil, None, cnn), "AutoregPlans.json")
 
@@ -250,7 +364,9 @@ def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     arguments, _ = reconciled(ANISOTROPIC, planned("resenc_tiny"))
-    block = AutoregBlock(planned("resenc_tiny"), None, Recipe(1, **recipe_values(planned("resenc_tiny"))))
+    block = AutoregBlock(
+        planned("resenc_tiny"), None, Recipe(1, **recipe_values(planned("resenc_tiny")))
+    )
     entry = architecture_entry(block, (8, 24, 16), arguments)
     assert entry["arch_kwargs"]["strides"][1] == [1, 2, 2]
     stock = (entry["network_class_name"], entry["arch_kwargs"], entry["_kw_requires_import"], 1, 3)

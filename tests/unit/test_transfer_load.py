@@ -7,14 +7,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.finetune.adapt import interpolate_positions
+from nnunet_autoreg.finetune.block import AutoregBlock, PlannedWeights, Recipe
+from nnunet_autoreg.finetune.load import (
+    Target,
+    check_same_encoder,
+    load_encoder,
+    load_planned_encoder,
+)
+from nnunet_autoreg.finetune.network import architecture_entry
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.transfer.adapt import interpolate_positions
-from nnunet_autoreg.transfer.block import AutoregBlock, PlannedWeights, Recipe
-from nnunet_autoreg.transfer.load import Target, check_same_encoder, load_encoder, load_planned_encoder
-from nnunet_autoreg.transfer.network import architecture_entry
 
 Write = Callable[..., Path]
 CROP = (16, 24, 16)
@@ -33,13 +38,19 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     return file
 
 
-def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(tmp_path: Path, write_run: Write) -> None:
+def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     net = network()
     decoder = {k: v.clone() for k, v in net.state_dict().items() if k.startswith("up_projection")}
-    table = load_encoder(net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95)
+    table = load_encoder(
+        net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95
+    )
     state = net.state_dict()
-    assert all(torch.equal(state[k], v) for k, v in load_file(folder / "encoder.safetensors").items())
+    assert all(
+        torch.equal(state[k], v) for k, v in load_file(folder / "encoder.safetensors").items()
+    )
     assert all(torch.equal(state[k], v) for k, v in decoder.items())
     assert table.encoder_share == 1.0
     assert {e.status for e in table.entries} == {"loaded"}
@@ -48,11 +59,15 @@ def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(tmp_path
     assert "100.0 %" in table.lines()[-1]
 
 
-def test_one_channel_is_repeated_over_four_and_a_cascade_starts_at_zero(tmp_path: Path, write_run: Write) -> None:
+def test_one_channel_is_repeated_over_four_and_a_cascade_starts_at_zero(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     old = load_file(folder / "encoder.safetensors")["down_projection.proj.weight"]
     net = network(channels=6)
-    table = load_encoder(net, folder / "encoder.safetensors", read_card(folder), Target(4, CROP), 0.95)
+    table = load_encoder(
+        net, folder / "encoder.safetensors", read_card(folder), Target(4, CROP), 0.95
+    )
     new = net.state_dict()["down_projection.proj.weight"]
     assert all(torch.equal(new[:, c], old[:, 0] / 4) for c in range(4))
     assert torch.count_nonzero(new[:, 4:]) == 0
@@ -65,9 +80,17 @@ def test_several_channels_are_summed_into_one(tmp_path: Path, write_run: Write) 
     old = load_file(folder / "encoder.safetensors")["down_projection.proj.weight"]
     net = network()
     load_encoder(net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95)
-    torch.testing.assert_close(net.state_dict()["down_projection.proj.weight"], old.sum(1, keepdim=True))
+    torch.testing.assert_close(
+        net.state_dict()["down_projection.proj.weight"], old.sum(1, keepdim=True)
+    )
     with pytest.raises(WeightsError, match="has 3 input channels, the data 2"):
-        load_encoder(network(channels=2), folder / "encoder.safetensors", read_card(folder), Target(2, CROP), 0.95)
+        load_encoder(
+            network(channels=2),
+            folder / "encoder.safetensors",
+            read_card(folder),
+            Target(2, CROP),
+            0.95,
+        )
 
 
 def test_positions_on_the_same_grid_stay_and_on_a_finer_one_lie_between() -> None:
@@ -83,22 +106,38 @@ def test_positions_keep_the_order_z_y_x_of_the_tokens() -> None:
     torch.testing.assert_close(stretched, torch.arange(2.0).reshape(2, 1, 1).expand(2, 6, 8))
 
 
-def test_another_patch_size_interpolates_the_positions_and_says_so(tmp_path: Path, write_run: Write) -> None:
+def test_another_patch_size_interpolates_the_positions_and_says_so(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     patch = (24, 24, 32)
     net = network(patch)
-    table = load_encoder(net, folder / "encoder.safetensors", read_card(folder), Target(1, patch), 0.95)
+    table = load_encoder(
+        net, folder / "encoder.safetensors", read_card(folder), Target(1, patch), 0.95
+    )
     old = load_file(folder / "encoder.safetensors")["eva.pos_embed"]
-    torch.testing.assert_close(net.state_dict()["eva.pos_embed"], interpolate_positions(old, (2, 3, 2), (3, 3, 4)))
-    assert any("eva.pos_embed (positions 2x3x2 -> 3x3x4, trilinear)" in line for line in table.lines())
+    torch.testing.assert_close(
+        net.state_dict()["eva.pos_embed"], interpolate_positions(old, (2, 3, 2), (3, 3, 4))
+    )
+    assert any(
+        "eva.pos_embed (positions 2x3x2 -> 3x3x4, trilinear)" in line for line in table.lines()
+    )
 
 
-def test_too_small_a_share_is_an_error_that_leaves_the_network_alone(tmp_path: Path, write_run: Write) -> None:
+def test_too_small_a_share_is_an_error_that_leaves_the_network_alone(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
-    file = rewrite(folder, lambda t: [t.pop(k) for k in list(t) if k.startswith(("eva.blocks.4", "eva.blocks.5"))])
+    file = rewrite(
+        folder,
+        lambda t: [t.pop(k) for k in list(t) if k.startswith(("eva.blocks.4", "eva.blocks.5"))],
+    )
     net = network()
     before = net.state_dict()["eva.pos_embed"].clone()
-    with pytest.raises(WeightsError, match=r"gives 6\d\.\d % of the encoder's parameters, 95 % are expected .*plan again"):
+    with pytest.raises(
+        WeightsError,
+        match=r"gives 6\d\.\d % of the encoder's parameters, 95 % are expected .*plan again",
+    ):
         load_encoder(net, file, read_card(folder), Target(1, CROP), 0.95)
     assert torch.equal(net.state_dict()["eva.pos_embed"], before)
     table = load_encoder(net, file, read_card(folder), Target(1, CROP), 0.5)
@@ -108,14 +147,29 @@ def test_too_small_a_share_is_an_error_that_leaves_the_network_alone(tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"eva.norm.weight": torch.ones(7)}), r"'eva\.norm\.weight' has shape \(7,\) in 'brain' and \(264,\)"),
-        (lambda t: t.update({"eva.blocks.9.gamma_1": torch.ones(264)}), r"another encoder: .* \(eva\.blocks\.9\.gamma_1\)"),
-        (lambda t: t.update({"eva.norm.bias": torch.full((264,), float("nan"))}), r"'eva\.norm\.bias' holds NaN"),
-        (lambda t: t.update({"eva.pos_embed": torch.ones(1, 5, 264)}), r"makes 12 positions: .* do not belong together"),
+        (
+            lambda t: t.update({"eva.norm.weight": torch.ones(7)}),
+            r"'eva\.norm\.weight' has shape \(7,\) in 'brain' and \(264,\)",
+        ),
+        (
+            lambda t: t.update({"eva.blocks.9.gamma_1": torch.ones(264)}),
+            r"another encoder: .* \(eva\.blocks\.9\.gamma_1\)",
+        ),
+        (
+            lambda t: t.update({"eva.norm.bias": torch.full((264,), float("nan"))}),
+            r"'eva\.norm\.bias' holds NaN",
+        ),
+        (
+            lambda t: t.update({"eva.pos_embed": torch.ones(1, 5, 264)}),
+            r"makes 12 positions: .* do not belong together",
+        ),
     ],
 )
 def test_wrong_contents_are_named(
-    tmp_path: Path, write_run: Write, change: Callable[[dict[str, torch.Tensor]], object], message: str
+    tmp_path: Path,
+    write_run: Write,
+    change: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     file = rewrite(folder, change)
@@ -141,17 +195,28 @@ def test_rotary_tables_in_a_file_are_not_loaded(tmp_path: Path, write_run: Write
     assert dict(net.named_buffers())["eva.rope.pos_embed"].max() <= 1
 
 
-def test_weights_of_another_encoder_than_the_plans_are_refused(tmp_path: Path, write_run: Write) -> None:
+def test_weights_of_another_encoder_than_the_plans_are_refused(
+    tmp_path: Path, write_run: Write
+) -> None:
     card = read_card(write_run(tmp_path, "brain", crop=CROP))
-    planned = EncoderPlan("primus_tiny", SIZE.class_path, {**SIZE.arguments, "eva_depth": 12}, (8, 8, 8))
-    with pytest.raises(WeightsError, match=r"'brain' are of another encoder than the plan's \(arguments.eva_depth: 12 -> 6\)"):
+    planned = EncoderPlan(
+        "primus_tiny", SIZE.class_path, {**SIZE.arguments, "eva_depth": 12}, (8, 8, 8)
+    )
+    with pytest.raises(
+        WeightsError,
+        match=r"'brain' are of another encoder than the plan's \(arguments.eva_depth: 12 -> 6\)",
+    ):
         check_same_encoder(card, planned)
 
 
-def test_a_plan_loads_by_its_own_record_and_notices_a_replaced_file(tmp_path: Path, write_run: Write) -> None:
+def test_a_plan_loads_by_its_own_record_and_notices_a_replaced_file(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     encoder = EncoderPlan("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8))
-    weights = PlannedWeights("brain", "autoreg_pretraining/brain/encoder.safetensors", read_card(folder).sha256)
+    weights = PlannedWeights(
+        "brain", "autoreg_pretraining/brain/encoder.safetensors", read_card(folder).sha256
+    )
     block = AutoregBlock(encoder, weights, Recipe(1, 1e-4, 1e-4))
     assert load_planned_encoder(network(), block, tmp_path, Target(1, CROP)).encoder_share == 1.0
     rewrite(folder, lambda t: t.update({"eva.norm.bias": torch.ones(264)}))
@@ -161,13 +226,19 @@ def test_a_plan_loads_by_its_own_record_and_notices_a_replaced_file(tmp_path: Pa
     with pytest.raises(WeightsError, match="do not exist; put the file back, or plan again"):
         load_planned_encoder(network(), block, tmp_path, Target(1, CROP))
     with pytest.raises(WeightsError, match="train AutoregScratchTrainer"):
-        load_planned_encoder(network(), AutoregBlock(encoder, None, Recipe(1, 1e-4, 1e-4)), tmp_path, Target(1, CROP))
+        load_planned_encoder(
+            network(), AutoregBlock(encoder, None, Recipe(1, 1e-4, 1e-4)), tmp_path, Target(1, CROP)
+        )
 
 
 def test_the_architecture_of_a_plan_stops_stock_trainers_and_serves_everyone_else() -> None:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    block = AutoregBlock(EncoderPlan("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8)), None, Recipe(1, 1e-4, 1e-4))
+    block = AutoregBlock(
+        EncoderPlan("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8)),
+        None,
+        Recipe(1, 1e-4, 1e-4),
+    )
     entry = architecture_entry(block, CROP)
     stock = (entry["network_class_name"], entry["arch_kwargs"], entry["_kw_requires_import"], 1, 3)
     with pytest.raises(SystemExit, match="-tr AutoregPretrainedTrainer"):

@@ -5,13 +5,8 @@ from typing import Any
 import pytest
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.geometry import Size, volume
-from nnunet_autoreg.model.card import read_card
-from nnunet_autoreg.model.memory import GIB, TrainingMemory
-from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
-from nnunet_autoreg.transfer.block import AutoregBlock
-from nnunet_autoreg.transfer.plans import (
+from nnunet_autoreg.finetune.block import AutoregBlock
+from nnunet_autoreg.finetune.plans import (
     Budget,
     Fit,
     Task,
@@ -22,10 +17,21 @@ from nnunet_autoreg.transfer.plans import (
     with_ct_window,
     with_fits,
 )
-from nnunet_autoreg.transfer.resolve import Choice
+from nnunet_autoreg.finetune.resolve import Choice
+from nnunet_autoreg.geometry import Size, volume
+from nnunet_autoreg.model.card import read_card
+from nnunet_autoreg.model.memory import GIB, TrainingMemory
+from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
 
 Write = Callable[..., Path]
-BRAIN = Task(num_cases=20, median_shape_vox=(180.0, 200.0, 160.0), spacing_mm=(1.0, 1.0, 1.0), num_channels=1, num_classes=3)
+BRAIN = Task(
+    num_cases=20,
+    median_shape_vox=(180.0, 200.0, 160.0),
+    spacing_mm=(1.0, 1.0, 1.0),
+    num_channels=1,
+    num_classes=3,
+)
 MANY_VOX = 1e12
 TINY = ENCODERS["primus_tiny"]
 
@@ -42,17 +48,33 @@ def bytes_per_voxel(number: float) -> Callable[[Size], TrainingMemory]:
 def test_the_batch_fills_the_memory_unless_five_percent_of_the_dataset_is_less() -> None:
     small = Task(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
     memory = bytes_per_voxel(GIB / 64**3)
-    roomy = fit_configuration(planned("primus_s"), small, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05)
+    roomy = fit_configuration(
+        planned("primus_s"), small, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05
+    )
     assert (roomy.patch_size, roomy.batch_size) == ((64, 64, 64), 7)
-    few = fit_configuration(planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 4 * 64**3, max_share=0.05)
+    few = fit_configuration(
+        planned("primus_s"),
+        small,
+        Budget(8, False),
+        memory,
+        dataset_vox=20 * 4 * 64**3,
+        max_share=0.05,
+    )
     assert few.batch_size == 4
-    fewest = fit_configuration(planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 64**3, max_share=0.05)
+    fewest = fit_configuration(
+        planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 64**3, max_share=0.05
+    )
     assert fewest.batch_size == 2
 
 
 def test_the_patch_shrinks_until_a_batch_of_two_fits() -> None:
     fit = fit_configuration(
-        planned("primus_m"), BRAIN, Budget(8, False), bytes_per_voxel(GIB / 64**3), dataset_vox=MANY_VOX, max_share=0.05
+        planned("primus_m"),
+        BRAIN,
+        Budget(8, False),
+        bytes_per_voxel(GIB / 64**3),
+        dataset_vox=MANY_VOX,
+        max_share=0.05,
     )
     assert fit.batch_size == 2
     assert 3.0 * 64**3 < volume(fit.patch_size) <= 3.5 * 64**3
@@ -61,7 +83,12 @@ def test_the_patch_shrinks_until_a_batch_of_two_fits() -> None:
 
 def test_a_target_that_nothing_fits_is_said_not_hidden() -> None:
     fit = fit_configuration(
-        planned("primus_m"), BRAIN, Budget(0.5, True), bytes_per_voxel(1), dataset_vox=MANY_VOX, max_share=0.05
+        planned("primus_m"),
+        BRAIN,
+        Budget(0.5, True),
+        bytes_per_voxel(1),
+        dataset_vox=MANY_VOX,
+        max_share=0.05,
     )
     assert fit.patch_size == (8, 8, 8)
     assert "MORE than the target" in fit.reason
@@ -69,92 +96,186 @@ def test_a_target_that_nothing_fits_is_said_not_hidden() -> None:
 
 def test_tiny_encoders_stay_small_unless_a_memory_target_is_given() -> None:
     memory = bytes_per_voxel(1)
-    small = fit_configuration(planned("primus_tiny"), BRAIN, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05)
+    small = fit_configuration(
+        planned("primus_tiny"),
+        BRAIN,
+        Budget(8, False),
+        memory,
+        dataset_vox=MANY_VOX,
+        max_share=0.05,
+    )
     assert volume(small.patch_size) <= 64**3 and small.batch_size == 8
-    large = fit_configuration(planned("primus_tiny"), BRAIN, Budget(8, True), memory, dataset_vox=MANY_VOX, max_share=0.05)
+    large = fit_configuration(
+        planned("primus_tiny"), BRAIN, Budget(8, True), memory, dataset_vox=MANY_VOX, max_share=0.05
+    )
     assert volume(large.patch_size) > 64**3 and large.batch_size > 8
 
 
-def test_a_block_takes_the_encoder_of_the_weights_and_names_the_file_from_the_results(tmp_path: Path, write_run: Write) -> None:
+def test_a_block_takes_the_encoder_of_the_weights_and_names_the_file_from_the_results(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain")
     choice = Choice(read_card(folder), (folder / "encoder.safetensors").resolve(), "because")
     block = make_block(choice, BRAIN, Budget(8, False), tmp_path)
     assert block.encoder.name == "primus_tiny"
-    assert block.weights is not None and block.weights.file == "autoreg_pretraining/brain/encoder.safetensors"
+    assert (
+        block.weights is not None
+        and block.weights.file == "autoreg_pretraining/brain/encoder.safetensors"
+    )
     assert (block.recipe.num_epochs, block.recipe.pretrained_rate) == (150, 1e-3)
     elsewhere = make_block(choice, BRAIN, Budget(8, False), tmp_path / "other")
-    assert elsewhere.weights is not None and elsewhere.weights.file == str((folder / "encoder.safetensors").resolve())
+    assert elsewhere.weights is not None and elsewhere.weights.file == str(
+        (folder / "encoder.safetensors").resolve()
+    )
 
 
 def test_many_labels_train_longer_and_scratch_plans_choose_an_encoder() -> None:
     many = Task(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
-    block = make_block(Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results"))
+    block = make_block(
+        Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results")
+    )
     assert block.recipe.num_epochs == 300
     assert block.weights is None
     assert block.encoder.name == "primus_s"
 
 
-def test_ct_channels_take_the_window_of_pretraining_and_others_keep_theirs(tmp_path: Path, write_run: Write) -> None:
-    window = IntensityWindow(mean=40.0, std=100.0, median=35.0, min=-1000.0, max=2000.0, percentile_00_5=-900.0, percentile_99_5=800.0)
+def test_ct_channels_take_the_window_of_pretraining_and_others_keep_theirs(
+    tmp_path: Path, write_run: Write
+) -> None:
+    window = IntensityWindow(
+        mean=40.0,
+        std=100.0,
+        median=35.0,
+        min=-1000.0,
+        max=2000.0,
+        percentile_00_5=-900.0,
+        percentile_99_5=800.0,
+    )
     card = read_card(write_run(tmp_path, "chest", modalities=("CT",), ct_window=window))
     given = {"0": {"mean": 1.0}, "1": {"mean": 2.0}}
     found = with_ct_window(given, ["CT", "PET"], card)
-    assert found["0"] == {"mean": 40.0, "std": 100.0, "median": 35.0, "min": -1000.0, "max": 2000.0,
-                          "percentile_00_5": -900.0, "percentile_99_5": 800.0}
+    assert found["0"] == {
+        "mean": 40.0,
+        "std": 100.0,
+        "median": 35.0,
+        "min": -1000.0,
+        "max": 2000.0,
+        "percentile_00_5": -900.0,
+        "percentile_99_5": 800.0,
+    }
     assert found["1"] == {"mean": 2.0}
     assert with_ct_window(given, ["CT", "PET"], None) == given
 
 
 def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> None:
-    full = {"patch_size": [64, 64, 64], "batch_size": 2, "spacing": [1, 1, 1], "data_identifier": "AutoregPlans_3d_fullres",
-            "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}}}
-    old = {"configurations": {
-        "2d": {}, "3d_lowres": full, "3d_cascade_fullres": {"inherits_from": "3d_fullres"},
-        "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
-        "on_bs4": {"inherits_from": "bs4"},
-        "odd": {"inherits_from": "3d_fullres", "patch_size": [60, 64, 64]},
-        "orphan": {"inherits_from": "3d_lowres"},
-        "on_orphan": {"inherits_from": "orphan"},
-        "staged": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
-    }}
-    kept, dropped = kept_configurations(old, {"configurations": {"3d_fullres": full}}, TINY.class_path)
+    full = {
+        "patch_size": [64, 64, 64],
+        "batch_size": 2,
+        "spacing": [1, 1, 1],
+        "data_identifier": "AutoregPlans_3d_fullres",
+        "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}},
+    }
+    old = {
+        "configurations": {
+            "2d": {},
+            "3d_lowres": full,
+            "3d_cascade_fullres": {"inherits_from": "3d_fullres"},
+            "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
+            "on_bs4": {"inherits_from": "bs4"},
+            "odd": {"inherits_from": "3d_fullres", "patch_size": [60, 64, 64]},
+            "orphan": {"inherits_from": "3d_lowres"},
+            "on_orphan": {"inherits_from": "orphan"},
+            "staged": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+        }
+    }
+    kept, dropped = kept_configurations(
+        old, {"configurations": {"3d_fullres": full}}, TINY.class_path
+    )
     assert list(kept) == ["bs4", "on_bs4"]
     assert len(dropped) == 4
     assert any("'odd'" in line and "use 56 or 64" in line for line in dropped)
-    assert any("'orphan'" in line and "'3d_lowres', which no longer exists" in line for line in dropped)
+    assert any(
+        "'orphan'" in line and "'3d_lowres', which no longer exists" in line for line in dropped
+    )
 
 
 def test_a_cnns_own_configurations_are_held_against_their_own_strides() -> None:
     cnn = ENCODERS["resenc_tiny"]
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
-    full = {"patch_size": [32, 64, 64], "batch_size": 2, "spacing": [3, 1, 1], "data_identifier": "AutoregPlans_3d_fullres",
-            "architecture": {"arch_kwargs": {"class_path": cnn.class_path, **cnn.arguments, "strides": strides}}}
-    old = {"configurations": {
-        "flat": {"inherits_from": "3d_fullres", "patch_size": [12, 64, 64]},
-        "odd": {"inherits_from": "3d_fullres", "patch_size": [32, 60, 64]},
-        "primus": {**full, "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}}},
-    }}
-    kept, dropped = kept_configurations(old, {"configurations": {"3d_fullres": full}}, cnn.class_path)
+    full = {
+        "patch_size": [32, 64, 64],
+        "batch_size": 2,
+        "spacing": [3, 1, 1],
+        "data_identifier": "AutoregPlans_3d_fullres",
+        "architecture": {
+            "arch_kwargs": {"class_path": cnn.class_path, **cnn.arguments, "strides": strides}
+        },
+    }
+    old = {
+        "configurations": {
+            "flat": {"inherits_from": "3d_fullres", "patch_size": [12, 64, 64]},
+            "odd": {"inherits_from": "3d_fullres", "patch_size": [32, 60, 64]},
+            "primus": {
+                **full,
+                "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}},
+            },
+        }
+    }
+    kept, dropped = kept_configurations(
+        old, {"configurations": {"3d_fullres": full}}, cnn.class_path
+    )
     assert list(kept) == ["flat"]
-    assert any("'odd'" in line and "axis y is no multiple of the token size 8" in line for line in dropped)
-    assert any("'primus'" in line and "its network is another than the new plans'" in line for line in dropped)
+    assert any(
+        "'odd'" in line and "axis y is no multiple of the token size 8" in line for line in dropped
+    )
+    assert any(
+        "'primus'" in line and "its network is another than the new plans'" in line
+        for line in dropped
+    )
 
 
-def test_the_decoder_learns_first_where_the_stems_kernels_or_channels_differ_from_the_weights(tmp_path: Path, write_run: Write) -> None:
+def test_the_decoder_learns_first_where_the_stems_kernels_or_channels_differ_from_the_weights(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
     card = read_card(folder)
     many = Task(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
-    block = make_block(Choice(card, folder / "encoder.safetensors", "because"), many, Budget(8, False), tmp_path)
-    assert (block.recipe.optimizer, block.recipe.pretrained_rate, block.recipe.scratch_rate) == ("sgd", 1e-3, 1e-2)
-    same, flat = ({**card.arguments, "kernel_sizes": [first, [3, 3, 3], [3, 3, 3], [3, 3, 3]]} for first in ([3, 3, 3], [1, 3, 3]))
+    block = make_block(
+        Choice(card, folder / "encoder.safetensors", "because"), many, Budget(8, False), tmp_path
+    )
+    assert (block.recipe.optimizer, block.recipe.pretrained_rate, block.recipe.scratch_rate) == (
+        "sgd",
+        1e-3,
+        1e-2,
+    )
+    same, flat = (
+        {**card.arguments, "kernel_sizes": [first, [3, 3, 3], [3, 3, 3], [3, 3, 3]]}
+        for first in ([3, 3, 3], [1, 3, 3])
+    )
 
     def planned_with(arguments: dict[str, Any], names: list[str]) -> AutoregBlock:
-        return with_fits(block, {"3d_fullres": Fit((32, 80, 96), 2, "fits", arguments)}, card, many.num_cases, names)
+        return with_fits(
+            block,
+            {"3d_fullres": Fit((32, 80, 96), 2, "fits", arguments)},
+            card,
+            many.num_cases,
+            names,
+        )
 
-    plain, kernels, channels = planned_with(same, ["MRI"]), planned_with(flat, ["MRI"]), planned_with(same, ["T1", "T2"])
+    plain, kernels, channels = (
+        planned_with(same, ["MRI"]),
+        planned_with(flat, ["MRI"]),
+        planned_with(same, ["T1", "T2"]),
+    )
     assert [b.recipe.decoder_first_fraction for b in (plain, kernels, channels)] == [0.0, 0.1, 0.1]
-    assert kernels.reasons["recipe.decoder_first_fraction"] == "on, the stem is adapted: kernel [3, 3, 3] -> [1, 3, 3]"
-    assert channels.reasons["recipe.decoder_first_fraction"] == "on, the stem is adapted: 1 -> 2 channels, repeated / 2"
+    assert (
+        kernels.reasons["recipe.decoder_first_fraction"]
+        == "on, the stem is adapted: kernel [3, 3, 3] -> [1, 3, 3]"
+    )
+    assert (
+        channels.reasons["recipe.decoder_first_fraction"]
+        == "on, the stem is adapted: 1 -> 2 channels, repeated / 2"
+    )
     assert plain.reasons["3d_fullres"] == "fits"
 
 

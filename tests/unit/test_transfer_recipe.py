@@ -3,23 +3,39 @@ import torch
 from torch import nn
 
 from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.finetune.block import AutoregBlock, Recipe, check_block, read_block
+from nnunet_autoreg.finetune.recipe import (
+    IterationRates,
+    Schedule,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.transfer.block import AutoregBlock, Recipe, check_block, read_block
-from nnunet_autoreg.transfer.recipe import IterationRates, Schedule, make_optimizer, make_schedule, parameter_groups
 
 RECIPE = Recipe(num_epochs=150, pretrained_rate=1e-4, scratch_rate=3e-4)
 BLOCK = {
-    "encoder": {"name": "primus_tiny", "class_path": ENCODERS["primus_tiny"].class_path,
-                "arguments": ENCODERS["primus_tiny"].arguments, "token_size_vox": [8, 8, 8]},
-    "weights": {"name": "brain", "file": "autoreg_pretraining/brain/encoder.safetensors", "sha256": "00"},
+    "encoder": {
+        "name": "primus_tiny",
+        "class_path": ENCODERS["primus_tiny"].class_path,
+        "arguments": ENCODERS["primus_tiny"].arguments,
+        "token_size_vox": [8, 8, 8],
+    },
+    "weights": {
+        "name": "brain",
+        "file": "autoreg_pretraining/brain/encoder.safetensors",
+        "sha256": "00",
+    },
     "recipe": {"num_epochs": 150, "pretrained_rate": 1e-4, "scratch_rate": 3e-4},
 }
 
 
 def tiny() -> nn.Module:
-    return build_network(ENCODERS["primus_tiny"].class_path, ENCODERS["primus_tiny"].arguments, (16, 16, 16), 1, 3)
+    return build_network(
+        ENCODERS["primus_tiny"].class_path, ENCODERS["primus_tiny"].arguments, (16, 16, 16), 1, 3
+    )
 
 
 def test_warm_up_rises_in_equal_parts_to_the_peak_and_decay_follows_the_polynomial() -> None:
@@ -43,7 +59,9 @@ def test_warm_up_rises_in_equal_parts_to_the_peak_and_decay_follows_the_polynomi
         (1, 2, 2, 0),  # a run too short to warm up
     ],
 )
-def test_the_length_of_the_warm_up_follows_the_rule(epochs: int, per_epoch: int, batch: int, warmup: int) -> None:
+def test_the_length_of_the_warm_up_follows_the_rule(
+    epochs: int, per_epoch: int, batch: int, warmup: int
+) -> None:
     assert make_schedule(RECIPE, 1e-4, epochs, per_epoch, batch).warmup_iterations == warmup
 
 
@@ -62,12 +80,23 @@ def test_norms_biases_positions_and_layer_scale_are_not_decayed_and_two_groups_a
     assert [(g["rate_factor"], g["weight_decay"]) for g in groups] == [(1.0, 0.05), (1.0, 0.0)]
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, undecayed = ({names[id(p)] for p in g["params"]} for g in groups)
-    assert {"down_projection.proj.weight", "eva.blocks.0.attn.q_proj.weight", "up_projection.decode.2.weight"} <= decayed
-    assert {"eva.pos_embed", "eva.blocks.0.gamma_1", "eva.norm.weight", "down_projection.proj.bias"} <= undecayed
+    assert {
+        "down_projection.proj.weight",
+        "eva.blocks.0.attn.q_proj.weight",
+        "up_projection.decode.2.weight",
+    } <= decayed
+    assert {
+        "eva.pos_embed",
+        "eva.blocks.0.gamma_1",
+        "eva.norm.weight",
+        "down_projection.proj.bias",
+    } <= undecayed
     assert len(decayed) + len(undecayed) == len(names)
 
 
-def test_layer_decay_slows_the_layers_near_the_input_and_the_first_group_keeps_the_full_rate() -> None:
+def test_layer_decay_slows_the_layers_near_the_input_and_the_first_group_keeps_the_full_rate() -> (
+    None
+):
     network = tiny()
     groups = parameter_groups(network, Recipe(150, 1e-4, 3e-4, layer_decay=0.5))
     factor = {id(p): g["rate_factor"] for g in groups for p in g["params"]}
@@ -88,18 +117,31 @@ def test_a_block_is_read_with_its_defaults() -> None:
 
 
 def test_an_unknown_recipe_key_is_refused_with_a_close_match() -> None:
-    plans = {"plans_name": "AutoregPlans", "autoreg": {**BLOCK, "recipe": {**BLOCK["recipe"], "clip_nrom": 2.0}}}
-    with pytest.raises(PlanError, match=r"AutoregPlans\.json.*unknown key 'clip_nrom'; did you mean 'clip_norm'\?"):
+    plans = {
+        "plans_name": "AutoregPlans",
+        "autoreg": {**BLOCK, "recipe": {**BLOCK["recipe"], "clip_nrom": 2.0}},
+    }
+    with pytest.raises(
+        PlanError, match=r"AutoregPlans\.json.*unknown key 'clip_nrom'; did you mean 'clip_norm'\?"
+    ):
         read_block(plans)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "text"),
-    [("num_epochs", 0, "at least 1"), ("clip_norm", 0.0, "greater than 0"), ("drop_path_rate", 1.0, "in \\[0, 1\\)"),
-     ("expected_encoder_share", 1.5, "in \\[0, 1\\]"), ("weight_decay", -0.1, "0 or more")],
+    [
+        ("num_epochs", 0, "at least 1"),
+        ("clip_norm", 0.0, "greater than 0"),
+        ("drop_path_rate", 1.0, "in \\[0, 1\\)"),
+        ("expected_encoder_share", 1.5, "in \\[0, 1\\]"),
+        ("weight_decay", -0.1, "0 or more"),
+    ],
 )
 def test_impossible_recipe_values_are_refused_by_name(key: str, value: float, text: str) -> None:
-    plans = {"plans_name": "AutoregPlans", "autoreg": {**BLOCK, "recipe": {**BLOCK["recipe"], key: value}}}
+    plans = {
+        "plans_name": "AutoregPlans",
+        "autoreg": {**BLOCK, "recipe": {**BLOCK["recipe"], key: value}},
+    }
     with pytest.raises(PlanError, match=f"autoreg.recipe.{key}=.* must be {text}"):
         read_block(plans)
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nnunet_autoreg.finetune.plans import Budget, Fit, Task
+from nnunet_autoreg.finetune.resenc import fit_resenc, stock_planner
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.transfer.plans import Budget, Fit, Task
-from nnunet_autoreg.transfer.resenc import fit_resenc, stock_planner
 
 DATASET = "Dataset051_SarcomaMR"
 SARCOMA = Task(16, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
@@ -22,7 +22,9 @@ HIPPOCAMPUS = Task(40, (36.0, 51.0, 36.0), (1.0, 1.0, 1.0), 1, 2)
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What nnU-Net's planners read when they are made: a description and a fingerprint; there are no images."""
+    """What nnU-Net's planners read when they are made: a description and a fingerprint; there are
+    no images.
+    """
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / variable / DATASET).mkdir(parents=True)
         monkeypatch.setenv(variable, str(tmp_path / variable))
@@ -30,9 +32,16 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for folder in ("imagesTr", "labelsTr"):
         (tmp_path / "nnUNet_raw" / DATASET / folder).mkdir()
-    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "tumour": 1}, "numTraining": 16, "file_ending": ".nii.gz"}
+    description = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "tumour": 1},
+        "numTraining": 16,
+        "file_ending": ".nii.gz",
+    }
     (tmp_path / "nnUNet_raw" / DATASET / "dataset.json").write_text(json.dumps(description))
-    (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text('{"median_relative_size_after_cropping": 1.0}')
+    (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text(
+        '{"median_relative_size_after_cropping": 1.0}'
+    )
     return tmp_path
 
 
@@ -43,20 +52,24 @@ def planned(name: str) -> EncoderPlan:
 
 def fit(name: str, task: Task, budget: Budget) -> Fit:
     planner = stock_planner(planned(name), DATASET, budget)
-    return fit_resenc(planner, planned(name), task, budget, {}, dataset_vox=dataset_vox(task), max_share=0.05)
+    return fit_resenc(
+        planner, planned(name), task, budget, {}, dataset_vox=dataset_vox(task), max_share=0.05
+    )
 
 
 def dataset_vox(task: Task) -> float:
     return task.num_cases * math.prod(task.median_shape_vox)
 
 
-@pytest.mark.parametrize(("name", "stock"), [("resenc_m", "nnUNetPlannerResEncM"), ("resenc_l", "nnUNetPlannerResEncL")])
+@pytest.mark.parametrize(
+    ("name", "stock"), [("resenc_m", "nnUNetPlannerResEncM"), ("resenc_l", "nnUNetPlannerResEncL")]
+)
 @pytest.mark.parametrize("task", [SARCOMA, BRAIN], ids=["anisotropic", "isotropic"])
 @pytest.mark.usefixtures("dataset")
 def test_patch_batch_strides_and_kernels_are_those_of_nnunets_planner(
     name: str, stock: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners as planners
+    import nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners as planners  # noqa: E501
 
     found = fit(name, task, Budget(8.0, False))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
@@ -80,7 +93,9 @@ def test_a_larger_gpu_gets_a_larger_patch_and_a_tiny_encoder_only_if_asked_for()
     small, large = (fit("resenc_tiny", BRAIN, Budget(8.0, explicit)) for explicit in (False, True))
     assert volume(small.patch_size) <= 64**3 and 2 <= small.batch_size <= 8
     assert volume(large.patch_size) > 64**3
-    assert volume(fit("resenc_m", BRAIN, Budget(24.0, True)).patch_size) > volume(fit("resenc_m", BRAIN, Budget(8.0, True)).patch_size)
+    assert volume(fit("resenc_m", BRAIN, Budget(24.0, True)).patch_size) > volume(
+        fit("resenc_m", BRAIN, Budget(8.0, True)).patch_size
+    )
 
 
 @pytest.mark.usefixtures("dataset")

@@ -4,31 +4,51 @@ from pathlib import Path
 import pytest
 
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.finetune.block import PlannedWeights
+from nnunet_autoreg.finetune.resolve import (
+    DatasetTraits,
+    choose_weights,
+    ignored_setting,
+    locate,
+    setting_of_environment,
+)
 from nnunet_autoreg.plan import SpacingGroup
-from nnunet_autoreg.transfer.block import PlannedWeights
-from nnunet_autoreg.transfer.resolve import DatasetTraits, choose_weights, ignored_setting, locate, setting_of_environment
 
 MR = DatasetTraits("Dataset004_Hippocampus", ("MRI",), (1.0, 1.0, 1.0))
 CT = DatasetTraits("Dataset052_SarcomaCT", ("CT",), (3.0, 1.0, 1.0))
 Write = Callable[..., Path]
 
 
-def test_the_newest_run_of_the_same_modality_and_near_spacing_is_chosen(tmp_path: Path, write_run: Write) -> None:
+def test_the_newest_run_of_the_same_modality_and_near_spacing_is_chosen(
+    tmp_path: Path, write_run: Write
+) -> None:
     write_run(tmp_path, "old", finished_at="2026-01-01T00:00:00Z")
     write_run(tmp_path, "new", finished_at="2026-03-01T00:00:00Z")
     write_run(tmp_path, "chest", finished_at="2026-05-01T00:00:00Z", modalities=("CT",))
     write_run(tmp_path, "coarse", finished_at="2026-04-01T00:00:00Z", spacing_mm=(1.0, 1.0, 2.5))
     choice = choose_weights(tmp_path, MR, None)
     assert choice.card is not None and choice.card.name == "new"
-    assert choice.file == (tmp_path / "autoreg_pretraining" / "new" / "encoder.safetensors").resolve()
+    assert (
+        choice.file == (tmp_path / "autoreg_pretraining" / "new" / "encoder.safetensors").resolve()
+    )
     assert "the newest finished run that suits: MR, spacing ratio 1.00" in choice.reason
     assert choice.rejected[0] == "chest: pretrained on CT, but the channels are MRI"
-    assert choice.rejected[1].startswith("coarse: its spacing 1 x 1 x 2.5 mm is a factor of 2.5 from the target spacing 1 x 1 x 1 mm")
+    assert choice.rejected[1].startswith(
+        "coarse: its spacing 1 x 1 x 2.5 mm is a factor of 2.5 from the target spacing 1 x 1 x 1 mm"
+    )
 
 
-def test_ct_needs_a_run_with_ct_and_axes_are_compared_sorted(tmp_path: Path, write_run: Write) -> None:
+def test_ct_needs_a_run_with_ct_and_axes_are_compared_sorted(
+    tmp_path: Path, write_run: Write
+) -> None:
     write_run(tmp_path, "mr")
-    write_run(tmp_path, "both", modalities=("MR", "CT"), spacing_mm=(1.0, 1.0, 3.0), finished_at="2025-01-01T00:00:00Z")
+    write_run(
+        tmp_path,
+        "both",
+        modalities=("MR", "CT"),
+        spacing_mm=(1.0, 1.0, 3.0),
+        finished_at="2025-01-01T00:00:00Z",
+    )
     choice = choose_weights(tmp_path, CT, None)
     assert choice.card is not None and choice.card.name == "both"
 
@@ -42,7 +62,9 @@ def test_several_channels_suit_one_but_not_another_number(tmp_path: Path, write_
     assert choice.rejected == ("two: its 2 input channels cannot be adapted to 4",)
 
 
-def test_a_damaged_or_unreadable_run_is_passed_over_with_its_reason(tmp_path: Path, write_run: Write) -> None:
+def test_a_damaged_or_unreadable_run_is_passed_over_with_its_reason(
+    tmp_path: Path, write_run: Write
+) -> None:
     damaged = write_run(tmp_path, "damaged", finished_at="2026-05-01T00:00:00Z")
     (damaged / "encoder.safetensors").write_bytes(b"short")
     (write_run(tmp_path, "broken") / "encoder.json").write_text("{")
@@ -50,14 +72,24 @@ def test_a_damaged_or_unreadable_run_is_passed_over_with_its_reason(tmp_path: Pa
     choice = choose_weights(tmp_path, MR, None)
     assert choice.card is not None and choice.card.name == "good"
     assert any(line.startswith("broken: ") and "not valid JSON" in line for line in choice.rejected)
-    assert any(line.startswith("damaged: ") and "damaged or was replaced" in line for line in choice.rejected)
+    assert any(
+        line.startswith("damaged: ") and "damaged or was replaced" in line
+        for line in choice.rejected
+    )
 
 
 def test_without_a_run_the_way_out_is_named(tmp_path: Path, write_run: Write) -> None:
-    with pytest.raises(WeightsError, match=r"holds no finished pretraining run; .*autoreg_pretrain.*autoreg_weights=none"):
+    with pytest.raises(
+        WeightsError,
+        match=r"holds no finished pretraining run; .*autoreg_pretrain.*autoreg_weights=none",
+    ):
         choose_weights(tmp_path, MR, None)
     write_run(tmp_path, "chest", modalities=("CT",))
-    with pytest.raises(WeightsError, match=r"no pretraining run suits Dataset004_Hippocampus \(chest: pretrained.*autoreg_weights=none"):
+    with pytest.raises(
+        WeightsError,
+        match=r"no pretraining run suits Dataset004_Hippocampus \(chest: "
+        r"pretrained.*autoreg_weights=none",
+    ):
         choose_weights(tmp_path, MR, None)
 
 
@@ -74,7 +106,9 @@ def test_the_user_may_name_a_run_a_folder_or_a_file(tmp_path: Path, write_run: W
         assert choose_weights(tmp_path, MR, setting).file == file
 
 
-def test_weights_that_the_user_chose_are_warned_about_not_refused(tmp_path: Path, write_run: Write) -> None:
+def test_weights_that_the_user_chose_are_warned_about_not_refused(
+    tmp_path: Path, write_run: Write
+) -> None:
     write_run(tmp_path, "coarse", spacing_mm=(4.0, 4.0, 4.0), modalities=("CT",))
     choice = choose_weights(tmp_path, MR, "coarse")
     assert choice.card is not None
@@ -84,7 +118,9 @@ def test_weights_that_the_user_chose_are_warned_about_not_refused(tmp_path: Path
 
 def test_impossible_settings_are_refused(tmp_path: Path, write_run: Write) -> None:
     write_run(tmp_path, "brain")
-    with pytest.raises(WeightsError, match=r"autoreg_weights=brian is neither.*did you mean 'brain'"):
+    with pytest.raises(
+        WeightsError, match=r"autoreg_weights=brian is neither.*did you mean 'brain'"
+    ):
         choose_weights(tmp_path, MR, "brian")
     (tmp_path / "model.pth").touch()
     with pytest.raises(WeightsError, match=r"is no \.safetensors file"):
@@ -94,21 +130,29 @@ def test_impossible_settings_are_refused(tmp_path: Path, write_run: Write) -> No
         locate(tmp_path, "unfinished")
     write_run(tmp_path, "two", channels=2, num_input_channels=2)
     three = DatasetTraits("D", ("A", "B", "C"), (1.0, 1.0, 1.0))
-    with pytest.raises(WeightsError, match="autoreg_weights=two cannot be used for D: its 2 input channels"):
+    with pytest.raises(
+        WeightsError, match="autoreg_weights=two cannot be used for D: its 2 input channels"
+    ):
         choose_weights(tmp_path, three, "two")
     write_run(tmp_path, "evil", class_path="os.system")
     with pytest.raises(WeightsError, match=r"'os\.system' is none of"):
         choose_weights(tmp_path, MR, "evil")
 
 
-def test_another_setting_at_training_time_is_ignored_with_a_warning(tmp_path: Path, write_run: Write) -> None:
+def test_another_setting_at_training_time_is_ignored_with_a_warning(
+    tmp_path: Path, write_run: Write
+) -> None:
     folder = write_run(tmp_path, "brain")
     planned = PlannedWeights("brain", "autoreg_pretraining/brain/encoder.safetensors", "00")
     assert ignored_setting(tmp_path, planned, None) is None
     assert ignored_setting(tmp_path, planned, "brain") is None
     assert ignored_setting(tmp_path, planned, str(folder)) is None
     warning = ignored_setting(tmp_path, planned, "other")
-    assert warning is not None and "autoreg_weights=other is ignored" in warning and "'brain'" in warning
+    assert (
+        warning is not None
+        and "autoreg_weights=other is ignored" in warning
+        and "'brain'" in warning
+    )
     assert ignored_setting(tmp_path, planned, "none") is not None
 
 
@@ -119,12 +163,19 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert setting_of_environment() == "brain"
 
 
-def test_a_run_on_scans_of_several_spacings_suits_by_the_nearest_of_its_own_kind(tmp_path: Path, write_run: Write) -> None:
-    groups = (SpacingGroup("MR", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), SpacingGroup("MR", (10.0, 1.5, 1.5), (10.0, 1.5, 1.5)),
-              SpacingGroup("CT", (3.0, 1.0, 1.0), (3.0, 1.0, 1.0)))
+def test_a_run_on_scans_of_several_spacings_suits_by_the_nearest_of_its_own_kind(
+    tmp_path: Path, write_run: Write
+) -> None:
+    groups = (
+        SpacingGroup("MR", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+        SpacingGroup("MR", (10.0, 1.5, 1.5), (10.0, 1.5, 1.5)),
+        SpacingGroup("CT", (3.0, 1.0, 1.0), (3.0, 1.0, 1.0)),
+    )
     write_run(tmp_path, "pool", modalities=("CT", "MR"), spacing_groups=groups)
     cine = DatasetTraits("Dataset027_ACDC", ("cineMRI",), (10.0, 1.5, 1.5))
     assert "spacing ratio 1.00" in choose_weights(tmp_path, cine, None).reason
     assert "spacing ratio 1.00" in choose_weights(tmp_path, CT, None).reason
     with pytest.raises(WeightsError, match=r"its spacing 3 x 1 x 1 mm is a factor of 3.3"):
-        choose_weights(tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None)
+        choose_weights(
+            tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None
+        )

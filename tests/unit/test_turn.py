@@ -1,4 +1,6 @@
-"""Flips and axis swaps travel with a sample and are carried out where it is used: every bit as if they had been done where it was read."""
+"""Flips and axis swaps travel with a sample and are carried out where it is used: every bit as if
+they had been done where it was read.
+"""
 
 from dataclasses import fields, replace
 from itertools import permutations, product
@@ -6,7 +8,14 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
-from sequence_cases import Ramp, contrast_material, contrast_plan, make_plan, semantic_material, semantic_plan
+from sequence_cases import (
+    Ramp,
+    contrast_material,
+    contrast_plan,
+    make_plan,
+    semantic_material,
+    semantic_plan,
+)
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
@@ -14,11 +23,11 @@ from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, parts_
 from nnunet_autoreg.pretrain.pictures import upright
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
-from nnunet_autoreg.sequences import members, spatial, strided
-from nnunet_autoreg.sequences.material import Material
-from nnunet_autoreg.sequences.sample import Batch, collate
-from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
-from nnunet_autoreg.sequences.turn import AS_READ, Turn
+from nnunet_autoreg.sampling import members, spatial, strided
+from nnunet_autoreg.sampling.material import Material
+from nnunet_autoreg.sampling.sample import Batch, collate
+from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.turn import AS_READ, Turn
 
 CPU = torch.device("cpu")
 FLIPS, AXES = tuple(product((False, True), repeat=3)), tuple(permutations(range(3)))
@@ -26,7 +35,9 @@ TURNS = [Turn(flips, axes) for flips in FLIPS for axes in AXES]
 
 
 def by_hand(volume_ZYX, turn):
-    """Voxel by voxel: along axis i of the result runs axis axes[i] of the crop, backwards where that axis is mirrored."""
+    """Voxel by voxel: along axis i of the result runs axis axes[i] of the crop, backwards where
+    that axis is mirrored.
+    """
     out = np.empty([volume_ZYX.shape[axis] for axis in turn.axes], volume_ZYX.dtype)
     for place in np.ndindex(*out.shape):
         source = [0, 0, 0]
@@ -37,9 +48,14 @@ def by_hand(volume_ZYX, turn):
 
 
 def plainly(voxels_MCZYX, real_MZYX, turn):
-    """What the loaders did when they turned crops themselves: numpy's flip, then its transpose, image by image."""
+    """What the loaders did when they turned crops themselves: numpy's flip, then its transpose,
+    image by image.
+    """
     flipped = tuple(axis for axis, flip in enumerate(turn.flips) if flip)
-    voxels = [np.flip(v, [axis + 1 for axis in flipped]).transpose(0, *(axis + 1 for axis in turn.axes)) for v in voxels_MCZYX]
+    voxels = [
+        np.flip(v, [axis + 1 for axis in flipped]).transpose(0, *(axis + 1 for axis in turn.axes))
+        for v in voxels_MCZYX
+    ]
     real = [np.flip(r, flipped).transpose(turn.axes) for r in real_MZYX]
     return np.stack(voxels), np.stack(real)
 
@@ -59,25 +75,43 @@ def test_a_turn_mirrors_and_then_reorders_arrays_and_tensors_alike():
 
 
 def check_turned(sample, voxels, real, before):
-    """In numpy and in a batch, ``sample`` turns to exactly these arrays, ``before`` to its own; once only, and nothing else changes."""
+    """In numpy and in a batch, ``sample`` turns to exactly these arrays, ``before`` to its own;
+    once only, and nothing else changes.
+    """
     batch = collate([before, sample])
     turned = batch.to(CPU)
-    assert np.array_equal(sample.turned().voxels, voxels) and np.array_equal(sample.turned().real, real)
-    assert np.array_equal(turned.voxels[1].numpy(), voxels) and np.array_equal(turned.real[1].numpy(), real)
+    assert np.array_equal(sample.turned().voxels, voxels) and np.array_equal(
+        sample.turned().real, real
+    )
+    assert np.array_equal(turned.voxels[1].numpy(), voxels) and np.array_equal(
+        turned.real[1].numpy(), real
+    )
     assert np.array_equal(turned.voxels[0].numpy(), before.turned().voxels)
-    assert turned.voxels.dtype == torch.float32 and turned.real.dtype == torch.bool and turned.voxels.is_contiguous()
+    assert (
+        turned.voxels.dtype == torch.float32
+        and turned.real.dtype == torch.bool
+        and turned.voxels.is_contiguous()
+    )
     for f in fields(Batch):
         if f.name not in ("voxels", "real", "turns"):
             assert getattr(turned, f.name) is getattr(batch, f.name)
-    assert np.array_equal(batch.voxels[1].numpy(), sample.voxels), "the batch itself stays as it was read"
-    assert turned.turns == () and turned.to(CPU).voxels is turned.voxels and sample.turned().turn == AS_READ
+    assert np.array_equal(batch.voxels[1].numpy(), sample.voxels), (
+        "the batch itself stays as it was read"
+    )
+    assert (
+        turned.turns == ()
+        and turned.to(CPU).voxels is turned.voxels
+        and sample.turned().turn == AS_READ
+    )
 
 
 @pytest.mark.parametrize("turn", TURNS)
 def test_spatial_crops_with_padding_are_turned_as_the_loaders_turned_them(turn):
     plan = make_plan(crop_size_vox=(16, 16, 16))
     drawn = spatial.draw(plan, (30, 30, 30), rng.generator(0, "x"))
-    other = spatial.apply(plan, Ramp((30, 30, 30)), replace(drawn, turn=Turn((False, True, True), (1, 2, 0))))
+    other = spatial.apply(
+        plan, Ramp((30, 30, 30)), replace(drawn, turn=Turn((False, True, True), (1, 2, 0)))
+    )
     sample = spatial.apply(plan, Ramp((10, 6, 30)), replace(drawn, start=(-3, -1, 4), turn=turn))
     voxels, real = Ramp((10, 6, 30)).read_padded((-3, -1, 4), (16, 16, 16))
     assert 0 < real.mean() < 1
@@ -88,21 +122,35 @@ def test_spatial_crops_with_padding_are_turned_as_the_loaders_turned_them(turn):
 def test_all_members_of_a_sequence_are_turned_alike(turn):
     plan, group = contrast_plan(member_crop_vox=(8, 8, 8)), contrast_material(1).groups[0]
     cases = [case for _, case in group.members]
-    drawn = members.draw_contrast(plan, cases[0].shape_vox, (1.0, 1.0, 1.0), range(4), rng.generator(0, "x"))
+    drawn = members.draw_contrast(
+        plan, cases[0].shape_vox, (1.0, 1.0, 1.0), range(4), rng.generator(0, "x")
+    )
     drawn = replace(drawn, starts=((-2, 5, 25),) * 4)
     other = members.apply(plan, "contrast", cases, replace(drawn, turn=AS_READ))
     read = [case.read_padded((-2, 5, 25), (8, 8, 8)) for case in cases]
     assert all(0 < real.mean() < 1 for _, real in read)
-    expected = plainly(np.stack([voxels for voxels, _ in read]), np.stack([real for _, real in read]), turn)
-    check_turned(members.apply(plan, "contrast", cases, replace(drawn, turn=turn)), *expected, before=other)
+    expected = plainly(
+        np.stack([voxels for voxels, _ in read]), np.stack([real for _, real in read]), turn
+    )
+    check_turned(
+        members.apply(plan, "contrast", cases, replace(drawn, turn=turn)), *expected, before=other
+    )
 
 
 @pytest.mark.parametrize("turn", [turn for turn in TURNS if turn.axes[0] == 0])
 def test_a_stretch_of_strided_slices_is_turned_before_its_sub_volumes_are_cut(turn):
-    plan = make_plan(crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8, mask_seen=True)
+    plan = make_plan(
+        crop_size_vox=(32, 16, 16),
+        weights={"strided": 1.0},
+        num_subvolumes=2,
+        stride_vox=8,
+        mask_seen=True,
+    )
     case, start = Ramp((20, 40, 12)), (-1, 3, -2)
     drawn = strided.draw(plan, case.shape_vox, rng.generator(0, "x"), case.spacing_mm)
-    sample, other = (strided.apply(plan, case, replace(drawn, start=start, turn=t)) for t in (turn, AS_READ))
+    sample, other = (
+        strided.apply(plan, case, replace(drawn, start=start, turn=t)) for t in (turn, AS_READ)
+    )
     voxels, real = case.read_padded(start, (24, 16, 16))
     voxels, real = plainly(voxels[None], real[None], turn)
     slices = [*range(16), *range(8, 24)]
@@ -111,13 +159,22 @@ def test_a_stretch_of_strided_slices_is_turned_before_its_sub_volumes_are_cut(tu
 
 
 def test_strided_sequences_never_take_another_axis_for_the_one_that_their_slices_lie_along():
-    plan = make_plan(crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8)
-    drawn = [strided.draw(plan, (40, 40, 40), rng.generator(0, "x", i), (1.0, 1.0, 1.0)).turn for i in range(60)]
-    assert {turn.axes for turn in drawn} == {(0, 1, 2), (0, 2, 1)} and {turn.flips for turn in drawn} == set(FLIPS)
+    plan = make_plan(
+        crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8
+    )
+    drawn = [
+        strided.draw(plan, (40, 40, 40), rng.generator(0, "x", i), (1.0, 1.0, 1.0)).turn
+        for i in range(60)
+    ]
+    assert {turn.axes for turn in drawn} == {(0, 1, 2), (0, 2, 1)} and {
+        turn.flips for turn in drawn
+    } == set(FLIPS)
 
 
 def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
-    batches = StepBatches(SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(5))
+    batches = StepBatches(
+        SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(5)
+    )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
     assert len(batch.turns) == 5 and len(set(batch.turns)) > 1
     parts = [part.to(CPU) for part in parts_of(batch, 2)]
@@ -128,7 +185,9 @@ def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
 
 def test_without_flips_and_swaps_a_batch_is_shared_and_not_copied():
     plan = make_plan(flip=False, swap_axes=False)
-    batch = collate([SequenceSampler(plan).draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(2)])
+    batch = collate(
+        [SequenceSampler(plan).draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(2)]
+    )
     assert batch.turns == () and batch.to(CPU).voxels is batch.voxels
 
 
@@ -136,7 +195,9 @@ def seeing(plan):
     """An objective, and the batches whose loss it is asked for."""
     objective, seen = Autoregressive(plan), []
     loss = objective.loss
-    objective.loss = lambda batch, references=False: (seen.append(batch), loss(batch, references))[1]
+    objective.loss = lambda batch, references=False: (seen.append(batch), loss(batch, references))[
+        1
+    ]
     return objective, seen
 
 
@@ -149,8 +210,12 @@ def test_training_and_held_out_batches_reach_the_loss_turned():
     heldout = heldout_batches(objective.sampler, cases, 4, 1)
     Validation(objective, {"spatial": heldout}, [], CPU).measure()
     drawn += [objective.sampler.draw(cases, HELDOUT, i) for i in range(4)]
-    assert any(sample.turn != AS_READ for sample in drawn[:2]) and any(sample.turn != AS_READ for sample in drawn[2:])
-    voxels, real = (torch.cat([getattr(batch, name) for batch in seen]).numpy() for name in ("voxels", "real"))
+    assert any(sample.turn != AS_READ for sample in drawn[:2]) and any(
+        sample.turn != AS_READ for sample in drawn[2:]
+    )
+    voxels, real = (
+        torch.cat([getattr(batch, name) for batch in seen]).numpy() for name in ("voxels", "real")
+    )
     assert np.array_equal(voxels, np.stack([sample.turned().voxels for sample in drawn]))
     assert np.array_equal(real, np.stack([sample.turned().real for sample in drawn]))
 
@@ -175,7 +240,10 @@ def test_the_loss_is_one_graph_however_the_samples_are_turned():
 
 
 def test_semantic_samples_carry_one_turn_for_all_their_patients():
-    turns = [SequenceSampler(semantic_plan()).draw(semantic_material(), TRAINING, step, 0).turn for step in range(60)]
+    turns = [
+        SequenceSampler(semantic_plan()).draw(semantic_material(), TRAINING, step, 0).turn
+        for step in range(60)
+    ]
     assert {turn.flips for turn in turns} == set(FLIPS) and len({turn.axes for turn in turns}) > 1
 
 
@@ -188,7 +256,9 @@ def test_pictures_show_sequences_turned_the_usual_way_round(kind):
     assert sample.turn == AS_READ and again.drawn.turn == Turn((False, True, True))
     start = again.drawn.starts[0] if kind == "contrast" else again.drawn.start
     voxels, real = shown.cases[0].read_padded(start, sample.voxels.shape[2:])
-    assert np.array_equal(sample.voxels[0, 0], voxels[0, :, ::-1, ::-1]) and np.array_equal(sample.real[0], real[:, ::-1, ::-1])
+    assert np.array_equal(sample.voxels[0, 0], voxels[0, :, ::-1, ::-1]) and np.array_equal(
+        sample.real[0], real[:, ::-1, ::-1]
+    )
 
 
 @pytest.mark.gpu
@@ -203,4 +273,6 @@ def test_turning_on_a_gpu_gives_the_same_bits_and_waits_for_nothing():
         turned = pinned.to(device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(turned.voxels.cpu(), batch.to(CPU).voxels) and torch.equal(turned.real.cpu(), batch.to(CPU).real)
+    assert torch.equal(turned.voxels.cpu(), batch.to(CPU).voxels) and torch.equal(
+        turned.real.cpu(), batch.to(CPU).real
+    )

@@ -1,4 +1,6 @@
-"""Weights that the user names with nnU-Net's own option, and trained nnU-Net models among weight files."""
+"""Weights that the user names with nnU-Net's own option, and trained nnU-Net models among weight
+files.
+"""
 
 import copy
 from pathlib import Path
@@ -11,15 +13,25 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnunet_autoreg.convert.imported import Options
+from nnunet_autoreg.convert.importing import import_weights
+from nnunet_autoreg.convert.inspecting import inspect_weights
+from nnunet_autoreg.convert.source import NNSSL, TRAINED, open_source
 from nnunet_autoreg.errors import UsageError, WeightsError
+from nnunet_autoreg.finetune.user_weights import misfit, named_weights, watch_loading
 from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, AutoregScratchTrainer
-from nnunet_autoreg.transfer.foreign.imported import Options
-from nnunet_autoreg.transfer.foreign.importing import import_weights
-from nnunet_autoreg.transfer.foreign.inspecting import inspect_weights
-from nnunet_autoreg.transfer.foreign.source import NNSSL, TRAINED, open_source
-from nnunet_autoreg.transfer.user_weights import misfit, named_weights, watch_loading
 
-COMMAND = ["/usr/bin/nnUNetv2_train", "4", "3d_fullres", "0", "-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans", "--npz"]
+COMMAND = [
+    "/usr/bin/nnUNetv2_train",
+    "4",
+    "3d_fullres",
+    "0",
+    "-tr",
+    "AutoregPretrainedTrainer",
+    "-p",
+    "AutoregPlans",
+    "--npz",
+]
 
 
 def checkpoint(file: Path, **changes: Any) -> Path:
@@ -27,7 +39,11 @@ def checkpoint(file: Path, **changes: Any) -> Path:
     content = {
         "network_weights": nn.Linear(2, 2).state_dict(),
         "optimizer_state": {},
-        "logging": {"mean_fg_dice": [np.float32(0.5)], "lrs": [0.1], "epoch_start_timestamps": [np.float64(1.0)]},
+        "logging": {
+            "mean_fg_dice": [np.float32(0.5)],
+            "lrs": [0.1],
+            "epoch_start_timestamps": [np.float64(1.0)],
+        },
         "_best_ema": np.float64(0.5),
         "current_epoch": 1,
         "init_args": {
@@ -89,7 +105,11 @@ def test_loading_into_a_network_is_noticed_and_a_copy_stays_apart() -> None:
     ],
 )
 def test_the_users_weights_are_kept_and_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trainer_class: type, is_loaded: bool, expected: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    trainer_class: type,
+    is_loaded: bool,
+    expected: list[str],
 ) -> None:
     lines: list[str] = []
     trainer = trainer_class.__new__(trainer_class)
@@ -98,8 +118,12 @@ def test_the_users_weights_are_kept_and_named(
     trainer.users_weights = tmp_path / "x.pth"
     trainer.block = type("Block", (), {"weights": type("Weights", (), {"name": "brain"})})
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
-    monkeypatch.setattr(trainer_class, "_load_encoder", lambda self: lines.append("plan's weights loaded"))
-    monkeypatch.setattr(trainer_class, "print_to_log_file", lambda self, *words: lines.append(" ".join(words)))
+    monkeypatch.setattr(
+        trainer_class, "_load_encoder", lambda self: lines.append("plan's weights loaded")
+    )
+    monkeypatch.setattr(
+        trainer_class, "print_to_log_file", lambda self, *words: lines.append(" ".join(words))
+    )
 
     trainer.on_train_start()
 
@@ -128,7 +152,10 @@ def test_a_trained_model_is_recognised_by_inspect_and_import(tmp_path: Path) -> 
     facts, following = inspect_weights(file, Options())
 
     what = dict(facts)["what"]
-    assert all(word in what for word in ("nnUNetTrainer", "nnUNetPlans", "3d_fullres", "Dataset004_Hippocampus"))
+    assert all(
+        word in what
+        for word in ("nnUNetTrainer", "nnUNetPlans", "3d_fullres", "Dataset004_Hippocampus")
+    )
     assert f"-pretrained_weights {file}" in following
     with pytest.raises(WeightsError, match="trained nnU-Net model"):
         import_weights(file, "x", tmp_path, Options())
@@ -139,7 +166,9 @@ def test_a_pretraining_checkpoint_is_not_taken_for_a_trained_model(tmp_path: Pat
     plan: dict[str, Any] = {"architecture_plans": {}}
 
     assert open_source(checkpoint(tmp_path / "a.pth", nnssl_adaptation_plan=plan)).kind == NNSSL
-    assert open_source(checkpoint(tmp_path / "b.pth", init_args={"pretrain_json": {}})).kind != TRAINED
+    assert (
+        open_source(checkpoint(tmp_path / "b.pth", init_args={"pretrain_json": {}})).kind != TRAINED
+    )
 
 
 def test_a_trained_model_that_would_run_code_is_still_refused(tmp_path: Path) -> None:

@@ -1,21 +1,43 @@
-"""Rotation, zoom and corruption of training crops: drawn by the loader, carried out on the device, never on held-out samples."""
+"""Rotation, zoom and corruption of training crops: drawn by the loader, carried out on the device,
+never on held-out samples.
+"""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from sequence_cases import Ramp, Shifted, contrast_material, contrast_plan, make_plan, semantic_material, semantic_plan
+from sequence_cases import (
+    Ramp,
+    Shifted,
+    contrast_material,
+    contrast_plan,
+    make_plan,
+    semantic_material,
+    semantic_plan,
+)
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.pretrain.batches import StepBatches, parts_of, training_batches
 from nnunet_autoreg.pretrain.step import TrainingStep
-from nnunet_autoreg.sequences import members, spatial
-from nnunet_autoreg.sequences.affine import affine_of, draw_affine, in_plane_axes, read_source, resampled
-from nnunet_autoreg.sequences.corruption import CLEAN, Corruption, corrupted, draw_corruption, stacked
-from nnunet_autoreg.sequences.sample import collate
-from nnunet_autoreg.sequences.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling import members, spatial
+from nnunet_autoreg.sampling.affine import (
+    affine_of,
+    draw_affine,
+    in_plane_axes,
+    read_source,
+    resampled,
+)
+from nnunet_autoreg.sampling.corruption import (
+    CLEAN,
+    Corruption,
+    corrupted,
+    draw_corruption,
+    stacked,
+)
+from nnunet_autoreg.sampling.sample import collate
+from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
 
 CPU = torch.device("cpu")
 ISOTROPIC, THICK = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
@@ -29,21 +51,31 @@ class Noisy(Ramp):
 
     def read_padded(self, start, size):
         numbers, real = super().read_padded(start, size)
-        values = np.random.default_rng(0).normal(size=int(np.prod(self.shape_vox)) + 1).astype(np.float32)
+        values = (
+            np.random.default_rng(0)
+            .normal(size=int(np.prod(self.shape_vox)) + 1)
+            .astype(np.float32)
+        )
         values[0] = 0  # numbers begin at 1; padding is 0
         return values[numbers.astype(int)], real
 
 
 @dataclass(frozen=True)
 class Smooth(Ramp):
-    """A case whose voxels are a linear function of their place, which trilinear interpolation reproduces."""
+    """A case whose voxels are a linear function of their place, which trilinear interpolation
+    reproduces.
+    """
 
     weights: tuple[float, float, float] = (1.0, 10.0, 100.0)
 
     def read_padded(self, start, size):
         _, real = super().read_padded(start, size)
-        z, y, x = np.meshgrid(*(np.arange(n) + s for n, s in zip(size, start, strict=True)), indexing="ij")
-        return (np.float32(self.weights[0]) * z + self.weights[1] * y + self.weights[2] * x).astype(np.float32)[None] * real, real
+        z, y, x = np.meshgrid(
+            *(np.arange(n) + s for n, s in zip(size, start, strict=True)), indexing="ij"
+        )
+        return (np.float32(self.weights[0]) * z + self.weights[1] * y + self.weights[2] * x).astype(
+            np.float32
+        )[None] * real, real
 
 
 def crop_of(case, start, affine, size=SIZE, max_source=4.0):
@@ -68,12 +100,16 @@ def test_a_rotation_by_90_degrees_equals_numpys_rot90(axis):
 def test_a_rotation_about_z_turns_y_into_x_by_hand():
     # A step along x of the crop is a step along y of the scan, and one along y a step back along x.
     matrix = np.array(affine_of(90, (1, 0, 0), 1.0, ISOTROPIC).matrix)
-    assert np.allclose(matrix, [[1, 0, 0], [0, 0, -1], [0, 1, 0]]) or np.allclose(matrix, [[1, 0, 0], [0, 0, 1], [0, -1, 0]])
+    assert np.allclose(matrix, [[1, 0, 0], [0, 0, -1], [0, 1, 0]]) or np.allclose(
+        matrix, [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
+    )
     assert np.isclose(np.linalg.det(matrix), 1)
 
 
 def test_a_zoom_of_two_shows_half_the_extent_about_the_middle():
-    voxels, real = crop_of(Smooth((40, 40, 40)), (10, 10, 10), affine_of(0, (1, 0, 0), 2.0, ISOTROPIC))
+    voxels, real = crop_of(
+        Smooth((40, 40, 40)), (10, 10, 10), affine_of(0, (1, 0, 0), 2.0, ISOTROPIC)
+    )
     places = 17.5 + (np.arange(16) - 7.5) / 2
     assert np.allclose(voxels[:, 3, 5], places + 10 * places[3] + 100 * places[5], rtol=1e-5)
     assert np.allclose(voxels[2, 3, :], places[2] + 10 * places[3] + 100 * places, rtol=1e-5)
@@ -95,9 +131,14 @@ def test_thick_slices_are_rotated_and_zoomed_in_their_plane_only():
         matrix = np.array(affine.matrix)
         assert matrix[0].tolist() == [1, 0, 0] and matrix[:, 0].tolist() == [1, 0, 0]
         assert np.allclose(np.linalg.det(matrix), affine.zoom**-2)
-    assert max(affine.angle_deg for affine in drawn) > 20 and min(affine.angle_deg for affine in drawn) < -20
+    assert (
+        max(affine.angle_deg for affine in drawn) > 20
+        and min(affine.angle_deg for affine in drawn) < -20
+    )
     assert in_plane_axes((3.0, 1.0, 1.0)) == (0, 1, 2) and in_plane_axes((3.1, 1.0, 1.0)) == (1, 2)
-    free = [np.array(draw_affine(plan, ISOTROPIC, rng.generator(0, "x", i)).matrix) for i in range(5)]
+    free = [
+        np.array(draw_affine(plan, ISOTROPIC, rng.generator(0, "x", i)).matrix) for i in range(5)
+    ]
     assert all(abs(matrix[0, 1]) > 1e-3 for matrix in free)
 
 
@@ -123,22 +164,32 @@ def test_rotation_and_zoom_are_drawn_independently_of_each_other():
 
 
 def test_what_a_turn_brings_in_from_outside_the_scan_is_padding():
-    # The scan is 20 voxels wide and all of it is 7. A rotation by 45 degrees brings corners in from outside.
+    # The scan is 20 voxels wide and all of it is 7. A rotation by 45 degrees brings corners in from
+    # outside.
     case = Shifted((20, 20, 20), by=7.0)
     constant = replace(case)
-    object.__setattr__(constant, "read_padded", lambda start, size: (np.full((1, *size), 7, np.float32), np.ones(size, bool)))
+    object.__setattr__(
+        constant,
+        "read_padded",
+        lambda start, size: (np.full((1, *size), 7, np.float32), np.ones(size, bool)),
+    )
 
-    voxels, real = crop_of(constant, (0, 0, 0), affine_of(45, (1, 0, 0), 1.0, ISOTROPIC), size=(20, 20, 20))
+    voxels, real = crop_of(
+        constant, (0, 0, 0), affine_of(45, (1, 0, 0), 1.0, ISOTROPIC), size=(20, 20, 20)
+    )
 
     y, x = np.meshgrid(np.arange(20) - 9.5, np.arange(20) - 9.5, indexing="ij")
     root = np.sqrt(0.5)
     inside = (np.abs(root * (y + x)) <= 10) & (np.abs(root * (y - x)) <= 10)
     assert 0.75 < inside.mean() < 0.9 and np.array_equal(real, np.broadcast_to(inside, real.shape))
-    assert np.allclose(voxels[real], 7, atol=1e-5) and np.all(voxels[~real] == 0), "no padding is blended into the scan's border"
+    assert np.allclose(voxels[real], 7, atol=1e-5) and np.all(voxels[~real] == 0), (
+        "no padding is blended into the scan's border"
+    )
 
 
 def test_the_mask_of_a_scan_smaller_than_the_crop_is_turned_along():
-    # The scan fills rows 4..11 along y and everything else; a quarter turn in (y, x) makes columns of the rows.
+    # The scan fills rows 4..11 along y and everything else; a quarter turn in (y, x) makes columns
+    # of the rows.
     case = Noisy((16, 8, 16))
     start = (0, -4, 0)
     voxels, real = crop_of(case, start, affine_of(90, (1, 0, 0), 1.0, ISOTROPIC))
@@ -153,13 +204,22 @@ def test_every_turned_crop_keeps_a_part_of_the_scan():
     plan = make_plan(crop_size_vox=SIZE, **VARIED, max_source=1.6)
     for number in range(100):
         case = Noisy((3, 30, 5))
-        drawn = spatial.draw(plan, case.shape_vox, rng.generator(0, "x", number), ISOTROPIC, rng.generator(0, "y", number))
+        drawn = spatial.draw(
+            plan,
+            case.shape_vox,
+            rng.generator(0, "x", number),
+            ISOTROPIC,
+            rng.generator(0, "y", number),
+        )
         assert spatial.apply(plan, case, drawn).turned().real.any()
 
 
 def test_no_more_is_read_than_the_crop_covers_and_the_plan_allows():
     start, case = (20, 20, 20), Noisy((60, 60, 60))
-    rotation, zoom = affine_of(45, (1, 0, 0), 1.0, ISOTROPIC), affine_of(0, (1, 0, 0), 0.5, ISOTROPIC)
+    rotation, zoom = (
+        affine_of(45, (1, 0, 0), 1.0, ISOTROPIC),
+        affine_of(0, (1, 0, 0), 0.5, ISOTROPIC),
+    )
 
     # Half the diagonal of 15 voxel steps, 7.5 * sqrt(2) = 10.6, about 27.5: voxels 16 to 39.
     assert read_source(case, start, SIZE, rotation, 4.0).voxels.shape == (1, 16, 24, 24)
@@ -177,7 +237,10 @@ def test_crops_that_are_neither_rotated_nor_zoomed_keep_every_bit():
     for number in range(40):
         old = SequenceSampler(before).draw(cases, TRAINING, 3, number)
         new = SequenceSampler(some).draw(cases, TRAINING, 3, number)
-        assert np.array_equal(old.ranks, new.ranks) and (old.prefix, old.turn) == (new.prefix, new.turn)
+        assert np.array_equal(old.ranks, new.ranks) and (old.prefix, old.turn) == (
+            new.prefix,
+            new.turn,
+        )
         if new.sources:
             num_turned += 1
             continue
@@ -189,7 +252,10 @@ def test_crops_that_are_neither_rotated_nor_zoomed_keep_every_bit():
 
 def test_with_a_share_of_zero_nothing_is_resampled():
     plan = make_plan(max_rotation_deg=30.0, zoom=(0.7, 1.4))
-    assert all(not SequenceSampler(plan).draw([Noisy((30, 30, 30))], TRAINING, 0, i).sources for i in range(30))
+    assert all(
+        not SequenceSampler(plan).draw([Noisy((30, 30, 30))], TRAINING, 0, i).sources
+        for i in range(30)
+    )
 
 
 def test_resampling_by_no_angle_and_no_zoom_gives_the_plain_crop():
@@ -205,10 +271,16 @@ def test_draws_depend_on_seed_step_and_sample_only():
     one = sampler.draw(cases, TRAINING, 3, 1)
     sampler.draw(cases, TRAINING, 9, 9)
     again = SequenceSampler(plan).draw(cases, TRAINING, 3, 1)
-    assert one.sources[0].matrix == again.sources[0].matrix and torch.equal(one.sources[0].voxels, again.sources[0].voxels)
+    assert one.sources[0].matrix == again.sources[0].matrix and torch.equal(
+        one.sources[0].voxels, again.sources[0].voxels
+    )
 
     other_seed = SequenceSampler(replace(plan, run=replace(plan.run, seed=8)))
-    others = [sampler.draw(cases, TRAINING, 4, 1), sampler.draw(cases, TRAINING, 3, 2), other_seed.draw(cases, TRAINING, 3, 1)]
+    others = [
+        sampler.draw(cases, TRAINING, 4, 1),
+        sampler.draw(cases, TRAINING, 3, 2),
+        other_seed.draw(cases, TRAINING, 3, 1),
+    ]
     assert all(other.sources[0].matrix != one.sources[0].matrix for other in others)
 
 
@@ -221,8 +293,17 @@ def test_held_out_samples_are_never_rotated_zoomed_or_corrupted():
 
 
 def test_strided_sequences_are_never_rotated_or_zoomed():
-    plan = make_plan(crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8, **VARIED)
-    assert all(not SequenceSampler(plan).draw([Noisy((40, 40, 40))], TRAINING, 0, i).sources for i in range(20))
+    plan = make_plan(
+        crop_size_vox=(32, 16, 16),
+        weights={"strided": 1.0},
+        num_subvolumes=2,
+        stride_vox=8,
+        **VARIED,
+    )
+    assert all(
+        not SequenceSampler(plan).draw([Noisy((40, 40, 40))], TRAINING, 0, i).sources
+        for i in range(20)
+    )
 
 
 def test_all_members_of_a_contrast_sequence_are_turned_alike():
@@ -246,13 +327,17 @@ def test_members_of_a_semantic_sequence_share_one_rotation_at_their_own_places()
 
 def test_a_batch_carries_rotations_out_in_any_parts_and_in_loader_processes():
     plan = make_plan(**{**VARIED, "spatial_share": 0.5})
-    batches = StepBatches(SequenceSampler(plan), [Noisy((30, 30, 30)), Noisy((16, 40, 20))], range(5))
+    batches = StepBatches(
+        SequenceSampler(plan), [Noisy((30, 30, 30)), Noisy((16, 40, 20))], range(5)
+    )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
     assert 0 < sum(bool(sources) for sources in batch.sources) < 5
 
     whole, parts = batch.to(CPU), [part.to(CPU) for part in parts_of(batch, 2)]
 
-    expected = [SequenceSampler(plan).draw(batches.cases, TRAINING, 3, i).turned() for i in range(5)]
+    expected = [
+        SequenceSampler(plan).draw(batches.cases, TRAINING, 3, i).turned() for i in range(5)
+    ]
     for made in (whole.voxels, torch.cat([part.voxels for part in parts])):
         assert np.array_equal(made.numpy(), np.stack([sample.voxels for sample in expected]))
     for made in (whole.real, torch.cat([part.real for part in parts])):
@@ -262,14 +347,18 @@ def test_a_batch_carries_rotations_out_in_any_parts_and_in_loader_processes():
 
 def test_resampling_stays_in_single_precision_under_autocast():
     plan = make_plan(**VARIED)
-    batch = collate([SequenceSampler(plan).draw([Noisy((30, 30, 30))], TRAINING, 0, i) for i in range(2)])
+    batch = collate(
+        [SequenceSampler(plan).draw([Noisy((30, 30, 30))], TRAINING, 0, i) for i in range(2)]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         inside = batch.to(CPU)
     assert inside.voxels.dtype == torch.float32 and torch.equal(inside.voxels, batch.to(CPU).voxels)
 
 
 def known_crops():
-    """Voxels (2, 2, 1, 8, 8, 8) and which of them are known: half of each, and nothing of one member."""
+    """Voxels (2, 2, 1, 8, 8, 8) and which of them are known: half of each, and nothing of one
+    member.
+    """
     generator = torch.Generator().manual_seed(0)
     voxels = torch.randn(2, 2, 1, 8, 8, 8, generator=generator)
     known = torch.rand(2, 2, 8, 8, 8, generator=generator) < 0.5
@@ -284,12 +373,18 @@ def test_unknown_voxels_do_not_change_one_bit_of_the_corrupted_known_ones():
     voxels, known = known_crops()
     corruptions = stacked([STRONG, Corruption(0.8, 0.8, 0.1, seed=6)]).with_noise(voxels)
     unknown = ~known[:, :, None]
-    for change in (lambda v: v * -30, lambda v: v + 1e4, lambda v: torch.full_like(v, float("nan"))):
+    for change in (
+        lambda v: v * -30,
+        lambda v: v + 1e4,
+        lambda v: torch.full_like(v, float("nan")),
+    ):
         other = torch.where(unknown, change(voxels), voxels)
 
         one, two = (corrupted(v, known, corruptions) for v in (voxels, other))
 
-        assert torch.equal(one[~unknown], two[~unknown]) and not torch.equal(one[~unknown], voxels[~unknown])
+        assert torch.equal(one[~unknown], two[~unknown]) and not torch.equal(
+            one[~unknown], voxels[~unknown]
+        )
         assert torch.equal(one[unknown], voxels[unknown])
 
 
@@ -309,7 +404,11 @@ def test_clean_samples_and_members_without_contrast_keep_every_bit():
     voxels[0, 1] = 0.25
     corruptions = stacked([STRONG, CLEAN]).with_noise(voxels)
     made = corrupted(voxels, known, corruptions)
-    assert torch.equal(made[1], voxels[1]) and torch.equal(made[0, 1], voxels[0, 1]) and torch.isfinite(made).all()
+    assert (
+        torch.equal(made[1], voxels[1])
+        and torch.equal(made[0, 1], voxels[0, 1])
+        and torch.isfinite(made).all()
+    )
     assert corrupted(voxels, known, None) is voxels
 
 
@@ -349,7 +448,10 @@ def test_the_planned_share_of_samples_is_corrupted():
     drawn = [draw_corruption(0.3, rng.generator(0, "x", i)) for i in range(1000)]
     share = np.mean([one != CLEAN for one in drawn])
     assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 1000)
-    assert all(0.7 <= one.gamma <= 1.5 and 0.75 <= one.contrast <= 1.25 and 0 <= one.noise <= 0.3 for one in drawn)
+    assert all(
+        0.7 <= one.gamma <= 1.5 and 0.75 <= one.contrast <= 1.25 and 0 <= one.noise <= 0.3
+        for one in drawn
+    )
 
 
 def narrow(plan, **objective):
@@ -366,12 +468,20 @@ def test_only_given_blocks_are_corrupted_and_targets_stay_clean(monkeypatch):
     batch = replace(batch, prefix=torch.tensor([3, 5])).to(CPU)
     inputs, targets = [], []
     forward, clean = objective.model.forward, objective._target_voxels
-    monkeypatch.setattr(objective.model, "forward", lambda asked, valid: (inputs.append(asked.voxels), forward(asked, valid))[1])
-    monkeypatch.setattr(objective, "_target_voxels", lambda of: (targets.append(of.voxels), clean(of))[1])
+    monkeypatch.setattr(
+        objective.model,
+        "forward",
+        lambda asked, valid: (inputs.append(asked.voxels), forward(asked, valid))[1],
+    )
+    monkeypatch.setattr(
+        objective, "_target_voxels", lambda of: (targets.append(of.voxels), clean(of))[1]
+    )
 
     objective.loss(batch)
 
-    given = objective._volume((batch.ranks < batch.prefix[:, None])[:, :, None].expand(-1, -1, 512), batch)[:, :, None]
+    given = objective._volume(
+        (batch.ranks < batch.prefix[:, None])[:, :, None].expand(-1, -1, 512), batch
+    )[:, :, None]
     changed = inputs[0] != batch.voxels
     assert not changed[~given].any() and changed[given].float().mean() > 0.9
     assert targets[0] is batch.voxels
@@ -404,7 +514,9 @@ def test_training_that_is_resumed_goes_on_bit_for_bit():
         if state is not None:
             objective.module.load_state_dict(state[0])
             step.optimizer.load_state_dict(state[1])
-        losses = [float(step(n, StepBatches(objective.sampler, cases, step.numbers)[n])[0]) for n in steps]
+        losses = [
+            float(step(n, StepBatches(objective.sampler, cases, step.numbers)[n])[0]) for n in steps
+        ]
         return losses, (objective.module.state_dict(), step.optimizer.state_dict())
 
     through, _ = trained(range(4))
@@ -416,8 +528,12 @@ def test_training_that_is_resumed_goes_on_bit_for_bit():
 def test_a_sequence_of_members_can_be_replayed_without_its_rotation():
     plan, group = contrast_plan(**VARIED), contrast_material(1).groups[0]
     cases = [case for _, case in group.members]
-    drawn = members.draw_contrast(plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x"), rng.generator(0, "y"))
-    without = members.draw_contrast(plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x"))
+    drawn = members.draw_contrast(
+        plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x"), rng.generator(0, "y")
+    )
+    without = members.draw_contrast(
+        plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x")
+    )
     assert drawn.affine is not None and without.affine is None and drawn.starts == without.starts
     sample = members.apply(plan, "contrast", cases, replace(drawn, affine=None))
     assert np.array_equal(sample.voxels, members.apply(plan, "contrast", cases, without).voxels)

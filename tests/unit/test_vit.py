@@ -1,4 +1,6 @@
-"""The ViT against AR-SSL4M: numbers of the original model, and a second model written in (x, y, z) here."""
+"""The ViT against AR-SSL4M: numbers of the original model, and a second model written in (x, y, z)
+here.
+"""
 
 import math
 from collections.abc import Mapping
@@ -10,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnunet_autoreg.convert.ar_ssl4m import expected_keys, head_to_ours, to_ours, to_theirs
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.vit import ViT, sincos_positions
-from nnunet_autoreg.transfer.foreign.ar_ssl4m import expected_keys, head_to_ours, to_ours, to_theirs
 
 TOKEN = (16, 16, 16)
 
@@ -22,7 +24,11 @@ def golden(shared_data: Path) -> tuple[dict[str, Tensor], Tensor, dict[str, Tens
     """Weights under the original keys, input (B, Z, Y, X), and the original model's numbers."""
     with np.load(shared_data / "golden" / "ar_ssl4m_small.npz") as file:
         numbers = {key: torch.from_numpy(file[key]) for key in file.files}
-    weights = {key.removeprefix("weights/"): value for key, value in numbers.items() if key.startswith("weights/")}
+    weights = {
+        key.removeprefix("weights/"): value
+        for key, value in numbers.items()
+        if key.startswith("weights/")
+    }
     return weights, numbers["input_xyz"].permute(0, 3, 2, 1).contiguous(), numbers
 
 
@@ -36,7 +42,9 @@ def model_of(weights: Mapping[str, Tensor], shape: tuple[int, int, int], heads: 
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5, 23])
-def test_predictions_and_loss_are_those_of_the_original_model(shared_data: Path, prefix: int) -> None:
+def test_predictions_and_loss_are_those_of_the_original_model(
+    shared_data: Path, prefix: int
+) -> None:
     weights, volume_BZYX, numbers = golden(shared_data)
     B, Z, Y, X = volume_BZYX.shape
     grid = (Z // 16, Y // 16, X // 16)
@@ -46,17 +54,29 @@ def test_predictions_and_loss_are_those_of_the_original_model(shared_data: Path,
     order = torch.arange(24).reshape(grid).permute(2, 1, 0).flatten()
     rank_T = torch.empty(25, dtype=torch.long)
     rank_T[0], rank_T[1 + order] = -1, torch.arange(24)
-    mask = block_causal(rank_T.expand(B, -1), torch.full((B,), prefix), torch.ones(B, 25, dtype=torch.bool)).dense()
+    mask = block_causal(
+        rank_T.expand(B, -1), torch.full((B,), prefix), torch.ones(B, 25, dtype=torch.bool)
+    ).dense()
     with torch.no_grad():
-        features_BTV = model.model.hidden(model.model.with_start(model.tokens(volume_BZYX[:, None])), mask)[-1]
+        features_BTV = model.model.hidden(
+            model.model.with_start(model.tokens(volume_BZYX[:, None])), mask
+        )[-1]
         by_rank = torch.cat([features_BTV[:, :1], features_BTV[:, 1 + order]], dim=1)
         predicted_BNP = functional.linear(by_rank[:, :24], head, bias)
-    cubes = volume_BZYX.reshape(B, grid[0], 16, grid[1], 16, grid[2], 16).permute(0, 1, 3, 5, 2, 4, 6)
+    cubes = volume_BZYX.reshape(B, grid[0], 16, grid[1], 16, grid[2], 16).permute(
+        0, 1, 3, 5, 2, 4, 6
+    )
     patches_BNP = cubes.reshape(B, 24, -1)[:, order]
-    target_BNP = (patches_BNP - patches_BNP.mean(-1, keepdim=True)) / (patches_BNP.var(-1, keepdim=True) + 1e-6).sqrt()
+    target_BNP = (patches_BNP - patches_BNP.mean(-1, keepdim=True)) / (
+        patches_BNP.var(-1, keepdim=True) + 1e-6
+    ).sqrt()
     loss = functional.mse_loss(predicted_BNP[:, prefix:], target_BNP[:, prefix:])
-    in_their_order = predicted_BNP.reshape(B, 24, 16, 16, 16).permute(0, 1, 4, 3, 2).reshape(B, 24, -1)
-    torch.testing.assert_close(in_their_order[..., ::64], numbers[f"prefix{prefix}/predictions"], atol=1e-4, rtol=0)
+    in_their_order = (
+        predicted_BNP.reshape(B, 24, 16, 16, 16).permute(0, 1, 4, 3, 2).reshape(B, 24, -1)
+    )
+    torch.testing.assert_close(
+        in_their_order[..., ::64], numbers[f"prefix{prefix}/predictions"], atol=1e-4, rtol=0
+    )
     assert float(loss) == pytest.approx(float(numbers[f"prefix{prefix}/loss"]), abs=1e-4)
 
 
@@ -64,22 +84,35 @@ def synthetic(depth: int, width: int) -> dict[str, Tensor]:
     """A checkpoint of the original's key names and shapes with random values."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (4, width), "patchifier.proj.weight": (width, 1, *TOKEN), "decoder_pred.weight": (4096, width),
-        "decoder_pred.bias": (4096,), "linear1.weight": (4 * width, width), "linear1.bias": (4 * width,),
+        "embed_tokens.weight": (4, width),
+        "patchifier.proj.weight": (width, 1, *TOKEN),
+        "decoder_pred.weight": (4096, width),
+        "decoder_pred.bias": (4096,),
+        "linear1.weight": (4 * width, width),
+        "linear1.bias": (4 * width,),
         "linear2.weight": (width, 4 * width),
-    }  # fmt: skip
+    }
     tensors = {}
     for key in sorted(expected_keys(depth)):
         default = (width, width) if key.endswith("_proj.weight") else (width,)
         shape = next((shape for ending, shape in shapes.items() if key.endswith(ending)), default)
-        tensors[key] = torch.randn(shape, generator=generator) * 0.1 + (1.0 if "norm.weight" in key else 0.0)
+        tensors[key] = torch.randn(shape, generator=generator) * 0.1 + (
+            1.0 if "norm.weight" in key else 0.0
+        )
     return tensors
 
 
 def their_encoder(weights: Mapping[str, Tensor], volume_BXYZ: Tensor, heads: int) -> Tensor:
-    """Features (B, x, y, z, V) of the encoder as fine-tuning uses it, computed in (x, y, z) from the description alone."""
+    """Features (B, x, y, z, V) of the encoder as fine-tuning uses it, computed in (x, y, z) from
+    the description alone.
+    """
     width = weights["model.norm.weight"].shape[0]
-    x = functional.conv3d(volume_BXYZ[:, None], weights["model.patchifier.proj.weight"], weights["model.patchifier.proj.bias"], stride=16)
+    x = functional.conv3d(
+        volume_BXYZ[:, None],
+        weights["model.patchifier.proj.weight"],
+        weights["model.patchifier.proj.bias"],
+        stride=16,
+    )
     B, _, *grid = x.shape
     table = np.zeros((*grid, width))
     for place in np.ndindex(*grid):
@@ -93,15 +126,34 @@ def their_encoder(weights: Mapping[str, Tensor], volume_BXYZ: Tensor, heads: int
     depth = len({key.split(".")[2] for key in weights if key.startswith("model.layers.")})
     for i in range(depth):
         w = {key.removeprefix(f"model.layers.{i}."): value for key, value in weights.items()}
-        y = functional.layer_norm(x, (width,), w["input_layernorm.weight"], w["input_layernorm.bias"], 1e-5)
-        q, k, v = ((y @ w[f"self_attn.{n}_proj.weight"].T).reshape(B, -1, heads, width // heads).transpose(1, 2) for n in "qkv")
+        y = functional.layer_norm(
+            x, (width,), w["input_layernorm.weight"], w["input_layernorm.bias"], 1e-5
+        )
+        q, k, v = (
+            (y @ w[f"self_attn.{n}_proj.weight"].T)
+            .reshape(B, -1, heads, width // heads)
+            .transpose(1, 2)
+            for n in "qkv"
+        )
         seen = (q @ k.transpose(2, 3) / math.sqrt(width // heads)).softmax(-1) @ v
-        x = x + seen.transpose(1, 2).reshape(B, -1, width) @ w["self_attn.o_proj.weight"].T + w["self_attn.o_proj.bias"]
-        y = functional.layer_norm(x, (width,), w["post_attention_layernorm.weight"], w["post_attention_layernorm.bias"], 1e-5)
+        x = (
+            x
+            + seen.transpose(1, 2).reshape(B, -1, width) @ w["self_attn.o_proj.weight"].T
+            + w["self_attn.o_proj.bias"]
+        )
+        y = functional.layer_norm(
+            x,
+            (width,),
+            w["post_attention_layernorm.weight"],
+            w["post_attention_layernorm.bias"],
+            1e-5,
+        )
         y = y @ w["mlp.linear1.weight"].T + w["mlp.linear1.bias"]
         y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
         x = x + y @ w["mlp.linear2.weight"].T + w["mlp.linear2.bias"]
-    x = functional.layer_norm(x, (width,), weights["model.norm.weight"], weights["model.norm.bias"], 1e-5)
+    x = functional.layer_norm(
+        x, (width,), weights["model.norm.weight"], weights["model.norm.bias"], 1e-5
+    )
     return x[:, 1:].reshape(B, *grid, width)
 
 
@@ -116,11 +168,15 @@ def test_our_model_in_zyx_gives_what_theirs_gives_in_xyz() -> None:
     # Loaded without turning the kernel the same comparison fails, so it tells the axes apart.
     with torch.no_grad():
         model.model.patchifier.proj.weight.copy_(weights["model.patchifier.proj.weight"])
-        unturned = model.encode(volume_BXYZ.permute(0, 3, 2, 1)[:, None])[-1].reshape(2, 1, 2, 3, 24)
+        unturned = model.encode(volume_BXYZ.permute(0, 3, 2, 1)[:, None])[-1].reshape(
+            2, 1, 2, 3, 24
+        )
     assert (unturned.permute(0, 3, 2, 1, 4) - theirs).abs().max() > 0.1
 
 
-def test_the_original_has_163_tensors_and_ours_the_161_of_its_encoder_with_as_many_parameters() -> None:
+def test_the_original_has_163_tensors_and_ours_the_161_of_its_encoder_with_as_many_parameters() -> (
+    None
+):
     with torch.device("meta"):
         model = ViT(1, 768, TOKEN, 3)
     state = {key: value for key, value in model.state_dict().items() if key.startswith("model.")}
@@ -135,7 +191,9 @@ def test_export_is_the_inverse_of_import_bit_by_bit() -> None:
     back = to_theirs(to_ours(weights))
     assert set(back) == {key for key in weights if key.startswith("model.")}
     assert all(torch.equal(back[key], weights[key]) for key in back)
-    assert not torch.equal(to_ours(weights)["model.patchifier.proj.weight"], weights["model.patchifier.proj.weight"])
+    assert not torch.equal(
+        to_ours(weights)["model.patchifier.proj.weight"], weights["model.patchifier.proj.weight"]
+    )
 
 
 def test_positions_of_a_width_of_six_are_sines_and_cosines_of_x_then_y_then_z() -> None:
@@ -153,15 +211,21 @@ def test_logits_have_the_shape_of_the_volume_for_tokens_of_16_and_of_8() -> None
 
 def test_every_parameter_but_the_unread_special_tokens_learns() -> None:
     model = ViT(1, 24, TOKEN, 2, 4, 2, (32, 32, 16), decoder_features=4)
-    model(torch.randn(1, 1, 32, 32, 16, generator=torch.Generator().manual_seed(2))).square().sum().backward()
-    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    model(
+        torch.randn(1, 1, 32, 32, 16, generator=torch.Generator().manual_seed(2))
+    ).square().sum().backward()
+    still = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert still == []
     gradient = model.model.embed_tokens.weight.grad
     assert gradient is not None and gradient[[0, 2, 3]].abs().sum() == 0
 
 
 def test_the_keys_that_nnunets_loaders_ask_for_lead_somewhere() -> None:
-    from dynamic_network_architectures.architectures.abstract_arch import test_submodules_loadable as check
+    from dynamic_network_architectures.architectures.abstract_arch import (
+        test_submodules_loadable as check,
+    )
 
     model = ViT(1, 24, TOKEN, 2, 2, 2, (16, 16, 16), decoder_features=4)
     check(model)
@@ -173,13 +237,23 @@ def test_the_keys_that_nnunets_loaders_ask_for_lead_somewhere() -> None:
     [
         ({"patch_embed_size": (12, 12, 12)}, r"patch_embed_size=\[12, 12, 12\].*4, 8, 16 or 32"),
         ({"patch_embed_size": (16, 16, 8)}, "use a cube"),
-        ({"input_shape": (16, 24, 16)}, "size 24 on axis y is no multiple of the token size 16; use 16 or 32"),
+        (
+            {"input_shape": (16, 24, 16)},
+            "size 24 on axis y is no multiple of the token size 16; use 16 or 32",
+        ),
         ({"embed_dim": 20}, "width 20 is no multiple of 6"),
         ({"eva_numheads": 5}, "width 24 is no multiple of 5 heads"),
     ],
 )
 def test_impossible_values_are_named(changes: dict[str, object], message: str) -> None:
-    values = {"embed_dim": 24, "patch_embed_size": TOKEN, "eva_depth": 1, "eva_numheads": 2, "input_shape": (16, 16, 16), **changes}
+    values = {
+        "embed_dim": 24,
+        "patch_embed_size": TOKEN,
+        "eva_depth": 1,
+        "eva_numheads": 2,
+        "input_shape": (16, 16, 16),
+        **changes,
+    }
     with pytest.raises(PlanError, match=message):
         ViT(input_channels=1, num_classes=2, **values)
 
@@ -190,4 +264,12 @@ def test_a_checkpoint_of_163_tensors_loads_strictly_into_twelve_blocks() -> None
     model = model_of(weights, (16, 16, 16), heads=2)
     assert len([key for key in model.state_dict() if key.startswith("model.")]) == 161
     with pytest.raises(RuntimeError, match=r"Missing key.*model\.layers\.11\.mlp\.linear2\.bias"):
-        model_of({key: value for key, value in weights.items() if key != "model.layers.11.mlp.linear2.bias"}, (16, 16, 16), heads=2)
+        model_of(
+            {
+                key: value
+                for key, value in weights.items()
+                if key != "model.layers.11.mlp.linear2.bias"
+            },
+            (16, 16, 16),
+            heads=2,
+        )

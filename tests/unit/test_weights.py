@@ -1,4 +1,6 @@
-"""``autoreg_weights``: what files are, what is refused before anything runs, AR-SSL4M's form, licences, normalisation."""
+"""``autoreg_weights``: what files are, what is refused before anything runs, AR-SSL4M's form,
+licences, normalisation.
+"""
 
 import os
 import pickle
@@ -12,29 +14,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nnunet_autoreg.cli.weights import main
+from nnunet_autoreg.convert.ar_ssl4m import expected_keys
+from nnunet_autoreg.convert.imported import Options
+from nnunet_autoreg.convert.importing import import_weights
+from nnunet_autoreg.convert.licences import licences_of
+from nnunet_autoreg.convert.source import AR_SSL4M, NO_PLAN, UNKNOWN, open_source
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.finetune.normalization import AutoregPercentileNormalization, as_pretrained
+from nnunet_autoreg.finetune.resolve import DatasetTraits, choose_weights
 from nnunet_autoreg.model.card import read_card
-from nnunet_autoreg.transfer.foreign.ar_ssl4m import expected_keys
-from nnunet_autoreg.transfer.foreign.imported import Options
-from nnunet_autoreg.transfer.foreign.importing import import_weights
-from nnunet_autoreg.transfer.foreign.licences import licences_of
-from nnunet_autoreg.transfer.foreign.source import AR_SSL4M, NO_PLAN, UNKNOWN, open_source
-from nnunet_autoreg.transfer.normalization import AutoregPercentileNormalization, as_pretrained
-from nnunet_autoreg.transfer.resolve import DatasetTraits, choose_weights
 
 
 def ar_ssl4m(depth: int = 1, width: int = 12, token: int = 4) -> dict[str, Tensor]:
     """A checkpoint with AR-SSL4M's keys, tiny."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "embed_tokens.weight": (4, width), "patchifier.proj.weight": (width, 1, token, token, token), "decoder_pred.bias": (token**3,),
-        "decoder_pred.weight": (token**3, width), "linear1.weight": (4 * width, width), "linear1.bias": (4 * width,),
+        "embed_tokens.weight": (4, width),
+        "patchifier.proj.weight": (width, 1, token, token, token),
+        "decoder_pred.bias": (token**3,),
+        "decoder_pred.weight": (token**3, width),
+        "linear1.weight": (4 * width, width),
+        "linear1.bias": (4 * width,),
         "linear2.weight": (width, 4 * width),
-    }  # fmt: skip
+    }
     tensors = {}
     for key in sorted(expected_keys(depth)):
         default = (width, width) if key.endswith("_proj.weight") else (width,)
-        tensors[key] = torch.randn(next((s for end, s in shapes.items() if key.endswith(end)), default), generator=generator)
+        tensors[key] = torch.randn(
+            next((s for end, s in shapes.items() if key.endswith(end)), default),
+            generator=generator,
+        )
     return tensors
 
 
@@ -91,12 +100,20 @@ def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
     assert set(bare.tensors) == set(nested.tensors) == set(tensors)
     save_file(tensors, tmp_path / "st.safetensors")
     assert open_source(tmp_path / "st.safetensors").kind == AR_SSL4M
-    other = open_source(saved(tmp_path / "o.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}))
+    other = open_source(
+        saved(
+            tmp_path / "o.pth",
+            {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"},
+        )
+    )
     assert (other.kind, other.rest) == (NO_PLAN, {"trainer_name": "x"})
     assert open_source(saved(tmp_path / "u.pth", {"w": torch.ones(2)})).kind == UNKNOWN
     with pytest.raises(WeightsError, match="holds list, no dictionary"):
         open_source(saved(tmp_path / "l.pth", [torch.ones(2)]))
-    with pytest.raises(WeightsError, match=r"holds 6 weights files \(bare\.pth, l\.pth, nested\.pth and 3 more\); name one file"):
+    with pytest.raises(
+        WeightsError,
+        match=r"holds 6 weights files \(bare\.pth, l\.pth, nested\.pth and 3 more\); name one file",
+    ):
         open_source(tmp_path)
 
 
@@ -108,22 +125,41 @@ def test_ar_ssl4m_is_imported_turned_and_with_its_normalisation(tmp_path: Path) 
     kernel = "model.patchifier.proj.weight"
     assert torch.equal(stored[kernel], tensors[kernel].permute(0, 1, 4, 3, 2))
     rest = [key for key in tensors if key.startswith("model.") and key != kernel]
-    assert len(rest) == 17 and all(torch.equal(stored[key], tensors[key]) for key in rest) and len(stored) == 18
-    assert (card.normalization, card.licences) == ("AutoregPercentileNormalization", {"AR-SSL4M": "none stated"})
-    assert card.arguments["mlp_ratio"] == 4.0 and card.token_size_vox == (4, 4, 4) and card.num_steps == 0
+    assert (
+        len(rest) == 17
+        and all(torch.equal(stored[key], tensors[key]) for key in rest)
+        and len(stored) == 18
+    )
+    assert (card.normalization, card.licences) == (
+        "AutoregPercentileNormalization",
+        {"AR-SSL4M": "none stated"},
+    )
+    assert (
+        card.arguments["mlp_ratio"] == 4.0
+        and card.token_size_vox == (4, 4, 4)
+        and card.num_steps == 0
+    )
     assert "left out: decoder_pred, the head of pretraining" in imported.notes
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.bias"), r"no whole AR-SSL4M checkpoint of 1 blocks: it lacks model\.norm\.bias"),
+        (
+            lambda t: t.pop("model.norm.bias"),
+            r"no whole AR-SSL4M checkpoint of 1 blocks: it lacks model\.norm\.bias",
+        ),
         (lambda t: t.update({"model.more": torch.ones(1)}), r"it has besides model\.more"),
         (lambda t: t.update({"model.pos_embed_learn": torch.ones(1, 1)}), "has learned positions"),
-        (lambda t: t.update({"model.norm.bias": torch.full((12,), torch.nan)}), r"'model\.norm\.bias' holds NaN"),
+        (
+            lambda t: t.update({"model.norm.bias": torch.full((12,), torch.nan)}),
+            r"'model\.norm\.bias' holds NaN",
+        ),
     ],
 )
-def test_what_is_wrong_with_an_ar_ssl4m_file_is_said(tmp_path: Path, change: Any, message: str) -> None:
+def test_what_is_wrong_with_an_ar_ssl4m_file_is_said(
+    tmp_path: Path, change: Any, message: str
+) -> None:
     tensors = ar_ssl4m()
     change(tensors)
     with pytest.raises(WeightsError, match=message):
@@ -155,12 +191,17 @@ def test_the_command_inspects_imports_and_exports(
     assert "licences of the weights: AR-SSL4M: CC0 (stated by the user)" in capsys.readouterr().out
     assert main(["inspect", "theirs"]) == 0
     said = capsys.readouterr().out
-    assert "a finished pretraining, 'theirs': imported" in said and read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in said
+    assert (
+        "a finished pretraining, 'theirs': imported" in said
+        and read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in said
+    )
     assert main(["export", "theirs", "-o", str(tmp_path / "out")]) == 0
     assert "nnssl's format names no ViT" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "out"), "--heads", "2", "--name", "again"]) == 0
     runs = tmp_path / "autoreg_pretraining"
-    assert (runs / "again" / "encoder.safetensors").read_bytes() == (runs / "theirs" / "encoder.safetensors").read_bytes()
+    assert (runs / "again" / "encoder.safetensors").read_bytes() == (
+        runs / "theirs" / "encoder.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -168,13 +209,20 @@ def test_the_command_inspects_imports_and_exports(
     [
         (["import", "x.pth", "--name", "a__b"], "no '__'"),
         (["import", "x.pth", "--name", "none"], "means training from scratch"),
-        (["import", "x.pth", "--name", "a", "--spacing", "0", "1", "1"], "--spacing 0.0 1.0 1.0: must be greater than 0"),
+        (
+            ["import", "x.pth", "--name", "a", "--spacing", "0", "1", "1"],
+            "--spacing 0.0 1.0 1.0: must be greater than 0",
+        ),
         (["import", "x.pth", "--name", "a"], "x.pth does not exist"),
         (["inspect", "nothing"], "neither a run nor a folder nor a file"),
     ],
 )
 def test_impossible_lines_end_in_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: list[str],
+    message: str,
 ) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert main(line) in (1, 2)
@@ -185,13 +233,17 @@ def test_impossible_lines_end_in_one(
 def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
     import_weights(saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, Options(num_heads=2))
     dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
-    with pytest.raises(WeightsError, match="imported weights are used by name only: export autoreg_weights=theirs"):
+    with pytest.raises(
+        WeightsError, match="imported weights are used by name only: export autoreg_weights=theirs"
+    ):
         choose_weights(tmp_path, dataset, None)
     choice = choose_weights(tmp_path, dataset, "theirs")
     assert choice.card is not None and choice.card.name == "theirs" and choice.warnings == ()
 
 
-def test_the_licence_is_the_users_word_then_the_model_cards_then_what_is_known(tmp_path: Path) -> None:
+def test_the_licence_is_the_users_word_then_the_model_cards_then_what_is_known(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "w.pth"
     plan = {"pretrain_plan": {"dataset_name": "Dataset745_OpenMind"}}
     assert licences_of(plan, None, file) == {"OpenMind": "CC-BY-4.0"}
@@ -205,31 +257,65 @@ def test_the_licence_is_the_users_word_then_the_model_cards_then_what_is_known(t
 
 def test_percentiles_1_and_99_9_become_0_and_1_and_the_rest_is_clipped() -> None:
     image = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
-    normalised = AutoregPercentileNormalization(use_mask_for_norm=False, intensityproperties={}).run(image.copy())
-    np.testing.assert_allclose(normalised.ravel()[[0, 10, 11, 500, 999, 1000]], [0, 0, 1 / 989, 490 / 989, 1, 1], atol=1e-6)
-    assert not AutoregPercentileNormalization(False, {}).run(np.full((2, 2, 2), 7.0, np.float32)).any()
+    normalised = AutoregPercentileNormalization(
+        use_mask_for_norm=False, intensityproperties={}
+    ).run(image.copy())
+    np.testing.assert_allclose(
+        normalised.ravel()[[0, 10, 11, 500, 999, 1000]], [0, 0, 1 / 989, 490 / 989, 1, 1], atol=1e-6
+    )
+    assert (
+        not AutoregPercentileNormalization(False, {}).run(np.full((2, 2, 2), 7.0, np.float32)).any()
+    )
 
 
-def test_a_plan_normalises_every_channel_as_the_weights_were_and_is_nnunets_own_without(tmp_path: Path) -> None:
+def test_a_plan_normalises_every_channel_as_the_weights_were_and_is_nnunets_own_without(
+    tmp_path: Path,
+) -> None:
     own = ["CTNormalization", "ZScoreNormalization"]
     assert as_pretrained(own, [False, True], None) == (own, [False, True])
-    card, _ = import_weights(saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, Options(num_heads=2))
-    assert as_pretrained(own, [False, True], card) == (["AutoregPercentileNormalization"] * 2, [False, False])
+    card, _ = import_weights(
+        saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, Options(num_heads=2)
+    )
+    assert as_pretrained(own, [False, True], card) == (
+        ["AutoregPercentileNormalization"] * 2,
+        [False, False],
+    )
 
 
 def test_nnunet_finds_the_normalisation_by_name() -> None:
     from nnunet_autoreg import bridge
 
-    assert bridge._module_of("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM) == "nnunet_autoreg.transfer.normalization"
+    assert (
+        bridge._module_of("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM)
+        == "nnunet_autoreg.finetune.normalization"
+    )
     assert bridge._module_of("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
 
 
-def test_a_file_of_no_known_kind_is_said_to_be_one_and_what_is_in_it_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(saved(tmp_path / "u.pth", {"conv.weight": torch.ones(2, 3), "epoch": 3}))]) == 0
+def test_a_file_of_no_known_kind_is_said_to_be_one_and_what_is_in_it_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "inspect",
+                str(saved(tmp_path / "u.pth", {"conv.weight": torch.ones(2, 3), "epoch": 3})),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's" in said and "1 with 6 parameters: conv.weight 1" in said
-    bare = saved(tmp_path / "n.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"})
+    assert (
+        "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's" in said
+        and "1 with 6 parameters: conv.weight 1" in said
+    )
+    bare = saved(
+        tmp_path / "n.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}
+    )
     assert main(["inspect", str(bare)]) == 0
     said = capsys.readouterr().out
     assert "without an adaptation plan" in said and "holds besides       trainer_name" in said
-    assert said.splitlines()[-1] == f"next: autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
+    assert (
+        said.splitlines()[-1]
+        == f"next: autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
+    )

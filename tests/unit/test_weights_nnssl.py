@@ -1,4 +1,6 @@
-"""nnssl's checkpoints, synthesised from the format's own key lists with tiny networks, and our export of them."""
+"""nnssl's checkpoints, synthesised from the format's own key lists with tiny networks, and our
+export of them.
+"""
 
 import json
 from pathlib import Path
@@ -9,35 +11,55 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nnunet_autoreg.convert.exporting import export_weights
+from nnunet_autoreg.convert.imported import Options, names_of
+from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, token_size_of
+from nnunet_autoreg.finetune.load import Target, load_encoder, write_tensors
 from nnunet_autoreg.model.card import Adaptation, EncoderCard, read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.records import sha256_of
-from nnunet_autoreg.transfer.foreign.exporting import export_weights
-from nnunet_autoreg.transfer.foreign.imported import Options, names_of
-from nnunet_autoreg.transfer.foreign.importing import import_weights
-from nnunet_autoreg.transfer.load import Target, load_encoder, write_tensors
 
-PRIMUS = {"embed_dim": 48, "patch_embed_size": [8, 8, 8], "eva_depth": 2, "eva_numheads": 4, "init_values": 0.1, "scale_attn_inner": True}
+PRIMUS = {
+    "embed_dim": 48,
+    "patch_embed_size": [8, 8, 8],
+    "eva_depth": 2,
+    "eva_numheads": 4,
+    "init_values": 0.1,
+    "scale_attn_inner": True,
+}
 CROP = (16, 16, 24)
 RESENC: dict[str, Any] = {
-    **ENCODERS["resenc_tiny"].arguments, "n_stages": 2, "features_per_stage": [4, 6], "kernel_sizes": [[3, 3, 3]] * 2,
-    "strides": [[1, 1, 1], [2, 2, 2]], "n_blocks_per_stage": [1, 1], "n_conv_per_stage_decoder": [1],
-}  # fmt: skip
+    **ENCODERS["resenc_tiny"].arguments,
+    "n_stages": 2,
+    "features_per_stage": [4, 6],
+    "kernel_sizes": [[3, 3, 3]] * 2,
+    "strides": [[1, 1, 1], [2, 2, 2]],
+    "n_blocks_per_stage": [1, 1],
+    "n_conv_per_stage_decoder": [1],
+}
 RESENC_KEYS = {
-    "key_to_encoder": "encoder.stages", "key_to_stem": "encoder.stem", "key_to_lpe": None,
+    "key_to_encoder": "encoder.stages",
+    "key_to_stem": "encoder.stem",
+    "key_to_lpe": None,
     "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
-}  # fmt: skip
+}
 PRIMUS_KEYS = {
-    "key_to_encoder": "eva", "key_to_stem": "down_projection", "key_to_lpe": "eva.pos_embed",
+    "key_to_encoder": "eva",
+    "key_to_stem": "down_projection",
+    "key_to_lpe": "eva.pos_embed",
     "keys_to_in_proj": ["down_projection.proj"],
-}  # fmt: skip
+}
 
 
-def random_network(family: str, arguments: dict[str, Any], crop: tuple[int, int, int] = CROP, channels: int = 1) -> Any:
-    """A network of random weights, norms and scales included, so that nothing is equal by accident."""
+def random_network(
+    family: str, arguments: dict[str, Any], crop: tuple[int, int, int] = CROP, channels: int = 1
+) -> Any:
+    """A network of random weights, norms and scales included, so that nothing is equal by
+    accident.
+    """
     torch.manual_seed(0)
     network = build_network(CLASS_PATHS[family], arguments, crop, channels, 2)
     with torch.no_grad():
@@ -47,7 +69,12 @@ def random_network(family: str, arguments: dict[str, Any], crop: tuple[int, int,
 
 
 def write_encoder(
-    results: Path, network: Any, family: str, arguments: dict[str, Any], crop: tuple[int, int, int], **changes: Any
+    results: Path,
+    network: Any,
+    family: str,
+    arguments: dict[str, Any],
+    crop: tuple[int, int, int],
+    **changes: Any,
 ) -> Path:
     """A finished pretraining run 'made' with a network's encoder, each tensor once."""
     folder = results / "autoreg_pretraining" / "made"
@@ -55,45 +82,94 @@ def write_encoder(
     write_tensors(folder / "encoder.safetensors", tensors)
     lpe = network.key_to_lpe
     values: dict[str, Any] = {
-        "name": "made", "encoder": family, "class_path": CLASS_PATHS[family], "arguments": arguments,
-        "token_size_vox": token_size_of(CLASS_PATHS[family], arguments), "crop_size_vox": crop, "spacing_mm": (1.5, 1.0, 1.0),
-        "modalities": ("MR",), "channel_names": ("T1",), "ct_window": None, "num_input_channels": 1,
-        "adaptation": Adaptation(network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), lpe),
-        "objective": "autoregressive", "licences": {"Some scans": "CC0"}, "num_scans": 10, "num_steps": 100,
-        "finished_at": "2026-01-01T00:00:00+00:00", "sha256": sha256_of(folder / "encoder.safetensors"), **changes,
-    }  # fmt: skip
+        "name": "made",
+        "encoder": family,
+        "class_path": CLASS_PATHS[family],
+        "arguments": arguments,
+        "token_size_vox": token_size_of(CLASS_PATHS[family], arguments),
+        "crop_size_vox": crop,
+        "spacing_mm": (1.5, 1.0, 1.0),
+        "modalities": ("MR",),
+        "channel_names": ("T1",),
+        "ct_window": None,
+        "num_input_channels": 1,
+        "adaptation": Adaptation(
+            network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), lpe
+        ),
+        "objective": "autoregressive",
+        "licences": {"Some scans": "CC0"},
+        "num_scans": 10,
+        "num_steps": 100,
+        "finished_at": "2026-01-01T00:00:00+00:00",
+        "sha256": sha256_of(folder / "encoder.safetensors"),
+        **changes,
+    }
     EncoderCard(**values).save(folder)
     return folder
 
 
-def plan_of(name: str, kwargs: dict[str, Any] | None, keys: dict[str, Any], patch: tuple[int, ...] = CROP) -> dict[str, Any]:
+def plan_of(
+    name: str, kwargs: dict[str, Any] | None, keys: dict[str, Any], patch: tuple[int, ...] = CROP
+) -> dict[str, Any]:
     """An adaptation plan as nnssl serialises it."""
-    imported = ["conv_op", "norm_op", "dropout_op", "nonlin"] if name == "ResidualEncoderUNet" else None
-    configuration = {"spacing": [1, 1, 1], "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False],
-                     "patch_size": list(patch)}  # fmt: skip
+    imported = (
+        ["conv_op", "norm_op", "dropout_op", "nonlin"] if name == "ResidualEncoderUNet" else None
+    )
+    configuration = {
+        "spacing": [1, 1, 1],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "patch_size": list(patch),
+    }
     return {
-        "architecture_plans": {"arch_class_name": name, "arch_kwargs": kwargs, "arch_kwargs_requiring_import": imported},
-        "pretrain_plan": {"dataset_name": "Dataset745_OpenMind", "plans_name": "nnsslPlans", "configurations": {"onemmiso": configuration},
-                          "original_median_spacing_after_transp": [1, 1, 1]},
-        "pretrain_num_input_channels": 1, "recommended_downstream_patchsize": list(patch), **keys,
-    }  # fmt: skip
+        "architecture_plans": {
+            "arch_class_name": name,
+            "arch_kwargs": kwargs,
+            "arch_kwargs_requiring_import": imported,
+        },
+        "pretrain_plan": {
+            "dataset_name": "Dataset745_OpenMind",
+            "plans_name": "nnsslPlans",
+            "configurations": {"onemmiso": configuration},
+            "original_median_spacing_after_transp": [1, 1, 1],
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": list(patch),
+        **keys,
+    }
 
 
-def save(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any] | None, **rest: Any) -> Path:
+def save(
+    folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any] | None, **rest: Any
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "checkpoint_final.pth"
-    torch.save({"network_weights": tensors, **({} if plan is None else {"nnssl_adaptation_plan": plan}), **rest}, file)
+    torch.save(
+        {
+            "network_weights": tensors,
+            **({} if plan is None else {"nnssl_adaptation_plan": plan}),
+            **rest,
+        },
+        file,
+    )
     return file
 
 
 def primus_x(**changes: Any) -> dict[str, Any]:
     """arch_kwargs as nnssl writes them for a PrimusX."""
     names = {"eva_depth": "encoder_eva_depth", "eva_numheads": "encoder_eva_numheads"}
-    return {"input_channels": 1, "output_channels": 1, **{names.get(k, k): v for k, v in PRIMUS.items()}, **changes}
+    return {
+        "input_channels": 1,
+        "output_channels": 1,
+        **{names.get(k, k): v for k, v in PRIMUS.items()},
+        **changes,
+    }
 
 
 def eva_mae_features(network: Any, volume: Tensor) -> Tensor:
-    """Features (B, V, w, h, d) of the network as nnssl's EvaMAE runs it: tokens flattened as (h w d)."""
+    """Features (B, V, w, h, d) of the network as nnssl's EvaMAE runs it: tokens flattened as (h w
+    d).
+    """
     grid = network.down_projection(volume)
     B, V, w, h, d = grid.shape
     tokens, _ = network.eva(grid.permute(0, 3, 2, 4, 1).reshape(B, h * w * d, V))
@@ -107,16 +183,26 @@ def nnunet_features(network: Any, volume: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(grid.shape)
 
 
-def load(results: Path, name: str, family: str, arguments: dict[str, Any], crop: tuple[int, int, int] = CROP) -> Any:
+def load(
+    results: Path,
+    name: str,
+    family: str,
+    arguments: dict[str, Any],
+    crop: tuple[int, int, int] = CROP,
+) -> Any:
     """A network with an imported run's encoder, by the loader that fine-tuning uses."""
     folder = results / "autoreg_pretraining" / name
     network = build_network(CLASS_PATHS[family], arguments, crop, 1, 2)
-    table = load_encoder(network, folder / "encoder.safetensors", read_card(folder), Target(1, crop), 1.0)
+    table = load_encoder(
+        network, folder / "encoder.safetensors", read_card(folder), Target(1, crop), 1.0
+    )
     assert table.encoder_share == 1.0
     return network.eval()
 
 
-def test_a_transformer_gives_in_nnunet_what_it_gave_in_nnssl_and_would_not_without_mending_both(tmp_path: Path) -> None:
+def test_a_transformer_gives_in_nnunet_what_it_gave_in_nnssl_and_would_not_without_mending_both(
+    tmp_path: Path,
+) -> None:
     original = random_network("primus", PRIMUS)
     file = save(tmp_path / "in", original.state_dict(), plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
     volume = torch.randn(2, 1, *CROP, generator=torch.Generator().manual_seed(1))
@@ -131,7 +217,9 @@ def test_a_transformer_gives_in_nnunet_what_it_gave_in_nnssl_and_would_not_witho
         torch.testing.assert_close(nnunet_features(mended, volume), wanted, atol=1e-5, rtol=1e-5)
         for wrong in (kept, positions_only):
             assert (nnunet_features(wrong, volume) - wanted).abs().max() > 1e-3
-        torch.testing.assert_close(nnunet_features(kept, volume), nnunet_features(original, volume), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            nnunet_features(kept, volume), nnunet_features(original, volume), atol=1e-6, rtol=0
+        )
 
 
 def test_an_order_that_cannot_be_mended_is_refused_and_can_be_kept(tmp_path: Path) -> None:
@@ -147,17 +235,35 @@ def test_an_order_that_cannot_be_mended_is_refused_and_can_be_kept(tmp_path: Pat
 def test_a_cnn_comes_over_whole_without_its_decoder_and_its_doubled_names(tmp_path: Path) -> None:
     original = random_network("resenc", RESENC)
     state = original.state_dict()
-    assert "encoder.stem.convs.0.conv.weight" in state and "encoder.stem.convs.0.all_modules.0.weight" in state
+    assert (
+        "encoder.stem.convs.0.conv.weight" in state
+        and "encoder.stem.convs.0.all_modules.0.weight" in state
+    )
     wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
     assert "decoder.encoder.stem.convs.0.conv.weight" in state
-    file = save(tmp_path / "in", wrapped, plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS), trainer_name="BaseMAETrainer")
+    file = save(
+        tmp_path / "in",
+        wrapped,
+        plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS),
+        trainer_name="BaseMAETrainer",
+    )
     card, imported = import_weights(file, "cnn", tmp_path / "res", Options())
     stored = load_file(tmp_path / "res" / "autoreg_pretraining" / "cnn" / "encoder.safetensors")
-    assert all(key.startswith(("encoder.stem.", "encoder.stages.")) and "all_modules" not in key for key in stored)
-    assert len({value.data_ptr() for key, value in state.items() if key.startswith("encoder.")}) == len(stored)
-    assert imported.notes == (f"left out: decoder ({sum(key.startswith('decoder.') for key in state)} tensors)",)
+    assert all(
+        key.startswith(("encoder.stem.", "encoder.stages.")) and "all_modules" not in key
+        for key in stored
+    )
+    assert len(
+        {value.data_ptr() for key, value in state.items() if key.startswith("encoder.")}
+    ) == len(stored)
+    assert imported.notes == (
+        f"left out: decoder ({sum(key.startswith('decoder.') for key in state)} tensors)",
+    )
     assert card.licences == {"OpenMind": "CC-BY-4.0"} and card.modalities == ("MR",)
-    assert card.normalization == "ZScoreNormalization" and card.objective == "imported from nnssl (BaseMAETrainer)"
+    assert (
+        card.normalization == "ZScoreNormalization"
+        and card.objective == "imported from nnssl (BaseMAETrainer)"
+    )
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     loaded = load(tmp_path / "res", "cnn", "resenc", RESENC)
     with torch.no_grad():
@@ -169,7 +275,10 @@ def test_two_names_of_one_tensor_that_differ_are_an_error(tmp_path: Path) -> Non
     state = dict(random_network("resenc", RESENC).state_dict())
     state["encoder.stem.convs.0.conv.weight"] = state["encoder.stem.convs.0.conv.weight"] + 1
     file = save(tmp_path, state, plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS))
-    with pytest.raises(WeightsError, match=r"convs\.0\.conv\.weight and .*all_modules\.0\.weight are one tensor .* differ"):
+    with pytest.raises(
+        WeightsError,
+        match=r"convs\.0\.conv\.weight and .*all_modules\.0\.weight are one tensor .* differ",
+    ):
         import_weights(file, "a", tmp_path / "res", Options())
 
 
@@ -179,7 +288,11 @@ def test_two_names_of_one_tensor_that_differ_are_an_error(tmp_path: Path) -> Non
         ({}, {"init_values": None}, r"has besides eva\.blocks\.0\.gamma_1"),
         ({}, {"scale_attn_inner": False}, r"has besides eva\.blocks\.0\.attn\.norm\.bias"),
         ({"init_values": None}, {}, r"lacks eva\.blocks\.0\.gamma_1"),
-        ({}, {"encoder_eva_depth": 3}, "describes a PrimusX of depth 3, but the weights have depth 2"),
+        (
+            {},
+            {"encoder_eva_depth": 3},
+            "describes a PrimusX of depth 3, but the weights have depth 2",
+        ),
         ({}, {"embed_dim": 96}, "of width 96, but the weights have width 48"),
         ({}, {"num_register_tokens": 4}, "4 register tokens, which cannot be imported"),
     ],
@@ -194,17 +307,30 @@ def test_a_plan_that_contradicts_the_weights_is_an_error(
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
-def test_layer_scale_and_inner_norm_are_read_from_the_weights_where_the_plan_is_silent(tmp_path: Path, with_scale: bool) -> None:
-    arguments = {**PRIMUS, "init_values": 0.1 if with_scale else None, "scale_attn_inner": with_scale}
+def test_layer_scale_and_inner_norm_are_read_from_the_weights_where_the_plan_is_silent(
+    tmp_path: Path, with_scale: bool
+) -> None:
+    arguments = {
+        **PRIMUS,
+        "init_values": 0.1 if with_scale else None,
+        "scale_attn_inner": with_scale,
+    }
     kwargs = {k: v for k, v in primus_x().items() if k not in ("init_values", "scale_attn_inner")}
-    state = {f"encoder.{key}": value for key, value in random_network("primus", arguments).state_dict().items()}
+    state = {
+        f"encoder.{key}": value
+        for key, value in random_network("primus", arguments).state_dict().items()
+    }
     file = save(tmp_path, state, plan_of("PrimusX", kwargs, PRIMUS_KEYS))
     card, _ = import_weights(file, "a", tmp_path / "res", Options())
     assert card.arguments == arguments
 
 
 def test_layer_scale_written_as_a_list_is_its_first_value(tmp_path: Path) -> None:
-    file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), plan_of("PrimusX", primus_x(init_values=[0.1]), PRIMUS_KEYS))
+    file = save(
+        tmp_path,
+        random_network("primus", PRIMUS).state_dict(),
+        plan_of("PrimusX", primus_x(init_values=[0.1]), PRIMUS_KEYS),
+    )
     assert import_weights(file, "a", tmp_path / "res", Options())[0].arguments["init_values"] == 0.1
 
 
@@ -218,31 +344,50 @@ def test_the_plan_beside_the_file_serves_where_the_file_has_none(tmp_path: Path)
     (tmp_path / "adaptation_plan.json").write_text(json.dumps(plan))
     import_weights(tmp_path, "beside", tmp_path / "res", Options())
     folder = tmp_path / "res" / "autoreg_pretraining"
-    assert (folder / "beside" / "encoder.safetensors").read_bytes() == (folder / "by_flag" / "encoder.safetensors").read_bytes()
+    assert (folder / "beside" / "encoder.safetensors").read_bytes() == (
+        folder / "by_flag" / "encoder.safetensors"
+    ).read_bytes()
 
 
 def test_of_two_patch_sizes_the_one_that_fits_the_positions_is_believed(tmp_path: Path) -> None:
-    file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), plan_of("PrimusX", primus_x(), PRIMUS_KEYS, (32, 32, 32)))
+    file = save(
+        tmp_path,
+        random_network("primus", PRIMUS).state_dict(),
+        plan_of("PrimusX", primus_x(), PRIMUS_KEYS, (32, 32, 32)),
+    )
     with pytest.raises(WeightsError, match=r"12 positions, but patch \(32, 32, 32\).*--patch-size"):
         import_weights(file, "a", tmp_path / "res", Options())
-    (tmp_path / "adaptation_plan.json").write_text(json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS)))
+    (tmp_path / "adaptation_plan.json").write_text(
+        json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
+    )
     card, imported = import_weights(file, "a", tmp_path / "res", Options())
     assert card.crop_size_vox == CROP
-    assert "patch size (16, 16, 24): 12 positions make this one right and (32, 32, 32) wrong" in imported.notes
+    assert (
+        "patch size (16, 16, 24): 12 positions make this one right and (32, 32, 32) wrong"
+        in imported.notes
+    )
 
 
 def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> None:
     plan = plan_of("ResEncL", None, RESENC_KEYS, (64, 64, 64))
     del plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
     with torch.device("meta"):
-        network = build_network(CLASS_PATHS["resenc"], ENCODERS["resenc_l"].arguments, (64,) * 3, 1, 2)
+        network = build_network(
+            CLASS_PATHS["resenc"], ENCODERS["resenc_l"].arguments, (64,) * 3, 1, 2
+        )
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
     card, _ = import_weights(save(tmp_path, state, plan), "a", tmp_path / "res", Options())
-    assert (card.encoder, card.token_size_vox, card.spacing_mm) == ("resenc_l", (32, 32, 32), (1.0, 1.0, 1.0))
+    assert (card.encoder, card.token_size_vox, card.spacing_mm) == (
+        "resenc_l",
+        (32, 32, 32),
+        (1.0, 1.0, 1.0),
+    )
     primus = plan_of("PrimusM", None, PRIMUS_KEYS)
     file = save(tmp_path / "m", random_network("primus", PRIMUS).state_dict(), primus)
-    with pytest.raises(WeightsError, match="describes a PrimusM of width 864, but the weights have width 48"):
+    with pytest.raises(
+        WeightsError, match="describes a PrimusM of width 864, but the weights have width 48"
+    ):
         import_weights(file, "m", tmp_path / "res", Options())
 
 
@@ -250,18 +395,47 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
     ("family", "change", "message"),
     [
         ("primus", {"arch_kwargs": [1, 2]}, "arch_kwargs of the adaptation plan is list"),
-        ("primus", {"arch_kwargs": primus_x(init_values="much")}, "init_values 'much' of the adaptation plan is no number"),
-        ("primus", {"arch_kwargs": primus_x(encoder_eva_numheads=5)}, "5 attention heads do not divide a width of 48"),
-        ("primus", {"arch_kwargs": primus_x(encoder_eva_numheads="four")}, "how many attention heads"),
+        (
+            "primus",
+            {"arch_kwargs": primus_x(init_values="much")},
+            "init_values 'much' of the adaptation plan is no number",
+        ),
+        (
+            "primus",
+            {"arch_kwargs": primus_x(encoder_eva_numheads=5)},
+            "5 attention heads do not divide a width of 48",
+        ),
+        (
+            "primus",
+            {"arch_kwargs": primus_x(encoder_eva_numheads="four")},
+            "how many attention heads",
+        ),
         ("primus", {"arch_class_name": None}, "no architecture_plans.arch_class_name"),
-        ("resenc", {"arch_kwargs": {**RESENC, "norm_op": "os.system"}}, r"norm_op='os\.system' is no layer of torch\.nn"),
+        (
+            "resenc",
+            {"arch_kwargs": {**RESENC, "norm_op": "os.system"}},
+            r"norm_op='os\.system' is no layer of torch\.nn",
+        ),
         ("resenc", {"arch_kwargs": {**RESENC, "n_stages": "two"}}, r"cannot be built \("),
-        ("resenc", {"arch_kwargs": {**RESENC, "norm_op": None}}, r"cannot be built \(AttributeError"),
-        ("resenc", {"arch_kwargs": {"n_stages": 2}}, "arch_kwargs lack features_per_stage, conv_op"),
+        (
+            "resenc",
+            {"arch_kwargs": {**RESENC, "norm_op": None}},
+            r"cannot be built \(AttributeError",
+        ),
+        (
+            "resenc",
+            {"arch_kwargs": {"n_stages": 2}},
+            "arch_kwargs lack features_per_stage, conv_op",
+        ),
     ],
 )
-def test_a_malformed_plan_ends_in_one_line(tmp_path: Path, family: str, change: dict[str, Any], message: str) -> None:
-    arguments, name, keys = {"primus": (PRIMUS, "PrimusX", PRIMUS_KEYS), "resenc": (RESENC, "ResidualEncoderUNet", RESENC_KEYS)}[family]
+def test_a_malformed_plan_ends_in_one_line(
+    tmp_path: Path, family: str, change: dict[str, Any], message: str
+) -> None:
+    arguments, name, keys = {
+        "primus": (PRIMUS, "PrimusX", PRIMUS_KEYS),
+        "resenc": (RESENC, "ResidualEncoderUNet", RESENC_KEYS),
+    }[family]
     plan = plan_of(name, primus_x() if family == "primus" else RESENC, keys)
     plan["architecture_plans"].update(change)
     file = save(tmp_path, random_network(family, arguments).state_dict(), plan)
@@ -279,90 +453,172 @@ def test_an_impossible_number_of_channels_ends_in_one_line(tmp_path: Path, state
 
 
 def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
-    file = save(tmp_path, random_network("resenc", RESENC).state_dict(), plan_of("PlainConvUNet", {"n_stages": 2}, RESENC_KEYS))
-    with pytest.raises(WeightsError, match="holds a PlainConvUNet, which cannot be fine-tuned here"):
+    file = save(
+        tmp_path,
+        random_network("resenc", RESENC).state_dict(),
+        plan_of("PlainConvUNet", {"n_stages": 2}, RESENC_KEYS),
+    )
+    with pytest.raises(
+        WeightsError, match="holds a PlainConvUNet, which cannot be fine-tuned here"
+    ):
         import_weights(file, "a", tmp_path / "res", Options())
 
 
 def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
-    """A network as the format's own readers make it: from the file alone, encoder and stem loaded strictly by prefix."""
+    """A network as the format's own readers make it: from the file alone, encoder and stem loaded
+    strictly by prefix.
+    """
     content = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=True)
     plan = content["nnssl_adaptation_plan"]
-    for key in ("architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize", "key_to_encoder",
-                "key_to_stem", "keys_to_in_proj", "key_to_lpe"):  # fmt: skip
+    for key in (
+        "architecture_plans",
+        "pretrain_plan",
+        "pretrain_num_input_channels",
+        "recommended_downstream_patchsize",
+        "key_to_encoder",
+        "key_to_stem",
+        "keys_to_in_proj",
+        "key_to_lpe",
+    ):
         assert key in plan
     (configuration,) = plan["pretrain_plan"]["configurations"].values()
-    name, kwargs = plan["architecture_plans"]["arch_class_name"], plan["architecture_plans"]["arch_kwargs"]
+    name, kwargs = (
+        plan["architecture_plans"]["arch_class_name"],
+        plan["architecture_plans"]["arch_kwargs"],
+    )
     network = read_network(name, kwargs, plan, configuration["patch_size"], class_count)
     for part in (plan["key_to_encoder"], plan["key_to_stem"]):
-        weights = {k.removeprefix(f"{part}."): v for k, v in content["network_weights"].items() if k.startswith(f"{part}.")}
+        weights = {
+            k.removeprefix(f"{part}."): v
+            for k, v in content["network_weights"].items()
+            if k.startswith(f"{part}.")
+        }
         network.get_submodule(part).load_state_dict(weights, strict=True)
     values = [content["network_weights"][f"{key}.weight"] for key in plan["keys_to_in_proj"]]
     assert all(torch.equal(value, values[0]) and value.dtype == torch.float32 for value in values)
-    assert not [k for k in content["network_weights"] if not k.startswith((plan["key_to_encoder"], plan["key_to_stem"]))]
+    assert not [
+        k
+        for k in content["network_weights"]
+        if not k.startswith((plan["key_to_encoder"], plan["key_to_stem"]))
+    ]
     return network.eval()
 
 
-def read_network(name: str, kwargs: dict[str, Any], plan: dict[str, Any], patch: list[int], class_count: int) -> nn.Module:
+def read_network(
+    name: str, kwargs: dict[str, Any], plan: dict[str, Any], patch: list[int], class_count: int
+) -> nn.Module:
     from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
     from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
     channels = plan["pretrain_num_input_channels"]
     if name == "ResidualEncoderUNet":
-        imported = {k: nn.modules.conv.Conv3d if k == "conv_op" else nn.InstanceNorm3d if k == "norm_op" else nn.LeakyReLU
-                    for k in plan["architecture_plans"]["arch_kwargs_requiring_import"] if kwargs[k] is not None}  # fmt: skip
-        return ResidualEncoderUNet(input_channels=channels, num_classes=class_count, **{**kwargs, **imported})
+        imported = {
+            k: nn.modules.conv.Conv3d
+            if k == "conv_op"
+            else nn.InstanceNorm3d
+            if k == "norm_op"
+            else nn.LeakyReLU
+            for k in plan["architecture_plans"]["arch_kwargs_requiring_import"]
+            if kwargs[k] is not None
+        }
+        return ResidualEncoderUNet(
+            input_channels=channels, num_classes=class_count, **{**kwargs, **imported}
+        )
     primus = {"PrimusX": Primus, "PrimusV2": PrimusV2}[name]
     return primus(
-        channels, kwargs["embed_dim"], kwargs["patch_embed_size"], class_count, kwargs["encoder_eva_depth"], kwargs["encoder_eva_numheads"],
-        tuple(patch), scale_attn_inner=kwargs["scale_attn_inner"], init_values=kwargs["init_values"],
-    )  # fmt: skip
+        channels,
+        kwargs["embed_dim"],
+        kwargs["patch_embed_size"],
+        class_count,
+        kwargs["encoder_eva_depth"],
+        kwargs["encoder_eva_numheads"],
+        tuple(patch),
+        scale_attn_inner=kwargs["scale_attn_inner"],
+        init_values=kwargs["init_values"],
+    )
 
 
-@pytest.mark.parametrize(("family", "arguments"), [("primus", PRIMUS), ("primus_v2", PRIMUS), ("resenc", RESENC)])
+@pytest.mark.parametrize(
+    ("family", "arguments"), [("primus", PRIMUS), ("primus_v2", PRIMUS), ("resenc", RESENC)]
+)
 def test_what_is_exported_is_read_by_the_formats_own_rules_and_imported_again_bit_by_bit(
     tmp_path: Path, family: str, arguments: dict[str, Any]
 ) -> None:
     network = random_network(family, arguments)
     folder = write_encoder(tmp_path, network, family, arguments, CROP)
     done = export_weights(folder / "encoder.safetensors", tmp_path / "out")
-    assert [file.name for file in done.files] == ["checkpoint_final.pth", "adaptation_plan.json", "config.json"]
+    assert [file.name for file in done.files] == [
+        "checkpoint_final.pth",
+        "adaptation_plan.json",
+        "config.json",
+    ]
     read = minimal_reader(tmp_path / "out")
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         if family == "resenc":
-            assert all(torch.equal(a, b) for a, b in zip(read.encoder(volume), network.encoder(volume), strict=True))  # type: ignore[operator]
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(read.encoder(volume), network.encoder(volume), strict=True)
+            )  # type: ignore[operator]
         else:
             assert torch.equal(nnunet_features(read, volume), nnunet_features(network, volume))
     card, imported = import_weights(tmp_path / "out", "back", tmp_path, Options())
     back = tmp_path / "autoreg_pretraining" / "back"
-    assert (back / "encoder.safetensors").read_bytes() == (folder / "encoder.safetensors").read_bytes()
+    assert (back / "encoder.safetensors").read_bytes() == (
+        folder / "encoder.safetensors"
+    ).read_bytes()
     first = read_card(folder)
     unlike = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
     assert unlike == {"name", "extra"}
-    assert imported.licences == {"Some scans": "CC0"} and not [note for note in imported.notes if "assumed" in note]
-    assert family == "resenc" or "token order kept, as the file says that it is nnU-Net's already" in imported.notes
+    assert imported.licences == {"Some scans": "CC0"} and not [
+        note for note in imported.notes if "assumed" in note
+    ]
+    assert (
+        family == "resenc"
+        or "token order kept, as the file says that it is nnU-Net's already" in imported.notes
+    )
 
 
-def test_the_presets_are_named_where_the_shape_is_theirs_and_windows_are_kept_aside(tmp_path: Path) -> None:
+def test_the_presets_are_named_where_the_shape_is_theirs_and_windows_are_kept_aside(
+    tmp_path: Path,
+) -> None:
     from nnunet_autoreg.plan import IntensityWindow
 
     window = IntensityWindow(50.0, 100.0, 40.0, -900.0, 900.0, -800.0, 800.0)
-    arguments = {**PRIMUS, "embed_dim": 396, "eva_depth": 12, "eva_numheads": 6, "init_values": None, "scale_attn_inner": False}
-    folder = write_encoder(tmp_path, random_network("primus", arguments), "primus", arguments, CROP, ct_window=window)
+    arguments = {
+        **PRIMUS,
+        "embed_dim": 396,
+        "eva_depth": 12,
+        "eva_numheads": 6,
+        "init_values": None,
+        "scale_attn_inner": False,
+    }
+    folder = write_encoder(
+        tmp_path, random_network("primus", arguments), "primus", arguments, CROP, ct_window=window
+    )
     done = export_weights(folder / "encoder.safetensors", tmp_path / "out")
     plan = json.loads((tmp_path / "out" / "adaptation_plan.json").read_text())
-    assert plan["architecture_plans"] == {"arch_class_name": "PrimusS", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    assert plan["architecture_plans"] == {
+        "arch_class_name": "PrimusS",
+        "arch_kwargs": None,
+        "arch_kwargs_requiring_import": None,
+    }
     assert len(done.warnings) == 1 and "Hounsfield window of -800 to 800" in done.warnings[0]
     content = torch.load(done.files[0], weights_only=True)
     assert content["nnunet_autoreg"]["card"]["ct_window"]["mean"] == 50.0
-    assert "Licences of what it was made from: Some scans: CC0" in content["citations"][0]["apa_citations"][0]
+    assert (
+        "Licences of what it was made from: Some scans: CC0"
+        in content["citations"][0]["apa_citations"][0]
+    )
 
 
 def test_an_export_does_not_overwrite_and_a_name_is_not_taken_twice(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path, random_network("resenc", RESENC), "resenc", RESENC, CROP)
     export_weights(folder / "encoder.safetensors", tmp_path / "out")
-    with pytest.raises(WeightsError, match=r"holds checkpoint_final\.pth, adaptation_plan\.json, config\.json already"):
+    with pytest.raises(
+        WeightsError,
+        match=r"holds checkpoint_final\.pth, adaptation_plan\.json, config\.json already",
+    ):
         export_weights(folder / "encoder.safetensors", tmp_path / "out")
     with pytest.raises(WeightsError, match=r"--name made: .* exists; choose another name"):
         import_weights(tmp_path / "out", "made", tmp_path, Options())

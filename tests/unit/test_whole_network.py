@@ -28,8 +28,8 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.sequences.corruption import Corruption, stacked
-from nnunet_autoreg.sequences.sample import Batch
+from nnunet_autoreg.sampling.corruption import Corruption, stacked
+from nnunet_autoreg.sampling.sample import Batch
 
 NARROW = {"features_per_stage": [4, 6, 8, 8], "n_blocks_per_stage": [1, 1, 1, 1]}
 THICK_SLICES = {

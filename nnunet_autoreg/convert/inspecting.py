@@ -1,0 +1,244 @@
+"""``autoreg_weights inspect``: what a weights file is, what it needs, whose it is."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nnunet_autoreg.convert.imported import Imported, Options, checked_tensors, network_of
+from nnunet_autoreg.convert.importing import converted
+from nnunet_autoreg.convert.licences import NONE_STATED
+from nnunet_autoreg.convert.source import (
+    AR_SSL4M,
+    NNSSL,
+    NO_PLAN,
+    RUN,
+    TRAINED,
+    Source,
+    open_source,
+    trained_model_line,
+    trained_model_next,
+)
+from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.finetune.load import read_tensors
+from nnunet_autoreg.model.card import IMPORTED, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.records import sha256_of
+
+Facts = list[tuple[str, str]]
+MAX_LISTED = 8
+UNTOLD = ("conv_bias", "kernel_sizes", "n_conv_per_stage_decoder")
+"""Arguments too long for a line that says what an encoder is."""
+
+
+def inspect_weights(
+    path: Path, options: Options, plan_file: Path | None = None
+) -> tuple[Facts, str]:
+    """Facts as (name, text), and what to type next.
+
+    Raises:
+        WeightsError: the file cannot be read safely.
+    """
+    source = open_source(path, plan_file)
+    head: Facts = [("file", str(source.file)), ("sha256", sha256_of(source.file))]
+    if source.kind == RUN:
+        return _run_facts(source.file, head)
+    if source.kind in (AR_SSL4M, NNSSL):
+        return _foreign_facts(source, head, options, plan_file)
+    if source.kind == TRAINED:
+        return [
+            *head,
+            ("what", trained_model_line(source)),
+            *_shape_facts(source.tensors),
+        ], trained_model_next(source)
+    return _unknown_facts(source, head)
+
+
+def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
+    card = read_card(file.parent)
+    verify_weights(file, card.sha256)
+    origin = card.extra.get(IMPORTED)
+    made = (
+        f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished "
+        f"{card.finished_at}"
+    )
+    if isinstance(origin, Mapping):
+        made = (
+            f"imported {card.finished_at} from {origin.get('file')} ({origin.get('format')}, "
+            f"sha256 {str(origin.get('sha256'))[:12]}...)"
+        )
+    tensors = read_tensors(file)
+    what = f"a finished pretraining, '{card.name}': {made}"
+    facts = [
+        *head,
+        ("what", what),
+        *_card_facts(card),
+        _decoder_fact(card, tensors),
+        *_shape_facts(tensors),
+    ]
+    return (
+        facts,
+        f"export autoreg_weights={card.name}; nnUNetv2_plan_and_preprocess -d DATASET -pl "
+        "AutoregPlanner -c 3d_fullres",
+    )
+
+
+def _decoder_fact(card: EncoderCard, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    decoder = [
+        tensor for key, tensor in tensors.items() if key.startswith(card.adaptation.keys_to_decoder)
+    ]
+    if not decoder:
+        return "decoder", "none: it starts at random in fine-tuning"
+    parameters = sum(tensor.numel() for tensor in decoder)
+    return "decoder", f"pretrained too, {len(decoder)} tensors with {parameters:,} parameters"
+
+
+def _card_facts(card: EncoderCard) -> Facts:
+    window = card.ct_window
+    normalization = card.normalization or (
+        "CT by its window, all else z-scored" if window else "z-score"
+    )
+    return [
+        (
+            "encoder",
+            f"{card.encoder}: {card.class_path.rpartition('.')[2]} {_arguments(card.arguments)}",
+        ),
+        ("objective", card.objective),
+        ("spacing", " x ".join(f"{s:g}" for s in card.spacing_mm) + " mm (z, y, x)"),
+        (
+            "patch",
+            f"{_times(card.crop_size_vox)} voxels in tokens of {_times(card.token_size_vox)}",
+        ),
+        (
+            "channels",
+            f"{card.num_input_channels} ({', '.join(card.channel_names) or 'unnamed'}); "
+            f"{', '.join(card.modalities)}",
+        ),
+        ("normalisation", normalization),
+        ("licence", _licences(card.licences)),
+    ]
+
+
+def _foreign_facts(
+    source: Source, head: Facts, options: Options, plan_file: Path | None
+) -> tuple[Facts, str]:
+    head = [*head, ("what", f"{source.kind} checkpoint")]
+    import_line = " ".join(
+        [
+            "autoreg_weights import",
+            shlex.quote(str(source.file)),
+            "--name NAME",
+            *_typed(options, plan_file),
+        ]
+    )
+    try:
+        imported = converted(source, options)
+        network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
+        tensors = checked_tensors(network, imported.tensors, "the file")
+    except WeightsError as error:
+        return [
+            *head,
+            ("cannot be imported", str(error)),
+            *_shape_facts(source.tensors),
+        ], f"{import_line} (once that is settled)"
+    facts = [
+        *head,
+        *_imported_facts(imported),
+        *_shape_facts(tensors),
+        *(("note", note) for note in imported.notes),
+    ]
+    return facts, import_line
+
+
+def _typed(options: Options, plan_file: Path | None) -> list[str]:
+    """What the user said, as it is typed."""
+    flags: dict[str, object] = {
+        "--adaptation-plan": plan_file and shlex.quote(str(plan_file)),
+        "--token-order": options.token_order,
+        "--heads": options.num_heads,
+        "--patch-size": " ".join(str(v) for v in options.patch_size_vox or ()),
+        "--spacing": " ".join(f"{v:g}" for v in options.spacing_mm or ()),
+        "--modality": shlex.join(options.modalities),
+        "--licence": options.licence and shlex.quote(options.licence),
+    }
+    return [f"{flag} {value}" for flag, value in flags.items() if value]
+
+
+def _imported_facts(imported: Imported) -> Facts:
+    encoder = imported.encoder
+    return [
+        (
+            "encoder",
+            f"{encoder.name}: {encoder.class_path.rpartition('.')[2]} "
+            f"{_arguments(encoder.arguments)}",
+        ),
+        ("objective", imported.objective),
+        ("spacing", " x ".join(f"{s:g}" for s in imported.spacing_mm) + " mm (z, y, x)"),
+        (
+            "patch",
+            f"{_times(imported.crop_size_vox)} voxels in tokens of "
+            f"{_times(encoder.token_size_vox)}",
+        ),
+        ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
+        ("normalisation", imported.normalization or "nnU-Net's own choice per channel"),
+        ("licence", _licences(imported.licences)),
+    ]
+
+
+def _unknown_facts(source: Source, head: Facts) -> tuple[Facts, str]:
+    if source.kind == NO_PLAN:
+        what = (
+            "a checkpoint of nnU-Net or nnssl without an adaptation plan: it does not say what its "
+            "encoder is"
+        )
+        following = (
+            f"autoreg_weights import {shlex.quote(str(source.file))} --name NAME --adaptation-plan "
+            "FILE"
+        )
+    else:
+        what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
+        following = (
+            "look at the keys; nnssl's forms need their adaptation plan (--adaptation-plan FILE)"
+        )
+    facts: Facts = [*head, ("what", what)]
+    if source.rest:
+        facts.append(("holds besides", ", ".join(sorted(map(str, source.rest))[:MAX_LISTED])))
+    return [*facts, *_shape_facts(source.tensors)], following
+
+
+def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
+    if not tensors:
+        return [("tensors", "none")]
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    parts: dict[str, int] = {}
+    for key in tensors:
+        part = ".".join(key.split(".")[:2])
+        parts[part] = parts.get(part, 0) + 1
+    listed = ", ".join(f"{part} {count}" for part, count in list(parts.items())[:MAX_LISTED])
+    more = f" and {len(parts) - MAX_LISTED} more parts" if len(parts) > MAX_LISTED else ""
+    first = next(iter(tensors))
+    return [
+        ("tensors", f"{len(tensors)} with {parameters:,} parameters: {listed}{more}"),
+        ("first tensor", f"{first} {tuple(tensors[first].shape)}"),
+    ]
+
+
+def _licences(licences: Mapping[str, str]) -> str:
+    return (
+        "; ".join(f"{name}: {text or NONE_STATED}" for name, text in licences.items())
+        or NONE_STATED
+    )
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    told = {
+        key: value
+        for key, value in arguments.items()
+        if isinstance(value, (int, float, list)) and key not in UNTOLD
+    }
+    return ", ".join(f"{key} {value}" for key, value in told.items())
+
+
+def _times(size: tuple[int, ...]) -> str:
+    return " x ".join(str(s) for s in size)

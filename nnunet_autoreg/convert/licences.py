@@ -1,0 +1,76 @@
+"""Whose weights these are and under what licence. Torch-free."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NONE_STATED = "none stated"
+SHARE_ALIKE = "share-alike: weights that you derive from these inherit the licence"
+
+KNOWN = (
+    # Words that the file's own texts hold -> name, licence, modalities. Source: the model cards of
+    # the two projects.
+    (
+        re.compile("nnfoundation", re.IGNORECASE),
+        "nnFoundation",
+        f"CC-BY-SA-4.0 ({SHARE_ALIKE})",
+        ("CT", "MR", "PET"),
+    ),
+    (re.compile("openmind", re.IGNORECASE), "OpenMind", "CC-BY-4.0", ("MR",)),
+)
+AR_SSL4M_LICENCE = {"AR-SSL4M": NONE_STATED}
+
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
+_LICENCE_LINE = re.compile(r"^license:\s*[\"']?([^\"'\n]+)", re.MULTILINE)
+
+
+def licences_of(
+    plan: Mapping[str, Any], citations: Any, file: Path, stated: str | None = None
+) -> dict[str, str]:
+    """What the weights come from -> licence.
+
+    Args:
+        plan: nnssl's adaptation plan.
+        citations: what the file says is to be cited.
+        stated: the user's word, which comes first; then a model card beside the file, then what is
+            known of the two projects.
+    """
+    known = _known(plan, citations, file)
+    name = known[1] if known else _dataset_of(plan) or file.name
+    if stated:
+        return {name: f"{stated} (stated by the user)"}
+    card = licence_beside(file.parent)
+    if card:
+        return {name: f"{card} (README.md beside the file)"}
+    return {name: known[2] if known else NONE_STATED}
+
+
+def modalities_of(plan: Mapping[str, Any], citations: Any, file: Path) -> tuple[str, ...]:
+    """What the two known projects pretrained on; empty for others."""
+    known = _known(plan, citations, file)
+    return known[3] if known else ()
+
+
+def _known(
+    plan: Mapping[str, Any], citations: Any, file: Path
+) -> tuple[re.Pattern[str], str, str, tuple[str, ...]] | None:
+    texts = " ".join((_dataset_of(plan), str(citations or ""), file.resolve().parent.name))
+    return next((row for row in KNOWN if row[0].search(texts)), None)
+
+
+def _dataset_of(plan: Mapping[str, Any]) -> str:
+    pretraining = plan.get("pretrain_plan")
+    return str(pretraining.get("dataset_name") or "") if isinstance(pretraining, Mapping) else ""
+
+
+def licence_beside(folder: Path) -> str:
+    """The licence that a model card (``README.md`` with a front matter, as on Hugging Face) names;
+    "" if there is none.
+    """
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return ""
+    head = _FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")[:20_000])
+    found = _LICENCE_LINE.search(head[1]) if head else None
+    return found[1].strip() if found else ""

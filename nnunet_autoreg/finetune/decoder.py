@@ -1,0 +1,191 @@
+"""Which tensors of a pretrained U-Net's decoder belong to which of another U-Net, and whether they
+fit.
+
+Both decoders end at full resolution, so their stages are counted from the finest: stage i of n
+belongs to stage i - n of the other network. (A decoder numbers its stages from the coarsest.) An
+encoder is counted from its first stage, which is its finest too.
+
+A convolution with its norm, or a transposed convolution, is loaded whole or stays random: half of
+one would be neither.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_autoreg.families import RESENC, family_of
+from nnunet_autoreg.finetune.adapt import CONV_AXES, fit_kernel, times
+from nnunet_autoreg.finetune.block import AutoregBlock
+from nnunet_autoreg.finetune.table import ADAPTED, LOADED, RANDOM, UNUSED, Entry
+from nnunet_autoreg.model import encoders
+from nnunet_autoreg.model.card import DECODER_PREFIXES
+from nnunet_autoreg.plan import EncoderPlan
+
+DECODER = "decoder."
+"""What all keys of a U-Net's decoder begin with."""
+_STAGE = re.compile(r"(decoder\.(?:stages|transpconvs)\.)(\d+)\.(.+)")
+_PART = re.compile(r"decoder\.(?:stages\.\d+\.convs|transpconvs)\.\d+\.")
+"""A convolution with its norm, or a transposed convolution."""
+
+
+@dataclass(frozen=True)
+class FittedDecoder:
+    """A pretrained decoder, brought to a network.
+
+    Attributes:
+        ready: values in the network's shapes, by its own keys.
+        entries: one for every tensor of the network's decoder, in its order.
+        unused: tensors of the pretrained decoder that have no place in the network.
+    """
+
+    ready: dict[str, Tensor]
+    entries: tuple[Entry, ...]
+    unused: tuple[Entry, ...]
+
+
+def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int) -> FittedDecoder:
+    """Bring a pretrained decoder to a network; nothing is written into the network.
+
+    Only names and shapes decide what fits, so tensors on the meta device will do to find out.
+
+    Args:
+        network: a U-Net, unwrapped.
+        given: the pretrained decoder's tensors, by their keys in the network that was pretrained.
+        num_given: stages of that decoder.
+    """
+    live, first_names = _live_tensors(network)
+    num_live = _num_stages(live)
+    sources, unused = _placed(given, num_given, num_live, first_names)
+
+    fitted: dict[str, tuple[Tensor, str]] = {}
+    misfits: dict[str, str] = {}
+    for key, tensor in live.items():
+        if key not in sources:
+            misfits.setdefault(_part_of(key), "not in the weights")
+            continue
+        value, note = _fit(key, sources[key], tensor)
+        if value.shape == tensor.shape:
+            fitted[key] = value, note
+        else:
+            misfits.setdefault(_part_of(key), _difference(key, value, tensor))
+
+    ready: dict[str, Tensor] = {}
+    entries = []
+    for key, tensor in live.items():
+        misfit = misfits.get(_part_of(key))
+        if misfit is not None:
+            entries.append(Entry(key, tensor.numel(), RANDOM, misfit))
+            continue
+        ready[key], note = fitted[key]
+        entries.append(Entry(key, tensor.numel(), ADAPTED if note else LOADED, note))
+    return FittedDecoder(ready, tuple(entries), unused)
+
+
+def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
+    """Return the keys of the decoder's parameters that start from the plan's weights.
+
+    This follows from the plan alone, because a resumed training needs the same groups of
+    parameters when the weights' file is gone.
+    """
+    if not block.transfers_decoder or family_of(block.encoder.class_path) != RESENC:
+        return frozenset()
+
+    pretrained = _pretrained_on_meta(block.encoder)
+    tensors, _ = _live_tensors(pretrained)
+    fitted = fit_decoder(network, tensors, num_stages(block.encoder.arguments))
+    return frozenset(fitted.ready)
+
+
+def has_decoder_stages(network: nn.Module) -> bool:
+    """Return whether a network has a U-Net's decoder, whose stages can be transferred."""
+    return bool(_live_tensors(network)[0])
+
+
+def num_stages(arguments: Mapping[str, Any]) -> int:
+    """Return the number of decoder stages of a U-Net with these arguments."""
+    # The deepest stage of the encoder has no counterpart.
+    return int(arguments["n_stages"]) - 1
+
+
+def _pretrained_on_meta(encoder: EncoderPlan) -> nn.Module:
+    """Return the network that was pretrained, without memory for its values."""
+    with torch.device("meta"):
+        return encoders.build_network(
+            encoder.class_path,
+            encoder.arguments,
+            encoder.token_size_vox,
+            num_input_channels=1,
+            num_classes=1,
+        )
+
+
+def _live_tensors(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the decoder's tensors by their first names, and the first name of every name."""
+    tensors: dict[str, Tensor] = {}
+    first_names: dict[str, str] = {}
+    name_of: dict[int, str] = {}
+
+    for key, tensor in network.state_dict(keep_vars=True).items():
+        if not key.startswith(DECODER_PREFIXES):
+            continue
+        first_names[key] = name_of.setdefault(id(tensor), key)
+        if first_names[key] == key:
+            tensors[key] = tensor
+    return tensors, first_names
+
+
+def _num_stages(keys: Collection[str]) -> int:
+    numbers = [int(found[2]) for key in keys if (found := _STAGE.match(key))]
+    return max(numbers, default=-1) + 1
+
+
+def _placed(
+    given: Mapping[str, Tensor], num_given: int, num_live: int, first_names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
+    """Return the given tensors by the network's keys, and those that have no place in it."""
+    placed: dict[str, Tensor] = {}
+    unused = []
+
+    for key, tensor in given.items():
+        found = _STAGE.match(key)
+        number = -1 if found is None else int(found[2]) - num_given + num_live
+        name = None if found is None else first_names.get(f"{found[1]}{number}.{found[3]}")
+        if name is not None:
+            placed[name] = tensor
+            continue
+        note = (
+            "stages that this network does not have"
+            if number < 0
+            else "no such part in this network"
+        )
+        unused.append(Entry(key, tensor.numel(), UNUSED, note))
+    return placed, tuple(unused)
+
+
+def _fit(key: str, value: Tensor, live: Tensor) -> tuple[Tensor, str]:
+    """Return a value with the live tensor's kernel size where that can be had, and what was done.
+
+    The kernel of a transposed convolution is as large as its stride and is never changed: summed
+    or padded, it would spread its input over other voxels than it learned to.
+    """
+    if key.startswith("decoder.transpconvs."):
+        return value, ""
+    return fit_kernel(value, live.shape[2:])
+
+
+def _difference(key: str, value: Tensor, live: Tensor) -> str:
+    """Return why a tensor does not fit."""
+    is_kernel = value.ndim == live.ndim == CONV_AXES
+    if is_kernel and value.shape[:2] == live.shape[:2]:
+        what = "stride" if key.startswith("decoder.transpconvs.") else "kernel"
+        return f"{what} {times(value.shape[2:])} in the weights, {times(live.shape[2:])} here"
+    return f"shape {times(value.shape)} in the weights, {times(live.shape)} here"
+
+
+def _part_of(key: str) -> str:
+    found = _PART.match(key)
+    return key if found is None else found[0]

@@ -1,0 +1,369 @@
+"""Pretrained encoder weights into a network: everything checked on the CPU first, then copied, then
+shown in one table.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.finetune.adapt import fit_channels, fit_kernel, fit_positions
+from nnunet_autoreg.finetune.block import AutoregBlock
+from nnunet_autoreg.finetune.channels import map_channels
+from nnunet_autoreg.finetune.decoder import DECODER, fit_decoder, has_decoder_stages, num_stages
+from nnunet_autoreg.finetune.floats import check_kind
+from nnunet_autoreg.finetune.network import encoder_prefixes
+from nnunet_autoreg.finetune.table import ADAPTED, LOADED, RANDOM, UNUSED, Entry, WeightTable, some
+from nnunet_autoreg.geometry import Size, grid_of, volume
+from nnunet_autoreg.model.card import DECODER_PREFIXES, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.records import atomic_path, differences
+
+
+@dataclass(frozen=True)
+class Target:
+    """The network's side of adapting: image channels (a cascade's one-hot channels come after them)
+    and token grid.
+
+    ``channel_names`` are those of the image channels, in order; empty where they are unknown.
+    """
+
+    num_image_channels: int
+    patch_size_vox: Size
+    channel_names: tuple[str, ...] = ()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, on the CPU, in single precision.
+
+    Raises:
+        WeightsError: it is missing, truncated, no safetensors file, or holds NaN or infinity.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file, device="cpu")
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise WeightsError(
+            f"{file} cannot be read as safetensors ({error}): restore the file, or plan again with "
+            "other weights"
+        ) from error
+    for key, tensor in tensors.items():
+        check_kind(file, key, tensor)
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(
+                f"{file}: '{key}' holds NaN or infinity; the pretraining went wrong: use other "
+                "weights"
+            )
+    return {key: tensor.float() for key, tensor in tensors.items()}
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    # One entry only: safetensors writes several in an order that changes from process to process,
+    # and the bytes have to repeat.
+    with atomic_path(file) as temporary:
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
+
+
+def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:
+    """Hold the weights' encoder against the plan's.
+
+    Raises:
+        WeightsError: class, arguments or token size differ.
+    """
+    theirs = {
+        "class": card.class_path,
+        "arguments": card.arguments,
+        "token_size_vox": card.token_size_vox,
+    }
+    ours = {
+        "class": planned.class_path,
+        "arguments": planned.arguments,
+        "token_size_vox": planned.token_size_vox,
+    }
+    found = differences(ours, theirs)
+    if found:
+        raise WeightsError(
+            f"the weights '{card.name}' are of another encoder than the plan's "
+            f"({'; '.join(found)}); plan again"
+        )
+
+
+def load_encoder(
+    network: nn.Module,
+    file: Path,
+    card: EncoderCard,
+    target: Target,
+    expected_share: float,
+    with_decoder: bool = True,
+) -> WeightTable:
+    """Copy the pretrained weights into ``network``, all or nothing, and say what became of each
+    tensor.
+
+    Args:
+        network: unwrapped (no DDP, no compiled module); its own keys name its encoder, stem, input
+            projection, positions.
+        file: .safetensors with the network's own keys.
+        expected_share: smallest share of the encoder's parameters that must come from the file, 0
+            to 1. The decoder does not count.
+        with_decoder: whether a decoder that the card lists is loaded too.
+
+    Raises:
+        WeightsError: the file is damaged or of another encoder, or gives less than the expected
+            share.
+    """
+    live = _encoder_tensors(network)
+    use_decoder = with_decoder and card.has_decoder and has_decoder_stages(network)
+    sorted_file = _sort_tensors(read_tensors(file), live, network, use_decoder)
+    if sorted_file.foreign:
+        raise WeightsError(
+            f"{file} is of another encoder: the network has no place for "
+            f"{len(sorted_file.foreign)} of its tensors "
+            f"({some(sorted_file.foreign)}); plan again with these weights"
+        )
+
+    ready: dict[str, Tensor] = {}
+    entries = []
+    for key, tensor in live.items():
+        status, note = RANDOM, ""
+        if key in sorted_file.encoder:
+            ready[key], note = _fit((key, sorted_file.encoder[key], tensor), network, card, target)
+            status = ADAPTED if note else LOADED
+        entries.append(Entry(key, tensor.numel(), status, note))
+
+    decoder: tuple[Entry, ...] = ()
+    unused = sorted_file.unused
+    if use_decoder:
+        fitted = fit_decoder(network, sorted_file.decoder, num_stages(card.arguments))
+        ready |= fitted.ready
+        decoder = fitted.entries
+        unused = (*unused, *fitted.unused)
+
+    table = WeightTable(
+        source=f"'{card.name}' (sha256 {card.sha256[:12]}...)",
+        entries=tuple(entries),
+        rest=_rest_of(network, (*live, *(entry.key for entry in decoder)), use_decoder),
+        decoder=decoder,
+        unused=unused,
+        licences=card.licence_line,
+    )
+    _check_share(table, expected_share, file)
+
+    state = network.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, value in ready.items():
+            state[key].copy_(value)
+    return table
+
+
+def load_planned_encoder(
+    network: nn.Module,
+    block: AutoregBlock,
+    results: Path,
+    target: Target,
+    with_decoder: bool = True,
+) -> WeightTable:
+    """``load_encoder`` with the file, the hash and the share that a plan names.
+
+    Args:
+        with_decoder: False for networks that use the encoder alone, whatever the plan says.
+
+    Raises:
+        WeightsError: the plan names no weights, or they are gone, replaced, or do not fit.
+    """
+    if block.weights is None:
+        raise WeightsError(
+            "the plan names no pretrained weights; train AutoregScratchTrainer, or plan again with "
+            "weights"
+        )
+    file = results / block.weights.file
+    verify_weights(file, block.weights.sha256)
+    card = read_card(file.parent)
+    check_same_encoder(card, block.encoder)
+    if block.weights.has_decoder and not card.has_decoder:
+        raise WeightsError(
+            f"the plan expects a pretrained decoder, but {file.parent} lists none in its card, so "
+            "rates and weights would not "
+            "belong together; plan again"
+        )
+    use_decoder = with_decoder and block.transfers_decoder
+    return load_encoder(
+        network, file, card, target, block.recipe.expected_encoder_share, use_decoder
+    )
+
+
+def _check_share(table: WeightTable, expected_share: float, file: Path) -> None:
+    if table.encoder_share >= expected_share:
+        return
+    missing = [entry.key for entry in table.entries if entry.status == RANDOM]
+    raise WeightsError(
+        f"{file} gives {100 * table.encoder_share:.1f} % of the encoder's parameters, "
+        f"{100 * expected_share:.0f} % are "
+        f"expected (missing: {some(missing)}); plan again with weights of this encoder, or lower "
+        "expected_encoder_share "
+        "in the recipe of the plans file"
+    )
+
+
+def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of encoder and stem by key, aliases of one tensor
+    listed once.
+
+    Rotary tables are no part of it: the network rebuilds them for its own grid.
+    """
+    prefixes = encoder_prefixes(network)
+    state = network.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key.startswith(prefixes) and ".rope." not in key and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[key] = tensor
+    return found
+
+
+def _rest_of(network: nn.Module, known: Iterable[str], has_decoder: bool) -> Entry:
+    """Return the parameters that are in neither the encoder nor a transferred decoder."""
+    state = network.state_dict(keep_vars=True)
+    known_ids = {id(state[key]) for key in known}
+    rest = [(name, p) for name, p in network.named_parameters() if id(p) not in known_ids]
+
+    # Of a decoder whose stages are transferred, "decoder" alone would not say what is left.
+    depth = 2 if has_decoder else 1
+    parts = sorted({".".join(name.split(".")[:depth]) for name, _ in rest})
+    note = "random, as it is new in every task" if has_decoder else "random"
+    return Entry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM, note)
+
+
+@dataclass(frozen=True)
+class SortedTensors:
+    """The tensors of a file by what they are for.
+
+    Attributes:
+        encoder: by the network's own keys (a file may name an alias).
+        decoder: by the file's keys.
+        unused: what this network does not load, and why.
+        foreign: keys that show that the file is of another encoder.
+    """
+
+    encoder: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    unused: tuple[Entry, ...]
+    foreign: tuple[str, ...]
+
+
+def _sort_tensors(
+    tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, use_decoder: bool
+) -> SortedTensors:
+    name_of = {id(tensor): key for key, tensor in live.items()}
+    state = network.state_dict(keep_vars=True)
+    names = {alias: name_of.get(id(tensor)) for alias, tensor in state.items()}
+
+    encoder: dict[str, Tensor] = {}
+    decoder: dict[str, Tensor] = {}
+    unused, foreign = [], []
+    for key, tensor in tensors.items():
+        # First, because a U-Net's decoder names the tensors of its encoder a second time.
+        if key.startswith(DECODER):
+            if use_decoder and key.startswith(DECODER_PREFIXES):
+                decoder[key] = tensor
+            else:
+                unused.append(Entry(key, tensor.numel(), UNUSED, _why_unused(key)))
+            continue
+
+        name = names.get(key)
+        if name is not None:
+            encoder[name] = tensor
+        elif _is_deeper_stage(key, network):
+            unused.append(
+                Entry(key, tensor.numel(), UNUSED, "stages that this network does not have")
+            )
+        elif key in names:
+            unused.append(Entry(key, tensor.numel(), UNUSED, "no part of the encoder"))
+        elif ".rope." not in key:
+            foreign.append(key)
+    return SortedTensors(encoder, decoder, tuple(unused), tuple(foreign))
+
+
+def _why_unused(key: str) -> str:
+    if key.startswith(f"{DECODER}encoder."):
+        return "second names of the encoder's tensors"
+    if key.startswith(f"{DECODER}seg_layers."):
+        return "segmentation heads are never transferred"
+    return "a decoder that is not transferred"
+
+
+def _is_deeper_stage(key: str, network: nn.Module) -> bool:
+    """Whether a tensor belongs to a stage beyond the last of a CNN: stages match by position, and a
+    patch may need fewer.
+    """
+    stages = network.get_submodule(str(network.key_to_encoder))
+    found = re.match(re.escape(encoder_prefixes(network)[0]) + r"(\d+)\.", key)
+    return isinstance(stages, nn.Sequential) and found is not None and int(found[1]) >= len(stages)
+
+
+def _fit(
+    entry: tuple[str, Tensor, Tensor], network: nn.Module, card: EncoderCard, target: Target
+) -> tuple[Tensor, str]:
+    """The value of ``entry`` (key, value, live tensor) in the live shape and how it got there (""
+    if it was just copied).
+    """
+    key, value, live = entry
+    notes = []
+    if key == getattr(network, "key_to_lpe", None):
+        value, note = _fit_positions(key, value, card, target)
+        notes.append(note)
+    else:
+        if key in [f"{name}.weight" for name in cast(Iterable[str], network.keys_to_in_proj)]:
+            value, note = _fit_input(key, value, live, card, target)
+            notes.append(note)
+        value, note = fit_kernel(value, live.shape[2:])
+        notes.append(note)
+    if value.shape != live.shape:
+        raise WeightsError(
+            f"'{key}' has shape {tuple(value.shape)} in '{card.name}' and {tuple(live.shape)} in "
+            "the network; the weights are of "
+            "another encoder: plan again"
+        )
+    return value, ", ".join(note for note in notes if note)
+
+
+def _fit_positions(
+    key: str, value: Tensor, card: EncoderCard, target: Target
+) -> tuple[Tensor, str]:
+    old = grid_of(card.crop_size_vox, card.token_size_vox)
+    new = grid_of(target.patch_size_vox, card.token_size_vox)
+    if value.ndim != 3 or value.shape[1] != volume(old):
+        raise WeightsError(
+            f"'{key}' has shape {tuple(value.shape)}, but crop {card.crop_size_vox} in tokens of "
+            f"{card.token_size_vox} makes "
+            f"{volume(old)} positions: encoder.json and the weights do not belong together"
+        )
+    return fit_positions(value, old, new)
+
+
+def _fit_input(
+    key: str, value: Tensor, live: Tensor, card: EncoderCard, target: Target
+) -> tuple[Tensor, str]:
+    given, needed = value.shape[1], target.num_image_channels
+    channels = map_channels(given, card.channel_names, needed, target.channel_names)
+    if channels is None:
+        raise WeightsError(
+            f"'{key}' has {given} input channels, the data {needed}: only 1 -> N, N -> 1 and "
+            "channels of like names can be adapted; "
+            "use other weights"
+        )
+    return fit_channels(value, channels, live.shape[1])

@@ -1,0 +1,110 @@
+"""What became of every tensor when pretrained weights were loaded: the table that users see."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LOADED, ADAPTED, RANDOM, UNUSED = "loaded", "adapted", "random", "unused"
+MAX_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: key, parameters in it, where its values come from, and how they were adapted or
+    why not.
+    """
+
+    key: str
+    num_parameters: int
+    status: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """What became of every tensor of a network.
+
+    Attributes:
+        source: the weights, for the user.
+        entries: the tensors of the encoder.
+        decoder: the tensors of a decoder that was pretrained too; empty where none is transferred.
+        rest: all other parameters, which start at random.
+        unused: tensors of the file that are not loaded into this network.
+        licences: a line about those of the weights, "" where none is stated.
+    """
+
+    source: str
+    entries: tuple[Entry, ...]
+    rest: Entry
+    decoder: tuple[Entry, ...] = ()
+    unused: tuple[Entry, ...] = ()
+    licences: str = ""
+
+    @property
+    def encoder_share(self) -> float:
+        """Share of the encoder's parameters that come from the file, 0 to 1."""
+        return _share(self.entries)
+
+    @property
+    def decoder_share(self) -> float:
+        """Share of the decoder's parameters that come from the file, 0 to 1; its heads do not
+        count.
+        """
+        return _share(self.decoder)
+
+    def lines(self) -> list[str]:
+        """Return the table as text: one line per status, the decoder below the encoder."""
+        lines = [f"encoder weights from {self.source}", *_lines_by_status(self.entries)]
+        shares = f"{100 * self.encoder_share:.1f} % of the encoder's parameters come from the file"
+        if self.decoder:
+            lines += ["decoder weights from the same file", *_lines_by_status(self.decoder)]
+            shares += f", and {100 * self.decoder_share:.1f} % of the decoder's"
+
+        label = "new" if self.decoder else "decoder"
+        rest = f"{self.rest.key} ({self.rest.note})"
+        lines.append(_line(label, 1, self.rest.num_parameters, rest, unit="part"))
+        if self.unused:
+            lines.append(_status_line(UNUSED, self.unused))
+        if self.licences:
+            lines.append(f"  {self.licences}")
+        lines.append(f"  {shares}")
+        return lines
+
+
+def _share(entries: Sequence[Entry]) -> float:
+    total = sum(entry.num_parameters for entry in entries)
+    given = sum(entry.num_parameters for entry in entries if entry.status != RANDOM)
+    return given / total if total else 0.0
+
+
+def _lines_by_status(entries: Sequence[Entry]) -> list[str]:
+    lines = []
+    for status in (LOADED, ADAPTED, RANDOM):
+        chosen = [entry for entry in entries if entry.status == status]
+        lines.append(_status_line(status, chosen))
+    return lines
+
+
+def _status_line(status: str, entries: Sequence[Entry]) -> str:
+    notes = "" if status == LOADED else _by_note(entries)
+    num_parameters = sum(entry.num_parameters for entry in entries)
+    return _line(status, len(entries), num_parameters, notes)
+
+
+def _line(label: str, count: int, num_parameters: int, notes: str, unit: str = "tensors") -> str:
+    return f"  {label:<8} {count:>4} {unit:<7} {num_parameters:>12,} parameters  {notes}".rstrip()
+
+
+def _by_note(entries: Sequence[Entry]) -> str:
+    """Return the keys, those that share a note together."""
+    keys: dict[str, list[str]] = {}
+    for entry in entries:
+        keys.setdefault(entry.note, []).append(entry.key)
+
+    parts = [f"{some(names)} ({note})" if note else some(names) for note, names in keys.items()]
+    return "; ".join(parts)
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return "; ".join(names[:MAX_NAMES]) + more

@@ -1,0 +1,101 @@
+"""nnU-Net's own ``-pretrained_weights X``: what the user names there is never undone by the plan's
+weights.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from nnunet_autoreg.errors import UsageError
+
+OPTION = "-pretrained_weights"
+COMMANDS = ("nnUNetv2_train", "run_training")
+LOADER = "load_pretrained_weights"
+"""The function of nnU-Net that carries the option out."""
+
+
+def named_weights(command_line: Sequence[str]) -> Path | None:
+    """Return the file that ``nnUNetv2_train`` was given with ``-pretrained_weights``, None without
+    it.
+
+    Args:
+        command_line: the command and its arguments, as in ``sys.argv``.
+
+    Raises:
+        UsageError: the file does not exist, or is no checkpoint of nnU-Net.
+    """
+    if Path(command_line[0]).stem not in COMMANDS:
+        return None
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(OPTION, dest="file")
+    # Known here, so that it is not read as an abbreviation of the other.
+    parser.add_argument("-p", dest="plans")
+    named, _ = parser.parse_known_args(list(command_line[1:]))
+    if named.file is None:
+        return None
+
+    file = Path(named.file)
+    if not file.is_file():
+        raise UsageError(f"{OPTION} {file}: there is no such file")
+    if file.suffix == ".safetensors":
+        raise UsageError(
+            f"{OPTION} {file}: nnU-Net reads its own checkpoints with this option; a pretrained "
+            "encoder is named by the plan "
+            f"and loaded without it: leave {OPTION} out"
+        )
+    return file
+
+
+def watch_loading(network: nn.Module) -> Callable[[], bool]:
+    """Return a function that says whether weights have been loaded into ``network`` since now."""
+    loaded: list[bool] = []
+
+    # A plain function, because a network's hooks are copied along with it.
+    def note(module: nn.Module, incompatible_keys: Any) -> None:
+        loaded.append(True)
+
+    network.register_load_state_dict_post_hook(note)  # type: ignore[no-untyped-call]
+    return lambda: bool(loaded)
+
+
+def kept_line(file: Path | None, planned: str | None) -> str:
+    """Return the line that says which weights a training starts from.
+
+    Args:
+        file: what ``-pretrained_weights`` named; None where a script loaded the weights.
+        planned: the name of the plan's weights; None for the scratch twin.
+    """
+    named = f"{OPTION} {file}" if file else "weights that were loaded before training"
+    if planned is None:
+        return f"starts from {named}: this is no training from scratch"
+    return f"starts from {named}: they are kept, and the plan's weights '{planned}' are not loaded"
+
+
+def misfit(
+    error: BaseException, trace: TracebackType | None, command_line: Sequence[str]
+) -> str | None:
+    """Return one line about an error of nnU-Net's while it loaded the user's weights; None for any
+    other error.
+    """
+    functions = []
+    while trace is not None:
+        functions.append(trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    if LOADER not in functions:
+        return None
+
+    # nnU-Net's message goes on with the values of a whole tensor.
+    reason = str(error).split(". ")[0].splitlines() or [type(error).__name__]
+    try:
+        file = named_weights(command_line)
+    except UsageError:
+        file = None
+    return (
+        f"{OPTION} {file or ''}: these weights cannot be loaded into the plan's network "
+        f"({reason[0][:160]}); name a "
+        f"checkpoint of the same network, or leave {OPTION} out"
+    )

@@ -1,0 +1,201 @@
+"""Rotation and zoom of a crop: drawn where it is read, carried out where it is used, by one
+resampling.
+
+A loader reads the part of the scan that the rotated and zoomed crop covers. The device resamples
+the crop from that part. Crops that are neither rotated nor zoomed never come here, so their voxels
+are exactly those of the store.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.store.case import StoredCase
+
+COARSE = 3.0
+"""An axis whose spacing is over this many times the finest one holds thick slices. nnU-Net calls it
+the anisotropy threshold.
+"""
+
+Row = tuple[float, float, float]
+Matrix = tuple[Row, Row, Row]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A rotation and a zoom.
+
+    Attributes:
+        angle_deg: angle of the rotation, for people to read.
+        zoom: how many times larger things become, for people to read.
+        matrix: a step of one voxel in the crop, as a step in voxels of the scan; both (z, y, x).
+    """
+
+    angle_deg: float
+    zoom: float
+    matrix: Matrix
+
+
+def in_plane_axes(spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """Return the axes that may be rotated and zoomed: all three, or those of the small spacings
+    where slices are thick.
+    """
+    finest = min(spacing_mm)
+    return tuple(axis for axis, spacing in enumerate(spacing_mm) if spacing <= COARSE * finest)
+
+
+def draw_affine(
+    plan: Plan, spacing_mm: Sequence[float], generator: np.random.Generator
+) -> Affine | None:
+    """Draw a rotation and a zoom, each with the plan's probability; None where there is neither.
+
+    The rotation is about a random axis, or about the normal of the slices where these are thick.
+    The zoom is drawn evenly on a logarithmic scale, so that things become twice as large as often
+    as half as large. As many numbers are drawn in every case.
+    """
+    s = plan.sequence
+    rotated, zoomed = generator.random(2) < s.spatial_share
+    angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
+    axis = generator.normal(size=3)
+    logarithm = float(generator.uniform(math.log(s.zoom[0]), math.log(s.zoom[1]))) * zoomed
+
+    # With a single axis left there is no plane to rotate in, and a zoom would only stretch things.
+    plane = in_plane_axes(spacing_mm)
+    if len(plane) < 2 or (angle_deg == 0 and logarithm == 0):
+        return None
+    if len(plane) == 2:
+        axis = np.array([0.0 if i in plane else 1.0 for i in range(3)])
+    return affine_of(angle_deg, axis, math.exp(logarithm), spacing_mm)
+
+
+def affine_of(
+    angle_deg: float,
+    axis_zyx: Sequence[float] | NDArray[np.float64],
+    zoom: float,
+    spacing_mm: Sequence[float],
+) -> Affine:
+    """Return the affine of a rotation about ``axis_zyx`` (any length, in mm) and of a zoom of the
+    in-plane axes.
+
+    Rotations happen in mm, so that voxels of unequal sides do not shear what they show.
+
+    Source: Rodrigues' formula, R = 1 + sin(a) K + (1 - cos(a)) K^2 with K the matrix of the cross
+        product.
+    """
+    z, y, x = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)
+    cross = np.array([[0, -x, y], [x, 0, -z], [-y, z, 0]])
+    angle = math.radians(angle_deg)
+    rotation = np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+
+    plane = in_plane_axes(spacing_mm)
+    shrink = np.array([1 / zoom if i in plane else 1.0 for i in range(3)])
+    mm_of_voxel = np.diag(spacing_mm)
+    voxel_of_mm = np.diag(1 / np.asarray(spacing_mm))
+    first, second, third = voxel_of_mm @ rotation @ np.diag(shrink) @ mm_of_voxel
+    return Affine(angle_deg, zoom, (_row(first), _row(second), _row(third)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part of a scan from which a crop is resampled.
+
+    Voxel q of the crop shows the point ``matrix @ q + offset`` of the part.
+
+    Attributes:
+        voxels: (C, Z, Y, X) float32, all of them inside the scan.
+        matrix, offset: known to the host, so that no device is waited for.
+    """
+
+    voxels: Tensor
+    matrix: Matrix
+    offset: Row
+
+    def to(self, device: torch.device) -> "Source":
+        """Return the same with its voxels on ``device``, copied without waiting where memory is
+        pinned.
+        """
+        return replace(self, voxels=self.voxels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Source":
+        """Return the same in page-locked memory."""
+        return replace(self, voxels=self.voxels.pin_memory())
+
+
+def read_source(
+    case: StoredCase, start: Size, size: Size, affine: Affine, max_source: float
+) -> Source:
+    """Read the part of a case that the rotated and zoomed crop covers, and no more.
+
+    The crop is turned about the middle of that part of it which lies inside the scan, so that it
+    always keeps some of the scan.
+
+    Args:
+        start: first voxel of the crop before it is rotated, (z, y, x); negative where the crop
+            begins in padding.
+        size: voxels of the crop, (z, y, x).
+        max_source: most voxels to read along an axis, as a multiple of the crop's.
+    """
+    matrix, shape = np.array(affine.matrix), np.array(case.shape_vox)
+    begin, length = np.array(start), np.array(size)
+    low = np.clip(begin, 0, shape - 1)
+    high = np.clip(begin + length - 1, 0, shape - 1)
+    pivot = (low + high) / 2
+    in_crop = pivot - begin
+
+    # The crop's corners span a box in the scan. Each of its sides is a sum over the axes of the
+    # crop.
+    steps = np.stack([matrix * -in_crop, matrix * (length - 1 - in_crop)])
+    low = np.minimum(pivot + steps.min(axis=0).sum(axis=1), pivot)
+    high = np.maximum(pivot + steps.max(axis=0).sum(axis=1), pivot)
+
+    most = max_source * length / 2
+    first = np.floor(np.maximum(low, np.maximum(pivot - most, 0))).astype(int)
+    last = np.ceil(np.minimum(high, np.minimum(pivot + most, shape - 1))).astype(int)
+    voxels, _ = case.read_padded(as_size(first), as_size(last - first + 1))
+    offset = pivot - first - matrix @ in_crop
+    return Source(torch.from_numpy(voxels), affine.matrix, _row(offset))
+
+
+def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Resample a crop of ``size``: trilinear in the voxels, nearest in the mask of what is real.
+
+    The mask of a part is True everywhere, so the nearest voxel is real exactly where it exists.
+    Outside there is padding: value 0. On the scan's border a voxel is interpolated from voxels of
+    the scan alone, never from padding.
+
+    Returns:
+        (C, Z, Y, X) float32 and (Z, Y, X) bool, queued on the source's device without waiting for
+        it.
+    """
+    device = source.voxels.device
+    z, y, x = (torch.arange(n, device=device, dtype=torch.float32) for n in size)
+    real = torch.ones(tuple(size), dtype=torch.bool, device=device)
+    normalised = []
+    for (by_z, by_y, by_x), offset, n in zip(
+        source.matrix, source.offset, source.voxels.shape[1:], strict=True
+    ):
+        position_ZYX = (by_z * z)[:, None, None] + (by_y * y)[:, None] + by_x * x + offset
+        real = real & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
+        # -1 and 1 are the outer faces of the first and the last voxel (align_corners=False).
+        normalised.append((2 * position_ZYX + 1) / n - 1)
+
+    # grid_sample takes the positions in the order x, y, z.
+    grid_ZYX3 = torch.stack(normalised[::-1], dim=-1)
+    with torch.autocast(device.type, enabled=False):
+        voxels_CZYX = F.grid_sample(
+            source.voxels[None], grid_ZYX3[None], "bilinear", "border", align_corners=False
+        )[0]
+    return torch.where(real, voxels_CZYX, 0.0), real
+
+
+def _row(values: Sequence[float] | NDArray[np.float64]) -> Row:
+    z, y, x = (float(v) for v in values)
+    return (z, y, x)

@@ -1,0 +1,157 @@
+"""Corruption of what a network is shown: another gamma, another contrast, noise.
+
+What it has to predict stays clean.
+
+Everything that a corruption measures, it measures on known voxels. So the corrupted input says
+nothing about unknown ones.
+
+Shape suffixes: B samples, M members, C channels; Z, Y, X voxels.
+
+Source: the ranges are those of nnU-Net's gamma, contrast and noise augmentation.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GAMMA, CONTRAST, MAX_NOISE = (0.7, 1.5), (0.75, 1.25), 0.3
+LEAST_DEVIATION = 1e-3
+"""Known voxels that vary less than this, in normalised intensities, are flat: there is no contrast
+to change.
+"""
+REDUCED = (-3, -2, -1)
+"""The axes Z, Y, X: every channel of every member is measured by itself."""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What happens to one sample.
+
+    Attributes:
+        gamma: exponent of intensities that are scaled to 0..1.
+        contrast: factor on the distance from the mean.
+        noise: standard deviation of what is added, in standard deviations of the known voxels.
+        seed: of the noise.
+    """
+
+    gamma: float = 1.0
+    contrast: float = 1.0
+    noise: float = 0.0
+    seed: int = 0
+
+
+CLEAN = Corruption()
+"""Changes no bit of a sample."""
+
+
+def draw_corruption(share: float, generator: np.random.Generator) -> Corruption:
+    """Draw a corruption for a ``share`` of the samples, ``CLEAN`` for the others."""
+    is_clean = generator.random() >= share
+    gamma = math.exp(generator.uniform(math.log(GAMMA[0]), math.log(GAMMA[1])))
+    contrast = float(generator.uniform(*CONTRAST))
+    noise = float(generator.uniform(0, MAX_NOISE))
+    seed = int(generator.integers(2**63 - 1))
+    return CLEAN if is_clean else Corruption(gamma, contrast, noise, seed)
+
+
+@dataclass(frozen=True)
+class Corruptions:
+    """The corruptions of a batch, as tensors, so that a compiled loss need not be compiled for each
+    of them.
+
+    Attributes:
+        strength: (B, 3) float32, columns gamma, contrast and noise.
+        seeds: of the noise, known to the host; () once the noise is drawn.
+        noise: (B, M, C, Z, Y, X), of mean 0 and deviation 1; None until ``with_noise`` draws it.
+    """
+
+    strength: Tensor
+    seeds: tuple[int, ...] = ()
+    noise: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> "Corruptions":
+        """Return those of a part of the batch."""
+        noise = None if self.noise is None else self.noise[part]
+        return Corruptions(self.strength[part], self.seeds[part], noise)
+
+    def pin_memory(self) -> "Corruptions":
+        """Return the same in page-locked memory."""
+        return replace(self, strength=self.strength.pin_memory())
+
+    def with_noise(self, like_BMCZYX: Tensor) -> "Corruptions":
+        """Return the same on the device of ``like_BMCZYX`` with its noise, every sample's from its
+        own seed.
+        """
+        device = like_BMCZYX.device
+        strength = self.strength.to(device, non_blocking=True)
+        if not self.seeds:
+            return replace(self, strength=strength)
+        noise = torch.zeros_like(like_BMCZYX)
+        for sample_MCZYX, seed in zip(noise, self.seeds, strict=True):
+            generator = torch.Generator(device).manual_seed(seed)
+            sample_MCZYX.normal_(generator=generator)
+        return Corruptions(strength, (), noise)
+
+
+def stacked(drawn: Sequence[Corruption]) -> Corruptions:
+    """Return the corruptions of a batch."""
+    strength = [(one.gamma, one.contrast, one.noise) for one in drawn]
+    return Corruptions(
+        torch.tensor(strength, dtype=torch.float32), tuple(one.seed for one in drawn)
+    )
+
+
+def corrupted(
+    voxels_BMCZYX: Tensor, known_BMZYX: Tensor, corruptions: Corruptions | None
+) -> Tensor:
+    """Return the voxels with the known ones corrupted; the others, and samples that stay clean,
+    keep every bit.
+
+    Gamma acts between the smallest and the largest known intensity and keeps mean and deviation;
+    contrast stays within that range, as nnU-Net's does. A member without known voxels, or with flat
+    ones, keeps its intensities.
+
+    Args:
+        known_BMZYX: bool, what the network is shown and what is real.
+        corruptions: of the batch, with their noise; None changes nothing.
+    """
+    if corruptions is None:
+        return voxels_BMCZYX
+    assert corruptions.noise is not None, "Batch.to draws the noise"
+    known = known_BMZYX[:, :, None].expand_as(voxels_BMCZYX)
+    gamma, contrast, noise = (
+        column[:, None, None, None, None, None] for column in corruptions.strength.unbind(dim=1)
+    )
+
+    # Bounds of the known voxels. Where there are none, the deviation is 0 and nothing is changed.
+    lowest = torch.where(known, voxels_BMCZYX, math.inf).amin(REDUCED, keepdim=True)
+    highest = torch.where(known, voxels_BMCZYX, -math.inf).amax(REDUCED, keepdim=True)
+    mean, deviation = _statistics(voxels_BMCZYX, known)
+    changes = deviation > LEAST_DEVIATION
+    lowest = torch.where(changes, lowest, 0.0)
+    highest = torch.where(changes, highest, 1.0)
+
+    # Unknown voxels may lie outside the bounds. They are not used, but a power of a negative number
+    # is no number.
+    scaled = ((voxels_BMCZYX - lowest) / (highest - lowest)).clamp(0, 1) ** gamma
+    new_mean, new_deviation = _statistics(scaled, known)
+    bent = (scaled - new_mean) / new_deviation.clamp(min=1e-6) * deviation + mean
+    stretched = ((bent - mean) * contrast + mean).clamp(lowest, highest)
+    noisy = stretched + noise * deviation * corruptions.noise
+
+    is_clean = (gamma == 1) & (contrast == 1) & (noise == 0)
+    return torch.where(known & changes & ~is_clean, noisy, voxels_BMCZYX)
+
+
+def _statistics(values_BMCZYX: Tensor, known_BMCZYX: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation over the known voxels, (B, M, C, 1, 1, 1); 0 where there
+    are none.
+    """
+    count = known_BMCZYX.sum(REDUCED, keepdim=True).clamp(min=1)
+    mean = torch.where(known_BMCZYX, values_BMCZYX, 0.0).sum(REDUCED, keepdim=True) / count
+    distance = torch.where(known_BMCZYX, values_BMCZYX - mean, 0.0)
+    return mean, (distance.square().sum(REDUCED, keepdim=True) / count).sqrt()

@@ -1,0 +1,104 @@
+"""From scans, groups and places to the material that sequences are cut from."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from nnunet_autoreg.corpus.groups import ContrastGroup
+from nnunet_autoreg.corpus.places import KnownPlace
+from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.material import Group, Material, Place, Structure
+from nnunet_autoreg.store.case import StoredCase
+
+log = logging.getLogger(__name__)
+
+
+def gather(
+    plan: Plan,
+    cases: Mapping[str, StoredCase],
+    groups: Sequence[tuple[ContrastGroup, Sequence[StoredCase]]],
+    places: Sequence[KnownPlace],
+) -> Material:
+    """What the plan's kinds of sequences may be cut from.
+
+    Args:
+        cases: by id of the scan; only their scans are used, also of groups and places.
+        groups: with their members' cases on one grid.
+        places: of structures in the scans.
+    """
+    kinds, s = wanted(plan), plan.sequence
+    chosen_groups, structures = [], []
+    if "contrast" in kinds:
+        chosen_groups = [
+            _group(group, members, s.contrasts)
+            for group, members in groups
+            if all(row.id in cases for row in group.rows)
+        ]
+        chosen_groups = [
+            group for group in chosen_groups if len(group.members) >= s.contrast_members
+        ]
+    if "semantic" in kinds:
+        structures = [
+            x for x in _structures(cases, places) if len(x.by_subject()) >= s.semantic_members
+        ]
+    return Material(tuple(cases.values()), tuple(chosen_groups), tuple(structures))
+
+
+def check_training(plan: Plan, material: Material) -> None:
+    """Refuse a plan that asks for sequences that the training scans cannot give.
+
+    Raises:
+        AutoregError: with the way out.
+    """
+    s = plan.sequence
+    needed = {
+        "contrast": f"subject has {s.contrast_members} of the contrasts {', '.join(s.contrasts)}",
+        "semantic": f"structure is known in {s.semantic_members} subjects",
+    }
+    for kind in wanted(plan):
+        if not material.offers(kind):
+            raise AutoregError(
+                f"sequence.weights.{kind}={s.weights[kind]}: among the training scans no "
+                f"{needed.get(kind, 'scan is left')}; "
+                f"give more scans, or use another --name and leave {kind} out of --sequences"
+            )
+
+
+def heldout_kinds(plan: Plan, material: Material) -> tuple[str, ...]:
+    """The kinds that held-out scans can give; those that they cannot are logged."""
+    given = tuple(kind for kind in wanted(plan) if material.offers(kind))
+    lacking = [kind for kind in wanted(plan) if kind not in given]
+    if material.cases and lacking:
+        log.info(
+            "the held-out scans are too few for %s sequences; their held-out error is not measured",
+            " and ".join(lacking),
+        )
+    return given
+
+
+def _group(group: ContrastGroup, members: Sequence[StoredCase], contrasts: Sequence[str]) -> Group:
+    pairs = [
+        (word, case)
+        for word, case in zip(group.contrasts, members, strict=True)
+        if word in contrasts
+    ]
+    return Group(group.name, tuple(sorted(pairs, key=lambda pair: list(contrasts).index(pair[0]))))
+
+
+def _structures(cases: Mapping[str, StoredCase], places: Sequence[KnownPlace]) -> list[Structure]:
+    """Structures by name and spacing: what lies in one sequence has one voxel size."""
+    found: dict[tuple[str, tuple[float, float, float]], list[Place]] = {}
+    for known in places:
+        if known.scan in cases:
+            case = cases[known.scan]
+            z, y, x = (
+                share * n - 0.5 for share, n in zip(known.centre, case.shape_vox, strict=True)
+            )
+            found.setdefault((known.structure, case.spacing_mm), []).append(
+                Place(known.subject, case, (z, y, x))
+            )
+    return [
+        Structure(name, spacing, tuple(where))
+        for (name, spacing), where in sorted(found.items(), key=lambda item: item[0])
+    ]

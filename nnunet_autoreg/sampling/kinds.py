@@ -1,0 +1,135 @@
+"""The kinds of sequences: what a pool offers, how often each is drawn, and how large the crops of
+their members are. Pure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nnunet_autoreg.geometry import Size, as_size, volume
+from nnunet_autoreg.plan import KINDS, Plan, SequencePlan
+
+CONTRAST_WEIGHT = SEMANTIC_WEIGHT = 0.5
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What a pool of scans can be made into.
+
+    Attributes:
+        num_inputs: datasets and folders given.
+        num_cases: usable scans.
+        contrasts: of the commonest set of contrasts of one subject, in their fixed order; () if no
+            subject has two.
+        num_groups: subjects and sessions that have them.
+        num_other_groups: those with another set of at least two.
+        structures: name -> subjects in which its place is known (labels, boxes, classes), two or
+            more.
+        semantic_source: where places come from, e.g. "label maps"; "" if none is known.
+        num_subjects: different patients, as far as that is known.
+    """
+
+    num_inputs: int
+    num_cases: int
+    contrasts: tuple[str, ...] = ()
+    num_groups: int = 0
+    num_other_groups: int = 0
+    structures: Mapping[str, int] | None = None
+    semantic_source: str = ""
+    num_subjects: int = 0
+
+
+def plan_weights(offers: Offers) -> tuple[dict[str, float], str]:
+    """The weights of the kinds, and the reason.
+
+    One dataset alone is trained on spatial sequences, as measured. A pool of several adds contrast
+    sequences where subjects have several contrasts, and semantic ones where places are known.
+    Places by likeness alone are never taken unasked.
+    """
+    if offers.num_inputs < 2:
+        return {"spatial": 1.0}, "one input: spatial sequences; --sequences asks for others"
+    weights, why = {"spatial": 1.0}, []
+    if offers.num_groups:
+        weights["contrast"] = CONTRAST_WEIGHT
+        why.append(f"{offers.num_groups} subjects have the contrasts {', '.join(offers.contrasts)}")
+    if offers.structures:
+        weights["semantic"] = SEMANTIC_WEIGHT
+        why.append(
+            f"{offers.semantic_source} say where {len(offers.structures)} structures lie (read for "
+            "positions only)"
+        )
+    return (
+        weights,
+        "; ".join(why)
+        if why
+        else "no subject has several contrasts, and no label maps or boxes say where structures "
+        "lie",
+    )
+
+
+def choose_members(offers: Offers, most: int) -> int:
+    """Images of a semantic sequence:
+
+    ``most``, or as many as the structure has that is known in most subjects; else all subjects.
+    """
+    return max(
+        2, min(most, max(offers.structures.values()) if offers.structures else offers.num_subjects)
+    )
+
+
+def num_members(sequence: SequencePlan, kind: str) -> int:
+    """Images of one sequence of this kind."""
+    return {"contrast": sequence.contrast_members, "semantic": sequence.semantic_members}.get(
+        kind, 1
+    )
+
+
+def wanted(plan: Plan) -> tuple[str, ...]:
+    """The kinds that are drawn, in the order of ``KINDS``."""
+    return tuple(kind for kind in KINDS if plan.sequence.weights.get(kind, 0) > 0)
+
+
+def member_codes(plan: Plan) -> dict[str, range]:
+    """Codes of the members by kind:
+
+    0 is the one image of spatial and strided sequences, and stands for a member that fine-tuning
+    knows.
+
+    A contrast keeps its code wherever it occurs. The members of a semantic sequence are numbered.
+    """
+    kinds, s = wanted(plan), plan.sequence
+    contrasts = len(s.contrasts) if "contrast" in kinds else 0
+    semantic = s.semantic_members if "semantic" in kinds else 0
+    return {"contrast": range(contrasts), "semantic": range(contrasts, contrasts + semantic)}
+
+
+def num_codes(plan: Plan) -> int:
+    """How many member codes there are; 1 where no sequence has several members."""
+    return max(1, *(codes.stop for codes in member_codes(plan).values()))
+
+
+def member_crop(plan: Plan, kind: str) -> Size:
+    """The crop of one member of a sequence: the plan's own for a single one, else smaller, so that
+    all together hold no more tokens.
+
+    The axis that lost least is shortened by a block until it fits; no axis goes below one block.
+    """
+    s, members = plan.sequence, num_members(plan.sequence, kind)
+    if members == 1:
+        return s.crop_size_vox
+    if s.member_crop_vox is not None:
+        return s.member_crop_vox
+    side = [t * b for t, b in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
+    whole = [c // k for c, k in zip(s.crop_size_vox, side, strict=True)]
+    blocks = list(whole)
+    while volume(blocks) * members > volume(whole) and max(blocks) > 1:
+        longest = max(
+            (i for i in range(3) if blocks[i] > 1), key=lambda i: (blocks[i] / whole[i], blocks[i])
+        )
+        blocks[longest] -= 1
+    return as_size([n * k for n, k in zip(blocks, side, strict=True)])
+
+
+def num_blocks(plan: Plan, kind: str = "spatial") -> int:
+    """Blocks of a sequence of this kind."""
+    block = volume(plan.sequence.block_tokens) * volume(plan.encoder.token_size_vox)
+    return num_members(plan.sequence, kind) * volume(member_crop(plan, kind)) // block

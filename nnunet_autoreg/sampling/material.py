@@ -1,0 +1,73 @@
+"""What sequences are cut from: stored cases alone, groups of them that show one place, and places
+that show one structure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.store.case import StoredCase
+
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several contrasts of one subject on one voxel grid.
+
+    Attributes:
+        name: of the case, for pictures and messages.
+        members: (contrast, case) in the fixed order of contrasts; all cases have one shape.
+    """
+
+    name: str
+    members: tuple[tuple[str, StoredCase], ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a structure lies in one case:
+
+    ``centre_vox`` (z, y, x) in the stored case's voxels. ``subject`` tells patients apart.
+    """
+
+    subject: str
+    case: StoredCase
+    centre_vox: Point
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One structure in several subjects, all stored at one spacing."""
+
+    name: str
+    spacing_mm: Spacing
+    places: tuple[Place, ...]
+
+    def by_subject(self) -> dict[str, list[Place]]:
+        """The places, subject by subject."""
+        found: dict[str, list[Place]] = {}
+        for place in self.places:
+            found.setdefault(place.subject, []).append(place)
+        return found
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a sampler may draw from. Light and picklable: no voxels, no open files."""
+
+    cases: tuple[StoredCase, ...]
+    groups: tuple[Group, ...] = ()
+    structures: tuple[Structure, ...] = ()
+
+    def offers(self, kind: str) -> int:
+        """How many things a sequence of this kind can be cut from."""
+        return len({"contrast": self.groups, "semantic": self.structures}.get(kind, self.cases))
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+
+def as_material(cases: "Material | Sequence[StoredCase]") -> Material:
+    """Plain cases as material for sequences of one image each."""
+    return cases if isinstance(cases, Material) else Material(tuple(cases))
