@@ -37,10 +37,10 @@ CHANNEL_WORDS = frozenset(
     coronal ct cta ctp dce delayed diffusion dixon dsc dti dwi ep2d fat fd fdg fdgpet flair fmri fs
     g gad gd hbv hr in inphase inv inversion km late magnitude map mip mra mprage mr mri mrt native
     noncontrast nonct nonorm no none norm normalization opp opphase out pd pdw perfusion pet phase
-    portal post pre psma pt pwi r rescale rgb rgb_to_0_1 s sag sagittal space spgr spect stir suv sub
-    subtraction swi t t1 t1c t1ce t1gd t1n t1w t2 t2f t2star t2starw t2w tof tra transverse us uspio
-    venous vibe w water xray zscore to mtr fa md petct tirm subtracted dynamic early image channel
-    modality scan highres lowres
+    portal post pre psma pt pwi r rescale rgb rgb_to_0_1 s sag sagittal space spgr spect stir suv
+    sub subtraction swi t t1 t1c t1ce t1gd t1n t1w t2 t2f t2star t2starw t2w tof tra transverse us
+    uspio venous vibe w water xray zscore to mtr fa md petct tirm subtracted dynamic early image
+    channel modality scan highres lowres
     """.split()  # noqa: SIM905
 )
 """Words that channels are called by; none of them is a name."""
