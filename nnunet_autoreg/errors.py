@@ -9,15 +9,28 @@ from collections.abc import Iterable
 
 
 class AutoregError(Exception):
-    """Base of all errors meant for the user."""
+    """Base of all errors meant for the user.
+
+    Attributes:
+        code: a stable name of the fault, such as ``plan-unknown-key``. Programs and tests rely on
+            it, because messages may be reworded at any time. Without one of its own, an error has
+            the code of its class.
+    """
 
     exit_code = 1
+    code = "error"
+
+    def __init__(self, message: str = "", code: str = ""):
+        super().__init__(message)
+        if code:
+            self.code = code
 
 
 class UsageError(AutoregError):
     """The command line, the environment or a setting is wrong; nothing was started."""
 
     exit_code = 2
+    code = "usage"
 
 
 class ScanError(AutoregError):
@@ -28,30 +41,40 @@ class ScanError(AutoregError):
     """
 
     def __init__(self, status: str, reason: str):
-        super().__init__(reason)
+        super().__init__(reason, f"scan-{status}")
         self.status = status
 
 
 class PlanError(UsageError):
     """A plan, or a value set in it, cannot be carried out."""
 
+    code = "plan"
+
 
 class StoreError(AutoregError):
     """A preprocessed case cannot be written or read."""
+
+    code = "store"
 
 
 class CheckpointError(AutoregError):
     """A checkpoint cannot be written, read or continued."""
 
+    code = "checkpoint"
+
 
 class WeightsError(AutoregError):
     """Pretrained weights are missing, damaged, or do not fit the network."""
+
+    code = "weights"
 
 
 class ObjectsError(AutoregError):
     """Objects to detect, or detections, are missing, damaged or contradict the image they belong
     to.
     """
+
+    code = "objects"
 
 
 class LostProcessError(AutoregError):
@@ -60,6 +83,8 @@ class LostProcessError(AutoregError):
     A launcher then ends the others too, by SIGTERM. The loss, and not that signal, is what the user
     has to be told.
     """
+
+    code = "lost-process"
 
 
 class InterruptedRunError(KeyboardInterrupt):

@@ -1,0 +1,25 @@
+"""Check an error by its class, its code and the values that its message must name.
+
+The sentence of a message may be reworded at any time, so tests do not compare it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from nnunet_autoreg.errors import AutoregError
+
+
+@contextmanager
+def refused(
+    error_class: type[AutoregError], code: str, *values: object
+) -> Iterator[pytest.ExceptionInfo[AutoregError]]:
+    """Expect an error of exactly this code, whose message names all the values."""
+    with pytest.raises(error_class) as caught:
+        yield caught
+
+    message = str(caught.value)
+    assert caught.value.code == code, f"{caught.value.code}: {message}"
+    missing = [value for value in values if str(value) not in message]
+    assert not missing, f"{missing} are not named in: {message}"
