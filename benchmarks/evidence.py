@@ -8,7 +8,7 @@
 
 Every command does what is still missing, stops after ``--minutes`` and goes on where it stopped
 when it is typed again. Each finished run is one JSON line in ``benchmarks/results/evidence.jsonl``.
-``docs/evidence.md`` explains the numbers.
+``docs/how-to/evidence.md`` explains the numbers.
 """
 
 import argparse

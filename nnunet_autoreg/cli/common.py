@@ -137,7 +137,7 @@ def prepare_torch() -> None:
     before torch is imported.
 
     On a CPU that is shared, even with this program's own helpers, spinning threads keep the ones
-    that work from running; docs/measured.md has the figures. Sleeping at once
+    that work from running; docs/explanation/measured.md has the figures. Sleeping at once
     (OMP_WAIT_POLICY=PASSIVE) costs an idle machine half as much again.
     """
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--subjects",
         metavar="FILE",
-        help="CSV with the columns case and subject; default: see docs/benchmark.md",
+        help="CSV with the columns case and subject; default: see docs/how-to/benchmark.md",
     )
     p.add_argument(
         "--spacing",

@@ -30,8 +30,8 @@ def choose_encoder(
     """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory, and
     takes no CNN for ``single_tokens``.
 
-    Of the two tiny ones the CNN is far ahead in short trainings (docs/measured.md, "Encoders"); the
-    large ones have not been compared.
+    Of the two tiny ones the CNN is far ahead in short trainings
+    (docs/explanation/measured.md, "Encoders"); the large ones have not been compared.
     """
     if name != "auto":
         return encoder_size(name).name, BY_USER
@@ -91,7 +91,7 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
 
 
 def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
-    """Order of the blocks, predictor, and the reason (docs/measured.md)."""
+    """Order of the blocks, predictor, and the reason (docs/explanation/measured.md)."""
     if has_transformer(encoder.family):
         return "random", "query", "a transformer started better from it than from raster order"
     return (
