@@ -282,9 +282,9 @@ def _backgrounds(arguments: argparse.Namespace, folders: "Folders") -> dict[str,
     """Arrays of the scans that are drawn: the image where there is one that can be used, else the
     map of the true objects.
     """
-    from nnunet_autoreg.corpus.find import IMAGE_ENDINGS
     from nnunet_autoreg.detection.evaluation_files import background, pick_scans
     from nnunet_autoreg.detection.images import read_onto
+    from nnunet_autoreg.io.names import IMAGE_ENDINGS
 
     places = (
         [arguments.images]

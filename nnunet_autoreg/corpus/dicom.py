@@ -12,12 +12,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from nnunet_autoreg.corpus.archive import DAMAGED, members, opened, unpacked
 from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.slices import Leave, Slice, slices_of
 from nnunet_autoreg.corpus.stacks import Stack, by_series, stacks_of
 from nnunet_autoreg.corpus.tags import parse_tags
 from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io.archive import DAMAGED, members, opened, unpacked
 from nnunet_autoreg.nnunet_api import Array
 
 ENDINGS = (".dcm", ".dicom", ".ima")

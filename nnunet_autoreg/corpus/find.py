@@ -5,14 +5,12 @@ Whatever is left out comes back too, with its reason.
 
 import logging
 import os
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from nnunet_autoreg.corpus.archive import members, opened, unpacked
 from nnunet_autoreg.corpus.collect import DicomCollector
 from nnunet_autoreg.corpus.contrast import bids_names, is_label_name, modality_of_contrast
 from nnunet_autoreg.corpus.dataset_json import (
@@ -26,13 +24,19 @@ from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.corpus.read import num_volumes
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
+from nnunet_autoreg.io.archive import members, opened, unpacked
+from nnunet_autoreg.io.names import (
+    IMAGE_ENDINGS,
+    absolute,
+    case_and_channel,
+    natural_key,
+    strip_ending,
+)
 from nnunet_autoreg.nnunet_api import dataset_folder
 
 log = logging.getLogger(__name__)
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
-CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
 @dataclass(frozen=True)
@@ -100,27 +104,6 @@ def find_scans(
     if finder.num_repeated:
         log.info("%d files were reached twice and are counted once", finder.num_repeated)
     return finder.found
-
-
-def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key under which scan2 comes before scan10."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part.lower())
-        for part in re.split(r"(\d+)", text)
-        if part
-    ]
-
-
-def strip_ending(name: str) -> str:
-    """A file name without its image ending; unchanged if it has none."""
-    return next((name[: -len(e)] for e in IMAGE_ENDINGS if name.lower().endswith(e)), name)
-
-
-def absolute(path: str | Path) -> Path:
-    """An absolute path without ``..``, links left as they are (``resolve`` would follow them and
-    change ids).
-    """
-    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def is_dataset(folder: Path) -> bool:
@@ -515,15 +498,6 @@ class _Finder:
         if others:
             listed = ", ".join(f"{n} {e or 'without ending'}" for e, n in sorted(others.items()))
             self.leave_out(path, dataset, what, "ignored", f"no image endings: {listed}")
-
-
-def case_and_channel(path: Path) -> tuple[str, int]:
-    """Return case and channel number of an image that is named as nnU-Net does, such as
-    ``a.b.1_0000.nii.gz``.
-    """
-    stem = strip_ending(path.name)
-    match = CHANNEL_SUFFIX.match(stem)
-    return (match["case"], int(match["channel"])) if match else (stem, 0)
 
 
 def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, int]:

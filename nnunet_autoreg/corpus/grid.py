@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.corpus.dicom import find_stack, pick_volume
-from nnunet_autoreg.corpus.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, zyx
+from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.nnunet_api import Array
 
 SAME_MM = 1e-2

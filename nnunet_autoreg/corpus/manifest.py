@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nnunet_autoreg.corpus.find import Candidate, absolute
+from nnunet_autoreg.corpus.find import Candidate
 from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.errors import UsageError, did_you_mean
+from nnunet_autoreg.io.names import absolute
 
 log = logging.getLogger(__name__)
 

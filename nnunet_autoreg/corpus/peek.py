@@ -11,10 +11,10 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_autoreg.corpus.nifti import GZIP_MAGIC, parse_header
 from nnunet_autoreg.corpus.read import ScanHeader, check_dimensions, check_memory, check_spacing
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import as_size, zyx
+from nnunet_autoreg.io.nifti import GZIP_MAGIC, parse_header
 
 HEAD_BYTES = 4096
 SCALAR_DATATYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)

@@ -5,24 +5,21 @@ reason.
 import math
 import os
 import re
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.corpus.archive import unpacked
 from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.corpus.nifti import check_nifti
-from nnunet_autoreg.corpus.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.corpus.stacks import Stack
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, volume, zyx
+from nnunet_autoreg.io.archive import unpacked
+from nnunet_autoreg.io.files import check_file, quiet_stderr
+from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.nnunet_api import Array, RawScan, read_scan
 
 MIN_AXIS_VOX = 4
@@ -51,7 +48,7 @@ def load_scan(path: Path, part: str = "") -> RawScan:
 
     Returns:
         The scan, its array (1, Z, Y, X) float32, the axes towards superior, anterior and right
-        (corpus/orientation.py).
+        (io/orientation.py).
 
     Raises:
         ScanError: with one of the statuses unreadable, not3d, 4d, rgb, complex, spacing, direction,
@@ -119,36 +116,6 @@ def check_stack(stack: Stack, part: str) -> None:
     if stack.problem[0]:
         raise ScanError(*stack.problem)
     _series_header(stack, parse_part(part))
-
-
-def check_file(path: Path) -> None:
-    """Check that ``path`` is a readable file with content.
-
-    Raises:
-        ScanError: ``unreadable``, or what a NIfTI header says.
-    """
-    try:
-        if path.is_symlink() and not path.exists():
-            raise ScanError(
-                "unreadable",
-                "a link whose target does not exist; mount the target, or remove the link",
-            )
-        if path.exists() and not path.is_file():
-            raise ScanError("unreadable", "not a file (a folder or device with an image's name)")
-        with path.open("rb") as handle:
-            if not handle.read(1):
-                raise ScanError("unreadable", "the file is empty; copy it again")
-        if path.name.lower().endswith((".nii", ".nii.gz")):
-            check_nifti(path)
-    except FileNotFoundError as error:
-        raise ScanError(
-            "unreadable",
-            "the file vanished after it was found; restore it, or run again without it",
-        ) from error
-    except PermissionError as error:
-        raise ScanError("unreadable", "permission denied; grant read access (chmod u+r)") from error
-    except OSError as error:
-        raise ScanError("unreadable", f"the file system says: {error.strerror or error}") from error
 
 
 def read_header(path: Path, part: str = "") -> ScanHeader:
@@ -422,27 +389,3 @@ def _reading_failed(error: Exception, said: str) -> ScanError:
         "unreadable",
         f"SimpleITK cannot read it ({type(error).__name__}); open it in a viewer, or copy it again",
     )
-
-
-@contextmanager
-def quiet_stderr() -> Iterator[Any]:
-    """Keep what C++ libraries write to stderr off the terminal; yields a function that returns it
-    so far.
-
-    ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor
-    itself is redirected.
-    """
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-
-        def said() -> str:
-            caught.seek(0)
-            return caught.read().decode("utf-8", "replace")
-
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

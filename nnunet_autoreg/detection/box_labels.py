@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.corpus.find import CHANNEL_SUFFIX, natural_key
 from nnunet_autoreg.detection.images import open_image
 from nnunet_autoreg.detection.instances import read_true_boxes, with_ellipsoids
 from nnunet_autoreg.detection.objects import BOXES, ObjectSource
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.io.names import CHANNEL_SUFFIX, natural_key
 from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, atomic_path, read_json
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.corpus.find import IMAGE_ENDINGS, natural_key, strip_ending
 from nnunet_autoreg.detection.geometry import AS_STORED, Frame, frame_of_affine
 from nnunet_autoreg.detection.images import read_array, read_onto, same_voxels
 from nnunet_autoreg.detection.instances import (
@@ -30,6 +29,7 @@ from nnunet_autoreg.detection.matching import ScanBoxes
 from nnunet_autoreg.detection.scanfile import is_scan_file, read_scan_file
 from nnunet_autoreg.detection.score import mask_overlaps, scan_of_instances
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
+from nnunet_autoreg.io.names import IMAGE_ENDINGS, natural_key, strip_ending
 from nnunet_autoreg.records import MEND_YOURS, read_json
 
 DATASET_FILE = "dataset.json"

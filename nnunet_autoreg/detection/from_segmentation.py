@@ -21,8 +21,6 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
-from nnunet_autoreg.corpus.find import natural_key
-from nnunet_autoreg.corpus.read import check_file
 from nnunet_autoreg.detection.export import Ids
 from nnunet_autoreg.detection.geometry import stored_array
 from nnunet_autoreg.detection.instances import (
@@ -36,6 +34,8 @@ from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_fil
 from nnunet_autoreg.detection.scans import facts_of
 from nnunet_autoreg.detection.validate import as_stored
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
+from nnunet_autoreg.io.files import check_file
+from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.records import read_json
 
 log = logging.getLogger(__name__)

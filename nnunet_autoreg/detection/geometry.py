@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.corpus.orientation import Turn
 from nnunet_autoreg.errors import ObjectsError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, zyx
+from nnunet_autoreg.io.orientation import Turn
 
 Floats = NDArray[np.float64]
 

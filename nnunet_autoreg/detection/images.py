@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.corpus.orientation import Turn, turn_of, turned, turned_geometry
-from nnunet_autoreg.corpus.read import quiet_stderr
 from nnunet_autoreg.detection.geometry import AS_STORED, RAS_OF_LPS, Frame, frame_of_itk
 from nnunet_autoreg.errors import ObjectsError
+from nnunet_autoreg.io.files import quiet_stderr
+from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 
 SPACING_TOLERANCE = 0.01
 """Formats round voxel sizes; more than one part in a hundred is another image."""

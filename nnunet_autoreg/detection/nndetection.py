@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.corpus.find import CHANNEL_SUFFIX, natural_key
 from nnunet_autoreg.detection.geometry import RAS_OF_LPS
 from nnunet_autoreg.detection.images import array_of, open_image
 from nnunet_autoreg.detection.instances import (
@@ -28,6 +27,7 @@ from nnunet_autoreg.detection.instances import (
 )
 from nnunet_autoreg.detection.scanfile import ScanFile
 from nnunet_autoreg.errors import ObjectsError, PlanError, UsageError
+from nnunet_autoreg.io.names import CHANNEL_SUFFIX, natural_key
 from nnunet_autoreg.records import MEND_YOURS, atomic_path, read_json, write_json
 
 ENDING = ".nii.gz"

@@ -21,9 +21,6 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
-from nnunet_autoreg.corpus.find import natural_key
-from nnunet_autoreg.corpus.orientation import turned
-from nnunet_autoreg.corpus.read import quiet_stderr
 from nnunet_autoreg.detection.export import Ids, draw_boxes, draw_instances, shown, write_markup
 from nnunet_autoreg.detection.geometry import (
     StoredArray,
@@ -49,6 +46,9 @@ from nnunet_autoreg.detection.thresholds import FOLD_ALL, score_thresholds
 from nnunet_autoreg.detection.validate import as_stored, in_original
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.io.files import quiet_stderr
+from nnunet_autoreg.io.names import natural_key
+from nnunet_autoreg.io.orientation import turned
 from nnunet_autoreg.records import read_json
 from nnunet_autoreg.safe_load import plain_loading
 

@@ -18,19 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nnunet_autoreg.corpus.archive import unpacked
 from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.corpus.find import (
-    CHANNEL_SUFFIX,
-    IMAGE_ENDINGS,
-    Candidate,
-    absolute,
-    find_scans,
-    natural_key,
-)
+from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.corpus.parts import Part, parse_part
-from nnunet_autoreg.corpus.read import check_file, quiet_stderr
 from nnunet_autoreg.errors import ScanError, UsageError
+from nnunet_autoreg.io.archive import unpacked
+from nnunet_autoreg.io.files import check_file, quiet_stderr
+from nnunet_autoreg.io.names import CHANNEL_SUFFIX, IMAGE_ENDINGS, absolute, natural_key
 
 SCAN_ENDINGS = (*IMAGE_ENDINGS, ".dcm", ".zip")
 MOST_NAMED = 3

@@ -22,6 +22,7 @@ PACKAGE = "nnunet_autoreg"
 LEVELS = [
     ["errors", "geometry", "records", "rng", "safe_load", "children", "phases", "stopping"],
     ["families", "plan", "plan_check", "presets", "nnunet_api", "bridge", "requirements"],
+    ["io"],
     ["corpus", "model"],
     ["planning", "store", "checkpoint"],
     ["sampling", "objectives", "finetune"],
@@ -45,7 +46,7 @@ MAY_IMPORT_NNUNET = {
     "trainers",
     "planners",
 }
-LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "corpus", "planning", "store", "cli"}
+LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "cli"}
 LIGHT_FILES = {"model.sizes", "model.topology", "model.card"}
 HEAVY = (
     "torch",

@@ -15,10 +15,10 @@ import SimpleITK
 from nnunet_autoreg.corpus import tags as t
 from nnunet_autoreg.corpus.contrast import bids_names, contrast_of, is_label_name
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.orientation import turn_of, turned
 from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.corpus.read import load_scan, read_header
 from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io.orientation import turn_of, turned
 
 
 def found(folder: Path, **settings: Any) -> list[Candidate]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_autoreg.corpus.find import Candidate, find_scans, natural_key
+from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.io.names import natural_key
 
 
 def touch(path: Path) -> Path:

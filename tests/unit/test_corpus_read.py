@@ -286,7 +286,7 @@ def test_what_libraries_print_is_caught_and_stderr_comes_back(
 
 
 def test_a_nifti_2_header_is_understood(tmp_path: Path) -> None:
-    from nnunet_autoreg.corpus.nifti import parse_header
+    from nnunet_autoreg.io.nifti import parse_header
 
     head = bytearray(540)
     struct.pack_into("<i", head, 0, 540)

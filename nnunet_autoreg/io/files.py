@@ -1,0 +1,66 @@
+"""Check that an image file can be opened, and keep the messages of C++ readers off the terminal."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io.nifti import check_nifti
+
+
+def check_file(path: Path) -> None:
+    """Check that ``path`` is a readable file with content.
+
+    Raises:
+        ScanError: ``unreadable``, or what a NIfTI header says.
+    """
+    try:
+        if path.is_symlink() and not path.exists():
+            raise ScanError(
+                "unreadable",
+                "a link whose target does not exist; mount the target, or remove the link",
+            )
+        if path.exists() and not path.is_file():
+            raise ScanError("unreadable", "not a file (a folder or device with an image's name)")
+        with path.open("rb") as handle:
+            if not handle.read(1):
+                raise ScanError("unreadable", "the file is empty; copy it again")
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            check_nifti(path)
+    except FileNotFoundError as error:
+        raise ScanError(
+            "unreadable",
+            "the file vanished after it was found; restore it, or run again without it",
+        ) from error
+    except PermissionError as error:
+        raise ScanError("unreadable", "permission denied; grant read access (chmod u+r)") from error
+    except OSError as error:
+        raise ScanError("unreadable", f"the file system says: {error.strerror or error}") from error
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[Any]:
+    """Keep what C++ libraries write to stderr off the terminal; yields a function that returns it
+    so far.
+
+    ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor
+    itself is redirected.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+
+        def said() -> str:
+            caught.seek(0)
+            return caught.read().decode("utf-8", "replace")
+
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
