@@ -1,10 +1,9 @@
-"""The start-up bridge: makes stock nnU-Net find our trainers, planners and one normalisation by
-name.
+"""Make stock nnU-Net find our trainers, our planner and one normalisation by name.
 
-A ``.pth`` line (``PTH_LINE``) runs ``install`` at every start of the interpreter, so this file
-imports only what every interpreter has loaded anyway, does nothing but register one import hook,
-and leaves stock look-ups as they are: only a name of ours that nnU-Net did not find is answered
-from a fixed table.
+A ``.pth`` line (``PTH_LINE``) runs ``install`` at every start of the interpreter. Therefore this
+file imports only what every interpreter has loaded anyway, and does nothing but register one import
+hook. Stock look-ups stay as they are: the bridge answers only where nnU-Net found nothing, and only
+for the names of the tables below.
 """
 
 import _thread
@@ -31,54 +30,75 @@ HOOKED_FUNCTION = "recursive_find_python_class"
 PLANNERS_ROOM = "nnunetv2.experiment_planning"
 TRAINERS_ROOM = "nnunetv2.training"
 NORMALIZATIONS_ROOM = "nnunetv2.preprocessing.normalization"
-LENGTHS = ("", "_5epochs", "_50epochs", "_150epochs", "_300epochs")
 PLANNERS = {"AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner"}
 NORMALIZATIONS = {"AutoregPercentileNormalization": "nnunet_autoreg.finetune.normalization"}
 TRAINERS = {
-    base + length: f"nnunet_autoreg.trainers.{module}"
-    for base, module in (
-        ("AutoregPretrainedTrainer", "autoreg_trainers"),
-        ("AutoregScratchTrainer", "autoreg_trainers"),
-        ("AutoregDetectionTrainer", "autoreg_detection_trainers"),
-        ("AutoregDetectionScratchTrainer", "autoreg_detection_trainers"),
-    )
-    for length in LENGTHS
+    "AutoregPretrainedTrainer": "nnunet_autoreg.trainers.autoreg_trainers",
+    "AutoregScratchTrainer": "nnunet_autoreg.trainers.autoreg_trainers",
+    "AutoregDetectionTrainer": "nnunet_autoreg.trainers.autoreg_detection_trainers",
+    "AutoregDetectionScratchTrainer": "nnunet_autoreg.trainers.autoreg_detection_trainers",
 }
+"""Class name -> module. Every trainer also answers to ``<name>_<N>epochs``, see
+``split_length``."""
+
+
+def split_length(class_name: str) -> "tuple[str, int | None]":
+    """Split the name of a trainer into its base name and its number of epochs.
+
+    ``AutoregPretrainedTrainer_20epochs`` is ("AutoregPretrainedTrainer", 20). A name without a
+    length, or with one that is not written as N is usually written (0, 05, 1e2), is returned whole
+    with None: nnU-Net names result folders after the class, so each length must have one name only.
+    """
+    base, underscore, length = class_name.rpartition("_")
+    digits = length.removesuffix("epochs")
+    is_number = digits.isascii() and digits.isdigit() and digits[0] != "0" and len(digits) < 10
+
+    if underscore and length.endswith("epochs") and is_number:
+        return base, int(digits)
+    return class_name, None
 
 
 class BridgeFinder:
-    """A meta-path finder that lets others find nnU-Net's look-up module and wraps the look-up once
-    it has run.
+    """Wrap nnU-Net's look-up function once its module has been executed.
+
+    This meta-path finder finds nothing itself: the other finders are asked for the module.
     """
 
     is_autoreg_bridge = True
 
     def __init__(self) -> None:
-        self._asking: set[int] = set()
+        self._searching_threads: set[int] = set()
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """The spec of nnU-Net's look-up module, as the other finders give it; None for every other
-        module.
+        """Return the spec that the other finders give for nnU-Net's look-up module.
+
+        It is None for every other module.
         """
-        if fullname != HOOKED_MODULE or _thread.get_ident() in self._asking:
+        thread = _thread.get_ident()
+        # Another finder may ask all finders in turn, this one included.
+        if fullname != HOOKED_MODULE or thread in self._searching_threads:
             return None
-        self._asking.add(_thread.get_ident())
+
+        self._searching_threads.add(thread)
         try:
-            for finder in [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]:
+            for finder in list(sys.meta_path):
+                if finder is self or not hasattr(finder, "find_spec"):
+                    continue
                 spec = finder.find_spec(fullname, path, target)
                 if spec is not None:
                     _wrap_after_execution(spec)
                     return spec
             return None
         finally:
-            self._asking.discard(_thread.get_ident())
+            self._searching_threads.discard(thread)
 
 
 def install() -> None:
-    """Register the hook, once, unless the environment switches it off; also reach modules that are
-    loaded already.
+    """Register the hook once, unless the environment switches it off.
+
+    Modules of nnU-Net that are loaded already get the wrapped look-up as well.
     """
     if os.environ.get(SWITCH) == "0" or is_live():
         return
@@ -88,13 +108,14 @@ def install() -> None:
 
 
 def is_live() -> bool:
-    """Whether the hook is registered in this interpreter."""
+    """Return whether the hook is registered in this interpreter."""
     return any(getattr(finder, "is_autoreg_bridge", False) for finder in sys.meta_path)
 
 
 def _wrap_after_execution(spec: "ModuleSpec") -> None:
-    """Shadow the loader's ``exec_module`` for one call; the loader itself stays what it is, so that
-    ``inspect`` works.
+    """Shadow the loader's ``exec_module`` for one call.
+
+    The loader itself is not replaced, so that ``inspect`` still finds the source of the module.
     """
     loader: Any = spec.loader
     stock: Any = getattr(loader, "exec_module", None)
@@ -110,8 +131,8 @@ def _wrap_after_execution(spec: "ModuleSpec") -> None:
         stock(module)
         _wrap_lookup(module)
 
-    # A loader that takes no attributes: nnU-Net must still load, and autoreg_doctor tells that our
-    # names are not found.
+    # Some loaders accept no attributes. nnU-Net must still load then; autoreg_doctor reports that
+    # our names are not found.
     try:
         loader.exec_module = exec_module
     except AttributeError:
@@ -119,12 +140,14 @@ def _wrap_after_execution(spec: "ModuleSpec") -> None:
 
 
 def _wrap_lookup(module: "ModuleType") -> None:
-    """Replace the look-up in its module, and wherever nnU-Net has imported it from there
-    already.
+    """Replace the look-up function in its module.
+
+    Modules of nnU-Net that have imported it from there already get the wrapped function as well.
     """
     stock = getattr(module, HOOKED_FUNCTION, None)
     if stock is None or hasattr(stock, "is_autoreg_bridge"):
         return
+
     wrapped = _with_our_classes(stock)
     for name, user in list(sys.modules.items()):
         if name.startswith("nnunetv2.") and getattr(user, HOOKED_FUNCTION, None) is stock:
@@ -133,6 +156,7 @@ def _wrap_lookup(module: "ModuleType") -> None:
 
 
 def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
+    """Return the stock look-up, followed by a look-up in our tables where it found nothing."""
     import functools
 
     @functools.wraps(stock)
@@ -140,26 +164,33 @@ def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
         found = stock(*args, **kwargs)
         if found is not None:
             return found
+
+        # The signature is (folder, class_name, current_module, ...).
         class_name = str(kwargs.get("class_name", args[1] if len(args) > 1 else ""))
         searched = kwargs.get("current_module", args[2] if len(args) > 2 else None)
-        module = _module_of(class_name, searched)
+        module = find_module(class_name, searched)
         return None if module is None else _load(class_name, module)
 
     recursive_find_python_class.is_autoreg_bridge = True  # type: ignore[attr-defined]
     return recursive_find_python_class
 
 
-def _module_of(class_name: str, searched: "str | None") -> "str | None":
-    """Our module that holds ``class_name``, if it belongs in the package ``searched`` (None: a
-    folder of nnUNet_extTrainer).
+def find_module(class_name: str, searched: "str | None") -> "str | None":
+    """Return the name of our module that holds ``class_name``; None if we have no such class.
+
+    Args:
+        searched: the package of nnU-Net in which the class is looked for. A trainer is not offered
+            where a planner is wanted. None stands for a folder of nnUNet_extTrainer.
     """
-    for room, table in (
-        (TRAINERS_ROOM, TRAINERS),
-        (PLANNERS_ROOM, PLANNERS),
-        (NORMALIZATIONS_ROOM, NORMALIZATIONS),
-    ):
-        if class_name in table and (searched is None or f"{searched}.".startswith(f"{room}.")):
-            return table[class_name]
+    base, _ = split_length(class_name)
+    candidates = (
+        (TRAINERS_ROOM, TRAINERS.get(base)),
+        (PLANNERS_ROOM, PLANNERS.get(class_name)),
+        (NORMALIZATIONS_ROOM, NORMALIZATIONS.get(class_name)),
+    )
+    for room, module in candidates:
+        if module is not None and (searched is None or f"{searched}.".startswith(f"{room}.")):
+            return module
     return None
 
 
@@ -175,7 +206,7 @@ def _load(class_name: str, module: str) -> "Any":
         return getattr(importlib.import_module(module), class_name)
     except Exception as error:
         raise ImportError(
-            f"nnunet-autoreg offers '{class_name}', but {module} cannot be imported "
-            f"({type(error).__name__}: {error}); "
-            "run autoreg_doctor to see what is wrong, or install nnunet-autoreg anew"
+            f"'{class_name}' belongs to nnunet-autoreg, but {module} cannot be imported "
+            f"({type(error).__name__}: {error}). Run autoreg_doctor to see what is wrong, or "
+            "reinstall nnunet-autoreg"
         ) from error

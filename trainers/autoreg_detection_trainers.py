@@ -6,6 +6,7 @@ A Retina U-Net on the plan's encoder: boxes are learned beside the segmentation,
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -61,7 +62,7 @@ from nnunet_autoreg.finetune.recipe import (
 )
 from nnunet_autoreg.geometry import as_size, as_spacing
 from nnunet_autoreg.records import read_json, write_json
-from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
+from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, trainer_of_length
 
 SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0.5"}
 """What the logger keeps of the scores of an epoch."""
@@ -495,49 +496,6 @@ class AutoregDetectionScratchTrainer(AutoregDetectionTrainer):
     uses_weights = False
 
 
-class AutoregDetectionTrainer_5epochs(AutoregDetectionTrainer):
-    """5 epochs, to see that everything runs."""
-
-    length = 5
-
-
-class AutoregDetectionTrainer_50epochs(AutoregDetectionTrainer):
-    """50 epochs."""
-
-    length = 50
-
-
-class AutoregDetectionTrainer_150epochs(AutoregDetectionTrainer):
-    """150 epochs."""
-
-    length = 150
-
-
-class AutoregDetectionTrainer_300epochs(AutoregDetectionTrainer):
-    """300 epochs."""
-
-    length = 300
-
-
-class AutoregDetectionScratchTrainer_5epochs(AutoregDetectionScratchTrainer):
-    """5 epochs, to see that everything runs."""
-
-    length = 5
-
-
-class AutoregDetectionScratchTrainer_50epochs(AutoregDetectionScratchTrainer):
-    """50 epochs."""
-
-    length = 50
-
-
-class AutoregDetectionScratchTrainer_150epochs(AutoregDetectionScratchTrainer):
-    """150 epochs."""
-
-    length = 150
-
-
-class AutoregDetectionScratchTrainer_300epochs(AutoregDetectionScratchTrainer):
-    """300 epochs."""
-
-    length = 300
+def __getattr__(name: str) -> Any:
+    """Return the trainer of a name with a length, e.g. ``AutoregDetectionTrainer_20epochs``."""
+    return trainer_of_length(sys.modules[__name__], name)

@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_autoreg.bridge import TRAINERS, split_length
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock, read_block
 from nnunet_autoreg.finetune.decoder import transferred_keys
@@ -292,49 +294,31 @@ class AutoregScratchTrainer(_AutoregTrainer):
     uses_weights = False
 
 
-class AutoregPretrainedTrainer_5epochs(AutoregPretrainedTrainer):
-    """5 epochs, to see that everything runs."""
+def trainer_of_length(module: ModuleType, name: str) -> Any:
+    """Return a trainer class of ``module`` for another number of epochs, made on first use.
 
-    length = 5
+    ``AutoregPretrainedTrainer_20epochs`` is a subclass of ``AutoregPretrainedTrainer`` that trains
+    for 20 epochs. It carries that name, so nnU-Net writes it into folder names and checkpoints, and
+    finds it again by it. It also becomes an attribute of the module, so pickle finds the same class
+    in this process, and makes it anew in a spawned one.
 
+    Raises:
+        AttributeError: the module has no such trainer.
+    """
+    base_name, num_epochs = split_length(name)
+    base = vars(module).get(base_name)
+    if num_epochs is None or TRAINERS.get(base_name) != module.__name__ or base is None:
+        raise AttributeError(f"module '{module.__name__}' has no attribute '{name}'")
 
-class AutoregPretrainedTrainer_50epochs(AutoregPretrainedTrainer):
-    """50 epochs."""
-
-    length = 50
-
-
-class AutoregPretrainedTrainer_150epochs(AutoregPretrainedTrainer):
-    """150 epochs."""
-
-    length = 150
-
-
-class AutoregPretrainedTrainer_300epochs(AutoregPretrainedTrainer):
-    """300 epochs."""
-
-    length = 300
-
-
-class AutoregScratchTrainer_5epochs(AutoregScratchTrainer):
-    """5 epochs, to see that everything runs."""
-
-    length = 5
+    attributes = {
+        "__doc__": f"{base_name} for {num_epochs} epochs.",
+        "__module__": module.__name__,
+        "length": num_epochs,
+    }
+    # setdefault, because two threads may ask for the same name at once.
+    return vars(module).setdefault(name, type(name, (base,), attributes))
 
 
-class AutoregScratchTrainer_50epochs(AutoregScratchTrainer):
-    """50 epochs."""
-
-    length = 50
-
-
-class AutoregScratchTrainer_150epochs(AutoregScratchTrainer):
-    """150 epochs."""
-
-    length = 150
-
-
-class AutoregScratchTrainer_300epochs(AutoregScratchTrainer):
-    """300 epochs."""
-
-    length = 300
+def __getattr__(name: str) -> Any:
+    """Return the trainer of a name with a length, e.g. ``AutoregScratchTrainer_20epochs``."""
+    return trainer_of_length(sys.modules[__name__], name)

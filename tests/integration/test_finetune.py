@@ -210,10 +210,30 @@ def predict(root: Path, trainer: str, output: Path) -> tuple[int, ...]:
 
 
 def test_the_scratch_twin_trains_without_any_weights(project: Path) -> None:
+    # The length in the trainer's name overrides that of the plan.
+    shorten(project, num_epochs=7)
+    trainer = "AutoregScratchTrainer_1epochs"
+
+    train(trainer)
+
+    saved = checkpoint(project, trainer)
+    assert "encoder weights from" not in logs(project, trainer)
+    assert saved["current_epoch"] == 1
+    assert saved["trainer_name"] == trainer
+
+
+def test_a_results_folder_of_an_older_trainer_class_still_predicts(
+    project: Path, tmp_path: Path
+) -> None:
+    # Earlier releases had a class statement for each of four lengths, 5 epochs among them.
     shorten(project)
     train("AutoregScratchTrainer")
-    assert "encoder weights from" not in logs(project, "AutoregScratchTrainer")
-    assert checkpoint(project, "AutoregScratchTrainer")["current_epoch"] == 1
+    older = "AutoregScratchTrainer_5epochs"
+    shutil.copytree(fold(project, "AutoregScratchTrainer").parent, fold(project, older).parent)
+    saved = {**checkpoint(project, older), "trainer_name": older}
+    torch.save(saved, fold(project, older) / "checkpoint_final.pth")
+
+    assert predict(project, older, tmp_path) == (35, 51, 35)
 
 
 def test_wrong_combinations_end_in_one_line_with_the_right_command(project: Path) -> None:

@@ -286,10 +286,10 @@ def test_nnunet_finds_the_normalisation_by_name() -> None:
     from nnunet_autoreg import bridge
 
     assert (
-        bridge._module_of("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM)
+        bridge.find_module("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM)
         == "nnunet_autoreg.finetune.normalization"
     )
-    assert bridge._module_of("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
+    assert bridge.find_module("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
 
 
 def test_a_file_of_no_known_kind_is_said_to_be_one_and_what_is_in_it_is_listed(
