@@ -1,5 +1,7 @@
-"""``autoreg_benchmark``: pretrained against scratch, masked and stock at a few labels, at equal
-cost, with spread.
+"""Run ``autoreg_benchmark``: does pretraining help on a dataset with few labels?
+
+Pretrained encoders are compared with random weights, masked autoencoding and stock nnU-Net, at
+equal cost and with the spread over seeds.
 """
 
 import argparse
@@ -7,187 +9,224 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    command,
+    configure_logging,
+    options_for,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import AutoregError, UsageError
 
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.prepare import Bench
     from nnunet_autoreg.benchmark.protocol import Request
 
+# argparse has no public name for the groups of a parser.
+Group = argparse._ArgumentGroup
+
 DEFAULT_BUDGET_MIN = 30.0
 EXCLUSION = "exclude.txt"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command line.
+
+    The name of every option that belongs to the request is that of the request's field.
+    """
     p = argparse.ArgumentParser(
         prog="autoreg_benchmark",
-        description="Does pretraining help on this dataset? Trains with a few labelled cases from "
-        "pretrained and from random weights, and "
-        "stock nnU-Net beside them: same patients, same steps and patches a step, by nnU-Net's own "
-        "planner, trainers and validation. "
-        "Leaves a table with paired differences and intervals, a picture, and a line per run. The "
-        "same line typed again goes on where it "
-        "stopped.",
+        description="Measure whether pretraining helps on a dataset. Networks are trained on a few "
+        "labelled cases, from pretrained and from random weights, with stock nnU-Net beside them: "
+        "the same patients, the same number of steps and patches per step, with nnU-Net's own "
+        "planner, trainers and validation. The results are a table with paired differences and "
+        "confidence intervals, a plot, and one line per run. If the command was interrupted, type "
+        "it again: it continues where it stopped.",
     )
-    p.add_argument(
+    _add_comparison_options(p.add_argument_group("what is compared"))
+    _add_length_options(p.add_argument_group("length of the trainings"))
+    _add_scoring_options(p.add_argument_group("scoring"))
+    _add_run_options(p.add_argument_group("compute and output"))
+    return p
+
+
+def _add_comparison_options(group: Group) -> None:
+    group.add_argument(
         "-d",
+        dest="dataset",
         required=True,
         metavar="ID",
-        help="labelled nnU-Net raw dataset (4 or Dataset004_Name)",
+        help="labelled nnU-Net raw dataset, by number or name (4 or Dataset004_Name)",
     )
-    p.add_argument(
+    group.add_argument(
         "--labels",
         nargs="+",
         type=int,
         default=[5, 10, 20],
         metavar="K",
-        help="numbers of labelled patients (default 5 10 20)",
+        help="numbers of labelled patients (default: 5 10 20)",
     )
-    p.add_argument(
+    group.add_argument(
         "--seeds",
+        dest="num_seeds",
         type=int,
         default=3,
         metavar="N",
-        help="seeds 0 to N-1; each labels other patients (default 3)",
+        help="number of seeds. Each seed labels other patients (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--arms",
         nargs="+",
         default=["pretrained", "scratch", "stock"],
         metavar="ARM",
-        help="of pretrained, masked (the same pretraining with masked autoencoding), scratch, "
-        "stock; default: all but masked",
+        help="networks to compare: pretrained; masked, the same pretraining with masked "
+        "autoencoding; scratch, random weights; stock, nnU-Net itself (default: pretrained "
+        "scratch stock)",
     )
-    p.add_argument(
+    group.add_argument(
         "--weights",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="finished pretraining runs, each with arms of its own; none of them may have seen the "
-        "patients that are scored. "
-        "Default: pretrain --encoders on the dataset itself, without those",
+        help="finished pretraining runs to compare. None of them may have seen the patients that "
+        "are scored (default: pretrain --encoders on this dataset, without those patients)",
     )
-    p.add_argument(
+    group.add_argument(
         "--encoders",
         nargs="+",
         default=["auto"],
         metavar="NAME",
-        help="encoders to pretrain, without --weights",
+        help="encoders to pretrain if no --weights are given (default: auto)",
     )
-    p.add_argument(
-        "--pretrain-steps",
-        type=int,
-        metavar="N",
-        help="length of those pretrainings; default: planned",
-    )
-    p.add_argument(
-        "--pretrain-batch",
-        type=int,
-        metavar="N",
-        help="crops per step of those pretrainings; default: planned",
-    )
-    p.add_argument(
-        "--budget",
-        type=float,
-        metavar="MIN",
-        help="minutes of training per run; all arms get the steps that the slowest makes "
-        f"in that time (default {DEFAULT_BUDGET_MIN:g})",
-    )
-    p.add_argument("--steps", type=int, metavar="N", help="steps per run, instead of --budget")
-    p.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="patches per step, for all arms; default: the smallest of the plans",
-    )
-    p.add_argument(
-        "--split",
-        default="test",
-        choices=["development", "test"],
-        help="patients that are scored: development for choices, test for the final table "
-        "(default)",
-    )
-    p.add_argument(
+    group.add_argument(
         "--recipe",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
         help="changed values of the fine-tuning recipe of our arms, e.g. pretrained_rate=3e-3 "
-        "scratch_rate=3e-3",
+        "scratch_rate=3e-3 (default: as planned)",
     )
-    p.add_argument(
+
+
+def _add_length_options(group: Group) -> None:
+    group.add_argument(
+        "--budget",
+        dest="budget_min",
+        type=float,
+        metavar="MIN",
+        help="minutes of training per run. All arms train for the number of steps that the slowest "
+        f"one makes in this time (default: {DEFAULT_BUDGET_MIN:g})",
+    )
+    group.add_argument(
+        "--steps", type=int, metavar="N", help="steps per run, instead of --budget (default: none)"
+    )
+    group.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="patches per step, for all arms (default: the smallest batch size of the plans)",
+    )
+    group.add_argument(
+        "--pretrain-steps",
+        type=int,
+        metavar="N",
+        help="steps of the benchmark's own pretrainings (default: planned)",
+    )
+    group.add_argument(
+        "--pretrain-batch",
+        type=int,
+        metavar="N",
+        help="crops per step of the benchmark's own pretrainings (default: planned)",
+    )
+
+
+def _add_scoring_options(group: Group) -> None:
+    group.add_argument(
+        "--split",
+        default="test",
+        choices=["development", "test"],
+        help="patients that are scored. development: for making choices; test: for the final "
+        "table (default: test)",
+    )
+    group.add_argument(
         "--subjects",
         metavar="FILE",
-        help="CSV with the columns case and subject; default: cases.csv of the dataset, or the "
-        "cases' names",
+        help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
+        "names of the cases)",
     )
-    p.add_argument(
+    group.add_argument(
         "--surface-tolerance",
+        dest="surface_tolerance_mm",
         type=float,
         metavar="MM",
-        help="tolerance of the surface Dice (default: the median over the cases of the smallest "
-        "voxel edge)",
+        help="tolerance of the surface Dice (default: the smallest voxel edge of a case, median "
+        "over the cases)",
     )
-    p.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)"
+
+
+def _add_run_options(group: Group) -> None:
+    group.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "mps"],
+        help="where to train (default: cuda if there is a GPU, else cpu)",
     )
-    p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    p.add_argument(
+    group.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings that run at the same time (default: %(default)s)",
+    )
+    group.add_argument(
         "-o",
+        dest="output",
         metavar="FOLDER",
-        help="where everything goes; default: $nnUNet_results/autoreg_benchmark/DATASET",
+        help="folder for all results (default: $nnUNet_results/autoreg_benchmark/DATASET)",
     )
-    p.add_argument(
+    group.add_argument(
         "--dry-run",
         action="store_true",
-        help=f"only divide the patients and write {EXCLUSION} for autoreg_pretrain --exclude",
+        help=f"only split the patients, and write {EXCLUSION} for autoreg_pretrain --exclude",
     )
-    p.add_argument(
+    group.add_argument(
         "--measure",
         action="store_true",
         help="pretrain, plan, preprocess and time a step of every network, then stop",
     )
-    return p
 
 
 def read_request(args: argparse.Namespace) -> "Request":
-    """What was typed, checked.
+    """Return the checked request.
 
     Raises:
-        UsageError: an unknown dataset, or an impossible request.
+        UsageError: the dataset is unknown, or a value is impossible.
     """
     from nnunet_autoreg.benchmark.protocol import Request
     from nnunet_autoreg.nnunet_api import dataset_folder
 
-    if args.measure and args.budget is None and args.steps is not None:
-        raise UsageError("--measure goes with --budget: with --steps there is nothing to measure")
+    if args.measure and args.budget_min is None and args.steps is not None:
+        raise UsageError(
+            "--measure needs --budget: with --steps there is nothing to measure",
+            code="usage-measure-with-steps",
+        )
     if args.jobs < 1:
-        raise UsageError(f"--jobs {args.jobs}: must be at least 1")
-    return Request(
-        dataset=dataset_folder(args.d).name,
-        labels=tuple(sorted(set(args.labels))),
-        num_seeds=args.seeds,
-        arms=tuple(dict.fromkeys(args.arms)),
-        weights=tuple(dict.fromkeys(args.weights)),
-        encoders=tuple(dict.fromkeys(args.encoders)),
-        pretrain_steps=args.pretrain_steps,
-        pretrain_batch=args.pretrain_batch,
-        budget_min=DEFAULT_BUDGET_MIN
-        if args.steps is None and args.budget is None
-        else args.budget,
-        steps=args.steps,
-        batch=args.batch,
-        split=args.split,
-        recipe=tuple(args.recipe),
-        subjects=args.subjects,
-        surface_tolerance_mm=args.surface_tolerance,
-    ).check()
+        raise UsageError(f"--jobs {args.jobs}: must be at least 1", code="usage-number")
+
+    options = options_for(Request, args)
+    options["dataset"] = dataset_folder(args.dataset).name
+    options["labels"] = tuple(sorted(set(args.labels)))
+    for name in ("arms", "weights", "encoders"):
+        # Without repetitions, in the order of the command line.
+        options[name] = tuple(dict.fromkeys(options[name]))
+    if args.steps is None and args.budget_min is None:
+        options["budget_min"] = DEFAULT_BUDGET_MIN
+    return Request(**options).check()
 
 
 def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "Bench":
-    """The benchmark in ``root``: its patients divided, and the list of those that no pretraining
-    may see.
+    """Return the benchmark of a folder, and write the list of patients to leave out of pretraining.
+
+    The patients are split on the first call; later calls read the split.
     """
     from nnunet_autoreg.benchmark.commands import Commands
     from nnunet_autoreg.benchmark.prepare import (
@@ -200,7 +239,8 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
     from nnunet_autoreg.benchmark.protocol import Layout
     from nnunet_autoreg.nnunet_api import dataset_folder, preprocessed_folder, results_folder
 
-    layout, images = Layout(root, request.dataset), images_of(request.dataset)
+    layout = Layout(root, request.dataset)
+    images = images_of(request.dataset)
     folders = {"nnUNet_preprocessed": layout.preprocessed, "nnUNet_results": layout.results}
     commands = Commands(
         root / "commands.log", device, max(1, available_cores() // num_jobs), folders
@@ -220,23 +260,27 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
 
 
 def describe(bench: "Bench") -> None:
-    """Say how the patients are divided."""
-    d, subjects = bench.record.division, bench.record.subjects
-    patients = [len({subjects[case] for case in part}) for part in (d.pool, d.development, d.test)]
+    """Print how the patients are split."""
+    division, subjects = bench.record.division, bench.record.subjects
+
+    parts = []
+    for name in ("pool", "development", "test"):
+        cases = getattr(division, name)
+        patients = {subjects[case] for case in cases}
+        parts.append(f"{name} {len(cases)} ({len(patients)} patients)")
+
     if bench.record.rule:
         print(bench.record.rule)
     print(f"--labels counts {bench.record.label_unit}")
     print(
         f"{bench.request.dataset}: {len(subjects)} labelled cases of {len(set(subjects.values()))} "
-        f"patients; pool {len(d.pool)} "
-        f"({patients[0]} patients), development {len(d.development)} ({patients[1]}), test "
-        f"{len(d.test)} ({patients[2]})",
+        f"patients; {', '.join(parts)}",
         flush=True,
     )
 
 
 def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
-    """Prepare, train what is missing, show what is there; return how many trainings failed."""
+    """Prepare, train what is missing and print the results; return how many trainings failed."""
     from nnunet_autoreg.benchmark.picture import draw
     from nnunet_autoreg.benchmark.prepare import prepare, surface_tolerance_mm
     from nnunet_autoreg.benchmark.protocol import runs_of
@@ -245,16 +289,19 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     from nnunet_autoreg.benchmark.table import markdown
     from nnunet_autoreg.records import write_text
 
+    # One step of one patch, because the length is only known after the preparations.
     root = bench.layout.root
     prepare(bench, [*runs_of(bench.request, 1, 1)])
     steps, batch = settle_length(bench)
     keys = [*runs_of(bench.request, steps, batch)]
+
     tolerance_mm = surface_tolerance_mm(bench)
     if tolerance_mm is not None:
         print(f"surface Dice at a tolerance of {tolerance_mm:g} mm")
     print(f"{len(keys)} trainings of {steps} steps of {batch} patches", flush=True)
     if only_measure:
         return 0
+
     failed = run_missing(bench, keys, num_jobs)
     lines = read_results(root / RESULTS_NAME)
     if lines:
@@ -281,8 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     request = read_request(args)
     device = check_device(args.device) if args.device else default_device()
     root = (
-        Path(args.o).resolve()
-        if args.o
+        Path(args.output).resolve()
+        if args.output
         else results_folder() / "autoreg_benchmark" / request.dataset
     )
     with locked(root, "name another -o"):
@@ -290,21 +337,22 @@ def main(argv: list[str] | None = None) -> int:
         describe(bench)
         if args.dry_run:
             print_next(
-                f"autoreg_pretrain -d {shlex.quote(args.d)} --name NAME --exclude "
+                f"autoreg_pretrain -d {shlex.quote(args.dataset)} --name NAME --exclude "
                 f"{shlex.quote(str(bench.layout.exclude))}"
             )
             return 0
         num_failed = run(bench, args.jobs, args.measure)
     if num_failed:
         raise AutoregError(
-            f"{num_failed} trainings failed, the log above says which and why; type the same line "
-            "again to repeat them"
+            f"{num_failed} trainings failed; the log above names them and the reasons. Type the "
+            "same command again to repeat them",
+            code="benchmark-trainings-failed",
         )
-    print_next(
-        "the same line without --measure"
-        if args.measure
-        else "the same line with more --seeds, --labels or --arms: what is there is kept"
-    )
+
+    following = "the same command with more --seeds, --labels or --arms: existing runs are kept"
+    if args.measure:
+        following = "the same command without --measure"
+    print_next(following)
     return 0
 
 

@@ -1,5 +1,7 @@
-"""What every command shares: how errors end it, where its log goes, and its last line."""
+"""Hold what every command shares: how errors end it, where its log goes, and its last line."""
 
+import argparse
+import dataclasses
 import functools
 import logging
 import os
@@ -8,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nnunet_autoreg.children import end_children
 from nnunet_autoreg.errors import (
@@ -24,23 +27,38 @@ Main = Callable[[list[str] | None], int]
 Command = Callable[..., int]
 
 
-def command(main: Main) -> Command:
-    """Wrap a command's ``main(argv)`` so that every way of ending is an exit code and at most one
-    line on stderr.
+def options_for(kind: type, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the parsed options that are fields of the dataclass ``kind``.
 
-    An ``AutoregError`` becomes ``<command>: <message>`` and its exit code. SIGTERM and Ctrl-C
-        become 130 within
-    ten seconds, with no child process left. A closed pipe is silent. Anything else is a bug and
-    keeps its traceback, unless an installed package violates what is required of it: then one line
-    names the package and what mends it, and the exit code is 1. ``argparse`` ends misuse with 2 by
-    itself.
+    Parsers name an option after the field, so that ``kind(**options_for(kind, args))`` is the
+    request. Lists become tuples, because requests cannot be changed.
+
+    Raises:
+        AttributeError: the parser has no option for a field.
+    """
+    values = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(args, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def command(main: Main) -> Command:
+    """Wrap a command's ``main(argv)`` so that it ends with an exit code and at most one error line.
+
+    - An ``AutoregError`` becomes ``<command>: <message>`` on stderr and its own exit code.
+    - SIGTERM and Ctrl-C become 130 within ten seconds, and no child process is left.
+    - A closed pipe ends the command silently.
+    - Anything else is a bug and keeps its traceback, unless an installed package violates a
+      requirement: then one line names the package and the remedy, and the exit code is 1.
+
+    ``argparse`` itself ends with 2 when it cannot parse the command line.
     """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         _quiet_resource_tracker()
-        # Without arguments of its own, it is the whole process that runs the command, and that ends
-        # with it.
+        # Without arguments of its own, the command is the whole process and ends with it.
         with stoppable(_command_name(main), until_exit=argv is None):
             try:
                 code = main(argv)
@@ -49,21 +67,24 @@ def command(main: Main) -> Command:
             except KeyboardInterrupt as error:
                 return _stopped(error)
             except Exception as error:
-                # Where children ended by the same signal, say: not what went wrong then, but why is
-                # what counts.
-                is_consequence = stop_requested() and not isinstance(error, LostProcessError)
-                return _stopped(error) if is_consequence else _failed(main, error)
+                # After a stop request, an error is only a consequence of it: children were ended
+                # by the same signal, for example. A lost process is the exception.
+                if stop_requested() and not isinstance(error, LostProcessError):
+                    return _stopped(error)
+                return _failed(main, error)
 
     return run
 
 
 def _quiet_resource_tracker() -> None:
-    """Have multiprocessing's helper remove semaphores that killed processes leave behind without a
-    warning beside the one line.
+    """Silence the warning with which multiprocessing cleans up after killed processes.
+
+    Its helper process removes their semaphores anyway.
     """
-    ours, theirs = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
-    if ours not in theirs:
-        os.environ["PYTHONWARNINGS"] = f"{theirs},{ours}" if theirs else ours
+    rule = "ignore:resource_tracker:UserWarning"
+    existing = os.environ.get("PYTHONWARNINGS", "")
+    if rule not in existing:
+        os.environ["PYTHONWARNINGS"] = f"{existing},{rule}" if existing else rule
 
 
 def _stopped(error: BaseException) -> int:
@@ -71,13 +92,15 @@ def _stopped(error: BaseException) -> int:
     if isinstance(error, InterruptedRunError):
         report_stop(" ".join(str(error).split()))
     else:
-        report_stop("" if stop_requested() else "interrupted; run the same line again to go on")
+        report_stop(
+            "" if stop_requested() else "interrupted; run the same command again to continue"
+        )
     end_children()
     return InterruptedRunError.exit_code
 
 
 def _failed(main: Main, error: Exception) -> int:
-    """Print the line of a command that failed, and return its exit code; raise what is a bug."""
+    """Print the error line of a command and return its exit code; raise the error of a bug."""
     if isinstance(error, AutoregError):
         return _complain(main, str(error) + _broken_packages(error), error.exit_code)
     if isinstance(error, BrokenPipeError):
@@ -92,18 +115,16 @@ def _failed(main: Main, error: Exception) -> int:
     violations = find_violations()
     if not violations:
         raise error
-    what = f"{type(error).__name__}: {error} ({_place_of(error)})"
-    advice = "mend this first; if the error remains, it is then shown in full"
+    what = f"{type(error).__name__}: {error} ({_location_of(error)})"
+    advice = "fix this first; if the error remains, it is then shown in full"
     return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
 
 
 def warn_of_violations() -> None:
-    """Log one warning per installed package that violates a requirement; with several processes, in
-    the main one only.
+    """Log a warning for every installed package that violates a requirement.
 
-    It is no error yet: most versions that a requirement excludes still work for most encoders.
-        Where the
-    network cannot be built after all, the error names the package again.
+    Only the main process does so. It is no error: most versions that a requirement excludes still
+    work for most encoders. If the network cannot be built, the error names the package again.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -112,8 +133,9 @@ def warn_of_violations() -> None:
 
 
 def _broken_packages(error: AutoregError) -> str:
-    """Return the tail of a message about a network that could not be built: violated requirements
-    may be why.
+    """Return what is added to an error about a network that could not be built.
+
+    Violated requirements may be the reason. It is "" for all other errors.
     """
     cause = error.__cause__
     if (
@@ -126,25 +148,24 @@ def _broken_packages(error: AutoregError) -> str:
     return f"; {in_one_line(violations)}" if violations else ""
 
 
-def _place_of(error: Exception) -> str:
+def _location_of(error: Exception) -> str:
     """Return file and line of the innermost call, in place of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "place unknown"
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "location unknown"
 
 
 def prepare_torch() -> None:
-    """Have OpenMP's waiting threads soon sleep instead of spin, unless the user chose; must come
-    before torch is imported.
+    """Let OpenMP's waiting threads sleep soon instead of spinning, unless the user has chosen.
 
-    On a CPU that is shared, even with this program's own helpers, spinning threads keep the ones
-    that work from running; docs/explanation/measured.md has the figures. Sleeping at once
-    (OMP_WAIT_POLICY=PASSIVE) costs an idle machine half as much again.
+    It must be called before torch is imported. On a shared CPU, spinning threads keep working
+    threads from running, even those of this program's own data loaders. Sleeping at once
+    (OMP_WAIT_POLICY=PASSIVE) would make an idle machine half as slow again; docs/explanation/measured.md
+    has the figures.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    warnings.filterwarnings(
-        "ignore", message=r".*torch\.jit\.", category=FutureWarning
-    )  # torchvision's own, at its import
+    # torchvision causes this warning when it is imported.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)
 
 
 def print_next(line: str) -> None:
@@ -153,20 +174,25 @@ def print_next(line: str) -> None:
 
 
 def _without_controls(record: logging.LogRecord) -> logging.LogRecord:
-    """Return a record whose arguments, which may be names of files, hold no character that a
-    terminal obeys.
+    """Return a log record without control characters in its arguments.
+
+    The arguments may be names of files, and a terminal obeys control characters.
     """
     if not isinstance(record.args, tuple):
         return record
+
+    arguments: list[object] = []
+    for argument in record.args:
+        is_text = isinstance(argument, str | Path | BaseException)
+        arguments.append(printable(str(argument)) if is_text else argument)
+
     safe = logging.makeLogRecord(record.__dict__)
-    safe.args = tuple(
-        printable(str(a)) if isinstance(a, str | Path | BaseException) else a for a in record.args
-    )
+    safe.args = tuple(arguments)
     return safe
 
 
 class _LevelFormatter(logging.Formatter):
-    """Plain messages, with the level in front from WARNING up."""
+    """Format plain messages, with the level in front from WARNING up."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(_without_controls(record))
@@ -174,16 +200,17 @@ class _LevelFormatter(logging.Formatter):
 
 
 def configure_logging(verbose: bool = False) -> None:
-    """Send the library's log to stderr:
+    """Send the library's log to stderr: INFO and above, or everything if ``verbose``.
 
-    INFO and above, or everything when ``verbose``. May be called again.
+    The function may be called again.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LevelFormatter("%(message)s"))
     handler.set_name("nnunet_autoreg.cli")
     logger = logging.getLogger("nnunet_autoreg")
-    for old in [h for h in logger.handlers if h.get_name() == handler.get_name()]:
-        logger.removeHandler(old)
+    for old in list(logger.handlers):
+        if old.get_name() == handler.get_name():
+            logger.removeHandler(old)
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 
@@ -195,8 +222,9 @@ def _complain(main: Main, message: str, code: int) -> int:
 
 
 def _command_name(main: Main) -> str:
-    """``autoreg_doctor`` for the main function of ``nnunet_autoreg.cli.doctor``, also under
-    ``python -m``.
+    """Return a command's name, e.g. ``autoreg_doctor`` for ``nnunet_autoreg.cli.doctor``.
+
+    Under ``python -m`` the module itself is called ``__main__``, but its spec keeps the name.
     """
     spec = main.__globals__.get("__spec__")
     module = spec.name if spec is not None else main.__module__
@@ -204,8 +232,6 @@ def _command_name(main: Main) -> str:
 
 
 def _silence_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's own flush at exit does not complain about
-    the closed pipe.
-    """
+    """Redirect stdout to nothing, so that flushing the closed pipe at exit prints no error."""
     with Path(os.devnull).open("wb") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())

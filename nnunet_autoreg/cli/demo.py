@@ -1,5 +1,6 @@
-"""``autoreg_demo``: the whole chain on generated scans - pretrain, plan, train with and without,
-predict, compare.
+"""Run ``autoreg_demo``: the whole chain on generated scans.
+
+The chain is: pretrain, plan, train with and without the pretrained weights, predict, compare.
 """
 
 import argparse
@@ -27,15 +28,17 @@ RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_
 
 @dataclass(frozen=True)
 class Demo:
-    """Where everything goes, and what runs it."""
+    """Hold the folder of a demonstration and the device it runs on."""
 
     folder: Path
     device: str
 
     @property
     def environment(self) -> dict[str, str]:
-        """The caller's environment with nnU-Net's folders inside the demo's, and this interpreter's
-        commands first.
+        """Return the environment of the commands that are run.
+
+        nnU-Net's folders lie inside the demo's folder, and the commands of this interpreter come
+        first in PATH.
         """
         folders = {
             name: str(self.folder / name)
@@ -46,27 +49,34 @@ class Demo:
         return {**os.environ, **folders, **settings, "PATH": path}
 
     def run(self, *line: str) -> None:
-        """Run one command as a user would type it, its output going to ``demo.log``.
+        """Run one command as a user would type it, and write its output to ``demo.log``.
 
         Raises:
-            AutoregError: it failed; the last lines of its output are shown.
+            AutoregError: the command failed (code "demo-command-failed"); the last lines of its
+                output are printed.
         """
         print(f"$ {' '.join(line)}", end="", flush=True)
         start = time.monotonic()
         log = self.folder / "demo.log"
+
         with log.open("a", encoding="utf-8") as handle:
             handle.write(f"$ {' '.join(line)}\n")
             handle.flush()
             program = shutil.which(line[0], path=self.environment["PATH"])
             if program is None:
-                raise AutoregError(f"the command {line[0]} is not installed; run autoreg_doctor")
+                raise AutoregError(
+                    f"the command {line[0]} is not installed; run autoreg_doctor",
+                    code="demo-command-missing",
+                )
             code = run_guarded([program, *line[1:]], self.environment, handle)
         print(f"   [{time.monotonic() - start:.0f} s]", flush=True)
+
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             print(tail, file=sys.stderr)
             raise AutoregError(
-                f"{line[0]} ended with exit code {code}; all of its output is in {log}"
+                f"{line[0]} ended with exit code {code}; its whole output is in {log}",
+                code="demo-command-failed",
             )
 
 
@@ -77,11 +87,15 @@ def generate(demo: Demo) -> None:
         write_image(
             demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", draw_phantom(0, number)[0]
         )
-    for number in range(NUM_UNLABELLED, NUM_UNLABELLED + NUM_LABELLED + NUM_TEST):
-        part = "Tr" if number < NUM_UNLABELLED + NUM_LABELLED else "Ts"
+
+    # Numbers go on, so that no test scan repeats an unlabelled one.
+    first_test = NUM_UNLABELLED + NUM_LABELLED
+    for number in range(NUM_UNLABELLED, first_test + NUM_TEST):
+        part = "Tr" if number < first_test else "Ts"
         scan, truth = draw_phantom(0, number)
         write_image(raw / f"images{part}" / f"phantom_{number}_0000.nii.gz", scan)
         write_image(raw / f"labels{part}" / f"phantom_{number}.nii.gz", truth)
+
     description = {
         "channel_names": {"0": "CT"},
         "labels": LABELS,
@@ -94,14 +108,15 @@ def generate(demo: Demo) -> None:
 
 
 def run_chain(demo: Demo) -> dict[str, float]:
-    """Type the workflow's commands; return the mean test Dice of each arm."""
-    raw, device = demo.folder / "nnUNet_raw" / DATASET, ("-device", demo.device)
+    """Run the commands of the workflow; return the mean test Dice with and without pretraining."""
+    raw = demo.folder / "nnUNet_raw" / DATASET
+    device = ("-device", demo.device)
     unlabelled = str(demo.folder / "unlabelled")
     demo.run(
         "autoreg_pretrain",
         *("-i", unlabelled, "--name", "demo", "--encoder", "primus_tiny", "--batch", "4"),
         *("--steps", str(PRETRAIN_STEPS), "--device", demo.device),
-        # The tokens of 4^3 voxels that are planned for small images would take ten times as long.
+        # Small images get tokens of 4 x 4 x 4 voxels by default, which take ten times as long.
         *("--set", "encoder.arguments.patch_embed_size=[8,8,8]"),
     )
     demo.run(
@@ -117,6 +132,7 @@ def run_chain(demo: Demo) -> dict[str, float]:
         "--verify_dataset_integrity",
     )
     shorten_recipe(demo.folder / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json")
+
     dice = {}
     for arm, trainer in ARMS.items():
         predicted = demo.folder / f"predicted_{arm}"
@@ -162,14 +178,14 @@ def run_chain(demo: Demo) -> dict[str, float]:
 
 
 def shorten_recipe(plans_file: Path) -> None:
-    """Edit the recipe in the plan, as a user would, to a length for a demonstration."""
+    """Shorten the training in the plans file, as a user would, for a demonstration."""
     plans = read_json(plans_file)
     plans["autoreg"]["recipe"].update(RECIPE)
     write_json(plans_file, plans)
 
 
 def draw(demo: Demo, dice: dict[str, float]) -> Path:
-    """Test scans in rows; truth and both predictions as contours."""
+    """Draw one row per test scan, with the truth and both predictions as contours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -177,25 +193,26 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
 
     raw = demo.folder / "nnUNet_raw" / DATASET
     scans = sorted((raw / "imagesTs").glob("*.nii.gz"))
-    columns = {
-        "truth": raw / "labelsTs",
-        **{f"{arm}: Dice {dice[arm]:.3f}": demo.folder / f"predicted_{arm}" for arm in ARMS},
-    }
+    columns = {"truth": raw / "labelsTs"}
+    for arm in ARMS:
+        columns[f"{arm}: Dice {dice[arm]:.3f}"] = demo.folder / f"predicted_{arm}"
+
     figure = Figure(figsize=(10, 3.0 * len(scans) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     colours = ["#e69f00", "#56b4e9", "#009e73"]
     for row, scan in zip(figure.subplots(len(scans), len(columns)), scans, strict=True):
-        voxels = GetArrayFromImage(ReadImage(str(scan)))
+        voxels = GetArrayFromImage(ReadImage(str(scan)))  # (Z, Y, X)
+        # A little above the middle slice, where all organs are cut.
         middle = voxels.shape[0] // 2 + 3
         for axis, (title, folder) in zip(row, columns.items(), strict=True):
-            labels = GetArrayFromImage(ReadImage(str(folder / scan.name.replace("_0000", ""))))[
-                middle
-            ]
+            label_map = ReadImage(str(folder / scan.name.replace("_0000", "")))
+            labels = GetArrayFromImage(label_map)[middle]  # (Y, X)
             axis.imshow(voxels[middle], cmap="gray", vmin=-160, vmax=240)
             for label, colour in zip(range(1, len(LABELS)), colours, strict=True):
                 if (labels == label).any():
                     axis.contour(labels == label, levels=[0.5], colors=colour, linewidths=1.5)
             axis.set(xticks=[], yticks=[], title=title if scan == scans[0] else "")
+
     handles = [
         Line2D([], [], color=colour, label=name)
         for colour, name in zip(colours, list(LABELS)[1:], strict=True)
@@ -207,20 +224,23 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="autoreg_demo",
-        description="The whole chain on generated CT-like scans, in minutes on two CPU cores: "
-        "pretraining, then nnU-Net's own "
-        "commands with and without the pretrained weights. A demonstration that everything works, "
-        "not a benchmark.",
+        description="Run the whole chain on generated CT-like scans, in minutes on two CPU cores: "
+        "pretraining, then nnU-Net's own commands with and without the pretrained weights. This "
+        "shows that everything works; it is not a benchmark.",
     )
     p.add_argument(
         "--out",
         metavar="FOLDER",
-        help="empty or new folder for everything (default: a temporary one, kept)",
+        help="new or empty folder for all files (default: a temporary folder, which is kept)",
     )
-    p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
+    p.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "mps"],
+        help="where to train (default: cuda if there is a GPU, else cpu)",
+    )
     return p
 
 
@@ -233,7 +253,10 @@ def main(argv: list[str] | None = None) -> int:
         Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
     )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--out {folder}: is not an empty folder; name a new one")
+        raise UsageError(
+            f"--out {folder} is not an empty folder; give the name of a new one",
+            code="usage-folder-not-empty",
+        )
     from nnunet_autoreg.pretrain.machine import check_device, default_device
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,14 +267,14 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     generate(demo)
+
     dice = run_chain(demo)
     picture = draw(demo, dice)
     steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
     values = ", ".join(f"{arm} {value:.3f}" for arm, value in dice.items())
     print(
-        f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}; two runs so "
-        "short differ by more than "
-        "the arms do (autoreg_benchmark compares them)"
+        f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}. Two runs "
+        "this short differ by more than pretraining changes; autoreg_benchmark measures that"
     )
     print(f"picture: {picture}")
     print_next("autoreg_pretrain -i FOLDER_WITH_YOUR_SCANS --name NAME")

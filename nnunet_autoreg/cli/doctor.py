@@ -414,7 +414,8 @@ def check_runs() -> Check:
     except UsageError:
         return Check(name, WARN, "unknown without nnUNet_results", "set nnUNet_results")
     cards, unreadable = [], []
-    for path in sorted(folder.glob(f"*/{CARD_NAME}")):
+    # A name with a dot in front is an import that was interrupted.
+    for path in sorted(folder.glob(f"[!.]*/{CARD_NAME}")):
         try:
             cards.append(read_card(path.parent))
         except WeightsError as error:

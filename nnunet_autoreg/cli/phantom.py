@@ -1,4 +1,7 @@
-"""Generated CT-like scans with a few organs, for ``autoreg_demo``: no patient, no download."""
+"""Generate CT-like scans with a few organs for ``autoreg_demo``.
+
+No patient data and no download is needed.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,12 @@ WARP_VOX, WARP_SMOOTHNESS_VOX = 1.2, 6.0
 
 @dataclass(frozen=True)
 class Organ:
-    """An ellipsoid in units of the body's half axes (z, y, x), its intensity, and its label (0:
-    unlabelled).
+    """Hold an ellipsoid.
+
+    Attributes:
+        centre, radius: (z, y, x), in units of the half axes of the body.
+        intensity_hu: mean intensity.
+        label: 0 for an organ without a label.
     """
 
     centre: tuple[float, float, float]
@@ -41,39 +48,46 @@ ORGANS = (
 
 
 def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """Scan ``number``: intensities in HU and label map, both (Z, Y, X).
+    """Return the intensities in HU and the label map of scan ``number``, both (Z, Y, X).
 
-    Body size, and place, size and intensity of every organ vary; borders are deformed by a smooth
-    random field; noise is added and slightly smoothed, as a scanner would.
+    The size of the body, and the position, size and intensity of every organ vary. Borders are
+    deformed by a smooth random field. Noise is added and slightly smoothed, as in a real scanner.
     """
     from scipy.ndimage import gaussian_filter
 
     g = rng.generator(seed, "phantom", number)
-    half = np.array(SHAPE_VOX) / 2 * np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
+    scale = np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
+    half_vox = np.array(SHAPE_VOX) / 2 * scale
+
+    # Coordinates of every voxel in units of the body's half axes, deformed; each (Z, Y, X).
     axes = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE_VOX), indexing="ij")
     fields = [gaussian_filter(g.standard_normal(SHAPE_VOX), WARP_SMOOTHNESS_VOX) for _ in axes]
-    z, y, x = (
-        (axis + WARP_VOX * f / f.std()) / h for axis, f, h in zip(axes, fields, half, strict=True)
-    )
+    coordinates = []
+    for axis, field, half in zip(axes, fields, half_vox, strict=True):
+        coordinates.append((axis + WARP_VOX * field / field.std()) / half)
+    _, y, x = coordinates
+
     scan = np.where(y**2 + x**2 < 1, FAT_HU, AIR_HU)
     truth = np.zeros(SHAPE_VOX, np.uint8)
     for organ in ORGANS:
-        centre = np.array(organ.centre) + g.normal(0, 0.05, 3)
-        radius = np.array(organ.radius) * g.uniform(0.8, 1.2, 3)
-        inside = (
-            sum(((p - c) / r) ** 2 for p, c, r in zip((z, y, x), centre, radius, strict=True)) < 1
-        )
+        centres = np.array(organ.centre) + g.normal(0, 0.05, 3)
+        radii = np.array(organ.radius) * g.uniform(0.8, 1.2, 3)
+        parts = zip(coordinates, centres, radii, strict=True)
+        inside = sum(((position - c) / r) ** 2 for position, c, r in parts) < 1
         scan[inside] = organ.intensity_hu + g.normal(0, 8)
         truth[inside] = organ.label
+
     noise = gaussian_filter(g.standard_normal(SHAPE_VOX), 0.6)
-    return np.clip(scan + NOISE_HU * noise / noise.std(), -1024, 3000).astype(np.int16), truth
+    scan = np.clip(scan + NOISE_HU * noise / noise.std(), -1024, 3000)
+    return scan.astype(np.int16), truth
 
 
 def write_image(path: Path, array_ZYX: NDArray[np.int16] | NDArray[np.uint8]) -> None:
-    """Write (Z, Y, X) voxels as NIfTI at the phantom's spacing."""
+    """Write (Z, Y, X) voxels as NIfTI with the spacing of the phantom."""
     import SimpleITK
 
     image: Any = SimpleITK.GetImageFromArray(array_ZYX)
+    # SimpleITK counts axes as (x, y, z).
     image.SetSpacing(SPACING_MM[::-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     SimpleITK.WriteImage(image, str(path))

@@ -1,4 +1,4 @@
-"""``autoreg_pretrain``: unlabelled scans in, a pretrained encoder out."""
+"""Run ``autoreg_pretrain``: unlabelled scans in, a pretrained encoder out."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nnunet_autoreg.cli.common import (
     command,
     configure_logging,
+    options_for,
     prepare_torch,
     print_next,
     warn_of_violations,
@@ -23,201 +24,245 @@ if TYPE_CHECKING:
     from nnunet_autoreg.pretrain.folder import Request
     from nnunet_autoreg.pretrain.launch import Crew
 
+# argparse has no public name for the groups of a parser.
+Group = argparse._ArgumentGroup
+
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command line.
+
+    The name of every option that belongs to the request is that of the request's field.
+    """
     p = argparse.ArgumentParser(
         prog="autoreg_pretrain",
         description="Pretrain a 3D encoder on unlabelled scans by autoregressive sequence "
-        "modelling. Finds, checks, plans, "
-        "preprocesses, trains and leaves weights that nnUNetv2_plan_and_preprocess -pl "
-        "AutoregPlanner picks up. "
-        "The same line typed again continues where it stopped.",
-    )
-    p.add_argument(
-        "-d",
-        nargs="+",
-        default=[],
-        metavar="ID",
-        help="nnU-Net raw datasets (4 or Dataset004_Name): every channel a scan; labels only say "
-        "where structures lie, "
-        "and serve the probe",
-    )
-    p.add_argument(
-        "-i",
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or .zip archives of them, "
-        "searched recursively",
+        "modelling. The command finds and checks the scans, plans, preprocesses and trains. It "
+        "leaves weights that nnUNetv2_plan_and_preprocess -pl AutoregPlanner finds. If it was "
+        "interrupted, type the same command again: it continues where it stopped.",
     )
     p.add_argument(
         "--name",
         required=True,
-        help="name of the run: results go to $nnUNet_results/autoreg_pretraining/NAME",
+        help="name of the run. Results are written to $nnUNet_results/autoreg_pretraining/NAME",
     )
-    p.add_argument(
+    _add_input_options(p.add_argument_group("input"))
+    _add_training_options(p.add_argument_group("what to train"))
+    _add_compute_options(p.add_argument_group("compute"))
+    _add_output_options(p.add_argument_group("steps and output"))
+    return p
+
+
+def _add_input_options(group: Group) -> None:
+    group.add_argument(
+        "-d",
+        dest="datasets",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="nnU-Net raw datasets, by number or name (4 or Dataset004_Name). Every channel is a "
+        "scan of its own. Labels are never trained on: they only show where structures are, and "
+        "serve the probe",
+    )
+    group.add_argument(
+        "-i",
+        dest="folders",
+        nargs="+",
+        default=[],
+        type=absolute,
+        metavar="FOLDER",
+        help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or with .zip archives of them. "
+        "Subfolders are searched as well",
+    )
+    group.add_argument(
+        "--modality",
+        metavar="NAME",
+        help="modality of all scans: CT, MR, ... (default: from dataset.json or the DICOM header, "
+        "else CT if the values look like Hounsfield units)",
+    )
+    group.add_argument(
+        "--split-4d",
+        action="store_true",
+        help="use every volume of a 4D file or series (cine, diffusion, fMRI) as a scan of its "
+        "own (default: only one volume)",
+    )
+    group.add_argument(
+        "--exclude",
+        type=absolute,
+        metavar="FILE",
+        help="text file with paths or ids of scans to leave out, one per line; or an nnU-Net "
+        "splits_final.json, of which the validation cases of the first fold are left out "
+        "(default: use all scans)",
+    )
+    group.add_argument(
+        "--manifest",
+        type=absolute,
+        metavar="FILE",
+        help="CSV that describes scans. The column path names a file or folder; further columns "
+        "may be subject, session, contrast, class and modality (default: from folder names and "
+        "headers)",
+    )
+    group.add_argument(
+        "--boxes",
+        type=absolute,
+        metavar="FILE",
+        help="CSV with the positions of structures, for semantic sequences. Columns: scan, class, "
+        "zmin, ymin, xmin, zmax, ymax, xmax, in voxels (default: from the labels of -d)",
+    )
+
+
+def _add_training_options(group: Group) -> None:
+    group.add_argument(
         "--encoder",
         default="auto",
         choices=["auto", *ENCODERS],
-        help="default: chosen by device, image size and memory",
+        help="network to pretrain (default: auto, chosen by device, image size and memory)",
     )
-    p.add_argument(
+    group.add_argument(
+        "--init",
+        type=absolute,
+        metavar="FILE",
+        help="start from these weights, an encoder.safetensors with its encoder.json beside it. "
+        "Their encoder is used unless --encoder names one (default: random weights)",
+    )
+    group.add_argument(
         "--steps",
+        dest="num_steps",
         type=int,
         metavar="N",
-        help="optimiser steps; default: planned from the amount of data",
+        help="length of the training in optimiser steps (default: planned from the amount of data)",
     )
-    p.add_argument(
+    group.add_argument(
         "--epochs",
+        dest="num_epochs",
         type=float,
         metavar="E",
-        help="length in passes over all voxels of the scans, instead of --steps",
+        help="length in passes over all voxels of the scans, instead of --steps (default: planned)",
     )
-    p.add_argument(
+    group.add_argument(
         "--hours",
+        dest="num_hours",
         type=float,
         metavar="H",
-        help="length of the training in hours, preprocessing apart, instead of --steps: "
-        "a step is measured once and the number of steps written into plan.json",
+        help="length of the training in hours, without preprocessing, instead of --steps. One "
+        "step is timed, and the number of steps is written into plan.json (default: planned)",
     )
-    p.add_argument(
+    group.add_argument(
         "--batch",
+        dest="batch_size",
         type=int,
         metavar="N",
-        help="crops per optimiser step; default: 32 on a GPU, else 8",
+        help="crops per optimiser step (default: 32 on a GPU, else 8)",
     )
-    p.add_argument(
-        "--gpu-memory",
-        type=float,
-        metavar="GIB",
-        help="memory to plan for; default: all there is. The batch stays, "
-        "in as many parts as it takes",
-    )
-    p.add_argument(
+    group.add_argument(
         "--spacing",
         default="median",
         metavar="POLICY",
-        help="target spacing: median of each group of like spacing (default), finest (its 10th "
-        "percentile), isotropic, or "
-        "z,y,x in mm for all scans",
+        help="target voxel size. Scans of similar voxel size form a group. median: the median of "
+        "each group; finest: its 10th percentile; isotropic; or z,y,x in mm for all scans "
+        "(default: median)",
     )
-    p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    p.add_argument(
-        "--num-gpus",
-        type=int,
-        metavar="N",
-        help="train on N GPUs of this machine, each taking its share of every batch (with "
-        "--device cpu: in N processes); default: one. A run may be continued with another number. "
-        "torchrun starts them itself, "
-        "also on several machines",
-    )
-    p.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of everything random (default 0)"
-    )
-    p.add_argument(
-        "--modality",
-        metavar="NAME",
-        help="CT, MR, ... for all scans; default: dataset.json, else by Hounsfield-like values",
-    )
-    p.add_argument(
-        "--exclude",
-        metavar="FILE",
-        help="paths or ids to leave out, one a line, or an nnU-Net splits_final.json "
-        "(leaves out the validation cases of its first fold)",
-    )
-    p.add_argument(
-        "--manifest",
-        metavar="FILE",
-        help="CSV that says of scans what they are: path (of a file or folder), and any of "
-        "subject, session, contrast, class, modality",
-    )
-    p.add_argument(
-        "--split-4d",
-        action="store_true",
-        help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a scan",
-    )
-    p.add_argument(
-        "--init",
-        metavar="FILE",
-        help="start from these weights (encoder.safetensors with its encoder.json beside it); "
-        "their encoder is taken where --encoder names none",
-    )
-    p.add_argument(
+    group.add_argument(
         "--sequences",
         nargs="+",
         default=[],
         metavar="KIND[=W]",
-        help="what sequences are made of, and how often: spatial (blocks of one crop), strided "
-        "(overlapping sub-volumes), "
-        "contrast (one place in several contrasts of a subject), semantic (one structure in "
-        "several subjects). Default: spatial "
-        "for one dataset, all that the scans offer for several",
+        help="what a sequence is made of, with optional weights: spatial (blocks of one crop), "
+        "strided (overlapping sub-volumes), contrast (the same region in several contrasts of a "
+        "subject), semantic (one structure in several subjects) (default: spatial for one "
+        "dataset, all kinds that the scans allow for several)",
     )
-    p.add_argument(
-        "--boxes",
-        metavar="FILE",
-        help="a CSV that says where structures lie, for semantic sequences: scan, class, zmin, "
-        "ymin, "
-        "xmin, zmax, ymax, xmax in voxels",
-    )
-    p.add_argument(
+    group.add_argument(
         "--objective",
         default="autoregressive",
         choices=OBJECTIVES,
-        help="masked: the yardstick of the simplest kind, a random "
-        "three quarters of the blocks from the others, by the same encoder and loop",
+        help="autoregressive: predict each block from the blocks before it. masked: masked "
+        "autoencoding with 75 %% of the blocks masked, as a baseline with the same encoder and "
+        "training (default: autoregressive)",
     )
-    p.add_argument(
+    group.add_argument(
         "--preset",
         default="",
         choices=PRESETS,
-        help="faithful: AR-SSL4M's own settings, as far as the encoder has them "
-        "(--encoder vit_b16 has all)",
+        help="faithful: the settings of the AR-SSL4M paper, as far as the encoder supports them "
+        "(--encoder vit_b16 supports all) (default: our own settings)",
     )
-    p.add_argument(
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)"
+    )
+    group.add_argument(
         "--set",
+        dest="settings",
         nargs="+",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="override planned values, e.g. optim.lr=3e-4",
+        help="override values of the plan, e.g. optim.lr=3e-4 (default: none)",
     )
-    p.add_argument(
-        "--part",
-        metavar="K/N",
-        help="preprocess the K-th of N parts of the scans, then stop: for job arrays. Needs a run "
-        "that "
-        "--dry-run has planned; when all parts are done, the same line without --part trains",
+
+
+def _add_compute_options(group: Group) -> None:
+    group.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "mps"],
+        help="where to train (default: cuda if there is a GPU, else cpu)",
     )
-    p.add_argument(
-        "--dry-run", action="store_true", help="write plan.json and scans.csv, then stop"
+    group.add_argument(
+        "--gpu-memory",
+        dest="gpu_memory_gib",
+        type=float,
+        metavar="GIB",
+        help="GPU memory to plan for. The batch size does not change: gradients are accumulated "
+        "if a batch does not fit (default: all of the GPU's memory)",
     )
-    p.add_argument(
+    group.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="train on N GPUs of this machine, which share every batch. With --device cpu: in N "
+        "processes. A run can be continued with another number. For several machines start the "
+        "command by torchrun, without this option (default: 1)",
+    )
+
+
+def _add_output_options(group: Group) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write plan.json and scans.csv, then stop (default: also preprocess and train)",
+    )
+    group.add_argument(
         "--show",
         action="store_true",
-        help="with --dry-run: also preprocess a few scans and draw sequences.png, what the "
-        "network will be given and asked for",
+        help="with --dry-run: also preprocess a few scans and draw sequences.png, which shows what "
+        "the network sees and what it has to predict (default: no picture)",
     )
-    return p
+    group.add_argument(
+        "--part",
+        metavar="K/N",
+        help="preprocess the K-th of N parts of the scans, then stop. Made for job arrays: first "
+        "plan with --dry-run, then run all parts, then train with the same command without --part "
+        "(default: preprocess all scans, then train)",
+    )
 
 
-def absolute(path: str | None) -> str | None:
-    """The absolute form of a path; whether it exists is asked when it is needed, which a continued
-    run may not.
+def absolute(path: str) -> str:
+    """Return the absolute form of a path.
+
+    Whether it exists is checked later, because a continued run may not need it any more.
     """
-    return None if path is None else str(Path(path).resolve())
+    return str(Path(path).resolve())
 
 
 def preprocess(request: "Request", part: str, dry_run: bool) -> int:
-    """Do one part of the preprocessing; return the exit code."""
+    """Preprocess one part of the scans; return the exit code."""
     from nnunet_autoreg.pretrain.part import preprocess_part
     from nnunet_autoreg.store.store import parse_part
 
     if dry_run:
         raise UsageError(
-            f"--part {part} and --dry-run exclude each other; --dry-run comes first, once, and "
-            "plans for all parts"
+            f"--part {part} and --dry-run exclude each other: run --dry-run once first, which "
+            "plans for all parts",
+            code="usage-part-with-dry-run",
         )
     outcome = preprocess_part(request, parse_part(part))
     if outcome.num_missing > outcome.num_failed:
@@ -232,36 +277,14 @@ def preprocess(request: "Request", part: str, dry_run: bool) -> int:
 
 
 def request_of(args: argparse.Namespace) -> "Request":
-    """What was typed, checked.
+    """Return the checked request.
 
     Raises:
-        UsageError: it makes no sense.
+        UsageError: a value is impossible, or two options contradict each other.
     """
     from nnunet_autoreg.pretrain.folder import Request
 
-    return Request(
-        name=args.name,
-        datasets=tuple(args.d),
-        folders=tuple(str(absolute(folder)) for folder in args.i),
-        encoder=args.encoder,
-        num_steps=args.steps,
-        batch_size=args.batch,
-        num_epochs=args.epochs,
-        num_hours=args.hours,
-        gpu_memory_gib=args.gpu_memory,
-        spacing=args.spacing,
-        seed=args.seed,
-        modality=args.modality,
-        split_4d=args.split_4d,
-        exclude=absolute(args.exclude),
-        manifest=absolute(args.manifest),
-        init=absolute(args.init),
-        settings=tuple(args.set),
-        sequences=tuple(args.sequences),
-        objective=args.objective,
-        preset=args.preset,
-        boxes=absolute(args.boxes),
-    ).check()
+    return Request(**options_for(Request, args)).check()
 
 
 @command
@@ -272,13 +295,13 @@ def main(argv: list[str] | None = None) -> int:
     warn_of_violations()
     prepare_torch()
     if args.num_gpus or "WORLD_SIZE" in os.environ:
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # torch warns in every process of what is as it should be
+        # Otherwise torch prints a warning in every process, although nothing is wrong.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     request = request_of(args)
     if args.show and not args.dry_run:
         raise UsageError(
-            "--show goes with --dry-run: it draws what training would see, and stops before it"
+            "--show needs --dry-run: it draws what training would see, and stops before training",
+            code="usage-show-without-dry-run",
         )
     from nnunet_autoreg.pretrain.launch import Crew, launch_of, stand_by
     from nnunet_autoreg.pretrain.machine import check_device, default_device
@@ -310,16 +333,17 @@ def run(request: "Request", args: argparse.Namespace, crew: "Crew") -> int:
         )
         return 0
     print_next(
-        fine_tuning(args.d[0])
-        if args.d
+        fine_tuning(args.datasets[0])
+        if args.datasets
         else "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
     )
     return 0
 
 
 def fine_tuning(dataset: str) -> str:
-    """The first line of fine-tuning on a raw dataset, which nnU-Net can only plan with label
-    maps.
+    """Return the first command of fine-tuning on a raw dataset.
+
+    nnU-Net plans only datasets with label maps, so a dataset with boxes alone needs one more step.
     """
     from nnunet_autoreg.detection.box_labels import has_boxes_alone
 

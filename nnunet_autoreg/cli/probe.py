@@ -1,4 +1,4 @@
-"""``autoreg_probe``: how much of a segmentation do an encoder's frozen features hold already?"""
+"""Run ``autoreg_probe``: how well do the frozen features of an encoder segment already?"""
 
 import argparse
 import os
@@ -12,84 +12,113 @@ if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.probe_networks import Encoder
     from nnunet_autoreg.geometry import Spacing
 
+# argparse has no public name for the groups of a parser.
+Group = argparse._ArgumentGroup
+
 RANDOM_WORD = "random"
 LINES_NAME, TABLE_NAME = "probe.jsonl", "probe.md"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="autoreg_probe",
-        description="Fits a linear classifier on the frozen features of a few labelled scans and "
-        "scores it as Dice on other patients, beside the same network with random weights and "
-        "beside raw voxels. Takes minutes and trains no network.",
+        description="Fit a linear classifier on the frozen features of a few labelled scans, and "
+        "score it as Dice on other patients. The same network with random weights, and raw voxels, "
+        "are scored for comparison. The command takes minutes and trains no network.",
     )
-    p.add_argument(
+    _add_probe_options(p.add_argument_group("what is probed"))
+    _add_scoring_options(p.add_argument_group("scoring"))
+    _add_run_options(p.add_argument_group("compute and output"))
+    return p
+
+
+def _add_probe_options(group: Group) -> None:
+    group.add_argument(
         "-d",
+        dest="dataset",
         required=True,
         metavar="ID",
-        help="labelled nnU-Net raw dataset (4 or Dataset004_Name)",
+        help="labelled nnU-Net raw dataset, by number or name (4 or Dataset004_Name)",
     )
-    p.add_argument(
+    group.add_argument(
         "--encoder",
+        dest="encoders",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="a finished pretraining, its folder or its encoder.safetensors; or an encoder such as "
-        "resenc_tiny for random weights alone. Random twins of all of them are added; the word "
-        "random may stand for them. May be given several times",
+        help="a finished pretraining run, its folder or its encoder.safetensors; or the name of an "
+        "encoder, such as resenc_tiny, to probe random weights only. Random weights of the same "
+        "networks are always added; the word random may stand for them. The option may be given "
+        "several times, and at least once (default: none)",
     )
-    p.add_argument(
+    group.add_argument(
+        "--random-seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of random networks to average over (default: %(default)s)",
+    )
+
+
+def _add_scoring_options(group: Group) -> None:
+    group.add_argument(
         "--labels",
         nargs="+",
         type=int,
         default=[5],
         metavar="K",
-        help="numbers of labelled patients (default 5)",
+        help="numbers of labelled patients (default: 5)",
     )
-    p.add_argument(
-        "--draws", type=int, default=10, metavar="N", help="sets of labelled patients (default 10)"
-    )
-    p.add_argument(
-        "--random-seeds",
+    group.add_argument(
+        "--draws",
         type=int,
-        default=3,
+        default=10,
         metavar="N",
-        help="random networks to average (default 3)",
+        help="number of random sets of labelled patients (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--score",
         choices=["development", "test"],
         default="development",
-        help="patients that are scored: development for choices (default); test once, at the end",
+        help="patients that are scored. development: for making choices; test: once, at the end "
+        "(default: development)",
     )
-    p.add_argument(
+    group.add_argument(
         "--subjects",
         metavar="FILE",
-        help="CSV with the columns case and subject; default: see docs/how-to/benchmark.md",
+        help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
+        "names of the cases)",
     )
-    p.add_argument(
+    group.add_argument(
         "--spacing",
         nargs=3,
         type=float,
         metavar=("Z", "Y", "X"),
-        help="mm; default: the median of the dataset",
+        help="voxel size in mm to which scans are resampled (default: the median of the dataset)",
     )
-    p.add_argument(
+    group.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="random seed of the sampled voxels (default 0)",
+        help="random seed of the sampled voxels (default: %(default)s)",
     )
-    p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    p.add_argument(
+
+
+def _add_run_options(group: Group) -> None:
+    group.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "mps"],
+        help="where features are computed (default: cuda if there is a GPU, else cpu)",
+    )
+    group.add_argument(
         "-o",
+        dest="output",
         metavar="FOLDER",
-        help="where the results go; default: $nnUNet_results/autoreg_probe/DATASET",
+        help="folder for the results (default: $nnUNet_results/autoreg_probe/DATASET)",
     )
-    return p
 
 
 @command
@@ -114,15 +143,18 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.pretrain.machine import check_device, default_device
     from nnunet_autoreg.records import write_text
 
-    # The dataset: who is labelled, who is scored, at which spacing.
-    dataset = dataset_folder(args.d)
+    # The dataset: patients that are labelled, patients that are scored, and the spacing.
+    dataset = dataset_folder(args.dataset)
     images, labels = images_of(dataset.name), read_labels(dataset)
     patients = find_patients(
         dataset, sorted(images), Path(args.subjects) if args.subjects else None
     )
     division = divide(patients.patient_of)
     spacing_mm = as_spacing(args.spacing) if args.spacing else common_spacing(images)
-    root = Path(args.o).resolve() if args.o else results_folder() / "autoreg_probe" / dataset.name
+    if args.output:
+        root = Path(args.output).resolve()
+    else:
+        root = results_folder() / "autoreg_probe" / dataset.name
 
     scored_names = division.scored(args.score)
     print(f"{dataset.name}: {len(images)} labelled scans; {patients.rule}")
@@ -136,14 +168,17 @@ def main(argv: list[str] | None = None) -> int:
     # The encoders, and a random twin of every architecture.
     encoders = find_encoders(args, spacing_mm)
     refuse_leaks(encoders, dataset.name, patients.patient_of, scored_names, images, root)
+
+    # Raw voxels are clipped to the Hounsfield window of the first encoder that has one.
     windows = [read_card(encoder.file.parent).ct_window for encoder in encoders if encoder.file]
     ct_window = next((window for window in windows if window is not None), None)
 
     settings = ProbeSettings(tuple(sorted(set(args.labels))), args.draws, seed=args.seed)
     device = torch.device(check_device(args.device) if args.device else default_device())
-    given = (images, patients.patient_of, labels, spacing_mm, ct_window)
-    pool = load_cases(dataset, division.pool, *given)
-    scored = load_cases(dataset, scored_names, *given)
+    loading = (images, patients.patient_of, labels, spacing_mm, ct_window)
+    pool = load_cases(dataset, division.pool, *loading)
+    scored = load_cases(dataset, scored_names, *loading)
+
     probed = Probed(dataset.name, args.score, pool, scored, labels, spacing_mm)
     root.mkdir(parents=True, exist_ok=True)
     lines = probe_all(probed, encoders, settings, device, root / LINES_NAME)
@@ -151,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     write_text(root / TABLE_NAME, text + "\n")
     print(f"\n{text}\n\nlines: {root / LINES_NAME}\ntable: {root / TABLE_NAME}")
     print_next(
-        f"autoreg_benchmark -d {args.d} --split development, to see whether fine-tuning agrees"
+        f"autoreg_benchmark -d {args.dataset} --split development, to see whether fine-tuning "
+        "agrees"
     )
     return 0
 
@@ -166,11 +202,12 @@ def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Enco
 
     from nnunet_autoreg.benchmark.probe_networks import find_encoder
 
-    names = [name for name in dict.fromkeys(args.encoder) if name != RANDOM_WORD]
+    names = [name for name in dict.fromkeys(args.encoders) if name != RANDOM_WORD]
     if not names:
         raise UsageError(
-            "--encoder: name a pretraining, or an encoder such as resenc_tiny for random weights "
-            "alone"
+            "--encoder: name a pretraining run, or an encoder such as resenc_tiny for random "
+            "weights only",
+            code="usage-no-encoder",
         )
 
     setting = os.environ.get("nnUNet_results", "")  # noqa: SIM112
@@ -199,10 +236,10 @@ def refuse_leaks(
     images: dict[str, list[Path]],
     root: Path,
 ) -> None:
-    """Refuse encoders whose pretraining saw a scored patient; warn where nobody knows.
+    """Refuse encoders whose pretraining has seen a scored patient; warn if that is unknown.
 
     Raises:
-        AutoregError: a scored patient was seen.
+        AutoregError: a scored patient has been seen.
     """
     from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
 
@@ -222,6 +259,7 @@ def refuse_leaks(
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers that no probe can be made with."""
+    # --random-seeds may be 0.
     numbers = {
         "--labels": min(args.labels),
         "--draws": args.draws,
@@ -229,9 +267,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
     }
     for flag, number in numbers.items():
         if number < 1:
-            raise UsageError(f"{flag} {number}: must be at least 1")
+            raise UsageError(f"{flag} {number}: must be at least 1", code="usage-number")
     if args.spacing and min(args.spacing) <= 0:
-        raise UsageError(f"--spacing {args.spacing}: must be greater than 0")
+        raise UsageError(f"--spacing {args.spacing}: must be greater than 0", code="usage-number")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``autoreg_weights``: look at, import and export pretrained encoders."""
+"""Run ``autoreg_weights``: inspect, import and export pretrained encoders."""
 
 import argparse
 import shlex
@@ -8,103 +8,132 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_autoreg import nnunet_api
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    command,
+    configure_logging,
+    options_for,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import UsageError, printable
-from nnunet_autoreg.geometry import as_size, as_spacing
 from nnunet_autoreg.model.card import check_run_name
 
 if TYPE_CHECKING:
-    from nnunet_autoreg.convert.imported import Options
+    from nnunet_autoreg.convert.imported import ImportOptions
 
 TOKEN_ORDERS = ("permute", "keep")
+FLAGS_OF_NUMBERS = {
+    "num_heads": "--heads",
+    "patch_size_vox": "--patch-size",
+    "spacing_mm": "--spacing",
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command line.
+
+    The name of every option that belongs to the import options is that of their field.
+    """
     p = argparse.ArgumentParser(
         prog="autoreg_weights",
-        description="Pretrained encoders: what a file is, other people's as ours, ours in other "
-        "people's formats. Files are read without "
-        "running anything in them.",
+        description="Inspect weights files, import encoders of other projects, and export your own "
+        "in their formats. Files are read without running any code in them.",
     )
     actions = p.add_subparsers(dest="action", required=True)
-    look = actions.add_parser(
-        "inspect", help="what a weights file is, what it needs, its licence and hash"
+
+    inspecting = actions.add_parser(
+        "inspect", help="show what a weights file is, what it needs, its licence and its hash"
     )
-    look.add_argument(
+    inspecting.add_argument(
         "path",
         metavar="FILE|FOLDER",
-        help="a weights file, or a folder that holds one; also the name of a run",
+        help="a weights file, a folder that holds one, or the name of a run",
     )
-    take = actions.add_parser(
+
+    importing = actions.add_parser(
         "import",
-        help="AR-SSL4M, or nnssl's formats (OpenMind, nnFoundation), as a finished pretraining "
-        "that AutoregPlanner can use",
+        help="import weights of AR-SSL4M, or of nnssl (OpenMind, nnFoundation), so that "
+        "AutoregPlanner can use them like a finished pretraining run",
     )
-    take.add_argument(
+    importing.add_argument(
         "path", metavar="FILE|FOLDER", help="a checkpoint, or the folder of a downloaded repository"
     )
-    take.add_argument(
-        "--name", required=True, help="goes to $nnUNet_results/autoreg_pretraining/NAME"
+    importing.add_argument(
+        "--name",
+        required=True,
+        help="name of the new run, which is written to $nnUNet_results/autoreg_pretraining/NAME",
     )
-    for sub in (look, take):
+    for sub in (inspecting, importing):
         _add_statements(sub)
-    give = actions.add_parser(
+
+    exporting = actions.add_parser(
         "export",
-        help="a finished pretraining in nnssl's format, which nnU-Net's master branch and "
-        "nnDetection read; a ViT as AR-SSL4M's",
+        help="export a finished pretraining run in nnssl's format, which nnU-Net's master branch "
+        "and nnDetection read; a ViT is exported in AR-SSL4M's format",
     )
-    give.add_argument("name", metavar="NAME", help="a run, its folder, or its encoder.safetensors")
-    give.add_argument(
+    exporting.add_argument(
+        "name", metavar="NAME", help="name of a run, its folder, or its encoder.safetensors"
+    )
+    exporting.add_argument(
         "-o",
         dest="folder",
         required=True,
         metavar="FOLDER",
-        help="where checkpoint_final.pth and its plan go",
+        help="folder for checkpoint_final.pth and its plan",
     )
     return p
 
 
 def _add_statements(p: argparse.ArgumentParser) -> None:
-    """What the user may know better than the file."""
+    """Add the options by which the user states what a file does not, or corrects it."""
+    axes = ("Z", "Y", "X")
     p.add_argument(
         "--adaptation-plan",
+        type=Path,
         metavar="FILE",
-        help="nnssl's adaptation_plan.json, where it is neither in the file nor beside it",
+        help="nnssl's adaptation_plan.json (default: the one in the weights file or beside it)",
     )
     p.add_argument(
         "--token-order",
         choices=TOKEN_ORDERS,
-        help="of nnssl's transformers: permute mends it (default), keep loads the "
-        "weights uncorrected, as nnU-Net would",
+        help="order of the tokens in nnssl's transformers. permute: correct it; keep: load the "
+        "weights uncorrected, as nnU-Net would (default: permute)",
     )
     p.add_argument(
-        "--heads", type=int, metavar="N", help="attention heads, where the file does not say"
+        "--heads",
+        dest="num_heads",
+        type=int,
+        metavar="N",
+        help="number of attention heads (default: from the file)",
     )
-    axes = ("Z", "Y", "X")
     p.add_argument(
         "--patch-size",
+        dest="patch_size_vox",
         type=int,
         nargs=3,
         metavar=axes,
-        help="voxels of pretraining, where the file is wrong or silent",
+        help="voxels of a pretraining patch (default: from the file)",
     )
     p.add_argument(
         "--spacing",
+        dest="spacing_mm",
         type=float,
         nargs=3,
         metavar=axes,
-        help="mm of pretraining, where the file is wrong or silent",
+        help="voxel size of pretraining in mm (default: from the file)",
     )
     p.add_argument(
         "--modality",
+        dest="modalities",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="CT, MR, ... of pretraining, where the file does not say",
+        help="modalities of pretraining: CT, MR, ... (default: from the file)",
     )
     p.add_argument(
-        "--licence", metavar="TEXT", help="the licence of the weights, where the file does not say"
+        "--licence",
+        metavar="TEXT",
+        help="licence of the weights (default: from the file, or the model card beside it)",
     )
 
 
@@ -114,17 +143,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     prepare_torch()
     configure_logging()
-    if arguments.action == "inspect":
-        return _inspect(arguments)
-    if arguments.action == "import":
-        return _import(arguments)
-    return _export(arguments)
+    actions = {"inspect": _inspect, "import": _import, "export": _export}
+    return actions[arguments.action](arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from nnunet_autoreg.convert.inspecting import inspect_weights
+    from nnunet_autoreg.finetune.resolve import locate
 
-    facts, following = inspect_weights(_path(arguments.path), _options(arguments), _plan(arguments))
+    path = Path(arguments.path)
+    if not path.exists():
+        path = locate(nnunet_api.results_folder(), arguments.path)
+
+    facts, following = inspect_weights(path, _import_options(arguments), arguments.adaptation_plan)
     for name, text in facts:
         print(f"{name:<19} {printable(text)}")
     print_next(following)
@@ -137,8 +168,13 @@ def _import(arguments: argparse.Namespace) -> int:
     from nnunet_autoreg.convert.importing import import_weights
 
     card, imported = import_weights(
-        Path(arguments.path), arguments.name, results, _options(arguments), _plan(arguments)
+        Path(arguments.path),
+        arguments.name,
+        results,
+        _import_options(arguments),
+        arguments.adaptation_plan,
     )
+
     for note in imported.notes:
         print(textwrap.indent(note, "  "))
     print(
@@ -157,51 +193,30 @@ def _export(arguments: argparse.Namespace) -> int:
     from nnunet_autoreg.convert.exporting import export_weights
     from nnunet_autoreg.finetune.resolve import locate
 
-    done = export_weights(
-        locate(nnunet_api.results_folder(), arguments.name), Path(arguments.folder)
-    )
-    for warning in done.warnings:
+    weights = locate(nnunet_api.results_folder(), arguments.name)
+    exported = export_weights(weights, Path(arguments.folder))
+
+    for warning in exported.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    for file in done.files:
+    for file in exported.files:
         print(f"wrote {file}")
-    if done.card.licence_line:
-        print(done.card.licence_line)
+    if exported.card.licence_line:
+        print(exported.card.licence_line)
     print_next(f"autoreg_weights inspect {shlex.quote(arguments.folder)}")
     return 0
 
 
-def _path(text: str) -> Path:
-    """The path, or the folder of the run of that name."""
-    path = Path(text)
-    if path.exists():
-        return path
-    from nnunet_autoreg.finetune.resolve import locate
+def _import_options(arguments: argparse.Namespace) -> "ImportOptions":
+    from nnunet_autoreg.convert.imported import ImportOptions
 
-    return locate(nnunet_api.results_folder(), text)
-
-
-def _plan(arguments: argparse.Namespace) -> Path | None:
-    return Path(arguments.adaptation_plan) if arguments.adaptation_plan else None
-
-
-def _options(arguments: argparse.Namespace) -> "Options":
-    from nnunet_autoreg.convert.imported import Options
-
-    for flag, values in (
-        ("--heads", [arguments.heads]),
-        ("--patch-size", arguments.patch_size),
-        ("--spacing", arguments.spacing),
-    ):
-        if any(value is not None and not value > 0 for value in values or ()):
-            raise UsageError(f"{flag} {' '.join(str(v) for v in values)}: must be greater than 0")
-    return Options(
-        token_order=arguments.token_order,
-        num_heads=arguments.heads,
-        patch_size_vox=as_size(arguments.patch_size) if arguments.patch_size else None,
-        spacing_mm=as_spacing(arguments.spacing) if arguments.spacing else None,
-        modalities=tuple(arguments.modality),
-        licence=arguments.licence,
-    )
+    options = options_for(ImportOptions, arguments)
+    for name, flag in FLAGS_OF_NUMBERS.items():
+        value = options[name]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number is not None and not number > 0 for number in numbers):
+            typed = " ".join(str(number) for number in numbers)
+            raise UsageError(f"{flag} {typed}: must be greater than 0", code="usage-number")
+    return ImportOptions(**options)
 
 
 if __name__ == "__main__":

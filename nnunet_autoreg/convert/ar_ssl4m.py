@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_autoreg.convert.imported import Imported, Options
+from nnunet_autoreg.convert.imported import Imported, ImportOptions
 from nnunet_autoreg.convert.licences import AR_SSL4M_LICENCE
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, VIT
@@ -150,7 +150,9 @@ def head_to_ours(tensors: Mapping[str, Tensor], token: Size) -> tuple[Tensor, Te
     ).contiguous()
 
 
-def import_ar_ssl4m(source_file: Path, tensors: Mapping[str, Tensor], options: Options) -> Imported:
+def import_ar_ssl4m(
+    source_file: Path, tensors: Mapping[str, Tensor], options: ImportOptions
+) -> Imported:
     """An AR-SSL4M checkpoint as an encoder of ours.
 
     Raises:

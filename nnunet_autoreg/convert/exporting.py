@@ -1,7 +1,7 @@
-"""``autoreg_weights export``: a finished pretraining in other people's formats.
+"""Carry out ``autoreg_weights export``: write a finished pretraining in other projects' formats.
 
-nnssl's, which nnU-Net's master branch, its fork and nnDetection read: ``checkpoint_final.pth``,
-``adaptation_plan.json`` and ``config.json``. A ViT, which nnssl's format cannot name, goes out as
+nnssl's format is ``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json``. nnU-Net's
+master branch, its fork and nnDetection read it. It has no name for a ViT, so a ViT is written as
 AR-SSL4M's own checkpoint.
 """
 
@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_autoreg import __version__
 from nnunet_autoreg.convert.ar_ssl4m import to_theirs
 from nnunet_autoreg.convert.imported import checked_tensors, names_of, network_of
+from nnunet_autoreg.convert.licences import NONE_STATED
 from nnunet_autoreg.convert.nnssl import OWN_KEY, PRIMUS_PRESETS
 from nnunet_autoreg.convert.source import ADAPTATION_NAME, CHECKPOINT_NAME, PLAN_KEY, WEIGHTS_KEY
 from nnunet_autoreg.convert.token_order import OURS
-from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.families import PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, family_of
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.model.card import (
@@ -32,9 +33,11 @@ from nnunet_autoreg.model.card import (
 from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import atomic_path, to_jsonable, write_json
+from nnunet_autoreg.records import atomic_path, read_json, to_jsonable, write_json
+from nnunet_autoreg.safe_load import load_plain
 
 CONFIG_NAME = "config.json"
+EXPORTED_NAMES = (CHECKPOINT_NAME, ADAPTATION_NAME, CONFIG_NAME)
 CLASS_NAMES = {PRIMUS_V2: "PrimusV2", PRIMUS_V3: "PrimusV3", RESENC: "ResidualEncoderUNet"}
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 MASK_RESAMPLING = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
@@ -42,7 +45,7 @@ MASK_RESAMPLING = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z":
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what the format could not say."""
+    """Hold what was written, and what the format could not express."""
 
     files: tuple[Path, ...]
     card: EncoderCard
@@ -50,65 +53,46 @@ class Exported:
 
 
 def export_weights(weights: Path, folder: Path) -> Exported:
-    """Write a run's encoder into ``folder``.
+    """Write the encoder of a finished run into ``folder``.
+
+    A kill at any moment leaves no checkpoint, or a whole one. The same export can be repeated: it
+    completes what is missing, and is no error where everything is there already.
 
     Args:
         weights: ``encoder.safetensors`` of a finished run.
 
     Raises:
-        WeightsError: the run is damaged, or the folder holds files of these names already.
+        WeightsError: the run is damaged, or the folder holds other files of these names (code
+            "weights-export-exists").
     """
     card = read_card(weights.parent)
     verify_weights(weights, card.sha256)
-    there = [
-        name for name in (CHECKPOINT_NAME, ADAPTATION_NAME, CONFIG_NAME) if (folder / name).exists()
-    ]
-    if there:
-        raise WeightsError(
-            f"-o {folder} holds {', '.join(there)} already; choose another folder, or remove them"
-        )
     encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
     network = network_of(encoder, card.crop_size_vox, card.num_input_channels)
+
     encoder_tensors, num_decoder = _without_decoder(read_tensors(weights), card)
     card = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
     tensors = checked_tensors(network, encoder_tensors, str(weights))
+
     if family_of(card.class_path) == VIT:
-        return _export_vit(card, tensors, folder)
-    # Their loaders read encoder and stem strictly, by every name that a tensor has.
-    aliased = {name: tensors[first] for first, names in names_of(network).items() for name in names}
-    plan, warnings = adaptation_plan(card, aliased)
+        contents, warnings = _vit_contents(card, tensors)
+    else:
+        contents, warnings = _nnssl_contents(card, tensors, network)
     if num_decoder:
-        left_out = (
+        warnings = (
+            *warnings,
             f"the {num_decoder} tensors of the pretrained decoder are left out: readers of this "
-            "format use the encoder alone"
+            "format use the encoder only",
         )
-        warnings = (*warnings, left_out)
-    content = {
-        WEIGHTS_KEY: aliased,
-        PLAN_KEY: plan,
-        "citations": _citations(card),
-        "trainer_name": "autoreg_pretrain",
-        OWN_KEY: _own(card),
-    }
-    _save(folder / CHECKPOINT_NAME, content)
-    write_json(folder / ADAPTATION_NAME, {**plan, "trainer_name": "autoreg_pretrain"})
-    write_json(
-        folder / CONFIG_NAME,
-        {"model_type": "nnssl", "architectures": [plan["architecture_plans"]["arch_class_name"]]},
-    )
-    return Exported(
-        tuple(folder / name for name in (CHECKPOINT_NAME, ADAPTATION_NAME, CONFIG_NAME)),
-        card,
-        warnings,
-    )
+
+    _write_files(folder, contents)
+    return Exported(tuple(folder / name for name in contents), card, warnings)
 
 
 def _without_decoder(
     tensors: Mapping[str, Tensor], card: EncoderCard
 ) -> tuple[dict[str, Tensor], int]:
-    """Return the encoder's tensors, and how many of the decoder's that the card lists were left
-    out.
-    """
+    """Return the encoder's tensors, and how many tensors of a listed decoder were left out."""
     encoder = dict(tensors)
     if card.has_decoder:
         encoder = {
@@ -117,28 +101,113 @@ def _without_decoder(
     return encoder, len(tensors) - len(encoder)
 
 
-def _export_vit(card: EncoderCard, tensors: Mapping[str, Tensor], folder: Path) -> Exported:
-    _save(
-        folder / CHECKPOINT_NAME,
-        {"state_dict": to_theirs(tensors), "citations": _citations(card), OWN_KEY: _own(card)},
+def _vit_contents(
+    card: EncoderCard, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return AR-SSL4M's checkpoint by its file name, and what it lacks."""
+    checkpoint = {
+        "state_dict": to_theirs(tensors),
+        "citations": _citations(card),
+        OWN_KEY: _own(card),
+    }
+    warning = (
+        "nnssl's format has no name for a ViT, so this is AR-SSL4M's own form, for volumes in the "
+        "order (x, y, z). It lacks the 2 tensors of the prediction head, which fine-tuning does "
+        "not use"
     )
-    warnings = (
-        "nnssl's format names no ViT: this is AR-SSL4M's own form, for volumes (x, y, z); of its "
-        "163 tensors the 2 of the head of "
-        "pretraining, which fine-tuning drops, are not there",
-    )
-    return Exported((folder / CHECKPOINT_NAME,), card, warnings)
+    return {CHECKPOINT_NAME: checkpoint}, (warning,)
 
 
-def _save(file: Path, content: dict[str, Any]) -> None:
-    with atomic_path(file) as temporary:
-        torch.save(content, temporary)
+def _nnssl_contents(
+    card: EncoderCard, tensors: Mapping[str, Tensor], network: nn.Module
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the contents of nnssl's three files by name, and what they cannot express."""
+    # Readers of the format load encoder and stem strictly, by every name that a tensor has.
+    aliased = {}
+    for first, names in names_of(network).items():
+        aliased.update(dict.fromkeys(names, tensors[first]))
+
+    plan, warnings = adaptation_plan(card, aliased)
+    trainer = {"trainer_name": "autoreg_pretrain"}
+    checkpoint = {
+        WEIGHTS_KEY: aliased,
+        PLAN_KEY: plan,
+        "citations": _citations(card),
+        **trainer,
+        OWN_KEY: _own(card),
+    }
+    config = {
+        "model_type": "nnssl",
+        "architectures": [plan["architecture_plans"]["arch_class_name"]],
+    }
+    contents = {
+        CHECKPOINT_NAME: checkpoint,
+        ADAPTATION_NAME: {**plan, **trainer},
+        CONFIG_NAME: config,
+    }
+    return contents, warnings
+
+
+def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
+    """Write the files that are missing, each of them whole or not at all, the checkpoint last.
+
+    Raises:
+        WeightsError: a file of one of these names holds something else; nothing was written.
+    """
+    existing = [name for name in EXPORTED_NAMES if (folder / name).exists()]
+    foreign = []
+    for name in existing:
+        # What an interrupted export of the same run has left is kept.
+        if name not in contents or not _is_written(folder / name, contents[name]):
+            foreign.append(name)
+    if foreign:
+        raise WeightsError(
+            f"-o {folder} already holds {', '.join(foreign)} with other content; choose another "
+            "folder, or remove these files",
+            code="weights-export-exists",
+        )
+
+    for name in EXPORTED_NAMES:
+        for leftover in folder.glob(f".{name}.*.tmp"):
+            leftover.unlink()
+
+    # Nobody reads the JSON files without the checkpoint, so it completes the export.
+    for name in sorted(contents, key=lambda name: name == CHECKPOINT_NAME):
+        if name in existing:
+            continue
+        if name == CHECKPOINT_NAME:
+            with atomic_path(folder / name) as temporary:
+                torch.save(contents[name], temporary)
+        else:
+            write_json(folder / name, contents[name])
+
+
+def _is_written(file: Path, content: Any) -> bool:
+    """Return whether a file holds exactly this content."""
+    try:
+        found = load_plain(file) if file.name == CHECKPOINT_NAME else read_json(file)
+    except (WeightsError, PlanError):
+        return False
+    return _is_equal(found, content)
+
+
+def _is_equal(found: Any, expected: Any) -> bool:
+    """Return whether two nested values agree; lists and tuples count as the same."""
+    if isinstance(found, Tensor) and isinstance(expected, Tensor):
+        return torch.equal(found, expected)
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        same_keys = found.keys() == expected.keys()
+        return same_keys and all(_is_equal(found[key], expected[key]) for key in found)
+    if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        same_length = len(found) == len(expected)
+        return same_length and all(map(_is_equal, found, expected))
+    return type(found) is type(expected) and bool(found == expected)
 
 
 def adaptation_plan(
     card: EncoderCard, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """nnssl's adaptation plan for an encoder, and what it cannot say, one line each."""
+    """Return nnssl's adaptation plan for an encoder, and one line for what it cannot express."""
     architecture, warnings = _architecture(card)
     patch = [int(v) for v in card.crop_size_vox]
     keys = card.adaptation
@@ -153,53 +222,51 @@ def adaptation_plan(
         "keys_to_in_proj": _input_projection(keys.keys_to_in_proj, tensors),
         "key_to_lpe": keys.key_to_lpe,
     }
+
     if card.ct_window is not None:
+        low, high = card.ct_window.percentile_00_5, card.ct_window.percentile_99_5
         warnings.append(
-            f"CT was pretrained with a Hounsfield window of {card.ct_window.percentile_00_5:g} to "
-            f"{card.ct_window.percentile_99_5:g}, "
-            "which nnssl's format cannot say and its readers z-score instead; it is kept under "
-            f"'{OWN_KEY}'"
+            f"CT was pretrained with a Hounsfield window of {low:g} to {high:g}. nnssl's format "
+            f"cannot express it, and its readers z-score CT; the window is kept under '{OWN_KEY}'"
         )
     if len(card.spacing_groups) > 1:
-        more = len(card.spacing_groups)
         warnings.append(
-            f"it was pretrained at {more} target spacings; nnssl's format names one, "
-            f"{list(card.spacing_mm)} mm"
+            f"it was pretrained at {len(card.spacing_groups)} target spacings; nnssl's format has "
+            f"one, {list(card.spacing_mm)} mm"
         )
     return plan, tuple(warnings)
 
 
 def _input_projection(names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of one convolution: their loaders give all of them the value of the first.
+    """Return the names of the first convolution.
 
-    PrimusV2's stem has a second one.
+    Readers of the format give all listed layers the value of the first one, but the stem of a
+    PrimusV2 lists a second convolution of another shape.
     """
     shape = tensors[f"{names[0]}.weight"].shape
     return [name for name in names if tensors[f"{name}.weight"].shape == shape]
 
 
 def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
+    """Return ``architecture_plans`` of the adaptation plan, and warnings about its readers."""
     family, arguments = family_of(card.class_path), card.arguments
     if family == RESENC:
         if arguments == ENCODERS["resenc_l"].arguments:
             return _described("ResEncL", None, None), []
         return _described(CLASS_NAMES[RESENC], dict(arguments), list(IMPORTED_ARGUMENTS)), []
+
+    # nnssl's presets have neither LayerScale nor an inner norm, and tokens of 8 voxels.
     sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
-    plain = (
+    is_plain = (
         arguments.get("init_values") is None
         and not arguments.get("scale_attn_inner")
         and arguments["patch_embed_size"] == [8, 8, 8]
     )
-    preset = next(
-        (
-            name
-            for name, numbers in PRIMUS_PRESETS.items()
-            if numbers == sizes and name != "PrimusX"
-        ),
-        None,
-    )
-    if family == PRIMUS and plain and preset:
-        return _described(preset, None, None), []
+    if family == PRIMUS and is_plain:
+        for name, preset_sizes in PRIMUS_PRESETS.items():
+            if preset_sizes == sizes and name != "PrimusX":
+                return _described(name, None, None), []
+
     kwargs: dict[str, Any] = {
         "input_channels": int(card.num_input_channels),
         "output_channels": 1,
@@ -210,24 +277,20 @@ def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
         "encoder_eva_numheads": int(sizes[2]),
         "init_values": arguments.get("init_values"),
         "scale_attn_inner": bool(arguments.get("scale_attn_inner")),
-        **{
-            key: arguments[key]
-            for key in ("depth_per_level", "ch_per_level", "add_skips")
-            if key in arguments
-        },
     }
+    for key in ("depth_per_level", "ch_per_level", "add_skips"):
+        if key in arguments:
+            kwargs[key] = arguments[key]
+
     if family == PRIMUS:
-        return _described("PrimusX", kwargs, []), [
-            "in nnU-Net's master branch use -tr "
-            "PretrainedTrainer_Primusx: the presets there "
-            "have "
-            "neither LayerScale nor the inner norm of this "
-            "encoder"
-        ]
+        warning = (
+            "in nnU-Net's master branch use -tr PretrainedTrainer_Primusx: the presets there have "
+            "neither LayerScale nor the inner norm of this encoder"
+        )
+        return _described("PrimusX", kwargs, []), [warning]
     name = CLASS_NAMES[family]
-    return _described(name, kwargs, []), [
-        f"no trainer of nnU-Net's master branch builds a {name}; the file keeps to the format"
-    ]
+    warning = f"no trainer of nnU-Net's master branch builds a {name}; the file follows the format"
+    return _described(name, kwargs, []), [warning]
 
 
 def _described(
@@ -241,6 +304,7 @@ def _described(
 
 
 def _pretrain_plan(card: EncoderCard) -> dict[str, Any]:
+    """Return the part of the adaptation plan that describes the pretraining data."""
     spacing = [float(v) for v in card.spacing_mm]
     style = "onemmiso" if spacing == [1.0, 1.0, 1.0] else "median"
     configuration = {
@@ -269,42 +333,36 @@ def _pretrain_plan(card: EncoderCard) -> dict[str, Any]:
 
 
 def _citations(card: EncoderCard) -> list[dict[str, Any]]:
-    licences = (
-        "; ".join(f"{name}: {text or 'none stated'}" for name, text in card.licences.items())
-        or "none stated"
-    )
-    made = (
+    """Return what the user of the file has to cite: this pretraining, then its own sources."""
+    stated = [f"{name}: {text or NONE_STATED}" for name, text in card.licences.items()]
+    licences = "; ".join(stated) or NONE_STATED
+    text = (
         f"Encoder '{card.name}' ({card.encoder}), {card.objective}, by nnunet-autoreg "
-        f"{__version__}."
+        f"{__version__}. Licences of what it was made from: {licences}"
     )
-    text = f"{made} Licences of what it was made from: {licences}"
-    ours = {
-        "type": "Pretraining",
-        "name": card.name,
-        "apa_citations": [text],
-        "bibtex_citations": [],
-    }
+    citations: list[dict[str, Any]] = [
+        {"type": "Pretraining", "name": card.name, "apa_citations": [text], "bibtex_citations": []}
+    ]
+
     origin = card.extra.get(IMPORTED)
     theirs = origin.get("citations") if isinstance(origin, Mapping) else None
-    return (
-        [ours, *(dict(c) for c in theirs if isinstance(c, Mapping))]
-        if isinstance(theirs, list)
-        else [ours]
-    )
+    if isinstance(theirs, list):
+        citations += [dict(c) for c in theirs if isinstance(c, Mapping)]
+    return citations
 
 
 def _own(card: EncoderCard) -> dict[str, Any]:
-    """What only we understand: the whole card."""
-    causal = card.objective.startswith("autoregressive")
+    """Return what only this package reads: the whole card."""
     return {
         "version": __version__,
         "token_order": OURS,
-        "causal": causal,
+        "causal": card.objective.startswith("autoregressive"),
         "card": _plain(to_jsonable(card)),
     }
 
 
 def _plain(value: Any) -> Any:
+    """Return a value with plain dicts and lists only, which torch's safe loading accepts."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

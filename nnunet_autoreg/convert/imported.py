@@ -1,8 +1,9 @@
-"""Other people's encoders as a finished pretraining leaves one:
+"""Write another project's encoder in the form that a finished pretraining has.
 
-``encoder.safetensors`` and ``encoder.json``.
+That form is a folder with ``encoder.safetensors`` and ``encoder.json``.
 """
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.finetune.load import write_tensors
 from nnunet_autoreg.finetune.network import encoder_prefixes
+from nnunet_autoreg.finetune.table import some
 from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.model.card import (
-    CARD_NAME,
     IMPORTED,
     RUNS_FOLDER,
     WEIGHTS_NAME,
     Adaptation,
     EncoderCard,
     read_card,
+    verify_weights,
 )
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.plan import EncoderPlan
@@ -31,14 +33,16 @@ from nnunet_autoreg.records import sha256_of
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user may say about a file that does not say it itself; None leaves it to the file.
+class ImportOptions:
+    """Hold what the user states about a file; None means that the file itself is asked.
 
     Attributes:
-        token_order: "permute" mends nnssl's order of tokens, "keep" reproduces the uncorrected
-            loading.
-        num_heads: attention heads.
-        patch_size_vox: (z, y, x) of pretraining.
+        token_order: "permute" corrects nnssl's order of tokens, "keep" loads them uncorrected.
+        num_heads: number of attention heads.
+        patch_size_vox: (z, y, x) voxels of a crop of pretraining.
+        spacing_mm: (z, y, x) voxel size of pretraining.
+        modalities: for example ("CT", "MR"); empty means that the file is asked.
+        licence: of the weights.
     """
 
     token_order: str | None = None
@@ -51,14 +55,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Imported:
-    """An encoder in our terms.
+    """Hold an encoder of another project under our names.
 
     Attributes:
-        tensors: under the downstream network's keys, single precision.
-        normalization: nnU-Net's name of the normalisation that every channel had; None for
-            nnU-Net's own choice.
-        notes: one line each about what was assumed, changed or dropped; for the user.
-        origin: what ``encoder.json`` keeps of the file.
+        tensors: single precision, under the keys of the downstream network.
+        normalization: nnU-Net's name of the normalisation that every channel had in pretraining;
+            None for nnU-Net's own choice per channel.
+        notes: for the user, one line for everything that was assumed, changed or left out.
+        origin: what ``encoder.json`` records about the file.
+        card: the ``encoder.json`` that our own export carried. It knows more than nnssl's format
+            can express. None for everybody else's files.
     """
 
     encoder: EncoderPlan
@@ -73,14 +79,13 @@ class Imported:
     notes: tuple[str, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
     card: EncoderCard | None = None
-    """The card that our own export carried: it knows more than nnssl's format can say."""
 
 
 def network_of(encoder: EncoderPlan, crop: Size, num_channels: int) -> nn.Module:
-    """The downstream network without memory for its values, to ask it for names and shapes.
+    """Return the downstream network on the meta device, which has names and shapes but no values.
 
     Raises:
-        WeightsError: it cannot be built.
+        WeightsError: it cannot be built (code "weights-network").
     """
     try:
         with torch.device("meta"):
@@ -95,15 +100,18 @@ def network_of(encoder: EncoderPlan, crop: Size, num_channels: int) -> nn.Module
         AttributeError,
         RuntimeError,
     ) as error:
-        # A stranger's arguments reach torch's own constructors.
+        # The arguments come from an unknown file, and torch's constructors fail in many ways.
         raise WeightsError(
-            f"the network that the file describes cannot be built ({type(error).__name__}: {error})"
+            f"the network that the file describes cannot be built "
+            f"({type(error).__name__}: {error})",
+            code="weights-network",
         ) from error
 
 
 def names_of(network: nn.Module) -> dict[str, list[str]]:
-    """First name -> all names of every encoder tensor: nnU-Net's convolution blocks register each
-    of theirs twice.
+    """Return all names of every encoder tensor, by its first name.
+
+    nnU-Net's convolution blocks register each of their layers twice.
     """
     groups: dict[int, list[str]] = {}
     prefixes = encoder_prefixes(network)
@@ -116,74 +124,109 @@ def names_of(network: nn.Module) -> dict[str, list[str]]:
 def checked_tensors(
     network: nn.Module, tensors: Mapping[str, Tensor], what: str
 ) -> dict[str, Tensor]:
-    """The encoder's tensors, each once, under its first name.
+    """Return the encoder's tensors, each of them once, under its first name.
+
+    Args:
+        what: the file, for messages.
 
     Raises:
-        WeightsError: some are missing, left over, of another shape, or two names of one tensor
-            differ in value.
+        WeightsError: tensors are missing, left over or of another shape, or two names of one tensor
+            differ in value (code "weights-mismatch").
     """
     state = network.state_dict(keep_vars=True)
     found: dict[str, Tensor] = {}
-    missing, left = [], set(tensors)
+    missing = []
+    left_over = set(tensors)
     for key, names in names_of(network).items():
         given = [name for name in names if name in tensors]
-        left -= set(given)
+        left_over -= set(given)
         if not given:
             missing.append(key)
             continue
+
         value = tensors[given[0]]
         if any(not torch.equal(value, tensors[name]) for name in given[1:]):
             raise WeightsError(
-                f"{what}: {' and '.join(given)} are one tensor of the network, but differ in the "
-                "file"
+                f"{what}: {' and '.join(given)} are one tensor of the network, but their values "
+                "differ in the file",
+                code="weights-mismatch",
             )
         if value.shape != state[key].shape:
             raise WeightsError(
-                f"{what}: '{key}' has shape {tuple(value.shape)}, the network that it describes "
-                f"{tuple(state[key].shape)}"
+                f"{what}: '{key}' has shape {tuple(value.shape)}, but the network that the file "
+                f"describes needs {tuple(state[key].shape)}",
+                code="weights-mismatch",
             )
         found[key] = value
-    if missing or left:
-        parts = [
-            f"{word} {_some(keys)}"
-            for word, keys in (("lacks", missing), ("has besides", sorted(left)))
-            if keys
-        ]
+
+    problems = []
+    if missing:
+        problems.append(f"lacks {some(missing)}")
+    if left_over:
+        problems.append(f"also holds {some(sorted(left_over))}")
+    if problems:
         raise WeightsError(
-            f"{what} does not fit the network that it describes: it {' and '.join(parts)}"
+            f"{what} does not fit the network that it describes: it {' and '.join(problems)}",
+            code="weights-mismatch",
         )
     return found
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
 def write_run(imported: Imported, results: Path, name: str) -> EncoderCard:
-    """Write the two files of a finished run into ``$nnUNet_results/autoreg_pretraining/NAME``; the
-    card comes last.
+    """Write the two files of a finished run into ``$nnUNet_results/autoreg_pretraining/NAME``.
+
+    The folder appears under its name only when both files are complete, so a kill at any moment
+    leaves no run that looks finished. Importing the same file under the same name again is no
+    error: a kill may have come after the last step.
 
     Raises:
-        WeightsError: the name is taken, or the tensors are not those of the network.
+        WeightsError: the name is taken by another run (code "weights-name-taken"), or the tensors
+            are not those of the network.
     """
-    folder = results / RUNS_FOLDER / name
-    if folder.exists() and any(folder.iterdir()):
-        raise WeightsError(f"--name {name}: {folder} exists; choose another name, or remove it")
+    runs = results / RUNS_FOLDER
+    folder = runs / name
     network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
     tensors = checked_tensors(network, imported.tensors, "the file")
-    weights = folder / WEIGHTS_NAME
-    write_tensors(weights, tensors)
-    card = replace(_card(imported, name, network), sha256=sha256_of(weights))
-    card.save(folder)
+
+    # Names of runs do not begin with a dot, so nobody takes this folder for a run.
+    unfinished = runs / f".{name}.importing"
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        return read_card(folder)
+        write_tensors(unfinished / WEIGHTS_NAME, tensors)
+        sha256 = sha256_of(unfinished / WEIGHTS_NAME)
+        replace(_card(imported, name, network), sha256=sha256).save(unfinished)
+        card = read_card(unfinished)
+
+        if folder.exists() and any(folder.iterdir()):
+            return _same_import(folder, card)
+        unfinished.rename(folder)
+        return card
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _same_import(folder: Path, card: EncoderCard) -> EncoderCard:
+    """Return the card of an existing folder if it holds the same import as ``card``.
+
+    Raises:
+        WeightsError: it holds something else.
+    """
+    try:
+        existing = read_card(folder)
+        verify_weights(folder / WEIGHTS_NAME, card.sha256)
     except WeightsError:
-        (folder / CARD_NAME).unlink()
-        raise
+        existing = None
+    if existing is None or existing != replace(card, finished_at=existing.finished_at):
+        raise WeightsError(
+            f"--name {card.name}: {folder} exists and holds something else; choose another name, "
+            "or remove the folder",
+            code="weights-name-taken",
+        )
+    return existing
 
 
 def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
-    lpe = getattr(network, "key_to_lpe", None)
+    """Return ``encoder.json`` of an import, still without the hash of the weights."""
     known = imported.card
     if known is not None:
         encoder = imported.encoder
@@ -202,6 +245,8 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
             # An export never holds a decoder, whatever its card says.
             adaptation=replace(known.adaptation, keys_to_decoder=()),
         )
+
+    position_key = getattr(network, "key_to_lpe", None)
     return EncoderCard(
         name=name,
         encoder=imported.encoder.name,
@@ -218,7 +263,7 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
             str(network.key_to_encoder),
             str(network.key_to_stem),
             tuple(cast(Iterable[str], network.keys_to_in_proj)),
-            None if lpe is None else str(lpe),
+            None if position_key is None else str(position_key),
         ),
         objective=imported.objective,
         licences=imported.licences,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nnunet_autoreg.convert.ar_ssl4m import import_ar_ssl4m
-from nnunet_autoreg.convert.imported import Imported, Options, write_run
+from nnunet_autoreg.convert.imported import Imported, ImportOptions, write_run
 from nnunet_autoreg.convert.nnssl import import_nnssl
 from nnunet_autoreg.convert.source import (
     AR_SSL4M,
@@ -20,7 +20,7 @@ from nnunet_autoreg.model.card import EncoderCard
 
 
 def import_weights(
-    path: Path, name: str, results: Path, options: Options, plan_file: Path | None = None
+    path: Path, name: str, results: Path, options: ImportOptions, plan_file: Path | None = None
 ) -> tuple[EncoderCard, Imported]:
     """Write ``$nnUNet_results/autoreg_pretraining/NAME`` from a file or folder.
 
@@ -35,7 +35,7 @@ def import_weights(
     return write_run(imported, results, name), imported
 
 
-def converted(source: Source, options: Options) -> Imported:
+def converted(source: Source, options: ImportOptions) -> Imported:
     """A source in our terms, nothing written.
 
     Raises:

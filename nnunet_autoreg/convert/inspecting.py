@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_autoreg.convert.imported import Imported, Options, checked_tensors, network_of
+from nnunet_autoreg.convert.imported import Imported, ImportOptions, checked_tensors, network_of
 from nnunet_autoreg.convert.importing import converted
 from nnunet_autoreg.convert.licences import NONE_STATED
 from nnunet_autoreg.convert.source import (
@@ -33,7 +33,7 @@ UNTOLD = ("conv_bias", "kernel_sizes", "n_conv_per_stage_decoder")
 
 
 def inspect_weights(
-    path: Path, options: Options, plan_file: Path | None = None
+    path: Path, options: ImportOptions, plan_file: Path | None = None
 ) -> tuple[Facts, str]:
     """Facts as (name, text), and what to type next.
 
@@ -121,7 +121,7 @@ def _card_facts(card: EncoderCard) -> Facts:
 
 
 def _foreign_facts(
-    source: Source, head: Facts, options: Options, plan_file: Path | None
+    source: Source, head: Facts, options: ImportOptions, plan_file: Path | None
 ) -> tuple[Facts, str]:
     head = [*head, ("what", f"{source.kind} checkpoint")]
     import_line = " ".join(
@@ -151,7 +151,7 @@ def _foreign_facts(
     return facts, import_line
 
 
-def _typed(options: Options, plan_file: Path | None) -> list[str]:
+def _typed(options: ImportOptions, plan_file: Path | None) -> list[str]:
     """What the user said, as it is typed."""
     flags: dict[str, object] = {
         "--adaptation-plan": plan_file and shlex.quote(str(plan_file)),

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_autoreg.convert.imported import Imported, Options
+from nnunet_autoreg.convert.imported import Imported, ImportOptions
 from nnunet_autoreg.convert.licences import licences_of, modalities_of
 from nnunet_autoreg.convert.source import Source, plain
 from nnunet_autoreg.convert.token_order import KEEP, OURS, PERMUTE, swap_plane_axes
@@ -51,7 +51,7 @@ Z_SCORE = "ZScoreNormalization"
 _BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
 
 
-def import_nnssl(source: Source, options: Options) -> Imported:
+def import_nnssl(source: Source, options: ImportOptions) -> Imported:
     """An nnssl checkpoint as an encoder of ours.
 
     Raises:
@@ -97,7 +97,7 @@ def import_nnssl(source: Source, options: Options) -> Imported:
     )
 
 
-def _as_stated(imported: Imported, source: Source, options: Options) -> Imported:
+def _as_stated(imported: Imported, source: Source, options: ImportOptions) -> Imported:
     """With what the plan says of spacing, normalisation and data, and a note where it says
     nothing.
     """
@@ -116,7 +116,7 @@ def _as_stated(imported: Imported, source: Source, options: Options) -> Imported
     )
 
 
-def _as_known(imported: Imported, card: EncoderCard, options: Options) -> Imported:
+def _as_known(imported: Imported, card: EncoderCard, options: ImportOptions) -> Imported:
     """With what our own export says of itself, unless the user knows better."""
     return replace(
         imported,
@@ -132,7 +132,7 @@ def _as_known(imported: Imported, card: EncoderCard, options: Options) -> Import
 
 
 def _modalities(
-    plan: Mapping[str, Any], citations: Any, source: Source, options: Options
+    plan: Mapping[str, Any], citations: Any, source: Source, options: ImportOptions
 ) -> tuple[tuple[str, ...], list[str]]:
     known = options.modalities or modalities_of(plan, citations, source.file)
     if known:
@@ -255,7 +255,7 @@ def _stripped(key: str, family: str) -> str:
 
 
 def _encoder(
-    family: str, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options
+    family: str, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> EncoderPlan:
     name, stated = architecture_of(plan, "the file")
     arguments = (
@@ -308,7 +308,7 @@ def _primus_arguments(
     name: str,
     stated: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    options: Options,
+    options: ImportOptions,
 ) -> dict[str, Any]:
     """The arguments, sizes from the tensors, heads from the plan; LayerScale and inner norm as the
     file has them.
@@ -389,7 +389,7 @@ def _inner_norm(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> boo
 
 
 def _patch_size(
-    source: Source, encoder: EncoderPlan, tensors: Mapping[str, Tensor], options: Options
+    source: Source, encoder: EncoderPlan, tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> tuple[Size, list[str]]:
     """The patch of pretraining: the first that is stated and whose grid has as many tokens as there
     are positions.
@@ -450,7 +450,7 @@ def _size(value: Any) -> Size | None:
 
 
 def _in_our_order(
-    tensors: dict[str, Tensor], grid: Size, encoder: EncoderPlan, own: Any, options: Options
+    tensors: dict[str, Tensor], grid: Size, encoder: EncoderPlan, own: Any, options: ImportOptions
 ) -> tuple[dict[str, Tensor], list[str]]:
     stated = own.get("token_order") if isinstance(own, Mapping) else None
     order = options.token_order or (KEEP if stated == OURS else PERMUTE)
@@ -468,7 +468,7 @@ def _in_our_order(
     ]
 
 
-def _spacing(plan: Mapping[str, Any], options: Options) -> tuple[Spacing, list[str]]:
+def _spacing(plan: Mapping[str, Any], options: ImportOptions) -> tuple[Spacing, list[str]]:
     if options.spacing_mm is not None:
         return options.spacing_mm, []
     spacing = _triple(configuration_of(plan).get("spacing"))

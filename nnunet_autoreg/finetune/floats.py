@@ -45,5 +45,8 @@ def as_float(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         check_kind(file, key, tensor)
         if not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"{file}: '{key}' holds NaN or infinity; use other weights")
+            raise WeightsError(
+                f"{file}: '{key}' holds NaN or infinity; use other weights",
+                code="weights-not-finite",
+            )
     return {key: tensor.detach().float().contiguous() for key, tensor in tensors.items()}

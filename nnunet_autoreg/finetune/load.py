@@ -52,14 +52,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise WeightsError(
             f"{file} cannot be read as safetensors ({error}): restore the file, or plan again with "
-            "other weights"
+            "other weights",
+            code="weights-unreadable",
         ) from error
     for key, tensor in tensors.items():
         check_kind(file, key, tensor)
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(
                 f"{file}: '{key}' holds NaN or infinity; the pretraining went wrong: use other "
-                "weights"
+                "weights",
+                code="weights-not-finite",
             )
     return {key: tensor.float() for key, tensor in tensors.items()}
 

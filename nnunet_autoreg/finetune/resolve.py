@@ -1,5 +1,7 @@
-"""Which pretrained weights a plan uses: the user's word if there is one, else the newest finished
-run that suits. Torch-free.
+"""Decide which pretrained weights a plan uses.
+
+The environment variable ``autoreg_weights`` decides if it is set; otherwise the newest finished run
+that suits the dataset is used. torch is imported only to check the values of the chosen weights.
 """
 
 import os
@@ -26,11 +28,18 @@ from nnunet_autoreg.planning.tokens import objection_to_flat_tokens
 
 VARIABLE = "autoreg_weights"
 MAX_SPACING_RATIO = 2.0
+"""Weights of a run with a spacing that differs more are not chosen automatically."""
 
 
 @dataclass(frozen=True)
 class DatasetTraits:
-    """What suits depends on: name, channel names in order, target spacing in mm."""
+    """Hold what the choice of weights depends on.
+
+    Attributes:
+        name: of the dataset.
+        channel_names: in order.
+        spacing_mm: target spacing, (z, y, x).
+    """
 
     name: str
     channel_names: tuple[str, ...]
@@ -38,19 +47,19 @@ class DatasetTraits:
 
     @property
     def is_ct(self) -> bool:
-        """Whether one of the channels is CT, by nnU-Net's own rule."""
+        """Return whether one of the channels is CT, by nnU-Net's own rule."""
         return any(is_ct(name) for name in self.channel_names)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The weights of a plan.
+    """Hold the weights of a plan.
 
     Attributes:
-        card, file: what they are and where they lie; both None for training from scratch only.
-        reason: why these.
-        rejected: one line per newer run that was passed over.
-        warnings: what speaks against weights that the user chose.
+        card, file: description and location; both None for training from scratch only.
+        reason: why these weights were chosen.
+        rejected: one line for each newer run that does not suit.
+        warnings: what speaks against weights that the user has chosen.
     """
 
     card: EncoderCard | None
@@ -61,87 +70,119 @@ class Choice:
 
 
 def is_ct(channel_name: str) -> bool:
-    """nnU-Net's rule for Hounsfield channels."""
+    """Return whether nnU-Net treats a channel of this name as CT."""
     return channel_name.casefold() == "ct"
 
 
 def setting_of_environment() -> str | None:
-    """The value of ``autoreg_weights``, None where it is unset or empty."""
+    """Return the value of ``autoreg_weights``, or None if it is unset or empty."""
     return os.environ.get(VARIABLE, "").strip() or None
 
 
 def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -> Choice:
-    """Decide by ``setting`` (a run's name, a folder, a .safetensors file, ``none``) or by the rule
-    for None.
+    """Return the weights that ``setting`` names, or without one the newest run that suits.
+
+    Args:
+        results: nnU-Net's folder of results.
+        setting: name of a run, a folder, a .safetensors file, or ``none`` for training from
+            scratch.
 
     Raises:
-        WeightsError: the setting leads nowhere, or no run suits the dataset.
+        WeightsError: the setting names no weights, the named weights cannot be used (code
+            "weights-unusable") or are damaged, or no run suits the dataset (code
+            "weights-none-suits").
     """
     if setting is None:
         return _newest_that_suits(results, dataset)
     if setting.casefold() == NO_WEIGHTS:
         return Choice(None, None, f"{VARIABLE}={NO_WEIGHTS}: for training from scratch only")
+
     file = locate(results, setting)
     card = read_card(file.parent)
     verify_weights(file, card.sha256)
-    impossible = (
+    _check_values(file)
+
+    reason_against = (
         _objection_to_network(card)
         or _objection_to_channels(card, dataset)
         or _objection_to_tokens(card, dataset)
     )
-    if impossible:
-        raise WeightsError(f"{VARIABLE}={setting} cannot be used for {dataset.name}: {impossible}")
+    if reason_against:
+        raise WeightsError(
+            f"{VARIABLE}={setting} cannot be used for {dataset.name}: {reason_against}",
+            code="weights-unusable",
+        )
+
+    # The user may know better than these rules: they only warn.
     doubts = (_objection_to_modality(card, dataset), _objection_to_spacing(card, dataset))
-    return Choice(
-        card,
-        file,
-        f"{VARIABLE}={setting}",
-        warnings=tuple(f"{card.name}: {d}" for d in doubts if d),
-    )
+    warnings = tuple(f"{card.name}: {doubt}" for doubt in doubts if doubt)
+    return Choice(card, file, f"{VARIABLE}={setting}", warnings=warnings)
+
+
+def _check_values(file: Path) -> None:
+    """Refuse weights with values that are not finite.
+
+    The hash of the file only proves that they are the values that pretraining wrote.
+
+    Raises:
+        WeightsError: a tensor holds NaN or infinity; the message names it.
+    """
+    from nnunet_autoreg.finetune.load import read_tensors
+
+    read_tensors(file)
 
 
 def locate(results: Path, setting: str) -> Path:
-    """The weights file that a run's name, a folder or a path means.
+    """Return the weights file for the name of a run, a folder or a path.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is none (codes "weights-not-found", "weights-not-safetensors" and
+            "weights-unfinished").
     """
-    for place in (results / RUNS_FOLDER / setting, Path(setting).expanduser()):
-        if (place / WEIGHTS_NAME).is_file():
-            return (place / WEIGHTS_NAME).resolve()
-        if place.is_file() and place.suffix == ".safetensors":
-            return place.resolve()
-        if place.is_file():
+    for path in (results / RUNS_FOLDER / setting, Path(setting).expanduser()):
+        if (path / WEIGHTS_NAME).is_file():
+            return (path / WEIGHTS_NAME).resolve()
+        if path.is_file() and path.suffix == ".safetensors":
+            return path.resolve()
+        if path.is_file():
             raise WeightsError(
-                f"{VARIABLE}={setting} is no .safetensors file; give a run, its folder, or its "
-                f"{WEIGHTS_NAME}"
+                f"{VARIABLE}={setting} is not a .safetensors file; give the name of a run, its "
+                f"folder, or its {WEIGHTS_NAME}",
+                code="weights-not-safetensors",
             )
-        if place.is_dir():
+        if path.is_dir():
             raise WeightsError(
-                f"{VARIABLE}={setting}: {place} holds no {WEIGHTS_NAME}; has its pretraining "
-                "finished?"
+                f"{VARIABLE}={setting}: {path} holds no {WEIGHTS_NAME}; has its pretraining "
+                "finished?",
+                code="weights-unfinished",
             )
+
     names = [folder.name for folder in _run_folders(results)]
-    known = (
-        did_you_mean(setting, names) if names else f"{results / RUNS_FOLDER} holds no finished run"
+    if names:
+        advice = did_you_mean(setting, names)
+    else:
+        advice = f"{results / RUNS_FOLDER} holds no finished run"
+    raise WeightsError(
+        f"{VARIABLE}={setting} is neither a run nor a folder nor a file; {advice}",
+        code="weights-not-found",
     )
-    raise WeightsError(f"{VARIABLE}={setting} is neither a run nor a folder nor a file; {known}")
 
 
 def ignored_setting(results: Path, planned: PlannedWeights, setting: str | None) -> str | None:
-    """A warning when the environment asks for other weights than the plan, which decides; None when
-    they agree.
+    """Return a warning if the environment names other weights than the plan, else None.
+
+    The plan decides.
     """
     if setting is None or setting == planned.name:
         return None
-    try:
-        if (
-            setting.casefold() != NO_WEIGHTS
-            and locate(results, setting) == (results / planned.file).resolve()
-        ):
+
+    if setting.casefold() != NO_WEIGHTS:
+        try:
+            is_planned_file = locate(results, setting) == (results / planned.file).resolve()
+        except WeightsError:
+            is_planned_file = False
+        if is_planned_file:
             return None
-    except WeightsError:
-        pass
     return (
         f"{VARIABLE}={setting} is ignored: the plan decides, and it uses '{planned.name}'; plan "
         "again to change that"
@@ -149,13 +190,15 @@ def ignored_setting(results: Path, planned: PlannedWeights, setting: str | None)
 
 
 def _run_folders(results: Path) -> Iterator[Path]:
+    """Yield the folders of finished runs, by name."""
     home = results / RUNS_FOLDER
-    if home.is_dir():
-        yield from (
-            f
-            for f in sorted(home.iterdir())
-            if (f / CARD_NAME).is_file() and (f / WEIGHTS_NAME).is_file()
-        )
+    if not home.is_dir():
+        return
+    for folder in sorted(home.iterdir()):
+        # A name with a dot in front is an import that was interrupted.
+        is_finished = (folder / CARD_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+        if is_finished and not folder.name.startswith("."):
+            yield folder
 
 
 def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
@@ -166,32 +209,33 @@ def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
             cards.append((read_card(folder), folder / WEIGHTS_NAME))
         except WeightsError as error:
             rejected.append(f"{folder.name}: {error}")
-    for card, file in sorted(cards, key=lambda pair: pair[0].finished_at, reverse=True):
-        why_not = objection(card, file, dataset)
-        if why_not is None:
-            traits = (
-                f"{'/'.join(card.modalities)}, spacing ratio "
-                f"{_nearest_spacing(card, dataset)[1]:.2f}"
-            )
-            reason = f"the newest finished run that suits: {traits}, finished {card.finished_at}"
-            return Choice(card, file.resolve(), reason, tuple(rejected))
-        rejected.append(f"{card.name}: {why_not}")
-    raise WeightsError(_none_suits(results, dataset, rejected))
 
+    cards.sort(key=lambda pair: pair[0].finished_at, reverse=True)
+    for card, file in cards:
+        reason_against = objection(card, file, dataset)
+        if reason_against is not None:
+            rejected.append(f"{card.name}: {reason_against}")
+            continue
 
-def _none_suits(results: Path, dataset: DatasetTraits, rejected: Sequence[str]) -> str:
-    ways_out = (
-        f"pretrain on fitting scans (autoreg_pretrain), set {VARIABLE} to a run or file, or set "
-        f"{VARIABLE}={NO_WEIGHTS} to train "
-        "from scratch"
+        ratio = _nearest_spacing(card, dataset)[1]
+        reason = (
+            f"the newest finished run that suits: {'/'.join(card.modalities)}, spacing ratio "
+            f"{ratio:.2f}, finished {card.finished_at}"
+        )
+        return Choice(card, file.resolve(), reason, tuple(rejected))
+
+    remedy = (
+        f"pretrain on suitable scans (autoreg_pretrain), set {VARIABLE} to a run or a file, or set "
+        f"{VARIABLE}={NO_WEIGHTS} to train from scratch"
     )
-    if not rejected:
-        return f"{results / RUNS_FOLDER} holds no finished pretraining run; {ways_out}"
-    return f"no pretraining run suits {dataset.name} ({'; '.join(rejected)}); {ways_out}"
+    found = f"{results / RUNS_FOLDER} holds no finished pretraining run"
+    if rejected:
+        found = f"no pretraining run suits {dataset.name} ({'; '.join(rejected)})"
+    raise WeightsError(f"{found}; {remedy}", code="weights-none-suits")
 
 
 def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | None:
-    """Why a run is not chosen for a dataset without being asked for, or None."""
+    """Return why a run is not chosen automatically for a dataset, or None if it is suitable."""
     found = (
         _objection_to_origin(card)
         or _objection_to_network(card)
@@ -202,20 +246,21 @@ def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | No
     )
     if found:
         return found
+
+    # Last, because both read the whole file.
     try:
         verify_weights(file, card.sha256)
+        _check_values(file)
     except WeightsError as error:
         return str(error)
     return None
 
 
 def _objection_to_origin(card: EncoderCard) -> str | None:
-    """Other people's weights, and their licences, are taken by name only."""
-    return (
-        f"imported weights are used by name only: export {VARIABLE}={card.name}"
-        if IMPORTED in card.extra
-        else None
-    )
+    # The user has to know whose weights these are, because their licence binds the user.
+    if IMPORTED not in card.extra:
+        return None
+    return f"imported weights are used by name only: export {VARIABLE}={card.name}"
 
 
 def _objection_to_network(card: EncoderCard) -> str | None:
@@ -229,7 +274,8 @@ def _objection_to_network(card: EncoderCard) -> str | None:
 def _objection_to_modality(card: EncoderCard, dataset: DatasetTraits) -> str | None:
     has_ct = any(is_ct(m) for m in card.modalities)
     has_other = any(not is_ct(m) for m in card.modalities)
-    if has_ct if dataset.is_ct else has_other:
+    is_suitable = has_ct if dataset.is_ct else has_other
+    if is_suitable:
         return None
     return (
         f"pretrained on {'/'.join(card.modalities)}, but the channels are "
@@ -245,16 +291,20 @@ def _objection_to_channels(card: EncoderCard, dataset: DatasetTraits) -> str | N
 
 
 def _nearest_spacing(card: EncoderCard, dataset: DatasetTraits) -> tuple[Spacing, float]:
-    """The spacing of pretraining that is nearest to the dataset's, of groups of its own kind if
-    there are any; and the factor.
+    """Return the spacing of pretraining that is nearest to the dataset's, and the factor.
+
+    Only the spacings of CT count for CT, and those of other modalities for other modalities.
     """
-    groups = [
-        group.spacing_mm for group in card.spacing_groups if is_ct(group.modality) == dataset.is_ct
-    ]
-    found = min(
-        groups or [card.spacing_mm], key=lambda spacing: spacing_ratio(spacing, dataset.spacing_mm)
-    )
-    return found, spacing_ratio(found, dataset.spacing_mm)
+    candidates = []
+    for group in card.spacing_groups:
+        if is_ct(group.modality) == dataset.is_ct:
+            candidates.append(group.spacing_mm)
+
+    def distance(spacing: Spacing) -> float:
+        return spacing_ratio(spacing, dataset.spacing_mm)
+
+    nearest = min(candidates or [card.spacing_mm], key=distance)
+    return nearest, distance(nearest)
 
 
 def _objection_to_spacing(card: EncoderCard, dataset: DatasetTraits) -> str | None:
@@ -262,9 +312,8 @@ def _objection_to_spacing(card: EncoderCard, dataset: DatasetTraits) -> str | No
     if ratio <= MAX_SPACING_RATIO:
         return None
     return (
-        f"its spacing {_mm(nearest)} is a factor of {ratio:.1f} from the target spacing "
-        f"{_mm(dataset.spacing_mm)}; "
-        f"beyond {MAX_SPACING_RATIO:g} pretraining may harm"
+        f"its spacing {_mm(nearest)} differs by a factor of {ratio:.1f} from the target spacing "
+        f"{_mm(dataset.spacing_mm)}; beyond {MAX_SPACING_RATIO:g} pretraining may do harm"
     )
 
 

@@ -13,7 +13,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_autoreg.convert.imported import Options
+from nnunet_autoreg.convert.imported import ImportOptions
 from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.convert.inspecting import inspect_weights
 from nnunet_autoreg.convert.source import NNSSL, TRAINED, open_source
@@ -149,7 +149,7 @@ def test_weights_of_another_network_end_in_one_line(tmp_path: Path) -> None:
 def test_a_trained_model_is_recognised_by_inspect_and_import(tmp_path: Path) -> None:
     file = checkpoint(tmp_path / "checkpoint_final.pth")
 
-    facts, following = inspect_weights(file, Options())
+    facts, following = inspect_weights(file, ImportOptions())
 
     what = dict(facts)["what"]
     assert all(
@@ -158,7 +158,7 @@ def test_a_trained_model_is_recognised_by_inspect_and_import(tmp_path: Path) -> 
     )
     assert f"-pretrained_weights {file}" in following
     with pytest.raises(WeightsError, match="trained nnU-Net model"):
-        import_weights(file, "x", tmp_path, Options())
+        import_weights(file, "x", tmp_path, ImportOptions())
     assert not (tmp_path / "autoreg_pretraining").exists()
 
 
@@ -175,4 +175,4 @@ def test_a_trained_model_that_would_run_code_is_still_refused(tmp_path: Path) ->
     file = checkpoint(tmp_path / "x.pth", logging={"evil": Path("x")})
 
     with pytest.raises(WeightsError, match="nothing of it was run"):
-        inspect_weights(file, Options())
+        inspect_weights(file, ImportOptions())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunet_autoreg.cli.weights import main
 from nnunet_autoreg.convert.ar_ssl4m import expected_keys
-from nnunet_autoreg.convert.imported import Options
+from nnunet_autoreg.convert.imported import ImportOptions
 from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.convert.licences import licences_of
 from nnunet_autoreg.convert.source import AR_SSL4M, NO_PLAN, UNKNOWN, open_source
@@ -120,7 +120,7 @@ def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
 def test_ar_ssl4m_is_imported_turned_and_with_its_normalisation(tmp_path: Path) -> None:
     tensors = ar_ssl4m()
     file = saved(tmp_path / "a.pth", {"state_dict": tensors})
-    card, imported = import_weights(file, "a", tmp_path, Options(num_heads=2))
+    card, imported = import_weights(file, "a", tmp_path, ImportOptions(num_heads=2))
     stored = load_file(tmp_path / "autoreg_pretraining" / "a" / "encoder.safetensors")
     kernel = "model.patchifier.proj.weight"
     assert torch.equal(stored[kernel], tensors[kernel].permute(0, 1, 4, 3, 2))
@@ -163,16 +163,18 @@ def test_what_is_wrong_with_an_ar_ssl4m_file_is_said(
     tensors = ar_ssl4m()
     change(tensors)
     with pytest.raises(WeightsError, match=message):
-        import_weights(saved(tmp_path / "a.pth", tensors), "a", tmp_path, Options(num_heads=2))
+        import_weights(
+            saved(tmp_path / "a.pth", tensors), "a", tmp_path, ImportOptions(num_heads=2)
+        )
     assert not (tmp_path / "autoreg_pretraining").exists()
 
 
 def test_heads_that_the_file_does_not_name_are_asked_for(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pth", ar_ssl4m())
     with pytest.raises(WeightsError, match=r"width of 12 .* add --heads N"):
-        import_weights(file, "a", tmp_path, Options())
+        import_weights(file, "a", tmp_path, ImportOptions())
     with pytest.raises(WeightsError, match="--heads 5: the width of 12 is no multiple"):
-        import_weights(file, "a", tmp_path, Options(num_heads=5))
+        import_weights(file, "a", tmp_path, ImportOptions(num_heads=5))
 
 
 def test_the_command_inspects_imports_and_exports(
@@ -231,7 +233,9 @@ def test_impossible_lines_end_in_one(
 
 
 def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
-    import_weights(saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, Options(num_heads=2))
+    import_weights(
+        saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, ImportOptions(num_heads=2)
+    )
     dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
     with pytest.raises(
         WeightsError, match="imported weights are used by name only: export autoreg_weights=theirs"
@@ -274,7 +278,7 @@ def test_a_plan_normalises_every_channel_as_the_weights_were_and_is_nnunets_own_
     own = ["CTNormalization", "ZScoreNormalization"]
     assert as_pretrained(own, [False, True], None) == (own, [False, True])
     card, _ = import_weights(
-        saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, Options(num_heads=2)
+        saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, ImportOptions(num_heads=2)
     )
     assert as_pretrained(own, [False, True], card) == (
         ["AutoregPercentileNormalization"] * 2,

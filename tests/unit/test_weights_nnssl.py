@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nnunet_autoreg.convert.exporting import export_weights
-from nnunet_autoreg.convert.imported import Options, names_of
+from nnunet_autoreg.convert.imported import ImportOptions, names_of
 from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, token_size_of
@@ -207,8 +207,8 @@ def test_a_transformer_gives_in_nnunet_what_it_gave_in_nnssl_and_would_not_witho
     file = save(tmp_path / "in", original.state_dict(), plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
     volume = torch.randn(2, 1, *CROP, generator=torch.Generator().manual_seed(1))
     results = tmp_path / "res"
-    import_weights(file, "mended", results, Options())
-    import_weights(file, "kept", results, Options(token_order="keep"))
+    import_weights(file, "mended", results, ImportOptions())
+    import_weights(file, "kept", results, ImportOptions(token_order="keep"))
     mended, kept = (load(results, name, "primus", PRIMUS) for name in ("mended", "kept"))
     positions_only = load(results, "kept", "primus", PRIMUS)
     with torch.no_grad():
@@ -227,8 +227,8 @@ def test_an_order_that_cannot_be_mended_is_refused_and_can_be_kept(tmp_path: Pat
     tensors = random_network("primus", PRIMUS, crop).state_dict()
     file = save(tmp_path, tensors, plan_of("PrimusX", primus_x(), PRIMUS_KEYS, crop))
     with pytest.raises(WeightsError, match=r"grid of tokens is \(2, 3, 2\).*--token-order keep"):
-        import_weights(file, "a", tmp_path / "res", Options())
-    _, imported = import_weights(file, "a", tmp_path / "res", Options(token_order="keep"))
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
+    _, imported = import_weights(file, "a", tmp_path / "res", ImportOptions(token_order="keep"))
     assert "token order kept, as asked for: the uncorrected loading" in imported.notes
 
 
@@ -247,7 +247,7 @@ def test_a_cnn_comes_over_whole_without_its_decoder_and_its_doubled_names(tmp_pa
         plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS),
         trainer_name="BaseMAETrainer",
     )
-    card, imported = import_weights(file, "cnn", tmp_path / "res", Options())
+    card, imported = import_weights(file, "cnn", tmp_path / "res", ImportOptions())
     stored = load_file(tmp_path / "res" / "autoreg_pretraining" / "cnn" / "encoder.safetensors")
     assert all(
         key.startswith(("encoder.stem.", "encoder.stages.")) and "all_modules" not in key
@@ -279,7 +279,7 @@ def test_two_names_of_one_tensor_that_differ_are_an_error(tmp_path: Path) -> Non
         WeightsError,
         match=r"convs\.0\.conv\.weight and .*all_modules\.0\.weight are one tensor .* differ",
     ):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_plan_that_contradicts_the_weights_is_an_error(
     tensors = random_network("primus", {**PRIMUS, **trained}).state_dict()
     file = save(tmp_path, tensors, plan_of("PrimusX", primus_x(**stated), PRIMUS_KEYS))
     with pytest.raises(WeightsError, match=message):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
@@ -321,7 +321,7 @@ def test_layer_scale_and_inner_norm_are_read_from_the_weights_where_the_plan_is_
         for key, value in random_network("primus", arguments).state_dict().items()
     }
     file = save(tmp_path, state, plan_of("PrimusX", kwargs, PRIMUS_KEYS))
-    card, _ = import_weights(file, "a", tmp_path / "res", Options())
+    card, _ = import_weights(file, "a", tmp_path / "res", ImportOptions())
     assert card.arguments == arguments
 
 
@@ -331,18 +331,21 @@ def test_layer_scale_written_as_a_list_is_its_first_value(tmp_path: Path) -> Non
         random_network("primus", PRIMUS).state_dict(),
         plan_of("PrimusX", primus_x(init_values=[0.1]), PRIMUS_KEYS),
     )
-    assert import_weights(file, "a", tmp_path / "res", Options())[0].arguments["init_values"] == 0.1
+    assert (
+        import_weights(file, "a", tmp_path / "res", ImportOptions())[0].arguments["init_values"]
+        == 0.1
+    )
 
 
 def test_the_plan_beside_the_file_serves_where_the_file_has_none(tmp_path: Path) -> None:
     file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), None)
     with pytest.raises(WeightsError, match="checkpoint without a plan"):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
     plan = plan_of("PrimusX", primus_x(), PRIMUS_KEYS)
     (tmp_path / "elsewhere.json").write_text(json.dumps(plan))
-    import_weights(file, "by_flag", tmp_path / "res", Options(), tmp_path / "elsewhere.json")
+    import_weights(file, "by_flag", tmp_path / "res", ImportOptions(), tmp_path / "elsewhere.json")
     (tmp_path / "adaptation_plan.json").write_text(json.dumps(plan))
-    import_weights(tmp_path, "beside", tmp_path / "res", Options())
+    import_weights(tmp_path, "beside", tmp_path / "res", ImportOptions())
     folder = tmp_path / "res" / "autoreg_pretraining"
     assert (folder / "beside" / "encoder.safetensors").read_bytes() == (
         folder / "by_flag" / "encoder.safetensors"
@@ -356,11 +359,11 @@ def test_of_two_patch_sizes_the_one_that_fits_the_positions_is_believed(tmp_path
         plan_of("PrimusX", primus_x(), PRIMUS_KEYS, (32, 32, 32)),
     )
     with pytest.raises(WeightsError, match=r"12 positions, but patch \(32, 32, 32\).*--patch-size"):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
     (tmp_path / "adaptation_plan.json").write_text(
         json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
     )
-    card, imported = import_weights(file, "a", tmp_path / "res", Options())
+    card, imported = import_weights(file, "a", tmp_path / "res", ImportOptions())
     assert card.crop_size_vox == CROP
     assert (
         "patch size (16, 16, 24): 12 positions make this one right and (32, 32, 32) wrong"
@@ -377,7 +380,7 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
         )
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
-    card, _ = import_weights(save(tmp_path, state, plan), "a", tmp_path / "res", Options())
+    card, _ = import_weights(save(tmp_path, state, plan), "a", tmp_path / "res", ImportOptions())
     assert (card.encoder, card.token_size_vox, card.spacing_mm) == (
         "resenc_l",
         (32, 32, 32),
@@ -388,7 +391,7 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
     with pytest.raises(
         WeightsError, match="describes a PrimusM of width 864, but the weights have width 48"
     ):
-        import_weights(file, "m", tmp_path / "res", Options())
+        import_weights(file, "m", tmp_path / "res", ImportOptions())
 
 
 @pytest.mark.parametrize(
@@ -440,7 +443,7 @@ def test_a_malformed_plan_ends_in_one_line(
     plan["architecture_plans"].update(change)
     file = save(tmp_path, random_network(family, arguments).state_dict(), plan)
     with pytest.raises(WeightsError, match=message):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
     assert not (tmp_path / "res").exists()
 
 
@@ -449,7 +452,7 @@ def test_an_impossible_number_of_channels_ends_in_one_line(tmp_path: Path, state
     plan = {**plan_of("PrimusX", primus_x(), PRIMUS_KEYS), "pretrain_num_input_channels": stated}
     file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), plan)
     with pytest.raises(WeightsError, match="is no number of channels"):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
 
 
 def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
@@ -461,7 +464,7 @@ def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match="holds a PlainConvUNet, which cannot be fine-tuned here"
     ):
-        import_weights(file, "a", tmp_path / "res", Options())
+        import_weights(file, "a", tmp_path / "res", ImportOptions())
 
 
 def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
@@ -562,7 +565,7 @@ def test_what_is_exported_is_read_by_the_formats_own_rules_and_imported_again_bi
             )  # type: ignore[operator]
         else:
             assert torch.equal(nnunet_features(read, volume), nnunet_features(network, volume))
-    card, imported = import_weights(tmp_path / "out", "back", tmp_path, Options())
+    card, imported = import_weights(tmp_path / "out", "back", tmp_path, ImportOptions())
     back = tmp_path / "autoreg_pretraining" / "back"
     assert (back / "encoder.safetensors").read_bytes() == (
         folder / "encoder.safetensors"
@@ -621,4 +624,4 @@ def test_an_export_does_not_overwrite_and_a_name_is_not_taken_twice(tmp_path: Pa
     ):
         export_weights(folder / "encoder.safetensors", tmp_path / "out")
     with pytest.raises(WeightsError, match=r"--name made: .* exists; choose another name"):
-        import_weights(tmp_path / "out", "made", tmp_path, Options())
+        import_weights(tmp_path / "out", "made", tmp_path, ImportOptions())

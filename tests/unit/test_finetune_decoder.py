@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nnunet_autoreg.convert.exporting import export_weights
-from nnunet_autoreg.convert.imported import Options
+from nnunet_autoreg.convert.imported import ImportOptions
 from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.finetune.block import (
@@ -466,7 +466,7 @@ def test_foreign_exports_hold_the_encoder_alone(run: Path, tmp_path: Path) -> No
     keys = set(content["network_weights"])
     assert keys and all(key.startswith("encoder.") for key in keys)
     assert any("decoder" in warning for warning in done.warnings)
-    back, _ = import_weights(tmp_path / "out", "back", tmp_path, Options())
+    back, _ = import_weights(tmp_path / "out", "back", tmp_path, ImportOptions())
     assert not back.has_decoder
     assert not any(
         key.startswith("decoder.")

@@ -1,0 +1,124 @@
+"""Run ``autoreg_weights`` lines in forks of one process, and kill them at named points.
+
+A point replaces one function of the package, of Python or of a library by one that ends the process
+with SIGKILL. Reads one JSON request a line (argv, point, log, env) and answers with the exit
+status.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def kill():
+    """End this process at once, as the kernel does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait()
+
+
+def kill_at_rename(method, target, after=False):
+    """Kill before or after a path is renamed to a name that ends in ``target``."""
+    original = getattr(Path, method)
+
+    def replaced(path, onto):
+        if not Path(onto).name.endswith(target):
+            return original(path, onto)
+        if after:
+            original(path, onto)
+        kill()
+
+    setattr(Path, method, replaced)
+
+
+def kill_in_half_a_text(target):
+    """Kill while the temporary file of ``target`` is written."""
+    original = Path.write_text
+
+    def replaced(path, text, **options):
+        if target not in path.name:
+            return original(path, text, **options)
+        original(path, text[: len(text) // 2], **options)
+        kill()
+
+    Path.write_text = replaced
+
+
+def kill_in_half_a_checkpoint():
+    import torch
+
+    original = torch.save
+
+    def replaced(content, file):
+        original(content, file)
+        half = Path(file).stat().st_size // 2
+        os.truncate(file, half)
+        kill()
+
+    torch.save = replaced
+
+
+def kill_in_half_the_tensors():
+    import safetensors.torch
+
+    original = safetensors.torch.save_file
+
+    def replaced(tensors, file, **options):
+        original(tensors, file, **options)
+        os.truncate(file, Path(file).stat().st_size // 2)
+        kill()
+
+    safetensors.torch.save_file = replaced
+
+
+POINTS = {
+    "while the tensors are written": kill_in_half_the_tensors,
+    "before the tensors are renamed": lambda: kill_at_rename("replace", "encoder.safetensors"),
+    "between tensors and card": lambda: kill_at_rename("replace", "encoder.safetensors", True),
+    "while the card is written": lambda: kill_in_half_a_text("encoder.json"),
+    "before the folder is renamed": lambda: kill_at_rename("rename", "imported"),
+    "after the folder is renamed": lambda: kill_at_rename("rename", "imported", True),
+    "while the plan is written": lambda: kill_in_half_a_text("adaptation_plan.json"),
+    "after the plan": lambda: kill_at_rename("replace", "adaptation_plan.json", True),
+    "while the checkpoint is written": kill_in_half_a_checkpoint,
+    "before the checkpoint is renamed": lambda: kill_at_rename("replace", "checkpoint_final.pth"),
+    "after the checkpoint": lambda: kill_at_rename("replace", "checkpoint_final.pth", True),
+}
+
+
+def child(request):
+    os.environ.update(request["env"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if request["point"]:
+        POINTS[request["point"]]()
+    from nnunet_autoreg.cli.weights import main
+
+    sys.argv = ["autoreg_weights", *request["argv"]]
+    return main(request["argv"])
+
+
+def serve():
+    import nnunet_autoreg.convert.exporting
+    import nnunet_autoreg.convert.importing  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = child(request)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
