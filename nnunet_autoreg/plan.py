@@ -18,6 +18,10 @@ PLAN_VERSION = 2
 class IntensityWindow:
     """CT intensities inside the body over the pretraining pool, in HU: nnU-Net's foreground
     properties by name.
+
+    Attributes:
+        mean, std, median, min, max: of the intensities of all CT scans.
+        percentile_00_5, percentile_99_5: intensities are clipped to the range between them.
     """
 
     mean: float
@@ -35,6 +39,7 @@ class SpacingGroup:
     coarsest axis first.
 
     Attributes:
+        modality: of all scans in the group, such as "CT" or "MR".
         native_mm: median of their own spacings; a scan belongs to the group of its modality whose
             median is nearest.
         spacing_mm: what they are resampled to.
@@ -72,8 +77,13 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """The network class, its arguments (no channels, classes, input shape) and token size (z, y,
-    x), as in ``model.sizes``.
+    """The network class, its arguments and its token size, as in ``model.sizes``.
+
+    Attributes:
+        name: what is typed after ``--encoder``.
+        class_path: module and class of the network that fine-tuning builds.
+        arguments: of that class, without channels, classes and input shape.
+        token_size_vox: voxels of a token, (z, y, x).
     """
 
     name: str
@@ -200,7 +210,13 @@ class OptimPlan:
     """AdamW with linear warm-up and half-cosine decay to zero.
 
     Attributes:
+        num_steps: optimiser steps of the whole run.
         batch_size: crops per optimiser step.
+        lr: the highest learning rate, reached at the end of the warm-up.
+        warmup_steps: steps in which the learning rate rises from zero.
+        betas: decay rates of AdamW's running averages.
+        weight_decay: of AdamW.
+        clip_norm: the gradient is scaled down to this norm where its own is larger.
         decay_all: weight decay also on norms, biases, positions and scales (AR-SSL4M's own), which
             are left out otherwise.
         micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None:
@@ -227,6 +243,10 @@ class RunPlan:
     """How often things happen, in steps.
 
     Attributes:
+        seed: random seed. Every random draw derives from it.
+        checkpoint_every: steps from one checkpoint to the next.
+        validate_every: steps from one validation to the next.
+        log_every: steps from one line of the log to the next.
         seconds_per_step: measured once, where the length was given in hours; None where it was not.
         spike_sigmas: a step whose loss lies this many standard deviations above the running mean,
             and above twice that mean, is skipped.

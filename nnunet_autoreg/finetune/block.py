@@ -45,8 +45,7 @@ class Recipe:
 
     Attributes:
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length; a trainer's
-        ``_<N>epochs`` name overrides
-            the first.
+            ``_<N>epochs`` name overrides the first.
         pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
         transfer_decoder: whether a CNN's decoder is loaded too, where the weights hold one.
         decoder_rate_factor: peak rate of the loaded part of the decoder, as a multiple of
@@ -58,8 +57,7 @@ class Recipe:
         betas: of AdamW.
         momentum: of SGD.
         warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: linear warm-up
-        over
-            min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
+            over min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
         poly_exponent: of the decay after warm-up.
         decoder_first_fraction: first part of a run from pretrained weights in which only the
             decoder learns; 0.0 is off.
@@ -97,7 +95,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class AutoregBlock:
-    """All of it; ``weights`` is None in a plan for training from scratch only."""
+    """The whole block of a plans file.
+
+    Attributes:
+        encoder: class and arguments of the network, as in a pretraining plan.
+        weights: None in a plan for training from random weights only.
+        recipe: how fine-tuning is done.
+        reasons: per planned value, why it was chosen.
+        version: of this format.
+    """
 
     encoder: EncoderPlan
     weights: PlannedWeights | None

@@ -32,8 +32,13 @@ under ``decoder.encoder.`` are second names of the encoder's own tensors.
 class Adaptation:
     """Where the parts that fine-tuning may have to adapt live in the state dict.
 
-    ``keys_to_decoder`` are the prefixes of a pretrained decoder, ``DECODER_PREFIXES``; they are
-    empty where the weights hold the encoder alone.
+    Attributes:
+        key_to_encoder: prefix of the encoder.
+        key_to_stem: prefix of the part that reads the image.
+        keys_to_in_proj: every convolution that reads the image.
+        key_to_lpe: the learned positions; None where there are none.
+        keys_to_decoder: prefixes of a pretrained decoder, ``DECODER_PREFIXES``; empty where the
+            weights hold the encoder alone.
     """
 
     key_to_encoder: str
@@ -65,7 +70,9 @@ class EncoderCard:
         licences: dataset name -> licence text found beside it ("" if none was).
         num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC. Imported
             weights: 0, 0, when they were imported.
+        adaptation: the parts that fine-tuning may have to adapt.
         sha256: of ``encoder.safetensors`` beside this card.
+        version: of this format.
         extra: ``imported`` tells where imported weights come from.
         normalization: nnU-Net's name of the scheme that every channel had in pretraining; None is
             nnU-Net's own choice per channel (CT by the window, all else z-scored).
