@@ -39,7 +39,8 @@ from nnunet_autoreg.pretrain.state import Progress, lent, restore, restore_weigh
 from nnunet_autoreg.pretrain.step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.records import to_jsonable
-from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics, draw_progress
+from nnunet_autoreg.report.charts import draw_progress
+from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics
 from nnunet_autoreg.report.sinks import open_sinks
 from nnunet_autoreg.sampling.material import Material
 

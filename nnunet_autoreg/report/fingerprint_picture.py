@@ -1,5 +1,6 @@
-"""``fingerprint.png``: the pool on one page - spacings and their targets, sizes against the crop,
-intensities, groups.
+"""``fingerprint.png``: all usable scans on one page.
+
+It shows spacings and their targets, sizes and the crop, intensities, and spacing groups.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from nnunet_autoreg.corpus.fingerprint import (
     transposed_geometry,
 )
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.geometry import Spacing, volume
+from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.nnunet_api import resampled_shape
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
@@ -31,22 +32,36 @@ COLOURS = (
     "tab:gray",
 )
 MAX_PANELS, MAX_GROUPS, MAX_LINES = 4, 8, 200
-LOG_BEYOND = 100
+LOGARITHMIC_FROM = 100
+"""Intensities get a logarithmic axis if scans differ by this factor, as MR scans may."""
+
+TABLE_HEADER = (
+    "scans",
+    "modality",
+    "own spacing, median mm",
+    "target mm",
+    "size p10",
+    "size median",
+    "size p90",
+    "million voxels",
+)
+TABLE_WIDTHS = (0.06, 0.1, 0.17, 0.15, 0.14, 0.14, 0.14, 0.1)
 
 
 def draw_fingerprint(
-    picture: Path, fingerprint: Fingerprint, rows: Sequence[ScanRow], plan: Plan
+    picture: Path,
+    fingerprint: Fingerprint,
+    rows: Sequence[ScanRow],
+    plan: Plan,
 ) -> None:
-    """Draw the usable scans ``rows`` with the plan's choices into ``picture``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Draw the usable scans ``rows`` and the plan's choices into the file ``picture``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.7, 12.4), layout="constrained")
     heights = (4.6, 3.6, 0.9 + 0.32 * min(len(fingerprint.groups), MAX_GROUPS))
     parts: Any = figure.subfigures(3, 1, height_ratios=heights)
     top, middle, bottom = parts
+
     figure.suptitle(
         f"{plan.name}: {fingerprint.num_scans} scans of {fingerprint.num_cases} cases, "
         f"{fingerprint.total_vox / 1e6:.4g} million voxels "
@@ -54,49 +69,57 @@ def draw_fingerprint(
         fontsize=13,
     )
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(fingerprint.modalities)}
+
     left, right = top.subplots(1, 2)
     _draw_spacings(left, fingerprint, rows, colours)
     _draw_sizes(right, rows, plan, colours)
+
     middle.suptitle(
         "Each line is a scan: thin 0.5 to 99.5 %, thick 5 to 95 %, dot the median; dashed: the CT "
         "window",
         fontsize=10,
     )
     shown = list(fingerprint.modalities.items())[:MAX_PANELS]
-    for axis, (name, numbers) in zip(
-        middle.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
-    ):
-        _draw_intensities(
-            axis,
-            name,
-            numbers,
-            [row for row in rows if row.modality == name],
-            fingerprint,
-            colours[name],
-        )
+    axes = middle.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (name, numbers) in zip(axes, shown, strict=True):
+        of_modality = [row for row in rows if row.modality == name]
+        _draw_intensities(axis, name, numbers, of_modality, fingerprint, colours[name])
+
     _draw_groups(bottom.subplots(), fingerprint)
+
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 
 def _draw_spacings(
-    axis: Any, fingerprint: Fingerprint, rows: Sequence[ScanRow], colours: dict[str, str]
+    axis: Any,
+    fingerprint: Fingerprint,
+    rows: Sequence[ScanRow],
+    colours: dict[str, str],
 ) -> None:
-    """In-plane against slice spacing of every scan, and the targets."""
+    """Draw the in-plane and the slice spacing of every scan, and the targets."""
+    spacings_mm = []
+
     for name, colour in colours.items():
-        places = Counter(
-            (round((y * x) ** 0.5, 2), round(z, 2)) for z, y, x in _spacings(rows, name)
-        )
+        # (in-plane, slice spacing) in mm -> number of scans
+        points: Counter[tuple[float, float]] = Counter()
+        for row in rows:
+            if row.modality == name:
+                z, y, x = transposed_geometry(row)[1]
+                points[round((y * x) ** 0.5, 2), round(z, 2)] += 1
+                spacings_mm += [z, y, x]
+
         axis.scatter(
-            [p[0] for p in places],
-            [p[1] for p in places],
-            s=[28 * n**0.5 for n in places.values()],
+            [in_plane for in_plane, _ in points],
+            [between_slices for _, between_slices in points],
+            s=[28 * count**0.5 for count in points.values()],
             alpha=0.45,
             color=colour,
-            label=f"{name} ({places.total()} scans)",
+            label=f"{name} ({points.total()} scans)",
             linewidths=0,
         )
-    for i, group in enumerate(fingerprint.groups):
+
+    for number, group in enumerate(fingerprint.groups):
         z, y, x = group.spacing_mm
         axis.scatter(
             [(y * x) ** 0.5],
@@ -105,55 +128,45 @@ def _draw_spacings(
             s=220,
             color="black",
             linewidths=1.6,
-            label=None if i else "target spacing",
+            # One entry of the legend stands for all targets.
+            label=None if number else "target spacing",
         )
-    spacings_mm = [s for row in rows for s in transposed_geometry(row)[1]]
+
     low, high = 0.5 * min(spacings_mm), 2 * max(spacings_mm)
     axis.plot([low, high], [low, high], color="0.6", linestyle=":", label="isotropic")
     axis.set(
         xlabel="in-plane spacing, mm",
         ylabel="slice spacing (coarsest axis), mm",
-        title="Spacing as it comes (larger: more scans)",
+        title="Spacing of the scans (larger: more scans)",
     )
-    _log_axes(axis)
-
-
-def _spacings(rows: Sequence[ScanRow], modality: str) -> list[Spacing]:
-    return [transposed_geometry(row)[1] for row in rows if row.modality == modality]
+    _make_logarithmic(axis)
 
 
 def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, colours: dict[str, str]) -> None:
-    """Size of every scan in voxels of its target spacing, and the crop."""
+    """Draw the size of every scan in voxels of its target spacing, and the crop."""
     for name, colour in colours.items():
-        shapes = [
-            resampled_shape(*transposed_geometry(row), row_spacing(row, plan.data))
-            for row in rows
-            if row.modality == name
-        ]
-        axis.scatter(
-            [(y * x) ** 0.5 for _, y, x in shapes],
-            [max(z, 1) for z, _, _ in shapes],
-            s=28,
-            alpha=0.35,
-            color=colour,
-            linewidths=0,
-        )
+        in_plane, num_slices = [], []
+        for row in rows:
+            if row.modality == name:
+                target_mm = row_spacing(row, plan.data)
+                z, y, x = resampled_shape(*transposed_geometry(row), target_mm)
+                in_plane.append((y * x) ** 0.5)
+                # The logarithmic axis has no 0.
+                num_slices.append(max(z, 1))
+
+        axis.scatter(in_plane, num_slices, s=28, alpha=0.35, color=colour, linewidths=0)
+
     z, y, x = crop = plan.sequence.crop_size_vox
-    wide = (y * x) ** 0.5
-    blocks = volume(crop) // volume(plan.encoder.token_size_vox)
-    axis.axvline(wide, color="black", linewidth=1)
-    axis.axhline(
-        z,
-        color="black",
-        linewidth=1,
-        label=f"crop {z} x {y} x {x}, {blocks} tokens; smaller scans are padded",
-    )
+    num_tokens = volume(crop) // volume(plan.encoder.token_size_vox)
+    label = f"crop {z} x {y} x {x}, {num_tokens} tokens; smaller scans are padded"
+    axis.axvline((y * x) ** 0.5, color="black", linewidth=1)
+    axis.axhline(z, color="black", linewidth=1, label=label)
     axis.set(
         xlabel="in-plane size, voxels (geometric mean of y and x)",
         ylabel="slices",
         title="Size at the target spacing",
     )
-    _log_axes(axis)
+    _make_logarithmic(axis)
 
 
 def _draw_intensities(
@@ -164,96 +177,85 @@ def _draw_intensities(
     fingerprint: Fingerprint,
     colour: str,
 ) -> None:
-    """Each scan's intensities inside the body as a line: thin 0.5 to 99.5, thick 5 to 95, dot
-    median.
+    """Draw the intensities inside the body of each scan as a vertical line.
+
+    The line is thin from 0.5 to 99.5 %, thick from 5 to 95 %, and has a dot at the median.
     """
+    # Each: (0.5 %, 5 %, median, 95 %, 99.5 %), sorted by the median
     known = sorted((row.percentiles for row in rows if row.percentiles), key=lambda p: p[2])
-    lines = known[:: -(-len(known) // MAX_LINES) or 1]
-    for place, (lowest, low, middle, high, highest) in enumerate(lines):
-        axis.plot([place, place], [lowest, highest], color=colour, linewidth=0.6, alpha=0.6)
-        axis.plot([place, place], [low, high], color=colour, linewidth=2, alpha=0.6)
-        axis.plot([place], [middle], marker=".", markersize=3, color="black")
-    unit = "raw values"
-    if name == "CT":
-        unit = "HU"
-        if fingerprint.ct_window:
-            for value in (
-                fingerprint.ct_window.percentile_00_5,
-                fingerprint.ct_window.percentile_99_5,
-            ):
-                axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
-    elif (
-        lines
-        and min(p[0] for p in lines) > 0
-        and max(p[4] for p in lines) > LOG_BEYOND * min(p[4] for p in lines)
-    ):
-        axis.set_yscale("log")
-    coarse = numbers.anisotropy
+    every = max(1, -(-len(known) // MAX_LINES))
+    lines = known[::every]
+
+    for x, (lowest, low, median, high, highest) in enumerate(lines):
+        axis.plot([x, x], [lowest, highest], color=colour, linewidth=0.6, alpha=0.6)
+        axis.plot([x, x], [low, high], color=colour, linewidth=2, alpha=0.6)
+        axis.plot([x], [median], marker=".", markersize=3, color="black")
+
+    if name == "CT" and fingerprint.ct_window:
+        window = fingerprint.ct_window
+        for value in (window.percentile_00_5, window.percentile_99_5):
+            axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
+
+    if name != "CT" and lines:
+        highest_values = [percentiles[4] for percentiles in lines]
+        is_positive = min(percentiles[0] for percentiles in lines) > 0
+        if is_positive and max(highest_values) > LOGARITHMIC_FROM * min(highest_values):
+            axis.set_yscale("log")
+
+    anisotropy = numbers.anisotropy
     axis.set(
         xlabel=f"{len(lines)} of {len(rows)} scans, by median",
-        ylabel=unit,
+        ylabel="HU" if name == "CT" else "raw values",
         xticks=[],
-        title=f"{name}: intensities inside the body\nanisotropy {coarse.median[0]:.3g} "
-        f"({coarse.p10[0]:.3g} to {coarse.p90[0]:.3g})",
+        title=f"{name}: intensities inside the body\nanisotropy {anisotropy.median[0]:.3g} "
+        f"({anisotropy.p10[0]:.3g} to {anisotropy.p90[0]:.3g})",
     )
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3, axis="y")
 
 
 def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
-    """The groups as a table."""
-    axis.axis("off")
-    heads = (
-        "scans",
-        "modality",
-        "own spacing, median mm",
-        "target mm",
-        "size p10",
-        "size median",
-        "size p90",
-        "million voxels",
-    )
-    cells = [_cells(group) for group in fingerprint.groups[:MAX_GROUPS]]
+    """Draw the spacing groups as a table."""
+    cells = [_table_row(group) for group in fingerprint.groups[:MAX_GROUPS]]
     table = axis.table(
         cellText=cells,
-        colLabels=heads,
+        colLabels=TABLE_HEADER,
         loc="upper center",
         cellLoc="center",
-        colWidths=(0.06, 0.1, 0.17, 0.15, 0.14, 0.14, 0.14, 0.1),
+        colWidths=TABLE_WIDTHS,
     )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     table.scale(1, 1.3)
-    more = len(fingerprint.groups) - len(cells)
-    axis.set_title(
-        "Target spacings (z x y x x, coarsest axis "
-        f"first){f', {more} more groups in fingerprint.json' if more else ''}",
-        fontsize=10,
-    )
+
+    title = "Target spacings (z x y x x, coarsest axis first)"
+    num_more = len(fingerprint.groups) - len(cells)
+    if num_more:
+        title += f", {num_more} more groups in fingerprint.json"
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
 
 
-def _cells(group: GroupPrint) -> list[str]:
-    sizes = (group.shape_vox.p10, group.shape_vox.median, group.shape_vox.p90)
-    shapes = [" x ".join(f"{v:.0f}" for v in size) for size in sizes]
-    spacings = [
-        " x ".join(f"{v:.3g}" for v in spacing) for spacing in (group.native_mm, group.spacing_mm)
-    ]
-    return [
-        str(group.num_scans),
-        group.modality or "all",
-        *spacings,
-        *shapes,
-        f"{group.total_vox / 1e6:.3g}",
-    ]
+def _table_row(group: GroupPrint) -> list[str]:
+    row = [str(group.num_scans), group.modality or "all"]
+    for spacing_mm in (group.native_mm, group.spacing_mm):
+        row.append(" x ".join(f"{value:.3g}" for value in spacing_mm))
+    for size in (group.shape_vox.p10, group.shape_vox.median, group.shape_vox.p90):
+        row.append(" x ".join(f"{value:.0f}" for value in size))
+    row.append(f"{group.total_vox / 1e6:.3g}")
+    return row
 
 
-def _log_axes(axis: Any) -> None:
+def _make_logarithmic(axis: Any) -> None:
+    """Give both axes a logarithmic scale with plain numbers, a grid, and a legend."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    for side, set_scale in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
-        set_scale("log")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         side.set_major_formatter(StrMethodFormatter("{x:g}"))
         side.set_minor_formatter(NullFormatter())
+
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -1,7 +1,7 @@
-"""Where metrics also go:
+"""Copies of the metrics for TensorBoard and W&B.
 
-TensorBoard if it is installed, W&B if nnU-Net's own switch is on. Neither can stop or slow a run
-much.
+TensorBoard is used if it is installed, W&B if nnU-Net's own switch is on. Neither can end a run or
+slow it down much.
 """
 
 import importlib
@@ -30,8 +30,9 @@ QUIET: dict[str, Any] = {
     "x_disable_machine_info": True,
     "x_save_requirements": False,
 }
-"""So that W&B waits for nobody and takes no host name, code, packages or printed lines; some
-versions know only part of it.
+"""W&B must not wait for an answer, and must not collect host name, code, packages or printed lines.
+
+Some versions of W&B know only a part of these settings.
 """
 
 
@@ -42,38 +43,42 @@ class Sink(Protocol):
         """Take one value."""
 
     def close(self) -> None:
-        """Hand over what is still held back."""
+        """Write what is still held back."""
 
 
 def open_sinks(folder: Path, name: str, first_step: int) -> list[Sink]:
-    """The sinks of this run; what cannot be opened is named in one line and left out.
+    """Open the sinks of this run; one that cannot be opened is named in the log and left out.
 
     Args:
-        folder: of the run; events lie in ``tensorboard/`` and ``wandb/`` below it.
-        first_step: values of this step and later ones come again.
+        folder: the run's folder; events are written to ``tensorboard/`` and ``wandb/`` below it.
+        first_step: values of this step and later ones will be logged again.
 
     Raises:
-        UsageError: nnU-Net's switch holds neither 0 nor 1.
+        UsageError: nnU-Net's switch is neither 0 nor 1.
     """
-    wanted = wandb_enabled()
+    # A wrong switch is refused before anything is opened.
+    is_wandb_wanted = wandb_enabled()
+
     opened: list[Sink] = []
     if importlib.util.find_spec("tensorboard") is not None:
         _try(opened, "TensorBoard", lambda: TensorBoard(folder / "tensorboard", first_step))
-    if wanted:
+    if is_wandb_wanted:
         _try(opened, "W&B", lambda: WeightsAndBiases(folder, name, first_step))
     return opened
 
 
 def wandb_enabled() -> bool:
-    """Whether nnU-Net's switch for W&B is on.
+    """Return whether nnU-Net's switch for W&B is on.
 
     Raises:
-        UsageError: it holds anything but 0, 1, True or False.
+        UsageError: the switch is not 0, 1, True or False.
     """
     value = os.environ.get(SWITCH, "0").lower()
     if value not in ("0", "1", "true", "false"):
         raise UsageError(
-            f"{SWITCH}={os.environ[SWITCH]}: nnU-Net knows 0 (off) and 1 (on); type: unset {SWITCH}"
+            f"{SWITCH}={os.environ[SWITCH]} is not known to nnU-Net, which knows 0 (off) and 1 "
+            f"(on); type: unset {SWITCH}",
+            code="wandb-switch",
         )
     return value in ("1", "true")
 
@@ -82,18 +87,23 @@ def _try(opened: list[Sink], what: str, make: Any) -> None:
     try:
         opened.append(make())
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning(
             "%s could not be started (%s); the run goes on without it, metrics.jsonl has every "
             "value",
             what,
-            why,
+            _first_line(error),
         )
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class Guarded:
-    """A sink that is dropped, with one line, at its first failure: a full disk or a lost network
-    ends no training.
+    """A sink that is dropped at its first failure, with one line in the log.
+
+    A full disk or a lost network must not end a training.
     """
 
     what = ""
@@ -106,7 +116,7 @@ class Guarded:
         self._guard(lambda: self._log(step, name, value))
 
     def close(self) -> None:
-        """Hand over what is still held back."""
+        """Write what is still held back."""
         self._guard(self._close)
 
     def _guard(self, call: Any) -> None:
@@ -119,7 +129,7 @@ class Guarded:
             log.warning(
                 "%s takes no more metrics (%s); the run goes on without it",
                 self.what,
-                (str(error).splitlines() or ["?"])[0],
+                _first_line(error),
             )
 
     def _log(self, step: int, name: str, value: float) -> None:
@@ -130,7 +140,7 @@ class Guarded:
 
 
 class TensorBoard(Guarded):
-    """Events for ``tensorboard --logdir``; values of steps that run again are purged."""
+    """Writes events for ``tensorboard --logdir``; values of steps that run again are purged."""
 
     what = "TensorBoard"
 
@@ -148,9 +158,9 @@ class TensorBoard(Guarded):
 
 
 class WeightsAndBiases(Guarded):
-    """The project and mode that nnU-Net's variables name.
+    """Sends metrics to the project, and in the mode, that nnU-Net's variables name.
 
-    Metrics are sent and nothing else: no plan, paths or scans.
+    Nothing but metrics is sent: no plan, paths or scans.
     """
 
     what = "W&B"
@@ -160,7 +170,7 @@ class WeightsAndBiases(Guarded):
         wandb = importlib.import_module("wandb")
         mode = os.environ.get(MODE, "online")
         known = getattr(wandb.Settings, "model_fields", None) or vars(wandb.Settings())
-        settings = wandb.Settings(**{name: value for name, value in QUIET.items() if name in known})
+        quiet = {name: value for name, value in QUIET.items() if name in known}
         self.run: Any = wandb.init(
             project=os.environ.get(PROJECT, "nnunet"),
             dir=str(folder),
@@ -168,7 +178,7 @@ class WeightsAndBiases(Guarded):
             id=_lasting_id(folder),
             resume="allow",
             mode=mode,
-            settings=settings,
+            settings=wandb.Settings(**quiet),
         )
         self.first_step = max(first_step, int(self.run.step))
 
@@ -181,7 +191,7 @@ class WeightsAndBiases(Guarded):
 
 
 def _lasting_id(folder: Path) -> str:
-    """One random name for all continuations of a run."""
+    """Return one random id for all continuations of a run."""
     import secrets
 
     path = folder / ID_NAME

@@ -1,12 +1,9 @@
-"""True, trivial and predicted slices of held-out scans, and the error, as small pictures inside
-SVG.
-"""
+"""Slices of validation scans as small pictures: the truth, trivial and actual prediction, error."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,17 +19,27 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
 
 NUM_SAMPLES = 4
 AXES = ((0, "y-x plane"), (1, "z-x plane"))
-TITLES = ("true", "nothing predicted", "predicted", "error")
-ERROR_REACH = 0.5
-"""The error's brightest colour, as a share of the truth's grey range."""
+LARGEST_ERROR = 0.5
+"""Errors of this share of the truth's grey range, and larger ones, have the brightest colour."""
+
+GIVEN_COLOUR = (0x00, 0x72, 0xB2)
+BORDER_COLOUR = (0x62, 0xB8, 0xF0)
+TINT = 0.28
+"""How much of the colour of the given part is the tint."""
 
 
 @dataclass(frozen=True)
-class Slice:
-    """One plane of one sample: all (H, W). ``aspect`` is the height of a pixel over its width."""
+class Plane:
+    """One plane of one sample. Every array is (H, W).
+
+    Attributes:
+        aspect: height of a pixel divided by its width.
+        grey: the intensities that are drawn black and white.
+    """
 
     name: str
     aspect: float
@@ -47,161 +54,162 @@ class Slice:
 
 @dataclass(frozen=True)
 class Picture:
-    """One held-out sample: how many of its blocks were given, and its planes."""
+    """One validation sample: how many of its blocks were given, and its planes."""
 
     num_given: int
     num_blocks: int
-    slices: tuple[Slice, ...]
+    planes: tuple[Plane, ...]
 
 
 def held_out_pictures(
-    objective: "Objective", batches: Sequence["Batch"], device: "torch.device", spacing_mm: Spacing
+    objective: "Objective",
+    batches: Sequence["Batch"],
+    device: "torch.device",
+    spacing_mm: Spacing,
 ) -> list[Picture]:
-    """The first few held-out samples under the objective's present weights; each costs one forward
-    pass of its batch.
+    """Return pictures of the first few validation samples under the objective's present weights.
+
+    Each batch that is needed costs one forward pass.
     """
     import torch
 
     was_training = objective.module.training
     objective.module.eval()
     pictures: list[Picture] = []
+
     try:
         for batch in batches:
             if len(pictures) >= NUM_SAMPLES:
                 break
+
             with torch.no_grad():
                 made = objective.reconstruct(batch.to(device))
+
+            # Each part: (B, M, Z, Y, X)
             parts = {
                 name: getattr(made, name).float().cpu().numpy()
                 for name in ("truth", "trivial", "predicted", "given", "scored", "real")
             }
-            blocks = (batch.ranks.amax(dim=1) + 1).tolist()
-            pictures += [
-                Picture(
-                    given,
-                    blocks[b],
-                    _planes({name: part[b] for name, part in parts.items()}, spacing_mm),
-                )
-                for b, given in enumerate(batch.prefix.tolist())
-            ]
+            num_blocks = (batch.ranks.amax(dim=1) + 1).tolist()
+
+            for index, num_given in enumerate(batch.prefix.tolist()):
+                sample = {name: part[index] for name, part in parts.items()}
+                planes = _planes(sample, spacing_mm)
+                pictures.append(Picture(num_given, num_blocks[index], planes))
     finally:
         objective.module.train(was_training)
+
     return pictures[:NUM_SAMPLES]
 
 
-def _planes(parts: dict[str, Floats], spacing_mm: Spacing) -> tuple[Slice, ...]:
-    """Two planes of that of a sample's members in which most was asked for."""
-    member = int(parts["scored"].sum(axis=(1, 2, 3)).argmax())
-    own = {name: part[member] for name, part in parts.items()}
-    seen = own["truth"][own["real"] > 0]
-    low, high = np.percentile(seen, [1, 99]) if seen.size else (0.0, 1.0)
+def _planes(sample: Mapping[str, Floats], spacing_mm: Spacing) -> tuple[Plane, ...]:
+    """Return two planes through the member of a sample in which most voxels were predicted."""
+    member = int(sample["scored"].sum(axis=(1, 2, 3)).argmax())
+    # Each volume: (Z, Y, X)
+    volumes = {name: part[member] for name, part in sample.items()}
+
+    voxels = volumes["truth"][volumes["real"] > 0]
+    low, high = np.percentile(voxels, [1, 99]) if voxels.size else (0.0, 1.0)
     grey = (float(low), float(max(high, low + 1e-3)))
-    return tuple(_slice(own, axis, name, spacing_mm, grey) for axis, name in AXES)
+    return tuple(_plane(volumes, axis, name, spacing_mm, grey) for axis, name in AXES)
 
 
-def _slice(
-    own: dict[str, Floats], axis: int, name: str, spacing_mm: Spacing, grey: tuple[float, float]
-) -> Slice:
-    """The plane across ``axis`` where most is to be seen of what was asked for."""
+def _plane(
+    volumes: Mapping[str, Floats],
+    axis: int,
+    name: str,
+    spacing_mm: Spacing,
+    grey: tuple[float, float],
+) -> Plane:
+    """Return the plane across ``axis`` in which the predicted part has most structure."""
     others = tuple(a for a in range(3) if a != axis)
-    busy = (own["scored"] * np.abs(own["truth"] - own["trivial"])).sum(axis=others)
-    cut = {key: np.take(part, int(busy.argmax()), axis=axis) for key, part in own.items()}
-    height, width = (spacing_mm[a] for a in others)
-    flags = {key: cut[key] > 0 for key in ("given", "scored", "real")}
-    return Slice(
-        name,
-        height / width,
-        cut["truth"],
-        cut["trivial"],
-        cut["predicted"],
-        flags["given"],
-        flags["scored"],
-        flags["real"],
-        grey,
+    structure = volumes["scored"] * np.abs(volumes["truth"] - volumes["trivial"])
+    position = int(structure.sum(axis=others).argmax())
+
+    cut = {key: np.take(volume, position, axis=axis) for key, volume in volumes.items()}
+    height_mm, width_mm = (spacing_mm[a] for a in others)
+    return Plane(
+        name=name,
+        aspect=height_mm / width_mm,
+        truth=cut["truth"],
+        trivial=cut["trivial"],
+        predicted=cut["predicted"],
+        given=cut["given"] > 0,
+        scored=cut["scored"] > 0,
+        real=cut["real"] > 0,
+        grey=grey,
     )
 
 
-def panels(cut: Slice) -> list[tuple[str, str]]:
-    """(title, SVG) of the truth, the trivial prediction, the prediction, and its error."""
-    low, high = cut.grey
-    shown = cut.given | cut.scored
-    trivial, predicted = (
-        np.where(cut.given, cut.truth, made) for made in (cut.trivial, cut.predicted)
-    )
-    error = np.abs(cut.predicted - cut.truth) / ((high - low) * ERROR_REACH)
-    greys = [_grey((image - low) / (high - low)) for image in (cut.truth, trivial, predicted)]
-    pictures = [
-        (greys[0], cut.real),
-        (greys[1], shown),
-        (greys[2], shown),
-        (_coloured(error), cut.scored),
-    ]
-    return [
-        (title, _svg(cut, title, image, visible))
-        for title, (image, visible) in zip(TITLES, pictures, strict=True)
-    ]
+def panels(plane: Plane) -> list[tuple[str, str]]:
+    """Return (title, HTML image) of the truth, the trivial prediction, the prediction, its error.
 
-
-def _grey(values: Floats) -> NDArray[np.uint8]:
-    level = (np.clip(values, 0, 1) * 255).astype(np.uint8)
-    return np.repeat(level[..., None], 3, axis=-1)
-
-
-def _coloured(values: Floats) -> NDArray[np.uint8]:
-    import matplotlib
-
-    coloured = matplotlib.colormaps["inferno"](np.clip(values, 0, 1), bytes=True)
-    return np.asarray(coloured[..., :3], dtype=np.uint8)
-
-
-def _svg(cut: Slice, title: str, image: NDArray[np.uint8], visible: Bools) -> str:
-    """The image with what was given tinted and outlined; what is not ``visible`` lets the page's
-    hatching through.
+    The given part is tinted. What there is nothing to say about is transparent.
     """
-    rows, columns = visible.shape
-    height = rows * cut.aspect
-    alt = f"{title}, {cut.name}: {100 * cut.given.mean():.0f} % of the picture was given"
-    data = base64.b64encode(_png(np.dstack([image, visible.astype(np.uint8) * 255]))).decode()
-    fill, edge = _outline(cut.given)
-    return (
-        f'<svg class="slice" viewBox="0 0 {columns} {height:.2f}" role="img" aria-label="{alt}">'
-        f'<image width="{columns}" height="{height:.2f}" preserveAspectRatio="none" '
-        f'href="data:image/png;base64,{data}"/>'
-        f'<g transform="scale(1 {cut.aspect:.4f})"><path class="given" d="{fill}"/><path '
-        f'class="edge" d="{edge}"/></g></svg>'
-    )
+    from matplotlib import colormaps
+
+    low, high = plane.grey
+    shown = plane.given | plane.scored
+    trivial = np.where(plane.given, plane.truth, plane.trivial)
+    predicted = np.where(plane.given, plane.truth, plane.predicted)
+    error = np.abs(plane.predicted - plane.truth) / ((high - low) * LARGEST_ERROR)
+
+    def grey(values: Floats) -> Bytes:
+        return np.asarray(colormaps["gray"]((values - low) / (high - low), bytes=True))
+
+    # Each image: (H, W, 4)
+    images = [
+        ("true", grey(plane.truth), plane.real),
+        ("nothing predicted", grey(trivial), shown),
+        ("predicted", grey(predicted), shown),
+        ("error", np.asarray(colormaps["inferno"](error, bytes=True)), plane.scored),
+    ]
+
+    percent = 100 * plane.given.mean()
+    found = []
+    for title, image, visible in images:
+        alt = f"{title}, {plane.name}: {percent:.0f} % of the picture was given"
+        found.append((title, _image(tinted(image, visible, plane.given), plane.aspect, alt)))
+    return found
 
 
-def _outline(region: Bools) -> tuple[str, str]:
-    """Path data of a region in pixels: its rows of equal pixels as rectangles, and its border
-    towards the rest of the picture.
+def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
+    """Return the image with the given part tinted and bordered, transparent where not visible.
+
+    Args:
+        image: (H, W, 4), red, green, blue and opacity.
+        visible: (H, W).
+        given: (H, W).
     """
-    fill, edge = [], []
-    changes = np.flatnonzero(np.any(region[1:] != region[:-1], axis=1)) + 1
-    bounds = [0, *changes.tolist(), region.shape[0]]
-    for top, bottom in pairwise(bounds):
-        for left, right in _runs(region[top]):
-            fill.append(f"M{left} {top}h{right - left}v{bottom - top}h{left - right}z")
-            edge += [f"M{x} {top}v{bottom - top}" for x in (left, right) if 0 < x < region.shape[1]]
-    for y in changes.tolist():
-        edge += [f"M{left} {y}h{right - left}" for left, right in _runs(region[y] != region[y - 1])]
-    return "".join(fill), "".join(edge)
+    made = image.copy()
+    made[..., 3] = np.where(visible, 255, 0)
+
+    mixed = (1 - TINT) * image[given, :3] + TINT * np.asarray(GIVEN_COLOUR)
+    made[given, :3] = mixed.astype(np.uint8)
+    # Where nothing else is visible, the tint alone is.
+    made[given & ~visible] = (*GIVEN_COLOUR, round(255 * TINT))
+
+    made[_border(given)] = (*BORDER_COLOUR, 255)
+    return made
 
 
-def _runs(row: Bools) -> list[tuple[int, int]]:
-    """[start, end) of every stretch of True."""
-    padded = np.concatenate([[False], row, [False]]).astype(np.int8)
-    change = np.diff(padded)
-    return list(
-        zip(
-            np.flatnonzero(change == 1).tolist(), np.flatnonzero(change == -1).tolist(), strict=True
-        )
-    )
+def _border(region: Bools) -> Bools:
+    """Return the pixels of a region that touch the rest of the picture."""
+    padded = np.pad(region, 1, mode="edge")
+    neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+    return region & ~np.logical_and.reduce(neighbours)
 
 
-def _png(rgba: NDArray[np.uint8]) -> bytes:
+def _image(rgba: Bytes, aspect: float, alt: str) -> str:
+    """Return the pixels as an HTML image that holds its own data."""
     from matplotlib.image import imsave
 
-    buffer = io.BytesIO()
-    imsave(buffer, rgba, format="png")
-    return buffer.getvalue()
+    png = io.BytesIO()
+    imsave(png, rgba, format="png", metadata={"Software": None})
+    data = base64.b64encode(png.getvalue()).decode()
+
+    height, width = rgba.shape[:2]
+    return (
+        f'<img class="slice" alt="{alt}" style="aspect-ratio:{width / (height * aspect):.4f}" '
+        f'src="data:image/png;base64,{data}">'
+    )

@@ -21,7 +21,8 @@ from nnunet_autoreg.errors import AutoregError, CheckpointError, StoreError
 from nnunet_autoreg.plan import OptimPlan, RunPlan
 from nnunet_autoreg.pretrain.loop import Trainer
 from nnunet_autoreg.pretrain.signals import InterruptedRunError
-from nnunet_autoreg.report.metrics import MetricsFile, draw_progress, read_lines
+from nnunet_autoreg.report.charts import draw_progress
+from nnunet_autoreg.report.metrics import MetricsFile, read_lines
 from nnunet_autoreg.sampling.sample import collate
 from nnunet_autoreg.stopping import stoppable
 

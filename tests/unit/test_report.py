@@ -1,7 +1,6 @@
 """report.html: whole, self-contained, true to scans.csv, and silent about who was scanned."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,10 +9,12 @@ import textwrap
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sizes import encoder_size
@@ -29,11 +30,21 @@ from nnunet_autoreg.plan import (
 )
 from nnunet_autoreg.pretrain.display import Gauges, gauges, postfix
 from nnunet_autoreg.report import sinks
-from nnunet_autoreg.report.curves import Line, chart, thinned
+from nnunet_autoreg.report.charts import (
+    COLOURS,
+    Chart,
+    Curve,
+    description,
+    error_chart,
+    health_charts,
+    learning_charts,
+    svg,
+    thinned,
+)
 from nnunet_autoreg.report.metrics import MetricsFile, read_lines
 from nnunet_autoreg.report.report import REPORT_NAME, Reporter, Setting, verdict
 from nnunet_autoreg.report.scans import without_names
-from nnunet_autoreg.report.slices import _outline, held_out_pictures, panels
+from nnunet_autoreg.report.slices import BORDER_COLOUR, held_out_pictures, panels, tinted
 from nnunet_autoreg.sampling.sample import Sample, collate
 
 TINY = encoder_size("primus_tiny")
@@ -133,7 +144,7 @@ def run_folder(tmp_path):
     return tmp_path
 
 
-VOID = {"meta", "br", "circle", "line", "image", "path", "polyline"}
+VOID = {"meta", "br", "img"}
 
 
 class Reader(HTMLParser):
@@ -141,14 +152,8 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.rows, self.links, self.ids, self.headings, self.named = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+        self.open, self.rows, self.links = [], [], []
+        self.ids, self.headings, self.named = [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -163,6 +168,8 @@ class Reader(HTMLParser):
         self.ids += [given["id"]] if "id" in given else []
         if given.get("role") == "img":
             self.named.append(given.get("aria-label", ""))
+        if tag == "img":
+            self.named.append(given.get("alt", ""))
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -176,7 +183,9 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_startendtag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name == "href"]
+        given = dict(attributes)
+        self.links += [given["href"]] if "href" in given else []
+        self.ids += [given["id"]] if "id" in given else []
 
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th", "li", "ul"):
@@ -193,19 +202,35 @@ def written(folder, objective, batch):
     return (folder / REPORT_NAME).read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_refers_to_nothing_outside(run_folder, objective, batch):
+def test_the_page_is_well_formed_and_loads_nothing(run_folder, objective, batch):
     text = written(run_folder, objective, batch)
+
     page = Reader(text)
-    assert [
-        link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))
-    ] == []
-    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+    inside = [link[1:] for link in page.links if link.startswith("#")]
+    outside = [link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))]
+    assert outside == []
+    assert set(inside) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
     assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", text)
-    assert len(text) < 1_500_000
+    assert len(text) < 250_000
+
+
+def test_charts_follow_the_dark_page(run_folder, objective, batch):
+    text = written(run_folder, objective, batch)
+
+    _, light, dark = re.split(r":root \{", text[: text.index("/* Text. */")])
+    charts = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    for name, colour in COLOURS.items():
+        assert f"--{name}: {colour};" in light
+        assert f"--{name}: #" in dark
+    assert set(re.findall(r"var\(--(\w+)\)", charts)) == set(COLOURS)
+    assert not re.search(r"#[0-9a-f]{6}\b", charts.replace("#m", ""))
 
 
 def test_its_counts_are_those_of_scans_csv(run_folder, objective, batch):
     page = Reader(written(run_folder, objective, batch))
+
     counts = Counter(r.status for r in ROWS)
     shown = {cells[0]: cells[1] for cells in page.rows if cells[0] in counts}
     assert (
@@ -220,10 +245,9 @@ def test_its_counts_are_those_of_scans_csv(run_folder, objective, batch):
     ]
 
 
-def test_no_name_number_or_path_of_a_patient_is_in_it_but_reasons_and_lines_are(
-    run_folder, objective, batch
-):
+def test_it_names_reasons_and_lines_but_no_patient(run_folder, objective, batch):
     text = written(run_folder, objective, batch)
+
     assert [secret for secret in SECRETS if secret in text] == []
     reasons = next(cells for cells in Reader(text).rows if cells[0] == "unreadable")[2]
     assert "line 6: [name] cannot be read; copy it again" in reasons
@@ -233,15 +257,15 @@ def test_no_name_number_or_path_of_a_patient_is_in_it_but_reasons_and_lines_are(
 
 def test_names_are_hidden_as_whole_words_only():
     rows = [row(1, case="hip", id="hip", source="/a/b/hip.nii.gz")]
+
     assert without_names(["hip and hippocampus 1.5/1.5 mm in /x/y.mha"], rows) == [
         "[name] and hippocampus 1.5/1.5 mm in [name]"
     ]
 
 
-def test_plan_values_stand_beside_their_reasons_and_the_request_with_its_paths_is_left_out(
-    run_folder, objective, batch
-):
+def test_plan_values_have_reasons_and_the_request_is_left_out(run_folder, objective, batch):
     page = Reader(written(run_folder, objective, batch))
+
     assert ["optim.lr", "0.01", "a reason & more"] in page.rows
     assert any(
         cells[0] == "sequence.crop_size_vox" and cells[1] == "16 x 16 x 16" for cells in page.rows
@@ -251,6 +275,7 @@ def test_plan_values_stand_beside_their_reasons_and_the_request_with_its_paths_i
 
 def test_the_time_spent_waiting_for_data_is_drawn_and_tabled(run_folder, objective, batch):
     page = Reader(written(run_folder, objective, batch))
+
     assert [cells[1] for cells in page.rows if cells[0] == "waiting for data"] == ["25 %"]
     assert (
         len([name for name in page.named if name.startswith("Waiting for data, steps 10 to 20: ")])
@@ -258,62 +283,69 @@ def test_the_time_spent_waiting_for_data_is_drawn_and_tabled(run_folder, objecti
     )
 
 
-def test_every_picture_has_a_text_that_says_what_it_shows_and_headings_do_not_skip_a_level(
-    run_folder, objective, batch
-):
+def test_every_picture_has_a_text_and_no_heading_level_is_skipped(run_folder, objective, batch):
     page = Reader(written(run_folder, objective, batch))
-    assert len(page.named) == len([n for n in page.named if len(n) > 10]) == 8 + 2 * 2 * 4
+
+    num_charts, num_panels = 9, 2 * 2 * 4
+    assert len([text for text in page.named if len(text) > 10]) == num_charts + num_panels
     assert (
-        "Next-block error, steps 10 to 20: held-out from 0.8 to 0.8; training from 1 to 1; mean "
+        "Next-block error, steps 10 to 20: validation from 0.8 to 0.8; training from 1 to 1; mean "
         "from 1 to 1" in page.named
     )
+
     levels = [int(tag[1]) for tag, _ in page.headings]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
     assert ("h1", "Pretraining: tiny <run>") in page.headings
 
 
-def test_what_training_said_in_words_is_shown_at_the_top(run_folder, objective, batch):
+def test_warnings_of_the_training_are_shown_at_the_top(run_folder, objective, batch):
     text = written(run_folder, objective, batch)
+
     assert text.index("At step 20: collapse: words &lt;of&gt; warning") < text.index('id="next"')
 
 
 def test_what_to_type_next_depends_on_where_the_run_stands(run_folder, objective, batch):
-    assert "nnUNetv2_plan_and_preprocess -d 4 -pl AutoregPlanner" in written(
-        run_folder, objective, batch
-    )
+    finished = written(run_folder, objective, batch)
+    # Drops what was logged from step 15 on.
     MetricsFile(run_folder / "metrics.jsonl", 15)
-    text = written(run_folder, objective, batch)
-    assert (
-        "nnUNetv2" not in text
-        and "last step logged is 10 of 20" in text
-        and "type the same autoreg_pretrain line" in text
+    unfinished = written(run_folder, objective, batch)
+
+    assert "nnUNetv2_plan_and_preprocess -d 4 -pl AutoregPlanner" in finished
+    assert "nnUNetv2" not in unfinished
+    assert "10 of 20" in unfinished
+    assert "autoreg_pretrain" in unfinished
+
+
+def verdict_of(error, steps=20):
+    return verdict(
+        PLAN,
+        {
+            "heldout_error": [(steps, error)],
+            "heldout_mean": [(steps, 1.0)],
+            "heldout_copy": [(steps, 2.0)],
+        },
     )
 
 
 def test_the_verdict_compares_with_the_better_baseline():
-    def said(error, steps=20):
-        return verdict(
-            PLAN,
-            {
-                "heldout_error": [(steps, error)],
-                "heldout_mean": [(steps, 1.0)],
-                "heldout_copy": [(steps, 2.0)],
-            },
-        )
+    is_good, sentence = verdict_of(0.8)
 
-    assert said(0.8)[0] and said(0.8)[1].startswith("It learns: held-out next-block error 0.800")
-    assert "20 % below" in said(0.8)[1]
-    assert said(1.2)[1].startswith("It has not learned to predict yet") and not said(1.2)[0]
-    assert said(1.2, steps=1)[1].startswith("Too early to say")
-    assert verdict(PLAN, {}) == (
-        False,
-        "Nothing says whether it learns: no scan was held out (that takes two cases or more), or "
-        "none "
-        "was looked at yet.",
-    )
+    assert is_good
+    for value in ("0.800", "1.000", "2.000", "20 %"):
+        assert value in sentence
 
 
-def test_a_perfect_prediction_gives_back_the_truth_and_a_prediction_of_0_the_token_means(
+def test_the_verdict_is_bad_above_the_baseline_but_not_during_warmup():
+    assert not verdict_of(1.2)[0]
+    assert verdict_of(1.2, steps=1)[0]
+    assert verdict_of(1.2)[1] != verdict_of(1.2, steps=1)[1]
+
+
+def test_the_verdict_is_bad_without_validation_scans():
+    assert not verdict(PLAN, {})[0]
+
+
+def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
     objective, batch, monkeypatch
 ):
     tokens = objective._tokens(batch.voxels)
@@ -340,14 +372,16 @@ def test_a_perfect_prediction_gives_back_the_truth_and_a_prediction_of_0_the_tok
     assert not (nothing.scored & ~batch.real).any()
 
 
-def test_pictures_leave_the_model_in_training_mode_and_the_random_state_alone(objective, batch):
+def test_pictures_leave_training_mode_and_random_state_alone(objective, batch):
     objective.module.train()
     before = torch.get_rng_state()
+
     pictures = held_out_pictures(objective, [batch], torch.device("cpu"), (1.0, 1.0, 2.0))
+
     assert objective.module.training and torch.equal(before, torch.get_rng_state())
     assert [(p.num_given, p.num_blocks) for p in pictures] == [(1, 8), (4, 8)]
-    assert [cut.aspect for cut in pictures[0].slices] == [0.5, 0.5]
-    assert [title for title, _ in panels(pictures[0].slices[0])] == [
+    assert [plane.aspect for plane in pictures[0].planes] == [0.5, 0.5]
+    assert [title for title, _ in panels(pictures[0].planes[0])] == [
         "true",
         "nothing predicted",
         "predicted",
@@ -355,22 +389,78 @@ def test_pictures_leave_the_model_in_training_mode_and_the_random_state_alone(ob
     ]
 
 
-def test_an_outline_covers_the_region_and_runs_along_its_inner_borders_only():
-    region = np.zeros((3, 4), bool)
-    region[0, :], region[1, :2] = True, True
-    assert _outline(region) == ("M0 0h4v1h-4zM0 1h2v1h-2z", "M2 1v1M2 1h2M0 2h2")
+def test_the_given_part_is_tinted_and_bordered_towards_the_rest_only():
+    image = np.full((4, 4, 4), 100, np.uint8)
+    visible = np.ones((4, 4), bool)
+    visible[3] = False
+    given = np.zeros((4, 4), bool)
+    given[:3] = True
+
+    made = tinted(image, visible, given)
+
+    # 0.72 * 100 + 0.28 * (0, 114, 178)
+    assert (made[:2] == (72, 103, 121, 255)).all()
+    assert (made[2] == (*BORDER_COLOUR, 255)).all()
+    assert (made[3, :, 3] == 0).all()
+    assert (image == 100).all()
 
 
-def test_a_chart_keeps_to_240_points_that_are_means_and_skips_what_is_not_finite():
+def test_a_chart_has_at_most_240_points_that_are_means():
     points = [(float(i), float(i % 2)) for i in range(2400)]
-    assert len(thinned(points)) == 240 and {value for _, value in thinned(points)} == {0.5}
-    assert chart("t", "u", [Line("a", [(1.0, float("nan"))])]) == ""
-    assert chart("t", "u", [Line("a", [(1.0, 2.0)])]).count("<circle") == 1
+
+    kept = thinned(points)
+
+    assert len(kept) == 240
+    assert {value for _, value in kept} == {0.5}
+    assert kept[-1][0] == 2399
 
 
-def test_gauges_tell_tokens_per_second_and_memory_and_no_share_of_a_peak_that_was_not_measured(
-    objective, batch
-):
+def test_values_that_are_not_finite_are_left_out():
+    nan, inf = float("nan"), float("inf")
+
+    assert learning_charts({"lr": [(1.0, nan), (2.0, inf)]}) == []
+    (chart,) = learning_charts({"lr": [(1.0, nan), (2.0, 0.5)]})
+    assert list(chart.curves[0].points) == [(2.0, 0.5)]
+
+
+def test_a_baseline_far_above_the_others_is_named_and_not_drawn():
+    series = {"train_error": [(1.0, 1.0)], "heldout_copy": [(1.0, 1.19)]}
+    near = error_chart(series)
+    far = error_chart({**series, "heldout_copy": [(1.0, 1.21)]})
+
+    assert [curve.label for curve in near.curves] == ["training", "copy"]
+    assert [curve.label for curve in far.curves] == ["training"]
+    assert "1.21" in far.note
+
+
+def test_every_metric_is_drawn_once():
+    names = ("lr", "train_error", "heldout_error_spatial", "probe_voxels", "something_new")
+    series = {name: [(1.0, 0.5)] for name in (*names, "peak_memory")}
+
+    charts = [*learning_charts(series), *health_charts(series)]
+
+    assert [chart.title for chart in charts] == [
+        "Next-block error",
+        "Validation error by kind of sequences",
+        "Learning rate",
+        "Frozen probe on labels",
+        "Something new",
+    ]
+
+
+def test_a_chart_is_small_and_the_same_each_time():
+    points = [(float(i), float(i % 7)) for i in range(240)]
+    chart = Chart("Title <1>", "s", [Curve("a", points)], is_logarithmic=True)
+
+    text = svg(chart)
+
+    assert text == svg(chart)
+    assert len(text) < 7000
+    assert ">a 1<" in text
+    assert text.count(description(chart).replace("<1>", "&lt;1&gt;")) == 2
+
+
+def test_gauges_know_no_share_of_a_peak_that_was_not_measured(objective, batch):
     read = gauges(PLAN, objective, torch.device("cpu"), batch).read(0.5)
     assert read["tokens_per_second"] == (16.0, "1/s") and 0.05 < read["peak_memory"][0] < 100
     assert set(read) == {"tokens_per_second", "peak_memory"}
@@ -386,24 +476,23 @@ def test_gauges_tell_tokens_per_second_and_memory_and_no_share_of_a_peak_that_wa
     assert shown == {"error": "0.512", "tokens/s": "123k", "peak": "50%", "memory": "1.3GiB"}
 
 
-def test_a_report_that_fails_is_named_and_ends_nothing_and_the_one_before_stays(run_folder, caplog):
+def test_a_report_that_fails_is_logged_and_the_one_before_stays(run_folder, caplog):
     (run_folder / REPORT_NAME).write_text("the one before")
 
     def broken():
         raise RuntimeError("no picture")
 
     Reporter(run_folder, PLAN, Setting("cpu", 2, 1)).write(broken)
+
     assert (run_folder / REPORT_NAME).read_text() == "the one before"
-    assert (
-        "report.html could not be written (RuntimeError: no picture); training goes on"
-        in caplog.text
-    )
+    for value in (REPORT_NAME, "RuntimeError", "no picture"):
+        assert value in caplog.text
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 import test_report
 from nnunet_autoreg.report import report
 original = Path.write_text
@@ -417,11 +506,12 @@ report.Reporter(Path({folder!r}), test_report.PLAN, report.Setting("cpu", 2, 1))
 """
 
 
-def test_a_run_killed_while_it_writes_its_report_leaves_the_one_before_whole(
-    run_folder, objective, batch
-):
+def test_a_run_killed_while_it_writes_keeps_the_report_before(run_folder, objective, batch):
     before = written(run_folder, objective, batch)
-    script = textwrap.dedent(KILLED).format(tests=os.path.dirname(__file__), folder=str(run_folder))  # noqa: PTH120
+
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent)]
+    script = textwrap.dedent(KILLED).format(paths=paths, folder=str(run_folder))
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
@@ -465,9 +555,7 @@ def test_tensorboard_events_lie_in_the_runs_folder(tmp_path, monkeypatch):
     assert [(e.step, e.value) for e in events.Scalars("train_error")] == [(7, 0.25)]
 
 
-def test_wandb_follows_nnunets_switch_and_a_start_that_fails_costs_one_line(
-    tmp_path, monkeypatch, caplog
-):
+def test_wandb_follows_nnunets_switch_and_may_fail_to_start(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setenv(sinks.SWITCH, "0")
@@ -476,7 +564,7 @@ def test_wandb_follows_nnunets_switch_and_a_start_that_fails_costs_one_line(
     assert sinks.open_sinks(tmp_path, "t", 0) == []
     assert "W&B could not be started" in caplog.text
     monkeypatch.setenv(sinks.SWITCH, "yes")
-    with pytest.raises(sinks.UsageError, match="nnUNet_wandb_enabled=yes: nnU-Net knows 0"):
+    with refused(sinks.UsageError, "wandb-switch", "nnUNet_wandb_enabled=yes"):
         sinks.open_sinks(tmp_path, "t", 0)
 
 
@@ -491,10 +579,8 @@ def test_a_sink_that_fails_is_dropped_with_one_line(caplog):
     broken.log(0, "a", 1.0)
     broken.log(1, "a", 1.0)
     broken.close()
-    assert (
-        caplog.text.count("It takes no more metrics (the disk is full); the run goes on without it")
-        == 1
-    )
+
+    assert caplog.text.count("the disk is full") == 1
 
 
 def test_the_wandb_name_of_a_run_lasts_over_its_continuations(tmp_path):

@@ -1,0 +1,408 @@
+"""Charts of the logged metrics, drawn by matplotlib.
+
+``report.html`` holds every chart as an SVG, and ``progress.png`` shows all of them in one picture.
+Both are drawn by ``draw``, so that they cannot differ.
+"""
+
+import io
+import math
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report.metrics import read_lines
+
+Points = Sequence[tuple[float, float]]
+Series = Mapping[str, Points]
+
+MAX_POINTS = 240
+FAR_ABOVE = 1.2
+"""A baseline this many times above all other curves would flatten them, and is not drawn."""
+
+# Inches. At matplotlib's 72 points an inch this is 460 x 260 units, about the pixels on the page,
+# so that a font size in points is one in pixels.
+CHART_SIZE = (6.39, 3.61)
+AXES_BOX = (0.115, 0.14, 0.865, 0.735)
+FONT_SIZE = 12
+
+# The colours of the light page. The style sheet of page.html names them --main, --second, ... and
+# has other values for a dark page. People with any colour vision tell them apart.
+COLOURS = {
+    "main": "#c2410c",
+    "second": "#0072b2",
+    "base": "#59636f",
+    "base2": "#8a6d00",
+    "soft": "#59636e",
+    "line": "#d5dae0",
+}
+LINE_STYLES = {"main": "-", "second": "-", "base": "--", "base2": ":"}
+LINE_WIDTHS = {"main": 2.4, "second": 1.5, "base": 1.8, "base2": 1.8}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart.
+
+    Attributes:
+        points: (step, value), by step.
+        look: main, second, base or base2; colour, width and dashes follow from it.
+    """
+
+    label: str
+    points: Points
+    look: str = "main"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the same steps, with one unit.
+
+    Attributes:
+        note: a sentence below the chart.
+        is_logarithmic: the value axis is logarithmic where all values are greater than 0.
+    """
+
+    title: str
+    unit: str
+    curves: Sequence[Curve] = ()
+    note: str = ""
+    is_logarithmic: bool = False
+
+
+# Metrics that have a chart of their own, in the order of the page.
+LEARNING_CHARTS = {
+    "lr": Chart("Learning rate", ""),
+    "gradient_norm": Chart("Gradient norm", "before clipping", is_logarithmic=True),
+    "step_time": Chart("Time per step", "s"),
+    "tokens_per_second": Chart("Speed", "tokens per second"),
+    "data_wait": Chart("Waiting for data", "share of time"),
+}
+HEALTH_CHARTS = {
+    "token_variance": Chart(
+        "Token variance",
+        "share",
+        note="How much of the features depends on the image rather than on the position. "
+        "A value near 0 means that the features have collapsed.",
+    ),
+    "effective_rank": Chart(
+        "Effective rank",
+        "directions",
+        note="Over how many directions the features spread. "
+        "A value near 1 means that the features have collapsed.",
+    ),
+    "skipped_steps": Chart("Skipped steps", "steps"),
+}
+ERROR_CURVES = {
+    "heldout_error": ("validation", "main"),
+    "train_error": ("training", "second"),
+    "heldout_mean": ("mean", "base2"),
+    "heldout_copy": ("copy", "base"),
+}
+PROBE_CURVES = {
+    "probe_features": ("features", "main"),
+    "probe_voxels": ("voxels", "base"),
+    "probe_chance": ("chance", "base2"),
+}
+KIND_PREFIX = "heldout_error_"
+"""The validation error of one kind of sequences is logged as this prefix and the kind's name."""
+
+NOT_DRAWN = {"peak_memory", "share_of_peak"}
+"""Metrics that hardly change during a run. The report has them in a table."""
+
+
+def read_series(metrics: Path) -> Series:
+    """Return the metrics of a ``metrics.jsonl``: name -> (number of steps done, value)."""
+    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for line in read_lines(metrics):
+        if line["unit"] != "text":
+            series[str(line["name"])].append((line["step"] + 1, line["value"]))
+
+    return series
+
+
+def learning_charts(series: Series) -> list[Chart]:
+    """Return the charts of the error, the learning rate, and the speed."""
+    by_kind = []
+    names = [name for name in series if name.startswith(KIND_PREFIX)]
+    for name, look in zip(names, LINE_STYLES, strict=False):
+        by_kind.append(Curve(name.removeprefix(KIND_PREFIX), series[name], look))
+
+    return _drawable(
+        [
+            error_chart(series),
+            Chart("Validation error by kind of sequences", "per voxel", by_kind),
+            *_single_charts(LEARNING_CHARTS, series),
+        ]
+    )
+
+
+def error_chart(series: Series) -> Chart:
+    """Return the chart of the next-block error and its trivial baselines."""
+    curves = _curves(ERROR_CURVES, series)
+    copy = next((curve for curve in curves if curve.label == "copy"), None)
+    notes = []
+
+    if any(curve.label == "mean" for curve in curves):
+        notes.append("Dotted: predicting the mean.")
+    if copy is not None:
+        others = [curve for curve in curves if curve is not copy]
+        highest = max((value for curve in others for _, value in curve.points), default=0.0)
+        last_copy = copy.points[-1][1]
+        if last_copy > FAR_ABOVE * highest:
+            curves = others
+            notes.append(f"Copying the previous block costs {last_copy:.3g}, above this chart.")
+        else:
+            notes.append("Dashed: copying the previous block.")
+
+    return Chart("Next-block error", "per voxel", curves, " ".join(notes))
+
+
+def health_charts(series: Series) -> list[Chart]:
+    """Return the charts of the features' health, the probe, and every metric that has no other."""
+    probe = Chart(
+        "Frozen probe on labels",
+        "balanced accuracy, other subjects",
+        _curves(PROBE_CURVES, series),
+        "A linear classifier on the frozen features, compared with the same classifier on raw "
+        "voxels.",
+    )
+
+    known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
+    others = []
+    for name in sorted(set(series) - known):
+        if not name.startswith(KIND_PREFIX):
+            title = name.replace("_", " ").capitalize()
+            others.append(
+                Chart(title, "from metrics.jsonl", [Curve("now", series[name], "second")])
+            )
+
+    return _drawable([*_single_charts(HEALTH_CHARTS, series), probe, *others])
+
+
+def _single_charts(charts: Mapping[str, Chart], series: Series) -> list[Chart]:
+    """Return the charts of one curve each, filled with the metrics of their names."""
+    return [
+        replace(chart, curves=[Curve("now", series.get(name, ()), "second")])
+        for name, chart in charts.items()
+    ]
+
+
+def _curves(wanted: Mapping[str, tuple[str, str]], series: Series) -> list[Curve]:
+    """Return the curves of a chart whose metrics were logged."""
+    return [
+        Curve(label, series[name], look)
+        for name, (label, look) in wanted.items()
+        if series.get(name)
+    ]
+
+
+def _drawable(charts: Sequence[Chart]) -> list[Chart]:
+    """Return the charts that have finite points, with at most MAX_POINTS of them a curve."""
+    drawable = []
+    for chart in charts:
+        curves = []
+        for curve in chart.curves:
+            finite = [(step, value) for step, value in curve.points if math.isfinite(value)]
+            if finite:
+                curves.append(replace(curve, points=thinned(finite)))
+
+        if curves:
+            drawable.append(replace(chart, curves=curves))
+
+    return drawable
+
+
+def thinned(points: Points, max_points: int = MAX_POINTS) -> Points:
+    """Return at most ``max_points`` points.
+
+    Neighbours are replaced by the mean of their values, at the last neighbour's step.
+    """
+    if len(points) <= max_points:
+        return points
+
+    bounds = [round(i * len(points) / max_points) for i in range(max_points + 1)]
+    means = []
+    for start, stop in pairwise(bounds):
+        values = [value for _, value in points[start:stop]]
+        means.append((points[stop - 1][0], sum(values) / len(values)))
+    return means
+
+
+def draw(axis: Any, chart: Chart) -> None:
+    """Draw the chart's curves, grid and legend into a matplotlib axis."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    round_steps = (1, 2, 2.5, 5, 10)
+
+    for curve in chart.curves:
+        steps, values = zip(*curve.points, strict=True)
+        axis.plot(
+            steps,
+            values,
+            label=f"{curve.label} {_number(values[-1])}",
+            color=COLOURS[curve.look],
+            linestyle=LINE_STYLES[curve.look],
+            linewidth=LINE_WIDTHS[curve.look],
+            marker="o",
+            markersize=5,
+            # Only the last point has a marker.
+            markevery=[len(values) - 1],
+            # A clip path would need an id, and ids are shared by all charts of a page.
+            clip_on=False,
+        )
+
+    values = [value for curve in chart.curves for _, value in curve.points]
+    if chart.is_logarithmic and min(values) > 0:
+        first = math.floor(math.log10(min(values)))
+        last = math.ceil(math.log10(max(values)))
+        axis.set_yscale("log")
+        axis.set_ylim(10.0**first, 10.0 ** max(last, first + 1))
+        axis.yaxis.set_major_locator(LogLocator(numticks=6))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))
+
+    # Fractions of a step would only be confusing.
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=round_steps))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+    axis.grid(axis="y", color=COLOURS["line"], clip_on=False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelcolor=COLOURS["soft"], labelsize=FONT_SIZE)
+    legend = axis.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.1, 1.0),
+        ncols=4,
+        frameon=False,
+        fontsize=FONT_SIZE,
+        borderaxespad=0,
+        handlelength=1.2,
+        handletextpad=0.4,
+        columnspacing=0.8,
+    )
+    for text, curve in zip(legend.get_texts(), chart.curves, strict=True):
+        text.set_color(COLOURS[curve.look])
+
+
+def _number(value: float) -> str:
+    """Return a number with three digits, but large ones in full."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def description(chart: Chart) -> str:
+    """Return the chart in words, for people who cannot see it."""
+    steps = [step for curve in chart.curves for step, _ in curve.points]
+    changes = []
+    for curve in chart.curves:
+        first, last = curve.points[0][1], curve.points[-1][1]
+        changes.append(f"{curve.label} from {first:.4g} to {last:.4g}")
+
+    return f"{chart.title}, steps {min(steps):g} to {max(steps):g}: {'; '.join(changes)}"
+
+
+def figure_of(chart: Chart) -> str:
+    """Return the chart as an HTML figure with a heading and a caption."""
+    unit = f' <span class="soft">({escape(chart.unit)})</span>' if chart.unit else ""
+    heading = f"<h3>{escape(chart.title)}{unit}</h3>"
+    caption = f"<figcaption>{escape(chart.note)}</figcaption>" if chart.note else ""
+    return f"<figure>{heading}{svg(chart)}{caption}</figure>"
+
+
+def svg(chart: Chart) -> str:
+    """Return the chart as an SVG element that takes fonts and colours from the page around it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Text stays text: it is smaller, it can be searched, and it is read aloud. The ids of markers
+    # are hashes of this salt, so that no two charts of a page share one.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
+        figure = Figure(figsize=CHART_SIZE)
+        axis = figure.add_axes(AXES_BOX)
+        draw(axis, chart)
+        axis.set_xlabel("step", color=COLOURS["soft"], fontsize=FONT_SIZE, labelpad=1)
+
+        # No metadata: the page is the same for the same metrics.
+        written = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+
+    return _for_the_page(written.getvalue(), description(chart))
+
+
+def _for_the_page(text: str, alt: str) -> str:
+    """Return matplotlib's SVG file as a small element for the inside of an HTML page."""
+    root = ElementTree.fromstring(text)
+    view_box = root.get("viewBox", "")
+    referred = set(re.findall(r'xlink:href="#(\w+)"', text))
+
+    for element in root.iter():
+        # HTML knows the names of SVG elements without their namespace.
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        if attributes.get("id") not in referred:
+            attributes.pop("id", None)
+        if attributes.get("transform", "").startswith("rotate(-0 "):
+            del attributes["transform"]
+
+        for name, value in attributes.items():
+            attributes[name] = _style_of_page(value) if name == "style" else _short_numbers(value)
+        element.attrib = attributes
+
+        # Line breaks between elements are not needed.
+        element.tail = None
+        element.text = element.text if element.text and element.text.strip() else None
+
+    # The first element is a global style sheet, which would apply to the whole page.
+    root[:] = [child for child in root if child.find("style") is None]
+    root.attrib = {"class": "chart", "viewBox": view_box, "role": "img", "aria-label": alt}
+    title = ElementTree.Element("title")
+    title.text = alt
+    root.insert(0, title)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _style_of_page(style: str) -> str:
+    """Return a style with the page's variables for colours and without fonts."""
+    kept = [part for part in style.split("; ") if not part.startswith(("font", "stroke-linecap"))]
+    style = ";".join(kept)
+    for name, colour in COLOURS.items():
+        style = style.replace(colour, f"var(--{name})")
+    return style.replace(": ", ":")
+
+
+def _short_numbers(value: str) -> str:
+    """Return an attribute with its numbers rounded to a tenth of a unit, on one line."""
+    rounded = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}", value)
+    return " ".join(rounded.replace(".0 ", " ").split())
+
+
+def draw_progress(metrics: Path, picture: Path) -> None:
+    """Draw all charts of a ``metrics.jsonl`` into one PNG, two beside each other."""
+    from matplotlib.figure import Figure
+
+    series = read_series(metrics)
+    charts = [*learning_charts(series), *health_charts(series)]
+    num_rows = max(1, -(-len(charts) // 2))
+    width, height = CHART_SIZE
+    figure = Figure(figsize=(2 * width, 1.15 * height * num_rows), layout="constrained")
+
+    for number, chart in enumerate(charts, start=1):
+        axis = figure.add_subplot(num_rows, 2, number)
+        draw(axis, chart)
+        # The legend stands directly above the curves; the title comes above the legend.
+        unit = f" ({chart.unit})" if chart.unit else ""
+        axis.set_title(f"{chart.title}{unit}", loc="left", pad=24)
+        note = textwrap.fill(chart.note, 78)
+        axis.set_xlabel(f"step\n{note}" if note else "step", color=COLOURS["soft"])
+
+    with atomic_path(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
