@@ -159,8 +159,8 @@ def prepare_torch() -> None:
 
     It must be called before torch is imported. On a shared CPU, spinning threads keep working
     threads from running, even those of this program's own data loaders. Sleeping at once
-    (OMP_WAIT_POLICY=PASSIVE) would make an idle machine half as slow again; docs/explanation/measured.md
-    has the figures.
+    (OMP_WAIT_POLICY=PASSIVE) would make an idle machine half as slow again. The figures are in
+    docs/explanation/measured.md.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
