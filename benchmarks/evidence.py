@@ -33,8 +33,8 @@ from nnunet_autoreg.cli.common import configure_logging
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.finetune.block import OPTIMIZERS
 from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.machine import check_device, default_device
 from nnunet_autoreg.plan import OBJECTIVES
-from nnunet_autoreg.pretrain.machine import check_device, default_device
 
 log = logging.getLogger("evidence")
 

@@ -27,7 +27,7 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
 from nnunet_autoreg.planning.pool import Pool, pool_of
-from nnunet_autoreg.pretrain.labels import stored_labels
+from nnunet_autoreg.pretrain.probe import stored_labels
 from nnunet_autoreg.records import atomic_path, from_jsonable, to_jsonable
 from nnunet_autoreg.store.store import Store
 

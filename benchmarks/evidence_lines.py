@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nnunet_autoreg.pretrain.machine import computes_in_half
+from nnunet_autoreg.machine import has_bf16
 
 Line = dict[str, Any]
 
@@ -147,6 +147,4 @@ def half_precision(device: torch.device, is_wanted: bool) -> AbstractContextMana
     computes in float32 on CPUs; those with bfloat16 products in hardware are about twice as fast
     in it.
     """
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=is_wanted or computes_in_half(device)
-    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_wanted or has_bf16(device))

@@ -20,23 +20,23 @@ from evidence_lines import Deadline, Journal, Line, Stopwatch, circumstances, ha
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
+from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name
 from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Wishes
+from nnunet_autoreg.planning.pool import Overrides, hardware_of
 from nnunet_autoreg.presets import with_objective
-from nnunet_autoreg.pretrain.batches import StepBatches, parts_of
-from nnunet_autoreg.pretrain.display import step_flops
+from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
+from nnunet_autoreg.pretrain.compilation import autocast
+from nnunet_autoreg.pretrain.data import StepBatches, micro_batches
+from nnunet_autoreg.pretrain.dry_run import step_memory
 from nnunet_autoreg.pretrain.export import export_encoder
-from nnunet_autoreg.pretrain.machine import hardware, has_half, step_memory
-from nnunet_autoreg.pretrain.state import Progress, restore, snapshot
-from nnunet_autoreg.pretrain.step import TrainingStep
-from nnunet_autoreg.pretrain.validation import autocast
+from nnunet_autoreg.pretrain.training_step import TrainingStep, step_flops
 from nnunet_autoreg.records import differences, from_jsonable, read_json, write_json
-from nnunet_autoreg.sampling.material import Material
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 
 log = logging.getLogger("evidence")
@@ -94,10 +94,10 @@ def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
         PlanError: a setting that does not exist, or a plan that cannot be carried out.
     """
     request = {"evidence": data.facts.name}
-    memory_of = partial(step_memory, half=has_half(device.type))
-    wishes = Wishes(encoder=job.encoder, batch_size=job.batch, num_steps=job.steps)
+    memory_of = partial(step_memory, half=has_bf16(device.type))
+    overrides = Overrides(encoder=job.encoder, batch_size=job.batch, num_steps=job.steps)
     plan = make_plan(
-        job.name, data.facts.pool, hardware(device.type), wishes, job.seed, request, memory_of
+        job.name, data.facts.pool, hardware_of(device.type), overrides, job.seed, request, memory_of
     )
     plan = with_objective(plan, job.objective)
     plan = with_crop(plan, job.crop_vox or SETS[data.facts.name].crop_vox)
@@ -161,7 +161,7 @@ def pretrain(
 
     # Cases in memory have what the sampler asks of stored ones.
     cases: Any = data.pool_cases()
-    batches = StepBatches(objective.sampler, Material(cases), train_step.numbers)
+    batches = StepBatches(objective.sampler, SamplingPool(cases), train_step.numbers)
     steps = range(progress.step, plan.optim.num_steps)
     every = max(1, plan.optim.num_steps // LOSS_POINTS)
     losses = []
@@ -200,7 +200,7 @@ def pretrain(
     costs = {
         "flops_per_step": flops_per_step(plan, train_step, sample, device),
         **spent,
-        "skipped_steps": train_step.guard.tally().skipped,
+        "skipped_steps": train_step.guard.statistics().skipped,
         "loss": notes["curve"],
         "parameters": sum(p.numel() for p in objective.module.parameters()),
     }
@@ -321,11 +321,11 @@ def _sizes(plan: Plan, data: ResidentSet) -> Line:
 
 def _stop_if_lost(train_step: TrainingStep, step: int) -> None:
     """Raise where so many steps in a row were bad that the project's own training would go back."""
-    tally = train_step.guard.tally()
-    if tally.in_row >= train_step.plan.run.max_bad_steps:
+    statistics = train_step.guard.statistics()
+    if statistics.in_row >= train_step.plan.run.max_bad_steps:
         raise AutoregError(
-            f"{train_step.plan.name}: the last {tally.in_row} steps until step {step + 1} were all "
-            "bad (infinite, NaN or far off); try a lower rate, e.g. "
+            f"{train_step.plan.name}: the last {statistics.in_row} steps until step {step + 1} "
+            "were all bad (infinite, NaN or far off); try a lower rate, e.g. "
             f"--set optim.lr={train_step.plan.optim.lr / 3:.1e}"
         )
 
@@ -339,7 +339,7 @@ def flops_per_step(
     """
     train_step.module.train()
     with autocast(device):
-        single = step_flops(train_step.objective, next(parts_of(batch, 1)).to(device))
+        single = step_flops(train_step.objective, next(micro_batches(batch, 1)).to(device))
     return plan.optim.batch_size * single
 
 

@@ -53,10 +53,9 @@ from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.display import matmul_peak, step_flops
-from nnunet_autoreg.pretrain.machine import plan_memory
-from nnunet_autoreg.pretrain.step import TrainingStep
-from nnunet_autoreg.pretrain.validation import autocast
+from nnunet_autoreg.pretrain.compilation import autocast
+from nnunet_autoreg.pretrain.dry_run import plan_memory
+from nnunet_autoreg.pretrain.training_step import TrainingStep, matmul_peak, step_flops
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.turn import Turn
 

@@ -53,7 +53,8 @@ def import_everything() -> None:
         "nnunetv2.preprocessing.preprocessors.default_preprocessor",
         "torch._dynamo",
         "matplotlib.figure",
-        *(f"nnunet_autoreg.pretrain.{name}" for name in ("run", "loop", "report")),
+        "nnunet_autoreg.pretrain.pipeline",
+        "nnunet_autoreg.pretrain.training_job",
     ):
         importlib.import_module(module)
 

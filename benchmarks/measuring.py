@@ -19,7 +19,7 @@ from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.sampling.blocks import block_ids
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.turn import Turn
@@ -61,7 +61,7 @@ def plan_of(encoder: EncoderSize, crop: Size, micro: int, *settings: str) -> Pla
         settings: as after ``--set``; they come last.
     """
     pool = Pool(1, (1.0, 1.0, 1.0), crop, volume(crop), None)
-    wishes = Wishes(encoder=encoder.name, batch_size=2 * micro, num_steps=NUM_STEPS)
+    wishes = Overrides(encoder=encoder.name, batch_size=2 * micro, num_steps=NUM_STEPS)
     hardware = Hardware("cuda", PLENTY_GIB)
     planned = make_plan("benchmark", pool, hardware, wishes, 0, {}, lambda *_: (0.0, 0.0))
 

@@ -88,9 +88,8 @@ def measure(args: argparse.Namespace) -> float:
     from torch.distributed import TCPStore
 
     from nnunet_autoreg.objectives.registry import build_objective
-    from nnunet_autoreg.pretrain.distributed import ALONE, join, leave
-    from nnunet_autoreg.pretrain.job import device_of
-    from nnunet_autoreg.pretrain.loop import Trainer
+    from nnunet_autoreg.pretrain.distributed import ALONE, device_of, join, leave
+    from nnunet_autoreg.pretrain.trainer import Trainer
 
     size, rank = args.size, args.rank
     if args.device == "cpu":

@@ -37,9 +37,8 @@ from torch.nn import functional
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import EncoderPlan, Plan
-from nnunet_autoreg.pretrain.display import matmul_peak, step_flops
-from nnunet_autoreg.pretrain.step import TrainingStep
-from nnunet_autoreg.pretrain.validation import autocast
+from nnunet_autoreg.pretrain.compilation import autocast
+from nnunet_autoreg.pretrain.training_step import TrainingStep, matmul_peak, step_flops
 from nnunet_autoreg.sampling.sample import Batch
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"

@@ -6,7 +6,7 @@ SimpleITK speaks (x, y, z): ``zyx`` is the one place where that is turned.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Size = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -49,6 +49,22 @@ def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
                 f"size {s} on axis {axis} is no multiple of the token size {t}; use {near}"
             )
     return as_size([s // t for s, t in zip(size, token, strict=True)])
+
+
+def size_text(values: Sequence[float], spec: str = "") -> str:
+    """Return sizes or spacings as text: "32 x 48 x 32".
+
+    Args:
+        spec: format of each value, e.g. ".3g".
+    """
+    return " x ".join(f"{value:{spec}}" for value in values)
+
+
+def names_text(names: Iterable[object], most: int = 3) -> str:
+    """Return the first few names as text: "a, b, c and 4 more"."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def volume(size: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.sampling.material import Group, Material, Place, Structure
+from nnunet_autoreg.sampling.pool import Group, Place, SamplingPool, Structure
 
 TINY = encoder_size("primus_tiny")
 WORDS = ("T1w", "T1w-ce", "T2w", "FLAIR")
@@ -76,7 +76,7 @@ def contrast_material(num_groups=2):
         )
         for g in range(num_groups)
     ]
-    return Material((), tuple(groups))
+    return SamplingPool((), tuple(groups))
 
 
 def contrast_plan(**sequence):
@@ -102,7 +102,7 @@ def semantic_material():
             ),
         )
 
-    return Material((), (), (structure("kidney", 0, range(6)), structure("liver", 5, range(5))))
+    return SamplingPool((), (), (structure("kidney", 0, range(6)), structure("liver", 5, range(5))))
 
 
 def semantic_plan(**sequence):

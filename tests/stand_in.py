@@ -19,7 +19,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.sampling.sample import Sample
 
 TINY = encoder_size("primus_tiny")

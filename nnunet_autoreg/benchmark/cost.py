@@ -21,7 +21,7 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import from_jsonable, read_json
-from nnunet_autoreg.sampling.material import Group, Material, Place, Structure
+from nnunet_autoreg.sampling.pool import Group, Place, SamplingPool, Structure
 from nnunet_autoreg.sampling.sample import collate
 from nnunet_autoreg.sampling.sampler import TRAINING
 
@@ -101,7 +101,7 @@ def flops_per_sample(plan: Plan) -> float:
     return statistics.fmean(counts)
 
 
-def _noise_material(plan: Plan) -> Material:
+def _noise_material(plan: Plan) -> SamplingPool:
     """Return material that offers every kind of sequence, in scans of twice the crop's extent."""
     shape = as_size([2 * extent for extent in plan.sequence.crop_size_vox])
     spacing_mm = plan.data.spacing_mm
@@ -111,7 +111,7 @@ def _noise_material(plan: Plan) -> Material:
     centre = (shape[0] / 2, shape[1] / 2, shape[2] / 2)
     places = [Place(f"subject {n}", case, centre) for n in range(NUM_SUBJECTS)]  # type: ignore[arg-type]
     structure = Structure("noise", spacing_mm, tuple(places))
-    return Material((case,), (group,), (structure,))  # type: ignore[arg-type]
+    return SamplingPool((case,), (group,), (structure,))  # type: ignore[arg-type]
 
 
 def _seconds(metrics: Path, num_steps: int) -> float | None:

@@ -321,9 +321,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     configure_logging()
     prepare_torch()
+    from nnunet_autoreg.machine import check_device, default_device
     from nnunet_autoreg.nnunet_api import results_folder
-    from nnunet_autoreg.pretrain.folder import locked
-    from nnunet_autoreg.pretrain.machine import check_device, default_device
+    from nnunet_autoreg.pretrain.run_folder import locked
 
     request = read_request(args)
     device = check_device(args.device) if args.device else default_device()

@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--out {folder} is not an empty folder; give the name of a new one",
             code="usage-folder-not-empty",
         )
-    from nnunet_autoreg.pretrain.machine import check_device, default_device
+    from nnunet_autoreg.machine import check_device, default_device
 
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(folder, check_device(args.device) if args.device else default_device())

@@ -21,8 +21,8 @@ from nnunet_autoreg.plan import OBJECTIVES
 from nnunet_autoreg.presets import PRESETS
 
 if TYPE_CHECKING:
-    from nnunet_autoreg.pretrain.folder import Request
-    from nnunet_autoreg.pretrain.launch import Crew
+    from nnunet_autoreg.pretrain.launcher import Launcher
+    from nnunet_autoreg.pretrain.request import Request
 
 # argparse has no public name for the groups of a parser.
 Group = argparse._ArgumentGroup
@@ -255,7 +255,7 @@ def absolute(path: str) -> str:
 
 def preprocess(request: "Request", part: str, dry_run: bool) -> int:
     """Preprocess one part of the scans; return the exit code."""
-    from nnunet_autoreg.pretrain.part import preprocess_part
+    from nnunet_autoreg.pretrain.preprocessing import preprocess_part
     from nnunet_autoreg.store.store import parse_part
 
     if dry_run:
@@ -282,7 +282,7 @@ def request_of(args: argparse.Namespace) -> "Request":
     Raises:
         UsageError: a value is impossible, or two options contradict each other.
     """
-    from nnunet_autoreg.pretrain.folder import Request
+    from nnunet_autoreg.pretrain.request import Request
 
     return Request(**options_for(Request, args)).check()
 
@@ -303,8 +303,8 @@ def main(argv: list[str] | None = None) -> int:
             "--show needs --dry-run: it draws what training would see, and stops before training",
             code="usage-show-without-dry-run",
         )
-    from nnunet_autoreg.pretrain.launch import Crew, launch_of, stand_by
-    from nnunet_autoreg.pretrain.machine import check_device, default_device
+    from nnunet_autoreg.machine import check_device, default_device
+    from nnunet_autoreg.pretrain.launcher import Launcher, launch_of, wait_and_train
 
     # Known to every process that torchrun started; all but the main one wait until it has made
     # everything ready.
@@ -312,18 +312,18 @@ def main(argv: list[str] | None = None) -> int:
     device = "cpu" if args.part else check_device(args.device) if args.device else default_device()
     launch = launch_of(None if alone else args.num_gpus, device, os.environ)
     if launch.rank > 0:
-        return stand_by(launch, device)
-    with Crew(launch, device) as crew:
-        return run(request, args, crew)
+        return wait_and_train(launch, device)
+    with Launcher(launch, device) as launcher:
+        return run(request, args, launcher)
 
 
-def run(request: "Request", args: argparse.Namespace, crew: "Crew") -> int:
+def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> int:
     """What the main process does; returns the exit code."""
-    from nnunet_autoreg.pretrain.run import pretrain
+    from nnunet_autoreg.pretrain.pipeline import pretrain
 
     if args.part:
         return preprocess(request, args.part, args.dry_run)
-    outcome = pretrain(request, crew.device, args.dry_run, args.show, crew)
+    outcome = pretrain(request, launcher.device, args.dry_run, args.show, launcher)
     if not outcome.finished:
         pictures = f"{outcome.folder / 'sequences.png'}, " if args.show else ""
         print_next(

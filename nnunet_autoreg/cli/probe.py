@@ -138,9 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.benchmark.probe_run import Probed, probe_all
     from nnunet_autoreg.benchmark.split import divide, find_patients
     from nnunet_autoreg.geometry import as_spacing
+    from nnunet_autoreg.machine import check_device, default_device
     from nnunet_autoreg.model.card import read_card
     from nnunet_autoreg.nnunet_api import dataset_folder, results_folder
-    from nnunet_autoreg.pretrain.machine import check_device, default_device
     from nnunet_autoreg.records import write_text
 
     # The dataset: patients that are labelled, patients that are scored, and the spacing.

@@ -33,8 +33,8 @@ from nnunet_autoreg.planning.pool import (
     MOSTLY_PADDING,
     Hardware,
     MemoryOf,
+    Overrides,
     Pool,
-    Wishes,
     real_share,
     real_voxels,
     times,
@@ -165,18 +165,18 @@ def make_plan(
     name: str,
     pool: Pool,
     hardware: Hardware,
-    wishes: Wishes,
+    overrides: Overrides,
     seed: int,
     request: dict[str, Any],
     memory_of: MemoryOf,
 ) -> Plan:
     """The plan that fits these scans and this hardware."""
-    chosen, why_encoder = choose_encoder(wishes.encoder, hardware, pool, wishes.single_tokens)
+    chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
     encoder, why_token = with_tokens(
-        encoder, pool.spacing_mm, pool.median_shape_vox, wishes.token_size_vox
+        encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
     )
     memory_of = _remembered(memory_of)
     layout = choose_layout(encoder, hardware, pool, memory_of)
@@ -184,22 +184,22 @@ def make_plan(
     order, predictor, why_order = choose_order(encoder)
     objective, why_objective = choose_objective(encoder)
     batch, why_batch = (
-        choose_batch(hardware) if wishes.batch_size is None else (wishes.batch_size, BY_USER)
+        choose_batch(hardware) if overrides.batch_size is None else (overrides.batch_size, BY_USER)
     )
     recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
     micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop, recompute))
     rate, why_rate = choose_rate(encoder, batch)
     planned = choose_length(
-        pool, real_voxels(crop, pool.median_shape_vox) * batch, wishes.num_epochs
+        pool, real_voxels(crop, pool.median_shape_vox) * batch, overrides.num_epochs
     )
-    steps, why_steps = planned if wishes.num_steps is None else (wishes.num_steps, BY_USER)
-    if wishes.num_hours is not None:
+    steps, why_steps = planned if overrides.num_steps is None else (overrides.num_steps, BY_USER)
+    if overrides.num_hours is not None:
         why_steps = (
             "stands in until a step has been measured, before the first; then what "
-            f"{wishes.num_hours:g} h allow"
+            f"{overrides.num_hours:g} h allow"
         )
     data, why_data = plan_data(pool, crop)
-    compiles, why_compile = choose_compile(steps, wishes.num_hours)
+    compiles, why_compile = choose_compile(steps, overrides.num_hours)
     plan = Plan(
         name=name,
         data=data,

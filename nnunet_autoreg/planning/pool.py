@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
 from nnunet_autoreg.geometry import Size, Spacing, volume
+from nnunet_autoreg.machine import GIB, memory_bytes
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import IntensityWindow
 
@@ -36,6 +37,18 @@ class Hardware:
         return USABLE_GPU if self.device == "cuda" else USABLE_ELSEWHERE
 
 
+def hardware_of(device: str, memory_gib: float | None = None) -> Hardware:
+    """Return the device and the memory to plan for: ``memory_gib``, or by default all there is."""
+    if memory_gib is not None:
+        return Hardware(device, memory_gib)
+
+    if device == "cuda":
+        import torch
+
+        return Hardware(device, torch.cuda.get_device_properties(0).total_memory / GIB)
+    return Hardware(device, memory_bytes() / GIB)
+
+
 @dataclass(frozen=True)
 class Pool:
     """What planning needs to know of the scans: how many, their median shape and all their voxels
@@ -52,7 +65,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Overrides:
     """What the user fixed; None is planned.
 
     At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.

@@ -1,8 +1,9 @@
-"""The processes that train together: what they agree on, and how the weights are spread over them.
+"""The processes that train together: what they exchange, and how weights are sharded over them.
 
-The engine is torch.distributed.
+The engine is torch.distributed. ``rank`` is the number of a process, and process 0 is the main one.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,20 +20,26 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.machine import usable_cores
 from nnunet_autoreg.model.trunk import hooked
 
 T = TypeVar("T")
 
 CONTROL_TIMEOUT = timedelta(hours=2)
-"""How long processes wait for the main one, which alone looks at held-out scans and writes.
+"""How long processes wait for the main one, which alone validates and writes.
 
-One that died is noticed at once.
+A process that died is noticed at once.
 """
+
 TRAINING_TIMEOUT = timedelta(minutes=30)
+
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments in float32."""
+
 MOST_OF_DEVICE = 0.7
-"""What of a device's memory these may take before they are spread; the rest is for activations."""
+"""Share of a device's memory that these may take before they are sharded; the rest is for
+activations."""
+
 LOST_PEER = (
     "gloo",
     "NCCL",
@@ -44,39 +51,40 @@ LOST_PEER = (
 
 
 @dataclass(frozen=True)
-class Promised:
-    """A tensor that the main process holds and that is sent when all ask for it (``World.fetch``):
-    no host has to hold all at once.
+class DeferredTensor:
+    """A tensor of the main process that is sent when all processes ask for it (``World.fetch``).
+
+    So no machine has to hold all tensors of a checkpoint twice at once.
 
     Attributes:
-        held: None on the other processes, and wherever this is pickled.
+        tensor: None in the other processes, and wherever this is pickled.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    held: Tensor | None = None
+    tensor: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shape": self.shape, "dtype": self.dtype, "held": None}
+        return {"shape": self.shape, "dtype": self.dtype, "tensor": None}
 
 
-def promised(tree: Any) -> Any:
-    """The same tree of dicts and lists with every tensor promised."""
+def deferred(tree: Any) -> Any:
+    """Return the same tree of dicts and lists with every tensor as a ``DeferredTensor``."""
     if isinstance(tree, Mapping):
-        return {key: promised(item) for key, item in tree.items()}
+        return {key: deferred(item) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(promised(item) for item in tree)
-    return Promised(tuple(tree.shape), tree.dtype, tree) if isinstance(tree, Tensor) else tree
+        return type(tree)(deferred(item) for item in tree)
+    return DeferredTensor(tuple(tree.shape), tree.dtype, tree) if isinstance(tree, Tensor) else tree
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. Alone, every method does nothing.
+    """This process among those that train together. If it is alone, every method does nothing.
 
     Attributes:
         rank: 0 is the main process, which alone writes.
-        control: the group for what hosts say to each other, on gloo, so that no device waits for
-            it.
+        control: the group for what the machines exchange. It runs on gloo, so that no device waits
+            for it.
     """
 
     rank: int = 0
@@ -89,16 +97,17 @@ class World:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; all get the same answer."""
+        """Return whether the flag is true in any process; all get the same answer."""
         if self.size == 1:
             return flag
-        said = torch.tensor(int(flag))
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.control)
-        return bool(said)
+        highest = torch.tensor(int(flag))
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.control)
+        return bool(highest)
 
     def share(self, thing: T) -> T:
-        """What the main process holds, for all: pickled whole, so that large tensors are better
-        ``promised``.
+        """Return what the main process passes, in all processes.
+
+        It is pickled as a whole, so that large tensors should be ``deferred``.
         """
         if self.size == 1:
             return thing
@@ -107,24 +116,23 @@ class World:
         return thing if self.is_main else box[0]  # type: ignore[return-value]
 
     def fetch(self, value: Any) -> Any:
-        """A promised tensor, byte for byte; anything else is given back.
+        """Return a deferred tensor, byte for byte; anything else is returned as it is.
 
         All processes have to ask in the same order.
         """
-        if not isinstance(value, Promised):
+        if not isinstance(value, DeferredTensor):
             return value
         if self.size == 1:
-            return value.held
-        tensor = (
-            torch.empty(value.shape, dtype=value.dtype)
-            if value.held is None
-            else value.held.contiguous()
-        )
+            return value.tensor
+        if value.tensor is None:
+            tensor = torch.empty(value.shape, dtype=value.dtype)
+        else:
+            tensor = value.tensor.contiguous()
         dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0, group=self.control)
         return tensor
 
     def gather(self, thing: T) -> list[T]:
-        """One thing of every process, in the order of their ranks, for all."""
+        """Return what every process passes, ordered by rank, in all processes."""
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size
@@ -132,12 +140,12 @@ class World:
         return things
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def add(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place, on the device."""
+        """Return the sum over all processes; ``values`` is changed in place on the device."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -147,19 +155,20 @@ ALONE = World()
 
 
 def join(store: Any, rank: int, size: int, device: torch.device) -> World:
-    """Meet the other processes at ``store`` and form the groups: nccl between CUDA devices, gloo
-    between CPUs.
+    """Meet the other processes at ``store`` and form the groups.
+
+    The backend is nccl between CUDA devices and gloo between CPUs.
     """
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend,
+        "nccl" if is_cuda else "gloo",
         store=PrefixStore("training", store),
         rank=rank,
         world_size=size,
         timeout=TRAINING_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if is_cuda else None,
     )
     return World(rank, size, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
@@ -170,67 +179,84 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def device_of(device: str, local_rank: int, world: World = ALONE) -> torch.device:
+    """Return this process's own device; a process alone uses the current one."""
+    if device == "cuda" and world.size > 1:
+        return torch.device(device, local_rank)
+    return torch.device(device)
+
+
+def share_cores(num_local: int) -> None:
+    """Have this process compute on its share of the cores, unless the user chose a number."""
+    if num_local > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, usable_cores() // num_local))
+
+
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception says that another process is gone, rather than what happened here."""
+    """Return whether an exception says that another process is gone.
+
+    Everything else happened in this process.
+    """
     if isinstance(error, AutoregError):
         return False
-    told = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER)
-    return isinstance(error, dist.DistError) or told
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
 
 
-def share_of(num: int, rank: int, size: int, sharded: bool = False) -> range:
-    """The numbers out of ``range(num)`` that one of ``size`` processes takes: none twice, none
-    left, as even as they come.
+def process_share(num: int, rank: int, size: int, sharded: bool = False) -> range:
+    """Return the numbers out of ``range(num)`` that one of ``size`` processes takes.
+
+    Every number is taken once, and the shares differ by at most one.
 
     Args:
-        sharded: weights are spread, so that all processes have to take equally many passes.
+        sharded: weights are sharded, so that all processes have to take equally many passes.
 
     Raises:
-        UsageError: there are fewer than processes, or they cannot be shared evenly where they have
-            to be.
+        UsageError: there are fewer numbers than processes, or they cannot be shared evenly where
+            they have to be.
     """
     if sharded and num % size:
         raise UsageError(
             f"optim.batch_size={num} cannot be shared evenly by {size} processes, which "
-            "run.sharding=full needs; train on a "
-            "number of processes that divides it (--num-gpus), or set run.sharding=none in "
-            "plan.json"
+            "run.sharding=full needs; train on a number of processes that divides it "
+            "(--num-gpus), or set run.sharding=none in plan.json",
+            code="batch-not-even",
         )
     if num < size:
         raise UsageError(
-            f"optim.batch_size={num} cannot be shared by {size} processes, of which each needs a "
-            f"crop; train on {num} or "
-            "fewer (--num-gpus), or start another --name with a larger --batch"
+            f"optim.batch_size={num} cannot be shared by {size} processes, because each needs a "
+            f"crop; train on {num} or fewer (--num-gpus), or start another --name with a larger "
+            "--batch",
+            code="batch-too-small",
         )
     return range(rank * num // size, (rank + 1) * num // size)
 
 
-def is_spread(sharding: str, module: nn.Module, device: torch.device, world: World) -> bool:
-    """Whether parameters, gradients and moments are to be spread over the processes instead of
-    being held by each.
+def is_sharded(sharding: str, module: nn.Module, device: torch.device, world: World) -> bool:
+    """Return whether parameters, gradients and moments are sharded over the processes.
 
     Args:
-        sharding: ``run.sharding`` of the plan; "auto" spreads what would not leave a device room
+        sharding: ``run.sharding`` of the plan; "auto" shards what would not leave a device room
             for activations.
     """
     if world.size == 1 or sharding == "none":
         return False
     if sharding == "full":
         return True
-    need = BYTES_PER_PARAMETER * sum(p.numel() for p in module.parameters())
-    return (
-        device.type == "cuda"
-        and need > MOST_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory
-    )
+    if device.type != "cuda":
+        return False
+    needed = BYTES_PER_PARAMETER * sum(p.numel() for p in module.parameters())
+    return needed > MOST_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory
 
 
-def spread(module: nn.Module, device: torch.device, world: World, sharded: bool) -> nn.Module:
-    """The module for training together: as it is (alone), sharded in place (FSDP2), or wrapped so
-    that gradients are summed (DDP).
+def parallelise(module: nn.Module, device: torch.device, world: World, sharded: bool) -> nn.Module:
+    """Return the module for training together.
 
-    Parameters that a step does not use - of another kind of sequence, of the downstream decoder -
-    keep no gradient, as alone. Parameters stay float32 throughout, so that both ways give the same
-    losses.
+    A process alone gets it as it is. Otherwise it is sharded in place (FSDP2), or wrapped so that
+    gradients are averaged (DDP). Parameters that a step does not use, of another kind of sequence
+    or of the downstream decoder, keep no gradient. Parameters stay float32 throughout, so that both
+    ways give the same losses.
     """
     if world.size == 1:
         return module
@@ -243,6 +269,7 @@ def spread(module: nn.Module, device: torch.device, world: World, sharded: bool)
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
         return module
+
     with warnings.catch_warnings():
         # Newer versions rename broadcast_buffers; older ones know only this name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -255,31 +282,31 @@ def spread(module: nn.Module, device: torch.device, world: World, sharded: bool)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The outermost layers that are kept in lists: what is gathered one at a time."""
-    found: list[nn.Module] = []
+    """Return the outermost layers that are kept in lists; each is gathered as one piece."""
+    layers: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            found += [layer for layer in child if any(True for _ in layer.parameters())]
+            layers += [layer for layer in child if any(True for _ in layer.parameters())]
         else:
-            found += layers_of(child)
-    return found
+            layers += layers_of(child)
+    return layers
 
 
-def summing(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of one part of a batch: gradients are summed over the processes
-    in the ``last`` part alone.
+def gradient_sync(module: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+    """Return the context of forward and backward of one part of a batch.
+
+    Gradients are exchanged between the processes in the last part alone.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return nullcontext() if last else module.no_sync()
+        return nullcontext() if is_last else module.no_sync()
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+        module.set_requires_gradient_sync(is_last)
     return nullcontext()
 
 
 @contextmanager
-def usable(module: nn.Module) -> Iterator[None]:
-    """Around forward passes that do not begin at the module that was spread: its outer parameters
-    are gathered, and spread again after.
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather sharded parameters for forward passes that do not begin at the sharded module.
 
     All processes have to take the same passes inside.
     """
@@ -293,25 +320,26 @@ def usable(module: nn.Module) -> Iterator[None]:
                 part.reshard()
 
 
-def whole(value: Any) -> Any:
-    """The same tree of dicts and lists with whole tensors on the CPU instead of spread ones.
+def full_tensors(tree: Any) -> Any:
+    """Return the same tree of dicts and lists with full tensors on the CPU for sharded ones.
 
     All processes have to call this.
     """
-    if isinstance(value, Mapping):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole(item) for item in value)
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if isinstance(tree, Mapping):
+        return {key: full_tensors(item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(full_tensors(item) for item in tree)
+    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
 
 
-def like(value: Any, pattern: Any) -> Any:
-    """This process's part of a whole tensor, if ``pattern`` is a spread one of its shape; else the
-    value itself.
+def shard_like(value: Any, pattern: Any) -> Any:
+    """Return this process's part of a full tensor, if ``pattern`` is a sharded one of its shape.
+
+    Everything else is returned as it is.
     """
-    if not (
-        isinstance(pattern, DTensor) and isinstance(value, Tensor) and value.shape == pattern.shape
-    ):
+    if not isinstance(pattern, DTensor) or not isinstance(value, Tensor):
+        return value
+    if value.shape != pattern.shape:
         return value
     return distribute_tensor(
         value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None

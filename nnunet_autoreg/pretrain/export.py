@@ -1,4 +1,4 @@
-"""What a finished run leaves for fine-tuning: ``encoder.safetensors`` and ``encoder.json``."""
+"""x"""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone

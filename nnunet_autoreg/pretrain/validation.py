@@ -1,126 +1,315 @@
-"""One look at a model on held-out batches and labelled crops: errors, features, probe."""
+"""Validation on the same data every time: next-block errors, health of the features, probe.
 
+Features are healthy if they depend on the image and spread over many directions.
+
+Shape suffixes: N tokens, V width.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nnunet_autoreg.objectives.base import Objective, TokenFeatures
-from nnunet_autoreg.pretrain.health import (
-    MAX_TOKENS,
-    Health,
-    content_part,
-    effective_rank,
-    evenly,
-    token_variance,
-)
-from nnunet_autoreg.pretrain.machine import computes_in_half
-from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
+from nnunet_autoreg.plan import RunPlan
+from nnunet_autoreg.pretrain.compilation import autocast
+from nnunet_autoreg.pretrain.probe import MAX_TOKENS, LabelledCrop, Probe, evenly_spread
+from nnunet_autoreg.pretrain.training_step import StepStatistics
 from nnunet_autoreg.sampling.sample import Batch
+
+BASELINES = {"copy": "copy the previous block", "mean": "predict the mean"}
+"""What the trivial predictions are called in messages."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was measured on validation scans.
+
+    Attributes:
+        errors: next-block error "error" and that of trivial predictions by name, per voxel.
+        token_variance, effective_rank: as the functions of these names return them; None where
+            there are no features.
+        probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of
+            "chance"; None without labels.
+        kinds: next-block error by kind of sequences; empty where there is one kind.
+    """
+
+    errors: Mapping[str, float]
+    token_variance: float | None = None
+    effective_rank: float | None = None
+    probe: Mapping[str, float] | None = None
+    kinds: Mapping[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, tuple[float, str]]:
+        """Return name -> (value, unit) for ``metrics.jsonl``, whose keys say "heldout"."""
+        metrics: dict[str, tuple[float, str]] = {}
+        for name, value in self.errors.items():
+            metrics[f"heldout_{name}"] = (value, "squared error")
+        for kind, value in self.kinds.items():
+            metrics[f"heldout_error_{kind}"] = (value, "squared error")
+        if self.token_variance is not None:
+            metrics["token_variance"] = (self.token_variance, "share of mean square")
+        if self.effective_rank is not None:
+            metrics["effective_rank"] = (self.effective_rank, "directions")
+        for name, value in (self.probe or {}).items():
+            metrics[f"probe_{name}"] = (value, "balanced accuracy")
+        return metrics
+
+    def message(self) -> str:
+        """Return all of it in one line for the log."""
+        baselines = ", ".join(
+            f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error"
+        )
+        message = f"validation next-block error {self.errors['error']:.4f} (baselines: {baselines})"
+        if self.kinds:
+            kinds = " and ".join(f"{value:.4f} of {kind}" for kind, value in self.kinds.items())
+            message += f", {kinds} sequences"
+        if self.token_variance is not None and self.effective_rank is not None:
+            message += (
+                f"; features: token variance {self.token_variance:.3f}, effective rank "
+                f"{self.effective_rank:.1f}"
+            )
+        if self.probe is not None:
+            message += (
+                f"; probe: balanced accuracy {self.probe['features']:.3f} from features, "
+                f"{self.probe['voxels']:.3f} from raw voxels, "
+                f"{self.probe['chance']:.3f} by chance"
+            )
+        return message
 
 
 class Validation:
-    """Measures the same things on the same data every time; changes nothing, draws nothing at
-    random.
+    """Measures the same things on the same data every time.
+
+    It changes no weight and draws nothing at random.
 
     Args:
-        heldout: batches on the CPU, by their kind of sequences.
+        batches: validation batches on the CPU, by their kind of sequences; may be empty.
         crops: labelled crops for the probe; may be empty.
     """
 
     def __init__(
         self,
         objective: Objective,
-        heldout: Mapping[str, Sequence[Batch]],
+        batches: Mapping[str, Sequence[Batch]],
         crops: Sequence[LabelledCrop],
         device: torch.device,
     ):
-        self.objective, self.heldout, self.device = objective, heldout, device
+        self.objective = objective
+        self.batches = batches
+        self.device = device
         self.probe = Probe(crops)
+        # Voxels do not change in training, so that their score is computed once.
         self.voxel_score: float | None = None
 
     @torch.no_grad()
     def measure(self) -> Health | None:
-        """All of it, or None without held-out batches. The module is left in evaluation mode."""
-        if not self.heldout:
+        """Return what was measured, None without validation batches.
+
+        The module is left in evaluation mode.
+        """
+        if not self.batches:
             return None
         self.objective.module.eval()
         errors, kinds = self._errors()
-        features, content = self._features()
-        variance, rank = token_variance(content, features), effective_rank(content)
-        return Health(errors, variance, rank, self._probed() if self.probe.works else None, kinds)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """As in training."""
-        return autocast(self.device)
+        features_NV, content_NV = self._features()
+        return Health(
+            errors,
+            token_variance(content_NV, features_NV),
+            effective_rank(content_NV),
+            self._probe_scores() if self.probe.works else None,
+            kinds,
+        )
 
     def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Errors over all batches, by name, and the objective's own by kind of sequences, where
-        there are several.
+        """Return the errors over all batches by name, and the objective's own by kind.
+
+        The latter are empty where there is one kind of sequences.
         """
-        sums = {kind: self._sums(batches) for kind, batches in self.heldout.items()}
-        whole: dict[str, float] = {}
-        for part in sums.values():
-            for name, value in part.items():
-                whole[name] = whole.get(name, 0.0) + value
-        count = max(whole.pop("count"), 1.0)
-        kinds = (
-            {kind: part["error"] / max(part["count"], 1.0) for kind, part in sums.items()}
-            if len(sums) > 1
-            else {}
-        )
-        return {name: value / count for name, value in whole.items()}, kinds
+        sums_by_kind = {kind: self._sums(batches) for kind, batches in self.batches.items()}
+        totals: dict[str, float] = {}
+        for sums in sums_by_kind.values():
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+
+        count = max(totals.pop("count"), 1.0)
+        errors = {name: value / count for name, value in totals.items()}
+        if len(sums_by_kind) < 2:
+            return errors, {}
+        kinds = {}
+        for kind, sums in sums_by_kind.items():
+            kinds[kind] = sums["error"] / max(sums["count"], 1.0)
+        return errors, kinds
 
     def _sums(self, batches: Sequence[Batch]) -> dict[str, float]:
         sums: dict[str, float] = {}
         for batch in batches:
-            with self.autocast():
+            with autocast(self.device):
                 terms = self.objective.loss(batch.to(self.device), references=True)
-            for name, term in {
-                "error": terms.total,
-                "count": terms.count,
-                **terms.references,
-            }.items():
-                sums[name] = sums.get(name, 0.0) + float(term)
+            values = {"error": terms.total, "count": terms.count, **terms.references}
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
         return sums
 
     def _describe(self, batch: Batch) -> TokenFeatures:
-        with self.autocast():
+        with autocast(self.device):
             return self.objective.describe(batch.to(self.device))
 
     def _features(self) -> tuple[Tensor, Tensor]:
-        """Features (N, V) of held-out tokens that hold voxels, and the part of them that depends on
-        the image.
+        """Return features of tokens that hold voxels, and their part that depends on the image.
+
+        Both are (N, V).
         """
         features, positions = [], []
-        for batch in (batch for batches in self.heldout.values() for batch in batches):
-            tokens = self._describe(batch)
-            features.append(tokens.features[tokens.valid].float().cpu())
-            positions.append(tokens.positions[tokens.valid].cpu())
-        all_features = torch.cat(features)
-        content = content_part(all_features, torch.cat(positions))
-        chosen = evenly(len(content), MAX_TOKENS)
-        return all_features[chosen], content[chosen]
+        for batches in self.batches.values():
+            for batch in batches:
+                tokens = self._describe(batch)
+                features.append(tokens.features[tokens.valid].float().cpu())
+                positions.append(tokens.positions[tokens.valid].cpu())
 
-    def _probed(self) -> dict[str, float]:
+        features_NV = torch.cat(features)
+        content_NV = content_part(features_NV, torch.cat(positions))
+        chosen = evenly_spread(len(content_NV), MAX_TOKENS)
+        return features_NV[chosen], content_NV[chosen]
+
+    def _probe_scores(self) -> dict[str, float]:
         if self.voxel_score is None:
-            self.voxel_score = self.probe.score(self._voxels_of)
-        return {
-            "features": self.probe.score(self._features_of),
-            "voxels": self.voxel_score,
-            "chance": self.probe.chance,
-        }
-
-    def _features_of(self, batch: Batch) -> Tensor:
-        return self._describe(batch).features[0].float().cpu()
-
-    def _voxels_of(self, batch: Batch) -> Tensor:
-        return self._describe(batch).voxels[0].float().cpu()
+            self.voxel_score = self.probe.score(
+                lambda batch: self._describe(batch).voxels[0].float().cpu()
+            )
+        score = self.probe.score(lambda batch: self._describe(batch).features[0].float().cpu())
+        return {"features": score, "voxels": self.voxel_score, "chance": self.probe.chance}
 
 
-def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """bf16 on GPUs that have it, full precision elsewhere. bf16 has the range of float32, so that
-    no loss scaler is needed.
+def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
+    """Return what of the features depends on the image rather than on the position, (N, V).
+
+    It is what is left after subtracting the mean of all tokens at the same position of the grid.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_half(device))
+    num_positions = int(position_N.max()) + 1 if len(position_N) else 0
+    sums = torch.zeros(
+        num_positions, features_NV.shape[1], dtype=features_NV.dtype, device=features_NV.device
+    )
+    sums.index_add_(0, position_N, features_NV)
+    count = torch.bincount(position_N, minlength=num_positions).clamp(min=1).to(features_NV.dtype)
+    return features_NV - (sums / count[:, None])[position_N]
+
+
+def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
+    """Return the share of the features' mean square that depends on the image, 0 to 1.
+
+    It is 0 where every image looks alike, and where all features are 0 or some are NaN.
+    """
+    total = features_NV.double().square().sum()
+    if not 0 < total < math.inf:
+        return 0.0
+    return float(content_NV.double().square().sum() / total)
+
+
+def effective_rank(content_NV: Tensor) -> float:
+    """Return over how many directions the features spread.
+
+    It is exp of the entropy of the singular values, taken as shares; 0 if all features are 0 or
+    some are not finite.
+
+    Source: RankMe, arXiv 2210.02885, equation 1 (there without subtracting a mean).
+    """
+    # In float32 the rounding noise of many small singular values would pass for rank.
+    content = content_NV.double().cpu()
+    if not bool(torch.isfinite(content).all()):
+        return 0.0
+    # The smaller of the two products has the same singular values.
+    gram = content.T @ content if content.shape[0] >= content.shape[1] else content @ content.T
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    if not singular.max() > 0:
+        return 0.0
+
+    shares = singular / singular.sum()
+    shares = shares[shares > 0]
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
+    """Return a message for everything that is wrong; none while all is well.
+
+    Args:
+        warm: the warm-up is over, so that something should have been learnt.
+    """
+    warnings = [
+        f"collapse: {message}; lower the rate, or start a new --name with another seed"
+        for message in collapse_messages(health, run)
+    ]
+    if not warm:
+        return warnings
+
+    error = health.errors["error"]
+    not_beaten = []
+    for name, value in health.errors.items():
+        # A NaN is not below anything.
+        if name != "error" and not error < value:
+            not_beaten.append(f"'{BASELINES.get(name, name)}' ({value:.4f})")
+    if not_beaten or not math.isfinite(error):
+        warnings.append(
+            f"nothing learnt yet: the validation error {error:.4f} is not below "
+            f"{' and '.join(not_beaten) or 'anything'}; it should fall within the next few hundred "
+            "steps, else change the rate"
+        )
+    if health.probe is not None and health.probe["features"] <= health.probe["voxels"]:
+        warnings.append(
+            "the features tell labels apart no better than raw voxels do "
+            f"({health.probe['features']:.3f} against {health.probe['voxels']:.3f} balanced "
+            "accuracy): train longer"
+        )
+    return warnings
+
+
+def collapse_messages(health: Health, run: RunPlan) -> list[str]:
+    """Return a message for each sign that the features are collapsed."""
+    messages = []
+    variance, rank = health.token_variance, health.effective_rank
+    if variance is not None and not variance >= run.min_token_variance:
+        messages.append(
+            f"the features hardly depend on the image (token variance {variance:.2g}, limit "
+            f"{run.min_token_variance:g})"
+        )
+    if rank is not None and not rank >= run.min_effective_rank:
+        messages.append(
+            f"the features spread over {rank:.1f} directions only (limit "
+            f"{run.min_effective_rank:g})"
+        )
+    return messages
+
+
+def failure_messages(
+    health: Health | None,
+    run: RunPlan,
+    weights_are_finite: bool,
+    statistics: StepStatistics,
+    num_steps: int,
+) -> list[str]:
+    """Return a message for each reason why a run that did all its steps has failed.
+
+    Args:
+        health: after the last step; None without validation scans.
+        statistics: of all steps.
+        num_steps: that were done, skipped ones included.
+    """
+    messages = []
+    if not weights_are_finite:
+        messages.append("weights hold NaN or infinity")
+    if statistics.skipped >= num_steps:
+        messages.append(f"none of the {num_steps} steps was good enough to change the weights")
+    elif health is None and statistics.in_row:
+        messages.append(
+            f"the last {statistics.in_row} steps were bad, and there is no validation scan that "
+            "could show that all is well"
+        )
+    if health is None:
+        return messages
+
+    error = health.errors["error"]
+    if not math.isfinite(error):
+        messages.append(f"the validation error is {error}")
+    return [*messages, *collapse_messages(health, run)]

@@ -1,4 +1,4 @@
-"""From scans, groups and places to the material that sequences are cut from."""
+"""From scans, groups and places to the pool that sequences are cut from."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from nnunet_autoreg.corpus.places import KnownPlace
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.kinds import wanted
-from nnunet_autoreg.sampling.material import Group, Material, Place, Structure
+from nnunet_autoreg.sampling.pool import Group, Place, SamplingPool, Structure
 from nnunet_autoreg.store.case import StoredCase
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def gather(
     cases: Mapping[str, StoredCase],
     groups: Sequence[tuple[ContrastGroup, Sequence[StoredCase]]],
     places: Sequence[KnownPlace],
-) -> Material:
+) -> SamplingPool:
     """What the plan's kinds of sequences may be cut from.
 
     Args:
@@ -42,10 +42,10 @@ def gather(
         structures = [
             x for x in _structures(cases, places) if len(x.by_subject()) >= s.semantic_members
         ]
-    return Material(tuple(cases.values()), tuple(chosen_groups), tuple(structures))
+    return SamplingPool(tuple(cases.values()), tuple(chosen_groups), tuple(structures))
 
 
-def check_training(plan: Plan, material: Material) -> None:
+def check_training(plan: Plan, pool: SamplingPool) -> None:
     """Refuse a plan that asks for sequences that the training scans cannot give.
 
     Raises:
@@ -57,7 +57,7 @@ def check_training(plan: Plan, material: Material) -> None:
         "semantic": f"structure is known in {s.semantic_members} subjects",
     }
     for kind in wanted(plan):
-        if not material.offers(kind):
+        if not pool.num_sources(kind):
             raise AutoregError(
                 f"sequence.weights.{kind}={s.weights[kind]}: among the training scans no "
                 f"{needed.get(kind, 'scan is left')}; "
@@ -65,11 +65,11 @@ def check_training(plan: Plan, material: Material) -> None:
             )
 
 
-def heldout_kinds(plan: Plan, material: Material) -> tuple[str, ...]:
+def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
     """The kinds that held-out scans can give; those that they cannot are logged."""
-    given = tuple(kind for kind in wanted(plan) if material.offers(kind))
+    given = tuple(kind for kind in wanted(plan) if pool.num_sources(kind))
     lacking = [kind for kind in wanted(plan) if kind not in given]
-    if material.cases and lacking:
+    if pool.cases and lacking:
         log.info(
             "the held-out scans are too few for %s sequences; their held-out error is not measured",
             " and ".join(lacking),

@@ -1,5 +1,6 @@
-"""The kinds of sequences: what a pool offers, how often each is drawn, and how large the crops of
-their members are. Pure.
+"""The kinds of sequences: which are available, how often each is drawn, and the crops of members.
+
+Pure.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ CONTRAST_WEIGHT = SEMANTIC_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class Offers:
-    """What a pool of scans can be made into.
+class AvailableKinds:
+    """Which kinds of sequences a pool of scans allows.
 
     Attributes:
         num_inputs: datasets and folders given.
@@ -38,24 +39,26 @@ class Offers:
     num_subjects: int = 0
 
 
-def plan_weights(offers: Offers) -> tuple[dict[str, float], str]:
+def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
     """The weights of the kinds, and the reason.
 
     One dataset alone is trained on spatial sequences, as measured. A pool of several adds contrast
     sequences where subjects have several contrasts, and semantic ones where places are known.
     Places by likeness alone are never taken unasked.
     """
-    if offers.num_inputs < 2:
+    if available.num_inputs < 2:
         return {"spatial": 1.0}, "one input: spatial sequences; --sequences asks for others"
     weights, why = {"spatial": 1.0}, []
-    if offers.num_groups:
+    if available.num_groups:
         weights["contrast"] = CONTRAST_WEIGHT
-        why.append(f"{offers.num_groups} subjects have the contrasts {', '.join(offers.contrasts)}")
-    if offers.structures:
+        why.append(
+            f"{available.num_groups} subjects have the contrasts {', '.join(available.contrasts)}"
+        )
+    if available.structures:
         weights["semantic"] = SEMANTIC_WEIGHT
         why.append(
-            f"{offers.semantic_source} say where {len(offers.structures)} structures lie (read for "
-            "positions only)"
+            f"{available.semantic_source} say where {len(available.structures)} structures "
+            "lie (read for positions only)"
         )
     return (
         weights,
@@ -66,13 +69,17 @@ def plan_weights(offers: Offers) -> tuple[dict[str, float], str]:
     )
 
 
-def choose_members(offers: Offers, most: int) -> int:
+def choose_members(available: AvailableKinds, most: int) -> int:
     """Images of a semantic sequence:
 
     ``most``, or as many as the structure has that is known in most subjects; else all subjects.
     """
     return max(
-        2, min(most, max(offers.structures.values()) if offers.structures else offers.num_subjects)
+        2,
+        min(
+            most,
+            max(available.structures.values()) if available.structures else available.num_subjects,
+        ),
     )
 
 

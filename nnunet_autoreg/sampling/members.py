@@ -16,7 +16,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.affine import Affine, Source, draw_affine, read_source
 from nnunet_autoreg.sampling.blocks import draw_prefix, sequence_ids, token_ranks, window_positions
 from nnunet_autoreg.sampling.kinds import member_codes, member_crop, num_members
-from nnunet_autoreg.sampling.material import Group, Place, Structure
+from nnunet_autoreg.sampling.pool import Group, Place, Structure
 from nnunet_autoreg.sampling.sample import Sample, unread
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.sampling.turn import Turn, draw_turn

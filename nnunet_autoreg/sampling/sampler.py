@@ -13,12 +13,14 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.corruption import draw_corruption
 from nnunet_autoreg.sampling.kinds import num_blocks, wanted
-from nnunet_autoreg.sampling.material import Material, as_material
+from nnunet_autoreg.sampling.pool import SamplingPool, as_pool
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.store.case import StoredCase
 
-TRAINING, HELDOUT = "training", "held-out"
-HELDOUT_PREFIXES = (0.0, 0.25, 0.5, 0.75)
+TRAINING, VALIDATION = "training", "held-out"
+"""Purposes of a sample. All random numbers depend on these words, so that they must not change."""
+
+VALIDATION_PREFIXES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,16 @@ class SequenceSampler:
 
     plan: Plan
 
-    def kind(self, material: Material, purpose: str, number: int) -> str:
+    def kind(self, pool: SamplingPool, purpose: str, number: int) -> str:
         """The kind of the sequences of a training step, drawn by the plan's weights, or of a
         held-out sample, in turn.
 
-        One kind per step keeps the shapes of a batch equal. Held-out material may offer fewer kinds
+        One kind per step keeps the shapes of a batch equal. Held-out pool may offer fewer kinds
         than training.
         """
         kinds = wanted(self.plan)
-        if purpose == HELDOUT:
-            kinds = tuple(kind for kind in kinds if material.offers(kind))
+        if purpose == VALIDATION:
+            kinds = tuple(kind for kind in kinds if pool.num_sources(kind))
             return kinds[number % len(kinds)]
         if len(kinds) == 1:
             return kinds[0]
@@ -61,7 +63,7 @@ class SequenceSampler:
         generator = rng.generator(self.plan.run.seed, f"{purpose}: kind", number)
         return kinds[int(generator.choice(len(kinds), p=weights / weights.sum()))]
 
-    def draw(self, cases: "Material | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
+    def draw(self, cases: "SamplingPool | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
         """One sequence; everything random comes from (run seed, purpose, ids), its kind from the
         first id alone.
 
@@ -69,34 +71,32 @@ class SequenceSampler:
         prefixes, so that their errors compare from one time to the next - and, unless the plan
         fixes its own, from one plan to the other.
         """
-        material, seed = as_material(cases), self.plan.run.seed
-        kind = self.kind(material, purpose, ids[0])
+        pool, seed = as_pool(cases), self.plan.run.seed
+        kind = self.kind(pool, purpose, ids[0])
         # Rotation, zoom and corruption have generators of their own, so that they change nothing
         # else that is drawn.
         is_training = purpose == TRAINING
         affine_generator = (
             rng.generator(seed, f"{purpose}: rotation and zoom", *ids) if is_training else None
         )
-        sample, _ = self.draw_kind(
-            kind, material, rng.generator(seed, purpose, *ids), affine_generator
-        )
+        sample, _ = self.draw_kind(kind, pool, rng.generator(seed, purpose, *ids), affine_generator)
         if is_training and self.plan.objective.corruption > 0:
             generator = rng.generator(seed, f"{purpose}: corruption", *ids)
             sample = replace(
                 sample, corruption=draw_corruption(self.plan.objective.corruption, generator)
             )
-        if purpose != HELDOUT:
+        if purpose != VALIDATION:
             return sample
-        num_kinds = len([kind for kind in wanted(self.plan) if material.offers(kind)])
+        num_kinds = len([kind for kind in wanted(self.plan) if pool.num_sources(kind)])
         if self.plan.sequence.prefix == "fixed":
             return sample
-        share = HELDOUT_PREFIXES[ids[0] // num_kinds % len(HELDOUT_PREFIXES)]
+        share = VALIDATION_PREFIXES[ids[0] // num_kinds % len(VALIDATION_PREFIXES)]
         return replace(sample, prefix=max(1, int(share * num_blocks(self.plan, kind))))
 
     def draw_kind(
         self,
         kind: str,
-        material: Material,
+        pool: SamplingPool,
         generator: np.random.Generator,
         affine_generator: np.random.Generator | None = None,
     ) -> tuple[Sample, Shown]:
@@ -108,36 +108,36 @@ class SequenceSampler:
                 zoomed.
         """
         if kind == "strided":
-            return self._strided(material, generator)
+            return self._strided(pool, generator)
         draw = {"spatial": self._spatial, "contrast": self._contrast, "semantic": self._semantic}[
             kind
         ]
-        return draw(material, generator, affine_generator)
+        return draw(pool, generator, affine_generator)
 
     def _spatial(
         self,
-        material: Material,
+        pool: SamplingPool,
         generator: np.random.Generator,
         affine_generator: np.random.Generator | None,
     ) -> tuple[Sample, Shown]:
-        case = material.cases[int(generator.integers(len(material.cases)))]
+        case = pool.cases[int(generator.integers(len(pool.cases)))]
         drawn = spatial.draw(
             self.plan, case.shape_vox, generator, case.spacing_mm, affine_generator
         )
         return spatial.apply(self.plan, case, drawn), Shown("spatial", "", (case,), ("",), drawn)
 
-    def _strided(self, material: Material, generator: np.random.Generator) -> tuple[Sample, Shown]:
-        case = material.cases[int(generator.integers(len(material.cases)))]
+    def _strided(self, pool: SamplingPool, generator: np.random.Generator) -> tuple[Sample, Shown]:
+        case = pool.cases[int(generator.integers(len(pool.cases)))]
         drawn = strided.draw(self.plan, case.shape_vox, generator, case.spacing_mm)
         return strided.apply(self.plan, case, drawn), Shown("strided", "", (case,), ("",), drawn)
 
     def _contrast(
         self,
-        material: Material,
+        pool: SamplingPool,
         generator: np.random.Generator,
         affine_generator: np.random.Generator | None,
     ) -> tuple[Sample, Shown]:
-        group = material.groups[int(generator.integers(len(material.groups)))]
+        group = pool.groups[int(generator.integers(len(pool.groups)))]
         chosen = members.choose_contrasts(self.plan, group, generator)
         cases = [case for _, case in chosen]
         codes = [code for code, _ in chosen]
@@ -152,11 +152,11 @@ class SequenceSampler:
 
     def _semantic(
         self,
-        material: Material,
+        pool: SamplingPool,
         generator: np.random.Generator,
         affine_generator: np.random.Generator | None,
     ) -> tuple[Sample, Shown]:
-        structure = material.structures[int(generator.integers(len(material.structures)))]
+        structure = pool.structures[int(generator.integers(len(pool.structures)))]
         places = members.choose_places(self.plan, structure, generator)
         drawn = members.draw_semantic(
             self.plan, places, structure.spacing_mm, generator, affine_generator

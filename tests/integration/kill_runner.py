@@ -87,9 +87,9 @@ def in_a_worker():
 
         at_call(1, store, "write_case", before)
     else:
-        from nnunet_autoreg.pretrain import run
+        from nnunet_autoreg.pretrain import pipeline
 
-        run.num_processes = lambda: 2
+        pipeline.num_processes = lambda: 2
 
 
 def arm(point):
@@ -125,11 +125,11 @@ def arm(point):
 
 
 def leave_out_pictures():
-    from nnunet_autoreg.pretrain import loop, run
+    from nnunet_autoreg.pretrain import pipeline, trainer
     from nnunet_autoreg.report import report
 
-    run.draw_fingerprint = loop.draw_progress = report.Reporter.write = lambda *_: None
-    run.num_processes = lambda: 1
+    pipeline.draw_fingerprint = trainer.draw_progress = report.Reporter.write = lambda *_: None
+    pipeline.num_processes = lambda: 1
 
 
 def child(request):
@@ -151,7 +151,7 @@ def import_all():
     """Import what a line needs, so that its fork has it."""
     ours = (
         f"nnunet_autoreg.{name}"
-        for name in ("pretrain.run", "pretrain.loop", "report.report", "report.slices")
+        for name in ("pretrain.pipeline", "pretrain.training_job", "report.report", "report.slices")
     )
     for module in (
         "dynamic_network_architectures.architectures.primus",

@@ -76,24 +76,24 @@ def arm(point, way):
     import torch
 
     from nnunet_autoreg.corpus import index
-    from nnunet_autoreg.pretrain import fit, run
+    from nnunet_autoreg.pretrain import checkpointing, dry_run, pipeline
     from nnunet_autoreg.pretrain.validation import Validation
     from nnunet_autoreg.store import store
 
     owner, name, number = {
         "indexing": (index, "load_scan", 2),
-        "planning": (run, "check_start", 1),
+        "planning": (checkpointing, "check_initial_weights", 1),
         "preprocessing": (store, "load_scan", 1),
-        "material": (run, "make_material", 1),
-        "dry step": (fit, "dry_step", 1),
-        "compilation": (fit, "dry_step", 1),
+        "sampling pool": (pipeline, "make_sampling_pools", 1),
+        "dry step": (dry_run, "dry_step", 1),
+        "compilation": (dry_run, "dry_step", 1),
         "training": (torch.optim.AdamW, "step", 7),
         "validation": (Validation, "_features", 2),
         "export": (safetensors.torch, "save_file", 1),
     }[point]
     if way == "workers":
         # Both the main process and its workers come here; the work is done in the workers.
-        run.num_processes = lambda: 2
+        pipeline.num_processes = lambda: 2
         way = "c"
     at_call(number, owner, name, WAYS[way])
 

@@ -169,7 +169,7 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(
         "import os, signal, multiprocessing\n"
-        "from nnunet_autoreg.pretrain.batches import training_batches\n"
+        "from nnunet_autoreg.pretrain.data import training_batches\n"
         "batches = training_batches(list(range(1000)), range(1000), 1, False)\n"
         "next(batches)\n"
         "print(multiprocessing.active_children()[0].pid, flush=True)\n"

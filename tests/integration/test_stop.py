@@ -128,7 +128,7 @@ STOPS = [
     ("planning", "ignoring"),
     ("preprocessing", "python"),
     ("preprocessing", "workers"),
-    ("material", "python"),
+    ("sampling pool", "python"),
     ("dry step", "ignoring"),
     ("dry step", "c"),
     ("compilation", "compiler"),

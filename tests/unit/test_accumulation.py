@@ -20,9 +20,9 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain.batches import parts_of
-from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.pace import seconds_per_step
+from nnunet_autoreg.pretrain.data import micro_batches
+from nnunet_autoreg.pretrain.dry_run import seconds_per_step
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.sampling.sample import Batch, Sample, collate
 
 TINY = encoder_size("primus_tiny")
@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels_not_of_the_
 
 def test_a_batch_falls_into_parts_whole_and_in_order() -> None:
     batch = collate([sample(n) for n in range(5)])
-    parts = list(parts_of(batch, 2))
+    parts = list(micro_batches(batch, 2))
     assert [len(part.prefix) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.voxels for part in parts]), batch.voxels)
     assert torch.equal(torch.cat([part.prefix for part in parts]), batch.prefix)
@@ -114,7 +114,7 @@ def test_a_batch_falls_into_parts_whole_and_in_order() -> None:
 def test_the_pace_is_measured_on_steps_that_leave_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nnunet_autoreg.pretrain.pace.MAX_STEPS", 3)
+    monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.MAX_STEPS", 3)
     objective = Autoregressive(PLAN)
     objective.sampler = Five()  # type: ignore[assignment]
     assert (

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnunet_autoreg.errors import InterruptedRunError
 from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.sizes import encoder_size
@@ -21,10 +22,14 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain import compiled
-from nnunet_autoreg.pretrain.compiled import cannot_compile, fast_path, is_compiled, loss_function
-from nnunet_autoreg.pretrain.signals import InterruptedRunError
-from nnunet_autoreg.pretrain.step import TrainingStep
+from nnunet_autoreg.pretrain import compilation
+from nnunet_autoreg.pretrain.compilation import (
+    cannot_compile,
+    fast_path,
+    is_compiled,
+    run_by,
+)
+from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.sampling.sample import Batch
 
 CPU = torch.device("cpu")
@@ -63,8 +68,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled path with FlexAttention on the CPU; torch refuses its gradient there only
     because no CPU kernel has one.
     """
-    monkeypatch.setattr(compiled, "COMPILED_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     monkeypatch.setattr(attention, "FLEX_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     torch._dynamo.reset()
@@ -94,7 +99,7 @@ def test_compiled_with_flexattention_the_loss_and_its_gradient_are_those_of_plai
     objective = Autoregressive(plan)
     plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
     found, compiled_gradient = value_and_gradient(
-        loss_function(plan, objective, CPU), objective.module, batch
+        run_by(fast_path(plan, CPU), objective.loss), objective.module, batch
     )
     assert found == pytest.approx(plain, rel=1e-5)
     assert float((gradient - compiled_gradient).norm() / gradient.norm()) < 1e-5
@@ -151,8 +156,8 @@ def test_a_cpu_compiles_layers_when_the_environment_asks(monkeypatch: pytest.Mon
     plain = losses(plan)
     assert fast_path(plan, CPU) is None
 
-    monkeypatch.setenv(compiled.ON_CPU, "1")
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setenv(compilation.ON_CPU, "1")
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     path = fast_path(plan, CPU)
 
@@ -169,8 +174,8 @@ def test_training_goes_on_eagerly_when_a_layer_cannot_be_compiled(
     plan = make_plan()
     tried = replace(plan, run=replace(plan.run, peak_memory_gib=1.0))
     plain = losses(tried)
-    monkeypatch.setenv(compiled.ON_CPU, "1")
-    monkeypatch.setattr(compiled, "BACKEND", broken)
+    monkeypatch.setenv(compilation.ON_CPU, "1")
+    monkeypatch.setattr(compilation, "BACKEND", broken)
     torch._dynamo.reset()
 
     assert losses(tried) == plain
@@ -184,8 +189,8 @@ def test_a_request_to_stop_inside_the_compiler_stops(monkeypatch: pytest.MonkeyP
     def interrupted(graph: torch.fx.GraphModule, _: object) -> object:
         raise InterruptedRunError("stopped")
 
-    monkeypatch.setenv(compiled.ON_CPU, "1")
-    monkeypatch.setattr(compiled, "BACKEND", interrupted)
+    monkeypatch.setenv(compilation.ON_CPU, "1")
+    monkeypatch.setattr(compilation, "BACKEND", interrupted)
     torch._dynamo.reset()
 
     with pytest.raises(InterruptedRunError):
@@ -207,7 +212,7 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
 def test_nothing_is_compiled_on_a_cpu_where_the_plan_says_no_or_where_weights_are_sharded() -> None:
     plan, cuda = make_plan(), torch.device("cuda")
     objective = Autoregressive(plan)
-    assert loss_function(plan, objective, CPU) == objective.loss
+    assert run_by(fast_path(plan, CPU), objective.loss) == objective.loss
     assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
     assert not is_compiled(
         Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}), cuda, sharded=False

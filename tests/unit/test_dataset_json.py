@@ -18,8 +18,7 @@ from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.places import label_map_of, places_of_boxes, places_of_labels, read_boxes
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.pretrain.labels import labelled_crops, stored_labels
-from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe
+from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, labelled_crops, stored_labels
 
 SHAPE = (16, 18, 20)
 LABELS = {"background": 0, "a": 1}

@@ -29,17 +29,17 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.pretrain.checkpointing import restore, shareable, snapshot
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,
-    Promised,
+    DeferredTensor,
     World,
     is_lost_peer,
     join,
     leave,
-    share_of,
+    process_share,
 )
-from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.state import lent, restore, snapshot
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.sampling.sample import Sample
 
 TINY = encoder_size("primus_tiny")
@@ -138,7 +138,7 @@ def together(rank: int, port: int, folder: Path) -> None:
             "sharded": trainer.is_sharded,
             "encoder": trainer.objective.transferable_state(),
             "numbers": world.gather(list(trainer.train_step.numbers)),
-            "tally": trainer.guard.tally(),
+            "statistics": trainer.guard.statistics(),
         }
     for sharding in ("none", "full"):
         start = torch.load(folder / "alone.pt", weights_only=False)
@@ -150,14 +150,14 @@ def together(rank: int, port: int, folder: Path) -> None:
         # Only the main process has the file; what it holds afterwards, all do.
         trainer = trainer_in(world, None, sharding, 6)
         content = world.share(
-            lent(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None
+            shareable(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None
         )
         restore(content, trainer.module, trainer.optimizer, trainer.guard, world)
         own = {
             name: p.to_local() if hasattr(p, "to_local") else p
             for name, p in trainer.module.state_dict().items()
         }
-        found[f"lent, {sharding}"] = (state_of(trainer), world.gather(own))
+        found[f"shareable, {sharding}"] = (state_of(trainer), world.gather(own))
         torch.manual_seed(101)
         found[f"generators, {sharding}"] = [
             torch.equal(*pair)
@@ -245,7 +245,7 @@ def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
     assert not np.isfinite(two[way]["losses"][SPOILED]) and not np.isfinite(
         alone[5]["losses"][SPOILED]
     )
-    assert (two[way]["tally"].nonfinite, two[way]["tally"].in_row) == (1, 0)
+    assert (two[way]["statistics"].nonfinite, two[way]["statistics"].in_row) == (1, 0)
     steps = {int(entry["step"]) for entry in two[way]["state"]["optimizer"]["state"].values()}
     assert steps == {
         int(entry["step"]) for entry in alone[5]["state"]["optimizer"]["state"].values()
@@ -275,7 +275,7 @@ def test_what_one_process_saves_two_go_on_from(
 def test_a_checkpoint_that_the_main_process_alone_reads_reaches_all_bit_for_bit(
     alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str
 ) -> None:
-    state, (main, other) = two[f"lent, {sharding}"]
+    state, (main, other) = two[f"shareable, {sharding}"]
     start = alone[6]["state"]
     assert_same(state["network_weights"], start["network_weights"])
     assert_same(state["optimizer"]["state"], start["optimizer"]["state"])
@@ -299,17 +299,19 @@ def test_what_is_lent_is_told_without_its_weights_and_whole_where_one_process_is
     alone: dict[int, dict[str, Any]],
 ) -> None:
     start = alone[6]["state"]
-    outline = pickle.dumps(lent(start))
+    outline = pickle.dumps(shareable(start))
     assert len(outline) < 0.2 * sum(weights.nbytes for weights in start["network_weights"].values())
     told = pickle.loads(outline)
     name, weights = next(iter(start["network_weights"].items()))
-    assert told["network_weights"][name] == Promised(tuple(weights.shape), weights.dtype, None)
+    assert told["network_weights"][name] == DeferredTensor(
+        tuple(weights.shape), weights.dtype, None
+    )
     assert (
         told["generators"][0]["python"] == start["generators"][0]["python"]
         and told["step"] == STEPS
     )
     trainer = trainer_in(ALONE, None, "none", 6)
-    restore(lent(start), trainer.module, trainer.optimizer, trainer.guard)
+    restore(shareable(start), trainer.module, trainer.optimizer, trainer.guard)
     assert_same(state_of(trainer)["network_weights"], start["network_weights"])
 
 
@@ -332,7 +334,7 @@ def test_what_processes_say_to_each_other(two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("num", "size"), [(8, 1), (8, 2), (8, 3), (5, 4), (4, 4), (33, 7)])
 def test_shares_have_no_overlap_and_no_gap_and_are_as_even_as_can_be(num: int, size: int) -> None:
-    shares = [share_of(num, rank, size) for rank in range(size)]
+    shares = [process_share(num, rank, size) for rank in range(size)]
     assert [number for share in shares for number in share] == list(range(num))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -341,11 +343,11 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused_with_the_way_ou
     with pytest.raises(
         UsageError, match=r"optim.batch_size=3 cannot be shared by 4 processes.*--num-gpus"
     ):
-        share_of(3, 0, 4)
+        process_share(3, 0, 4)
     with pytest.raises(
         UsageError, match=r"optim.batch_size=5 cannot be shared evenly by 2 processes.*run.sharding"
     ):
-        share_of(5, 0, 2, sharded=True)
+        process_share(5, 0, 2, sharded=True)
 
 
 def test_a_lost_process_is_told_from_an_error_of_ones_own() -> None:

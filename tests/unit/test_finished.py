@@ -20,16 +20,16 @@ from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import check_run_name
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.guard import Tally
-from nnunet_autoreg.pretrain.health import Health, failures
+from nnunet_autoreg.pretrain.training_step import StepStatistics
+from nnunet_autoreg.pretrain.validation import Health, failure_messages
 
-GOOD = Tally(0, 0, 0, 1.0)
+GOOD = StepStatistics(0, 0, 0, 1.0)
 HEALTHY = Health({"error": 0.5, "mean": 1.0}, 0.5, 20.0)
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunet_autoreg.pretrain.loop.draw_progress", lambda *_: None)
+    monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", lambda *_: None)
 
 
 class Collapsed(Linear):
@@ -102,12 +102,12 @@ def test_a_state_saved_by_an_older_version_is_looked_at_before_export(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("health", "finite", "tally"),
+    ("health", "finite", "statistics"),
     [
         (HEALTHY, False, GOOD),
-        (HEALTHY, True, Tally(6, 0, 6, 0.0)),
-        (HEALTHY, True, Tally(3, 3, 1, 0.0)),
-        (None, True, Tally(1, 0, 1, 0.0)),
+        (HEALTHY, True, StepStatistics(6, 0, 6, 0.0)),
+        (HEALTHY, True, StepStatistics(3, 3, 1, 0.0)),
+        (None, True, StepStatistics(1, 0, 1, 0.0)),
         (replace(HEALTHY, errors={"error": float("nan"), "mean": 1.0}), True, GOOD),
         (replace(HEALTHY, errors={"error": float("inf"), "mean": 1.0}), True, GOOD),
         (replace(HEALTHY, token_variance=0.0), True, GOOD),
@@ -115,13 +115,15 @@ def test_a_state_saved_by_an_older_version_is_looked_at_before_export(tmp_path: 
         (replace(HEALTHY, effective_rank=1.0), True, GOOD),
     ],
 )
-def test_every_kind_of_failure_is_found(health: Health | None, finite: bool, tally: Tally) -> None:
-    assert len(failures(health, PLAN.run, finite, tally, 6)) == 1
+def test_every_kind_of_failure_is_found(
+    health: Health | None, finite: bool, statistics: StepStatistics
+) -> None:
+    assert len(failure_messages(health, PLAN.run, finite, statistics, 6)) == 1
 
 
 def test_a_good_run_and_one_without_features_or_scans_have_not_failed() -> None:
     for health in (HEALTHY, Health({"error": 2.0, "mean": 1.0}), None):
-        assert failures(health, PLAN.run, True, Tally(2, 0, 0, 1.0), 6) == []
+        assert failure_messages(health, PLAN.run, True, StepStatistics(2, 0, 0, 1.0), 6) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

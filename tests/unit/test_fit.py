@@ -24,15 +24,15 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain.compiled import is_out_of_memory
-from nnunet_autoreg.pretrain.fit import (
+from nnunet_autoreg.pretrain.compilation import is_out_of_memory
+from nnunet_autoreg.pretrain.dry_run import (
     dry_step,
-    fitted,
+    fit_plan,
     memory_errors_in_one_line,
     smaller,
     smaller_crop,
 )
-from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.sampling.sample import Batch, Sample
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_what_fits_stays_and_the_peak_is_kept(
     trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    plan = fitted(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
+    plan = fit_plan(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
     assert plan.run.peak_memory_gib is not None and plan.run.peak_memory_gib > 0
     assert plan.run.dry_step_seconds is not None and plan.run.dry_step_seconds > 0
     assert plan.run.loader_seconds_per_crop is not None and plan.run.loader_seconds_per_crop > 0
@@ -120,7 +120,7 @@ def test_crops_at_once_are_halved_first_and_the_batch_stays(
     trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[Any] = []
-    plan = fitted(PLAN, trainer_of(2 * 16 * 16 * 24, asked), CPU)
+    plan = fit_plan(PLAN, trainer_of(2 * 16 * 16 * 24, asked), CPU)
     assert (
         plan.optim.batch_size,
         plan.optim.micro_batch_size,
@@ -143,13 +143,13 @@ def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(
     trainer_of: Callable[..., Any],
 ) -> None:
     one = 16 * 16 * 24
-    checkpointed = fitted(PLAN, trainer_of(0.6 * one, []), CPU)
+    checkpointed = fit_plan(PLAN, trainer_of(0.6 * one, []), CPU)
     assert (checkpointed.optim.micro_batch_size, checkpointed.optim.checkpoint_activations) == (
         1,
         True,
     )
     assert checkpointed.sequence == PLAN.sequence
-    cropped = fitted(PLAN, trainer_of(0.4 * one, []), CPU)
+    cropped = fit_plan(PLAN, trainer_of(0.4 * one, []), CPU)
     assert (cropped.optim.micro_batch_size, cropped.optim.checkpoint_activations) == (1, True)
     assert cropped.sequence.crop_size_vox == (16, 16, 16)
     assert "crops of 16 x 16 x 16" in cropped.reasons["sequence.crop_size_vox"]
@@ -157,7 +157,7 @@ def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(
 
 def test_where_nothing_fits_the_way_out_is_said(trainer_of: Callable[..., Any]) -> None:
     with pytest.raises(AutoregError, match="choose a smaller --encoder"):
-        fitted(PLAN, trainer_of(10, []), CPU)
+        fit_plan(PLAN, trainer_of(10, []), CPU)
     checkpointed = replace(
         PLAN, optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True)
     )
@@ -218,8 +218,8 @@ def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
             raise error
         return 1.0
 
-    monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", with_room_for_two)
-    assert fitted(PLAN, trainer_of(1e9, []), CPU).optim.micro_batch_size == 2
+    monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", with_room_for_two)
+    assert fit_plan(PLAN, trainer_of(1e9, []), CPU).optim.micro_batch_size == 2
     with (
         pytest.raises(
             AutoregError, match=r"Something else may be using the memory: free it and type"
@@ -241,9 +241,9 @@ def test_other_errors_are_not_taken_for_want_of_memory(
     def broken(trainer: Trainer) -> float:
         raise RuntimeError("shapes")
 
-    monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", broken)
+    monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        fitted(PLAN, trainer_of(1e9, []), CPU)
+        fit_plan(PLAN, trainer_of(1e9, []), CPU)
 
 
 def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
@@ -254,7 +254,7 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
             raise torch._dynamo.exc.TorchDynamoException("no C compiler")
         return dry_step(trainer)
 
-    monkeypatch.setattr("nnunet_autoreg.pretrain.fit.dry_step", without_a_compiler)
-    plan = fitted(PLAN, trainer_of(1e9, []), CPU)
+    monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", without_a_compiler)
+    plan = fit_plan(PLAN, trainer_of(1e9, []), CPU)
     assert plan.run.compile is False and "no C compiler" in plan.reasons["run.compile"]
     assert plan.optim == PLAN.optim

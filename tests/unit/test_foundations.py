@@ -14,8 +14,8 @@ from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.plan import IntensityWindow, OptimPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
-from nnunet_autoreg.pretrain.schedule import learning_rate
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
+from nnunet_autoreg.pretrain.training_step import learning_rate
 from nnunet_autoreg.records import (
     atomic_path,
     differences,
@@ -30,8 +30,8 @@ POOL = Pool(192, (1.0, 1.0, 1.0), (35, 50, 36), 12_000_000, None)
 CPU = Hardware("cpu", 24.0)
 
 
-def plan_for(pool=POOL, hardware=CPU, **wishes):
-    asked = Wishes(**{"encoder": "primus_tiny", **wishes})
+def plan_for(pool=POOL, hardware=CPU, **overrides):
+    asked = Overrides(**{"encoder": "primus_tiny", **overrides})
     return make_plan(
         "run", pool, hardware, asked, 0, {}, lambda encoder, crop, recompute: (1e9, 5e8)
     )

@@ -8,13 +8,20 @@ import torch
 from torch import nn
 
 from nnunet_autoreg.plan import RunPlan
-from nnunet_autoreg.pretrain.guard import WINDOW, StepGuard, Tally, in_words, running, skip_if
+from nnunet_autoreg.pretrain.training_step import (
+    WINDOW,
+    LossSpikeGuard,
+    StepStatistics,
+    skip_if,
+    skipped_message,
+    update_running,
+)
 
 CPU = torch.device("cpu")
 
 
 def guard_after(losses, **values):
-    guard = StepGuard(RunPlan(0, 1, 1, **values), CPU)
+    guard = LossSpikeGuard(RunPlan(0, 1, 1, **values), CPU)
     for loss in losses:
         guard.judge(torch.tensor(loss), torch.tensor(1.0))
     return guard
@@ -27,12 +34,12 @@ def verdict(guard, loss, norm=1.0):
 def test_the_running_mean_and_variance_are_exact_at_first():
     statistics = torch.zeros(3)
     for value in (1.0, 2.0, 6.0):
-        statistics = running(statistics, torch.tensor(value))
+        statistics = update_running(statistics, torch.tensor(value))
     assert statistics.tolist() == pytest.approx([3.0, 14 / 3, 3.0])  # mean; (4 + 1 + 9) / 3; number
 
 
 def test_later_values_count_with_the_weight_of_the_window():
-    statistics = running(torch.tensor([1.0, 0.0, float(WINDOW)]), torch.tensor(1.0 + WINDOW))
+    statistics = update_running(torch.tensor([1.0, 0.0, float(WINDOW)]), torch.tensor(1.0 + WINDOW))
     assert statistics.tolist() == pytest.approx([2.0, (1 - 1 / WINDOW) * WINDOW, WINDOW + 1])
 
 
@@ -58,11 +65,11 @@ def test_a_spike_has_to_pass_both_limits_and_needs_a_hundred_steps_to_compare_wi
 
 def test_bad_steps_leave_the_running_mean_alone_and_a_good_one_ends_the_row():
     guard = guard_after([1.0] * WINDOW + [5.0, math.nan, 7.0])
-    assert guard.tally() == Tally(nonfinite=1, spikes=2, in_row=3, usual=1.0)
+    assert guard.statistics() == StepStatistics(nonfinite=1, spikes=2, in_row=3, usual=1.0)
     guard.judge(torch.tensor(1.0), torch.tensor(1.0))
-    assert guard.tally() == Tally(1, 2, 0, 1.0)
-    guard.forget()
-    assert guard.tally() == Tally(1, 2, 0, 0.0)
+    assert guard.statistics() == StepStatistics(1, 2, 0, 1.0)
+    guard.reset()
+    assert guard.statistics() == StepStatistics(1, 2, 0, 0.0)
     assert verdict(guard, 100.0) == 0
 
 
@@ -99,9 +106,9 @@ def test_a_skipped_step_leaves_no_trace_in_weights_moments_or_counts():
 
 
 def test_what_was_skipped_is_said_in_one_sentence_or_not_at_all():
-    before, now = Tally(1, 0, 0, 0.8), Tally(3, 1, 2, 0.8)
-    assert in_words(now, now, 9) == ""
-    assert in_words(before, now, 9) == (
+    before, now = StepStatistics(1, 0, 0, 0.8), StepStatistics(3, 1, 2, 0.8)
+    assert skipped_message(now, now, 9) == ""
+    assert skipped_message(before, now, 9) == (
         "by step 10 these steps were skipped and changed nothing: 2 with a loss or gradient that "
         "was infinite or NaN and 1 with a loss far "
         "above the usual 0.8; 4 since the start"
@@ -114,7 +121,7 @@ def test_on_a_gpu_a_bad_bf16_step_is_skipped_without_waiting_for_the_device():
     device = torch.device("cuda")
     module = nn.Linear(64, 64, device=device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
-    guard = StepGuard(RunPlan(0, 1, 1), device)
+    guard = LossSpikeGuard(RunPlan(0, 1, 1), device)
     weights = []
     for number, spoil in enumerate((1.0, 1.0, math.nan, 1.0)):
         torch.cuda.set_sync_debug_mode("error" if number else "default")
@@ -128,5 +135,5 @@ def test_on_a_gpu_a_bad_bf16_step_is_skipped_without_waiting_for_the_device():
         weights.append(module.weight.detach().clone())
     torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
-    assert guard.tally().nonfinite == 1
+    assert guard.statistics().nonfinite == 1
     assert all(float(state["step"]) == 3 for state in optimizer.state.values())

@@ -11,23 +11,26 @@ import torch
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
-from nnunet_autoreg.pretrain.health import (
-    Health,
-    complaints,
-    content_part,
-    effective_rank,
-    evenly,
-    token_variance,
-)
-from nnunet_autoreg.pretrain.labels import (
+from nnunet_autoreg.pretrain.probe import (
+    LabelledCrop,
+    Probe,
     around_labels,
-    choose,
+    balanced_accuracy,
+    choose_scans,
+    evenly_spread,
+    fit_and_score,
     nearest_index,
     stored_labels,
     token_labels,
 )
-from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, balanced_accuracy, fit_and_score
-from nnunet_autoreg.pretrain.validation import Validation
+from nnunet_autoreg.pretrain.validation import (
+    Health,
+    Validation,
+    content_part,
+    effective_rank,
+    health_warnings,
+    token_variance,
+)
 from nnunet_autoreg.sampling.sample import Sample, collate
 
 RUN = RunPlan(0, 1, 1)
@@ -67,8 +70,8 @@ def test_features_that_say_only_where_a_token_lies_have_collapsed():
 
 
 def test_evenly_takes_all_or_equally_spaced_ones():
-    assert evenly(3, 5).tolist() == [0, 1, 2]
-    assert evenly(9, 3).tolist() == [0, 4, 8]
+    assert evenly_spread(3, 5).tolist() == [0, 1, 2]
+    assert evenly_spread(9, 3).tolist() == [0, 4, 8]
 
 
 GOOD = Health(
@@ -80,14 +83,14 @@ GOOD = Health(
 
 
 def test_a_healthy_model_is_not_complained_about_and_a_young_one_not_yet():
-    assert complaints(GOOD, RUN, warm=True) == []
+    assert health_warnings(GOOD, RUN, warm=True) == []
     young = replace(
         GOOD,
         errors={"error": 1.2, "mean": 1.0, "copy": 1.8},
         probe={"features": 0.4, "voxels": 0.5, "chance": 0.33},
     )
-    assert complaints(young, RUN, warm=False) == []
-    assert len(complaints(young, RUN, warm=True)) == 2
+    assert health_warnings(young, RUN, warm=False) == []
+    assert len(health_warnings(young, RUN, warm=True)) == 2
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_a_healthy_model_is_not_complained_about_and_a_young_one_not_yet():
     ],
 )
 def test_what_is_wrong_is_said_in_words_with_value_and_limit(changes, said):
-    [sentence] = complaints(replace(GOOD, **changes), RUN, warm=True)
+    [sentence] = health_warnings(replace(GOOD, **changes), RUN, warm=True)
     assert sentence.startswith(said)
     assert "\n" not in sentence
 
@@ -136,7 +139,7 @@ def test_every_number_reaches_the_metrics_under_the_names_that_the_report_knows(
     }
     assert (
         "effective rank 90.0; probe: balanced accuracy 0.700 from features, 0.500 from raw voxels, "
-        "0.330 by chance" in GOOD.sentence()
+        "0.330 by chance" in GOOD.message()
     )
 
 
@@ -247,10 +250,10 @@ def row(root: Path, number: int, channel: int = 0) -> ScanRow:
 def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
     rows = [row(dataset, number) for number in range(8)] + [row(dataset, 0, 1)]
     heldout = {rows[3].id, rows[5].id}
-    chosen = choose(rows, heldout, seed=0)
+    chosen = choose_scans(rows, heldout, seed=0)
     assert {r.case for r in chosen} == {f"c{n}" for n in range(8)} and len(chosen) == 8
     assert {r.id for r in chosen[:2]} == heldout
-    assert choose(rows[:3], set(), 0) == []
+    assert choose_scans(rows[:3], set(), 0) == []
 
 
 def test_labels_come_onto_the_stored_voxels_and_what_has_no_name_is_unknown(dataset):
@@ -299,8 +302,10 @@ def test_held_out_errors_are_told_by_kind_of_sequences_where_there_are_several()
     assert metrics["heldout_error_contrast"] == (3.0, "squared error") and metrics[
         "heldout_error"
     ] == (12 / 9, "squared error")
-    assert "0.5000 of spatial and 3.0000 of contrast sequences" in health.sentence()
-    assert not any("nothing learnt" in sentence for sentence in complaints(health, RUN, warm=True))
+    assert "0.5000 of spatial and 3.0000 of contrast sequences" in health.message()
+    assert not any(
+        "nothing learnt" in sentence for sentence in health_warnings(health, RUN, warm=True)
+    )
     alone = Validation(
         OfKinds(), {"spatial": batches["spatial"]}, (), torch.device("cpu")
     ).measure()

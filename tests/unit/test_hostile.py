@@ -21,8 +21,7 @@ from nnunet_autoreg.errors import PlanError, UsageError, WeightsError, printable
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.model.card import CARD_NAME, read_card
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.pretrain.folder import Request
-from nnunet_autoreg.pretrain.run import check_inputs
+from nnunet_autoreg.pretrain.request import Request, check_inputs
 from nnunet_autoreg.records import from_cell, read_json, to_cell
 
 TINY = encoder_size("primus_tiny")

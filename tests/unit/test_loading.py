@@ -25,10 +25,9 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain import loading, loop
-from nnunet_autoreg.pretrain.batches import StepBatches
-from nnunet_autoreg.pretrain.loading import DataWait, choose_loaders, seconds_per_crop
-from nnunet_autoreg.pretrain.loop import Trainer
+from nnunet_autoreg.pretrain import data, trainer
+from nnunet_autoreg.pretrain.data import DataWait, StepBatches, choose_loaders, seconds_per_crop
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.sampling.sample import Sample
@@ -62,11 +61,11 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the training loop and of all that is timed about loading."""
+    """The clock of the training loop and of all that is timed about data."""
     made = Clock()
     stand_in = SimpleNamespace(monotonic=made, perf_counter=made)
-    monkeypatch.setattr(loading, "time", stand_in)
-    monkeypatch.setattr(loop, "time", stand_in)
+    monkeypatch.setattr(data, "time", stand_in)
+    monkeypatch.setattr(trainer, "time", stand_in)
     return made
 
 
@@ -223,7 +222,7 @@ def trained(folder: Path, clock: Clock, seconds_per_crop: float) -> list[dict[st
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "draw_progress", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_progress", lambda *_: None)
 
 
 def test_slow_loading_is_measured_and_reported_once(

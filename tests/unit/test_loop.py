@@ -17,10 +17,9 @@ from stand_in import PLAN, Linear, Numbered, trainer
 from torch import nn
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.errors import AutoregError, CheckpointError, StoreError
+from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError, StoreError
 from nnunet_autoreg.plan import OptimPlan, RunPlan
-from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.signals import InterruptedRunError
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.report.charts import draw_progress
 from nnunet_autoreg.report.metrics import MetricsFile, read_lines
 from nnunet_autoreg.sampling.sample import collate
@@ -31,7 +30,7 @@ from nnunet_autoreg.stopping import stoppable
 def no_pictures(request, monkeypatch):
     """Pictures take most of the time here; one test draws them."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr("nnunet_autoreg.pretrain.loop.draw_progress", lambda *_: None)
+        monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", lambda *_: None)
 
 
 def spoiled(*steps):
@@ -307,7 +306,7 @@ def test_a_lost_process_while_loading_does_not_blame_the_checkpoint(tmp_path, mo
         raise error
 
     trainer(tmp_path, Linear()).run()
-    monkeypatch.setattr("nnunet_autoreg.pretrain.loop.restore", fails)
+    monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.restore", fails)
     with pytest.raises(RuntimeError) as raised:
         trainer(tmp_path, Linear()).run()
     assert raised.value is error

@@ -29,7 +29,7 @@ from nnunet_autoreg.plan import (
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sampling.blocks import draw_prefix, fixed_prefix
 from nnunet_autoreg.sampling.sample import collate
-from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
 
 SMALL = {
     **encoder_size("primus_tiny").arguments,
@@ -268,7 +268,7 @@ def test_a_fixed_prefix_is_the_share_of_the_blocks_but_never_none_or_all():
 
 def test_held_out_samples_keep_a_fixed_prefix():
     sampler = SequenceSampler(masked_plan())
-    assert {sampler.draw([Case()], HELDOUT, number).prefix for number in range(8)} == {6}
+    assert {sampler.draw([Case()], VALIDATION, number).prefix for number in range(8)} == {6}
 
 
 def test_long_prefixes_are_the_larger_of_two_and_uniform_from_0_begins_at_0():

@@ -41,15 +41,15 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.folder import Request
-from nnunet_autoreg.pretrain.material import (
-    make_material,
-    offers_of,
+from nnunet_autoreg.pretrain.preview import draw_preview
+from nnunet_autoreg.pretrain.request import Request
+from nnunet_autoreg.pretrain.sampling_pool import (
+    available_kinds,
+    make_sampling_pools,
     parse_kinds,
     plan_sequences,
     plan_with_sequences,
 )
-from nnunet_autoreg.pretrain.pictures import show_sequences
 from nnunet_autoreg.sampling.kinds import num_codes
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.sampler import SequenceSampler
@@ -352,7 +352,7 @@ def test_words_of_sequences_are_weights_and_wrong_ones_are_refused():
 
 def stored_material(folder, plan, rows, store, heldout=()):
     keys = store.ensure([*rows, *heldout], (1.0, 1.0, 1.0), None, 1)
-    return make_material(
+    return make_sampling_pools(
         folder, plan, store, {i: store.open(key) for i, key in keys.items()}, rows, list(heldout), 1
     )
 
@@ -395,7 +395,7 @@ def test_several_datasets_get_what_they_offer_unasked(tmp_path):
 def test_contrasts_asked_of_scans_that_have_none_are_refused(tmp_path):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
     with pytest.raises(UsageError, match="no subject of the training scans has two contrasts"):
-        plan_sequences(make_plan(), {"contrast": 1.0}, offers_of(rows, [], ""))
+        plan_sequences(make_plan(), {"contrast": 1.0}, available_kinds(rows, [], ""))
 
 
 def test_structures_asked_of_too_few_subjects_are_refused_with_what_is_known(tmp_path):
@@ -408,14 +408,14 @@ def test_structures_asked_of_too_few_subjects_are_refused_with_what_is_known(tmp
     with pytest.raises(
         UsageError, match="semantic: nothing can be found in two of the 1 training subjects"
     ):
-        plan_sequences(make_plan(), {"semantic": 1.0}, offers_of(rows, [], ""))
+        plan_sequences(make_plan(), {"semantic": 1.0}, available_kinds(rows, [], ""))
 
 
 def test_a_crop_for_strided_sequences_is_cut_to_whole_sub_volumes_with_the_reason(tmp_path):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
     plan = check(
         plan_sequences(
-            make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, offers_of(rows, [], "")
+            make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, available_kinds(rows, [], "")
         )
     )
     assert plan.sequence.crop_size_vox == (32, 16, 16)
@@ -455,8 +455,8 @@ def test_too_few_held_out_scans_leave_a_kind_unmeasured_and_too_few_training_sca
     training, heldout = stored_material(tmp_path, plan, rows[:4], store, rows[4:])
     assert (
         len(training.structures) == 4
-        and heldout.offers("semantic") == 0
-        and heldout.offers("spatial") == 2
+        and heldout.num_sources("semantic") == 0
+        and heldout.num_sources("spatial") == 2
     )
     assert "the held-out scans are too few for semantic sequences" in caplog.text
     greedy = replace(plan, sequence=replace(plan.sequence, semantic_members=3))
@@ -512,7 +512,7 @@ def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
     plan = plan_with_sequences(
         tmp_path, make_plan(crop_size_vox=(32, 24, 16)), request, rows, rows, 1
     )
-    picture = show_sequences(tmp_path, check(plan), rows, store, 1)
+    picture = draw_preview(tmp_path, check(plan), rows, store, 1)
     image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(picture)))
     assert (
         picture.name == "sequences.png"

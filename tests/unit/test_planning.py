@@ -26,8 +26,8 @@ from nnunet_autoreg.planning.encoder import choose_encoder, choose_order, limit_
 from nnunet_autoreg.planning.layout import choose_layout, plan_crop, with_variety
 from nnunet_autoreg.planning.length import choose_length, with_hours
 from nnunet_autoreg.planning.make import choose_batch, choose_micro_batch, choose_rate, make_plan
-from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes, pool_of
-from nnunet_autoreg.pretrain.machine import step_memory
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool, pool_of
+from nnunet_autoreg.pretrain.dry_run import step_memory
 from nnunet_autoreg.records import differences, from_jsonable, read_json, to_jsonable, write_json
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -43,10 +43,10 @@ def flat_memory(encoder: Any, crop: Any, recompute: bool) -> tuple[float, float]
 
 
 def plan_for(
-    pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **wishes: Any
+    pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **overrides: Any
 ) -> Plan:
     return make_plan(
-        "run", pool, hardware, Wishes(**{"encoder": "primus_tiny", **wishes}), 0, {}, memory
+        "run", pool, hardware, Overrides(**{"encoder": "primus_tiny", **overrides}), 0, {}, memory
     )
 
 
@@ -529,12 +529,12 @@ def golden_plan(name: str) -> Plan:
     )
     pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
     half = hardware.device == "cuda"
-    wishes = Wishes(ENCODER_OF.get(name, "auto"))
+    overrides = Overrides(ENCODER_OF.get(name, "auto"))
     return make_plan(
         name,
         pool,
         hardware,
-        wishes,
+        overrides,
         0,
         {},
         lambda encoder, crop, recompute: memory(encoder, crop, recompute, half),

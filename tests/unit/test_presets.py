@@ -16,12 +16,10 @@ from nnunet_autoreg.plan import OptimPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.presets import faithful, with_objective
-from nnunet_autoreg.pretrain.folder import Request
-from nnunet_autoreg.pretrain.run import check_inputs, wishes_of, with_presets
-from nnunet_autoreg.pretrain.schedule import learning_rate
-from nnunet_autoreg.pretrain.step import parameter_groups
+from nnunet_autoreg.pretrain.request import Request, check_inputs, overrides_of, with_presets
+from nnunet_autoreg.pretrain.training_step import learning_rate, parameter_groups
 from nnunet_autoreg.sampling.blocks import sequence_ids
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
@@ -29,9 +27,15 @@ from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
 POOL = Pool(192, (1.0, 1.0, 1.0), (200, 200, 200), 400_000_000, None)
 
 
-def planned(encoder: str, **wishes) -> Plan:
+def planned(encoder: str, **overrides) -> Plan:
     return make_plan(
-        "run", POOL, Hardware("cpu", 24.0), Wishes(encoder, **wishes), 0, {}, lambda *_: (0.0, 0.0)
+        "run",
+        POOL,
+        Hardware("cpu", 24.0),
+        Overrides(encoder, **overrides),
+        0,
+        {},
+        lambda *_: (0.0, 0.0),
     )
 
 
@@ -84,7 +88,7 @@ def test_epochs_asked_for_are_counted_in_batches_of_the_preset() -> None:
             batch_size=typed[0] if typed else None,
         )
         made = make_plan(
-            "run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0)
+            "run", POOL, Hardware("cpu", 24.0), overrides_of(request), 0, {}, lambda *_: (0.0, 0.0)
         )
         return with_presets(made, request)
 
@@ -283,7 +287,7 @@ def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
     request = Request("run", ("4",), preset="faithful").check()
     check_inputs(request)
     made = make_plan(
-        "run", POOL, Hardware("cpu", 24.0), wishes_of(request), 0, {}, lambda *_: (0.0, 0.0)
+        "run", POOL, Hardware("cpu", 24.0), overrides_of(request), 0, {}, lambda *_: (0.0, 0.0)
     )
     assert check(with_presets(made, request)).encoder.name == "primus_tiny"
 

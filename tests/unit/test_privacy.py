@@ -22,8 +22,9 @@ from nnunet_autoreg.corpus.private import (
 )
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.pretrain.folder import Request, matching_plan, read_plan
-from nnunet_autoreg.pretrain.run import pretrain
+from nnunet_autoreg.pretrain.pipeline import pretrain
+from nnunet_autoreg.pretrain.request import Request
+from nnunet_autoreg.pretrain.run_folder import matching_plan, read_plan
 
 SENTINEL = "DOEJOHN"
 BIRTH, UID = "19601231", "1.2.840.999666333"

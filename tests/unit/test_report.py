@@ -28,7 +28,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain.display import Gauges, gauges, postfix
+from nnunet_autoreg.pretrain.training_step import Throughput, measure_throughput, postfix
 from nnunet_autoreg.report import sinks
 from nnunet_autoreg.report.charts import (
     COLOURS,
@@ -460,11 +460,11 @@ def test_a_chart_is_small_and_the_same_each_time():
     assert text.count(description(chart).replace("<1>", "&lt;1&gt;")) == 2
 
 
-def test_gauges_know_no_share_of_a_peak_that_was_not_measured(objective, batch):
-    read = gauges(PLAN, objective, torch.device("cpu"), batch).read(0.5)
+def test_throughput_knows_no_share_of_a_peak_that_was_not_measured(objective, batch):
+    read = measure_throughput(PLAN, objective, torch.device("cpu"), batch).metrics(0.5)
     assert read["tokens_per_second"] == (16.0, "1/s") and 0.05 < read["peak_memory"][0] < 100
     assert set(read) == {"tokens_per_second", "peak_memory"}
-    assert Gauges(torch.device("cpu"), 8, 2e9, 8e9).read(0.5)["share_of_peak"] == (0.5, "1")
+    assert Throughput(torch.device("cpu"), 8, 2e9, 8e9).metrics(0.5)["share_of_peak"] == (0.5, "1")
     shown = postfix(
         0.51234,
         {

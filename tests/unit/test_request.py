@@ -12,9 +12,9 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
-from nnunet_autoreg.pretrain.folder import PLAN_NAME, Request, continued_plan
-from nnunet_autoreg.pretrain.run import wishes_of
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
+from nnunet_autoreg.pretrain.request import Request, overrides_of
+from nnunet_autoreg.pretrain.run_folder import PLAN_NAME, continued_plan
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
 
 REQUEST = Request("run", datasets=("4",))
@@ -30,18 +30,20 @@ def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
     request = replace(REQUEST, init=str(write_run(tmp_path, "brain") / "encoder.safetensors"))
-    assert wishes_of(REQUEST).encoder == "auto" and wishes_of(request).encoder == "primus_tiny"
-    assert wishes_of(replace(request, encoder="resenc_tiny")).encoder == "resenc_tiny"
+    assert (
+        overrides_of(REQUEST).encoder == "auto" and overrides_of(request).encoder == "primus_tiny"
+    )
+    assert overrides_of(replace(request, encoder="resenc_tiny")).encoder == "resenc_tiny"
 
 
 def planned(folder: Path, request: Request) -> Plan:
     pool = Pool(9, (1.0, 1.0, 1.0), (32, 32, 32), 9 * 32**3, None)
-    wishes = Wishes("auto", 2, 100)
+    overrides = Overrides("auto", 2, 100)
     plan = make_plan(
         "run",
         pool,
         Hardware("cpu", 8.0),
-        wishes,
+        overrides,
         0,
         to_jsonable(request),
         lambda encoder, crop, recompute: (0.0, 0.0),
@@ -151,4 +153,4 @@ def test_tokens_that_the_user_sets_are_planned_for(
 ) -> None:
     request = Request("run", ("4",), encoder="primus_tiny", settings=settings)
 
-    assert wishes_of(request).token_size_vox == expected
+    assert overrides_of(request).token_size_vox == expected

@@ -25,12 +25,11 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain import compiled, fit, self_check
-from nnunet_autoreg.pretrain.job import Job
-from nnunet_autoreg.pretrain.loop import Trainer
-from nnunet_autoreg.pretrain.run import tried
+from nnunet_autoreg.pretrain import compilation, dry_run
+from nnunet_autoreg.pretrain.trainer import Trainer
+from nnunet_autoreg.pretrain.training_job import TrainingJob, fit_to_device
 from nnunet_autoreg.records import from_jsonable, to_jsonable
-from nnunet_autoreg.sampling.material import Material
+from nnunet_autoreg.sampling.pool import SamplingPool
 
 CPU = torch.device("cpu")
 NARROW = {
@@ -38,7 +37,7 @@ NARROW = {
     "vit_b16": {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2},
 }
 OBJECTIVE = ObjectivePlan(query_depth=2)
-MATERIAL = Material(
+MATERIAL = SamplingPool(
     (Ramp((40, 40, 40)),), contrast_material().groups, semantic_material().structures
 )
 
@@ -72,7 +71,7 @@ class Trainers:
     def __call__(self, plan: Plan) -> Trainer:
         torch.manual_seed(plan.run.seed)
         self.made.append(
-            Trainer(plan, self.folder, build_objective(plan), MATERIAL, Material(()), CPU, 0)
+            Trainer(plan, self.folder, build_objective(plan), MATERIAL, SamplingPool(()), CPU, 0)
         )
         return self.made[-1]
 
@@ -85,8 +84,8 @@ def trainers(tmp_path: Path) -> Trainers:
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile on the CPU, with FlexAttention as a formula."""
-    monkeypatch.setattr(compiled, "COMPILED_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
     monkeypatch.setattr(attention, "FLEX_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     torch._dynamo.reset()
@@ -125,7 +124,7 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         return layer_of_sample_0
 
     monkeypatch.setattr(
-        "nnunet_autoreg.pretrain.step.fast_path",
+        "nnunet_autoreg.pretrain.training_step.fast_path",
         lambda plan, *_: FastPath(wrong, False) if plan.run.compile else None,
     )
 
@@ -138,7 +137,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_wrong_flexattention_makes_the_run_take_the_dense_mask(
     trainers: Trainers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = fit.fitted(make_plan(), trainers, CPU)
+    plan = dry_run.fit_plan(make_plan(), trainers, CPU)
 
     assert (plan.run.flex_attention, plan.run.compile) == (False, True)
     assert len(trainers.made) == 2
@@ -151,7 +150,7 @@ def test_wrong_flexattention_makes_the_run_take_the_dense_mask(
 def test_wrong_compiled_layers_make_the_run_eager(
     trainers: Trainers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = fit.fitted(make_plan(), trainers, CPU)
+    plan = dry_run.fit_plan(make_plan(), trainers, CPU)
 
     assert plan.run.compile is False
     assert warnings_of(caplog) == [plan.reasons["run.compile"]]
@@ -162,7 +161,7 @@ def test_without_the_self_check_nothing_is_found_and_nothing_changes(trainers: T
     plan = make_plan()
     plan = replace(plan, run=replace(plan.run, self_check=False))
 
-    kept = fit.fitted(plan, trainers, CPU)
+    kept = dry_run.fit_plan(plan, trainers, CPU)
 
     assert replace(kept, run=plan.run) == plan
     assert kept.run.flex_attention is True
@@ -192,9 +191,9 @@ def ways() -> dict[str, Plan]:
 def test_right_layers_agree_and_nothing_is_compiled_for_it(
     way: str, trainers: Trainers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level("INFO", logger="nnunet_autoreg.pretrain.self_check")
+    caplog.set_level("INFO", logger="nnunet_autoreg.pretrain.compilation")
     plan, graphs = ways()[way], []
-    check = self_check.self_check
+    check = compilation.self_check
 
     def counted(*arguments: Any) -> object:
         graphs.append(num_graphs())
@@ -202,23 +201,23 @@ def test_right_layers_agree_and_nothing_is_compiled_for_it(
         graphs.append(num_graphs())
         return found
 
-    monkeypatch.setattr(fit, "self_check", counted)
-    kept = fit.fitted(plan, trainers, CPU)
+    monkeypatch.setattr(dry_run, "self_check", counted)
+    kept = dry_run.fit_plan(plan, trainers, CPU)
 
     assert replace(kept, run=plan.run) == plan
     assert (kept.run.compile, kept.run.flex_attention, kept.run.self_check) == (True, True, True)
     assert len(trainers.made) == 1 and not warnings_of(caplog)
     assert len(graphs) == 2 and graphs[0] == graphs[1] > 0
-    assert len([r for r in caplog.records if r.name == self_check.__name__]) == 1
+    assert len([r for r in caplog.records if r.name == compilation.__name__]) == 1
 
 
-def calls_of(plan: Plan, trainers: Trainers) -> tuple[FastPath, self_check.Witness]:
+def calls_of(plan: Plan, trainers: Trainers) -> tuple[FastPath, compilation.Witness]:
     """What the dry step of a plan called."""
     trainer = trainers(plan)
     path = trainer.train_step.fast_path
     assert path is not None
-    witness = path.witness = self_check.Witness(path)
-    fit.dry_step(trainer)
+    witness = path.witness = compilation.Witness(path)
+    dry_run.dry_step(trainer)
     path.witness = None
     return path, witness
 
@@ -247,7 +246,7 @@ def test_a_wrong_mask_shows_far_above_what_is_allowed(
     )
 
     for call in witness.calls.values():
-        found = self_check.self_check(path, [("spatial", call)], CPU)
+        found = compilation.self_check(path, [("spatial", call)], CPU)
         assert found is not None
         assert found.error > 10 * found.allowed
 
@@ -256,7 +255,7 @@ def test_weights_and_generators_are_the_same_bits_with_and_without(trainers: Tra
     plan = make_plan()
     states = []
     for is_checked in (True, False):
-        fit.fitted(replace(plan, run=replace(plan.run, self_check=is_checked)), trainers, CPU)
+        dry_run.fit_plan(replace(plan, run=replace(plan.run, self_check=is_checked)), trainers, CPU)
         states.append((trainers.made[-1].module.state_dict(), torch.get_rng_state()))
 
     (with_check, generator), (without, other_generator) = states
@@ -270,12 +269,12 @@ def test_a_run_that_was_tried_is_not_checked_again(
     def refused(*_: object) -> Any:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(fit, "fitted", refused)
+    monkeypatch.setattr(dry_run, "fit_plan", refused)
     plan = make_plan()
     measured = replace(plan, run=replace(plan.run, peak_memory_gib=1.0))
     for kept, is_new in ((measured, True), (plan, False)):
-        job = Job(tmp_path, kept, "cpu", MATERIAL, Material(()), (), is_new)
-        assert tried(job, refused, 1) is job
+        job = TrainingJob(tmp_path, kept, "cpu", MATERIAL, SamplingPool(()), (), is_new)
+        assert fit_to_device(job, refused, 1) is job
 
 
 def test_plans_of_earlier_runs_are_read() -> None:
@@ -295,11 +294,11 @@ def test_a_check_that_cannot_be_done_stops_no_training_but_a_stop_does(
         return failed
 
     plan = make_plan()
-    monkeypatch.setattr(fit, "self_check", failing(RuntimeError("no copy")))
-    kept = fit.fitted(plan, trainers, CPU)
+    monkeypatch.setattr(dry_run, "self_check", failing(RuntimeError("no copy")))
+    kept = dry_run.fit_plan(plan, trainers, CPU)
     assert replace(kept, run=plan.run) == plan
     assert len(warnings_of(caplog)) == 1
 
-    monkeypatch.setattr(fit, "self_check", failing(InterruptedRunError("stopped")))
+    monkeypatch.setattr(dry_run, "self_check", failing(InterruptedRunError("stopped")))
     with pytest.raises(InterruptedRunError):
-        fit.fitted(plan, trainers, CPU)
+        dry_run.fit_plan(plan, trainers, CPU)

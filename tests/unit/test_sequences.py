@@ -19,8 +19,8 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.plan import DataPlan, EncoderPlan
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, training_batches
-from nnunet_autoreg.pretrain.run import split
+from nnunet_autoreg.pretrain.data import StepBatches, training_batches, validation_batches
+from nnunet_autoreg.pretrain.preprocessing import split
 from nnunet_autoreg.sampling import spatial, strided
 from nnunet_autoreg.sampling.blocks import (
     block_ids,
@@ -30,14 +30,14 @@ from nnunet_autoreg.sampling.blocks import (
     window_positions,
 )
 from nnunet_autoreg.sampling.kinds import (
-    Offers,
+    AvailableKinds,
     choose_members,
     member_crop,
     num_blocks,
     plan_weights,
 )
-from nnunet_autoreg.sampling.material import Material
-from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.pool import SamplingPool
+from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
 from nnunet_autoreg.sampling.turn import Turn
 
 
@@ -120,14 +120,17 @@ def test_the_number_of_workers_changes_no_batch(num_workers):
         assert batch.turns == batches[step].turns
 
 
-def test_heldout_samples_take_the_same_four_prefixes_every_time():
+def test_validation_samples_take_the_same_four_prefixes_every_time():
     plan = make_plan()
     assert num_blocks(plan) == 12
+    cases = [Ramp((30, 30, 30))]
+
     first, second = (
-        heldout_batches(SequenceSampler(plan), [Ramp((30, 30, 30))], 4, 1)[0] for _ in range(2)
+        validation_batches(SequenceSampler(plan), cases, 4, 1)["spatial"][0] for _ in range(2)
     )
+
     assert first.prefix.tolist() == second.prefix.tolist() == [1, 3, 6, 9]
-    assert SequenceSampler(plan).draw([Ramp((30, 30, 30))], HELDOUT, 4).prefix == 1
+    assert SequenceSampler(plan).draw([Ramp((30, 30, 30))], VALIDATION, 4).prefix == 1
 
 
 @dataclass(frozen=True)
@@ -236,9 +239,9 @@ def test_strided_samples_repeat_overlapping_slices_and_can_leave_them_out_of_the
 
 
 def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
-    plan, material = contrast_plan(), contrast_material()
+    plan, pool = contrast_plan(), contrast_material()
     for number in range(10):
-        sample = SequenceSampler(plan).draw(material, TRAINING, number, 0)
+        sample = SequenceSampler(plan).draw(pool, TRAINING, number, 0)
         assert sample.voxels.shape[0] == 4
         first = sample.voxels[0, 0]
         for member in range(1, 4):
@@ -316,7 +319,7 @@ def test_positions_are_a_window_of_the_grid_anywhere_in_it():
 
 
 def test_a_batch_holds_one_kind_and_the_kinds_come_as_often_as_their_weights_say():
-    both = Material((Ramp((30, 30, 30)),), contrast_material().groups)
+    both = SamplingPool((Ramp((30, 30, 30)),), contrast_material().groups)
     plan = contrast_plan(weights={"spatial": 3.0, "contrast": 1.0})
     sampler = SequenceSampler(plan)
     kinds = [sampler.kind(both, TRAINING, step) for step in range(2000)]
@@ -327,13 +330,18 @@ def test_a_batch_holds_one_kind_and_the_kinds_come_as_often_as_their_weights_say
     assert [sampler.kind(both, TRAINING, step) for step in range(20)] == kinds[:20]
 
 
-def test_held_out_batches_hold_every_kind_with_all_four_prefixes():
-    both = Material((Ramp((30, 30, 30)),), contrast_material().groups)
+def test_validation_batches_hold_every_kind_with_all_four_prefixes():
+    both = SamplingPool((Ramp((30, 30, 30)),), contrast_material().groups)
     plan = contrast_plan(weights={"spatial": 1.0, "contrast": 1.0})
-    batches = heldout_batches(SequenceSampler(plan), both, 4, 2)
+
+    by_kind = validation_batches(SequenceSampler(plan), both, 4, 2)
+
+    batches = [batch for batches in by_kind.values() for batch in batches]
+    assert list(by_kind) == ["spatial", "contrast"]
     assert [batch.voxels.shape[1] for batch in batches] == [1, 4]
     assert [len(set(batch.prefix.tolist())) for batch in batches] == [4, 4]
-    assert len(heldout_batches(SequenceSampler(plan), Material(both.cases), 4, 2)) == 2
+    of_cases = validation_batches(SequenceSampler(plan), SamplingPool(both.cases), 4, 2)
+    assert [(kind, len(batches)) for kind, batches in of_cases.items()] == [("spatial", 2)]
 
 
 def test_one_dataset_alone_gives_the_samples_of_a_plan_that_knows_no_other_kinds():
@@ -352,21 +360,26 @@ def test_one_dataset_alone_gives_the_samples_of_a_plan_that_knows_no_other_kinds
 
 def test_one_input_stays_spatial_and_several_get_what_they_offer_with_the_reason():
     structures = {"liver": 5, "lesion": 2}
-    assert plan_weights(Offers(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {"spatial": 1.0}
-    weights, why = plan_weights(Offers(2, 9, WORDS, 3, 0, structures, "label maps"))
+    assert plan_weights(AvailableKinds(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {
+        "spatial": 1.0
+    }
+    weights, why = plan_weights(AvailableKinds(2, 9, WORDS, 3, 0, structures, "label maps"))
     assert weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
     assert (
         "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why
         and "2 structures" in why
         and "positions only" in why
     )
-    assert plan_weights(Offers(2, 9))[0] == {"spatial": 1.0}
-    assert choose_members(Offers(2, 9, structures=structures, num_subjects=9), 4) == 4
+    assert plan_weights(AvailableKinds(2, 9))[0] == {"spatial": 1.0}
+    assert choose_members(AvailableKinds(2, 9, structures=structures, num_subjects=9), 4) == 4
     assert (
-        choose_members(Offers(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9), 4) == 3
+        choose_members(
+            AvailableKinds(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9), 4
+        )
+        == 3
     )
-    assert choose_members(Offers(2, 9, num_subjects=9), 4) == 4
-    assert choose_members(Offers(2, 3, num_subjects=3), 4) == 3
+    assert choose_members(AvailableKinds(2, 9, num_subjects=9), 4) == 4
+    assert choose_members(AvailableKinds(2, 3, num_subjects=3), 4) == 3
 
 
 @pytest.mark.parametrize(

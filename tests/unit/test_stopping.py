@@ -18,8 +18,8 @@ from nnunet_autoreg.children import descendants, end_children, run_guarded, star
 from nnunet_autoreg.corpus import parallel
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.errors import InterruptedRunError, UsageError
+from nnunet_autoreg.machine import num_processes
 from nnunet_autoreg.phases import current_phase, phase, signs_of_life
-from nnunet_autoreg.pretrain.machine import num_processes
 from nnunet_autoreg.stopping import raise_if_stopped, stop_requested, stoppable, stops_noted
 
 
@@ -99,7 +99,7 @@ def test_the_line_names_the_innermost_phase() -> None:
 def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> None:
     import torch
 
-    from nnunet_autoreg.pretrain.compiled import cannot_compile
+    from nnunet_autoreg.pretrain.compilation import cannot_compile
 
     wrapped = torch._dynamo.exc.TorchDynamoException("backend failed")
     assert cannot_compile(wrapped)
@@ -114,7 +114,7 @@ def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> 
 def test_a_swallowed_interruption_is_no_failure_to_compile_either() -> None:
     import torch
 
-    from nnunet_autoreg.pretrain.compiled import cannot_compile
+    from nnunet_autoreg.pretrain.compilation import cannot_compile
 
     with stoppable():
         with contextlib.suppress(BaseException):

@@ -20,9 +20,9 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.plan import EncoderPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Pool, Wishes
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.planning.tokens import objection_to_flat_tokens, with_tokens
-from nnunet_autoreg.pretrain.run import value_at
+from nnunet_autoreg.pretrain.pipeline import value_at
 
 CPU, GPU = Hardware("cpu", 24.0), Hardware("cuda", 24.0)
 HIPPOCAMPUS = ((1.0, 1.0, 1.0), (35, 50, 36))
@@ -36,8 +36,8 @@ def plan_for(
     spacing: Spacing, shape: Size, encoder: str, hardware: Hardware, token: Size | None = None
 ) -> Plan:
     pool = Pool(100, spacing, shape, 100 * volume(shape), None)
-    wishes = Wishes(encoder, token_size_vox=token)
-    return check(make_plan("run", pool, hardware, wishes, 0, {}, lambda *_: (0.0, GIB / 100)))
+    overrides = Overrides(encoder, token_size_vox=token)
+    return check(make_plan("run", pool, hardware, overrides, 0, {}, lambda *_: (0.0, GIB / 100)))
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,19 @@ from sequence_cases import (
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.pretrain.batches import StepBatches, heldout_batches, parts_of, training_batches
-from nnunet_autoreg.pretrain.pictures import upright
-from nnunet_autoreg.pretrain.step import TrainingStep
+from nnunet_autoreg.pretrain.data import (
+    StepBatches,
+    micro_batches,
+    training_batches,
+    validation_batches,
+)
+from nnunet_autoreg.pretrain.preview import upright
+from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.sampling import members, spatial, strided
-from nnunet_autoreg.sampling.material import Material
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch, collate
-from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
 from nnunet_autoreg.sampling.turn import AS_READ, Turn
 
 CPU = torch.device("cpu")
@@ -177,7 +182,7 @@ def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
     )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
     assert len(batch.turns) == 5 and len(set(batch.turns)) > 1
-    parts = [part.to(CPU) for part in parts_of(batch, 2)]
+    parts = [part.to(CPU) for part in micro_batches(batch, 2)]
     assert [len(part.prefix) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.voxels for part in parts]), batch.to(CPU).voxels)
     assert not torch.equal(batch.to(CPU).voxels, batch.voxels)
@@ -201,15 +206,14 @@ def seeing(plan):
     return objective, seen
 
 
-def test_training_and_held_out_batches_reach_the_loss_turned():
+def test_training_and_validation_batches_reach_the_loss_turned():
     plan, cases = make_plan(crop_size_vox=(16, 16, 16)), [Ramp((30, 30, 30)), Ramp((12, 40, 20))]
     objective, seen = seeing(plan)
     step = TrainingStep(plan, objective, CPU)
     step(0, StepBatches(objective.sampler, cases, step.numbers)[0])
     drawn = [objective.sampler.draw(cases, TRAINING, 0, i) for i in step.numbers]
-    heldout = heldout_batches(objective.sampler, cases, 4, 1)
-    Validation(objective, {"spatial": heldout}, [], CPU).measure()
-    drawn += [objective.sampler.draw(cases, HELDOUT, i) for i in range(4)]
+    Validation(objective, validation_batches(objective.sampler, cases, 4, 1), [], CPU).measure()
+    drawn += [objective.sampler.draw(cases, VALIDATION, i) for i in range(4)]
     assert any(sample.turn != AS_READ for sample in drawn[:2]) and any(
         sample.turn != AS_READ for sample in drawn[2:]
     )
@@ -250,8 +254,8 @@ def test_semantic_samples_carry_one_turn_for_all_their_patients():
 @pytest.mark.parametrize("kind", ["spatial", "strided", "contrast"])
 def test_pictures_show_sequences_turned_the_usual_way_round(kind):
     plan = contrast_plan(weights={kind: 1.0}, num_subvolumes=2, stride_vox=16)
-    material = Material((Ramp((40, 40, 40)),), contrast_material(1).groups)
-    _, shown = SequenceSampler(plan).draw_kind(kind, material, rng.generator(0, "x"))
+    pool = SamplingPool((Ramp((40, 40, 40)),), contrast_material(1).groups)
+    _, shown = SequenceSampler(plan).draw_kind(kind, pool, rng.generator(0, "x"))
     sample, again = upright(plan, shown)
     assert sample.turn == AS_READ and again.drawn.turn == Turn((False, True, True))
     start = again.drawn.starts[0] if kind == "contrast" else again.drawn.start

@@ -19,8 +19,8 @@ from sequence_cases import (
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.pretrain.batches import StepBatches, parts_of, training_batches
-from nnunet_autoreg.pretrain.step import TrainingStep
+from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_batches
+from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.sampling import members, spatial
 from nnunet_autoreg.sampling.affine import (
     affine_of,
@@ -37,7 +37,7 @@ from nnunet_autoreg.sampling.corruption import (
     stacked,
 )
 from nnunet_autoreg.sampling.sample import collate
-from nnunet_autoreg.sampling.sampler import HELDOUT, TRAINING, SequenceSampler
+from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
 
 CPU = torch.device("cpu")
 ISOTROPIC, THICK = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
@@ -288,7 +288,7 @@ def test_held_out_samples_are_never_rotated_zoomed_or_corrupted():
     plan = make_plan(**VARIED)
     plan = replace(plan, objective=replace(plan.objective, corruption=1.0))
     for number in range(20):
-        sample = SequenceSampler(plan).draw([Noisy((30, 30, 30))], HELDOUT, number)
+        sample = SequenceSampler(plan).draw([Noisy((30, 30, 30))], VALIDATION, number)
         assert not sample.sources and sample.corruption is None
 
 
@@ -307,8 +307,8 @@ def test_strided_sequences_are_never_rotated_or_zoomed():
 
 
 def test_all_members_of_a_contrast_sequence_are_turned_alike():
-    material = contrast_material(1)
-    sample = SequenceSampler(contrast_plan(**VARIED)).draw(material, TRAINING, 0, 0)
+    pool = contrast_material(1)
+    sample = SequenceSampler(contrast_plan(**VARIED)).draw(pool, TRAINING, 0, 0)
     done = sample.turned()
 
     assert len(sample.sources) == 4 and len({source.matrix for source in sample.sources}) == 1
@@ -319,8 +319,8 @@ def test_all_members_of_a_contrast_sequence_are_turned_alike():
 
 
 def test_members_of_a_semantic_sequence_share_one_rotation_at_their_own_places():
-    material = semantic_material()
-    sample = SequenceSampler(semantic_plan(**VARIED)).draw(material, TRAINING, 0, 0)
+    pool = semantic_material()
+    sample = SequenceSampler(semantic_plan(**VARIED)).draw(pool, TRAINING, 0, 0)
     assert len(sample.sources) == 4 and len({source.matrix for source in sample.sources}) == 1
     assert sample.turned().real.any(axis=(1, 2, 3)).all()
 
@@ -333,7 +333,7 @@ def test_a_batch_carries_rotations_out_in_any_parts_and_in_loader_processes():
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
     assert 0 < sum(bool(sources) for sources in batch.sources) < 5
 
-    whole, parts = batch.to(CPU), [part.to(CPU) for part in parts_of(batch, 2)]
+    whole, parts = batch.to(CPU), [part.to(CPU) for part in micro_batches(batch, 2)]
 
     expected = [
         SequenceSampler(plan).draw(batches.cases, TRAINING, 3, i).turned() for i in range(5)
@@ -438,7 +438,7 @@ def test_noise_comes_from_the_samples_own_seed():
     plan = replace(plan, objective=replace(plan.objective, corruption=1.0))
     batch = StepBatches(SequenceSampler(plan), [Noisy((30, 30, 30))], range(3))[4]
     whole = batch.to(CPU).corruption
-    parts = [part.to(CPU).corruption for part in parts_of(batch, 2)]
+    parts = [part.to(CPU).corruption for part in micro_batches(batch, 2)]
     assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise) and whole.seeds == ()
     assert torch.equal(torch.cat([part.strength for part in parts]), whole.strength)
     assert not torch.equal(whole.noise[0], whole.noise[1])

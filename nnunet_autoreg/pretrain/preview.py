@@ -1,6 +1,4 @@
-"""``sequences.png``: a few sequences as the network will meet them, for people who read scans and
-not code.
-"""
+"""x"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +18,15 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.material import PLACES_NAME, read_places, stored_groups
+from nnunet_autoreg.pretrain.preprocessing import store_groups
+from nnunet_autoreg.pretrain.sampling_pool import PLACES_NAME, read_places
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.blocks import block_ids
 from nnunet_autoreg.sampling.gather import gather
 from nnunet_autoreg.sampling.kinds import member_crop, num_blocks, wanted
-from nnunet_autoreg.sampling.material import Material
 from nnunet_autoreg.sampling.neighbours import ALIKE, places_alike
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.sampling.sampler import SequenceSampler, Shown
 from nnunet_autoreg.sampling.turn import Turn
@@ -36,13 +35,24 @@ from nnunet_autoreg.store.store import Store
 
 log = logging.getLogger(__name__)
 
+
 PICTURE_NAME = "sequences.png"
+
+
 PER_KIND = {"spatial": 3, "strided": 2, "contrast": 2, "semantic": 3}
+
+
 LIKENESS_SCANS = 2
 """Times as many scans as a semantic sequence has images, where structures are found by likeness."""
+
+
 STRIP = 13
 """Blocks in the strip below each sequence, around the first that has to be predicted."""
+
+
 GIVEN, ASKED, NOW = "#35b779", "#e8743b", "#ffffff"
+
+
 TITLES = {
     "spatial": "One crop of one scan",
     "strided": "Overlapping sub-volumes of one crop, one after another",
@@ -59,7 +69,7 @@ class Drawn:
     shown: Shown
 
 
-def show_sequences(
+def draw_preview(
     folder: Path, plan: Plan, rows: Sequence[ScanRow], store: Store, num_workers: int
 ) -> Path:
     """Preprocess a few scans, draw sequences from them as training would, and picture them in the
@@ -80,7 +90,7 @@ def show_sequences(
             tried, cases, member_crop(plan, "semantic"), plan.sequence.semantic_members
         )
     groups = (
-        stored_groups(plan, store, contrast_groups(chosen), num_workers)
+        store_groups(plan, store, contrast_groups(chosen), num_workers)
         if "contrast" in wanted(plan)
         else []
     )
@@ -148,14 +158,14 @@ def few_rows(plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]) 
     return list(wish.values())
 
 
-def draw_few(plan: Plan, material: Material) -> list[Drawn]:
+def draw_few(plan: Plan, pool: SamplingPool) -> list[Drawn]:
     """A few sequences of each kind, from different scans, groups or structures; each with some
     blocks given and most asked for.
     """
     sampler, drawn = SequenceSampler(plan), []
     for kind in wanted(plan):
-        for number in range(min(PER_KIND[kind], material.offers(kind))):
-            one = replace(material, **{_field(kind): (_things(material, kind)[number],)})
+        for number in range(min(PER_KIND[kind], pool.num_sources(kind))):
+            one = replace(pool, **{_field(kind): (_things(pool, kind)[number],)})
             _, shown = sampler.draw_kind(
                 kind, one, rng.generator(plan.run.seed, f"picture: {kind}", number)
             )
@@ -202,8 +212,8 @@ def _field(kind: str) -> str:
     return {"contrast": "groups", "semantic": "structures"}.get(kind, "cases")
 
 
-def _things(material: Material, kind: str) -> tuple[Any, ...]:
-    things: tuple[Any, ...] = getattr(material, _field(kind))
+def _things(pool: SamplingPool, kind: str) -> tuple[Any, ...]:
+    things: tuple[Any, ...] = getattr(pool, _field(kind))
     return things
 
 

@@ -1,4 +1,8 @@
-"""Whether compiled layers compute on the user's own device what plain attention computes.
+"""How the device runs the network: precision, compiled layers, and the check of compiled layers.
+
+On a GPU layers are compiled; elsewhere everything runs as it stands. What is compiled is the
+repeated layer alone (``model.trunk.FastPath``), so that the first step comes soon and a mask is
+always made outside of compiled code. Modules and the keys of their state stay as they are.
 
 Kernels and compilers have bugs that show on some devices only, and nothing else would notice: a
 network that attends to the wrong tokens trains all the same. So the dry step notes which layers
@@ -9,32 +13,174 @@ Shape suffixes: B samples, T tokens, V width, Q queries, S keys.
 
 import logging
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from nnunet_autoreg.machine import has_bf16
+from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.trunk import FastPath, Layer, layers_run_by, run_layer
-from nnunet_autoreg.pretrain.machine import computes_in_half
-from nnunet_autoreg.pretrain.validation import autocast
+from nnunet_autoreg.objectives.base import LossTerms
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.stopping import refuse_interruption
 
 log = logging.getLogger(__name__)
 
+COMPILED_DEVICES = ("cuda",)
+
+ON_CPU = "AUTOREG_COMPILE_ON_CPU"
+"""This environment variable, set to 1, compiles on a CPU what a GPU would compile.
+
+It is meant for tests.
+"""
+
+BACKEND = "inductor"
+
+MOST_GRAPHS = 64
+"""Graphs of one kind of layer: one for every kind of sequence and size of a part of a batch.
+torch's own limit is 8.
+"""
+
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+)
+"""Beginnings of torch's messages where it raises a plain RuntimeError: on CPUs (Linux and macOS,
+Windows) and on Apple's GPUs.
+"""
+
 TOLERANCE = 1e-2
 """Relative error that is always allowed: a GPU may multiply float32 with the mantissa of TF32."""
+
 HALF_FACTOR = 4.0
 """In bf16 so many times the error of plain attention in bf16 is allowed on top."""
+
 SMALL = 2.0**-7
 """Size of the random tokens. Layers normalise them first: what attention adds is much larger."""
+
 BESIDE_ATTENTION = ("mlp", "block")
 """Parts of a layer that add to the tokens without the mask and would hide errors of attention."""
+
 SEED = 0
+
+
+def is_compiled(plan: Plan, device: torch.device, sharded: bool) -> bool:
+    """Return whether layers are compiled: where the plan says so, on a GPU, and weights are whole.
+
+    Sharded weights are gathered by hooks, which would cut the graph up.
+    """
+    is_fast = device.type in COMPILED_DEVICES or (
+        device.type == "cpu" and os.environ.get(ON_CPU) == "1"
+    )
+    return plan.run.compile and is_fast and not sharded
+
+
+def fast_path(plan: Plan, device: torch.device, sharded: bool = False) -> FastPath | None:
+    """Return how layers run in training, or None where they run eagerly."""
+    if not is_compiled(plan, device, sharded):
+        return None
+    # FlexAttention has no gradient on a CPU, so that there the dense mask is compiled.
+    return FastPath(
+        compiled_layer, plan.run.flex_attention and device.type in attention.FLEX_DEVICES
+    )
+
+
+def compiled_layer(function: Layer) -> Layer:
+    """Return the compiled function: the same object every time, so that it is compiled once.
+
+    Shapes are compiled in: once for each kind of sequence, and once more where the last part of a
+    batch is smaller. The dry step and the training share what is compiled.
+    """
+    return _compiled(function, BACKEND)
+
+
+@cache
+def _compiled(function: Layer, backend: str) -> Layer:
+    config = torch._dynamo.config
+    config.cache_size_limit = max(MOST_GRAPHS, config.cache_size_limit)
+    # A layer's gradient is one piece already. DDP's own way to cut graphs into pieces refuses
+    # FlexAttention.
+    config.optimize_ddp = False
+    log.info(
+        "compiling the transformer's layers, once for every kind of sequence: about half a minute "
+        "each"
+    )
+    compiled: Layer = torch.compile(function, dynamic=False, backend=backend)
+    return compiled
+
+
+def run_by(
+    path: FastPath | None, loss: Callable[[Batch], LossTerms]
+) -> Callable[[Batch], LossTerms]:
+    """Return the loss with its layers run by ``path``; the loss itself where there is none."""
+    if path is None:
+        return loss
+
+    def fast_loss(batch: Batch) -> LossTerms:
+        with layers_run_by(path):
+            return loss(batch)
+
+    return fast_loss
+
+
+def place_on(device: torch.device, module: nn.Module, sharded: bool) -> None:
+    """Move a module to its device, with its weights in the layout that the device reads best.
+
+    On a GPU that is the layout of its tensor cores. Sharding needs the usual one.
+    """
+    module.to(device)
+    if device.type == "cuda" and not sharded:
+        module.to(memory_format=torch.channels_last_3d)
+
+
+def cannot_compile(error: BaseException) -> bool:
+    """Return whether an exception says that compiling failed, rather than running or memory.
+
+    Raises:
+        InterruptedRunError: it was an interruption that failed to get through the compiler.
+    """
+    refuse_interruption(error)
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not is_out_of_memory(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, or its cause, says that there is not enough memory.
+
+    It may be the memory of a device or of the machine.
+    """
+    # torch's compiler keeps what it wraps as ``inner_exception``.
+    for cause in (error, error.__cause__, getattr(error, "inner_exception", None)):
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in NO_MEMORY):
+            return True
+    return False
+
+
+def autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Return the context of the forward pass: bf16 on GPUs that have it, else float32.
+
+    bf16 has the range of float32, so that no loss scaler is needed.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
 @dataclass(frozen=True)
@@ -178,7 +324,7 @@ def _compared(
         mine = [x[sample : sample + 1] for x in found]
         worst = torch.maximum(worst, _errors(mine, expected))
 
-        if computes_in_half(device):
+        if has_bf16(device):
             with autocast(device):
                 out = call.by(layer, *plain)
             half = _with_gradients(out, plain, toward)

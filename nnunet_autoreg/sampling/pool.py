@@ -53,21 +53,21 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Material:
+class SamplingPool:
     """All that a sampler may draw from. Light and picklable: no voxels, no open files."""
 
     cases: tuple[StoredCase, ...]
     groups: tuple[Group, ...] = ()
     structures: tuple[Structure, ...] = ()
 
-    def offers(self, kind: str) -> int:
-        """How many things a sequence of this kind can be cut from."""
+    def num_sources(self, kind: str) -> int:
+        """Return how many things a sequence of this kind can be cut from."""
         return len({"contrast": self.groups, "semantic": self.structures}.get(kind, self.cases))
 
     def __len__(self) -> int:
         return len(self.cases)
 
 
-def as_material(cases: "Material | Sequence[StoredCase]") -> Material:
-    """Plain cases as material for sequences of one image each."""
-    return cases if isinstance(cases, Material) else Material(tuple(cases))
+def as_pool(cases: "SamplingPool | Sequence[StoredCase]") -> SamplingPool:
+    """Return plain cases as a pool for sequences of one image each."""
+    return cases if isinstance(cases, SamplingPool) else SamplingPool(tuple(cases))

@@ -1,0 +1,93 @@
+"""The facts about this machine, each with one owner: cores, memory, devices and their precision.
+
+torch is imported only by the functions that need it.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from nnunet_autoreg.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    # A scheduler or a container may allow fewer cores than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Return the size of this machine's memory; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def num_processes() -> int:
+    """Return the number of processes for reading and preprocessing.
+
+    It is nnU-Net's own number (8, or nnUNet_def_n_proc), bounded by the usable cores.
+
+    Raises:
+        UsageError: nnUNet_def_n_proc is not a positive whole number.
+    """
+    wanted = os.environ.get("nnUNet_def_n_proc", "8").strip()  # noqa: SIM112
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UsageError(
+            f"nnUNet_def_n_proc={wanted} is not a whole number of processes, at least 1; set it "
+            "anew or unset it",
+            code="machine-num-processes",
+        )
+    return max(1, min(int(wanted), usable_cores()))
+
+
+def default_device() -> str:
+    """Return the name of the fastest kind of device that torch finds: cuda, mps or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def check_device(device: str) -> str:
+    """Return ``device`` if torch finds it.
+
+    Raises:
+        UsageError: torch finds no such device.
+    """
+    import torch
+
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available[device]:
+        raise UsageError(
+            f"--device {device}: torch {torch.__version__} finds no such device on this machine; "
+            "use --device cpu",
+            code="device-missing",
+        )
+    return device
+
+
+def has_bf16(device: "torch.device | str") -> bool:
+    """Return whether a device computes in bf16 in hardware, as GPUs since NVIDIA's A100 do.
+
+    Everything else trains in float32. float16 would be faster on older GPUs (V100, T4), but its
+    range ends at 65504: it would need a loss scaler beside the loss-spike guard.
+    """
+    import torch
+
+    device = torch.device(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

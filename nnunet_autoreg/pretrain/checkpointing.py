@@ -1,0 +1,224 @@
+"""What a run goes on from: the state in a checkpoint, or initial weights named by ``--init``.
+
+Some things need no state: the learning rate is a function of the step, samples are functions of
+(seed, step, number), and bf16 needs no loss scaler.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.pretrain.distributed import (
+    ALONE,
+    World,
+    deferred,
+    full_tensors,
+    shard_like,
+)
+from nnunet_autoreg.pretrain.training_step import LossSpikeGuard
+
+log = logging.getLogger(__name__)
+
+INIT_SHARE = 0.95
+"""Share of the encoder's weights that a file named by ``--init`` has to hold."""
+
+
+@dataclass
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        step: steps done.
+        best_error: the lowest validation error so far; infinite before the first.
+        rollbacks: how often the weights went back to an earlier checkpoint.
+    """
+
+    step: int = 0
+    best_error: float = math.inf
+    rollbacks: int = 0
+
+
+def snapshot(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: LossSpikeGuard,
+    progress: Progress,
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """Return everything that training goes on from, with full tensors even if they are sharded.
+
+    All processes have to call this.
+    """
+    return {
+        "network_weights": full_tensors(module.state_dict()),
+        "optimizer": full_tensors(optimizer.state_dict()),
+        "guard": guard.state_dict(),
+        "step": progress.step,
+        "best_error": progress.best_error,
+        "rollbacks": progress.rollbacks,
+        # Every process draws from generators of its own.
+        "generators": world.gather(generator_states()),
+    }
+
+
+def shareable(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a snapshot of the main process as ``World.share`` sends it to the others.
+
+    Weights and moments are sent later, one by one, as they are restored.
+    """
+    shared = dict(content)
+    for key in ("network_weights", "optimizer"):
+        shared[key] = deferred(content[key])
+    return shared
+
+
+def restore(
+    content: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: LossSpikeGuard,
+    world: World = ALONE,
+) -> Progress:
+    """Restore a snapshot in all processes at once; return where training stands.
+
+    A process that did not exist when the snapshot was made keeps its fresh generators.
+
+    Args:
+        content: the process's own, or what the main process made ``shareable``.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: the content is of another network or optimizer.
+    """
+    restore_weights(content, module, optimizer, world)
+    guard.load_state_dict(content["guard"])
+    if world.rank < len(content["generators"]):
+        set_generators(content["generators"][world.rank])
+    return Progress(int(content["step"]), float(content["best_error"]), int(content["rollbacks"]))
+
+
+def restore_weights(
+    content: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World = ALONE,
+) -> None:
+    """Restore weights and optimizer alone, as a roll-back does.
+
+    Where they are sharded, each process takes its own part.
+    """
+    present = module.state_dict()
+    weights = {}
+    for name, value in content["network_weights"].items():
+        weights[name] = shard_like(world.fetch(value), present.get(name))
+    module.load_state_dict(weights)
+
+    # The optimizer's state counts parameters through all groups.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = content["optimizer"]
+    state = {}
+    for number, entries in saved["state"].items():
+        parameter = parameters[number] if number < len(parameters) else None
+        moments = {}
+        for key, value in entries.items():
+            moments[key] = shard_like(world.fetch(value), parameter)
+        state[number] = moments
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the state of every global generator of this process as tensors and plain values.
+
+    Of CUDA devices only the one that this process uses is included.
+    """
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+    }
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Restore what ``generator_states`` returned; devices that are not here are left alone."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(states["cuda"][0])
+
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def folder_identity(folder: Path) -> tuple[int, int] | None:
+    """Return what distinguishes a folder from another one at the same path; None if there is none.
+
+    It is the number of the file system and of the folder on it.
+    """
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def initial_weights(plan: Plan) -> tuple[Path, EncoderCard] | None:
+    """Return the verified file that ``--init`` named, and its card; None if it named none.
+
+    Raises:
+        WeightsError: either is missing or damaged.
+    """
+    source = plan.request.get("init")
+    if not source:
+        return None
+    weights = Path(str(source))
+    card = read_card(weights.parent)
+    verify_weights(weights, card.sha256)
+    return weights, card
+
+
+def check_initial_weights(plan: Plan) -> None:
+    """Refuse weights named by ``--init`` that this plan cannot start from.
+
+    Raises:
+        WeightsError: they are missing, damaged, or of another encoder.
+    """
+    named = initial_weights(plan)
+    if named is None:
+        return
+    from nnunet_autoreg.finetune.load import check_same_encoder, read_tensors
+
+    weights, card = named
+    check_same_encoder(card, plan.encoder)
+    read_tensors(weights)
+
+
+def load_initial_weights(network: nn.Module, plan: Plan) -> None:
+    """Load the weights that ``--init`` named into the fresh encoder.
+
+    Raises:
+        WeightsError: they are damaged, or of another encoder.
+    """
+    named = initial_weights(plan)
+    if named is None:
+        return
+    from nnunet_autoreg.finetune.load import Target, load_encoder
+
+    weights, card = named
+    target = Target(1, plan.sequence.crop_size_vox)
+    table = load_encoder(network, weights, card, target, INIT_SHARE)
+    for line in table.lines():
+        log.info(line)

@@ -1,0 +1,295 @@
+"""One pretraining from the request to the encoder: index, plan, preprocess, train, export.
+
+Read this file first: it tells the whole story in order. Every step may be interrupted and repeated,
+because what a step has finished is written to the run's folder or to the store of preprocessed
+cases.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from nnunet_autoreg import checkpoint, nnunet_api
+from nnunet_autoreg.corpus.exclude import read_exclude
+from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.fingerprint import fingerprint, row_spacing
+from nnunet_autoreg.corpus.identity import load_salt
+from nnunet_autoreg.corpus.index import Index, index_scans
+from nnunet_autoreg.corpus.journal import JOURNAL_NAME
+from nnunet_autoreg.corpus.licences import read_licences, write_licences
+from nnunet_autoreg.corpus.manifest import read_manifest
+from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths
+from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
+from nnunet_autoreg.corpus.spacing import parse_policy
+from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.machine import has_bf16, num_processes
+from nnunet_autoreg.phases import phase, signs_of_life
+from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import hardware_of, pool_of
+from nnunet_autoreg.pretrain.export import export_encoder
+from nnunet_autoreg.pretrain.launcher import Launcher
+from nnunet_autoreg.pretrain.preprocessing import remove_failed, split, usable_rows
+from nnunet_autoreg.pretrain.preview import draw_preview
+from nnunet_autoreg.pretrain.request import Request, check_inputs, overrides_of, with_presets
+from nnunet_autoreg.pretrain.run_folder import (
+    INDEX_NAME,
+    continued_plan,
+    has_plan,
+    index_of,
+    is_finished,
+    locked,
+    log_file,
+    run_folder,
+    write_plan,
+)
+from nnunet_autoreg.pretrain.sampling_pool import make_sampling_pools, plan_with_sequences
+from nnunet_autoreg.records import to_jsonable, write_json
+from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
+from nnunet_autoreg.report.report import Setting
+from nnunet_autoreg.stopping import stoppable
+from nnunet_autoreg.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did: the run's folder, and whether its encoder is there now."""
+
+    folder: Path
+    finished: bool
+
+
+def pretrain(
+    request: Request,
+    device: str,
+    dry_run: bool = False,
+    show: bool = False,
+    launcher: Launcher | None = None,
+) -> Outcome:
+    """Do what is left of the run that ``request`` describes.
+
+    Args:
+        device: cpu, cuda or mps.
+        dry_run: stop after plan.json and scans.csv are written.
+        show: before that, preprocess a few scans and draw ``sequences.png``.
+        launcher: starts the processes that train together; None for this process alone. They are
+            needed for the training only.
+
+    Raises:
+        UsageError: the request is wrong, or differs from the one that the run was made with.
+        AutoregError: there is no usable scan, or training failed; finished work is kept.
+    """
+    folder = run_folder(nnunet_api.results_folder(), request.check().name)
+    # Refused now rather than after hours of indexing.
+    nnunet_api.preprocessed_folder()
+
+    with stoppable(), signs_of_life(), locked(folder), log_file(folder):
+        if has_plan(folder):
+            plan, rows = continue_run(folder, request)
+        else:
+            check_inputs(request)
+            index = index_inputs(folder, request)
+            plan, rows = plan_run(folder, request, index, device)
+
+        if show:
+            draw_preview(folder, plan, rows, Store(), num_processes())
+        finished = is_finished(folder, plan)
+        if dry_run:
+            return Outcome(folder, finished)
+
+        if finished:
+            num_steps, num_scans = plan.optim.num_steps, len(rows)
+            log.info("run '%s' is finished: %d steps on %d scans", plan.name, num_steps, num_scans)
+        else:
+            preprocess_and_train(folder, plan, rows, device, launcher or Launcher())
+        return Outcome(folder, True)
+
+
+def continue_run(folder: Path, request: Request) -> tuple[Plan, list[ScanRow]]:
+    """Return the plan and the usable scans that an earlier call has written.
+
+    Raises:
+        UsageError: the request differs from the one that the run was made with.
+    """
+    plan = check(continued_plan(folder, request))
+    if not checkpoint.exists(folder):
+        # The user may have edited the plan before training begins.
+        from nnunet_autoreg.pretrain.dry_run import check_network
+
+        with phase("building the network"):
+            check_network(plan)
+
+    rows = usable_rows(read_index(index_of(folder)))
+    log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
+    return plan, rows
+
+
+def index_inputs(folder: Path, request: Request) -> Index:
+    """Find, check and index the inputs, and write ``scans.csv``.
+
+    Raises:
+        UsageError: an input, the exclusions, the manifest or the store's salt cannot be used.
+        AutoregError: there is no usable scan, or a worker process died; what was read is kept for
+            the next call.
+    """
+    with phase("looking for scans"):
+        exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
+        manifest = read_manifest(Path(request.manifest)) if request.manifest else None
+        salt = load_salt(Store().root)
+        folders = [Path(name) for name in request.folders]
+        candidates = find_scans(
+            list(request.datasets), folders, split_4d=request.split_4d, salt=salt
+        )
+
+        # The journal holds what was read so far, in case that reading is interrupted.
+        journal = folder / JOURNAL_NAME
+        index = index_scans(
+            candidates,
+            exclude,
+            num_processes(),
+            request.modality,
+            salt=salt,
+            manifest=manifest,
+            journal=journal,
+        )
+        write_licences(folder, index.rows)
+        # Paths may hold names of patients, and a run's folder is passed on.
+        _, paths = hide_paths(to_jsonable(request), PATH_FIELDS)
+        write_index(folder / INDEX_NAME, index.rows, paths)
+        journal.unlink(missing_ok=True)
+
+    log_counts(index.rows, folder / INDEX_NAME)
+    if not index.rows:
+        raise AutoregError(
+            "no scan was found; give other datasets (-d) or folders (-i)", code="run-no-scan"
+        )
+    if not index.usable:
+        raise AutoregError(
+            f"none of the {len(index.rows)} scans found can be used; {folder / INDEX_NAME} gives "
+            "the reason for each",
+            code="run-no-usable-scan",
+        )
+    return index
+
+
+def log_counts(rows: Sequence[ScanRow], index_file: Path) -> None:
+    """Log how many scans are usable, how many are left out, and how modalities were found."""
+    status_counts = Counter(row.status for row in rows)
+    left_out = ", ".join(
+        f"{count} {status}" for status, count in sorted(status_counts.items()) if status != "ok"
+    )
+    log.info(
+        "%d scans are usable%s; %s gives the reason for each",
+        status_counts["ok"],
+        f", left out are: {left_out}" if left_out else "",
+        index_file,
+    )
+
+    modalities = Counter((row.modality, row.modality_rule) for row in usable_rows(rows))
+    for (modality, rule), count in modalities.items():
+        log.info("%d of them are %s (%s)", count, modality, rule)
+
+
+def plan_run(
+    folder: Path, request: Request, index: Index, device: str
+) -> tuple[Plan, list[ScanRow]]:
+    """Return the plan, which is written to ``plan.json``, and the usable scans.
+
+    Raises:
+        UsageError: the scans cannot give what the user asked for.
+        PlanError: a value cannot be carried out.
+        WeightsError: training cannot start from the weights named by ``--init``.
+    """
+    from nnunet_autoreg.pretrain.checkpointing import check_initial_weights
+    from nnunet_autoreg.pretrain.dry_run import check_network, step_memory
+
+    rows = list(index.usable)
+    with phase("planning"):
+        summary = fingerprint(index, parse_policy(request.spacing))
+        plan = make_plan(
+            request.name,
+            pool_of(summary),
+            hardware_of(device, request.gpu_memory_gib),
+            overrides_of(request),
+            request.seed,
+            to_jsonable(request),
+            partial(step_memory, half=has_bf16(device)),
+        )
+        # Later rules count more: kinds of sequences, then presets, then what --set gives.
+        training, _ = split(rows, plan.data.holdout_fraction, plan.run.seed)
+        plan = plan_with_sequences(folder, plan, request, training, rows, num_processes())
+        plan = with_presets(plan, request)
+        plan = check(override(plan, list(request.settings)))
+        check_network(plan)
+        check_initial_weights(plan)
+
+        write_json(folder / "fingerprint.json", summary)
+        draw_fingerprint(folder / "fingerprint.png", summary, rows, plan)
+        # The plan is written last: a folder that has one is planned completely.
+        write_plan(folder, plan)
+
+    for key, reason in plan.reasons.items():
+        log.info("%s = %s (%s)", key, value_at(plan, key), reason)
+    return plan, rows
+
+
+def value_at(plan: Plan, key: str) -> object:
+    """Return the value of a dotted key of the plan, such as ``optim.lr``."""
+    node: object = plan
+    for part in key.split("."):
+        # Arguments of an encoder, and weights of sequences, are keys of a dict.
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
+
+
+def preprocess_and_train(
+    folder: Path, plan: Plan, rows: list[ScanRow], device: str, launcher: Launcher
+) -> None:
+    """Preprocess missing scans, train to the plan's last step, and export the encoder.
+
+    Raises:
+        AutoregError: no scan could be preprocessed, or training failed; finished work is kept.
+    """
+    with phase("loading torch"):
+        from nnunet_autoreg.pretrain.distributed import process_share
+        from nnunet_autoreg.pretrain.dry_run import memory_errors_in_one_line
+        from nnunet_autoreg.pretrain.probe import labelled_crops
+        from nnunet_autoreg.pretrain.training_job import TrainingJob, fit_to_device, run_main
+
+    # A batch that the processes cannot share is refused before hours of preprocessing.
+    process_share(plan.optim.batch_size, 0, launcher.launch.size)
+
+    store = Store()
+    spacing_of = partial(row_spacing, data=plan.data)
+    keys = store.ensure(rows, spacing_of, plan.data.ct_window, num_processes())
+    rows = remove_failed(folder, rows, store, has_begun=checkpoint.exists(folder))
+    cases = {row.id: store.open(keys[row.id]) for row in rows}
+    training, validation = split(rows, plan.data.holdout_fraction, plan.run.seed)
+    log.info("%d scans to train on, %d for validation", len(training), len(validation))
+
+    def make_job(plan: Plan) -> TrainingJob:
+        with phase("gathering what sequences are cut from"):
+            pools = make_sampling_pools(
+                folder, plan, store, cases, training, validation, num_processes()
+            )
+        with phase(f"reading label maps of {len(rows)} scans for the probe"):
+            probe = labelled_crops(plan, rows, cases, {row.id for row in validation})
+        is_new = not checkpoint.exists(folder)
+        return TrainingJob(folder, plan, device, *pools, probe, is_new, launcher.launch.local_size)
+
+    job = fit_to_device(make_job(plan), make_job, launcher.launch.size)
+
+    with launcher.world() as world, memory_errors_in_one_line():
+        setting = Setting(device, len(training), len(validation))
+        trainer = run_main(job, world, launcher.launch.local_rank, setting)
+        with phase("exporting the encoder"):
+            trainer.require_folder()
+            licences = read_licences(folder)
+            export_encoder(folder, trainer.plan, trainer.objective, rows, licences)
+        world.wait()

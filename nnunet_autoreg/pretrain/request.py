@@ -1,0 +1,287 @@
+"""What the user typed for a pretraining, and what can be refused before any scan is read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
+from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.model.card import WEIGHTS_NAME, check_run_name, read_card
+from nnunet_autoreg.plan import KINDS, OBJECTIVES, Plan, literal, override
+from nnunet_autoreg.planning.make import make_plan
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
+from nnunet_autoreg.presets import PAPER_BATCH, PRESETS, faithful, with_objective
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user typed, except for what may change when a run is continued (device, dry run).
+
+    Attributes:
+        datasets, folders: inputs; folders as absolute paths.
+        exclude, manifest, init: absolute paths of files, or None.
+        num_steps, batch_size: None to have them planned.
+        num_epochs, num_hours: other ways to say how long to train; at most one of the three.
+        gpu_memory_gib: memory to plan for; None for all there is.
+        spacing: policy of the target spacings, or "z,y,x" in mm.
+        settings: the ``--set`` arguments.
+        split_4d: every volume of a 4D file or series is a scan.
+        sequences: kinds of sequences with their weights, e.g. "contrast=0.5"; empty to have them
+            planned.
+        boxes: absolute path of a CSV that says where structures lie, or None.
+        objective: one of ``plan.OBJECTIVES``.
+        preset: one of ``presets.PRESETS``, or "".
+    """
+
+    name: str
+    datasets: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    encoder: str = "auto"
+    num_steps: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    modality: str | None = None
+    exclude: str | None = None
+    manifest: str | None = None
+    init: str | None = None
+    settings: tuple[str, ...] = ()
+    num_epochs: float | None = None
+    num_hours: float | None = None
+    gpu_memory_gib: float | None = None
+    spacing: str = MEDIAN
+    split_4d: bool = False
+    sequences: tuple[str, ...] = ()
+    boxes: str | None = None
+    objective: str = "autoregressive"
+    preset: str = ""
+
+    def check(self) -> "Request":
+        """Return the request if it makes sense.
+
+        Raises:
+            UsageError: there is no input, or a name or number is impossible.
+        """
+        if not self.datasets and not self.folders:
+            raise UsageError(
+                "no scans given; name nnU-Net datasets with -d and / or folders with -i",
+                code="request-no-scans",
+            )
+        check_run_name(self.name)
+        self._check_numbers()
+        self._check_presets()
+        parse_policy(self.spacing)
+        return self
+
+    def _check_numbers(self) -> None:
+        lengths = {
+            "--steps": self.num_steps,
+            "--epochs": self.num_epochs,
+            "--hours": self.num_hours,
+        }
+        given = [flag for flag, value in lengths.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"{' and '.join(given)} both say how long to train; give one of them",
+                code="request-two-lengths",
+            )
+
+        # Epochs are turned into steps by the batch size, before --set is applied.
+        keys = [setting.partition("=")[0].strip() for setting in self.settings]
+        if self.num_epochs is not None and "optim.batch_size" in keys:
+            raise UsageError(
+                "--set optim.batch_size cannot be combined with --epochs, because epochs are "
+                "counted in steps before it is applied; give the batch size as --batch",
+                code="request-epochs-batch",
+            )
+
+        for flag, count in (("--steps", self.num_steps), ("--batch", self.batch_size)):
+            if count is not None and count < 1:
+                raise UsageError(f"{flag} {count}: must be at least 1", code="request-number")
+
+        for flag, value in {**lengths, "--gpu-memory": self.gpu_memory_gib}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(
+                    f"{flag} {value:g}: must be a number greater than 0", code="request-number"
+                )
+
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(
+                f"--seed {self.seed}: must lie between 0 and {2**32 - 1}", code="request-number"
+            )
+
+    def _check_presets(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(
+                f"--objective {self.objective}: does not exist; "
+                f"{did_you_mean(self.objective, OBJECTIVES)}",
+                code="request-unknown-objective",
+            )
+        if self.preset and self.preset not in PRESETS:
+            raise UsageError(
+                f"--preset {self.preset}: does not exist; {did_you_mean(self.preset, PRESETS)}",
+                code="request-unknown-preset",
+            )
+        if self.preset and self.objective != "autoregressive":
+            raise UsageError(
+                f"--preset {self.preset} is autoregressive and cannot be combined with "
+                f"--objective {self.objective}; give one of them",
+                code="request-preset-objective",
+            )
+
+
+def check_inputs(request: Request) -> None:
+    """Refuse what can be refused before any scan is read.
+
+    Raises:
+        UsageError: a path does not exist, or a setting is unknown or mistyped.
+    """
+    parse_kinds(request.sequences)
+    _check_paths(request)
+
+    # A plan for one imaginary scan shows whether the settings have known names and fitting types.
+    one_scan = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
+    hardware = Hardware("cpu", 1.0)
+    overrides = overrides_of(request)
+
+    # Which family will suit the scans is not known yet, and a setting may be of either.
+    is_open = overrides.encoder == "auto"
+    encoders = ("resenc_tiny", "primus_tiny") if is_open else (overrides.encoder,)
+    errors = []
+    for encoder in encoders:
+        try:
+            plan = make_plan(
+                request.name,
+                one_scan,
+                hardware,
+                replace(overrides, encoder=encoder),
+                request.seed,
+                {},
+                lambda *_: (0.0, 0.0),
+            )
+            override(with_presets(plan, request), list(request.settings))
+            return
+        except PlanError as error:
+            errors.append(error)
+    raise errors[-1]
+
+
+def _check_paths(request: Request) -> None:
+    paths = [("-i", folder) for folder in request.folders]
+    paths += [
+        ("--exclude", request.exclude or ""),
+        ("--manifest", request.manifest or ""),
+        ("--init", request.init or ""),
+        ("--boxes", request.boxes or ""),
+    ]
+    for flag, path in paths:
+        if not path:
+            continue
+        if not Path(path).exists():
+            raise UsageError(f"{flag} {path}: does not exist", code="request-path-missing")
+        # Reading a pipe would wait for its other end forever.
+        if not (Path(path).is_file() or Path(path).is_dir()):
+            raise UsageError(
+                f"{flag} {path}: is neither a file nor a folder", code="request-path-kind"
+            )
+
+    if request.init and Path(request.init).is_dir():
+        raise UsageError(
+            f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it",
+            code="request-path-kind",
+        )
+
+
+def parse_kinds(words: Sequence[str]) -> dict[str, float]:
+    """Return the weights that ``--sequences`` words such as ``spatial`` or ``contrast=0.5`` give.
+
+    Raises:
+        UsageError: a kind is unknown or named twice, or a weight is not a positive number.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        kind, equals, number = word.partition("=")
+        if kind not in KINDS:
+            raise UsageError(
+                f"--sequences {word}: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}",
+                code="request-unknown-kind",
+            )
+        if kind in weights:
+            raise UsageError(
+                f"--sequences {word}: '{kind}' is named twice", code="request-repeated-kind"
+            )
+        try:
+            weights[kind] = float(number) if equals else 1.0
+        except ValueError as error:
+            raise UsageError(
+                f"--sequences {word}: '{number}' is not a number; write it like {kind}=0.5",
+                code="request-kind-weight",
+            ) from error
+        if not 0 < weights[kind] < math.inf:
+            raise UsageError(
+                f"--sequences {word}: the weight must be greater than 0",
+                code="request-kind-weight",
+            )
+    return weights
+
+
+def with_presets(plan: Plan, request: Request) -> Plan:
+    """Return the plan for the requested objective and preset.
+
+    Values that the user typed beside a preset take precedence over it.
+    """
+    plan = with_objective(plan, request.objective)
+    if request.preset != "faithful":
+        return plan
+    typed = {"sequence.weights": request.sequences, "optim.batch_size": request.batch_size}
+    return faithful(plan, [key for key, value in typed.items() if value])
+
+
+def overrides_of(request: Request) -> Overrides:
+    """Return the values that the user fixed and that must not be planned.
+
+    The encoder and its token size are those of ``--init``'s weights where none is named. The batch
+    size of a preset is included, because the number of steps follows from it.
+    """
+    card = read_card(Path(request.init).parent) if request.init else None
+    encoder = request.encoder
+    if card is not None and encoder == "auto":
+        encoder = card.encoder
+
+    token_size = typed_token_size(request.settings)
+    if token_size is None and card is not None and card.encoder == encoder:
+        token_size = card.token_size_vox
+
+    is_faithful = request.preset == "faithful"
+    return Overrides(
+        encoder=encoder,
+        batch_size=request.batch_size or (PAPER_BATCH if is_faithful else None),
+        num_steps=request.num_steps,
+        num_epochs=request.num_epochs,
+        num_hours=request.num_hours,
+        single_tokens=is_faithful,
+        token_size_vox=token_size,
+    )
+
+
+def typed_token_size(settings: Sequence[str]) -> Size | None:
+    """Return the token size (z, y, x) that ``--set`` gives among an encoder's arguments.
+
+    Crop and blocks are then planned for it. A value that is not a size gives None: the check of
+    the plan refuses it and names it.
+    """
+    found: object = None
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        value = literal(text.strip())
+        if key.strip() == "encoder.arguments" and isinstance(value, dict):
+            found = value.get("patch_embed_size", found)
+        elif key.strip() == "encoder.arguments.patch_embed_size":
+            found = value
+
+    if not isinstance(found, list) or len(found) != 3:
+        return None
+    # In Python True is an int as well.
+    is_size = all(type(side) is int and side > 0 for side in found)
+    return as_size(found) if is_size else None

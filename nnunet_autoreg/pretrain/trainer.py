@@ -1,0 +1,500 @@
+"""The training loop: steps, validation, checkpoints, roll-backs, and how a run ends.
+
+It knows objectives by their interface only.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from nnunet_autoreg import checkpoint
+from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError
+from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.phases import phase
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.pretrain.checkpointing import (
+    Progress,
+    folder_identity,
+    restore,
+    restore_weights,
+    shareable,
+    snapshot,
+)
+from nnunet_autoreg.pretrain.compilation import is_out_of_memory
+from nnunet_autoreg.pretrain.data import (
+    DataWait,
+    StepBatches,
+    dead_workers_in_one_line,
+    training_batches,
+    validation_batches,
+)
+from nnunet_autoreg.pretrain.distributed import (
+    ALONE,
+    World,
+    gathered,
+    is_lost_peer,
+    is_sharded,
+)
+from nnunet_autoreg.pretrain.probe import LabelledCrop
+from nnunet_autoreg.pretrain.run_folder import public_plan
+from nnunet_autoreg.pretrain.training_step import (
+    StepStatistics,
+    TrainingStep,
+    learning_rate,
+    measure_throughput,
+    postfix,
+    skipped_message,
+)
+from nnunet_autoreg.pretrain.validation import (
+    Health,
+    Validation,
+    failure_messages,
+    health_warnings,
+)
+from nnunet_autoreg.records import to_jsonable
+from nnunet_autoreg.report.charts import draw_progress
+from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics
+from nnunet_autoreg.report.sinks import open_sinks
+from nnunet_autoreg.sampling.pool import SamplingPool
+from nnunet_autoreg.stopping import stops_noted
+
+log = logging.getLogger(__name__)
+
+NUM_VALIDATION_SAMPLES = 16
+
+
+class Trainer:
+    """Trains one objective by one plan in one folder, alone or together with other processes.
+
+    Only the main process writes.
+
+    Args:
+        objective: on any device; it is moved.
+        training, validation: what sequences are cut from; ``validation`` may be empty.
+        num_workers: processes that prepare batches.
+        probe: labelled crops for the frozen probe; nothing is learnt from them.
+
+    Attributes:
+        after_checkpoint: called after every checkpoint, by all processes.
+        validation_batches: in the processes that validate; [] in others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        objective: Objective,
+        training: SamplingPool,
+        validation: SamplingPool,
+        device: torch.device,
+        num_workers: int,
+        probe: Sequence[LabelledCrop] = (),
+        world: World = ALONE,
+    ):
+        self.plan = plan
+        self.folder = folder
+        self.objective = objective
+        self.device = device
+        self.num_workers = num_workers
+        self.world = world
+        self.module = objective.module.to(device)
+        self.is_sharded = is_sharded(plan.run.sharding, self.module, device, world)
+
+        # The main process validates alone, unless no process has all weights.
+        self.has_validation = bool(validation)
+        self.validates = self.has_validation and (world.is_main or self.is_sharded)
+        by_kind = {}
+        if self.validates:
+            size = validation_batch_size(plan)
+            by_kind = validation_batches(
+                objective.sampler, validation, size, NUM_VALIDATION_SAMPLES // size
+            )
+        self.validation_batches = [batch for batches in by_kind.values() for batch in batches]
+        self.validation = Validation(objective, by_kind, probe, device)
+
+        # Before the step is set up, which from then on adds up every gradient over all processes.
+        has_sample = bool(self.validation_batches) and not self.is_sharded
+        sample = self.validation_batches[0] if has_sample else None
+        self.throughput = measure_throughput(plan, objective, device, sample, world.size)
+
+        self.train_step = TrainingStep(plan, objective, device, world, self.is_sharded)
+        self.optimizer = self.train_step.optimizer
+        self.guard = self.train_step.guard
+        self.batches = StepBatches(objective.sampler, training, self.train_step.numbers)
+        dry_step = plan.run.dry_step_seconds
+        compute_seconds = None if dry_step is None else dry_step / world.size
+        self.data_wait = DataWait(device.type, num_workers, compute_seconds)
+        self.after_checkpoint: Callable[[], object] = lambda: None
+
+        self.statistics = self.guard.statistics()
+        self.progress = Progress()
+        self.health: Health | None = None
+        """The newest validation of this process."""
+        self.identity: tuple[int, int] | None = None
+        """Which folder on which disk ``folder`` was when training began."""
+        self.latest_is_scheduled = False
+        self.saved_step = 0
+        """The step that the newest checkpoint was made after; 0 if there is none."""
+
+    def run(self) -> None:
+        """Train from the latest checkpoint, or from the start, to the plan's last step.
+
+        Raises:
+            InterruptedRunError: SIGINT or SIGTERM came; the state is saved. Where a step or a
+                validation takes so long that it cannot be saved in time, the process is ended
+                instead (see ``stopping``).
+            AutoregError: too many steps were bad, the features are collapsed at the end, a loader
+                process died, the folder was removed, or a checkpoint cannot be read or written.
+        """
+        self._resume()
+        num_steps, start = self.plan.optim.num_steps, self.progress.step
+        metrics = self._open_metrics(start)
+        self.identity = folder_identity(self.folder)
+        steps = range(start, num_steps)
+        bar = tqdm(
+            total=num_steps,
+            initial=start,
+            unit="step",
+            desc=self.plan.name,
+            mininterval=1.0,
+            disable=not self.world.is_main,
+        )
+        pin_memory = self.device.type == "cuda"
+        loaded = training_batches(self.batches, steps, self.num_workers, pin_memory)
+
+        with (
+            stops_noted(self._line_if_forced) as stop,
+            phase("training"),
+            bar,
+            closing(metrics),
+            dead_workers_in_one_line(),
+            closing(loaded) as prepared,
+        ):
+            clock = time.monotonic()
+            for step, batch in zip(steps, self.data_wait.timed(prepared), strict=True):
+                loss, norm = self.train_step(step, batch)
+                self.progress.step = step + 1
+                bar.update()
+
+                if self._is_due(self.plan.run.log_every):
+                    self._check_bad_steps(step, metrics)
+                    error = float(loss)  # waits for the device
+                    elapsed = time.monotonic() - clock
+                    seconds = elapsed / self.plan.run.log_every
+                    self._log_step(metrics, step, error, float(norm), seconds)
+                    self._log_wait(metrics, step, elapsed, seconds)
+                    bar.set_postfix(postfix(error, self.throughput.metrics(seconds)))
+                    clock = time.monotonic()
+
+                # Validation and checkpoints do not count as time of a step.
+                paused = time.monotonic()
+                if self._is_due(self.plan.run.validate_every):
+                    self._validate(step, metrics)
+                if self.progress.step == num_steps:
+                    # Before the state is saved, so that the last good one stays.
+                    self._refuse_failure()
+                stopping = self.world.any(stop())
+                if self._is_due(self.plan.run.checkpoint_every) or stopping:
+                    self._checkpoint(needed=stopping)
+                    # Pictures take long, and the next checkpoint brings them.
+                    if not stopping:
+                        self._draw_report(metrics)
+                    self.world.wait()
+                clock += time.monotonic() - paused
+
+                if stopping:
+                    raise InterruptedRunError(
+                        f"stopped after step {self.progress.step} of {num_steps}; the state is "
+                        "saved: type the same line again to continue"
+                    )
+
+        if not steps:
+            self._refuse_failure()
+
+    def _refuse_failure(self) -> None:
+        """End a run that did all its steps, but whose encoder must not be used, in all processes.
+
+        Raises:
+            AutoregError: weights or validation error are not finite, the features are collapsed,
+                or no step was good.
+        """
+        if self.health is None and self.validates:
+            with gathered(self.train_step.loss_of), phase("measuring the validation error"):
+                self.health = self.validation.measure()
+
+        weights_are_finite = not self.world.any(not is_finite(self.module))
+        statistics = self.guard.statistics()
+        messages = failure_messages(
+            self.health, self.plan.run, weights_are_finite, statistics, self.progress.step
+        )
+        # Only the main process has validated, and what it found counts for all.
+        messages = self.world.share(messages)
+        if not messages:
+            return
+        raise AutoregError(
+            f"after {self.progress.step} steps the run has failed, and no encoder is exported: "
+            f"{'; '.join(messages)}. The last good checkpoint is kept. Start a new --name with a "
+            f"lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with another "
+            "--seed. Should the features be what you want, lower run.min_token_variance or "
+            f"run.min_effective_rank in {self.folder / 'plan.json'}, and type the same line again",
+            code="training-failed",
+        )
+
+    def require_folder(self) -> None:
+        """Make sure that the folder is there and the same as when training began.
+
+        A folder that was made since belongs to another run.
+
+        Raises:
+            AutoregError: it was removed or replaced.
+        """
+        if self.world.is_main and folder_identity(self.folder) != self.identity:
+            raise AutoregError(
+                f"{self.folder} was removed, renamed or replaced while it was trained in, so that "
+                "nothing can be saved; training stops here. Put the folder back to go on from its "
+                "last checkpoint, or type the same line again to start over",
+                code="training-folder-gone",
+            )
+
+    def _draw_report(self, metrics: MetricsFile) -> None:
+        """Draw what was measured until now."""
+        self.require_folder()
+        with phase("drawing the report"):
+            if self.world.is_main:
+                draw_progress(metrics.path, self.folder / "progress.png")
+            self.after_checkpoint()
+
+    def _line_if_forced(self) -> str:
+        """Return the line that ends the command where a stop does not wait for the step's end."""
+        step = self.progress.step
+        if self.saved_step == step > 0:
+            return (
+                f"stopped after step {step}; the state is saved: type the same line again to "
+                "continue"
+            )
+        kept = (
+            f"the checkpoint of step {self.saved_step} is kept"
+            if self.saved_step
+            else "there was no checkpoint yet"
+        )
+        return (
+            f"stopped in step {step + 1}, which takes too long to be waited for; {kept}: type the "
+            "same line again to continue from there"
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.plan.optim.num_steps
+
+    def _open_metrics(self, start: int) -> MetricsFile:
+        path = self.folder / "metrics.jsonl"
+        if not self.world.is_main:
+            return NoMetrics(path)
+        return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start))
+
+    def _log_step(
+        self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float
+    ) -> None:
+        self.require_folder()
+        # JSON knows no NaN; the skipped steps are logged beside.
+        if math.isfinite(error) and math.isfinite(norm):
+            metrics.log(step, "train_error", error, "squared error")
+            metrics.log(step, "gradient_norm", norm, "1")
+        metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")
+        metrics.log(step, "step_time", seconds, "s")
+        for name, (value, unit) in self.throughput.metrics(seconds).items():
+            metrics.log(step, name, value, unit)
+
+    def _log_wait(self, metrics: MetricsFile, step: int, elapsed: float, seconds: float) -> None:
+        """Log the share of the ``elapsed`` seconds that data were waited for; warn if it is large.
+
+        The warning comes once.
+        """
+        share = self.data_wait.share(elapsed)
+        metrics.log(step, "data_wait", share, "share of time")
+
+        warning = self.data_wait.report(share, seconds)
+        if warning is not None:
+            log.warning("step %d: %s", step + 1, warning)
+            metrics.note(step, "data_wait_warning", warning)
+
+    def _check_bad_steps(self, step: int, metrics: MetricsFile) -> None:
+        """Log what was skipped since the last look; after too many bad steps in a row, go back."""
+        before, self.statistics = self.statistics, self.guard.statistics()
+        message = skipped_message(before, self.statistics, step)
+        if message:
+            log.warning(message)
+        if self.statistics.skipped:
+            metrics.log(step, "skipped_steps", self.statistics.skipped, "steps")
+        if self.statistics.in_row >= self.plan.run.max_bad_steps:
+            self._roll_back(step, metrics)
+
+    def _roll_back(self, step: int, metrics: MetricsFile) -> None:
+        """Restore weights and optimizer of the last regular checkpoint.
+
+        Step and data go on, so that other data follow. Only regular checkpoints are used, because
+        an interruption must not change where a run goes back to.
+
+        Raises:
+            AutoregError: there is no such checkpoint, or the run went back too often.
+        """
+        num_bad, most = self.statistics.in_row, self.plan.run.max_rollbacks
+        lower_rate = f"--set optim.lr={self.plan.optim.lr / 3:.1e}"
+        advice = f"start a new --name with a lower rate, e.g. {lower_rate}"
+
+        may_go_back = self.progress.rollbacks < most
+        # Only the main process reads the folder.
+        searches = self.world.is_main and may_go_back
+        found = checkpoint.newest_scheduled(self.folder) if searches else None
+        good = self.world.share(None if found is None else shareable(found))
+        if good is None:
+            why = "there is no checkpoint to go back to"
+            if not may_go_back:
+                why = f"it went back {most} times already"
+            raise AutoregError(
+                f"the last {num_bad} steps until step {step + 1} were all bad (infinite, NaN or "
+                f"far off), and {why}; {advice}",
+                code="training-diverged",
+            )
+
+        restore_weights(good, self.module, self.optimizer, self.world)
+        self.guard.reset()
+        self.statistics = self.guard.statistics()
+        self.progress.rollbacks += 1
+        log.warning(
+            "the last %d steps until step %d were all bad. Rolled back to the checkpoint of step "
+            "%s; training goes on with other data (roll-back %d of at most %d). If this repeats, "
+            "%s",
+            num_bad,
+            step + 1,
+            good["step"],
+            self.progress.rollbacks,
+            most,
+            advice,
+        )
+        metrics.log(step, "rollbacks", self.progress.rollbacks, "times")
+
+    def _validate(self, step: int, metrics: MetricsFile) -> None:
+        """Validate, and keep the state if its validation error is the lowest so far."""
+        if not self.has_validation:
+            return
+        is_best = False
+        with gathered(self.train_step.loss_of), phase("measuring the validation error"):
+            if self.validates:
+                is_best = self._measure_and_log(step, metrics)
+
+        # The main process decides for all.
+        self.progress.best_error = self.world.share(self.progress.best_error)
+        if self.world.share(is_best):
+            self._save(checkpoint.BEST_NAME, scheduled=False)
+
+    def _measure_and_log(self, step: int, metrics: MetricsFile) -> bool:
+        """Return whether the validation error is the lowest so far."""
+        health = self.validation.measure()
+        self.health = health
+        if health is None or not self.world.is_main:
+            return False
+
+        self.require_folder()
+        for name, (value, unit) in health.metrics().items():
+            metrics.log(step, name, value, unit)
+        log.info("step %d: %s", step + 1, health.message())
+        is_warm = step >= 2 * self.plan.optim.warmup_steps
+        for warning in health_warnings(health, self.plan.run, is_warm):
+            log.warning("step %d: %s", step + 1, warning)
+            metrics.note(step, "health_warning", warning)
+
+        is_best = health.errors["error"] < self.progress.best_error
+        if is_best:
+            self.progress.best_error = health.errors["error"]
+        return is_best
+
+    def _checkpoint(self, needed: bool) -> None:
+        """Save the newest state, keeping the one before.
+
+        Args:
+            needed: also in the middle of a row of bad steps, of which no regular checkpoint is
+                made.
+        """
+        step = self.progress.step
+        is_regular = step % self.plan.run.checkpoint_every == 0
+        scheduled = is_regular and self.guard.statistics().in_row == 0
+        if not scheduled and not needed and step < self.plan.optim.num_steps:
+            return
+
+        # The previous checkpoint is replaced by a scheduled one only.
+        previous = self.folder / checkpoint.PREVIOUS_NAME
+        keeps = self.latest_is_scheduled or not previous.exists()
+        with phase("saving a checkpoint"):
+            self._save(checkpoint.LATEST_NAME, scheduled, previous if keeps else None)
+        self.latest_is_scheduled = scheduled
+        self.saved_step = step
+
+    def _save(self, name: str, scheduled: bool, previous: Path | None = None) -> None:
+        """Gather the state of all processes, which the main process writes."""
+        state = snapshot(self.module, self.optimizer, self.guard, self.progress, self.world)
+        if self.world.is_main:
+            self.require_folder()
+            content = {
+                **state,
+                # The name of this key is part of the format of checkpoints.
+                "told": to_jsonable(self.statistics),
+                "scheduled": scheduled,
+                "plan": to_jsonable(public_plan(self.plan)),
+            }
+            checkpoint.save_checkpoint(self.folder / name, content, previous)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it belongs to another plan.
+        """
+        found = checkpoint.load_newest(self.folder) if self.world.is_main else None
+        newest = self.world.share(None if found is None else (found[0], shareable(found[1])))
+        if newest is None:
+            return
+
+        path, content = newest
+        try:
+            self.progress = restore(content, self.module, self.optimizer, self.guard, self.world)
+            self.statistics = StepStatistics(**content["told"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            # Tensors are sent and moved here: nothing may be wrong with the file.
+            if is_lost_peer(error) or is_out_of_memory(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{path} does not belong to this plan ({why}); move it away to start over",
+                code="checkpoint-other-plan",
+            ) from error
+
+        is_latest = path.name == checkpoint.LATEST_NAME
+        self.latest_is_scheduled = is_latest and bool(content["scheduled"])
+        self.saved_step = self.progress.step
+        log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
+
+
+def is_finite(module: torch.nn.Module) -> bool:
+    """Return whether all weights of this process are finite; of sharded weights, its own part."""
+    for tensor in module.state_dict().values():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            return False
+    return True
+
+
+def validation_batch_size(plan: Plan) -> int:
+    """Return a power of two.
+
+    The same samples are then used for validation, whatever the memory and the number of processes.
+    """
+    micro_batch_size = plan.optim.micro_batch_size or plan.optim.batch_size
+    size = min(micro_batch_size, plan.optim.batch_size, NUM_VALIDATION_SAMPLES)
+    return 1 << int(math.log2(size))
