@@ -216,9 +216,14 @@ def _differing(settings: Mapping[str, object], variants: Sequence[Mapping[str, o
 
 
 def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
-    """Yield the pairs to compare: pretrained with scratch, and autoregressive with masked."""
+    """Yield the pairs to compare: pretrained with scratch, and autoregressive with masked.
+
+    Both sides were fine-tuned with the same settings.
+    """
     for ours in arms:
         for theirs in arms:
+            if ours.lines[0]["settings"] != theirs.lines[0]["settings"]:
+                continue
             from_scratch = theirs.objective == SCRATCH and ours.objective != SCRATCH
             twins = (ours.objective, theirs.objective) == ("autoregressive", "masked")
             if from_scratch or twins:
