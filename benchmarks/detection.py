@@ -275,7 +275,7 @@ def answer_the_centre(args: argparse.Namespace) -> None:
 
     from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
     from nnunet_autoreg.detection.objects import ObjectSource
-    from nnunet_autoreg.detection.score import scan_of_instances
+    from nnunet_autoreg.detection.matching import scan_of_instances
 
     (raw,) = (args.work / "raw").iterdir()
     source = ObjectSource(
@@ -289,7 +289,7 @@ def answer_the_centre(args: argparse.Namespace) -> None:
         known = source.read(case)
         for item in known.instances.objects:
             if not item.ignored:
-                sides[item.place].append(
+                sides[item.class_index].append(
                     np.subtract(item.box_zyx[3:], item.box_zyx[:3]) / known.shape_vox
                 )
     boxes = {

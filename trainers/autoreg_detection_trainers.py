@@ -1,7 +1,7 @@
-"""``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregDetectionTrainer -p AutoregPlans``: detection
-inside nnU-Net.
+"""Detection inside nnU-Net.
 
-A Retina U-Net on the plan's encoder: boxes are learned beside the segmentation, which stock
+``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregDetectionTrainer -p AutoregPlans`` trains a
+Retina U-Net on the plan's encoder. Boxes are learned beside the segmentation, which stock
 ``nnUNetv2_predict`` still gives; ``autoreg_detect`` gives the boxes.
 """
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 
-from nnunet_autoreg.detection.average import MovingAverage
-from nnunet_autoreg.detection.data import InstanceDataset, InstanceLoader, Maker, prepare_instances
+from nnunet_autoreg.detection.data import (
+    IdMapMaker,
+    InstanceDataset,
+    InstanceLoader,
+    prepare_instances,
+)
+from nnunet_autoreg.detection.evaluate import quick_scores
 from nnunet_autoreg.detection.infer import ScanDetector
 from nnunet_autoreg.detection.instances import BLOCK
 from nnunet_autoreg.detection.net import Detector, Output, build_detector, stage_strides
@@ -36,11 +42,10 @@ from nnunet_autoreg.detection.plan import (
     read_plan,
     store,
 )
-from nnunet_autoreg.detection.score import quick_scores
-from nnunet_autoreg.detection.thresholds import SUMMARY
 from nnunet_autoreg.detection.training import (
+    DetectionLoss,
     ForwardedLog,
-    Losing,
+    MovingAverage,
     absent_classes,
     detection_recipe,
     keep_thread_limit,
@@ -49,7 +54,7 @@ from nnunet_autoreg.detection.training import (
     patches_scored,
     without_decay_on_norms,
 )
-from nnunet_autoreg.detection.validate import validate_cases, write_summary
+from nnunet_autoreg.detection.validate import SUMMARY, validate_cases, write_summary
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock, read_block
 from nnunet_autoreg.finetune.network import build_network, own_arguments
@@ -65,11 +70,11 @@ from nnunet_autoreg.records import read_json, write_json
 from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, trainer_of_length
 
 SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0.5"}
-"""What the logger keeps of the scores of an epoch."""
+"""Name in the logger -> name of the score of an epoch."""
 
 
 class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
-    """Trains a detector on the plan's pretrained encoder."""
+    """Train a detector on the plan's pretrained encoder."""
 
     transfers_decoder = False
     block: AutoregBlock
@@ -77,12 +82,13 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     inference_allowed_mirroring_axes: Any
 
     def initialize(self) -> None:
-        """Find the objects, plan if nobody has, then nnU-Net's own preparations."""
+        """Find the objects, plan if that was not done, then make nnU-Net's own preparations."""
         if not self.was_initialized:
             keep_thread_limit()
             with one_line_errors(), self._library_log():
                 self._prepare()
         super().initialize()
+
         network = self.unwrapped()
         self.average = MovingAverage(network, self.plan.average_decay)
         self.average.attach(self.optimizer)
@@ -92,57 +98,55 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     def _prepare(self) -> None:
         if self.is_cascaded:
             raise PlanError(
-                f"{self.configuration_name} is the second stage of a cascade; detection has one "
-                "stage: train 3d_fullres"
+                f"{self.configuration_name} is the second stage of a cascade, but detection has "
+                "one stage; train 3d_fullres",
+                code="detection-cascade",
             )
+        # The main process finds the objects first; the others then read what it wrote.
         if self.is_ddp and self.local_rank > 0:
             distributed.barrier()
         self.source = self._objects()
-        self.index = prepare_instances(self._maker(), self._all_cases(), default_num_processes)
+        folder = self.preprocessed_dataset_folder
+        cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
+        self.index = prepare_instances(self._maker(), cases, default_num_processes)
         self.plan = self._planned()
         if self.is_ddp and self.local_rank == 0:
             distributed.barrier()
+
         self.block = replace(self.block, recipe=detection_recipe(self.block.recipe, self.plan))
         self.enable_deep_supervision = False
         self.num_epochs = self.length or self.plan.num_epochs
         self.oversample_foreground_percent = self.plan.object_share
 
     def _objects(self) -> ObjectSource:
-        base, reader = (
-            Path(self.preprocessed_dataset_folder_base),
-            self.plans_manager.image_reader_writer_class,
-        )
-        return ObjectSource.of_dataset(
-            base / "gt_segmentations", base.name, self.dataset_json, reader
-        )
+        base = Path(self.preprocessed_dataset_folder_base)
+        reader = self.plans_manager.image_reader_writer_class
+        labels = base / "gt_segmentations"
+        return ObjectSource.of_dataset(labels, base.name, self.dataset_json, reader)
 
-    def _maker(self) -> Maker:
+    def _maker(self) -> IdMapMaker:
         configuration = self.configuration_manager
-        return Maker(
-            Path(self.preprocessed_dataset_folder),
-            self.source,
-            as_size(self.plans_manager.transpose_forward),
-            as_spacing(configuration.spacing),
-            as_size(configuration.patch_size),
-            configuration.resampling_fn_seg,
+        return IdMapMaker(
+            preprocessed=Path(self.preprocessed_dataset_folder),
+            source=self.source,
+            transpose=as_size(self.plans_manager.transpose_forward),
+            target_spacing_mm=as_spacing(configuration.spacing),
+            patch_size=as_size(configuration.patch_size),
+            resample_seg=configuration.resampling_fn_seg,
         )
-
-    def _all_cases(self) -> list[str]:
-        folder = self.preprocessed_dataset_folder
-        return sorted(infer_dataset_class(folder).get_identifiers(folder))
 
     def _planned(self) -> DetectionPlan:
-        """The plan of this configuration; made now, and written into the plans file, if there is
-        none.
+        """Return the plan of this configuration.
+
+        If there is none, it is made now and written into the plans file.
         """
         configuration, name = self.configuration_manager, self.configuration_name
         file = Path(self.preprocessed_dataset_folder_base) / f"{self.plans_manager.plans_name}.json"
-        plan = read_plan(configuration.configuration, f"{file.name}: {name}")
+        where = f"{file.name}: {name}"
+        plan = read_plan(configuration.configuration, where)
         if plan is None:
-            arguments, patch = (
-                own_arguments(configuration.network_arch_init_kwargs),
-                as_size(configuration.patch_size),
-            )
+            arguments = own_arguments(configuration.network_arch_init_kwargs)
+            patch = as_size(configuration.patch_size)
             encoder = self.block.encoder
             plan = make_plan(
                 self.dataset_json,
@@ -152,10 +156,10 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
                 is_tiny=encoder.name.endswith("_tiny"),
                 has_masks=self.index.has_masks,
             )
-            store(self.plans_manager.plans, name, plan)
-            configuration.configuration[BLOCK] = self.plans_manager.plans["configurations"][name][
-                BLOCK
-            ]
+            # Into the plans in memory, which checkpoints store, and into the file.
+            plans = self.plans_manager.plans
+            store(plans, name, plan)
+            configuration.configuration[BLOCK] = plans["configurations"][name][BLOCK]
             if self.local_rank == 0:
                 on_disk = read_json(file)
                 store(on_disk, name, plan)
@@ -163,12 +167,15 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
                 self.print_to_log_file(
                     f"detection was planned ({plan.reasons['anchors']}) and is now part of {file}"
                 )
-        check_same_dataset(plan, self.dataset_json, f"{file.name}: {name}")
+        check_same_dataset(plan, self.dataset_json, where)
         return plan
 
     @contextmanager
     def _library_log(self) -> Iterator[None]:
-        """What the library says goes to nnU-Net's log file and to the terminal."""
+        """Send the library's log to nnU-Net's log file and to the terminal.
+
+        It names cases, as nnU-Net's own lines do; both stay in the folder of results.
+        """
         logger = logging.getLogger("nnunet_autoreg.detection")
         handler, level = ForwardedLog(self.print_to_log_file), logger.level
         logger.addHandler(handler)
@@ -187,7 +194,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The plan's network with heads, random weights; prediction calls this too."""
+        """Return the plan's network with heads, with random weights; prediction calls this too."""
         with one_line_errors():
             block = read_block(plans_manager.plans)
             where = f"{plans_manager.plans_name}.json"
@@ -195,12 +202,11 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             if plan is None:
                 raise PlanError(
                     f'{where} has no "{BLOCK}" block for this configuration; train an '
-                    "AutoregDetectionTrainer first"
+                    "AutoregDetectionTrainer first",
+                    code="detection-no-block",
                 )
-            arguments, patch = (
-                own_arguments(configuration_manager.network_arch_init_kwargs),
-                configuration_manager.patch_size,
-            )
+            arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
+            patch = configuration_manager.patch_size
             network = build_network(
                 block, patch, num_input_channels, num_output_channels, arguments
             )
@@ -215,35 +221,33 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """There is none."""
+        """Do nothing: there is no deep supervision."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
-        """As for segmentation, but norms and biases are never decayed."""
+        """Return the optimiser of segmentation, without weight decay for norms and biases."""
         network, recipe = self.unwrapped(), self.block.recipe
         groups = without_decay_on_norms(parameter_groups(network, recipe), network)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
+
         batch_size, per_epoch = self.configuration_manager.batch_size, self.num_iterations_per_epoch
         schedule = make_schedule(
             recipe, self.initial_lr, self.num_epochs, per_epoch, batch_size, self.uses_weights
         )
         return optimizer, IterationRates(optimizer, schedule, per_epoch)
 
-    def _build_loss(self) -> Losing:
+    def _build_loss(self) -> DetectionLoss:
         labels = self.label_manager
         loss = make_segmentation_loss(labels.has_regions, labels.ignore_label, self.is_ddp)
-        return Losing(
-            self.plan,
-            loss,
-            labels.foreground_regions if labels.has_regions else None,
-            labels.ignore_label,
-        )
+        regions = labels.foreground_regions if labels.has_regions else None
+        return DetectionLoss(self.plan, loss, regions, labels.ignore_label)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's, with objects: same augmentation, our loader."""
+        """Return nnU-Net's loaders with objects: its augmentation, and our way to draw patches."""
         patch = self.configuration_manager.patch_size
         rotation, is_flat, initial_patch, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
+
         # Regions are made on the device: nnU-Net's transform would drop the ids.
         training = self.get_training_transforms(
             patch,
@@ -254,22 +258,20 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
         )
         stock_training, stock_validation = self.get_tr_and_val_datasets()
-        self._tell_fold(stock_training.identifiers, stock_validation.identifiers)
+        self._warn_of_absent_classes(stock_training.identifiers, stock_validation.identifiers)
         validation = self.get_validation_transforms(None)
-        loaders = [
-            self._loader(stock_training, initial_patch, training),
-            self._loader(stock_validation, patch, validation),
-        ]
+        training_loader = self._loader(stock_training, initial_patch, training)
+        validation_loader = self._loader(stock_validation, patch, validation)
+
         num_processes = get_allowed_n_proc_DA()
+        made: list[Any] = []
         if num_processes == 0:
-            made = [SingleThreadedAugmenter(loader, None) for loader in loaders]
+            made.append(SingleThreadedAugmenter(training_loader, None))
+            made.append(SingleThreadedAugmenter(validation_loader, None))
         else:
-            made = [
-                self._augmenter(loader, n)
-                for loader, n in zip(
-                    loaders, (num_processes, max(1, num_processes // 2)), strict=True
-                )
-            ]
+            made.append(self._augmenter(training_loader, num_processes))
+            made.append(self._augmenter(validation_loader, max(1, num_processes // 2)))
+        # nnU-Net draws one batch here too, so that the processes start.
         for augmenter in made:
             next(augmenter)
         return made[0], made[1]
@@ -299,39 +301,32 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             wait_time=0.002,
         )
 
-    def _tell_fold(self, training: list[str], validation: list[str]) -> None:
-        left_out = "it is left out of the scores"
-        not_learned = "it cannot be learned"
-        for what, cases, consequence in (
-            ("training", training, not_learned),
-            ("validation", validation, left_out),
-        ):
+    def _warn_of_absent_classes(self, training: list[str], validation: list[str]) -> None:
+        consequences = {
+            "training": (training, "it cannot be learned"),
+            "validation": (validation, "it is left out of the scores"),
+        }
+        for what, (cases, consequence) in consequences.items():
             absent = absent_classes(self.index, cases)
             if absent:
                 self.print_to_log_file(
                     f"WARNING: no {what} case of fold {self.fold} has an object of "
-                    f"{', '.join(absent)}; "
-                    f"{consequence}"
+                    f"{', '.join(absent)}; {consequence}"
                 )
-        if len(absent) == len(self.plan.classes):
+        if len(absent_classes(self.index, validation)) == len(self.plan.classes):
             self.print_to_log_file(
-                "WARNING: validation has nothing to find: its scores stay 0, and "
-                "checkpoint_best.pth is that of the "
-                "first epoch; use checkpoint_final.pth"
+                "WARNING: validation has nothing to find, so its scores stay 0, and "
+                "checkpoint_best.pth is that of the first epoch; use checkpoint_final.pth"
             )
 
     def on_train_start(self) -> None:
-        """nnU-Net's preparations and the pretrained encoder, from which the average of the weights
-        then begins.
-        """
+        """Load the pretrained encoder, from which the average of the weights begins."""
         super().on_train_start()
         if self.is_fresh_start:
             self.average.reset()
 
     def save_checkpoint(self, filename: str) -> None:
-        """A checkpoint whose network is the averaged one; what ``--c`` needs besides lies in the
-        optimiser's state.
-        """
+        """Save the averaged network; what ``--c`` needs besides lies in the optimiser's state."""
         with self.average.saved():
             super().save_checkpoint(filename)
 
@@ -341,12 +336,13 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         self.average.restore()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One step on the three losses."""
+        """Make one step on the three losses."""
         self.lr_scheduler.step(self.current_epoch, self.iteration)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self.network(self._on_device(batch["data"]))
         losses = self.loss.losses(output, self._on_device(batch["target"]), batch["objects"])
+
         self._update(losses.total, is_decoder_first=False)
         self.average.update(self.current_epoch * self.num_iterations_per_epoch + self.iteration)
         self.iteration += 1
@@ -354,25 +350,23 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         return numbers
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """nnU-Net's own, and the parts of the loss."""
+        """Log nnU-Net's own values, and the parts of the loss."""
         super().on_train_epoch_end(train_outputs)
-        parts = {
-            name: float(np.mean([o[f"loss_{name}"] for o in train_outputs]))
-            for name in ("class", "box", "seg")
-        }
-        self.print_to_log_file(
-            "losses", ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-        )
+        parts = []
+        for name in ("class", "box", "seg"):
+            mean = float(np.mean([output[f"loss_{name}"] for output in train_outputs]))
+            parts.append(f"{name} {mean:.4f}")
+        self.print_to_log_file("losses", ", ".join(parts))
 
     def on_validation_epoch_start(self) -> None:
-        """Validate the averaged weights, and ask them for boxes."""
+        """Validate the averaged weights, with boxes."""
         super().on_validation_epoch_start()
         self._validating = ExitStack()
         self._validating.enter_context(self.average.applied())
         self._detector().detect = True
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Losses, voxels right and wrong, and the boxes of each patch."""
+        """Return losses, numbers of right and wrong voxels, and the boxes of each patch."""
         with self._autocast():
             output: Output = self.network(self._on_device(batch["data"]))
         target = self._on_device(batch["target"])
@@ -387,43 +381,41 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         }
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
-        """Scores over all patches; the mean AP from IoU 0.1 to 0.5 stands where nnU-Net looks for
-        the best epoch.
+        """Log scores over all patches.
+
+        The mean AP from IoU 0.1 to 0.5 stands where nnU-Net looks for the best epoch.
         """
         self._detector().detect = False
         self._validating.close()
         outputs = self._from_all_processes(val_outputs)
-        scores = quick_scores(
-            [scan for o in outputs for scan in o["scans"]], len(self.plan.classes)
-        )
+        scans = []
+        for output in outputs:
+            scans.extend(output["scans"])
+        scores = quick_scores(scans, len(self.plan.classes))
         epoch = self.current_epoch
         self.logger.log("mean_fg_dice", scores[SCORES["det_map"]], epoch)
         self.logger.log("dice_per_class_or_region", mean_dice(outputs), epoch)
         self.logger.log("val_losses", float(np.mean([o["loss"] for o in outputs])), epoch)
         for name, score in SCORES.items():
             self.logger.log(name, scores[score], epoch)
-        self.print_to_log_file(
-            "patches: "
-            + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
-        )
+        self.print_to_log_file(f"patches: {_listed(scores)}")
 
     def _from_all_processes(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.is_ddp:
             return outputs
         gathered: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(gathered, outputs)
-        return [output for of_one in gathered for output in of_one]
+        return list(chain.from_iterable(gathered))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's Dice of whole cases, then their boxes in the original images:
+        """Compute nnU-Net's Dice of whole cases, then their boxes in the original images.
 
-        ``validation_detection/summary_detection.json``.
-
-        On a CPU nothing is mirrored.
+        The figures of the boxes go into ``validation_detection/summary_detection.json``. On a CPU
+        nothing is mirrored.
         """
         trained_axes = self.inference_allowed_mirroring_axes
         if self.device.type == "cpu":
-            # Eight times the time, for a segmentation that only helps.
+            # It would take eight times as long, for a segmentation that is not the aim.
             self.inference_allowed_mirroring_axes = None
         with self.average.applied():
             super().perform_actual_validation(save_probabilities)
@@ -437,6 +429,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         mine = sorted(cases)
         if self.is_ddp:
             mine = mine[self.local_rank :: distributed.get_world_size()]
+
         detector = self._detector()
         network, detector.detect = detector.eval(), True
         scan_detector = ScanDetector(
@@ -455,6 +448,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             "folds": [self.fold],
             "validation": True,
         }
+
         stock = self.dataset_class(self.preprocessed_dataset_folder, mine)
         found = validate_cases(
             scan_detector,
@@ -471,16 +465,13 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         if self.local_rank == 0:
             scores = write_summary(
                 summary,
-                [o["scan"] for o in every],
+                [output["scan"] for output in every],
                 self.plan,
-                {**model, "mirrorings": scan_detector.num_voters},
+                {**model, "mirrorings": scan_detector.num_members},
             )
             for name, value in scores.items():
                 self.logger.log_summary(f"final_val/{name}", value)
-            told = ", ".join(
-                f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()
-            )
-            self.print_to_log_file(f"Validation boxes, original images: {told}")
+            self.print_to_log_file(f"Validation boxes, original images: {_listed(scores)}")
 
     def _detector(self) -> Detector:
         network = self.unwrapped()
@@ -488,9 +479,14 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         return network
 
 
+def _listed(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+
+
 class AutoregDetectionScratchTrainer(AutoregDetectionTrainer):
-    """The twin from random weights: same plan, length, augmentation and steps; only its own best
-    rate differs.
+    """Train the same detector from random weights.
+
+    Plan, length, augmentation and steps are the same; only the best learning rate differs.
     """
 
     uses_weights = False

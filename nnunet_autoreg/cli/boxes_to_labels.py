@@ -1,36 +1,50 @@
 """``autoreg_boxes_to_labels``: label maps for a dataset of which only boxes are known."""
 
 import argparse
+from dataclasses import dataclass
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 
+@dataclass(frozen=True)
+class BoxLabelsRequest:
+    """Hold what was typed, under the names of the parser below."""
+
+    dataset: str
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's parser; its values are the fields of ``BoxLabelsRequest``."""
     p = argparse.ArgumentParser(
         prog="autoreg_boxes_to_labels",
         description="For every case of a raw dataset that has boxesTr/CASE.json and no label map: "
-        "write labelsTr/CASE with an ellipsoid in "
-        "every box that counts, so that nnU-Net plans and preprocesses it. AutoregDetectionTrainer "
-        "takes the boxes themselves.",
+        "write labelsTr/CASE with an ellipsoid in every box that counts, so that nnU-Net can plan "
+        "and preprocess it. AutoregDetectionTrainer uses the boxes themselves.",
     )
-    p.add_argument("-d", metavar="ID", required=True, help="the raw dataset (4 or Dataset004_Name)")
+    p.add_argument(
+        "-d",
+        dest="dataset",
+        metavar="ID",
+        required=True,
+        help="the raw dataset (4 or Dataset004_Name)",
+    )
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Write them. Returns 0."""
-    arguments = parser().parse_args(argv)
+    """Write the label maps. Returns 0."""
+    request = BoxLabelsRequest(**vars(parser().parse_args(argv)))
     prepare_torch()
     configure_logging()
-    dataset = dataset_folder(arguments.d)
-    from nnunet_autoreg.detection.box_labels import write_box_labels
+    folder = dataset_folder(request.dataset)
+    from nnunet_autoreg.detection.objects import LABELS, write_box_labels
 
-    print(f"{len(write_box_labels(dataset))} label maps written into {dataset / 'labelsTr'}")
+    written = write_box_labels(folder)
+    print(f"wrote {len(written)} label maps into {folder / LABELS}")
     print_next(
-        f"nnUNetv2_plan_and_preprocess -d {dataset_number(arguments.d)} -pl AutoregPlanner -c "
+        f"nnUNetv2_plan_and_preprocess -d {dataset_number(request.dataset)} -pl AutoregPlanner -c "
         "3d_fullres"
     )
     return 0

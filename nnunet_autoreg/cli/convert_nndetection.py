@@ -1,9 +1,8 @@
-"""``autoreg_convert_nndetection``: a task prepared for nnDetection becomes an nnU-Net raw dataset
-with instances.
-"""
+"""``autoreg_convert_nndetection``: a task of nnDetection becomes an nnU-Net dataset."""
 
 import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
@@ -11,51 +10,75 @@ from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.nnunet_api import raw_folder
 
 
+@dataclass(frozen=True)
+class ConvertTaskRequest:
+    """Hold what was typed, under the names of the parser below."""
+
+    task: Path
+    number: int
+    name: str | None
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's parser; its values are the fields of ``ConvertTaskRequest``."""
     p = argparse.ArgumentParser(
         prog="autoreg_convert_nndetection",
         description="Writes nnUNet_raw/DatasetNNN_Name from a task of nnDetection: label maps for "
-        "nnU-Net, and instance maps for the "
-        "detection trainer in instancesTr. nnDetection's class 0 becomes label 1. Images are "
-        "linked or copied.",
+        "nnU-Net, and instance maps for the detection trainer in instancesTr. nnDetection's class "
+        "0 becomes label 1. Images are linked or copied.",
     )
     p.add_argument(
         "-i",
+        dest="task",
         metavar="TASK",
         type=Path,
         required=True,
         help="the task's folder, with dataset.json and raw_splitted/",
     )
     p.add_argument(
-        "-d", metavar="NUMBER", type=int, required=True, help="number of the new dataset, 1 to 999"
+        "-d",
+        dest="number",
+        metavar="NUMBER",
+        type=int,
+        required=True,
+        help="number of the new dataset, 1 to 999",
     )
     p.add_argument(
-        "--name", metavar="NAME", help="its name (default: the task's, without its number)"
+        "--name",
+        metavar="NAME",
+        help="name of the new dataset (default: the task's, without its number)",
     )
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Convert. Returns 0."""
-    arguments = parser().parse_args(argv)
+    """Convert the task. Returns 0."""
+    request = ConvertTaskRequest(**vars(parser().parse_args(argv)))
     configure_logging()
     prepare_torch()
-    if not 1 <= arguments.d <= 999:
-        raise UsageError(f"-d {arguments.d} must lie between 1 and 999")
+    if not 1 <= request.number <= 999:
+        raise UsageError(
+            f"-d {request.number} must lie between 1 and 999", code="convert-number-range"
+        )
     root = raw_folder()
-    if taken := sorted(p.name for p in root.glob(f"Dataset{arguments.d:03d}_*")):
-        raise UsageError(f"-d {arguments.d}: {taken[0]} has this number; choose another")
-    name = arguments.name or re.sub(r"^Task\w*?_", "", arguments.i.resolve().name)
+    prefix = f"Dataset{request.number:03d}_"
+    others = sorted(p.name for p in root.glob(f"{prefix}*"))
+    if others:
+        raise UsageError(
+            f"-d {request.number}: {others[0]} has this number; choose another",
+            code="convert-number-used",
+        )
+    name = request.name or re.sub(r"^Task\w*?_", "", request.task.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise UsageError(
-            f"'{name}' is no name for a dataset; give --name with letters, digits, _ . or -"
+            f"'{name}' cannot be the name of a dataset; give --name with letters, digits, _ . or -",
+            code="convert-dataset-name",
         )
     from nnunet_autoreg.detection.nndetection import convert_task
 
-    dataset = root / f"Dataset{arguments.d:03d}_{name}"
-    count = convert_task(arguments.i, dataset)
-    print(f"{dataset}: {count} training cases")
-    print_next(f"nnUNetv2_plan_and_preprocess -d {arguments.d} -pl AutoregPlanner -c 3d_fullres")
+    dataset = root / f"{prefix}{name}"
+    num_cases = convert_task(request.task, dataset)
+    print(f"{dataset}: {num_cases} training cases")
+    print_next(f"nnUNetv2_plan_and_preprocess -d {request.number} -pl AutoregPlanner -c 3d_fullres")
     return 0

@@ -1,10 +1,15 @@
-"""``autoreg_detect``: boxes of new scans from a model that AutoregDetectionTrainer made."""
+"""``autoreg_detect``: boxes of new scans from a model that AutoregDetectionTrainer made.
+
+The names of input files and of results are the user's own, so that results and messages name scans
+by them. Paths, in which names of patients may stand, are neither written into results nor into log
+lines about a scan.
+"""
 
 import argparse
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +19,7 @@ from nnunet_autoreg.records import differences, to_jsonable
 
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.from_segmentation import Segmentations
-    from nnunet_autoreg.detection.predict import Model, Options
+    from nnunet_autoreg.detection.predict import DetectionOptions, Model
     from nnunet_autoreg.detection.scanfile import ScanFile
     from nnunet_autoreg.detection.scans import Scan
 
@@ -22,41 +27,74 @@ log = logging.getLogger(__name__)
 
 TABLE = "detections.csv"
 MOST_NAMED = 3
-OF_A_MODEL = (
-    "-d",
-    "-i",
-    "-f",
-    "-tr",
-    "-p",
-    "-c",
-    "--checkpoint",
-    "--device",
-    "--tta",
-    "--fppi",
-    "--nms-iou",
-    "--max-boxes",
-    "--split-4d",
-)
+OF_A_MODEL = {
+    "dataset": "-d",
+    "scans": "-i",
+    "folds": "-f",
+    "trainer": "-tr",
+    "plans": "-p",
+    "configuration": "-c",
+    "checkpoint": "--checkpoint",
+    "device": "--device",
+    "tta": "--tta",
+    "fppi": "--fppi",
+    "nms_iou": "--nms-iou",
+    "max_boxes": "--max-boxes",
+    "split_4d": "--split-4d",
+}
+"""Field of the request -> option, of those that mean nothing together with ``--from-seg``."""
+
+
+@dataclass(frozen=True)
+class DetectRequest:
+    """Hold what was typed, under the names of the parser below."""
+
+    dataset: str | None
+    scans: Path | None
+    from_seg: Path | None
+    output: Path
+    folds: list[str]
+    trainer: str
+    plans: str
+    configuration: str
+    checkpoint: str
+    device: str | None
+    tta: bool | None
+    min_score: float | None
+    fppi: float | None
+    nms_iou: float
+    max_boxes: int
+    filled: bool
+    with_instances: bool
+    csv: bool
+    nndet: bool
+    split_4d: bool
+    overwrite: bool
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's parser; its values are the fields of ``DetectRequest``."""
     p = argparse.ArgumentParser(
         prog="autoreg_detect",
-        description="Detect objects with a trained model, all its folds together. Per scan: "
-        "NAME.json with boxes in voxels and in mm, "
-        "NAME_boxes (frames, a label map), NAME_instances (segmentation inside the boxes), "
-        "NAME.mrk.json (for 3D Slicer).",
+        description="Detect objects with a trained model, all its folds together. Every scan gets "
+        "NAME.json with boxes in voxels and in mm, NAME_boxes (frames, a label map), "
+        "NAME_instances (segmentation inside the boxes), and NAME.mrk.json (for 3D Slicer).",
     )
     add = p.add_argument
-    add("-d", metavar="ID", help="the dataset the model was trained on (4 or Dataset004_Name)")
+    add(
+        "-d",
+        dest="dataset",
+        metavar="ID",
+        help="the dataset the model was trained on (4 or Dataset004_Name)",
+    )
     add(
         "-i",
+        dest="scans",
         metavar="FOLDER",
+        type=Path,
         help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for models of one "
-        "channel, "
-        "any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, searched "
-        "recursively",
+        "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, "
+        "which is searched recursively",
     )
     add(
         "--from-seg",
@@ -65,9 +103,17 @@ def parser() -> argparse.ArgumentParser:
         help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
         "component of its segmentations becomes a detection, scored by its highest probability",
     )
-    add("-o", required=True, metavar="FOLDER", help="where results go")
+    add(
+        "-o",
+        dest="output",
+        required=True,
+        metavar="FOLDER",
+        type=Path,
+        help="the folder to write results to",
+    )
     add(
         "-f",
+        dest="folds",
         nargs="+",
         default=[],
         metavar="FOLD",
@@ -75,60 +121,78 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "-tr",
+        dest="trainer",
         default="AutoregDetectionTrainer",
         metavar="TRAINER",
-        help="default: AutoregDetectionTrainer",
+        help="default: %(default)s",
     )
-    add("-p", default="AutoregPlans", metavar="PLANS", help="default: AutoregPlans")
-    add("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres")
+    add(
+        "-p",
+        dest="plans",
+        default="AutoregPlans",
+        metavar="PLANS",
+        help="default: %(default)s",
+    )
+    add(
+        "-c",
+        dest="configuration",
+        default="3d_fullres",
+        metavar="CONFIGURATION",
+        help="default: %(default)s",
+    )
     add(
         "--checkpoint",
         default="checkpoint_final.pth",
         metavar="FILE",
-        help="default: checkpoint_final.pth",
+        help="default: %(default)s",
     )
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
     add(
         "--tta",
         action=argparse.BooleanOptionalAction,
-        help="mirror along every axis too, at eight times the time; default: on a GPU only",
+        help="mirror along every axis too, which takes eight times as long; default: on a GPU only",
     )
     add(
         "--min-score",
         type=float,
         metavar="S",
-        help="leave out boxes below this score, from 0 to 1. Default: the JSON has all; drawings "
-        "and the table start at 0.5",
+        help="leave out boxes below this score, from 0 to 1. Default: the JSON file has all boxes; "
+        "drawings and the table start at 0.5",
     )
     add(
         "--fppi",
         type=float,
         metavar="N",
-        help="instead: the scores that gave N false positives per scan in validation, class by "
-        "class",
+        help="instead of --min-score: the scores that gave N false positives per scan in "
+        "validation, class by class",
     )
     add(
         "--nms-iou",
         type=float,
         default=0.1,
         metavar="IOU",
-        help="boxes of a class that overlap more are one object; default 0.1",
+        help="boxes of a class that overlap more are one object; default %(default)s",
     )
     add(
         "--max-boxes",
         type=int,
         default=100,
         metavar="N",
-        help="keep at most this many boxes of a scan, all classes and folds together; default 100",
+        help="keep at most this many boxes of a scan, all classes and folds together; default "
+        "%(default)s",
     )
     add("--filled", action="store_true", help="draw solid boxes instead of frames")
-    add("--no-instances", action="store_true", help="do not write NAME_instances")
+    add(
+        "--no-instances",
+        dest="with_instances",
+        action="store_false",
+        help="do not write NAME_instances",
+    )
     add(
         "--csv",
         action="store_true",
-        help=f"also write {TABLE}, with LUNA16's columns (mm, LPS) first: the boxes from a score "
-        "of 0.5, or "
-        "all that --min-score or --fppi leave",
+        help=f"also write {TABLE}, with LUNA16's columns (mm, LPS) first. It has the boxes with a "
+        "score of at least 0.5, or all that --min-score or --fppi keep",
     )
     add("--nndet", action="store_true", help="also write NAME_boxes.pkl as nnDetection does")
     add(
@@ -137,148 +201,161 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--overwrite",
         action="store_true",
-        help="detect again where results are there already; default: go on with the others",
+        help="detect again in scans that have results; default: go on with the others",
     )
     return p
 
 
-def model_of(args: argparse.Namespace) -> "Model":
-    """The trained model that a line names.
-
-    Raises:
-        UsageError: there is none, or no such dataset.
-    """
+def detect_all(request: DetectRequest) -> int:
+    """Detect in every scan; one that cannot be read is named, and the others go on."""
     import torch
 
-    from nnunet_autoreg.detection.predict import Model, trained_folder
+    from nnunet_autoreg.detection.predict import Model, settings_of, trained_folder
+    from nnunet_autoreg.detection.scans import find
     from nnunet_autoreg.nnunet_api import results_folder
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device cuda, but torch finds no GPU; use --device cpu, or see autoreg_doctor"
-        )
-    folder = trained_folder(results_folder(), args.d, args.tr, args.p, args.c)
-    return Model(folder, args.f, torch.device(name), args.checkpoint)
-
-
-def options_of(args: argparse.Namespace, model: "Model") -> "Options":
-    """What was typed, checked.
-
-    Raises:
-        UsageError: a value that cannot be.
-    """
-    from nnunet_autoreg.detection.infer import MOST_CANDIDATES, USUAL, Thinning
-    from nnunet_autoreg.detection.predict import Options, num_mirrorings
-
-    if args.min_score is not None and args.fppi is not None:
-        raise UsageError("--min-score and --fppi exclude each other; give one")
-    _check_score(args)
-    if args.fppi is not None and not args.fppi > 0:
-        raise UsageError(f"--fppi {args.fppi:g} must be greater than 0")
-    if not 0 <= args.nms_iou < 1:
-        raise UsageError(f"--nms-iou {args.nms_iou:g} must lie in [0, 1)")
-    if not 1 <= args.max_boxes <= MOST_CANDIDATES:
-        raise UsageError(f"--max-boxes {args.max_boxes} must lie in 1 to {MOST_CANDIDATES}")
-    mirror = model.device.type == "cuda" if args.tta is None else args.tta
-    # A tile that holds all of the scan must be able to give as many.
-    thinning = Thinning(
-        voter_iou=args.nms_iou,
-        most_per_tile=max(USUAL.most_per_tile, args.max_boxes),
-        most_boxes=args.max_boxes,
-    )
-    options = Options(
-        mirror, thinning, args.min_score, args.filled, not args.no_instances, args.nndet
-    )
-    if args.fppi is None:
-        return options
-    if thinning != USUAL:
-        log.warning(
-            "--fppi: its scores come from a validation with --nms-iou %g and --max-boxes %d; with "
-            "others the number of false "
-            "positives is another one",
-            USUAL.voter_iou,
-            USUAL.most_boxes,
-        )
-    return replace(options, min_score=model.thresholds(args.fppi, num_mirrorings(model, options)))
-
-
-def _check_score(args: argparse.Namespace) -> None:
-    if args.min_score is not None and not 0 <= args.min_score <= 1:
-        raise UsageError(f"--min-score {args.min_score:g} must lie in [0, 1]")
-
-
-def detect_all(args: argparse.Namespace) -> int:
-    """Detect in every scan; one that cannot be read is named and the others go on."""
-    from nnunet_autoreg.detection.predict import settings_of
-    from nnunet_autoreg.detection.scans import find
-
-    if args.d is None or args.i is None:
+    if request.dataset is None or request.scans is None:
         raise UsageError(
             "-d and -i are needed (the dataset the model was trained on, and the scans), or "
-            "--from-seg"
+            "--from-seg",
+            code="detect-no-input",
         )
-    model = model_of(args)
-    options = options_of(args, model)
-    scans = find(Path(args.i), model.file_ending, model.num_channels, args.split_4d, Path(args.o))
-    inputs = {scan.name: scan.inputs() for scan in scans}
-    done = start(args, inputs, model.describe(), settings_of(model, options))
-    folder = Path(args.o)
-    names = [
-        scan.name for scan in scans if scan.name in done or detect_one(model, scan, options, folder)
-    ]
-    return finish(args, options, names, len(scans))
-
-
-def detect_from_segmentations(args: argparse.Namespace) -> int:
-    """The components of segmentations; one that cannot be read is named and the others go on."""
-    from nnunet_autoreg.detection.from_segmentation import Segmentations
-    from nnunet_autoreg.detection.predict import Options
-
-    untouched = parser()
-    for flag in OF_A_MODEL:
-        name = flag.strip("-").replace("-", "_")
-        if getattr(args, name) != untouched.get_default(name):
-            raise UsageError(f"{flag} has no meaning with --from-seg; leave it out")
-    _check_score(args)
-    if Path(args.o).resolve() == args.from_seg.resolve():
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            f"-o {args.o} is the folder of --from-seg, whose images are all taken for "
-            "segmentations; give another one"
+            "--device cuda: torch finds no GPU; use --device cpu, or see autoreg_doctor",
+            code="detect-no-gpu",
         )
-    source = Segmentations(args.from_seg)
-    options = Options(
-        min_score=args.min_score,
-        filled=args.filled,
-        with_instances=not args.no_instances,
-        for_nndetection=args.nndet,
+    folder = trained_folder(
+        results_folder(),
+        request.dataset,
+        request.trainer,
+        request.plans,
+        request.configuration,
+    )
+    model = Model(folder, request.folds, torch.device(device), request.checkpoint)
+    options = options_of(request, model)
+
+    scans = find(
+        request.scans, model.file_ending, model.num_channels, request.split_4d, request.output
+    )
+    inputs = {scan.name: scan.inputs() for scan in scans}
+    done = start(request, inputs, model.describe(), settings_of(model, options))
+    names = []
+    for scan in scans:
+        if scan.name in done or detect_one(model, scan, options, request.output):
+            names.append(scan.name)
+    return finish(request, options, names, len(scans))
+
+
+def options_of(request: DetectRequest, model: "Model") -> "DetectionOptions":
+    """Return the checked options.
+
+    Raises:
+        UsageError: an impossible value.
+    """
+    from nnunet_autoreg.detection.infer import DEFAULT_NMS, MOST_CANDIDATES, NmsSettings
+    from nnunet_autoreg.detection.predict import DetectionOptions, num_mirrorings
+
+    if request.min_score is not None and request.fppi is not None:
+        raise UsageError(
+            "--min-score and --fppi exclude each other; give one", code="detect-two-scores"
+        )
+    _check_score(request)
+    if request.fppi is not None and not request.fppi > 0:
+        raise UsageError(f"--fppi {request.fppi:g} must be greater than 0", code="detect-fppi")
+    if not 0 <= request.nms_iou < 1:
+        raise UsageError(f"--nms-iou {request.nms_iou:g} must lie in [0, 1)", code="detect-nms-iou")
+    if not 1 <= request.max_boxes <= MOST_CANDIDATES:
+        raise UsageError(
+            f"--max-boxes {request.max_boxes} must lie between 1 and {MOST_CANDIDATES}",
+            code="detect-max-boxes",
+        )
+
+    nms = NmsSettings(
+        member_iou=request.nms_iou,
+        # A tile that holds all of the scan must be able to give as many.
+        most_per_tile=max(DEFAULT_NMS.most_per_tile, request.max_boxes),
+        most_boxes=request.max_boxes,
+    )
+    options = DetectionOptions(
+        mirror=model.device.type == "cuda" if request.tta is None else request.tta,
+        nms=nms,
+        min_score=request.min_score,
+        filled=request.filled,
+        with_instances=request.with_instances,
+        for_nndetection=request.nndet,
+    )
+    if request.fppi is None:
+        return options
+    if nms != DEFAULT_NMS:
+        log.warning(
+            "--fppi: its scores come from a validation with --nms-iou %g and --max-boxes %d; with "
+            "other values the number of false positives differs",
+            DEFAULT_NMS.member_iou,
+            DEFAULT_NMS.most_boxes,
+        )
+    thresholds = model.thresholds(request.fppi, num_mirrorings(model, options))
+    return replace(options, min_score=thresholds)
+
+
+def _check_score(request: DetectRequest) -> None:
+    if request.min_score is not None and not 0 <= request.min_score <= 1:
+        raise UsageError(
+            f"--min-score {request.min_score:g} must lie in [0, 1]", code="detect-min-score"
+        )
+
+
+def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> int:
+    """Write the components of segmentations; one that cannot be read is named, the others go on."""
+    from nnunet_autoreg.detection.from_segmentation import Segmentations
+    from nnunet_autoreg.detection.predict import DetectionOptions
+
+    defaults = parser()
+    for name, option in OF_A_MODEL.items():
+        if getattr(request, name) != defaults.get_default(name):
+            raise UsageError(
+                f"{option} has no meaning with --from-seg; leave it out", code="from-seg-option"
+            )
+    _check_score(request)
+    if request.output.resolve() == source_folder.resolve():
+        raise UsageError(
+            f"-o {request.output} is the folder of --from-seg, and every image in it would be "
+            "taken for a segmentation; give another folder",
+            code="from-seg-output-is-input",
+        )
+
+    source = Segmentations(source_folder)
+    options = DetectionOptions(
+        min_score=request.min_score,
+        filled=request.filled,
+        with_instances=request.with_instances,
+        for_nndetection=request.nndet,
     )
     settings = {
-        "min_score": args.min_score,
+        "min_score": request.min_score,
         **to_jsonable(source.rules),
         "filled": options.filled,
         "instances": options.with_instances,
     }
-    done = start(
-        args, {name: source.inputs(name) for name in source.names}, source.describe(), settings
-    )
-    folder = Path(args.o)
-    names = [
-        name
-        for name in source.names
-        if name in done or segmented_one(source, name, options, settings, folder)
-    ]
-    return finish(args, options, names, len(source.names))
+    inputs = {name: source.inputs(name) for name in source.names}
+    done = start(request, inputs, source.describe(), settings)
+    names = []
+    for name in source.names:
+        if name in done or segmented_one(source, name, options, settings, request.output):
+            names.append(name)
+    return finish(request, options, names, len(source.names))
 
 
 def finish(
-    args: argparse.Namespace, options: "Options", names: Sequence[str], num_scans: int
+    request: DetectRequest, options: "DetectionOptions", names: Sequence[str], num_scans: int
 ) -> int:
-    """Write the table of all scans, and what was asked for of scans done before, from their files:
-    no scan is held in memory.
+    """Write the table of all scans, and the wanted files that scans done before do not have.
+
+    They are made from the JSON files, so that no scan is held in memory.
 
     Args:
-        names: of the scans whose files are there.
+        names: of the scans whose files exist.
         num_scans: with those that could not be read.
 
     Returns:
@@ -287,23 +364,25 @@ def finish(
     Raises:
         AutoregError: none could be read.
     """
-    from nnunet_autoreg.detection.export import write_table
     from nnunet_autoreg.detection.nndetection import write_boxes
     from nnunet_autoreg.detection.predict import DRAWN_FROM
-    from nnunet_autoreg.detection.scanfile import read_scan_file
+    from nnunet_autoreg.detection.scanfile import read_scan_file, write_table
 
+    folder = request.output
     if not names:
         raise AutoregError(
-            f"none of the {num_scans} scans of {args.from_seg or args.i} could be read"
+            f"none of the {num_scans} scans of {request.from_seg or request.scans} could be read; "
+            "the warnings above say why",
+            code="detect-none-readable",
         )
-    folder = Path(args.o)
     for name in names if options.for_nndetection else ():
-        if not (file := folder / f"{name}_boxes.pkl").is_file():
+        file = folder / f"{name}_boxes.pkl"
+        if not file.is_file():
             write_boxes(file, read_scan_file(folder / f"{name}.json"))
-    if args.csv:
+    if request.csv:
         records = (read_scan_file(folder / f"{name}.json") for name in names)
         write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
-    results = shlex.quote(args.o)
+    results = shlex.quote(str(folder))
     print_next(
         f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
         "NAME.mrk.json over the scan in 3D Slicer"
@@ -312,71 +391,77 @@ def finish(
 
 
 def start(
-    args: argparse.Namespace,
+    request: DetectRequest,
     inputs: Mapping[str, Sequence[dict[str, Any]]],
     model: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> set[str]:
-    """Make the folder of results; the scans that need not be done, since an earlier run of the same
-    line did them.
+    """Make the folder of results, and return the scans that an earlier run did already.
 
     Args:
-        inputs: name of the scan -> its files.
+        inputs: name of the scan -> facts about its files.
 
     Raises:
         UsageError: results of another model, of another input, or with other options.
     """
-    folder = Path(args.o)
+    folder = request.output
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"-o {folder} cannot be made ({error.strerror or error}); give a folder that you may "
-            "write to"
+            "write to",
+            code="detect-output-folder",
         ) from error
-    there = (
-        [] if args.overwrite else [name for name in inputs if (folder / f"{name}.json").is_file()]
-    )
-    done = {
-        name
-        for name in there
-        if _is_done(
-            folder / f"{name}.json", {"model": model, "settings": settings, "inputs": inputs[name]}
-        )
-    }
+
+    num_existing, done = 0, set()
+    for name in () if request.overwrite else inputs:
+        file = folder / f"{name}.json"
+        if file.is_file():
+            num_existing += 1
+            wanted = {"model": model, "settings": settings, "inputs": inputs[name]}
+            if _is_done(file, wanted):
+                done.add(name)
     if done:
         print(f"{len(done)} of {len(inputs)} scans were done before")
-    if len(done) < len(there):
+    if len(done) < num_existing:
         print(
-            f"{len(there) - len(done)} scans were done before, but are to be drawn in another way, "
-            "and are done again"
+            f"{num_existing - len(done)} scans were done before, and are done again because they "
+            "are to be drawn differently"
         )
     return done
 
 
 def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the results of a scan are those of this line; False if only what is drawn is not."""
+    """Return whether the results of a scan are those of this request.
+
+    It is False if only drawings differ.
+    """
     from nnunet_autoreg.detection.predict import DRAWING
     from nnunet_autoreg.detection.scanfile import read_scan_file
 
     record = read_scan_file(file)
-    there = {"model": record.model, "settings": record.settings, "inputs": record.inputs}
+    present = {"model": record.model, "settings": record.settings, "inputs": record.inputs}
     of_drawing = tuple(f"settings.{name}: " for name in DRAWING)
-    changes = [change for change in differences(there, wanted) if not change.startswith(of_drawing)]
+    changes = []
+    for change in differences(present, wanted):
+        if not change.startswith(of_drawing):
+            changes.append(change)
     if changes:
         what = "; ".join(changes[:MOST_NAMED])
         raise UsageError(
             f"{file} was made by another model, of another input or with other options ({what}); "
-            "give another -o, or "
-            "--overwrite, or remove that file to have the scan done again"
+            "give another -o, or --overwrite, or remove that file to have the scan done again",
+            code="detect-other-results",
         )
     old, new = record.settings, wanted["settings"]
-    # A segmentation that is there, and not asked for now, does no harm.
-    return old.get("filled") == new["filled"] and bool(old.get("instances") or not new["instances"])
+    # A segmentation that exists, and is not asked for now, does no harm.
+    has_instances = bool(old.get("instances") or not new["instances"])
+    return old.get("filled") == new["filled"] and has_instances
 
 
-def detect_one(model: "Model", scan: "Scan", options: "Options", folder: Path) -> bool:
-    """Detect in one scan and write its files; False if it cannot be read."""
+def detect_one(model: "Model", scan: "Scan", options: "DetectionOptions", folder: Path) -> bool:
+    """Detect in one scan and write its files; returns False if it cannot be read."""
     from nnunet_autoreg.detection.predict import detect, write
 
     try:
@@ -385,14 +470,18 @@ def detect_one(model: "Model", scan: "Scan", options: "Options", folder: Path) -
         log.warning("%s is left out (%s): %s", scan.name, error.status, error)
         return False
     write(model, found, folder, options)
-    _tell(found.record)
+    _print_number(found.record)
     return True
 
 
 def segmented_one(
-    source: "Segmentations", name: str, options: "Options", settings: dict[str, Any], folder: Path
+    source: "Segmentations",
+    name: str,
+    options: "DetectionOptions",
+    settings: dict[str, Any],
+    folder: Path,
 ) -> bool:
-    """Write the files of one segmentation's components; False if it cannot be read."""
+    """Write the files of one segmentation's components; returns False if it cannot be read."""
     from nnunet_autoreg.detection.predict import write_record
 
     try:
@@ -401,26 +490,20 @@ def segmented_one(
         log.warning("%s is left out (%s): %s", name, error.status, error)
         return False
     writer = source.manager.image_reader_writer_class()
-    write_record(
-        record,
-        ids if options.with_instances else None,
-        writer,
-        source.ending,
-        properties,
-        folder,
-        options,
-    )
-    _tell(record)
+    instances = ids if options.with_instances else None
+    write_record(record, instances, writer, source.ending, properties, folder, options)
+    _print_number(record)
     return True
 
 
-def _tell(record: "ScanFile") -> None:
+def _print_number(record: "ScanFile") -> None:
     from nnunet_autoreg.detection.predict import DRAWN_FROM
+    from nnunet_autoreg.detection.scanfile import with_score
 
-    strong = sum(box.score >= DRAWN_FROM for box in record.boxes)
+    num_strong = len(with_score(record.boxes, DRAWN_FROM))
     print(
-        f"{record.scan}: {len(record.boxes)} boxes, {strong} of them with a score of {DRAWN_FROM} "
-        "or more",
+        f"{record.scan}: {len(record.boxes)} boxes, {num_strong} of them with a score of "
+        f"{DRAWN_FROM} or more",
         flush=True,
     )
 
@@ -428,7 +511,9 @@ def _tell(record: "ScanFile") -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run ``autoreg_detect``."""
-    args = parser().parse_args(argv)
+    request = DetectRequest(**vars(parser().parse_args(argv)))
     prepare_torch()
     configure_logging()
-    return detect_all(args) if args.from_seg is None else detect_from_segmentations(args)
+    if request.from_seg is not None:
+        return detect_from_segmentations(request, request.from_seg)
+    return detect_all(request)

@@ -4,7 +4,7 @@ sizes and pictures.
 
 import argparse
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,89 +13,120 @@ from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
 if TYPE_CHECKING:
+    from nnunet_autoreg.detection.evaluate import EvaluationSettings
     from nnunet_autoreg.detection.evaluation_files import Background
-    from nnunet_autoreg.detection.folders import Folders, Truth
+    from nnunet_autoreg.detection.folders import Folders
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Hold what was typed, under the names of the parser below."""
+
+    predictions: Path
+    truth: Path
+    output: Path
+    ious: list[float]
+    hit: str
+    box_convention: str
+    classes: list[str]
+    duplicates: str
+    max_detections: int
+    fp_per_scan: list[float]
+    size_edges_mm: list[float] | None
+    num_resamples: int
+    seed: int
+    dataset_json: Path | None
+    min_voxels: int | None
+    connectivity: int | None
+    images: Path | None
+    all_scans: bool
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's parser; its values are the fields of ``EvaluationRequest``."""
     p = argparse.ArgumentParser(
         prog="autoreg_evaluate_detection",
         description="Scores detections against true objects. FILE.json gets every figure, FILE.csv "
-        "a row per detection and missed object, "
-        "FILE_froc.png the curve, FILE_scans.png some scans with true and found boxes.",
+        "a row per detection and missed object, FILE_froc.png the curve, FILE_scans.png some scans "
+        "with true and found boxes.",
     )
-    p.add_argument(
+    add = p.add_argument
+    add(
         "-p",
+        dest="predictions",
         metavar="PRED",
         type=Path,
         required=True,
-        help="folder that autoreg_detect wrote: one JSON per scan",
+        help="folder that autoreg_detect wrote: one JSON file per scan",
     )
-    p.add_argument(
+    add(
         "-g",
+        dest="truth",
         metavar="GT",
         type=Path,
         required=True,
-        help="folder of the truth, file names as in PRED: label maps (each connected component is "
-        "an object), instance maps "
-        'with <scan>.json {"instances": {id: label}}, or <scan>.json with {"boxes": [{"box_zyx", '
-        '"label"}]}',
+        help="folder of the truth, with file names as in PRED: label maps (each connected "
+        "component is an object), instance maps with <scan>.json "
+        '{"instances": {id: label}}, or <scan>.json with {"boxes": [{"box_zyx", "label"}]}',
     )
-    p.add_argument(
+    add(
         "-o",
+        dest="output",
         metavar="FILE",
         type=Path,
         required=True,
         help="where to write, e.g. scores.json; its ending is replaced",
     )
-    p.add_argument(
+    add(
         "--iou",
+        dest="ious",
         metavar="T",
         type=float,
         nargs="+",
         default=[0.1, 0.5],
-        help="IoUs of the average precisions (default: 0.1 0.5); the mean over 0.1 to 0.5 always "
-        "comes with them",
+        help="IoUs of the average precisions (default: 0.1 0.5); the mean over 0.1 to 0.5 is "
+        "always added",
     )
-    p.add_argument(
+    add(
         "--hit",
         metavar="RULE",
         default="iou:0.1",
         help="when a detection has found an object, for FROC, sizes, CSV and pictures: iou:T, "
-        "mask:T (IoU of voxels in "
-        "NAME_instances, RibFrac's with 0.2), centre (its centre lies in the object), radius "
-        "(within half the object's largest "
-        "side, as LUNA16), or radius:MM (default: iou:0.1)",
+        "mask:T (IoU of voxels in NAME_instances; RibFrac's rule with 0.2), centre (its centre "
+        "lies in the object), radius (within half the object's largest side, as LUNA16), or "
+        "radius:MM (default: %(default)s)",
     )
-    p.add_argument(
+    add(
         "--box-convention",
         choices=["edges", "nndet"],
         default="edges",
-        help="edges: boxes end where their voxels do; nndet: true and found ones a voxel longer on "
-        "every axis, as behind "
-        "nnDetection's figures (default: edges)",
+        help="edges: boxes end where their voxels do; nndet: true and found boxes are a voxel "
+        "longer on every axis, as for nnDetection's figures (default: %(default)s)",
     )
-    p.add_argument(
-        "--classes", metavar="NAME", nargs="+", default=[], help="score these only (default: all)"
+    add(
+        "--classes",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="score these only (default: all)",
     )
-    p.add_argument(
+    add(
         "--duplicates",
         choices=["false", "ignored"],
         default="false",
         help="what a second detection of one object is: a false positive, or ignored as LUNA16 "
-        "does (default: false)",
+        "does (default: %(default)s)",
     )
-    p.add_argument(
+    add(
         "--max-detections",
         metavar="N",
         type=int,
         default=100,
-        help="per scan and class, the highest scores (default: 100)",
+        help="per scan and class, the highest scores (default: %(default)s)",
     )
-    p.add_argument(
+    add(
         "--fp-per-scan",
         metavar="N",
         type=float,
@@ -104,205 +135,201 @@ def parser() -> argparse.ArgumentParser:
         help="operating points; the CPM is the mean sensitivity at them (default: 0.125 0.25 0.5 1 "
         "2 4 8)",
     )
-    p.add_argument(
+    add(
         "--sizes",
+        dest="size_edges_mm",
         metavar="MM",
         type=float,
         nargs="*",
         help="borders between strata of the objects' largest side (default: thirds of the objects; "
-        "none: no strata)",
+        "without a value: no strata)",
     )
-    p.add_argument(
+    add(
         "--bootstrap",
+        dest="num_resamples",
         metavar="N",
         type=int,
         default=1000,
-        help="resamples of the scans for 95%% intervals; 0: none (default: 1000)",
+        help="resamples of the scans for 95%% intervals; 0 for no intervals (default: %(default)s)",
     )
-    p.add_argument("--seed", metavar="N", type=int, default=0, help="of the resamples (default: 0)")
-    p.add_argument(
+    add("--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)")
+    add(
         "--dataset-json",
         metavar="FILE",
         type=Path,
         help="nnU-Net's dataset.json with names of labels (default: in GT or beside it; else the "
-        "classes PRED names)",
+        "classes that PRED names)",
     )
-    p.add_argument(
+    add(
         "--min-voxels",
         metavar="N",
         type=int,
         help="smaller objects are ignored (default: dataset.json's, else 3)",
     )
-    p.add_argument(
+    add(
         "--connectivity",
         type=int,
         choices=[6, 18, 26],
         help="neighbours that make a component (default: dataset.json's, else 26)",
     )
-    p.add_argument(
+    add(
         "--images",
         metavar="FOLDER",
         type=Path,
         help="scans to draw the boxes on, <scan>_0000.nii.gz or <scan>.nii.gz "
         "(default: imagesTr or imagesTs beside GT; else the label map)",
     )
-    p.add_argument(
+    add(
         "--all-scans",
         action="store_true",
-        help="scans of GT without a file in PRED count as nothing found (default: left out)",
+        help="scans of GT without a file in PRED count as scans without a detection (default: they "
+        "are left out)",
     )
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Score, write, and print the figures that matter. Returns 0."""
-    arguments = parser().parse_args(argv)
+    """Score, write, and print the main figures. Returns 0."""
+    request = EvaluationRequest(**vars(parser().parse_args(argv)))
     configure_logging()
     prepare_torch()
+    from nnunet_autoreg.detection import evaluation_files as files
     from nnunet_autoreg.detection.evaluate import evaluate
     from nnunet_autoreg.detection.folders import gather, read_classes, read_found
 
-    settings = _settings(arguments)
-    _check_places(arguments)
-    found, known = read_found(arguments.p)
+    settings = _settings(request)
+    if request.output.is_dir():
+        raise UsageError(
+            f"-o {request.output} is a folder; give a file in it, e.g. "
+            f"{request.output / 'scores.json'}",
+            code="evaluation-output-is-folder",
+        )
+    if request.images and not request.images.is_dir():
+        raise UsageError(
+            f"--images {request.images} is not a folder; give the folder of the scans",
+            code="evaluation-no-images",
+        )
+
+    found, known = read_found(request.predictions)
     truth = read_classes(
-        arguments.g,
-        arguments.dataset_json,
+        request.truth,
+        request.dataset_json,
         known,
-        arguments.classes,
-        arguments.min_voxels,
-        arguments.connectivity,
+        request.classes,
+        request.min_voxels,
+        request.connectivity,
     )
-    folders = gather(
-        truth, found, arguments.all_scans, arguments.p if settings.hit.kind == "mask" else None
-    )
-    if arguments.box_convention == "nndet":
-        folders = replace(folders, scans=tuple(scan.a_voxel_longer() for scan in folders.scans))
+    masks = request.predictions if settings.hit.kind == "mask" else None
+    folders = gather(truth, found, request.all_scans, masks)
+    if request.box_convention == "nndet":
+        longer = [scan.a_voxel_longer() for scan in folders.scans]
+        folders = replace(folders, scans=tuple(longer))
+
     results = evaluate(folders.scans, truth.classes, settings)
-    results["scans"] |= {
-        "without_detections": list(folders.undetected),
-        "without_truth": list(folders.unknown),
-    }
+    results["scans"]["without_detections"] = list(folders.undetected)
+    results["scans"]["without_truth"] = list(folders.unknown)
     results["inputs"] = {
-        "predictions": str(arguments.p),
-        "truth": str(arguments.g),
+        "predictions": str(request.predictions),
+        "truth": str(request.truth),
         "min_voxels": truth.rules.min_voxels,
         "connectivity": truth.rules.connectivity,
-        "box_convention": arguments.box_convention,
+        "box_convention": request.box_convention,
     }
     if len(results["absent_classes"]) == len(truth.classes):
         log.warning(
-            "no scan holds an object that counts: there is nothing to find, and no figure; look at "
-            "-g, --min-voxels and --classes"
+            "no scan holds an object that counts, so there is nothing to find and no figure; look "
+            "at -g, --min-voxels and --classes"
         )
-    named = _write_figures(arguments.o, results, folders, truth, settings)
+
+    # Figures first: whatever is wrong with the pictures, these are written.
+    json_file, csv_file = _beside(request.output, ".json"), _beside(request.output, ".csv")
+    write_json(json_file, results)
+    files.write_rows(csv_file, folders.scans, truth.classes, settings)
     for line in _table(results):
         print(line)
-    named += _draw(arguments, results, folders, truth, settings)
-    log.info("wrote %s", ", ".join(str(path) for path in named))
-    print_next(f"look at {named[-1]}")
+
+    written = [json_file, csv_file, _beside(request.output, "_froc.png")]
+    files.draw_froc(written[-1], results)
+    backgrounds = _backgrounds(request, folders)
+    if backgrounds:
+        written.append(_beside(request.output, "_scans.png"))
+        least_scores = files.thresholds(results, truth.classes)
+        files.draw_scans(
+            written[-1], folders.scans, backgrounds, truth.classes, settings, least_scores
+        )
+    else:
+        log.warning(
+            "no picture of scans, because there is neither an image nor a label map to draw on; "
+            "give --images FOLDER"
+        )
+    log.info("wrote %s", ", ".join(str(path) for path in written))
+    print_next(f"look at {written[-1]}")
     return 0
 
 
-def _settings(arguments: argparse.Namespace) -> Any:
+def _settings(request: EvaluationRequest) -> "EvaluationSettings":
+    """Return the checked settings.
+
+    Raises:
+        UsageError: an impossible value.
+    """
     from nnunet_autoreg.detection.evaluate import EvaluationSettings, check_settings
     from nnunet_autoreg.detection.matching import parse_hit_rule
 
-    sizes = None if arguments.sizes is None else tuple(arguments.sizes)
+    edges = None if request.size_edges_mm is None else tuple(request.size_edges_mm)
     settings = EvaluationSettings(
-        tuple(arguments.iou),
-        parse_hit_rule(arguments.hit),
-        arguments.duplicates,
-        arguments.max_detections,
-        tuple(arguments.fp_per_scan),
-        sizes,
-        arguments.bootstrap,
-        arguments.seed,
+        ious=tuple(request.ious),
+        hit=parse_hit_rule(request.hit),
+        duplicates=request.duplicates,
+        max_detections=request.max_detections,
+        fp_per_scan=tuple(request.fp_per_scan),
+        size_edges_mm=edges,
+        num_resamples=request.num_resamples,
+        seed=request.seed,
     )
     check_settings(settings)
-    if arguments.min_voxels is not None and arguments.min_voxels < 1:
-        raise UsageError(f"--min-voxels {arguments.min_voxels} must be at least 1")
+    if request.min_voxels is not None and request.min_voxels < 1:
+        raise UsageError(
+            f"--min-voxels {request.min_voxels} must be at least 1", code="evaluation-min-voxels"
+        )
     return settings
 
 
-def _check_places(arguments: argparse.Namespace) -> None:
-    if arguments.o.is_dir():
-        raise UsageError(
-            f"-o {arguments.o} is a folder; give a file in it, e.g. {arguments.o / 'scores.json'}"
-        )
-    if arguments.images and not arguments.images.is_dir():
-        raise UsageError(f"--images {arguments.images} is no folder")
-
-
-def _named(out: Path, end: str) -> Path:
-    """One of the files to write."""
-    stem = out.with_suffix("") if out.suffix in (".json", ".csv", ".png") else out
+def _beside(output: Path, end: str) -> Path:
+    """Return the name of one of the files to write."""
+    stem = output.with_suffix("") if output.suffix in (".json", ".csv", ".png") else output
     return stem.with_name(stem.name + end)
 
 
-def _write_figures(
-    out: Path, results: dict[str, Any], folders: "Folders", truth: "Truth", settings: Any
-) -> list[Path]:
-    """All that is no picture: whatever is wrong with those, these are written."""
-    from nnunet_autoreg.detection.evaluation_files import write_rows
+def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "Background"]:
+    """Return the arrays of the scans that are drawn.
 
-    written = [_named(out, ".json"), _named(out, ".csv")]
-    write_json(written[0], results)
-    write_rows(written[1], folders.scans, truth.classes, settings)
-    return written
-
-
-def _draw(
-    arguments: argparse.Namespace,
-    results: dict[str, Any],
-    folders: "Folders",
-    truth: "Truth",
-    settings: Any,
-) -> list[Path]:
-    """Draw the curve, and the scans if there is something to draw them on."""
-    from nnunet_autoreg.detection import evaluation_files as files
-
-    drawn = [_named(arguments.o, "_froc.png")]
-    files.draw_froc(drawn[0], results)
-    backgrounds = _backgrounds(arguments, folders)
-    if backgrounds:
-        drawn.append(_named(arguments.o, "_scans.png"))
-        least = files.thresholds(results, truth.classes)
-        files.draw_scans(drawn[1], folders.scans, backgrounds, truth.classes, settings, least)
-    else:
-        log.warning(
-            "no picture of scans: there is neither an image nor a label map to draw on; give "
-            "--images FOLDER"
-        )
-    return drawn
-
-
-def _backgrounds(arguments: argparse.Namespace, folders: "Folders") -> dict[str, "Background"]:
-    """Arrays of the scans that are drawn: the image where there is one that can be used, else the
-    map of the true objects.
+    They are the images, where there are usable ones, else the maps of the true objects.
     """
     from nnunet_autoreg.detection.evaluation_files import background, pick_scans
     from nnunet_autoreg.detection.images import read_onto
     from nnunet_autoreg.io.names import IMAGE_ENDINGS
 
-    places = (
-        [arguments.images]
-        if arguments.images
-        else [arguments.g.parent / name for name in ("imagesTr", "imagesTs")]
-    )
+    beside = request.truth.parent
+    image_folders = [beside / "imagesTr", beside / "imagesTs"]
+    if request.images:
+        image_folders = [request.images]
     found = {}
     for scan in pick_scans(folders.scans):
         names = [f"{scan.name}{channel}{end}" for channel in ("_0000", "") for end in IMAGE_ENDINGS]
-        files = [place / name for place in places for name in names if (place / name).is_file()]
-        true_file, frame = folders.true_files[scan.name], folders.frames[scan.name]
-        if arguments.images and not files:
+        candidates = [folder / name for folder in image_folders for name in names]
+        files = [file for file in candidates if file.is_file()]
+        if request.images and not files:
             log.warning(
-                "--images %s has no %s: drawn on its label map, if there is one",
-                arguments.images,
+                "--images %s has no %s: it is drawn on its label map, if there is one",
+                request.images,
                 names[0],
             )
-        for file in files + ([] if true_file.suffix == ".json" else [true_file]):
+        true_file, frame = folders.true_files[scan.name], folders.frames[scan.name]
+        if true_file.suffix != ".json":
+            files.append(true_file)
+        for file in files:
             try:
                 found[scan.name] = background(read_onto(file, frame), frame)
                 break
@@ -312,45 +339,40 @@ def _backgrounds(arguments: argparse.Namespace, folders: "Folders") -> dict[str,
 
 
 def _table(results: dict[str, Any]) -> list[str]:
-    """The figures by class, and what stands behind them."""
-    ious = [f"{iou:g}" for iou in results["settings"]["ious"]]
-    columns = [(f"AP@{iou}", results["ap"][iou]) for iou in ious]
-    columns += [
-        (f"mAP@{name.rpartition(':')[0]}", figure) for name, figure in results["map"].items()
-    ] + [("CPM", results["froc"]["cpm"])]
-    scans = results["scans"]
+    """Return the lines of a table with the figures of every class."""
+    columns = [(f"AP@{iou:g}", results["ap"][f"{iou:g}"]) for iou in results["settings"]["ious"]]
+    for name, figure in results["map"].items():
+        columns.append((f"mAP@{name.rpartition(':')[0]}", figure))
+    columns.append(("CPM", results["froc"]["cpm"]))
     width = max(8, *(len(name) for name in results["classes"]))
+
+    def row(name: str, num_objects: object, num_found: object, figures: list[str]) -> str:
+        cells = " ".join(f"{figure:>11}" for figure in figures)
+        return f"{name:<{width}} {num_objects:>8} {num_found:>8} {cells}"
+
+    scans = results["scans"]
     lines = [
         f"{scans['number']} scans, {scans['empty']} without objects; FROC by "
         f"{results['froc']['hit']}",
-        f"{'class':<{width}} {'objects':>8} {'found':>8} "
-        + " ".join(f"{name:>11}" for name, _ in columns),
+        row("class", "objects", "found", [name for name, _ in columns]),
     ]
     for name, kind in results["classes"].items():
         if name not in results["absent_classes"]:
-            lines.append(
-                f"{name:<{width}} {kind['objects']:>8} {kind['detections']:>8} "
-                + " ".join(f"{figure['per_class'][name]:>11.3f}" for _, figure in columns)
-            )
-    lines.append(
-        f"{'mean':<{width}} {'':>8} {'':>8} "
-        + " ".join(_number(figure["mean"]) for _, figure in columns)
-    )
+            figures = [f"{figure['per_class'][name]:.3f}" for _, figure in columns]
+            lines.append(row(name, kind["objects"], kind["detections"], figures))
+    means = [_number(figure["mean"]) for _, figure in columns]
+    lines.append(row("mean", "", "", means))
     if any(figure["ci95"] for _, figure in columns):
-        lines.append(
-            f"{'95 % CI':<{width}} {'':>8} {'':>8} "
-            + " ".join(_ends(figure["ci95"]) for _, figure in columns)
-        )
+        lines.append(row("95 % CI", "", "", [_interval(figure["ci95"]) for _, figure in columns]))
     if results["absent_classes"]:
-        lines.append(
-            f"no object of: {', '.join(results['absent_classes'])} (left out of the means)"
-        )
+        listed = ", ".join(results["absent_classes"])
+        lines.append(f"no object of: {listed} (left out of the means)")
     return lines
 
 
 def _number(value: float | None) -> str:
-    return f"{'-' if value is None else format(value, '.3f'):>11}"
+    return "-" if value is None else f"{value:.3f}"
 
 
-def _ends(ends: list[float] | None) -> str:
-    return f"{'-' if ends is None else f'{ends[0]:.3f}-{ends[1]:.3f}':>11}"
+def _interval(ends: list[float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"

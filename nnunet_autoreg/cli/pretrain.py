@@ -345,7 +345,7 @@ def fine_tuning(dataset: str) -> str:
 
     nnU-Net plans only datasets with label maps, so a dataset with boxes alone needs one more step.
     """
-    from nnunet_autoreg.detection.box_labels import has_boxes_alone
+    from nnunet_autoreg.detection.objects import has_boxes_alone
 
     number = dataset_number(dataset)
     if has_boxes_alone(dataset_folder(dataset)):

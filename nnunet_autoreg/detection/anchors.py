@@ -1,8 +1,7 @@
-"""Anchors: their shapes and levels are planned from the objects' sizes, laid over the feature
-grids, and matched to objects.
+"""Anchors: planned from the sizes of the objects, laid over feature maps, matched to objects.
 
 Level 0 is the finest. Every level has the same K shapes, doubled from level to level as the stride
-doubles, because the levels share one head. Sizes, strides and shapes are in voxels of the
+doubles, because all levels share one head. Sizes, strides and shapes are in voxels of the
 preprocessed image, (z, y, x).
 """
 
@@ -28,7 +27,7 @@ REACHABLE_IOU = 0.3
 MOST_LEVELS = 4
 USUAL_STRIDE, SMALL_STRIDE, SMALL_SIDE_VOX = 4, 2, 4.0
 ANCHOR_SIDES = 4
-"""Strides to a side of the object for which a level is meant: nnDetection's ratio, 16 voxels at
+"""A level is meant for objects whose side is this many strides: nnDetection's ratio, 16 voxels at
 stride 4.
 """
 RESTARTS, ROUNDS = 4, 40
@@ -42,16 +41,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AnchorPlan:
-    """Levels and shapes.
+    """Hold the levels and the anchor shapes of a detector.
 
     Attributes:
         stages: which of the encoder's stages the levels are, finest first.
         strides_vox: stride of each level.
         shapes_vox: the K shapes of level 0.
-        mean_iou: mean over the objects of the IoU with the best shape of any level, centres put
-            together.
-        unreachable: class name -> share of its objects that no anchor reaches with IoU 0.3 where
-            the grid happens to fall.
+        mean_iou: mean over the objects of the IoU with the best shape of any level, with the
+            centres put together.
+        unreachable: class name -> share of its objects that no anchor overlaps with an IoU of 0.3,
+            for a grid that lies as it happens to fall.
     """
 
     stages: tuple[int, ...]
@@ -62,7 +61,7 @@ class AnchorPlan:
 
     @property
     def num_shapes(self) -> int:
-        """Anchors per cell."""
+        """Return the number of anchors per cell."""
         return len(self.shapes_vox)
 
 
@@ -71,8 +70,9 @@ def plan_anchors(
     stage_strides_vox: Sequence[Size],
     seed: int = 0,
 ) -> AnchorPlan:
-    """Choose levels and shapes for the objects of a training set; classes with objects that are out
-    of reach are warned about.
+    """Choose levels and shapes for the objects of a training set.
+
+    A warning names every class with objects that are too small or too thin for all anchors.
 
     Args:
         sizes_vox: class name -> sides of its objects, at the target spacing.
@@ -81,89 +81,107 @@ def plan_anchors(
     Raises:
         PlanError: no object, an object without extent, or no stage.
     """
-    sizes = np.array(
-        [side for of_class in sizes_vox.values() for side in of_class], dtype=np.float64
-    ).reshape(-1, 3)
+    every_size = [side for of_class in sizes_vox.values() for side in of_class]
+    sizes = np.array(every_size, dtype=np.float64).reshape(-1, 3)  # (N, 3)
     if not len(sizes):
         raise PlanError(
             "there is no object to plan anchors for; look at the labels, at min_voxels and at "
-            "detect_labels"
+            "detect_labels",
+            code="detection-no-objects",
         )
     if sizes.min() <= 0:
+        wrong = tuple(sizes[sizes.min(1).argmin()].tolist())
         raise PlanError(
-            f"an object has sides of {tuple(sizes[sizes.min(1).argmin()].tolist())} voxels; every "
-            "side must be greater than 0"
+            f"an object has sides of {wrong} voxels; every side must be greater than 0",
+            code="detection-object-without-extent",
         )
+
     stages = choose_levels(sizes, stage_strides_vox)
-    strides = [stage_strides_vox[s] for s in stages]
+    strides = [stage_strides_vox[stage] for stage in stages]
     shapes, mean_iou = choose_shapes(sizes, strides, seed)
-    unreachable = {
-        name: _share_out_of_reach(
-            np.array(of_class, dtype=np.float64).reshape(-1, 3), shapes, strides
-        )
-        for name, of_class in sizes_vox.items()
-        if len(of_class)
-    }
-    for name, share in unreachable.items():
+
+    unreachable = {}
+    for name, of_class in sizes_vox.items():
+        if not len(of_class):
+            continue
+        # The nearest cell's centre is a quarter of a stride away on each axis, on average.
+        own_sizes = np.array(of_class, dtype=np.float64).reshape(-1, 3)
+        best_iou = _best_iou(own_sizes, shapes, strides, offset=0.25)
+        share = round(float((best_iou < REACHABLE_IOU).mean()), 4)
+        unreachable[name] = share
         if share > 0:
             log.warning(
                 "%.1f %% of the objects of class '%s' are too small or too thin for every anchor "
-                "(IoU below %g, finest stride %s): "
-                "they can hardly be learned; use a finer spacing",
+                "(IoU below %g, finest stride %s), so that they can hardly be learned; use a finer "
+                "spacing",
                 100 * share,
                 name,
                 REACHABLE_IOU,
                 "x".join(map(str, strides[0])),
             )
-    plain = tuple(as_spacing([round(float(v), 3) for v in shape]) for shape in shapes)
+
+    rounded = [as_spacing([round(float(v), 3) for v in shape]) for shape in shapes]
     return AnchorPlan(
-        tuple(stages), tuple(as_size(s) for s in strides), plain, round(mean_iou, 4), unreachable
+        stages=tuple(stages),
+        strides_vox=tuple(as_size(stride) for stride in strides),
+        shapes_vox=tuple(rounded),
+        mean_iou=round(mean_iou, 4),
+        unreachable=unreachable,
     )
 
 
 def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[int]:
-    """Stages for the levels: the finest has stride 4, or 2 where a tenth of the objects have a mean
-    side below 4 voxels.
+    """Return the encoder's stages that become levels, finest first.
 
-    The mean side is geometric, and a stage has stride 4 if that is its largest. Levels go up to the
-    one that the largest object belongs to, but there are two where there are two stages, and at
-    most four.
+    The finest level has stride 4, or stride 2 where a tenth of the objects have a mean side below 4
+    voxels. The mean side is geometric; the stride of a stage is its largest one. Levels go up to
+    the one that the largest object belongs to. There are at least two (if there are two stages) and
+    at most four.
 
     Raises:
         PlanError: no stage.
     """
     if not stage_strides_vox:
         raise PlanError(
-            "the encoder offers no stage for detection; a stage with a stride of at most 4 voxels "
-            "is needed"
+            "the encoder has no stage that detection can use; a stage with a stride of at most 4 "
+            "voxels is needed",
+            code="detection-no-stage",
         )
-    side = np.cbrt(sizes_N3.prod(1))
+    side = np.cbrt(sizes_N3.prod(1))  # (N,)
     wanted = SMALL_STRIDE if np.percentile(side, 10) < SMALL_SIDE_VOX else USUAL_STRIDE
+
     # Never finer than wanted unless the stages skip it: stride 2 costs eight times the anchors of
     # stride 4.
     fitting = [i for i, stride in enumerate(stage_strides_vox) if max(stride) <= wanted]
     first = fitting[-1] if fitting else 0
     available = list(range(first, min(first + MOST_LEVELS, len(stage_strides_vox))))
-    highest = int(_levels_of(sizes_N3, [stage_strides_vox[i] for i in available]).max())
+
+    level_of_object = _levels_of(sizes_N3, [stage_strides_vox[i] for i in available])
+    highest = int(level_of_object.max())
     return available[: max(highest + 1, 2)]
 
 
 def choose_shapes(
     sizes_N3: Floats, strides_vox: Sequence[Size], seed: int = 0
 ) -> tuple[Floats, float]:
-    """The fewest shapes, at most 12, with which the mean best IoU reaches 0.7; else the best found.
+    """Return the fewest shapes, at most 12, with which the mean best IoU reaches 0.7.
 
-    Every object is first halved once per level below its own. The shapes are then the means of
-    clusters, in logarithms, by k-means whose distance is 1 - IoU of boxes with one centre (Redmon &
-    Farhadi 2017, arXiv 1612.08242, in 2D).
+    If 12 do not reach it, the best shapes found are returned. Every object is first halved once per
+    level below its own. The shapes are the means of clusters, in logarithms, by k-means whose
+    distance is 1 - IoU of boxes with one centre.
 
     Returns:
         (K, 3) shapes of level 0, smallest first, and their mean best IoU over all levels.
+
+    Source: Redmon and Farhadi 2017, "YOLO9000" (arXiv 1612.08242), in 2D.
     """
-    halved = sizes_N3 / _factors(strides_vox)[_levels_of(sizes_N3, strides_vox)]
+    level_of_object = _levels_of(sizes_N3, strides_vox)
+    halved = sizes_N3 / _factors(strides_vox)[level_of_object]  # (N, 3)
+
     best, best_iou = halved[:1], -1.0
     most = min(MOST_SHAPES, len(np.unique(halved, axis=0)))
     for k in range(1, most + 1):
+        # One cluster has one solution; several depend on where they start.
         for restart in range(RESTARTS if k > 1 else 1):
             shapes = _k_means(halved, k, generator(seed, "anchors", k, restart))
             mean = float(_best_iou(sizes_N3, shapes, strides_vox, offset=0.0).mean())
@@ -175,72 +193,68 @@ def choose_shapes(
 
 
 def _levels_of(sizes_N3: Floats, strides_vox: Sequence[Size]) -> NDArray[np.intp]:
-    """The level each object belongs to: where its mean side is nearest to four mean strides, by
-    ratio.
-    """
-    sides = np.log2(np.cbrt(sizes_N3.prod(1)))
-    strides = np.log2(ANCHOR_SIDES * np.cbrt(np.array(strides_vox, dtype=np.float64).prod(1)))
-    return np.asarray(np.abs(sides[:, None] - strides[None]).argmin(1))
+    """Return the level (N,) of each object: where its side is nearest to four strides, by ratio."""
+    sides = np.log2(np.cbrt(sizes_N3.prod(1)))  # (N,)
+    mean_strides = np.cbrt(np.array(strides_vox, dtype=np.float64).prod(1))  # (L,)
+    meant_for = np.log2(ANCHOR_SIDES * mean_strides)
+    return np.asarray(np.abs(sides[:, None] - meant_for[None]).argmin(1))
 
 
 def _factors(strides_vox: Sequence[Size]) -> Floats:
-    """(L, 3) how much larger the shapes of each level are than those of level 0."""
+    """Return how much larger the shapes of each level are than those of level 0, (L, 3)."""
     strides = np.array(strides_vox, dtype=np.float64)
     return np.asarray(strides / strides[0])
 
 
-def _k_means(sizes: Floats, k: int, random: np.random.Generator) -> Floats:
-    centres = sizes[[int(random.integers(len(sizes)))]]
+def _k_means(sizes_N3: Floats, k: int, random: np.random.Generator) -> Floats:
+    """Return the means (at most k, 3) of clusters of sizes."""
+    centres = sizes_N3[[int(random.integers(len(sizes_N3)))]]
     while len(centres) < k:
-        # Far objects are likelier to start a cluster; one that is met exactly never does.
-        distance = 1 - _centred_iou(sizes, centres).max(1)
+        # Far objects are likelier to start a cluster. One that equals a centre never does.
+        distance = 1 - _centred_iou(sizes_N3, centres).max(1)  # (N,)
         if distance.sum() <= 0:
             break
-        centres = np.concatenate(
-            [centres, sizes[[int(random.choice(len(sizes), p=distance / distance.sum()))]]]
-        )
+        chosen = int(random.choice(len(sizes_N3), p=distance / distance.sum()))
+        centres = np.concatenate([centres, sizes_N3[[chosen]]])
+
     nearest = None
     for _ in range(ROUNDS):
-        now = _centred_iou(sizes, centres).argmax(1)
+        now = _centred_iou(sizes_N3, centres).argmax(1)  # (N,)
         if nearest is not None and (now == nearest).all():
             break
         nearest = now
         for i in np.unique(nearest):
-            centres[i] = np.exp(np.log(sizes[nearest == i]).mean(0))
+            centres[i] = np.exp(np.log(sizes_N3[nearest == i]).mean(0))
     return centres
 
 
 def _centred_iou(sizes_N3: Floats, shapes_K3: Floats, offset: Floats | float = 0.0) -> Floats:
-    """(N, K) IoU of boxes whose centres lie ``offset`` voxels apart on each axis."""
+    """Return the IoU (N, K) of boxes whose centres lie ``offset`` voxels apart on each axis."""
     a, b = sizes_N3[:, None], shapes_K3[None]
-    common = np.clip(np.minimum(np.minimum(a, b), (a + b) / 2 - offset), 0, None).prod(-1)
+    sides = np.minimum(np.minimum(a, b), (a + b) / 2 - offset)  # (N, K, 3)
+    common = np.clip(sides, 0, None).prod(-1)
     return np.asarray(common / (a.prod(-1) + b.prod(-1) - common))
 
 
 def _best_iou(
     sizes_N3: Floats, shapes_K3: Floats, strides_vox: Sequence[Size], offset: float
 ) -> Floats:
-    """(N,) best IoU over shapes and levels, with centres ``offset`` strides apart on each axis."""
+    """Return the best IoU (N,) over shapes and levels.
+
+    The centres lie ``offset`` strides apart on each axis.
+    """
     strides = np.array(strides_vox, dtype=np.float64)
-    per_level = [
-        _centred_iou(sizes_N3, shapes_K3 * f, offset * s).max(1)
-        for f, s in zip(_factors(strides_vox), strides, strict=True)
-    ]
+    per_level = []
+    for factor, stride in zip(_factors(strides_vox), strides, strict=True):
+        per_level.append(_centred_iou(sizes_N3, shapes_K3 * factor, offset * stride).max(1))
     return np.asarray(np.max(per_level, axis=0))
-
-
-def _share_out_of_reach(sizes_N3: Floats, shapes_K3: Floats, strides_vox: Sequence[Size]) -> float:
-    # The nearest cell's centre is a quarter of a stride away on each axis, in the mean over all
-    # places of an object.
-    return round(
-        float((_best_iou(sizes_N3, shapes_K3, strides_vox, offset=0.25) < REACHABLE_IOU).mean()), 4
-    )
 
 
 @dataclass(frozen=True)
 class AnchorGrid:
-    """The anchors of one patch size, as they are laid out in the head's output: level, then cell
-    (z, y, x), then shape.
+    """Hold the anchors of one patch size, in the order of the head's output.
+
+    The order is level, then cell (z, y, x), then shape.
 
     Attributes:
         boxes_A6: float32.
@@ -258,49 +272,54 @@ class AnchorGrid:
 def lay_out(
     plan: AnchorPlan, level_cells: Sequence[Size], device: torch.device | str = "cpu"
 ) -> AnchorGrid:
-    """Anchors over feature maps of ``level_cells`` cells; the anchors of a cell have its centre, (i
-    + 1/2) strides.
+    """Return the anchors over feature maps of ``level_cells`` cells.
+
+    All anchors of cell i have its centre, (i + 1/2) strides.
 
     Raises:
         PlanError: another number of feature maps than levels.
     """
     if len(level_cells) != len(plan.strides_vox):
         raise PlanError(
-            f"{len(level_cells)} feature maps for the {len(plan.strides_vox)} levels of the "
-            "detection plan; plan anew"
+            f"the network gives {len(level_cells)} feature maps for the {len(plan.strides_vox)} "
+            "levels of the detection plan; plan again",
+            code="detection-levels",
         )
-    shapes = torch.tensor(plan.shapes_vox, dtype=torch.float32)
+    shapes = torch.tensor(plan.shapes_vox, dtype=torch.float32)  # (K, 3)
     levels = []
     for cells, stride, factor in zip(
         level_cells, plan.strides_vox, _factors(plan.strides_vox), strict=True
     ):
-        axes = [
-            (torch.arange(n, dtype=torch.float32) + 0.5) * s
-            for n, s in zip(cells, stride, strict=True)
-        ]
-        middle = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, 3)
-        half = (shapes * torch.tensor(factor, dtype=torch.float32) / 2)[None]
-        levels.append(torch.cat([middle - half, middle + half], -1).reshape(-1, 6))
+        axes = []
+        for num_cells, step in zip(cells, stride, strict=True):
+            axes.append((torch.arange(num_cells, dtype=torch.float32) + 0.5) * step)
+        grid = torch.meshgrid(*axes, indexing="ij")
+        middle = torch.stack(grid, -1).reshape(-1, 1, 3)  # (cells, 1, 3)
+
+        half = (shapes * torch.tensor(factor, dtype=torch.float32) / 2)[None]  # (1, K, 3)
+        boxes = torch.cat([middle - half, middle + half], -1)  # (cells, K, 6)
+        levels.append(boxes.reshape(-1, 6))
     return AnchorGrid(
-        torch.cat(levels).to(device),
-        tuple(as_size(c) for c in level_cells),
-        plan.strides_vox,
-        plan.num_shapes,
+        boxes_A6=torch.cat(levels).to(device),
+        level_cells=tuple(as_size(cells) for cells in level_cells),
+        strides_vox=plan.strides_vox,
+        num_shapes=plan.num_shapes,
     )
 
 
 def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) -> Tensor:
-    """Adaptive training sample selection: which object each anchor is to find.
+    """Return the object that each anchor has to find, by adaptive training sample selection.
 
-    The candidates of an object are all anchors of the four nearest cells of every level. Those are
-    positive whose IoU reaches the mean plus the standard deviation of the candidates' IoUs; an
-    anchor wanted by several objects goes to the one it overlaps most. Unlike in the paper an anchor
-    that does not touch the object is never positive, and an object left without any takes its best
-    free candidate: by IoU, else the nearest cell's shape of the most similar volume.
+    The candidates of an object are all anchors of the four nearest cells of every level. A
+    candidate is positive if its IoU is at least the mean plus the standard deviation of the
+    candidates' IoUs. An anchor that is positive for several objects goes to the one it overlaps
+    most. Unlike in the paper, an anchor that does not touch the object is never positive, and an
+    object without any positive takes its best free candidate: by IoU, then by distance, then by
+    similarity of volume.
 
     Args:
-        centre_inside: the anchor's centre must also lie inside the object. nnDetection does
-            without.
+        centre_inside: the anchor's centre must also lie inside the object. nnDetection does not ask
+            for that.
 
     Returns:
         (A,) index of the object, or -1 for background.
@@ -312,66 +331,80 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
     matched = torch.full((len(anchors),), -1, dtype=torch.long, device=anchors.device)
     if not len(objects):
         return matched
-    candidates = _candidates(bx.centres(objects), grid)
-    overlap = bx.pair_iou(objects[:, None].expand(-1, candidates.shape[1], -1), anchors[candidates])
-    enough = overlap.mean(1) + (overlap.std(1) if overlap.shape[1] > 1 else 0.0)
+
+    candidates = _candidates(bx.centres(objects), grid)  # (G, C)
+    repeated = objects[:, None].expand(-1, candidates.shape[1], -1)  # (G, C, 6)
+    overlap = bx.pair_iou(repeated, anchors[candidates])  # (G, C)
+    spread = overlap.std(1) if overlap.shape[1] > 1 else 0.0
+    enough = overlap.mean(1) + spread
     positive = (overlap >= enough[:, None]) & (overlap > 0)
     if centre_inside:
-        middle = bx.centres(anchors[candidates])
-        positive &= ((middle > objects[:, None, :3]) & (middle < objects[:, None, 3:])).all(-1)
+        middle = bx.centres(anchors[candidates])  # (G, C, 3)
+        is_inside = (middle > objects[:, None, :3]) & (middle < objects[:, None, 3:])
+        positive &= is_inside.all(-1)
+
     best = torch.zeros(len(anchors), device=anchors.device)
     for g in range(len(objects)):
-        mine, how_well = candidates[g][positive[g]], overlap[g][positive[g]]
-        better = how_well > best[mine]
-        matched[mine[better]] = g
-        best[mine[better]] = how_well[better]
-    _serve_the_unmatched(matched, objects, anchors, candidates, overlap)
+        chosen, chosen_overlap = candidates[g][positive[g]], overlap[g][positive[g]]
+        is_better = chosen_overlap > best[chosen]
+        matched[chosen[is_better]] = g
+        best[chosen[is_better]] = chosen_overlap[is_better]
+
+    _match_the_unmatched(matched, objects, anchors, candidates, overlap)
     return matched
 
 
-def _serve_the_unmatched(
+def _match_the_unmatched(
     matched: Tensor, objects: Tensor, anchors: Tensor, candidates: Tensor, overlap: Tensor
 ) -> None:
-    """Give every object without an anchor its best candidate that nobody has."""
-    served = torch.zeros(len(objects), dtype=torch.bool, device=matched.device)
-    served[matched[matched >= 0]] = True
-    for g in torch.nonzero(~served)[:, 0].tolist():
-        free = matched[candidates[g]] < 0
-        if not bool(free.any()):
+    """Give every object without an anchor its best candidate that no other object has."""
+    has_anchor = torch.zeros(len(objects), dtype=torch.bool, device=matched.device)
+    has_anchor[matched[matched >= 0]] = True
+    for g in torch.nonzero(~has_anchor)[:, 0].tolist():
+        own = candidates[g]  # (C,)
+        is_free = matched[own] < 0
+        if not bool(is_free.any()):
             continue
-        own = candidates[g]
+
         ratio = (bx.volumes(anchors[own]) / bx.volumes(objects[g]).clamp(min=1e-6)).log().abs()
         distance = (bx.centres(anchors[own]) - bx.centres(objects[g])).square().sum(-1)
-        # Order of importance: overlap, then distance, then likeness of volume.
+        # Order of importance: overlap, then distance, then similarity of volume.
         value = overlap[g].double() - 1e-6 * distance.double() - 1e-9 * ratio.double()
-        matched[own[torch.where(free, value, torch.full_like(value, -torch.inf)).argmax()]] = g
+        value = torch.where(is_free, value, torch.full_like(value, -torch.inf))
+        matched[own[value.argmax()]] = g
 
 
 def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:
-    """(G, C) indices of the anchors of the nearest cells of every level; computed from the grid,
-    never over all anchors.
+    """Return the anchors (G, C) of the cells nearest to each centre, on every level.
+
+    They are computed from the grid, without looking at all anchors.
     """
-    found, first = [], 0
+    found = []
+    first_anchor = 0
     for cells, stride in zip(grid.level_cells, grid.strides_vox, strict=True):
         step = torch.tensor(stride, dtype=torch.float32, device=centres_G3.device)
-        number = torch.tensor(cells, device=centres_G3.device)
-        place = centres_G3 / step - 0.5
-        start = torch.minimum(place.floor().long() - 1, number - WINDOW).clamp(min=0)
-        axes = [
-            start[:, i, None] + torch.arange(min(WINDOW, cells[i]), device=start.device)
-            for i in range(3)
-        ]
-        away = [((axis - place[:, i, None]) * step[i]).square() for i, axis in enumerate(axes)]
-        distance = (
-            away[0][:, :, None, None] + away[1][:, None, :, None] + away[2][:, None, None, :]
-        ).flatten(1)
-        index = (
-            (axes[0][:, :, None, None] * cells[1] + axes[1][:, None, :, None]) * cells[2]
-            + axes[2][:, None, None, :]
-        ).flatten(1)
+        num_cells = torch.tensor(cells, device=centres_G3.device)
+
+        # A window of 4 cells per axis around the centre, moved inwards at the border.
+        location = centres_G3 / step - 0.5  # (G, 3), in cells
+        start = torch.minimum(location.floor().long() - 1, num_cells - WINDOW).clamp(min=0)
+        axes, away = [], []
+        for i in range(3):
+            offsets = torch.arange(min(WINDOW, cells[i]), device=start.device)
+            axis = start[:, i, None] + offsets  # (G, up to 4)
+            axes.append(axis)
+            away.append(((axis - location[:, i, None]) * step[i]).square())
+        z, y, x = axes
+        away_zy = away[0][:, :, None, None] + away[1][:, None, :, None]
+        distance = (away_zy + away[2][:, None, None, :]).flatten(1)  # (G, up to 64)
+
+        rows = z[:, :, None, None] * cells[1] + y[:, None, :, None]
+        index = (rows * cells[2] + x[:, None, None, :]).flatten(1)  # (G, up to 64)
         nearest = torch.sort(distance, dim=1, stable=True).indices[:, :NUM_CANDIDATE_CELLS]
-        cell = index.gather(1, nearest)
+        cell = index.gather(1, nearest)  # (G, 4)
+
         shape = torch.arange(grid.num_shapes, device=cell.device)
-        found.append((first + cell[:, :, None] * grid.num_shapes + shape).flatten(1))
-        first += cells[0] * cells[1] * cells[2] * grid.num_shapes
+        anchors = first_anchor + cell[:, :, None] * grid.num_shapes + shape  # (G, 4, K)
+        found.append(anchors.flatten(1))
+        first_anchor += cells[0] * cells[1] * cells[2] * grid.num_shapes
     return torch.cat(found, 1)

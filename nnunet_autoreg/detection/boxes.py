@@ -1,8 +1,8 @@
-"""Boxes as tensors: overlap, suppression, clustering, and the code that a network predicts.
+"""Boxes as tensors: overlap, suppression, clustering, and the deltas that a network predicts.
 
-A box is (z0, y0, x0, z1, y1, x1) in voxel edges, half open: voxel i covers [i, i + 1), so a box of
-    voxels 3 to 5 reads 3, 6 and its
-volume is its number of voxels. Whatever is passed in, arithmetic is in float32 or better.
+A box is (z0, y0, x0, z1, y1, x1) in voxel edges, half open: voxel i covers [i, i + 1). A box of the
+voxels 3 to 5 therefore reads 3, 6, and its volume is its number of voxels. All arithmetic is in
+float32 or better, whatever type is passed in.
 """
 
 import math
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Boxes decided at a time by ``nms``:
-
-5000 of them take 0.15 s on one core; with 256, whose pairs leave the cache, 0.28 s.
+"""Boxes that ``nms`` decides at a time. With 64, 5000 boxes take 0.15 s on one core; with 256,
+whose pairs no longer fit into the cache, 0.28 s.
 """
 
 LARGEST_LOG_FACTOR = math.log(16.0)
@@ -23,55 +22,61 @@ overflow.
 
 
 def sizes(boxes_N6: Tensor) -> Tensor:
-    """(N, 3) sides in voxels."""
+    """Return the sides in voxels, (N, 3)."""
     return boxes_N6[..., 3:] - boxes_N6[..., :3]
 
 
 def centres(boxes_N6: Tensor) -> Tensor:
-    """(N, 3) centres in voxel edges."""
+    """Return the centres in voxel edges, (N, 3)."""
     return (boxes_N6[..., 3:] + boxes_N6[..., :3]) / 2
 
 
 def volumes(boxes_N6: Tensor) -> Tensor:
-    """(N,) volumes in voxels; 0 for a box whose ends are the wrong way round."""
+    """Return the volumes in voxels, (N,).
+
+    A box whose ends are the wrong way round has the volume 0.
+    """
     return sizes(_at_least_float32(boxes_N6)).clamp(min=0).prod(-1)
 
 
 def iou(a_N6: Tensor, b_M6: Tensor) -> Tensor:
-    """(N, M) intersection over union of every pair; 0 where both boxes are empty."""
+    """Return the intersection over union of every pair, (N, M); 0 where both boxes are empty."""
     a, b = _at_least_float32(a_N6), _at_least_float32(b_M6)
-    common = _intersection(a[:, None], b[None])
+
+    common = _intersection(a[:, None], b[None])  # (N, M)
     union = volumes(a)[:, None] + volumes(b)[None] - common
     return common / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def pair_iou(a_N6: Tensor, b_N6: Tensor) -> Tensor:
-    """(N,) intersection over union of box i of the one with box i of the other."""
+    """Return the intersection over union of box i of ``a_N6`` with box i of ``b_N6``, (N,)."""
     a, b = _at_least_float32(a_N6), _at_least_float32(b_N6)
-    common = _intersection(a, b)
+
+    common = _intersection(a, b)  # (N,)
     union = volumes(a) + volumes(b) - common
     return common / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def pair_giou(a_N6: Tensor, b_N6: Tensor) -> Tensor:
-    """(N,) generalised IoU of box i of the one with box i of the other, in (-1, 1].
+    """Return the generalised IoU of box i of ``a_N6`` with box i of ``b_N6``, (N,) in (-1, 1].
 
     Source: Rezatofighi et al. 2019, "Generalized intersection over union" (arXiv 1902.09630).
     """
     a, b = _at_least_float32(a_N6), _at_least_float32(b_N6)
-    common = _intersection(a, b)
+    common = _intersection(a, b)  # (N,)
     union = volumes(a) + volumes(b) - common
-    hull = (
-        (torch.maximum(a[..., 3:], b[..., 3:]) - torch.minimum(a[..., :3], b[..., :3]))
-        .clamp(min=0)
-        .prod(-1)
-    )
+
+    # The hull is the smallest box around both.
+    upper = torch.maximum(a[..., 3:], b[..., 3:])  # (N, 3)
+    lower = torch.minimum(a[..., :3], b[..., :3])  # (N, 3)
+    hull = (upper - lower).clamp(min=0).prod(-1)  # (N,)
+
     tiny = torch.finfo(union.dtype).tiny
     return common / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def clip(boxes_N6: Tensor, shape_vox: tuple[int, int, int]) -> Tensor:
-    """Boxes cut to an image of ``shape_vox`` (z, y, x)."""
+    """Return the boxes cut to an image of ``shape_vox`` (z, y, x)."""
     limit = torch.tensor([*shape_vox, *shape_vox], dtype=boxes_N6.dtype, device=boxes_N6.device)
     return torch.minimum(boxes_N6.clamp(min=0), limit)
 
@@ -83,48 +88,57 @@ def nms(
     labels_N: Tensor | None = None,
     max_kept: int | None = None,
 ) -> Tensor:
-    """Greedy suppression: from the highest score down, a box is kept unless one kept before
-    overlaps it by more than the threshold.
+    """Return the boxes that greedy non-maximum suppression keeps.
+
+    From the highest score down, a box is kept unless one kept before overlaps it by more than the
+    threshold.
 
     Args:
         iou_threshold: in [0, 1].
-        labels_N: boxes of different labels do not suppress each other; all are of one kind if None.
-        max_kept: stop after so many.
+        labels_N: boxes of different labels do not suppress each other. Without it, all boxes have
+            one label.
+        max_kept: the largest number of boxes to keep.
 
     Returns:
         Indices of the boxes kept, highest score first; of equal scores the one that comes first.
     """
-    order = torch.sort(scores_N, descending=True, stable=True).indices
-    ordered = _apart(_at_least_float32(boxes_N6), labels_N)[order]
+    order = torch.sort(scores_N, descending=True, stable=True).indices  # (N,)
+    ordered = _moved_apart(_at_least_float32(boxes_N6), labels_N)[order]
+
     kept = ordered.new_zeros((0, 6))
-    kept_places: list[Tensor] = []
+    kept_indices: list[Tensor] = []
     count, limit = 0, len(ordered) if max_kept is None else max_kept
     for start in range(0, len(ordered), BLOCK):
         if count >= limit:
             break
+
+        # First against the boxes of earlier blocks, then among each other.
         block = ordered[start : start + BLOCK]
-        free = ~(iou(block, kept) > iou_threshold).any(1)
-        places = _greedy(block, free, iou_threshold)[: limit - count]
-        kept = torch.cat([kept, block[places]])
-        kept_places.append(places + start)
-        count += len(places)
-    return order[torch.cat(kept_places)] if kept_places else order
+        is_free = ~(iou(block, kept) > iou_threshold).any(1)
+        chosen = _greedy(block, is_free, iou_threshold)[: limit - count]
+
+        kept = torch.cat([kept, block[chosen]])
+        kept_indices.append(chosen + start)
+        count += len(chosen)
+    return order[torch.cat(kept_indices)] if kept_indices else order
 
 
-def _greedy(block: Tensor, free: Tensor, iou_threshold: float) -> Tensor:
-    """Places in ``block``, in order, of the free boxes that no earlier one of them suppresses."""
+def _greedy(block: Tensor, is_free: Tensor, iou_threshold: float) -> Tensor:
+    """Return the indices within ``block`` of the free boxes that no earlier one suppresses."""
+    # In NumPy: a loop over elements of a tensor is many times slower.
     overlapping = (iou(block, block) > iou_threshold).cpu().numpy()
-    alive = free.cpu().numpy().copy()
+    alive = is_free.cpu().numpy().copy()
     for i in range(len(alive)):
         if alive[i]:
             alive[i + 1 :] &= ~overlapping[i, i + 1 :]
     return torch.from_numpy(alive.nonzero()[0]).to(block.device)
 
 
-def _apart(boxes: Tensor, labels: Tensor | None) -> Tensor:
-    """Boxes moved so that those of different labels cannot touch."""
+def _moved_apart(boxes: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the boxes moved so that those of different labels cannot touch."""
     if labels is None or len(boxes) == 0:
         return boxes
+
     # In float64: far from the origin float32 would round small boxes.
     boxes = boxes.double()
     return boxes + labels.to(boxes)[:, None] * (boxes.max() - boxes.min() + 1)
@@ -139,18 +153,17 @@ def cluster(
     weights_N: Tensor | None = None,
     expected_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted box clustering: what several models or mirrorings found becomes one box per object,
-    votes that lack count as 0.
+    """Merge the boxes that several models or mirrorings found into one box per object.
 
-    From the highest score down, a cluster is every box left of that label which overlaps by more
-    than the threshold. With
-    w = weight x IoU with the highest: its score is sum(w s) / (sum(w) + missing mean(w)), its box
-        the mean weighted by w s.
+    This is weighted box clustering. From the highest score down, a cluster consists of every box
+    left of that label which overlaps by more than the threshold. With w = weight x IoU with the
+    highest, its score is sum(w s) / (sum(w) + missing mean(w)), and its box is the mean weighted by
+    w s. Missing votes thus count as 0.
 
     Args:
-        weights_N: e.g. 1 in the middle of a tile and less towards its border; 1 if None.
-        expected_N: how many votes an object at this place could get; "missing" is their mean in the
-            cluster less the votes found, never below 0. 1 if None.
+        weights_N: for example 1 in the middle of a tile and less towards its border; 1 if None.
+        expected_N: how many votes an object there could get. "Missing" is their mean in the cluster
+            minus the votes found, never below 0. 1 if None.
 
     Returns:
         Boxes (M, 6), scores (M,), labels (M,), and number of merged votes (M,), highest score
@@ -162,71 +175,73 @@ def cluster(
     boxes, scores = _at_least_float32(boxes_N6), _at_least_float32(scores_N)
     weights = torch.ones_like(scores) if weights_N is None else weights_N.to(scores)
     expected = torch.ones_like(scores) if expected_N is None else expected_N.to(scores)
-    pool = torch.sort(scores, descending=True, stable=True).indices
-    merged: list[tuple[Tensor, Tensor, Tensor, int]] = []
-    while len(pool):
-        first = pool[0]
-        overlap = iou(boxes[first][None], boxes[pool])[0]
-        mine = (overlap > iou_threshold) & (labels_N[pool] == labels_N[first])
-        mine[0] = True
-        members = pool[mine]
-        # The overlap of an empty box with itself is 0, and it would weigh nothing in its own
-        # cluster.
-        weight = weights[members] * torch.where(
-            members == first, torch.ones_like(overlap[mine]), overlap[mine]
-        )
+
+    remaining = torch.sort(scores, descending=True, stable=True).indices
+    merged_boxes, merged_scores, merged_labels = [], [], []
+    num_votes: list[int] = []
+    while len(remaining):
+        first = remaining[0]
+        overlap = iou(boxes[first][None], boxes[remaining])[0]
+        is_member = (overlap > iou_threshold) & (labels_N[remaining] == labels_N[first])
+        is_member[0] = True
+        members = remaining[is_member]
+
+        # An empty box overlaps itself by 0, and would weigh nothing in its own cluster.
+        overlap = overlap[is_member]
+        overlap = torch.where(members == first, torch.ones_like(overlap), overlap)
+        weight = weights[members] * overlap
         votes = weight * scores[members]
         missing = (expected[members].mean() - len(members)).clamp(min=0)
-        score = votes.sum() / (weight.sum() + missing * weight.mean())
+
         share = votes if votes.sum() > 0 else weight
-        merged.append(
-            (
-                (boxes[members] * share[:, None]).sum(0) / share.sum(),
-                score,
-                labels_N[first],
-                len(members),
-            )
-        )
-        pool = pool[~mine]
-    if not merged:
+        merged_boxes.append((boxes[members] * share[:, None]).sum(0) / share.sum())
+        merged_scores.append(votes.sum() / (weight.sum() + missing * weight.mean()))
+        merged_labels.append(labels_N[first])
+        num_votes.append(len(members))
+        remaining = remaining[~is_member]
+
+    if not num_votes:
         return boxes, scores, labels_N, labels_N.new_zeros(0, dtype=torch.long)
-    order = torch.sort(torch.stack([m[1] for m in merged]), descending=True, stable=True).indices
-    votes_M = torch.tensor([m[3] for m in merged], device=boxes.device)
+    scores_M = torch.stack(merged_scores)
+    order = torch.sort(scores_M, descending=True, stable=True).indices
+    votes_M = torch.tensor(num_votes, device=boxes.device)
     return (
-        torch.stack([m[0] for m in merged])[order],
-        torch.stack([m[1] for m in merged])[order],
-        torch.stack([m[2] for m in merged])[order],
+        torch.stack(merged_boxes)[order],
+        scores_M[order],
+        torch.stack(merged_labels)[order],
         votes_M[order],
     )
 
 
 def encode(boxes_N6: Tensor, anchors_N6: Tensor) -> Tensor:
-    """(N, 6) what a network has to predict for box i from anchor i: shift in anchor sides, then log
-    of the ratio of sides.
+    """Return the deltas (N, 6) that a network has to predict for box i from anchor i.
+
+    The first three are the shift in anchor sides, the others the logarithms of the ratios of sides.
     """
     boxes, anchors = _at_least_float32(boxes_N6), _at_least_float32(anchors_N6)
     shift = (centres(boxes) - centres(anchors)) / sizes(anchors)
     return torch.cat([shift, torch.log(sizes(boxes) / sizes(anchors))], -1)
 
 
-def decode(codes_N6: Tensor, anchors_N6: Tensor) -> Tensor:
-    """The boxes that ``codes_N6`` mean at ``anchors_N6``; inverse of ``encode`` up to a factor of
-    16 per side.
+def decode(deltas_N6: Tensor, anchors_N6: Tensor) -> Tensor:
+    """Return the boxes (N, 6) that the deltas mean at the anchors.
+
+    This is the inverse of ``encode`` up to a factor of 16 per side.
     """
-    codes, anchors = _at_least_float32(codes_N6), _at_least_float32(anchors_N6)
-    middle = centres(anchors) + codes[..., :3] * sizes(anchors)
-    half = sizes(anchors) * codes[..., 3:].clamp(max=LARGEST_LOG_FACTOR).exp() / 2
+    deltas, anchors = _at_least_float32(deltas_N6), _at_least_float32(anchors_N6)
+    middle = centres(anchors) + deltas[..., :3] * sizes(anchors)
+    half = sizes(anchors) * deltas[..., 3:].clamp(max=LARGEST_LOG_FACTOR).exp() / 2
     return torch.cat([middle - half, middle + half], -1)
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Return the volumes (...) that boxes (..., 6) have in common, in voxels."""
     # Axis by axis: a product over a last axis of three is several times slower.
-    sides = [
-        (torch.minimum(a[..., i + 3], b[..., i + 3]) - torch.maximum(a[..., i], b[..., i])).clamp(
-            min=0
-        )
-        for i in range(3)
-    ]
+    sides = []
+    for axis in range(3):
+        upper = torch.minimum(a[..., axis + 3], b[..., axis + 3])
+        lower = torch.maximum(a[..., axis], b[..., axis])
+        sides.append((upper - lower).clamp(min=0))
     return sides[0] * sides[1] * sides[2]
 
 

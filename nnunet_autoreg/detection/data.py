@@ -1,8 +1,7 @@
-"""Objects in preprocessed space, and patches with their boxes: what nnU-Net's loader is asked to
-carry through its augmentation.
+"""Objects in preprocessed space, and patches with their boxes from nnU-Net's loader.
 
-Ids, not components found after augmentation: cropping and rotating merge and split components
-    (design, detection.md section 3).
+Augmentation carries a map of object ids. Components are not searched for after augmentation,
+because cropping and rotating merge and split them.
 """
 
 import logging
@@ -23,20 +22,22 @@ from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules, box
 from nnunet_autoreg.detection.objects import ObjectSource, in_parallel
 from nnunet_autoreg.errors import ObjectsError, PlanError
 from nnunet_autoreg.geometry import Size, as_size
-from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, write_json
+from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, to_jsonable, write_json
 
 INDEX = "boxes.json"
 VERSION = 1
+CLASS_KEY = "place"
+"""What ``boxes.json`` calls the index of an object's class."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CaseBoxes:
-    """The objects of a preprocessed case.
+    """Hold the objects of a preprocessed case.
 
     Attributes:
-        stamp: what they were made of; another one means making them anew.
+        stamp: describes what they were made of. If it changes, they are made again.
         objects: boxes in voxel edges of the preprocessed image; ``num_voxels`` there.
         has_masks: see ``objects.CaseObjects``.
     """
@@ -48,9 +49,7 @@ class CaseBoxes:
 
 @dataclass(frozen=True)
 class InstanceIndex:
-    """``boxes.json``: all cases of a configuration, and the rules by which their objects were
-    found.
-    """
+    """Hold ``boxes.json``: all cases of a configuration, and the rules for their objects."""
 
     rules: Rules
     classes: tuple[ObjectClass, ...]
@@ -59,30 +58,58 @@ class InstanceIndex:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every object's outline is known."""
+        """Return whether every object's outline is known."""
         return all(case.has_masks for case in self.cases.values())
 
     def sizes_vox(self) -> dict[str, list[list[float]]]:
-        """Class name -> sides of its objects, ignored ones left out."""
+        """Return class name -> sides of its objects; ignored objects are left out."""
         found: dict[str, list[list[float]]] = {kind.name: [] for kind in self.classes}
         for case in self.cases.values():
             for item in case.objects:
                 if not item.ignored:
                     sides = [float(item.box_zyx[a + 3] - item.box_zyx[a]) for a in range(3)]
-                    found[self.classes[item.place].name].append(sides)
+                    found[self.classes[item.class_index].name].append(sides)
         return found
 
 
+def write_index(file: Path, index: InstanceIndex) -> None:
+    """Write ``boxes.json``."""
+    data = to_jsonable(index)
+    for case in data["cases"].values():
+        for item in case["objects"]:
+            item[CLASS_KEY] = item.pop("class_index")
+    write_json(file, data)
+
+
+def read_index(file: Path) -> InstanceIndex:
+    """Read ``boxes.json``.
+
+    Raises:
+        PlanError: it cannot be read, or is of another format.
+    """
+    data = read_json(file)
+    try:
+        for case in data["cases"].values():
+            for item in case["objects"]:
+                item["class_index"] = item.pop(CLASS_KEY)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(
+            f"{file} does not list the objects of cases ({error!r})", code="detection-index-format"
+        ) from error
+    return from_jsonable(InstanceIndex, data, str(file))
+
+
 def instances_folder(preprocessed: Path) -> Path:
-    """Where the id maps of a folder of preprocessed cases lie: not in it, where every ``.b2nd``
-    counts as a case.
+    """Return the folder of the id maps of a folder of preprocessed cases.
+
+    It lies beside that folder and not inside, where every ``.b2nd`` counts as a case.
     """
     return preprocessed.with_name(f"{preprocessed.name}_instances")
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Makes id maps; all it holds can be sent to another process.
+class IdMapMaker:
+    """Make id maps; all that it holds can be sent to another process.
 
     Attributes:
         preprocessed: folder of preprocessed cases.
@@ -99,49 +126,56 @@ class Maker:
     resample_seg: Any
 
     def stamp(self, case: str, shape_vox: Size) -> str:
-        """What the objects of a case depend on besides the rules."""
+        """Return a description of what a case's objects depend on, apart from the rules."""
+        files = []
         try:
-            files = [
-                (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.source.files(case)
-            ]
+            for file in self.source.files(case):
+                status = file.stat()
+                files.append((file.name, status.st_size, status.st_mtime_ns))
         except OSError as error:
             raise ObjectsError(
                 f"{error.filename} cannot be read ({error.strerror}); restore it, or preprocess "
-                "again"
+                "again",
+                code="objects-unreadable",
             ) from error
-        # Boxes of such readers were once taken for the reader's own, and must be made anew.
-        turned = (
-            " boxes of the stored array"
-            if self.source.turns_images and not self.source.has_masks(case)
-            else ""
-        )
-        return f"{shape_vox} {self.target_spacing_mm} {files}{turned}"
+
+        # An earlier version took boxes for those of the reader's array. Where the reader turns
+        # images, those must be made again, so the stamp says that these are right.
+        uses_stored_boxes = self.source.turns_images and not self.source.has_masks(case)
+        suffix = " boxes of the stored array" if uses_stored_boxes else ""
+        return f"{shape_vox} {self.target_spacing_mm} {files}{suffix}"
 
     def make(self, case: str) -> CaseBoxes:
-        """Write the id map of a case and give its boxes."""
-        _, seg, _, properties = infer_dataset_class(str(self.preprocessed))(
-            str(self.preprocessed), [case]
-        ).load_case(case)
+        """Write the id map of a case and return its boxes."""
+        dataset_class = infer_dataset_class(str(self.preprocessed))
+        dataset = dataset_class(str(self.preprocessed), [case])
+        _, seg, _, properties = dataset.load_case(case)
         shape = as_size(seg.shape[1:])
         found = self.source.read(case)
         geometry = preprocessing_of(properties, shape, np.argsort(self.transpose).tolist())
+
+        # As nnU-Net makes the label map: transpose, crop, resample.
         assert found.instances.ids_ZYX is not None
         ids = found.instances.ids_ZYX.astype(np.int16).transpose(self.transpose)
         crop = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
-        spacing = [found.spacing_mm[a] for a in self.transpose]
-        carried = np.asarray(
-            self.resample_seg(ids[crop][None], shape, spacing, self.target_spacing_mm)
-        )[0].astype(np.int16)
-        self._write(case, carried)
-        present = boxes_of_ids(carried)
+        spacing = [found.spacing_mm[axis] for axis in self.transpose]
+        resampled = self.resample_seg(ids[crop][None], shape, spacing, self.target_spacing_mm)
+        ids_ZYX = np.asarray(resampled)[0].astype(np.int16)
+        self._write(case, ids_ZYX)
+
+        # Boxes are transformed and not measured: the map has whole voxels only.
+        present = boxes_of_ids(ids_ZYX)
         objects = []
         for item in found.instances.objects:
             box = tuple(float(v) for v in geometry.to_preprocessed(item.box_zyx))
             num_voxels = present[item.id][1] if item.id in present else 0
-            objects.append(Instance(item.id, item.place, cast(Any, box), num_voxels, item.ignored))
+            objects.append(
+                Instance(item.id, item.class_index, cast(Any, box), num_voxels, item.ignored)
+            )
         return CaseBoxes(self.stamp(case, shape), tuple(objects), found.has_masks)
 
     def _write(self, case: str, ids_ZYX: NDArray[np.int16]) -> None:
+        # Several processes write at the same time; each uses one thread.
         blosc2.set_nthreads(1)
         blocks, chunks = comp_blosc2_params((1, *ids_ZYX.shape), self.patch_size, bytes_per_pixel=2)
         with atomic_path(instances_folder(self.preprocessed) / f"{case}.b2nd") as temporary:
@@ -153,86 +187,87 @@ class Maker:
             )
 
 
-def prepare_instances(maker: Maker, cases: Sequence[str], num_processes: int = 1) -> InstanceIndex:
-    """The objects of all cases: those made before are kept, the others made; ``boxes.json`` is
-    written last.
+def prepare_instances(
+    maker: IdMapMaker, cases: Sequence[str], num_processes: int = 1
+) -> InstanceIndex:
+    """Return the objects of all cases; those that were made before are kept.
+
+    ``boxes.json`` is written last.
 
     Raises:
         ObjectsError: labels that are missing, damaged, or contradict each other.
     """
-    file = instances_folder(maker.preprocessed) / INDEX
+    folder = instances_folder(maker.preprocessed)
     source = maker.source
     source.keep()
-    old = _read_index(file, source)
-    stock = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
-    stamps = {
-        case: maker.stamp(case, as_size(stock.load_case(case)[1].shape[1:])) for case in cases
-    }
-    kept = {
-        c: old[c]
-        for c in cases
-        if c in old and old[c].stamp == stamps[c] and (file.parent / f"{c}.b2nd").is_file()
-    }
+    old = _usable_cases(folder / INDEX, source)
+    dataset = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
+
+    kept = {}
+    for case in cases:
+        stamp = maker.stamp(case, as_size(dataset.load_case(case)[1].shape[1:]))
+        if case in old and old[case].stamp == stamp and (folder / f"{case}.b2nd").is_file():
+            kept[case] = old[case]
+
     wanted = [case for case in cases if case not in kept]
     if wanted:
-        log.info("objects of %d cases are found in their labels; this is done once", len(wanted))
-    made = dict(zip(wanted, in_parallel(partial(_make, maker), wanted, num_processes), strict=True))
-    index = InstanceIndex(
-        source.rules, source.classes, {case: kept.get(case) or made[case] for case in cases}
-    )
+        log.info("finding the objects of %d cases in their labels; this is done once", len(wanted))
+    results = in_parallel(partial(_make, maker), wanted, num_processes)
+    made = dict(zip(wanted, results, strict=True))
+    by_case = {case: kept.get(case) or made[case] for case in cases}
+    index = InstanceIndex(source.rules, source.classes, by_case)
     if made:
-        write_json(file, index)
-        _tell(index)
+        write_index(folder / INDEX, index)
+        _log_numbers(index)
     return index
 
 
-def _make(maker: Maker, case: str) -> CaseBoxes:
+def _make(maker: IdMapMaker, case: str) -> CaseBoxes:
     return maker.make(case)
 
 
-def _read_index(file: Path, source: ObjectSource) -> dict[str, CaseBoxes]:
-    """Cases made before by the same rules; none if there are none, or the file cannot be used."""
+def _usable_cases(file: Path, source: ObjectSource) -> dict[str, CaseBoxes]:
+    """Return the cases that were made before by the same rules."""
     if not file.is_file():
         return {}
     try:
-        index = from_jsonable(InstanceIndex, read_json(file), str(file))
+        index = read_index(file)
     except PlanError as error:
-        log.warning("%s; the objects are looked for anew", error)
+        log.warning("%s; the objects are searched for again", error)
         return {}
-    same = (index.version, index.rules, index.classes) == (VERSION, source.rules, source.classes)
-    return index.cases if same else {}
+    is_same = (index.version, index.rules, index.classes) == (VERSION, source.rules, source.classes)
+    return index.cases if is_same else {}
 
 
-def _tell(index: InstanceIndex) -> None:
+def _log_numbers(index: InstanceIndex) -> None:
     number = {kind.name: 0 for kind in index.classes}
-    ignored = vanished = empty = 0
+    num_ignored = num_vanished = num_empty = 0
     for case in index.cases.values():
-        empty += not case.objects
+        num_empty += not case.objects
         for item in case.objects:
-            number[index.classes[item.place].name] += not item.ignored
-            ignored += item.ignored
-            vanished += not item.num_voxels and not item.ignored
-    told = ", ".join(f"{n} {name}" for name, n in number.items())
+            number[index.classes[item.class_index].name] += not item.ignored
+            num_ignored += item.ignored
+            num_vanished += not item.num_voxels and not item.ignored
     log.info(
-        "%d cases, %d of them without an object: %s; %d smaller than %d voxels are ignored",
+        "%d cases, %d of them without an object: %s; %d objects smaller than %d voxels are ignored",
         len(index.cases),
-        empty,
-        told,
-        ignored,
+        num_empty,
+        ", ".join(f"{n} {name}" for name, n in number.items()),
+        num_ignored,
         index.rules.min_voxels,
     )
-    if vanished:
+    if num_vanished:
         log.warning(
-            "%d objects vanish at the target spacing or lie outside of the image's content, and "
-            "cannot be learned; use a finer "
-            "spacing",
-            vanished,
+            "%d objects vanish at the target spacing or lie outside the image's content, and "
+            "cannot be learned; use a finer spacing",
+            num_vanished,
         )
 
 
 class InstanceDataset:
-    """nnU-Net's dataset with the id map of each case where the loader expects the segmentation of
-    an earlier stage.
+    """nnU-Net's dataset, with each case's id map in the place of an earlier stage's segmentation.
+
+    The loader carries that segmentation through augmentation with the labels.
     """
 
     def __init__(self, stock: Any, preprocessed: Path, index: InstanceIndex):
@@ -240,47 +275,43 @@ class InstanceDataset:
         self.identifiers: list[str] = stock.identifiers
 
     def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """Image (C, Z, Y, X), segmentation (1, Z, Y, X), ids (Z, Y, X), properties."""
+        """Return image (C, Z, Y, X), segmentation (1, Z, Y, X), ids (Z, Y, X), properties."""
         data, seg, _, properties = self.stock.load_case(identifier)
         options = getattr(self.stock, "mmap_kwargs", {})
-        return (
-            data,
-            seg,
-            blosc2.open(urlpath=str(self.folder / f"{identifier}.b2nd"), mode="r", **options),
-            properties,
-        )
+        ids = blosc2.open(urlpath=str(self.folder / f"{identifier}.b2nd"), mode="r", **options)
+        return data, seg, ids, properties
 
 
 class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
-    """nnU-Net's loader; a share of each batch is drawn around an object, every object of the fold
-    as likely as any other.
+    """nnU-Net's loader, which draws a share of each batch around an object.
 
-    A batch has ``objects`` besides: for each sample the boxes (G, 6) in voxel edges of the patch,
-        places of classes, and which are
-    ignored.
+    Every object of the fold is as likely as any other. A batch has ``objects`` besides: for each
+    sample the boxes (G, 6) in voxel edges of the patch, the class indices, and which are ignored.
     """
 
     def __init__(self, data: InstanceDataset, *args: Any, **kwargs: Any):
         super().__init__(data, *args, **kwargs)
-        cases = data.index.cases
-        every = [(name, item) for name in data.identifiers for item in cases[name].objects]
-        self.around = [
-            (name, item.box_zyx) for name, item in every if item.num_voxels and not item.ignored
-        ]
-        self.known = {
-            name: {item.id: item for item in cases[name].objects} for name in data.identifiers
-        }
+        # (case, box) of every object that a patch can be drawn around.
+        self.centre_boxes: list[Any] = []
+        self.objects_of_case: dict[str, dict[int, Instance]] = {}
+        for name in data.identifiers:
+            objects = data.index.cases[name].objects
+            self.objects_of_case[name] = {item.id: item for item in objects}
+            for item in objects:
+                if item.num_voxels and not item.ignored:
+                    self.centre_boxes.append((name, item.box_zyx))
         self.min_voxels = data.index.rules.min_voxels
         self.wanted: list[Any] = []
 
     def get_indices(self) -> list[str]:
-        """The cases of a batch; which object each sample is drawn around is kept for
-        ``get_bbox``.
+        """Return the cases of a batch.
+
+        The box that each sample is drawn around is kept for ``get_bbox``.
         """
         names, self.wanted = [], []
         for number in range(self.batch_size):
-            if self.around and self.get_do_oversample(number):
-                name, box = self.around[np.random.randint(len(self.around))]
+            if self.centre_boxes and self.get_do_oversample(number):
+                name, box = self.centre_boxes[np.random.randint(len(self.centre_boxes))]
             else:
                 name, box = self.indices[np.random.randint(len(self.indices))], None
             names.append(name)
@@ -295,65 +326,72 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         overwrite_class: Any = None,
         verbose: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """Where a patch lies: anywhere, or so that the wanted object is whole in what remains of it
-        after augmentation.
+        """Return where a patch lies: anywhere, or around the wanted object.
+
+        That object is whole in what remains of the patch after augmentation.
         """
         box = self.wanted.pop(0)
-        place = place_around(
+        start = patch_start(
             box, as_size(data_shape), as_size(self.patch_size), as_size(self.final_patch_size)
         )
-        return place, [p + s for p, s in zip(place, self.patch_size, strict=True)]
+        return start, [low + size for low, size in zip(start, self.patch_size, strict=True)]
 
     def generate_train_batch(self) -> dict[str, Any]:
-        """nnU-Net's batch, its id map turned into boxes."""
+        """Return nnU-Net's batch, with its id map turned into boxes."""
         batch: dict[str, Any] = super().generate_train_batch()
-        ids = batch["target"][:, 1].numpy()
+        # The target's channels are the labels and the ids.
+        ids_BZYX = batch["target"][:, 1].numpy()
         batch["target"] = batch["target"][:, :1].contiguous()
-        batch["objects"] = [
-            objects_of_patch(i, self.known[name], self.min_voxels)
-            for i, name in zip(ids, batch["keys"], strict=True)
-        ]
+        objects = []
+        for ids_ZYX, name in zip(ids_BZYX, batch["keys"], strict=True):
+            objects.append(objects_of_patch(ids_ZYX, self.objects_of_case[name], self.min_voxels))
+        batch["objects"] = objects
         return batch
 
 
-def place_around(
+def patch_start(
     box_zyx: Sequence[float] | None, shape: Size, patch: Size, final: Size
 ) -> list[int]:
-    """Start of a patch that augmentation cuts to its middle ``final`` voxels.
+    """Return the start of a patch that augmentation cuts to its middle ``final`` voxels.
 
-    With a box, a place at random where the box is whole in that middle - or the middle whole in a
-    larger box -, as near as the image's borders allow; without, a place anywhere. The middle stays
-    in the image; an image that is smaller is padded on both sides.
+    With a box, the start is drawn so that the box is whole in that middle, or the middle whole in a
+    larger box, as near as the image's borders allow. Without a box it is drawn anywhere. The middle
+    stays in the image; an image that is smaller is padded on both sides.
     """
-    start = []
+    starts = []
     for axis in range(3):
         margin = (patch[axis] - final[axis]) // 2
         lowest, highest = 0, shape[axis] - final[axis]
         if highest < 0:
             lowest = highest = highest // 2
+
         low, high = lowest, highest
         if box_zyx is not None:
-            ends = sorted(
-                (int(np.floor(box_zyx[axis])), int(np.ceil(box_zyx[axis + 3])) - final[axis])
-            )
+            box_start = int(np.floor(box_zyx[axis]))
+            box_end = int(np.ceil(box_zyx[axis + 3]))
+            ends = sorted((box_start, box_end - final[axis]))
             low, high = (min(max(end, lowest), highest) for end in ends)
-        start.append(int(np.random.randint(low, high + 1)) - margin)
-    return start
+        starts.append(int(np.random.randint(low, high + 1)) - margin)
+    return starts
 
 
 def objects_of_patch(
     ids_ZYX: NDArray[Any], known: Mapping[int, Instance], min_voxels: int
 ) -> dict[str, NDArray[Any]]:
-    """Boxes of what is left of each object in a patch; remains below ``min_voxels`` are ignored."""
-    found = [
-        (box, count, known[i])
-        for i, (box, count) in boxes_of_ids(np.maximum(ids_ZYX, 0)).items()
-        if i in known
-    ]
+    """Return the boxes of what is left of each object in a patch.
+
+    Remains of fewer than ``min_voxels`` are ignored.
+    """
+    boxes, labels, ignored = [], [], []
+    # Augmentation fills with -1, which is no object either.
+    for i, (box, count) in boxes_of_ids(np.maximum(ids_ZYX, 0)).items():
+        if i not in known:
+            continue
+        boxes.append(box)
+        labels.append(known[i].class_index)
+        ignored.append(known[i].ignored or count < min_voxels)
     return {
-        "boxes": np.array([box for box, _, _ in found], dtype=np.float32).reshape(-1, 6),
-        "labels": np.array([item.place for _, _, item in found], dtype=np.int64),
-        "ignored": np.array(
-            [item.ignored or count < min_voxels for _, count, item in found], dtype=bool
-        ),
+        "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 6),
+        "labels": np.array(labels, dtype=np.int64),
+        "ignored": np.array(ignored, dtype=bool),
     }

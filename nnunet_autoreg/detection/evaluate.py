@@ -1,4 +1,4 @@
-"""All figures of an evaluation, from what is there and what was found in every scan."""
+"""All figures of an evaluation, from the true objects and the detections of every scan."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,10 +37,10 @@ FORMAT, VERSION = "nnunet_autoreg.detection_evaluation", 1
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to count.
+    """Define what counts in an evaluation.
 
     Attributes:
-        ious: IoUs of the average precisions; the mean over 0.1 to 0.5 comes with them.
+        ious: IoUs of the average precisions; the mean over 0.1 to 0.5 is always added.
         hit: rule of the FROC curve, the operating points, the sizes and the list of objects.
         duplicates: a further detection of one object is ``false`` or ``ignored``.
         max_detections: per scan and class; the highest scores count.
@@ -62,145 +62,175 @@ class EvaluationSettings:
 
 
 def check_settings(settings: EvaluationSettings) -> None:
-    """Raise a ``UsageError`` for values that cannot be."""
+    """Raise a ``UsageError`` for impossible values."""
     if not settings.ious or not all(0 < v <= 1 for v in settings.ious):
+        listed = ", ".join(f"{v:g}" for v in settings.ious)
         raise UsageError(
-            f"IoUs {', '.join(f'{v:g}' for v in settings.ious)}: each must be greater than 0 and "
-            "at most 1"
+            f"IoUs {listed}: each must be greater than 0 and at most 1", code="evaluation-iou"
         )
     if settings.duplicates not in DUPLICATES:
-        raise UsageError(f"duplicates '{settings.duplicates}': write false or ignored")
-    if settings.max_detections < 1 or settings.num_resamples < 0:
-        raise UsageError("at least 1 detection per scan, and 0 or more resamples, are needed")
+        raise UsageError(
+            f"duplicates '{settings.duplicates}': write false or ignored",
+            code="evaluation-duplicates",
+        )
+    if settings.max_detections < 1:
+        raise UsageError(
+            f"{settings.max_detections} detections per scan: at least 1 is needed",
+            code="evaluation-max-detections",
+        )
+    if settings.num_resamples < 0:
+        raise UsageError(
+            f"{settings.num_resamples} resamples: 0 or more are needed",
+            code="evaluation-resamples",
+        )
     if not settings.fp_per_scan or not all(0 < v < math.inf for v in settings.fp_per_scan):
-        raise UsageError("false positives per scan must be finite and greater than 0")
+        listed = ", ".join(f"{v:g}" for v in settings.fp_per_scan)
+        raise UsageError(
+            f"false positives per scan {listed}: each must be finite and greater than 0",
+            code="evaluation-fp-per-scan",
+        )
     edges = settings.size_edges_mm or ()
     if any(e <= 0 for e in edges) or list(edges) != sorted(set(edges)):
-        raise UsageError("borders of sizes must be greater than 0 mm and rise")
+        listed = ", ".join(f"{e:g}" for e in edges)
+        raise UsageError(
+            f"borders of sizes {listed} mm: each must be greater than 0 and than the one before it",
+            code="evaluation-sizes",
+        )
 
 
-class _Counting:
-    """The matchings of every class, made when they are asked for."""
+class _Matchings:
+    """Match the detections of every class by one hit rule after the other."""
 
     def __init__(
-        self, scans: Sequence[ScanBoxes], places: Sequence[int], settings: EvaluationSettings
+        self, scans: Sequence[ScanBoxes], present: Sequence[int], settings: EvaluationSettings
     ):
-        self.scans, self.places, self.settings = scans, places, settings
-        # One scan drawn again and again is always the same scan: no interval.
-        resamples = settings.num_resamples if len(scans) > 1 else 0
-        self.resamples: list[Floats] = (
-            list(bootstrap_weights(len(scans), resamples, settings.seed)) if resamples else []
-        )
+        self.scans, self.settings = scans, settings
+        # Indices of the classes with objects.
+        self.present = present
+        # A single scan drawn again and again is always the same scan: no interval.
+        num_resamples = settings.num_resamples if len(scans) > 1 else 0
+        self.resamples: list[Floats] = []
+        if num_resamples:
+            self.resamples = list(bootstrap_weights(len(scans), num_resamples, settings.seed))
 
     def matched(
-        self, place: int, rule: HitRule, excused: Sequence[dict[str, Bools]] = ()
+        self, class_index: int, rule: HitRule, ignored: Sequence[dict[str, Bools]] = ()
     ) -> list[Matched]:
-        """By scan; ``excused`` holds further arguments of each."""
-        options: dict[str, Any] = {
-            "duplicates": self.settings.duplicates,
-            "max_detections": self.settings.max_detections,
-        }
-        each: list[dict[str, Any]] = [{**options, **more} for more in excused] or [options] * len(
-            self.scans
-        )
-        return [
-            match_scan(scan, place, rule, **of_scan)
-            for scan, of_scan in zip(self.scans, each, strict=True)
-        ]
+        """Return the matching of every scan; ``ignored`` holds further arguments for each."""
+        found = []
+        for number, scan in enumerate(self.scans):
+            more: dict[str, Any] = dict(ignored[number]) if ignored else {}
+            found.append(
+                match_scan(
+                    scan,
+                    class_index,
+                    rule,
+                    duplicates=self.settings.duplicates,
+                    max_detections=self.settings.max_detections,
+                    **more,
+                )
+            )
+        return found
 
     def pooled(self, rule: HitRule) -> dict[int, Pooled]:
-        return {place: pool(self.matched(place, rule)) for place in self.places}
+        """Return the pooled detections of every class with objects."""
+        return {index: pool(self.matched(index, rule)) for index in self.present}
 
     def over_classes(
         self, pooled: dict[int, Pooled], measure: Callable[..., float]
     ) -> dict[str, Any]:
-        """The measure of every class, over all scans and over every resample of them."""
-        return {
-            "values": {p: measure(found) for p, found in pooled.items()},
-            "resampled": [
-                {p: measure(found, w) for p, found in pooled.items()} for w in self.resamples
-            ],
-        }
+        """Return the measure of every class, over all scans and over every resample of them."""
+        resampled = []
+        for weights in self.resamples:
+            resampled.append({index: measure(found, weights) for index, found in pooled.items()})
+        values = {index: measure(found) for index, found in pooled.items()}
+        return {"values": values, "resampled": resampled}
 
 
 def evaluate(
     scans: Sequence[ScanBoxes], classes: Sequence[ObjectClass], settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """Everything that is written as JSON; figures in plain numbers, None where there is nothing to
-    measure.
+    """Return everything that is written as JSON; None stands where there is nothing to measure.
 
     Raises:
-        UsageError: settings that cannot be.
+        UsageError: impossible settings.
         ObjectsError: no scan.
     """
     check_settings(settings)
     if not scans:
-        raise ObjectsError("there is no scan to evaluate")
-    number = {
-        p: sum(int(((s.true_places_G == p) & ~s.ignored_G).sum()) for s in scans)
-        for p in range(len(classes))
-    }
-    present = [p for p in number if number[p]]
-    counting = _Counting(scans, present, settings)
+        raise ObjectsError("there is no scan to evaluate", code="evaluation-no-scan")
+
+    number = [0] * len(classes)
+    for scan in scans:
+        for index in range(len(classes)):
+            number[index] += int(((scan.true_classes_G == index) & ~scan.ignored_G).sum())
+    present = [index for index in range(len(classes)) if number[index]]
+    matchings = _Matchings(scans, present, settings)
     names = [kind.name for kind in classes]
+
+    num_empty = sum(scan.is_empty for scan in scans)
+    of_classes = {}
+    for index, kind in enumerate(classes):
+        of_classes[kind.name] = _of_class(matchings, index, kind, number[index])
     return {
         "format": FORMAT,
         "version": VERSION,
         "settings": {**to_jsonable(settings), "hit": str(settings.hit)},
-        "scans": _scans(scans),
-        "classes": {
-            kind.name: _of_class(counting, p, kind, number[p]) for p, kind in enumerate(classes)
+        "scans": {
+            "number": len(scans),
+            "positive": len(scans) - num_empty,
+            "empty": num_empty,
+            "names": [scan.name for scan in scans],
         },
-        "absent_classes": [name for p, name in enumerate(names) if not number[p]],
-        **_average_precisions(counting, names),
-        "froc": _froc(counting, names),
-        "sizes": _sizes(counting, names),
+        "classes": of_classes,
+        "absent_classes": [name for index, name in enumerate(names) if not number[index]],
+        **_average_precisions(matchings, names),
+        "froc": _froc(matchings, names),
+        "sizes": _sizes(matchings, names),
     }
 
 
-def _scans(scans: Sequence[ScanBoxes]) -> dict[str, Any]:
-    empty = sum(scan.is_empty for scan in scans)
-    return {
-        "number": len(scans),
-        "positive": len(scans) - empty,
-        "empty": empty,
-        "names": [scan.name for scan in scans],
-    }
-
-
-def _of_class(counting: _Counting, place: int, kind: ObjectClass, number: int) -> dict[str, Any]:
-    scans = counting.scans
-    own = [scan.true_places_G == place for scan in scans]
-    matched = counting.matched(place, counting.settings.hit)
-    false = sum(int(((m.object_of < 0) & ~m.excused).sum()) for m in matched)
+def _of_class(
+    matchings: _Matchings, class_index: int, kind: ObjectClass, number: int
+) -> dict[str, Any]:
+    num_ignored = num_with_objects = num_detections = num_false = 0
+    for scan in matchings.scans:
+        is_own = scan.true_classes_G == class_index
+        num_ignored += int((is_own & scan.ignored_G).sum())
+        num_with_objects += bool((is_own & ~scan.ignored_G).any())
+        num_detections += int((scan.classes_D == class_index).sum())
+    for matched in matchings.matched(class_index, matchings.settings.hit):
+        num_false += int(((matched.object_of < 0) & ~matched.ignored).sum())
     return {
         "label": kind.label,
         "objects": number,
-        "ignored_objects": sum(
-            int((o & s.ignored_G).sum()) for o, s in zip(own, scans, strict=True)
-        ),
-        "scans_with_objects": sum(
-            bool((o & ~s.ignored_G).any()) for o, s in zip(own, scans, strict=True)
-        ),
-        "detections": sum(int((s.places_D == place).sum()) for s in scans),
-        "false_per_scan": false / len(scans),
+        "ignored_objects": num_ignored,
+        "scans_with_objects": num_with_objects,
+        "detections": num_detections,
+        "false_per_scan": num_false / len(matchings.scans),
     }
 
 
-def _average_precisions(counting: _Counting, names: Sequence[str]) -> dict[str, Any]:
-    ious = sorted({*counting.settings.ious, *MAP_IOUS})
-    found = {
-        iou: counting.over_classes(counting.pooled(HitRule("iou", iou)), average_precision)
-        for iou in ious
-    }
-    over = [found[iou] for iou in MAP_IOUS]
-    mean = {
-        "values": {p: float(np.mean([f["values"][p] for f in over])) for p in counting.places},
-        "resampled": [
-            {p: float(np.mean([f["resampled"][b][p] for f in over])) for p in counting.places}
-            for b in range(len(counting.resamples))
-        ],
-    }
+def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
+    ious = sorted({*matchings.settings.ious, *MAP_IOUS})
+    found = {}
+    for iou in ious:
+        pooled = matchings.pooled(HitRule("iou", iou))
+        found[iou] = matchings.over_classes(pooled, average_precision)
+
+    # The mean over the IoUs, of every class and in every resample.
+    averaged = [found[iou] for iou in MAP_IOUS]
+    values = {}
+    for index in matchings.present:
+        values[index] = float(np.mean([of_iou["values"][index] for of_iou in averaged]))
+    resampled = []
+    for b in range(len(matchings.resamples)):
+        sample = {}
+        for index in matchings.present:
+            of_ious = [of_iou["resampled"][b][index] for of_iou in averaged]
+            sample[index] = float(np.mean(of_ious))
+        resampled.append(sample)
+    mean = {"values": values, "resampled": resampled}
     return {
         "ap": {f"{iou:g}": _summary(found[iou], names) for iou in ious},
         "map": {MAP_NAME: _summary(mean, names)},
@@ -208,142 +238,182 @@ def _average_precisions(counting: _Counting, names: Sequence[str]) -> dict[str, 
 
 
 def _summary(figures: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """``mean`` over the classes with objects, ``per_class``, and their intervals."""
+    """Return ``mean`` over the classes with objects, ``per_class``, and their intervals."""
     values, resampled = figures["values"], figures["resampled"]
+    means = [mean_of_present(list(sample.values())) for sample in resampled]
+    per_class, per_class_ci = {}, {}
+    for index, value in values.items():
+        per_class[names[index]] = _finite_or_none(value)
+        per_class_ci[names[index]] = _interval_list([sample[index] for sample in resampled])
     return {
-        "mean": _plain(mean_of_present(list(values.values()))),
-        "ci95": _range([mean_of_present(list(sample.values())) for sample in resampled]),
-        "per_class": {names[p]: _plain(v) for p, v in values.items()},
-        "per_class_ci95": {names[p]: _range([sample[p] for sample in resampled]) for p in values},
+        "mean": _finite_or_none(mean_of_present(list(values.values()))),
+        "ci95": _interval_list(means),
+        "per_class": per_class,
+        "per_class_ci95": per_class_ci,
     }
 
 
-def _froc(counting: _Counting, names: Sequence[str]) -> dict[str, Any]:
-    points = counting.settings.fp_per_scan
-    pooled = counting.pooled(counting.settings.hit)
-    curves = {p: froc(found) for p, found in pooled.items()}
-    at = {p: sensitivity_at(curve, points) for p, curve in curves.items()}
-    mean = np.mean(list(at.values()), axis=0).tolist() if at else [None] * len(points)
+def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
+    points, hit = matchings.settings.fp_per_scan, matchings.settings.hit
+    pooled = matchings.pooled(hit)
+    curves = {index: froc(found) for index, found in pooled.items()}
+    sensitivity = {index: sensitivity_at(curve, points) for index, curve in curves.items()}
+    mean: list[Any] = [None] * len(points)
+    if sensitivity:
+        mean = np.mean(list(sensitivity.values()), axis=0).tolist()
 
     def measure(found: Pooled, weights: Floats | None = None) -> float:
         return cpm(found, weights, points)
 
+    operating_points, plain_curves = {}, {}
+    for index, name in enumerate(names):
+        if index in curves:
+            curve = curves[index]
+            of_class = [_operating_point(matchings, pooled[index], curve, p) for p in points]
+            operating_points[name] = of_class
+        else:
+            # A class without objects has a curve too: its sensitivity is null, but its false
+            # positives count for whoever sets a threshold.
+            curve = froc(pool(matchings.matched(index, hit)))
+        plain_curves[name] = {
+            "fp_per_scan": [_finite_or_none(value) for value in curve.fp_per_scan],
+            "sensitivity": [_finite_or_none(value) for value in curve.sensitivity],
+            "threshold": [_finite_or_none(value) for value in curve.threshold],
+        }
     return {
-        "hit": str(counting.settings.hit),
+        "hit": str(hit),
         "fp_per_scan": list(points),
-        "cpm": _summary(counting.over_classes(pooled, measure), names),
+        "cpm": _summary(matchings.over_classes(pooled, measure), names),
         "sensitivity": {
             "mean": mean,
-            "per_class": {names[p]: values.tolist() for p, values in at.items()},
+            "per_class": {names[index]: values.tolist() for index, values in sensitivity.items()},
         },
-        "operating_points": {
-            names[p]: [_operating_point(counting, pooled[p], curve, point) for point in points]
-            for p, curve in curves.items()
-        },
-        "curve": {
-            name: _curve(
-                curves[p] if p in curves else froc(pool(counting.matched(p, counting.settings.hit)))
-            )
-            for p, name in enumerate(names)
-        },
-    }
-
-
-def _curve(curve: Froc) -> dict[str, list[float | None]]:
-    """Of a class without objects, too: its sensitivity is null, but its false positives count for
-    whoever sets a threshold.
-    """
-    return {
-        name: [_plain(value) for value in getattr(curve, name)]
-        for name in ("fp_per_scan", "sensitivity", "threshold")
+        "operating_points": operating_points,
+        "curve": plain_curves,
     }
 
 
 def _operating_point(
-    counting: _Counting, pooled: Pooled, curve: Froc, point: float
+    matchings: _Matchings, pooled: Pooled, curve: Froc, point: float
 ) -> dict[str, Any]:
-    """What the threshold of so many false positives per scan gives, these apart for scans with and
-    without any object.
+    """Return what the threshold of so many false positives per scan gives.
+
+    False positives are listed separately for scans with and without any object.
     """
     threshold = threshold_at([(curve, 1)], point)
-    shown = pooled.scores >= threshold
-    empty = np.array([scan.is_empty for scan in counting.scans])
-    false = np.bincount(pooled.scan[shown & ~pooled.is_hit], minlength=len(empty))
+    is_shown = pooled.scores >= threshold
+    is_empty = np.array([scan.is_empty for scan in matchings.scans])
+    false_scans = pooled.scan[is_shown & ~pooled.is_hit]
+    num_false = np.bincount(false_scans, minlength=len(is_empty))  # (S,)
+    in_positive = float(num_false[~is_empty].mean()) if (~is_empty).any() else None
+    in_empty = float(num_false[is_empty].mean()) if is_empty.any() else None
     return {
         "fp_per_scan_at_most": point,
-        "threshold": _plain(threshold),
-        "sensitivity": float((shown & pooled.is_hit).sum()) / pooled.num_objects,
-        "fp_per_scan": float(false.mean()),
-        "fp_per_positive_scan": float(false[~empty].mean()) if (~empty).any() else None,
-        "fp_per_empty_scan": float(false[empty].mean()) if empty.any() else None,
+        "threshold": _finite_or_none(threshold),
+        "sensitivity": float((is_shown & pooled.is_hit).sum()) / pooled.num_objects,
+        "fp_per_scan": float(num_false.mean()),
+        "fp_per_positive_scan": in_positive,
+        "fp_per_empty_scan": in_empty,
     }
 
 
 def largest_sides_mm(boxes_N6: Floats, scan: ScanBoxes) -> Floats:
-    """(N,) the largest side of each box."""
-    return np.asarray(
-        ((boxes_N6[:, 3:] - boxes_N6[:, :3]) * np.array(scan.spacing_mm)).max(1, initial=0.0)
-    )
+    """Return the largest side of each box, (N,)."""
+    sides_mm = (boxes_N6[:, 3:] - boxes_N6[:, :3]) * np.array(scan.spacing_mm)  # (N, 3)
+    return np.asarray(sides_mm.max(1, initial=0.0))
 
 
-def _sizes(counting: _Counting, names: Sequence[str]) -> dict[str, Any]:
-    """AP and sensitivity by the objects' largest side: other objects are ignored, and so are false
-    positives of other sizes.
+def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
+    """Return AP and sensitivity by the largest side of the objects.
+
+    Objects of other sizes are ignored, and so are false positives of other sizes.
     """
-    true = [largest_sides_mm(s.true_boxes_G6, s) for s in counting.scans]
-    found = [largest_sides_mm(s.boxes_D6, s) for s in counting.scans]
-    counted = np.concatenate(
-        [sides[~s.ignored_G] for sides, s in zip(true, counting.scans, strict=True)]
-    )
-    edges = counting.settings.size_edges_mm
+    true_sides, found_sides, counted = [], [], []
+    for scan in matchings.scans:
+        sides = largest_sides_mm(scan.true_boxes_G6, scan)
+        true_sides.append(sides)
+        counted.append(sides[~scan.ignored_G])
+        found_sides.append(largest_sides_mm(scan.boxes_D6, scan))
+    all_counted = np.concatenate(counted)
+
+    edges = matchings.settings.size_edges_mm
     if edges is None:
-        thirds = (
-            np.percentile(counted, [100 / 3, 200 / 3]) if len(counted) >= FEWEST_FOR_STRATA else []
-        )
-        edges = tuple(sorted({round(float(v), 1) for v in thirds} - {0.0}))
+        thirds: Any = []
+        if len(all_counted) >= FEWEST_FOR_STRATA:
+            thirds = np.percentile(all_counted, [100 / 3, 200 / 3])
+        rounded = {round(float(value), 1) for value in thirds}
+        edges = tuple(sorted(rounded - {0.0}))
+
     strata = []
     for low, high in zip((0.0, *edges), (*edges, math.inf), strict=True) if edges else ():
-        other_objects, other_found = (
-            [(sides < low) | (sides >= high) for sides in boxes] for boxes in (true, found)
-        )
-        strata.append(_stratum(counting, names, (low, high), other_objects, other_found))
-    return {"measure": "largest side, mm", "hit": str(counting.settings.hit), "strata": strata}
+        ignored = []
+        for of_true, of_found in zip(true_sides, found_sides, strict=True):
+            ignored.append(
+                {
+                    "ignored_objects": (of_true < low) | (of_true >= high),
+                    "ignored_if_unmatched": (of_found < low) | (of_found >= high),
+                }
+            )
+        strata.append(_stratum(matchings, names, (low, high), ignored))
+    hit = str(matchings.settings.hit)
+    return {"measure": "largest side, mm", "hit": hit, "strata": strata}
 
 
 def _stratum(
-    counting: _Counting,
+    matchings: _Matchings,
     names: Sequence[str],
     ends: tuple[float, float],
-    other_objects: Sequence[Bools],
-    other_found: Sequence[Bools],
+    ignored: Sequence[dict[str, Bools]],
 ) -> dict[str, Any]:
     per_class = {}
-    for place in counting.places:
-        excused = [
-            {"excused_objects": g, "excused_if_unmatched": d}
-            for g, d in zip(other_objects, other_found, strict=True)
-        ]
-        pooled = pool(counting.matched(place, counting.settings.hit, excused))
+    for index in matchings.present:
+        pooled = pool(matchings.matched(index, matchings.settings.hit, ignored))
         if pooled.num_objects:
-            per_class[names[place]] = {
+            per_class[names[index]] = {
                 "objects": pooled.num_objects,
                 "ap": average_precision(pooled),
                 "sensitivity": float(pooled.is_hit.sum()) / pooled.num_objects,
             }
     return {
         "from_mm": ends[0],
-        "to_mm": _plain(ends[1]),
-        "objects": sum(v["objects"] for v in per_class.values()),
-        "mean_ap": _plain(mean_of_present([v["ap"] for v in per_class.values()])),
+        "to_mm": _finite_or_none(ends[1]),
+        "objects": sum(of_class["objects"] for of_class in per_class.values()),
+        "mean_ap": _finite_or_none(mean_of_present([v["ap"] for v in per_class.values()])),
         "per_class": per_class,
     }
 
 
-def _plain(value: float) -> float | None:
-    """A number that JSON knows: None for NaN and infinity."""
+def _finite_or_none(value: float) -> float | None:
+    """Return a number that JSON knows: None for NaN and infinity."""
     return float(value) if math.isfinite(value) else None
 
 
-def _range(values: Sequence[float]) -> list[float] | None:
+def _interval_list(values: Sequence[float]) -> list[float] | None:
     found = interval(values)
     return list(found) if found else None
+
+
+def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, float]:
+    """Return AP at IoU 0.1 and 0.5 and the mean AP from 0.1 to 0.5, as training needs them.
+
+    They are means over the classes that occur, and 0 where none does.
+    """
+    present = []
+    for index in range(num_classes):
+        if any(((s.true_classes_G == index) & ~s.ignored_G).any() for s in scans):
+            present.append(index)
+
+    by_iou = {}
+    for iou in MAP_IOUS:
+        rule = HitRule("iou", iou)
+        of_classes = []
+        for index in present:
+            matched = [match_scan(scan, index, rule) for scan in scans]
+            of_classes.append(average_precision(pool(matched)))
+        by_iou[iou] = mean_of_present(of_classes)
+    found = {
+        "ap_0.1": by_iou[0.1],
+        "ap_0.5": by_iou[0.5],
+        f"map_{MAP_NAME}": float(np.mean(list(by_iou.values()))),
+    }
+    return {name: float(np.nan_to_num(value)) for name, value in found.items()}

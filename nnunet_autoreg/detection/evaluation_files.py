@@ -1,5 +1,6 @@
-"""What an evaluation leaves behind beside its JSON: a row per object and detection, the FROC curve,
-and some scans with boxes.
+"""The files of an evaluation beside its JSON: a table, the FROC curve, and some scans with boxes.
+
+The table has a row per object and detection.
 """
 
 import csv
@@ -15,7 +16,7 @@ from nnunet_autoreg.detection.evaluate import EvaluationSettings, largest_sides_
 from nnunet_autoreg.detection.geometry import Frame
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.matching import ScanBoxes, match_scan, overlaps
-from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.records import atomic_path, to_cell
 
 COLUMNS = (
     "scan",
@@ -34,14 +35,16 @@ COLUMNS = (
 TRUE, HIT, FALSE, OTHER = "limegreen", "deepskyblue", "tomato", "0.7"
 MOST_SCANS, SLICES = 4, 3
 LEAST_FP, MOST_FP = 0.05, 16.0
-
-Rows = Iterator[dict[str, Any]]
+IGNORED = "excused"
+"""What the table calls a detection that is neither a hit nor false."""
 
 
 @dataclass(frozen=True)
 class Background:
-    """What boxes are drawn on: an image (Z, Y, X), and whether its rows and columns run against the
-    usual view (anterior up, the patient's right on the left).
+    """Hold the image (Z, Y, X) that boxes are drawn on, and how to show it.
+
+    ``flip_y`` and ``flip_x`` are set where rows and columns run against the usual view: anterior
+    up, and the patient's right on the left.
     """
 
     array_ZYX: NDArray[Any]  # noqa: N815
@@ -50,8 +53,9 @@ class Background:
 
 
 def background(array_ZYX: NDArray[Any], frame: Frame | None) -> Background:
-    """Turned to the usual view as far as the stored slices are axial; as stored where they are not,
-    or nothing is known.
+    """Return an image turned to the usual view, if the stored slices are axial.
+
+    If they are not, or their orientation is not known, it is shown as stored.
     """
     if frame is None:
         return Background(array_ZYX)
@@ -67,82 +71,72 @@ def write_rows(
     classes: Sequence[ObjectClass],
     settings: EvaluationSettings,
 ) -> None:
-    """A CSV with every detection (hit, false, excused, or beyond the most that count) and every
-    object missed or ignored.
+    """Write a CSV with every detection and every object that was missed or ignored.
+
+    A detection is a hit, false, excused, or beyond the most that count.
     """
     with (
         atomic_path(file) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as handle,
     ):
-        writer = csv.DictWriter(handle, COLUMNS)
-        writer.writeheader()
+        writer = csv.writer(handle)
+        writer.writerow(COLUMNS)
         for scan in scans:
-            for place, kind in enumerate(classes):
-                writer.writerows(_rows(scan, place, kind.name, settings))
+            for class_index, kind in enumerate(classes):
+                for row in _rows(scan, class_index, kind.name, settings):
+                    # Names may begin with a sign that a spreadsheet takes for a formula.
+                    writer.writerow([to_cell(cell) for cell in row])
 
 
 def outcomes(
-    scan: ScanBoxes, place: int, settings: EvaluationSettings
+    scan: ScanBoxes, class_index: int, settings: EvaluationSettings
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """What became of every detection (hit, false, excused, beyond) and every object (found, missed,
-    ignored) of a class, by number.
+    """Return the outcome of every detection and of every object of a class, by index.
+
+    Detections are hit, false, excused or beyond, objects are found, missed or ignored.
     """
     matched = match_scan(
         scan,
-        place,
+        class_index,
         settings.hit,
         duplicates=settings.duplicates,
         max_detections=settings.max_detections,
     )
-    of_found = {int(d): "beyond" for d in np.flatnonzero(scan.places_D == place)}
-    for d, target, excused in zip(
-        matched.detections, matched.object_of, matched.excused, strict=True
-    ):
-        of_found[int(d)] = "excused" if excused else "hit" if target >= 0 else "false"
-    reached = set(matched.object_of.tolist())
-    of_true = {
-        int(g): "ignored" if scan.ignored_G[g] else "found" if int(g) in reached else "missed"
-        for g in np.flatnonzero(scan.true_places_G == place)
-    }
+    of_found = {int(d): "beyond" for d in np.flatnonzero(scan.classes_D == class_index)}
+    for n, d in enumerate(matched.detections):
+        outcome = "hit" if matched.object_of[n] >= 0 else "false"
+        of_found[int(d)] = IGNORED if matched.ignored[n] else outcome
+
+    found_objects = set(matched.object_of.tolist())
+    of_true = {}
+    for g in np.flatnonzero(scan.true_classes_G == class_index).tolist():
+        outcome = "found" if g in found_objects else "missed"
+        of_true[g] = "ignored" if scan.ignored_G[g] else outcome
     return of_found, of_true
 
 
-def _rows(scan: ScanBoxes, place: int, name: str, settings: EvaluationSettings) -> Rows:
-    of_found, of_true = outcomes(scan, place, settings)
-    overlap = overlaps(scan.boxes_D6, scan.true_boxes_G6)[:, scan.true_places_G == place]
+def _rows(
+    scan: ScanBoxes, class_index: int, name: str, settings: EvaluationSettings
+) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of a class in one scan, the detections first, by score."""
+    of_found, of_true = outcomes(scan, class_index, settings)
+    is_own = scan.true_classes_G == class_index
+    overlap = overlaps(scan.boxes_D6, scan.true_boxes_G6)[:, is_own]  # (D, own objects)
     sides = largest_sides_mm(scan.boxes_D6, scan)
     for d in sorted(of_found, key=lambda d: -scan.scores_D[d]):
-        best = f"{overlap[d].max(initial=0.0):.4f}"
-        yield _row(
-            scan.name,
-            name,
-            of_found[d],
-            scan.boxes_D6[d],
-            sides[d],
-            f"{scan.scores_D[d]:.6g}",
-            best,
-        )
+        score, best = f"{scan.scores_D[d]:.6g}", f"{overlap[d].max(initial=0.0):.4f}"
+        edges = (f"{v:.4g}" for v in scan.boxes_D6[d])
+        yield (scan.name, name, of_found[d], score, best, f"{sides[d]:.3f}", *edges)
+
     sides = largest_sides_mm(scan.true_boxes_G6, scan)
-    for g, what in of_true.items():
-        if what != "found":
-            yield _row(scan.name, name, what, scan.true_boxes_G6[g], sides[g])
-
-
-def _row(
-    scan: str,
-    kind: str,
-    what: str,
-    box: NDArray[np.float64],
-    side_mm: float,
-    score: str = "",
-    iou: str = "",
-) -> dict[str, Any]:
-    values = (scan, kind, what, score, iou, f"{side_mm:.3f}", *(f"{v:.4g}" for v in box))
-    return dict(zip(COLUMNS, values, strict=True))
+    for g, outcome in of_true.items():
+        if outcome != "found":
+            edges = (f"{v:.4g}" for v in scan.true_boxes_G6[g])
+            yield (scan.name, name, outcome, "", "", f"{sides[g]:.3f}", *edges)
 
 
 def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
-    """The curves of all classes, and the operating points of their mean."""
+    """Draw the curves of all classes, and the operating points of their mean."""
     figure = _figure((7.4, 5.2))
     axis = figure.subplots()
     froc = results["froc"]
@@ -150,8 +144,8 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
         if name in results["absent_classes"]:
             continue
         x = np.clip(np.array(curve["fp_per_scan"]), LEAST_FP, None)
-        # The last point holds for any larger number of false positives: the detector has nothing
-        # more to say.
+        # The last point holds for any larger number of false positives, because the detector has no
+        # further box.
         axis.step(
             [*x, MOST_FP],
             [*curve["sensitivity"], curve["sensitivity"][-1]],
@@ -159,6 +153,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
             linewidth=1.3,
             label=f"{name}, {results['classes'][name]['objects']} objects",
         )
+
     mean = froc["sensitivity"]["mean"]
     if None not in mean:
         axis.plot(
@@ -169,6 +164,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
             linewidth=1,
             label=f"mean, CPM {froc['cpm']['mean']:.3f}",
         )
+
     axis.set_xscale("log", base=2)
     axis.set(
         xlim=(LEAST_FP, MOST_FP),
@@ -187,17 +183,18 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
 
 
 def thresholds(results: Mapping[str, Any], classes: Sequence[ObjectClass]) -> list[float]:
-    """By class the score threshold of about 1 false positive per scan, from the nearest operating
-    point; 0 without objects.
+    """Return by class the score threshold of about 1 false positive per scan.
+
+    It is that of the nearest operating point, and 0 without objects.
     """
     found = []
     for kind in classes:
         points = results["froc"]["operating_points"].get(kind.name, [])
-        nearest = min(
-            points, key=lambda point: abs(np.log(point["fp_per_scan_at_most"])), default=None
-        )
-        known = nearest is not None and nearest["threshold"] is not None
-        found.append(float(nearest["threshold"]) if nearest is not None and known else 0.0)
+        threshold = None
+        if points:
+            nearest = min(points, key=lambda point: abs(np.log(point["fp_per_scan_at_most"])))
+            threshold = nearest["threshold"]
+        found.append(0.0 if threshold is None else float(threshold))
     return found
 
 
@@ -209,8 +206,7 @@ def draw_scans(
     settings: EvaluationSettings,
     least_scores: Sequence[float],
 ) -> None:
-    """Slices of some scans, through true objects first, with true and found boxes; one row per
-    scan.
+    """Draw slices of some scans with true and found boxes, one row of slices per scan.
 
     Args:
         backgrounds: by scan; scans without one are not drawn.
@@ -220,20 +216,22 @@ def draw_scans(
     figure = _figure((3.4 * SLICES, 3.5 * max(1, len(shown)) + 0.6))
     axes = figure.subplots(max(1, len(shown)), SLICES, squeeze=False)
     for row, scan in zip(axes, shown, strict=False):
-        for axis, z in zip(
-            row, pick_slices(scan, backgrounds[scan.name].array_ZYX.shape[0]), strict=True
-        ):
-            _draw_slice(axis, scan, backgrounds[scan.name], z, classes, settings, least_scores)
+        on = backgrounds[scan.name]
+        for axis, z in zip(row, pick_slices(scan, on.array_ZYX.shape[0]), strict=True):
+            _draw_slice(axis, scan, on, z, classes, settings, least_scores)
     figure.suptitle(
         f"green: true, blue: found (hit rule {settings.hit}), red: false, grey: does not count; "
-        "the score beside the box",
+        "the score is beside the box",
         fontsize=10,
     )
     _save(figure, picture, 100)
 
 
 def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
-    """At most four, spread evenly over the list; one without objects at most, and that last."""
+    """Return at most four scans, spread evenly over the list.
+
+    At most one of them has no objects, and that is the last.
+    """
     empty = [scan for scan in scans if not len(scan.true_boxes_G6)][:1]
     most = MOST_SCANS - len(empty)
     full = [scan for scan in scans if len(scan.true_boxes_G6)]
@@ -243,8 +241,10 @@ def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
 
 
 def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
-    """Three slices: through the middles of objects spread over z, through their quarters too if
-    they are few; of detections, where there is no object; of the image, where neither.
+    """Return three slices through the middles of objects spread over z.
+
+    If there are few objects, slices go through their quarters too. Without objects, they go through
+    detections, and without those through the image.
     """
     boxes = scan.true_boxes_G6 if len(scan.true_boxes_G6) else scan.boxes_D6
     if not len(boxes):
@@ -252,19 +252,18 @@ def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
     known = _cuts(boxes, (0.5,))
     if len(known) < SLICES:
         known = _cuts(boxes, (0.25, 0.5, 0.75))
-    places = (
-        np.linspace(0, len(known) - 1, SLICES + 2)[1:-1]
-        if len(known) > SLICES
-        else np.arange(SLICES) % len(known)
-    )
-    return sorted(int(np.clip(known[round(float(p))], 0, depth - 1)) for p in places)
+
+    if len(known) > SLICES:
+        chosen = np.linspace(0, len(known) - 1, SLICES + 2)[1:-1]
+    else:
+        chosen = np.arange(SLICES) % len(known)
+    return sorted(int(np.clip(known[round(float(i))], 0, depth - 1)) for i in chosen)
 
 
 def _cuts(boxes_N6: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.float64]:
-    """The slices at these shares of the boxes' depth, each once."""
-    return np.unique(
-        np.floor([z0 + share * (z1 - z0) for z0, z1 in boxes_N6[:, (0, 3)] for share in shares])
-    )
+    """Return the slices at these shares of the boxes' depth, each once."""
+    z0, z1 = boxes_N6[:, 0, None], boxes_N6[:, 3, None]
+    return np.unique(np.floor(z0 + np.array(shares) * (z1 - z0)))
 
 
 def _draw_slice(
@@ -289,25 +288,21 @@ def _draw_slice(
         aspect=y_mm / x_mm,
         extent=(0, width, height, 0),
     )
-    axis.set(
-        xlim=(width, 0) if on.flip_x else (0, width), ylim=(0, height) if on.flip_y else (height, 0)
-    )
-    for place in range(len(classes)):
-        of_found, of_true = outcomes(scan, place, settings)
-        for g, what in of_true.items():
-            _draw_box(axis, scan.true_boxes_G6[g], z, OTHER if what == "ignored" else TRUE, "", 2.6)
-        for d, what in of_found.items():
-            if scan.scores_D[d] >= least_scores[place]:
-                colour = {"hit": HIT, "false": FALSE}.get(what, OTHER)
-                _draw_box(
-                    axis,
-                    scan.boxes_D6[d],
-                    z,
-                    colour,
-                    f"{classes[place].name} {scan.scores_D[d]:.2f}",
-                    1.2,
-                    is_below=what != "hit",
-                )
+    xlim = (width, 0) if on.flip_x else (0, width)
+    ylim = (0, height) if on.flip_y else (height, 0)
+    axis.set(xlim=xlim, ylim=ylim)
+
+    for class_index, kind in enumerate(classes):
+        of_found, of_true = outcomes(scan, class_index, settings)
+        for g, outcome in of_true.items():
+            colour = OTHER if outcome == "ignored" else TRUE
+            _draw_box(axis, scan.true_boxes_G6[g], z, colour, "", 2.6)
+        for d, outcome in of_found.items():
+            score = scan.scores_D[d]
+            if score >= least_scores[class_index]:
+                colour = {"hit": HIT, "false": FALSE}.get(outcome, OTHER)
+                text, is_below = f"{kind.name} {score:.2f}", outcome != "hit"
+                _draw_box(axis, scan.boxes_D6[d], z, colour, text, 1.2, is_below)
     axis.set_title(f"{scan.name}, z {z}", fontsize=8)
     axis.axis("off")
 
@@ -321,22 +316,20 @@ def _draw_box(
     width: float,
     is_below: bool = False,
 ) -> None:
-    """A box where it crosses slice ``z``, its text above it, or below: hits and false ones on the
-    same object stay readable.
+    """Draw a box where it crosses slice ``z``, with its text above or below it.
+
+    So hits and false ones on the same object stay readable.
     """
     from matplotlib.patches import Rectangle
 
     z0, y0, x0, z1, y1, x1 = box
     if not z0 <= z + 0.5 < z1:
         return
-    axis.add_patch(
-        Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width)
-    )
+    rectangle = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width)
+    axis.add_patch(rectangle)
     if text:
-        left, foot = (
-            x1 if axis.xaxis_inverted() else x0,
-            y1 if axis.yaxis_inverted() == is_below else y0,
-        )
+        left = x1 if axis.xaxis_inverted() else x0
+        foot = y1 if axis.yaxis_inverted() == is_below else y0
         axis.annotate(
             text,
             (left, foot),

@@ -1,5 +1,6 @@
-"""The two folders of an evaluation: what is there, as label maps, instance maps or boxes, and what
-was found, a file per scan.
+"""The two folders of an evaluation: true objects, and detections.
+
+True objects are label maps, instance maps or boxes; detections are one file per scan.
 """
 
 import logging
@@ -25,31 +26,30 @@ from nnunet_autoreg.detection.instances import (
     read_rules,
     read_true_boxes,
 )
-from nnunet_autoreg.detection.matching import ScanBoxes
+from nnunet_autoreg.detection.matching import ScanBoxes, mask_overlaps, scan_of_instances
 from nnunet_autoreg.detection.scanfile import is_scan_file, read_scan_file
-from nnunet_autoreg.detection.score import mask_overlaps, scan_of_instances
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
 from nnunet_autoreg.io.names import IMAGE_ENDINGS, natural_key, strip_ending
 from nnunet_autoreg.records import MEND_YOURS, read_json
 
 DATASET_FILE = "dataset.json"
 MARKUP = ".mrk"
-WRITTEN_BESIDE = (MARKUP, "_boxes", "_instances")
-"""What autoreg_detect's other files of a scan are called after its name."""
+OTHER_RESULTS = (MARKUP, "_boxes", "_instances")
+"""What follows a scan's name in the names of autoreg_detect's other files."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """How the true objects are read.
+    """Define how the true objects are read.
 
     Attributes:
         folder: of the files.
         classes: what is scored.
         rules: how label maps become objects.
         ignore_label: value of voxels where nothing counts.
-        other_labels: values that are there and not scored.
+        other_labels: values that exist and are not scored.
     """
 
     folder: Path
@@ -60,14 +60,15 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The detections of a scan, as far as they are scored; their whole files would not fit into
-    memory for thousands of scans.
+class ScanDetections:
+    """Hold the detections of a scan, as far as they are scored.
+
+    Their whole files would not fit into memory for thousands of scans.
 
     Attributes:
         frame: where the scan lies.
-        boxes_N6, labels_N, scores_N, ids_N: voxel edges, nnU-Net's label values, scores and numbers
-            in the file.
+        boxes_N6, labels_N, scores_N, ids_N: voxel edges, nnU-Net's label values, scores and ids in
+            the file.
     """
 
     frame: Frame
@@ -76,10 +77,10 @@ class Found:
     scores_N: NDArray[np.float64]  # noqa: N815
     ids_N: NDArray[np.int64]  # noqa: N815
 
-    def only(self, labels: Sequence[int]) -> "Found":
-        """Those of some labels."""
+    def only(self, labels: Sequence[int]) -> "ScanDetections":
+        """Return those of some labels."""
         kept = np.isin(self.labels_N, labels)
-        return Found(
+        return ScanDetections(
             self.frame,
             self.boxes_N6[kept],
             self.labels_N[kept],
@@ -90,7 +91,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Folders:
-    """Scans that both folders know, and those that only one does.
+    """Hold the scans that both folders have, and the names of those that only one has.
 
     Attributes:
         scans: what is scored, in natural order of the names.
@@ -106,22 +107,27 @@ class Folders:
     unknown: tuple[str, ...]
 
 
-def read_found(folder: Path) -> tuple[dict[str, Found], dict[str, int]]:
-    """Every file of detections in a folder, by name of the scan; and name -> label of the classes
-    that could have been found.
+def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]:
+    """Read every file of detections in a folder.
+
+    Returns:
+        The detections by name of the scan, and name -> label of the detector's classes.
 
     Raises:
-        UsageError: no folder, or none in it.
-        ObjectsError: a file that is none, or files that disagree about the classes.
+        UsageError: no folder, or no file of detections in it.
+        ObjectsError: a damaged file, or files that disagree about the classes.
     """
     if not folder.is_dir():
-        raise UsageError(f"-p {folder} is no folder; give the folder that autoreg_detect wrote")
-    candidates = (
-        f
-        for f in folder.glob("*.json")
-        if not f.name.startswith(".") and not f.name.endswith(f"{MARKUP}.json")
-    )
-    found: dict[str, Found] = {}
+        raise UsageError(
+            f"-p {folder} is not a folder; give the folder that autoreg_detect wrote",
+            code="detections-no-folder",
+        )
+    candidates = []
+    for file in folder.glob("*.json"):
+        if not file.name.startswith(".") and not file.name.endswith(f"{MARKUP}.json"):
+            candidates.append(file)
+
+    found: dict[str, ScanDetections] = {}
     classes: dict[str, int] = {}
     others = []
     for file in sorted(candidates, key=lambda f: natural_key(f.name)):
@@ -131,30 +137,31 @@ def read_found(folder: Path) -> tuple[dict[str, Found], dict[str, int]]:
         record, name = read_scan_file(file), file.stem
         classes = classes or record.classes
         if record.classes != classes:
-            other = f"{next(iter(found))} has {classes}"
             raise ObjectsError(
-                f"{folder}: {name} has the classes {record.classes}, {other}; detect them with one "
-                "model"
+                f"{folder}: {name} has the classes {record.classes}, {next(iter(found))} has "
+                f"{classes}; detect them with one model",
+                code="detections-other-classes",
             )
         boxes = record.boxes
-        found[name] = Found(
-            record.frame,
-            np.array([box.box_zyx for box in boxes], dtype=np.float64).reshape(-1, 6),
-            np.array([box.label for box in boxes], dtype=np.int64),
-            np.array([box.score for box in boxes]),
-            np.array([box.id for box in boxes], dtype=np.int64),
+        found[name] = ScanDetections(
+            frame=record.frame,
+            boxes_N6=np.array([box.box_zyx for box in boxes], dtype=np.float64).reshape(-1, 6),
+            labels_N=np.array([box.label for box in boxes], dtype=np.int64),
+            scores_N=np.array([box.score for box in boxes]),
+            ids_N=np.array([box.id for box in boxes], dtype=np.int64),
         )
     if others:
         log.info(
-            "%d JSON files of %s are no detections and left out: %s",
+            "%d JSON files of %s are not detections and are left out: %s",
             len(others),
             folder,
-            _some(others),
+            _first_names(others),
         )
     if not found:
         raise UsageError(
             f"-p {folder} holds no file of detections (*.json); give the folder that "
-            "autoreg_detect wrote"
+            "autoreg_detect wrote",
+            code="detections-none",
         )
     return found, classes
 
@@ -167,32 +174,36 @@ def read_classes(
     min_voxels: int | None = None,
     connectivity: int | None = None,
 ) -> Truth:
-    """What is scored: by dataset.json, given or beside the folder of the truth; without one, the
-    classes that the detector knows.
+    """Return what is scored, by a dataset.json.
+
+    It is the given one, or the one in or beside the folder of the truth. Without one, the
+    detector's classes are scored.
 
     Args:
-        found: name -> label of the classes that could have been found.
+        found: name -> label of the detector's classes.
         wanted: names of those to score; all if empty.
         min_voxels, connectivity: instead of dataset.json's.
 
     Raises:
-        UsageError: no such folder, or a class that is not there.
-        PlanError: a dataset.json that cannot be.
+        UsageError: no such folder, or a class that does not exist.
+        PlanError: an impossible dataset.json.
     """
     if not folder.is_dir():
         raise UsageError(
-            f"-g {folder} is no folder; give a folder of label maps, instance maps or boxes"
+            f"-g {folder} is not a folder; give a folder of label maps, instance maps or boxes",
+            code="truth-no-folder",
         )
-    places = (
-        [dataset_file]
-        if dataset_file
-        else [p for p in (folder / DATASET_FILE, folder.parent / DATASET_FILE) if p.is_file()]
-    )
-    dataset: dict[str, Any] = (
-        read_json(places[0], MEND_YOURS) if places else {"labels": {"background": 0, **found}}
-    )
-    where = str(places[0]) if places else "the detections"
+    if dataset_file is None:
+        for candidate in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
+            if candidate.is_file():
+                dataset_file = candidate
+                break
+    dataset: dict[str, Any] = {"labels": {"background": 0, **found}}
+    if dataset_file is not None:
+        dataset = read_json(dataset_file, MEND_YOURS)
+    where = str(dataset_file) if dataset_file else "the detections"
     log.info("classes from %s", where)
+
     rules = read_rules(dataset, where)
     rules = replace(
         rules,
@@ -201,255 +212,256 @@ def read_classes(
     )
     every = object_classes(dataset, rules, where)
     _compare_classes(every, found, where)
-    chosen = _choose(every, wanted)
-    values = {
-        int(v)
-        for value in dataset["labels"].values()
-        for v in (value if isinstance(value, list) else [value])
-    }
+    known = {kind.name: kind for kind in every}
+    for name in wanted:
+        if name not in known:
+            raise UsageError(
+                f"--classes {name}: there is no such class; {did_you_mean(name, known)}",
+                code="evaluation-unknown-class",
+            )
+    chosen = tuple(kind for kind in every if not wanted or kind.name in wanted)
+
     ignored = ignore_value(dataset)
-    others = values - {v for kind in chosen for v in kind.values} - {0, ignored}
+    others = set()
+    for value in dataset["labels"].values():
+        others.update(int(v) for v in (value if isinstance(value, list) else [value]))
+    others -= {0, ignored}
+    for kind in chosen:
+        others -= set(kind.values)
     return Truth(folder, chosen, rules, ignored, tuple(sorted(others)))
 
 
 def _compare_classes(every: Sequence[ObjectClass], found: Mapping[str, int], where: str) -> None:
+    """Refuse detections of other classes than the truth has, and warn about classes they lack."""
     known = {kind.name: kind.label for kind in every}
     for name, label in found.items():
         if name in known and known[name] != label:
             raise ObjectsError(
                 f"class '{name}' has label {known[name]} in {where} and {label} in the detections; "
-                "give the dataset.json "
-                "they were made with"
+                "give the dataset.json they were made with",
+                code="detections-other-label",
             )
-    strangers = sorted(set(found) - set(known))
-    if strangers:
+    unknown = sorted(set(found) - set(known))
+    if unknown:
         raise ObjectsError(
-            f"the detections know a class '{strangers[0]}' that {where} does not; "
-            f"{did_you_mean(strangers[0], known)}"
+            f"the detections have a class '{unknown[0]}' that {where} does not have; "
+            f"{did_you_mean(unknown[0], known)}",
+            code="detections-unknown-class",
         )
-    if missed := [name for name in known if name not in found]:
+    missed = [name for name in known if name not in found]
+    if missed:
         log.warning(
-            "the detector does not know %s: every such object counts as missed; --classes leaves "
-            "them out",
+            "the detector does not know %s, so that every such object counts as missed; leave them "
+            "out with --classes",
             ", ".join(missed),
         )
 
 
-def _choose(every: Sequence[ObjectClass], wanted: Sequence[str]) -> tuple[ObjectClass, ...]:
-    known = {kind.name: kind for kind in every}
-    for name in wanted:
-        if name not in known:
-            raise UsageError(
-                f"--classes {name}: there is no such class; {did_you_mean(name, known)}"
-            )
-    return tuple(kind for kind in every if not wanted or kind.name in wanted)
-
-
 def gather(
     truth: Truth,
-    found: Mapping[str, Found],
+    found: Mapping[str, ScanDetections],
     with_undetected: bool = False,
     masks: Path | None = None,
 ) -> Folders:
-    """Read the objects of every scan and put its detections beside them.
+    """Read the objects of every scan and combine them with its detections.
 
     Args:
-        with_undetected: a scan without a file of detections counts as one in which nothing was
-            found; else it is left out.
+        with_undetected: a scan without a file of detections counts as one without any detection;
+            else it is left out.
         masks: folder with ``<scan>_instances`` of the detections, if overlaps are to be counted in
             voxels.
 
     Raises:
         UsageError: no scan is in both folders, or voxels are to be counted that are not known.
         ObjectsError: a scan whose truth cannot be read, or whose detections were made on an image
-            of another size or place.
+            of another size or location.
     """
     files = _true_files(truth.folder)
-    both = [name for name in files if name in found]
-    undetected, unknown = (
-        tuple(n for n in files if n not in found),
-        tuple(n for n in found if n not in files),
-    )
-    if not both:
+    if not any(name in found for name in files):
         raise UsageError(
-            f"no scan of -g {truth.folder} ({_some(files)}) has detections in -p ({_some(found)}): "
-            "their names must agree"
+            f"no scan of -g {truth.folder} ({_first_names(files)}) has detections in -p "
+            f"({_first_names(found)}): their names must agree",
+            code="evaluation-no-common-scan",
         )
+    undetected = [name for name in files if name not in found]
+    unknown = [name for name in found if name not in files]
     if undetected:
-        what = (
-            "counted as nothing found"
-            if with_undetected
-            else "left out; --all-scans counts them as nothing found"
-        )
+        what = "left out; --all-scans counts them as scans without a detection"
+        if with_undetected:
+            what = "counted as scans without a detection"
         log.warning(
             "%d scans have true objects and no file of detections (%s): %s",
             len(undetected),
-            _some(undetected),
+            _first_names(undetected),
             what,
         )
     if unknown:
         log.warning(
-            "%d scans have detections and no truth (%s): left out", len(unknown), _some(unknown)
+            "%d scans have detections and no truth (%s): left out",
+            len(unknown),
+            _first_names(unknown),
         )
-    names = [name for name in files if name in found or with_undetected]
-    read = {name: _read_scan(name, files[name], truth, found.get(name), masks) for name in names}
-    frames = {name: frame for name, (_, frame) in read.items()}
-    return Folders(
-        tuple(scan for scan, _ in read.values()),
-        frames,
-        {name: files[name] for name in names},
-        undetected,
-        unknown,
-    )
+
+    scans, frames, true_files = [], {}, {}
+    for name, file in files.items():
+        if name in found or with_undetected:
+            scan, frames[name] = _read_scan(name, file, truth, found.get(name), masks)
+            scans.append(scan)
+            true_files[name] = file
+    return Folders(tuple(scans), frames, true_files, tuple(undetected), tuple(unknown))
 
 
 def _true_files(folder: Path) -> dict[str, Path]:
-    """Case -> its image, or its JSON where there is no image; without what autoreg_detect writes
-    beside a file of detections.
+    """Return case -> its image, or its JSON file where there is no image.
+
+    What autoreg_detect writes beside a file of detections is left out.
     """
-    files = {
-        f.name.removesuffix(".json"): f
-        for f in folder.glob("*.json")
-        if f.name != DATASET_FILE and not f.name.startswith(".")
-    }
-    files |= {
-        strip_ending(f.name): f
-        for f in folder.iterdir()
-        if f.name.lower().endswith(IMAGE_ENDINGS) and not f.name.startswith(".")
-    }
+    files, images = {}, {}
+    for file in folder.iterdir():
+        if file.name.startswith("."):
+            continue
+        if file.suffix == ".json" and file.name != DATASET_FILE:
+            files[file.name.removesuffix(".json")] = file
+        elif file.name.lower().endswith(IMAGE_ENDINGS):
+            images[strip_ending(file.name)] = file
+    files |= images
     if not files:
         raise UsageError(
-            f"-g {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor *.json"
+            f"-g {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor *.json; give the "
+            "folder of the true objects",
+            code="truth-empty",
         )
-    drawn = [
-        name
-        for name in files
-        if any(
-            _is_detections(folder / f"{name.removesuffix(end)}.json")
-            for end in WRITTEN_BESIDE
-            if name.endswith(end)
-        )
-    ]
+
+    drawn = []
+    for name in files:
+        for end in OTHER_RESULTS:
+            detections = folder / f"{name.removesuffix(end)}.json"
+            if name.endswith(end) and detections.is_file() and is_scan_file(detections):
+                drawn.append(name)
+                break
     if drawn:
         log.info(
             "-g %s: %d files that autoreg_detect wrote beside its detections are left out: %s",
             folder,
             len(drawn),
-            _some(drawn),
+            _first_names(drawn),
         )
     return {name: files[name] for name in sorted(set(files) - set(drawn), key=natural_key)}
 
 
-def _is_detections(file: Path) -> bool:
-    return file.is_file() and is_scan_file(file)
-
-
 def _read_scan(
-    name: str, file: Path, truth: Truth, found: Found | None, masks: Path | None
+    name: str, file: Path, truth: Truth, found: ScanDetections | None, masks: Path | None
 ) -> tuple[ScanBoxes, Frame]:
-    """The scan in the array of its detections, and where that lies; as stored, where there is no
-    file of detections.
+    """Return a scan in the array of its detections, and where that lies.
+
+    Without a file of detections, it is the array as stored.
     """
     array, frame = None, found.frame if found else None
     if file.suffix != ".json":
         array, frame = read_array(file) if frame is None else (read_onto(file, frame), frame)
     if frame is None:
         raise ObjectsError(
-            f"{file}: without detections the voxel size of this scan is not known; leave out "
-            "--all-scans"
+            f"{file}: the voxel size of this scan is not known without detections; leave out "
+            "--all-scans",
+            code="truth-without-spacing",
         )
+
     instances = _instances(file, array, truth, frame)
     # In an instance map the ignore label is the number of an object.
-    uncounted = (
-        None
-        if array is None or truth.ignore_label is None or _beside(file).is_file()
-        else array == truth.ignore_label
-    )
-    scored = (found or _nothing(frame)).only([kind.label for kind in truth.classes])
+    is_label_map = array is not None and not _json_beside(file).is_file()
+    uncounted = None
+    if is_label_map and truth.ignore_label is not None:
+        uncounted = array == truth.ignore_label
+
+    if found is None:
+        no_ids = np.zeros(0, np.int64)
+        found = ScanDetections(frame, np.zeros((0, 6)), no_ids, np.zeros(0), no_ids)
+    scored = found.only([kind.label for kind in truth.classes])
+    index_of = {kind.label: index for index, kind in enumerate(truth.classes)}
+    class_indices = [index_of[label] for label in scored.labels_N.tolist()]
     scan = scan_of_instances(
         name,
         frame.spacing_mm,
         instances,
-        (scored.boxes_N6, _places(scored, truth), scored.scores_N),
+        (scored.boxes_N6, class_indices, scored.scores_N),
         uncounted,
     )
-    return (
-        scan
-        if masks is None
-        else replace(scan, mask_overlap_DG=_mask_overlaps(scan, instances, scored, masks))
-    ), frame
+    if masks is not None:
+        overlap = _mask_overlaps(scan, instances, scored, masks)
+        scan = replace(scan, mask_overlap_DG=overlap)
+    return scan, frame
 
 
 def _mask_overlaps(
-    scan: ScanBoxes, instances: Instances, scored: Found, masks: Path
+    scan: ScanBoxes, instances: Instances, scored: ScanDetections, masks: Path
 ) -> NDArray[np.float64]:
-    """(D, G) IoU in voxels; 0 with what is no object but a region that does not count."""
+    """Return the IoU (D, G) in voxels; 0 with a region that does not count, which is no object."""
     if instances.ids_ZYX is None:
         raise UsageError(
-            f"--hit mask: the objects of {scan.name} are known as boxes only; take --hit iou:0.1"
+            f"--hit mask: the objects of {scan.name} are known as boxes only; use --hit iou:0.1",
+            code="mask-boxes-only",
         )
     overlap = np.zeros((len(scan.boxes_D6), len(scan.true_boxes_G6)))
     ids = scored.ids_N.tolist()
-    if ids:
-        files = [
-            f
-            for f in (masks / f"{scan.name}_instances{end}" for end in IMAGE_ENDINGS)
-            if f.is_file()
-        ]
-        if not files:
-            raise UsageError(
-                f"--hit mask: {masks} has no {scan.name}_instances; detect without --no-instances"
-            )
-        drawn = read_onto(files[0], scored.frame)
-        overlap[:, : len(instances.objects)] = mask_overlaps(
-            drawn, ids, instances.ids_ZYX, [o.id for o in instances.objects]
+    if not ids:
+        return overlap
+
+    candidates = [masks / f"{scan.name}_instances{end}" for end in IMAGE_ENDINGS]
+    files = [file for file in candidates if file.is_file()]
+    if not files:
+        raise UsageError(
+            f"--hit mask: {masks} has no {scan.name}_instances; detect without --no-instances",
+            code="mask-no-instances",
         )
-        if undrawn := len(set(ids) - set(np.unique(drawn[drawn != 0]).tolist())):
-            log.warning(
-                "%s: %d of %d boxes have no voxel in %s and hit nothing; --min-score 0 draws low "
-                "scores too",
-                scan.name,
-                undrawn,
-                len(ids),
-                files[0].name,
-            )
+    drawn = read_onto(files[0], scored.frame)
+    true_ids = [item.id for item in instances.objects]
+    overlap[:, : len(true_ids)] = mask_overlaps(drawn, ids, instances.ids_ZYX, true_ids)
+
+    num_undrawn = len(set(ids) - set(np.unique(drawn[drawn != 0]).tolist()))
+    if num_undrawn:
+        log.warning(
+            "%s: %d of %d boxes have no voxel in %s and hit nothing; detect with --min-score 0 to "
+            "draw low scores too",
+            scan.name,
+            num_undrawn,
+            len(ids),
+            files[0].name,
+        )
     return overlap
 
 
 def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Frame) -> Instances:
+    """Return the true objects of a scan; ``array`` is None for boxes alone."""
     if array is None:
         boxes = read_true_boxes(file, truth.classes, frame.shape_vox, truth.other_labels)
-        _check_place(file, frame)
+        _check_location(file, frame)
         return boxes
-    beside = _beside(file)
-    if beside.is_file():
+
+    json_file = _json_beside(file)
+    if json_file.is_file():
+        label_of = labels_of_instances(json_file)
         return known_instances(
-            array,
-            labels_of_instances(beside),
-            truth.classes,
-            truth.rules,
-            str(file),
-            truth.other_labels,
+            array, label_of, truth.classes, truth.rules, str(file), truth.other_labels
         )
-    known = {
-        0,
-        truth.ignore_label,
-        *truth.other_labels,
-        *(v for kind in truth.classes for v in kind.values),
-    }
-    strangers = sorted(set(np.unique(array).tolist()) - known)
-    if strangers:
-        listed = ", ".join(f"{v:g}" for v in strangers[:5])
+
+    known = {0, truth.ignore_label, *truth.other_labels}
+    for kind in truth.classes:
+        known.update(kind.values)
+    unknown = sorted(set(np.unique(array).tolist()) - known)
+    if unknown:
+        listed = ", ".join(f"{v:g}" for v in unknown[:5])
         raise ObjectsError(
-            f"{file} holds the values {listed}, which are no labels; an instance map needs "
-            f"{beside.name} beside it"
+            f"{file} holds the values {listed}, which are not labels; an instance map needs "
+            f"{json_file.name} beside it",
+            code="truth-unknown-values",
         )
     return find_instances(array, truth.classes, truth.rules, str(file))
 
 
-def _check_place(file: Path, onto: Frame) -> None:
-    """Check that true boxes which say where their image lies, as a file of detections does, are of
-    the image that was searched.
+def _check_location(file: Path, onto: Frame) -> None:
+    """Check that true boxes are of the image of the detections, if their file says where it lies.
+
+    A file of detections does.
     """
     data = read_json(file, MEND_YOURS)
     if not {"affine_ras", "shape_zyx"} <= set(data):
@@ -458,31 +470,22 @@ def _check_place(file: Path, onto: Frame) -> None:
         frame = frame_of_affine(np.reshape(data["affine_ras"], (4, 4)), data["shape_zyx"])
     except (TypeError, ValueError) as error:
         raise ObjectsError(
-            f"{file}: affine_ras must be 4 rows of 4 numbers, and shape_zyx 3 numbers ({error})"
+            f"{file}: affine_ras must be 4 rows of 4 numbers, and shape_zyx 3 numbers ({error})",
+            code="truth-affine",
         ) from error
     if same_voxels(file, frame, onto) != AS_STORED:
         raise ObjectsError(
             f"{file}: the axes of its image run otherwise than those of the detections' image; "
-            "give boxes of that one"
+            "give boxes of that one",
+            code="truth-other-axes",
         )
 
 
-def _beside(file: Path) -> Path:
-    """Where the labels of an instance map's objects are."""
+def _json_beside(file: Path) -> Path:
+    """Return the file with the labels of an instance map's objects."""
     return file.with_name(strip_ending(file.name) + ".json")
 
 
-def _nothing(frame: Frame) -> Found:
-    """No detections."""
-    return Found(frame, np.zeros((0, 6)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
-
-
-def _places(found: Found, truth: Truth) -> list[int]:
-    """Of the classes of detections."""
-    place_of = {kind.label: place for place, kind in enumerate(truth.classes)}
-    return [place_of[label] for label in found.labels_N.tolist()]
-
-
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

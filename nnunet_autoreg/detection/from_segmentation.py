@@ -1,8 +1,7 @@
-"""Objects of a segmentation by stock ``nnUNetv2_predict --save_probabilities``: the baseline that a
-detector has to beat.
+"""Detections from segmentations of stock ``nnUNetv2_predict --save_probabilities``.
 
-Every connected component of a label is an object, by the rules of dataset.json; its score is the
-highest probability of its class in it.
+This is the baseline for a detector. Every connected component of a label is an object, by the rules
+of dataset.json; its score is the highest probability of its class in it.
 
 Source: the idea of nnDetection's comparison with nnU-Net (Baumgartner et al. 2021, arXiv
     2106.00817).
@@ -21,9 +20,9 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.export import Ids
 from nnunet_autoreg.detection.geometry import stored_array
 from nnunet_autoreg.detection.instances import (
+    Ids,
     ObjectClass,
     Rules,
     find_instances,
@@ -38,57 +37,74 @@ from nnunet_autoreg.io.files import check_file
 from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.records import read_json
 
+UNREADABLE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    AssertionError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What nnU-Net's readers and NumPy raise for a damaged file."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Component:
-    """An object found, and its number in the map of components."""
+    """Hold a detected component, and its number in the map of components."""
 
     id: int
     found: Detection
 
 
 class Segmentations:
-    """A folder that ``nnUNetv2_predict`` wrote; plans.json and dataset.json are in it, or in the
-    model's folder around it.
+    """A folder that ``nnUNetv2_predict`` wrote.
+
+    plans.json and dataset.json are in it, or in the model's folder around it.
 
     Raises:
         UsageError: no such folder, no segmentation, or no probabilities beside one.
-        PlanError: a dataset.json that cannot be.
+        PlanError: an impossible dataset.json.
     """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise UsageError(
-                f"--from-seg {folder} is no folder; give the one that nnUNetv2_predict wrote"
+                f"--from-seg {folder} is not a folder; give the one that nnUNetv2_predict wrote",
+                code="from-seg-no-folder",
             )
         self.folder = folder
-        self.dataset, self.plans = (
-            _described(folder, name) for name in ("dataset.json", "plans.json")
-        )
+        self.dataset = _read_description(folder, "dataset.json")
+        self.plans = _read_description(folder, "plans.json")
         self.manager = PlansManager(self.plans)
         self.rules: Rules = read_rules(self.dataset)
         self.classes = object_classes(self.dataset, self.rules)
         self.ending = str(self.dataset["file_ending"])
-        names = (
-            f.name.removesuffix(self.ending)
-            for f in folder.iterdir()
-            if f.name.endswith(self.ending) and not f.name.startswith(".")
-        )
+
+        names = []
+        for file in folder.iterdir():
+            if file.name.endswith(self.ending) and not file.name.startswith("."):
+                names.append(file.name.removesuffix(self.ending))
         self.names = sorted(names, key=natural_key)
         if not self.names:
-            raise UsageError(f"--from-seg {folder} holds no segmentation (*{self.ending})")
+            raise UsageError(
+                f"--from-seg {folder} holds no segmentation (*{self.ending}); give the folder that "
+                "nnUNetv2_predict wrote",
+                code="from-seg-empty",
+            )
         lacking = [name for name in self.names if not (folder / f"{name}.npz").is_file()]
         if lacking:
             raise UsageError(
-                f"--from-seg {folder}: {len(lacking)} of {len(self.names)} segmentations lack "
-                "their probabilities "
-                f"({lacking[0]}.npz); run nnUNetv2_predict with --save_probabilities"
+                f"--from-seg {folder}: {len(lacking)} of {len(self.names)} segmentations have no "
+                f"probabilities ({lacking[0]}.npz); run nnUNetv2_predict with --save_probabilities",
+                code="from-seg-no-probabilities",
             )
 
     def describe(self) -> dict[str, Any]:
-        """What results say of the model."""
+        """Return what results say about the model."""
         return {
             "dataset": self.manager.dataset_name,
             "plans": self.manager.plans_name,
@@ -96,88 +112,89 @@ class Segmentations:
         }
 
     def inputs(self, name: str) -> tuple[dict[str, Any], ...]:
-        """The files of a case, as ``facts_of`` has them."""
+        """Return the sizes and times of the files of a case (``scans.facts_of``)."""
         return facts_of([self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"])
 
     def read(
         self, name: str, min_score: float, settings: dict[str, Any]
     ) -> tuple[ScanFile, Ids, dict[str, Any]]:
-        """The objects of a case: its file, the map (Z, Y, X) of their ids in it, and nnU-Net's
-        properties of the image.
+        """Return the objects of a case.
+
+        Returns:
+            Its file, the map (Z, Y, X) of the ids in it, and nnU-Net's properties of the image.
 
         Raises:
             ScanError: segmentation or probabilities cannot be read, do not belong together, or are
-                no finite numbers.
+                not finite.
         """
         seg, properties, probabilities = self._load(name)
         components, ids = objects_of(seg, probabilities, self._channels(), self.classes, self.rules)
-        kept = sorted(
-            (c for c in components if c.found.score >= min_score), key=lambda c: -c.found.score
-        )
-        table = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.uint16)
+        kept = [c for c in components if c.found.score >= min_score]
+        kept.sort(key=lambda c: -c.found.score)
+
+        # From the numbers of all components to the ids of those that are kept; 0 for the others.
+        new_id = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.uint16)
         for number, component in enumerate(kept, start=1):
-            table[component.id] = number
+            new_id[component.id] = number
+
         stored = stored_array(properties, seg.shape)
-        labels = {kind.name: kind.label for kind in self.classes}
-        found = as_stored([c.found for c in kept], stored)
         record = make_scan_file(
-            name, stored.frame, found, labels, self.describe(), settings, self.inputs(name)
+            name,
+            stored.frame,
+            as_stored([c.found for c in kept], stored),
+            {kind.name: kind.label for kind in self.classes},
+            self.describe(),
+            settings,
+            self.inputs(name),
         )
-        return record, table[ids], properties
+        return record, new_id[ids], properties
 
     def _load(self, name: str) -> tuple[NDArray[Any], dict[str, Any], NDArray[Any]]:
-        file, beside = self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"
+        """Return segmentation (Z, Y, X), properties, and probabilities (C, Z, Y, X) of a case."""
+        file, npz_file = self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"
         check_file(file)
         try:
             array, properties = self.manager.image_reader_writer_class().read_seg(str(file))
-            probabilities = np.load(beside)["probabilities"]
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            AssertionError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+            probabilities = np.load(npz_file)["probabilities"]
+        except UNREADABLE as error:
             raise ScanError(
                 "unreadable",
-                f"{file.name} or {beside.name} cannot be read ({error}); predict it again",
+                f"{file.name} or {npz_file.name} cannot be read ({error}); predict it again",
             ) from error
         seg = np.asarray(array)[0]
         if probabilities.ndim != 4 or probabilities.shape[1:] != seg.shape:
-            shapes = (
-                f"{beside.name} has {probabilities.shape}, {file.name} has {seg.shape} voxels (z, "
-                "y, x)"
+            raise ScanError(
+                "unreadable",
+                f"{npz_file.name} has {probabilities.shape}, {file.name} has {seg.shape} voxels "
+                "(z, y, x); predict it again",
             )
-            raise ScanError("unreadable", f"{shapes}; predict it again")
         return seg, properties, probabilities
 
     def _channels(self) -> list[list[int]]:
-        """By class, the channels of the probabilities whose sum is its own; a region inside another
-        adds nothing to it.
+        """Return, by class, the channels of the probabilities whose sum is its own.
+
+        A region inside another one of the class adds nothing to it.
         """
         labels = self.manager.get_label_manager(self.dataset)
         if labels.has_regions:
             regions = [{r} if isinstance(r, int) else set(r) for r in labels.foreground_regions]
         else:
             regions = [{int(label)} for label in labels.all_labels]
-        within = [
-            [(i, region) for i, region in enumerate(regions) if region <= set(kind.values)]
-            for kind in self.classes
-        ]
-        found = [
-            [i for i, region in own if not any(region < other for _, other in own)]
-            for own in within
-        ]
-        for kind, channels in zip(self.classes, found, strict=True):
-            if not channels:
+
+        found = []
+        for kind in self.classes:
+            own = [i for i, region in enumerate(regions) if region <= set(kind.values)]
+            outermost = []
+            for i in own:
+                if not any(regions[i] < regions[other] for other in own):
+                    outermost.append(i)
+            if not outermost:
                 raise PlanError(
-                    f"class '{kind.name}' is no union of what the segmentation predicts; change "
-                    "autoreg_detection "
-                    "in dataset.json"
+                    f"class '{kind.name}' is not a union of what the segmentation predicts; change "
+                    "autoreg_detection in dataset.json",
+                    code="from-seg-class",
                 )
+            found.append(outermost)
         return found
 
 
@@ -188,14 +205,16 @@ def objects_of(
     classes: Sequence[ObjectClass],
     rules: Rules,
 ) -> tuple[list[Component], Ids]:
-    """The components of a segmentation with at least ``rules.min_voxels``, and the map of their
-    numbers.
+    """Return the components of a segmentation with at least ``rules.min_voxels``.
 
     Args:
         channels: by class; of several, the probabilities are added, to 1 at most.
 
+    Returns:
+        The components, and the map (Z, Y, X) of their numbers.
+
     Raises:
-        ScanError: probabilities that are no finite numbers.
+        ScanError: probabilities that are not finite.
     """
     instances = find_instances(labels_ZYX, classes, rules)
     assert instances.ids_ZYX is not None
@@ -203,43 +222,41 @@ def objects_of(
     for item in instances.objects:
         if item.ignored:
             continue
-        kind = classes[item.place]
-        place = tuple(
-            slice(int(low), int(high))
-            for low, high in zip(item.box_zyx[:3], item.box_zyx[3:], strict=True)
-        )
-        own = np.asarray(
-            np.sum(
-                [probabilities_CZYX[channel][place] for channel in channels[item.place]],
-                axis=0,
-                dtype=np.float64,
-            )
-        )
-        score = float(own[instances.ids_ZYX[place] == item.id].max())
+        kind = classes[item.class_index]
+        ends = zip(item.box_zyx[:3], item.box_zyx[3:], strict=True)
+        region = tuple(slice(int(low), int(high)) for low, high in ends)
+        of_channels = [probabilities_CZYX[c][region] for c in channels[item.class_index]]
+        own = np.asarray(np.sum(of_channels, axis=0, dtype=np.float64))
+
+        score = float(own[instances.ids_ZYX[region] == item.id].max())
         if not math.isfinite(score):
             raise ScanError(
                 "nonfinite",
                 f"probabilities of {kind.name} are NaN or infinite in {item.box_zyx}; predict it "
                 "again",
             )
-        components.append(
-            Component(item.id, Detection(item.box_zyx, kind.label, kind.name, min(1.0, score)))
-        )
-    if dropped := len(instances.objects) - len(components):
+        found = Detection(item.box_zyx, kind.label, kind.name, min(1.0, score))
+        components.append(Component(item.id, found))
+    num_left_out = len(instances.objects) - len(components)
+    if num_left_out:
         log.info(
-            "%d components below %d voxels are left out (min_voxels)", dropped, rules.min_voxels
+            "%d components of fewer than %d voxels are left out (min_voxels)",
+            num_left_out,
+            rules.min_voxels,
         )
     return components, instances.ids_ZYX
 
 
-def _described(folder: Path, name: str) -> dict[str, Any]:
-    """A description in a folder of predictions, or above one of validation
-    (``<model>/fold_0/validation``).
+def _read_description(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file that lies in a folder of predictions, or above one of validation.
+
+    The latter is ``<model>/fold_0/validation``.
     """
-    for place in (folder, folder.parent.parent):
-        if (place / name).is_file():
-            data: dict[str, Any] = read_json(place / name)
+    for candidate in (folder, folder.parent.parent):
+        if (candidate / name).is_file():
+            data: dict[str, Any] = read_json(candidate / name)
             return data
     raise UsageError(
-        f"--from-seg {folder} holds no {name}; give the folder that nnUNetv2_predict wrote"
+        f"--from-seg {folder} holds no {name}; give the folder that nnUNetv2_predict wrote",
+        code="from-seg-no-description",
     )

@@ -1,8 +1,8 @@
 """Boxes between the preprocessed image, the original one and the world.
 
-Voxel edges scale and shift without half-voxel terms: voxel i covers [i, i + 1). In world
-    coordinates whole numbers are the centres of
-voxels, so an edge e has the continuous index e - 0.5.
+Voxel edges scale and shift without half-voxel terms, because voxel i covers [i, i + 1). In the
+continuous indices of world coordinates, whole numbers are the centres of voxels: an edge e has the
+index e - 0.5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ Floats = NDArray[np.float64]
 
 RAS_OF_LPS = np.diag([-1.0, -1.0, 1.0])
 """DICOM and SimpleITK count towards left and posterior, NIfTI and nibabel towards right and
-anterior.
+anterior. The matrix is its own inverse.
 """
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How nnU-Net made the preprocessed image: transpose, crop, resample.
+    """Hold how nnU-Net made the preprocessed image: transpose, crop, resample.
 
     Attributes:
         shape_vox: of the preprocessed image.
@@ -42,43 +42,47 @@ class Preprocessing:
     transpose_backward: tuple[int, int, int] = (0, 1, 2)
 
     def to_original(self, boxes_N6: Any) -> Floats:
-        """Boxes of the preprocessed image in voxel edges of the original one; not clipped to it."""
-        ends = _ends(boxes_N6) * self._factor() + np.array(self.crop_start_vox)
+        """Return boxes of the preprocessed image in voxel edges of the original one."""
+        ends = _ends(boxes_N6) * self._factor() + np.array(self.crop_start_vox)  # (N, 2, 3)
         return _boxes(ends[..., list(self.transpose_backward)])
 
     def to_preprocessed(self, boxes_N6: Any) -> Floats:
-        """The inverse of ``to_original``."""
+        """Return boxes of the original image in voxel edges of the preprocessed one."""
         forward = [int(i) for i in np.argsort(self.transpose_backward)]
         ends = _ends(boxes_N6)[..., forward]
         return _boxes((ends - np.array(self.crop_start_vox)) / self._factor())
 
     def _factor(self) -> Floats:
+        """Return voxels of the crop per voxel of the preprocessed image, (3,)."""
         # The ratio of shapes, not of spacings: nnU-Net rounds the new shape and stretches the image
         # to it.
-        return np.asarray(
-            np.array(self.cropped_shape_vox, dtype=np.float64) / np.array(self.shape_vox)
-        )
+        cropped = np.array(self.cropped_shape_vox, dtype=np.float64)
+        return np.asarray(cropped / np.array(self.shape_vox))
 
 
 def preprocessing_of(
     properties: Mapping[str, Any], shape_vox: Sequence[int], transpose_backward: Sequence[int]
 ) -> Preprocessing:
-    """From a case's ``.pkl`` of nnU-Net, the spatial shape of its preprocessed array, and the
-    plan's ``transpose_backward``.
+    """Return how a case was preprocessed.
+
+    Args:
+        properties: of the case's ``.pkl`` of nnU-Net.
+        shape_vox: spatial shape of its preprocessed array.
+        transpose_backward: the plan's.
     """
     backward = as_size(transpose_backward)
     start = as_size([low for low, _ in properties["bbox_used_for_cropping"]])
     return Preprocessing(
-        as_size(shape_vox),
-        as_size(properties["shape_after_cropping_and_before_resampling"]),
-        start,
-        backward,
+        shape_vox=as_size(shape_vox),
+        cropped_shape_vox=as_size(properties["shape_after_cropping_and_before_resampling"]),
+        crop_start_vox=start,
+        transpose_backward=backward,
     )
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image lies in the world.
+    """Hold where an image lies in the world.
 
     Attributes:
         shape_vox: (z, y, x).
@@ -91,38 +95,36 @@ class Frame:
 
     @property
     def spacing_mm(self) -> Spacing:
-        """(z, y, x)."""
+        """Return the voxel size (z, y, x)."""
         return zyx(np.linalg.norm(self._linear(), axis=0).tolist())
 
     def to_ras(self, points_zyx: Any) -> Floats:
-        """(..., 3) mm (x, y, z) towards right, anterior, superior, of points (z, y, x) in voxel
-        edges.
+        """Return points (..., 3) given as (z, y, x) in voxel edges, in mm as (x, y, z).
+
+        The axes run towards right, anterior and superior.
         """
         index = np.asarray(points_zyx, dtype=np.float64)[..., ::-1] - 0.5
         return np.asarray(index @ self._linear().T + np.array(self.affine_ras)[:3, 3])
 
     def to_lps(self, points_zyx: Any) -> Floats:
-        """As ``to_ras``, towards left, posterior, superior."""
+        """Return the same as ``to_ras``, with axes towards left, posterior and superior."""
         return np.asarray(self.to_ras(points_zyx) @ RAS_OF_LPS)
 
     def corners_ras(self, box_zyx: Sequence[float]) -> Floats:
-        """(8, 3) mm, x (i) varying fastest; on an oblique image the box is not parallel to the axes
-        of the world.
+        """Return the corners in mm, (8, 3), x (i) varying fastest.
+
+        On an oblique image the box is not parallel to the axes of the world.
         """
-        low, high = box_zyx[:3], box_zyx[3:]
-        return self.to_ras(
-            [
-                [(low, high)[c][axis] for axis, c in enumerate(choice)]
-                for choice in product((0, 1), repeat=3)
-            ]
-        )
+        ends = (box_zyx[:3], box_zyx[3:])
+        corners = []
+        for z_end, y_end, x_end in product((0, 1), repeat=3):
+            corners.append([ends[z_end][0], ends[y_end][1], ends[x_end][2]])
+        return self.to_ras(corners)
 
     def size_mm(self, box_zyx: Sequence[float]) -> tuple[float, float, float]:
-        """Sides in mm along the image's own axes i, j, k (x, y, z)."""
-        z, y, x = (
-            (high - low) * s
-            for low, high, s in zip(box_zyx[:3], box_zyx[3:], self.spacing_mm, strict=True)
-        )
+        """Return the sides in mm along the image's own axes i, j, k (x, y, z)."""
+        sides_vox = [high - low for low, high in zip(box_zyx[:3], box_zyx[3:], strict=True)]
+        z, y, x = (side * mm for side, mm in zip(sides_vox, self.spacing_mm, strict=True))
         return (float(x), float(y), float(z))
 
     def _linear(self) -> Floats:
@@ -130,9 +132,9 @@ class Frame:
 
 
 def frame_of_affine(affine_ras: Any, shape_vox: Sequence[int]) -> Frame:
-    """From nibabel's affine and the array's shape (z, y, x)."""
-    rows = np.asarray(affine_ras, dtype=np.float64)
-    return Frame(as_size(shape_vox), tuple(tuple(float(v) for v in row) for row in rows))
+    """Return the frame of nibabel's affine (4, 4) and the array's shape (z, y, x)."""
+    rows = np.asarray(affine_ras, dtype=np.float64).tolist()
+    return Frame(as_size(shape_vox), tuple(tuple(row) for row in rows))
 
 
 def frame_of_itk(
@@ -141,30 +143,31 @@ def frame_of_itk(
     origin_xyz: Sequence[float],
     direction: Sequence[float],
 ) -> Frame:
-    """From what SimpleITK says of an image: all but the shape in (x, y, z), ``direction`` row by
-    row, LPS.
+    """Return the frame of an image of SimpleITK.
+
+    All but the shape is in (x, y, z); ``direction`` is given row by row, in LPS.
     """
+    directions = np.array(direction, dtype=np.float64).reshape(3, 3)
     affine = np.eye(4)
-    affine[:3, :3] = (
-        RAS_OF_LPS @ np.array(direction, dtype=np.float64).reshape(3, 3) @ np.diag(spacing_xyz)
-    )
+    affine[:3, :3] = RAS_OF_LPS @ directions @ np.diag(spacing_xyz)
     affine[:3, 3] = RAS_OF_LPS @ np.array(origin_xyz, dtype=np.float64)
     return frame_of_affine(affine, shape_vox)
 
 
 def frame_of_properties(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> Frame:
-    """From the properties that one of nnU-Net's readers gives, and the shape (z, y, x) of the array
-    as it was read.
+    """Return the frame of an array (z, y, x) that one of nnU-Net's readers gave.
 
-    A reader that keeps no origin (2D formats, plain TIFF) gives an image at the origin with the
-    spacing it read.
+    For a reader that keeps no origin (2D formats, plain TIFF), the image lies at the origin with
+    the spacing that was read.
     """
     if "sitk_stuff" in properties:
         itk = properties["sitk_stuff"]
         return frame_of_itk(shape_vox, itk["spacing"], itk["origin"], itk["direction"])
     if "nibabel_stuff" in properties:
         known = properties["nibabel_stuff"]
-        return frame_of_affine(known.get("reoriented_affine", known["original_affine"]), shape_vox)
+        affine = known.get("reoriented_affine", known["original_affine"])
+        return frame_of_affine(affine, shape_vox)
+
     z, y, x = as_spacing(properties["spacing"])
     return frame_of_itk(shape_vox, (x, y, z), (0, 0, 0), np.eye(3).ravel().tolist())
 
@@ -172,13 +175,12 @@ def frame_of_properties(properties: Mapping[str, Any], shape_vox: Sequence[int])
 AS_STORED: Turn = ((0, 1, 2), (False, False, False))
 
 OPPOSITE = {"R": "L", "A": "P", "S": "I"}
-"""The directions that nnU-Net's reorienting readers give the axes x, y and z, and their opposites.
-"""
+"""Directions of the axes x, y and z after nnU-Net's reorienting readers, and their opposites."""
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """The array of a file as it is stored, beside the array that nnU-Net's reader makes of it.
+    """Relate the array that a file stores to the array that nnU-Net's reader makes of it.
 
     Most readers give the stored array. Those whose names end in ``WithReorient`` turn it, and files
     of boxes keep counting in the stored one.
@@ -206,9 +208,7 @@ class StoredArray:
         return _boxes(ends)
 
     def to_stored(self, boxes_N6: Any) -> Floats:
-        """Return boxes of the reader's array in voxel edges of the stored array: the inverse of
-        ``to_reader``.
-        """
+        """Return boxes of the reader's array in voxel edges of the stored array."""
         axes, reverse = self.turn
         read = _ends(boxes_N6)
         ends = np.empty_like(read)
@@ -221,9 +221,7 @@ class StoredArray:
 
 
 def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> StoredArray:
-    """Return the stored array of an image, from its reader's properties and the shape (z, y, x)
-    that was read.
-    """
+    """Return the stored array of an image that was read with the shape (z, y, x)."""
     read, turn = frame_of_properties(properties, shape_vox), reader_turn(properties)
     axes, reverse = turn
     shape = [0, 0, 0]
@@ -258,8 +256,9 @@ def reader_turn(properties: Mapping[str, Any]) -> Turn:
 
 
 def _turn_of_permutation(permutation: Floats) -> Turn:
-    """Return the turn for a (3, 3) matrix whose column k says which stored axis of (x, y, z)
-    becomes axis k.
+    """Return the turn for a (3, 3) matrix.
+
+    Its column k marks the stored axis of (x, y, z) that becomes axis k, with a sign.
     """
     axes, reverse = [], []
     for axis in (2, 1, 0):
@@ -271,8 +270,9 @@ def _turn_of_permutation(permutation: Floats) -> Turn:
 
 
 def to_ijk(boxes_N6: Any) -> Floats:
-    """(N, 6) as (i0, j0, k0, i1, j1, k1): continuous indices, whole numbers at the centres of
-    voxels; a voxel 4 reads 3.5, 4.5.
+    """Return boxes (N, 6) in continuous indices (i0, j0, k0, i1, j1, k1).
+
+    Whole numbers are the centres of voxels: voxel 4 reads 3.5, 4.5.
     """
     return _boxes(_ends(boxes_N6)[..., ::-1] - 0.5)
 
@@ -280,7 +280,7 @@ def to_ijk(boxes_N6: Any) -> Floats:
 def check_inside(
     box_zyx: Sequence[float], shape_vox: Sequence[int], where: str, tolerance_vox: float = 0.01
 ) -> None:
-    """Check that a box is one, and lies in its image.
+    """Check that a box has an extent and lies in its image.
 
     Raises:
         ObjectsError: its ends are not finite or the wrong way round, or it lies partly outside.
@@ -288,30 +288,32 @@ def check_inside(
     listed = ", ".join(f"{v:g}" for v in box_zyx)
     if len(box_zyx) != 6 or not np.isfinite(box_zyx).all():
         raise ObjectsError(
-            f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1"
+            f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1",
+            code="box-not-finite",
         )
-    if any(low >= high for low, high in zip(box_zyx[:3], box_zyx[3:], strict=True)):
+    low, high = box_zyx[:3], box_zyx[3:]
+    if any(start >= end for start, end in zip(low, high, strict=True)):
         raise ObjectsError(
             f"{where}: box [{listed}] has no extent; z0 < z1, y0 < y1 and x0 < x1 are needed, in "
-            "that order"
+            "that order",
+            code="box-without-extent",
         )
-    outside = min(box_zyx[:3]) < -tolerance_vox or any(
-        h > s + tolerance_vox for h, s in zip(box_zyx[3:], shape_vox, strict=True)
-    )
-    if outside:
+    is_beyond = [end > size + tolerance_vox for end, size in zip(high, shape_vox, strict=True)]
+    if min(low) < -tolerance_vox or any(is_beyond):
         size = " x ".join(str(s) for s in shape_vox)
         raise ObjectsError(
             f"{where}: box [{listed}] lies outside the image of {size} voxels (z, y, x); are the "
-            "axes in the order z, y, x?"
+            "axes in the order z, y, x?",
+            code="box-outside",
         )
 
 
 def _ends(boxes: Any) -> Floats:
-    """(..., 2, 3) from (..., 6)."""
+    """Return boxes (..., 6) as their two ends (..., 2, 3)."""
     values = np.asarray(boxes, dtype=np.float64)
     return values.reshape(*values.shape[:-1], 2, 3)
 
 
 def _boxes(ends: Floats) -> Floats:
-    """(..., 6) from (..., 2, 3)."""
+    """Return the two ends (..., 2, 3) as boxes (..., 6)."""
     return ends.reshape(*ends.shape[:-2], 6)

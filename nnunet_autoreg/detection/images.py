@@ -1,5 +1,6 @@
-"""Images as SimpleITK reads them, with their place in the world; one is turned onto another that
-has the same voxels in another order.
+"""Images as SimpleITK reads them, with their location in the world.
+
+One image can be turned onto another that has the same voxels in another order.
 """
 
 from itertools import product
@@ -21,7 +22,7 @@ MOST_SHIFT_VOX = 0.5
 
 
 def open_image(file: Path) -> Any:
-    """SimpleITK's image of any kind and dimension.
+    """Return SimpleITK's image of any kind and dimension.
 
     Raises:
         ObjectsError: it cannot be read.
@@ -33,12 +34,13 @@ def open_image(file: Path) -> Any:
             return SimpleITK.ReadImage(str(file))
         except RuntimeError as error:
             raise ObjectsError(
-                f"{file} cannot be read as an image; open it in a viewer, or copy it again"
+                f"{file} cannot be read as an image; open it in a viewer, or copy it again",
+                code="objects-image-unreadable",
             ) from error
 
 
 def array_of(image: Any, file: Path) -> NDArray[Any]:
-    """The voxels (Z, Y, X) of SimpleITK's image, as stored.
+    """Return the voxels (Z, Y, X) of SimpleITK's image, as stored.
 
     Raises:
         ObjectsError: it is not 3D; ``file`` is named.
@@ -46,31 +48,30 @@ def array_of(image: Any, file: Path) -> NDArray[Any]:
     import SimpleITK
 
     array: NDArray[Any] = SimpleITK.GetArrayFromImage(image)
-    if (
-        image.GetDimension() != 3
-        or image.GetNumberOfComponentsPerPixel() != 1
-        or np.iscomplexobj(array)
-    ):
-        raise ObjectsError(f"{file} is no 3D image with one real value per voxel")
+    is_scalar = image.GetNumberOfComponentsPerPixel() == 1 and not np.iscomplexobj(array)
+    if image.GetDimension() != 3 or not is_scalar:
+        raise ObjectsError(
+            f"{file} is not a 3D image with one real value per voxel", code="objects-image-not-3d"
+        )
     return array
 
 
 def read_array(file: Path) -> tuple[NDArray[Any], Frame]:
-    """An image as stored, (Z, Y, X), and where it lies.
+    """Return an image as stored, (Z, Y, X), and where it lies.
 
     Raises:
         ObjectsError: it cannot be read, or is not 3D.
     """
     image = open_image(file)
     array = array_of(image, file)
-    return array, frame_of_itk(
-        array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection()
-    )
+    frame = frame_of_itk(array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    return array, frame
 
 
 def read_onto(file: Path, onto: Frame) -> NDArray[Any]:
-    """An image as an array (Z, Y, X) whose voxels are those of ``onto``: its axes are turned and
-    swapped where they run otherwise.
+    """Return an image as an array (Z, Y, X) whose voxels are those of ``onto``.
+
+    Its axes are flipped and swapped where they run otherwise.
 
     Raises:
         ObjectsError: it cannot be read, is not 3D, or is another image.
@@ -80,39 +81,41 @@ def read_onto(file: Path, onto: Frame) -> NDArray[Any]:
 
 
 def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
-    """How an image's axes are to be turned so that its voxels are those of the image that was
-    searched.
+    """Return how to turn an image's axes so that its voxels are those of the image of detections.
 
     Raises:
-        ObjectsError: no turn does it: the images differ in size, voxel size, or place in the world;
-            ``file`` is named.
+        ObjectsError: the images differ in size, voxel size, or location in the world, however one
+            is turned; ``file`` is named.
     """
     turn = _turn_onto(frame, onto)
     shape, spacing_mm = turned_geometry(frame.shape_vox, frame.spacing_mm, turn)
     if shape != onto.shape_vox:
-        sizes = [" x ".join(map(str, of.shape_vox)) for of in (frame, onto)]
+        own, other = (" x ".join(map(str, of.shape_vox)) for of in (frame, onto))
         raise ObjectsError(
-            f"{file} has {sizes[0]} voxels (z, y, x), the detections were made on {sizes[1]}: "
-            "another image?"
+            f"{file} has {own} voxels (z, y, x), the detections were made on {other}: is it "
+            "another image?",
+            code="objects-other-size",
         )
     if not np.allclose(spacing_mm, onto.spacing_mm, rtol=SPACING_TOLERANCE):
-        listed = [", ".join(f"{s:g}" for s in spacing) for spacing in (spacing_mm, onto.spacing_mm)]
+        own, other = (_listed_numbers(spacing) for spacing in (spacing_mm, onto.spacing_mm))
         raise ObjectsError(
-            f"{file} has voxels of {listed[0]} mm (z, y, x), the detections were made on "
-            f"{listed[1]} mm: another image?"
+            f"{file} has voxels of {own} mm (z, y, x), the detections were made on {other} mm: is "
+            "it another image?",
+            code="objects-other-spacing",
         )
+    # Not ">": the shift is NaN for an image without volume.
     if not _most_shift_vox(frame, onto, turn) <= MOST_SHIFT_VOX:
         raise ObjectsError(
-            f"{file} lies elsewhere than the image of the detections: {_place(frame)}, there "
-            f"{_place(onto)}; give labels of "
-            "that very image, or, if they are and only lack its place, copy it into them "
-            "(SimpleITK's CopyInformation)"
+            f"{file} lies elsewhere than the image of the detections. Here {_location(frame)}, "
+            f"there {_location(onto)}. Give labels of that very image; if they are, and only lack "
+            "its location, copy it into them (SimpleITK's CopyInformation)",
+            code="objects-other-location",
         )
     return turn
 
 
 def _turn_onto(frame: Frame, onto: Frame) -> Turn:
-    """By the axes of ``onto``, as if they were right, anterior and superior."""
+    """Return the turn by the axes of ``onto``, as if they were right, anterior and superior."""
     try:
         relative = np.linalg.solve(_linear(onto), _linear(frame))
     except np.linalg.LinAlgError:
@@ -121,20 +124,20 @@ def _turn_onto(frame: Frame, onto: Frame) -> Turn:
 
 
 def _most_shift_vox(frame: Frame, onto: Frame, turn: Turn) -> float:
-    """The farthest that a corner of the turned image lies from the other's, along any of its axes;
-    NaN where that has no volume.
+    """Return how far a corner of the turned image lies from the other's, along any of its axes.
+
+    It is NaN where the other image has no volume.
     """
     axes, reverse = turn
-    there = np.array(list(product(*((0, size) for size in onto.shape_vox))), dtype=np.float64)
+    ends = [(0, size) for size in onto.shape_vox]
+    there = np.array(list(product(*ends)), dtype=np.float64)  # (8, 3)
     here = np.empty_like(there)
     for n in range(3):
         here[:, axes[n]] = onto.shape_vox[n] - there[:, n] if reverse[n] else there[:, n]
+
+    shift_mm = frame.to_ras(here) - onto.to_ras(there)  # (8, 3)
     try:
-        return float(
-            np.abs(
-                np.linalg.solve(_linear(onto), (frame.to_ras(here) - onto.to_ras(there)).T)
-            ).max()
-        )
+        return float(np.abs(np.linalg.solve(_linear(onto), shift_mm.T)).max())
     except np.linalg.LinAlgError:
         return float("nan")
 
@@ -143,13 +146,17 @@ def _linear(frame: Frame) -> NDArray[np.float64]:
     return np.array(frame.affine_ras, dtype=np.float64)[:3, :3]
 
 
-def _place(frame: Frame) -> str:
-    """In words: directions of the axes and middle of the first voxel."""
-    columns = [
-        *(_linear(frame) / np.linalg.norm(_linear(frame), axis=0)).T,
-        np.array(frame.affine_ras)[:3, 3],
-    ]
-    x, y, z, first = (
-        f"({', '.join(f'{round(float(v), 3) + 0.0:g}' for v in column)})" for column in columns
+def _location(frame: Frame) -> str:
+    """Return the directions of the axes and the middle of the first voxel, as text."""
+    directions = _linear(frame) / np.linalg.norm(_linear(frame), axis=0)
+    first = np.array(frame.affine_ras)[:3, 3]
+    # Adding 0.0 turns -0 into 0.
+    x, y, z, start = (
+        _listed_numbers([round(float(v), 3) + 0.0 for v in column])
+        for column in (*directions.T, first)
     )
-    return f"x, y, z run along {x}, {y}, {z} from {first} mm RAS"
+    return f"x, y, z run along ({x}), ({y}), ({z}) from ({start}) mm RAS"
+
+
+def _listed_numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,9 +1,9 @@
-"""What is one object: connected components of a label map, an instance map with its JSON, or boxes
-alone.
+"""What is one object: connected components of a label map, an instance map with its JSON file, or
+boxes alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ MOST_OBJECTS = 65535
 
 @dataclass(frozen=True)
 class Rules:
-    """How a label map becomes objects; ``dataset.json["autoreg_detection"]``.
+    """Hold how a label map becomes objects; ``dataset.json["autoreg_detection"]``.
 
     Attributes:
-        min_voxels: smaller objects are ignored: neither to be found nor wrong to be found.
+        min_voxels: smaller objects are ignored: they need not be found, and a detection of one is
+            not wrong.
         connectivity: 6, 18 or 26 neighbours make a component.
         detect_labels: names of the labels to detect; all, if empty.
         merge: new class -> labels that together are one object, e.g. ``{"tumour": ["edema",
@@ -45,9 +46,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class ObjectClass:
-    """A class: its ``name``, the ``label`` it has in results, and the label values that belong to
-    it.
-    """
+    """Hold a class: its name, its ``label`` in results, and the label values that belong to it."""
 
     name: str
     label: int
@@ -56,18 +55,18 @@ class ObjectClass:
 
 @dataclass(frozen=True)
 class Instance:
-    """One object.
+    """Hold one object.
 
     Attributes:
         id: its value in the id map; from 1.
-        place: of its class among the classes, from 0.
+        class_index: index of its class, from 0.
         box_zyx: voxel edges.
         num_voxels: 0 if only the box is known.
         ignored: see ``Rules.min_voxels``.
     """
 
     id: int
-    place: int
+    class_index: int
     box_zyx: Box
     num_voxels: int
     ignored: bool = False
@@ -75,99 +74,120 @@ class Instance:
 
 @dataclass(frozen=True)
 class Instances:
-    """The objects of a scan, and their map: 0 where there is none; None if only boxes are known."""
+    """Hold the objects of a scan, and the map of their ids.
+
+    The map is 0 where there is no object. It is None if only boxes are known.
+    """
 
     objects: tuple[Instance, ...]
     ids_ZYX: Ids | None  # noqa: N815
 
 
 def read_rules(dataset: Mapping[str, Any], where: str = "dataset.json") -> Rules:
-    """The rules that a parsed dataset.json asks for; the defaults, if it asks for none.
+    """Return the rules of a parsed dataset.json; the defaults, if it has none.
 
     Raises:
-        PlanError: an unknown key or a value that cannot be.
+        PlanError: an unknown key or an impossible value.
     """
     rules = from_jsonable(Rules, dataset.get(BLOCK, {}), f"{where}: {BLOCK}")
     if rules.connectivity not in CONNECTIVITIES:
-        raise PlanError(f"{where}: {BLOCK}.connectivity={rules.connectivity} must be 6, 18 or 26")
+        raise PlanError(
+            f"{where}: {BLOCK}.connectivity={rules.connectivity} must be 6, 18 or 26",
+            code="detection-connectivity",
+        )
     if rules.min_voxels < 1:
-        raise PlanError(f"{where}: {BLOCK}.min_voxels={rules.min_voxels} must be at least 1")
+        raise PlanError(
+            f"{where}: {BLOCK}.min_voxels={rules.min_voxels} must be at least 1",
+            code="detection-min-voxels",
+        )
     return rules
 
 
 def object_classes(
     dataset: Mapping[str, Any], rules: Rules, where: str = "dataset.json"
 ) -> tuple[ObjectClass, ...]:
-    """The classes to detect, in the order of their labels; background and nnU-Net's "ignore" are
-    none.
+    """Return the classes to detect, in the order of their labels.
+
+    Background and nnU-Net's "ignore" are no classes.
 
     Raises:
         PlanError: a name that is no label, no class at all, or classes that share a label value.
     """
     values = _label_values(dataset, where)
-    united = {name for names in rules.merge.values() for name in names}
-    available = {name: of_name for name, of_name in values.items() if name not in united}
-    for name in united - set(values):
+    merged_names = {name for names in rules.merge.values() for name in names}
+    for name in merged_names - set(values):
         raise PlanError(
-            f"{where}: {BLOCK}.merge names the label '{name}', which is not there; "
-            f"{did_you_mean(name, values)}"
+            f"{where}: {BLOCK}.merge names the label '{name}', which does not exist; "
+            f"{did_you_mean(name, values)}",
+            code="detection-unknown-label",
         )
+
+    available = {name: own for name, own in values.items() if name not in merged_names}
     for name, names in rules.merge.items():
-        available[name] = tuple(sorted({v for n in names for v in values[n]}))
+        merged_values = {value for other in names for value in values[other]}
+        available[name] = tuple(sorted(merged_values))
     for name in rules.detect_labels:
         if name not in available:
             raise PlanError(
-                f"{where}: {BLOCK}.detect_labels names '{name}', which is no label; "
-                f"{did_you_mean(name, available)}"
+                f"{where}: {BLOCK}.detect_labels names '{name}', which is not a label; "
+                f"{did_you_mean(name, available)}",
+                code="detection-unknown-label",
             )
-    wanted = rules.detect_labels or tuple(available)
-    classes = [
-        ObjectClass(name, available[name][0], available[name]) for name in wanted if available[name]
-    ]
+
+    classes = []
+    for name in rules.detect_labels or tuple(available):
+        if available[name]:
+            classes.append(ObjectClass(name, available[name][0], available[name]))
     if not classes:
-        raise PlanError(f"{where}: no label to detect is left; look at labels and {BLOCK}")
-    _refuse_shared_values(classes, where)
+        raise PlanError(
+            f"{where}: no label to detect is left; look at labels and {BLOCK}",
+            code="detection-no-label",
+        )
+
+    owner: dict[int, str] = {}
+    for object_class in classes:
+        for value in object_class.values:
+            if value in owner:
+                raise PlanError(
+                    f"{where}: the classes '{owner[value]}' and '{object_class.name}' share the "
+                    f"label value {value}, but a voxel belongs to one object: choose one of them "
+                    f"with {BLOCK}.detect_labels",
+                    code="detection-shared-label",
+                )
+            owner[value] = object_class.name
     return tuple(sorted(classes, key=lambda c: c.label))
 
 
 def ignore_value(dataset: Mapping[str, Any]) -> int | None:
-    """The value of nnU-Net's ignore label, if the dataset has one."""
+    """Return the value of nnU-Net's ignore label, if the dataset has one."""
     value = dataset.get("labels", {}).get("ignore")
     return None if value is None else int(value)
 
 
 def _label_values(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Name -> label values, of the foreground; a region has several."""
+    """Return name -> label values of the foreground; a region has several."""
     labels = dataset.get("labels")
     if not isinstance(labels, dict):
         raise PlanError(
-            f'{where}: the key \'labels\' is missing; give e.g. {{"background": 0, "lesion": 1}}'
+            f"{where}: the key 'labels' is missing; write for example "
+            '{"background": 0, "lesion": 1}',
+            code="detection-no-labels",
         )
     found = {}
     for name, value in labels.items():
-        values = tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        values = tuple(int(v) for v in listed)
         if name != "ignore" and values != (0,):
             found[str(name)] = tuple(sorted(set(values)))
     return found
 
 
-def _refuse_shared_values(classes: Sequence[ObjectClass], where: str) -> None:
-    owner: dict[int, str] = {}
-    for kind in classes:
-        for value in kind.values:
-            if value in owner:
-                raise PlanError(
-                    f"{where}: the classes '{owner[value]}' and '{kind.name}' share the label "
-                    f"value {value}, but a voxel "
-                    f"belongs to one object: choose among them with {BLOCK}.detect_labels"
-                )
-            owner[value] = kind.name
-
-
 def find_instances(
     labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass], rules: Rules, where: str = "label map"
 ) -> Instances:
-    """Connected components, per class, of a label map (Z, Y, X); ids count from 1 class by class.
+    """Return the connected components of every class of a label map (Z, Y, X).
+
+    Ids count from 1, class by class.
 
     Args:
         where: names the map in an error.
@@ -175,57 +195,61 @@ def find_instances(
     Raises:
         ObjectsError: more than 65535 components.
     """
-    kinds = np.zeros(labels_ZYX.shape, dtype=np.uint8)
-    for place, kind in enumerate(classes):
-        kinds[np.isin(labels_ZYX, kind.values)] = place + 1
+    # 0 for background, else the index of the class plus 1.
+    class_map_ZYX = np.zeros(labels_ZYX.shape, dtype=np.uint8)
+    for class_index, object_class in enumerate(classes):
+        class_map_ZYX[np.isin(labels_ZYX, object_class.values)] = class_index + 1
+
     connectivity: Any = rules.connectivity
-    components, number = cc3d.connected_components(kinds, connectivity=connectivity, return_N=True)
+    components, number = cc3d.connected_components(
+        class_map_ZYX, connectivity=connectivity, return_N=True
+    )
     if number > MOST_OBJECTS:
         raise ObjectsError(
-            f"{where}: {number} components, at most {MOST_OBJECTS} can be told apart; is this a "
-            "label map?"
+            f"{where} has {number} components, but no more than {MOST_OBJECTS} objects can be "
+            "numbered; is this a label map?",
+            code="objects-too-many",
         )
+
     ids = components.astype(np.uint16)
-    boxes = boxes_of_ids(ids)
-    kind_of = _value_at(ids, kinds, number)
-    objects = tuple(
-        Instance(i, int(kind_of[i]) - 1, box, count, count < rules.min_voxels)
-        for i, (box, count) in boxes.items()
-    )
-    return Instances(objects, ids)
+    # Each component lies in one class, so that the last write of any of its voxels is right.
+    class_of_id = np.zeros(number + 1, dtype=np.uint8)
+    class_of_id[ids] = class_map_ZYX
+    objects = []
+    for i, (box, count) in boxes_of_ids(ids).items():
+        class_index = int(class_of_id[i]) - 1
+        objects.append(Instance(i, class_index, box, count, count < rules.min_voxels))
+    return Instances(tuple(objects), ids)
 
 
 def boxes_of_ids(ids_ZYX: NDArray[Any]) -> dict[int, tuple[Box, int]]:
-    """Id -> its box in voxel edges and its number of voxels, for every id but 0 in an id map."""
+    """Return id -> (box in voxel edges, number of voxels) of every id but 0 in an id map."""
     if not ids_ZYX.size:
         return {}
+
     values = None
     if int(ids_ZYX.max()) >= ids_ZYX.size:
-        # cc3d's tables are as long as the largest id, and it refuses ids beyond the number of
-        # voxels.
+        # cc3d's tables are as long as the largest id, and it refuses ids that are larger than the
+        # number of voxels: number them anew, with 0 staying 0.
         values, ids_ZYX = np.unique(ids_ZYX, return_inverse=True)
         if values[0] != 0:
             values, ids_ZYX = np.concatenate([[0], values]), ids_ZYX + 1
         ids_ZYX = ids_ZYX.astype(np.uint32)
+
     numbers = cc3d.statistics(np.ascontiguousarray(ids_ZYX), no_slice_conversion=True)
     found = {}
     for i in np.flatnonzero(numbers["voxel_counts"]).tolist():
         z0, z1, y0, y1, x0, x1 = (float(v) for v in numbers["bounding_boxes"][i])
-        own = i if values is None else int(values[i])
-        if own:
-            found[own] = ((z0, y0, x0, z1 + 1, y1 + 1, x1 + 1), int(numbers["voxel_counts"][i]))
+        own_id = i if values is None else int(values[i])
+        if own_id:
+            # cc3d's boxes end with their last voxel, ours one further.
+            box = (z0, y0, x0, z1 + 1, y1 + 1, x1 + 1)
+            found[own_id] = (box, int(numbers["voxel_counts"][i]))
     return found
 
 
-def _value_at(ids: Ids, values: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
-    """(number + 1,) the value that ``values`` has throughout each id."""
-    table = np.zeros(number + 1, dtype=np.uint8)
-    table[ids] = values
-    return table
-
-
 def labels_of_instances(file: Path) -> dict[int, int]:
-    """Id -> label value, from ``{"instances": {"1": 2, ...}}``.
+    """Return id -> label value, from ``{"instances": {"1": 2, ...}}``.
 
     Raises:
         ObjectsError: it cannot be read or does not look like that.
@@ -233,14 +257,18 @@ def labels_of_instances(file: Path) -> dict[int, int]:
     try:
         data = read_json(file, MEND_YOURS)
     except PlanError as error:
-        raise ObjectsError(str(error)) from error
+        raise ObjectsError(str(error), code="objects-unreadable") from error
     listed = data.get("instances") if isinstance(data, dict) else None
     if not isinstance(listed, dict):
-        raise ObjectsError(f'{file}: expected {{"instances": {{"1": <label>, ...}}}}')
+        raise ObjectsError(
+            f'{file}: expected {{"instances": {{"1": <label>, ...}}}}', code="objects-format"
+        )
     try:
         return {int(i): int(label) for i, label in listed.items()}
     except (TypeError, ValueError) as error:
-        raise ObjectsError(f"{file}: ids and labels must be whole numbers ({error})") from error
+        raise ObjectsError(
+            f"{file}: ids and labels must be whole numbers ({error})", code="objects-format"
+        ) from error
 
 
 def known_instances(
@@ -251,66 +279,82 @@ def known_instances(
     where: str,
     other_labels: Sequence[int] = (),
 ) -> Instances:
-    """The objects of an instance map (Z, Y, X) and of the labels its JSON gives; one object may
-    have several parts.
+    """Return the objects of an instance map (Z, Y, X) with the labels that its JSON gives them.
+
+    One object may have several parts.
 
     Args:
-        other_labels: label values of the dataset that are not to be detected; such objects are left
-            out of the map.
+        other_labels: label values of the dataset that are not to be detected. Such objects are
+            removed from the map.
 
     Raises:
         ObjectsError: map and JSON disagree, or a label that the dataset does not have.
     """
-    if (
-        float(np.min(ids_ZYX)) < 0
-        or not (ids_ZYX == np.rint(ids_ZYX)).all()
-        or float(np.max(ids_ZYX)) > MOST_OBJECTS
-    ):
-        found = f"{ids_ZYX.min():g} to {ids_ZYX.max():g}"
+    lowest, highest = float(np.min(ids_ZYX)), float(np.max(ids_ZYX))
+    if lowest < 0 or highest > MOST_OBJECTS or not (ids_ZYX == np.rint(ids_ZYX)).all():
         raise ObjectsError(
             f"{where}: an instance map holds whole numbers from 0 to {MOST_OBJECTS}, this one has "
-            f"values from {found}"
+            f"values from {lowest:g} to {highest:g}",
+            code="objects-map-values",
         )
     ids = np.ascontiguousarray(ids_ZYX).astype(np.uint16)
     boxes = boxes_of_ids(ids)
     unlisted, unseen = sorted(set(boxes) - set(label_of)), sorted(set(label_of) - set(boxes))
     if unlisted:
         raise ObjectsError(
-            f"{where}: the map holds {_some(unlisted)}, which the JSON does not list; add them, or "
-            "set those voxels to 0"
+            f"{where}: the map holds {_listed_ids(unlisted)}, which the JSON does not list; add "
+            "them, or set those voxels to 0",
+            code="objects-unlisted",
         )
     if unseen:
         raise ObjectsError(
-            f"{where}: the JSON lists {_some(unseen)}, of which the map has no voxel; remove them "
-            "from the JSON"
+            f"{where}: the JSON lists {_listed_ids(unseen)}, of which the map has no voxel; remove "
+            "them from the JSON",
+            code="objects-without-voxels",
         )
-    place_of = {value: place for place, kind in enumerate(classes) for value in kind.values}
+
+    class_index_of = class_index_by_value(classes)
     objects = []
     for i, (box, count) in boxes.items():
         label = label_of[i]
-        if label in place_of:
-            objects.append(Instance(i, place_of[label], box, count, count < rules.min_voxels))
+        if label in class_index_of:
+            is_ignored = count < rules.min_voxels
+            objects.append(Instance(i, class_index_of[label], box, count, is_ignored))
         elif label not in other_labels:
-            known = ", ".join(
-                f"{value} ({classes[place].name})" for value, place in place_of.items()
-            )
             raise ObjectsError(
-                f"{where}: instance {i} has label {label}, which is no class; known are: {known}"
+                f"{where}: instance {i} has label {label}, which is not a class; known are: "
+                f"{_listed_classes(classes)}",
+                code="objects-unknown-label",
             )
-    dropped = sorted(set(boxes) - {o.id for o in objects})
-    if dropped:
-        ids[np.isin(ids, dropped)] = 0
+
+    removed = sorted(set(boxes) - {item.id for item in objects})
+    if removed:
+        ids[np.isin(ids, removed)] = 0
     return Instances(tuple(objects), ids)
 
 
-def _some(ids: Sequence[int]) -> str:
+def class_index_by_value(classes: Sequence[ObjectClass]) -> dict[int, int]:
+    """Return label value -> index of its class."""
+    found = {}
+    for class_index, object_class in enumerate(classes):
+        for value in object_class.values:
+            found[value] = class_index
+    return found
+
+
+def _listed_classes(classes: Sequence[ObjectClass]) -> str:
+    index_of = class_index_by_value(classes)
+    return ", ".join(f"{value} ({classes[index].name})" for value, index in index_of.items())
+
+
+def _listed_ids(ids: Sequence[int]) -> str:
     listed = ", ".join(map(str, ids[:5]))
     return f"{'ids' if len(ids) > 1 else 'id'} {listed}{' and more' if len(ids) > 5 else ''}"
 
 
 @dataclass(frozen=True)
 class TrueBox:
-    """A box of a ``boxesTr`` file."""
+    """Hold a box of a ``boxesTr`` file."""
 
     box_zyx: Box
     label: int
@@ -323,18 +367,18 @@ def read_true_boxes(
     shape_vox: Size | None,
     other_labels: Sequence[int] = (),
 ) -> Instances:
-    """Objects of which only the box is known:
+    """Read objects of which only the box is known.
 
-    ``{"boxes": [{"box_zyx": [z0, y0, x0, z1, y1, x1], "label": 1}]}``.
-
-    Boxes are in voxel edges, half open (scanfile.AXES); ``"ignore": true`` marks one that does not
-    count. Other keys are allowed, so that a file of detections can be corrected by hand and used.
+    The file holds ``{"boxes": [{"box_zyx": [z0, y0, x0, z1, y1, x1], "label": 1}]}``, with boxes in
+    voxel edges, half open (scanfile.AXES). ``"ignore": true`` marks one that does not count. Other
+    keys are allowed, so that a file of detections can be corrected by hand and used.
 
     Args:
         shape_vox: of the image, (z, y, x); not checked if None.
 
     Raises:
-        ObjectsError: it cannot be read, a box is none or lies outside, or a label is no class.
+        ObjectsError: the file cannot be read, a box has no extent or lies outside, or a label is
+            not a class.
     """
     try:
         data = read_json(file, MEND_YOURS)
@@ -342,62 +386,59 @@ def read_true_boxes(
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise ObjectsError(
                 f'{file}: expected {{"boxes": [{{"box_zyx": [z0, y0, x0, z1, y1, x1], "label": '
-                f"1}}, ...]}}"
+                f"1}}, ...]}}",
+                code="objects-format",
             )
-        read = [
-            from_jsonable(
-                TrueBox,
-                {k: v for k, v in entry.items() if k in ("box_zyx", "label", "ignore")},
-                f"{file}: boxes[{n}]",
-            )
-            for n, entry in enumerate(listed)
-        ]
+        boxes = []
+        for n, entry in enumerate(listed):
+            known = {key: entry[key] for key in ("box_zyx", "label", "ignore") if key in entry}
+            boxes.append(from_jsonable(TrueBox, known, f"{file}: boxes[{n}]"))
     except PlanError as error:
-        raise ObjectsError(str(error)) from error
-    place_of = {value: place for place, kind in enumerate(classes) for value in kind.values}
+        raise ObjectsError(str(error), code="objects-unreadable") from error
+
+    class_index_of = class_index_by_value(classes)
     objects = []
-    for n, box in enumerate(read):
+    for n, box in enumerate(boxes):
         where = f"{file}: boxes[{n}]"
         check_inside(box.box_zyx, shape_vox or as_size([2**31] * 3), where)
-        if box.label in place_of:
-            objects.append(Instance(n + 1, place_of[box.label], box.box_zyx, 0, box.ignore))
+        if box.label in class_index_of:
+            class_index = class_index_of[box.label]
+            objects.append(Instance(n + 1, class_index, box.box_zyx, 0, box.ignore))
         elif box.label not in other_labels:
-            known = ", ".join(
-                f"{value} ({classes[place].name})" for value, place in place_of.items()
+            raise ObjectsError(
+                f"{where}: label {box.label} is not a class; known are: {_listed_classes(classes)}",
+                code="objects-unknown-label",
             )
-            raise ObjectsError(f"{where}: label {box.label} is no class; known are: {known}")
     return Instances(tuple(objects), None)
 
 
 def with_ellipsoids(instances: Instances, shape_vox: Size) -> Instances:
-    """Boxes rasterised as the ellipsoids they hold, so that they can be carried through
-    augmentation like any object.
+    """Draw the ellipsoids that fill the boxes, so that augmentation can carry them as id maps.
 
     A voxel belongs to an ellipsoid that touches it: the box of whole voxels stays as it was. Small
-        objects are drawn last and stay
-    visible; one that is hidden all the same keeps its box and no voxel.
+    objects are drawn last and stay visible. One that is hidden all the same keeps its box and has
+    no voxel.
     """
+
+    def volume(item: Instance) -> float:
+        return float(np.prod(np.subtract(item.box_zyx[3:], item.box_zyx[:3])))
+
     ids = np.zeros(shape_vox, dtype=np.uint16)
-    by_size = sorted(
-        instances.objects, key=lambda o: -float(np.prod(np.subtract(o.box_zyx[3:], o.box_zyx[:3])))
-    )
-    for item in by_size:
-        low = [max(0, int(np.floor(v))) for v in item.box_zyx[:3]]
-        high = [min(s, int(np.ceil(v))) for v, s in zip(item.box_zyx[3:], shape_vox, strict=True)]
-        squares = []
+    for item in sorted(instances.objects, key=volume, reverse=True):
+        region, squares = [], []
         for axis in range(3):
             start, end = item.box_zyx[axis], item.box_zyx[axis + 3]
-            middle = np.arange(low[axis], high[axis]) + 0.5
-            away = np.clip(np.abs(middle - (start + end) / 2) - 0.5, 0, None) / ((end - start) / 2)
-            squares.append(away**2)
-        inside = (
-            squares[0][:, None, None] + squares[1][None, :, None] + squares[2][None, None, :] < 1
-        )
-        ids[low[0] : high[0], low[1] : high[1], low[2] : high[2]][inside] = item.id
-    counts = np.bincount(
-        ids.ravel(), minlength=max((o.id for o in instances.objects), default=0) + 1
-    )
-    objects = tuple(
-        Instance(o.id, o.place, o.box_zyx, int(counts[o.id]), o.ignored) for o in instances.objects
-    )
-    return Instances(objects, ids)
+            low, high = max(0, int(np.floor(start))), min(shape_vox[axis], int(np.ceil(end)))
+            middle = np.arange(low, high) + 0.5
+            # Half a voxel nearer: the edge of a voxel touches before its centre lies inside.
+            away = np.clip(np.abs(middle - (start + end) / 2) - 0.5, 0, None)
+            squares.append((away / ((end - start) / 2)) ** 2)
+            region.append(slice(low, high))
+        z, y, x = squares
+        is_inside = z[:, None, None] + y[None, :, None] + x[None, None, :] < 1
+        ids[tuple(region)][is_inside] = item.id
+
+    largest_id = max((item.id for item in instances.objects), default=0)
+    counts = np.bincount(ids.ravel(), minlength=largest_id + 1)
+    objects = [replace(item, num_voxels=int(counts[item.id])) for item in instances.objects]
+    return Instances(tuple(objects), ids)

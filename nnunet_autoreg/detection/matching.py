@@ -3,13 +3,17 @@ as in COCO.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import cc3d
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nnunet_autoreg.detection import boxes as bx
+from nnunet_autoreg.detection.instances import Instances, boxes_of_ids
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Spacing
 
@@ -18,13 +22,13 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 ANY_CLASS = -1
-"""The place of an ignored region that excuses detections of every class."""
+"""The class index of a region in which detections of every class are ignored."""
 DUPLICATES = ("false", "ignored")
 
 
 @dataclass(frozen=True)
 class HitRule:
-    """When a detection counts as having found an object.
+    """Define when a detection has found an object.
 
     Attributes:
         kind: ``iou``: the boxes overlap by at least ``value``. ``centre``: its centre lies in the
@@ -42,7 +46,7 @@ class HitRule:
 
 
 def parse_hit_rule(text: str) -> HitRule:
-    """``iou:0.1``, ``mask:0.2``, ``centre``, ``radius`` or ``radius:5`` (mm).
+    """Return the rule of ``iou:0.1``, ``mask:0.2``, ``centre``, ``radius`` or ``radius:5`` (mm).
 
     Raises:
         UsageError: it is none of these.
@@ -61,20 +65,21 @@ def parse_hit_rule(text: str) -> HitRule:
     if not fits.get(kind, False):
         raise UsageError(
             f"hit rule '{text}' is not known; write iou:0.1 or mask:0.2 (0 to 1), centre, radius, "
-            "or radius:5 (mm)"
+            "or radius:5 (mm)",
+            code="hit-rule",
         )
     return HitRule(kind, value)
 
 
 @dataclass(frozen=True)
 class ScanBoxes:
-    """What is there and what was found in one scan.
+    """Hold the true objects and the detections of one scan.
 
     Attributes:
         spacing_mm: (z, y, x).
-        true_boxes_G6, true_places_G, ignored_G: objects, the place of their class, and whether they
-            do not count.
-        boxes_D6, places_D, scores_D: detections.
+        true_boxes_G6, true_classes_G, ignored_G: objects, their class indices, and whether they are
+            ignored.
+        boxes_D6, classes_D, scores_D: detections.
         centre_inside_DG: whether the detection's centre is a voxel of the object.
         mask_overlap_DG: IoU of the voxels of each detection and object; None where they are not
             known.
@@ -83,22 +88,24 @@ class ScanBoxes:
     name: str
     spacing_mm: Spacing
     true_boxes_G6: Floats  # noqa: N815
-    true_places_G: Ints  # noqa: N815
+    true_classes_G: Ints  # noqa: N815
     ignored_G: Bools  # noqa: N815
     boxes_D6: Floats  # noqa: N815
-    places_D: Ints  # noqa: N815
+    classes_D: Ints  # noqa: N815
     scores_D: Floats  # noqa: N815
     centre_inside_DG: Bools  # noqa: N815
     mask_overlap_DG: Floats | None = None  # noqa: N815
 
     @property
     def is_empty(self) -> bool:
-        """Whether it holds no object that counts."""
+        """Return whether it holds no object that counts."""
         return bool(self.ignored_G.all())
 
     def a_voxel_longer(self) -> "ScanBoxes":
-        """With every box, true or found, as nnDetection has it: from the voxel before the first to
-        the last, one voxel longer on each axis. Small objects overlap more that way.
+        """Return the scan with every box as nnDetection has it, one voxel longer on each axis.
+
+        Such a box reaches from the voxel before the first to the last. Small objects overlap more
+        that way.
         """
         lower = np.array([1.0, 1, 1, 0, 0, 0])
         return replace(
@@ -108,57 +115,164 @@ class ScanBoxes:
 
 @dataclass(frozen=True)
 class Matched:
-    """The matching of one class in one scan; all arrays but the last by detection, highest score
-    first.
+    """Hold the matching of one class in one scan.
+
+    All arrays but the last are by detection, highest score first.
 
     Attributes:
-        detections: their numbers in the scan.
-        object_of: number, in the scan, of the object found; -1 for none.
-        excused: neither a hit nor false: on an ignored object, or a repetition that does not count.
-        objects: numbers, in the scan, of the objects that count.
+        detections: their indices in the scan.
+        object_of: index, in the scan, of the object found; -1 for none.
+        ignored: neither a hit nor false: on an ignored object, or a second detection of an object
+            where those do not count.
+        objects: indices, in the scan, of the objects that count.
     """
 
     detections: Ints
     scores: Floats
     object_of: Ints
-    excused: Bools
+    ignored: Bools
     objects: Ints
 
 
+def scan_boxes(
+    name: str,
+    spacing_mm: Spacing,
+    true: tuple[Any, Any, Any],
+    found: tuple[Any, Any, Any],
+    ids_ZYX: NDArray[Any] | None = None,
+    ids: Sequence[int] = (),
+    uncounted_ZYX: NDArray[np.bool_] | None = None,
+) -> ScanBoxes:
+    """Combine objects (boxes, classes, ignored) and detections (boxes, classes, scores).
+
+    Classes are given by their indices.
+
+    Args:
+        ids_ZYX: map of the objects, in which they have ``ids``: decides whether a detection's
+            centre lies in an object. Where it is None, the boxes of the objects decide.
+        uncounted_ZYX: where it is True nothing counts: each connected part becomes an ignored
+            object of any class.
+    """
+    true_boxes = np.asarray(true[0], dtype=np.float64).reshape(-1, 6)
+    true_classes = np.asarray(true[1], dtype=np.int64)
+    ignored = np.asarray(true[2], dtype=bool)
+    boxes = np.asarray(found[0], dtype=np.float64).reshape(-1, 6)
+
+    middle = (boxes[:, :3] + boxes[:, 3:]) / 2  # (D, 3)
+    if ids_ZYX is None:
+        is_above = middle[:, None] >= true_boxes[None, :, :3]  # (D, G, 3)
+        is_below = middle[:, None] < true_boxes[None, :, 3:]
+        inside = (is_above & is_below).all(-1)
+    else:
+        inside = _values_at(ids_ZYX, middle)[:, None] == np.asarray(ids, dtype=np.int64)[None]
+
+    if uncounted_ZYX is not None and uncounted_ZYX.any():
+        parts = cc3d.connected_components(uncounted_ZYX, connectivity=26)
+        regions = boxes_of_ids(parts)
+        in_region = _values_at(parts, middle)[:, None] == np.array(list(regions))[None]
+        true_boxes = np.concatenate([true_boxes, [box for box, _ in regions.values()]])
+        true_classes = np.concatenate([true_classes, np.full(len(regions), ANY_CLASS)])
+        ignored = np.concatenate([ignored, np.ones(len(regions), dtype=bool)])
+        inside = np.concatenate([inside, in_region], axis=1)
+    return ScanBoxes(
+        name=name,
+        spacing_mm=spacing_mm,
+        true_boxes_G6=true_boxes,
+        true_classes_G=true_classes,
+        ignored_G=ignored,
+        boxes_D6=boxes,
+        classes_D=np.asarray(found[1], dtype=np.int64),
+        scores_D=np.asarray(found[2], dtype=np.float64),
+        centre_inside_DG=np.asarray(inside, dtype=bool),
+    )
+
+
+def scan_of_instances(
+    name: str,
+    spacing_mm: Spacing,
+    instances: Instances,
+    found: tuple[Any, Any, Any],
+    uncounted_ZYX: NDArray[np.bool_] | None = None,
+) -> ScanBoxes:
+    """Combine the objects of a scan and its detections."""
+    objects = instances.objects
+    true = (
+        [item.box_zyx for item in objects],
+        [item.class_index for item in objects],
+        [item.ignored for item in objects],
+    )
+    ids = [item.id for item in objects]
+    return scan_boxes(name, spacing_mm, true, found, instances.ids_ZYX, ids, uncounted_ZYX)
+
+
+def _values_at(array_ZYX: NDArray[Any], points_N3: Floats) -> NDArray[Any]:
+    """Return the values (N,) of the voxels that hold the points."""
+    voxels = np.floor(points_N3).astype(np.int64)
+    z, y, x = np.clip(voxels, 0, np.array(array_ZYX.shape) - 1).T
+    return np.asarray(array_ZYX[z, y, x])
+
+
+def mask_overlaps(
+    found_ZYX: NDArray[Any],
+    found_ids: Sequence[int],
+    true_ZYX: NDArray[Any],
+    true_ids: Sequence[int],
+) -> Floats:
+    """Return the IoU (D, G) of the voxels that have each id in two maps of one shape.
+
+    It is 0 for an id without any voxel.
+    """
+    # What is 0 in either map is most of an image: it is not sorted, nor copied as larger numbers.
+    in_both_ZYX = (found_ZYX != 0) & (true_ZYX != 0)
+    base = int(true_ZYX.max(initial=0)) + 1
+    pair_ids = found_ZYX[in_both_ZYX].astype(np.int64) * base + true_ZYX[in_both_ZYX]
+    pairs, counts = np.unique(pair_ids, return_counts=True)
+    common_of_pair = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
+
+    found_size, true_size = (np.bincount(array[array != 0]) for array in (found_ZYX, true_ZYX))
+    overlap = np.zeros((len(found_ids), len(true_ids)))
+    for d, i in enumerate(found_ids):
+        for g, j in enumerate(true_ids):
+            common = common_of_pair.get(i * base + j, 0)
+            if common:
+                overlap[d, g] = common / (found_size[i] + true_size[j] - common)
+    return overlap
+
+
 def overlaps(a_N6: Floats, b_M6: Floats) -> Floats:
-    """(N, M) IoU, float64."""
-    return bx.iou(
-        torch.from_numpy(np.asarray(a_N6, np.float64)),
-        torch.from_numpy(np.asarray(b_M6, np.float64)),
-    ).numpy()
+    """Return the IoU (N, M), float64."""
+    a = torch.from_numpy(np.asarray(a_N6, np.float64))
+    b = torch.from_numpy(np.asarray(b_M6, np.float64))
+    return bx.iou(a, b).numpy()
 
 
 def distances_mm(scan: ScanBoxes) -> Floats:
-    """(D, G) distances of the boxes' centres."""
-    found, true = (
-        (b[:, :3] + b[:, 3:]) / 2 * np.array(scan.spacing_mm)
-        for b in (scan.boxes_D6, scan.true_boxes_G6)
-    )
+    """Return the distances (D, G) of the boxes' centres."""
+    spacing = np.array(scan.spacing_mm)
+    found = (scan.boxes_D6[:, :3] + scan.boxes_D6[:, 3:]) / 2 * spacing
+    true = (scan.true_boxes_G6[:, :3] + scan.true_boxes_G6[:, 3:]) / 2 * spacing
     return np.asarray(np.linalg.norm(found[:, None] - true[None], axis=-1))
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """(D, G) whether each detection would be a hit of each object, whatever the classes, and how
-    good a one (more is better); of a region in which nothing counts, whether its centre lies in it.
+    """Return whether each detection would hit each object (D, G), and how well, whatever the class.
+
+    A larger second value is a better hit. A region in which nothing counts is hit if the
+    detection's centre lies in it.
 
     Raises:
-        UsageError: the rule asks for voxels, and only boxes are known.
+        UsageError: the rule needs voxels, and only boxes are known.
     """
     if rule.kind in ("iou", "mask"):
-        quality = (
-            overlaps(scan.boxes_D6, scan.true_boxes_G6)
-            if rule.kind == "iou"
-            else scan.mask_overlap_DG
-        )
+        is_iou = rule.kind == "iou"
+        quality = overlaps(scan.boxes_D6, scan.true_boxes_G6) if is_iou else scan.mask_overlap_DG
         if quality is None:
             raise UsageError(
-                f"hit rule {rule}: the voxels of {scan.name}'s objects are not known; take iou:T"
+                f"hit rule {rule}: the voxels of the objects of {scan.name} are not known; use "
+                "iou:T",
+                code="hit-rule-without-voxels",
             )
+        # A threshold of 1 is reached by equal boxes, whatever the rounding.
         hit = quality >= min(rule.value, 1 - 1e-9)
     else:
         away = distances_mm(scan)
@@ -166,51 +280,65 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
         if rule.kind == "centre":
             hit = scan.centre_inside_DG
         else:
-            sides = (scan.true_boxes_G6[:, 3:] - scan.true_boxes_G6[:, :3]) * np.array(
-                scan.spacing_mm
-            )
-            hit = away <= (rule.value or sides.max(1, initial=0.0)[None] / 2)
+            sides_vox = scan.true_boxes_G6[:, 3:] - scan.true_boxes_G6[:, :3]
+            sides_mm = sides_vox * np.array(scan.spacing_mm)
+            hit = away <= (rule.value or sides_mm.max(1, initial=0.0)[None] / 2)
+
     hit = hit | (scan.ignored_G[None] & scan.centre_inside_DG)
-    # A region is no object: its box may be the whole image, and says nothing.
-    return np.where((scan.true_places_G == ANY_CLASS)[None], scan.centre_inside_DG, hit), quality
+    # A region is no object: its box may be the whole image, and means nothing.
+    is_region = scan.true_classes_G == ANY_CLASS
+    return np.where(is_region[None], scan.centre_inside_DG, hit), quality
 
 
 def match_scan(
     scan: ScanBoxes,
-    place: int,
+    class_index: int,
     rule: HitRule,
     *,
     duplicates: str = "false",
     max_detections: int = 100,
-    excused_objects: Bools | None = None,
-    excused_if_unmatched: Bools | None = None,
+    ignored_objects: Bools | None = None,
+    ignored_if_unmatched: Bools | None = None,
 ) -> Matched:
-    """Match the detections of one class with its objects: each takes the best object still free; an
-    ignored one takes any number.
+    """Match the detections of one class with its objects.
+
+    Each detection takes the best object that is still free. An ignored object takes any number of
+    detections.
 
     Args:
-        duplicates: what a further detection of an object found already is: ``false`` positive or
-            ``ignored``.
+        duplicates: what a further detection of an object is that was found already: ``false``
+            positive or ``ignored``.
         max_detections: only the highest scores count.
-        excused_objects: (G,) further objects that do not count here, e.g. those of another size.
-        excused_if_unmatched: (D,) detections that are no false positives here.
+        ignored_objects: (G,) further objects that do not count here, e.g. those of another size.
+        ignored_if_unmatched: (D,) detections that are no false positives here.
     """
     hit, quality = hits(scan, rule)
-    ignored = scan.ignored_G if excused_objects is None else scan.ignored_G | excused_objects
-    own = (scan.true_places_G == place) | ((scan.true_places_G == ANY_CLASS) & scan.ignored_G)
-    hit = hit & own[None]
-    mine = np.flatnonzero(scan.places_D == place)
-    order = mine[np.argsort(-scan.scores_D[mine], kind="stable")][:max_detections]
-    free = own & ~ignored
+    ignored = scan.ignored_G if ignored_objects is None else scan.ignored_G | ignored_objects
+    is_region = (scan.true_classes_G == ANY_CLASS) & scan.ignored_G
+    is_own = (scan.true_classes_G == class_index) | is_region
+    hit = hit & is_own[None]
+
+    of_class = np.flatnonzero(scan.classes_D == class_index)
+    by_score = np.argsort(-scan.scores_D[of_class], kind="stable")
+    order = of_class[by_score][:max_detections]
+    is_free = is_own & ~ignored
     object_of = np.full(len(order), -1, dtype=np.int64)
-    excused = np.zeros(len(order), dtype=bool)
-    for rank, d in enumerate(order):
-        candidates = np.flatnonzero(hit[d] & free)
+    is_ignored = np.zeros(len(order), dtype=bool)
+    for n, d in enumerate(order):
+        candidates = np.flatnonzero(hit[d] & is_free)
         if len(candidates):
             best = candidates[quality[d, candidates].argmax()]
-            object_of[rank], free[best] = best, False
-        else:
-            repeated = duplicates == "ignored" and bool((hit[d] & ~ignored).any())
-            apart = excused_if_unmatched is not None and bool(excused_if_unmatched[d])
-            excused[rank] = bool((hit[d] & ignored).any()) or repeated or apart
-    return Matched(order, scan.scores_D[order], object_of, excused, np.flatnonzero(own & ~ignored))
+            object_of[n] = best
+            is_free[best] = False
+            continue
+        on_ignored = bool((hit[d] & ignored).any())
+        is_duplicate = bool((hit[d] & ~ignored).any())
+        may_be_unmatched = ignored_if_unmatched is not None and bool(ignored_if_unmatched[d])
+        is_ignored[n] = on_ignored or (duplicates == "ignored" and is_duplicate) or may_be_unmatched
+    return Matched(
+        detections=order,
+        scores=scan.scores_D[order],
+        object_of=object_of,
+        ignored=is_ignored,
+        objects=np.flatnonzero(is_own & ~ignored),
+    )

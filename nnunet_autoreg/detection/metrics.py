@@ -1,8 +1,7 @@
-"""Average precision, free-response curves, and their intervals, from matched detections of many
-scans.
+"""Average precision, free-response curves, and their intervals, from matched detections.
 
 Every function takes a weight per scan, so that a bootstrap resample costs no new matching: a scan
-drawn twice weighs 2.
+that is drawn twice weighs 2.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ LEVEL = 95.0
 
 @dataclass(frozen=True)
 class Pooled:
-    """One class over all scans, excused detections left out.
+    """Hold the detections of one class over all scans, without the ignored ones.
 
     Attributes:
         scores, is_hit, scan: of each detection, highest score first.
@@ -40,14 +39,15 @@ class Pooled:
 
     @property
     def num_objects(self) -> int:
-        """In all scans."""
+        """Return the number of objects in all scans."""
         return int(self.objects_S.sum())
 
 
 @dataclass(frozen=True)
 class Froc:
-    """A free-response curve: points at falling score thresholds, first the one at which nothing is
-    detected.
+    """Hold a free-response curve: points at falling score thresholds.
+
+    At the first point nothing is detected.
 
     Attributes:
         fp_per_scan, sensitivity, threshold: arrays of one length; the first threshold is infinite.
@@ -59,122 +59,129 @@ class Froc:
 
 
 def pool(matched: Sequence[Matched]) -> Pooled:
-    """Put the scans' matchings of one class together."""
-    counted = [~m.excused for m in matched]
-    scores = np.concatenate(
-        [m.scores[c] for m, c in zip(matched, counted, strict=True)] or [np.zeros(0)]
-    )
-    is_hit = np.concatenate(
-        [m.object_of[c] >= 0 for m, c in zip(matched, counted, strict=True)]
-        or [np.zeros(0, dtype=bool)]
-    )
-    scan = np.repeat(np.arange(len(matched)), [int(c.sum()) for c in counted])
-    order = np.argsort(-scores, kind="stable")
+    """Combine the matchings of one class in all scans."""
+    # An empty start, because there may be no scan.
+    scores, is_hit = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    num_counted = []
+    for of_scan in matched:
+        counted = ~of_scan.ignored
+        scores.append(of_scan.scores[counted])
+        is_hit.append(of_scan.object_of[counted] >= 0)
+        num_counted.append(int(counted.sum()))
+
+    all_scores = np.concatenate(scores)
+    order = np.argsort(-all_scores, kind="stable")
     return Pooled(
-        scores[order],
-        is_hit[order],
-        scan[order],
-        np.array([len(m.objects) for m in matched], dtype=np.int64),
+        scores=all_scores[order],
+        is_hit=np.concatenate(is_hit)[order],
+        scan=np.repeat(np.arange(len(matched)), num_counted)[order],
+        objects_S=np.array([len(of_scan.objects) for of_scan in matched], dtype=np.int64),
     )
 
 
 def average_precision(pooled: Pooled, weights_S: Floats | None = None) -> float:
-    """Mean, over recalls 0, 0.01 ..
+    """Return the mean, over recalls 0, 0.01 .. 1, of the best precision at that recall or beyond.
 
-    1, of the best precision at that recall or beyond; 0 without detections, NaN without objects.
-
-    Recalls are compared in float32, as nnDetection and MONAI do: 7 of 10 does not reach 0.70 there.
+    It is 0 without detections and NaN without objects. Recalls are compared in float32, as
+    nnDetection and MONAI do: 7 of 10 does not reach 0.70 there.
     """
     weights = np.ones(len(pooled.objects_S)) if weights_S is None else weights_S
-    objects = float(weights @ pooled.objects_S)
-    if objects == 0:
+    num_objects = float(weights @ pooled.objects_S)
+    if num_objects == 0:
         return float("nan")
-    each = weights[pooled.scan]
-    hits, misses = np.cumsum(each * pooled.is_hit), np.cumsum(each * ~pooled.is_hit)
+
+    of_detection = weights[pooled.scan]
+    hits = np.cumsum(of_detection * pooled.is_hit)
+    misses = np.cumsum(of_detection * ~pooled.is_hit)
     precision = hits / np.maximum(hits + misses, 1e-12)
-    precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    reached = np.searchsorted((hits / objects).astype(np.float32), RECALLS, side="left")
-    return float(precision[reached].mean())
+    best_beyond = np.maximum.accumulate(precision[::-1])[::-1]
+    best_beyond = np.append(best_beyond, 0.0)
+    reached = np.searchsorted((hits / num_objects).astype(np.float32), RECALLS, side="left")
+    return float(best_beyond[reached].mean())
 
 
 def froc(pooled: Pooled, weights_S: Floats | None = None) -> Froc:
-    """Sensitivity against false positives per scan, empty scans included; detections of one score
-    come in together.
+    """Return the sensitivity against false positives per scan, scans without objects included.
+
+    Detections of one score are added together.
     """
     weights = np.ones(len(pooled.objects_S)) if weights_S is None else weights_S
-    each = weights[pooled.scan]
-    last = (
-        np.flatnonzero(np.append(pooled.scores[1:] != pooled.scores[:-1], True))
-        if len(pooled.scores)
-        else np.zeros(0, dtype=np.int64)
-    )
-    objects, scans = float(weights @ pooled.objects_S), float(weights.sum())
-    hits = np.cumsum(each * pooled.is_hit)[last]
-    misses = np.cumsum(each * ~pooled.is_hit)[last]
-    sensitivity = hits / objects if objects else np.full(len(last), np.nan)
-    start = 0.0 if objects else np.nan
+    of_detection = weights[pooled.scan]
+    last_of_score = np.zeros(0, dtype=np.int64)
+    if len(pooled.scores):
+        is_last = np.append(pooled.scores[1:] != pooled.scores[:-1], True)
+        last_of_score = np.flatnonzero(is_last)
+
+    num_objects, num_scans = float(weights @ pooled.objects_S), float(weights.sum())
+    hits = np.cumsum(of_detection * pooled.is_hit)[last_of_score]
+    misses = np.cumsum(of_detection * ~pooled.is_hit)[last_of_score]
+    sensitivity = hits / num_objects if num_objects else np.full(len(last_of_score), np.nan)
+    start = 0.0 if num_objects else np.nan
     return Froc(
-        np.append(0.0, misses / scans),
-        np.append(start, sensitivity),
-        np.append(np.inf, pooled.scores[last]),
+        fp_per_scan=np.append(0.0, misses / num_scans),
+        sensitivity=np.append(start, sensitivity),
+        threshold=np.append(np.inf, pooled.scores[last_of_score]),
     )
 
 
 def sensitivity_at(curve: Froc, fp_per_scan: Sequence[float]) -> Floats:
-    """Sensitivities at given numbers of false positives per scan: linear between the curve's
-    points, as in LUNA16's evaluation.
+    """Return the sensitivities at given numbers of false positives per scan.
 
-    Beyond the last point the curve stays where it is; no detection at all is 0.
+    Between the curve's points it is linear, as in LUNA16's evaluation. Beyond the last point the
+    curve stays where it is; without any detection it is 0.
     """
     values = np.unique(curve.fp_per_scan)
     # Several sensitivities at one number of false positives: the last one is the highest.
-    best = curve.sensitivity[np.searchsorted(curve.fp_per_scan, values, side="right") - 1]
-    return np.interp(fp_per_scan, values, best)
+    last = np.searchsorted(curve.fp_per_scan, values, side="right") - 1
+    return np.interp(fp_per_scan, values, curve.sensitivity[last])
 
 
 def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> float:
-    """The lowest score threshold with at most so many false positives per scan; infinite if even
-    the highest score has more.
+    """Return the lowest score threshold with at most so many false positives per scan.
+
+    It is infinite if even the highest score has more.
 
     Args:
-        curves: each with its number of scans, taken together as if they were of one set of scans.
+        curves: each with its number of scans, combined as if they were of one set of scans.
     """
     thresholds = np.unique(np.concatenate([curve.threshold for curve, _ in curves]))[::-1]
-    false = np.zeros(len(thresholds))
-    for curve, scans in curves:
+    num_false = np.zeros(len(thresholds))
+    for curve, num_scans in curves:
         # Thresholds fall; a curve stays where its last point at or above the threshold is.
         last = np.searchsorted(-curve.threshold, -thresholds, side="right") - 1
-        false += curve.fp_per_scan[last] * scans
-    allowed = false / sum(scans for _, scans in curves) <= fp_per_scan
-    return float(thresholds[allowed][-1])
+        num_false += curve.fp_per_scan[last] * num_scans
+    is_allowed = num_false / sum(num_scans for _, num_scans in curves) <= fp_per_scan
+    return float(thresholds[is_allowed][-1])
 
 
 def cpm(
     pooled: Pooled, weights_S: Floats | None = None, points: Sequence[float] = FP_PER_SCAN
 ) -> float:
-    """Mean sensitivity at the operating points; NaN without objects."""
+    """Return the mean sensitivity at the operating points; NaN without objects."""
     return float(sensitivity_at(froc(pooled, weights_S), points).mean())
 
 
 def mean_of_present(values: Sequence[float]) -> float:
-    """Mean of the values that are no NaN; NaN if none is left."""
+    """Return the mean of the values that are not NaN; NaN if none is left."""
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
 
 
 def bootstrap_weights(num_scans: int, num_resamples: int, seed: int) -> Floats:
-    """(B, S) how often each scan is drawn, with replacement, into each of B resamples of S
-    scans.
+    """Return how often each scan is drawn into each of B resamples of S scans, (B, S).
+
+    Scans are drawn with replacement.
     """
     random = generator(seed, "bootstrap over scans")
     drawn = random.integers(0, num_scans, (num_resamples, num_scans))
-    return np.stack([np.bincount(scans, minlength=num_scans) for scans in drawn]).astype(np.float64)
+    counts = [np.bincount(scans, minlength=num_scans) for scans in drawn]
+    return np.stack(counts).astype(np.float64)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The middle 95 % of resampled values; those of resamples without any object are left out.
+    """Return the middle 95 % of resampled values; None if fewer than two are left.
 
-    None if fewer than two are left.
+    The NaN of resamples without any object are left out.
     """
     known = [v for v in values if not np.isnan(v)]
     if len(known) < 2:

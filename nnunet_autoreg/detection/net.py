@@ -1,17 +1,16 @@
-"""Retina U-Net on the networks that fine-tuning builds: their segmentation as it was, beside it
-boxes from several feature maps.
+"""Retina U-Net on the networks that fine-tuning builds: segmentation, and boxes beside it.
 
-Encoder and decoder keep their key names, so that pretrained weights load as they do for
-segmentation; what is new lies below ``detection.``. In training, and where ``detect`` is set,
-``forward`` gives a ``Output``; else the segmentation logits alone, so that stock
-``nnUNetv2_predict`` works.
+The boxes come from several feature maps. Encoder and decoder keep their key names, so that
+pretrained weights load as they do for segmentation; what is new lies below ``detection.``. In
+training, and where ``detect`` is set, ``forward`` returns an ``Output``. Otherwise it returns the
+segmentation logits alone, so that stock ``nnUNetv2_predict`` works.
 
 Shape suffixes: B samples, C channels, Z Y X voxels, z y x cells of a feature map, A anchors of all
-    levels, K classes.
+levels, K classes.
 
 Source: Jaeger et al. 2018, "Retina U-Net" (arXiv 1811.08661); Li et al. 2022, "Exploring plain
-    vision transformer backbones for object
-detection" (arXiv 2203.16527) for the pyramid over tokens.
+    vision transformer backbones for object detection" (arXiv 2203.16527) for the pyramid over
+    tokens.
 """
 
 import math
@@ -33,30 +32,31 @@ from nnunet_autoreg.geometry import Size, as_size
 PRIOR = 0.01
 """Score that an untrained head gives to every anchor."""
 FINEST_STRIDE, COARSER_STAGES = 2, 2
-"""Tokens are brought up to stride 2, and down two stages."""
+"""Token maps are enlarged up to stride 2, and reduced by up to two stages."""
 GROUP = 16
 """Channels that are normalised together in the heads."""
 
 
 class Output(NamedTuple):
-    """What the network says of a batch.
+    """Hold what the network returns for a batch.
 
     Attributes:
         logits_BCZYX: segmentation.
         scores_BAK: one logit per anchor and class.
-        codes_BA6: where the box lies (detection.boxes).
+        deltas_BA6: from the anchor to the box (boxes.encode).
         cells: number of cells (z, y, x) of each level.
     """
 
     logits_BCZYX: Tensor  # noqa: N815
     scores_BAK: Tensor  # noqa: N815
-    codes_BA6: Tensor  # noqa: N815
+    deltas_BA6: Tensor  # noqa: N815
     cells: tuple[Size, ...]
 
 
 class Heads(nn.Module):
-    """Classifier and box regressor, shared by all levels; only the scale of the boxes is each
-    level's own.
+    """Classifier and box regressor, shared by all levels.
+
+    Only the scale of the boxes is each level's own.
     """
 
     def __init__(self, num_channels: int, num_shapes: int, num_classes: int, num_levels: int):
@@ -67,37 +67,37 @@ class Heads(nn.Module):
         self.scales = nn.Parameter(torch.ones(num_levels))
         last: Any = self.classifier[-1]
         nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
-        # Training starts from the anchors as they are: from random codes SGD at 1e-2 drove sides to
-        # their limit, where no gradient is.
-        to_codes: Any = self.regressor[-1]
-        nn.init.zeros_(to_codes.weight)
+        # Training starts from the anchors as they are: from random deltas, SGD at 1e-2 drove sides
+        # to their limit, where there is no gradient.
+        to_deltas: Any = self.regressor[-1]
+        nn.init.zeros_(to_deltas.weight)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, A, K) and codes (B, A, 6): levels one after the other, then cells (z, y, x),
-        then shapes.
+        """Return logits (B, A, K) and deltas (B, A, 6).
+
+        Anchors are in the order of levels, then cells (z, y, x), then shapes.
         """
-        scores, codes = [], []
+        scores, deltas = [], []
         for level, features in enumerate(maps):
             scores.append(_by_anchor(self.classifier(features), self.num_classes))
-            codes.append(_by_anchor(self.regressor(features), 6) * self.scales[level])
-        return torch.cat(scores, 1), torch.cat(codes, 1)
+            deltas.append(_by_anchor(self.regressor(features), 6) * self.scales[level])
+        return torch.cat(scores, 1), torch.cat(deltas, 1)
 
 
 def _by_anchor(values_BCzyx: Tensor, size: int) -> Tensor:
+    """Return the values of a map with ``size`` channels per anchor as (B, anchors, size)."""
     return values_BCzyx.permute(0, 2, 3, 4, 1).reshape(values_BCzyx.shape[0], -1, size)
 
 
 def _head(num_channels: int, num_outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(2):
-        norm = nn.GroupNorm(max(1, num_channels // GROUP), num_channels)
-        layers += [
-            nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False),
-            norm,
-            nn.ReLU(inplace=True),
-        ]
+        layers.append(nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False))
+        layers.append(nn.GroupNorm(max(1, num_channels // GROUP), num_channels))
+        layers.append(nn.ReLU(inplace=True))
     layers.append(nn.Conv3d(num_channels, num_outputs, 3, padding=1))
     head = nn.Sequential(*layers)
+
     for layer in head:
         if isinstance(layer, nn.Conv3d):
             nn.init.normal_(layer.weight, std=0.01)
@@ -107,12 +107,11 @@ def _head(num_channels: int, num_outputs: int) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """Base: a segmentation network whose inner feature maps feed the heads.
+    """Base class: a segmentation network whose inner feature maps feed the heads.
 
     Args:
-        network: as ``encoders.build_network`` makes it, without deep supervision; its parts are
-            taken over.
-        parts: names of its children that are taken over.
+        network: as ``encoders.build_network`` makes it, without deep supervision.
+        parts: names of its children that become children of the detector.
         level_channels: channels of the feature map of every level, finest first.
     """
 
@@ -131,36 +130,32 @@ class Detector(nn.Module):
         for name in ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe"):
             setattr(self, name, getattr(network, name))
         self.detect = False
-        self.detection = nn.ModuleDict(
-            {
-                "laterals": nn.ModuleList(
-                    nn.Conv3d(c, num_channels, kernel_size=1) for c in level_channels
-                ),
-                "heads": Heads(num_channels, num_shapes, num_classes, len(level_channels)),
-            }
-        )
+        laterals = [nn.Conv3d(c, num_channels, kernel_size=1) for c in level_channels]
+        heads = Heads(num_channels, num_shapes, num_classes, len(level_channels))
+        self.detection = nn.ModuleDict({"laterals": nn.ModuleList(laterals), "heads": heads})
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Segmentation logits and the feature map of every level."""
+        """Return segmentation logits (B, C, Z, Y, X) and the feature map of every level."""
         raise NotImplementedError
 
     def forward(self, image_BCZYX: Tensor) -> Output | Tensor:
-        """An ``Output`` in training or where ``detect`` is set; else segmentation logits (B, C, Z,
-        Y, X).
-        """
+        """Return an ``Output`` in training or where ``detect`` is set, else segmentation logits."""
         logits, maps = self.both(image_BCZYX)
         if not (self.training or self.detect):
             return logits
         laterals: Any = self.detection["laterals"]
         heads: Any = self.detection["heads"]
+
         maps = [lateral(features) for lateral, features in zip(laterals, maps, strict=True)]
-        scores, codes = heads(maps)
-        return Output(logits, scores, codes, tuple(as_size(m.shape[2:]) for m in maps))
+        scores, deltas = heads(maps)
+        cells = tuple(as_size(features.shape[2:]) for features in maps)
+        return Output(logits, scores, deltas, cells)
 
 
 class ResEncDetector(Detector):
-    """nnU-Net's residual encoder U-Net; levels are the outputs of the decoder's stages, and the
-    bottleneck.
+    """nnU-Net's residual encoder U-Net.
+
+    Levels are the outputs of the decoder's stages, and the bottleneck.
 
     Args:
         stages: of the encoder, 0 at full resolution.
@@ -180,13 +175,13 @@ class ResEncDetector(Detector):
             network, ("encoder", "decoder"), channels, num_shapes, num_classes, num_channels
         )
         self.stages = tuple(stages)
-        # Without deep supervision nothing reaches the coarser outputs, and distributed training
+        # Without deep supervision no gradient reaches the coarser outputs, and distributed training
         # waits for every gradient.
         decoder: Any = self.decoder
         decoder.seg_layers[:-1].requires_grad_(False)
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Segmentation logits and the feature map of every level."""
+        """Return segmentation logits (B, C, Z, Y, X) and the feature map of every level."""
         decoder: Any = self.decoder
         encoder: Any = self.encoder
         skips = encoder(image_BCZYX)
@@ -202,31 +197,31 @@ class ResEncDetector(Detector):
 
 
 class TokenPyramid(nn.Module):
-    """Feature maps of several strides from the token map alone: transposed convolutions up, pooling
-    down.
+    """Make feature maps of several strides from the token map alone.
+
+    Transposed convolutions enlarge it, and pooling reduces it.
 
     Args:
-        doublings: per level how often the token map is doubled; negative: halved.
+        doublings: per level how often the token map is doubled; halved, if negative.
     """
 
     def __init__(self, width: int, doublings: Sequence[int]):
         super().__init__()
         self.doublings = tuple(doublings)
         widths = [max(width // 2**n, GROUP) for n in range(max(0, *doublings) + 1)]
-        self.ups = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose3d(a, b, kernel_size=2, stride=2), LayerNormNd(b), nn.GELU()
-            )
-            for a, b in pairwise(widths)
-        )
+        self.ups = nn.ModuleList()
+        for before, after in pairwise(widths):
+            up = nn.ConvTranspose3d(before, after, kernel_size=2, stride=2)
+            self.ups.append(nn.Sequential(up, LayerNormNd(after), nn.GELU()))
         self.channels = [widths[max(0, n)] for n in doublings]
         self.norms = nn.ModuleList(LayerNormNd(c) for c in self.channels)
 
     def forward(self, tokens_BCzyx: Tensor) -> list[Tensor]:
-        """A map for every level."""
+        """Return a map for every level."""
         grown = [tokens_BCzyx]
         for up in self.ups:
             grown.append(up(grown[-1]))
+
         maps = []
         for doublings, norm in zip(self.doublings, self.norms, strict=True):
             features = grown[max(0, doublings)]
@@ -237,8 +232,9 @@ class TokenPyramid(nn.Module):
 
 
 class PrimusDetector(Detector):
-    """Primus, V2 and V3: a pyramid over the token map; of V2 and V3 the stem's own features join it
-    at their strides.
+    """Primus, V2 and V3: a pyramid over the token map.
+
+    In V2 and V3 the stem's own features are added to it at their strides.
     """
 
     def __init__(
@@ -264,55 +260,58 @@ class PrimusDetector(Detector):
         mask_token: Any = network.mask_token
         self.register_buffer("mask_token", mask_token)
         self.detection["pyramid"] = pyramid
-        self.stem_levels = self._join_stem(doublings, pyramid.channels)
 
-    def _join_stem(self, doublings: Sequence[int], channels: Sequence[int]) -> dict[int, int]:
-        """Level -> the stem's stage whose output joins it."""
+        # Level -> the stem's stage whose output is added to it.
+        self.stem_levels: dict[int, int] = {}
         stem: Any = self.down_projection
         if not hasattr(stem, "stages"):
-            return {}
+            return
         last = len(stem.stages) - 1
-        levels = {level: last - n for level, n in enumerate(doublings) if 0 < n <= last}
-        joins = {
-            str(level): nn.Conv3d(int(stem.stages[s].output_channels), channels[level], 1)
-            for level, s in levels.items()
-        }
-        self.detection["stem"] = nn.ModuleDict(joins)
-        return levels
+        projections = {}
+        for level, n in enumerate(doublings):
+            if 0 < n <= last:
+                stage = stem.stages[last - n]
+                self.stem_levels[level] = last - n
+                channels = int(stage.output_channels)
+                projections[str(level)] = nn.Conv3d(channels, pyramid.channels[level], 1)
+        self.detection["stem"] = nn.ModuleDict(projections)
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Segmentation logits and the feature map of every level."""
-        tokens, seen = self._tokens(image_BCZYX)
+        """Return segmentation logits (B, C, Z, Y, X) and the feature map of every level."""
+        tokens, stem_features = self._tokens(image_BCZYX)
         B, C, z, y, x = tokens.shape
         eva: Any = self.eva
         decode: Any = self.up_projection
-        mixed, _ = eva(tokens.flatten(2).transpose(1, 2))
+        mixed, _ = eva(tokens.flatten(2).transpose(1, 2))  # (B, tokens, C)
         tokens = mixed.transpose(1, 2).reshape(B, C, z, y, x)
+
         maps = self.detection["pyramid"](tokens)
         for level, stage in self.stem_levels.items():
             stem: Any = self.detection["stem"]
-            maps[level] = maps[level] + stem[str(level)](seen[stage])
+            maps[level] = maps[level] + stem[str(level)](stem_features[stage])
         return decode(tokens), maps
 
     def _tokens(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The tokenizer's output, and that of every stage of its stem."""
+        """Return the tokenizer's output, and that of every stage of its stem."""
         stem: Any = self.down_projection
         if not hasattr(stem, "stages"):
             return stem(image_BCZYX), []
         x = stem.stem(image_BCZYX)
-        has_skips = isinstance(stem, PatchEmbedDeeperControlled) and stem.add_skips
-        before, seen = [x], []
+        inputs, stage_outputs = [x], []
         for stage in stem.stages:
             x = stage(x)
-            seen.append(x)
-            before.append(x)
+            stage_outputs.append(x)
+            inputs.append(x)
         tokens: Tensor = stem.final_proj(x)
-        if has_skips:
-            skips = zip(stem.scale_proj_to_tokens, stem.proj_to_tokens, before[:-1], strict=True)
-            tokens = tokens + torch.stack(
-                [scale * project(features) for scale, project, features in skips]
-            ).sum(0)
-        return tokens, seen
+
+        if isinstance(stem, PatchEmbedDeeperControlled) and stem.add_skips:
+            skips = []
+            for scale, project, features in zip(
+                stem.scale_proj_to_tokens, stem.proj_to_tokens, inputs[:-1], strict=True
+            ):
+                skips.append(scale * project(features))
+            tokens = tokens + torch.stack(skips).sum(0)
+        return tokens, stage_outputs
 
 
 class ViTDetector(Detector):
@@ -339,21 +338,22 @@ class ViTDetector(Detector):
         self.detection["pyramid"] = pyramid
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Segmentation logits and the feature map of every level."""
+        """Return segmentation logits (B, C, Z, Y, X) and the feature map of every level."""
         model: Any = self.model
         decoder: Any = self.decoder
         tokens_BNV = model.patchifier(image_BCZYX).flatten(2).transpose(1, 2) + self.positions
-        states = [
-            state[:, 1:].transpose(1, 2).unflatten(2, self.grid)
-            for state in model.hidden(model.with_start(tokens_BNV))
-        ]
+        states = []
+        for state in model.hidden(model.with_start(tokens_BNV)):
+            # Without the start token, as a map (B, C, z, y, x).
+            states.append(state[:, 1:].transpose(1, 2).unflatten(2, self.grid))
         taps = [states[i] for i in self.tap_indices]
         return decoder(image_BCZYX, taps, states[-1]), self.detection["pyramid"](states[-1])
 
 
 def token_doublings(token_size: Size) -> list[int]:
-    """How often the token map is doubled for every stage that can carry a level, finest first;
-    negative: halved.
+    """Return how often the token map is doubled for every stage that can carry a level.
+
+    The finest stage comes first; a negative number means that the map is halved.
 
     Raises:
         PlanError: the token is too small, or no power of two.
@@ -362,18 +362,18 @@ def token_doublings(token_size: Size) -> list[int]:
     if any(side & (side - 1) for side in token_size) or largest < FINEST_STRIDE:
         raise PlanError(
             f"tokens of {token_size} voxels: detection needs sides that are powers of two, and one "
-            f"of {FINEST_STRIDE} or more"
+            f"of {FINEST_STRIDE} or more",
+            code="detection-token-size",
         )
     most = int(math.log2(largest // FINEST_STRIDE))
-    return [
-        n for n in range(most, -COARSER_STAGES - 1, -1) if all(side >= 2**n for side in token_size)
-    ]
+    steps = range(most, -COARSER_STAGES - 1, -1)
+    return [n for n in steps if min(token_size) >= 2**n]
 
 
 def stage_strides(
     class_path: str, arguments: Mapping[str, Any], patch_size: Sequence[int]
 ) -> list[Size]:
-    """The stride (z, y, x) in voxels of every stage that can carry a level, finest first.
+    """Return the stride (z, y, x) in voxels of every stage that can carry a level, finest first.
 
     Args:
         arguments: of the configuration's network.
@@ -382,25 +382,18 @@ def stage_strides(
     if family_of(class_path) == RESENC:
         strides, total = [], (1, 1, 1)
         for step in arguments["strides"]:
-            total = as_size(
-                [
-                    t * s
-                    for t, s in zip(
-                        total, [step] * 3 if isinstance(step, int) else step, strict=True
-                    )
-                ]
-            )
+            steps = [step] * 3 if isinstance(step, int) else step
+            total = as_size([t * s for t, s in zip(total, steps, strict=True)])
             strides.append(total)
         return strides
+
     token = token_size_of(class_path, arguments)
-    every = [
-        as_size([t // 2**n if n >= 0 else t * 2**-n for t in token]) for n in token_doublings(token)
-    ]
-    return [
-        stride
-        for stride in every
-        if all(p % s == 0 for p, s in zip(patch_size, stride, strict=True))
-    ]
+    strides = []
+    for n in token_doublings(token):
+        stride = as_size([side // 2**n if n >= 0 else side * 2**-n for side in token])
+        if all(p % s == 0 for p, s in zip(patch_size, stride, strict=True)):
+            strides.append(stride)
+    return strides
 
 
 def build_detector(
@@ -413,7 +406,7 @@ def build_detector(
     num_classes: int,
     num_channels: int,
 ) -> Detector:
-    """The detector over a segmentation network, whose parts it takes over.
+    """Return the detector over a segmentation network, whose parts become parts of it.
 
     Args:
         stages: of ``stage_strides`` that carry levels, finest first.
@@ -427,6 +420,5 @@ def build_detector(
     if family == RESENC:
         return ResEncDetector(network, stages, num_shapes, num_classes, num_channels)
     kind = ViTDetector if family == VIT else PrimusDetector
-    return kind(
-        network, stages, num_shapes, num_classes, num_channels, token_size_of(class_path, arguments)
-    )
+    token = token_size_of(class_path, arguments)
+    return kind(network, stages, num_shapes, num_classes, num_channels, token)

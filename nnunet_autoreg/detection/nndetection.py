@@ -1,10 +1,11 @@
-"""A task of nnDetection as an nnU-Net dataset, and detections as nnDetection writes them: its
-classes count from 0, labels from 1.
+"""A task of nnDetection as an nnU-Net dataset, and detections as nnDetection writes them.
+
+nnDetection's classes count from 0, nnU-Net's labels from 1.
 
 Source: nnDetection's documentation of its raw format: ``dataset.json`` with ``labels`` {"0": name}
-    and ``modalities`` {"0": name};
-``raw_splitted/imagesTr/<case>_0000.nii.gz``; ``raw_splitted/labelsTr/<case>.nii.gz`` with ids of
-instances and ``<case>.json`` with {"instances": {"1": 0}}; results as ``<case>_boxes.pkl``.
+    and ``modalities`` {"0": name}; ``raw_splitted/imagesTr/<case>_0000.nii.gz``;
+    ``raw_splitted/labelsTr/<case>.nii.gz`` with ids of instances and ``<case>.json`` with
+    {"instances": {"1": 0}}; results as ``<case>_boxes.pkl``.
 """
 
 import logging
@@ -38,36 +39,40 @@ log = logging.getLogger(__name__)
 
 
 def labels_from_classes(class_of: Mapping[int, int]) -> dict[int, int]:
-    """Instance id -> nnU-Net label, from nnDetection's instance id -> class."""
+    """Return instance id -> nnU-Net label, from nnDetection's instance id -> class."""
     return {number: kind + 1 for number, kind in class_of.items()}
 
 
 def write_boxes(file: Path, record: ScanFile) -> None:
-    """The detections of a scan as nnDetection's ``<case>_boxes.pkl``: boxes z0, y0, z1, y1, x0, x1,
-    from the voxel before the first one to the voxel after the last; classes from 0 in the order of
-    the labels.
+    """Write the detections of a scan as nnDetection's ``<case>_boxes.pkl``.
+
+    Boxes are z0, y0, z1, y1, x0, x1, from the voxel before the first one to the voxel after the
+    last. Classes count from 0 in the order of the labels.
     """
-    linear = np.array(record.affine_ras)
-    spacing = np.linalg.norm(linear[:3, :3], axis=0)
-    places = {label: place for place, label in enumerate(sorted(record.classes.values()))}
+    affine = np.array(record.affine_ras)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    class_index = {label: index for index, label in enumerate(sorted(record.classes.values()))}
+
     boxes = np.array([box.box_zyx for box in record.boxes], dtype=np.float32).reshape(-1, 6)
+    voxel_before = np.array([1, 1, 0, 0, 1, 0], dtype=np.float32)
     data = {
-        "pred_boxes": boxes[:, [0, 1, 3, 4, 2, 5]] - np.array([1, 1, 0, 0, 1, 0], dtype=np.float32),
+        "pred_boxes": boxes[:, [0, 1, 3, 4, 2, 5]] - voxel_before,
         "pred_scores": np.array([box.score for box in record.boxes], dtype=np.float32),
-        "pred_labels": np.array([places[box.label] for box in record.boxes], dtype=np.int64),
+        "pred_labels": np.array([class_index[box.label] for box in record.boxes], dtype=np.int64),
         "restore": True,
         "original_size_of_raw_data": np.array(record.shape_zyx),
-        "itk_origin": tuple((RAS_OF_LPS @ linear[:3, 3]).tolist()),
+        "itk_origin": tuple((RAS_OF_LPS @ affine[:3, 3]).tolist()),
         "itk_spacing": tuple(spacing.tolist()),
-        "itk_direction": tuple((RAS_OF_LPS @ linear[:3, :3] / spacing).ravel().tolist()),
+        "itk_direction": tuple((RAS_OF_LPS @ affine[:3, :3] / spacing).ravel().tolist()),
     }
     with atomic_path(file) as temporary, temporary.open("wb") as handle:
         pickle.dump(data, handle)
 
 
 def convert_task(task: Path, dataset: Path) -> int:
-    """Write an nnU-Net raw dataset with label maps and, beside them, instance maps; images are
-    linked, or copied where links fail. Test images come along with or without maps.
+    """Write an nnU-Net raw dataset with label maps and, beside them, instance maps.
+
+    Images are linked, or copied where links fail. Test images are converted with or without maps.
 
     Args:
         task: nnDetection's folder of the task.
@@ -77,7 +82,7 @@ def convert_task(task: Path, dataset: Path) -> int:
         Number of training cases.
 
     Raises:
-        UsageError: the task has no dataset.json or no training labels, or ``dataset`` is there.
+        UsageError: the task has no dataset.json or no training labels, or ``dataset`` exists.
         PlanError: a dataset.json without classes or channels, or whose classes share a name or have
             one of nnU-Net's own.
         ObjectsError: a map that cannot be read, a map and a JSON that disagree, or an image that is
@@ -85,33 +90,36 @@ def convert_task(task: Path, dataset: Path) -> int:
     """
     names, channels = _read_task(task)
     if dataset.exists():
-        raise UsageError(f"{dataset} is there already; remove it, or give another number or name")
+        raise UsageError(
+            f"{dataset} exists already; remove it, or give another number or name",
+            code="convert-dataset-exists",
+        )
     raw = task / "raw_splitted"
     if not _files(raw / "labelsTr"):
         raise UsageError(
-            f"{raw / 'labelsTr'} holds no {ENDING} file; prepare the task as nnDetection wants it "
-            "before this"
+            f"{raw / 'labelsTr'} holds no {ENDING} file; prepare the task as nnDetection needs it "
+            "first",
+            code="convert-no-labels",
         )
     classes = tuple(ObjectClass(name, label, (label,)) for label, name in names.items())
+
     # Written under another name, and renamed when whole: a conversion that fails leaves nothing
     # that looks like a dataset.
     unfinished = dataset.with_name(f".{dataset.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        counts = {
-            split: _convert_split(raw, unfinished, split, classes, len(channels))
-            for split in SPLITS
+        counts = {}
+        for split in SPLITS:
+            counts[split] = _convert_split(raw, unfinished, split, classes, len(channels))
+        labels = {name: label for label, name in names.items()}
+        described = {
+            "channel_names": {str(i): name for i, name in enumerate(channels)},
+            "labels": {"background": 0, **labels},
+            "numTraining": counts["Tr"],
+            "file_ending": ENDING,
+            "autoreg_detection": {},
         }
-        write_json(
-            unfinished / "dataset.json",
-            {
-                "channel_names": {str(i): name for i, name in enumerate(channels)},
-                "labels": {"background": 0, **{name: label for label, name in names.items()}},
-                "numTraining": counts["Tr"],
-                "file_ending": ENDING,
-                "autoreg_detection": {},
-            },
-        )
+        write_json(unfinished / "dataset.json", described)
         unfinished.rename(dataset)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -119,73 +127,74 @@ def convert_task(task: Path, dataset: Path) -> int:
 
 
 def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
-    """nnU-Net label -> name of the class, and the channels."""
+    """Return nnU-Net label -> name of the class, and the channels."""
     file = task / "dataset.json"
     if not file.is_file():
-        hint = (
-            "write dataset.yaml as JSON"
-            if (task / "dataset.yaml").is_file()
-            else "give the folder of a task, e.g. Task016_Luna"
-        )
-        raise UsageError(f"there is no {file}; {hint}")
+        hint = "give the folder of a task, e.g. Task016_Luna"
+        if (task / "dataset.yaml").is_file():
+            hint = "write dataset.yaml as JSON"
+        raise UsageError(f"there is no {file}; {hint}", code="convert-no-task")
+
     data: Any = read_json(file, MEND_YOURS)
     try:
-        names = {
-            int(kind) + 1: str(name)
-            for kind, name in sorted(data["labels"].items(), key=lambda item: int(item[0]))
-        }
-        channels = [
-            str(name)
-            for _, name in sorted(data["modalities"].items(), key=lambda item: int(item[0]))
-        ]
+        names = {int(kind) + 1: str(name) for kind, name in data["labels"].items()}
+        channels = {int(number): str(name) for number, name in data["modalities"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(
-            f'{file} must have "labels" {{"0": name}} and "modalities" {{"0": name}} ({error!r})'
+            f'{file} must have "labels" {{"0": name}} and "modalities" {{"0": name}} ({error!r})',
+            code="convert-task-format",
         ) from error
-    refused = [
-        name for name in names.values() if name in RESERVED or list(names.values()).count(name) > 1
-    ]
-    if refused:
-        what = (
-            "means something else to nnU-Net"
-            if refused[0] in RESERVED
-            else "is the name of several classes"
-        )
-        raise PlanError(
-            f"{file}: '{refused[0]}' {what}; rename it under \"labels\", and convert again"
-        )
+    names = dict(sorted(names.items()))
+
+    every_name = list(names.values())
+    for name in every_name:
+        what = ""
+        if name in RESERVED:
+            what = "means something else to nnU-Net"
+        elif every_name.count(name) > 1:
+            what = "is the name of several classes"
+        if what:
+            raise PlanError(
+                f"{file}: '{name}' {what}; rename it under \"labels\", and convert again",
+                code="convert-class-name",
+            )
     if data.get("target_class") is not None:
         log.warning(
-            "%s wants class %s only: put its name into autoreg_detection.detect_labels of "
+            "%s asks for class %s only: write its name into autoreg_detection.detect_labels of "
             "dataset.json",
             file,
             data["target_class"],
         )
-    return names, channels
+    return names, [name for _, name in sorted(channels.items())]
 
 
 def _convert_split(
     raw: Path, dataset: Path, split: str, classes: tuple[ObjectClass, ...], num_channels: int
 ) -> int:
+    """Convert the cases of ``Tr`` or ``Ts``, and return the number of those with a map."""
     maps = {file.name.removesuffix(ENDING): file for file in _files(raw / f"labels{split}")}
-    found = (
-        CHANNEL_SUFFIX.match(file.name.removesuffix(ENDING))
-        for file in _files(raw / f"images{split}")
-    )
-    bare = sorted({named["case"] for named in found if named} - set(maps), key=natural_key)
-    if bare and split == "Tr":
+    bare = set()
+    for file in _files(raw / f"images{split}"):
+        named = CHANNEL_SUFFIX.match(file.name.removesuffix(ENDING))
+        if named and named["case"] not in maps:
+            bare.add(named["case"])
+    without_map = sorted(bare, key=natural_key)
+    if without_map and split == "Tr":
         log.warning(
             "%d training images have no map of instances and are left out (first: %s); one without "
-            "objects needs a map of zeros "
-            'and {"instances": {}}',
-            len(bare),
-            bare[0],
+            'objects needs a map of zeros and {"instances": {}}',
+            len(without_map),
+            without_map[0],
         )
-    for case in [*maps, *(bare if split == "Ts" else [])]:
+
+    for case in [*maps, *(without_map if split == "Ts" else [])]:
         for channel in range(num_channels):
             image = raw / f"images{split}" / f"{case}_{channel:04d}{ENDING}"
             if not image.is_file():
-                raise ObjectsError(f"{maps.get(case, f'test case {case}')} has no image {image}")
+                raise ObjectsError(
+                    f"{maps.get(case, f'test case {case}')} has no image {image}; copy it again",
+                    code="convert-no-image",
+                )
             _link(image, dataset / f"images{split}" / image.name)
     for case, file in maps.items():
         _convert_case(file, case, dataset, split, classes)
@@ -193,36 +202,38 @@ def _convert_split(
 
 
 def _files(folder: Path) -> list[Path]:
-    """Images in a folder; hidden files are none."""
+    """Return the images in a folder, without hidden files."""
     return sorted(file for file in folder.glob(f"*{ENDING}") if not file.name.startswith("."))
 
 
 def _convert_case(
     file: Path, case: str, dataset: Path, split: str, classes: tuple[ObjectClass, ...]
 ) -> None:
+    """Write the label map, the instance map and its JSON file of one case."""
     import SimpleITK
 
     image = open_image(file)
     label_of = labels_from_classes(labels_of_instances(file.with_name(f"{case}.json")))
+    # Whatever is small stays an object: the rules of the new dataset decide later.
     found = known_instances(
         array_of(image, file), label_of, classes, Rules(min_voxels=1), str(file)
     )
     ids = np.asarray(found.ids_ZYX)
-    table = np.zeros(65536, dtype=np.uint8)
+    label_of_id = np.zeros(65536, dtype=np.uint8)
     for item in found.objects:
-        table[item.id] = classes[item.place].label
-    for folder, array in ((f"labels{split}", table[ids]), (f"instances{split}", ids)):
+        label_of_id[item.id] = classes[item.class_index].label
+
+    for folder, array in ((f"labels{split}", label_of_id[ids]), (f"instances{split}", ids)):
         made: Any = SimpleITK.GetImageFromArray(array)
         made.CopyInformation(image)
         (dataset / folder).mkdir(parents=True, exist_ok=True)
         SimpleITK.WriteImage(made, str(dataset / folder / file.name), True)
-    write_json(
-        dataset / f"instances{split}" / f"{case}.json",
-        {"instances": {str(i): label for i, label in label_of.items()}},
-    )
+    instances = {str(i): label for i, label in label_of.items()}
+    write_json(dataset / f"instances{split}" / f"{case}.json", {"instances": instances})
 
 
 def _link(source: Path, target: Path) -> None:
+    """Link a file, or copy it where the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)

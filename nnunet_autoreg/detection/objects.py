@@ -1,11 +1,12 @@
-"""The objects of a labelled dataset, case by case, in the original images: from an instance map,
-boxes, or the label map.
+"""The objects of a labelled dataset, case by case, in the original images.
 
-``instancesTr/<case>`` with its JSON comes first, then ``boxesTr/<case>.json``, both optional and
-beside ``labelsTr`` in the raw dataset; else every connected component of the label map is an
-object.
+``instancesTr/<case>`` with its JSON file comes first, then ``boxesTr/<case>.json``. Both are
+optional and lie beside ``labelsTr`` in the raw dataset. Without them, every connected component of
+the label map is an object. ``write_box_labels`` makes label maps for datasets of boxes alone,
+because nnU-Net prepares no case without one.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.detection.geometry import StoredArray, stored_array
+from nnunet_autoreg.detection.images import open_image
 from nnunet_autoreg.detection.instances import (
     Instances,
     ObjectClass,
@@ -33,20 +36,23 @@ from nnunet_autoreg.detection.instances import (
     read_true_boxes,
     with_ellipsoids,
 )
-from nnunet_autoreg.errors import ObjectsError
+from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.io.names import CHANNEL_SUFFIX, natural_key
+from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, atomic_path, read_json
 
-INSTANCES, BOXES = "instancesTr", "boxesTr"
+INSTANCES, BOXES, LABELS = "instancesTr", "boxesTr", "labelsTr"
 RAW_VARIABLE = "nnUNet_raw"
 FEWEST_PER_PROCESS = 8
 MOST_CARRIED = 32767
 """nnU-Net's loader carries maps as 16-bit integers with a sign."""
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CaseObjects:
-    """The objects of one case, in its original image.
+    """Hold the objects of one case, in its original image.
 
     Attributes:
         instances: with their map.
@@ -64,12 +70,12 @@ class CaseObjects:
 
 @dataclass(frozen=True)
 class ObjectSource:
-    """Where a dataset's objects come from.
+    """Read the objects of a dataset.
 
     Attributes:
         labels: folder of the label maps, ``<case><file_ending>``.
-        raw: the folder in which ``instancesTr`` and ``boxesTr`` are looked for: the raw dataset, or
-            the copies of ``keep``.
+        raw: the folder with ``instancesTr`` and ``boxesTr``: the raw dataset, or the copies of
+            ``keep``.
         dataset: parsed dataset.json.
         reader: nnU-Net's class that reads the images.
     """
@@ -83,16 +89,18 @@ class ObjectSource:
     def of_dataset(
         cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any
     ) -> "ObjectSource":
-        """With the raw dataset where ``nnUNet_raw`` has it, else with what ``keep`` copied:
-        preprocessed data alone will do.
+        """Return the source of a dataset, which may exist in preprocessed form alone.
+
+        Where ``nnUNet_raw`` does not have the raw dataset, the copies of ``keep`` are used.
         """
         raw = Path(os.environ.get(RAW_VARIABLE) or os.devnull) / dataset_name
         return cls(labels, raw if raw.is_dir() else labels.parent, dataset, reader)
 
     def keep(self) -> None:
-        """Copy ``instancesTr`` and ``boxesTr`` beside the folder of label maps, as nnU-Net copies
-        those: without them, where the raw dataset is missing, touching objects would silently
-        become one.
+        """Copy ``instancesTr`` and ``boxesTr`` beside the folder of label maps.
+
+        nnU-Net copies the label maps in the same way. Without the copies, and where the raw dataset
+        is missing, touching objects would silently become one.
         """
         if self.raw != self.labels.parent:
             for name in (INSTANCES, BOXES):
@@ -100,82 +108,89 @@ class ObjectSource:
 
     @cached_property
     def rules(self) -> Rules:
-        """How labels become objects."""
+        """Return how labels become objects."""
         return read_rules(self.dataset)
 
     @cached_property
     def classes(self) -> tuple[ObjectClass, ...]:
-        """What is detected."""
+        """Return the classes that are detected."""
         return object_classes(self.dataset, self.rules)
 
     @cached_property
     def other_labels(self) -> tuple[int, ...]:
-        """Label values that are there and not detected."""
-        listed = [
-            v
-            for value in self.dataset["labels"].values()
-            for v in (value if isinstance(value, (list, tuple)) else [value])
-        ]
-        chosen = {v for kind in self.classes for v in kind.values}
-        return tuple(sorted({int(v) for v in listed} - chosen - {0, ignore_value(self.dataset)}))
+        """Return the label values that exist and are not detected."""
+        found: set[int] = set()
+        for value in self.dataset["labels"].values():
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            found.update(int(v) for v in listed)
+        chosen = {value for object_class in self.classes for value in object_class.values}
+        return tuple(sorted(found - chosen - {0, ignore_value(self.dataset)}))
+
+    @property
+    def turns_images(self) -> bool:
+        """Return whether the reader turns images: its arrays are not those of the files then."""
+        return "Reorient" in getattr(self.reader, "__name__", "")
 
     def files(self, case: str) -> list[Path]:
-        """What ``read`` reads of a case."""
+        """Return the files that ``read`` reads for a case."""
         label = self.labels / f"{case}{self.dataset['file_ending']}"
-        known, boxes = self._known(case), self._boxes(case)
-        if known is not None:
-            return [label, known, _json_of(known, self.dataset["file_ending"])]
+        instance_map, boxes = self._instance_map(case), self._boxes(case)
+        if instance_map is not None:
+            return [label, instance_map, self._json_of(instance_map)]
         return [label, boxes] if boxes is not None else [label]
 
     def has_masks(self, case: str) -> bool:
-        """Whether more than boxes is known of a case."""
-        return self._known(case) is not None or self._boxes(case) is None
+        """Return whether the outlines of a case's objects are known, and not only boxes."""
+        return self._instance_map(case) is not None or self._boxes(case) is None
 
     def read(self, case: str) -> CaseObjects:
-        """The objects of a case.
+        """Read the objects of a case.
 
         Raises:
             ObjectsError: a file is missing or damaged, or two of them contradict each other.
         """
         label = self.labels / f"{case}{self.dataset['file_ending']}"
         array, properties = self._array(label)
-        spacing_mm = as_spacing(properties["spacing"])
         shape = as_size(array.shape)
-        known, boxes = self._known(case), self._boxes(case)
-        if known is not None:
-            ids, _ = self._array(known)
+        instance_map, boxes = self._instance_map(case), self._boxes(case)
+
+        if instance_map is not None:
+            ids, _ = self._array(instance_map)
             if ids.shape != array.shape:
                 raise ObjectsError(
-                    f"{known} has {ids.shape} voxels (z, y, x), the labels of the case have "
-                    f"{array.shape}; export it anew"
+                    f"{instance_map} has {ids.shape} voxels (z, y, x), the labels of the case have "
+                    f"{array.shape}; export it again",
+                    code="objects-map-size",
                 )
-            labels = labels_of_instances(_json_of(known, self.dataset["file_ending"]))
+            label_of = labels_of_instances(self._json_of(instance_map))
             found = known_instances(
-                ids, labels, self.classes, self.rules, str(known), self.other_labels
+                ids, label_of, self.classes, self.rules, str(instance_map), self.other_labels
             )
         elif boxes is not None:
             stored = stored_array(properties, shape)
-            known_boxes = read_true_boxes(
+            true_boxes = read_true_boxes(
                 boxes, self.classes, stored.frame.shape_vox, self.other_labels
             )
-            found = with_ellipsoids(in_readers_array(known_boxes, stored), shape)
+            found = with_ellipsoids(in_readers_array(true_boxes, stored), shape)
         else:
             found = find_instances(array, self.classes, self.rules, str(label))
-        if any(o.id > MOST_CARRIED for o in found.objects):
+
+        if any(item.id > MOST_CARRIED for item in found.objects):
             raise ObjectsError(
-                f"{known or label}: ids above {MOST_CARRIED} cannot be carried through training; "
-                "number the objects from 1"
+                f"{instance_map or label}: ids above {MOST_CARRIED} cannot be carried through "
+                "training; number the objects from 1",
+                code="objects-large-id",
             )
         ignored = ignore_value(self.dataset)
         return CaseObjects(
-            found,
-            shape,
-            spacing_mm,
-            self.has_masks(case),
-            None if ignored is None else array == ignored,
+            instances=found,
+            shape_vox=shape,
+            spacing_mm=as_spacing(properties["spacing"]),
+            has_masks=self.has_masks(case),
+            uncounted_ZYX=None if ignored is None else array == ignored,
         )
 
-    def _known(self, case: str) -> Path | None:
+    def _instance_map(self, case: str) -> Path | None:
         file = self.raw / INSTANCES / f"{case}{self.dataset['file_ending']}"
         return file if file.is_file() else None
 
@@ -183,24 +198,22 @@ class ObjectSource:
         file = self.raw / BOXES / f"{case}.json"
         return file if file.is_file() else None
 
-    @property
-    def turns_images(self) -> bool:
-        """Whether the reader turns images, so that its arrays are not those of the files."""
-        return "Reorient" in getattr(self.reader, "__name__", "")
+    def _json_of(self, map_file: Path) -> Path:
+        case = map_file.name.removesuffix(self.dataset["file_ending"])
+        return map_file.with_name(f"{case}.json")
 
     def _array(self, file: Path) -> tuple[Any, dict[str, Any]]:
+        """Return a label or instance map (Z, Y, X), and its properties."""
         try:
             array, properties = self.reader().read_seg(str(file))
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
             what = "does not exist" if not file.is_file() else f"cannot be read ({error})"
-            raise ObjectsError(f"{file} {what}; restore it") from error
+            raise ObjectsError(f"{file} {what}; restore it", code="objects-unreadable") from error
         return np.asarray(array)[0], properties
 
 
 def in_readers_array(instances: Instances, stored: StoredArray) -> Instances:
-    """Return objects that are known as boxes of the stored array with the boxes of the reader's
-    array.
-    """
+    """Return objects known as boxes of the stored array with the boxes of the reader's array."""
     objects = []
     for item in instances.objects:
         z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(item.box_zyx))
@@ -208,35 +221,36 @@ def in_readers_array(instances: Instances, stored: StoredArray) -> Instances:
     return Instances(tuple(objects), None)
 
 
-def _json_of(map_file: Path, file_ending: str) -> Path:
-    return map_file.with_name(f"{map_file.name.removesuffix(file_ending)}.json")
-
-
 def _mirror(source: Path, target: Path) -> None:
-    """Give ``target`` the files of ``source``, with their times: by them a case tells whether it
-    must be made anew.
+    """Give ``target`` the files of ``source``, with their times.
+
+    By size and time it is decided later whether a case must be made again.
     """
-    wanted = (
-        {f.name: f for f in source.iterdir() if f.is_file() and not f.name.startswith(".")}
-        if source.is_dir()
-        else {}
-    )
+    wanted: dict[str, Path] = {}
+    if source.is_dir():
+        for file in source.iterdir():
+            if file.is_file() and not file.name.startswith("."):
+                wanted[file.name] = file
+
     for old in target.iterdir() if target.is_dir() else ():
         if old.name not in wanted:
             old.unlink()
     for name, file in wanted.items():
-        new, copy = file.stat(), target / name
-        if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime_ns) != (
-            new.st_size,
-            new.st_mtime_ns,
-        ):
+        copy = target / name
+        if not copy.is_file() or _size_and_time(copy) != _size_and_time(file):
             with atomic_path(copy) as temporary:
                 shutil.copy2(file, temporary)
 
 
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list[Any]:
-    """``function`` of every item, in order; in this process where another one would take longer to
-    start than it saves.
+    """Return ``function`` of every item, in order.
+
+    Few items are done in this process: others would take longer to start than they save.
     """
     workers = min(num_processes, len(items) // FEWEST_PER_PROCESS)
     if workers < 2:
@@ -251,16 +265,110 @@ def sizes_of(
     target_spacing_mm: Sequence[float],
     transpose: Sequence[int],
 ) -> list[list[Spacing]]:
-    """By class, the sides (z, y, x) that objects have once transposed and resampled, in voxels;
-    ignored ones left out.
+    """Return by class the sides (z, y, x) of objects once transposed and resampled, in voxels.
+
+    Ignored objects are left out.
     """
     found: list[list[Spacing]] = [[] for _ in range(num_classes)]
     for item in objects.instances.objects:
-        if not item.ignored:
-            sides = [
-                (item.box_zyx[a + 3] - item.box_zyx[a]) * objects.spacing_mm[a] for a in transpose
-            ]
-            found[item.place].append(
-                as_spacing([s / t for s, t in zip(sides, target_spacing_mm, strict=True)])
-            )
+        if item.ignored:
+            continue
+        sides_vox = []
+        for axis, target_mm in zip(transpose, target_spacing_mm, strict=True):
+            side_mm = (item.box_zyx[axis + 3] - item.box_zyx[axis]) * objects.spacing_mm[axis]
+            sides_vox.append(side_mm / target_mm)
+        found[item.class_index].append(as_spacing(sides_vox))
     return found
+
+
+def labelled_cases(labels: Path, file_ending: str) -> list[str]:
+    """Return the cases of a folder of label maps.
+
+    Hidden files (macOS writes ``._case.nii.gz``) are not cases.
+    """
+    cases = []
+    for file in labels.iterdir():
+        if file.name.endswith(file_ending) and not file.name.startswith("."):
+            cases.append(file.name.removesuffix(file_ending))
+    return sorted(cases)
+
+
+def has_boxes_alone(dataset: Path) -> bool:
+    """Return whether a raw dataset has boxes, and no label maps."""
+    return (dataset / BOXES).is_dir() and not (dataset / LABELS).is_dir()
+
+
+def write_box_labels(dataset: Path) -> list[str]:
+    """Write ``labelsTr/<case>`` with an ellipsoid in every box of ``boxesTr/<case>.json``.
+
+    Cases that have a label map are left alone. Boxes that do not count, and those of labels that
+    are not detected, are not drawn. Training uses the boxes themselves; the ellipsoids only show
+    where foreground is, and no segmentation is learned from them.
+
+    Returns:
+        The cases written.
+
+    Raises:
+        UsageError: no ``boxesTr``, or images of which some have neither boxes nor labels.
+        ObjectsError: an image or boxes that cannot be read, or contradict each other.
+    """
+    described = read_json(dataset / "dataset.json", MEND_YOURS)
+    ending, folder, labels = str(described["file_ending"]), dataset / BOXES, dataset / LABELS
+    if not folder.is_dir():
+        raise UsageError(
+            f"{dataset} has no folder {BOXES} with <case>.json files", code="boxes-no-folder"
+        )
+
+    # The first channel of every case.
+    images: dict[str, Path] = {}
+    files = (dataset / "imagesTr").glob(f"*{ending}")
+    for file in sorted(files, key=lambda f: natural_key(f.name)):
+        named = CHANNEL_SUFFIX.match(file.name.removesuffix(ending))
+        if named and not file.name.startswith("."):
+            images.setdefault(named["case"], file)
+
+    wanted = [case for case in images if not (labels / f"{case}{ending}").is_file()]
+    bare = [case for case in wanted if not (folder / f"{case}.json").is_file()]
+    if bare:
+        raise UsageError(
+            f"{len(bare)} cases of {dataset} have neither labels nor boxes (first: {bare[0]}); for "
+            f'a scan without objects write {BOXES}/{bare[0]}.json with {{"boxes": []}}',
+            code="boxes-missing",
+        )
+    for unfinished in labels.glob(TEMPORARY_FILES):
+        unfinished.unlink()
+    source = ObjectSource(labels, dataset, described, reader=None)
+    for case in wanted:
+        _write_label_map(images[case], folder / f"{case}.json", labels / f"{case}{ending}", source)
+    log.info("wrote %d label maps; %d existed", len(wanted), len(images) - len(wanted))
+    return wanted
+
+
+def _write_label_map(image_file: Path, boxes: Path, target: Path, source: ObjectSource) -> None:
+    import SimpleITK
+
+    image = open_image(image_file)
+    if image.GetDimension() != 3:
+        raise ObjectsError(
+            f"{image_file} is not a 3D image; detection needs one", code="objects-image-not-3d"
+        )
+    shape = as_size(image.GetSize()[::-1])
+    known = read_true_boxes(boxes, source.classes, shape, source.other_labels)
+
+    # A box that does not count is no foreground either: its content is not known.
+    counted = [item for item in known.objects if not item.ignored]
+    found = with_ellipsoids(replace(known, objects=tuple(counted)), shape)
+    largest_id = max((item.id for item in found.objects), default=0)
+    label_of_id = np.zeros(largest_id + 1, np.uint8)
+    for item in found.objects:
+        label_of_id[item.id] = source.classes[item.class_index].label
+    assert found.ids_ZYX is not None
+    drawn: Any = SimpleITK.GetImageFromArray(label_of_id[found.ids_ZYX])
+    drawn.CopyInformation(image)
+
+    # SimpleITK chooses the format by the ending, but a file that is half written must not have the
+    # ending of a label map. So the whole file is written elsewhere first.
+    with atomic_path(target) as temporary, TemporaryDirectory() as elsewhere:
+        whole = Path(elsewhere) / target.name
+        SimpleITK.WriteImage(drawn, str(whole), True)
+        shutil.copyfile(whole, temporary)

@@ -1,17 +1,35 @@
-"""The ``"autoreg_detection"`` block of a configuration in a plans file: classes, levels, anchors,
-heads, and how they are trained.
+"""The ``"autoreg_detection"`` block of a configuration in a plans file.
+
+It holds classes, levels, anchors, heads, and how they are trained. ``plan_from_labels`` makes it
+together with the plan for segmentation, from the raw dataset's labels, because nothing is
+preprocessed yet then.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from nnunetv2.configuration import default_num_processes
 
 from nnunet_autoreg.detection.anchors import AnchorPlan, plan_anchors
 from nnunet_autoreg.detection.instances import BLOCK, ObjectClass, Rules, object_classes, read_rules
 from nnunet_autoreg.detection.loss import CLASSIFICATIONS
+from nnunet_autoreg.detection.net import stage_strides
+from nnunet_autoreg.detection.objects import (
+    LABELS,
+    ObjectSource,
+    in_parallel,
+    labelled_cases,
+    sizes_of,
+)
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.finetune.plans import Fit
+from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import differences, from_jsonable, to_jsonable
 
 VERSION = 1
@@ -23,8 +41,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DetectionPlan:
-    """What a detector is, and how it is trained where that differs from segmentation; every value
-    may be edited in the plans file.
+    """Hold what a detector is, and how it is trained where that differs from segmentation.
+
+    Every value may be edited in the plans file.
 
     Attributes:
         classes: what is detected.
@@ -57,8 +76,58 @@ class DetectionPlan:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Name -> label of every class."""
+        """Return name -> label of every class."""
         return {kind.name: kind.label for kind in self.classes}
+
+
+def plan_from_labels(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset: dict[str, Any],
+    raw: Path,
+    reader: Any,
+    encoder: EncoderPlan,
+    fit: Fit,
+) -> DetectionPlan:
+    """Plan detection for a configuration of parsed plans, and write the block into them.
+
+    Args:
+        dataset: parsed dataset.json.
+        raw: the raw dataset.
+        reader: nnU-Net's class that reads its images.
+        fit: the configuration's patch, and its network's arguments where they are its own.
+
+    Raises:
+        PlanError: impossible rules or classes, or no object at all.
+        ObjectsError: labels that are missing, damaged, or contradict each other.
+    """
+    source = ObjectSource(raw / LABELS, raw, dataset, reader)
+    cases = labelled_cases(source.labels, dataset["file_ending"])
+    spacing = plans["configurations"][configuration]["spacing"]
+    read_sizes = partial(_sizes_of_case, source, spacing, plans["transpose_forward"])
+
+    sizes: dict[str, list[Spacing]] = defaultdict(list)
+    for of_case in in_parallel(read_sizes, cases, default_num_processes):
+        for kind, sides in zip(source.classes, of_case, strict=True):
+            sizes[kind.name] += sides
+
+    arguments = encoder.arguments if fit.arguments is None else fit.arguments
+    plan = make_plan(
+        dataset,
+        sizes,
+        stage_strides(encoder.class_path, arguments, fit.patch_size),
+        fit.patch_size,
+        is_tiny=encoder.name.endswith("_tiny"),
+        has_masks=all(source.has_masks(case) for case in cases),
+    )
+    store(plans, configuration, plan)
+    return plan
+
+
+def _sizes_of_case(
+    source: ObjectSource, spacing_mm: Any, transpose: Any, case: str
+) -> list[list[Spacing]]:
+    return sizes_of(source.read(case), len(source.classes), spacing_mm, transpose)
 
 
 def make_plan(
@@ -71,46 +140,51 @@ def make_plan(
     has_masks: bool,
     where: str = "dataset.json",
 ) -> DetectionPlan:
-    """The plan of a configuration.
+    """Return the plan of a configuration.
 
     Args:
         dataset: parsed dataset.json.
-        sizes_vox: class name -> sides (z, y, x) of its objects at the target spacing, ignored ones
-            left out.
+        sizes_vox: class name -> sides (z, y, x) of its objects at the target spacing, without
+            ignored ones.
         strides_vox: of the stages that can carry a level, finest first (net.stage_strides).
 
     Raises:
-        PlanError: rules or classes that cannot be, or no object at all.
+        PlanError: impossible rules or classes, or no object at all.
     """
     rules = read_rules(dataset, where)
     classes = object_classes(dataset, rules, where)
     anchors = plan_anchors(sizes_vox, strides_vox)
-    every = [side for of_class in sizes_vox.values() for side in of_class]
-    too_large = sum(any(s > p for s, p in zip(side, patch_size, strict=True)) for side in every)
-    if too_large:
+
+    every_size = [sides for of_class in sizes_vox.values() for sides in of_class]
+    num_too_large = 0
+    for sides in every_size:
+        fits = [side <= size for side, size in zip(sides, patch_size, strict=True)]
+        num_too_large += not all(fits)
+    if num_too_large:
         log.warning(
             "%d of %d objects are larger than the patch of %s voxels and are never seen whole; "
-            "plan with more memory, or a coarser "
-            "spacing",
-            too_large,
-            len(every),
+            "plan with more memory, or a coarser spacing",
+            num_too_large,
+            len(every_size),
             " x ".join(map(str, patch_size)),
         )
+
+    strides = ", ".join("x".join(map(str, stride)) for stride in anchors.strides_vox)
+    outlines = "labels outline the objects"
+    if not has_masks:
+        outlines = "boxesTr: only boxes are known, so no segmentation is trained"
     reasons = {
-        "anchors": f"{len(every)} objects: {anchors.num_shapes} shapes on strides "
-        f"{', '.join(_times(s) for s in anchors.strides_vox)} "
+        "anchors": f"{len(every_size)} objects: {anchors.num_shapes} shapes on strides {strides} "
         f"reach a mean best IoU of {anchors.mean_iou:g}",
-        "has_masks": "labels outline the objects"
-        if has_masks
-        else "boxesTr: only boxes are known, so no segmentation is trained",
+        "has_masks": outlines,
         "num_epochs": f"{NUM_EPOCHS} epochs of 250 iterations are nnDetection's length",
     }
     return DetectionPlan(
-        classes,
-        rules,
-        anchors,
-        TINY_HEAD_CHANNELS if is_tiny else HEAD_CHANNELS,
-        has_masks,
+        classes=classes,
+        rules=rules,
+        anchors=anchors,
+        head_channels=TINY_HEAD_CHANNELS if is_tiny else HEAD_CHANNELS,
+        has_masks=has_masks,
         reasons=reasons,
     )
 
@@ -121,8 +195,9 @@ def store(plans: dict[str, Any], configuration: str, plan: DetectionPlan) -> Non
 
 
 def read_plan(configuration: Mapping[str, Any], where: str) -> DetectionPlan | None:
-    """The checked block of a configuration of parsed plans (inheritance resolved), None if it has
-    none.
+    """Return the checked block of a configuration of parsed plans, None if it has none.
+
+    Inheritance must be resolved.
 
     Raises:
         PlanError: of a newer format, an unknown key, or an impossible value.
@@ -140,26 +215,24 @@ def check(plan: DetectionPlan, where: str) -> DetectionPlan:
         PlanError: it cannot.
     """
     anchors = plan.anchors
-    if (
-        not plan.classes
-        or not anchors.shapes_vox
-        or not anchors.strides_vox
-        or len(anchors.stages) != len(anchors.strides_vox)
-    ):
+    has_anchors = bool(anchors.shapes_vox) and bool(anchors.strides_vox)
+    if not plan.classes or not has_anchors or len(anchors.stages) != len(anchors.strides_vox):
         raise PlanError(
             f"{where}: {BLOCK} needs classes, and anchors with shapes_vox and as many stages as "
-            "strides_vox; remove the block "
-            "to have it planned anew"
+            "strides_vox; remove the block to have it planned again",
+            code="detection-plan-incomplete",
         )
     if any(side <= 0 for shape in anchors.shapes_vox for side in shape):
         raise PlanError(
             f"{where}: {BLOCK}.anchors.shapes_vox={anchors.shapes_vox}: every side must be greater "
-            "than 0"
+            "than 0",
+            code="detection-plan-shapes",
         )
     if plan.classification not in CLASSIFICATIONS:
         raise PlanError(
-            f"{where}: {BLOCK}.classification={plan.classification}; "
-            f"{did_you_mean(plan.classification, CLASSIFICATIONS)}"
+            f"{where}: {BLOCK}.classification={plan.classification} is not known; "
+            f"{did_you_mean(plan.classification, CLASSIFICATIONS)}",
+            code="detection-plan-classification",
         )
     rules = {
         "head_channels": (plan.head_channels >= 1, "at least 1"),
@@ -170,26 +243,26 @@ def check(plan: DetectionPlan, where: str) -> DetectionPlan:
     }
     for name, (holds, wanted) in rules.items():
         if not holds:
-            raise PlanError(f"{where}: {BLOCK}.{name}={getattr(plan, name)} must be {wanted}")
+            raise PlanError(
+                f"{where}: {BLOCK}.{name}={getattr(plan, name)} must be {wanted}",
+                code="detection-plan-range",
+            )
     return plan
 
 
 def check_same_dataset(plan: DetectionPlan, dataset: Mapping[str, Any], where: str) -> None:
-    """Hold the plan against dataset.json, which may have been edited since.
+    """Compare the plan with dataset.json, which may have been edited since.
 
     Raises:
         PlanError: rules or classes differ.
     """
     rules = read_rules(dataset)
     wanted = replace(plan, rules=rules, classes=object_classes(dataset, rules))
-    found = differences(plan, wanted)
-    if found:
+    changes = differences(plan, wanted)
+    if changes:
         raise PlanError(
-            f"{where} was planned for other objects than dataset.json asks for now "
-            f"({'; '.join(found)}); remove the "
-            f'"{BLOCK}" block from its configurations, and it is planned anew'
+            f"{where} was planned for other objects than dataset.json describes now "
+            f'({"; ".join(changes)}); remove the "{BLOCK}" block from its configurations to have '
+            "it planned again",
+            code="detection-plan-other-dataset",
         )
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

@@ -1,5 +1,7 @@
-"""A trained detector over new scans: nnU-Net's preprocessing, all folds and mirrorings merged,
-results in the original image.
+"""Detect objects in new scans with a trained detector.
+
+Scans are preprocessed by nnU-Net, all folds and mirrorings are merged, and results lie in the
+original image.
 """
 
 import hashlib
@@ -7,7 +9,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.export import Ids, draw_boxes, draw_instances, shown, write_markup
+from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.detection.geometry import (
     StoredArray,
     preprocessing_of,
@@ -29,21 +31,30 @@ from nnunet_autoreg.detection.geometry import (
     stored_array,
 )
 from nnunet_autoreg.detection.infer import (
-    USUAL,
+    DEFAULT_NMS,
     Candidates,
-    Found,
+    MergedBoxes,
+    NmsSettings,
     ScanDetector,
-    Thinning,
-    joined,
+    concatenate,
     merge,
 )
+from nnunet_autoreg.detection.instances import Ids
 from nnunet_autoreg.detection.net import Detector
 from nnunet_autoreg.detection.nndetection import write_boxes
 from nnunet_autoreg.detection.plan import DetectionPlan, read_plan
-from nnunet_autoreg.detection.scanfile import FileBox, ScanFile, make_scan_file, write_scan_file
+from nnunet_autoreg.detection.scanfile import (
+    FileBox,
+    ScanFile,
+    draw_boxes,
+    draw_instances,
+    make_scan_file,
+    with_score,
+    write_markup,
+    write_scan_file,
+)
 from nnunet_autoreg.detection.scans import Scan, ready
-from nnunet_autoreg.detection.thresholds import FOLD_ALL, score_thresholds
-from nnunet_autoreg.detection.validate import as_stored, in_original
+from nnunet_autoreg.detection.validate import FOLD_ALL, as_stored, in_original, score_thresholds
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.io.files import quiet_stderr
@@ -55,18 +66,18 @@ from nnunet_autoreg.safe_load import plain_loading
 DRAWN_FROM = 0.5
 """Score from which boxes are drawn, if neither a score nor an operating point is asked for."""
 DRAWING = ("filled", "instances")
-"""The settings that no box depends on, and only what is drawn."""
+"""The settings on which no box depends, but only the drawings."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to detect and what to write.
+class DetectionOptions:
+    """Define how to detect and what to write.
 
     Attributes:
         mirror: also along every axis, which costs eight times the time.
-        thinning: overlaps, and how many boxes are kept.
+        nms: overlaps, and how many boxes are kept.
         min_score: one for all classes, or by class; lower scores are left out everywhere. None
             keeps all.
         filled: label maps of boxes are solid.
@@ -75,7 +86,7 @@ class Options:
     """
 
     mirror: bool = False
-    thinning: Thinning = USUAL
+    nms: NmsSettings = DEFAULT_NMS
     min_score: float | Mapping[str, float] | None = None
     filled: bool = False
     with_instances: bool = True
@@ -87,12 +98,12 @@ class Model:
 
     Args:
         folder: ``<trainer>__<plans>__<configuration>``.
-        folds: which; all that are finished if empty, but for ``all``, which has to be asked for.
+        folds: which; all that are finished if empty, except for ``all``, which has to be named.
 
     Raises:
         UsageError: there is no such model or fold.
         PlanError: it is no detector.
-        WeightsError: a checkpoint does not belong to the plans, or asks to run code.
+        WeightsError: a checkpoint does not belong to the plans, or would run code.
     """
 
     def __init__(
@@ -104,7 +115,7 @@ class Model:
     ):
         self.folder, self.device, self.checkpoint = folder, device, checkpoint
         self.folds = _folds(folder, folds, checkpoint)
-        # It prints advice about a switch that is off here.
+        # nnU-Net prints advice about a switch that is off here.
         with redirect_stdout(io.StringIO()):
             self.stock = nnUNetPredictor(
                 use_mirroring=False,
@@ -122,9 +133,11 @@ class Model:
         except RuntimeError as error:
             raise WeightsError(
                 f"{folder}: its {checkpoint} does not fit its plans.json "
-                f"({str(error).splitlines()[0]}); were the plans "
-                "changed after the training? Train again"
+                f"({str(error).splitlines()[0]}); were the plans changed after the training? Train "
+                "again",
+                code="detection-weights-do-not-fit",
             ) from error
+
         self.configuration = self.stock.configuration_manager
         plan = read_plan(self.configuration.configuration, str(folder / "plans.json"))
         network = self.stock.network
@@ -132,15 +145,15 @@ class Model:
         self.plan: DetectionPlan = plan
         self.network = network.to(device).eval()
         self.network.detect = True
+
         plans_bytes = (folder / "plans.json").read_bytes()
-        digests = (
-            digest_of(parameters, plans_bytes) for parameters in self.stock.list_of_parameters
-        )
-        self.sha256: dict[str, str] = dict(zip(self.folds, digests, strict=True))
+        self.sha256: dict[str, str] = {}
+        for name, parameters in zip(self.folds, self.stock.list_of_parameters, strict=True):
+            self.sha256[name] = digest_of(parameters, plans_bytes)
 
     @property
     def num_channels(self) -> int:
-        """Of the images."""
+        """Return the number of channels of the images."""
         return int(
             determine_num_input_channels(
                 self.stock.plans_manager, self.configuration, self.stock.dataset_json
@@ -149,12 +162,13 @@ class Model:
 
     @property
     def file_ending(self) -> str:
-        """Of the images it was trained on."""
+        """Return the file ending of the images that it was trained on."""
         return str(self.stock.dataset_json["file_ending"])
 
     def describe(self) -> dict[str, Any]:
-        """What results say of the model; ``sha256`` is that of every fold's weights and plans,
-        which a new training changes.
+        """Return what results say about the model.
+
+        ``sha256`` is that of every fold's weights and plans; a new training changes it.
         """
         trainer, plans, configuration = self.folder.name.split("__")
         return {
@@ -168,32 +182,32 @@ class Model:
         }
 
     def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
-        """Class -> the score threshold that gave so many false positives per scan in the validation
-        of all folds together.
+        """Return class -> the score threshold with so many false positives per scan in validation.
+
+        The validation of all folds counts together.
 
         Args:
             num_mirrorings: with which it is to be used; validation may have had others.
 
         Raises:
-            UsageError: a fold has no validation to tell, or is ``all``.
+            UsageError: a fold has no usable validation, or is ``all``.
         """
-        return score_thresholds(
-            self.folder, self.folds, list(self.plan.labels), fp_per_scan, num_mirrorings
-        )
+        classes = list(self.plan.labels)
+        return score_thresholds(self.folder, self.folds, classes, fp_per_scan, num_mirrorings)
 
     def _check_plans(self) -> None:
         file = self.folder / "plans.json"
         plans = read_json(file)
         name = self.folder.name.rsplit("__", 1)[-1]
-        known = name in plans.get("configurations", {})
-        # A configuration may have the block from the one that it inherits from.
-        if (
-            not known
-            or read_plan(PlansManager(plans).get_configuration(name).configuration, str(file))
-            is None
-        ):
+        plan = None
+        if name in plans.get("configurations", {}):
+            # A configuration may have the block from the one that it inherits from.
+            configuration = PlansManager(plans).get_configuration(name).configuration
+            plan = read_plan(configuration, str(file))
+        if plan is None:
             raise PlanError(
-                f"{self.folder} holds no detector; train one with -tr AutoregDetectionTrainer"
+                f"{self.folder} holds no detector; train one with -tr AutoregDetectionTrainer",
+                code="detection-no-detector",
             )
 
     def weights(self) -> Iterator[None]:
@@ -203,21 +217,22 @@ class Model:
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Of a forward pass, in the precision of training and validation."""
-        return (
-            torch.autocast("cuda", dtype=half_precision(self.device))
-            if self.device.type == "cuda"
-            else nullcontext()
-        )
+        """Return the context of a forward pass, in the precision of training and validation."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        return torch.autocast("cuda", dtype=half_precision(self.device))
 
-    def preprocess(self, files: list[str]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """A scan as the network sees it (C, Z, Y, X), and where it comes from.
+    def preprocess(self, files: list[str], name: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return a scan as the network sees it (C, Z, Y, X), and nnU-Net's properties of it.
+
+        Args:
+            name: of the scan in log lines.
 
         Raises:
             ScanError: it cannot be read or resampled, has another number of channels or dimensions,
-                or voxels that are no finite numbers.
+                or voxels that are not finite.
         """
-        data, properties = self._read(files)
+        data, properties = self._read(files, name)
         preprocessor = self.configuration.preprocessor_class(verbose=False)
         try:
             with np.errstate(invalid="ignore"):
@@ -237,61 +252,56 @@ class Model:
                 f"nnU-Net cannot resample {size} voxels of {spacing} mm (z, y, x) ({error}); look "
                 "at its header",
             ) from error
+
         image = np.asarray(image, dtype=np.float32)
         if not np.isfinite(image).all():
+            num_before = int((~np.isfinite(data)).sum())
+            num_after = int((~np.isfinite(image)).sum())
             raise ScanError(
                 "nonfinite",
-                f"{int((~np.isfinite(data)).sum())} of {data.size} voxels are NaN or infinite, and "
-                "after "
-                f"preprocessing {int((~np.isfinite(image)).sum())} of {image.size}; repair or "
-                "leave out the scan",
+                f"{num_before} of {data.size} voxels are NaN or infinite, and after preprocessing "
+                f"{num_after} of {image.size}; repair or leave out the scan",
             )
         return torch.from_numpy(image), properties
 
-    def _read(self, files: list[str]) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """nnU-Net's reader, whose errors are of any kind, and partly printed."""
-        said = io.StringIO()
+    def _read(self, files: list[str], name: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Read a scan with nnU-Net's reader, whose errors are of any kind, and partly printed."""
+        printed = io.StringIO()
+        reader = self.stock.plans_manager.image_reader_writer_class()
         try:
-            with redirect_stdout(said), quiet_stderr():
-                data, properties = self.stock.plans_manager.image_reader_writer_class().read_images(
-                    files
-                )
+            with redirect_stdout(printed), quiet_stderr():
+                data, properties = reader.read_images(files)
         except Exception as error:
-            reason = (
-                str(error).strip().splitlines()[-1:]
-                or said.getvalue().splitlines()[:1]
-                or [type(error).__name__]
-            )
+            lines = str(error).strip().splitlines()[-1:] or printed.getvalue().splitlines()[:1]
+            reason = lines[0].strip() if lines else type(error).__name__
+            listed = ", ".join(Path(file).name for file in files)
+            # Paths may hold the names of patients.
             raise ScanError(
-                "unreadable",
-                f"nnU-Net cannot read {', '.join(Path(f).name for f in files)} "
-                f"({reason[0].strip()})",
+                "unreadable", f"nnU-Net cannot read {listed} ({without_names(reason, files)})"
             ) from error
-        if said.getvalue():
-            log.warning("%s: %s", files[0], " ".join(said.getvalue().split()))
+        if printed.getvalue():
+            text = " ".join(printed.getvalue().split())
+            log.warning("%s: %s", name, without_names(text, files))
+
         if len(data) != self.num_channels:
             raise ScanError(
                 "channels",
                 f"its files hold {len(data)} channels and the model needs {self.num_channels}; is "
-                "one of them 4D "
-                "or in colour?",
+                "one of them 4D or in colour?",
             )
-        if len(properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1))) != 3:
-            raise ScanError(
-                "not3d",
-                f"it has {len(properties['sitk_stuff']['spacing'])} dimensions; store it as a 3D "
-                "image",
-            )
+        num_dimensions = len(properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1)))
+        if num_dimensions != 3:
+            raise ScanError("not3d", f"it has {num_dimensions} dimensions; store it as a 3D image")
         return data, properties
 
 
 def half_precision(device: torch.device) -> torch.dtype:
-    """What a GPU computes in, as the trainers have it: bfloat16 where it is in hardware."""
+    """Return the type a GPU computes in, as in training: bfloat16 where the hardware has it."""
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
-    """16 hexadecimal digits of the SHA-256 of a network's plans and weights."""
+    """Return 16 hexadecimal digits of the SHA-256 of a network's plans and weights."""
     digest = hashlib.sha256(plans)
     for name, value in parameters.items():
         digest.update(name.encode())
@@ -301,8 +311,9 @@ def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
 
 @dataclass(frozen=True)
 class Detected:
-    """A scan's file, and the segmentation (Z, Y, X) that came along, in the image as it was read;
-    properties are nnU-Net's.
+    """Hold a scan's file, and its segmentation (Z, Y, X) in the image as it was read.
+
+    ``properties`` are nnU-Net's.
     """
 
     record: ScanFile
@@ -310,25 +321,26 @@ class Detected:
     properties: dict[str, Any]
 
 
-def detect(model: Model, scan: Scan, options: Options) -> Detected:
+def detect(model: Model, scan: Scan, options: DetectionOptions) -> Detected:
     """Find the objects of a scan.
 
     Raises:
         ScanError: it cannot be read, or does not fit the model.
-        WeightsError: the network answers with numbers that are none.
+        WeightsError: the network gives numbers that are not finite.
     """
     inputs = scan.inputs()
     with ready(scan) as files:
-        image, properties = model.preprocess(files)
+        image, properties = model.preprocess(files, scan.name)  # (C, Z, Y, X)
     merged, logits = _merged(model, image, options)
+
     manager = model.stock.plans_manager
     shape = original_shape(properties, manager.transpose_backward)
     geometry = preprocessing_of(properties, as_size(image.shape[1:]), manager.transpose_backward)
-    detections = [
-        d
-        for d in in_original(merged, geometry, shape, model.plan.classes)
-        if d.score >= lowest(options.min_score, d.name)
-    ]
+    detections = []
+    for found in in_original(merged, geometry, shape, model.plan.classes):
+        if found.score >= lowest_score(options.min_score, found.name):
+            detections.append(found)
+
     stored = stored_array(properties, shape)
     record = make_scan_file(
         scan.name,
@@ -353,10 +365,11 @@ def detect(model: Model, scan: Scan, options: Options) -> Detected:
 
 
 def _merged(
-    model: Model, image_CZYX: torch.Tensor, options: Options
-) -> tuple[Found, torch.Tensor | None]:
-    """What all folds and mirrorings find together, in the preprocessed image, and the mean of their
-    segmentation logits (C, Z, Y, X).
+    model: Model, image_CZYX: torch.Tensor, options: DetectionOptions
+) -> tuple[MergedBoxes, torch.Tensor | None]:
+    """Return what all folds and mirrorings find together, in the preprocessed image.
+
+    Beside it stands the mean of their segmentation logits (C, Z, Y, X).
     """
     detector = ScanDetector(
         model.network,
@@ -364,28 +377,30 @@ def _merged(
         as_size(model.configuration.patch_size),
         model.device,
         mirror_axes=_mirror_axes(model, options),
-        thinning=options.thinning,
+        nms=options.nms,
         autocast=model.autocast,
     )
+    needs_logits = _with_instances(model, options)
     parts: list[Candidates] = []
     logits: torch.Tensor | None = None
     for number, _ in enumerate(model.weights()):
-        found, of_fold = detector.candidates(
-            image_CZYX, with_logits=_with_instances(model, options)
-        )
-        parts.append(replace(found, voters_N=found.voters_N + number * detector.num_voters))
+        found, of_fold = detector.candidates(image_CZYX, with_logits=needs_logits)
+        # Members are numbered through over the folds.
+        members = found.members_N + number * detector.num_members
+        parts.append(replace(found, members_N=members))
         if of_fold is not None:
             logits = of_fold if logits is None else logits + of_fold
-    merged = merge(joined(parts), len(parts) * detector.num_voters, options.thinning)
+    merged = merge(concatenate(parts), len(parts) * detector.num_members, options.nms)
     return merged, None if logits is None else logits / len(parts)
 
 
-def settings_of(model: Model, options: Options) -> dict[str, Any]:
-    """What results say of the options that they depend on; the last two (``DRAWING``) are of
-    pictures alone.
+def settings_of(model: Model, options: DetectionOptions) -> dict[str, Any]:
+    """Return the options as results state them.
+
+    No box depends on the last two (``DRAWING``), but only the drawings.
     """
     return {
-        "thinning": asdict(options.thinning),
+        "thinning": options.nms.for_file(),
         "mirrorings": num_mirrorings(model, options),
         "min_score": options.min_score,
         "filled": options.filled,
@@ -393,40 +408,39 @@ def settings_of(model: Model, options: Options) -> dict[str, Any]:
     }
 
 
-def _with_instances(model: Model, options: Options) -> bool:
+def _with_instances(model: Model, options: DetectionOptions) -> bool:
     return options.with_instances and model.plan.has_masks
 
 
-def num_mirrorings(model: Model, options: Options) -> int:
-    """How often every model looks at a scan."""
+def num_mirrorings(model: Model, options: DetectionOptions) -> int:
+    """Return in how many mirrorings every model looks at a scan."""
     return int(2 ** len(_mirror_axes(model, options)))
 
 
-def _mirror_axes(model: Model, options: Options) -> tuple[int, ...]:
+def _mirror_axes(model: Model, options: DetectionOptions) -> tuple[int, ...]:
     return tuple(model.stock.allowed_mirroring_axes or ()) if options.mirror else ()
 
 
 def original_shape(properties: Mapping[str, Any], transpose_backward: Sequence[int]) -> Size:
-    """Shape (z, y, x) of the image as it was read."""
+    """Return the shape (z, y, x) of the image as it was read."""
     before = properties["shape_before_cropping"]
     return as_size([before[axis] for axis in transpose_backward])
 
 
-def lowest(min_score: float | Mapping[str, float] | None, name: str) -> float:
-    """The lowest score of a class that is kept."""
+def lowest_score(min_score: float | Mapping[str, float] | None, name: str) -> float:
+    """Return the lowest score of a class that is kept."""
     if min_score is None:
         return 0.0
     return min_score[name] if isinstance(min_score, Mapping) else min_score
 
 
-def write(model: Model, found: Detected, folder: Path, options: Options) -> None:
-    """Write the files of a scan; its JSON comes last, so that where it is, all is."""
+def write(model: Model, found: Detected, folder: Path, options: DetectionOptions) -> None:
+    """Write the files of a scan; its JSON file comes last, so that where it is, all is."""
     instances = None
     if found.labels_ZYX is not None:
         labels_ZYX = np.asarray(found.labels_ZYX)
-        boxes = _in_readers_array(
-            _drawn(found.record, options), stored_array(found.properties, labels_ZYX.shape)
-        )
+        stored = stored_array(found.properties, labels_ZYX.shape)
+        boxes = _in_readers_array(_drawn(found.record, options), stored)
         instances = draw_instances(boxes, labels_ZYX, model.plan.classes)
     writer = model.stock.plans_manager.image_reader_writer_class()
     write_record(
@@ -441,15 +455,18 @@ def write_record(
     file_ending: str,
     properties: dict[str, Any],
     folder: Path,
-    options: Options,
+    options: DetectionOptions,
 ) -> None:
-    """Write the files of a scan, its JSON last, and remove those of an earlier run; ``writer`` is
-    nnU-Net's for images of these properties.
+    """Write the files of a scan, its JSON file last, and remove those of an earlier run.
+
+    Args:
+        writer: nnU-Net's for images of these properties.
     """
     name, boxes = record.scan, _drawn(record, options)
-    # The JSON first: where it is, all is, and of one run.
+    # The JSON file is removed first: where it is, all files are there, and of one run.
     for old in (f"{name}.json", f"{name}_instances{file_ending}", f"{name}_boxes.pkl"):
         (folder / old).unlink(missing_ok=True)
+
     drawn = draw_boxes(boxes, record.shape_zyx, options.filled)
     # The writer takes the array that the reader gave, and turns it back into the stored one.
     drawn = turned(drawn, reader_turn(properties))
@@ -463,7 +480,7 @@ def write_record(
 
 
 def _in_readers_array(boxes: Sequence[FileBox], stored: StoredArray) -> list[FileBox]:
-    """The boxes of a file with their edges in the array that nnU-Net's reader gave."""
+    """Return the boxes of a file with their edges in the array that nnU-Net's reader gave."""
     moved = []
     for box in boxes:
         z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(box.box_zyx))
@@ -471,17 +488,18 @@ def _in_readers_array(boxes: Sequence[FileBox], stored: StoredArray) -> list[Fil
     return moved
 
 
-def _drawn(record: ScanFile, options: Options) -> list[FileBox]:
-    # Who asked for a score sees all that is left; else low scores, which are for evaluation, are
-    # not drawn.
-    return shown(record.boxes, DRAWN_FROM if options.min_score is None else 0.0)
+def _drawn(record: ScanFile, options: DetectionOptions) -> list[FileBox]:
+    # With a score asked for, all that is left is drawn. Without one, low scores, which are for
+    # evaluation, are not drawn.
+    return with_score(record.boxes, DRAWN_FROM if options.min_score is None else 0.0)
 
 
 def trained_folder(
     results: Path, dataset: str, trainer: str, plans: str, configuration: str
 ) -> Path:
-    """The folder of a trained model; the dataset is given as ``4``, ``004`` or
-    ``Dataset004_Hippocampus``.
+    """Return the folder of a trained model.
+
+    The dataset is given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
 
     Raises:
         UsageError: no dataset of that number has been trained on, or several have.
@@ -491,16 +509,15 @@ def trained_folder(
         found = sorted(p.name for p in results.glob(f"Dataset{int(dataset):03}_*") if p.is_dir())
         if len(found) > 1:
             raise UsageError(
-                f"-d {dataset}: {' and '.join(found)} share that number; give the full name"
+                f"-d {dataset}: {' and '.join(found)} share that number; give the full name",
+                code="detect-dataset-ambiguous",
             )
         if not found:
-            known = (
-                ", ".join(sorted(p.name for p in results.glob("Dataset*_*") if p.is_dir()))
-                or "none"
-            )
+            known = sorted(p.name for p in results.glob("Dataset*_*") if p.is_dir())
             raise UsageError(
                 f"-d {dataset}: {results} (nnUNet_results) has no trained dataset of that number; "
-                f"there are: {known}"
+                f"there are: {', '.join(known) or 'none'}",
+                code="detect-dataset-unknown",
             )
         name = found[0]
     return results / name / f"{trainer}__{plans}__{configuration}"
@@ -508,32 +525,32 @@ def trained_folder(
 
 def _folds(folder: Path, wanted: Sequence[str], checkpoint: str) -> tuple[str, ...]:
     if not folder.is_dir():
-        beside = (
-            sorted(p.name for p in folder.parent.glob("*Detection*"))
-            if folder.parent.is_dir()
-            else []
-        )
-        raise UsageError(
-            f"there is no trained model {folder}; "
-            f"{'there are: ' + ', '.join(beside) if beside else 'train it first'}"
-        )
-    present = sorted(
-        (p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}")),
-        key=natural_key,
-    )
-    if not present:
+        others: list[str] = []
+        if folder.parent.is_dir():
+            others = sorted(p.name for p in folder.parent.glob("*Detection*"))
+        advice = f"there are: {', '.join(others)}" if others else "train it first"
+        raise UsageError(f"there is no trained model {folder}; {advice}", code="detect-no-model")
+
+    finished = [p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}")]
+    finished.sort(key=natural_key)
+    if not finished:
         raise UsageError(
             f"{folder} has no finished fold (fold_*/{checkpoint}); finish a training, or use "
-            "--checkpoint checkpoint_best.pth"
+            "--checkpoint checkpoint_best.pth",
+            code="detect-no-fold",
         )
-    missing = [fold for fold in wanted if fold not in present]
+    missing = [fold for fold in wanted if fold not in finished]
     if missing:
         raise UsageError(
-            f"-f {' '.join(missing)}: not finished in {folder}; there are: {', '.join(present)}"
+            f"-f {' '.join(missing)}: not finished in {folder}; there are: {', '.join(finished)}",
+            code="detect-fold-unfinished",
         )
-    # Fold all has seen every case: it is no fifth opinion beside the folds, and nobody knows how
-    # good it is.
-    usual = [fold for fold in present if fold != FOLD_ALL]
+    # Fold all has seen every case: it is not a further member beside the folds, and nobody knows
+    # how good it is.
+    usual = [fold for fold in finished if fold != FOLD_ALL]
     if not wanted and not usual:
-        raise UsageError(f"{folder} has no finished fold but all; add -f all to use that")
+        raise UsageError(
+            f"{folder} has no finished fold but all; add -f all to use that",
+            code="detect-fold-all-only",
+        )
     return tuple(dict.fromkeys(wanted)) or tuple(usual)

@@ -1,10 +1,9 @@
-"""The scans of a folder as nnU-Net's readers take them: cases by their names, or else whatever
-pretraining would find there.
+"""The scans of a folder as nnU-Net's readers take them.
 
-Whatever is no file that the dataset's reader takes - a DICOM series, a volume of a 4D file, another
-format - is written as a temporary
-NIfTI file of the same geometry. Nothing is turned: a network expects the orientation of the files
-    it was trained on.
+They are cases by their names, or else whatever pretraining would find in the folder. Whatever is
+not a file for the dataset's reader - a DICOM series, a volume of a 4D file, another format - is
+written as a temporary NIfTI file of the same geometry. Nothing is turned: a network expects the
+orientation of the files that it was trained on.
 """
 
 import hashlib
@@ -21,6 +20,7 @@ from typing import Any
 from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.corpus.parts import Part, parse_part
+from nnunet_autoreg.corpus.private import NAMES_FILES, without_names
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.files import check_file, quiet_stderr
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan to detect in.
+    """Hold one scan to detect in.
 
     Attributes:
         name: of its results.
@@ -47,30 +47,28 @@ class Scan:
 
     @property
     def origin(self) -> str:
-        """What to call its input in messages."""
+        """Return the name of its input in messages."""
         return self.candidate.id if self.candidate else self.files[0].name
 
     def inputs(self) -> tuple[dict[str, Any], ...]:
-        """As ``facts_of`` has them."""
+        """Return the sizes and times of its files (``facts_of``)."""
         return facts_of(self.files or ([self.candidate.path] if self.candidate else []))
 
 
 def facts_of(files: Sequence[Path]) -> tuple[dict[str, Any], ...]:
-    """Bytes and time of change of every file: what tells that an input is another one.
+    """Return size and time of change of every file, by which another input is recognised.
 
-    No paths, in which names of patients may be.
-
-    Of a folder a digest of its path alone: its DICOM series are told by their UIDs, and others may
-        come into it.
+    There are no paths, because they may hold names of patients. For a folder it is only a digest of
+    its path: its DICOM series are identified by their UIDs, and others may be added to it.
     """
     found: list[dict[str, Any]] = []
     for file in files:
         if file.is_file():
-            found.append({"bytes": file.stat().st_size, "modified_ns": file.stat().st_mtime_ns})
+            status = file.stat()
+            found.append({"bytes": status.st_size, "modified_ns": status.st_mtime_ns})
         else:
-            found.append(
-                {"folder_sha256": hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}
-            )
+            digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
+            found.append({"folder_sha256": digest[:16]})
     return tuple(found)
 
 
@@ -81,153 +79,156 @@ def find(
     split_4d: bool = False,
     output: Path | None = None,
 ) -> list[Scan]:
-    """The scans of a folder, in natural order; what is left out is logged with its reason.
+    """Return the scans of a folder, in natural order; the log says what is left out, and why.
 
     Args:
         file_ending: of the dataset the model was trained on.
         num_channels: the model's.
-        output: the folder of results; what lies in it is no scan.
+        output: the folder of results; what lies in it is not a scan.
 
     Raises:
-        UsageError: no folder, no scan, channels missing, files that do not say their channel for a
-            model of several, two scans of one name, or results among the scans.
+        UsageError: no folder, no scan, channels missing, files without a channel in their names for
+            a model of several, two scans of one name, or results among the scans.
     """
     if not folder.exists():
-        raise UsageError(f"-i {folder} does not exist; check the path")
+        raise UsageError(f"-i {folder} does not exist; check the path", code="scans-no-folder")
+
     cases = _named_cases(folder, file_ending) if folder.is_dir() else {}
-    if cases:
-        scans = [
-            _of_case(name, cases[name], num_channels, folder)
-            for name in sorted(cases, key=natural_key)
-        ]
-        _tell_others(folder, file_ending, {file for scan in scans for file in scan.files}, output)
-    else:
+    if not cases:
         scans = _found_scans(folder, file_ending, num_channels, split_4d, output)
+        _check_names(scans, folder)
+        return scans
+
+    scans = []
+    for name in sorted(cases, key=natural_key):
+        channels = cases[name]
+        missing = [n for n in range(num_channels) if n not in channels]
+        if missing:
+            listed = ", ".join(f"{n:04}" for n in missing)
+            raise UsageError(
+                f"-i {folder}: case {name} lacks channel {listed} of {num_channels}; add the file, "
+                "or move the case elsewhere",
+                code="scans-missing-channel",
+            )
+        scans.append(Scan(name, tuple(channels[n] for n in range(num_channels))))
+    used = {file for scan in scans for file in scan.files}
+    _warn_of_others(folder, file_ending, used, output)
     _check_names(scans, folder)
     return scans
+
+
+def _named_cases(folder: Path, file_ending: str) -> dict[str, dict[int, Path]]:
+    """Return case -> channel -> file, of files named as nnU-Net does."""
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    for file in folder.iterdir():
+        if not file.name.endswith(file_ending) or file.name.startswith("."):
+            continue
+        named = CHANNEL_SUFFIX.match(file.name.removesuffix(file_ending))
+        if named:
+            found[named["case"]][int(named["channel"])] = file
+    return found
 
 
 def _found_scans(
     folder: Path, file_ending: str, num_channels: int, split_4d: bool, output: Path | None
 ) -> list[Scan]:
-    """Whatever pretraining would find, for models of one channel."""
+    """Return whatever pretraining would find, for models of one channel."""
     if num_channels > 1:
         raise UsageError(
             f"-i {folder} holds no files named like case_0000{file_ending}, and the model needs "
-            f"{num_channels} channels of "
-            "each scan; name them as nnU-Net does"
+            f"{num_channels} channels of each scan; name them as nnU-Net does",
+            code="scans-need-channels",
         )
     if output is not None and absolute(output) == absolute(folder):
         raise UsageError(
-            f"-o {output} is the folder of -i, whose images are all taken for scans; give another "
-            "one"
+            f"-o {output} is the folder of -i, and every image in it would be taken for a scan; "
+            "give another folder",
+            code="scans-output-is-input",
         )
-    found = [
-        c
-        for c in find_scans([], [folder], split_4d=split_4d)
-        if not _is_result(c.path, folder, output)
-    ]
-    for left in (c for c in found if c.status and c.status != "duplicate"):
-        log.warning("left out: %s (%s: %s)", left.id, left.status, left.reason)
-    scans = [_of_candidate(c, file_ending) for c in found if not c.status]
+    scans = []
+    for candidate in find_scans([], [folder], split_4d=split_4d):
+        if _is_result(candidate.path, folder, output):
+            continue
+        if not candidate.status:
+            scans.append(_of_candidate(candidate, file_ending))
+        elif candidate.status != "duplicate":
+            log.warning(
+                "left out: %s (%s: %s)",
+                candidate.id,
+                candidate.status,
+                candidate.reason,
+                extra=NAMES_FILES,
+            )
     if not scans:
         raise UsageError(
             f"-i {folder} holds no scan; name files <case>_0000{file_ending}, or give DICOM, "
-            "NIfTI, NRRD or MetaImage"
+            "NIfTI, NRRD or MetaImage",
+            code="scans-none",
         )
     return scans
 
 
-def _is_result(path: Path, folder: Path, output: Path | None) -> bool:
-    """Whether a path below ``folder`` belongs to the results of an earlier run, which may lie in
-    it.
-    """
-    if output is None or absolute(folder) not in (inside := absolute(output)).parents:
-        return False
-    return inside in (absolute(path), *absolute(path).parents)
-
-
-def _tell_others(folder: Path, file_ending: str, taken: set[Path], output: Path | None) -> None:
-    """Warn of scans that nobody looks at, because some of the folder are named as nnU-Net does and
-    they are not.
-    """
-    endings = (*SCAN_ENDINGS, file_ending.lower())
-    files = (
-        f
-        for f in folder.rglob("*")
-        if f.name.lower().endswith(endings) and not f.name.startswith(".") and f not in taken
-    )
-    others = sorted(
-        (f.relative_to(folder).as_posix() for f in files if not _is_result(f, folder, output)),
-        key=natural_key,
-    )
-    if others:
-        named = ", ".join(others[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
-        log.warning(
-            "-i %s: %d files are left out (%s): cases are named case_0000%s here, and these are "
-            "not, or hold a channel that the "
-            "model does not have; put them into another folder",
-            folder,
-            len(others),
-            named,
-            file_ending,
-        )
-
-
-def _check_names(scans: Sequence[Scan], folder: Path) -> None:
-    """Refuse two scans whose results would lie in the same files, also where a file system does not
-    tell a from A.
-    """
-    known: dict[str, Scan] = {}
-    for scan in scans:
-        other = known.setdefault(scan.name.casefold(), scan)
-        if other is not scan:
-            same = (
-                f"both be called {scan.name}"
-                if scan.name == other.name
-                else f"be called {other.name} and {scan.name}"
-            )
-            raise UsageError(
-                f"-i {folder}: the results of {other.origin} and {scan.origin} would {same}, and "
-                "one overwrite the other; "
-                "rename one, or give each a line and -o of its own"
-            )
-
-
-def _named_cases(folder: Path, file_ending: str) -> dict[str, dict[int, Path]]:
-    """Case -> channel -> file, of files named as nnU-Net does."""
-    found: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file in folder.iterdir():
-        named = (
-            CHANNEL_SUFFIX.match(file.name.removesuffix(file_ending))
-            if file.name.endswith(file_ending)
-            else None
-        )
-        if named and not file.name.startswith("."):
-            found[named["case"]][int(named["channel"])] = file
-    return found
-
-
-def _of_case(name: str, channels: dict[int, Path], num_channels: int, folder: Path) -> Scan:
-    missing = [n for n in range(num_channels) if n not in channels]
-    if missing:
-        raise UsageError(
-            f"-i {folder}: case {name} lacks channel {', '.join(f'{n:04}' for n in missing)} of "
-            f"{num_channels}"
-        )
-    return Scan(name, tuple(channels[n] for n in range(num_channels)))
-
-
 def _of_candidate(candidate: Candidate, file_ending: str) -> Scan:
+    # The name of the folder itself is not part of the name of a result.
     inside = candidate.id.partition("/")[2] or candidate.id
     name = re.sub(r"[^\w.-]+", "_", inside)
     is_ready = not candidate.part and candidate.path.name.endswith(file_ending)
     return Scan(name, (candidate.path,) if is_ready else (), candidate)
 
 
+def _is_result(path: Path, folder: Path, output: Path | None) -> bool:
+    """Return whether a path below ``folder`` belongs to the results of an earlier run in it."""
+    if output is None or absolute(folder) not in absolute(output).parents:
+        return False
+    return absolute(output) in (absolute(path), *absolute(path).parents)
+
+
+def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Path | None) -> None:
+    """Warn about scans that are skipped, because others in the folder are named as cases."""
+    endings = (*SCAN_ENDINGS, file_ending.lower())
+    others = []
+    for file in folder.rglob("*"):
+        if not file.name.lower().endswith(endings) or file.name.startswith(".") or file in used:
+            continue
+        if not _is_result(file, folder, output):
+            others.append(file.relative_to(folder).as_posix())
+    if not others:
+        return
+    others.sort(key=natural_key)
+    listed = ", ".join(others[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
+    log.warning(
+        "-i %s: %d files are left out (%s), because they are not named case_0000%s as others here, "
+        "or hold a channel that the model does not have; put them into another folder",
+        folder,
+        len(others),
+        listed,
+        file_ending,
+        extra=NAMES_FILES,
+    )
+
+
+def _check_names(scans: Sequence[Scan], folder: Path) -> None:
+    """Refuse two scans whose results would lie in the same files.
+
+    Some file systems do not distinguish a from A.
+    """
+    known: dict[str, Scan] = {}
+    for scan in scans:
+        other = known.setdefault(scan.name.casefold(), scan)
+        if other is not scan:
+            names = f"both be called {scan.name}"
+            if scan.name != other.name:
+                names = f"be called {other.name} and {scan.name}"
+            raise UsageError(
+                f"-i {folder}: the results of {other.origin} and {scan.origin} would {names}, and "
+                "one overwrite the other; rename one, or run the command for each with its own -o",
+                code="scans-same-name",
+            )
+
+
 @contextmanager
 def ready(scan: Scan) -> Iterator[list[str]]:
-    """The files of a scan for nnU-Net's reader, for the time being.
+    """Yield the files of a scan for nnU-Net's reader; temporary ones are removed afterwards.
 
     Raises:
         ScanError: it cannot be read.
@@ -258,7 +259,7 @@ def _convert(candidate: Candidate, file: Path) -> None:
 
 
 def _series_image(path: Path, part: Part) -> Any:
-    """A DICOM series as an image in its own orientation."""
+    """Return a DICOM series as an image in its own orientation."""
     import SimpleITK
 
     stack = find_stack(path, part)
@@ -272,6 +273,7 @@ def _series_image(path: Path, part: Part) -> Any:
 
 
 def _file_image(file: Path, part: Part) -> Any:
+    """Return a file, or one volume of a 4D file, as an image."""
     import SimpleITK
 
     check_file(file)
@@ -279,15 +281,16 @@ def _file_image(file: Path, part: Part) -> Any:
         try:
             image: Any = SimpleITK.ReadImage(str(file))
         except RuntimeError as error:
+            # SimpleITK names the path, which may hold the name of a patient.
+            reason = without_names(str(error).splitlines()[-1].strip(), [str(file)])
             raise ScanError(
-                "unreadable",
-                f"SimpleITK cannot read it ({str(error).splitlines()[-1].strip()}); copy it again",
+                "unreadable", f"SimpleITK cannot read it ({reason}); copy it again"
             ) from error
     image = image[..., int(part.t)] if part.t else image
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(
             "not3d",
-            "no 3D image with one value per voxel; --split-4d takes every volume of a 4D file as a "
-            "scan",
+            "it is not a 3D image with one value per voxel; --split-4d takes every volume of a 4D "
+            "file as a scan",
         )
     return image

@@ -1,10 +1,12 @@
-"""The pieces of a detector's training that know nothing of nnU-Net's trainer: its losses, recipe
-and pseudo Dice.
+"""The parts of a detector's training that do not depend on nnU-Net's trainer.
+
+They are its losses, its recipe, its pseudo Dice, and the moving average of the weights.
 """
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,21 +18,103 @@ from torch import Tensor, nn
 from nnunet_autoreg.detection.anchors import AnchorGrid, lay_out
 from nnunet_autoreg.detection.data import InstanceIndex
 from nnunet_autoreg.detection.infer import boxes_of_output, merge
-from nnunet_autoreg.detection.loss import Objects, detection_loss, segmentation_loss
-from nnunet_autoreg.detection.matching import ScanBoxes
+from nnunet_autoreg.detection.loss import PatchObjects, anchor_losses, segmentation_loss
+from nnunet_autoreg.detection.matching import ScanBoxes, scan_boxes
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.plan import DetectionPlan
-from nnunet_autoreg.detection.score import scan_boxes
 from nnunet_autoreg.finetune.block import Recipe
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.parameters import is_decayed
 
 Region = int | Sequence[int]
 
+WEIGHTS_KEY = "autoreg_training_weights"
+"""Where a checkpoint's optimiser state holds the weights that training continues from. Where a
+checkpoint usually holds the weights, it has their average.
+"""
+
+
+class MovingAverage:
+    """Keep a moving average of the weights, which is validated, saved and predicted with.
+
+    Training goes on with the weights themselves. Early in a run the average forgets faster: the
+    factor of step n is at most (1 + n) / (10 + n).
+
+    Args:
+        network: unwrapped.
+        decay: factor per step, in [0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.network, self.decay = network, decay
+        self.values: list[Tensor] = []
+        self.loaded: list[Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin from the weights as they are."""
+        self.values = [p.detach().clone() for p in self.network.parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Add the weights after step ``step``, from 0."""
+        factor = min(self.decay, (1 + step) / (10 + step))
+        weights = [p.detach() for p in self.network.parameters()]
+        torch._foreach_lerp_(self.values, weights, 1 - factor)
+
+    @contextmanager
+    def applied(self) -> Iterator[list[Tensor]]:
+        """Give the network the average for a while; yields its own weights, which come back."""
+        own = [p.detach().clone() for p in self.network.parameters()]
+        self._copy(self.values)
+        try:
+            yield own
+        finally:
+            self._copy(own)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have the optimiser's saved state hold the weights, because the network's is the average.
+
+        nnU-Net decides what a checkpoint consists of. The optimiser's state is the one part to
+        which an entry can be added.
+        """
+        optimizer.register_state_dict_post_hook(self._with_weights)
+        optimizer.register_load_state_dict_pre_hook(self._take_weights)
+        self.saving: list[Tensor] | None = None
+
+    @contextmanager
+    def saved(self) -> Iterator[None]:
+        """Let a checkpoint be written with the average as the network."""
+        with self.applied() as own:
+            self.saving = own
+            try:
+                yield
+            finally:
+                self.saving = None
+
+    def restore(self) -> None:
+        """Separate weights and average again, after a checkpoint was loaded."""
+        self.reset()
+        if self.loaded is not None:
+            self._copy(self.loaded)
+            self.loaded = None
+
+    def _with_weights(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return state if self.saving is None else {**state, WEIGHTS_KEY: self.saving}
+
+    def _take_weights(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        self.loaded = state.get(WEIGHTS_KEY)
+        return {key: value for key, value in state.items() if key != WEIGHTS_KEY}
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.network.parameters(), values, strict=True):
+            parameter.copy_(value)
+
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one batch; ``total`` has a gradient for every parameter in use."""
+    """Hold the losses of one batch; ``total`` has a gradient for every parameter in use."""
 
     classification: Tensor
     regression: Tensor
@@ -38,11 +122,11 @@ class Losses:
 
     @property
     def total(self) -> Tensor:
-        """Their sum."""
+        """Return their sum."""
         return self.classification + self.regression + self.segmentation
 
     def numbers(self) -> dict[str, Any]:
-        """As nnU-Net's trainer collects them."""
+        """Return them as nnU-Net's trainer collects them."""
         parts = {
             "loss": self.total,
             "loss_class": self.classification,
@@ -52,8 +136,8 @@ class Losses:
         return {name: value.detach().cpu().numpy() for name, value in parts.items()}
 
 
-class Losing:
-    """Computes the losses of batches; what the segmentation's target looks like is nnU-Net's.
+class DetectionLoss:
+    """Compute the three losses of batches; the segmentation's target is in nnU-Net's form.
 
     Args:
         segmentation: nnU-Net's loss for logits and target.
@@ -68,89 +152,89 @@ class Losing:
         regions: Sequence[Region] | None,
         ignore_label: int | None,
     ):
-        self.plan, self.segmentation, self.regions, self.ignore_label = (
-            plan,
-            segmentation,
-            regions,
-            ignore_label,
-        )
+        self.plan, self.segmentation = plan, segmentation
+        self.regions, self.ignore_label = regions, ignore_label
         self.grids: dict[tuple[Size, ...], AnchorGrid] = {}
 
     def grid(self, output: Output) -> AnchorGrid:
-        """The anchors of an output."""
+        """Return the anchors of an output."""
         if output.cells not in self.grids:
-            self.grids[output.cells] = lay_out(
-                self.plan.anchors, output.cells, output.codes_BA6.device
-            )
+            device = output.deltas_BA6.device
+            self.grids[output.cells] = lay_out(self.plan.anchors, output.cells, device)
         return self.grids[output.cells]
 
     def losses(
         self, output: Output, target_B1ZYX: Tensor, objects: Sequence[Mapping[str, NDArray[Any]]]
     ) -> Losses:
-        """The three losses of a batch, in float32."""
-        device = output.codes_BA6.device
-        wanted = [
-            Objects(
-                *(torch.from_numpy(o[name]).to(device) for name in ("boxes", "labels", "ignored"))
+        """Return the three losses of a batch, in float32."""
+        device = output.deltas_BA6.device
+        wanted = []
+        for of_patch in objects:
+            boxes, labels, ignored = (
+                torch.from_numpy(of_patch[name]).to(device)
+                for name in ("boxes", "labels", "ignored")
             )
-            for o in objects
-        ]
-        found = detection_loss(
+            wanted.append(PatchObjects(boxes, labels, ignored))
+        found = anchor_losses(
             output.scores_BAK,
-            output.codes_BA6,
+            output.deltas_BA6,
             self.grid(output),
             wanted,
             classification=self.plan.classification,
             uncounted_BZYX=self.uncounted(target_B1ZYX),
         )
+
         logits = output.logits_BCZYX.float()
         if self.plan.has_masks:
-            return Losses(
-                found.classification,
-                found.regression,
-                self.segmentation(logits, self.target(target_B1ZYX)),
-            )
-        # No outline is known; every parameter still needs a gradient in distributed training.
-        return Losses(found.classification, found.regression, logits.sum() * 0)
+            segmentation = self.segmentation(logits, self.target(target_B1ZYX))
+        else:
+            # No outline is known; every parameter still needs a gradient in distributed training.
+            segmentation = logits.sum() * 0
+        return Losses(found.classification, found.regression, segmentation)
 
     def uncounted(self, labels_B1ZYX: Tensor) -> Tensor | None:
-        """(B, Z, Y, X) which voxels have the ignore label; None where the dataset has none."""
+        """Return which voxels (B, Z, Y, X) have the ignore label; None where there is none."""
         return None if self.ignore_label is None else labels_B1ZYX[:, 0] == self.ignore_label
 
     def target(self, labels_B1ZYX: Tensor) -> Tensor:
-        """The labels as the loss wants them: as they are, or a channel per region, and one for the
-        ignore label.
+        """Return the labels as the loss needs them.
 
-        On the device, because nnU-Net's own transform would have dropped the ids that travel beside
+        That is as they are, or one channel per region and one for the ignore label. It is done on
+        the device, because nnU-Net's own transform would have dropped the ids that travel beside
         the labels.
         """
         if self.regions is None:
             return labels_B1ZYX
-        regions = [*self.regions, *([] if self.ignore_label is None else [self.ignore_label])]
+        regions = list(self.regions)
+        if self.ignore_label is not None:
+            regions.append(self.ignore_label)
         return torch.cat([_is_in(labels_B1ZYX, region) for region in regions], 1)
 
     def confusion(self, output: Output, labels_B1ZYX: Tensor) -> dict[str, NDArray[Any]]:
-        """True positive, false positive and false negative voxels of each foreground class or
-        region.
+        """Return the true positive, false positive and false negative voxels of each class.
+
+        A class is a foreground label, or a region.
         """
         logits = output.logits_BCZYX
         if self.regions is None:
             classes = range(1, logits.shape[1])
             chosen = logits.argmax(1, keepdim=True)
-            said, true = (
-                torch.cat([seg == c for c in classes], 1) for seg in (chosen, labels_B1ZYX)
-            )
+            predicted = torch.cat([chosen == c for c in classes], 1)
+            true = torch.cat([labels_B1ZYX == c for c in classes], 1)
         else:
-            said, true = (
-                logits > 0,
-                torch.cat([_is_in(labels_B1ZYX, region) for region in self.regions], 1),
-            )
+            predicted = logits > 0
+            true = torch.cat([_is_in(labels_B1ZYX, region) for region in self.regions], 1)
         if self.ignore_label is not None:
-            counted = labels_B1ZYX != self.ignore_label
-            said, true = said & counted, true & counted
-        axes = (0, 2, 3, 4)
-        pairs = {"tp_hard": said & true, "fp_hard": said & ~true, "fn_hard": ~said & true}
-        return {name: mask.sum(axes).cpu().numpy() for name, mask in pairs.items()}
+            is_counted = labels_B1ZYX != self.ignore_label
+            predicted, true = predicted & is_counted, true & is_counted
+
+        masks = {
+            "tp_hard": predicted & true,
+            "fp_hard": predicted & ~true,
+            "fn_hard": ~predicted & true,
+        }
+        # Over the batch and all voxels.
+        return {name: mask.sum((0, 2, 3, 4)).cpu().numpy() for name, mask in masks.items()}
 
 
 def _is_in(labels: Tensor, region: Region) -> Tensor:
@@ -161,7 +245,7 @@ def _is_in(labels: Tensor, region: Region) -> Tensor:
 def make_segmentation_loss(
     has_regions: bool, ignore_label: int | None, distributed: bool
 ) -> nn.Module:
-    """Half cross-entropy, half Dice over the batch, in nnU-Net's form for labels or for regions."""
+    """Return half cross-entropy, half Dice over the batch, for nnU-Net's labels or regions."""
     if not has_regions:
         return segmentation_loss(ignore_label, distributed)
     from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
@@ -186,32 +270,31 @@ def patches_scored(
     first: int,
     uncounted_BZYX: Tensor | None = None,
 ) -> list[ScanBoxes]:
-    """Every patch of a batch as if it were a scan; ``first`` is the number of the first one."""
+    """Return every patch of a batch as if it were a scan; ``first`` is the first one's number."""
+    masks: Any = [None] * len(objects)
+    if uncounted_BZYX is not None:
+        masks = uncounted_BZYX.cpu().numpy()
+    of_patches = zip(boxes_of_output(output, grid), objects, masks, strict=True)
+
     scans = []
-    masks = [None] * len(objects) if uncounted_BZYX is None else uncounted_BZYX.cpu().numpy()
-    for number, (candidates, true, mask) in enumerate(
-        zip(boxes_of_output(output, grid), objects, masks, strict=True), start=first
-    ):
-        found = merge(candidates, num_voters=1)
-        boxes, places, scores = (
-            v.cpu().numpy() for v in (found.boxes_N6, found.labels_N, found.scores_N)
+    for number, (candidates, true, mask) in enumerate(of_patches, start=first):
+        merged = merge(candidates, num_members=1)
+        found = (
+            merged.boxes_N6.cpu().numpy(),
+            merged.labels_N.cpu().numpy(),
+            merged.scores_N.cpu().numpy(),
         )
         objects_there = (true["boxes"], true["labels"], true["ignored"])
         scans.append(
-            scan_boxes(
-                f"patch {number}",
-                (1.0, 1.0, 1.0),
-                objects_there,
-                (boxes, places, scores),
-                uncounted_ZYX=mask,
-            )
+            scan_boxes(f"patch {number}", (1.0, 1.0, 1.0), objects_there, found, uncounted_ZYX=mask)
         )
     return scans
 
 
 def detection_recipe(recipe: Recipe, plan: DetectionPlan) -> Recipe:
-    """The segmentation's recipe as detection uses it: its own momentum, one output, and the encoder
-    learns from the start.
+    """Return the segmentation's recipe as detection uses it.
+
+    It has its own momentum and one output, and the encoder learns from the start.
     """
     return replace(
         recipe, momentum=plan.momentum, deep_supervision=False, decoder_first_fraction=0.0
@@ -221,36 +304,36 @@ def detection_recipe(recipe: Recipe, plan: DetectionPlan) -> Recipe:
 def without_decay_on_norms(
     groups: Sequence[dict[str, Any]], network: nn.Module
 ) -> list[dict[str, Any]]:
-    """Parameter groups with norms, biases and tables apart, undecayed; of equal rate the decayed
-    ones come first.
+    """Return the parameter groups with norms, biases and tables in groups without weight decay.
+
+    Of two groups with one rate the decayed one comes first.
     """
     decayed = {id(p) for name, p in network.named_parameters() if is_decayed(name, p)}
     split = []
     for group in groups:
-        for takes_decay in (True, False):
-            chosen = [p for p in group["params"] if (id(p) in decayed) == takes_decay]
+        for has_decay in (True, False):
+            chosen = [p for p in group["params"] if (id(p) in decayed) == has_decay]
             if chosen:
-                split.append(
-                    {
-                        **group,
-                        "params": chosen,
-                        "weight_decay": group["weight_decay"] if takes_decay else 0.0,
-                    }
-                )
+                weight_decay = group["weight_decay"] if has_decay else 0.0
+                split.append({**group, "params": chosen, "weight_decay": weight_decay})
     return split
 
 
 def absent_classes(index: InstanceIndex, cases: Sequence[str]) -> list[str]:
-    """Names of the classes of which none of the cases has an object that counts."""
-    present = {
-        item.place for case in cases for item in index.cases[case].objects if not item.ignored
-    }
-    return [kind.name for place, kind in enumerate(index.classes) if place not in present]
+    """Return the names of the classes of which no case has an object that counts."""
+    present = set()
+    for case in cases:
+        for item in index.cases[case].objects:
+            if not item.ignored:
+                present.add(item.class_index)
+    return [kind.name for number, kind in enumerate(index.classes) if number not in present]
 
 
 def keep_thread_limit() -> None:
-    """Hold torch to ``OMP_NUM_THREADS`` where that is set: on a CPU ``nnUNetv2_train`` has taken
-    every core, and threads that share cores with other programs wait for each other.
+    """Limit torch to ``OMP_NUM_THREADS`` threads where that is set.
+
+    On a CPU ``nnUNetv2_train`` uses every core, and threads that share cores with other programs
+    wait for each other.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
@@ -258,25 +341,26 @@ def keep_thread_limit() -> None:
 
 
 class ForwardedLog(logging.Handler):
-    """Sends the library's log lines to a function, such as that of nnU-Net's trainer."""
+    """Send the library's log lines to a function, such as that of nnU-Net's trainer."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, write: Callable[[str], None]):
         super().__init__(logging.INFO)
-        self.say = say
+        self.write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one."""
+        """Send one line."""
         mark = "WARNING: " if record.levelno >= logging.WARNING else ""
-        self.say(f"{mark}{record.getMessage()}")
+        self.write(f"{mark}{record.getMessage()}")
 
 
 def mean_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Pseudo Dice of each class over all validation patches; NaN where it neither is nor was said
-    to be.
+    """Return the pseudo Dice of each class over all validation patches.
+
+    It is NaN for a class that is neither there nor predicted.
     """
-    tp, fp, fn = (
-        np.sum([o[name] for o in outputs], 0).astype(np.float64)
-        for name in ("tp_hard", "fp_hard", "fn_hard")
-    )
+    sums = {}
+    for name in ("tp_hard", "fp_hard", "fn_hard"):
+        sums[name] = np.sum([output[name] for output in outputs], 0).astype(np.float64)
+    tp, fp, fn = sums["tp_hard"], sums["fp_hard"], sums["fn_hard"]
     with np.errstate(invalid="ignore"):
         return [float(v) for v in 2 * tp / (2 * tp + fp + fn)]

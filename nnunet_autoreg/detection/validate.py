@@ -1,4 +1,7 @@
-"""The boxes of a fold's validation cases, in their original images, and the scores they reach."""
+"""The boxes of a fold's validation cases in their original images, and their scores.
+
+``score_thresholds`` reads the summaries of all folds again, for ``autoreg_detect --fppi``.
+"""
 
 import logging
 import math
@@ -10,86 +13,99 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_autoreg.detection.evaluate import MAP_NAME, EvaluationSettings, evaluate
+from nnunet_autoreg.detection.evaluate import (
+    MAP_NAME,
+    EvaluationSettings,
+    evaluate,
+    quick_scores,
+)
 from nnunet_autoreg.detection.geometry import (
     Preprocessing,
     StoredArray,
     preprocessing_of,
     stored_array,
 )
-from nnunet_autoreg.detection.infer import USUAL, Candidates, Found, ScanDetector, merge
+from nnunet_autoreg.detection.infer import (
+    DEFAULT_NMS,
+    Candidates,
+    MergedBoxes,
+    ScanDetector,
+    merge,
+)
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.matching import ScanBoxes
+from nnunet_autoreg.detection.matching import ScanBoxes, scan_of_instances
+from nnunet_autoreg.detection.metrics import Froc, threshold_at
 from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
-from nnunet_autoreg.detection.score import quick_scores, scan_of_instances
-from nnunet_autoreg.detection.thresholds import FOLD_ALL
-from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import atomic_path, read_json, write_json
 
-SWEPT_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
-"""Overlaps tried for the boxes of one voter, as nnDetection does.
+SUMMARY = Path("validation_detection") / "summary_detection.json"
+FOLD_ALL = "all"
+IOU_KEY = "voter_iou"
+"""What files call the overlap above which a member's boxes are one (``NmsSettings.member_iou``)."""
+TRIED_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Overlaps tried for the boxes of one ensemble member, as nnDetection does.
 
-Smallest size and score are never tuned: that deletes small lesions.
+The smallest size and score are never tuned: that deletes small lesions.
 """
 
 SLIVER_VOX = 0.01
 """A box with a shorter side is nothing: clipped away, or lost when its edges are written with four
 decimals.
 """
+NOTHING_FOUND = Froc(np.zeros(1), np.full(1, np.nan), np.full(1, np.inf))
+"""The curve of a class without any detection."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ValidatedCase:
-    """A case with what was found in it, for every overlap tried; the first is the usual one."""
+    """Hold a case with its detections, for every overlap tried."""
 
     by_iou: dict[float, ScanBoxes]
 
     @property
     def usual(self) -> ScanBoxes:
-        """With the usual thinning."""
-        return self.by_iou[USUAL.voter_iou]
+        """Return it with the default NMS settings."""
+        return self.by_iou[DEFAULT_NMS.member_iou]
 
 
 def in_original(
-    found: Found, geometry: Preprocessing, shape_vox: Size, classes: Sequence[ObjectClass]
+    found: MergedBoxes, geometry: Preprocessing, shape_vox: Size, classes: Sequence[ObjectClass]
 ) -> list[Detection]:
-    """What was found, in voxel edges of the image as it was read, clipped to it; nothing is left of
-    what lies outside.
+    """Return the boxes in voxel edges of the image as it was read, clipped to it.
+
+    Boxes that lie outside are dropped.
     """
     boxes = geometry.to_original(found.boxes_N6.numpy().astype(np.float64).reshape(-1, 6))
     limit = np.array([*shape_vox, *shape_vox], dtype=np.float64)
+    scores, labels = found.scores_N.tolist(), found.labels_N.tolist()
+    votes = found.votes_N.tolist()
+
     detections = []
-    for box, score, place, votes in zip(
-        np.clip(boxes, 0, limit),
-        found.scores_N.tolist(),
-        found.labels_N.tolist(),
-        found.votes_N.tolist(),
-        strict=True,
-    ):
-        if (box[3:] - box[:3] >= SLIVER_VOX).all():
-            kind = classes[place]
-            z0, y0, x0, z1, y1, x1 = (float(v) for v in box)
-            detections.append(
-                Detection(
-                    (z0, y0, x0, z1, y1, x1),
-                    kind.label,
-                    kind.name,
-                    min(float(score), 1.0),
-                    int(votes),
-                )
+    for n, box in enumerate(np.clip(boxes, 0, limit)):
+        if not (box[3:] - box[:3] >= SLIVER_VOX).all():
+            continue
+        kind = classes[labels[n]]
+        z0, y0, x0, z1, y1, x1 = (float(v) for v in box)
+        detections.append(
+            Detection(
+                box_zyx=(z0, y0, x0, z1, y1, x1),
+                label=kind.label,
+                name=kind.name,
+                score=min(float(scores[n]), 1.0),
+                votes=int(votes[n]),
             )
+        )
     return detections
 
 
 def as_stored(detections: Sequence[Detection], stored: StoredArray) -> list[Detection]:
-    """Return detections in the reader's array with the boxes of the stored array, in which files
-    count.
-    """
+    """Return detections in the reader's array with the boxes of the stored array, as files do."""
     moved = []
     for found in detections:
         z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_stored(found.box_zyx))
@@ -107,77 +123,78 @@ def validate_cases(
     folder: Path,
     model: dict[str, Any],
 ) -> list[ValidatedCase]:
-    """Detect in every case, and write its file of detections and its candidates into ``folder``.
+    """Detect in every case, and write its detections and its candidates into ``folder``.
 
     Args:
         stock: nnU-Net's dataset of the preprocessed cases.
         source: of the true objects.
-        model: what the files say of the model.
+        model: what the files say about the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    class_index_of = {kind.name: index for index, kind in enumerate(plan.classes)}
     validated = []
     for case in cases:
         data, _, _, properties = stock.load_case(case)
-        image = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
+        image = torch.from_numpy(np.asarray(data[:], dtype=np.float32))  # (C, Z, Y, X)
         candidates, _ = detector.candidates(image)
         true = source.read(case)
         geometry = preprocessing_of(properties, as_size(image.shape[1:]), transpose_backward)
+
         by_iou = {}
-        for iou in sorted({USUAL.voter_iou, *SWEPT_IOUS}):
-            thinning = replace(detector.thinning, voter_iou=iou)
-            found = in_original(
-                merge(candidates, detector.num_voters, thinning),
-                geometry,
-                true.shape_vox,
-                plan.classes,
+        for iou in sorted({DEFAULT_NMS.member_iou, *TRIED_IOUS}):
+            nms = replace(detector.nms, member_iou=iou)
+            merged = merge(candidates, detector.num_members, nms)
+            found = in_original(merged, geometry, true.shape_vox, plan.classes)
+            arrays = (
+                [d.box_zyx for d in found],
+                [class_index_of[d.name] for d in found],
+                [d.score for d in found],
             )
             by_iou[iou] = scan_of_instances(
-                case, true.spacing_mm, true.instances, _arrays(found, plan), true.uncounted_ZYX
+                case, true.spacing_mm, true.instances, arrays, true.uncounted_ZYX
             )
-            if iou == USUAL.voter_iou:
+            if iou == DEFAULT_NMS.member_iou:
                 stored = stored_array(properties, true.shape_vox)
-                settings = {"thinning": vars(thinning), "mirrorings": detector.num_voters}
+                settings = {"thinning": nms.for_file(), "mirrorings": detector.num_members}
                 record = make_scan_file(
                     case, stored.frame, as_stored(found, stored), plan.labels, model, settings
                 )
                 write_scan_file(folder / f"{case}.json", record)
+
         _write_candidates(folder / f"{case}_candidates.npz", candidates)
-        validated.append(ValidatedCase(by_iou))
-        log.info(
-            "%s: %d objects, %d boxes",
-            case,
-            len(true.instances.objects),
-            len(by_iou[USUAL.voter_iou].boxes_D6),
-        )
+        result = ValidatedCase(by_iou)
+        validated.append(result)
+        num_objects, num_boxes = len(true.instances.objects), len(result.usual.boxes_D6)
+        log.info("%s: %d objects, %d boxes", case, num_objects, num_boxes)
     return validated
 
 
-def _arrays(found: Sequence[Detection], plan: DetectionPlan) -> tuple[Any, Any, Any]:
-    place_of = {kind.name: place for place, kind in enumerate(plan.classes)}
-    return [d.box_zyx for d in found], [place_of[d.name] for d in found], [d.score for d in found]
-
-
 def _write_candidates(file: Path, candidates: Candidates) -> None:
-    """Before merging and in the preprocessed image, so that thinning can be tried anew; half
-    precision is a thirtieth of a voxel.
+    """Write the candidates before merging, in the preprocessed image.
+
+    So other NMS settings can be tried. Half precision is a thirtieth of a voxel.
     """
+    arrays = {
+        "boxes_N6": candidates.boxes_N6,
+        "scores_N": candidates.scores_N,
+        "labels_N": candidates.labels_N,
+        "weights_N": candidates.weights_N,
+        "voters_N": candidates.members_N,
+    }
+    small = {}
+    for name, values in arrays.items():
+        small[name] = values.numpy().astype(np.float16 if values.is_floating_point() else np.int16)
     with atomic_path(file) as temporary, temporary.open("wb") as handle:
-        np.savez_compressed(
-            handle,
-            **{
-                name: value.numpy().astype(np.float16 if value.is_floating_point() else np.int16)
-                for name, value in vars(candidates).items()
-            },
-        )
+        np.savez_compressed(handle, **small)
 
 
 def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str, Any] | None:
-    """What the overlap that is best on the other folds' cases gives on this fold's: an honest score
-    for a tuned overlap.
+    """Return this fold's scores with the overlap that is best on the other folds' cases.
+
+    That is an honest score of a tuned overlap.
 
     Args:
-        file: this fold's summary; the others lie beside it as ``fold_*/validation_detection/`` has
-            them.
+        file: this fold's summary; the others lie beside it in ``fold_*/validation_detection/``.
         tried: this fold's scores by overlap.
 
     Returns:
@@ -186,9 +203,8 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
     found: dict[str, dict[float, float]] = {}
     for other in sorted(file.parents[2].glob(f"fold_*/{file.parent.name}/{file.name}")):
         fold = other.parents[1]
-        if (
-            fold == file.parents[1] or fold.name == f"fold_{FOLD_ALL}"
-        ):  # which has trained on these cases
+        # Fold "all" was trained on these cases.
+        if fold == file.parents[1] or fold.name == f"fold_{FOLD_ALL}":
             continue
         try:
             of_fold = read_json(other)["sweep"]["tried"]
@@ -196,56 +212,157 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
         except (PlanError, KeyError, TypeError, ValueError) as error:
             log.warning(
                 "%s is left out of sweep_of_other_folds: it holds no such sweep (%s); validate it "
-                "anew with --val",
+                "again with --val",
                 other,
                 error,
             )
     if not found:
         return None
-    best = max(
-        tried,
-        key=lambda iou: (sum(scores[iou] for scores in found.values()), iou == USUAL.voter_iou),
-    )
-    return {"folds": sorted(found), "voter_iou": best, **tried[best]}
+
+    def quality(iou: float) -> tuple[float, bool]:
+        # Of equal sums the default wins.
+        total = sum(scores[iou] for scores in found.values())
+        return total, iou == DEFAULT_NMS.member_iou
+
+    best = max(tried, key=quality)
+    return {"folds": sorted(found), IOU_KEY: best, **tried[best]}
 
 
 def write_summary(
     file: Path, cases: Sequence[ValidatedCase], plan: DetectionPlan, model: dict[str, Any]
 ) -> dict[str, float]:
-    """Every figure of the usual thinning, and what tuning its overlap on these very cases would
-    give; the main figures come back.
+    """Write every figure of the default NMS settings, and return the main figures.
+
+    Beside them stands what tuning the overlap on these very cases would give.
     """
     figures = evaluate([case.usual for case in cases], plan.classes, EvaluationSettings())
-    tried = {
-        iou: quick_scores([case.by_iou[iou] for case in cases], len(plan.classes))
-        for iou in cases[0].by_iou
-    }
-    best = max(tried, key=lambda iou: (tried[iou][f"map_{MAP_NAME}"], iou == USUAL.voter_iou))
+
+    tried = {}
+    for iou in cases[0].by_iou:
+        scans = [case.by_iou[iou] for case in cases]
+        tried[iou] = quick_scores(scans, len(plan.classes))
+
+    def quality(iou: float) -> tuple[float, bool]:
+        return tried[iou][f"map_{MAP_NAME}"], iou == DEFAULT_NMS.member_iou
+
+    best = max(tried, key=quality)
     note = "chosen on the cases it is scored on, so too good; the figures above use voter_iou 0.1"
     sweep = {
         "note": note,
-        "voter_iou": best,
+        IOU_KEY: best,
         **tried[best],
         "tried": {f"{iou:g}": scores for iou, scores in tried.items()},
     }
-    write_json(
-        file,
-        {
-            **figures,
-            "model": model,
-            "sweep": sweep,
-            "sweep_of_other_folds": by_other_folds(file, tried),
-        },
-    )
-    ap = figures["ap"]
+    of_others = by_other_folds(file, tried)
+    summary = {**figures, "model": model, "sweep": sweep, "sweep_of_other_folds": of_others}
+    write_json(file, summary)
+
     main = {
-        "ap_0.1": ap["0.1"]["mean"],
-        "ap_0.5": ap["0.5"]["mean"],
+        "ap_0.1": figures["ap"]["0.1"]["mean"],
+        "ap_0.5": figures["ap"]["0.5"]["mean"],
         f"map_{MAP_NAME}": figures["map"][MAP_NAME]["mean"],
         "cpm": figures["froc"]["cpm"]["mean"],
     }
-    return {
-        name: float(value)
-        for name, value in main.items()
-        if value is not None and math.isfinite(value)
-    }
+    known = {}
+    for name, value in main.items():
+        if value is not None and math.isfinite(value):
+            known[name] = float(value)
+    return known
+
+
+def score_thresholds(
+    model: Path,
+    folds: Sequence[str],
+    classes: Sequence[str],
+    fp_per_scan: float,
+    num_mirrorings: int,
+) -> dict[str, float]:
+    """Return class -> the lowest score with at most so many false positives per scan.
+
+    The false positives are those of the validation of all folds together. Every fold counts with
+    all of its scans, also for classes of which it has no object: every detection of those is false.
+
+    Args:
+        model: the trained folder, with ``fold_*`` in it.
+        num_mirrorings: with which the scores are to be used; validation may have had others.
+
+    Raises:
+        UsageError: a fold has no usable validation, or was validated on the cases it was trained
+            on.
+    """
+    if FOLD_ALL in folds:
+        raise UsageError(
+            "--fppi cannot be used with fold all: it was validated on the cases it was trained on, "
+            "which says nothing about new ones; give --min-score",
+            code="fppi-fold-all",
+        )
+    curves: dict[str, list[tuple[Froc, int]]] = {name: [] for name in classes}
+    for fold in folds:
+        file = model / f"fold_{fold}" / SUMMARY
+        if not file.is_file():
+            raise UsageError(
+                f"--fppi needs {file}, which validation writes; run nnUNetv2_train with --val, or "
+                "give --min-score",
+                code="fppi-no-validation",
+            )
+        summary = read_json(file)
+        try:
+            validated_with = summary["model"].get("mirrorings", num_mirrorings)
+            if validated_with != num_mirrorings:
+                log.warning(
+                    "--fppi: fold %s was validated with %d mirrorings, here there are %d, so its "
+                    "scores differ somewhat; choose with --tta and --no-tta",
+                    fold,
+                    validated_with,
+                    num_mirrorings,
+                )
+            num_scans = int(summary["scans"]["number"])
+            for name in classes:
+                curve = _curve(summary, name)
+                if curve is None:
+                    log.warning(
+                        "--fppi: %s counts false boxes of %s without their scores, because an "
+                        "earlier version wrote it; it is left out for this class. Validate again "
+                        "with --val",
+                        file,
+                        name,
+                    )
+                else:
+                    curves[name].append((curve, num_scans))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"--fppi: {file} is not the summary of a validation ({error!r}); write it again "
+                "with --val",
+                code="fppi-summary",
+            ) from error
+
+    thresholds = {}
+    for name, known in curves.items():
+        if any(len(curve.threshold) > 1 for curve, _ in known):
+            thresholds[name] = min(1.0, threshold_at(known, fp_per_scan))
+        else:
+            log.warning(
+                "--fppi: validation found no box of %s, so there is no threshold for it: all of "
+                "its boxes are kept",
+                name,
+            )
+            thresholds[name] = 0.0
+    return thresholds
+
+
+def _curve(summary: dict[str, Any], name: str) -> Froc | None:
+    """Return the curve of a class from a summary.
+
+    It is None where an older summary, which leaves out absent classes, does not have the scores of
+    their false positives.
+    """
+    curve = summary["froc"]["curve"].get(name)
+    if curve is None:
+        return NOTHING_FOUND if summary["classes"][name]["detections"] == 0 else None
+    # Null is the infinite threshold at which nothing is detected.
+    threshold = [np.inf if value is None else value for value in curve["threshold"]]
+    return Froc(
+        fp_per_scan=np.array(curve["fp_per_scan"], dtype=np.float64),
+        sensitivity=np.array(curve["sensitivity"], dtype=np.float64),
+        threshold=np.array(threshold),
+    )

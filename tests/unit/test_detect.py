@@ -22,7 +22,7 @@ from nnunet_autoreg.cli.detect import finish, main, parser, start
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.infer import ScanDetector
 from nnunet_autoreg.detection.net import Output
-from nnunet_autoreg.detection.predict import Options
+from nnunet_autoreg.detection.predict import DetectionOptions
 from nnunet_autoreg.detection.scanfile import (
     Detection,
     make_scan_file,
@@ -480,7 +480,7 @@ def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
             write_scan_file(tmp_path / f"{name}.json", replace(record, scan=name))
         tracemalloc.start()
         assert start(args, dict.fromkeys(names, ()), {}, settings) == set(names)
-        assert finish(args, Options(), names, number) == 0
+        assert finish(args, DetectionOptions(), names, number) == 0
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (tmp_path / "detections.csv").read_text().count("solid") == 30 * 50

@@ -7,9 +7,9 @@ import torch
 from nnunet_autoreg.detection import boxes as bx
 from nnunet_autoreg.detection.anchors import AnchorPlan, choose_levels, lay_out, match, plan_anchors
 from nnunet_autoreg.detection.loss import (
-    Objects,
+    PatchObjects,
     box_loss,
-    detection_loss,
+    anchor_losses,
     focal,
     sample_hard_negatives,
     segmentation_loss,
@@ -255,16 +255,16 @@ def batch(objects, grid, classes=2):
 
 
 GRID = lay_out(plan_of(((4, 4, 4),), ((4, 4, 4),)), [(4, 4, 4)])
-NOTHING = Objects(
+NOTHING = PatchObjects(
     torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
 )
-ONE = Objects(torch.tensor([[4.0, 4, 4, 8, 8, 8]]), torch.tensor([1]), torch.tensor([False]))
+ONE = PatchObjects(torch.tensor([[4.0, 4, 4, 8, 8, 8]]), torch.tensor([1]), torch.tensor([False]))
 
 
 @pytest.mark.parametrize("classification", ["hard_negatives", "focal"])
 def test_a_batch_without_objects_has_a_loss_and_a_gradient_for_every_output(classification):
     logits, codes = batch([NOTHING, NOTHING], GRID)
-    loss = detection_loss(logits, codes, GRID, [NOTHING, NOTHING], classification=classification)
+    loss = anchor_losses(logits, codes, GRID, [NOTHING, NOTHING], classification=classification)
     (loss.classification + loss.regression).backward()
     assert loss.num_positive == 0 and loss.regression.item() == 0 and loss.classification.item() > 0
     assert codes.grad.abs().max() == 0 and logits.grad.abs().max() > 0
@@ -273,33 +273,33 @@ def test_a_batch_without_objects_has_a_loss_and_a_gradient_for_every_output(clas
 def test_a_perfect_detector_has_no_loss_and_a_wrong_class_costs():
     logits, codes = torch.full((1, 64, 2), -30.0), torch.zeros(1, 64, 6)
     logits[0, 21, 1] = 30.0
-    right = detection_loss(logits, codes, GRID, [ONE])
+    right = anchor_losses(logits, codes, GRID, [ONE])
     assert (
         right.num_positive == 1
         and right.classification.item() < 1e-6
         and right.regression.item() == pytest.approx(0, abs=1e-6)
     )
-    wrong = detection_loss(logits.flip(-1), codes, GRID, [ONE])
+    wrong = anchor_losses(logits.flip(-1), codes, GRID, [ONE])
     # One positive and two negatives with two classes each; both entries of the positive are wrong
     # by 30.
     assert wrong.classification.item() == pytest.approx(60 / 6)
 
 
 def test_an_ignored_object_is_neither_found_nor_background():
-    ignored = Objects(ONE.boxes_G6, ONE.labels_G, torch.tensor([True]))
+    ignored = PatchObjects(ONE.boxes_G6, ONE.labels_G, torch.tensor([True]))
     logits = torch.full((1, 64, 2), -30.0)
     logits[0, 21] = 30.0
     codes = torch.zeros(1, 64, 6)
     # Focal: it takes every anchor, and not a drawn few.
     assert (
-        detection_loss(logits, codes, GRID, [ignored], classification="focal").classification.item()
+        anchor_losses(logits, codes, GRID, [ignored], classification="focal").classification.item()
         < 1e-6
     )
     assert (
-        detection_loss(logits, codes, GRID, [NOTHING], classification="focal").classification.item()
+        anchor_losses(logits, codes, GRID, [NOTHING], classification="focal").classification.item()
         > 1
     )
-    assert detection_loss(logits, codes, GRID, [ignored]).classification.item() < 1e-6
+    assert anchor_losses(logits, codes, GRID, [ignored]).classification.item() < 1e-6
 
 
 def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
@@ -332,10 +332,10 @@ def test_focal_loss_and_box_loss_by_hand():
 
 def test_half_precision_outputs_give_a_float32_loss():
     logits, codes = batch([ONE], GRID)
-    loss = detection_loss(logits.half(), codes.half(), GRID, [ONE])
+    loss = anchor_losses(logits.half(), codes.half(), GRID, [ONE])
     assert loss.classification.dtype == loss.regression.dtype == torch.float32
     with pytest.raises(PlanError, match="no classification loss 'focl'"):
-        detection_loss(logits, codes, GRID, [ONE], classification="focl")
+        anchor_losses(logits, codes, GRID, [ONE], classification="focl")
 
 
 def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice_over_the_batch():
@@ -356,7 +356,7 @@ def test_a_gpu_matches_and_scores_as_the_cpu_does():
     assert bx.nms(boxes.cuda(), scores.cuda(), 0.3).tolist() == bx.nms(boxes, scores, 0.3).tolist()
     plan = plan_of(((7, 8, 9), (12, 20, 11)))
     here, there = (lay_out(plan, [(10, 10, 10), (5, 5, 5)], device) for device in ("cpu", "cuda"))
-    objects = Objects(
+    objects = PatchObjects(
         some_boxes(6, 8, extent=30),
         torch.tensor([0, 1, 0, 1, 0, 1]),
         torch.tensor([False] * 5 + [True]),
@@ -364,7 +364,7 @@ def test_a_gpu_matches_and_scores_as_the_cpu_does():
     assert match(objects.boxes_G6.cuda(), there).tolist() == match(objects.boxes_G6, here).tolist()
     logits, codes = batch([objects, NOTHING], here)
     losses = [
-        detection_loss(
+        anchor_losses(
             logits.to(d),
             codes.to(d),
             grid,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from nnunet_autoreg.cli.pretrain import fine_tuning
-from nnunet_autoreg.detection.box_labels import has_boxes_alone, write_box_labels
-from nnunet_autoreg.detection.export import draw_boxes, draw_instances, write_markup, write_table
+from nnunet_autoreg.detection.objects import has_boxes_alone, write_box_labels
+from nnunet_autoreg.detection.scanfile import draw_boxes, draw_instances, write_markup, write_table
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.planned import labelled_cases
+from nnunet_autoreg.detection.objects import labelled_cases
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
 from nnunet_autoreg.detection.scans import facts_of, find, ready
 from nnunet_autoreg.errors import ObjectsError, ScanError, UsageError

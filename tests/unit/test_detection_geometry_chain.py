@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from nnunet_autoreg.detection.anchors import AnchorPlan
-from nnunet_autoreg.detection.data import Maker, instances_folder
+from nnunet_autoreg.detection.data import IdMapMaker, instances_folder
 from nnunet_autoreg.detection.instances import ObjectClass, Rules
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan
-from nnunet_autoreg.detection.predict import Options, detect, write
+from nnunet_autoreg.detection.predict import DetectionOptions, detect, write
 from nnunet_autoreg.detection.scans import find
 
 SEG = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
@@ -167,7 +167,7 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     import SimpleITK
 
     shifted_grid(monkeypatch)
-    made, options = model(reader), Options(mirror=mirror, min_score=0.9)
+    made, options = model(reader), DetectionOptions(mirror=mirror, min_score=0.9)
     (scan,) = find(image_file.parent, ".nii.gz", 1)
     found = detect(made, scan, options)
     (box,) = found.record.boxes
@@ -217,7 +217,7 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
     options = {"chunks": (1, 8, 8, 8), "blocks": (1, 8, 8, 8)}
     nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / "a"), **options)
     source = ObjectSource(raw.parent, raw.parent, DATASET, SimpleITKIO)
-    maker = Maker(
+    maker = IdMapMaker(
         folder,
         source,
         (1, 0, 2),

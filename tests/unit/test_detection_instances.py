@@ -199,7 +199,7 @@ def test_boxes_alone_are_objects_without_a_map(tmp_path):
     )
     assert found.ids_ZYX is None
     assert [
-        o.place for o in read_true_boxes(file, [LESION], (4, 8, 8), other_labels=[2]).objects
+        o.class_index for o in read_true_boxes(file, [LESION], (4, 8, 8), other_labels=[2]).objects
     ] == [0]
 
 

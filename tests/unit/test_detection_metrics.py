@@ -18,7 +18,7 @@ from nnunet_autoreg.detection.matching import (
     match_scan,
     parse_hit_rule,
 )
-from nnunet_autoreg.detection.score import mask_overlaps, scan_boxes
+from nnunet_autoreg.detection.matching import mask_overlaps, scan_boxes
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
 A, B, C = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,)), ObjectClass("c", 3, (3,))
@@ -62,8 +62,8 @@ def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
     matched = match_scan(one, 0, HitRule("iou", 0.1))
     # The middle one overlaps both alike and gets what is left; then nothing is left.
     assert matched.detections.tolist() == [1, 0, 2] and matched.object_of.tolist() == [0, 1, -1]
-    assert not matched.excused.any() and matched.objects.tolist() == [0, 1]
-    assert match_scan(one, 0, HitRule("iou", 0.1), duplicates="ignored").excused.tolist() == [
+    assert not matched.ignored.any() and matched.objects.tolist() == [0, 1]
+    assert match_scan(one, 0, HitRule("iou", 0.1), duplicates="ignored").ignored.tolist() == [
         False,
         False,
         True,
@@ -81,7 +81,7 @@ def test_ignored_objects_take_any_number_of_detections_and_regions_those_of_ever
     found = [(cube(0), 0, 0.9), (cube(1), 0, 0.8), (cube(24), 0, 0.7), (cube(50), 0, 0.6)]
     one = scan([(cube(0), 0), (cube(20, 12), ANY_CLASS)], found, [0, 1])
     matched = match_scan(one, 0, HitRule("iou", 0.5))
-    assert matched.excused.tolist() == [True, True, True, False] and len(matched.objects) == 0
+    assert matched.ignored.tolist() == [True, True, True, False] and len(matched.objects) == 0
     assert one.is_empty
 
 
@@ -97,10 +97,10 @@ def test_a_region_excuses_what_has_its_centre_in_it_alone_whatever_the_hit_rule(
     )
     one = scan_boxes("s", (1.0, 1.0, 1.0), ([], [], []), found, uncounted_ZYX=shell)
     for rule in ("iou:0.1", "centre", "radius", "radius:20"):
-        assert match_scan(one, 0, parse_hit_rule(rule)).excused.tolist() == [False, False, True]
+        assert match_scan(one, 0, parse_hit_rule(rule)).ignored.tolist() == [False, False, True]
     assert match_scan(
         replace(one, mask_overlap_DG=np.ones((3, 1))), 0, parse_hit_rule("mask:0.2")
-    ).excused.tolist() == [False, False, True]
+    ).ignored.tolist() == [False, False, True]
 
 
 def test_hit_rules_by_hand():
@@ -245,10 +245,10 @@ def test_average_precision_equals_monais():
                 box_iou,
                 metric.iou_thresholds,
                 [s.boxes_D6 for s in scans],
-                [s.places_D for s in scans],
+                [s.classes_D for s in scans],
                 [s.scores_D for s in scans],
                 [s.true_boxes_G6 for s in scans],
-                [s.true_places_G for s in scans],
+                [s.true_classes_G for s in scans],
             )
         )
         ours = evaluate(scans, [A, B, C], EvaluationSettings(num_resamples=0))
@@ -287,8 +287,8 @@ def test_froc_by_hand_with_tied_scores_and_empty_scans():
 def perfect(scans, score=0.9):
     return [
         scan(
-            list(zip(s.true_boxes_G6, s.true_places_G, strict=True)),
-            [(b, p, score) for b, p in zip(s.true_boxes_G6, s.true_places_G, strict=True)],
+            list(zip(s.true_boxes_G6, s.true_classes_G, strict=True)),
+            [(b, p, score) for b, p in zip(s.true_boxes_G6, s.true_classes_G, strict=True)],
             name=s.name,
         )
         for s in scans
@@ -311,7 +311,7 @@ def test_perfect_detections_score_1_none_score_0_and_absent_classes_are_left_out
             and set(figure["per_class"].values()) == {1}
         )
     blind = [
-        scan(list(zip(s.true_boxes_G6, s.true_places_G, strict=True)), name=s.name) for s in scans
+        scan(list(zip(s.true_boxes_G6, s.true_classes_G, strict=True)), name=s.name) for s in scans
     ]
     worst = evaluate(blind, [A, B, C], EvaluationSettings(num_resamples=50))
     for figure in (worst["ap"]["0.1"], worst["map"]["0.1:0.5:0.05"], worst["froc"]["cpm"]):

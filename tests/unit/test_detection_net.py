@@ -78,7 +78,7 @@ def test_the_heads_speak_of_every_anchor_and_every_trained_parameter_gets_a_grad
     output = detector.train()(torch.randn(2, 1, *PATCH))
     assert isinstance(output, Output) and output.cells == ((8, 8, 8), (4, 4, 4))
     num_anchors = (8**3 + 4**3) * 3
-    assert output.scores_BAK.shape == (2, num_anchors, 2) and output.codes_BA6.shape == (
+    assert output.scores_BAK.shape == (2, num_anchors, 2) and output.deltas_BA6.shape == (
         2,
         num_anchors,
         6,
@@ -86,7 +86,7 @@ def test_the_heads_speak_of_every_anchor_and_every_trained_parameter_gets_a_grad
     torch.nn.init.ones_(detector.detection["heads"].regressor[-1].weight)
     output = detector(torch.randn(2, 1, *PATCH))
     (
-        output.logits_BCZYX.sum() + output.scores_BAK.sum() + output.codes_BA6.square().sum()
+        output.logits_BCZYX.sum() + output.scores_BAK.sum() + output.deltas_BA6.square().sum()
     ).backward()
     silent = [key for key, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert silent == []
@@ -98,7 +98,7 @@ def test_an_untrained_head_gives_every_anchor_as_it_is_a_score_of_about_one_perc
     with torch.no_grad():
         output = detector(torch.zeros(1, 1, *PATCH))
     assert output.scores_BAK.sigmoid().mean().item() == pytest.approx(0.01, abs=3e-3)
-    assert not output.codes_BA6.any()
+    assert not output.deltas_BA6.any()
 
 
 def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> None:

@@ -9,7 +9,7 @@ import pytest
 from nnunet_autoreg.detection.data import (
     CaseBoxes,
     InstanceIndex,
-    Maker,
+    IdMapMaker,
     instances_folder,
     prepare_instances,
 )
@@ -144,7 +144,7 @@ def halved(array: Any, shape: Any, *_: Any) -> Any:
 
 
 @pytest.fixture
-def maker(tmp_path: Path) -> Maker:
+def maker(tmp_path: Path) -> IdMapMaker:
     """A case of 8 x 10 x 12 voxels, axes y, z, x, cropped by one slice in front and resampled to
     half the slices.
     """
@@ -161,10 +161,10 @@ def maker(tmp_path: Path) -> Maker:
     options = {"chunks": (1, *shape), "blocks": (1, *shape)}
     image, labels = np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int8)
     nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / "a"), **options)
-    return Maker(folder, source(tmp_path / "raw"), (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved)
+    return IdMapMaker(folder, source(tmp_path / "raw"), (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved)
 
 
-def test_id_maps_are_transposed_cropped_and_resampled_once(maker: Maker) -> None:
+def test_id_maps_are_transposed_cropped_and_resampled_once(maker: IdMapMaker) -> None:
     import blosc2
 
     index = prepare_instances(maker, ["a"])
@@ -194,7 +194,7 @@ def test_id_maps_are_transposed_cropped_and_resampled_once(maker: Maker) -> None
 
 
 def test_a_scan_without_objects_is_fine_and_a_class_that_a_fold_lacks_is_named(
-    maker: Maker, caplog: pytest.LogCaptureFixture
+    maker: IdMapMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(maker.source.labels / "a.nii.gz", np.zeros((8, 10, 12), np.uint8))
     with caplog.at_level("INFO", "nnunet_autoreg"):
@@ -207,7 +207,7 @@ def test_a_scan_without_objects_is_fine_and_a_class_that_a_fold_lacks_is_named(
 
 
 def test_an_index_of_other_rules_is_not_used(
-    maker: Maker, caplog: pytest.LogCaptureFixture
+    maker: IdMapMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = instances_folder(maker.preprocessed)
     prepare_instances(maker, ["a"])

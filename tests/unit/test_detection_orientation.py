@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_autoreg.detection.box_labels import write_box_labels
+from nnunet_autoreg.detection.objects import write_box_labels
 from nnunet_autoreg.detection.geometry import AS_STORED, frame_of_itk, reader_turn, stored_array
 from nnunet_autoreg.detection.objects import ObjectSource
 

@@ -10,8 +10,8 @@ from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
 from nnunet_autoreg.detection.evaluation_files import draw_froc, thresholds
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.matching import ScanBoxes
-from nnunet_autoreg.detection.score import scan_boxes
-from nnunet_autoreg.detection.thresholds import score_thresholds
+from nnunet_autoreg.detection.matching import scan_boxes
+from nnunet_autoreg.detection.validate import score_thresholds
 from nnunet_autoreg.errors import UsageError
 
 A, B = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,))

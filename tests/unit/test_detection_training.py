@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nnunet_autoreg.detection.anchors import AnchorPlan, lay_out
-from nnunet_autoreg.detection.average import KEY, MovingAverage
-from nnunet_autoreg.detection.data import objects_of_patch, place_around
+from nnunet_autoreg.detection.training import WEIGHTS_KEY, MovingAverage
+from nnunet_autoreg.detection.data import objects_of_patch, patch_start
 from nnunet_autoreg.detection.infer import (
     Candidates,
     ScanDetector,
@@ -21,7 +21,7 @@ from nnunet_autoreg.detection.infer import (
     ends_between_tiles,
     merge,
     mirrored,
-    place_weights,
+    tile_weights,
 )
 from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
 from nnunet_autoreg.detection.matching import HitRule, match_scan
@@ -33,9 +33,10 @@ from nnunet_autoreg.detection.plan import (
     read_plan,
     store,
 )
-from nnunet_autoreg.detection.score import quick_scores, scan_boxes
+from nnunet_autoreg.detection.evaluate import quick_scores
+from nnunet_autoreg.detection.matching import scan_boxes
 from nnunet_autoreg.detection.training import (
-    Losing,
+    DetectionLoss,
     keep_thread_limit,
     make_segmentation_loss,
     mean_dice,
@@ -100,7 +101,7 @@ def test_patches_lie_so_that_the_object_is_whole_in_what_augmentation_leaves() -
     np.random.seed(0)
     box = (20.0, 2.5, 30.0, 28.0, 7.5, 36.0)
     for _ in range(50):
-        place = place_around(box, (40, 40, 40), (24, 24, 24), (16, 16, 16))
+        place = patch_start(box, (40, 40, 40), (24, 24, 24), (16, 16, 16))
         for axis in range(3):
             start = place[axis] + 4
             assert 0 <= start <= 24 and start <= box[axis] and start + 16 >= box[axis + 3]
@@ -109,7 +110,7 @@ def test_patches_lie_so_that_the_object_is_whole_in_what_augmentation_leaves() -
 def test_an_object_larger_than_the_patch_fills_it_and_a_small_scan_is_centred() -> None:
     np.random.seed(0)
     starts = [
-        place_around((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16))
+        patch_start((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16))
         for _ in range(50)
     ]
     assert (
@@ -162,7 +163,7 @@ def test_tile_weights_fall_to_the_border_and_mirroring_twice_is_neutral() -> Non
             [1.0, 3.0, 3.0, 3.0, 5.0, 5.0],
         ]
     )
-    assert place_weights(boxes, (8, 8, 8)).tolist() == [1.0, 0.5, 0.75]
+    assert tile_weights(boxes, (8, 8, 8)).tolist() == [1.0, 0.5, 0.75]
     once = mirrored(boxes, (0, 2), (8, 8, 8))
     assert once[2].tolist() == [5.0, 3.0, 3.0, 7.0, 5.0, 5.0]
     assert torch.equal(mirrored(once, (0, 2), (8, 8, 8)), boxes)
@@ -176,11 +177,11 @@ def test_one_voters_overlapping_boxes_are_thinned_and_two_voters_are_merged() ->
         Candidates(
             boxes, scores, labels, torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.long)
         ),
-        num_voters=1,
+        num_members=1,
     )
     assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist() and one.votes_N.tolist() == [1, 1]
     two = merge(
-        Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_voters=2
+        Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_members=2
     )
     assert two.votes_N.tolist() == [2, 1]
     # The lonely box lacks a vote: half its score.
@@ -210,7 +211,7 @@ def test_tiles_and_mirrorings_put_an_object_where_it_is_and_logits_are_those_of_
     # is cut.
     detector = ScanDetector(network, ANCHORS, (12, 8, 12), torch.device("cpu"), mirror_axes=axes)
     candidates, logits = detector.candidates(image, with_logits=True)
-    found = merge(candidates, detector.num_voters)
+    found = merge(candidates, detector.num_members)
     # The scan is padded from 6 to 8 voxels, one on either side, so that a cell holds three quarters
     # of the object.
     strongest = found.boxes_N6[0].tolist()
@@ -240,7 +241,7 @@ def test_the_average_forgets_slowly_and_checkpoints_hold_both() -> None:
             "optimizer": optimizer.state_dict(),
         }
     assert network.weight.item() == 1 and saved["network"]["weight"].item() == pytest.approx(0.91)
-    assert KEY not in optimizer.state_dict()
+    assert WEIGHTS_KEY not in optimizer.state_dict()
     other = torch.nn.Linear(1, 1, bias=False)
     again = torch.optim.SGD(other.parameters(), lr=1.0)
     continued = MovingAverage(other, decay=0.9)
@@ -264,7 +265,7 @@ def objects(*boxes: Any) -> dict[str, Any]:
 def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(
     has_masks: bool,
 ) -> None:
-    losing = Losing(
+    detection_loss = DetectionLoss(
         replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False), None, None
     )
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
@@ -273,7 +274,7 @@ def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(
         parts = [torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 8, 1), torch.zeros(1, 8, 6)]
         for part in parts:
             part.requires_grad_(True)
-        losses = losing.losses(Output(*parts, ((2, 2, 2),)), labels, [there])
+        losses = detection_loss.losses(Output(*parts, ((2, 2, 2),)), labels, [there])
         losses.total.backward()
         assert all(part.grad is not None for part in parts)
         assert (losses.segmentation.item() != 0) is has_masks
@@ -281,15 +282,15 @@ def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(
 
 
 def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
-    losing = Losing(PLAN, make_segmentation_loss(True, 3, False), [(1, 2), 2], 3)
+    detection_loss = DetectionLoss(PLAN, make_segmentation_loss(True, 3, False), [(1, 2), 2], 3)
     labels = torch.tensor([0, 1, 2, 3], dtype=torch.int16).reshape(1, 1, 4, 1, 1)
-    assert losing.target(labels)[0, :, :, 0, 0].int().tolist() == [
+    assert detection_loss.target(labels)[0, :, :, 0, 0].int().tolist() == [
         [0, 1, 1, 0],
         [0, 0, 1, 0],
         [0, 0, 0, 1],
     ]
     logits = torch.ones(1, 2, 4, 1, 1)
-    found = losing.confusion(Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels)
+    found = detection_loss.confusion(Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels)
     assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [
         [2, 1],
         [1, 2],
@@ -299,7 +300,7 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
 
 
 def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there_excused() -> None:
-    losing = Losing(
+    detection_loss = DetectionLoss(
         replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False), None, 2
     )
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
@@ -307,9 +308,9 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
     # Anchor 7 lies around (6, 6, 6), and is sure of an object that nobody labelled.
     logits[0, 7] = 4.0
     output = Output(torch.zeros(1, 2, 8, 8, 8), logits, torch.zeros(1, 8, 6), ((2, 2, 2),))
-    wrong = losing.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
+    wrong = detection_loss.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
     labels[..., 5:, 5:, 5:] = 2
-    uncounted = losing.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
+    uncounted = detection_loss.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
     # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that
     # is wrong.
     score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
@@ -318,11 +319,11 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
     )
     assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
     (scan,) = patches_scored(
-        output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0, losing.uncounted(labels)
+        output, detection_loss.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0, detection_loss.uncounted(labels)
     )
-    assert match_scan(scan, 0, HitRule()).excused.tolist()[:1] == [True]
-    (scan,) = patches_scored(output, losing.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
-    assert not match_scan(scan, 0, HitRule()).excused.any()
+    assert match_scan(scan, 0, HitRule()).ignored.tolist()[:1] == [True]
+    (scan,) = patches_scored(output, detection_loss.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
+    assert not match_scan(scan, 0, HitRule()).ignored.any()
 
 
 def test_the_number_of_threads_that_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from nnunet_autoreg.detection.evaluate import MAP_NAME
 from nnunet_autoreg.detection.geometry import Preprocessing, frame_of_affine
-from nnunet_autoreg.detection.infer import Found
+from nnunet_autoreg.detection.infer import MergedBoxes
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.scanfile import make_scan_file
 from nnunet_autoreg.detection.validate import by_other_folds, in_original
@@ -58,7 +58,7 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(
 def test_what_is_left_of_a_box_at_the_images_end_is_a_box_or_nothing() -> None:
     # Edges are written with four decimals: a side below that would be none.
     boxes = torch.tensor([[-5, 2, 2, 1e-6, 8, 8], [2, 2, 2, 6, 8, 8], [9, 2, 2, 12, 8, 8]])
-    found = Found(
+    found = MergedBoxes(
         boxes,
         torch.tensor([0.9, 0.8, 0.7]),
         torch.zeros(3, dtype=torch.long),
