@@ -23,3 +23,12 @@ def refused(
     assert caught.value.code == code, f"{caught.value.code}: {message}"
     missing = [value for value in values if str(value) not in message]
     assert not missing, f"{missing} are not named in: {message}"
+
+
+def logged(caplog: pytest.LogCaptureFixture, *values: object) -> bool:
+    """Return whether one line of the log names all the values."""
+    for record in caplog.records:
+        message = record.getMessage()
+        if all(str(value) in message for value in values):
+            return True
+    return False

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import SimpleITK
+from refusals import logged, refused
 
 from nnunet_autoreg.cli.convert_nndetection import main
 from nnunet_autoreg.detection.images import read_array
 from nnunet_autoreg.detection.instances import labels_of_instances
+from nnunet_autoreg.errors import ObjectsError, PlanError, UsageError
 
 
 @pytest.fixture
@@ -59,9 +61,7 @@ def test_classes_from_0_become_labels_from_1_and_instances_stay_apart(task, tmp_
     assert "2 training cases" in capsys.readouterr().out
 
 
-def test_test_images_come_along_without_maps_and_training_images_without_are_named(
-    task, tmp_path, caplog
-):
+def test_test_images_need_no_maps_and_training_images_do(task, tmp_path, caplog):
     raw = task / "raw_splitted"
     (raw / "imagesTs").mkdir()
     for split, case in (("Ts", "t"), ("Ts", "._t"), ("Tr", "c")):
@@ -78,44 +78,50 @@ def test_test_images_come_along_without_maps_and_training_images_without_are_nam
         "a_0000.nii.gz",
         "b_0000.nii.gz",
     ]
-    assert "1 training images have no map of instances and are left out (first: c)" in caplog.text
+    assert logged(caplog, "1 training images", "(first: c)")
 
 
-def fails(capsys, message, *arguments):
-    assert main(list(arguments)) in (1, 2)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("autoreg_convert_nndetection: ") and message in error
+def fails(error_class, code, values, *arguments):
+    """Run the command's function without what turns errors into lines, and expect an error."""
+    with refused(error_class, code, *values):
+        main.__wrapped__(list(arguments))
 
 
-def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path, capsys):
+def test_an_error_is_one_line_and_an_exit_code(task, capsys):
+    assert main(["-i", str(task), "-d", "0"]) == 2
+
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("autoreg_convert_nndetection: ")
+    assert "-d 0" in lines[0]
+
+
+def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path):
+    line = ["-i", str(task), "-d", "16"]
     raw, labels = tmp_path / "raw", task / "raw_splitted" / "labelsTr"
-    fails(capsys, "must lie between 1 and 999", "-i", str(task), "-d", "0")
-    fails(capsys, "there is no", "-i", str(tmp_path), "-d", "16", "--name", "x")
-    fails(capsys, "is no name for a dataset", "-i", str(task), "-d", "16", "--name", "a b")
+    fails(UsageError, "convert-number-range", ["-d 0", 999], "-i", str(task), "-d", "0")
+    fails(UsageError, "convert-no-task", ["dataset.json"], *line, "-i", str(raw), "--name", "x")
+    fails(UsageError, "convert-dataset-name", ["'a b'", "--name"], *line, "--name", "a b")
     (labels / "a.json").write_text('{"instances": {"1": 1, "300": 5}}')
-    fails(capsys, "instance 300 has label 6, which is no class", "-i", str(task), "-d", "16")
+    fails(ObjectsError, "objects-unknown-label", ["a.nii.gz", 300, "label 6"], *line)
     (labels / "a.json").write_text('{"instances": {"1": 1}}')
-    fails(capsys, "the map holds id 300, which the JSON does not list", "-i", str(task), "-d", "16")
+    fails(ObjectsError, "objects-unlisted", ["a.nii.gz", "id 300"], *line)
     (task / "raw_splitted" / "imagesTs").mkdir()
     (task / "raw_splitted" / "imagesTs" / "t_0001.nii.gz").touch()
     (labels / "a.json").write_text('{"instances": {"1": 1, "300": 0}}')
-    fails(capsys, "test case t has no image", "-i", str(task), "-d", "16")
+    fails(ObjectsError, "convert-no-image", ["test case t", "t_0000.nii.gz"], *line)
     whole = (labels / "a.nii.gz").read_bytes()
     (labels / "a.nii.gz").write_bytes(whole[:40])
-    fails(capsys, "a.nii.gz cannot be read as an image", "-i", str(task), "-d", "16")
+    fails(ObjectsError, "objects-image-unreadable", ["a.nii.gz"], *line)
     (labels / "a.nii.gz").write_bytes(whole)
     (task / "raw_splitted" / "imagesTr" / "a_0000.nii.gz").unlink()
-    fails(capsys, "has no image", "-i", str(task), "-d", "16")
+    fails(ObjectsError, "convert-no-image", ["a_0000.nii.gz"], *line)
     assert list(raw.iterdir()) == []
     (raw / "Dataset016_Other").mkdir()
-    fails(capsys, "Dataset016_Other has this number", "-i", str(task), "-d", "16")
+    fails(UsageError, "convert-number-used", ["-d 16", "Dataset016_Other"], *line)
     (task / "dataset.json").write_text("{}")
-    fails(capsys, 'must have "labels"', "-i", str(task), "-d", "17")
-    for names, message in (
-        (["a", "b", "a"], "'a' is the name of several classes"),
-        (["ignore"], "'ignore' means something else"),
-    ):
+    fails(PlanError, "convert-task-format", ["dataset.json", '"labels"'], *line[:-1], "17")
+    for names, wrong in ((["a", "b", "a"], "'a'"), (["ignore"], "'ignore'")):
         (task / "dataset.json").write_text(
             json.dumps({"labels": dict(enumerate(names)), "modalities": {"0": "CT"}})
         )
-        fails(capsys, message, "-i", str(task), "-d", "17")
+        fails(PlanError, "convert-class-name", ["dataset.json", wrong], *line[:-1], "17")

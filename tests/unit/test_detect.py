@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import logged, refused
 from tiny_detector import CLASSES, SHAPE, write_checkpoint, write_model, write_scan
 
 from nnunet_autoreg import bridge
-from nnunet_autoreg.cli.detect import finish, main, parser, start
+from nnunet_autoreg.cli.detect import DetectRequest, finish, main, parser, start
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.infer import ScanDetector
 from nnunet_autoreg.detection.net import Output
@@ -29,7 +30,7 @@ from nnunet_autoreg.detection.scanfile import (
     read_scan_file,
     write_scan_file,
 )
-from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
 
 Run = Callable[..., int]
 
@@ -54,26 +55,18 @@ def results(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def run(results: Path, tmp_path: Path) -> Run:
-    """Detects in two scans below ``in``, with fold 0 unless told otherwise."""
+    """Return a function that detects in two scans below ``in``, with fold 0 by default.
+
+    With ``raises``, an error is raised instead of printed.
+    """
     for seed, name in enumerate(("a", "b")):
         write_scan(tmp_path / "in" / f"{name}_0000.nii.gz", seed)
 
-    def detect(*more: str) -> int:
+    def detect(*more: str, raises: bool = False) -> int:
         folds = [] if "-f" in more else ["-f", "0"]
-        code: int = main(
-            [
-                "-d",
-                "950",
-                "-i",
-                str(tmp_path / "in"),
-                "-o",
-                str(tmp_path / "out"),
-                "--device",
-                "cpu",
-                *folds,
-                *more,
-            ]
-        )
+        places = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+        line = ["-d", "950", *places, "--device", "cpu", *folds, *more]
+        code: int = main.__wrapped__(line) if raises else main(line)
         return code
 
     return detect
@@ -107,8 +100,9 @@ def test_the_same_line_goes_on_and_every_file_is_there(
     before = (out / "a.json").stat().st_mtime_ns
     capsys.readouterr()
     assert run("--csv", "--nndet") == 0
-    said = capsys.readouterr().out
-    assert "1 of 2 scans were done before" in said and "b: " in said and "a: " not in said
+
+    printed = capsys.readouterr().out
+    assert "1 of 2" in printed and "b: " in printed and "a: " not in printed
     assert (out / "a.json").stat().st_mtime_ns == before and (out / "a_boxes.pkl").is_file()
     with (out / "detections.csv").open(newline="") as handle:
         assert {row["seriesuid"] for row in csv.DictReader(handle)} == {"a", "b"}
@@ -123,15 +117,15 @@ def test_results_of_another_model_are_not_gone_on_with(
     shutil.copy(
         results / "fold_0" / "checkpoint_final.pth", results / "fold_0" / "checkpoint_best.pth"
     )
+    change = "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
+    with refused(UsageError, "detect-other-results", "a.json", change):
+        run("--checkpoint", "checkpoint_best.pth", raises=True)
     assert run("--checkpoint", "checkpoint_best.pth") == 2
-    assert (
-        "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
-        in capsys.readouterr().err
-    )
+    assert change in capsys.readouterr().err
     # Retrained, under the old name.
     write_checkpoint(results, "0", seed=7)
-    assert run() == 2
-    assert "model.sha256.0: " in capsys.readouterr().err
+    with refused(UsageError, "detect-other-results", "a.json", "model.sha256.0: "):
+        run(raises=True)
     assert run("--overwrite") == 0 and found(tmp_path / "out")["model"]["sha256"] != model["sha256"]
 
 
@@ -140,16 +134,16 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
 ) -> None:
     assert run() == 0
     write_scan(tmp_path / "other" / "a_0000.nii.gz", seed=5)
-    assert run("-i", str(tmp_path / "other")) == 2
-    assert (
-        "a.json was made by another model, of another input or with other options (inputs: "
-        in capsys.readouterr().err
-    )
-    file = tmp_path / "in" / "b_0000.nii.gz"
-    os.utime(file, (1, 1))
-    assert run() == 2 and "b.json was made" in capsys.readouterr().err
+    with refused(UsageError, "detect-other-results", "a.json", "(inputs: ", "--overwrite"):
+        run("-i", str(tmp_path / "other"), raises=True)
+
+    os.utime(tmp_path / "in" / "b_0000.nii.gz", (1, 1))
+    with refused(UsageError, "detect-other-results", "b.json", "(inputs: "):
+        run(raises=True)
+
     (tmp_path / "out" / "b.json").unlink()
-    assert run() == 0 and "1 of 2 scans were done before" in capsys.readouterr().out
+    capsys.readouterr()
+    assert run() == 0 and "1 of 2" in capsys.readouterr().out
 
 
 def test_what_is_to_be_drawn_in_another_way_is_done_again(
@@ -159,29 +153,24 @@ def test_what_is_to_be_drawn_in_another_way_is_done_again(
     assert run("--no-instances", "--max-boxes", "3") == 0
     frames, boxes = drawn(out / "a_boxes.nii.gz"), found(out)["boxes"]
     assert not (out / "a_instances.nii.gz").exists()
-    assert (
-        run("--max-boxes", "3") == 0
-        and "2 scans were done before, but are to be drawn" in capsys.readouterr().out
-    )
+    assert run("--max-boxes", "3") == 0
     assert (out / "a_instances.nii.gz").is_file()
     assert run("--max-boxes", "3", "--filled") == 0 and found(out)["boxes"] == boxes
     filled = drawn(out / "a_boxes.nii.gz")
     assert (filled > 0).sum() > (frames > 0).sum()
     # The middle of the best box is empty in frames.
-    place = tuple(
+    middle = tuple(
         int((low + high) / 2)
         for low, high in zip(boxes[0]["box_zyx"][:3], boxes[0]["box_zyx"][3:], strict=True)
     )
-    assert filled[place] == 1 and frames[place] != 1
+    assert filled[middle] == 1 and frames[middle] != 1
     capsys.readouterr()
     # A segmentation more than was asked for does no harm.
-    assert (
-        run("--max-boxes", "3", "--filled", "--no-instances") == 0
-        and "2 of 2 scans were done before" in capsys.readouterr().out
-    )
+    assert run("--max-boxes", "3", "--filled", "--no-instances") == 0
+    assert "2 of 2" in capsys.readouterr().out
 
 
-def test_a_scan_that_is_done_anew_leaves_nothing_of_the_old_run_when_it_is_cut_off(
+def test_a_run_that_is_cut_off_leaves_no_files_of_the_run_before(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -198,7 +187,7 @@ def test_a_scan_that_is_done_anew_leaves_nothing_of_the_old_run_when_it_is_cut_o
     }
 
 
-def test_folds_are_merged_and_mirrorings_vote(run: Run, tmp_path: Path) -> None:
+def test_folds_and_mirrorings_are_members_of_the_ensemble(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     votes = {}
     for name, line in {
@@ -212,7 +201,7 @@ def test_folds_are_merged_and_mirrorings_vote(run: Run, tmp_path: Path) -> None:
         assert record["model"]["folds"] == line[1:3] if name == "two" else ["0"]
         assert record["settings"]["mirrorings"] == (8 if name == "tta" else 1)
         assert len(record["boxes"]) == len(votes[name]) > 10
-    # A voter thins its own boxes by an IoU of 0.1, so that hardly two of one voter are merged.
+    # Boxes of one member overlap by an IoU of at most 0.1, so that hardly two of them are merged.
     assert set(votes["one"]) == {1} and 2 in votes["two"] and max(votes["tta"]) >= 4
 
 
@@ -236,7 +225,7 @@ def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
 
 
 def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
-    run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, results: Path, tmp_path: Path
 ) -> None:
     write_checkpoint(results, "all", seed=3)
     line = ["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
@@ -244,16 +233,15 @@ def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
     assert run("-f", "all", "--overwrite") == 0 and found(tmp_path / "out")["model"]["folds"] == [
         "all"
     ]
-    assert (
-        run("-f", "all", "--fppi", "1", "--overwrite") == 2
-        and "fold all is validated on the cases" in capsys.readouterr().err
-    )
+    with refused(UsageError, "fppi-fold-all", "--min-score"):
+        run("-f", "all", "--fppi", "1", "--overwrite", raises=True)
     for fold in ("0", "1"):
         shutil.rmtree(results / f"fold_{fold}")
-    assert main(line) == 2 and "add -f all" in capsys.readouterr().err
+    with refused(UsageError, "detect-fold-all-only", results, "-f all"):
+        main.__wrapped__(line)
 
 
-def test_false_positives_per_scan_become_scores_and_other_thinning_is_warned_of(
+def test_false_positives_per_scan_become_scores(
     run: Run, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     curve = {"fp_per_scan": [0.0, 1.0], "sensitivity": [None, None], "threshold": [None, 0.55]}
@@ -273,15 +261,10 @@ def test_false_positives_per_scan_become_scores_and_other_thinning_is_warned_of(
         and min(b["score"] for b in record["boxes"]) >= 0.55
     )
     assert run("--fppi", "1", "--nms-iou", "0.3", "--overwrite") == 0
-    assert (
-        "--fppi: its scores come from a validation with --nms-iou 0.1 and --max-boxes 100"
-        in caplog.text
-    )
+    assert logged(caplog, "--fppi", "--nms-iou 0.1", "--max-boxes 100")
 
 
-def test_the_number_of_boxes_can_be_chosen(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_number_of_boxes_can_be_chosen(run: Run, tmp_path: Path) -> None:
     assert run() == 0
     every = found(tmp_path / "out")["boxes"]
     assert run("--max-boxes", "7", "--overwrite") == 0
@@ -293,15 +276,11 @@ def test_the_number_of_boxes_can_be_chosen(
     assert run("--max-boxes", "1000", "--nms-iou", "0.55", "--overwrite") == 0
     assert len(found(tmp_path / "out")["boxes"]) > 100
     for number in ("0", "1001"):
-        assert (
-            run("--max-boxes", number) == 2
-            and f"--max-boxes {number} must lie in 1 to 1000" in capsys.readouterr().err
-        )
+        with refused(UsageError, "detect-max-boxes", f"--max-boxes {number}", 1000):
+            run("--max-boxes", number, raises=True)
 
 
-def test_a_configuration_may_inherit_its_detector(
-    run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_path: Path) -> None:
     plans = json.loads((results / "plans.json").read_text())
     plans["configurations"]["large"] = {"inherits_from": "3d_fullres", "batch_size": 4}
     plans["configurations"]["other"] = {
@@ -313,8 +292,11 @@ def test_a_configuration_may_inherit_its_detector(
         results.rename(
             results := results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}")
         )
-        assert run("-c", name) == (0 if name == "large" else 2)
-    assert "holds no detector" in capsys.readouterr().err
+        if name == "large":
+            assert run("-c", name) == 0
+        else:
+            with refused(PlanError, "detection-no-detector", results):
+                run("-c", name, raises=True)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -327,10 +309,7 @@ def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
     assert run() == 1
     # Normalising by mean and spread makes every voxel one that is none.
     number = np.prod(SHAPE)
-    assert (
-        f"b is left out (nonfinite): 1 of {number} voxels are NaN or infinite, and after "
-        f"preprocessing {number} of" in caplog.text
-    )
+    assert logged(caplog, "b is", "(nonfinite)", f"1 of {number}", f" {number} of")
     assert not (tmp_path / "out" / "b.json").exists() and found(tmp_path / "out")["boxes"]
 
 
@@ -338,8 +317,10 @@ def test_a_network_whose_scores_are_no_numbers_stops_the_run(
     run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(results, "0", seed=0, damaged=True)
+    with refused(WeightsError, "detection-not-finite", "checkpoint_best.pth"):
+        run(raises=True)
     assert run() == 1
-    assert "the network answers with scores or boxes that are not finite" in capsys.readouterr().err
+    assert capsys.readouterr().err
     assert not (tmp_path / "out" / "a.json").exists()
 
 
@@ -360,7 +341,7 @@ def test_boxes_that_are_no_numbers_stop_too() -> None:
 
     network: Any = Diverged()
     detector = ScanDetector(network, ANCHORS, (8, 8, 8), torch.device("cpu"))
-    with pytest.raises(WeightsError, match="not finite"):
+    with refused(WeightsError, "detection-not-finite"):
         detector.candidates(torch.zeros(1, 8, 8, 8))
 
 
@@ -380,19 +361,37 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
     whole = (scans / "a_0000.nrrd").read_bytes()
     (scans / "cut_0000.nrrd").write_bytes(whole[: len(whole) // 2])
     assert run() == 1
-    for said in (
-        "cut is left out (unreadable): nnU-Net cannot read cut_0000.nrrd (",
-        "flat is left out (not3d): it has 2 dimensions",
-        "time is left out (channels): its files hold 3 channels and the model needs 1",
-        "once is left out (not3d): it has 4 dimensions",
-        "thin is left out (spacing): nnU-Net cannot resample 16 x 20 x 24 voxels of 1, 1, 0.001 mm "
-        "(z, y, x)",
+
+    for values in (
+        ("cut is", "(unreadable)", "cut_0000.nrrd"),
+        ("flat is", "(not3d)", 2),
+        ("time is", "(channels)", 3, 1),
+        ("once is", "(not3d)", 4),
+        ("thin is", "(spacing)", "16 x 20 x 24", "1, 1, 0.001 mm"),
     ):
-        assert said in caplog.text
+        assert logged(caplog, *values)
+    # Folders may be called as patients are.
+    assert not logged(caplog, str(tmp_path / "in"))
     assert [f.name for f in (tmp_path / "out").glob("*.json") if ".mrk" not in f.name] == ["a.json"]
 
 
-def test_channels_that_do_not_fit_each_other_are_said_so(
+def test_no_line_about_a_scan_names_its_folder(
+    results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_nrrd(results)
+    folder = tmp_path / "Doe^Jane"
+    write_scan(folder / "a_0000.nrrd")
+    whole = (folder / "a_0000.nrrd").read_bytes()
+    (folder / "b_0000.nrrd").write_bytes(whole[: len(whole) // 2])
+    line = ["-d", "950", "-f", "0", "-i", str(folder), "-o", str(tmp_path / "out")]
+
+    assert main([*line, "--device", "cpu"]) == 1
+
+    assert logged(caplog, "b is", "b_0000.nrrd")
+    assert "Doe" not in caplog.text and "Doe" not in (tmp_path / "out" / "a.json").read_text()
+
+
+def test_channels_that_do_not_fit_each_other_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     bridge.install()
@@ -402,39 +401,30 @@ def test_channels_that_do_not_fit_each_other_are_said_so(
     for name, second in (("a", SHAPE), ("b", (4, 4, 4))):
         write_scan(tmp_path / "in" / f"{name}_0000.nii.gz")
         write_scan(tmp_path / "in" / f"{name}_0001.nii.gz", shape=second)
-    assert (
-        main(
-            [
-                "-d",
-                "950",
-                "-i",
-                str(tmp_path / "in"),
-                "-o",
-                str(tmp_path / "out"),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 1
-    )
-    assert (
-        "b is left out (unreadable)" in caplog.text
-        and "Not all input images have the same shape!" in caplog.text
-    )
+    line = ["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+
+    assert main([*line, "--device", "cpu"]) == 1
+
+    # The reason is nnU-Net's own.
+    assert logged(caplog, "b is", "(unreadable)", "Not all input images have the same shape!")
     assert found(tmp_path / "out")["boxes"]
 
 
-def test_what_was_typed_wrong_is_told_with_what_would_do(
+def test_wrong_options_are_refused_with_a_remedy(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "taken").write_text("")
     (tmp_path / "empty").mkdir()
-    for more, told in (
-        (["-o", str(tmp_path / "taken" / "x")], "cannot be made (Not a directory); give a folder"),
-        (["-d", "951"], "has no trained dataset of that number; there are: Dataset950_Tiny"),
-        (["-i", str(tmp_path / "empty")], "holds no scan; name files <case>_0000.nii.gz"),
+    for more, code, values in (
+        (["-o", str(tmp_path / "taken" / "x")], "detect-output-folder", [tmp_path / "taken" / "x"]),
+        (["-d", "951"], "detect-dataset-unknown", ["-d 951", "Dataset950_Tiny"]),
+        (["-i", str(tmp_path / "empty")], "scans-none", [tmp_path / "empty", "_0000.nii.gz"]),
     ):
-        assert run(*more) == 2 and told in capsys.readouterr().err
+        with refused(UsageError, code, *values):
+            run(*more, raises=True)
+        # One line, which names the same values.
+        assert run(*more) == 2
+        assert str(values[0]) in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_gpu_computes_in_the_precision_that_training_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,15 +462,16 @@ def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
         {},
         settings,
     )
-    args = parser().parse_args(["-i", "in", "-o", str(tmp_path), "--csv"])
+    typed = parser().parse_args(["-i", "in", "-o", str(tmp_path), "--csv"])
+    request = DetectRequest(**vars(typed))
     peaks = []
     for number in (3, 30):
         names = [f"s{i}" for i in range(number)]
         for name in names:
             write_scan_file(tmp_path / f"{name}.json", replace(record, scan=name))
         tracemalloc.start()
-        assert start(args, dict.fromkeys(names, ()), {}, settings) == set(names)
-        assert finish(args, DetectionOptions(), names, number) == 0
+        assert start(request, dict.fromkeys(names, ()), {}, settings) == set(names)
+        assert finish(request, DetectionOptions(), names, number) == 0
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (tmp_path / "detections.csv").read_text().count("solid") == 30 * 50

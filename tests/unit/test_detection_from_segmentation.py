@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import logged, refused
 
 from nnunet_autoreg.cli.detect import main
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.nndetection import write_boxes
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
+from nnunet_autoreg.errors import UsageError
 
 SHAPE = (6, 8, 10)
 ONE, TWO, SPECK = (
@@ -33,13 +35,13 @@ def predicted(tmp_path: Path) -> Path:
     folder = tmp_path / "predicted"
     folder.mkdir()
     labels, probabilities = np.zeros(SHAPE, np.uint8), np.zeros((3, *SHAPE), np.float16)
-    for place, value, score in (
+    for region, value, score in (
         (ONE, 1, 0.5),
         (TWO, 1, 0.75),
         (SPECK, 1, 1.0),
         ((slice(2, 3), slice(0, 3), slice(0, 4)), 2, 0.625),
     ):
-        labels[place], probabilities[(value, *place)] = value, score
+        labels[region], probabilities[(value, *region)] = value, score
     probabilities[1, 4, 5, 7] = 0.875
     image: Any = SimpleITK.GetImageFromArray(labels)
     image.SetSpacing((1.0, 2.0, 3.0))
@@ -68,7 +70,7 @@ def predicted(tmp_path: Path) -> Path:
     return folder
 
 
-def test_components_of_a_segmentation_are_scored_by_their_highest_probability(
+def test_components_are_scored_by_their_highest_probability(
     predicted: Path, tmp_path: Path
 ) -> None:
     import SimpleITK
@@ -129,38 +131,34 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
     assert scores["froc"]["cpm"]["mean"] == 1.0 and scores["ap"]["0.5"]["mean"] == 1.0
 
 
-def test_what_is_missing_for_a_segmentation_is_said_in_one_line(
-    predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def error(*changes: str) -> str:
-        assert main(["-o", str(tmp_path / "out"), *changes]) == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+def test_what_is_missing_for_a_segmentation_is_refused(predicted: Path, tmp_path: Path) -> None:
+    def run(*changes: str) -> None:
+        main.__wrapped__(["-o", str(tmp_path / "out"), *changes])
 
-    assert "-d and -i are needed" in error("-d", "4")
-    assert "is no folder" in error("--from-seg", str(tmp_path / "no"))
-    assert "--fppi has no meaning with --from-seg" in error(
-        "--from-seg", str(predicted), "--fppi", "1"
-    )
-    for flag, value in (
+    source = ["--from-seg", str(predicted)]
+    with refused(UsageError, "detect-no-input", "-d", "-i"):
+        run("-d", "4")
+    with refused(UsageError, "from-seg-no-folder", tmp_path / "no"):
+        run("--from-seg", str(tmp_path / "no"))
+    for option, value in (
+        ("--fppi", "1"),
         ("--fppi", "0"),
         ("--nms-iou", "0.3"),
         ("-tr", "AutoregDetectionScratchTrainer"),
     ):
-        assert f"{flag} has no meaning with --from-seg" in error(
-            "--from-seg", str(predicted), flag, value
-        )
-    assert "is the folder of --from-seg" in error(
-        "--from-seg", str(predicted), "-o", str(predicted)
-    )
-    assert "--min-score 2 must lie in [0, 1]" in error(
-        "--from-seg", str(predicted), "--min-score", "2"
-    )
+        with refused(UsageError, "from-seg-option", option):
+            run(*source, option, value)
+    with refused(UsageError, "from-seg-output-is-input", predicted):
+        run(*source, "-o", str(predicted))
+    with refused(UsageError, "detect-min-score", "--min-score 2"):
+        run(*source, "--min-score", "2")
+
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
-    assert "1 of 2 segmentations lack their probabilities (case_2.npz)" in error(
-        "--from-seg", str(predicted)
-    )
+    with refused(UsageError, "from-seg-no-probabilities", "1 of 2", "case_2.npz"):
+        run(*source)
     (predicted / "plans.json").unlink()
-    assert "holds no plans.json" in error("--from-seg", str(predicted))
+    with refused(UsageError, "from-seg-no-description", predicted, "plans.json"):
+        run(*source)
 
 
 def test_one_damaged_file_of_probabilities_stops_nothing(
@@ -169,10 +167,9 @@ def test_one_damaged_file_of_probabilities_stops_nothing(
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.zeros((3, 1, 1, 1)))
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
-    assert (
-        "case_2 is left out (unreadable): case_2.npz has (3, 1, 1, 1)" in caplog.text
-        and (tmp_path / "out" / "case_1.json").is_file()
-    )
+
+    assert logged(caplog, "case_2", "(unreadable)", "case_2.npz", "(3, 1, 1, 1)")
+    assert (tmp_path / "out" / "case_1.json").is_file()
 
 
 def test_probabilities_whose_writing_was_cut_off_stop_nothing(
@@ -182,10 +179,9 @@ def test_probabilities_whose_writing_was_cut_off_stop_nothing(
     whole = (predicted / "case_1.npz").read_bytes()
     (predicted / "case_2.npz").write_bytes(whole[: len(whole) // 2])
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
-    assert (
-        "case_2 is left out (unreadable)" in caplog.text
-        and (tmp_path / "out" / "case_1.json").is_file()
-    )
+
+    assert logged(caplog, "case_2", "(unreadable)")
+    assert (tmp_path / "out" / "case_1.json").is_file()
 
 
 def test_probabilities_that_are_no_numbers_stop_nothing(
@@ -194,34 +190,38 @@ def test_probabilities_that_are_no_numbers_stop_nothing(
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.full((3, *SHAPE), np.nan))
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
-    assert (
-        "case_2 is left out (nonfinite): probabilities of " in caplog.text
-        and (tmp_path / "out" / "case_1.json").is_file()
-    )
+
+    assert logged(caplog, "case_2", "(nonfinite)", "lesion")
+    assert (tmp_path / "out" / "case_1.json").is_file()
 
 
-def test_the_same_line_goes_on_unless_the_segmentation_or_a_rule_is_another(
+def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
     predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    result = tmp_path / "out" / "case_1.json"
     line = ["--from-seg", str(predicted), "-o", str(tmp_path / "out")]
-    assert (
-        main(line) == 0
-        and main(line) == 0
-        and "1 of 1 scans were done before" in capsys.readouterr().out
-    )
-    assert (
-        main([*line, "--filled"]) == 0
-        and "are to be drawn in another way" in capsys.readouterr().out
-    )
+    assert main(line) == 0
+    first = result.stat().st_mtime_ns
+
+    assert main(line) == 0
+    assert result.stat().st_mtime_ns == first
+    assert "1 of 1" in capsys.readouterr().out
+
+    # Drawn differently: done again.
     line.append("--filled")
+    assert main(line) == 0
+    assert result.stat().st_mtime_ns != first
+
     dataset = json.loads((predicted / "dataset.json").read_text())
-    (predicted / "dataset.json").write_text(
-        json.dumps({**dataset, "autoreg_detection": {"detect_labels": ["lesion"]}})
-    )
-    assert main(line) == 2 and "settings.detect_labels: " in capsys.readouterr().err
+    rules = {"autoreg_detection": {"detect_labels": ["lesion"]}}
+    (predicted / "dataset.json").write_text(json.dumps({**dataset, **rules}))
+    with refused(UsageError, "detect-other-results", result, "settings.detect_labels: "):
+        main.__wrapped__(line)
+
     (predicted / "dataset.json").write_text(json.dumps(dataset))
     os.utime(predicted / "case_1.npz", (1, 1))
-    assert main(line) == 2 and "inputs: " in capsys.readouterr().err
+    with refused(UsageError, "detect-other-results", result, "inputs: "):
+        main.__wrapped__(line)
 
 
 def test_a_region_inside_another_adds_nothing_to_its_probability(

@@ -133,7 +133,7 @@ def model(reader: str = "SimpleITKIO") -> Any:
         True,
     )
 
-    def preprocess(files: list[str]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def preprocess(files: list[str], name: str) -> tuple[torch.Tensor, dict[str, Any]]:
         data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
             files, None, manager, configuration, DATASET
         )

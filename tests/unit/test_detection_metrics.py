@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from nnunet_autoreg.detection import metrics as mt
 from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
@@ -15,10 +16,11 @@ from nnunet_autoreg.detection.matching import (
     ANY_CLASS,
     HitRule,
     ScanBoxes,
+    mask_overlaps,
     match_scan,
     parse_hit_rule,
+    scan_boxes,
 )
-from nnunet_autoreg.detection.matching import mask_overlaps, scan_boxes
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
 A, B, C = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,)), ObjectClass("c", 3, (3,))
@@ -26,9 +28,9 @@ WHY_MONAI = "MONAI is the oracle of this test; pip install 'nnunet-autoreg[test]
 
 
 def scan(true=(), found=(), ignored=(), name="s", spacing=(1.0, 1.0, 1.0)):
-    """``true``: (box, place); ``found``:
+    """Return a scan with these true objects and detections.
 
-    (box, place, score); ``ignored``: numbers of true objects that do not count.
+    ``true``: (box, class); ``found``: (box, class, score); ``ignored``: numbers of true objects.
     """
     true_boxes = np.array([box for box, _ in true], dtype=float).reshape(-1, 6)
     boxes = np.array([box for box, _, _ in found], dtype=float).reshape(-1, 6)
@@ -51,8 +53,8 @@ def cube(start, side=4):
     return (start, 0, 0, start + side, side, side)
 
 
-def pooled(scans, place=0, rule=HitRule(), **options):  # noqa: B008
-    return mt.pool([match_scan(s, place, rule, **options) for s in scans])
+def pooled(scans, class_index=0, rule=HitRule(), **options):  # noqa: B008
+    return mt.pool([match_scan(s, class_index, rule, **options) for s in scans])
 
 
 def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
@@ -77,7 +79,7 @@ def test_classes_do_not_match_each_other():
     assert match_scan(one, 1, HitRule()).object_of.tolist() == [-1]
 
 
-def test_ignored_objects_take_any_number_of_detections_and_regions_those_of_every_class():
+def test_ignored_objects_and_regions_take_any_number_of_detections():
     found = [(cube(0), 0, 0.9), (cube(1), 0, 0.8), (cube(24), 0, 0.7), (cube(50), 0, 0.6)]
     one = scan([(cube(0), 0), (cube(20, 12), ANY_CLASS)], found, [0, 1])
     matched = match_scan(one, 0, HitRule("iou", 0.5))
@@ -85,7 +87,7 @@ def test_ignored_objects_take_any_number_of_detections_and_regions_those_of_ever
     assert one.is_empty
 
 
-def test_a_region_excuses_what_has_its_centre_in_it_alone_whatever_the_hit_rule():
+def test_a_region_ignores_only_what_has_its_centre_in_it():
     # A shell of one voxel around the image: its box is the image's own, with the detection in the
     # middle of it.
     shell = np.ones((12, 12, 12), dtype=bool)
@@ -142,7 +144,7 @@ def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
     assert match_scan(
         replace(one, mask_overlap_DG=np.array([[0.19]])), 0, rule
     ).object_of.tolist() == [-1]
-    with pytest.raises(UsageError, match=r"the voxels of s's objects are not known; take iou:T"):
+    with refused(UsageError, "hit-rule-without-voxels", "mask:0.2", "iou:T"):
         match_scan(one, 0, rule)
 
 
@@ -180,7 +182,7 @@ def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
     ["iou", "iou:0", "iou:2", "centre:1", "radius:-1", "mask", "mask:1.5", "iou:x", "radius:inf"],
 )
 def test_unknown_hit_rules_are_refused(text):
-    with pytest.raises(UsageError, match=r"is not known; write iou:0\.1"):
+    with refused(UsageError, "hit-rule", f"'{text}'", "iou:0.1"):
         parse_hit_rule(text)
 
 
@@ -210,20 +212,20 @@ def random_scans(random, number, classes=3):
     scans = []
     for n in range(number):
         true, found = [], []
-        for place in range(classes):
+        for class_index in range(classes):
             for _ in range(int(random.integers(0, 4)) + (n == 0)):
                 low = random.uniform(0, 60, 3)
                 box = np.concatenate([low, low + random.uniform(4, 14, 3)])
-                true.append((box, place))
+                true.append((box, class_index))
                 if random.random() < 0.8:
                     moved = box + random.normal(0, 1.2, 6)
-                    found.append((moved, place, random.uniform(0.3, 1)))
+                    found.append((moved, class_index, random.uniform(0.3, 1)))
             for _ in range(int(random.integers(0, 5))):
                 low = random.uniform(0, 60, 3)
                 found.append(
                     (
                         np.concatenate([low, low + random.uniform(4, 14, 3)]),
-                        place,
+                        class_index,
                         random.uniform(0, 0.8),
                     )
                 )
@@ -295,7 +297,7 @@ def perfect(scans, score=0.9):
     ]
 
 
-def test_perfect_detections_score_1_none_score_0_and_absent_classes_are_left_out():
+def test_perfect_detections_score_1_and_no_detections_score_0():
     scans = [*random_scans(np.random.default_rng(1), 6, classes=2), scan(name="empty")]
     best = evaluate(perfect(scans), [A, B, C], EvaluationSettings(num_resamples=50))
     assert best["absent_classes"] == ["c"] and set(best["ap"]["0.1"]["per_class"]) == {"a", "b"}
@@ -329,7 +331,7 @@ def test_scans_without_any_object_give_no_figure_and_no_nan():
     )
     assert results["classes"]["a"]["false_per_scan"] == 1
     assert "NaN" not in json.dumps(results) and "Infinity" not in json.dumps(results)
-    with pytest.raises(ObjectsError, match="no scan to evaluate"):
+    with refused(ObjectsError, "evaluation-no-scan"):
         evaluate([], [A], EvaluationSettings())
 
 
@@ -393,17 +395,18 @@ def test_intervals_are_the_same_every_time_and_hold_the_value():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "value"),
     [
-        ({"ious": (0.0,)}, "greater than 0 and at most 1"),
-        ({"duplicates": "x"}, "write false or ignored"),
-        ({"max_detections": 0}, "at least 1 detection"),
-        ({"fp_per_scan": (0.0,)}, "greater than 0"),
-        ({"size_edges_mm": (5.0, 3.0)}, "must be greater than 0 mm and rise"),
+        ({"ious": (0.0,)}, "evaluation-iou", 0),
+        ({"duplicates": "x"}, "evaluation-duplicates", "'x'"),
+        ({"max_detections": 0}, "evaluation-max-detections", 0),
+        ({"num_resamples": -1}, "evaluation-resamples", -1),
+        ({"fp_per_scan": (0.0,)}, "evaluation-fp-per-scan", 0),
+        ({"size_edges_mm": (5.0, 3.0)}, "evaluation-sizes", "5, 3"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change, message):
-    with pytest.raises(UsageError, match=message):
+def test_impossible_settings_are_refused(change, code, value):
+    with refused(UsageError, code, value):
         evaluate([scan()], [A], EvaluationSettings(**change))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from nnunet_autoreg.detection.net import Output, build_detector, stage_strides, token_doublings
 from nnunet_autoreg.errors import PlanError
@@ -27,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-class Says(torch.nn.Module):
+class Answers(torch.nn.Module):
     """Answers with the corner of a fixed map, as large as the features."""
 
     def __init__(self, answer: torch.Tensor):
@@ -56,7 +57,7 @@ def made(name: str, num_shapes: int = 3, num_classes: int = 2) -> tuple[Any, Any
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_in_evaluation_the_segmentation_is_that_of_the_network_without_heads_under_the_same_keys(
+def test_in_evaluation_heads_change_neither_segmentation_nor_keys(
     name: str,
 ) -> None:
     network, detector, _ = made(name)
@@ -70,7 +71,7 @@ def test_in_evaluation_the_segmentation_is_that_of_the_network_without_heads_und
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_heads_speak_of_every_anchor_and_every_trained_parameter_gets_a_gradient(
+def test_heads_score_every_anchor_and_every_parameter_gets_a_gradient(
     name: str,
 ) -> None:
     _, detector, stages = made(name)
@@ -92,7 +93,7 @@ def test_the_heads_speak_of_every_anchor_and_every_trained_parameter_gets_a_grad
     assert silent == []
 
 
-def test_an_untrained_head_gives_every_anchor_as_it_is_a_score_of_about_one_percent() -> None:
+def test_an_untrained_head_scores_every_anchor_with_about_one_percent() -> None:
     _, detector, _ = made("resenc_tiny")
     detector.eval().detect = True
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
     marked = torch.arange(6.0)[None, :, None, None, None] + 100 * torch.arange(8.0).reshape(
         1, 1, 2, 2, 2
     )
-    heads.classifier, heads.regressor = Says(marked), Says(torch.zeros(1, 18, 2, 2, 2))
+    heads.classifier, heads.regressor = Answers(marked), Answers(torch.zeros(1, 18, 2, 2, 2))
     scores, _ = heads(maps)
     # Six channels: three shapes of two classes; cell 3 of 8 is the fourth.
     assert scores.shape == (1, 27, 2)
@@ -136,5 +137,5 @@ def test_strides_of_stages_follow_the_network_and_no_cell_is_cut() -> None:
 
 
 def test_tokens_that_cannot_be_halved_to_voxels_are_refused() -> None:
-    with pytest.raises(PlanError, match="powers of two"):
+    with refused(PlanError, "detection-token-size", "(6, 6, 6)"):
         token_doublings((6, 6, 6))

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import logged, refused
 
 from nnunet_autoreg.detection.data import (
     CaseBoxes,
-    InstanceIndex,
     IdMapMaker,
+    InstanceIndex,
     instances_folder,
     prepare_instances,
 )
@@ -46,7 +47,7 @@ def cube() -> Any:
     return labels
 
 
-def test_objects_come_from_the_instance_map_else_from_boxes_else_from_the_labels(
+def test_objects_come_from_the_instance_map_else_boxes_else_the_labels(
     tmp_path: Path,
 ) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
@@ -72,7 +73,7 @@ def test_objects_come_from_the_instance_map_else_from_boxes_else_from_the_labels
     ] and found.has_masks
 
 
-def test_without_the_raw_dataset_objects_stay_those_that_were_copied_from_it(
+def test_without_the_raw_dataset_the_copied_objects_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, preprocessed = (
@@ -91,11 +92,11 @@ def test_without_the_raw_dataset_objects_stay_those_that_were_copied_from_it(
     monkeypatch.delenv("nnUNet_raw")
     elsewhere = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
     assert len(elsewhere.read("a").instances.objects) == 2
-    told = [
-        [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files("a")]
-        for source in (there, elsewhere)
-    ]
-    assert told[0] == told[1] and len(told[0]) == 3
+    facts = []
+    for known in (there, elsewhere):
+        stats = [(file.name, file.stat()) for file in known.files("a")]
+        facts.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    assert facts[0] == facts[1] and len(facts[0]) == 3
     # What is gone from the raw dataset goes here too.
     (raw / "instancesTr" / "a.nii.gz").unlink()
     there.keep()
@@ -106,7 +107,7 @@ def test_a_map_of_too_many_components_is_named(tmp_path: Path) -> None:
     dots = np.zeros((100, 100, 100), np.uint8)
     dots[::2, ::2, ::2] = 1
     write(tmp_path / "labelsTr" / "a.nii.gz", dots)
-    with pytest.raises(ObjectsError, match=r"a\.nii\.gz: 125000 components"):
+    with refused(ObjectsError, "objects-too-many", "a.nii.gz", 125000):
         source(tmp_path).read("a")
 
 
@@ -116,16 +117,16 @@ def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Pat
     (tmp_path / "boxesTr" / "a.json").write_text(
         '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}'
     )
-    with pytest.raises(ObjectsError, match=r"lies outside the image of 8 x 10 x 12"):
+    with refused(ObjectsError, "box-outside", "a.json", "8 x 10 x 12"):
         source(tmp_path).read("a")
     write(tmp_path / "instancesTr" / "a.nii.gz", cube())
     (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"2": 1}}')
-    with pytest.raises(ObjectsError, match="the map holds id 1, which the JSON does not list"):
+    with refused(ObjectsError, "objects-unlisted", "a.nii.gz", "id 1"):
         source(tmp_path).read("a")
     write(tmp_path / "instancesTr" / "a.nii.gz", cube()[:4])
-    with pytest.raises(ObjectsError, match=r"\(4, 10, 12\).*have \(8, 10, 12\)"):
+    with refused(ObjectsError, "objects-map-size", "(4, 10, 12)", "(8, 10, 12)"):
         source(tmp_path).read("a")
-    with pytest.raises(ObjectsError, match=r"b\.nii\.gz does not exist"):
+    with refused(ObjectsError, "objects-unreadable", "b.nii.gz"):
         source(tmp_path).read("b")
 
 
@@ -161,7 +162,9 @@ def maker(tmp_path: Path) -> IdMapMaker:
     options = {"chunks": (1, *shape), "blocks": (1, *shape)}
     image, labels = np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int8)
     nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / "a"), **options)
-    return IdMapMaker(folder, source(tmp_path / "raw"), (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved)
+    return IdMapMaker(
+        folder, source(tmp_path / "raw"), (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved
+    )
 
 
 def test_id_maps_are_transposed_cropped_and_resampled_once(maker: IdMapMaker) -> None:
@@ -193,16 +196,15 @@ def test_id_maps_are_transposed_cropped_and_resampled_once(maker: IdMapMaker) ->
     )
 
 
-def test_a_scan_without_objects_is_fine_and_a_class_that_a_fold_lacks_is_named(
+def test_a_scan_without_objects_is_fine_and_an_absent_class_is_named(
     maker: IdMapMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(maker.source.labels / "a.nii.gz", np.zeros((8, 10, 12), np.uint8))
     with caplog.at_level("INFO", "nnunet_autoreg"):
         index = prepare_instances(maker, ["a"])
-    assert (
-        index.cases["a"].objects == ()
-        and "1 cases, 1 of them without an object: 0 lesion" in caplog.text
-    )
+
+    assert index.cases["a"].objects == ()
+    assert logged(caplog, "1 cases, 1 of them", "0 lesion")
     assert absent_classes(index, ["a"]) == ["lesion"]
 
 
@@ -218,4 +220,4 @@ def test_an_index_of_other_rules_is_not_used(
     assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
     (folder / "boxes.json").write_text("{")
     assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
-    assert "is not valid JSON" in caplog.text
+    assert logged(caplog, "boxes.json")

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_autoreg.detection.objects import write_box_labels
 from nnunet_autoreg.detection.geometry import AS_STORED, frame_of_itk, reader_turn, stored_array
-from nnunet_autoreg.detection.objects import ObjectSource
+from nnunet_autoreg.detection.objects import ObjectSource, write_box_labels
 
 SHAPE = (16, 20, 24)
 BOX = (3, 4, 5, 7, 9, 11)

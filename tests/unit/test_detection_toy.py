@@ -17,7 +17,7 @@ def toy() -> dict[str, Any]:
     return runpy.run_path(str(BENCHMARK))
 
 
-def test_cubes_are_apart_in_size_and_number_as_promised_and_every_eighth_case_is_empty(
+def test_cubes_have_the_promised_sizes_numbers_and_distances(
     toy: dict[str, Any],
 ) -> None:
     for number in range(16):

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import logged, refused
 
 from nnunet_autoreg.detection.anchors import AnchorPlan, lay_out
-from nnunet_autoreg.detection.training import WEIGHTS_KEY, MovingAverage
 from nnunet_autoreg.detection.data import objects_of_patch, patch_start
+from nnunet_autoreg.detection.evaluate import quick_scores
 from nnunet_autoreg.detection.infer import (
     Candidates,
     ScanDetector,
@@ -24,7 +25,7 @@ from nnunet_autoreg.detection.infer import (
     tile_weights,
 )
 from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
-from nnunet_autoreg.detection.matching import HitRule, match_scan
+from nnunet_autoreg.detection.matching import HitRule, match_scan, scan_boxes
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.plan import (
     DetectionPlan,
@@ -33,10 +34,10 @@ from nnunet_autoreg.detection.plan import (
     read_plan,
     store,
 )
-from nnunet_autoreg.detection.evaluate import quick_scores
-from nnunet_autoreg.detection.matching import scan_boxes
 from nnunet_autoreg.detection.training import (
+    WEIGHTS_KEY,
     DetectionLoss,
+    MovingAverage,
     keep_thread_limit,
     make_segmentation_loss,
     mean_dice,
@@ -51,28 +52,40 @@ ANCHORS = AnchorPlan((0,), ((4, 4, 4),), ((4.0, 4.0, 4.0),), 1.0, {})
 PLAN = DetectionPlan((LESION,), Rules(), ANCHORS, 64, True)
 
 
-def test_a_plan_survives_being_written_into_plans_and_refuses_what_cannot_be() -> None:
+def test_a_plan_is_read_as_written_and_impossible_values_are_refused() -> None:
     plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
     assert read_plan(plans["configurations"]["3d_fullres"], "p") is None
     store(plans, "3d_fullres", PLAN)
     block = json.loads(json.dumps(plans))["configurations"]["3d_fullres"]
     assert read_plan(block, "p") == PLAN
-    for key, value, said in [
-        ("average_decay", 1.0, r"in \[0, 1\)"),
-        ("num_epochs", 0, "at least 1"),
-        ("classification", "focl", "focal"),
-        ("version", 2, "update"),
-        ("nonsense", 1, "unknown key"),
+    for key, value, code, named in [
+        ("average_decay", 1.0, "detection-plan-range", "average_decay=1.0"),
+        ("num_epochs", 0, "detection-plan-range", "num_epochs=0"),
+        ("classification", "focl", "detection-plan-classification", "focal"),
     ]:
-        with pytest.raises(PlanError, match=said):
+        with refused(PlanError, code, "p: autoreg_detection", named):
             read_plan({"autoreg_detection": {**block["autoreg_detection"], key: value}}, "p")
+
+
+@pytest.mark.parametrize(("key", "value"), [("version", 2), ("nonsense", 1)])
+def test_a_plan_of_another_format_is_refused(key: str, value: int) -> None:
+    plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
+    store(plans, "3d_fullres", PLAN)
+    block = plans["configurations"]["3d_fullres"]["autoreg_detection"]
+
+    with pytest.raises(PlanError) as caught:
+        read_plan({"autoreg_detection": {**block, key: value}}, "p")
+
+    assert ("p: autoreg_detection" in str(caught.value) and str(value) in str(caught.value)) or (
+        f"'{key}'" in str(caught.value)
+    )
 
 
 def test_a_plan_made_for_other_classes_than_the_dataset_has_now_is_refused() -> None:
     check_same_dataset(PLAN, DATASET, "p")
-    with pytest.raises(PlanError, match=r"classes.*remove"):
+    with refused(PlanError, "detection-plan-other-dataset", "p ", "classes"):
         check_same_dataset(PLAN, {**DATASET, "labels": {"background": 0, "tumour": 1}}, "p")
-    with pytest.raises(PlanError, match=r"min_voxels: 3 -> 9"):
+    with refused(PlanError, "detection-plan-other-dataset", "min_voxels: 3 -> 9"):
         check_same_dataset(PLAN, {**DATASET, "autoreg_detection": {"min_voxels": 9}}, "p")
 
 
@@ -89,25 +102,25 @@ def test_planning_takes_stride_4_and_says_how_well_the_anchors_fit(
     )
     assert plan.anchors.stages == (1, 2) and plan.head_channels == 64 and not plan.has_masks
     assert "4 objects" in plan.reasons["anchors"] and "boxesTr" in plan.reasons["has_masks"]
-    assert "1 of 4 objects are larger than the patch" in caplog.text
+    assert logged(caplog, "1 of 4", "64 x 64 x 64")
 
 
 def test_a_dataset_without_any_object_cannot_be_planned() -> None:
-    with pytest.raises(PlanError, match="no object to plan anchors for"):
+    with refused(PlanError, "detection-no-objects"):
         make_plan(DATASET, {"lesion": []}, [(4, 4, 4)], (32, 32, 32), is_tiny=True, has_masks=True)
 
 
-def test_patches_lie_so_that_the_object_is_whole_in_what_augmentation_leaves() -> None:
+def test_the_object_is_whole_in_what_augmentation_leaves_of_a_patch() -> None:
     np.random.seed(0)
     box = (20.0, 2.5, 30.0, 28.0, 7.5, 36.0)
     for _ in range(50):
-        place = patch_start(box, (40, 40, 40), (24, 24, 24), (16, 16, 16))
+        starts = patch_start(box, (40, 40, 40), (24, 24, 24), (16, 16, 16))
         for axis in range(3):
-            start = place[axis] + 4
+            start = starts[axis] + 4
             assert 0 <= start <= 24 and start <= box[axis] and start + 16 >= box[axis + 3]
 
 
-def test_an_object_larger_than_the_patch_fills_it_and_a_small_scan_is_centred() -> None:
+def test_a_large_object_fills_the_patch_and_a_small_scan_is_centred() -> None:
     np.random.seed(0)
     starts = [
         patch_start((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16))
@@ -121,7 +134,7 @@ def test_an_object_larger_than_the_patch_fills_it_and_a_small_scan_is_centred() 
     assert {s[1] for s in starts} == {-3}
 
 
-def test_boxes_of_a_patch_are_those_of_the_voxels_left_and_remains_are_ignored() -> None:
+def test_boxes_of_a_patch_fit_the_voxels_left_and_remains_are_ignored() -> None:
     ids = np.full((6, 6, 6), -1, np.int16)
     ids[1:6] = 0
     ids[1:3, 0:2, 0:2] = 7
@@ -132,7 +145,7 @@ def test_boxes_of_a_patch_are_those_of_the_voxels_left_and_remains_are_ignored()
     assert found["labels"].tolist() == [1, 0] and found["ignored"].tolist() == [False, True]
 
 
-def output_of(logit: float, anchor: int, codes: Any = None) -> tuple[Output, Any]:
+def output_of(logit: float, anchor: int, deltas: Any = None) -> tuple[Output, Any]:
     """An output over 8^3 voxels with cells of 4, in which one anchor speaks."""
     grid = lay_out(ANCHORS, [(2, 2, 2)])
     scores = torch.full((1, 8, 1), -20.0)
@@ -140,16 +153,16 @@ def output_of(logit: float, anchor: int, codes: Any = None) -> tuple[Output, Any
     return Output(
         torch.zeros(1, 2, 8, 8, 8),
         scores,
-        torch.zeros(1, 8, 6) if codes is None else codes,
+        torch.zeros(1, 8, 6) if deltas is None else deltas,
         ((2, 2, 2),),
     ), grid
 
 
 def test_a_confident_anchor_becomes_its_box_clipped_to_the_patch() -> None:
-    codes = torch.zeros(1, 8, 6)
+    deltas = torch.zeros(1, 8, 6)
     # Half an anchor towards -x: x from -2 to 2.
-    codes[0, 0, 2] = -0.5
-    output, grid = output_of(3.0, 0, codes)
+    deltas[0, 0, 2] = -0.5
+    output, grid = output_of(3.0, 0, deltas)
     (found,) = boxes_of_output(output, grid)
     assert found.boxes_N6.tolist() == [[0.0, 0.0, 0.0, 4.0, 4.0, 2.0]]
     assert found.scores_N.item() == pytest.approx(1 / (1 + np.exp(-3.0)))
@@ -169,7 +182,7 @@ def test_tile_weights_fall_to_the_border_and_mirroring_twice_is_neutral() -> Non
     assert torch.equal(mirrored(once, (0, 2), (8, 8, 8)), boxes)
 
 
-def test_one_voters_overlapping_boxes_are_thinned_and_two_voters_are_merged() -> None:
+def test_boxes_of_one_member_are_suppressed_and_of_two_members_merged() -> None:
     boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 1, 4, 4, 5], [20, 20, 20, 24, 24, 24]])
     scores, labels = torch.tensor([0.8, 0.9, 0.5]), torch.zeros(3, dtype=torch.long)
     # The first has the lower score, but the second was cut by its tile.
@@ -201,7 +214,7 @@ class Answers(torch.nn.Module):
 
 
 @pytest.mark.parametrize("axes", [(), (0, 2)])
-def test_tiles_and_mirrorings_put_an_object_where_it_is_and_logits_are_those_of_every_voxel(
+def test_tiles_and_mirrorings_find_an_object_and_average_the_logits(
     axes: tuple[int, ...],
 ) -> None:
     image = torch.zeros(1, 12, 6, 16)
@@ -262,7 +275,7 @@ def objects(*boxes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("has_masks", [True, False])
-def test_losses_have_a_gradient_everywhere_with_and_without_objects_and_masks(
+def test_losses_have_all_gradients_with_and_without_objects_and_masks(
     has_masks: bool,
 ) -> None:
     detection_loss = DetectionLoss(
@@ -290,7 +303,9 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
         [0, 0, 0, 1],
     ]
     logits = torch.ones(1, 2, 4, 1, 1)
-    found = detection_loss.confusion(Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels)
+    found = detection_loss.confusion(
+        Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels
+    )
     assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [
         [2, 1],
         [1, 2],
@@ -299,7 +314,7 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
     assert mean_dice([found]) == [pytest.approx(4 / 5), pytest.approx(2 / 4)]
 
 
-def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there_excused() -> None:
+def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
     detection_loss = DetectionLoss(
         replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False), None, 2
     )
@@ -308,9 +323,13 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
     # Anchor 7 lies around (6, 6, 6), and is sure of an object that nobody labelled.
     logits[0, 7] = 4.0
     output = Output(torch.zeros(1, 2, 8, 8, 8), logits, torch.zeros(1, 8, 6), ((2, 2, 2),))
-    wrong = detection_loss.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
+    wrong = detection_loss.losses(
+        output, labels, [objects([0, 0, 0, 4, 4, 4])]
+    ).classification.item()
     labels[..., 5:, 5:, 5:] = 2
-    uncounted = detection_loss.losses(output, labels, [objects([0, 0, 0, 4, 4, 4])]).classification.item()
+    uncounted = detection_loss.losses(
+        output, labels, [objects([0, 0, 0, 4, 4, 4])]
+    ).classification.item()
     # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that
     # is wrong.
     score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
@@ -319,7 +338,11 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
     )
     assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
     (scan,) = patches_scored(
-        output, detection_loss.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0, detection_loss.uncounted(labels)
+        output,
+        detection_loss.grid(output),
+        [objects([0, 0, 0, 4, 4, 4])],
+        0,
+        detection_loss.uncounted(labels),
     )
     assert match_scan(scan, 0, HitRule()).ignored.tolist()[:1] == [True]
     (scan,) = patches_scored(output, detection_loss.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
@@ -327,14 +350,14 @@ def test_anchors_in_voxels_of_the_ignore_label_are_no_background_and_boxes_there
 
 
 def test_the_number_of_threads_that_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    limits: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", limits.append)
     for value in ("3", "", "many", "0"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         keep_thread_limit()
     monkeypatch.delenv("OMP_NUM_THREADS")
     keep_thread_limit()
-    assert said == [3]
+    assert limits == [3]
 
 
 def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
@@ -348,7 +371,7 @@ def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
     ]
 
 
-def test_scores_of_patches_leave_out_absent_classes_and_are_0_where_there_is_nothing() -> None:
+def test_scores_of_patches_leave_out_absent_classes() -> None:
     box = [0, 0, 0, 4, 4, 4]
     perfect = scan_boxes("a", (1, 1, 1), ([box], [1], [False]), ([box, box], [1, 0], [0.9, 0.8]))
     assert quick_scores([perfect], 3) == {"ap_0.1": 1.0, "ap_0.5": 1.0, "map_0.1:0.5:0.05": 1.0}
@@ -356,7 +379,7 @@ def test_scores_of_patches_leave_out_absent_classes_and_are_0_where_there_is_not
     assert quick_scores([empty], 3) == {"ap_0.1": 0.0, "ap_0.5": 0.0, "map_0.1:0.5:0.05": 0.0}
 
 
-def test_boxes_that_end_between_tiles_count_half_and_those_at_the_images_border_do_not() -> None:
+def test_boxes_are_cut_between_tiles_and_not_at_the_borders_of_the_image() -> None:
     boxes = torch.tensor(
         [[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]]
     )

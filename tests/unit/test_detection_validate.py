@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import logged
 
 from nnunet_autoreg.detection.evaluate import MAP_NAME
 from nnunet_autoreg.detection.geometry import Preprocessing, frame_of_affine
@@ -29,7 +30,7 @@ def summary_of(model: Path, fold: int | str, tried: dict[float, float] | None) -
     return file
 
 
-def test_the_overlap_comes_from_the_other_folds_and_its_score_from_this_one(tmp_path: Path) -> None:
+def test_the_overlap_is_chosen_on_other_folds_and_scored_on_this_one(tmp_path: Path) -> None:
     summary_of(tmp_path, 0, {1e-5: 0.2, 0.1: 0.3, 0.5: 0.6})
     summary_of(tmp_path, 1, {1e-5: 0.2, 0.1: 0.7, 0.5: 0.6})
     summary_of(tmp_path, "all", {1e-5: 0, 0.1: 9, 0.5: 0})
@@ -52,7 +53,7 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(
     summary_of(tmp_path, 1, None).write_text("{")
     summary_of(tmp_path, 3, {0.2: 0.5})
     assert by_other_folds(summary_of(tmp_path, 0, None), {0.1: {MEASURE: 0.5}}) is None
-    assert "fold_1" in caplog.text and "fold_3" in caplog.text
+    assert logged(caplog, "fold_1") and logged(caplog, "fold_3")
 
 
 def test_what_is_left_of_a_box_at_the_images_end_is_a_box_or_nothing() -> None:
