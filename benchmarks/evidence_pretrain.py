@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from evidence_data import SETS, ResidentSet
@@ -29,7 +29,7 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Overrides, hardware_of
 from nnunet_autoreg.presets import with_objective
-from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
+from nnunet_autoreg.pretrain.checkpointing import Progress, measure_pool, restore, snapshot
 from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches
 from nnunet_autoreg.pretrain.dry_run import step_memory
@@ -155,13 +155,15 @@ def pretrain(
     found = checkpoint.load_newest(folder)
     notes: dict[str, Any] = {"seconds": 0.0, "process_seconds": 0.0, "curve": []}
     progress = Progress()
-    if found is not None:
+    # Cases in memory have what the sampler asks of stored ones.
+    pool = SamplingPool(cast(Any, data.pool_cases()))
+    if found is None:
+        measure_pool(objective, pool)
+    else:
         progress = restore(found[1], objective.module, train_step.optimizer, train_step.guard)
         notes = found[1]["notes"]
 
-    # Cases in memory have what the sampler asks of stored ones.
-    cases: Any = data.pool_cases()
-    batches = StepBatches(objective.sampler, SamplingPool(cases), train_step.numbers)
+    batches = StepBatches(objective.sampler, pool, train_step.numbers)
     steps = range(progress.step, plan.optim.num_steps)
     every = max(1, plan.optim.num_steps // LOSS_POINTS)
     losses = []
@@ -193,8 +195,9 @@ def pretrain(
 
     spent = clock.read()
     save()
-    licences = {data.facts.dataset: data.facts.licence}
-    export_encoder(folder, plan, objective, data.pool_rows(), licences)
+    export_encoder(
+        folder, plan, objective, data.pool_rows(), {data.facts.dataset: data.facts.licence}
+    )
     sample = batches[0]
     assert isinstance(sample, Batch), "the first batch was drawn before"
     costs = {

@@ -188,6 +188,10 @@ class ObjectivePlan:
         unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they
             are 0 in the input; "learned" - a learned vector is also added to their features after
             the stem.
+        num_segments: of the predictor "network": classes of pseudo-segments, which it predicts
+            beside the voxels; 0 for none. They are clusters of local features over the pool.
+        segment_weight: how much the cross-entropy of the segments counts beside the squared error
+            of the voxels.
         trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run
             cannot be continued.
     """
@@ -202,6 +206,8 @@ class ObjectivePlan:
     query_attention: bool = False
     head: str = "linear"
     unknown_mark: str = "zero"
+    num_segments: int = 0
+    segment_weight: float = 1.0
     trunk: dict[str, Any] | None = None
 
 

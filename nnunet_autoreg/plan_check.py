@@ -34,6 +34,7 @@ from nnunet_autoreg.plan import (
 from nnunet_autoreg.records import to_jsonable
 
 MAX_ANGLE_DEG = 180.0
+MAX_SEGMENTS = 1024
 
 
 def check(plan: Plan) -> Plan:
@@ -48,6 +49,7 @@ def check(plan: Plan) -> Plan:
     _check_blocks(plan)
     _check_convolutions(plan)
     _check_whole_network(plan)
+    _check_segments(plan)
     _check_kinds(plan)
     _check_prefix(plan)
     _check_variety(plan)
@@ -227,6 +229,7 @@ def _check_numbers(plan: Plan) -> None:
         "run.spike_sigmas": run.spike_sigmas,
         "run.max_bad_steps": run.max_bad_steps,
         "objective.query_depth": plan.objective.query_depth,
+        "objective.segment_weight": plan.objective.segment_weight,
         "objective.variance_floor + objective.variance_epsilon": plan.objective.variance_floor
         + plan.objective.variance_epsilon,
         **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
@@ -242,6 +245,7 @@ def _check_numbers(plan: Plan) -> None:
         "objective.variance_floor": plan.objective.variance_floor,
         "objective.variance_epsilon": plan.objective.variance_epsilon,
         "objective.target_smoothing": plan.objective.target_smoothing,
+        "objective.num_segments": plan.objective.num_segments,
         "run.max_rollbacks": run.max_rollbacks,
         "run.min_token_variance": run.min_token_variance,
         "run.min_effective_rank": run.min_effective_rank,
@@ -357,6 +361,24 @@ def _check_whole_network(plan: Plan) -> None:
         raise PlanError(
             "sequence.weights.strided: overlapping sub-volumes would show a CNN the voxels that it "
             "has to predict; leave strided out of --sequences"
+        )
+
+
+def _check_segments(plan: Plan) -> None:
+    """Refuse segments that no network predicts, and numbers of them that teach nothing."""
+    num_segments = plan.objective.num_segments
+    if num_segments and plan.sequence.predictor != "network":
+        raise PlanError(
+            f"objective.num_segments={num_segments}: {plan.encoder.name} predicts tokens, and only "
+            "a CNN predicts a segment of every voxel; use --encoder resenc_*, or "
+            "objective.num_segments=0",
+            code="plan-segments-need-cnn",
+        )
+    if num_segments == 1 or num_segments > MAX_SEGMENTS:
+        raise PlanError(
+            f"objective.num_segments={num_segments} must be 0 (none) or lie between 2 and "
+            f"{MAX_SEGMENTS}; use 16",
+            code="plan-num-segments",
         )
 
 

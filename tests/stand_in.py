@@ -75,6 +75,9 @@ class Linear:
             tokens, tokens, batch.ranks, torch.ones_like(batch.ranks, dtype=torch.bool)
         )
 
+    def pool_statistics(self, pool):
+        return {}
+
     def after_step(self, step):
         pass
 

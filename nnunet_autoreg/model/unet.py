@@ -1,4 +1,4 @@
-"""nnU-Net's residual encoder U-Net as pretraining runs it: the whole network, one output channel.
+"""nnU-Net's residual encoder U-Net as pretraining runs it, with its own heads.
 
 Shape suffixes: B samples, C channels or features, Z Y X voxels.
 """
@@ -27,9 +27,13 @@ class PretrainingUNet(nn.Module):
         learned_mark: whether there is such a vector.
         recompute: keep only the inputs of the stages for the backward pass (activation
             checkpointing).
+        num_segments: K, classes that a second head on the decoder's finest features tells apart;
+            0 for no such head. It is not transferred.
     """
 
-    def __init__(self, network: Any, learned_mark: bool, recompute: bool = False):
+    def __init__(
+        self, network: Any, learned_mark: bool, recompute: bool = False, num_segments: int = 0
+    ):
         super().__init__()
         self.network: Any = network
         # The decoder registers the encoder a second time; every weight needs one name only.
@@ -41,8 +45,13 @@ class PretrainingUNet(nn.Module):
             num_features = int(network.encoder.output_channels[0])
             self.mark = nn.Parameter(torch.zeros(num_features))
 
+        self.segment_head: nn.Conv3d | None = None
+        if num_segments:
+            width = int(network.decoder.seg_layers[-1].in_channels)
+            self.segment_head = nn.Conv3d(width, num_segments, kernel_size=1)
+
     def forward(self, voxels_BCZYX: Tensor, known_BZYX: Tensor | None = None) -> Tensor:
-        """Return predicted intensities (B, 1, Z, Y, X).
+        """Return predicted intensities and, behind them, the segments' scores (B, 1 + K, Z, Y, X).
 
         Args:
             known_BZYX: bool, True where a voxel may be seen; None where all may be.
@@ -58,6 +67,8 @@ class PretrainingUNet(nn.Module):
             x_BCZYX = recomputed(stage, self.recompute, joined_BCZYX)
 
         out: Tensor = decoder.seg_layers[-1](x_BCZYX)
+        if self.segment_head is not None:
+            out = torch.cat([out, self.segment_head(x_BCZYX)], dim=1)
         return out
 
     def encode(self, voxels_BCZYX: Tensor, known_BZYX: Tensor | None = None) -> list[Tensor]:

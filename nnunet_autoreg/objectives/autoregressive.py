@@ -34,6 +34,7 @@ from nnunet_autoreg.objectives.targets import (
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.corruption import corrupted
 from nnunet_autoreg.sampling.kinds import num_blocks, num_codes
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
@@ -303,6 +304,10 @@ class Autoregressive:
             in_order if batch.positions is None else batch.positions,
             valid_BT,
         )
+
+    def pool_statistics(self, pool: SamplingPool) -> dict[str, Tensor]:
+        """Return nothing: this objective measures nothing on the pool."""
+        return {}
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""

@@ -4,12 +4,13 @@ A new objective is a new file beside this one; the loop does not change.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
@@ -23,11 +24,13 @@ class LossTerms:
         total: scalar, carries the gradient.
         count: scalar, number of supervised voxels.
         references: trivial baselines, name -> sum over the same voxels (no gradient).
+        parts: what ``total`` is made of where it has several terms, name -> sum (no gradient).
     """
 
     total: Tensor
     count: Tensor
     references: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ class Objective(Protocol):
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Features of a batch that is on the module's device."""
+
+    def pool_statistics(self, pool: SamplingPool) -> dict[str, Tensor]:
+        """Return buffers of the module that are measured on the pool before the first step.
+
+        Keys are those of the module's state. Checkpoints hold them, so a resumed run does not ask.
+        """
 
     def after_step(self, step: int) -> None:
         """What follows an optimiser step, e.g. a momentum teacher."""

@@ -6,6 +6,8 @@ Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattene
 O outputs of the head for a token: its P voxels and, where the plan asks for them, two statistics.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -126,12 +128,17 @@ def smoothed(voxels_BTP: Tensor, real_BTP: Tensor, token_size: Size, sigma_vox: 
     if sigma_vox == 0:
         return voxels_BTP
     weight_BTP = real_BTP.float()
-    # Autocast would multiply in half precision.
-    with torch.autocast(voxels_BTP.device.type, enabled=False):
+    with full_precision(voxels_BTP.device):
         sums_BTP = _blurred(voxels_BTP.float() * weight_BTP, token_size, sigma_vox)
         weights_BTP = _blurred(weight_BTP, token_size, sigma_vox)
     # A real voxel counts 1 for itself; what is clamped is padding.
     return torch.where(real_BTP, sums_BTP / weights_BTP.clamp(min=1), 0.0)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that computes in the tensors' own precision, also where autocast is on."""
+    # The memory estimate computes on the meta device, which knows no autocast.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _blurred(values_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:

@@ -7,6 +7,9 @@ over k and over orders this estimates the autoregressive objective over all orde
 (order-agnostic autoregression). For a CNN it is masked prediction whose known share is drawn
 uniformly; the masked twin is the same network with a fixed share.
 
+With ``objective.num_segments`` the network also predicts which pseudo-segment an unknown voxel
+belongs to (``objectives.segments``), from a second head on the same features as the voxels.
+
 Encoder and decoder are both trained and both transferred. Several contrasts or patients are set
 side by side along z into one crop with one input channel, and the order runs over the blocks of
 all of them.
@@ -14,29 +17,46 @@ all of them.
 Source: Uria et al. 2014 and Hoogeboom et al., arXiv 2110.02037 (order-agnostic autoregression);
 S3D, arXiv 2410.23132 (transfer of a CNN's decoder).
 
-Shape suffixes: B samples, M members, C channels, Z Y X voxels, T tokens, P voxels of a token.
+Shape suffixes: B samples, M members, C channels, Z Y X voxels, T tokens, P voxels of a token, K
+segments, N points, F features.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import Size, grid_of
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
 from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
-from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
+from nnunet_autoreg.objectives.segments import SegmentMap, measured
+from nnunet_autoreg.objectives.targets import (
+    full_precision,
+    normalised_target,
+    smoothed,
+    token_statistics,
+)
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.corruption import corrupted
-from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.pool import SamplingPool
+from nnunet_autoreg.sampling.sample import Batch, collate
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 ABOVE_FLOOR = 1.001
 """A token is flat if its deviation is the floor, up to rounding."""
+SEGMENT_CROPS = 32
+"""Crops of the pool that the centres of the segments are measured on."""
+SEGMENT_POINTS = 1024
+"""Voxels of each of them, at most."""
+SEGMENTS = "segments"
+"""The purpose that these crops and voxels are drawn for."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,7 @@ class Targets:
         mean, deviation: what turns ``values`` back into intensities, (B, T, 1).
         known: bool, voxels that the network is shown. Padding counts as known.
         real: bool, False where there is padding.
+        eligible: bool, voxels that carry loss wherever they are unknown.
         loss_mask: bool, voxels that carry loss.
     """
 
@@ -56,7 +77,21 @@ class Targets:
     deviation: Tensor
     known: Tensor
     real: Tensor
+    eligible: Tensor
     loss_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the network says of every voxel, float32.
+
+    Attributes:
+        values: in the form of ``Targets.values``, (B, T, P).
+        scores: unnormalised, of every segment, (B, K, M * Z, Y, X); K is 0 without segments.
+    """
+
+    values: Tensor
+    scores: Tensor
 
 
 class WholeNetwork:
@@ -83,36 +118,62 @@ class WholeNetwork:
             network,
             learned_mark=plan.objective.unknown_mark == "learned",
             recompute=plan.optim.checkpoint_activations,
+            num_segments=plan.objective.num_segments,
         )
+        self.segment_map: SegmentMap | None = None
+        if plan.objective.num_segments:
+            self.segment_map = SegmentMap(plan.objective.num_segments, plan.data.spacing_mm)
+            # As a part of the module it is checkpointed and moved with the weights.
+            self.model.add_module("segment_map", self.segment_map)
+
         self.module: nn.Module = self.model
         self.network: nn.Module = self.model.network
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
-        """Return the squared error over unknown voxels: the sum of each sample's mean.
+        """Return the loss over unknown voxels: the sum of each sample's mean.
 
-        Every sample counts alike, however many of its voxels are unknown. References: ``mean``
-        predicts the mean of what is known; ``copy`` repeats the nearest known block.
+        It is the squared error of the voxels and, with segments, their cross-entropy times
+        ``segment_weight``, over the same voxels. Every sample counts alike, however many of its
+        voxels are unknown. References: ``mean`` predicts the mean of what is known, and the shares
+        of the segments there; ``copy`` repeats the nearest known block.
         """
         targets = self._targets(batch)
         weight_BTP = targets.loss_mask.float()
-        predicted_BTP = self._predict(batch, targets.known)
+        predicted = self._predict(batch, targets.known)
 
-        error_B = _sample_errors(predicted_BTP, targets.values, weight_BTP)
+        error_B = _sample_errors(predicted.values, targets.values, weight_BTP)
         count = (weight_BTP.sum(dim=(1, 2)) > 0).sum()
 
         trivial = {}
         if references:
-            mean_BTP, copied_BTP = self._known_mean(targets), self._copied(batch, targets)
+            nearest_BT = self._nearest_known(batch, targets)
+            copied_BTP = _tokens_at(targets.values, nearest_BT)
+            mean_BTP = self._known_mean(targets)
             trivial = {
                 "mean": _sample_errors(mean_BTP, targets.values, weight_BTP).sum(),
                 "copy": _sample_errors(copied_BTP, targets.values, weight_BTP).sum(),
             }
-        return LossTerms(error_B.sum(), count, trivial)
+
+        parts = {}
+        if self.segment_map is not None:
+            weight = self.plan.objective.segment_weight
+            classes_BMZYX = self.segment_map(batch.voxels, batch.real)
+            entropy_B = self._cross_entropy(predicted.scores, classes_BMZYX, batch, weight_BTP)
+
+            parts = {
+                "voxels": error_B.detach().sum(),
+                "segments": entropy_B.detach().sum(),
+            }
+            error_B = error_B + weight * entropy_B
+            if references:
+                entropies = self._trivial_entropies(classes_BMZYX, targets, nearest_BT)
+                trivial = {name: trivial[name] + weight * entropies[name] for name in trivial}
+        return LossTerms(error_B.sum(), count, trivial, parts)
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Return predictions in intensities, beside the truth and the prediction of the mean."""
         targets = self._targets(batch)
-        predicted_BTP = self._predict(batch, targets.known)
+        predicted_BTP = self._predict(batch, targets.known).values
         trivial_BTP = self._known_mean(targets)
 
         scale, shift = targets.deviation, targets.mean
@@ -139,6 +200,36 @@ class WholeNetwork:
         if positions_BT is None:
             positions_BT = torch.arange(T, device=valid_BT.device).expand(B, T)
         return TokenFeatures(features_BTV, voxels_BTP, positions_BT, valid_BT)
+
+    @torch.no_grad()
+    def pool_statistics(self, pool: SamplingPool) -> dict[str, Tensor]:
+        """Return the centres of the segments: k-means over voxels of crops drawn from the pool.
+
+        The voxels are such as carry loss when they are unknown. The draw depends on the run's seed
+        alone.
+
+        Raises:
+            AutoregError: a case cannot be read, or its voxels differ too little.
+        """
+        if self.segment_map is None:
+            return {}
+
+        seed, device = self.plan.run.seed, self.segment_map.centres.device
+        points = []
+        for number in range(SEGMENT_CROPS):
+            batch = collate([self.sampler.draw(pool, SEGMENTS, number)]).to(device)
+            eligible_MZYX = self._volume(self._targets(batch).eligible, batch)[0]
+            features_NFZYX = self.segment_map.features(batch.voxels, batch.real)
+            points_NF = features_NFZYX.movedim(1, -1)[eligible_MZYX].cpu().numpy()
+
+            generator = rng.generator(seed, f"{SEGMENTS}: voxels", number)
+            num_points = min(SEGMENT_POINTS, len(points_NF))
+            points.append(points_NF[generator.permutation(len(points_NF))[:num_points]])
+
+        all_points_NF = np.concatenate(points).astype(np.float64)
+        generator = rng.generator(seed, f"{SEGMENTS}: centres")
+        found = measured(all_points_NF, self.plan.objective.num_segments, generator)
+        return {f"segment_map.{name}": value for name, value in found.items()}
 
     def after_step(self, step: int) -> None:
         """Do nothing: this objective keeps no state beside its module."""
@@ -167,9 +258,10 @@ class WholeNetwork:
         # Flat blocks (air, masked background) would make up most of the mean of some samples, and
         # nothing is to be learned from them. They are hidden like all others, but carry no loss.
         is_textured_BT1 = deviation_BT1 > math.sqrt(floor + epsilon) * ABOVE_FLOOR
-        loss_mask_BTP = ~known_BTP & real_BTP & is_textured_BT1
+        eligible_BTP = real_BTP & is_textured_BT1
         if batch.scored is not None:
-            loss_mask_BTP = loss_mask_BTP & to_tokens(batch.scored[:, :, None], self.token)
+            eligible_BTP = eligible_BTP & to_tokens(batch.scored[:, :, None], self.token)
+        loss_mask_BTP = ~known_BTP & eligible_BTP
 
         if settings.target == "normalised":
             values_BTP = normalised_target(voxels_BTP, real_BTP, floor, epsilon)
@@ -177,10 +269,12 @@ class WholeNetwork:
             values_BTP = voxels_BTP
             mean_BT1 = torch.zeros_like(mean_BT1)
             deviation_BT1 = torch.ones_like(deviation_BT1)
-        return Targets(values_BTP, mean_BT1, deviation_BT1, known_BTP, real_BTP, loss_mask_BTP)
+        return Targets(
+            values_BTP, mean_BT1, deviation_BT1, known_BTP, real_BTP, eligible_BTP, loss_mask_BTP
+        )
 
-    def _predict(self, batch: Batch, known_BTP: Tensor) -> Tensor:
-        """Return the network's prediction (B, T, P), float32."""
+    def _predict(self, batch: Batch, known_BTP: Tensor) -> Predictions:
+        """Return what the network predicts from the known voxels."""
         known_BMZYX = self._volume(known_BTP, batch)
         # Targets are taken from the clean voxels; only what is shown is corrupted.
         shown_BMCZYX = corrupted(batch.voxels, known_BMZYX & batch.real, batch.corruption)
@@ -188,10 +282,51 @@ class WholeNetwork:
         known_BZYX = side_by_side(known_BMZYX[:, :, None])[:, 0]
 
         predicted_BCZYX = self.model(crop_BCZYX, known_BZYX).float()
+        values_BTP = self._as_tokens(predicted_BCZYX[:, :1], batch)
+        return Predictions(values_BTP, predicted_BCZYX[:, 1:])
 
+    def _as_tokens(self, crop_BCZYX: Tensor, batch: Batch) -> Tensor:
+        """Return a map with one channel, of members side by side, as tokens (B, T, P)."""
         B, M, _, Z, Y, X = batch.voxels.shape
-        predicted_BMCZYX = predicted_BCZYX.reshape(B, 1, M, Z, Y, X).transpose(1, 2)
-        return to_tokens(predicted_BMCZYX, self.token)
+        members_BMCZYX = crop_BCZYX.reshape(B, 1, M, Z, Y, X).transpose(1, 2)
+        return to_tokens(members_BMCZYX, self.token)
+
+    def _cross_entropy(
+        self, scores_BKZYX: Tensor, classes_BMZYX: Tensor, batch: Batch, weight_BTP: Tensor
+    ) -> Tensor:
+        """Return each sample's mean cross-entropy over its weighted voxels, (B,)."""
+        classes_BZYX = side_by_side(classes_BMZYX[:, :, None])[:, 0]
+        with full_precision(scores_BKZYX.device):
+            entropy_BZYX = functional.cross_entropy(scores_BKZYX, classes_BZYX, reduction="none")
+        return _sample_means(self._as_tokens(entropy_BZYX[:, None], batch), weight_BTP)
+
+    def _trivial_entropies(
+        self, classes_BMZYX: Tensor, targets: Targets, nearest_BT: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the cross-entropies of the references, each summed over the samples.
+
+        They predict the shares of the segments among the known voxels, and in the nearest known
+        token. One voxel of every segment is added, since a share of 0 would cost infinitely much.
+        """
+        num_segments = self.plan.objective.num_segments
+        weight_BTP = targets.loss_mask.float()
+        classes_BTP = to_tokens(classes_BMZYX[:, :, None], self.token)
+        given_BTP = (targets.known & targets.real).float()
+
+        counts_BTK = given_BTP.new_zeros(*classes_BTP.shape[:2], num_segments)
+        counts_BTK = counts_BTK.scatter_add(2, classes_BTP, given_BTP)
+        of_all_BTK = counts_BTK.sum(dim=1, keepdim=True).expand_as(counts_BTK)
+
+        found = {}
+        for name, of_reference_BTK in (
+            ("mean", of_all_BTK),
+            ("copy", _tokens_at(counts_BTK, nearest_BT)),
+        ):
+            smoothed_BTK = of_reference_BTK + 1
+            shares_BTK = smoothed_BTK / smoothed_BTK.sum(dim=2, keepdim=True)
+            entropy_BTP = -shares_BTK.log().gather(2, classes_BTP)
+            found[name] = _sample_means(entropy_BTP, weight_BTP).sum()
+        return found
 
     def _known_mean(self, targets: Targets) -> Tensor:
         """Return the mean of each sample's known voxels everywhere, (B, T, P)."""
@@ -200,8 +335,8 @@ class WholeNetwork:
         mean_B = total_B / weight_BTP.sum(dim=(1, 2)).clamp(min=1)
         return mean_B[:, None, None].expand_as(targets.values)
 
-    def _copied(self, batch: Batch, targets: Targets) -> Tensor:
-        """Return for every token the values of the known token nearest to it, (B, T, P)."""
+    def _nearest_known(self, batch: Batch, targets: Targets) -> Tensor:
+        """Return for every token the index of the known token nearest to it, (B, T)."""
         _, M, _, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token)
         axes = [torch.arange(n, device=batch.voxels.device) for n in (M * grid[0], *grid[1:])]
@@ -209,14 +344,14 @@ class WholeNetwork:
             self.token, device=batch.voxels.device
         )
 
-        copied = torch.empty_like(targets.values)
+        nearest = []
         can_be_copied_BT = (targets.known & targets.real).any(dim=-1)
         # One sample at a time: all distances of a batch would be large.
-        for sample, usable_T in enumerate(can_be_copied_BT):
+        for usable_T in can_be_copied_BT:
             distance_TT = torch.cdist(place_T3, place_T3)
             distance_TT = distance_TT.masked_fill(~usable_T[None, :], float("inf"))
-            copied[sample] = targets.values[sample][distance_TT.argmin(dim=1)]
-        return copied
+            nearest.append(distance_TT.argmin(dim=1))
+        return torch.stack(nearest)
 
     def _volume(self, tokens_BTP: Tensor, batch: Batch) -> Tensor:
         """Return values of tokens in their places, (B, M, Z, Y, X)."""
@@ -260,5 +395,15 @@ def side_by_side(members_BMCZYX: Tensor) -> Tensor:
 
 def _sample_errors(predicted_BTP: Tensor, target_BTP: Tensor, weight_BTP: Tensor) -> Tensor:
     """Return each sample's mean squared error over its weighted voxels, (B,); 0 without any."""
-    squared_BTP = (predicted_BTP - target_BTP).square() * weight_BTP
-    return squared_BTP.sum(dim=(1, 2)) / weight_BTP.sum(dim=(1, 2)).clamp(min=1)
+    return _sample_means((predicted_BTP - target_BTP).square(), weight_BTP)
+
+
+def _sample_means(loss_BTP: Tensor, weight_BTP: Tensor) -> Tensor:
+    """Return each sample's mean over its weighted voxels, (B,); 0 without any."""
+    weighted_BTP = loss_BTP * weight_BTP
+    return weighted_BTP.sum(dim=(1, 2)) / weight_BTP.sum(dim=(1, 2)).clamp(min=1)
+
+
+def _tokens_at(values_BTP: Tensor, index_BT: Tensor) -> Tensor:
+    """Return for every token the values of the token at its index, (B, T, P)."""
+    return values_BTP.gather(1, index_BT[:, :, None].expand_as(values_BTP))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
+from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,
@@ -26,6 +27,7 @@ from nnunet_autoreg.pretrain.distributed import (
     shard_like,
 )
 from nnunet_autoreg.pretrain.training_step import LossSpikeGuard
+from nnunet_autoreg.sampling.pool import SamplingPool
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,19 @@ def snapshot(
         # Every process draws from generators of its own.
         "generators": world.gather(generator_states()),
     }
+
+
+def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE) -> None:
+    """Set the buffers that the objective measures on the pool, before the first step of a run.
+
+    The main process measures them for all. Checkpoints hold them afterwards.
+
+    Raises:
+        AutoregError: the pool cannot be read, or its voxels do not suffice.
+    """
+    found = world.share(objective.pool_statistics(pool) if world.is_main else {})
+    unexpected = objective.module.load_state_dict(found, strict=False).unexpected_keys
+    assert not unexpected, f"the module has no buffers {unexpected}"
 
 
 def shareable(content: Mapping[str, Any]) -> dict[str, Any]:

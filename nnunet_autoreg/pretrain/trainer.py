@@ -22,6 +22,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.checkpointing import (
     Progress,
     folder_identity,
+    measure_pool,
     restore,
     restore_weights,
     shareable,
@@ -459,6 +460,7 @@ class Trainer:
         found = checkpoint.load_newest(self.folder) if self.world.is_main else None
         newest = self.world.share(None if found is None else (found[0], shareable(found[1])))
         if newest is None:
+            measure_pool(self.objective, self.batches.cases, self.world)
             return
 
         path, content = newest

@@ -21,6 +21,8 @@ from nnunet_autoreg.sampling.sample import Batch
 
 BASELINES = {"copy": "copy the previous block", "mean": "predict the mean"}
 """What the trivial predictions are called in messages."""
+PART = "part: "
+"""Begins the name of the sum of a term of the error."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Health:
         probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of
             "chance"; None without labels.
         kinds: next-block error by kind of sequences; empty where there is one kind.
+        parts: the terms that the error is the weighted sum of; empty where it is one term.
     """
 
     errors: Mapping[str, float]
@@ -41,6 +44,7 @@ class Health:
     effective_rank: float | None = None
     probe: Mapping[str, float] | None = None
     kinds: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, tuple[float, str]]:
         """Return name -> (value, unit) for ``metrics.jsonl``, whose keys say "heldout"."""
@@ -49,6 +53,8 @@ class Health:
             metrics[f"heldout_{name}"] = (value, "squared error")
         for kind, value in self.kinds.items():
             metrics[f"heldout_error_{kind}"] = (value, "squared error")
+        for name, value in self.parts.items():
+            metrics[f"heldout_{name}"] = (value, "term of the loss")
         if self.token_variance is not None:
             metrics["token_variance"] = (self.token_variance, "share of mean square")
         if self.effective_rank is not None:
@@ -63,6 +69,9 @@ class Health:
             f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error"
         )
         message = f"validation next-block error {self.errors['error']:.4f} (baselines: {baselines})"
+        if self.parts:
+            parts = " and ".join(f"{value:.4f} of {name}" for name, value in self.parts.items())
+            message += f", from {parts}"
         if self.kinds:
             kinds = " and ".join(f"{value:.4f} of {kind}" for kind, value in self.kinds.items())
             message += f", {kinds} sequences"
@@ -114,6 +123,9 @@ class Validation:
             return None
         self.objective.module.eval()
         errors, kinds = self._errors()
+        # The terms of the error are no baselines, so they are kept apart.
+        names = [name for name in errors if name.startswith(PART)]
+        parts = {name.removeprefix(PART): errors.pop(name) for name in names}
         features_NV, content_NV = self._features()
         return Health(
             errors,
@@ -121,6 +133,7 @@ class Validation:
             effective_rank(content_NV),
             self._probe_scores() if self.probe.works else None,
             kinds,
+            parts,
         )
 
     def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -149,6 +162,7 @@ class Validation:
             with autocast(self.device):
                 terms = self.objective.loss(batch.to(self.device), references=True)
             values = {"error": terms.total, "count": terms.count, **terms.references}
+            values |= {PART + name: term for name, term in terms.parts.items()}
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return sums

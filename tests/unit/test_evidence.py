@@ -338,10 +338,11 @@ def test_a_torn_line_is_left_out_and_the_next_stands_alone(tmp_path: Path) -> No
     assert not journal.has({"command": "finetune", "draw": 2})
 
 
+@pytest.mark.parametrize("settings", [(), ("objective.num_segments=4",)])
 def test_a_pretraining_in_slices_is_the_one_without(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path, data: evidence_data.ResidentSet, settings: tuple[str, ...]
 ) -> None:
-    job = pretraining()
+    job = replace(pretraining(), settings=settings)
     whole, sliced = Journal(tmp_path / "whole.jsonl"), Journal(tmp_path / "sliced.jsonl")
 
     assert evidence_pretrain.pretrain(job, data, tmp_path / "a", whole, Deadline(None), CPU)

@@ -98,6 +98,9 @@ class OneSecondLoss:
         total = self.module.weight.square().sum()
         return LossTerms(total, torch.tensor(8.0), {})
 
+    def pool_statistics(self, pool: Any) -> dict[str, Any]:
+        return {}
+
     def after_step(self, step: int) -> None:
         pass
 

@@ -8,30 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from narrow_cnn import batch_of, objective_of, outputs, plan_of, predictions
 from torch import Tensor
 
-from nnunet_autoreg.families import token_size_of
-from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
-from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.model.unet import PretrainingUNet
-from nnunet_autoreg.objectives.registry import build_objective
-from nnunet_autoreg.objectives.whole_network import WholeNetwork, known_tokens
-from nnunet_autoreg.plan import (
-    DataPlan,
-    EncoderPlan,
-    ObjectivePlan,
-    OptimPlan,
-    Plan,
-    RunPlan,
-    SequencePlan,
-)
-from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.objectives.whole_network import known_tokens
+from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.corruption import Corruption, stacked
 from nnunet_autoreg.sampling.sample import Batch
 
-NARROW = {"features_per_stage": [4, 6, 8, 8], "n_blocks_per_stage": [1, 1, 1, 1]}
 THICK_SLICES = {
     "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]],
     "kernel_sizes": [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]],
@@ -52,58 +39,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_padded": 10,
         "crop": (16, 16, 32),
     },
+    "segments": {"num_segments": 4},
+    "segments, padding and members": {
+        "num_segments": 4,
+        "num_members": 2,
+        "num_padded": 10,
+        "crop": (16, 16, 32),
+    },
 }
-
-
-def plan_of(
-    crop: Size = (16, 32, 32),
-    arguments: dict[str, Any] | None = None,
-    prefix: str = "uniform",
-    recompute: bool = False,
-    name: str = "autoregressive",
-    **objective: Any,
-) -> Plan:
-    size = encoder_size("resenc_tiny")
-    built_with = {**size.arguments, **NARROW, **(arguments or {})}
-    token = token_size_of(size.class_path, built_with)
-    sequence = SequencePlan(crop, order="random", predictor="network", prefix=prefix)
-    settings = {"target": "voxels", **objective}
-
-    plan = Plan(
-        "test",
-        DataPlan((1.0, 1.0, 1.0)),
-        EncoderPlan("resenc_tiny", size.class_path, built_with, token),
-        sequence,
-        ObjectivePlan(name=name, **settings),
-        OptimPlan(10, 2, 1e-3, 1, checkpoint_activations=recompute),
-        RunPlan(0, 10, 10),
-    )
-    return check(plan)
-
-
-def objective_of(plan: Plan) -> WholeNetwork:
-    torch.manual_seed(0)
-    objective = build_objective(plan)
-    assert isinstance(objective, WholeNetwork)
-    if objective.model.mark is not None:
-        torch.nn.init.normal_(objective.model.mark)
-    return objective
-
-
-def batch_of(plan: Plan, num_members: int = 1, num_padded: int = 0, prefix: int = 7) -> Batch:
-    """Return two samples of noise, the last ``num_padded`` columns of each member padding."""
-    generator = torch.Generator().manual_seed(1)
-    size = plan.sequence.crop_size_vox
-    num_tokens = num_members * volume(grid_of(size, plan.encoder.token_size_vox))
-
-    voxels_BMCZYX = torch.randn(2, num_members, 1, *size, generator=generator)
-    real_BMZYX = torch.ones(2, num_members, *size, dtype=torch.bool)
-    if num_padded:
-        real_BMZYX[..., -num_padded:] = False
-        voxels_BMCZYX = voxels_BMCZYX * real_BMZYX[:, :, None]
-
-    ranks_BT = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(2)])
-    return Batch(voxels_BMCZYX, real_BMZYX, ranks_BT, torch.tensor([prefix, prefix + 2]))
 
 
 def known_voxels(plan: Plan, batch: Batch) -> Tensor:
@@ -122,14 +65,6 @@ def with_other_voxels(batch: Batch, where_BMZYX: Tensor) -> Batch:
     return replace(batch, voxels=torch.where(where_BMZYX[:, :, None], noise, batch.voxels))
 
 
-def predictions(objective: WholeNetwork, batch: Batch) -> Tensor:
-    """Return what the network says of every voxel, from the batch as the loop hands it over."""
-    objective.module.eval()
-    with torch.no_grad():
-        targets = objective._targets(batch)
-        return objective._predict(batch, targets.known)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
     settings = dict(VARIANTS[variant])
@@ -145,7 +80,10 @@ def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
     assert 0.1 < float(unknown.float().mean()) < 0.95
     other = with_other_voxels(batch, unknown)
 
-    assert torch.equal(predictions(objective, batch), predictions(objective, other))
+    before, after = outputs(objective, batch), outputs(objective, other)
+    assert torch.equal(before.values, after.values)
+    assert torch.equal(before.scores, after.scores)
+    assert before.scores.shape[1] == plan.objective.num_segments
 
 
 def test_without_the_marking_the_exactness_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
