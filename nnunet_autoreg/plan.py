@@ -1,6 +1,4 @@
-"""The plan of a pretraining run: every choosable value, written before work begins and obeyed
-afterwards.
-"""
+"""The plan of a pretraining run: every value that can be chosen, written before work begins."""
 
 import dataclasses
 import json
@@ -8,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.geometry import Size, Spacing, size_text
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 
 PLAN_VERSION = 2
@@ -16,8 +14,9 @@ PLAN_VERSION = 2
 
 @dataclass(frozen=True)
 class IntensityWindow:
-    """CT intensities inside the body over the pretraining pool, in HU: nnU-Net's foreground
-    properties by name.
+    """CT intensities inside the body over the pretraining pool, in HU.
+
+    The fields are named after nnU-Net's foreground properties.
 
     Attributes:
         mean, std, median, min, max: of the intensities of all CT scans.
@@ -35,8 +34,9 @@ class IntensityWindow:
 
 @dataclass(frozen=True, repr=False)
 class SpacingGroup:
-    """Scans of one modality and like spacing, which share a target spacing; all (z, y, x), the
-    coarsest axis first.
+    """Scans of one modality and similar spacing, which share a target spacing.
+
+    Spacings are (z, y, x), the coarsest axis first.
 
     Attributes:
         modality: of all scans in the group, such as "CT" or "MR".
@@ -50,21 +50,20 @@ class SpacingGroup:
     spacing_mm: Spacing
 
     def __repr__(self) -> str:
-        native, target = (
-            " x ".join(f"{s:.4g}" for s in spacing) for spacing in (self.native_mm, self.spacing_mm)
-        )
+        native = size_text(self.native_mm, ".4g")
+        target = size_text(self.spacing_mm, ".4g")
         return f"{self.modality} of {native} to {target} mm"
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What goes in.
+    """How scans are preprocessed, and how many are kept for validation.
 
     Attributes:
         spacing_mm: every scan that belongs to no group is resampled to this, (z, y, x); with
             groups, that of the largest.
         ct_window: Hounsfield statistics inside the body over the pool's CT scans; None without CT.
-        holdout_fraction: share of the cases kept for the held-out error (never trained on).
+        holdout_fraction: share of the cases kept for validation (never trained on).
         spacing_groups: target spacings by modality and own spacing; empty where all scans share
             ``spacing_mm``.
     """
@@ -161,7 +160,7 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class ObjectivePlan:
-    """Regression of voxels: what is predicted, and by which head.
+    """What is predicted, and by which head.
 
     Attributes:
         name: the objective's file in ``objectives/``: "autoregressive" - block after block;
@@ -298,7 +297,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it.
+    """Every value of one run.
 
     Attributes:
         request: what the user asked for; the same request typed again continues the run.
@@ -329,8 +328,9 @@ TARGETS = ("normalised", "normalised_with_statistics", "voxels")
 
 
 def override(plan: Plan, settings: list[str]) -> Plan:
-    """Apply ``key=value`` settings such as ``optim.lr=3e-4``; each overridden key gets the reason
-    "set by the user".
+    """Return the plan with ``key=value`` settings such as ``optim.lr=3e-4`` applied.
+
+    Each overridden key gets the reason "set by the user".
 
     Raises:
         PlanError: an unknown key (with a close match) or a value of the wrong type.
@@ -339,40 +339,47 @@ def override(plan: Plan, settings: list[str]) -> Plan:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise PlanError(f"--set {setting}: write it as key=value, e.g. optim.lr=3e-4")
+            raise PlanError(
+                f"--set {setting}: write it as key=value, e.g. optim.lr=3e-4",
+                code="plan-setting",
+            )
         _assign(data, key.strip(), literal(text.strip()))
         data["reasons"][key.strip()] = "set by the user"
     return from_jsonable(Plan, data, "--set")
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by its dotted key, in place."""
     *path, leaf = key.split(".")
     node: Any = data
-    known = [
-        f"{s.name}.{f.name}"
-        for s in dataclasses.fields(Plan)
-        if dataclasses.is_dataclass(s.type)
-        for f in dataclasses.fields(s.type)
-    ]
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
-    if (
-        not path
-        or not isinstance(node, dict)
-        or leaf not in node
-        or path[0] in ("reasons", "request")
-    ):
+
+    exists = bool(path) and isinstance(node, dict) and leaf in node
+    if not exists or path[0] in ("reasons", "request"):
+        known = _known_keys()
+        # "lr" alone is most likely meant as "optim.lr".
         same_leaf = [name for name in known if name.endswith(f".{key}")]
+        suggestion = did_you_mean((same_leaf or [key])[0], known)
         raise PlanError(
-            f"--set {key}: there is no such setting; {did_you_mean((same_leaf or [key])[0], known)}"
+            f"--set {key}: there is no such setting; {suggestion}", code="plan-unknown-key"
         )
     node[leaf] = value
 
 
-def literal(text: str) -> Any:
-    """What a user typed as a value:
+def _known_keys() -> list[str]:
+    keys = []
+    for part in dataclasses.fields(Plan):
+        if dataclasses.is_dataclass(part.type):
+            keys += [f"{part.name}.{field.name}" for field in dataclasses.fields(part.type)]
+    return keys
 
-    JSON, numbers as Python writes them, lists by commas, true and false in any case; else the word.
+
+def literal(text: str) -> Any:
+    """Return the value that a user typed.
+
+    It is JSON, a number as Python writes it, a list by commas, or true or false in any case; else
+    the text itself.
     """
     try:
         return json.loads(text)

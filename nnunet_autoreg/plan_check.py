@@ -1,5 +1,6 @@
-"""Whether a plan can be carried out: every impossible or ill-posed value is refused here, with the
-way out.
+"""Whether a plan can be carried out.
+
+Every impossible or ill-posed value is refused here, with what to set instead.
 """
 
 import math
@@ -41,7 +42,7 @@ def check(plan: Plan) -> Plan:
     """Return ``plan`` if it can be carried out.
 
     Raises:
-        PlanError: an impossible or ill-posed value, with the way out.
+        PlanError: a value is impossible or ill-posed; the message says what to set instead.
     """
     _check_names(plan)
     _check_encoder(plan.encoder)
@@ -58,8 +59,9 @@ def check(plan: Plan) -> Plan:
 
 
 def _check_finite(value: object, key: str) -> None:
-    """Refuse NaN and infinity, which JSON does not know but Python reads, wherever they stand in
-    the plan.
+    """Refuse NaN and infinity anywhere in the plan.
+
+    JSON does not know them, but Python reads them.
     """
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -70,11 +72,13 @@ def _check_finite(value: object, key: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise PlanError(
             f"{key}={value} must be a finite number: with it every weight or loss would be NaN or "
-            "infinite"
+            "infinite",
+            code="plan-not-finite",
         )
 
 
 def _check_variety(plan: Plan) -> None:
+    """Refuse impossible rotations, zooms and corruptions."""
     s = plan.sequence
     shares = {
         "sequence.spatial_share": s.spatial_share,
@@ -84,27 +88,32 @@ def _check_variety(plan: Plan) -> None:
         if not 0 <= share <= 1:
             raise PlanError(
                 f"{key}={share} must lie between 0 (never) and 1 (every training sample); use 0.2, "
-                "as nnU-Net does"
+                "as nnU-Net does",
+                code="plan-out-of-range",
             )
     if not 0 <= s.max_rotation_deg <= MAX_ANGLE_DEG:
         raise PlanError(
             f"sequence.max_rotation_deg={s.max_rotation_deg} must lie between 0 and "
-            f"{MAX_ANGLE_DEG:g}; use 30"
+            f"{MAX_ANGLE_DEG:g}; use 30",
+            code="plan-out-of-range",
         )
     smallest, largest = s.zoom
     if not 0 < smallest <= largest < float("inf"):
         raise PlanError(
             f"sequence.zoom={list(s.zoom)} must be two factors greater than 0, the smaller one "
-            "first; use 0.7,1.4"
+            "first; use 0.7,1.4",
+            code="plan-out-of-range",
         )
     if not 1 <= s.max_source < float("inf"):
         raise PlanError(
             f"sequence.max_source={s.max_source} must be at least 1: with less, a part of every "
-            "rotated crop would be padding; use 1.6"
+            "rotated crop would be padding; use 1.6",
+            code="plan-out-of-range",
         )
 
 
 def _check_names(plan: Plan) -> None:
+    """Refuse unknown names, and an order that the predictor cannot learn."""
     s = plan.sequence
     named = {
         "sequence.order": (s.order, ORDERS),
@@ -118,12 +127,16 @@ def _check_names(plan: Plan) -> None:
     }
     for key, (value, known) in named.items():
         if value not in known:
-            raise PlanError(f"{key}: '{value}' does not exist; {did_you_mean(value, known)}")
+            raise PlanError(
+                f"{key}: '{value}' does not exist; {did_you_mean(value, known)}",
+                code="plan-unknown-name",
+            )
     if s.order == "random" and s.predictor == "next":
         raise PlanError(
             "sequence.order=random with sequence.predictor=next is ill-posed: position alone no "
             "longer says which block "
-            "follows; use sequence.predictor=query, or sequence.order=raster"
+            "follows; use sequence.predictor=query, or sequence.order=raster",
+            code="plan-ill-posed",
         )
 
 
@@ -131,42 +144,45 @@ def _check_prefix(plan: Plan) -> None:
     s = plan.sequence
     if not 0 < s.prefix_share < 1:
         raise PlanError(
-            f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: something is given "
-            "and something asked for"
+            f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: some blocks are "
+            "given and some predicted",
+            code="plan-out-of-range",
         )
-    by_place = s.predictor in ("query", "network")
-    if plan.objective.name == "masked" and not (
-        s.order == "random" and by_place and s.prefix == "fixed"
-    ):
+    # These predictors know where the blocks lie that they have to predict.
+    knows_position = s.predictor in ("query", "network")
+    is_masked = s.order == "random" and knows_position and s.prefix == "fixed"
+    if plan.objective.name == "masked" and not is_masked:
         raise PlanError(
             f"objective.name=masked with sequence.order={s.order}, "
             f"sequence.predictor={s.predictor} and sequence.prefix={s.prefix} is "
-            "ill-posed: a random, fixed share of the blocks is visible and the others are asked "
-            "for by place; use --objective masked, "
-            "which sets order=random, prefix=fixed and a predictor that is told the place"
+            "ill-posed: a fixed share of the blocks, chosen at random, is visible, and the others "
+            "are predicted by their positions; use --objective masked, which sets order=random, "
+            "prefix=fixed and a predictor that knows the position",
+            code="plan-ill-posed",
         )
     if s.prefix == "uniform_from_0":
         _check_start(plan)
 
 
 def _check_start(plan: Plan) -> None:
-    s, remedy = plan.sequence, "use sequence.prefix=uniform"
+    """Refuse a prefix of no blocks where no START token can predict the first block."""
+    s = plan.sequence
+    remedy = "use sequence.prefix=uniform"
     if not has_start(family_of(plan.encoder.class_path)):
         why = f"encoder {plan.encoder.name} has no START token that could predict the first block"
     elif s.predictor != "next" or volume(s.block_tokens) > 1:
         why = (
             f"START predicts one token by predictor next, and the plan has predictor {s.predictor} "
-            "and blocks of "
-            f"{volume(s.block_tokens)} tokens"
+            f"and blocks of {volume(s.block_tokens)} tokens"
         )
-        remedy += (
-            ""
-            if s.predictor == "next"
-            else ", or sequence.predictor=next with sequence.order=raster"
-        )
+        if s.predictor != "next":
+            remedy += ", or sequence.predictor=next with sequence.order=raster"
     else:
         return
-    raise PlanError(f"sequence.prefix=uniform_from_0: {why}; {remedy}")
+    raise PlanError(
+        f"sequence.prefix=uniform_from_0: {why}; {remedy}",
+        code="plan-start-token",
+    )
 
 
 def _check_encoder(encoder: EncoderPlan) -> None:
@@ -174,13 +190,15 @@ def _check_encoder(encoder: EncoderPlan) -> None:
     if missing:
         raise PlanError(
             f"encoder.arguments: {', '.join(missing)} missing; take those of an encoder in "
-            "model/sizes.py"
+            "model/sizes.py",
+            code="plan-missing-arguments",
         )
     stated = list(token_size_of(encoder.class_path, encoder.arguments))
     if stated != list(encoder.token_size_vox):
         raise PlanError(
             f"encoder.token_size_vox={list(encoder.token_size_vox)} has to equal {stated}, the "
-            "token size that encoder.arguments state"
+            "token size that encoder.arguments state",
+            code="plan-token-size",
         )
     _check_token(encoder, stated)
 
@@ -190,14 +208,14 @@ def _check_token(encoder: EncoderPlan, token: list[int]) -> None:
     family = family_of(encoder.class_path)
     # Its decoder doubles the grid step by step, along each axis as often as the token can be
     # halved.
-    if family == PRIMUS and (
-        max(token) < 2 or any(side < 1 or side & (side - 1) for side in token)
-    ):
+    are_powers_of_two = all(side >= 1 and not side & (side - 1) for side in token)
+    if family == PRIMUS and (max(token) < 2 or not are_powers_of_two):
         raise PlanError(
             f"encoder.arguments.patch_embed_size={token}: {encoder.name} doubles its grid until it "
             "has voxels, so each side has to be "
             "1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 or 1,8,8, and encoder.token_size_vox "
-            "likewise"
+            "likewise",
+            code="plan-token-size",
         )
     if family in (PRIMUS_V2, PRIMUS_V3):
         halved = 2 ** len(encoder.arguments.get("depth_per_level", (1, 1, 1)))
@@ -205,11 +223,13 @@ def _check_token(encoder: EncoderPlan, token: list[int]) -> None:
             raise PlanError(
                 f"encoder.arguments.patch_embed_size={token}: the convolutions of {encoder.name} "
                 f"make tokens of {halved}^3 voxels and no "
-                "others; use --encoder primus_* for other tokens"
+                "others; use --encoder primus_* for other tokens",
+                code="plan-token-size",
             )
 
 
 def _check_numbers(plan: Plan) -> None:
+    """Refuse numbers outside their range."""
     o, run = plan.optim, plan.run
     optional = {
         "optim.micro_batch_size": o.micro_batch_size,
@@ -240,7 +260,10 @@ def _check_numbers(plan: Plan) -> None:
     }
     for key, number in positive.items():
         if not 0 < number < float("inf"):
-            raise PlanError(f"{key}={number} must be a number greater than 0")
+            raise PlanError(
+                f"{key}={number} must be a number greater than 0",
+                code="plan-out-of-range",
+            )
     not_negative = {
         "objective.variance_floor": plan.objective.variance_floor,
         "objective.variance_epsilon": plan.objective.variance_epsilon,
@@ -255,7 +278,10 @@ def _check_numbers(plan: Plan) -> None:
     }
     for key, number in not_negative.items():
         if not 0 <= number < float("inf"):
-            raise PlanError(f"{key}={number} must not be negative")
+            raise PlanError(
+                f"{key}={number} must not be negative",
+                code="plan-out-of-range",
+            )
     shares = {
         "data.holdout_fraction": plan.data.holdout_fraction,
         "optim.betas[0]": o.betas[0],
@@ -263,20 +289,27 @@ def _check_numbers(plan: Plan) -> None:
     }
     for key, share in shares.items():
         if not 0 <= share < 1:
-            raise PlanError(f"{key}={share} must lie in [0, 1)")
+            raise PlanError(
+                f"{key}={share} must lie in [0, 1)",
+                code="plan-out-of-range",
+            )
 
 
 def _spacings(groups: tuple[SpacingGroup, ...]) -> dict[str, float]:
-    return {
-        f"data.spacing_groups[{n}].{name}[{i}]": value
-        for n, group in enumerate(groups)
-        for name, spacing in (("native_mm", group.native_mm), ("spacing_mm", group.spacing_mm))
-        for i, value in enumerate(spacing)
-    }
+    """Return all spacings of the groups by their keys in the plan."""
+    values = {}
+    for number, group in enumerate(groups):
+        key = f"data.spacing_groups[{number}]"
+        for axis in range(3):
+            values[f"{key}.native_mm[{axis}]"] = group.native_mm[axis]
+            values[f"{key}.spacing_mm[{axis}]"] = group.spacing_mm[axis]
+    return values
 
 
 def _check_blocks(plan: Plan) -> None:
-    s, blocks = plan.sequence, 1
+    """Refuse crops that cannot be cut into at least two whole blocks."""
+    s = plan.sequence
+    num_blocks = 1
     for axis, crop, token, block in zip(
         "zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
     ):
@@ -286,43 +319,48 @@ def _check_blocks(plan: Plan) -> None:
             raise PlanError(
                 f"sequence.crop_size_vox: {crop} on axis {axis} is no multiple of the block of "
                 f"{side} voxels "
-                f"({block} tokens of {token}); use {near}"
+                f"({block} tokens of {token}); use {near}",
+                code="plan-crop",
             )
-        blocks *= crop // side
-    if blocks < 2:
+        num_blocks *= crop // side
+    if num_blocks < 2:
         raise PlanError(
             f"a crop of {s.crop_size_vox} voxels holds one block of {plan.encoder.name}; a "
             "sequence needs at least 2: enlarge "
             "sequence.crop_size_vox, or use an --encoder with smaller blocks, such as primus_tiny "
-            "or resenc_tiny"
+            "or resenc_tiny",
+            code="plan-one-block",
         )
 
 
 def _check_convolutions(plan: Plan) -> None:
     """Refuse blocks that norms cannot be taken over, and layers that move or mix blocks."""
-    family, s = family_of(plan.encoder.class_path), plan.sequence
+    s = plan.sequence
+    family = family_of(plan.encoder.class_path)
     least = smallest_block(family, plan.encoder.token_size_vox)
     if any(b < n for b, n in zip(s.block_tokens, least, strict=True)):
         side = [n * t for n, t in zip(least, plan.encoder.token_size_vox, strict=True)]
         raise PlanError(
             f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and "
             "normalises each block by itself, which over "
-            f"less than {side} voxels erases intensities; use at least {list(least)}"
+            f"less than {side} voxels erases intensities; use at least {list(least)}",
+            code="plan-small-blocks",
         )
     norm = plan.encoder.arguments.get("norm_op")
     if "BatchNorm" in str(norm):
         raise PlanError(
             f"encoder.arguments.norm_op={norm}: its statistics are taken over all blocks of a "
             "batch, so that each would know of the blocks "
-            "to predict; use torch.nn.modules.instancenorm.InstanceNorm3d"
+            "to predict; use torch.nn.modules.instancenorm.InstanceNorm3d",
+            code="plan-norm",
         )
     for kernel in plan.encoder.arguments.get("kernel_sizes", []):
-        if any(
-            side % 2 == 0 for side in (kernel if isinstance(kernel, (list, tuple)) else [kernel])
-        ):
+        sides = kernel if isinstance(kernel, (list, tuple)) else [kernel]
+        if any(side % 2 == 0 for side in sides):
             raise PlanError(
                 f"encoder.arguments.kernel_sizes: {kernel} has an even side, which moves features "
-                "between voxels; use odd ones"
+                "between voxels; use odd ones",
+                code="plan-kernels",
             )
 
 
@@ -336,13 +374,15 @@ def _check_whole_network(plan: Plan) -> None:
             f"objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained {name} "
             "block "
             "by block under a transformer. This version trains the whole network instead: finish "
-            "the run with version 0.1, or start a new --name"
+            "the run with version 0.1, or start a new --name",
+            code="plan-old-trunk",
         )
     if is_cnn != (s.predictor == "network"):
         fitting = "network" if is_cnn else "query or next"
         raise PlanError(
             f"sequence.predictor={s.predictor}: {name} needs {fitting}; leave the predictor to the "
-            "planner"
+            "planner",
+            code="plan-predictor",
         )
     if not is_cnn:
         return
@@ -350,17 +390,20 @@ def _check_whole_network(plan: Plan) -> None:
     if s.order != "random":
         raise PlanError(
             f"sequence.order={s.order}: a CNN predicts all unknown blocks at once, which has no "
-            "other order than random; use sequence.order=random"
+            "other order than random; use sequence.order=random",
+            code="plan-cnn-order",
         )
     if objective.target == "normalised_with_statistics":
         raise PlanError(
             "objective.target=normalised_with_statistics: a CNN predicts one value per voxel; use "
-            "voxels or normalised"
+            "voxels or normalised",
+            code="plan-cnn-target",
         )
     if s.weights.get("strided", 0) > 0:
         raise PlanError(
             "sequence.weights.strided: overlapping sub-volumes would show a CNN the voxels that it "
-            "has to predict; leave strided out of --sequences"
+            "has to predict; leave strided out of --sequences",
+            code="plan-cnn-strided",
         )
 
 
@@ -383,19 +426,25 @@ def _check_segments(plan: Plan) -> None:
 
 
 def _check_kinds(plan: Plan) -> None:
+    """Refuse unknown kinds of sequences, and kinds that cannot be drawn."""
     s = plan.sequence
     for kind, weight in s.weights.items():
         if kind not in KINDS:
             raise PlanError(
-                f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}"
+                f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}",
+                code="plan-unknown-kind",
             )
         if not 0 <= weight < float("inf"):
-            raise PlanError(f"sequence.weights.{kind}={weight} must not be negative")
+            raise PlanError(
+                f"sequence.weights.{kind}={weight} must not be negative",
+                code="plan-out-of-range",
+            )
     wanted = {kind for kind, weight in s.weights.items() if weight > 0}
     if not wanted:
         raise PlanError(
             f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater "
-            "than 0"
+            "than 0",
+            code="plan-no-kinds",
         )
     if "strided" in wanted:
         _check_strided(plan)
@@ -407,32 +456,39 @@ def _check_kinds(plan: Plan) -> None:
             f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} "
             "sequence.contrasts with sequence.predictor=next is "
             "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or "
-            "use sequence.predictor=query"
+            "use sequence.predictor=query",
+            code="plan-ill-posed",
         )
 
 
 def _check_strided(plan: Plan) -> None:
-    s, side = plan.sequence, plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
+    """Refuse crops that cannot be cut into overlapping sub-volumes of whole blocks along z."""
+    s = plan.sequence
+    side = plan.encoder.token_size_vox[0] * s.block_tokens[0]
     if s.num_subvolumes < 1 or s.crop_size_vox[0] % (s.num_subvolumes * side):
         raise PlanError(
             f"sequence.crop_size_vox: {s.crop_size_vox[0]} on axis z cannot be cut into "
             f"sequence.num_subvolumes={s.num_subvolumes} of "
             f"whole blocks of {side}; use a multiple of {max(s.num_subvolumes, 1) * side}, or "
-            "another number"
+            "another number",
+            code="plan-strided",
         )
     depth = s.crop_size_vox[0] // s.num_subvolumes
     if not 1 <= s.stride_vox <= depth:
         raise PlanError(
             f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth of "
-            f"{depth} (no overlap)"
+            f"{depth} (no overlap)",
+            code="plan-strided",
         )
 
 
 def _check_members(plan: Plan, kind: str, members: int) -> None:
+    """Refuse impossible numbers and crops of the images of one sequence."""
     s = plan.sequence
     if members < 2:
         raise PlanError(
-            f"sequence.{kind}_members={members}: a {kind} sequence has at least 2 images"
+            f"sequence.{kind}_members={members}: a {kind} sequence has at least 2 images",
+            code="plan-members",
         )
     if s.member_crop_vox is None:
         return
@@ -447,5 +503,6 @@ def _check_members(plan: Plan, kind: str, members: int) -> None:
         if member % (token * block) or not 0 < member <= crop:
             raise PlanError(
                 f"sequence.member_crop_vox: {member} on axis {axis} has to be a multiple of "
-                f"{token * block}, at most {crop}"
+                f"{token * block}, at most {crop}",
+                code="plan-members",
             )

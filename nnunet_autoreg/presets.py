@@ -1,6 +1,6 @@
-"""Named sets of plan values:
+"""Named sets of plan values: ``--objective masked`` and ``--preset faithful``.
 
-``--objective masked`` and ``--preset faithful``. What the user sets beside them counts more.
+What the user sets beside them takes precedence.
 """
 
 from collections.abc import Container
@@ -19,39 +19,39 @@ SUB_VOLUMES, STRIDE_VOX = 4, 8
 
 
 def with_objective(plan: Plan, name: str) -> Plan:
-    """``plan`` for this objective: masked autoencoding hides a random three quarters of the blocks
-    and asks for all of them by place.
+    """Return ``plan`` for this objective.
+
+    Masked autoencoding hides three quarters of the blocks, chosen at random, and predicts all of
+    them at once by their positions.
     """
     plan = replace(plan, objective=replace(plan.objective, name=name))
     if name != "masked":
         return plan
+
     is_transformer = has_transformer(family_of(plan.encoder.class_path))
-    predictor = "query" if is_transformer else "network"
-    why = "what masked autoencoding is (--objective masked)"
-    keys = ("objective.name", "sequence.order", "sequence.predictor", "sequence.prefix")
-    return replace(
-        plan,
-        sequence=replace(
-            plan.sequence, order="random", predictor=predictor, prefix="fixed", prefix_share=0.25
-        ),
-        reasons={
-            **plan.reasons,
-            **dict.fromkeys(keys, why),
-            "sequence.prefix_share": "a quarter is visible, as usual",
-        },
+    sequence = replace(
+        plan.sequence,
+        order="random",
+        predictor="query" if is_transformer else "network",
+        prefix="fixed",
+        prefix_share=0.25,
     )
+    reasons = dict(plan.reasons)
+    for key in ("objective.name", "sequence.order", "sequence.predictor", "sequence.prefix"):
+        reasons[key] = "what masked autoencoding is (--objective masked)"
+    reasons["sequence.prefix_share"] = "a quarter is visible, as usual"
+    return replace(plan, sequence=sequence, reasons=reasons)
 
 
 def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
-    """AR-SSL4M's settings as far as an encoder has them.
+    """Return ``plan`` with AR-SSL4M's settings, as far as an encoder has them.
 
     One crop as four overlapping sub-volumes in interleaved order without augmentation, single
     tokens, predictor ``next``; START predicts the first of them where there is a START token
     (``vit_b16``), else at least one block is given. Target with 1e-6 added under the root, AdamW
     1e-4 with decay 0.01 on everything, no warm-up, no clipping, half a cosine, batch 288. Not
-    theirs, and the same for every run
-    of ours: resampling, nnU-Net's normalisation instead of percentiles of each crop, which crops
-        are cut, and the length.
+    theirs, and the same for every run of ours, are resampling, nnU-Net's normalisation instead of
+    percentiles of each crop, which crops are cut, and the length.
 
     Args:
         kept: "sequence.weights" and "optim.batch_size" where the user chose them.
@@ -66,7 +66,8 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
         raise PlanError(
             f"--preset faithful: {plan.encoder.name} has convolutions that look beyond one token, "
             "and AR-SSL4M predicts "
-            "token by token; use --encoder vit_b16 (its own) or a primus_* one"
+            "token by token; use --encoder vit_b16 (its own) or a primus_* one",
+            code="preset-encoder",
         )
     sequence = replace(
         plan.sequence,
@@ -105,29 +106,24 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
         query_attention=False,
     )
     made = replace(plan, sequence=sequence, optim=optim, objective=objective)
-    by_preset = [
-        *_changed(plan, made),
-        *([] if "optim.batch_size" in kept else ["optim.batch_size"]),
-    ]
+    by_preset = _changed(plan, made)
+    if "optim.batch_size" not in kept:
+        # It is planned with the preset already, because the length depends on it.
+        by_preset.append("optim.batch_size")
     return replace(made, reasons={**plan.reasons, **dict.fromkeys(by_preset, BY_PRESET)})
 
 
 def _crop(plan: Plan) -> Size:
-    """The planned crop, along z in whole tokens of every sub-volume: fewer, or one each."""
+    """Return the planned crop, along z cut to whole tokens of every sub-volume, at least one."""
     z, y, x = plan.sequence.crop_size_vox
     side = SUB_VOLUMES * plan.encoder.token_size_vox[0]
     return (max(z // side, 1) * side, y, x)
 
 
 def _changed(before: Plan, after: Plan) -> list[str]:
-    pairs = (
-        ("sequence", before.sequence, after.sequence),
-        ("optim", before.optim, after.optim),
-        ("objective", before.objective, after.objective),
-    )
-    return [
-        f"{part}.{key}"
-        for part, old, new in pairs
-        for key, value in vars(new).items()
-        if vars(old)[key] != value
-    ]
+    """Return the keys of the values that differ."""
+    keys = []
+    for part in ("sequence", "optim", "objective"):
+        old, new = vars(getattr(before, part)), vars(getattr(after, part))
+        keys += [f"{part}.{key}" for key, value in new.items() if old[key] != value]
+    return keys

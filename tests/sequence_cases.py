@@ -16,7 +16,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.sampling.pool import Group, Place, SamplingPool, Structure
+from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
 
 TINY = encoder_size("primus_tiny")
 WORDS = ("T1w", "T1w-ce", "T2w", "FLAIR")
@@ -68,7 +68,7 @@ class Shifted(Ramp):
 
 def contrast_material(num_groups=2):
     groups = [
-        Group(
+        StoredGroup(
             f"case {g}",
             tuple(
                 (word, Shifted((30, 40, 30), by=1e5 * (4 * g + i))) for i, word in enumerate(WORDS)

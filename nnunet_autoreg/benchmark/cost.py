@@ -21,7 +21,7 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import from_jsonable, read_json
-from nnunet_autoreg.sampling.pool import Group, Place, SamplingPool, Structure
+from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
 from nnunet_autoreg.sampling.sample import collate
 from nnunet_autoreg.sampling.sampler import TRAINING
 
@@ -107,7 +107,7 @@ def _noise_material(plan: Plan) -> SamplingPool:
     spacing_mm = plan.data.spacing_mm
     case = NoiseCase(shape, spacing_mm)
 
-    group = Group("noise", tuple((name, case) for name in plan.sequence.contrasts))  # type: ignore[misc]
+    group = StoredGroup("noise", tuple((name, case) for name in plan.sequence.contrasts))  # type: ignore[misc]
     centre = (shape[0] / 2, shape[1] / 2, shape[2] / 2)
     places = [Place(f"subject {n}", case, centre) for n in range(NUM_SUBJECTS)]  # type: ignore[arg-type]
     structure = Structure("noise", spacing_mm, tuple(places))

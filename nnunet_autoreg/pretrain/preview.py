@@ -1,4 +1,7 @@
-"""x"""
+"""``sequences.png``: a few sequences as the network will see them, for people who read scans.
+
+In the code below, a layer is one block thick along z, and a member is one image of a sequence.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +19,7 @@ from nnunet_autoreg.corpus.groups import contrast_groups, reduced
 from nnunet_autoreg.corpus.places import KnownPlace, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
-from nnunet_autoreg.geometry import grid_of
+from nnunet_autoreg.geometry import Size, grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.preprocessing import store_groups
 from nnunet_autoreg.pretrain.sampling_pool import PLACES_NAME, read_places
@@ -35,24 +38,17 @@ from nnunet_autoreg.store.store import Store
 
 log = logging.getLogger(__name__)
 
-
 PICTURE_NAME = "sequences.png"
-
-
 PER_KIND = {"spatial": 3, "strided": 2, "contrast": 2, "semantic": 3}
-
-
+MOST_INPUTS = 6
 LIKENESS_SCANS = 2
 """Times as many scans as a semantic sequence has images, where structures are found by likeness."""
-
 
 STRIP = 13
 """Blocks in the strip below each sequence, around the first that has to be predicted."""
 
-
-GIVEN, ASKED, NOW = "#35b779", "#e8743b", "#ffffff"
-
-
+GIVEN, PREDICTED = "#35b779", "#e8743b"
+PANEL_INCH = {"one image": 4.6, "several images": 5.2}
 TITLES = {
     "spatial": "One crop of one scan",
     "strided": "Overlapping sub-volumes of one crop, one after another",
@@ -62,124 +58,143 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One sequence to picture."""
+class DrawnSequence:
+    """One sequence to picture, and where it comes from."""
 
     sample: Sample
     shown: Shown
+
+    @property
+    def has_several_images(self) -> bool:
+        """Whether the sequence is made of more than one crop."""
+        return len(self.sample.voxels) > 1
 
 
 def draw_preview(
     folder: Path, plan: Plan, rows: Sequence[ScanRow], store: Store, num_workers: int
 ) -> Path:
-    """Preprocess a few scans, draw sequences from them as training would, and picture them in the
-    run's folder.
+    """Preprocess a few scans, draw sequences from them as training would, and picture them.
+
+    Returns:
+        the picture in the run's folder.
 
     Raises:
         AutoregError: none of the scans gives a sequence.
     """
+    kinds = wanted(plan)
     path = folder / PLACES_NAME
     places = read_places(path) if path.exists() else []
-    chosen = few_rows(plan, rows, places)
+    chosen = choose_rows(plan, rows, places)
     spacing_of = partial(row_spacing, data=plan.data)
     keys = store.ensure(chosen, spacing_of, plan.data.ct_window, num_workers)
-    cases = {row.id: store.open(keys[row.id]) for row in chosen if row.id in keys}
-    if "semantic" in wanted(plan) and not places:
-        tried = [row for row in chosen if row.id in cases]
-        places = places_alike(
-            tried, cases, member_crop(plan, "semantic"), plan.sequence.semantic_members
-        )
-    groups = (
-        store_groups(plan, store, contrast_groups(chosen), num_workers)
-        if "contrast" in wanted(plan)
-        else []
-    )
-    names = {
-        case.path: row.id
-        for row, case in ((row, cases[row.id]) for row in chosen if row.id in cases)
-    }
-    drawn = draw_few(plan, gather(plan, cases, groups, places))
-    if not drawn:
+    stored = [row for row in chosen if row.id in keys]
+    cases = {row.id: store.open(keys[row.id]) for row in stored}
+
+    if "semantic" in kinds and not places:
+        num_members = plan.sequence.semantic_members
+        places = places_alike(stored, cases, member_crop(plan, "semantic"), num_members)
+    groups = []
+    if "contrast" in kinds:
+        groups = store_groups(plan, store, contrast_groups(chosen), num_workers)
+
+    sequences = draw_sequences(plan, gather(plan, cases, groups, places))
+    if not sequences:
         raise AutoregError(
             f"--show: none of the {len(chosen)} scans tried gives a sequence; see the lines above, "
-            "or leave out --show"
+            "or leave out --show",
+            code="preview-no-sequence",
         )
+    names = {cases[row.id].path: row.id for row in stored}
     picture = folder / PICTURE_NAME
-    draw_picture(picture, plan, drawn, names)
-    log.info("%d sequences of %d scans: %s", len(drawn), len(cases), picture)
+    draw_picture(picture, plan, sequences, names)
+    log.info("%d sequences of %d scans: %s", len(sequences), len(cases), picture)
     return picture
 
 
-def few_rows(plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]) -> list[ScanRow]:
-    """Scans enough for the picture: spread over the datasets, whole groups of contrasts, subjects
-    that share structures.
+def choose_rows(plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]) -> list[ScanRow]:
+    """Return enough scans for the picture.
+
+    They are spread over the datasets, and hold whole groups of contrasts and subjects that share
+    structures.
     """
-    by_id = {row.id: row for row in rows}
-    wish: dict[str, ScanRow] = {}
-    kinds, s = wanted(plan), plan.sequence
+    kinds = wanted(plan)
+    chosen: list[ScanRow] = []
     if "spatial" in kinds or "strided" in kinds:
-        of: dict[str, list[ScanRow]] = {}
-        for row in rows:
-            of.setdefault(row.dataset, []).append(row)
-        most = max(PER_KIND["spatial"], len(of)) if len(of) <= 6 else 6
-        spread = [
-            of[name][round(i * (len(of[name]) - 1) / 2)] for i in range(3) for name in sorted(of)
-        ]
-        wish.update({row.id: row for row in spread[:most]})
+        chosen += _spread_over_datasets(rows)
     if "contrast" in kinds:
-        fitting = [
-            g
-            for g in (reduced(group, s.contrasts) for group in contrast_groups(rows))
-            if len(g.rows) >= s.contrast_members
-        ]
-        wish.update(
-            {row.id: row for group in fitting[: PER_KIND["contrast"]] for row in group.rows}
-        )
+        with_contrasts = [reduced(g, plan.sequence.contrasts) for g in contrast_groups(rows)]
+        fitting = [g for g in with_contrasts if len(g.rows) >= plan.sequence.contrast_members]
+        for group in fitting[: PER_KIND["contrast"]]:
+            chosen += group.rows
     if "semantic" in kinds:
-        structures: dict[str, dict[str, str]] = {}
-        for place in places:
-            if place.scan in by_id:
-                structures.setdefault(place.structure, {}).setdefault(
-                    subject_of(by_id[place.scan]), place.scan
-                )
-        if not structures:
-            wish.update({row.id: row for row in rows[: LIKENESS_SCANS * s.semantic_members]})
-        enough = [
-            scans for _, scans in sorted(structures.items()) if len(scans) >= s.semantic_members
-        ]
-        shown = enough[:: max(1, len(enough) // PER_KIND["semantic"])][: PER_KIND["semantic"]]
-        wish.update(
-            {
-                scan: by_id[scan]
-                for scans in shown
-                for scan in list(scans.values())[: s.semantic_members]
-            }
-        )
-    return list(wish.values())
+        chosen += _with_structures(plan, rows, places)
+
+    # Each scan once, in the order in which it was chosen first.
+    return list({row.id: row for row in chosen}.values())
 
 
-def draw_few(plan: Plan, pool: SamplingPool) -> list[Drawn]:
-    """A few sequences of each kind, from different scans, groups or structures; each with some
-    blocks given and most asked for.
+def _spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
+    """Return the first, middle and last scan of every dataset, as many as there is room for."""
+    by_dataset: dict[str, list[ScanRow]] = {}
+    for row in rows:
+        by_dataset.setdefault(row.dataset, []).append(row)
+
+    spread = []
+    for part in range(3):
+        for name in sorted(by_dataset):
+            of_dataset = by_dataset[name]
+            spread.append(of_dataset[round(part * (len(of_dataset) - 1) / 2)])
+    return spread[: min(max(PER_KIND["spatial"], len(by_dataset)), MOST_INPUTS)]
+
+
+def _with_structures(
+    plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]
+) -> list[ScanRow]:
+    """Return scans of different subjects that share structures."""
+    num_members = plan.sequence.semantic_members
+    by_id = {row.id: row for row in rows}
+    # structure -> subject -> scan
+    structures: dict[str, dict[str, str]] = {}
+    for place in places:
+        if place.scan in by_id:
+            subject = subject_of(by_id[place.scan])
+            structures.setdefault(place.structure, {}).setdefault(subject, place.scan)
+    if not structures:
+        return list(rows[: LIKENESS_SCANS * num_members])
+
+    enough = [scans for _, scans in sorted(structures.items()) if len(scans) >= num_members]
+    every = max(1, len(enough) // PER_KIND["semantic"])
+    chosen = []
+    for scans in enough[::every][: PER_KIND["semantic"]]:
+        chosen += [by_id[scan] for scan in list(scans.values())[:num_members]]
+    return chosen
+
+
+def draw_sequences(plan: Plan, pool: SamplingPool) -> list[DrawnSequence]:
+    """Return a few sequences of each kind, from different scans, groups or structures.
+
+    In each, some blocks are given and most have to be predicted.
     """
-    sampler, drawn = SequenceSampler(plan), []
+    sampler = SequenceSampler(plan)
+    sequences = []
     for kind in wanted(plan):
+        field = {"contrast": "groups", "semantic": "structures"}.get(kind, "cases")
         for number in range(min(PER_KIND[kind], pool.num_sources(kind))):
-            one = replace(pool, **{_field(kind): (_things(pool, kind)[number],)})
-            _, shown = sampler.draw_kind(
-                kind, one, rng.generator(plan.run.seed, f"picture: {kind}", number)
-            )
+            source = getattr(pool, field)[number]
+            generator = rng.generator(plan.run.seed, f"picture: {kind}", number)
+            _, shown = sampler.draw_kind(kind, replace(pool, **{field: (source,)}), generator)
+
             sample, shown = upright(plan, shown)
             share = (0.3, 0.5, 0.2)[number % 3]
-            drawn.append(
-                Drawn(replace(sample, prefix=telling_prefix(plan, sample, kind, share)), shown)
-            )
-    return drawn
+            prefix = informative_prefix(plan, sample, kind, share)
+            sequences.append(DrawnSequence(replace(sample, prefix=prefix), shown))
+    return sequences
 
 
 def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
-    """The same sequence the way round that radiologists look at scans: one of the ways in which
-    training mirrors them.
+    """Return the same sequence as radiologists look at scans.
+
+    It is one of the ways in which training flips them.
     """
     flips = (False, True, True) if plan.sequence.flip else (False, False, False)
     drawn: Any = replace(shown.drawn, turn=Turn(flips))
@@ -192,227 +207,201 @@ def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
     return sample.turned(), replace(shown, drawn=drawn)
 
 
-def telling_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
-    """About this share of the blocks, such that the first one to predict shows something; a plan's
-    fixed one stays.
+def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
+    """Return a number of given blocks after which the first one to predict shows something.
+
+    It is about this share of the blocks; a plan's fixed share stays.
     """
     if plan.sequence.prefix == "fixed":
         return sample.prefix
-    total, ranks = num_blocks(plan, kind), block_ranks(plan, sample)
+    total = num_blocks(plan, kind)
     low, high = max(1, round((share - 0.1) * total)), max(2, round((share + 0.1) * total))
-    place = {int(rank): i for i, rank in enumerate(ranks.ravel())}
-    return max(
-        range(low, min(high, total)),
-        key=lambda p: float(_block(plan, sample, ranks.shape, place[p])[0].std()),
-        default=1,
-    )
+    indices = block_indices(plan, sample)
+    position = {int(index): i for i, index in enumerate(indices.ravel())}
+
+    def contrast(prefix: int) -> float:
+        slice_YX, _ = _middle_slice(plan, sample, indices.shape, position[prefix])
+        return float(slice_YX.std())
+
+    return max(range(low, min(high, total)), key=contrast, default=1)
 
 
-def _field(kind: str) -> str:
-    return {"contrast": "groups", "semantic": "structures"}.get(kind, "cases")
+def block_indices(plan: Plan, sample: Sample) -> NDArray[np.int64]:
+    """Return the index in the sequence of every block, (members, Z, Y, X)."""
+    token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
+    grid = grid_of(sample.voxels.shape[2:], token)
+    shape = [g // b for g, b in zip(grid, block, strict=True)]
+    per_token = sample.ranks.reshape(len(sample.voxels), -1)  # (members, T)
+    indices = np.zeros((len(sample.voxels), int(np.prod(shape))), dtype=np.int64)
+    indices[:, block_ids(grid, block)] = per_token
+    return indices.reshape(len(sample.voxels), *shape)
 
 
-def _things(pool: SamplingPool, kind: str) -> tuple[Any, ...]:
-    things: tuple[Any, ...] = getattr(pool, _field(kind))
-    return things
-
-
-def draw_picture(path: Path, plan: Plan, drawn: Sequence[Drawn], names: Mapping[Path, str]) -> None:
+def draw_picture(
+    path: Path, plan: Plan, sequences: Sequence[DrawnSequence], names: Mapping[Path, str]
+) -> None:
     """Write the picture, one panel per sequence."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    heights = [PANEL_INCH[len(d.sample.voxels) > 1] for d in drawn]
+    heights = []
+    for one in sequences:
+        heights.append(PANEL_INCH["several images" if one.has_several_images else "one image"])
     figure = Figure(figsize=(15, sum(heights) + 1.4), layout="constrained", facecolor="white")
-    parts: Any = figure.subfigures(len(drawn) + 1, 1, height_ratios=[1.4, *heights])
+    parts: Any = figure.subfigures(len(sequences) + 1, 1, height_ratios=[1.4, *heights])
     head, *panels = parts
-    head.text(
-        0.01,
-        0.93,
-        f"What the network is given and asked for - run '{plan.name}'",
-        fontsize=16,
-        weight="bold",
-        va="top",
+
+    title = f"What the network is given and has to predict - run '{plan.name}'"
+    head.text(0.01, 0.93, title, fontsize=16, weight="bold", va="top")
+    moves = []
+    if plan.sequence.flip:
+        moves.append("flipped")
+    if plan.sequence.swap_axes:
+        moves.append("transposed")
+    explanation = (
+        "It sees the green blocks and predicts the orange ones in the order of the numbers; each "
+        "block is visible after it was predicted.\n"
+        "Hatched: there is no image, and nothing is predicted. Crops are pictured the usual way "
+        f"round; in training they are {' and '.join(moves) or 'taken'} at random. "
+        f"Order '{plan.sequence.order}', predictor '{plan.sequence.predictor}'."
     )
-    head.text(
-        0.01,
-        0.58,
-        "It is shown the green blocks and predicts the orange ones, one after another in the order "
-        "of the numbers; "
-        "each block, once predicted, is shown too.\nHatched: no image there, nothing is asked. "
-        "Pictured the usual way round; in "
-        f"training crops are {_moved(plan)} at random. Order '{plan.sequence.order}', predictor "
-        f"'{plan.sequence.predictor}'.",
-        fontsize=11.5,
-        va="top",
-    )
-    for panel, one in zip(panels, drawn, strict=True):
+    head.text(0.01, 0.58, explanation, fontsize=11.5, va="top")
+
+    for panel, one in zip(panels, sequences, strict=True):
         _draw_panel(panel, plan, one, names)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def _moved(plan: Plan) -> str:
-    ways = [
-        word
-        for word, does in (("mirrored", plan.sequence.flip), ("turned", plan.sequence.swap_axes))
-        if does
-    ]
-    return " and ".join(ways) if ways else "taken"
-
-
-PANEL_INCH = {False: 4.6, True: 5.2}
-
-
-def _draw_panel(panel: Any, plan: Plan, one: Drawn, names: Mapping[Path, str]) -> None:
+def _draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, str]) -> None:
     sample, shown = one.sample, one.shown
-    whose = shown.subject if shown.subject else names.get(shown.cases[0].path, "")
-    given, asked = sample.prefix, int(sample.ranks.max()) + 1 - sample.prefix
-    what = (
-        "Places that look alike in several patients"
-        if shown.subject.startswith(ALIKE)
-        else TITLES[shown.kind]
-    )
+    source = shown.subject or names.get(shown.cases[0].path, "")
+    num_given = sample.prefix
+    num_predicted = int(sample.ranks.max()) + 1 - sample.prefix
+    title = TITLES[shown.kind]
+    if shown.subject.startswith(ALIKE):
+        title = "Places that look alike in several patients"
     panel.suptitle(
-        f"{what}:  {whose}   ({given} blocks given, {asked} to predict)",
+        f"{title}:  {source}   ({num_given} blocks given, {num_predicted} to predict)",
         x=0.01,
         ha="left",
         fontsize=13,
     )
+
     top, bottom = panel.subfigures(2, 1, height_ratios=[2.6, 1])
-    pictures = _views(plan, one, names)
-    axes = np.atleast_1d(top.subplots(1, len(pictures)))
-    for axis, (title, draw) in zip(axes, pictures, strict=True):
+    views = _views(plan, one, names)
+    axes = np.atleast_1d(top.subplots(1, len(views)))
+    for axis, (view_title, draw) in zip(axes, views, strict=True):
         draw(axis)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(view_title, fontsize=10)
         axis.set_axis_off()
     _draw_strip(bottom, plan, sample)
 
 
 def _views(
-    plan: Plan, one: Drawn, names: Mapping[Path, str]
+    plan: Plan, one: DrawnSequence, names: Mapping[Path, str]
 ) -> list[tuple[str, Callable[[Any], None]]]:
-    """(title, how to draw): the scan with the crop marked, then the crop in layers, or the members
+    """Return (title, function that draws on an axis) of every view.
+
+    The first is the scan with the crop marked. The others are the crop in layers, or the members
     side by side.
     """
     sample, shown = one.sample, one.shown
-    grey = _window(sample)
-    depth, token = (
-        sample.voxels.shape[2],
-        plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0],
-    )
-    layers = depth // token
-    if len(sample.voxels) == 1:
-        chosen = np.unique(np.linspace(0, layers - 1, min(4, layers)).round().astype(int)).tolist()
-        views = [
-            (
-                f"layer {layer + 1} of {layers}",
-                partial(_draw_layer, plan=plan, sample=sample, member=0, layer=layer, grey=grey),
-            )
-            for layer in chosen
-        ]
-        return [
-            (
-                "where it lies in the scan",
-                partial(_draw_context, case=shown.cases[0], one=one, plan=plan),
-            ),
-            *views,
-        ]
-    middle = layers // 2
-    marked = shown.cases[0]
-    views = [
-        (
-            _member_title(shown, names, m),
-            partial(
-                _draw_layer, plan=plan, sample=sample, member=m, layer=middle, grey=grey[m : m + 1]
-            ),
-        )
-        for m in range(len(sample.voxels))
+    side_z = plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
+    num_layers = sample.voxels.shape[2] // side_z
+    title = "where it lies in the scan"
+    if one.has_several_images:
+        title = "where it lies" if shown.kind == "contrast" else "where it lies in the first"
+    views: list[tuple[str, Callable[[Any], None]]] = [
+        (title, partial(_draw_context, case=shown.cases[0], one=one, plan=plan))
     ]
-    title = "where it lies" if shown.kind == "contrast" else "where it lies in the first"
-    return [(title, partial(_draw_context, case=marked, one=one, plan=plan)), *views]
+
+    if not one.has_several_images:
+        num_shown = min(4, num_layers)
+        layers = np.unique(np.linspace(0, num_layers - 1, num_shown).round().astype(int)).tolist()
+        for layer in layers:
+            draw = partial(_draw_layer, plan=plan, sample=sample, member=0, layer=layer)
+            views.append((f"layer {layer + 1} of {num_layers}", draw))
+        return views
+
+    for member in range(len(sample.voxels)):
+        name = names.get(shown.cases[member].path, "").rpartition("/")[2]
+        if shown.kind == "contrast":
+            name = shown.names[member]
+        draw = partial(_draw_layer, plan=plan, sample=sample, member=member, layer=num_layers // 2)
+        views.append((f"{member + 1}.  {name}", draw))
+    return views
 
 
-def _member_title(shown: Shown, names: Mapping[Path, str], member: int) -> str:
-    if shown.kind == "contrast":
-        return f"{member + 1}.  {shown.names[member]}"
-    return f"{member + 1}.  {names.get(shown.cases[member].path, '').rpartition('/')[2]}"
+def _grey_range(sample: Sample, member: int) -> tuple[float, float]:
+    """Return the darkest and brightest grey of a member."""
+    valid = sample.real[member]
+    inside = sample.voxels[member, 0][valid] if valid.any() else np.zeros(1)
+    low, high = np.percentile(inside, (1, 99.5))
+    return float(low), float(max(high, low + 1e-3))
 
 
-def _window(sample: Sample) -> list[tuple[float, float]]:
-    """Darkest and brightest grey of each member."""
-    greys = []
-    for voxels, real in zip(sample.voxels, sample.real, strict=True):
-        inside = voxels[0][real] if real.any() else np.zeros(1)
-        low, high = np.percentile(inside, (1, 99.5))
-        greys.append((float(low), float(max(high, low + 1e-3))))
-    return greys
+def _aspect(plan: Plan) -> float:
+    _, y, x = plan.data.spacing_mm
+    return y / x
 
 
-def _draw_layer(
-    axis: Any,
-    *,
-    plan: Plan,
-    sample: Sample,
-    member: int,
-    layer: int,
-    grey: Sequence[tuple[float, float]],
-) -> None:
-    """The middle slice of one layer of blocks: outlines by colour, numbers by order."""
+def _block_side(plan: Plan) -> list[int]:
+    """Return the voxels of a block along z, y, x."""
+    token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
+    return [t * b for t, b in zip(token, block, strict=True)]
+
+
+def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: int) -> None:
+    """Draw the middle slice of one layer of blocks: outlines by colour, numbers by order."""
     from matplotlib import patheffects
     from matplotlib.patches import Rectangle
 
-    token = plan.encoder.token_size_vox
-    side = [t * b for t, b in zip(token, plan.sequence.block_tokens, strict=True)]
-    low, high = grey[0]
-    z = layer * side[0] + _fullest(sample.real[member, layer * side[0] : (layer + 1) * side[0]])
-    aspect = _aspect(plan)
-    axis.imshow(
-        np.where(sample.real[member, z], sample.voxels[member, 0, z], np.nan),
-        cmap="gray",
-        vmin=low,
-        vmax=high,
-        aspect=aspect,
-    )
+    side_z, side_y, side_x = _block_side(plan)
+    low, high = _grey_range(sample, member)
+    in_layer = slice(layer * side_z, (layer + 1) * side_z)
+    z = layer * side_z + _fullest_slice(sample.real[member, in_layer])
+    valid_YX = sample.real[member, z]
+    slice_YX = np.where(valid_YX, sample.voxels[member, 0, z], np.nan)
+    axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=_aspect(plan))
     axis.set_facecolor("#dddddd")
-    ranks = block_ranks(plan, sample)[member][layer]
-    every = -(-ranks.shape[1] // 6)
+
+    indices_YX = block_indices(plan, sample)[member, layer]
+    # At most six numbers in a row can be read.
+    every = -(-indices_YX.shape[1] // 6)
     outline = [patheffects.withStroke(linewidth=1.8, foreground="black")]
-    for y, x in np.ndindex(*ranks.shape):
-        rank = int(ranks[y, x])
-        colour = GIVEN if rank < sample.prefix else ASKED
-        box = (x * side[2] - 0.5, y * side[1] - 0.5)
-        empty = not sample.real[
-            member, z, y * side[1] : (y + 1) * side[1], x * side[2] : (x + 1) * side[2]
-        ].any()
-        axis.add_patch(
-            Rectangle(
-                box,
-                side[2],
-                side[1],
-                facecolor="none" if empty else colour,
-                alpha=0.09,
-                linewidth=0,
-            )
+    for y, x in np.ndindex(*indices_YX.shape):
+        index = int(indices_YX[y, x])
+        rows, columns = slice(y * side_y, (y + 1) * side_y), slice(x * side_x, (x + 1) * side_x)
+        is_empty = not valid_YX[rows, columns].any()
+        colour = GIVEN if index < sample.prefix else PREDICTED
+        corner = (x * side_x - 0.5, y * side_y - 0.5)
+        tint = Rectangle(
+            corner,
+            side_x,
+            side_y,
+            facecolor="none" if is_empty else colour,
+            alpha=0.09,
+            linewidth=0,
         )
-        axis.add_patch(
-            Rectangle(
-                box,
-                side[2],
-                side[1],
-                facecolor="none",
-                edgecolor="#bbbbbb" if empty else colour,
-                linewidth=0.6,
-                hatch="///" if empty else None,
-            )
+        border = Rectangle(
+            corner,
+            side_x,
+            side_y,
+            facecolor="none",
+            edgecolor="#bbbbbb" if is_empty else colour,
+            linewidth=0.6,
+            hatch="///" if is_empty else None,
         )
-        if not empty and x % every == 0:
+        axis.add_patch(tint)
+        axis.add_patch(border)
+        if not is_empty and x % every == 0:
             axis.text(
-                box[0] + 0.06 * side[2],
-                box[1] + 0.1 * side[1],
-                str(rank + 1),
+                corner[0] + 0.06 * side_x,
+                corner[1] + 0.1 * side_y,
+                str(index + 1),
                 color=colour,
                 fontsize=8,
                 va="top",
@@ -421,125 +410,94 @@ def _draw_layer(
             )
 
 
-def block_ranks(plan: Plan, sample: Sample) -> NDArray[np.int64]:
-    """(M, Z, Y, X) rank of every block."""
-    token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
-    grid = grid_of(sample.voxels.shape[2:], token)
-    ids = block_ids(grid, block)
-    shape = [g // b for g, b in zip(grid, block, strict=True)]
-    per_member = sample.ranks.reshape(len(sample.voxels), -1)
-    ranks = np.zeros((len(sample.voxels), int(np.prod(shape))), dtype=np.int64)
-    ranks[:, ids] = per_member
-    return ranks.reshape(len(sample.voxels), *shape)
-
-
-def _aspect(plan: Plan) -> float:
-    _, y, x = plan.data.spacing_mm
-    return y / x
-
-
-def _draw_context(axis: Any, *, case: StoredCase, one: Drawn, plan: Plan) -> None:
-    """The slice of the whole scan through the middle of the crop, with the crop marked."""
+def _draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan) -> None:
+    """Draw the slice of the whole scan through the middle of the crop, with the crop marked."""
     from matplotlib.patches import Rectangle
 
     drawn: Any = one.shown.drawn
     start = drawn.starts[0] if hasattr(drawn, "starts") else drawn.start
     size = _read_size(plan, one)
     z = int(np.clip(start[0] + size[0] // 2, 0, case.shape_vox[0] - 1))
-    whole = case.read((z, 0, 0), (1, *case.shape_vox[1:]))[0, 0]
-    low, high = np.percentile(whole, (1, 99.5))
-    axis.imshow(
-        whole,
-        cmap="gray",
-        vmin=low,
-        vmax=max(high, low + 1e-3),
-        aspect=case.spacing_mm[1] / case.spacing_mm[2],
-    )
-    axis.add_patch(
-        Rectangle(
-            (start[2] - 0.5, start[1] - 0.5),
-            size[2],
-            size[1],
-            fill=False,
-            edgecolor="#ffd92f",
-            linewidth=2,
-        )
-    )
-    extent = [
-        (min(a, 0), max(a + n, m))
-        for a, n, m in zip(start[1:], size[1:], case.shape_vox[1:], strict=True)
-    ]
+    slice_YX = case.read((z, 0, 0), (1, *case.shape_vox[1:]))[0, 0]
+    low, high = np.percentile(slice_YX, (1, 99.5))
+    aspect = case.spacing_mm[1] / case.spacing_mm[2]
+    axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), aspect=aspect)
+
+    corner = (start[2] - 0.5, start[1] - 0.5)
+    frame = Rectangle(corner, size[2], size[1], fill=False, edgecolor="#ffd92f", linewidth=2)
+    axis.add_patch(frame)
+
+    # The crop may reach beyond the scan.
+    limits = []
+    for first, length, num_voxels in zip(start[1:], size[1:], case.shape_vox[1:], strict=True):
+        limits.append((min(first, 0), max(first + length, num_voxels)))
+    (top, bottom), (left, right) = limits
     # The arrays run towards anterior and right: front up and the patient's right on the left is the
     # reverse of both.
-    turn = -1 if plan.sequence.flip else 1
-    axis.set_ylim(*(extent[0][1] + 1, extent[0][0] - 2)[::turn])
-    axis.set_xlim(*(extent[1][0] - 2, extent[1][1] + 1)[::turn])
+    direction = -1 if plan.sequence.flip else 1
+    axis.set_ylim(*(bottom + 1, top - 2)[::direction])
+    axis.set_xlim(*(left - 2, right + 1)[::direction])
 
 
-def _read_size(plan: Plan, one: Drawn) -> tuple[int, int, int]:
-    """Voxels along z, y, x of the scan that a member's crop covers: undo the axis order."""
+def _read_size(plan: Plan, one: DrawnSequence) -> Size:
+    """Return the voxels along z, y, x of the scan that a member's crop covers."""
     if one.shown.kind == "strided":
         return strided.stretch(plan)
+    # Undo the transposition.
     shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.turn.axes
     z, y, x = (int(shape[axes.index(axis)]) for axis in range(3))
     return (z, y, x)
 
 
 def _draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
-    """Blocks in their order around the first that has to be predicted."""
-    ranks = block_ranks(plan, sample)
-    order = np.argsort(ranks.ravel())
-    filled = [i for i in order.tolist() if _block(plan, sample, ranks.shape, i)[1]]
-    begin = next(
-        (n for n, i in enumerate(filled) if ranks.ravel()[i] >= sample.prefix), len(filled)
-    )
-    first = max(0, min(begin - STRIP // 2, len(filled) - STRIP))
+    """Draw blocks in their order around the first that has to be predicted."""
+    indices = block_indices(plan, sample)
+    flat_indices = indices.ravel()
+    filled = []
+    for position in np.argsort(flat_indices).tolist():
+        _, has_image = _middle_slice(plan, sample, indices.shape, position)
+        if has_image:
+            filled.append(position)
+    num_given = sum(bool(flat_indices[position] < sample.prefix) for position in filled)
+    first = max(0, min(num_given - STRIP // 2, len(filled) - STRIP))
+
     axes = np.atleast_1d(panel.subplots(1, STRIP))
-    grey = _window(sample)
-    for axis, i in zip(axes, filled[first : first + STRIP], strict=False):
-        block, _ = _block(plan, sample, ranks.shape, i)
-        member, rank = i // int(np.prod(ranks.shape[1:])), int(ranks.ravel()[i])
-        axis.imshow(
-            block, cmap="gray", vmin=grey[member][0], vmax=grey[member][1], aspect=_aspect(plan)
-        )
-        colour = GIVEN if rank < sample.prefix else ASKED
+    shown = range(first, min(first + STRIP, len(filled)))
+    for axis, number in zip(axes, shown, strict=False):
+        position = filled[number]
+        slice_YX, _ = _middle_slice(plan, sample, indices.shape, position)
+        low, high = _grey_range(sample, position // int(np.prod(indices.shape[1:])))
+        axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=_aspect(plan))
+        index = int(flat_indices[position])
+        colour = GIVEN if index < sample.prefix else PREDICTED
         for spine in axis.spines.values():
             spine.set(edgecolor=colour, linewidth=3)
         axis.set(xticks=[], yticks=[])
-        words = (
-            "first to predict"
-            if begin < len(filled) and i == filled[begin]
-            else "last given"
-            if n_before(filled, begin) == i
-            else ""
-        )
-        axis.set_xlabel(f"{rank + 1}\n{words}", fontsize=9, color=colour)
-    for axis in axes[len(filled[first : first + STRIP]) :]:
+        label = {num_given - 1: "last given", num_given: "first to predict"}.get(number, "")
+        axis.set_xlabel(f"{index + 1}\n{label}", fontsize=9, color=colour)
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
     axes[0].set_ylabel("in order:", fontsize=10)
 
 
-def n_before(filled: Sequence[int], begin: int) -> int:
-    """The block before the first that has to be predicted; -1 if there is none."""
-    return filled[begin - 1] if begin > 0 else -1
-
-
-def _block(
-    plan: Plan, sample: Sample, shape: Sequence[int], index: int
+def _middle_slice(
+    plan: Plan, sample: Sample, shape: Sequence[int], position: int
 ) -> tuple[NDArray[np.float32], bool]:
-    """The middle slice of one block, and whether it holds any image."""
-    side = [
-        t * b for t, b in zip(plan.encoder.token_size_vox, plan.sequence.block_tokens, strict=True)
-    ]
-    member, *place = (int(i) for i in np.unravel_index(index, shape))
-    z, y, x = (slice(p * n, (p + 1) * n) for p, n in zip(place, side, strict=True))
-    real = sample.real[member, z, y, x]
-    return np.where(real, sample.voxels[member, 0, z, y, x], 0)[_fullest(real)], bool(real.any())
+    """Return the middle slice of one block, and whether it holds any image.
+
+    Args:
+        shape: of the blocks, (members, Z, Y, X).
+        position: of the block, counted through all of them.
+    """
+    member, *cell = (int(i) for i in np.unravel_index(position, shape))
+    z, y, x = (slice(c * n, (c + 1) * n) for c, n in zip(cell, _block_side(plan), strict=True))
+    valid_ZYX = sample.real[member, z, y, x]
+    block_ZYX = np.where(valid_ZYX, sample.voxels[member, 0, z, y, x], 0)
+    return block_ZYX[_fullest_slice(valid_ZYX)], bool(valid_ZYX.any())
 
 
-def _fullest(real_ZYX: NDArray[np.bool_]) -> int:
-    """The slice nearest to the middle of those with most image."""
-    filled = real_ZYX.sum(axis=(1, 2))
-    return int(
-        min(np.flatnonzero(filled == filled.max()), key=lambda z: abs(int(z) - len(filled) // 2))
-    )
+def _fullest_slice(valid_ZYX: NDArray[np.bool_]) -> int:
+    """Return the slice nearest to the middle of those with most image."""
+    filled = valid_ZYX.sum(axis=(1, 2))
+    fullest = np.flatnonzero(filled == filled.max())
+    return int(min(fullest, key=lambda z: abs(int(z) - len(filled) // 2)))

@@ -8,7 +8,7 @@ from nnunet_autoreg.corpus.places import KnownPlace
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.kinds import wanted
-from nnunet_autoreg.sampling.pool import Group, Place, SamplingPool, Structure
+from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
 from nnunet_autoreg.store.case import StoredCase
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
             raise AutoregError(
                 f"sequence.weights.{kind}={s.weights[kind]}: among the training scans no "
                 f"{needed.get(kind, 'scan is left')}; "
-                f"give more scans, or use another --name and leave {kind} out of --sequences"
+                f"give more scans, or use another --name and leave {kind} out of --sequences",
+                code="sequences-impossible",
             )
 
 
@@ -71,19 +72,23 @@ def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
     lacking = [kind for kind in wanted(plan) if kind not in given]
     if pool.cases and lacking:
         log.info(
-            "the held-out scans are too few for %s sequences; their held-out error is not measured",
+            "the validation scans are too few for %s sequences; their error is not measured",
             " and ".join(lacking),
         )
     return given
 
 
-def _group(group: ContrastGroup, members: Sequence[StoredCase], contrasts: Sequence[str]) -> Group:
+def _group(
+    group: ContrastGroup, members: Sequence[StoredCase], contrasts: Sequence[str]
+) -> StoredGroup:
     pairs = [
         (word, case)
         for word, case in zip(group.contrasts, members, strict=True)
         if word in contrasts
     ]
-    return Group(group.name, tuple(sorted(pairs, key=lambda pair: list(contrasts).index(pair[0]))))
+    return StoredGroup(
+        group.name, tuple(sorted(pairs, key=lambda pair: list(contrasts).index(pair[0])))
+    )
 
 
 def _structures(cases: Mapping[str, StoredCase], places: Sequence[KnownPlace]) -> list[Structure]:

@@ -16,7 +16,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.affine import Affine, Source, draw_affine, read_source
 from nnunet_autoreg.sampling.blocks import draw_prefix, sequence_ids, token_ranks, window_positions
 from nnunet_autoreg.sampling.kinds import member_codes, member_crop, num_members
-from nnunet_autoreg.sampling.pool import Group, Place, Structure
+from nnunet_autoreg.sampling.pool import Place, StoredGroup, Structure
 from nnunet_autoreg.sampling.sample import Sample, unread
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.sampling.turn import Turn, draw_turn
@@ -51,7 +51,7 @@ class MembersDraw:
 
 
 def choose_contrasts(
-    plan: Plan, group: Group, generator: np.random.Generator
+    plan: Plan, group: StoredGroup, generator: np.random.Generator
 ) -> list[tuple[int, StoredCase]]:
     """(code, case) of the members: all of the group, or a random choice of it where it has more; in
     the fixed order of contrasts.

@@ -1,6 +1,4 @@
-"""What sequences are cut from: stored cases alone, groups of them that show one place, and places
-that show one structure.
-"""
+"""What sequences are cut from: stored cases, groups of cases of one subject, and structures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Group:
+class StoredGroup:
     """Several contrasts of one subject on one voxel grid.
 
     Attributes:
@@ -26,9 +24,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a structure lies in one case:
+    """Where a structure lies in one case.
 
-    ``centre_vox`` (z, y, x) in the stored case's voxels. ``subject`` tells patients apart.
+    Attributes:
+        subject: the patient.
+        centre_vox: (z, y, x) in the stored case's voxels.
     """
 
     subject: str
@@ -45,7 +45,7 @@ class Structure:
     places: tuple[Place, ...]
 
     def by_subject(self) -> dict[str, list[Place]]:
-        """The places, subject by subject."""
+        """Return the places of every subject."""
         found: dict[str, list[Place]] = {}
         for place in self.places:
             found.setdefault(place.subject, []).append(place)
@@ -57,7 +57,7 @@ class SamplingPool:
     """All that a sampler may draw from. Light and picklable: no voxels, no open files."""
 
     cases: tuple[StoredCase, ...]
-    groups: tuple[Group, ...] = ()
+    groups: tuple[StoredGroup, ...] = ()
     structures: tuple[Structure, ...] = ()
 
     def num_sources(self, kind: str) -> int:

@@ -8,6 +8,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -227,6 +228,32 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: autoreg_")
+
+
+CLASS_NAMES_USED_TWICE = [
+    "Entry",
+    "Found",
+    "Layout",
+    "Part",
+    "Request",
+    "Row",
+    "Sample",
+    "Source",
+    "Task",
+]
+"""A shrinking list: whoever renames one of these classes removes its name here."""
+
+
+def test_no_public_class_name_stands_twice_in_the_project() -> None:
+    names: Counter[str] = Counter()
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                names[node.name] += 1
+
+    used_twice = sorted(name for name, count in names.items() if count > 1)
+
+    assert used_twice == CLASS_NAMES_USED_TWICE
 
 
 def declared_dependencies() -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, volume
@@ -155,13 +156,14 @@ def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(
     assert "crops of 16 x 16 x 16" in cropped.reasons["sequence.crop_size_vox"]
 
 
-def test_where_nothing_fits_the_way_out_is_said(trainer_of: Callable[..., Any]) -> None:
-    with pytest.raises(AutoregError, match="choose a smaller --encoder"):
+def test_where_nothing_fits_the_remedy_is_named(trainer_of: Callable[..., Any]) -> None:
+    with refused(AutoregError, "fit-no-smaller-crop", "--encoder", "--name"):
         fit_plan(PLAN, trainer_of(10, []), CPU)
     checkpointed = replace(
         PLAN, optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True)
     )
-    with pytest.raises(AutoregError, match="crop_size_vox was set by the user"):
+
+    with refused(AutoregError, "fit-crop-by-user", "sequence.crop_size_vox", "--encoder"):
         smaller(replace(checkpointed, reasons={"sequence.crop_size_vox": "set by the user"}))
 
 
@@ -220,10 +222,9 @@ def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
 
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", with_room_for_two)
     assert fit_plan(PLAN, trainer_of(1e9, []), CPU).optim.micro_batch_size == 2
+
     with (
-        pytest.raises(
-            AutoregError, match=r"Something else may be using the memory: free it and type"
-        ),
+        refused(AutoregError, "out-of-memory", "the memory", "same line"),
         memory_errors_in_one_line(),
     ):
         raise error

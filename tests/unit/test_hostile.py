@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
 from nnunet_autoreg.cli.common import _LevelFormatter, print_next
@@ -115,7 +116,7 @@ def test_a_pipe_given_as_an_option_is_refused_and_not_waited_for(tmp_path: Path,
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 
-    with pytest.raises(UsageError, match=f"--{flag}"):
+    with refused(UsageError, "request-path-kind", f"--{flag}", pipe):
         check_inputs(Request("x", folders=(str(tmp_path),), **{flag: str(pipe)}))
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from stand_in import PLAN, Linear, Numbered, trainer
 from torch import nn
 
@@ -89,48 +90,31 @@ ROUGH = replace(
 )
 
 
-def test_after_too_many_bad_steps_in_a_row_the_weights_go_back_and_training_goes_on_with_other_data(
-    tmp_path, caplog
-):
+def test_too_many_bad_steps_in_a_row_are_rolled_back(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         rough = trainer(tmp_path, Linear(nan_between(13, 17)), ROUGH)
         rough.run()
     assert rough.progress.rollbacks == 1
     assert rough.progress.step == 40
-    assert any(
-        "the last 5 steps until step 18 were all bad: the weights of step 10 are taken up again"
-        in m
-        for m in caplog.messages
-    )
-    assert [
-        line["value"]
-        for line in read_lines(tmp_path / "metrics.jsonl")
-        if line["name"] == "rollbacks"
-    ] == [1]
+    (warning,) = (message for message in caplog.messages if "olled back" in message)
+    values = ("last 5 steps", "until step 18", "checkpoint of step 10", "--set optim.lr=")
+    assert [value for value in values if value not in warning] == []
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["value"] for line in lines if line["name"] == "rollbacks"] == [1]
     assert bool(torch.isfinite(rough.module.weight).all())
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "said"),
+    ("first", "last", "values"),
     [
-        (
-            0,
-            40,
-            "the last 4 steps until step 4 were all bad.*there is no checkpoint to go back "
-            "to.*--set optim.lr=3.3e-03",
-        ),
-        (
-            11,
-            40,
-            "the last 4 steps until step 24 were all bad.*it went back 2 times already.*--set "
-            "optim.lr=3.3e-03",
-        ),
+        (0, 40, ["last 4 steps until step 4", "no checkpoint", "--set optim.lr=3.3e-03"]),
+        (11, 40, ["last 4 steps until step 24", "2 times", "--set optim.lr=3.3e-03"]),
     ],
 )
-def test_what_never_gets_better_ends_the_run_in_one_line_and_the_last_good_state_stays(
-    tmp_path, first, last, said
+def test_a_run_that_stays_bad_ends_in_one_line_and_keeps_its_last_good_state(
+    tmp_path, first, last, values
 ):
-    with pytest.raises(AutoregError, match=said) as caught:
+    with refused(AutoregError, "training-diverged", *values) as caught:
         trainer(tmp_path, Linear(nan_between(first, last)), ROUGH).run()
     assert "\n" not in str(caught.value)
     if checkpoint.exists(tmp_path):
@@ -183,8 +167,10 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
             os.kill(os.getpid(), signal.SIGTERM)
         return total
 
-    with pytest.raises(InterruptedRunError, match="stopped after step 2 of 6"):
+    with pytest.raises(InterruptedRunError) as caught:
         trainer(tmp_path, Linear(stop), plan).run()
+    assert "step 2 of 6" in str(caught.value)
+
     stopped = trainer(tmp_path, Linear(), plan)
     stopped.run()
     whole = trainer(tmp_path / "whole", Linear(), plan)
@@ -194,11 +180,11 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
 
 def test_sigterm_before_training_ends_in_one_line_and_the_usual_handler_is_back(tmp_path):
     usual = signal.getsignal(signal.SIGTERM)
-    with (
-        pytest.raises(InterruptedRunError, match="type the same line again to go on") as caught,
-        stoppable(),
-    ):
+
+    with pytest.raises(InterruptedRunError) as caught, stoppable():
         os.kill(os.getpid(), signal.SIGTERM)
+
+    assert "SIGTERM" in str(caught.value) and "same line again" in str(caught.value)
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is usual
 
@@ -228,9 +214,7 @@ def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
     assert first + second == whole
 
 
-def test_the_newest_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_only_the_steps_since(
-    tmp_path, caplog
-):
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_previous(tmp_path, caplog):
     trainer(tmp_path, Linear()).run()
     names = (checkpoint.LATEST_NAME, checkpoint.PREVIOUS_NAME)
     assert [checkpoint.load_checkpoint(tmp_path / name)["step"] for name in names] == [6, 4]
@@ -262,24 +246,22 @@ class Dying(Numbered):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "said"),
+    ("sampler", "code", "values"),
     [
-        (Broken(), "^the case is damaged; run the same line again$"),
-        (
-            Dying(),
-            r"^a process that loads data died \(DataLoader worker .*same line again: training goes "
-            r"on from its last checkpoint$",
-        ),
+        (Broken(), "store", ["the case is damaged"]),
+        (Dying(), "loader-died", ["DataLoader worker", "memory", "same line", "checkpoint"]),
     ],
 )
-def test_an_error_or_a_death_in_a_loader_process_is_told_in_one_line(tmp_path, sampler, said):
+def test_an_error_or_death_in_a_loader_process_ends_in_one_line(tmp_path, sampler, code, values):
     objective = Linear()
     objective.sampler = sampler
-    with pytest.raises(AutoregError, match=said):
+
+    with refused(AutoregError, code, *values) as caught:
         Trainer(PLAN, tmp_path, objective, [None], [None], torch.device("cpu"), 1).run()
+    assert "\n" not in str(caught.value)
 
 
-def test_the_best_held_out_state_is_kept_beside_the_latest_and_a_picture_is_drawn(tmp_path):
+def test_the_best_state_is_kept_beside_the_latest_and_a_picture_is_drawn(tmp_path):
     trainer(tmp_path, Linear()).run()
     assert checkpoint.load_checkpoint(tmp_path / checkpoint.BEST_NAME)["best_error"] < 9
     assert checkpoint.load_checkpoint(tmp_path / checkpoint.LATEST_NAME)["step"] == 6
@@ -290,7 +272,8 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     trainer(tmp_path, Linear()).run()
     other = Linear()
     other.module = other.network = nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match="does not belong to this plan"):
+
+    with refused(CheckpointError, "checkpoint-other-plan", checkpoint.LATEST_NAME):
         trainer(tmp_path, other).run()
 
 
@@ -312,7 +295,7 @@ def test_a_lost_process_while_loading_does_not_blame_the_checkpoint(tmp_path, mo
     assert raised.value is error
 
 
-def test_metrics_of_steps_that_run_again_are_dropped_and_a_torn_line_is_no_harm(tmp_path):
+def test_metrics_of_repeated_steps_and_a_torn_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     for step in range(4):

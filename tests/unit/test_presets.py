@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.geometry import grid_of
@@ -109,7 +110,7 @@ def test_faithful_on_primus_gives_at_least_one_block_and_cuts_the_crop_for_four_
 
 def test_faithful_refuses_convolutional_encoders_with_the_way_out() -> None:
     for encoder in ("primus_v2_tiny", "resenc_tiny"):
-        with pytest.raises(PlanError, match=r"use --encoder vit_b16"):
+        with refused(PlanError, "preset-encoder", encoder, "vit_b16"):
             faithful(planned(encoder, num_steps=10))
 
 
@@ -141,25 +142,23 @@ def test_masked_hides_three_quarters_in_random_order_and_excludes_the_preset() -
         "fixed",
         0.25,
     )
-    with pytest.raises(UsageError, match="excludes --objective masked"):
+
+    with refused(UsageError, "request-preset-objective", "faithful", "masked"):
         Request("run", ("4",), preset="faithful", objective="masked").check()
-    with pytest.raises(UsageError, match="did you mean 'faithful'"):
+    with refused(UsageError, "request-unknown-preset", "'faithful'"):
         Request("run", ("4",), preset="faithfull").check()
-    with pytest.raises(UsageError, match="did you mean 'masked'"):
+    with refused(UsageError, "request-unknown-objective", "'masked'"):
         Request("run", ("4",), objective="mask").check()
 
 
 def test_start_predicts_one_token_by_next_only() -> None:
     plan = faithful(planned("vit_b16", num_steps=10))
-    with pytest.raises(PlanError, match=r"blocks of 8 tokens; use sequence\.prefix=uniform"):
+
+    with refused(PlanError, "plan-start-token", "8 tokens", "sequence.prefix=uniform"):
         check(
             replace(plan, sequence=replace(plan.sequence, block_tokens=(2, 2, 2), num_subvolumes=2))
         )
-    with pytest.raises(
-        PlanError,
-        match=r"predictor query .*uniform, or sequence\.predictor=next with "
-        r"sequence\.order=raster$",
-    ):
+    with refused(PlanError, "plan-start-token", "predictor query", "sequence.predictor=next"):
         check(replace(plan, sequence=replace(plan.sequence, predictor="query")))
 
 
@@ -278,8 +277,8 @@ def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_know
             assert (before[0, ranks[0] > rank] != after[0, ranks[0] > rank]).any(dim=-1).all()
 
 
-def test_a_preset_that_an_encoder_cannot_have_is_refused_before_any_scan_is_read() -> None:
-    with pytest.raises(PlanError, match="--preset faithful: resenc_tiny has convolutions"):
+def test_a_preset_for_another_encoder_is_refused_before_scans_are_read() -> None:
+    with refused(PlanError, "preset-encoder", "--preset faithful", "resenc_tiny"):
         check_inputs(Request("run", ("4",), encoder="resenc_tiny", preset="faithful").check())
 
 
@@ -300,7 +299,8 @@ def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
         "sequence.predictor=network",
     ],
 )
-def test_a_setting_of_either_family_is_taken_while_the_encoder_is_not_known(setting: str) -> None:
+def test_a_setting_of_either_family_passes_while_the_encoder_is_open(setting: str) -> None:
     check_inputs(Request("run", ("4",), settings=(setting,)).check())
-    with pytest.raises(PlanError, match="there is no such setting"):
+
+    with refused(PlanError, "plan-unknown-key", "optim.lrr", "optim.lr"):
         check_inputs(Request("run", ("4",), settings=("optim.lrr=1",)).check())
