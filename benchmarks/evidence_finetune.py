@@ -46,8 +46,7 @@ from nnunet_autoreg.finetune.recipe import (
 )
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.card import read_card, verify_weights
-from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.model.sizes import encoder_size, suited_to
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 

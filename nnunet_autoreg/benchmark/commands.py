@@ -34,7 +34,7 @@ class Commands:
     folders: Mapping[str, Path] = field(default_factory=dict)
 
     def environment(self, **changes: object) -> dict[str, str]:
-        """The caller's environment with the folders, and this interpreter's commands first."""
+        """Return the caller's environment with the folders and this interpreter's commands."""
         settings: dict[str, object] = {
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
             **self.folders,
@@ -42,11 +42,11 @@ class Commands:
         if self.device == "cpu":
             settings["OMP_NUM_THREADS"] = self.threads
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        wanted = {**os.environ, "PATH": path, **settings, **changes}
-        return {name: str(value) for name, value in wanted.items()}
+        environment = {**os.environ, "PATH": path, **settings, **changes}
+        return {name: str(value) for name, value in environment.items()}
 
     def for_training(self, results: Path) -> dict[str, str]:
-        """The environment of a training that writes to ``results``.
+        """Return the environment of a training that writes to ``results``.
 
         On a CPU the augmentation runs in the training's own process, so that the seed decides; on a
         GPU, which it would slow down, in nnU-Net's workers.
@@ -61,30 +61,37 @@ class Commands:
             changes: of the environment.
 
         Raises:
-            AutoregError: it is not installed, or failed; its last words are in the message.
+            AutoregError: it is not installed, or it failed; the message has the last line of its
+                output.
         """
         log.info("$ %s", shlex.join(line))
-        start, environment = time.monotonic(), self.environment(**changes)
+        start = time.monotonic()
+        environment = self.environment(**changes)
         program = shutil.which(line[0], path=environment["PATH"])
         if program is None:
-            raise AutoregError(f"the command {line[0]} is not installed; run autoreg_doctor")
+            raise AutoregError(
+                f"the command {line[0]} is not installed; run autoreg_doctor",
+                code="command-not-installed",
+            )
+
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("a", encoding="utf-8") as handle:
             handle.write(f"$ {shlex.join(line)}\n")
             handle.flush()
             with phase(f"running {line[0]}"):
-                code = run_guarded([program, *line[1:]], environment, handle)
-        if code:
+                exit_code = run_guarded([program, *line[1:]], environment, handle)
+
+        if exit_code:
             raise AutoregError(
-                f"{line[0]} ended with exit code {code} ({last_words(self.log_file)}); all of its "
-                "output is in "
-                f"{self.log_file}"
+                f"{line[0]} ended with exit code {exit_code} ({last_line(self.log_file)}); all of "
+                f"its output is in {self.log_file}",
+                code="command-failed",
             )
         log.info("  done in %.0f s", time.monotonic() - start)
 
 
-def last_words(log_file: Path) -> str:
-    """The last line with words of a log."""
+def last_line(log_file: Path) -> str:
+    """Return the last line of a log that has letters in it."""
     text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if any(c.isalpha() for c in line)]
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else "no output"

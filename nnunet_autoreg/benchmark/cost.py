@@ -1,6 +1,4 @@
-"""What a pretraining cost: arithmetic, samples and seconds, so that arms can be compared at equal
-cost.
-"""
+"""The cost of a pretraining in FLOPs, samples and seconds, to compare arms at equal cost."""
 
 import json
 import logging
@@ -16,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_autoreg import rng
-from nnunet_autoreg.benchmark.cost_record import Cost
+from nnunet_autoreg.benchmark.results import Cost
 from nnunet_autoreg.geometry import Size, Spacing, as_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
@@ -28,9 +26,7 @@ from nnunet_autoreg.sampling.sampler import TRAINING
 log = logging.getLogger(__name__)
 
 NUM_STEPS_COUNTED = 4
-"""Kinds of sequences and shares of known blocks change from step to step, and so may the
-arithmetic.
-"""
+"""Kinds of sequences and shares of known blocks, and with them FLOPs, change from step to step."""
 
 NUM_SUBJECTS = 16
 

@@ -1,9 +1,7 @@
-"""Patients that are scored must not have been in the pretraining: what scans.csv of a run says
-about that.
-"""
+"""Checks, by scans.csv of a pretraining, that it did not see the patients that are scored."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +31,14 @@ class Scored:
 
 
 def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
-    """Refuse weights whose pretraining saw a scored patient; return a warning where that cannot be
-    told, "" where all is well.
+    """Refuse weights whose pretraining saw a scored patient.
 
     Args:
         run: folder of the pretraining.
         exclude: a file that names the scored cases for ``autoreg_pretrain --exclude``.
+
+    Returns:
+        A warning where it cannot be known; "" where no scored patient was seen.
 
     Raises:
         AutoregError: patients are in both.
@@ -46,88 +46,96 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
     index = run / INDEX_NAME
     if not index.is_file():
         return (
-            f"{run.name} has no {INDEX_NAME}, so nobody knows whether its pretraining saw the "
+            f"{run.name} has no {INDEX_NAME}, so it is not known whether its pretraining saw the "
             "patients that are scored"
         )
+
     try:
         rows = [row for row in read_index(index) if row.status == OK]
     except UsageError as error:
         return (
-            f"whether the pretraining of {run.name} saw the patients that are scored cannot be "
-            f"told: {error}"
+            f"it is not known whether the pretraining of {run.name} saw the patients that are "
+            f"scored: {error}"
         )
+
     seen = seen_subjects(rows, scored)
     if seen:
         raise AutoregError(
             f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored, e.g. "
-            f"{seen[0]}: the comparison would be "
-            f"worthless; pretrain another run with --exclude {exclude}"
+            f"{seen[0]}: the comparison would be worthless; pretrain another run with --exclude "
+            f"{exclude}",
+            code="benchmark-scored-patient-seen",
         )
+
     uncertain = _perhaps_seen(rows, scored)
     if uncertain:
         return (
-            f"the pretraining '{run.name}' was indexed by an earlier version, which could not tell "
-            "scans of very small values "
-            f"apart, so it may have seen scored patients, e.g. {uncertain[0]}; pretrain again to "
-            "be sure"
+            f"the pretraining '{run.name}' was indexed by an earlier version, which could not "
+            "distinguish scans of very small values, so it may have seen scored patients, e.g. "
+            f"{uncertain[0]}; pretrain again to be sure"
         )
-    alike = _subjects(scored) | set(scored.cases)
-    namesakes = sorted(
-        {row.case for row in rows if row.dataset != scored.dataset and row.case in alike}
-    )
+
+    names = _subjects(scored) | set(scored.cases)
+    namesakes = sorted({row.case for row in _of_others(rows, scored) if row.case in names})
     if namesakes:
         return (
             f"the pretraining '{run.name}' saw scans of other datasets that are named like scored "
-            f"patients, e.g. {namesakes[0]}; "
-            "exclude them if they are the same people"
+            f"patients, e.g. {namesakes[0]}; exclude them if they are the same people"
         )
     return ""
 
 
 def seen_subjects(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
-    """Scored patients among the scans of a pretraining: by case of the dataset, by file, and by
-    content.
+    """Return the scored patients among the scans of a pretraining.
+
+    They are found by their case in the dataset, by their files, and by the content of these.
     """
-    subjects = _subjects(scored)
-    files = {
-        os.path.realpath(image): case for case in scored.cases for image in scored.images[case]
-    }
-    found = {
-        scored.subject_of[row.case]
-        for row in rows
-        if row.dataset == scored.dataset and row.case in scored.subject_of
-    } & subjects
-    found |= {
-        scored.subject_of[files[path]]
-        for path in (os.path.realpath(row.source) for row in rows)
-        if path in files
-    }
-    hashes = {row.content_hash for row in rows if row.dataset != scored.dataset}
-    if hashes:
-        found |= {
-            scored.subject_of[case]
-            for case in scored.cases
-            if any(_hash(image) in hashes for image in scored.images[case])
-        }
-    return sorted(found)
+    seen = set()
+    file_of_case: dict[str, str] = {}
+    for case in scored.cases:
+        for image in scored.images[case]:
+            file_of_case[os.path.realpath(image)] = case
+
+    for row in rows:
+        if row.dataset == scored.dataset and row.case in scored.subject_of:
+            seen.add(scored.subject_of[row.case])
+        case_of_file = file_of_case.get(os.path.realpath(row.source))
+        if case_of_file is not None:
+            seen.add(scored.subject_of[case_of_file])
+
+    seen |= _with_hash_in(_of_others(rows, scored), scored, _hash)
+    # A patient of the dataset whose cases are not scored may have been seen.
+    return sorted(seen & _subjects(scored))
 
 
 def _perhaps_seen(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
-    """Scored patients with a scan that has the hash of a pretraining's scan by the earlier rule
-    alone.
-    """
-    hashes = {row.content_hash for row in rows if row.dataset != scored.dataset}
+    """Return the scored patients that equal a pretraining's scan by the earlier hash alone."""
+    return sorted(_with_hash_in(_of_others(rows, scored), scored, _earlier_hash))
+
+
+def _of_others(rows: Sequence[ScanRow], scored: Scored) -> list[ScanRow]:
+    """Return the rows of other datasets."""
+    return [row for row in rows if row.dataset != scored.dataset]
+
+
+def _with_hash_in(
+    rows: Sequence[ScanRow], scored: Scored, hash_of: Callable[[Path], str]
+) -> set[str]:
+    """Return the scored patients one of whose images has the hash of one of the rows."""
+    hashes = {row.content_hash for row in rows}
+    # Hashing reads every image, and is not needed without other datasets.
     if not hashes:
-        return []
+        return set()
+
     found = set()
     for case in scored.cases:
-        if any(_earlier_hash(image) in hashes for image in scored.images[case]):
+        if any(hash_of(image) in hashes for image in scored.images[case]):
             found.add(scored.subject_of[case])
-    return sorted(found)
+    return found
 
 
 def _earlier_hash(image: Path) -> str:
-    """The hash by the earlier rule, where it is another one; "" else."""
+    """Return the hash by the earlier rule, where it is another one; else ""."""
     try:
         scan = load_scan(image)
     except ScanError:
@@ -137,7 +145,7 @@ def _earlier_hash(image: Path) -> str:
 
 
 def _hash(image: Path) -> str:
-    """As the index hashes a scan; "" for one that pretraining would leave out."""
+    """Return the hash that the index has for a scan; "" if pretraining would leave it out."""
     try:
         return content_hash(load_scan(image))
     except ScanError:

@@ -1,5 +1,6 @@
-"""Everything before the trainings: the division of the patients, pretrained weights, plans,
-preprocessed cases, folds. Safe to repeat.
+"""Everything before the trainings of a benchmark. It may be repeated at any time.
+
+It divides the patients, provides pretrained weights and plans, and preprocesses the cases.
 """
 
 import logging
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 
 RECORD_NAME, PINS_NAME = "benchmark.json", "weights.json"
 OWN_REQUEST_KEYS = ("objective.name=", "sequence.order=", "sequence.predictor=", "sequence.prefix")
-"""Settings of a pretraining that its masked twin must not take over."""
+"""Settings of a pretraining that its masked twin must not have."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Record:
         dataset: folder name of the raw dataset.
         subjects: case -> patient.
         division: pool, development and test.
-        label_unit: what ``--labels`` counts; folders of older versions say nothing and count cases.
+        label_unit: what ``--labels`` counts; folders of older versions lack it and count cases.
         rule: how the patients were found, for the user.
     """
 
@@ -71,7 +72,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark at work.
+    """A benchmark that is prepared or run.
 
     Attributes:
         images: case -> image files.
@@ -88,22 +89,21 @@ class Bench:
     num_processes: int
 
     def labelled(self, key: RunKey) -> tuple[str, ...]:
-        """The labelled cases of a run."""
-        return labelled(
-            self.record.division, self.record.subjects, key.labels, key.seed, self.record.label_unit
-        )
+        """Return the labelled cases of a run."""
+        record = self.record
+        return labelled(record.division, record.subjects, key.labels, key.seed, record.label_unit)
 
 
 def images_of(dataset: str) -> dict[str, list[Path]]:
-    """Case -> image files of the labelled cases of a raw dataset."""
+    """Return case -> image files, for the labelled cases of a raw dataset."""
     folder = dataset_folder(dataset)
     ending = str(read_json(folder / "dataset.json").get("file_ending", ".nii.gz"))
+
     found: dict[str, list[Path]] = {}
     for candidate in find_scans([dataset], []):
-        if (
-            candidate.path.parent.name == "imagesTr"
-            and (folder / "labelsTr" / f"{candidate.case}{ending}").is_file()
-        ):
+        is_training = candidate.path.parent.name == "imagesTr"
+        label_file = folder / "labelsTr" / f"{candidate.case}{ending}"
+        if is_training and label_file.is_file():
             found.setdefault(candidate.case, []).append(candidate.path)
     return found
 
@@ -128,26 +128,35 @@ def open_record(
         if record.dataset != request.dataset:
             raise UsageError(
                 f"-o {root} holds a benchmark of {record.dataset}; name another folder for "
-                f"{request.dataset}"
+                f"{request.dataset}",
+                code="benchmark-other-dataset",
             )
-        if (
-            request.subjects
-            and read_subjects(Path(request.subjects), sorted(record.subjects)) != record.subjects
-        ):
-            raise UsageError(
-                f"--subjects {request.subjects} says other patients than {file}; name another -o"
-            )
+
+        if request.subjects:
+            subjects = read_subjects(Path(request.subjects), sorted(record.subjects))
+            if subjects != record.subjects:
+                raise UsageError(
+                    f"--subjects {request.subjects} names other patients than {file}; name another "
+                    "-o",
+                    code="benchmark-other-patients",
+                )
+
         newer = sorted(set(cases) - set(record.subjects))
         if newer:
             log.warning(
-                "%d cases are newer than this benchmark's division and take no part, the first is "
+                "%d cases are newer than this benchmark's division and are not used, the first is "
                 "%s",
                 len(newer),
                 newer[0],
             )
         return record
+
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
-        raise UsageError(f"-o {root}: is neither empty nor a benchmark's folder; name a new one")
+        raise UsageError(
+            f"-o {root}: is neither empty nor a benchmark's folder; name a new one",
+            code="benchmark-folder-in-use",
+        )
+
     table = Path(request.subjects) if request.subjects else None
     patients = find_patients(dataset or root, cases, table)
     division = divide(patients.patient_of)
@@ -157,71 +166,67 @@ def open_record(
 
 
 def write_exclude(layout: Layout, division: Division) -> None:
-    """The cases that no pretraining may see."""
+    """Write the list of the cases that no pretraining may see."""
     names = sorted((*division.development, *division.test))
-    write_text(layout.exclude, "".join(f"{layout.dataset}/{name}\n" for name in names))
+    lines = [f"{layout.dataset}/{name}\n" for name in names]
+    write_text(layout.exclude, "".join(lines))
 
 
 def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
-    """Weights, plans, preprocessed cases and folds of these runs.
+    """Provide weights, plans, preprocessed cases and folds of these runs.
 
     Raises:
         AutoregError: a command failed, or weights saw a scored patient.
     """
     for folder in (bench.layout.plans, bench.layout.results / RUNS_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
-    subjects, division = bench.record.subjects, bench.record.division
-    scored = Scored(
-        bench.request.dataset, subjects, division.scored(bench.request.split), bench.images
-    )
-    for family in sorted({key.encoder for key in keys if key.arm != STOCK}):
+
+    with_weights = [key for key in keys if key.arm != STOCK]
+    for family in sorted({key.encoder for key in with_weights}):
         ensure_weights(bench, family)
-    for name in sorted(
-        {name for key in keys if (name := weights_of(key)) and name.endswith(MASKED_SUFFIX)}
-    ):
-        ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
-    for name in sorted({weights_of(key) or key.encoder for key in keys if key.arm != STOCK}):
+
+    for name in sorted({weights_of(key) or "" for key in with_weights}):
+        if name.endswith(MASKED_SUFFIX):
+            ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
+
+    scored_cases = bench.record.division.scored(bench.request.split)
+    scored = Scored(bench.request.dataset, bench.record.subjects, scored_cases, bench.images)
+    for name in sorted({weights_of(key) or key.encoder for key in with_weights}):
         pin(bench, name)
         warning = check_pretraining(bench.layout.pretraining(name), scored, bench.layout.exclude)
         if warning:
             log.warning("%s", warning)
+
     ensure_plans(bench, keys)
     write_folds(bench, keys)
 
 
 def ensure_weights(bench: Bench, family: str) -> None:
-    """A link to the user's run, or the benchmark's own pretraining on the pool."""
+    """Link the user's run, or make the benchmark's own pretraining on the pool."""
     if bench.request.weights:
         _link(bench, locate(bench.user_results, family).parent, family)
         return
-    encoder = dict(zip(bench.request.families, bench.request.encoders, strict=True))[family]
-    _pretrain(
-        bench,
-        family,
-        [
-            "-d",
-            bench.request.dataset,
-            "--encoder",
-            encoder,
-            "--exclude",
-            str(bench.layout.exclude),
-            *_length(bench.request),
-        ],
-    )
 
-
-def _length(request: Request) -> list[str]:
-    steps = ["--steps", str(request.pretrain_steps)] if request.pretrain_steps else []
-    return steps + (["--batch", str(request.pretrain_batch)] if request.pretrain_batch else [])
+    request = bench.request
+    encoder = dict(zip(request.families, request.encoders, strict=True))[family]
+    arguments = ["-d", request.dataset, "--encoder", encoder]
+    arguments += ["--exclude", str(bench.layout.exclude)]
+    if request.pretrain_steps:
+        arguments += ["--steps", str(request.pretrain_steps)]
+    if request.pretrain_batch:
+        arguments += ["--batch", str(request.pretrain_batch)]
+    _pretrain(bench, family, arguments)
 
 
 def ensure_masked(bench: Bench, family: str) -> None:
-    """The masked twin of a run: the user's of that name, else the run's own line with ``--objective
-    masked``.
+    """Provide the masked twin of a run.
+
+    It is the user's run of that name, or else one by the run's own command line with
+    ``--objective masked``.
 
     Raises:
-        AutoregError: the run was not made by autoreg_pretrain, or by a preset, which has no masked
-            form.
+        AutoregError: the run was not made by autoreg_pretrain, or it was made by a preset, which
+            has no masked form.
     """
     name = family + MASKED_SUFFIX
     theirs = bench.user_results / RUNS_FOLDER / name
@@ -232,27 +237,30 @@ def ensure_masked(bench: Bench, family: str) -> None:
     if not plan_file.is_file():
         raise AutoregError(
             f"the arm 'masked' needs a twin of '{family}', which has no {plan_file.name} to "
-            "repeat; leave it out of --arms, "
-            f"or give a run named {name}"
+            f"repeat; leave it out of --arms, or give a run named {name}",
+            code="benchmark-no-twin",
         )
+
     plan = read_json(plan_file)
     preset = plan["request"].get("preset")
     if preset:
         raise AutoregError(
             f"the arm 'masked' needs a twin of '{family}', which was made with --preset {preset} "
-            "and would differ in more "
-            f"than the objective; leave it out of --arms, or give a run named {name}"
+            "and would differ in more than the objective; leave it out of --arms, or give a run "
+            f"named {name}",
+            code="benchmark-no-twin",
         )
+
     # The plan may be shared, so the paths of its request stand in the run's private file.
     request = show_paths(plan["request"], PATH_FIELDS, plan_file.parent)
-    _pretrain(
-        bench, name, [*retyped(request, int(plan["optim"]["num_steps"])), "--objective", "masked"]
-    )
+    arguments = retyped(request, int(plan["optim"]["num_steps"]))
+    _pretrain(bench, name, [*arguments, "--objective", "masked"])
 
 
 def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
-    """The arguments of ``autoreg_pretrain`` that a run was made with, less its name and objective,
-    at a fixed number of steps.
+    """Return the arguments of ``autoreg_pretrain`` that a run was made with.
+
+    The run's name and objective are left out, and the number of steps is fixed.
     """
     flags = {
         "datasets": "-d",
@@ -269,14 +277,19 @@ def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
         "sequences": "--sequences",
         "boxes": "--boxes",
     }
-    words = ["--steps", str(num_steps)]
+    arguments = ["--steps", str(num_steps)]
     for key, flag in flags.items():
         value = request.get(key)
         if value not in (None, "", [], ()):
-            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+            values = value if isinstance(value, list) else [value]
+            arguments += [flag, *(str(one) for one in values)]
+
+    if request.get("split_4d"):
+        arguments.append("--split-4d")
     settings = [s for s in request.get("settings", []) if not s.startswith(OWN_REQUEST_KEYS)]
-    words += ["--split-4d"] if request.get("split_4d") else []
-    return words + (["--set", *settings] if settings else [])
+    if settings:
+        arguments += ["--set", *settings]
+    return arguments
 
 
 def _pretrain(bench: Bench, name: str, arguments: Sequence[str]) -> None:
@@ -289,42 +302,39 @@ def _pretrain(bench: Bench, name: str, arguments: Sequence[str]) -> None:
 
 
 def _link(bench: Bench, folder: Path, name: str) -> None:
-    place = bench.layout.pretraining(name)
-    if not place.exists():
-        place.symlink_to(folder.resolve(), target_is_directory=True)
+    link = bench.layout.pretraining(name)
+    if not link.exists():
+        link.symlink_to(folder.resolve(), target_is_directory=True)
 
 
 def pin(bench: Bench, name: str) -> None:
-    """Remember the weights of a pretraining when they are first used.
+    """Record the weights of a pretraining when they are first used.
 
     Raises:
-        UsageError: they are others now.
+        UsageError: the weights have changed since then.
     """
     file = bench.layout.root / PINS_NAME
     pins = read_json(file) if file.is_file() else {}
     found = str(read_json(bench.layout.pretraining(name) / CARD_NAME)["sha256"])
     if pins.setdefault(name, found) != found:
         raise UsageError(
-            f"the weights of '{name}' are others than those of this benchmark's trainings so far; "
-            "name another -o"
+            f"the weights of '{name}' have changed since this benchmark's first training with "
+            "them; name another -o",
+            code="benchmark-weights-changed",
         )
     write_json(file, pins)
 
 
 def ensure_plans(bench: Bench, keys: Sequence[RunKey]) -> None:
-    """nnU-Net's plans and ours, and the cases preprocessed by each; then the plans of the runs,
-    which share them.
-    """
+    """Make nnU-Net's plans and ours, preprocess the cases by each, then write the plans of runs."""
     if any(key.arm == STOCK for key in keys):
         _once(bench, STOCK_PLANS, ["-pl", "ExperimentPlanner"], {})
+
     for family in sorted({key.encoder for key in keys if key.arm != STOCK}):
         name = f"AutoregPlans_{family}"
-        _once(
-            bench,
-            name,
-            ["-pl", "AutoregPlanner", "-overwrite_plans_name", name],
-            {"autoreg_weights": family},
-        )
+        arguments = ["-pl", "AutoregPlanner", "-overwrite_plans_name", name]
+        _once(bench, name, arguments, {"autoreg_weights": family})
+
     for key in keys:
         if key.arm != STOCK:
             write_plans(bench, key)
@@ -336,29 +346,20 @@ def _once(
     done = bench.layout.root / "done" / plans
     if done.is_file():
         return
+
     # This command takes numbers only.
     number = str(int(bench.request.dataset.removeprefix("Dataset").split("_")[0]))
-    bench.commands.run(
-        [
-            "nnUNetv2_plan_and_preprocess",
-            "-d",
-            number,
-            *arguments,
-            "-c",
-            CONFIGURATION,
-            "-np",
-            str(bench.num_processes),
-            "-npfp",
-            str(bench.num_processes),
-        ],
-        # nnU-Net's planner takes this for torch's threads, of which there has to be one.
-        **{"nnUNet_n_proc_DA": bench.num_processes, **changes},
-    )
+    processes = str(bench.num_processes)
+    line = ["nnUNetv2_plan_and_preprocess", "-d", number, *arguments, "-c", CONFIGURATION]
+    line += ["-np", processes, "-npfp", processes]
+
+    # nnU-Net's planner uses this as the number of torch's threads, which must be at least 1.
+    bench.commands.run(line, **{"nnUNet_n_proc_DA": bench.num_processes, **changes})
     write_text(done, "")
 
 
 def write_plans(bench: Bench, key: RunKey) -> None:
-    """The plans file of a run: its family's, with the weights of its arm and the changed recipe."""
+    """Write the plans of a run: its family's, with the weights of its arm and its recipe."""
     base = f"AutoregPlans_{key.encoder}"
     name = plans_name(key)
     if name == base:
@@ -379,8 +380,9 @@ def write_plans(bench: Bench, key: RunKey) -> None:
 
 
 def write_folds(bench: Bench, keys: Iterable[RunKey]) -> None:
-    """``splits_final.json``: one fold for each set of labelled cases and split; earlier ones keep
-    their numbers.
+    """Write ``splits_final.json``, one fold for each set of labelled cases and split.
+
+    Earlier folds keep their numbers.
     """
     file = bench.layout.plans / "splits_final.json"
     folds: list[Mapping[str, object]] = read_json(file) if file.is_file() else []
@@ -390,7 +392,7 @@ def write_folds(bench: Bench, keys: Iterable[RunKey]) -> None:
 
 
 def fold(bench: Bench, key: RunKey) -> dict[str, object]:
-    """What a run trains on and what it is scored on."""
+    """Return the cases that a run trains on and those that it is scored on."""
     return {
         "train": list(bench.labelled(key)),
         "val": list(bench.record.division.scored(key.split)),
@@ -398,15 +400,18 @@ def fold(bench: Bench, key: RunKey) -> dict[str, object]:
 
 
 def planned_batch(bench: Bench, keys: Sequence[RunKey]) -> int:
-    """The smallest batch of the plans, so that all arms can have it."""
-    files = {STOCK_PLANS if key.arm == STOCK else f"AutoregPlans_{key.encoder}" for key in keys}
-    plans = [read_json(bench.layout.plans / f"{name}.json") for name in sorted(files)]
-    return min(int(p["configurations"][CONFIGURATION]["batch_size"]) for p in plans)
+    """Return the smallest batch of the plans, which all arms can have."""
+    names = {STOCK_PLANS if key.arm == STOCK else f"AutoregPlans_{key.encoder}" for key in keys}
+
+    batches = []
+    for name in sorted(names):
+        plans = read_json(bench.layout.plans / f"{name}.json")
+        batches.append(int(plans["configurations"][CONFIGURATION]["batch_size"]))
+    return min(batches)
 
 
 def surface_tolerance_mm(bench: Bench) -> float | None:
-    """Return the tolerance of the surface Dice: the user's, or the dataset's typical in-plane
-    voxel.
+    """Return the tolerance of the surface Dice: the user's, or the typical in-plane voxel size.
 
     That is the median over the cases of the smallest voxel edge, from nnU-Net's fingerprint; None
     before there is one.
@@ -422,5 +427,5 @@ def surface_tolerance_mm(bench: Bench) -> float | None:
 
 
 def available_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

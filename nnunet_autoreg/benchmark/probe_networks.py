@@ -16,8 +16,7 @@ from nnunet_autoreg.finetune.resolve import locate
 from nnunet_autoreg.geometry import Size, Spacing, grid_of, round_up, volume
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card, verify_weights
 from nnunet_autoreg.model.encoders import build_network
-from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.model.sizes import ENCODERS, suited_to
 
 ENCODER_LEVELS, ALL_LEVELS = "encoder", "encoder + decoder"
 TRANSFORMER_DEPTHS = (1 / 3, 2 / 3, 1.0)

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for, where its things lie, and which runs it consists of."""
+"""The request, the folders and the runs of a benchmark."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -62,16 +62,23 @@ class Request:
     surface_tolerance_mm: float | None = None
 
     def check(self) -> "Request":
-        """Return the request if it makes sense.
+        """Return the request if it can be carried out.
 
         Raises:
             UsageError: an impossible number, an unknown arm or recipe value.
         """
         for arm in self.arms:
             if arm not in ARMS:
-                raise UsageError(f"--arms {arm}: there is no such arm; {did_you_mean(arm, ARMS)}")
+                raise UsageError(
+                    f"--arms {arm}: there is no such arm; {did_you_mean(arm, ARMS)}",
+                    code="benchmark-unknown-arm",
+                )
         if self.split not in SPLITS:
-            raise UsageError(f"--split {self.split}: {did_you_mean(self.split, SPLITS)}")
+            raise UsageError(
+                f"--split {self.split}: there is no such split; {did_you_mean(self.split, SPLITS)}",
+                code="benchmark-unknown-split",
+            )
+
         numbers = {
             "--seeds": self.num_seeds,
             "--budget": self.budget_min,
@@ -84,32 +91,38 @@ class Request:
         }
         for flag, number in numbers.items():
             if number is not None and not 0 < number < float("inf"):
-                raise UsageError(f"{flag} {number:g}: must be greater than 0")
+                raise UsageError(
+                    f"{flag} {number:g}: must be greater than 0", code="benchmark-not-positive"
+                )
         if (self.steps is None) == (self.budget_min is None):
-            raise UsageError("give the length of a run either as --steps or as --budget")
+            raise UsageError(
+                "give the length of a run either as --steps or as --budget",
+                code="benchmark-length",
+            )
+
         for name in self.weights:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise UsageError(
-                    f"--weights {name}: give the name of a run in $nnUNet_results/{RUNS_FOLDER}"
+                    f"--weights {name}: give the name of a run in $nnUNet_results/{RUNS_FOLDER}",
+                    code="benchmark-weights-name",
                 )
+
         recipe_values(self.recipe)
         return self
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the runs whose plans are compared: the weights given, or those that the
-        benchmark makes.
-        """
+        """Names of the pretrainings that are compared: the user's, or the benchmark's own."""
         return self.weights or tuple(OWN_PREFIX + encoder for encoder in self.encoders)
 
     @property
     def recipe_word(self) -> str:
-        """The changed recipe in one word, whatever its order."""
+        """The changed values of the recipe, sorted, as one text."""
         return " ".join(sorted(self.recipe))
 
 
 def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
-    """Changed recipe values, typed.
+    """Return the changed values of the recipe, converted to their types.
 
     Raises:
         UsageError: no "key=value", an unknown key or a value of the wrong type.
@@ -119,9 +132,11 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
         key, equals, text = setting.partition("=")
         if not (key and equals and text):
             raise UsageError(
-                f"--recipe {setting}: write it as key=value, e.g. pretrained_rate=3e-3"
+                f"--recipe {setting}: write it as key=value, e.g. pretrained_rate=3e-3",
+                code="recipe-not-key-value",
             )
         found[key] = literal(text)
+
     base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
     try:
         check_recipe(from_jsonable(Recipe, {**base, **found}, "--recipe"), "--recipe")
@@ -131,7 +146,7 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
 
 
 def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:
-    """All runs, seed by seed, so that whole comparisons are there early."""
+    """Yield all runs, seed by seed, so that complete comparisons are available early."""
     for seed, labels, arm in product(range(request.num_seeds), request.labels, request.arms):
         for encoder in ("-",) if arm == STOCK else request.families:
             recipe = "" if arm == STOCK else request.recipe_word
@@ -140,7 +155,7 @@ def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a benchmark's things lie, below ``root``."""
+    """The folders of a benchmark, below ``root``."""
 
     root: Path
     dataset: str
@@ -166,22 +181,24 @@ class Layout:
         return self.root / "exclude.txt"
 
     def pretraining(self, name: str) -> Path:
-        """Folder of a pretraining that the benchmark uses; one of the user's is a link."""
+        """Return the folder of a pretraining; one of the user's is a link."""
         return self.results / RUNS_FOLDER / name
 
     def run(self, key: RunKey) -> Path:
-        """Folder of one training."""
+        """Return the folder of one training."""
         return self.root / "runs" / key.folder
 
 
 def weights_of(key: RunKey) -> str | None:
-    """Name of the pretraining whose weights a run starts from; None for random ones."""
+    """Return the pretraining whose weights a run starts from; None for random weights."""
     return {"pretrained": key.encoder, "masked": key.encoder + MASKED_SUFFIX}.get(key.arm)
 
 
 def plans_name(key: RunKey) -> str:
-    """Plans file of a run. The twins' plans differ from the pretrained arm's in nothing; the masked
-    arm's in the weights.
+    """Return the name of the plans of a run.
+
+    The scratch arm has the plans of the pretrained arm. Those of the masked arm differ in the
+    weights alone.
     """
     if key.arm == STOCK:
         return STOCK_PLANS
@@ -191,8 +208,9 @@ def plans_name(key: RunKey) -> str:
 
 
 def fold_of(folds: list[Mapping[str, object]], fold: Mapping[str, object]) -> int:
-    """The index of a fold in ``splits_final.json``; it is added where it is missing, so that
-    earlier numbers stay.
+    """Return the index of a fold in ``splits_final.json``.
+
+    A new fold is appended, so that earlier ones keep their numbers.
     """
     if fold not in folds:
         folds.append(fold)

@@ -1,9 +1,8 @@
-"""``runs.jsonl``: one line per finished run, appended whole, so that a table may grow over many
-sittings.
-"""
+"""``runs.jsonl``: one line per finished run, so that a table may grow over days. Torch-free."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,25 @@ from nnunet_autoreg.errors import AutoregError
 
 RESULTS_NAME = "runs.jsonl"
 KEYS = ("arm", "encoder", "labels", "seed", "split", "steps", "batch", "recipe")
+
+UNEQUAL_COST = 0.1
+"""Arms whose pretrainings differ by more than this share of their FLOPs had no equal cost."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a finished pretraining.
+
+    Attributes:
+        flops: multiplications and additions of all steps, forward and backward of encoder, decoder
+            and head; None where they could not be counted.
+        samples: number of crops that were used.
+        seconds: of all steps, from the run's metrics; None where it left none.
+    """
+
+    flops: float | None
+    samples: int
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class RunKey:
     @property
     def folder(self) -> str:
         """Name of the run's folder."""
-        words = (
+        parts = (
             self.encoder,
             self.arm,
             f"{self.labels}labels",
@@ -48,11 +66,8 @@ class RunKey:
             f"{self.steps}x{self.batch}",
             self.recipe,
         )
-        return "-".join(
-            "".join(c if c.isalnum() or c in "_." else "_" for c in word)
-            for word in words
-            if word not in ("", "-")
-        )
+        cleaned = [re.sub(r"[^\w.]", "_", part) for part in parts if part not in ("", "-")]
+        return "-".join(cleaned)
 
     def __str__(self) -> str:
         on = "" if self.encoder == "-" else f" ({self.encoder})"
@@ -60,12 +75,14 @@ class RunKey:
 
 
 def key_of(line: Mapping[str, Any]) -> RunKey:
-    """The run that a line is of."""
+    """Return which run a line belongs to."""
     return RunKey(**{name: line[name] for name in KEYS})
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line that a kill cut short is dropped, and its run is repeated.
+    """Return all whole lines of the file.
+
+    A last line that a kill cut short is left out, so that its run is repeated.
 
     Raises:
         AutoregError: a line in the middle is damaged.
@@ -78,15 +95,16 @@ def read_results(file: Path) -> list[dict[str, Any]]:
             key_of(line)
         except (ValueError, KeyError, TypeError) as error:
             raise AutoregError(
-                f"{file}, line {number} is no run ({error!r}); remove that line to have its run "
-                "repeated"
+                f"{file}, line {number} does not describe a run ({error!r}); remove that line to "
+                "have its run repeated",
+                code="benchmark-damaged-line",
             ) from error
         found.append(line)
     return found
 
 
 def append_result(file: Path, line: Mapping[str, Any]) -> None:
-    """Add one line; of what a kill left of an earlier one nothing stays."""
+    """Append one line, after removing what a kill has left of an unfinished one."""
     text = json.dumps(line, allow_nan=False)
     with file.open("ab+") as handle:
         handle.seek(0)

@@ -1,6 +1,4 @@
-"""The trainings of a benchmark: what is missing is run, one process each; what is there is left
-alone.
-"""
+"""The trainings of a benchmark, one process each. Trainings that are finished are not repeated."""
 
 import logging
 import shutil
@@ -14,8 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nnunet_autoreg.benchmark.commands import last_words
-from nnunet_autoreg.benchmark.cost_record import Cost
+from nnunet_autoreg.benchmark.commands import last_line
 from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch, surface_tolerance_mm
 from nnunet_autoreg.benchmark.protocol import (
     CONFIGURATION,
@@ -28,6 +25,7 @@ from nnunet_autoreg.benchmark.protocol import (
 )
 from nnunet_autoreg.benchmark.results import (
     RESULTS_NAME,
+    Cost,
     RunKey,
     append_result,
     key_of,
@@ -62,57 +60,63 @@ def worker(folder: Path, environment: Mapping[str, str]) -> int:
 
 
 def epochs_of(steps: int) -> tuple[int, int]:
-    """Epochs and steps of each, about 40 epochs of 25 to 250 steps; together at most ``steps``."""
+    """Return the number of epochs and of steps in each, together at most ``steps``.
+
+    These are about 40 epochs of 25 to 250 steps.
+    """
     per_epoch = max(min(steps, FEWEST_PER_EPOCH), min(MOST_PER_EPOCH, steps // EPOCHS_WANTED))
     return max(1, steps // per_epoch), per_epoch
 
 
 def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
-    """Steps and batch of all runs: those asked for, or what the budget allows the slowest arm.
+    """Return steps and batch of all runs.
 
-    Settled once per budget and batch.
+    They are the user's, or what the time budget allows the slowest arm. The latter is measured once
+    per budget and batch.
 
     Raises:
         AutoregError: an arm cannot be run, or the budget is too small for a step.
     """
     request, file = bench.request, bench.layout.root / LENGTHS_NAME
     lengths = read_json(file) if file.is_file() else {}
-    some = [*runs_of(request, 0, 0)]
-    batch = request.batch or lengths.setdefault("batch", planned_batch(bench, some))
+    keys = list(runs_of(request, 0, 0))
+    batch = request.batch or lengths.setdefault("batch", planned_batch(bench, keys))
     steps = request.steps
+
     if steps is None:
         assert request.budget_min is not None
         budgets = lengths.setdefault("budgets", {})
         name = f"{request.budget_min:g} min at batch {batch}"
+
         if name not in budgets:
-            paces = {
-                str(key): measure_pace(bench, key, batch, runner) for key in _one_of_each(some)
-            }
+            paces = {}
+            for key in _one_of_each(keys):
+                paces[str(key)] = measure_pace(bench, key, batch, runner)
+
             slowest = max(paces, key=lambda arm: paces[arm])
             steps = int(TRAINING_SHARE * request.budget_min * 60 / paces[slowest])
             if steps < 1:
                 raise AutoregError(
                     f"--budget {request.budget_min:g}: a step of {slowest} takes "
-                    f"{paces[slowest]:.1f} s; give more minutes"
+                    f"{paces[slowest]:.1f} s; give more minutes",
+                    code="benchmark-budget-too-small",
                 )
             budgets[name] = {
                 "steps": steps,
                 "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()},
             }
+
         steps, paces = int(budgets[name]["steps"]), budgets[name]["seconds_per_step"]
-        log.info(
-            "%s: %d steps, by %s",
-            name,
-            steps,
-            ", ".join(f"{arm} {pace:.3g} s a step" for arm, pace in paces.items()),
-        )
+        measured = ", ".join(f"{arm} {pace:.3g} s a step" for arm, pace in paces.items())
+        log.info("%s: %d steps (%s)", name, steps, measured)
+
     write_json(file, lengths)
     epochs, per_epoch = epochs_of(steps)
     return epochs * per_epoch, int(batch)
 
 
 def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
-    """One run for each network: twins cost the same."""
+    """Return one run for each network; twins take the same time."""
     found: dict[tuple[str, bool], RunKey] = {}
     for key in keys:
         found.setdefault((key.encoder, key.arm == STOCK), key)
@@ -120,7 +124,7 @@ def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
 
 
 def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float:
-    """Seconds of a training step of an arm, loading included."""
+    """Return the seconds of a training step of an arm, loading included."""
     folder = bench.layout.root / "pace" / (STOCK if key.arm == STOCK else key.encoder)
     job = replace(
         job_of(bench, key, batch), num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False
@@ -139,21 +143,21 @@ def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float
 
 
 def job_of(bench: Bench, key: RunKey, batch: int) -> Job:
-    """The training of a run."""
+    """Return the training of a run."""
     epochs, per_epoch = epochs_of(max(key.steps, 1))
     folds = read_json(bench.layout.plans / "splits_final.json")
     return Job(
-        bench.request.dataset,
-        CONFIGURATION,
-        fold_of(folds, fold(bench, key)),
-        TRAINERS[key.arm],
-        plans_name(key),
-        key.seed,
-        epochs,
-        per_epoch,
-        batch,
-        bench.commands.device,
-        bench.commands.threads,
+        dataset=bench.request.dataset,
+        configuration=CONFIGURATION,
+        fold=fold_of(folds, fold(bench, key)),
+        trainer=TRAINERS[key.arm],
+        plans=plans_name(key),
+        seed=key.seed,
+        num_epochs=epochs,
+        steps_per_epoch=per_epoch,
+        batch=batch,
+        device=bench.commands.device,
+        threads=bench.commands.threads,
         surface_tolerance_mm=surface_tolerance_mm(bench),
     )
 
@@ -161,15 +165,18 @@ def job_of(bench: Bench, key: RunKey, batch: int) -> Job:
 def run_missing(
     bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Runner = worker
 ) -> list[RunKey]:
-    """Run what ``runs.jsonl`` does not hold yet, ``num_jobs`` at a time; return what failed.
+    """Do all runs that ``runs.jsonl`` does not hold yet; return those that failed.
 
-    A run that was cut short leaves a folder without a line, and is done anew.
+    A run that was interrupted leaves a folder without a line, and is repeated.
+
+    Args:
+        num_jobs: how many run at a time.
     """
     file = bench.layout.root / RESULTS_NAME
     done = {key_of(line) for line in read_results(file)}
     missing = [key for key in keys if key not in done]
     log.info(
-        "%d of %d runs are there, %d to do, %d at a time",
+        "%d of %d runs are finished, %d remain, %d at a time",
         len(keys) - len(missing),
         len(keys),
         len(missing),
@@ -185,11 +192,13 @@ def run_missing(
         try:
             result = _do(bench, folder, job_of(bench, key, key.batch), runner)
         except AutoregError as error:
-            if stop_requested():  # It was ended, and did not fail.
+            # A run that was ended has not failed.
+            if stop_requested():
                 return
             failed.append(key)
             log.error("%s FAILED: %s", key, error)
             return
+
         line = line_of(bench, key, result)
         with lock:
             append_result(file, line)
@@ -224,25 +233,25 @@ def _do(bench: Bench, folder: Path, job: Job, runner: Runner) -> dict[str, Any]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / RUNS_FOLDER).symlink_to(
-        (bench.layout.results / RUNS_FOLDER).resolve(), target_is_directory=True
-    )
+    # The trainer looks for pretrained weights in its own results folder.
+    pretrainings = (bench.layout.results / RUNS_FOLDER).resolve()
+    (folder / RUNS_FOLDER).symlink_to(pretrainings, target_is_directory=True)
     write_json(folder / JOB_NAME, job)
+
     code = runner(folder, bench.commands.for_training(folder))
     if code or not (folder / RESULT_NAME).is_file():
         raise AutoregError(
-            f"exit code {code} ({last_words(folder / 'log.txt')}); see {folder / 'log.txt'}"
+            f"exit code {code} ({last_line(folder / 'log.txt')}); see {folder / 'log.txt'}"
         )
     found: dict[str, Any] = read_json(folder / RESULT_NAME)
     return found
 
 
 def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of a finished run: what it is, what it rests on, what came of it."""
+    """Return the line of a finished run: its key, its data, its weights, and its results."""
     cases = bench.labelled(key)
-    subjects = {
-        case: bench.record.subjects[case] for case in bench.record.division.scored(key.split)
-    }
+    scored = bench.record.division.scored(key.split)
+    subjects = {case: bench.record.subjects[case] for case in scored}
     _, per_epoch = epochs_of(key.steps)
     return {
         **asdict(key),
@@ -262,10 +271,11 @@ def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, A
 
 
 def pretraining_of(bench: Bench, key: RunKey) -> dict[str, Any] | None:
-    """What the weights of a run cost and are; None for a start from random ones."""
+    """Return the pretraining of a run's weights and its cost; None for random weights."""
     name = weights_of(key)
     if name is None:
         return None
+
     folder = bench.layout.pretraining(name)
     card = read_card(folder)
     plan = folder / "plan.json"

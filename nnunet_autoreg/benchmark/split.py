@@ -1,8 +1,7 @@
-"""Which patients are for choosing, which for the final table, and which are labelled under which
-seed. Pure.
+"""Divides patients into pool, development and test, and draws the labelled ones of a seed. Pure.
 
-Everything goes by hashes of names, so that it never changes, and by whole patients: all scans of
-one go the same way.
+Everything follows from hashes of names, so that it never changes. Patients are never split: all
+scans of one are in the same part.
 """
 
 import csv
@@ -26,8 +25,12 @@ PATIENT_COLUMNS = ("patient", "subject", "participant_id")
 
 @dataclass(frozen=True)
 class Division:
-    """Case ids: ``pool`` to label and pretrain on, ``development`` for choices, ``test`` for the
-    final table.
+    """Names of cases by what they are for.
+
+    Attributes:
+        pool: to label and to pretrain on.
+        development: to make choices by.
+        test: for the final table.
     """
 
     pool: tuple[str, ...]
@@ -35,16 +38,16 @@ class Division:
     test: tuple[str, ...]
 
     def scored(self, split: str) -> tuple[str, ...]:
-        """The cases of a split."""
+        """Return the cases of a split."""
         return {"development": self.development, "test": self.test}[split]
 
 
 def subjects_by_name(cases: Sequence[str]) -> dict[str, str]:
-    """Case -> patient, from names alone: the name up to the first number that tells patients apart.
+    """Return case -> patient: the name up to the first number that distinguishes patients.
 
     ``patient001_ED`` and ``patient001_ES`` are one patient, ``hippocampus_001`` and
     ``hippocampus_003`` two. A number that would give patients more than four scans each on average
-    is passed over, as the 22 of ``FLARE22_Tr_0001`` and the site of ``site1_0001``.
+    is skipped, as the 22 of ``FLARE22_Tr_0001`` and the site of ``site1_0001``.
     """
     most_numbers = max((len(re.findall(r"\d+", case)) for case in cases), default=0)
     for count in range(1, most_numbers + 1):
@@ -60,7 +63,7 @@ def _up_to_number(case: str, count: int) -> str:
 
 
 def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
-    """Case -> patient from a CSV with the columns ``case`` and ``subject``.
+    """Return case -> patient from a CSV file with the columns ``case`` and ``subject``.
 
     Raises:
         UsageError: it cannot be read, lacks a column, or does not name every case.
@@ -71,21 +74,23 @@ def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
         raise UsageError(
             f"--subjects {path} cannot be used ({error!r}); give a CSV with the columns case and "
-            "subject"
+            "subject",
+            code="subjects-unreadable",
         ) from error
+
     missing = [case for case in cases if not found.get(case)]
     if missing:
         raise UsageError(
             f"--subjects {path} names no subject for {len(missing)} of {len(cases)} cases, the "
-            f"first is {missing[0]}; "
-            f"{did_you_mean(missing[0], found)}"
+            f"first is {missing[0]}; {did_you_mean(missing[0], found)}",
+            code="subjects-missing-case",
         )
     return {case: found[case] for case in cases}
 
 
 @dataclass(frozen=True)
 class Patients:
-    """Who the cases are of.
+    """The patients of all cases.
 
     Attributes:
         patient_of: case -> patient.
@@ -126,9 +131,7 @@ def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None)
 
 
 def _listed_patients(table: Path) -> tuple[str, dict[str, str]]:
-    """Return the column of patients in ``cases.csv`` and case -> patient; nothing where it has
-    none.
-    """
+    """Return the column of patients in ``cases.csv``, and case -> patient; empty without one."""
     if not table.is_file():
         return "", {}
     try:
@@ -140,7 +143,8 @@ def _listed_patients(table: Path) -> tuple[str, dict[str, str]]:
     columns = [name for name in PATIENT_COLUMNS if rows and name in rows[0]]
     if not columns or "case" not in rows[0]:
         return "", {}
-    return columns[0], {row["case"]: (row[columns[0]] or "").strip() for row in rows}
+    column = columns[0]
+    return column, {row["case"]: (row[column] or "").strip() for row in rows}
 
 
 def _counted(patient_of: dict[str, str], source: str) -> Patients:
@@ -149,8 +153,9 @@ def _counted(patient_of: dict[str, str], source: str) -> Patients:
 
 
 def divide(subject_of: Mapping[str, str]) -> Division:
-    """A fifth of the patients for the test, 15 % for development, the others are the pool; at least
-    one patient each.
+    """Divide the patients: a fifth is for the test, 15 % for development, the others are the pool.
+
+    Each part has at least one patient.
 
     Raises:
         UsageError: fewer than 3 patients.
@@ -159,21 +164,25 @@ def divide(subject_of: Mapping[str, str]) -> Division:
     if len(order) < 3:
         raise UsageError(
             f"{len(subject_of)} labelled cases of {len(order)} patients cannot be divided into "
-            "pool, development and test; "
-            "give a dataset of at least 3 patients, or --subjects if the names mislead"
+            "pool, development and test; give a dataset of at least 3 patients, or --subjects if "
+            "the names mislead",
+            code="benchmark-too-few-patients",
         )
+
     num_test = max(1, round(TEST_SHARE * len(order)))
     num_development = max(1, round(DEVELOPMENT_SHARE * len(order)))
-    parts = (
-        order[num_test + num_development :],
-        order[num_test : num_test + num_development],
-        order[:num_test],
-    )
-    pool, development, test = (
-        tuple(sorted(case for case, subject in subject_of.items() if subject in set(part)))
-        for part in parts
-    )
-    return Division(pool, development, test)
+    test_patients = set(order[:num_test])
+    development_patients = set(order[num_test : num_test + num_development])
+
+    pool, development, test = [], [], []
+    for case in sorted(subject_of):
+        if subject_of[case] in test_patients:
+            test.append(case)
+        elif subject_of[case] in development_patients:
+            development.append(case)
+        else:
+            pool.append(case)
+    return Division(tuple(pool), tuple(development), tuple(test))
 
 
 def labelled(
@@ -198,9 +207,9 @@ def labelled(
     available = len(patients) if unit == PATIENTS else len(division.pool)
     if num_labels > available:
         raise UsageError(
-            f"--labels {num_labels}: the pool holds {available} labelled {unit}; ask for fewer, as "
-            "the "
-            "others are for development and test"
+            f"--labels {num_labels}: the pool holds {available} labelled {unit}; ask for fewer, "
+            "as the others are for development and test",
+            code="benchmark-too-many-labels",
         )
 
     chosen: list[str] = []
@@ -213,5 +222,13 @@ def labelled(
 
 
 def ordered(names: Iterable[str], before: str = "") -> list[str]:
-    """Names in the order of their hashes; ``before`` goes in front of each, for another order."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{before}{name}".encode()).hexdigest())
+    """Return names in the order of their hashes.
+
+    Args:
+        before: put in front of each name; another text gives another order.
+    """
+
+    def hash_of(name: str) -> str:
+        return hashlib.sha256(f"{before}{name}".encode()).hexdigest()
+
+    return sorted(names, key=hash_of)

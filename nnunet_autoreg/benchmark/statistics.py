@@ -1,4 +1,4 @@
-"""From the lines of runs to paired differences and their intervals. Pure.
+"""Paired differences between runs, and their bootstrap intervals. Pure.
 
 Shape suffixes: R seeds, C cases, J patients, D draws of the bootstrap.
 """
@@ -25,10 +25,10 @@ class Difference:
 
     Attributes:
         mean: over seeds and patients; a patient's value is the mean over the patient's scans.
-        over_both: interval when patients and seeds are drawn anew. Each seed labels other patients,
-            so it holds that choice, too.
-        over_cases: interval when patients alone are drawn anew.
-        num_seeds, num_cases: what it rests on.
+        over_both: interval of a bootstrap over patients and seeds. Each seed labels other patients,
+            so the interval includes that choice.
+        over_cases: interval of a bootstrap over patients alone.
+        num_seeds, num_cases: how many were compared.
         num_left_out: cases without a Dice in some run (nothing to find, nothing found).
     """
 
@@ -69,62 +69,62 @@ def paired(
     theirs: Mapping[int, Mapping[str, Any]],
     metric: str = DICE,
 ) -> Difference | None:
-    """``ours`` minus ``theirs``, run by run and case by case; None where they share no seed.
+    """Return ``ours`` minus ``theirs``, paired by seed and case; None where no seed is shared.
 
     Args:
         ours, theirs: lines of runs by seed, of the same cases.
     """
     seeds = sorted(set(ours) & set(theirs))
     if metric == SURFACE:
-        # A surface Dice means something at its own tolerance only.
-        seeds = [
-            seed
-            for seed in seeds
-            if tolerance_of(ours[seed]) == tolerance_of(theirs[seed]) is not None
-        ]
+        # Surface Dice at different tolerances cannot be compared.
+        alike = []
+        for seed in seeds:
+            tolerance = tolerance_of(ours[seed])
+            if tolerance is not None and tolerance == tolerance_of(theirs[seed]):
+                alike.append(seed)
+        seeds = alike
     if not seeds:
         return None
+
     cases = sorted(set(ours[seeds[0]][metric]))
     rows = []
     for seed in seeds:
         a, b = case_scores(ours[seed], metric), case_scores(theirs[seed], metric)
         rows.append([a.get(case, np.nan) - b.get(case, np.nan) for case in cases])
     difference_RC = np.array(rows)
-    kept = np.isfinite(difference_RC).all(axis=0)
-    subjects = [
-        str(ours[seeds[0]]["subjects"][case])
-        for case, keep in zip(cases, kept, strict=True)
-        if keep
-    ]
-    return (
-        interval(difference_RC[:, kept], subjects, num_left_out=int((~kept).sum()))
-        if kept.any()
-        else None
-    )
+
+    # A case without a score in any run is left out of all.
+    kept_C = np.isfinite(difference_RC).all(axis=0)
+    if not kept_C.any():
+        return None
+    subject_of = ours[seeds[0]]["subjects"]
+    subjects = [str(subject_of[cases[index]]) for index in np.flatnonzero(kept_C)]
+    return interval(difference_RC[:, kept_C], subjects, num_left_out=int((~kept_C).sum()))
 
 
 def interval(
     difference_RC: Array, subjects: Sequence[str], num_left_out: int = 0, num_draws: int = NUM_DRAWS
 ) -> Difference:
-    """Mean and bootstrap intervals of differences.
+    """Return the mean and the bootstrap intervals of differences.
 
     Args:
         difference_RC: per seed and case.
-        subjects: the patient of every case; all cases of one are drawn together.
+        subjects: the patient of every case; all cases of one patient are drawn together.
     """
     names = sorted(set(subjects))
-    member_CJ = np.array([[subject == name for name in names] for subject in subjects], dtype=float)
+    member_CJ = (np.array(subjects)[:, None] == np.array(names)).astype(float)
     # A patient counts once, however many scans there are.
     means_RJ = difference_RC @ (member_CJ / member_CJ.sum(axis=0))
+
+    # How often each patient and each seed is in a bootstrap sample.
     generator = rng.generator(0, "benchmark: bootstrap")
-    drawn_DJ = generator.multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=num_draws
-    ).astype(float)
-    num_seeds = len(difference_RC)
-    drawn_DR = generator.multinomial(
-        num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_draws
-    ).astype(float)
-    total = num_seeds * len(names)
+    num_seeds, num_patients = means_RJ.shape
+    share_J = np.full(num_patients, 1 / num_patients)
+    share_R = np.full(num_seeds, 1 / num_seeds)
+    drawn_DJ = generator.multinomial(num_patients, share_J, size=num_draws).astype(float)
+    drawn_DR = generator.multinomial(num_seeds, share_R, size=num_draws).astype(float)
+
+    total = num_seeds * num_patients
     over_both_D = np.einsum("dr,rj,dj->d", drawn_DR, means_RJ, drawn_DJ) / total
     over_cases_D = (drawn_DJ @ means_RJ.sum(axis=0)) / total
     return Difference(
@@ -149,8 +149,11 @@ def _middle(values_D: Array) -> tuple[float, float]:
 
 
 def steps_to(line: Mapping[str, Any], dice: float) -> int | None:
-    """Steps until the Dice of patches during training first reached a value; None if it never
-    did.
+    """Return after how many steps the Dice of training patches first reached a value.
+
+    None if it never did.
     """
-    reached = [i for i, value in enumerate(line["curve"]) if value is not None and value >= dice]
-    return (reached[0] + 1) * int(line["steps_per_epoch"]) if reached else None
+    for epoch, value in enumerate(line["curve"], start=1):
+        if value is not None and value >= dice:
+            return epoch * int(line["steps_per_epoch"])
+    return None

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.benchmark.cost_record import UNEQUAL
 from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
-from nnunet_autoreg.benchmark.results import RunKey, key_of
+from nnunet_autoreg.benchmark.results import UNEQUAL_COST, RunKey, key_of
 from nnunet_autoreg.benchmark.statistics import SURFACE, Difference, mean_dice, paired, tolerance_of
 
 Lines = Mapping[int, Mapping[str, Any]]
@@ -56,12 +55,14 @@ class Row:
 
 
 def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row for each arm, encoder, number of labels, length and recipe; later lines of the same
-    run count.
+    """Return one row for each arm, encoder, number of labels, length and recipe.
+
+    Of several lines of the same run the last one counts.
     """
     groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         groups.setdefault(_group(key_of(line)), {})[int(line["seed"])] = line
+
     rows = []
     for seeds in groups.values():
         by_seed = dict(sorted(seeds.items()))
@@ -80,15 +81,14 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
                 paired(by_seed, stock, SURFACE),
             )
         )
-    return sorted(
-        rows,
-        key=lambda row: (
-            *_group(row.key)[:4],
-            row.key.arm == STOCK,
-            *_group(row.key)[4:-1],
-            ARMS.index(row.key.arm),
-        ),
-    )
+    return sorted(rows, key=_position_in_table)
+
+
+def _position_in_table(row: Row) -> tuple[Any, ...]:
+    key = row.key
+    length = (key.split, key.steps, key.batch, key.labels)
+    # Stock comes last, since it belongs to no encoder.
+    return (*length, key.arm == STOCK, key.recipe, key.encoder, ARMS.index(key.arm))
 
 
 def _group(key: RunKey) -> tuple[Any, ...]:
@@ -120,28 +120,31 @@ COLUMNS = (
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The table and what its figures mean."""
+    """Return the table as markdown, with notes about its figures."""
     rows = rows_of(lines)
-    told = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    told += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    return "\n".join([*told, "", *_notes(rows)]) + "\n"
+    text = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    text += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join([*text, "", *_notes(rows)]) + "\n"
 
 
 def _cells(row: Row) -> list[str]:
-    key, dice, lines = row.key, row.dice, list(row.lines.values())
-    spread = f"{np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "-"
-    labelled = sorted({int(line["num_labelled"]) for line in lines})
-    labels = (
-        str(key.labels)
-        if labelled == [key.labels]
-        else f"{key.labels} ({'-'.join(map(str, labelled))} cases)"
-    )
+    key, lines = row.key, list(row.lines.values())
+
+    # Patients may have several scans; seeds may then label different numbers of cases.
+    labels = str(key.labels)
+    num_labelled = sorted({int(line["num_labelled"]) for line in lines})
+    if num_labelled != [key.labels]:
+        labels += f" ({'-'.join(map(str, num_labelled))} cases)"
+
     surface = "-"
     if row.surface_dice:
-        deviation = f"{np.std(row.surface_dice, ddof=1):.3f}" if len(row.surface_dice) > 1 else "-"
         tolerance = " or ".join(f"{value:g}" for value in row.tolerances_mm)
-        surface = f"{np.mean(row.surface_dice):.3f} ({deviation}) at {tolerance} mm"
-    encoder = key.encoder.removeprefix(OWN_PREFIX) + (f", {key.recipe}" if key.recipe else "")
+        surface = f"{_mean_and_deviation(row.surface_dice)} at {tolerance} mm"
+
+    encoder = key.encoder.removeprefix(OWN_PREFIX)
+    if key.recipe:
+        encoder += f", {key.recipe}"
+
     paces = [line["seconds_per_step"] for line in lines if line["seconds_per_step"]]
     minutes = [(line["train_s"] + line["validate_s"]) / 60 for line in lines]
     return [
@@ -150,8 +153,8 @@ def _cells(row: Row) -> list[str]:
         labels,
         encoder,
         key.arm,
-        str(len(dice)),
-        f"{np.mean(dice):.3f} ({spread})",
+        str(len(lines)),
+        _mean_and_deviation(row.dice),
         signed(row.to_scratch),
         signed(row.to_stock),
         surface,
@@ -162,8 +165,13 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
+    return f"{np.mean(values):.3f} ({deviation})"
+
+
 def signed(difference: Difference | None) -> str:
-    """A difference with its interval, over cases alone where there is one seed."""
+    """Return a difference with its interval; "-" where there is none."""
     if difference is None:
         return "-"
     low, high = difference.over_both
@@ -171,21 +179,24 @@ def signed(difference: Difference | None) -> str:
     return f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}]{seeds}"
 
 
-def _pretraining(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _pretraining(made_by: Mapping[str, Any] | None) -> str:
+    """Return objective, length and cost of the pretraining that a run started from."""
+    if made_by is None:
         return "-"
-    times = f" x {told['batch']}" if told["batch"] else ""
-    told_cost = []
-    if told.get("flops") is not None:
-        told_cost.append(f"{told['flops']:.3g} FLOPs")
-    if told.get("samples") is not None:
-        told_cost.append(f"{told['samples']} samples")
-    if told.get("seconds") is not None:
-        told_cost.append(f"{told['seconds']:.0f} s")
-    cost = f"; {', '.join(told_cost)}" if told_cost else ""
-    return (
-        f"{told['objective'].split(' (')[0]}, {told['steps']}{times} on {told['scans']} scans{cost}"
-    )
+
+    objective = made_by["objective"].split(" (")[0]
+    times = f" x {made_by['batch']}" if made_by["batch"] else ""
+    text = f"{objective}, {made_by['steps']}{times} on {made_by['scans']} scans"
+
+    # Lines of older versions have no cost.
+    costs = []
+    if made_by.get("flops") is not None:
+        costs.append(f"{made_by['flops']:.3g} FLOPs")
+    if made_by.get("samples") is not None:
+        costs.append(f"{made_by['samples']} samples")
+    if made_by.get("seconds") is not None:
+        costs.append(f"{made_by['seconds']:.0f} s")
+    return f"{text}; {', '.join(costs)}" if costs else text
 
 
 def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
@@ -200,7 +211,7 @@ def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
     for encoder, of_arm in flops_of.items():
         least, most = min(of_arm, key=of_arm.__getitem__), max(of_arm, key=of_arm.__getitem__)
         ratio = of_arm[most] / of_arm[least]
-        if ratio > 1 + UNEQUAL:
+        if ratio > 1 + UNEQUAL_COST:
             name = encoder.removeprefix(OWN_PREFIX)
             sentences.append(
                 f"NOT AT EQUAL COST: the pretraining of {most} ({name}) took {ratio:.2f} times the "
@@ -219,12 +230,12 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "decoder and head. Equal cost: all arms of "
         "a length take the same steps and patches a step; the patches' sizes and what a step costs "
         "differ between networks. Pretraining "
-        "is listed apart."
-        "patients of the pool, so it holds that choice, the initial weights and the order of the "
-        "data. It does not hold another "
-        "pretraining, another division into pool and test, or another dataset, and few seeds tell "
-        "little of their own spread. With 1 seed "
-        "it draws patients alone.",
+        "is listed apart.",
+        "Differences are paired by seed and case. The 95 % interval is a bootstrap over patients "
+        "and seeds. Every seed labels other patients of the pool, so that the interval includes "
+        "that choice, the initial weights and the order of the data. It does not include another "
+        "pretraining, another division into pool and test, or another dataset, and few seeds say "
+        "little about their own spread. With 1 seed it is a bootstrap over patients alone.",
     ]
     notes += unequal_pretrainings(rows)
     found = [d for row in rows for d in (row.to_scratch, row.to_stock) if d is not None]

@@ -1,9 +1,7 @@
-"""One training in a process of its own, by nnU-Net's own trainer, loader and validation:
+"""One training in a process of its own, by nnU-Net's own trainer, loader and validation.
 
-``python -m nnunet_autoreg.benchmark.worker JOB``.
-
-The job's folder holds ``job.json``; ``result.json`` is written last. nnU-Net's folders are in the
-environment.
+Its command is ``python -m nnunet_autoreg.benchmark.worker JOB``. The job's folder holds
+``job.json``; ``result.json`` is written last. nnU-Net's folders are in the environment.
 """
 
 import ast
@@ -58,9 +56,7 @@ class Job:
 
 
 class Stopwatch:
-    """Wraps a trainer's step to note when each one began, by the clock and by the processor's time
-    of this process.
-    """
+    """Records when each step of a trainer begins, by the clock and by processor time."""
 
     def __init__(self, trainer: Any):
         self.times: list[float] = []
@@ -76,43 +72,45 @@ class Stopwatch:
         trainer.train_step = timed
 
     def seconds_per_step(self, steps_per_epoch: int) -> float:
-        """Median time from one step's beginning to the next one's, loading included, within epochs,
-        without the first steps.
+        """Return the median time from one step's beginning to the next one's, loading included.
+
+        The first steps, and pauses between epochs, are left out.
         """
         return _median_gap(self.times, steps_per_epoch)
 
     def processor_seconds_per_step(self, steps_per_epoch: int) -> float:
-        """The same in this process's time on a processor, which other work on the machine does not
-        lengthen.
-        """
+        """Return the same in processor time, which other work on the machine does not lengthen."""
         return _median_gap(self.processor_times, steps_per_epoch)
 
 
 def _median_gap(times: list[float], steps_per_epoch: int) -> float:
-    gaps = [
-        b - a
-        for i, (a, b) in enumerate(pairwise(times), start=1)
-        if i > NUM_WARM_STEPS and i % steps_per_epoch
-    ]
+    gaps = []
+    for step, (begin, end) in enumerate(pairwise(times), start=1):
+        if step > NUM_WARM_STEPS and step % steps_per_epoch:
+            gaps.append(end - begin)
     return statistics.median(gaps) if gaps else float("nan")
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train, and validate where that is asked for; what came of it as plain values."""
+    """Train, validate if the job says so, and return the results as plain values."""
     trainer = prepare(job)
-    watch = Stopwatch(trainer)
+    timer = Stopwatch(trainer)
     start = time.monotonic()
     trainer.run_training()
+    train_s = time.monotonic() - start
+
+    step_s = timer.seconds_per_step(job.steps_per_epoch)
+    processor_s = timer.processor_seconds_per_step(job.steps_per_epoch)
+    curve = trainer.logger.get_value("mean_fg_dice", step=None)
     result: dict[str, Any] = {
-        "train_s": round(time.monotonic() - start, 1),
-        "seconds_per_step": none_for_nan(watch.seconds_per_step(job.steps_per_epoch)),
-        "processor_s_per_step": none_for_nan(watch.processor_seconds_per_step(job.steps_per_epoch)),
-        "curve": [
-            none_for_nan(float(v)) for v in trainer.logger.get_value("mean_fg_dice", step=None)
-        ],
-        "patch": [int(v) for v in trainer.configuration_manager.patch_size],
+        "train_s": round(train_s, 1),
+        "seconds_per_step": none_for_nan(step_s),
+        "processor_s_per_step": none_for_nan(processor_s),
+        "curve": [none_for_nan(float(value)) for value in curve],
+        "patch": [int(side) for side in trainer.configuration_manager.patch_size],
         "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
     }
+
     if job.validate:
         start = time.monotonic()
         # One pass per tile in every arm: mirroring would cost eight times as much.
@@ -129,7 +127,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def prepare(job: Job) -> Any:
-    """nnU-Net's trainer of a job, with its length and batch."""
+    """Return nnU-Net's trainer of a job, with its length and batch."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
@@ -146,24 +144,26 @@ def prepare(job: Job) -> Any:
         device=torch.device(job.device),
     )
     trainer.num_epochs = job.num_epochs
-    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = (
-        job.steps_per_epoch,
-        VAL_STEPS if job.validate else 1,
-    )
+    trainer.num_iterations_per_epoch = job.steps_per_epoch
+    trainer.num_val_iterations_per_epoch = VAL_STEPS if job.validate else 1
     trainer.configuration_manager.configuration["batch_size"] = job.batch
     trainer.disable_checkpointing = True
     return trainer
 
 
 def read_dice(summary: Path, ending: str) -> dict[str, dict[str, float | None]]:
-    """Case -> label -> Dice of nnU-Net's summary; None where a label is neither there nor found."""
+    """Return case -> label -> Dice of nnU-Net's summary.
+
+    None stands where a label is in neither of the two label maps.
+    """
     found = {}
     for case in read_json(summary)["metric_per_case"]:
+        dice_of_label = {}
+        for label, values in case["metrics"].items():
+            dice_of_label[str(label)] = none_for_nan(float(values["Dice"]))
+
         name = Path(case["reference_file"]).name.removesuffix(ending)
-        found[name] = {
-            str(label): none_for_nan(float(values["Dice"]))
-            for label, values in case["metrics"].items()
-        }
+        found[name] = dice_of_label
     return found
 
 
@@ -194,7 +194,7 @@ def surface_dice_of_summary(
 
 
 def none_for_nan(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """Return a rounded value, or None for NaN, which JSON does not know."""
     return round(value, 5) if math.isfinite(value) else None
 
 

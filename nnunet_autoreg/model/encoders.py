@@ -23,9 +23,7 @@ from nnunet_autoreg.families import (
     token_size_of,
 )
 from nnunet_autoreg.geometry import Size, as_size, grid_of
-from nnunet_autoreg.model.primus import PrimusEncoder
-from nnunet_autoreg.model.sequence import SequenceEncoder
-from nnunet_autoreg.model.vit_sequence import ViTEncoder
+from nnunet_autoreg.model.sequence import PrimusEncoder, SequenceEncoder, ViTEncoder
 from nnunet_autoreg.plan import EncoderPlan
 
 IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")

@@ -9,13 +9,15 @@ POSITIONS = ("pos_embed", "register_tokens", "mask_token", "cls_token", "positio
 
 
 def is_position(name: str) -> bool:
-    """Whether a parameter of this dotted name is a table of positions or special tokens."""
+    """Return whether a parameter of this name is a table of positions or special tokens."""
     return name.rsplit(".", 1)[-1] in POSITIONS or ".embed_tokens." in f".{name}."
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels are decayed; norms, biases, LayerScale (at most one axis) and position
-    tables are not.
+    """Return whether weight decay applies to a parameter.
+
+    It does to matrices and kernels, and not to norms, biases, LayerScale (which have at most one
+    axis) and tables of positions.
     """
     return parameter.ndim > 1 and not is_position(name)
 
@@ -37,7 +39,7 @@ def weights_under(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, Te
 
         whole = value.detach()
         if isinstance(value, DTensor):
-            # Gathered where it lies: nccl gathers nothing that was moved to the CPU before.
+            # Gather before moving: nccl gathers nothing that is on the CPU.
             whole = whole.full_tensor()
         kept[key] = whole.to("cpu", torch.float32).contiguous()
     return kept

@@ -1,8 +1,7 @@
 """Heads that turn features into predictions of the next block. They exist in pretraining only.
 
 Shape suffixes: B samples, T tokens, Q queries, S encoder tokens, J queries of a block, V width, O
-    outputs for a token, H heads,
-D head width.
+outputs for a token, H heads, D head width.
 """
 
 from dataclasses import dataclass
@@ -30,16 +29,14 @@ def output_head(kind: str, width: int, outputs: int) -> nn.Module:
 
 
 class NextHead(nn.Module):
-    """V -> O: the feature of token j of block b becomes the prediction of token j of block b +
-    1.
-    """
+    """Predicts token j of block b + 1 from the feature of token j of block b, V -> O."""
 
     def __init__(self, width: int, outputs: int, kind: str = "linear"):
         super().__init__()
         self.project = output_head(kind, width, outputs)
 
     def forward(self, features_BTV: Tensor) -> Tensor:
-        """Predictions (B, T, O)."""
+        """Return predictions (B, T, O)."""
         out: Tensor = self.project(features_BTV)
         return out
 
@@ -48,8 +45,8 @@ class BlockAttention(nn.Module):
     """Pre-norm attention among the queries of one block.
 
     Queries come block after block, so that one block is one row of a reshaped batch. Nothing can
-    cross a row, and the cost grows
-    with the tokens of a block, not with those of the sequence: no mask is needed.
+    cross a row, so that no mask is needed, and the cost grows with the tokens of a block rather
+    than with those of the sequence.
 
     Args:
         block_tokens: queries of a block, J.
@@ -92,12 +89,11 @@ class CrossLayer(nn.Module):
     def __init__(self, width: int, num_heads: int, block_tokens: int = 1):
         super().__init__()
         self.num_heads = num_heads
-        self.norm_query, self.norm_token, self.norm_mlp = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-        )
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.norm_query = nn.LayerNorm(width)
+        self.norm_token = nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
         self.project = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
@@ -116,14 +112,14 @@ class CrossLayer(nn.Module):
         query_rope: Tensor | None,
         token_rope: Tensor | None,
     ) -> Tensor:
-        """Updated queries (B, Q, V)."""
+        """Return updated queries (B, Q, V)."""
         q_BHQD = self._heads(self.query(self.norm_query(query_BQV)))
-        k_BHSD, v_BHSD = (
-            self._heads(x) for x in self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1)
-        )
+        key_BSV, value_BSV = self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1)
+        k_BHSD, v_BHSD = self._heads(key_BSV), self._heads(value_BSV)
         if query_rope is not None and token_rope is not None:
             q_BHQD = apply_rot_embed_cat(q_BHQD, query_rope).type_as(v_BHSD)
             k_BHSD = apply_rot_embed_cat(k_BHSD, token_rope).type_as(v_BHSD)
+
         seen_BHQD = attend(q_BHQD, k_BHSD, v_BHSD, mask)
         query_BQV = query_BQV + self.project(seen_BHQD.transpose(1, 2).flatten(2))
 
@@ -134,8 +130,8 @@ class CrossLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where tokens lie: what tells a query which token to predict, and a key where it comes from.
+class TokenPositions:
+    """Positions and members of tokens: which token a query predicts, and where a key comes from.
 
     Attributes:
         rope: rotary table of the tokens; None without.
@@ -148,12 +144,11 @@ class Places:
 
 
 class QueryDecoder(nn.Module):
-    """A light decoder: one query per token, carrying that token's position and member, attends to
-    the tokens that a rule allows.
+    """A light decoder with one query per token, which attends to the tokens that a rule allows.
 
-    Queries of different blocks never see each other, so all targets are predicted in parallel and
-    any order of blocks is well-posed. Those of one block do where ``block_tokens`` is greater than
-    1.
+    A query is the position and member of its token. Queries of different blocks never see each
+    other, so that all targets are predicted in parallel and any order of blocks is well-posed.
+    Queries of one block see each other if ``block_tokens`` is greater than 1.
 
     Args:
         block_tokens: as of ``CrossLayer``.
@@ -187,23 +182,31 @@ class QueryDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = output_head(head, width, outputs)
 
-    def forward(self, features_BSV: Tensor, rule: Rule, queries: Places, tokens: Places) -> Tensor:
-        """Predictions (B, Q, O): entry i predicts the token at place i of ``queries``.
+    def forward(
+        self,
+        features_BSV: Tensor,
+        rule: Rule,
+        queries: TokenPositions,
+        tokens: TokenPositions,
+    ) -> Tensor:
+        """Return predictions (B, Q, O), entry i for query i.
 
         Args:
             features_BSV: of the encoder's tokens.
-            rule: which of them each query may see.
-            queries: block after block where queries of a block see each other.
-            tokens: places of the encoder's tokens.
+            rule: which of these each query may see.
+            queries: in the order of blocks where queries of a block see each other.
+            tokens: positions of the encoder's tokens.
         """
         chosen, members = queries.positions, queries.members
         position_BQV = self.position[0] if chosen is None else self.position[0, 0][chosen]
         member_BQV = self.member[:, 0] if members is None else self.member[0, :, 0][members]
         query_BQV = (position_BQV + member_BQV).expand(features_BSV.shape[0], -1, -1)
+
         mask = mask_of(rule, self.num_heads)
         for layer in self.layers:
             query_BQV = run_layer(
                 layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope
             )
+
         out: Tensor = self.project(self.norm(query_BQV))
         return out

@@ -1,13 +1,18 @@
-"""The encoders by name, as numbers: torch-free, so that planning and ``--help`` stay light.
+"""The encoders by name, as numbers, and a CNN's strides for the spacing of the scans.
 
-Sources: Primus sizes S, B, M, L - Wald et al. 2025, arXiv 2503.01835, as in
-    dynamic_network_architectures' ``_PRIMUS_CONFIGS``;
-LayerScale 0.1 and inner attention norm as in nnU-Net's trainers of Primus, V2 and V3; ResEnc -
-nnU-Net's ResEncUNetPlanner for an isotropic patch of 128^3; ViT-B/16 - AR-SSL4M. The ``tiny`` ones
-are ours.
+Torch-free, so that planning and ``--help`` stay light.
+
+Sources:
+    Primus S, B, M, L: Wald et al. 2025, arXiv 2503.01835, as in dynamic_network_architectures'
+        ``_PRIMUS_CONFIGS``; LayerScale 0.1 and inner attention norm as in nnU-Net's trainers of
+        Primus, V2 and V3.
+    ResEnc: nnU-Net's ResEncUNetPlanner for an isotropic patch of 128^3.
+    ViT-B/16: AR-SSL4M.
+    The ``tiny`` sizes are ours.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
@@ -20,7 +25,7 @@ from nnunet_autoreg.families import (
     VIT,
     token_size_of,
 )
-from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.geometry import Size, Spacing
 
 PRIMUS_WIDTHS = {
     "tiny": (264, 6, 4),
@@ -30,6 +35,11 @@ PRIMUS_WIDTHS = {
     "l": (1056, 24, 16),
 }
 """Size -> width, depth, heads."""
+
+ALIKE = 2.0
+"""An axis is pooled and convolved together with the axis of the shortest voxels, if its voxels are
+less than this many times as long.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,20 +75,21 @@ class EncoderSize:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a crop or patch: a transformer's cost grows with them, however small they
-        are.
+        """Largest number of tokens of a crop or patch.
+
+        A transformer's cost grows with the number of tokens, however small they are.
         """
         return self.max_crop_vox // 8**3
 
     @property
     def is_tiny(self) -> bool:
-        """Whether this size is meant for CPUs and very small images."""
+        """Return whether this size is meant for CPUs and very small images."""
         return self.name.endswith("_tiny")
 
 
 def _primus(family: str, size: str) -> EncoderSize:
     width, depth, heads = PRIMUS_WIDTHS[size]
-    tiny = size == "tiny"
+    is_tiny = size == "tiny"
     arguments: dict[str, Any] = {
         "embed_dim": width,
         "patch_embed_size": [8, 8, 8],
@@ -90,7 +101,7 @@ def _primus(family: str, size: str) -> EncoderSize:
     if family == PRIMUS_V3:
         arguments |= {
             "depth_per_level": [1, 1, 1],
-            "ch_per_level": [16, 32, 64, 128] if tiny else [32, 64, 256, 1024],
+            "ch_per_level": [16, 32, 64, 128] if is_tiny else [32, 64, 256, 1024],
             "add_skips": True,
         }
     return EncoderSize(
@@ -100,25 +111,25 @@ def _primus(family: str, size: str) -> EncoderSize:
         arguments=arguments,
         token_size=token_size_of(CLASS_PATHS[family], arguments),
         block_tokens=(1, 1, 1) if family == PRIMUS else (4, 4, 4),
-        max_crop_vox=64**3 if tiny else 160**3,
-        scratch_rate=1e-3 if tiny else 3e-4,
-        pretrained_rate=1e-3 if tiny else 1e-4,
-        pretrain_rate=1e-3 if tiny else 3e-4,
+        max_crop_vox=64**3 if is_tiny else 160**3,
+        scratch_rate=1e-3 if is_tiny else 3e-4,
+        pretrained_rate=1e-3 if is_tiny else 1e-4,
+        pretrain_rate=1e-3 if is_tiny else 3e-4,
     )
 
 
 def _resenc(
     size: str, features: list[int], blocks: list[int], patch_gib: float | None
 ) -> EncoderSize:
-    tiny, stages = size == "tiny", len(features)
+    is_tiny, num_stages = size == "tiny", len(features)
     arguments: dict[str, Any] = {
-        "n_stages": stages,
+        "n_stages": num_stages,
         "features_per_stage": features,
         "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "kernel_sizes": [[3, 3, 3]] * num_stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (num_stages - 1),
         "n_blocks_per_stage": blocks,
-        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "n_conv_per_stage_decoder": [1] * (num_stages - 1),
         "conv_bias": True,
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
@@ -134,10 +145,10 @@ def _resenc(
         arguments=arguments,
         token_size=token_size_of(CLASS_PATHS[RESENC], arguments),
         block_tokens=(1, 1, 1),
-        max_crop_vox=64**3 if tiny else 160**3,
+        max_crop_vox=64**3 if is_tiny else 160**3,
         scratch_rate=1e-2,
         pretrained_rate=1e-3,
-        pretrain_rate=1e-3 if tiny else 3e-4,
+        pretrain_rate=1e-3 if is_tiny else 3e-4,
         patch_gib=patch_gib,
     )
 
@@ -152,35 +163,89 @@ def _vit(name: str) -> EncoderSize:
         "decoder_features": 16,
     }
     return EncoderSize(
-        name, VIT, CLASS_PATHS[VIT], arguments, (16, 16, 16), (1, 1, 1), 160**3, 3e-4, 1e-4, 1e-4
+        name=name,
+        family=VIT,
+        class_path=CLASS_PATHS[VIT],
+        arguments=arguments,
+        token_size=(16, 16, 16),
+        block_tokens=(1, 1, 1),
+        max_crop_vox=160**3,
+        scratch_rate=3e-4,
+        pretrained_rate=1e-4,
+        pretrain_rate=1e-4,
     )
 
 
 _RESENC_FEATURES, _RESENC_BLOCKS = [32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6]
 
-ENCODERS: dict[str, EncoderSize] = {
-    size.name: size
-    for size in (
-        *(
-            _primus(family, size)
-            for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3)
-            for size in PRIMUS_WIDTHS
-        ),
+
+def _all_sizes() -> list[EncoderSize]:
+    sizes = []
+    for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3):
+        sizes += [_primus(family, size) for size in PRIMUS_WIDTHS]
+
+    sizes += [
         _resenc("tiny", [16, 32, 64, 128], [1, 2, 2, 2], None),
         _resenc("m", _RESENC_FEATURES, _RESENC_BLOCKS, 8.0),
         _resenc("l", _RESENC_FEATURES, _RESENC_BLOCKS, 24.0),
         _resenc("xl", _RESENC_FEATURES, _RESENC_BLOCKS, 40.0),
         _vit("vit_b16"),
-    )
-}
+    ]
+    return sizes
+
+
+ENCODERS: dict[str, EncoderSize] = {size.name: size for size in _all_sizes()}
 
 
 def encoder_size(name: str) -> EncoderSize:
-    """Look an encoder up by name.
+    """Return the encoder of a name.
 
     Raises:
         PlanError: there is none of that name.
     """
     if name not in ENCODERS:
-        raise PlanError(f"there is no encoder '{name}'; {did_you_mean(name, ENCODERS)}")
+        raise PlanError(
+            f"there is no encoder '{name}'; {did_you_mean(name, ENCODERS)}",
+            code="plan-unknown-encoder",
+        )
     return ENCODERS[name]
+
+
+def suited_to(encoder: EncoderSize, spacing_mm: Spacing) -> EncoderSize:
+    """Return a CNN with strides and kernels for voxels of this size; transformers do not change.
+
+    Stages, widths and depths stay. An axis of thick slices is not halved, and not convolved along,
+    until the voxels of the other axes have become as long.
+
+    Source: the rule by spacing of nnU-Net's ``get_pool_and_conv_props``, for a fixed number of
+        stages.
+    """
+    if encoder.family != RESENC:
+        return encoder
+
+    num_stages = int(encoder.arguments["n_stages"])
+    voxel_mm = list(spacing_mm)
+    strides, kernels = [[1, 1, 1]], []
+    kernel = [1, 1, 1]
+
+    for stage in range(num_stages):
+        is_alike = _alike_axes(voxel_mm)
+        # An axis that was convolved once is convolved in all deeper stages.
+        for axis in range(3):
+            if is_alike[axis]:
+                kernel[axis] = 3
+        kernels.append(list(kernel))
+
+        if stage + 1 < num_stages:
+            stride = [2 if alike else 1 for alike in is_alike]
+            strides.append(stride)
+            voxel_mm = [size * factor for size, factor in zip(voxel_mm, stride, strict=True)]
+
+    arguments = {**encoder.arguments, "strides": strides, "kernel_sizes": kernels}
+    token_size = token_size_of(encoder.class_path, arguments)
+    return replace(encoder, arguments=arguments, token_size=token_size)
+
+
+def _alike_axes(voxel_mm: Sequence[float]) -> list[bool]:
+    """Return which axes have voxels about as short as the shortest ones."""
+    return [size / min(voxel_mm) < ALIKE for size in voxel_mm]

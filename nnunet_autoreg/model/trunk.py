@@ -1,8 +1,8 @@
-"""Runs transformer blocks under an attention rule: the one place where self-attention happens.
+"""Runs transformer blocks under an attention rule. All self-attention happens here.
 
-timm's ``EvaBlock``, which nnU-Net's Primus networks are made of, is computed here: what it computes
-itself, but attention goes to the kernel that suits the rule. Blocks of our own take ``rope`` and
-``attn_mask`` and hand the mask to ``attend``.
+timm's ``EvaBlock``, which nnU-Net's Primus networks are made of, is computed here. The result is
+that of the block itself, but attention goes to the kernel that suits the rule. Blocks of our own
+take ``rope`` and ``attn_mask`` and pass the mask on to ``attend``.
 
 Shape suffixes: B samples, T tokens, V width, H heads, D head width.
 """
@@ -29,7 +29,7 @@ def run_blocks(
     rule: Rule | None,
     recompute: bool = False,
 ) -> Tensor:
-    """Features (B, T, V) after all blocks.
+    """Return the features (B, T, V) after all blocks.
 
     Args:
         blocks: timm's ``EvaBlock``, or blocks of our own.
@@ -39,31 +39,34 @@ def run_blocks(
             pass.
     """
     blocks = list(blocks)
-    mask = None if rule is None or not blocks else mask_of(rule, num_heads_of(blocks[0]))
+    mask = None
+    if rule is not None and blocks:
+        # One mask serves all blocks.
+        mask = mask_of(rule, num_heads_of(blocks[0]))
+
     for block in blocks:
         x_BTV = run_layer(block, recompute, x_BTV, rope, mask, by=run_block)
     return x_BTV
 
 
 class FastPath:
-    """How layers run in training on a GPU: each kind of layer is compiled once and reused by all of
-    its kind.
+    """How layers run in training on a GPU: each kind of layer is compiled once and shared.
 
-    Only layers are compiled: a graph of one transformer block compiles in seconds, and its
-        parameters are
-    inputs of the graph, so that all blocks share it. What lies around the layers runs eagerly, the
-    making of masks included.
+    Only layers are compiled. A graph of one transformer block compiles in seconds, and its
+    parameters are inputs of the graph, so that all blocks share it. Everything around the layers
+    runs eagerly, masks included.
 
     Args:
-        compile: makes of a function of a layer and its inputs the compiled one.
+        compile: compiles a function of a layer and its inputs.
         flex: attention is FlexAttention, whose mask is by tiles; otherwise it is torch's own, with
             a dense mask.
 
     Attributes:
         is_given_up: layers run eagerly after all, because they could not be compiled.
-        witness: is shown every call of a layer - function, layer, inputs - for the self-check; None
-            for nobody.
-        rules: while there is a witness, the rule behind each living mask, and its number of heads.
+        witness: is called with every call of a layer (function, layer, inputs), for the
+            self-check; None for nobody.
+        rules: while there is a witness, the rule behind each mask that is in use, and its number of
+            heads.
     """
 
     def __init__(self, compile: Callable[["Layer"], "Layer"], flex: bool):
@@ -80,7 +83,10 @@ _paths: list[FastPath] = []
 
 @contextmanager
 def layers_run_by(path: FastPath) -> Iterator[None]:
-    """Run all layers inside by ``path``; without it they run eagerly, with dense masks."""
+    """Run all layers inside the context by ``path``.
+
+    Without this context they run eagerly, with dense masks.
+    """
     _paths.append(path)
     try:
         yield
@@ -94,8 +100,9 @@ def _current_path() -> FastPath | None:
 
 
 def mask_of(rule: Rule, num_heads: int) -> Mask:
-    """Return a rule's mask for the layers that ``run_layer`` runs next; to be made once for all of
-    them.
+    """Return a rule's mask for the layers that ``run_layer`` runs next.
+
+    It is made once for all of them.
     """
     path = _current_path()
     if path is None or not isinstance(rule, AttentionRule):
@@ -108,7 +115,7 @@ def mask_of(rule: Rule, num_heads: int) -> Mask:
 
 
 def call_layer(layer: nn.Module, *inputs: Any) -> Tensor:
-    """Return what a layer gives of its inputs."""
+    """Return a layer's output."""
     out: Tensor = layer(*inputs)
     return out
 
@@ -127,21 +134,23 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
 
     if path.witness is not None:
         path.witness(by, layer, inputs)
-    # The first layer's input may be laid out in another way than the others', which would take a
-    # graph of its own.
+    # The first layer's input may have other strides than that of the others. It would need a graph
+    # of its own.
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
     return recomputed(path.compile(by), recompute, layer, *inputs)
 
 
 def num_heads_of(block: nn.Module) -> int:
-    """Return the attention heads of a block; 1 where it does not say."""
+    """Return the number of attention heads of a block; 1 where it states none."""
     attention = getattr(block, "attn", None) or getattr(block, "self_attn", None)
     return int(getattr(attention, "num_heads", 1))
 
 
 def recomputed(function: Callable[..., Tensor], recompute: bool, *arguments: Any) -> Tensor:
-    """``function(*arguments)``; where ``recompute`` is on, only tensors among ``arguments`` are
-    kept for the backward pass.
+    """Return ``function(*arguments)``.
+
+    Args:
+        recompute: keep only the tensors among the arguments for the backward pass.
     """
     if not (recompute and torch.is_grad_enabled()):
         return function(*arguments)
@@ -157,8 +166,9 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Have every piece that would be computed twice run by ``observer``, once: for counting what it
-    would keep.
+    """Have ``observer`` call every function that would be computed twice, once.
+
+    This is for counting the memory that recomputation keeps.
     """
     _observers.append(observer)
     try:
@@ -168,9 +178,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None) -> Tensor:
-    """Features (B, T, V) after one block: pre-norm attention and MLP, each scaled where the block
-    has a scale.
-    """
+    """Return the features (B, T, V) after one block of pre-norm attention and MLP."""
     if isinstance(block, EvaBlock) and "forward" not in vars(block):
         return _eva_block(block, x_BTV, rope, mask)
     own: Tensor = block(x_BTV, rope=rope, attn_mask=mask)
@@ -178,8 +186,9 @@ def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask |
 
 
 def hooked(block: nn.Module) -> None:
-    """Have a block be called as a module, so that hooks on modules, which FSDP lives by, take hold;
-    what it computes stays.
+    """Make a block be called as a module; its output does not change.
+
+    FSDP depends on hooks, which only run when a module is called.
     """
     if isinstance(block, EvaBlock):
         block.forward = partial(_eva_block, block)  # type: ignore[method-assign]
@@ -189,32 +198,39 @@ def _eva_block(
     block: EvaBlock, x_BTV: Tensor, rope: Tensor | None = None, attn_mask: Mask | None = None
 ) -> Tensor:
     assert isinstance(block.attn, EvaAttention), "rotary attention of another layout"
+
     attended = self_attention(block.attn, block.norm1(x_BTV), rope, attn_mask)
-    x_BTV = x_BTV + block.drop_path1(
-        attended if block.gamma_1 is None else block.gamma_1 * attended
-    )
+    # gamma is LayerScale's factor, where the block has one.
+    if block.gamma_1 is not None:
+        attended = block.gamma_1 * attended
+    x_BTV = x_BTV + block.drop_path1(attended)
+
     changed = block.mlp(block.norm2(x_BTV))
-    out: Tensor = x_BTV + block.drop_path2(
-        changed if block.gamma_2 is None else block.gamma_2 * changed
-    )
+    if block.gamma_2 is not None:
+        changed = block.gamma_2 * changed
+    out: Tensor = x_BTV + block.drop_path2(changed)
     return out
 
 
 def self_attention(
     attn: EvaAttention, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None
 ) -> Tensor:
-    """What ``attn`` computes of (B, T, V), with its projections, norms and rotary positions."""
+    """Return the output (B, T, V) of ``attn``, with its projections, norms and rotary positions."""
     q_BHTD, k_BHTD, v_BHTD = _projected(attn, x_BTV)
     q_BHTD, k_BHTD = attn.q_norm(q_BHTD), attn.k_norm(k_BHTD)
     if rope is not None:
-        q_BHTD, k_BHTD = (_rotated(attn, x, rope).type_as(v_BHTD) for x in (q_BHTD, k_BHTD))
-    seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, mask, attn.attn_drop.p if attn.training else 0.0)
-    out: Tensor = attn.proj_drop(attn.proj(attn.norm(seen_BHTD.transpose(1, 2).flatten(2))))
+        q_BHTD = _rotated(attn, q_BHTD, rope).type_as(v_BHTD)
+        k_BHTD = _rotated(attn, k_BHTD, rope).type_as(v_BHTD)
+
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, mask, dropout)
+    seen_BTV = seen_BHTD.transpose(1, 2).flatten(2)
+    out: Tensor = attn.proj_drop(attn.proj(attn.norm(seen_BTV)))
     return out
 
 
 def _projected(attn: EvaAttention, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each (B, H, T, D)."""
+    """Return queries, keys and values, each (B, H, T, D)."""
     B, T, _ = x_BTV.shape
     if attn.qkv is None:
         q, k, v = (
@@ -222,22 +238,22 @@ def _projected(attn: EvaAttention, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tenso
             for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         return q, k, v
-    biases: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
-    fused = nn.functional.linear(
-        x_BTV, attn.qkv.weight, None if attn.q_bias is None else torch.cat(biases)
-    )
+
+    bias = None
+    if attn.q_bias is not None:
+        biases: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
+        bias = torch.cat(biases)
+    fused = nn.functional.linear(x_BTV, attn.qkv.weight, bias)  # (B, T, 3 * V)
     fused = fused.reshape(B, T, 3, attn.num_heads, -1)
     q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
 def _rotated(attn: EvaAttention, x_BHTD: Tensor, rope: Tensor) -> Tensor:
-    """Queries or keys turned by their positions; leading register tokens have none."""
+    """Return queries or keys rotated by their positions; leading register tokens have none."""
     first = attn.num_prefix_tokens
     half = bool(getattr(attn, "rotate_half", False))
+    rotated: Tensor = apply_rot_embed_cat(x_BHTD[:, :, first:], rope, half=half)
     if first == 0:
-        turned: Tensor = apply_rot_embed_cat(x_BHTD, rope, half=half)
-        return turned
-    return torch.cat(
-        [x_BHTD[:, :, :first], apply_rot_embed_cat(x_BHTD[:, :, first:], rope, half=half)], dim=2
-    )
+        return rotated
+    return torch.cat([x_BHTD[:, :, :first], rotated], dim=2)

@@ -21,8 +21,8 @@ from nnunet_autoreg.model.attention import (
 )
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_sequence_encoder
-from nnunet_autoreg.model.predictors import NextHead, Places, QueryDecoder
-from nnunet_autoreg.model.sequence import from_blocks, to_blocks
+from nnunet_autoreg.model.predictors import NextHead, QueryDecoder, TokenPositions
+from nnunet_autoreg.model.sequence import from_tokens, to_tokens
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
 from nnunet_autoreg.objectives.targets import (
     as_intensities,
@@ -131,7 +131,7 @@ class AutoregressiveModel(nn.Module):
     ) -> Tensor:
         """Predictions (B, T, O) of the query decoder, entry t for token t."""
         rule = strictly_earlier(batch.ranks, valid_BT)
-        tokens = Places(self.encoder.rope(batch.positions), batch.positions, batch.members)
+        tokens = TokenPositions(self.encoder.rope(batch.positions), batch.positions, batch.members)
         if head.block_tokens == 1:
             alone: Tensor = head(features_BTV, rule, tokens, tokens)
             return alone
@@ -145,11 +145,11 @@ class AutoregressiveModel(nn.Module):
             1, order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO
         )
 
-    def places(self, batch: Batch, index_BN: Tensor) -> Places:
+    def places(self, batch: Batch, index_BN: Tensor) -> TokenPositions:
         """Return where the tokens ``index_BN`` of a batch lie."""
         positions_BN = index_BN if batch.positions is None else batch.positions.gather(1, index_BN)
         members_BN = None if batch.members is None else batch.members.gather(1, index_BN)
-        return Places(self.encoder.rope(positions_BN), positions_BN, members_BN)
+        return TokenPositions(self.encoder.rope(positions_BN), positions_BN, members_BN)
 
     @property
     def predicts_first(self) -> bool:
@@ -179,6 +179,7 @@ class Autoregressive:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        self.token_size = plan.encoder.token_size_vox
         self.sampler = SequenceSampler(plan)
         self.model = self.build_model(plan)
         self.module: nn.Module = self.model
@@ -206,7 +207,7 @@ class Autoregressive:
             & real_BTP
         ).float()
         if batch.scored is not None:
-            weight_BTP = weight_BTP * self._tokens(batch.scored[:, :, None]).repeat(
+            weight_BTP = weight_BTP * to_tokens(batch.scored[:, :, None], self.token_size).repeat(
                 1, 1, batch.voxels.shape[2]
             )
         shown = batch
@@ -232,7 +233,7 @@ class Autoregressive:
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Predictions in intensities (``targets.as_intensities``). The first channel."""
         settings, asked = self.plan.objective, self.as_predicted(batch)
-        real_BTP = self._tokens(batch.real[:, :, None])
+        real_BTP = to_tokens(batch.real[:, :, None], self.token_size)
         voxels_BTP, every_BTP = self._target_voxels(batch)
         valid_BT = every_BTP.any(dim=-1)
         predicted_BTO = self.model(batch, valid_BT).float()
@@ -247,7 +248,9 @@ class Autoregressive:
             given_BT[:, :, None] & real_BTP,
             scored_BT[:, :, None] & real_BTP,
         )
-        predicted, trivial, given, scored = (self._volume(part, batch) for part in parts)
+        predicted, trivial, given, scored = (
+            from_tokens(part, self.token_size, batch.voxels.shape) for part in parts
+        )
         scored = scored if batch.scored is None else scored & batch.scored
         return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)
 
@@ -258,18 +261,15 @@ class Autoregressive:
         return batch
 
     def _target_voxels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Voxels by token before normalisation, low-passed as the plan says, and where they are
-        real; both (B, T, P).
-        """
-        real_BTP = self._tokens(batch.real[:, :, None]).repeat(1, 1, batch.voxels.shape[2])
-        token, sigma_vox = self.plan.encoder.token_size_vox, self.plan.objective.target_smoothing
-        return smoothed(self._tokens(batch.voxels), real_BTP, token, sigma_vox), real_BTP
+        """Return the voxels by token and where they are real; both (B, T, P).
 
-    def _volume(self, tokens_BTP: Tensor, batch: Batch) -> Tensor:
-        """The first channel of every token back in its place: (B, T, P) -> (B, M, Z, Y, X)."""
-        token, (B, M, _, Z, Y, X) = self.plan.encoder.token_size_vox, batch.voxels.shape
-        cubes = tokens_BTP[:, :, : volume(token)].reshape(B * M, -1, 1, *token)
-        return from_blocks(cubes, grid_of((Z, Y, X), token)).reshape(B, M, Z, Y, X)
+        The voxels are not normalised yet. They are low-passed as the plan says.
+        """
+        num_channels = batch.voxels.shape[2]
+        real_BTP = to_tokens(batch.real[:, :, None], self.token_size).repeat(1, 1, num_channels)
+        voxels_BTP = to_tokens(batch.voxels, self.token_size)
+        sigma_vox = self.plan.objective.target_smoothing
+        return smoothed(voxels_BTP, real_BTP, self.token_size, sigma_vox), real_BTP
 
     def _given_voxels(self, asked: Batch) -> Tensor:
         """Return the real voxels of the given blocks, (B, M, Z, Y, X)."""
@@ -281,17 +281,12 @@ class Autoregressive:
             given = given.repeat_interleave(token[axis], dim=2 + axis)
         return given & asked.real
 
-    def _tokens(self, volume_BMCZYX: Tensor) -> Tensor:
-        """Voxels by token: (B, M, C, Z, Y, X) -> (B, T, P), P = (C, z, y, x) flattened."""
-        tokens = to_blocks(volume_BMCZYX.flatten(0, 1), self.plan.encoder.token_size_vox).flatten(2)
-        return tokens.reshape(volume_BMCZYX.shape[0], -1, tokens.shape[-1])
-
     def describe(self, batch: Batch) -> TokenFeatures:
         """Features as fine-tuning gets them: every real token may attend to every other, and no
         member is told from another.
         """
-        voxels_BTP = self._tokens(batch.voxels)
-        valid_BT = self._tokens(batch.real[:, :, None]).any(dim=-1)
+        voxels_BTP = to_tokens(batch.voxels, self.token_size)
+        valid_BT = to_tokens(batch.real[:, :, None], self.token_size).any(dim=-1)
         one_block_BT = torch.zeros_like(batch.ranks)
         rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
         features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)

@@ -2,8 +2,7 @@
 
 from nnunet_autoreg.families import has_transformer, smallest_block
 from nnunet_autoreg.geometry import volume
-from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
-from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
 from nnunet_autoreg.plan import ObjectivePlan
 from nnunet_autoreg.planning.layout import MIN_BLOCKS, side_of
 from nnunet_autoreg.planning.pool import (

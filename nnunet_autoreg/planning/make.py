@@ -9,8 +9,7 @@ from typing import Any
 from nnunet_autoreg.corpus.fingerprint import GroupPrint
 from nnunet_autoreg.families import has_transformer
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
-from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,

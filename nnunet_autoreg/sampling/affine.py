@@ -1,9 +1,8 @@
-"""Rotation and zoom of a crop: drawn where it is read, carried out where it is used, by one
-resampling.
+"""Rotation and zoom of a crop, by one resampling.
 
-A loader reads the part of the scan that the rotated and zoomed crop covers. The device resamples
-the crop from that part. Crops that are neither rotated nor zoomed never come here, so their voxels
-are exactly those of the store.
+They are drawn where a crop is read and carried out where it is used. A loader reads the part of the
+scan that the rotated and zoomed crop covers. The device resamples the crop from that part. Crops
+that are neither rotated nor zoomed never come here, so their voxels are exactly those of the store.
 """
 
 import math
@@ -21,8 +20,9 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.store.case import StoredCase
 
 COARSE = 3.0
-"""An axis whose spacing is over this many times the finest one holds thick slices. nnU-Net calls it
-the anisotropy threshold.
+"""Slices are thick where their spacing is more than this many times the finest one.
+
+nnU-Net calls this the anisotropy threshold.
 """
 
 Row = tuple[float, float, float]
@@ -45,8 +45,9 @@ class Affine:
 
 
 def in_plane_axes(spacing_mm: Sequence[float]) -> tuple[int, ...]:
-    """Return the axes that may be rotated and zoomed: all three, or those of the small spacings
-    where slices are thick.
+    """Return the axes that may be rotated and zoomed.
+
+    These are all three, or those with small spacings where slices are thick.
     """
     finest = min(spacing_mm)
     return tuple(axis for axis, spacing in enumerate(spacing_mm) if spacing <= COARSE * finest)
@@ -59,9 +60,10 @@ def draw_affine(
 
     The rotation is about a random axis, or about the normal of the slices where these are thick.
     The zoom is drawn evenly on a logarithmic scale, so that things become twice as large as often
-    as half as large. As many numbers are drawn in every case.
+    as half as large.
     """
     s = plan.sequence
+    # All numbers are drawn in every case, so that later draws do not depend on these.
     rotated, zoomed = generator.random(2) < s.spatial_share
     angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
     axis = generator.normal(size=3)
@@ -82,10 +84,12 @@ def affine_of(
     zoom: float,
     spacing_mm: Sequence[float],
 ) -> Affine:
-    """Return the affine of a rotation about ``axis_zyx`` (any length, in mm) and of a zoom of the
-    in-plane axes.
+    """Return the affine of a rotation, and of a zoom of the in-plane axes.
 
     Rotations happen in mm, so that voxels of unequal sides do not shear what they show.
+
+    Args:
+        axis_zyx: the axis of the rotation, of any length, in mm.
 
     Source: Rodrigues' formula, R = 1 + sin(a) K + (1 - cos(a)) K^2 with K the matrix of the cross
         product.
@@ -119,9 +123,7 @@ class Source:
     offset: Row
 
     def to(self, device: torch.device) -> "Source":
-        """Return the same with its voxels on ``device``, copied without waiting where memory is
-        pinned.
-        """
+        """Return the same with its voxels on ``device``; does not wait where memory is pinned."""
         return replace(self, voxels=self.voxels.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Source":
@@ -145,6 +147,8 @@ def read_source(
     """
     matrix, shape = np.array(affine.matrix), np.array(case.shape_vox)
     begin, length = np.array(start), np.array(size)
+
+    # The pivot is the middle of what lies inside the scan, in voxels of the scan.
     low = np.clip(begin, 0, shape - 1)
     high = np.clip(begin + length - 1, 0, shape - 1)
     pivot = (low + high) / 2
@@ -156,16 +160,20 @@ def read_source(
     low = np.minimum(pivot + steps.min(axis=0).sum(axis=1), pivot)
     high = np.maximum(pivot + steps.max(axis=0).sum(axis=1), pivot)
 
-    most = max_source * length / 2
-    first = np.floor(np.maximum(low, np.maximum(pivot - most, 0))).astype(int)
-    last = np.ceil(np.minimum(high, np.minimum(pivot + most, shape - 1))).astype(int)
+    # Read neither beyond the scan nor more than the plan allows.
+    reach = max_source * length / 2
+    lowest = np.maximum(pivot - reach, 0)
+    highest = np.minimum(pivot + reach, shape - 1)
+    first = np.floor(np.maximum(low, lowest)).astype(int)
+    last = np.ceil(np.minimum(high, highest)).astype(int)
+
     voxels, _ = case.read_padded(as_size(first), as_size(last - first + 1))
     offset = pivot - first - matrix @ in_crop
     return Source(torch.from_numpy(voxels), affine.matrix, _row(offset))
 
 
 def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Resample a crop of ``size``: trilinear in the voxels, nearest in the mask of what is real.
+    """Resample a crop of ``size``: trilinear for the voxels, nearest for the mask of real voxels.
 
     The mask of a part is True everywhere, so the nearest voxel is real exactly where it exists.
     Outside there is padding: value 0. On the scan's border a voxel is interpolated from voxels of
@@ -179,9 +187,9 @@ def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     z, y, x = (torch.arange(n, device=device, dtype=torch.float32) for n in size)
     real = torch.ones(tuple(size), dtype=torch.bool, device=device)
     normalised = []
-    for (by_z, by_y, by_x), offset, n in zip(
-        source.matrix, source.offset, source.voxels.shape[1:], strict=True
-    ):
+    rows = zip(source.matrix, source.offset, source.voxels.shape[1:], strict=True)
+
+    for (by_z, by_y, by_x), offset, n in rows:
         position_ZYX = (by_z * z)[:, None, None] + (by_y * y)[:, None] + by_x * x + offset
         real = real & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
         # -1 and 1 are the outer faces of the first and the last voxel (align_corners=False).

@@ -1,61 +1,86 @@
-"""Which token belongs to which block, and which block comes when. Pure numpy."""
+"""Which token belongs to which block, and in which order the blocks come. Pure numpy."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.plan import SequencePlan
 
 
 def block_ids(grid: Sequence[int], block: Sequence[int]) -> NDArray[np.int64]:
-    """Raster index of the block that holds each token, as (T,) in raster order of the tokens.
+    """Return the raster index of the block of each token, (T,), tokens in raster order.
 
     Args:
         grid: tokens per axis (z, y, x).
         block: tokens of a block per axis; divides ``grid``.
     """
-    blocks = as_size([g // b for g, b in zip(grid, block, strict=True)])
-    z, y, x = np.meshgrid(
-        *(np.arange(g) // b for g, b in zip(grid, block, strict=True)), indexing="ij"
-    )
-    return ((z * blocks[1] + y) * blocks[2] + x).reshape(-1).astype(np.int64)
+    num_blocks_zyx = grid_of(grid, block)
+    token_zyx = np.indices(tuple(grid)).reshape(3, -1)  # (3, T)
+    block_zyx = token_zyx // np.array(block)[:, None]  # (3, T)
+    return _raster_index(block_zyx, num_blocks_zyx)
+
+
+def window_positions(
+    grid: Sequence[int],
+    window: Sequence[int],
+    start: Sequence[int],
+) -> NDArray[np.int64]:
+    """Return the raster index within ``grid`` of every token of a window, (T,).
+
+    Args:
+        grid: tokens per axis (z, y, x).
+        window: tokens of the window per axis; its tokens are taken in raster order.
+        start: the first token of the window.
+    """
+    token_zyx = np.indices(tuple(window)).reshape(3, -1)  # (3, T)
+    return _raster_index(token_zyx + np.array(start)[:, None], grid)
+
+
+def _raster_index(zyx: NDArray[np.int64], grid: Sequence[int]) -> NDArray[np.int64]:
+    z, y, x = zyx
+    return np.asarray((z * grid[1] + y) * grid[2] + x, dtype=np.int64)
 
 
 def sequence_ids(
-    grid: Sequence[int], block: Sequence[int], num_members: int, order: str
+    grid: Sequence[int],
+    block: Sequence[int],
+    num_members: int,
+    order: str,
 ) -> NDArray[np.int64]:
-    """Place of every token's block in the fixed order, (M * T,), members after one another.
-
-    Orders: "raster" (and the start of "random") takes member after member, each in raster order;
-        "interleaved" goes through x,
-    then y, and at each such place through the members along z, as AR-SSL4M's code does with its
-    concatenated sub-volumes.
+    """Return the position of every token's block in the fixed order, (M * T,), member by member.
 
     Args:
         grid: tokens per axis of one member, (z, y, x).
         block: tokens of a block per axis.
+        order: "raster" (and the start of "random") takes member after member, each in raster order.
+            "interleaved" goes through x, then y, and at each such position through the members
+            along z, as AR-SSL4M's code does with its concatenated sub-volumes.
     """
-    ids, num_blocks = (
-        block_ids(grid, block),
-        int(np.prod([g // b for g, b in zip(grid, block, strict=True)])),
-    )
-    whole = np.concatenate([ids + m * num_blocks for m in range(num_members)])
+    num_blocks_zyx: Size = grid_of(grid, block)
+    num_blocks = volume(num_blocks_zyx)
+    ids = block_ids(grid, block)  # (T,)
+    by_member = [ids + member * num_blocks for member in range(num_members)]
+    in_raster_order = np.concatenate(by_member)  # (M * T,)
     if order != "interleaved":
-        return whole
-    shape = (num_members, *(g // b for g, b in zip(grid, block, strict=True)))
-    member, z, y, x = np.unravel_index(np.arange(num_members * num_blocks), shape)
-    place = np.empty(num_members * num_blocks, dtype=np.int64)
-    place[np.lexsort((z, member, y, x))] = np.arange(num_members * num_blocks)
-    return np.asarray(place[whole])
+        return in_raster_order
+
+    blocks = np.arange(num_members * num_blocks)
+    member, z, y, x = np.unravel_index(blocks, (num_members, *num_blocks_zyx))
+
+    # lexsort sorts by its last key first: x changes slowest and z fastest.
+    position_in_order = np.empty_like(blocks)
+    position_in_order[np.lexsort((z, member, y, x))] = blocks
+    return np.asarray(position_in_order[in_raster_order])
 
 
 def token_ranks(
     ids: NDArray[np.int64], order: str, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Rank 0..K-1 of every token's block: its place in the fixed order, or a random permutation of
-    it.
+    """Return the position of every token's block in the order, 0..K-1, shape (T,).
+
+    This is the fixed order of ``sequence_ids``, or a random permutation of it.
     """
     if order != "random":
         return ids
@@ -63,32 +88,23 @@ def token_ranks(
     return generator.permutation(num_blocks).astype(np.int64)[ids]
 
 
-def window_positions(
-    grid: Sequence[int], window: Sequence[int], start: Sequence[int]
-) -> NDArray[np.int64]:
-    """Raster index within ``grid`` of every token of a ``window`` that begins at token ``start``,
-    (T,) in raster order.
-    """
-    z, y, x = np.meshgrid(
-        *(s + np.arange(w) for s, w in zip(start, window, strict=True)), indexing="ij"
-    )
-    return ((z * grid[1] + y) * grid[2] + x).reshape(-1).astype(np.int64)
-
-
 def draw_prefix(num_blocks: int, generator: np.random.Generator, sequence: SequencePlan) -> int:
-    """Number of given blocks of K, by the plan's distribution.
+    """Draw how many of K blocks are given, by the plan's distribution.
 
-    "uniform" over 1..K-1; "uniform_from_0" over 0..K-1; "long": the larger of two uniform ones, so
-    that p has the probability (2 p - 1) / (K - 1)^2; "fixed": ``fixed_prefix``.
+    "uniform" is uniform over 1..K-1, and "uniform_from_0" over 0..K-1. "long" is the larger of two
+    uniform draws, so that p has the probability (2 p - 1) / (K - 1)^2. "fixed" is
+    ``fixed_prefix``.
     """
     if sequence.prefix == "fixed":
         return fixed_prefix(num_blocks, sequence.prefix_share)
-    first = int(generator.integers(0 if sequence.prefix == "uniform_from_0" else 1, num_blocks))
-    return (
-        max(first, int(generator.integers(1, num_blocks))) if sequence.prefix == "long" else first
-    )
+
+    lowest = 0 if sequence.prefix == "uniform_from_0" else 1
+    prefix = int(generator.integers(lowest, num_blocks))
+    if sequence.prefix == "long":
+        prefix = max(prefix, int(generator.integers(1, num_blocks)))
+    return prefix
 
 
 def fixed_prefix(num_blocks: int, share: float) -> int:
-    """This share of the blocks, rounded; at least one is given and one asked for."""
+    """Return this share of the blocks, rounded; at least one is given and one is predicted."""
     return min(max(1, round(share * num_blocks)), num_blocks - 1)

@@ -1,9 +1,7 @@
-"""Corruption of what a network is shown: another gamma, another contrast, noise.
+"""Corruption of the network's input by another gamma, another contrast, and noise.
 
-What it has to predict stays clean.
-
-Everything that a corruption measures, it measures on known voxels. So the corrupted input says
-nothing about unknown ones.
+The target of the prediction stays clean. Every statistic that a corruption needs is computed from
+known voxels only, so that the corrupted input contains nothing about unknown ones.
 
 Shape suffixes: B samples, M members, C channels; Z, Y, X voxels.
 
@@ -20,16 +18,14 @@ from torch import Tensor
 
 GAMMA, CONTRAST, MAX_NOISE = (0.7, 1.5), (0.75, 1.25), 0.3
 LEAST_DEVIATION = 1e-3
-"""Known voxels that vary less than this, in normalised intensities, are flat: there is no contrast
-to change.
-"""
+"""Known voxels that vary less than this, in normalised intensities, have no contrast to change."""
 REDUCED = (-3, -2, -1)
 """The axes Z, Y, X: every channel of every member is measured by itself."""
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """What happens to one sample.
+    """The corruption of one sample.
 
     Attributes:
         gamma: exponent of intensities that are scaled to 0..1.
@@ -60,8 +56,9 @@ def draw_corruption(share: float, generator: np.random.Generator) -> Corruption:
 
 @dataclass(frozen=True)
 class Corruptions:
-    """The corruptions of a batch, as tensors, so that a compiled loss need not be compiled for each
-    of them.
+    """The corruptions of a batch.
+
+    They are tensors, so that a compiled loss need not be compiled again for each value.
 
     Attributes:
         strength: (B, 3) float32, columns gamma, contrast and noise.
@@ -74,7 +71,7 @@ class Corruptions:
     noise: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Corruptions":
-        """Return those of a part of the batch."""
+        """Return the corruptions of a part of the batch."""
         noise = None if self.noise is None else self.noise[part]
         return Corruptions(self.strength[part], self.seeds[part], noise)
 
@@ -83,9 +80,7 @@ class Corruptions:
         return replace(self, strength=self.strength.pin_memory())
 
     def with_noise(self, like_BMCZYX: Tensor) -> "Corruptions":
-        """Return the same on the device of ``like_BMCZYX`` with its noise, every sample's from its
-        own seed.
-        """
+        """Return the same on the device of ``like_BMCZYX``, with every sample's noise drawn."""
         device = like_BMCZYX.device
         strength = self.strength.to(device, non_blocking=True)
         if not self.seeds:
@@ -108,12 +103,11 @@ def stacked(drawn: Sequence[Corruption]) -> Corruptions:
 def corrupted(
     voxels_BMCZYX: Tensor, known_BMZYX: Tensor, corruptions: Corruptions | None
 ) -> Tensor:
-    """Return the voxels with the known ones corrupted; the others, and samples that stay clean,
-    keep every bit.
+    """Return the voxels with the known ones corrupted.
 
-    Gamma acts between the smallest and the largest known intensity and keeps mean and deviation;
-    contrast stays within that range, as nnU-Net's does. A member without known voxels, or with flat
-    ones, keeps its intensities.
+    Unknown voxels, and samples that stay clean, keep every bit. Gamma acts between the smallest and
+    the largest known intensity and keeps mean and deviation. Contrast stays within that range, as
+    nnU-Net's does. A member without known voxels, or with flat ones, keeps its intensities.
 
     Args:
         known_BMZYX: bool, what the network is shown and what is real.
@@ -123,9 +117,8 @@ def corrupted(
         return voxels_BMCZYX
     assert corruptions.noise is not None, "Batch.to draws the noise"
     known = known_BMZYX[:, :, None].expand_as(voxels_BMCZYX)
-    gamma, contrast, noise = (
-        column[:, None, None, None, None, None] for column in corruptions.strength.unbind(dim=1)
-    )
+    strength = corruptions.strength[:, :, None, None, None, None, None]  # (B, 3, 1, 1, 1, 1, 1)
+    gamma, contrast, noise = strength.unbind(dim=1)
 
     # Bounds of the known voxels. Where there are none, the deviation is 0 and nothing is changed.
     lowest = torch.where(known, voxels_BMCZYX, math.inf).amin(REDUCED, keepdim=True)
@@ -148,10 +141,12 @@ def corrupted(
 
 
 def _statistics(values_BMCZYX: Tensor, known_BMCZYX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation over the known voxels, (B, M, C, 1, 1, 1); 0 where there
-    are none.
+    """Return mean and standard deviation over the known voxels, each (B, M, C, 1, 1, 1).
+
+    Both are 0 where there are no known voxels.
     """
     count = known_BMCZYX.sum(REDUCED, keepdim=True).clamp(min=1)
     mean = torch.where(known_BMCZYX, values_BMCZYX, 0.0).sum(REDUCED, keepdim=True) / count
     distance = torch.where(known_BMCZYX, values_BMCZYX - mean, 0.0)
-    return mean, (distance.square().sum(REDUCED, keepdim=True) / count).sqrt()
+    variance = distance.square().sum(REDUCED, keepdim=True) / count
+    return mean, variance.sqrt()

@@ -1,8 +1,7 @@
-"""Sequences of several images: contrasts of one subject at one place, or one structure in several
-subjects.
+"""Sequences of several images: contrasts of one subject, or one structure in several subjects.
 
-All members are cropped alike, turned alike and given one window of the plan's grid of positions.
-What is random is drawn first.
+The images of a sequence are its members. They are cropped, mirrored and transposed alike, and have
+one window of the plan's grid of positions. All random choices are drawn first.
 """
 
 from collections.abc import Sequence
@@ -31,12 +30,12 @@ class MembersDraw:
     """The random choices of one sample.
 
     Attributes:
-        starts: per member, first voxel of its crop, (z, y, x); may reach beyond the case.
+        starts: per member, first voxel of its crop, (z, y, x); may lie outside of the case.
         codes: per member, its code.
         turn: as in ``spatial.SpatialDraw``, the same for all members.
         window: first token, in the plan's grid, of the positions that the crops take.
         prefix: number of given blocks.
-        ranks: block rank per token, (T,), member after member.
+        ranks: position in the order of every token's block, (T,), member after member.
         affine: how the crops are rotated and zoomed, the same for all members; None where they are
             not.
     """
@@ -53,12 +52,13 @@ class MembersDraw:
 def choose_contrasts(
     plan: Plan, group: StoredGroup, generator: np.random.Generator
 ) -> list[tuple[int, StoredCase]]:
-    """(code, case) of the members: all of the group, or a random choice of it where it has more; in
-    the fixed order of contrasts.
-    """
+    """Draw the members from a group, as (code, case) in the fixed order of contrasts."""
     chosen = generator.choice(len(group.members), plan.sequence.contrast_members, replace=False)
-    members = (group.members[i] for i in sorted(chosen.tolist()))
-    return [(plan.sequence.contrasts.index(contrast), case) for contrast, case in members]
+    found = []
+    for index in sorted(chosen.tolist()):
+        contrast, case = group.members[index]
+        found.append((plan.sequence.contrasts.index(contrast), case))
+    return found
 
 
 def draw_contrast(
@@ -69,24 +69,27 @@ def draw_contrast(
     generator: np.random.Generator,
     affine_generator: np.random.Generator | None = None,
 ) -> MembersDraw:
-    """Draw one crop of ``shape_vox`` for all members of a group; ``affine_generator`` as in
-    ``spatial.draw``.
+    """Draw one crop of ``shape_vox`` for all members of a group.
+
+    Args:
+        affine_generator: as in ``spatial.draw``.
     """
     start = draw_start(shape_vox, member_crop(plan, "contrast"), generator)
-    return _draw(
-        plan, "contrast", [start] * len(codes), codes, spacing_mm, generator, affine_generator
-    )
+    starts = [start] * len(codes)
+    return _draw(plan, "contrast", starts, codes, spacing_mm, generator, affine_generator)
 
 
 def choose_places(plan: Plan, structure: Structure, generator: np.random.Generator) -> list[Place]:
-    """As many places as a sequence has members, each of another subject, in random order."""
+    """Draw as many places as a sequence has members, each of another subject, in random order."""
     subjects = structure.by_subject()
     chosen = generator.choice(len(subjects), plan.sequence.semantic_members, replace=False)
     names = sorted(subjects)
-    return [
-        subjects[names[i]][int(generator.integers(len(subjects[names[i]])))]
-        for i in chosen.tolist()
-    ]
+
+    found = []
+    for index in chosen.tolist():
+        places = subjects[names[index]]
+        found.append(places[int(generator.integers(len(places)))])
+    return found
 
 
 def draw_semantic(
@@ -96,15 +99,19 @@ def draw_semantic(
     generator: np.random.Generator,
     affine_generator: np.random.Generator | None = None,
 ) -> MembersDraw:
-    """Draw crops with the structure near their middle, each moved a little by itself;
-    ``affine_generator`` as in ``spatial.draw``.
+    """Draw crops with the structure near their middle, each with a shift of its own.
+
+    Args:
+        affine_generator: as in ``spatial.draw``.
     """
     size = np.array(member_crop(plan, "semantic"))
-    moved = generator.uniform(-JITTER, JITTER, (len(places), 3)) * size
-    starts = [
-        as_size(np.rint(np.array(p.centre_vox) + m - (size - 1) / 2).astype(int))
-        for p, m in zip(places, moved, strict=True)
-    ]
+    shifts = generator.uniform(-JITTER, JITTER, (len(places), 3)) * size  # (M, 3)
+
+    starts = []
+    for place, shift in zip(places, shifts, strict=True):
+        start = np.array(place.centre_vox) + shift - (size - 1) / 2
+        starts.append(as_size(np.rint(start).astype(int)))
+
     codes = list(member_codes(plan)["semantic"])
     return _draw(plan, "semantic", starts, codes, spacing_mm, generator, affine_generator)
 
@@ -118,49 +125,54 @@ def _draw(
     generator: np.random.Generator,
     affine_generator: np.random.Generator | None,
 ) -> MembersDraw:
-    s, size, token = plan.sequence, member_crop(plan, kind), plan.encoder.token_size_vox
+    """Draw all that is alike in both kinds of sequences of several images."""
+    s, token = plan.sequence, plan.encoder.token_size_vox
+    size = member_crop(plan, kind)
+    whole_grid, grid = grid_of(s.crop_size_vox, token), grid_of(size, token)
+
     turn = draw_turn(plan, size, spacing_mm, generator)
-    room = [
-        a - b for a, b in zip(grid_of(s.crop_size_vox, token), grid_of(size, token), strict=True)
-    ]
-    window = as_size([int(generator.integers(r + 1)) for r in room])
-    ids = sequence_ids(grid_of(size, token), s.block_tokens, num_members(s, kind), s.order)
+    # The crop of a member is smaller than the plan's: it takes a window of the plan's positions.
+    window = as_size(
+        [int(generator.integers(a - b + 1)) for a, b in zip(whole_grid, grid, strict=True)]
+    )
+    ids = sequence_ids(grid, s.block_tokens, num_members(s, kind), s.order)
     ranks = token_ranks(ids, s.order, generator)
     prefix = draw_prefix(int(ids.max()) + 1, generator, s)
-    affine = None if affine_generator is None else draw_affine(plan, spacing_mm, affine_generator)
+    affine = None
+    if affine_generator is not None:
+        affine = draw_affine(plan, spacing_mm, affine_generator)
+
     return MembersDraw(tuple(starts), tuple(codes), turn, window, prefix, ranks, affine)
 
 
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:
-    """Read the members' crops, or what they are going to be resampled from; all are turned
-    alike.
-    """
-    size, token, affine = member_crop(plan, kind), plan.encoder.token_size_vox, drawn.affine
-    places = list(zip(cases, drawn.starts, strict=True))
-    if affine is None:
-        crops = [case.read_padded(start, size) for case, start in places]
-        voxels, real = (
-            np.stack([voxels for voxels, _ in crops]),
-            np.stack([real for _, real in crops]),
-        )
-        sources: tuple[Source, ...] = ()
-    else:
-        voxels, real = unread(len(places), size)
-        sources = tuple(
-            read_source(case, start, size, affine, plan.sequence.max_source)
-            for case, start in places
-        )
+    """Read the members' crops, or the parts of the cases that they will be resampled from."""
+    size, token = member_crop(plan, kind), plan.encoder.token_size_vox
+    voxels, real = unread(len(cases), size)
+    sources: list[Source] = []
+    crops = []
 
-    positions = window_positions(
-        grid_of(plan.sequence.crop_size_vox, token), grid_of(size, token), drawn.window
-    )
+    for case, start in zip(cases, drawn.starts, strict=True):
+        if drawn.affine is None:
+            crops.append(case.read_padded(start, size))
+        else:
+            max_source = plan.sequence.max_source
+            sources.append(read_source(case, start, size, drawn.affine, max_source))
+
+    if crops:
+        voxels = np.stack([crop for crop, _ in crops])  # (M, C, Z, Y, X)
+        real = np.stack([mask for _, mask in crops])  # (M, Z, Y, X)
+
+    whole_grid = grid_of(plan.sequence.crop_size_vox, token)
+    positions = window_positions(whole_grid, grid_of(size, token), drawn.window)  # (N,)
+    codes = np.array(drawn.codes, dtype=np.int64)  # (M,)
     return Sample(
         voxels,
         real,
         drawn.ranks,
         drawn.prefix,
-        positions=np.tile(positions, len(places)),
-        members=np.repeat(np.array(drawn.codes, dtype=np.int64), len(positions)),
+        positions=np.tile(positions, len(cases)),
+        members=np.repeat(codes, len(positions)),
         turn=drawn.turn,
-        sources=sources,
+        sources=tuple(sources),
     )

@@ -1,11 +1,10 @@
-"""Places that look alike, where nobody says where structures lie: nearest neighbours by a fixed
-descriptor of a few places per scan.
+"""Places that look alike, for semantic sequences where no labels say where structures lie.
 
-The descriptor is the coarse pattern of a crop (4 x 4 x 4 means, brightness and contrast taken out)
-and where in the scan it lies. It is
-computed once, before training, from stored voxels: features of the encoder in training would be as
-    good as noise at the start and
-would have to be computed again and again, and what is drawn would depend on how training went.
+They are nearest neighbours by a fixed descriptor of a few places per scan. The descriptor is the
+coarse pattern of a crop (4 x 4 x 4 means, without brightness and contrast) and its position in the
+scan. It is computed once, before training, from stored voxels. Features of the encoder in training
+would be as good as noise at the start, would have to be computed again and again, and would make
+what is drawn depend on how training went.
 """
 
 import logging
@@ -35,31 +34,30 @@ MOST_ALIKE = 0.5
 
 
 def descriptor(voxels_ZYX: NDArray[np.float32], where: Sequence[float]) -> NDArray[np.float32]:
-    """(67,): the crop's 4 x 4 x 4 means, of mean 0 and length 1, and its place in the scan (shares,
-    z y x), weighted.
+    """Return the descriptor of a crop, (67,).
+
+    It is the crop's 4 x 4 x 4 means, of mean 0 and length 1, and its weighted position.
+
+    Args:
+        where: position of the crop's middle in the scan, as shares of its axes (z, y, x).
     """
-    pieces = [np.array_split(np.arange(n), SIDE) for n in voxels_ZYX.shape]
-    means = np.array(
-        [
-            voxels_ZYX[np.ix_(z, y, x)].mean()
-            for z in pieces[0]
-            for y in pieces[1]
-            for x in pieces[2]
-        ]
-    )
-    means = means - means.mean()
-    return np.concatenate(
-        [means / max(float(np.linalg.norm(means)), 1e-6), POSITION_WEIGHT * np.array(where)]
-    ).astype(np.float32)
+    pieces_z, pieces_y, pieces_x = (np.array_split(np.arange(n), SIDE) for n in voxels_ZYX.shape)
+    means = np.empty((SIDE, SIDE, SIDE), dtype=np.float32)
+    for z, y, x in np.ndindex(means.shape):
+        means[z, y, x] = voxels_ZYX[np.ix_(pieces_z[z], pieces_y[y], pieces_x[x])].mean()
+
+    pattern = means.reshape(-1) - means.mean()  # (64,)
+    pattern = pattern / max(float(np.linalg.norm(pattern)), 1e-6)
+    return np.concatenate([pattern, POSITION_WEIGHT * np.array(where)]).astype(np.float32)
 
 
 def places_alike(
     rows: Sequence[ScanRow], cases: Mapping[str, StoredCase], crop: Size, num_subjects: int
 ) -> list[KnownPlace]:
-    """Structures named "alike N": a place and, in each of ``num_subjects`` - 1 other subjects, the
-    place most like it.
+    """Return structures named "alike N": a place, and the places most like it in other subjects.
 
-    Only scans of one contrast and one spacing are compared.
+    Each structure has a place in ``num_subjects`` subjects. Only scans of one contrast and one
+    spacing are compared.
 
     Args:
         cases: by id of the row.
@@ -69,6 +67,7 @@ def places_alike(
     for row in rows:
         spacing = tuple(f"{s:.3f}" for s in cases[row.id].spacing_mm)
         by_kind.setdefault((row.modality, contrast_word(row), *spacing), []).append(row)
+
     found: list[KnownPlace] = []
     for alike in by_kind.values():
         if len({subject_of(row) for row in alike}) >= num_subjects:
@@ -83,55 +82,71 @@ def _among(
     num_subjects: int,
     first: int,
 ) -> list[KnownPlace]:
-    if len(rows) * KEPT > MAX_PLACES:
-        log.info("likeness: %d of %d scans are compared", MAX_PLACES // KEPT, len(rows))
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, MAX_PLACES // KEPT).astype(int)]
+    """Return the structures of scans that may be compared; the first is named "alike ``first``"."""
+    max_scans = MAX_PLACES // KEPT
+    if len(rows) > max_scans:
+        log.info("places alike: %d of %d scans are compared", max_scans, len(rows))
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, max_scans).astype(int)]
+
+    # One entry per place: its scan, its centre, its descriptor.
     owners, centres, descriptors = [], [], []
     for number, row in enumerate(rows):
-        for where, described in _contrasty(cases[row.id], crop, number):
-            owners.append(number)
-            centres.append(where)
+        for centre, described in _places_with_contrast(cases[row.id], crop, number):
+            owners.append(row)
+            centres.append(centre)
             descriptors.append(described)
-    subjects = np.unique([subject_of(rows[o]) for o in owners], return_inverse=True)[1]
+
+    subjects = np.unique([subject_of(row) for row in owners], return_inverse=True)[1]
     neighbours, farthest = _nearest(np.stack(descriptors), subjects, num_subjects - 1)
-    chosen = np.argsort(farthest, kind="stable")[: max(1, round(MOST_ALIKE * len(owners)))]
-    return [
-        KnownPlace(
-            rows[owners[i]].id, subject_of(rows[owners[i]]), f"{ALIKE}{first + n}", centres[i]
-        )
-        for n, query in enumerate(chosen.tolist())
-        for i in (query, *neighbours[query].tolist())
-    ]
+    num_chosen = max(1, round(MOST_ALIKE * len(owners)))
+    chosen = np.argsort(farthest, kind="stable")[:num_chosen]
+
+    found = []
+    for number, query in enumerate(chosen.tolist()):
+        name = f"{ALIKE}{first + number}"
+        for place in (query, *neighbours[query].tolist()):
+            row = owners[place]
+            found.append(KnownPlace(row.id, subject_of(row), name, centres[place]))
+    return found
 
 
-def _contrasty(
+def _places_with_contrast(
     case: StoredCase, crop: Size, number: int
 ) -> list[tuple[tuple[float, float, float], NDArray[np.float32]]]:
-    """The places with most contrast among some at random: (share of the scan, descriptor)."""
+    """Return the places with most contrast among some random ones: (centre, descriptor).
+
+    Centres are shares of the scan's axes (z, y, x).
+    """
     generator = rng.generator(0, "places alike", number)
-    size = as_size([min(c, n) for c, n in zip(crop, case.shape_vox, strict=True)])
-    looked = []
+    shape = case.shape_vox
+    size = as_size([min(c, n) for c, n in zip(crop, shape, strict=True)])
+    room = [n - c + 1 for n, c in zip(shape, size, strict=True)]
+
+    tried = []
     for _ in range(TRIED):
-        start = as_size(
-            [int(generator.integers(n - c + 1)) for n, c in zip(case.shape_vox, size, strict=True)]
-        )
-        voxels = case.read(start, size)[0]
-        z, y, x = ((a + c / 2) / n for a, c, n in zip(start, size, case.shape_vox, strict=True))
-        looked.append((float(voxels.std()), (z, y, x), descriptor(voxels, (z, y, x))))
-    looked.sort(key=lambda item: -item[0])
-    return [(where, described) for _, where, described in looked[:KEPT]]
+        start = as_size([int(generator.integers(side)) for side in room])
+        voxels = case.read(start, size)[0]  # (Z, Y, X)
+        z, y, x = ((a + c / 2) / n for a, c, n in zip(start, size, shape, strict=True))
+        tried.append((float(voxels.std()), (z, y, x), descriptor(voxels, (z, y, x))))
+
+    tried.sort(key=lambda item: -item[0])
+    return [(centre, described) for _, centre, described in tried[:KEPT]]
 
 
 def _nearest(
     descriptors: NDArray[np.float32], subjects: NDArray[np.int64], num_others: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Per place the nearest place of each of the ``num_others`` nearest other subjects, and the
-    distance of the last of these.
+    """Return, for every place, the nearest places of the nearest other subjects.
+
+    Returns:
+        (N, num_others), one place of each of the ``num_others`` nearest other subjects; and (N,),
+        the squared distance of the last of these.
     """
     neighbours = np.empty((len(descriptors), num_others), dtype=np.int64)
     farthest = np.empty(len(descriptors), dtype=np.float32)
     lengths = np.square(descriptors).sum(axis=1)
     for i, described in enumerate(descriptors):
+        # Squared distances less the squared length of this descriptor, which is added at the end.
         distances = lengths - 2 * (descriptors @ described)
         distances[subjects == subjects[i]] = np.inf
         order = np.argsort(distances, kind="stable")

@@ -1,7 +1,7 @@
 """Spatial sequences: one crop of one case, its blocks in order.
 
-What is random is drawn first, as a small record; applying it reads the store. So a sample can be
-replayed and pictured.
+All random choices are drawn first, as a small record; applying the record reads the store. A sample
+can therefore be repeated and drawn as a picture.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class SpatialDraw:
         start: first voxel of the crop, (z, y, x); negative where the crop begins in padding.
         turn: how the crop is mirrored and its axes are reordered.
         prefix: number of given blocks.
-        ranks: block rank per token, (T,).
+        ranks: position in the order of every token's block, (T,).
         affine: how the crop is rotated and zoomed; None where it is not.
     """
 
@@ -45,11 +45,10 @@ def draw(
     spacing_mm: Spacing | None = None,
     affine_generator: np.random.Generator | None = None,
 ) -> SpatialDraw:
-    """Draw a crop of the plan's size from a case of ``shape_vox``, its turn, prefix and block
-    order.
+    """Draw a crop of the plan's size from a case of ``shape_vox``, and all else that is random.
 
-    Where the case is smaller than the crop, it lies at a random place inside the crop and padding
-    surrounds it.
+    A case that is smaller than the crop lies at a random position inside the crop, surrounded by
+    padding.
 
     Args:
         spacing_mm: of the case; None for the plan's.
@@ -58,32 +57,41 @@ def draw(
     """
     s = plan.sequence
     spacing_mm = spacing_mm or plan.data.spacing_mm
+    grid = grid_of(s.crop_size_vox, plan.encoder.token_size_vox)
+
+    # The order of the draws is part of the result: another order gives other samples.
     start = draw_start(shape_vox, s.crop_size_vox, generator)
     turn = draw_turn(plan, s.crop_size_vox, spacing_mm, generator)
-    ids = sequence_ids(
-        grid_of(s.crop_size_vox, plan.encoder.token_size_vox), s.block_tokens, 1, s.order
-    )
+    ids = sequence_ids(grid, s.block_tokens, 1, s.order)
     ranks = token_ranks(ids, s.order, generator)
-    affine = None if affine_generator is None else draw_affine(plan, spacing_mm, affine_generator)
-    return SpatialDraw(start, turn, draw_prefix(int(ids.max()) + 1, generator, s), ranks, affine)
+    affine = None
+    if affine_generator is not None:
+        affine = draw_affine(plan, spacing_mm, affine_generator)
+    prefix = draw_prefix(int(ids.max()) + 1, generator, s)
+
+    return SpatialDraw(start, turn, prefix, ranks, affine)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:
-    """Read the crop that was drawn, or what it is going to be resampled from."""
+    """Read the crop that was drawn, or the part of the case that it will be resampled from."""
     size = plan.sequence.crop_size_vox
-    if drawn.affine is not None:
-        source = read_source(case, drawn.start, size, drawn.affine, plan.sequence.max_source)
-        return Sample(
-            *unread(1, size), drawn.ranks, drawn.prefix, turn=drawn.turn, sources=(source,)
-        )
-    voxels, real = case.read_padded(drawn.start, size)
-    return Sample(voxels[None], real[None], drawn.ranks, drawn.prefix, turn=drawn.turn)
+    if drawn.affine is None:
+        voxels, real = case.read_padded(drawn.start, size)
+        return Sample(voxels[None], real[None], drawn.ranks, drawn.prefix, turn=drawn.turn)
+
+    source = read_source(case, drawn.start, size, drawn.affine, plan.sequence.max_source)
+    voxels, real = unread(1, size)
+    return Sample(voxels, real, drawn.ranks, drawn.prefix, turn=drawn.turn, sources=(source,))
 
 
 def draw_start(
-    shape_vox: Sequence[int], size_vox: Sequence[int], generator: np.random.Generator
+    shape_vox: Sequence[int],
+    size_vox: Sequence[int],
+    generator: np.random.Generator,
 ) -> Size:
-    """First voxel of a crop anywhere in a case; of a case that is smaller, anywhere in the crop."""
-    low = [min(0, c - k) for c, k in zip(shape_vox, size_vox, strict=True)]
-    high = [max(0, c - k) for c, k in zip(shape_vox, size_vox, strict=True)]
-    return as_size([int(generator.integers(a, b + 1)) for a, b in zip(low, high, strict=True)])
+    """Draw the first voxel of a crop anywhere in a case, or of a smaller case in the crop."""
+    start = []
+    for case_side, crop_side in zip(shape_vox, size_vox, strict=True):
+        difference = case_side - crop_side
+        start.append(int(generator.integers(min(0, difference), max(0, difference) + 1)))
+    return as_size(start)

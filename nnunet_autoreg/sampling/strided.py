@@ -1,9 +1,10 @@
 """Strided sequences: sub-volumes of one crop that overlap along z, concatenated.
 
-AR-SSL4M's spatial sequence is four sub-volumes of 128 x 128 x 32 at a stride of 8 slices. A stride
-of the sub-volume's depth makes a plain crop of it. At a smaller one most voxels are shown twice,
-and copying them predicts them; ``sequence.mask_seen`` takes them out of the loss. Strided sequences
-are mirrored, but neither rotated nor zoomed: their slices lie along the axis z of the scan.
+AR-SSL4M's spatial sequence is four sub-volumes of 128 x 128 x 32 at a stride of 8 slices. With a
+stride equal to the depth of a sub-volume, the sequence is a plain crop. With a smaller one most
+voxels are shown twice, and copying them predicts them; ``sequence.mask_seen`` takes them out of the
+loss. Strided sequences are mirrored, but neither rotated nor zoomed: their slices lie along the
+axis z of the scan.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +23,10 @@ from nnunet_autoreg.store.case import StoredCase
 
 @dataclass(frozen=True)
 class StridedDraw:
-    """The random choices of one sample, as in ``spatial.SpatialDraw``; ``start`` is that of the
-    whole stretch of slices.
+    """The random choices of one sample, as in ``spatial.SpatialDraw``.
+
+    Attributes:
+        start: the first voxel of all slices that are read.
     """
 
     start: Size
@@ -33,64 +36,77 @@ class StridedDraw:
 
 
 def source_slices(plan: Plan) -> NDArray[np.int64]:
-    """Slice of the stretch that each slice of the sequence shows, (Z,)."""
+    """Return which of the slices that are read each slice of the sequence shows, (Z,)."""
     s = plan.sequence
     depth = s.crop_size_vox[0] // s.num_subvolumes
-    return np.concatenate(
-        [k * s.stride_vox + np.arange(depth, dtype=np.int64) for k in range(s.num_subvolumes)]
-    )
+    starts = s.stride_vox * np.arange(s.num_subvolumes, dtype=np.int64)  # (num_subvolumes,)
+    within = np.arange(depth, dtype=np.int64)  # (depth,)
+    return (starts[:, None] + within).reshape(-1)
 
 
 def stretch(plan: Plan) -> Size:
-    """Voxels that are read: the crop, shorter along z by what overlaps."""
+    """Return the size of what is read: the crop, shorter along z by what overlaps."""
     _, y, x = plan.sequence.crop_size_vox
     return (int(source_slices(plan)[-1]) + 1, y, x)
 
 
 def draw(
-    plan: Plan, shape_vox: Size, generator: np.random.Generator, spacing_mm: Spacing
+    plan: Plan,
+    shape_vox: Size,
+    generator: np.random.Generator,
+    spacing_mm: Spacing,
 ) -> StridedDraw:
-    """Draw a stretch of slices from a case of ``shape_vox``, its turn, prefix and block order."""
+    """Draw the slices to read from a case of ``shape_vox``, and all else that is random."""
     s = plan.sequence
     depth = s.crop_size_vox[0] // s.num_subvolumes
+    grid = grid_of(s.crop_size_vox, plan.encoder.token_size_vox)
+
     start = draw_start(shape_vox, stretch(plan), generator)
     turn = draw_turn(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
-    turn = turn if turn.axes[0] == 0 else replace(turn, axes=(0, 1, 2))
-    ids = sequence_ids(
-        grid_of(s.crop_size_vox, plan.encoder.token_size_vox), s.block_tokens, 1, s.order
-    )
+    if turn.axes[0] != 0:
+        # The sub-volumes overlap along z, so that z has to stay the first axis.
+        turn = replace(turn, axes=(0, 1, 2))
+    ids = sequence_ids(grid, s.block_tokens, 1, s.order)
     ranks = token_ranks(ids, s.order, generator)
-    return StridedDraw(start, turn, draw_prefix(int(ids.max()) + 1, generator, s), ranks)
+    prefix = draw_prefix(int(ids.max()) + 1, generator, s)
+
+    return StridedDraw(start, turn, prefix, ranks)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:
-    """Read the stretch and lay its sub-volumes after one another.
+    """Read the slices and concatenate the sub-volumes.
 
-    Along z it is the stretch that is mirrored, so the slices are taken from its other end; y and x
-    are left to the sample's turn.
+    Along z all slices that were read are mirrored together, so the sub-volumes are taken from their
+    other end. Mirroring of y and x is left to the sample.
     """
     voxels, real = case.read_padded(drawn.start, stretch(plan))
-    (flip_z, flip_y, flip_x), slices = drawn.turn.flips, source_slices(plan)
+    slices = source_slices(plan)
+    flip_z, flip_y, flip_x = drawn.turn.flips
     if flip_z:
         slices = len(real) - 1 - slices
-    scored = ~seen_before(plan, drawn.ranks)[None] if plan.sequence.mask_seen else None
-    turn = Turn((False, flip_y, flip_x), drawn.turn.axes)
+
+    scored = None
+    if plan.sequence.mask_seen:
+        scored = ~seen_before(plan, drawn.ranks)[None]
+
     return Sample(
         voxels[None, :, slices],
         real[None, slices],
         drawn.ranks,
         drawn.prefix,
         scored=scored,
-        turn=turn,
+        turn=Turn((False, flip_y, flip_x), drawn.turn.axes),
     )
 
 
 def seen_before(plan: Plan, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(Z, Y, X): where a voxel was shown by a block of lower rank."""
+    """Return where an earlier block has shown a voxel already, (Z, Y, X)."""
     token = plan.encoder.token_size_vox
     by_voxel = ranks.reshape(grid_of(plan.sequence.crop_size_vox, token))
     for axis in range(3):
-        by_voxel = by_voxel.repeat(token[axis], axis=axis)
+        by_voxel = by_voxel.repeat(token[axis], axis=axis)  # finally (Z, Y, X)
+
+    # For every voxel that is read: the first block that shows it.
     slices = source_slices(plan)
     first = np.full((int(slices[-1]) + 1, *by_voxel.shape[1:]), np.iinfo(np.int64).max)
     np.minimum.at(first, slices, by_voxel)

@@ -1,6 +1,4 @@
-"""How a crop is mirrored and its axes are reordered: chosen where it is read, carried out where it
-is used.
-"""
+"""Mirroring and transposing of crops: drawn where a crop is read, carried out where it is used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 @dataclass(frozen=True)
 class Turn:
-    """Mirror, then reorder the last three axes (z, y, x); whatever axes come before them stay.
+    """Mirror the last three axes (z, y, x), then reorder them. Axes before them stay.
 
     Attributes:
         flips: whether each axis is mirrored.
@@ -30,56 +28,52 @@ class Turn:
     axes: Size = (0, 1, 2)
 
     def array(self, whole: NDArray[Scalar]) -> NDArray[Scalar]:
-        """The turned array (..., Z, Y, X), contiguous."""
-        return np.ascontiguousarray(
-            np.flip(whole, self._mirrored(whole)).transpose(self._order(whole))
-        )
+        """Return the changed array (..., Z, Y, X), contiguous."""
+        mirrored = np.flip(whole, self._mirrored_axes(whole))
+        return np.ascontiguousarray(mirrored.transpose(self._order(whole)))
 
     def tensor(self, whole: Tensor) -> Tensor:
-        """The same of a tensor, as a view where nothing is mirrored; on a device, queued there
-        without waiting for it.
-        """
-        mirrored = self._mirrored(whole)
-        return (whole.flip(mirrored) if mirrored else whole).permute(self._order(whole))
+        """Return the changed tensor (..., Z, Y, X); a view where nothing is mirrored.
 
-    def _mirrored(self, whole: "NDArray[Any] | Tensor") -> tuple[int, ...]:
-        return tuple(whole.ndim - 3 + axis for axis, flip in enumerate(self.flips) if flip)
+        On a device this is queued, and nobody waits for it.
+        """
+        axes = self._mirrored_axes(whole)
+        mirrored = whole.flip(axes) if axes else whole
+        return mirrored.permute(self._order(whole))
+
+    def _mirrored_axes(self, whole: "NDArray[Any] | Tensor") -> tuple[int, ...]:
+        first = whole.ndim - 3
+        return tuple(first + axis for axis in range(3) if self.flips[axis])
 
     def _order(self, whole: "NDArray[Any] | Tensor") -> tuple[int, ...]:
-        before = whole.ndim - 3
-        return (*range(before), *(before + axis for axis in self.axes))
+        first = whole.ndim - 3
+        return (*range(first), *(first + axis for axis in self.axes))
 
 
 AS_READ = Turn()
 
 
 def draw_turn(
-    plan: Plan, size_vox: Sequence[int], spacing_mm: Sequence[float], generator: np.random.Generator
+    plan: Plan,
+    size_vox: Sequence[int],
+    spacing_mm: Sequence[float],
+    generator: np.random.Generator,
 ) -> Turn:
-    """Which axes to mirror, and their order, of crops of ``size_vox``."""
-    flips = draw_flips(plan, generator)
-    return Turn(flips, draw_axes(plan, size_vox, spacing_mm, generator))
+    """Draw which axes of crops of ``size_vox`` are mirrored, and their order."""
+    flips: Flips = (False, False, False)
+    if plan.sequence.flip:
+        z, y, x = (bool(flip) for flip in generator.integers(0, 2, size=3))
+        flips = (z, y, x)
 
+    axes: Size = (0, 1, 2)
+    if plan.sequence.swap_axes:
+        order = generator.permutation(3)
+        # Only axes of equal crop length and equal spacing (to 1 %) may change places.
+        is_allowed = all(
+            size_vox[old] == size_vox[new] and abs(spacing_mm[old] / spacing_mm[new] - 1) < 0.01
+            for old, new in enumerate(order)
+        )
+        if is_allowed:
+            axes = as_size(order.tolist())
 
-def draw_flips(plan: Plan, generator: np.random.Generator) -> Flips:
-    """Which axes to mirror."""
-    if not plan.sequence.flip:
-        return (False, False, False)
-    z, y, x = (bool(f) for f in generator.integers(0, 2, size=3))
-    return (z, y, x)
-
-
-def draw_axes(
-    plan: Plan, size_vox: Sequence[int], spacing_mm: Sequence[float], generator: np.random.Generator
-) -> Size:
-    """A random permutation of the axes that moves only axes of equal crop length and equal spacing
-    (to 1 %).
-    """
-    if not plan.sequence.swap_axes:
-        return (0, 1, 2)
-    wish = generator.permutation(3)
-    equal = all(
-        size_vox[i] == size_vox[j] and abs(spacing_mm[i] / spacing_mm[j] - 1) < 0.01
-        for i, j in enumerate(wish)
-    )
-    return as_size(wish.tolist()) if equal else as_size((0, 1, 2))
+    return Turn(flips, axes)

@@ -58,7 +58,7 @@ MAY_IMPORT_NNUNET = {
     "planners",
 }
 LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "cli"}
-LIGHT_FILES = {"model.sizes", "model.topology", "model.card"}
+LIGHT_FILES = {"model.sizes", "model.card"}
 HEAVY = (
     "torch",
     "torchvision",

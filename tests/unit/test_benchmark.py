@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+from refusals import refused
 
 from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
@@ -76,23 +77,23 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "named"),
     [
-        ({"arms": ("pretraind",)}, "did you mean 'pretrained'"),
-        ({"steps": None}, "--steps or as --budget"),
-        ({"budget_min": 3.0}, "--steps or as --budget"),
-        ({"num_seeds": 0}, "--seeds 0: must be greater than 0"),
-        ({"labels": (0,)}, "--labels 0"),
-        ({"recipe": ("pretrained_rat=1e-3",)}, "did you mean 'pretrained_rate'"),
-        ({"recipe": ("pretrained_rate",)}, "write it as key=value"),
-        ({"recipe": ("pretrained_rate=fast",)}, "'fast' is not of type float"),
-        ({"recipe": ("optimizer=sgdd",)}, "did you mean 'sgd'"),
-        ({"recipe": ("momentum=1.5",)}, r"must be in \[0, 1\)"),
-        ({"weights": ("some/folder",)}, "give the name of a run"),
+        ({"arms": ("pretraind",)}, "benchmark-unknown-arm", "'pretrained'"),
+        ({"steps": None}, "benchmark-length", "--budget"),
+        ({"budget_min": 3.0}, "benchmark-length", "--steps"),
+        ({"num_seeds": 0}, "benchmark-not-positive", "--seeds 0"),
+        ({"labels": (0,)}, "benchmark-not-positive", "--labels 0"),
+        ({"recipe": ("pretrained_rate",)}, "recipe-not-key-value", "key=value"),
+        ({"recipe": ("pretrained_rat=1e-3",)}, "usage", "'pretrained_rate'"),
+        ({"recipe": ("pretrained_rate=fast",)}, "usage", "'fast'"),
+        ({"recipe": ("optimizer=sgdd",)}, "usage", "'sgd'"),
+        ({"recipe": ("momentum=1.5",)}, "usage", "1.5"),
+        ({"weights": ("some/folder",)}, "benchmark-weights-name", "some/folder"),
     ],
 )
-def test_impossible_requests_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_impossible_requests_are_refused(changes: dict[str, Any], code: str, named: str) -> None:
+    with refused(UsageError, code, named):
         request(**changes)
 
 
@@ -187,11 +188,8 @@ def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
         bench.layout.pretraining("published") / "plan.json",
         {"request": {"preset": "faithful"}, "optim": {"num_steps": 5}},
     )
-    with pytest.raises(
-        AutoregError,
-        match=r"--preset faithful and would differ in more than the objective.*named "
-        r"published_masked",
-    ):
+
+    with refused(AutoregError, "benchmark-no-twin", "--preset faithful", "published_masked"):
         ensure_masked(bench, "published")
 
 
@@ -325,7 +323,7 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest_and_is_settled_once(be
     assert settle_length(bench, runner) == (100, 6)
     assert len(runner.done) == 2
     assert settle_length(bench, FakeRunner(("nnUNetTrainer", 0))) == (100, 6)
-    with pytest.raises(AutoregError, match=r"a step of stock.* takes 100\.0 s; give more minutes"):
+    with refused(AutoregError, "benchmark-budget-too-small", "stock", "100.0 s"):
         settle_length(
             replace(bench, request=replace(asked, budget_min=0.5)),
             FakeRunner(pace={"nnUNetTrainer": 100.0}),
@@ -385,20 +383,18 @@ def test_a_folder_of_other_things_or_of_another_dataset_is_refused(
     asked = request()
     record = open_record(tmp_path / "new", asked, CASES)
     assert open_record(tmp_path / "new", asked, CASES[:5]) == record
-    with pytest.raises(UsageError, match="holds a benchmark of Dataset900_Heads"):
+    with refused(UsageError, "benchmark-other-dataset", "Dataset900_Heads"):
         open_record(tmp_path / "new", replace(asked, dataset="Dataset901_Other"), CASES)
     other = tmp_path / "subjects.csv"
     other.write_text("case,subject\n" + "".join(f"{case},x\n" for case in CASES))
-    with pytest.raises(UsageError, match="says other patients than"):
+    with refused(UsageError, "benchmark-other-patients", other):
         open_record(tmp_path / "new", replace(asked, subjects=str(other)), CASES)
     assert open_record(tmp_path / "new", asked, [*CASES, "head_999"]) == record
-    assert (
-        "1 cases are newer than this benchmark's division and take no part, the first is head_999"
-        in caplog.text
-    )
+    assert "head_999" in caplog.text
+
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()
-    with pytest.raises(UsageError, match="neither empty nor a benchmark's folder"):
+    with refused(UsageError, "benchmark-folder-in-use", tmp_path / "full"):
         open_record(tmp_path / "full", asked, CASES)
 
 
@@ -455,22 +451,20 @@ def test_weights_that_saw_a_scored_patient_are_refused(
     if row.source == "SCORED IMAGE":
         row = replace(row, source=str(scored.images["p2_ES"][0]))
     run = pretrained_on(tmp_path / "brain", scan(DATASET, "p1_ED"), row)
-    with pytest.raises(
-        AutoregError,
-        match=r"saw 1 of the patients that are scored, e\.g\. p2: .* --exclude /x\.txt",
-    ):
+
+    with refused(AutoregError, "benchmark-scored-patient-seen", "p2", "--exclude /x.txt"):
         check_pretraining(run, scored, Path("/x.txt"))
 
 
-def test_weights_that_saw_others_pass_and_what_nobody_knows_is_said(
+def test_weights_that_saw_others_pass_and_doubts_are_warned_of(
     tmp_path: Path, scored: Scored
 ) -> None:
     others = scan(DATASET, "p1_ED"), scan(DATASET, "p2_ES", status="excluded")
     assert check_pretraining(pretrained_on(tmp_path / "brain", *others), scored, Path("x")) == ""
     (tmp_path / "foreign").mkdir()
-    assert "nobody knows" in check_pretraining(tmp_path / "foreign", scored, Path("x"))
+    assert "foreign" in check_pretraining(tmp_path / "foreign", scored, Path("x"))
     named = pretrained_on(tmp_path / "other", scan("Dataset901_Other", "p2"))
-    assert "named like scored patients, e.g. p2" in check_pretraining(named, scored, Path("x"))
+    assert "p2" in check_pretraining(named, scored, Path("x"))
 
 
 def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(
@@ -482,7 +476,8 @@ def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(
     image = min((shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"))
     scored = Scored(DATASET, {"a": "a"}, ["a"], {"a": [image]})
     copy = replace(scan("backup", "x"), content_hash=content_hash(load_scan(image)))
-    with pytest.raises(AutoregError, match="saw 1 of the patients"):
+
+    with refused(AutoregError, "benchmark-scored-patient-seen"):
         check_pretraining(pretrained_on(tmp_path / "brain", copy), scored, Path("x"))
 
 
@@ -609,10 +604,8 @@ def test_the_users_runs_are_linked_and_other_weights_of_that_name_later_are_refu
     preparing.pin(typing, "brain")
     preparing.pin(typing, "brain")
     write_json(theirs / "brain" / "encoder.json", {"sha256": "trained anew"})
-    with pytest.raises(
-        UsageError,
-        match="the weights of 'brain' are others than those of this benchmark's trainings so far",
-    ):
+
+    with refused(UsageError, "benchmark-weights-changed", "'brain'"):
         preparing.pin(typing, "brain")
 
 
@@ -620,19 +613,15 @@ def test_imported_weights_have_no_masked_twin(typing: Bench) -> None:
     typing = replace(typing, request=request(weights=("imported",)))
     finished(typing.user_results / "autoreg_pretraining" / "imported")
     preparing.ensure_weights(typing, "imported")
-    with pytest.raises(
-        AutoregError,
-        match=r"the arm 'masked' needs a twin of 'imported', which has no plan\.json to repeat",
-    ):
+
+    with refused(AutoregError, "benchmark-no-twin", "'imported'", "plan.json"):
         preparing.ensure_masked(typing, "imported")
 
 
-def test_a_command_that_fails_ends_with_its_last_words(tmp_path: Path) -> None:
+def test_a_command_that_fails_ends_with_its_last_line(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "log", "cpu", 1)
-    with pytest.raises(
-        AutoregError,
-        match=r"python ended with exit code 3 \(no space left\); all of its output is in .*log",
-    ):
+
+    with refused(AutoregError, "command-failed", "exit code 3", "no space left", tmp_path / "log"):
         commands.run(["python", "-c", "print('fine'); print('no space left'); raise SystemExit(3)"])
-    with pytest.raises(AutoregError, match="the command autoreg_nothing is not installed"):
+    with refused(AutoregError, "command-not-installed", "autoreg_nothing"):
         commands.run(["autoreg_nothing"])

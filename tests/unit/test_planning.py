@@ -19,8 +19,7 @@ from nnunet_autoreg.corpus.index import Index
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, Spacing, volume
-from nnunet_autoreg.model.sizes import EncoderSize, encoder_size
-from nnunet_autoreg.model.topology import suited_to
+from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.encoder import choose_encoder, choose_order, limit_by_pool

@@ -17,6 +17,7 @@ import torch
 from refusals import refused
 
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
+from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.plan import (
@@ -348,8 +349,8 @@ def test_the_verdict_is_bad_without_validation_scans():
 def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
     objective, batch, monkeypatch
 ):
-    tokens = objective._tokens(batch.voxels)
-    real = objective._tokens(batch.real[:, :, None])
+    tokens = to_tokens(batch.voxels, objective.token_size)
+    real = to_tokens(batch.real[:, :, None], objective.token_size)
     mean = (tokens * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
     deviation = (
         ((tokens - mean) * real).square().sum(-1, keepdim=True) / (real.sum(-1, keepdim=True) - 1)

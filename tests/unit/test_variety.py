@@ -479,9 +479,8 @@ def test_only_given_blocks_are_corrupted_and_targets_stay_clean(monkeypatch):
 
     objective.loss(batch)
 
-    given = objective._volume(
-        (batch.ranks < batch.prefix[:, None])[:, :, None].expand(-1, -1, 512), batch
-    )[:, :, None]
+    given_BTP = (batch.ranks < batch.prefix[:, None])[:, :, None].expand(-1, -1, 512)
+    given = from_tokens(given_BTP, objective.token_size, batch.voxels.shape)[:, :, None]
     changed = inputs[0] != batch.voxels
     assert not changed[~given].any() and changed[given].float().mean() > 0.9
     assert targets[0] is batch.voxels
