@@ -18,6 +18,7 @@ from sequence_cases import (
 )
 
 from nnunet_autoreg import rng
+from nnunet_autoreg.model.sequence import from_tokens
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_batches
 from nnunet_autoreg.pretrain.training_step import TrainingStep
