@@ -274,8 +274,8 @@ def answer_the_centre(args: argparse.Namespace) -> None:
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
     from nnunet_autoreg.detection.evaluate import EvaluationSettings, evaluate
-    from nnunet_autoreg.detection.objects import ObjectSource
     from nnunet_autoreg.detection.matching import scan_of_instances
+    from nnunet_autoreg.detection.objects import ObjectSource
 
     (raw,) = (args.work / "raw").iterdir()
     source = ObjectSource(
