@@ -14,14 +14,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nnunet_autoreg.corpus.dicom import claims_dicom, file_slices, member_slices
 from nnunet_autoreg.corpus.identity import salted
-from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.read import check_stack
-from nnunet_autoreg.corpus.slices import SECONDARY, Leave, Slice
-from nnunet_autoreg.corpus.stacks import Stack, by_series, originals, stacks_of, without_copies
-from nnunet_autoreg.corpus.tags import NotDicomError
 from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io.dicom import claims_dicom, file_slices, member_slices
+from nnunet_autoreg.io.parts import ScanPart
+from nnunet_autoreg.io.slices import SECONDARY, Leave, Slice
+from nnunet_autoreg.io.stacks import Stack, by_series, originals, stacks_of, without_copies
+from nnunet_autoreg.io.tags import NotDicomError
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class DicomCollector:
         others.
         """
         below = "yes" if any("/" in s.file for s in group) and path.is_dir() else ""
-        part = Part(
+        part = ScanPart(
             series=group[0].series,
             instance=group[0].instance if group[0].frame >= 0 else "",
             below=below,
@@ -159,7 +159,7 @@ class DicomCollector:
                 "of it holds too (same SOP instance); each is read once",
             )
 
-    def _row(self, path: Path, stack: Stack, part: Part, derived: str) -> Row:
+    def _row(self, path: Path, stack: Stack, part: ScanPart, derived: str) -> Row:
         first, status, reason = stack.first, "", ""
         try:
             check_stack(stack, str(part))

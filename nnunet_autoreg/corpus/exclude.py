@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.parts import parse_part
 from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.io.names import absolute
+from nnunet_autoreg.io.parts import parse_part
 
 log = logging.getLogger(__name__)
 

@@ -12,26 +12,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from nnunet_autoreg.corpus.collect import DicomCollector
-from nnunet_autoreg.corpus.contrast import bids_names, is_label_name, modality_of_contrast
 from nnunet_autoreg.corpus.dataset_json import (
     DatasetJson,
     lists_its_files,
     read_dataset_json,
     unset_variables,
 )
-from nnunet_autoreg.corpus.dicom import is_archive, may_be_dicom
-from nnunet_autoreg.corpus.parts import Part
 from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.corpus.read import num_volumes
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.archive import members, opened, unpacked
+from nnunet_autoreg.io.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.io.names import (
     IMAGE_ENDINGS,
     absolute,
+    bids_names,
     case_and_channel,
+    is_label_name,
+    modality_of_contrast,
     natural_key,
     strip_ending,
 )
+from nnunet_autoreg.io.parts import ScanPart
 from nnunet_autoreg.nnunet_api import dataset_folder
 
 log = logging.getLogger(__name__)
@@ -209,10 +211,10 @@ class _Finder:
         case: str,
         volumes: int,
         facts: dict[str, str],
-        part: Part | None = None,
+        part: ScanPart | None = None,
     ) -> None:
         """A file: one candidate, or one for each of its ``volumes``."""
-        part = part or Part()
+        part = part or ScanPart()
         if volumes == 1:
             self.add(path, base_id, dataset, case, part=str(part), **facts)
             return
@@ -443,7 +445,7 @@ class _Finder:
         elif is_label_name(inside):
             others["label maps"] += 1
         else:
-            part, case = Part(member=info.filename), f"{_below(path, root)}/{inside}"
+            part, case = ScanPart(member=info.filename), f"{_below(path, root)}/{inside}"
             self.add_volumes(
                 path,
                 f"{root.name}/{case}",

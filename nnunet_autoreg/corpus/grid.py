@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_autoreg.corpus.dicom import find_stack, pick_volume
-from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, zyx
+from nnunet_autoreg.io.dicom import find_stack, pick_volume
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
+from nnunet_autoreg.io.parts import ScanPart, parse_part
 from nnunet_autoreg.nnunet_api import Array
 
 SAME_MM = 1e-2
@@ -135,7 +135,7 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
     return image, _turn(image)
 
 
-def _series_frame(path: Path, part: Part) -> Any:
+def _series_frame(path: Path, part: ScanPart) -> Any:
     """An empty image with the size, spacing, origin and direction of a DICOM volume, by its
     headers.
     """

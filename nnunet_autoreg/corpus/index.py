@@ -20,12 +20,12 @@ from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sampl
 from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key, stamp_of
 from nnunet_autoreg.corpus.manifest import Entry, Manifest, describe
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
-from nnunet_autoreg.corpus.parts import parse_part
 from nnunet_autoreg.corpus.peek import peek
 from nnunet_autoreg.corpus.read import cropped_shape, load_scan, read_header
 from nnunet_autoreg.corpus.rows import OK, ScanRow
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, volume
+from nnunet_autoreg.io.parts import parse_part
 from nnunet_autoreg.nnunet_api import Array
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.corpus.dataset_json import read_dataset_json
-from nnunet_autoreg.corpus.dicom import claims_dicom
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
 from nnunet_autoreg.corpus.parallel import parallel_map
@@ -22,6 +21,7 @@ from nnunet_autoreg.corpus.private import NAMES_FILES, public_dataset
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
+from nnunet_autoreg.io.dicom import claims_dicom
 from nnunet_autoreg.io.names import case_and_channel, strip_ending
 
 log = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.corpus.parts import Part, parse_part
-from nnunet_autoreg.corpus.stacks import Stack
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, volume, zyx
 from nnunet_autoreg.io.archive import unpacked
+from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.io.files import check_file, quiet_stderr
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
+from nnunet_autoreg.io.parts import ScanPart, parse_part
+from nnunet_autoreg.io.stacks import Stack
 from nnunet_autoreg.nnunet_api import Array, RawScan, read_scan
 
 MIN_AXIS_VOX = 4
@@ -63,7 +63,7 @@ def load_scan(path: Path, part: str = "") -> RawScan:
     return _load_file(path, wanted, path.name)
 
 
-def _load_file(path: Path, part: Part, name: str) -> RawScan:
+def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
     check_file(path)
     header, turn = _file_header(path, part)
     with quiet_stderr() as said:
@@ -89,7 +89,7 @@ def _read_one_of(path: Path, number: int) -> Array:
     return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
 
 
-def _load_series(path: Path, part: Part) -> RawScan:
+def _load_series(path: Path, part: ScanPart) -> RawScan:
     stack = find_stack(path, part)
     header, turn = _series_header(stack, part)
     with quiet_stderr():
@@ -98,7 +98,7 @@ def _load_series(path: Path, part: Part) -> RawScan:
     return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
 
 
-def _series_header(stack: Stack, part: Part) -> tuple[ScanHeader, Turn]:
+def _series_header(stack: Stack, part: ScanPart) -> tuple[ScanHeader, Turn]:
     pick_volume(stack, part)
     check_dimensions(stack.shape_vox[::-1])
     check_spacing(stack.spacing_mm)
@@ -160,7 +160,7 @@ def _information(path: Path) -> Any:
     return reader
 
 
-def _file_header(path: Path, part: Part) -> tuple[ScanHeader, Turn]:
+def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     """The header of a file, and how its array comes to the one orientation."""
     import SimpleITK
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nnunet_autoreg.corpus.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.corpus.private import NAMES_FILES, without_names
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.io.archive import unpacked
+from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.io.files import check_file, quiet_stderr
 from nnunet_autoreg.io.names import CHANNEL_SUFFIX, IMAGE_ENDINGS, absolute, natural_key
+from nnunet_autoreg.io.parts import ScanPart, parse_part
 
 SCAN_ENDINGS = (*IMAGE_ENDINGS, ".dcm", ".zip")
 MOST_NAMED = 3
@@ -258,7 +258,7 @@ def _convert(candidate: Candidate, file: Path) -> None:
     SimpleITK.WriteImage(image, str(file))
 
 
-def _series_image(path: Path, part: Part) -> Any:
+def _series_image(path: Path, part: ScanPart) -> Any:
     """Return a DICOM series as an image in its own orientation."""
     import SimpleITK
 
@@ -272,7 +272,7 @@ def _series_image(path: Path, part: Part) -> Any:
     return image
 
 
-def _file_image(file: Path, part: Part) -> Any:
+def _file_image(file: Path, part: ScanPart) -> Any:
     """Return a file, or one volume of a 4D file, as an image."""
     import SimpleITK
 

@@ -2,10 +2,43 @@
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+BIDS_SUFFIXES = (
+    "T1w",
+    "T2w",
+    "FLAIR",
+    "PDw",
+    "PDT2",
+    "T2starw",
+    "inplaneT1",
+    "inplaneT2",
+    "UNIT1",
+    "MP2RAGE",
+    "T1map",
+    "T2map",
+    "T2starmap",
+    "angio",
+    "SWI",
+    "swi",
+    "dwi",
+    "ADC",
+    "bold",
+    "sbref",
+    "cbv",
+    "asl",
+    "m0scan",
+    "epi",
+    "pet",
+    "ct",
+    "CT",
+    "PET",
+)
+BIDS_ENTITY = re.compile(r"(?:^|[_/])(sub|ses)-([A-Za-z0-9]+)")
+BIDS_AGENT = re.compile(r"_ce-[A-Za-z0-9]+")
+LABEL_SUFFIX = re.compile(r"_(dseg|probseg|mask|defacemask)$", re.IGNORECASE)
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
@@ -36,3 +69,36 @@ def case_and_channel(path: Path) -> tuple[str, int]:
     stem = strip_ending(path.name)
     match = CHANNEL_SUFFIX.match(stem)
     return (match["case"], int(match["channel"])) if match else (stem, 0)
+
+
+def bids_names(inside: str) -> tuple[str, str, str]:
+    """(subject with the folders above it, session, contrast) of a BIDS file name without ending;
+    ("", "", "") for other names.
+    """
+    name = PurePosixPath(inside).name
+    entities = dict(BIDS_ENTITY.findall(name))
+    if not name.startswith("sub-") or "sub" not in entities:
+        return "", "", ""
+    above = inside[: inside.index("sub-")]
+    suffix = name.rpartition("_")[2]
+    word = suffix if suffix in BIDS_SUFFIXES else ""
+    agent = "-ce" if word and BIDS_AGENT.search(name) else ""
+    session = f"ses-{entities['ses']}" if "ses" in entities else ""
+    return f"{above}sub-{entities['sub']}", session, word + agent
+
+
+def modality_of_contrast(word: str) -> str:
+    """MR, CT or PT for a BIDS suffix; "" for none."""
+    kind = word.removesuffix("-ce").lower()
+    return {"ct": "CT", "pet": "PT", "": ""}.get(kind, "MR")
+
+
+def is_label_name(inside: str) -> bool:
+    """Whether a path below a folder, without ending, names a label map:
+
+    BIDS ``_dseg`` and ``_mask``, folders ``labels*``.
+    """
+    path = PurePosixPath(inside)
+    return bool(LABEL_SUFFIX.search(path.name)) or any(
+        part.lower().startswith("labels") for part in path.parts[:-1]
+    )

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_autoreg.corpus import tags as t
-from nnunet_autoreg.corpus.contrast import bids_names, contrast_of, is_label_name
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.parts import Part, parse_part
 from nnunet_autoreg.corpus.read import load_scan, read_header
 from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io import tags as t
+from nnunet_autoreg.io.contrast import contrast_of
+from nnunet_autoreg.io.names import bids_names, is_label_name
 from nnunet_autoreg.io.orientation import turn_of, turned
+from nnunet_autoreg.io.parts import ScanPart, parse_part
 
 
 def found(folder: Path, **settings: Any) -> list[Candidate]:
@@ -441,9 +442,9 @@ def test_at_45_degrees_the_last_digits_do_not_turn_a_scan() -> None:
 
 
 def test_parts_survive_being_written() -> None:
-    part = Part(member="a;b=c/ü.nii.gz", series="1.2", t="3")
+    part = ScanPart(member="a;b=c/ü.nii.gz", series="1.2", t="3")
     assert parse_part(str(part)) == part
-    assert str(Part(series="1.2.3", t="0")) == "series=1.2.3;t=0"
+    assert str(ScanPart(series="1.2.3", t="0")) == "series=1.2.3;t=0"
     with pytest.raises(ScanError, match="'nonsense' names no part"):
         parse_part("nonsense=1")
 

@@ -1,12 +1,11 @@
-"""What a scan shows in one harmless word (T1w, FLAIR, DWI ...), and BIDS names.
+"""What a scan shows in one harmless word, such as T1w, FLAIR or DWI.
 
 Free text is matched, never passed on.
 """
 
 import re
-from pathlib import PurePosixPath
 
-from nnunet_autoreg.corpus.tags import (
+from nnunet_autoreg.io.tags import (
     B_VALUE,
     CONTRAST_AGENT,
     CORRECTED_IMAGE,
@@ -44,39 +43,6 @@ KEYWORDS = (
 AFTER_AGENT = re.compile(
     r"(?<![a-z])(post|gad|gd|km|ce|contrast)(?![a-z])|\+\s*c\b|t1.?post|t1.?gd|t1c(?![a-z])"
 )
-BIDS_SUFFIXES = (
-    "T1w",
-    "T2w",
-    "FLAIR",
-    "PDw",
-    "PDT2",
-    "T2starw",
-    "inplaneT1",
-    "inplaneT2",
-    "UNIT1",
-    "MP2RAGE",
-    "T1map",
-    "T2map",
-    "T2starmap",
-    "angio",
-    "SWI",
-    "swi",
-    "dwi",
-    "ADC",
-    "bold",
-    "sbref",
-    "cbv",
-    "asl",
-    "m0scan",
-    "epi",
-    "pet",
-    "ct",
-    "CT",
-    "PET",
-)
-BIDS_ENTITY = re.compile(r"(?:^|[_/])(sub|ses)-([A-Za-z0-9]+)")
-BIDS_AGENT = re.compile(r"_ce-[A-Za-z0-9]+")
-LABEL_SUFFIX = re.compile(r"_(dseg|probseg|mask|defacemask)$", re.IGNORECASE)
 
 
 def contrast_of(modality: str, tags: Tags) -> str:
@@ -115,36 +81,3 @@ def _by_times(tags: Tags) -> str:
     if echo <= 30:
         return "T1w" if repetition <= 1000 else "PDw" if repetition >= 1500 else ""
     return "T2w" if echo >= 60 and repetition >= 1500 else ""
-
-
-def bids_names(inside: str) -> tuple[str, str, str]:
-    """(subject with the folders above it, session, contrast) of a BIDS file name without ending;
-    ("", "", "") for other names.
-    """
-    name = PurePosixPath(inside).name
-    entities = dict(BIDS_ENTITY.findall(name))
-    if not name.startswith("sub-") or "sub" not in entities:
-        return "", "", ""
-    above = inside[: inside.index("sub-")]
-    suffix = name.rpartition("_")[2]
-    word = suffix if suffix in BIDS_SUFFIXES else ""
-    agent = "-ce" if word and BIDS_AGENT.search(name) else ""
-    session = f"ses-{entities['ses']}" if "ses" in entities else ""
-    return f"{above}sub-{entities['sub']}", session, word + agent
-
-
-def modality_of_contrast(word: str) -> str:
-    """MR, CT or PT for a BIDS suffix; "" for none."""
-    kind = word.removesuffix("-ce").lower()
-    return {"ct": "CT", "pet": "PT", "": ""}.get(kind, "MR")
-
-
-def is_label_name(inside: str) -> bool:
-    """Whether a path below a folder, without ending, names a label map:
-
-    BIDS ``_dseg`` and ``_mask``, folders ``labels*``.
-    """
-    path = PurePosixPath(inside)
-    return bool(LABEL_SUFFIX.search(path.name)) or any(
-        part.lower().startswith("labels") for part in path.parts[:-1]
-    )

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_autoreg.corpus.slices import ORDER_NAMES, Slice
 from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.io.slices import ORDER_NAMES, Slice
 
 # Slices that differ in one of these belong to different volumes, wherever they lie.
 VOLUME_NAMES = (

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from sys import intern
 
-from nnunet_autoreg.corpus import tags as t
-from nnunet_autoreg.corpus.contrast import contrast_of
-from nnunet_autoreg.corpus.tags import Tags, number, numbers, text
 from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io import tags as t
+from nnunet_autoreg.io.contrast import contrast_of
+from nnunet_autoreg.io.tags import Tags, number, numbers, text
 
 CLASSES = "1.2.840.10008.5.1.4.1.1."
 MODALITY_OF_CLASS = {

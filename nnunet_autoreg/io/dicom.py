@@ -12,12 +12,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from nnunet_autoreg.corpus.parts import Part
-from nnunet_autoreg.corpus.slices import Leave, Slice, slices_of
-from nnunet_autoreg.corpus.stacks import Stack, by_series, stacks_of
-from nnunet_autoreg.corpus.tags import parse_tags
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.io.archive import DAMAGED, members, opened, unpacked
+from nnunet_autoreg.io.parts import ScanPart
+from nnunet_autoreg.io.slices import Leave, Slice, slices_of
+from nnunet_autoreg.io.stacks import Stack, by_series, stacks_of
+from nnunet_autoreg.io.tags import parse_tags
 from nnunet_autoreg.nnunet_api import Array
 
 ENDINGS = (".dcm", ".dicom", ".ima")
@@ -63,7 +63,7 @@ def file_slices(path: Path, file: str) -> list[Slice]:
         ) from error
 
 
-def find_stack(path: Path, part: Part) -> Stack:
+def find_stack(path: Path, part: ScanPart) -> Stack:
     """The stack that a part names, by headers alone.
 
     Raises:
@@ -90,7 +90,7 @@ def find_stack(path: Path, part: Part) -> Stack:
     return stack
 
 
-def pick_volume(stack: Stack, part: Part) -> tuple[Slice, ...]:
+def pick_volume(stack: Stack, part: ScanPart) -> tuple[Slice, ...]:
     """The slices of the volume that a part names.
 
     Raises:
@@ -193,7 +193,7 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(".zip")
 
 
-def _slices_of_series(path: Path, part: Part) -> list[Slice]:
+def _slices_of_series(path: Path, part: ScanPart) -> list[Slice]:
     """The slices of one series by headers; which files hold it is kept for the next of its
     neighbours.
     """

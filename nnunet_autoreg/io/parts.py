@@ -9,7 +9,7 @@ from nnunet_autoreg.errors import ScanError
 
 
 @dataclass(frozen=True)
-class Part:
+class ScanPart:
     """What inside a path is one scan.
 
     Attributes:
@@ -32,13 +32,13 @@ class Part:
         return ";".join(f"{name}={quote(value, safe='/ ')}" for name, value in pairs if value)
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> ScanPart:
     """The parts that a ``Candidate.part`` names.
 
     Raises:
         ScanError: ``unreadable``: it is none.
     """
-    known = {f.name for f in fields(Part)}
+    known = {f.name for f in fields(ScanPart)}
     values = {}
     for item in filter(None, text.split(";")):
         name, _, value = item.partition("=")
@@ -48,4 +48,4 @@ def parse_part(text: str) -> Part:
                 f"'{name}' names no part of a file; remove scans.csv to have it written anew",
             )
         values[name] = unquote(value)
-    return Part(**values)
+    return ScanPart(**values)
