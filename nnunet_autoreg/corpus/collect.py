@@ -18,10 +18,10 @@ from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.read import check_stack
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.io.dicom import claims_dicom, file_slices, member_slices
+from nnunet_autoreg.io.dicom_header import NotDicomError
 from nnunet_autoreg.io.parts import ScanPart
-from nnunet_autoreg.io.slices import SECONDARY, Leave, Slice
+from nnunet_autoreg.io.slices import SECONDARY, DicomSlice, NotAScanError
 from nnunet_autoreg.io.stacks import Stack, by_series, originals, stacks_of, without_copies
-from nnunet_autoreg.io.tags import NotDicomError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DicomCollector:
 
     salt: str
     split_4d: bool
-    slices: dict[Path, list[Slice]] = field(default_factory=lambda: defaultdict(list))
+    slices: dict[Path, list[DicomSlice]] = field(default_factory=lambda: defaultdict(list))
     left: "Counter[tuple[Path, str, str, str, str]]" = field(default_factory=Counter)
 
     def add_file(self, path: Path, source: Path | None = None) -> bool:
@@ -57,7 +57,7 @@ class DicomCollector:
         source = source or path.parent
         try:
             self.slices[source] += file_slices(path, path.name)
-        except Leave as left:
+        except NotAScanError as left:
             self._leave(source, left)
         except ScanError as error:
             return self._broken(source, path.name, error)
@@ -67,13 +67,13 @@ class DicomCollector:
         """The same for a member of an archive."""
         try:
             self.slices[source] += member_slices(archive, info)
-        except Leave as left:
+        except NotAScanError as left:
             self._leave(source, left)
         except ScanError as error:
             return self._broken(source, info.filename, error)
         return True
 
-    def _leave(self, source: Path, left: Leave) -> None:
+    def _leave(self, source: Path, left: NotAScanError) -> None:
         self.left[source, left.series, left.what, left.status, left.reason] += 1
 
     def _broken(self, source: Path, name: str, error: ScanError) -> bool:
@@ -111,16 +111,16 @@ class DicomCollector:
                 reason=f"{reason} ({count} {'file' if count == 1 else 'files'})",
             )
 
-    def _leave_derived(self, path: Path, group: Sequence[Slice]) -> None:
+    def _leave_derived(self, path: Path, group: Sequence[DicomSlice]) -> None:
         for one in group:
             reason = f"derived images ({one.derived}) beside the original ones of their series"
             self.left[path, one.series, one.modality, "derived", reason] += 1
 
-    def _series(self) -> Iterator[tuple[Path, list[Slice]]]:
+    def _series(self) -> Iterator[tuple[Path, list[DicomSlice]]]:
         """(folder, file or archive, slices of one series in it); a series spread over folders comes
         with their common folder.
         """
-        places: dict[tuple[str, str], dict[Path, list[Slice]]] = defaultdict(dict)
+        places: dict[tuple[str, str], dict[Path, list[DicomSlice]]] = defaultdict(dict)
         for source, slices in self.slices.items():
             for key, group in by_series(slices).items():
                 places[key][source] = group
@@ -130,7 +130,7 @@ class DicomCollector:
                 yield _joined({f: groups.pop(f) for f in folders})
             yield from groups.items()
 
-    def _rows_of(self, path: Path, group: list[Slice], derived: str) -> Iterator[Row]:
+    def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[Row]:
         """Rows of a series; ``derived`` says why one of derived images is left out, "" for
         others.
         """
@@ -181,12 +181,12 @@ class DicomCollector:
         )
 
 
-def _kind(one: Slice) -> tuple[str, str, str]:
+def _kind(one: DicomSlice) -> tuple[str, str, str]:
     """What an original must share with a derived image to be the better one."""
     return one.subject, one.study, one.modality
 
 
-def _why_derived(group: Sequence[Slice], original: AbstractSet[tuple[str, str, str]]) -> str:
+def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, str, str]]) -> str:
     """Return why a series of derived images is left out; "" for originals, and where nothing better
     is there.
     """
@@ -207,7 +207,7 @@ def _why_derived(group: Sequence[Slice], original: AbstractSet[tuple[str, str, s
     return ""
 
 
-def _disjoint(groups: Sequence[list[Slice]]) -> bool:
+def _disjoint(groups: Sequence[list[DicomSlice]]) -> bool:
     """Whether no instance is in two of the folders: they hold pieces of a series, not copies of
     it.
     """
@@ -220,7 +220,7 @@ def _disjoint(groups: Sequence[list[Slice]]) -> bool:
     return True
 
 
-def _joined(groups: dict[Path, list[Slice]]) -> tuple[Path, list[Slice]]:
+def _joined(groups: dict[Path, list[DicomSlice]]) -> tuple[Path, list[DicomSlice]]:
     root = Path(os.path.commonpath(list(groups)))
     return root, [
         replace(s, file=(folder.relative_to(root) / s.file).as_posix())

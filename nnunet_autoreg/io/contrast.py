@@ -5,21 +5,7 @@ Free text is matched, never passed on.
 
 import re
 
-from nnunet_autoreg.io.tags import (
-    B_VALUE,
-    CONTRAST_AGENT,
-    CORRECTED_IMAGE,
-    ECHO_TIME,
-    INVERSION_TIME,
-    PROTOCOL_NAME,
-    REPETITION_TIME,
-    SCANNING_SEQUENCE,
-    SEQUENCE_NAME,
-    SERIES_DESCRIPTION,
-    Tags,
-    number,
-    text,
-)
+from nnunet_autoreg.io.dicom_header import DicomHeader
 
 # Looked for in this order in a series' description and protocol name; the first that is there names
 # the contrast.
@@ -45,39 +31,45 @@ AFTER_AGENT = re.compile(
 )
 
 
-def contrast_of(modality: str, tags: Tags) -> str:
-    """The word for a DICOM series: from what it is called, else from its sequence and times; "" if
-    neither tells.
+def contrast_of(modality: str, header: DicomHeader) -> str:
+    """Return the word for a DICOM series; "" if nothing tells it.
+
+    What a series is called comes first, then its sequence and times.
     """
-    called = " ".join(text(tags, tag) for tag in (SERIES_DESCRIPTION, PROTOCOL_NAME)).lower()
+    names = [header.text(keyword) for keyword in ("SeriesDescription", "ProtocolName")]
+    called = " ".join(names).lower()
     if modality == "PT":
-        corrected = text(tags, CORRECTED_IMAGE)
+        corrected = header.text("CorrectedImage")
         return "PT" if not corrected or "ATTN" in corrected else "PTnac"
-    agent = text(tags, CONTRAST_AGENT).lower() not in ("", "none", "no", "0")
+    agent = header.text("ContrastBolusAgent").lower() not in ("", "none", "no", "0")
     if modality == "CT":
         return "CT-ce" if agent else "CT"
     if modality != "MR":
         return ""
-    word = next((w for pattern, w in KEYWORDS if re.search(pattern, called)), "") or _by_times(tags)
+
+    matching = (word for pattern, word in KEYWORDS if re.search(pattern, called))
+    word = next(matching, "") or _contrast_by_times(header)
     return f"{word}-ce" if word == "T1w" and (agent or AFTER_AGENT.search(called)) else word
 
 
-def _by_times(tags: Tags) -> str:
-    """Contrast of an MR sequence by its echo, repetition and inversion times in ms."""
-    echo, repetition, inversion = (
-        number(tags, ECHO_TIME, 0),
-        number(tags, REPETITION_TIME, 0),
-        number(tags, INVERSION_TIME, 0),
-    )
-    kind, name = text(tags, SCANNING_SEQUENCE), text(tags, SEQUENCE_NAME).lower()
-    if number(tags, B_VALUE, 0) > 0 or "ep_b" in name:
+def _contrast_by_times(header: DicomHeader) -> str:
+    """Return the contrast of an MR sequence by its echo, repetition and inversion times in ms."""
+    echo = header.number("EchoTime", 0)
+    repetition = header.number("RepetitionTime", 0)
+    inversion = header.number("InversionTime", 0)
+    if header.number("DiffusionBValue", 0) > 0 or "ep_b" in header.text("SequenceName").lower():
         return "DWI"
     if not echo or not repetition:
         return ""
+
     if inversion > 1500 and echo > 60:
         return "FLAIR"
-    if "GR" in kind:
-        return "T1w" if echo < 10 else "T2starw" if echo > 15 else ""
+    if "GR" in header.text("ScanningSequence"):
+        if echo < 10:
+            return "T1w"
+        return "T2starw" if echo > 15 else ""
     if echo <= 30:
-        return "T1w" if repetition <= 1000 else "PDw" if repetition >= 1500 else ""
+        if repetition <= 1000:
+            return "T1w"
+        return "PDw" if repetition >= 1500 else ""
     return "T2w" if echo >= 60 and repetition >= 1500 else ""

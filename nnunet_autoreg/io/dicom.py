@@ -1,5 +1,5 @@
-"""DICOM series, read through SimpleITK's GDCM: headers first, then the pixels of one volume, from
-folders, files and .zip archives.
+"""DICOM series from folders, files and .zip archives: headers by pydicom, then the pixels of one
+volume by SimpleITK's GDCM.
 """
 
 import os
@@ -11,16 +11,29 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from pydicom import dcmread
+from pydicom.pixels import apply_rescale
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.io.archive import DAMAGED, members, opened, unpacked
+from nnunet_autoreg.io.dicom_header import (
+    quiet_pydicom,
+    read_dicom_header,
+    unknown_kinds_are_explicit,
+)
 from nnunet_autoreg.io.parts import ScanPart
-from nnunet_autoreg.io.slices import Leave, Slice, slices_of
+from nnunet_autoreg.io.slices import DicomSlice, NotAScanError, slices_of
 from nnunet_autoreg.io.stacks import Stack, by_series, stacks_of
-from nnunet_autoreg.io.tags import parse_tags
 from nnunet_autoreg.nnunet_api import Array
 
 ENDINGS = (".dcm", ".dicom", ".ima")
+# (is implicit, is little endian) -> transfer syntax
+SYNTAX_OF_ENCODING = {
+    (True, True): ImplicitVRLittleEndian,
+    (False, True): ExplicitVRLittleEndian,
+    (False, False): ExplicitVRBigEndian,
+}
 
 
 def may_be_dicom(name: str) -> bool:
@@ -36,25 +49,26 @@ def claims_dicom(name: str) -> bool:
     return Path(name).suffix.lower() in ENDINGS
 
 
-def read_slices(stream: IO[bytes], file: str, num_bytes: int) -> list[Slice]:
+def read_slices(stream: IO[bytes], file: str, num_bytes: int) -> list[DicomSlice]:
     """The slices of one opened file of ``num_bytes`` bytes, called ``file`` from then on.
 
     Raises:
-        Leave: it is no part of a scan.
+        NotAScanError: it is no part of a scan.
         ScanError: ``unreadable``.
     """
-    return slices_of(parse_tags(stream), file, num_bytes)
+    with quiet_pydicom():
+        return slices_of(read_dicom_header(stream, num_bytes), file, num_bytes)
 
 
-def file_slices(path: Path, file: str) -> list[Slice]:
+def file_slices(path: Path, file: str) -> list[DicomSlice]:
     """``read_slices`` of a file on disk.
 
     Raises:
-        Leave: it is no part of a scan.
+        NotAScanError: it is no part of a scan.
         ScanError: ``unreadable``.
     """
     try:
-        with path.open("rb", buffering=0) as stream:
+        with path.open("rb") as stream:
             return read_slices(stream, file, os.fstat(stream.fileno()).st_size)
     except OSError as error:
         raise ScanError(
@@ -90,7 +104,7 @@ def find_stack(path: Path, part: ScanPart) -> Stack:
     return stack
 
 
-def pick_volume(stack: Stack, part: ScanPart) -> tuple[Slice, ...]:
+def pick_volume(stack: Stack, part: ScanPart) -> tuple[DicomSlice, ...]:
     """The slices of the volume that a part names.
 
     Raises:
@@ -117,7 +131,7 @@ def series_of_volumes(stack: Stack) -> str:
     )
 
 
-def read_volume(path: Path, slices: Sequence[Slice]) -> Array:
+def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
     """The voxels of a volume in the order of its slices:
 
     (Z, Y, X) float32, rescaled slice by slice.
@@ -132,7 +146,7 @@ def read_volume(path: Path, slices: Sequence[Slice]) -> Array:
         return np.stack([_pixels(files[s.file], (1, *s.shape))[0] for s in slices])
 
 
-def _frames(file: Path, slices: Sequence[Slice]) -> Array:
+def _frames(file: Path, slices: Sequence[DicomSlice]) -> Array:
     """Frames of a multi-frame file; GDCM rescales all of them as it does the first."""
     whole = _pixels(file, None)
     if whole.shape[1:] != slices[0].shape or max(s.frame for s in slices) >= len(whole):
@@ -149,7 +163,11 @@ def _frames(file: Path, slices: Sequence[Slice]) -> Array:
 
 
 def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
-    """All pixels of one file, (frames, rows, columns), rescaled by GDCM."""
+    """Return all pixels of one file, (frames, rows, columns), rescaled by the file's own slope.
+
+    Args:
+        shape: as the header says; None for a multi-frame file.
+    """
     import SimpleITK
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -159,12 +177,15 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
     try:
         array = np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
     except RuntimeError as error:
-        raise ScanError(
-            "unreadable",
-            "GDCM cannot read the pixels of a slice (damaged, or compressed in an unknown way); "
-            "copy it "
-            "again, or export it uncompressed",
-        ) from error
+        by_pydicom = _pixels_by_pydicom(file) if shape is not None else None
+        if by_pydicom is None:
+            raise ScanError(
+                "unreadable",
+                "neither GDCM nor pydicom can read the pixels of a slice (damaged, or compressed "
+                "in an unknown way); copy it again, or export it uncompressed",
+            ) from error
+        array = by_pydicom
+
     array = array.reshape((-1, *array.shape[-2:]))
     if shape is not None and array.shape != shape:
         raise ScanError(
@@ -172,6 +193,27 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
             f"a slice holds {array.shape} voxels, its header says {shape}; export the series again",
         )
     return array
+
+
+def _pixels_by_pydicom(file: Path) -> Array | None:
+    """Return the rescaled pixels of a file of one slice whose header GDCM cannot parse.
+
+    Compressed pixels are left to GDCM: a damaged file must not be read by a more lenient decoder.
+
+    Returns:
+        (rows, columns) float32; None if pydicom cannot read them either.
+    """
+    with quiet_pydicom(), unknown_kinds_are_explicit():
+        try:
+            dataset = dcmread(file, force=True)
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                # pydicom found out how the header is encoded, but does not use it for the pixels.
+                dataset.file_meta.TransferSyntaxUID = SYNTAX_OF_ENCODING[dataset.original_encoding]
+            if dataset.file_meta.TransferSyntaxUID.is_compressed:
+                return None
+            return np.asarray(apply_rescale(dataset.pixel_array, dataset), dtype=np.float32)
+        except Exception:
+            return None
 
 
 @contextmanager
@@ -193,7 +235,7 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(".zip")
 
 
-def _slices_of_series(path: Path, part: ScanPart) -> list[Slice]:
+def _slices_of_series(path: Path, part: ScanPart) -> list[DicomSlice]:
     """The slices of one series by headers; which files hold it is kept for the next of its
     neighbours.
     """
@@ -255,15 +297,15 @@ def _names_below(root: Path) -> list[str]:
     ]
 
 
-def _or_nothing(path: Path, name: str) -> list[Slice]:
+def _or_nothing(path: Path, name: str) -> list[DicomSlice]:
     """A file's slices; none if it is no part of a scan, which finding has reported."""
     try:
         return file_slices(path, name)
-    except (Leave, ScanError):
+    except (NotAScanError, ScanError):
         return []
 
 
-def _archived(path: Path, names: set[str] | None) -> Iterator[list[Slice]]:
+def _archived(path: Path, names: set[str] | None) -> Iterator[list[DicomSlice]]:
     """The slices of the members of an archive (all, or the named ones) that are parts of scans."""
     with opened(path) as archive:
         for info in members(archive)[0]:
@@ -271,15 +313,15 @@ def _archived(path: Path, names: set[str] | None) -> Iterator[list[Slice]]:
                 continue
             try:
                 yield member_slices(archive, info)
-            except (Leave, ScanError):
+            except (NotAScanError, ScanError):
                 continue
 
 
-def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[Slice]:
+def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[DicomSlice]:
     """``read_slices`` of a member of an archive.
 
     Raises:
-        Leave: it is no part of a scan.
+        NotAScanError: it is no part of a scan.
         ScanError: ``unreadable``.
     """
     try:

@@ -3,14 +3,12 @@ of a scan.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from sys import intern
 
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.io import tags as t
 from nnunet_autoreg.io.contrast import contrast_of
-from nnunet_autoreg.io.tags import Tags, number, numbers, text
+from nnunet_autoreg.io.dicom_header import DicomHeader
 
 CLASSES = "1.2.840.10008.5.1.4.1.1."
 MODALITY_OF_CLASS = {
@@ -127,18 +125,25 @@ PARTS = {
 """Words of Image Type that tell the images of one acquisition apart."""
 
 
-class Leave(Exception):  # noqa: N818
-    """A file that is no part of a scan; ``what`` is a word for its row's id, ``series`` the UID of
-    its series.
+class NotAScanError(Exception):
+    """A file that is no part of a scan.
+
+    Attributes:
+        status, reason: as in scans.csv.
+        what: a word for the id of its row.
+        series: the UID of its series.
     """
 
     def __init__(self, status: str, reason: str, what: str, series: str):
         super().__init__(reason)
-        self.status, self.reason, self.what, self.series = status, reason, what, series
+        self.status = status
+        self.reason = reason
+        self.what = what
+        self.series = series
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class DicomSlice:
     """One slice of a DICOM file. Positions and orientations are in LPS, lengths in mm.
 
     Attributes:
@@ -149,7 +154,7 @@ class Slice:
         parts: magnitude, phase, water, fat ... as Image Type says.
         order: what tells slices of one position apart, as ``ORDER_NAMES`` names it, and the
             instance number at the end.
-        problem: why its series cannot be used; "" mostly.
+        problem: (status, reason) why its series cannot be used; ("", "") mostly.
         thickness: NaN where the file does not say.
         derived: the words of Image Type that mark a derived image; "" for an original one.
     """
@@ -195,153 +200,143 @@ ORDER_NAMES = (
     "gradient direction",
 )
 NUM_ORDERS = len(ORDER_NAMES) + 1
+NO_PROBLEM = ("", "")
 
 
-def slices_of(tags: Tags, file: str, num_bytes: int) -> list[Slice]:
-    """The slices of one file of ``num_bytes`` bytes.
+def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice]:
+    """Return the slices of one file of ``num_bytes`` bytes.
 
     Raises:
-        Leave: it is no part of a scan.
+        NotAScanError: it is no part of a scan.
         ScanError: ``unreadable``: it names no series.
     """
-    modality = _modality(tags)
-    derived = _derived(tags, modality)
-    if not text(tags, t.SERIES):
+    modality = _modality(header)
+    derived = _derived(header, modality)
+    series = header.text("SeriesInstanceUID")
+    if not series:
         raise ScanError(
             "unreadable", "its DICOM header names no series (0020,000E); export it again"
         )
-    problem = _problem(tags, num_bytes)
-    shape = (int(number(tags, t.ROWS, 0)), int(number(tags, t.COLUMNS, 0)))
-    num_frames = int(number(tags, t.FRAMES, 1))
-    frames = _frames(tags) if num_frames > 1 or t.FRAME_GROUPS in tags else iter([(-1, tags)])
-    common = (
-        intern(text(tags, t.SERIES)),
-        intern(text(tags, t.SOP_INSTANCE)) or file,
-        intern(modality),
-    )
-    parts = "".join(sorted({PARTS[word] for word in _image_type(tags)[2:] if word in PARTS}))
-    contrast = intern(contrast_of(modality, tags))
-    subject = intern(text(tags, t.PATIENT_ID) or text(tags, t.STUDY))
+
+    problem = _problem_of_file(header, num_bytes)
+    shape = (int(header.number("Rows", 0)), int(header.number("Columns", 0)))
+    words = [PARTS[word] for word in _image_type(header)[2:] if word in PARTS]
+    study = header.text("StudyInstanceUID")
+    # Many slices share these texts, so that each is kept in memory once.
+    of_file = {
+        "file": file,
+        "series": intern(series),
+        "instance": intern(header.text("SOPInstanceUID")) or file,
+        "modality": intern(modality),
+        "shape": shape,
+        "parts": intern("".join(sorted(set(words)))),
+        "contrast": intern(contrast_of(modality, header)),
+        "subject": intern(header.text("PatientID") or study),
+        "study": intern(study),
+        "derived": derived,
+    }
+
+    num_frames = int(header.number("NumberOfFrames", 1))
+    is_multi_frame = num_frames > 1 or "PerFrameFunctionalGroupsSequence" in header
+    frames = header.frames() if is_multi_frame else [header]
     found = []
-    for number_, frame in frames:
-        spacing = (*numbers(frame, t.PIXEL_SPACING), math.nan, math.nan)
-        wrong = problem if problem[0] else _geometry_problem(frame, shape)
+    for index, frame in enumerate(frames):
+        spacing = (*frame.numbers("PixelSpacing"), math.nan, math.nan)
         found.append(
-            Slice(
-                file,
-                number_,
-                *common,
-                shape,
-                (spacing[0], spacing[1]),
-                numbers(frame, t.ORIENTATION),
-                numbers(frame, t.POSITION),
-                number(frame, t.SLOPE, 1.0),
-                number(frame, t.INTERCEPT, 0.0),
-                intern(parts),
-                _order(frame, number_),
-                wrong,
-                number(frame, t.GANTRY_TILT, 0.0),
-                contrast,
-                subject,
-                intern(text(tags, t.STUDY)),
-                number(frame, t.SLICE_THICKNESS, math.nan),
-                derived,
+            DicomSlice(
+                **of_file,
+                frame=index if is_multi_frame else -1,
+                spacing=(spacing[0], spacing[1]),
+                orientation=frame.numbers("ImageOrientationPatient"),
+                position=frame.numbers("ImagePositionPatient"),
+                slope=frame.number("RescaleSlope", 1.0),
+                intercept=frame.number("RescaleIntercept", 0.0),
+                order=_order(frame, index if is_multi_frame else -1),
+                problem=problem if problem[0] else _problem_of_geometry(frame, shape),
+                tilt=frame.number("GantryDetectorTilt", 0.0),
+                thickness=frame.number("SliceThickness", math.nan),
             )
         )
-    if len(found) != num_frames:
-        reason = (
-            f"a multi-frame file of {num_frames} frames that gives positions for {len(found)}; "
-            "export it again"
-        )
-        return [_with_problem(s, ("slices", reason)) for s in found] or _no_geometry(
-            tags, file, common, shape, num_frames
-        )
-    return found
+    if len(found) == num_frames:
+        return found
 
-
-def _no_geometry(
-    tags: Tags, file: str, common: tuple[str, str, str], shape: tuple[int, int], num_frames: int
-) -> list[Slice]:
+    reason = (
+        f"a multi-frame file of {num_frames} frames that gives positions for {len(found)}; "
+        "export it again"
+    )
+    if found:
+        return [s if s.problem[0] else replace(s, problem=("slices", reason)) for s in found]
     reason = (
         f"a multi-frame file of {num_frames} frames without the position of each; export it as "
         "single slices"
     )
-    subject = intern(text(tags, t.PATIENT_ID) or text(tags, t.STUDY))
-    nowhere = (math.nan, math.nan)
-    return [
-        Slice(
-            file,
-            0,
-            *common,
-            shape,
-            nowhere,
-            (),
-            (),
-            1.0,
-            0.0,
-            "",
-            (0.0,) * NUM_ORDERS,
-            ("slices", reason),
-            0.0,
-            "",
-            subject,
-            intern(text(tags, t.STUDY)),
-        )
-    ]
+    without_geometry = DicomSlice(
+        **of_file | {"parts": "", "contrast": "", "derived": ""},
+        frame=0,
+        spacing=(math.nan, math.nan),
+        orientation=(),
+        position=(),
+        slope=1.0,
+        intercept=0.0,
+        order=(0.0,) * NUM_ORDERS,
+        problem=("slices", reason),
+        tilt=0.0,
+    )
+    return [without_geometry]
 
 
-def _with_problem(one: Slice, problem: tuple[str, str]) -> Slice:
-    return one if one.problem[0] else replace(one, problem=problem)
+def _modality(header: DicomHeader) -> str:
+    """Return CT, MR or PT.
 
-
-def _modality(tags: Tags) -> str:
-    """CT, MR or PT; other kinds of objects, localisers and mosaics are left."""
-    series = text(tags, t.SERIES)
-    uid, claimed = text(tags, t.SOP_CLASS), text(tags, t.MODALITY).upper()
+    Raises:
+        NotAScanError: it is another kind of object, a localiser or a mosaic.
+    """
+    series = header.text("SeriesInstanceUID")
+    uid = header.text("SOPClassUID")
+    claimed = header.text("Modality").upper()
     short = uid.removeprefix(CLASSES) if uid.startswith(CLASSES) else ""
     if claimed in MODALITIES_WITHOUT_SCANS and short not in MODALITY_OF_CLASS:
         short = short or MODALITIES_WITHOUT_SCANS[claimed]
-    modality = MODALITY_OF_CLASS.get(
-        short, claimed if not uid and claimed in ("CT", "MR", "PT") else ""
-    )
+
+    without_class = claimed if not uid and claimed in ("CT", "MR", "PT") else ""
+    modality = MODALITY_OF_CLASS.get(short, without_class)
     if not modality:
-        prefix = max(
-            (p for p in OTHER_CLASSES if short == p or short.startswith(p.rstrip(".") + ".")),
-            key=len,
-            default="",
-        )
-        shown = claimed if claimed in KNOWN_MODALITIES else "another kind"
+        prefixes = [
+            prefix
+            for prefix in OTHER_CLASSES
+            if short == prefix or short.startswith(prefix.rstrip(".") + ".")
+        ]
+        known = claimed if claimed in KNOWN_MODALITIES else ""
         status, reason = OTHER_CLASSES.get(
-            prefix, ("notimage", f"a DICOM object of {shown}; CT, MR and PET are read")
+            max(prefixes, key=len, default=""),
+            (
+                "notimage",
+                f"a DICOM object of {known or 'another kind'}; CT, MR and PET are read",
+            ),
         )
-        what = (
-            reason.split(" ")[0]
-            if reason.split(" ")[0].isupper()
-            else claimed
-            if claimed in KNOWN_MODALITIES
-            else "DICOM"
-        )
-        raise Leave(status, reason, what, series)
-    words = set(_image_type(tags))
+        # Reasons begin with the kind's name, such as RTSTRUCT, where it has one.
+        name = reason.split(" ")[0]
+        raise NotAScanError(status, reason, name if name.isupper() else known or "DICOM", series)
+
+    words = set(_image_type(header))
     if "LOCALIZER" in words:
-        raise Leave(
+        raise NotAScanError(
             "localizer", "a localiser (scout): planning slices, not a scan", modality, series
         )
     if "MOSAIC" in words:
-        raise Leave(
+        raise NotAScanError(
             "mosaic",
             "a Siemens mosaic, which tiles all slices of a volume into one image; convert it with "
-            "dcm2niix, "
-            "and give the result",
+            "dcm2niix, and give the result",
             modality,
             series,
         )
     return modality
 
 
-def _derived(tags: Tags, modality: str) -> str:
+def _derived(header: DicomHeader, modality: str) -> str:
     """Return the words of Image Type by which an image is a derived one; "" for an original."""
-    words = _image_type(tags)
+    words = _image_type(header)
     made = sorted(set(words) & POSTPROCESSED)
     if made:
         return made[0]
@@ -349,60 +344,58 @@ def _derived(tags: Tags, modality: str) -> str:
     return SECONDARY if words[1:2] == ["SECONDARY"] and modality != "PT" else ""
 
 
-def _image_type(tags: Tags) -> list[str]:
-    return [word.strip().upper() for word in text(tags, t.IMAGE_TYPE).split("\\")]
+def _image_type(header: DicomHeader) -> list[str]:
+    return [word.strip().upper() for word in header.text("ImageType").split("\\")]
 
 
-def _problem(tags: Tags, num_bytes: int) -> tuple[str, str]:
-    """What is wrong with a file as a whole: (status, reason); ("", "") if nothing is."""
-    if t.PIXELS not in tags:
+def _problem_of_file(header: DicomHeader, num_bytes: int) -> tuple[str, str]:
+    """Return what is wrong with a file as a whole: (status, reason), or ``NO_PROBLEM``."""
+    pixels = header.pixels
+    if pixels is None:
         return "unreadable", "a slice has no pixels; copy or export the series again"
-    samples = int(number(tags, t.SAMPLES, 1))
-    if samples > 1 or text(tags, t.PHOTOMETRIC).startswith(("RGB", "YBR", "PALETTE")):
+    samples = int(header.number("SamplesPerPixel", 1))
+    if samples > 1 or header.text("PhotometricInterpretation").startswith(
+        ("RGB", "YBR", "PALETTE")
+    ):
         return (
             "rgb",
             f"colour images ({samples} values per pixel): a screenshot or overlay, not a scan",
         )
-    offset, length = tags[t.PIXELS]
-    if length is None or text(tags, t.TRANSFER_SYNTAX) == "1.2.840.10008.1.2.1.99":
-        return "", ""
-    frames = max(1, int(number(tags, t.FRAMES, 1)))
-    wanted = (
-        int(number(tags, t.ROWS, 0))
-        * int(number(tags, t.COLUMNS, 0))
-        * samples
-        * frames
-        * int(number(tags, t.BITS, 16))
-        // 8
-    )
-    there = min(length, num_bytes - offset)
-    if there < wanted:
+    if pixels.length is None:
+        return NO_PROBLEM
+
+    num_values = samples * max(1, int(header.number("NumberOfFrames", 1)))
+    for keyword in ("Rows", "Columns"):
+        num_values *= int(header.number(keyword, 0))
+    needed = num_values * int(header.number("BitsAllocated", 16)) // 8
+    present = min(pixels.length, num_bytes - pixels.offset)
+    if present < needed:
         return (
             "unreadable",
-            f"truncated: a file holds {there} of {wanted} bytes of pixels; copy the series again",
+            f"truncated: a file holds {present} of {needed} bytes of pixels; copy the series again",
         )
-    return "", ""
+    return NO_PROBLEM
 
 
-def _geometry_problem(frame: Tags, shape: tuple[int, int]) -> tuple[str, str]:
-    spacing, orientation, position = (
-        numbers(frame, tag) for tag in (t.PIXEL_SPACING, t.ORIENTATION, t.POSITION)
-    )
+def _problem_of_geometry(frame: DicomHeader, shape: tuple[int, int]) -> tuple[str, str]:
+    """Return why it is not known where a slice lies: (status, reason), or ``NO_PROBLEM``."""
     if min(shape) < 1:
         return (
             "unreadable",
             f"a slice of {shape[0]} rows and {shape[1]} columns; export the series again",
         )
-    if (
-        len(position) != 3
-        or len(orientation) != 6
-        or not all(map(math.isfinite, (*position, *orientation)))
-    ):
+
+    position = frame.numbers("ImagePositionPatient")
+    orientation = frame.numbers("ImageOrientationPatient")
+    is_complete = len(position) == 3 and len(orientation) == 6
+    if not is_complete or not all(map(math.isfinite, (*position, *orientation))):
         return (
             "slices",
             "a slice does not say where it lies (Image Position and Orientation (Patient)); export "
             "the series again",
         )
+
+    spacing = frame.numbers("PixelSpacing")
     if len(spacing) != 2 or not all(math.isfinite(s) and s > 0 for s in spacing):
         listed = ", ".join(f"{s:g}" for s in spacing) or "none"
         return (
@@ -410,60 +403,34 @@ def _geometry_problem(frame: Tags, shape: tuple[int, int]) -> tuple[str, str]:
             f"pixel spacing {listed} mm (rows, columns); two positive numbers are needed: correct "
             "the header",
         )
-    return "", ""
+    return NO_PROBLEM
 
 
-def _order(frame: Tags, number_: int) -> tuple[float, ...]:
+def _order(frame: DicomHeader, index: int) -> tuple[float, ...]:
     """Return the values that ``ORDER_NAMES`` names, and the instance number."""
-    temporal = number(frame, t.TEMPORAL_POSITION, number(frame, t.TEMPORAL_INDEX, 0.0))
-    echo_number = number(frame, t.ECHO_NUMBER, 0.0)
-    echo = number(frame, t.ECHO_TIME, number(frame, t.EFFECTIVE_ECHO_TIME, echo_number))
-    instance = number(frame, t.INSTANCE, 0.0) if number_ < 0 else float(number_)
+    time = frame.number("TemporalPositionIdentifier", frame.number("TemporalPositionIndex", 0.0))
+    echo = frame.number(
+        "EchoTime", frame.number("EffectiveEchoTime", frame.number("EchoNumbers", 0.0))
+    )
     return (
-        temporal,
-        number(frame, t.B_VALUE, 0.0),
+        time,
+        frame.number("DiffusionBValue", 0.0),
         echo,
-        number(frame, t.ACQUISITION, 0.0),
-        number(frame, t.TRIGGER_TIME, 0.0),
-        number(frame, t.INVERSION_TIME, 0.0),
-        number(frame, t.FLIP_ANGLE, 0.0),
-        _direction_number(numbers(frame, t.GRADIENT)),
-        instance,
+        frame.number("AcquisitionNumber", 0.0),
+        frame.number("TriggerTime", 0.0),
+        frame.number("InversionTime", 0.0),
+        frame.number("FlipAngle", 0.0),
+        _direction_number(frame.numbers("DiffusionGradientOrientation")),
+        frame.number("InstanceNumber", 0.0) if index < 0 else float(index),
     )
 
 
 def _direction_number(direction: tuple[float, ...]) -> float:
-    """Return one number for a gradient direction, equal for directions that agree to two decimals;
-    0 for none.
+    """Return one number for a gradient direction; 0 for none.
+
+    Directions that agree to two decimals have the same.
     """
     if len(direction) != 3 or not all(map(math.isfinite, direction)):
         return 0.0
     x, y, z = (round(100 * (value + 2)) for value in direction)
     return float((x * 1000 + y) * 1000 + z)
-
-
-def _frames(tags: Tags) -> Iterator[tuple[int, Tags]]:
-    """The frames of a multi-frame file as if each were a file: its own groups over the shared ones
-    over the file's tags.
-    """
-    shared = _flattened(next(iter(tags.get(t.SHARED_GROUPS, [])), {}))
-    base = {
-        k: v
-        for k, v in tags.items()
-        if k
-        in (t.PIXEL_SPACING, t.ORIENTATION, t.SLOPE, t.INTERCEPT, t.GANTRY_TILT, t.SLICE_THICKNESS)
-    }
-    for index, item in enumerate(tags.get(t.FRAME_GROUPS, [])):
-        yield index, {**base, **shared, **_flattened(item)}
-
-
-def _flattened(item: Tags) -> Tags:
-    """The tags of a functional group item and of the sequences within it."""
-    flat: Tags = {}
-    for tag, value in item.items():
-        if isinstance(value, list):
-            for inner in value:
-                flat.update(_flattened(inner))
-        else:
-            flat[tag] = value
-    return flat

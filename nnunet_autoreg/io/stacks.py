@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.geometry import Size, Spacing
-from nnunet_autoreg.io.slices import ORDER_NAMES, Slice
+from nnunet_autoreg.io.slices import ORDER_NAMES, DicomSlice
 
 # Slices that differ in one of these belong to different volumes, wherever they lie.
 VOLUME_NAMES = (
@@ -54,14 +54,14 @@ class Stack:
         problem: (status, reason) that keeps it from being used; ("", "") mostly.
     """
 
-    volumes: tuple[tuple[Slice, ...], ...]
+    volumes: tuple[tuple[DicomSlice, ...], ...]
     direction: npt.NDArray[Any]
     spacing_mm: Spacing
     repeated_over: str = ""
     problem: tuple[str, str] = ("", "")
 
     @property
-    def first(self) -> Slice:
+    def first(self) -> DicomSlice:
         return self.volumes[0][0]
 
     @property
@@ -69,7 +69,7 @@ class Stack:
         return (len(self.volumes[0]), *self.first.shape)
 
 
-def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
+def stacks_of(slices: Sequence[DicomSlice]) -> list[Stack]:
     """The stacks of one series, the largest first; always the same for the same slices, in whatever
     order they come.
     """
@@ -78,7 +78,7 @@ def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
     whole = _whole_problem(ordered)
     if whole[0]:
         return [_broken(ordered, whole)]
-    groups: list[list[Slice]] = []
+    groups: list[list[DicomSlice]] = []
     for one in ordered:
         group = next((g for g in groups if _alike(g[0], one)), None)
         if group is None:
@@ -100,13 +100,13 @@ def stacks_of(slices: Sequence[Slice]) -> list[Stack]:
     return sorted(stacks, key=lambda stack: sum(map(len, stack.volumes)), reverse=True)
 
 
-def originals(slices: Sequence[Slice]) -> Sequence[Slice]:
+def originals(slices: Sequence[DicomSlice]) -> Sequence[DicomSlice]:
     """Return the slices of a series that are not derived; all of them if every one is."""
     kept = [one for one in slices if not one.derived]
     return kept or slices
 
 
-def _separated(group: list[Slice]) -> list[Stack]:
+def _separated(group: list[DicomSlice]) -> list[Stack]:
     """Return the stacks of slices of one size and orientation.
 
     Slices that differ in echo, time, acquisition and the like are of different volumes. Where these
@@ -132,12 +132,12 @@ def _separated(group: list[Slice]) -> list[Stack]:
     return [whole]
 
 
-def _parts_by_value(group: Sequence[Slice], index: int) -> list[list[Slice]]:
+def _parts_by_value(group: Sequence[DicomSlice], index: int) -> list[list[DicomSlice]]:
     """Return the slices by the value of ``order[index]``; values that differ by rounding are
     one.
     """
     ordered = sorted(group, key=lambda s: s.order[index])
-    parts: list[list[Slice]] = []
+    parts: list[list[DicomSlice]] = []
     for one in ordered:
         value = one.order[index]
         if parts and math.isclose(
@@ -149,7 +149,7 @@ def _parts_by_value(group: Sequence[Slice], index: int) -> list[list[Slice]]:
     return parts
 
 
-def _parts_by_runs(group: Sequence[Slice]) -> list[list[Slice]]:
+def _parts_by_runs(group: Sequence[DicomSlice]) -> list[list[DicomSlice]]:
     """Return the slices cut where instance numbers begin a new pass: where the slices jump or turn
     back.
     """
@@ -173,13 +173,13 @@ def _parts_by_runs(group: Sequence[Slice]) -> list[list[Slice]]:
     return parts
 
 
-def _stacks_of_parts(parts: Sequence[list[Slice]]) -> list[Stack]:
+def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     """Return one stack for all parts at the same positions; nothing where that gives one stack, or
     a bad one.
     """
     if not 1 < len(parts) <= MAX_PARTS or min(map(len, parts)) < MIN_PART_SLICES:
         return []
-    together: list[list[Slice]] = []
+    together: list[list[DicomSlice]] = []
     heights_of: list[npt.NDArray[Any]] = []
     for part in parts:
         direction, _ = _direction(part[0])
@@ -231,15 +231,15 @@ def _are_packages(whole: Stack) -> bool:
     return whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
 
 
-def without_copies(slices: Sequence[Slice]) -> list[Slice]:
+def without_copies(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
     """Each instance once: a file that lies there twice is no second slice."""
-    kept: dict[tuple[object, ...], Slice] = {}
+    kept: dict[tuple[object, ...], DicomSlice] = {}
     for one in sorted(slices, key=lambda s: (s.file, s.frame)):
         kept.setdefault(one.identity, one)
     return list(kept.values())
 
 
-def _whole_problem(slices: Sequence[Slice]) -> tuple[str, str]:
+def _whole_problem(slices: Sequence[DicomSlice]) -> tuple[str, str]:
     broken = [s.problem for s in slices if s.problem[0]]
     if broken:
         status, reason = broken[0]
@@ -256,11 +256,11 @@ def _whole_problem(slices: Sequence[Slice]) -> tuple[str, str]:
     return "", ""
 
 
-def _broken(slices: Sequence[Slice], problem: tuple[str, str]) -> Stack:
+def _broken(slices: Sequence[DicomSlice], problem: tuple[str, str]) -> Stack:
     return Stack((tuple(slices),), np.eye(3), (math.nan,) * 3, problem=problem)
 
 
-def _alike(a: Slice, b: Slice) -> bool:
+def _alike(a: DicomSlice, b: DicomSlice) -> bool:
     return (
         a.shape == b.shape
         and a.parts == b.parts
@@ -276,7 +276,7 @@ def _alike(a: Slice, b: Slice) -> bool:
     )
 
 
-def _stack(group: list[Slice]) -> Stack:
+def _stack(group: list[DicomSlice]) -> Stack:
     direction, bad = _direction(group[0])
     if bad:
         return _broken(
@@ -289,7 +289,7 @@ def _stack(group: list[Slice]) -> Stack:
         )
     heights = np.array([s.position for s in group]) @ direction[:, 2]
     order = np.argsort(heights, kind="stable")
-    places: list[list[Slice]] = []
+    places: list[list[DicomSlice]] = []
     levels: list[float] = []
     for i in order:
         if not levels or heights[i] - levels[-1] > SAME_POSITION_MM:
@@ -311,7 +311,7 @@ def _stack(group: list[Slice]) -> Stack:
     return Stack(volumes, direction, spacing, repeated_over, problem)
 
 
-def _direction(one: Slice) -> tuple[npt.NDArray[Any], bool]:
+def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
     """(directions of x, y and z as columns, whether they are impossible)."""
     x, y = np.array(one.orientation[:3]), np.array(one.orientation[3:])
     lengths = float(np.linalg.norm(x)), float(np.linalg.norm(y))
@@ -324,8 +324,8 @@ def _direction(one: Slice) -> tuple[npt.NDArray[Any], bool]:
 
 
 def _volumes(
-    places: list[list[Slice]], levels: list[float]
-) -> tuple[tuple[tuple[Slice, ...], ...], str, tuple[str, str]]:
+    places: list[list[DicomSlice]], levels: list[float]
+) -> tuple[tuple[tuple[DicomSlice, ...], ...], str, tuple[str, str]]:
     """(volumes, what tells them apart, problem) of the slices at each place along the normal."""
     counts = [len(place) for place in places]
     most = max(counts)
@@ -369,7 +369,7 @@ def _volumes(
     )
 
 
-def _runs(places: list[list[Slice]]) -> bool:
+def _runs(places: list[list[DicomSlice]]) -> bool:
     """Whether instance numbers run through one volume after the other, as in a 4D series that says
     nothing else.
     """
@@ -383,7 +383,7 @@ def _runs(places: list[list[Slice]]) -> bool:
     )
 
 
-def _runs_of_places(places: list[list[Slice]]) -> bool:
+def _runs_of_places(places: list[list[DicomSlice]]) -> bool:
     """Whether instance numbers run through all volumes of a slice before the next slice."""
     numbers = [sorted(s.order[-1] for s in place) for place in places]
     total = sum(len(place) for place in places)
@@ -392,7 +392,7 @@ def _runs_of_places(places: list[list[Slice]]) -> bool:
     return all(of_place[-1] - of_place[0] == len(of_place) - 1 for of_place in numbers)
 
 
-def _rounding(slices: Sequence[Slice], direction: npt.NDArray[Any]) -> float:
+def _rounding(slices: Sequence[DicomSlice], direction: npt.NDArray[Any]) -> float:
     """Return by how much rounded positions may change the distance of two slices, in mm; 0 for
     exact ones.
     """
@@ -455,7 +455,7 @@ def _step(
     )
 
 
-def _tilt(places: list[Slice], direction: npt.NDArray[Any]) -> tuple[str, str]:
+def _tilt(places: list[DicomSlice], direction: npt.NDArray[Any]) -> tuple[str, str]:
     """A stack whose slices are shifted against each other in their own plane."""
     if len(places) < 2:
         return "", ""
@@ -471,9 +471,9 @@ def _tilt(places: list[Slice], direction: npt.NDArray[Any]) -> tuple[str, str]:
     )
 
 
-def by_series(slices: Sequence[Slice]) -> dict[tuple[str, str], list[Slice]]:
+def by_series(slices: Sequence[DicomSlice]) -> dict[tuple[str, str], list[DicomSlice]]:
     """Slices by (series, instance of a multi-frame file or ""): each of them is judged alone."""
-    groups: dict[tuple[str, str], list[Slice]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[DicomSlice]] = defaultdict(list)
     for one in slices:
         groups[(one.series, one.instance if one.frame >= 0 else "")].append(one)
     return dict(groups)

@@ -1,0 +1,343 @@
+"""Headers of DICOM files: what pydicom or GDCM reads is read, and the rest has a true reason."""
+
+import io
+import logging
+import struct
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dicom_files as d
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from refusals import refused
+
+from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io.dicom_header import (
+    MAX_INFLATED_BYTES,
+    DicomHeader,
+    NotDicomError,
+    read_dicom_header,
+)
+
+DEFLATED = "1.2.840.10008.1.2.1.99"
+SERIES, SOP_CLASS, PIXELS = 0x0020000E, 0x00080016, 0x7FE00010
+
+
+def header_of(content: bytes) -> DicomHeader:
+    return read_dicom_header(io.BytesIO(content), len(content))
+
+
+def content_of(tmp_path: Path, changes: d.Values | None = None, **how: Any) -> bytes:
+    values = d.slice_values(3) | (changes or {})
+    return d.write(tmp_path / "x.dcm", values, d.volume(1)[0], **how).read_bytes()
+
+
+def element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
+    return struct.pack("<HH", group, number) + kind + struct.pack("<H", len(value)) + value
+
+
+def series_element() -> bytes:
+    return element(0x20, 0xE, b"UI", b"1.2.3\0")
+
+
+def body_of(content: bytes) -> bytes:
+    """The data set behind preamble, mark and file meta group."""
+    length_of_meta = struct.unpack_from("<I", content, 140)[0]
+    return content[144 + length_of_meta :]
+
+
+def meta_of(content: bytes) -> bytes:
+    return content[: len(content) - len(body_of(content))]
+
+
+def with_meta(syntax: str | None, body: bytes) -> bytes:
+    elements = element(2, 2, b"UI", d.CT.encode() + b"\0")
+    if syntax is not None:
+        padded = syntax.encode() + b"\0" * (len(syntax) % 2)
+        elements += element(2, 0x10, b"UI", padded)
+    length = element(2, 0, b"UL", struct.pack("<I", len(elements)))
+    return b"\0" * 128 + b"DICM" + length + elements + body
+
+
+def without_meta(content: bytes) -> bytes:
+    return b"\0" * 128 + b"DICM" + body_of(content)
+
+
+def with_private_kind(kind: bytes) -> Callable[[bytes], bytes]:
+    """A private element whose kind of value is none, before the series element."""
+
+    def change(content: bytes) -> bytes:
+        odd = element(0x0009, 0x0010, kind, b"VENDOR")
+        tag = struct.pack("<HH", 0x10, 0x20)
+        return content.replace(tag, odd + tag, 1)
+
+    return change
+
+
+ODDITIES: dict[str, tuple[dict[str, Any], Callable[[bytes], bytes]]] = {
+    "plain": ({}, bytes),
+    "implicit": ({"syntax": d.IMPLICIT}, bytes),
+    "big endian": ({"syntax": d.BIG_ENDIAN}, bytes),
+    "no preamble": ({"preamble": False}, bytes),
+    "no preamble, implicit": ({"preamble": False, "syntax": d.IMPLICIT}, bytes),
+    "no meta group": ({}, without_meta),
+    "no syntax, explicit": ({}, lambda c: with_meta(None, body_of(c))),
+    "no syntax, implicit": ({"syntax": d.IMPLICIT}, lambda c: with_meta(None, body_of(c))),
+    "says implicit, is explicit": ({}, lambda c: with_meta(d.IMPLICIT, body_of(c))),
+    "says explicit, is implicit": (
+        {"syntax": d.IMPLICIT},
+        lambda c: with_meta(d.EXPLICIT, body_of(c)),
+    ),
+    "kind ??": ({}, with_private_kind(b"??")),
+    "kind of blanks": ({}, with_private_kind(b"  ")),
+    "kind of zeros": ({}, with_private_kind(b"\0\0")),
+    "padding behind the pixels": ({}, lambda c: c + b"\0" * 64),
+    "deflated": (
+        {},
+        lambda c: with_meta(DEFLATED, zlib.compress(body_of(c), wbits=-zlib.MAX_WBITS)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_an_odd_header_gives_the_values_of_a_plain_one(tmp_path: Path, name: str) -> None:
+    how, change = ODDITIES[name]
+
+    header = header_of(change(content_of(tmp_path, **how)))
+
+    assert header.text("SeriesInstanceUID") == "1.2.3"
+    assert header.text("SOPClassUID") == d.CT
+    assert header.number("Rows", 0) == 18
+    assert header.numbers("PixelSpacing") == (1.5, 1.0)
+    assert header.numbers("ImagePositionPatient") == (-10.0, -20.0, 6.0)
+    assert header.pixels is not None
+    assert header.pixels.length == (None if name == "deflated" else 18 * 20 * 2)
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_a_series_of_odd_files_is_read_with_its_voxels(tmp_path: Path, name: str) -> None:
+    how, change = ODDITIES[name]
+    array = d.volume()
+    folder = d.write_series(tmp_path / "pool")
+    for number, path in enumerate(sorted(folder.iterdir())):
+        d.write(path, d.slice_values(number), array[number], **how)
+        path.write_bytes(change(path.read_bytes()))
+
+    (scan,) = find_scans([], [folder])
+
+    assert scan.status == ""
+    voxels = load_scan(scan.path, scan.part).array_CZYX[0]
+    np.testing.assert_array_equal(voxels, array[:, ::-1, ::-1].astype(np.float32))
+
+
+def test_the_pixels_offset_points_at_the_pixels(tmp_path: Path) -> None:
+    for name, (how, change) in ODDITIES.items():
+        content = change(content_of(tmp_path, **how))
+        pixels = header_of(content).pixels
+        assert pixels is not None
+        if pixels.length is None:
+            continue
+
+        stored = content[pixels.offset : pixels.offset + pixels.length]
+
+        order = ">" if name == "big endian" else "<"
+        expected = d.volume(1)[0].astype(f"{order}i2")
+        assert stored == expected.tobytes(), name
+
+
+def test_values_that_are_no_numbers_count_as_missing(tmp_path: Path) -> None:
+    changes: d.Values = {
+        0x00280030: ("DS", "1.5\\wide"),
+        0x00180050: ("DS", ""),
+        0x00200013: ("IS", "three"),
+        0x00281053: ("DS", "2\\3"),
+        0x00180088: ("DS", "1.0"),
+    }
+    header = header_of(content_of(tmp_path, changes))
+
+    assert header.numbers("PixelSpacing") == ()
+    assert header.number("SliceThickness", -1) == -1
+    assert header.number("InstanceNumber", -1) == -1
+    assert header.number("RescaleSlope", 1) == 2
+
+
+def test_a_list_that_ends_in_a_separator_is_read(tmp_path: Path) -> None:
+    header = header_of(content_of(tmp_path, {0x00280030: ("DS", "1.5\\1.0\\")}))
+
+    assert header.numbers("PixelSpacing") == (1.5, 1.0)
+
+
+def test_values_of_kind_un_are_read_by_the_dictionary(tmp_path: Path) -> None:
+    changes: d.Values = {
+        0x00280030: ("UN", b"1.5\\1.0 "),
+        0x00280010: ("UN", struct.pack("<H", 18)),
+    }
+    header = header_of(content_of(tmp_path, changes))
+
+    assert header.numbers("PixelSpacing") == (1.5, 1.0)
+    assert header.number("Rows", 0) == 18
+
+
+@pytest.mark.parametrize(
+    ("character_set", "stored", "expected"),
+    [
+        ("ISO_IR 192", "T1 für Größe".encode(), "T1 für Größe"),
+        ("ISO_IR 100", "T1 für Größe".encode("latin-1"), "T1 für Größe"),
+        ("ISO_IR 144", "мозг".encode("iso8859_5"), "мозг"),
+        ("GB18030", "T1 头部".encode("gb18030"), "T1 头部"),
+        ("\\ISO 2022 IR 87", b"T1 \x1b$B;3ED\x1b(B", "T1 山田"),
+    ],
+)
+def test_text_is_decoded_by_the_files_character_set(
+    tmp_path: Path, character_set: str, stored: bytes, expected: str
+) -> None:
+    changes: d.Values = {0x00080005: ("CS", character_set), 0x0008103E: ("LO", stored)}
+
+    header = header_of(content_of(tmp_path, changes))
+
+    assert header.text("SeriesDescription") == expected
+
+
+def test_an_unknown_character_set_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    changes: d.Values = {0x00080005: ("CS", "KLINGON"), 0x0008103E: ("LO", b"T1 \xff\xfe axial")}
+
+    header = header_of(content_of(tmp_path, changes))
+
+    assert header.text("SeriesInstanceUID") == "1.2.3"
+    assert header.text("SeriesDescription").startswith("T1")
+
+
+def test_private_sequences_and_icons_are_passed_over(tmp_path: Path) -> None:
+    icon: d.Values = {0x00280010: ("US", [2]), PIXELS: ("OW", b"\1\2\3\4")}
+    changes: d.Values = {
+        0x00091001: ("SQ", [{0x00091002: ("LO", "DOE^JOHN")}]),
+        0x00880200: ("SQ", [icon]),
+    }
+
+    header = header_of(content_of(tmp_path, changes))
+
+    assert header.number("Rows", 0) == 18
+    assert header.pixels is not None and header.pixels.length == 18 * 20 * 2
+
+
+def test_a_header_cut_short_anywhere_is_called_that_or_lacks_pixels(tmp_path: Path) -> None:
+    content = content_of(tmp_path)
+    pixels = header_of(content).pixels
+    assert pixels is not None
+    causes = set()
+    for length in range(132, pixels.offset - 12, 5):
+        try:
+            header = header_of(content[:length])
+        except ScanError as error:
+            causes.add(error.code)
+        else:
+            assert header.pixels is None
+
+    assert causes == {"scan-unreadable"}
+
+
+def test_any_damaged_byte_gives_a_header_or_a_scan_error(tmp_path: Path) -> None:
+    frames = d.multiframe_values([(0.0, 0.0, 2.0 * i) for i in range(3)])
+    enhanced = d.write(tmp_path / "e.dcm", frames, d.volume(3)).read_bytes()
+    generator = np.random.default_rng(0)
+    for content in (content_of(tmp_path), content_of(tmp_path, syntax=d.IMPLICIT), enhanced):
+        pixels = header_of(content).pixels
+        assert pixels is not None
+        for _ in range(150):
+            changed = bytearray(content)
+            for position in generator.integers(128, pixels.offset, 3):
+                changed[position] = generator.integers(256)
+            try:
+                header = header_of(bytes(changed))
+            except ScanError as error:
+                assert error.status == "unreadable"
+            else:
+                assert all(isinstance(frame, DicomHeader) for frame in header.frames())
+
+
+def test_another_kind_of_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    content = content_of(tmp_path)
+    for other in (b"", b"\x89PNG\r\n" + b"x" * 500, b"\x08\0" + b"x" * 500):
+        with refused(NotDicomError, "scan-unreadable"):
+            header_of(other)
+
+    with refused(ScanError, "scan-unreadable") as caught:
+        header_of(meta_of(content) + b"\xff" * 300)
+
+    assert not isinstance(caught.value, NotDicomError)
+
+
+def test_a_small_deflated_file_does_not_fill_the_memory(tmp_path: Path) -> None:
+    long = element(8, 8, b"CS", b"ORIGINAL") + series_element()
+    zeros = struct.pack("<HH", 0x21, 0x10) + b"OB\0\0" + struct.pack("<I", 1 << 26)
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    body = packer.compress(long + zeros)
+    for _ in range(1 << 6):
+        body += packer.compress(b"\0" * (1 << 20))
+    content = with_meta(DEFLATED, body + packer.flush())
+
+    tracemalloc.start()
+    try:
+        with refused(ScanError, "scan-unreadable"):
+            header_of(content)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 3 * MAX_INFLATED_BYTES
+
+
+def test_nothing_of_a_header_reaches_a_log_or_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: d.Values = {
+        0x00080060: ("CS", "ct of Dumbledore"),
+        0x00100020: ("LO", "Dumbledore" * 30),
+        0x00200013: ("IS", "Dumbledore"),
+    }
+    path = d.write(tmp_path / "pool" / "x.dcm", d.slice_values(3) | changes, d.volume(1)[0])
+
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("error")
+        find_scans([], [path.parent])
+
+    assert "Dumbledore" not in caplog.text
+    assert not logging.getLogger("pydicom").disabled
+
+
+def test_real_headers_are_as_gdcm_reads_them(shared_data: Path) -> None:
+    keywords = (
+        "SeriesInstanceUID",
+        "StudyInstanceUID",
+        "SOPClassUID",
+        "Modality",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "PatientID",
+    )
+    for folder in sorted({p.parent for p in (shared_data / "dicom").rglob("*.dcm")}):
+        path = min(folder.glob("*.dcm"))
+        header = header_of(path.read_bytes())
+        if header.text("Modality") == "RTSTRUCT":
+            continue
+
+        reader: Any = SimpleITK.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+
+        for keyword in keywords:
+            tag = pydicom.tag.Tag(keyword)
+            key = f"{tag.group:04x}|{tag.element:04x}"
+            assert header.text(keyword) == reader.GetMetaData(key).strip()
+        size = (header.number("Columns", 0), header.number("Rows", 0))
+        assert size == reader.GetSize()[:2]
