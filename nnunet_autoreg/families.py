@@ -4,11 +4,12 @@ large its tokens are.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.records import shown
 
 PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT = "primus", "primus_v2", "primus_v3", "resenc", "vit"
 
@@ -35,6 +36,26 @@ CNN_ARGUMENTS = (
     "nonlin",
     "nonlin_kwargs",
 )
+# What the arguments of a network have to be; those that stand here are checked wherever they come.
+COUNTS = (
+    "embed_dim",
+    "eva_depth",
+    "eva_numheads",
+    "decoder_features",
+    "n_stages",
+)
+LISTS_OF_COUNTS = (
+    "features_per_stage",
+    "n_blocks_per_stage",
+    "n_conv_per_stage_decoder",
+    "depth_per_level",
+    "ch_per_level",
+)
+LISTS_OF_SIZES = ("kernel_sizes", "strides")
+NUMBERS = ("init_values", "mlp_ratio")
+FLAGS = ("conv_bias", "scale_attn_inner", "add_skips")
+NAMES = ("conv_op", "norm_op", "nonlin")
+MAX_COUNT = 2**20
 LAYER_NAME = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
 """What a name in a network's arguments may stand for: a layer of torch.
 
@@ -94,6 +115,97 @@ def missing_arguments(class_path: str, arguments: Mapping[str, Any]) -> list[str
     return [key for key in needed if key not in arguments]
 
 
+def check_argument_types(class_path: str, arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments of a network that it cannot be built with, before it is built.
+
+    Raises:
+        PlanError: one has a wrong type, lies out of its range, or is a list of another length.
+    """
+    rules: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
+        (COUNTS, _is_count, "a whole number from 1 on"),
+        (LISTS_OF_COUNTS, _is_list_of_counts, "a list of whole numbers from 1 on"),
+        (LISTS_OF_SIZES, _is_list_of_sizes, "a list of sizes such as 3 or [1, 3, 3]"),
+        (("patch_embed_size",), _is_size, "a list of three whole numbers from 1 on"),
+        (NUMBERS, _is_number, "a finite number"),
+        (FLAGS, lambda value: isinstance(value, bool), "true or false"),
+        (NAMES, lambda value: isinstance(value, str), "the name of a layer, in quotes"),
+        (
+            ("dropout_op",),
+            lambda value: isinstance(value, str | None),
+            "the name of a layer, or null",
+        ),
+    ]
+    for keys, is_right, expected in rules:
+        for key in keys:
+            if key in arguments and not is_right(arguments[key]):
+                raise PlanError(
+                    f"{where}.{key}: {shown(arguments[key])} does not fit; write {expected}",
+                    code="plan-wrong-type",
+                )
+    for key in ("norm_op_kwargs", "nonlin_kwargs", "dropout_op_kwargs"):
+        if not isinstance(arguments.get(key), Mapping | None):
+            raise PlanError(
+                f"{where}.{key}: {shown(arguments[key])} does not fit; write an object in braces, "
+                "or null",
+                code="plan-wrong-type",
+            )
+
+    if family_of(class_path) == RESENC:
+        _check_stages(arguments, where)
+        return
+    width = arguments.get("embed_dim", 0)
+    num_heads = arguments.get("eva_numheads", 1)
+    if width % num_heads:
+        raise PlanError(
+            f"{where}: the width embed_dim={width} is no multiple of eva_numheads={num_heads}, so "
+            "that the heads would differ in width; change one of them",
+            code="plan-argument",
+        )
+
+
+def _check_stages(arguments: Mapping[str, Any], where: str) -> None:
+    num_stages = arguments.get("n_stages", 0)
+    lengths = {
+        "features_per_stage": num_stages,
+        "kernel_sizes": num_stages,
+        "strides": num_stages,
+        "n_blocks_per_stage": num_stages,
+        "n_conv_per_stage_decoder": num_stages - 1,
+    }
+    for key, length in lengths.items():
+        value = arguments.get(key, 1)
+        # One number stands for all stages.
+        if num_stages and not isinstance(value, int) and len(value) != length:
+            raise PlanError(
+                f"{where}.{key}: {shown(value)} has {len(value)} values, {length} are needed for "
+                f"n_stages={num_stages}",
+                code="plan-wrong-length",
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_count, value))
+
+
+def _is_list_of_counts(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, list | tuple) and all(map(_is_count, value)))
+
+
+def _is_list_of_sizes(value: Any) -> bool:
+    if not isinstance(value, list | tuple):
+        return False
+    return all(_is_count(side) or _is_size(side) for side in value)
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < float("inf")
+
+
 def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
     """Voxels (z, y, x) of a token: a transformer's patch, or the total stride of a CNN, whose
     deepest features are the tokens.
@@ -110,9 +222,10 @@ def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
                 for per_axis in zip(*(_triple(s) for s in arguments["strides"]), strict=True)
             ]
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(
-            f"encoder.arguments: {dict(arguments)} state no token size of three axes ({error})"
+            f"encoder.arguments: {shown(dict(arguments))} state no token size of three axes "
+            f"({error})"
         ) from error
 
 

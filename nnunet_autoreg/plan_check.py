@@ -10,6 +10,7 @@ from nnunet_autoreg.families import (
     PRIMUS,
     PRIMUS_V2,
     PRIMUS_V3,
+    check_argument_types,
     family_of,
     has_start,
     has_transformer,
@@ -193,6 +194,7 @@ def _check_encoder(encoder: EncoderPlan) -> None:
             "model/sizes.py",
             code="plan-missing-arguments",
         )
+    check_argument_types(encoder.class_path, encoder.arguments, "encoder.arguments")
     stated = list(token_size_of(encoder.class_path, encoder.arguments))
     if stated != list(encoder.token_size_vox):
         raise PlanError(

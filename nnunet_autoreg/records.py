@@ -45,46 +45,67 @@ def from_jsonable(kind: type[T], data: Any, where: str) -> T:
 def _convert(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _convert_record(typing.cast(type, kind), data, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), data, where)
+        kinds = [arg for arg in args if arg is not type(None)]
+        return _convert(kinds[0], data, where)
     if origin is tuple and isinstance(data, (list, tuple)):
-        kinds = [args[0]] * len(data) if len(args) == 2 and args[1] is ... else list(args)
-        if len(kinds) != len(data):
-            raise PlanError(
-                f"{where}: {_short(data)} has {len(data)} values, {len(kinds)} are needed"
-            )
-        return tuple(
-            _convert(k, v, f"{where}[{i}]")
-            for i, (k, v) in enumerate(zip(kinds, data, strict=True))
-        )
+        return _convert_tuple(args, data, where)
     if origin is dict and isinstance(data, dict):
-        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in data.items()}
+        return {str(key): _convert(args[1], value, f"{where}.{key}") for key, value in data.items()}
     if kind is Any:
         return data
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        try:
-            return float(data)
-        except OverflowError:
-            raise PlanError(
-                f"{where}: a number with {len(str(abs(data)))} digits is too large"
-            ) from None
-    if (
-        isinstance(kind, type)
-        and isinstance(data, kind)
-        and not (kind is int and isinstance(data, bool))
-    ):
+
+    # In Python True is an int, too, but nobody writes true for 1.
+    is_int = isinstance(data, int) and not isinstance(data, bool)
+    if is_int and kind in (int, float) and abs(data) > MAX_INT:
+        raise PlanError(
+            f"{where}: a number with {len(str(abs(data)))} digits is too large",
+            code="plan-too-large",
+        )
+    if kind is float and is_int:
+        return float(data)
+    if isinstance(kind, type) and isinstance(data, kind) and (kind is not int or is_int):
         return data
-    raise PlanError(f"{where}: {_short(data)} is not of type {getattr(kind, '__name__', kind)}")
+    name = getattr(kind, "__name__", kind)
+    expected = EXPECTED.get(origin or kind, f"a value of type {name}")
+    raise PlanError(
+        f"{where}: {shown(data)} is not of type {name}; write {expected}",
+        code="plan-wrong-type",
+    )
 
 
+def _convert_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    has_any_length = len(args) == 2 and args[1] is ...
+    kinds = [args[0]] * len(data) if has_any_length else list(args)
+    if len(kinds) != len(data):
+        raise PlanError(
+            f"{where}: {shown(data)} has {len(data)} values, {len(kinds)} are needed",
+            code="plan-wrong-length",
+        )
+    pairs = zip(kinds, data, strict=True)
+    return tuple(_convert(kind, value, f"{where}[{i}]") for i, (kind, value) in enumerate(pairs))
+
+
+# What a value of a type looks like in JSON.
+EXPECTED: dict[Any, str] = {
+    int: "a whole number, such as 8",
+    float: "a number, such as 0.5",
+    bool: "true or false",
+    str: 'text in quotes, such as "auto"',
+    tuple: "a list in square brackets, such as [1, 2]",
+    dict: 'an object in braces, such as {"key": 1}',
+}
+# No number of ours needs more than 64 bits, and larger ones fail in torch and numpy.
+MAX_INT = 2**63 - 1
 MAX_SHOWN = 200
 FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def _short(data: Any) -> str:
+def shown(data: Any) -> str:
     """Return a value as it is shown in a message, cut where it is long."""
     try:
         text = printable(repr(data))
@@ -112,30 +133,38 @@ def from_cell(cell: str) -> str:
 def _convert_record(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise PlanError(
-            f"{where}: expected an object with the keys of {kind.__name__}, found {_short(data)}"
+            f"{where}: expected an object with the keys of {kind.__name__}, found {shown(data)}",
+            code="plan-wrong-type",
         )
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _refuse_newer(fields, data, where)
     for key in data:
         if key not in fields:
-            raise PlanError(f"{where}: unknown key '{key}'; {did_you_mean(str(key), fields)}")
+            raise PlanError(
+                f"{where}: unknown key '{key}'; {did_you_mean(str(key), fields)}",
+                code="plan-unknown-key",
+            )
     for name, field in fields.items():
         has_default = (
             field.default is not dataclasses.MISSING
             or field.default_factory is not dataclasses.MISSING
         )
         if name not in data and not has_default:
-            raise PlanError(f"{where}: the key '{name}' is missing")
+            raise PlanError(f"{where}: the key '{name}' is missing", code="plan-missing-key")
     return kind(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
 
 
 def _refuse_newer(
     fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str
 ) -> None:
-    known, found = fields["version"].default if "version" in fields else None, data.get("version")
+    known = fields["version"].default if "version" in fields else None
+    found = data.get("version")
     if isinstance(known, int) and isinstance(found, int) and found > known:
-        raise PlanError(f"{where} is of format {found}, newer than {known}; update nnunet-autoreg")
+        raise PlanError(
+            f"{where} is of format {found}, newer than {known}; update nnunet-autoreg",
+            code="plan-newer-format",
+        )
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

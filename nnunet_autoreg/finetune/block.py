@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import LAYER_NAME, family_of, has_deep_supervision
+from nnunet_autoreg.families import (
+    LAYER_NAME,
+    check_argument_types,
+    family_of,
+    has_deep_supervision,
+)
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable
 
@@ -149,6 +154,11 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
     """
     check_class(block.encoder.class_path, where)
     check_arguments(block.encoder.arguments, where)
+    check_argument_types(
+        block.encoder.class_path,
+        block.encoder.arguments,
+        f"{where}: {BLOCK_KEY}.encoder.arguments",
+    )
     _check_family(block, where)
     check_recipe(block.recipe, where)
     return block

@@ -140,7 +140,7 @@ class DicomHeader:
     def _find(self, tag: BaseTag) -> tuple[Dataset, Any] | None:
         """Return the data set that has an element, and the element as stored."""
         for dataset in self.datasets:
-            element = dataset.get_item(tag)
+            element = dataset.get_item(tag, keep_deferred=True)
             if element is not None:
                 return dataset, element
         return None
@@ -339,7 +339,7 @@ def _last_value_is_cut(dataset: Dataset) -> bool:
     elements = list(dataset.keys())
     if not elements:
         return True
-    last = dataset.get_item(elements[-1])
+    last = dataset.get_item(elements[-1], keep_deferred=True)
     stored = getattr(last, "value", None)
     length = getattr(last, "length", 0)
     return isinstance(stored, bytes) and length != UNKNOWN_LENGTH and len(stored) < length
