@@ -81,7 +81,7 @@ def test_any_wrong_value_in_a_plan_is_refused_or_harmless(name: str) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_any_wrong_value_in_a_fine_tuning_plan_is_refused_or_harmless(name: str) -> None:
     plan = check(from_jsonable(Plan, golden(name), "plan.json"))
-    block = AutoregBlock(plan.encoder, None, Recipe(10, 1e-4, 1e-3))
+    block = AutoregBlock(plan.encoder, None, Recipe(10, 1e-4, 1e-3, drop_path_rate=0.0))
     data = {"plans_name": "AutoregPlans", BLOCK_KEY: to_jsonable(block)}
 
     read_block(data)
