@@ -22,7 +22,7 @@ from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.fingerprint import fingerprint
 from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.licences import stated_licences
-from nnunet_autoreg.corpus.places import label_names
+from nnunet_autoreg.corpus.locations import label_names
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing

@@ -102,13 +102,13 @@ def ours(folder: Path, workers: int) -> dict[str, Any]:
     """Our index without its voxels; seconds of its steps."""
     from nnunet_autoreg.corpus.find import find_scans
     from nnunet_autoreg.corpus.index import first_row, read_headers, tasks_of
-    from nnunet_autoreg.corpus.manifest import Entry
+    from nnunet_autoreg.corpus.manifest import ManifestEntry
     from nnunet_autoreg.corpus.rows import read_index, write_index
 
     clock = [time.perf_counter()]
     candidates = find_scans([], [folder])
     clock.append(time.perf_counter())
-    rows = [first_row(c, "", "salt", Entry()) for c in candidates]
+    rows = [first_row(c, "", "salt", ManifestEntry()) for c in candidates]
     stamps = read_headers(rows, tasks_of(candidates, {}, None), workers)
     clock.append(time.perf_counter())
     write_index(folder.parent / "scans.csv", rows)
@@ -145,7 +145,7 @@ def rest(folder: Path, num: int) -> dict[str, Any]:
 
     from nnunet_autoreg.corpus.content import NUM_POINTS, settle_copies
     from nnunet_autoreg.corpus.index import encoded
-    from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key
+    from nnunet_autoreg.corpus.journal import Journal, ScanFacts, journal_key
     from nnunet_autoreg.corpus.rows import ScanRow
 
     rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def rest(folder: Path, num: int) -> dict[str, Any]:
     with Journal(path) as journal:
         for n, row in enumerate(rows):
             found = (row.content_hash, (1.0, 2.0, 3.0, 4.0, 5.0), encoded(points[n], "<i2"))
-            facts = Facts("", "", "MR", "dataset.json", size, spacing, size, *found)
+            facts = ScanFacts("", "", "MR", "dataset.json", size, spacing, size, *found)
             journal.add(journal_key("stamp", n), facts)
     start = time.perf_counter()
     with Journal(path) as journal:

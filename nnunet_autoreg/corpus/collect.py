@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Row:
+class DicomRow:
     """What one candidate or left-out row of DICOM says; ``name`` is free of anything personal."""
 
     path: Path
@@ -82,7 +82,7 @@ class DicomCollector:
         self.left[source, "", "DICOM", error.status, str(error)] += 1
         return True
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[DicomRow]:
         """Scans first, then what was left out."""
         groups = list(self._series())
         original = {_kind(group[0]) for _, group in groups if not originals(group)[0].derived}
@@ -104,7 +104,7 @@ class DicomCollector:
             )
         for (source, series, what, status, reason), count in self.left.items():
             name = f"{what}-{salted(series or f'{source} {reason}', self.salt)}"
-            yield Row(
+            yield DicomRow(
                 source,
                 name,
                 status=status,
@@ -130,7 +130,7 @@ class DicomCollector:
                 yield _joined({f: groups.pop(f) for f in folders})
             yield from groups.items()
 
-    def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[Row]:
+    def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[DicomRow]:
         """Rows of a series; ``derived`` says why one of derived images is left out, "" for
         others.
         """
@@ -151,7 +151,7 @@ class DicomCollector:
         copies = len(group) - len(without_copies(group))
         if copies:
             name = f"{group[0].modality}-{salted(f'{part} copies', self.salt)}"
-            yield Row(
+            yield DicomRow(
                 path,
                 name,
                 status="duplicate",
@@ -159,7 +159,7 @@ class DicomCollector:
                 "of it holds too (same SOP instance); each is read once",
             )
 
-    def _row(self, path: Path, stack: Stack, part: ScanPart, derived: str) -> Row:
+    def _row(self, path: Path, stack: Stack, part: ScanPart, derived: str) -> DicomRow:
         first, status, reason = stack.first, "", ""
         try:
             check_stack(stack, str(part))
@@ -168,7 +168,7 @@ class DicomCollector:
         if derived:
             status, reason = "derived", derived
         name = f"{first.modality}-{salted(str(replace(part, below='')), self.salt)}"
-        return Row(
+        return DicomRow(
             path,
             name,
             str(part),

@@ -12,7 +12,13 @@ import numpy.typing as npt
 from nnunet_autoreg.corpus.index import Index
 from nnunet_autoreg.corpus.intensity import PERCENTILES, window_of
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.corpus.spacing import MEDIAN, Group, ScanGeometry, group_scans, target_spacing
+from nnunet_autoreg.corpus.spacing import (
+    MEDIAN,
+    ScanGeometry,
+    ScanGroup,
+    group_scans,
+    target_spacing,
+)
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.nnunet_api import resampled_shape
@@ -243,7 +249,7 @@ def _intensity_print(rows: Sequence[ScanRow]) -> IntensityPrint | None:
     return IntensityPrint(len(known), {f"{p:04.1f}": spread(values) for p, values in columns})
 
 
-def _group_print(group: Group, shapes: npt.NDArray[np.int64]) -> GroupPrint:
+def _group_print(group: ScanGroup, shapes: npt.NDArray[np.int64]) -> GroupPrint:
     total = int(shapes.prod(axis=1).sum())
     return GroupPrint(
         group.modality,

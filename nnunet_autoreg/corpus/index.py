@@ -17,8 +17,8 @@ from nnunet_autoreg.corpus.exclude import excluded_because, outside, series_of, 
 from nnunet_autoreg.corpus.find import Candidate
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sample_body
-from nnunet_autoreg.corpus.journal import Facts, Journal, journal_key, stamp_of
-from nnunet_autoreg.corpus.manifest import Entry, Manifest, describe
+from nnunet_autoreg.corpus.journal import Journal, ScanFacts, journal_key, stamp_of
+from nnunet_autoreg.corpus.manifest import Manifest, ManifestEntry, describe
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.peek import peek
 from nnunet_autoreg.corpus.read import cropped_shape, load_scan, read_header
@@ -58,7 +58,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Task:
+class IndexTask:
     """One scan to read. ``modality`` and ``rule`` are set where somebody said what it is;
     ``num_samples`` are wanted of a CT.
     """
@@ -119,7 +119,7 @@ def index_scans(
     warn_unmatched(exclude, everything)
     series = {series_of(c) for c in others} - {""}
     rows = [
-        first_row(c, excluded_because(c, exclude, series), salt, entries.get(c.id, Entry()))
+        first_row(c, excluded_because(c, exclude, series), salt, entries.get(c.id, ManifestEntry()))
         for c in everything
     ]
     tasks = tasks_of(everything, entries, modality_override)
@@ -150,8 +150,10 @@ def warn_of_one_subject(rows: Sequence[ScanRow]) -> None:
 
 
 def tasks_of(
-    candidates: Sequence[Candidate], entries: Mapping[str, Entry], modality_override: str | None
-) -> list[Task]:
+    candidates: Sequence[Candidate],
+    entries: Mapping[str, ManifestEntry],
+    modality_override: str | None,
+) -> list[IndexTask]:
     """What is to be read of each candidate, and who said what modality it is: manifest, --modality,
     or the file itself.
     """
@@ -161,7 +163,7 @@ def tasks_of(
     num_samples = max(MIN_SAMPLES_PER_SCAN, min(MAX_SAMPLES_PER_SCAN, share))
     tasks = []
     for candidate in candidates:
-        named = entries.get(candidate.id, Entry()).modality
+        named = entries.get(candidate.id, ManifestEntry()).modality
         said = (
             (named, "--manifest"),
             (modality_override or "", "--modality"),
@@ -172,12 +174,14 @@ def tasks_of(
         )
         modality = OTHER_NAMES.get(modality, modality)
         tasks.append(
-            Task(candidate.path, candidate.part, candidate.channel, modality, rule, num_samples)
+            IndexTask(
+                candidate.path, candidate.part, candidate.channel, modality, rule, num_samples
+            )
         )
     return tasks
 
 
-def first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> ScanRow:
+def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEntry) -> ScanRow:
     """All that is known of a candidate before it is read; from here on its subject and session are
     hashes.
     """
@@ -211,7 +215,9 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: Entry) -> S
     )
 
 
-def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -> list[str | None]:
+def read_headers(
+    rows: list[ScanRow], tasks: Sequence[IndexTask], num_workers: int
+) -> list[str | None]:
     """Put into ``rows`` what the headers say; returns stamps of the scans that are worth reading
     whole, None for the others.
 
@@ -245,7 +251,7 @@ def read_headers(rows: list[ScanRow], tasks: Sequence[Task], num_workers: int) -
     return stamps
 
 
-def header_of(task: Task) -> Header:
+def header_of(task: IndexTask) -> Header:
     """Read the header of one scan."""
     stamp = stamp_of(task.path, deep=bool(parse_part(task.part).below))
     try:
@@ -257,7 +263,7 @@ def header_of(task: Task) -> Header:
 
 def _read_voxels(
     rows: list[ScanRow],
-    tasks: Sequence[Task],
+    tasks: Sequence[IndexTask],
     stamps: Sequence[str | None],
     journal: Path | None,
     num_workers: int,
@@ -282,17 +288,17 @@ def _read_voxels(
     return signatures, samples
 
 
-def _essence(task: Task) -> tuple[object, ...]:
+def _essence(task: IndexTask) -> tuple[object, ...]:
     return (str(task.path), task.part, task.channel, task.modality, task.rule, task.num_samples)
 
 
 def _all_facts(
     keys: Mapping[int, str],
-    tasks: Sequence[Task],
+    tasks: Sequence[IndexTask],
     sizes: Sequence[int],
     journal: Journal,
     num_workers: int,
-) -> Iterator[tuple[int, Facts]]:
+) -> Iterator[tuple[int, ScanFacts]]:
     """Yield facts by the number of the row: those that the journal knows, then the others as they
     are read.
 
@@ -319,7 +325,7 @@ def _all_facts(
         yield n, facts
 
 
-def _with_facts(row: ScanRow, facts: Facts) -> ScanRow:
+def _with_facts(row: ScanRow, facts: ScanFacts) -> ScanRow:
     if facts.status:
         return row if row.status else replace(row, status=facts.status, reason=facts.reason)
     return replace(
@@ -335,7 +341,7 @@ def _with_facts(row: ScanRow, facts: Facts) -> ScanRow:
     )
 
 
-def facts_of(task: Task) -> Facts:
+def facts_of(task: IndexTask) -> ScanFacts:
     """Read one scan and find out all that the index needs of its voxels."""
     try:
         scan = load_scan(task.path, task.part)
@@ -344,7 +350,7 @@ def facts_of(task: Task) -> Facts:
         digest = content_hash(scan)
         drawn = sample_body(array_ZYX, task.num_samples, digest) if modality == "CT" else None
         points = signature(array_ZYX)
-        return Facts(
+        return ScanFacts(
             "",
             "",
             modality,
@@ -358,12 +364,12 @@ def facts_of(task: Task) -> Facts:
             encoded(drawn, "<f4"),
         )
     except ScanError as error:
-        return Facts(error.status, str(error))
+        return ScanFacts(error.status, str(error))
     except MemoryError:
-        return Facts("huge", TOO_LARGE)
+        return ScanFacts("huge", TOO_LARGE)
 
 
-def _modality(task: Task, array_ZYX: Array) -> tuple[str, str]:
+def _modality(task: IndexTask, array_ZYX: Array) -> tuple[str, str]:
     if not task.modality:
         return modality_of(task.channel, array_ZYX)
     unusual = (

@@ -20,7 +20,7 @@ JOURNAL_NAME = ".scans.partial.jsonl"
 
 
 @dataclass(frozen=True)
-class Facts:
+class ScanFacts:
     """What reading one scan told; nothing that names anybody.
 
     Attributes:
@@ -53,7 +53,7 @@ class Journal:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.known: dict[str, Facts] = {}
+        self.known: dict[str, ScanFacts] = {}
         self._handle: IO[str] | None = None
 
     def __enter__(self) -> "Journal":
@@ -86,7 +86,7 @@ class Journal:
                     values: dict[str, Any] = {
                         name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()
                     }
-                    self.known[str(key)] = Facts(**values)
+                    self.known[str(key)] = ScanFacts(**values)
                 except (ValueError, TypeError, AttributeError):
                     break
                 if not line.endswith(b"\n"):
@@ -94,7 +94,7 @@ class Journal:
                 whole += len(line)
         return whole
 
-    def add(self, key: str, facts: Facts) -> None:
+    def add(self, key: str, facts: ScanFacts) -> None:
         """Write down what was found; at once, so that a kill loses no scan that was finished."""
         if self._handle is not None and key:
             self._handle.write(json.dumps([key, vars(facts)]) + "\n")

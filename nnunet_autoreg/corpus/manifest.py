@@ -22,7 +22,7 @@ DELIMITERS = ",;\t"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ManifestEntry:
     """One row of a manifest; "" where it says nothing."""
 
     subject: str = ""
@@ -42,10 +42,10 @@ class Manifest:
     """
 
     file: Path
-    entries: dict[str, Entry]
+    entries: dict[str, ManifestEntry]
     missing: tuple[str, ...] = ()
 
-    def entry_of(self, path: Path) -> tuple[str, Entry] | None:
+    def entry_of(self, path: Path) -> tuple[str, ManifestEntry] | None:
         """(key, entry) of the nearest path of the manifest: the scan's own, or a folder that it
         lies in.
         """
@@ -102,7 +102,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
 
 
 def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ManifestEntry] = {}
     missing = []
     for number, row in enumerate(rows, 1):
         if row.get(""):
@@ -126,7 +126,7 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
                 f"--manifest {file}: row {number} names {cells['path']} a second time; keep one "
                 "row for each path"
             )
-        entries[real] = Entry(
+        entries[real] = ManifestEntry(
             cells["subject"],
             cells["session"],
             cells["contrast"],
@@ -138,7 +138,7 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
 
 def describe(
     candidates: Iterable[Candidate], manifest: Manifest | None
-) -> tuple[list[Candidate], dict[str, Entry]]:
+) -> tuple[list[Candidate], dict[str, ManifestEntry]]:
     """The candidates as the manifest describes them, which counts more than what was found; and the
     entries used, by candidate id.
     """
@@ -168,7 +168,7 @@ def describe(
     return described, used
 
 
-def _overrules(match: tuple[str, Entry], candidate: Candidate) -> bool:
+def _overrules(match: tuple[str, ManifestEntry], candidate: Candidate) -> bool:
     """Return whether a row of the manifest makes a scan of derived images: it names their own
     folder, and a modality.
     """

@@ -45,7 +45,7 @@ class ScanGeometry:
 
 
 @dataclass(frozen=True)
-class Group:
+class ScanGroup:
     """Scans that share a target spacing.
 
     Attributes:
@@ -87,7 +87,7 @@ def parse_policy(text: str) -> str | Spacing:
     return as_spacing(numbers)
 
 
-def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Group]:
+def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[ScanGroup]:
     """Groups with their target spacings, the largest first.
 
     An explicit spacing puts all scans into one group.
@@ -99,7 +99,7 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Gr
     """
     if not isinstance(policy, str):
         everyone = tuple(range(len(scans)))
-        return [Group("", policy, policy, everyone, "set by the user for all scans")]
+        return [ScanGroup("", policy, policy, everyone, "set by the user for all scans")]
     groups = []
     for modality in sorted({scan.modality for scan in scans}):
         positions = np.array([i for i, scan in enumerate(scans) if scan.modality == modality])
@@ -111,7 +111,7 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Gr
             members = tuple(int(i) for i in positions[nearest == n])
             target, reason = target_of([scans[i] for i in positions[core]], policy)
             if members:
-                groups.append(Group(modality, natives[n], target, members, reason))
+                groups.append(ScanGroup(modality, natives[n], target, members, reason))
     return _aligned(
         sorted(groups, key=lambda group: (-len(group.members), math.prod(group.spacing_mm)))
     )
@@ -161,7 +161,7 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
     )
 
 
-def _aligned(groups: list[Group]) -> list[Group]:
+def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
     """Targets that all but agree, made equal:
 
     CT and MR of one patient then have voxels of one size.

@@ -93,7 +93,7 @@ def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> S
 
 
 @dataclass(frozen=True)
-class Layout:
+class CropLayout:
     """A crop in voxels and its blocks in tokens, both (z, y, x), each with its reason."""
 
     crop: Size
@@ -104,7 +104,7 @@ class Layout:
 
 def choose_layout(
     encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
-) -> Layout:
+) -> CropLayout:
     """The largest crop that suits the median scan and of which one fits into the memory, in blocks
     that suit the encoder.
 
@@ -124,7 +124,7 @@ def choose_layout(
                 f"linear tokens: {times(block)} of them are a block of "
                 f"{times(side_of(encoder, block))} voxels"
             )
-        return Layout(crop, block, why, why_block)
+        return CropLayout(crop, block, why, why_block)
     smallest = smallest_block(encoder.family, encoder.token_size)
     ways = ((_fitting_block(encoder, smallest, pool), True), (smallest, True), (smallest, False))
     for block, nearest in ways:
@@ -146,12 +146,12 @@ def choose_layout(
         f"{times(side_of(encoder, smallest))}, for "
         f"their norms): blocks in a crop: {count}{too_few}{padded}"
     )
-    return Layout(crop, block, why, why_block)
+    return CropLayout(crop, block, why, why_block)
 
 
 def _layout_of_cnn(
     encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
-) -> Layout:
+) -> CropLayout:
     """Return the crop and the blocks of a CNN: a block is as large as the network's total stride.
 
     The crop is rounded to the nearest whole block; where that makes too few blocks, it is rounded
@@ -172,7 +172,7 @@ def _layout_of_cnn(
         why_block += (
             f", FEWER than the {MIN_BLOCKS} of a good sequence: a smaller encoder suits better"
         )
-    return Layout(crop, single, why_crop, why_block)
+    return CropLayout(crop, single, why_crop, why_block)
 
 
 def choose_crop(

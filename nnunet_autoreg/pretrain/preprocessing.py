@@ -27,7 +27,7 @@ from nnunet_autoreg.pretrain.run_folder import (
 from nnunet_autoreg.sampling.kinds import wanted
 from nnunet_autoreg.store.case import StoredCase
 from nnunet_autoreg.store.groups import ensure_groups
-from nnunet_autoreg.store.store import Part, Store
+from nnunet_autoreg.store.store import Store, StorePart
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class PartOutcome:
     num_missing: int
 
 
-def preprocess_part(request: Request, part: Part) -> PartOutcome:
+def preprocess_part(request: Request, part: StorePart) -> PartOutcome:
     """Preprocess one part of a planned run, for job arrays.
 
     Parts on any machines meet in one store without a coordinator. They only read the run's folder,
@@ -190,7 +190,7 @@ def preprocess_part(request: Request, part: Part) -> PartOutcome:
     return PartOutcome(len(store.failures), num_missing)
 
 
-def preprocess_groups(plan: Plan, rows: list[ScanRow], store: Store, part: Part) -> None:
+def preprocess_groups(plan: Plan, rows: list[ScanRow], store: Store, part: StorePart) -> None:
     """Preprocess this part's groups of contrasts, where the plan has contrast sequences."""
     if "contrast" not in wanted(plan):
         return

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.fingerprint import row_spacing
 from nnunet_autoreg.corpus.groups import contrast_groups, reduced
-from nnunet_autoreg.corpus.places import KnownPlace, subject_of
+from nnunet_autoreg.corpus.locations import StructureLocation, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, grid_of
@@ -111,7 +111,9 @@ def draw_preview(
     return picture
 
 
-def choose_rows(plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]) -> list[ScanRow]:
+def choose_rows(
+    plan: Plan, rows: Sequence[ScanRow], places: Sequence[StructureLocation]
+) -> list[ScanRow]:
     """Return enough scans for the picture.
 
     They are spread over the datasets, and hold whole groups of contrasts and subjects that share
@@ -148,7 +150,7 @@ def _spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
 
 
 def _with_structures(
-    plan: Plan, rows: Sequence[ScanRow], places: Sequence[KnownPlace]
+    plan: Plan, rows: Sequence[ScanRow], places: Sequence[StructureLocation]
 ) -> list[ScanRow]:
     """Return scans of different subjects that share structures."""
     num_members = plan.sequence.semantic_members

@@ -21,7 +21,7 @@ from torch.nn import functional
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import read_label_map
-from nnunet_autoreg.corpus.places import (
+from nnunet_autoreg.corpus.locations import (
     dataset_of,
     label_map_of,
     label_names,

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.groups import commonest, contrast_groups, reduced
-from nnunet_autoreg.corpus.places import (
-    KnownPlace,
-    places_of_boxes,
-    places_of_classes,
-    places_of_labels,
+from nnunet_autoreg.corpus.locations import (
+    StructureLocation,
+    locations_of_boxes,
+    locations_of_classes,
+    locations_of_labels,
     read_boxes,
     subject_of,
 )
@@ -59,7 +59,7 @@ def plan_with_sequences(
             be read.
     """
     requested = parse_kinds(request.sequences)
-    places: list[KnownPlace] = []
+    places: list[StructureLocation] = []
     source = ""
     if needs_places(requested, rows):
         places, source = known_places(rows, request.boxes, num_workers)
@@ -81,7 +81,7 @@ def needs_places(requested: Mapping[str, float], rows: Sequence[ScanRow]) -> boo
 
 def known_places(
     rows: Sequence[ScanRow], boxes: str | None, num_workers: int
-) -> tuple[list[KnownPlace], str]:
+) -> tuple[list[StructureLocation], str]:
     """Return where structures lie, and from which sources that is known.
 
     Args:
@@ -91,11 +91,11 @@ def known_places(
         UsageError: the boxes cannot be read.
     """
     places_by_source = {
-        "label maps": places_of_labels(rows, num_workers),
-        "boxes": places_of_boxes(read_boxes(Path(boxes)), rows) if boxes else [],
-        "classes of the manifest": places_of_classes(rows),
+        "label maps": locations_of_labels(rows, num_workers),
+        "boxes": locations_of_boxes(read_boxes(Path(boxes)), rows) if boxes else [],
+        "classes of the manifest": locations_of_classes(rows),
     }
-    all_places: list[KnownPlace] = []
+    all_places: list[StructureLocation] = []
     sources = []
     for source, places in places_by_source.items():
         all_places += places
@@ -105,7 +105,7 @@ def known_places(
 
 
 def available_kinds(
-    rows: Sequence[ScanRow], places: Sequence[KnownPlace], source: str
+    rows: Sequence[ScanRow], places: Sequence[StructureLocation], source: str
 ) -> AvailableKinds:
     """Return which kinds of sequences the training scans ``rows`` allow."""
     # Contrast sequences are made of the set of contrasts that most subjects have.
@@ -256,7 +256,7 @@ def places_of_run(
     training: Sequence[ScanRow],
     validation: Sequence[ScanRow],
     num_workers: int,
-) -> list[KnownPlace]:
+) -> list[StructureLocation]:
     """Return the places of structures that the run was planned with, or find and write them now.
 
     A continued run therefore sees the same places.
@@ -278,10 +278,10 @@ def places_of_run(
     return places
 
 
-def read_places(path: Path) -> list[KnownPlace]:
+def read_places(path: Path) -> list[StructureLocation]:
     """Return the places that ``write_json`` has written.
 
     Raises:
         PlanError: the file is damaged.
     """
-    return [from_jsonable(KnownPlace, item, str(path)) for item in read_json(path)]
+    return [from_jsonable(StructureLocation, item, str(path)) for item in read_json(path)]

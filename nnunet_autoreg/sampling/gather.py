@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from nnunet_autoreg.corpus.groups import ContrastGroup
-from nnunet_autoreg.corpus.places import KnownPlace
+from nnunet_autoreg.corpus.locations import StructureLocation
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.kinds import wanted
@@ -18,7 +18,7 @@ def gather(
     plan: Plan,
     cases: Mapping[str, StoredCase],
     groups: Sequence[tuple[ContrastGroup, Sequence[StoredCase]]],
-    places: Sequence[KnownPlace],
+    places: Sequence[StructureLocation],
 ) -> SamplingPool:
     """What the plan's kinds of sequences may be cut from.
 
@@ -91,7 +91,9 @@ def _group(
     )
 
 
-def _structures(cases: Mapping[str, StoredCase], places: Sequence[KnownPlace]) -> list[Structure]:
+def _structures(
+    cases: Mapping[str, StoredCase], places: Sequence[StructureLocation]
+) -> list[Structure]:
     """Structures by name and spacing: what lies in one sequence has one voxel size."""
     found: dict[tuple[str, tuple[float, float, float]], list[Place]] = {}
     for known in places:

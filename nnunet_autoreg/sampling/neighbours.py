@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.groups import contrast_word
-from nnunet_autoreg.corpus.places import KnownPlace, subject_of
+from nnunet_autoreg.corpus.locations import StructureLocation, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.store.case import StoredCase
@@ -53,7 +53,7 @@ def descriptor(voxels_ZYX: NDArray[np.float32], where: Sequence[float]) -> NDArr
 
 def places_alike(
     rows: Sequence[ScanRow], cases: Mapping[str, StoredCase], crop: Size, num_subjects: int
-) -> list[KnownPlace]:
+) -> list[StructureLocation]:
     """Return structures named "alike N": a place, and the places most like it in other subjects.
 
     Each structure has a place in ``num_subjects`` subjects. Only scans of one contrast and one
@@ -68,7 +68,7 @@ def places_alike(
         spacing = tuple(f"{s:.3f}" for s in cases[row.id].spacing_mm)
         by_kind.setdefault((row.modality, contrast_word(row), *spacing), []).append(row)
 
-    found: list[KnownPlace] = []
+    found: list[StructureLocation] = []
     for alike in by_kind.values():
         if len({subject_of(row) for row in alike}) >= num_subjects:
             found += _among(alike, cases, crop, num_subjects, len(found))
@@ -81,7 +81,7 @@ def _among(
     crop: Size,
     num_subjects: int,
     first: int,
-) -> list[KnownPlace]:
+) -> list[StructureLocation]:
     """Return the structures of scans that may be compared; the first is named "alike ``first``"."""
     max_scans = MAX_PLACES // KEPT
     if len(rows) > max_scans:
@@ -106,7 +106,7 @@ def _among(
         name = f"{ALIKE}{first + number}"
         for place in (query, *neighbours[query].tolist()):
             row = owners[place]
-            found.append(KnownPlace(row.id, subject_of(row), name, centres[place]))
+            found.append(StructureLocation(row.id, subject_of(row), name, centres[place]))
     return found
 
 

@@ -50,7 +50,7 @@ STALE_AFTER_S = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Task:
+class StoreTask:
     """One scan to preprocess, and how."""
 
     row: ScanRow
@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Part:
+class StorePart:
     """Share ``number`` (from 1) of ``count``.
 
     Who takes a case follows from its key, so that parts need no coordinator.
@@ -76,12 +76,12 @@ class Part:
         return int(key, 16) % self.count == self.number - 1
 
 
-ALL = Part()
+ALL = StorePart()
 SpacingOf = Spacing | Callable[[ScanRow], Spacing]
 """Target spacing for transposed axes (z, y, x), or what tells it of a row."""
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> StorePart:
     """A share given as K/N.
 
     Raises:
@@ -92,7 +92,7 @@ def parse_part(text: str) -> Part:
         raise UsageError(
             f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs"
         )
-    return Part(int(match[1]), int(match[2]))
+    return StorePart(int(match[1]), int(match[2]))
 
 
 class Store:
@@ -112,7 +112,7 @@ class Store:
         spacing_mm: SpacingOf,
         ct_window: IntensityWindow | None,
         num_workers: int,
-        part: Part = ALL,
+        part: StorePart = ALL,
     ) -> dict[str, str]:
         """Preprocess what is missing; safe to kill at any moment, to run again, and to run several
         times at once.
@@ -163,13 +163,15 @@ class Store:
         tasks = plan_tasks(rows, spacing_mm, ct_window)
         return len(self._missing(tasks)), len({task.key for task in tasks})
 
-    def _missing(self, tasks: Sequence[Task]) -> list[Task]:
+    def _missing(self, tasks: Sequence[StoreTask]) -> list[StoreTask]:
         """One task for every key that is not in the store."""
         return list(
             {task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values()
         )
 
-    def _checked(self, tasks: Sequence[Task], missing: list[Task], num_workers: int) -> list[Task]:
+    def _checked(
+        self, tasks: Sequence[StoreTask], missing: list[StoreTask], num_workers: int
+    ) -> list[StoreTask]:
         """What is missing, after a look at every byte of the others if one of the missing was found
         damaged.
         """
@@ -217,7 +219,7 @@ class Store:
     def _path(self, key: str) -> Path:
         return case_path(self.root, key)
 
-    def _prepare(self, missing: Sequence[Task], num_all: int) -> None:
+    def _prepare(self, missing: Sequence[StoreTask], num_all: int) -> None:
         """Make the folder, sweep what a killed run left half-written, and say what will be
         needed.
         """
@@ -251,7 +253,7 @@ class Store:
             )
 
 
-def largest_volume(task: Task) -> int:
+def largest_volume(task: StoreTask) -> int:
     """Return the voxels of a scan's file or of the case that is made of it, whichever are more."""
     shape, spacing = transposed_geometry(task.row)
     return max(
@@ -267,7 +269,7 @@ def case_path(root: Path, key: str) -> Path:
 
 def plan_tasks(
     rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
-) -> list[Task]:
+) -> list[StoreTask]:
     """How each scan is preprocessed.
 
     Raises:
@@ -281,7 +283,7 @@ def plan_tasks(
     ]
 
 
-def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> Task:
+def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> StoreTask:
     """How a scan is preprocessed, and the key of the result.
 
     Raises:
@@ -305,10 +307,10 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
         asdict(window) if window else None,
     ]
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-    return Task(row, key, spacing_mm, scheme, use_mask, window)
+    return StoreTask(row, key, spacing_mm, scheme, use_mask, window)
 
 
-def _preprocess(root: Path, task: Task) -> tuple[str, tuple[str, str] | None]:
+def _preprocess(root: Path, task: StoreTask) -> tuple[str, tuple[str, str] | None]:
     """Make one case; returns its key and, if the scan cannot be used, (status, reason)."""
     try:
         _make_case(root, task)
@@ -323,7 +325,7 @@ def _preprocess(root: Path, task: Task) -> tuple[str, tuple[str, str] | None]:
     return task.key, None
 
 
-def _make_case(root: Path, task: Task) -> None:
+def _make_case(root: Path, task: StoreTask) -> None:
     if read_record(case_path(root, task.key)):
         return  # Another run or machine made it meanwhile.
     shape, spacing = transposed_geometry(task.row)

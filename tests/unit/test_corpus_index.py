@@ -21,8 +21,8 @@ from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.index import Index, index_scans
-from nnunet_autoreg.corpus.journal import Facts, stamp_of
-from nnunet_autoreg.corpus.manifest import Entry, Manifest
+from nnunet_autoreg.corpus.journal import ScanFacts, stamp_of
+from nnunet_autoreg.corpus.manifest import Manifest, ManifestEntry
 from nnunet_autoreg.corpus.parallel import CHUNKS_AHEAD, parallel_map
 from nnunet_autoreg.corpus.rows import read_index, write_index
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -326,7 +326,7 @@ def test_manifest_then_option_then_file_decide_the_modality(
 ) -> None:
     path = save(tmp_path / "pool" / "a.nii.gz", mr(0))
     manifest = Manifest(
-        tmp_path / "m.csv", {str(path): Entry(modality=in_manifest, label_class="liver")}
+        tmp_path / "m.csv", {str(path): ManifestEntry(modality=in_manifest, label_class="liver")}
     )
     row = index_scans(
         described(tmp_path / "pool", modality=found), set(), 1, override, manifest=manifest
@@ -347,7 +347,7 @@ def interrupted_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: in
     """
     read: list[str] = []
 
-    def counted(task: index_module.Task) -> Facts:
+    def counted(task: index_module.IndexTask) -> ScanFacts:
         if len(read) == after:
             raise KeyboardInterrupt
         read.append(task.path.name)
@@ -450,7 +450,9 @@ def test_headers_tell_what_they_can_before_any_voxel_is_read(
     save(tmp_path / "pool" / "b.nii.gz", np.zeros((2, 16, 16), np.int16))
     read = []
     monkeypatch.setattr(
-        index_module, "facts_of", lambda task: read.append(task.path.name) or Facts("constant", "x")
+        index_module,
+        "facts_of",
+        lambda task: read.append(task.path.name) or ScanFacts("constant", "x"),
     )
     assert statuses(make_index(tmp_path / "pool")) == {"a": "constant", "b": "tiny"}
     assert read == ["a.nii.gz"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_autoreg.corpus.find import Candidate
-from nnunet_autoreg.corpus.manifest import Entry, describe, read_manifest
+from nnunet_autoreg.corpus.manifest import ManifestEntry, describe, read_manifest
 from nnunet_autoreg.errors import UsageError
 
 
@@ -56,7 +56,7 @@ def test_a_folder_speaks_for_all_scans_in_it_and_a_file_for_itself(tmp_path: Pat
 
 def test_tabs_a_byte_order_mark_capitals_and_quoted_commas_are_read(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, "\ufeffPath\tClass\na.nii.gz\tleft, upper\n"))
-    assert list(manifest.entries.values()) == [Entry(label_class="left, upper")]
+    assert list(manifest.entries.values()) == [ManifestEntry(label_class="left, upper")]
 
 
 def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(

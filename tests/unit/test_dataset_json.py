@@ -15,7 +15,12 @@ from nnunet_autoreg.benchmark.probe_data import read_labels
 from nnunet_autoreg.corpus.dataset_json import read_dataset_json, structures_of
 from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.corpus.index import index_scans
-from nnunet_autoreg.corpus.places import label_map_of, places_of_boxes, places_of_labels, read_boxes
+from nnunet_autoreg.corpus.locations import (
+    label_map_of,
+    locations_of_boxes,
+    locations_of_labels,
+    read_boxes,
+)
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, labelled_crops, stored_labels
@@ -136,7 +141,7 @@ def test_listed_label_maps_give_places_and_are_no_scans(
     assert [label_map_of(row) for row in rows] == [
         tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)
     ]
-    assert {place.structure for place in places_of_labels(rows, 1)} == {"Dataset032: a, MRI"}
+    assert {place.structure for place in locations_of_labels(rows, 1)} == {"Dataset032: a, MRI"}
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {-1, 0, 1}
 
 
@@ -158,7 +163,7 @@ def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> N
         f"scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n{cases[0]}_0000,a,1,1,1,3,3,3\n1,b,1,1,1,3,3,3\n"
     )
 
-    boxes = places_of_boxes(read_boxes(tmp_path / "boxes.csv"), rows)
+    boxes = locations_of_boxes(read_boxes(tmp_path / "boxes.csv"), rows)
 
     assert [row.case for row in rows] == cases
     assert [label_map_of(row).name for row in rows] == [f"{case}.nii.gz" for case in cases]
@@ -183,7 +188,7 @@ def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
     )
     rows = rows_of(folder)
 
-    names = {place.structure for place in places_of_labels(rows, 1)}
+    names = {place.structure for place in locations_of_labels(rows, 1)}
 
     assert names == {"Dataset030: whole, MRI", "Dataset030: core, MRI"}
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {0, 1, 2}

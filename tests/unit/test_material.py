@@ -22,11 +22,11 @@ from nnunet_autoreg.corpus.grid import (
 )
 from nnunet_autoreg.corpus.groups import commonest, contrast_groups, contrast_word
 from nnunet_autoreg.corpus.index import index_scans
-from nnunet_autoreg.corpus.places import (
+from nnunet_autoreg.corpus.locations import (
+    locations_of_boxes,
+    locations_of_classes,
+    locations_of_labels,
     part_centres,
-    places_of_boxes,
-    places_of_classes,
-    places_of_labels,
     read_boxes,
 )
 from nnunet_autoreg.corpus.read import load_scan
@@ -257,7 +257,7 @@ def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
 
 
 def test_label_maps_give_positions_in_the_cropped_box_by_dataset_name_and_channel(tmp_path):
-    places = places_of_labels(rows_of(write_dataset(tmp_path)), 1)
+    places = locations_of_labels(rows_of(write_dataset(tmp_path)), 1)
     assert len(places) == 3 * 2 * 2
     cube = [p for p in places if p.structure == "Dataset700: cube, T1"]
     assert len({p.subject for p in cube}) == 3
@@ -280,7 +280,7 @@ def test_a_label_map_of_another_size_is_left_out_with_its_reason(tmp_path, caplo
     folder = write_dataset(tmp_path, num_cases=2)
     write_image(folder / "labelsTr" / "case1.nii.gz", np.ones((5, 5, 5), np.uint8))
     rows = rows_of(folder)
-    places = places_of_labels(rows, 1)
+    places = locations_of_labels(rows, 1)
     names = {row.id: row.name for row in rows}
     assert (
         {p.subject for p in places}
@@ -304,10 +304,10 @@ def test_boxes_give_their_middle_and_slices_of_one_scan_and_class_make_one_box(t
         "series,z_index,class,xmin,ymin,xmax,ymax\n"
         + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9))
     )
-    (place,) = places_of_boxes(read_boxes(whole), rows)
+    (place,) = locations_of_boxes(read_boxes(whole), rows)
     assert place.structure == "lesion, MRI"
     assert place.centre == pytest.approx((6.5 / 18, 12.5 / 24, 6.5 / 22))
-    assert places_of_boxes(read_boxes(slices), rows) == [place]
+    assert locations_of_boxes(read_boxes(slices), rows) == [place]
     assert "1 of 2 boxes are of no scan here, the first is of 'nobody'" in caplog.text
 
 
@@ -334,7 +334,7 @@ def test_boxes_that_are_none_are_refused_by_line(tmp_path, text, message):
 
 def test_a_class_of_the_manifest_stands_for_the_middle_of_its_scan(tmp_path):
     rows = [replace(row, label_class="benign") for row in rows_of(write_dataset(tmp_path))[:1]]
-    (place,) = places_of_classes(rows)
+    (place,) = locations_of_classes(rows)
     assert (place.structure, place.centre, place.scan) == ("benign", (0.5, 0.5, 0.5), rows[0].id)
 
 

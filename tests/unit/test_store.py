@@ -31,7 +31,7 @@ from nnunet_autoreg.records import TEMPORARY_FILES, atomic_path
 from nnunet_autoreg.store import case as store_case
 from nnunet_autoreg.store.case import CaseRecord, StoredCase, compressed, write_case
 from nnunet_autoreg.store.layout import blocks_touched, chunks_touched, layout_of
-from nnunet_autoreg.store.store import Part, Store, parse_part, plan_task
+from nnunet_autoreg.store.store import Store, StorePart, parse_part, plan_task
 
 ISO = (1.0, 1.0, 1.0)
 WINDOW = IntensityWindow(
@@ -468,7 +468,9 @@ def test_a_crop_names_the_chunks_it_touches_in_c_order() -> None:
 
 def test_parts_share_the_cases_and_meet_in_one_store(tmp_path: Path) -> None:
     rows, root = make_rows(tmp_path / "pool", 9), tmp_path / "store"
-    made = [set(Store(root).ensure(rows, ISO, None, 1, Part(k, 3)).values()) for k in (1, 2, 3)]
+    made = [
+        set(Store(root).ensure(rows, ISO, None, 1, StorePart(k, 3)).values()) for k in (1, 2, 3)
+    ]
     assert sum(len(part) for part in made) == len(set().union(*made)) == 9
     assert Store(root).num_missing(rows, ISO, None) == (0, 9)
     before = snapshot(root)
@@ -479,12 +481,12 @@ def test_parts_share_the_cases_and_meet_in_one_store(tmp_path: Path) -> None:
 def test_a_part_knows_what_the_others_have_left_to_do(tmp_path: Path) -> None:
     rows, store = make_rows(tmp_path / "pool", 6), Store(tmp_path / "store")
     assert store.num_missing([*rows, replace(rows[0], id="copy")], ISO, None) == (6, 6)
-    done = store.ensure(rows, ISO, None, 1, Part(2, 2))
+    done = store.ensure(rows, ISO, None, 1, StorePart(2, 2))
     assert 0 < len(done) < 6 and store.num_missing(rows, ISO, None) == (6 - len(done), 6)
 
 
 def test_a_part_is_given_as_k_of_n() -> None:
-    assert parse_part("3/8") == Part(3, 8) and parse_part("1/1") == Part()
+    assert parse_part("3/8") == StorePart(3, 8) and parse_part("1/1") == StorePart()
     for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2", "1/3/5"):
         with pytest.raises(UsageError, match="give K/N"):
             parse_part(text)

@@ -46,7 +46,7 @@ SAME_COLUMN = {
 
 
 @dataclass(frozen=True)
-class KnownPlace:
+class StructureLocation:
     """Where a structure lies in one scan.
 
     Attributes:
@@ -124,7 +124,7 @@ def values_of_structures(dataset: Path) -> dict[str, list[int]]:
     return found
 
 
-def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPlace]:
+def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[StructureLocation]:
     """The centre of every structure that a label map shows; of one in several parts, the centre of
     each.
 
@@ -132,7 +132,7 @@ def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPla
     sequences.
     """
     tasks = [row for row in rows if label_map_of(row) is not None]
-    found: list[KnownPlace] = []
+    found: list[StructureLocation] = []
     for row, (places, problem) in zip(
         tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True
     ):
@@ -144,7 +144,7 @@ def places_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[KnownPla
     return found
 
 
-def _labelled(row: ScanRow) -> tuple[list[KnownPlace], str]:
+def _labelled(row: ScanRow) -> tuple[list[StructureLocation], str]:
     path = label_map_of(row)
     assert path is not None and row.shape_vox is not None and row.spacing_mm is not None, (
         "only labelled, usable rows come here"
@@ -163,7 +163,7 @@ def _labelled(row: ScanRow) -> tuple[list[KnownPlace], str]:
     place = partial(_share, row, low, high)
     channel = f", {row.channel}" if row.channel else ""
     return [
-        KnownPlace(
+        StructureLocation(
             row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", place(c)
         )
         for name, points in centres.items()
@@ -219,10 +219,10 @@ def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequenc
     return (z, y, x)
 
 
-def places_of_classes(rows: Iterable[ScanRow]) -> list[KnownPlace]:
+def locations_of_classes(rows: Iterable[ScanRow]) -> list[StructureLocation]:
     """The middle of every scan to which the manifest gives a class."""
     return [
-        KnownPlace(row.id, subject_of(row), row.label_class, (0.5, 0.5, 0.5))
+        StructureLocation(row.id, subject_of(row), row.label_class, (0.5, 0.5, 0.5))
         for row in rows
         if row.label_class
     ]
@@ -303,7 +303,7 @@ def _around(boxes: Sequence[Box]) -> Box:
     return Box(boxes[0].scan, boxes[0].structure, tuple(low.tolist()), tuple(high.tolist()))
 
 
-def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[KnownPlace]:
+def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[StructureLocation]:
     """The middle of every box whose scan is among the rows: by id, case, file or folder name.
 
     Boxes of no scan are counted and logged.
@@ -321,7 +321,7 @@ def places_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[Known
             middle = [(a + b) / 2 for a, b in zip(box.low, box.high, strict=True)]
             structure = f"{box.structure}, {row.channel}" if row.channel else box.structure
             place = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
-            found.append(KnownPlace(row.id, subject_of(row), structure, place))
+            found.append(StructureLocation(row.id, subject_of(row), structure, place))
     if unmatched:
         log.warning(
             "--boxes: %d of %d boxes are of no scan here, the first is of '%s'",
