@@ -1,19 +1,23 @@
-"""The slices of a DICOM series sorted into volumes; what keeps them from being one is said with
-figures. Pure: no file is read.
+"""The slices of a DICOM series sorted into volumes, or the reason why they are none, with figures.
+
+Pure: no file is read.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.geometry import Size, Spacing
-from nnunet_autoreg.io.slices import ORDER_NAMES, DicomSlice
+from nnunet_autoreg.io.slices import NO_PROBLEM, ORDER_NAMES, DicomSlice
+
+# The slices at one height along the normal of a stack.
+Level = list[DicomSlice]
 
 # Slices that differ in one of these belong to different volumes, wherever they lie.
 VOLUME_NAMES = (
@@ -70,33 +74,34 @@ class Stack:
 
 
 def stacks_of(slices: Sequence[DicomSlice]) -> list[Stack]:
-    """The stacks of one series, the largest first; always the same for the same slices, in whatever
-    order they come.
+    """Return the stacks of one series, the largest first.
+
+    They are the same for the same slices, in whatever order these come.
     """
     kept = without_copies(originals(slices))
     ordered = sorted(kept, key=lambda s: (s.order[-1], s.position, s.order, s.file, s.frame))
-    whole = _whole_problem(ordered)
-    if whole[0]:
-        return [_broken(ordered, whole)]
+    problem = _problem_of_series(ordered)
+    if problem[0]:
+        return [_broken(ordered, problem)]
+
+    # Slices of like size and orientation, in the order of their first slices.
     groups: list[list[DicomSlice]] = []
     for one in ordered:
         group = next((g for g in groups if _alike(g[0], one)), None)
         if group is None:
-            groups.append(group := [])
+            group = []
+            groups.append(group)
         group.append(one)
     if len(groups) > MAX_STACKS:
-        return [
-            _broken(
-                ordered,
-                (
-                    "slices",
-                    f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a "
-                    "planning scan); "
-                    "no stack of parallel slices",
-                ),
-            )
-        ]
-    stacks = [stack for group in groups for stack in _separated(group)]
+        reason = (
+            f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a planning "
+            "scan); no stack of parallel slices"
+        )
+        return [_broken(ordered, ("slices", reason))]
+
+    stacks = []
+    for group in groups:
+        stacks += _separated(group)
     return sorted(stacks, key=lambda stack: sum(map(len, stack.volumes)), reverse=True)
 
 
@@ -133,16 +138,17 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
 
 
 def _parts_by_value(group: Sequence[DicomSlice], index: int) -> list[list[DicomSlice]]:
-    """Return the slices by the value of ``order[index]``; values that differ by rounding are
-    one.
+    """Return the slices by the value of ``order[index]``.
+
+    Values that differ by rounding are one. A gradient direction is no quantity, so it has to agree.
     """
-    ordered = sorted(group, key=lambda s: s.order[index])
+    tolerance = 0.0 if index == GRADIENT else SAME_VALUE
     parts: list[list[DicomSlice]] = []
-    for one in ordered:
-        value = one.order[index]
-        if parts and math.isclose(
-            value, parts[-1][-1].order[index], rel_tol=SAME_VALUE if index != GRADIENT else 0.0
-        ):
+    for one in sorted(group, key=lambda s: s.order[index]):
+        is_same = parts and math.isclose(
+            one.order[index], parts[-1][-1].order[index], rel_tol=tolerance
+        )
+        if is_same:
             parts[-1].append(one)
         else:
             parts.append([one])
@@ -150,12 +156,13 @@ def _parts_by_value(group: Sequence[DicomSlice], index: int) -> list[list[DicomS
 
 
 def _parts_by_runs(group: Sequence[DicomSlice]) -> list[list[DicomSlice]]:
-    """Return the slices cut where instance numbers begin a new pass: where the slices jump or turn
-    back.
+    """Return the slices cut where instance numbers begin a new pass over the patient.
+
+    A new pass begins where the slices jump or turn back.
     """
     numbers = {s.order[-1] for s in group}
-    direction, bad = _direction(group[0])
-    if bad or len(numbers) != len(group):
+    direction, is_impossible = _direction(group[0])
+    if is_impossible or len(numbers) != len(group):
         return []
     ordered = sorted(group, key=lambda s: s.order[-1])
     heights = (np.array([s.position for s in ordered]) @ direction[:, 2]).tolist()
@@ -174,8 +181,10 @@ def _parts_by_runs(group: Sequence[DicomSlice]) -> list[list[DicomSlice]]:
 
 
 def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
-    """Return one stack for all parts at the same positions; nothing where that gives one stack, or
-    a bad one.
+    """Return one stack for all parts at the same positions.
+
+    Returns:
+        Nothing where that gives a single stack, or one with a problem.
     """
     if not 1 < len(parts) <= MAX_PARTS or min(map(len, parts)) < MIN_PART_SLICES:
         return []
@@ -184,7 +193,7 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     for part in parts:
         direction, _ = _direction(part[0])
         heights = _distinct(np.sort(np.array([s.position for s in part]) @ direction[:, 2]))
-        alike = [n for n, known in enumerate(heights_of) if _at_same_places(heights, known)]
+        alike = [n for n, known in enumerate(heights_of) if _are_equal(heights, known)]
         if alike:
             together[alike[0]].extend(part)
         else:
@@ -198,14 +207,15 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
 
 
 def _distinct(heights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return sorted heights without repetitions: a part may be several volumes itself, such as all
-    directions of a b-value.
+    """Return sorted heights without repetitions.
+
+    A part may be several volumes itself, such as all directions of a b-value.
     """
     is_new = np.diff(heights, prepend=-np.inf) > SAME_POSITION_MM
     return heights[is_new]
 
 
-def _at_same_places(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
+def _are_equal(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
     return len(heights) == len(others) and bool(np.abs(heights - others).max() <= SAME_POSITION_MM)
 
 
@@ -215,7 +225,7 @@ def _overlap(stacks: Sequence[Stack]) -> bool:
     """
     ends = sorted(_extent(stack) for stack in stacks)
     step = min(stack.spacing_mm[0] for stack in stacks)
-    return any(after[0] < before[1] - step / 2 for before, after in pairwise(ends))
+    return any(after[0] < before[1] - step / 2 for before, after in itertools.pairwise(ends))
 
 
 def _extent(stack: Stack) -> tuple[float, float]:
@@ -232,20 +242,22 @@ def _are_packages(whole: Stack) -> bool:
 
 
 def without_copies(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
-    """Each instance once: a file that lies there twice is no second slice."""
+    """Return each instance once: a file that is there twice is no second slice."""
     kept: dict[tuple[object, ...], DicomSlice] = {}
     for one in sorted(slices, key=lambda s: (s.file, s.frame)):
         kept.setdefault(one.identity, one)
     return list(kept.values())
 
 
-def _whole_problem(slices: Sequence[DicomSlice]) -> tuple[str, str]:
-    broken = [s.problem for s in slices if s.problem[0]]
-    if broken:
-        status, reason = broken[0]
-        return status, reason if len(
-            slices
-        ) == 1 else f"{reason} ({len(broken)} of {len(slices)} slices)"
+def _problem_of_series(slices: Sequence[DicomSlice]) -> tuple[str, str]:
+    """Return what is wrong with single slices or with their patients, or ``NO_PROBLEM``."""
+    problems = [s.problem for s in slices if s.problem[0]]
+    if problems:
+        status, reason = problems[0]
+        if len(slices) > 1:
+            reason += f" ({len(problems)} of {len(slices)} slices)"
+        return status, reason
+
     num_subjects = len({s.subject for s in slices})
     if num_subjects > 1:
         return (
@@ -253,7 +265,7 @@ def _whole_problem(slices: Sequence[DicomSlice]) -> tuple[str, str]:
             f"its slices name {num_subjects} different patients under one series; export the "
             "patients apart",
         )
-    return "", ""
+    return NO_PROBLEM
 
 
 def _broken(slices: Sequence[DicomSlice], problem: tuple[str, str]) -> Stack:
@@ -261,58 +273,46 @@ def _broken(slices: Sequence[DicomSlice], problem: tuple[str, str]) -> Stack:
 
 
 def _alike(a: DicomSlice, b: DicomSlice) -> bool:
-    return (
-        a.shape == b.shape
-        and a.parts == b.parts
-        and a.derived == b.derived
-        and (a.frame < 0) == (b.frame < 0)
-        and all(
-            abs(p - q) <= SAME_SPACING_MM * max(p, q, 1)
-            for p, q in zip(a.spacing, b.spacing, strict=True)
-        )
-        and all(
-            abs(p - q) <= SAME_DIRECTION for p, q in zip(a.orientation, b.orientation, strict=True)
-        )
-    )
+    """Return whether two slices may belong to one stack."""
+    if (a.shape, a.parts, a.derived, a.frame < 0) != (b.shape, b.parts, b.derived, b.frame < 0):
+        return False
+    for p, q in zip(a.spacing, b.spacing, strict=True):
+        if not abs(p - q) <= SAME_SPACING_MM * max(p, q, 1):
+            return False
+    differences = [abs(p - q) for p, q in zip(a.orientation, b.orientation, strict=True)]
+    return all(difference <= SAME_DIRECTION for difference in differences)
 
 
 def _stack(group: list[DicomSlice]) -> Stack:
-    direction, bad = _direction(group[0])
-    if bad:
-        return _broken(
-            group,
-            (
-                "direction",
-                "the rows and columns of its slices are not at right angles; resample the scan "
-                "first",
-            ),
+    """Return the stack of slices of one size and orientation, with its problem if it has one."""
+    direction, is_impossible = _direction(group[0])
+    if is_impossible:
+        reason = (
+            "the rows and columns of its slices are not at right angles; resample the scan first"
         )
+        return _broken(group, ("direction", reason))
+
+    # Slices at one height along the normal are of different volumes.
     heights = np.array([s.position for s in group]) @ direction[:, 2]
-    order = np.argsort(heights, kind="stable")
-    places: list[list[DicomSlice]] = []
-    levels: list[float] = []
-    for i in order:
-        if not levels or heights[i] - levels[-1] > SAME_POSITION_MM:
-            levels.append(float(heights[i]))
-            places.append([])
-        places[-1].append(group[i])
-    volumes, repeated_over, problem = _volumes(places, levels)
-    step, uneven = _step(
-        levels, places[0][0].spacing, _rounding([place[0] for place in places], direction)
-    )
-    spacing = (step, *group[0].spacing)
-    problem = (
-        problem
-        if problem[0]
-        else uneven
-        if uneven[0]
-        else _tilt([place[0] for place in places], direction)
-    )
-    return Stack(volumes, direction, spacing, repeated_over, problem)
+    levels: list[Level] = []
+    level_mm: list[float] = []
+    for i in np.argsort(heights, kind="stable"):
+        if not level_mm or heights[i] - level_mm[-1] > SAME_POSITION_MM:
+            level_mm.append(float(heights[i]))
+            levels.append([])
+        levels[-1].append(group[i])
+
+    lowest = [level[0] for level in levels]
+    volumes, repeated_over, problem = _volumes(levels, level_mm)
+    step, uneven = _step(level_mm, lowest[0].spacing, _rounding(lowest, direction))
+    for found in (uneven, _tilt(lowest, direction)):
+        if not problem[0]:
+            problem = found
+    return Stack(volumes, direction, (step, *group[0].spacing), repeated_over, problem)
 
 
 def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
-    """(directions of x, y and z as columns, whether they are impossible)."""
+    """Return (directions of x, y and z as columns, whether they are impossible)."""
     x, y = np.array(one.orientation[:3]), np.array(one.orientation[3:])
     lengths = float(np.linalg.norm(x)), float(np.linalg.norm(y))
     if any(abs(length - 1) > 1e-2 for length in lengths) or abs(float(x @ y)) > 1e-2:
@@ -324,77 +324,87 @@ def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
 
 
 def _volumes(
-    places: list[list[DicomSlice]], levels: list[float]
+    levels: list[Level], level_mm: list[float]
 ) -> tuple[tuple[tuple[DicomSlice, ...], ...], str, tuple[str, str]]:
-    """(volumes, what tells them apart, problem) of the slices at each place along the normal."""
-    counts = [len(place) for place in places]
+    """Return (volumes, what tells them apart, problem) of the slices at each level."""
+    counts = [len(level) for level in levels]
     most = max(counts)
     if most == 1:
-        return (tuple(place[0] for place in places),), "", ("", "")
-    everything = (tuple(s for place in places for s in place),)
-    doubled = sum(n > 1 for n in counts)
-    where = f"{levels[next(i for i, n in enumerate(counts) if n > 1)]:.2f} mm"
+        return (tuple(level[0] for level in levels),), "", NO_PROBLEM
+
+    everything = (tuple(itertools.chain(*levels)),)
+    repeated = [n for n, count in enumerate(counts) if count > 1]
+    first_mm = f"{level_mm[repeated[0]]:.2f} mm"
     if len(set(counts)) > 1:
         reason = (
-            f"{doubled} of {len(places)} slice positions occur up to {most} times and others "
-            f"{min(counts)} (first at {where}); "
+            f"{len(repeated)} of {len(levels)} slice positions occur up to {most} times and others "
+            f"{min(counts)} (first at {first_mm}); "
             "duplicate slices, or a 4D series with slices missing: export it again"
         )
         return everything, "", ("slices", reason)
-    for index, name in enumerate(ORDER_NAMES):
-        sets = [sorted({s.order[index] for s in place}) for place in places]
-        shared = len(sets[0]) == most and all(
-            np.allclose(s, sets[0], rtol=1e-3) for s in sets if len(s) == most
-        )
-        if all(len(s) == most for s in sets) and (
-            shared or name in ("acquisition", "trigger time")
-        ):
-            ordered = [sorted(place, key=lambda s, i=index: s.order[i]) for place in places]  # type: ignore[misc]
-            return tuple(zip(*ordered, strict=True)), name, ("", "")
-    if all(len({s.order[:-1] for s in place}) == most for place in places):
-        ordered = [sorted(place, key=lambda s: s.order) for place in places]
-        return tuple(zip(*ordered, strict=True)), "instance number", ("", "")
-    if _runs(places) or _runs_of_places(places):
-        ordered = [sorted(place, key=lambda s: s.order[-1]) for place in places]
-        return tuple(zip(*ordered, strict=True)), "instance number", ("", "")
-    return (
-        everything,
-        "",
-        (
-            "slices",
-            f"each of {len(places)} slice positions occurs {most} times with nothing that tells "
-            "them apart "
-            f"(first at {where}): duplicate slices; export it again",
-        ),
+
+    index, name = _what_tells_apart(levels)
+    if name:
+        sorted_levels = [sorted(level, key=lambda s: s.order[index:]) for level in levels]
+        return tuple(zip(*sorted_levels, strict=True)), name, NO_PROBLEM
+    reason = (
+        f"each of {len(levels)} slice positions occurs {most} times with nothing that tells "
+        f"them apart (first at {first_mm}): duplicate slices; export it again"
     )
+    return everything, "", ("slices", reason)
 
 
-def _runs(places: list[list[DicomSlice]]) -> bool:
-    """Whether instance numbers run through one volume after the other, as in a 4D series that says
-    nothing else.
+def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
+    """Return where in ``order`` the sorting of each level begins, and what tells volumes apart.
+
+    Returns:
+        (0, "") if nothing does.
     """
-    lowest = [min(s.order[-1] for s in place) for place in places]
-    numbers = {s.order[-1] for place in places for s in place}
-    total = sum(len(place) for place in places)
-    return (
-        len(numbers) == total
-        and max(lowest) - min(lowest) == len(places) - 1
-        and len(places[0]) > 2
-    )
+    num_volumes = len(levels[0])
+    for index, name in enumerate(ORDER_NAMES):
+        values = [sorted({s.order[index] for s in level}) for level in levels]
+        if any(len(of_level) != num_volumes for of_level in values):
+            continue
+        # These two go on from slice to slice; the others are the same for a whole volume.
+        goes_on = name in ("acquisition", "trigger time")
+        if goes_on or all(np.allclose(of_level, values[0], rtol=1e-3) for of_level in values):
+            return index, name
+
+    combined = [{s.order[:-1] for s in level} for level in levels]
+    if all(len(of_level) == num_volumes for of_level in combined):
+        return 0, "instance number"
+    if _runs_by_volume(levels) or _runs_by_level(levels):
+        return -1, "instance number"
+    return 0, ""
 
 
-def _runs_of_places(places: list[list[DicomSlice]]) -> bool:
-    """Whether instance numbers run through all volumes of a slice before the next slice."""
-    numbers = [sorted(s.order[-1] for s in place) for place in places]
-    total = sum(len(place) for place in places)
-    if len({n for of_place in numbers for n in of_place}) != total:
+def _runs_by_volume(levels: list[Level]) -> bool:
+    """Return whether instance numbers run through one volume after the other.
+
+    This is so in a 4D series that says nothing else.
+    """
+    lowest = [min(s.order[-1] for s in level) for level in levels]
+    numbers = {s.order[-1] for s in itertools.chain(*levels)}
+    are_unique = len(numbers) == sum(map(len, levels))
+    return are_unique and max(lowest) - min(lowest) == len(levels) - 1 and len(levels[0]) > 2
+
+
+def _runs_by_level(levels: list[Level]) -> bool:
+    """Return whether instance numbers run through all volumes of a slice before the next slice."""
+    all_numbers = [s.order[-1] for s in itertools.chain(*levels)]
+    if len(set(all_numbers)) != len(all_numbers):
         return False
-    return all(of_place[-1] - of_place[0] == len(of_place) - 1 for of_place in numbers)
+    for level in levels:
+        numbers = [s.order[-1] for s in level]
+        if max(numbers) - min(numbers) != len(numbers) - 1:
+            return False
+    return True
 
 
 def _rounding(slices: Sequence[DicomSlice], direction: npt.NDArray[Any]) -> float:
-    """Return by how much rounded positions may change the distance of two slices, in mm; 0 for
-    exact ones.
+    """Return by how much rounded positions may change the distance of two slices, in mm.
+
+    It is 0 for exact positions.
     """
     positions = np.array([s.position for s in slices])
     moving = np.ptp(positions, axis=0) > SAME_POSITION_MM
@@ -408,9 +418,7 @@ def _rounding(slices: Sequence[DicomSlice], direction: npt.NDArray[Any]) -> floa
 
 
 def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
-    """Return whether rounding alone can have made the gaps of evenly spaced slices differ as they
-    do.
-    """
+    """Return whether rounding alone can make the gaps of even slices differ as they do."""
     gaps = np.diff(levels)
     step = (levels[-1] - levels[0]) / (len(levels) - 1)
     tolerance = rounding * 1.01
@@ -425,28 +433,29 @@ def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
 
 
 def _step(
-    levels: list[float], spacing: Sequence[float], rounding: float
+    level_mm: list[float], spacing: Sequence[float], rounding: float
 ) -> tuple[float, tuple[str, str]]:
-    """(distance of the slices in mm, problem)."""
-    if len(levels) < 2:
-        return float(max(spacing)), ("", "")
-    gaps = np.diff(levels)
+    """Return (distance of the slices in mm, problem)."""
+    if len(level_mm) < 2:
+        return float(max(spacing)), NO_PROBLEM
+    gaps = np.diff(level_mm)
     multiples = gaps / gaps.min()
-    usual = float(
-        gaps.min() if np.abs(multiples - np.rint(multiples)).max() < UNEVEN else np.median(gaps)
-    )
-    wrong = np.flatnonzero(np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM))
-    if not wrong.size or _is_even_within_rounding(levels, rounding):
-        return round((levels[-1] - levels[0]) / (len(levels) - 1), 5), ("", "")
+    are_multiples = np.abs(multiples - np.rint(multiples)).max() < UNEVEN
+    usual = float(gaps.min() if are_multiples else np.median(gaps))
+
+    num_wrong = int((np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM)).sum())
+    if not num_wrong or _is_even_within_rounding(level_mm, rounding):
+        return round((level_mm[-1] - level_mm[0]) / (len(level_mm) - 1), 5), NO_PROBLEM
+
     widest = int(gaps.argmax())
-    between = f"between {levels[widest]:.2f} and {levels[widest + 1]:.2f} mm"
+    between = f"between {level_mm[widest]:.2f} and {level_mm[widest + 1]:.2f} mm"
     if gaps[widest] > MISSING * usual:
-        num = sum(max(0, round(float(g) / usual) - 1) for g in gaps)
+        num_missing = sum(max(0, round(float(gap) / usual) - 1) for gap in gaps)
         return usual, (
             "slices",
-            f"about {num} of {len(levels) + num} slices are missing: the widest gap is "
-            f"{gaps[widest]:.2f} mm "
-            f"{between}, the others are {usual:.2f} mm; export the whole series again",
+            f"about {num_missing} of {len(level_mm) + num_missing} slices are missing: the widest "
+            f"gap is {gaps[widest]:.2f} mm {between}, the others are {usual:.2f} mm; export the "
+            "whole series again",
         )
     return usual, (
         "slices",
@@ -455,25 +464,28 @@ def _step(
     )
 
 
-def _tilt(places: list[DicomSlice], direction: npt.NDArray[Any]) -> tuple[str, str]:
-    """A stack whose slices are shifted against each other in their own plane."""
-    if len(places) < 2:
-        return "", ""
-    along = np.array(places[-1].position) - np.array(places[0].position)
+def _tilt(slices: list[DicomSlice], direction: npt.NDArray[Any]) -> tuple[str, str]:
+    """Return the problem of a stack whose slices are shifted against each other in their plane."""
+    if len(slices) < 2:
+        return NO_PROBLEM
+    along = np.array(slices[-1].position) - np.array(slices[0].position)
     x, y, z = (float(along @ direction[:, axis]) for axis in range(3))
     degrees = math.degrees(math.atan2(math.hypot(x, y), abs(z)))
     if degrees <= MAX_TILT_DEGREES:
-        return "", ""
+        return NO_PROBLEM
     return "direction", (
         f"tilted gantry: the slices are sheared by {degrees:.1f} degrees; convert it with "
-        "dcm2niix, which corrects that, "
-        "and give the result"
+        "dcm2niix, which corrects that, and give the result"
     )
 
 
 def by_series(slices: Sequence[DicomSlice]) -> dict[tuple[str, str], list[DicomSlice]]:
-    """Slices by (series, instance of a multi-frame file or ""): each of them is judged alone."""
+    """Return slices by (series, instance of a multi-frame file or "").
+
+    A multi-frame file is a series of its own.
+    """
     groups: dict[tuple[str, str], list[DicomSlice]] = defaultdict(list)
     for one in slices:
-        groups[(one.series, one.instance if one.frame >= 0 else "")].append(one)
+        instance = one.instance if one.frame >= 0 else ""
+        groups[one.series, instance].append(one)
     return dict(groups)
