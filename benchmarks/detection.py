@@ -1,23 +1,24 @@
-"""Does detection learn?
+"""Measure whether detection learns, on generated cubes and real scans, through the commands alone.
 
-A generated set of cubes and real scans through the commands alone; one JSON line per training.
+    python benchmarks/detection.py prepare --set toy --work FOLDER
+    python benchmarks/detection.py prepare --set oasis --data RAW_DATASET --work FOLDER
+    python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm scratch
+        --epochs 16 --iterations 50
+    python benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained
+        --pretrain-raw RAW --pretrain-sets 4 27 51 61
+    python benchmarks/detection.py centre --work FOLDER
+    python benchmarks/detection.py table
 
-    python benchmarks/detection.py prepare --set toy --work FOLDER python benchmarks/detection.py
-    prepare --set oasis --data RAW_DATASET --work FOLDER python benchmarks/detection.py run --work
-    FOLDER --encoder resenc_tiny --arm scratch --epochs 16 --iterations 50 python
-    benchmarks/detection.py run --work FOLDER --encoder resenc_tiny --arm pretrained --pretrain-raw
-    RAW --pretrain-sets 4 27 51 61 python benchmarks/detection.py centre --work FOLDER python
-    benchmarks/detection.py table
-
-``run`` pretrains an encoder first (``--pretrain-steps``), on the images of ``--pretrain-sets`` but
-those of ``--exclude``; for the scratch arm, which takes nothing from it but its plan, two steps on
-the set itself will do. ``--weights`` takes an encoder that is there. It plans, preprocesses, trains
-one fold with nnUNetv2_train, and reads what its validation wrote: in original images, without
-mirroring. ``centre`` scores the answer that needs no network: in every validation scan one box in
-the middle, of the training objects' median size. ``table`` prints all lines in Markdown.
+``run`` first pretrains an encoder (``--pretrain-steps``) on the images of ``--pretrain-sets``,
+except those of ``--exclude``. The scratch arm takes only its plan from it, so that two steps on the
+set itself are enough. ``--weights`` uses an existing encoder instead. Then ``run`` plans,
+preprocesses, trains one fold with nnUNetv2_train, and reads what its validation wrote, in original
+images and without mirroring. It adds one JSON line per training to the results. ``centre`` scores a
+baseline without a network: in every validation scan one box in the middle, of the median size of
+the training objects. ``table`` prints all lines in Markdown.
 
 Toy set: nnDetection's idea of solid and holed cubes, here 40 images of 80^3 with 0 to 3 cubes of 8
-    to 16 voxels, every 8th without any.
+to 16 voxels, every 8th without any.
 """
 
 import argparse
@@ -48,55 +49,61 @@ FOLDS = {
     "sarcoma_ct": ((8, 9, 10, 11), (0, 1, 2, 3)),
     "ms": ((1,), (0,)),
 }
-"""Places, in order of the names, of the scans that each fold validates on; the others train.
+"""Indices, in the order of the names, of the scans that each fold validates on; the others train.
 
-One scan a patient.
+Every scan is of another patient.
 """
 
 
 @dataclass(frozen=True)
-class Case:
-    """A toy image (Z, Y, X), its label map, and its number of cubes."""
+class ToyCase:
+    """Hold a toy image (Z, Y, X), its label map, and its number of cubes."""
 
     image: np.ndarray
     labels: np.ndarray
     num_cubes: int
 
 
-def draw_case(number: int, seed: int = 0, side: int = SIDE) -> Case:
-    """Toy case ``number``: noise, and cubes that are brighter by two of its standard deviations;
-    holed ones lack their inner half.
+def draw_case(number: int, seed: int = 0, side: int = SIDE) -> ToyCase:
+    """Return toy case ``number``: noise with cubes.
+
+    The cubes are brighter by two standard deviations of the noise; holed ones lack their inner
+    half.
     """
     random = generator(seed, "toy cubes", number)
     image = random.standard_normal((side, side, side)).astype(np.float32)
     labels = np.zeros(image.shape, np.uint8)
     taken = np.zeros(image.shape, bool)
-    wanted = (
-        0 if number % EMPTY_EVERY == EMPTY_EVERY - 1 else int(random.integers(0, MOST_CUBES + 1))
-    )
-    placed = 0
-    while placed < wanted:
+    wanted = 0
+    if number % EMPTY_EVERY != EMPTY_EVERY - 1:
+        wanted = int(random.integers(0, MOST_CUBES + 1))
+
+    num_cubes = 0
+    while num_cubes < wanted:
         size = int(random.integers(SMALLEST, LARGEST + 1))
         start = random.integers(2, side - size - 2, 3)
         cube = tuple(slice(s, s + size) for s in start)
         around = tuple(slice(max(0, s - 2), s + size + 2) for s in start)
+        # At least two voxels lie between two cubes.
         if taken[around].any():
             continue
+
         kind = int(random.integers(1, 3))
         body = np.ones((size,) * 3, bool)
         if kind == LABELS["holed"]:
             hole = max(2, round(size * HOLE))
             low = (size - hole) // 2
-            body[low : low + hole, low : low + hole, low : low + hole] = False
+            inner = slice(low, low + hole)
+            body[inner, inner, inner] = False
         image[cube][body] += 2
         labels[cube][body] = kind
         taken[cube] = True
-        placed += 1
-    return Case(image, labels, placed)
+        num_cubes += 1
+    return ToyCase(image, labels, num_cubes)
 
 
 def write_toy(raw: Path, num_cases: int = NUM_CASES, side: int = SIDE) -> None:
-    """The toy set as an nnU-Net raw dataset that asks for detection."""
+    """Write the toy set as an nnU-Net raw dataset with a block for detection."""
     import SimpleITK
 
     for number in range(num_cases):
@@ -106,20 +113,16 @@ def write_toy(raw: Path, num_cases: int = NUM_CASES, side: int = SIDE) -> None:
             ("labelsTr", f"toy_{number:02}", case.labels),
         ):
             (raw / folder).mkdir(parents=True, exist_ok=True)
-            SimpleITK.WriteImage(
-                SimpleITK.GetImageFromArray(array), str(raw / folder / f"{name}.nii.gz")
-            )
-    (raw / "dataset.json").write_text(
-        json.dumps(
-            {
-                "channel_names": {"0": "MRI"},
-                "labels": LABELS,
-                "numTraining": num_cases,
-                "file_ending": ".nii.gz",
-                "autoreg_detection": {},
-            }
-        )
-    )
+            image = SimpleITK.GetImageFromArray(array)
+            SimpleITK.WriteImage(image, str(raw / folder / f"{name}.nii.gz"))
+    described = {
+        "channel_names": {"0": "MRI"},
+        "labels": LABELS,
+        "numTraining": num_cases,
+        "file_ending": ".nii.gz",
+        "autoreg_detection": {},
+    }
+    (raw / "dataset.json").write_text(json.dumps(described))
 
 
 def prepare(kind: str, data: Path | None, work: Path) -> None:
@@ -137,16 +140,24 @@ def prepare(kind: str, data: Path | None, work: Path) -> None:
         described = json.loads((raw / "dataset.json").read_text())
         (raw / "dataset.json").write_text(json.dumps({**described, "autoreg_detection": {}}))
     cases = sorted(p.name.removesuffix(".nii.gz") for p in (raw / "labelsTr").glob("*.nii.gz"))
+
+    folds = []
     if data is None:
         validation = [cases[fold::NUM_TOY_FOLDS] for fold in range(NUM_TOY_FOLDS)]
     else:
-        validation = [[cases[place] for place in places] for places in FOLDS[kind]]
-    folds = [{"train": [c for c in cases if c not in held], "val": held} for held in validation]
+        validation = []
+        for indices in FOLDS[kind]:
+            validation.append([cases[i] for i in indices])
+    for held_out in validation:
+        training = [case for case in cases if case not in held_out]
+        folds.append({"train": training, "val": held_out})
     (work / "preprocessed" / dataset / "splits_final.json").write_text(json.dumps(folds))
 
 
 def environment(work: Path, threads: int) -> dict[str, str]:
-    """nnU-Net's folders, augmentation in the training's own process, and this interpreter's
+    """Return the environment of the commands.
+
+    It has nnU-Net's folders, augmentation in the training's own process, and this interpreter's
     commands first.
     """
     folders = {
@@ -165,20 +176,17 @@ def environment(work: Path, threads: int) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Pretrain and plan unless that was done, train one fold, add a line to the results."""
+    """Pretrain and plan unless that was done, train one fold, and add a line to the results."""
     work: Path = args.work
     env = environment(work, args.threads)
     dataset = next(p.name for p in (work / "raw").iterdir())
     number = dataset[len("Dataset") :].split("_")[0]
-    # Each arm pretrains under its own name: scratch needs but a plan, and makes it on the very set.
+    # Each arm pretrains under its own name: scratch only needs a plan, and makes it on the set.
     args.weights_name = args.weights or f"{args.encoder}_{args.arm}"
     plans = f"AutoregPlans_{args.weights_name}"
     file = work / "preprocessed" / dataset / f"{plans}.json"
-    if (
-        args.arm == "pretrained"
-        and not args.weights
-        and int(number) in [int(s) for s in args.pretrain_sets or [number]]
-    ):
+    pretrain_sets = [int(s) for s in args.pretrain_sets or [number]]
+    if args.arm == "pretrained" and not args.weights and int(number) in pretrain_sets:
         sys.exit(
             "the pretrained arm must not have seen the scans it is scored on: name "
             f"--pretrain-sets without {number}, or --weights"
@@ -188,45 +196,27 @@ def run(args: argparse.Namespace) -> None:
     if args.plan_only:
         return
     shorten(file, args)
-    trainer = (
-        "AutoregDetectionTrainer" if args.arm == "pretrained" else "AutoregDetectionScratchTrainer"
-    )
+    trainer = "AutoregDetectionScratchTrainer"
+    if args.arm == "pretrained":
+        trainer = "AutoregDetectionTrainer"
+
     start = time.monotonic()
     log = work / f"{args.weights_name}_{args.arm}_{args.fold}.log"
+    line = f"nnUNetv2_train {number} 3d_fullres {args.fold} -tr {trainer} -p {plans} -device cpu"
     with log.open("w") as handle:
-        subprocess.run(
-            [
-                "nnUNetv2_train",
-                number,
-                "3d_fullres",
-                str(args.fold),
-                "-tr",
-                trainer,
-                "-p",
-                plans,
-                "-device",
-                "cpu",
-            ],
-            env=env,
-            check=True,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-        )
+        subprocess.run(line.split(), env=env, check=True, stdout=handle, stderr=subprocess.STDOUT)
     minutes = (time.monotonic() - start) / 60
     folder = work / "results" / dataset / f"{trainer}__{plans}__3d_fullres" / f"fold_{args.fold}"
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
-    dice = json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"][
-        "Dice"
-    ]
+    validation = json.loads((folder / "validation" / "summary.json").read_text())
+    dice = validation["foreground_mean"]["Dice"]
     planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
-    card = json.loads(
-        next(
-            (work / "results" / "autoreg_pretraining" / args.weights_name).glob("encoder.json")
-        ).read_text()
-    )
-    pretrained = {
-        name: card[name] for name in ("name", "num_scans", "num_steps", "objective", "licences")
-    }
+    pretraining = work / "results" / "autoreg_pretraining" / args.weights_name
+    card = json.loads((pretraining / "encoder.json").read_text())
+    pretrained = {}
+    if args.arm == "pretrained":
+        for name in ("name", "num_scans", "num_steps", "objective", "licences"):
+            pretrained[name] = card[name]
     add_line(
         args.results,
         {
@@ -240,7 +230,7 @@ def run(args: argparse.Namespace) -> None:
             "recipe": args.recipe,
             "minutes": round(minutes, 2),
             "threads": args.threads,
-            "pretrained": pretrained if args.arm == "pretrained" else {},
+            "pretrained": pretrained,
             **figures(summary),
             "dice": round(dice, 4),
         },
@@ -248,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:
-    """What a line holds of an evaluation."""
+    """Return the figures of an evaluation that a line has."""
     return {
         "scans": summary["scans"]["number"],
         "objects": sum(c["objects"] for c in summary["classes"].values()),
@@ -260,7 +250,7 @@ def figures(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_line(results: Path, line: dict[str, Any]) -> None:
-    """Append to the results."""
+    """Append a line to the results, and print it."""
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
@@ -268,8 +258,9 @@ def add_line(results: Path, line: dict[str, Any]) -> None:
 
 
 def answer_the_centre(args: argparse.Namespace) -> None:
-    """Score one box per scan and class, in the middle: sides relative to the scan's are the median
-    of the training objects'.
+    """Score one box per scan and class, in the middle.
+
+    Its sides relative to the scan's are the median of those of the training objects.
     """
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -278,35 +269,30 @@ def answer_the_centre(args: argparse.Namespace) -> None:
     from nnunet_autoreg.detection.objects import ObjectSource
 
     (raw,) = (args.work / "raw").iterdir()
-    source = ObjectSource(
-        raw / "labelsTr", raw, json.loads((raw / "dataset.json").read_text()), SimpleITKIO
-    )
-    fold = json.loads((args.work / "preprocessed" / raw.name / "splits_final.json").read_text())[
-        args.fold
-    ]
-    sides: dict[int, list[Any]] = {place: [] for place in range(len(source.classes))}
+    dataset = json.loads((raw / "dataset.json").read_text())
+    source = ObjectSource(raw / "labelsTr", raw, dataset, SimpleITKIO)
+    splits_file = args.work / "preprocessed" / raw.name / "splits_final.json"
+    fold = json.loads(splits_file.read_text())[args.fold]
+
+    # Class index -> relative sides of its objects.
+    sides: dict[int, list[Any]] = {}
     for case in fold["train"]:
         known = source.read(case)
         for item in known.instances.objects:
             if not item.ignored:
-                sides[item.class_index].append(
-                    np.subtract(item.box_zyx[3:], item.box_zyx[:3]) / known.shape_vox
-                )
-    boxes = {
-        place: np.concatenate([0.5 - half, 0.5 + half])
-        for place, half in (
-            (place, np.median(known, axis=0) / 2) for place, known in sides.items() if known
-        )
-    }
+                side = np.subtract(item.box_zyx[3:], item.box_zyx[:3]) / known.shape_vox
+                sides.setdefault(item.class_index, []).append(side)
+    boxes = {}
+    for class_index in sorted(sides):
+        half = np.median(sides[class_index], axis=0) / 2
+        boxes[class_index] = np.concatenate([0.5 - half, 0.5 + half])
+
     scans = []
     for case in fold["val"]:
         known = source.read(case)
         found = [box * np.tile(known.shape_vox, 2) for box in boxes.values()]
-        scans.append(
-            scan_of_instances(
-                case, known.spacing_mm, known.instances, (found, list(boxes), [1.0] * len(found))
-            )
-        )
+        detections = (found, list(boxes), [1.0] * len(found))
+        scans.append(scan_of_instances(case, known.spacing_mm, known.instances, detections))
     summary = evaluate(scans, source.classes, EvaluationSettings())
     add_line(
         args.results,
@@ -325,44 +311,22 @@ def plan(env: dict[str, str], number: str, args: argparse.Namespace) -> None:
     raw = {"nnUNet_raw": str(args.pretrain_raw)} if args.pretrain_raw else {}
     name = args.weights_name
     left_out = ["--exclude", str(args.exclude)] if args.exclude else []
-    lines = (
-        [
-            "autoreg_pretrain",
-            "-d",
-            *(args.pretrain_sets or [number]),
-            "--name",
-            name,
-            "--encoder",
-            args.encoder,
-            "--steps",
-            str(args.pretrain_steps),
-            "--batch",
-            "4",
-            "--device",
-            "cpu",
-            *left_out,
-        ],
-        [
-            "nnUNetv2_plan_and_preprocess",
-            "-d",
-            number,
-            "-pl",
-            "AutoregPlanner",
-            "-overwrite_plans_name",
-            f"AutoregPlans_{name}",
-            "-c",
-            "3d_fullres",
-            "-np",
-            "1",
-        ],
-    )
+    pretrain = [
+        *("autoreg_pretrain", "-d", *(args.pretrain_sets or [number]), "--name", name),
+        *("--encoder", args.encoder, "--steps", str(args.pretrain_steps), "--batch", "4"),
+        *("--device", "cpu", *left_out),
+    ]
+    preprocess = [
+        *("nnUNetv2_plan_and_preprocess", "-d", number, "-pl", "AutoregPlanner"),
+        *("-overwrite_plans_name", f"AutoregPlans_{name}", "-c", "3d_fullres", "-np", "1"),
+    ]
     if not args.weights:
-        subprocess.run(lines[0], env={**env, **raw}, check=True)
-    subprocess.run(lines[1], env={**env, "autoreg_weights": name}, check=True)
+        subprocess.run(pretrain, env={**env, **raw}, check=True)
+    subprocess.run(preprocess, env={**env, "autoreg_weights": name}, check=True)
 
 
 def shorten(file: Path, args: argparse.Namespace) -> None:
-    """Length, patch and batch into the plans file."""
+    """Write length, patch and batch into the plans file."""
     plans = json.loads(file.read_text())
     lengths = {
         "num_iterations_per_epoch": args.iterations,
@@ -380,8 +344,9 @@ def shorten(file: Path, args: argparse.Namespace) -> None:
 
 
 def table(results: Path) -> list[str]:
-    """Rows of Markdown: runs that differ in the fold alone share one, with the score of every
-    fold.
+    """Return rows of Markdown.
+
+    Runs that differ in the fold alone share a row, with the score of every fold.
     """
     rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for line in map(json.loads, results.read_text().splitlines()):
@@ -401,21 +366,20 @@ def table(results: Path) -> list[str]:
             ", ".join(str(line["fold"]) for line in lines),
             str(sum(line["objects"] for line in lines)),
         ]
-        cells += [
-            _spread([line[name] for line in lines if name in line]) for name in measures.values()
-        ]
+        for name in measures.values():
+            cells.append(_mean_of([line[name] for line in lines if name in line]))
         made.append(f"| {' | '.join(cells)} |")
     return made
 
 
-def _spread(values: list[float]) -> str:
-    """The mean, and in brackets what it is the mean of."""
+def _mean_of(values: list[float]) -> str:
+    """Return the mean, and in brackets the values."""
     each = ", ".join(f"{v:.2f}" for v in values)
     return each or "-" if len(values) < 2 else f"{np.mean(values):.2f} ({each})"
 
 
 def main() -> None:
-    """Parse the line and do it."""
+    """Run the command that was typed."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

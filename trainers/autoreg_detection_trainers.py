@@ -105,42 +105,40 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         # The main process finds the objects first; the others then read what it wrote.
         if self.is_ddp and self.local_rank > 0:
             distributed.barrier()
-        self.source = self._objects()
-        folder = self.preprocessed_dataset_folder
-        cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
-        self.index = prepare_instances(self._maker(), cases, default_num_processes)
-        self.plan = self._planned()
-        if self.is_ddp and self.local_rank == 0:
-            distributed.barrier()
-
-        self.block = replace(self.block, recipe=detection_recipe(self.block.recipe, self.plan))
-        self.enable_deep_supervision = False
-        self.num_epochs = self.length or self.plan.num_epochs
-        self.oversample_foreground_percent = self.plan.object_share
-
-    def _objects(self) -> ObjectSource:
         base = Path(self.preprocessed_dataset_folder_base)
         reader = self.plans_manager.image_reader_writer_class
         labels = base / "gt_segmentations"
-        return ObjectSource.of_dataset(labels, base.name, self.dataset_json, reader)
+        self.source = ObjectSource.of_dataset(labels, base.name, self.dataset_json, reader)
 
-    def _maker(self) -> IdMapMaker:
         configuration = self.configuration_manager
-        return IdMapMaker(
-            preprocessed=Path(self.preprocessed_dataset_folder),
+        folder = self.preprocessed_dataset_folder
+        maker = IdMapMaker(
+            preprocessed=Path(folder),
             source=self.source,
             transpose=as_size(self.plans_manager.transpose_forward),
             target_spacing_mm=as_spacing(configuration.spacing),
             patch_size=as_size(configuration.patch_size),
             resample_seg=configuration.resampling_fn_seg,
         )
+        cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
+        self.index = prepare_instances(maker, cases, default_num_processes)
+        self.plan = self._planned()
+        if self.is_ddp and self.local_rank == 0:
+            distributed.barrier()
+
+        self.block = replace(self.block, recipe=detection_recipe(self.block.recipe, self.plan))
+        # The heads supervise the inner feature maps instead.
+        self.enable_deep_supervision = False
+        self.num_epochs = self.length or self.plan.num_epochs
+        self.oversample_foreground_percent = self.plan.object_share
 
     def _planned(self) -> DetectionPlan:
         """Return the plan of this configuration.
 
         If there is none, it is made now and written into the plans file.
         """
-        configuration, name = self.configuration_manager, self.configuration_name
+        configuration = self.configuration_manager
+        name = self.configuration_name
         file = Path(self.preprocessed_dataset_folder_base) / f"{self.plans_manager.plans_name}.json"
         where = f"{file.name}: {name}"
         plan = read_plan(configuration.configuration, where)
@@ -177,7 +175,8 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         It names cases, as nnU-Net's own lines do; both stay in the folder of results.
         """
         logger = logging.getLogger("nnunet_autoreg.detection")
-        handler, level = ForwardedLog(self.print_to_log_file), logger.level
+        handler = ForwardedLog(self.print_to_log_file)
+        level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
@@ -225,11 +224,13 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """Return the optimiser of segmentation, without weight decay for norms and biases."""
-        network, recipe = self.unwrapped(), self.block.recipe
+        network = self.unwrapped()
+        recipe = self.block.recipe
         groups = without_decay_on_norms(parameter_groups(network, recipe), network)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
 
-        batch_size, per_epoch = self.configuration_manager.batch_size, self.num_iterations_per_epoch
+        batch_size = self.configuration_manager.batch_size
+        per_epoch = self.num_iterations_per_epoch
         schedule = make_schedule(
             recipe, self.initial_lr, self.num_epochs, per_epoch, batch_size, self.uses_weights
         )
@@ -361,6 +362,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     def on_validation_epoch_start(self) -> None:
         """Validate the averaged weights, with boxes."""
         super().on_validation_epoch_start()
+        # Closed in on_validation_epoch_end, where the own weights come back.
         self._validating = ExitStack()
         self._validating.enter_context(self.average.applied())
         self._detector().detect = True
@@ -393,6 +395,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             scans.extend(output["scans"])
         scores = quick_scores(scans, len(self.plan.classes))
         epoch = self.current_epoch
+        # nnU-Net chooses the best epoch by this name.
         self.logger.log("mean_fg_dice", scores[SCORES["det_map"]], epoch)
         self.logger.log("dice_per_class_or_region", mean_dice(outputs), epoch)
         self.logger.log("val_losses", float(np.mean([o["loss"] for o in outputs])), epoch)
@@ -428,10 +431,12 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         _, cases = self.do_split()
         mine = sorted(cases)
         if self.is_ddp:
+            # Every process validates its share of the cases.
             mine = mine[self.local_rank :: distributed.get_world_size()]
 
         detector = self._detector()
-        network, detector.detect = detector.eval(), True
+        network = detector.eval()
+        detector.detect = True
         scan_detector = ScanDetector(
             network,
             self.plan.anchors,

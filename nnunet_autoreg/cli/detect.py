@@ -339,6 +339,7 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
         "instances": options.with_instances,
     }
     inputs = {name: source.inputs(name) for name in source.names}
+    # Resuming compares all of these with the files of the earlier run.
     done = start(request, inputs, source.describe(), settings)
     names = []
     for name in source.names:
@@ -380,6 +381,7 @@ def finish(
         if not file.is_file():
             write_boxes(file, read_scan_file(folder / f"{name}.json"))
     if request.csv:
+        # A generator: one file is read at a time.
         records = (read_scan_file(folder / f"{name}.json") for name in names)
         write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
     results = shlex.quote(str(folder))
@@ -414,7 +416,8 @@ def start(
             code="detect-output-folder",
         ) from error
 
-    num_existing, done = 0, set()
+    num_existing = 0
+    done = set()
     for name in () if request.overwrite else inputs:
         file = folder / f"{name}.json"
         if file.is_file():
@@ -454,7 +457,8 @@ def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
             "give another -o, or --overwrite, or remove that file to have the scan done again",
             code="detect-other-results",
         )
-    old, new = record.settings, wanted["settings"]
+    old = record.settings
+    new = wanted["settings"]
     # A segmentation that exists, and is not asked for now, does no harm.
     has_instances = bool(old.get("instances") or not new["instances"])
     return old.get("filled") == new["filled"] and has_instances

@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     masks = request.predictions if settings.hit.kind == "mask" else None
     folders = gather(truth, found, request.all_scans, masks)
     if request.box_convention == "nndet":
+        # The table and the pictures show the longer boxes too.
         longer = [scan.a_voxel_longer() for scan in folders.scans]
         folders = replace(folders, scans=tuple(longer))
 
@@ -243,7 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     # Figures first: whatever is wrong with the pictures, these are written.
-    json_file, csv_file = _beside(request.output, ".json"), _beside(request.output, ".csv")
+    json_file = _beside(request.output, ".json")
+    csv_file = _beside(request.output, ".csv")
     write_json(json_file, results)
     files.write_rows(csv_file, folders.scans, truth.classes, settings)
     for line in _table(results):
@@ -326,7 +328,8 @@ def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "B
                 request.images,
                 names[0],
             )
-        true_file, frame = folders.true_files[scan.name], folders.frames[scan.name]
+        true_file = folders.true_files[scan.name]
+        frame = folders.frames[scan.name]
         if true_file.suffix != ".json":
             files.append(true_file)
         for file in files:

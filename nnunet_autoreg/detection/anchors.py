@@ -120,6 +120,7 @@ def plan_anchors(
                 "x".join(map(str, strides[0])),
             )
 
+    # The plan is a file that people read.
     rounded = [as_spacing([round(float(v), 3) for v in shape]) for shape in shapes]
     return AnchorPlan(
         stages=tuple(stages),
@@ -158,6 +159,7 @@ def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[i
 
     level_of_object = _levels_of(sizes_N3, [stage_strides_vox[i] for i in available])
     highest = int(level_of_object.max())
+    # Higher levels are meant for none of the objects.
     return available[: max(highest + 1, 2)]
 
 
@@ -178,7 +180,8 @@ def choose_shapes(
     level_of_object = _levels_of(sizes_N3, strides_vox)
     halved = sizes_N3 / _factors(strides_vox)[level_of_object]  # (N, 3)
 
-    best, best_iou = halved[:1], -1.0
+    best = halved[:1]
+    best_iou = -1.0
     most = min(MOST_SHAPES, len(np.unique(halved, axis=0)))
     for k in range(1, most + 1):
         # One cluster has one solution; several depend on where they start.
@@ -186,7 +189,9 @@ def choose_shapes(
             shapes = _k_means(halved, k, generator(seed, "anchors", k, restart))
             mean = float(_best_iou(sizes_N3, shapes, strides_vox, offset=0.0).mean())
             if mean > best_iou:
-                best, best_iou = shapes, mean
+                best = shapes
+                best_iou = mean
+        # Every further shape would add an anchor to every cell.
         if best_iou >= ENOUGH_IOU:
             break
     return best[np.argsort(best.prod(1), kind="stable")], best_iou
@@ -224,13 +229,15 @@ def _k_means(sizes_N3: Floats, k: int, random: np.random.Generator) -> Floats:
             break
         nearest = now
         for i in np.unique(nearest):
+            # A box twice as large is as far away as one half as large.
             centres[i] = np.exp(np.log(sizes_N3[nearest == i]).mean(0))
     return centres
 
 
 def _centred_iou(sizes_N3: Floats, shapes_K3: Floats, offset: Floats | float = 0.0) -> Floats:
     """Return the IoU (N, K) of boxes whose centres lie ``offset`` voxels apart on each axis."""
-    a, b = sizes_N3[:, None], shapes_K3[None]
+    a = sizes_N3[:, None]
+    b = shapes_K3[None]
     sides = np.minimum(np.minimum(a, b), (a + b) / 2 - offset)  # (N, K, 3)
     common = np.clip(sides, 0, None).prod(-1)
     return np.asarray(common / (a.prod(-1) + b.prod(-1) - common))
@@ -327,7 +334,8 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
     Source: Zhang et al. 2020, "Bridging the gap between anchor-based and anchor-free detection"
         (arXiv 1912.02424).
     """
-    anchors, objects = grid.boxes_A6, objects_G6.to(grid.boxes_A6)
+    anchors = grid.boxes_A6
+    objects = objects_G6.to(grid.boxes_A6)
     matched = torch.full((len(anchors),), -1, dtype=torch.long, device=anchors.device)
     if not len(objects):
         return matched
@@ -343,9 +351,11 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
         is_inside = (middle > objects[:, None, :3]) & (middle < objects[:, None, 3:])
         positive &= is_inside.all(-1)
 
+    # An anchor that several objects want goes to the one it overlaps most.
     best = torch.zeros(len(anchors), device=anchors.device)
     for g in range(len(objects)):
-        chosen, chosen_overlap = candidates[g][positive[g]], overlap[g][positive[g]]
+        chosen = candidates[g][positive[g]]
+        chosen_overlap = overlap[g][positive[g]]
         is_better = chosen_overlap > best[chosen]
         matched[chosen[is_better]] = g
         best[chosen[is_better]] = chosen_overlap[is_better]
@@ -388,7 +398,8 @@ def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:
         # A window of 4 cells per axis around the centre, moved inwards at the border.
         location = centres_G3 / step - 0.5  # (G, 3), in cells
         start = torch.minimum(location.floor().long() - 1, num_cells - WINDOW).clamp(min=0)
-        axes, away = [], []
+        axes = []
+        away = []
         for i in range(3):
             offsets = torch.arange(min(WINDOW, cells[i]), device=start.device)
             axis = start[:, i, None] + offsets  # (G, up to 4)

@@ -41,7 +41,8 @@ def volumes(boxes_N6: Tensor) -> Tensor:
 
 def iou(a_N6: Tensor, b_M6: Tensor) -> Tensor:
     """Return the intersection over union of every pair, (N, M); 0 where both boxes are empty."""
-    a, b = _at_least_float32(a_N6), _at_least_float32(b_M6)
+    a = _at_least_float32(a_N6)
+    b = _at_least_float32(b_M6)
 
     common = _intersection(a[:, None], b[None])  # (N, M)
     union = volumes(a)[:, None] + volumes(b)[None] - common
@@ -50,7 +51,8 @@ def iou(a_N6: Tensor, b_M6: Tensor) -> Tensor:
 
 def pair_iou(a_N6: Tensor, b_N6: Tensor) -> Tensor:
     """Return the intersection over union of box i of ``a_N6`` with box i of ``b_N6``, (N,)."""
-    a, b = _at_least_float32(a_N6), _at_least_float32(b_N6)
+    a = _at_least_float32(a_N6)
+    b = _at_least_float32(b_N6)
 
     common = _intersection(a, b)  # (N,)
     union = volumes(a) + volumes(b) - common
@@ -62,7 +64,8 @@ def pair_giou(a_N6: Tensor, b_N6: Tensor) -> Tensor:
 
     Source: Rezatofighi et al. 2019, "Generalized intersection over union" (arXiv 1902.09630).
     """
-    a, b = _at_least_float32(a_N6), _at_least_float32(b_N6)
+    a = _at_least_float32(a_N6)
+    b = _at_least_float32(b_N6)
     common = _intersection(a, b)  # (N,)
     union = volumes(a) + volumes(b) - common
 
@@ -105,9 +108,10 @@ def nms(
     order = torch.sort(scores_N, descending=True, stable=True).indices  # (N,)
     ordered = _moved_apart(_at_least_float32(boxes_N6), labels_N)[order]
 
-    kept = ordered.new_zeros((0, 6))
+    kept = ordered.new_zeros((0, 6))  # (kept, 6)
     kept_indices: list[Tensor] = []
-    count, limit = 0, len(ordered) if max_kept is None else max_kept
+    count = 0
+    limit = len(ordered) if max_kept is None else max_kept
     for start in range(0, len(ordered), BLOCK):
         if count >= limit:
             break
@@ -172,12 +176,15 @@ def cluster(
     Source: Jaeger et al. 2018, "Retina U-Net" (arXiv 1811.08661), without its weight by area, which
         nnDetection leaves out too.
     """
-    boxes, scores = _at_least_float32(boxes_N6), _at_least_float32(scores_N)
+    boxes = _at_least_float32(boxes_N6)
+    scores = _at_least_float32(scores_N)
     weights = torch.ones_like(scores) if weights_N is None else weights_N.to(scores)
     expected = torch.ones_like(scores) if expected_N is None else expected_N.to(scores)
 
     remaining = torch.sort(scores, descending=True, stable=True).indices
-    merged_boxes, merged_scores, merged_labels = [], [], []
+    merged_boxes = []
+    merged_scores = []
+    merged_labels = []
     num_votes: list[int] = []
     while len(remaining):
         first = remaining[0]
@@ -193,11 +200,13 @@ def cluster(
         votes = weight * scores[members]
         missing = (expected[members].mean() - len(members)).clamp(min=0)
 
+        # Boxes with a score of 0 have no votes, and still need a mean.
         share = votes if votes.sum() > 0 else weight
         merged_boxes.append((boxes[members] * share[:, None]).sum(0) / share.sum())
         merged_scores.append(votes.sum() / (weight.sum() + missing * weight.mean()))
         merged_labels.append(labels_N[first])
         num_votes.append(len(members))
+        # Every box belongs to one cluster.
         remaining = remaining[~is_member]
 
     if not num_votes:
@@ -218,8 +227,9 @@ def encode(boxes_N6: Tensor, anchors_N6: Tensor) -> Tensor:
 
     The first three are the shift in anchor sides, the others the logarithms of the ratios of sides.
     """
-    boxes, anchors = _at_least_float32(boxes_N6), _at_least_float32(anchors_N6)
-    shift = (centres(boxes) - centres(anchors)) / sizes(anchors)
+    boxes = _at_least_float32(boxes_N6)
+    anchors = _at_least_float32(anchors_N6)
+    shift = (centres(boxes) - centres(anchors)) / sizes(anchors)  # (N, 3)
     return torch.cat([shift, torch.log(sizes(boxes) / sizes(anchors))], -1)
 
 
@@ -228,9 +238,10 @@ def decode(deltas_N6: Tensor, anchors_N6: Tensor) -> Tensor:
 
     This is the inverse of ``encode`` up to a factor of 16 per side.
     """
-    deltas, anchors = _at_least_float32(deltas_N6), _at_least_float32(anchors_N6)
+    deltas = _at_least_float32(deltas_N6)
+    anchors = _at_least_float32(anchors_N6)
     middle = centres(anchors) + deltas[..., :3] * sizes(anchors)
-    half = sizes(anchors) * deltas[..., 3:].clamp(max=LARGEST_LOG_FACTOR).exp() / 2
+    half = sizes(anchors) * deltas[..., 3:].clamp(max=LARGEST_LOG_FACTOR).exp() / 2  # (N, 3)
     return torch.cat([middle - half, middle + half], -1)
 
 

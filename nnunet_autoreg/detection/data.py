@@ -161,7 +161,17 @@ class IdMapMaker:
         spacing = [found.spacing_mm[axis] for axis in self.transpose]
         resampled = self.resample_seg(ids[crop][None], shape, spacing, self.target_spacing_mm)
         ids_ZYX = np.asarray(resampled)[0].astype(np.int16)
-        self._write(case, ids_ZYX)
+
+        # Several processes write at the same time; each uses one thread.
+        blosc2.set_nthreads(1)
+        blocks, chunks = comp_blosc2_params((1, *ids_ZYX.shape), self.patch_size, bytes_per_pixel=2)
+        with atomic_path(instances_folder(self.preprocessed) / f"{case}.b2nd") as temporary:
+            blosc2.asarray(
+                np.ascontiguousarray(ids_ZYX),
+                urlpath=str(temporary),
+                chunks=chunks[1:],
+                blocks=blocks[1:],
+            )
 
         # Boxes are transformed and not measured: the map has whole voxels only.
         present = boxes_of_ids(ids_ZYX)
@@ -173,18 +183,6 @@ class IdMapMaker:
                 Instance(item.id, item.class_index, cast(Any, box), num_voxels, item.ignored)
             )
         return CaseBoxes(self.stamp(case, shape), tuple(objects), found.has_masks)
-
-    def _write(self, case: str, ids_ZYX: NDArray[np.int16]) -> None:
-        # Several processes write at the same time; each uses one thread.
-        blosc2.set_nthreads(1)
-        blocks, chunks = comp_blosc2_params((1, *ids_ZYX.shape), self.patch_size, bytes_per_pixel=2)
-        with atomic_path(instances_folder(self.preprocessed) / f"{case}.b2nd") as temporary:
-            blosc2.asarray(
-                np.ascontiguousarray(ids_ZYX),
-                urlpath=str(temporary),
-                chunks=chunks[1:],
-                blocks=blocks[1:],
-            )
 
 
 def prepare_instances(
@@ -199,6 +197,7 @@ def prepare_instances(
     """
     folder = instances_folder(maker.preprocessed)
     source = maker.source
+    # The raw dataset may be gone when training is continued elsewhere.
     source.keep()
     old = _usable_cases(folder / INDEX, source)
     dataset = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
@@ -207,6 +206,7 @@ def prepare_instances(
     for case in cases:
         stamp = maker.stamp(case, as_size(dataset.load_case(case)[1].shape[1:]))
         if case in old and old[case].stamp == stamp and (folder / f"{case}.b2nd").is_file():
+            # Neither labels nor spacing nor size have changed.
             kept[case] = old[case]
 
     wanted = [case for case in cases if case not in kept]
@@ -271,7 +271,9 @@ class InstanceDataset:
     """
 
     def __init__(self, stock: Any, preprocessed: Path, index: InstanceIndex):
-        self.stock, self.folder, self.index = stock, instances_folder(preprocessed), index
+        self.stock = stock
+        self.folder = instances_folder(preprocessed)
+        self.index = index
         self.identifiers: list[str] = stock.identifiers
 
     def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -308,12 +310,15 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
 
         The box that each sample is drawn around is kept for ``get_bbox``.
         """
-        names, self.wanted = [], []
+        names = []
+        self.wanted = []
         for number in range(self.batch_size):
+            # nnU-Net decides which samples of a batch are drawn around foreground.
             if self.centre_boxes and self.get_do_oversample(number):
                 name, box = self.centre_boxes[np.random.randint(len(self.centre_boxes))]
             else:
-                name, box = self.indices[np.random.randint(len(self.indices))], None
+                name = self.indices[np.random.randint(len(self.indices))]
+                box = None
             names.append(name)
             self.wanted.append(box)
         return names
@@ -341,6 +346,7 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         batch: dict[str, Any] = super().generate_train_batch()
         # The target's channels are the labels and the ids.
         ids_BZYX = batch["target"][:, 1].numpy()
+        # Everything behind the loader expects labels alone.
         batch["target"] = batch["target"][:, :1].contiguous()
         objects = []
         for ids_ZYX, name in zip(ids_BZYX, batch["keys"], strict=True):
@@ -361,14 +367,18 @@ def patch_start(
     starts = []
     for axis in range(3):
         margin = (patch[axis] - final[axis]) // 2
-        lowest, highest = 0, shape[axis] - final[axis]
+        lowest = 0
+        highest = shape[axis] - final[axis]
+        # The image is smaller than the middle: put it into the centre.
         if highest < 0:
             lowest = highest = highest // 2
 
-        low, high = lowest, highest
+        low = lowest
+        high = highest
         if box_zyx is not None:
             box_start = int(np.floor(box_zyx[axis]))
             box_end = int(np.ceil(box_zyx[axis + 3]))
+            # Both ends are allowed starts; they change places for a box larger than the middle.
             ends = sorted((box_start, box_end - final[axis]))
             low, high = (min(max(end, lowest), highest) for end in ends)
         starts.append(int(np.random.randint(low, high + 1)) - margin)
@@ -382,7 +392,9 @@ def objects_of_patch(
 
     Remains of fewer than ``min_voxels`` are ignored.
     """
-    boxes, labels, ignored = [], [], []
+    boxes = []
+    labels = []
+    ignored = []
     # Augmentation fills with -1, which is no object either.
     for i, (box, count) in boxes_of_ids(np.maximum(ids_ZYX, 0)).items():
         if i not in known:

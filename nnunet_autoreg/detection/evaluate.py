@@ -104,7 +104,8 @@ class _Matchings:
     def __init__(
         self, scans: Sequence[ScanBoxes], present: Sequence[int], settings: EvaluationSettings
     ):
-        self.scans, self.settings = scans, settings
+        self.scans = scans
+        self.settings = settings
         # Indices of the classes with objects.
         self.present = present
         # A single scan drawn again and again is always the same scan: no interval.
@@ -160,6 +161,7 @@ def evaluate(
     if not scans:
         raise ObjectsError("there is no scan to evaluate", code="evaluation-no-scan")
 
+    # Number of objects of every class that count.
     number = [0] * len(classes)
     for scan in scans:
         for index in range(len(classes)):
@@ -239,9 +241,12 @@ def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str
 
 def _summary(figures: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return ``mean`` over the classes with objects, ``per_class``, and their intervals."""
-    values, resampled = figures["values"], figures["resampled"]
+    values = figures["values"]
+    resampled = figures["resampled"]
+    # A class without objects in a resample is left out of its mean.
     means = [mean_of_present(list(sample.values())) for sample in resampled]
-    per_class, per_class_ci = {}, {}
+    per_class = {}
+    per_class_ci = {}
     for index, value in values.items():
         per_class[names[index]] = _finite_or_none(value)
         per_class_ci[names[index]] = _interval_list([sample[index] for sample in resampled])
@@ -254,7 +259,8 @@ def _summary(figures: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
-    points, hit = matchings.settings.fp_per_scan, matchings.settings.hit
+    points = matchings.settings.fp_per_scan
+    hit = matchings.settings.hit
     pooled = matchings.pooled(hit)
     curves = {index: froc(found) for index, found in pooled.items()}
     sensitivity = {index: sensitivity_at(curve, points) for index, curve in curves.items()}
@@ -265,7 +271,8 @@ def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
     def measure(found: Pooled, weights: Floats | None = None) -> float:
         return cpm(found, weights, points)
 
-    operating_points, plain_curves = {}, {}
+    operating_points = {}
+    plain_curves = {}
     for index, name in enumerate(names):
         if index in curves:
             curve = curves[index]
@@ -328,7 +335,9 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
 
     Objects of other sizes are ignored, and so are false positives of other sizes.
     """
-    true_sides, found_sides, counted = [], [], []
+    true_sides = []
+    found_sides = []
+    counted = []
     for scan in matchings.scans:
         sides = largest_sides_mm(scan.true_boxes_G6, scan)
         true_sides.append(sides)
@@ -341,6 +350,7 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
         thirds: Any = []
         if len(all_counted) >= FEWEST_FOR_STRATA:
             thirds = np.percentile(all_counted, [100 / 3, 200 / 3])
+        # Readable borders; equal ones become one, and none lies at 0.
         rounded = {round(float(value), 1) for value in thirds}
         edges = tuple(sorted(rounded - {0.0}))
 
@@ -367,6 +377,7 @@ def _stratum(
 ) -> dict[str, Any]:
     per_class = {}
     for index in matchings.present:
+        # Only objects of this stratum count now.
         pooled = pool(matchings.matched(index, matchings.settings.hit, ignored))
         if pooled.num_objects:
             per_class[names[index]] = {
@@ -398,6 +409,7 @@ def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, floa
 
     They are means over the classes that occur, and 0 where none does.
     """
+    # Classes without objects would pull the mean to NaN.
     present = []
     for index in range(num_classes):
         if any(((s.true_classes_G == index) & ~s.ignored_G).any() for s in scans):

@@ -124,7 +124,8 @@ def _rows(
     overlap = overlaps(scan.boxes_D6, scan.true_boxes_G6)[:, is_own]  # (D, own objects)
     sides = largest_sides_mm(scan.boxes_D6, scan)
     for d in sorted(of_found, key=lambda d: -scan.scores_D[d]):
-        score, best = f"{scan.scores_D[d]:.6g}", f"{overlap[d].max(initial=0.0):.4f}"
+        score = f"{scan.scores_D[d]:.6g}"
+        best = f"{overlap[d].max(initial=0.0):.4f}"
         edges = (f"{v:.4g}" for v in scan.boxes_D6[d])
         yield (scan.name, name, of_found[d], score, best, f"{sides[d]:.3f}", *edges)
 
@@ -143,6 +144,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
     for name, curve in froc["curve"].items():
         if name in results["absent_classes"]:
             continue
+        # 0 false positives have no place on a logarithmic axis.
         x = np.clip(np.array(curve["fp_per_scan"]), LEAST_FP, None)
         # The last point holds for any larger number of false positives, because the detector has no
         # further box.
@@ -233,6 +235,7 @@ def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
     At most one of them has no objects, and that is the last.
     """
     empty = [scan for scan in scans if not len(scan.true_boxes_G6)][:1]
+    # An empty scan shows false positives alone.
     most = MOST_SCANS - len(empty)
     full = [scan for scan in scans if len(scan.true_boxes_G6)]
     if len(full) > most:
@@ -262,7 +265,8 @@ def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
 
 def _cuts(boxes_N6: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.float64]:
     """Return the slices at these shares of the boxes' depth, each once."""
-    z0, z1 = boxes_N6[:, 0, None], boxes_N6[:, 3, None]
+    z0 = boxes_N6[:, 0, None]
+    z1 = boxes_N6[:, 3, None]
     return np.unique(np.floor(z0 + np.array(shares) * (z1 - z0)))
 
 
@@ -275,6 +279,7 @@ def _draw_slice(
     settings: EvaluationSettings,
     least_scores: Sequence[float],
 ) -> None:
+    # A few bright voxels, such as metal, must not darken all others.
     finite = on.array_ZYX[np.isfinite(on.array_ZYX)]
     low, high = np.percentile(finite, [1, 99.5]) if finite.size else (0.0, 1.0)
     _, y_mm, x_mm = scan.spacing_mm
@@ -301,7 +306,8 @@ def _draw_slice(
             score = scan.scores_D[d]
             if score >= least_scores[class_index]:
                 colour = {"hit": HIT, "false": FALSE}.get(outcome, OTHER)
-                text, is_below = f"{kind.name} {score:.2f}", outcome != "hit"
+                text = f"{kind.name} {score:.2f}"
+                is_below = outcome != "hit"
                 _draw_box(axis, scan.boxes_D6[d], z, colour, text, 1.2, is_below)
     axis.set_title(f"{scan.name}, z {z}", fontsize=8)
     axis.axis("off")
@@ -323,6 +329,7 @@ def _draw_box(
     from matplotlib.patches import Rectangle
 
     z0, y0, x0, z1, y1, x1 = box
+    # The slice is where the centres of its voxels are.
     if not z0 <= z + 0.5 < z1:
         return
     rectangle = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width)
@@ -346,6 +353,7 @@ def _draw_box(
 def _figure(size: tuple[float, float]) -> Any:
     import matplotlib
 
+    # No window is needed, and a cluster has none.
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 

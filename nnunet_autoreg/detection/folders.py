@@ -134,7 +134,9 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
         if not is_scan_file(file):
             others.append(file.name)
             continue
-        record, name = read_scan_file(file), file.stem
+        record = read_scan_file(file)
+        name = file.stem
+        # The first file decides which classes there are.
         classes = classes or record.classes
         if record.classes != classes:
             raise ObjectsError(
@@ -198,6 +200,7 @@ def read_classes(
             if candidate.is_file():
                 dataset_file = candidate
                 break
+    # Boxes alone have no dataset.json.
     dataset: dict[str, Any] = {"labels": {"background": 0, **found}}
     if dataset_file is not None:
         dataset = read_json(dataset_file, MEND_YOURS)
@@ -302,7 +305,9 @@ def gather(
             _first_names(unknown),
         )
 
-    scans, frames, true_files = [], {}, {}
+    scans = []
+    frames = {}
+    true_files = {}
     for name, file in files.items():
         if name in found or with_undetected:
             scan, frames[name] = _read_scan(name, file, truth, found.get(name), masks)
@@ -316,7 +321,8 @@ def _true_files(folder: Path) -> dict[str, Path]:
 
     What autoreg_detect writes beside a file of detections is left out.
     """
-    files, images = {}, {}
+    files = {}
+    images = {}
     for file in folder.iterdir():
         if file.name.startswith("."):
             continue
@@ -324,6 +330,7 @@ def _true_files(folder: Path) -> dict[str, Path]:
             files[file.name.removesuffix(".json")] = file
         elif file.name.lower().endswith(IMAGE_ENDINGS):
             images[strip_ending(file.name)] = file
+    # An instance map has a JSON file of the same name, and counts as an image.
     files |= images
     if not files:
         raise UsageError(
@@ -356,7 +363,8 @@ def _read_scan(
 
     Without a file of detections, it is the array as stored.
     """
-    array, frame = None, found.frame if found else None
+    array = None
+    frame = found.frame if found else None
     if file.suffix != ".json":
         array, frame = read_array(file) if frame is None else (read_onto(file, frame), frame)
     if frame is None:
@@ -377,6 +385,7 @@ def _read_scan(
         no_ids = np.zeros(0, np.int64)
         found = ScanDetections(frame, np.zeros((0, 6)), no_ids, np.zeros(0), no_ids)
     scored = found.only([kind.label for kind in truth.classes])
+    # Files have labels, the evaluation counts classes from 0.
     index_of = {kind.label: index for index, kind in enumerate(truth.classes)}
     class_indices = [index_of[label] for label in scored.labels_N.tolist()]
     scan = scan_of_instances(
@@ -415,6 +424,7 @@ def _mask_overlaps(
         )
     drawn = read_onto(files[0], scored.frame)
     true_ids = [item.id for item in instances.objects]
+    # Regions that do not count stand behind the objects, and have no id.
     overlap[:, : len(true_ids)] = mask_overlaps(drawn, ids, instances.ids_ZYX, true_ids)
 
     num_undrawn = len(set(ids) - set(np.unique(drawn[drawn != 0]).tolist()))
@@ -473,6 +483,7 @@ def _check_location(file: Path, onto: Frame) -> None:
             f"{file}: affine_ras must be 4 rows of 4 numbers, and shape_zyx 3 numbers ({error})",
             code="truth-affine",
         ) from error
+    # An image could be turned, but boxes in a file are left as they are.
     if same_voxels(file, frame, onto) != AS_STORED:
         raise ObjectsError(
             f"{file}: the axes of its image run otherwise than those of the detections' image; "

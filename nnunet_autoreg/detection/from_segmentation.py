@@ -129,6 +129,7 @@ class Segmentations:
         """
         seg, properties, probabilities = self._load(name)
         components, ids = objects_of(seg, probabilities, self._channels(), self.classes, self.rules)
+        # Ids count from the highest score down, as in all files of detections.
         kept = [c for c in components if c.found.score >= min_score]
         kept.sort(key=lambda c: -c.found.score)
 
@@ -151,7 +152,8 @@ class Segmentations:
 
     def _load(self, name: str) -> tuple[NDArray[Any], dict[str, Any], NDArray[Any]]:
         """Return segmentation (Z, Y, X), properties, and probabilities (C, Z, Y, X) of a case."""
-        file, npz_file = self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"
+        file = self.folder / f"{name}{self.ending}"
+        npz_file = self.folder / f"{name}.npz"
         check_file(file)
         try:
             array, properties = self.manager.image_reader_writer_class().read_seg(str(file))
@@ -226,6 +228,7 @@ def objects_of(
         ends = zip(item.box_zyx[:3], item.box_zyx[3:], strict=True)
         region = tuple(slice(int(low), int(high)) for low, high in ends)
         of_channels = [probabilities_CZYX[c][region] for c in channels[item.class_index]]
+        # Probabilities may be in half precision, in which sums would be rounded.
         own = np.asarray(np.sum(of_channels, axis=0, dtype=np.float64))
 
         score = float(own[instances.ids_ZYX[region] == item.id].max())

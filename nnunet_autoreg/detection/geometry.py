@@ -222,7 +222,8 @@ class StoredArray:
 
 def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> StoredArray:
     """Return the stored array of an image that was read with the shape (z, y, x)."""
-    read, turn = frame_of_properties(properties, shape_vox), reader_turn(properties)
+    read = frame_of_properties(properties, shape_vox)
+    turn = reader_turn(properties)
     axes, reverse = turn
     shape = [0, 0, 0]
     for axis in range(3):
@@ -232,7 +233,8 @@ def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> Sto
     to_read = np.zeros((4, 4))
     to_read[3, 3] = 1
     for axis in range(3):
-        row, column = 2 - axis, 2 - axes[axis]
+        row = 2 - axis
+        column = 2 - axes[axis]
         to_read[row, column] = -1 if reverse[axis] else 1
         to_read[row, 3] = read.shape_vox[axis] - 1 if reverse[axis] else 0
     return StoredArray(frame_of_affine(np.array(read.affine_ras) @ to_read, shape), turn)
@@ -240,7 +242,8 @@ def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> Sto
 
 def reader_turn(properties: Mapping[str, Any]) -> Turn:
     """Return how nnU-Net's reader turned the stored array into the one that it gave."""
-    nibabel, itk = properties.get("nibabel_stuff", {}), properties.get("sitk_stuff", {})
+    nibabel = properties.get("nibabel_stuff", {})
+    itk = properties.get("sitk_stuff", {})
     if "reoriented_affine" in nibabel:
         stored = np.asarray(nibabel["original_affine"], dtype=np.float64)[:3, :3]
         read = np.asarray(nibabel["reoriented_affine"], dtype=np.float64)[:3, :3]
@@ -260,7 +263,8 @@ def _turn_of_permutation(permutation: Floats) -> Turn:
 
     Its column k marks the stored axis of (x, y, z) that becomes axis k, with a sign.
     """
-    axes, reverse = [], []
+    axes = []
+    reverse = []
     for axis in (2, 1, 0):
         column = permutation[:, axis]
         stored_axis = int(np.abs(column).argmax())
@@ -291,7 +295,8 @@ def check_inside(
             f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1",
             code="box-not-finite",
         )
-    low, high = box_zyx[:3], box_zyx[3:]
+    low = box_zyx[:3]
+    high = box_zyx[3:]
     if any(start >= end for start, end in zip(low, high, strict=True)):
         raise ObjectsError(
             f"{where}: box [{listed}] has no extent; z0 < z1, y0 < y1 and x0 < x1 are needed, in "

@@ -87,7 +87,13 @@ def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
         ObjectsError: the images differ in size, voxel size, or location in the world, however one
             is turned; ``file`` is named.
     """
-    turn = _turn_onto(frame, onto)
+    try:
+        # The turn by the axes of ``onto``, as if they were right, anterior and superior.
+        relative = np.linalg.solve(_linear(onto), _linear(frame))
+        turn = turn_of(RAS_OF_LPS @ relative)
+    except np.linalg.LinAlgError:
+        turn = AS_STORED
+
     shape, spacing_mm = turned_geometry(frame.shape_vox, frame.spacing_mm, turn)
     if shape != onto.shape_vox:
         own, other = (" x ".join(map(str, of.shape_vox)) for of in (frame, onto))
@@ -112,15 +118,6 @@ def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
             code="objects-other-location",
         )
     return turn
-
-
-def _turn_onto(frame: Frame, onto: Frame) -> Turn:
-    """Return the turn by the axes of ``onto``, as if they were right, anterior and superior."""
-    try:
-        relative = np.linalg.solve(_linear(onto), _linear(frame))
-    except np.linalg.LinAlgError:
-        return AS_STORED
-    return turn_of(RAS_OF_LPS @ relative)
 
 
 def _most_shift_vox(frame: Frame, onto: Frame, turn: Turn) -> float:

@@ -9,7 +9,7 @@ members are merged by weighted box clustering.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from typing import Any
 
 import torch
@@ -126,6 +126,7 @@ def merge(candidates: Candidates, num_members: int, nms: NmsSettings = DEFAULT_N
     for member in range(num_members):
         index = torch.nonzero(candidates.members_N == member)[:, 0]
         own = candidates.at(index)
+        # The score itself stays: only the order depends on the location in the tile.
         order = own.scores_N * own.weights_N
         chosen = bx.nms(own.boxes_N6, order, nms.member_iou, own.labels_N, nms.most_boxes)
         kept.append(index[chosen])
@@ -143,6 +144,7 @@ def merge(candidates: Candidates, num_members: int, nms: NmsSettings = DEFAULT_N
         left.labels_N,
         nms.merge_iou,
         weights_N=left.weights_N,
+        # Every member could have found every object.
         expected_N=torch.full_like(left.scores_N, float(num_members)),
     )
     return MergedBoxes(*(values[: nms.most_boxes] for values in merged))
@@ -164,10 +166,13 @@ def boxes_of_output(
         # The best scores, whatever the anchor and the class.
         best = scores_AK.flatten().topk(min(MOST_PER_TILE, scores_AK.numel()))
         is_enough = best.values >= LOWEST_SCORE
-        scores, index = best.values[is_enough], best.indices[is_enough]
-        anchors, labels = index // num_classes, index % num_classes
+        scores = best.values[is_enough]
+        index = best.indices[is_enough]
+        anchors = index // num_classes
+        labels = index % num_classes
 
         boxes = bx.clip(bx.decode(deltas_A6[anchors], grid.boxes_A6[anchors]), shape)
+        # A box outside the patch has no extent after clipping.
         whole = torch.nonzero((bx.sizes(boxes) > 0).all(1))[:, 0]
         chosen = bx.nms(boxes[whole], scores[whole], nms.tile_iou, labels[whole], nms.most_per_tile)
         kept = whole[chosen]
@@ -218,8 +223,13 @@ class ScanDetector:
         nms: NmsSettings = DEFAULT_NMS,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.network, self.anchors, self.patch_size = network, anchors, patch_size
-        self.device, self.nms, self.autocast = device, nms, autocast
+        self.network = network
+        self.anchors = anchors
+        self.patch_size = patch_size
+        self.device = device
+        self.nms = nms
+        self.autocast = autocast
+        # No mirroring at all comes first.
         by_number = (combinations(mirror_axes, n) for n in range(len(mirror_axes) + 1))
         self.mirrorings = list(chain.from_iterable(by_number))
         self.grids: dict[tuple[Size, ...], AnchorGrid] = {}
@@ -246,8 +256,9 @@ class ScanDetector:
         padded_shape = as_size(padded.shape[1:])
         logits = _LogitsMean(self.patch_size) if with_logits else None
         parts: list[Candidates] = []
-        for start in self._tile_starts(padded_shape):
-            parts.extend(self._tile(padded, start, logits))
+        steps = compute_steps_for_sliding_window(padded_shape, self.patch_size, 0.5)
+        for start in product(*steps):
+            parts.extend(self._tile(padded, as_size(start), logits))
         found = concatenate(parts)
 
         # From the padded image back to the image itself.
@@ -257,13 +268,6 @@ class ScanDetector:
         best = _best(replace(found, boxes_N6=boxes), self.num_members)
         inside = (slice(None), *inner[1:])
         return best, None if logits is None else logits.mean()[inside]
-
-    def _tile_starts(self, shape: Size) -> Iterator[Size]:
-        steps = compute_steps_for_sliding_window(shape, self.patch_size, 0.5)
-        for z in steps[0]:
-            for y in steps[1]:
-                for x in steps[2]:
-                    yield as_size((z, y, x))
 
     def _tile(
         self, padded: Tensor, start: Size, logits: "_LogitsMean | None"
@@ -280,10 +284,12 @@ class ScanDetector:
             with self.autocast():
                 output: Output = self.network(tile.flip(batch_dims) if batch_dims else tile)
             _check_finite(output)
+            # All tiles have one size, so that this is done once.
             if output.cells not in self.grids:
                 self.grids[output.cells] = lay_out(self.anchors, output.cells, self.device)
             (found,) = boxes_of_output(output, self.grids[output.cells], self.nms)
 
+            # Merging needs all tiles at once, and the GPU its memory for the network.
             boxes = mirrored(found.boxes_N6, axes, self.patch_size).cpu()
             is_cut = ends_between_tiles(boxes, start, self.patch_size, padded_shape)
             scores = found.scores_N.cpu()
@@ -365,6 +371,7 @@ class _LogitsMean:
             self.total = torch.zeros((logits_CZYX.shape[0], *shape))
             self.weight = torch.zeros(tuple(shape))
         self.total[(slice(None), *region)] += logits_CZYX.float().cpu() * self.gaussian
+        # Voxels in the middle of a tile are predicted best.
         self.weight[region] += self.gaussian
 
     def mean(self) -> Tensor:

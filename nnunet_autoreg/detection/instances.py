@@ -177,6 +177,7 @@ def _label_values(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int
     for name, value in labels.items():
         listed = value if isinstance(value, (list, tuple)) else [value]
         values = tuple(int(v) for v in listed)
+        # Background is 0, whatever its name.
         if name != "ignore" and values != (0,):
             found[str(name)] = tuple(sorted(set(values)))
     return found
@@ -290,7 +291,8 @@ def known_instances(
     Raises:
         ObjectsError: map and JSON disagree, or a label that the dataset does not have.
     """
-    lowest, highest = float(np.min(ids_ZYX)), float(np.max(ids_ZYX))
+    lowest = float(np.min(ids_ZYX))
+    highest = float(np.max(ids_ZYX))
     if lowest < 0 or highest > MOST_OBJECTS or not (ids_ZYX == np.rint(ids_ZYX)).all():
         raise ObjectsError(
             f"{where}: an instance map holds whole numbers from 0 to {MOST_OBJECTS}, this one has "
@@ -299,7 +301,8 @@ def known_instances(
         )
     ids = np.ascontiguousarray(ids_ZYX).astype(np.uint16)
     boxes = boxes_of_ids(ids)
-    unlisted, unseen = sorted(set(boxes) - set(label_of)), sorted(set(label_of) - set(boxes))
+    unlisted = sorted(set(boxes) - set(label_of))
+    unseen = sorted(set(label_of) - set(boxes))
     if unlisted:
         raise ObjectsError(
             f"{where}: the map holds {_listed_ids(unlisted)}, which the JSON does not list; add "
@@ -327,6 +330,7 @@ def known_instances(
                 code="objects-unknown-label",
             )
 
+    # The map must not show objects that are not detected.
     removed = sorted(set(boxes) - {item.id for item in objects})
     if removed:
         ids[np.isin(ids, removed)] = 0
@@ -424,11 +428,15 @@ def with_ellipsoids(instances: Instances, shape_vox: Size) -> Instances:
         return float(np.prod(np.subtract(item.box_zyx[3:], item.box_zyx[:3])))
 
     ids = np.zeros(shape_vox, dtype=np.uint16)
+    # Large objects first, so that small ones lie on top.
     for item in sorted(instances.objects, key=volume, reverse=True):
-        region, squares = [], []
+        region = []
+        squares = []
         for axis in range(3):
-            start, end = item.box_zyx[axis], item.box_zyx[axis + 3]
-            low, high = max(0, int(np.floor(start))), min(shape_vox[axis], int(np.ceil(end)))
+            start = item.box_zyx[axis]
+            end = item.box_zyx[axis + 3]
+            low = max(0, int(np.floor(start)))
+            high = min(shape_vox[axis], int(np.ceil(end)))
             middle = np.arange(low, high) + 0.5
             # Half a voxel nearer: the edge of a voxel touches before its centre lies inside.
             away = np.clip(np.abs(middle - (start + end) / 2) - 0.5, 0, None)

@@ -91,10 +91,12 @@ def anchor_losses(
         target_BAC = functional.one_hot(labels_BA, logits_BAC.shape[-1]).float()
         target_BAC = target_BAC * (state_BA > 0)[..., None]
 
-    logits, deltas = logits_BAC.float(), deltas_BA6.float()
+    logits = logits_BAC.float()
+    deltas = deltas_BA6.float()
     is_positive = state_BA > 0
     num_positive = int(is_positive.sum())
     if classification == "focal":
+        # Focal loss uses every anchor: easy ones weigh little by themselves.
         loss = focal(logits, target_BAC, state_BA >= 0, num_positive)
         is_used = is_positive
     else:
@@ -104,6 +106,7 @@ def anchor_losses(
         else:
             # Zero, but with a gradient for every parameter: distributed training waits for one.
             loss = logits.sum() * 0
+        # Boxes are learned from the drawn positives alone.
         is_used = chosen & is_positive
 
     anchors = grid.boxes_A6.float()[None].expand_as(deltas)
@@ -135,7 +138,8 @@ def sample_hard_negatives(
         state_BA: 1 positive, 0 background, -1 not counted.
         hardness_BA: highest logit of each anchor.
     """
-    state, hardness = state_BA.flatten(), hardness_BA.flatten()
+    state = state_BA.flatten()
+    hardness = hardness_BA.flatten()
     positive = torch.nonzero(state > 0)[:, 0]
     negative = torch.nonzero(state == 0)[:, 0]
 
@@ -144,6 +148,7 @@ def sample_hard_negatives(
     negatives_per_positive = 1 / POSITIVE_SHARE - 1
     num_negative = min(len(negative), round(max(1, num_positive) * negatives_per_positive))
 
+    # From a pool of hard ones, so that not the same few are drawn in every step.
     pool_size = min(len(negative), num_negative * POOL)
     hardest = negative[hardness[negative].topk(pool_size).indices]
     chosen = torch.zeros_like(state, dtype=torch.bool)
@@ -208,6 +213,7 @@ def _targets(
 
     object_index = matched.clamp(min=0)
     is_ignored = objects.ignored_G.to(device)[object_index] & (matched >= 0)
+    # 1 for an object, 0 for background, -1 for an ignored object.
     state = (matched >= 0).long() - 2 * is_ignored.long()
     labels = objects.labels_G.to(device).long()[object_index]
     return state, labels, objects.boxes_G6.to(grid.boxes_A6)[object_index]

@@ -225,6 +225,7 @@ def mask_overlaps(
     # What is 0 in either map is most of an image: it is not sorted, nor copied as larger numbers.
     in_both_ZYX = (found_ZYX != 0) & (true_ZYX != 0)
     base = int(true_ZYX.max(initial=0)) + 1
+    # One number for every pair of ids.
     pair_ids = found_ZYX[in_both_ZYX].astype(np.int64) * base + true_ZYX[in_both_ZYX]
     pairs, counts = np.unique(pair_ids, return_counts=True)
     common_of_pair = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
@@ -284,6 +285,7 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
             sides_mm = sides_vox * np.array(scan.spacing_mm)
             hit = away <= (rule.value or sides_mm.max(1, initial=0.0)[None] / 2)
 
+    # On an ignored object the centre is enough, whatever the rule.
     hit = hit | (scan.ignored_G[None] & scan.centre_inside_DG)
     # A region is no object: its box may be the whole image, and means nothing.
     is_region = scan.true_classes_G == ANY_CLASS
@@ -319,6 +321,7 @@ def match_scan(
     hit = hit & is_own[None]
 
     of_class = np.flatnonzero(scan.classes_D == class_index)
+    # The highest score chooses first.
     by_score = np.argsort(-scan.scores_D[of_class], kind="stable")
     order = of_class[by_score][:max_detections]
     is_free = is_own & ~ignored

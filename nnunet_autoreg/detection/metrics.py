@@ -61,7 +61,8 @@ class Froc:
 def pool(matched: Sequence[Matched]) -> Pooled:
     """Combine the matchings of one class in all scans."""
     # An empty start, because there may be no scan.
-    scores, is_hit = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    scores = [np.zeros(0)]
+    is_hit = [np.zeros(0, dtype=bool)]
     num_counted = []
     for of_scan in matched:
         counted = ~of_scan.ignored
@@ -93,8 +94,10 @@ def average_precision(pooled: Pooled, weights_S: Floats | None = None) -> float:
     of_detection = weights[pooled.scan]
     hits = np.cumsum(of_detection * pooled.is_hit)
     misses = np.cumsum(of_detection * ~pooled.is_hit)
+    # A resample may leave out all scans up to here.
     precision = hits / np.maximum(hits + misses, 1e-12)
     best_beyond = np.maximum.accumulate(precision[::-1])[::-1]
+    # A recall that is never reached has the precision 0.
     best_beyond = np.append(best_beyond, 0.0)
     reached = np.searchsorted((hits / num_objects).astype(np.float32), RECALLS, side="left")
     return float(best_beyond[reached].mean())
@@ -112,7 +115,8 @@ def froc(pooled: Pooled, weights_S: Floats | None = None) -> Froc:
         is_last = np.append(pooled.scores[1:] != pooled.scores[:-1], True)
         last_of_score = np.flatnonzero(is_last)
 
-    num_objects, num_scans = float(weights @ pooled.objects_S), float(weights.sum())
+    num_objects = float(weights @ pooled.objects_S)
+    num_scans = float(weights.sum())
     hits = np.cumsum(of_detection * pooled.is_hit)[last_of_score]
     misses = np.cumsum(of_detection * ~pooled.is_hit)[last_of_score]
     sensitivity = hits / num_objects if num_objects else np.full(len(last_of_score), np.nan)

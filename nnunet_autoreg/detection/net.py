@@ -64,8 +64,10 @@ class Heads(nn.Module):
         self.num_classes = num_classes
         self.classifier = _head(num_channels, num_shapes * num_classes)
         self.regressor = _head(num_channels, num_shapes * 6)
+        # Levels may need deltas of different size.
         self.scales = nn.Parameter(torch.ones(num_levels))
         last: Any = self.classifier[-1]
+        # Otherwise the many background anchors would dominate the first steps.
         nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
         # Training starts from the anchors as they are: from random deltas, SGD at 1e-2 drove sides
         # to their limit, where there is no gradient.
@@ -77,7 +79,8 @@ class Heads(nn.Module):
 
         Anchors are in the order of levels, then cells (z, y, x), then shapes.
         """
-        scores, deltas = [], []
+        scores = []
+        deltas = []
         for level, features in enumerate(maps):
             scores.append(_by_anchor(self.classifier(features), self.num_classes))
             deltas.append(_by_anchor(self.regressor(features), 6) * self.scales[level])
@@ -297,7 +300,8 @@ class PrimusDetector(Detector):
         if not hasattr(stem, "stages"):
             return stem(image_BCZYX), []
         x = stem.stem(image_BCZYX)
-        inputs, stage_outputs = [x], []
+        inputs = [x]
+        stage_outputs = []
         for stage in stem.stages:
             x = stage(x)
             stage_outputs.append(x)
@@ -380,7 +384,8 @@ def stage_strides(
         patch_size: (z, y, x) voxels; a stage has at least one whole cell in it, and no cell is cut.
     """
     if family_of(class_path) == RESENC:
-        strides, total = [], (1, 1, 1)
+        strides = []
+        total = (1, 1, 1)
         for step in arguments["strides"]:
             steps = [step] * 3 if isinstance(step, int) else step
             total = as_size([t * s for t, s in zip(total, steps, strict=True)])

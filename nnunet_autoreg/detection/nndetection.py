@@ -51,6 +51,7 @@ def write_boxes(file: Path, record: ScanFile) -> None:
     """
     affine = np.array(record.affine_ras)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    # nnDetection does not know labels.
     class_index = {label: index for index, label in enumerate(sorted(record.classes.values()))}
 
     boxes = np.array([box.box_zyx for box in record.boxes], dtype=np.float32).reshape(-1, 6)

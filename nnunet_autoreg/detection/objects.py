@@ -134,7 +134,8 @@ class ObjectSource:
     def files(self, case: str) -> list[Path]:
         """Return the files that ``read`` reads for a case."""
         label = self.labels / f"{case}{self.dataset['file_ending']}"
-        instance_map, boxes = self._instance_map(case), self._boxes(case)
+        instance_map = self._instance_map(case)
+        boxes = self._boxes(case)
         if instance_map is not None:
             return [label, instance_map, self._json_of(instance_map)]
         return [label, boxes] if boxes is not None else [label]
@@ -152,7 +153,8 @@ class ObjectSource:
         label = self.labels / f"{case}{self.dataset['file_ending']}"
         array, properties = self._array(label)
         shape = as_size(array.shape)
-        instance_map, boxes = self._instance_map(case), self._boxes(case)
+        instance_map = self._instance_map(case)
+        boxes = self._boxes(case)
 
         if instance_map is not None:
             ids, _ = self._array(instance_map)
@@ -252,6 +254,7 @@ def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list
 
     Few items are done in this process: others would take longer to start than they save.
     """
+    # A process needs seconds to import torch and nnU-Net.
     workers = min(num_processes, len(items) // FEWEST_PER_PROCESS)
     if workers < 2:
         return [function(item) for item in items]
@@ -313,7 +316,9 @@ def write_box_labels(dataset: Path) -> list[str]:
         ObjectsError: an image or boxes that cannot be read, or contradict each other.
     """
     described = read_json(dataset / "dataset.json", MEND_YOURS)
-    ending, folder, labels = str(described["file_ending"]), dataset / BOXES, dataset / LABELS
+    ending = str(described["file_ending"])
+    folder = dataset / BOXES
+    labels = dataset / LABELS
     if not folder.is_dir():
         raise UsageError(
             f"{dataset} has no folder {BOXES} with <case>.json files", code="boxes-no-folder"
@@ -335,6 +340,7 @@ def write_box_labels(dataset: Path) -> list[str]:
             f'a scan without objects write {BOXES}/{bare[0]}.json with {{"boxes": []}}',
             code="boxes-missing",
         )
+    # Left behind by a run that was killed.
     for unfinished in labels.glob(TEMPORARY_FILES):
         unfinished.unlink()
     source = ObjectSource(labels, dataset, described, reader=None)

@@ -111,6 +111,7 @@ def plan_from_labels(
         for kind, sides in zip(source.classes, of_case, strict=True):
             sizes[kind.name] += sides
 
+    # A configuration with its own patch may have its own network.
     arguments = encoder.arguments if fit.arguments is None else fit.arguments
     plan = make_plan(
         dataset,

@@ -24,12 +24,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunet_autoreg.corpus.private import without_names
-from nnunet_autoreg.detection.geometry import (
-    StoredArray,
-    preprocessing_of,
-    reader_turn,
-    stored_array,
-)
+from nnunet_autoreg.detection.geometry import preprocessing_of, reader_turn, stored_array
 from nnunet_autoreg.detection.infer import (
     DEFAULT_NMS,
     Candidates,
@@ -113,7 +108,9 @@ class Model:
         device: torch.device,
         checkpoint: str = "checkpoint_final.pth",
     ):
-        self.folder, self.device, self.checkpoint = folder, device, checkpoint
+        self.folder = folder
+        self.device = device
+        self.checkpoint = checkpoint
         self.folds = _folds(folder, folds, checkpoint)
         # nnU-Net prints advice about a switch that is off here.
         with redirect_stdout(io.StringIO()):
@@ -144,6 +141,7 @@ class Model:
         assert plan is not None and isinstance(network, Detector)
         self.plan: DetectionPlan = plan
         self.network = network.to(device).eval()
+        # In evaluation mode it would give the segmentation alone.
         self.network.detect = True
 
         plans_bytes = (folder / "plans.json").read_bytes()
@@ -255,6 +253,7 @@ class Model:
 
         image = np.asarray(image, dtype=np.float32)
         if not np.isfinite(image).all():
+            # One NaN spreads over the whole scan when it is normalised.
             num_before = int((~np.isfinite(data)).sum())
             num_after = int((~np.isfinite(image)).sum())
             raise ScanError(
@@ -302,6 +301,7 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of a network's plans and weights."""
+    # Plans decide how boxes are made of the same weights.
     digest = hashlib.sha256(plans)
     for name, value in parameters.items():
         digest.update(name.encode())
@@ -440,7 +440,11 @@ def write(model: Model, found: Detected, folder: Path, options: DetectionOptions
     if found.labels_ZYX is not None:
         labels_ZYX = np.asarray(found.labels_ZYX)
         stored = stored_array(found.properties, labels_ZYX.shape)
-        boxes = _in_readers_array(_drawn(found.record, options), stored)
+        # The segmentation lies in the reader's array, the boxes of the file in the stored one.
+        boxes = []
+        for box in _drawn(found.record, options):
+            z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(box.box_zyx))
+            boxes.append(replace(box, box_zyx=(z0, y0, x0, z1, y1, x1)))
         instances = draw_instances(boxes, labels_ZYX, model.plan.classes)
     writer = model.stock.plans_manager.image_reader_writer_class()
     write_record(
@@ -462,7 +466,8 @@ def write_record(
     Args:
         writer: nnU-Net's for images of these properties.
     """
-    name, boxes = record.scan, _drawn(record, options)
+    name = record.scan
+    boxes = _drawn(record, options)
     # The JSON file is removed first: where it is, all files are there, and of one run.
     for old in (f"{name}.json", f"{name}_instances{file_ending}", f"{name}_boxes.pkl"):
         (folder / old).unlink(missing_ok=True)
@@ -477,15 +482,6 @@ def write_record(
     if options.for_nndetection:
         write_boxes(folder / f"{name}_boxes.pkl", record)
     write_scan_file(folder / f"{name}.json", record)
-
-
-def _in_readers_array(boxes: Sequence[FileBox], stored: StoredArray) -> list[FileBox]:
-    """Return the boxes of a file with their edges in the array that nnU-Net's reader gave."""
-    moved = []
-    for box in boxes:
-        z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(box.box_zyx))
-        moved.append(replace(box, box_zyx=(z0, y0, x0, z1, y1, x1)))
-    return moved
 
 
 def _drawn(record: ScanFile, options: DetectionOptions) -> list[FileBox]:

@@ -256,6 +256,7 @@ def voxels_of(box_zyx: Sequence[float], shape_vox: Size) -> tuple[slice, slice, 
     """Return the whole voxels nearest to a box, at least one on each axis."""
     slices = []
     for low, high, size in zip(box_zyx[:3], box_zyx[3:], shape_vox, strict=True):
+        # A box thinner than a voxel is still drawn.
         start = min(max(0, round(low)), size - 1)
         slices.append(slice(start, max(start + 1, min(size, round(high)))))
     return (slices[0], slices[1], slices[2])
@@ -273,6 +274,7 @@ def draw_boxes(boxes: Sequence[FileBox], shape_vox: Size, filled: bool = False) 
             region[...] = box.id
             continue
         for axis in range(3):
+            # The first and the last layer along every axis.
             faces = np.moveaxis(region, axis, 0)
             faces[0] = faces[-1] = box.id
     return drawn

@@ -150,7 +150,11 @@ def _found_scans(
         if _is_result(candidate.path, folder, output):
             continue
         if not candidate.status:
-            scans.append(_of_candidate(candidate, file_ending))
+            # The name of the folder itself is not part of the name of a result.
+            inside = candidate.id.partition("/")[2] or candidate.id
+            name = re.sub(r"[^\w.-]+", "_", inside)
+            is_ready = not candidate.part and candidate.path.name.endswith(file_ending)
+            scans.append(Scan(name, (candidate.path,) if is_ready else (), candidate))
         elif candidate.status != "duplicate":
             log.warning(
                 "left out: %s (%s: %s)",
@@ -166,14 +170,6 @@ def _found_scans(
             code="scans-none",
         )
     return scans
-
-
-def _of_candidate(candidate: Candidate, file_ending: str) -> Scan:
-    # The name of the folder itself is not part of the name of a result.
-    inside = candidate.id.partition("/")[2] or candidate.id
-    name = re.sub(r"[^\w.-]+", "_", inside)
-    is_ready = not candidate.part and candidate.path.name.endswith(file_ending)
-    return Scan(name, (candidate.path,) if is_ready else (), candidate)
 
 
 def _is_result(path: Path, folder: Path, output: Path | None) -> bool:
@@ -214,6 +210,7 @@ def _check_names(scans: Sequence[Scan], folder: Path) -> None:
     """
     known: dict[str, Scan] = {}
     for scan in scans:
+        # The first scan of a name keeps it.
         other = known.setdefault(scan.name.casefold(), scan)
         if other is not scan:
             names = f"both be called {scan.name}"
@@ -239,23 +236,20 @@ def ready(scan: Scan) -> Iterator[list[str]]:
         yield [str(file) for file in scan.files]
         return
     with TemporaryDirectory(prefix="autoreg_detect_") as folder:
+        import SimpleITK
+
+        path = scan.candidate.path
+        part = parse_part(scan.candidate.part)
+        if part.series:
+            image = _series_image(path, part)
+        elif part.member:
+            with unpacked(path, [part.member]) as members:
+                image = _file_image(members[part.member], part)
+        else:
+            image = _file_image(path, part)
         file = Path(folder) / "scan_0000.nii.gz"
-        _convert(scan.candidate, file)
+        SimpleITK.WriteImage(image, str(file))
         yield [str(file)]
-
-
-def _convert(candidate: Candidate, file: Path) -> None:
-    part = parse_part(candidate.part)
-    if part.series:
-        image = _series_image(candidate.path, part)
-    elif part.member:
-        with unpacked(candidate.path, [part.member]) as members:
-            image = _file_image(members[part.member], part)
-    else:
-        image = _file_image(candidate.path, part)
-    import SimpleITK
-
-    SimpleITK.WriteImage(image, str(file))
 
 
 def _series_image(path: Path, part: ScanPart) -> Any:
@@ -266,6 +260,7 @@ def _series_image(path: Path, part: ScanPart) -> Any:
     slices = pick_volume(stack, part)
     with quiet_stderr():
         image: Any = SimpleITK.GetImageFromArray(read_volume(path, slices))
+    # SimpleITK counts x, y, z.
     image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
     image.SetOrigin([float(v) for v in slices[0].position])
     image.SetDirection([float(v) for v in stack.direction.ravel()])

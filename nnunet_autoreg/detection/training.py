@@ -46,7 +46,8 @@ class MovingAverage:
     """
 
     def __init__(self, network: nn.Module, decay: float):
-        self.network, self.decay = network, decay
+        self.network = network
+        self.decay = decay
         self.values: list[Tensor] = []
         self.loaded: list[Tensor] | None = None
         self.reset()
@@ -152,8 +153,10 @@ class DetectionLoss:
         regions: Sequence[Region] | None,
         ignore_label: int | None,
     ):
-        self.plan, self.segmentation = plan, segmentation
-        self.regions, self.ignore_label = regions, ignore_label
+        self.plan = plan
+        self.segmentation = segmentation
+        self.regions = regions
+        self.ignore_label = ignore_label
         self.grids: dict[tuple[Size, ...], AnchorGrid] = {}
 
     def grid(self, output: Output) -> AnchorGrid:
@@ -238,6 +241,7 @@ class DetectionLoss:
 
 
 def _is_in(labels: Tensor, region: Region) -> Tensor:
+    # A region may be a single label.
     values = [region] if isinstance(region, int) else list(region)
     return torch.isin(labels, torch.tensor(values, dtype=labels.dtype, device=labels.device))
 
@@ -308,6 +312,7 @@ def without_decay_on_norms(
 
     Of two groups with one rate the decayed one comes first.
     """
+    # Parameters are compared by identity: groups hold no names.
     decayed = {id(p) for name, p in network.named_parameters() if is_decayed(name, p)}
     split = []
     for group in groups:
@@ -361,6 +366,8 @@ def mean_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:
     sums = {}
     for name in ("tp_hard", "fp_hard", "fn_hard"):
         sums[name] = np.sum([output[name] for output in outputs], 0).astype(np.float64)
-    tp, fp, fn = sums["tp_hard"], sums["fp_hard"], sums["fn_hard"]
+    tp = sums["tp_hard"]
+    fp = sums["fp_hard"]
+    fn = sums["fn_hard"]
     with np.errstate(invalid="ignore"):
         return [float(v) for v in 2 * tp / (2 * tp + fp + fn)]

@@ -83,7 +83,8 @@ def in_original(
     """
     boxes = geometry.to_original(found.boxes_N6.numpy().astype(np.float64).reshape(-1, 6))
     limit = np.array([*shape_vox, *shape_vox], dtype=np.float64)
-    scores, labels = found.scores_N.tolist(), found.labels_N.tolist()
+    scores = found.scores_N.tolist()
+    labels = found.labels_N.tolist()
     votes = found.votes_N.tolist()
 
     detections = []
@@ -136,6 +137,7 @@ def validate_cases(
     for case in cases:
         data, _, _, properties = stock.load_case(case)
         image = torch.from_numpy(np.asarray(data[:], dtype=np.float32))  # (C, Z, Y, X)
+        # The network runs once; the overlaps are tried on its candidates.
         candidates, _ = detector.candidates(image)
         true = source.read(case)
         geometry = preprocessing_of(properties, as_size(image.shape[1:]), transpose_backward)
@@ -164,7 +166,8 @@ def validate_cases(
         _write_candidates(folder / f"{case}_candidates.npz", candidates)
         result = ValidatedCase(by_iou)
         validated.append(result)
-        num_objects, num_boxes = len(true.instances.objects), len(result.usual.boxes_D6)
+        num_objects = len(true.instances.objects)
+        num_boxes = len(result.usual.boxes_D6)
         log.info("%s: %d objects, %d boxes", case, num_objects, num_boxes)
     return validated
 
@@ -316,6 +319,7 @@ def score_thresholds(
                     validated_with,
                     num_mirrorings,
                 )
+            # A fold weighs as much as it has scans.
             num_scans = int(summary["scans"]["number"])
             for name in classes:
                 curve = _curve(summary, name)

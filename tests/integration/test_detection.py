@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
+from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
 
 pytestmark = pytest.mark.integration
@@ -131,38 +133,45 @@ def test_the_planner_writes_the_detection_block_that_dataset_json_asks_for(proje
     block = json.loads(plans_file(project).read_text())["configurations"]["3d_fullres"][
         "autoreg_detection"
     ]
+
     assert [c["name"] for c in block["classes"]] == ["solid", "holed"]
     assert (
         block["has_masks"] and block["anchors"]["mean_iou"] >= 0.7 and block["head_channels"] == 64
     )
 
 
-def test_training_leaves_boxes_scores_and_checkpoints_and_val_reproduces_them(
+def test_training_writes_boxes_and_scores_and_val_reproduces_them(
     project: Path, finished: Any
 ) -> None:
     folder = fold_folder(project)
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
+
     assert summary["scans"]["number"] == 2 and "0.1" in summary["ap"] and summary["sweep"]["tried"]
+
     for case in summary["scans"]["names"]:
         assert (
             json.loads((folder / "validation_detection" / f"{case}.json").read_text())["shape_zyx"]
             == [SIDE] * 3
         )
         assert (folder / "validation" / f"{case}.nii.gz").is_file()
+
     assert len(finished.logger.local_logger.my_fantastic_logging["det_map"]) == 2
+
     (folder / "validation_detection" / "summary_detection.json").unlink()
     trained(only_validation=True)
     again = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
+
     assert again == summary
 
 
-def test_a_checkpoint_holds_the_average_and_the_weights_that_training_continues_from(
+def test_a_checkpoint_holds_the_average_and_the_weights_of_training(
     project: Path, finished: Any
 ) -> None:
     saved = torch.load(fold_folder(project) / "checkpoint_final.pth", weights_only=False)
     names = [name for name, _ in finished.unwrapped().named_parameters()]
     own = saved["optimizer_state"]["autoreg_training_weights"]
     network = finished.unwrapped()
+
     assert all(torch.equal(value, p) for value, p in zip(own, network.parameters(), strict=True))
     assert any(
         not torch.equal(saved["network_weights"][name], value)
@@ -181,7 +190,9 @@ def test_a_stopped_training_continues_with_its_own_weights(project: Path, finish
         NAME, "3d_fullres", 0, "AutoregDetectionTrainer", "AutoregPlans", True, CPU
     )
     maybe_load_checkpoint(made, True, False)
+
     assert made.current_epoch == 2
+
     for a, b in zip(made.unwrapped().parameters(), finished.unwrapped().parameters(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(made.average.values, finished.average.values, strict=True):
@@ -203,6 +214,7 @@ def test_stock_prediction_gives_the_auxiliary_segmentation(
         np.zeros((1, SIDE, SIDE, SIDE), np.float32) + np.eye(SIDE, dtype=np.float32),
         {"spacing": [1.0, 1.0, 1.0]},
     )
+
     assert segmentation.shape == (SIDE, SIDE, SIDE)
 
 
@@ -210,11 +222,12 @@ def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(
     project: Path, finished: Any
 ) -> None:
     log = "".join(file.read_text() for file in fold_folder(project).glob("training_log_*.txt"))
+
     assert "100.0 % of the encoder's parameters come from the file" in log
     assert "decoder, detection (random)" in log
 
 
-def test_a_folder_of_scans_becomes_boxes_in_files_and_the_same_line_goes_on(
+def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
     project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import SimpleITK
@@ -228,25 +241,31 @@ def test_a_folder_of_scans_becomes_boxes_in_files_and_the_same_line_goes_on(
         name = f"toy_{number:02}_0000.nii.gz"
         (scans / name).symlink_to(project / "nnUNet_raw" / NAME / "imagesTr" / name)
     line = ["-d", "902", "-i", str(scans), "-o", str(tmp_path / "out"), "--device", "cpu", "--csv"]
+
     assert main(line) == 0
+
     found = json.loads((tmp_path / "out" / "toy_00.json").read_text())
+
     assert (
         found["shape_zyx"] == [SIDE] * 3
         and found["classes"] == {"solid": 1, "holed": 2}
         and found["model"]["folds"] == ["0"]
     )
+
     for kind in ("boxes", "instances"):
         image = SimpleITK.ReadImage(str(tmp_path / "out" / f"toy_00_{kind}.nii.gz"))
         assert image.GetSize() == (SIDE,) * 3
+
     assert (tmp_path / "out" / "toy_01.mrk.json").is_file() and (
         tmp_path / "out" / "detections.csv"
     ).is_file()
-    assert main(line) == 0 and "2 of 2 scans were done before" in capsys.readouterr().out
-    assert (
-        main([*line, "--min-score", "0.9"]) == 2 and "with other options" in capsys.readouterr().err
-    )
+    assert main(line) == 0 and "2 of 2" in capsys.readouterr().out
+    with refused(UsageError, "detect-other-results", "toy_00.json", "settings.min_score: "):
+        main.__wrapped__([*line, "--min-score", "0.9"])
     assert main([*line, "--fppi", "1", "--overwrite"]) == 0
+
     labels = project / "nnUNet_raw" / NAME / "labelsTr"
+
     assert (
         evaluate(
             ["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")]
@@ -259,28 +278,17 @@ def test_a_folder_of_scans_becomes_boxes_in_files_and_the_same_line_goes_on(
     ]
 
 
-def test_detection_asks_for_what_is_missing_in_one_line(
-    project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_wrong_models_and_scans_are_refused_with_a_remedy(
+    project: Path, finished: Any, tmp_path: Path
 ) -> None:
     from nnunet_autoreg.cli.detect import main
 
-    for changes, said in [
-        (["-f", "3"], "-f 3: not finished"),
-        (["-tr", "AutoregDetectionScratchTrainer"], "there is no trained model"),
-        (["-d", "903"], "has no trained dataset of that number"),
-        (["-i", str(tmp_path / "no")], "does not exist"),
+    line = ["-d", "902", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    for changes, code, value in [
+        (["-f", "3"], "detect-fold-unfinished", "-f 3"),
+        (["-tr", "AutoregDetectionScratchTrainer"], "detect-no-model", "AutoregDetectionTrainer"),
+        (["-d", "903"], "detect-dataset-unknown", NAME),
+        (["-i", str(tmp_path / "no")], "scans-no-folder", tmp_path / "no"),
     ]:
-        line = [
-            "-d",
-            "902",
-            "-i",
-            str(tmp_path),
-            "-o",
-            str(tmp_path / "out"),
-            "--device",
-            "cpu",
-            *changes,
-        ]
-        assert main(line) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said in error
+        with refused(UsageError, code, value):
+            main.__wrapped__([*line, *changes])

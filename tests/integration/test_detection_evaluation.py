@@ -48,6 +48,7 @@ def test_the_objects_of_real_label_maps_score_1_and_lie_in_their_lesions(shared_
                 [(x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2, (z0 + z1 - 1) / 2], abs=1e-3
             )
             assert np.any(array[int(z0) : int(z1), int(y0) : int(y1), int(x0) : int(x1)])
+
     # As counted in the description of the data.
     assert counted == OBJECTS
     assert (
@@ -65,7 +66,9 @@ def test_the_objects_of_real_label_maps_score_1_and_lie_in_their_lesions(shared_
         )
         == 0
     )
+
     scores = json.loads((tmp_path / "s.json").read_text())
+
     assert (
         scores["ap"]["0.1"]["mean"]
         == scores["ap"]["0.5"]["mean"]

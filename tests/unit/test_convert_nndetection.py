@@ -39,19 +39,25 @@ def task(tmp_path, monkeypatch):
 
 def test_classes_from_0_become_labels_from_1_and_instances_stay_apart(task, tmp_path, capsys):
     assert main(["-i", str(task), "-d", "16"]) == 0
+
     made = tmp_path / "raw" / "Dataset016_Luna"
     dataset = json.loads((made / "dataset.json").read_text())
+
     assert (
         dataset["labels"] == {"background": 0, "benign": 1, "malign": 2}
         and dataset["numTraining"] == 2
     )
+
     labels, frame = read_array(made / "labelsTr" / "a.nii.gz")
+
     assert (
         labels[1, 2, 3:6].tolist() == [2, 2, 1]
         and labels.dtype == np.uint8
         and frame.spacing_mm == (3, 2, 1)
     )
+
     ids, _ = read_array(made / "instancesTr" / "a.nii.gz")
+
     assert ids[1, 2, 3:6].tolist() == [1, 1, 300]
     assert labels_of_instances(made / "instancesTr" / "a.json") == {1: 2, 300: 1}
     assert sorted(p.name for p in (made / "imagesTr").iterdir()) == [
@@ -69,8 +75,11 @@ def test_test_images_need_no_maps_and_training_images_do(task, tmp_path, caplog)
             (raw / "imagesTr" / "a_0000.nii.gz").read_bytes()
         )
     (raw / "labelsTr" / "._a.nii.gz").write_bytes(b"x")
+
     assert main(["-i", str(task), "-d", "16"]) == 0
+
     made = tmp_path / "raw" / "Dataset016_Luna"
+
     assert [p.name for p in (made / "imagesTs").iterdir()] == ["t_0000.nii.gz"] and not (
         made / "labelsTs"
     ).exists()
@@ -91,6 +100,7 @@ def test_an_error_is_one_line_and_an_exit_code(task, capsys):
     assert main(["-i", str(task), "-d", "0"]) == 2
 
     lines = capsys.readouterr().err.strip().splitlines()
+
     assert len(lines) == 1 and lines[0].startswith("autoreg_convert_nndetection: ")
     assert "-d 0" in lines[0]
 
@@ -115,7 +125,9 @@ def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path):
     (labels / "a.nii.gz").write_bytes(whole)
     (task / "raw_splitted" / "imagesTr" / "a_0000.nii.gz").unlink()
     fails(ObjectsError, "convert-no-image", ["a_0000.nii.gz"], *line)
+
     assert list(raw.iterdir()) == []
+
     (raw / "Dataset016_Other").mkdir()
     fails(UsageError, "convert-number-used", ["-d 16", "Dataset016_Other"], *line)
     (task / "dataset.json").write_text("{}")

@@ -95,15 +95,20 @@ def test_the_same_line_goes_on_and_every_file_is_there(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+
     assert run("--csv") == 0
+
     (out / "b.json").unlink()
     before = (out / "a.json").stat().st_mtime_ns
     capsys.readouterr()
+
     assert run("--csv", "--nndet") == 0
 
     printed = capsys.readouterr().out
+
     assert "1 of 2" in printed and "b: " in printed and "a: " not in printed
     assert (out / "a.json").stat().st_mtime_ns == before and (out / "a_boxes.pkl").is_file()
+
     with (out / "detections.csv").open(newline="") as handle:
         assert {row["seriesuid"] for row in csv.DictReader(handle)} == {"a", "b"}
 
@@ -112,18 +117,24 @@ def test_results_of_another_model_are_not_gone_on_with(
     run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run() == 0
+
     model = found(tmp_path / "out")["model"]
+
     assert model["checkpoint"] == "checkpoint_final.pth" and list(model["sha256"]) == ["0"]
+
     shutil.copy(
         results / "fold_0" / "checkpoint_final.pth", results / "fold_0" / "checkpoint_best.pth"
     )
     change = "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
+
     with refused(UsageError, "detect-other-results", "a.json", change):
         run("--checkpoint", "checkpoint_best.pth", raises=True)
     assert run("--checkpoint", "checkpoint_best.pth") == 2
     assert change in capsys.readouterr().err
+
     # Retrained, under the old name.
     write_checkpoint(results, "0", seed=7)
+
     with refused(UsageError, "detect-other-results", "a.json", "model.sha256.0: "):
         run(raises=True)
     assert run("--overwrite") == 0 and found(tmp_path / "out")["model"]["sha256"] != model["sha256"]
@@ -133,16 +144,20 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run() == 0
+
     write_scan(tmp_path / "other" / "a_0000.nii.gz", seed=5)
+
     with refused(UsageError, "detect-other-results", "a.json", "(inputs: ", "--overwrite"):
         run("-i", str(tmp_path / "other"), raises=True)
 
     os.utime(tmp_path / "in" / "b_0000.nii.gz", (1, 1))
+
     with refused(UsageError, "detect-other-results", "b.json", "(inputs: "):
         run(raises=True)
 
     (tmp_path / "out" / "b.json").unlink()
     capsys.readouterr()
+
     assert run() == 0 and "1 of 2" in capsys.readouterr().out
 
 
@@ -150,21 +165,30 @@ def test_what_is_to_be_drawn_in_another_way_is_done_again(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+
     assert run("--no-instances", "--max-boxes", "3") == 0
+
     frames, boxes = drawn(out / "a_boxes.nii.gz"), found(out)["boxes"]
+
     assert not (out / "a_instances.nii.gz").exists()
     assert run("--max-boxes", "3") == 0
     assert (out / "a_instances.nii.gz").is_file()
     assert run("--max-boxes", "3", "--filled") == 0 and found(out)["boxes"] == boxes
+
     filled = drawn(out / "a_boxes.nii.gz")
+
     assert (filled > 0).sum() > (frames > 0).sum()
+
     # The middle of the best box is empty in frames.
     middle = tuple(
         int((low + high) / 2)
         for low, high in zip(boxes[0]["box_zyx"][:3], boxes[0]["box_zyx"][3:], strict=True)
     )
+
     assert filled[middle] == 1 and frames[middle] != 1
+
     capsys.readouterr()
+
     # A segmentation more than was asked for does no harm.
     assert run("--max-boxes", "3", "--filled", "--no-instances") == 0
     assert "2 of 2" in capsys.readouterr().out
@@ -174,12 +198,15 @@ def test_a_run_that_is_cut_off_leaves_no_files_of_the_run_before(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
+
     assert run("--nndet") == 0
+
     # Everything but the JSON is written, then the power fails.
     monkeypatch.setattr(
         "nnunet_autoreg.detection.predict.write_scan_file",
         lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
+
     assert run("--overwrite", "--no-instances") == 130
     assert {f.name for f in out.iterdir() if f.name.startswith("a")} == {
         "a_boxes.nii.gz",
@@ -201,6 +228,7 @@ def test_folds_and_mirrorings_are_members_of_the_ensemble(run: Run, tmp_path: Pa
         assert record["model"]["folds"] == line[1:3] if name == "two" else ["0"]
         assert record["settings"]["mirrorings"] == (8 if name == "tta" else 1)
         assert len(record["boxes"]) == len(votes[name]) > 10
+
     # Boxes of one member overlap by an IoU of at most 0.1, so that hardly two of them are merged.
     assert set(votes["one"]) == {1} and 2 in votes["two"] and max(votes["tta"]) >= 4
 
@@ -211,15 +239,22 @@ def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
     shutil.copy(
         results / "fold_0" / "checkpoint_final.pth", results / "fold_1" / "checkpoint_final.pth"
     )
+
     assert run("-f", "0", "--max-boxes", "5") == 0
+
     one = found(tmp_path / "out")
+
     assert run("-f", "0", "1", "--max-boxes", "5", "--overwrite") == 0
+
     two = found(tmp_path / "out")
+
     assert [b["votes"] for b in two["boxes"]] == [2] * 5
+
     for a, b in zip(one["boxes"], two["boxes"], strict=True):
         assert b["score"] == pytest.approx(a["score"], abs=1e-5) and b["box_zyx"] == pytest.approx(
             a["box_zyx"], abs=1e-3
         )
+
     # Two networks of the same mind have one segmentation.
     assert (drawn(tmp_path / "out" / "a_instances.nii.gz") > 0).any()
 
@@ -229,14 +264,17 @@ def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
 ) -> None:
     write_checkpoint(results, "all", seed=3)
     line = ["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
+
     assert main(line) == 0 and found(tmp_path / "out")["model"]["folds"] == ["0", "1"]
     assert run("-f", "all", "--overwrite") == 0 and found(tmp_path / "out")["model"]["folds"] == [
         "all"
     ]
     with refused(UsageError, "fppi-fold-all", "--min-score"):
         run("-f", "all", "--fppi", "1", "--overwrite", raises=True)
+
     for fold in ("0", "1"):
         shutil.rmtree(results / f"fold_{fold}")
+
     with refused(UsageError, "detect-fold-all-only", results, "-f all"):
         main.__wrapped__(line)
 
@@ -254,8 +292,11 @@ def test_false_positives_per_scan_become_scores(
     (results / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
         json.dumps(summary)
     )
+
     assert run("--fppi", "1") == 0 and not caplog.text
+
     record = found(tmp_path / "out")
+
     assert (
         record["settings"]["min_score"] == {"solid": 0.55, "holed": 0.55}
         and min(b["score"] for b in record["boxes"]) >= 0.55
@@ -266,15 +307,20 @@ def test_false_positives_per_scan_become_scores(
 
 def test_the_number_of_boxes_can_be_chosen(run: Run, tmp_path: Path) -> None:
     assert run() == 0
+
     every = found(tmp_path / "out")["boxes"]
+
     assert run("--max-boxes", "7", "--overwrite") == 0
+
     fewer = found(tmp_path / "out")["boxes"]
+
     assert len(every) > 7 == len(fewer) and {str(b["box_zyx"]) for b in fewer} <= {
         str(b["box_zyx"]) for b in every
     }
     # A wider overlap leaves more than 100, and one tile may give them all.
     assert run("--max-boxes", "1000", "--nms-iou", "0.55", "--overwrite") == 0
     assert len(found(tmp_path / "out")["boxes"]) > 100
+
     for number in ("0", "1001"):
         with refused(UsageError, "detect-max-boxes", f"--max-boxes {number}", 1000):
             run("--max-boxes", number, raises=True)
@@ -306,9 +352,12 @@ def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
     take_nrrd(results)
     write_scan(tmp_path / "in" / "a_0000.nrrd")
     write_scan(tmp_path / "in" / "b_0000.nrrd", voxel=value)
+
     assert run() == 1
+
     # Normalising by mean and spread makes every voxel one that is none.
     number = np.prod(SHAPE)
+
     assert logged(caplog, "b is", "(nonfinite)", f"1 of {number}", f" {number} of")
     assert not (tmp_path / "out" / "b.json").exists() and found(tmp_path / "out")["boxes"]
 
@@ -317,6 +366,7 @@ def test_a_network_whose_scores_are_no_numbers_stops_the_run(
     run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(results, "0", seed=0, damaged=True)
+
     with refused(WeightsError, "detection-not-finite", "checkpoint_best.pth"):
         run(raises=True)
     assert run() == 1
@@ -341,6 +391,7 @@ def test_boxes_that_are_no_numbers_stop_too() -> None:
 
     network: Any = Diverged()
     detector = ScanDetector(network, ANCHORS, (8, 8, 8), torch.device("cpu"))
+
     with refused(WeightsError, "detection-not-finite"):
         detector.candidates(torch.zeros(1, 8, 8, 8))
 
@@ -360,6 +411,7 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
     write_scan(scans / "thin_0000.nrrd", spacing=(1e-3, 1.0, 1.0))
     whole = (scans / "a_0000.nrrd").read_bytes()
     (scans / "cut_0000.nrrd").write_bytes(whole[: len(whole) // 2])
+
     assert run() == 1
 
     for values in (
@@ -370,6 +422,7 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
         ("thin is", "(spacing)", "16 x 20 x 24", "1, 1, 0.001 mm"),
     ):
         assert logged(caplog, *values)
+
     # Folders may be called as patients are.
     assert not logged(caplog, str(tmp_path / "in"))
     assert [f.name for f in (tmp_path / "out").glob("*.json") if ".mrk" not in f.name] == ["a.json"]
@@ -448,6 +501,7 @@ def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: 
         )
     record = make_scan_file("s", frame, boxes, {"solid": 1})
     write_scan_file(tmp_path / "s.json", record)
+
     assert len(read_scan_file(tmp_path / "s.json").boxes) == 400
 
 
@@ -474,5 +528,6 @@ def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
         assert finish(request, DetectionOptions(), names, number) == 0
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+
     assert (tmp_path / "detections.csv").read_text().count("solid") == 30 * 50
     assert peaks[1] < 1.5 * peaks[0]

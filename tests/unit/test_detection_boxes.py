@@ -35,6 +35,7 @@ def test_iou_counts_voxels_of_half_open_boxes():
     others = torch.tensor(
         [[1.0, 0, 0, 3, 2, 2], [2.0, 0, 0, 4, 2, 2], [0.0, 0, 0, 2, 2, 2], [0.0, 0, 0, 0, 2, 2]]
     )
+
     assert bx.iou(CUBE, others)[0].tolist() == pytest.approx([4 / 12, 0, 1, 0])
     assert bx.iou(others[3:], others[3:]).item() == 0
     assert bx.pair_iou(CUBE.expand(4, -1), others).tolist() == pytest.approx([4 / 12, 0, 1, 0])
@@ -46,12 +47,14 @@ def test_iou_counts_voxels_of_half_open_boxes():
 
 def test_half_precision_boxes_are_measured_in_float32():
     large = torch.tensor([[0.0, 0, 0, 300, 300, 300]]).half()
+
     assert bx.volumes(large).item() == 300**3 and bx.iou(large, large).item() == 1
 
 
 def test_iou_and_giou_equal_monais():
     oracle = pytest.importorskip("monai.data.box_utils", reason=WHY_MONAI)
     a, b = some_boxes(80, 1), some_boxes(80, 2)
+
     assert (bx.iou(a, b) - oracle.box_iou(a, b)).abs().max() < 1e-6
     assert (bx.pair_giou(a, b) - oracle.box_pair_giou(a, b)).abs().max() < 1e-6
 
@@ -60,9 +63,12 @@ def test_deltas_decode_to_the_boxes_they_were_made_of():
     boxes, anchors = some_boxes(50, 3), some_boxes(50, 4)
     anchors[:, 3:] += 2
     boxes[:, 3:] += 2
+
     assert (bx.decode(bx.encode(boxes, anchors), anchors) - boxes).abs().max() < 1e-4
+
     anchor = torch.tensor([[0.0, 0, 0, 4, 8, 2]])
     code = bx.encode(torch.tensor([[2.0, 0, 0, 6, 16, 2]]), anchor)[0]
+
     assert code.tolist() == pytest.approx([0.5, 0.5, 0, 0, np.log(2), 0])
     assert torch.isfinite(bx.decode(torch.full((1, 6), 1e4), anchor)).all()
 
@@ -80,6 +86,7 @@ def test_nms_keeps_what_the_definition_keeps_over_several_blocks():
         some_boxes(300, 5, extent=30),
         torch.rand(300, generator=torch.Generator().manual_seed(0)),
     )
+
     assert bx.nms(boxes, scores, 0.2).tolist() == plain_nms(boxes, scores, 0.2)
     assert bx.nms(boxes, scores, 0.2, max_kept=3).tolist() == plain_nms(boxes, scores, 0.2)[:3]
     assert bx.nms(boxes[:0], scores[:0], 0.2).tolist() == []
@@ -87,6 +94,7 @@ def test_nms_keeps_what_the_definition_keeps_over_several_blocks():
 
 def test_labels_keep_boxes_from_suppressing_each_other():
     boxes = CUBE.repeat(3, 1)
+
     assert bx.nms(boxes, torch.tensor([0.1, 0.9, 0.5]), 0.5, torch.tensor([0, 1, 0])).tolist() == [
         1,
         2,
@@ -105,6 +113,7 @@ def test_nms_of_5000_boxes_compares_each_pair_once_in_a_few_large_steps(monkeypa
         return plain(a, b)
 
     monkeypatch.setattr(bx, "iou", counted)
+
     assert len(bx.nms(boxes, scores, 0.5)) > 4000
     assert len(pairs) == 2 * -(-5000 // bx.BLOCK) and sum(pairs) < 0.55 * 5000**2
 
@@ -115,6 +124,7 @@ def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
     merged, score, labels, votes = bx.cluster(
         boxes, scores, torch.zeros(3, dtype=torch.long), 0.4, expected_N=torch.full((3,), 3.0)
     )
+
     # First cluster: weights 1 and IoU 1/2, votes .8 and .2; one of three is missing: 1.0 / (1.5 +
     # 0.75).
     assert votes.tolist() == [2, 1] and labels.tolist() == [0, 0]
@@ -125,6 +135,7 @@ def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
 def test_clusters_do_not_mix_labels_and_may_be_empty():
     boxes = CUBE.repeat(2, 1)
     _, score, labels, votes = bx.cluster(boxes, torch.tensor([0.2, 0.7]), torch.tensor([3, 1]), 0.1)
+
     assert (
         labels.tolist() == [1, 3]
         and score.tolist() == pytest.approx([0.7, 0.2])
@@ -154,6 +165,7 @@ def test_levels_start_at_stride_4_and_at_2_for_small_objects_only():
 
 def test_one_shape_is_enough_for_objects_of_one_shape_on_two_levels():
     plan = plan_anchors({"a": [(16, 16, 16)] * 5, "b": [(32, 32, 32)] * 5}, STRIDES)
+
     assert (
         plan.shapes_vox == ((16.0, 16.0, 16.0),)
         and plan.mean_iou == 1.0
@@ -169,15 +181,19 @@ def test_shapes_are_as_few_as_reach_the_mean_iou_and_the_same_every_time():
         plan_anchors({"x": sizes.tolist()}, STRIDES),
         plan_anchors({"x": sizes.tolist()}, STRIDES),
     )
+
     assert plan == again and plan.mean_iou >= 0.7 and 1 < plan.num_shapes <= 12
+
     # One shape for all of them is not enough.
     middle = np.exp(np.log(sizes).mean(0))
     common = np.minimum(sizes, middle).prod(1)
+
     assert (common / (sizes.prod(1) + middle.prod() - common)).mean() < 0.7
 
 
 def test_objects_out_of_reach_are_warned_about_with_their_share(caplog):
     plan = plan_anchors({"big": [(12, 12, 12)] * 30, "speck": [(1, 1, 1)] * 2}, STRIDES[2:])
+
     assert plan.unreachable == {"big": 0.0, "speck": 1.0}
     assert logged(caplog, "100.0 %", "'speck'") and not logged(caplog, "'big'")
 
@@ -199,6 +215,7 @@ def plan_of(shapes, strides=((4, 4, 4), (8, 8, 8))):
 
 def test_anchors_lie_level_by_level_cell_by_cell_around_the_cells_centres():
     grid = lay_out(plan_of(((4, 4, 4), (2, 2, 8))), [(2, 2, 3), (1, 1, 2)])
+
     assert grid.boxes_A6.shape == ((12 + 2) * 2, 6)
     assert grid.boxes_A6[0].tolist() == [0, 0, 0, 4, 4, 4]
     assert grid.boxes_A6[3].tolist() == [1, 1, 2, 3, 3, 10]
@@ -208,6 +225,7 @@ def test_anchors_lie_level_by_level_cell_by_cell_around_the_cells_centres():
 def test_an_object_gets_the_anchors_that_overlap_it_most():
     grid = lay_out(plan_of(((4, 4, 4),), ((4, 4, 4),)), [(4, 4, 4)])
     matched = match(torch.tensor([[4.0, 4, 4, 8, 8, 8]]), grid)
+
     assert (matched >= 0).nonzero().tolist() == [[1 * 16 + 1 * 4 + 1]]
     assert match(torch.zeros(0, 6), grid).tolist() == [-1] * 64
 
@@ -215,6 +233,7 @@ def test_an_object_gets_the_anchors_that_overlap_it_most():
 def test_an_object_that_touches_no_candidate_still_gets_one():
     grid = lay_out(plan_of(((1, 1, 1),), ((4, 4, 4),)), [(2, 2, 2)])
     matched = match(torch.tensor([[0.0, 0, 0, 0.5, 0.5, 0.5]]), grid)
+
     assert matched.tolist() == [0] + [-1] * 7
 
 
@@ -223,6 +242,7 @@ def test_an_anchor_wanted_twice_goes_to_the_object_it_overlaps_most():
     # The anchor of cell (1, 1, 1) is the second object and has IoU 3/4 with the first, whose next
     # best is that of (1, 1, 0).
     matched = match(torch.tensor([[2.0, 2, 2, 10, 10, 8], [2.0, 2, 2, 10, 10, 10]]), grid)
+
     assert matched[21] == 1 and matched[20] == 0 and (matched >= 0).sum() == 2
 
 
@@ -244,6 +264,7 @@ def test_atss_positives_contain_monais(centre_inside):
         ours = match(objects, grid, centre_inside=centre_inside)
         theirs_all += int((theirs >= 0).sum())
         common += int(((theirs >= 0) & (ours == theirs)).sum())
+
     assert theirs_all > 100 and common >= 0.999 * theirs_all
 
 
@@ -267,6 +288,7 @@ def test_a_batch_without_objects_has_a_loss_and_all_gradients(classification):
     logits, deltas = batch([NOTHING, NOTHING], GRID)
     loss = anchor_losses(logits, deltas, GRID, [NOTHING, NOTHING], classification=classification)
     (loss.classification + loss.regression).backward()
+
     assert loss.num_positive == 0 and loss.regression.item() == 0 and loss.classification.item() > 0
     assert deltas.grad.abs().max() == 0 and logits.grad.abs().max() > 0
 
@@ -275,12 +297,15 @@ def test_a_perfect_detector_has_no_loss_and_a_wrong_class_costs():
     logits, deltas = torch.full((1, 64, 2), -30.0), torch.zeros(1, 64, 6)
     logits[0, 21, 1] = 30.0
     right = anchor_losses(logits, deltas, GRID, [ONE])
+
     assert (
         right.num_positive == 1
         and right.classification.item() < 1e-6
         and right.regression.item() == pytest.approx(0, abs=1e-6)
     )
+
     wrong = anchor_losses(logits.flip(-1), deltas, GRID, [ONE])
+
     # One positive and two negatives with two classes each; both entries of the positive are wrong
     # by 30.
     assert wrong.classification.item() == pytest.approx(60 / 6)
@@ -291,6 +316,7 @@ def test_an_ignored_object_is_neither_found_nor_background():
     logits = torch.full((1, 64, 2), -30.0)
     logits[0, 21] = 30.0
     deltas = torch.zeros(1, 64, 6)
+
     # Focal: it takes every anchor, and not a drawn few.
     assert (
         anchor_losses(logits, deltas, GRID, [ignored], classification="focal").classification.item()
@@ -309,10 +335,13 @@ def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
     hardness = torch.zeros(2, 1000)
     hardness[1, :130] = 1.0
     chosen = sample_hard_negatives(state, hardness, torch.Generator().manual_seed(0))
+
     assert chosen[0, :3].all() and chosen.sum() == 3 + 6
     # The pool of 6 x 20 hardest lies in the second image; its left-out anchor is never drawn.
     assert chosen[1, :130].sum() == 6 and not chosen[1, 5]
+
     many = torch.ones(2, 100, dtype=torch.long)
+
     assert sample_hard_negatives(many, torch.zeros(2, 100)).sum() == 21
     assert (
         sample_hard_negatives(torch.zeros(1, 50, dtype=torch.long), torch.zeros(1, 50)).sum() == 2
@@ -321,11 +350,14 @@ def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
 
 def test_focal_loss_and_box_loss_by_hand():
     logits, target = torch.zeros(1, 2, 1), torch.tensor([[[1.0], [0.0]]])
+
     # ln 2 x 0.5 x (0.75 + 0.25), over one positive.
     assert focal(logits, target, torch.ones(1, 2, dtype=torch.bool), 1).item() == pytest.approx(
         np.log(2) / 2
     )
+
     anchors, wanted = CUBE[None], torch.tensor([[[1.0, 0, 0, 3, 2, 2]]])
+
     assert box_loss(
         torch.zeros(1, 1, 6), anchors, wanted, torch.ones(1, 1, dtype=torch.bool)
     ).item() == pytest.approx(2 / 3)
@@ -334,6 +366,7 @@ def test_focal_loss_and_box_loss_by_hand():
 def test_half_precision_outputs_give_a_float32_loss():
     logits, deltas = batch([ONE], GRID)
     loss = anchor_losses(logits.half(), deltas.half(), GRID, [ONE])
+
     assert loss.classification.dtype == loss.regression.dtype == torch.float32
     with refused(PlanError, "detection-classification-loss", "focl", "focal"):
         anchor_losses(logits, deltas, GRID, [ONE], classification="focl")
@@ -343,6 +376,7 @@ def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice():
     logits = torch.zeros(2, 2, 4, 4, 4)
     target = torch.zeros(2, 1, 4, 4, 4)
     target[0, 0, :2] = 1
+
     # Half of 128 voxels' probability 0.5 against 32 voxels: Dice = 2 x 16 / (64 + 32), negated by
     # nnU-Net.
     assert segmentation_loss()(logits, target).item() == pytest.approx(
@@ -354,7 +388,9 @@ def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_matches_and_scores_as_the_cpu_does():
     boxes, scores = some_boxes(500, 7), torch.rand(500, generator=torch.Generator().manual_seed(2))
+
     assert bx.nms(boxes.cuda(), scores.cuda(), 0.3).tolist() == bx.nms(boxes, scores, 0.3).tolist()
+
     plan = plan_of(((7, 8, 9), (12, 20, 11)))
     here, there = (lay_out(plan, [(10, 10, 10), (5, 5, 5)], device) for device in ("cpu", "cuda"))
     objects = PatchObjects(
@@ -362,7 +398,9 @@ def test_a_gpu_matches_and_scores_as_the_cpu_does():
         torch.tensor([0, 1, 0, 1, 0, 1]),
         torch.tensor([False] * 5 + [True]),
     )
+
     assert match(objects.boxes_G6.cuda(), there).tolist() == match(objects.boxes_G6, here).tolist()
+
     logits, deltas = batch([objects, NOTHING], here)
     losses = [
         anchor_losses(
@@ -374,6 +412,7 @@ def test_a_gpu_matches_and_scores_as_the_cpu_does():
         )
         for d, grid in (("cpu", here), ("cuda", there))
     ]
+
     assert losses[0].regression.item() == pytest.approx(losses[1].regression.item(), rel=1e-4)
     assert losses[0].classification.item() == pytest.approx(
         losses[1].classification.item(), rel=1e-4

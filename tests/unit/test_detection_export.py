@@ -39,12 +39,15 @@ def record() -> Any:
 
 def test_frames_are_one_voxel_thick_and_the_higher_score_is_on_top() -> None:
     drawn = draw_boxes(record().boxes, (8, 8, 8))
+
     assert (
         drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1 and drawn[0, 1, 1] == 2
     )
     # z 2-6, y 2-5, x 2-8: 4 x 3 x 6 voxels around 2 x 1 x 4.
     assert (drawn == 1).sum() == 4 * 3 * 6 - 2 * 1 * 4
+
     filled = draw_boxes(record().boxes, (8, 8, 8), filled=True)
+
     assert (filled == 1).sum() == 72 and (filled == 2).sum() == 64 - 2 * 2 * 2
 
 
@@ -56,12 +59,14 @@ def test_instances_are_the_segmentation_inside_the_boxes() -> None:
     drawn = draw_instances(
         record().boxes, labels, [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))]
     )
+
     assert (drawn == 1).sum() == 3 * 2 * 5 and (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
 
 
 def test_slicers_markup_has_the_box_in_lps_mm_with_its_own_axes(tmp_path: Path) -> None:
     write_markup(tmp_path / "a.mrk.json", "brain", record().boxes[:1], record().frame)
     (roi,) = json.loads((tmp_path / "a.mrk.json").read_text())["markups"]
+
     # Middle of the box by hand: z 4, y 3.5, x 5 as edges, so index i 4.5, j 3, k 3.5: RAS (-2 * 4.5
     # + 10, 3 * 3.5 + 20, 3 + 30).
     assert (
@@ -83,6 +88,7 @@ def test_the_table_begins_with_luna16s_columns(tmp_path: Path) -> None:
     write_table(tmp_path / "t.csv", [record()], lowest_score=0.5)
     with (tmp_path / "t.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
+
     assert len(rows) == 1 and list(rows[0])[:5] == [
         "seriesuid",
         "coordX",
@@ -128,6 +134,7 @@ def test_cases_named_as_nnunet_does_come_with_all_their_channels(tmp_path: Path)
     for name in ("b_10_0000", "b_2_0000", "b_2_0001", "b_10_0001"):
         (tmp_path / f"{name}.nii.gz").touch()
     scans = find(tmp_path, ".nii.gz", 2)
+
     assert [s.name for s in scans] == ["b_2", "b_10"]
     assert [f.name for f in scans[0].files] == ["b_2_0000.nii.gz", "b_2_0001.nii.gz"]
     with refused(UsageError, "scans-missing-channel", "b_2", "0002", 3):
@@ -145,7 +152,9 @@ def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: P
     write_image(tmp_path / "in" / "deep" / "scan one.nrrd", array)
     write_image(tmp_path / "in" / "plain.nii.gz", array)
     scans = {scan.name: scan for scan in find(tmp_path / "in", ".nii.gz", 1)}
+
     assert set(scans) == {"deep_scan_one", "plain"}
+
     with ready(scans["plain"]) as files:
         assert files == [str(tmp_path / "in" / "plain.nii.gz")]
     with ready(scans["deep_scan_one"]) as files:
@@ -154,6 +163,7 @@ def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: P
             (5.0, 6.0, 7.0)
         )
         assert np.array_equal(SimpleITK.GetArrayFromImage(read), array)
+
     assert not Path(files[0]).exists()
 
 
@@ -171,6 +181,7 @@ def test_scans_whose_results_would_overwrite_each_other_are_refused(tmp_path: Pa
             find(tmp_path / folder, ".nii.gz", 1)
     for name in ("Case", "case"):
         (tmp_path / f"{name}_0000.nii.gz").touch()
+
     with refused(UsageError, "scans-same-name", "case_0000.nii.gz", "Case_0000.nii.gz"):
         find(tmp_path, ".nii.gz", 1)
 
@@ -189,13 +200,16 @@ def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
         ".hidden.nii.gz",
     ):
         (tmp_path / name).touch()
+
     assert [s.name for s in find(tmp_path, ".nii.gz", 1)] == ["a"]
     assert logged(
         caplog, "4 files", "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd, ...)", "case_0000.nii.gz"
     )
+
     caplog.clear()
     for name in ("b.nii.gz", "sub/c.nrrd", "sub/d.dcm"):
         (tmp_path / name).unlink()
+
     assert [s.name for s in find(tmp_path, ".nii.gz", 2)] == ["a"] and not caplog.text
 
 
@@ -205,6 +219,7 @@ def test_results_of_an_earlier_run_below_the_scans_are_no_scans(
     array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
     for name in ("scan.nii.gz", "found/scan_boxes.nii.gz"):
         write_image(tmp_path / name, array)
+
     assert [s.name for s in find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")] == [
         "scan"
     ] and not caplog.text
@@ -212,8 +227,10 @@ def test_results_of_an_earlier_run_below_the_scans_are_no_scans(
     assert len(find(tmp_path, ".nii.gz", 1, output=tmp_path.parent)) == 2
     with refused(UsageError, "scans-output-is-input", tmp_path):
         find(tmp_path, ".nii.gz", 1, output=tmp_path)
+
     write_image(tmp_path / "case_0000.nii.gz", array)
     find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")
+
     assert logged(caplog, "1 files", "(scan.nii.gz)")
 
 
@@ -221,6 +238,7 @@ def test_inputs_are_described_by_their_size_and_time(tmp_path: Path) -> None:
     (tmp_path / "a_0000.nii.gz").write_bytes(b"12345")
     os.utime(tmp_path / "a_0000.nii.gz", (3, 3))
     (scan,) = find(tmp_path, ".nii.gz", 1)
+
     assert scan.inputs() == ({"bytes": 5, "modified_ns": 3_000_000_000},)
 
 
@@ -236,14 +254,18 @@ def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
     import SimpleITK
 
     scans = find(shared_data / "dicom" / "chest_ct_A0002", ".nii.gz", 1)
+
     assert len(scans) == 1
+
     with ready(scans[0]) as files:
         read = SimpleITK.ReadImage(files[0])
     names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(
         str(next(scans[0].candidate.path.rglob("*.dcm")).parent)
     )  # type: ignore[union-attr]
     expected = SimpleITK.ReadImage(names)
+
     assert read.GetSize() == expected.GetSize()
+
     for corner in ((0, 0, 0), tuple(n - 1 for n in read.GetSize())):
         assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(
             expected.TransformIndexToPhysicalPoint(corner), abs=1e-2
@@ -254,6 +276,7 @@ def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a_0000.nii.gz").touch()
     (scan,) = find(tmp_path, ".nii.gz", 1)
+
     with refused(ScanError, "scan-unreadable"), ready(scan):
         pass
 
@@ -279,10 +302,14 @@ def test_boxes_become_ellipsoids_of_their_label_in_the_image(boxed: Path) -> Non
     assert has_boxes_alone(boxed)
     with refused(UsageError, "boxes-missing", "1 cases", "boxesTr/b.json"):
         write_box_labels(boxed)
+
     (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
+
     assert write_box_labels(boxed) == ["a", "b"] and not has_boxes_alone(boxed)
+
     image = SimpleITK.ReadImage(str(boxed / "labelsTr" / "a.nii.gz"))
     array = SimpleITK.GetArrayFromImage(image)
+
     assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
     assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [
         int(v) for v in np.argwhere(array == 2).max(0)
@@ -309,11 +336,14 @@ def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
     )
     # What macOS leaves on other file systems is no image.
     (boxed / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
+
     assert write_box_labels(boxed) == ["a", "b"]
+
     a, b = (
         SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(boxed / "labelsTr" / f"{case}.nii.gz")))
         for case in ("a", "b")
     )
+
     assert a.max() == 0 and b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
 
 
@@ -331,14 +361,21 @@ def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(
 
     (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
     monkeypatch.setattr(shutil, "copyfile", killed)
+
     with pytest.raises(KeyboardInterrupt):
         write_box_labels(boxed)
+
     left = boxed / "labelsTr" / (boxed / "left").read_text()
+
     assert left.name.startswith(".a.nii.gz.") and not left.name.endswith(".nii.gz")
+
     left.touch()
     (boxed / "labelsTr" / "._b.nii.gz").touch()
+
     assert labelled_cases(boxed / "labelsTr", ".nii.gz") == []
+
     monkeypatch.setattr(shutil, "copyfile", copied)
+
     assert write_box_labels(boxed) == ["a", "b"] and not left.exists()
     assert labelled_cases(boxed / "labelsTr", ".nii.gz") == ["a", "b"]
 
@@ -350,8 +387,11 @@ def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(
     raw.mkdir()
     boxed.rename(raw / "Dataset905_Boxes")
     monkeypatch.setenv("nnUNet_raw", str(raw))
+
     assert fine_tuning("905").startswith("autoreg_boxes_to_labels -d 905 ")
+
     (raw / "Dataset905_Boxes" / "labelsTr").mkdir()
+
     assert fine_tuning("905") == "nnUNetv2_plan_and_preprocess -d 905 -pl AutoregPlanner"
 
 
@@ -359,5 +399,6 @@ def test_a_box_outside_of_its_image_is_named(boxed: Path) -> None:
     (boxed / "boxesTr" / "b.json").write_text(
         '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}'
     )
+
     with refused(ObjectsError, "box-outside", "b.json: boxes[0]", "6 x 7 x 8"):
         write_box_labels(boxed)

@@ -77,8 +77,11 @@ def test_components_are_scored_by_their_highest_probability(
 
     out = tmp_path / "out"
     line = ["--from-seg", str(predicted), "-o", str(out), "--csv", "--nndet"]
+
     assert main(line) == 0
+
     found = json.loads((out / "case_1.json").read_text())
+
     assert [(b["id"], b["name"], b["score"], b["box_zyx"]) for b in found["boxes"]] == [
         (1, "lesion", 0.875, [3, 4, 6, 5, 8, 9]),
         (2, "cyst", 0.625, [2, 0, 0, 3, 3, 4]),
@@ -89,18 +92,24 @@ def test_components_are_scored_by_their_highest_probability(
         2.0,
         1.0,
     ]
+
     ids = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out / "case_1_instances.nii.gz")))
+
     assert [int((ids == i).sum()) for i in range(1, 4)] == [2 * 4 * 3, 12, 24] and ids[
         SPECK
     ].item() == 0
+
     with (out / "detections.csv").open(newline="") as handle:
         assert [row["probability"] for row in csv.DictReader(handle)] == ["0.875", "0.625", "0.5"]
+
     assert (
         (out / "case_1_boxes.pkl").is_file()
         and (out / "case_1_boxes.nii.gz").is_file()
         and (out / "case_1.mrk.json").is_file()
     )
+
     (out / "case_1_boxes.pkl").unlink()
+
     assert main(line) == 0 and (out / "case_1_boxes.pkl").is_file()
     assert main([*line[:-1], "--overwrite", "--min-score", "0.6"]) == 0
     assert [b["id"] for b in json.loads((out / "case_1.json").read_text())["boxes"]] == [1, 2]
@@ -112,6 +121,7 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
     from nnunet_autoreg.cli.evaluate_detection import main as evaluate
 
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 0
+
     truth = tmp_path / "labels"
     truth.mkdir()
     (truth / "case_1.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
@@ -126,8 +136,11 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
         "--hit",
         "mask:1",
     ]
+
     assert evaluate(line) == 0
+
     scores = json.loads((tmp_path / "scores.json").read_text())
+
     assert scores["froc"]["cpm"]["mean"] == 1.0 and scores["ap"]["0.5"]["mean"] == 1.0
 
 
@@ -136,10 +149,12 @@ def test_what_is_missing_for_a_segmentation_is_refused(predicted: Path, tmp_path
         main.__wrapped__(["-o", str(tmp_path / "out"), *changes])
 
     source = ["--from-seg", str(predicted)]
+
     with refused(UsageError, "detect-no-input", "-d", "-i"):
         run("-d", "4")
     with refused(UsageError, "from-seg-no-folder", tmp_path / "no"):
         run("--from-seg", str(tmp_path / "no"))
+
     for option, value in (
         ("--fppi", "1"),
         ("--fppi", "0"),
@@ -148,15 +163,19 @@ def test_what_is_missing_for_a_segmentation_is_refused(predicted: Path, tmp_path
     ):
         with refused(UsageError, "from-seg-option", option):
             run(*source, option, value)
+
     with refused(UsageError, "from-seg-output-is-input", predicted):
         run(*source, "-o", str(predicted))
     with refused(UsageError, "detect-min-score", "--min-score 2"):
         run(*source, "--min-score", "2")
 
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
+
     with refused(UsageError, "from-seg-no-probabilities", "1 of 2", "case_2.npz"):
         run(*source)
+
     (predicted / "plans.json").unlink()
+
     with refused(UsageError, "from-seg-no-description", predicted, "plans.json"):
         run(*source)
 
@@ -166,6 +185,7 @@ def test_one_damaged_file_of_probabilities_stops_nothing(
 ) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.zeros((3, 1, 1, 1)))
+
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
 
     assert logged(caplog, "case_2", "(unreadable)", "case_2.npz", "(3, 1, 1, 1)")
@@ -178,6 +198,7 @@ def test_probabilities_whose_writing_was_cut_off_stop_nothing(
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     whole = (predicted / "case_1.npz").read_bytes()
     (predicted / "case_2.npz").write_bytes(whole[: len(whole) // 2])
+
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
 
     assert logged(caplog, "case_2", "(unreadable)")
@@ -189,6 +210,7 @@ def test_probabilities_that_are_no_numbers_stop_nothing(
 ) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.full((3, *SHAPE), np.nan))
+
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
 
     assert logged(caplog, "case_2", "(nonfinite)", "lesion")
@@ -200,7 +222,9 @@ def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
 ) -> None:
     result = tmp_path / "out" / "case_1.json"
     line = ["--from-seg", str(predicted), "-o", str(tmp_path / "out")]
+
     assert main(line) == 0
+
     first = result.stat().st_mtime_ns
 
     assert main(line) == 0
@@ -209,17 +233,20 @@ def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
 
     # Drawn differently: done again.
     line.append("--filled")
+
     assert main(line) == 0
     assert result.stat().st_mtime_ns != first
 
     dataset = json.loads((predicted / "dataset.json").read_text())
     rules = {"autoreg_detection": {"detect_labels": ["lesion"]}}
     (predicted / "dataset.json").write_text(json.dumps({**dataset, **rules}))
+
     with refused(UsageError, "detect-other-results", result, "settings.detect_labels: "):
         main.__wrapped__(line)
 
     (predicted / "dataset.json").write_text(json.dumps(dataset))
     os.utime(predicted / "case_1.npz", (1, 1))
+
     with refused(UsageError, "detect-other-results", result, "inputs: "):
         main.__wrapped__(line)
 
@@ -239,8 +266,11 @@ def test_a_region_inside_another_adds_nothing_to_its_probability(
     probabilities = np.zeros((2, *SHAPE), np.float16)
     probabilities[0], probabilities[1] = 0.5, 0.25
     np.savez_compressed(predicted / "case_1.npz", probabilities=probabilities)
+
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 0
+
     boxes = json.loads((tmp_path / "out" / "case_1.json").read_text())["boxes"]
+
     assert {b["score"] for b in boxes} == {0.5}
 
 
@@ -253,8 +283,11 @@ def test_a_merged_class_adds_the_probabilities_of_its_labels(
     probabilities = np.load(predicted / "case_1.npz")["probabilities"]
     probabilities[2][ONE] = 0.25
     np.savez_compressed(predicted / "case_1.npz", probabilities=probabilities)
+
     assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 0
+
     boxes = json.loads((tmp_path / "out" / "case_1.json").read_text())["boxes"]
+
     # The cyst (0.625) and the lesion it touches (0.5 + 0.25) are one; the speck counts, since one
     # voxel is enough.
     assert [(b["name"], b["score"], b["box_zyx"]) for b in boxes] == [
@@ -275,6 +308,7 @@ def test_nndetections_pickle_has_its_keys_order_and_voxel_more(tmp_path: Path) -
         make_scan_file("a", frame_of_affine(affine, (8, 8, 8)), found, {"holed": 5, "solid": 2}),
     )
     data = pickle.loads((tmp_path / "a.pkl").read_bytes())
+
     # Voxels z 0 to 3, y 1 to 4, x 2 to 6: z -1, y 0, z 4, y 5, x 1, x 7.
     assert data["pred_boxes"].tolist() == [[-1, 0, 4, 5, 1, 7], [0, 0, 2, 2, 0, 2]]
     assert data["pred_labels"].tolist() == [1, 0] and data["pred_scores"].tolist() == [

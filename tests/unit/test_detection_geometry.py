@@ -29,6 +29,7 @@ def test_boxes_come_back_through_resampling_crop_and_transpose_by_hand():
     # x 50, resampled to 20 x 60 x 50.
     way = Preprocessing((20, 60, 50), (40, 30, 50), (5, 2, 1), (1, 2, 0))
     back = way.to_original([[2, 10, 3, 4, 20, 7]])
+
     # x: 2..4 times 2 plus 5; z: 10..20 times 1/2 plus 2; y: 3..7 plus 1.
     assert back.tolist() == [[7, 4, 9, 12, 8, 13]]
     assert way.to_preprocessed(back).tolist() == [[2, 10, 3, 4, 20, 7]]
@@ -36,6 +37,7 @@ def test_boxes_come_back_through_resampling_crop_and_transpose_by_hand():
 
 def test_whole_images_map_to_whole_images_whatever_the_rounding():
     way = Preprocessing((33, 7, 11), (10, 21, 13), (0, 0, 0))
+
     assert way.to_original([[0, 0, 0, 33, 7, 11]])[0] == pytest.approx([0, 0, 0, 10, 21, 13])
 
 
@@ -93,6 +95,7 @@ def test_an_ellipsoid_resampled_by_nnunet_comes_back_to_its_location(transpose):
         away_mm.append(
             np.linalg.norm(((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2 * spacing)
         )
+
     assert np.mean(overlaps) >= 0.90 and np.mean(away_mm) <= 0.35
 
 
@@ -114,10 +117,13 @@ def test_world_coordinates_are_simpleitks_on_an_oblique_flipped_image():
     image.SetOrigin(ORIGIN_XYZ)
     image.SetDirection(turn().ravel().tolist())
     frame = frame_of_itk((10, 30, 20), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
     assert frame.spacing_mm == pytest.approx((3.3, 0.9, 0.7))
+
     for point in np.random.default_rng(0).uniform(0, 10, (5, 3)):
         theirs = image.TransformContinuousIndexToPhysicalPoint((point[::-1] - 0.5).tolist())
         assert frame.to_lps(point) == pytest.approx(theirs, abs=1e-3)
+
     assert frame.to_lps((0.5, 0.5, 0.5)) == pytest.approx(ORIGIN_XYZ)
 
 
@@ -137,13 +143,16 @@ def test_world_coordinates_are_nibabels_however_the_image_is_stored(tmp_path):
     box = (2.0, 10.0, 3.0, 5.0, 14.0, 9.0)
     ends = [[i, j, k] for i in (2.5, 8.5) for j in (9.5, 13.5) for k in (1.5, 4.5)]
     corners = np.sort(nibabel.affines.apply_affine(stored.affine, ends), 0)
+
     assert np.sort(ours.corners_ras(box), 0) == pytest.approx(corners, abs=1e-3)
     assert theirs.to_ras([3.5, 12, 6]) == pytest.approx(ours.to_ras([3.5, 12, 6]), abs=1e-3)
+
     # Turned to RAS the same object has other indices and the same location.
     turned = nibabel.as_closest_canonical(stored)
     data = np.asarray(turned.dataobj).transpose(2, 1, 0)
     places = np.nonzero(data)
     middle = [(p.min() + p.max() + 1) / 2 for p in places]
+
     assert frame_of_affine(turned.affine, data.shape).to_ras(middle) == pytest.approx(
         ours.to_ras([3.5, 12, 6]), abs=1e-3
     )
@@ -164,14 +173,19 @@ def test_frames_come_from_the_properties_of_every_reader_of_nnunet():
             "reoriented_affine": np.array(frame.affine_ras),
         }
     }
+
     assert frame_of_properties(nibabel, (10, 30, 20)) == frame
+
     plain = frame_of_properties({"spacing": (3, 2, 1)}, (4, 4, 4))
+
     assert plain.to_lps((1.5, 1.5, 1.5)).tolist() == [1, 2, 3]
 
 
 def test_indices_are_half_a_voxel_less_than_edges_and_in_the_order_x_y_z():
     assert to_ijk([0, 1, 2, 4, 5, 6]).tolist() == [1.5, 0.5, -0.5, 5.5, 4.5, 3.5]
+
     frame = frame_of_itk((10, 10, 10), (1, 2, 3), (0, 0, 0), np.eye(3).ravel().tolist())
+
     assert frame.size_mm((0, 0, 0, 1, 2, 4)) == (4, 4, 3)
 
 
@@ -186,14 +200,19 @@ def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
     made = make_scan_file("case_1", FRAME, FOUND, {"lesion": 1}, {"folds": [0, 1]}, {"nms": 0.1})
     write_scan_file(tmp_path / "case_1.json", made)
     read = read_scan_file(tmp_path / "case_1.json")
+
     assert read == made and read.frame == FRAME
     assert [(b.id, b.score, b.votes) for b in read.boxes] == [(1, 0.9, 1), (2, 0.4, 2)]
+
     small = read.boxes[1]
+
     assert small.box_ijk == (2.5, 9.5, 1.5, 8.5, 13.5, 4.5) and small.size_mm == pytest.approx(
         (4.2, 3.6, 9.9), abs=1e-4
     )
+
     affine = np.array(read.affine_ras)
     middle = (np.array(small.box_ijk[:3]) + small.box_ijk[3:]) / 2
+
     assert affine[:3, :3] @ middle + affine[:3, 3] == pytest.approx(small.center_mm_ras, abs=1e-3)
     assert small.center_mm_lps == pytest.approx(
         (-small.center_mm_ras[0], -small.center_mm_ras[1], small.center_mm_ras[2])
@@ -203,6 +222,7 @@ def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
 
 def test_a_scan_without_detections_has_a_file_too(tmp_path):
     write_scan_file(tmp_path / "empty.json", make_scan_file("empty", FRAME, [], {"lesion": 1}))
+
     assert read_scan_file(tmp_path / "empty.json").boxes == ()
 
 
@@ -223,15 +243,19 @@ def test_a_scan_file_that_contradicts_itself_is_refused(tmp_path, change, code, 
     data = json.loads((tmp_path / "a.json").read_text())
     data["boxes"][1].update(change)
     (tmp_path / "a.json").write_text(json.dumps(data))
+
     with refused(ObjectsError, code, "a.json", *values):
         read_scan_file(tmp_path / "a.json")
 
 
 def test_other_json_files_are_not_taken_for_detections(tmp_path):
     (tmp_path / "a.json").write_text("{}")
+
     with refused(ObjectsError, "detections-format", "a.json"):
         read_scan_file(tmp_path / "a.json")
+
     (tmp_path / "a.json").write_text("{")
+
     with refused(ObjectsError, "objects-unreadable", "a.json"):
         read_scan_file(tmp_path / "a.json")
     with refused(ObjectsError, "box-not-finite", "here"):

@@ -171,26 +171,35 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     (scan,) = find(image_file.parent, ".nii.gz", 1)
     found = detect(made, scan, options)
     (box,) = found.record.boxes
+
     assert box.box_zyx == pytest.approx(BOX, abs=0.3)
+
     image = SimpleITK.ReadImage(str(image_file))
     # The middle as an index of voxel centres, x first: half a voxel below the middle of the edges.
     middle = [(BOX[a] + BOX[a + 3]) / 2 - 0.5 for a in (2, 1, 0)]
+
     assert box.center_mm_lps == pytest.approx(
         image.TransformContinuousIndexToPhysicalPoint(middle), abs=0.5
     )
     assert box.size_mm == pytest.approx((8, 8, 8), abs=0.5)
+
     write(made, found, tmp_path, options)
     instances = SimpleITK.ReadImage(str(tmp_path / "a_instances.nii.gz"))
+
     assert instances.GetOrigin() == pytest.approx(image.GetOrigin())
     assert instances.GetDirection() == pytest.approx(image.GetDirection(), abs=1e-6)
+
     inside = SimpleITK.GetArrayFromImage(instances) == 1
     truth = np.zeros(inside.shape, bool)
     truth[BOX[0] : BOX[3], BOX[1] : BOX[4], BOX[2] : BOX[5]] = True
+
     assert (inside & truth).sum() / (inside | truth).sum() > 0.9
+
     # The drawn frame lies on the box too, in the stored array.
     frame = np.argwhere(
         SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a_boxes.nii.gz")))
     )
+
     assert [*frame.min(0), *(frame.max(0) + 1)] == list(BOX)
 
 
@@ -227,9 +236,12 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
     )
     found = maker.make("a")
     ids = blosc2.open(str(instances_folder(folder) / "a.b2nd"))[:]
+
     assert np.array_equal(ids > 0, seg[0] > 0) and ids.max() == 1
+
     (item,) = found.objects
     low, high = np.argwhere(ids == 1).min(0), np.argwhere(ids == 1).max(0) + 1
+
     assert (
         item.box_zyx == pytest.approx([*low, *high], abs=0.51)
         and item.num_voxels == (ids == 1).sum()

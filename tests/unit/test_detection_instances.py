@@ -38,6 +38,7 @@ def labels():
 
 def test_components_are_objects_with_boxes_of_voxel_edges():
     found = find_instances(labels(), [LESION, CYST], Rules())
+
     assert found.objects == (
         Instance(1, 0, (0, 0, 0, 3, 4, 5), 25),
         Instance(2, 0, (5, 5, 5, 7, 8, 9), 24),
@@ -51,6 +52,7 @@ def test_components_are_objects_with_boxes_of_voxel_edges():
 
 def test_corners_join_with_26_neighbours_and_small_objects_are_ignored():
     found = find_instances(labels(), [LESION], Rules(connectivity=6, min_voxels=2))
+
     assert [(o.num_voxels, o.ignored) for o in found.objects] == [
         (24, False),
         (1, True),
@@ -61,17 +63,20 @@ def test_corners_join_with_26_neighbours_and_small_objects_are_ignored():
 
 def test_a_merged_class_is_one_object_across_its_labels():
     found = find_instances(labels(), [ObjectClass("all", 1, (1, 2))], Rules())
+
     assert [o.box_zyx for o in found.objects] == [(0, 0, 0, 3, 4, 5), (5, 5, 5, 7, 8, 10)]
 
 
 def test_a_scan_without_objects_is_fine():
     found = find_instances(np.zeros((4, 4, 4)), [LESION], Rules())
+
     assert found.objects == () and not found.ids_ZYX.any()
 
 
 def test_boxes_of_any_ids():
     ids = np.zeros((3, 4, 5), np.int64)
     ids[1, 1:3, 4], ids[2, 0, 0] = 60_000, 7
+
     assert boxes_of_ids(ids) == {7: ((2, 0, 0, 3, 1, 1), 1), 60_000: ((1, 1, 4, 2, 3, 5), 2)}
     assert boxes_of_ids(np.full((2, 2, 2), 9)) == {9: ((0, 0, 0, 2, 2, 2), 8)}
     assert boxes_of_ids(ids.transpose(2, 0, 1))[60_000] == ((4, 1, 1, 5, 2, 3), 2)
@@ -112,6 +117,7 @@ def test_every_label_is_a_class_unless_the_dataset_says_otherwise():
 )
 def test_impossible_rules_and_labels_are_refused(labels, block, code, values):
     dataset = {"labels": labels, "autoreg_detection": block}
+
     with refused(PlanError, f"detection-{code}", "dataset.json", *values):
         object_classes(dataset, read_rules(dataset))
 
@@ -128,6 +134,7 @@ def test_regions_are_classes_where_they_do_not_overlap():
         "labels": {"background": 0, "whole": [1, 2, 3], "core": 2},
         "autoreg_detection": {"detect_labels": ["whole"]},
     }
+
     assert object_classes(dataset, read_rules(dataset)) == (ObjectClass("whole", 1, (1, 2, 3)),)
 
 
@@ -142,6 +149,7 @@ def test_an_instance_map_keeps_its_ids_and_an_object_may_have_parts(tmp_path):
     found = known_instances(
         ids(), labels_of_instances(tmp_path / "a.json"), [LESION, CYST], Rules(min_voxels=4), "a"
     )
+
     assert found.objects == (
         Instance(1, 1, (0, 0, 0, 4, 6, 6), 9),
         Instance(7, 0, (2, 2, 3, 3, 5, 4), 3, True),
@@ -150,6 +158,7 @@ def test_an_instance_map_keeps_its_ids_and_an_object_may_have_parts(tmp_path):
 
 def test_objects_of_labels_that_are_not_detected_leave_the_map():
     found = known_instances(ids(), {1: 2, 7: 1}, [LESION], Rules(), "a", other_labels=[2])
+
     assert [o.id for o in found.objects] == [7] and set(np.unique(found.ids_ZYX)) == {0, 7}
 
 
@@ -176,6 +185,7 @@ def test_a_map_of_fractions_or_negative_numbers_is_refused():
 def test_a_json_of_instances_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     code = "objects-unreadable" if text == "{" else "objects-format"
+
     with refused(ObjectsError, code, "a.json"):
         labels_of_instances(tmp_path / "a.json")
 
@@ -192,6 +202,7 @@ def test_boxes_alone_are_objects_without_a_map(tmp_path):
     )
     file = boxes_file(tmp_path, first, second)
     found = read_true_boxes(file, [LESION, CYST], (4, 8, 8))
+
     assert found.objects == (
         Instance(1, 1, (0, 1, 2, 3.5, 4, 5), 0),
         Instance(2, 0, (0, 0, 0, 1, 1, 1), 0, True),
@@ -219,6 +230,7 @@ def test_wrong_boxes_are_refused(tmp_path, box, code, value):
 
 def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"instances": {}}')
+
     with refused(ObjectsError, "objects-format", "a.json", '{"boxes"'):
         read_true_boxes(tmp_path / "a.json", [LESION], None)
 
@@ -238,6 +250,7 @@ def test_ellipsoids_have_the_boxes_they_were_made_of():
     )
     drawn = with_ellipsoids(Instances(boxes, None), (10, 4, 16))
     found = boxes_of_ids(drawn.ids_ZYX)
+
     assert {i: box for i, (box, _) in found.items()} == {b.id: b.box_zyx for b in boxes}
     assert found[2][1] == 8 and drawn.objects[1].num_voxels == 8
     # The corners of the large box are free: it is an ellipsoid.
@@ -252,4 +265,5 @@ def test_a_box_that_smaller_ones_hide_keeps_its_place_whatever_its_number():
         Instance(3, 0, (1, 0, 0, 2, 1, 1), 0),
     )
     drawn = with_ellipsoids(Instances(boxes, None), (2, 1, 1))
+
     assert [(o.id, o.num_voxels) for o in drawn.objects] == [(7, 0), (2, 1), (3, 1)]

@@ -62,6 +62,7 @@ def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
         [(cube(0), 0), (cube(2), 0)], [(cube(1), 0, 0.5), (cube(0), 0, 0.9), (cube(0), 0, 0.4)]
     )
     matched = match_scan(one, 0, HitRule("iou", 0.1))
+
     # The middle one overlaps both alike and gets what is left; then nothing is left.
     assert matched.detections.tolist() == [1, 0, 2] and matched.object_of.tolist() == [0, 1, -1]
     assert not matched.ignored.any() and matched.objects.tolist() == [0, 1]
@@ -75,6 +76,7 @@ def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
 
 def test_classes_do_not_match_each_other():
     one = scan([(cube(0), 0)], [(cube(0), 1, 0.9)])
+
     assert match_scan(one, 0, HitRule()).detections.tolist() == []
     assert match_scan(one, 1, HitRule()).object_of.tolist() == [-1]
 
@@ -83,6 +85,7 @@ def test_ignored_objects_and_regions_take_any_number_of_detections():
     found = [(cube(0), 0, 0.9), (cube(1), 0, 0.8), (cube(24), 0, 0.7), (cube(50), 0, 0.6)]
     one = scan([(cube(0), 0), (cube(20, 12), ANY_CLASS)], found, [0, 1])
     matched = match_scan(one, 0, HitRule("iou", 0.5))
+
     assert matched.ignored.tolist() == [True, True, True, False] and len(matched.objects) == 0
     assert one.is_empty
 
@@ -100,6 +103,7 @@ def test_a_region_ignores_only_what_has_its_centre_in_it():
     one = scan_boxes("s", (1.0, 1.0, 1.0), ([], [], []), found, uncounted_ZYX=shell)
     for rule in ("iou:0.1", "centre", "radius", "radius:20"):
         assert match_scan(one, 0, parse_hit_rule(rule)).ignored.tolist() == [False, False, True]
+
     assert match_scan(
         replace(one, mask_overlap_DG=np.ones((3, 1))), 0, parse_hit_rule("mask:0.2")
     ).ignored.tolist() == [False, False, True]
@@ -115,8 +119,10 @@ def test_hit_rules_by_hand():
         return match_scan(one, 0, parse_hit_rule(text)).object_of.tolist() == [0]
 
     overlap = 2.5 / 5.5
+
     assert is_hit(f"iou:{overlap - 0.01}") and not is_hit(f"iou:{overlap + 0.01}")
     assert is_hit("centre") and is_hit("radius") and is_hit("radius:3") and not is_hit("radius:2.9")
+
     far = scan(
         [((0, 0, 0, 4, 4, 4), 0)], [((2.5, 0, 0, 6.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0)
     )
@@ -129,14 +135,17 @@ def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
     # 7 is not met.
     found, true = np.array([[[1, 1, 0, 0, 0, 2]]]), np.array([[[3, 3, 3, 3, 7, 0]]])
     overlap = mask_overlaps(found, [2, 1, 9], true, [3, 7])
+
     assert overlap.tolist() == [[0, 0], [0.5, 0], [0, 0]]
     assert (
         mask_overlaps(found * 0, [1], true, [3, 7]).tolist()
         == mask_overlaps(found, [1], true * 0, [3, 7]).tolist()
         == [[0, 0]]
     )
+
     one = scan([(cube(0), 0)], [(cube(10), 0, 0.9)])
     rule = parse_hit_rule("mask:0.2")
+
     assert str(rule) == "mask:0.2"
     assert match_scan(
         replace(one, mask_overlap_DG=np.array([[0.2]])), 0, rule
@@ -156,6 +165,7 @@ def test_masks_of_few_voxels_are_counted_without_copies_of_the_whole_image():
     overlap = mask_overlaps(found, [500], true, [9])
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+
     # A mask takes 2 MB, a copy of 64-bit numbers 16.
     assert overlap.tolist() == [[0.5]] and most < 8e6
 
@@ -165,6 +175,7 @@ def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
     a = mt.Froc(np.array([0, 0.25, 1.0]), np.array([0, 0.5, 1]), np.array([np.inf, 0.9, 0.5]))
     b = mt.Froc(np.array([0, 1.0, 2.0]), np.array([0, 0.5, 1]), np.array([np.inf, 0.7, 0.4]))
     together = [(a, 4), (b, 1)]
+
     # In 5 scans: 1 down to 0.9, 2 to 0.7, 5 to 0.5, 6 to 0.4.
     assert [mt.threshold_at(together, n) for n in (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)] == [
         np.inf,
@@ -192,6 +203,7 @@ def test_average_precision_by_hand():
     one = scan(
         [(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.8), (cube(10), 0, 0.7)]
     )
+
     assert mt.average_precision(pooled([one])) == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert mt.average_precision(pooled([scan([(cube(0), 0)])])) == 0
     assert np.isnan(mt.average_precision(pooled([scan([], [(cube(0), 0, 0.9)])])))
@@ -202,6 +214,7 @@ def test_a_scan_drawn_twice_weighs_as_much_as_two_scans():
     scans = random_scans(random, 4, classes=1)
     weights = np.array([2.0, 0.0, 1.0, 1.0])
     twice = [scans[0], scans[0], scans[2], scans[3]]
+
     assert mt.average_precision(pooled(scans), weights) == pytest.approx(
         mt.average_precision(pooled(twice)), abs=0.02
     )
@@ -274,6 +287,7 @@ def test_froc_by_hand_with_tied_scores_and_empty_scans():
     )
     empty = scan([], [(cube(0), 0, 0.7)])
     curve = mt.froc(pooled([one, empty]))
+
     assert curve.threshold.tolist() == [np.inf, 0.9, 0.7, 0.5]
     assert curve.fp_per_scan.tolist() == [0, 0, 0.5, 1] and curve.sensitivity.tolist() == [
         0,
@@ -300,7 +314,9 @@ def perfect(scans, score=0.9):
 def test_perfect_detections_score_1_and_no_detections_score_0():
     scans = [*random_scans(np.random.default_rng(1), 6, classes=2), scan(name="empty")]
     best = evaluate(perfect(scans), [A, B, C], EvaluationSettings(num_resamples=50))
+
     assert best["absent_classes"] == ["c"] and set(best["ap"]["0.1"]["per_class"]) == {"a", "b"}
+
     for figure in (
         best["ap"]["0.1"],
         best["ap"]["0.5"],
@@ -318,12 +334,14 @@ def test_perfect_detections_score_1_and_no_detections_score_0():
     worst = evaluate(blind, [A, B, C], EvaluationSettings(num_resamples=50))
     for figure in (worst["ap"]["0.1"], worst["map"]["0.1:0.5:0.05"], worst["froc"]["cpm"]):
         assert figure["mean"] == 0 and figure["ci95"] == [0, 0]
+
     assert worst["froc"]["sensitivity"]["mean"] == [0] * 7
     assert (worst["scans"]["positive"], worst["scans"]["empty"]) == (6, 1)
 
 
 def test_scans_without_any_object_give_no_figure_and_no_nan():
     results = evaluate([scan([], [(cube(0), 0, 0.9)])], [A], EvaluationSettings())
+
     assert (
         results["ap"]["0.1"]["mean"] is None
         and results["froc"]["cpm"]["mean"] is None
@@ -343,6 +361,7 @@ def test_false_positives_are_split_into_scans_with_and_without_objects():
     point = evaluate(scans, [A], EvaluationSettings(fp_per_scan=(0.5, 2.0), num_resamples=0))[
         "froc"
     ]["operating_points"]["a"]
+
     assert point[0] == {
         "fp_per_scan_at_most": 0.5,
         "threshold": 0.9,
@@ -370,6 +389,7 @@ def test_sizes_ignore_objects_and_false_positives_of_other_sizes():
     strata = evaluate(scans, [A], EvaluationSettings(size_edges_mm=(5.0,), num_resamples=0))[
         "sizes"
     ]["strata"]
+
     assert [(s["from_mm"], s["to_mm"], s["objects"]) for s in strata] == [(0, 5, 1), (5, None, 1)]
     assert strata[0]["per_class"]["a"] == {"objects": 1, "ap": 1, "sensitivity": 1}
     assert strata[1]["per_class"]["a"] == {"objects": 1, "ap": 0, "sensitivity": 0}
@@ -386,8 +406,11 @@ def test_intervals_are_the_same_every_time_and_hold_the_value():
     first, again = (
         evaluate(scans, [A, B], EvaluationSettings(num_resamples=200, seed=3)) for _ in range(2)
     )
+
     assert first == again
+
     low, high = first["ap"]["0.5"]["ci95"]
+
     assert low < first["ap"]["0.5"]["mean"] < high
     assert mt.interval([float("nan"), 0.5]) is None and mt.interval(
         [0.2, float("nan"), 0.4]
@@ -414,6 +437,7 @@ def test_the_results_are_plain_json():
     results = evaluate(
         random_scans(np.random.default_rng(4), 3), [A, B, C], EvaluationSettings(num_resamples=10)
     )
+
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert not any(
         isinstance(value, (np.generic, torch.Tensor))

@@ -65,8 +65,11 @@ def test_in_evaluation_heads_change_neither_segmentation_nor_keys(
     with torch.no_grad():
         expected, found = network.eval()(image), detector.eval()(image)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
     assert set(network.state_dict()) <= set(detector.state_dict())
+
     new = set(detector.state_dict()) - set(network.state_dict())
+
     assert new and all(key.startswith("detection.") for key in new)
 
 
@@ -75,21 +78,28 @@ def test_heads_score_every_anchor_and_every_parameter_gets_a_gradient(
     name: str,
 ) -> None:
     _, detector, stages = made(name)
+
     assert len(stages) == 2
+
     output = detector.train()(torch.randn(2, 1, *PATCH))
+
     assert isinstance(output, Output) and output.cells == ((8, 8, 8), (4, 4, 4))
+
     num_anchors = (8**3 + 4**3) * 3
+
     assert output.scores_BAK.shape == (2, num_anchors, 2) and output.deltas_BA6.shape == (
         2,
         num_anchors,
         6,
     )
+
     torch.nn.init.ones_(detector.detection["heads"].regressor[-1].weight)
     output = detector(torch.randn(2, 1, *PATCH))
     (
         output.logits_BCZYX.sum() + output.scores_BAK.sum() + output.deltas_BA6.square().sum()
     ).backward()
     silent = [key for key, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+
     assert silent == []
 
 
@@ -98,6 +108,7 @@ def test_an_untrained_head_scores_every_anchor_with_about_one_percent() -> None:
     detector.eval().detect = True
     with torch.no_grad():
         output = detector(torch.zeros(1, 1, *PATCH))
+
     assert output.scores_BAK.sigmoid().mean().item() == pytest.approx(0.01, abs=3e-3)
     assert not output.deltas_BA6.any()
 
@@ -111,6 +122,7 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
     )
     heads.classifier, heads.regressor = Answers(marked), Answers(torch.zeros(1, 18, 2, 2, 2))
     scores, _ = heads(maps)
+
     # Six channels: three shapes of two classes; cell 3 of 8 is the fourth.
     assert scores.shape == (1, 27, 2)
     assert scores[0, 3 * 3 + 1].tolist() == [302.0, 303.0]
@@ -120,6 +132,7 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
 def test_strides_of_stages_follow_the_network_and_no_cell_is_cut() -> None:
     resenc, primus = ENCODERS["resenc_tiny"], ENCODERS["primus_tiny"]
     flat = {**resenc.arguments, "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]}
+
     assert stage_strides(resenc.class_path, flat, PATCH) == [
         (1, 1, 1),
         (1, 2, 2),

@@ -52,21 +52,26 @@ def test_objects_come_from_the_instance_map_else_boxes_else_the_labels(
 ) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
     found = source(tmp_path).read("a")
+
     assert [o.box_zyx for o in found.instances.objects] == [(2, 3, 5, 4, 7, 9)] and found.has_masks
+
     (tmp_path / "boxesTr").mkdir()
     (tmp_path / "boxesTr" / "a.json").write_text(
         '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}'
     )
     found = source(tmp_path).read("a")
+
     assert [o.box_zyx for o in found.instances.objects] == [
         (0, 0, 0, 4, 4, 4)
     ] and not found.has_masks
     assert found.instances.ids_ZYX is not None and found.instances.ids_ZYX[1, 1, 1] == 1
+
     halves = cube().astype(np.int32)
     halves[2:4, 3:7, 7:9] = 2
     write(tmp_path / "instancesTr" / "a.nii.gz", halves)
     (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"1": 1, "2": 1}}')
     found = source(tmp_path).read("a")
+
     assert [o.box_zyx for o in found.instances.objects] == [
         (2, 3, 5, 4, 7, 7),
         (2, 3, 7, 4, 7, 9),
@@ -91,15 +96,20 @@ def test_without_the_raw_dataset_the_copied_objects_are_used(
     there.keep()
     monkeypatch.delenv("nnUNet_raw")
     elsewhere = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
+
     assert len(elsewhere.read("a").instances.objects) == 2
+
     facts = []
     for known in (there, elsewhere):
         stats = [(file.name, file.stat()) for file in known.files("a")]
         facts.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
     assert facts[0] == facts[1] and len(facts[0]) == 3
+
     # What is gone from the raw dataset goes here too.
     (raw / "instancesTr" / "a.nii.gz").unlink()
     there.keep()
+
     assert len(elsewhere.read("a").instances.objects) == 1
 
 
@@ -107,6 +117,7 @@ def test_a_map_of_too_many_components_is_named(tmp_path: Path) -> None:
     dots = np.zeros((100, 100, 100), np.uint8)
     dots[::2, ::2, ::2] = 1
     write(tmp_path / "labelsTr" / "a.nii.gz", dots)
+
     with refused(ObjectsError, "objects-too-many", "a.nii.gz", 125000):
         source(tmp_path).read("a")
 
@@ -117,13 +128,18 @@ def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Pat
     (tmp_path / "boxesTr" / "a.json").write_text(
         '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}'
     )
+
     with refused(ObjectsError, "box-outside", "a.json", "8 x 10 x 12"):
         source(tmp_path).read("a")
+
     write(tmp_path / "instancesTr" / "a.nii.gz", cube())
     (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"2": 1}}')
+
     with refused(ObjectsError, "objects-unlisted", "a.nii.gz", "id 1"):
         source(tmp_path).read("a")
+
     write(tmp_path / "instancesTr" / "a.nii.gz", cube()[:4])
+
     with refused(ObjectsError, "objects-map-size", "(4, 10, 12)", "(8, 10, 12)"):
         source(tmp_path).read("a")
     with refused(ObjectsError, "objects-unreadable", "b.nii.gz"):
@@ -132,6 +148,7 @@ def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Pat
 
 def test_sizes_are_transposed_and_resampled(tmp_path: Path) -> None:
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
+
     # 2 x 4 x 4 voxels of 2 x 1 x 1 mm, axes y, z, x, at 1 x 2 x 0.5 mm.
     assert sizes_of(source(tmp_path).read("a"), 1, (1.0, 2.0, 0.5), (1, 0, 2)) == [
         [(4.0, 2.0, 8.0)]
@@ -172,20 +189,27 @@ def test_id_maps_are_transposed_cropped_and_resampled_once(maker: IdMapMaker) ->
 
     index = prepare_instances(maker, ["a"])
     (item,) = index.cases["a"].objects
+
     # z 2-4, y 3-7, x 5-9 of the original: y less one, z halved.
     assert item.box_zyx == (2.0, 1.0, 5.0, 6.0, 2.0, 9.0) and item.num_voxels == 4 * 1 * 4
+
     folder = instances_folder(maker.preprocessed)
     ids = blosc2.open(str(folder / "a.b2nd"))[:]
+
     assert ids.shape == (9, 4, 12) and np.argwhere(ids == 1).min(0).tolist() == [2, 1, 5]
     assert not list(maker.preprocessed.glob("*instances*"))
+
     before = (folder / "a.b2nd").stat().st_mtime_ns
+
     assert (
         prepare_instances(maker, ["a"]) == index
         and (folder / "a.b2nd").stat().st_mtime_ns == before
     )
+
     changed = cube()
     changed[2:4, 3:7, 5:6] = 0
     write(maker.source.labels / "a.nii.gz", changed)
+
     assert prepare_instances(maker, ["a"]).cases["a"].objects[0].box_zyx == (
         2.0,
         1.0,
@@ -217,7 +241,10 @@ def test_an_index_of_other_rules_is_not_used(
     from nnunet_autoreg.records import write_json
 
     write_json(folder / "boxes.json", old)
+
     assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
+
     (folder / "boxes.json").write_text("{")
+
     assert len(prepare_instances(maker, ["a"]).cases["a"].objects) == 1
     assert logged(caplog, "boxes.json")

@@ -70,6 +70,7 @@ def test_boxes_hold_the_object_in_the_array_that_is_trained_on(
     (found,) = source.read("a").instances.objects
 
     bright = np.argwhere(image > 50)
+
     assert list(found.box_zyx) == [*bright.min(0), *(bright.max(0) + 1)]
 
 
@@ -84,9 +85,12 @@ def test_boxes_come_back_to_the_stored_array_and_its_place(
     stored = stored_array(properties, array.shape[1:])
 
     bright = np.argwhere(array[0] > 50)
+
     assert stored.to_stored([*bright.min(0), *(bright.max(0) + 1)]).tolist() == list(BOX)
     assert stored.to_reader(stored.to_stored(BOX)).tolist() == list(BOX)
+
     true = frame_of_itk(SHAPE, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
     assert stored.frame.shape_vox == SHAPE
     assert np.allclose(stored.frame.affine_ras, true.affine_ras, atol=1e-4)
     assert (reader_turn(properties) != AS_STORED) == (

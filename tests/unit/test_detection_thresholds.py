@@ -59,6 +59,7 @@ def test_a_class_without_objects_has_a_curve_of_its_false_positives_alone(tmp_pa
     figures = evaluate(
         [scan([0], [(1, 0.75), (1, 0.25)], [(0, 0.9)]), scan([], [(1, 0.5)])], (A, B), SETTINGS
     )
+
     assert json.loads(json.dumps(figures, allow_nan=False))["froc"]["curve"]["b"] == {
         "fp_per_scan": [0.0, 0.5, 1.0, 1.5],
         "sensitivity": [None] * 4,
@@ -72,7 +73,9 @@ def test_a_class_without_objects_has_a_curve_of_its_false_positives_alone(tmp_pa
         "sensitivity": [0.0, 1.0],
         "threshold": [None, 0.9],
     }
+
     draw_froc(tmp_path / "froc.png", figures)
+
     assert (tmp_path / "froc.png").read_bytes().startswith(b"\x89PNG") and thresholds(
         figures, (A, B)
     )[1] == 0.0
@@ -82,6 +85,7 @@ def test_a_picture_without_any_object_is_drawn_without_a_legend(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     draw_froc(tmp_path / "froc.png", evaluate([scan([], [(1, 0.5)])], (A, B), SETTINGS))
+
     assert (tmp_path / "froc.png").is_file() and not [
         w for w in recwarn if "legend" in str(w.message)
     ]
@@ -92,6 +96,7 @@ def test_false_positives_of_a_fold_without_objects_of_the_class_count(tmp_path: 
     # false boxes at 0.8, 0.6 and 0.4.
     summary(tmp_path, 0, [scan([1], [(1, 0.3)], [(1, 0.9)]), scan([], [])])
     summary(tmp_path, 1, [scan([0], [(1, 0.8), (1, 0.4)]), scan([], [(1, 0.6)])])
+
     # Four scans: two false boxes are 0.5 per scan; the third comes in at 0.4. Fold 0 alone would
     # say 0.3.
     assert found_thresholds(tmp_path, 0.5)["b"] == 0.6
@@ -104,6 +109,7 @@ def test_a_class_without_objects_has_a_threshold_by_its_false_positives(
 ) -> None:
     summary(tmp_path, 0, [scan([0], [(1, 0.8)], [(0, 0.9)])])
     summary(tmp_path, 1, [scan([0], [(1, 0.7)], [(0, 0.9)])])
+
     assert found_thresholds(tmp_path, 0.5)["b"] == 0.8 and not caplog.text
     # Fewer than the one box at 0.8 gives: no score is high enough.
     assert found_thresholds(tmp_path, 0.1)["b"] == 1.0
@@ -114,6 +120,7 @@ def test_of_what_validation_never_found_everything_is_kept(
 ) -> None:
     summary(tmp_path, 0, [scan([0], [], [(0, 0.9)])])
     summary(tmp_path, 1, [scan([0], [], [(0, 0.8)])])
+
     assert found_thresholds(tmp_path, 1) == {"a": 0.8, "b": 0.0}
     assert logged(caplog, "--fppi", " b,")
 
@@ -123,9 +130,12 @@ def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(
 ) -> None:
     summary(tmp_path, 0, [scan([0, 1], [(1, 0.3)], [(0, 0.9), (1, 0.9)])])
     summary(tmp_path, 1, [scan([0], [], [(0, 0.9)])], is_old=True)
+
     # Nothing was found of b in fold 1: half a false box per scan at 0.3.
     assert found_thresholds(tmp_path, 0.5)["b"] == 0.3 and not caplog.text
+
     summary(tmp_path, 2, [scan([0], [(1, 0.8)], [(0, 0.9)])], is_old=True)
+
     assert found_thresholds(tmp_path, 1, ("0", "2"))["b"] == 0.3
     assert logged(caplog, "fold_2", "--val")
 
@@ -135,13 +145,16 @@ def test_other_mirrorings_are_warned_about_and_missing_scores_refused(
 ) -> None:
     summary(tmp_path, 0, [scan([0], [], [(0, 0.9)])])
     found_thresholds(tmp_path, 1, ("0",), num_mirrorings=8)
+
     assert logged(caplog, "fold 0", 1, 8)
     with refused(UsageError, "fppi-no-validation", "fold_1", "--val"):
         found_thresholds(tmp_path, 1)
     with refused(UsageError, "fppi-fold-all", "--min-score"):
         found_thresholds(tmp_path, 1, ("0", "all"))
+
     (tmp_path / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
         '{"model": {}}'
     )
+
     with refused(UsageError, "fppi-summary", "fold_0", "'scans'"):
         found_thresholds(tmp_path, 1, ("0",))

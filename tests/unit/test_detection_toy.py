@@ -30,6 +30,7 @@ def test_cubes_have_the_promised_sizes_numbers_and_distances(
         bright, dark = case.image[case.labels > 0], case.image[case.labels == 0]
         assert not bright.size or bright.mean() - dark.mean() == pytest.approx(2, abs=0.1)
     again = toy["draw_case"](3, side=48)
+
     assert np.array_equal(again.image, toy["draw_case"](3, side=48).image)
 
 
@@ -43,12 +44,14 @@ def test_only_holed_cubes_have_a_hole_without_label(toy: dict[str, Any]) -> None
             seen.add(kind)
             full = np.prod([s.stop - s.start for s in box])
             assert ((components[box] == i).sum() == full) == (kind == 1)
+
     assert seen == {1, 2}
 
 
 def test_the_raw_dataset_asks_for_detection(toy: dict[str, Any], tmp_path: Path) -> None:
     toy["write_toy"](tmp_path, num_cases=2, side=40)
     described = json.loads((tmp_path / "dataset.json").read_text())
+
     assert described["autoreg_detection"] == {} and described["numTraining"] == 2
     assert sorted(p.name for p in (tmp_path / "imagesTr").iterdir()) == [
         "toy_00_0000.nii.gz",

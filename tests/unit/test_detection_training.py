@@ -54,10 +54,14 @@ PLAN = DetectionPlan((LESION,), Rules(), ANCHORS, 64, True)
 
 def test_a_plan_is_read_as_written_and_impossible_values_are_refused() -> None:
     plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
+
     assert read_plan(plans["configurations"]["3d_fullres"], "p") is None
+
     store(plans, "3d_fullres", PLAN)
     block = json.loads(json.dumps(plans))["configurations"]["3d_fullres"]
+
     assert read_plan(block, "p") == PLAN
+
     for key, value, code, named in [
         ("average_decay", 1.0, "detection-plan-range", "average_decay=1.0"),
         ("num_epochs", 0, "detection-plan-range", "num_epochs=0"),
@@ -83,6 +87,7 @@ def test_a_plan_of_another_format_is_refused(key: str, value: int) -> None:
 
 def test_a_plan_made_for_other_classes_than_the_dataset_has_now_is_refused() -> None:
     check_same_dataset(PLAN, DATASET, "p")
+
     with refused(PlanError, "detection-plan-other-dataset", "p ", "classes"):
         check_same_dataset(PLAN, {**DATASET, "labels": {"background": 0, "tumour": 1}}, "p")
     with refused(PlanError, "detection-plan-other-dataset", "min_voxels: 3 -> 9"):
@@ -100,6 +105,7 @@ def test_planning_takes_stride_4_and_says_how_well_the_anchors_fit(
         is_tiny=True,
         has_masks=False,
     )
+
     assert plan.anchors.stages == (1, 2) and plan.head_channels == 64 and not plan.has_masks
     assert "4 objects" in plan.reasons["anchors"] and "boxesTr" in plan.reasons["has_masks"]
     assert logged(caplog, "1 of 4", "64 x 64 x 64")
@@ -126,6 +132,7 @@ def test_a_large_object_fills_the_patch_and_a_small_scan_is_centred() -> None:
         patch_start((5.0, 0.0, 0.0, 35.0, 4.0, 4.0), (40, 10, 40), (16, 16, 16), (16, 16, 16))
         for _ in range(50)
     ]
+
     assert (
         min(s[0] for s in starts) >= 5
         and max(s[0] for s in starts) <= 19
@@ -141,6 +148,7 @@ def test_boxes_of_a_patch_fit_the_voxels_left_and_remains_are_ignored() -> None:
     ids[5, 5, 4:6] = 9
     known = {7: Instance(7, 1, (0, 0, 0, 9, 9, 9), 50), 9: Instance(9, 0, (0, 0, 0, 9, 9, 9), 50)}
     found = objects_of_patch(ids, known, min_voxels=3)
+
     assert found["boxes"].tolist() == [[1, 0, 0, 3, 2, 2], [5, 5, 4, 6, 6, 6]]
     assert found["labels"].tolist() == [1, 0] and found["ignored"].tolist() == [False, True]
 
@@ -164,6 +172,7 @@ def test_a_confident_anchor_becomes_its_box_clipped_to_the_patch() -> None:
     deltas[0, 0, 2] = -0.5
     output, grid = output_of(3.0, 0, deltas)
     (found,) = boxes_of_output(output, grid)
+
     assert found.boxes_N6.tolist() == [[0.0, 0.0, 0.0, 4.0, 4.0, 2.0]]
     assert found.scores_N.item() == pytest.approx(1 / (1 + np.exp(-3.0)))
 
@@ -176,8 +185,11 @@ def test_tile_weights_fall_to_the_border_and_mirroring_twice_is_neutral() -> Non
             [1.0, 3.0, 3.0, 3.0, 5.0, 5.0],
         ]
     )
+
     assert tile_weights(boxes, (8, 8, 8)).tolist() == [1.0, 0.5, 0.75]
+
     once = mirrored(boxes, (0, 2), (8, 8, 8))
+
     assert once[2].tolist() == [5.0, 3.0, 3.0, 7.0, 5.0, 5.0]
     assert torch.equal(mirrored(once, (0, 2), (8, 8, 8)), boxes)
 
@@ -192,10 +204,13 @@ def test_boxes_of_one_member_are_suppressed_and_of_two_members_merged() -> None:
         ),
         num_members=1,
     )
+
     assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist() and one.votes_N.tolist() == [1, 1]
+
     two = merge(
         Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_members=2
     )
+
     assert two.votes_N.tolist() == [2, 1]
     # The lonely box lacks a vote: half its score.
     assert two.scores_N[1].item() == pytest.approx(0.25)
@@ -228,11 +243,13 @@ def test_tiles_and_mirrorings_find_an_object_and_average_the_logits(
     # The scan is padded from 6 to 8 voxels, one on either side, so that a cell holds three quarters
     # of the object.
     strongest = found.boxes_N6[0].tolist()
+
     assert (
         strongest[0] == 4.0 and strongest[2] == 8.0 and strongest[3] == 8.0 and strongest[5] == 12.0
     )
     assert found.scores_N[0].item() == pytest.approx(1 / (1 + np.exp(-5.0)), abs=1e-4)
     assert logits is not None and logits.shape == (2, 12, 6, 16)
+
     torch.testing.assert_close(logits[1], image[0], atol=1e-5, rtol=1e-5)
 
 
@@ -244,17 +261,23 @@ def test_the_average_forgets_slowly_and_checkpoints_hold_both() -> None:
     average.attach(optimizer)
     torch.nn.init.ones_(network.weight)
     average.update(step=0)
+
     # Early: factor (1 + 0) / (10 + 0).
     assert average.values[0].item() == pytest.approx(0.9)
+
     average.update(step=1000)
+
     assert average.values[0].item() == pytest.approx(0.91)
+
     with average.saved():
         saved = {
             "network": {k: v.clone() for k, v in network.state_dict().items()},
             "optimizer": optimizer.state_dict(),
         }
+
     assert network.weight.item() == 1 and saved["network"]["weight"].item() == pytest.approx(0.91)
     assert WEIGHTS_KEY not in optimizer.state_dict()
+
     other = torch.nn.Linear(1, 1, bias=False)
     again = torch.optim.SGD(other.parameters(), lr=1.0)
     continued = MovingAverage(other, decay=0.9)
@@ -262,6 +285,7 @@ def test_the_average_forgets_slowly_and_checkpoints_hold_both() -> None:
     other.load_state_dict(saved["network"])
     again.load_state_dict(saved["optimizer"])
     continued.restore()
+
     assert other.weight.item() == 1 and continued.values[0].item() == pytest.approx(0.91)
 
 
@@ -297,15 +321,18 @@ def test_losses_have_all_gradients_with_and_without_objects_and_masks(
 def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
     detection_loss = DetectionLoss(PLAN, make_segmentation_loss(True, 3, False), [(1, 2), 2], 3)
     labels = torch.tensor([0, 1, 2, 3], dtype=torch.int16).reshape(1, 1, 4, 1, 1)
+
     assert detection_loss.target(labels)[0, :, :, 0, 0].int().tolist() == [
         [0, 1, 1, 0],
         [0, 0, 1, 0],
         [0, 0, 0, 1],
     ]
+
     logits = torch.ones(1, 2, 4, 1, 1)
     found = detection_loss.confusion(
         Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels
     )
+
     assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [
         [2, 1],
         [1, 2],
@@ -333,10 +360,12 @@ def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
     # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that
     # is wrong.
     score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
+
     assert uncounted == pytest.approx(
         0.75 * (1 - score) * large + 6 * 0.25 * score * small, rel=1e-5
     )
     assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
+
     (scan,) = patches_scored(
         output,
         detection_loss.grid(output),
@@ -344,8 +373,11 @@ def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
         0,
         detection_loss.uncounted(labels),
     )
+
     assert match_scan(scan, 0, HitRule()).ignored.tolist()[:1] == [True]
+
     (scan,) = patches_scored(output, detection_loss.grid(output), [objects([0, 0, 0, 4, 4, 4])], 0)
+
     assert not match_scan(scan, 0, HitRule()).ignored.any()
 
 
@@ -357,6 +389,7 @@ def test_the_number_of_threads_that_the_user_set_is_kept(monkeypatch: pytest.Mon
         keep_thread_limit()
     monkeypatch.delenv("OMP_NUM_THREADS")
     keep_thread_limit()
+
     assert limits == [3]
 
 
@@ -365,6 +398,7 @@ def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
     groups = without_decay_on_norms(
         [{"params": list(network.parameters()), "rate_factor": 1.0, "weight_decay": 0.1}], network
     )
+
     assert [(g["weight_decay"], len(g["params"]), g["rate_factor"]) for g in groups] == [
         (0.1, 1, 1.0),
         (0.0, 3, 1.0),
@@ -374,8 +408,11 @@ def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
 def test_scores_of_patches_leave_out_absent_classes() -> None:
     box = [0, 0, 0, 4, 4, 4]
     perfect = scan_boxes("a", (1, 1, 1), ([box], [1], [False]), ([box, box], [1, 0], [0.9, 0.8]))
+
     assert quick_scores([perfect], 3) == {"ap_0.1": 1.0, "ap_0.5": 1.0, "map_0.1:0.5:0.05": 1.0}
+
     empty = scan_boxes("b", (1, 1, 1), ([], [], []), ([], [], []))
+
     assert quick_scores([empty], 3) == {"ap_0.1": 0.0, "ap_0.5": 0.0, "map_0.1:0.5:0.05": 0.0}
 
 
@@ -383,6 +420,7 @@ def test_boxes_are_cut_between_tiles_and_not_at_the_borders_of_the_image() -> No
     boxes = torch.tensor(
         [[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]]
     )
+
     # A tile of 8 at z 0 of 12, y and x filling the image.
     assert ends_between_tiles(boxes, (0, 0, 0), (8, 8, 8), (12, 8, 8)).tolist() == [
         False,

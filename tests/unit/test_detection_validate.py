@@ -35,6 +35,7 @@ def test_the_overlap_is_chosen_on_other_folds_and_scored_on_this_one(tmp_path: P
     summary_of(tmp_path, 1, {1e-5: 0.2, 0.1: 0.7, 0.5: 0.6})
     summary_of(tmp_path, "all", {1e-5: 0, 0.1: 9, 0.5: 0})
     mine = {1e-5: {MEASURE: 0.9}, 0.1: {MEASURE: 0.8}, 0.5: {MEASURE: 0.1}}
+
     # On folds 0 and 1 the sums are 0.4, 1.0 and 1.2; here 0.5 is the worst.
     assert by_other_folds(summary_of(tmp_path, 2, {0.5: 0}), mine) == {
         "folds": ["fold_0", "fold_1"],
@@ -52,6 +53,7 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(
 ) -> None:
     summary_of(tmp_path, 1, None).write_text("{")
     summary_of(tmp_path, 3, {0.2: 0.5})
+
     assert by_other_folds(summary_of(tmp_path, 0, None), {0.1: {MEASURE: 0.5}}) is None
     assert logged(caplog, "fold_1") and logged(caplog, "fold_3")
 
@@ -71,6 +73,7 @@ def test_what_is_left_of_a_box_at_the_images_end_is_a_box_or_nothing() -> None:
         (10, 10, 10),
         [ObjectClass("x", 1, (1,))],
     )
+
     assert [d.box_zyx for d in left] == [(2, 2, 2, 6, 8, 8), (9, 2, 2, 10, 8, 8)]
     assert (
         len(make_scan_file("a", frame_of_affine(np.eye(4), (10, 10, 10)), left, {"x": 1}).boxes)

@@ -74,8 +74,11 @@ def results_of(out):
 
 def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
     out = folders[2]
+
     assert run(*folders) == 0
+
     results = results_of(out)
+
     # Lesions: one hit at 0.9, one false at 0.3, two objects: precision 1 up to recall 0.5.
     assert results["ap"]["0.1"]["per_class"] == {"lesion": pytest.approx(51 / 101), "cyst": 1}
     assert results["ap"]["0.1"]["mean"] == pytest.approx((51 / 101 + 1) / 2)
@@ -85,7 +88,9 @@ def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
     )
     assert results["scans"]["number"] == 3 and results["scans"]["empty"] == 1
     assert results["froc"]["operating_points"]["cyst"][-1]["fp_per_empty_scan"] == 1
+
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+
     assert [(r["scan"], r["class"], r["what"], r["score"]) for r in rows] == [
         ("a", "lesion", "hit", "0.9"),
         ("a", "lesion", "false", "0.3"),
@@ -96,9 +101,11 @@ def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
     ]
     # The lesion is 4 voxels of 2 mm high and 6 mm wide.
     assert rows[0]["iou"] == "1.0000" and rows[0]["largest_side_mm"] == "8.000"
+
     for end in ("_froc.png", "_scans.png"):
         assert out.with_name("scores" + end).read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
+
     assert lines[0].startswith("3 scans, 1 ") and lines[-1].startswith("next: ")
 
 
@@ -110,6 +117,7 @@ def test_no_spreadsheet_takes_a_scans_name_for_a_formula(folders):
     assert run(truth, found, out) == 0
 
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+
     assert {row["scan"] for row in rows} == {"'=a", "b", "c"}
     assert results_of(out)["scans"]["names"] == ["=a", "b", "c"]
 
@@ -118,7 +126,9 @@ def test_a_hit_rule_and_classes_can_be_chosen(folders):
     assert (
         run(*folders, "--hit", "centre", "--classes", "cyst", "--iou", "0.3", "--sizes", "5") == 0
     )
+
     results = results_of(folders[2])
+
     assert (
         list(results["classes"]) == ["cyst"]
         and results["froc"]["hit"] == "centre"
@@ -147,7 +157,9 @@ def test_voxels_can_decide_what_a_hit_is(folders, caplog):
         # Of two lesions one was looked for, and the other missed.
         assert results["froc"]["sensitivity"]["per_class"]["lesion"][-1] == sensitivity
         assert results["froc"]["sensitivity"]["per_class"]["cyst"][-1] == 1.0
+
     assert logged(caplog, "a: 1 of 3", "a_instances.nii.gz")
+
     (found / "a_instances.nii.gz").unlink()
     fails(UsageError, "mask-no-instances", ["a_instances"], truth, found, out, "--hit", "mask:0.2")
 
@@ -158,6 +170,7 @@ def test_instance_maps_may_touch_and_take_their_labels_from_the_json(folders):
     write_map(truth / "a.nii.gz", halves)
     (truth / "a.json").write_text('{"instances": {"3": 1, "4": 2}}')
     write_found(found, "a", [(halves[0][1], "lesion", 0.9), (halves[1][1], "cyst", 0.9)])
+
     assert run(truth, found, out) == 0
     assert results_of(out)["ap"]["0.5"]["per_class"] == {
         "lesion": pytest.approx(51 / 101),
@@ -172,16 +185,20 @@ def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images(folders, tmp_path,
     (truth / "a.json").write_text(
         json.dumps({"boxes": [{"box_zyx": LESION, "label": 1}, {"box_zyx": CYST, "label": 2}]})
     )
+
     assert run(truth, found, out) == 0
     assert results_of(out)["ap"]["0.1"]["mean"] == 1
     assert logged(caplog, "--images") and not out.with_name("scores_scans.png").exists()
+
     write_map(tmp_path / "images" / "a_0000.nii.gz", [(7, LESION)])
+
     assert run(truth, found, out, "--images", str(tmp_path / "images")) == 0
     assert out.with_name("scores_scans.png").exists()
 
 
 def test_a_file_of_detections_can_itself_be_the_truth(folders):
     _, found, out = folders
+
     assert run(found, found, out) == 0
     assert results_of(out)["froc"]["cpm"]["mean"] == 1
 
@@ -192,12 +209,15 @@ def test_detections_in_the_ignore_label_do_not_count(folders):
         json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}})
     )
     write_map(truth / "a.nii.gz", [(1, LESION), (3, (0, 10, 0, 6, 16, 6))])
+
     assert run(truth, found, out) == 0
+
     rows = [
         r
         for r in csv.DictReader(out.with_suffix(".csv").open())
         if r["scan"] == "a" and r["score"] == "0.3"
     ]
+
     assert [r["what"] for r in rows] == ["excused"]
 
 
@@ -209,12 +229,15 @@ def test_the_ignore_label_has_no_meaning_in_an_instance_map(folders):
     write_map(truth / "a.nii.gz", [(3, LESION)])
     (truth / "a.json").write_text('{"instances": {"3": 1}}')
     write_found(found, "a", [(LESION, "cyst", 0.7)])
+
     assert run(truth, found, out) == 0
+
     rows = [
         r
         for r in csv.DictReader(out.with_suffix(".csv").open())
         if r["scan"] == "a" and r["score"] == "0.7"
     ]
+
     assert [r["what"] for r in rows] == ["false"]
 
 
@@ -222,9 +245,12 @@ def test_scans_without_detections_are_named_and_counted_on_request(folders, capl
     truth, found, out = folders
     (found / "b.json").unlink()
     write_found(found, "d", [])
+
     assert run(truth, found, out) == 0
     assert logged(caplog, "1 scans", "(b)", "--all-scans") and logged(caplog, "1 scans", "(d)")
+
     results = results_of(out)
+
     assert results["scans"]["without_detections"] == ["b"] and results["scans"][
         "without_truth"
     ] == ["d"]
@@ -237,6 +263,7 @@ def test_truth_without_any_object_is_warned_about_and_gives_no_figure(folders, c
     truth, found, out = folders
     for name in "abc":
         write_map(truth / f"{name}.nii.gz", [])
+
     assert run(truth, found, out) == 0
     assert logged(caplog, "-g", "--min-voxels", "--classes")
     assert results_of(out)["ap"]["0.1"]["mean"] is None and results_of(out)["absent_classes"] == [
@@ -248,6 +275,7 @@ def test_truth_without_any_object_is_warned_about_and_gives_no_figure(folders, c
 def test_other_json_files_beside_the_detections_are_named_and_left_out(folders, caplog):
     truth, found, out = folders
     (found / "plans.json").write_text("{}")
+
     assert run(truth, found, out) == 0
     assert logged(caplog, "1 JSON files", "plans.json")
     assert results_of(out)["scans"]["number"] == 3
@@ -273,7 +301,9 @@ def swapped(image):
 def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, change):
     truth, found, out = folders
     write_map(truth.parent / "imagesTr" / "a_0000.nii.gz", [(7, LESION)])
+
     assert run(truth, found, out, "--hit", "centre") == 0
+
     before, picture = results_of(out), out.with_name("scores_scans.png").read_bytes()
     for file in (
         truth / "a.nii.gz",
@@ -281,6 +311,7 @@ def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, cha
         truth.parent / "imagesTr" / "a_0000.nii.gz",
     ):
         rewrite(file, change)
+
     assert SimpleITK.ReadImage(str(truth / "a.nii.gz")).GetDirection() != (
         1,
         0,
@@ -303,6 +334,7 @@ def test_maps_of_what_was_found_are_turned_too(folders):
             found / f"{name}_instances.nii.gz", [(1, LESION), (2, CYST)] if name == "a" else []
         )
         rewrite(found / f"{name}_instances.nii.gz", flipped(1))
+
     assert run(truth, found, out, "--hit", "mask:0.9") == 0
     assert results_of(out)["froc"]["sensitivity"]["per_class"] == {
         "lesion": [0.5] * 7,
@@ -321,7 +353,9 @@ def test_truth_at_another_location_is_refused_with_both(folders, tmp_path):
         return change
 
     rewrite(truth / "a.nii.gz", moved(0.4))
+
     assert run(truth, found, out) == 0
+
     rewrite(truth / "a.nii.gz", moved(0.6))
     axes = "(-1, 0, 0), (0, -1, 0), (0, 0, 1)"
     values = ["a.nii.gz", f"{axes} from (-0.6, 0, 0)", f"{axes} from (0, 0, 0)"]
@@ -337,6 +371,7 @@ def test_truth_at_another_location_is_refused_with_both(folders, tmp_path):
     (boxes / "a.json").write_text(json.dumps({"boxes": [], "affine_ras": [1], "shape_zyx": SHAPE}))
     fails(ObjectsError, "truth-affine", ["a.json", "affine_ras"], boxes, found, out)
     (boxes / "a.json").write_text('{"boxes": []}')
+
     assert run(boxes, found, out) == 0
 
 
@@ -350,6 +385,7 @@ def test_an_image_that_cannot_be_drawn_costs_no_figure(folders, caplog):
         SimpleITK.Compose([SimpleITK.ReadImage(str(truth / "c.nii.gz"))] * 3),
         str(images / "c_0000.nii.gz"),
     )
+
     assert run(truth, found, out) == 0
     assert logged(caplog, "a is", "a_0000.nii.gz", "9 x 16 x 20")
     assert logged(caplog, "b is", "b_0000.nii.gz") and logged(caplog, "c is", "c_0000.nii.gz")
@@ -369,6 +405,7 @@ def test_images_with_holes_are_drawn(folders):
         (truth.parent / "imagesTr").mkdir(exist_ok=True)
         SimpleITK.WriteImage(image, str(truth.parent / "imagesTr" / f"{name}_0000.nii.gz"))
         holes[0, 0, :5] = range(5)
+
     assert run(truth, found, out) == 0
 
 
@@ -379,16 +416,19 @@ def test_a_folder_of_detections_as_truth_has_one_scan_per_json_file(folders, cap
         for kind in ("boxes", "instances"):
             write_map(found / f"{name}_{kind}.nii.gz", [(1, LESION)])
     caplog.set_level("INFO")
+
     assert run(found, found, out) == 0
     assert (
         results_of(out)["scans"]["names"] == ["a", "b", "c"]
         and results_of(out)["scans"]["without_detections"] == []
     )
     assert logged(caplog, "-g", "9 files")
+
     # Scans that are called so are scans, where no file of detections says otherwise.
     other = found.parent / "other" / "labels"
     write_map(other / "a_boxes.nii.gz", [(1, LESION)])
     write_found(found.parent / "of_other", "a_boxes", [(LESION, "lesion", 0.9)])
+
     assert run(other, found.parent / "of_other", out) == 0
     assert results_of(out)["scans"]["names"] == ["a_boxes"]
 
@@ -402,6 +442,7 @@ def test_no_more_of_the_detections_is_kept_than_is_scored(tmp_path):
     gc.collect()
     bytes_per_scan = tracemalloc.get_traced_memory()[0] / 20
     tracemalloc.stop()
+
     # Six coordinates, a label, a score and a number are 72 bytes a box; the records of the files
     # were 2200.
     assert len(kept[0]["s7"].boxes_N6) == 100 and bytes_per_scan < 12_000
@@ -419,8 +460,11 @@ def test_an_error_is_one_line_and_an_exit_code(folders, tmp_path, capsys):
     write_map(truth / "a.nii.gz", [(7, LESION)])
 
     assert run(truth, tmp_path / "none", out) == 2
+
     usage = capsys.readouterr().err.strip().splitlines()
+
     assert run(truth, found, out) == 1
+
     objects = capsys.readouterr().err.strip().splitlines()
 
     assert len(usage) == 1 and usage[0].startswith("autoreg_evaluate_detection: ")
@@ -441,6 +485,7 @@ def test_what_cannot_be_scored_is_refused(folders, tmp_path):
     ):
         fails(UsageError, code, values, truth, found, out, *more)
     fails(UsageError, "evaluation-output-is-folder", ["scores.json"], truth, found, tmp_path)
+
     assert not out.exists()
 
 
@@ -480,6 +525,7 @@ def test_a_class_the_detector_does_not_know_counts_as_missed(folders, caplog):
         json.dumps({"labels": {"background": 0, **CLASSES, "node": 3}})
     )
     write_map(truth / "b.nii.gz", [(3, LESION)])
+
     assert run(truth, found, out) == 0
     assert logged(caplog, "node", "--classes")
     assert results_of(out)["ap"]["0.1"]["per_class"]["node"] == 0
@@ -490,10 +536,15 @@ def test_in_nndetections_convention_every_box_is_a_voxel_longer(folders):
     # Beside the lesion of 4 x 6 x 6 voxels by one on x: 120 of 168 in common, and 5 x 7 x (7 - 1) =
     # 210 of 280 when longer.
     write_found(found, "b", [((1, 2, 4, 5, 8, 10), "lesion", 0.9)])
+
     assert run(truth, found, out, "--iou", "0.72") == 0
+
     usual = results_of(out)
+
     assert run(truth, found, out, "--iou", "0.72", "--box-convention", "nndet") == 0
+
     longer = results_of(out)
+
     assert (
         usual["inputs"]["box_convention"] == "edges"
         and longer["inputs"]["box_convention"] == "nndet"
@@ -503,10 +554,12 @@ def test_in_nndetections_convention_every_box_is_a_voxel_longer(folders):
         < 1
         == pytest.approx(longer["ap"]["0.72"]["per_class"]["lesion"])
     )
+
     with out.with_suffix(".csv").open() as handle:
         hit = next(
             row for row in csv.DictReader(handle) if row["scan"] == "b" and row["what"] == "hit"
         )
+
     assert float(hit["iou"]) == pytest.approx(0.75) and [
         float(hit[c]) for c in ("z0", "y0", "x0", "z1")
     ] == [0, 1, 3, 5]
@@ -532,6 +585,7 @@ def test_pictures_show_scans_from_all_over_and_slices_through_objects():
         [with_objects((z, 0, 0, z + 1, 1, 1)) for z in range(10)],
         [with_objects(), with_objects()],
     )
+
     assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9] and len(
         pick_scans(full[:2])
     ) == 2
@@ -548,11 +602,14 @@ def test_pictures_show_scans_from_all_over_and_slices_through_objects():
 
 def test_axial_slices_are_drawn_anterior_up_and_patient_right_on_the_left():
     array = np.zeros((2, 3, 4))
+
     assert background(array, frame_of_affine(np.eye(4), (2, 3, 4))) == Background(
         array, flip_y=True, flip_x=True
     )
     assert background(array, frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))) == Background(
         array
     )
+
     sagittal = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+
     assert background(array, frame_of_affine(sagittal, (2, 3, 4))) == Background(array)
