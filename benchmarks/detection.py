@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.benchmark.protocol import recipe_values
+from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.rng import generator
 
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
@@ -350,7 +351,7 @@ def table(results: Path) -> list[str]:
     """
     rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for line in map(json.loads, results.read_text().splitlines()):
-        patch = " x ".join(map(str, line.get("patch", [])))
+        patch = size_text(line.get("patch", []))
         length = f"{line['iterations']}, {patch}" if patch else "-"
         key = (line["set"].split("_")[1], line["encoder"], line["arm"], length)
         rows.setdefault(key, {})[line["fold"]] = line

@@ -34,6 +34,7 @@ from recording import Line, Recorder, commit_of
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import EncoderPlan, Plan
@@ -270,14 +271,13 @@ def finetuning_steps(
             optimizer = torch.optim.AdamW(
                 network.parameters(), rate, weight_decay=5e-2, betas=(0.9, 0.98), fused=True
             )
-        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         trainer = trainer_class.__new__(trainer_class)
         vars(trainer).update(
             device=device,
             network=network,
             optimizer=optimizer,
             block=block,
-            has_bf16=has_bf16,
+            has_bf16=has_bf16(device),
             current_epoch=0,
             iteration=0,
             loss=DeepSupervisionWrapper(loss, weights) if is_deep else loss,
@@ -287,7 +287,7 @@ def finetuning_steps(
             if ours
             else None,
             grad_scaler=torch.GradScaler("cuda")
-            if device.type == "cuda" and not (ours and has_bf16)
+            if device.type == "cuda" and not (ours and has_bf16(device))
             else None,
         )
         return lambda crops: trainer.train_step(

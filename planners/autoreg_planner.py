@@ -45,7 +45,7 @@ from nnunet_autoreg.finetune.resolve import (
     choose_weights,
     setting_of_environment,
 )
-from nnunet_autoreg.geometry import Size, as_spacing
+from nnunet_autoreg.geometry import Size, as_spacing, size_text
 from nnunet_autoreg.model.memory import TrainingMemory
 from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
@@ -270,9 +270,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         print(f"encoder: {self.block.encoder.name} - {self.block.reasons['encoder']}")
         for name, c in plans["configurations"].items():
             if name in self.fits:
-                patch, spacing = (
-                    " x ".join(f"{v:.4g}" for v in c[key]) for key in ("patch_size", "spacing")
-                )
+                patch, spacing = (size_text(c[key], ".4g") for key in ("patch_size", "spacing"))
                 print(
                     f"{name}: patch {patch}, batch {c['batch_size']}, spacing {spacing} mm - "
                     f"{self.fits[name].reason}"

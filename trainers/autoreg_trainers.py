@@ -38,6 +38,7 @@ from nnunet_autoreg.finetune.recipe import (
 from nnunet_autoreg.finetune.resolve import ignored_setting, setting_of_environment
 from nnunet_autoreg.finetune.user_weights import kept_line, named_weights, watch_loading
 from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.safe_load import plain_loading
 
@@ -73,9 +74,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.enable_deep_supervision = (
             recipe.deep_supervision and len(self.configuration_manager.pool_op_kernel_sizes) > 2
         )
-        self.has_bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(
-            self.device
-        ) >= (8, 0)
+        self.has_bf16 = has_bf16(self.device)
         if self.has_bf16:
             self.grad_scaler = None
         self.is_fresh_start = True

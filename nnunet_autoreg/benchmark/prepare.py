@@ -4,7 +4,6 @@ It divides the patients, provides pretrained weights and plans, and preprocesses
 """
 
 import logging
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -424,8 +423,3 @@ def surface_tolerance_mm(bench: Bench) -> float | None:
         return None
     edges = [float(min(spacing)) for spacing in read_json(file)["spacings"]]
     return round(statistics.median(edges), 3)
-
-
-def available_cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

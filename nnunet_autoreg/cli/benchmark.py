@@ -17,6 +17,7 @@ from nnunet_autoreg.cli.common import (
     print_next,
 )
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.machine import usable_cores
 
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.prepare import Bench
@@ -231,7 +232,6 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
     from nnunet_autoreg.benchmark.commands import Commands
     from nnunet_autoreg.benchmark.prepare import (
         Bench,
-        available_cores,
         images_of,
         open_record,
         write_exclude,
@@ -242,9 +242,7 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
     layout = Layout(root, request.dataset)
     images = images_of(request.dataset)
     folders = {"nnUNet_preprocessed": layout.preprocessed, "nnUNet_results": layout.results}
-    commands = Commands(
-        root / "commands.log", device, max(1, available_cores() // num_jobs), folders
-    )
+    commands = Commands(root / "commands.log", device, max(1, usable_cores() // num_jobs), folders)
     record = open_record(root, request, sorted(images), dataset_folder(request.dataset))
     write_exclude(layout, record.division)
     return Bench(
@@ -255,7 +253,7 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
         commands,
         preprocessed_folder(),
         results_folder(),
-        min(8, available_cores()),
+        min(8, usable_cores()),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from nnunet_autoreg import __version__, bridge, nnunet_api
 from nnunet_autoreg.cli.common import command, print_next
 from nnunet_autoreg.errors import AutoregError, UsageError, WeightsError
+from nnunet_autoreg.machine import GIB, memory_bytes, usable_cores
 from nnunet_autoreg.requirements import Violation, checked_distributions, find_violations
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -393,15 +394,10 @@ def check_device(answer: dict[str, Any]) -> Check:
 
 
 def check_machine() -> Check:
-    """Cores and memory that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        memory = (
-            f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
-        )
-    except (AttributeError, OSError, ValueError):
-        memory = "memory unknown on this system"
-    return Check("machine", OK, f"{cores} cores, {memory}")
+    """Return the cores and the memory that this process may use."""
+    total = memory_bytes()
+    memory = f"{total / GIB:.0f} GiB of memory" if total else "memory unknown on this system"
+    return Check("machine", OK, f"{usable_cores()} cores, {memory}")
 
 
 def check_runs() -> Check:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.geometry import size_text
 
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.probe_networks import Encoder
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"labelled patients come from {len(division.pool)} scans of the pool; "
         f"{len(scored_names)} scans of {args.score} patients are scored, at "
-        f"{' x '.join(f'{size:.3g}' for size in spacing_mm)} mm",
+        f"{size_text(spacing_mm, '.3g')} mm",
         flush=True,
     )
 

@@ -23,6 +23,7 @@ from nnunet_autoreg.convert.source import (
 )
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.finetune.load import read_tensors
+from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.model.card import IMPORTED, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.records import sha256_of
 
@@ -105,10 +106,10 @@ def _card_facts(card: EncoderCard) -> Facts:
             f"{card.encoder}: {card.class_path.rpartition('.')[2]} {_arguments(card.arguments)}",
         ),
         ("objective", card.objective),
-        ("spacing", " x ".join(f"{s:g}" for s in card.spacing_mm) + " mm (z, y, x)"),
+        ("spacing", size_text(card.spacing_mm, "g") + " mm (z, y, x)"),
         (
             "patch",
-            f"{_times(card.crop_size_vox)} voxels in tokens of {_times(card.token_size_vox)}",
+            f"{size_text(card.crop_size_vox)} voxels in tokens of {size_text(card.token_size_vox)}",
         ),
         (
             "channels",
@@ -174,11 +175,11 @@ def _imported_facts(imported: Imported) -> Facts:
             f"{_arguments(encoder.arguments)}",
         ),
         ("objective", imported.objective),
-        ("spacing", " x ".join(f"{s:g}" for s in imported.spacing_mm) + " mm (z, y, x)"),
+        ("spacing", size_text(imported.spacing_mm, "g") + " mm (z, y, x)"),
         (
             "patch",
-            f"{_times(imported.crop_size_vox)} voxels in tokens of "
-            f"{_times(encoder.token_size_vox)}",
+            f"{size_text(imported.crop_size_vox)} voxels in tokens of "
+            f"{size_text(encoder.token_size_vox)}",
         ),
         ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
         ("normalisation", imported.normalization or "nnU-Net's own choice per channel"),
@@ -238,7 +239,3 @@ def _arguments(arguments: Mapping[str, Any]) -> str:
         if isinstance(value, (int, float, list)) and key not in UNTOLD
     }
     return ", ".join(f"{key} {value}" for key, value in told.items())
-
-
-def _times(size: tuple[int, ...]) -> str:
-    return " x ".join(str(s) for s in size)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnunet_autoreg.convert.ar_ssl4m import is_ar_ssl4m
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME
 from nnunet_autoreg.records import read_json
 from nnunet_autoreg.safe_load import load_plain
@@ -100,8 +101,7 @@ def _weights_of(path: Path) -> Path:
         f for f in path.iterdir() if f.suffix in (".safetensors", ".pth", ".pt", ".ckpt")
     )
     if len(found) != 1 and not known:
-        more = f" and {len(found) - MAX_NAMES} more" if len(found) > MAX_NAMES else ""
-        names = ", ".join(f.name for f in found[:MAX_NAMES]) + more
+        names = names_text([file.name for file in found], MAX_NAMES)
         raise WeightsError(
             f"{path} holds {len(found)} weights files{f' ({names})' if names else ''}; name one "
             "file"

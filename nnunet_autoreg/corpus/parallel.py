@@ -25,6 +25,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.machine import memory_bytes
 from nnunet_autoreg.phases import Phase, phase
 from nnunet_autoreg.stopping import raise_if_stopped
 
@@ -228,8 +229,8 @@ def free_memory_bytes() -> int:
     with suppress(OSError, ValueError):  # "max", which is no number, where there is no limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         found.append(max(1, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
-    with suppress(AttributeError, OSError, ValueError):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if memory_bytes():
+        found.append(memory_bytes())
     return min(found, default=0)
 
 

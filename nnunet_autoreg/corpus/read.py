@@ -3,7 +3,6 @@ reason.
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.geometry import Size, Spacing, as_size, volume, zyx
+from nnunet_autoreg.geometry import Size, Spacing, as_size, size_text, volume, zyx
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.io.files import check_file, quiet_stderr
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 from nnunet_autoreg.io.stacks import Stack
+from nnunet_autoreg.machine import memory_bytes
 from nnunet_autoreg.nnunet_api import Array, RawScan, read_scan
 
 MIN_AXIS_VOX = 4
@@ -198,7 +198,7 @@ def check_dimensions(size: Sequence[int]) -> None:
     Raises:
         ScanError: not3d, 4d or tiny.
     """
-    listed = " x ".join(str(s) for s in size)
+    listed = size_text(size)
     if len(size) > 3:
         how = "--split-4d takes each as a scan" if len(size) == 4 else "split it into 3D files"
         raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); {how}")
@@ -253,21 +253,14 @@ def check_memory(shape_vox: Sequence[int]) -> None:
         ScanError: ``huge``, with the figures.
     """
     needed = volume(shape_vox) * BYTES_PER_VOXEL
-    total = _memory_bytes()
+    total = memory_bytes()
     if total and needed > 0.8 * total:
         raise ScanError(
             "huge",
-            f"{' x '.join(map(str, shape_vox))} voxels need about {needed / 2**30:.0f} GiB of "
+            f"{size_text(shape_vox)} voxels need about {needed / 2**30:.0f} GiB of "
             "memory, "
             f"this machine has {total / 2**30:.0f}; crop or downsample the scan",
         )
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
 
 
 def check_voxels(array_ZYX: Array, name: str = "") -> None:
@@ -288,9 +281,7 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
         raise ScanError("constant", f"every voxel has the value {low:g}")
     cropped = cropped_shape(array_ZYX)
     if min(cropped) < MIN_AXIS_VOX:
-        raise ScanError(
-            "tiny", f"only {' x '.join(map(str, cropped))} voxels hold values other than 0"
-        )
+        raise ScanError("tiny", f"only {size_text(cropped)} voxels hold values other than 0")
     reason = _labelmap_reason(array_ZYX, low, high, name)
     if reason:
         raise ScanError("labelmap", reason)

@@ -4,7 +4,7 @@ True objects are label maps, instance maps or boxes; detections are one file per
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from nnunet_autoreg.detection.instances import (
 from nnunet_autoreg.detection.matching import ScanBoxes, mask_overlaps, scan_of_instances
 from nnunet_autoreg.detection.scanfile import is_scan_file, read_scan_file
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
+from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.names import IMAGE_ENDINGS, natural_key, strip_ending
 from nnunet_autoreg.records import MEND_YOURS, read_json
 
@@ -157,7 +158,7 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
             "%d JSON files of %s are not detections and are left out: %s",
             len(others),
             folder,
-            _first_names(others),
+            names_text(others),
         )
     if not found:
         raise UsageError(
@@ -282,8 +283,8 @@ def gather(
     files = _true_files(truth.folder)
     if not any(name in found for name in files):
         raise UsageError(
-            f"no scan of -g {truth.folder} ({_first_names(files)}) has detections in -p "
-            f"({_first_names(found)}): their names must agree",
+            f"no scan of -g {truth.folder} ({names_text(files)}) has detections in -p "
+            f"({names_text(found)}): their names must agree",
             code="evaluation-no-common-scan",
         )
     undetected = [name for name in files if name not in found]
@@ -295,14 +296,14 @@ def gather(
         log.warning(
             "%d scans have true objects and no file of detections (%s): %s",
             len(undetected),
-            _first_names(undetected),
+            names_text(undetected),
             what,
         )
     if unknown:
         log.warning(
             "%d scans have detections and no truth (%s): left out",
             len(unknown),
-            _first_names(unknown),
+            names_text(unknown),
         )
 
     scans = []
@@ -351,7 +352,7 @@ def _true_files(folder: Path) -> dict[str, Path]:
             "-g %s: %d files that autoreg_detect wrote beside its detections are left out: %s",
             folder,
             len(drawn),
-            _first_names(drawn),
+            names_text(drawn),
         )
     return {name: files[name] for name in sorted(set(files) - set(drawn), key=natural_key)}
 
@@ -495,8 +496,3 @@ def _check_location(file: Path, onto: Frame) -> None:
 def _json_beside(file: Path) -> Path:
     """Return the file with the labels of an instance map's objects."""
     return file.with_name(strip_ending(file.name) + ".json")
-
-
-def _first_names(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.errors import ObjectsError
-from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, zyx
+from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, size_text, zyx
 from nnunet_autoreg.io.orientation import Turn
 
 Floats = NDArray[np.float64]
@@ -305,7 +305,7 @@ def check_inside(
         )
     is_beyond = [end > size + tolerance_vox for end, size in zip(high, shape_vox, strict=True)]
     if min(low) < -tolerance_vox or any(is_beyond):
-        size = " x ".join(str(s) for s in shape_vox)
+        size = size_text(shape_vox)
         raise ObjectsError(
             f"{where}: box [{listed}] lies outside the image of {size} voxels (z, y, x); are the "
             "axes in the order z, y, x?",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.detection.geometry import AS_STORED, RAS_OF_LPS, Frame, frame_of_itk
 from nnunet_autoreg.errors import ObjectsError
+from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.io.files import quiet_stderr
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 
@@ -96,7 +97,7 @@ def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
 
     shape, spacing_mm = turned_geometry(frame.shape_vox, frame.spacing_mm, turn)
     if shape != onto.shape_vox:
-        own, other = (" x ".join(map(str, of.shape_vox)) for of in (frame, onto))
+        own, other = (size_text(of.shape_vox) for of in (frame, onto))
         raise ObjectsError(
             f"{file} has {own} voxels (z, y, x), the detections were made on {other}: is it "
             "another image?",

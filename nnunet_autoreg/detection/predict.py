@@ -51,7 +51,7 @@ from nnunet_autoreg.detection.scanfile import (
 from nnunet_autoreg.detection.scans import Scan, ready
 from nnunet_autoreg.detection.validate import FOLD_ALL, as_stored, in_original, score_thresholds
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
-from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.geometry import Size, as_size, size_text
 from nnunet_autoreg.io.files import quiet_stderr
 from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.io.orientation import turned
@@ -243,7 +243,7 @@ class Model:
                     self.stock.dataset_json,
                 )
         except ValueError as error:
-            size = " x ".join(str(n) for n in data.shape[1:])
+            size = size_text(data.shape[1:])
             spacing = ", ".join(f"{mm:g}" for mm in properties["spacing"])
             raise ScanError(
                 "spacing",

@@ -21,7 +21,7 @@ from nnunet_autoreg.finetune.channels import map_channels
 from nnunet_autoreg.finetune.families import decoder_first, recipe_values, stem_change
 from nnunet_autoreg.finetune.network import build_network, own_arguments
 from nnunet_autoreg.finetune.resolve import Choice, is_ct
-from nnunet_autoreg.geometry import Size, as_size, as_spacing, grid_of, volume
+from nnunet_autoreg.geometry import Size, as_size, as_spacing, grid_of, size_text, volume
 from nnunet_autoreg.model.card import EncoderCard
 from nnunet_autoreg.model.memory import GIB, TrainingMemory, training_memory
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
@@ -179,8 +179,8 @@ def fit_configuration(
         else f"limited by {limit}"
     )
     reason = (
-        f"median {_times(task.median_shape_vox)} voxels; batch {why_batch}; about {needed:.1f} GiB "
-        "to train"
+        f"median {size_text(task.median_shape_vox, '.0f')} voxels; batch {why_batch}; about "
+        f"{needed:.1f} GiB to train"
     )
     if room < MIN_BATCH:
         reason += (
@@ -348,7 +348,3 @@ def check_plans_name(name: str, old: Mapping[str, Any] | None) -> None:
             f"{name}.json exists, made by {maker}, and is not overwritten: choose another "
             "-overwrite_plans_name"
         )
-
-
-def _times(size: Sequence[float]) -> str:
-    return " x ".join(f"{s:.0f}" for s in size)

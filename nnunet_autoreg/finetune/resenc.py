@@ -17,7 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunet_autoreg.finetune.adapt import times
 from nnunet_autoreg.finetune.families import rows
 from nnunet_autoreg.finetune.plans import MAX_BATCH_TINY, MIN_BATCH, Budget, Fit, Task
-from nnunet_autoreg.geometry import as_size, volume
+from nnunet_autoreg.geometry import as_size, size_text, volume
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.planning.layout import plan_crop
@@ -98,7 +98,7 @@ def fit_resenc(
         batch = max(MIN_BATCH, min(batch, MAX_BATCH_TINY))
     stock_name = f"nnU-Net's {type(planner).__name__} for {planner.UNet_vram_target_GB:g} GB"
     limit = f"as {stock_name}, within what tiny encoders get" if is_capped else f"as {stock_name}"
-    median = " x ".join(f"{v:.0f}" for v in task.median_shape_vox)
+    median = size_text(task.median_shape_vox, ".0f")
     return Fit(
         as_size(stock["patch_size"]), batch, f"median {median} voxels; {limit}; {told}", arguments
     )

@@ -13,7 +13,7 @@ from nnunet_autoreg.errors import PlanError, WeightsError, did_you_mean
 from nnunet_autoreg.families import PRIMUS, family_of
 from nnunet_autoreg.finetune.block import PlannedWeights, check_class
 from nnunet_autoreg.finetune.channels import map_channels
-from nnunet_autoreg.geometry import Spacing, spacing_ratio
+from nnunet_autoreg.geometry import Spacing, size_text, spacing_ratio
 from nnunet_autoreg.model.card import (
     CARD_NAME,
     IMPORTED,
@@ -324,4 +324,4 @@ def _objection_to_tokens(card: EncoderCard, dataset: DatasetTraits) -> str | Non
 
 
 def _mm(spacing: Sequence[float]) -> str:
-    return " x ".join(f"{s:.3g}" for s in spacing) + " mm"
+    return size_text(spacing, ".3g") + " mm"

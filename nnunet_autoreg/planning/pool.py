@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
-from nnunet_autoreg.geometry import Size, Spacing, volume
+from nnunet_autoreg.geometry import Size, Spacing, size_text, volume
 from nnunet_autoreg.machine import GIB, memory_bytes
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import IntensityWindow
@@ -103,8 +103,8 @@ def real_share(crop: Sequence[int], shape_vox: Sequence[int]) -> float:
 
 
 def times(values: Sequence[float]) -> str:
-    """Sizes in words: 32 x 48 x 32."""
-    return " x ".join(f"{v:.4g}" for v in values)
+    """Return sizes or spacings as text with four digits: "32 x 48 x 32"."""
+    return size_text(values, ".4g")
 
 
 def count_of(number: float) -> str:

@@ -16,7 +16,7 @@ from nnunet_autoreg.corpus.fingerprint import (
     transposed_geometry,
 )
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.geometry import volume
+from nnunet_autoreg.geometry import size_text, volume
 from nnunet_autoreg.nnunet_api import resampled_shape
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
@@ -239,9 +239,9 @@ def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
 def _table_row(group: GroupPrint) -> list[str]:
     row = [str(group.num_scans), group.modality or "all"]
     for spacing_mm in (group.native_mm, group.spacing_mm):
-        row.append(" x ".join(f"{value:.3g}" for value in spacing_mm))
+        row.append(size_text(spacing_mm, ".3g"))
     for size in (group.shape_vox.p10, group.shape_vox.median, group.shape_vox.p90):
-        row.append(" x ".join(f"{value:.0f}" for value in size))
+        row.append(size_text(size, ".0f"))
     row.append(f"{group.total_vox / 1e6:.3g}")
     return row
 

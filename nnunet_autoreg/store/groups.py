@@ -26,7 +26,7 @@ from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.read import check_memory, cropped_shape, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
+from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, size_text, volume
 from nnunet_autoreg.nnunet_api import (
     CT_SCHEME,
     Array,
@@ -234,8 +234,7 @@ def _shared_box(covered_ZYX: Sequence[npt.NDArray[np.bool_]]) -> tuple[slice, ..
     if min(sides) < MIN_SHARED_VOX:
         raise ScanError(
             "geometry",
-            f"they share only {' x '.join(map(str, sides))} voxels: they show different parts of "
-            "the body",
+            f"they share only {size_text(sides)} voxels: they show different parts of the body",
         )
     return tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
 
