@@ -55,6 +55,7 @@ from nnunet_autoreg.geometry import Size, as_size, size_text
 from nnunet_autoreg.io.files import quiet_stderr
 from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.io.orientation import turned
+from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.records import read_json
 from nnunet_autoreg.safe_load import plain_loading
 
@@ -296,7 +297,7 @@ class Model:
 
 def half_precision(device: torch.device) -> torch.dtype:
     """Return the type a GPU computes in, as in training: bfloat16 where the hardware has it."""
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if has_bf16(device) else torch.float16
 
 
 def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
