@@ -29,9 +29,7 @@ STOPPED = 130
 
 
 def descendants(pid: int | None = None) -> list[int]:
-    """Return the ids of all processes below ``pid`` (default: this process), parents before their
-    children.
-    """
+    """Return the ids of all processes below ``pid`` (default: this process), parents first."""
     children: dict[int, list[int]] = {}
     for child, parent in _parents().items():
         children.setdefault(parent, []).append(child)
@@ -46,8 +44,9 @@ def descendants(pid: int | None = None) -> list[int]:
 
 
 def _parents() -> dict[int, int]:
-    """Return process id -> id of its parent for all running processes; ended ones that nobody has
-    waited for are left out.
+    """Return process id -> id of its parent for all running processes.
+
+    Processes that have ended, but that nobody has waited for, are left out.
     """
     if not Path("/proc/self/stat").exists():
         listed = subprocess.run(
@@ -75,7 +74,7 @@ def end_children(pid: int | None = None) -> None:
     """Kill every process below ``pid`` (default: this process).
 
     The resource tracker of ``multiprocessing`` is spared: it removes the semaphores of the killed
-        processes and then ends by itself.
+    processes and then ends by itself.
     """
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
 
@@ -93,8 +92,9 @@ def end_children(pid: int | None = None) -> None:
 def start_guarded(
     line: Sequence[str], environment: Mapping[str, str], output: IO[str]
 ) -> "subprocess.Popen[bytes]":
-    """Start a program below a guard process, in a session of its own, so that Ctrl-C reaches it
-    through this process alone.
+    """Start a program below a guard process, in a session of its own.
+
+    Ctrl-C therefore reaches it through this process alone.
     """
     guard = [sys.executable, "-m", __name__, str(os.getpid()), *line]
     return subprocess.Popen(
@@ -107,8 +107,9 @@ def start_guarded(
 
 
 def run_guarded(line: Sequence[str], environment: Mapping[str, str], output: IO[str]) -> int:
-    """Run a program below a guard and return its exit code; an exception in this process, such as
-    an interruption, ends the program.
+    """Run a program below a guard and return its exit code.
+
+    An exception in this process, such as an interruption, ends the program.
     """
     guard = start_guarded(line, environment, output)
     try:
@@ -124,8 +125,9 @@ def run_guarded(line: Sequence[str], environment: Mapping[str, str], output: IO[
 
 
 def guard_program(parent: int, line: Sequence[str]) -> int:
-    """Run ``line`` and return its exit code; end it and all below it on SIGTERM, and when
-    ``parent`` is gone.
+    """Run ``line`` and return its exit code.
+
+    It is ended, with all processes below it, on SIGTERM and when ``parent`` is gone.
     """
     if sys.platform == "linux":
         # What loses its parent becomes a child of the guard, which therefore still finds it.
@@ -164,8 +166,9 @@ def _end_program(program: "subprocess.Popen[bytes]") -> None:
 
 
 def _end_with_guard() -> None:
-    """In the program's process, before it begins: have the kernel kill it if the guard itself is
-    killed. Linux alone knows how.
+    """Have the kernel kill this process if the guard is killed, which only Linux can.
+
+    It is called in the program's process before the program begins.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,5 +1,7 @@
-"""What a command is doing now, for the line that ends it and for a sign of life whenever nothing
-else is printed for five seconds.
+"""What a command is doing now.
+
+The line that ends a command names it, and so does a sign of life whenever nothing else was printed
+for five seconds.
 """
 
 import logging
@@ -29,7 +31,7 @@ class Phase:
 
     Attributes:
         doing: what is done, to be read after "while": "checking scans".
-        progress: how far it is, in words; may be changed at any time.
+        progress: how far it is, as text; may be changed at any time.
         began: by ``time.monotonic``.
     """
 
@@ -48,8 +50,9 @@ ending = threading.Event()
 
 @contextmanager
 def phase(doing: str) -> Iterator[Phase]:
-    """Say what is being done inside, e.g. ``with phase("reading labels of 40 scans")``. Phases may
-    be nested; the innermost counts.
+    """Declare what is done inside, e.g. ``with phase("reading labels of 40 scans")``.
+
+    Phases may be nested; the innermost counts.
     """
     entered = Phase(doing)
     _phases.append(entered)
@@ -67,8 +70,9 @@ def current_phase() -> Phase | None:
 
 @contextmanager
 def signs_of_life(quiet_s: float = QUIET_S) -> Iterator[None]:
-    """Log what is going on, and for how long, whenever nothing else was logged and no progress bar
-    has moved for ``quiet_s``.
+    """Log what is going on, and for how long, after ``quiet_s`` without any other output.
+
+    A progress bar that moves counts as output.
     """
     watcher = _Watcher(quiet_s)
     logger = logging.getLogger("nnunet_autoreg")

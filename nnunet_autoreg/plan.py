@@ -102,7 +102,7 @@ class SequencePlan:
             place in the plane along z through all images or sub-volumes (AR-SSL4M's own); "random"
             (needs predictor "query" or "network").
         predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light
-            decoder is told where the target lies and attends to earlier blocks only; "network" - a
+            decoder knows where the target lies and attends to earlier blocks only; "network" - a
             CNN as a whole predicts all unknown voxels of a crop.
         prefix: distribution of the number p of given blocks: "uniform" over 1..K-1; "long" - the
             larger of two such numbers, so that most blocks are given; "fixed" - always
@@ -184,7 +184,7 @@ class ObjectivePlan:
             has several tokens. Those of different blocks never do.
         head: of the predictors "query" and "next": "linear" - one matrix makes voxels of features;
             "mlp" - with a hidden layer.
-        unknown_mark: how the predictor "network" is told which voxels are unknown: "zero" - they
+        unknown_mark: how the predictor "network" recognises unknown voxels: "zero" - they
             are 0 in the input; "learned" - a learned vector is also added to their features after
             the stem.
         num_segments: of the predictor "network": classes of pseudo-segments, which it predicts
@@ -300,7 +300,7 @@ class Plan:
     """Every value of one run.
 
     Attributes:
-        request: what the user asked for; the same request typed again continues the run.
+        request: what the user typed; the same request typed again continues the run.
         reasons: per chosen value, why it was chosen.
     """
 

@@ -1,17 +1,16 @@
-"""SIGTERM and Ctrl-C: they end a command within ten seconds, whatever it is doing, with one line
-and exit code 130.
+"""SIGTERM and Ctrl-C end a command within ten seconds, with one line and exit code 130.
 
 Python runs signal handlers between two instructions of the main thread. Three things can therefore
 go wrong, and each is provided for:
 
 1. Code that catches every exception swallows the one that the handler raises.
-    ``InterruptedRunError`` is no ``Exception``, so that only ``except BaseException`` catches it,
-    and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
-    code asks ``raise_if_stopped``.
+   ``InterruptedRunError`` is no ``Exception``, so that only ``except BaseException`` catches it,
+   and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
+   code calls ``raise_if_stopped``.
 2. The main thread is inside a long call of compiled code, and the handler does not run at all. The
-    C part of Python notes the signal in a pipe nevertheless; a thread reads the pipe and ends the
-    process after ``GRACE_S``. It needs the interpreter's lock, which nearly all compiled code gives
-    back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
+   C part of Python notes the signal in a pipe nevertheless; a thread reads the pipe and ends the
+   process after ``GRACE_S``. It needs the interpreter's lock, which nearly all compiled code gives
+   back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
 3. Other processes go on. All descendants are killed before the process ends.
 
 Everything that has to survive is written to a temporary file and renamed, so that the end may come
@@ -84,7 +83,7 @@ def stop_requested() -> bool:
 
 
 def raise_if_stopped() -> None:
-    """Raise what a signal handler raised before, in case that somebody else's code has caught it.
+    """Raise again what a signal handler raised, in case that other people's code caught it.
 
     Raises:
         InterruptedRunError: SIGTERM or Ctrl-C has come, and it is not just noted (``stops_noted``).
@@ -146,11 +145,12 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
 
 @contextmanager
 def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Only note the signals inside, so that the state can be saved first; yields what tells whether
-    one has come.
+    """Only note the signals inside, so that the state can be saved first.
+
+    Yields a function that returns whether one has come.
 
     Args:
-        line_if_forced: says what is kept where the process has to be ended by force, because the
+        line_if_forced: returns the line for a process that has to be ended by force, because the
             state was not saved in time.
     """
     with stoppable():
@@ -191,9 +191,7 @@ def report_stop(line: str = "", is_forced: bool = False) -> None:
 
 
 def keep_silent() -> None:
-    """Leave the line to another process: this is one of several that train together, and not the
-    main one.
-    """
+    """Leave the line to the main process, because this one is a worker of a training."""
     _stop.command = ""
 
 
@@ -267,8 +265,9 @@ def _end_now() -> None:
 
 
 def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Return a hook that does not print an interruption that was raised in a destructor; the
-    handler raises it once more later.
+    """Return a hook that does not print an interruption that was raised in a destructor.
+
+    The handler raises it once more later.
     """
 
     def quiet(unraisable: Any) -> None:
@@ -279,9 +278,7 @@ def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], obj
 
 
 def _forget_in_child() -> None:
-    """Have a forked child neither write into its parent's pipe nor raise its parent's
-    exceptions.
-    """
+    """Have a forked child not write into its parent's pipe, nor raise its parent's exceptions."""
     if _stop.is_active:
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:

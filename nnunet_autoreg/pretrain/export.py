@@ -21,7 +21,7 @@ def export_encoder(
     """Write the encoder's weights, then its card, which marks the run as finished.
 
     Args:
-        rows: the scans of the run, held-out ones included.
+        rows: the scans of the run, validation scans included.
         licences: dataset -> licence text.
     """
     from nnunet_autoreg.finetune.load import write_tensors

@@ -202,7 +202,7 @@ def plan_run(
     """Return the plan, which is written to ``plan.json``, and the usable scans.
 
     Raises:
-        UsageError: the scans cannot give what the user asked for.
+        UsageError: the scans cannot give what the user typed.
         PlanError: a value cannot be carried out.
         WeightsError: training cannot start from the weights named by ``--init``.
     """

@@ -67,7 +67,7 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
 
 
 def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
-    """The kinds that held-out scans can give; those that they cannot are logged."""
+    """Return the kinds that validation scans can give, and log those that they cannot."""
     given = tuple(kind for kind in wanted(plan) if pool.num_sources(kind))
     lacking = [kind for kind in wanted(plan) if kind not in given]
     if pool.cases and lacking:

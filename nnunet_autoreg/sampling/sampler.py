@@ -1,4 +1,4 @@
-"""Draws samples for training and for the held-out error.
+"""Draws samples for training and for validation.
 
 Light and picklable, so that loader processes can hold it.
 """
@@ -47,11 +47,11 @@ class SequenceSampler:
     plan: Plan
 
     def kind(self, pool: SamplingPool, purpose: str, number: int) -> str:
-        """The kind of the sequences of a training step, drawn by the plan's weights, or of a
-        held-out sample, in turn.
+        """Return the kind of the sequences of a training step, or of a validation sample.
 
-        One kind per step keeps the shapes of a batch equal. Held-out pool may offer fewer kinds
-        than training.
+        The kind of a step is drawn by the plan's weights; validation samples take kinds in turn.
+        One kind per step keeps the shapes of a batch equal. The validation scans may allow fewer
+        kinds than the training scans.
         """
         kinds = wanted(self.plan)
         if purpose == VALIDATION:
@@ -67,7 +67,7 @@ class SequenceSampler:
         """One sequence; everything random comes from (run seed, purpose, ids), its kind from the
         first id alone.
 
-        Training samples alone are rotated, zoomed and corrupted. Held-out samples take fixed
+        Training samples alone are rotated, zoomed and corrupted. Validation samples take fixed
         prefixes, so that their errors compare from one time to the next - and, unless the plan
         fixes its own, from one plan to the other.
         """

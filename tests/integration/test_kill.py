@@ -136,7 +136,7 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
     assert {path: damage_of(folder / path) for path in RESUMABLE} == dict.fromkeys(RESUMABLE, "")
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_one_before(place, whole):
+def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole):
     assert place.run("flipped", "export") == -signal.SIGKILL
     latest = place.folder("flipped") / "checkpoint_latest.pth"
     data = bytearray(latest.read_bytes())
@@ -153,7 +153,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_one_before(pla
     ).read_bytes()
 
 
-def test_two_kills_in_a_row_and_somebody_elses_files_in_the_folder_change_nothing(place, whole):
+def test_two_kills_in_a_row_and_foreign_files_change_nothing(place, whole):
     assert place.run("twice", "in the middle of a step") == -signal.SIGKILL
     theirs = place.folder("twice") / "my notes.txt"
     theirs.write_text("keep")

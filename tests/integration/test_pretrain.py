@@ -98,7 +98,7 @@ def folder_of(workplace, name):
     return workplace / "nnUNet_results/autoreg_pretraining" / name
 
 
-def test_a_run_leaves_everything_and_a_killed_run_continues_to_the_same_bytes(workplace):
+def test_a_killed_run_continues_to_the_same_bytes(workplace):
     whole = run(workplace, "whole", "--steps", "12", *SMALL)
     assert whole.returncode == 0, whole.stderr
     assert (
@@ -151,7 +151,7 @@ def test_a_run_leaves_everything_and_a_killed_run_continues_to_the_same_bytes(wo
     assert (killed / "encoder.safetensors").stat().st_mtime_ns == before
 
 
-def test_other_settings_are_refused_with_the_difference_and_more_steps_are_not(workplace):
+def test_other_settings_are_refused_and_more_steps_are_not(workplace):
     assert run(workplace, "a", "--steps", "3", *SMALL).returncode == 0
     other = run(workplace, "a", "--steps", "3", "--seed", "1", *SMALL)
     assert other.returncode == 2
@@ -246,7 +246,7 @@ def test_bad_scans_are_left_out_with_their_reason_and_the_run_goes_on(workplace)
     assert all(reason for s, reason in status.values() if s != "ok")
 
 
-def test_a_folder_with_nothing_usable_and_missing_variables_end_in_one_line(workplace):
+def test_no_usable_scan_and_missing_variables_end_in_one_line(workplace):
     empty = workplace / "leer"
     empty.mkdir()
     command = [COMMAND, "-i", str(empty), "--name", "x", "--device", "cpu"]

@@ -155,9 +155,7 @@ def whole(place):
     return "whole"
 
 
-def test_one_process_and_a_run_that_changes_their_number_and_sharding_have_the_same_errors(
-    place, whole
-):
+def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole):
     place.run("alone")
     process = place.start("changing", "--num-gpus", "2")
     place.wait_for_step("changing", process, 5)
@@ -189,7 +187,7 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, wh
     assert process.wait(60) == 1
     said = place.log("killed").read_text()
     assert said.splitlines()[-1].startswith(
-        "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for want of memory; all "
+        "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for lack of memory; all "
     )
     assert "Traceback" not in said
     assert damage_of(place.folder("killed") / LATEST_NAME) == ""
@@ -198,7 +196,7 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, wh
     assert place.encoder("killed") == place.encoder(whole)
 
 
-def test_sigterm_saves_once_and_ends_all_and_the_same_line_goes_on_to_the_same_bytes(place, whole):
+def test_sigterm_saves_once_ends_all_and_the_run_resumes_exactly(place, whole):
     process = place.start("stopped", "--num-gpus", "2")
     place.wait_for_step("stopped", process, 3)
     (helper,) = helpers_of(process)
@@ -212,7 +210,7 @@ def test_sigterm_saves_once_and_ends_all_and_the_same_line_goes_on_to_the_same_b
     assert place.encoder("stopped") == place.encoder(whole)
 
 
-def test_a_main_process_that_is_killed_takes_the_others_with_it_and_leaves_no_lock(place, whole):
+def test_a_killed_main_process_ends_its_workers_and_leaves_no_lock(place, whole):
     process = place.start("headless", "--num-gpus", "2")
     place.wait_for_step("headless", process, 3)
     (helper,) = helpers_of(process)
@@ -223,7 +221,7 @@ def test_a_main_process_that_is_killed_takes_the_others_with_it_and_leaves_no_lo
     assert place.encoder("headless") == place.encoder(whole)
 
 
-def test_under_torchrun_a_killed_process_stops_the_run_which_resumes_exactly(place, whole):
+def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
     process = place.start("lost", by=torchrun())
     place.wait_for_step("lost", process, 12)
     ranks = ranks_of(process)
@@ -246,7 +244,7 @@ def test_under_torchrun_a_killed_process_stops_the_run_which_resumes_exactly(pla
     assert place.encoder("lost") == place.encoder(whole)
 
 
-def test_hours_are_turned_into_steps_once_by_two_processes_and_the_same_line_goes_on_with_them(
+def test_hours_are_turned_into_steps_once_by_two_processes(
     place,
 ):
     hours = ("--hours", "0.001")
@@ -267,7 +265,7 @@ def test_hours_are_turned_into_steps_once_by_two_processes_and_the_same_line_goe
     assert json.loads((place.folder("timed") / "encoder.json").read_text())["num_steps"] == steps
 
 
-def test_under_torchrun_a_line_that_cannot_be_carried_out_ends_all_processes_with_one_line(place):
+def test_under_torchrun_an_impossible_line_ends_all_processes(place):
     process = place.start("impossible", "--num-gpus", "3", by=torchrun())
     assert process.wait(PATIENCE_S) != 0
     assert "torchrun started 2 processes already" in place.log("impossible").read_text()

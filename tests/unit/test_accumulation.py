@@ -84,7 +84,7 @@ def test_parts_give_the_gradient_of_the_whole_batch(
     assert float(loss_of_parts) == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels_not_of_the_mean_of_means(
+def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels(
     trained: Callable[..., Any],
 ) -> None:
     whole, loss = trained(2)

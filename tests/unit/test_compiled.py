@@ -91,7 +91,7 @@ WAYS = [("raster", "next", False), ("random", "query", False), ("raster", "next"
 
 @pytest.mark.parametrize(("order", "predictor", "recompute"), WAYS)
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_compiled_with_flexattention_the_loss_and_its_gradient_are_those_of_plain_attention(
+def test_flexattention_gives_the_loss_and_gradient_of_plain_attention(
     order: str, predictor: str, recompute: bool
 ) -> None:
     plan, batch = make_plan(recompute, order=order, predictor=predictor), make_batch(order)
@@ -209,7 +209,7 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
     ]
 
 
-def test_nothing_is_compiled_on_a_cpu_where_the_plan_says_no_or_where_weights_are_sharded() -> None:
+def test_nothing_is_compiled_on_a_cpu_by_request_or_if_sharded() -> None:
     plan, cuda = make_plan(), torch.device("cuda")
     objective = Autoregressive(plan)
     assert run_by(fast_path(plan, CPU), objective.loss) == objective.loss

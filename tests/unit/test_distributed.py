@@ -216,7 +216,7 @@ def two(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_have_the_losses_and_weights_of_one_also_with_uneven_shares_and_mixed_kinds(
+def test_two_processes_have_the_losses_and_weights_of_one(
     alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str
 ) -> None:
     batch_size = WAYS[way][2]
@@ -273,7 +273,7 @@ def test_what_one_process_saves_two_go_on_from(
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_a_checkpoint_that_the_main_process_alone_reads_reaches_all_bit_for_bit(
+def test_a_checkpoint_read_by_the_main_process_reaches_all_exactly(
     alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str
 ) -> None:
     state, (main, other) = two[f"shareable, {sharding}"]
@@ -296,7 +296,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-def test_what_is_lent_is_told_without_its_weights_and_whole_where_one_process_is_alone(
+def test_shareable_content_is_sent_without_weights_but_whole_alone(
     alone: dict[int, dict[str, Any]],
 ) -> None:
     start = alone[6]["state"]
@@ -316,7 +316,7 @@ def test_what_is_lent_is_told_without_its_weights_and_whole_where_one_process_is
     assert_same(state_of(trainer)["network_weights"], start["network_weights"])
 
 
-def test_every_process_has_its_own_generators_in_the_checkpoint_and_a_new_one_keeps_its_fresh_ones(
+def test_every_process_has_its_own_generators_in_the_checkpoint(
     two: dict[str, Any],
 ) -> None:
     assert len(two["ddp"]["state"]["generators"]) == 2

@@ -56,9 +56,7 @@ def test_unknown_plan_keys_are_refused_with_a_close_match():
     ("kind", "newest"),
     [(Plan, 2), (EncoderCard, 1), (AutoregBlock, 1), (DetectionPlan, 1), (CaseRecord, 2)],
 )
-def test_every_record_of_a_newer_format_is_refused_with_the_way_out_whatever_else_is_new_in_it(
-    kind, newest
-):
+def test_every_record_of_a_newer_format_is_refused(kind, newest):
     with pytest.raises(
         PlanError,
         match=f"^here is of format {newest + 1}, newer than {newest}; update nnunet-autoreg$",

@@ -51,7 +51,7 @@ def test_what_is_not_finite_is_bad_from_the_first_step_on(loss, norm):
     assert verdict(guard_after([]), 1e9) == 0
 
 
-def test_a_spike_has_to_pass_both_limits_and_needs_a_hundred_steps_to_compare_with():
+def test_a_spike_passes_both_limits_and_needs_a_hundred_steps_before():
     alternating = [0.9, 1.1] * (WINDOW // 2)  # mean 1, standard deviation 0.1
     guard = guard_after(alternating, spike_sigmas=8)
     assert verdict(guard, 1.79) == 0  # below both
@@ -63,7 +63,7 @@ def test_a_spike_has_to_pass_both_limits_and_needs_a_hundred_steps_to_compare_wi
     assert verdict(guard_after(alternating[:-1]), 100.0) == 0
 
 
-def test_bad_steps_leave_the_running_mean_alone_and_a_good_one_ends_the_row():
+def test_bad_steps_do_not_move_the_mean_and_a_good_one_ends_the_row():
     guard = guard_after([1.0] * WINDOW + [5.0, math.nan, 7.0])
     assert guard.statistics() == StepStatistics(nonfinite=1, spikes=2, in_row=3, usual=1.0)
     guard.judge(torch.tensor(1.0), torch.tensor(1.0))
@@ -117,7 +117,7 @@ def test_what_was_skipped_is_said_in_one_sentence_or_not_at_all():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_on_a_gpu_a_bad_bf16_step_is_skipped_without_waiting_for_the_device():
+def test_on_a_gpu_a_bad_bf16_step_is_skipped_without_waiting():
     device = torch.device("cuda")
     module = nn.Linear(64, 64, device=device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)

@@ -51,7 +51,7 @@ def test_one_direction_is_rank_1_whatever_noise_of_rounding_it_carries():
     assert effective_rank(line) == pytest.approx(1, abs=0.01)
 
 
-def test_constant_features_have_no_rank_and_no_variance_and_nan_passes_for_none():
+def test_constant_and_nan_features_have_no_rank_and_no_variance():
     constant = torch.full((12, 4), 3.0)
     content = content_part(constant, torch.arange(4).repeat(3))
     assert (effective_rank(content), token_variance(content, constant)) == (0, 0)
@@ -69,7 +69,7 @@ def test_features_that_say_only_where_a_token_lies_have_collapsed():
     assert token_variance(content, what) == pytest.approx(4 / 36)
 
 
-def test_evenly_takes_all_or_equally_spaced_ones():
+def test_evenly_spread_takes_all_or_equally_spaced_ones():
     assert evenly_spread(3, 5).tolist() == [0, 1, 2]
     assert evenly_spread(9, 3).tolist() == [0, 4, 8]
 
@@ -82,7 +82,7 @@ GOOD = Health(
 )
 
 
-def test_a_healthy_model_is_not_complained_about_and_a_young_one_not_yet():
+def test_a_healthy_model_gives_no_warning_and_a_young_one_not_yet():
     assert health_warnings(GOOD, RUN, warm=True) == []
     young = replace(
         GOOD,
@@ -94,39 +94,29 @@ def test_a_healthy_model_is_not_complained_about_and_a_young_one_not_yet():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "values"),
     [
-        (
-            {"token_variance": 0.002},
-            "collapse: the features hardly depend on the image (token variance 0.002, limit 0.01)",
-        ),
-        (
-            {"effective_rank": 1.4},
-            "collapse: the features spread over 1.4 directions only (limit 3)",
-        ),
+        ({"token_variance": 0.002}, ["collapse", "token variance 0.002", "0.01"]),
+        ({"effective_rank": 1.4}, ["collapse", "1.4 directions", "limit 3"]),
         (
             {"errors": {"error": 1.0, "mean": 1.0, "copy": 1.8}},
-            "nothing learnt yet: the held-out error 1.0000 is not below 'predict the mean' "
-            "(1.0000)",
+            ["error 1.0000", "'predict the mean' (1.0000)"],
         ),
-        (
-            {"errors": {"error": float("nan"), "mean": 1.0, "copy": 1.8}},
-            "nothing learnt yet: the held-out error nan",
-        ),
+        ({"errors": {"error": float("nan"), "mean": 1.0, "copy": 1.8}}, ["error nan"]),
         (
             {"probe": {"features": 0.5, "voxels": 0.5, "chance": 0.33}},
-            "the features tell labels apart no better than raw voxels do (0.500 "
-            "against 0.500 balanced accuracy): train longer",
+            ["0.500 against 0.500", "train longer"],
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_words_with_value_and_limit(changes, said):
-    [sentence] = health_warnings(replace(GOOD, **changes), RUN, warm=True)
-    assert sentence.startswith(said)
-    assert "\n" not in sentence
+def test_a_health_warning_names_value_and_limit_in_one_line(changes, values):
+    [message] = health_warnings(replace(GOOD, **changes), RUN, warm=True)
+
+    assert [value for value in values if value not in message] == []
+    assert "\n" not in message
 
 
-def test_every_number_reaches_the_metrics_under_the_names_that_the_report_knows():
+def test_every_number_of_health_has_a_metric_that_the_report_knows():
     assert set(GOOD.metrics()) == {
         "heldout_error",
         "heldout_mean",
@@ -167,7 +157,7 @@ def crop(value, labels, is_test):
     return LabelledCrop(collate([sample]), torch.tensor(labels), is_test)
 
 
-def test_the_probe_never_fits_on_a_test_subject_and_leaves_unknown_tokens_out():
+def test_the_probe_fits_on_no_test_subject_and_no_unknown_token():
     seen = []
 
     def read(batch):
@@ -204,7 +194,7 @@ def test_nearest_voxels_of_a_longer_and_a_shorter_grid():
     assert nearest_index(8, 4).tolist() == [1, 3, 5, 7]
 
 
-def test_a_crop_around_a_label_holds_it_and_stays_in_the_case_or_centres_a_smaller_one():
+def test_a_crop_around_a_label_holds_it_and_stays_in_the_case():
     labels = np.zeros((40, 8, 16), dtype=np.int64)
     labels[38, 3, 2] = 1
     start = around_labels(labels, (16, 16, 16), np.random.default_rng(0))
@@ -256,7 +246,7 @@ def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
     assert choose_scans(rows[:3], set(), 0) == []
 
 
-def test_labels_come_onto_the_stored_voxels_and_what_has_no_name_is_unknown(dataset):
+def test_labels_lie_on_the_stored_voxels_and_unnamed_ones_are_unknown(dataset):
     found = stored_labels(row(dataset, 1), (12, 8, 10))
     assert found.shape == (12, 8, 10)
     assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [
@@ -293,7 +283,7 @@ class Numbers:
         return self
 
 
-def test_held_out_errors_are_told_by_kind_of_sequences_where_there_are_several():
+def test_validation_errors_are_given_by_kind_where_there_are_several():
     batches = {"spatial": [Numbers(2.0, 4.0), Numbers(1.0, 2.0)], "contrast": [Numbers(9.0, 3.0)]}
     health = Validation(OfKinds(), batches, (), torch.device("cpu")).measure()
     assert health.errors == {"error": 12 / 9, "mean": 24 / 9}

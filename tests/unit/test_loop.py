@@ -47,9 +47,7 @@ def nan_between(first, last):
     return lambda step, total: total * math.nan if first <= step <= last else total
 
 
-def test_a_finite_loss_with_an_infinite_gradient_is_skipped_with_one_line_and_changes_nothing(
-    tmp_path, caplog
-):
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped(tmp_path, caplog):
     before = trainer(
         tmp_path / "before", Linear(), replace(PLAN, optim=replace(PLAN.optim, num_steps=3))
     )
@@ -111,9 +109,7 @@ def test_too_many_bad_steps_in_a_row_are_rolled_back(tmp_path, caplog):
         (11, 40, ["last 4 steps until step 24", "2 times", "--set optim.lr=3.3e-03"]),
     ],
 )
-def test_a_run_that_stays_bad_ends_in_one_line_and_keeps_its_last_good_state(
-    tmp_path, first, last, values
-):
+def test_a_run_that_stays_bad_ends_and_keeps_its_last_good_state(tmp_path, first, last, values):
     with refused(AutoregError, "training-diverged", *values) as caught:
         trainer(tmp_path, Linear(nan_between(first, last)), ROUGH).run()
     assert "\n" not in str(caught.value)
@@ -124,9 +120,7 @@ def test_a_run_that_stays_bad_ends_in_one_line_and_keeps_its_last_good_state(
 
 
 @pytest.mark.parametrize("stop_at", [(5,), (12,), (14, 15), (17, 19), (20, 29), (18,)])
-def test_a_run_that_was_stopped_goes_back_to_the_same_checkpoint_as_one_that_was_not(
-    tmp_path, stop_at
-):
+def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, stop_at):
     bad = nan_between(13, 17)
     whole = trainer(tmp_path / "whole", Linear(bad), ROUGH)
     whole.run()
@@ -159,7 +153,7 @@ def test_a_run_that_was_stopped_goes_back_to_the_same_checkpoint_as_one_that_was
 COMPARED = ("train_error", "lr", "gradient_norm", "skipped_steps", "rollbacks")
 
 
-def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(tmp_path):
+def test_a_stop_before_anything_was_logged_saves_the_state(tmp_path):
     plan = replace(PLAN, run=RunPlan(0, 100, 100, log_every=100))
 
     def stop(step, total):
@@ -178,7 +172,7 @@ def test_a_stop_before_anything_was_logged_saves_the_state_and_the_run_goes_on(t
     assert torch.equal(stopped.module.weight, whole.module.weight)
 
 
-def test_sigterm_before_training_ends_in_one_line_and_the_usual_handler_is_back(tmp_path):
+def test_sigterm_before_training_ends_in_one_line_and_restores_handlers(tmp_path):
     usual = signal.getsignal(signal.SIGTERM)
 
     with pytest.raises(InterruptedRunError) as caught, stoppable():
@@ -214,7 +208,7 @@ def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
     assert first + second == whole
 
 
-def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_previous(tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     trainer(tmp_path, Linear()).run()
     names = (checkpoint.LATEST_NAME, checkpoint.PREVIOUS_NAME)
     assert [checkpoint.load_checkpoint(tmp_path / name)["step"] for name in names] == [6, 4]

@@ -101,9 +101,7 @@ def test_epochs_asked_for_are_counted_in_batches_of_the_preset() -> None:
     assert plan(8).reasons["optim.batch_size"] == "set by the user"
 
 
-def test_faithful_on_primus_gives_at_least_one_block_and_cuts_the_crop_for_four_sub_volumes() -> (
-    None
-):
+def test_faithful_on_primus_gives_a_block_and_cuts_four_sub_volumes() -> None:
     plan = check(faithful(planned("primus_tiny", num_steps=10)))
     assert plan.sequence.prefix == "uniform" and plan.sequence.crop_size_vox[0] % 32 == 0
 
@@ -132,7 +130,7 @@ def test_what_is_typed_counts_more_than_a_preset() -> None:
     ) == (4, {"spatial": 1.0}, 3e-4, 0.01)
 
 
-def test_masked_hides_three_quarters_in_random_order_and_excludes_the_preset() -> None:
+def test_masked_hides_three_quarters_and_excludes_the_preset() -> None:
     plan = check(with_objective(planned("primus_tiny", num_steps=10), "masked"))
     s = plan.sequence
     assert (plan.objective.name, s.order, s.predictor, s.prefix, s.prefix_share) == (
@@ -221,7 +219,7 @@ def test_the_faithful_objective_gives_the_original_models_loss(
     )
 
 
-def test_the_faithful_sampler_draws_prefixes_from_0_and_overlapping_sub_volumes() -> None:
+def test_faithful_draws_prefixes_from_0_and_overlapping_sub_volumes() -> None:
     class Case:
         shape_vox, spacing_mm = (140, 140, 140), (1.0, 1.0, 1.0)
 
@@ -239,9 +237,7 @@ def test_the_faithful_sampler_draws_prefixes_from_0_and_overlapping_sub_volumes(
     assert isinstance(sampler.plan.optim, OptimPlan)
 
 
-def test_with_start_everything_is_asked_for_at_p_0_and_the_first_prediction_knows_no_voxel() -> (
-    None
-):
+def test_with_start_the_first_prediction_knows_no_voxel() -> None:
     plan = faithful(planned("vit_b16", num_steps=10))
     arguments = {
         **plan.encoder.arguments,

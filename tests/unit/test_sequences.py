@@ -64,7 +64,7 @@ def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     assert counts[1:5].min() > 900
 
 
-def test_a_draw_replays_to_the_same_sample_and_turns_voxels_and_padding_alike():
+def test_a_draw_replays_to_the_same_sample():
     plan, case = make_plan(), Ramp((20, 30, 20))
     drawn = spatial.draw(plan, case.shape_vox, rng.generator(0, "x"))
     first, again = spatial.apply(plan, case, drawn), spatial.apply(plan, case, drawn)
@@ -141,7 +141,7 @@ class Row:
     subject: str = ""
 
 
-def test_channels_of_a_case_are_held_out_together_and_more_cases_move_none_back():
+def test_channels_of_a_case_are_split_together_and_stay_so():
     rows = [
         Row(f"{case}_{channel}", "D", f"case{case}") for case in range(40) for channel in range(4)
     ]
@@ -184,9 +184,7 @@ def test_interleaved_members_alternate_at_each_place_of_the_plane():
 
 
 @pytest.mark.parametrize(("stride", "expected"), [(8, 0.5625), (32, 0.0)])
-def test_a_stride_of_8_shows_56_percent_of_the_voxels_before_and_a_stride_of_32_none(
-    stride, expected
-):
+def test_a_stride_of_8_repeats_56_percent_of_the_voxels(stride, expected):
     encoder = EncoderPlan("x", "y", {}, (16, 16, 16))
     plan = replace(
         make_plan(
@@ -214,7 +212,7 @@ def test_a_stride_of_8_shows_56_percent_of_the_voxels_before_and_a_stride_of_32_
         assert len(set(strided.source_slices(plan).tolist())) == 56
 
 
-def test_strided_samples_repeat_overlapping_slices_and_can_leave_them_out_of_the_loss():
+def test_strided_samples_repeat_slices_and_can_leave_them_unscored():
     plan = make_plan(
         crop_size_vox=(32, 16, 16),
         weights={"strided": 1.0},
@@ -253,7 +251,7 @@ def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
         assert np.array_equal(sample.positions[:tokens], sample.positions[tokens : 2 * tokens])
 
 
-def test_a_contrast_keeps_its_code_where_only_some_of_the_contrasts_are_taken():
+def test_a_contrast_keeps_its_code_where_only_some_are_taken():
     plan = contrast_plan(contrast_members=2, order="random", predictor="query")
     found = set()
     for number in range(40):
@@ -266,7 +264,7 @@ def test_a_contrast_keeps_its_code_where_only_some_of_the_contrasts_are_taken():
     assert found == {(a, b) for a in range(4) for b in range(a + 1, 4)}
 
 
-def test_a_semantic_sequence_shows_one_structure_in_four_different_patients():
+def test_a_semantic_sequence_shows_one_structure_in_four_patients():
     plan = semantic_plan()
     structures = set()
     for number in range(20):
@@ -295,7 +293,7 @@ def test_a_structure_lies_within_an_eighth_of_the_crop_from_its_middle():
     assert (np.abs(moved) <= size / 8 + 0.5).all() and np.abs(moved).max() > 1
 
 
-def test_members_together_hold_no_more_tokens_than_one_crop_and_a_wish_counts():
+def test_members_together_hold_no_more_tokens_than_one_crop():
     # 5 x 7 x 5 tokens and four members: 3 x 4 x 3 each is the largest box of like proportions.
     plan = semantic_plan(crop_size_vox=(40, 56, 40))
     assert member_crop(plan, "semantic") == (24, 32, 24)
@@ -318,7 +316,7 @@ def test_positions_are_a_window_of_the_grid_anywhere_in_it():
     assert len(windows) > 3
 
 
-def test_a_batch_holds_one_kind_and_the_kinds_come_as_often_as_their_weights_say():
+def test_a_batch_holds_one_kind_and_kinds_follow_their_weights():
     both = SamplingPool((Ramp((30, 30, 30)),), contrast_material().groups)
     plan = contrast_plan(weights={"spatial": 3.0, "contrast": 1.0})
     sampler = SequenceSampler(plan)
@@ -344,7 +342,7 @@ def test_validation_batches_hold_every_kind_with_all_four_prefixes():
     assert [(kind, len(batches)) for kind, batches in of_cases.items()] == [("spatial", 2)]
 
 
-def test_one_dataset_alone_gives_the_samples_of_a_plan_that_knows_no_other_kinds():
+def test_samples_of_one_dataset_do_not_depend_on_other_kinds():
     plan, cases = make_plan(), [Ramp((30, 30, 30)), Ramp((16, 40, 20))]
     sample = SequenceSampler(plan).draw(cases, TRAINING, 3, 1)
     # Written down before there were other kinds.
@@ -358,7 +356,7 @@ def test_one_dataset_alone_gives_the_samples_of_a_plan_that_knows_no_other_kinds
     assert sample.positions is sample.members is sample.scored is None
 
 
-def test_one_input_stays_spatial_and_several_get_what_they_offer_with_the_reason():
+def test_one_input_stays_spatial_and_several_get_available_kinds():
     structures = {"liver": 5, "lesion": 2}
     assert plan_weights(AvailableKinds(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {
         "spatial": 1.0

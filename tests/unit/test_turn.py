@@ -143,7 +143,7 @@ def test_all_members_of_a_sequence_are_turned_alike(turn):
 
 
 @pytest.mark.parametrize("turn", [turn for turn in TURNS if turn.axes[0] == 0])
-def test_a_stretch_of_strided_slices_is_turned_before_its_sub_volumes_are_cut(turn):
+def test_strided_slices_are_flipped_before_sub_volumes_are_cut(turn):
     plan = make_plan(
         crop_size_vox=(32, 16, 16),
         weights={"strided": 1.0},
@@ -163,7 +163,7 @@ def test_a_stretch_of_strided_slices_is_turned_before_its_sub_volumes_are_cut(tu
     assert np.array_equal(sample.scored, other.scored)
 
 
-def test_strided_sequences_never_take_another_axis_for_the_one_that_their_slices_lie_along():
+def test_strided_sequences_never_swap_the_axis_of_their_slices():
     plan = make_plan(
         crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8
     )

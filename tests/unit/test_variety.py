@@ -319,14 +319,14 @@ def test_all_members_of_a_contrast_sequence_are_turned_alike():
     assert np.allclose(steps, 1e5, rtol=1e-3)
 
 
-def test_members_of_a_semantic_sequence_share_one_rotation_at_their_own_places():
+def test_members_of_a_semantic_sequence_share_one_rotation():
     pool = semantic_material()
     sample = SequenceSampler(semantic_plan(**VARIED)).draw(pool, TRAINING, 0, 0)
     assert len(sample.sources) == 4 and len({source.matrix for source in sample.sources}) == 1
     assert sample.turned().real.any(axis=(1, 2, 3)).all()
 
 
-def test_a_batch_carries_rotations_out_in_any_parts_and_in_loader_processes():
+def test_a_batch_rotates_in_any_parts_and_in_loader_processes():
     plan = make_plan(**{**VARIED, "spatial_share": 0.5})
     batches = StepBatches(
         SequenceSampler(plan), [Noisy((30, 30, 30)), Noisy((16, 40, 20))], range(5)
