@@ -28,7 +28,7 @@ from nnunet_autoreg.detection.objects import (
 )
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.finetune.plans import Fit
-from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.geometry import Size, Spacing, size_text
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import differences, from_jsonable, to_jsonable
 
@@ -167,7 +167,7 @@ def make_plan(
             "plan with more memory, or a coarser spacing",
             num_too_large,
             len(every_size),
-            " x ".join(map(str, patch_size)),
+            size_text(patch_size),
         )
 
     strides = ", ".join("x".join(map(str, stride)) for stride in anchors.strides_vox)
