@@ -67,7 +67,9 @@ def read_dataset_json(folder: Path) -> DatasetJson:
         stamp = file.stat().st_mtime_ns
         return _parsed(file, stamp, _variables())
     except (OSError, PlanError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{file} is no nnU-Net dataset.json ({error}); mend it") from error
+        raise UsageError(
+            f"{file} is no nnU-Net dataset.json ({error}); mend it", code="dataset-json-unreadable"
+        ) from error
 
 
 def lists_its_files(folder: Path) -> bool:

@@ -37,19 +37,27 @@ def read_exclude(path: Path) -> set[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--exclude {path} cannot be read ({error}); give {FORMATS}") from error
+        raise UsageError(
+            f"--exclude {path} cannot be read ({error}); give {FORMATS}", code="exclude-unreadable"
+        ) from error
     if path.suffix.lower() != ".json":
         lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
         return {line for line in lines if line}
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"--exclude {path} is not valid JSON ({error}); give {FORMATS}") from error
+        raise UsageError(
+            f"--exclude {path} is not valid JSON ({error}); give {FORMATS}",
+            code="exclude-unreadable",
+        ) from error
     if isinstance(data, list) and data and isinstance(data[0], dict) and "val" in data[0]:
         return {str(name) for part in ("val", "test") for name in data[0].get(part, [])}
     if isinstance(data, list) and all(isinstance(name, str) for name in data):
         return set(data)
-    raise UsageError(f"--exclude {path} holds neither a list of ids nor splits; give {FORMATS}")
+    raise UsageError(
+        f"--exclude {path} holds neither a list of ids nor splits; give {FORMATS}",
+        code="exclude-unknown-form",
+    )
 
 
 def excluded_because(candidate: Candidate, exclude: set[str], series: Container[str] = ()) -> str:

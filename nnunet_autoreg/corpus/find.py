@@ -142,7 +142,7 @@ class _Finder:
                 if 0 < len(siblings) <= 1000
                 else "check the path"
             )
-            raise UsageError(f"-i {given} does not exist; {hint}")
+            raise UsageError(f"-i {given} does not exist; {hint}", code="input-missing")
         if folder.is_file():
             self._add_given_file(folder)
         elif (

@@ -189,7 +189,8 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
     rows = index.usable
     if not rows:
         raise UsageError(
-            f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}"
+            f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}",
+            code="no-usable-scan",
         )
     scans = [scan_geometry(row) for row in rows]
     groups = group_scans(scans, policy)

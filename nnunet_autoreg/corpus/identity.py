@@ -44,7 +44,8 @@ def load_salt(folder: Path) -> str:
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be made ({error.strerror}); set nnUNet_preprocessed to a folder that "
-            "can be written"
+            "can be written",
+            code="salt-folder",
         ) from error
     try:
         if not path.exists():
@@ -55,13 +56,15 @@ def load_salt(folder: Path) -> str:
         raise UsageError(
             f"{path} cannot be made or read ({why}); it belongs to the first user of this "
             "nnUNet_preprocessed: "
-            "ask them, or set nnUNet_preprocessed to a folder of your own"
+            "ask them, or set nnUNet_preprocessed to a folder of your own",
+            code="salt-unreadable",
         ) from error
     if len(salt) != 2 * NUM_SALT_BYTES:
         raise UsageError(
             f"{path} is damaged: {len(salt)} characters instead of {2 * NUM_SALT_BYTES}; put it "
             "back, or remove it "
-            "(subjects then get new hashes)"
+            "(subjects then get new hashes)",
+            code="salt-damaged",
         )
     return salt
 

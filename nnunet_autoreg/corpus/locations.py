@@ -262,7 +262,8 @@ def read_boxes(path: Path) -> list[Box]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(
             f"--boxes {path} cannot be read ({error}); give a CSV with the columns "
-            f"{', '.join(BOX_COLUMNS)}"
+            f"{', '.join(BOX_COLUMNS)}",
+            code="boxes-unreadable",
         ) from error
     merged: dict[tuple[str, str, int], list[Box]] = {}
     for number, line in enumerate(lines):
@@ -277,7 +278,8 @@ def _check_box_columns(path: Path, names: set[str]) -> None:
     if missing:
         raise UsageError(
             f"--boxes {path} has no column '{missing[0]}' ({did_you_mean(missing[0], names)}); "
-            f"needed are {', '.join(wanted)}"
+            f"needed are {', '.join(wanted)}",
+            code="boxes-missing-column",
         )
 
 
@@ -288,12 +290,13 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
         high = (float(last), float(line["ymax"]), float(line["xmax"]))
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"--boxes {path}, line {number}: {error}; give numbers of voxels"
+            f"--boxes {path}, line {number}: {error}; give numbers of voxels", code="boxes-number"
         ) from error
     if any(a > b for a, b in zip(low, high, strict=True)):
         raise UsageError(
             f"--boxes {path}, line {number}: the box ends before it begins ({low} to {high}, z y "
-            "x); mend it"
+            "x); mend it",
+            code="boxes-reversed",
         )
     return Box(str(line["scan"]), str(line["class"]), low, high)
 

@@ -70,7 +70,8 @@ def read_manifest(file: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--manifest {file} cannot be read ({error}); give a CSV file in UTF-8 with the "
-            f"columns {_listed()}"
+            f"columns {_listed()}",
+            code="manifest-unreadable",
         ) from error
     delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
     try:
@@ -80,7 +81,10 @@ def read_manifest(file: Path) -> Manifest:
         _check_columns(file, [(name or "").strip().lower() for name in reader.fieldnames or ()])
         rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in reader]
     except csv.Error as error:
-        raise UsageError(f"--manifest {file} is no CSV file ({error}); check its quotes") from error
+        raise UsageError(
+            f"--manifest {file} is no CSV file ({error}); check its quotes",
+            code="manifest-unreadable",
+        ) from error
     return _gather(file, rows)
 
 
@@ -88,16 +92,19 @@ def _check_columns(file: Path, names: list[str]) -> None:
     for name in names:
         if name not in COLUMNS:
             raise UsageError(
-                f"--manifest {file}: unknown column '{name}'; {did_you_mean(name, COLUMNS)}"
+                f"--manifest {file}: unknown column '{name}'; {did_you_mean(name, COLUMNS)}",
+                code="manifest-unknown-column",
             )
         if names.count(name) > 1:
             raise UsageError(
-                f"--manifest {file}: the column '{name}' stands there twice; remove one"
+                f"--manifest {file}: the column '{name}' stands there twice; remove one",
+                code="manifest-repeated-column",
             )
     if "path" not in names:
         raise UsageError(
             f"--manifest {file}: the column 'path' is missing; the first line names the columns, "
-            f"of {_listed()}"
+            f"of {_listed()}",
+            code="manifest-missing-column",
         )
 
 
@@ -109,12 +116,14 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
             raise UsageError(
                 f"--manifest {file}: row {number} has more cells than the first line has columns; "
                 "quote cells that hold "
-                "the separator"
+                "the separator",
+                code="manifest-extra-cells",
             )
         cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
         if not cells["path"]:
             raise UsageError(
-                f"--manifest {file}: row {number} has no path; fill it in, or remove the row"
+                f"--manifest {file}: row {number} has no path; fill it in, or remove the row",
+                code="manifest-no-path",
             )
         path = absolute(file.parent / cells["path"])
         if not path.exists():
@@ -124,7 +133,8 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
         if real in entries:
             raise UsageError(
                 f"--manifest {file}: row {number} names {cells['path']} a second time; keep one "
-                "row for each path"
+                "row for each path",
+                code="manifest-repeated-path",
             )
         entries[real] = ManifestEntry(
             cells["subject"],

@@ -153,7 +153,8 @@ def parallel_map(
             raise AutoregError(
                 f"{title}: a worker process died after {num_done} of {len(items)} scans, most "
                 "likely for want of memory; free some and run "
-                "the same line again"
+                "the same line again",
+                code="worker-died",
             ) from error
         finally:
             if num_done < len(items):

@@ -134,7 +134,8 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
         if lost:
             raise UsageError(
                 f"{folder / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another "
-                "--name"
+                "--name",
+                code="private-line-missing",
             )
         paths = [known[key] for key in keys]
         shown[field] = paths[0] if isinstance(value, str) else paths
@@ -174,9 +175,11 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
     except FileNotFoundError as error:
         raise UsageError(
             f"{path} is missing, so that the files of the scans are not known; put it back, or use "
-            "another --name"
+            "another --name",
+            code="private-file-missing",
         ) from error
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(
-            f"{path} cannot be read ({error}); restore it, or use another --name"
+            f"{path} cannot be read ({error}); restore it, or use another --name",
+            code="private-file-unreadable",
         ) from error

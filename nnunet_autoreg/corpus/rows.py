@@ -210,7 +210,8 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
     if lost:
         raise UsageError(
             f"{path.parent / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another "
-            "--name"
+            "--name",
+            code="private-line-missing",
         )
     return tuple(replace(row, **private[row.id]) for row in rows)
 
@@ -223,7 +224,8 @@ def _read_rows(path: Path) -> tuple[ScanRow, ...]:
             return tuple(_rows_of(reader))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(
-            f"{path} is no index of scans ({error}); remove it to have it written anew"
+            f"{path} is no index of scans ({error}); remove it to have it written anew",
+            code="index-unreadable",
         ) from error
 
 

@@ -73,7 +73,8 @@ def parse_policy(text: str) -> str | Spacing:
         return text
     if not re.search(r"\d", text):
         raise UsageError(
-            f"--spacing {text}: {did_you_mean(text, POLICIES)}; or give z,y,x in mm, e.g. 3,1,1"
+            f"--spacing {text}: {did_you_mean(text, POLICIES)}; or give z,y,x in mm, e.g. 3,1,1",
+            code="spacing-unknown-policy",
         )
     try:
         numbers = [float(part) for part in text.split(",")]
@@ -82,7 +83,8 @@ def parse_policy(text: str) -> str | Spacing:
     if len(numbers) != 3 or not all(0 < n < math.inf for n in numbers):
         raise UsageError(
             f"--spacing {text}: give three numbers greater than 0, z,y,x in mm with the coarsest "
-            "first, e.g. 3,1,1"
+            "first, e.g. 3,1,1",
+            code="spacing-numbers",
         )
     return as_spacing(numbers)
 

@@ -89,7 +89,8 @@ class StoredCase:
             crop = array[0:1, z : z + dz, y : y + dy, x : x + dx]
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be read ({error.strerror or error}); run the same line again"
+                f"{self.path} cannot be read ({error.strerror or error}); run the same line again",
+                code="case-unreadable",
             ) from error
         except (RuntimeError, ValueError) as error:
             raise _damaged(self.path, f"blosc2 says: {error}") from error
@@ -173,7 +174,7 @@ def _damaged(path: Path, what: str) -> StoreError:
             f"it cannot be taken out of the store ({error.strerror}): delete it and run the same "
             "line again"
         )
-    return StoreError(f"{path} is damaged ({what}); {then}")
+    return StoreError(f"{path} is damaged ({what}); {then}", code="case-damaged")
 
 
 def mark_of(path: Path) -> Path:
@@ -222,7 +223,8 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
             else f"{error.strerror}; mend it"
         )
         raise StoreError(
-            f"{path.parent} cannot be written: {what} and run the same line again"
+            f"{path.parent} cannot be written: {what} and run the same line again",
+            code="store-not-writable",
         ) from error
     return written
 

@@ -90,7 +90,8 @@ def parse_part(text: str) -> StorePart:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(
-            f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs"
+            f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs",
+            code="store-part",
         )
     return StorePart(int(match[1]), int(match[2]))
 
@@ -212,7 +213,8 @@ class Store:
         if record is None:
             raise StoreError(
                 f"{self._path(key)} is missing or damaged; run the same line again to have it made "
-                "anew"
+                "anew",
+                code="case-missing",
             )
         return record
 
@@ -228,7 +230,8 @@ class Store:
             free = shutil.disk_usage(self.root).free
         except OSError as error:
             raise StoreError(
-                f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew"
+                f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew",
+                code="store-not-writable",
             ) from error
         for stale in self.root.glob("*/.*.tmp"):
             if time.time() - stale.stat().st_mtime > STALE_AFTER_S:
@@ -294,7 +297,8 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
     if scheme == CT_SCHEME and window is None:
         raise PlanError(
             f"{row.id} is a CT scan and there is no Hounsfield window; set data.ct_window, or "
-            "index CT scans"
+            "index CT scans",
+            code="plan-no-ct-window",
         )
     use_mask = scheme != CT_SCHEME and relative_size(row) < MASK_BELOW
     rounded = [round(s, 4) for s in spacing_mm]

@@ -6,7 +6,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
+from refusals import refused
 
 from nnunet_autoreg.corpus.identity import SALT_NAME, load_salt, salted
 from nnunet_autoreg.errors import UsageError
@@ -44,8 +44,8 @@ def test_processes_that_race_get_one_salt(tmp_path: Path) -> None:
 
 def test_a_damaged_salt_is_refused(tmp_path: Path) -> None:
     (tmp_path / SALT_NAME).write_text("abc")
-    with pytest.raises(UsageError, match=r"damaged: 3 characters.*remove it"):
+    with refused(UsageError, "salt-damaged", tmp_path / SALT_NAME, 3):
         load_salt(tmp_path)
     (tmp_path / SALT_NAME).write_bytes(b"\xff")
-    with pytest.raises(UsageError, match="cannot be made or read"):
+    with refused(UsageError, "salt-unreadable", tmp_path / SALT_NAME):
         load_salt(tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+from refusals import refused
 
 from nnunet_autoreg.corpus import index as index_module
 from nnunet_autoreg.corpus import intensity
@@ -74,7 +75,7 @@ def test_a_row_holds_what_the_scan_is(tmp_path: Path) -> None:
     assert row.source == str(tmp_path / "pool" / "a.nii.gz") and len(row.content_hash) == 64
 
 
-def test_the_same_scan_in_another_format_and_type_is_a_duplicate_of_the_first(
+def test_a_scan_in_another_format_and_type_is_a_duplicate_of_the_first(
     tmp_path: Path,
 ) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
@@ -99,7 +100,7 @@ def test_scans_are_excluded_by_case_id_file_or_folder(tmp_path: Path, name: str)
     assert statuses(make_index(folder, {name.format(folder=folder)})) == {"a": "excluded"}
 
 
-def test_a_copy_of_an_excluded_scan_is_excluded_too_wherever_the_original_lies(
+def test_a_copy_of_an_excluded_scan_is_excluded_too(
     tmp_path: Path,
 ) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
@@ -146,9 +147,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dying_worker_is_a_clear_error() -> None:
-    with pytest.raises(
-        AutoregError, match=r"after 0 of 3 scans.*free some and run the same line again"
-    ):
+    with refused(AutoregError, "worker-died", "0 of 3"):
         list(parallel_map(os._exit, [1, 1, 1], 2, "testing"))
 
 
@@ -231,7 +230,7 @@ def test_the_index_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scans.csv").write_text("id,what\n1,2\n")
-    with pytest.raises(UsageError, match="no index of scans"):
+    with refused(UsageError, "index-unreadable", tmp_path / "scans.csv"):
         read_index(tmp_path / "scans.csv")
 
 
@@ -254,9 +253,9 @@ def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
 
 def test_an_exclusion_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x": 1}')
-    with pytest.raises(UsageError, match="neither a list of ids nor splits"):
+    with refused(UsageError, "exclude-unknown-form", tmp_path / "a.json"):
         read_exclude(tmp_path / "a.json")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with refused(UsageError, "exclude-unreadable", tmp_path / "gone.txt"):
         read_exclude(tmp_path / "gone.txt")
 
 
@@ -507,7 +506,7 @@ def as_image(series: Path) -> Any:
     return reader.Execute()
 
 
-def test_a_series_and_its_copies_in_other_formats_and_axis_orders_are_one_scan(
+def test_a_series_and_its_copies_in_other_formats_are_one_scan(
     pet_series: Path, tmp_path: Path
 ) -> None:
     image = as_image(pet_series)
@@ -550,7 +549,7 @@ def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(
     ]
 
 
-def test_a_series_is_excluded_if_an_excluded_folder_holds_some_of_its_slices(
+def test_a_series_is_excluded_with_a_folder_of_some_of_its_slices(
     pet_series: Path, tmp_path: Path
 ) -> None:
     for number, path in enumerate(sorted(pet_series.iterdir())):

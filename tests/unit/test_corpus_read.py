@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+from refusals import refused
 
 from nnunet_autoreg.corpus import read
 from nnunet_autoreg.errors import ScanError
@@ -210,7 +211,7 @@ def test_sheared_axes_are_refused_in_every_format(tmp_path: Path) -> None:
     assert status_of(patch(save(tmp_path / "b.nii", noise()), *only_sform))[0] == "direction"
 
 
-def test_qform_and_sform_at_odds_are_refused_unless_the_sform_is_a_registration(
+def test_qform_and_sform_must_agree_unless_the_sform_is_a_registration(
     tmp_path: Path,
 ) -> None:
     rows = [(280, "4f", (3, 0, 0, 0)), (296, "4f", (0, 3, 0, 0)), (312, "4f", (0, 0, 3, 0))]
@@ -238,11 +239,8 @@ def test_a_volume_beyond_memory_is_refused_with_the_figures(
 ) -> None:
     monkeypatch.setattr(read, "_memory_bytes", lambda: 8 * 2**30)
     read.check_memory((512, 512, 500))
-    with pytest.raises(
-        ScanError, match="need about 48 GiB of memory, this machine has 8"
-    ) as caught:
+    with refused(ScanError, "scan-huge", "48 GiB", 8):
         read.check_memory((1024, 1024, 1024))
-    assert caught.value.status == "huge"
 
 
 def test_a_label_map_is_told_by_few_whole_numbers(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_plan_survives_json_unchanged(tmp_path):
 def test_unknown_plan_keys_are_refused_with_a_close_match():
     data = to_jsonable(plan_for())
     data["optim"]["learning_rte"] = 1
-    with pytest.raises(PlanError, match=r"plan.json.optim: unknown key 'learning_rte'"):
+    with refused(PlanError, "plan-unknown-key", "plan.json", "learning_rte"):
         from_jsonable(Plan, data, "plan.json")
 
 
@@ -56,24 +56,21 @@ def test_unknown_plan_keys_are_refused_with_a_close_match():
     ("kind", "newest"),
     [(Plan, 2), (EncoderCard, 1), (AutoregBlock, 1), (DetectionPlan, 1), (CaseRecord, 2)],
 )
-def test_every_record_of_a_newer_format_is_refused(kind, newest):
-    with pytest.raises(
-        PlanError,
-        match=f"^here is of format {newest + 1}, newer than {newest}; update nnunet-autoreg$",
-    ):
+def test_a_record_of_a_newer_format_is_refused_whatever_else_is_new(kind, newest):
+    with refused(PlanError, "plan-newer-format", "here", newest + 1, newest):
         from_jsonable(kind, {"version": newest + 1, "a key of then": 1}, "here")
-    with pytest.raises(PlanError, match="unknown key 'a key of then'"):
+    with refused(PlanError, "plan-unknown-key", "a key of then"):
         from_jsonable(kind, {"version": newest, "a key of then": 1}, "here")
 
 
 def test_missing_and_mistyped_plan_keys_are_named():
     data = to_jsonable(plan_for())
     del data["sequence"]["crop_size_vox"]
-    with pytest.raises(PlanError, match="'crop_size_vox' is missing"):
+    with refused(PlanError, "plan-missing-key", "crop_size_vox"):
         from_jsonable(Plan, data, "plan.json")
     data = to_jsonable(plan_for())
     data["optim"]["num_steps"] = "many"
-    with pytest.raises(PlanError, match="'many' is not of type int"):
+    with refused(PlanError, "plan-wrong-type", "num_steps", "'many'"):
         from_jsonable(Plan, data, "plan.json")
 
 

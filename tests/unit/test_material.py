@@ -242,7 +242,7 @@ def test_the_grid_of_a_scan_fits_the_array_that_is_read_whatever_its_axes(tmp_pa
 
 
 def test_where_a_scan_in_an_archive_lies_is_refused_in_words(tmp_path):
-    with pytest.raises(ScanError, match="lies in the patient cannot be told"):
+    with refused(ScanError, "scan-geometry", "member=a.nii"):
         grid_of_scan(tmp_path, "member=a.nii")
 
 
@@ -312,23 +312,25 @@ def test_boxes_give_their_middle_and_slices_make_one_box(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "value"),
     [
-        ("scan,class,zmin,ymin,xmin,zmax,ymax\n", "has no column 'xmax'"),
+        ("scan,class,zmin,ymin,xmin,zmax,ymax\n", "boxes-missing-column", "'xmax'"),
         (
             "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,1,2,3,0,5,6\n",
-            "line 2: the box ends before it begins",
+            "boxes-reversed",
+            "line 2",
         ),
         (
             "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\na,b,one,2,3,0,5,6\n",
-            "line 2: could not convert",
+            "boxes-number",
+            "line 2",
         ),
     ],
 )
-def test_boxes_that_are_none_are_refused_by_line(tmp_path, text, message):
+def test_boxes_that_are_none_are_refused_by_line(tmp_path, text, code, value):
     path = tmp_path / "boxes.csv"
     path.write_text(text)
-    with pytest.raises(UsageError, match=message):
+    with refused(UsageError, code, path, value):
         read_boxes(path)
 
 
