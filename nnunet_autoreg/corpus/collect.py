@@ -51,8 +51,9 @@ class DicomCollector:
     left: "Counter[tuple[Path, str, str, str, str]]" = field(default_factory=Counter)
 
     def add_file(self, path: Path, source: Path | None = None) -> bool:
-        """Take a file if it is DICOM (or claims to be, by its ending); ``source`` is the file
-        itself if it was given alone.
+        """Take a file if it is DICOM, or claims to be by its ending.
+
+        ``source`` is the file itself if it was given alone.
         """
         source = source or path.parent
         try:
@@ -64,7 +65,7 @@ class DicomCollector:
         return True
 
     def add_member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Path) -> bool:
-        """The same for a member of an archive."""
+        """Take a member of an archive if it is DICOM, or claims to be by its ending."""
         try:
             self.slices[source] += member_slices(archive, info)
         except NotAScanError as left:
@@ -83,7 +84,7 @@ class DicomCollector:
         return True
 
     def rows(self) -> Iterator[DicomRow]:
-        """Scans first, then what was left out."""
+        """Yield scans first, then what was left out."""
         groups = list(self._series())
         original = {_kind(group[0]) for _, group in groups if not originals(group)[0].derived}
         num_used = 0
@@ -117,8 +118,9 @@ class DicomCollector:
             self.left[path, one.series, one.modality, "derived", reason] += 1
 
     def _series(self) -> Iterator[tuple[Path, list[DicomSlice]]]:
-        """(folder, file or archive, slices of one series in it); a series spread over folders comes
-        with their common folder.
+        """Yield (folder, file or archive, slices of one series in it).
+
+        A series spread over folders comes with their common folder.
         """
         places: dict[tuple[str, str], dict[Path, list[DicomSlice]]] = defaultdict(dict)
         for source, slices in self.slices.items():
@@ -131,8 +133,9 @@ class DicomCollector:
             yield from groups.items()
 
     def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[DicomRow]:
-        """Rows of a series; ``derived`` says why one of derived images is left out, "" for
-        others.
+        """Yield the rows of a series.
+
+        ``derived`` says why one of derived images is left out; it is "" for others.
         """
         below = "yes" if any("/" in s.file for s in group) and path.is_dir() else ""
         part = ScanPart(
@@ -182,13 +185,14 @@ class DicomCollector:
 
 
 def _kind(one: DicomSlice) -> tuple[str, str, str]:
-    """What an original must share with a derived image to be the better one."""
+    """Return what an original must share with a derived image to be the better one."""
     return one.subject, one.study, one.modality
 
 
 def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, str, str]]) -> str:
-    """Return why a series of derived images is left out; "" for originals, and where nothing better
-    is there.
+    """Return why a series of derived images is left out.
+
+    It is "" for originals, and where nothing better is there.
     """
     first = group[0]
     if not first.derived:
@@ -208,8 +212,9 @@ def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, s
 
 
 def _disjoint(groups: Sequence[list[DicomSlice]]) -> bool:
-    """Whether no instance is in two of the folders: they hold pieces of a series, not copies of
-    it.
+    """Return whether no instance is in two of the folders.
+
+    Then they hold pieces of a series, not copies of it.
     """
     seen: set[tuple[object, ...]] = set()
     for group in groups:

@@ -39,7 +39,7 @@ Signature = npt.NDArray[np.int16]
 
 
 def content_hash(scan: RawScan) -> str:
-    """Hex SHA-256 of voxels, shape and spacing (in steps of 1 um).
+    """Return the hex SHA-256 of voxels, shape and spacing (in steps of 1 um).
 
     Voxels count as integers if every one lies within 1e-3 of an integer, and rounding loses nothing
     of their spread; else as float32. Origin and direction are left out: arrays come in one
@@ -49,8 +49,9 @@ def content_hash(scan: RawScan) -> str:
 
 
 def earlier_hash(scan: RawScan) -> str:
-    """Return the hash that indexes of earlier versions hold; for nearly all scans it is
-    ``content_hash``.
+    """Return the hash that indexes of earlier versions hold.
+
+    For nearly all scans it is ``content_hash``.
 
     Earlier versions did not look at the spread, so that scans whose values all lie near 0, such as
     an ADC map in m2/s, were rounded to nothing and shared one hash.
@@ -59,9 +60,7 @@ def earlier_hash(scan: RawScan) -> str:
 
 
 def has_content(scan: RawScan, known: str) -> bool:
-    """Return whether ``known``, from an index of this or an earlier version, is the hash of a
-    scan.
-    """
+    """Return whether ``known`` is the hash of a scan, by this or an earlier version."""
     return content_hash(scan) == known or earlier_hash(scan) == known
 
 
@@ -77,7 +76,7 @@ def _digest(scan: RawScan, integers: bool) -> str:
 
 
 def _planes(scan: RawScan) -> Array:
-    """The slices of all channels, (C * Z, Y, X)."""
+    """Return the slices of all channels, (C * Z, Y, X)."""
     return scan.array_CZYX.reshape(-1, *scan.array_CZYX.shape[2:])
 
 
@@ -111,8 +110,9 @@ def _rounding_keeps_spread(scan: RawScan) -> bool:
 
 
 def signature(array_ZYX: Array) -> Signature | None:
-    """64 voxels from the middle of a scan in steps of 1/4000 of their standard deviation, mean 0;
-    None if most are equal.
+    """Return 64 voxels from the middle of a scan, or None if most are equal.
+
+    They are in steps of 1/4000 of their standard deviation, with mean 0.
 
     Single voxels and not means: each carries its own noise, so that two scans of one patient never
         agree in all of them.
@@ -132,7 +132,7 @@ def signature(array_ZYX: Array) -> Signature | None:
 
 
 def _fractions() -> npt.NDArray[np.float64]:
-    """(3, 64) places spread evenly over the unit cube.
+    """Return (3, 64) positions spread evenly over the unit cube.
 
     Source: Roberts 2018, quasirandom sequence R3.
     """
@@ -144,8 +144,9 @@ _FRACTIONS = _fractions()
 
 
 def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None]) -> list[ScanRow]:
-    """Mark copies of excluded scans, then all but the first of equal scans; ``signatures`` belong
-    to the rows.
+    """Mark copies of excluded scans, then all but the first of equal scans.
+
+    ``signatures`` belong to the rows.
     """
     settled = _settle_equal(rows)
     shapes = defaultdict(list)
@@ -187,8 +188,9 @@ def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
 
 
 def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[np.int16]) -> None:
-    """The same for scans whose signatures agree within the tolerance; changes ``rows`` at
-    ``members`` (all of one shape).
+    """Mark copies among scans whose signatures agree within the tolerance.
+
+    This changes ``rows`` at ``members``, all of one shape.
     """
     how = "voxels, but for rounding or scale, as"
     pairs = [
@@ -208,7 +210,7 @@ def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[n
 
 
 def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
-    """All (i, j), i < j, whose signatures differ by at most ``TOLERANCE`` steps everywhere; sorted.
+    """Return all (i, j), i < j, whose signatures differ by at most ``TOLERANCE`` steps.
 
     Four random projections find the few pairs worth comparing. A projection is a sum of 64 values
     with signs, so within the tolerance it differs by at most 64 times as much.

@@ -45,8 +45,9 @@ class DatasetJson:
     structures: Mapping[int, str]
 
     def channel_name(self, position: int) -> str:
-        """Return the name of the channel at ``position``, or its number where it has none that
-        outputs may show.
+        """Return the name of the channel at ``position``.
+
+        It is the number where there is no name that outputs may show.
         """
         return (
             public_channel(self.channels[position], position)
@@ -56,8 +57,9 @@ class DatasetJson:
 
 
 def read_dataset_json(folder: Path) -> DatasetJson:
-    """Read the ``dataset.json`` of a raw dataset's folder; it is parsed once while it does not
-    change.
+    """Read the ``dataset.json`` of a raw dataset's folder.
+
+    It is parsed once while it does not change.
 
     Raises:
         UsageError: it cannot be read, or is no nnU-Net dataset.json.
@@ -73,9 +75,7 @@ def read_dataset_json(folder: Path) -> DatasetJson:
 
 
 def lists_its_files(folder: Path) -> bool:
-    """Return whether a folder holds a ``dataset.json`` that lists its files instead of
-    ``imagesTr``.
-    """
+    """Return whether a folder's ``dataset.json`` lists files instead of ``imagesTr``."""
     try:
         return (folder / NAME).is_file() and bool(read_dataset_json(folder).listed)
     except UsageError:
@@ -113,8 +113,9 @@ def _listed_case(folder: Path, entry: Mapping[str, Any]) -> ListedCase:
 
 
 def _expanded(folder: Path, name: str) -> Path:
-    """Return a listed path as nnU-Net finds it: variables expanded, relative to the dataset's
-    folder.
+    """Return a listed path as nnU-Net finds it.
+
+    Variables are expanded; other paths are relative to the dataset's folder.
     """
     # abspath, not resolve: links stay as they are, so that ids do not depend on where they lead.
     return Path(os.path.abspath(folder / os.path.expandvars(name)))  # noqa: PTH100

@@ -25,7 +25,7 @@ BY_SUBJECT = "excluded by the user (by its subject)"
 
 
 def read_exclude(path: Path) -> set[str]:
-    """Names to leave out: paths of files or folders, scan ids, case ids or subjects.
+    """Read names to leave out: paths of files or folders, scan ids, case ids or subjects.
 
     Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's
     ``splits_final.json``. Of the latter the ``val`` and ``test`` cases of the **first** fold are
@@ -61,7 +61,7 @@ def read_exclude(path: Path) -> set[str]:
 
 
 def excluded_because(candidate: Candidate, exclude: set[str], series: Container[str] = ()) -> str:
-    """Why a candidate is excluded; "" if it is not.
+    """Return why a candidate is excluded; "" if it is not.
 
     A subject is not repeated: it may be a patient's number.
 
@@ -77,8 +77,9 @@ def excluded_because(candidate: Candidate, exclude: set[str], series: Container[
 
 
 def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Excluded scans that are no candidates themselves, so that copies of them are recognised;
-    named by their paths.
+    """Return excluded scans that are no candidates themselves, named by their paths.
+
+    They are read, so that copies of them are recognised.
     """
     entries = sorted(e for e in exclude if os.sep in e and Path(e).exists())
     known = {(os.path.realpath(c.path), c.part) for c in candidates} if entries else set()
@@ -112,7 +113,7 @@ def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate]) -> None:
 
 
 def _names(candidate: Candidate) -> set[str]:
-    """Every name under which a candidate may be excluded, but its subject."""
+    """Return every name under which a candidate may be excluded, except its subject."""
     path = candidate.path
     names = {
         candidate.id,
@@ -129,7 +130,7 @@ def _names(candidate: Candidate) -> set[str]:
 
 
 def series_of(candidate: Candidate) -> str:
-    """The SeriesInstanceUID of a DICOM series; "" for other scans."""
+    """Return the SeriesInstanceUID of a DICOM series; "" for other scans."""
     return parse_part(candidate.part).series
 
 

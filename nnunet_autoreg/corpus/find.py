@@ -83,7 +83,9 @@ class Candidate:
 def find_scans(
     datasets: list[str], folders: list[Path], *, split_4d: bool = False, salt: str = ""
 ) -> list[Candidate]:
-    """All candidates, datasets first, in natural order; a file reached twice is listed once.
+    """Return all candidates, datasets first, in natural order.
+
+    A file that is reached twice is listed once.
 
     Of an nnU-Net dataset (``dataset.json`` beside ``imagesTr``) only the images are taken, wherever
     it is met. Other folders are searched whole, following links but no link twice, without hidden
@@ -109,7 +111,7 @@ def find_scans(
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder is an nnU-Net raw dataset."""
+    """Return whether a folder is an nnU-Net raw dataset."""
     has_images = (folder / "dataset.json").is_file() and (folder / "imagesTr").is_dir()
     return has_images or lists_its_files(folder)
 
@@ -133,7 +135,7 @@ class _Finder:
                 self.found[number] = replace(found, status="labels", reason=reason)
 
     def add_given(self, given: Path) -> None:
-        """A path given with -i: a folder, a dataset, a part of a dataset, or one file."""
+        """Add a path given with -i: a folder, a dataset, a part of a dataset, or one file."""
         folder = absolute(given)
         if not folder.exists():
             siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -155,8 +157,9 @@ class _Finder:
             self.add_folder(folder)
 
     def _is_ours(self, folder: Path) -> bool:
-        """Return whether ``dataset.json`` is nnU-Net's; of a folder that was not given as a dataset
-        it may be anything.
+        """Return whether ``dataset.json`` is nnU-Net's.
+
+        In a folder that was not given as a dataset it may be anything.
         """
         try:
             read_dataset_json(folder)
@@ -180,8 +183,9 @@ class _Finder:
         return DicomCollector(self.salt, self.split_4d)
 
     def add(self, path: Path, base_id: str, dataset: str, case: str, **facts: str) -> None:
-        """List one candidate, or one row of something left out, unless it is listed already;
-        ``facts`` are ``Candidate``'s.
+        """List one candidate, or one row of something left out, once.
+
+        ``facts`` are fields of ``Candidate``.
         """
         status, part = facts.get("status", ""), facts.get("part", "")
         real = f"{status}:{path}:{base_id}" if status else f"{os.path.realpath(path)}:{part}"
@@ -213,7 +217,7 @@ class _Finder:
         facts: dict[str, str],
         part: ScanPart | None = None,
     ) -> None:
-        """A file: one candidate, or one for each of its ``volumes``."""
+        """Add a file: one candidate, or one for each of its ``volumes``."""
         part = part or ScanPart()
         if volumes == 1:
             self.add(path, base_id, dataset, case, part=str(part), **facts)
@@ -232,12 +236,13 @@ class _Finder:
         return num_volumes(path) if self.split_4d else 1
 
     def leave_out(self, path: Path, dataset: str, what: str, status: str, reason: str) -> None:
-        """A row for something that is no candidate."""
+        """Add a row for something that is no candidate."""
         self.add(path, f"{dataset}/{what}", dataset, "", status=status, reason=reason)
 
     def add_dataset(self, folder: Path, only: str | None = None) -> None:
-        """The images of an nnU-Net raw dataset: imagesTr and imagesTs (or one of them), and
-        dataset.json's own list.
+        """Add the images of an nnU-Net raw dataset.
+
+        These are imagesTr and imagesTs (or one of them), and dataset.json's own list.
         """
         described = read_dataset_json(folder)
         wanted = [only] if only else ["imagesTr", "imagesTs"]
@@ -318,7 +323,7 @@ class _Finder:
             )
 
     def add_folder(self, root: Path) -> None:
-        """Everything below a plain folder."""
+        """Add everything below a plain folder."""
         others: Counter[str] = Counter()
         labels: Counter[Path] = Counter()
         dicom = self._collector()
@@ -390,7 +395,7 @@ class _Finder:
             others["hidden"] += 1
 
     def add_file(self, path: Path, root: Path, labels: Counter[Path]) -> None:
-        """One file of a plain folder; a label map by its name is counted instead."""
+        """Add one file of a plain folder; a label map by its name is counted instead."""
         inside = strip_ending(_below(path, root))
         if is_label_name(f"{root.name}/{inside}"):
             labels[path.parent] += 1
@@ -405,7 +410,7 @@ class _Finder:
         )
 
     def add_archive(self, path: Path, root: Path, dicom: DicomCollector) -> None:
-        """The scans inside a .zip: images by their names, DICOM by series."""
+        """Add the scans inside a .zip: images by their names, DICOM by series."""
         where, others, bad = _below(path, root), Counter[str](), Counter[tuple[str, str]]()
         try:
             with opened(path) as archive:
@@ -525,13 +530,14 @@ def _why_missing(path: Path) -> str:
 
 
 def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:
-    """What an nnU-Net dataset says about an image."""
+    """Return what an nnU-Net dataset says about an image."""
     return {"channel": channel, "subject": f"{folder.name}/{case}", "contrast": channel}
 
 
 def _of_name(scope: str, inside: str) -> dict[str, str]:
-    """What a BIDS name says; subjects of different datasets are different people, so ``scope`` goes
-    with them.
+    """Return what a BIDS name says.
+
+    Subjects of different datasets are different people, so ``scope`` goes with them.
     """
     subject, session, contrast = bids_names(inside)
     return {

@@ -32,8 +32,9 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Spread:
-    """10th percentile, median and 90th percentile over the scans; three values per axis (z, y, x),
-    or one.
+    """10th percentile, median and 90th percentile over the scans.
+
+    Each has three values, one per axis (z, y, x), or a single one.
     """
 
     p10: tuple[float, ...]
@@ -94,7 +95,7 @@ class GroupPrint:
 
     @property
     def median_shape_vox(self) -> Size:
-        """Whole voxels of the median shape."""
+        """Return whole voxels of the median shape."""
         return _whole(self.shape_vox.median)
 
 
@@ -129,13 +130,14 @@ class Fingerprint:
 
     @property
     def median_shape_vox(self) -> Size:
-        """Whole voxels of the median shape."""
+        """Return whole voxels of the median shape."""
         return _whole(self.shape_vox.median)
 
 
 def transpose_axes(spacing_mm: Sequence[float]) -> Axes:
-    """The order in which a scan's axes are used: the coarsest first, if it is clearly coarser than
-    the first.
+    """Return the order in which a scan's axes are used.
+
+    The coarsest comes first, if it is clearly coarser than the first.
 
     nnU-Net does this once per dataset, and for any excess; a pool mixes datasets, and 5 % keeps
     rounding from turning axes.
@@ -148,7 +150,7 @@ def transpose_axes(spacing_mm: Sequence[float]) -> Axes:
 
 
 def transposed_geometry(row: ScanRow) -> tuple[Size, Spacing]:
-    """(cropped shape, spacing) of a usable scan with its axes transposed."""
+    """Return (cropped shape, spacing) of a usable scan with its axes transposed."""
     assert row.spacing_mm is not None and row.cropped_shape_vox is not None, (
         "only usable rows have a geometry"
     )
@@ -159,7 +161,7 @@ def transposed_geometry(row: ScanRow) -> tuple[Size, Spacing]:
 
 
 def relative_size(row: ScanRow) -> float:
-    """Share of a scan's voxels that cropping to non-zero keeps."""
+    """Return the share of a scan's voxels that cropping to non-zero keeps."""
     assert row.shape_vox is not None and row.cropped_shape_vox is not None, (
         "only usable rows have a geometry"
     )
@@ -167,13 +169,13 @@ def relative_size(row: ScanRow) -> float:
 
 
 def scan_geometry(row: ScanRow) -> ScanGeometry:
-    """What grouping needs to know of a usable scan."""
+    """Return what grouping needs to know of a usable scan."""
     shape, spacing = transposed_geometry(row)
     return ScanGeometry(row.modality, spacing, shape)
 
 
 def row_spacing(row: ScanRow, data: DataPlan) -> Spacing:
-    """What the plan resamples a usable scan to."""
+    """Return what the plan resamples a usable scan to."""
     return target_spacing(row.modality, transposed_geometry(row)[1], data)
 
 
@@ -219,7 +221,7 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
 
 
 def spread(values: npt.ArrayLike) -> Spread:
-    """Percentiles over the first axis of (scans, axes) or (scans,)."""
+    """Return percentiles over the first axis of (scans, axes) or (scans,)."""
     rows = np.asarray(values, dtype=np.float64).reshape(len(np.asarray(values)), -1)
     low, middle, high = (
         tuple(round(float(v), DIGITS) for v in p) for p in np.percentile(rows, (10, 50, 90), axis=0)

@@ -37,7 +37,7 @@ class Grid:
     direction: tuple[float, ...]
 
     def is_like(self, other: "Grid") -> bool:
-        """Whether both have the same voxels, to a hundredth of a millimetre."""
+        """Return whether both have the same voxels, to a hundredth of a millimetre."""
         if self.shape_vox != other.shape_vox:
             return False
         corners = np.array([[0, 0, 0], [n - 1 for n in self.shape_vox[::-1]]], dtype=float)
@@ -45,7 +45,7 @@ class Grid:
 
 
 def grid_of_scan(path: Path, part: str = "") -> Grid:
-    """The grid of a file, or of a series of a DICOM folder.
+    """Return the grid of a file, or of a series of a DICOM folder.
 
     Raises:
         ScanError: ``geometry``: it cannot be told.
@@ -55,7 +55,7 @@ def grid_of_scan(path: Path, part: str = "") -> Grid:
 
 
 def oriented_voxel(path: Path, part: str, voxel_zyx: Sequence[float]) -> tuple[float, float, float]:
-    """A voxel counted in the file's own axes (z, y, x), as voxel of the oriented array.
+    """Return a voxel counted in the file's own axes (z, y, x) as one of the oriented array.
 
     Raises:
         ScanError: ``geometry``: the file's own axes cannot be told.
@@ -70,7 +70,7 @@ def oriented_voxel(path: Path, part: str, voxel_zyx: Sequence[float]) -> tuple[f
 
 
 def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
-    """A label map (Z, Y, X) in the one orientation, and its grid.
+    """Read a label map (Z, Y, X) in the one orientation, and its grid.
 
     Raises:
         ScanError: ``unreadable``: it cannot be read.
@@ -91,8 +91,9 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
 
 
 def brought_onto(array_ZYX: Array, grid: Grid, target: Grid, outside: float) -> Array:
-    """A scan resampled linearly onto another grid by world coordinates; ``outside`` fills what it
-    does not cover.
+    """Resample a scan linearly onto another grid by world coordinates.
+
+    ``outside`` fills what it does not cover.
     """
     import SimpleITK
 
@@ -111,7 +112,7 @@ def _place(image: Any, grid: Grid) -> None:
 
 
 def _header(path: Path, part: str) -> tuple[Any, Turn]:
-    """A SimpleITK image or reader that knows size, spacing, origin and direction."""
+    """Return a SimpleITK image or reader that knows size, spacing, origin and direction."""
     import SimpleITK
 
     wanted = parse_part(part)
@@ -136,9 +137,7 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
 
 
 def _series_frame(path: Path, part: ScanPart) -> Any:
-    """An empty image with the size, spacing, origin and direction of a DICOM volume, by its
-    headers.
-    """
+    """Return an empty image with the geometry of a DICOM volume, by its headers."""
     import SimpleITK
 
     stack = find_stack(path, part)

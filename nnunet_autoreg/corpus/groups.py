@@ -71,8 +71,9 @@ class ContrastGroup:
 
 
 def contrast_word(row: ScanRow) -> str:
-    """One word for what a scan shows, the same for "T1post" of a dataset.json and "T1w-ce" of a
-    DICOM series; "" if unknown.
+    """Return one word for what a scan shows; "" if unknown.
+
+    "T1post" of a dataset.json and "T1w-ce" of a DICOM series have the same word.
 
     A channel that has only a number is a contrast of its dataset alone.
     """
@@ -88,8 +89,10 @@ def order_of(word: str) -> tuple[int, str]:
 
 
 def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
-    """All groups of at least two contrasts: channels of a case, and other scans of one subject and
-    session in one dataset or folder.
+    """Return all groups of at least two contrasts.
+
+    These are channels of a case, and other scans of one subject and session in one dataset or
+    folder.
 
     Of two scans of one contrast the larger counts. Scans without a known contrast belong to no
     group.
@@ -123,13 +126,16 @@ def _size(row: ScanRow) -> int:
 
 
 def commonest(groups: Sequence[ContrastGroup]) -> tuple[str, ...]:
-    """The contrasts that most groups have, exactly; of equally common ones the longer list."""
+    """Return the contrasts that most groups have, exactly.
+
+    Of equally common ones it is the longer list.
+    """
     counts = Counter(group.contrasts for group in groups)
     return max(counts, key=lambda words: (counts[words], len(words), words)) if counts else ()
 
 
 def reduced(group: ContrastGroup, contrasts: Sequence[str]) -> ContrastGroup:
-    """The group without the contrasts that are not wanted."""
+    """Return the group without the contrasts that are not wanted."""
     kept = [i for i, word in enumerate(group.contrasts) if word in contrasts]
     words, rows = tuple(group.contrasts[i] for i in kept), tuple(group.rows[i] for i in kept)
     return ContrastGroup(group.name, words, rows, group.channels)

@@ -15,8 +15,9 @@ NUM_SALT_BYTES, NUM_HEX = 32, 16
 
 
 def salted(text: str, salt: str) -> str:
-    """16 hex digits that stand for ``text``: the head of HMAC-SHA256 under ``salt``; "" (unknown)
-    stays "".
+    """Return 16 hex digits that stand for ``text``; "" (unknown) stays "".
+
+    They are the head of HMAC-SHA256 under ``salt``.
 
     Without the salt nobody can tell the text by hashing every name or number that it might be.
     Spaces around the text do
@@ -32,8 +33,9 @@ def salted(text: str, salt: str) -> str:
 
 
 def load_salt(folder: Path) -> str:
-    """The secret of the store in ``folder``: random, made once, readable by its owner only, equal
-    for every process that asks.
+    """Return the secret of the store in ``folder``.
+
+    It is random, made once, readable by its owner only, and equal for every process that asks.
 
     Raises:
         UsageError: it cannot be made, read, or is damaged.
@@ -70,8 +72,9 @@ def load_salt(folder: Path) -> str:
 
 
 def _make(path: Path) -> None:
-    """Write a fresh salt and link it to ``path``, which only the first of several processes can do;
-    it is never seen half-written.
+    """Write a fresh salt and link it to ``path``.
+
+    Only the first of several processes can do that, and it is never seen half-written.
     """
     fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -44,8 +44,12 @@ TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free s
 
 @dataclass(frozen=True)
 class Index:
-    """All rows in candidate order, and Hounsfield values inside the body pooled over the usable CT
-    scans (at most 1e6).
+    """What is known of all scans.
+
+    Attributes:
+        rows: in candidate order.
+        ct_samples_hu: Hounsfield values inside the body pooled over the usable CT scans, at most
+            1e6.
     """
 
     rows: tuple[ScanRow, ...]
@@ -53,14 +57,17 @@ class Index:
 
     @property
     def usable(self) -> tuple[ScanRow, ...]:
-        """The rows with status "ok"."""
+        """Return the rows with status "ok"."""
         return tuple(row for row in self.rows if row.status == OK)
 
 
 @dataclass(frozen=True)
 class IndexTask:
-    """One scan to read. ``modality`` and ``rule`` are set where somebody said what it is;
-    ``num_samples`` are wanted of a CT.
+    """One scan to read.
+
+    Attributes:
+        modality, rule: set where somebody said what it is, and who that was.
+        num_samples: Hounsfield values to draw from a CT.
     """
 
     path: Path
@@ -73,8 +80,10 @@ class IndexTask:
 
 @dataclass(frozen=True)
 class Header:
-    """What a scan's header says (z, y, x), or why it cannot be used; ``stamp`` tells whether the
-    file changes later.
+    """What a scan's header says (z, y, x), or why it cannot be used.
+
+    Attributes:
+        stamp: tells whether the file changes later.
     """
 
     stamp: str
@@ -94,8 +103,9 @@ def index_scans(
     manifest: Manifest | None = None,
     journal: Path | None = None,
 ) -> Index:
-    """Read, check, identify and hash every candidate: headers first, then voxels, one scan in
-    memory per worker.
+    """Read, check, identify and hash every candidate.
+
+    Headers come first, then voxels, with one scan in memory per worker.
 
     Excluded scans are read too: a copy of one under another name is recognised by content and
         excluded as well.
@@ -154,8 +164,9 @@ def tasks_of(
     entries: Mapping[str, ManifestEntry],
     modality_override: str | None,
 ) -> list[IndexTask]:
-    """What is to be read of each candidate, and who said what modality it is: manifest, --modality,
-    or the file itself.
+    """Return what is to be read of each candidate.
+
+    The modality is said by the manifest, --modality, or the file itself, in this order.
     """
     # A power of two, so that a file more or less leaves the number, and with it what the journal
     # knows, as it was.
@@ -182,8 +193,9 @@ def tasks_of(
 
 
 def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEntry) -> ScanRow:
-    """All that is known of a candidate before it is read; from here on its subject and session are
-    hashes.
+    """Return all that is known of a candidate before it is read.
+
+    From here on its subject and session are hashes.
     """
     subject, session = candidate.subject.strip(), candidate.session.strip()
     status, reason = (
@@ -218,8 +230,9 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEnt
 def read_headers(
     rows: list[ScanRow], tasks: Sequence[IndexTask], num_workers: int
 ) -> list[str | None]:
-    """Put into ``rows`` what the headers say; returns stamps of the scans that are worth reading
-    whole, None for the others.
+    """Put into ``rows`` what the headers say.
+
+    Returns stamps of the scans that are worth reading whole, None for the others.
 
     Raises:
         AutoregError: a worker process died.
@@ -268,8 +281,9 @@ def _read_voxels(
     journal: Path | None,
     num_workers: int,
 ) -> tuple[list[Signature | None], dict[int, Array]]:
-    """Put into ``rows`` what the voxels say; returns signatures, and Hounsfield samples by the
-    number of the row.
+    """Put into ``rows`` what the voxels say.
+
+    Returns signatures, and Hounsfield samples by the number of the row.
     """
     signatures: list[Signature | None] = [None] * len(rows)
     samples: dict[int, Array] = {}
@@ -299,8 +313,9 @@ def _all_facts(
     journal: Journal,
     num_workers: int,
 ) -> Iterator[tuple[int, ScanFacts]]:
-    """Yield facts by the number of the row: those that the journal knows, then the others as they
-    are read.
+    """Yield facts by the number of the row.
+
+    Those that the journal knows come first, then the others as they are read.
 
     Args:
         sizes: voxels of every scan, by its header.
@@ -381,10 +396,10 @@ def _modality(task: IndexTask, array_ZYX: Array) -> tuple[str, str]:
 
 
 def encoded(values: npt.NDArray[Any] | None, kind: str) -> str:
-    """Numbers as base64; "" for none."""
+    """Return numbers as base64; "" for none."""
     return base64.b64encode(values.astype(kind).tobytes()).decode() if values is not None else ""
 
 
 def decoded(text: str, kind: str) -> Any:
-    """What ``encoded`` was given."""
+    """Return what ``encoded`` was given."""
     return np.frombuffer(base64.b64decode(text), kind)

@@ -16,8 +16,9 @@ NOT_MR = ("PET", "PT", "SPECT", "NM", "US", "XA", "CBCT", "DX", "CR", "OCT")
 
 
 def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
-    """(modality, rule used) of a scan, from its dataset's channel name or, where there is none,
-    from its values.
+    """Return (modality, rule used) of a scan.
+
+    It comes from its dataset's channel name or, where there is none, from its values.
     """
     name = channel.strip().upper()
     if not name:
@@ -32,8 +33,10 @@ def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
 
 
 def looks_like_hounsfield(array_ZYX: Array) -> bool:
-    """Air well below -500, soft tissue around 0, and next to nothing below air (signed phase images
-    have that; a constant padding value below air is allowed for).
+    """Return whether values look like Hounsfield units.
+
+    Air is well below -500, soft tissue around 0, and next to nothing below air. Signed phase images
+    have that. A constant padding value below air is allowed for.
     """
     values = array_ZYX[:: max(1, array_ZYX.shape[0] // 64), ::2, ::2]
     low = float(values.min())
@@ -45,8 +48,9 @@ def looks_like_hounsfield(array_ZYX: Array) -> bool:
 
 
 def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
-    """The body in a CT scan: the largest connected part above -300 HU, with what it encloses within
-    each axial slice.
+    """Return where the body is in a CT scan.
+
+    It is the largest connected part above -300 HU, with what it encloses within each axial slice.
 
     Filling brings lungs and bowel gas back in, which lie below -300 HU but inside the body.
     """
@@ -64,8 +68,9 @@ def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 
 
 def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
-    """The body in a scan without Hounsfield units: what lies more than 10 % of the way from the 2nd
-    to the 98th percentile.
+    """Return where the body is in a scan without Hounsfield units.
+
+    It is what lies more than 10 % of the way from the 2nd to the 98th percentile.
 
     The most frequent lowest value (skull-stripping, padding) counts as air before the percentiles
     are taken. A crop without air loses its darkest voxels only.
@@ -80,8 +85,9 @@ def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 
 
 def body_percentiles(array_ZYX: Array, modality: str) -> tuple[float, ...]:
-    """The ``PERCENTILES`` of a scan's intensities inside the body, not in air; empty where no body
-    is found.
+    """Return the ``PERCENTILES`` of a scan's intensities inside the body, not in air.
+
+    They are empty where no body is found.
 
     Volumes wider than 256 voxels are thinned first.
     """
@@ -100,8 +106,9 @@ def _thinned(array_ZYX: Array) -> Array:
 
 
 def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
-    """``num`` Hounsfield values drawn inside the body, with replacement so that every scan weighs
-    the same.
+    """Draw ``num`` Hounsfield values inside the body.
+
+    They are drawn with replacement, so that every scan weighs the same.
 
     Volumes wider than 256 voxels are thinned first; the draw depends on the content alone. Empty
     without a body.
@@ -115,7 +122,7 @@ def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
 
 
 def window_of(samples_hu: Array) -> IntensityWindow | None:
-    """nnU-Net's foreground statistics of pooled samples; None without samples."""
+    """Return nnU-Net's foreground statistics of pooled samples; None without samples."""
     if not samples_hu.size:
         return None
     values = samples_hu.astype(np.float64)

@@ -74,7 +74,7 @@ class Journal:
             self._handle.close()
 
     def _load(self, path: Path) -> int:
-        """Remember all whole lines; returns their length in bytes.
+        """Remember all whole lines, and return their length in bytes.
 
         A torn last line, and what follows a damaged one, is read again.
         """
@@ -102,8 +102,9 @@ class Journal:
 
 
 def journal_key(stamp: str, *depends_on: Any) -> str:
-    """A key for facts about a file with this ``stamp``; "" (never found again) where there is
-    none.
+    """Return a key for facts about a file with this ``stamp``.
+
+    It is "", which is never found again, where there is no stamp.
     """
     return (
         hashlib.sha256(json.dumps([VERSION, stamp, *depends_on]).encode()).hexdigest()
@@ -113,8 +114,9 @@ def journal_key(stamp: str, *depends_on: Any) -> str:
 
 
 def stamp_of(path: Path, deep: bool = False) -> str:
-    """Size and time of change of a file, or of all files in a folder (``deep``: and below it); ""
-    if it cannot be looked at.
+    """Return size and time of change of a file, or of all files in a folder.
+
+    With ``deep`` those below it count too. It is "" if they cannot be looked at.
     """
     try:
         return _folder_stamp(str(path), deep) if path.is_dir() else _entry(path.stat())

@@ -64,7 +64,7 @@ class StructureLocation:
 
 
 def subject_of(row: ScanRow) -> str:
-    """Whose scan it is: the subject if it is known, else the case."""
+    """Return whose scan it is: the subject if it is known, else the case."""
     if row.subject or not row.name:
         return row.subject or f"{row.dataset}/{row.case}"
     # A case of one channel is one scan, and its id names nobody.
@@ -101,8 +101,9 @@ def dataset_of(row: ScanRow) -> Path:
 
 
 def label_names(dataset: Path) -> dict[int, str]:
-    """Return the values of a dataset's labels and their names, without background and ignored
-    label.
+    """Return the values of a dataset's labels and their names.
+
+    Background and ignored label are left out.
 
     Values of regions have the name of the smallest region; several values may share one.
 
@@ -125,8 +126,9 @@ def values_of_structures(dataset: Path) -> dict[str, list[int]]:
 
 
 def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[StructureLocation]:
-    """The centre of every structure that a label map shows; of one in several parts, the centre of
-    each.
+    """Return the centre of every structure that a label map shows.
+
+    Of a structure in several parts it is the centre of each.
 
     A label map that cannot be used is logged and left out; its scan still takes part in other
     sequences.
@@ -172,8 +174,9 @@ def _labelled(row: ScanRow) -> tuple[list[StructureLocation], str]:
 
 
 def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
-    """Centres of a structure's connected parts in voxels, the largest first, each moved onto the
-    part itself.
+    """Return centres of a structure's connected parts in voxels, the largest first.
+
+    Each is moved onto the part itself.
     """
     from scipy import ndimage
 
@@ -195,7 +198,9 @@ def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
 
 
 def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First voxel, and the one after the last, of the box that preprocessing crops a scan to.
+    """Return the box that preprocessing crops a scan to.
+
+    It is the first voxel, and the one after the last.
 
     Raises:
         ScanError: the scan cannot be read any more.
@@ -220,7 +225,7 @@ def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequenc
 
 
 def locations_of_classes(rows: Iterable[ScanRow]) -> list[StructureLocation]:
-    """The middle of every scan to which the manifest gives a class."""
+    """Return the middle of every scan to which the manifest gives a class."""
     return [
         StructureLocation(row.id, subject_of(row), row.label_class, (0.5, 0.5, 0.5))
         for row in rows
@@ -230,8 +235,9 @@ def locations_of_classes(rows: Iterable[ScanRow]) -> list[StructureLocation]:
 
 @dataclass(frozen=True)
 class Box:
-    """A box in a scan: voxels from ``low`` to ``high``, both included, (z, y, x) in the file's own
-    axes.
+    """A box in a scan.
+
+    It holds the voxels from ``low`` to ``high``, both included, (z, y, x) in the file's own axes.
     """
 
     scan: str
@@ -241,8 +247,9 @@ class Box:
 
 
 def read_boxes(path: Path) -> list[Box]:
-    """Boxes from a CSV with the columns scan, class, zmin, ymin, xmin, zmax, ymax, xmax (voxels,
-    counted from 0).
+    """Read boxes from a CSV.
+
+    Its columns are scan, class, zmin, ymin, xmin, zmax, ymax, xmax, in voxels counted from 0.
 
     With one column z_index in place of zmin and zmax, each line is one slice, and lines of one scan
     and class make one box.
@@ -307,7 +314,9 @@ def _around(boxes: Sequence[Box]) -> Box:
 
 
 def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[StructureLocation]:
-    """The middle of every box whose scan is among the rows: by id, case, file or folder name.
+    """Return the middle of every box whose scan is among the rows.
+
+    A box names its scan by id, case, file or folder name.
 
     Boxes of no scan are counted and logged.
     """

@@ -46,8 +46,9 @@ class Manifest:
     missing: tuple[str, ...] = ()
 
     def entry_of(self, path: Path) -> tuple[str, ManifestEntry] | None:
-        """(key, entry) of the nearest path of the manifest: the scan's own, or a folder that it
-        lies in.
+        """Return (key, entry) of the nearest path of the manifest.
+
+        It is the scan's own, or a folder that it is in.
         """
         real = Path(os.path.realpath(path))
         key = next((str(p) for p in (real, *real.parents) if str(p) in self.entries), None)
@@ -149,8 +150,9 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
 def describe(
     candidates: Iterable[Candidate], manifest: Manifest | None
 ) -> tuple[list[Candidate], dict[str, ManifestEntry]]:
-    """The candidates as the manifest describes them, which counts more than what was found; and the
-    entries used, by candidate id.
+    """Return the candidates as the manifest describes them, and the entries used by id.
+
+    The manifest counts more than what was found.
     """
     if manifest is None:
         return list(candidates), {}
@@ -179,8 +181,9 @@ def describe(
 
 
 def _overrules(match: tuple[str, ManifestEntry], candidate: Candidate) -> bool:
-    """Return whether a row of the manifest makes a scan of derived images: it names their own
-    folder, and a modality.
+    """Return whether a row of the manifest makes a scan of derived images.
+
+    It does if it names their own folder, and a modality.
     """
     key, entry = match
     is_own = key == os.path.realpath(candidate.path)

@@ -58,7 +58,8 @@ a worker, which can be killed.
 
 
 class _EndedError(SystemExit):
-    """Raised in a worker where it is to end, so that what it was writing is tidied up.
+    """Raised in a worker that is to end, so that what it was writing is tidied up.
+
     multiprocessing prints nothing about it.
     """
 
@@ -76,8 +77,9 @@ def end_with_parent() -> None:
 
 
 def begin_worker() -> None:
-    """Prepare a process of a pool: it ends with its parent, and leaves Ctrl-C, which reaches the
-    whole group, to its parent.
+    """Prepare a process of a pool.
+
+    It ends with its parent, and leaves Ctrl-C, which reaches the whole group, to its parent.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -92,8 +94,9 @@ def begin_worker() -> None:
 
 @contextmanager
 def _interruption_held_back() -> Iterator[None]:
-    """Around the start of processes, which begin with SIGINT blocked, since one that is interrupted
-    at its start prints a traceback.
+    """Block SIGINT around the start of processes.
+
+    One that is interrupted at its start would print a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -172,7 +175,7 @@ def _counted(results: Iterable[Out], doing: Phase, total: int) -> Iterator[Out]:
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:
-    """End processes, however busy they are."""
+    """Stop processes, however busy they are."""
     for worker in workers:
         worker.terminate()
 
@@ -183,8 +186,7 @@ def _end(workers: Sequence[BaseProcess]) -> None:
 
 
 def workers_for(num_workers: int, voxels: Sequence[int]) -> int:
-    """Return how many of at most ``num_workers`` processes have room in the free memory, at least
-    1.
+    """Return how many of ``num_workers`` processes have room in the free memory, at least 1.
 
     Args:
         voxels: size of every scan; the largest ones may come at the same time.
@@ -219,8 +221,9 @@ def is_large(voxels: Sequence[int]) -> bool:
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that new processes can have, within the limits of a container; 0 where the
-    system does not say.
+    """Return the memory that new processes can have, within the limits of a container.
+
+    It is 0 where the system does not say.
     """
     found = []
     with suppress(OSError, ValueError, StopIteration):

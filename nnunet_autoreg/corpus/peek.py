@@ -23,8 +23,9 @@ META_LINE = re.compile(rb"^(\w+) *= *(.*?)\r?$", re.MULTILINE)
 
 
 def peek(path: Path, part: str = "") -> ScanHeader | None:
-    """Size and spacing (z, y, x) along the file's own axes of a plain NIfTI or MetaImage file; None
-    for anything else.
+    """Return size and spacing (z, y, x) of a plain NIfTI or MetaImage file, by its first bytes.
+
+    They are along the file's own axes. None for anything else.
     """
     name = path.name.lower()
     if part or not name.endswith((".nii", ".nii.gz", ".mha", ".mhd")):

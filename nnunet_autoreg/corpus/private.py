@@ -59,15 +59,14 @@ def is_harmless_word(name: str) -> bool:
 
 
 def public_channel(name: str, number: int) -> str:
-    """Return a channel's name where it is made of words of imaging, else its number in the
-    dataset.
-    """
+    """Return a channel's name where it is made of words of imaging, else its number."""
     return name if is_harmless_word(name) else str(number)
 
 
 def public_dataset(name: str) -> str:
-    """Return what a dataset is called in outputs: nnU-Net's number, or three digits that tell
-    folders apart.
+    """Return what a dataset is called in outputs.
+
+    It is nnU-Net's number, or three digits that tell folders apart.
     """
     numbered = NUMBERED_DATASET.fullmatch(name)
     if numbered:

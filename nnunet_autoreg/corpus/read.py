@@ -76,7 +76,7 @@ def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
 
 
 def _read_one_of(path: Path, number: int) -> Array:
-    """One volume of a 4D file, (Z, Y, X) float32."""
+    """Read one volume of a 4D file, (Z, Y, X) float32."""
     import SimpleITK
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -136,8 +136,9 @@ def read_header(path: Path, part: str = "") -> ScanHeader:
 
 
 def num_volumes(path: Path) -> int:
-    """Number of volumes of a 4D file; 1 for any other, and for one that cannot be read (reading it
-    says why).
+    """Return the number of volumes of a 4D file; 1 for any other.
+
+    It is 1 also for a file that cannot be read: reading it says why.
     """
     try:
         size = _information(path).GetSize()
@@ -147,7 +148,7 @@ def num_volumes(path: Path) -> int:
 
 
 def _information(path: Path) -> Any:
-    """A reader that knows what the header says."""
+    """Return a reader that knows what the header says."""
     import SimpleITK
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -161,7 +162,7 @@ def _information(path: Path) -> Any:
 
 
 def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
-    """The header of a file, and how its array comes to the one orientation."""
+    """Return the header of a file, and how its array comes to the one orientation."""
     import SimpleITK
 
     reader = _information(path)
@@ -288,7 +289,7 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
 
 
 def cropped_shape(array_ZYX: Array) -> Size:
-    """Size of the box around all non-zero voxels: what nnU-Net crops to."""
+    """Return the size of the box around all non-zero voxels: what nnU-Net crops to."""
     nonzero = array_ZYX != 0
     sides = []
     for axis in range(3):
@@ -298,7 +299,7 @@ def cropped_shape(array_ZYX: Array) -> Size:
 
 
 def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> str:
-    """Why an array looks like a label map; "" if it does not.
+    """Return why an array looks like a label map; "" if it does not.
 
     Label maps hold few whole numbers, and a voxel inside a structure equals its neighbour; in scans
     noise forbids that (share of equal neighbours in real scans here: at most 0.33, in real label

@@ -104,8 +104,9 @@ NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 def write_index(
     path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``scans.csv`` whole or not at all, row by row, and before it the private file beside
-    it.
+    """Write ``scans.csv`` whole or not at all, row by row.
+
+    The private file beside it is written before.
 
     Args:
         paths: what else the private file has to know, by id; None keeps what it knows.

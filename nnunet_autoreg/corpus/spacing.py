@@ -64,7 +64,7 @@ class ScanGroup:
 
 
 def parse_policy(text: str) -> str | Spacing:
-    """A policy's name, or an explicit spacing "z,y,x" in mm.
+    """Return a policy's name, or an explicit spacing "z,y,x" in mm.
 
     Raises:
         UsageError: it is neither.
@@ -90,7 +90,7 @@ def parse_policy(text: str) -> str | Spacing:
 
 
 def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[ScanGroup]:
-    """Groups with their target spacings, the largest first.
+    """Return groups with their target spacings, the largest first.
 
     An explicit spacing puts all scans into one group.
 
@@ -120,7 +120,7 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Sc
 
 
 def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]:
-    """The target spacing of one group, and the rule.
+    """Return the target spacing of one group, and the rule.
 
     ``median``: of the scans' own spacings per axis, but no coarser than the median of the small
     images among them, whose
@@ -149,8 +149,9 @@ def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]
 
 
 def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -> Spacing:
-    """What the plan resamples a scan to: the target of its modality's nearest group, else
-    ``data.spacing_mm``.
+    """Return what the plan resamples a scan to.
+
+    It is the target of its modality's nearest group, else ``data.spacing_mm``.
 
     Args:
         spacing_mm: the scan's own, its coarsest axis first.
@@ -164,7 +165,7 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
 
 
 def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
-    """Targets that all but agree, made equal:
+    """Return groups in which targets that all but agree are equal.
 
     CT and MR of one patient then have voxels of one size.
     """
@@ -183,7 +184,7 @@ def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
 
 
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:
-    """Position of the spacing that is off by the smallest factor on its worst axis."""
+    """Return which spacing is off by the smallest factor on its worst axis."""
     return min(
         range(len(others_mm)),
         key=lambda n: max(
@@ -193,13 +194,14 @@ def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:
 
 
 def _rounded(spacing: npt.NDArray[np.float64]) -> Spacing:
-    """To a nanometre, so that sums in another order give the same plan."""
+    """Round to a nanometre, so that sums in another order give the same plan."""
     return as_spacing([round(float(s), 6) for s in spacing])
 
 
 def _cores(logs: Log2) -> list[Indices]:
-    """The scans of one modality that found its groups, the densest ball first; the first group
-    needs no minimum.
+    """Return the scans of one modality that found its groups, the densest ball first.
+
+    The first group needs no minimum.
     """
     binned = np.round(logs * BINS_PER_OCTAVE) / BINS_PER_OCTAVE
     points, of_scan, counts = np.unique(binned, axis=0, return_inverse=True, return_counts=True)
@@ -217,8 +219,9 @@ def _cores(logs: Log2) -> list[Indices]:
 def _densest_ball(
     points: Log2, counts: Indices, free: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
-    """The free points within ``GROUP_RATIO`` of the point that has most scans around it, recentred
-    on their median.
+    """Return the free points around the point that has most scans around it.
+
+    They lie within ``GROUP_RATIO`` of it, recentred on their median.
     """
     radius = math.log2(GROUP_RATIO) + 1e-9
     near = np.abs(points[:, None] - points[None]).max(axis=-1) <= radius

@@ -25,7 +25,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedErro
 
 @contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An archive for reading.
+    """Open an archive for reading.
 
     Raises:
         ScanError: ``unreadable``: it is damaged, or no archive.
@@ -42,7 +42,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def members(archive: zipfile.ZipFile) -> tuple[list[zipfile.ZipInfo], list[tuple[str, str]]]:
-    """(the files that may be read, (status, reason) of those that must not)."""
+    """Return the files that may be read, and (status, reason) of those that must not."""
     infos = [info for info in archive.infolist() if not info.is_dir()]
     if len(infos) > MAX_MEMBERS:
         return [], [
@@ -83,8 +83,9 @@ def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
 
 @contextmanager
 def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Members of an archive as files in a temporary folder, under names of our own with their
-    endings.
+    """Unpack members of an archive into a temporary folder.
+
+    They get names of our own with their endings, so that none can leave that folder.
 
     Raises:
         ScanError: ``unreadable``: a member is missing, damaged or dangerous, or there is no room
@@ -128,7 +129,10 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None
 
 
 def _ending(name: str) -> str:
-    """.nii.gz and the like; a doubled ending counts only if the last one is a compression."""
+    """Return the ending of a name, such as .nii.gz.
+
+    A doubled ending counts only if the last one is a compression.
+    """
     suffixes = PurePosixPath(name).suffixes
     joined = (
         "".join(suffixes[-2:])

@@ -37,20 +37,23 @@ SYNTAX_OF_ENCODING = {
 
 
 def may_be_dicom(name: str) -> bool:
-    """Whether a file name is one that DICOM files have: a usual ending, none, or a number as the
-    end of a UID.
+    """Return whether a file name is one that DICOM files have.
+
+    These have a usual ending, none, or a number as the end of a UID.
     """
     ending = Path(name).suffix.lower()
     return ending in ENDINGS or not ending or ending[1:].isdecimal()
 
 
 def claims_dicom(name: str) -> bool:
-    """Whether a file's name promises DICOM."""
+    """Return whether a file's name promises DICOM."""
     return Path(name).suffix.lower() in ENDINGS
 
 
 def read_slices(stream: IO[bytes], file: str, num_bytes: int) -> list[DicomSlice]:
-    """The slices of one opened file of ``num_bytes`` bytes, called ``file`` from then on.
+    """Return the slices of one opened file of ``num_bytes`` bytes.
+
+    The slices name ``file`` as the one they are in.
 
     Raises:
         NotAScanError: it is no part of a scan.
@@ -61,7 +64,7 @@ def read_slices(stream: IO[bytes], file: str, num_bytes: int) -> list[DicomSlice
 
 
 def file_slices(path: Path, file: str) -> list[DicomSlice]:
-    """``read_slices`` of a file on disk.
+    """Return the slices of a file on disk.
 
     Raises:
         NotAScanError: it is no part of a scan.
@@ -78,7 +81,7 @@ def file_slices(path: Path, file: str) -> list[DicomSlice]:
 
 
 def find_stack(path: Path, part: ScanPart) -> Stack:
-    """The stack that a part names, by headers alone.
+    """Return the stack that a part names, by headers alone.
 
     Raises:
         ScanError: ``unreadable`` if its files are gone, or the stack's own problem.
@@ -105,7 +108,7 @@ def find_stack(path: Path, part: ScanPart) -> Stack:
 
 
 def pick_volume(stack: Stack, part: ScanPart) -> tuple[DicomSlice, ...]:
-    """The slices of the volume that a part names.
+    """Return the slices of the volume that a part names.
 
     Raises:
         ScanError: ``4d``: there are several and none is named.
@@ -123,7 +126,7 @@ def pick_volume(stack: Stack, part: ScanPart) -> tuple[DicomSlice, ...]:
 
 
 def series_of_volumes(stack: Stack) -> str:
-    """What a 4D series is, and the flag that splits it."""
+    """Return what a 4D series is, and the flag that splits it."""
     z, y, x = stack.shape_vox
     return (
         f"a series of {len(stack.volumes)} volumes of {x} x {y} x {z} voxels over "
@@ -132,9 +135,10 @@ def series_of_volumes(stack: Stack) -> str:
 
 
 def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
-    """The voxels of a volume in the order of its slices:
+    """Read the voxels of a volume, in the order of its slices.
 
-    (Z, Y, X) float32, rescaled slice by slice.
+    Returns:
+        (Z, Y, X) float32, rescaled slice by slice.
 
     Raises:
         ScanError: ``unreadable``.
@@ -147,7 +151,10 @@ def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
 
 
 def _frames(file: Path, slices: Sequence[DicomSlice]) -> Array:
-    """Frames of a multi-frame file; GDCM rescales all of them as it does the first."""
+    """Read frames of a multi-frame file.
+
+    GDCM rescales all of them as it does the first, which is undone where their slopes differ.
+    """
     whole = _pixels(file, None)
     if whole.shape[1:] != slices[0].shape or max(s.frame for s in slices) >= len(whole):
         raise ScanError(
@@ -218,8 +225,9 @@ def _pixels_by_pydicom(file: Path) -> Array | None:
 
 @contextmanager
 def _on_disk(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Where the named files lie: in a folder, the file itself, or unpacked from an archive for the
-    time being.
+    """Yield where the named files are on the disk.
+
+    They are in a folder, the file itself, or unpacked from an archive for the time being.
     """
     if path.is_dir():
         yield {name: path / name for name in names}
@@ -231,13 +239,14 @@ def _on_disk(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file is looked into as an archive."""
+    """Return whether a file is searched as an archive."""
     return name.lower().endswith(".zip")
 
 
 def _slices_of_series(path: Path, part: ScanPart) -> list[DicomSlice]:
-    """The slices of one series by headers; which files hold it is kept for the next of its
-    neighbours.
+    """Return the slices of one series, by headers.
+
+    Which files hold it is kept, for the next series of the same folder.
     """
     try:
         stamp = path.stat().st_mtime_ns
@@ -262,7 +271,7 @@ def _slices_of_series(path: Path, part: ScanPart) -> list[DicomSlice]:
 
 @lru_cache(maxsize=4)
 def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]]:
-    """Series -> names of the files that hold its slices."""
+    """Return series -> names of the files that hold its slices."""
     root = Path(path)
     found: dict[str, list[str]] = {}
     if is_archive(root.name):
@@ -298,7 +307,7 @@ def _names_below(root: Path) -> list[str]:
 
 
 def _or_nothing(path: Path, name: str) -> list[DicomSlice]:
-    """A file's slices; none if it is no part of a scan, which finding has reported."""
+    """Return a file's slices; none if it is no part of a scan, which finding has reported."""
     try:
         return file_slices(path, name)
     except (NotAScanError, ScanError):
@@ -306,7 +315,7 @@ def _or_nothing(path: Path, name: str) -> list[DicomSlice]:
 
 
 def _archived(path: Path, names: set[str] | None) -> Iterator[list[DicomSlice]]:
-    """The slices of the members of an archive (all, or the named ones) that are parts of scans."""
+    """Yield the slices of members of an archive, all of them or the named ones."""
     with opened(path) as archive:
         for info in members(archive)[0]:
             if not (may_be_dicom(info.filename) if names is None else info.filename in names):
@@ -318,7 +327,7 @@ def _archived(path: Path, names: set[str] | None) -> Iterator[list[DicomSlice]]:
 
 
 def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[DicomSlice]:
-    """``read_slices`` of a member of an archive.
+    """Return the slices of a member of an archive.
 
     Raises:
         NotAScanError: it is no part of a scan.

@@ -44,8 +44,9 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def quiet_stderr() -> Iterator[Any]:
-    """Keep what C++ libraries write to stderr off the terminal; yields a function that returns it
-    so far.
+    """Keep what C++ libraries write to stderr off the terminal.
+
+    Yields a function that returns what was written so far.
 
     ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor
     itself is redirected.

@@ -51,20 +51,22 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def strip_ending(name: str) -> str:
-    """A file name without its image ending; unchanged if it has none."""
+    """Return a file name without its image ending; unchanged if it has none."""
     return next((name[: -len(e)] for e in IMAGE_ENDINGS if name.lower().endswith(e)), name)
 
 
 def absolute(path: str | Path) -> Path:
-    """An absolute path without ``..``, links left as they are (``resolve`` would follow them and
-    change ids).
+    """Return an absolute path without ``..``.
+
+    Links are left as they are: ``resolve`` would follow them and change ids.
     """
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def case_and_channel(path: Path) -> tuple[str, int]:
-    """Return case and channel number of an image that is named as nnU-Net does, such as
-    ``a.b.1_0000.nii.gz``.
+    """Return case and channel number of an image that is named as in nnU-Net.
+
+    ``a.b.1_0000.nii.gz`` is channel 0 of case ``a.b.1``.
     """
     stem = strip_ending(path.name)
     match = CHANNEL_SUFFIX.match(stem)
@@ -72,8 +74,9 @@ def case_and_channel(path: Path) -> tuple[str, int]:
 
 
 def bids_names(inside: str) -> tuple[str, str, str]:
-    """(subject with the folders above it, session, contrast) of a BIDS file name without ending;
-    ("", "", "") for other names.
+    """Return (subject, session, contrast) of a BIDS file name without ending.
+
+    The subject has the folders above it. Other names give empty texts.
     """
     name = PurePosixPath(inside).name
     entities = dict(BIDS_ENTITY.findall(name))
@@ -88,15 +91,15 @@ def bids_names(inside: str) -> tuple[str, str, str]:
 
 
 def modality_of_contrast(word: str) -> str:
-    """MR, CT or PT for a BIDS suffix; "" for none."""
+    """Return MR, CT or PT for a BIDS suffix; "" for none."""
     kind = word.removesuffix("-ce").lower()
     return {"ct": "CT", "pet": "PT", "": ""}.get(kind, "MR")
 
 
 def is_label_name(inside: str) -> bool:
-    """Whether a path below a folder, without ending, names a label map:
+    """Return whether a path below a folder, without ending, names a label map.
 
-    BIDS ``_dseg`` and ``_mask``, folders ``labels*``.
+    These are BIDS ``_dseg`` and ``_mask``, and files in folders ``labels*``.
     """
     path = PurePosixPath(inside)
     return bool(LABEL_SUFFIX.search(path.name)) or any(

@@ -137,8 +137,9 @@ def _read_piece(stream: IO[bytes], size: int) -> bytes:
 
 
 def _read_through(stream: IO[bytes], head: bytes, header: NiftiHeader) -> tuple[int, int]:
-    """(bytes in all, voxels that are NaN or infinite) of a stream whose first bytes, ``head``, were
-    taken already.
+    """Return (bytes in all, voxels that are NaN or infinite) of a stream.
+
+    Its first bytes, ``head``, were taken already.
     """
     num_bytes, num_bad, rest = len(head), 0, head
     to_skip = max(header.offset, 0)

@@ -19,7 +19,7 @@ Turn = tuple[tuple[int, int, int], tuple[bool, bool, bool]]
 
 
 def turn_of(direction: npt.NDArray[Any]) -> Turn:
-    """How to bring an array to the one orientation, by the whole axes nearest to it.
+    """Return how to bring an array to the one orientation, by the whole axes nearest to it.
 
     Args:
         direction: (3, 3), SimpleITK's: column k is the direction of axis k of (x, y, z) in LPS.
@@ -40,13 +40,13 @@ def turn_of(direction: npt.NDArray[Any]) -> Turn:
 
 
 def turned(array_ZYX: npt.NDArray[Any], turn: Turn) -> npt.NDArray[Any]:
-    """The array in the one orientation, contiguous."""
+    """Return the array in the one orientation, contiguous."""
     axes, reverse = turn
     steps = tuple(slice(None, None, -1 if r else 1) for r in reverse)
     return np.ascontiguousarray(array_ZYX.transpose(axes)[steps])
 
 
 def turned_geometry(shape_vox: Size, spacing_mm: Spacing, turn: Turn) -> tuple[Size, Spacing]:
-    """Shape and spacing (z, y, x) in the one orientation."""
+    """Return shape and spacing (z, y, x) in the one orientation."""
     axes, _ = turn
     return as_size([shape_vox[a] for a in axes]), as_spacing([spacing_mm[a] for a in axes])

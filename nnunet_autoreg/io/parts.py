@@ -33,7 +33,7 @@ class ScanPart:
 
 
 def parse_part(text: str) -> ScanPart:
-    """The parts that a ``Candidate.part`` names.
+    """Return the parts that a ``Candidate.part`` names.
 
     Raises:
         ScanError: ``unreadable``: it is none.

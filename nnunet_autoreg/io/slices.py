@@ -182,7 +182,7 @@ class DicomSlice:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What two copies of one slice share.
+        """Return what two copies of one slice share.
 
         The SOP instance is not enough: some anonymisers give all files the same.
         """

@@ -220,8 +220,9 @@ def _are_equal(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
 
 
 def _overlap(stacks: Sequence[Stack]) -> bool:
-    """Return whether two stacks share more of their extent than one slice; slabs side by side do
-    not.
+    """Return whether two stacks share more of their extent than one slice.
+
+    Slabs side by side do not.
     """
     ends = sorted(_extent(stack) for stack in stacks)
     step = min(stack.spacing_mm[0] for stack in stacks)
@@ -235,8 +236,9 @@ def _extent(stack: Stack) -> tuple[float, float]:
 
 
 def _are_packages(whole: Stack) -> bool:
-    """Return whether acquisitions between each other's slices make one volume: the slices fit side
-    by side.
+    """Return whether acquisitions between each other's slices make one volume.
+
+    They do if the slices fit side by side.
     """
     return whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
 

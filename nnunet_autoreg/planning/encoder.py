@@ -26,8 +26,9 @@ A rule of thumb, not measured.
 def choose_encoder(
     name: str, hardware: Hardware, pool: Pool, single_tokens: bool = False
 ) -> tuple[str, str]:
-    """Encoder name and the reason for it; ``auto`` goes by device, image size and GPU memory, and
-    takes no CNN for ``single_tokens``.
+    """Return an encoder's name and the reason for it.
+
+    ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
 
     Of the two tiny ones the CNN is far ahead in short trainings
     (docs/explanation/measured.md, "Encoders"); the large ones have not been compared.
@@ -52,8 +53,9 @@ def choose_encoder(
 
 
 def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, str]:
-    """The CNN, or the transformer where scans are too small or too flat for a sequence of the CNN's
-    blocks.
+    """Return the CNN, or the transformer for small scans.
+
+    It is for scans too small or too flat for a sequence of the CNN's blocks.
     """
     if single_tokens:
         return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
@@ -76,7 +78,10 @@ def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, st
 
 
 def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
-    """A smaller encoder, and why, where the pool holds few tokens for the one chosen by memory."""
+    """Return a smaller encoder, and why, where the pool holds few tokens.
+
+    The one given was chosen by memory.
+    """
     tokens = pool.total_vox / volume(encoder_size(name).token_size)
     sizes = ("primus_s", "primus_b", "primus_m")
     for size, limit in POOL_TOKENS:
@@ -90,7 +95,10 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
 
 
 def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
-    """Order of the blocks, predictor, and the reason (docs/explanation/measured.md)."""
+    """Return order of the blocks, predictor, and the reason.
+
+    Source: docs/explanation/measured.md.
+    """
     if has_transformer(encoder.family):
         return "random", "query", "a transformer started better from it than from raster order"
     return (

@@ -26,7 +26,7 @@ def plan_crop(
     max_vox: int,
     round_to_nearest: bool = False,
 ) -> Size:
-    """The crop (pretraining) or patch (fine-tuning) that suits images of a median shape.
+    """Return the crop (pretraining) or patch (fine-tuning) that suits images of a median shape.
 
     As nnU-Net plans patches: start from a box that is isotropic in mm and larger than needed, clip
         it to the median shape,
@@ -59,8 +59,9 @@ def plan_crop(
 
 
 def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> Size:
-    """Return a crop that leaves a part of the scan out, where ``crop`` would hold all of it and
-    crops would differ by flips alone.
+    """Return a crop that leaves a part of the scan out.
+
+    Otherwise ``crop`` would hold all of it, and crops would differ by flips alone.
 
     A crop holds the whole scan if it covers more than 0.8 of every axis. It is then shortened block
     by block, always along the axis that it covers most, to 0.5 - 0.8 of the scan. An axis keeps its
@@ -105,8 +106,9 @@ class CropLayout:
 def choose_layout(
     encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
 ) -> CropLayout:
-    """The largest crop that suits the median scan and of which one fits into the memory, in blocks
-    that suit the encoder.
+    """Return the largest crop that suits the median scan and fits into the memory.
+
+    It is made of blocks that suit the encoder.
 
     A linear tokenizer takes whole blocks, rounded up: of one token, or of several small ones.
         Convolutions take larger blocks, and
@@ -183,9 +185,9 @@ def choose_crop(
     pool: Pool,
     memory_of: MemoryOf,
 ) -> tuple[Size, str]:
-    """The largest crop of whole blocks that suits the median scan and of which one fits into the
-    memory, if need be with activations checkpointed; a part of the scan where all of it would fit.
-    And the reason.
+    """Return the largest crop of whole blocks that suits the median scan and fits, and the reason.
+
+    If need be activations are checkpointed. It is a part of the scan where all of it would fit.
     """
     limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), side_of(encoder, block_tokens)
     if encoder.family == PRIMUS:
@@ -223,8 +225,9 @@ def choose_crop(
 
 
 def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:
-    """The encoder's usual block, but the smallest along axes that do not fill half of it, or whose
-    tokens are short.
+    """Return the encoder's usual block.
+
+    It is the smallest along axes that do not fill half of it, or whose tokens are short.
     """
     usual = zip(
         encoder.block_tokens, smallest, encoder.token_size, pool.median_shape_vox, strict=True
@@ -238,5 +241,5 @@ def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:
 
 
 def side_of(encoder: EncoderSize, block_tokens: Size) -> Size:
-    """A block in voxels."""
+    """Return a block in voxels."""
     return as_size([t * b for t, b in zip(encoder.token_size, block_tokens, strict=True)])

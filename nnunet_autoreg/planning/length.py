@@ -15,8 +15,9 @@ does not earn back.
 
 
 def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) -> tuple[int, str]:
-    """Steps and the reason: epochs over the pool's tokens - those asked for, else 300 within
-    bounds.
+    """Return the number of steps and the reason.
+
+    It is epochs over the pool's tokens: those asked for, else 300 within bounds.
 
     Args:
         step_vox: real voxels that a step sees.
@@ -32,7 +33,10 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
 
 
 def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
-    """``plan`` with this many steps and all that follows from them, but for what the user set."""
+    """Return ``plan`` with this many steps and all that follows from them.
+
+    What the user set stays.
+    """
     every = min(num_steps, max(25, min(1000, num_steps // 20)))
 
     def derived(key: str, planned: int, current: int) -> int:
@@ -77,8 +81,9 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
 
 
 def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
-    """``plan`` with as many steps as ``hours`` allow at the measured pace; 5 % are left for
-    held-out errors and checkpoints.
+    """Return ``plan`` with as many steps as ``hours`` allow at the measured pace.
+
+    5 % are left for validation and checkpoints.
     """
     steps = max(1, int(TRAINING_SHARE * hours * 3600 / seconds_per_step))
     pace = f"{seconds_per_step:.3g} s a step measured on {device}"

@@ -46,8 +46,9 @@ THICK_SLICES = 3.0
 
 
 def choose_batch(hardware: Hardware) -> tuple[int, str]:
-    """Crops per optimiser step and the reason; the same for every GPU, so that its memory does not
-    change the result.
+    """Return crops per optimiser step and the reason.
+
+    They are the same for every GPU, so that its memory does not change the result.
     """
     if hardware.device != "cuda":
         return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
@@ -57,8 +58,9 @@ def choose_batch(hardware: Hardware) -> tuple[int, str]:
 def choose_checkpointing(
     encoder: EncoderSize, crop: Size, hardware: Hardware, memory_of: MemoryOf
 ) -> tuple[bool, str]:
-    """Whether activations have to be checkpointed so that one crop fits, and the reason; "" where
-    they need not.
+    """Return whether activations have to be checkpointed so that one crop fits, and the reason.
+
+    The reason is "" where they need not.
     """
     without = sum(memory_of(encoder, crop, False))
     if without <= hardware.usable_bytes:
@@ -76,7 +78,9 @@ def choose_checkpointing(
 def choose_micro_batch(
     batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float
 ) -> tuple[int, str]:
-    """Crops on the device at once and the reason: as many as fit, in equal parts of the batch.
+    """Return crops on the device at once and the reason.
+
+    As many as fit are taken, in equal parts of the batch.
 
     Args:
         fixed_bytes, bytes_per_crop: estimated training memory of the encoder at the planned crop.
@@ -114,8 +118,9 @@ def why_varied(spacing_mm: Sequence[float]) -> dict[str, str]:
 
 
 def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
-    """Peak rate and the reason: the encoder's usual one at its usual batch, times the root of the
-    ratio of batches.
+    """Return the peak rate and the reason.
+
+    It is the encoder's usual one at its usual batch, times the root of the ratio of batches.
 
     Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
     """
@@ -138,7 +143,10 @@ def _reasons_of_cnn(encoder: EncoderSize) -> dict[str, str]:
 
 
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
-    """Target spacings and the reasons; groups are written where their targets differ."""
+    """Return target spacings and the reasons.
+
+    Groups are written where their targets differ.
+    """
     if len({group.spacing_mm for group in pool.groups}) < 2:
         reasons = [
             f"{group.reason}{f' ({group.modality})' if group.modality else ''}"
@@ -169,7 +177,7 @@ def make_plan(
     request: dict[str, Any],
     memory_of: MemoryOf,
 ) -> Plan:
-    """The plan that fits these scans and this hardware."""
+    """Return the plan that fits these scans and this hardware."""
     chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
@@ -246,7 +254,10 @@ def make_plan(
 
 
 def _remembered(memory_of: MemoryOf) -> MemoryOf:
-    """The same, asked once of every combination: a count of a large encoder takes seconds."""
+    """Return the same function, asked once of every combination.
+
+    A count of a large encoder takes seconds.
+    """
     known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
 
     def remembered(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:

@@ -36,8 +36,9 @@ def with_tokens(
     median_shape_vox: Sequence[float],
     fixed: Size | None = None,
 ) -> tuple[EncoderSize, str]:
-    """Return ``encoder`` with tokens that suit the scans, and the reason; "" where its tokens
-    cannot be chosen.
+    """Return ``encoder`` with tokens that suit the scans, and the reason.
+
+    The reason is "" where its tokens cannot be chosen.
 
     Thick slices get tokens that are about as long in mm along every axis. Small images, and those
     of coarse voxels, get tokens of 4^3 voxels in blocks of 2^3 tokens. All others keep tokens of
@@ -97,8 +98,9 @@ def objection_to_flat_tokens(token_size: Size, spacing_mm: Sequence[float]) -> s
 
 
 def _flat_side(coarseness: float) -> int:
-    """Return the power of two that makes a token of voxels so many times as long about as long as
-    one of 8 voxels.
+    """Return how many voxels make a flat token about as long as one of 8 voxels.
+
+    It is a power of two.
 
     Axes that are as fine as the finest, or nearly, keep 8.
     """

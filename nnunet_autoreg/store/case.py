@@ -69,7 +69,7 @@ class StoredCase:
     seal: Seal
 
     def read(self, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> Array:
-        """The crop as float32 (1, Z, Y, X).
+        """Return the crop as float32 (1, Z, Y, X).
 
         Raises:
             ValueError: the crop reaches beyond the case.
@@ -99,7 +99,7 @@ class StoredCase:
     def read_padded(
         self, start_zyx: Sequence[int], size_zyx: Sequence[int]
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """The crop, zero where it reaches beyond the case, and where it lies inside.
+        """Return the crop, zero where it extends beyond the case, and where it lies inside.
 
         Returns:
             float32 (1, Z, Y, X) and bool (Z, Y, X), True inside the case.
@@ -121,7 +121,7 @@ _checked: dict[Path, set[int]] = {}
 
 
 def _opened(case: StoredCase) -> Any:
-    """An open blosc2 array; the last few stay open.
+    """Return an open blosc2 array; the last few stay open.
 
     Keyed by process, because a forked handle is its parent's.
     """
@@ -178,12 +178,15 @@ def _damaged(path: Path, what: str) -> StoreError:
 
 
 def mark_of(path: Path) -> Path:
-    """The file beside a case that says it was found damaged."""
+    """Return the file beside a case that says it was found damaged."""
     return path.with_suffix(".damaged")
 
 
 def is_whole(path: Path) -> bool:
-    """Whether all of a case agrees with its checksums; if not, it is taken out of the store."""
+    """Return whether all of a case agrees with its checksums.
+
+    If not, it is taken out of the store.
+    """
     record = read_record(path)
     if record is None or record.seal is None:
         return False
@@ -200,8 +203,9 @@ def is_whole(path: Path) -> bool:
 
 
 def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
-    """Write ``path`` (.b2nd), then its JSON, each whole or not at all; returns the record with the
-    file's seal.
+    """Write ``path`` (.b2nd), then its JSON, each whole or not at all.
+
+    Returns the record with the file's seal.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written.
@@ -230,7 +234,7 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
 
 
 def compressed(data_CZYX: Array) -> Any:
-    """A blosc2 array in memory.
+    """Return a blosc2 array in memory.
 
     Bytes are shuffled unless a middle chunk is clearly smaller without.
 
@@ -260,8 +264,9 @@ def compressed(data_CZYX: Array) -> Any:
 
 
 def read_record(path: Path) -> CaseRecord | None:
-    """The record beside a ``.b2nd`` file; None if the case is missing, torn, or of another
-    format.
+    """Return the record beside a ``.b2nd`` file.
+
+    None if the case is missing, torn, or of another format.
     """
     try:
         record = from_jsonable(CaseRecord, read_json(path.with_suffix(".json")), str(path))

@@ -47,8 +47,9 @@ MIN_SHARED_VOX = 8
 
 @dataclass(frozen=True)
 class GroupTask:
-    """One group to preprocess: its scans, which of them is the reference, and a key, scheme and
-    window per scan.
+    """One group to preprocess.
+
+    It has its scans, which of them is the reference, and a key, scheme and window per scan.
     """
 
     group: ContrastGroup
@@ -115,7 +116,7 @@ def plan_group(
     spacing_of: Callable[[ScanRow], Spacing],
     ct_window: IntensityWindow | None,
 ) -> GroupTask:
-    """How a group is preprocessed, and the keys of its members.
+    """Return how a group is preprocessed, and the keys of its members.
 
     Raises:
         PlanError: a CT scan without ``ct_window``.
@@ -191,7 +192,7 @@ def _make_group(root: Path, task: GroupTask) -> None:
 
 
 def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
-    """All members as (C, Z, Y, X) on the reference's voxels, and their spacing."""
+    """Return all members as (C, Z, Y, X) on the reference's voxels, and their spacing."""
     rows = task.group.rows
     check_memory(
         [
@@ -222,7 +223,7 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
 
 
 def _shared_box(covered_ZYX: Sequence[npt.NDArray[np.bool_]]) -> tuple[slice, ...]:
-    """The box around what every member covers."""
+    """Return the box around what every member covers."""
     if not covered_ZYX:
         return (slice(None),) * 3
     everywhere = np.logical_and.reduce(covered_ZYX)

@@ -23,8 +23,9 @@ LARGE_AXIS_VOX, LARGE_AXIS_BLOCKS = 64, (8, 16, 32)
 
 @lru_cache(maxsize=4096)
 def layout_of(shape_vox: Size) -> tuple[Size, Size]:
-    """The (blocks, chunks) of a case; chunks are whole blocks, both may reach a little beyond the
-    case.
+    """Return the (blocks, chunks) of a case.
+
+    Chunks are whole blocks. Both may extend a little beyond the case.
     """
     choices = itertools.product(*(_block_lengths(n) for n in shape_vox))
     allowed = [block for block in choices if volume(block) <= MAX_BLOCK_VOX]
@@ -47,7 +48,7 @@ def layout_of(shape_vox: Size) -> tuple[Size, Size]:
 def blocks_touched(
     start_zyx: Sequence[int], size_zyx: Sequence[int], block_vox: Size, chunk_vox: Size
 ) -> int:
-    """Number of blocks that hold a part of a crop.
+    """Return the number of blocks that hold a part of a crop.
 
     Blocks do not cross chunks, and chunks are whole blocks.
     """
@@ -61,7 +62,7 @@ def blocks_touched(
 def chunks_touched(
     start_zyx: Sequence[int], size_zyx: Sequence[int], shape_vox: Size, chunk_vox: Size
 ) -> list[int]:
-    """Numbers of the chunks that hold a part of a crop, counted in C order."""
+    """Return the numbers of the chunks that hold a part of a crop, counted in C order."""
     _, ny, nx = (math.ceil(n / c) for n, c in zip(shape_vox, chunk_vox, strict=True))
     per_axis = (
         range(a // c, (a + n - 1) // c + 1)
@@ -71,8 +72,9 @@ def chunks_touched(
 
 
 def _block_lengths(length: int) -> list[int]:
-    """Lengths to try along an axis: short axes in equal parts, so that little of the last block is
-    padding.
+    """Return lengths to try along an axis.
+
+    Short axes are cut in equal parts, so that little of the last block is padding.
     """
     if length > LARGE_AXIS_VOX:
         return list(LARGE_AXIS_BLOCKS)
@@ -80,8 +82,9 @@ def _block_lengths(length: int) -> list[int]:
 
 
 def _cost(shape_vox: Size, block_vox: Sequence[int]) -> float:
-    """Voxels that a typical crop decompresses: of an axis that it holds whole all blocks, else b -
-    1 more than its length.
+    """Return the voxels that a typical crop decompresses.
+
+    Of an axis that it holds whole these are all blocks, else b - 1 more than its length.
     """
     covered = 1
     for n, b in zip(shape_vox, block_vox, strict=True):

@@ -35,7 +35,7 @@ class Seal:
 
 
 def seal_of(array: Any, frame: bytes) -> Seal:
-    """The seal of ``frame``, the serialised form of a blosc2 ``array``."""
+    """Return the seal of ``frame``, the serialised form of a blosc2 ``array``."""
     schunk = array.schunk
     head = int.from_bytes(frame[HEADER_LENGTH], "big")
     tail = len(frame) - head - int.from_bytes(frame[CHUNKS_LENGTH], "big")
@@ -45,7 +45,10 @@ def seal_of(array: Any, frame: bytes) -> Seal:
 
 
 def frame_damage(path: Path, seal: Seal) -> str:
-    """What is wrong with a file's size, head or tail; "" if nothing is. OSErrors pass."""
+    """Return what is wrong with a file's size, head or tail; "" if nothing is.
+
+    OSErrors pass.
+    """
     with path.open("rb") as handle:
         head = handle.read(seal.head_bytes)
         size = handle.seek(0, 2)
@@ -57,7 +60,7 @@ def frame_damage(path: Path, seal: Seal) -> str:
 
 
 def chunk_damage(array: Any, seal: Seal, numbers: Iterable[int]) -> str:
-    """What is wrong with some chunks of an open blosc2 array; "" if nothing is."""
+    """Return what is wrong with some chunks of an open blosc2 array; "" if nothing is."""
     for i in numbers:
         if (
             f"{zlib.crc32(array.schunk.get_chunk(i)):0{DIGITS}x}"

@@ -72,7 +72,7 @@ class StorePart:
     count: int = 1
 
     def takes(self, key: str) -> bool:
-        """Whether the case of this key is in this share."""
+        """Return whether the case of this key is in this share."""
         return int(key, 16) % self.count == self.number - 1
 
 
@@ -82,7 +82,7 @@ SpacingOf = Spacing | Callable[[ScanRow], Spacing]
 
 
 def parse_part(text: str) -> StorePart:
-    """A share given as K/N.
+    """Return a share given as K/N.
 
     Raises:
         UsageError: it is none.
@@ -115,8 +115,9 @@ class Store:
         num_workers: int,
         part: StorePart = ALL,
     ) -> dict[str, str]:
-        """Preprocess what is missing; safe to kill at any moment, to run again, and to run several
-        times at once.
+        """Preprocess what is missing.
+
+        It is safe to kill at any moment, to run again, and to run several times at once.
 
         A scan that cannot be preprocessed any more (vanished, changed, too large at this spacing)
         is logged, kept in ``failures`` and absent from the result.
@@ -160,12 +161,12 @@ class Store:
     def num_missing(
         self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
     ) -> tuple[int, int]:
-        """Cases that ``ensure`` would have to make now, and all cases of these rows."""
+        """Count cases that ``ensure`` would have to make now, and all cases of these rows."""
         tasks = plan_tasks(rows, spacing_mm, ct_window)
         return len(self._missing(tasks)), len({task.key for task in tasks})
 
     def _missing(self, tasks: Sequence[StoreTask]) -> list[StoreTask]:
-        """One task for every key that is not in the store."""
+        """Return one task for every key that is not in the store."""
         return list(
             {task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values()
         )
@@ -173,8 +174,9 @@ class Store:
     def _checked(
         self, tasks: Sequence[StoreTask], missing: list[StoreTask], num_workers: int
     ) -> list[StoreTask]:
-        """What is missing, after a look at every byte of the others if one of the missing was found
-        damaged.
+        """Return what is missing.
+
+        If one of the missing was found damaged, every byte of the others is looked at first.
         """
         num_damaged = sum(mark_of(self._path(task.key)).exists() for task in missing)
         paths = sorted(
@@ -194,7 +196,7 @@ class Store:
         return self._missing(tasks)
 
     def open(self, key: str) -> StoredCase:
-        """The case of a key that ``ensure`` returned.
+        """Return the case of a key that ``ensure`` returned.
 
         Raises:
             StoreError: there is none, or it is torn.
@@ -204,7 +206,7 @@ class Store:
         return StoredCase(self._path(key), record.shape_vox, record.spacing_mm, record.seal)
 
     def record(self, key: str) -> CaseRecord:
-        """All that is known of a stored case.
+        """Return all that is known of a stored case.
 
         Raises:
             StoreError: there is none, or it is torn.
@@ -222,8 +224,9 @@ class Store:
         return case_path(self.root, key)
 
     def _prepare(self, missing: Sequence[StoreTask], num_all: int) -> None:
-        """Make the folder, sweep what a killed run left half-written, and say what will be
-        needed.
+        """Make the folder, and remove what a killed run left half-written.
+
+        The log says what will be needed.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -266,14 +269,14 @@ def largest_volume(task: StoreTask) -> int:
 
 
 def case_path(root: Path, key: str) -> Path:
-    """The ``.b2nd`` file of a key."""
+    """Return the ``.b2nd`` file of a key."""
     return root / key[:2] / f"{key}.b2nd"
 
 
 def plan_tasks(
     rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
 ) -> list[StoreTask]:
-    """How each scan is preprocessed.
+    """Return how each scan is preprocessed.
 
     Raises:
         PlanError: a CT scan without ``ct_window``.
@@ -287,7 +290,7 @@ def plan_tasks(
 
 
 def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> StoreTask:
-    """How a scan is preprocessed, and the key of the result.
+    """Return how a scan is preprocessed, and the key of the result.
 
     Raises:
         PlanError: a CT scan without ``ct_window``.
