@@ -118,9 +118,8 @@ def signature(array_ZYX: Array) -> Signature | None:
         agree in all of them.
     Scans of another linear scale get the same signature.
     """
-    z, y, x = np.floor(
-        (0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS) * np.array(array_ZYX.shape)[:, None]
-    ).astype(np.int64)
+    fractions = 0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS
+    z, y, x = np.floor(fractions * np.array(array_ZYX.shape)[:, None]).astype(np.int64)
     values = array_ZYX[z, y, x].astype(np.float64)
     _, counts = np.unique(values, return_counts=True)
     spread = float(values.std())
@@ -155,11 +154,8 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
             shapes[row.shape_vox].append(number)
     for members in shapes.values():
         if len(members) > 1:
-            _settle_alike(
-                settled,
-                members,
-                np.stack([points for n in members if (points := signatures[n]) is not None]),
-            )
+            points_of_members = [signatures[n] for n in members]
+            _settle_alike(settled, members, np.array(points_of_members))
     return settled
 
 

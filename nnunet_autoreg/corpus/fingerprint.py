@@ -200,39 +200,41 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
     for group in groups:
         for i in group.members:
             shapes[i] = resampled_shape(scans[i].shape_vox, scans[i].spacing_mm, group.spacing_mm)
-    per_modality = Counter(row.modality for row in rows).most_common()
+    modalities = {}
+    for name, _ in Counter(row.modality for row in rows).most_common():
+        modalities[name] = _modality_print([row for row in rows if row.modality == name])
+    kept_shares = [relative_size(row) for row in rows]
+
     return Fingerprint(
         num_scans=len(rows),
         num_cases=_num_cases(rows),
         channel_names=tuple(sorted({row.channel for row in rows} - {""})),
-        modalities={
-            name: _modality_print([row for row in rows if row.modality == name])
-            for name, _ in per_modality
-        },
+        modalities=modalities,
         groups=tuple(_group_print(group, shapes[list(group.members)]) for group in groups),
         spacing_mm=groups[0].spacing_mm,
         shape_vox=spread(shapes),
         total_vox=int(shapes.prod(axis=1).sum()),
-        ct_window=window_of(index.ct_samples_hu) if "CT" in dict(per_modality) else None,
-        relative_size_after_cropping=round(
-            float(np.median([relative_size(row) for row in rows])), DIGITS
-        ),
+        ct_window=window_of(index.ct_samples_hu) if "CT" in modalities else None,
+        relative_size_after_cropping=round(float(np.median(kept_shares)), DIGITS),
     )
 
 
 def spread(values: npt.ArrayLike) -> Spread:
     """Return percentiles over the first axis of (scans, axes) or (scans,)."""
     rows = np.asarray(values, dtype=np.float64).reshape(len(np.asarray(values)), -1)
-    low, middle, high = (
-        tuple(round(float(v), DIGITS) for v in p) for p in np.percentile(rows, (10, 50, 90), axis=0)
-    )
+    percentiles = np.percentile(rows, (10, 50, 90), axis=0)
+    low, middle, high = map(_digits, percentiles)
     return Spread(low, middle, high)
 
 
+def _digits(values: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(round(float(value), DIGITS) for value in values)
+
+
 def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
-    shapes, spacings = (
-        np.array(values) for values in zip(*(transposed_geometry(row) for row in rows), strict=True)
-    )
+    geometries = [transposed_geometry(row) for row in rows]
+    shapes = np.array([shape for shape, _ in geometries])
+    spacings = np.array([spacing for _, spacing in geometries])
     return ModalityPrint(
         num_scans=len(rows),
         num_cases=_num_cases(rows),

@@ -35,14 +35,15 @@ def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
 def looks_like_hounsfield(array_ZYX: Array) -> bool:
     """Return whether values look like Hounsfield units.
 
-    Air is well below -500, soft tissue around 0, and next to nothing below air. Signed phase images
-    have that. A constant padding value below air is allowed for.
+    Air is well below -500, soft tissue around 0. Next to nothing lies below air, as much does in
+    signed phase images; a constant padding value there is allowed for.
     """
     values = array_ZYX[:: max(1, array_ZYX.shape[0] // 64), ::2, ::2]
     low = float(values.min())
     if low > -500 or float(values.max()) > 40000:
         return False
-    air, soft = (values <= -500).mean(), ((values >= -200) & (values <= 300)).mean()
+    air = (values <= -500).mean()
+    soft = ((values >= -200) & (values <= 300)).mean()
     below_air = ((values < -1100) & (values != low)).mean()
     return bool(air >= 0.001 and soft >= 0.05 and below_air <= 0.02)
 

@@ -18,7 +18,7 @@ from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.corpus.private import NAMES_FILES, public_dataset
-from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.corpus.read import load_scan, occupied_indices
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.dicom import claims_dicom
@@ -208,11 +208,8 @@ def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int
     assert row.shape_vox is not None, "only usable rows come here"
     if row.cropped_shape_vox == row.shape_vox:
         return (0, 0, 0), row.shape_vox
-    nonzero = load_scan(Path(row.source), row.part).array_CZYX[0] != 0
-    hits = [
-        np.flatnonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis)))
-        for axis in range(3)
-    ]
+    scan = load_scan(Path(row.source), row.part)
+    hits = occupied_indices(scan.array_CZYX[0] != 0)
     z, y, x = ((int(h[0]), int(h[-1]) + 1) for h in hits)
     return (z[0], y[0], x[0]), (z[1], y[1], x[1])
 
@@ -265,7 +262,9 @@ def read_boxes(path: Path) -> list[Box]:
                 for name in reader.fieldnames or ()
             }
             _check_box_columns(path, set(names.values()))
-            lines = [{names[k]: v for k, v in line.items() if k in names} for line in reader]
+            lines = []
+            for cells in reader:
+                lines.append({names[k]: v for k, v in cells.items() if k in names})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(
             f"--boxes {path} cannot be read ({error}); give a CSV with the columns "

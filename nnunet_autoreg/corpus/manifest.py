@@ -80,13 +80,18 @@ def read_manifest(file: Path) -> Manifest:
             io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="", strict=True
         )
         _check_columns(file, [(name or "").strip().lower() for name in reader.fieldnames or ()])
-        rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in reader]
+        rows = [_with_plain_names(row) for row in reader]
     except csv.Error as error:
         raise UsageError(
             f"--manifest {file} is no CSV file ({error}); check its quotes",
             code="manifest-unreadable",
         ) from error
     return _gather(file, rows)
+
+
+def _with_plain_names(row: dict[str, str]) -> dict[str, str]:
+    """Return a row whose columns are called without case and blanks."""
+    return {(name or "").strip().lower(): cell for name, cell in row.items()}
 
 
 def _check_columns(file: Path, names: list[str]) -> None:

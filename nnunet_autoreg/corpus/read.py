@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, size_text, volume, zyx
@@ -290,12 +291,17 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
 
 def cropped_shape(array_ZYX: Array) -> Size:
     """Return the size of the box around all non-zero voxels: what nnU-Net crops to."""
-    nonzero = array_ZYX != 0
-    sides = []
+    hits = occupied_indices(array_ZYX != 0)
+    return as_size([int(h[-1] - h[0] + 1) if h.size else 0 for h in hits])
+
+
+def occupied_indices(mask_ZYX: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
+    """Return, for z, y and x, the sorted indices at which any voxel is True."""
+    hits = []
     for axis in range(3):
-        hits = np.flatnonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis)))
-        sides.append(int(hits[-1] - hits[0] + 1) if hits.size else 0)
-    return as_size(sides)
+        others = tuple(other for other in range(3) if other != axis)
+        hits.append(np.flatnonzero(mask_ZYX.any(axis=others)))
+    return hits
 
 
 def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> str:

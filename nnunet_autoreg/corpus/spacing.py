@@ -130,13 +130,11 @@ def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]
     spacings = np.array([scan.spacing_mm for scan in scans], dtype=np.float64)
     median = np.median(spacings, axis=0)
     if policy == FINEST:
-        return _rounded(
-            np.percentile(spacings, FINEST_PERCENTILE, axis=0)
-        ), f"{FINEST_PERCENTILE}th percentile of {len(scans)} scans"
+        finest = _rounded(np.percentile(spacings, FINEST_PERCENTILE, axis=0))
+        return finest, f"{FINEST_PERCENTILE}th percentile of {len(scans)} scans"
     if policy == ISOTROPIC:
-        return _rounded(
-            np.full(3, median.min())
-        ), f"the finest axis of the median of {len(scans)} scans, on every axis"
+        cube = _rounded(np.full(3, median.min()))
+        return cube, f"the finest axis of the median of {len(scans)} scans, on every axis"
     small = [i for i, scan in enumerate(scans) if volume(scan.shape_vox) < SMALL_IMAGE_VOX]
     if len(small) >= MIN_GROUP_SCANS and (np.median(spacings[small], axis=0) < median).any():
         kept = np.minimum(median, np.median(spacings[small], axis=0))
@@ -170,17 +168,18 @@ def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
     CT and MR of one patient then have voxels of one size.
     """
     targets: list[Spacing] = []
+    aligned = []
     for group in groups:
-        alike = [
-            t
-            for t in targets
-            if max(max(p / q, q / p) for p, q in zip(t, group.spacing_mm, strict=True))
-            <= ALIKE_RATIO
-        ]
-        targets.append(alike[0] if alike else group.spacing_mm)
-    return [
-        replace(group, spacing_mm=target) for group, target in zip(groups, targets, strict=True)
-    ]
+        alike = [target for target in targets if _ratio(target, group.spacing_mm) <= ALIKE_RATIO]
+        target = alike[0] if alike else group.spacing_mm
+        targets.append(target)
+        aligned.append(replace(group, spacing_mm=target))
+    return aligned
+
+
+def _ratio(a: Spacing, b: Spacing) -> float:
+    """Return the largest factor between two spacings, axis by axis."""
+    return max(max(p / q, q / p) for p, q in zip(a, b, strict=True))
 
 
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:

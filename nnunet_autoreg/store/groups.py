@@ -23,7 +23,12 @@ from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan
 from nnunet_autoreg.corpus.groups import ContrastGroup
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
-from nnunet_autoreg.corpus.read import check_memory, cropped_shape, load_scan
+from nnunet_autoreg.corpus.read import (
+    check_memory,
+    cropped_shape,
+    load_scan,
+    occupied_indices,
+)
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, size_text, volume
@@ -80,17 +85,17 @@ def ensure_groups(
         AutoregError: a worker died.
     """
     tasks = [plan_group(group, spacing_of, ct_window) for group in groups]
-    missing = [
-        task
-        for task in tasks
-        if any(read_record(case_path(store.root, key)) is None for key in task.keys)
-    ]
+    missing = []
+    voxels = []
+    for task in tasks:
+        records = [read_record(case_path(store.root, key)) for key in task.keys]
+        if None in records:
+            missing.append(task)
+            voxels.append(sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows))
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
+
     lost: dict[str, ScanError] = {}
-    voxels = [
-        sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows) for task in missing
-    ]
     made = parallel_map(
         partial(_preprocess, store.root),
         missing,
@@ -166,16 +171,16 @@ def _make_group(root: Path, task: GroupTask) -> None:
             f"{cropped} voxels of {source_mm} mm vanish at the target spacing {task.spacing_mm} mm",
         )
     shrinks = volume(cropped) / volume(stack_CZYX.shape[1:]) < MASK_BELOW
-    for scheme, window in sorted(
-        set(zip(task.schemes, task.windows, strict=True)), key=lambda pair: pair[0]
-    ):
+    settings = set(zip(task.schemes, task.windows, strict=True))
+    for scheme, window in sorted(settings, key=lambda pair: pair[0]):
         use_mask = shrinks and scheme != CT_SCHEME
         # The whole stack goes in, because the box that it is cropped to has to be that of all
         # members.
         data_CZYX = crop_resample_normalise(
             stack_CZYX, source_mm, task.spacing_mm, scheme, use_mask, window
         )
-        for i in (i for i, own in enumerate(task.schemes) if own == scheme):
+        members = [i for i, own in enumerate(task.schemes) if own == scheme]
+        for i in members:
             row = task.group.rows[i]
             record = CaseRecord(
                 content_hash=row.content_hash,
@@ -194,31 +199,25 @@ def _make_group(root: Path, task: GroupTask) -> None:
 def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
     """Return all members as (C, Z, Y, X) on the reference's voxels, and their spacing."""
     rows = task.group.rows
-    check_memory(
-        [
-            len(rows) * (rows[task.reference].shape_vox or (1, 1, 1))[0],
-            *(rows[task.reference].shape_vox or (1, 1, 1))[1:],
-        ]
-    )
+    z, y, x = rows[task.reference].shape_vox or (1, 1, 1)
+    check_memory([len(rows) * z, y, x])
     scans = [_unchanged(row) for row in rows]
     target = scans[task.reference]
     if task.group.channels and all(s.array_CZYX.shape == target.array_CZYX.shape for s in scans):
         return np.concatenate([s.array_CZYX for s in scans]), target.spacing_mm
+
     grids = [_grid(row, scan) for row, scan in zip(rows, scans, strict=True)]
     frame = grids[task.reference]
-    others = [grid for grid in grids if not grid.is_like(frame)]
-    shared = _shared_box(
-        [
-            brought_onto(np.ones(grid.shape_vox, np.float32), grid, frame, 0.0) > 0.5
-            for grid in others
-        ]
-    )
-    moved = [
-        scan.array_CZYX[0]
-        if grid.is_like(frame)
-        else brought_onto(scan.array_CZYX[0], grid, frame, float(scan.array_CZYX.min()))
-        for scan, grid in zip(scans, grids, strict=True)
-    ]
+    moved, covered = [], []
+    for scan, grid in zip(scans, grids, strict=True):
+        array_ZYX = scan.array_CZYX[0]
+        if not grid.is_like(frame):
+            # Ones show by the same resampling which voxels the scan covers.
+            ones = np.ones(grid.shape_vox, np.float32)
+            covered.append(brought_onto(ones, grid, frame, 0.0) > 0.5)
+            array_ZYX = brought_onto(array_ZYX, grid, frame, float(array_ZYX.min()))
+        moved.append(array_ZYX)
+    shared = _shared_box(covered)
     return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm
 
 
@@ -226,11 +225,7 @@ def _shared_box(covered_ZYX: Sequence[npt.NDArray[np.bool_]]) -> tuple[slice, ..
     """Return the box around what every member covers."""
     if not covered_ZYX:
         return (slice(None),) * 3
-    everywhere = np.logical_and.reduce(covered_ZYX)
-    hits = [
-        np.flatnonzero(everywhere.any(axis=tuple(a for a in range(3) if a != axis)))
-        for axis in range(3)
-    ]
+    hits = occupied_indices(np.logical_and.reduce(covered_ZYX))
     sides = [int(h[-1] - h[0] + 1) if h.size else 0 for h in hits]
     if min(sides) < MIN_SHARED_VOX:
         raise ScanError(

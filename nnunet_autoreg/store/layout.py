@@ -27,18 +27,18 @@ def layout_of(shape_vox: Size) -> tuple[Size, Size]:
 
     Chunks are whole blocks. Both may extend a little beyond the case.
     """
-    choices = itertools.product(*(_block_lengths(n) for n in shape_vox))
+    lengths = [_block_lengths(side) for side in shape_vox]
+    choices = itertools.product(*lengths)
     allowed = [block for block in choices if volume(block) <= MAX_BLOCK_VOX]
     # Of equal ones the longest along x, where voxels are contiguous.
     block = as_size(min(allowed, key=lambda b: (_cost(shape_vox, b), -b[2], -b[1])))
     chunk = list(block)
     while True:
-        growable = [
-            a
-            for a in range(3)
-            if chunk[a] < shape_vox[a]
-            and volume(chunk) // chunk[a] * (chunk[a] + block[a]) <= CHUNK_VOX
-        ]
+        growable = []
+        for axis in range(3):
+            longer_vox = volume(chunk) // chunk[axis] * (chunk[axis] + block[axis])
+            if chunk[axis] < shape_vox[axis] and longer_vox <= CHUNK_VOX:
+                growable.append(axis)
         if not growable:
             return block, as_size(chunk)
         axis = min(growable, key=lambda a: chunk[a])
@@ -53,10 +53,11 @@ def blocks_touched(
     Blocks do not cross chunks, and chunks are whole blocks.
     """
     assert all(c % b == 0 for c, b in zip(chunk_vox, block_vox, strict=True))
-    return math.prod(
-        (a + n - 1) // b - a // b + 1
-        for a, n, b in zip(start_zyx, size_zyx, block_vox, strict=True)
-    )
+    number = 1
+    for start, size, block in zip(start_zyx, size_zyx, block_vox, strict=True):
+        first, last = start // block, (start + size - 1) // block
+        number *= last - first + 1
+    return number
 
 
 def chunks_touched(
@@ -64,10 +65,9 @@ def chunks_touched(
 ) -> list[int]:
     """Return the numbers of the chunks that hold a part of a crop, counted in C order."""
     _, ny, nx = (math.ceil(n / c) for n, c in zip(shape_vox, chunk_vox, strict=True))
-    per_axis = (
-        range(a // c, (a + n - 1) // c + 1)
-        for a, n, c in zip(start_zyx, size_zyx, chunk_vox, strict=True)
-    )
+    per_axis = []
+    for start, size, chunk in zip(start_zyx, size_zyx, chunk_vox, strict=True):
+        per_axis.append(range(start // chunk, (start + size - 1) // chunk + 1))
     return [(z * ny + y) * nx + x for z, y, x in itertools.product(*per_axis)]
 
 

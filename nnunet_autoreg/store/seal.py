@@ -40,8 +40,11 @@ def seal_of(array: Any, frame: bytes) -> Seal:
     head = int.from_bytes(frame[HEADER_LENGTH], "big")
     tail = len(frame) - head - int.from_bytes(frame[CHUNKS_LENGTH], "big")
     assert 0 < head < len(frame) and 0 < tail <= len(frame) - head, "not a blosc2 frame"
-    crcs = "".join(f"{zlib.crc32(schunk.get_chunk(i)):0{DIGITS}x}" for i in range(schunk.nchunks))
-    return Seal(len(frame), head, tail, zlib.crc32(frame[-tail:], zlib.crc32(frame[:head])), crcs)
+
+    frame_crc = zlib.crc32(frame[-tail:], zlib.crc32(frame[:head]))
+    chunk_crcs = [zlib.crc32(schunk.get_chunk(i)) for i in range(schunk.nchunks)]
+    chunk_text = "".join(f"{crc:0{DIGITS}x}" for crc in chunk_crcs)
+    return Seal(len(frame), head, tail, frame_crc, chunk_text)
 
 
 def frame_damage(path: Path, seal: Seal) -> str:
@@ -62,9 +65,7 @@ def frame_damage(path: Path, seal: Seal) -> str:
 def chunk_damage(array: Any, seal: Seal, numbers: Iterable[int]) -> str:
     """Return what is wrong with some chunks of an open blosc2 array; "" if nothing is."""
     for i in numbers:
-        if (
-            f"{zlib.crc32(array.schunk.get_chunk(i)):0{DIGITS}x}"
-            != seal.chunk_crc32[i * DIGITS : (i + 1) * DIGITS]
-        ):
+        found = f"{zlib.crc32(array.schunk.get_chunk(i)):0{DIGITS}x}"
+        if found != seal.chunk_crc32[i * DIGITS : (i + 1) * DIGITS]:
             return f"the checksum of chunk {i} differs"
     return ""
