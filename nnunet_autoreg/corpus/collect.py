@@ -2,7 +2,7 @@
 and why.
 
 No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is
-told by a salted hash.
+named by a salted hash.
 """
 
 import logging
@@ -122,11 +122,11 @@ class DicomCollector:
 
         A series spread over folders comes with their common folder.
         """
-        places: dict[tuple[str, str], dict[Path, list[DicomSlice]]] = defaultdict(dict)
+        sources_of: dict[tuple[str, str], dict[Path, list[DicomSlice]]] = defaultdict(dict)
         for source, slices in self.slices.items():
             for key, group in by_series(slices).items():
-                places[key][source] = group
-        for groups in places.values():
+                sources_of[key][source] = group
+        for groups in sources_of.values():
             folders = [source for source in groups if source.is_dir()]
             if len(folders) > 1 and _disjoint([groups[f] for f in folders]):
                 yield _joined({f: groups.pop(f) for f in folders})

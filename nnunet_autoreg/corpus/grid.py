@@ -48,7 +48,7 @@ def grid_of_scan(path: Path, part: str = "") -> Grid:
     """Return the grid of a file, or of a series of a DICOM folder.
 
     Raises:
-        ScanError: ``geometry``: it cannot be told.
+        ScanError: ``geometry``: it is not known.
     """
     image, turn = _header(path, part)
     return _turned_grid(image, turn)
@@ -58,7 +58,7 @@ def oriented_voxel(path: Path, part: str, voxel_zyx: Sequence[float]) -> tuple[f
     """Return a voxel counted in the file's own axes (z, y, x) as one of the oriented array.
 
     Raises:
-        ScanError: ``geometry``: the file's own axes cannot be told.
+        ScanError: ``geometry``: the file's own axes are not known.
     """
     image, (axes, reverse) = _header(path, part)
     size = image.GetSize()[::-1]
@@ -126,12 +126,12 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
         else:
             raise ScanError(
                 "geometry",
-                f"where {path.name} ({part}) lies in the patient cannot be told; give it as a file "
+                f"where {path.name} ({part}) lies in the patient is not known; give it as a file "
                 "or DICOM folder",
             )
     except RuntimeError as error:
         raise ScanError(
-            "geometry", f"where {path.name} lies in the patient cannot be told ({_said(error)})"
+            "geometry", f"where {path.name} lies in the patient is not known ({_last_line(error)})"
         ) from error
     return image, _turn(image)
 
@@ -150,7 +150,7 @@ def _series_frame(path: Path, part: ScanPart) -> Any:
     return image
 
 
-def _said(error: RuntimeError) -> str:
+def _last_line(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[-1]
 
 

@@ -66,7 +66,7 @@ class IndexTask:
     """One scan to read.
 
     Attributes:
-        modality, rule: set where somebody said what it is, and who that was.
+        modality, rule: set where the user or the file names the modality, and where.
         num_samples: Hounsfield values to draw from a CT.
     """
 
@@ -166,7 +166,7 @@ def tasks_of(
 ) -> list[IndexTask]:
     """Return what is to be read of each candidate.
 
-    The modality is said by the manifest, --modality, or the file itself, in this order.
+    The modality comes from the manifest, --modality, or the file itself, in this order.
     """
     # A power of two, so that a file more or less leaves the number, and with it what the journal
     # knows, as it was.
@@ -175,13 +175,13 @@ def tasks_of(
     tasks = []
     for candidate in candidates:
         named = entries.get(candidate.id, ManifestEntry()).modality
-        said = (
+        claims = (
             (named, "--manifest"),
             (modality_override or "", "--modality"),
             (candidate.modality, "the file says so"),
         )
         modality, rule = next(
-            ((m.strip().upper(), rule) for m, rule in said if m.strip()), ("", "")
+            ((m.strip().upper(), rule) for m, rule in claims if m.strip()), ("", "")
         )
         modality = OTHER_NAMES.get(modality, modality)
         tasks.append(

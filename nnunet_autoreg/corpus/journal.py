@@ -21,7 +21,7 @@ JOURNAL_NAME = ".scans.partial.jsonl"
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What reading one scan told; nothing that names anybody.
+    """What was found by reading one scan; nothing that names anybody.
 
     Attributes:
         status, reason: as in ``ScanRow``; "" where the scan is good.

@@ -1,5 +1,5 @@
 """Where structures lie: from label maps beside the scans, from boxes in a CSV, from classes in a
-manifest. Positions only - no label ever reaches training.
+manifest. Only positions are kept: training never sees a label.
 """
 
 import csv
@@ -135,10 +135,10 @@ def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[Struc
     """
     tasks = [row for row in rows if label_map_of(row) is not None]
     found: list[StructureLocation] = []
-    for row, (places, problem) in zip(
+    for row, (locations, problem) in zip(
         tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True
     ):
-        found += places
+        found += locations
         if problem:
             log.warning(
                 "positions: the label map of %s is left out: %s", row.id, problem, extra=NAMES_FILES
@@ -162,11 +162,11 @@ def _labelled(row: ScanRow) -> tuple[list[StructureLocation], str]:
         low, high = nonzero_box(row)
     except (ScanError, UsageError) as error:
         return [], str(error)
-    place = partial(_share, row, low, high)
+    share_of = partial(_share, row, low, high)
     channel = f", {row.channel}" if row.channel else ""
     return [
         StructureLocation(
-            row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", place(c)
+            row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", share_of(c)
         )
         for name, points in centres.items()
         for c in points
@@ -248,7 +248,7 @@ def read_boxes(path: Path) -> list[Box]:
 
     Its columns are scan, class, zmin, ymin, xmin, zmax, ymax, xmax, in voxels counted from 0.
 
-    With one column z_index in place of zmin and zmax, each line is one slice, and lines of one scan
+    With one column z_index instead of zmin and zmax, each line is one slice, and lines of one scan
     and class make one box.
 
     Raises:
@@ -331,8 +331,8 @@ def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[St
             low, high = nonzero_box(row)
             middle = [(a + b) / 2 for a, b in zip(box.low, box.high, strict=True)]
             structure = f"{box.structure}, {row.channel}" if row.channel else box.structure
-            place = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
-            found.append(StructureLocation(row.id, subject_of(row), structure, place))
+            share = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
+            found.append(StructureLocation(row.id, subject_of(row), structure, share))
     if unmatched:
         log.warning(
             "--boxes: %d of %d boxes are of no scan here, the first is of '%s'",

@@ -67,11 +67,11 @@ def load_scan(path: Path, part: str = "") -> RawScan:
 def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
     check_file(path)
     header, turn = _file_header(path, part)
-    with quiet_stderr() as said:
+    with quiet_stderr() as captured:
         try:
             array_ZYX = _read_one_of(path, int(part.t)) if part.t else read_scan(path).array_CZYX[0]
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
-            raise _reading_failed(error, said()) from error
+            raise _reading_failed(error, captured()) from error
     check_voxels(array_ZYX, name)
     return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
 
@@ -154,11 +154,11 @@ def _information(path: Path) -> Any:
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
     reader.SetFileName(str(path))
-    with quiet_stderr() as said:
+    with quiet_stderr() as captured:
         try:
             reader.ReadImageInformation()
         except RuntimeError as error:
-            raise _reading_failed(error, said()) from error
+            raise _reading_failed(error, captured()) from error
     return reader
 
 
@@ -378,8 +378,8 @@ TRANSLATIONS = (
 )
 
 
-def _reading_failed(error: Exception, said: str) -> ScanError:
-    text = f"{type(error).__name__} {error} {said}"
+def _reading_failed(error: Exception, captured: str) -> ScanError:
+    text = f"{type(error).__name__} {error} {captured}"
     for signs, status, reason in TRANSLATIONS:
         if any(sign in text for sign in signs):
             return ScanError(status, reason)

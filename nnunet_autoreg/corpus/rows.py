@@ -146,13 +146,13 @@ def public_row(row: ScanRow) -> ScanRow:
 
 
 def _public_reason(row: ScanRow) -> str:
-    said, mark, _ = row.reason.partition(COPY_OF)
+    reason, mark, _ = row.reason.partition(COPY_OF)
     if mark:
-        return f"{said}an excluded scan"
+        return f"{reason}an excluded scan"
     if row.status == "excluded":
         # In brackets stands what the user called the scan.
-        said = re.sub(r" \('.*'\)", "", said)
-    return without_names(said, _names(row))
+        reason = re.sub(r" \('.*'\)", "", reason)
+    return without_names(reason, _names(row))
 
 
 def _names(row: ScanRow) -> set[str]:

@@ -1,5 +1,4 @@
-"""Scans inside .zip exports, read in place: what is needed is unpacked into a temporary folder for
-as long as it is read.
+"""Scans inside .zip exports: what is needed is unpacked into a temporary folder while it is read.
 
 Nothing is written under a name that an archive gives, so no member can leave that folder; sizes are
 checked before unpacking.
@@ -15,8 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from nnunet_autoreg.errors import ScanError
 
-# Deflate reaches 1030; scans reach 3, and maps of labels or empty scans a few hundred while they
-# are small.
+# Deflate can shrink a file 1030 times. Scans shrink about 3 times; label maps and empty scans a few
+# hundred times, while they are small.
 MAX_RATIO, SMALL_BYTES = 200, 1 << 26
 MAX_MEMBERS = 1_000_000
 FREE_SHARE = 0.8

@@ -55,13 +55,13 @@ def quiet_stderr() -> Iterator[Any]:
     saved = os.dup(2)
     with tempfile.TemporaryFile() as caught:
 
-        def said() -> str:
+        def captured() -> str:
             caught.seek(0)
             return caught.read().decode("utf-8", "replace")
 
         os.dup2(caught.fileno(), 2)
         try:
-            yield said
+            yield captured
         finally:
             os.dup2(saved, 2)
             os.close(saved)

@@ -157,14 +157,14 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
             "data.spacing_mm": f"{reason}, coarsest axis first"
         }
     groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in pool.groups)
-    told = "; ".join(
+    listed = "; ".join(
         f"{g.num_scans} {g.modality} to {times(g.spacing_mm)} mm ({g.reason}){_padding(crop, g)}"
         for g in pool.groups
     )
     return DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=groups), {
         "data.spacing_mm": f"that of the largest of {len(groups)} groups "
         f"({pool.groups[0].modality}, {pool.groups[0].reason})",
-        "data.spacing_groups": f"spacings within about a factor of 2 share a target: {told}",
+        "data.spacing_groups": f"spacings within about a factor of 2 share a target: {listed}",
     }
 
 

@@ -72,7 +72,7 @@ class StoredCase:
         """Return the crop as float32 (1, Z, Y, X).
 
         Raises:
-            ValueError: the crop reaches beyond the case.
+            ValueError: the crop extends beyond the case.
             StoreError: the file is missing or damaged.
         """
         start, size = as_size(start_zyx), as_size(size_zyx)
@@ -80,7 +80,7 @@ class StoredCase:
             a < 0 or n < 1 or a + n > m for a, n, m in zip(start, size, self.shape_vox, strict=True)
         ):
             raise ValueError(
-                f"the crop of {size} voxels at {start} reaches beyond the case of {self.shape_vox}"
+                f"the crop of {size} voxels at {start} extends beyond the case of {self.shape_vox}"
             )
         (z, y, x), (dz, dy, dx) = start, size
         try:
@@ -110,9 +110,11 @@ class StoredCase:
         low = [max(0, a) for a in start]
         high = [min(m, a + n) for a, n, m in zip(start, size, self.shape_vox, strict=True)]
         if all(lo < hi for lo, hi in zip(low, high, strict=True)):
-            place = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, start, strict=True))
-            crop[0][place] = self.read(low, [hi - lo for lo, hi in zip(low, high, strict=True)])[0]
-            valid[place] = True
+            inside = tuple(
+                slice(lo - a, hi - a) for lo, hi, a in zip(low, high, start, strict=True)
+            )
+            crop[0][inside] = self.read(low, [hi - lo for lo, hi in zip(low, high, strict=True)])[0]
+            valid[inside] = True
         return crop, valid
 
 
@@ -168,7 +170,7 @@ def _damaged(path: Path, what: str) -> StoreError:
         path.with_suffix(".json").rename(mark_of(path))
         then = "run the same line again to have it made anew"
     except FileNotFoundError:
-        then = "another process has said so too: run the same line again to have it made anew"
+        then = "another process has found that too: run the same line again to have it made anew"
     except OSError as error:
         then = (
             f"it cannot be taken out of the store ({error.strerror}): delete it and run the same "

@@ -241,7 +241,7 @@ def _grid(row: ScanRow, scan: RawScan) -> Grid:
         read = scan.array_CZYX.shape[1:]
         raise ScanError(
             "geometry",
-            f"where {row.id} lies in the patient cannot be told ({grid.shape_vox} voxels in space, "
+            f"where {row.id} lies in the patient is not known ({grid.shape_vox} voxels in space, "
             f"{read} read)",
         )
     return grid
