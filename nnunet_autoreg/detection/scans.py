@@ -20,6 +20,7 @@ from typing import Any
 from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.corpus.private import NAMES_FILES, without_names
 from nnunet_autoreg.errors import ScanError, UsageError
+from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.io.files import check_file, quiet_stderr
@@ -27,7 +28,6 @@ from nnunet_autoreg.io.names import CHANNEL_SUFFIX, IMAGE_ENDINGS, absolute, nat
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 
 SCAN_ENDINGS = (*IMAGE_ENDINGS, ".dcm", ".zip")
-MOST_NAMED = 3
 
 log = logging.getLogger(__name__)
 
@@ -191,13 +191,12 @@ def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Pat
     if not others:
         return
     others.sort(key=natural_key)
-    listed = ", ".join(others[:MOST_NAMED]) + (", ..." if len(others) > MOST_NAMED else "")
     log.warning(
         "-i %s: %d files are left out (%s), because they are not named case_0000%s as others here, "
         "or hold a channel that the model does not have; put them into another folder",
         folder,
         len(others),
-        listed,
+        names_text(others),
         file_ending,
         extra=NAMES_FILES,
     )

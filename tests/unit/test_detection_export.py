@@ -203,7 +203,7 @@ def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
 
     assert [s.name for s in find(tmp_path, ".nii.gz", 1)] == ["a"]
     assert logged(
-        caplog, "4 files", "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd, ...)", "case_0000.nii.gz"
+        caplog, "4 files", "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd and 1 more)", "case_0000.nii.gz"
     )
 
     caplog.clear()
