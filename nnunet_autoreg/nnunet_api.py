@@ -38,7 +38,7 @@ class RawScan:
 
 
 def raw_folder() -> Path:
-    """nnU-Net's folder of raw datasets.
+    """Return nnU-Net's folder of raw datasets.
 
     Raises:
         UsageError: ``nnUNet_raw`` is not set, or is no existing folder.
@@ -47,7 +47,7 @@ def raw_folder() -> Path:
 
 
 def preprocessed_folder() -> Path:
-    """nnU-Net's folder of preprocessed data.
+    """Return nnU-Net's folder of preprocessed data.
 
     Raises:
         UsageError: ``nnUNet_preprocessed`` is not set, or is no existing folder.
@@ -56,7 +56,7 @@ def preprocessed_folder() -> Path:
 
 
 def results_folder() -> Path:
-    """nnU-Net's folder of results.
+    """Return nnU-Net's folder of results.
 
     Raises:
         UsageError: ``nnUNet_results`` is not set, or is no existing folder.
@@ -69,29 +69,33 @@ def _environment_folder(variable: str) -> Path:
     if not value:
         raise UsageError(
             f"the environment variable {variable} is not set; type: export "
-            f"{variable}=/path/to/{variable}"
+            f"{variable}=/path/to/{variable}",
+            code="usage-variable-unset",
         )
     folder = Path(value)
     if not folder.exists():
         _refuse_unexpanded(variable, value)
         raise UsageError(
             f"{variable} is set to {value}, which does not exist; type: mkdir -p '{value}', or set "
-            f"{variable} anew"
+            f"{variable} to another folder",
+            code="usage-no-folder",
         )
     if not folder.is_dir():
         raise UsageError(
             f"{variable} is set to {value}, which is not a folder; type: export "
-            f"{variable}=/path/to/a/folder"
+            f"{variable}=/path/to/a/folder",
+            code="usage-no-folder",
         )
     return folder
 
 
 def _refuse_unexpanded(variable: str, value: str) -> None:
-    """Refuse a value in which quotes, ``~`` or a variable stand literally; nnU-Net would take them
-    as part of the name.
+    """Refuse a value that contains quotes, ``~`` or a variable literally.
+
+    The shell has not expanded them, and nnU-Net would take them as part of the folder's name.
 
     Raises:
-        UsageError: with the value that was probably meant.
+        UsageError: with the value that was probably intended (code "usage-unexpanded").
     """
     stripped = value.strip().strip("\"'").strip()
     meant = os.path.expandvars(os.path.expanduser(stripped))  # noqa: PTH111
@@ -105,53 +109,62 @@ def _refuse_unexpanded(variable: str, value: str) -> None:
     )
     found = " and ".join(kind for kind, is_there in kinds if is_there)
     raise UsageError(
-        f"{variable} is set to {value}, with {found} as part of the folder's name, which nnU-Net "
-        "takes as it is; "
-        f"type: export {variable}={shlex.quote(meant)}"
+        f"{variable} is set to {value}, with {found} as part of the folder's name; nnU-Net uses it "
+        f"literally, so type: export {variable}={shlex.quote(meant)}",
+        code="usage-unexpanded",
     )
 
 
 def dataset_number(name: str) -> str:
-    """The number that nnU-Net's commands want, of a dataset given as ``4``, ``004`` or
-    ``Dataset004_Hippocampus``; "ID" of others.
+    """Return the number of a dataset, as nnU-Net's commands need it.
+
+    The dataset is given as ``4``, ``004`` or ``Dataset004_Hippocampus``. For anything else the
+    result is "ID".
     """
     match = re.match(r"(?:Dataset)?(\d+)", name)
     return str(int(match[1])) if match else "ID"
 
 
 def dataset_folder(dataset: str) -> Path:
-    """The folder of a raw dataset given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
+    """Return the folder of a raw dataset given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
 
     Raises:
-        UsageError: there is none, or the number is shared by several.
+        UsageError: there is no such dataset (code "usage-no-dataset"), or several have this number
+            (code "usage-ambiguous-dataset").
     """
     root = raw_folder()
-    found = {
-        p.name: p
-        for p in sorted(root.iterdir())
-        if p.is_dir() and re.match(r"Dataset\d{3,}_.", p.name)
-    }
+    found = {}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and re.match(r"Dataset\d{3,}_.", folder.name):
+            found[folder.name] = folder
+
     if dataset in found:
         return found[dataset]
     if not found:
         raise UsageError(
-            f"-d {dataset}: {root} (nnUNet_raw) holds no folder named like Dataset004_Hippocampus"
+            f"-d {dataset}: {root} (nnUNet_raw) contains no folder with a name like "
+            "Dataset004_Hippocampus",
+            code="usage-no-dataset",
         )
+
     numbers = {name: int(name[len("Dataset") :].split("_")[0]) for name in found}
     if not dataset.isdecimal():
         raise UsageError(
-            f"-d {dataset}: there is no such dataset in {root}; {did_you_mean(dataset, found)}"
+            f"-d {dataset}: there is no such dataset in {root}; {did_you_mean(dataset, found)}",
+            code="usage-no-dataset",
         )
     matches = [name for name, number in numbers.items() if number == int(dataset)]
     if not matches:
         known = ", ".join(f"{numbers[name]} ({name})" for name in found)
         raise UsageError(
-            f"-d {dataset}: no dataset of {root} has the number {int(dataset)}; known are: {known}"
+            f"-d {dataset}: no dataset of {root} has the number {int(dataset)}; known are: {known}",
+            code="usage-no-dataset",
         )
     if len(matches) > 1:
         raise UsageError(
-            f"-d {dataset}: {' and '.join(matches)} share the number {int(dataset)}; give the full "
-            "name"
+            f"-d {dataset}: {' and '.join(matches)} have the same number {int(dataset)}; give the "
+            "full name",
+            code="usage-ambiguous-dataset",
         )
     return found[matches[0]]
 
@@ -168,22 +181,19 @@ def read_scan(path: Path) -> RawScan:
 
 
 def scheme_of(modality: str) -> str:
-    """The normalisation for a modality:
-
-    CT keeps its Hounsfield window, everything else is z-scored.
-    """
+    """Return the normalisation of a modality: by a Hounsfield window for CT, else z-score."""
     return CT_SCHEME if modality == "CT" else MR_SCHEME
 
 
 def resampled_shape(
     shape_vox: Sequence[int], spacing_mm: Sequence[float], target_spacing_mm: Sequence[float]
 ) -> Size:
-    """nnU-Net's ``compute_new_shape`` on plain numbers (that module imports torch; a test holds the
-    two together).
+    """Return the shape after resampling, by the formula of nnU-Net's ``compute_new_shape``.
+
+    That function's module imports torch, which is slow. A test compares the two.
     """
-    z, y, x = (
-        round(s / t * n) for s, t, n in zip(spacing_mm, target_spacing_mm, shape_vox, strict=True)
-    )
+    triples = zip(spacing_mm, target_spacing_mm, shape_vox, strict=True)
+    z, y, x = (round(spacing / target * size) for spacing, target, size in triples)
     return (z, y, x)
 
 
@@ -195,13 +205,14 @@ def crop_resample_normalise(
     use_mask: bool,
     ct_window: IntensityWindow | None,
 ) -> Array:
-    """Preprocess one scan exactly as nnU-Net's ``DefaultPreprocessor.run_case_npy`` does without a
-    segmentation.
+    """Preprocess one scan exactly as nnU-Net does for prediction.
+
+    It does the same as ``DefaultPreprocessor.run_case_npy`` without a segmentation.
 
     Args:
         array_CZYX: raw intensities, axes already transposed; not modified. Every channel is
-            normalised alone.
-        spacing_mm, target_spacing_mm: (z, y, x), transposed alike.
+            normalised separately.
+        spacing_mm, target_spacing_mm: (z, y, x), in the same order of axes.
         scheme: ``CTNormalization`` or ``ZScoreNormalization``.
         use_mask: z-score inside the non-zero mask only, leaving zeros outside.
         ct_window: Hounsfield statistics; needed for CT.
@@ -210,14 +221,19 @@ def crop_resample_normalise(
         float32 (C, Z, Y, X), cropped to non-zero, normalised, then resampled.
 
     Raises:
-        PlanError: an unknown scheme, CT without a window, or a scan that shrinks to nothing at the
-            target spacing.
+        PlanError: the scheme is unknown (code "plan-normalisation"), CT has no window (code
+            "plan-no-ct-window"), or the scan has no voxels left at the target spacing (code
+            "plan-vanishing-scan").
     """
     if scheme not in SCHEMES:
-        raise PlanError(f"there is no normalisation '{scheme}'; {did_you_mean(scheme, SCHEMES)}")
+        raise PlanError(
+            f"there is no normalisation '{scheme}'; {did_you_mean(scheme, SCHEMES)}",
+            code="plan-normalisation",
+        )
     if scheme == CT_SCHEME and ct_window is None:
         raise PlanError(
-            "CTNormalization needs a Hounsfield window: index CT scans, or set data.ct_window"
+            "CTNormalization needs a Hounsfield window: index CT scans, or set data.ct_window",
+            code="plan-no-ct-window",
         )
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
     from nnunetv2.preprocessing.resampling.default_resampling import (
@@ -225,17 +241,21 @@ def crop_resample_normalise(
         resample_data_or_seg_to_shape,
     )
 
-    source, target = [float(s) for s in spacing_mm], [float(s) for s in target_spacing_mm]
-    data, mask, _ = crop_to_nonzero(array_CZYX.astype(np.float32), None)
+    source = [float(s) for s in spacing_mm]
+    target = [float(s) for s in target_spacing_mm]
+    data, mask, _ = crop_to_nonzero(array_CZYX.astype(np.float32), None)  # both (C, Z, Y, X)
     new_shape = compute_new_shape(data.shape[1:], source, target)
     if min(new_shape) < 1:
         raise PlanError(
-            f"{data.shape[1:]} voxels of {tuple(source)} mm vanish at the target spacing "
-            f"{tuple(target)} mm"
+            f"{data.shape[1:]} voxels of {tuple(source)} mm leave no voxel at the target spacing "
+            f"of {tuple(target)} mm",
+            code="plan-vanishing-scan",
         )
+
     normaliser = _normaliser(scheme, use_mask, ct_window)
     for c in range(data.shape[0]):
         data[c] = normaliser.run(data[c], mask[0])
+
     resampled = resample_data_or_seg_to_shape(data, new_shape, source, target, **RESAMPLING)
     return np.ascontiguousarray(resampled, dtype=np.float32)
 

@@ -1,9 +1,8 @@
-"""Compare the installed packages with what nnU-Net, its networks and this package require of them.
+"""Compare the installed packages with the requirements of nnU-Net, its networks and this package.
 
-pip checks requirements only when it installs something: a package that is upgraded later can break
-    the
-networks without a word. Only metadata is read here, nothing is imported, so that a package which
-cannot be imported any more is named as well.
+pip checks requirements only when it installs something. A package that is upgraded later can break
+the networks silently. Only metadata is read here and nothing is imported, so a package that cannot
+be imported any more is found as well.
 """
 
 import shlex
@@ -16,23 +15,22 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 CHECKED = ("nnunetv2", "dynamic-network-architectures", "nnunet-autoreg")
-"""The distributions whose requirements are checked; one that is not installed has none."""
+"""Distributions whose requirements are checked, if they are installed."""
 
 INSTALLED_TOGETHER = {"torch": ("torchvision",)}
-"""Packages that do not load beside an older or newer build of the package named first."""
+"""Package -> packages that must be installed with it, because they need the same build."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One package whose installed version is not one that is required, or that is missing.
+    """Hold a package that is missing, or whose version violates a requirement.
 
     Attributes:
         package: canonical name, e.g. "timm".
-        installed: its version; None where it is not installed.
-        required: who requires what, e.g. ("timm<1.0.23 is required by dynamic-network-architectures
-            0.4.4",).
-        remedy: the pip command that installs a version which meets all that is required of the
-            package.
+        installed: its version; None if it is not installed.
+        required: the violated requirements, e.g. ("timm<1.0.23 is required by
+            dynamic-network-architectures 0.4.4",).
+        remedy: the pip command that installs a version which meets all requirements.
     """
 
     package: str
@@ -61,12 +59,14 @@ def find_violations() -> tuple[Violation, ...]:
             wanted.setdefault(canonicalize_name(requirement.name), []).append((owner, requirement))
 
     violations = []
-    for package, asked in sorted(wanted.items()):
+    for package, required in sorted(wanted.items()):
         installed = _installed_version(package)
-        broken = [(owner, wish) for owner, wish in asked if not _is_met(wish, installed)]
+        broken = []
+        for owner, requirement in required:
+            if not _is_met(requirement, installed):
+                broken.append((owner, requirement))
         if broken:
-            everything = [requirement for _, requirement in asked]
-            remedy = _remedy(package, everything)
+            remedy = _remedy(package, [requirement for _, requirement in required])
             violations.append(Violation(package, installed, _grouped(broken), remedy))
     return tuple(violations)
 
@@ -82,15 +82,16 @@ def checked_distributions() -> tuple[str, ...]:
 
 
 def in_one_line(violations: tuple[Violation, ...]) -> str:
-    """Return all violations with their remedies as one sentence for an error message."""
-    return "installed packages violate what is required of them: " + "; ".join(map(str, violations))
+    """Return all violations with their remedies in one line for an error message."""
+    return "installed packages violate requirements: " + "; ".join(map(str, violations))
 
 
 def _requirements_of(
     name: str, extras: frozenset[str], visited: set[tuple[str, frozenset[str]]]
 ) -> Iterator[tuple[str, Requirement]]:
-    """Yield (who requires it, requirement) of a distribution, and what its requirements' extras
-    add.
+    """Yield the requirements of a distribution, each with the name of who requires it.
+
+    The requirements of extras that it asks for are included.
 
     Args:
         extras: empty for the requirements without an extra, else those that only these extras add.
@@ -107,7 +108,8 @@ def _requirements_of(
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
-            continue  # A line that pip could not read either.
+            # pip could not read this line either.
+            continue
 
         is_always = _holds(requirement, "")
         is_of_extra = any(_holds(requirement, extra) for extra in extras)
@@ -131,8 +133,7 @@ def _distribution(name: str) -> Distribution | None:
 
 
 def _version_of(found: Distribution) -> str | None:
-    # A damaged .dist-info folder has no version; Python's releases differ in whether they raise
-    # then.
+    # A damaged .dist-info folder has no version, for which some releases of Python raise an error.
     try:
         version: str | None = found.metadata["Version"]
     except KeyError:
@@ -153,12 +154,12 @@ def _is_met(requirement: Requirement, installed: str | None) -> bool:
         version = Version(installed)
     except InvalidVersion:
         return True
-    # Whoever installed a pre-release wanted it: it is compared like any other version.
+    # A pre-release was installed on purpose, so it is compared like any other version.
     return requirement.specifier.contains(version, prereleases=True)
 
 
 def _grouped(broken: list[tuple[str, Requirement]]) -> tuple[str, ...]:
-    """Return one clause per different requirement, with all who require it."""
+    """Return one clause for each different requirement, with the names of all who require it."""
     owners: dict[str, list[str]] = {}
     for owner, requirement in broken:
         owners.setdefault(_plain(requirement), []).append(owner)

@@ -1,6 +1,4 @@
-"""``nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner``: nnU-Net's own planning for a
-pretrained encoder.
-"""
+"""Plan for a pretrained encoder: ``nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner``."""
 
 import io
 import logging
@@ -29,7 +27,7 @@ from nnunet_autoreg.finetune.plans import (
     DEFAULT_TARGET_GIB,
     Budget,
     Fit,
-    Task,
+    SegmentationTask,
     check_plans_name,
     fit_configuration,
     kept_configurations,
@@ -51,14 +49,15 @@ from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_f
 from nnunet_autoreg.records import read_json, to_jsonable, write_json
 
 DETECTION_BLOCK = "autoreg_detection"
-"""The key of dataset.json by which detection is planned along."""
+"""If dataset.json has this key, detection is planned as well."""
 
 log = logging.getLogger(__name__)
 
 
 class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
-    """nnU-Net's fingerprint, spacing, transposition and cascade; patch, batch, network and
-    intensities of the encoder.
+    """Plan like nnU-Net, but with the patch, batch, network and intensities of the encoder.
+
+    Fingerprint, target spacing, transposition and cascade are nnU-Net's own.
     """
 
     def __init__(
@@ -83,21 +82,21 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         self.fits: dict[str, Fit] = {}
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Plan, write ``<plans_name>.json`` and say what was chosen and why.
+        """Plan, write ``<plans_name>.json`` and print the choices and their reasons.
 
         Raises:
-            SystemExit: with one line, where no plan can be made.
+            SystemExit: with one line if no plan can be made.
         """
         stock_output = io.StringIO()
         with one_line_errors():
             self._refuse_2d()
             check_plans_name(self.plans_identifier, self._old_plans())
-            self._tell_choice(self.choice)
-            # nnU-Net prints each attempt, and a 2D U-Net that these plans do not have.
+            self._print_choice(self.choice)
+            # nnU-Net prints every attempt, and a 2D U-Net that these plans do not contain.
             with redirect_stdout(stock_output):
                 plans: dict[str, Any] = super().plan_experiment()
-        log.debug("nnU-Net's planner said:\n%s", stock_output.getvalue())
-        self._tell_plans(plans)
+        log.debug("output of nnU-Net's planner:\n%s", stock_output.getvalue())
+        self._print_plans(plans)
         return plans
 
     def get_plans_for_configuration(
@@ -108,13 +107,16 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
-        """One configuration, as nnU-Net's planner asks for it; an empty one for 2D, which
-        ``save_plans`` leaves out.
+        """Return one configuration for nnU-Net's planner.
+
+        It is empty for 2D, and ``save_plans`` leaves it out.
         """
         if len(spacing) == 2:
             return {}
+
         fit = self._fit(self._task(spacing, median_shape), approximate_n_voxels_dataset, _cache)
         self.fits[data_identifier.removeprefix(f"{self.plans_identifier}_")] = fit
+
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
         stock_schemes, stock_mask = (
@@ -139,18 +141,17 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             "architecture": architecture_entry(self.block, fit.patch_size, fit.arguments),
         }
 
-    def _fit(self, task: Task, dataset_vox: float, cache: dict[str, Any]) -> Fit:
-        encoder, shares = (
-            self.block.encoder,
-            {"dataset_vox": dataset_vox, "max_share": self.max_dataset_covered},
-        )
+    def _fit(self, task: SegmentationTask, dataset_vox: float, cache: dict[str, Any]) -> Fit:
+        encoder = self.block.encoder
+        shares = {"dataset_vox": dataset_vox, "max_share": self.max_dataset_covered}
         if is_cnn(encoder):
             return fit_resenc(self._resenc_planner, encoder, task, self.budget, cache, **shares)
         return fit_configuration(encoder, task, self.budget, self._memory_of, **shares)
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Write the plans whole or not at all; of an earlier file only the user's own
-        configurations are kept.
+        """Write the plans, whole or not at all.
+
+        Of an earlier plans file, only the user's own configurations are kept.
         """
         plans["configurations"].pop("2d", None)
         plans["foreground_intensity_properties_per_channel"] = with_ct_window(
@@ -158,6 +159,8 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             self._channel_names(),
             self.choice.card,
         )
+
+        # nnU-Net drops a low resolution that is close to the full one.
         fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
         self._plan_detection(plans, fits)
         block = with_fits(
@@ -168,23 +171,26 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             self._channel_names(),
         )
         plans[BLOCK_KEY] = to_jsonable(block)
-        custom, dropped = kept_configurations(
+
+        custom, left_out = kept_configurations(
             self._old_plans() or {}, plans, block.encoder.class_path
         )
         plans["configurations"].update(custom)
-        for line in dropped:
+        for line in left_out:
             log.warning(line)
+
         recursive_fix_for_json_export(plans)
         write_json(self._plans_file(), plans)
 
     def _plan_detection(self, plans: dict[str, Any], fits: Mapping[str, Fit]) -> None:
-        """The detection block of every configuration, if dataset.json asks for it; else the
-        detection trainer plans when it needs to.
+        """Add the detection block to every configuration if dataset.json has one.
+
+        Otherwise the detection trainer plans when it is first run.
         """
         if DETECTION_BLOCK not in self.dataset_json:
             return
-        # Imported here: segmentation alone needs none of it.
-        from nnunet_autoreg.detection.plan import plan_from_labels
+        # Imported here, because segmentation does not need it.
+        from nnunet_autoreg.detection.planned import plan_from_labels
 
         raw = raw_folder() / str(self.dataset_name)
         for name, fit in fits.items():
@@ -200,20 +206,21 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
     @cached_property
     def choice(self) -> Choice:
-        """The pretrained weights of these plans."""
+        """Return the pretrained weights of these plans."""
         spacing = self.determine_fullres_target_spacing()[self.determine_transpose()[0]]
         traits = DatasetTraits(self.dataset_name, tuple(self._channel_names()), as_spacing(spacing))
         return choose_weights(results_folder(), traits, setting_of_environment())
 
     @cached_property
     def block(self) -> AutoregBlock:
-        """What the plans say about encoder, weights and recipe."""
+        """Return the ``"autoreg"`` block: encoder, weights and recipe."""
         transpose = self.determine_transpose()[0]
         spacing = self.determine_fullres_target_spacing()
-        sizes_mm = np.array(self.dataset_fingerprint["shapes_after_crop"]) * np.array(
-            self.dataset_fingerprint["spacings"]
-        )
-        task = self._task(spacing[transpose], np.median(sizes_mm / spacing, 0)[transpose])
+
+        shapes_vox = np.array(self.dataset_fingerprint["shapes_after_crop"])  # (cases, 3)
+        sizes_mm = shapes_vox * np.array(self.dataset_fingerprint["spacings"])
+        median_vox = np.median(sizes_mm / spacing, 0)
+        task = self._task(spacing[transpose], median_vox[transpose])
         return make_block(self.choice, task, self.budget, results_folder())
 
     @cached_property
@@ -226,9 +233,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             self.block, len(self._channel_names()), len(self.dataset_json["labels"])
         )
 
-    def _task(self, spacing: Any, median_shape: Any) -> Task:
+    def _task(self, spacing: Any, median_shape: Any) -> SegmentationTask:
         z, y, x = (float(v) for v in median_shape)
-        return Task(
+        return SegmentationTask(
             num_cases=int(self.dataset_json["numTraining"]),
             median_shape_vox=(z, y, x),
             spacing_mm=as_spacing(spacing),
@@ -237,10 +244,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         )
 
     def _channel_names(self) -> list[str]:
-        named = self.dataset_json[
-            "channel_names" if "channel_names" in self.dataset_json else "modality"
-        ]
-        return [str(name) for name in named.values()]
+        # Older datasets call the channels "modality".
+        key = "channel_names" if "channel_names" in self.dataset_json else "modality"
+        return [str(name) for name in self.dataset_json[key].values()]
 
     def _plans_file(self) -> Path:
         return preprocessed_folder() / str(self.dataset_name) / f"{self.plans_identifier}.json"
@@ -251,50 +257,53 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
     def _refuse_2d(self) -> None:
         if 1 in np.median(np.array(self.dataset_fingerprint["shapes_after_crop"]), 0):
             raise PlanError(
-                f"{self.dataset_name} holds 2D images, and these encoders are 3D: use -pl "
-                "ExperimentPlanner"
+                f"{self.dataset_name} holds 2D images, but these encoders are 3D; use -pl "
+                "ExperimentPlanner",
+                code="plan-2d",
             )
 
-    def _tell_choice(self, choice: Choice) -> None:
+    def _print_choice(self, choice: Choice) -> None:
         for line in choice.rejected:
             print(f"not used: {line}")
         for line in choice.warnings:
             print(f"WARNING: {line}")
-        print(f"weights: {choice.card.name if choice.card else 'none'} - {choice.reason}")
-        if choice.card is not None and choice.card.has_decoder:
-            print("decoder: pretrained too, and loaded with the encoder")
-        if choice.card is not None and choice.card.licence_line:
-            print(choice.card.licence_line)
 
-    def _tell_plans(self, plans: dict[str, Any]) -> None:
+        card = choice.card
+        print(f"weights: {card.name if card else 'none'} - {choice.reason}")
+        if card is not None and card.has_decoder:
+            print("decoder: pretrained as well, and loaded with the encoder")
+        if card is not None and card.licence_line:
+            print(card.licence_line)
+
+    def _print_plans(self, plans: dict[str, Any]) -> None:
         print(f"encoder: {self.block.encoder.name} - {self.block.reasons['encoder']}")
-        for name, c in plans["configurations"].items():
-            if name in self.fits:
-                patch, spacing = (size_text(c[key], ".4g") for key in ("patch_size", "spacing"))
-                print(
-                    f"{name}: patch {patch}, batch {c['batch_size']}, spacing {spacing} mm - "
-                    f"{self.fits[name].reason}"
-                )
-        r, reasons = self.block.recipe, self.block.reasons
-        print(
-            f"length: {r.num_epochs} epochs of {r.num_iterations_per_epoch} iterations - "
-            f"{reasons['recipe.num_epochs']}"
-        )
-        if plans[BLOCK_KEY]["recipe"]["decoder_first_fraction"]:
-            print(f"decoder first: {plans[BLOCK_KEY]['reasons']['recipe.decoder_first_fraction']}")
-        print(f"plans: {self._plans_file()}")
-        trainer = "AutoregPretrainedTrainer" if self.block.weights else "AutoregScratchTrainer"
-        if DETECTION_BLOCK in self.dataset_json:
-            detection = (
-                "AutoregDetectionTrainer"
-                if self.block.weights
-                else "AutoregDetectionScratchTrainer"
-            )
+        for name, configuration in plans["configurations"].items():
+            if name not in self.fits:
+                continue
+            patch = size_text(configuration["patch_size"], ".4g")
+            spacing = size_text(configuration["spacing"], ".4g")
             print(
-                f"for detection: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {detection} "
-                f"-p {self.plans_identifier}"
+                f"{name}: patch {patch}, batch {configuration['batch_size']}, spacing {spacing} mm "
+                f"- {self.fits[name].reason}"
             )
+
+        recipe = self.block.recipe
         print(
-            f"next: nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {trainer} -p "
-            f"{self.plans_identifier} --npz"
+            f"length: {recipe.num_epochs} epochs of {recipe.num_iterations_per_epoch} iterations - "
+            f"{self.block.reasons['recipe.num_epochs']}"
         )
+        # The stage is decided while the plans are written, so it is not in self.block.
+        written = plans[BLOCK_KEY]
+        if written["recipe"]["decoder_first_fraction"]:
+            print(f"decoder first: {written['reasons']['recipe.decoder_first_fraction']}")
+        print(f"plans: {self._plans_file()}")
+
+        trainers = ("AutoregScratchTrainer", "AutoregDetectionScratchTrainer")
+        if self.block.weights:
+            trainers = ("AutoregPretrainedTrainer", "AutoregDetectionTrainer")
+        line = (
+            f"nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {{}} -p {self.plans_identifier}"
+        )
+        if DETECTION_BLOCK in self.dataset_json:
+            print(f"for detection: {line.format(trainers[1])}")
+        print(f"next: {line.format(trainers[0])} --npz")

@@ -1,9 +1,11 @@
-"""``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p AutoregPlans``:
-fine-tuning inside nnU-Net.
+"""Fine-tune inside nnU-Net.
 
-What a trainer does is decided by the ``"autoreg"`` block of its plan; the names with a number only
-change the length. Validation and prediction stay nnU-Net's own, so that what is validated is what
-``nnUNetv2_predict`` computes.
+The command is ``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p
+AutoregPlans``.
+
+The ``"autoreg"`` block of the plans decides what a trainer does; a number in the trainer's name
+only changes the length. Validation and prediction are nnU-Net's own, so ``nnUNetv2_predict``
+computes exactly what was validated.
 """
 
 import os
@@ -46,12 +48,13 @@ explain_errors_of_nnunet()
 
 
 class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
-    """nnU-Net's trainer with the plan's network, optimiser and schedule."""
+    """Train like nnU-Net, but with the plan's network, optimiser and schedule."""
 
     uses_weights = True
     transfers_decoder = True
-    """False for networks that use the encoder of the weights alone, whatever the plan says."""
+    """False for networks that use only the encoder of the weights, whatever the plan says."""
     length: int | None = None
+    """Number of epochs; None for that of the plan."""
 
     def __init__(
         self,
@@ -64,18 +67,21 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         with one_line_errors():
             self.block = self._checked(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
+
         recipe = self.block.recipe
         self.initial_lr = recipe.pretrained_rate if self.uses_weights else recipe.scratch_rate
         self.weight_decay = recipe.weight_decay
         self.num_epochs = self.length or recipe.num_epochs
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
-        # With fewer than three resolutions nnU-Net's weights of the coarser outputs are 0 / 0.
+
+        # With fewer than three resolutions, nnU-Net's weights of the coarser outputs are 0 / 0.
         self.enable_deep_supervision = (
             recipe.deep_supervision and len(self.configuration_manager.pool_op_kernel_sizes) > 2
         )
         self.has_bf16 = has_bf16(self.device)
         if self.has_bf16:
+            # Only float16 needs scaled gradients.
             self.grad_scaler = None
         self.is_fresh_start = True
         self.iteration = 0
@@ -87,7 +93,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             known = ", ".join(plans["configurations"])
             raise PlanError(
                 f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: "
-                f"{known}"
+                f"{known}",
+                code="plan-no-configuration",
             )
         if cls.uses_weights and block.weights is None:
             twin = cls.__name__.replace("Pretrained", "Scratch").replace(
@@ -95,8 +102,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             )
             raise PlanError(
                 f"{plans['plans_name']}.json was made for training from scratch "
-                f"(autoreg_weights=none); use '-tr {twin}', or plan "
-                "again with weights"
+                f"(autoreg_weights=none); use '-tr {twin}', or plan again with weights",
+                code="plan-without-weights",
             )
         return block
 
@@ -108,8 +115,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The plan's network with random weights; prediction calls this too, when the pretrained
-        weights may be gone.
+        """Return the plan's network with random weights.
+
+        Prediction calls this as well, and needs no pretrained weights.
         """
         with one_line_errors():
             block = read_block(plans_manager.plans)
@@ -124,8 +132,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             )
 
     def initialize(self) -> None:
-        """nnU-Net's own; weights that are loaded into the network from now on are the user's
-        (``-pretrained_weights``).
+        """Initialise as nnU-Net does, and watch for weights of the user.
+
+        nnU-Net loads ``-pretrained_weights`` between this call and ``on_train_start``.
         """
         with one_line_errors():
             self.users_weights = named_weights(sys.argv)
@@ -133,15 +142,16 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.has_users_weights = watch_loading(self.unwrapped())
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Switch the coarser outputs of a CNN; the other networks have one. nnU-Net switches on
-        after validation, whatever was before.
+        """Switch the coarser outputs of a CNN on or off; other networks have only one output.
+
+        nnU-Net switches them on after validation, even if they were off before.
         """
         if self.block.recipe.deep_supervision:
             decoder: Any = self.unwrapped().decoder
             decoder.deep_supervision = enabled and self.enable_deep_supervision
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
-        """The recipe's optimiser and the rate of every iteration."""
+        """Return the recipe's optimiser, and the learning rates of all iterations."""
         recipe = self.block.recipe
         network = self.unwrapped()
         has_decoder = self.uses_weights and self.transfers_decoder
@@ -159,7 +169,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
 
     def unwrapped(self) -> nn.Module:
-        """The network itself, out of DDP and torch.compile."""
+        """Return the network itself, without DDP and torch.compile."""
         network: nn.Module = self.network
         if isinstance(network, DistributedDataParallel):
             network = network.module
@@ -168,8 +178,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         return network
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint, written beside, brought to the disk and renamed, so that a kill or
-        a power cut leaves the one before.
+        """Write nnU-Net's checkpoint, whole or not at all.
+
+        After a kill or a power cut, the previous checkpoint is still there.
         """
         temporary = Path(f"{filename}.tmp")
         super().save_checkpoint(str(temporary))
@@ -179,26 +190,25 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             temporary.replace(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """Continue, validate or predict from a checkpoint: pretrained weights are not needed any
-        more.
+        """Continue, validate or predict from a checkpoint, without the pretrained weights.
 
-        Code that a checkpoint asks to run is not run: the command ends in one line.
+        Code in a checkpoint is never run: the command ends with one line instead.
         """
-        named = (
-            filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the checkpoint"
-        )
-        with one_line_errors(), plain_loading(Path(named)):
+        name = "the checkpoint"
+        if isinstance(filename_or_checkpoint, str):
+            name = filename_or_checkpoint
+        with one_line_errors(), plain_loading(Path(name)):
             super().load_checkpoint(filename_or_checkpoint)
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:
-        """Load the pretrained weights on a fresh start, on every rank; then nnU-Net's own
-        preparations.
+        """Load the pretrained weights on a fresh start, then prepare as nnU-Net does.
 
-        Weights that the user named are never overwritten.
+        Every process loads them. Weights that the user has named are never overwritten.
         """
         if not self.was_initialized:
             self.initialize()
+
         if self.is_fresh_start and self.has_users_weights():
             weights = self.block.weights if self.uses_weights else None
             self.print_to_log_file(kept_line(self.users_weights, weights.name if weights else None))
@@ -213,14 +223,11 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         )
         if warning:
             self.print_to_log_file(f"WARNING: {warning}")
-        names = self.dataset_json[
-            "channel_names" if "channel_names" in self.dataset_json else "modality"
-        ].values()
-        target = Target(
-            len(names),
-            as_size(self.configuration_manager.patch_size),
-            tuple(str(name) for name in names),
-        )
+
+        # Older datasets call the channels "modality".
+        key = "channel_names" if "channel_names" in self.dataset_json else "modality"
+        names = tuple(str(name) for name in self.dataset_json[key].values())
+        target = Target(len(names), as_size(self.configuration_manager.patch_size), names)
         table = load_planned_encoder(
             self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
         )
@@ -228,41 +235,47 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
 
     def on_train_epoch_start(self) -> None:
-        """Begin an epoch; the rates depend on the epoch and the iteration in it alone."""
+        """Begin an epoch; learning rates depend only on the epoch and the iteration in it."""
         super().on_train_epoch_start()
         self.iteration = 0
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step with a rate per iteration, a decoder-first stage, bfloat16 where the
-        device has it, and the recipe's clip.
+        """Train one step.
+
+        It differs from nnU-Net's step by a learning rate per iteration, a decoder-first stage,
+        bfloat16 if the device supports it, and the recipe's limit of the gradient norm.
         """
         self.lr_scheduler.step(self.current_epoch, self.iteration)
         is_decoder_first = self.lr_scheduler.is_decoder_first(self.current_epoch, self.iteration)
         self.iteration += 1
+
         data, target = (self._on_device(batch[name]) for name in ("data", "target"))
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self.network(data)
-            # Dice sums over millions of voxels: too many for 8 bits of mantissa.
-            loss = self.loss(
-                [o.float() for o in output] if isinstance(output, list) else output.float(), target
-            )
+            # Dice sums over millions of voxels, too many for the 8 bits of bfloat16's mantissa.
+            if isinstance(output, list):
+                loss = self.loss([o.float() for o in output], target)
+            else:
+                loss = self.loss(output.float(), target)
         self._update(loss, is_decoder_first)
         return {"loss": loss.detach().cpu().numpy()}
 
     def _update(self, loss: torch.Tensor, is_decoder_first: bool) -> None:
-        """One step of the optimiser; of the decoder alone if asked for."""
+        """Update the parameters, or only those of the decoder."""
         scaler = self.grad_scaler
         loss = loss if scaler is None else scaler.scale(loss)
         loss.backward()  # type: ignore[no-untyped-call]
+
         if is_decoder_first:
-            # Without a gradient a parameter is skipped, momentum and weight decay included; DDP has
-            # summed them all before.
+            # The optimiser skips parameters without a gradient, momentum and weight decay included.
+            # With DDP, all gradients have been summed before.
             for parameter in encoder_parameters(self.unwrapped()):
                 parameter.grad = None
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.block.recipe.clip_norm)
+
         if scaler is None:
             self.optimizer.step()
         else:
@@ -270,7 +283,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             scaler.update()
 
     def _on_device(self, tensors: Any) -> Any:
-        """A tensor, or one per resolution."""
+        """Return a tensor, or a list with one per resolution, on the training device."""
         if isinstance(tensors, list):
             return [self._on_device(tensor) for tensor in tensors]
         return tensors.to(self.device, non_blocking=True)
@@ -282,12 +295,14 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
 
 
 class AutoregPretrainedTrainer(_AutoregTrainer):
-    """Fine-tunes the plan's pretrained encoder."""
+    """Fine-tune the plan's pretrained encoder."""
 
 
 class AutoregScratchTrainer(_AutoregTrainer):
-    """The twin from random weights: same plan, length, augmentation and steps; only its own best
-    rate differs.
+    """Train the same network from random weights.
+
+    Plan, length, augmentation and steps are the same; only the learning rate is the best one for
+    training from scratch.
     """
 
     uses_weights = False

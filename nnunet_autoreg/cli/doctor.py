@@ -1,4 +1,4 @@
-"""``autoreg_doctor``: is everything in place, and if not, how to mend it."""
+"""Run ``autoreg_doctor``: check the installation, and name a remedy for every problem."""
 
 import argparse
 import importlib.metadata
@@ -31,18 +31,15 @@ LINK_NAME = "nnunet_autoreg_link.pth"
 LINK_HEAD = "# Made by autoreg_doctor --link; remove with autoreg_doctor --unlink.\n"
 
 REINSTALL_TORCH = (
-    "torch and torchvision must be builds of one registry: pip install --force-reinstall torch "
-    "torchvision "
-    "(a CPU-only torch beside another torchvision does not load)"
+    "torch and torchvision must come from the same registry: pip install --force-reinstall torch "
+    "torchvision (a CPU-only torch and another build of torchvision do not work together)"
 )
 
 PROBED_NETWORKS = ("resenc_tiny", "primus_tiny", "primus_v3_tiny", "vit_b16")
-"""One encoder of every kind of building blocks: they are what breaks beside another version of
-timm.
-"""
+"""One encoder of every kind of building blocks, which another version of timm may break."""
 
-# Runs in an interpreter of its own: what this one has imported already must not make anything look
-# well.
+# The probe runs in a fresh interpreter, because modules that this one has imported already could
+# hide a problem.
 PROBE = f"""
 import importlib, json, sys
 answer = {{"live": any(hasattr(f, "is_autoreg_bridge") for f in sys.meta_path)}}
@@ -96,11 +93,11 @@ print({ANSWER!r} + json.dumps(answer))
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table.
+    """Hold one line of the table.
 
     Attributes:
-        status: ``ok``, ``warn`` (it works, but) or ``fail`` (mend this).
-        remedy: what to do; empty when all is well.
+        status: ``ok``, ``warn`` (it works with limits) or ``fail`` (it has to be fixed).
+        remedy: what to do; empty if nothing has to be done.
     """
 
     name: str
@@ -110,40 +107,39 @@ class Check:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="autoreg_doctor",
-        description="Checks that nnunet-autoreg and nnU-Net find each other, which GPU and paths "
-        "are used, "
-        "and says how to mend what is wrong. Exit code 0: all is well; 1: something is to be "
-        "mended.",
+        description="Check that nnunet-autoreg and nnU-Net find each other, show the GPU and the "
+        "folders that are used, and explain how to fix every problem. Exit code 0: no problem was "
+        "found; 1: something has to be fixed.",
     )
-    mending = p.add_mutually_exclusive_group()
-    mending.add_argument(
+    fixing = p.add_mutually_exclusive_group()
+    fixing.add_argument(
         "--link",
         action="store_true",
-        help=f"write {LINK_NAME} into this environment's site-packages if nnU-Net does not find "
-        "our classes "
-        "(needed after 'pip install -e' of nnunet-autoreg, or when it is reached through "
-        "PYTHONPATH)",
+        help=f"write {LINK_NAME} into site-packages of this environment if nnU-Net does not find "
+        "our classes. This is needed after 'pip install -e' of nnunet-autoreg, or if it is found "
+        "through PYTHONPATH",
     )
-    mending.add_argument(
-        "--unlink", action="store_true", help="remove what --link wrote, and nothing else"
+    fixing.add_argument(
+        "--unlink", action="store_true", help="remove the file that --link has written"
     )
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Show the table, or make or remove the link.
+    """Print the table, or write or remove the link.
 
-    Returns 0 when all is well, 1 when something is to be mended.
+    Return 0 if no problem was found, 1 if something has to be fixed.
     """
     arguments = parser().parse_args(argv)
     if arguments.link:
         return _link(_site_packages())
     if arguments.unlink:
         return _unlink(_site_packages())
+
     checks = []
     for check in all_checks():
         checks.append(check)
@@ -155,8 +151,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def all_checks() -> Iterator[Check]:
-    """The lines of the table, quick ones first; the middle ones start an interpreter and import
-    torch, which takes seconds.
+    """Yield the lines of the table.
+
+    The quick checks come first. The later ones start an interpreter that imports torch, which takes
+    seconds.
     """
     yield check_python()
     yield Check("nnunet-autoreg", OK, f"{__version__} in {Path(bridge.__file__).parent}")
@@ -177,16 +175,15 @@ def all_checks() -> Iterator[Check]:
 def _next(checks: list[Check]) -> str:
     for check in checks:
         if check.status == FAIL:
-            return f"mend '{check.name}': {check.remedy}"
-    if any(
-        check.name == "pretraining runs" and check.finding.startswith("none") for check in checks
-    ):
-        return "autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
+            return f"fix '{check.name}': {check.remedy}"
+    for check in checks:
+        if check.name == "pretraining runs" and check.finding.startswith("none"):
+            return "autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
     return "nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner -c 3d_fullres"
 
 
 def check_python() -> Check:
-    """Whether this Python is new enough."""
+    """Check that this Python is new enough."""
     found = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info[:2] < PYTHON_FROM:
         return Check(
@@ -199,30 +196,30 @@ def check_python() -> Check:
 
 
 def check_nnunet() -> Check:
-    """Which nnU-Net there is, and whether it is of the supported range."""
+    """Check that nnU-Net is installed in a supported version."""
     supported = "pip install 'nnunetv2>=2.8.1,<3'"
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None:
         return Check("nnunetv2", FAIL, f"not installed for {sys.executable}", supported)
-    place = next(iter(spec.submodule_search_locations or ()), spec.origin)
+    location = next(iter(spec.submodule_search_locations or ()), spec.origin)
     try:
         version = importlib.metadata.version("nnunetv2")
     except importlib.metadata.PackageNotFoundError:
         return Check(
             "nnunetv2",
             WARN,
-            f"of unknown version in {place}",
-            f"install it, so that its version is known: {supported}",
+            f"of unknown version in {location}",
+            f"install it with pip, so that its version is known: {supported}",
         )
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     if not NNUNET_FROM <= numbers < NNUNET_BELOW:
         return Check(
             "nnunetv2",
             FAIL,
-            f"{version} in {place} is outside the supported range 2.8.1 to <3",
+            f"{version} in {location} is outside the supported range 2.8.1 to <3",
             supported,
         )
-    return Check("nnunetv2", OK, f"{version} in {place}")
+    return Check("nnunetv2", OK, f"{version} in {location}")
 
 
 FOLDERS: dict[str, Callable[[], Path]] = {
@@ -233,7 +230,7 @@ FOLDERS: dict[str, Callable[[], Path]] = {
 
 
 def check_folder(variable: str, get: Callable[[], Path]) -> Check:
-    """Whether one of nnU-Net's folders is set, exists and can be written."""
+    """Check that one of nnU-Net's folders is set, exists and can be written."""
     try:
         folder = get()
     except AutoregError as error:
@@ -241,15 +238,18 @@ def check_folder(variable: str, get: Callable[[], Path]) -> Check:
         return Check(variable, FAIL, finding, remedy)
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return Check(variable, OK, str(folder))
-    status = WARN if variable == "nnUNet_raw" and os.access(folder, os.R_OK | os.X_OK) else FAIL
-    remedy = f"give yourself write access, or set {variable} anew"
+
+    # Raw data is only read, except by commands that convert a dataset.
+    is_readable = os.access(folder, os.R_OK | os.X_OK)
+    status = WARN if variable == "nnUNet_raw" and is_readable else FAIL
+    remedy = f"give yourself write access, or set {variable} to another folder"
     return Check(variable, status, f"{folder} cannot be written by this user", remedy)
 
 
 def probe() -> dict[str, Any]:
-    """Ask a fresh interpreter, started where nnU-Net's own commands start, what it finds.
+    """Return what a fresh interpreter finds, started like nnU-Net's own commands.
 
-    ``error`` is set if it fell over.
+    The key ``error`` is set if the interpreter failed.
     """
     try:
         done = subprocess.run(
@@ -276,16 +276,14 @@ def probe() -> dict[str, Any]:
 
 
 def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
-    """Whether a fresh interpreter has the hook, and nnU-Net's own look-up finds our planner and
-    trainer.
-    """
+    """Check that a fresh interpreter has the hook, and that nnU-Net finds planner and trainer."""
     name = "start-up bridge"
     if "error" in answer:
         return Check(
             name,
             FAIL,
             answer["error"],
-            f"run '{sys.executable} -c \"import nnunetv2\"' and mend what it says",
+            f"run '{sys.executable} -c \"import nnunetv2\"' and fix the error that it shows",
         )
     if switch == "0":
         return Check(name, FAIL, f"switched off by {bridge.SWITCH}=0", f"unset {bridge.SWITCH}")
@@ -300,7 +298,7 @@ def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
         if answer.get(key) is None:
             reason = answer.get(f"{key}_error", "nnU-Net's look-up returned nothing")
             remedy = (
-                "mend the cause; if it lies in nnunet-autoreg: pip install --force-reinstall "
+                "fix the cause; if it is in nnunet-autoreg: pip install --force-reinstall "
                 "--no-deps nnunet-autoreg"
             )
             return Check(
@@ -310,26 +308,26 @@ def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
 
 
 def check_torch(answer: dict[str, Any]) -> Check:
-    """Whether torch loads."""
+    """Check that torch can be imported."""
     if "torch" in answer:
         return Check("torch", OK, answer["torch"])
     return Check(
         "torch",
         FAIL,
         _one_line(_why(answer, "torch")),
-        "pip install torch torchvision, both from one registry",
+        "pip install torch torchvision, both from the same registry",
     )
 
 
 def check_companion(answer: dict[str, Any], name: str) -> Check:
-    """Whether torchvision or timm, which nnU-Net's Primus needs, loads beside this torch."""
+    """Check that torchvision or timm, which nnU-Net's Primus needs, works with this torch."""
     if name in answer:
         return Check(name, OK, answer[name])
     return Check(name, FAIL, _one_line(_why(answer, name)), REINSTALL_TORCH)
 
 
 def check_networks(answer: dict[str, Any], violations: tuple[Violation, ...]) -> Check:
-    """Whether one network of every family can be built with the installed packages."""
+    """Check that one network of every family can be built with the installed packages."""
     name = "networks"
     failed = [encoder for encoder in PROBED_NETWORKS if f"network {encoder}" not in answer]
     if not failed:
@@ -337,19 +335,20 @@ def check_networks(answer: dict[str, Any], violations: tuple[Violation, ...]) ->
 
     reason = _one_line(_why(answer, f"network {failed[0]}"))
     finding = f"cannot build {', '.join(failed)}: {reason}"
-    # Several commands are one line for the shell: the reader copies it once.
-    commands = [violation.remedy for violation in violations]
-    remedy = (
-        " && ".join(commands)
-        or "pip install --force-reinstall --no-deps nnunet-autoreg dynamic-network-architectures"
-    )
+    # Several commands are joined, so that the user can copy them as one line.
+    remedy = " && ".join(violation.remedy for violation in violations)
+    if not remedy:
+        remedy = (
+            "pip install --force-reinstall --no-deps nnunet-autoreg dynamic-network-architectures"
+        )
     return Check(name, FAIL, finding, remedy)
 
 
 def check_requirements(violations: tuple[Violation, ...]) -> list[Check]:
-    """One line for every package that violates a requirement, or one that says that none does."""
+    """Return one line for every package that violates a requirement, or one for all of them."""
     if not violations:
         return [Check("requirements", OK, f"those of {', '.join(checked_distributions())} are met")]
+
     checks = []
     for violation in violations:
         found = violation.installed or "not installed"
@@ -359,11 +358,11 @@ def check_requirements(violations: tuple[Violation, ...]) -> list[Check]:
 
 
 def _why(answer: dict[str, Any], name: str) -> str:
-    return str(answer.get(f"{name}_error", answer.get("error", "not asked")))
+    return str(answer.get(f"{name}_error", answer.get("error", "not checked")))
 
 
 def check_device(answer: dict[str, Any]) -> Check:
-    """What training would run on."""
+    """Return the device that training would use."""
     kind, *details = answer.get("device") or ["none"]
     if kind == "cuda":
         gpu, total, count, free = details
@@ -375,19 +374,19 @@ def check_device(answer: dict[str, Any]) -> Check:
         return Check("device", OK, "mps (Apple GPU); give --device mps")
     if kind == "cpu" and details[0]:
         remedy = (
-            "if this machine has a GPU, look at its driver; without one, stay with small images "
-            "and the tiny encoders"
+            "if this machine has a GPU, check its driver; without one, use small images and the "
+            "tiny encoders only"
         )
         return Check(
             "device",
             WARN,
-            f"cpu only (torch is built for GPUs, version {details[0]}, but finds none)",
+            f"cpu only (torch is built for GPUs, version {details[0]}, but finds no GPU)",
             remedy,
         )
     if kind == "cpu":
         remedy = (
-            "if this machine has a GPU, install a torch build for it; without one, stay with small "
-            "images and the tiny encoders"
+            "if this machine has a GPU, install a build of torch for it; without one, use small "
+            "images and the tiny encoders only"
         )
         return Check("device", WARN, "cpu only (this torch is a build for CPUs)", remedy)
     return Check("device", FAIL, f"unknown ({_one_line(_why(answer, 'device'))})", REINSTALL_TORCH)
@@ -401,7 +400,7 @@ def check_machine() -> Check:
 
 
 def check_runs() -> Check:
-    """The finished pretraining runs whose weights a plan could use."""
+    """Return how many finished pretraining runs a plan could use."""
     from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, read_card
 
     name = "pretraining runs"
@@ -409,6 +408,7 @@ def check_runs() -> Check:
         folder = nnunet_api.results_folder() / RUNS_FOLDER
     except UsageError:
         return Check(name, WARN, "unknown without nnUNet_results", "set nnUNet_results")
+
     cards, unreadable = [], []
     # A name with a dot in front is an import that was interrupted.
     for path in sorted(folder.glob(f"[!.]*/{CARD_NAME}")):
@@ -416,6 +416,7 @@ def check_runs() -> Check:
             cards.append(read_card(path.parent))
         except WeightsError as error:
             unreadable.append(str(error))
+
     newest = max(cards, key=lambda card: card.finished_at, default=None)
     finding = "none yet"
     if newest is not None:
@@ -450,40 +451,43 @@ def _live_in_fresh_interpreter() -> bool:
 
 
 def _link(folder: Path) -> int:
-    """Write the guarded ``.pth`` line, unless the bridge is live without it.
+    """Write the guarded ``.pth`` line, unless the bridge works without it.
 
     Raises:
-        AutoregError: the bridge is switched off, a foreign file is in the way, or writing does not
-            help.
+        AutoregError: the bridge is switched off, another file has this name (code
+            "doctor-foreign-file"), or the file has no effect (code "doctor-link-without-effect").
     """
     target = folder / LINK_NAME
     if os.environ.get(bridge.SWITCH) == "0":
         raise UsageError(
             f"the start-up bridge is switched off by {bridge.SWITCH}=0; unset {bridge.SWITCH}, and "
-            "try again"
+            "try again",
+            code="usage-bridge-switched-off",
         )
     if _live_in_fresh_interpreter():
-        print("the start-up bridge is live already; nothing was written")
+        print("the start-up bridge works already; nothing was written")
         print_next("autoreg_doctor")
         return 0
     if target.exists() and not _is_our_link(target):
         raise AutoregError(
-            f"{target} was not made by autoreg_doctor and is left as it is; move it away, and try "
-            "again"
+            f"{target} was not made by autoreg_doctor and is not changed; move it away, and try "
+            "again",
+            code="doctor-foreign-file",
         )
     try:
         target.write_text(LINK_HEAD + bridge.PTH_LINE, encoding="ascii")
     except OSError as error:
         raise AutoregError(
-            f"{target} cannot be written ({error.strerror}); activate an environment of your own"
+            f"{target} cannot be written ({error.strerror}); activate an environment of your own",
+            code="doctor-not-writable",
         ) from error
     print(f"wrote {target}")
     if not _live_in_fresh_interpreter():
         raise AutoregError(
-            f"a fresh interpreter reads no .pth line in {folder}, or does not find nnunet_autoreg: "
-            "put "
-            f"{Path(bridge.__file__).parents[1]} on PYTHONPATH, or install with pip; {target} was "
-            "left in place"
+            f"{target} was written, but a fresh interpreter does not read it, or does not find "
+            f"nnunet_autoreg; add {Path(bridge.__file__).parents[1]} to PYTHONPATH, or install "
+            "nnunet-autoreg with pip",
+            code="doctor-link-without-effect",
         )
     print_next("autoreg_doctor")
     return 0
@@ -493,18 +497,23 @@ def _unlink(folder: Path) -> int:
     """Remove the file that ``--link`` wrote.
 
     Raises:
-        AutoregError: a foreign file has its name, or it cannot be removed.
+        AutoregError: another file has this name, or it cannot be removed.
     """
     target = folder / LINK_NAME
     if not target.exists():
         print(f"there is no {target}; nothing was removed")
     elif not _is_our_link(target):
-        raise AutoregError(f"{target} was not made by autoreg_doctor and is left as it is")
+        raise AutoregError(
+            f"{target} was not made by autoreg_doctor and is not changed",
+            code="doctor-foreign-file",
+        )
     else:
         try:
             target.unlink()
         except OSError as error:
-            raise AutoregError(f"{target} cannot be removed ({error.strerror})") from error
+            raise AutoregError(
+                f"{target} cannot be removed ({error.strerror})", code="doctor-not-writable"
+            ) from error
         print(f"removed {target}")
     print_next("autoreg_doctor")
     return 0

@@ -1,11 +1,9 @@
-"""AR-SSL4M's own checkpoints: 163 tensors for 12 blocks, in (x, y, z).
+"""Convert AR-SSL4M's checkpoints: 163 tensors for 12 blocks, for volumes (x, y, z).
 
-``model.*`` is the encoder and keeps its names; ``decoder_pred`` is the head of pretraining. Only
-what has axes changes: the patch kernel (out, in, x, y, z) -> (out, in, z, y, x), and the rows of
-the head, which list a patch's voxels with z running fastest.
+``model.*`` is the encoder and keeps its names; ``decoder_pred`` is the head of pretraining and is
+left out. Only the patch kernel has spatial axes: (out, in, x, y, z) becomes (out, in, z, y, x).
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, VIT
 from nnunet_autoreg.finetune.floats import as_float
 from nnunet_autoreg.finetune.normalization import PERCENTILE_SCHEME
+from nnunet_autoreg.finetune.table import some
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
@@ -29,7 +28,7 @@ KERNEL = "model.patchifier.proj.weight"
 LEARNED_POSITIONS = "model.pos_embed_learn"
 CROP: Size = (128, 128, 128)
 HEAD_WIDTH = 64
-"""Width of an attention head of AR-SSL4M; its files do not name the number of heads."""
+"""Width of an attention head of AR-SSL4M. Its files do not state the number of heads."""
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LAYER_KEYS = (
@@ -50,12 +49,12 @@ _LAYER_KEYS = (
 
 
 def is_ar_ssl4m(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are AR-SSL4M's."""
+    """Return whether the keys are those of AR-SSL4M."""
     return KERNEL in tensors and any(_LAYER.match(key) for key in tensors)
 
 
 def expected_keys(depth: int) -> set[str]:
-    """All keys of a checkpoint of ``depth`` blocks with fixed positions: 163 for 12."""
+    """Return all keys of a checkpoint of ``depth`` blocks with fixed positions: 163 for 12."""
     layers = {f"model.layers.{i}.{key}" for i in range(depth) for key in _LAYER_KEYS}
     ends = {
         "model.embed_tokens.weight",
@@ -68,43 +67,53 @@ def expected_keys(depth: int) -> set[str]:
 
 
 def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """The arguments of ``model.vit.ViT`` for a checkpoint.
+    """Return the arguments of ``model.vit.ViT`` for a checkpoint.
 
     Args:
-        num_heads: None takes the width by AR-SSL4M's 64 a head.
+        num_heads: None divides the width by AR-SSL4M's 64 channels per head.
 
     Raises:
-        WeightsError: keys are missing or left over, positions are learned, or the number of heads
-            cannot be known.
+        WeightsError: keys are missing or left over (code "weights-mismatch"), positions are learned
+            (code "weights-learned-positions"), or the number of heads is not known (code
+            "weights-heads").
     """
-    depth = 1 + max(int(found.group(1)) for key in tensors if (found := _LAYER.match(key)))
+    layers = [_LAYER.match(key) for key in tensors]
+    depth = 1 + max(int(found[1]) for found in layers if found)
     if LEARNED_POSITIONS in tensors:
         raise WeightsError(
-            f"'{LEARNED_POSITIONS}': this checkpoint has learned positions, tied to its own grid "
-            "of tokens; only AR-SSL4M's fixed "
-            "sine-cosine positions can be imported"
+            f"'{LEARNED_POSITIONS}': this checkpoint has learned positions, which fit only its own "
+            "grid of tokens; only AR-SSL4M's fixed sine-cosine positions can be imported",
+            code="weights-learned-positions",
         )
-    missing, foreign = expected_keys(depth) - set(tensors), set(tensors) - expected_keys(depth)
-    missing -= {key for key in missing if key.startswith(HEAD)}
-    if missing or foreign:
-        lines = [
-            f"{word} {', '.join(sorted(keys)[:3])}"
-            for word, keys in (("lacks", missing), ("has besides", foreign))
-            if keys
-        ]
+
+    expected = expected_keys(depth)
+    missing = {key for key in expected - set(tensors) if not key.startswith(HEAD)}
+    left_over = set(tensors) - expected
+    problems = []
+    if missing:
+        problems.append(f"lacks {some(sorted(missing))}")
+    if left_over:
+        problems.append(f"also holds {some(sorted(left_over))}")
+    if problems:
         raise WeightsError(
-            f"this is no whole AR-SSL4M checkpoint of {depth} blocks: it {' and '.join(lines)}"
+            f"this is not a complete AR-SSL4M checkpoint of {depth} blocks: it "
+            f"{' and '.join(problems)}",
+            code="weights-mismatch",
         )
+
     width = int(tensors[KERNEL].shape[0])
     if num_heads is None and width % HEAD_WIDTH:
         raise WeightsError(
-            f"the file does not say how many heads its width of {width} is cut into, and "
-            f"AR-SSL4M's {HEAD_WIDTH} a head do not fit; "
-            "add --heads N"
+            f"the file does not state how many heads share its width of {width}, and AR-SSL4M's "
+            f"{HEAD_WIDTH} channels per head do not divide it; add --heads N",
+            code="weights-heads",
         )
     heads = num_heads or width // HEAD_WIDTH
     if width % heads:
-        raise WeightsError(f"--heads {heads}: the width of {width} is no multiple of it")
+        raise WeightsError(
+            f"--heads {heads}: the width of {width} is not a multiple of it", code="weights-heads"
+        )
+
     hidden = int(tensors["model.layers.0.mlp.linear1.weight"].shape[0])
     return {
         "embed_dim": width,
@@ -117,17 +126,20 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
 
 
 def token_size(tensors: Mapping[str, Tensor]) -> Size:
-    """Voxels of a token, (z, y, x)."""
+    """Return the voxels of a token, (z, y, x)."""
     return as_size(tuple(reversed(tensors[KERNEL].shape[2:])))
 
 
 def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of a checkpoint for (z, y, x) volumes, without its head."""
+    """Return the encoder of a checkpoint for (z, y, x) volumes, without the head."""
     return {key: _turned(key, value) for key, value in tensors.items() if key.startswith(ENCODER)}
 
 
 def to_theirs(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``to_ours``: an encoder for (x, y, z) volumes under AR-SSL4M's names."""
+    """Return an encoder for (x, y, z) volumes with AR-SSL4M's names.
+
+    This inverts ``to_ours``, because turning the axes twice changes nothing.
+    """
     return to_ours(encoder)
 
 
@@ -135,58 +147,44 @@ def _turned(key: str, value: Tensor) -> Tensor:
     return value.permute(0, 1, 4, 3, 2).contiguous() if key == KERNEL else value
 
 
-def head_to_ours(tensors: Mapping[str, Tensor], token: Size) -> tuple[Tensor, Tensor]:
-    """Weight (P, V) and bias (P) of AR-SSL4M's head, so that a token's voxels come in raster order
-    (z, y, x).
-
-    Args:
-        token: (z, y, x) voxels of a token.
-    """
-    z, y, x = token
-    weight, bias = tensors[f"{HEAD}weight"], tensors[f"{HEAD}bias"]
-    turned_weight = weight.reshape(x, y, z, -1).permute(2, 1, 0, 3).reshape(math.prod(token), -1)
-    return turned_weight.contiguous(), bias.reshape(x, y, z).permute(2, 1, 0).reshape(
-        -1
-    ).contiguous()
-
-
 def import_ar_ssl4m(
     source_file: Path, tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> Imported:
-    """An AR-SSL4M checkpoint as an encoder of ours.
+    """Return the encoder of an AR-SSL4M checkpoint under our names.
 
     Raises:
-        WeightsError: it is incomplete, its positions are learned, or its heads cannot be known.
+        WeightsError: the checkpoint is incomplete, its positions are learned, or the number of
+            heads is not known.
     """
     arguments = arguments_of(tensors, options.num_heads)
-    token = token_size(tensors)
-    same = ENCODERS["vit_b16"].arguments
-    is_base = all(arguments[key] == same[key] for key in arguments)
-    crop = options.patch_size_vox or CROP
-    notes = (
-        [f"left out: {HEAD.rstrip('.')}, the head of pretraining"]
-        if any(key.startswith(HEAD) for key in tensors)
-        else []
-    )
+    base = ENCODERS["vit_b16"].arguments
+    is_base = all(arguments[key] == base[key] for key in arguments)
+    name = "vit_b16" if is_base else VIT
+
+    notes = []
+    if any(key.startswith(HEAD) for key in tensors):
+        notes.append(f"left out: {HEAD.rstrip('.')}, the head of pretraining")
     notes.append(
         "axes turned from (x, y, z) to (z, y, x): the patch kernel here, the positions in the "
         "network"
     )
     if options.spacing_mm is None:
         notes.append(
-            "spacing: pretrained without resampling; 1 x 1 x 1 mm, at which its authors "
-            "fine-tuned, assumed (or --spacing Z Y X)"
+            "spacing: the weights were pretrained without resampling; 1 x 1 x 1 mm is assumed, at "
+            "which the authors fine-tuned (--spacing Z Y X states another)"
         )
+
+    licences = AR_SSL4M_LICENCE
+    if options.licence:
+        licences = {"AR-SSL4M": f"{options.licence} (stated by the user)"}
     return Imported(
-        encoder=EncoderPlan("vit_b16" if is_base else VIT, CLASS_PATHS[VIT], arguments, token),
+        encoder=EncoderPlan(name, CLASS_PATHS[VIT], arguments, token_size(tensors)),
         tensors=as_float(to_ours(tensors), source_file),
-        crop_size_vox=crop,
+        crop_size_vox=options.patch_size_vox or CROP,
         spacing_mm=options.spacing_mm or (1.0, 1.0, 1.0),
         modalities=options.modalities or ("CT", "MR"),
         num_input_channels=int(tensors[KERNEL].shape[1]),
-        licences={"AR-SSL4M": f"{options.licence} (stated by the user)"}
-        if options.licence
-        else AR_SSL4M_LICENCE,
+        licences=licences,
         objective="imported from AR-SSL4M (next-patch regression with random start-up)",
         normalization=PERCENTILE_SCHEME,
         notes=tuple(notes),

@@ -1,4 +1,4 @@
-"""``autoreg_weights import``: other people's weights as if they were a finished pretraining."""
+"""Carry out ``autoreg_weights import``: use weights of other projects like a finished run."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from nnunet_autoreg.convert.source import (
     NNSSL,
     RUN,
     TRAINED,
-    Source,
+    WeightsFile,
     open_source,
     trained_model_line,
     trained_model_next,
@@ -28,15 +28,16 @@ def import_weights(
         plan_file: nnssl's ``adaptation_plan.json`` where it is neither in the file nor beside it.
 
     Raises:
-        WeightsError: the file cannot be read safely, is of no known kind, or contradicts itself.
+        WeightsError: the file cannot be read safely, contradicts itself, or is of a kind that is
+            not imported (code "weights-not-importable").
     """
     source = open_source(path, plan_file)
     imported = converted(source, options)
     return write_run(imported, results, name), imported
 
 
-def converted(source: Source, options: ImportOptions) -> Imported:
-    """A source in our terms, nothing written.
+def converted(source: WeightsFile, options: ImportOptions) -> Imported:
+    """Return the encoder of a weights file under our names; nothing is written.
 
     Raises:
         WeightsError: as ``import_weights``.
@@ -47,16 +48,18 @@ def converted(source: Source, options: ImportOptions) -> Imported:
         return import_nnssl(source, options)
     if source.kind == RUN:
         raise WeightsError(
-            f"{source.file} is a finished pretraining already; use it as it is: export "
-            f"autoreg_weights={source.file.parent}"
+            f"{source.file} belongs to a finished pretraining run and need not be imported; use "
+            f"it as it is: export autoreg_weights={source.file.parent}",
+            code="weights-not-importable",
         )
     if source.kind == TRAINED:
         raise WeightsError(
             f"{source.file} is {trained_model_line(source)}; to start from it: "
-            f"{trained_model_next(source)}"
+            f"{trained_model_next(source)}",
+            code="weights-not-importable",
         )
     raise WeightsError(
-        f"{source.file} is of no known kind ({source.kind}); what can be imported: AR-SSL4M "
-        "checkpoints, and nnssl's with their "
-        "adaptation plan (--adaptation-plan FILE)"
+        f"{source.file} is of no known kind ({source.kind}); checkpoints of AR-SSL4M can be "
+        "imported, and those of nnssl with their adaptation plan (--adaptation-plan FILE)",
+        code="weights-not-importable",
     )

@@ -1,6 +1,7 @@
-"""``autoreg_weights inspect``: what a weights file is, what it needs, whose it is."""
+"""Carry out ``autoreg_weights inspect``: describe a weights file, its needs and its licence."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nnunet_autoreg.convert.source import (
     NO_PLAN,
     RUN,
     TRAINED,
-    Source,
+    WeightsFile,
     open_source,
     trained_model_line,
     trained_model_next,
@@ -29,14 +30,14 @@ from nnunet_autoreg.records import sha256_of
 
 Facts = list[tuple[str, str]]
 MAX_LISTED = 8
-UNTOLD = ("conv_bias", "kernel_sizes", "n_conv_per_stage_decoder")
-"""Arguments too long for a line that says what an encoder is."""
+HIDDEN_ARGUMENTS = ("conv_bias", "kernel_sizes", "n_conv_per_stage_decoder")
+"""Arguments that are too long for the line that describes an encoder."""
 
 
 def inspect_weights(
     path: Path, options: ImportOptions, plan_file: Path | None = None
 ) -> tuple[Facts, str]:
-    """Facts as (name, text), and what to type next.
+    """Return facts about a file as (name, text), and what to type next.
 
     Raises:
         WeightsError: the file cannot be read safely.
@@ -48,41 +49,39 @@ def inspect_weights(
     if source.kind in (AR_SSL4M, NNSSL):
         return _foreign_facts(source, head, options, plan_file)
     if source.kind == TRAINED:
-        return [
-            *head,
-            ("what", trained_model_line(source)),
-            *_shape_facts(source.tensors),
-        ], trained_model_next(source)
+        what = ("what", trained_model_line(source))
+        return [*head, what, *_shape_facts(source.tensors)], trained_model_next(source)
     return _unknown_facts(source, head)
 
 
 def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
     card = read_card(file.parent)
     verify_weights(file, card.sha256)
-    origin = card.extra.get(IMPORTED)
-    made = (
+    tensors = read_tensors(file)
+
+    history = (
         f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished "
         f"{card.finished_at}"
     )
+    origin = card.extra.get(IMPORTED)
     if isinstance(origin, Mapping):
-        made = (
+        history = (
             f"imported {card.finished_at} from {origin.get('file')} ({origin.get('format')}, "
             f"sha256 {str(origin.get('sha256'))[:12]}...)"
         )
-    tensors = read_tensors(file)
-    what = f"a finished pretraining, '{card.name}': {made}"
+
     facts = [
         *head,
-        ("what", what),
+        ("what", f"a finished pretraining, '{card.name}': {history}"),
         *_card_facts(card),
         _decoder_fact(card, tensors),
         *_shape_facts(tensors),
     ]
-    return (
-        facts,
+    following = (
         f"export autoreg_weights={card.name}; nnUNetv2_plan_and_preprocess -d DATASET -pl "
-        "AutoregPlanner -c 3d_fullres",
+        "AutoregPlanner -c 3d_fullres"
     )
+    return facts, following
 
 
 def _decoder_fact(card: EncoderCard, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -90,70 +89,65 @@ def _decoder_fact(card: EncoderCard, tensors: Mapping[str, Tensor]) -> tuple[str
         tensor for key, tensor in tensors.items() if key.startswith(card.adaptation.keys_to_decoder)
     ]
     if not decoder:
-        return "decoder", "none: it starts at random in fine-tuning"
+        return "decoder", "none: fine-tuning starts from a random one"
     parameters = sum(tensor.numel() for tensor in decoder)
     return "decoder", f"pretrained too, {len(decoder)} tensors with {parameters:,} parameters"
 
 
 def _card_facts(card: EncoderCard) -> Facts:
-    window = card.ct_window
-    normalization = card.normalization or (
-        "CT by its window, all else z-scored" if window else "z-score"
-    )
+    normalization = "z-score"
+    if card.ct_window is not None:
+        normalization = "CT by its window, all else z-scored"
+    channel_names = ", ".join(card.channel_names) or "unnamed"
     return [
-        (
-            "encoder",
-            f"{card.encoder}: {card.class_path.rpartition('.')[2]} {_arguments(card.arguments)}",
-        ),
+        ("encoder", _encoder_text(card.encoder, card.class_path, card.arguments)),
         ("objective", card.objective),
         ("spacing", size_text(card.spacing_mm, "g") + " mm (z, y, x)"),
-        (
-            "patch",
-            f"{size_text(card.crop_size_vox)} voxels in tokens of {size_text(card.token_size_vox)}",
-        ),
+        ("patch", _patch_text(card.crop_size_vox, card.token_size_vox)),
         (
             "channels",
-            f"{card.num_input_channels} ({', '.join(card.channel_names) or 'unnamed'}); "
-            f"{', '.join(card.modalities)}",
+            f"{card.num_input_channels} ({channel_names}); {', '.join(card.modalities)}",
         ),
-        ("normalisation", normalization),
+        ("normalisation", card.normalization or normalization),
         ("licence", _licences(card.licences)),
     ]
 
 
+def _encoder_text(name: str, class_path: str, arguments: Mapping[str, Any]) -> str:
+    shown = []
+    for key, value in arguments.items():
+        if isinstance(value, (int, float, list)) and key not in HIDDEN_ARGUMENTS:
+            shown.append(f"{key} {value}")
+    return f"{name}: {class_path.rpartition('.')[2]} {', '.join(shown)}"
+
+
+def _patch_text(patch: tuple[int, ...], token: tuple[int, ...]) -> str:
+    return f"{size_text(patch)} voxels in tokens of {size_text(token)}"
+
+
 def _foreign_facts(
-    source: Source, head: Facts, options: ImportOptions, plan_file: Path | None
+    source: WeightsFile, head: Facts, options: ImportOptions, plan_file: Path | None
 ) -> tuple[Facts, str]:
     head = [*head, ("what", f"{source.kind} checkpoint")]
+    statements = _command_line_of(options, plan_file)
     import_line = " ".join(
-        [
-            "autoreg_weights import",
-            shlex.quote(str(source.file)),
-            "--name NAME",
-            *_typed(options, plan_file),
-        ]
+        ["autoreg_weights import", shlex.quote(str(source.file)), "--name NAME", *statements]
     )
+
     try:
         imported = converted(source, options)
         network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
         tensors = checked_tensors(network, imported.tensors, "the file")
     except WeightsError as error:
-        return [
-            *head,
-            ("cannot be imported", str(error)),
-            *_shape_facts(source.tensors),
-        ], f"{import_line} (once that is settled)"
-    facts = [
-        *head,
-        *_imported_facts(imported),
-        *_shape_facts(tensors),
-        *(("note", note) for note in imported.notes),
-    ]
-    return facts, import_line
+        facts = [*head, ("cannot be imported", str(error)), *_shape_facts(source.tensors)]
+        return facts, f"{import_line} (after this problem is solved)"
+
+    notes = [("note", note) for note in imported.notes]
+    return [*head, *_imported_facts(imported), *_shape_facts(tensors), *notes], import_line
 
 
-def _typed(options: ImportOptions, plan_file: Path | None) -> list[str]:
-    """What the user said, as it is typed."""
+def _command_line_of(options: ImportOptions, plan_file: Path | None) -> list[str]:
+    """Return the options that the user has given, as they are typed."""
     flags: dict[str, object] = {
         "--adaptation-plan": plan_file and shlex.quote(str(plan_file)),
         "--token-order": options.token_order,
@@ -169,29 +163,21 @@ def _typed(options: ImportOptions, plan_file: Path | None) -> list[str]:
 def _imported_facts(imported: Imported) -> Facts:
     encoder = imported.encoder
     return [
-        (
-            "encoder",
-            f"{encoder.name}: {encoder.class_path.rpartition('.')[2]} "
-            f"{_arguments(encoder.arguments)}",
-        ),
+        ("encoder", _encoder_text(encoder.name, encoder.class_path, encoder.arguments)),
         ("objective", imported.objective),
         ("spacing", size_text(imported.spacing_mm, "g") + " mm (z, y, x)"),
-        (
-            "patch",
-            f"{size_text(imported.crop_size_vox)} voxels in tokens of "
-            f"{size_text(encoder.token_size_vox)}",
-        ),
+        ("patch", _patch_text(imported.crop_size_vox, encoder.token_size_vox)),
         ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
         ("normalisation", imported.normalization or "nnU-Net's own choice per channel"),
         ("licence", _licences(imported.licences)),
     ]
 
 
-def _unknown_facts(source: Source, head: Facts) -> tuple[Facts, str]:
+def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
     if source.kind == NO_PLAN:
         what = (
-            "a checkpoint of nnU-Net or nnssl without an adaptation plan: it does not say what its "
-            "encoder is"
+            "a checkpoint of nnU-Net or nnssl without an adaptation plan, so its encoder is not "
+            "described"
         )
         following = (
             f"autoreg_weights import {shlex.quote(str(source.file))} --name NAME --adaptation-plan "
@@ -200,11 +186,11 @@ def _unknown_facts(source: Source, head: Facts) -> tuple[Facts, str]:
     else:
         what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
         following = (
-            "look at the keys; nnssl's forms need their adaptation plan (--adaptation-plan FILE)"
+            "look at the keys; nnssl's formats need their adaptation plan (--adaptation-plan FILE)"
         )
     facts: Facts = [*head, ("what", what)]
     if source.rest:
-        facts.append(("holds besides", ", ".join(sorted(map(str, source.rest))[:MAX_LISTED])))
+        facts.append(("also holds", ", ".join(sorted(map(str, source.rest))[:MAX_LISTED])))
     return [*facts, *_shape_facts(source.tensors)], following
 
 
@@ -212,10 +198,7 @@ def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
     if not tensors:
         return [("tensors", "none")]
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    parts: dict[str, int] = {}
-    for key in tensors:
-        part = ".".join(key.split(".")[:2])
-        parts[part] = parts.get(part, 0) + 1
+    parts = Counter(".".join(key.split(".")[:2]) for key in tensors)
     listed = ", ".join(f"{part} {count}" for part, count in list(parts.items())[:MAX_LISTED])
     more = f" and {len(parts) - MAX_LISTED} more parts" if len(parts) > MAX_LISTED else ""
     first = next(iter(tensors))
@@ -226,16 +209,5 @@ def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
 
 
 def _licences(licences: Mapping[str, str]) -> str:
-    return (
-        "; ".join(f"{name}: {text or NONE_STATED}" for name, text in licences.items())
-        or NONE_STATED
-    )
-
-
-def _arguments(arguments: Mapping[str, Any]) -> str:
-    told = {
-        key: value
-        for key, value in arguments.items()
-        if isinstance(value, (int, float, list)) and key not in UNTOLD
-    }
-    return ", ".join(f"{key} {value}" for key, value in told.items())
+    stated = [f"{name}: {text or NONE_STATED}" for name, text in licences.items()]
+    return "; ".join(stated) or NONE_STATED

@@ -1,4 +1,4 @@
-"""Whose weights these are and under what licence. Torch-free."""
+"""Find out whose weights these are, and under what licence. Torch-free."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ NONE_STATED = "none stated"
 SHARE_ALIKE = "share-alike: weights that you derive from these inherit the licence"
 
 KNOWN = (
-    # Words that the file's own texts hold -> name, licence, modalities. Source: the model cards of
-    # the two projects.
+    # Pattern in the file's own texts, name, licence, modalities. Source: the model cards of the
+    # two projects.
     (
         re.compile("nnfoundation", re.IGNORECASE),
         "nnFoundation",
@@ -28,13 +28,15 @@ _LICENCE_LINE = re.compile(r"^license:\s*[\"']?([^\"'\n]+)", re.MULTILINE)
 def licences_of(
     plan: Mapping[str, Any], citations: Any, file: Path, stated: str | None = None
 ) -> dict[str, str]:
-    """What the weights come from -> licence.
+    """Return the licence of the weights, by what they were made from.
+
+    The user's statement comes first, then a model card beside the file, then what is known of the
+    two projects.
 
     Args:
         plan: nnssl's adaptation plan.
-        citations: what the file says is to be cited.
-        stated: the user's word, which comes first; then a model card beside the file, then what is
-            known of the two projects.
+        citations: what has to be cited according to the file.
+        stated: licence that the user has stated.
     """
     known = _known(plan, citations, file)
     name = known[1] if known else _dataset_of(plan) or file.name
@@ -47,7 +49,7 @@ def licences_of(
 
 
 def modalities_of(plan: Mapping[str, Any], citations: Any, file: Path) -> tuple[str, ...]:
-    """What the two known projects pretrained on; empty for others."""
+    """Return the modalities of the two known projects; empty for other weights."""
     known = _known(plan, citations, file)
     return known[3] if known else ()
 
@@ -56,7 +58,10 @@ def _known(
     plan: Mapping[str, Any], citations: Any, file: Path
 ) -> tuple[re.Pattern[str], str, str, tuple[str, ...]] | None:
     texts = " ".join((_dataset_of(plan), str(citations or ""), file.resolve().parent.name))
-    return next((row for row in KNOWN if row[0].search(texts)), None)
+    for row in KNOWN:
+        if row[0].search(texts):
+            return row
+    return None
 
 
 def _dataset_of(plan: Mapping[str, Any]) -> str:
@@ -65,12 +70,14 @@ def _dataset_of(plan: Mapping[str, Any]) -> str:
 
 
 def licence_beside(folder: Path) -> str:
-    """The licence that a model card (``README.md`` with a front matter, as on Hugging Face) names;
-    "" if there is none.
+    """Return the licence that a model card in a folder names, or "" if there is none.
+
+    A model card is a ``README.md`` with front matter, as on Hugging Face.
     """
     readme = folder / "README.md"
     if not readme.is_file():
         return ""
+
     head = _FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")[:20_000])
     found = _LICENCE_LINE.search(head[1]) if head else None
     return found[1].strip() if found else ""

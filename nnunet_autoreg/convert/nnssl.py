@@ -1,12 +1,13 @@
-"""nnssl's checkpoints (OpenMind, nnFoundation): an adaptation plan and the weights of a whole
-pretraining network.
+"""Convert nnssl's checkpoints (OpenMind, nnFoundation).
 
-Source: facts of the format as read in the projects' files (github.com/MIC-DKFZ/nnssl, the
-    pretraining trainers of nnU-Net's master
-branch); no code of theirs is used.
+A checkpoint holds an adaptation plan and the weights of a whole pretraining network.
+
+Source: the format as found in the projects' files (github.com/MIC-DKFZ/nnssl, and the pretraining
+trainers of nnU-Net's master branch). None of their code is used.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nnunet_autoreg.convert.imported import Imported, ImportOptions
 from nnunet_autoreg.convert.licences import licences_of, modalities_of
-from nnunet_autoreg.convert.source import Source, plain
+from nnunet_autoreg.convert.source import WeightsFile, plain
 from nnunet_autoreg.convert.token_order import KEEP, OURS, PERMUTE, swap_plane_axes
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, token_size_of
@@ -27,18 +28,18 @@ from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable, sha256_of
 
 OWN_KEY = "nnunet_autoreg"
-"""What our own export adds to a file."""
+"""The key that our own export adds to a file."""
 PRIMUS_PRESETS = {
     **{f"Primus{size.upper()}": PRIMUS_WIDTHS[size] for size in ("s", "b", "m", "l")},
     "PrimusX": (1056, 40, 16),
 }
-"""Preset -> width, depth, heads."""
+"""Preset -> width, depth, number of heads."""
 CNN_PRESETS = ("ResEncL", "NoSkipResEncL")
 KEYS: dict[str, tuple[str, str]] = {
     RESENC: ("encoder.stages.", "encoder.stem."),
     **{family: ("eva.", "down_projection.") for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3)},
 }
-"""Family -> what keys of encoder and stem begin with downstream."""
+"""Family -> prefixes of the keys of encoder and stem in the downstream network."""
 PRIMUS_OPTIONS = (
     "use_rot_pos_emb",
     "use_abs_pos_embed",
@@ -51,25 +52,27 @@ Z_SCORE = "ZScoreNormalization"
 _BLOCK = re.compile(r"eva\.blocks\.(\d+)\.")
 
 
-def import_nnssl(source: Source, options: ImportOptions) -> Imported:
-    """An nnssl checkpoint as an encoder of ours.
+def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
+    """Return the encoder of an nnssl checkpoint under our names.
 
     Raises:
-        WeightsError: the plan is incomplete, the network is none of ours, or plan and weights
+        WeightsError: the plan is incomplete, the network is not supported, or plan and weights
             contradict each other.
     """
     plan = source.adaptation_plan
     own = source.rest.get(OWN_KEY)
-    known = _own_card(own, source)
+    own_card = _own_card(own, source)
+
+    # The encoder's tensors, and its arguments.
     family = _family(plan, source)
     tensors, notes = _encoder_tensors(source, plan, family)
     encoder = _encoder(family, plan, tensors, options)
     crop, crop_notes = _patch_size(source, encoder, tensors, options)
     order_notes: list[str] = []
     if family != RESENC:
-        tensors, order_notes = _in_our_order(
-            tensors, grid_of(crop, encoder.token_size_vox), encoder, own, options
-        )
+        grid = grid_of(crop, encoder.token_size_vox)
+        tensors, order_notes = _in_our_order(tensors, grid, encoder, own, options)
+
     citations = source.rest.get("citations")
     imported = Imported(
         encoder=encoder,
@@ -90,21 +93,27 @@ def import_nnssl(source: Source, options: ImportOptions) -> Imported:
             "notes": [*order_notes],
         },
     )
-    return (
-        _as_stated(imported, source, options)
-        if known is None
-        else _as_known(imported, known, options)
-    )
+    if own_card is not None:
+        return _with_own_card(imported, own_card, options)
+    return _with_stated_data(imported, source, options)
 
 
-def _as_stated(imported: Imported, source: Source, options: ImportOptions) -> Imported:
-    """With what the plan says of spacing, normalisation and data, and a note where it says
-    nothing.
-    """
+def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOptions) -> Imported:
+    """Add what the plan states about the data, and a note about everything that it does not."""
     plan = source.adaptation_plan
     spacing, spacing_notes = _spacing(plan, options)
-    normalization, norm_notes = _normalization(plan)
-    modalities, modality_notes = _modalities(plan, source.rest.get("citations"), source, options)
+    normalization, normalization_notes = _normalization(plan)
+    notes = [*spacing_notes, *normalization_notes]
+
+    modalities = options.modalities
+    modalities = modalities or modalities_of(plan, source.rest.get("citations"), source.file)
+    if not modalities:
+        modalities = ("CT", "MR")
+        notes.append(
+            "modalities: the file does not name them; CT and MR are assumed (--modality states "
+            "others)"
+        )
+
     trainer = str(source.rest.get("trainer_name") or plan.get("trainer_name") or "")
     return replace(
         imported,
@@ -112,53 +121,42 @@ def _as_stated(imported: Imported, source: Source, options: ImportOptions) -> Im
         modalities=modalities,
         normalization=normalization,
         objective=f"imported from nnssl{f' ({trainer})' if trainer else ''}",
-        notes=(*imported.notes, *spacing_notes, *norm_notes, *modality_notes),
+        notes=(*imported.notes, *notes),
     )
 
 
-def _as_known(imported: Imported, card: EncoderCard, options: ImportOptions) -> Imported:
-    """With what our own export says of itself, unless the user knows better."""
+def _with_own_card(imported: Imported, card: EncoderCard, options: ImportOptions) -> Imported:
+    """Add what our own export states; the user's statements come first."""
+    licences = card.licences
+    if options.licence:
+        licences = dict.fromkeys(card.licences, f"{options.licence} (stated by the user)")
     return replace(
         imported,
         spacing_mm=options.spacing_mm or card.spacing_mm,
         modalities=options.modalities or card.modalities,
-        licences={name: f"{options.licence} (stated by the user)" for name in card.licences}
-        if options.licence
-        else card.licences,
+        licences=licences,
         normalization=card.normalization,
         objective=card.objective,
         card=card,
     )
 
 
-def _modalities(
-    plan: Mapping[str, Any], citations: Any, source: Source, options: ImportOptions
-) -> tuple[tuple[str, ...], list[str]]:
-    known = options.modalities or modalities_of(plan, citations, source.file)
-    if known:
-        return known, []
-    return ("CT", "MR"), [
-        "modalities: the file does not name them; CT and MR assumed (--modality says otherwise)"
-    ]
-
-
-def _own_card(own: Any, source: Source) -> EncoderCard | None:
+def _own_card(own: Any, source: WeightsFile) -> EncoderCard | None:
+    """Return the card in a file of our own export; None in other files."""
     if not isinstance(own, Mapping) or "card" not in own:
         return None
     card = own["card"]
-    return from_jsonable(
-        EncoderCard,
-        dict(card) if isinstance(card, Mapping) else card,
-        f"{source.file}: {OWN_KEY}.card",
-    )
+    content = dict(card) if isinstance(card, Mapping) else card
+    return from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
 
 
-def _num_channels(plan: Mapping[str, Any], source: Source) -> int:
+def _num_channels(plan: Mapping[str, Any], source: WeightsFile) -> int:
     stated = plan.get("pretrain_num_input_channels") or 1
     if not isinstance(stated, int) or stated < 1:
         raise WeightsError(
-            f"{source.file}: pretrain_num_input_channels {stated!r} of the adaptation plan is no "
-            "number of channels"
+            f"{source.file}: pretrain_num_input_channels {stated!r} of the adaptation plan is not "
+            "a number of channels",
+            code="weights-bad-adaptation-plan",
         )
     return stated
 
@@ -169,36 +167,38 @@ def _pretraining(plan: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def configuration_of(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one configuration of nnssl's pretraining plan; empty where there is none."""
+    """Return the only configuration of nnssl's pretraining plan; empty if there is none."""
     found = _pretraining(plan).get("configurations")
     first = next(iter(found.values()), None) if isinstance(found, Mapping) else None
     return first if isinstance(first, Mapping) else {}
 
 
 def architecture_of(plan: Mapping[str, Any], where: object) -> tuple[str, dict[str, Any]]:
-    """Class name without its package, and the arguments, empty for a preset.
+    """Return the class name without its package, and the arguments (empty for a preset).
 
     Raises:
-        WeightsError: the plan names no architecture.
+        WeightsError: the plan names no architecture (code "weights-bad-adaptation-plan").
     """
     described = plan.get("architecture_plans")
     if not isinstance(described, Mapping) or not described.get("arch_class_name"):
         raise WeightsError(
             f"{where}: the adaptation plan has no architecture_plans.arch_class_name; add "
-            "--adaptation-plan FILE"
+            "--adaptation-plan FILE",
+            code="weights-bad-adaptation-plan",
         )
     arguments = described.get("arch_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise WeightsError(
-            f"{where}: architecture_plans.arch_kwargs of the adaptation plan is "
-            f"{type(arguments).__name__}, no dictionary"
+            f"{where}: architecture_plans.arch_kwargs of the adaptation plan is a "
+            f"{type(arguments).__name__} instead of a dictionary",
+            code="weights-bad-adaptation-plan",
         )
-    return str(described["arch_class_name"]).rpartition(".")[2], {
-        str(key).removeprefix("encoder_"): value for key, value in arguments.items()
-    }
+
+    class_name = str(described["arch_class_name"]).rpartition(".")[2]
+    return class_name, {str(key).removeprefix("encoder_"): arguments[key] for key in arguments}
 
 
-def _family(plan: Mapping[str, Any], source: Source) -> str:
+def _family(plan: Mapping[str, Any], source: WeightsFile) -> str:
     name, _ = architecture_of(plan, source.file)
     if name in CNN_PRESETS or name == "ResidualEncoderUNet":
         return RESENC
@@ -207,50 +207,55 @@ def _family(plan: Mapping[str, Any], source: Source) -> str:
             return family
     if name == "Primus" or name in PRIMUS_PRESETS:
         return PRIMUS
+
     known = ", ".join(
         [*CNN_PRESETS, "ResidualEncoderUNet", "Primus", *PRIMUS_PRESETS, "PrimusV2", "PrimusV3"]
     )
     raise WeightsError(
-        f"{source.file} holds a {name}, which cannot be fine-tuned here; what can be is: {known}"
+        f"{source.file} holds a {name}, which cannot be fine-tuned here; supported are: {known}",
+        code="weights-unknown-network",
     )
 
 
 def _encoder_tensors(
-    source: Source, plan: Mapping[str, Any], family: str
+    source: WeightsFile, plan: Mapping[str, Any], family: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The encoder under its downstream names, and what was left out."""
+    """Return the encoder under its downstream names, and a note about what was left out."""
     try:
-        theirs = (
-            _stripped(f"{plan['key_to_encoder']}.", family),
-            _stripped(f"{plan['key_to_stem']}.", family),
-        )
+        encoder_prefix = _stripped(f"{plan['key_to_encoder']}.", family)
+        stem_prefix = _stripped(f"{plan['key_to_stem']}.", family)
     except KeyError as error:
         raise WeightsError(
-            f"{source.file}: the adaptation plan has no {error}; add --adaptation-plan FILE"
+            f"{source.file}: the adaptation plan has no {error}; add --adaptation-plan FILE",
+            code="weights-bad-adaptation-plan",
         ) from error
+
     chosen: dict[str, Tensor] = {}
-    dropped: dict[str, int] = {}
-    for full, tensor in source.tensors.items():
-        key = _stripped(full, family)
-        for prefix, ours in zip(theirs, KEYS[family], strict=True):
+    num_left_out: Counter[str] = Counter()
+    for full_key, tensor in source.tensors.items():
+        key = _stripped(full_key, family)
+        for prefix, our_prefix in zip((encoder_prefix, stem_prefix), KEYS[family], strict=True):
             if key.startswith(prefix):
+                # The network builds rotary tables for its own grid.
                 if ".rope." not in key:
-                    chosen[ours + key.removeprefix(prefix)] = tensor
+                    chosen[our_prefix + key.removeprefix(prefix)] = tensor
                 break
         else:
-            part = key.partition(".")[0]
-            dropped[part] = dropped.get(part, 0) + 1
+            num_left_out[key.partition(".")[0]] += 1
+
     if not chosen:
         raise WeightsError(
-            f"{source.file}: no key begins with '{theirs[0]}' or '{theirs[1]}', as its adaptation "
-            "plan says they do"
+            f"{source.file}: no key begins with '{encoder_prefix}' or '{stem_prefix}', contrary to "
+            "its adaptation plan",
+            code="weights-mismatch",
         )
-    left_out = ", ".join(f"{part} ({count} tensors)" for part, count in sorted(dropped.items()))
-    return as_float(chosen, source.file), [f"left out: {left_out}"] if left_out else []
+    left_out = [f"{part} ({count} tensors)" for part, count in sorted(num_left_out.items())]
+    notes = [f"left out: {', '.join(left_out)}"] if left_out else []
+    return as_float(chosen, source.file), notes
 
 
 def _stripped(key: str, family: str) -> str:
-    """``key`` without the wrapper that some Primus files have around the encoder."""
+    """Return ``key`` without the prefix that some Primus files put before the encoder's keys."""
     return key if family == RESENC else key.removeprefix("encoder.")
 
 
@@ -258,27 +263,31 @@ def _encoder(
     family: str, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> EncoderPlan:
     name, stated = architecture_of(plan, "the file")
-    arguments = (
-        _cnn_arguments(stated)
-        if family == RESENC
-        else _primus_arguments(family, name, stated, tensors, options)
-    )
+    if family == RESENC:
+        arguments = _cnn_arguments(stated)
+    else:
+        arguments = _primus_arguments(family, name, stated, tensors, options)
     class_path = CLASS_PATHS[family]
-    return EncoderPlan(
-        _known_name(family, arguments), class_path, arguments, token_size_of(class_path, arguments)
-    )
+    token = token_size_of(class_path, arguments)
+    return EncoderPlan(_known_name(family, arguments), class_path, arguments, token)
 
 
 def _known_name(family: str, arguments: Mapping[str, Any]) -> str:
-    """The encoder of ours of these sizes, which lends its rates; else the family's name."""
+    """Return the name of our encoder of the same size, else that of the family.
+
+    The name decides which learning rates are planned.
+    """
     if family == RESENC:
-        return next(
-            (n for n in ("resenc_l", "resenc_tiny") if ENCODERS[n].arguments == arguments), family
-        )
+        for name in ("resenc_l", "resenc_tiny"):
+            if ENCODERS[name].arguments == arguments:
+                return name
+        return family
+
     sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
-    return next(
-        (f"{family}_{size}" for size, numbers in PRIMUS_WIDTHS.items() if numbers == sizes), family
-    )
+    for size, known_sizes in PRIMUS_WIDTHS.items():
+        if known_sizes == sizes:
+            return f"{family}_{size}"
+    return family
 
 
 def _cnn_arguments(stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,13 +298,14 @@ def _cnn_arguments(stated: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise WeightsError(
             f"the adaptation plan's arch_kwargs lack {', '.join(missing)}; add --adaptation-plan "
-            "FILE"
+            "FILE",
+            code="weights-bad-adaptation-plan",
         )
     return {key: _listed(stated.get(key)) for key in wanted}
 
 
 def _listed(value: Any) -> Any:
-    """Lists for tuples and whole numbers for 3.0, as JSON and our plans have them."""
+    """Return a value with lists instead of tuples and 3 instead of 3.0, as in our plans."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (list, tuple)):
@@ -310,51 +320,69 @@ def _primus_arguments(
     tensors: Mapping[str, Tensor],
     options: ImportOptions,
 ) -> dict[str, Any]:
-    """The arguments, sizes from the tensors, heads from the plan; LayerScale and inner norm as the
-    file has them.
+    """Return the arguments of a Primus network.
+
+    Sizes come from the tensors and the number of heads from the plan. LayerScale and the inner norm
+    come from the plan, or from the tensors if the plan does not state them.
     """
     if stated.get("num_register_tokens"):
         raise WeightsError(
             f"the file's network has {stated['num_register_tokens']} register tokens, which cannot "
-            "be imported"
+            "be imported",
+            code="weights-unknown-network",
         )
-    depths = [int(found[1]) for key in tensors if (found := _BLOCK.match(key))]
-    if not depths or "eva.norm.weight" not in tensors:
+
+    blocks = [_BLOCK.match(key) for key in tensors]
+    numbers = [int(found[1]) for found in blocks if found]
+    if not numbers or "eva.norm.weight" not in tensors:
         raise WeightsError(
-            "the file has no 'eva.blocks.*' and 'eva.norm.weight': it is no whole Primus encoder"
+            "the file has no 'eva.blocks.*' and 'eva.norm.weight': it is not a complete Primus "
+            "encoder",
+            code="weights-mismatch",
         )
-    width, depth = int(tensors["eva.norm.weight"].shape[0]), max(depths) + 1
+    width, depth = int(tensors["eva.norm.weight"].shape[0]), max(numbers) + 1
+
     preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
     heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
     if not isinstance(heads, int) or heads < 1:
         raise WeightsError(
-            "the adaptation plan does not say how many attention heads there are; add --heads N"
+            "the adaptation plan does not state the number of attention heads; add --heads N",
+            code="weights-heads",
         )
-    said = (
-        (stated.get("embed_dim"), stated.get("eva_depth"))
-        if stated
-        else (preset[:2] if preset else (None, None))
-    )
-    for what, number, there in (("width", said[0], width), ("depth", said[1], depth)):
-        if number is not None and number != there:
+
+    # Arguments come before the preset of that name.
+    planned_sizes: tuple[Any, Any] = (None, None)
+    if stated:
+        planned_sizes = (stated.get("embed_dim"), stated.get("eva_depth"))
+    elif preset:
+        planned_sizes = preset[:2]
+    for what, planned, found in (
+        ("width", planned_sizes[0], width),
+        ("depth", planned_sizes[1], depth),
+    ):
+        if planned is not None and planned != found:
             raise WeightsError(
-                f"the adaptation plan describes a {name} of {what} {number}, but the weights have "
-                f"{what} {there}"
+                f"the adaptation plan describes a {name} of {what} {planned}, but the weights have "
+                f"{what} {found}",
+                code="weights-mismatch",
             )
     if width % (6 * heads):
         raise WeightsError(
             f"{heads} attention heads do not divide a width of {width} into multiples of 6 "
-            "channels, as rotary angles need"
+            "channels, which rotary embedding needs",
+            code="weights-heads",
         )
+
     kernel = tensors.get("down_projection.proj.weight")
-    token = _size(
-        kernel.shape[2:] if kernel is not None else stated.get("patch_embed_size", (8, 8, 8))
-    )
+    token_shape = stated.get("patch_embed_size", (8, 8, 8)) if kernel is None else kernel.shape[2:]
+    token = _size(token_shape)
     if token is None:
         raise WeightsError(
-            f"patch_embed_size {stated.get('patch_embed_size')} of the adaptation plan is no size "
-            "of three axes"
+            f"patch_embed_size {stated.get('patch_embed_size')} of the adaptation plan is not a "
+            "size of three axes",
+            code="weights-bad-adaptation-plan",
         )
+
     arguments: dict[str, Any] = {
         "embed_dim": width,
         "patch_embed_size": list(token),
@@ -363,90 +391,96 @@ def _primus_arguments(
         "init_values": _layer_scale(stated, tensors),
         "scale_attn_inner": _inner_norm(stated, tensors),
     }
-    return arguments | {
-        key: _listed(stated[key]) for key in PRIMUS_OPTIONS if stated.get(key) is not None
-    }
+    for key in PRIMUS_OPTIONS:
+        if stated.get(key) is not None:
+            arguments[key] = _listed(stated[key])
+    return arguments
 
 
 def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float | None:
     if "init_values" not in stated:
-        # Its first value matters to a network that is not loaded, so nnU-Net's own will do.
+        # The initial value is overwritten by the loaded weights, so nnU-Net's own is used.
         return 0.1 if "eva.blocks.0.gamma_1" in tensors else None
     value = stated["init_values"]
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is not None and not isinstance(value, (int, float)):
-        raise WeightsError(f"init_values {value!r} of the adaptation plan is no number")
+        raise WeightsError(
+            f"init_values {value!r} of the adaptation plan is not a number",
+            code="weights-bad-adaptation-plan",
+        )
     return None if value is None else float(value)
 
 
 def _inner_norm(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    return (
-        bool(stated["scale_attn_inner"])
-        if "scale_attn_inner" in stated
-        else "eva.blocks.0.attn.norm.weight" in tensors
-    )
+    if "scale_attn_inner" in stated:
+        return bool(stated["scale_attn_inner"])
+    return "eva.blocks.0.attn.norm.weight" in tensors
 
 
 def _patch_size(
-    source: Source, encoder: EncoderPlan, tensors: Mapping[str, Tensor], options: ImportOptions
+    source: WeightsFile, encoder: EncoderPlan, tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> tuple[Size, list[str]]:
-    """The patch of pretraining: the first that is stated and whose grid has as many tokens as there
-    are positions.
+    """Return the patch size of pretraining, and notes about a choice between several.
+
+    It is the first stated size whose grid has as many tokens as the weights have positions.
     """
-    stated = [
-        size
-        for plan in (source.plan, source.plan_beside)
-        if plan is not None
-        for size in _stated_sizes(plan)
-    ]
-    candidates = [options.patch_size_vox] if options.patch_size_vox else stated
+    candidates = [options.patch_size_vox] if options.patch_size_vox else []
     if not candidates:
-        raise WeightsError("the adaptation plan states no patch size; add --patch-size Z Y X")
-    positions = tensors.get("eva.pos_embed")
+        for plan in (source.plan, source.plan_beside):
+            candidates += _stated_sizes(plan) if plan is not None else []
+    if not candidates:
+        raise WeightsError(
+            "the adaptation plan states no patch size; add --patch-size Z Y X",
+            code="weights-patch-size",
+        )
+
+    first = candidates[0]
+    positions = tensors.get("eva.pos_embed")  # (1, tokens, width)
     token = encoder.token_size_vox
     if positions is None:
-        whole = as_size([max(s // t, 1) * t for s, t in zip(candidates[0], token, strict=True)])
-        return whole, [] if whole == candidates[0] else [
-            f"patch size {candidates[0]} taken as {whole}, a multiple of the stride {token}"
-        ]
-    whole_ones = [c for c in candidates if not any(s % t for s, t in zip(c, token, strict=True))]
-    fitting = [c for c in whole_ones if volume(grid_of(c, token)) == positions.shape[1]]
-    if not fitting:
-        sizes = " or ".join(str(c) for c in dict.fromkeys(candidates))
-        raise WeightsError(
-            f"the weights have {positions.shape[1]} positions, but patch {sizes} in tokens of "
-            f"{token} makes another number; "
-            "add --patch-size Z Y X"
-        )
-    others = [
-        str(c)
-        for c in dict.fromkeys(candidates)
-        if c != fitting[0] and c in candidates[: candidates.index(fitting[0])]
-    ]
-    told = (
-        f"patch size {fitting[0]}: {positions.shape[1]} positions make this one right and "
-        f"{' and '.join(others)} wrong"
+        # A CNN has no positions; its patch must be a multiple of its stride.
+        whole = as_size([max(s // t, 1) * t for s, t in zip(first, token, strict=True)])
+        if whole == first:
+            return whole, []
+        return whole, [f"patch size {first} rounded to {whole}, a multiple of the stride {token}"]
+
+    rejected: list[Size] = []
+    for size in candidates:
+        is_whole = not any(s % t for s, t in zip(size, token, strict=True))
+        if is_whole and volume(grid_of(size, token)) == positions.shape[1]:
+            if not rejected:
+                return size, []
+            wrong = " and ".join(str(other) for other in dict.fromkeys(rejected))
+            note = f"patch size {size}: it fits the {positions.shape[1]} positions, unlike {wrong}"
+            return size, [note]
+        rejected.append(size)
+
+    sizes = " or ".join(str(size) for size in dict.fromkeys(candidates))
+    raise WeightsError(
+        f"the weights have {positions.shape[1]} positions, but a patch of {sizes} in tokens of "
+        f"{token} has another number; add --patch-size Z Y X",
+        code="weights-patch-size",
     )
-    return fitting[0], [told] if others else []
 
 
 def _stated_sizes(plan: Mapping[str, Any]) -> list[Size]:
-    found = (
+    """Return the patch sizes that an adaptation plan states, the most reliable first."""
+    stated = (
         plan.get("pretrain_patch_size"),
         configuration_of(plan).get("patch_size"),
         plan.get("recommended_downstream_patchsize"),
     )
-    return [size for value in found if (size := _size(value)) is not None]
+    sizes = [_size(value) for value in stated]
+    return [size for size in sizes if size is not None]
 
 
 def _size(value: Any) -> Size | None:
-    is_one = (
-        isinstance(value, Sequence)
-        and len(value) == 3
-        and all(isinstance(v, (int, float)) and v >= 1 for v in value)
-    )
-    return as_size(value) if is_one else None
+    """Return a size of three axes, or None for any other value."""
+    if not isinstance(value, Sequence) or len(value) != 3:
+        return None
+    is_size = all(isinstance(v, (int, float)) and v >= 1 for v in value)
+    return as_size(value) if is_size else None
 
 
 def _in_our_order(
@@ -455,55 +489,56 @@ def _in_our_order(
     stated = own.get("token_order") if isinstance(own, Mapping) else None
     order = options.token_order or (KEEP if stated == OURS else PERMUTE)
     if order == KEEP:
-        why = (
-            "as the file says that it is nnU-Net's already"
-            if stated == OURS
-            else "as asked for: the uncorrected loading"
-        )
-        return tensors, [f"token order kept, {why}"]
+        reason = "as --token-order says: the weights are loaded uncorrected"
+        if stated == OURS:
+            reason = "because the file states that it is nnU-Net's already"
+        return tensors, [f"token order kept, {reason}"]
+
     swapped = swap_plane_axes(tensors, grid, int(encoder.arguments["eva_numheads"]))
-    return swapped, [
-        "token order mended: positions and rotary channels from nnssl's (h, w, d) to nnU-Net's (w, "
-        "h, d)"
-    ]
+    note = (
+        "token order corrected: positions and rotary channels from nnssl's (h, w, d) to nnU-Net's "
+        "(w, h, d)"
+    )
+    return swapped, [note]
 
 
 def _spacing(plan: Mapping[str, Any], options: ImportOptions) -> tuple[Spacing, list[str]]:
+    """Return the spacing of pretraining, and a note if it is not stated plainly."""
     if options.spacing_mm is not None:
         return options.spacing_mm, []
     spacing = _triple(configuration_of(plan).get("spacing"))
     if spacing is not None:
         return spacing, []
+
     median = _triple(_pretraining(plan).get("original_median_spacing_after_transp"))
     if median is not None:
-        return median, [
-            f"spacing: pretrained without resampling; {list(median)} mm is the plan's median"
-        ]
-    return (1.0, 1.0, 1.0), [
-        "spacing: the plan states none; 1 x 1 x 1 mm assumed (--spacing says otherwise)"
-    ]
+        note = (
+            "spacing: the weights were pretrained without resampling; the median of the plan, "
+            f"{list(median)} mm, is used"
+        )
+        return median, [note]
+    note = "spacing: the plan states none; 1 x 1 x 1 mm is assumed (--spacing states another)"
+    return (1.0, 1.0, 1.0), [note]
 
 
 def _triple(value: Any) -> Spacing | None:
-    is_one = (
-        isinstance(value, Sequence)
-        and len(value) == 3
-        and all(isinstance(v, (int, float)) and v > 0 for v in value)
-    )
-    return as_spacing(value) if is_one else None
+    """Return a spacing of three axes, or None for any other value."""
+    if not isinstance(value, Sequence) or len(value) != 3:
+        return None
+    is_spacing = all(isinstance(v, (int, float)) and v > 0 for v in value)
+    return as_spacing(value) if is_spacing else None
 
 
 def _normalization(plan: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """Return nnU-Net's name of the normalisation, and a note if it is not nnssl's usual z-score."""
     schemes = configuration_of(plan).get("normalization_schemes")
-    names = (
-        sorted({str(scheme) for scheme in schemes})
-        if isinstance(schemes, Sequence) and not isinstance(schemes, str)
-        else []
-    )
+    names: list[str] = []
+    if isinstance(schemes, Sequence) and not isinstance(schemes, str):
+        names = sorted({str(scheme) for scheme in schemes})
+
     if names == [Z_SCORE]:
         return Z_SCORE, []
     if not names:
-        return Z_SCORE, ["normalisation: the plan states none; nnssl's usual z-score assumed"]
-    return None, [
-        f"normalisation {', '.join(names)}: nnU-Net's own choice per channel is used instead"
-    ]
+        return Z_SCORE, ["normalisation: the plan states none; nnssl's usual z-score is assumed"]
+    note = f"normalisation {', '.join(names)}: nnU-Net's own choice per channel is used instead"
+    return None, [note]

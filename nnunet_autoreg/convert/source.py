@@ -1,4 +1,4 @@
-"""Other people's weight files, opened without running anything that is in them."""
+"""Open weights files of other projects without running any code in them."""
 
 import json
 import logging
@@ -29,21 +29,22 @@ RUN, NNSSL, AR_SSL4M, NO_PLAN, UNKNOWN = (
 TRAINED = "trained nnU-Net model"
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 MAX_NAMES, MAX_VALUES = 3, 2_000_000
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DDP and torch.compile put before a key."""
+"""Prefixes that DDP and torch.compile put before a key."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A weights file and what is in it.
+class WeightsFile:
+    """Hold a weights file and its content.
 
     Attributes:
         kind: one of the constants above.
         file: the file itself.
-        tensors: on the CPU, wrappers stripped from the keys; empty where the kind is unknown.
-        plan: nnssl's adaptation plan, from the file if it holds one.
-        plan_beside: the one from ``adaptation_plan.json``.
+        tensors: on the CPU, without the prefixes of wrappers; empty if there is no state dict.
+        plan: nnssl's adaptation plan that the file holds, or None.
+        plan_beside: nnssl's adaptation plan from ``adaptation_plan.json``, or None.
         rest: everything else that the file holds.
     """
 
@@ -56,64 +57,72 @@ class Source:
 
     @property
     def adaptation_plan(self) -> dict[str, Any]:
-        """The plan of the file, else the one beside it.
+        """Return the plan in the file, or else the plan beside it.
 
         Raises:
-            WeightsError: there is neither.
+            WeightsError: there is neither (code "weights-no-adaptation-plan").
         """
         found = self.plan if self.plan is not None else self.plan_beside
         if found is None:
             raise WeightsError(
                 f"{self.file} holds no {PLAN_KEY}; add --adaptation-plan FILE, or put "
-                f"{ADAPTATION_NAME} beside it"
+                f"{ADAPTATION_NAME} beside it",
+                code="weights-no-adaptation-plan",
             )
         return found
 
 
-def open_source(path: Path, plan_file: Path | None = None) -> Source:
-    """Open a file, or the weights that a folder holds, and say of what kind it is.
+def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
+    """Open a weights file, or the one in a folder, and find out its kind.
 
     Args:
-        plan_file: an ``adaptation_plan.json``; None looks beside the weights.
+        plan_file: an ``adaptation_plan.json``; None looks for one beside the weights.
 
     Raises:
-        WeightsError: it does not exist, cannot be read, or holds more than tensors and plain
+        WeightsError: the file does not exist (code "weights-missing"), is one of several in the
+            folder (code "weights-ambiguous"), cannot be read, or holds more than tensors and plain
             values.
     """
     file = _weights_of(path)
     if file.name == WEIGHTS_NAME and (file.parent / CARD_NAME).is_file():
-        return Source(RUN, file)
+        return WeightsFile(RUN, file)
+
     content = read_content(file)
-    beside = plan_file or file.parent / ADAPTATION_NAME
     if plan_file is not None and not plan_file.is_file():
-        raise WeightsError(f"--adaptation-plan {plan_file} does not exist")
+        raise WeightsError(f"--adaptation-plan {plan_file} does not exist", code="weights-missing")
+    beside = plan_file or file.parent / ADAPTATION_NAME
     plan_beside = _as_plan(read_json(beside), beside) if beside.is_file() else None
-    return _sorted(file, content, plan_beside)
+    return _classified(file, content, plan_beside)
 
 
 def _weights_of(path: Path) -> Path:
+    """Return the file itself, or the weights file in a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise WeightsError(f"{path} does not exist")
-    known = [path / name for name in (WEIGHTS_NAME, CHECKPOINT_NAME) if (path / name).is_file()]
-    found = known or sorted(
-        f for f in path.iterdir() if f.suffix in (".safetensors", ".pth", ".pt", ".ckpt")
-    )
-    if len(found) != 1 and not known:
+        raise WeightsError(f"{path} does not exist", code="weights-missing")
+
+    # The names of finished runs and of nnssl's checkpoints come before everything else.
+    for name in (WEIGHTS_NAME, CHECKPOINT_NAME):
+        if (path / name).is_file():
+            return path / name
+
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if len(found) != 1:
         names = names_text([file.name for file in found], MAX_NAMES)
         raise WeightsError(
-            f"{path} holds {len(found)} weights files{f' ({names})' if names else ''}; name one "
-            "file"
+            f"{path} holds {len(found)} weights files{f' ({names})' if names else ''}; give the "
+            "path of one file",
+            code="weights-ambiguous",
         )
     return found[0]
 
 
 def read_content(file: Path) -> dict[str, Any]:
-    """The content of a ``torch.save`` or safetensors file, tensors on the CPU.
+    """Return the content of a ``torch.save`` or safetensors file, with tensors on the CPU.
 
     Raises:
-        WeightsError: it is damaged, or reading it would run code: nothing of it is run.
+        WeightsError: the file is damaged, or reading it would run code. No code is run.
     """
     if file.suffix == ".safetensors":
         from nnunet_autoreg.finetune.load import read_tensors
@@ -122,16 +131,20 @@ def read_content(file: Path) -> dict[str, Any]:
     content = load_plain(file)
     _refuse_endless(content, file)
     if not isinstance(content, dict):
-        raise WeightsError(f"{file} holds {type(content).__name__}, no dictionary of tensors")
+        raise WeightsError(
+            f"{file} holds a {type(content).__name__} instead of a dictionary of tensors",
+            code="weights-no-dictionary",
+        )
     return content
 
 
 def _refuse_endless(content: Any, file: Path) -> None:
-    """Refuse lists that hold one another many times: a few hundred bytes of them become gigabytes
-    when they are written out.
+    """Refuse lists that contain one another many times.
+
+    A few hundred bytes of such lists would become gigabytes when they are written out.
 
     Raises:
-        WeightsError: there are more values than any checkpoint has.
+        WeightsError: there are more values than any checkpoint has (code "weights-endless").
     """
     pending, num_seen = [content], 0
     while pending:
@@ -139,8 +152,9 @@ def _refuse_endless(content: Any, file: Path) -> None:
         num_seen += 1
         if num_seen > MAX_VALUES:
             raise WeightsError(
-                f"{file} holds more than {MAX_VALUES:,} values, or lists inside one another "
-                "without end; use another file"
+                f"{file} holds more than {MAX_VALUES:,} values, or lists that contain one "
+                "another without end; use another file",
+                code="weights-endless",
             )
         if isinstance(value, Mapping):
             pending.extend(value.values())
@@ -150,42 +164,47 @@ def _refuse_endless(content: Any, file: Path) -> None:
 
 def _as_plan(data: Any, where: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise WeightsError(f"{where} holds no adaptation plan but {type(data).__name__}")
+        raise WeightsError(
+            f"{where} holds a {type(data).__name__} instead of an adaptation plan",
+            code="weights-bad-adaptation-plan",
+        )
     return data
 
 
-def _sorted(file: Path, content: dict[str, Any], plan_beside: dict[str, Any] | None) -> Source:
-    rest = {
-        key: value
-        for key, value in content.items()
-        if key not in (WEIGHTS_KEY, PLAN_KEY, "state_dict")
-    }
+def _classified(
+    file: Path, content: dict[str, Any], plan_beside: dict[str, Any] | None
+) -> WeightsFile:
+    """Return a file's content by what it is for, with the kind of the file."""
     plan = content.get(PLAN_KEY)
     if plan is not None:
         plan = _as_plan(plan, file)
+
+    rest = dict(content)
+    for key in (WEIGHTS_KEY, PLAN_KEY, "state_dict"):
+        rest.pop(key, None)
+
+    # The state dict is one value of a checkpoint, or the whole file (None).
     for key in (WEIGHTS_KEY, "state_dict", None):
-        candidate = content if key is None else content.get(key)
-        tensors = _only_tensors(candidate)
+        tensors = _only_tensors(content if key is None else content.get(key))
         if not tensors:
             continue
+
+        beside = {} if key is None else rest
         if is_ar_ssl4m(tensors):
-            return Source(AR_SSL4M, file, tensors, rest={} if key is None else rest)
+            return WeightsFile(AR_SSL4M, file, tensors, rest=beside)
         if plan is None and key == WEIGHTS_KEY and _is_trained(content):
-            return Source(TRAINED, file, tensors, rest=rest)
+            return WeightsFile(TRAINED, file, tensors, rest=rest)
         if plan is not None or plan_beside is not None:
-            return Source(NNSSL, file, tensors, plan, plan_beside, rest)
-        return Source(
-            NO_PLAN if key == WEIGHTS_KEY else UNKNOWN,
-            file,
-            tensors,
-            rest={} if key is None else rest,
-        )
-    return Source(UNKNOWN, file, rest=content)
+            return WeightsFile(NNSSL, file, tensors, plan, plan_beside, rest)
+        kind = NO_PLAN if key == WEIGHTS_KEY else UNKNOWN
+        return WeightsFile(kind, file, tensors, rest=beside)
+    return WeightsFile(UNKNOWN, file, rest=content)
 
 
 def _is_trained(content: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint is of nnU-Net's trainer: those of pretraining know no labelled
-    dataset.
+    """Return whether a checkpoint was written by nnU-Net's trainer.
+
+    Checkpoints of pretraining know no labelled dataset.
     """
     arguments = content.get("init_args")
     return (
@@ -193,25 +212,28 @@ def _is_trained(content: Mapping[str, Any]) -> bool:
     )
 
 
-def trained_model_line(source: Source) -> str:
-    """Return what a trained nnU-Net model is, in one line."""
+def trained_model_line(source: WeightsFile) -> str:
+    """Return one line that describes a trained nnU-Net model."""
     arguments = source.rest["init_args"]
     plans = arguments.get("plans")
     named = plans if isinstance(plans, Mapping) else {}
-    words = (
+
+    # The file comes from anywhere, so each part may be missing or very long.
+    parts = (
         source.rest["trainer_name"],
         named.get("plans_name"),
         arguments.get("configuration"),
         named.get("dataset_name"),
     )
-    described = ", ".join(str(word)[:80] for word in words if word)
+    description = ", ".join(str(part)[:80] for part in parts if part)
     return (
-        f"a trained nnU-Net model ({described}): it segments already and is no pretrained encoder"
+        f"a trained nnU-Net model ({description}): it segments already and is not a pretrained "
+        "encoder"
     )
 
 
-def trained_model_next(source: Source) -> str:
-    """Return what to type to start from a trained nnU-Net model."""
+def trained_model_next(source: WeightsFile) -> str:
+    """Return the command that starts a training from a trained nnU-Net model."""
     return (
         "nnUNetv2_train DATASET CONFIGURATION FOLD -p PLANS_OF_THE_SAME_NETWORK "
         f"-pretrained_weights {shlex.quote(str(source.file))}"
@@ -219,7 +241,7 @@ def trained_model_next(source: Source) -> str:
 
 
 def _only_tensors(candidate: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict under their own names; empty where it is none."""
+    """Return the tensors of a state dict without prefixes; empty if it is not a state dict."""
     if not isinstance(candidate, Mapping) or not candidate:
         return {}
     tensors = {str(key): value for key, value in candidate.items() if isinstance(value, Tensor)}
@@ -231,14 +253,12 @@ def _only_tensors(candidate: Any) -> dict[str, Tensor]:
 def _unwrapped(key: str) -> str:
     while key.startswith(WRAPPERS):
         key = key.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
-    # torch.compile of a part of a network leaves its mark inside the key.
+    # If only a part of a network was compiled, the mark is inside the key.
     return key.replace("._orig_mod.", ".")
 
 
 def plain(value: Any) -> Any:
-    """``value`` if it is JSON-able, else its text: for what other people's files hold besides
-    tensors.
-    """
+    """Return ``value`` if it can be written as JSON, else its text."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):

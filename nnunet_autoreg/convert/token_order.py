@@ -1,12 +1,13 @@
-"""nnssl flattens the tokens of a grid (w, h, d) as (h, w, d), dynamic_network_architectures from
-0.4.3 on as (w, h, d).
+"""Convert transformers between the token orders of nnssl and of nnU-Net.
 
-Loaded as they are, weights of the one meet in the other the learnt positions and the rotary angles
-of the wrong tokens. Both are mended
-in the weights alone: the position table is reordered; and where the first two axes are of equal
-    length, taking the rotary angles of
-the two axes in exchange is the same as exchanging the channels of queries and keys that these
-angles turn, so that a network of any grid may rebuild its rotary table as it always does.
+nnssl flattens the tokens of a grid (w, h, d) as (h, w, d); dynamic_network_architectures from 0.4.3
+on flattens them as (w, h, d). If the weights of one are loaded into the other as they are, tokens
+meet the learned positions and rotary angles of other tokens.
+
+Both are corrected in the weights alone. The position table is reordered. Where the first two axes
+have the same length, exchanging their rotary angles is the same as exchanging the channels of
+queries and keys that these angles turn. So a network of any grid can build its rotary table as
+usual.
 """
 
 from collections.abc import Mapping
@@ -20,36 +21,35 @@ from nnunet_autoreg.geometry import Size
 PERMUTE, KEEP = "permute", "keep"
 TOKEN_ORDERS = (PERMUTE, KEEP)
 OURS = "whd"
-"""What our exports state."""
+"""The order that our exports state."""
 POSITIONS = "eva.pos_embed"
 _TURNED = (".attn.q_proj.weight", ".attn.q_proj.bias", ".attn.k_proj.weight", ".attn.k_proj.bias")
 
 
 def swap_plane_axes(tensors: Mapping[str, Tensor], grid: Size, num_heads: int) -> dict[str, Tensor]:
-    """An encoder for tokens in the order (w, h, d) from one for (h, w, d), and the other way round.
+    """Return an encoder for tokens in the order (w, h, d) from one for (h, w, d), or vice versa.
 
     Args:
         grid: tokens per axis of pretraining (w, h, d), which is array order.
 
     Raises:
-        WeightsError: the first two axes differ in length, so that the order cannot be mended.
+        WeightsError: the first two axes differ in length, so the order cannot be corrected (code
+            "weights-token-order").
     """
     w, h, d = grid
     if w != h:
         raise WeightsError(
-            f"the grid of tokens is {grid}: where its first two axes differ, nnssl's rotary angles "
-            "belong to no axis and cannot be "
-            "mended; --token-order keep loads the weights as they are"
+            f"the grid of tokens is {grid}: its first two axes differ, so nnssl's rotary angles "
+            "cannot be corrected; --token-order keep loads the weights as they are",
+            code="weights-token-order",
         )
+
     swapped = dict(tensors)
     if POSITIONS in swapped:
         table_1NV = swapped[POSITIONS]
-        swapped[POSITIONS] = (
-            table_1NV.reshape(1, h, w, d, -1)
-            .permute(0, 2, 1, 3, 4)
-            .reshape(table_1NV.shape)
-            .contiguous()
-        )
+        table_1HWDV = table_1NV.reshape(1, h, w, d, -1)
+        table_1WHDV = table_1HWDV.permute(0, 2, 1, 3, 4)
+        swapped[POSITIONS] = table_1WHDV.reshape(table_1NV.shape).contiguous()
     for key, value in tensors.items():
         if key.endswith(_TURNED):
             swapped[key] = _exchanged(value, num_heads)
@@ -57,8 +57,9 @@ def swap_plane_axes(tensors: Mapping[str, Tensor], grid: Size, num_heads: int) -
 
 
 def _exchanged(rows: Tensor, num_heads: int) -> Tensor:
-    """The output channels (heads x thirds) with the first and second third of every head
-    exchanged.
+    """Return output channels with the first and second third of every head exchanged.
+
+    Rotary embedding gives each axis a third of the channels of a head.
     """
-    by_head = rows.reshape(num_heads, 3, -1, *rows.shape[1:])
+    by_head = rows.reshape(num_heads, 3, -1, *rows.shape[1:])  # (heads, axes, channels, ...)
     return by_head[:, torch.tensor([1, 0, 2])].reshape(rows.shape).contiguous()

@@ -1,7 +1,7 @@
-"""How one tensor of pretrained weights is fitted to another grid of positions, other channels or
-other kernels.
+"""Fit a tensor of pretrained weights to another token grid, other channels or other kernels.
 
-Every function gives the new value and what was done, "" where nothing had to be.
+Every function returns the new value and a note about what was done, which is "" if nothing was
+changed.
 """
 
 import math
@@ -19,33 +19,35 @@ CONV_AXES = 5
 
 
 def fit_positions(positions_1TV: Tensor, old: Size, new: Size) -> tuple[Tensor, str]:
-    """Position embeddings of the token grid ``old`` on the grid ``new``."""
+    """Return the position embeddings of the token grid ``old`` for the grid ``new``."""
     if old == new:
         return positions_1TV, ""
-    return interpolate_positions(
-        positions_1TV, old, new
-    ), f"positions {times(old)} -> {times(new)}, trilinear"
+    note = f"positions {times(old)} -> {times(new)}, trilinear"
+    return interpolate_positions(positions_1TV, old, new), note
 
 
 def interpolate_positions(positions_1TV: Tensor, old: Size, new: Size) -> Tensor:
-    """Position embeddings of grid ``old`` on grid ``new``, tokens in raster order (z, y, x)."""
+    """Interpolate position embeddings; the tokens are in raster order (z, y, x)."""
     width = positions_1TV.shape[-1]
     volume_1VZYX = positions_1TV.reshape(1, *old, width).permute(0, 4, 1, 2, 3)
-    resized = F.interpolate(volume_1VZYX, size=new, mode="trilinear", align_corners=False)
-    return resized.permute(0, 2, 3, 4, 1).reshape(1, math.prod(new), width).contiguous()
+    resized_1VZYX = F.interpolate(volume_1VZYX, size=new, mode="trilinear", align_corners=False)
+
+    resized_1ZYXV = resized_1VZYX.permute(0, 2, 3, 4, 1)
+    return resized_1ZYXV.reshape(1, math.prod(new), width).contiguous()
 
 
 def fit_channels(kernel: Tensor, channels: ChannelMap, num_live: int) -> tuple[Tensor, str]:
-    """The input projection (out, in, z, y, x) for other image channels; one-hot channels of a
-    cascade start at zero.
+    """Return the input projection (out, in, z, y, x) for other image channels.
+
+    The one-hot channels of a cascade come after the image channels and start at zero.
 
     Args:
         num_live: input channels of the network: image channels, then one-hot channels.
     """
-    columns = [
-        kernel[:, list(s)].sum(1) * f
-        for s, f in zip(channels.sources, channels.factors, strict=True)
-    ]
+    columns = []
+    for sources, factor in zip(channels.sources, channels.factors, strict=True):
+        columns.append(kernel[:, list(sources)].sum(1) * factor)  # (out, z, y, x)
+
     notes = [channels.note] if channels.note else []
     extra = num_live - len(columns)
     if extra > 0:
@@ -55,26 +57,31 @@ def fit_channels(kernel: Tensor, channels: ChannelMap, num_live: int) -> tuple[T
 
 
 def fit_kernel(kernel: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
-    """A convolution kernel (out, in, z, y, x) of another size along some axes, left alone where
-    that cannot be done.
+    """Return a convolution kernel (out, in, z, y, x) with another size along some axes.
 
-    3 -> 1 sums over the axis: on images that do not change along it, the answer stays the same. 1
-    -> 3 puts the kernel in the middle, which changes nothing at all.
+    From 3 to 1, the kernel is summed over the axis: the result is the same on images that do not
+    change along it. From 1 to 3, zeros are added on both sides: the result is always the same.
+    Between other sizes the kernel is returned unchanged.
     """
     if kernel.ndim != CONV_AXES or len(size) != CONV_AXES - 2:
         return kernel, ""
+
     old = tuple(kernel.shape[2:])
-    changed = [axis for axis, (a, b) in enumerate(zip(old, size, strict=True)) if a != b]
-    if not changed or any(
-        1 not in (old[axis], size[axis]) or size[axis] % 2 == 0 for axis in changed
-    ):
+    changed = [axis for axis in range(len(size)) if old[axis] != size[axis]]
+    for axis in changed:
+        # An even kernel has no middle.
+        if 1 not in (old[axis], size[axis]) or size[axis] % 2 == 0:
+            return kernel, ""
+    if not changed:
         return kernel, ""
+
     done = set()
     for axis in changed:
         if size[axis] == 1:
             kernel = kernel.sum(axis + 2, keepdim=True)
             done.add("summed")
         else:
+            # F.pad lists the last axis first, with two numbers per axis.
             side = size[axis] // 2
             pads = [0, 0] * (2 - axis) + [side, side] + [0, 0] * axis
             kernel = F.pad(kernel, pads)
@@ -83,5 +90,5 @@ def fit_kernel(kernel: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
 
 
 def times(size: Sequence[int]) -> str:
-    """``4x5x4``."""
+    """Return a size as text, such as ``4x5x4``."""
     return "x".join(str(s) for s in size)

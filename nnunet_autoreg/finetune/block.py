@@ -1,9 +1,7 @@
-"""The ``"autoreg"`` block of a plans file: which encoder, which weights, which recipe, and why.
+"""Define the ``"autoreg"`` block of a plans file: encoder, weights, recipe, and the reasons.
 
-Torch-free.
-
-Users edit the recipe by hand, so every read goes through ``read_block``, which refuses what it does
-not know.
+Users edit the recipe by hand. Therefore every read goes through ``read_block``, which refuses
+unknown keys and impossible values. Torch-free.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,19 +21,19 @@ from nnunet_autoreg.records import from_jsonable
 BLOCK_KEY = "autoreg"
 BLOCK_VERSION = 1
 ALLOWED_CLASSES = ("dynamic_network_architectures.", "nnunet_autoreg.")
-"""Network classes come from these packages only: a plan or card may be a stranger's."""
+"""Network classes are taken from these packages only, because a plan may come from anywhere."""
 OPTIMIZERS = ADAMW, SGD = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
 class PlannedWeights:
-    """Where pretrained weights lie, and whether they hold a decoder.
+    """Hold the location of pretrained weights.
 
     Attributes:
         name: of the run.
         file: relative to ``$nnUNet_results``, or absolute.
         sha256: hex, of the file.
-        has_decoder: whether a CNN's decoder was pretrained too.
+        has_decoder: whether the weights hold the decoder of a CNN as well.
     """
 
     name: str
@@ -46,32 +44,32 @@ class PlannedWeights:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How fine-tuning is done; every value may be edited in the plans file.
+    """Hold the settings of fine-tuning; every value may be edited in the plans file.
 
     Attributes:
-        num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length; a trainer's
-            ``_<N>epochs`` name overrides the first.
+        num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length; a trainer named
+            ``..._<N>epochs`` overrides the first.
         pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
-        transfer_decoder: whether a CNN's decoder is loaded too, where the weights hold one.
+        transfer_decoder: whether a CNN's decoder is loaded as well, if the weights hold one.
         decoder_rate_factor: peak rate of the loaded part of the decoder, as a multiple of
-            ``pretrained_rate``; what starts at random, the segmentation heads among it, keeps the
-            full rate.
+            ``pretrained_rate``. Random parts, such as the segmentation heads, have the full rate.
         optimizer: ``adamw``, or ``sgd`` with Nesterov momentum.
-        weight_decay: with ``adamw`` none on norms, biases, positions and LayerScale; with ``sgd``
-            on everything, as nnU-Net does.
+        weight_decay: ``adamw`` does not decay norms, biases, positions and LayerScale; ``sgd``
+            decays everything, as in nnU-Net.
         betas: of AdamW.
         momentum: of SGD.
-        warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: linear warm-up
-            over min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
+        warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: length of the
+            linear warm-up, which is
+            min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
         poly_exponent: of the decay after warm-up.
         decoder_first_fraction: first part of a run from pretrained weights in which only the
-            decoder learns; 0.0 is off.
+            decoder is trained; 0.0 is off.
         clip_norm: largest norm of the gradient.
-        drop_path_rate: stochastic depth of a transformer; a CNN has none.
-        deep_supervision: whether a CNN's coarser predictions are trained too.
+        drop_path_rate: stochastic depth of a transformer; 0.0 for a CNN.
+        deep_supervision: whether a CNN's coarser predictions are trained as well.
         layer_decay: rate factor per layer from the output towards the input; 1.0 is off.
-        expected_encoder_share: training stops where fewer of the encoder's parameters come from the
-            weights file.
+        expected_encoder_share: training stops if a smaller share of the encoder's parameters comes
+            from the weights file.
     """
 
     num_epochs: int
@@ -100,7 +98,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class AutoregBlock:
-    """The whole block of a plans file.
+    """Hold the whole block of a plans file.
 
     Attributes:
         encoder: class and arguments of the network, as in a pretraining plan.
@@ -118,39 +116,39 @@ class AutoregBlock:
 
     @property
     def transfers_decoder(self) -> bool:
-        """Whether fine-tuning starts from a pretrained decoder: the weights hold one, and the
-        recipe wants it.
+        """Return whether fine-tuning starts from a pretrained decoder.
+
+        The weights must hold one, and the recipe must not switch it off.
         """
-        return (
-            self.weights is not None and self.weights.has_decoder and self.recipe.transfer_decoder
-        )
+        has_decoder = self.weights is not None and self.weights.has_decoder
+        return has_decoder and self.recipe.transfer_decoder
 
 
 def read_block(plans: dict[str, Any]) -> AutoregBlock:
-    """The checked ``"autoreg"`` block of a parsed plans file.
+    """Return the checked ``"autoreg"`` block of a parsed plans file.
 
     Raises:
-        PlanError: there is none, it is of a newer format, a key is unknown, or a value is
-            impossible.
+        PlanError: there is none (code "plan-no-block"), its format is newer, a key is unknown, or a
+            value is impossible.
     """
     where = f"{plans.get('plans_name', 'plans')}.json"
     if BLOCK_KEY not in plans:
         raise PlanError(
             f'{where} has no "{BLOCK_KEY}" block, so it does not fit this trainer; add \'-p '
-            "AutoregPlans' to the command "
-            "(made by: nnUNetv2_plan_and_preprocess -d DATASET -pl AutoregPlanner)"
+            "AutoregPlans' to the command (these plans are made by: nnUNetv2_plan_and_preprocess "
+            "-d DATASET -pl AutoregPlanner)",
+            code="plan-no-block",
         )
-    return check_block(
-        from_jsonable(AutoregBlock, plans[BLOCK_KEY], f"{where}: {BLOCK_KEY}"), where
-    )
+    block = from_jsonable(AutoregBlock, plans[BLOCK_KEY], f"{where}: {BLOCK_KEY}")
+    return check_block(block, where)
 
 
 def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
     """Return ``block`` if it can be carried out.
 
     Raises:
-        PlanError: a class from elsewhere, a number out of its range, or what this encoder cannot
-            do.
+        PlanError: the network class is not allowed, a number is out of its range, or the encoder
+            does not support a setting.
     """
     check_class(block.encoder.class_path, where)
     check_arguments(block.encoder.arguments, where)
@@ -165,16 +163,19 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
 
 
 def check_recipe(r: Recipe, where: str) -> None:
-    """Refuse what no network can be trained with.
+    """Refuse settings with which no network can be trained.
 
     Raises:
-        PlanError: an unknown optimiser, or a number out of its range.
+        PlanError: the optimiser is unknown (code "plan-optimizer"), or a number is out of its range
+            (code "plan-range").
     """
     if r.optimizer not in OPTIMIZERS:
         raise PlanError(
             f"{where}: {BLOCK_KEY}.recipe.optimizer={r.optimizer} does not exist; "
-            f"{did_you_mean(r.optimizer, OPTIMIZERS)}"
+            f"{did_you_mean(r.optimizer, OPTIMIZERS)}",
+            code="plan-optimizer",
         )
+
     at_least_one = {
         "num_epochs": r.num_epochs,
         "num_iterations_per_epoch": r.num_iterations_per_epoch,
@@ -212,47 +213,58 @@ def check_recipe(r: Recipe, where: str) -> None:
     for values, holds, range_text in rules:
         for name, value in values.items():
             if not holds(value):
-                raise PlanError(f"{where}: {BLOCK_KEY}.recipe.{name}={value} must be {range_text}")
+                raise PlanError(
+                    f"{where}: {BLOCK_KEY}.recipe.{name}={value} must be {range_text}",
+                    code="plan-range",
+                )
 
 
 def _check_family(block: AutoregBlock, where: str) -> None:
-    r, is_cnn = block.recipe, has_deep_supervision(family_of(block.encoder.class_path))
+    """Refuse settings of the recipe that the encoder's family does not support."""
+    r = block.recipe
+    is_cnn = has_deep_supervision(family_of(block.encoder.class_path))
     if is_cnn and r.drop_path_rate:
         raise PlanError(
             f"{where}: {BLOCK_KEY}.recipe.drop_path_rate={r.drop_path_rate}, but "
-            f"{block.encoder.name} has none; set it to 0.0"
+            f"{block.encoder.name} does not support it; set it to 0.0",
+            code="plan-family",
         )
     if r.deep_supervision and not is_cnn:
         raise PlanError(
             f"{where}: {BLOCK_KEY}.recipe.deep_supervision=true, but {block.encoder.name} has one "
-            "output; set it to false"
+            "output; set it to false",
+            code="plan-family",
         )
 
 
 def check_arguments(arguments: Mapping[str, Any], where: str) -> None:
-    """Refuse arguments of a network that name anything importable but layers of torch: they are
-    called while it is built.
+    """Refuse arguments of a network that name anything but layers of torch.
+
+    They are imported and called while the network is built.
 
     Raises:
-        PlanError: one names something else.
+        PlanError: an argument names something else (code "plan-network-argument").
     """
     for key, value in arguments.items():
         if isinstance(value, Mapping):
             check_arguments(value, f"{where}: {key}")
         elif isinstance(value, str) and not LAYER_NAME.fullmatch(value):
             raise PlanError(
-                f"{where}: the network argument {key}='{value}' names no layer of torch.nn"
+                f"{where}: the network argument {key}='{value}' is not a layer of torch.nn",
+                code="plan-network-argument",
             )
 
 
 def check_class(class_path: str, where: str) -> None:
-    """Refuse network classes of foreign packages.
+    """Refuse network classes of other packages.
 
     Raises:
-        PlanError: ``class_path`` is none of ours or of dynamic_network_architectures.
+        PlanError: ``class_path`` does not belong to an allowed package (code
+            "plan-network-class").
     """
     if not class_path.startswith(ALLOWED_CLASSES):
+        allowed = " or ".join(f"{package}*" for package in ALLOWED_CLASSES)
         raise PlanError(
-            f"{where}: the network class '{class_path}' is none of "
-            f"{' or '.join(p + '*' for p in ALLOWED_CLASSES)}"
+            f"{where}: the network class '{class_path}' is not allowed; use {allowed}",
+            code="plan-network-class",
         )

@@ -1,6 +1,6 @@
-"""Which channels of the weights each image channel of a dataset starts from.
+"""Map the channels of pretrained weights to the image channels of a dataset.
 
-Torch-free: planning asks before any weights are read.
+Torch-free, because planning needs it before any weights are read.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """The input projection's new columns.
+    """Describe the new columns of the input projection.
 
     Attributes:
-        sources: for each image channel, the channels of the weights that are summed for it.
-        factors: what each of those sums is multiplied with.
-        note: what was done, "" where nothing had to be.
+        sources: for each image channel, the channels of the weights that are summed.
+        factors: for each image channel, the factor of that sum.
+        note: what was done, for the user; "" if nothing was changed.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -25,50 +25,57 @@ class ChannelMap:
 def map_channels(
     given: int, given_names: Sequence[str], needed: int, needed_names: Sequence[str]
 ) -> ChannelMap | None:
-    """Map ``given`` channels of the weights onto ``needed`` image channels; None where that cannot
-    be done.
+    """Return how ``given`` channels of the weights make ``needed`` image channels, or None.
 
-    Several channels go by name where a name is shared: a channel without a namesake starts from the
-        mean of all. Otherwise as
-    many as there are go one to one, one is repeated / N, and N are summed into one.
+    Several channels are matched by name if at least one name is shared. A channel without a match
+    then starts from the mean of all. Otherwise equal numbers are matched in order, one channel is
+    repeated and divided by N, and N channels are summed into one. Other numbers cannot be mapped.
 
     Args:
         given_names: names of the weights' channels in order; ignored unless there is one for each.
-        needed_names: names of the image channels in order; may be empty where they are unknown.
+        needed_names: names of the image channels in order; may be empty if they are not known.
     """
-    everything = tuple(range(given))
-    by_name = _by_name(given, given_names, needed_names)
+    by_name = _map_by_name(given, given_names, needed_names)
     if by_name is not None:
         return by_name
     if given == needed:
-        return ChannelMap(tuple((c,) for c in everything), (1.0,) * needed, "")
+        return ChannelMap(tuple((c,) for c in range(given)), (1.0,) * needed, "")
     if given == 1:
-        return ChannelMap(
-            ((0,),) * needed, (1 / needed,) * needed, f"1 -> {needed} channels, repeated / {needed}"
-        )
+        note = f"1 -> {needed} channels, repeated / {needed}"
+        return ChannelMap(((0,),) * needed, (1 / needed,) * needed, note)
     if needed == 1:
-        return ChannelMap((everything,), (1.0,), f"{given} -> 1 channels, summed")
+        return ChannelMap((tuple(range(given)),), (1.0,), f"{given} -> 1 channels, summed")
     return None
 
 
-def _by_name(
+def _map_by_name(
     given: int, given_names: Sequence[str], needed_names: Sequence[str]
 ) -> ChannelMap | None:
+    """Return a map by names, or None if names are not unique or no name is shared."""
     position = {_plain(name): c for c, name in enumerate(given_names)}
     if given == 1 or len(given_names) != given or len(position) != given:
         return None
-    if not any(_plain(name) in position for name in needed_names):
-        return None
+
     found = [position.get(_plain(name)) for name in needed_names]
+    if all(c is None for c in found):
+        return None
     if found == list(range(given)):
         return ChannelMap(tuple((c,) for c in range(given)), (1.0,) * given, "")
-    sources = tuple(tuple(range(given)) if c is None else (c,) for c in found)
-    factors = tuple(1 / given if c is None else 1.0 for c in found)
-    origins = (f"mean of all {given}" if c is None else given_names[c] for c in found)
-    told = ", ".join(
-        f"{name} <- {origin}" for name, origin in zip(needed_names, origins, strict=True)
-    )
-    return ChannelMap(sources, factors, f"{given} -> {len(needed_names)} channels by name: {told}")
+
+    sources: list[tuple[int, ...]] = []
+    factors: list[float] = []
+    notes: list[str] = []
+    for name, c in zip(needed_names, found, strict=True):
+        if c is None:
+            sources.append(tuple(range(given)))
+            factors.append(1 / given)
+            notes.append(f"{name} <- mean of all {given}")
+        else:
+            sources.append((c,))
+            factors.append(1.0)
+            notes.append(f"{name} <- {given_names[c]}")
+    note = f"{given} -> {len(needed_names)} channels by name: {', '.join(notes)}"
+    return ChannelMap(tuple(sources), tuple(factors), note)
 
 
 def _plain(name: str) -> str:

@@ -1,12 +1,11 @@
-"""Which tensors of a pretrained U-Net's decoder belong to which of another U-Net, and whether they
-fit.
+"""Match the decoder of a pretrained U-Net to the decoder of another U-Net.
 
 Both decoders end at full resolution, so their stages are counted from the finest: stage i of n
 belongs to stage i - n of the other network. (A decoder numbers its stages from the coarsest.) An
-encoder is counted from its first stage, which is its finest too.
+encoder is counted from its first stage, which is its finest as well.
 
-A convolution with its norm, or a transposed convolution, is loaded whole or stays random: half of
-one would be neither.
+A convolution and its norm, or a transposed convolution, is loaded as a whole or stays random as a
+whole.
 """
 
 import re
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 from nnunet_autoreg.families import RESENC, family_of
 from nnunet_autoreg.finetune.adapt import CONV_AXES, fit_kernel, times
 from nnunet_autoreg.finetune.block import AutoregBlock
-from nnunet_autoreg.finetune.table import ADAPTED, LOADED, RANDOM, UNUSED, Entry
+from nnunet_autoreg.finetune.table import ADAPTED, LOADED, RANDOM, UNUSED, TensorEntry
 from nnunet_autoreg.model import encoders
 from nnunet_autoreg.model.card import DECODER_PREFIXES
 from nnunet_autoreg.plan import EncoderPlan
 
 DECODER = "decoder."
-"""What all keys of a U-Net's decoder begin with."""
+"""The prefix of all keys of a U-Net's decoder."""
 _STAGE = re.compile(r"(decoder\.(?:stages|transpconvs)\.)(\d+)\.(.+)")
 _PART = re.compile(r"decoder\.(?:stages\.\d+\.convs|transpconvs)\.\d+\.")
 """A convolution with its norm, or a transposed convolution."""
@@ -34,33 +33,34 @@ _PART = re.compile(r"decoder\.(?:stages\.\d+\.convs|transpconvs)\.\d+\.")
 
 @dataclass(frozen=True)
 class FittedDecoder:
-    """A pretrained decoder, brought to a network.
+    """Hold a pretrained decoder, fitted to a network.
 
     Attributes:
         ready: values in the network's shapes, by its own keys.
         entries: one for every tensor of the network's decoder, in its order.
-        unused: tensors of the pretrained decoder that have no place in the network.
+        unused: tensors of the pretrained decoder that have no counterpart in the network.
     """
 
     ready: dict[str, Tensor]
-    entries: tuple[Entry, ...]
-    unused: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
+    unused: tuple[TensorEntry, ...]
 
 
 def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int) -> FittedDecoder:
-    """Bring a pretrained decoder to a network; nothing is written into the network.
+    """Fit a pretrained decoder to a network; nothing is written into the network.
 
-    Only names and shapes decide what fits, so tensors on the meta device will do to find out.
+    Only names and shapes decide what fits, so tensors on the meta device are enough.
 
     Args:
         network: a U-Net, unwrapped.
         given: the pretrained decoder's tensors, by their keys in the network that was pretrained.
-        num_given: stages of that decoder.
+        num_given: number of stages of that decoder.
     """
     live, first_names = _live_tensors(network)
     num_live = _num_stages(live)
-    sources, unused = _placed(given, num_given, num_live, first_names)
+    sources, unused = _matched(given, num_given, num_live, first_names)
 
+    # A part does not fit if one of its tensors does not; the reason is kept for each part.
     fitted: dict[str, tuple[Tensor, str]] = {}
     misfits: dict[str, str] = {}
     for key, tensor in live.items():
@@ -78,18 +78,18 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
     for key, tensor in live.items():
         misfit = misfits.get(_part_of(key))
         if misfit is not None:
-            entries.append(Entry(key, tensor.numel(), RANDOM, misfit))
+            entries.append(TensorEntry(key, tensor.numel(), RANDOM, misfit))
             continue
         ready[key], note = fitted[key]
-        entries.append(Entry(key, tensor.numel(), ADAPTED if note else LOADED, note))
+        entries.append(TensorEntry(key, tensor.numel(), ADAPTED if note else LOADED, note))
     return FittedDecoder(ready, tuple(entries), unused)
 
 
 def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
     """Return the keys of the decoder's parameters that start from the plan's weights.
 
-    This follows from the plan alone, because a resumed training needs the same groups of
-    parameters when the weights' file is gone.
+    The plan alone decides this, because a resumed training needs the same groups of parameters even
+    if the weights file is gone.
     """
     if not block.transfers_decoder or family_of(block.encoder.class_path) != RESENC:
         return frozenset()
@@ -139,38 +139,38 @@ def _live_tensors(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def _num_stages(keys: Collection[str]) -> int:
-    numbers = [int(found[2]) for key in keys if (found := _STAGE.match(key))]
+    matches = [_STAGE.match(key) for key in keys]
+    numbers = [int(found[2]) for found in matches if found]
     return max(numbers, default=-1) + 1
 
 
-def _placed(
+def _matched(
     given: Mapping[str, Tensor], num_given: int, num_live: int, first_names: Mapping[str, str]
-) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
-    """Return the given tensors by the network's keys, and those that have no place in it."""
-    placed: dict[str, Tensor] = {}
+) -> tuple[dict[str, Tensor], tuple[TensorEntry, ...]]:
+    """Return the given tensors by the network's keys, and those without a counterpart."""
+    matched: dict[str, Tensor] = {}
     unused = []
 
     for key, tensor in given.items():
         found = _STAGE.match(key)
-        number = -1 if found is None else int(found[2]) - num_given + num_live
-        name = None if found is None else first_names.get(f"{found[1]}{number}.{found[3]}")
-        if name is not None:
-            placed[name] = tensor
-            continue
-        note = (
-            "stages that this network does not have"
-            if number < 0
-            else "no such part in this network"
-        )
-        unused.append(Entry(key, tensor.numel(), UNUSED, note))
-    return placed, tuple(unused)
+        note = "stages that this network does not have"
+        if found is not None:
+            number = int(found[2]) - num_given + num_live
+            name = first_names.get(f"{found[1]}{number}.{found[3]}")
+            if name is not None:
+                matched[name] = tensor
+                continue
+            if number >= 0:
+                note = "no such part in this network"
+        unused.append(TensorEntry(key, tensor.numel(), UNUSED, note))
+    return matched, tuple(unused)
 
 
 def _fit(key: str, value: Tensor, live: Tensor) -> tuple[Tensor, str]:
-    """Return a value with the live tensor's kernel size where that can be had, and what was done.
+    """Return a value with the live tensor's kernel size if possible, and what was done.
 
-    The kernel of a transposed convolution is as large as its stride and is never changed: summed
-    or padded, it would spread its input over other voxels than it learned to.
+    The kernel of a transposed convolution is as large as its stride and is never changed: it would
+    spread its input over other voxels than in pretraining.
     """
     if key.startswith("decoder.transpconvs."):
         return value, ""

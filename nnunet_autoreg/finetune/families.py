@@ -1,7 +1,6 @@
-"""What fine-tuning does differently from one family of encoders to the next. Torch-free.
+"""Define how fine-tuning differs between families of encoders. Torch-free.
 
-Source of the values: design, fine-tuning recipe, which rests on arXiv 2412.17041 and on nnU-Net's
-    own trainers.
+Source of the values: arXiv 2412.17041 and nnU-Net's own trainers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,35 +18,37 @@ CNN_RECIPE: dict[str, Any] = {
     "drop_path_rate": 0.0,
     "deep_supervision": True,
 }
-"""As nnU-Net's own trainer; transformers take the defaults of ``Recipe``."""
+"""As in nnU-Net's own trainer. Transformers use the defaults of ``Recipe``."""
 TRANSFORMER_RATES, CNN_RATES = (1e-4, 3e-4), (1e-3, 1e-2)
-"""Peak rates, pretrained and scratch, of an encoder that is none of ours."""
+"""Peak learning rates (pretrained, scratch) of an encoder that is not one of ours."""
 DECODER_FIRST = 0.1
-"""Share of a run."""
+"""Share of a run in which only the decoder is trained, if it is trained first."""
 VERY_FEW_CASES = 10
 
 
 def is_cnn(encoder: EncoderPlan) -> bool:
-    """Whether the encoder is a CNN: strides and kernels follow the data, and there is deep
-    supervision.
+    """Return whether the encoder is a CNN.
+
+    A CNN's strides and kernels depend on the data, and it can have deep supervision.
 
     Raises:
-        PlanError: its class is of no known family.
+        PlanError: its class belongs to no known family.
     """
     return family_of(encoder.class_path) == RESENC
 
 
 def recipe_values(encoder: EncoderPlan) -> dict[str, Any]:
-    """Where the recipe of this encoder's family differs from the defaults, peak rates included."""
+    """Return the values of the recipe that differ from the defaults, and the peak rates."""
     size = ENCODERS.get(encoder.name)
-    usual = CNN_RATES if is_cnn(encoder) else TRANSFORMER_RATES
-    pretrained, scratch = (size.pretrained_rate, size.scratch_rate) if size else usual
+    pretrained, scratch = CNN_RATES if is_cnn(encoder) else TRANSFORMER_RATES
+    if size is not None:
+        pretrained, scratch = size.pretrained_rate, size.scratch_rate
     values = {"pretrained_rate": pretrained, "scratch_rate": scratch}
 
     if is_cnn(encoder):
         values |= CNN_RECIPE
     elif size is not None and size.is_tiny:
-        # Six narrow layers leave nothing to spare.
+        # Six narrow layers are too few to drop any.
         values["drop_path_rate"] = 0.0
     return values
 
@@ -59,49 +60,49 @@ def decoder_first(
     stem_change: str,
     has_decoder: bool = False,
 ) -> tuple[float, str]:
-    """Share of the run in which only the decoder learns, and why.
+    """Return the share of the run in which only the decoder is trained, and the reason.
 
     Args:
         num_cases: labelled cases.
         is_pretrained: whether the plan names weights.
-        stem_change: how the stem is adapted to the data, "" if it is not.
-        has_decoder: whether the decoder starts from pretrained weights too.
+        stem_change: how the stem is adapted to the data; "" if it is not adapted.
+        has_decoder: whether the decoder starts from pretrained weights as well.
     """
     if not is_cnn(encoder):
         return 0.0, "off for transformers"
     if not is_pretrained:
-        return 0.0, "off: nothing is pretrained"
+        return 0.0, "off: no pretrained weights"
     if has_decoder:
-        return 0.0, "off: the decoder is pretrained too"
+        return 0.0, "off: the decoder is pretrained as well"
     if stem_change:
         return DECODER_FIRST, f"on, the stem is adapted: {stem_change}"
     if num_cases <= VERY_FEW_CASES:
         return DECODER_FIRST, f"on, {num_cases} labelled cases: up to {VERY_FEW_CASES} are very few"
-    return (
-        0.0,
-        f"off: the stem is as it was, and {num_cases} labelled cases are more than "
-        f"{VERY_FEW_CASES}",
+    reason = (
+        f"off: the stem is not adapted, and {num_cases} labelled cases are more than "
+        f"{VERY_FEW_CASES}"
     )
+    return 0.0, reason
 
 
 def stem_change(encoder: EncoderPlan, arguments: Mapping[str, Any], channel_note: str) -> str:
-    """How the stem that reads the image differs from the pretrained one, "" if it does not.
+    """Return how the stem differs from the pretrained one, or "" if it does not.
 
     Args:
         arguments: the configuration's network arguments.
-        channel_note: what ``map_channels`` did.
+        channel_note: the note of ``map_channels``.
     """
     if not is_cnn(encoder):
         return channel_note
-    old, new = rows(encoder.arguments["kernel_sizes"])[0], rows(arguments["kernel_sizes"])[0]
-    return ", ".join(
-        [
-            *([channel_note] if channel_note else []),
-            *([f"kernel {old} -> {new}"] if old != new else []),
-        ]
-    )
+
+    changes = [channel_note] if channel_note else []
+    old = rows(encoder.arguments["kernel_sizes"])[0]
+    new = rows(arguments["kernel_sizes"])[0]
+    if old != new:
+        changes.append(f"kernel {old} -> {new}")
+    return ", ".join(changes)
 
 
 def rows(values: Sequence[int | Sequence[int]]) -> list[list[int]]:
-    """Strides or kernels of the stages, each as three numbers."""
+    """Return the strides or kernels of the stages, three numbers for each."""
     return [[int(row)] * 3 if isinstance(row, int) else [int(v) for v in row] for row in values]

@@ -1,4 +1,4 @@
-"""Tensors of other people's files, made ready to be stored."""
+"""Check tensors of other projects' files, and convert them to single precision."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,38 +9,37 @@ from torch import Tensor
 from nnunet_autoreg.errors import WeightsError
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""Floating-point numbers that weights come in; narrower ones need scales that a file keeps
-elsewhere.
-"""
+"""Supported floating-point types. Narrower ones need scales, which a file keeps elsewhere."""
 
 
 def check_kind(file: Path, key: str, tensor: Tensor) -> None:
-    """Check that a tensor can be computed with, and that it is no larger than what the file holds
-    of it.
+    """Check that a tensor is an ordinary one, and that the file holds all of its values.
 
     Raises:
-        WeightsError: it is of another kind, sparse or quantised, or repeats its values (a stride of
-            0).
+        WeightsError: its type is not supported, it is sparse or quantised, or it repeats its values
+            by a stride of 0 (code "weights-kind").
     """
     is_plain = tensor.layout == torch.strided and not tensor.is_quantized
     is_narrow = tensor.is_floating_point() and tensor.dtype not in KINDS
     if not is_plain or is_narrow or tensor.is_complex():
         raise WeightsError(
-            f"{file}: '{key}' is of kind {tensor.dtype}, which is not read; ask for float32, "
-            "float16 or bfloat16"
+            f"{file}: '{key}' has the type {tensor.dtype}, which is not supported; ask its authors "
+            "for float32, float16 or bfloat16",
+            code="weights-kind",
         )
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise WeightsError(
             f"{file}: '{key}' has shape {tuple(tensor.shape)}, but the file holds fewer values; "
-            "ask for a plain state dict"
+            "ask its authors for a plain state dict",
+            code="weights-kind",
         )
 
 
 def as_float(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Single precision, contiguous.
+    """Return the tensors in single precision, contiguous.
 
     Raises:
-        WeightsError: one holds NaN or infinity.
+        WeightsError: one holds NaN or infinity (code "weights-not-finite").
     """
     for key, tensor in tensors.items():
         check_kind(file, key, tensor)

@@ -1,5 +1,6 @@
-"""Pretrained encoder weights into a network: everything checked on the CPU first, then copied, then
-shown in one table.
+"""Load pretrained weights into a network.
+
+Everything is checked and adapted on the CPU first, then copied, then described in one table.
 """
 
 import re
@@ -18,7 +19,15 @@ from nnunet_autoreg.finetune.channels import map_channels
 from nnunet_autoreg.finetune.decoder import DECODER, fit_decoder, has_decoder_stages, num_stages
 from nnunet_autoreg.finetune.floats import check_kind
 from nnunet_autoreg.finetune.network import encoder_prefixes
-from nnunet_autoreg.finetune.table import ADAPTED, LOADED, RANDOM, UNUSED, Entry, WeightTable, some
+from nnunet_autoreg.finetune.table import (
+    ADAPTED,
+    LOADED,
+    RANDOM,
+    UNUSED,
+    TensorEntry,
+    WeightTable,
+    some,
+)
 from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.card import DECODER_PREFIXES, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.plan import EncoderPlan
@@ -27,10 +36,12 @@ from nnunet_autoreg.records import atomic_path, differences
 
 @dataclass(frozen=True)
 class Target:
-    """The network's side of adapting: image channels (a cascade's one-hot channels come after them)
-    and token grid.
+    """Hold what the network needs of the weights.
 
-    ``channel_names`` are those of the image channels, in order; empty where they are unknown.
+    Attributes:
+        num_image_channels: without the one-hot channels of a cascade, which come after them.
+        patch_size_vox: (z, y, x); divided by the token size it is the token grid.
+        channel_names: of the image channels, in order; empty if they are not known.
     """
 
     num_image_channels: int
@@ -39,10 +50,11 @@ class Target:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file, on the CPU, in single precision.
+    """Return all tensors of a .safetensors file, on the CPU, in single precision.
 
     Raises:
-        WeightsError: it is missing, truncated, no safetensors file, or holds NaN or infinity.
+        WeightsError: the file is missing, truncated or not a safetensors file (code
+            "weights-unreadable"), or holds NaN or infinity (code "weights-not-finite").
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -67,11 +79,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    # One entry only: safetensors writes several in an order that changes from process to process,
-    # and the bytes have to repeat.
+    # The bytes must be the same in every process, but safetensors writes several metadata entries
+    # in a random order. Therefore there is only one.
     with atomic_path(file) as temporary:
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()},
@@ -81,10 +93,10 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:
-    """Hold the weights' encoder against the plan's.
+    """Check that the weights are of the plan's encoder.
 
     Raises:
-        WeightsError: class, arguments or token size differ.
+        WeightsError: class, arguments or token size differ (code "weights-other-encoder").
     """
     theirs = {
         "class": card.class_path,
@@ -100,7 +112,8 @@ def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:
     if found:
         raise WeightsError(
             f"the weights '{card.name}' are of another encoder than the plan's "
-            f"({'; '.join(found)}); plan again"
+            f"({'; '.join(found)}); plan again",
+            code="weights-other-encoder",
         )
 
 
@@ -112,29 +125,29 @@ def load_encoder(
     expected_share: float,
     with_decoder: bool = True,
 ) -> WeightTable:
-    """Copy the pretrained weights into ``network``, all or nothing, and say what became of each
-    tensor.
+    """Copy all pretrained weights into ``network``, or none, and return a table of the tensors.
 
     Args:
-        network: unwrapped (no DDP, no compiled module); its own keys name its encoder, stem, input
-            projection, positions.
+        network: without wrappers such as DDP or torch.compile. Its attributes name its encoder,
+            stem, input projection and positions.
         file: .safetensors with the network's own keys.
         expected_share: smallest share of the encoder's parameters that must come from the file, 0
             to 1. The decoder does not count.
-        with_decoder: whether a decoder that the card lists is loaded too.
+        with_decoder: whether a decoder that the card lists is loaded as well.
 
     Raises:
-        WeightsError: the file is damaged or of another encoder, or gives less than the expected
-            share.
+        WeightsError: the file is damaged, belongs to another encoder (code
+            "weights-other-encoder"), or gives less than the expected share (code "weights-share").
     """
     live = _encoder_tensors(network)
     use_decoder = with_decoder and card.has_decoder and has_decoder_stages(network)
     sorted_file = _sort_tensors(read_tensors(file), live, network, use_decoder)
     if sorted_file.foreign:
         raise WeightsError(
-            f"{file} is of another encoder: the network has no place for "
-            f"{len(sorted_file.foreign)} of its tensors "
-            f"({some(sorted_file.foreign)}); plan again with these weights"
+            f"{file} is of another encoder: {len(sorted_file.foreign)} of its tensors have no "
+            f"counterpart in the network ({some(sorted_file.foreign)}); plan again with these "
+            "weights",
+            code="weights-other-encoder",
         )
 
     ready: dict[str, Tensor] = {}
@@ -144,9 +157,9 @@ def load_encoder(
         if key in sorted_file.encoder:
             ready[key], note = _fit((key, sorted_file.encoder[key], tensor), network, card, target)
             status = ADAPTED if note else LOADED
-        entries.append(Entry(key, tensor.numel(), status, note))
+        entries.append(TensorEntry(key, tensor.numel(), status, note))
 
-    decoder: tuple[Entry, ...] = ()
+    decoder: tuple[TensorEntry, ...] = ()
     unused = sorted_file.unused
     if use_decoder:
         fitted = fit_decoder(network, sorted_file.decoder, num_stages(card.arguments))
@@ -178,28 +191,31 @@ def load_planned_encoder(
     target: Target,
     with_decoder: bool = True,
 ) -> WeightTable:
-    """``load_encoder`` with the file, the hash and the share that a plan names.
+    """Load the weights that a plan names, see ``load_encoder``.
 
     Args:
-        with_decoder: False for networks that use the encoder alone, whatever the plan says.
+        with_decoder: False for networks that use only the encoder, whatever the plan says.
 
     Raises:
-        WeightsError: the plan names no weights, or they are gone, replaced, or do not fit.
+        WeightsError: the plan names no weights (code "weights-none-planned"), or they are missing,
+            replaced, or do not fit.
     """
     if block.weights is None:
         raise WeightsError(
             "the plan names no pretrained weights; train AutoregScratchTrainer, or plan again with "
-            "weights"
+            "weights",
+            code="weights-none-planned",
         )
+
     file = results / block.weights.file
     verify_weights(file, block.weights.sha256)
     card = read_card(file.parent)
     check_same_encoder(card, block.encoder)
     if block.weights.has_decoder and not card.has_decoder:
         raise WeightsError(
-            f"the plan expects a pretrained decoder, but {file.parent} lists none in its card, so "
-            "rates and weights would not "
-            "belong together; plan again"
+            f"the plan expects a pretrained decoder, but {file.parent} has none, so its learning "
+            "rates would not fit; plan again",
+            code="weights-no-decoder",
         )
     use_decoder = with_decoder and block.transfers_decoder
     return load_encoder(
@@ -210,24 +226,24 @@ def load_planned_encoder(
 def _check_share(table: WeightTable, expected_share: float, file: Path) -> None:
     if table.encoder_share >= expected_share:
         return
+
     missing = [entry.key for entry in table.entries if entry.status == RANDOM]
     raise WeightsError(
-        f"{file} gives {100 * table.encoder_share:.1f} % of the encoder's parameters, "
-        f"{100 * expected_share:.0f} % are "
-        f"expected (missing: {some(missing)}); plan again with weights of this encoder, or lower "
-        "expected_encoder_share "
-        "in the recipe of the plans file"
+        f"{file} holds {100 * table.encoder_share:.1f} % of the encoder's parameters, but "
+        f"{100 * expected_share:.0f} % are expected (missing: {some(missing)}); plan again with "
+        "weights of this encoder, or lower expected_encoder_share in the recipe of the plans file",
+        code="weights-share",
     )
 
 
 def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of encoder and stem by key, aliases of one tensor
-    listed once.
+    """Return the parameters and persistent buffers of encoder and stem, each under its first key.
 
-    Rotary tables are no part of it: the network rebuilds them for its own grid.
+    Rotary tables are left out: the network builds them for its own grid.
     """
     prefixes = encoder_prefixes(network)
     state = network.state_dict(keep_vars=True)
+
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -237,33 +253,33 @@ def _encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _rest_of(network: nn.Module, known: Iterable[str], has_decoder: bool) -> Entry:
+def _rest_of(network: nn.Module, known: Iterable[str], has_decoder: bool) -> TensorEntry:
     """Return the parameters that are in neither the encoder nor a transferred decoder."""
     state = network.state_dict(keep_vars=True)
     known_ids = {id(state[key]) for key in known}
     rest = [(name, p) for name, p in network.named_parameters() if id(p) not in known_ids]
 
-    # Of a decoder whose stages are transferred, "decoder" alone would not say what is left.
+    # If the stages of a decoder are transferred, the word "decoder" would not be precise enough.
     depth = 2 if has_decoder else 1
     parts = sorted({".".join(name.split(".")[:depth]) for name, _ in rest})
     note = "random, as it is new in every task" if has_decoder else "random"
-    return Entry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM, note)
+    return TensorEntry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM, note)
 
 
 @dataclass(frozen=True)
 class SortedTensors:
-    """The tensors of a file by what they are for.
+    """Hold the tensors of a file by their purpose.
 
     Attributes:
-        encoder: by the network's own keys (a file may name an alias).
+        encoder: by the network's own keys; the file may use another name of the same tensor.
         decoder: by the file's keys.
-        unused: what this network does not load, and why.
-        foreign: keys that show that the file is of another encoder.
+        unused: tensors that this network does not load, and the reason.
+        foreign: keys that prove that the file is of another encoder.
     """
 
     encoder: dict[str, Tensor]
     decoder: dict[str, Tensor]
-    unused: tuple[Entry, ...]
+    unused: tuple[TensorEntry, ...]
     foreign: tuple[str, ...]
 
 
@@ -283,7 +299,7 @@ def _sort_tensors(
             if use_decoder and key.startswith(DECODER_PREFIXES):
                 decoder[key] = tensor
             else:
-                unused.append(Entry(key, tensor.numel(), UNUSED, _why_unused(key)))
+                unused.append(TensorEntry(key, tensor.numel(), UNUSED, _why_unused(key)))
             continue
 
         name = names.get(key)
@@ -291,10 +307,10 @@ def _sort_tensors(
             encoder[name] = tensor
         elif _is_deeper_stage(key, network):
             unused.append(
-                Entry(key, tensor.numel(), UNUSED, "stages that this network does not have")
+                TensorEntry(key, tensor.numel(), UNUSED, "stages that this network does not have")
             )
         elif key in names:
-            unused.append(Entry(key, tensor.numel(), UNUSED, "no part of the encoder"))
+            unused.append(TensorEntry(key, tensor.numel(), UNUSED, "no part of the encoder"))
         elif ".rope." not in key:
             foreign.append(key)
     return SortedTensors(encoder, decoder, tuple(unused), tuple(foreign))
@@ -302,15 +318,16 @@ def _sort_tensors(
 
 def _why_unused(key: str) -> str:
     if key.startswith(f"{DECODER}encoder."):
-        return "second names of the encoder's tensors"
+        return "other names of the encoder's tensors"
     if key.startswith(f"{DECODER}seg_layers."):
         return "segmentation heads are never transferred"
     return "a decoder that is not transferred"
 
 
 def _is_deeper_stage(key: str, network: nn.Module) -> bool:
-    """Whether a tensor belongs to a stage beyond the last of a CNN: stages match by position, and a
-    patch may need fewer.
+    """Return whether a tensor belongs to a stage beyond the last stage of a CNN.
+
+    Stages match by position, and a small patch needs fewer of them.
     """
     stages = network.get_submodule(str(network.key_to_encoder))
     found = re.match(re.escape(encoder_prefixes(network)[0]) + r"(\d+)\.", key)
@@ -320,8 +337,10 @@ def _is_deeper_stage(key: str, network: nn.Module) -> bool:
 def _fit(
     entry: tuple[str, Tensor, Tensor], network: nn.Module, card: EncoderCard, target: Target
 ) -> tuple[Tensor, str]:
-    """The value of ``entry`` (key, value, live tensor) in the live shape and how it got there (""
-    if it was just copied).
+    """Return a value in the shape of the live tensor, and how it was adapted ("" if it was not).
+
+    Args:
+        entry: key, value, live tensor.
     """
     key, value, live = entry
     notes = []
@@ -329,16 +348,18 @@ def _fit(
         value, note = _fit_positions(key, value, card, target)
         notes.append(note)
     else:
-        if key in [f"{name}.weight" for name in cast(Iterable[str], network.keys_to_in_proj)]:
+        projections = cast(Iterable[str], network.keys_to_in_proj)
+        if key in [f"{name}.weight" for name in projections]:
             value, note = _fit_input(key, value, live, card, target)
             notes.append(note)
         value, note = fit_kernel(value, live.shape[2:])
         notes.append(note)
+
     if value.shape != live.shape:
         raise WeightsError(
             f"'{key}' has shape {tuple(value.shape)} in '{card.name}' and {tuple(live.shape)} in "
-            "the network; the weights are of "
-            "another encoder: plan again"
+            "the network; the weights are of another encoder: plan again",
+            code="weights-other-encoder",
         )
     return value, ", ".join(note for note in notes if note)
 
@@ -350,9 +371,10 @@ def _fit_positions(
     new = grid_of(target.patch_size_vox, card.token_size_vox)
     if value.ndim != 3 or value.shape[1] != volume(old):
         raise WeightsError(
-            f"'{key}' has shape {tuple(value.shape)}, but crop {card.crop_size_vox} in tokens of "
-            f"{card.token_size_vox} makes "
-            f"{volume(old)} positions: encoder.json and the weights do not belong together"
+            f"'{key}' has shape {tuple(value.shape)}, but a crop of {card.crop_size_vox} in tokens "
+            f"of {card.token_size_vox} has {volume(old)} positions: encoder.json and the weights "
+            "do not belong together",
+            code="weights-card-mismatch",
         )
     return fit_positions(value, old, new)
 
@@ -364,8 +386,8 @@ def _fit_input(
     channels = map_channels(given, card.channel_names, needed, target.channel_names)
     if channels is None:
         raise WeightsError(
-            f"'{key}' has {given} input channels, the data {needed}: only 1 -> N, N -> 1 and "
-            "channels of like names can be adapted; "
-            "use other weights"
+            f"'{key}' has {given} input channels, but the data has {needed}: only 1 -> N, N -> 1 "
+            "and channels with equal names can be adapted; use other weights",
+            code="weights-channels",
         )
     return fit_channels(value, channels, live.shape[1])

@@ -1,5 +1,7 @@
-"""Networks from plans: ours rebuild from the plan alone, stock trainers are told which command to
-type.
+"""Build networks from plans.
+
+Our trainers build the network from the plan alone. nnU-Net's stock trainers stop with one line that
+names the right command.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +13,9 @@ from nnunet_autoreg.finetune.block import AutoregBlock, check_arguments, check_c
 from nnunet_autoreg.model import encoders
 
 GUARD_CLASS = f"{__name__}.PlannedForAutoregTrainers"
-"""What ``network_class_name`` says in our plans."""
+"""The value of ``network_class_name`` in our plans."""
 NOT_ARGUMENTS = ("class_path", "input_shape", "drop_path_rate")
-"""What ``arch_kwargs`` holds beside the network's own arguments."""
+"""Keys of ``arch_kwargs`` that are not arguments of the network itself."""
 
 
 def build_network(
@@ -24,13 +26,13 @@ def build_network(
     arguments: Mapping[str, Any] | None = None,
     deep_supervision: bool = False,
 ) -> nn.Module:
-    """The segmentation network of a configuration, with random weights. Needs no weights file.
+    """Return the segmentation network of a configuration with random weights.
 
     Args:
         patch_size: (z, y, x) voxels, a multiple of the token size.
-        arguments: the configuration's own (strides and kernels of a CNN follow its spacing and
-            patch); the encoder's where None.
-        deep_supervision: predictions at several resolutions, where the network has them.
+        arguments: those of the configuration, because the strides and kernels of a CNN depend on
+            spacing and patch; None for those of the encoder.
+        deep_supervision: whether a CNN predicts at several resolutions.
 
     Raises:
         PlanError: the class cannot be found, or the patch does not fit the tokens.
@@ -51,7 +53,7 @@ def build_network(
 def architecture_entry(
     block: AutoregBlock, patch_size: Sequence[int], arguments: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The ``architecture`` of a configuration, as nnU-Net's plans spell it."""
+    """Return the ``architecture`` of a configuration in the form of nnU-Net's plans."""
     return {
         "network_class_name": GUARD_CLASS,
         "arch_kwargs": {
@@ -65,18 +67,19 @@ def architecture_entry(
 
 
 def own_arguments(arch_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The network's arguments out of what ``architecture_entry`` wrote."""
+    """Return the network's arguments from what ``architecture_entry`` has written."""
     return {key: value for key, value in arch_kwargs.items() if key not in NOT_ARGUMENTS}
 
 
 def encoder_prefixes(network: nn.Module) -> tuple[str, str]:
-    """What the keys of a network's encoder and stem begin with."""
+    """Return the prefixes of the keys of a network's encoder and stem."""
     return f"{network.key_to_encoder}.", f"{network.key_to_stem}."
 
 
 class PlannedForAutoregTrainers:
-    """Called with what ``architecture`` holds. nnU-Net's own trainers say whether they want deep
-    supervision: they get one line with the right command. Anyone else gets the network.
+    """Build the network that ``architecture`` describes, but not for nnU-Net's own trainers.
+
+    These pass ``deep_supervision``, and get one line with the right command instead.
     """
 
     def __new__(
@@ -90,14 +93,14 @@ class PlannedForAutoregTrainers:
         """Build the network, or stop a stock trainer.
 
         Raises:
-            SystemExit: called by a trainer that speaks of deep supervision.
+            SystemExit: called with ``deep_supervision``, so by a stock trainer.
         """
         if "deep_supervision" in arguments:
             raise SystemExit(
                 "error: these plans are for the autoreg trainers; add '-tr "
-                "AutoregPretrainedTrainer' (or AutoregScratchTrainer) "
-                "to the command, e.g.: nnUNetv2_train DATASET 3d_fullres FOLD -tr "
-                "AutoregPretrainedTrainer -p AutoregPlans"
+                "AutoregPretrainedTrainer' (or AutoregScratchTrainer) to the command, e.g.: "
+                "nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p "
+                "AutoregPlans"
             )
         check_class(class_path, "architecture")
         check_arguments(arguments, "architecture")

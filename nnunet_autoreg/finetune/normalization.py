@@ -1,4 +1,4 @@
-"""The normalisation that imported encoders saw, as nnU-Net's plans express it."""
+"""Normalise images as in the pretraining of imported encoders, through nnU-Net's plans."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,19 +13,20 @@ PERCENTILE_SCHEME = "AutoregPercentileNormalization"
 
 
 class AutoregPercentileNormalization(ImageNormalization):  # type: ignore[misc]
-    """An image's 1st percentile to 0, its 99.9th to 1, clipped to [0, 1]. nnU-Net finds it by name
-    through the start-up bridge.
+    """Scale an image from its 1st and 99.9th percentile to 0 and 1, and clip it to [0, 1].
 
-    Source: AR-SSL4M's pretraining, which takes the percentiles of every crop of 128^3 voxels after
-        resizing; here they are those
-    of the whole scan before resampling, because nnU-Net normalises before it cuts patches.
+    nnU-Net finds the class by name through the start-up bridge.
+
+    Source: AR-SSL4M's pretraining, which uses the percentiles of every crop of 128^3 voxels after
+    resizing. Here they are those of the whole scan before resampling, because nnU-Net normalises
+    before it cuts patches.
     """
 
     leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true = False
     low, high = 1.0, 99.9
 
     def run(self, image: npt.NDArray[Any], seg: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        """The normalised image; a constant one becomes 0. ``seg`` is not looked at."""
+        """Return the normalised image; a constant one becomes 0. ``seg`` is not used."""
         image = image.astype(self.target_dtype, copy=False)
         low, high = (float(v) for v in np.percentile(image, (self.low, self.high)))
         image -= low
@@ -36,10 +37,9 @@ class AutoregPercentileNormalization(ImageNormalization):  # type: ignore[misc]
 def as_pretrained(
     schemes: Sequence[str], use_mask: Sequence[bool], card: EncoderCard | None
 ) -> tuple[list[str], list[bool]]:
-    """nnU-Net's choice of normalisation per channel, or for every channel that of the weights,
-    where they name one.
+    """Return nnU-Net's normalisation per channel, or that of the weights if they name one.
 
-    nnU-Net's mask follows its z-score only: percentiles are those of the whole scan.
+    nnU-Net's mask is only used with its z-score: percentiles are those of the whole scan.
     """
     if card is None or card.normalization is None:
         return list(schemes), list(use_mask)

@@ -1,6 +1,4 @@
-"""How an error meant for the user leaves through nnU-Net's commands, which would bury it under a
-traceback.
-"""
+"""Show errors as one line where nnU-Net's commands would show a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -15,9 +13,9 @@ from nnunet_autoreg.nnunet_api import dataset_number
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors meant for the user into one line on the terminal and exit code 1.
+    """Turn errors that are meant for the user into one line on the terminal and exit code 1.
 
-    For trainers and planners only.
+    This is for trainers and planners only, which run inside nnU-Net's commands.
     """
     try:
         yield
@@ -26,9 +24,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def missing_plans(error: BaseException) -> str | None:
-    """One line about a plans file that nnU-Net did not find while it looked for our trainer's; None
-    for any other error.
-    """
+    """Return one line about a plans file that does not exist, or None for any other error."""
     if not isinstance(error, FileNotFoundError) or not str(error.filename).endswith("Plans.json"):
         return None
     file = Path(str(error.filename))
@@ -42,10 +38,10 @@ def missing_plans(error: BaseException) -> str | None:
 
 
 def explain_errors_of_nnunet() -> None:
-    """From now on, end in one line where nnU-Net's own code fails because of what the user typed.
+    """Show one line from now on if nnU-Net's own code fails because of the user's options.
 
-    nnU-Net opens the plans before it asks the trainer, and loads ``-pretrained_weights`` between
-    two of its calls.
+    nnU-Net opens the plans before it makes the trainer, and loads ``-pretrained_weights`` between
+    two calls of the trainer, so our trainers cannot catch these errors.
     """
     previous = sys.excepthook
 

@@ -1,5 +1,7 @@
-"""From weights and a dataset to plans: the ``"autoreg"`` block, patch and batch size, intensities,
-kept configurations.
+"""Make plans from weights and a dataset.
+
+This file decides the ``"autoreg"`` block, patch and batch size, intensities, and which
+configurations of an earlier plans file are kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,18 +42,18 @@ MAX_BATCH_TINY = 8
 DEFAULT_MAX_VOX = 160**3
 MAX_TOKENS = DEFAULT_MAX_VOX // 8**3
 MAX_TOKENS_TINY = 2048
-"""Most tokens of a patch, however small they are; those of a tiny encoder are enough for a whole
-scan of Hippocampus in tokens of 4^3.
+"""Largest number of tokens in a patch, however small they are. That of a tiny encoder is enough for
+a whole scan of Hippocampus in tokens of 4^3 voxels.
 """
 SPATIAL_AXES = 3
 
 
 @dataclass(frozen=True)
-class Task:
-    """What planning needs to know of a labelled dataset.
+class SegmentationTask:
+    """Hold what planning needs to know about a labelled dataset.
 
     Attributes:
-        num_cases: labelled cases.
+        num_cases: number of labelled cases.
         median_shape_vox, spacing_mm: (z, y, x) after resampling and transposing.
         num_channels, num_classes: of the network.
     """
@@ -65,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Budget:
-    """GPU memory to plan for; ``is_explicit`` when the user gave it."""
+    """Hold the GPU memory to plan for; ``is_explicit`` if the user has given it."""
 
     gib: float
     is_explicit: bool
@@ -73,8 +75,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Fit:
-    """Patch and batch of a configuration, with the reason for both; ``arguments`` of its network
-    where they are its own.
+    """Hold patch and batch size of a configuration, and the reason for both.
+
+    Attributes:
+        arguments: of the configuration's network; None for those of the encoder.
     """
 
     patch_size: Size
@@ -83,33 +87,36 @@ class Fit:
     arguments: dict[str, Any] | None = None
 
 
-def make_block(choice: Choice, task: Task, budget: Budget, results: Path) -> AutoregBlock:
-    """The ``"autoreg"`` block for the chosen weights.
+def make_block(
+    choice: Choice, task: SegmentationTask, budget: Budget, results: Path
+) -> AutoregBlock:
+    """Return the ``"autoreg"`` block for the chosen weights.
 
     Raises:
-        PlanError: the weights' card names a class or values that cannot be carried out.
+        PlanError: the card of the weights names a network class or values that are not allowed.
     """
-    encoder, why_encoder = _planned_encoder(choice.card, task, budget)
+    encoder, encoder_reason = _planned_encoder(choice.card, task, budget)
     num_epochs = EPOCHS_FEW if task.num_cases <= FEW_CASES else EPOCHS_MANY
     reasons = {
         "weights": choice.reason,
-        "encoder": why_encoder,
+        "encoder": encoder_reason,
         "recipe.num_epochs": f"{task.num_cases} labelled cases: {EPOCHS_FEW} epochs up to "
         f"{FEW_CASES}, else {EPOCHS_MANY}",
         "recipe.pretrained_rate": f"the usual rates of {encoder.name}",
     }
     recipe = Recipe(num_epochs=num_epochs, **recipe_values(encoder))
-    return check_block(
-        AutoregBlock(encoder, _planned_weights(choice, results), recipe, reasons), BLOCK_KEY
-    )
+    block = AutoregBlock(encoder, _planned_weights(choice, results), recipe, reasons)
+    return check_block(block, BLOCK_KEY)
 
 
 def _planned_encoder(
-    card: EncoderCard | None, task: Task, budget: Budget
+    card: EncoderCard | None, task: SegmentationTask, budget: Budget
 ) -> tuple[EncoderPlan, str]:
+    """Return the encoder of the weights, or without weights the one that suits the data."""
     if card is not None:
         encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
         return encoder, f"that of the weights '{card.name}'"
+
     shape = as_size([round(v) for v in task.median_shape_vox])
     pool = Pool(
         num_scans=task.num_cases,
@@ -126,17 +133,18 @@ def _planned_encoder(
 def _planned_weights(choice: Choice, results: Path) -> PlannedWeights | None:
     if choice.card is None or choice.file is None:
         return None
-    home = results.resolve()
-    file = choice.file.relative_to(home) if choice.file.is_relative_to(home) else choice.file
-    return PlannedWeights(
-        choice.card.name, file.as_posix(), choice.card.sha256, choice.card.has_decoder
-    )
+
+    # A path relative to the results stays valid when the whole folder is moved.
+    home, file, card = results.resolve(), choice.file, choice.card
+    if file.is_relative_to(home):
+        file = file.relative_to(home)
+    return PlannedWeights(card.name, file.as_posix(), card.sha256, card.has_decoder)
 
 
 def memory_estimator(
     block: AutoregBlock, num_channels: int, num_classes: int
 ) -> Callable[[Size], TrainingMemory]:
-    """Patch size -> training memory of the block's network, each patch estimated once."""
+    """Return a function from patch size to training memory; it estimates each patch once."""
 
     @cache
     def estimate(patch: Size) -> TrainingMemory:
@@ -149,40 +157,44 @@ def memory_estimator(
 
 def fit_configuration(
     encoder: EncoderPlan,
-    task: Task,
+    task: SegmentationTask,
     budget: Budget,
     memory_of: Callable[[Size], TrainingMemory],
     *,
     dataset_vox: float,
     max_share: float,
 ) -> Fit:
-    """Patch and batch size of a configuration.
+    """Return patch and batch size of a configuration of a transformer.
 
     Args:
         task: with the configuration's median shape and spacing.
+        memory_of: training memory by patch size.
         dataset_vox: voxels of the whole dataset at that spacing.
-        max_share: nnU-Net's cap, the largest share of those in one batch.
+        max_share: largest share of these voxels in one batch, as nnU-Net limits it.
     """
     is_capped = encoder.name.endswith("_tiny") and not budget.is_explicit
     patch, memory = _largest_patch(encoder, task, budget, is_capped, memory_of)
-    room = memory.largest_batch(budget.gib * GIB)
-    share = round(dataset_vox * max_share / volume(patch))
-    limits = {f"{budget.gib:g} GiB": room, f"{100 * max_share:g} % of the dataset": share}
+
+    # The smallest limit decides.
+    fitting = memory.largest_batch(budget.gib * GIB)
+    limits = {
+        f"{budget.gib:g} GiB": fitting,
+        f"{100 * max_share:g} % of the dataset": round(dataset_vox * max_share / volume(patch)),
+    }
     if is_capped:
         limits["tiny encoder"] = MAX_BATCH_TINY
     limit = min(limits, key=lambda name: limits[name])
     batch = max(MIN_BATCH, limits[limit])
-    needed = memory.total_bytes(batch) / GIB
-    why_batch = (
-        f"the smallest, {limit} would be {limits[limit]}"
-        if limits[limit] < MIN_BATCH
-        else f"limited by {limit}"
-    )
+
+    batch_reason = f"limited by {limit}"
+    if limits[limit] < MIN_BATCH:
+        batch_reason = f"the smallest, {limit} would be {limits[limit]}"
+    needed_gib = memory.total_bytes(batch) / GIB
     reason = (
-        f"median {size_text(task.median_shape_vox, '.0f')} voxels; batch {why_batch}; about "
-        f"{needed:.1f} GiB to train"
+        f"median {size_text(task.median_shape_vox, '.0f')} voxels; batch {batch_reason}; about "
+        f"{needed_gib:.1f} GiB to train"
     )
-    if room < MIN_BATCH:
+    if fitting < MIN_BATCH:
         reason += (
             f", MORE than the target of {budget.gib:g} GiB: even the smallest patch does not fit"
         )
@@ -191,45 +203,45 @@ def fit_configuration(
 
 def _largest_patch(
     encoder: EncoderPlan,
-    task: Task,
+    task: SegmentationTask,
     budget: Budget,
     is_capped: bool,
     memory_of: Callable[[Size], TrainingMemory],
 ) -> tuple[Size, TrainingMemory]:
-    """The wanted patch, shrunk until a batch of two fits (memory is close to proportional to the
-    patch's voxels).
-    """
+    """Return the largest patch with which a batch of two fits, and its memory."""
     size = ENCODERS.get(encoder.name)
+    token_vox = volume(encoder.token_size_vox)
     max_vox = size.max_crop_vox if size and (is_capped or not size.is_tiny) else DEFAULT_MAX_VOX
-    max_vox = min(
-        max_vox, (MAX_TOKENS_TINY if is_capped else MAX_TOKENS) * volume(encoder.token_size_vox)
-    )
+    max_vox = min(max_vox, (MAX_TOKENS_TINY if is_capped else MAX_TOKENS) * token_vox)
+
     while True:
         patch = plan_crop(task.median_shape_vox, task.spacing_mm, encoder.token_size_vox, max_vox)
         memory = memory_of(patch)
-        room = budget.gib * GIB - memory.fixed_bytes
-        wanted = MIN_BATCH * memory.sample_bytes
-        if room >= wanted or patch == encoder.token_size_vox:
+        available = budget.gib * GIB - memory.fixed_bytes
+        needed = MIN_BATCH * memory.sample_bytes
+        if available >= needed or patch == encoder.token_size_vox:
             return patch, memory
-        max_vox = max(
-            min(volume(patch) - 1, int(volume(patch) * room / wanted)),
-            volume(encoder.token_size_vox),
-        )
+
+        # Memory is almost proportional to the voxels of the patch.
+        max_vox = min(volume(patch) - 1, int(volume(patch) * available / needed))
+        max_vox = max(max_vox, token_vox)
 
 
 def with_ct_window(
     properties: Mapping[str, Any], channel_names: Sequence[str], card: EncoderCard | None
 ) -> dict[str, Any]:
-    """nnU-Net's intensity properties per channel, CT channels taken from pretraining so that both
-    see the same window.
+    """Return nnU-Net's intensity properties per channel, with pretraining's window for CT.
+
+    Fine-tuning then clips CT exactly as pretraining did.
     """
-    window = (
-        to_jsonable(card.ct_window) if card is not None and card.ct_window is not None else None
-    )
-    return {
-        str(index): dict(window) if window and is_ct(channel_names[int(index)]) else values
-        for index, values in properties.items()
-    }
+    if card is None or card.ct_window is None:
+        return {str(index): values for index, values in properties.items()}
+
+    found = {}
+    for index, values in properties.items():
+        has_window = is_ct(channel_names[int(index)])
+        found[str(index)] = to_jsonable(card.ct_window) if has_window else values
+    return found
 
 
 def with_fits(
@@ -239,112 +251,119 @@ def with_fits(
     num_cases: int,
     channel_names: Sequence[str],
 ) -> AutoregBlock:
-    """``block`` with the reasons for each configuration's patch and batch, and the decoder-first
-    stage that they call for.
+    """Return ``block`` with the reasons for each patch and batch, and the decoder-first stage.
 
     Args:
-        fits: by configuration; the stage is for all of them, and looks at the first.
-        num_cases: labelled cases.
+        fits: by configuration. The decoder-first stage is the same for all of them; the first
+            configuration with network arguments of its own decides.
+        num_cases: number of labelled cases.
         channel_names: of the dataset, in order.
     """
-    arguments = next(
-        (fit.arguments for fit in fits.values() if fit.arguments is not None),
-        block.encoder.arguments,
-    )
-    channels = (
-        map_channels(card.num_input_channels, card.channel_names, len(channel_names), channel_names)
-        if card
-        else None
-    )
-    change = stem_change(block.encoder, arguments, channels.note if channels else "")
-    share, why = decoder_first(
+    arguments = block.encoder.arguments
+    for fit in fits.values():
+        if fit.arguments is not None:
+            arguments = fit.arguments
+            break
+
+    channel_note = ""
+    if card is not None:
+        channels = map_channels(
+            card.num_input_channels, card.channel_names, len(channel_names), channel_names
+        )
+        channel_note = channels.note if channels else ""
+    change = stem_change(block.encoder, arguments, channel_note)
+
+    share, share_reason = decoder_first(
         block.encoder, num_cases, card is not None, change, block.transfers_decoder
     )
-    reasons = {
-        **block.reasons,
-        "recipe.decoder_first_fraction": why,
-        **{name: fit.reason for name, fit in fits.items()},
-    }
-    return replace(
-        block, recipe=replace(block.recipe, decoder_first_fraction=share), reasons=reasons
-    )
+    reasons = {**block.reasons, "recipe.decoder_first_fraction": share_reason}
+    for name, fit in fits.items():
+        reasons[name] = fit.reason
+    recipe = replace(block.recipe, decoder_first_fraction=share)
+    return replace(block, recipe=recipe, reasons=reasons)
 
 
 def kept_configurations(
     old: Mapping[str, Any], new: Mapping[str, Any], class_path: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """The user's own configurations of an earlier plans file that still work, and one line per
-    dropped one.
+    """Return the user's own configurations of an earlier plans file that are still valid.
+
+    The second value has one line for each configuration that is left out.
 
     Args:
-        old, new: parsed plans; configurations of ours in ``old`` are stale and never kept.
+        old, new: parsed plans; our own configurations in ``old`` are outdated and never kept.
         class_path: of the new plans' encoder.
     """
-    custom = {
-        name: c
-        for name, c in old.get("configurations", {}).items()
-        if name not in OWN_CONFIGURATIONS
-    }
-    dropped: list[str] = []
+    custom = {}
+    for name, configuration in old.get("configurations", {}).items():
+        if name not in OWN_CONFIGURATIONS:
+            custom[name] = configuration
+
+    # Others may inherit from a configuration that is left out, so check again until all are valid.
+    left_out: list[str] = []
     while True:
         known = {**new["configurations"], **custom}
-        wrong = {name: why for name in custom if (why := _why_invalid(name, known, class_path))}
-        if not wrong:
-            return custom, dropped
-        dropped += [
-            f"configuration '{name}' was left out of the new plans: {why}"
-            for name, why in wrong.items()
-        ]
-        custom = {name: c for name, c in custom.items() if name not in wrong}
+        reasons = {name: _reason_against(name, known, class_path) for name in custom}
+        invalid = {name: reason for name, reason in reasons.items() if reason}
+        if not invalid:
+            return custom, left_out
+        for name, reason in invalid.items():
+            left_out.append(f"configuration '{name}' was left out of the new plans: {reason}")
+            del custom[name]
 
 
-def _why_invalid(name: str, known: Mapping[str, Any], class_path: str) -> str | None:
+def _reason_against(name: str, known: Mapping[str, Any], class_path: str) -> str | None:
+    """Return why a configuration is not valid any more, or None."""
+    # Resolve inheritance; values of the child come before those of the parent.
     resolved: dict[str, Any] = {}
     seen: list[str] = []
     parent: str | None = name
     while parent is not None:
-        if parent not in known or parent in seen:
-            return (
-                f"it inherits from '{parent}', which "
-                f"{'leads back to itself' if parent in seen else 'no longer exists'}"
-            )
+        if parent not in known:
+            return f"it inherits from '{parent}', which no longer exists"
+        if parent in seen:
+            return f"it inherits from '{parent}', which leads back to itself"
         seen.append(parent)
         resolved = {**known[parent], **resolved}
         parent = known[parent].get("inherits_from")
+
     for key in ("patch_size", "batch_size", "spacing", "data_identifier", "architecture"):
         if key not in resolved:
             return f"it has no '{key}'"
     if len(resolved["patch_size"]) != SPATIAL_AXES:
         return f"its patch size {resolved['patch_size']} is not 3D"
+
     kwargs = resolved["architecture"].get("arch_kwargs", {})
     if kwargs.get("class_path") != class_path:
-        return "its network is another than the new plans'"
+        return "its network differs from that of the new plans"
     try:
         grid_of(resolved["patch_size"], token_size_of(class_path, own_arguments(kwargs)))
     except ValueError as error:
         return f"patch size: {error}"
+
     stage = resolved.get("previous_stage")
-    return (
-        f"its previous stage '{stage}' no longer exists"
-        if stage is not None and stage not in known
-        else None
-    )
+    if stage is not None and stage not in known:
+        return f"its previous stage '{stage}' no longer exists"
+    return None
 
 
 def check_plans_name(name: str, old: Mapping[str, Any] | None) -> None:
-    """Refuse names that would break nnU-Net's folder names or overwrite another planner's work.
+    """Refuse names that would break nnU-Net's folder names or overwrite another planner's plans.
 
     Raises:
-        PlanError: the name holds ``__``, or an existing plans file of that name is not ours.
+        PlanError: the name contains ``__`` (code "plan-name"), or an existing plans file of that
+            name is not ours (code "plan-name-taken").
     """
     if "__" in name:
         raise PlanError(
-            f"plans name '{name}' holds '__', by which nnU-Net splits folder names; use a single "
-            "'_'"
+            f"the plans name '{name}' contains '__', at which nnU-Net splits folder names; use a "
+            "single '_'",
+            code="plan-name",
         )
     if old is not None and BLOCK_KEY not in old:
         maker = old.get("experiment_planner_used", "another planner")
         raise PlanError(
-            f"{name}.json exists, made by {maker}, and is not overwritten: choose another "
-            "-overwrite_plans_name"
+            f"{name}.json exists and was made by {maker}, so it is not overwritten; choose another "
+            "-overwrite_plans_name",
+            code="plan-name-taken",
         )

@@ -1,7 +1,7 @@
-"""The fine-tuning recipe as functions: learning rate of an iteration, which part learns in it,
-parameter groups of a network.
+"""Carry out the fine-tuning recipe: learning rates, trained parts and parameter groups.
 
-All of it is a pure function of the iteration, so a resumed run is the run it resumes.
+Everything is a pure function of the iteration, so a resumed run continues exactly as the
+interrupted one would have.
 """
 
 import re
@@ -21,14 +21,13 @@ _BLOCK = re.compile(r"^.*?(stages\.\d+\.)?(blocks|layers)\.\d+\.")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to ``peak_rate``, then polynomial decay to 0, in iterations.
+    """Compute learning rates: linear warm-up to ``peak_rate``, then polynomial decay to 0.
 
-    A decoder-first stage comes before: the decoder's rate rises to the peak while the encoder stays
-        as it is; then all of the
-    network warms up from 0.
+    All lengths are in iterations. A decoder-first stage may come before: the decoder's rate rises
+    to the peak while the encoder is frozen; then the whole network warms up from 0.
 
-    Source: the "sawtooth" schedule of arXiv 2412.17041 (nnssl), its first stage here a share of the
-        run.
+    Source: the "sawtooth" schedule of arXiv 2412.17041 (nnssl); here its first stage is a share of
+    the run.
     """
 
     peak_rate: float
@@ -38,21 +37,23 @@ class Schedule:
     decoder_first_iterations: int = 0
 
     def is_decoder_first(self, iteration: int) -> bool:
-        """Whether only the decoder learns in ``iteration`` (from 0)."""
+        """Return whether only the decoder is trained in ``iteration`` (from 0)."""
         return iteration < self.decoder_first_iterations
 
     def rate(self, iteration: int) -> float:
-        """The learning rate of ``iteration`` (from 0); the last iteration of a rise has the peak
-        rate.
+        """Return the learning rate of ``iteration`` (from 0).
+
+        The last iteration of a rise has the peak rate.
         """
         if self.is_decoder_first(iteration):
             return self.peak_rate * (iteration + 1) / self.decoder_first_iterations
+
         done = iteration - self.decoder_first_iterations
         if done < self.warmup_iterations:
             return self.peak_rate * (done + 1) / self.warmup_iterations
-        left = 1 - (done - self.warmup_iterations) / (
-            self.num_iterations - self.decoder_first_iterations - self.warmup_iterations
-        )
+
+        num_decay = self.num_iterations - self.decoder_first_iterations - self.warmup_iterations
+        left = 1 - (done - self.warmup_iterations) / num_decay
         return self.peak_rate * float(max(left, 0.0) ** self.poly_exponent)
 
 
@@ -64,12 +65,11 @@ def make_schedule(
     batch_size: int,
     uses_weights: bool = True,
 ) -> Schedule:
-    """The schedule of a run.
+    """Return the schedule of a run.
 
     Args:
-        batch_size: patches of one optimiser step, over all processes.
-        uses_weights: False for the scratch twin, whose encoder has nothing to keep: no
-            decoder-first stage.
+        batch_size: patches per optimiser step, of all processes together.
+        uses_weights: False for training from scratch, which needs no decoder-first stage.
     """
     total = num_epochs * iterations_per_epoch
     warmup = min(
@@ -82,8 +82,9 @@ def make_schedule(
 
 
 class IterationRates:
-    """Sets the rates of an optimiser; stands where nnU-Net expects a scheduler (it calls
-    ``step(epoch)``).
+    """Set the learning rates of an optimiser.
+
+    It takes the place of nnU-Net's scheduler, which nnU-Net calls as ``step(epoch)``.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class IterationRates:
             group["lr"] = rate * group["rate_factor"]
 
     def is_decoder_first(self, epoch: int, iteration: int) -> bool:
-        """Whether only the decoder learns in ``iteration`` of ``epoch``."""
+        """Return whether only the decoder is trained in ``iteration`` of ``epoch``."""
         return self.schedule.is_decoder_first(self._number(epoch, iteration))
 
     def _number(self, epoch: int, iteration: int) -> int:
@@ -108,7 +109,7 @@ class IterationRates:
 
 
 def encoder_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """What a decoder-first stage leaves alone: encoder and stem."""
+    """Return the parameters of encoder and stem, which a decoder-first stage does not train."""
     prefixes = encoder_prefixes(network)
     return [
         parameter for name, parameter in network.named_parameters() if name.startswith(prefixes)
@@ -118,14 +119,14 @@ def encoder_parameters(network: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(
     network: nn.Module, recipe: Recipe, decoder_keys: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Groups for the optimiser: decayed and undecayed parameters, and per layer too where
-    ``layer_decay`` is on.
+    """Return parameter groups by learning rate and weight decay.
 
-    The first group always has the full rate: nnU-Net logs that one.
+    Rates differ between layers if ``layer_decay`` is on. The first group always has the full rate,
+    because nnU-Net logs the rate of that group.
 
     Args:
-        decoder_keys: parameters of the decoder that start from pretrained weights; they have a rate
-            of their own.
+        decoder_keys: parameters of the decoder that start from pretrained weights, and may have
+            another rate.
     """
     layers = _layer_of(network)
     top = max(layers.values())
@@ -136,9 +137,8 @@ def parameter_groups(
         factor = recipe.layer_decay ** (top - layers[name])
         if name in decoder_keys:
             factor *= recipe.decoder_rate_factor
-        decay = (
-            recipe.weight_decay if recipe.optimizer == SGD or is_decayed(name, parameter) else 0.0
-        )
+        has_decay = recipe.optimizer == SGD or is_decayed(name, parameter)
+        decay = recipe.weight_decay if has_decay else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
 
     # Every network has heads that start at random, so there is always a group at the full rate.
@@ -150,36 +150,39 @@ def parameter_groups(
 
 
 def _layer_of(network: nn.Module) -> dict[str, int]:
-    """Depth of each parameter:
+    """Return the depth of each parameter.
 
-    0 for stem and positions, i + 1 for block i, one more for final norm and decoder.
-
-    Blocks of a CNN are counted through all of its stages.
+    It is 0 for stem and positions, i + 1 for block i, and one more for the final norm and the
+    decoder. Blocks of a CNN are counted through all of its stages.
     """
     names = [name for name, _ in network.named_parameters()]
     encoder, stem = encoder_prefixes(network)
-    blocks = {
-        name: found[0]
-        for name in names
-        if name.startswith(encoder) and (found := _BLOCK.match(name))
-    }
-    order = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()), start=1)}
-    top = len(order) + 1
-    return {
-        name: 0
-        if name.startswith(stem) or is_position(name)
-        else order[blocks[name]]
-        if name in blocks
-        else top
-        for name in names
-    }
+
+    block_of: dict[str, str] = {}
+    for name in names:
+        found = _BLOCK.match(name)
+        if name.startswith(encoder) and found:
+            block_of[name] = found[0]
+    blocks = dict.fromkeys(block_of.values())  # in the order of the network, each once
+    depth_of = {block: depth for depth, block in enumerate(blocks, start=1)}
+
+    layers = {}
+    for name in names:
+        if name.startswith(stem) or is_position(name):
+            layers[name] = 0
+        elif name in block_of:
+            layers[name] = depth_of[block_of[name]]
+        else:
+            layers[name] = len(blocks) + 1
+    return layers
 
 
 def make_optimizer(
     groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum as nnU-Net has it, or AdamW in its fused form as nnU-Net's own
-    Primus trainers have it.
+    """Return the recipe's optimiser.
+
+    It is SGD with Nesterov momentum as in nnU-Net, or fused AdamW as in nnU-Net's Primus trainers.
     """
     if recipe.optimizer == SGD:
         return torch.optim.SGD(

@@ -1,5 +1,6 @@
-"""Patch, batch, strides and kernels of a ResEnc encoder: asked of nnU-Net's own planner of that
-size, then brought to the weights.
+"""Plan patch, batch, strides and kernels for a ResEnc encoder.
+
+nnU-Net's own planner of that size makes the plan, which is then adapted to the weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_autoreg.finetune.adapt import times
 from nnunet_autoreg.finetune.families import rows
-from nnunet_autoreg.finetune.plans import MAX_BATCH_TINY, MIN_BATCH, Budget, Fit, Task
+from nnunet_autoreg.finetune.plans import MAX_BATCH_TINY, MIN_BATCH, Budget, Fit, SegmentationTask
 from nnunet_autoreg.geometry import as_size, size_text, volume
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
@@ -28,15 +29,16 @@ PRESETS = {
     "resenc_xl": nnUNetPlannerResEncXL,
 }
 NUM_STAGES = 14
-"""More than any patch has."""
+"""Entries of nnU-Net's lists with one value per stage; more than any patch needs."""
 SHRINK = 0.9
+"""Factor by which the image is cut until the patch is small enough."""
 
 
 def stock_planner(encoder: EncoderPlan, dataset_name: str, budget: Budget) -> ResEncUNetPlanner:
-    """nnU-Net's planner of this encoder's size (M's where it has none of that name), for this
-    encoder's widths and depths.
+    """Return nnU-Net's planner for an encoder of this size, with the encoder's widths and depths.
 
-    The memory it plans for is that planner's own unless the user gave another.
+    For sizes without a planner of their own it is that of ResEnc M. It plans for its own amount of
+    memory unless the user has given another.
     """
     planner = PRESETS.get(encoder.name, nnUNetPlannerResEncM)(dataset_name)
     features = encoder.arguments["features_per_stage"]
@@ -57,8 +59,10 @@ def feature_map_size(
     arguments: dict[str, Any],
     imported: Sequence[str],
 ) -> float:
-    """What nnU-Net's planner measures memory by, as it does itself - but without weights, and with
-    ``nnUNet_n_proc_DA=0`` too, with which nnU-Net asks torch for no threads at all.
+    """Return the size of all feature maps, by which nnU-Net's planner estimates memory.
+
+    It replaces nnU-Net's own function, which allocates the weights, and fails with
+    ``nnUNet_n_proc_DA=0`` because it then asks torch for 0 threads.
     """
     with torch.device("meta"):
         network = get_network_from_plans(
@@ -70,50 +74,55 @@ def feature_map_size(
 def fit_resenc(
     planner: ResEncUNetPlanner,
     encoder: EncoderPlan,
-    task: Task,
+    task: SegmentationTask,
     budget: Budget,
     cache: dict[str, Any],
     *,
     dataset_vox: float,
     max_share: float,
 ) -> Fit:
-    """Patch, batch and network arguments of a configuration.
+    """Return patch, batch and network arguments of a configuration.
 
     Args:
         planner: from ``stock_planner``.
         task: with the configuration's median shape and spacing.
-        cache: nnU-Net's, of memory by patch.
+        cache: nnU-Net's cache of memory by patch.
         dataset_vox: voxels of the whole dataset at that spacing.
-        max_share: of a tiny encoder: the largest share of those in one batch. nnU-Net's ResEnc
-            planners have no such cap.
+        max_share: largest share of these voxels in one batch, for tiny encoders only. nnU-Net's
+            ResEnc planners have no such limit.
     """
     size = ENCODERS.get(encoder.name)
     is_capped = size is not None and size.is_tiny and not budget.is_explicit
     planner.max_dataset_covered = max_share if is_capped else 1
     max_vox = size.max_crop_vox if size is not None and is_capped else None
-    stock = _ask(planner, encoder, task, cache, dataset_vox, max_vox)
-    arguments, told = reconciled(stock["architecture"]["arch_kwargs"], encoder)
+    stock = _stock_plan(planner, encoder, task, cache, dataset_vox, max_vox)
+    arguments, changes = reconciled(stock["architecture"]["arch_kwargs"], encoder)
+
     batch = int(stock["batch_size"])
     if is_capped:
         batch = max(MIN_BATCH, min(batch, MAX_BATCH_TINY))
+
     stock_name = f"nnU-Net's {type(planner).__name__} for {planner.UNet_vram_target_GB:g} GB"
-    limit = f"as {stock_name}, within what tiny encoders get" if is_capped else f"as {stock_name}"
+    limit = f"as {stock_name}"
+    if is_capped:
+        limit += ", within the limits of tiny encoders"
     median = size_text(task.median_shape_vox, ".0f")
-    return Fit(
-        as_size(stock["patch_size"]), batch, f"median {median} voxels; {limit}; {told}", arguments
-    )
+    reason = f"median {median} voxels; {limit}; {changes}"
+    return Fit(as_size(stock["patch_size"]), batch, reason, arguments)
 
 
-def _ask(
+def _stock_plan(
     planner: ResEncUNetPlanner,
     encoder: EncoderPlan,
-    task: Task,
+    task: SegmentationTask,
     cache: dict[str, Any],
     dataset_vox: float,
     max_vox: float | None,
 ) -> dict[str, Any]:
-    """nnU-Net's plan of the configuration, of at most ``max_vox`` voxels a patch: the image it sees
-    is cut until that holds.
+    """Return nnU-Net's plan of the configuration, with at most ``max_vox`` voxels per patch.
+
+    nnU-Net's planner has no such limit, so the image that it is given is cut until the patch is
+    small enough.
     """
     shape: Sequence[float] = task.median_shape_vox
     limit = max_vox
@@ -125,29 +134,28 @@ def _ask(
         plan: dict[str, Any] = planner.get_plans_for_configuration(
             task.spacing_mm, shape, "", dataset_vox, cache
         )
-        if (
-            max_vox is None
-            or limit is None
-            or volume(plan["patch_size"]) <= max_vox
-            or limit <= volume(encoder.token_size_vox)
-        ):
+        if max_vox is None or limit is None or volume(plan["patch_size"]) <= max_vox:
+            return plan
+        if limit <= volume(encoder.token_size_vox):
+            # The patch cannot be smaller than one token.
             return plan
         limit *= SHRINK
 
 
 def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[str, Any], str]:
-    """The network's arguments: stages, strides and kernels that the data asks for, as far as the
-    encoder goes; and what was done.
+    """Return the network's arguments for the data, and a note about what the encoder changes.
 
-    Deeper stages than the encoder has would start at random and hold most of the parameters: there
-    are never more of them.
+    Stages, strides and kernels follow the data, but there are never more stages than the encoder
+    has: deeper stages would start at random, and hold most of the parameters.
 
     Args:
         wanted: ``arch_kwargs`` of nnU-Net's planner.
     """
     own = encoder.arguments
-    num_stages = min(int(wanted["n_stages"]), int(own["n_stages"]))
-    strides, kernels = (rows(wanted[key])[:num_stages] for key in ("strides", "kernel_sizes"))
+    num_wanted, num_own = int(wanted["n_stages"]), int(own["n_stages"])
+    num_stages = min(num_wanted, num_own)
+    strides = rows(wanted["strides"])[:num_stages]
+    kernels = rows(wanted["kernel_sizes"])[:num_stages]
     arguments = {
         **own,
         "n_stages": num_stages,
@@ -157,33 +165,31 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
         "n_blocks_per_stage": list(own["n_blocks_per_stage"])[:num_stages],
         "n_conv_per_stage_decoder": list(own["n_conv_per_stage_decoder"])[: num_stages - 1],
     }
-    told = [
-        _told_stages(int(wanted["n_stages"]), int(own["n_stages"])),
-        *_told_kernels(kernels, rows(own["kernel_sizes"])),
-    ]
-    return arguments, "; ".join(told)
 
+    if num_wanted > num_own:
+        notes = [f"{num_own} stages, all that the encoder has ({num_wanted} would fit the patch)"]
+    elif num_wanted == num_own:
+        notes = [f"{num_wanted} stages"]
+    else:
+        notes = [
+            f"{num_wanted} stages fit the patch, but the encoder has {num_own}: the deepest are "
+            "not used"
+        ]
 
-def _told_stages(wanted: int, own: int) -> str:
-    if wanted > own:
-        return f"{own} stages, all that the encoder has ({wanted} would fit the patch)"
-    return (
-        f"{wanted} stages"
-        if wanted == own
-        else f"{wanted} stages fit the patch, {own} has the encoder: the deepest are not used"
-    )
-
-
-def _told_kernels(kernels: list[list[int]], own: list[list[int]]) -> list[str]:
-    changed = [i for i, (new, old) in enumerate(zip(kernels, own, strict=False)) if new != old]
-    if not changed:
-        return []
-    shapes = sorted({f"{times(own[i])} -> {times(kernels[i])}" for i in changed})
-    return [
-        f"the spacing asks for other kernels in stages {', '.join(map(str, changed))}: "
-        f"{', '.join(shapes)}"
-    ]
+    stages, shapes = [], set()
+    own_kernels = rows(own["kernel_sizes"])
+    for stage, (kernel, own_kernel) in enumerate(zip(kernels, own_kernels, strict=False)):
+        if kernel != own_kernel:
+            stages.append(str(stage))
+            shapes.add(f"{times(own_kernel)} -> {times(kernel)}")
+    if stages:
+        notes.append(
+            f"the spacing needs other kernels in stages {', '.join(stages)}: "
+            f"{', '.join(sorted(shapes))}"
+        )
+    return arguments, "; ".join(notes)
 
 
 def _extended(values: Sequence[int]) -> tuple[int, ...]:
+    """Return one value for each of ``NUM_STAGES`` stages, the last one repeated."""
     return (*values, *[values[-1]] * (NUM_STAGES - len(values)))

@@ -1,4 +1,4 @@
-"""What became of every tensor when pretrained weights were loaded: the table that users see."""
+"""Describe what happened to every tensor when pretrained weights were loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,13 @@ MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor: key, parameters in it, where its values come from, and how they were adapted or
-    why not.
+class TensorEntry:
+    """Hold the origin of one tensor.
+
+    Attributes:
+        num_parameters: number of its values.
+        status: ``LOADED``, ``ADAPTED``, ``RANDOM`` or ``UNUSED``.
+        note: how it was adapted, or why it was not loaded.
     """
 
     key: str
@@ -21,33 +25,34 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """What became of every tensor of a network.
+    """Hold the origin of all tensors of a network.
 
     Attributes:
-        source: the weights, for the user.
+        source: name of the weights, for the user.
         entries: the tensors of the encoder.
         decoder: the tensors of a decoder that was pretrained too; empty where none is transferred.
         rest: all other parameters, which start at random.
         unused: tensors of the file that are not loaded into this network.
-        licences: a line about those of the weights, "" where none is stated.
+        licences: one line about the licences of the weights, "" if none is stated.
     """
 
     source: str
-    entries: tuple[Entry, ...]
-    rest: Entry
-    decoder: tuple[Entry, ...] = ()
-    unused: tuple[Entry, ...] = ()
+    entries: tuple[TensorEntry, ...]
+    rest: TensorEntry
+    decoder: tuple[TensorEntry, ...] = ()
+    unused: tuple[TensorEntry, ...] = ()
     licences: str = ""
 
     @property
     def encoder_share(self) -> float:
-        """Share of the encoder's parameters that come from the file, 0 to 1."""
+        """Return the share of the encoder's parameters that come from the file, 0 to 1."""
         return _share(self.entries)
 
     @property
     def decoder_share(self) -> float:
-        """Share of the decoder's parameters that come from the file, 0 to 1; its heads do not
-        count.
+        """Return the share of the decoder's parameters that come from the file, 0 to 1.
+
+        Its heads do not count.
         """
         return _share(self.decoder)
 
@@ -70,13 +75,13 @@ class WeightTable:
         return lines
 
 
-def _share(entries: Sequence[Entry]) -> float:
+def _share(entries: Sequence[TensorEntry]) -> float:
     total = sum(entry.num_parameters for entry in entries)
     given = sum(entry.num_parameters for entry in entries if entry.status != RANDOM)
     return given / total if total else 0.0
 
 
-def _lines_by_status(entries: Sequence[Entry]) -> list[str]:
+def _lines_by_status(entries: Sequence[TensorEntry]) -> list[str]:
     lines = []
     for status in (LOADED, ADAPTED, RANDOM):
         chosen = [entry for entry in entries if entry.status == status]
@@ -84,7 +89,7 @@ def _lines_by_status(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def _status_line(status: str, entries: Sequence[Entry]) -> str:
+def _status_line(status: str, entries: Sequence[TensorEntry]) -> str:
     notes = "" if status == LOADED else _by_note(entries)
     num_parameters = sum(entry.num_parameters for entry in entries)
     return _line(status, len(entries), num_parameters, notes)
@@ -94,8 +99,8 @@ def _line(label: str, count: int, num_parameters: int, notes: str, unit: str = "
     return f"  {label:<8} {count:>4} {unit:<7} {num_parameters:>12,} parameters  {notes}".rstrip()
 
 
-def _by_note(entries: Sequence[Entry]) -> str:
-    """Return the keys, those that share a note together."""
+def _by_note(entries: Sequence[TensorEntry]) -> str:
+    """Return the keys as text; keys with the same note stand together."""
     keys: dict[str, list[str]] = {}
     for entry in entries:
         keys.setdefault(entry.note, []).append(entry.key)

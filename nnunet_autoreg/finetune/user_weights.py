@@ -1,5 +1,6 @@
-"""nnU-Net's own ``-pretrained_weights X``: what the user names there is never undone by the plan's
-weights.
+"""Respect nnU-Net's own option ``-pretrained_weights FILE``.
+
+Weights that the user names there are never overwritten by the plan's weights.
 """
 
 import argparse
@@ -15,24 +16,24 @@ from nnunet_autoreg.errors import UsageError
 OPTION = "-pretrained_weights"
 COMMANDS = ("nnUNetv2_train", "run_training")
 LOADER = "load_pretrained_weights"
-"""The function of nnU-Net that carries the option out."""
+"""The function of nnU-Net that loads the weights of this option."""
 
 
 def named_weights(command_line: Sequence[str]) -> Path | None:
-    """Return the file that ``nnUNetv2_train`` was given with ``-pretrained_weights``, None without
-    it.
+    """Return the file of ``nnUNetv2_train -pretrained_weights``, or None without this option.
 
     Args:
         command_line: the command and its arguments, as in ``sys.argv``.
 
     Raises:
-        UsageError: the file does not exist, or is no checkpoint of nnU-Net.
+        UsageError: the file does not exist (code "usage-no-file"), or is not a checkpoint of
+            nnU-Net (code "usage-not-a-checkpoint").
     """
     if Path(command_line[0]).stem not in COMMANDS:
         return None
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(OPTION, dest="file")
-    # Known here, so that it is not read as an abbreviation of the other.
+    # Without this option, argparse would take "-p" as an abbreviation of the other.
     parser.add_argument("-p", dest="plans")
     named, _ = parser.parse_known_args(list(command_line[1:]))
     if named.file is None:
@@ -40,12 +41,12 @@ def named_weights(command_line: Sequence[str]) -> Path | None:
 
     file = Path(named.file)
     if not file.is_file():
-        raise UsageError(f"{OPTION} {file}: there is no such file")
+        raise UsageError(f"{OPTION} {file}: this file does not exist", code="usage-no-file")
     if file.suffix == ".safetensors":
         raise UsageError(
-            f"{OPTION} {file}: nnU-Net reads its own checkpoints with this option; a pretrained "
-            "encoder is named by the plan "
-            f"and loaded without it: leave {OPTION} out"
+            f"{OPTION} {file}: with this option nnU-Net reads its own checkpoints only. The plan "
+            f"names the pretrained encoder, which is loaded without it: leave {OPTION} out",
+            code="usage-not-a-checkpoint",
         )
     return file
 
@@ -54,7 +55,7 @@ def watch_loading(network: nn.Module) -> Callable[[], bool]:
     """Return a function that says whether weights have been loaded into ``network`` since now."""
     loaded: list[bool] = []
 
-    # A plain function, because a network's hooks are copied along with it.
+    # A plain function, because a copy of a network has copies of its hooks.
     def note(module: nn.Module, incompatible_keys: Any) -> None:
         loaded.append(True)
 
@@ -63,7 +64,7 @@ def watch_loading(network: nn.Module) -> Callable[[], bool]:
 
 
 def kept_line(file: Path | None, planned: str | None) -> str:
-    """Return the line that says which weights a training starts from.
+    """Return the log line about the weights that a training starts from.
 
     Args:
         file: what ``-pretrained_weights`` named; None where a script loaded the weights.
@@ -71,16 +72,14 @@ def kept_line(file: Path | None, planned: str | None) -> str:
     """
     named = f"{OPTION} {file}" if file else "weights that were loaded before training"
     if planned is None:
-        return f"starts from {named}: this is no training from scratch"
+        return f"starts from {named}: this is not a training from scratch"
     return f"starts from {named}: they are kept, and the plan's weights '{planned}' are not loaded"
 
 
 def misfit(
     error: BaseException, trace: TracebackType | None, command_line: Sequence[str]
 ) -> str | None:
-    """Return one line about an error of nnU-Net's while it loaded the user's weights; None for any
-    other error.
-    """
+    """Return one line about weights of the user that nnU-Net cannot load; None for other errors."""
     functions = []
     while trace is not None:
         functions.append(trace.tb_frame.f_code.co_name)
@@ -88,7 +87,7 @@ def misfit(
     if LOADER not in functions:
         return None
 
-    # nnU-Net's message goes on with the values of a whole tensor.
+    # The rest of nnU-Net's message lists the values of a whole tensor.
     reason = str(error).split(". ")[0].splitlines() or [type(error).__name__]
     try:
         file = named_weights(command_line)
@@ -96,6 +95,5 @@ def misfit(
         file = None
     return (
         f"{OPTION} {file or ''}: these weights cannot be loaded into the plan's network "
-        f"({reason[0][:160]}); name a "
-        f"checkpoint of the same network, or leave {OPTION} out"
+        f"({reason[0][:160]}); give a checkpoint of the same network, or leave {OPTION} out"
     )

@@ -9,7 +9,7 @@ from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.finetune.plans import (
     Budget,
     Fit,
-    Task,
+    SegmentationTask,
     check_plans_name,
     fit_configuration,
     kept_configurations,
@@ -25,7 +25,7 @@ from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
 
 Write = Callable[..., Path]
-BRAIN = Task(
+BRAIN = SegmentationTask(
     num_cases=20,
     median_shape_vox=(180.0, 200.0, 160.0),
     spacing_mm=(1.0, 1.0, 1.0),
@@ -46,7 +46,7 @@ def bytes_per_voxel(number: float) -> Callable[[Size], TrainingMemory]:
 
 
 def test_the_batch_fills_the_memory_unless_five_percent_of_the_dataset_is_less() -> None:
-    small = Task(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
+    small = SegmentationTask(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
     memory = bytes_per_voxel(GIB / 64**3)
     roomy = fit_configuration(
         planned("primus_s"), small, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05
@@ -130,7 +130,7 @@ def test_a_block_takes_the_encoder_of_the_weights_and_names_the_file_from_the_re
 
 
 def test_many_labels_train_longer_and_scratch_plans_choose_an_encoder() -> None:
-    many = Task(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
+    many = SegmentationTask(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
     block = make_block(
         Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results")
     )
@@ -239,7 +239,7 @@ def test_the_decoder_learns_first_where_the_stems_kernels_or_channels_differ_fro
 ) -> None:
     folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
     card = read_card(folder)
-    many = Task(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
+    many = SegmentationTask(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
     block = make_block(
         Choice(card, folder / "encoder.safetensors", "because"), many, Budget(8, False), tmp_path
     )

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from nnunet_autoreg.finetune.plans import Budget, Fit, Task
+from nnunet_autoreg.finetune.plans import Budget, Fit, SegmentationTask
 from nnunet_autoreg.finetune.resenc import fit_resenc, stock_planner
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
 
 DATASET = "Dataset051_SarcomaMR"
-SARCOMA = Task(16, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
-BRAIN = Task(40, (160.0, 190.0, 170.0), (1.0, 1.0, 1.0), 1, 2)
-HIPPOCAMPUS = Task(40, (36.0, 51.0, 36.0), (1.0, 1.0, 1.0), 1, 2)
+SARCOMA = SegmentationTask(16, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
+BRAIN = SegmentationTask(40, (160.0, 190.0, 170.0), (1.0, 1.0, 1.0), 1, 2)
+HIPPOCAMPUS = SegmentationTask(40, (36.0, 51.0, 36.0), (1.0, 1.0, 1.0), 1, 2)
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def planned(name: str) -> EncoderPlan:
     return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
 
 
-def fit(name: str, task: Task, budget: Budget) -> Fit:
+def fit(name: str, task: SegmentationTask, budget: Budget) -> Fit:
     planner = stock_planner(planned(name), DATASET, budget)
     return fit_resenc(
         planner, planned(name), task, budget, {}, dataset_vox=dataset_vox(task), max_share=0.05
     )
 
 
-def dataset_vox(task: Task) -> float:
+def dataset_vox(task: SegmentationTask) -> float:
     return task.num_cases * math.prod(task.median_shape_vox)
 
 
@@ -67,7 +67,7 @@ def dataset_vox(task: Task) -> float:
 @pytest.mark.parametrize("task", [SARCOMA, BRAIN], ids=["anisotropic", "isotropic"])
 @pytest.mark.usefixtures("dataset")
 def test_patch_batch_strides_and_kernels_are_those_of_nnunets_planner(
-    name: str, stock: str, task: Task, monkeypatch: pytest.MonkeyPatch
+    name: str, stock: str, task: SegmentationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners as planners  # noqa: E501
 

@@ -175,7 +175,9 @@ def test_decay_on_everything_leaves_nothing_out() -> None:
 def test_the_faithful_objective_gives_the_original_models_loss(
     shared_data: Path, prefix: int
 ) -> None:
-    from nnunet_autoreg.convert.ar_ssl4m import head_to_ours, to_ours
+    from ar_ssl4m_head import head_to_ours
+
+    from nnunet_autoreg.convert.ar_ssl4m import to_ours
 
     with np.load(shared_data / "golden" / "ar_ssl4m_small.npz") as file:
         numbers = {key: torch.from_numpy(file[key]) for key in file.files}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnunet_autoreg.errors import PlanError, WeightsError
-from nnunet_autoreg.finetune.plans import Budget, Task, fit_configuration, make_block
+from nnunet_autoreg.finetune.plans import Budget, SegmentationTask, fit_configuration, make_block
 from nnunet_autoreg.finetune.resolve import Choice, DatasetTraits, choose_weights
 from nnunet_autoreg.geometry import Size, Spacing, grid_of, volume
 from nnunet_autoreg.model.card import read_card
@@ -145,7 +145,7 @@ def flat_plan() -> EncoderPlan:
 
 
 def test_a_patch_is_a_multiple_of_the_token_with_bounded_tokens() -> None:
-    task = Task(20, (10.0, 216.0, 256.0), (10.0, 1.5, 1.5), 1, 4)
+    task = SegmentationTask(20, (10.0, 216.0, 256.0), (10.0, 1.5, 1.5), 1, 4)
 
     def memory(patch: Size) -> TrainingMemory:
         return TrainingMemory(fixed_bytes=1, sample_bytes=volume(patch))
@@ -180,7 +180,7 @@ def test_the_planner_takes_flat_tokens_or_says_why_not(
     thin = replace(thick, spacing_mm=(1.0, 1.0, 1.0))
 
     chosen = choose_weights(tmp_path, thick, "cine")
-    task = Task(20, (10.0, 216.0, 256.0), (10.0, 1.5, 1.5), 1, 4)
+    task = SegmentationTask(20, (10.0, 216.0, 256.0), (10.0, 1.5, 1.5), 1, 4)
     block = make_block(Choice(read_card(folder), chosen.file, ""), task, Budget(8, False), tmp_path)
 
     assert block.encoder.token_size_vox == (1, 8, 8)

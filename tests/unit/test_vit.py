@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ar_ssl4m_head import head_to_ours
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_autoreg.convert.ar_ssl4m import expected_keys, head_to_ours, to_ours, to_theirs
+from nnunet_autoreg.convert.ar_ssl4m import expected_keys, to_ours, to_theirs
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.vit import ViT, sincos_positions
