@@ -103,7 +103,7 @@ def test_a_default_that_we_lean_on_is_as_we_know_it(where: str, name: str) -> No
     assert inspect.signature(resolve(where)).parameters[name].default == DEFAULTS[where, name]
 
 
-def test_the_network_builder_is_static_so_that_prediction_calls_it_without_a_trainer() -> None:
+def test_prediction_builds_the_network_without_a_trainer() -> None:
     trainer = resolve(TRAINER)
     assert isinstance(inspect.getattr_static(trainer, "build_network_architecture"), staticmethod)
 

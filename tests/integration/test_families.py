@@ -224,7 +224,7 @@ def test_the_chain_of_stock_commands(
     assert np.array_equal(found, expected)
 
 
-def test_anisotropic_scans_get_nnunets_strides_and_kernels_and_the_decoder_learns_first(
+def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
     make_project: Callable[..., Project],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -5,6 +5,7 @@ prediction, on real scans, on a CPU.
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def logs(root: Path, trainer: str) -> str:
     )
 
 
+@contextmanager
+def ends_in_one_line(*values: str) -> Iterator[None]:
+    """Expect that a command of nnU-Net ends with one error line that names all the values."""
+    with pytest.raises(SystemExit) as stopped:
+        yield
+
+    line = str(stopped.value)
+    assert line.startswith("error: ") and "\n" not in line
+    missing = [value for value in values if value not in line]
+    assert not missing, f"{missing} are not named in: {line}"
+
+
 def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     plans = read_plans(project)
     assert list(plans["configurations"]) == ["3d_fullres"]
@@ -126,7 +139,7 @@ def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     )
 
 
-def test_planning_again_keeps_the_users_configurations_and_drops_stale_ones(
+def test_planning_again_keeps_only_the_users_configurations(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
@@ -155,20 +168,18 @@ def test_planning_again_keeps_the_users_configurations_and_drops_stale_ones(
     )
 
 
-def test_planning_without_fitting_weights_ends_in_one_line(
+def test_planning_without_suitable_weights_ends_in_one_line(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
     monkeypatch.setenv("autoreg_weights", "brian")
-    with pytest.raises(
-        SystemExit, match=r"^error: autoreg_weights=brian .* did you mean 'brain'\?$"
-    ):
+    with ends_in_one_line("autoreg_weights=brian", "'brain'"):
         plan_experiments([4], "AutoregPlanner", overwrite_plans_name="Nothing")
     assert not plans_file(project, "Nothing").exists()
 
 
-def test_pretrained_training_validates_resumes_and_predicts_without_the_weights(
+def test_a_training_resumes_and_predicts_without_the_weights(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trainer = "AutoregPretrainedTrainer"
@@ -237,27 +248,21 @@ def test_a_results_folder_of_an_older_trainer_class_still_predicts(
 
 
 def test_wrong_combinations_end_in_one_line_with_the_right_command(project: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^error: .*-tr AutoregPretrainedTrainer"):
+    with ends_in_one_line("-tr AutoregPretrainedTrainer"):
         train("nnUNetTrainer")
+
     plans = read_plans(project)
     del plans["autoreg"]
-    plans_file(project, "nnUNetPlans").write_text(
-        json.dumps({**plans, "plans_name": "nnUNetPlans"})
-    )
-    with pytest.raises(
-        SystemExit, match=r'^error: nnUNetPlans.json has no "autoreg" block.*-p AutoregPlans'
-    ):
+    content = {**plans, "plans_name": "nnUNetPlans"}
+    plans_file(project, "nnUNetPlans").write_text(json.dumps(content))
+    with ends_in_one_line("nnUNetPlans.json", "-p AutoregPlans"):
         train("AutoregPretrainedTrainer", plans="nnUNetPlans")
-    with pytest.raises(
-        SystemExit, match=r"^error: AutoregPlans.json has no configuration '2d'; it has: 3d_fullres"
-    ):
+
+    with ends_in_one_line("AutoregPlans.json", "'2d'", "3d_fullres"):
         train("AutoregPretrainedTrainer", configuration="2d")
+
     plans = read_plans(project)
     plans["autoreg"]["weights"] = None
     plans_file(project, "Scratch").write_text(json.dumps({**plans, "plans_name": "Scratch"}))
-    with pytest.raises(
-        SystemExit,
-        match=r"^error: Scratch.json was made for training from scratch .*-tr "
-        r"AutoregScratchTrainer_5epochs",
-    ):
-        train("AutoregPretrainedTrainer_5epochs", plans="Scratch")
+    with ends_in_one_line("Scratch.json", "-tr AutoregScratchTrainer_7epochs"):
+        train("AutoregPretrainedTrainer_7epochs", plans="Scratch")

@@ -36,7 +36,7 @@ def weights_command(clinic, *arguments):
     return clinic.typed([sys.executable, "-m", "nnunet_autoreg.cli.weights", *arguments])
 
 
-def test_ar_ssl4m_is_fine_tuned_by_nnunets_own_commands_and_predicts_without_its_file(clinic):
+def test_ar_ssl4m_is_fine_tuned_by_the_commands_of_nnunet(clinic):
     done = weights_command(
         clinic, "import", str(clinic.root / "ar_ssl4m.pth"), "--heads", "12", "--name", "theirs"
     )

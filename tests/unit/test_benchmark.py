@@ -164,20 +164,10 @@ def test_a_twin_is_retyped_from_the_runs_own_request_without_what_masking_sets()
     from nnunet_autoreg.cli.pretrain import parser as pretrain_parser
 
     args = pretrain_parser().parse_args(["--name", "brain_masked", *words, "--objective", "masked"])
-    assert (args.d, args.i, args.steps, args.hours, args.batch, args.seed) == (
-        ["4"],
-        ["/scans one"],
-        700,
-        None,
-        8,
-        3,
-    )
-    assert (args.exclude, args.split_4d, args.set, args.objective) == (
-        "/x.txt",
-        True,
-        ["optim.lr=1e-4", "objective.variance_floor=0.1"],
-        "masked",
-    )
+    assert (args.datasets, args.folders, args.seed) == (["4"], ["/scans one"], 3)
+    assert (args.num_steps, args.num_hours, args.batch_size) == (700, None, 8)
+    assert (args.exclude, args.split_4d, args.objective) == ("/x.txt", True, "masked")
+    assert args.settings == ["optim.lr=1e-4", "objective.variance_floor=0.1"]
 
 
 # --- a benchmark with a runner that trains nothing

@@ -63,7 +63,7 @@ def card(name: str, finished_at: str) -> EncoderCard:
     )
 
 
-def test_when_all_is_well_every_line_is_ok_and_the_next_line_pretrains(
+def test_without_problems_every_line_is_ok_and_pretraining_is_next(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "probe", lambda: WELL)
@@ -95,7 +95,7 @@ def test_a_damaged_card_is_counted_and_shown_with_its_path(folders: Path) -> Non
     assert str(run / "encoder.json") in check.remedy
 
 
-def test_what_is_wrong_fails_with_a_remedy_and_the_first_one_comes_next(
+def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("nnUNet_raw")
@@ -110,7 +110,7 @@ def test_what_is_wrong_fails_with_a_remedy_and_the_first_one_comes_next(
     assert "\n      -> autoreg_doctor --link\n" in out
     assert (
         out.splitlines()[-1]
-        == "next: mend 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
+        == "next: fix 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
     )
 
 
@@ -153,7 +153,7 @@ def test_a_missing_nnunet_fails_with_the_line_that_installs_it(
     assert check.status == "fail" and check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
 
 
-def test_the_bridge_line_tells_switched_off_from_not_read_from_broken() -> None:
+def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
     assert doctor.check_bridge(WELL, None).status == "ok"
     assert doctor.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
     assert doctor.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
@@ -168,17 +168,17 @@ def test_the_bridge_line_tells_switched_off_from_not_read_from_broken() -> None:
     )
 
 
-def test_a_torchvision_of_another_torch_build_is_named_as_such() -> None:
+def test_a_torchvision_of_another_build_of_torch_is_named() -> None:
     answer = {k: v for k, v in WELL.items() if k != "torchvision"} | {"torchvision_error": TRAP}
     check = doctor.check_companion(answer, "torchvision")
     assert (check.status, check.finding) == (
         "fail",
         "RuntimeError: operator torchvision::nms does not exist",
     )
-    assert "one registry" in check.remedy
+    assert "pip install" in check.remedy
 
 
-def test_a_cpu_is_a_warning_that_tells_the_kind_of_torch_build() -> None:
+def test_a_cpu_is_a_warning_that_names_the_build_of_torch() -> None:
     assert "build for CPUs" in doctor.check_device({"device": ["cpu", None]}).finding
     check = doctor.check_device({"device": ["cpu", "13.2"]})
     assert check.status == "warn" and "driver" in check.remedy
@@ -186,7 +186,7 @@ def test_a_cpu_is_a_warning_that_tells_the_kind_of_torch_build() -> None:
     assert doctor.check_device({"device_error": "OSError: libcudart"}).status == "fail"
 
 
-def test_a_fresh_interpreter_that_falls_over_is_reported_with_its_last_words(
+def test_a_fresh_interpreter_that_fails_is_shown_with_its_last_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fallen = SimpleNamespace(stdout="", stderr="Fatal\nSegmentation fault\n", returncode=-11)
@@ -217,11 +217,11 @@ def test_link_writes_the_guarded_line_and_unlink_removes_it(
     head, line = link.read_text().splitlines()
     assert head.startswith("#") and line + "\n" == bridge.PTH_LINE
     assert doctor.main(["--link"]) == 0
-    assert f"wrote {link}" in (out := capsys.readouterr().out) and "live already" in out
+    assert f"wrote {link}" in capsys.readouterr().out
     assert doctor.main(["--unlink"]) == 0
     assert list(site_packages.iterdir()) == []
     assert doctor.main(["--unlink"]) == 0
-    assert "nothing was removed" in capsys.readouterr().out
+    assert str(link) in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_link_and_unlink_leave_a_foreign_file_alone(
@@ -232,10 +232,10 @@ def test_link_and_unlink_leave_a_foreign_file_alone(
     monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
     assert doctor.main(["--link"]) == 1 and doctor.main(["--unlink"]) == 1
     assert foreign.read_text() == "/somewhere/else\n"
-    assert "was not made by autoreg_doctor" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(str(foreign)) == 2
 
 
-def test_link_says_so_when_it_does_not_help(
+def test_a_link_without_effect_is_an_error(
     site_packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
@@ -265,7 +265,7 @@ def test_misuse_ends_with_2() -> None:
         (
             KeyboardInterrupt(),
             130,
-            "autoreg_test_doctor: interrupted; run the same line again to go on\n",
+            "autoreg_test_doctor: interrupted; run the same command again to continue\n",
         ),
     ],
 )

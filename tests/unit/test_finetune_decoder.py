@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -226,7 +227,7 @@ def test_convolutions_of_other_channels_stay_random_whole(run: Path) -> None:
     )
 
 
-def test_other_image_channels_and_a_cascade_leave_the_decoder_whole(run: Path) -> None:
+def test_other_channels_and_a_cascade_leave_the_decoder_whole(run: Path) -> None:
     network = unet(channels=4)
 
     table = loaded(network, run, channels=2)
@@ -300,8 +301,10 @@ def test_a_card_that_lists_another_decoder_is_refused(run: Path, keys: list[str]
     card["adaptation"]["keys_to_decoder"] = keys
     write_json(run / "encoder.json", card)
 
-    with pytest.raises(WeightsError, match="keys_to_decoder"):
+    with pytest.raises(WeightsError) as caught:
         read_card(run)
+
+    assert "keys_to_decoder" in str(caught.value)
 
 
 def test_consumers_of_the_encoder_alone_leave_the_decoder_random(run: Path, tmp_path: Path) -> None:
@@ -336,7 +339,7 @@ def test_a_plan_that_expects_a_decoder_refuses_weights_without(
     assert block.weights is not None
     expecting = replace(block, weights=replace(block.weights, has_decoder=True))
 
-    with pytest.raises(WeightsError, match="decoder"):
+    with refused(WeightsError, "weights-no-decoder", folder):
         load_planned_encoder(unet(), expecting, tmp_path, Target(1, CROP))
 
 
@@ -372,7 +375,7 @@ def test_heads_and_random_parts_keep_the_full_rate(run: Path) -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
 
 
-def test_no_stage_of_the_decoder_alone_where_it_is_pretrained() -> None:
+def test_a_pretrained_decoder_needs_no_decoder_first_stage() -> None:
     assert decoder_first(ENCODER, 5, True, "1 -> 2 channels", has_decoder=True)[0] == 0.0
     assert decoder_first(ENCODER, 5, True, "1 -> 2 channels", has_decoder=False)[0] == 0.1
 
@@ -434,7 +437,7 @@ def test_tiny_transformers_are_planned_without_drop_path() -> None:
 
 
 def test_an_impossible_decoder_rate_is_refused_by_name(run: Path) -> None:
-    with pytest.raises(PlanError, match="decoder_rate_factor"):
+    with refused(PlanError, "plan-range", "AutoregPlans.json", "decoder_rate_factor=0.0"):
         check_recipe(replace(block_of(run).recipe, decoder_rate_factor=0.0), "AutoregPlans.json")
 
 
@@ -477,7 +480,7 @@ def test_foreign_exports_hold_the_encoder_alone(run: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "stray", ["decoder.seg_layers.0.weight", "decoder.encoder.stem.convs.0.conv.weight", "mark"]
 )
-def test_a_pretraining_writes_nothing_that_its_card_does_not_list(stray: str) -> None:
+def test_a_pretraining_writes_only_what_its_card_lists(stray: str) -> None:
     adaptation = Adaptation("encoder.stages", "encoder.stem", (), None, DECODER_PREFIXES)
     whole = [
         "encoder.stages.0.x",

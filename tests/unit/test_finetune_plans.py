@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+from refusals import refused
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock
@@ -45,7 +45,7 @@ def bytes_per_voxel(number: float) -> Callable[[Size], TrainingMemory]:
     return lambda patch: TrainingMemory(fixed_bytes=GIB, sample_bytes=int(volume(patch) * number))
 
 
-def test_the_batch_fills_the_memory_unless_five_percent_of_the_dataset_is_less() -> None:
+def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
     small = SegmentationTask(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
     memory = bytes_per_voxel(GIB / 64**3)
     roomy = fit_configuration(
@@ -81,7 +81,7 @@ def test_the_patch_shrinks_until_a_batch_of_two_fits() -> None:
     assert all(side % 8 == 0 for side in fit.patch_size)
 
 
-def test_a_target_that_nothing_fits_is_said_not_hidden() -> None:
+def test_a_memory_target_that_nothing_fits_is_shown() -> None:
     fit = fit_configuration(
         planned("primus_m"),
         BRAIN,
@@ -94,7 +94,7 @@ def test_a_target_that_nothing_fits_is_said_not_hidden() -> None:
     assert "MORE than the target" in fit.reason
 
 
-def test_tiny_encoders_stay_small_unless_a_memory_target_is_given() -> None:
+def test_tiny_encoders_stay_small_unless_memory_is_given() -> None:
     memory = bytes_per_voxel(1)
     small = fit_configuration(
         planned("primus_tiny"),
@@ -111,7 +111,7 @@ def test_tiny_encoders_stay_small_unless_a_memory_target_is_given() -> None:
     assert volume(large.patch_size) > 64**3 and large.batch_size > 8
 
 
-def test_a_block_takes_the_encoder_of_the_weights_and_names_the_file_from_the_results(
+def test_a_block_has_the_encoder_and_the_file_of_the_weights(
     tmp_path: Path, write_run: Write
 ) -> None:
     folder = write_run(tmp_path, "brain")
@@ -129,7 +129,7 @@ def test_a_block_takes_the_encoder_of_the_weights_and_names_the_file_from_the_re
     )
 
 
-def test_many_labels_train_longer_and_scratch_plans_choose_an_encoder() -> None:
+def test_many_labels_train_longer_and_scratch_has_an_encoder() -> None:
     many = SegmentationTask(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
     block = make_block(
         Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results")
@@ -139,9 +139,7 @@ def test_many_labels_train_longer_and_scratch_plans_choose_an_encoder() -> None:
     assert block.encoder.name == "primus_s"
 
 
-def test_ct_channels_take_the_window_of_pretraining_and_others_keep_theirs(
-    tmp_path: Path, write_run: Write
-) -> None:
+def test_only_ct_channels_get_the_window_of_pretraining(tmp_path: Path, write_run: Write) -> None:
     window = IntensityWindow(
         mean=40.0,
         std=100.0,
@@ -167,7 +165,7 @@ def test_ct_channels_take_the_window_of_pretraining_and_others_keep_theirs(
     assert with_ct_window(given, ["CT", "PET"], None) == given
 
 
-def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> None:
+def test_only_valid_configurations_of_the_user_are_kept() -> None:
     full = {
         "patch_size": [64, 64, 64],
         "batch_size": 2,
@@ -199,7 +197,7 @@ def test_stale_configurations_go_and_the_users_own_stay_while_they_work() -> Non
     )
 
 
-def test_a_cnns_own_configurations_are_held_against_their_own_strides() -> None:
+def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
     cnn = ENCODERS["resenc_tiny"]
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
     full = {
@@ -234,9 +232,7 @@ def test_a_cnns_own_configurations_are_held_against_their_own_strides() -> None:
     )
 
 
-def test_the_decoder_learns_first_where_the_stems_kernels_or_channels_differ_from_the_weights(
-    tmp_path: Path, write_run: Write
-) -> None:
+def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
     card = read_card(folder)
     many = SegmentationTask(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
@@ -281,7 +277,7 @@ def test_the_decoder_learns_first_where_the_stems_kernels_or_channels_differ_fro
 
 def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
     check_plans_name("AutoregPlans", {"autoreg": {}})
-    with pytest.raises(PlanError, match="holds '__'"):
+    with refused(PlanError, "plan-name", "'My__Plans'", "'__'"):
         check_plans_name("My__Plans", None)
-    with pytest.raises(PlanError, match="made by ExperimentPlanner, and is not overwritten"):
+    with refused(PlanError, "plan-name-taken", "nnUNetPlans.json", "ExperimentPlanner"):
         check_plans_name("nnUNetPlans", {"experiment_planner_used": "ExperimentPlanner"})

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 from nnunet_autoreg.errors import PlanError
@@ -38,7 +39,7 @@ def tiny() -> nn.Module:
     )
 
 
-def test_warm_up_rises_in_equal_parts_to_the_peak_and_decay_follows_the_polynomial() -> None:
+def test_the_rate_rises_linearly_and_then_follows_the_polynomial() -> None:
     schedule = Schedule(peak_rate=1.0, num_iterations=100, warmup_iterations=10, poly_exponent=0.9)
     assert schedule.rate(0) == pytest.approx(0.1)
     assert schedule.rate(4) == pytest.approx(0.5)
@@ -65,7 +66,7 @@ def test_the_length_of_the_warm_up_follows_the_rule(
     assert make_schedule(RECIPE, 1e-4, epochs, per_epoch, batch).warmup_iterations == warmup
 
 
-def test_the_rate_of_a_resumed_run_depends_on_epoch_and_iteration_alone() -> None:
+def test_the_rate_depends_only_on_epoch_and_iteration() -> None:
     schedule = Schedule(1.0, 100, 10, 0.9)
     parameter = nn.Parameter(torch.zeros(2))
     groups = [{"params": [parameter], "rate_factor": 0.5, "weight_decay": 0.0}]
@@ -74,7 +75,7 @@ def test_the_rate_of_a_resumed_run_depends_on_epoch_and_iteration_alone() -> Non
     assert rates.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**0.9)
 
 
-def test_norms_biases_positions_and_layer_scale_are_not_decayed_and_two_groups_are_enough() -> None:
+def test_norms_biases_positions_and_layer_scale_are_not_decayed() -> None:
     network = tiny()
     groups = parameter_groups(network, RECIPE)
     assert [(g["rate_factor"], g["weight_decay"]) for g in groups] == [(1.0, 0.05), (1.0, 0.0)]
@@ -94,9 +95,7 @@ def test_norms_biases_positions_and_layer_scale_are_not_decayed_and_two_groups_a
     assert len(decayed) + len(undecayed) == len(names)
 
 
-def test_layer_decay_slows_the_layers_near_the_input_and_the_first_group_keeps_the_full_rate() -> (
-    None
-):
+def test_layer_decay_slows_the_layers_near_the_input() -> None:
     network = tiny()
     groups = parameter_groups(network, Recipe(150, 1e-4, 3e-4, layer_decay=0.5))
     factor = {id(p): g["rate_factor"] for g in groups for p in g["params"]}
@@ -121,39 +120,41 @@ def test_an_unknown_recipe_key_is_refused_with_a_close_match() -> None:
         "plans_name": "AutoregPlans",
         "autoreg": {**BLOCK, "recipe": {**BLOCK["recipe"], "clip_nrom": 2.0}},
     }
-    with pytest.raises(
-        PlanError, match=r"AutoregPlans\.json.*unknown key 'clip_nrom'; did you mean 'clip_norm'\?"
-    ):
+    with pytest.raises(PlanError) as caught:
         read_block(plans)
+
+    for value in ("AutoregPlans.json", "clip_nrom", "clip_norm"):
+        assert value in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "text"),
+    ("key", "value"),
     [
-        ("num_epochs", 0, "at least 1"),
-        ("clip_norm", 0.0, "greater than 0"),
-        ("drop_path_rate", 1.0, "in \\[0, 1\\)"),
-        ("expected_encoder_share", 1.5, "in \\[0, 1\\]"),
-        ("weight_decay", -0.1, "0 or more"),
+        ("num_epochs", 0),
+        ("clip_norm", 0.0),
+        ("drop_path_rate", 1.0),
+        ("expected_encoder_share", 1.5),
+        ("weight_decay", -0.1),
     ],
 )
-def test_impossible_recipe_values_are_refused_by_name(key: str, value: float, text: str) -> None:
+def test_impossible_recipe_values_are_refused_by_name(key: str, value: float) -> None:
     plans = {
         "plans_name": "AutoregPlans",
         "autoreg": {**BLOCK, "recipe": {**BLOCK["recipe"], key: value}},
     }
-    with pytest.raises(PlanError, match=f"autoreg.recipe.{key}=.* must be {text}"):
+    with refused(PlanError, "plan-range", "AutoregPlans.json", f"autoreg.recipe.{key}={value}"):
         read_block(plans)
 
 
-def test_plans_without_the_block_and_of_a_newer_format_say_what_to_do() -> None:
-    with pytest.raises(PlanError, match=r'no "autoreg" block.*-p AutoregPlans'):
+def test_plans_without_a_block_or_of_a_newer_format_are_refused() -> None:
+    with refused(PlanError, "plan-no-block", "nnUNetPlans.json", "-p AutoregPlans"):
         read_block({"plans_name": "nnUNetPlans"})
-    with pytest.raises(PlanError, match="format 99, newer than 1; update nnunet-autoreg"):
+    with pytest.raises(PlanError) as newer:
         read_block({"plans_name": "AutoregPlans", "autoreg": {**BLOCK, "version": 99}})
+    assert "99" in str(newer.value)
 
 
 def test_network_classes_of_foreign_packages_are_refused() -> None:
     encoder = EncoderPlan("evil", "os.system", {}, (8, 8, 8))
-    with pytest.raises(PlanError, match=r"'os\.system' is none of dynamic_network_architectures"):
+    with refused(PlanError, "plan-network-class", "'os.system'", "dynamic_network_architectures"):
         check_block(AutoregBlock(encoder, None, RECIPE), "AutoregPlans.json")

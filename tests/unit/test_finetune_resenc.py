@@ -66,7 +66,7 @@ def dataset_vox(task: SegmentationTask) -> float:
 )
 @pytest.mark.parametrize("task", [SARCOMA, BRAIN], ids=["anisotropic", "isotropic"])
 @pytest.mark.usefixtures("dataset")
-def test_patch_batch_strides_and_kernels_are_those_of_nnunets_planner(
+def test_patch_batch_strides_and_kernels_are_those_of_nnunet(
     name: str, stock: str, task: SegmentationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners as planners  # noqa: E501
@@ -89,7 +89,7 @@ def test_patch_batch_strides_and_kernels_are_those_of_nnunets_planner(
 
 
 @pytest.mark.usefixtures("dataset")
-def test_a_larger_gpu_gets_a_larger_patch_and_a_tiny_encoder_only_if_asked_for() -> None:
+def test_more_memory_gives_a_larger_patch() -> None:
     small, large = (fit("resenc_tiny", BRAIN, Budget(8.0, explicit)) for explicit in (False, True))
     assert volume(small.patch_size) <= 64**3 and 2 <= small.batch_size <= 8
     assert volume(large.patch_size) > 64**3

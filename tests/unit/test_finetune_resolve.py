@@ -1,7 +1,10 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from refusals import refused
+from safetensors.torch import load_file, save_file
 
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.finetune.block import PlannedWeights
@@ -13,13 +16,14 @@ from nnunet_autoreg.finetune.resolve import (
     setting_of_environment,
 )
 from nnunet_autoreg.plan import SpacingGroup
+from nnunet_autoreg.records import sha256_of
 
 MR = DatasetTraits("Dataset004_Hippocampus", ("MRI",), (1.0, 1.0, 1.0))
 CT = DatasetTraits("Dataset052_SarcomaCT", ("CT",), (3.0, 1.0, 1.0))
 Write = Callable[..., Path]
 
 
-def test_the_newest_run_of_the_same_modality_and_near_spacing_is_chosen(
+def test_the_newest_run_of_similar_modality_and_spacing_is_chosen(
     tmp_path: Path, write_run: Write
 ) -> None:
     write_run(tmp_path, "old", finished_at="2026-01-01T00:00:00Z")
@@ -34,7 +38,7 @@ def test_the_newest_run_of_the_same_modality_and_near_spacing_is_chosen(
     assert "the newest finished run that suits: MR, spacing ratio 1.00" in choice.reason
     assert choice.rejected[0] == "chest: pretrained on CT, but the channels are MRI"
     assert choice.rejected[1].startswith(
-        "coarse: its spacing 1 x 1 x 2.5 mm is a factor of 2.5 from the target spacing 1 x 1 x 1 mm"
+        "coarse: its spacing 1 x 1 x 2.5 mm differs by a factor of 2.5"
     )
 
 
@@ -62,7 +66,7 @@ def test_several_channels_suit_one_but_not_another_number(tmp_path: Path, write_
     assert choice.rejected == ("two: its 2 input channels cannot be adapted to 4",)
 
 
-def test_a_damaged_or_unreadable_run_is_passed_over_with_its_reason(
+def test_a_damaged_run_is_not_chosen_and_the_reason_is_given(
     tmp_path: Path, write_run: Write
 ) -> None:
     damaged = write_run(tmp_path, "damaged", finished_at="2026-05-01T00:00:00Z")
@@ -78,18 +82,11 @@ def test_a_damaged_or_unreadable_run_is_passed_over_with_its_reason(
     )
 
 
-def test_without_a_run_the_way_out_is_named(tmp_path: Path, write_run: Write) -> None:
-    with pytest.raises(
-        WeightsError,
-        match=r"holds no finished pretraining run; .*autoreg_pretrain.*autoreg_weights=none",
-    ):
+def test_without_a_run_the_remedies_are_named(tmp_path: Path, write_run: Write) -> None:
+    with refused(WeightsError, "weights-none-suits", "autoreg_pretrain", "autoreg_weights=none"):
         choose_weights(tmp_path, MR, None)
     write_run(tmp_path, "chest", modalities=("CT",))
-    with pytest.raises(
-        WeightsError,
-        match=r"no pretraining run suits Dataset004_Hippocampus \(chest: "
-        r"pretrained.*autoreg_weights=none",
-    ):
+    with refused(WeightsError, "weights-none-suits", "Dataset004_Hippocampus", "chest: "):
         choose_weights(tmp_path, MR, None)
 
 
@@ -106,7 +103,7 @@ def test_the_user_may_name_a_run_a_folder_or_a_file(tmp_path: Path, write_run: W
         assert choose_weights(tmp_path, MR, setting).file == file
 
 
-def test_weights_that_the_user_chose_are_warned_about_not_refused(
+def test_unsuitable_weights_that_the_user_names_cause_warnings(
     tmp_path: Path, write_run: Write
 ) -> None:
     write_run(tmp_path, "coarse", spacing_mm=(4.0, 4.0, 4.0), modalities=("CT",))
@@ -118,25 +115,69 @@ def test_weights_that_the_user_chose_are_warned_about_not_refused(
 
 def test_impossible_settings_are_refused(tmp_path: Path, write_run: Write) -> None:
     write_run(tmp_path, "brain")
-    with pytest.raises(
-        WeightsError, match=r"autoreg_weights=brian is neither.*did you mean 'brain'"
-    ):
-        choose_weights(tmp_path, MR, "brian")
     (tmp_path / "model.pth").touch()
-    with pytest.raises(WeightsError, match=r"is no \.safetensors file"):
-        locate(tmp_path, str(tmp_path / "model.pth"))
     (tmp_path / "autoreg_pretraining" / "unfinished").mkdir()
-    with pytest.raises(WeightsError, match="has its pretraining finished"):
+
+    with refused(WeightsError, "weights-not-found", "autoreg_weights=brian", "'brain'"):
+        choose_weights(tmp_path, MR, "brian")
+    with refused(WeightsError, "weights-not-safetensors", tmp_path / "model.pth"):
+        locate(tmp_path, str(tmp_path / "model.pth"))
+    with refused(WeightsError, "weights-unfinished", "unfinished"):
         locate(tmp_path, "unfinished")
+
+
+def test_weights_that_cannot_be_used_are_refused(tmp_path: Path, write_run: Write) -> None:
     write_run(tmp_path, "two", channels=2, num_input_channels=2)
     three = DatasetTraits("D", ("A", "B", "C"), (1.0, 1.0, 1.0))
-    with pytest.raises(
-        WeightsError, match="autoreg_weights=two cannot be used for D: its 2 input channels"
-    ):
+    with refused(WeightsError, "weights-unusable", "autoreg_weights=two", "D", "2 input channels"):
         choose_weights(tmp_path, three, "two")
+
     write_run(tmp_path, "evil", class_path="os.system")
-    with pytest.raises(WeightsError, match=r"'os\.system' is none of"):
+    with pytest.raises(WeightsError) as caught:
         choose_weights(tmp_path, MR, "evil")
+    assert "os.system" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_with_a_value_that_is_not_finite_are_refused(
+    tmp_path: Path, write_run: Write, value: float
+) -> None:
+    folder = write_run(tmp_path, "brain")
+    tensor = spoil(folder, value)
+
+    with refused(WeightsError, "weights-not-finite", folder / "encoder.safetensors", tensor):
+        choose_weights(tmp_path, MR, "brain")
+
+
+def test_a_run_with_a_value_that_is_not_finite_is_not_chosen(
+    tmp_path: Path, write_run: Write
+) -> None:
+    write_run(tmp_path, "good", finished_at="2026-01-01T00:00:00Z")
+    tensor = spoil(write_run(tmp_path, "newer", finished_at="2026-05-01T00:00:00Z"), float("nan"))
+
+    choice = choose_weights(tmp_path, MR, None)
+
+    assert choice.card is not None and choice.card.name == "good"
+    assert len(choice.rejected) == 1
+    assert choice.rejected[0].startswith("newer: ") and tensor in choice.rejected[0]
+
+
+def spoil(folder: Path, value: float) -> str:
+    """Set one value of a run's weights, with the hash in its card; return the tensor's name."""
+    file, name = folder / "encoder.safetensors", "eva.blocks.3.attn.q_proj.weight"
+    tensors = load_file(file)
+    tensors[name][1, 2] = value
+    save_file(tensors, file)
+    card = json.loads((folder / "encoder.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps({**card, "sha256": sha256_of(file)}))
+    return name
+
+
+def test_an_interrupted_import_is_not_a_run(tmp_path: Path, write_run: Write) -> None:
+    write_run(tmp_path, "brain").rename(tmp_path / "autoreg_pretraining" / ".brain.importing")
+
+    with refused(WeightsError, "weights-none-suits", "holds no finished pretraining run"):
+        choose_weights(tmp_path, MR, None)
 
 
 def test_another_setting_at_training_time_is_ignored_with_a_warning(
@@ -163,9 +204,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert setting_of_environment() == "brain"
 
 
-def test_a_run_on_scans_of_several_spacings_suits_by_the_nearest_of_its_own_kind(
-    tmp_path: Path, write_run: Write
-) -> None:
+def test_the_nearest_spacing_of_the_same_modality_counts(tmp_path: Path, write_run: Write) -> None:
     groups = (
         SpacingGroup("MR", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
         SpacingGroup("MR", (10.0, 1.5, 1.5), (10.0, 1.5, 1.5)),
@@ -175,7 +214,7 @@ def test_a_run_on_scans_of_several_spacings_suits_by_the_nearest_of_its_own_kind
     cine = DatasetTraits("Dataset027_ACDC", ("cineMRI",), (10.0, 1.5, 1.5))
     assert "spacing ratio 1.00" in choose_weights(tmp_path, cine, None).reason
     assert "spacing ratio 1.00" in choose_weights(tmp_path, CT, None).reason
-    with pytest.raises(WeightsError, match=r"its spacing 3 x 1 x 1 mm is a factor of 3.3"):
+    with refused(WeightsError, "weights-none-suits", "3 x 1 x 1 mm", "3.3"):
         choose_weights(
             tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None
         )

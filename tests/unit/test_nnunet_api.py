@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.errors import PlanError, UsageError
@@ -25,7 +26,7 @@ def test_a_missing_variable_is_named_with_the_line_that_sets_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("nnUNet_results", raising=False)
-    with pytest.raises(UsageError, match="export nnUNet_results="):
+    with refused(UsageError, "usage-variable-unset", "export nnUNet_results="):
         nnunet_api.results_folder()
 
 
@@ -33,11 +34,11 @@ def test_a_variable_that_names_no_folder_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "gone"))
-    with pytest.raises(UsageError, match="does not exist"):
+    with refused(UsageError, "usage-no-folder", "nnUNet_preprocessed", tmp_path / "gone"):
         nnunet_api.preprocessed_folder()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="not a folder"):
+    with refused(UsageError, "usage-no-folder", tmp_path / "file"):
         nnunet_api.preprocessed_folder()
 
 
@@ -57,9 +58,9 @@ def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(
     for folder in ("Dataset004_Hippo", "Dataset027_ACDC"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    with pytest.raises(UsageError, match="did you mean 'Dataset004_Hippo'"):
+    with refused(UsageError, "usage-no-dataset", "Dataset004_Hipo", "'Dataset004_Hippo'"):
         nnunet_api.dataset_folder("Dataset004_Hipo")
-    with pytest.raises(UsageError, match=r"known are: 4 \(Dataset004_Hippo\), 27"):
+    with refused(UsageError, "usage-no-dataset", "-d 5", "4 (Dataset004_Hippo), 27"):
         nnunet_api.dataset_folder("5")
 
 
@@ -69,7 +70,7 @@ def test_two_datasets_of_one_number_are_refused(
     for folder in ("Dataset004_A", "Dataset004_B"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    with pytest.raises(UsageError, match="give the full name"):
+    with refused(UsageError, "usage-ambiguous-dataset", "Dataset004_A", "Dataset004_B"):
         nnunet_api.dataset_folder("4")
 
 
@@ -170,14 +171,14 @@ def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
 
 
 def test_ct_without_a_window_is_refused() -> None:
-    with pytest.raises(PlanError, match="Hounsfield window"):
+    with refused(PlanError, "plan-no-ct-window", "data.ct_window"):
         nnunet_api.crop_resample_normalise(
             np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "CTNormalization", False, None
         )
 
 
 def test_an_unknown_scheme_gets_a_close_match() -> None:
-    with pytest.raises(PlanError, match="did you mean 'ZScoreNormalization'"):
+    with refused(PlanError, "plan-normalisation", "'ZScoreNormalization'"):
         nnunet_api.crop_resample_normalise(
             np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "ZScoreNormalisation", False, None
         )

@@ -71,9 +71,7 @@ def weights(of: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in of.network.state_dict().items()}
 
 
-def test_in_the_first_stage_only_the_decoder_learns_and_nothing_of_the_encoder_is_remembered() -> (
-    None
-):
+def test_in_the_first_stage_only_the_decoder_is_trained() -> None:
     run = trainer()
     before = weights(run)
     encoder = [key for key in before if key.startswith("encoder.")]
@@ -127,7 +125,7 @@ def test_a_run_stopped_in_any_stage_continues_bit_for_bit(stop_after: int) -> No
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_the_rate_rises_for_the_decoder_then_from_zero_for_all_then_falls() -> None:
+def test_the_rate_rises_for_the_decoder_then_for_all_then_falls() -> None:
     # 40 iterations: 8 decoder-first, 4 warm-up (10 % of the run), 28 of decay.
     recipe = Recipe(20, 1e-3, 1e-2, decoder_first_fraction=0.2)
     schedule = make_schedule(recipe, 1.0, 20, 2, 2)
@@ -138,7 +136,7 @@ def test_the_rate_rises_for_the_decoder_then_from_zero_for_all_then_falls() -> N
     assert [schedule.is_decoder_first(i) for i in (0, 7, 8)] == [True, True, False]
 
 
-def test_a_cnn_is_trained_by_sgd_that_decays_everything_and_slows_layers_if_asked() -> None:
+def test_a_cnn_is_trained_by_sgd_that_decays_everything() -> None:
     run = trainer()
     assert isinstance(run.optimizer, torch.optim.SGD)
     assert [
@@ -156,9 +154,7 @@ def test_a_cnn_is_trained_by_sgd_that_decays_everything_and_slows_layers_if_aske
     assert factor["decoder.stages.0.convs.0.conv.weight"] == 1.0
 
 
-def test_coarser_outputs_are_switched_with_the_trainer_and_never_on_where_the_recipe_has_none() -> (
-    None
-):
+def test_coarser_outputs_follow_the_trainer_and_the_recipe() -> None:
     image = torch.zeros(1, 1, *PATCH)
     run = trainer()
     assert len(run.network(image)) == 1 and isinstance(run.network(image), list)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from refusals import refused
 from torch import nn
 
 from nnunet_autoreg.convert.imported import ImportOptions
@@ -78,8 +79,11 @@ def test_a_missing_file_and_a_pretrained_encoder_are_refused(tmp_path: Path) -> 
     encoder = tmp_path / "encoder.safetensors"
     encoder.write_bytes(b"x")
 
-    for file in (tmp_path / "gone.pth", encoder):
-        with pytest.raises(UsageError, match=file.name):
+    for file, code in (
+        (tmp_path / "gone.pth", "usage-no-file"),
+        (encoder, "usage-not-a-checkpoint"),
+    ):
+        with refused(UsageError, code, file):
             named_weights([*COMMAND, "-pretrained_weights", str(file)])
 
 
@@ -157,7 +161,7 @@ def test_a_trained_model_is_recognised_by_inspect_and_import(tmp_path: Path) -> 
         for word in ("nnUNetTrainer", "nnUNetPlans", "3d_fullres", "Dataset004_Hippocampus")
     )
     assert f"-pretrained_weights {file}" in following
-    with pytest.raises(WeightsError, match="trained nnU-Net model"):
+    with refused(WeightsError, "weights-not-importable", file, "-pretrained_weights"):
         import_weights(file, "x", tmp_path, ImportOptions())
     assert not (tmp_path / "autoreg_pretraining").exists()
 
@@ -174,5 +178,6 @@ def test_a_pretraining_checkpoint_is_not_taken_for_a_trained_model(tmp_path: Pat
 def test_a_trained_model_that_would_run_code_is_still_refused(tmp_path: Path) -> None:
     file = checkpoint(tmp_path / "x.pth", logging={"evil": Path("x")})
 
-    with pytest.raises(WeightsError, match="nothing of it was run"):
+    with pytest.raises(WeightsError) as caught:
         inspect_weights(file, ImportOptions())
+    assert str(file) in str(caught.value)

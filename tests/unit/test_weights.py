@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("way", ["zip", "bare"])
-def test_a_file_that_would_run_code_ends_in_one_line_before_anything_runs(
+def test_a_file_that_would_run_code_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
 ) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
@@ -87,8 +88,11 @@ def test_a_file_that_would_run_code_ends_in_one_line_before_anything_runs(
 def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
     file = saved(tmp_path / "a.pth", ar_ssl4m())
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match=r"a\.pth (cannot be read|cannot be read as tensors)"):
+
+    with pytest.raises(WeightsError) as caught:
         open_source(file)
+
+    assert str(file) in str(caught.value)
 
 
 def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
@@ -108,16 +112,13 @@ def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
     )
     assert (other.kind, other.rest) == (NO_PLAN, {"trainer_name": "x"})
     assert open_source(saved(tmp_path / "u.pth", {"w": torch.ones(2)})).kind == UNKNOWN
-    with pytest.raises(WeightsError, match="holds list, no dictionary"):
+    with refused(WeightsError, "weights-no-dictionary", tmp_path / "l.pth", "list"):
         open_source(saved(tmp_path / "l.pth", [torch.ones(2)]))
-    with pytest.raises(
-        WeightsError,
-        match=r"holds 6 weights files \(bare\.pth, l\.pth, nested\.pth and 3 more\); name one file",
-    ):
+    with refused(WeightsError, "weights-ambiguous", tmp_path, "6", "bare.pth", "and 3 more"):
         open_source(tmp_path)
 
 
-def test_ar_ssl4m_is_imported_turned_and_with_its_normalisation(tmp_path: Path) -> None:
+def test_ar_ssl4m_is_imported_with_turned_axes_and_normalisation(tmp_path: Path) -> None:
     tensors = ar_ssl4m()
     file = saved(tmp_path / "a.pth", {"state_dict": tensors})
     card, imported = import_weights(file, "a", tmp_path, ImportOptions(num_heads=2))
@@ -143,37 +144,47 @@ def test_ar_ssl4m_is_imported_turned_and_with_its_normalisation(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "values"),
     [
         (
             lambda t: t.pop("model.norm.bias"),
-            r"no whole AR-SSL4M checkpoint of 1 blocks: it lacks model\.norm\.bias",
+            "weights-mismatch",
+            ("1 blocks", "lacks model.norm.bias"),
         ),
-        (lambda t: t.update({"model.more": torch.ones(1)}), r"it has besides model\.more"),
-        (lambda t: t.update({"model.pos_embed_learn": torch.ones(1, 1)}), "has learned positions"),
+        (
+            lambda t: t.update({"model.more": torch.ones(1)}),
+            "weights-mismatch",
+            ("also holds model.more",),
+        ),
+        (
+            lambda t: t.update({"model.pos_embed_learn": torch.ones(1, 1)}),
+            "weights-learned-positions",
+            ("model.pos_embed_learn",),
+        ),
         (
             lambda t: t.update({"model.norm.bias": torch.full((12,), torch.nan)}),
-            r"'model\.norm\.bias' holds NaN",
+            "weights-not-finite",
+            ("a.pth", "'model.norm.bias'"),
         ),
     ],
 )
-def test_what_is_wrong_with_an_ar_ssl4m_file_is_said(
-    tmp_path: Path, change: Any, message: str
+def test_what_is_wrong_with_an_ar_ssl4m_file_is_named(
+    tmp_path: Path, change: Any, code: str, values: tuple[str, ...]
 ) -> None:
     tensors = ar_ssl4m()
     change(tensors)
-    with pytest.raises(WeightsError, match=message):
-        import_weights(
-            saved(tmp_path / "a.pth", tensors), "a", tmp_path, ImportOptions(num_heads=2)
-        )
+    file = saved(tmp_path / "a.pth", tensors)
+
+    with refused(WeightsError, code, *values):
+        import_weights(file, "a", tmp_path, ImportOptions(num_heads=2))
     assert not (tmp_path / "autoreg_pretraining").exists()
 
 
-def test_heads_that_the_file_does_not_name_are_asked_for(tmp_path: Path) -> None:
+def test_a_number_of_heads_that_the_file_does_not_state_is_needed(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pth", ar_ssl4m())
-    with pytest.raises(WeightsError, match=r"width of 12 .* add --heads N"):
+    with refused(WeightsError, "weights-heads", "12", "--heads N"):
         import_weights(file, "a", tmp_path, ImportOptions())
-    with pytest.raises(WeightsError, match="--heads 5: the width of 12 is no multiple"):
+    with refused(WeightsError, "weights-heads", "--heads 5", "12"):
         import_weights(file, "a", tmp_path, ImportOptions(num_heads=5))
 
 
@@ -183,22 +194,22 @@ def test_the_command_inspects_imports_and_exports(
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     file = str(saved(tmp_path / "a.pth", ar_ssl4m()))
     assert main(["inspect", file]) == 0
-    said = capsys.readouterr().out
-    assert "cannot be imported  the file does not say how many heads" in said and "20 with" in said
+    shown = capsys.readouterr().out
+    assert "cannot be imported  " in shown and "--heads N" in shown and "20 with" in shown
     assert main(["inspect", file, "--heads", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "licence             AR-SSL4M: none stated" in said
-    assert said.splitlines()[-1] == f"next: autoreg_weights import {file} --name NAME --heads 2"
+    shown = capsys.readouterr().out
+    assert "licence             AR-SSL4M: none stated" in shown
+    assert shown.splitlines()[-1] == f"next: autoreg_weights import {file} --name NAME --heads 2"
     assert main(["import", file, "--heads", "2", "--name", "theirs", "--licence", "CC0"]) == 0
     assert "licences of the weights: AR-SSL4M: CC0 (stated by the user)" in capsys.readouterr().out
     assert main(["inspect", "theirs"]) == 0
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert (
-        "a finished pretraining, 'theirs': imported" in said
-        and read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in said
+        "a finished pretraining, 'theirs': imported" in shown
+        and read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in shown
     )
     assert main(["export", "theirs", "-o", str(tmp_path / "out")]) == 0
-    assert "nnssl's format names no ViT" in capsys.readouterr().err
+    assert "ViT" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "out"), "--heads", "2", "--name", "again"]) == 0
     runs = tmp_path / "autoreg_pretraining"
     assert (runs / "again" / "encoder.safetensors").read_bytes() == (
@@ -207,16 +218,18 @@ def test_the_command_inspects_imports_and_exports(
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "value"),
     [
-        (["import", "x.pth", "--name", "a__b"], "no '__'"),
-        (["import", "x.pth", "--name", "none"], "means training from scratch"),
+        (["import", "x.pth", "--name", "a__b"], "a__b"),
+        (["import", "x.pth", "--name", "none"], "--name none"),
         (
             ["import", "x.pth", "--name", "a", "--spacing", "0", "1", "1"],
-            "--spacing 0.0 1.0 1.0: must be greater than 0",
+            "--spacing 0.0 1.0 1.0",
         ),
-        (["import", "x.pth", "--name", "a"], "x.pth does not exist"),
-        (["inspect", "nothing"], "neither a run nor a folder nor a file"),
+        (["import", "x.pth", "--name", "a", "--heads", "-1"], "--heads -1"),
+        (["import", "x.pth", "--name", "a", "--patch-size", "8", "8", "0"], "--patch-size 8 8 0"),
+        (["import", "x.pth", "--name", "a"], "x.pth"),
+        (["inspect", "nothing"], "nothing"),
     ],
 )
 def test_impossible_lines_end_in_one(
@@ -224,12 +237,12 @@ def test_impossible_lines_end_in_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     line: list[str],
-    message: str,
+    value: str,
 ) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert main(line) in (1, 2)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    assert error.count("\n") == 1 and value in error
 
 
 def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
@@ -237,15 +250,13 @@ def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
         saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, ImportOptions(num_heads=2)
     )
     dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
-    with pytest.raises(
-        WeightsError, match="imported weights are used by name only: export autoreg_weights=theirs"
-    ):
+    with refused(WeightsError, "weights-none-suits", "export autoreg_weights=theirs"):
         choose_weights(tmp_path, dataset, None)
     choice = choose_weights(tmp_path, dataset, "theirs")
     assert choice.card is not None and choice.card.name == "theirs" and choice.warnings == ()
 
 
-def test_the_licence_is_the_users_word_then_the_model_cards_then_what_is_known(
+def test_the_licence_is_the_users_then_the_model_cards(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "w.pth"
@@ -259,7 +270,7 @@ def test_the_licence_is_the_users_word_then_the_model_cards_then_what_is_known(
     assert licences_of(plan, None, file, "CC0") == {"OpenMind": "CC0 (stated by the user)"}
 
 
-def test_percentiles_1_and_99_9_become_0_and_1_and_the_rest_is_clipped() -> None:
+def test_percentiles_1_and_99_9_become_0_and_1_with_clipping() -> None:
     image = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
     normalised = AutoregPercentileNormalization(
         use_mask_for_norm=False, intensityproperties={}
@@ -272,7 +283,7 @@ def test_percentiles_1_and_99_9_become_0_and_1_and_the_rest_is_clipped() -> None
     )
 
 
-def test_a_plan_normalises_every_channel_as_the_weights_were_and_is_nnunets_own_without(
+def test_a_plan_normalises_every_channel_as_in_pretraining(
     tmp_path: Path,
 ) -> None:
     own = ["CTNormalization", "ZScoreNormalization"]
@@ -296,7 +307,7 @@ def test_nnunet_finds_the_normalisation_by_name() -> None:
     assert bridge.find_module("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
 
 
-def test_a_file_of_no_known_kind_is_said_to_be_one_and_what_is_in_it_is_listed(
+def test_the_content_of_a_file_of_no_known_kind_is_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -308,18 +319,18 @@ def test_a_file_of_no_known_kind_is_said_to_be_one_and_what_is_in_it_is_listed(
         )
         == 0
     )
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert (
-        "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's" in said
-        and "1 with 6 parameters: conv.weight 1" in said
+        "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's" in shown
+        and "1 with 6 parameters: conv.weight 1" in shown
     )
     bare = saved(
         tmp_path / "n.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}
     )
     assert main(["inspect", str(bare)]) == 0
-    said = capsys.readouterr().out
-    assert "without an adaptation plan" in said and "holds besides       trainer_name" in said
+    shown = capsys.readouterr().out
+    assert "without an adaptation plan" in shown and "holds besides       trainer_name" in shown
     assert (
-        said.splitlines()[-1]
+        shown.splitlines()[-1]
         == f"next: autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
     )
