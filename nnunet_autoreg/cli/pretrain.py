@@ -61,7 +61,7 @@ def _add_input_options(group: Group) -> None:
         metavar="ID",
         help="nnU-Net raw datasets, by number or name (4 or Dataset004_Name). Every channel is a "
         "scan of its own. Labels are never trained on: they only show where structures are, and "
-        "serve the probe",
+        "serve the probe (default: none; give -d, -i or both)",
     )
     group.add_argument(
         "-i",
@@ -71,7 +71,7 @@ def _add_input_options(group: Group) -> None:
         type=absolute,
         metavar="FOLDER",
         help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or with .zip archives of them. "
-        "Subfolders are searched as well",
+        "Subfolders are searched as well (default: none; give -d, -i or both)",
     )
     group.add_argument(
         "--modality",

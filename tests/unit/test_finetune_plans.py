@@ -226,10 +226,7 @@ def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
     assert any(
         "'odd'" in line and "axis y is no multiple of the token size 8" in line for line in dropped
     )
-    assert any(
-        "'primus'" in line and "its network is another than the new plans'" in line
-        for line in dropped
-    )
+    assert any("'primus'" in line and "network" in line for line in dropped)
 
 
 def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_run: Write) -> None:

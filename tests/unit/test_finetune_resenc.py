@@ -103,7 +103,7 @@ def test_small_images_leave_the_deepest_stages_out() -> None:
     found = fit("resenc_l", HIPPOCAMPUS, Budget(8.0, False))
     assert found.patch_size == (40, 56, 40)
     assert found.arguments is not None and found.arguments["n_stages"] == 4
-    assert "4 stages fit the patch, 6 has the encoder: the deepest are not used" in found.reason
+    assert "4 stages fit the patch, but the encoder has 6" in found.reason
 
 
 @pytest.mark.usefixtures("dataset")
