@@ -31,7 +31,7 @@ RESAMPLING: dict[str, Any] = {"is_seg": False, "order": 3, "order_z": 0, "force_
 
 @dataclass(frozen=True)
 class RawScan:
-    """A scan as nnU-Net reads it: ``array_CZYX`` float32, ``spacing_mm`` (z, y, x)."""
+    """Hold a scan as nnU-Net reads it: ``array_CZYX`` float32, ``spacing_mm`` (z, y, x)."""
 
     array_CZYX: Array  # noqa: N815
     spacing_mm: Spacing

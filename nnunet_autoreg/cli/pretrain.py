@@ -83,7 +83,7 @@ def _add_input_options(group: Group) -> None:
         "--split-4d",
         action="store_true",
         help="use every volume of a 4D file or series (cine, diffusion, fMRI) as a scan of its "
-        "own (default: only one volume)",
+        "own (default: 4D files and series are left out)",
     )
     group.add_argument(
         "--exclude",
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> int:
-    """What the main process does; returns the exit code."""
+    """Do the work of the main process; return the exit code."""
     from nnunet_autoreg.pretrain.pipeline import pretrain
 
     if args.part:

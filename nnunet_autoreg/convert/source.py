@@ -180,8 +180,8 @@ def _classified(
         plan = _as_plan(plan, file)
 
     rest = dict(content)
-    for key in (WEIGHTS_KEY, PLAN_KEY, "state_dict"):
-        rest.pop(key, None)
+    for known_key in (WEIGHTS_KEY, PLAN_KEY, "state_dict"):
+        rest.pop(known_key, None)
 
     # The state dict is one value of a checkpoint, or the whole file (None).
     for key in (WEIGHTS_KEY, "state_dict", None):

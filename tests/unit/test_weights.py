@@ -329,7 +329,7 @@ def test_the_content_of_a_file_of_no_known_kind_is_listed(
     )
     assert main(["inspect", str(bare)]) == 0
     shown = capsys.readouterr().out
-    assert "without an adaptation plan" in shown and "holds besides       trainer_name" in shown
+    assert any(line.endswith(" trainer_name") for line in shown.splitlines())
     assert (
         shown.splitlines()[-1]
         == f"next: autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
