@@ -1,5 +1,6 @@
-"""Checkpoints of a pretraining run: written whole or not at all, checked by a hash, read without
-running anything.
+"""Checkpoints of a pretraining run.
+
+They are written whole or not at all, checked by a hash, and read without running any code in them.
 
 A run keeps the newest two and the best. The file is torch's own zip, with the SHA-256 of all that
 precedes as the zip's comment, so that hash and content cannot part.
@@ -69,12 +70,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def exists(folder: Path) -> bool:
-    """Whether a run's folder holds a checkpoint to go on from, whole or not."""
+    """Return whether a run's folder holds a checkpoint to continue from, whole or not."""
     return any((folder / name).exists() for name in RESUMABLE)
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run and its content; None if there is no checkpoint at all.
+    """Return the newest whole checkpoint of a run and its content; None if there is none.
 
     Damaged ones that are newer are renamed to ``<name>.damaged``, with one line each, so that they
     take no whole one's place.
@@ -113,8 +114,9 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def newest_scheduled(folder: Path) -> dict[str, Any] | None:
-    """Content of the newest whole checkpoint that was made at a planned step (``"scheduled"``);
-    None if there is none.
+    """Return the content of the newest whole checkpoint made at a planned step.
+
+    It is marked ``"scheduled"``. None if there is none.
     """
     for path in (
         folder / name for name in (LATEST_NAME, PREVIOUS_NAME) if (folder / name).exists()
@@ -126,7 +128,7 @@ def newest_scheduled(folder: Path) -> dict[str, Any] | None:
 
 
 def damage_of(path: Path) -> str:
-    """What is wrong with a checkpoint's bytes; "" if nothing is.
+    """Return what is wrong with a checkpoint's bytes; "" if nothing is.
 
     Raises:
         CheckpointError: the disk does not give them.
@@ -193,7 +195,7 @@ class _HashingWriter:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of a file whose bytes are whole."""
+    """Return the content of a file whose bytes are whole."""
     try:
         content: dict[str, Any] = load_plain(path)
     except WeightsError as error:

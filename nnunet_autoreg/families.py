@@ -1,5 +1,7 @@
-"""The families of encoders: which network class belongs to which, what its arguments must say, how
-large its tokens are.
+"""The families of encoders.
+
+They are known by the network's class, and decide which arguments it needs and how large its tokens
+are.
 """
 
 import math
@@ -68,7 +70,7 @@ fewer, it erases intensity.
 
 
 def family_of(class_path: str) -> str:
-    """The family of a network class.
+    """Return the family of a network class.
 
     Raises:
         PlanError: it is none that we know.
@@ -96,17 +98,17 @@ def has_transformer(family: str) -> bool:
 
 
 def has_start(family: str) -> bool:
-    """Whether a START token stands before the first block and can predict it."""
+    """Return whether a START token stands before the first block and can predict it."""
     return family == VIT
 
 
 def has_deep_supervision(family: str) -> bool:
-    """Whether the downstream network can give predictions at several resolutions."""
+    """Return whether the downstream network can predict at several resolutions."""
     return family == RESENC
 
 
 def missing_arguments(class_path: str, arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments that a class cannot be built without and that are not there.
+    """Return the arguments that a class cannot be built without and that are missing.
 
     Raises:
         PlanError: the class is of no known family.
@@ -207,8 +209,10 @@ def _is_number(value: Any) -> bool:
 
 
 def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
-    """Voxels (z, y, x) of a token: a transformer's patch, or the total stride of a CNN, whose
-    deepest features are the tokens.
+    """Return the voxels (z, y, x) of a token.
+
+    It is a transformer's patch, or the total stride of a CNN, whose deepest features are the
+    tokens.
 
     Raises:
         PlanError: the class is of no known family, or its arguments state no size of three axes.
@@ -230,7 +234,9 @@ def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
 
 
 def smallest_block(family: str, token_size: Size) -> Size:
-    """Tokens per axis of the smallest block: one, or as many as instance normalisation needs.
+    """Return the tokens per axis of the smallest block.
+
+    It is one, or as many as instance normalisation needs.
 
     Source: rule of the design, side >= max(16, 2 x total stride), so that the deepest features of a
         block are at least 2 x 2 x 2.

@@ -13,7 +13,7 @@ Spacing = tuple[float, float, float]
 
 
 def zyx(xyz: Sequence[float]) -> Spacing:
-    """SimpleITK's (x, y, z) triple in array order (z, y, x)."""
+    """Return SimpleITK's (x, y, z) triple in array order (z, y, x)."""
     x, y, z = xyz
     return (float(z), float(y), float(x))
 
@@ -31,12 +31,12 @@ def as_spacing(values: Sequence[float]) -> Spacing:
 
 
 def round_up(size: Sequence[int], multiple: Sequence[int]) -> Size:
-    """``size`` with each axis rounded up to a multiple of ``multiple``."""
+    """Return ``size`` with each axis rounded up to a multiple of ``multiple``."""
     return as_size([math.ceil(s / m) * m for s, m in zip(size, multiple, strict=True)])
 
 
 def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
-    """Number of tokens per axis of a volume of ``size`` voxels.
+    """Return the number of tokens per axis of a volume of ``size`` voxels.
 
     Raises:
         ValueError: an axis is no multiple of the token size.
@@ -68,12 +68,12 @@ def names_text(names: Iterable[object], most: int = 3) -> str:
 
 
 def volume(size: Sequence[int]) -> int:
-    """Number of voxels of a size."""
+    """Return the number of voxels of a size."""
     return math.prod(int(s) for s in size)
 
 
 def spacing_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """The largest factor, over the axes, between two spacings (always >= 1).
+    """Return the largest factor, over the axes, between two spacings (always >= 1).
 
     Axes are compared sorted by spacing,
     because nnU-Net moves the coarsest axis to the front.

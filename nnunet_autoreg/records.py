@@ -1,5 +1,6 @@
-"""Frozen dataclasses <-> JSON, with unknown keys refused, and files that are written whole or not
-at all.
+"""Frozen dataclasses as JSON and back, and files that are written whole or not at all.
+
+Unknown keys are refused.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 
 def to_jsonable(record: Any) -> Any:
-    """A dataclass, or a container of them, as plain dicts, lists and scalars."""
+    """Return a dataclass, or a container of them, as plain dicts, lists and scalars."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_jsonable(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, dict):
@@ -168,7 +169,7 @@ def _refuse_newer(
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Every leaf in which two JSON-able values differ, as ``key: a -> b`` lines."""
+    """Return all leaves in which two JSON-able values differ, as ``key: a -> b`` lines."""
     a, b = to_jsonable(a), to_jsonable(b)
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(a) + [k for k in b if k not in a]
@@ -186,8 +187,9 @@ TEMPORARY_FILES = ".*.*.tmp"
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; flush it to disk and rename it onto ``path`` when the
-    block ends well.
+    """Yield a temporary path beside ``path``, which replaces it if the block ends well.
+
+    The file is flushed to disk before it is renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two machines that share the folder may have the same process number.

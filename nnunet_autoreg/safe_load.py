@@ -1,4 +1,4 @@
-"""Read files of ``torch.save`` without running code that is in them: the one rule for all commands.
+"""Reads files of ``torch.save`` without running code that is in them. All commands use it.
 
 A pickle names functions that are called while it is read. PyTorch's ``weights_only=True`` calls
 none but those that make tensors and plain values. nnU-Net's own checkpoints need a few numbers of
@@ -47,8 +47,9 @@ def load_plain(file: Path) -> Any:
 
 @contextmanager
 def plain_loading(where: Path) -> Iterator[None]:
-    """Have every ``torch.load`` inside the context refuse to run code, also where nnU-Net asks for
-    the opposite.
+    """Make every ``torch.load`` inside the context refuse to run code.
+
+    This also holds where nnU-Net asks for the opposite.
 
     Args:
         where: the file that is read, or the folder of a model, for the message.

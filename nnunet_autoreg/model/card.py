@@ -108,9 +108,7 @@ class EncoderCard:
 
     @property
     def licence_line(self) -> str:
-        """The licences that the weights come with, as one line for the user; "" where none is
-        stated.
-        """
+        """Licences of the weights as one line for the user; "" where none is stated."""
         stated = [f"{name}: {text}" for name, text in self.licences.items() if text]
         return f"licences of the weights: {'; '.join(stated)}" if stated else ""
 
@@ -198,8 +196,9 @@ def _refuse_huge(card: EncoderCard, path: Path) -> None:
 
 
 def _rough_parameters(arguments: dict[str, Any]) -> float:
-    """Return a lower bound of the parameters that arguments ask for; 0 where they are of no known
-    form.
+    """Return a lower bound of the number of parameters that the arguments describe.
+
+    It is 0 where they have no known form.
     """
     width, depth = arguments.get("embed_dim"), arguments.get("eva_depth")
     if isinstance(width, int) and isinstance(depth, int):

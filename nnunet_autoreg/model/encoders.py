@@ -1,5 +1,6 @@
-"""Networks of every family by class path and arguments: the downstream network, and the encoder
-that pretraining runs.
+"""Networks of every family by class path and arguments.
+
+These are the downstream network and the encoder that pretraining runs.
 
 Both are made of the same class, so that state-dict keys are the downstream ones from the start.
 """
@@ -39,7 +40,7 @@ def build_network(
     drop_path_rate: float = 0.0,
     deep_supervision: bool = False,
 ) -> nn.Module:
-    """The downstream network of any family, with random weights.
+    """Return the downstream network of any family, with random weights.
 
     It names its parts as dynamic_network_architectures does: ``key_to_encoder``, ``key_to_stem``,
         ``keys_to_in_proj`` - here every
@@ -127,7 +128,7 @@ def build_sequence_encoder(
 
 
 def located(class_path: str) -> type:
-    """The class of a dotted name.
+    """Return the class of a dotted name.
 
     Raises:
         PlanError: there is none.
@@ -142,8 +143,9 @@ def located(class_path: str) -> type:
 
 
 def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes that a CNN's arguments name: layers of torch and nothing else, since a plan or
-    card may be a stranger's.
+    """Return the classes that a CNN's arguments name.
+
+    Only layers of torch are accepted, since a plan or card may come from a stranger.
     """
     found: dict[str, Any] = {}
     for key in IMPORTED_ARGUMENTS:
@@ -156,8 +158,9 @@ def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image_readers(network: nn.Module) -> tuple[str, ...]:
-    """Every name of the convolutions that read the image in the stem of PrimusV2 and V3: the
-    network itself leaves out the one on the way around the first block.
+    """Return all names of the convolutions that read the image in the stem of PrimusV2 and V3.
+
+    The network's own list lacks the convolution that bypasses the first block.
     """
     state = network.state_dict()
     block = "down_projection.stem.blocks.0"

@@ -1,5 +1,6 @@
-"""How much memory a training step needs, without a GPU: a forward pass on the meta device that
-counts what autograd keeps.
+"""How much memory a training step needs, computed without a GPU.
+
+A forward pass on the meta device counts what autograd keeps.
 
 Shapes alone decide what is kept, so the count costs milliseconds and no memory. On a CPU in single
 precision it agrees with the bytes really kept (a test holds it to 10 %); the half-precision rules
@@ -71,17 +72,18 @@ class TrainingMemory:
     sample_bytes: int
 
     def total_bytes(self, batch_size: int) -> int:
-        """Bytes needed to train with ``batch_size`` samples."""
+        """Return the bytes needed to train with ``batch_size`` samples."""
         return self.fixed_bytes + batch_size * self.sample_bytes
 
     def largest_batch(self, budget_bytes: float) -> int:
-        """The largest batch size that fits into ``budget_bytes``; 0 if none does."""
+        """Return the largest batch that fits into ``budget_bytes``; 0 if none does."""
         return max(0, int((budget_bytes - self.fixed_bytes) // self.sample_bytes))
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: queries, keys, values, output and one log-sum per
-    row - never N x N.
+    """Keeps what a fused attention kernel keeps for the backward pass.
+
+    These are queries, keys, values, output and one log-sum per row, and never N x N scores.
     """
 
     @staticmethod
@@ -100,8 +102,9 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _AsOnDevice(TorchFunctionMode):
-    """Shapes and dtypes as on the training device: fused attention, and autocast's lists when
-    ``half``.
+    """Gives tensors the shapes and types that they have on the training device.
+
+    Attention is fused, and autocast's lists apply with ``half``.
     """
 
     def __init__(self, half: bool):
@@ -125,8 +128,9 @@ class _AsOnDevice(TorchFunctionMode):
 
 
 class _Kept:
-    """The bytes of the distinct storages that autograd saves, less those of ``known`` tensors
-    (parameters, buffers).
+    """Counts the bytes of the distinct storages that autograd saves.
+
+    Those of ``known`` tensors, parameters and buffers, are not counted.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]):
@@ -147,7 +151,7 @@ class _Kept:
     def piece(
         self, function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]
     ) -> torch.Tensor:
-        """What activation checkpointing keeps of ``function(*arguments)``: tensors that go in."""
+        """Run a function as activation checkpointing does, and count what that keeps."""
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 self.pack(argument)
@@ -172,8 +176,7 @@ def _counting(network: nn.Module) -> Iterator[_Kept]:
 def kept_bytes(
     network: nn.Module, volume: torch.Tensor, half: bool | None = None
 ) -> tuple[int, torch.Size]:
-    """Bytes that autograd keeps for the backward pass of ``network(volume)``, and the output's
-    shape.
+    """Return the bytes that autograd keeps for the backward pass, and the output's shape.
 
     Args:
         volume: (B, C, Z, Y, X), on the network's device.
@@ -188,8 +191,7 @@ def kept_bytes(
 def training_memory(
     build: Callable[[], nn.Module], input_shape: Sequence[int], half: bool = True
 ) -> TrainingMemory:
-    """Estimate the memory of training the network that ``build`` makes with AdamW on segmentation
-    patches.
+    """Estimate the memory of training a network with AdamW on segmentation patches.
 
     Args:
         build: makes the network; called once, on the meta device.
@@ -223,7 +225,7 @@ def pretraining_memory(
 
 
 def _line(network: nn.Module, one: int, two: int) -> TrainingMemory:
-    """From the bytes kept for one sample and for two."""
+    """Return the straight line through the bytes kept for one sample and for two."""
     parameters = sum(p.numel() for p in network.parameters())
     fixed = parameters * BYTES_PER_PARAMETER + max(0, 2 * one - two)
     return TrainingMemory(

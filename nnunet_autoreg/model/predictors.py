@@ -78,8 +78,10 @@ class BlockAttention(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Pre-norm cross-attention from queries to encoder tokens, attention among the queries of a
-    block, then an MLP.
+    """A layer of the query decoder.
+
+    It has pre-norm cross-attention from queries to encoder tokens, attention among the queries of a
+    block, and an MLP.
 
     Args:
         block_tokens: queries of a block, which come block after block and see each other; 1 where

@@ -1,6 +1,6 @@
-"""The ViT of AR-SSL4M as an nnU-Net network:
+"""AR-SSL4M's ViT as an nnU-Net network.
 
-START token, fixed 3D sin-cos positions, UNETR decoder.
+It has a START token, fixed 3D sin-cos positions, and a UNETR decoder.
 
 Everything below ``model.`` has AR-SSL4M's own key names and shapes; only the axes are ours: volumes
 are (z, y, x) here and (x, y, z) there, so the patch kernel is transposed and the three thirds of a
@@ -44,8 +44,9 @@ NUM_SPECIAL_TOKENS = 4
 
 
 def sincos_positions(grid: Size, width: int) -> Tensor:
-    """Fixed positions (1, N, V) of a grid (z, y, x): a third of the width for x, one for y, one for
-    z, each [sin | cos].
+    """Return fixed positions (1, N, V) of a grid (z, y, x).
+
+    A third of the width is for x, one for y and one for z, each [sin | cos].
 
     Angular frequencies are 10000^(-k / (width / 6)), k = 0 .. width / 6 - 1, at integer grid
     indices.
@@ -77,7 +78,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv3d(num_channels, width, kernel_size=token_size, stride=token_size)
 
     def forward(self, volume_BCZYX: Tensor) -> Tensor:
-        """Tokens (B, V, z, y, x) on the grid."""
+        """Return tokens (B, V, z, y, x) on the grid."""
         out: Tensor = self.proj(volume_BCZYX)
         return out
 
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def heads(self, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, T, D)."""
+        """Return queries, keys and values, each (B, H, T, D)."""
         B, T, V = x_BTV.shape
         shape = (B, T, self.num_heads, V // self.num_heads)
         q, k, v = (
@@ -119,7 +120,7 @@ class Mlp(nn.Module):
         self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x_BTV: Tensor) -> Tensor:
-        """Tokens (B, T, V)."""
+        """Return tokens (B, T, V)."""
         out: Tensor = self.linear2(nn.functional.gelu(self.linear1(x_BTV)))
         return out
 
@@ -138,8 +139,9 @@ class Layer(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x_BTV: Tensor, rope: None = None, attn_mask: Mask | None = None) -> Tensor:
-        """Tokens (B, T, V); ``attn_mask`` (B, 1, Q, S) is True where a query may attend, None for
-        full attention.
+        """Return tokens (B, T, V).
+
+        ``attn_mask`` (B, 1, Q, S) is True where a query may attend, None for full attention.
         """
         x_BTV = x_BTV + self.drop_path(self.self_attn(self.input_layernorm(x_BTV), attn_mask))
         out: Tensor = x_BTV + self.drop_path(self.mlp(self.post_attention_layernorm(x_BTV)))
@@ -181,14 +183,14 @@ class Trunk(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def with_start(self, tokens_BNV: Tensor) -> Tensor:
-        """Tokens (B, T, V): START, which has no position, then ``tokens_BNV``."""
+        """Return tokens (B, T, V): START, which has no position, then ``tokens_BNV``."""
         start_11V = self.embed_tokens.weight[START_ROW][None, None]
         return torch.cat(
             [start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype), tokens_BNV], dim=1
         )
 
     def hidden(self, x_BTV: Tensor, mask_B1QS: Mask | None = None) -> list[Tensor]:
-        """The tokens (B, T, V) after every layer; the last entry is normalised."""
+        """Return the tokens (B, T, V) after every layer; the last entry is normalised."""
         states = []
         for layer in self.layers:
             x_BTV = layer(x_BTV, attn_mask=mask_B1QS)
@@ -223,7 +225,7 @@ class UnetrDecoder(nn.Module):
     def forward(
         self, image_BCZYX: Tensor, taps_BVzyx: Sequence[Tensor], final_BVzyx: Tensor
     ) -> Tensor:
-        """Logits (B, classes, Z, Y, X); ``taps_BVzyx`` from shallow to deep."""
+        """Return logits (B, classes, Z, Y, X); ``taps_BVzyx`` from shallow to deep."""
         skips = [
             self.image(image_BCZYX),
             *(lift(tap) for lift, tap in zip(self.taps, taps_BVzyx, strict=True)),
@@ -260,7 +262,10 @@ def _up(num_inputs: int, num_outputs: int) -> nn.Module:
 
 
 def _lift(width: int, num_features: int, num_doublings: int) -> nn.Module:
-    """Tokens brought ``num_doublings`` levels up: convolved after every doubling but the first."""
+    """Return layers that bring tokens ``num_doublings`` levels up.
+
+    There is a convolution after every doubling but the first.
+    """
     layers: list[nn.Module] = [_up(width, num_features)]
     for _ in range(num_doublings - 1):
         layers += [_up(num_features, num_features), _residual(num_features, num_features)]
@@ -336,14 +341,15 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         return grid_BVzyx.flatten(2).transpose(1, 2) + self.positions
 
     def encode(self, volume_BCZYX: Tensor) -> list[Tensor]:
-        """The tokens (B, N, V) after every block under full attention, START dropped; the last
-        entry is normalised.
+        """Return the tokens (B, N, V) after every block under full attention, without START.
+
+        The last entry is normalised.
         """
         states = self.model.hidden(self.model.with_start(self.tokens(volume_BCZYX)))
         return [state[:, 1:] for state in states]
 
     def forward(self, volume_BCZYX: Tensor) -> Tensor:
-        """Logits (B, classes, Z, Y, X)."""
+        """Return logits (B, classes, Z, Y, X)."""
         states = self.encode(volume_BCZYX)
         taps = [self._on_grid(states[i]) for i in self.tap_indices]
         out: Tensor = self.decoder(volume_BCZYX, taps, self._on_grid(states[-1]))
@@ -353,7 +359,7 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         return tokens_BNV.transpose(1, 2).reshape(tokens_BNV.shape[0], -1, *self.grid)
 
     def compute_conv_feature_map_size(self, input_size: Any) -> int:
-        """nnU-Net's measure of memory for CNNs, which says nothing about attention.
+        """Refuse nnU-Net's measure of memory for CNNs, which does not hold for attention.
 
         Raises:
             NotImplementedError: always, as Primus does.

@@ -40,7 +40,7 @@ class AvailableKinds:
 
 
 def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
-    """The weights of the kinds, and the reason.
+    """Return the weights of the kinds, and the reason.
 
     One dataset alone is trained on spatial sequences, as measured. A pool of several adds contrast
     sequences where subjects have several contrasts, and semantic ones where places are known.
@@ -70,7 +70,10 @@ def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
 
 
 def choose_members(available: AvailableKinds, most: int) -> int:
-    """Images of a semantic sequence:
+    """Return how many images a semantic sequence has.
+
+    It is ``most``, or as many as there are subjects with the structure that is known in most of
+    them; without structures, all subjects.
 
     ``most``, or as many as the structure has that is known in most subjects; else all subjects.
     """
@@ -84,19 +87,22 @@ def choose_members(available: AvailableKinds, most: int) -> int:
 
 
 def num_members(sequence: SequencePlan, kind: str) -> int:
-    """Images of one sequence of this kind."""
+    """Return how many images one sequence of this kind has."""
     return {"contrast": sequence.contrast_members, "semantic": sequence.semantic_members}.get(
         kind, 1
     )
 
 
 def wanted(plan: Plan) -> tuple[str, ...]:
-    """The kinds that are drawn, in the order of ``KINDS``."""
+    """Return the kinds that are drawn, in the order of ``KINDS``."""
     return tuple(kind for kind in KINDS if plan.sequence.weights.get(kind, 0) > 0)
 
 
 def member_codes(plan: Plan) -> dict[str, range]:
-    """Codes of the members by kind:
+    """Return the codes of the members by kind.
+
+    0 is the one image of spatial and strided sequences, and stands for a member that fine-tuning
+    knows.
 
     0 is the one image of spatial and strided sequences, and stands for a member that fine-tuning
     knows.
@@ -110,13 +116,15 @@ def member_codes(plan: Plan) -> dict[str, range]:
 
 
 def num_codes(plan: Plan) -> int:
-    """How many member codes there are; 1 where no sequence has several members."""
+    """Return how many member codes there are; 1 if no sequence has several members."""
     return max(1, *(codes.stop for codes in member_codes(plan).values()))
 
 
 def member_crop(plan: Plan, kind: str) -> Size:
-    """The crop of one member of a sequence: the plan's own for a single one, else smaller, so that
-    all together hold no more tokens.
+    """Return the crop of one member of a sequence.
+
+    It is the plan's own for a single member. For several it is smaller, so that all together hold
+    no more tokens.
 
     The axis that lost least is shortened by a block until it fits; no axis goes below one block.
     """
@@ -137,6 +145,6 @@ def member_crop(plan: Plan, kind: str) -> Size:
 
 
 def num_blocks(plan: Plan, kind: str = "spatial") -> int:
-    """Blocks of a sequence of this kind."""
+    """Return the number of blocks of a sequence of this kind."""
     block = volume(plan.sequence.block_tokens) * volume(plan.encoder.token_size_vox)
     return num_members(plan.sequence, kind) * volume(member_crop(plan, kind)) // block
