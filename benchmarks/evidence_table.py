@@ -160,7 +160,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ArmSetting:
     """What runs have to share before they are compared."""
 
     data: str
@@ -178,12 +178,12 @@ class Setting:
         )
 
 
-def settings_of(lines: Sequence[Line]) -> dict[Setting, list[Line]]:
+def settings_of(lines: Sequence[Line]) -> dict[ArmSetting, list[Line]]:
     """Return the fine-tunings by what they share, in order."""
-    found: dict[Setting, list[Line]] = {}
+    found: dict[ArmSetting, list[Line]] = {}
     for line in lines:
         if line["command"] == "finetune":
-            key = Setting(
+            key = ArmSetting(
                 line["set"], line["encoder"], line["labels"], line["split"], line["steps"]
             )
             found.setdefault(key, []).append(line)

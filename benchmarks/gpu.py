@@ -56,8 +56,8 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, matmul_peak, step_flops
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.sample import Batch
-from nnunet_autoreg.sampling.turn import Turn
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 """Largest difference over the largest value: float32 on a GPU multiplies in TF32 or float32, bf16
@@ -76,7 +76,7 @@ def turns(setting: Setting) -> Iterator[Line]:
     milliseconds per crop.
     """
     flips = list(product((False, True), repeat=3))
-    ways = [Turn(flip, as_size(axes)) for flip in flips for axes in permutations(range(3))]
+    ways = [FlipTranspose(flip, as_size(axes)) for flip in flips for axes in permutations(range(3))]
     side = 16 if setting.is_small else 128
     generator = torch.Generator().manual_seed(0)
     voxels = torch.randn(len(ways), 1, 1, side, side, side, generator=generator)
@@ -85,7 +85,7 @@ def turns(setting: Setting) -> Iterator[Line]:
         voxels[:, 0] > 0,
         torch.zeros(len(ways), 8),
         torch.zeros(len(ways)),
-        turns=tuple(ways),
+        flip_transposes=tuple(ways),
     )
     batch = batch.pin_memory() if setting.device.type == "cuda" else batch
 

@@ -21,8 +21,8 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.sampling.blocks import block_ids
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.sample import Batch
-from nnunet_autoreg.sampling.turn import Turn
 
 PLENTY_GIB = 1e6
 NUM_STEPS = 10_000
@@ -83,15 +83,21 @@ def batch_of(plan: Plan, num_samples: int) -> Batch:
 
     if plan.sequence.order == "random":
         orders = [torch.randperm(num_blocks, generator=generator) for _ in range(num_samples)]
-        ranks = torch.stack([order[ids] for order in orders])  # (B, T)
+        order_index = torch.stack([order[ids] for order in orders])  # (B, T)
     else:
-        ranks = ids.expand(num_samples, -1).clone()
+        order_index = ids.expand(num_samples, -1).clone()
 
-    real = torch.ones(num_samples, 1, *size, dtype=torch.bool)
-    real[1::2, :, size[0] * 3 // 4 :] = False
-    voxels = torch.randn(num_samples, 1, 1, *size, generator=generator) * real[:, :, None]
+    valid_mask = torch.ones(num_samples, 1, *size, dtype=torch.bool)
+    valid_mask[1::2, :, size[0] * 3 // 4 :] = False
+    voxels = torch.randn(num_samples, 1, 1, *size, generator=generator) * valid_mask[:, :, None]
     prefix = torch.randint(1, num_blocks, (num_samples,), generator=generator)
-    return Batch(voxels, real, ranks, prefix, turns=(Turn((True, True, True)),) * num_samples)
+    return Batch(
+        voxels,
+        valid_mask,
+        order_index,
+        prefix,
+        flip_transposes=(FlipTranspose((True, True, True)),) * num_samples,
+    )
 
 
 class LiveBytes(TorchDispatchMode):

@@ -165,9 +165,9 @@ def our_plan(batch: int, compiled: bool = True) -> Plan:
 def our_batch(crops: Tensor) -> Batch:
     """Crops (B, 1, Z, Y, X) as sequences with random prefixes."""
     batch = crops.shape[0]
-    real = torch.ones((batch, 1, *crops.shape[2:]), dtype=torch.bool)
-    ranks = torch.arange(NUM_TOKENS).expand(batch, -1)
-    return Batch(crops[:, None], real, ranks, torch.randint(1, NUM_TOKENS, (batch,)))
+    valid_mask = torch.ones((batch, 1, *crops.shape[2:]), dtype=torch.bool)
+    order_index = torch.arange(NUM_TOKENS).expand(batch, -1)
+    return Batch(crops[:, None], valid_mask, order_index, torch.randint(1, NUM_TOKENS, (batch,)))
 
 
 def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:

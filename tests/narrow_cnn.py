@@ -72,13 +72,17 @@ def batch_of(plan: Plan, num_members: int = 1, num_padded: int = 0, prefix: int 
     num_tokens = num_members * volume(grid_of(size, plan.encoder.token_size_vox))
 
     voxels_BMCZYX = torch.randn(2, num_members, 1, *size, generator=generator)
-    real_BMZYX = torch.ones(2, num_members, *size, dtype=torch.bool)
+    valid_mask_BMZYX = torch.ones(2, num_members, *size, dtype=torch.bool)
     if num_padded:
-        real_BMZYX[..., -num_padded:] = False
-        voxels_BMCZYX = voxels_BMCZYX * real_BMZYX[:, :, None]
+        valid_mask_BMZYX[..., -num_padded:] = False
+        voxels_BMCZYX = voxels_BMCZYX * valid_mask_BMZYX[:, :, None]
 
-    ranks_BT = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(2)])
-    return Batch(voxels_BMCZYX, real_BMZYX, ranks_BT, torch.tensor([prefix, prefix + 2]))
+    order_index_BT = torch.stack(
+        [torch.randperm(num_tokens, generator=generator) for _ in range(2)]
+    )
+    return Batch(
+        voxels_BMCZYX, valid_mask_BMZYX, order_index_BT, torch.tensor([prefix, prefix + 2])
+    )
 
 
 def outputs(objective: WholeNetwork, batch: Batch) -> Predictions:

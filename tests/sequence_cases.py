@@ -31,15 +31,15 @@ class Ramp:
 
     def read_padded(self, start, size):
         whole = np.arange(np.prod(self.shape_vox), dtype=np.float32).reshape(self.shape_vox) + 1
-        crop, real = np.zeros(size, np.float32), np.zeros(size, bool)
+        crop, valid_mask = np.zeros(size, np.float32), np.zeros(size, bool)
         low = [max(0, -s) for s in start]
         high = [min(n, m - s) for n, m, s in zip(size, self.shape_vox, start, strict=True)]
         inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         crop[inside] = whole[
             tuple(slice(s + a, s + b) for s, a, b in zip(start, low, high, strict=True))
         ]
-        real[inside] = True
-        return crop[None], real
+        valid_mask[inside] = True
+        return crop[None], valid_mask
 
 
 def make_plan(**sequence):
@@ -62,8 +62,8 @@ class Shifted(Ramp):
     by: float = 0.0
 
     def read_padded(self, start, size):
-        crop, real = super().read_padded(start, size)
-        return crop + np.float32(self.by) * real, real
+        crop, valid_mask = super().read_padded(start, size)
+        return crop + np.float32(self.by) * valid_mask, valid_mask
 
 
 def contrast_material(num_groups=2):

@@ -72,7 +72,7 @@ class Linear:
             * batch.voxels.mean((1, 2, 3, 4, 5))[:, None, None]
         )
         return TokenFeatures(
-            tokens, tokens, batch.ranks, torch.ones_like(batch.ranks, dtype=torch.bool)
+            tokens, tokens, batch.order_index, torch.ones_like(batch.order_index, dtype=torch.bool)
         )
 
     def pool_statistics(self, pool):

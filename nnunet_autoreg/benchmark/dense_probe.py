@@ -112,7 +112,7 @@ class ProbeResult:
 
 
 @dataclass(frozen=True)
-class Sample:
+class VoxelSample:
     """Voxels of one labelled scan.
 
     Attributes:
@@ -171,7 +171,7 @@ def dense_probe(
 
     # Every labelled scan passes through the network once, whatever the number of draws it is in.
     needed = {case.name: case for cases in draws.values() for case in cases}
-    samples: dict[str, Sample] = {}
+    samples: dict[str, VoxelSample] = {}
     sizes: list[int] = []
     for name, case in needed.items():
         maps = maps_of(case)
@@ -245,7 +245,7 @@ def sample_voxels(
     covered: Size,
     num_classes: int,
     settings: ProbeSettings,
-) -> Sample:
+) -> VoxelSample:
     """Draw voxels of every class of a scan and interpolate the feature maps there.
 
     Args:
@@ -267,7 +267,7 @@ def sample_voxels(
     coordinates = np.stack(np.unravel_index(chosen, case.labels.shape), axis=1)
     features = torch.cat([values_at(level, coordinates, covered) for level in maps], dim=1)
     labels = torch.from_numpy(flat[chosen].astype(np.int64))
-    return Sample(features.cpu(), labels, torch.from_numpy(np.concatenate(weights)).float())
+    return VoxelSample(features.cpu(), labels, torch.from_numpy(np.concatenate(weights)).float())
 
 
 def values_at(features: Tensor, coordinates: NDArray[np.integer], covered: Size) -> Tensor:
@@ -295,7 +295,7 @@ def values_at(features: Tensor, coordinates: NDArray[np.integer], covered: Size)
 
 
 def fit(
-    samples: Sequence[Sample],
+    samples: Sequence[VoxelSample],
     columns: Sequence[int],
     num_classes: int,
     settings: ProbeSettings,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
-from nnunet_autoreg.benchmark.table import Row, rows_of
+from nnunet_autoreg.benchmark.table import TableRow, rows_of
 from nnunet_autoreg.records import atomic_path
 
 COLOURS = dict(zip(ARMS, ("#0072b2", "#cc79a7", "#e69f00", "#555555"), strict=True))
@@ -46,7 +46,7 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _names(rows: Sequence[TableRow]) -> list[tuple[str, str]]:
     """Return (encoder, arm) of every series, in the order of the table."""
     return list(dict.fromkeys((row.key.encoder, row.key.arm) for row in rows))
 
@@ -70,7 +70,9 @@ def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str,
     return {"color": COLOURS[arm], "marker": marker}
 
 
-def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int], is_surface: bool) -> None:
+def _draw_dice(
+    axis: Any, rows: Sequence[TableRow], labels: Sequence[int], is_surface: bool
+) -> None:
     """Draw the score of every seed as a point and their mean as a bar."""
     names = _names(rows)
     for name in names:
@@ -104,7 +106,7 @@ def _draw_dice(axis: Any, rows: Sequence[Row], labels: Sequence[int], is_surface
 
 def _draw_differences(
     axis: Any,
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     labels: Sequence[int],
     is_surface: bool,
 ) -> None:

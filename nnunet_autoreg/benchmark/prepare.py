@@ -17,8 +17,8 @@ from nnunet_autoreg.benchmark.protocol import (
     MASKED_SUFFIX,
     STOCK,
     STOCK_PLANS,
-    Layout,
-    Request,
+    BenchmarkFolders,
+    BenchmarkRequest,
     fold_of,
     plans_name,
     recipe_values,
@@ -78,8 +78,8 @@ class Bench:
         user_preprocessed, user_results: nnU-Net's folders of the caller.
     """
 
-    request: Request
-    layout: Layout
+    request: BenchmarkRequest
+    layout: BenchmarkFolders
     record: Record
     images: Mapping[str, Sequence[Path]]
     commands: Commands
@@ -109,7 +109,7 @@ def images_of(dataset: str) -> dict[str, list[Path]]:
 
 def open_record(
     root: Path,
-    request: Request,
+    request: BenchmarkRequest,
     cases: Sequence[str],
     dataset: Path | None = None,
 ) -> Record:
@@ -164,7 +164,7 @@ def open_record(
     return record
 
 
-def write_exclude(layout: Layout, division: Division) -> None:
+def write_exclude(layout: BenchmarkFolders, division: Division) -> None:
     """Write the list of the cases that no pretraining may see."""
     names = sorted((*division.development, *division.test))
     lines = [f"{layout.dataset}/{name}\n" for name in names]

@@ -28,7 +28,7 @@ OWN_PREFIX = "benchmark_"
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchmarkRequest:
     """What the user typed.
 
     Attributes:
@@ -61,7 +61,7 @@ class Request:
     subjects: str | None = None
     surface_tolerance_mm: float | None = None
 
-    def check(self) -> "Request":
+    def check(self) -> "BenchmarkRequest":
         """Return the request if it can be carried out.
 
         Raises:
@@ -145,7 +145,7 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
     return found
 
 
-def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:
+def runs_of(request: BenchmarkRequest, steps: int, batch: int) -> Iterator[RunKey]:
     """Yield all runs, seed by seed, so that complete comparisons are available early."""
     for seed, labels, arm in product(range(request.num_seeds), request.labels, request.arms):
         for encoder in ("-",) if arm == STOCK else request.families:
@@ -154,7 +154,7 @@ def runs_of(request: Request, steps: int, batch: int) -> Iterator[RunKey]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BenchmarkFolders:
     """The folders of a benchmark, below ``root``."""
 
     root: Path

@@ -32,7 +32,7 @@ from nnunet_autoreg.benchmark.results import (
     read_results,
 )
 from nnunet_autoreg.benchmark.statistics import mean_dice
-from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, Job
+from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, FineTuningJob
 from nnunet_autoreg.children import end_children, run_guarded
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
@@ -142,11 +142,11 @@ def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float
     return pace
 
 
-def job_of(bench: Bench, key: RunKey, batch: int) -> Job:
+def job_of(bench: Bench, key: RunKey, batch: int) -> FineTuningJob:
     """Return the training of a run."""
     epochs, per_epoch = epochs_of(max(key.steps, 1))
     folds = read_json(bench.layout.plans / "splits_final.json")
-    return Job(
+    return FineTuningJob(
         dataset=bench.request.dataset,
         configuration=CONFIGURATION,
         fold=fold_of(folds, fold(bench, key)),
@@ -225,7 +225,7 @@ def run_missing(
     return failed
 
 
-def _do(bench: Bench, folder: Path, job: Job, runner: Runner) -> dict[str, Any]:
+def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[str, Any]:
     """Run a job in a fresh folder of its own.
 
     Raises:

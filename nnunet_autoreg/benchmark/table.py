@@ -15,7 +15,7 @@ Lines = Mapping[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """Runs that differ in their seed alone.
 
     Attributes:
@@ -54,7 +54,7 @@ class Row:
         return sorted(tolerance for tolerance in found if tolerance is not None)
 
 
-def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
+def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     """Return one row for each arm, encoder, number of labels, length and recipe.
 
     Of several lines of the same run the last one counts.
@@ -72,7 +72,7 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
         twin = {} if key.arm in ("scratch", STOCK) else twin
         stock = {} if key.arm == STOCK else stock
         rows.append(
-            Row(
+            TableRow(
                 key,
                 by_seed,
                 paired(by_seed, twin),
@@ -84,7 +84,7 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[Row]:
     return sorted(rows, key=_position_in_table)
 
 
-def _position_in_table(row: Row) -> tuple[Any, ...]:
+def _position_in_table(row: TableRow) -> tuple[Any, ...]:
     key = row.key
     length = (key.split, key.steps, key.batch, key.labels)
     # Stock comes last, since it belongs to no encoder.
@@ -127,7 +127,7 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*text, "", *_notes(rows)]) + "\n"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: TableRow) -> list[str]:
     key, lines = row.key, list(row.lines.values())
 
     # Patients may have several scans; seeds may then label different numbers of cases.
@@ -199,7 +199,7 @@ def _pretraining(made_by: Mapping[str, Any] | None) -> str:
     return f"{text}; {', '.join(costs)}" if costs else text
 
 
-def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
+def unequal_pretrainings(rows: Sequence[TableRow]) -> list[str]:
     """Return a sentence for each encoder whose arms were pretrained at unequal cost."""
     flops_of: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -220,7 +220,7 @@ def unequal_pretrainings(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[TableRow]) -> list[str]:
     notes = [
         "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. "
         "Labels: patients, and cases where "

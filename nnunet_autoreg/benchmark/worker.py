@@ -28,7 +28,7 @@ VAL_STEPS = 8
 
 
 @dataclass(frozen=True)
-class Job:
+class FineTuningJob:
     """A training.
 
     Attributes:
@@ -55,7 +55,7 @@ class Job:
     surface_tolerance_mm: float | None = None
 
 
-class Stopwatch:
+class StepTimer:
     """Records when each step of a trainer begins, by the clock and by processor time."""
 
     def __init__(self, trainer: Any):
@@ -91,10 +91,10 @@ def _median_gap(times: list[float], steps_per_epoch: int) -> float:
     return statistics.median(gaps) if gaps else float("nan")
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: FineTuningJob) -> dict[str, Any]:
     """Train, validate if the job says so, and return the results as plain values."""
     trainer = prepare(job)
-    timer = Stopwatch(trainer)
+    timer = StepTimer(trainer)
     start = time.monotonic()
     trainer.run_training()
     train_s = time.monotonic() - start
@@ -126,7 +126,7 @@ def train(job: Job) -> dict[str, Any]:
     return result
 
 
-def prepare(job: Job) -> Any:
+def prepare(job: FineTuningJob) -> Any:
     """Return nnU-Net's trainer of a job, with its length and batch."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
@@ -200,7 +200,7 @@ def none_for_nan(value: float) -> float | None:
 
 def main(folder: Path) -> None:
     """Do the job in ``folder``."""
-    job = from_jsonable(Job, read_json(folder / JOB_NAME), str(folder / JOB_NAME))
+    job = from_jsonable(FineTuningJob, read_json(folder / JOB_NAME), str(folder / JOB_NAME))
     write_json(folder / RESULT_NAME, train(job))
 
 

@@ -21,7 +21,7 @@ from nnunet_autoreg.machine import usable_cores
 
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.prepare import Bench
-    from nnunet_autoreg.benchmark.protocol import Request
+    from nnunet_autoreg.benchmark.protocol import BenchmarkRequest
 
 # argparse has no public name for the groups of a parser.
 Group = argparse._ArgumentGroup
@@ -196,13 +196,13 @@ def _add_run_options(group: Group) -> None:
     )
 
 
-def read_request(args: argparse.Namespace) -> "Request":
+def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     """Return the checked request.
 
     Raises:
         UsageError: the dataset is unknown, or a value is impossible.
     """
-    from nnunet_autoreg.benchmark.protocol import Request
+    from nnunet_autoreg.benchmark.protocol import BenchmarkRequest
     from nnunet_autoreg.nnunet_api import dataset_folder
 
     if args.measure and args.budget_min is None and args.steps is not None:
@@ -213,7 +213,7 @@ def read_request(args: argparse.Namespace) -> "Request":
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: must be at least 1", code="usage-number")
 
-    options = options_for(Request, args)
+    options = options_for(BenchmarkRequest, args)
     options["dataset"] = dataset_folder(args.dataset).name
     options["labels"] = tuple(sorted(set(args.labels)))
     for name in ("arms", "weights", "encoders"):
@@ -221,10 +221,10 @@ def read_request(args: argparse.Namespace) -> "Request":
         options[name] = tuple(dict.fromkeys(options[name]))
     if args.steps is None and args.budget_min is None:
         options["budget_min"] = DEFAULT_BUDGET_MIN
-    return Request(**options).check()
+    return BenchmarkRequest(**options).check()
 
 
-def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "Bench":
+def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: int) -> "Bench":
     """Return the benchmark of a folder, and write the list of patients to leave out of pretraining.
 
     The patients are split on the first call; later calls read the split.
@@ -236,10 +236,10 @@ def open_bench(request: "Request", root: Path, device: str, num_jobs: int) -> "B
         open_record,
         write_exclude,
     )
-    from nnunet_autoreg.benchmark.protocol import Layout
+    from nnunet_autoreg.benchmark.protocol import BenchmarkFolders
     from nnunet_autoreg.nnunet_api import dataset_folder, preprocessed_folder, results_folder
 
-    layout = Layout(root, request.dataset)
+    layout = BenchmarkFolders(root, request.dataset)
     images = images_of(request.dataset)
     folders = {"nnUNet_preprocessed": layout.preprocessed, "nnUNet_results": layout.results}
     commands = Commands(root / "commands.log", device, max(1, usable_cores() // num_jobs), folders)

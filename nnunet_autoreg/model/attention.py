@@ -44,23 +44,24 @@ class AttentionRule:
     """A query sees the valid tokens of all blocks up to one of them in the order.
 
     Every query also sees something else, because attention to nothing is not a number: the first
-    block where ``lost`` says so, or its own token.
+    block where ``sees_first_block_only`` says so, or its own token.
 
     A rule is small. ``mask`` turns it into what the attention kernel needs, once a step for all
     layers and outside of compiled code.
 
     Attributes:
-        rank: (B, T) int64, position in the order of every token's block, 0..K-1.
-        reach: (B, T) int64, the last block that a query sees, by its position in the order.
+        order_index: (B, T) int64, position in the order of every token's block, 0..K-1.
+        max_visible_block: (B, T) int64, the last block that a query sees, by its position in the
+            order.
         valid: (B, T) bool, False where a token holds padding only.
-        lost: (B, T) bool, queries that see nothing by the rule, and therefore the first block of
-            the order. None: every token sees itself.
+        sees_first_block_only: (B, T) bool, queries that see nothing by the rule, and therefore the
+            first block of the order. None: every token sees itself.
     """
 
-    rank: Tensor
-    reach: Tensor
+    order_index: Tensor
+    max_visible_block: Tensor
     valid: Tensor
-    lost: Tensor | None = None
+    sees_first_block_only: Tensor | None = None
 
     def mask(self, flex: bool = False, num_heads: int = 1) -> Mask:
         """Return the rule as the attention kernel needs it.
@@ -78,30 +79,39 @@ class AttentionRule:
         Args:
             index_BT: query i of the new order is query ``index_BT[:, i]`` of the old one.
         """
-        assert self.lost is not None, "a query that sees itself has to have the index of its key"
+        assert self.sees_first_block_only is not None, (
+            "a query that sees itself has to have the index of its key"
+        )
         return replace(
             self,
-            reach=self.reach.gather(1, index_BT),
-            lost=self.lost.gather(1, index_BT),
+            max_visible_block=self.max_visible_block.gather(1, index_BT),
+            sees_first_block_only=self.sees_first_block_only.gather(1, index_BT),
         )
 
     def of_sample(self, sample: int) -> "AttentionRule":
         """Return the rule of one sample of the batch, as a batch of one."""
         one = slice(sample, sample + 1)
-        lost = None if self.lost is None else self.lost[one]
-        return AttentionRule(self.rank[one], self.reach[one], self.valid[one], lost)
+        sees_first_block_only = (
+            None if self.sees_first_block_only is None else self.sees_first_block_only[one]
+        )
+        return AttentionRule(
+            self.order_index[one],
+            self.max_visible_block[one],
+            self.valid[one],
+            sees_first_block_only,
+        )
 
     def dense(self) -> Tensor:
         """Return a bool mask (B, 1, Q, S), True where a query may attend."""
-        is_reached_BQS = self.rank[:, None, :] <= self.reach[:, :, None]
+        is_reached_BQS = self.order_index[:, None, :] <= self.max_visible_block[:, :, None]
         seen_BQS = is_reached_BQS & self.valid[:, None, :]
 
-        if self.lost is None:
-            num_tokens = self.rank.shape[1]
-            more = torch.eye(num_tokens, dtype=torch.bool, device=self.rank.device)  # (Q, S)
+        if self.sees_first_block_only is None:
+            num_tokens = self.order_index.shape[1]
+            more = torch.eye(num_tokens, dtype=torch.bool, device=self.order_index.device)  # (Q, S)
         else:
-            is_first_BT = self.rank == 0
-            more = self.lost[:, :, None] & is_first_BT[:, None, :]  # (B, Q, S)
+            is_first_BT = self.order_index == 0
+            more = self.sees_first_block_only[:, :, None] & is_first_BT[:, None, :]  # (B, Q, S)
         return (seen_BQS | more)[:, None]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -118,19 +128,24 @@ class AttentionRule:
         inside compiled code, this method breaks the graph (or is refused there, with
         ``fullgraph=True``).
         """
-        rank_BT, reach_BT, valid_BT, lost_BT = self.rank, self.reach, self.valid, self.lost
+        order_index_BT, max_visible_BT, valid_BT, first_only_BT = (
+            self.order_index,
+            self.max_visible_block,
+            self.valid,
+            self.sees_first_block_only,
+        )
 
         def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = (rank_BT[b, k] <= reach_BT[b, q]) & valid_BT[b, k]
-            if lost_BT is None:
+            seen = (order_index_BT[b, k] <= max_visible_BT[b, q]) & valid_BT[b, k]
+            if first_only_BT is None:
                 return seen | (q == k)
-            is_first = rank_BT[b, k] == 0
-            return seen | (lost_BT[b, q] & is_first)
+            is_first = order_index_BT[b, k] == 0
+            return seen | (first_only_BT[b, q] & is_first)
 
         some_BNN, all_BNN = self._tiles()
         num, index = _listed(some_BNN & ~all_BNN, num_heads)
         full_num, full_index = _listed(all_BNN, num_heads)
-        length = rank_BT.shape[1]
+        length = order_index_BT.shape[1]
 
         made: BlockMask = BlockMask.from_kv_blocks(
             num,
@@ -150,25 +165,25 @@ class AttentionRule:
 
         The first is True where any query may see any key, the second where all see all.
         """
-        num_tokens = self.rank.shape[1]
+        num_tokens = self.order_index.shape[1]
 
         # Padding counts as a block that nobody sees.
-        rank_BT = torch.where(self.valid, self.rank, num_tokens)
-        rank_BNt = _by_tile(rank_BT, num_tokens)
-        lowest_BN, highest_BN = rank_BNt.amin(-1), rank_BNt.amax(-1)
+        order_index_BT = torch.where(self.valid, self.order_index, num_tokens)
+        order_index_BNt = _by_tile(order_index_BT, num_tokens)
+        lowest_BN, highest_BN = order_index_BNt.amin(-1), order_index_BNt.amax(-1)
 
         # Queries that fill up the last tile see nothing; then its tiles are not full, and kernels
         # ask the rule for every pair.
-        reach_BNt = _by_tile(self.reach, -1)
-        farthest_BN, nearest_BN = reach_BNt.amax(-1), reach_BNt.amin(-1)
+        max_visible_BNt = _by_tile(self.max_visible_block, -1)
+        farthest_BN, nearest_BN = max_visible_BNt.amax(-1), max_visible_BNt.amin(-1)
 
         some_BNN = lowest_BN[:, None, :] <= farthest_BN[:, :, None]
-        if self.lost is None:
-            more = torch.eye(lowest_BN.shape[1], dtype=torch.bool, device=rank_BT.device)
+        if self.sees_first_block_only is None:
+            more = torch.eye(lowest_BN.shape[1], dtype=torch.bool, device=order_index_BT.device)
         else:
-            first_BN = _by_tile(self.rank, num_tokens).amin(-1) == 0
-            lost_BN = _by_tile(self.lost, False).any(-1)
-            more = lost_BN[:, :, None] & first_BN[:, None, :]
+            first_BN = _by_tile(self.order_index, num_tokens).amin(-1) == 0
+            first_only_BN = _by_tile(self.sees_first_block_only, False).any(-1)
+            more = first_only_BN[:, :, None] & first_BN[:, None, :]
         return some_BNN | more, highest_BN[:, None, :] <= nearest_BN[:, :, None]
 
 
@@ -192,25 +207,25 @@ class VisibleKeys:
 Rule = AttentionRule | VisibleKeys
 
 
-def block_causal(rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
+def block_causal(order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
     """Return the rule of the encoder: a token of block q sees block k if k <= max(q, p - 1).
 
     It sees its own block and every earlier one and, inside the p given blocks, all of these. Tokens
     of padding only are seen by nobody but themselves.
 
     Args:
-        rank_BT: position in the order of every token's block, 0..K-1.
+        order_index_BT: position in the order of every token's block, 0..K-1.
         prefix_B: number of given blocks p, 1..K-1.
         valid_BT: False where a token holds padding only.
 
     Source: AR-SSL4M's prefix mask (github.com/serena9525/AR-SSL4M) without START, on blocks.
     """
     last_given_B1 = prefix_B[:, None] - 1
-    return AttentionRule(rank_BT, torch.maximum(rank_BT, last_given_B1), valid_BT)
+    return AttentionRule(order_index_BT, torch.maximum(order_index_BT, last_given_B1), valid_BT)
 
 
 def with_starts(
-    rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, num_starts: int
+    order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, num_starts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the order, the prefix and the valid tokens with start tokens in front.
 
@@ -218,25 +233,25 @@ def with_starts(
     blocks is therefore possible: the start alone is given. Without start tokens nothing changes.
     """
     if num_starts == 0:
-        return rank_BT, prefix_B, valid_BT
+        return order_index_BT, prefix_B, valid_BT
     padding = (num_starts, 0)
     return (
-        functional.pad(rank_BT + 1, padding),
+        functional.pad(order_index_BT + 1, padding),
         prefix_B + 1,
         functional.pad(valid_BT, padding, value=True),
     )
 
 
-def strictly_earlier(rank_BT: Tensor, valid_BT: Tensor) -> AttentionRule:
+def strictly_earlier(order_index_BT: Tensor, valid_BT: Tensor) -> AttentionRule:
     """Return the rule of a query decoder: a query attends to the valid tokens of earlier blocks.
 
     A query without any such key, of the first block or after padding only, attends to the first
     block instead, because attention to nothing is not a number. It carries no loss.
     """
-    num_tokens = rank_BT.shape[1]
-    first_valid_B = torch.where(valid_BT, rank_BT, num_tokens).amin(1)
-    lost_BT = rank_BT <= first_valid_B[:, None]
-    return AttentionRule(rank_BT, rank_BT - 1, valid_BT, lost_BT)
+    num_tokens = order_index_BT.shape[1]
+    first_valid_B = torch.where(valid_BT, order_index_BT, num_tokens).amin(1)
+    first_only_BT = order_index_BT <= first_valid_B[:, None]
+    return AttentionRule(order_index_BT, order_index_BT - 1, valid_BT, first_only_BT)
 
 
 def attend(
@@ -272,12 +287,12 @@ def attend(
     return padded[..., :width]
 
 
-def block_order(rank_BT: Tensor) -> Tensor:
+def block_order(order_index_BT: Tensor) -> Tensor:
     """Return token indices (B, T) sorted by block and, within a block, in raster order.
 
     Entry b * J + j is token j of block b.
     """
-    return torch.argsort(rank_BT, dim=1, stable=True)
+    return torch.argsort(order_index_BT, dim=1, stable=True)
 
 
 def _by_tile(value_BT: Tensor, beyond: float) -> Tensor:

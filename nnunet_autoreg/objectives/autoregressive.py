@@ -40,18 +40,20 @@ from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 
 def supervised_tokens(
-    ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from_start: bool = False
+    order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from_start: bool = False
 ) -> Tensor:
-    """(B, T) bool: tokens that are predicted - of rank >= p, holding real voxels, with something
+    """Return which tokens are predicted, (B, T) bool.
+
+    These are the tokens of the blocks that are not given, which hold real voxels and have something
     real before them.
 
     Args:
         from_start: a START token is before all of them, and is enough.
     """
     if from_start:
-        return valid_BT & (ranks_BT >= prefix_B[:, None])
-    first_B = torch.where(valid_BT, ranks_BT, ranks_BT.max() + 1).min(dim=1).values
-    return valid_BT & (ranks_BT >= prefix_B[:, None]) & (ranks_BT > first_B[:, None])
+        return valid_BT & (order_index_BT >= prefix_B[:, None])
+    first_B = torch.where(valid_BT, order_index_BT, order_index_BT.max() + 1).min(dim=1).values
+    return valid_BT & (order_index_BT >= prefix_B[:, None]) & (order_index_BT > first_B[:, None])
 
 
 class MemberEmbedding(nn.Module):
@@ -108,17 +110,18 @@ class AutoregressiveModel(nn.Module):
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Predictions (B, T, P), entry t for token t.
 
-        With ``next``, rank 0 has one from START alone: without, its entries are 0.
+        With ``next``, the first block is predicted from START alone. Without START its entries are
+        0.
         """
         member_BTV = (
             None if self.member is None or batch.members is None else self.member(batch.members)
         )
-        rule = self.rule(batch.ranks, batch.prefix, valid_BT)
+        rule = self.rule(batch.order_index, batch.prefix, valid_BT)
         features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
         start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
         if isinstance(self.head, QueryDecoder):
             return self._asked(self.head, batch, valid_BT, features_BTV)
-        order_BT = block_order(batch.ranks)
+        order_BT = block_order(batch.order_index)
         said_BTP = self.shift(self.head(features_BTV), order_BT)
         if not self.predicts_first:
             return said_BTP
@@ -130,14 +133,14 @@ class AutoregressiveModel(nn.Module):
         self, head: QueryDecoder, batch: Batch, valid_BT: Tensor, features_BTV: Tensor
     ) -> Tensor:
         """Predictions (B, T, O) of the query decoder, entry t for token t."""
-        rule = strictly_earlier(batch.ranks, valid_BT)
+        rule = strictly_earlier(batch.order_index, valid_BT)
         tokens = TokenPositions(self.encoder.rope(batch.positions), batch.positions, batch.members)
         if head.block_tokens == 1:
             alone: Tensor = head(features_BTV, rule, tokens, tokens)
             return alone
 
         # Queries block after block, and their predictions back at the places of the tokens.
-        order_BT = block_order(batch.ranks)
+        order_BT = block_order(batch.order_index)
         in_order_BTO = head(
             features_BTV, rule.with_queries(order_BT), self.places(batch, order_BT), tokens
         )
@@ -162,9 +165,11 @@ class AutoregressiveModel(nn.Module):
             and isinstance(self.head, NextHead)
         )
 
-    def rule(self, rank_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
+    def rule(self, order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
         """Who may attend to whom in the encoder, start tokens included."""
-        return block_causal(*with_starts(rank_BT, prefix_B, valid_BT, self.encoder.num_starts))
+        return block_causal(
+            *with_starts(order_index_BT, prefix_B, valid_BT, self.encoder.num_starts)
+        )
 
     def shift(self, out_BTP: Tensor, order_BT: Tensor) -> Tensor:
         """Move what token j of block b says about its successor to token j of block b + 1."""
@@ -201,15 +206,15 @@ class Autoregressive:
         valid_BT = real_BTP.any(dim=-1)
         target_BTO = target_of(settings, voxels_BTP, real_BTP)
         weight_BTP = (
-            supervised_tokens(asked.ranks, asked.prefix, valid_BT, self.model.predicts_first)[
+            supervised_tokens(asked.order_index, asked.prefix, valid_BT, self.model.predicts_first)[
                 :, :, None
             ]
             & real_BTP
         ).float()
-        if batch.scored is not None:
-            weight_BTP = weight_BTP * to_tokens(batch.scored[:, :, None], self.token_size).repeat(
-                1, 1, batch.voxels.shape[2]
-            )
+        if batch.loss_mask is not None:
+            weight_BTP = weight_BTP * to_tokens(
+                batch.loss_mask[:, :, None], self.token_size
+            ).repeat(1, 1, batch.voxels.shape[2])
         shown = batch
         if batch.corruption is not None:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean
@@ -221,7 +226,7 @@ class Autoregressive:
         predicted_BTO = self.model(shown, valid_BT).float()
         trivial = {}
         if references:
-            previous_BTO = self.model.shift(target_BTO, block_order(batch.ranks))
+            previous_BTO = self.model.shift(target_BTO, block_order(batch.order_index))
             trivial = {
                 "mean": _error(torch.zeros_like(target_BTO), target_BTO, output_weight_BTO),
                 "copy": _error(previous_BTO, target_BTO, output_weight_BTO),
@@ -233,30 +238,33 @@ class Autoregressive:
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Predictions in intensities (``targets.as_intensities``). The first channel."""
         settings, asked = self.plan.objective, self.as_predicted(batch)
-        real_BTP = to_tokens(batch.real[:, :, None], self.token_size)
+        real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size)
         voxels_BTP, every_BTP = self._target_voxels(batch)
         valid_BT = every_BTP.any(dim=-1)
         predicted_BTO = self.model(batch, valid_BT).float()
         predicted_BTP, trivial_BTP = as_intensities(settings, predicted_BTO, voxels_BTP, every_BTP)
-        given_BT = valid_BT & (batch.ranks < batch.prefix[:, None])
-        scored_BT = supervised_tokens(
-            asked.ranks, asked.prefix, valid_BT, self.model.predicts_first
+        given_BT = valid_BT & (batch.order_index < batch.prefix[:, None])
+        predicted_BT = supervised_tokens(
+            asked.order_index, asked.prefix, valid_BT, self.model.predicts_first
         )
         parts = (
             predicted_BTP,
             trivial_BTP,
             given_BT[:, :, None] & real_BTP,
-            scored_BT[:, :, None] & real_BTP,
+            predicted_BT[:, :, None] & real_BTP,
         )
-        predicted, trivial, given, scored = (
+        predicted, trivial, given, loss_mask = (
             from_tokens(part, self.token_size, batch.voxels.shape) for part in parts
         )
-        scored = scored if batch.scored is None else scored & batch.scored
-        return Reconstruction(batch.voxels[:, :, 0], predicted, trivial, given, scored, batch.real)
+        loss_mask = loss_mask if batch.loss_mask is None else loss_mask & batch.loss_mask
+        return Reconstruction(
+            batch.voxels[:, :, 0], predicted, trivial, given, loss_mask, batch.valid_mask
+        )
 
     def as_predicted(self, batch: Batch) -> Batch:
-        """The batch with the ranks and prefix that say what is given and what is asked for: here
-        its own.
+        """Return the batch with the order and prefix that say what is given and what is predicted.
+
+        Here these are its own.
         """
         return batch
 
@@ -266,33 +274,35 @@ class Autoregressive:
         The voxels are not normalised yet. They are low-passed as the plan says.
         """
         num_channels = batch.voxels.shape[2]
-        real_BTP = to_tokens(batch.real[:, :, None], self.token_size).repeat(1, 1, num_channels)
+        real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size).repeat(
+            1, 1, num_channels
+        )
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
         sigma_vox = self.plan.objective.target_smoothing
         return smoothed(voxels_BTP, real_BTP, self.token_size, sigma_vox), real_BTP
 
     def _given_voxels(self, asked: Batch) -> Tensor:
         """Return the real voxels of the given blocks, (B, M, Z, Y, X)."""
-        token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.real.shape
-        given = (asked.ranks < asked.prefix[:, None]).reshape(
+        token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.valid_mask.shape
+        given = (asked.order_index < asked.prefix[:, None]).reshape(
             B, M, Z // token[0], Y // token[1], X // token[2]
         )
         for axis in range(3):
             given = given.repeat_interleave(token[axis], dim=2 + axis)
-        return given & asked.real
+        return given & asked.valid_mask
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Features as fine-tuning gets them: every real token may attend to every other, and no
         member is told from another.
         """
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
-        valid_BT = to_tokens(batch.real[:, :, None], self.token_size).any(dim=-1)
-        one_block_BT = torch.zeros_like(batch.ranks)
+        valid_BT = to_tokens(batch.valid_mask[:, :, None], self.token_size).any(dim=-1)
+        one_block_BT = torch.zeros_like(batch.order_index)
         rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
         features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)
-        in_order = torch.arange(batch.ranks.shape[1], device=batch.ranks.device).expand_as(
-            batch.ranks
-        )
+        in_order = torch.arange(
+            batch.order_index.shape[1], device=batch.order_index.device
+        ).expand_as(batch.order_index)
         return TokenFeatures(
             features_BTV,
             voxels_BTP,

@@ -46,16 +46,16 @@ class Reconstruction:
         trivial: the same with a prediction of nothing, so that one sees what was taken from the
             truth.
         given: bool, what the model was shown from the start.
-        scored: bool, what it was asked for.
-        real: bool, False where there is padding.
+        loss_mask: bool, what it was asked for.
+        valid_mask: bool, False where there is padding.
     """
 
     truth: Tensor
     predicted: Tensor
     trivial: Tensor
     given: Tensor
-    scored: Tensor
-    real: Tensor
+    loss_mask: Tensor
+    valid_mask: Tensor
 
 
 @dataclass(frozen=True)

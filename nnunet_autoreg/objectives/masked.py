@@ -38,7 +38,7 @@ class MaskedModel(AutoregressiveModel):
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Predictions (B, T, O), entry t for token t; 0 at visible tokens."""
         assert isinstance(self.head, QueryDecoder), "plan.check allows no other predictor"
-        order_BT = block_order(batch.ranks)
+        order_BT = block_order(batch.order_index)
         num_blocks = order_BT.shape[1] // self.block_num_tokens
         # The same number in every sample, known without looking at the batch: shapes stay fixed.
         num_visible = fixed_prefix(num_blocks, self.visible_share)
@@ -64,12 +64,10 @@ class MaskedModel(AutoregressiveModel):
         return out
 
     def _visible_blocks(self, batch: Batch, num_visible: int) -> Tensor:
-        """Return the voxels of the visible blocks in the order of their ranks, (B, K, C, z, y,
-        x).
-        """
+        """Return the voxels of the visible blocks in their order, (B, K, C, z, y, x)."""
         B, M, C, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token_size)
-        rank_BKJ = to_blocks(batch.ranks.reshape(B * M, 1, *grid), self.block_grid).reshape(
+        rank_BKJ = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid).reshape(
             B, -1, self.block_num_tokens
         )
         chosen_BK = torch.argsort(rank_BKJ[:, :, 0], dim=1)[:, :num_visible]
@@ -94,6 +92,6 @@ class Masked(Autoregressive):
         return MaskedModel(plan)
 
     def as_predicted(self, batch: Batch) -> Batch:
-        """Rank 0 for what is visible, rank 1 for what is hidden, and one given rank."""
-        hidden_BT = (batch.ranks >= batch.prefix[:, None]).long()
-        return replace(batch, ranks=hidden_BT, prefix=torch.ones_like(batch.prefix))
+        """Return the batch with visible blocks first, hidden ones second, and the first given."""
+        hidden_BT = (batch.order_index >= batch.prefix[:, None]).long()
+        return replace(batch, order_index=hidden_BT, prefix=torch.ones_like(batch.prefix))

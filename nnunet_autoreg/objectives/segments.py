@@ -55,10 +55,10 @@ class SegmentMap(nn.Module):
         self.register_buffer("deviation", torch.ones(NUM_FEATURES))
 
     @torch.no_grad()
-    def forward(self, voxels_BMCZYX: Tensor, real_BMZYX: Tensor) -> Tensor:
+    def forward(self, voxels_BMCZYX: Tensor, valid_mask_BMZYX: Tensor) -> Tensor:
         """Return every voxel's class, (B, M, Z, Y, X) int64; padding has an arbitrary one."""
         B, M, _, Z, Y, X = voxels_BMCZYX.shape
-        features_NFZYX = self.features(voxels_BMCZYX, real_BMZYX)
+        features_NFZYX = self.features(voxels_BMCZYX, valid_mask_BMZYX)
 
         with full_precision(voxels_BMCZYX.device):
             shift, scale = self.mean[:, None, None, None], self.deviation[:, None, None, None]
@@ -70,14 +70,14 @@ class SegmentMap(nn.Module):
         return classes_NZYX.reshape(B, M, Z, Y, X)
 
     @torch.no_grad()
-    def features(self, voxels_BMCZYX: Tensor, real_BMZYX: Tensor) -> Tensor:
+    def features(self, voxels_BMCZYX: Tensor, valid_mask_BMZYX: Tensor) -> Tensor:
         """Return the local features of every voxel, (N, F, Z, Y, X), float32.
 
         They are the smoothed intensity, its differences from wider surroundings at two scales, the
         local deviation, and the gradient's magnitude. Padding counts for nothing.
         """
         voxels_N1ZYX = voxels_BMCZYX[:, :, :1].flatten(0, 1).float()
-        real_N1ZYX = real_BMZYX.flatten(0, 1)[:, None].float()
+        real_N1ZYX = valid_mask_BMZYX.flatten(0, 1)[:, None].float()
 
         with full_precision(voxels_N1ZYX.device):
             fine, middle, coarse = (

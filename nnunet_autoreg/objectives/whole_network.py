@@ -67,7 +67,7 @@ class Targets:
         values: the intensities, normalised per token if the plan says so.
         mean, deviation: what turns ``values`` back into intensities, (B, T, 1).
         known: bool, voxels that the network is shown. Padding counts as known.
-        real: bool, False where there is padding.
+        valid_mask: bool, False where there is padding.
         eligible: bool, voxels that carry loss wherever they are unknown.
         loss_mask: bool, voxels that carry loss.
     """
@@ -76,7 +76,7 @@ class Targets:
     mean: Tensor
     deviation: Tensor
     known: Tensor
-    real: Tensor
+    valid_mask: Tensor
     eligible: Tensor
     loss_mask: Tensor
 
@@ -157,7 +157,7 @@ class WholeNetwork:
         parts = {}
         if self.segment_map is not None:
             weight = self.plan.objective.segment_weight
-            classes_BMZYX = self.segment_map(batch.voxels, batch.real)
+            classes_BMZYX = self.segment_map(batch.voxels, batch.valid_mask)
             entropy_B = self._cross_entropy(predicted.scores, classes_BMZYX, batch, weight_BTP)
 
             parts = {
@@ -177,20 +177,20 @@ class WholeNetwork:
         trivial_BTP = self._known_mean(targets)
 
         scale, shift = targets.deviation, targets.mean
-        given_BTP = targets.known & targets.real
+        given_BTP = targets.known & targets.valid_mask
         return Reconstruction(
             truth=batch.voxels[:, :, 0],
             predicted=self._volume(predicted_BTP * scale + shift, batch),
             trivial=self._volume(trivial_BTP * scale + shift, batch),
             given=self._volume(given_BTP, batch),
-            scored=self._volume(targets.loss_mask, batch),
-            real=batch.real,
+            loss_mask=self._volume(targets.loss_mask, batch),
+            valid_mask=batch.valid_mask,
         )
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Return the deepest features, each member seen whole and by itself, as in fine-tuning."""
         voxels_BTP = to_tokens(batch.voxels, self.token)
-        valid_BT = to_tokens(batch.real[:, :, None], self.token).any(dim=-1)
+        valid_BT = to_tokens(batch.valid_mask[:, :, None], self.token).any(dim=-1)
         B, T = valid_BT.shape
 
         deepest = self.model.encode(batch.voxels.flatten(0, 1))[-1]  # (B * M, V, z, y, x)
@@ -219,7 +219,7 @@ class WholeNetwork:
         for number in range(SEGMENT_CROPS):
             batch = collate([self.sampler.draw(pool, SEGMENTS, number)]).to(device)
             eligible_MZYX = self._volume(self._targets(batch).eligible, batch)[0]
-            features_NFZYX = self.segment_map.features(batch.voxels, batch.real)
+            features_NFZYX = self.segment_map.features(batch.voxels, batch.valid_mask)
             points_NF = features_NFZYX.movedim(1, -1)[eligible_MZYX].cpu().numpy()
 
             generator = rng.generator(seed, f"{SEGMENTS}: voxels", number)
@@ -244,10 +244,10 @@ class WholeNetwork:
 
     def _targets(self, batch: Batch) -> Targets:
         settings = self.plan.objective
-        real_BTP = to_tokens(batch.real[:, :, None], self.token)
+        real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token)
         valid_BT = real_BTP.any(dim=-1)
 
-        known_BT = known_tokens(batch.ranks, batch.prefix, valid_BT)
+        known_BT = known_tokens(batch.order_index, batch.prefix, valid_BT)
         known_BTP = known_BT[:, :, None].expand_as(real_BTP)
 
         voxels_BTP = to_tokens(batch.voxels, self.token).float()
@@ -259,8 +259,8 @@ class WholeNetwork:
         # nothing is to be learned from them. They are hidden like all others, but carry no loss.
         is_textured_BT1 = deviation_BT1 > math.sqrt(floor + epsilon) * ABOVE_FLOOR
         eligible_BTP = real_BTP & is_textured_BT1
-        if batch.scored is not None:
-            eligible_BTP = eligible_BTP & to_tokens(batch.scored[:, :, None], self.token)
+        if batch.loss_mask is not None:
+            eligible_BTP = eligible_BTP & to_tokens(batch.loss_mask[:, :, None], self.token)
         loss_mask_BTP = ~known_BTP & eligible_BTP
 
         if settings.target == "normalised":
@@ -277,7 +277,7 @@ class WholeNetwork:
         """Return what the network predicts from the known voxels."""
         known_BMZYX = self._volume(known_BTP, batch)
         # Targets are taken from the clean voxels; only what is shown is corrupted.
-        shown_BMCZYX = corrupted(batch.voxels, known_BMZYX & batch.real, batch.corruption)
+        shown_BMCZYX = corrupted(batch.voxels, known_BMZYX & batch.valid_mask, batch.corruption)
         crop_BCZYX = side_by_side(shown_BMCZYX)
         known_BZYX = side_by_side(known_BMZYX[:, :, None])[:, 0]
 
@@ -311,7 +311,7 @@ class WholeNetwork:
         num_segments = self.plan.objective.num_segments
         weight_BTP = targets.loss_mask.float()
         classes_BTP = to_tokens(classes_BMZYX[:, :, None], self.token)
-        given_BTP = (targets.known & targets.real).float()
+        given_BTP = (targets.known & targets.valid_mask).float()
 
         counts_BTK = given_BTP.new_zeros(*classes_BTP.shape[:2], num_segments)
         counts_BTK = counts_BTK.scatter_add(2, classes_BTP, given_BTP)
@@ -330,7 +330,7 @@ class WholeNetwork:
 
     def _known_mean(self, targets: Targets) -> Tensor:
         """Return the mean of each sample's known voxels everywhere, (B, T, P)."""
-        weight_BTP = (targets.known & targets.real).float()
+        weight_BTP = (targets.known & targets.valid_mask).float()
         total_B = (targets.values * weight_BTP).sum(dim=(1, 2))
         mean_B = total_B / weight_BTP.sum(dim=(1, 2)).clamp(min=1)
         return mean_B[:, None, None].expand_as(targets.values)
@@ -345,7 +345,7 @@ class WholeNetwork:
         )
 
         nearest = []
-        can_be_copied_BT = (targets.known & targets.real).any(dim=-1)
+        can_be_copied_BT = (targets.known & targets.valid_mask).any(dim=-1)
         # One sample at a time: all distances of a batch would be large.
         for usable_T in can_be_copied_BT:
             distance_TT = torch.cdist(place_T3, place_T3)
@@ -358,7 +358,7 @@ class WholeNetwork:
         return from_tokens(tokens_BTP, self.token, batch.voxels.shape)
 
 
-def known_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
+def known_tokens(order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
     """Return which tokens are known, (B, T) bool; tokens that are all padding count as known.
 
     The order is taken over the blocks that hold at least one real voxel. Of K such blocks, 1 to
@@ -370,21 +370,21 @@ def known_tokens(ranks_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor
         prefix_B: number of known blocks of a crop without padding, from 1.
         valid_BT: False where a token is all padding.
     """
-    B, T = ranks_BT.shape
+    B, T = order_index_BT.shape
 
     # Whether the block at each place of the order holds a real voxel; places beyond the last
     # block stay empty.
-    is_real_BT = torch.zeros(B, T, dtype=torch.int64, device=ranks_BT.device)
-    is_real_BT = is_real_BT.scatter_reduce(1, ranks_BT, valid_BT.long(), reduce="amax")
+    is_real_BT = torch.zeros(B, T, dtype=torch.int64, device=order_index_BT.device)
+    is_real_BT = is_real_BT.scatter_reduce(1, order_index_BT, valid_BT.long(), reduce="amax")
 
     num_real_B = is_real_BT.sum(dim=1)
     place_among_real_BT = is_real_BT.cumsum(dim=1) - 1
 
-    num_blocks_B = ranks_BT.amax(dim=1) + 1
+    num_blocks_B = order_index_BT.amax(dim=1) + 1
     scaled_B = (prefix_B - 1) * (num_real_B - 1) // (num_blocks_B - 1).clamp(min=1)
     num_known_B = 1 + scaled_B.clamp(min=0)
 
-    place_BT = place_among_real_BT.gather(1, ranks_BT)
+    place_BT = place_among_real_BT.gather(1, order_index_BT)
     return ~valid_BT | (place_BT < num_known_B[:, None])
 
 

@@ -50,7 +50,7 @@ from nnunet_autoreg.pretrain.run_folder import (
 from nnunet_autoreg.pretrain.sampling_pool import make_sampling_pools, plan_with_sequences
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
-from nnunet_autoreg.report.report import Setting
+from nnunet_autoreg.report.report import RunSetting
 from nnunet_autoreg.stopping import stoppable
 from nnunet_autoreg.store.store import Store
 
@@ -286,7 +286,7 @@ def preprocess_and_train(
     job = fit_to_device(make_job(plan), make_job, launcher.launch.size)
 
     with launcher.world() as world, memory_errors_in_one_line():
-        setting = Setting(device, len(training), len(validation))
+        setting = RunSetting(device, len(training), len(validation))
         trainer = run_main(job, world, launcher.launch.local_rank, setting)
         with phase("exporting the encoder"):
             trainer.require_folder()

@@ -26,13 +26,13 @@ from nnunet_autoreg.pretrain.sampling_pool import PLACES_NAME, read_places
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.blocks import block_ids
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.gather import gather
 from nnunet_autoreg.sampling.kinds import member_crop, num_blocks, wanted
 from nnunet_autoreg.sampling.neighbours import ALIKE, places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.sampling.sampler import SequenceSampler, Shown
-from nnunet_autoreg.sampling.turn import Turn
 from nnunet_autoreg.store.case import StoredCase
 from nnunet_autoreg.store.store import Store
 
@@ -199,14 +199,14 @@ def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
     It is one of the ways in which training flips them.
     """
     flips = (False, True, True) if plan.sequence.flip else (False, False, False)
-    drawn: Any = replace(shown.drawn, turn=Turn(flips))
+    drawn: Any = replace(shown.drawn, flip_transpose=FlipTranspose(flips))
     if shown.kind == "spatial":
         sample = spatial.apply(plan, shown.cases[0], drawn)
     elif shown.kind == "strided":
         sample = strided.apply(plan, shown.cases[0], drawn)
     else:
         sample = members.apply(plan, shown.kind, shown.cases, drawn)
-    return sample.turned(), replace(shown, drawn=drawn)
+    return sample.augmented(), replace(shown, drawn=drawn)
 
 
 def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
@@ -233,7 +233,7 @@ def block_indices(plan: Plan, sample: Sample) -> NDArray[np.int64]:
     token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
     grid = grid_of(sample.voxels.shape[2:], token)
     shape = [g // b for g, b in zip(grid, block, strict=True)]
-    per_token = sample.ranks.reshape(len(sample.voxels), -1)  # (members, T)
+    per_token = sample.order_index.reshape(len(sample.voxels), -1)  # (members, T)
     indices = np.zeros((len(sample.voxels), int(np.prod(shape))), dtype=np.int64)
     indices[:, block_ids(grid, block)] = per_token
     return indices.reshape(len(sample.voxels), *shape)
@@ -281,7 +281,7 @@ def _draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path,
     sample, shown = one.sample, one.shown
     source = shown.subject or names.get(shown.cases[0].path, "")
     num_given = sample.prefix
-    num_predicted = int(sample.ranks.max()) + 1 - sample.prefix
+    num_predicted = int(sample.order_index.max()) + 1 - sample.prefix
     title = TITLES[shown.kind]
     if shown.subject.startswith(ALIKE):
         title = "Places that look alike in several patients"
@@ -339,7 +339,7 @@ def _views(
 
 def _grey_range(sample: Sample, member: int) -> tuple[float, float]:
     """Return the darkest and brightest grey of a member."""
-    valid = sample.real[member]
+    valid = sample.valid_mask[member]
     inside = sample.voxels[member, 0][valid] if valid.any() else np.zeros(1)
     low, high = np.percentile(inside, (1, 99.5))
     return float(low), float(max(high, low + 1e-3))
@@ -364,8 +364,8 @@ def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: in
     side_z, side_y, side_x = _block_side(plan)
     low, high = _grey_range(sample, member)
     in_layer = slice(layer * side_z, (layer + 1) * side_z)
-    z = layer * side_z + _fullest_slice(sample.real[member, in_layer])
-    valid_YX = sample.real[member, z]
+    z = layer * side_z + _fullest_slice(sample.valid_mask[member, in_layer])
+    valid_YX = sample.valid_mask[member, z]
     slice_YX = np.where(valid_YX, sample.voxels[member, 0, z], np.nan)
     axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=_aspect(plan))
     axis.set_facecolor("#dddddd")
@@ -446,7 +446,7 @@ def _read_size(plan: Plan, one: DrawnSequence) -> Size:
     if one.shown.kind == "strided":
         return strided.stretch(plan)
     # Undo the transposition.
-    shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.turn.axes
+    shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.flip_transpose.axes
     z, y, x = (int(shape[axes.index(axis)]) for axis in range(3))
     return (z, y, x)
 
@@ -493,7 +493,7 @@ def _middle_slice(
     """
     member, *cell = (int(i) for i in np.unravel_index(position, shape))
     z, y, x = (slice(c * n, (c + 1) * n) for c, n in zip(cell, _block_side(plan), strict=True))
-    valid_ZYX = sample.real[member, z, y, x]
+    valid_ZYX = sample.valid_mask[member, z, y, x]
     block_ZYX = np.where(valid_ZYX, sample.voxels[member, 0, z, y, x], 0)
     return block_ZYX[_fullest_slice(valid_ZYX)], bool(valid_ZYX.any())
 

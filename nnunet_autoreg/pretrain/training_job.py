@@ -24,7 +24,7 @@ from nnunet_autoreg.pretrain.distributed import ALONE, World, device_of, gathere
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.run_folder import write_plan
 from nnunet_autoreg.pretrain.trainer import Trainer
-from nnunet_autoreg.report.report import Reporter, Setting
+from nnunet_autoreg.report.report import Reporter, RunSetting
 from nnunet_autoreg.report.slices import Picture, held_out_pictures
 from nnunet_autoreg.sampling.pool import SamplingPool
 
@@ -119,7 +119,7 @@ def will_be_sharded(job: TrainingJob, num_processes: int) -> bool:
     return is_sharded(job.plan.run.sharding, module, torch.device(job.device), world)
 
 
-def run_main(job: TrainingJob, world: World, local_rank: int, setting: Setting) -> Trainer:
+def run_main(job: TrainingJob, world: World, local_rank: int, setting: RunSetting) -> Trainer:
     """Train as the main process, and write the report; return the trainer for the export.
 
     Args:

@@ -184,7 +184,7 @@ class TrainingStep:
         constant, which keeps numbers near 1, and the division comes at the end. The size of the
         parts therefore changes nothing but rounding.
         """
-        scale = batch.real[0].numel() * self.plan.optim.batch_size
+        scale = batch.valid_mask[0].numel() * self.plan.optim.batch_size
         sums = torch.zeros(2, device=self.device)  # loss, number of terms
         parts = list(micro_batches(batch, self.micro_batch_size))
         for number, part in enumerate(parts, start=1):

@@ -55,7 +55,7 @@ PICTURES_TEXT = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetting:
     """What the run's folder does not say: where the run trains, and on how many scans."""
 
     device: str
@@ -69,7 +69,7 @@ class Reporter:
     It reads scans.csv once, and metrics.jsonl each time.
     """
 
-    def __init__(self, folder: Path, plan: Plan, setting: Setting):
+    def __init__(self, folder: Path, plan: Plan, setting: RunSetting):
         self.folder, self.plan, self.setting = folder, plan, setting
         self.scans = ""
 
@@ -107,7 +107,7 @@ def read_notes(metrics: Path) -> list[str]:
 
 def report(
     plan: Plan,
-    setting: Setting,
+    setting: RunSetting,
     series: Series,
     notes: Sequence[str],
     scans: str,
@@ -229,7 +229,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _tiles(plan: Plan, setting: Setting, series: Series) -> str:
+def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
     """Return the key figures at the top of the page."""
     done, error = steps_done(series), _last(series, "heldout_error")
     speed = _typical(series.get("tokens_per_second", ()))
@@ -263,7 +263,7 @@ def _tiles(plan: Plan, setting: Setting, series: Series) -> str:
     return page.tiles(values)
 
 
-def _kind_of_memory(setting: Setting) -> str:
+def _kind_of_memory(setting: RunSetting) -> str:
     return "peak, allocated on the GPU" if setting.device == "cuda" else "peak, main process"
 
 
@@ -292,7 +292,7 @@ def _next(plan: Plan, series: Series) -> str:
     return page.paragraph(text) + page.commands(lines)
 
 
-def _pictures(pictures: Sequence[Picture], setting: Setting) -> str:
+def _pictures(pictures: Sequence[Picture], setting: RunSetting) -> str:
     """Return the slices of validation scans, or why there are none."""
     if not pictures:
         reason = "none was drawn yet" if setting.num_heldout else "there are no validation scans"
@@ -319,7 +319,7 @@ def _pictures(pictures: Sequence[Picture], setting: Setting) -> str:
     return "\n".join(parts)
 
 
-def _cost(plan: Plan, setting: Setting, series: Series) -> str:
+def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
     """Return the table of time and memory."""
     tokens = volume(grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     seconds = _typical(series.get("step_time", ()))

@@ -47,8 +47,8 @@ class Plane:
     trivial: Floats
     predicted: Floats
     given: Bools
-    scored: Bools
-    real: Bools
+    loss_mask: Bools
+    valid_mask: Bools
     grey: tuple[float, float]
 
 
@@ -88,9 +88,9 @@ def held_out_pictures(
             # Each part: (B, M, Z, Y, X)
             parts = {
                 name: getattr(made, name).float().cpu().numpy()
-                for name in ("truth", "trivial", "predicted", "given", "scored", "real")
+                for name in ("truth", "trivial", "predicted", "given", "loss_mask", "valid_mask")
             }
-            num_blocks = (batch.ranks.amax(dim=1) + 1).tolist()
+            num_blocks = (batch.order_index.amax(dim=1) + 1).tolist()
 
             for index, num_given in enumerate(batch.prefix.tolist()):
                 sample = {name: part[index] for name, part in parts.items()}
@@ -104,11 +104,11 @@ def held_out_pictures(
 
 def _planes(sample: Mapping[str, Floats], spacing_mm: Spacing) -> tuple[Plane, ...]:
     """Return two planes through the member of a sample in which most voxels were predicted."""
-    member = int(sample["scored"].sum(axis=(1, 2, 3)).argmax())
+    member = int(sample["loss_mask"].sum(axis=(1, 2, 3)).argmax())
     # Each volume: (Z, Y, X)
     volumes = {name: part[member] for name, part in sample.items()}
 
-    voxels = volumes["truth"][volumes["real"] > 0]
+    voxels = volumes["truth"][volumes["valid_mask"] > 0]
     low, high = np.percentile(voxels, [1, 99]) if voxels.size else (0.0, 1.0)
     grey = (float(low), float(max(high, low + 1e-3)))
     return tuple(_plane(volumes, axis, name, spacing_mm, grey) for axis, name in AXES)
@@ -123,7 +123,7 @@ def _plane(
 ) -> Plane:
     """Return the plane across ``axis`` in which the predicted part has most structure."""
     others = tuple(a for a in range(3) if a != axis)
-    structure = volumes["scored"] * np.abs(volumes["truth"] - volumes["trivial"])
+    structure = volumes["loss_mask"] * np.abs(volumes["truth"] - volumes["trivial"])
     position = int(structure.sum(axis=others).argmax())
 
     cut = {key: np.take(volume, position, axis=axis) for key, volume in volumes.items()}
@@ -135,8 +135,8 @@ def _plane(
         trivial=cut["trivial"],
         predicted=cut["predicted"],
         given=cut["given"] > 0,
-        scored=cut["scored"] > 0,
-        real=cut["real"] > 0,
+        loss_mask=cut["loss_mask"] > 0,
+        valid_mask=cut["valid_mask"] > 0,
         grey=grey,
     )
 
@@ -149,7 +149,7 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
     from matplotlib import colormaps
 
     low, high = plane.grey
-    shown = plane.given | plane.scored
+    shown = plane.given | plane.loss_mask
     trivial = np.where(plane.given, plane.truth, plane.trivial)
     predicted = np.where(plane.given, plane.truth, plane.predicted)
     error = np.abs(plane.predicted - plane.truth) / ((high - low) * LARGEST_ERROR)
@@ -159,10 +159,10 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
 
     # Each image: (H, W, 4)
     images = [
-        ("true", grey(plane.truth), plane.real),
+        ("true", grey(plane.truth), plane.valid_mask),
         ("nothing predicted", grey(trivial), shown),
         ("predicted", grey(predicted), shown),
-        ("error", np.asarray(colormaps["inferno"](error, bytes=True)), plane.scored),
+        ("error", np.asarray(colormaps["inferno"](error, bytes=True)), plane.loss_mask),
     ]
 
     percent = 100 * plane.given.mean()

@@ -25,8 +25,8 @@ COARSE = 3.0
 nnU-Net calls this the anisotropy threshold.
 """
 
-Row = tuple[float, float, float]
-Matrix = tuple[Row, Row, Row]
+Vector = tuple[float, float, float]
+Matrix = tuple[Vector, Vector, Vector]
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def affine_of(
     mm_of_voxel = np.diag(spacing_mm)
     voxel_of_mm = np.diag(1 / np.asarray(spacing_mm))
     first, second, third = voxel_of_mm @ rotation @ np.diag(shrink) @ mm_of_voxel
-    return Affine(angle_deg, zoom, (_row(first), _row(second), _row(third)))
+    return Affine(angle_deg, zoom, (_vector(first), _vector(second), _vector(third)))
 
 
 @dataclass(frozen=True)
-class Source:
+class CropSource:
     """A part of a scan from which a crop is resampled.
 
     Voxel q of the crop shows the point ``matrix @ q + offset`` of the part.
@@ -120,23 +120,23 @@ class Source:
 
     voxels: Tensor
     matrix: Matrix
-    offset: Row
+    offset: Vector
 
-    def to(self, device: torch.device) -> "Source":
+    def to(self, device: torch.device) -> "CropSource":
         """Return the same with its voxels on ``device``; does not wait where memory is pinned."""
         return replace(self, voxels=self.voxels.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Source":
+    def pin_memory(self) -> "CropSource":
         """Return the same in page-locked memory."""
         return replace(self, voxels=self.voxels.pin_memory())
 
 
 def read_source(
     case: StoredCase, start: Size, size: Size, affine: Affine, max_source: float
-) -> Source:
+) -> CropSource:
     """Read the part of a case that the rotated and zoomed crop covers, and no more.
 
-    The crop is turned about the middle of that part of it which lies inside the scan, so that it
+    The crop is rotated about the middle of that part of it which lies inside the scan, so that it
     always keeps some of the scan.
 
     Args:
@@ -169,10 +169,10 @@ def read_source(
 
     voxels, _ = case.read_padded(as_size(first), as_size(last - first + 1))
     offset = pivot - first - matrix @ in_crop
-    return Source(torch.from_numpy(voxels), affine.matrix, _row(offset))
+    return CropSource(torch.from_numpy(voxels), affine.matrix, _vector(offset))
 
 
-def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def resampled(source: CropSource, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Resample a crop of ``size``: trilinear for the voxels, nearest for the mask of real voxels.
 
     The mask of a part is True everywhere, so the nearest voxel is real exactly where it exists.
@@ -185,13 +185,13 @@ def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     device = source.voxels.device
     z, y, x = (torch.arange(n, device=device, dtype=torch.float32) for n in size)
-    real = torch.ones(tuple(size), dtype=torch.bool, device=device)
+    valid_mask = torch.ones(tuple(size), dtype=torch.bool, device=device)
     normalised = []
     rows = zip(source.matrix, source.offset, source.voxels.shape[1:], strict=True)
 
     for (by_z, by_y, by_x), offset, n in rows:
         position_ZYX = (by_z * z)[:, None, None] + (by_y * y)[:, None] + by_x * x + offset
-        real = real & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
+        valid_mask = valid_mask & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
         # -1 and 1 are the outer faces of the first and the last voxel (align_corners=False).
         normalised.append((2 * position_ZYX + 1) / n - 1)
 
@@ -201,9 +201,9 @@ def resampled(source: Source, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         voxels_CZYX = F.grid_sample(
             source.voxels[None], grid_ZYX3[None], "bilinear", "border", align_corners=False
         )[0]
-    return torch.where(real, voxels_CZYX, 0.0), real
+    return torch.where(valid_mask, voxels_CZYX, 0.0), valid_mask
 
 
-def _row(values: Sequence[float] | NDArray[np.float64]) -> Row:
+def _vector(values: Sequence[float] | NDArray[np.float64]) -> Vector:
     z, y, x = (float(v) for v in values)
     return (z, y, x)

@@ -75,7 +75,7 @@ def sequence_ids(
     return np.asarray(position_in_order[in_raster_order])
 
 
-def token_ranks(
+def draw_order_index(
     ids: NDArray[np.int64], order: str, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     """Return the position of every token's block in the order, 0..K-1, shape (T,).

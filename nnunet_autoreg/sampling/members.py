@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling.affine import Affine, Source, draw_affine, read_source
-from nnunet_autoreg.sampling.blocks import draw_prefix, sequence_ids, token_ranks, window_positions
+from nnunet_autoreg.sampling.affine import Affine, CropSource, draw_affine, read_source
+from nnunet_autoreg.sampling.blocks import (
+    draw_order_index,
+    draw_prefix,
+    sequence_ids,
+    window_positions,
+)
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
 from nnunet_autoreg.sampling.kinds import member_codes, member_crop, num_members
 from nnunet_autoreg.sampling.pool import Place, StoredGroup, Structure
 from nnunet_autoreg.sampling.sample import Sample, unread
 from nnunet_autoreg.sampling.spatial import draw_start
-from nnunet_autoreg.sampling.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
 
 JITTER = 1 / 8
@@ -32,20 +37,20 @@ class MembersDraw:
     Attributes:
         starts: per member, first voxel of its crop, (z, y, x); may lie outside of the case.
         codes: per member, its code.
-        turn: as in ``spatial.SpatialDraw``, the same for all members.
+        flip_transpose: as in ``spatial.SpatialDraw``, the same for all members.
         window: first token, in the plan's grid, of the positions that the crops take.
         prefix: number of given blocks.
-        ranks: position in the order of every token's block, (T,), member after member.
+        order_index: position in the order of every token's block, (T,), member after member.
         affine: how the crops are rotated and zoomed, the same for all members; None where they are
             not.
     """
 
     starts: tuple[Size, ...]
     codes: tuple[int, ...]
-    turn: Turn
+    flip_transpose: FlipTranspose
     window: Size
     prefix: int
-    ranks: NDArray[np.int64]
+    order_index: NDArray[np.int64]
     affine: Affine | None = None
 
 
@@ -130,26 +135,28 @@ def _draw(
     size = member_crop(plan, kind)
     whole_grid, grid = grid_of(s.crop_size_vox, token), grid_of(size, token)
 
-    turn = draw_turn(plan, size, spacing_mm, generator)
+    flip_transpose = draw_flip_transpose(plan, size, spacing_mm, generator)
     # The crop of a member is smaller than the plan's: it takes a window of the plan's positions.
     window = as_size(
         [int(generator.integers(a - b + 1)) for a, b in zip(whole_grid, grid, strict=True)]
     )
     ids = sequence_ids(grid, s.block_tokens, num_members(s, kind), s.order)
-    ranks = token_ranks(ids, s.order, generator)
+    order_index = draw_order_index(ids, s.order, generator)
     prefix = draw_prefix(int(ids.max()) + 1, generator, s)
     affine = None
     if affine_generator is not None:
         affine = draw_affine(plan, spacing_mm, affine_generator)
 
-    return MembersDraw(tuple(starts), tuple(codes), turn, window, prefix, ranks, affine)
+    return MembersDraw(
+        tuple(starts), tuple(codes), flip_transpose, window, prefix, order_index, affine
+    )
 
 
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:
     """Read the members' crops, or the parts of the cases that they will be resampled from."""
     size, token = member_crop(plan, kind), plan.encoder.token_size_vox
-    voxels, real = unread(len(cases), size)
-    sources: list[Source] = []
+    voxels, valid_mask = unread(len(cases), size)
+    sources: list[CropSource] = []
     crops = []
 
     for case, start in zip(cases, drawn.starts, strict=True):
@@ -161,18 +168,18 @@ def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw
 
     if crops:
         voxels = np.stack([crop for crop, _ in crops])  # (M, C, Z, Y, X)
-        real = np.stack([mask for _, mask in crops])  # (M, Z, Y, X)
+        valid_mask = np.stack([mask for _, mask in crops])  # (M, Z, Y, X)
 
     whole_grid = grid_of(plan.sequence.crop_size_vox, token)
     positions = window_positions(whole_grid, grid_of(size, token), drawn.window)  # (N,)
     codes = np.array(drawn.codes, dtype=np.int64)  # (M,)
     return Sample(
         voxels,
-        real,
-        drawn.ranks,
+        valid_mask,
+        drawn.order_index,
         drawn.prefix,
         positions=np.tile(positions, len(cases)),
         members=np.repeat(codes, len(positions)),
-        turn=drawn.turn,
+        flip_transpose=drawn.flip_transpose,
         sources=tuple(sources),
     )

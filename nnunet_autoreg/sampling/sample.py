@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_autoreg.geometry import Size
-from nnunet_autoreg.sampling.affine import Source, resampled
+from nnunet_autoreg.sampling.affine import CropSource, resampled
 from nnunet_autoreg.sampling.corruption import Corruption, Corruptions, stacked
-from nnunet_autoreg.sampling.turn import AS_READ, Turn
+from nnunet_autoreg.sampling.flip_transpose import UNCHANGED, FlipTranspose
 
 
 @dataclass(frozen=True)
@@ -21,50 +21,50 @@ class Sample:
 
     Attributes:
         voxels: (M, C, Z, Y, X) float32, 0 where there is padding.
-        real: (M, Z, Y, X) bool, False where there is padding.
-        ranks: (T,) int64, position in the order of every token's block, 0..K-1.
+        valid_mask: (M, Z, Y, X) bool, False where there is padding.
+        order_index: (T,) int64, position in the order of every token's block, 0..K-1.
         prefix: number of given blocks.
         positions: (T,) int64, raster index of every token in the plan's grid; None where one member
             fills it in order.
         members: (T,) int64, the member code of every token (``kinds.member_codes``); None where all
             are 0.
-        scored: (M, Z, Y, X) bool, False where a voxel carries no loss although it is no padding;
+        loss_mask: (M, Z, Y, X) bool, False where a voxel carries no loss although it is no padding;
             None where all voxels carry loss.
-        turn: mirroring and transposing that ``voxels`` and ``real`` still need. All other fields
-            describe the sample afterwards.
+        flip_transpose: mirroring and transposing that ``voxels`` and ``valid_mask`` still need. All
+            other fields describe the sample afterwards.
         sources: per member, what its crop still has to be resampled from, before it is mirrored;
-            until then ``voxels`` and ``real`` are all zeros. () where crops are neither rotated nor
-            zoomed.
+            until then ``voxels`` and ``valid_mask`` are all zeros. () where crops are neither
+            rotated nor zoomed.
         corruption: how the network's input is corrupted, drawn here and carried out by the
             objective; None where the plan corrupts nothing.
     """
 
     voxels: NDArray[np.float32]
-    real: NDArray[np.bool_]
-    ranks: NDArray[np.int64]
+    valid_mask: NDArray[np.bool_]
+    order_index: NDArray[np.int64]
     prefix: int
     positions: NDArray[np.int64] | None = None
     members: NDArray[np.int64] | None = None
-    scored: NDArray[np.bool_] | None = None
-    turn: Turn = AS_READ
-    sources: tuple[Source, ...] = ()
+    loss_mask: NDArray[np.bool_] | None = None
+    flip_transpose: FlipTranspose = UNCHANGED
+    sources: tuple[CropSource, ...] = ()
     corruption: Corruption | None = None
 
-    def turned(self) -> "Sample":
+    def augmented(self) -> "Sample":
         """Return the sample after resampling, mirroring and transposing."""
-        voxels, real = self.voxels, self.real
+        voxels, valid_mask = self.voxels, self.valid_mask
 
         if self.sources:
             size = self.voxels.shape[2:]
             crops = [resampled(source, size) for source in self.sources]
             voxels = np.stack([crop.numpy() for crop, _ in crops])
-            real = np.stack([mask.numpy() for _, mask in crops])
+            valid_mask = np.stack([mask.numpy() for _, mask in crops])
 
         return replace(
             self,
-            voxels=self.turn.array(voxels),
-            real=self.turn.array(real),
-            turn=AS_READ,
+            voxels=self.flip_transpose.array(voxels),
+            valid_mask=self.flip_transpose.array(valid_mask),
+            flip_transpose=UNCHANGED,
             sources=(),
         )
 
@@ -75,8 +75,8 @@ def unread(num_members: int, size: Size) -> tuple[NDArray[np.float32], NDArray[n
     Shapes: (M, 1, Z, Y, X) and (M, Z, Y, X).
     """
     voxels = np.broadcast_to(np.float32(0), (num_members, 1, *size))
-    real = np.broadcast_to(np.bool_(False), (num_members, *size))
-    return voxels, real
+    valid_mask = np.broadcast_to(np.bool_(False), (num_members, *size))
+    return voxels, valid_mask
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Batch:
     """Samples of one kind: every array of ``Sample`` with an axis B in front; ``prefix`` is (B,).
 
     Attributes:
-        turns: per sample, the mirroring and transposing that ``to`` still has to do; () where there
-            is none. The host knows it, so that it need not wait for the device.
+        flip_transposes: per sample, the mirroring and transposing that ``to`` still has to do; ()
+            where there is none. The host knows it, so that it need not wait for the device.
         sources: per sample, what ``to`` still has to resample its crops from; () for samples
             without.
         corruption: of the network's input, for ``corruption.corrupted``; ``to`` draws its noise.
@@ -93,14 +93,14 @@ class Batch:
     """
 
     voxels: Tensor
-    real: Tensor
-    ranks: Tensor
+    valid_mask: Tensor
+    order_index: Tensor
     prefix: Tensor
     positions: Tensor | None = None
     members: Tensor | None = None
-    scored: Tensor | None = None
-    turns: tuple[Turn, ...] = ()
-    sources: tuple[tuple[Source, ...], ...] = ()
+    loss_mask: Tensor | None = None
+    flip_transposes: tuple[FlipTranspose, ...] = ()
+    sources: tuple[tuple[CropSource, ...], ...] = ()
     corruption: Corruptions | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -112,12 +112,12 @@ class Batch:
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         if self.corruption is not None:
             moved = replace(moved, corruption=self.corruption.with_noise(moved.voxels))
-        if not self.turns and not self.sources:
+        if not self.flip_transposes and not self.sources:
             return moved
 
-        voxels, real = torch.empty_like(moved.voxels), torch.empty_like(moved.real)
+        voxels, valid_mask = torch.empty_like(moved.voxels), torch.empty_like(moved.valid_mask)
         for number in range(len(voxels)):
-            crops, masks = moved.voxels[number], moved.real[number]
+            crops, masks = moved.voxels[number], moved.valid_mask[number]
             if self.sources and self.sources[number]:
                 size = crops.shape[2:]
                 members = [resampled(source.to(device), size) for source in self.sources[number]]
@@ -125,11 +125,11 @@ class Batch:
                 masks = torch.stack([mask for _, mask in members])
 
             # The shape stays the same, because only axes of equal length change places.
-            turn = self.turns[number] if self.turns else AS_READ
-            voxels[number].copy_(turn.tensor(crops))
-            real[number].copy_(turn.tensor(masks))
+            flip_transpose = self.flip_transposes[number] if self.flip_transposes else UNCHANGED
+            voxels[number].copy_(flip_transpose.tensor(crops))
+            valid_mask[number].copy_(flip_transpose.tensor(masks))
 
-        return replace(moved, voxels=voxels, real=real, turns=(), sources=())
+        return replace(moved, voxels=voxels, valid_mask=valid_mask, flip_transposes=(), sources=())
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory. torch's DataLoader calls this."""
@@ -158,18 +158,20 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one plan and one kind."""
     corruptions = [s.corruption for s in samples if s.corruption is not None]
     assert len(corruptions) in (0, len(samples)), "a batch holds samples of one plan and purpose"
-    turns = tuple(s.turn for s in samples)
+    flip_transposes = tuple(s.flip_transpose for s in samples)
     sources = tuple(s.sources for s in samples)
 
     return Batch(
         voxels=torch.from_numpy(np.stack([s.voxels for s in samples])),  # (B, M, C, Z, Y, X)
-        real=torch.from_numpy(np.stack([s.real for s in samples])),  # (B, M, Z, Y, X)
-        ranks=torch.from_numpy(np.stack([s.ranks for s in samples])),  # (B, T)
+        valid_mask=torch.from_numpy(np.stack([s.valid_mask for s in samples])),  # (B, M, Z, Y, X)
+        order_index=torch.from_numpy(np.stack([s.order_index for s in samples])),  # (B, T)
         prefix=torch.tensor([s.prefix for s in samples], dtype=torch.int64),  # (B,)
         positions=_stacked([s.positions for s in samples]),  # (B, T)
         members=_stacked([s.members for s in samples]),  # (B, T)
-        scored=_stacked([s.scored for s in samples]),  # (B, M, Z, Y, X)
-        turns=turns if any(turn != AS_READ for turn in turns) else (),
+        loss_mask=_stacked([s.loss_mask for s in samples]),  # (B, M, Z, Y, X)
+        flip_transposes=flip_transposes
+        if any(flip_transpose != UNCHANGED for flip_transpose in flip_transposes)
+        else (),
         sources=sources if any(sources) else (),
         corruption=stacked(corruptions) if corruptions else None,
     )

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.affine import Affine, draw_affine, read_source
-from nnunet_autoreg.sampling.blocks import draw_prefix, sequence_ids, token_ranks
+from nnunet_autoreg.sampling.blocks import draw_order_index, draw_prefix, sequence_ids
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
 from nnunet_autoreg.sampling.sample import Sample, unread
-from nnunet_autoreg.sampling.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
 
 
@@ -25,16 +25,16 @@ class SpatialDraw:
 
     Attributes:
         start: first voxel of the crop, (z, y, x); negative where the crop begins in padding.
-        turn: how the crop is mirrored and its axes are reordered.
+        flip_transpose: how the crop is mirrored and its axes are reordered.
         prefix: number of given blocks.
-        ranks: position in the order of every token's block, (T,).
+        order_index: position in the order of every token's block, (T,).
         affine: how the crop is rotated and zoomed; None where it is not.
     """
 
     start: Size
-    turn: Turn
+    flip_transpose: FlipTranspose
     prefix: int
-    ranks: NDArray[np.int64]
+    order_index: NDArray[np.int64]
     affine: Affine | None = None
 
 
@@ -61,27 +61,40 @@ def draw(
 
     # The order of the draws is part of the result: another order gives other samples.
     start = draw_start(shape_vox, s.crop_size_vox, generator)
-    turn = draw_turn(plan, s.crop_size_vox, spacing_mm, generator)
+    flip_transpose = draw_flip_transpose(plan, s.crop_size_vox, spacing_mm, generator)
     ids = sequence_ids(grid, s.block_tokens, 1, s.order)
-    ranks = token_ranks(ids, s.order, generator)
+    order_index = draw_order_index(ids, s.order, generator)
     affine = None
     if affine_generator is not None:
         affine = draw_affine(plan, spacing_mm, affine_generator)
     prefix = draw_prefix(int(ids.max()) + 1, generator, s)
 
-    return SpatialDraw(start, turn, prefix, ranks, affine)
+    return SpatialDraw(start, flip_transpose, prefix, order_index, affine)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:
     """Read the crop that was drawn, or the part of the case that it will be resampled from."""
     size = plan.sequence.crop_size_vox
     if drawn.affine is None:
-        voxels, real = case.read_padded(drawn.start, size)
-        return Sample(voxels[None], real[None], drawn.ranks, drawn.prefix, turn=drawn.turn)
+        voxels, valid_mask = case.read_padded(drawn.start, size)
+        return Sample(
+            voxels[None],
+            valid_mask[None],
+            drawn.order_index,
+            drawn.prefix,
+            flip_transpose=drawn.flip_transpose,
+        )
 
     source = read_source(case, drawn.start, size, drawn.affine, plan.sequence.max_source)
-    voxels, real = unread(1, size)
-    return Sample(voxels, real, drawn.ranks, drawn.prefix, turn=drawn.turn, sources=(source,))
+    voxels, valid_mask = unread(1, size)
+    return Sample(
+        voxels,
+        valid_mask,
+        drawn.order_index,
+        drawn.prefix,
+        flip_transpose=drawn.flip_transpose,
+        sources=(source,),
+    )
 
 
 def draw_start(

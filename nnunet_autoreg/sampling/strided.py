@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import Size, Spacing, grid_of
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling.blocks import draw_prefix, sequence_ids, token_ranks
+from nnunet_autoreg.sampling.blocks import draw_order_index, draw_prefix, sequence_ids
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.sampling.spatial import draw_start
-from nnunet_autoreg.sampling.turn import Turn, draw_turn
 from nnunet_autoreg.store.case import StoredCase
 
 
@@ -30,9 +30,9 @@ class StridedDraw:
     """
 
     start: Size
-    turn: Turn
+    flip_transpose: FlipTranspose
     prefix: int
-    ranks: NDArray[np.int64]
+    order_index: NDArray[np.int64]
 
 
 def source_slices(plan: Plan) -> NDArray[np.int64]:
@@ -62,15 +62,15 @@ def draw(
     grid = grid_of(s.crop_size_vox, plan.encoder.token_size_vox)
 
     start = draw_start(shape_vox, stretch(plan), generator)
-    turn = draw_turn(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
-    if turn.axes[0] != 0:
+    flip_transpose = draw_flip_transpose(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
+    if flip_transpose.axes[0] != 0:
         # The sub-volumes overlap along z, so that z has to stay the first axis.
-        turn = replace(turn, axes=(0, 1, 2))
+        flip_transpose = replace(flip_transpose, axes=(0, 1, 2))
     ids = sequence_ids(grid, s.block_tokens, 1, s.order)
-    ranks = token_ranks(ids, s.order, generator)
+    order_index = draw_order_index(ids, s.order, generator)
     prefix = draw_prefix(int(ids.max()) + 1, generator, s)
 
-    return StridedDraw(start, turn, prefix, ranks)
+    return StridedDraw(start, flip_transpose, prefix, order_index)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:
@@ -79,30 +79,30 @@ def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:
     Along z all slices that were read are mirrored together, so the sub-volumes are taken from their
     other end. Mirroring of y and x is left to the sample.
     """
-    voxels, real = case.read_padded(drawn.start, stretch(plan))
+    voxels, valid_mask = case.read_padded(drawn.start, stretch(plan))
     slices = source_slices(plan)
-    flip_z, flip_y, flip_x = drawn.turn.flips
+    flip_z, flip_y, flip_x = drawn.flip_transpose.flips
     if flip_z:
-        slices = len(real) - 1 - slices
+        slices = len(valid_mask) - 1 - slices
 
-    scored = None
+    loss_mask = None
     if plan.sequence.mask_seen:
-        scored = ~seen_before(plan, drawn.ranks)[None]
+        loss_mask = ~seen_before(plan, drawn.order_index)[None]
 
     return Sample(
         voxels[None, :, slices],
-        real[None, slices],
-        drawn.ranks,
+        valid_mask[None, slices],
+        drawn.order_index,
         drawn.prefix,
-        scored=scored,
-        turn=Turn((False, flip_y, flip_x), drawn.turn.axes),
+        loss_mask=loss_mask,
+        flip_transpose=FlipTranspose((False, flip_y, flip_x), drawn.flip_transpose.axes),
     )
 
 
-def seen_before(plan: Plan, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
+def seen_before(plan: Plan, order_index: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return where an earlier block has shown a voxel already, (Z, Y, X)."""
     token = plan.encoder.token_size_vox
-    by_voxel = ranks.reshape(grid_of(plan.sequence.crop_size_vox, token))
+    by_voxel = order_index.reshape(grid_of(plan.sequence.crop_size_vox, token))
     for axis in range(3):
         by_voxel = by_voxel.repeat(token[axis], axis=axis)  # finally (Z, Y, X)
 

@@ -43,11 +43,11 @@ def sample(number: int) -> Sample:
     differ in what they supervise.
     """
     rng = np.random.default_rng(number)
-    real = np.ones((1, 16, 16, 16), dtype=bool)
+    valid_mask = np.ones((1, 16, 16, 16), dtype=bool)
     if number % 2:
-        real[:, 9:] = False
-    voxels = rng.normal(size=(1, 1, 16, 16, 16)).astype(np.float32) * real[:, None]
-    return Sample(voxels, real, np.arange(8), 1 + number % 5)
+        valid_mask[:, 9:] = False
+    voxels = rng.normal(size=(1, 1, 16, 16, 16)).astype(np.float32) * valid_mask[:, None]
+    return Sample(voxels, valid_mask, np.arange(8), 1 + number % 5)
 
 
 class Five:

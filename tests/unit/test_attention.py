@@ -33,21 +33,21 @@ def cases():
         [torch.randperm(75, generator=generator).repeat_interleave(4) for _ in range(2)]
     )
     members = torch.arange(75).repeat(4).expand(2, -1)
-    real = torch.ones(2, 300, dtype=torch.bool)
+    valid_mask = torch.ones(2, 300, dtype=torch.bool)
     holes = torch.rand(2, 300, generator=generator) > 0.3
-    first_missing, tile_missing = real.clone(), real.clone()
+    first_missing, tile_missing = valid_mask.clone(), valid_mask.clone()
     first_missing[:, :150] = False
     tile_missing[1, 128:256] = False
-    none_left = real.clone()
+    none_left = valid_mask.clone()
     none_left[1] = False
     prefix = torch.tensor([1, 40])
     return {
-        "raster": (raster, prefix, real),
-        "random": (mixed, prefix, real),
+        "raster": (raster, prefix, valid_mask),
+        "random": (mixed, prefix, valid_mask),
         "random, padded": (mixed, prefix, holes),
-        "blocks": (blocks, prefix, real),
+        "blocks": (blocks, prefix, valid_mask),
         "blocks, padded": (blocks, prefix, holes),
-        "members": (members, prefix, real),
+        "members": (members, prefix, valid_mask),
         "padding first": (raster, prefix, first_missing),
         "a tile of padding": (raster, torch.tensor([299, 200]), tile_missing),
         "only padding": (members, prefix, none_left),
@@ -59,16 +59,16 @@ def cases():
 CASES = cases()
 RULES = {
     "encoder": block_causal,
-    "decoder": lambda ranks, prefix, valid: strictly_earlier(ranks, valid),
+    "decoder": lambda order_index, prefix, valid: strictly_earlier(order_index, valid),
 }
 
 
-def by_hand(kind, ranks, prefix, valid):
+def by_hand(kind, order_index, prefix, valid):
     """The rule in words, pair by pair."""
-    B, T = ranks.shape
+    B, T = order_index.shape
     allow = torch.zeros(B, T, T, dtype=torch.bool)
     for b in range(B):
-        r, v, p = ranks[b].tolist(), valid[b].tolist(), int(prefix[b])
+        r, v, p = order_index[b].tolist(), valid[b].tolist(), int(prefix[b])
         for q in range(T):
             seen = [
                 v[k] and (r[k] <= max(r[q], p - 1) if kind == "encoder" else r[k] < r[q])
@@ -77,7 +77,7 @@ def by_hand(kind, ranks, prefix, valid):
             if kind == "encoder":
                 seen[q] = True
             elif not any(seen):
-                seen = [rank == 0 for rank in r]
+                seen = [position_in_order == 0 for position_in_order in r]
             allow[b, q] = torch.tensor(seen)
     return allow[:, None]
 
@@ -85,9 +85,9 @@ def by_hand(kind, ranks, prefix, valid):
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("name", ["blocks, padded", "padding first", "only padding"])
 def test_the_dense_mask_is_the_rule_in_words(kind, name):
-    ranks, prefix, valid = (t[:, :160] if t.dim() == 2 else t for t in CASES[name])
+    order_index, prefix, valid = (t[:, :160] if t.dim() == 2 else t for t in CASES[name])
     assert torch.equal(
-        RULES[kind](ranks, prefix, valid).dense(), by_hand(kind, ranks, prefix, valid)
+        RULES[kind](order_index, prefix, valid).dense(), by_hand(kind, order_index, prefix, valid)
     )
 
 
@@ -101,7 +101,7 @@ def tiles(num, index):
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_and_their_rule_are_those_that_torch_finds_by_trying_every_pair(kind, name):
     rule = RULES[kind](*CASES[name])
-    made, (B, T) = rule.block_mask(), rule.rank.shape
+    made, (B, T) = rule.block_mask(), rule.order_index.shape
     expected = create_block_mask(made.mask_mod, B, None, T, T, device="cpu")
     full, expected_full = (
         tiles(made.full_kv_num_blocks, made.full_kv_indices),
@@ -128,7 +128,9 @@ def test_tiles_and_their_rule_are_those_that_torch_finds_by_trying_every_pair(ki
 def test_flexattention_agrees_with_the_dense_mask(kind, name):
     rule = RULES[kind](*CASES[name])
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, 2, rule.rank.shape[1], 6, generator=generator) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 2, rule.order_index.shape[1], 6, generator=generator) for _ in range(3)
+    )
     assert torch.allclose(
         flex_attention(q, k, v, block_mask=rule.block_mask()),
         attend(q, k, v, rule.dense()),
@@ -188,8 +190,8 @@ def as_the_kernels_read(name):
     return flat.reshape(shape)
 
 
-def hand_over(ranks, prefix, valid, kind, num_heads):
-    mask = RULES[kind](ranks, prefix, valid).block_mask(num_heads)
+def hand_over(order_index, prefix, valid, kind, num_heads):
+    mask = RULES[kind](order_index, prefix, valid).block_mask(num_heads)
     return sum(receive(getattr(mask, name), name) for name in attention.LISTS)
 
 
@@ -197,7 +199,7 @@ def visible(rule):
     """(B, N, N) bool twice, by tiles of the dense mask: whether any pair is allowed, whether all
     are.
     """
-    dense, T = rule.dense()[:, 0], rule.rank.shape[1]
+    dense, T = rule.dense()[:, 0], rule.order_index.shape[1]
     N = -(-T // TILE)
     some = torch.zeros(len(dense), N, N, dtype=torch.bool)
     every = some.clone()
@@ -223,10 +225,10 @@ def test_kernels_read_every_samples_own_tiles(kind, num_heads, where):
         padded = whole.clone()
         padded[-1, T // 3 :] = False
         prefix = torch.randint(1, T, (B,), generator=generator)
-        for ranks in (raster, mixed):
+        for order_index in (raster, mixed):
             for valid in (whole, padded):
-                run(ranks, prefix, valid, kind, num_heads)
-                some, every = visible(RULES[kind](ranks, prefix, valid))
+                run(order_index, prefix, valid, kind, num_heads)
+                some, every = visible(RULES[kind](order_index, prefix, valid))
                 lists = {name: as_the_kernels_read(name) for name in attention.LISTS}
                 for side in ("kv", "q"):
                     partly = tiles(lists[f"{side}_num_blocks"], lists[f"{side}_indices"])
@@ -266,8 +268,8 @@ BLOCKS = {
 
 @pytest.mark.parametrize("arguments", BLOCKS.values(), ids=BLOCKS.keys())
 def test_a_block_gives_what_it_gives_by_itself_bit_for_bit(arguments):
-    ranks, prefix, valid = CASES["one tile"]
-    made, mask = block(**arguments), block_causal(ranks, prefix, valid).dense()
+    order_index, prefix, valid = CASES["one tile"]
+    made, mask = block(**arguments), block_causal(order_index, prefix, valid).dense()
     x = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(2))
     rope = torch.randn(
         24 - arguments.get("registers", 0), 24, generator=torch.Generator().manual_seed(3)
@@ -291,13 +293,13 @@ def test_blocks_of_our_own_get_the_mask_and_the_positions():
 
 
 def test_recomputing_changes_neither_features_nor_gradients():
-    ranks, prefix, valid = CASES["one tile"]
+    order_index, prefix, valid = CASES["one tile"]
     blocks = torch.nn.ModuleList([block(**BLOCKS["as in Primus"]), block()])
     x = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(2))
     found = []
     for recompute in (False, True):
         blocks.zero_grad()
-        out = run_blocks(blocks, x, None, block_causal(ranks, prefix, valid), recompute)
+        out = run_blocks(blocks, x, None, block_causal(order_index, prefix, valid), recompute)
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad.clone() for p in blocks.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -26,7 +26,12 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.sampling.blocks import block_ids, sequence_ids, token_ranks, window_positions
+from nnunet_autoreg.sampling.blocks import (
+    block_ids,
+    draw_order_index,
+    sequence_ids,
+    window_positions,
+)
 from nnunet_autoreg.sampling.kinds import member_codes, member_crop
 from nnunet_autoreg.sampling.sample import Batch
 
@@ -71,18 +76,18 @@ def make_batch(plan, prefix, seed=0, num_samples=1):
         block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens)
     )
     if plan.sequence.order == "random":
-        ranks = torch.stack(
+        order_index = torch.stack(
             [
                 torch.randperm(int(ids.max()) + 1, generator=generator)[ids]
                 for _ in range(num_samples)
             ]
         )
     else:
-        ranks = ids.expand(num_samples, -1).clone()
+        order_index = ids.expand(num_samples, -1).clone()
     return Batch(
         voxels,
         torch.ones(num_samples, 1, *size, dtype=torch.bool),
-        ranks,
+        order_index,
         torch.tensor([prefix] * num_samples),
     )
 
@@ -90,7 +95,7 @@ def make_batch(plan, prefix, seed=0, num_samples=1):
 def predict(objective, batch):
     objective.module.eval()
     with torch.no_grad():
-        return objective.module(batch, torch.ones_like(batch.ranks, dtype=torch.bool))
+        return objective.module(batch, torch.ones_like(batch.order_index, dtype=torch.bool))
 
 
 def noise_like(tokens):
@@ -98,10 +103,12 @@ def noise_like(tokens):
     return torch.randn(tokens.shape, generator=torch.Generator().manual_seed(99))
 
 
-def change_block(batch, plan, rank):
+def change_block(batch, plan, position_in_order):
     """The same batch with other voxels in the block of this rank (first sample)."""
     tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
-    tokens[0, batch.ranks[0] == rank] = noise_like(tokens[0, batch.ranks[0] == rank])
+    tokens[0, batch.order_index[0] == position_in_order] = noise_like(
+        tokens[0, batch.order_index[0] == position_in_order]
+    )
     voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     return replace(batch, voxels=voxels[:, None])
 
@@ -140,18 +147,18 @@ def test_changing_a_block_leaves_its_own_and_every_earlier_prediction_bit_equal(
     for prefix in (1, num_blocks // 2):
         batch = make_batch(objective.plan, prefix)
         before = predict(objective, batch)
-        for rank in range(prefix, num_blocks):
-            after = predict(objective, change_block(batch, objective.plan, rank))
-            kept = (batch.ranks[0] >= prefix) & (batch.ranks[0] <= rank)
+        for position_in_order in range(prefix, num_blocks):
+            after = predict(objective, change_block(batch, objective.plan, position_in_order))
+            kept = (batch.order_index[0] >= prefix) & (batch.order_index[0] <= position_in_order)
             assert torch.equal(before[0, kept], after[0, kept])
 
 
 def test_changing_a_block_changes_the_prediction_of_the_next(objective):
     batch = make_batch(objective.plan, prefix=1)
     before = predict(objective, batch)
-    for rank in range(objective.module.num_blocks - 1):
-        after = predict(objective, change_block(batch, objective.plan, rank))
-        following = batch.ranks[0] == rank + 1
+    for position_in_order in range(objective.module.num_blocks - 1):
+        after = predict(objective, change_block(batch, objective.plan, position_in_order))
+        following = batch.order_index[0] == position_in_order + 1
         assert (before[0, following] != after[0, following]).any()
 
 
@@ -161,12 +168,12 @@ def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they
 
     def features(batch):
         with torch.no_grad():
-            valid = torch.ones_like(batch.ranks, dtype=torch.bool)
-            rule = objective.module.rule(batch.ranks, batch.prefix, valid)
+            valid = torch.ones_like(batch.order_index, dtype=torch.bool)
+            rule = objective.module.rule(batch.order_index, batch.prefix, valid)
             return encoder(batch.voxels, rule)[:, encoder.num_starts :]
 
     batch = make_batch(plan, prefix)
-    first = batch.ranks[0] == 0
+    first = batch.order_index[0] == 0
     last_given = features(change_block(batch, plan, prefix - 1))
     not_given = features(change_block(batch, plan, prefix))
     assert (features(batch)[0, first] != last_given[0, first]).any()
@@ -174,10 +181,10 @@ def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they
 
 
 def test_a_prefix_of_one_block_is_plain_causal_attention():
-    ranks = torch.tensor([[0, 1, 2, 3]])
-    mask = block_causal(ranks, torch.tensor([1]), torch.ones(1, 4, dtype=torch.bool)).dense()
+    order_index = torch.tensor([[0, 1, 2, 3]])
+    mask = block_causal(order_index, torch.tensor([1]), torch.ones(1, 4, dtype=torch.bool)).dense()
     assert torch.equal(mask[0, 0], torch.tril(torch.ones(4, 4, dtype=torch.bool)))
-    mask = block_causal(ranks, torch.tensor([3]), torch.ones(1, 4, dtype=torch.bool)).dense()
+    mask = block_causal(order_index, torch.tensor([3]), torch.ones(1, 4, dtype=torch.bool)).dense()
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
@@ -185,10 +192,10 @@ def test_the_longest_prefix_supervises_exactly_the_last_block(objective):
     num_blocks = objective.module.num_blocks
     batch = make_batch(objective.plan, num_blocks - 1)
     chosen = supervised_tokens(
-        batch.ranks, batch.prefix, torch.ones_like(batch.ranks, dtype=torch.bool)
+        batch.order_index, batch.prefix, torch.ones_like(batch.order_index, dtype=torch.bool)
     )
     assert int(chosen.sum()) == objective.module.block_num_tokens
-    assert set(batch.ranks[chosen].tolist()) == {num_blocks - 1}
+    assert set(batch.order_index[chosen].tolist()) == {num_blocks - 1}
 
 
 def test_the_loss_equals_a_hand_computation_for_two_samples_with_different_prefixes():
@@ -277,10 +284,10 @@ def test_padding_is_neither_context_nor_target():
     torch.manual_seed(3)
     objective = Autoregressive(plan)
     batch = make_batch(plan, prefix=2)
-    real = batch.real.clone()
-    real[:, :, 8:] = False
-    real[:, :, :8, 28:] = False
-    padded = replace(batch, voxels=batch.voxels * real[:, :, None], real=real)
+    valid_mask = batch.valid_mask.clone()
+    valid_mask[:, :, 8:] = False
+    valid_mask[:, :, :8, 28:] = False
+    padded = replace(batch, voxels=batch.voxels * valid_mask[:, :, None], valid_mask=valid_mask)
     terms = objective.loss(padded)
     assert float(terms.count) == 8 * 28 * 24 - 2 * 512
     noisy = padded.voxels.clone()
@@ -353,13 +360,13 @@ def several_members(plan, kind, prefix, seed=0):
     codes = list(member_codes(plan)[kind])
     grid, whole = grid_of(size, token), grid_of(plan.sequence.crop_size_vox, token)
     ids = sequence_ids(grid, plan.sequence.block_tokens, len(codes), plan.sequence.order)
-    ranks = token_ranks(ids, plan.sequence.order, np.random.default_rng(seed))
+    order_index = draw_order_index(ids, plan.sequence.order, np.random.default_rng(seed))
     place = window_positions(whole, grid, [w - g for w, g in zip(whole, grid, strict=True)])
     voxels = torch.randn(1, len(codes), 1, *size, generator=generator)
     return Batch(
         voxels,
         torch.ones(1, len(codes), *size, dtype=torch.bool),
-        torch.from_numpy(ranks)[None],
+        torch.from_numpy(order_index)[None],
         torch.tensor([prefix]),
         torch.from_numpy(np.tile(place, len(codes)))[None],
         torch.from_numpy(np.repeat(np.array(codes), len(place)))[None],
@@ -407,25 +414,30 @@ def test_in_sequences_of_several_images_nothing_leaks_from_later_blocks_and_the_
     objective = Autoregressive(plan)
     if objective.model.member is not None:
         torch.nn.init.normal_(objective.model.member.table)
-    num_blocks = int(several_members(plan, kind, 1).ranks.max()) + 1
+    num_blocks = int(several_members(plan, kind, 1).order_index.max()) + 1
     batch = several_members(plan, kind, num_blocks // 3)
     before = predict(objective, batch)
-    for rank in range(num_blocks // 3, num_blocks):
-        after = predict(objective, change_members(batch, plan, rank))
-        kept = (batch.ranks[0] >= num_blocks // 3) & (batch.ranks[0] <= rank)
+    for position_in_order in range(num_blocks // 3, num_blocks):
+        after = predict(objective, change_members(batch, plan, position_in_order))
+        kept = (batch.order_index[0] >= num_blocks // 3) & (
+            batch.order_index[0] <= position_in_order
+        )
         assert torch.equal(before[0, kept], after[0, kept])
-        following = batch.ranks[0] == rank + 1
-        assert rank + 1 == num_blocks or (before[0, following] != after[0, following]).any()
+        following = batch.order_index[0] == position_in_order + 1
+        assert (
+            position_in_order + 1 == num_blocks
+            or (before[0, following] != after[0, following]).any()
+        )
 
 
-def change_members(batch, plan, rank):
+def change_members(batch, plan, position_in_order):
     """The same batch with other voxels in the block of this rank."""
     token, (members, size) = (
         plan.encoder.token_size_vox,
         (batch.voxels.shape[1], batch.voxels.shape[3:]),
     )
     tokens = to_blocks(batch.voxels[0], token).clone()
-    chosen = batch.ranks[0] == rank
+    chosen = batch.order_index[0] == position_in_order
     flat = tokens.view(-1, *tokens.shape[2:])
     flat[chosen] = noise_like(flat[chosen])
     assert tokens.shape[0] == members
@@ -440,7 +452,7 @@ def test_members_are_told_apart_by_their_code_and_code_0_is_what_fine_tuning_see
     as_one = replace(batch, members=torch.zeros_like(batch.members))
     assert torch.equal(predict(objective, batch), predict(objective, as_one))
     torch.nn.init.normal_(objective.model.member.table)
-    tokens = len(batch.ranks[0]) // 3
+    tokens = len(batch.order_index[0]) // 3
     told, one = predict(objective, batch), predict(objective, as_one)
     assert (
         torch.equal(told[0, :tokens], one[0, :tokens])
@@ -465,9 +477,9 @@ def test_voxels_that_were_shown_before_carry_no_loss():
     torch.manual_seed(0)
     objective = Autoregressive(plan)
     batch = make_batch(plan, prefix=20)
-    scored = torch.ones_like(batch.real)
-    scored[:, :, 15] = False
-    terms = objective.loss(replace(batch, scored=scored))
+    loss_mask = torch.ones_like(batch.valid_mask)
+    loss_mask[:, :, 15] = False
+    terms = objective.loss(replace(batch, loss_mask=loss_mask))
     assert float(terms.count) == 4 * (512 - 64)
 
 

@@ -23,11 +23,17 @@ from nnunet_autoreg.benchmark.prepare import (
     write_folds,
     write_plans,
 )
-from nnunet_autoreg.benchmark.protocol import Layout, Request, plans_name, runs_of, weights_of
+from nnunet_autoreg.benchmark.protocol import (
+    BenchmarkFolders,
+    BenchmarkRequest,
+    plans_name,
+    runs_of,
+    weights_of,
+)
 from nnunet_autoreg.benchmark.results import RunKey, key_of, read_results
 from nnunet_autoreg.benchmark.run import epochs_of, run_missing, settle_length
 from nnunet_autoreg.benchmark.split import divide, labelled, subjects_by_name
-from nnunet_autoreg.benchmark.worker import Job, Stopwatch
+from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
 from nnunet_autoreg.cli.benchmark import parser, read_request
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -37,8 +43,8 @@ DATASET = "Dataset900_Heads"
 CASES = [f"head_{n:03d}" for n in range(20)]
 
 
-def request(**changes: Any) -> Request:
-    return Request(
+def request(**changes: Any) -> BenchmarkRequest:
+    return BenchmarkRequest(
         **{
             "dataset": DATASET,
             "labels": (2,),
@@ -119,7 +125,7 @@ def test_the_line_typed_becomes_the_request(
             ]
         )
     )
-    assert typed == Request(
+    assert typed == BenchmarkRequest(
         DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=30.0
     )
     assert typed.families == ("brain",)
@@ -186,7 +192,7 @@ def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     subjects = subjects_by_name(CASES)
-    layout = Layout(tmp_path / "out", DATASET)
+    layout = BenchmarkFolders(tmp_path / "out", DATASET)
     layout.plans.mkdir(parents=True)
     configurations = {"3d_fullres": {"batch_size": 6}}
     recipe = {"pretrained_rate": 1e-3, "scratch_rate": 1e-3}
@@ -215,7 +221,7 @@ class FakeRunner:
         self.broken, self.done, self.pace = broken, [], pace or {}
 
     def __call__(self, folder: Path, environment: Any) -> int:
-        job = from_jsonable(Job, read_json(folder / "job.json"), "job")
+        job = from_jsonable(FineTuningJob, read_json(folder / "job.json"), "job")
         assert (
             environment["nnUNet_results"] == str(folder)
             and (folder / "autoreg_pretraining").is_symlink()
@@ -239,7 +245,7 @@ class FakeRunner:
         return 0
 
 
-def job_cases(folder: Path, job: Job) -> list[str]:
+def job_cases(folder: Path, job: FineTuningJob) -> list[str]:
     plans = folder.parents[1] / "preprocessed" / DATASET
     return list(read_json(plans / "splits_final.json")[job.fold]["val"])
 
@@ -498,7 +504,7 @@ def test_a_steps_time_leaves_out_the_first_steps_and_what_lies_between_epochs() 
             return batch
 
     trainer = Trainer()
-    watch = Stopwatch(trainer)
+    watch = StepTimer(trainer)
     assert trainer.train_step({"x": 1}) == {"x": 1} and len(watch.times) == 1
     watch.times = [
         0,

@@ -52,15 +52,15 @@ def make_plan(recompute: bool = False, depth: int = 1, **sequence: object) -> Pl
 
 def make_batch(order: str = "raster") -> Batch:
     generator = torch.Generator().manual_seed(0)
-    ranks = (
+    order_index = (
         torch.stack([torch.randperm(8, generator=generator) for _ in range(2)])
         if order == "random"
         else torch.arange(8).repeat(2, 1)
     )
-    real = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
-    real[1, :, 9:] = False
-    voxels = torch.randn(2, 1, 1, 16, 16, 16, generator=generator) * real[:, :, None]
-    return Batch(voxels, real, ranks, torch.tensor([2, 3]))
+    valid_mask = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
+    valid_mask[1, :, 9:] = False
+    voxels = torch.randn(2, 1, 1, 16, 16, 16, generator=generator) * valid_mask[:, :, None]
+    return Batch(voxels, valid_mask, order_index, torch.tensor([2, 3]))
 
 
 @pytest.fixture

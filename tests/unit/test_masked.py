@@ -94,14 +94,14 @@ def changed(batch, plan, chosen_T):
 def predict(objective, batch):
     objective.module.eval()
     with torch.no_grad():
-        return objective.module(batch, torch.ones_like(batch.ranks, dtype=torch.bool))
+        return objective.module(batch, torch.ones_like(batch.order_index, dtype=torch.bool))
 
 
 def targets(objective, batch):
-    voxels, real = objective._target_voxels(batch)
+    voxels, valid_mask = objective._target_voxels(batch)
     return normalised_target(
         voxels,
-        real,
+        valid_mask,
         objective.plan.objective.variance_floor,
         objective.plan.objective.variance_epsilon,
     )
@@ -144,23 +144,31 @@ def named(plan):
 def test_no_prediction_knows_its_own_or_a_later_block_and_no_target_knows_another_token(plan):
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
-    ranks, prefix = (
-        objective.as_predicted(batch).ranks[0],
+    order_index, prefix = (
+        objective.as_predicted(batch).order_index[0],
         int(objective.as_predicted(batch).prefix[0]),
     )
     before, aims = predict(objective, batch), targets(objective, batch)
-    for rank in sorted({prefix, int(ranks.max())}):
-        other = changed(batch, plan, ranks == rank)
-        asked = (ranks >= prefix) & (ranks <= rank)
+    for position_in_order in sorted({prefix, int(order_index.max())}):
+        other = changed(batch, plan, order_index == position_in_order)
+        asked = (order_index >= prefix) & (order_index <= position_in_order)
         assert torch.equal(before[0, asked], predict(objective, other)[0, asked])
-        assert torch.equal(aims[0, ranks != rank], targets(objective, other)[0, ranks != rank])
+        assert torch.equal(
+            aims[0, order_index != position_in_order],
+            targets(objective, other)[0, order_index != position_in_order],
+        )
         assert (
-            (aims[0, ranks == rank] != targets(objective, other)[0, ranks == rank])
+            (
+                aims[0, order_index == position_in_order]
+                != targets(objective, other)[0, order_index == position_in_order]
+            )
             .any(dim=-1)
             .all()
         )
-    given = changed(batch, plan, ranks == prefix - 1)
-    assert (before[0, ranks == prefix] != predict(objective, given)[0, ranks == prefix]).any()
+    given = changed(batch, plan, order_index == prefix - 1)
+    assert (
+        before[0, order_index == prefix] != predict(objective, given)[0, order_index == prefix]
+    ).any()
 
 
 @pytest.mark.parametrize("plan", COMBINATIONS, ids=named)
@@ -168,7 +176,7 @@ def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
     terms = objective.loss(batch, references=True)
-    num_asked = int((batch.ranks[0] >= batch.prefix[0]).sum())
+    num_asked = int((batch.order_index[0] >= batch.prefix[0]).sum())
     assert float(terms.count) == 512 * num_asked
     terms.total.backward()
     gradients = [p.grad for p in objective.module.parameters() if p.grad is not None]
@@ -177,7 +185,7 @@ def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
         and sum(float(g.abs().sum()) for g in gradients) > 0
     )
     assert float(terms.references["mean"]) == pytest.approx(
-        float(targets(objective, batch)[batch.ranks >= batch.prefix].square().sum())
+        float(targets(objective, batch)[batch.order_index >= batch.prefix].square().sum())
     )
 
 
@@ -185,14 +193,14 @@ def test_hidden_voxels_change_no_prediction_and_every_visible_block_changes_all(
     plan = masked_plan()
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
-    hidden = batch.ranks[0] >= batch.prefix[0]
+    hidden = batch.order_index[0] >= batch.prefix[0]
     assert int(hidden.sum()) == 18 and int(batch.prefix[0]) == 6
     before = predict(objective, batch)
     assert torch.equal(
         before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden]
     )
-    for rank in range(6):
-        after = predict(objective, changed(batch, plan, batch.ranks[0] == rank))
+    for position_in_order in range(6):
+        after = predict(objective, changed(batch, plan, batch.order_index[0] == position_in_order))
         assert (before[0, hidden] != after[0, hidden]).any(dim=-1).all()
 
 
@@ -214,7 +222,7 @@ def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
     )
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
-    hidden = batch.ranks[0] >= batch.prefix[0]
+    hidden = batch.order_index[0] >= batch.prefix[0]
     assert int(hidden.sum()) == 16
     before = predict(objective, batch)
     assert torch.equal(
@@ -239,7 +247,7 @@ def test_masked_is_random_order_autoregression_whose_queries_all_see_the_prefix_
     monkeypatch.setattr(
         autoregressive,
         "strictly_earlier",
-        lambda ranks, valid: rule(torch.minimum(ranks, batch.prefix[:, None]), valid),
+        lambda order_index, valid: rule(torch.minimum(order_index, batch.prefix[:, None]), valid),
     )
     ours, theirs = masked.loss(batch), one.loss(batch)
     assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-5) and float(
@@ -252,12 +260,12 @@ def test_blocks_beside_which_everything_visible_is_padding_carry_no_loss():
     plan = masked_plan()
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
-    real = to_blocks(torch.ones(1, 1, *CROP, dtype=torch.bool), (8, 8, 8))
-    real[0, batch.ranks[0] < batch.prefix[0]] = False
-    nothing = replace(batch, real=from_blocks(real, grid_of(CROP, (8, 8, 8))))
+    valid_mask = to_blocks(torch.ones(1, 1, *CROP, dtype=torch.bool), (8, 8, 8))
+    valid_mask[0, batch.order_index[0] < batch.prefix[0]] = False
+    nothing = replace(batch, valid_mask=from_blocks(valid_mask, grid_of(CROP, (8, 8, 8))))
     assert float(objective.loss(nothing).count) == 0
-    real[0, batch.ranks[0] == 0] = True
-    one = replace(batch, real=from_blocks(real, grid_of(CROP, (8, 8, 8))))
+    valid_mask[0, batch.order_index[0] == 0] = True
+    one = replace(batch, valid_mask=from_blocks(valid_mask, grid_of(CROP, (8, 8, 8))))
     assert float(objective.loss(one).count) == 18 * 512
 
 
@@ -290,8 +298,8 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
     voxels = torch.zeros(1, 2, 8)
     voxels[0, 0] = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
     voxels[0, 1] = 5.0
-    real = torch.ones(1, 2, 8, dtype=torch.bool)
-    out = smoothed(voxels, real, (2, 2, 2), 1.0)
+    valid_mask = torch.ones(1, 2, 8, dtype=torch.bool)
+    out = smoothed(voxels, valid_mask, (2, 2, 2), 1.0)
     # Along each axis a voxel counts 1 and its neighbour w = exp(-1/2); a voxel n axes away gets 8
     # w^n / (1 + w)^3.
     w = float(np.exp(-0.5))
@@ -299,8 +307,8 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
         [8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)]
     )
     assert out[0, 1].tolist() == pytest.approx([5.0] * 8)
-    real[0, :, 4:] = False
-    out = smoothed(voxels, real, (2, 2, 2), 1.0)
+    valid_mask[0, :, 4:] = False
+    out = smoothed(voxels, valid_mask, (2, 2, 2), 1.0)
     assert out[0, 0].tolist() == pytest.approx(
         [8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4
     )
@@ -309,17 +317,19 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
 
 def test_smoothing_by_0_changes_nothing_and_channels_do_not_mix():
     voxels = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
-    real = torch.ones(2, 3, 16, dtype=torch.bool)
-    assert smoothed(voxels, real, (2, 2, 2), 0.0) is voxels
-    both = smoothed(voxels, real, (2, 2, 2), 1.5)
-    assert torch.allclose(both[..., 8:], smoothed(voxels[..., 8:], real[..., 8:], (2, 2, 2), 1.5))
+    valid_mask = torch.ones(2, 3, 16, dtype=torch.bool)
+    assert smoothed(voxels, valid_mask, (2, 2, 2), 0.0) is voxels
+    both = smoothed(voxels, valid_mask, (2, 2, 2), 1.5)
+    assert torch.allclose(
+        both[..., 8:], smoothed(voxels[..., 8:], valid_mask[..., 8:], (2, 2, 2), 1.5)
+    )
 
 
 def test_smoothed_targets_have_mean_0_and_unbiased_sd_1_and_noise_falls_below_the_floor():
     voxels = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0))
-    real = torch.ones(1, 1, 512, dtype=torch.bool)
-    low = smoothed(voxels, real, (8, 8, 8), 1.0)
-    target = normalised_target(low, real, 1e-6)
+    valid_mask = torch.ones(1, 1, 512, dtype=torch.bool)
+    low = smoothed(voxels, valid_mask, (8, 8, 8), 1.0)
+    target = normalised_target(low, valid_mask, 1e-6)
     assert float(target.mean()) == pytest.approx(0, abs=1e-5) and float(
         target.std(unbiased=True)
     ) == pytest.approx(1, abs=1e-4)
@@ -328,13 +338,13 @@ def test_smoothed_targets_have_mean_0_and_unbiased_sd_1_and_noise_falls_below_th
 
 def test_epsilon_is_added_under_the_root_where_a_floor_is_a_least_value():
     voxels = torch.tensor([[[0.0, 2.0, 0.0, 2.0]]])  # unbiased variance 4/3
-    real = torch.ones(1, 1, 4, dtype=torch.bool)
-    assert float(token_statistics(voxels, real, 0.0, 1e-6)[1]) == pytest.approx(
+    valid_mask = torch.ones(1, 1, 4, dtype=torch.bool)
+    assert float(token_statistics(voxels, valid_mask, 0.0, 1e-6)[1]) == pytest.approx(
         np.sqrt(4 / 3 + 1e-6)
     )
-    assert float(token_statistics(voxels, real, 2.0)[1]) == pytest.approx(np.sqrt(2.0))
+    assert float(token_statistics(voxels, valid_mask, 2.0)[1]) == pytest.approx(np.sqrt(2.0))
     assert torch.equal(
-        normalised_target(torch.full((1, 1, 4), 7.0), real, 0.0, 1e-6), torch.zeros(1, 1, 4)
+        normalised_target(torch.full((1, 1, 4), 7.0), valid_mask, 0.0, 1e-6), torch.zeros(1, 1, 4)
     )
 
 

@@ -204,13 +204,13 @@ def test_the_faithful_objective_gives_the_original_models_loss(
     assert not missing and not unexpected
     weight, bias = head_to_ours(weights, (16, 16, 16))
     objective.model.head.project.load_state_dict({"weight": weight, "bias": bias})
-    ranks = torch.from_numpy(
+    order_index = torch.from_numpy(
         sequence_ids(grid_of(crop, (16, 16, 16)), (1, 1, 1), 1, "interleaved")
     ).expand(len(voxels), -1)
     batch = Batch(
         voxels,
         torch.ones_like(voxels[:, :, 0], dtype=torch.bool),
-        ranks,
+        order_index,
         torch.full((len(voxels),), prefix),
     )
     with torch.no_grad():
@@ -257,22 +257,34 @@ def test_with_start_the_first_prediction_knows_no_voxel() -> None:
     )
     torch.manual_seed(0)
     objective = build_objective(plan)
-    ranks = torch.from_numpy(sequence_ids((4, 2, 1), (1, 1, 1), 1, "interleaved"))[None]
+    order_index = torch.from_numpy(sequence_ids((4, 2, 1), (1, 1, 1), 1, "interleaved"))[None]
     voxels = torch.randn(1, 1, 1, 32, 16, 8)
-    batch = Batch(voxels, torch.ones(1, 1, 32, 16, 8, dtype=torch.bool), ranks, torch.tensor([0]))
-    valid = torch.ones_like(ranks, dtype=torch.bool)
+    batch = Batch(
+        voxels, torch.ones(1, 1, 32, 16, 8, dtype=torch.bool), order_index, torch.tensor([0])
+    )
+    valid = torch.ones_like(order_index, dtype=torch.bool)
     objective.module.eval()
     with torch.no_grad():
         assert float(objective.loss(batch).count) == 8 * 512
         before = objective.module(batch, valid)
-        for rank in range(8):
-            token = int((ranks[0] == rank).nonzero())
+        for position_in_order in range(8):
+            token = int((order_index[0] == position_in_order).nonzero())
             z, y = 8 * (token // 2), 8 * (token % 2)
             other = voxels.clone()
             other[..., z : z + 8, y : y + 8, :] = torch.randn(8, 8, 8)
             after = objective.module(replace(batch, voxels=other), valid)
-            assert torch.equal(before[0, ranks[0] <= rank], after[0, ranks[0] <= rank])
-            assert (before[0, ranks[0] > rank] != after[0, ranks[0] > rank]).any(dim=-1).all()
+            assert torch.equal(
+                before[0, order_index[0] <= position_in_order],
+                after[0, order_index[0] <= position_in_order],
+            )
+            assert (
+                (
+                    before[0, order_index[0] > position_in_order]
+                    != after[0, order_index[0] > position_in_order]
+                )
+                .any(dim=-1)
+                .all()
+            )
 
 
 def test_a_preset_for_another_encoder_is_refused_before_scans_are_read() -> None:

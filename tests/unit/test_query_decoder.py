@@ -59,10 +59,10 @@ def make_batch(prefix: int, num_samples: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ids = torch.from_numpy(block_ids(grid_of(CROP, TOKEN), BLOCK))
     orders = [torch.randperm(4, generator=generator) for _ in range(num_samples)]
-    ranks = torch.stack([order[ids] for order in orders])
+    order_index = torch.stack([order[ids] for order in orders])
     voxels = torch.randn(num_samples, 1, 1, *CROP, generator=generator)
-    real = torch.ones(num_samples, 1, *CROP, dtype=torch.bool)
-    return Batch(voxels, real, ranks, torch.full((num_samples,), prefix))
+    valid_mask = torch.ones(num_samples, 1, *CROP, dtype=torch.bool)
+    return Batch(voxels, valid_mask, order_index, torch.full((num_samples,), prefix))
 
 
 def with_other_voxels(batch: Batch, chosen_BT: Tensor) -> Batch:
@@ -75,7 +75,7 @@ def with_other_voxels(batch: Batch, chosen_BT: Tensor) -> Batch:
 
 def predict(objective: Autoregressive, batch: Batch) -> Tensor:
     objective.module.eval()
-    valid_BT = to_blocks(batch.real.float(), TOKEN).flatten(2).any(-1)
+    valid_BT = to_blocks(batch.valid_mask.float(), TOKEN).flatten(2).any(-1)
     with torch.no_grad():
         predicted: Tensor = objective.module(batch, valid_BT)
     return predicted
@@ -86,9 +86,9 @@ def leaks(objective: Autoregressive, batch: Batch) -> bool:
     for.
     """
     before, prefix = predict(objective, batch), int(batch.prefix[0])
-    for rank in range(prefix, 4):
-        after = predict(objective, with_other_voxels(batch, batch.ranks >= rank))
-        kept = (batch.ranks >= prefix) & (batch.ranks <= rank)
+    for position_in_order in range(prefix, 4):
+        after = predict(objective, with_other_voxels(batch, batch.order_index >= position_in_order))
+        kept = (batch.order_index >= prefix) & (batch.order_index <= position_in_order)
         if not torch.equal(before[kept], after[kept]):
             return True
     return False
@@ -104,10 +104,10 @@ def test_later_blocks_change_no_earlier_prediction_bit_for_bit() -> None:
 def test_padding_leaves_the_deeper_decoder_causal() -> None:
     torch.manual_seed(0)
     objective, batch = Autoregressive(make_plan()), make_batch(1)
-    real = batch.real.clone()
-    real[:, :, :, :, 10:] = False
+    valid_mask = batch.valid_mask.clone()
+    valid_mask[:, :, :, :, 10:] = False
 
-    assert not leaks(objective, replace(batch, real=real))
+    assert not leaks(objective, replace(batch, valid_mask=valid_mask))
 
 
 def test_without_the_mask_the_causality_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +150,8 @@ def test_queries_of_one_block_see_each_other_and_no_others() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_rule_for_reordered_queries_is_the_old_rule_with_its_rows_reordered(fused: bool) -> None:
     batch = make_batch(1)
-    rule = strictly_earlier(batch.ranks, torch.ones_like(batch.ranks, dtype=torch.bool))
-    order = torch.argsort(batch.ranks, dim=1, stable=True)
+    rule = strictly_earlier(batch.order_index, torch.ones_like(batch.order_index, dtype=torch.bool))
+    order = torch.argsort(batch.order_index, dim=1, stable=True)
     expected = torch.take_along_dim(rule.dense(), order[:, None, :, None], dim=2)
 
     moved = rule.with_queries(order)
@@ -245,10 +245,13 @@ def test_the_masked_twins_encoder_reads_the_visible_blocks_and_nothing_else() ->
     # Two of four blocks of 8^3 voxels, in the order of their ranks.
     assert read.shape == (2, 2, 1, 8, 8, 8)
     blocks = to_blocks(batch.voxels[:, 0], (8, 8, 8))
-    ranks = to_blocks(batch.ranks.reshape(2, 1, 2, 4, 4), BLOCK).flatten(2)[:, :, 0]
+    order_index = to_blocks(batch.order_index.reshape(2, 1, 2, 4, 4), BLOCK).flatten(2)[:, :, 0]
     for sample in range(2):
-        for rank in range(2):
-            assert torch.equal(read[sample, rank], blocks[sample, ranks[sample] == rank][0])
+        for position_in_order in range(2):
+            assert torch.equal(
+                read[sample, position_in_order],
+                blocks[sample, order_index[sample] == position_in_order][0],
+            )
 
 
 def test_hidden_voxels_change_nothing_in_the_masked_twin() -> None:
@@ -256,7 +259,7 @@ def test_hidden_voxels_change_nothing_in_the_masked_twin() -> None:
     objective = build_objective(make_plan(replace(NEW, name="masked"), **MASKED))
     assert isinstance(objective, Autoregressive)
     batch = make_batch(2)
-    hidden = batch.ranks >= 2
+    hidden = batch.order_index >= 2
 
     before = predict(objective, batch)
 
@@ -271,10 +274,10 @@ def test_padded_visible_tokens_are_no_keys_of_the_masked_twin() -> None:
     objective = build_objective(make_plan(replace(NEW, name="masked"), **MASKED))
     assert isinstance(objective, Autoregressive)
     batch = make_batch(2)
-    real = batch.real.clone()
-    real[:, :, 4:] = False
-    padded = replace(batch, voxels=batch.voxels * real[:, :, None], real=real)
-    is_padding = ~to_blocks(real.float(), TOKEN).flatten(2).any(-1)
+    valid_mask = batch.valid_mask.clone()
+    valid_mask[:, :, 4:] = False
+    padded = replace(batch, voxels=batch.voxels * valid_mask[:, :, None], valid_mask=valid_mask)
+    is_padding = ~to_blocks(valid_mask.float(), TOKEN).flatten(2).any(-1)
 
     before = predict(objective, padded)
     after = predict(objective, with_other_voxels(padded, is_padding))

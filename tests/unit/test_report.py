@@ -43,7 +43,7 @@ from nnunet_autoreg.report.charts import (
     thinned,
 )
 from nnunet_autoreg.report.metrics import MetricsFile, read_lines
-from nnunet_autoreg.report.report import REPORT_NAME, Reporter, Setting, verdict
+from nnunet_autoreg.report.report import REPORT_NAME, Reporter, RunSetting, verdict
 from nnunet_autoreg.report.scans import without_names
 from nnunet_autoreg.report.slices import BORDER_COLOUR, held_out_pictures, panels, tinted
 from nnunet_autoreg.sampling.sample import Sample, collate
@@ -105,12 +105,14 @@ def objective():
 @pytest.fixture(scope="module")
 def batch():
     generator = np.random.default_rng(0)
-    real = np.ones((1, 16, 16, 16), bool)
-    real[:, :, :, 12:] = False
+    valid_mask = np.ones((1, 16, 16, 16), bool)
+    valid_mask[:, :, :, 12:] = False
     samples = [
         Sample(
-            np.where(real, generator.normal(size=real.shape), 0).astype(np.float32)[None],
-            real,
+            np.where(valid_mask, generator.normal(size=valid_mask.shape), 0).astype(np.float32)[
+                None
+            ],
+            valid_mask,
             np.arange(8),
             prefix,
         )
@@ -196,7 +198,7 @@ class Reader(HTMLParser):
 
 
 def written(folder, objective, batch):
-    reporter = Reporter(folder, PLAN, Setting("cpu", 2, 1))
+    reporter = Reporter(folder, PLAN, RunSetting("cpu", 2, 1))
     reporter.write(
         lambda: held_out_pictures(objective, [batch], torch.device("cpu"), PLAN.data.spacing_mm)
     )
@@ -350,10 +352,11 @@ def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
     objective, batch, monkeypatch
 ):
     tokens = to_tokens(batch.voxels, objective.token_size)
-    real = to_tokens(batch.real[:, :, None], objective.token_size)
-    mean = (tokens * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
+    valid_mask = to_tokens(batch.valid_mask[:, :, None], objective.token_size)
+    mean = (tokens * valid_mask).sum(-1, keepdim=True) / valid_mask.sum(-1, keepdim=True)
     deviation = (
-        ((tokens - mean) * real).square().sum(-1, keepdim=True) / (real.sum(-1, keepdim=True) - 1)
+        ((tokens - mean) * valid_mask).square().sum(-1, keepdim=True)
+        / (valid_mask.sum(-1, keepdim=True) - 1)
     ).sqrt()
     monkeypatch.setattr(
         objective.model, "forward", lambda batch, valid: (tokens - mean) / deviation
@@ -369,8 +372,8 @@ def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
     )
     # Of 8 tokens of 8^3 the given ones come first; half of every odd token is padding.
     assert nothing.given[0].sum() == 512 and nothing.given[1].sum() == 2 * 512 + 2 * 256
-    assert nothing.scored[1].sum() == 2 * 512 + 2 * 256
-    assert not (nothing.scored & ~batch.real).any()
+    assert nothing.loss_mask[1].sum() == 2 * 512 + 2 * 256
+    assert not (nothing.loss_mask & ~batch.valid_mask).any()
 
 
 def test_pictures_leave_training_mode_and_random_state_alone(objective, batch):
@@ -483,7 +486,7 @@ def test_a_report_that_fails_is_logged_and_the_one_before_stays(run_folder, capl
     def broken():
         raise RuntimeError("no picture")
 
-    Reporter(run_folder, PLAN, Setting("cpu", 2, 1)).write(broken)
+    Reporter(run_folder, PLAN, RunSetting("cpu", 2, 1)).write(broken)
 
     assert (run_folder / REPORT_NAME).read_text() == "the one before"
     for value in (REPORT_NAME, "RuntimeError", "no picture"):
@@ -503,7 +506,8 @@ def half(self, text, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, text, **options)
 Path.write_text = half
-report.Reporter(Path({folder!r}), test_report.PLAN, report.Setting("cpu", 2, 1)).write(lambda: [])
+setting = report.RunSetting("cpu", 2, 1)
+report.Reporter(Path({folder!r}), test_report.PLAN, setting).write(lambda: [])
 """
 
 

@@ -57,9 +57,9 @@ def by_intensity(levels: list[float]) -> SegmentMap:
 
 
 def test_a_uniform_image_has_its_intensity_and_no_texture() -> None:
-    voxels, real = torch.full((1, 1, 1, 8, 8, 8), 3.0), torch.ones(1, 1, 8, 8, 8).bool()
+    voxels, valid_mask = torch.full((1, 1, 1, 8, 8, 8), 3.0), torch.ones(1, 1, 8, 8, 8).bool()
 
-    features = SegmentMap(2, ISOTROPIC).features(voxels, real)
+    features = SegmentMap(2, ISOTROPIC).features(voxels, valid_mask)
 
     assert features.shape == (1, NUM_FEATURES, 8, 8, 8)
     assert torch.allclose(features[:, 0], torch.tensor(3.0), atol=1e-5)
@@ -78,25 +78,31 @@ def test_every_voxel_belongs_to_the_nearest_centre() -> None:
 
 
 def test_padding_changes_no_feature_of_a_real_voxel() -> None:
-    voxels, real = noise(1, 1, 1, 8, 8, 16), torch.ones(1, 1, 8, 8, 16).bool()
-    real[..., 12:] = False
-    other = torch.where(real[:, :, None], voxels, 100.0)
+    voxels, valid_mask = noise(1, 1, 1, 8, 8, 16), torch.ones(1, 1, 8, 8, 16).bool()
+    valid_mask[..., 12:] = False
+    other = torch.where(valid_mask[:, :, None], voxels, 100.0)
     segment_map = SegmentMap(2, ISOTROPIC)
 
-    before, after = segment_map.features(voxels, real), segment_map.features(other, real)
+    before, after = (
+        segment_map.features(voxels, valid_mask),
+        segment_map.features(other, valid_mask),
+    )
 
     assert torch.equal(before, after)
 
 
 def test_gaussians_are_equally_wide_in_millimetres() -> None:
-    voxels, real = noise(1, 1, 1, 8, 16, 16), torch.ones(1, 1, 8, 16, 16).bool()
+    voxels, valid_mask = noise(1, 1, 1, 8, 16, 16), torch.ones(1, 1, 8, 16, 16).bool()
     other = voxels.clone()
     other[:, :, :, 4] = 10.0
 
     changes = {}
     for spacing in (ISOTROPIC, (5.0, 1.0, 1.0)):
         segment_map = SegmentMap(2, spacing)
-        before, after = segment_map.features(voxels, real), segment_map.features(other, real)
+        before, after = (
+            segment_map.features(voxels, valid_mask),
+            segment_map.features(other, valid_mask),
+        )
         changes[spacing] = float((before - after)[:, 0, 3].abs().max())
 
     assert changes[ISOTROPIC] > 1
@@ -104,12 +110,12 @@ def test_gaussians_are_equally_wide_in_millimetres() -> None:
 
 
 def test_half_precision_around_it_changes_no_class() -> None:
-    voxels, real = noise(1, 1, 1, *CROP), torch.ones(1, 1, *CROP).bool()
+    voxels, valid_mask = noise(1, 1, 1, *CROP), torch.ones(1, 1, *CROP).bool()
     segment_map = by_intensity([-0.2, -0.1, 0.0, 0.1, 0.2])
 
-    classes = segment_map(voxels, real)
+    classes = segment_map(voxels, valid_mask)
     with torch.autocast("cpu", torch.bfloat16):
-        in_half = segment_map(voxels, real)
+        in_half = segment_map(voxels, valid_mask)
 
     assert torch.equal(classes, in_half) and len(classes.unique()) == 5
 
@@ -177,7 +183,7 @@ def test_the_loss_is_squared_error_plus_weighted_cross_entropy() -> None:
 
     terms = objective.loss(batch)
 
-    classes_BZYX = objective.segment_map(batch.voxels, batch.real)[:, 0]
+    classes_BZYX = objective.segment_map(batch.voxels, batch.valid_mask)[:, 0]
     log_share_BKZYX = outputs(objective, batch).scores.log_softmax(dim=1)
     entropy_BZYX = -log_share_BKZYX.gather(1, classes_BZYX[:, None])[:, 0]
     expected = sum(float(entropy_BZYX[b][mask_BZYX[b]].mean()) for b in range(2))
@@ -209,9 +215,9 @@ def test_segments_of_members_stay_with_their_members() -> None:
 def test_references_are_the_shares_of_segments_in_known_tokens() -> None:
     plan = plan_of(crop=(8, 8, 32), num_segments=3)
     objective = objective_of(plan)
-    voxels, real = noise(1, 1, 1, 8, 8, 32), torch.ones(1, 1, 8, 8, 32).bool()
+    voxels, valid_mask = noise(1, 1, 1, 8, 8, 32), torch.ones(1, 1, 8, 8, 32).bool()
     # Tokens 0 and 3 are known; token 1 is nearest to 0, token 2 to 3.
-    batch = Batch(voxels, real, torch.tensor([[0, 2, 3, 1]]), torch.tensor([2]))
+    batch = Batch(voxels, valid_mask, torch.tensor([[0, 2, 3, 1]]), torch.tensor([2]))
     classes = torch.tensor([0, 1, 0, 2]).repeat_interleave(8).expand(1, 1, 8, 8, 32)
     targets = objective._targets(batch)
 
@@ -233,7 +239,7 @@ def test_references_count_both_terms() -> None:
     found = both.loss(batch, references=True).references
 
     assert both.segment_map is not None
-    classes, targets = both.segment_map(batch.voxels, batch.real), both._targets(batch)
+    classes, targets = both.segment_map(batch.voxels, batch.valid_mask), both._targets(batch)
     nearest = both._nearest_known(batch, targets)
     entropies = both._trivial_entropies(classes, targets, nearest)
     assert set(found) == set(without) == {"mean", "copy"}

@@ -95,7 +95,7 @@ def as_sample_0(rule: AttentionRule) -> AttentionRule:
     """What a kernel obeys that reads the mask of sample 0 for every sample."""
     first = [
         x if x is None else x[:1].expand_as(x)
-        for x in (rule.rank, rule.reach, rule.valid, rule.lost)
+        for x in (rule.order_index, rule.max_visible_block, rule.valid, rule.sees_first_block_only)
     ]
     return AttentionRule(*first)
 

@@ -24,11 +24,12 @@ from nnunet_autoreg.pretrain.preprocessing import split
 from nnunet_autoreg.sampling import spatial, strided
 from nnunet_autoreg.sampling.blocks import (
     block_ids,
+    draw_order_index,
     draw_prefix,
     sequence_ids,
-    token_ranks,
     window_positions,
 )
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.kinds import (
     AvailableKinds,
     choose_members,
@@ -38,7 +39,6 @@ from nnunet_autoreg.sampling.kinds import (
 )
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
-from nnunet_autoreg.sampling.turn import Turn
 
 
 def test_block_ids_go_in_raster_order_of_blocks():
@@ -49,10 +49,10 @@ def test_block_ids_go_in_raster_order_of_blocks():
 
 def test_random_ranks_permute_blocks_and_keep_tokens_together():
     ids = block_ids((2, 2, 4), (1, 1, 2))
-    ranks = token_ranks(ids, "random", rng.generator(0, "x"))
-    assert sorted(set(ranks.tolist())) == list(range(8))
-    assert all(len(set(ranks[ids == block])) == 1 for block in range(8))
-    assert token_ranks(ids, "raster", rng.generator(0, "x")).tolist() == ids.tolist()
+    order_index = draw_order_index(ids, "random", rng.generator(0, "x"))
+    assert sorted(set(order_index.tolist())) == list(range(8))
+    assert all(len(set(order_index[ids == block])) == 1 for block in range(8))
+    assert draw_order_index(ids, "raster", rng.generator(0, "x")).tolist() == ids.tolist()
 
 
 def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
@@ -68,15 +68,22 @@ def test_a_draw_replays_to_the_same_sample():
     plan, case = make_plan(), Ramp((20, 30, 20))
     drawn = spatial.draw(plan, case.shape_vox, rng.generator(0, "x"))
     first, again = spatial.apply(plan, case, drawn), spatial.apply(plan, case, drawn)
-    assert np.array_equal(first.voxels, again.voxels) and first.turn == again.turn == drawn.turn
-    plain = spatial.apply(plan, case, replace(drawn, turn=Turn()))
-    flipped = spatial.apply(plan, case, replace(drawn, turn=Turn((True, False, True)))).turned()
+    assert (
+        np.array_equal(first.voxels, again.voxels)
+        and first.flip_transpose == again.flip_transpose == drawn.flip_transpose
+    )
+    plain = spatial.apply(plan, case, replace(drawn, flip_transpose=FlipTranspose()))
+    flipped = spatial.apply(
+        plan, case, replace(drawn, flip_transpose=FlipTranspose((True, False, True)))
+    ).augmented()
     assert np.array_equal(flipped.voxels[0, 0], plain.voxels[0, 0, ::-1, :, ::-1])
     small = spatial.apply(
-        plan, Ramp((10, 30, 20)), replace(drawn, start=(-3, 0, 0), turn=Turn((True, False, False)))
-    ).turned()
-    assert small.real[0, :, 0, 0].tolist() == [False] * 3 + [True] * 10 + [False] * 3
-    assert np.array_equal(small.real[0], small.voxels[0, 0] > 0)
+        plan,
+        Ramp((10, 30, 20)),
+        replace(drawn, start=(-3, 0, 0), flip_transpose=FlipTranspose((True, False, False))),
+    ).augmented()
+    assert small.valid_mask[0, :, 0, 0].tolist() == [False] * 3 + [True] * 10 + [False] * 3
+    assert np.array_equal(small.valid_mask[0], small.voxels[0, 0] > 0)
 
 
 def test_crops_stay_inside_large_cases_and_small_cases_stay_inside_crops():
@@ -90,13 +97,13 @@ def test_crops_stay_inside_large_cases_and_small_cases_stay_inside_crops():
 
 def test_axes_swap_only_where_length_and_spacing_are_equal():
     orders = {
-        spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).turn.axes
+        spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).flip_transpose.axes
         for i in range(60)
     }
     assert orders == {(0, 1, 2), (2, 1, 0)}
     anisotropic = replace(make_plan(), data=DataPlan((3.0, 1.0, 1.0)))
     assert {
-        spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).turn.axes
+        spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).flip_transpose.axes
         for i in range(60)
     } == {(0, 1, 2)}
 
@@ -117,7 +124,7 @@ def test_the_number_of_workers_changes_no_batch(num_workers):
     assert len(prepared) == 4
     for step, batch in zip(range(2, 6), prepared, strict=True):
         assert batch.voxels.equal(batches[step].voxels) and batch.prefix.equal(batches[step].prefix)
-        assert batch.turns == batches[step].turns
+        assert batch.flip_transposes == batches[step].flip_transposes
 
 
 def test_validation_samples_take_the_same_four_prefixes_every_time():
@@ -195,8 +202,8 @@ def test_a_stride_of_8_repeats_56_percent_of_the_voxels(stride, expected):
         ),
         encoder=encoder,
     )
-    ranks = sequence_ids((8, 2, 1), (1, 1, 1), 1, "interleaved")
-    seen = strided.seen_before(plan, ranks)
+    order_index = sequence_ids((8, 2, 1), (1, 1, 1), 1, "interleaved")
+    seen = strided.seen_before(plan, order_index)
     assert seen.mean() == expected
     if stride == 8:
         assert [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)] == [
@@ -226,14 +233,14 @@ def test_strided_samples_repeat_slices_and_can_leave_them_unscored():
     assert strided.stretch(plan) == (24, 16, 16)
     assert np.array_equal(sample.voxels[0, 0, 16:24], sample.voxels[0, 0, 8:16])
     assert (
-        sample.scored[0, :16].all()
-        and not sample.scored[0, 16:24].any()
-        and sample.scored[0, 24:].all()
+        sample.loss_mask[0, :16].all()
+        and not sample.loss_mask[0, 16:24].any()
+        and sample.loss_mask[0, 24:].all()
     )
     plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw(
         [Ramp((24, 16, 16))], TRAINING, 0, 0
     )
-    assert plain.scored is None and np.array_equal(plain.voxels, sample.voxels)
+    assert plain.loss_mask is None and np.array_equal(plain.voxels, sample.voxels)
 
 
 def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
@@ -247,7 +254,7 @@ def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
                 sample.voxels[member, 0] - first, np.full(first.shape, 1e5 * member, np.float32)
             )
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
-        tokens = len(sample.ranks) // 4
+        tokens = len(sample.order_index) // 4
         assert np.array_equal(sample.positions[:tokens], sample.positions[tokens : 2 * tokens])
 
 
@@ -353,7 +360,7 @@ def test_samples_of_one_dataset_do_not_depend_on_other_kinds():
         np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels)
         and sample.prefix == drawn.prefix
     )
-    assert sample.positions is sample.members is sample.scored is None
+    assert sample.positions is sample.members is sample.loss_mask is None
 
 
 def test_one_input_stays_spatial_and_several_get_available_kinds():

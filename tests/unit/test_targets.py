@@ -99,8 +99,8 @@ def make_plan(target: str, **sequence: object) -> Plan:
 
 def make_batch() -> Batch:
     voxels = torch.randn(1, 1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5 + 1
-    real = torch.ones(1, 1, 16, 16, 16, dtype=torch.bool)
-    return Batch(voxels, real, torch.arange(8)[None], torch.tensor([3]))
+    valid_mask = torch.ones(1, 1, 16, 16, 16, dtype=torch.bool)
+    return Batch(voxels, valid_mask, torch.arange(8)[None], torch.tensor([3]))
 
 
 def outputs_of(objective: Autoregressive, batch: Batch) -> Tensor:
@@ -147,12 +147,12 @@ def test_the_loss_of_plain_voxels_is_their_mean_squared_error() -> None:
 def test_statistics_of_padding_count_nothing() -> None:
     torch.manual_seed(0)
     objective, batch = Autoregressive(make_plan("normalised_with_statistics")), make_batch()
-    real = batch.real.clone()
-    real[:, :, 8:] = False
-    padded = replace(batch, voxels=batch.voxels * real[:, :, None], real=real)
+    valid_mask = batch.valid_mask.clone()
+    valid_mask[:, :, 8:] = False
+    padded = replace(batch, voxels=batch.voxels * valid_mask[:, :, None], valid_mask=valid_mask)
 
     terms = objective.loss(padded)
-    other = objective.loss(replace(padded, voxels=padded.voxels + 5.0 * ~real[:, :, None]))
+    other = objective.loss(replace(padded, voxels=padded.voxels + 5.0 * ~valid_mask[:, :, None]))
 
     assert float(terms.count) == 512
     assert float(terms.total.detach()) == float(other.total.detach())

@@ -51,14 +51,14 @@ class Noisy(Ramp):
     """A case of random voxels, so that no symmetry hides a mistake."""
 
     def read_padded(self, start, size):
-        numbers, real = super().read_padded(start, size)
+        numbers, valid_mask = super().read_padded(start, size)
         values = (
             np.random.default_rng(0)
             .normal(size=int(np.prod(self.shape_vox)) + 1)
             .astype(np.float32)
         )
         values[0] = 0  # numbers begin at 1; padding is 0
-        return values[numbers.astype(int)], real
+        return values[numbers.astype(int)], valid_mask
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,19 @@ class Smooth(Ramp):
     weights: tuple[float, float, float] = (1.0, 10.0, 100.0)
 
     def read_padded(self, start, size):
-        _, real = super().read_padded(start, size)
+        _, valid_mask = super().read_padded(start, size)
         z, y, x = np.meshgrid(
             *(np.arange(n) + s for n, s in zip(size, start, strict=True)), indexing="ij"
         )
         return (np.float32(self.weights[0]) * z + self.weights[1] * y + self.weights[2] * x).astype(
             np.float32
-        )[None] * real, real
+        )[None] * valid_mask, valid_mask
 
 
 def crop_of(case, start, affine, size=SIZE, max_source=4.0):
     """The resampled crop as numpy arrays (Z, Y, X)."""
-    voxels, real = resampled(read_source(case, start, size, affine, max_source), size)
-    return voxels[0].numpy(), real.numpy()
+    voxels, valid_mask = resampled(read_source(case, start, size, affine, max_source), size)
+    return voxels[0].numpy(), valid_mask.numpy()
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -91,11 +91,13 @@ def test_a_rotation_by_90_degrees_equals_numpys_rot90(axis):
     plain, _ = Noisy((30, 30, 30)).read_padded(start, SIZE)
     others = [i for i in range(3) if i != axis]
 
-    turned, real = crop_of(Noisy((30, 30, 30)), start, affine_of(90, direction, 1.0, ISOTROPIC))
+    augmented, valid_mask = crop_of(
+        Noisy((30, 30, 30)), start, affine_of(90, direction, 1.0, ISOTROPIC)
+    )
 
     one, other = np.rot90(plain[0], 1, others), np.rot90(plain[0], -1, others)
-    assert min(np.abs(turned - one).max(), np.abs(turned - other).max()) < 1e-4
-    assert np.abs(one - other).max() > 1 and real.all()
+    assert min(np.abs(augmented - one).max(), np.abs(augmented - other).max()) < 1e-4
+    assert np.abs(one - other).max() > 1 and valid_mask.all()
 
 
 def test_a_rotation_about_z_turns_y_into_x_by_hand():
@@ -108,13 +110,13 @@ def test_a_rotation_about_z_turns_y_into_x_by_hand():
 
 
 def test_a_zoom_of_two_shows_half_the_extent_about_the_middle():
-    voxels, real = crop_of(
+    voxels, valid_mask = crop_of(
         Smooth((40, 40, 40)), (10, 10, 10), affine_of(0, (1, 0, 0), 2.0, ISOTROPIC)
     )
     places = 17.5 + (np.arange(16) - 7.5) / 2
     assert np.allclose(voxels[:, 3, 5], places + 10 * places[3] + 100 * places[5], rtol=1e-5)
     assert np.allclose(voxels[2, 3, :], places[2] + 10 * places[3] + 100 * places, rtol=1e-5)
-    assert real.all()
+    assert valid_mask.all()
 
 
 def test_rotations_are_rigid_in_millimetres_of_unequal_voxels():
@@ -175,15 +177,17 @@ def test_what_a_turn_brings_in_from_outside_the_scan_is_padding():
         lambda start, size: (np.full((1, *size), 7, np.float32), np.ones(size, bool)),
     )
 
-    voxels, real = crop_of(
+    voxels, valid_mask = crop_of(
         constant, (0, 0, 0), affine_of(45, (1, 0, 0), 1.0, ISOTROPIC), size=(20, 20, 20)
     )
 
     y, x = np.meshgrid(np.arange(20) - 9.5, np.arange(20) - 9.5, indexing="ij")
     root = np.sqrt(0.5)
     inside = (np.abs(root * (y + x)) <= 10) & (np.abs(root * (y - x)) <= 10)
-    assert 0.75 < inside.mean() < 0.9 and np.array_equal(real, np.broadcast_to(inside, real.shape))
-    assert np.allclose(voxels[real], 7, atol=1e-5) and np.all(voxels[~real] == 0), (
+    assert 0.75 < inside.mean() < 0.9 and np.array_equal(
+        valid_mask, np.broadcast_to(inside, valid_mask.shape)
+    )
+    assert np.allclose(voxels[valid_mask], 7, atol=1e-5) and np.all(voxels[~valid_mask] == 0), (
         "no padding is blended into the scan's border"
     )
 
@@ -193,10 +197,10 @@ def test_the_mask_of_a_scan_smaller_than_the_crop_is_turned_along():
     # of the rows.
     case = Noisy((16, 8, 16))
     start = (0, -4, 0)
-    voxels, real = crop_of(case, start, affine_of(90, (1, 0, 0), 1.0, ISOTROPIC))
+    voxels, valid_mask = crop_of(case, start, affine_of(90, (1, 0, 0), 1.0, ISOTROPIC))
     plain, mask = case.read_padded(start, SIZE)
 
-    assert np.array_equal(real, np.rot90(mask, 1, (1, 2)))
+    assert np.array_equal(valid_mask, np.rot90(mask, 1, (1, 2)))
     matches = [np.abs(voxels - np.rot90(plain[0], k, (1, 2))).max() for k in (1, -1)]
     assert min(matches) < 1e-4
 
@@ -212,7 +216,7 @@ def test_every_turned_crop_keeps_a_part_of_the_scan():
             ISOTROPIC,
             rng.generator(0, "y", number),
         )
-        assert spatial.apply(plan, case, drawn).turned().real.any()
+        assert spatial.apply(plan, case, drawn).augmented().valid_mask.any()
 
 
 def test_no_more_is_read_than_the_crop_covers_and_the_plan_allows():
@@ -227,8 +231,10 @@ def test_no_more_is_read_than_the_crop_covers_and_the_plan_allows():
     # 15 steps become 30: voxels 12 to 43 about 27.5; 1.5 times 16 voxels are 24.
     assert read_source(case, start, SIZE, zoom, 4.0).voxels.shape == (1, 32, 32, 32)
     assert read_source(case, start, SIZE, zoom, 1.5).voxels.shape == (1, 26, 26, 26)
-    _, real = crop_of(case, start, zoom, max_source=1.5)
-    assert real[8, 8].tolist() == [False] + [True] * 14 + [False], "what lies beyond is padding"
+    _, valid_mask = crop_of(case, start, zoom, max_source=1.5)
+    assert valid_mask[8, 8].tolist() == [False] + [True] * 14 + [False], (
+        "what lies beyond is padding"
+    )
 
 
 def test_crops_that_are_neither_rotated_nor_zoomed_keep_every_bit():
@@ -238,15 +244,20 @@ def test_crops_that_are_neither_rotated_nor_zoomed_keep_every_bit():
     for number in range(40):
         old = SequenceSampler(before).draw(cases, TRAINING, 3, number)
         new = SequenceSampler(some).draw(cases, TRAINING, 3, number)
-        assert np.array_equal(old.ranks, new.ranks) and (old.prefix, old.turn) == (
+        assert np.array_equal(old.order_index, new.order_index) and (
+            old.prefix,
+            old.flip_transpose,
+        ) == (
             new.prefix,
-            new.turn,
+            new.flip_transpose,
         )
         if new.sources:
             num_turned += 1
             continue
         plain += 1
-        assert np.array_equal(old.voxels, new.voxels) and np.array_equal(old.real, new.real)
+        assert np.array_equal(old.voxels, new.voxels) and np.array_equal(
+            old.valid_mask, new.valid_mask
+        )
         assert torch.equal(collate([old]).to(CPU).voxels, collate([new]).to(CPU).voxels)
     assert plain > 15 and num_turned > 5
 
@@ -262,8 +273,8 @@ def test_with_a_share_of_zero_nothing_is_resampled():
 def test_resampling_by_no_angle_and_no_zoom_gives_the_plain_crop():
     start, case = (-3, 4, 20), Noisy((30, 30, 30))
     plain, mask = case.read_padded(start, SIZE)
-    voxels, real = crop_of(case, start, affine_of(0, (1, 2, 3), 1.0, ISOTROPIC))
-    assert np.array_equal(real, mask) and np.allclose(voxels, plain[0], atol=1e-4)
+    voxels, valid_mask = crop_of(case, start, affine_of(0, (1, 2, 3), 1.0, ISOTROPIC))
+    assert np.array_equal(valid_mask, mask) and np.allclose(voxels, plain[0], atol=1e-4)
 
 
 def test_draws_depend_on_seed_step_and_sample_only():
@@ -310,12 +321,12 @@ def test_strided_sequences_are_never_rotated_or_zoomed():
 def test_all_members_of_a_contrast_sequence_are_turned_alike():
     pool = contrast_material(1)
     sample = SequenceSampler(contrast_plan(**VARIED)).draw(pool, TRAINING, 0, 0)
-    done = sample.turned()
+    done = sample.augmented()
 
     assert len(sample.sources) == 4 and len({source.matrix for source in sample.sources}) == 1
-    assert (done.real == done.real[0]).all() and done.real.any()
+    assert (done.valid_mask == done.valid_mask[0]).all() and done.valid_mask.any()
     # The contrasts of ``contrast_material`` differ by a constant of 1e5 each.
-    steps = np.diff(done.voxels[:, 0], axis=0)[:, done.real[0]]
+    steps = np.diff(done.voxels[:, 0], axis=0)[:, done.valid_mask[0]]
     assert np.allclose(steps, 1e5, rtol=1e-3)
 
 
@@ -323,7 +334,7 @@ def test_members_of_a_semantic_sequence_share_one_rotation():
     pool = semantic_material()
     sample = SequenceSampler(semantic_plan(**VARIED)).draw(pool, TRAINING, 0, 0)
     assert len(sample.sources) == 4 and len({source.matrix for source in sample.sources}) == 1
-    assert sample.turned().real.any(axis=(1, 2, 3)).all()
+    assert sample.augmented().valid_mask.any(axis=(1, 2, 3)).all()
 
 
 def test_a_batch_rotates_in_any_parts_and_in_loader_processes():
@@ -337,12 +348,12 @@ def test_a_batch_rotates_in_any_parts_and_in_loader_processes():
     whole, parts = batch.to(CPU), [part.to(CPU) for part in micro_batches(batch, 2)]
 
     expected = [
-        SequenceSampler(plan).draw(batches.cases, TRAINING, 3, i).turned() for i in range(5)
+        SequenceSampler(plan).draw(batches.cases, TRAINING, 3, i).augmented() for i in range(5)
     ]
     for made in (whole.voxels, torch.cat([part.voxels for part in parts])):
         assert np.array_equal(made.numpy(), np.stack([sample.voxels for sample in expected]))
-    for made in (whole.real, torch.cat([part.real for part in parts])):
-        assert np.array_equal(made.numpy(), np.stack([sample.real for sample in expected]))
+    for made in (whole.valid_mask, torch.cat([part.valid_mask for part in parts])):
+        assert np.array_equal(made.numpy(), np.stack([sample.valid_mask for sample in expected]))
     assert whole.sources == () and whole.to(CPU).voxels is whole.voxels
 
 
@@ -480,7 +491,7 @@ def test_only_given_blocks_are_corrupted_and_targets_stay_clean(monkeypatch):
 
     objective.loss(batch)
 
-    given_BTP = (batch.ranks < batch.prefix[:, None])[:, :, None].expand(-1, -1, 512)
+    given_BTP = (batch.order_index < batch.prefix[:, None])[:, :, None].expand(-1, -1, 512)
     given = from_tokens(given_BTP, objective.token_size, batch.voxels.shape)[:, :, None]
     changed = inputs[0] != batch.voxels
     assert not changed[~given].any() and changed[given].float().mean() > 0.9

@@ -52,8 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def known_voxels(plan: Plan, batch: Batch) -> Tensor:
     """Return which voxels the network may see, (B, M, Z, Y, X)."""
     token = plan.encoder.token_size_vox
-    real_BTP = to_tokens(batch.real[:, :, None], token)
-    known_BT = known_tokens(batch.ranks, batch.prefix, real_BTP.any(dim=-1))
+    real_BTP = to_tokens(batch.valid_mask[:, :, None], token)
+    known_BT = known_tokens(batch.order_index, batch.prefix, real_BTP.any(dim=-1))
     known_BTP = known_BT[:, :, None].expand_as(real_BTP)
     return from_tokens(known_BTP, token, batch.voxels.shape)
 
@@ -76,7 +76,7 @@ def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
         drawn = stacked([Corruption(1.4, 0.8, 0.2, seed=3), Corruption(0.8, 1.2, 0.1, seed=4)])
         batch = replace(batch, corruption=drawn.with_noise(batch.voxels))
 
-    unknown = ~known_voxels(plan, batch) & batch.real
+    unknown = ~known_voxels(plan, batch) & batch.valid_mask
     assert 0.1 < float(unknown.float().mean()) < 0.95
     other = with_other_voxels(batch, unknown)
 
@@ -101,7 +101,7 @@ def test_without_the_marking_the_exactness_test_fails(monkeypatch: pytest.Monkey
 def test_known_voxels_of_one_member_reach_the_other() -> None:
     plan = plan_of(crop=(16, 16, 32))
     objective, batch = objective_of(plan), batch_of(plan, num_members=2)
-    first_member = torch.zeros_like(batch.real)
+    first_member = torch.zeros_like(batch.valid_mask)
     first_member[:, 0] = True
     other = with_other_voxels(batch, known_voxels(plan, batch) & first_member)
 
@@ -112,13 +112,13 @@ def test_known_voxels_of_one_member_reach_the_other() -> None:
 
 
 def test_a_padded_crop_has_one_to_all_but_one_real_block_known() -> None:
-    ranks_BT = torch.tensor([[3, 0, 4, 2, 1, 5]])
+    order_index_BT = torch.tensor([[3, 0, 4, 2, 1, 5]])
     valid_BT = torch.tensor([[True, True, False, True, True, False]])
 
     # The real blocks in the drawn order are those at tokens 1, 4, 3, 0.
     numbers = []
     for prefix in range(1, 6):
-        known_BT = known_tokens(ranks_BT, torch.tensor([prefix]), valid_BT)
+        known_BT = known_tokens(order_index_BT, torch.tensor([prefix]), valid_BT)
         assert known_BT[0, [2, 5]].all()
         in_order = known_BT[0, [1, 4, 3, 0]].tolist()
         assert in_order == sorted(in_order, reverse=True)
@@ -129,11 +129,13 @@ def test_a_padded_crop_has_one_to_all_but_one_real_block_known() -> None:
 
 def test_without_padding_exactly_the_drawn_number_is_known() -> None:
     generator = torch.Generator().manual_seed(0)
-    ranks_BT = torch.randperm(12, generator=generator)[None]
+    order_index_BT = torch.randperm(12, generator=generator)[None]
 
     for prefix in range(1, 12):
-        known_BT = known_tokens(ranks_BT, torch.tensor([prefix]), torch.ones_like(ranks_BT).bool())
-        assert torch.equal(known_BT, ranks_BT < prefix)
+        known_BT = known_tokens(
+            order_index_BT, torch.tensor([prefix]), torch.ones_like(order_index_BT).bool()
+        )
+        assert torch.equal(known_BT, order_index_BT < prefix)
 
 
 def test_the_loss_is_the_mean_of_each_samples_mean() -> None:
@@ -178,9 +180,9 @@ def test_trivial_predictions_are_the_known_mean_and_the_nearest_block() -> None:
     levels = torch.tensor([1.0, 2.0, 4.0, 8.0]).repeat_interleave(8)
     ripple = torch.tensor([0.5, -0.5]).repeat(16)
     voxels = (levels + ripple).expand(1, 1, 1, 8, 8, 32).clone()
-    real = torch.ones(1, 1, 8, 8, 32, dtype=torch.bool)
+    valid_mask = torch.ones(1, 1, 8, 8, 32, dtype=torch.bool)
     # Blocks 0 and 3 are known; block 1 is nearest to 0, block 2 to 3.
-    batch = Batch(voxels, real, torch.tensor([[0, 2, 3, 1]]), torch.tensor([2]))
+    batch = Batch(voxels, valid_mask, torch.tensor([[0, 2, 3, 1]]), torch.tensor([2]))
 
     references = objective.loss(batch, references=True).references
 
@@ -243,9 +245,9 @@ def test_pictures_show_the_truth_where_it_was_known() -> None:
     with torch.no_grad():
         made = objective.reconstruct(batch)
 
-    assert torch.equal(made.given, known_voxels(plan, batch) & batch.real)
-    assert not (made.given & made.scored).any() and made.scored.any()
-    assert made.predicted.shape == made.truth.shape == batch.real.shape
+    assert torch.equal(made.given, known_voxels(plan, batch) & batch.valid_mask)
+    assert not (made.given & made.loss_mask).any() and made.loss_mask.any()
+    assert made.predicted.shape == made.truth.shape == batch.valid_mask.shape
 
 
 def test_the_masked_twin_is_the_same_network_with_a_fixed_share() -> None:

@@ -29,121 +29,144 @@ from nnunet_autoreg.pretrain.preview import upright
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.sampling import members, spatial, strided
+from nnunet_autoreg.sampling.flip_transpose import UNCHANGED, FlipTranspose
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch, collate
 from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
-from nnunet_autoreg.sampling.turn import AS_READ, Turn
 
 CPU = torch.device("cpu")
 FLIPS, AXES = tuple(product((False, True), repeat=3)), tuple(permutations(range(3)))
-TURNS = [Turn(flips, axes) for flips in FLIPS for axes in AXES]
+FLIP_TRANSPOSES = [FlipTranspose(flips, axes) for flips in FLIPS for axes in AXES]
 
 
-def by_hand(volume_ZYX, turn):
+def by_hand(volume_ZYX, flip_transpose):
     """Voxel by voxel: along axis i of the result runs axis axes[i] of the crop, backwards where
     that axis is mirrored.
     """
-    out = np.empty([volume_ZYX.shape[axis] for axis in turn.axes], volume_ZYX.dtype)
+    out = np.empty([volume_ZYX.shape[axis] for axis in flip_transpose.axes], volume_ZYX.dtype)
     for place in np.ndindex(*out.shape):
         source = [0, 0, 0]
-        for i, axis in enumerate(turn.axes):
-            source[axis] = volume_ZYX.shape[axis] - 1 - place[i] if turn.flips[axis] else place[i]
+        for i, axis in enumerate(flip_transpose.axes):
+            source[axis] = (
+                volume_ZYX.shape[axis] - 1 - place[i] if flip_transpose.flips[axis] else place[i]
+            )
         out[place] = volume_ZYX[tuple(source)]
     return out
 
 
-def plainly(voxels_MCZYX, real_MZYX, turn):
+def plainly(voxels_MCZYX, real_MZYX, flip_transpose):
     """What the loaders did when they turned crops themselves: numpy's flip, then its transpose,
     image by image.
     """
-    flipped = tuple(axis for axis, flip in enumerate(turn.flips) if flip)
+    flipped = tuple(axis for axis, flip in enumerate(flip_transpose.flips) if flip)
     voxels = [
-        np.flip(v, [axis + 1 for axis in flipped]).transpose(0, *(axis + 1 for axis in turn.axes))
+        np.flip(v, [axis + 1 for axis in flipped]).transpose(
+            0, *(axis + 1 for axis in flip_transpose.axes)
+        )
         for v in voxels_MCZYX
     ]
-    real = [np.flip(r, flipped).transpose(turn.axes) for r in real_MZYX]
-    return np.stack(voxels), np.stack(real)
+    valid_mask = [np.flip(r, flipped).transpose(flip_transpose.axes) for r in real_MZYX]
+    return np.stack(voxels), np.stack(valid_mask)
 
 
 def test_a_turn_mirrors_and_then_reorders_arrays_and_tensors_alike():
     volume = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
-    assert len(TURNS) == 48
-    for turn in TURNS:
-        expected = by_hand(volume, turn)
-        assert np.array_equal(turn.array(volume), expected)
-        assert np.array_equal(turn.tensor(torch.from_numpy(volume)).numpy(), expected)
+    assert len(FLIP_TRANSPOSES) == 48
+    for flip_transpose in FLIP_TRANSPOSES:
+        expected = by_hand(volume, flip_transpose)
+        assert np.array_equal(flip_transpose.array(volume), expected)
+        assert np.array_equal(flip_transpose.tensor(torch.from_numpy(volume)).numpy(), expected)
         several = np.stack([volume, -volume])[:, None]
-        assert np.array_equal(turn.array(several), np.stack([expected, -expected])[:, None])
-        assert np.array_equal(turn.tensor(torch.from_numpy(several)).numpy(), turn.array(several))
-    assert Turn((True, False, False), (2, 0, 1)).array(volume)[1, 0].tolist() == [13.0, 17.0, 21.0]
-    assert turn.array(volume).flags.c_contiguous
+        assert np.array_equal(
+            flip_transpose.array(several), np.stack([expected, -expected])[:, None]
+        )
+        assert np.array_equal(
+            flip_transpose.tensor(torch.from_numpy(several)).numpy(), flip_transpose.array(several)
+        )
+    assert FlipTranspose((True, False, False), (2, 0, 1)).array(volume)[1, 0].tolist() == [
+        13.0,
+        17.0,
+        21.0,
+    ]
+    assert flip_transpose.array(volume).flags.c_contiguous
 
 
-def check_turned(sample, voxels, real, before):
+def check_turned(sample, voxels, valid_mask, before):
     """In numpy and in a batch, ``sample`` turns to exactly these arrays, ``before`` to its own;
     once only, and nothing else changes.
     """
     batch = collate([before, sample])
-    turned = batch.to(CPU)
-    assert np.array_equal(sample.turned().voxels, voxels) and np.array_equal(
-        sample.turned().real, real
+    augmented = batch.to(CPU)
+    assert np.array_equal(sample.augmented().voxels, voxels) and np.array_equal(
+        sample.augmented().valid_mask, valid_mask
     )
-    assert np.array_equal(turned.voxels[1].numpy(), voxels) and np.array_equal(
-        turned.real[1].numpy(), real
+    assert np.array_equal(augmented.voxels[1].numpy(), voxels) and np.array_equal(
+        augmented.valid_mask[1].numpy(), valid_mask
     )
-    assert np.array_equal(turned.voxels[0].numpy(), before.turned().voxels)
+    assert np.array_equal(augmented.voxels[0].numpy(), before.augmented().voxels)
     assert (
-        turned.voxels.dtype == torch.float32
-        and turned.real.dtype == torch.bool
-        and turned.voxels.is_contiguous()
+        augmented.voxels.dtype == torch.float32
+        and augmented.valid_mask.dtype == torch.bool
+        and augmented.voxels.is_contiguous()
     )
     for f in fields(Batch):
-        if f.name not in ("voxels", "real", "turns"):
-            assert getattr(turned, f.name) is getattr(batch, f.name)
+        if f.name not in ("voxels", "valid_mask", "flip_transposes"):
+            assert getattr(augmented, f.name) is getattr(batch, f.name)
     assert np.array_equal(batch.voxels[1].numpy(), sample.voxels), (
         "the batch itself stays as it was read"
     )
     assert (
-        turned.turns == ()
-        and turned.to(CPU).voxels is turned.voxels
-        and sample.turned().turn == AS_READ
+        augmented.flip_transposes == ()
+        and augmented.to(CPU).voxels is augmented.voxels
+        and sample.augmented().flip_transpose == UNCHANGED
     )
 
 
-@pytest.mark.parametrize("turn", TURNS)
-def test_spatial_crops_with_padding_are_turned_as_the_loaders_turned_them(turn):
+@pytest.mark.parametrize("flip_transpose", FLIP_TRANSPOSES)
+def test_spatial_crops_with_padding_are_turned_as_the_loaders_turned_them(flip_transpose):
     plan = make_plan(crop_size_vox=(16, 16, 16))
     drawn = spatial.draw(plan, (30, 30, 30), rng.generator(0, "x"))
     other = spatial.apply(
-        plan, Ramp((30, 30, 30)), replace(drawn, turn=Turn((False, True, True), (1, 2, 0)))
+        plan,
+        Ramp((30, 30, 30)),
+        replace(drawn, flip_transpose=FlipTranspose((False, True, True), (1, 2, 0))),
     )
-    sample = spatial.apply(plan, Ramp((10, 6, 30)), replace(drawn, start=(-3, -1, 4), turn=turn))
-    voxels, real = Ramp((10, 6, 30)).read_padded((-3, -1, 4), (16, 16, 16))
-    assert 0 < real.mean() < 1
-    check_turned(sample, *plainly(voxels[None], real[None], turn), before=other)
+    sample = spatial.apply(
+        plan, Ramp((10, 6, 30)), replace(drawn, start=(-3, -1, 4), flip_transpose=flip_transpose)
+    )
+    voxels, valid_mask = Ramp((10, 6, 30)).read_padded((-3, -1, 4), (16, 16, 16))
+    assert 0 < valid_mask.mean() < 1
+    check_turned(sample, *plainly(voxels[None], valid_mask[None], flip_transpose), before=other)
 
 
-@pytest.mark.parametrize("turn", TURNS)
-def test_all_members_of_a_sequence_are_turned_alike(turn):
+@pytest.mark.parametrize("flip_transpose", FLIP_TRANSPOSES)
+def test_all_members_of_a_sequence_are_turned_alike(flip_transpose):
     plan, group = contrast_plan(member_crop_vox=(8, 8, 8)), contrast_material(1).groups[0]
     cases = [case for _, case in group.members]
     drawn = members.draw_contrast(
         plan, cases[0].shape_vox, (1.0, 1.0, 1.0), range(4), rng.generator(0, "x")
     )
     drawn = replace(drawn, starts=((-2, 5, 25),) * 4)
-    other = members.apply(plan, "contrast", cases, replace(drawn, turn=AS_READ))
+    other = members.apply(plan, "contrast", cases, replace(drawn, flip_transpose=UNCHANGED))
     read = [case.read_padded((-2, 5, 25), (8, 8, 8)) for case in cases]
-    assert all(0 < real.mean() < 1 for _, real in read)
+    assert all(0 < valid_mask.mean() < 1 for _, valid_mask in read)
     expected = plainly(
-        np.stack([voxels for voxels, _ in read]), np.stack([real for _, real in read]), turn
+        np.stack([voxels for voxels, _ in read]),
+        np.stack([valid_mask for _, valid_mask in read]),
+        flip_transpose,
     )
     check_turned(
-        members.apply(plan, "contrast", cases, replace(drawn, turn=turn)), *expected, before=other
+        members.apply(plan, "contrast", cases, replace(drawn, flip_transpose=flip_transpose)),
+        *expected,
+        before=other,
     )
 
 
-@pytest.mark.parametrize("turn", [turn for turn in TURNS if turn.axes[0] == 0])
-def test_strided_slices_are_flipped_before_sub_volumes_are_cut(turn):
+@pytest.mark.parametrize(
+    "flip_transpose",
+    [flip_transpose for flip_transpose in FLIP_TRANSPOSES if flip_transpose.axes[0] == 0],
+)
+def test_strided_slices_are_flipped_before_sub_volumes_are_cut(flip_transpose):
     plan = make_plan(
         crop_size_vox=(32, 16, 16),
         weights={"strided": 1.0},
@@ -154,13 +177,14 @@ def test_strided_slices_are_flipped_before_sub_volumes_are_cut(turn):
     case, start = Ramp((20, 40, 12)), (-1, 3, -2)
     drawn = strided.draw(plan, case.shape_vox, rng.generator(0, "x"), case.spacing_mm)
     sample, other = (
-        strided.apply(plan, case, replace(drawn, start=start, turn=t)) for t in (turn, AS_READ)
+        strided.apply(plan, case, replace(drawn, start=start, flip_transpose=t))
+        for t in (flip_transpose, UNCHANGED)
     )
-    voxels, real = case.read_padded(start, (24, 16, 16))
-    voxels, real = plainly(voxels[None], real[None], turn)
+    voxels, valid_mask = case.read_padded(start, (24, 16, 16))
+    voxels, valid_mask = plainly(voxels[None], valid_mask[None], flip_transpose)
     slices = [*range(16), *range(8, 24)]
-    check_turned(sample, voxels[:, :, slices], real[:, slices], before=other)
-    assert np.array_equal(sample.scored, other.scored)
+    check_turned(sample, voxels[:, :, slices], valid_mask[:, slices], before=other)
+    assert np.array_equal(sample.loss_mask, other.loss_mask)
 
 
 def test_strided_sequences_never_swap_the_axis_of_their_slices():
@@ -168,11 +192,11 @@ def test_strided_sequences_never_swap_the_axis_of_their_slices():
         crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8
     )
     drawn = [
-        strided.draw(plan, (40, 40, 40), rng.generator(0, "x", i), (1.0, 1.0, 1.0)).turn
+        strided.draw(plan, (40, 40, 40), rng.generator(0, "x", i), (1.0, 1.0, 1.0)).flip_transpose
         for i in range(60)
     ]
-    assert {turn.axes for turn in drawn} == {(0, 1, 2), (0, 2, 1)} and {
-        turn.flips for turn in drawn
+    assert {flip_transpose.axes for flip_transpose in drawn} == {(0, 1, 2), (0, 2, 1)} and {
+        flip_transpose.flips for flip_transpose in drawn
     } == set(FLIPS)
 
 
@@ -181,7 +205,7 @@ def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
         SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(5)
     )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
-    assert len(batch.turns) == 5 and len(set(batch.turns)) > 1
+    assert len(batch.flip_transposes) == 5 and len(set(batch.flip_transposes)) > 1
     parts = [part.to(CPU) for part in micro_batches(batch, 2)]
     assert [len(part.prefix) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.voxels for part in parts]), batch.to(CPU).voxels)
@@ -193,7 +217,7 @@ def test_without_flips_and_swaps_a_batch_is_shared_and_not_copied():
     batch = collate(
         [SequenceSampler(plan).draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(2)]
     )
-    assert batch.turns == () and batch.to(CPU).voxels is batch.voxels
+    assert batch.flip_transposes == () and batch.to(CPU).voxels is batch.voxels
 
 
 def seeing(plan):
@@ -214,14 +238,15 @@ def test_training_and_validation_batches_reach_the_loss_turned():
     drawn = [objective.sampler.draw(cases, TRAINING, 0, i) for i in step.numbers]
     Validation(objective, validation_batches(objective.sampler, cases, 4, 1), [], CPU).measure()
     drawn += [objective.sampler.draw(cases, VALIDATION, i) for i in range(4)]
-    assert any(sample.turn != AS_READ for sample in drawn[:2]) and any(
-        sample.turn != AS_READ for sample in drawn[2:]
+    assert any(sample.flip_transpose != UNCHANGED for sample in drawn[:2]) and any(
+        sample.flip_transpose != UNCHANGED for sample in drawn[2:]
     )
-    voxels, real = (
-        torch.cat([getattr(batch, name) for batch in seen]).numpy() for name in ("voxels", "real")
+    voxels, valid_mask = (
+        torch.cat([getattr(batch, name) for batch in seen]).numpy()
+        for name in ("voxels", "valid_mask")
     )
-    assert np.array_equal(voxels, np.stack([sample.turned().voxels for sample in drawn]))
-    assert np.array_equal(real, np.stack([sample.turned().real for sample in drawn]))
+    assert np.array_equal(voxels, np.stack([sample.augmented().voxels for sample in drawn]))
+    assert np.array_equal(valid_mask, np.stack([sample.augmented().valid_mask for sample in drawn]))
 
 
 def test_the_loss_is_one_graph_however_the_samples_are_turned():
@@ -230,7 +255,7 @@ def test_the_loss_is_one_graph_however_the_samples_are_turned():
     plan = replace(plan, encoder=replace(plan.encoder, arguments=small))
     sampler, graphs = SequenceSampler(plan), []
     samples = [sampler.draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(4)]
-    assert len({sample.turn for sample in samples}) > 2
+    assert len({sample.flip_transpose for sample in samples}) > 2
 
     def counting(graph, _):
         graphs.append(graph)
@@ -238,17 +263,19 @@ def test_the_loss_is_one_graph_however_the_samples_are_turned():
 
     torch._dynamo.reset()
     loss = torch.compile(Autoregressive(plan).loss, dynamic=False, backend=counting, fullgraph=True)
-    for pair in (samples[:2], samples[2:], [samples[0].turned(), samples[1].turned()]):
+    for pair in (samples[:2], samples[2:], [samples[0].augmented(), samples[1].augmented()]):
         loss(collate(pair).to(CPU))
     assert len(graphs) == 1
 
 
 def test_semantic_samples_carry_one_turn_for_all_their_patients():
-    turns = [
-        SequenceSampler(semantic_plan()).draw(semantic_material(), TRAINING, step, 0).turn
+    flip_transposes = [
+        SequenceSampler(semantic_plan()).draw(semantic_material(), TRAINING, step, 0).flip_transpose
         for step in range(60)
     ]
-    assert {turn.flips for turn in turns} == set(FLIPS) and len({turn.axes for turn in turns}) > 1
+    assert {flip_transpose.flips for flip_transpose in flip_transposes} == set(FLIPS) and len(
+        {flip_transpose.axes for flip_transpose in flip_transposes}
+    ) > 1
 
 
 @pytest.mark.parametrize("kind", ["spatial", "strided", "contrast"])
@@ -257,11 +284,13 @@ def test_pictures_show_sequences_turned_the_usual_way_round(kind):
     pool = SamplingPool((Ramp((40, 40, 40)),), contrast_material(1).groups)
     _, shown = SequenceSampler(plan).draw_kind(kind, pool, rng.generator(0, "x"))
     sample, again = upright(plan, shown)
-    assert sample.turn == AS_READ and again.drawn.turn == Turn((False, True, True))
+    assert sample.flip_transpose == UNCHANGED and again.drawn.flip_transpose == FlipTranspose(
+        (False, True, True)
+    )
     start = again.drawn.starts[0] if kind == "contrast" else again.drawn.start
-    voxels, real = shown.cases[0].read_padded(start, sample.voxels.shape[2:])
+    voxels, valid_mask = shown.cases[0].read_padded(start, sample.voxels.shape[2:])
     assert np.array_equal(sample.voxels[0, 0], voxels[0, :, ::-1, ::-1]) and np.array_equal(
-        sample.real[0], real[:, ::-1, ::-1]
+        sample.valid_mask[0], valid_mask[:, ::-1, ::-1]
     )
 
 
@@ -271,12 +300,12 @@ def test_turning_on_a_gpu_gives_the_same_bits_and_waits_for_nothing():
     sampler, device = SequenceSampler(make_plan()), torch.device("cuda")
     batch = collate([sampler.draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(4)])
     pinned = batch.pin_memory()
-    assert pinned.turns == batch.turns
+    assert pinned.flip_transposes == batch.flip_transposes
     torch.cuda.set_sync_debug_mode("error")
     try:
-        turned = pinned.to(device)
+        augmented = pinned.to(device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(turned.voxels.cpu(), batch.to(CPU).voxels) and torch.equal(
-        turned.real.cpu(), batch.to(CPU).real
+    assert torch.equal(augmented.voxels.cpu(), batch.to(CPU).voxels) and torch.equal(
+        augmented.valid_mask.cpu(), batch.to(CPU).valid_mask
     )

@@ -16,7 +16,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
-class Turn:
+class FlipTranspose:
     """Mirror the last three axes (z, y, x), then reorder them. Axes before them stay.
 
     Attributes:
@@ -50,15 +50,15 @@ class Turn:
         return (*range(first), *(first + axis for axis in self.axes))
 
 
-AS_READ = Turn()
+UNCHANGED = FlipTranspose()
 
 
-def draw_turn(
+def draw_flip_transpose(
     plan: Plan,
     size_vox: Sequence[int],
     spacing_mm: Sequence[float],
     generator: np.random.Generator,
-) -> Turn:
+) -> FlipTranspose:
     """Draw which axes of crops of ``size_vox`` are mirrored, and their order."""
     flips: Flips = (False, False, False)
     if plan.sequence.flip:
@@ -76,4 +76,4 @@ def draw_turn(
         if is_allowed:
             axes = as_size(order.tolist())
 
-    return Turn(flips, axes)
+    return FlipTranspose(flips, axes)
