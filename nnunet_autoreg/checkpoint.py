@@ -50,7 +50,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
         why = error.strerror or error
         raise CheckpointError(
             f"{path} cannot be written ({why}); the last good checkpoint is kept: free some space "
-            "and rerun"
+            "and rerun",
+            code="checkpoint-unwritable",
         ) from error
 
 
@@ -64,7 +65,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     damage = damage_of(path)
     if damage:
         raise CheckpointError(
-            f"{path} cannot be read ({damage}); move it away to start from the beginning"
+            f"{path} cannot be read ({damage}); move it away to start from the beginning",
+            code="checkpoint-damaged",
         )
     return _read(path)
 
@@ -108,7 +110,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         others = f", nor can {', '.join(p.name for p, _ in damaged[1:])}" if damaged[1:] else ""
         raise CheckpointError(
             f"{path} cannot be read ({why}){others}; move the checkpoints away to start from the "
-            "beginning"
+            "beginning",
+            code="checkpoint-all-damaged",
         )
     return None
 
@@ -144,7 +147,8 @@ def damage_of(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}); mend it and run the same line "
-            "again"
+            "again",
+            code="checkpoint-unreadable",
         ) from error
     if (
         left < 0
@@ -199,11 +203,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = load_plain(path)
     except WeightsError as error:
-        raise CheckpointError(f"{error}; move it away to start from the beginning") from error
+        raise CheckpointError(
+            f"{error}; move it away to start from the beginning", code="checkpoint-not-plain"
+        ) from error
     if not isinstance(content, dict) or content.get("version") != CHECKPOINT_VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} is of format {found}, {CHECKPOINT_VERSION} is needed; update nnunet-autoreg, "
-            "or move it away"
+            "or move it away",
+            code="checkpoint-other-format",
         )
     return content

@@ -80,7 +80,8 @@ def family_of(class_path: str) -> str:
             return family
     raise PlanError(
         f"the network class '{class_path}' is none of the known encoders: "
-        f"{', '.join(CLASS_PATHS.values())}"
+        f"{', '.join(CLASS_PATHS.values())}",
+        code="plan-unknown-network",
     )
 
 
@@ -229,7 +230,8 @@ def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(
             f"encoder.arguments: {shown(dict(arguments))} state no token size of three axes "
-            f"({error})"
+            f"({error})",
+            code="plan-token-size",
         ) from error
 
 

@@ -246,17 +246,24 @@ def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYT
         found = path.stat()
         # Reading a pipe would wait for its other end forever.
         if not stat.S_ISREG(found.st_mode):
-            raise PlanError(f"{path} cannot be read (it is no regular file); {advice}")
+            raise PlanError(
+                f"{path} cannot be read (it is no regular file); {advice}", code="json-unreadable"
+            )
         if found.st_size > max_bytes:
             raise PlanError(
                 f"{path} has {found.st_size:,} bytes, more than {max_bytes:,}, and is not read; "
-                f"{advice}"
+                f"{advice}",
+                code="json-too-large",
             )
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise PlanError(
+            f"{path} cannot be read ({error.strerror or error})", code="json-unreadable"
+        ) from error
     except ValueError as error:
-        raise PlanError(f"{path} is not valid JSON ({error}); {advice}") from error
+        raise PlanError(
+            f"{path} is not valid JSON ({error}); {advice}", code="json-invalid"
+        ) from error
     except RecursionError as error:
         raise PlanError(
             f"{path} is JSON of too many levels, one inside the other; {advice}"

@@ -65,7 +65,7 @@ def plain_loading(where: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(_numbers_of_numpy()):
             yield
     except pickle.UnpicklingError as error:
-        raise WeightsError(_why_refused(where, str(error))) from error
+        raise WeightsError(_why_refused(where, str(error)), code="weights-run-code") from error
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -62,15 +62,19 @@ def build_network(
     if missing:
         raise PlanError(
             f"encoder.arguments: {', '.join(missing)} missing for {class_path}; take those of an "
-            "encoder in model/sizes.py"
+            "encoder in model/sizes.py",
+            code="plan-missing-argument",
         )
     try:
         grid_of(as_size(input_shape), token_size_of(class_path, arguments))
     except ValueError as error:
-        raise PlanError(f"input shape {tuple(input_shape)}: {error}") from error
+        raise PlanError(
+            f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
+        ) from error
     if deep_supervision and not has_deep_supervision(family):
         raise PlanError(
-            f"{class_path} predicts at one resolution only; build it without deep supervision"
+            f"{class_path} predicts at one resolution only; build it without deep supervision",
+            code="plan-deep-supervision",
         )
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
@@ -80,7 +84,8 @@ def build_network(
         values |= {"input_shape": shape, "drop_path_rate": drop_path_rate}
     elif drop_path_rate > 0:
         raise PlanError(
-            f"drop_path_rate={drop_path_rate}: {class_path} has no stochastic depth; set it to 0"
+            f"drop_path_rate={drop_path_rate}: {class_path} has no stochastic depth; set it to 0",
+            code="plan-stochastic-depth",
         )
     else:
         values |= {"deep_supervision": deep_supervision, **_imported(values)}
@@ -116,7 +121,8 @@ def build_sequence_encoder(
     if family == RESENC:
         raise PlanError(
             f"encoder.name={encoder.name}: a CNN has no tokens to attend to; it is pretrained by "
-            "sequence.predictor=network"
+            "sequence.predictor=network",
+            code="plan-cnn-has-no-tokens",
         )
 
     network = build_network(encoder.class_path, encoder.arguments, crop_size, num_channels, 1)
@@ -137,7 +143,8 @@ def located(class_path: str) -> type:
     if not isinstance(found, type):
         raise PlanError(
             f"the network class '{class_path}' cannot be imported; is "
-            "dynamic_network_architectures installed?"
+            "dynamic_network_architectures installed?",
+            code="plan-no-such-class",
         )
     return found
 
@@ -152,7 +159,9 @@ def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
         name = arguments.get(key)
         layer = pydoc.locate(name) if isinstance(name, str) and LAYER_NAME.fullmatch(name) else None
         if name is not None and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-            raise PlanError(f"encoder.arguments.{key}='{name}' is no layer of torch.nn")
+            raise PlanError(
+                f"encoder.arguments.{key}='{name}' is no layer of torch.nn", code="plan-not-a-layer"
+            )
         found[key] = layer
     return found
 

@@ -57,7 +57,8 @@ def sincos_positions(grid: Size, width: int) -> Tensor:
     if width % 6:
         raise PlanError(
             f"width {width} is no multiple of 6, so sine and cosine of three axes do not fill it; "
-            f"use {width // 6 * 6}"
+            f"use {width // 6 * 6}",
+            code="plan-width",
         )
     frequencies = 10000.0 ** (-torch.arange(width // 6, dtype=torch.float64) / (width // 6))
     parts = []
@@ -308,9 +309,13 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         try:
             self.grid = grid_of(as_size(input_shape), token_size)
         except ValueError as error:
-            raise PlanError(f"input shape {tuple(input_shape)}: {error}") from error
+            raise PlanError(
+                f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
+            ) from error
         if embed_dim % eva_numheads:
-            raise PlanError(f"width {embed_dim} is no multiple of {eva_numheads} heads")
+            raise PlanError(
+                f"width {embed_dim} is no multiple of {eva_numheads} heads", code="plan-width"
+            )
         self.embed_dim = embed_dim
         self.key_to_encoder = "model"
         self.key_to_stem = "model.patchifier"
@@ -375,6 +380,7 @@ def _checked_token(patch_embed_size: Sequence[int]) -> Size:
     if len(set(token)) > 1 or side < 4 or side & (side - 1):
         raise PlanError(
             f"patch_embed_size={list(token)}: the UNETR decoder doubles tokens up to voxels; use a "
-            "cube of side 4, 8, 16 or 32"
+            "cube of side 4, 8, 16 or 32",
+            code="plan-token-size",
         )
     return token

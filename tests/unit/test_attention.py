@@ -99,7 +99,7 @@ def tiles(num, index):
 
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("name", CASES)
-def test_tiles_and_their_rule_are_those_that_torch_finds_by_trying_every_pair(kind, name):
+def test_tiles_are_those_that_torch_finds_by_trying_every_pair(kind, name):
     rule = RULES[kind](*CASES[name])
     made, (B, T) = rule.block_mask(), rule.order_index.shape
     expected = create_block_mask(made.mask_mod, B, None, T, T, device="cpu")

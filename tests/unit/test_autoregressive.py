@@ -142,7 +142,7 @@ def objective(request):
     return Autoregressive(make_plan(**request.param))
 
 
-def test_changing_a_block_leaves_its_own_and_every_earlier_prediction_bit_equal(objective):
+def test_a_block_changes_neither_its_own_nor_an_earlier_prediction(objective):
     num_blocks = objective.module.num_blocks
     for prefix in (1, num_blocks // 2):
         batch = make_batch(objective.plan, prefix)
@@ -162,7 +162,7 @@ def test_changing_a_block_changes_the_prediction_of_the_next(objective):
         assert (before[0, following] != after[0, following]).any()
 
 
-def test_inside_the_given_start_early_blocks_react_to_late_ones_and_outside_they_do_not(objective):
+def test_only_given_blocks_react_to_later_blocks(objective):
     prefix = objective.module.num_blocks // 2
     encoder, plan = objective.module.encoder.eval(), objective.plan
 
@@ -198,7 +198,7 @@ def test_the_longest_prefix_supervises_exactly_the_last_block(objective):
     assert set(batch.order_index[chosen].tolist()) == {num_blocks - 1}
 
 
-def test_the_loss_equals_a_hand_computation_for_two_samples_with_different_prefixes():
+def test_the_loss_of_two_prefixes_equals_a_hand_computation():
     plan = make_plan()
     torch.manual_seed(1)
     objective = Autoregressive(plan)
@@ -299,7 +299,7 @@ def test_padding_is_neither_context_nor_target():
     assert torch.equal(clean[0, :12], changed[0, :12])
 
 
-def test_baselines_are_the_errors_of_predicting_the_mean_and_of_repeating_the_previous_block():
+def test_baselines_predict_the_mean_and_repeat_the_previous_block():
     plan = make_plan(crop_size_vox=(8, 8, 16))
     objective = Autoregressive(plan)
     ramp = torch.arange(512.0).reshape(8, 8, 8)
@@ -315,7 +315,7 @@ def test_baselines_are_the_errors_of_predicting_the_mean_and_of_repeating_the_pr
     assert float(terms.references["copy"]) == pytest.approx(4 * 511, rel=1e-4)
 
 
-def test_cutting_into_blocks_and_back_is_the_identity_and_goes_in_raster_order():
+def test_cutting_into_blocks_and_back_is_the_identity():
     crop = torch.arange(2 * 16 * 8 * 24.0).reshape(1, 2, 16, 8, 24)
     blocks = to_blocks(crop, (8, 8, 8))
     assert blocks.shape == (1, 6, 2, 8, 8, 8)
@@ -340,7 +340,7 @@ def test_random_order_with_the_next_predictor_is_refused_with_the_way_out():
         make_plan(order="random")
 
 
-def test_what_transfers_has_the_downstream_keys_and_no_rotary_table_or_decoder():
+def test_what_transfers_has_the_downstream_keys():
     keys = set(Autoregressive(make_plan()).transferable_state())
     assert {
         "down_projection.proj.weight",
@@ -406,9 +406,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_sequences_of_several_images_nothing_leaks_from_later_blocks_and_the_next_block_reacts(
-    kind, way
-):
+def test_with_several_images_nothing_leaks_from_later_blocks(kind, way):
     plan = make_plan(**{"crop_size_vox": (16, 32, 32), **KINDS[kind], **way})
     torch.manual_seed(0)
     objective = Autoregressive(plan)
@@ -444,7 +442,7 @@ def change_members(batch, plan, position_in_order):
     return replace(batch, voxels=from_blocks(tokens, grid_of(size, token))[None])
 
 
-def test_members_are_told_apart_by_their_code_and_code_0_is_what_fine_tuning_sees():
+def test_members_differ_by_code_and_code_0_is_what_fine_tuning_sees():
     plan = make_plan(crop_size_vox=(16, 32, 32), **KINDS["contrast"])
     torch.manual_seed(0)
     objective = Autoregressive(plan)
@@ -483,7 +481,7 @@ def test_voxels_that_were_shown_before_carry_no_loss():
     assert float(terms.count) == 4 * (512 - 64)
 
 
-def test_a_plan_with_one_kind_has_the_weights_that_it_had_before_there_were_others():
+def test_a_plan_with_one_kind_has_no_member_embedding():
     names = {name for name, _ in Autoregressive(make_plan()).module.named_parameters()}
     assert not [name for name in names if "member" in name]
     query = Autoregressive(make_plan(predictor="query")).module

@@ -143,7 +143,7 @@ def test_a_length_is_cut_into_about_40_epochs_of_25_to_250_steps() -> None:
     ]
 
 
-def test_a_twin_is_retyped_from_the_runs_own_request_without_what_masking_sets() -> None:
+def test_a_twin_repeats_the_request_without_what_masking_sets() -> None:
     made = {
         "name": "brain",
         "datasets": ["4"],
@@ -259,7 +259,7 @@ def results(bench: Bench) -> list[dict[str, Any]]:
     return read_results(bench.layout.root / "runs.jsonl")
 
 
-def test_what_is_there_is_skipped_what_failed_is_done_again_and_half_done_folders_are_cleared(
+def test_finished_runs_are_skipped_and_failed_ones_repeated(
     bench: Bench,
 ) -> None:
     keys = list(runs_of(bench.request, 50, 2))
@@ -310,7 +310,7 @@ def test_more_labels_later_leave_the_numbers_of_earlier_folds_alone(bench: Bench
     assert after[: len(before)] == before and len(after) == len(before) + 6
 
 
-def test_a_budget_gives_all_arms_the_steps_of_the_slowest_and_is_settled_once(bench: Bench) -> None:
+def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
     asked = request(arms=("pretrained", "scratch", "stock"), steps=None, batch=None, budget_min=1.0)
     bench = replace(bench, request=asked)
     write_folds(bench, runs_of(asked, 50, 2))
@@ -498,7 +498,7 @@ def test_an_index_that_could_not_tell_tiny_values_apart_is_warned_of(tmp_path: P
 # --- the worker
 
 
-def test_a_steps_time_leaves_out_the_first_steps_and_what_lies_between_epochs() -> None:
+def test_the_time_of_a_step_leaves_out_pauses_between_epochs() -> None:
     class Trainer:
         def train_step(self, batch: Any) -> Any:
             return batch
@@ -583,7 +583,7 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
     )
 
 
-def test_the_users_runs_are_linked_and_other_weights_of_that_name_later_are_refused(
+def test_the_users_runs_are_linked_and_must_not_change(
     typing: Bench,
 ) -> None:
     typing = replace(typing, request=request(weights=("brain",)))

@@ -61,7 +61,7 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     } == set(five)
 
 
-def test_the_division_is_the_same_every_time_and_labels_of_a_seed_are_nested() -> None:
+def test_the_division_never_changes_and_labels_of_a_seed_are_nested() -> None:
     subjects = subjects_by_name(CASES)
     division = divide(subjects)
     assert division == divide(dict(reversed(subjects.items())))
@@ -128,7 +128,7 @@ def test_dice_is_the_mean_over_cases_of_the_mean_over_labels_that_have_one() -> 
     assert math.isnan(mean_dice(line(dice={"a": [None]})))
 
 
-def test_pairs_are_of_one_seed_and_one_case_and_cases_without_a_dice_are_counted() -> None:
+def test_pairs_are_of_one_seed_and_case() -> None:
     ours = {
         0: line(dice={"a": [0.5], "b": [0.6], "c": [None]}),
         1: line(dice={"a": [0.7], "b": [0.6], "c": [0.1]}),

@@ -141,7 +141,7 @@ def named(plan):
 
 
 @pytest.mark.parametrize("plan", COMBINATIONS, ids=named)
-def test_no_prediction_knows_its_own_or_a_later_block_and_no_target_knows_another_token(plan):
+def test_no_prediction_knows_its_own_block_or_a_later_one(plan):
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
     order_index, prefix = (
@@ -189,7 +189,7 @@ def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
     )
 
 
-def test_hidden_voxels_change_no_prediction_and_every_visible_block_changes_all():
+def test_predictions_depend_on_visible_blocks_and_on_no_hidden_voxel():
     plan = masked_plan()
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
@@ -235,7 +235,7 @@ def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
     )
 
 
-def test_masked_is_random_order_autoregression_whose_queries_all_see_the_prefix_only(monkeypatch):
+def test_masked_is_autoregression_whose_queries_see_the_prefix_only(monkeypatch):
     plan = masked_plan()
     torch.manual_seed(0)
     masked, batch = build_objective(plan), drawn_batch(plan, 2)
@@ -325,7 +325,7 @@ def test_smoothing_by_0_changes_nothing_and_channels_do_not_mix():
     )
 
 
-def test_smoothed_targets_have_mean_0_and_unbiased_sd_1_and_noise_falls_below_the_floor():
+def test_smoothed_targets_have_mean_0_and_unbiased_deviation_1():
     voxels = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0))
     valid_mask = torch.ones(1, 1, 512, dtype=torch.bool)
     low = smoothed(voxels, valid_mask, (8, 8, 8), 1.0)

@@ -148,7 +148,7 @@ def test_queries_of_one_block_see_each_other_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_rule_for_reordered_queries_is_the_old_rule_with_its_rows_reordered(fused: bool) -> None:
+def test_a_rule_for_reordered_queries_has_its_rows_reordered(fused: bool) -> None:
     batch = make_batch(1)
     rule = strictly_earlier(batch.order_index, torch.ones_like(batch.order_index, dtype=torch.bool))
     order = torch.argsort(batch.order_index, dim=1, stable=True)
@@ -234,7 +234,7 @@ def read_by_encoder(objective: Autoregressive, batch: Batch) -> Tensor:
     return seen[0]
 
 
-def test_the_masked_twins_encoder_reads_the_visible_blocks_and_nothing_else() -> None:
+def test_the_masked_encoder_reads_the_visible_blocks_only() -> None:
     torch.manual_seed(0)
     objective = build_objective(make_plan(replace(NEW, name="masked"), **MASKED))
     assert isinstance(objective, Autoregressive)
