@@ -190,7 +190,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         if DETECTION_BLOCK not in self.dataset_json:
             return
         # Imported here, because segmentation does not need it.
-        from nnunet_autoreg.detection.planned import plan_from_labels
+        from nnunet_autoreg.detection.plan import plan_from_labels
 
         raw = raw_folder() / str(self.dataset_name)
         for name, fit in fits.items():
