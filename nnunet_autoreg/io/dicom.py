@@ -147,7 +147,15 @@ def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
     with _on_disk(path, names) as files:
         if slices[0].frame >= 0:
             return _frames(files[names[0]], slices)
-        return np.stack([_pixels(files[s.file], (1, *s.shape))[0] for s in slices])
+        pixels = []
+        for s in slices:
+            # GDCM reads lengths where there are none, and asks for gigabytes.
+            by_pydicom = _pixels_by_pydicom(files[s.file]) if s.is_irregular else None
+            if by_pydicom is not None and by_pydicom.shape == s.shape:
+                pixels.append(by_pydicom)
+            else:
+                pixels.append(_pixels(files[s.file], (1, *s.shape))[0])
+        return np.stack(pixels)
 
 
 def _frames(file: Path, slices: Sequence[DicomSlice]) -> Array:

@@ -23,6 +23,7 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
+from pydicom.uid import ImplicitVRLittleEndian
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from nnunet_autoreg.errors import ScanError
@@ -128,11 +129,14 @@ class DicomHeader:
 
     Attributes:
         pixels: None in files without any.
+        is_irregular: whether the header is encoded in another way than the file says, or an element
+            has a kind of value that does not exist. GDCM loses its way in such a file.
     """
 
     def __init__(self, *datasets: Dataset, pixels: PixelBytes | None = None):
         self.datasets = datasets
         self.pixels = pixels
+        self.is_irregular = False
 
     def __contains__(self, keyword: str) -> bool:
         return self._find(TAGS[keyword]) is not None
@@ -250,11 +254,13 @@ class _StopAtPixels:
     def __init__(self) -> None:
         self.length: int | None = None
         self.num_bytes_before = 8
+        self.is_implicit = False
 
     def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
         if tag not in PIXEL_TAGS:
             return False
         self.length = length
+        self.is_implicit = vr is None
         # The element begins with tag, kind of value and length; kinds of long values take 12 bytes.
         self.num_bytes_before = 12 if vr in EXPLICIT_VR_LENGTH_32 else 8
         return True
@@ -290,6 +296,7 @@ def read_dicom_header(stream: IO[bytes], num_bytes: int) -> DicomHeader:
             stream.seek(0)
             with unknown_kinds_are_explicit():
                 header, is_whole = _parse(stream, num_bytes, is_deflated=DEFLATED in first)
+            header.is_irregular = True
     except (OSError, zipfile.BadZipFile):
         # The file itself could not be read, of which the caller knows more.
         raise
@@ -326,6 +333,9 @@ def _parse(stream: IO[bytes], num_bytes: int, is_deflated: bool) -> tuple[DicomH
         pixels = PixelBytes(offset, None if is_compressed else stop.length)
     header = DicomHeader(dataset, pixels=pixels)
     if pixels is not None:
+        syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
+        if syntax is not None:
+            header.is_irregular = stop.is_implicit != (syntax == ImplicitVRLittleEndian)
         return header, True
 
     # pydicom skips what is not wanted without a look, so it may have skipped past the end.

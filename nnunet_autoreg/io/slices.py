@@ -157,6 +157,7 @@ class DicomSlice:
         problem: (status, reason) why its series cannot be used; ("", "") mostly.
         thickness: NaN where the file does not say.
         derived: the words of Image Type that mark a derived image; "" for an original one.
+        is_irregular: as of ``DicomHeader``.
     """
 
     file: str
@@ -179,6 +180,7 @@ class DicomSlice:
     study: str = field(repr=False)
     thickness: float = math.nan
     derived: str = ""
+    is_irregular: bool = False
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -234,6 +236,7 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
         "subject": intern(header.text("PatientID") or study),
         "study": intern(study),
         "derived": derived,
+        "is_irregular": header.is_irregular,
     }
 
     num_frames = int(header.number("NumberOfFrames", 1))
