@@ -302,14 +302,14 @@ def test_shareable_content_is_sent_without_weights_but_whole_alone(
     start = alone[6]["state"]
     outline = pickle.dumps(shareable(start))
     assert len(outline) < 0.2 * sum(weights.nbytes for weights in start["network_weights"].values())
-    told = pickle.loads(outline)
+    received = pickle.loads(outline)
     name, weights = next(iter(start["network_weights"].items()))
-    assert told["network_weights"][name] == DeferredTensor(
+    assert received["network_weights"][name] == DeferredTensor(
         tuple(weights.shape), weights.dtype, None
     )
     assert (
-        told["generators"][0]["python"] == start["generators"][0]["python"]
-        and told["step"] == STEPS
+        received["generators"][0]["python"] == start["generators"][0]["python"]
+        and received["step"] == STEPS
     )
     trainer = trainer_in(ALONE, None, "none", 6)
     restore(shareable(start), trainer.module, trainer.optimizer, trainer.guard)

@@ -1,4 +1,4 @@
-"""Features, probe and labels: values by hand, and what is said of a collapse."""
+"""Features, probe and labels: values by hand, and warnings about a collapse."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -239,10 +239,10 @@ def row(root: Path, number: int, channel: int = 0) -> ScanRow:
 
 def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
     rows = [row(dataset, number) for number in range(8)] + [row(dataset, 0, 1)]
-    heldout = {rows[3].id, rows[5].id}
-    chosen = choose_scans(rows, heldout, seed=0)
+    validation = {rows[3].id, rows[5].id}
+    chosen = choose_scans(rows, validation, seed=0)
     assert {r.case for r in chosen} == {f"c{n}" for n in range(8)} and len(chosen) == 8
-    assert {r.id for r in chosen[:2]} == heldout
+    assert {r.id for r in chosen[:2]} == validation
     assert choose_scans(rows[:3], set(), 0) == []
 
 

@@ -50,7 +50,7 @@ def measured(load: float | None, step: float | None) -> Plan:
 
 
 class Clock:
-    """A clock that moves only when it is told to."""
+    """A clock that moves only when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 0.0

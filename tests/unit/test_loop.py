@@ -139,7 +139,7 @@ def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, sto
     stopped.run()
     assert torch.equal(stopped.module.weight, whole.module.weight)
     assert stopped.progress == whole.progress
-    told = [
+    lines = [
         [
             (x["step"], x["name"], x["value"])
             for x in read_lines(tmp_path / name / "metrics.jsonl")
@@ -147,7 +147,7 @@ def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, sto
         ]
         for name in ("whole", "stopped")
     ]
-    assert told[0] == told[1]
+    assert lines[0] == lines[1]
 
 
 COMPARED = ("train_error", "lr", "gradient_norm", "skipped_steps", "rollbacks")

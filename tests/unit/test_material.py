@@ -354,10 +354,16 @@ def test_words_of_sequences_are_weights_and_wrong_ones_are_refused():
         parse_kinds(["spatial", "spatial=2"])
 
 
-def stored_material(folder, plan, rows, store, heldout=()):
-    keys = store.ensure([*rows, *heldout], (1.0, 1.0, 1.0), None, 1)
+def stored_material(folder, plan, rows, store, validation=()):
+    keys = store.ensure([*rows, *validation], (1.0, 1.0, 1.0), None, 1)
     return make_sampling_pools(
-        folder, plan, store, {i: store.open(key) for i, key in keys.items()}, rows, list(heldout), 1
+        folder,
+        plan,
+        store,
+        {i: store.open(key) for i, key in keys.items()},
+        rows,
+        list(validation),
+        1,
     )
 
 
@@ -452,11 +458,11 @@ def test_too_few_scans_leave_a_kind_unmeasured_or_end_the_run(tmp_path, store, c
     rows = rows_of(write_dataset(tmp_path))
     request = Request("t", folders=("x",), sequences=("spatial", "semantic"))
     plan = plan_with_sequences(tmp_path, make_plan(), request, rows[:4], rows, 1)
-    training, heldout = stored_material(tmp_path, plan, rows[:4], store, rows[4:])
+    training, validation = stored_material(tmp_path, plan, rows[:4], store, rows[4:])
     assert (
         len(training.structures) == 4
-        and heldout.num_sources("semantic") == 0
-        and heldout.num_sources("spatial") == 2
+        and validation.num_sources("semantic") == 0
+        and validation.num_sources("spatial") == 2
     )
     assert "validation scans are too few for semantic sequences" in caplog.text
     greedy = replace(plan, sequence=replace(plan.sequence, semantic_members=3))

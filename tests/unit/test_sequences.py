@@ -152,9 +152,9 @@ def test_channels_of_a_case_are_split_together_and_stay_so():
     rows = [
         Row(f"{case}_{channel}", "D", f"case{case}") for case in range(40) for channel in range(4)
     ]
-    training, heldout = split(rows, 0.1, 0)
-    assert len(heldout) == 16 and len({row.case for row in heldout}) == 4
-    assert not {row.case for row in training} & {row.case for row in heldout}
+    training, validation = split(rows, 0.1, 0)
+    assert len(validation) == 16 and len({row.case for row in validation}) == 4
+    assert not {row.case for row in training} & {row.case for row in validation}
     assert split(rows[:4], 0.05, 0) == (rows[:4], [])
 
 
@@ -165,11 +165,11 @@ def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
             Row(f"{case}", f"D{case % 2}", f"case{case}", f"{salt}{case // 4}")
             for case in range(80)
         ]
-        training, heldout = split(rows, 0.1, 0)
-        assert len(heldout) == 8 and not {row.subject for row in training} & {
-            row.subject for row in heldout
+        training, validation = split(rows, 0.1, 0)
+        assert len(validation) == 8 and not {row.subject for row in training} & {
+            row.subject for row in validation
         }
-        ways.append([row.id for row in heldout])
+        ways.append([row.id for row in validation])
     assert ways[0] == ways[1]
 
 
