@@ -35,9 +35,9 @@ def request_class(command: str) -> Any:
         from nnunet_autoreg.cli.pretrain import request_of
 
         return type(request_of(parser_of(command).parse_args(["-i", ".", "--name", "x"])))
-    from nnunet_autoreg.benchmark.protocol import Request
+    from nnunet_autoreg.benchmark.protocol import BenchmarkRequest
 
-    return Request
+    return BenchmarkRequest
 
 
 @pytest.mark.parametrize("command", ["pretrain", "benchmark"])
