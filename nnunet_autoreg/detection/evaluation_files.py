@@ -257,10 +257,11 @@ def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
         known = _cuts(boxes, (0.25, 0.5, 0.75))
 
     if len(known) > SLICES:
-        chosen = np.linspace(0, len(known) - 1, SLICES + 2)[1:-1]
+        spread = np.linspace(0, len(known) - 1, SLICES + 2)[1:-1]
+        chosen = [round(float(index)) for index in spread]
     else:
-        chosen = np.arange(SLICES) % len(known)
-    return sorted(int(np.clip(known[round(float(i))], 0, depth - 1)) for i in chosen)
+        chosen = [index % len(known) for index in range(SLICES)]
+    return sorted(int(np.clip(known[index], 0, depth - 1)) for index in chosen)
 
 
 def _cuts(boxes_N6: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.float64]:

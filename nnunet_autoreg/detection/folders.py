@@ -226,7 +226,7 @@ def read_classes(
     chosen = tuple(kind for kind in every if not wanted or kind.name in wanted)
 
     ignored = ignore_value(dataset)
-    others = set()
+    others: set[int] = set()
     for value in dataset["labels"].values():
         others.update(int(v) for v in (value if isinstance(value, list) else [value]))
     others -= {0, ignored}
@@ -380,7 +380,7 @@ def _read_scan(
     is_label_map = array is not None and not _json_beside(file).is_file()
     uncounted = None
     if is_label_map and truth.ignore_label is not None:
-        uncounted = array == truth.ignore_label
+        uncounted = np.asarray(array == truth.ignore_label)
 
     if found is None:
         no_ids = np.zeros(0, np.int64)

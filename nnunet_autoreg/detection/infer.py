@@ -275,7 +275,8 @@ class ScanDetector:
         """Yield the candidates of a tile in every mirroring, and add its logits to the mean."""
         ends = zip(start, self.patch_size, strict=True)
         region = tuple(slice(low, low + size) for low, size in ends)
-        tile = padded[(slice(None), *region)][None].to(self.device)  # (1, C, z, y, x)
+        every_channel = (slice(None), *region)
+        tile = padded[every_channel][None].to(self.device)  # (1, C, z, y, x)
         shift = torch.tensor([*start, *start], dtype=torch.float32)
         padded_shape = as_size(padded.shape[1:])
 
@@ -370,7 +371,8 @@ class _LogitsMean:
         if self.total is None or self.weight is None:
             self.total = torch.zeros((logits_CZYX.shape[0], *shape))
             self.weight = torch.zeros(tuple(shape))
-        self.total[(slice(None), *region)] += logits_CZYX.float().cpu() * self.gaussian
+        every_channel = (slice(None), *region)
+        self.total[every_channel] += logits_CZYX.float().cpu() * self.gaussian
         # Voxels in the middle of a tile are predicted best.
         self.weight[region] += self.gaussian
 

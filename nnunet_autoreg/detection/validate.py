@@ -184,7 +184,7 @@ def _write_candidates(file: Path, candidates: Candidates) -> None:
         "weights_N": candidates.weights_N,
         "voters_N": candidates.members_N,
     }
-    small = {}
+    small: dict[str, Any] = {}
     for name, values in arrays.items():
         small[name] = values.numpy().astype(np.float16 if values.is_floating_point() else np.int16)
     with atomic_path(file) as temporary, temporary.open("wb") as handle:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 from pydicom import dcmread
-from pydicom.pixels import apply_rescale
+from pydicom.pixels.processing import apply_rescale
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnunet_autoreg.errors import ScanError
@@ -223,7 +223,9 @@ def _pixels_by_pydicom(file: Path) -> Array | None:
             dataset = dcmread(file, force=True)
             if "TransferSyntaxUID" not in dataset.file_meta:
                 # pydicom found out how the header is encoded, but does not use it for the pixels.
-                dataset.file_meta.TransferSyntaxUID = SYNTAX_OF_ENCODING[dataset.original_encoding]
+                is_implicit, is_little = dataset.original_encoding
+                encoding = (bool(is_implicit), bool(is_little))
+                dataset.file_meta.TransferSyntaxUID = SYNTAX_OF_ENCODING[encoding]
             if dataset.file_meta.TransferSyntaxUID.is_compressed:
                 return None
             return np.asarray(apply_rescale(dataset.pixel_array, dataset), dtype=np.float32)

@@ -313,7 +313,7 @@ def read_dicom_header(stream: IO[bytes], num_bytes: int) -> DicomHeader:
 def _parse(stream: IO[bytes], num_bytes: int, is_deflated: bool) -> tuple[DicomHeader, bool]:
     """Return the header, and whether it was read to its end."""
     stop = _StopAtPixels()
-    tags = list(TAGS.values())
+    tags: list[Any] = list(TAGS.values())
     if is_deflated:
         # As pydicom does it, but for the limit.
         read_preamble(cast(Any, stream), force=True)

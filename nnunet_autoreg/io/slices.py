@@ -5,6 +5,7 @@ of a scan.
 import math
 from dataclasses import dataclass, field, replace
 from sys import intern
+from typing import Any
 
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.io.contrast import contrast_of
@@ -225,7 +226,7 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
     words = [PARTS[word] for word in _image_type(header)[2:] if word in PARTS]
     study = header.text("StudyInstanceUID")
     # Many slices share these texts, so that each is kept in memory once.
-    of_file = {
+    of_file: dict[str, Any] = {
         "file": file,
         "series": intern(series),
         "instance": intern(header.text("SOPInstanceUID")) or file,

@@ -60,7 +60,8 @@ def split(
         num_validation = min(wanted_units, len(lowest) - 1)
     chosen = set(sorted(lowest, key=lambda unit: lowest[unit])[:num_validation])
 
-    training, validation = [], []
+    training: list[ScanRow] = []
+    validation: list[ScanRow] = []
     for row in rows:
         case = (row.dataset, row.case)
         unit = subjects[case] or case

@@ -208,7 +208,8 @@ def parameter_groups(
     module: nn.Module, weight_decay: float, decay_all: bool = False
 ) -> list[dict[str, object]]:
     """Return AdamW's groups with and without decay; ``decay_all`` leaves the second one empty."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         has_decay = decay_all or is_decayed(name, parameter)
         (decayed if has_decay else plain).append(parameter)

@@ -259,10 +259,10 @@ def draw(axis: Any, chart: Chart) -> None:
             clip_on=False,
         )
 
-    values = [value for curve in chart.curves for _, value in curve.points]
-    if chart.is_logarithmic and min(values) > 0:
-        first = math.floor(math.log10(min(values)))
-        last = math.ceil(math.log10(max(values)))
+    heights = [value for curve in chart.curves for _, value in curve.points]
+    if chart.is_logarithmic and min(heights) > 0:
+        first = math.floor(math.log10(min(heights)))
+        last = math.ceil(math.log10(max(heights)))
         axis.set_yscale("log")
         axis.set_ylim(10.0**first, 10.0 ** max(last, first + 1))
         axis.yaxis.set_major_locator(LogLocator(numticks=6))

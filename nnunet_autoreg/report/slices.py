@@ -181,7 +181,7 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
         visible: (H, W).
         given: (H, W).
     """
-    made = image.copy()
+    made: Bytes = image.copy()
     made[..., 3] = np.where(visible, 255, 0)
 
     mixed = (1 - TINT) * image[given, :3] + TINT * np.asarray(GIVEN_COLOUR)
@@ -197,7 +197,8 @@ def _border(region: Bools) -> Bools:
     """Return the pixels of a region that touch the rest of the picture."""
     padded = np.pad(region, 1, mode="edge")
     neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-    return region & ~np.logical_and.reduce(neighbours)
+    is_inside: Bools = np.logical_and.reduce(neighbours)
+    return region & ~is_inside
 
 
 def _image(rgba: Bytes, aspect: float, alt: str) -> str:
@@ -205,7 +206,9 @@ def _image(rgba: Bytes, aspect: float, alt: str) -> str:
     from matplotlib.image import imsave
 
     png = io.BytesIO()
-    imsave(png, rgba, format="png", metadata={"Software": None})
+    # None leaves the name of the software out.
+    metadata: Any = {"Software": None}
+    imsave(png, rgba, format="png", metadata=metadata)
     data = base64.b64encode(png.getvalue()).decode()
 
     height, width = rgba.shape[:2]
