@@ -51,17 +51,6 @@ def cell(text: str) -> str:
     return in_one_line.replace("|", "\\|").replace("``", "`")
 
 
-def sentence(text: str) -> str:
-    """Return text that begins with a capital letter and ends with a full stop."""
-    text = text.strip()
-    if not text:
-        return ""
-    is_name = re.match(r"nnU-Net|\w+[._=]|\w+:|\W", text)
-    first = text[0] if is_name else text[0].upper()
-    end = "" if text.endswith((".", "!", "?")) else "."
-    return f"{first}{text[1:]}{end}"
-
-
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
@@ -86,7 +75,7 @@ def describe_command(parser: argparse.ArgumentParser) -> str:
         if isinstance(action, argparse._SubParsersAction):
             parts += [describe_subcommand(name, sub) for name, sub in action.choices.items()]
         elif not isinstance(action, argparse._HelpAction):
-            rows.append((f"`{written(action)}`", cell(meaning_of_option(parser, action))))
+            rows.append((f"`{cell(written(action))}`", cell(meaning_of_option(parser, action))))
     if rows:
         parts.append(table(("option", "meaning"), rows))
     return "\n".join(parts)
@@ -120,16 +109,14 @@ def written(action: argparse.Action) -> str:
 def meaning_of_option(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     """Return the help of an option, with its default where the help does not name it."""
     text = parser._get_formatter()._expand_help(action) if action.help else ""
-    parts = [sentence(text)]
     is_required = action.required and action.option_strings
     if is_required:
-        parts.append("Required.")
+        return f"{text} (required)"
 
     is_off = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
-    is_unnamed = "default" not in text.lower() and not is_required
-    if is_unnamed and not is_off:
-        parts.append(f"Default: `{action.default}`.")
-    return " ".join(part for part in parts if part)
+    if is_off or "default" in text.lower():
+        return text
+    return f"{text} (default: `{action.default}`)"
 
 
 # Dataclasses.
@@ -169,8 +156,12 @@ def meanings_of(cls: type) -> dict[str, str]:
         else:
             for name in names:
                 texts[name].append(line)
-    in_json = {name: re.sub(r"\bNone\b", "null", " ".join(t)) for name, t in texts.items()}
-    return {name: sentence(text) for name, text in in_json.items()}
+    return {name: in_json_words(" ".join(lines)) for name, lines in texts.items()}
+
+
+def in_json_words(text: str) -> str:
+    """Return the text of a docstring as a reader of JSON knows it: ``null`` instead of None."""
+    return re.sub(r"\bNone\b", "`null`", text).strip()
 
 
 def type_name(hint: Any) -> str:

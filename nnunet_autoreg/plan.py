@@ -36,13 +36,13 @@ class IntensityWindow:
 class SpacingGroup:
     """Scans of one modality and similar spacing, which share a target spacing.
 
-    Spacings are (z, y, x), the coarsest axis first.
+    Spacings are in the order (z, y, x), with the coarsest axis first.
 
     Attributes:
         modality: of all scans in the group, such as "CT" or "MR".
-        native_mm: median of their own spacings; a scan belongs to the group of its modality whose
-            median is nearest.
-        spacing_mm: what they are resampled to.
+        native_mm: median of the scans' original spacings. A scan belongs to the group of its
+            modality whose median is nearest.
+        spacing_mm: target spacing.
     """
 
     modality: str
@@ -57,15 +57,15 @@ class SpacingGroup:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """How scans are preprocessed, and how many are kept for validation.
+    """The scans: spacing, intensities, validation share.
 
     Attributes:
-        spacing_mm: every scan that belongs to no group is resampled to this, (z, y, x); with
-            groups, that of the largest.
-        ct_window: Hounsfield statistics inside the body over the pool's CT scans; None without CT.
-        holdout_fraction: share of the cases kept for validation (never trained on).
-        spacing_groups: target spacings by modality and own spacing; empty where all scans share
-            ``spacing_mm``.
+        spacing_mm: target spacing, (z, y, x), of every scan that belongs to no group. With groups
+            it is the target of the largest group.
+        ct_window: intensities of the CT scans inside the body; None without CT.
+        holdout_fraction: share of the cases that are kept out of training for validation.
+        spacing_groups: target spacings by modality and original spacing. Empty if all scans have
+            the target ``spacing_mm``.
     """
 
     spacing_mm: Spacing
@@ -96,43 +96,43 @@ class SequencePlan:
     """How a crop becomes a sequence of blocks.
 
     Attributes:
-        crop_size_vox: (z, y, x), a multiple of block_tokens x token size.
-        block_tokens: tokens per block and axis; (1, 1, 1) is a block of one token.
-        order: "raster" - image after image, each along x, then y, then z; "interleaved" - at each
-            place in the plane along z through all images or sub-volumes (AR-SSL4M's own); "random"
-            (needs predictor "query" or "network").
-        predictor: "next" - token j of block b predicts token j of block b + 1; "query" - a light
-            decoder knows where the target lies and attends to earlier blocks only; "network" - a
-            CNN as a whole predicts all unknown voxels of a crop.
-        prefix: distribution of the number p of given blocks: "uniform" over 1..K-1; "long" - the
-            larger of two such numbers, so that most blocks are given; "fixed" - always
-            ``prefix_share`` of the K blocks; "uniform_from_0" over 0..K-1, for encoders with a
-            START token, which then predicts the first block (AR-SSL4M's own).
-        prefix_share: of prefix "fixed".
-        flip: random flips of the data per axis.
-        swap_axes: random swaps of axes of equal length and spacing.
+        crop_size_vox: size of a crop, (z, y, x), a multiple of block_tokens x token size.
+        block_tokens: tokens of a block along each axis; (1, 1, 1) is a block of one token.
+        order: which block comes when. "raster": image after image, each along x, then y, then z.
+            "interleaved": at each position in the plane, along z through all images or sub-volumes,
+            as in AR-SSL4M. "random": needs the predictor "query" or "network".
+        predictor: how a block is predicted. "next": token j of block b predicts token j of block
+            b + 1. "query": a small decoder is given the position of the block and attends to
+            earlier blocks only. "network": a whole CNN predicts all unknown voxels of a crop.
+        prefix: distribution of the number of given blocks, out of K. "uniform": 1 to K-1. "long":
+            the larger of two such numbers. "fixed": always the share ``prefix_share``.
+            "uniform_from_0": 0 to K-1, for encoders with a START token, which then predicts the
+            first block, as in AR-SSL4M.
+        prefix_share: share of given blocks for the prefix "fixed".
+        flip: whether crops are flipped at random along each axis.
+        swap_axes: whether axes of equal length and spacing are swapped at random.
         spatial_share: how often a training crop is rotated, and independently how often it is
-            zoomed (0 to 1). Sequences of kind "strided" never are, since their slices overlap along
-            the axis z of the scan. Where one spacing is over 3 times another, both stay in the
-            plane of the small spacings.
-        max_rotation_deg: rotations are drawn evenly between minus and plus this angle, about a
-            random axis.
-        zoom: smallest and largest factor by which things become larger.
-        max_source: most voxels, along an axis, that are read for a rotated or zoomed crop, as a
-            multiple of the crop's own. What a turn brings in from beyond them is padding, as it is
-            beyond the scan.
-        weights: how often each kind of sequence is drawn, relative to the others; one kind per
-            batch. "spatial" - one crop; "strided" - sub-volumes of one crop that overlap, one after
-            another along z (AR-SSL4M's own); "contrast" - one place in several contrasts of a
-            subject; "semantic" - one structure in several subjects.
-        contrasts: the contrasts that contrast sequences are made of, in their fixed order.
-        contrast_members, semantic_members: images of a sequence. Their crops are smaller, so that
-            the tokens stay as many.
-        member_crop_vox: the crop of one such image; None has it planned from crop_size_vox and the
-            number of members.
-        num_subvolumes, stride_vox: of "strided" sequences, along z; a stride below the sub-volume's
-            depth makes them overlap.
-        mask_seen: in "strided" sequences, voxels that an earlier sub-volume has shown already carry
+            zoomed (0 to 1). Sequences of kind "strided" never are, because their slices overlap
+            along the axis z of the scan. Where one spacing is over 3 times another, both stay in
+            the plane of the small spacings.
+        max_rotation_deg: largest angle of a rotation. Angles are drawn uniformly between minus and
+            plus this value, about a random axis.
+        zoom: smallest and largest factor of a zoom; above 1, structures become larger.
+        max_source: how far a rotated or zoomed crop may reach along an axis, as a multiple of the
+            crop's size. Voxels from beyond are padding, as are those from beyond the scan.
+        weights: how often each kind of sequence is drawn, relative to the others. A batch has one
+            kind. "spatial": one crop. "strided": sub-volumes of one crop that overlap, one after
+            another along z, as in AR-SSL4M. "contrast": one position in several contrasts of a
+            subject. "semantic": one structure in several subjects.
+        contrasts: contrasts of a contrast sequence, in their fixed order.
+        contrast_members: number of images of a contrast sequence. Their crops are smaller, so that
+            the number of tokens does not grow.
+        semantic_members: the same for a semantic sequence.
+        member_crop_vox: size of the crop of one such image. None: it is planned from
+            crop_size_vox and the number of members.
+        num_subvolumes: number of sub-volumes of a "strided" sequence, along z.
+        stride_vox: distance between their starts. Below the depth of a sub-volume they overlap.
+        mask_seen: whether voxels of a "strided" sequence that an earlier sub-volume contains have
             no loss.
     """
 
@@ -163,33 +163,30 @@ class ObjectivePlan:
     """What is predicted, and by which head.
 
     Attributes:
-        name: the objective's file in ``objectives/``: "autoregressive" - block after block;
-            "masked" - the blocks that are not given, all at once from those that are (needs a fixed
-            prefix, which is the visible share, random order and predictor "query").
-        target: what is regressed of every unknown token. "normalised" - its voxels with their own
-            mean and deviation taken out, (v - mean) / sqrt(max(var, floor) + epsilon);
-            "normalised_with_statistics" - the same, and the token's mean and the logarithm of its
-            deviation as two more outputs; "voxels" - its voxels as they are, which nnU-Net's
-            normalisation has brought to mean 0 and deviation 1 over the scan.
+        name: the objective. "autoregressive": block after block. "masked": all unknown blocks at
+            once from the known ones. It needs a fixed prefix, which is the visible share, random
+            order, and the predictor "query" or "network".
+        target: what is predicted of every unknown token. "normalised": its voxels minus their mean,
+            divided by their deviation: (v - mean) / sqrt(max(var, floor) + epsilon).
+            "normalised_with_statistics": the same, and the token's mean and the logarithm of its
+            deviation as two more outputs. "voxels": its voxels as nnU-Net normalises them.
         variance_floor: the floor, in squared normalised intensity units; 0 for none.
-        variance_epsilon: what is added under the root, in the same units; AR-SSL4M adds 1e-6 and
-            has no floor.
-        target_smoothing: standard deviation in voxels of a Gaussian low-pass of every token's
-            target, 0 for none. It stays inside the token and takes real voxels alone, so that a
-            target depends on its own token only.
-        query_depth: layers of the decoder of predictor "query".
+        variance_epsilon: added under the root, in the same units. AR-SSL4M adds 1e-6 and has no
+            floor.
+        target_smoothing: standard deviation in voxels of a Gaussian that smooths every token's
+            target; 0 for none. It uses valid voxels of the same token only.
+        query_depth: layers of the decoder of the predictor "query".
         corruption: share of the training samples whose given part is shown with another gamma and
             contrast and with noise. Targets are always clean.
-        query_attention: whether the decoder's queries of one block see each other, where a block
-            has several tokens. Those of different blocks never do.
-        head: of the predictors "query" and "next": "linear" - one matrix makes voxels of features;
-            "mlp" - with a hidden layer.
-        unknown_mark: how the predictor "network" recognises unknown voxels: "zero" - they
-            are 0 in the input; "learned" - a learned vector is also added to their features after
-            the stem.
-        num_segments: of the predictor "network": classes of pseudo-segments, which it predicts
-            beside the voxels; 0 for none. They are clusters of local features over the pool.
-        segment_weight: how much the cross-entropy of the segments counts beside the squared error
+        query_attention: whether the decoder's queries of one block attend to each other. Queries of
+            different blocks never do.
+        head: last layers of the predictors "query" and "next". "linear": one matrix. "mlp": with a
+            hidden layer.
+        unknown_mark: how the predictor "network" recognises unknown voxels. "zero": they are 0 in
+            the input. "learned": a learned vector is also added to their features after the stem.
+        num_segments: classes of pseudo-segments that the predictor "network" predicts beside the
+            voxels; 0 for none. They are clusters of local features over the pool.
+        segment_weight: weight of the cross-entropy of the segments, relative to the squared error
             of the voxels.
         trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run
             cannot be continued.
@@ -217,18 +214,18 @@ class OptimPlan:
     Attributes:
         num_steps: optimiser steps of the whole run.
         batch_size: crops per optimiser step.
-        lr: the highest learning rate, reached at the end of the warm-up.
+        lr: highest learning rate, reached at the end of the warm-up.
         warmup_steps: steps in which the learning rate rises from zero.
         betas: decay rates of AdamW's running averages.
         weight_decay: of AdamW.
-        clip_norm: the gradient is scaled down to this norm where its own is larger.
-        decay_all: weight decay also on norms, biases, positions and scales (AR-SSL4M's own), which
-            are left out otherwise.
-        micro_batch_size: crops on the device at once; a step accumulates as many as it takes. None:
-            the whole batch.
-        checkpoint_activations: keep only the inputs of the transformer's blocks for the backward
-            pass and compute their insides twice: the same numbers in less memory, about a third
-            slower.
+        clip_norm: the gradient is scaled down to this norm if its own is larger.
+        decay_all: whether norms, biases, positions and scales have weight decay too, as in
+            AR-SSL4M.
+        micro_batch_size: crops on the device at once; gradients are accumulated over the batch.
+            None: the whole batch.
+        checkpoint_activations: whether only the inputs of the transformer's blocks are kept for the
+            backward pass and the rest is computed twice. The numbers stay the same, with less
+            memory, and a step takes about a third longer.
     """
 
     num_steps: int
@@ -245,35 +242,35 @@ class OptimPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How often things happen, in steps.
+    """How often things happen, in steps, and how the run is computed.
 
     Attributes:
         seed: random seed. Every random draw derives from it.
         checkpoint_every: steps from one checkpoint to the next.
         validate_every: steps from one validation to the next.
         log_every: steps from one line of the log to the next.
-        seconds_per_step: measured once, where the length was given in hours; None where it was not.
-        spike_sigmas: a step whose loss lies this many standard deviations above the running mean,
-            and above twice that mean, is skipped.
-        max_bad_steps: after so many skipped steps in a row the weights go back to the last
-            checkpoint, and training goes on from there with the data of the steps that follow.
-        max_rollbacks: going back more often than this ends the run.
-        min_token_variance, min_effective_rank: features below either are reported as collapsed.
-        compile: compile the transformer's layers on a GPU; elsewhere, and where weights are
-            sharded, nothing is compiled.
-        flex_attention: compiled layers use FlexAttention on a GPU; false for torch's own attention
-            with a dense mask.
-        self_check: after the dry step, compare a compiled layer of each kind with a dense mask in
-            float32.
-        peak_memory_gib: measured in a dry step, once, before the first; None until then.
-        dry_step_seconds: of an optimiser step of the whole batch on one device, without loading,
-            measured in the same dry step. Unlike ``seconds_per_step`` it decides no length:
-            together with ``loader_seconds_per_crop`` it decides how many processes load.
-        loader_seconds_per_crop: in which one process draws and collates a crop, measured beside the
-            dry step.
-        sharding: of parameters, gradients and moments over processes that train together: "none" -
-            each holds all (DDP); "full" - each holds a part (FSDP2); "auto" - "full" where they
-            would not leave a GPU room for activations. It changes no loss.
+        seconds_per_step: measured once, if the length was given in hours.
+        spike_sigmas: a step is skipped if its loss lies this many standard deviations above the
+            running mean, and above twice that mean.
+        max_bad_steps: after this many skipped steps in a row, the weights return to the last
+            checkpoint. Training continues with the data of the steps that follow.
+        max_rollbacks: the run ends if the weights return to a checkpoint more often than this.
+        min_token_variance, min_effective_rank: features below either value count as collapsed.
+        sharding: how parameters, gradients and moments are distributed over processes. "none": each
+            holds all (DDP). "full": each holds a part (FSDP2). "auto": "full" if they would leave a
+            GPU no room for activations. It changes no loss.
+        compile: whether a GPU compiles the transformer's layers. Elsewhere, and with sharded
+            weights, nothing is compiled.
+        peak_memory_gib: measured once in a dry step before the first step.
+        flex_attention: whether compiled layers use FlexAttention. Otherwise they use torch's own
+            attention with a dense mask.
+        dry_step_seconds: time of an optimiser step of the whole batch on one device, without
+            loading, measured in the dry step. With ``loader_seconds_per_crop`` it decides how many
+            processes load. It does not decide the length of the run.
+        loader_seconds_per_crop: time in which one process reads and collates a crop, measured
+            beside the dry step.
+        self_check: whether a compiled layer of each kind is compared with a dense mask in float32
+            after the dry step.
     """
 
     seed: int

@@ -38,7 +38,8 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 PROGRESS_BAR = re.compile(r"^[^|]*\d+%\|[^|]*\|[^\]]*\]\s*")
-MAX_COLUMNS = 200
+SITE_PACKAGES = re.compile(r"\S*/site-packages")
+MAX_COLUMNS = 150
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def clean(output: str, names: Mapping[str, str]) -> list[str]:
             continue
         for path, short in names.items():
             shortened = shortened.replace(path, short)
+        shortened = SITE_PACKAGES.sub("site-packages", shortened)
         lines.append(shortened.rstrip())
 
     while lines and not lines[-1]:
@@ -194,9 +196,11 @@ def main() -> None:
     workspace = Workspace(root.resolve())
     workspace.prepare(args.dataset)
 
-    site_packages = str(Path(os.__file__).parent / "site-packages")
-    names = {str(workspace.root): "~/tutorial", site_packages: "site-packages"}
-    names |= {sys.prefix: "~/env", str(PAGE.parents[2]): "~/nnunet-autoreg"}
+    names = {
+        str(workspace.root): "~/tutorial",
+        sys.prefix: "~/env",
+        str(PAGE.parents[2]): "~/nnunet-autoreg",
+    }
 
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(with_outputs(page, workspace, names), encoding="utf-8")

@@ -29,28 +29,38 @@ COPY_OF = "the excluded "
 
 @dataclass(frozen=True)
 class ScanRow:
-    """One line of ``scans.csv``.
+    """One scan of the index.
+
+    ``case``, ``part``, ``source``, ``listed_in`` and ``name`` may name a patient. They are written
+    to ``paths_do_not_share.csv`` only.
 
     Attributes:
-        id: a salted hash of the candidate's id, under which the scan appears in outputs.
-        dataset, case, channel, part, contrast: as in ``Candidate``; the manifest's contrast counts
-            more.
-        modality, modality_rule: "CT", "MR", ... and how that was decided.
-        source: the file, or the folder of a DICOM series.
-        shape_vox, spacing_mm: as read, (z, y, x), before transposition; None where the scan could
-            not be read.
-        cropped_shape_vox: after cropping to non-zero.
-        content_hash: of voxels, shape and rounded spacing.
-        status: "ok", or why the scan is left out, in one word.
+        id: salted hash that stands for the scan in all outputs.
+        dataset: number of the nnU-Net dataset, or a hash of the folder.
+        case: groups the channels of one nnU-Net case. In other folders it is the path below the
+            folder, without ending. Only in ``paths_do_not_share.csv``.
+        channel: name in dataset.json; "" in other folders.
+        modality: "CT", "MR", ...
+        source: the file, or the folder of a DICOM series. Only in ``paths_do_not_share.csv``.
+        shape_vox: size as read, (z, y, x); None if the scan could not be read.
+        spacing_mm: spacing as read, (z, y, x); None if the scan could not be read.
+        cropped_shape_vox: size after cropping to non-zero voxels.
+        content_hash: hash of voxels, shape and rounded spacing.
+        status: "ok", or in one word why the scan is left out.
         reason: the same in a sentence.
-        subject, session: salted hashes (``identity.salted``); "" where unknown. A session's hash
-            includes its subject.
-        label_class: the manifest's class; "" without one.
-        percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty where not
-            known.
-        listed_in: as in ``Candidate``; the label map of a listed image is found there.
-        name: the candidate's id, made of folder and file names; "" in an index of an earlier
-            version, whose ids are these names.
+        modality_rule: how the modality was found.
+        part: which image inside the source: a DICOM series, a volume of a 4D file, or a file of an
+            archive; "" is the file itself. Only in ``paths_do_not_share.csv``.
+        subject: salted hash of the subject; "" if unknown.
+        session: salted hash of the session and its subject; "" if unknown.
+        contrast: T1w, FLAIR, ...; the contrast of a manifest has priority.
+        label_class: class in the manifest; "" without one.
+        percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty if
+            unknown.
+        listed_in: folder of the dataset.json that lists the file; the label map is found there.
+            Only in ``paths_do_not_share.csv``.
+        name: made of folder and file names. Only in ``paths_do_not_share.csv``. "" in an index of
+            an earlier version, whose ids are these names.
     """
 
     id: str

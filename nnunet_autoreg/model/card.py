@@ -53,29 +53,29 @@ class EncoderCard:
     """The contract between pretraining and fine-tuning.
 
     Attributes:
-        name: the run's name.
-        encoder: its name in ``model.sizes``.
-        class_path, arguments: the downstream network class and its arguments (no channels, classes,
-            input shape).
-        token_size_vox, crop_size_vox: (z, y, x); crop / token is the grid of ``eva.pos_embed``.
+        name: name of the run.
+        encoder: what is typed after ``--encoder``.
+        class_path: module and class of the network that fine-tuning builds.
+        arguments: of that class, without channels, classes and input shape.
+        token_size_vox: size of a token, (z, y, x).
+        crop_size_vox: size of a crop, (z, y, x). Crop / token is the grid of ``eva.pos_embed``.
         spacing_mm: target spacing of pretraining, (z, y, x).
-        modalities: "CT" and / or "MR" (every non-CT scan is z-scored and counted as what its
-            dataset calls it).
-        channel_names: channel names met in the pool.
-        ct_window: set when CT was among the scans.
-        spacing_groups: target spacings where the pool had more than one; ``spacing_mm`` is that of
-            the largest.
+        modalities: "CT", "MR", ... Every scan that is not CT is z-scored.
+        channel_names: channel names of the pretraining scans.
+        ct_window: intensities of CT; None if there was no CT among the scans.
         num_input_channels: channels of the stem.
+        adaptation: the parts that fine-tuning may have to adapt.
         objective: name of the objective and its settings that matter to a user.
         licences: dataset name -> licence text found beside it ("" if none was).
-        num_scans, num_steps, finished_at: of the run; ``finished_at`` is ISO 8601 UTC. Imported
-            weights: 0, 0, when they were imported.
-        adaptation: the parts that fine-tuning may have to adapt.
-        sha256: of ``encoder.safetensors`` beside this card.
+        num_scans, num_steps: of the run; 0 for imported weights.
+        finished_at: end of the run, or time of the import, as ISO 8601 UTC.
+        sha256: hash of ``encoder.safetensors`` beside this card.
         version: of this format.
-        extra: ``imported`` tells where imported weights come from.
-        normalization: nnU-Net's name of the scheme that every channel had in pretraining; None is
-            nnU-Net's own choice per channel (CT by the window, all else z-scored).
+        extra: ``imported`` says where imported weights come from.
+        spacing_groups: target spacings, if there was more than one; ``spacing_mm`` is that of the
+            largest group.
+        normalization: nnU-Net's name of the normalisation of every channel. None: nnU-Net's choice
+            per channel (CT by the window, all others z-scored).
     """
 
     name: str

@@ -20,7 +20,7 @@ SHELVES = ("getting-started", "how-to", "reference", "explanation")
 FENCED_BLOCK = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND_LINE = re.compile(r"(\$ )?(autoreg_|nnUNetv2_)\w+( |$)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SOURCE_FILE = re.compile(r"`(?:python )?([\w/]+\.py)\b")
+SOURCE_FILE = re.compile(r"`(?:python )?([a-z0-9_/]+\.py)\b")
 EMPTY_MEANING = re.compile(r"^\| `([^`]+)` \|(?:.*\|)?\s*\|$", re.MULTILINE)
 
 
