@@ -160,14 +160,14 @@ def patterns_of(block: re.Match[str]) -> list[str]:
     return [pattern.strip() for pattern in written.split(" | ") if pattern.strip()]
 
 
-def with_outputs(page: str, workspace: Workspace, names: Mapping[str, str]) -> str:
-    """Return the page with the output of every command below the command."""
-    number = 0
+def with_outputs(page: str, outputs: list[str], names: Mapping[str, str]) -> str:
+    """Return the page with the outputs of its first commands below these commands."""
+    left = iter(outputs)
 
     def filled(block: re.Match[str]) -> str:
-        nonlocal number
-        number += 1
-        output = workspace.run(number, block["command"])
+        output = next(left, None)
+        if output is None:
+            return block[0]
         shown = select(clean(output, names), patterns_of(block))
         body = "".join(f"{line}\n" for line in shown)
         return f"{block['show'] or ''}```console\n$ {block['command']}\n{body}```"
@@ -203,7 +203,11 @@ def main() -> None:
     }
 
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_outputs(page, workspace, names), encoding="utf-8")
+    outputs: list[str] = []
+    for number, block in enumerate(BLOCK.finditer(page), start=1):
+        outputs.append(workspace.run(number, block["command"]))
+        # After every command, so that a run that is stopped has written what it has seen.
+        PAGE.write_text(with_outputs(page, outputs, names), encoding="utf-8")
     print(f"wrote {PAGE}; everything else is in {workspace.root}")
 
 
