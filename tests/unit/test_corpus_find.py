@@ -137,7 +137,8 @@ def test_broken_dicom_gets_one_row_per_folder_without_any_file_name(
         (
             "unreadable",
             "b",
-            "its DICOM header is damaged or cut short; copy the file again (1 file)",
+            "its DICOM header cannot be parsed, since it is damaged or cut short; "
+            "copy the file again (1 file)",
         ),
     ]
     assert all(c.id.startswith("pool/DICOM-") and "Doe" not in c.id for c in found)

@@ -237,7 +237,7 @@ def test_few_slices_pass_and_fewer_than_four_do_not(tmp_path: Path) -> None:
 def test_a_volume_beyond_memory_is_refused_with_the_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(read, "_memory_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(read, "memory_bytes", lambda: 8 * 2**30)
     read.check_memory((512, 512, 500))
     with refused(ScanError, "scan-huge", "48 GiB", 8):
         read.check_memory((1024, 1024, 1024))

@@ -2,6 +2,7 @@
 summed by DDP or spread by FSDP2.
 """
 
+import os
 import pickle
 import socket
 import subprocess
@@ -207,7 +208,11 @@ def two(
         port = free.getsockname()[1]
     torch.save(alone[6]["state"], folder / "alone.pt")
     processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)])
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(port), str(folder)],
+            # This file is their program, and it imports what lies beside tests/unit.
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        )
         for rank in range(2)
     ]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]

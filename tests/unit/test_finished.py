@@ -131,7 +131,7 @@ def test_a_good_run_and_one_without_features_or_scans_have_not_failed() -> None:
 def test_a_plan_with_numbers_that_are_none_is_refused_by_key(value: float) -> None:
     encoder = replace(PLAN.encoder, arguments={**PLAN.encoder.arguments, "init_values": value})
 
-    with refused(PlanError, "plan-not-finite", "encoder.arguments.init_values", value):
+    with refused(PlanError, "plan-wrong-type", "encoder.arguments.init_values", value):
         check(replace(PLAN, encoder=encoder))
 
 

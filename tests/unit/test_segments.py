@@ -382,5 +382,5 @@ def test_a_transformer_refuses_segments() -> None:
 
 @pytest.mark.parametrize("setting", ["objective.segment_weight=0", "objective.num_segments=-1"])
 def test_weights_and_numbers_must_not_be_negative(setting: str) -> None:
-    with refused(PlanError, "plan", *setting.split("=")):
+    with refused(PlanError, "plan-out-of-range", *setting.split("=")):
         check(override(plan_of(), [setting]))
