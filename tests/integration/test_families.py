@@ -238,7 +238,7 @@ def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
     network = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert network["kernel_sizes"] == [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]
     assert network["strides"][:2] == [[1, 1, 1], [1, 2, 2]]
-    assert "the spacing asks for other kernels in stages 0: 3x3x3 -> 1x3x3" in printed
+    assert "kernels in stages 0: 3x3x3 -> 1x3x3" in printed
     assert plans["autoreg"]["reasons"]["recipe.decoder_first_fraction"].startswith(
         "on, the stem is adapted: kernel"
     )
