@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from measured import REPOSITORY, lines_of
 
 PICTURE = REPOSITORY / "docs" / "explanation" / "evidence.png"
-RATE = 3e-3
+RATE = 1e-2
 ARMS = {
     "scratch": "random\nweights",
     "masked": "masked\npretraining",
@@ -42,7 +42,10 @@ def finetunings(lines: Sequence[Line], arm: str) -> dict[tuple[int, Any], float]
 def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
     """Draw one column of points for each arm, and a line for each draw."""
     columns = {arm: finetunings(lines, arm) for arm in ARMS}
-    draws = sorted({draw for scores in columns.values() for draw, _ in scores})
+    # Means of different draws cannot be compared, so that only those of all arms are shown.
+    draws = sorted(set.intersection(*({draw for draw, _ in scores} for scores in columns.values())))
+    for arm, scores in columns.items():
+        columns[arm] = {run: dice for run, dice in scores.items() if run[0] in draws}
 
     for draw in draws:
         heights = []
