@@ -7,12 +7,13 @@ and answers with the exit status. Pictures are left out: they take most of the t
 """
 
 import importlib
-import json
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+from fork_server import serve
 
 
 def kill():
@@ -162,24 +163,8 @@ def import_all():
         importlib.import_module(module)
 
 
-def serve():
-    import_all()
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                code = child(request)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
-
-
 if __name__ == "__main__":
-    serve()
+    import_all()
+    serve(child)
 elif __name__ == "__mp_main__" and "KILL_POINT" in os.environ:
     arm(os.environ["KILL_POINT"])

@@ -5,12 +5,13 @@ with SIGKILL. Reads one JSON request a line (argv, point, log, env) and answers 
 status.
 """
 
-import json
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+from fork_server import serve
 
 
 def kill():
@@ -101,24 +102,8 @@ def child(request):
     return main(request["argv"])
 
 
-def serve():
+if __name__ == "__main__":
     import nnunet_autoreg.convert.exporting
     import nnunet_autoreg.convert.importing  # noqa: F401
 
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                code = child(request)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+    serve(child)
