@@ -266,7 +266,8 @@ def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYT
         ) from error
     except RecursionError as error:
         raise PlanError(
-            f"{path} is JSON of too many levels, one inside the other; {advice}"
+            f"{path} is JSON of too many levels, one inside the other; {advice}",
+            code="json-too-deep",
         ) from error
 
 

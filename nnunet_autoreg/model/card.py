@@ -21,10 +21,10 @@ MAX_CARD_BYTES, MAX_LEVELS, MAX_VALUES, MAX_NUMBER, MAX_PARAMETERS = 2**24, 20, 
 IMPORTED = "imported"
 """Key of ``EncoderCard.extra`` that says where imported weights come from."""
 DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
-"""What a U-Net's decoder is transferred by.
+"""Prefixes of the tensors of a U-Net's decoder that are transferred.
 
-Its segmentation heads are new in every task, and what lies
-under ``decoder.encoder.`` are second names of the encoder's own tensors.
+Its segmentation heads are new in every task, and what lies under ``decoder.encoder.`` are second
+names of the encoder's own tensors.
 """
 
 
@@ -126,11 +126,13 @@ def check_run_name(name: str) -> None:
     if name.casefold() == NO_WEIGHTS:
         raise UsageError(
             f"--name {name}: autoreg_weights={NO_WEIGHTS} means training from scratch; use another "
-            "name"
+            "name",
+            code="run-name",
         )
     if not re.fullmatch(r"[\w.-]+", name) or "__" in name or name.startswith("."):
         raise UsageError(
-            f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot"
+            f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot",
+            code="run-name",
         )
 
 
@@ -138,24 +140,31 @@ def read_card(folder: Path) -> EncoderCard:
     """Read ``encoder.json`` from a run's folder.
 
     Raises:
-        WeightsError: it is missing, unreadable, or of a newer format.
+        WeightsError: it is missing, unreadable, of a newer format, or describes no possible
+            encoder.
     """
     path = folder / CARD_NAME
     if not path.is_file():
-        raise WeightsError(f"{folder} holds no {CARD_NAME}; has its pretraining finished?")
-    try:
-        return _checked(
-            from_jsonable(EncoderCard, read_json(path, max_bytes=MAX_CARD_BYTES), str(path)), path
+        raise WeightsError(
+            f"{folder} holds no {CARD_NAME}; has its pretraining finished?", code="card-missing"
         )
+
+    try:
+        content = read_json(path, max_bytes=MAX_CARD_BYTES)
+        card = from_jsonable(EncoderCard, content, str(path))
     except PlanError as error:
-        raise WeightsError(str(error)) from error
+        raise WeightsError(str(error), code="card-unreadable") from error
+
+    _check_magnitudes(card, path)
+    _check_consistency(card, path)
+    return card
 
 
-def _refuse_huge(card: EncoderCard, path: Path) -> None:
+def _check_magnitudes(card: EncoderCard, path: Path) -> None:
     """Refuse numbers that no encoder has: a network built from them would take all memory.
 
     Raises:
-        WeightsError: a number is too large or not finite, or a list too long.
+        WeightsError: a number is too large or not finite, or a list too long (code "card-huge").
     """
     values: list[tuple[str, object]] = [
         ("arguments", card.arguments),
@@ -164,34 +173,43 @@ def _refuse_huge(card: EncoderCard, path: Path) -> None:
         ("spacing_mm", list(card.spacing_mm)),
         ("num_input_channels", card.num_input_channels),
     ]
+
+    # A stack instead of recursion: a hostile file may be nested deeper than Python can recurse.
     num_seen = 0
     while values:
         key, value = values.pop()
         num_seen += 1
-        if key.count("[") + key.count(".") > MAX_LEVELS:
+
+        num_levels = key.count("[") + key.count(".")
+        if num_levels > MAX_LEVELS:
             raise WeightsError(
-                f"{path}: arguments has more than {MAX_LEVELS} levels; restore the file"
+                f"{path}: arguments has more than {MAX_LEVELS} levels; restore the file",
+                code="card-huge",
             )
         if num_seen > MAX_VALUES:
             raise WeightsError(
-                f"{path}: arguments has more than {MAX_VALUES} values; restore the file"
+                f"{path}: arguments has more than {MAX_VALUES} values; restore the file",
+                code="card-huge",
             )
+
         if isinstance(value, dict):
             values += [(f"{key}.{name}", inner) for name, inner in value.items()]
         elif isinstance(value, list):
             values += [(f"{key}[{number}]", inner) for number, inner in enumerate(value)]
         elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+            # NaN fails both comparisons, so that it is refused here too.
             raise WeightsError(
                 f"{path}: {key} is larger than any encoder's, at most {MAX_NUMBER:,}; restore the "
-                "file"
+                "file",
+                code="card-huge",
             )
 
-    parameters = _rough_parameters(card.arguments)
-    if parameters > MAX_PARAMETERS:
+    num_parameters = _rough_parameters(card.arguments)
+    if num_parameters > MAX_PARAMETERS:
         raise WeightsError(
-            f"{path}: arguments describe a network of about {parameters:.0e} parameters, at most "
-            f"{MAX_PARAMETERS:.0e} are "
-            "possible here; restore the file"
+            f"{path}: arguments describe a network of about {num_parameters:.0e} parameters, at "
+            f"most {MAX_PARAMETERS:.0e} are possible here; restore the file",
+            code="card-huge",
         )
 
 
@@ -200,51 +218,66 @@ def _rough_parameters(arguments: dict[str, Any]) -> float:
 
     It is 0 where they have no known form.
     """
+    # A transformer layer has at least its four projections of width x width.
     width, depth = arguments.get("embed_dim"), arguments.get("eva_depth")
     if isinstance(width, int) and isinstance(depth, int):
         return 4.0 * width * width * depth
-    features, blocks = arguments.get("features_per_stage"), arguments.get("n_blocks_per_stage")
-    if not isinstance(features, list) or not isinstance(blocks, list):
+
+    features = arguments.get("features_per_stage")
+    num_blocks = arguments.get("n_blocks_per_stage")
+    if not isinstance(features, list) or not isinstance(num_blocks, list):
         return 0.0
-    pairs = zip(features, blocks, strict=False)
-    return sum(27.0 * f * f * n for f, n in pairs if isinstance(f, int) and isinstance(n, int))
+
+    # A residual block has at least one convolution with a kernel of 3 x 3 x 3 = 27.
+    total = 0.0
+    for width, number in zip(features, num_blocks, strict=False):
+        if isinstance(width, int) and isinstance(number, int):
+            total += 27.0 * width * width * number
+    return total
 
 
-def _checked(card: EncoderCard, path: Path) -> EncoderCard:
-    _refuse_huge(card, path)
-    groups = (
-        value for group in card.spacing_groups for value in (*group.native_mm, *group.spacing_mm)
-    )
-    sizes = (
-        *groups,
+def _check_consistency(card: EncoderCard, path: Path) -> None:
+    """Refuse a card whose values contradict each other.
+
+    Raises:
+        WeightsError: they do (code "card-invalid").
+    """
+    sizes: list[float] = [
         *card.token_size_vox,
         *card.crop_size_vox,
         *card.spacing_mm,
         card.num_input_channels,
-    )
+    ]
+    for group in card.spacing_groups:
+        sizes += [*group.native_mm, *group.spacing_mm]
     if not all(value > 0 for value in sizes):
         raise WeightsError(
             f"{path}: token size, crop size, spacing and channels have to be greater than 0; "
-            "restore the file"
+            "restore the file",
+            code="card-invalid",
         )
+
     decoder = card.adaptation.keys_to_decoder
     if decoder and set(decoder) != set(DECODER_PREFIXES):
         raise WeightsError(
             f"{path}: adaptation.keys_to_decoder is {list(decoder)}; only "
-            f"{list(DECODER_PREFIXES)}, or nothing, can be "
-            "transferred: restore the file"
+            f"{list(DECODER_PREFIXES)}, or nothing, can be transferred: restore the file",
+            code="card-invalid",
         )
+
     try:
         missing = missing_arguments(card.class_path, card.arguments)
     except PlanError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{path}: {error}", code="card-invalid") from error
     if missing:
-        raise WeightsError(f"{path}: arguments lacks {', '.join(missing)}; restore the file")
+        raise WeightsError(
+            f"{path}: arguments lacks {', '.join(missing)}; restore the file", code="card-invalid"
+        )
+
     try:
         grid_of(card.crop_size_vox, card.token_size_vox)
     except ValueError as error:
-        raise WeightsError(f"{path}: crop_size_vox: {error}") from error
-    return card
+        raise WeightsError(f"{path}: crop_size_vox: {error}", code="card-invalid") from error
 
 
 def verify_weights(weights: Path, sha256: str) -> None:
@@ -254,11 +287,15 @@ def verify_weights(weights: Path, sha256: str) -> None:
         WeightsError: it is missing or its bytes differ.
     """
     if not weights.is_file():
-        raise WeightsError(f"the weights {weights} do not exist; put the file back, or plan again")
+        raise WeightsError(
+            f"the weights {weights} do not exist; put the file back, or plan again",
+            code="weights-missing",
+        )
+
     found = sha256_of(weights)
     if found != sha256:
         raise WeightsError(
             f"{weights} has sha256 {found[:12]}..., {sha256[:12]}... was expected: the file is "
-            "damaged or was replaced; "
-            "restore it, or plan again"
+            "damaged or was replaced; restore it, or plan again",
+            code="weights-changed",
         )

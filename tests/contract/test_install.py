@@ -241,13 +241,16 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert archive.read(bridge.PTH_NAME).decode() == bridge.PTH_LINE
+
     assert {
         "nnunet_autoreg/trainers/__init__.py",
         "nnunet_autoreg/planners/__init__.py",
         "nnunet_autoreg/bridge.py",
         "nnunet_autoreg/report/page.html",
     } <= set(names)
+
     tops = {name.split("/")[0] for name in names}
+
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "nnunet_autoreg",
         bridge.PTH_NAME,
@@ -267,10 +270,13 @@ def test_stock_and_our_names_are_found_also_in_spawned_workers(installed: Enviro
 
 def test_the_switch_leaves_stock_nnunet_as_it_is(installed: Environment) -> None:
     off = {bridge.SWITCH: "0"}
+
     assert installed.start(**off) == "False []"
+
     answer = installed.look_up(
         "AutoregPlanner", "AutoregPretrainedTrainer", "ExperimentPlanner", **off
     )
+
     assert answer["AutoregPlanner"] is None
     assert answer["AutoregPretrainedTrainer"].startswith(
         "RuntimeError: Could not find requested nnunet trainer"
@@ -289,8 +295,11 @@ def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(
     disposable: Environment, broken: str
 ) -> None:
     (disposable.site_packages / "nnunet_autoreg" / broken).write_text("def (:\n")
+
     assert disposable.start() == "False []"
+
     answer = disposable.look_up("ExperimentPlanner", "nnUNetTrainer_5epochs")
+
     assert answer["ExperimentPlanner"] == FOUND["ExperimentPlanner"]
     assert answer["nnUNetTrainer_5epochs"] == FOUND["nnUNetTrainer_5epochs"]
 
@@ -302,8 +311,10 @@ def test_a_broken_trainer_of_ours_gives_a_clear_error_for_our_name_only(
         "import no_such_thing\n"
     )
     assert disposable.start() == "True []"
+
     answer = disposable.look_up("AutoregPretrainedTrainer", "nnUNetTrainer_5epochs")
     assert answer["nnUNetTrainer_5epochs"] == FOUND["nnUNetTrainer_5epochs"]
+
     refusal = answer["AutoregPretrainedTrainer"]
     assert refusal.startswith("ImportError: 'AutoregPretrainedTrainer'")
     assert "no_such_thing" in refusal
@@ -312,7 +323,9 @@ def test_a_broken_trainer_of_ours_gives_a_clear_error_for_our_name_only(
 
 def test_uninstalling_removes_the_package_the_pth_and_the_hook(disposable: Environment) -> None:
     assert disposable.start() == "True []"
+
     disposable.pip("uninstall", "--yes", "nnunet-autoreg")
+
     assert disposable.start() == "False []"
     assert [
         entry.name for entry in disposable.site_packages.iterdir() if "autoreg" in entry.name
@@ -327,6 +340,7 @@ def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
         "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source
     )
     doctor = environment.python.parent / "autoreg_doctor"
+
     assert environment.start() == "False []"
     assert environment.run(doctor, "--link").returncode == 0
     assert environment.start() == "True []"
@@ -385,8 +399,11 @@ def test_an_editable_nnunet_stays_whole_and_finds_us(
         "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", nnunet_checkout
     )
     environment.pip("install", "--no-deps", "--no-index", wheel)
+
     assert environment.start() == "True []"
+
     answer = environment.look_up(*OURS, *STOCK, flag="--spawn")
+
     assert answer["nnunetv2"] == str(nnunet_checkout / "nnunetv2")
     assert {name: answer[name] for name in FOUND} == FOUND
     assert answer["spawned"] == FOUND["AutoregPlanner"]

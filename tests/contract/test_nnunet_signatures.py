@@ -92,6 +92,7 @@ def test_a_borrowed_signature_is_as_we_know_it(where: str) -> None:
     found = " ".join(
         p.name + ("" if p.default is inspect.Parameter.empty else "=") for p in parameters
     )
+
     assert found == SIGNATURES[where]
     assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
 
@@ -118,6 +119,7 @@ def test_primus_names_the_parts_that_a_weight_contract_needs() -> None:
         eva_numheads=4,
         input_shape=(16, 16, 16),
     )
+
     assert (network.key_to_encoder, network.key_to_stem) == ("eva", "down_projection")
     assert (network.keys_to_in_proj, network.key_to_lpe) == (
         ("down_projection.proj",),

@@ -19,9 +19,7 @@ from nnunet_autoreg.corpus.rows import read_index
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def test_an_edited_plan_with_an_unknown_key_or_a_wrong_type_is_refused_and_nothing_is_touched(
-    home, base
-):
+def test_an_edited_plan_with_a_wrong_key_or_type_is_refused(home, base):
     original = (base / "plan.json").read_text()
     edits = (
         ('"lr":', '"learning_rate":', "unknown key 'learning_rate'"),
@@ -45,9 +43,7 @@ def test_an_edited_plan_with_an_unknown_key_or_a_wrong_type_is_refused_and_nothi
         ("encoder.token_size_vox=4,4,4", "encoder.token_size_vox"),
     ],
 )
-def test_a_nonsense_setting_is_refused_before_anything_is_planned_so_that_the_name_stays_free(
-    home, setting, said
-):
+def test_a_nonsense_setting_is_refused_before_anything_is_planned(home, setting, said):
     home.refused(home.pretrain("nonsense", settings=[setting]), 2, said)
     assert not (home.folder("nonsense") / "plan.json").exists()
 
@@ -104,6 +100,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_is_continued(home, ba
     latest = base / "checkpoint_latest.pth"
     latest.write_bytes(latest.read_bytes()[:1000])
     longer = home.pretrain("base", steps="5")
+
     assert longer.returncode == 0, longer.stderr
     assert (
         "checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 3"
@@ -112,31 +109,35 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_is_continued(home, ba
     assert "continuing after step 3 of 5" in longer.stderr
 
 
-def test_where_all_checkpoints_are_truncated_the_run_is_refused_and_nothing_is_touched(home, base):
+def test_a_run_with_only_truncated_checkpoints_is_refused_and_left_alone(home, base):
     for path in base.glob("checkpoint_*.pth"):
         path.write_bytes(path.read_bytes()[:1000])
     before = home.bytes_of(base)
+
     home.refused(
         home.pretrain("base", steps="5"), 1, "checkpoint_latest.pth", "move the checkpoints away"
     )
     assert home.bytes_of(base) == before
 
 
-def test_what_a_kill_while_a_checkpoint_is_written_leaves_does_no_harm_and_is_swept(home, base):
+def test_half_written_checkpoints_of_a_killed_run_are_harmless_and_removed(home, base):
     (base / "checkpoint_latest.pth").rename(base / ".checkpoint_latest.pth.1.tmp")
     (base / ".checkpoint_latest.pth.1.tmp").write_bytes(b"half")
     (base / "encoder.json").unlink()
     expected = (base / "encoder.safetensors").read_bytes()
+
     again = home.pretrain("base")
+
     assert again.returncode == 0, again.stderr
     assert (base / "encoder.safetensors").read_bytes() == expected
     assert not list(base.glob(".*.tmp"))
 
 
-def test_a_finished_run_whose_weights_were_deleted_writes_the_same_weights_again(home, base):
+def test_a_finished_run_writes_deleted_weights_again(home, base):
     expected = (base / "encoder.safetensors").read_bytes()
     (base / "encoder.safetensors").unlink()
     again = home.pretrain("base")
+
     assert again.returncode == 0, again.stderr
     assert (base / "encoder.safetensors").read_bytes() == expected
 
@@ -145,42 +146,44 @@ def test_an_edited_encoder_json_of_a_finished_run_is_named_in_one_line(home, bas
     card = json.loads((base / "encoder.json").read_text())
     del card["num_steps"]
     (base / "encoder.json").write_text(json.dumps(card))
+
     before = home.bytes_of(base)
+
     home.refused(home.pretrain("base"), 1, "encoder.json", "num_steps")
     assert home.bytes_of(base) == before
 
 
-def test_a_checkpoint_whose_plan_was_removed_is_not_continued_with_other_settings(home, base):
+def test_a_checkpoint_without_its_plan_keeps_its_settings(home, base):
     (base / "plan.json").unlink()
     kept = {
         name: content
         for name, content in home.bytes_of(base).items()
         if name.startswith(("checkpoint", "encoder"))
     }
+
     home.refused(home.pretrain("base", "--seed", "1"), 2, "seed: 0 -> 1")
     assert {name: content for name, content in home.bytes_of(base).items() if name in kept} == kept
 
 
-def test_a_lost_scans_csv_does_not_let_other_settings_continue_the_checkpoint(home, base):
+def test_without_scans_csv_other_settings_cannot_continue_a_checkpoint(home, base):
     (base / "scans.csv").unlink()
     before = home.bytes_of(base)
     home.refused(home.pretrain("base", "--seed", "1"), 2, "seed: 0 -> 1")
     assert {name: home.bytes_of(base)[name] for name in before} == before
 
 
-def test_a_run_continues_after_its_scans_moved_away_because_the_store_has_them(home, base):
+def test_a_run_continues_from_the_store_after_its_scans_moved_away(home, base):
     away = (home.root / "größere Klinik").rename(home.root / "elsewhere")
     try:
         longer = home.pretrain("base", steps="5")
     finally:
         away.rename(home.root / "größere Klinik")
+
     assert longer.returncode == 0, longer.stderr
     assert "continuing after step 4 of 5" in longer.stderr
 
 
-def test_scans_that_vanish_before_preprocessing_end_the_run_and_it_goes_on_when_they_are_back(
-    home, tmp_path
-):
+def test_a_run_without_its_scans_ends_and_continues_when_they_are_back(home, tmp_path):
     scans = tmp_path / "usb disk"
     scans.mkdir()
     image = SimpleITK.GetImageFromArray(
@@ -188,8 +191,10 @@ def test_scans_that_vanish_before_preprocessing_end_the_run_and_it_goes_on_when_
     )
     SimpleITK.WriteImage(image, str(scans / "scan.nii.gz"))
     assert home.pretrain("unplugged", "--dry-run", scans=scans).returncode == 0
+
     (scans / "scan.nii.gz").rename(tmp_path / "scan.nii.gz")
     home.refused(home.pretrain("unplugged", scans=scans), 1, "none of 1 scans")
+
     (tmp_path / "scan.nii.gz").rename(scans / "scan.nii.gz")
     again = home.pretrain("unplugged", scans=scans)
     assert again.returncode == 0, again.stderr
@@ -205,11 +210,15 @@ def test_files_that_cannot_be_opened_are_left_out_with_their_reason(home, tmp_pa
         shutil.copy(scans / "Kopf groß 1.nii.gz", scans / "locked.nii.gz")
         (scans / "locked.nii.gz").chmod(0)
         wanted["locked"] = "permission denied"
+
     done = home.pretrain("unreadable", "--dry-run", scans=scans)
+
     assert done.returncode == 0, done.stderr
     assert f"{len(wanted)} unreadable" in done.stderr
+
     found = read_index(home.folder("unreadable") / "scans.csv")
     rows = {Path(row.source).name.partition(".")[0]: row for row in found}
+
     assert rows["Kopf groß 1"].status == "ok"
     assert all(
         rows[name].status == "unreadable" and words in rows[name].reason
@@ -220,14 +229,17 @@ def test_files_that_cannot_be_opened_are_left_out_with_their_reason(home, tmp_pa
 def test_folders_that_cannot_be_written_are_named_in_one_line(home, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/autoreg_pretraining").write_text("a file is in the way")
+
     home.refused(
         home.pretrain("x", nnUNet_results=tmp_path / "results"),
         1,
         "autoreg_pretraining",
         "cannot be written",
     )
+
     (tmp_path / "preprocessed").mkdir()
     (tmp_path / "preprocessed/autoreg_store").write_text("a file is in the way")
+
     home.refused(
         home.pretrain("no_store", nnUNet_preprocessed=tmp_path / "preprocessed"),
         2,
@@ -236,9 +248,7 @@ def test_folders_that_cannot_be_written_are_named_in_one_line(home, tmp_path):
     assert (tmp_path / "preprocessed/autoreg_store").read_text() == "a file is in the way"
 
 
-def test_a_second_run_in_the_folder_is_refused_and_sigterm_in_the_first_steps_saves_the_state(
-    home, tmp_path
-):
+def test_a_second_run_in_the_folder_is_refused_and_sigterm_saves_the_state(home, tmp_path):
     quiet = ["run.checkpoint_every=100000", "run.log_every=100000"]
     command = home.line("shared", steps="600", settings=quiet)
     process = home.started(command, tmp_path / "log", lambda text: "/600 [" in text)
@@ -246,10 +256,12 @@ def test_a_second_run_in_the_folder_is_refused_and_sigterm_in_the_first_steps_sa
     process.send_signal(signal.SIGTERM)
     code = process.wait()
     home.refused(second, 1, "another process is working in", "another --name")
+
     text = (tmp_path / "log").read_text()
     assert code == 130, text[-2000:]
     assert "Traceback" not in text
     assert "the state is saved: type the same line again to continue" in text.splitlines()[-1]
+
     again = home.typed(command)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "continuing after step" in again.stderr
@@ -266,9 +278,7 @@ def alive(group):
     ]
 
 
-def test_a_kill_during_preprocessing_leaves_no_process_behind_and_the_same_line_goes_on(
-    home, tmp_path
-):
+def test_a_kill_during_preprocessing_leaves_no_process_behind(home, tmp_path):
     scans = tmp_path / "many"
     scans.mkdir()
     for number in range(3):
@@ -291,10 +301,13 @@ def test_a_kill_during_preprocessing_leaves_no_process_behind_and_the_same_line_
     finally:
         for pid in alive(process.pid):
             os.kill(pid, signal.SIGKILL)
+
     assert left == []
+
     done = set(store.rglob("*.b2nd")) - before
     when = {path: path.stat().st_mtime_ns for path in done}
     again = home.typed(command)
+
     assert again.returncode == 0, again.stderr
     assert len(set(store.rglob("*.b2nd")) - before) == 3
     assert {path: path.stat().st_mtime_ns for path in done} == when

@@ -20,7 +20,9 @@ def test_forgotten_plans_end_in_one_line_with_and_without_stock_plans(home, plan
         "-p AutoregPlans",
         "-pl AutoregPlanner",
     )
+
     assert home.dataset in said
+
     stock = planned.with_name("nnUNetPlans.json")
     content = {
         key: value for key, value in json.loads(planned.read_text()).items() if key != "autoreg"
@@ -61,6 +63,7 @@ def test_planning_with_weights_whose_card_was_edited_ends_in_one_line(home, plan
     before = plans.read_bytes()
     good = (home.folder() / "encoder.safetensors").read_bytes()
     odd = Path(home.with_card(home.root / "odd card", good, version="one", arguments={})).parent
+
     home.refused(home.plan_again(odd), 1, "encoder.json", "version")
     assert plans.read_bytes() == before
 
@@ -86,9 +89,7 @@ def test_training_with_weights_of_another_shape_ends_in_one_line(home, plans, ba
     home.refused(home.train(), 1, key, "(40, 48)", "(48, 48)")
 
 
-def test_training_that_was_killed_and_training_that_is_finished_go_on_with_c(
-    home, planned, tmp_path
-):
+def test_killed_and_finished_trainings_continue_with_c(home, planned, tmp_path):
     fold = (
         home.root
         / "nnUNet_results"
@@ -113,12 +114,16 @@ def test_training_that_was_killed_and_training_that_is_finished_go_on_with_c(
     )
     process.kill()
     process.wait()
+
     continued = home.train("--c")
+
     assert continued.returncode == 0, continued.stderr[-2000:]
     assert "Epoch 1" in continued.stdout
     assert "Epoch 0" not in continued.stdout
     assert "encoder weights from" not in continued.stdout
+
     finished = home.train("--c")
+
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "Epoch 1" not in finished.stdout
     assert "Mean Validation Dice" in finished.stdout

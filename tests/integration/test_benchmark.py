@@ -71,9 +71,11 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     out = root / "out"
     done = typed(root, *LINE, "-o", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
+
     lines = [json.loads(text) for text in (out / "runs.jsonl").read_text().splitlines()]
     by_arm = {line["arm"]: line for line in lines}
     assert list(by_arm) == ["pretrained", "masked", "scratch", "stock"] and len(lines) == 4
+
     record = json.loads((out / "benchmark.json").read_text())["division"]
     for line in lines:
         assert sorted(line["dice_per_case"]) == record["test"] and line["num_labelled"] == 2
@@ -82,6 +84,7 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     assert by_arm["pretrained"]["pretraining"]["objective"].startswith("autoregressive")
     assert by_arm["masked"]["pretraining"]["objective"].startswith("masked")
     assert by_arm["scratch"]["pretraining"] is None
+
     masked_run = out / "results/autoreg_pretraining/benchmark_primus_tiny_masked"
     seen = [
         row for row in read_index(masked_run / "scans.csv", is_private=False) if row.status == OK
@@ -90,6 +93,7 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     assert (out / "benchmark.png").stat().st_size > 10_000 and "minus scratch" in (
         out / "table.md"
     ).read_text()
+
     again = typed(root, *LINE, "-o", str(out))
     assert again.returncode == 0 and re.search(r"\b4 of 4 runs\b.*\b0\b", again.stderr)
     assert (
@@ -119,6 +123,7 @@ def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
     ]
     program = str(Path(sys.executable).with_name("autoreg_pretrain"))
     subprocess.run([program, *line], env=environment, capture_output=True, check=True)
+
     done = typed(
         root,
         "-d",
@@ -132,8 +137,11 @@ def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
         "-o",
         str(root / "leaky"),
     )
+
     assert done.returncode == 1
+
     last = done.stderr.strip().splitlines()[-1]
+
     assert (
         last.startswith(
             "autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored"

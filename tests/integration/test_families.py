@@ -234,6 +234,7 @@ def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
     project.plan()
     printed = capsys.readouterr().out
     assert "3d_fullres: patch 32 x 80 x 96, batch 2" in printed
+
     plans = project.plans()
     network = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert network["kernel_sizes"] == [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]
@@ -242,11 +243,14 @@ def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
     assert plans["autoreg"]["reasons"]["recipe.decoder_first_fraction"].startswith(
         "on, the stem is adapted: kernel"
     )
+
     project.shorten(decoder_first_fraction=0.5)
     log = project.train()
     assert "(kernel 3x3x3 -> 1x3x3, summed)" in log
+
     twin = project.train("AutoregScratchTrainer")
     assert "encoder weights from" not in twin
+
     weights = (
         project.checkpoint(trainer)["network_weights"]
         for trainer in (PRETRAINED, "AutoregScratchTrainer")
@@ -297,11 +301,13 @@ def test_a_cascade_of_cnns_starts_its_one_hot_channels_at_zero(
         "3d_fullres",
         "3d_cascade_fullres",
     ]
+
     project.shorten()
     project.train(configuration="3d_lowres", fold="all")
     without_validation(monkeypatch)
     log = project.train(configuration="3d_cascade_fullres", fold="all")
     assert "2 one-hot channels of the cascade start at 0" in log
+
     weight = project.checkpoint(configuration="3d_cascade_fullres", fold="all")["network_weights"][
         "encoder.stem.convs.0.conv.weight"
     ]

@@ -127,8 +127,11 @@ def ends_in_one_line(*values: str) -> Iterator[None]:
 
 def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     plans = read_plans(project)
+
     assert list(plans["configurations"]) == ["3d_fullres"]
+
     full = plans["configurations"]["3d_fullres"]
+
     assert full["data_identifier"] == "AutoregPlans_3d_fullres"
     assert full["patch_size"] == [40, 56, 40]
     assert full["batch_size"] == 2

@@ -41,6 +41,7 @@ def test_ar_ssl4m_is_fine_tuned_by_the_commands_of_nnunet(clinic):
         clinic, "import", str(clinic.root / "ar_ssl4m.pth"), "--heads", "12", "--name", "theirs"
     )
     assert done.returncode == 0, done.stderr
+
     plan = [
         "nnUNetv2_plan_and_preprocess",
         "-d",
@@ -57,11 +58,13 @@ def test_ar_ssl4m_is_fine_tuned_by_the_commands_of_nnunet(clinic):
     done = clinic.typed([clinic.program(plan[0]), *plan[1:]], autoreg_weights="theirs")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "licences of the weights: AR-SSL4M: none stated" in done.stdout
+
     file = clinic.root / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json"
     plans = json.loads(file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     assert configuration["normalization_schemes"] == ["AutoregPercentileNormalization"]
     assert all(side % 16 == 0 for side in configuration["patch_size"])
+
     plans["autoreg"]["recipe"].update(
         num_epochs=1, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1
     )
@@ -70,6 +73,7 @@ def test_ar_ssl4m_is_fine_tuned_by_the_commands_of_nnunet(clinic):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "100.0 % of the encoder's parameters come from the file" in done.stdout
     assert "loaded     44 tensors      728,544 parameters" in done.stdout
+
     shutil.rmtree(clinic.folder("theirs"))
     scans = clinic.root / "scans"
     scans.mkdir()

@@ -119,13 +119,17 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
         store = f"store {point}"
         (place.root / store).mkdir()
     assert place.run(name, point, store) == POINTS[point], place.said(name)[-2000:]
+
     folder = place.folder(name)
     assert not (folder / "encoder.json").exists()
+
     killed = place.said(name)
     assert "Traceback" not in killed, killed[-2000:]
+
     if point == "in a worker":
         assert "a worker process died" in killed.splitlines()[-1]
     assert place.run(name, None, store) == 0, place.said(name)[-2000:]
+
     again = place.said(name)[len(killed) :]
     assert "Traceback" not in again
     assert (folder / "encoder.safetensors").read_bytes() == (
@@ -138,11 +142,13 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
 
 def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole):
     assert place.run("flipped", "export") == -signal.SIGKILL
+
     latest = place.folder("flipped") / "checkpoint_latest.pth"
     data = bytearray(latest.read_bytes())
     data[len(data) // 2] ^= 4
     latest.write_bytes(data)
     assert place.run("flipped") == 0, place.said("flipped")[-2000:]
+
     told = [line for line in place.said("flipped").splitlines() if "its checksum differs" in line]
     assert len(told) == 1
     assert told[0].endswith(
@@ -155,8 +161,10 @@ def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole
 
 def test_two_kills_in_a_row_and_foreign_files_change_nothing(place, whole):
     assert place.run("twice", "in the middle of a step") == -signal.SIGKILL
+
     theirs = place.folder("twice") / "my notes.txt"
     theirs.write_text("keep")
+
     assert place.run("twice", "while writing metrics.jsonl") == -signal.SIGKILL
     assert place.run("twice") == 0
     assert (place.folder("twice") / "encoder.safetensors").read_bytes() == (
@@ -179,6 +187,7 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
         [sys.executable, str(script)], capture_output=True, text=True, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+
     worker, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 10
     while (
         worker.exists()
@@ -187,4 +196,5 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
     ):
         time.sleep(0.1)
     assert not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
+
     shutil.rmtree(tmp_path)

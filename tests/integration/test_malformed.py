@@ -253,267 +253,273 @@ LABELS = np.repeat(np.repeat(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 8, 1
 SHOT = "1.2.840.10008.5.1.4.1.1.7"
 IMAGE_TYPE = "t00080008"
 
-DICOM: dict[str, tuple[Make, str, str]] = {
+DICOM: dict[str, tuple[Make, str, tuple[str, ...]]] = {
     "slice_missing": (
         series(skip=(4,)),
         "slices",
-        "about 1 of 8 slices are missing: the widest gap is 4.00 mm between 6.00 and 10.00 mm, "
-        "the others are 2.00 mm",
+        ("1 of 8", "4.00 mm", "6.00", "10.00 mm", "2.00 mm"),
     ),
     "three_missing": (
         series(skip=(2, 3, 5)),
         "slices",
-        "about 3 of 8 slices are missing: the widest gap is 6.00 mm",
+        ("3 of 8", "6.00 mm"),
     ),
     "uneven": (
         at(0, 2, 4, 6, 8.5, 10.5, 12.5, 14.5),
         "slices",
-        "uneven slices: 2.00 to 2.50 mm apart (widest between 6.00 and 8.50 mm)",
+        ("2.00", "2.50 mm", "6.00", "8.50 mm"),
     ),
     "one_doubled": (
         doubled,
         "slices",
-        "1 of 8 slice positions occur up to 2 times and others 1 (first at 6.00 mm)",
+        ("1 of 8", "2 times", "6.00 mm"),
     ),
     "all_doubled": (
         all_doubled,
         "slices",
-        "each of 8 slice positions occurs 2 times with nothing that tells them apart",
+        ("8 slice", "2 times"),
     ),
-    "tilted": (tilted, "direction", "tilted gantry: the slices are sheared by 14.0 degrees"),
-    "radial": (radial, "slices", "8 slices in 8 orientations or sizes"),
-    "one_slice": (at(0), "not3d", "a single slice (20 x 18 x 1)"),
-    "three_slices": (at(0, 2, 4), "tiny", "20 x 18 x 3 voxels"),
-    "two_patients": (changed(3, t00100020=("LO", "P2")), "slices", "name 2 different patients"),
-    "no_position": (changed(3, t00200032=None), "slices", "does not say where it lies"),
+    "tilted": (tilted, "direction", ("14.0 degrees",)),
+    "radial": (radial, "slices", ("8 slices", "8 orientations")),
+    "one_slice": (at(0), "not3d", ("20 x 18 x 1",)),
+    "three_slices": (at(0, 2, 4), "tiny", ("20 x 18 x 3",)),
+    "two_patients": (changed(3, t00100020=("LO", "P2")), "slices", ("2", "patients")),
+    "no_position": (changed(3, t00200032=None), "slices", ()),
     "position_of_two_numbers": (
         changed(3, t00200032=("DS", "1\\2")),
         "slices",
-        "does not say where it lies",
+        (),
     ),
     "position_in_words": (
         changed(3, t00200032=("DS", "left\\up\\far")),
         "slices",
-        "does not say where it lies",
+        (),
     ),
     "position_nan": (
         changed(3, t00200032=("DS", "nan\\0\\0")),
         "slices",
-        "does not say where it lies",
+        (),
     ),
-    "no_orientation": (series(t00200037=None), "slices", "does not say where it lies"),
+    "no_orientation": (series(t00200037=None), "slices", ()),
     "sheared_axes": (
         series(t00200037=("DS", (1, 0, 0, 0.5, 0.866, 0))),
         "direction",
-        "not at right angles",
+        ("right angles",),
     ),
-    "null_axes": (series(t00200037=("DS", (0, 0, 0, 0, 0, 0))), "direction", "not at right angles"),
-    "no_pixel_spacing": (series(t00280030=None), "spacing", "pixel spacing none mm"),
-    "zero_pixel_spacing": (series(spacing=(0.0, 1.0)), "spacing", "pixel spacing 0, 1 mm"),
-    "negative_pixel_spacing": (series(spacing=(-1.0, 1.0)), "spacing", "pixel spacing -1, 1 mm"),
-    "huge_pixel_spacing": (series(spacing=(900.0, 900.0)), "spacing", "lies outside 0.01 .. 50 mm"),
-    "spacing_in_metres": (series(spacing=(0.001, 0.001)), "spacing", "lies outside 0.01 .. 50 mm"),
-    "anisotropic": (series(step_mm=45.0), "spacing", "anisotropic by 45"),
+    "null_axes": (series(t00200037=("DS", (0, 0, 0, 0, 0, 0))), "direction", ("right angles",)),
+    "no_pixel_spacing": (series(t00280030=None), "spacing", ("none mm",)),
+    "zero_pixel_spacing": (series(spacing=(0.0, 1.0)), "spacing", ("0, 1 mm",)),
+    "negative_pixel_spacing": (series(spacing=(-1.0, 1.0)), "spacing", ("-1, 1 mm",)),
+    "huge_pixel_spacing": (series(spacing=(900.0, 900.0)), "spacing", ("0.01 .. 50 mm",)),
+    "spacing_in_metres": (series(spacing=(0.001, 0.001)), "spacing", ("0.01 .. 50 mm",)),
+    "anisotropic": (series(step_mm=45.0), "spacing", ("45",)),
     "constant": (
         series(array=np.full((8, 18, 20), 5, np.int16)),
         "constant",
-        "every voxel has the value 5",
+        ("5",),
     ),
-    "label_map": (series(array=LABELS.astype(np.int16)), "labelmap", "8 distinct whole numbers"),
+    "label_map": (series(array=LABELS.astype(np.int16)), "labelmap", ("8",)),
     "truncated_pixels": (
         cut("003.dcm", -300, series()),
         "unreadable",
-        "truncated: a file holds 420 of 720 bytes of pixels",
+        ("420 of 720 bytes",),
     ),
     "truncated_header": (
         cut("x.dcm", 400, one_object("2", "CT")),
         "unreadable",
-        "DICOM header cannot be parsed",
+        ("DICOM header",),
     ),
-    "no_pixels": (one_object("2", "CT"), "unreadable", "a slice has no pixels"),
-    "wrong_bytes_in_jpeg2000": (compressed, "unreadable", "can read the pixels"),
-    "overlong_element": (overlong_length, "unreadable", "DICOM header cannot be parsed"),
-    "nested_forever": (nested_forever, "unreadable", "DICOM header cannot be parsed"),
-    "empty_file": (content("x.dcm", b""), "unreadable", "the file is empty"),
+    "no_pixels": (one_object("2", "CT"), "unreadable", ("no pixels",)),
+    "wrong_bytes_in_jpeg2000": (compressed, "unreadable", ("pixels",)),
+    "overlong_element": (overlong_length, "unreadable", ("DICOM header",)),
+    "nested_forever": (nested_forever, "unreadable", ("DICOM header",)),
+    "empty_file": (content("x.dcm", b""), "unreadable", ("empty",)),
     "text_as_dicom": (
         content("x.dcm", b"a letter " * 100),
         "unreadable",
-        "not DICOM: the mark at byte 128",
+        ("not DICOM", "128"),
     ),
     "preamble_alone": (
         content("IM0001", b"\0" * 128 + b"DICM"),
         "unreadable",
-        "DICOM header cannot be parsed",
+        ("DICOM header",),
     ),
-    "no_series_uid": (series(t0020000E=None), "unreadable", "names no series (0020,000E)"),
-    "no_rows": (series(t00280010=None), "unreadable", "a slice of 0 rows and 20 columns"),
-    "colour": (colour, "rgb", "3 values per pixel"),
+    "no_series_uid": (series(t0020000E=None), "unreadable", ("(0020,000E)",)),
+    "no_rows": (series(t00280010=None), "unreadable", ("0 rows", "20 columns")),
+    "colour": (colour, "rgb", ("3",)),
     "localiser": (
         series(**{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\LOCALIZER")}),
         "localizer",
-        "a localiser (scout)",
+        (),
     ),
     "mosaic": (
         series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "ORIGINAL\\PRIMARY\\M\\MOSAIC")}),
         "mosaic",
-        "convert it with dcm2niix",
+        ("dcm2niix",),
     ),
     "reformatted_ct": (
         series(**{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\MPR")}),
         "derived",
-        "derived images (MPR)",
+        ("MPR",),
     ),
     "adc_map": (
         series(sop_class=d.MR, **{IMAGE_TYPE: ("CS", "DERIVED\\PRIMARY\\DIFFUSION\\ADC")}),
         "derived",
-        "derived images (ADC)",
+        ("ADC",),
     ),
-    "secondary_capture": (series(sop_class=SHOT), "secondary", "a secondary capture"),
+    "secondary_capture": (series(sop_class=SHOT), "secondary", ()),
     "rtstruct": (
         one_object("481.3", "RTSTRUCT"),
         "notimage",
-        "RTSTRUCT (contours), no image (1 file)",
+        ("RTSTRUCT", "1 file"),
     ),
-    "rtdose": (one_object("481.2", "RTDOSE"), "notimage", "RTDOSE"),
-    "rtplan": (one_object("481.5", "RTPLAN"), "notimage", "RTPLAN"),
-    "seg": (one_object("66.4", "SEG"), "labels", "SEG (a segmentation)"),
-    "sr": (one_object("88.33", "SR"), "notimage", "SR"),
-    "pr": (one_object("11.1", "PR"), "notimage", "PR"),
-    "ko": (one_object("88.59", "KO"), "notimage", "KO"),
-    "pdf": (one_object("104.1", "DOC"), "notimage", "an encapsulated document"),
-    "ultrasound": (one_object("6.1", "US"), "notimage", "a DICOM object of US"),
+    "rtdose": (one_object("481.2", "RTDOSE"), "notimage", ("RTDOSE",)),
+    "rtplan": (one_object("481.5", "RTPLAN"), "notimage", ("RTPLAN",)),
+    "seg": (one_object("66.4", "SEG"), "labels", ("SEG",)),
+    "sr": (one_object("88.33", "SR"), "notimage", ("SR",)),
+    "pr": (one_object("11.1", "PR"), "notimage", ("PR",)),
+    "ko": (one_object("88.59", "KO"), "notimage", ("KO",)),
+    "pdf": (one_object("104.1", "DOC"), "notimage", ("document",)),
+    "ultrasound": (one_object("6.1", "US"), "notimage", ("US",)),
     "unknown_modality": (
         one_object("999", "DOE JOHN"),
         "notimage",
-        "a DICOM object of another kind",
+        (),
     ),
     "enhanced_without_positions": (
         enhanced(8, 8, t52009230=None),
         "slices",
-        "8 frames without the position of each",
+        ("8 frames",),
     ),
     "enhanced_with_too_few_positions": (
         enhanced(6, 8),
         "slices",
-        "8 frames that gives positions for 6",
+        ("8 frames", "6"),
     ),
 }
 
-FILES: dict[str, tuple[Make, str, str]] = {
-    "zip_slip": (zip_of(("../../evil.nii.gz", b"x")), "unreadable", "leads out of it"),
-    "zip_absolute": (zip_of(("/etc/evil.nii.gz", b"x")), "unreadable", "leads out of it"),
-    "zip_bomb": (zip_of(("bomb.nii", bytes(80 << 20))), "unreadable", "as zip bombs do"),
-    "zip_text": (content("x.zip", b"no archive " * 50), "unreadable", "not a zip archive"),
+FILES: dict[str, tuple[Make, str, tuple[str, ...]]] = {
+    "zip_slip": (zip_of(("../../evil.nii.gz", b"x")), "unreadable", ("/ or ..",)),
+    "zip_absolute": (zip_of(("/etc/evil.nii.gz", b"x")), "unreadable", ("/ or ..",)),
+    "zip_bomb": (zip_of(("bomb.nii", bytes(80 << 20))), "unreadable", ("zip bomb",)),
+    "zip_text": (content("x.zip", b"no archive " * 50), "unreadable", ("zip archive",)),
     "zip_cut": (
         cut("x.zip", -40, zip_of(("a.nii.gz", b"x" * 500))),
         "unreadable",
-        "not a zip archive, or a damaged one",
+        ("zip archive",),
     ),
-    "zip_encrypted": (encrypted, "unreadable", "encrypted with a password"),
-    "zip_damaged_member": (damaged_member, "unreadable", "damaged in the archive"),
-    "zip_empty_scan": (zip_of(("a.nii.gz", b"")), "unreadable", "the file is empty"),
-    "zip_text_scan": (zip_of(("a.nii.gz", b"a letter")), "unreadable", "not gzip"),
-    "zip_nothing": (zip_of(("a.txt", b"x")), "ignored", "no image endings: 1 .txt"),
-    "zip_in_zip": (zip_of(("inner.zip", b"x")), "ignored", "1 .zip"),
-    "zip_mhd": (zip_of(("a.mhd", b"x")), "ignored", "unpack the archive"),
+    "zip_encrypted": (encrypted, "unreadable", ("password",)),
+    "zip_damaged_member": (damaged_member, "unreadable", ("archive",)),
+    "zip_empty_scan": (zip_of(("a.nii.gz", b"")), "unreadable", ("empty",)),
+    "zip_text_scan": (zip_of(("a.nii.gz", b"a letter")), "unreadable", ("gzip",)),
+    "zip_nothing": (zip_of(("a.txt", b"x")), "ignored", ("1 .txt",)),
+    "zip_in_zip": (zip_of(("inner.zip", b"x")), "ignored", ("1 .zip",)),
+    "zip_mhd": (zip_of(("a.mhd", b"x")), "ignored", ()),
     "nifti_dims": (
         nifti((40, "8h", (3, 20, 0, 8, 1, 1, 1, 1))),
         "unreadable",
-        "impossible dimensions",
+        ("dimensions",),
     ),
     "nifti_negative_dims": (
         nifti((40, "8h", (3, 20, -18, 8, 1, 1, 1, 1))),
         "unreadable",
-        "impossible dimensions",
+        ("dimensions",),
     ),
     "nifti_dims_beyond_file": (
         nifti((40, "8h", (3, 20, 18, 800, 1, 1, 1, 1))),
         "unreadable",
-        "truncated",
+        ("truncated",),
     ),
     "nifti_nan_spacing": (
         nifti((76, "4f", (1, 1, float("nan"), 2))),
         "spacing",
-        "must be positive",
+        ("nan",),
     ),
-    "nifti_wrong_mark": (nifti((0, "i", (999,))), "unreadable", "not a NIfTI image"),
+    "nifti_wrong_mark": (nifti((0, "i", (999,))), "unreadable", ("NIfTI",)),
     "nifti_gz_of_text": (
         content("a.nii.gz", gzip.compress(b"a letter " * 99)),
         "unreadable",
-        "not a NIfTI image",
+        ("NIfTI",),
     ),
     "nifti_4d": (
         image("a.nii.gz", np.stack([d.volume()] * 3).astype(np.float32)),
         "4d",
-        "3 volumes (20 x 18 x 8 x 3); --split-4d takes",
+        ("20 x 18 x 8 x 3", "--split-4d"),
     ),
-    "nifti_nan": (image("a.nii.gz", NAN), "nonfinite", "1 of 2880 voxels"),
-    "nifti_labels": (image("a.nii.gz", LABELS), "labelmap", "8 distinct whole numbers"),
-    "nifti_dseg": (image("sub-1_dseg.nii.gz", d.volume()), "labels", "1 label map by name"),
-    "nrrd_nan": (image("a.nrrd", NAN), "nonfinite", "1 of 2880 voxels"),
+    "nifti_nan": (image("a.nii.gz", NAN), "nonfinite", ("1 of 2880",)),
+    "nifti_labels": (image("a.nii.gz", LABELS), "labelmap", ("8",)),
+    "nifti_dseg": (image("sub-1_dseg.nii.gz", d.volume()), "labels", ()),
+    "nrrd_nan": (image("a.nrrd", NAN), "nonfinite", ("1 of 2880",)),
     "nrrd_rgb": (
         image("a.nrrd", np.stack([d.volume()] * 3, -1), vector=True),
         "rgb",
-        "3 values per voxel",
+        ("3",),
     ),
     "nrrd_no_such_type": (
         text_header("a.nrrd", "type: short", "type: stone"),
         "unreadable",
-        "a damaged NRRD file",
+        ("NRRD",),
     ),
     "nrrd_cut_header": (
         cut("a.nrrd", 60, image("a.nrrd", d.volume())),
         "unreadable",
-        "a damaged NRRD file",
+        ("NRRD",),
     ),
     "mha_constant": (
         image("a.mha", np.zeros((8, 18, 20), np.int16)),
         "constant",
-        "every voxel has the value 0",
+        ("0",),
     ),
     "mha_zero_spacing": (
         text_header("a.mha", "ElementSpacing = 1 1 2", "ElementSpacing = 0 1 2"),
         "spacing",
-        "voxel size 2, 1, 0 mm",
+        ("2, 1, 0 mm",),
     ),
     "mha_unknown_type": (
         text_header("a.mha", "MET_SHORT", "MET_STONE"),
         "unreadable",
-        "SimpleITK cannot read it",
+        ("SimpleITK",),
     ),
-    "mha_slice": (image("a.mha", d.volume(1)), "not3d", "a single slice"),
+    "mha_slice": (image("a.mha", d.volume(1)), "not3d", ()),
     "mhd_no_data": (
         content(
             "a.mhd",
             b"NDims = 3\nDimSize = 8 8 8\nElementType = MET_SHORT\nElementDataFile = gone.raw\n",
         ),
         "unreadable",
-        "the data file that the header names is missing",
+        ("data file",),
     ),
 }
 
 
+def check_row(pool: Path, status: str, named: tuple[str, ...]) -> None:
+    """Expect one row of this status, whose reason is one line and names all the values."""
+    rows = seen(pool)
+    assert len(rows) == 1, rows
+
+    found_status, reason = rows[0]
+    assert found_status == status, rows
+    assert "\n" not in reason
+    missing = [value for value in named if value not in reason]
+    assert not missing, f"{missing} are not named in: {reason}"
+
+
 @pytest.mark.parametrize("case", DICOM)
 def test_malformed_dicom_gets_one_row_with_its_reason(tmp_path: Path, case: str) -> None:
-    make, status, reason = DICOM[case]
+    make, status, named = DICOM[case]
     make(tmp_path / "pool")
-    rows = seen(tmp_path / "pool")
-    assert (
-        rows
-        and {r[0] for r in rows} == {status}
-        and all(reason in r[1] and "\n" not in r[1] for r in rows)
-    ), rows
-    assert len(rows) == 1
+
+    check_row(tmp_path / "pool", status, named)
 
 
 @pytest.mark.parametrize("case", FILES)
 def test_malformed_files_and_archives_get_one_row_with_their_reason(
     tmp_path: Path, case: str
 ) -> None:
-    make, status, reason = FILES[case]
+    make, status, named = FILES[case]
     make(tmp_path / "pool")
-    (row,) = seen(tmp_path / "pool")
-    assert row[0] == status and reason in row[1] and "\n" not in row[1]
+
+    check_row(tmp_path / "pool", status, named)
     assert not list(tmp_path.parent.rglob("evil*"))
 
 
@@ -582,6 +588,7 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
     plant(tmp_path / "pool")
+
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -601,8 +608,10 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
         "--device",
         "cpu",
     ]
+
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
     folder = tmp_path / "nnUNet_results/autoreg_pretraining/private"
     with (folder / "scans.csv").open(encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
@@ -618,6 +627,7 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
         "unreadable",
         "unreadable",
     ]
+
     texts = [",".join(v for k, v in row.items() if k != "source") for row in rows]
     others = [
         p
@@ -625,9 +635,11 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
         if p.is_file() and "pool" not in p.parts and p.name not in (PRIVATE_NAME, "x.dcm")
     ]
     assert {"plan.json", "fingerprint.json"} <= {p.name for p in others}
+
     texts += [p.read_bytes().decode("latin-1") for p in others] + [done.stdout, done.stderr]
     for word in PLANTED:
         assert not [text for text in texts if word.lower() in text.lower()], word
+
     sources = {row.source for row in read_index(folder / "scans.csv")}
     assert all(Path(source).exists() for source in sources), (
         "the private file has the user's own paths, as typed and found"

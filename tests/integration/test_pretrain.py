@@ -153,15 +153,19 @@ def test_a_killed_run_continues_to_the_same_bytes(workplace):
 
 def test_other_settings_are_refused_and_more_steps_are_not(workplace):
     assert run(workplace, "a", "--steps", "3", *SMALL).returncode == 0
+
     other = run(workplace, "a", "--steps", "3", "--seed", "1", *SMALL)
     assert other.returncode == 2
     assert "seed: 0 -> 1" in other.stderr
+
     fewer = run(workplace, "a", "--steps", "2", *SMALL)
     assert fewer.returncode == 2
     assert "num_steps: 3 -> 2" in fewer.stderr
+
     longer = run(workplace, "a", "--steps", "5", *SMALL)
     assert longer.returncode == 0, longer.stderr
     assert json.loads((folder_of(workplace, "a") / "encoder.json").read_text())["num_steps"] == 5
+
     plan_file = folder_of(workplace, "a") / "plan.json"
     plan_file.write_text(
         plan_file.read_text().replace('"variance_floor": 0.01', '"variance_floor": 0.5')
@@ -174,6 +178,7 @@ def test_other_settings_are_refused_and_more_steps_are_not(workplace):
 def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workplace):
     dry = run(workplace, "dry", "--steps", "2", "--dry-run", *SMALL)
     assert dry.returncode == 0, dry.stderr
+
     left = folder_of(workplace, "dry")
     made = {p.name for p in left.iterdir() if not p.name.startswith((".", "training_log"))}
     assert made == {
@@ -184,23 +189,28 @@ def test_a_dry_run_stops_after_plan_and_index_and_an_edited_plan_is_obeyed(workp
         "fingerprint.json",
         "fingerprint.png",
     }
+
     plan_file = left / "plan.json"
     plan_file.write_text(plan_file.read_text().replace('"lr": 0.0005', '"lr": 0.00025'))
     assert run(workplace, "dry", "--steps", "2", *SMALL).returncode == 0
+
     lines = [json.loads(text) for text in (left / "metrics.jsonl").read_text().splitlines()]
     assert next(x["value"] for x in lines if x["name"] == "lr") == 0.00025
 
 
 def test_existing_weights_start_a_run(workplace):
     assert run(workplace, "first", "--steps", "3", *SMALL).returncode == 0
+
     weights = folder_of(workplace, "first") / "encoder.safetensors"
     second = run(
         workplace, "second", "--steps", "1", "--init", str(weights), *SMALL, "optim.lr=1e-12"
     )
     assert second.returncode == 0, second.stderr
     assert "100.0 % of the encoder's parameters come from the file" in second.stderr
+
     a, b = load_file(weights), load_file(folder_of(workplace, "second") / "encoder.safetensors")
     assert all(np.allclose(a[key], b[key], atol=1e-9) for key in a)
+
     other = run(
         workplace, "third", "--steps", "1", "--init", str(weights), "--set", "run.log_every=1"
     )
@@ -225,10 +235,14 @@ def test_bad_scans_are_left_out_with_their_reason_and_the_run_goes_on(workplace)
         SimpleITK.WriteImage(
             SimpleITK.GetImageFromArray(array, isVector=False), str(folder / f"{name}.nii.gz")
         )
+
     done = run(workplace, "bad", "--steps", "2", *SMALL)
+
     assert done.returncode == 0, done.stderr
+
     rows = read_index(folder_of(workplace, "bad") / "scans.csv")
     status = {Path(row.source).name: (row.status, row.reason) for row in rows}
+
     assert {
         name: status[f"{name}.nii.gz"][0]
         for name in ("empty", "text", "truncated", "nan", "constant", "flat", "series")
@@ -250,15 +264,19 @@ def test_no_usable_scan_and_missing_variables_end_in_one_line(workplace):
     empty = workplace / "leer"
     empty.mkdir()
     command = [COMMAND, "-i", str(empty), "--name", "x", "--device", "cpu"]
+
     done = subprocess.run(
         command, env=environment(workplace), capture_output=True, text=True, check=False
     )
+
     assert done.returncode == 1
     assert "no scan was found; give other datasets" in done.stderr
+
     bare = {
         key: value for key, value in environment(workplace).items() if not key.startswith("nnUNet_")
     }
     done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
+
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "export nnUNet_results=" in done.stderr

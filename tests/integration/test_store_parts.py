@@ -53,24 +53,29 @@ def start(workplace: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-def test_parts_need_a_plan_run_at_once_meet_in_one_store_and_say_what_comes_next(
+def test_parts_need_a_plan_and_fill_one_store_together(
     workplace: Path,
 ) -> None:
     early = start(workplace, "--part", "1/2")
     _, said = early.communicate()
     assert early.returncode == 2
     assert "type the same line once with --dry-run instead of --part" in said
+
     both = start(workplace, "--part", "1/2", "--dry-run")
     assert "exclude each other" in both.communicate()[1]
     assert both.returncode == 2
+
     planned = start(workplace, "--dry-run")
     assert planned.wait() == 0
+
     parts = [start(workplace, "--part", f"{k}/2") for k in (1, 2)]
     lasts = [part.communicate()[0].splitlines()[-1] for part in parts]
     assert [part.returncode for part in parts] == [0, 0]
     assert "next: type the same line without --part to train" in lasts
+
     store = workplace / "nnUNet_preprocessed" / "autoreg_store"
     assert len(list(store.glob("*/*.b2nd"))) == 8
+
     before = {path: path.stat().st_mtime_ns for path in store.glob("*/*.b2nd")}
     trained = start(workplace)
     _, said = trained.communicate()

@@ -161,6 +161,7 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     place.wait_for_step("changing", process, 5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 130
+
     plan = place.folder("changing") / "plan.json"
     plan.write_text(plan.read_text().replace('"sharding": "none"', '"sharding": "full"'))
     process = place.start("changing", by=torchrun())
@@ -170,6 +171,7 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     assert (
         "the state is saved" in place.log("changing").read_text().split("continuing after step")[1]
     )
+
     place.run("changing")
     errors = place.errors(whole)
     assert set(errors) == set(place.errors("alone")) == set(place.errors("changing"))
@@ -185,12 +187,14 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, wh
     (helper,) = helpers_of(process)
     os.kill(helper, signal.SIGKILL)
     assert process.wait(60) == 1
+
     said = place.log("killed").read_text()
     assert said.splitlines()[-1].startswith(
         "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for lack of memory; all "
     )
     assert "Traceback" not in said
     assert damage_of(place.folder("killed") / LATEST_NAME) == ""
+
     place.run("killed", "--num-gpus", "2")
     assert "continuing after step 10 of 30" in place.log("killed").read_text()
     assert place.encoder("killed") == place.encoder(whole)
@@ -203,9 +207,11 @@ def test_sigterm_saves_once_ends_all_and_the_run_resumes_exactly(place, whole):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     assert gone(helper)
+
     said = place.log("stopped").read_text()
     assert "the state is saved: type the same line again to continue" in said.splitlines()[-1]
     assert "Traceback" not in said
+
     place.run("stopped", "--num-gpus", "2")
     assert place.encoder("stopped") == place.encoder(whole)
 
@@ -214,10 +220,14 @@ def test_a_killed_main_process_ends_its_workers_and_leaves_no_lock(place, whole)
     process = place.start("headless", "--num-gpus", "2")
     place.wait_for_step("headless", process, 3)
     (helper,) = helpers_of(process)
+
     process.kill()
+
     assert process.wait(60) == -signal.SIGKILL
     assert gone(helper)
+
     place.run("headless", "--num-gpus", "2")
+
     assert place.encoder("headless") == place.encoder(whole)
 
 
@@ -228,6 +238,7 @@ def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(90) != 0
     assert gone(ranks[0])
+
     own = [
         line
         for line in place.log("lost").read_text().splitlines()
@@ -239,6 +250,7 @@ def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
         "is kept: type the same line again to go on"
     ]
     assert damage_of(place.folder("lost") / LATEST_NAME) == ""
+
     place.run("lost", by=torchrun())
     assert "continuing after step 10 of 30" in place.log("lost").read_text()
     assert place.encoder("lost") == place.encoder(whole)
@@ -256,8 +268,10 @@ def test_hours_are_turned_into_steps_once_by_two_processes(
         steps == int(0.95 * 3.6 / seconds)
         and "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
     )
+
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) in (0, 130)
+
     place.run("timed", "--num-gpus", "2", length=hours)
     after = json.loads((place.folder("timed") / "plan.json").read_text())
     assert (after["optim"], after["run"]) == (plan["optim"], plan["run"])
@@ -267,8 +281,11 @@ def test_hours_are_turned_into_steps_once_by_two_processes(
 
 def test_under_torchrun_an_impossible_line_ends_all_processes(place):
     process = place.start("impossible", "--num-gpus", "3", by=torchrun())
+
     assert process.wait(PATIENCE_S) != 0
     assert "--num-gpus 3: torchrun" in place.log("impossible").read_text()
+
     process = place.start("lacking", "--exclude", str(place.root / "no such file"), by=torchrun())
+
     assert process.wait(PATIENCE_S) != 0
     assert place.log("lacking").read_text().count("no such file: does not exist") == 1

@@ -94,9 +94,11 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels(
     mean = sum(t.total for t in terms) / sum(t.count for t in terms)
     mean_of_means = sum(t.total / t.count for t in terms) / 5
     mean.backward()
+
     expected = torch.cat(
         [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None]
     )
+
     assert float((gradient(whole) - expected).norm() / expected.norm()) < 1e-6
     assert float(loss) == pytest.approx(float(mean.detach()), rel=1e-6)
     assert abs(float(mean_of_means.detach() / mean.detach()) - 1) > 1e-4
@@ -105,6 +107,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels(
 def test_a_batch_falls_into_parts_whole_and_in_order() -> None:
     batch = collate([sample(n) for n in range(5)])
     parts = list(micro_batches(batch, 2))
+
     assert [len(part.prefix) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.voxels for part in parts]), batch.voxels)
     assert torch.equal(torch.cat([part.prefix for part in parts]), batch.prefix)
@@ -117,6 +120,7 @@ def test_the_pace_is_measured_on_steps_that_leave_no_trace(
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.MAX_STEPS", 3)
     objective = Autoregressive(PLAN)
     objective.sampler = Five()  # type: ignore[assignment]
+
     assert (
         0
         < seconds_per_step(Trainer(PLAN, tmp_path, objective, [], [], torch.device("cpu"), 0))

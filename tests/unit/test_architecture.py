@@ -187,6 +187,7 @@ def test_nnunet_is_imported_in_its_own_rooms_only() -> None:
         for module in MODULES
         if any(name.split(".")[0] == "nnunetv2" for name in imports(module))
     }
+
     assert {m for m in users if room_of(m) not in MAY_IMPORT_NNUNET} == set()
     assert "nnunet_api" in users
 
@@ -195,7 +196,7 @@ def light_modules() -> list[str]:
     return [m for m in MODULES if room_of(m) in LIGHT_ROOMS or m in LIGHT_FILES]
 
 
-def test_importing_a_light_module_loads_no_torch_directly_or_through_others() -> None:
+def test_importing_a_light_module_loads_no_torch() -> None:
     script = (
         "import importlib, sys\n"
         f"for module in {light_modules()!r}:\n"
@@ -206,6 +207,7 @@ def test_importing_a_light_module_loads_no_torch_directly_or_through_others() ->
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
+
     assert done.returncode == 0, done.stderr
 
 
@@ -226,6 +228,7 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
+
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: autoreg_")
 
@@ -263,7 +266,7 @@ NNUNETS_OWN = {"acvl-utils", "batchgenerators"}
 """Declared because nnU-Net's own functions, which we call, live in them; not imported by name."""
 
 
-def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() -> None:
+def test_the_declared_dependencies_are_the_imported_ones() -> None:
     roots = {name.split(".")[0] for module in MODULES for name in imports(module)}
     foreign = {
         name
@@ -271,5 +274,7 @@ def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() ->
         if importlib.util.find_spec(name)
     }
     providers = packages_distributions()
+
     used = {canonical(dist) for name in foreign for dist in providers[name]}
+
     assert used | NNUNETS_OWN == declared_dependencies()

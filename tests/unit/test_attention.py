@@ -107,11 +107,14 @@ def test_tiles_are_those_that_torch_finds_by_trying_every_pair(kind, name):
         tiles(made.full_kv_num_blocks, made.full_kv_indices),
         tiles(expected.full_kv_num_blocks, expected.full_kv_indices),
     )
+
     partly, expected_partly = (
         tiles(made.kv_num_blocks, made.kv_indices),
         tiles(expected.kv_num_blocks, expected.kv_indices),
     )
+
     assert torch.equal(full | partly, expected_full | expected_partly) and not (full & partly).any()
+
     if (kind, name) == (
         "decoder",
         "one rank",
@@ -120,6 +123,7 @@ def test_tiles_are_those_that_torch_finds_by_trying_every_pair(kind, name):
     else:
         assert torch.equal(full, expected_full)
     b, q, k = torch.meshgrid(torch.arange(B), torch.arange(T), torch.arange(T), indexing="ij")
+
     assert torch.equal(made.mask_mod(b, b, q, k), rule.dense()[:, 0])
 
 
@@ -131,6 +135,7 @@ def test_flexattention_agrees_with_the_dense_mask(kind, name):
     q, k, v = (
         torch.randn(2, 2, rule.order_index.shape[1], 6, generator=generator) for _ in range(3)
     )
+
     assert torch.allclose(
         flex_attention(q, k, v, block_mask=rule.block_mask()),
         attend(q, k, v, rule.dense()),
@@ -142,6 +147,7 @@ def test_early_tiles_of_a_raster_sequence_see_no_late_ones():
     mask = block_causal(
         torch.arange(512)[None], torch.tensor([1]), torch.ones(1, 512, dtype=torch.bool)
     ).block_mask()
+
     assert mask.kv_num_blocks.tolist() == [[[1, 1, 1, 1]]]
     assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
 
@@ -302,6 +308,7 @@ def test_recomputing_changes_neither_features_nor_gradients():
         out = run_blocks(blocks, x, None, block_causal(order_index, prefix, valid), recompute)
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad.clone() for p in blocks.parameters())])
+
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -311,4 +318,5 @@ def test_a_rule_is_three_small_tensors_and_no_pairs():
         torch.ones(1, 4096, dtype=torch.bool),
     )
     largest = max(t.numel() for t in rule.block_mask().as_tuple() if isinstance(t, torch.Tensor))
+
     assert largest == 32 * 32

@@ -69,6 +69,7 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
             2,
         )
     )
+
     assert [(k.seed, k.arm, k.encoder, k.recipe) for k in keys[:3]] == [
         (0, "masked", "benchmark_a", "scratch_rate=1e-2"),
         (0, "masked", "benchmark_b", "scratch_rate=1e-2"),
@@ -125,11 +126,12 @@ def test_the_line_typed_becomes_the_request(
             ]
         )
     )
+
     assert typed == BenchmarkRequest(
         DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=30.0
     )
     assert typed.families == ("brain",)
-    with pytest.raises(UsageError, match="--jobs 0"):
+    with refused(UsageError, "usage-number", "--jobs 0"):
         read_request(parser().parse_args(["-d", "900", "--jobs", "0"]))
 
 
@@ -268,17 +270,21 @@ def test_finished_runs_are_skipped_and_failed_ones_repeated(
     half.mkdir(parents=True)
     (half / "half.txt").write_text("of a killed run")
     first = FakeRunner(("AutoregScratchTrainer", 1))
+
     failed = run_missing(bench, keys, 1, first)
+
     assert [(k.arm, k.seed) for k in failed] == [("scratch", 1)] and len(results(bench)) == 3
     assert not (half / "half.txt").exists()
+
     second = FakeRunner()
+
     assert run_missing(bench, keys, 2, second) == []
     assert [done[:2] for done in second.done] == [("AutoregScratchTrainer", 1)]
     assert {key_of(x) for x in results(bench)} == set(keys)
     assert run_missing(bench, keys, 1, FakeRunner(("AutoregPretrainedTrainer", 0))) == []
 
 
-def test_all_arms_of_a_seed_train_on_the_same_cases_and_are_scored_on_the_same(
+def test_all_arms_of_a_seed_train_and_are_scored_on_the_same_cases(
     bench: Bench,
 ) -> None:
     keys = list(runs_of(bench.request, 50, 2))
@@ -286,7 +292,9 @@ def test_all_arms_of_a_seed_train_on_the_same_cases_and_are_scored_on_the_same(
     runner = FakeRunner()
     run_missing(bench, keys, 1, runner)
     folds = read_json(bench.layout.plans / "splits_final.json")
+
     by_seed = {seed: {fold for _, s, fold in runner.done if s == seed} for seed in (0, 1)}
+
     assert by_seed == {0: {0}, 1: {1}}
     assert (
         folds[0]["train"]
@@ -306,7 +314,9 @@ def test_more_labels_later_leave_the_numbers_of_earlier_folds_alone(bench: Bench
     before = read_json(bench.layout.plans / "splits_final.json")
     more = replace(bench, request=request(labels=(1, 2, 4), split="development"))
     write_folds(more, runs_of(more.request, 50, 2))
+
     after = read_json(bench.layout.plans / "splits_final.json")
+
     assert after[: len(before)] == before and len(after) == len(before) + 6
 
 
@@ -314,7 +324,9 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
     asked = request(arms=("pretrained", "scratch", "stock"), steps=None, batch=None, budget_min=1.0)
     bench = replace(bench, request=asked)
     write_folds(bench, runs_of(asked, 50, 2))
+
     runner = FakeRunner(pace={"nnUNetTrainer": 0.5, "AutoregPretrainedTrainer": 0.1})
+
     # 90 % of 60 s at 0.5 s are 108 steps: 4 epochs of 25. The smallest batch of the plans is 6.
     assert settle_length(bench, runner) == (100, 6)
     assert len(runner.done) == 2
@@ -337,7 +349,9 @@ def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(
     key = RunKey("masked", "benchmark_tiny", 2, 0, "test", 50, 2, "pretrained_rate=0.01")
     write_plans(bench, key)
     base = read_json(bench.layout.plans / "AutoregPlans_benchmark_tiny.json")
+
     made = read_json(bench.layout.plans / f"{plans_name(key)}.json")
+
     assert made["configurations"] == base["configurations"]
     assert made["autoreg"]["recipe"] == {"pretrained_rate": 0.01, "scratch_rate": 1e-3}
     assert made["autoreg"]["weights"] == {
@@ -457,8 +471,10 @@ def test_weights_that_saw_others_pass_and_doubts_are_warned_of(
 ) -> None:
     others = scan(DATASET, "p1_ED"), scan(DATASET, "p2_ES", status="excluded")
     assert check_pretraining(pretrained_on(tmp_path / "brain", *others), scored, Path("x")) == ""
+
     (tmp_path / "foreign").mkdir()
     assert "foreign" in check_pretraining(tmp_path / "foreign", scored, Path("x"))
+
     named = pretrained_on(tmp_path / "other", scan("Dataset901_Other", "p2"))
     assert "p2" in check_pretraining(named, scored, Path("x"))
 
@@ -565,6 +581,7 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
         preparing.ensure_weights(typing, "benchmark_primus_tiny")
         preparing.ensure_masked(typing, "benchmark_primus_tiny")
     (first, changes), (second, _) = typed
+
     assert (
         first[:3] == ["autoreg_pretrain", "--name", "benchmark_primus_tiny"]
         and first[first.index("--steps") + 1] == "9"

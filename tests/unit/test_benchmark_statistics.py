@@ -33,8 +33,10 @@ def test_names_tell_patients_by_their_first_number_that_separates_them() -> None
         "patient002_ED": "patient002",
     }
     assert set(subjects_by_name(CASES).values()) == set(CASES)
+
     flare = [f"FLARE22_Tr_{n:04d}" for n in range(50)]
     assert set(subjects_by_name(flare).values()) == set(flare)
+
     sites = [f"site{s}_{n:03d}_scan{k}" for s in (1, 2) for n in range(10) for k in (1, 2)]
     assert subjects_by_name(sites)["site2_004_scan1"] == "site2_004"
     assert subjects_by_name(["left", "right"]) == {"left": "left", "right": "right"}
@@ -44,10 +46,12 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     cases = [f"patient{n:03d}_{phase}" for n in range(1, 26) for phase in ("ED", "ES")]
     subjects = subjects_by_name(cases)
     division = divide(subjects)
+
     parts = [
         {subjects[case] for case in part}
         for part in (division.pool, division.development, division.test)
     ]
+
     assert (
         [len(part) for part in parts] == [16, 4, 5]
         and not set.intersection(*parts)
@@ -55,7 +59,9 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     )
     assert [len(p) for p in (division.pool, division.development, division.test)] == [32, 8, 10]
     assert len(labelled(division, subjects, 5, seed=0)) == 10
+
     five = labelled(division, subjects, 5, seed=0, unit="cases")
+
     assert len(five) == 6 and {
         case[:-3] + phase for case in five for phase in ("_ED", "_ES")
     } == set(five)
@@ -64,6 +70,7 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
 def test_the_division_never_changes_and_labels_of_a_seed_are_nested() -> None:
     subjects = subjects_by_name(CASES)
     division = divide(subjects)
+
     assert division == divide(dict(reversed(subjects.items())))
     assert (len(division.pool), len(division.development), len(division.test)) == (13, 3, 4)
     assert (
@@ -81,10 +88,13 @@ def test_the_division_never_changes_and_labels_of_a_seed_are_nested() -> None:
 def test_subjects_come_from_a_file_that_has_to_name_every_case(tmp_path: Path) -> None:
     file = tmp_path / "subjects.csv"
     file.write_text("case,subject\na_1,x\na_2,x\nb_1,y\n")
+
     assert read_subjects(file, ["a_1", "a_2", "b_1"]) == {"a_1": "x", "a_2": "x", "b_1": "y"}
     with refused(UsageError, "subjects-missing-case", "1 of 2", "b_2", "'b_1'"):
         read_subjects(file, ["a_1", "b_2"])
+
     file.write_text("name,patient\na_1,x\n")
+
     with refused(UsageError, "subjects-unreadable", "case and subject"):
         read_subjects(file, ["a_1"])
 
@@ -139,6 +149,7 @@ def test_pairs_are_of_one_seed_and_case() -> None:
         1: line(dice={"a": [0.4], "b": [0.5], "c": [0.1]}),
     }
     found = paired(ours, theirs)
+
     assert found is not None and found.mean == pytest.approx((0.1 + 0.0 + 0.3 + 0.1) / 4)
     assert (found.num_seeds, found.num_cases, found.num_left_out) == (2, 2, 1)
     assert paired({0: line()}, {1: line()}) is None
@@ -146,6 +157,7 @@ def test_pairs_are_of_one_seed_and_case() -> None:
 
 def test_equal_differences_have_an_interval_of_no_width() -> None:
     found = interval(np.full((3, 4), 0.25), list("abcd"))
+
     assert found.mean == 0.25
     assert found.over_both == pytest.approx((0.25, 0.25)) and found.over_cases == pytest.approx(
         (0.25, 0.25)
@@ -157,10 +169,12 @@ def test_two_patients_and_one_seed_give_the_exact_bootstrap() -> None:
     # 97.5 % lie at 0 and 1.
     found = interval(np.array([[0.0, 1.0]]), ["a", "b"])
     assert found.over_cases == (0.0, 1.0) and found.mean == 0.5
+
     # Both scans of one patient come and go together: without that, a mean of 0 (all four draws from
     # the first patient's) would be rarer than 1 in 16.
     grouped = interval(np.array([[0.0, 0.0, 1.0, 1.0]]), ["a", "a", "b", "b"])
     assert grouped.over_cases == (0.0, 1.0)
+
     alone = interval(np.array([[0.0] * 10 + [1.0] * 10]), [str(n) for n in range(20)])
     assert alone.over_cases == pytest.approx((0.3, 0.7), abs=0.051)
 
@@ -186,12 +200,15 @@ def test_steps_to_a_dice_count_whole_epochs() -> None:
 def test_lines_come_back_and_a_torn_last_one_is_dropped_and_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     assert read_results(file) == []
+
     append_result(file, line(seed=0))
     with file.open("a") as handle:
         handle.write('{"arm": "scra')
     assert [key_of(x).seed for x in read_results(file)] == [0]
+
     append_result(file, line(seed=1))
     assert [key_of(x).seed for x in read_results(file)] == [0, 1]
+
     file.write_text("nonsense\n" + file.read_text())
     with refused(AutoregError, "benchmark-damaged-line", "line 1"):
         read_results(file)
@@ -204,6 +221,7 @@ def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
     ]
     rows = {row.key.arm: row for row in rows_of(lines)}
     assert list(rows) == ["pretrained", "scratch", "stock"]
+
     ours = rows["pretrained"]
     assert ours.to_scratch is not None and ours.to_scratch.mean == pytest.approx(
         (0.1 + 0.1 + 0.2 + 0.1) / 4
@@ -214,6 +232,7 @@ def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
         and ours.to_stock.num_seeds == 1
     )
     assert rows["scratch"].to_scratch is None and rows["stock"].to_stock is None
+
     text = markdown(lines)
     assert "| test | 50 x 2 | 2 | brain | pretrained | 2 | 0.525 (0.035) | +0.125 [" in text
     assert ", 1 seed |" in text and "another pretraining" in " ".join(text.split())
@@ -226,10 +245,11 @@ def test_runs_of_another_recipe_or_length_are_never_paired() -> None:
         line("stock", steps=100),
     ]
     ours = next(row for row in rows_of(lines) if row.key.arm == "pretrained")
+
     assert ours.to_scratch is None and ours.to_stock is None
 
 
-def test_nnunets_summary_gives_dice_by_case_and_none_where_nothing_was_there(
+def test_the_summary_of_nnunet_gives_dice_by_case_and_none_for_no_object(
     tmp_path: Path,
 ) -> None:
     metrics = {"1": {"Dice": 0.75}, "2": {"Dice": float("nan")}}
@@ -246,10 +266,11 @@ def test_nnunets_summary_gives_dice_by_case_and_none_where_nothing_was_there(
             }
         )
     )
+
     assert read_dice(tmp_path / "summary.json", ".nii.gz") == {"case.a_01": {"1": 0.75, "2": None}}
 
 
-def test_the_picture_is_drawn_of_one_run_of_pairs_and_of_intervals_of_no_width(
+def test_the_picture_is_drawn_for_single_runs_pairs_and_empty_intervals(
     tmp_path: Path,
 ) -> None:
     from nnunet_autoreg.benchmark.picture import draw

@@ -45,6 +45,7 @@ def test_a_checkpoint_comes_back_and_stays_a_zip_that_torch_reads(tmp_path):
 def test_the_newest_two_are_kept(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
+
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([LATEST_NAME, PREVIOUS_NAME])
     assert [load_checkpoint(tmp_path / name)["step"] for name in (LATEST_NAME, PREVIOUS_NAME)] == [
         3,
@@ -77,6 +78,7 @@ def test_a_damaged_newest_one_is_set_aside_once_with_one_line(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         path, content = load_newest(tmp_path)
         load_newest(tmp_path)
+
     assert (path.name, content["step"]) == (PREVIOUS_NAME, 1)
     assert len(caplog.messages) == 1
     assert (
@@ -84,7 +86,9 @@ def test_a_damaged_newest_one_is_set_aside_once_with_one_line(tmp_path, caplog):
         and "going on from checkpoint_previous.pth, step 1" in caplog.messages[0]
     )
     assert (tmp_path / f"{LATEST_NAME}.damaged").read_bytes() == flipped
+
     save(tmp_path, 2)
+
     assert [load_checkpoint(tmp_path / name)["step"] for name in (LATEST_NAME, PREVIOUS_NAME)] == [
         2,
         1,
@@ -94,9 +98,12 @@ def test_a_damaged_newest_one_is_set_aside_once_with_one_line(tmp_path, caplog):
 def test_after_a_kill_between_the_two_renames_the_one_before_is_found(tmp_path):
     save(tmp_path, 1)
     (tmp_path / LATEST_NAME).replace(tmp_path / PREVIOUS_NAME)
+
     assert checkpoint.exists(tmp_path)
     assert load_newest(tmp_path)[1]["step"] == 1
+
     save(tmp_path, 2)
+
     assert load_checkpoint(tmp_path / PREVIOUS_NAME)["step"] == 1
 
 
@@ -129,6 +136,7 @@ def test_a_disk_that_takes_no_more_bytes_is_named_and_the_files_stay(tmp_path):
             save(tmp_path, 3, size=100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     assert "\n" not in str(caught.value)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 

@@ -98,9 +98,11 @@ def test_flexattention_gives_the_loss_and_gradient_of_plain_attention(
     torch.manual_seed(0)
     objective = Autoregressive(plan)
     plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
+
     found, compiled_gradient = value_and_gradient(
         run_by(fast_path(plan, CPU), objective.loss), objective.module, batch
     )
+
     assert found == pytest.approx(plain, rel=1e-5)
     assert float((gradient - compiled_gradient).norm() / gradient.norm()) < 1e-5
 
@@ -202,7 +204,9 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
     plan = make_plan()
     objective = Autoregressive(plan)
     before = list(objective.module.state_dict())
+
     step = TrainingStep(plan, objective, CPU)
+
     assert step.loss_of.loss is not objective.loss  # type: ignore[union-attr]
     assert list(objective.module.state_dict()) == before and not [
         key for key in before if "_orig_mod" in key
@@ -212,6 +216,7 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
 def test_nothing_is_compiled_on_a_cpu_by_request_or_if_sharded() -> None:
     plan, cuda = make_plan(), torch.device("cuda")
     objective = Autoregressive(plan)
+
     assert run_by(fast_path(plan, CPU), objective.loss) == objective.loss
     assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
     assert not is_compiled(

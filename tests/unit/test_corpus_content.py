@@ -59,10 +59,13 @@ def settled(*scans: tuple[ScanRow, Any]) -> list[ScanRow]:
 
 def test_integers_hash_equally_although_rounded_elsewhere() -> None:
     array = integers()
+
     assert (jittered(array) != array).any()
     assert content_hash(RawScan(jittered(array), ONE)) == content_hash(RawScan(array, ONE))
+
     changed = array.copy()
     changed[0, 0, 0, 0] += 1
+
     assert content_hash(RawScan(changed, ONE)) != content_hash(RawScan(array, ONE))
 
 
@@ -96,6 +99,7 @@ def test_usual_voxel_sizes_lie_on_no_border(mm: float) -> None:
         content_hash(RawScan(integers(), (mm * factor, mm, mm)))
         for factor in (1 - 1e-6, 1.0, 1 + 1e-6)
     }
+
     assert len(hashes) == 1
     assert content_hash(RawScan(integers(), (mm + 0.002, mm, mm))) not in hashes
 
@@ -107,6 +111,7 @@ def test_a_copy_that_was_rounded_scaled_or_normalised_is_a_duplicate(change: Any
     array = fractions()
     copy = change(array).astype(np.float32)
     first, second = settled((row("a", array), array), (row("b", copy, (2.0000004, 1.0, 1.0)), copy))
+
     assert first.status == "ok"
     assert (second.status, second.reason) == (
         "duplicate",
@@ -117,6 +122,7 @@ def test_a_copy_that_was_rounded_scaled_or_normalised_is_a_duplicate(change: Any
 def test_a_repeated_measurement_is_no_duplicate() -> None:
     array = fractions()
     again = (array + np.random.default_rng(1).normal(0, 1, array.shape)).astype(np.float32)
+
     assert [r.status for r in settled((row("a", array), array), (row("b", again), again))] == [
         "ok",
         "ok",
@@ -154,8 +160,11 @@ def test_of_three_alike_the_first_stays() -> None:
 def test_a_scan_that_is_mostly_background_has_no_signature() -> None:
     array = np.zeros((12, 16, 20), np.float32)
     array[6, 8, 10:] = 5
+
     assert signature(array) is None
+
     unread = replace(row("a", fractions()), status="unreadable", shape_vox=None, spacing_mm=None)
+
     assert settle_copies([unread, unread], [None, None]) == [unread, unread]
 
 
@@ -163,7 +172,9 @@ def test_a_signature_fits_into_16_bits_for_the_widest_spread() -> None:
     array = np.arange(12 * 16 * 20, dtype=np.float32).reshape(12, 16, 20) * 1e-6
     z, y, x = 6, 8, 10
     array[z - 1 : z + 2, y - 1 : y + 2, x - 1 : x + 2] = 1e6
+
     points = signature(array)
+
     assert points is not None and abs(int(points.sum())) <= NUM_POINTS and points.max() < 8 * 4000
 
 
@@ -175,12 +186,14 @@ def test_close_pairs_are_those_that_comparing_all_would_find() -> None:
     points[160] = points[50]
     points[160, 5] += TOLERANCE + 1
     wide = points.astype(int)
+
     every = [
         (i, j)
         for i in range(200)
         for j in range(i + 1, 200)
         if np.abs(wide[i] - wide[j]).max() <= TOLERANCE
     ]
+
     assert _close_pairs(points) == every == [(3, 150), (7, 20)]
 
 

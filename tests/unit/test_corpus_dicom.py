@@ -49,6 +49,7 @@ def ras(array_LPS: Any) -> Any:
 def test_a_series_is_one_scan_in_every_uncompressed_syntax(tmp_path: Path, syntax: str) -> None:
     d.write_series(tmp_path / "pool", syntax=syntax)
     one = only(tmp_path / "pool")
+
     assert (one.part, one.modality, one.subject, one.session, one.path) == (
         "series=1.2.3",
         "CT",
@@ -75,6 +76,7 @@ def test_slices_are_sorted_by_position_not_by_name_or_number(tmp_path: Path) -> 
         d.write(
             tmp_path / "pool" / f"{(number * 3) % 8}.dcm", d.slice_values(number, **changes), pixels
         )
+
     np.testing.assert_array_equal(array_of(only(tmp_path / "pool")), ras(array))
 
 
@@ -88,6 +90,7 @@ def test_slope_and_intercept_are_applied_slice_by_slice(tmp_path: Path) -> None:
             pixels,
         )
     expected = array * (0.25 * np.arange(1, 9))[:, None, None] - 3
+
     np.testing.assert_allclose(array_of(only(tmp_path / "pool")), ras(expected), rtol=1e-6)
 
 
@@ -121,8 +124,10 @@ def test_a_compressed_series_is_read_and_a_truncated_one_is_noticed(tmp_path: Pa
     write_compressed(tmp_path / "pool", d.volume())
     path = tmp_path / "pool" / "3.dcm"
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+
     one = only(tmp_path / "pool")
     np.testing.assert_array_equal(array_of(one), ras(d.volume()))
+
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ScanError) as caught:
         load_scan(one.path, one.part)
@@ -135,6 +140,7 @@ def test_series_of_one_folder_are_told_apart_in_nested_folders_too(
     d.write_series(tmp_path / "pool" / "x" / "y", series="1.1", prefix="a")
     d.write_series(tmp_path / "pool" / "x" / "y", d.volume(seed=1), series="1.2", prefix="b")
     first, second = found(tmp_path / "pool")
+
     np.testing.assert_array_equal(array_of(first), ras(d.volume()))
     np.testing.assert_array_equal(array_of(second), ras(d.volume(seed=1)))
 
@@ -147,6 +153,7 @@ def test_a_series_spread_over_folders_is_one_scan(tmp_path: Path) -> None:
             pixels,
         )
     one = only(tmp_path / "pool")
+
     assert one.path == tmp_path / "pool" / "A" and one.part == "series=1.2.3;below=yes"
     np.testing.assert_array_equal(array_of(one), ras(d.volume()))
 
@@ -161,6 +168,7 @@ def test_a_file_that_lies_there_twice_is_read_once_and_counted(tmp_path: Path) -
     d.write_series(tmp_path / "pool")
     (tmp_path / "pool" / "copy of 3.dcm").write_bytes((tmp_path / "pool" / "003.dcm").read_bytes())
     scan, copies = found(tmp_path / "pool")
+
     np.testing.assert_array_equal(array_of(scan), ras(d.volume()))
     assert copies.status == "duplicate" and copies.reason.startswith("1 of 9 files")
 
@@ -217,10 +225,14 @@ def test_a_4d_nifti_is_split_when_asked(tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     image = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(a) for a in arrays])
     SimpleITK.WriteImage(image, str(tmp_path / "pool" / "sub-1_bold.nii.gz"))
+
     (whole,) = found(tmp_path / "pool")
+
     with refused(ScanError, "scan-4d", 3, "--split-4d"):
         load_scan(whole.path, whole.part)
+
     parts = found(tmp_path / "pool", split_4d=True)
+
     assert [(c.id, c.part, c.contrast) for c in parts] == [
         (f"pool/sub-1_bold/t{k}", f"t={k}", "bold") for k in range(3)
     ]
@@ -238,6 +250,7 @@ def test_stacks_of_other_orientation_in_one_series_are_scans_of_their_own(tmp_pa
         }
         d.write(tmp_path / "pool" / f"sag{number}.dcm", d.slice_values(number, **changes), pixels)
     axial, sagittal = found(tmp_path / "pool")
+
     assert [axial.part, sagittal.part] == ["series=1.2.3;stack=0", "series=1.2.3;stack=1"]
     assert array_of(axial).shape == (8, 18, 20)
     assert load_scan(sagittal.path, sagittal.part).spacing_mm == (1.5, 1.0, 3.0) and array_of(
@@ -254,7 +267,9 @@ def test_an_enhanced_file_is_a_scan_of_sorted_and_rescaled_frames(
         [(0.0, 0.0, 2.5 * order[i]) for i in range(6)], slopes=[1.0 + order[i] for i in range(6)]
     )
     d.write(tmp_path / "pool" / "enhanced.dcm", values, array[order])
+
     one = only(tmp_path / "pool")
+
     assert one.part == "series=1.2.3;instance=1.2.3.9.0" and read_header(
         one.path, one.part
     ).spacing_mm == (2.5, 1.5, 1.0)
@@ -270,7 +285,9 @@ def test_an_enhanced_file_of_two_volumes_is_split(tmp_path: Path) -> None:
     values = d.multiframe_values(
         [(0.0, 0.0, 2.0 * (i % 5)) for i in range(10)], d.ENHANCED_MR, extra=extra
     )
+
     d.write(tmp_path / "pool" / "x.dcm", values, arrays.reshape(10, 18, 20))
+
     assert found(tmp_path / "pool")[0].status == "4d"
     for one, array in zip(found(tmp_path / "pool", split_4d=True), arrays, strict=True):
         np.testing.assert_array_equal(array_of(one), ras(array))
@@ -297,6 +314,7 @@ def test_zipped_dicom_and_nifti_are_read_in_place(tmp_path: Path) -> None:
     )
     if other.part:
         nifti, other = other, nifti
+
     assert (nifti.part, dicom.part, other.status) == (
         "member=scan one.nii.gz",
         "series=1.2.3",
@@ -355,13 +373,16 @@ def test_the_same_scan_as_dicom_and_as_nifti_gives_the_same_voxels(
         load_scan(one.path, one.part),
         load_scan(as_nifti(one, tmp_path / "x.nii.gz", axes, flips)),
     )
+
     np.testing.assert_allclose(scan.array_CZYX, other.array_CZYX, atol=1e-3)
     np.testing.assert_allclose(scan.spacing_mm, other.spacing_mm, atol=1e-4)
 
 
 def test_real_series_equal_their_nifti_copies(shared_data: Path, tmp_path: Path) -> None:
     scans = [c for c in found(shared_data / "dicom") if not c.status]
+
     assert len(scans) == 8
+
     for number, one in enumerate(scans):
         copy = as_nifti(one, tmp_path / f"{number}.nii.gz", (1, 2, 0), (True, False, False))
         scan, other = load_scan(one.path, one.part), load_scan(copy)
@@ -373,6 +394,7 @@ def test_every_real_file_is_accounted_for(shared_data: Path) -> None:
     rows = found(shared_data / "dicom")
     covered = {c.path for c in rows if c.path != shared_data / "dicom"}
     files = [p for p in (shared_data / "dicom").rglob("*") if p.is_file() and p.suffix == ".dcm"]
+
     assert files and all(p.parent in covered for p in files)
     assert sorted(c.status for c in rows if c.status) == [
         "derived",
@@ -402,6 +424,7 @@ def test_turning_agrees_with_simpleitk() -> None:
     image.SetDirection((0.0, 0, 1, 1, 0, 0, 0, -1, 0))
     # SimpleITK names an orientation by where axes point: RAS is (x to R, y to A, z to S).
     wanted = SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(image, "RAS"))
+
     np.testing.assert_array_equal(
         turned(d.volume(), turn_of(np.array(image.GetDirection()).reshape(3, 3))), wanted
     )
@@ -415,6 +438,7 @@ def test_at_45_degrees_the_last_digits_do_not_turn_a_scan() -> None:
 
 def test_parts_survive_being_written() -> None:
     part = ScanPart(member="a;b=c/ü.nii.gz", series="1.2", t="3")
+
     assert parse_part(str(part)) == part
     assert str(ScanPart(series="1.2.3", t="0")) == "series=1.2.3;t=0"
     with refused(ScanError, "scan-unreadable", "nonsense", "scans.csv"):
@@ -466,12 +490,14 @@ def test_bids_names_tell_subject_session_and_contrast(tmp_path: Path) -> None:
         "",
     )
     assert bids_names("sub-9_Doe") == ("sub-9", "", "")
+
     names = ("anat/sub-1_T2w", "anat/sub-1_dseg", "anat/sub-1_desc-brain_mask", "labelsTr/x")
     for name in names:
         path = tmp_path / "pool" / f"{name}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     rows = found(tmp_path / "pool")
+
     assert [(c.id, c.subject, c.contrast, c.modality) for c in rows if not c.status] == [
         ("pool/anat/sub-1_T2w", "pool/anat/sub-1", "T2w", "MR")
     ]
@@ -495,6 +521,7 @@ def test_subject_and_session_do_not_show_when_a_candidate_is_printed(tmp_path: P
         tmp_path / "pool", t00100020=("LO", "Dumbledore-1881"), t0020000D=("UI", "1.2.123456789")
     )
     one = only(tmp_path / "pool")
+
     assert (
         one.subject == "Dumbledore-1881"
         and "Dumbledore" not in repr(one)

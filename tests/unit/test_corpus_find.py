@@ -43,6 +43,7 @@ def test_every_channel_of_a_dataset_is_a_scan_with_its_name(
     touch(make_dataset(tmp_path) / "imagesTs" / "b_9_0000.nii.gz")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     found = find_scans(["7"], [])
+
     assert scans(found) == [
         f"Dataset007_Brain/b_{n}" for n in ("1_0000", "1_0001", "2_0000", "2_0001", "9_0000")
     ]
@@ -54,6 +55,7 @@ def test_labels_are_never_taken_when_a_parent_of_datasets_is_given(tmp_path: Pat
     make_dataset(tmp_path)
     make_dataset(tmp_path, "Dataset008_Other", 1)
     found = find_scans([], [tmp_path])
+
     assert len(scans(found)) == 6
     assert {c.path.parent.name for c in found if not c.status} == {"imagesTr"}
 
@@ -70,9 +72,11 @@ def test_a_file_reached_twice_is_one_candidate(
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "again.nii.gz").symlink_to(folder / "imagesTr" / "b_1_0000.nii.gz")
+
     found = find_scans(
         ["Dataset007_Brain"], [tmp_path / "raw", folder, tmp_path / "links", tmp_path / "links"]
     )
+
     assert len(scans(found)) == 4
 
 
@@ -87,7 +91,9 @@ def test_the_file_list_of_a_dataset_json_is_followed(
         "dataset": {"p1": {"images": ["../elsewhere/x.nii.gz"], "label": "y.nii.gz"}},
     }
     (folder / "dataset.json").write_text(json.dumps(data))
+
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+
     assert [(c.id, c.case, c.channel) for c in find_scans(["7"], [])] == [
         ("Dataset007_Brain/p1_0000", "p1", "T1")
     ]
@@ -100,6 +106,7 @@ def test_plain_folders_are_searched_deeply_in_natural_order(
     for name in (*names, "b.raw", "notes.txt", "c.json", "README"):
         touch(tmp_path / "pool" / name)
     found = find_scans([], [tmp_path / "pool"])
+
     assert scans(found) == ["pool/a", "pool/b", "pool/s2", "pool/s10", "pool/deep er/ü/s1"]
     assert left_out(found) == {"pool/(other files)": "ignored"}
     assert found[-1].reason == "no image endings: 1 without ending, 1 .json, 1 .txt"
@@ -108,6 +115,7 @@ def test_plain_folders_are_searched_deeply_in_natural_order(
 def test_hidden_files_get_a_row_each(tmp_path: Path) -> None:
     touch(tmp_path / "pool" / "._x.nii.gz")
     touch(tmp_path / "pool" / ".cache" / "y.nii.gz")
+
     assert left_out(find_scans([], [tmp_path / "pool"])) == {
         "pool/._x.nii.gz": "hidden",
         "pool/.cache": "hidden",
@@ -127,7 +135,9 @@ def test_broken_dicom_gets_one_row_per_folder_without_any_file_name(
     touch(tmp_path / "pool" / "a" / "Doe_1.dcm")
     touch(tmp_path / "pool" / "a" / "Doe_2.DCM")
     touch(tmp_path / "pool" / "b" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
+
     found = find_scans([], [tmp_path / "pool"])
+
     assert [(c.status, c.path.name, c.reason) for c in found] == [
         (
             "unreadable",
@@ -172,7 +182,9 @@ def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(tmp_path: Path) 
         (folder / b"sch\xe4del.nii.gz".decode("utf-8", "surrogateescape")).write_bytes(b"x")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
+
     found = find_scans([], [folder])
+
     assert found[0].status == "unreadable" and found[0].id.encode("utf-8")
 
 
@@ -186,5 +198,6 @@ def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(
     folder = make_dataset(tmp_path)
     (folder / "dataset.json").write_text("{")
     monkeypatch.setenv("nnUNet_raw", str(folder.parent))
+
     with refused(UsageError, "dataset-json-unreadable", "dataset.json"):
         find_scans([folder.name], [])

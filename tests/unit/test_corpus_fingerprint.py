@@ -69,6 +69,7 @@ def test_medians_are_taken_over_transposed_scans() -> None:
             row("c", (10, 20, 30), (4.0, 1.0, 1.0)),
         )
     )
+
     assert found.spacing_mm == (4.0, 1.0, 1.0)
     assert found.modalities["MR"].spacing_mm == Spread(
         (4.0, 1.0, 1.0), (4.0, 1.0, 1.0), (4.0, 1.0, 1.0)
@@ -82,6 +83,7 @@ def test_medians_are_taken_over_transposed_scans() -> None:
 
 def test_shapes_are_those_at_the_asked_spacing() -> None:
     found = fingerprint(make_index(row("a", (10, 20, 30), (4.0, 1.0, 1.0))), (2.0, 2.0, 2.0))
+
     assert found.median_shape_vox == (20, 10, 15) and found.total_vox == 3000
     assert found.spacing_mm == (2.0, 2.0, 2.0) and found.modalities["MR"].spacing_mm.median == (
         4.0,
@@ -97,6 +99,7 @@ def test_one_odd_scan_does_not_move_the_medians() -> None:
     ]
     odd = row("odd", (4, 900, 900), (25.0, 1.0, 1.0), percentiles=(0.0, 0.0, 9e9, 9e9, 9e9))
     found = fingerprint(make_index(*ordinary, odd))
+
     assert found.median_shape_vox == (40, 50, 60) and found.spacing_mm == (1.0, 1.0, 1.0)
     assert found.modalities["MR"].intensity.percentiles["50.0"].median == (3.0,)
     assert (
@@ -120,6 +123,7 @@ def test_only_usable_rows_count_and_channels_of_a_case_are_one_case() -> None:
         row("c", (9, 9, 9), (1.0, 1.0, 1.0), case="q", status="duplicate"),
     ]
     found = fingerprint(make_index(*rows, hu=(0.0, 100.0)))
+
     assert (found.num_scans, found.num_cases, found.channel_names) == (2, 1, ("CT", "T1"))
     assert {name: m.num_scans for name, m in found.modalities.items()} == {"CT": 1, "MR": 1}
     assert found.relative_size_after_cropping == pytest.approx(2 / 3)
@@ -188,6 +192,7 @@ def test_modalities_have_groups_of_their_own_even_where_they_are_few() -> None:
 
 def test_targets_of_two_modalities_that_all_but_agree_are_made_equal() -> None:
     pair = [*scans((9, (3.27, 0.98, 0.98))), *scans((5, (3.2699, 0.9766, 0.9766)), modality="CT")]
+
     assert targets(pair) == [(9, (3.27, 0.98, 0.98)), (5, (3.27, 0.98, 0.98))]
     assert targets([*scans((9, BRAIN)), *scans((5, (1.03, 1.0, 1.0)), modality="CT")])[1] == (
         5,
@@ -202,15 +207,19 @@ def test_the_grouping_does_not_depend_on_the_order_of_the_scans() -> None:
 
 def test_policies_choose_a_percentile_the_finest_axis_or_the_users_values() -> None:
     found = scans(*((1, (2.0 + 0.1 * n, 1.0, 1.0)) for n in range(11)))
+
     assert targets(found, "median") == [(11, (2.5, 1.0, 1.0))]
     assert targets(found, "finest") == [(11, (2.1, 1.0, 1.0))]
     assert targets(found, "isotropic") == [(11, (1.0, 1.0, 1.0))]
+
     [everyone] = group_scans([*found, *scans((5, CINE))], parse_policy("3,2,1"))
+
     assert everyone.spacing_mm == (3.0, 2.0, 1.0) and len(everyone.members) == 16
 
 
 def test_small_images_are_not_made_coarser_than_they_are() -> None:
     large, small = scans((7, (1.5, 1.5, 1.5)), side=150), scans((3, (1.0, 1.0, 1.0)), side=40)
+
     assert targets(large + small) == [(10, (1.0, 1.0, 1.0))]
     assert (
         "no coarser than that of the 3 small images"
@@ -236,7 +245,9 @@ def test_what_the_plan_gives_a_scan_is_what_its_group_was_counted_at(policy: str
     found = fingerprint(make_index(*rows), policy)
     groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in found.groups)
     data = DataPlan(found.spacing_mm, spacing_groups=groups if len(groups) > 1 else ())
+
     given = [row_spacing(r, data) for r in rows]
+
     assert sorted(given.count(s) for s in set(given)) == sorted(g.num_scans for g in found.groups)
     assert {g.spacing_mm for g in found.groups} == set(given)
     assert len(found.groups) > 1 or not isinstance(policy, str)
@@ -268,7 +279,9 @@ def test_air_and_padding_are_no_part_of_the_intensities() -> None:
         low, _, middle, _, high = body_percentiles(image, "MR")
         assert low > 100 and middle == pytest.approx(150, abs=8) and high < 200
     ct = np.where(scan > 0, scan, -1000).astype(np.float32)
+
     ct[8:10, 8:10, 8:10] = -900  # air inside the body counts
+
     assert body_percentiles(ct, "CT")[0] == -900 and body_percentiles(ct, "CT")[2] == pytest.approx(
         150, abs=1
     )

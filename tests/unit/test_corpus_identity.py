@@ -31,6 +31,7 @@ def test_names_that_are_no_utf8_are_hashed_too() -> None:
 
 def test_the_salt_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     salt = load_salt(tmp_path / "store")
+
     assert load_salt(tmp_path / "store") == salt and len(salt) == 64
     assert stat.S_IMODE((tmp_path / "store" / SALT_NAME).stat().st_mode) == 0o600
     assert load_salt(tmp_path / "other") != salt
@@ -44,8 +45,11 @@ def test_processes_that_race_get_one_salt(tmp_path: Path) -> None:
 
 def test_a_damaged_salt_is_refused(tmp_path: Path) -> None:
     (tmp_path / SALT_NAME).write_text("abc")
+
     with refused(UsageError, "salt-damaged", tmp_path / SALT_NAME, 3):
         load_salt(tmp_path)
+
     (tmp_path / SALT_NAME).write_bytes(b"\xff")
+
     with refused(UsageError, "salt-unreadable", tmp_path / SALT_NAME):
         load_salt(tmp_path)

@@ -65,7 +65,9 @@ def test_a_row_holds_what_the_scan_is(tmp_path: Path) -> None:
     array = mr(0)
     array[:4] = 0
     save(tmp_path / "pool" / "a.nii.gz", array)
+
     row = make_index(tmp_path / "pool").rows[0]
+
     assert (row.id, row.status, row.reason, row.modality) == ("pool/a", "ok", "", "MR")
     assert (row.shape_vox, row.spacing_mm, row.cropped_shape_vox) == (
         (16, 18, 20),
@@ -81,7 +83,9 @@ def test_a_scan_in_another_format_and_type_is_a_duplicate_of_the_first(
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     save(tmp_path / "pool" / "b.mha", mr(0).astype(np.float32))
     save(tmp_path / "pool" / "c.nrrd", mr(0), (1.5, 1.0, 2.0))
+
     index = make_index(tmp_path / "pool")
+
     assert statuses(index) == {"a": "ok", "b": "duplicate", "c": "ok"}
     assert "pool/a" in index.rows[1].reason
 
@@ -108,7 +112,9 @@ def test_a_copy_of_an_excluded_scan_is_excluded_too(
     save(tmp_path / "pool" / "c.nii.gz", mr(2))
     save(tmp_path / "pool" / "zz_test.nii.gz", mr(0))
     outside = save(tmp_path / "test" / "t.mha", mr(1))
+
     index = make_index(tmp_path / "pool", {"zz_test", str(outside)})
+
     assert statuses(index) == {"a": "excluded", "b": "excluded", "c": "ok", "zz_test": "excluded"}
     assert "zz_test" in index.rows[0].reason and str(outside) in index.rows[1].reason
 
@@ -125,7 +131,9 @@ def test_bad_files_get_rows_and_the_others_go_on(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     (tmp_path / "pool" / "b.nii.gz").write_text("text")
     save(tmp_path / "pool" / "c.nii.gz", np.full((16, 16, 16), 3, np.int16))
+
     index = make_index(tmp_path / "pool")
+
     assert statuses(index) == {"a": "ok", "b": "unreadable", "c": "constant"}
     assert [row.id for row in index.usable] == ["pool/a"]
 
@@ -134,7 +142,9 @@ def test_a_file_that_vanishes_between_finding_and_reading_is_a_row(tmp_path: Pat
     path = save(tmp_path / "pool" / "a.nii.gz", mr(0))
     candidates = find_scans([], [tmp_path / "pool"])
     path.unlink()
+
     row = index_scans(candidates, set(), 1).rows[0]
+
     assert row.status == "unreadable" and "vanished" in row.reason
 
 
@@ -142,6 +152,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     for n in range(3):
         save(tmp_path / "pool" / f"{n}.nii.gz", ct(n))
     one, two = make_index(tmp_path / "pool"), make_index(tmp_path / "pool", num_workers=2)
+
     assert one.rows == two.rows
     np.testing.assert_array_equal(one.ct_samples_hu, two.ct_samples_hu)
 
@@ -167,6 +178,7 @@ def test_without_a_name_hounsfield_like_values_are_ct(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", ct())
     save(tmp_path / "pool" / "b.nii.gz", mr(0))
     rows = make_index(tmp_path / "pool").rows
+
     assert [row.modality for row in rows] == ["CT", "MR"]
     assert rows[0].modality_rule == "values look like Hounsfield units"
 
@@ -180,6 +192,7 @@ def test_a_signed_phase_image_is_not_ct() -> None:
 def test_the_user_may_name_the_modality(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", ct())
     index = make_index(tmp_path / "pool", modality="mr")
+
     assert (index.rows[0].modality, index.rows[0].modality_rule, index.ct_samples_hu.size) == (
         "MR",
         "--modality",
@@ -210,9 +223,13 @@ def test_the_window_comes_from_inside_the_body_alone(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", ct(0))
     save(tmp_path / "pool" / "b.nii.gz", ct(1))
     save(tmp_path / "pool" / "c.nii.gz", ct(1), (1.0, 1.0, 2.0))
+
     samples = make_index(tmp_path / "pool").ct_samples_hu
+
     assert samples.shape == (20_000,)
+
     window = intensity.window_of(samples)
+
     assert window is not None
     assert abs(window.median - 40) < 2 and -840 < window.percentile_00_5 < -780
     assert intensity.window_of(np.zeros(0, np.float32)) is None
@@ -222,9 +239,13 @@ def test_the_index_survives_its_file(tmp_path: Path) -> None:
     save(tmp_path / "pool" / 'ä, "quoted".nii.gz', mr(0), (0.1, 0.333333333, 2.0))
     (tmp_path / "pool" / "b.nii.gz").write_bytes(b"")
     rows = make_index(tmp_path / "pool").rows
+
     write_index(tmp_path / "run" / "scans.csv", rows)
+
     assert read_index(tmp_path / "run" / "scans.csv") == rows
+
     header = (tmp_path / "run" / "scans.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+
     assert {"id", "source", "status", "reason"} <= set(header)
 
 
@@ -238,8 +259,10 @@ def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
     text, ids, splits = tmp_path / "a.txt", tmp_path / "b.json", tmp_path / "splits_final.json"
     text.write_text("# test scans\ncase 1  # the first\n\n/data/ä.nii.gz\nx#2\n", encoding="utf-8")
     assert read_exclude(text) == {"case 1", "/data/ä.nii.gz", "x#2"}
+
     ids.write_text('["p1", "p2"]')
     assert read_exclude(ids) == {"p1", "p2"}
+
     splits.write_text(
         json.dumps(
             [
@@ -253,6 +276,7 @@ def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
 
 def test_an_exclusion_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x": 1}')
+
     with refused(UsageError, "exclude-unknown-form", tmp_path / "a.json"):
         read_exclude(tmp_path / "a.json")
     with refused(UsageError, "exclude-unreadable", tmp_path / "gone.txt"):
@@ -276,12 +300,15 @@ def test_subjects_and_sessions_are_hashed_and_left_out_without_a_salt(tmp_path: 
         tmp_path / "pool", subject="DOE^JOHN ", session="1.2.3", contrast="T1w", part=""
     )
     row = index_scans(candidates, set(), 1, salt="s").rows[0]
+
     assert (row.subject, row.session, row.contrast) == (
         salted("DOE^JOHN", "s"),
         salted("DOE^JOHN\n1.2.3", "s"),
         "T1w",
     )
+
     bare = index_scans(candidates, set(), 1).rows[0]
+
     assert (bare.subject, bare.session) == ("", "")
 
 
@@ -292,17 +319,21 @@ def test_no_identifier_reaches_the_index_or_the_journal(
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     candidates = described(tmp_path / "pool", subject="DOE^JOHN", session="1.2.3.4")
     index = index_scans(candidates, {"DOE^JOHN"}, 1, salt="s", journal=tmp_path / "journal")
+
     write_index(tmp_path / "scans.csv", index.rows)
+
     assert (index.rows[0].status, index.rows[0].reason) == (
         "excluded",
         "excluded by the user (by its subject)",
     )
+
     written = (
         (tmp_path / "scans.csv").read_text()
         + (tmp_path / "journal").read_text()
         + caplog.text
         + repr(candidates)
     )
+
     assert "DOE" not in written and "1.2.3.4" not in written
 
 
@@ -330,6 +361,7 @@ def test_manifest_then_option_then_file_decide_the_modality(
     row = index_scans(
         described(tmp_path / "pool", modality=found), set(), 1, override, manifest=manifest
     ).rows[0]
+
     assert (row.modality, row.modality_rule, row.label_class) == (*expected, "liver")
 
 
@@ -378,11 +410,14 @@ def test_an_index_that_was_cut_short_goes_on_where_it_stopped(
     pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_index(pool_of_4 / "pool")
+
     assert interrupted_index(pool_of_4, monkeypatch, 3) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["d.nii.gz"]
+
     index = index_scans(
         find_scans([], [pool_of_4 / "pool"]), set(), 1, journal=pool_of_4 / ".journal"
     )
+
     assert index.rows == whole.rows
     np.testing.assert_array_equal(index.ct_samples_hu, whole.ct_samples_hu)
 
@@ -393,7 +428,9 @@ def test_a_file_that_changed_meanwhile_is_read_again(
     interrupted_index(pool_of_4, monkeypatch, 2)
     before = (pool_of_4 / "pool" / "b.nii.gz").stat()
     save(pool_of_4 / "pool" / "b.nii.gz", mr(2))
+
     os.utime(pool_of_4 / "pool" / "b.nii.gz", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["b.nii.gz", "c.nii.gz", "d.nii.gz"]
 
 
@@ -404,6 +441,7 @@ def test_another_modality_asked_for_reads_the_scans_again(
     index = index_scans(
         find_scans([], [pool_of_4 / "pool"]), set(), 1, "MR", journal=pool_of_4 / ".journal"
     )
+
     assert {row.modality_rule for row in index.usable} == {
         "--modality"
     } and not index.ct_samples_hu.size
@@ -418,7 +456,9 @@ def test_a_torn_journal_loses_its_last_line_only(
     interrupted_index(pool_of_4, monkeypatch, 2)
     journal = pool_of_4 / ".journal"
     lines = journal.read_bytes()
+
     journal.write_bytes(lines + torn)
+
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["c.nii.gz", "d.nii.gz"]
     assert journal.read_bytes().startswith(lines) and torn not in journal.read_bytes()
 
@@ -427,6 +467,7 @@ def test_what_may_pass_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in "abcd":
         (tmp_path / "pool").mkdir(exist_ok=True)
         (tmp_path / "pool" / f"{name}.nii.gz").write_text("text")
+
     assert len(interrupted_index(tmp_path, monkeypatch, 4)) == 4
     assert len(interrupted_index(tmp_path, monkeypatch, 4)) == 4
 
@@ -435,7 +476,9 @@ def test_a_folder_of_slices_has_a_stamp_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "a.dcm").write_text("x")
     shutil.copytree(tmp_path / "1", tmp_path / "2")
+
     (tmp_path / "2" / "b.dcm").write_text("y")
+
     assert (
         stamp_of(tmp_path / "1") != stamp_of(tmp_path / "2") and stamp_of(tmp_path / "gone") == ""
     )
@@ -448,11 +491,13 @@ def test_headers_tell_what_they_can_before_any_voxel_is_read(
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     save(tmp_path / "pool" / "b.nii.gz", np.zeros((2, 16, 16), np.int16))
     read = []
+
     monkeypatch.setattr(
         index_module,
         "facts_of",
         lambda task: read.append(task.path.name) or ScanFacts("constant", "x"),
     )
+
     assert statuses(make_index(tmp_path / "pool")) == {"a": "constant", "b": "tiny"}
     assert read == ["a.nii.gz"]
 
@@ -478,6 +523,7 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n"
     )
     row = read_index(tmp_path / "scans.csv")[0]
+
     assert (row.spacing_mm, row.subject, row.percentiles) == ((1.0, 1.0, 2.0), "", ())
 
 
@@ -488,7 +534,9 @@ def test_many_rows_are_written_one_by_one(tmp_path: Path) -> None:
         tmp_path / "scans.csv",
         (replace(row, id=f"pool/{n}", percentiles=(-1e-7, 0.5 * n)) for n in range(50)),
     )
+
     rows = read_index(tmp_path / "scans.csv")
+
     assert [r.id for r in rows] == [f"pool/{n}" for n in range(50)] and rows[3].percentiles == (
         -1e-7,
         1.5,
@@ -520,7 +568,9 @@ def test_a_series_and_its_copies_in_other_formats_are_one_scan(
     index = index_scans(
         [*find_scans([], [pet_series]), *find_scans([], [tmp_path / "pool"])], set(), 1
     )
+
     original = index.rows[0]
+
     assert (original.status, original.modality) == ("ok", "PET") and original.part.startswith(
         "series="
     )
@@ -540,10 +590,13 @@ def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(
         str(tmp_path / "pool" / "copy.nii.gz"),
     )
     inside = index_scans(find_scans([], [pet_series.parent]), {str(pet_series)}, 1)
+
     assert {row.reason for row in inside.rows if row.status == "excluded"} == {
         f"excluded by the user ('{pet_series}')"
     }
+
     elsewhere = make_index(tmp_path / "pool", {str(pet_series.parent)})
+
     assert [(row.status, row.reason) for row in elsewhere.rows] == [
         ("excluded", f"same voxels as the excluded {pet_series}")
     ]
@@ -558,6 +611,7 @@ def test_a_series_is_excluded_with_a_folder_of_some_of_its_slices(
         shutil.copy(path, folder)
     candidates = find_scans([], [tmp_path / "pool"])
     index = index_scans(candidates, {str(tmp_path / "pool" / "1")}, 1)
+
     assert [row.reason for row in index.rows] == [
         "excluded by the user (an excluded folder holds this series too)"
     ]

@@ -39,6 +39,7 @@ def test_a_row_overrules_what_was_found_and_an_empty_cell_does_not(
         )
     )
     described, entries = describe(candidates(tmp_path), manifest)
+
     assert [(c.subject, c.session, c.contrast, c.modality) for c in described] == [
         ("P1", "S1", "T1w", "PET"),
         ("found", "", "FLAIR", "MR"),
@@ -68,6 +69,7 @@ def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(
         write(tmp_path, "path,subject\na.nii.gz,1\ngone.nii.gz,2\nmanifest.csv,3\n")
     )
     describe(candidates(tmp_path), manifest)
+
     assert "1 scans are described by 1 of 3 rows" in caplog.text
     assert (
         f"1 paths do not exist, the first is 'gone.nii.gz'; they are relative to {tmp_path}"
@@ -107,7 +109,9 @@ def test_a_manifest_that_cannot_be_meant_is_refused(
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with refused(UsageError, "manifest-unreadable", tmp_path / "gone.csv"):
         read_manifest(tmp_path / "gone.csv")
+
     (tmp_path / "latin.csv").write_bytes("path\nMüller\n".encode("latin-1"))
+
     with refused(UsageError, "manifest-unreadable", tmp_path / "latin.csv", "UTF-8"):
         read_manifest(tmp_path / "latin.csv")
 

@@ -43,6 +43,7 @@ def test_whatever_is_not_plain_gets_no_answer(tmp_path: Path) -> None:
     (tmp_path / "text.nii").write_text("text")
     (tmp_path / "text.nii.gz").write_bytes(b"\x1f\x8b nonsense")
     (tmp_path / "empty.mha").touch()
+
     odd = [
         tmp_path / "m.nii",
         tmp_path / "text.nii",
@@ -56,6 +57,7 @@ def test_whatever_is_not_plain_gets_no_answer(tmp_path: Path) -> None:
         save(tmp_path / "rgb.nii", np.zeros((8, 9, 10, 3), np.uint8), vector=True),
         save(tmp_path / "rgb.mha", np.zeros((8, 9, 10, 3), np.uint8), vector=True),
     ]
+
     assert [peek(path) for path in odd] == [None] * len(odd)
     assert peek(save(tmp_path / "b.nii", PLAIN), "t=1") is None
 

@@ -54,6 +54,7 @@ def test_every_format_is_read_in_zyx_order_and_turned_to_ras(tmp_path: Path, end
 def test_names_with_spaces_and_umlauts_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "Präparat ä ö"
     folder.mkdir()
+
     assert read.load_scan(save(folder / "Schädel 1 größer.nii.gz", noise())).array_CZYX.shape == (
         1,
         16,
@@ -80,7 +81,9 @@ def test_flipped_bytes_in_a_gzip_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
     content = bytearray(path.read_bytes())
     content[-6] ^= 0xFF
+
     path.write_bytes(bytes(content))
+
     assert status_of(path)[0] == "unreadable"
 
 
@@ -105,8 +108,10 @@ def test_text_named_as_an_image_is_unreadable(tmp_path: Path) -> None:
 
 def test_a_vanished_file_a_broken_link_and_a_folder_are_told_apart(tmp_path: Path) -> None:
     assert "vanished" in status_of(tmp_path / "gone.nii.gz")[1]
+
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
     assert "a link" in status_of(tmp_path / "link.nii.gz")[1]
+
     (tmp_path / "folder.nii.gz").mkdir()
     assert "not a file" in status_of(tmp_path / "folder.nii.gz")[1]
 
@@ -137,7 +142,9 @@ def test_a_series_is_4d_but_one_volume_with_a_fourth_axis_is_a_scan(tmp_path: Pa
     status, reason = status_of(
         save(tmp_path / "a.nii.gz", noise((3, 16, 18, 20)).astype(np.float32))
     )
+
     assert status == "4d" and "3 volumes" in reason
+
     for name in ("b.nii.gz", "b.mha"):
         scan = read.load_scan(
             save(tmp_path / name, noise((1, 16, 18, 20)).astype(np.float32), (1.0, 1.0, 2.0, 1.0))
@@ -183,6 +190,7 @@ def test_a_zero_voxel_size_in_other_formats_is_refused(tmp_path: Path) -> None:
     path.write_bytes(
         path.read_bytes().replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2")
     )
+
     assert status_of(path)[0] == "spacing"
 
 
@@ -201,13 +209,16 @@ def test_ordinary_anisotropy_passes() -> None:
 def test_sheared_axes_are_refused_in_every_format(tmp_path: Path) -> None:
     nrrd = save(tmp_path / "a.nrrd", noise())
     nrrd.write_bytes(nrrd.read_bytes().replace(b"(1,0,0)", b"(1,.5,0)"))
+
     assert status_of(nrrd)[0] == "direction"
+
     rows = [
         (280, "4f", (0.9, 0.43589, 0, 0)),
         (296, "4f", (0.43589, 0.9, 0, 0)),
         (312, "4f", (0, 0, 2, 0)),
     ]
     only_sform = [(252, "2h", (0, 1)), *rows]
+
     assert status_of(patch(save(tmp_path / "b.nii", noise()), *only_sform))[0] == "direction"
 
 
@@ -216,8 +227,11 @@ def test_qform_and_sform_must_agree_unless_the_sform_is_a_registration(
 ) -> None:
     rows = [(280, "4f", (3, 0, 0, 0)), (296, "4f", (0, 3, 0, 0)), (312, "4f", (0, 0, 3, 0))]
     status, reason = status_of(patch(save(tmp_path / "a.nii", noise()), (252, "2h", (1, 1)), *rows))
+
     assert status == "direction" and "1, 1, 2 mm against 3, 3, 3 mm" in reason
+
     registered = patch(save(tmp_path / "b.nii", noise()), (252, "2h", (1, 4)), *rows)
+
     assert read.load_scan(registered).spacing_mm == (2.0, 1.0, 1.0)
 
 
@@ -229,8 +243,10 @@ def test_few_slices_pass_and_fewer_than_four_do_not(tmp_path: Path) -> None:
         20,
     )
     assert status_of(save(tmp_path / "b.nii.gz", noise((3, 20, 20))))[0] == "tiny"
+
     nearly_empty = np.zeros((16, 16, 16), np.int16)
     nearly_empty[5:7, 2:12, 2:12] = noise((2, 10, 10)) + 1
+
     assert status_of(save(tmp_path / "c.nii.gz", nearly_empty))[0] == "tiny"
 
 
@@ -280,6 +296,7 @@ def test_what_libraries_print_is_caught_and_stderr_comes_back(
         os.write(2, b"noise from C++\n")
         assert "noise from C++" in said()
     os.write(2, b"after\n")
+
     assert capfd.readouterr().err == "after\n"
 
 

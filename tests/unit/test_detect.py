@@ -466,6 +466,7 @@ def test_wrong_options_are_refused_with_a_remedy(
 ) -> None:
     (tmp_path / "taken").write_text("")
     (tmp_path / "empty").mkdir()
+
     for more, code, values in (
         (["-o", str(tmp_path / "taken" / "x")], "detect-output-folder", [tmp_path / "taken" / "x"]),
         (["-d", "951"], "detect-dataset-unknown", ["-d 951", "Dataset950_Tiny"]),

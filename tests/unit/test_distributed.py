@@ -230,10 +230,12 @@ def test_two_processes_have_the_losses_and_weights_of_one(
         [[0, 1], [2, 3, 4]] if batch_size == 5 else [[0, 1, 2], [3, 4, 5]]
     )
     assert two[way]["sharded"] is way.startswith("fsdp")
+
     good = [n for n in range(STEPS) if n != SPOILED]
     assert [two[way]["losses"][n] for n in good] == pytest.approx(
         [one["losses"][n] for n in good], rel=1e-5
     )
+
     for name, weights in one["state"]["network_weights"].items():
         found = two[way]["state"]["network_weights"][name]
         assert type(found) is torch.Tensor
@@ -252,7 +254,9 @@ def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
         alone[5]["losses"][SPOILED]
     )
     assert (two[way]["statistics"].nonfinite, two[way]["statistics"].in_row) == (1, 0)
+
     steps = {int(entry["step"]) for entry in two[way]["state"]["optimizer"]["state"].values()}
+
     assert steps == {
         int(entry["step"]) for entry in alone[5]["state"]["optimizer"]["state"].values()
     }
@@ -265,8 +269,11 @@ def test_what_two_processes_save_one_goes_on_from(
     one = alone[WAYS[way][2]]
     trainer = trainer_in(ALONE, None, "none", WAYS[way][2])
     restore(two[way]["state"], trainer.module, trainer.optimizer, trainer.guard)
+
     assert trained(trainer, STEPS, STEPS + 2) == pytest.approx(one["next"], rel=1e-4)
+
     moments = [list(s["optimizer"]["state"].items()) for s in (one["state"], two[way]["state"])]
+
     assert [number for number, _ in moments[0]] == [number for number, _ in moments[1]]
 
 
@@ -283,8 +290,10 @@ def test_a_checkpoint_read_by_the_main_process_reaches_all_exactly(
 ) -> None:
     state, (main, other) = two[f"shareable, {sharding}"]
     start = alone[6]["state"]
+
     assert_same(state["network_weights"], start["network_weights"])
     assert_same(state["optimizer"]["state"], start["optimizer"]["state"])
+
     for name, weights in start["network_weights"].items():
         parts = [main[name]] if main[name].shape == weights.shape else [main[name], other[name]]
         assert torch.equal(torch.cat(parts) if len(parts) > 1 else parts[0], weights), name
@@ -307,6 +316,7 @@ def test_shareable_content_is_sent_without_weights_but_whole_alone(
     start = alone[6]["state"]
     outline = pickle.dumps(shareable(start))
     assert len(outline) < 0.2 * sum(weights.nbytes for weights in start["network_weights"].values())
+
     received = pickle.loads(outline)
     name, weights = next(iter(start["network_weights"].items()))
     assert received["network_weights"][name] == DeferredTensor(
@@ -316,6 +326,7 @@ def test_shareable_content_is_sent_without_weights_but_whole_alone(
         received["generators"][0]["python"] == start["generators"][0]["python"]
         and received["step"] == STEPS
     )
+
     trainer = trainer_in(ALONE, None, "none", 6)
     restore(shareable(start), trainer.module, trainer.optimizer, trainer.guard)
     assert_same(state_of(trainer)["network_weights"], start["network_weights"])

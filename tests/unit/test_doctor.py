@@ -67,8 +67,11 @@ def test_without_problems_every_line_is_ok_and_pretraining_is_next(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "probe", lambda: WELL)
+
     assert doctor.main([]) == 0
+
     lines = capsys.readouterr().out.splitlines()
+
     assert [line.split()[0] for line in lines[:-1]] == ["ok"] * 15
     assert "cuda: Some GPU, 24 GiB (20 free)" in lines[-4]
     assert lines[-1] == "next: autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
@@ -80,7 +83,9 @@ def test_finished_runs_are_counted_and_the_newest_is_named(folders: Path) -> Non
         (runs / name).mkdir(parents=True)
         card(name, f"{day}T10:00:00Z").save(runs / name)
     (runs / "unfinished").mkdir()
+
     check = doctor.check_runs()
+
     assert check.status == "ok"
     assert check.finding == "3 finished, newest: new (primus_tiny, 2025-11-01T10:00:00Z)"
     assert doctor._next([check]).startswith("nnUNetv2_plan_and_preprocess")
@@ -90,7 +95,9 @@ def test_a_damaged_card_is_counted_and_shown_with_its_path(folders: Path) -> Non
     run = folders / "nnUNet_results" / "autoreg_pretraining" / "torn"
     run.mkdir(parents=True)
     (run / "encoder.json").write_text("{")
+
     check = doctor.check_runs()
+
     assert (check.status, check.finding) == ("warn", "none yet; 1 unreadable")
     assert str(run / "encoder.json") in check.remedy
 
@@ -100,8 +107,11 @@ def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
 ) -> None:
     monkeypatch.delenv("nnUNet_raw")
     monkeypatch.setattr(doctor, "probe", lambda: {**WELL, "live": False})
+
     assert doctor.main([]) == 1
+
     out = capsys.readouterr().out
+
     assert "fail  nnUNet_raw          the environment variable nnUNet_raw is not set\n" in out
     assert (
         "fail  start-up bridge     nnU-Net does not find our classes: the .pth line is not read\n"
@@ -117,8 +127,11 @@ def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
 def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> None:
     (folders / "nnUNet_raw").rmdir()
     gone = doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"])
+
     assert gone.status == "fail" and "does not exist" in gone.finding and "mkdir -p" in gone.remedy
+
     (folders / "nnUNet_raw").touch()
+
     assert doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"]).status == "fail"
 
 
@@ -157,10 +170,12 @@ def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
     assert doctor.check_bridge(WELL, None).status == "ok"
     assert doctor.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
     assert doctor.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
+
     broken = {k: v for k, v in WELL.items() if k != "trainer"} | {
         "trainer_error": "ImportError: no\n such module"
     }
     check = doctor.check_bridge(broken, None)
+
     assert check.status == "fail"
     assert (
         check.finding
@@ -171,6 +186,7 @@ def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
 def test_a_torchvision_of_another_build_of_torch_is_named() -> None:
     answer = {k: v for k, v in WELL.items() if k != "torchvision"} | {"torchvision_error": TRAP}
     check = doctor.check_companion(answer, "torchvision")
+
     assert (check.status, check.finding) == (
         "fail",
         "RuntimeError: operator torchvision::nms does not exist",
@@ -180,7 +196,9 @@ def test_a_torchvision_of_another_build_of_torch_is_named() -> None:
 
 def test_a_cpu_is_a_warning_that_names_the_build_of_torch() -> None:
     assert "build for CPUs" in doctor.check_device({"device": ["cpu", None]}).finding
+
     check = doctor.check_device({"device": ["cpu", "13.2"]})
+
     assert check.status == "warn" and "driver" in check.remedy
     assert doctor.check_device({"device": ["mps"]}).status == "ok"
     assert doctor.check_device({"device_error": "OSError: libcudart"}).status == "fail"
@@ -192,7 +210,9 @@ def test_a_fresh_interpreter_that_fails_is_shown_with_its_last_line(
     fallen = SimpleNamespace(stdout="", stderr="Fatal\nSegmentation fault\n", returncode=-11)
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: fallen)
     answer = doctor.probe()
+
     check = doctor.check_bridge(answer, None)
+
     assert (
         check.status == "fail"
         and check.finding == "a fresh interpreter ended with exit code -11: Segmentation fault"
@@ -213,8 +233,10 @@ def test_link_writes_the_guarded_line_and_unlink_removes_it(
     site_packages: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor.main(["--link"]) == 0
+
     link = site_packages / "nnunet_autoreg_link.pth"
     head, line = link.read_text().splitlines()
+
     assert head.startswith("#") and line + "\n" == bridge.PTH_LINE
     assert doctor.main(["--link"]) == 0
     assert f"wrote {link}" in capsys.readouterr().out
@@ -230,6 +252,7 @@ def test_link_and_unlink_leave_a_foreign_file_alone(
     foreign = site_packages / "nnunet_autoreg_link.pth"
     foreign.write_text("/somewhere/else\n")
     monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
+
     assert doctor.main(["--link"]) == 1 and doctor.main(["--unlink"]) == 1
     assert foreign.read_text() == "/somewhere/else\n"
     assert capsys.readouterr().err.count(str(foreign)) == 2
@@ -304,9 +327,11 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert run.stdout is not None and run.stderr is not None
+
     run.stdout.readline()
     run.stdout.close()
     assert (run.stderr.read(), run.wait(timeout=60)) == ("", 1)
+
     run.stderr.close()
 
 

@@ -81,6 +81,7 @@ def test_every_named_encoder_can_be_built_and_states_its_tokens_and_family(name:
             size.class_path, shallow, [4 * t for t in size.token_size], 1, 3
         )
         output = network(torch.empty(1, 1, *(4 * t for t in size.token_size)))
+
     assert output.shape == (1, 3, *(4 * t for t in size.token_size))
     assert family_of(size.class_path) == size.family and name.startswith(size.family)
     assert token_size_of(size.class_path, size.arguments) == size.token_size
@@ -99,6 +100,7 @@ def test_the_presets_have_the_sizes_of_their_papers() -> None:
     6 stages, stride 32; Primus M: width 864, 16 blocks; ViT-B/16: 12 blocks of 768.
     """
     resenc = encoder_size("resenc_l")
+
     assert resenc.token_size == (32, 32, 32) and resenc.arguments["n_blocks_per_stage"] == [
         1,
         3,
@@ -133,8 +135,10 @@ def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(
     prefixes = (f"{downstream.key_to_encoder}.", f"{downstream.key_to_stem}.")
     parts = {id(t) for key, t in live.items() if key.startswith(prefixes) and ".rope." not in key}
     assert {id(live[key]) for key in state} == parts and len(state) == len(parts)
+
     downstream.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=False)
     assert all(torch.equal(live[key], value) for key, value in state.items())
+
     volume = noise(1, 1, *CROP)
     with torch.no_grad():
         expected = encoder.describe(volume[:, None], None)
@@ -156,16 +160,19 @@ def test_the_card_names_the_parts_that_fine_tuning_adapts(name: str) -> None:
     encoder = small_encoder(name, channels=2)
     adaptation = encoder.adaptation()
     key_to_encoder, key_to_stem, in_proj, positions = ADAPTED[name]
+
     assert (adaptation.key_to_encoder, adaptation.key_to_stem, adaptation.key_to_lpe) == (
         key_to_encoder,
         key_to_stem,
         positions,
     )
     assert adaptation.keys_to_in_proj[0] == in_proj
+
     # Every tensor whose shape depends on the number of channels is named, under some name.
     other = small_encoder(name, channels=3).network.state_dict()
     state = encoder.network.state_dict(keep_vars=True)
     depends = {id(t) for key, t in state.items() if t.shape != other[key].shape}
+
     assert depends == {id(state[f"{key}.weight"]) for key in adaptation.keys_to_in_proj}
 
 
@@ -180,8 +187,10 @@ def test_the_local_part_sees_one_block_at_a_time(name: str) -> None:
             encoder.local(blocks[:, k]).flatten(2).transpose(1, 2)[0]
             for k in range(blocks.shape[1])
         ]
+
     # Two blocks of 16^3 beside each other along x, each of 2 x 2 x 2 tokens.
     index = torch.arange(16).reshape(2, 2, 4)
+
     assert blocks.shape[1] == 2
     # Convolutions of one and of two blocks may add up in another order.
     assert torch.allclose(tokens[0, index[:, :, :2].flatten()], alone[0], atol=1e-5)
@@ -210,11 +219,13 @@ def test_computing_the_local_part_twice_changes_no_number(name: str) -> None:
     volume = noise(1, 1, 1, *CROP)
     for encoder in (once, twice):
         (encoder(volume, None) * noise(1, 16, 48, seed=2)).sum().backward()
+
     # All gradients in one: those of biases before a norm are nothing but rounding.
     one, two = (
         torch.cat([p.grad.flatten() for p in e.parameters() if p.grad is not None])
         for e in (once, twice)
     )
+
     assert (one - two).norm() < 1e-4 * one.norm()
 
 
@@ -222,6 +233,7 @@ def test_a_cnn_hands_its_image_and_deep_supervision_arguments_on() -> None:
     plan = small_plan("resenc_tiny")
     network: Any = build_network(plan.class_path, plan.arguments, CROP, 1, 3, deep_supervision=True)
     outputs = network(noise(1, 1, *CROP))
+
     assert [tuple(o.shape[2:]) for o in outputs] == [(16, 16, 32), (8, 8, 16), (4, 4, 8)]
     assert has_deep_supervision("resenc") and not has_deep_supervision("primus")
 
@@ -254,6 +266,7 @@ def test_a_strangers_arguments_name_no_class_from_elsewhere() -> None:
         evil = {**plan.arguments, "nonlin": name, "nonlin_kwargs": {}}
         with refused(PlanError, "plan-not-a-layer", "nonlin", name):
             build_network(plan.class_path, evil, CROP, 1, 2)
+
     with refused(PlanError, "plan-unknown-network", "os.system"):
         build_network("os.system", plan.arguments, CROP, 1, 2)
 

@@ -420,7 +420,7 @@ def test_patches_that_overlap_make_up_the_whole_scan() -> None:
     assert (found == (image[0, 0] > 0.5).numpy()).all()
 
 
-def test_the_decoder_starts_from_the_pretrained_one_unless_the_recipe_forbids(
+def test_the_decoder_is_pretrained_too_unless_the_recipe_forbids_it(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
     journal = Journal(tmp_path / "lines.jsonl")

@@ -433,6 +433,7 @@ def test_tiny_transformers_are_planned_without_drop_path() -> None:
         size = ENCODERS[name]
         values = recipe_values(EncoderPlan(name, size.class_path, size.arguments, size.token_size))
         rates[name] = Recipe(150, **values).drop_path_rate
+
     assert rates == {"primus_tiny": 0.0, "primus_v2_tiny": 0.0, "primus_s": 0.2}
 
 

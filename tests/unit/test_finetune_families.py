@@ -87,11 +87,15 @@ def test_an_encoder_of_any_family_is_loaded_under_all_its_names(
     before = {key: value.clone() for key, value in network.state_dict().items()}
     table = loaded(network, folder, Target(1, CROP))
     after = network.state_dict()
+
     given = load_file(folder / "encoder.safetensors")
+
     assert all(torch.equal(after[key], value) for key, value in given.items())
     assert table.encoder_share == 1.0 and {e.status for e in table.entries} == {"loaded"}
+
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
+
     assert changed
     # A U-Net's decoder holds its encoder, so every tensor of the encoder has a name below
     # "decoder." too.
@@ -108,9 +112,12 @@ def test_a_file_may_use_the_other_name_of_a_tensor(tmp_path: Path, write_run: Wr
     renamed = {
         key.replace(".conv.weight", ".all_modules.0.weight"): value for key, value in given.items()
     }
+
     assert set(renamed) != set(given)
+
     save_file(renamed, folder / "encoder.safetensors")
     network = network_of("resenc_tiny")
+
     assert loaded(network, folder, Target(1, CROP)).encoder_share == 1.0
     assert torch.equal(
         network.state_dict()["encoder.stem.convs.0.conv.weight"],
@@ -135,6 +142,7 @@ def test_every_convolution_that_reads_the_image_gets_its_channels(
     with torch.no_grad():
         expected = one.get_submodule(stem)(image)
         found = three.get_submodule(stem)(torch.cat([image, image, image, cascade], dim=1))
+
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -144,6 +152,7 @@ def test_positions_of_a_convolutional_tokenizer_are_interpolated(
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name)
     table = loaded(network_of(name, (24, 24, 32)), folder, Target(1, (24, 24, 32)))
+
     assert [e.note for e in table.entries if e.status == "adapted"] == [
         "positions 2x3x2 -> 3x3x4, trilinear"
     ]
@@ -154,7 +163,9 @@ def test_a_summed_kernel_is_exact_on_images_constant_along_the_axis() -> None:
     kernel = torch.randn(4, 2, 3, 3, 3)
     slice_ = torch.randn(1, 2, 1, 9, 9)
     flat, note = fit_kernel(kernel, (1, 3, 3))
+
     expected = functional.conv3d(slice_.expand(-1, -1, 3, -1, -1), kernel, padding=(0, 1, 1))
+
     torch.testing.assert_close(
         functional.conv3d(slice_, flat, padding=(0, 1, 1)), expected, rtol=1e-4, atol=1e-4
     )
@@ -166,7 +177,9 @@ def test_a_padded_kernel_gives_exactly_the_same_result() -> None:
     kernel = torch.randn(4, 2, 3, 1, 3)
     image = torch.randn(1, 2, 5, 6, 7)
     deep, note = fit_kernel(kernel, (3, 3, 3))
+
     expected = functional.conv3d(image, kernel, padding=(1, 0, 1))
+
     torch.testing.assert_close(
         functional.conv3d(image, deep, padding=1), expected, rtol=1e-5, atol=1e-5
     )
@@ -178,14 +191,17 @@ def test_anisotropic_data_get_their_own_strides_and_all_weights(
     tmp_path: Path, write_run: Write
 ) -> None:
     arguments, told = reconciled(ANISOTROPIC, planned("resenc_tiny"))
+
     assert arguments["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
     assert arguments["features_per_stage"] == [16, 32, 64, 128]
     assert "4 stages" in told and "stages 0: 3x3x3 -> 1x3x3" in told
+
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     patch = (8, 24, 16)
     network = network_of("resenc_tiny", patch, arguments=arguments)
     table = loaded(network, folder, Target(1, patch))
     given, state = load_file(folder / "encoder.safetensors"), network.state_dict()
+
     for key in ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.blocks.0.conv1.conv.weight"):
         torch.testing.assert_close(state[key], given[key].sum(2, keepdim=True))
     assert torch.equal(
@@ -207,13 +223,16 @@ def test_a_patch_with_fewer_stages_uses_the_first_ones(tmp_path: Path, write_run
         "kernel_sizes": [[3, 3, 3]] * 3,
     }
     arguments, told = reconciled(wanted, planned("resenc_tiny"))
+
     assert "3 stages" in told and "4" in told
+
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     table = loaded(network_of("resenc_tiny", arguments=arguments), folder, Target(1, CROP))
     given = load_file(folder / "encoder.safetensors")
     deepest = sum(
         value.numel() for key, value in given.items() if key.startswith("encoder.stages.3.")
     )
+
     assert table.encoder_share == 1.0
     assert sum(e.num_parameters for e in table.unused) == deepest > 0
     assert any(
@@ -231,14 +250,18 @@ def test_the_last_stage_of_a_deeper_network_may_start_at_random(
         {k: v for k, v in given.items() if not k.startswith("encoder.stages.3.")},
         folder / "encoder.safetensors",
     )
+
     with refused(WeightsError, "weights-share", folder, "encoder.stages.3.blocks.0"):
         loaded(network_of("resenc_tiny"), folder, Target(1, CROP))
+
     table = loaded(network_of("resenc_tiny"), folder, Target(1, CROP), share=0.1)
+
     assert {e.key.split(".")[2] for e in table.entries if e.status == "random"} == {"3"}
 
 
 def test_other_widths_or_blocks_are_another_encoder(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
+
     with refused(WeightsError, "weights-other-encoder", "brain"):
         loaded(
             network_of(
@@ -273,10 +296,14 @@ def test_channels_are_matched_by_name_or_start_from_the_mean(
     old = load_file(folder / "encoder.safetensors")["encoder.stem.convs.0.conv.weight"]
     network = network_of("resenc_tiny", channels=2)
     table = loaded(network, folder, Target(2, CROP, ("flair", "PET")))
+
     new = network.state_dict()["encoder.stem.convs.0.conv.weight"]
+
     torch.testing.assert_close(new[:, 0], old[:, 2])
     torch.testing.assert_close(new[:, 1], old.mean(1))
+
     note = next(e.note for e in table.entries if e.status == "adapted")
+
     assert note == "3 -> 2 channels by name: flair <- FLAIR, PET <- mean of all 3"
     with refused(WeightsError, "weights-channels", "3 input channels", "2"):
         loaded(network_of("resenc_tiny", channels=2), folder, Target(2, CROP, ("DWI", "PET")))
@@ -306,13 +333,16 @@ def test_what_each_image_channel_starts_from(
 
 def test_the_recipe_of_a_cnn_is_nnunets_with_a_tenth_of_its_rate() -> None:
     values = recipe_values(planned("resenc_l"))
+
     assert (values["optimizer"], values["weight_decay"], values["clip_norm"]) == ("sgd", 3e-5, 12.0)
     assert (values["pretrained_rate"], values["scratch_rate"], values["deep_supervision"]) == (
         1e-3,
         1e-2,
         True,
     )
+
     recipe = Recipe(150, **recipe_values(planned("primus_v2_m")))
+
     assert (
         recipe.optimizer,
         recipe.pretrained_rate,
@@ -323,6 +353,7 @@ def test_the_recipe_of_a_cnn_is_nnunets_with_a_tenth_of_its_rate() -> None:
 
 def test_the_decoder_is_trained_first_for_adapted_stems_or_few_labels() -> None:
     cnn = planned("resenc_tiny")
+
     assert decoder_first(cnn, 50, True, "kernel [3, 3, 3] -> [1, 3, 3]")[0] == 0.1
     assert decoder_first(cnn, 10, True, "")[0] == 0.1
     assert decoder_first(cnn, 11, True, "")[0] == 0.0
@@ -332,6 +363,7 @@ def test_the_decoder_is_trained_first_for_adapted_stems_or_few_labels() -> None:
 
 def test_what_a_family_cannot_do_is_refused_by_name() -> None:
     cnn = Recipe(1, **recipe_values(planned("resenc_tiny")))
+
     with refused(PlanError, "plan-family", "recipe.drop_path_rate=0.2", "resenc_tiny"):
         check_block(
             AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2)), "AutoregPlans.json"
@@ -343,9 +375,11 @@ def test_what_a_family_cannot_do_is_refused_by_name() -> None:
             ),
             "AutoregPlans.json",
         )
+
     evil = EncoderPlan(
         "evil", RESENC.class_path, {**RESENC.arguments, "norm_op": "subprocess.Popen"}, (8, 8, 8)
     )
+
     with refused(PlanError, "plan-network-argument", "norm_op='subprocess.Popen'", "torch.nn"):
         check_block(AutoregBlock(evil, None, cnn), "AutoregPlans.json")
 

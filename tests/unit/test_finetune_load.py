@@ -48,7 +48,9 @@ def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(
     table = load_encoder(
         net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95
     )
+
     state = net.state_dict()
+
     assert all(
         torch.equal(state[k], v) for k, v in load_file(folder / "encoder.safetensors").items()
     )
@@ -69,10 +71,14 @@ def test_one_channel_is_repeated_over_four_and_a_cascade_starts_at_zero(
     table = load_encoder(
         net, folder / "encoder.safetensors", read_card(folder), Target(4, CROP), 0.95
     )
+
     new = net.state_dict()["down_projection.proj.weight"]
+
     assert all(torch.equal(new[:, c], old[:, 0] / 4) for c in range(4))
     assert torch.count_nonzero(new[:, 4:]) == 0
+
     note = next(e.note for e in table.entries if e.status == "adapted")
+
     assert note == "1 -> 4 channels, repeated / 4, 2 one-hot channels of the cascade start at 0"
 
 
@@ -80,7 +86,9 @@ def test_several_channels_are_summed_into_one(tmp_path: Path, write_run: Write) 
     folder = write_run(tmp_path, "multi", crop=CROP, channels=3, num_input_channels=3)
     old = load_file(folder / "encoder.safetensors")["down_projection.proj.weight"]
     net = network()
+
     load_encoder(net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95)
+
     torch.testing.assert_close(
         net.state_dict()["down_projection.proj.weight"], old.sum(1, keepdim=True)
     )
@@ -116,7 +124,9 @@ def test_another_patch_size_interpolates_the_positions_and_says_so(
     table = load_encoder(
         net, folder / "encoder.safetensors", read_card(folder), Target(1, patch), 0.95
     )
+
     old = load_file(folder / "encoder.safetensors")["eva.pos_embed"]
+
     torch.testing.assert_close(
         net.state_dict()["eva.pos_embed"], interpolate_positions(old, (2, 3, 2), (3, 3, 4))
     )
@@ -132,11 +142,15 @@ def test_too_small_a_share_is_an_error_without_any_change(tmp_path: Path, write_
         lambda t: [t.pop(k) for k in list(t) if k.startswith(("eva.blocks.4", "eva.blocks.5"))],
     )
     net = network()
+
     before = net.state_dict()["eva.pos_embed"].clone()
+
     with refused(WeightsError, "weights-share", file, "95 %", "plan again"):
         load_encoder(net, file, read_card(folder), Target(1, CROP), 0.95)
     assert torch.equal(net.state_dict()["eva.pos_embed"], before)
+
     table = load_encoder(net, file, read_card(folder), Target(1, CROP), 0.5)
+
     assert sum(e.status == "random" for e in table.entries) > 0
 
 
@@ -184,6 +198,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, write_run: Write, keep: in
     folder = write_run(tmp_path, "brain", crop=CROP)
     file = folder / "encoder.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
+
     with refused(WeightsError, "weights-unreadable", file):
         load_encoder(network(), file, read_card(folder), Target(1, CROP), 0.95)
 
@@ -192,7 +207,9 @@ def test_rotary_tables_in_a_file_are_not_loaded(tmp_path: Path, write_run: Write
     folder = write_run(tmp_path, "brain", crop=CROP)
     file = rewrite(folder, lambda t: t.update({"eva.rope.pos_embed": torch.full((12, 88), 9.0)}))
     net = network()
+
     table = load_encoder(net, file, read_card(folder), Target(1, CROP), 0.95)
+
     assert not any("rope" in e.key for e in table.entries)
     assert dict(net.named_buffers())["eva.rope.pos_embed"].max() <= 1
 
@@ -204,6 +221,7 @@ def test_weights_of_another_encoder_than_the_plans_are_refused(
     planned = EncoderPlan(
         "primus_tiny", SIZE.class_path, {**SIZE.arguments, "eva_depth": 12}, (8, 8, 8)
     )
+
     with refused(WeightsError, "weights-other-encoder", "'brain'", "arguments.eva_depth: 12 -> 6"):
         check_same_encoder(card, planned)
 

@@ -52,6 +52,7 @@ def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
         planned("primus_s"), small, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05
     )
     assert (roomy.patch_size, roomy.batch_size) == ((64, 64, 64), 7)
+
     few = fit_configuration(
         planned("primus_s"),
         small,
@@ -61,6 +62,7 @@ def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
         max_share=0.05,
     )
     assert few.batch_size == 4
+
     fewest = fit_configuration(
         planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 64**3, max_share=0.05
     )
@@ -76,6 +78,7 @@ def test_the_patch_shrinks_until_a_batch_of_two_fits() -> None:
         dataset_vox=MANY_VOX,
         max_share=0.05,
     )
+
     assert fit.batch_size == 2
     assert 3.0 * 64**3 < volume(fit.patch_size) <= 3.5 * 64**3
     assert all(side % 8 == 0 for side in fit.patch_size)
@@ -90,6 +93,7 @@ def test_a_memory_target_that_nothing_fits_is_shown() -> None:
         dataset_vox=MANY_VOX,
         max_share=0.05,
     )
+
     assert fit.patch_size == (8, 8, 8)
     assert "MORE than the target" in fit.reason
 
@@ -104,10 +108,13 @@ def test_tiny_encoders_stay_small_unless_memory_is_given() -> None:
         dataset_vox=MANY_VOX,
         max_share=0.05,
     )
+
     assert volume(small.patch_size) <= 64**3 and small.batch_size == 8
+
     large = fit_configuration(
         planned("primus_tiny"), BRAIN, Budget(8, True), memory, dataset_vox=MANY_VOX, max_share=0.05
     )
+
     assert volume(large.patch_size) > 64**3 and large.batch_size > 8
 
 
@@ -117,13 +124,16 @@ def test_a_block_has_the_encoder_and_the_file_of_the_weights(
     folder = write_run(tmp_path, "brain")
     choice = Choice(read_card(folder), (folder / "encoder.safetensors").resolve(), "because")
     block = make_block(choice, BRAIN, Budget(8, False), tmp_path)
+
     assert block.encoder.name == "primus_tiny"
     assert (
         block.weights is not None
         and block.weights.file == "autoreg_pretraining/brain/encoder.safetensors"
     )
     assert (block.recipe.num_epochs, block.recipe.pretrained_rate) == (150, 1e-3)
+
     elsewhere = make_block(choice, BRAIN, Budget(8, False), tmp_path / "other")
+
     assert elsewhere.weights is not None and elsewhere.weights.file == str(
         (folder / "encoder.safetensors").resolve()
     )
@@ -134,6 +144,7 @@ def test_many_labels_train_longer_and_scratch_has_an_encoder() -> None:
     block = make_block(
         Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results")
     )
+
     assert block.recipe.num_epochs == 300
     assert block.weights is None
     assert block.encoder.name == "primus_s"
@@ -151,7 +162,9 @@ def test_only_ct_channels_get_the_window_of_pretraining(tmp_path: Path, write_ru
     )
     card = read_card(write_run(tmp_path, "chest", modalities=("CT",), ct_window=window))
     given = {"0": {"mean": 1.0}, "1": {"mean": 2.0}}
+
     found = with_ct_window(given, ["CT", "PET"], card)
+
     assert found["0"] == {
         "mean": 40.0,
         "std": 100.0,
@@ -189,6 +202,7 @@ def test_only_valid_configurations_of_the_user_are_kept() -> None:
     kept, dropped = kept_configurations(
         old, {"configurations": {"3d_fullres": full}}, TINY.class_path
     )
+
     assert list(kept) == ["bs4", "on_bs4"]
     assert len(dropped) == 4
     assert any("'odd'" in line and "use 56 or 64" in line for line in dropped)
@@ -219,9 +233,11 @@ def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
             },
         }
     }
+
     kept, dropped = kept_configurations(
         old, {"configurations": {"3d_fullres": full}}, cnn.class_path
     )
+
     assert list(kept) == ["flat"]
     assert any(
         "'odd'" in line and "axis y is no multiple of the token size 8" in line for line in dropped
@@ -274,6 +290,7 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
 
 def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
     check_plans_name("AutoregPlans", {"autoreg": {}})
+
     with refused(PlanError, "plan-name", "'My__Plans'", "'__'"):
         check_plans_name("My__Plans", None)
     with refused(PlanError, "plan-name-taken", "nnUNetPlans.json", "ExperimentPlanner"):

@@ -41,6 +41,7 @@ def tiny() -> nn.Module:
 
 def test_the_rate_rises_linearly_and_then_follows_the_polynomial() -> None:
     schedule = Schedule(peak_rate=1.0, num_iterations=100, warmup_iterations=10, poly_exponent=0.9)
+
     assert schedule.rate(0) == pytest.approx(0.1)
     assert schedule.rate(4) == pytest.approx(0.5)
     assert schedule.rate(9) == 1.0
@@ -71,16 +72,21 @@ def test_the_rate_depends_only_on_epoch_and_iteration() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     groups = [{"params": [parameter], "rate_factor": 0.5, "weight_decay": 0.0}]
     rates = IterationRates(make_optimizer(groups, RECIPE, 1.0), schedule, iterations_per_epoch=10)
+
     rates.step(5, 5)
+
     assert rates.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**0.9)
 
 
 def test_norms_biases_positions_and_layer_scale_are_not_decayed() -> None:
     network = tiny()
     groups = parameter_groups(network, RECIPE)
+
     assert [(g["rate_factor"], g["weight_decay"]) for g in groups] == [(1.0, 0.05), (1.0, 0.0)]
+
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, undecayed = ({names[id(p)] for p in g["params"]} for g in groups)
+
     assert {
         "down_projection.proj.weight",
         "eva.blocks.0.attn.q_proj.weight",
@@ -99,7 +105,9 @@ def test_layer_decay_slows_the_layers_near_the_input() -> None:
     network = tiny()
     groups = parameter_groups(network, Recipe(150, 1e-4, 3e-4, layer_decay=0.5))
     factor = {id(p): g["rate_factor"] for g in groups for p in g["params"]}
+
     by_name = {name: factor[id(p)] for name, p in network.named_parameters()}
+
     assert groups[0]["rate_factor"] == 1.0
     assert by_name["up_projection.decode.2.weight"] == by_name["eva.norm.weight"] == 1.0
     assert by_name["eva.blocks.5.attn.q_proj.weight"] == 0.5
@@ -109,6 +117,7 @@ def test_layer_decay_slows_the_layers_near_the_input() -> None:
 
 def test_a_block_is_read_with_its_defaults() -> None:
     block = read_block({"plans_name": "AutoregPlans", "autoreg": BLOCK})
+
     assert isinstance(block, AutoregBlock)
     assert block.recipe.betas == (0.9, 0.98)
     assert block.recipe.num_iterations_per_epoch == 250

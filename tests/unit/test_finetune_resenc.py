@@ -91,6 +91,7 @@ def test_patch_batch_strides_and_kernels_are_those_of_nnunet(
 @pytest.mark.usefixtures("dataset")
 def test_more_memory_gives_a_larger_patch() -> None:
     small, large = (fit("resenc_tiny", BRAIN, Budget(8.0, explicit)) for explicit in (False, True))
+
     assert volume(small.patch_size) <= 64**3 and 2 <= small.batch_size <= 8
     assert volume(large.patch_size) > 64**3
     assert volume(fit("resenc_m", BRAIN, Budget(24.0, True)).patch_size) > volume(
@@ -109,6 +110,7 @@ def test_small_images_leave_the_deepest_stages_out() -> None:
 @pytest.mark.usefixtures("dataset")
 def test_no_stage_is_planned_that_the_weights_do_not_have() -> None:
     found = fit("resenc_tiny", SARCOMA, Budget(8.0, False))
+
     assert found.arguments is not None and found.arguments["n_stages"] == 4
     assert found.arguments["kernel_sizes"] == [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]
     assert found.arguments["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]

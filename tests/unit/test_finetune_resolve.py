@@ -30,7 +30,9 @@ def test_the_newest_run_of_similar_modality_and_spacing_is_chosen(
     write_run(tmp_path, "new", finished_at="2026-03-01T00:00:00Z")
     write_run(tmp_path, "chest", finished_at="2026-05-01T00:00:00Z", modalities=("CT",))
     write_run(tmp_path, "coarse", finished_at="2026-04-01T00:00:00Z", spacing_mm=(1.0, 1.0, 2.5))
+
     choice = choose_weights(tmp_path, MR, None)
+
     assert choice.card is not None and choice.card.name == "new"
     assert (
         choice.file == (tmp_path / "autoreg_pretraining" / "new" / "encoder.safetensors").resolve()
@@ -54,6 +56,7 @@ def test_ct_needs_a_run_with_ct_and_axes_are_compared_sorted(
         finished_at="2025-01-01T00:00:00Z",
     )
     choice = choose_weights(tmp_path, CT, None)
+
     assert choice.card is not None and choice.card.name == "both"
 
 
@@ -61,7 +64,9 @@ def test_several_channels_suit_one_but_not_another_number(tmp_path: Path, write_
     four = DatasetTraits("Dataset061_MSLesions", ("T1", "T1post", "T2", "FLAIR"), (1.0, 1.0, 1.0))
     write_run(tmp_path, "two", channels=2, num_input_channels=2, finished_at="2026-05-01T00:00:00Z")
     write_run(tmp_path, "one")
+
     choice = choose_weights(tmp_path, four, None)
+
     assert choice.card is not None and choice.card.name == "one"
     assert choice.rejected == ("two: its 2 input channels cannot be adapted to 4",)
 
@@ -73,7 +78,9 @@ def test_a_damaged_run_is_not_chosen_and_the_reason_is_given(
     (damaged / "encoder.safetensors").write_bytes(b"short")
     (write_run(tmp_path, "broken") / "encoder.json").write_text("{")
     write_run(tmp_path, "good")
+
     choice = choose_weights(tmp_path, MR, None)
+
     assert choice.card is not None and choice.card.name == "good"
     assert any(line.startswith("broken: ") and "not valid JSON" in line for line in choice.rejected)
     assert any(
@@ -85,7 +92,9 @@ def test_a_damaged_run_is_not_chosen_and_the_reason_is_given(
 def test_without_a_run_the_remedies_are_named(tmp_path: Path, write_run: Write) -> None:
     with refused(WeightsError, "weights-none-suits", "autoreg_pretrain", "autoreg_weights=none"):
         choose_weights(tmp_path, MR, None)
+
     write_run(tmp_path, "chest", modalities=("CT",))
+
     with refused(WeightsError, "weights-none-suits", "Dataset004_Hippocampus", "chest: "):
         choose_weights(tmp_path, MR, None)
 
@@ -108,6 +117,7 @@ def test_unsuitable_weights_that_the_user_names_cause_warnings(
 ) -> None:
     write_run(tmp_path, "coarse", spacing_mm=(4.0, 4.0, 4.0), modalities=("CT",))
     choice = choose_weights(tmp_path, MR, "coarse")
+
     assert choice.card is not None
     assert len(choice.warnings) == 2
     assert "pretrained on CT" in choice.warnings[0] and "a factor of 4.0" in choice.warnings[1]
@@ -185,10 +195,13 @@ def test_another_setting_at_training_time_is_ignored_with_a_warning(
 ) -> None:
     folder = write_run(tmp_path, "brain")
     planned = PlannedWeights("brain", "autoreg_pretraining/brain/encoder.safetensors", "00")
+
     assert ignored_setting(tmp_path, planned, None) is None
     assert ignored_setting(tmp_path, planned, "brain") is None
     assert ignored_setting(tmp_path, planned, str(folder)) is None
+
     warning = ignored_setting(tmp_path, planned, "other")
+
     assert (
         warning is not None
         and "autoreg_weights=other is ignored" in warning
@@ -212,6 +225,7 @@ def test_the_nearest_spacing_of_the_same_modality_counts(tmp_path: Path, write_r
     )
     write_run(tmp_path, "pool", modalities=("CT", "MR"), spacing_groups=groups)
     cine = DatasetTraits("Dataset027_ACDC", ("cineMRI",), (10.0, 1.5, 1.5))
+
     assert "spacing ratio 1.00" in choose_weights(tmp_path, cine, None).reason
     assert "spacing ratio 1.00" in choose_weights(tmp_path, CT, None).reason
     with refused(WeightsError, "weights-none-suits", "3 x 1 x 1 mm", "3.3"):

@@ -105,6 +105,7 @@ def test_what_fits_stays_and_the_peak_is_kept(
 ) -> None:
     caplog.set_level("INFO")
     plan = fit_plan(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
+
     assert plan.run.peak_memory_gib is not None and plan.run.peak_memory_gib > 0
     assert plan.run.dry_step_seconds is not None and plan.run.dry_step_seconds > 0
     assert plan.run.loader_seconds_per_crop is not None and plan.run.loader_seconds_per_crop > 0
@@ -146,12 +147,15 @@ def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(
 ) -> None:
     one = 16 * 16 * 24
     checkpointed = fit_plan(PLAN, trainer_of(0.6 * one, []), CPU)
+
     assert (checkpointed.optim.micro_batch_size, checkpointed.optim.checkpoint_activations) == (
         1,
         True,
     )
     assert checkpointed.sequence == PLAN.sequence
+
     cropped = fit_plan(PLAN, trainer_of(0.4 * one, []), CPU)
+
     assert (cropped.optim.micro_batch_size, cropped.optim.checkpoint_activations) == (1, True)
     assert cropped.sequence.crop_size_vox == (16, 16, 16)
     assert "crops of 16 x 16 x 16" in cropped.reasons["sequence.crop_size_vox"]
@@ -174,6 +178,7 @@ def test_a_smaller_crop_is_cut_in_whole_blocks_and_members_follow() -> None:
         sequence=SequencePlan((32, 64, 48), block_tokens=(2, 2, 2), member_crop_vox=(32, 64, 16)),
     )
     reduced = smaller_crop(plan)
+
     assert reduced is not None and reduced.sequence.crop_size_vox == (32, 48, 48)
     assert reduced.sequence.member_crop_vox == (32, 48, 16)
     assert smaller_crop(replace(PLAN, sequence=SequencePlan((8, 8, 16)))) is None
@@ -241,10 +246,10 @@ def test_other_errors_are_not_taken_for_want_of_memory(
     trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(trainer: Trainer) -> float:
-        raise RuntimeError("shapes")
+        raise ZeroDivisionError
 
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(ZeroDivisionError):
         fit_plan(PLAN, trainer_of(1e9, []), CPU)
 
 

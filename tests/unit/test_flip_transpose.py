@@ -71,7 +71,9 @@ def plainly(voxels_MCZYX, real_MZYX, flip_transpose):
 
 def test_a_turn_mirrors_and_then_reorders_arrays_and_tensors_alike():
     volume = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+
     assert len(FLIP_TRANSPOSES) == 48
+
     for flip_transpose in FLIP_TRANSPOSES:
         expected = by_hand(volume, flip_transpose)
         assert np.array_equal(flip_transpose.array(volume), expected)
@@ -83,6 +85,7 @@ def test_a_turn_mirrors_and_then_reorders_arrays_and_tensors_alike():
         assert np.array_equal(
             flip_transpose.tensor(torch.from_numpy(several)).numpy(), flip_transpose.array(several)
         )
+
     assert FlipTranspose((True, False, False), (2, 0, 1)).array(volume)[1, 0].tolist() == [
         13.0,
         17.0,
@@ -134,8 +137,11 @@ def test_spatial_crops_with_padding_are_turned_as_the_loaders_turned_them(flip_t
     sample = spatial.apply(
         plan, Ramp((10, 6, 30)), replace(drawn, start=(-3, -1, 4), flip_transpose=flip_transpose)
     )
+
     voxels, valid_mask = Ramp((10, 6, 30)).read_padded((-3, -1, 4), (16, 16, 16))
+
     assert 0 < valid_mask.mean() < 1
+
     check_turned(sample, *plainly(voxels[None], valid_mask[None], flip_transpose), before=other)
 
 
@@ -148,8 +154,11 @@ def test_all_members_of_a_sequence_are_turned_alike(flip_transpose):
     )
     drawn = replace(drawn, starts=((-2, 5, 25),) * 4)
     other = members.apply(plan, "contrast", cases, replace(drawn, flip_transpose=UNCHANGED))
+
     read = [case.read_padded((-2, 5, 25), (8, 8, 8)) for case in cases]
+
     assert all(0 < valid_mask.mean() < 1 for _, valid_mask in read)
+
     expected = plainly(
         np.stack([voxels for voxels, _ in read]),
         np.stack([valid_mask for _, valid_mask in read]),
@@ -183,7 +192,9 @@ def test_strided_slices_are_flipped_before_sub_volumes_are_cut(flip_transpose):
     voxels, valid_mask = case.read_padded(start, (24, 16, 16))
     voxels, valid_mask = plainly(voxels[None], valid_mask[None], flip_transpose)
     slices = [*range(16), *range(8, 24)]
+
     check_turned(sample, voxels[:, :, slices], valid_mask[:, slices], before=other)
+
     assert np.array_equal(sample.loss_mask, other.loss_mask)
 
 
@@ -195,6 +206,7 @@ def test_strided_sequences_never_swap_the_axis_of_their_slices():
         strided.draw(plan, (40, 40, 40), rng.generator(0, "x", i), (1.0, 1.0, 1.0)).flip_transpose
         for i in range(60)
     ]
+
     assert {flip_transpose.axes for flip_transpose in drawn} == {(0, 1, 2), (0, 2, 1)} and {
         flip_transpose.flips for flip_transpose in drawn
     } == set(FLIPS)
@@ -205,8 +217,11 @@ def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
         SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(5)
     )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
+
     assert len(batch.flip_transposes) == 5 and len(set(batch.flip_transposes)) > 1
+
     parts = [part.to(CPU) for part in micro_batches(batch, 2)]
+
     assert [len(part.prefix) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.voxels for part in parts]), batch.to(CPU).voxels)
     assert not torch.equal(batch.to(CPU).voxels, batch.voxels)
@@ -217,6 +232,7 @@ def test_without_flips_and_swaps_a_batch_is_shared_and_not_copied():
     batch = collate(
         [SequenceSampler(plan).draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(2)]
     )
+
     assert batch.flip_transposes == () and batch.to(CPU).voxels is batch.voxels
 
 
@@ -238,13 +254,16 @@ def test_training_and_validation_batches_reach_the_loss_turned():
     drawn = [objective.sampler.draw(cases, TRAINING, 0, i) for i in step.numbers]
     Validation(objective, validation_batches(objective.sampler, cases, 4, 1), [], CPU).measure()
     drawn += [objective.sampler.draw(cases, VALIDATION, i) for i in range(4)]
+
     assert any(sample.flip_transpose != UNCHANGED for sample in drawn[:2]) and any(
         sample.flip_transpose != UNCHANGED for sample in drawn[2:]
     )
+
     voxels, valid_mask = (
         torch.cat([getattr(batch, name) for batch in seen]).numpy()
         for name in ("voxels", "valid_mask")
     )
+
     assert np.array_equal(voxels, np.stack([sample.augmented().voxels for sample in drawn]))
     assert np.array_equal(valid_mask, np.stack([sample.augmented().valid_mask for sample in drawn]))
 
@@ -283,12 +302,16 @@ def test_pictures_show_sequences_turned_the_usual_way_round(kind):
     plan = contrast_plan(weights={kind: 1.0}, num_subvolumes=2, stride_vox=16)
     pool = SamplingPool((Ramp((40, 40, 40)),), contrast_material(1).groups)
     _, shown = SequenceSampler(plan).draw_kind(kind, pool, rng.generator(0, "x"))
+
     sample, again = upright(plan, shown)
+
     assert sample.flip_transpose == UNCHANGED and again.drawn.flip_transpose == FlipTranspose(
         (False, True, True)
     )
+
     start = again.drawn.starts[0] if kind == "contrast" else again.drawn.start
     voxels, valid_mask = shown.cases[0].read_padded(start, sample.voxels.shape[2:])
+
     assert np.array_equal(sample.voxels[0, 0], voxels[0, :, ::-1, ::-1]) and np.array_equal(
         sample.valid_mask[0], valid_mask[:, ::-1, ::-1]
     )
@@ -300,12 +323,15 @@ def test_turning_on_a_gpu_gives_the_same_bits_and_waits_for_nothing():
     sampler, device = SequenceSampler(make_plan()), torch.device("cuda")
     batch = collate([sampler.draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(4)])
     pinned = batch.pin_memory()
+
     assert pinned.flip_transposes == batch.flip_transposes
+
     torch.cuda.set_sync_debug_mode("error")
     try:
         augmented = pinned.to(device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
     assert torch.equal(augmented.voxels.cpu(), batch.to(CPU).voxels) and torch.equal(
         augmented.valid_mask.cpu(), batch.to(CPU).valid_mask
     )

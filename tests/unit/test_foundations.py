@@ -66,10 +66,13 @@ def test_a_record_of_a_newer_format_is_refused_whatever_else_is_new(kind, newest
 def test_missing_and_mistyped_plan_keys_are_named():
     data = to_jsonable(plan_for())
     del data["sequence"]["crop_size_vox"]
+
     with refused(PlanError, "plan-missing-key", "crop_size_vox"):
         from_jsonable(Plan, data, "plan.json")
+
     data = to_jsonable(plan_for())
     data["optim"]["num_steps"] = "many"
+
     with refused(PlanError, "plan-wrong-type", "num_steps", "'many'"):
         from_jsonable(Plan, data, "plan.json")
 
@@ -84,6 +87,7 @@ def test_settings_are_typed_and_leave_a_reason():
             "data.ct_window=null",
         ],
     )
+
     assert plan.optim.lr == 3e-4
     assert plan.sequence.crop_size_vox == (32, 32, 16)
     assert plan.sequence.flip is False
@@ -147,20 +151,24 @@ def test_the_rate_warms_up_linearly_and_ends_at_zero():
 
 def test_generators_depend_on_seed_purpose_and_ids_alone():
     draw = rng.generator(1, "crop", 5, 2).integers(1 << 60)
+
     assert draw == rng.generator(1, "crop", 5, 2).integers(1 << 60)
+
     others = [
         rng.generator(*key).integers(1 << 60)
         for key in ((2, "crop", 5, 2), (1, "flip", 5, 2), (1, "crop", 2, 5))
     ]
+
     assert draw not in others
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError, match="boom"), atomic_path(path) as temporary:
+
+    with pytest.raises(InterruptedError), atomic_path(path) as temporary:
         temporary.write_text("half")
-        raise RuntimeError("boom")
+        raise InterruptedError
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -174,9 +182,8 @@ def test_differences_name_every_leaf():
 
 def test_grids_rounding_and_spacing_ratio():
     assert grid_of((40, 56, 40), (8, 8, 8)) == (5, 7, 5)
-    with pytest.raises(
-        ValueError, match="size 30 on axis x is no multiple of the token size 8; use 24 or 32"
-    ):
+    with pytest.raises(ValueError) as caught:
         grid_of((8, 8, 30), (8, 8, 8))
+    assert all(value in str(caught.value) for value in ("30", "axis x", "8", "24", "32"))
     assert round_up((1, 8, 9), (8, 8, 8)) == (8, 8, 16)
     assert spacing_ratio((10, 1.5, 1.5), (1.5, 1.5, 5)) == 2.0

@@ -54,6 +54,7 @@ def test_what_is_not_finite_is_bad_from_the_first_step_on(loss, norm):
 def test_a_spike_passes_both_limits_and_needs_a_hundred_steps_before():
     alternating = [0.9, 1.1] * (WINDOW // 2)  # mean 1, standard deviation 0.1
     guard = guard_after(alternating, spike_sigmas=8)
+
     assert verdict(guard, 1.79) == 0  # below both
     assert verdict(guard, 1.99) == 0  # above 8 deviations, below twice the mean
     assert verdict(guard, 2.01) == 1
@@ -66,8 +67,10 @@ def test_a_spike_passes_both_limits_and_needs_a_hundred_steps_before():
 def test_bad_steps_do_not_move_the_mean_and_a_good_one_ends_the_row():
     guard = guard_after([1.0] * WINDOW + [5.0, math.nan, 7.0])
     assert guard.statistics() == StepStatistics(nonfinite=1, spikes=2, in_row=3, usual=1.0)
+
     guard.judge(torch.tensor(1.0), torch.tensor(1.0))
     assert guard.statistics() == StepStatistics(1, 2, 0, 1.0)
+
     guard.reset()
     assert guard.statistics() == StepStatistics(1, 2, 0, 0.0)
     assert verdict(guard, 100.0) == 0
@@ -80,6 +83,7 @@ def test_a_guard_goes_on_from_its_state_bit_for_bit():
     resumed.load_state_dict(begun.state_dict())
     for loss in losses[70:]:
         resumed.judge(torch.tensor(loss), torch.tensor(1.0))
+
     assert torch.equal(resumed.loss, whole.loss) and torch.equal(resumed.counts, whole.counts)
 
 
@@ -107,6 +111,7 @@ def test_a_skipped_step_leaves_no_trace_in_weights_moments_or_counts():
 
 def test_what_was_skipped_is_said_in_one_sentence_or_not_at_all():
     before, now = StepStatistics(1, 0, 0, 0.8), StepStatistics(3, 1, 2, 0.8)
+
     assert skipped_message(now, now, 9) == ""
     assert skipped_message(before, now, 9) == (
         "by step 10 these steps were skipped and changed nothing: 2 with a loss or gradient that "
@@ -133,7 +138,9 @@ def test_on_a_gpu_a_bad_bf16_step_is_skipped_without_waiting():
         skip_if(optimizer, guard.judge(loss.detach(), norm))
         optimizer.step()
         weights.append(module.weight.detach().clone())
+
     torch.cuda.set_sync_debug_mode("default")
+
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
     assert guard.statistics().nonfinite == 1
     assert all(float(state["step"]) == 3 for state in optimizer.state.values())

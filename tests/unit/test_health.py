@@ -38,6 +38,7 @@ RUN = RunPlan(0, 1, 1)
 
 def test_equal_directions_count_whole_and_unequal_ones_by_their_entropy():
     square = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+
     assert effective_rank(square) == pytest.approx(2)
     assert effective_rank(torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))) == pytest.approx(3)
     # shares 3/4 and 1/4: exp(3/4 ln 4/3 + 1/4 ln 4) = 4 / 3^(3/4)
@@ -54,17 +55,23 @@ def test_one_direction_is_rank_1_whatever_noise_of_rounding_it_carries():
 def test_constant_and_nan_features_have_no_rank_and_no_variance():
     constant = torch.full((12, 4), 3.0)
     content = content_part(constant, torch.arange(4).repeat(3))
+
     assert (effective_rank(content), token_variance(content, constant)) == (0, 0)
+
     broken = torch.full((4, 4), torch.nan)
+
     assert (effective_rank(broken), token_variance(broken, broken)) == (0, 0)
 
 
 def test_features_that_say_only_where_a_token_lies_have_collapsed():
     where = torch.eye(4).repeat(5, 1)
     content = content_part(where, torch.arange(4).repeat(5))
+
     assert token_variance(content, where) == 0
+
     what = torch.tensor([[1.0], [-1.0], [3.0], [5.0]])
     content = content_part(what, torch.tensor([0, 0, 1, 1]))
+
     assert content[:, 0].tolist() == [1, -1, -1, 1]
     assert token_variance(content, what) == pytest.approx(4 / 36)
 
@@ -84,11 +91,13 @@ GOOD = Health(
 
 def test_a_healthy_model_gives_no_warning_and_a_young_one_not_yet():
     assert health_warnings(GOOD, RUN, warm=True) == []
+
     young = replace(
         GOOD,
         errors={"error": 1.2, "mean": 1.0, "copy": 1.8},
         probe={"features": 0.4, "voxels": 0.5, "chance": 0.33},
     )
+
     assert health_warnings(young, RUN, warm=False) == []
     assert len(health_warnings(young, RUN, warm=True)) == 2
 
@@ -142,8 +151,11 @@ def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(400, 5, generator=generator)
     labels = (inputs[:, 2] > 0.5).long()
+
     assert fit_and_score((inputs[:200], labels[:200]), (inputs[200:], labels[200:])) > 0.95
+
     other = torch.randn(400, 5, generator=generator)
+
     assert abs(fit_and_score((other[:200], labels[:200]), (other[200:], labels[200:])) - 0.5) < 0.15
 
 
@@ -182,9 +194,13 @@ def test_a_tokens_label_is_what_fills_a_quarter_of_it():
     labels[0, 0, 0] = 3  # 1 of 8 voxels: background
     labels[0, :, 2] = 2  # 2 of 8, and 3 of 8 of another
     labels[1, :, 2], labels[1, 0, 3] = 5, 5
+
     labels[:, :, 4:] = -1
+
     assert token_labels(labels, (2, 2, 2)).tolist() == [0, 5, -1]
+
     labels[0, 0, 4] = 7
+
     assert token_labels(labels, (2, 2, 2)).tolist() == [0, 5, 7]
     assert token_labels(np.zeros((2, 2, 2), dtype=np.int64), (2, 2, 2)).tolist() == [0]
 
@@ -241,6 +257,7 @@ def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
     rows = [row(dataset, number) for number in range(8)] + [row(dataset, 0, 1)]
     validation = {rows[3].id, rows[5].id}
     chosen = choose_scans(rows, validation, seed=0)
+
     assert {r.case for r in chosen} == {f"c{n}" for n in range(8)} and len(chosen) == 8
     assert {r.id for r in chosen[:2]} == validation
     assert choose_scans(rows[:3], set(), 0) == []
@@ -248,12 +265,15 @@ def test_each_subject_gives_one_scan_and_held_out_ones_are_for_testing(dataset):
 
 def test_labels_lie_on_the_stored_voxels_and_unnamed_ones_are_unknown(dataset):
     found = stored_labels(row(dataset, 1), (12, 8, 10))
+
     assert found.shape == (12, 8, 10)
     assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [
         [1, 0, 0],
         [1, 0, 0],
     ]
+
     distance = np.abs(np.argwhere(found == 1)[0] - np.argwhere(found == -1)[0])
+
     assert distance.tolist() == [10, 5, 5]
 
 
@@ -288,6 +308,7 @@ def test_validation_errors_are_given_by_kind_where_there_are_several():
     health = Validation(OfKinds(), batches, (), torch.device("cpu")).measure()
     assert health.errors == {"error": 12 / 9, "mean": 24 / 9}
     assert health.kinds == {"spatial": 0.5, "contrast": 3.0}
+
     metrics = health.metrics()
     assert metrics["heldout_error_contrast"] == (3.0, "squared error") and metrics[
         "heldout_error"
@@ -296,6 +317,7 @@ def test_validation_errors_are_given_by_kind_where_there_are_several():
     assert not any(
         "nothing learnt" in sentence for sentence in health_warnings(health, RUN, warm=True)
     )
+
     alone = Validation(
         OfKinds(), {"spatial": batches["spatial"]}, (), torch.device("cpu")
     ).measure()

@@ -93,10 +93,14 @@ def test_numbers_that_no_encoder_has_are_refused_by_name(
 ) -> None:
     key = next(iter(changes))
 
-    with pytest.raises(WeightsError, match=key) as caught:
+    with pytest.raises(WeightsError) as caught:
         read_card(card_with(tmp_path, **changes))
 
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    # A value is refused while it is read, or when the numbers of the card are checked.
+    assert caught.value.code in ("card-unreadable", "card-huge")
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_json_of_many_levels_pipes_and_huge_files_are_refused(tmp_path: Path) -> None:
@@ -106,9 +110,12 @@ def test_json_of_many_levels_pipes_and_huge_files_are_refused(tmp_path: Path) ->
     with large.open("wb") as handle:
         handle.truncate(2**40)
 
-    for file in (deep, pipe, large):
-        with pytest.raises(PlanError, match=file.name):
-            read_json(file)
+    with refused(PlanError, "json-too-deep", deep):
+        read_json(deep)
+    with refused(PlanError, "json-unreadable", pipe):
+        read_json(pipe)
+    with refused(PlanError, "json-too-large", large):
+        read_json(large)
 
 
 @pytest.mark.parametrize("flag", ["exclude", "manifest", "init", "boxes"])
@@ -134,10 +141,8 @@ def test_kinds_of_numbers_that_cannot_be_computed_with_are_named(tmp_path: Path,
     file = tmp_path / "x.safetensors"
     save_file({"a.weight": torch.zeros(8, 8).to(getattr(torch, kind))}, file)
 
-    with pytest.raises(WeightsError, match=r"a\.weight") as caught:
+    with refused(WeightsError, "weights-kind", "a.weight", kind):
         read_tensors(file)
-
-    assert kind in str(caught.value)
 
 
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
@@ -146,7 +151,7 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     torch.save({"a": torch.zeros(1).expand(2**40)}, file)
 
-    with pytest.raises(WeightsError, match="'a'"):
+    with refused(WeightsError, "weights-kind", "'a'"):
         as_float(read_content(file), file)
 
 

@@ -60,6 +60,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(tmp_path, caplog):
     assert torch.equal(before.module.weight, kept[0])
     for old, new in zip(kept[1], before.optimizer.state.values(), strict=True):
         assert all(torch.equal(old[key], new[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, Linear(spoiled(3))).run()
     skipped = [message for message in caplog.messages if "skipped" in message]
@@ -68,6 +69,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(tmp_path, caplog):
         "was infinite or NaN; "
         "1 since the start"
     ]
+
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"] == [
         (3, 1),
@@ -94,9 +96,11 @@ def test_too_many_bad_steps_in_a_row_are_rolled_back(tmp_path, caplog):
         rough.run()
     assert rough.progress.rollbacks == 1
     assert rough.progress.step == 40
+
     (warning,) = (message for message in caplog.messages if "olled back" in message)
     values = ("last 5 steps", "until step 18", "checkpoint of step 10", "--set optim.lr=")
     assert [value for value in values if value not in warning] == []
+
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["value"] for line in lines if line["name"] == "rollbacks"] == [1]
     assert bool(torch.isfinite(rough.module.weight).all())
@@ -113,6 +117,7 @@ def test_a_run_that_stays_bad_ends_and_keeps_its_last_good_state(tmp_path, first
     with refused(AutoregError, "training-diverged", *values) as caught:
         trainer(tmp_path, Linear(nan_between(first, last)), ROUGH).run()
     assert "\n" not in str(caught.value)
+
     if checkpoint.exists(tmp_path):
         assert bool(
             torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all()
@@ -211,12 +216,15 @@ def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     trainer(tmp_path, Linear()).run()
     names = (checkpoint.LATEST_NAME, checkpoint.PREVIOUS_NAME)
+
     assert [checkpoint.load_checkpoint(tmp_path / name)["step"] for name in names] == [6, 4]
+
     latest = tmp_path / checkpoint.LATEST_NAME
     whole = checkpoint.load_checkpoint(latest)["network_weights"]["weight"]
     latest.write_bytes(latest.read_bytes()[:-7])
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, Linear()).run()
+
     assert "continuing after step 4 of 6" in caplog.messages
     assert torch.equal(checkpoint.load_checkpoint(latest)["network_weights"]["weight"], whole)
 
@@ -296,11 +304,15 @@ def test_metrics_of_repeated_steps_and_a_torn_line_are_dropped(tmp_path):
         metrics.log(step, "train_error", 1.0, "squared error")
     with path.open("a") as handle:
         handle.write('{"step": 4, "na')
+
     MetricsFile(path, 2).log(2, "train_error", 0.5, "squared error")
+
     assert [(line["step"], line["value"]) for line in read_lines(path)] == [
         (0, 1.0),
         (1, 1.0),
         (2, 0.5),
     ]
+
     draw_progress(tmp_path / "none.jsonl", tmp_path / "p.png")
+
     assert (tmp_path / "p.png").exists()

@@ -118,6 +118,7 @@ def rows_of(*folders, salt="pepper"):
 def test_channels_of_a_case_are_a_group_in_the_fixed_order_of_contrasts(tmp_path):
     rows = rows_of(write_dataset(tmp_path, ("FLAIR", "T1post", "T1")))
     groups = contrast_groups(rows)
+
     assert [group.contrasts for group in groups] == [("T1w", "T1w-ce", "FLAIR")] * 3
     assert [row.channel for row in groups[0].rows] == ["T1", "T1post", "FLAIR"]
     assert {row.case for row in groups[1].rows} == {"case1"}
@@ -129,6 +130,7 @@ def test_one_contrast_has_one_word_wherever_it_is_named(tmp_path):
     words = {
         contrast_word(replace(row, contrast=name)) for name in ("T1w-ce", "t1post", "T1c", "T1Gd")
     }
+
     assert words == {"T1w-ce"}
     assert contrast_word(replace(row, contrast="", channel="0")) == "Dataset700 channel 0"
 
@@ -150,6 +152,7 @@ def test_scans_of_one_subject_and_session_are_a_group(
             noise(seed, (24, 24, 22) if "run" in name else (20, 24, 22)),
         )
     (group,) = contrast_groups(rows_of(tmp_path / "bids"))
+
     assert group.contrasts == ("T1w", "T2w") and not group.channels
     assert [row.shape_vox for row in group.rows] == [(24, 24, 22), (20, 24, 22)]
 
@@ -163,11 +166,14 @@ def test_channels_are_stored_in_the_box_around_all_of_them(tmp_path, store):
     groups = contrast_groups(rows_of(write_dataset(tmp_path)))
     keys = ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1)
     cases = [store.open(key) for key in keys[groups[0].name]]
+
     # The first channel is zero in 2 slices, the second in 3: the common box leaves out 2.
     assert [case.shape_vox for case in cases] == [(18, 24, 22)] * 2
+
     raw = noise(sum(b"Dataset700_Two") + 1)
     raw[:3] = 0
     stored = cases[1].read((0, 0, 0), (18, 24, 22))[0]
+
     assert np.corrcoef(stored.ravel(), raw[2:].ravel())[0, 1] == pytest.approx(1, abs=1e-6)
     assert ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1) == keys
 
@@ -201,10 +207,14 @@ def test_images_of_a_session_share_one_grid_where_all_have_voxels(tmp_path, stor
     )
     groups = contrast_groups(rows_of(tmp_path / "b"))
     keys = ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1)
+
     first, second = (store.open(key) for key in keys[groups[0].name])
+
     # Covered by the second: z 3..27, y 1..29 and x 1..25 mm, to half of its voxels.
     assert first.shape_vox == second.shape_vox and all(20 <= n <= 29 for n in first.shape_vox)
+
     a, b = (case.read((0, 0, 0), case.shape_vox)[0] for case in (first, second))
+
     assert np.corrcoef(a[2:-2, 2:-2, 2:-2].ravel(), b[2:-2, 2:-2, 2:-2].ravel())[0, 1] > 0.999
 
 
@@ -212,6 +222,7 @@ def test_images_of_different_parts_of_the_body_make_no_group_and_say_so(tmp_path
     write_image(tmp_path / "b" / "sub-1_T1w.nii.gz", noise(0))
     write_image(tmp_path / "b" / "sub-1_T2w.nii.gz", noise(1), origin=(0, 0, 500))
     groups = contrast_groups(rows_of(tmp_path / "b"))
+
     assert ensure_groups(store, groups, lambda row: (1.0, 1.0, 1.0), None, 1) == {}
     assert (
         "make no sequence (geometry)" in caplog.text
@@ -250,6 +261,7 @@ def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
     here = Grid((4, 4, 4), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
     array = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
     moved = brought_onto(array, here, replace(here, origin_mm=(1.0, 0.0, 0.0)), -1.0)
+
     assert np.array_equal(moved[:, :, :3], array[:, :, 1:]) and (moved[:, :, 3] == -1).all()
     assert here.is_like(replace(here, origin_mm=(0.001, 0, 0))) and not here.is_like(
         replace(here, origin_mm=(0.1, 0, 0))
@@ -259,10 +271,12 @@ def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
 def test_label_maps_give_positions_in_the_cropped_box(tmp_path):
     places = locations_of_labels(rows_of(write_dataset(tmp_path)), 1)
     assert len(places) == 3 * 2 * 2
+
     cube = [p for p in places if p.structure == "Dataset700: cube, T1"]
     assert len({p.subject for p in cube}) == 3
     # Centre (8, 12, 6); 2 of 20 slices are cropped away in front.
     assert cube[0].centre == pytest.approx(((8.5 - 2) / 18, 12.5 / 24, 6.5 / 22))
+
     flair = next(p for p in places if p.structure == "Dataset700: cube, FLAIR")
     assert flair.centre[0] == pytest.approx((8.5 - 3) / 17)
 
@@ -270,9 +284,12 @@ def test_label_maps_give_positions_in_the_cropped_box(tmp_path):
 def test_each_part_of_a_structure_has_its_centre_and_specks_none():
     mask = np.zeros((20, 20, 20), bool)
     mask[2:5, 2:5, 2:5] = mask[10:15, 10:15, 10:15] = mask[18, 18, 18] = True
+
     assert part_centres(mask) == [(12, 12, 12), (3, 3, 3)]
+
     speck = np.zeros((5, 5, 5), bool)
     speck[1, 2, 3] = True
+
     assert part_centres(speck) == [(1, 2, 3)]
 
 
@@ -281,13 +298,17 @@ def test_a_label_map_of_another_size_is_left_out_with_its_reason(tmp_path, caplo
     write_image(folder / "labelsTr" / "case1.nii.gz", np.ones((5, 5, 5), np.uint8))
     rows = rows_of(folder)
     places = locations_of_labels(rows, 1)
+
     names = {row.id: row.name for row in rows}
+
     assert (
         {p.subject for p in places}
         == {p.subject for p in places if names[p.scan].startswith("Dataset700_Two/case0")}
         != set()
     )
+
     left_out = next(row.id for row in rows if row.name == "Dataset700_Two/case1_0000")
+
     assert (
         f"the label map of {left_out} is left out" in caplog.text
         and "(5, 5, 5) voxels" in caplog.text
@@ -304,7 +325,9 @@ def test_boxes_give_their_middle_and_slices_make_one_box(tmp_path, caplog):
         "series,z_index,class,xmin,ymin,xmax,ymax\n"
         + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9))
     )
+
     (place,) = locations_of_boxes(read_boxes(whole), rows)
+
     assert place.structure == "lesion, MRI"
     assert place.centre == pytest.approx((6.5 / 18, 12.5 / 24, 6.5 / 22))
     assert locations_of_boxes(read_boxes(slices), rows) == [place]
@@ -371,7 +394,9 @@ def test_one_dataset_stays_spatial_unless_other_kinds_are_requested(tmp_path):
     rows = rows_of(write_dataset(tmp_path))
     request = Request("t", folders=("x",))
     alone = plan_with_sequences(tmp_path, make_plan(), request, rows, rows, 1)
+
     assert alone.sequence.weights == {"spatial": 1.0} and not (tmp_path / "places.json").exists()
+
     asked = check(
         plan_with_sequences(
             tmp_path,
@@ -382,6 +407,7 @@ def test_one_dataset_stays_spatial_unless_other_kinds_are_requested(tmp_path):
             1,
         )
     )
+
     assert asked.sequence.weights == {"contrast": 1.0, "semantic": 0.5}
     assert (
         asked.sequence.contrasts,
@@ -426,6 +452,7 @@ def test_a_crop_for_strided_sequences_is_cut_to_whole_sub_volumes(tmp_path):
             make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, available_kinds(rows, [], "")
         )
     )
+
     assert plan.sequence.crop_size_vox == (32, 16, 16)
     assert "32 along z for 4 sub-volumes" in plan.reasons["sequence.crop_size_vox"]
 
@@ -481,10 +508,13 @@ def test_without_labels_similar_places_of_other_patients_are_found(tmp_path, sto
     keys = store.ensure(rows, (1.0, 1.0, 1.0), None, 1)
     cases = {row.id: store.open(keys[row.id]) for row in rows}
     places = places_alike(rows, cases, (16, 16, 16), 3)
+
     structures = {p.structure for p in places}
+
     assert structures and all(
         len({p.subject for p in places if p.structure == name}) == 3 for name in structures
     )
+
     near = [
         np.abs(np.subtract(p.centre, q.centre)).max()
         for name in structures
@@ -492,6 +522,7 @@ def test_without_labels_similar_places_of_other_patients_are_found(tmp_path, sto
         for q in places
         if p.structure == q.structure == name
     ]
+
     assert np.median(near) < 0.15
     assert places == places_alike(rows, cases, (16, 16, 16), 3)
 
@@ -504,7 +535,9 @@ def test_a_run_that_goes_on_takes_the_places_it_was_planned_with(tmp_path, store
     )
     for label in (folder / "labelsTr").iterdir():
         label.unlink()
+
     training, _ = stored_material(tmp_path, plan, rows, store)
+
     assert {s.name for s in training.structures} == {
         "Dataset700: cube, MRI",
         "Dataset700: other, MRI",
@@ -518,7 +551,9 @@ def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
         tmp_path, make_plan(crop_size_vox=(32, 24, 16)), request, rows, rows, 1
     )
     picture = draw_preview(tmp_path, check(plan), rows, store, 1)
+
     image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(picture)))
+
     assert (
         picture.name == "sequences.png"
         and image.shape[0] > 1500
@@ -532,8 +567,10 @@ def test_groups_and_members_survive_pickling_for_loader_processes(tmp_path, stor
         tmp_path, make_plan(), Request("t", folders=("x",), sequences=("contrast",)), rows, rows, 1
     )
     training, _ = stored_material(tmp_path, plan, rows, store)
+
     first, second = (
         SequenceSampler(plan).draw(m, "training", 3, 1)
         for m in (training, pickle.loads(pickle.dumps(training)))
     )
+
     assert np.array_equal(first.voxels, second.voxels)

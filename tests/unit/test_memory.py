@@ -22,6 +22,7 @@ def test_the_count_without_data_agrees_with_the_bytes_really_kept() -> None:
         counted, output = kept_bytes(
             make("primus_tiny", shape).train(), torch.empty(2, 1, *shape), half=False
         )
+
     assert abs(counted - really) < 0.1 * really
     assert output == (2, 3, *shape)
 
@@ -29,8 +30,11 @@ def test_the_count_without_data_agrees_with_the_bytes_really_kept() -> None:
 def test_a_linear_layer_keeps_its_input() -> None:
     layer = nn.Linear(8, 4, bias=False, device="meta")
     volume = torch.empty(10, 8, device="meta")
+
     assert kept_bytes(layer, volume, half=False)[0] == 10 * 8 * 4
+
     volume.requires_grad_()
+
     assert kept_bytes(layer, volume, half=True)[0] == 10 * 8 * 2 + 8 * 4 * 2
 
 
@@ -54,6 +58,7 @@ def test_a_large_encoder_is_estimated_within_seconds_and_sensibly() -> None:
     shape = (128, 128, 128)
     start = time.perf_counter()
     memory = training_memory(lambda: make("primus_m", shape, 0.2), (1, *shape))
+
     assert time.perf_counter() - start < 10
     assert 148.8e6 * 16 < memory.fixed_bytes < 5 * GIB
     assert 1 * GIB < memory.sample_bytes < 10 * GIB

@@ -34,10 +34,13 @@ def test_a_variable_that_names_no_folder_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "gone"))
+
     with refused(UsageError, "usage-no-folder", "nnUNet_preprocessed", tmp_path / "gone"):
         nnunet_api.preprocessed_folder()
+
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "file"))
+
     with refused(UsageError, "usage-no-folder", tmp_path / "file"):
         nnunet_api.preprocessed_folder()
 
@@ -58,6 +61,7 @@ def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(
     for folder in ("Dataset004_Hippo", "Dataset027_ACDC"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+
     with refused(UsageError, "usage-no-dataset", "Dataset004_Hipo", "'Dataset004_Hippo'"):
         nnunet_api.dataset_folder("Dataset004_Hipo")
     with refused(UsageError, "usage-no-dataset", "-d 5", "4 (Dataset004_Hippo), 27"):
@@ -70,6 +74,7 @@ def test_two_datasets_of_one_number_are_refused(
     for folder in ("Dataset004_A", "Dataset004_B"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+
     with refused(UsageError, "usage-ambiguous-dataset", "Dataset004_A", "Dataset004_B"):
         nnunet_api.dataset_folder("4")
 
@@ -125,7 +130,9 @@ def test_a_real_case_is_preprocessed_bit_for_bit_as_nnunet_does(
     ours = nnunet_api.crop_resample_normalise(
         scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask, WINDOW
     )
+
     theirs = run_nnunet(scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask)
+
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(scan.array_CZYX, before)
@@ -135,9 +142,11 @@ def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
     array = np.zeros((1, 20, 20, 20), dtype=np.float32)
     array[0, 4:16, 4:16, 4:16] = np.random.default_rng(0).normal(100, 10, (12, 12, 12))
     array[0, 4, 4, :] = 0
+
     ours = nnunet_api.crop_resample_normalise(
         array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True, None
     )
+
     np.testing.assert_array_equal(
         ours, run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True)
     )
@@ -151,6 +160,7 @@ def test_an_anisotropic_scan_is_resampled_slice_by_slice_as_nnunet_does() -> Non
     ours = nnunet_api.crop_resample_normalise(
         array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False, None
     )
+
     assert ours.shape == (1, 12, 30, 36)
     np.testing.assert_array_equal(ours[:, 0], ours[:, 1])
     np.testing.assert_array_equal(
@@ -162,9 +172,11 @@ def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
     array = np.full((1, 4, 4, 4), 40.0, dtype=np.float32)
     array[0, 0] = 3000
     array[0, 1] = -1000
+
     ours = nnunet_api.crop_resample_normalise(
         array, (1, 1, 1), (1, 1, 1), "CTNormalization", False, WINDOW
     )
+
     assert ours[0, 0, 0, 0] == pytest.approx(3.6)
     assert ours[0, 1, 0, 0] == pytest.approx(-2.0)
     assert ours[0, 2, 0, 0] == 0

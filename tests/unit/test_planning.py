@@ -82,7 +82,9 @@ def test_without_a_gpu_the_tiny_encoder_is_chosen_unless_told_otherwise() -> Non
         == "primus_tiny"
     )
     assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
+
     large = replace(POOL, median_shape_vox=(128, 256, 256))
+
     assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == [
         "primus_s",
         "primus_b",
@@ -106,6 +108,7 @@ def test_blocks_of_a_cnn_are_flat_for_thick_slices(
     plan = check(
         plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto")
     )
+
     assert (plan.encoder.name, plan.encoder.token_size_vox) == ("resenc_tiny", token)
     assert plan.sequence.block_tokens == (1, 1, 1)
 
@@ -129,12 +132,15 @@ def test_a_block_by_block_run_of_a_cnn_names_its_version() -> None:
 
 def test_a_cnn_predicts_one_value_per_voxel_in_random_order() -> None:
     plan = plan_for(encoder="resenc_tiny")
+
     assert check(plan).objective.target == "voxels"
+
     refused = (
         "objective.target=normalised_with_statistics",
         "sequence.order=raster",
         'sequence.weights={"strided":1}',
     )
+
     for setting in refused:
         with pytest.raises(PlanError):
             check(override(plan, [setting]))
@@ -168,15 +174,20 @@ def test_the_batch_is_the_same_on_every_gpu_in_equal_parts_that_fit() -> None:
     assert choose_micro_batch(32, Hardware("cuda", 80), GIB, GIB)[0] == 32
     assert choose_micro_batch(32, Hardware("cuda", 12), GIB, GIB)[0] == 8
     assert choose_micro_batch(8, CPU, GIB, 4 * GIB)[0] == 2
+
     micro, reason = choose_micro_batch(32, Hardware("cuda", 1), GIB, GIB)
+
     assert micro == 1 and "even one crop does not fit" in reason
 
 
 def test_a_crop_shrinks_until_one_fits_into_the_memory() -> None:
     pool, encoder = replace(POOL, median_shape_vox=(400, 400, 400)), encoder_size("primus_b")
+
     assert choose_layout(encoder, GPU, pool, flat_memory).crop == (128, 128, 128)
+
     layout = choose_layout(encoder, Hardware("cuda", 2.0), pool, flat_memory)
     crop, reason = layout.crop, layout.why_crop
+
     assert (
         sum(flat_memory(encoder, crop, True))
         <= 0.8 * 2 * GIB
@@ -190,6 +201,7 @@ def test_activations_are_checkpointed_before_the_crop_shrinks() -> None:
     # used.
     pool = replace(POOL, median_shape_vox=(400, 400, 400))
     roomy, tight = (plan_for(pool, Hardware("cuda", gib), encoder="primus_b") for gib in (4.0, 3.0))
+
     assert roomy.sequence.crop_size_vox == tight.sequence.crop_size_vox == (128, 128, 128)
     assert (
         not roomy.optim.checkpoint_activations
@@ -312,6 +324,7 @@ def test_thick_slices_make_flat_tokens_and_blocks_of_a_cnn() -> None:
         GPU,
         encoder="resenc_m",
     )
+
     assert check(plan).encoder.token_size_vox == (8, 32, 32)
     assert plan.sequence.block_tokens == (1, 1, 1)
     assert plan.sequence.crop_size_vox[0] % 8 == 0 and plan.sequence.crop_size_vox[1] % 32 == 0
@@ -364,19 +377,23 @@ def test_the_rate_grows_with_the_root_of_the_batch() -> None:
 def test_the_length_counts_epochs_over_real_voxels() -> None:
     # 12e6 voxels in steps of 8 crops of 35 x 50 x 36 real voxels: 23.8 steps an epoch.
     step = 8 * 35 * 50 * 36
+
     assert choose_length(POOL, step)[0] == 7143
     assert choose_length(POOL, step, 10)[0] == 238
     assert choose_length(POOL, step, 0.001)[0] == 1
     assert choose_length(replace(POOL, total_vox=1000), step)[0] == 1000
     assert choose_length(replace(POOL, total_vox=10**12), step)[0] == 100_000
+
     # The plan's crops of 24 x 40 x 24 lie inside the scan: 65.1 steps an epoch.
     usual = {"token_size_vox": (8, 8, 8)}
+
     assert plan_for(**usual).optim.num_steps == 19531
     assert plan_for(num_epochs=10, **usual).optim.num_steps == 651
 
 
 def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> None:
     plan = with_hours(plan_for(), 2.0, 0.9, "cpu")
+
     assert (plan.optim.num_steps, plan.optim.warmup_steps, plan.run.validate_every) == (
         7600,
         380,
@@ -394,6 +411,7 @@ def test_hours_leave_alone_what_the_user_set() -> None:
     plan = with_hours(
         override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]), 2.0, 0.9, "cpu"
     )
+
     assert (plan.optim.warmup_steps, plan.run.validate_every, plan.run.checkpoint_every) == (
         7,
         9,
@@ -540,7 +558,9 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
     found = to_jsonable(golden_plan(name))
     if os.environ.get(REGENERATE):
         write_json(file, found)
+
     changed = differences(read_json(file), found)
+
     assert not changed, f"{file.name} differs ({REGENERATE}=1 writes it anew): " + "; ".join(
         changed
     )
@@ -549,7 +569,9 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
 @pytest.mark.parametrize("name", POOLS)
 def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
     plan, (hardware, _) = check(golden_plan(name)), POOLS[name]
+
     assert volume(plan.sequence.crop_size_vox) <= 128**3
+
     encoder = replace(
         suited_to(encoder_size(plan.encoder.name), plan.data.spacing_mm),
         arguments=plan.encoder.arguments,
@@ -562,6 +584,7 @@ def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
         plan.optim.checkpoint_activations,
         hardware.device == "cuda",
     )
+
     assert plan.optim.micro_batch_size is not None
     assert fixed + plan.optim.micro_batch_size * per_crop <= hardware.usable_bytes
 

@@ -43,6 +43,7 @@ def planned(encoder: str, **overrides) -> Plan:
 def test_faithful_is_what_ar_ssl4m_does() -> None:
     plan = check(faithful(planned("vit_b16", num_steps=1000)))
     s, o = plan.sequence, plan.optim
+
     assert (s.order, s.predictor, s.prefix, s.block_tokens, s.flip, s.swap_axes) == (
         "interleaved",
         "next",
@@ -122,6 +123,7 @@ def test_what_is_typed_counts_more_than_a_preset() -> None:
     ).check()
     plan = planned("primus_tiny", num_steps=10, batch_size=4)
     made = override(with_presets(plan, request), ["optim.lr=3e-4"])
+
     assert (
         made.optim.batch_size,
         made.sequence.weights,
@@ -166,6 +168,7 @@ def test_decay_on_everything_leaves_nothing_out() -> None:
         parameter_groups(module, 0.01),
         parameter_groups(module, 0.01, decay_all=True),
     )
+
     assert [len(g["params"]) for g in both] == [1, 3] and [
         len(g["params"]) for g in everything
     ] == [4, 0]
@@ -298,6 +301,7 @@ def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
     made = make_plan(
         "run", POOL, Hardware("cpu", 24.0), overrides_of(request), 0, {}, lambda *_: (0.0, 0.0)
     )
+
     assert check(with_presets(made, request)).encoder.name == "primus_tiny"
 
 

@@ -363,9 +363,11 @@ def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
     )
     perfect = objective.reconstruct(batch)
     assert torch.allclose(perfect.predicted, batch.voxels[:, :, 0], atol=1e-5)
+
     monkeypatch.setattr(objective.model, "forward", lambda batch, valid: torch.zeros_like(tokens))
     nothing = objective.reconstruct(batch)
     assert torch.allclose(nothing.predicted, nothing.trivial)
+
     corner = batch.voxels[0, 0, 0, :8, :8, :8]
     assert torch.allclose(
         nothing.trivial[0, 0, :8, :8, :8], corner.mean().expand(8, 8, 8), atol=1e-6
@@ -466,9 +468,11 @@ def test_a_chart_is_small_and_the_same_each_time():
 
 def test_throughput_knows_no_share_of_a_peak_that_was_not_measured(objective, batch):
     read = measure_throughput(PLAN, objective, torch.device("cpu"), batch).metrics(0.5)
+
     assert read["tokens_per_second"] == (16.0, "1/s") and 0.05 < read["peak_memory"][0] < 100
     assert set(read) == {"tokens_per_second", "peak_memory"}
     assert Throughput(torch.device("cpu"), 8, 2e9, 8e9).metrics(0.5)["share_of_peak"] == (0.5, "1")
+
     shown = postfix(
         0.51234,
         {
@@ -477,6 +481,7 @@ def test_throughput_knows_no_share_of_a_peak_that_was_not_measured(objective, ba
             "peak_memory": (1.26, "GiB"),
         },
     )
+
     assert shown == {"error": "0.512", "tokens/s": "123k", "peak": "50%", "memory": "1.3GiB"}
 
 
@@ -540,7 +545,9 @@ def test_sinks_take_every_number_and_no_sentence(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, [sink])
     metrics.log(3, "lr", 0.5, "1")
     metrics.note(3, "health_warning", "words")
+
     metrics.close()
+
     assert sink.taken == [(3, "lr", 0.5), "closed"]
     assert [line["name"] for line in read_lines(tmp_path / "metrics.jsonl")] == [
         "lr",
@@ -565,9 +572,11 @@ def test_wandb_follows_nnunets_switch_and_may_fail_to_start(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setenv(sinks.SWITCH, "0")
     assert sinks.open_sinks(tmp_path, "t", 0) == [] and caplog.text == ""
+
     monkeypatch.setenv(sinks.SWITCH, "1")
     assert sinks.open_sinks(tmp_path, "t", 0) == []
     assert "W&B could not be started" in caplog.text
+
     monkeypatch.setenv(sinks.SWITCH, "yes")
     with refused(sinks.UsageError, "wandb-switch", "nnUNet_wandb_enabled=yes"):
         sinks.open_sinks(tmp_path, "t", 0)

@@ -31,6 +31,7 @@ def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
     request = replace(REQUEST, init=str(write_run(tmp_path, "brain") / "encoder.safetensors"))
+
     assert (
         overrides_of(REQUEST).encoder == "auto" and overrides_of(request).encoder == "primus_tiny"
     )
@@ -93,8 +94,11 @@ def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(
 ) -> None:
     begun = replace(REQUEST, **length)  # type: ignore[arg-type]
     plan = planned(tmp_path, begun)
+
     assert continued_plan(tmp_path, begun) == plan
+
     more = replace(begun, num_hours=None, num_epochs=None, num_steps=150)
+
     assert continued_plan(tmp_path, more).optim.num_steps == 150
     assert continued_plan(tmp_path, more).optim.num_steps == 150
 
@@ -134,7 +138,9 @@ def test_a_run_of_the_first_version_is_read_and_continued(tmp_path: Path) -> Non
     old = without_new_keys(plan)
     write_json(tmp_path / PLAN_NAME, old)
     checkpoint.save_checkpoint(tmp_path / checkpoint.LATEST_NAME, {"plan": old})
+
     found = continued_plan(tmp_path, REQUEST)
+
     assert (
         found.data.spacing_groups,
         found.optim.micro_batch_size,

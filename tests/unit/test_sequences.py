@@ -50,6 +50,7 @@ def test_block_ids_go_in_raster_order_of_blocks():
 def test_random_ranks_permute_blocks_and_keep_tokens_together():
     ids = block_ids((2, 2, 4), (1, 1, 2))
     order_index = draw_order_index(ids, "random", rng.generator(0, "x"))
+
     assert sorted(set(order_index.tolist())) == list(range(8))
     assert all(len(set(order_index[ids == block])) == 1 for block in range(8))
     assert draw_order_index(ids, "raster", rng.generator(0, "x")).tolist() == ids.tolist()
@@ -60,6 +61,7 @@ def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     counts = np.bincount(
         [draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)], minlength=6
     )
+
     assert counts[0] == counts[5] == 0
     assert counts[1:5].min() > 900
 
@@ -72,11 +74,13 @@ def test_a_draw_replays_to_the_same_sample():
         np.array_equal(first.voxels, again.voxels)
         and first.flip_transpose == again.flip_transpose == drawn.flip_transpose
     )
+
     plain = spatial.apply(plan, case, replace(drawn, flip_transpose=FlipTranspose()))
     flipped = spatial.apply(
         plan, case, replace(drawn, flip_transpose=FlipTranspose((True, False, True)))
     ).augmented()
     assert np.array_equal(flipped.voxels[0, 0], plain.voxels[0, 0, ::-1, :, ::-1])
+
     small = spatial.apply(
         plan,
         Ramp((10, 30, 20)),
@@ -100,8 +104,11 @@ def test_axes_swap_only_where_length_and_spacing_are_equal():
         spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).flip_transpose.axes
         for i in range(60)
     }
+
     assert orders == {(0, 1, 2), (2, 1, 0)}
+
     anisotropic = replace(make_plan(), data=DataPlan((3.0, 1.0, 1.0)))
+
     assert {
         spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).flip_transpose.axes
         for i in range(60)
@@ -121,6 +128,7 @@ def test_the_number_of_workers_changes_no_batch(num_workers):
         SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(2)
     )
     prepared = list(training_batches(batches, range(2, 6), num_workers, pin_memory=False))
+
     assert len(prepared) == 4
     for step, batch in zip(range(2, 6), prepared, strict=True):
         assert batch.voxels.equal(batches[step].voxels) and batch.prefix.equal(batches[step].prefix)
@@ -153,6 +161,7 @@ def test_channels_of_a_case_are_split_together_and_stay_so():
         Row(f"{case}_{channel}", "D", f"case{case}") for case in range(40) for channel in range(4)
     ]
     training, validation = split(rows, 0.1, 0)
+
     assert len(validation) == 16 and len({row.case for row in validation}) == 4
     assert not {row.case for row in training} & {row.case for row in validation}
     assert split(rows[:4], 0.05, 0) == (rows[:4], [])
@@ -170,6 +179,7 @@ def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
             row.subject for row in validation
         }
         ways.append([row.id for row in validation])
+
     assert ways[0] == ways[1]
 
 
@@ -177,13 +187,17 @@ def test_interleaved_order_takes_two_tokens_of_each_sub_volume_in_turn():
     """128^3 as four sub-volumes of 32 slices, tokens of 16: two tokens of each along z."""
     of_sub_volume = np.arange(8 * 8 * 8) // 64 // 2
     interleaved = sequence_ids((8, 8, 8), (1, 1, 1), 1, "interleaved")
+
     assert of_sub_volume[np.argsort(interleaved)][:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
     raster = sequence_ids((8, 8, 8), (1, 1, 1), 1, "raster")
+
     assert set(of_sub_volume[np.argsort(raster)][:128].tolist()) == {0}
 
 
 def test_interleaved_members_alternate_at_each_place_of_the_plane():
     ids = sequence_ids((1, 2, 2), (1, 1, 1), 2, "interleaved")
+
     # (y, x) of one member: 0 1 / 2 3; x is the slowest, then y, then the member.
     assert ids.tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
     assert sequence_ids((1, 2, 2), (1, 1, 1), 2, "raster").tolist() == list(range(8))
@@ -203,8 +217,11 @@ def test_a_stride_of_8_repeats_56_percent_of_the_voxels(stride, expected):
         encoder=encoder,
     )
     order_index = sequence_ids((8, 2, 1), (1, 1, 1), 1, "interleaved")
+
     seen = strided.seen_before(plan, order_index)
+
     assert seen.mean() == expected
+
     if stride == 8:
         assert [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)] == [
             0,
@@ -230,6 +247,7 @@ def test_strided_samples_repeat_slices_and_can_leave_them_unscored():
         swap_axes=False,
     )
     sample = SequenceSampler(plan).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
+
     assert strided.stretch(plan) == (24, 16, 16)
     assert np.array_equal(sample.voxels[0, 0, 16:24], sample.voxels[0, 0, 8:16])
     assert (
@@ -237,9 +255,11 @@ def test_strided_samples_repeat_slices_and_can_leave_them_unscored():
         and not sample.loss_mask[0, 16:24].any()
         and sample.loss_mask[0, 24:].all()
     )
+
     plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw(
         [Ramp((24, 16, 16))], TRAINING, 0, 0
     )
+
     assert plain.loss_mask is None and np.array_equal(plain.voxels, sample.voxels)
 
 
@@ -268,6 +288,7 @@ def test_a_contrast_keeps_its_code_where_only_some_are_taken():
             1e5 * (codes[1] - codes[0])
         )
         found.add(tuple(codes.tolist()))
+
     assert found == {(a, b) for a in range(4) for b in range(a + 1, 4)}
 
 
@@ -284,25 +305,30 @@ def test_a_semantic_sequence_shows_one_structure_in_four_patients():
         }
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         structures.add(shown.subject)
+
     assert structures == {"kidney", "liver"}
 
 
 def test_a_structure_lies_within_an_eighth_of_the_crop_from_its_middle():
     plan = semantic_plan()
     size = np.array(member_crop(plan, "semantic"))
+
     assert (size % 8 == 0).all()
+
     moved = []
     for number in range(50):
         _, shown = SequenceSampler(plan).draw_kind(
             "semantic", semantic_material(), rng.generator(0, "x", number)
         )
         moved += [np.array(start) + (size - 1) / 2 - (20, 10, 30) for start in shown.drawn.starts]
+
     assert (np.abs(moved) <= size / 8 + 0.5).all() and np.abs(moved).max() > 1
 
 
 def test_members_together_hold_no_more_tokens_than_one_crop():
     # 5 x 7 x 5 tokens and four members: 3 x 4 x 3 each is the largest box of like proportions.
     plan = semantic_plan(crop_size_vox=(40, 56, 40))
+
     assert member_crop(plan, "semantic") == (24, 32, 24)
     assert num_blocks(plan, "semantic") == 144 <= num_blocks(plan) == 175
     assert member_crop(semantic_plan(member_crop_vox=(8, 32, 32)), "semantic") == (8, 32, 32)
@@ -316,10 +342,12 @@ def test_positions_are_a_window_of_the_grid_anywhere_in_it():
         2 * 20 + 10 + 3,
         2 * 20 + 10 + 4,
     ]
+
     windows = {
         SequenceSampler(contrast_plan()).draw(contrast_material(), TRAINING, n, 0).positions[0]
         for n in range(60)
     }
+
     assert len(windows) > 3
 
 
@@ -327,9 +355,13 @@ def test_a_batch_holds_one_kind_and_kinds_follow_their_weights():
     both = SamplingPool((Ramp((30, 30, 30)),), contrast_material().groups)
     plan = contrast_plan(weights={"spatial": 3.0, "contrast": 1.0})
     sampler = SequenceSampler(plan)
+
     kinds = [sampler.kind(both, TRAINING, step) for step in range(2000)]
+
     assert kinds.count("contrast") / 2000 == pytest.approx(0.25, abs=0.03)
+
     batches = StepBatches(sampler, both, range(3))
+
     for step in range(6):
         assert batches[step].voxels.shape[1] == (4 if kinds[step] == "contrast" else 1)
     assert [sampler.kind(both, TRAINING, step) for step in range(20)] == kinds[:20]
@@ -355,7 +387,9 @@ def test_samples_of_one_dataset_do_not_depend_on_other_kinds():
     # Written down before there were other kinds.
     generator = rng.generator(7, TRAINING, 3, 1)
     case = cases[int(generator.integers(2))]
+
     drawn = spatial.draw(plan, case.shape_vox, generator)
+
     assert (
         np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels)
         and sample.prefix == drawn.prefix
@@ -365,10 +399,13 @@ def test_samples_of_one_dataset_do_not_depend_on_other_kinds():
 
 def test_one_input_stays_spatial_and_several_get_available_kinds():
     structures = {"liver": 5, "lesion": 2}
+
     assert plan_weights(AvailableKinds(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {
         "spatial": 1.0
     }
+
     weights, why = plan_weights(AvailableKinds(2, 9, WORDS, 3, 0, structures, "label maps"))
+
     assert weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
     assert (
         "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why

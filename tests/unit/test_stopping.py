@@ -362,6 +362,7 @@ def test_nnunets_number_of_processes_is_respected(
     monkeypatch.delenv("nnUNet_def_n_proc", raising=False)
     if value is not None:
         monkeypatch.setenv("nnUNet_def_n_proc", value)
+
     assert num_processes() == processes
 
 

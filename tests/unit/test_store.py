@@ -77,9 +77,11 @@ def test_a_stored_case_is_what_nnunet_makes_of_the_scan(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     case = store.open(store.ensure(rows, ISO, None, 1)["pool/0"])
     scan = read_scan(Path(rows[0].source))
+
     expected = crop_resample_normalise(
         scan.array_CZYX, scan.spacing_mm, ISO, "ZScoreNormalization", False, None
     )
+
     assert case.shape_vox == (32, 18, 20) and case.spacing_mm == ISO
     np.testing.assert_array_equal(case.read((0, 0, 0), case.shape_vox), expected)
 
@@ -88,10 +90,14 @@ def test_the_coarsest_axis_is_moved_to_the_front_and_recorded(tmp_path: Path) ->
     rows = make_rows(tmp_path / "pool", 1, (18, 20, 8), (1.0, 1.0, 4.0))
     store = Store(tmp_path / "store")
     key = store.ensure(rows, (4.0, 1.0, 1.0), None, 1)["pool/0"]
+
     record = store.record(key)
+
     assert (record.shape_vox, record.axes) == ((8, 18, 20), (2, 0, 1))
     assert (record.original_shape_vox, record.original_spacing_mm) == ((18, 20, 8), (1.0, 1.0, 4.0))
+
     raw = read_scan(Path(rows[0].source)).array_CZYX.transpose(0, 3, 1, 2)
+
     np.testing.assert_allclose(
         store.open(key).read((0, 0, 0), (8, 18, 20)), (raw - raw.mean()) / raw.std(), atol=1e-5
     )
@@ -103,12 +109,15 @@ def test_a_crop_is_the_same_part_of_the_whole_and_may_not_reach_beyond(tmp_path:
         next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values()))
     )
     whole = case.read((0, 0, 0), (16, 18, 20))
+
     crop = case.read((3, 4, 5), (6, 7, 8))
+
     assert crop.shape == (1, 6, 7, 8) and crop.dtype == np.float32
     np.testing.assert_array_equal(crop, whole[:, 3:9, 4:11, 5:13])
     for start, size in (((-1, 0, 0), (2, 2, 2)), ((15, 0, 0), (2, 2, 2)), ((0, 0, 0), (1, 0, 1))):
-        with pytest.raises(ValueError, match="beyond"):
+        with pytest.raises(ValueError) as caught:
             case.read(start, size)
+        assert str(start) in str(caught.value)
 
 
 def test_a_padded_crop_is_zero_and_marked_invalid_outside(tmp_path: Path) -> None:
@@ -117,11 +126,14 @@ def test_a_padded_crop_is_zero_and_marked_invalid_outside(tmp_path: Path) -> Non
         next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values()))
     )
     crop, valid = case.read_padded((-2, 10, -1), (20, 10, 22))
+
     assert crop.shape == (1, 20, 10, 22) and valid.shape == (20, 10, 22)
     np.testing.assert_array_equal(crop[:, 2:18, :8, 1:21], case.read((0, 10, 0), (16, 8, 20)))
     assert int(valid.sum()) == 16 * 8 * 20 and valid[2:18, :8, 1:21].all()
     assert not crop[0][~valid].any()
+
     nothing, outside = case.read_padded((100, 0, 0), (4, 4, 4))
+
     assert not nothing.any() and not outside.any()
 
 
@@ -129,6 +141,7 @@ def test_nothing_is_made_twice(tmp_path: Path) -> None:
     rows, store = make_rows(tmp_path / "pool"), Store(tmp_path / "store")
     keys = store.ensure(rows, ISO, None, 1)
     before = snapshot(store.root)
+
     assert Store(tmp_path / "store").ensure(rows, ISO, None, 1) == keys
     assert snapshot(store.root) == before and len(before) == 4
 
@@ -150,6 +163,7 @@ def test_the_key_knows_content_spacing_and_normalisation(tmp_path: Path) -> None
         plan_task(replace(row, modality="CT"), ISO, other),
         plan_task(replace(row, cropped_shape_vox=(8, 18, 20)), ISO, None),
     ]
+
     assert len({task.key for task in tasks}) == len(tasks)
     assert plan_task(row, (1.00001, 1.0, 1.0), WINDOW).key == tasks[0].key
 
@@ -158,6 +172,7 @@ def test_masked_z_scores_are_for_scans_that_cropping_shrinks_much(
     tmp_path: Path,
 ) -> None:
     row = make_rows(tmp_path / "pool", 1)[0]
+
     assert not plan_task(replace(row, cropped_shape_vox=(12, 18, 20)), ISO, None).use_mask
     assert plan_task(replace(row, cropped_shape_vox=(11, 18, 20)), ISO, None).use_mask
     assert not plan_task(
@@ -174,6 +189,7 @@ def test_ct_without_a_window_is_refused_before_work(tmp_path: Path) -> None:
 def test_workers_make_the_same_cases(tmp_path: Path) -> None:
     rows = make_rows(tmp_path / "pool")
     one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+
     assert one.ensure(rows, ISO, None, 1) == two.ensure(rows, ISO, None, 2)
     for path in one.root.rglob("*.b2nd"):
         assert path.read_bytes() == (two.root / path.relative_to(one.root)).read_bytes()
@@ -191,9 +207,12 @@ def test_a_torn_entry_is_made_again(tmp_path: Path, damage: str) -> None:
         path.with_suffix(".json").unlink()
     else:
         path.with_suffix(".json").write_text('{"content')
+
     with refused(StoreError, "case-missing", path):
         store.open(key)
+
     store.ensure(rows, ISO, None, 1)
+
     assert path.read_bytes() == whole and store.open(key).shape_vox == (16, 18, 20)
 
 
@@ -225,6 +244,7 @@ def test_the_disk_need_is_told_before_the_start(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with caplog.at_level(logging.INFO):
         Store(tmp_path / "store").ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1)
+
     assert (
         "1 of 1 cases are missing; they need at most about" in caplog.text
         and "may be full" in caplog.text
@@ -237,6 +257,7 @@ def test_scans_that_vanish_or_change_are_left_out_and_named(
     rows, store = make_rows(tmp_path / "pool", 3), Store(tmp_path / "store")
     Path(rows[0].source).unlink()
     shutil.copy(rows[2].source, rows[1].source)
+
     assert list(store.ensure(rows, ISO, None, 1)) == ["pool/2"]
     assert {name: error.status for name, error in store.failures.items()} == {
         "pool/0": "unreadable",
@@ -274,7 +295,9 @@ def test_a_case_is_pickled_small_and_read_in_other_processes(tmp_path: Path, met
         next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values()))
     )
     here = case.read((1, 2, 3), (4, 5, 6))
+
     assert len(pickle.dumps(case)) < 1000
+
     with ProcessPoolExecutor(1, mp_context=get_context(method)) as pool:
         np.testing.assert_array_equal(pool.submit(case.read, (1, 2, 3), (4, 5, 6)).result(), here)
 
@@ -289,6 +312,7 @@ def stored_case(tmp_path: Path, shape: tuple[int, int, int] = (16, 18, 20)) -> S
 def test_a_lost_file_ends_in_a_store_error_and_stays_in_the_store(tmp_path: Path) -> None:
     case = stored_case(tmp_path)
     case.path.rename(tmp_path / "elsewhere")
+
     with refused(StoreError, "case-unreadable", case.path):
         case.read((0, 0, 0), (4, 4, 4))
     assert case.path.with_suffix(".json").exists()
@@ -310,7 +334,9 @@ def test_an_altered_byte_is_noticed_on_reading_and_the_case_made_again(
             not case.path.with_suffix(".json").exists()
             and case.path.with_suffix(".damaged").exists()
         )
+
     again = stored_case(tmp_path, (4, 5, 6))
+
     assert again == case and again.path.read_bytes() == whole
     np.testing.assert_array_equal(again.read((0, 0, 0), (4, 5, 6)), crop)
 
@@ -325,10 +351,12 @@ def test_one_damaged_case_has_all_others_checked_and_made_again(
         case.path.write_bytes(data[:1000] + bytes([data[1000] ^ 8]) + data[1001:])
     with refused(StoreError, "case-damaged", cases[0].path):
         cases[0].read((0, 0, 0), (4, 4, 4))
+
     keys = store.ensure(rows, ISO, None, 1)
     assert "1 cases were found damaged, so all 3 others of this run are checked" in caplog.text
     assert [store.open(key).path.read_bytes() for key in keys.values()] == before
     assert not list(store.root.glob("*/*.damaged"))
+
     caplog.clear()
     store.ensure(rows, ISO, None, 1)
     assert "checked" not in caplog.text
@@ -352,7 +380,9 @@ def test_a_flipped_bit_in_one_chunk_harms_no_crop_of_the_others(tmp_path: Path) 
     _forget(case)
     data[-case.seal.tail_bytes - 1] ^= 1
     case.path.write_bytes(data)
+
     size = (min(cz, 40), min(cy, 90), min(cx, 150))
+
     np.testing.assert_array_equal(
         case.read((0, 0, 0), size), whole[:, : size[0], : size[1], : size[2]]
     )
@@ -403,10 +433,13 @@ def test_a_crop_decompresses_the_blocks_it_touches_and_no_other(tmp_path: Path) 
                 end = min((b for b in begins if b > begins[i]), default=len(compressed))
                 data[at + begins[i] : at + end] = b"\xff" * (end - begins[i])
                 num_spoilt += 1
+
     assert num_kept == blocks_touched(start, size, block, chunk) and num_spoilt > 20
+
     case.path.write_bytes(data)
     spoilt = blosc2.open(str(case.path), mode="r")
     z, y, x = (slice(a, a + n) for a, n in zip(start, size, strict=True))
+
     np.testing.assert_array_equal(spoilt[0:1, z, y, x], expected)
     assert not np.array_equal(spoilt[:], whole)
 
@@ -434,7 +467,9 @@ def test_a_crop_decompresses_little_more_than_itself(
         [int(generator.integers(n - s + 1)) for n, s in zip(shape, size, strict=True)]
         for _ in range(200)
     ]
+
     voxels = [blocks_touched(start, size, block, chunk) * volume(block) for start in starts]
+
     assert 1.0 <= float(np.mean(voxels)) / volume(size) <= at_most
 
 
@@ -442,7 +477,9 @@ def test_voxels_of_few_values_are_stored_plainly_and_smooth_ones_shuffled(tmp_pa
     generator = np.random.default_rng(0)
     smooth = gaussian_filter(generator.normal(size=(24, 40, 40)), 2).astype(np.float32)[None]
     coarse = (np.round(smooth * 60) / 7).astype(np.float32)
+
     filters = [compressed(data).schunk.cparams.filters for data in (smooth, coarse)]
+
     assert [blosc2.Filter.SHUFFLE in used for used in filters] == [True, False]
 
 
@@ -453,6 +490,7 @@ def test_layouts_of_odd_shapes_are_whole_blocks_of_bounded_size(
     shape: tuple[int, int, int],
 ) -> None:
     block, chunk = layout_of(shape)
+
     assert volume(block) <= 8192 and volume(chunk) <= 64**3
     assert all(
         b >= 1 and c % b == 0 and c < n + b for b, c, n in zip(block, chunk, shape, strict=True)
@@ -470,9 +508,12 @@ def test_parts_share_the_cases_and_meet_in_one_store(tmp_path: Path) -> None:
     made = [
         set(Store(root).ensure(rows, ISO, None, 1, StorePart(k, 3)).values()) for k in (1, 2, 3)
     ]
+
     assert sum(len(part) for part in made) == len(set().union(*made)) == 9
     assert Store(root).num_missing(rows, ISO, None) == (0, 9)
+
     before = snapshot(root)
+
     assert set(Store(root).ensure(rows, ISO, None, 1).values()) == set().union(*made)
     assert snapshot(root) == before
 
@@ -498,10 +539,13 @@ def test_processes_that_make_the_same_cases_at_once_leave_whole_ones(tmp_path: P
     with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
         results = [pool.submit(Store(root).ensure, rows, ISO, None, 1) for _ in range(3)]
         keys = [result.result() for result in results]
+
     assert keys[0] == keys[1] == keys[2]
+
     files = {
         path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()
     }
+
     assert files == {
         path.relative_to(alone.root): path.read_bytes()
         for path in alone.root.rglob("*")
@@ -518,6 +562,7 @@ def test_temporary_names_differ_between_machines_with_equal_process_ids(
         with atomic_path(tmp_path / "file") as temporary:
             temporary.write_bytes(b"x")
             names.append(temporary.name)
+
     assert len(set(names)) == 2 and all(Path(name).match(TEMPORARY_FILES) for name in names)
 
 
@@ -527,6 +572,7 @@ def test_a_file_that_may_not_grow_ends_like_a_full_disk(tmp_path: Path) -> None:
     RLIMIT_FSIZE, in a process of its own.
     """
     rows, root = make_rows(tmp_path / "pool", 2), tmp_path / "store"
+
     with (
         ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool,
         refused(StoreError, "store-not-writable", "full"),
@@ -550,6 +596,7 @@ def test_a_giant_scan_is_refused_with_the_figure_before_it_is_read(tmp_path: Pat
         source="/nowhere.nii.gz",
     )
     store = Store(tmp_path / "store")
+
     assert store.ensure([row], ISO, None, 1) == {}
     assert "1500 x 1500 x 1500 voxels need about 151 GiB of memory" in str(store.failures["pool/0"])
 
@@ -572,9 +619,12 @@ def test_real_scans_go_through_the_store(tmp_path: Path, shared_data: Path) -> N
     rows = index_scans(find_scans([], [shared_data / "nifti"]), set(), 1)
     store = Store(tmp_path / "store")
     keys = store.ensure(rows.usable, (3.0, 3.0, 3.0), WINDOW, 1)
+
     assert {name: store.open(key).shape_vox for name, key in keys.items()} == {
         "nifti/example_ct": (112, 101, 122),
         "nifti/example_mr_sm": (20, 91, 116),
     }
+
     ct = store.open(keys["nifti/example_ct"]).read((0, 0, 0), (112, 101, 122))
+
     assert ct.min() == pytest.approx(-2.0) and ct.max() == pytest.approx(3.6)

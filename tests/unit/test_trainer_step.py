@@ -83,14 +83,18 @@ def test_in_the_first_stage_only_the_decoder_is_trained() -> None:
     # 40 % of 5 epochs.
     epoch(run, 0)
     epoch(run, 1)
+
     middle = weights(run)
+
     assert all(torch.equal(before[key], middle[key]) for key in encoder)
     assert any(not torch.equal(before[key], middle[key]) for key in decoder)
     assert not any(
         parameter in run.optimizer.state for parameter in encoder_parameters(run.network)
     )
+
     epoch(run, 2)
     after = weights(run)
+
     assert any(not torch.equal(middle[key], after[key]) for key in encoder)
 
 
@@ -98,6 +102,7 @@ def test_the_scratch_twin_has_no_first_stage() -> None:
     run = trainer(uses_weights=False)
     before = weights(run)
     epoch(run, 0)
+
     assert any(
         not torch.equal(before[key], value)
         for key, value in weights(run).items()
@@ -121,7 +126,9 @@ def test_a_run_stopped_in_any_stage_continues_bit_for_bit(stop_after: int) -> No
     second.optimizer.load_state_dict(saved["optimizer"])
     for number in range(stop_after + 1, 5):
         epoch(second, number)
+
     expected, found = weights(whole), weights(second)
+
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
@@ -130,6 +137,7 @@ def test_the_rate_rises_for_the_decoder_then_for_all_then_falls() -> None:
     recipe = Recipe(20, 1e-3, 1e-2, decoder_first_fraction=0.2)
     schedule = make_schedule(recipe, 1.0, 20, 2, 2)
     rates = [schedule.rate(i) for i in range(41)]
+
     assert rates[0] == pytest.approx(1 / 8) and rates[7] == 1.0
     assert rates[8] == pytest.approx(1 / 4) and rates[11] == 1.0
     assert rates[12] == 1.0 and rates[26] == pytest.approx(0.5**0.9) and rates[40] == 0.0
@@ -138,15 +146,18 @@ def test_the_rate_rises_for_the_decoder_then_for_all_then_falls() -> None:
 
 def test_a_cnn_is_trained_by_sgd_that_decays_everything() -> None:
     run = trainer()
+
     assert isinstance(run.optimizer, torch.optim.SGD)
     assert [
         (g["momentum"], g["nesterov"], g["weight_decay"]) for g in run.optimizer.param_groups
     ] == [(0.99, True, 3e-5)]
+
     slowed = trainer(layer_decay=0.5)
     names = {id(p): name for name, p in slowed.network.named_parameters()}
     factor = {
         names[id(p)]: g["rate_factor"] for g in slowed.optimizer.param_groups for p in g["params"]
     }
+
     # Blocks of all stages are counted through: stem 0, stage 0 block 0, stage 1 block 0, decoder.
     assert factor["encoder.stem.convs.0.conv.weight"] == 0.125
     assert factor["encoder.stages.0.blocks.0.conv1.conv.weight"] == 0.25
@@ -158,8 +169,10 @@ def test_coarser_outputs_follow_the_trainer_and_the_recipe() -> None:
     image = torch.zeros(1, 1, *PATCH)
     run = trainer()
     assert len(run.network(image)) == 1 and isinstance(run.network(image), list)
+
     run.set_deep_supervision_enabled(False)
     assert run.network(image).shape == (1, 2, *PATCH)
+
     flat = trainer(deep_supervision=False)
     flat.network.decoder.deep_supervision = False
     flat.set_deep_supervision_enabled(True)

@@ -103,6 +103,7 @@ def test_a_rotation_by_90_degrees_equals_numpys_rot90(axis):
 def test_a_rotation_about_z_turns_y_into_x_by_hand():
     # A step along x of the crop is a step along y of the scan, and one along y a step back along x.
     matrix = np.array(affine_of(90, (1, 0, 0), 1.0, ISOTROPIC).matrix)
+
     assert np.allclose(matrix, [[1, 0, 0], [0, 0, -1], [0, 1, 0]]) or np.allclose(
         matrix, [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
     )
@@ -114,6 +115,7 @@ def test_a_zoom_of_two_shows_half_the_extent_about_the_middle():
         Smooth((40, 40, 40)), (10, 10, 10), affine_of(0, (1, 0, 0), 2.0, ISOTROPIC)
     )
     places = 17.5 + (np.arange(16) - 7.5) / 2
+
     assert np.allclose(voxels[:, 3, 5], places + 10 * places[3] + 100 * places[5], rtol=1e-5)
     assert np.allclose(voxels[2, 3, :], places[2] + 10 * places[3] + 100 * places, rtol=1e-5)
     assert valid_mask.all()
@@ -153,6 +155,7 @@ def test_zooms_and_angles_keep_within_the_plans_bounds():
     plan = make_plan(**VARIED)
     drawn = [draw_affine(plan, ISOTROPIC, rng.generator(0, "x", i)) for i in range(300)]
     zooms = np.array([affine.zoom for affine in drawn])
+
     assert 0.7 <= zooms.min() < 0.72 and 1.37 < zooms.max() <= 1.4
     assert 28 < max(abs(affine.angle_deg) for affine in drawn) <= 30
 
@@ -161,7 +164,9 @@ def test_rotation_and_zoom_are_drawn_independently_of_each_other():
     plan = make_plan(**{**VARIED, "spatial_share": 0.2})
     drawn = [draw_affine(plan, ISOTROPIC, rng.generator(0, "x", i)) for i in range(2000)]
     rotated = np.array([affine is not None and affine.angle_deg != 0 for affine in drawn])
+
     zoomed = np.array([affine is not None and affine.zoom != 1 for affine in drawn])
+
     for share, expected in ((rotated, 0.2), (zoomed, 0.2), (rotated & zoomed, 0.04)):
         assert abs(share.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)
 
@@ -259,6 +264,7 @@ def test_crops_that_are_neither_rotated_nor_zoomed_keep_every_bit():
             old.valid_mask, new.valid_mask
         )
         assert torch.equal(collate([old]).to(CPU).voxels, collate([new]).to(CPU).voxels)
+
     assert plain > 15 and num_turned > 5
 
 
@@ -364,6 +370,7 @@ def test_resampling_stays_in_single_precision_under_autocast():
     )
     with torch.autocast("cpu", torch.bfloat16):
         inside = batch.to(CPU)
+
     assert inside.voxels.dtype == torch.float32 and torch.equal(inside.voxels, batch.to(CPU).voxels)
 
 
@@ -415,7 +422,9 @@ def test_clean_samples_and_members_without_contrast_keep_every_bit():
     voxels, known = known_crops()
     voxels[0, 1] = 0.25
     corruptions = stacked([STRONG, CLEAN]).with_noise(voxels)
+
     made = corrupted(voxels, known, corruptions)
+
     assert (
         torch.equal(made[1], voxels[1])
         and torch.equal(made[0, 1], voxels[0, 1])
@@ -450,7 +459,9 @@ def test_noise_comes_from_the_samples_own_seed():
     plan = replace(plan, objective=replace(plan.objective, corruption=1.0))
     batch = StepBatches(SequenceSampler(plan), [Noisy((30, 30, 30))], range(3))[4]
     whole = batch.to(CPU).corruption
+
     parts = [part.to(CPU).corruption for part in micro_batches(batch, 2)]
+
     assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise) and whole.seeds == ()
     assert torch.equal(torch.cat([part.strength for part in parts]), whole.strength)
     assert not torch.equal(whole.noise[0], whole.noise[1])
@@ -459,6 +470,7 @@ def test_noise_comes_from_the_samples_own_seed():
 def test_the_planned_share_of_samples_is_corrupted():
     drawn = [draw_corruption(0.3, rng.generator(0, "x", i)) for i in range(1000)]
     share = np.mean([one != CLEAN for one in drawn])
+
     assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 1000)
     assert all(
         0.7 <= one.gamma <= 1.5 and 0.75 <= one.contrast <= 1.25 and 0 <= one.noise <= 0.3
@@ -542,9 +554,13 @@ def test_a_sequence_of_members_can_be_replayed_without_its_rotation():
     drawn = members.draw_contrast(
         plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x"), rng.generator(0, "y")
     )
+
     without = members.draw_contrast(
         plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x")
     )
+
     assert drawn.affine is not None and without.affine is None and drawn.starts == without.starts
+
     sample = members.apply(plan, "contrast", cases, replace(drawn, affine=None))
+
     assert np.array_equal(sample.voxels, members.apply(plan, "contrast", cases, without).voxels)

@@ -73,9 +73,11 @@ def test_predictions_and_loss_are_those_of_the_original_model(
         patches_BNP.var(-1, keepdim=True) + 1e-6
     ).sqrt()
     loss = functional.mse_loss(predicted_BNP[:, prefix:], target_BNP[:, prefix:])
+
     in_their_order = (
         predicted_BNP.reshape(B, 24, 16, 16, 16).permute(0, 1, 4, 3, 2).reshape(B, 24, -1)
     )
+
     torch.testing.assert_close(
         in_their_order[..., ::64], numbers[f"prefix{prefix}/predictions"], atol=1e-4, rtol=0
     )
@@ -166,13 +168,16 @@ def test_our_model_in_zyx_gives_what_theirs_gives_in_xyz() -> None:
     model = model_of(weights, (16, 32, 48), heads=4)
     with torch.no_grad():
         ours = model.encode(volume_BXYZ.permute(0, 3, 2, 1)[:, None])[-1].reshape(2, 1, 2, 3, 24)
+
     torch.testing.assert_close(ours.permute(0, 3, 2, 1, 4), theirs, atol=1e-5, rtol=1e-5)
+
     # Loaded without turning the kernel the same comparison fails, so it tells the axes apart.
     with torch.no_grad():
         model.model.patchifier.proj.weight.copy_(weights["model.patchifier.proj.weight"])
         unturned = model.encode(volume_BXYZ.permute(0, 3, 2, 1)[:, None])[-1].reshape(
             2, 1, 2, 3, 24
         )
+
     assert (unturned.permute(0, 3, 2, 1, 4) - theirs).abs().max() > 0.1
 
 
@@ -180,6 +185,7 @@ def test_ours_has_the_161_encoder_tensors_of_the_original_163() -> None:
     with torch.device("meta"):
         model = ViT(1, 768, TOKEN, 3)
     state = {key: value for key, value in model.state_dict().items() if key.startswith("model.")}
+
     assert len(expected_keys(12)) == 163
     assert set(state) == {key for key in expected_keys(12) if not key.startswith("decoder_pred.")}
     assert sum(value.numel() for value in state.values()) == 88_177_920
@@ -189,6 +195,7 @@ def test_ours_has_the_161_encoder_tensors_of_the_original_163() -> None:
 def test_export_is_the_inverse_of_import_bit_by_bit() -> None:
     weights = synthetic(depth=1, width=12)
     back = to_theirs(to_ours(weights))
+
     assert set(back) == {key for key in weights if key.startswith("model.")}
     assert all(torch.equal(back[key], weights[key]) for key in back)
     assert not torch.equal(
@@ -217,8 +224,11 @@ def test_every_parameter_but_the_unread_special_tokens_learns() -> None:
     still = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
     ]
+
     assert still == []
+
     gradient = model.model.embed_tokens.weight.grad
+
     assert gradient is not None and gradient[[0, 2, 3]].abs().sum() == 0
 
 
@@ -258,16 +268,14 @@ def test_impossible_values_are_named(changes: dict[str, object], code: str, name
 
 def test_a_checkpoint_of_163_tensors_loads_strictly_into_twelve_blocks() -> None:
     weights = synthetic(depth=12, width=12)
+
     assert len(weights) == 163
+
     model = model_of(weights, (16, 16, 16), heads=2)
+
     assert len([key for key in model.state_dict() if key.startswith("model.")]) == 161
-    with pytest.raises(RuntimeError, match=r"Missing key.*model\.layers\.11\.mlp\.linear2\.bias"):
-        model_of(
-            {
-                key: value
-                for key, value in weights.items()
-                if key != "model.layers.11.mlp.linear2.bias"
-            },
-            (16, 16, 16),
-            heads=2,
-        )
+    missing = "model.layers.11.mlp.linear2.bias"
+    incomplete = {key: value for key, value in weights.items() if key != missing}
+    with pytest.raises(RuntimeError) as caught:
+        model_of(incomplete, (16, 16, 16), heads=2)
+    assert missing in str(caught.value)

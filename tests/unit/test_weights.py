@@ -79,8 +79,11 @@ def test_a_file_that_would_run_code_ends_in_one_line(
         assert main(line) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "nothing of it was run" in error
+
     assert not sprung.exists() and not (tmp_path / "autoreg_pretraining").exists()
+
     torch.load(file, weights_only=False) if way == "zip" else pickle.loads(file.read_bytes())
+
     assert sprung.exists()
 
 
@@ -102,8 +105,10 @@ def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
     nested = open_source(saved(tmp_path / "nested.pth", {"state_dict": wrapped, "epoch": 3}))
     assert bare.kind == nested.kind == AR_SSL4M
     assert set(bare.tensors) == set(nested.tensors) == set(tensors)
+
     save_file(tensors, tmp_path / "st.safetensors")
     assert open_source(tmp_path / "st.safetensors").kind == AR_SSL4M
+
     other = open_source(
         saved(
             tmp_path / "o.pth",
@@ -123,9 +128,13 @@ def test_ar_ssl4m_is_imported_with_turned_axes_and_normalisation(tmp_path: Path)
     file = saved(tmp_path / "a.pth", {"state_dict": tensors})
     card, imported = import_weights(file, "a", tmp_path, ImportOptions(num_heads=2))
     stored = load_file(tmp_path / "autoreg_pretraining" / "a" / "encoder.safetensors")
+
     kernel = "model.patchifier.proj.weight"
+
     assert torch.equal(stored[kernel], tensors[kernel].permute(0, 1, 4, 3, 2))
+
     rest = [key for key in tensors if key.startswith("model.") and key != kernel]
+
     assert (
         len(rest) == 17
         and all(torch.equal(stored[key], tensors[key]) for key in rest)
@@ -182,6 +191,7 @@ def test_what_is_wrong_with_an_ar_ssl4m_file_is_named(
 
 def test_a_number_of_heads_that_the_file_does_not_state_is_needed(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pth", ar_ssl4m())
+
     with refused(WeightsError, "weights-heads", "12", "--heads N"):
         import_weights(file, "a", tmp_path, ImportOptions())
     with refused(WeightsError, "weights-heads", "--heads 5", "12"):
@@ -194,15 +204,18 @@ def test_the_command_inspects_imports_and_exports(
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     file = str(saved(tmp_path / "a.pth", ar_ssl4m()))
     assert main(["inspect", file]) == 0
+
     shown = capsys.readouterr().out
     assert "cannot be imported  " in shown and "--heads N" in shown and "20 with" in shown
     assert main(["inspect", file, "--heads", "2"]) == 0
+
     shown = capsys.readouterr().out
     assert "licence             AR-SSL4M: none stated" in shown
     assert shown.splitlines()[-1] == f"next: autoreg_weights import {file} --name NAME --heads 2"
     assert main(["import", file, "--heads", "2", "--name", "theirs", "--licence", "CC0"]) == 0
     assert "licences of the weights: AR-SSL4M: CC0 (stated by the user)" in capsys.readouterr().out
     assert main(["inspect", "theirs"]) == 0
+
     shown = capsys.readouterr().out
     assert (
         "a finished pretraining, 'theirs': imported" in shown
@@ -211,6 +224,7 @@ def test_the_command_inspects_imports_and_exports(
     assert main(["export", "theirs", "-o", str(tmp_path / "out")]) == 0
     assert "ViT" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "out"), "--heads", "2", "--name", "again"]) == 0
+
     runs = tmp_path / "autoreg_pretraining"
     assert (runs / "again" / "encoder.safetensors").read_bytes() == (
         runs / "theirs" / "encoder.safetensors"
@@ -250,9 +264,12 @@ def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
         saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, ImportOptions(num_heads=2)
     )
     dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
+
     with refused(WeightsError, "weights-none-suits", "export autoreg_weights=theirs"):
         choose_weights(tmp_path, dataset, None)
+
     choice = choose_weights(tmp_path, dataset, "theirs")
+
     assert choice.card is not None and choice.card.name == "theirs" and choice.warnings == ()
 
 
@@ -262,9 +279,11 @@ def test_the_licence_is_the_users_then_the_model_cards(
     file = tmp_path / "w.pth"
     plan = {"pretrain_plan": {"dataset_name": "Dataset745_OpenMind"}}
     assert licences_of(plan, None, file) == {"OpenMind": "CC-BY-4.0"}
+
     found = licences_of({}, [{"name": "nnFoundation"}], file)
     assert found["nnFoundation"].startswith("CC-BY-SA-4.0 (share-alike")
     assert licences_of({}, None, file) == {"w.pth": "none stated"}
+
     (tmp_path / "README.md").write_text('---\nlicense: "mit"\ntags: [x]\n---\ntext\n')
     assert licences_of(plan, None, file) == {"OpenMind": "mit (README.md beside the file)"}
     assert licences_of(plan, None, file, "CC0") == {"OpenMind": "CC0 (stated by the user)"}
@@ -275,6 +294,7 @@ def test_percentiles_1_and_99_9_become_0_and_1_with_clipping() -> None:
     normalised = AutoregPercentileNormalization(
         use_mask_for_norm=False, intensityproperties={}
     ).run(image.copy())
+
     np.testing.assert_allclose(
         normalised.ravel()[[0, 10, 11, 500, 999, 1000]], [0, 0, 1 / 989, 490 / 989, 1, 1], atol=1e-6
     )
@@ -287,10 +307,13 @@ def test_a_plan_normalises_every_channel_as_in_pretraining(
     tmp_path: Path,
 ) -> None:
     own = ["CTNormalization", "ZScoreNormalization"]
+
     assert as_pretrained(own, [False, True], None) == (own, [False, True])
+
     card, _ = import_weights(
         saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, ImportOptions(num_heads=2)
     )
+
     assert as_pretrained(own, [False, True], card) == (
         ["AutoregPercentileNormalization"] * 2,
         [False, False],
@@ -319,15 +342,18 @@ def test_the_content_of_a_file_of_no_known_kind_is_listed(
         )
         == 0
     )
+
     shown = capsys.readouterr().out
     assert (
         "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's" in shown
         and "1 with 6 parameters: conv.weight 1" in shown
     )
+
     bare = saved(
         tmp_path / "n.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}
     )
     assert main(["inspect", str(bare)]) == 0
+
     shown = capsys.readouterr().out
     assert any(line.endswith(" trainer_name") for line in shown.splitlines())
     assert (

@@ -227,9 +227,12 @@ def test_an_order_that_cannot_be_corrected_is_refused_but_can_be_kept(tmp_path: 
     crop = (16, 24, 16)
     tensors = random_network("primus", PRIMUS, crop).state_dict()
     file = save(tmp_path, tensors, plan_of("PrimusX", primus_x(), PRIMUS_KEYS, crop))
+
     with refused(WeightsError, "weights-token-order", "(2, 3, 2)", "--token-order keep"):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
+
     _, imported = import_weights(file, "a", tmp_path / "res", ImportOptions(token_order="keep"))
+
     assert any(note.startswith("token order kept") for note in imported.notes)
 
 
@@ -240,8 +243,10 @@ def test_a_cnn_is_imported_without_its_decoder_and_doubled_names(tmp_path: Path)
         "encoder.stem.convs.0.conv.weight" in state
         and "encoder.stem.convs.0.all_modules.0.weight" in state
     )
+
     wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
     assert "decoder.encoder.stem.convs.0.conv.weight" in state
+
     file = save(
         tmp_path / "in",
         wrapped,
@@ -265,6 +270,7 @@ def test_a_cnn_is_imported_without_its_decoder_and_doubled_names(tmp_path: Path)
         card.normalization == "ZScoreNormalization"
         and card.objective == "imported from nnssl (BaseMAETrainer)"
     )
+
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     loaded = load(tmp_path / "res", "cnn", "resenc", RESENC)
     with torch.no_grad():
@@ -276,7 +282,9 @@ def test_two_names_of_one_tensor_that_differ_are_an_error(tmp_path: Path) -> Non
     state = dict(random_network("resenc", RESENC).state_dict())
     state["encoder.stem.convs.0.conv.weight"] = state["encoder.stem.convs.0.conv.weight"] + 1
     file = save(tmp_path, state, plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS))
+
     names = ("encoder.stem.convs.0.conv.weight", "encoder.stem.convs.0.all_modules.0.weight")
+
     with refused(WeightsError, "weights-mismatch", *names):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
 
@@ -321,7 +329,9 @@ def test_layer_scale_and_inner_norm_can_be_read_from_the_weights(
         for key, value in random_network("primus", arguments).state_dict().items()
     }
     file = save(tmp_path, state, plan_of("PrimusX", kwargs, PRIMUS_KEYS))
+
     card, _ = import_weights(file, "a", tmp_path / "res", ImportOptions())
+
     assert card.arguments == arguments
 
 
@@ -339,14 +349,17 @@ def test_layer_scale_written_as_a_list_is_its_first_value(tmp_path: Path) -> Non
 
 def test_the_plan_beside_the_file_is_used_if_the_file_has_none(tmp_path: Path) -> None:
     file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), None)
+
     with refused(WeightsError, "weights-not-importable", file, "--adaptation-plan"):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
+
     plan = plan_of("PrimusX", primus_x(), PRIMUS_KEYS)
     (tmp_path / "elsewhere.json").write_text(json.dumps(plan))
     import_weights(file, "by_flag", tmp_path / "res", ImportOptions(), tmp_path / "elsewhere.json")
     (tmp_path / "adaptation_plan.json").write_text(json.dumps(plan))
     import_weights(tmp_path, "beside", tmp_path / "res", ImportOptions())
     folder = tmp_path / "res" / "autoreg_pretraining"
+
     assert (folder / "beside" / "encoder.safetensors").read_bytes() == (
         folder / "by_flag" / "encoder.safetensors"
     ).read_bytes()
@@ -360,11 +373,13 @@ def test_of_two_patch_sizes_the_one_that_fits_the_positions_is_used(tmp_path: Pa
     )
     with refused(WeightsError, "weights-patch-size", "12", "(32, 32, 32)", "--patch-size"):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
+
     (tmp_path / "adaptation_plan.json").write_text(
         json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
     )
     card, imported = import_weights(file, "a", tmp_path / "res", ImportOptions())
     assert card.crop_size_vox == CROP
+
     notes = [note for note in imported.notes if note.startswith("patch size (16, 16, 24)")]
     assert len(notes) == 1 and "(32, 32, 32)" in notes[0]
 
@@ -378,14 +393,18 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
         )
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
+
     card, _ = import_weights(save(tmp_path, state, plan), "a", tmp_path / "res", ImportOptions())
+
     assert (card.encoder, card.token_size_vox, card.spacing_mm) == (
         "resenc_l",
         (32, 32, 32),
         (1.0, 1.0, 1.0),
     )
+
     primus = plan_of("PrimusM", None, PRIMUS_KEYS)
     file = save(tmp_path / "m", random_network("primus", PRIMUS).state_dict(), primus)
+
     with refused(WeightsError, "weights-mismatch", "PrimusM", "width 864", "width 48"):
         import_weights(file, "m", tmp_path / "res", ImportOptions())
 
@@ -561,6 +580,7 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
         "adaptation_plan.json",
         "config.json",
     ]
+
     read = minimal_reader(tmp_path / "out")
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -576,12 +596,14 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
     assert (back / "encoder.safetensors").read_bytes() == (
         folder / "encoder.safetensors"
     ).read_bytes()
+
     first = read_card(folder)
     unlike = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
     assert unlike == {"name", "extra"}
     assert imported.licences == {"Some scans": "CC0"} and not [
         note for note in imported.notes if "assumed" in note
     ]
+
     kept = [note for note in imported.notes if note.startswith("token order kept")]
     assert len(kept) == (0 if family == "resenc" else 1)
 
