@@ -133,6 +133,7 @@ def probe_all(args: argparse.Namespace) -> None:
                 num_draws=args.num_draws,
                 split=args.score,
                 voxels_per_class=args.voxels_per_class,
+                like=args.like if init == RANDOM else None,
             )
             probe(job, data, args.work, journal, device)
 
@@ -159,6 +160,7 @@ def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
                 recipe=tuple(args.recipe),
                 tolerance_mm=args.tolerance_mm,
                 half=args.half,
+                like=args.like if init == SCRATCH else None,
             )
 
 
@@ -296,6 +298,11 @@ def add_scored(p: argparse.ArgumentParser) -> None:
     p.add_argument("--labels", type=whole, nargs="+", default=[5], help="labelled patients")
     p.add_argument("--score", choices=SPLITS, default=SPLITS[0], help="(default: %(default)s)")
     p.add_argument("--score-test-patients", action="store_true", help="needed for --score test")
+    p.add_argument(
+        "--like",
+        metavar="ARM",
+        help="random weights take the architecture of this arm (default: --encoder as named)",
+    )
 
 
 def positive(text: str) -> float:

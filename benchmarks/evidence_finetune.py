@@ -24,7 +24,7 @@ from evidence_lines import (
     half_precision,
     key_of,
 )
-from evidence_pretrain import weights_file
+from evidence_pretrain import encoder_like, weights_file
 from evidence_score import Scores, mean, mean_of, score, storable
 from torch import Tensor, nn
 from torch.nn import functional
@@ -72,6 +72,7 @@ class FinetuneJob:
             other parameters.
         recipe: other changed values of the recipe, "key=value".
         half: compute in bfloat16 also on a CPU.
+        like: from scratch, an arm whose architecture the network takes; None for the encoder's own.
     """
 
     data: str
@@ -91,6 +92,12 @@ class FinetuneJob:
     recipe: tuple[str, ...] = ()
     tolerance_mm: float | None = None
     half: bool = False
+    like: str | None = None
+
+    @property
+    def arm(self) -> str:
+        """Name of the arm in the results."""
+        return self.init if self.like is None else f"{self.init} (like {self.like})"
 
     @property
     def identity(self) -> Line:
@@ -98,7 +105,7 @@ class FinetuneJob:
         return {
             "command": "finetune",
             "set": self.data,
-            "arm": self.init,
+            "arm": self.arm,
             "pretraining_seed": self.pretraining_seed,
             "encoder": self.encoder,
             "labels": self.labels,
@@ -293,7 +300,9 @@ def block_of(job: FinetuneJob, data: ResidentSet, work: Path, num_cases: int) ->
         UsageError, PlanError: a value of the recipe that does not exist or is impossible, or a
             pretraining that is not finished.
     """
-    if job.init == SCRATCH:
+    if job.init == SCRATCH and job.like is not None:
+        encoder, weights = encoder_like(work, job.data, job.like), None
+    elif job.init == SCRATCH:
         size = suited_to(encoder_size(job.encoder), data.facts.spacing_mm)
         encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
         weights = None

@@ -21,10 +21,10 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.machine import has_bf16
-from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name
+from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name, read_card
 from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective
-from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan import EncoderPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Overrides, hardware_of
@@ -359,3 +359,22 @@ def weights_file(work: Path, data: str, arm: str, seed: int) -> Path:
             f"pretrain --data {data} --arm {arm} --seeds {seed} ..."
         )
     return folder / WEIGHTS_NAME
+
+
+def encoder_like(work: Path, data: str, arm: str) -> EncoderPlan:
+    """Return the architecture of an arm's encoders.
+
+    Pretraining may plan smaller tokens than a transformer has by name. A network with random
+    weights has to take the same tokens to be compared with it.
+
+    Raises:
+        UsageError: the arm has no finished run.
+    """
+    finished = sorted((work / "runs").glob(f"{data}-{arm}-s[0-9]*/{CARD_NAME}"))
+    if not finished:
+        raise UsageError(
+            f"--like {arm}: no run of this arm is finished; type: python benchmarks/evidence.py "
+            f"pretrain --data {data} --arm {arm} ..."
+        )
+    card = read_card(finished[0].parent)
+    return EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)

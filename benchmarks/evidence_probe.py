@@ -11,10 +11,15 @@ import numpy as np
 import torch
 from evidence_data import ResidentSet
 from evidence_lines import Journal, Line, Stopwatch, circumstances
-from evidence_pretrain import weights_file
+from evidence_pretrain import encoder_like, weights_file
 
 from nnunet_autoreg.benchmark.dense_probe import ProbeCase, ProbeResult, ProbeSettings, dense_probe
-from nnunet_autoreg.benchmark.probe_networks import Encoder, FrozenNetwork, find_encoder
+from nnunet_autoreg.benchmark.probe_networks import (
+    Architecture,
+    Encoder,
+    FrozenNetwork,
+    find_encoder,
+)
 from nnunet_autoreg.geometry import as_size
 
 log = logging.getLogger("evidence")
@@ -32,6 +37,8 @@ class ProbeJob:
         labels: numbers of labelled patients; those of one draw are nested.
         num_draws: sets of labelled patients, the same as those of fine-tuning.
         split: "development" or "test".
+        like: for random weights, an arm whose architecture the network takes; None for the
+            encoder's own.
     """
 
     data: str
@@ -42,6 +49,12 @@ class ProbeJob:
     num_draws: int
     split: str
     voxels_per_class: int
+    like: str | None = None
+
+    @property
+    def arm(self) -> str:
+        """Name of the arm in the results."""
+        return self.init if self.like is None else f"{self.init} (like {self.like})"
 
     @property
     def identity(self) -> Line:
@@ -49,7 +62,7 @@ class ProbeJob:
         return {
             "command": "probe",
             "set": self.data,
-            "arm": self.init,
+            "arm": self.arm,
             "pretraining_seed": self.pretraining_seed,
             "encoder": self.encoder,
             "split": self.split,
@@ -102,6 +115,10 @@ def _case(data: ResidentSet, case: str) -> ProbeCase:
 
 def _encoder(job: ProbeJob, data: ResidentSet, work: Path) -> Encoder:
     """Return the pretrained encoder, or a random one of the same size."""
+    if job.init == RANDOM and job.like is not None:
+        planned = encoder_like(work, job.data, job.like)
+        architecture = Architecture(planned.name, planned.class_path, planned.arguments)
+        return Encoder("random", architecture)
     if job.init == RANDOM:
         return find_encoder(None, job.encoder, data.facts.spacing_mm)
     assert job.pretraining_seed is not None, "every pretraining has a seed"

@@ -201,9 +201,9 @@ def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) ->
     for name, variants in sorted(by_name.items()):
         for settings, members in sorted(variants.items()):
             differing = _differing(json.loads(settings), [json.loads(other) for other in variants])
-            objective = (
-                SCRATCH if name == SCRATCH else objectives.get((members[0]["set"], name), "")
-            )
+            is_scratch = name.split()[0] == SCRATCH
+            known = objectives.get((members[0]["set"], name), "")
+            objective = SCRATCH if is_scratch else known
             arms.append(Arm(f"{name} {differing}".strip(), objective, tuple(members)))
     return arms
 
@@ -284,7 +284,10 @@ def _probe_rows(lines: Sequence[Line], wanted: float) -> str:
     for arm, members in by_arm.items():
         means = [np.mean(list(line["dice"].values())) for line in members]
         levels = members[0]["levels"]
-        random = by_arm.get(f"random, {levels}", [])
+        # Weights with other tokens have other features, so their own random twin comes first.
+        name = arm.removesuffix(f", {levels}")
+        of_same_tokens = by_arm.get(f"random (like {name}), {levels}")
+        random = of_same_tokens or by_arm.get(f"random, {levels}", [])
         difference = None
         if random and members[0]["pretraining_seed"] is not None:
             difference = paired(members, random, lambda line: line["dice"])

@@ -477,6 +477,20 @@ def test_a_probe_is_of_the_same_draws_and_done_once(
     assert "| ar, encoder + decoder | 2 |" in shown
 
 
+def test_random_weights_can_take_the_architecture_of_an_arm(
+    tmp_path: Path, data: evidence_data.ResidentSet
+) -> None:
+    journal = Journal(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, journal, Deadline(None), CPU)
+    narrow = replace(finetuning("scratch", None), encoder="primus_tiny", like="ar")
+    block = evidence_finetune.block_of(narrow, data, tmp_path, num_cases=1)
+
+    assert block.encoder.name == "resenc_tiny" and block.weights is None
+    assert narrow.identity["arm"] == "scratch (like ar)"
+    with pytest.raises(UsageError):
+        evidence_finetune.block_of(replace(narrow, like="nothing"), data, tmp_path, num_cases=1)
+
+
 def test_the_encoder_rate_changes_the_encoder_alone(data: evidence_data.ResidentSet) -> None:
     job = replace(finetuning("scratch", None), lr=0.01, encoder_lr=0.001)
     training = evidence_finetune.Training(job, data, Path("nowhere"), CPU)
