@@ -5,10 +5,8 @@ Retina U-Net on the plan's encoder. Boxes are learned beside the segmentation, w
 ``nnUNetv2_predict`` still gives; ``autoreg_detect`` gives the boxes.
 """
 
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -44,17 +42,16 @@ from nnunet_autoreg.detection.plan import (
 )
 from nnunet_autoreg.detection.training import (
     DetectionLoss,
-    ForwardedLog,
     MovingAverage,
     absent_classes,
     detection_recipe,
-    keep_thread_limit,
     make_segmentation_loss,
     mean_dice,
     patches_scored,
     without_decay_on_norms,
 )
 from nnunet_autoreg.detection.validate import SUMMARY, validate_cases, write_summary
+from nnunet_autoreg.downstream.training import forwarded_log, keep_thread_limit
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock, read_block
 from nnunet_autoreg.finetune.network import build_network, own_arguments
@@ -168,22 +165,12 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         check_same_dataset(plan, self.dataset_json, where)
         return plan
 
-    @contextmanager
-    def _library_log(self) -> Iterator[None]:
+    def _library_log(self) -> AbstractContextManager[None]:
         """Send the library's log to nnU-Net's log file and to the terminal.
 
         It names cases, as nnU-Net's own lines do; both stay in the folder of results.
         """
-        logger = logging.getLogger("nnunet_autoreg.detection")
-        handler = ForwardedLog(self.print_to_log_file)
-        level = logger.level
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+        return forwarded_log("nnunet_autoreg.detection", self.print_to_log_file)
 
     @staticmethod
     def build_network_architecture(

@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
-from nnunet_autoreg.records import differences, to_jsonable
+from nnunet_autoreg.records import to_jsonable
 
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.from_segmentation import Segmentations
     from nnunet_autoreg.detection.predict import DetectionOptions, Model
     from nnunet_autoreg.detection.scanfile import ScanFile
-    from nnunet_autoreg.detection.scans import Scan
+    from nnunet_autoreg.downstream.scans import Scan
 
 log = logging.getLogger(__name__)
 
 TABLE = "detections.csv"
-MOST_NAMED = 3
 OF_A_MODEL = {
     "dataset": "-d",
     "scans": "-i",
@@ -208,10 +207,9 @@ def parser() -> argparse.ArgumentParser:
 
 def detect_all(request: DetectRequest) -> int:
     """Detect in every scan; one that cannot be read is named, and the others go on."""
-    import torch
-
-    from nnunet_autoreg.detection.predict import Model, settings_of, trained_folder
-    from nnunet_autoreg.detection.scans import find
+    from nnunet_autoreg.detection.predict import Model, settings_of
+    from nnunet_autoreg.downstream.model import prediction_device, trained_folder
+    from nnunet_autoreg.downstream.scans import find
     from nnunet_autoreg.nnunet_api import results_folder
 
     if request.dataset is None or request.scans is None:
@@ -220,12 +218,7 @@ def detect_all(request: DetectRequest) -> int:
             "--from-seg",
             code="detect-no-input",
         )
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device cuda: torch finds no GPU; use --device cpu, or see autoreg_doctor",
-            code="detect-no-gpu",
-        )
+    device = prediction_device(request.device)
     folder = trained_folder(
         results_folder(),
         request.dataset,
@@ -233,7 +226,7 @@ def detect_all(request: DetectRequest) -> int:
         request.plans,
         request.configuration,
     )
-    model = Model(folder, request.folds, torch.device(device), request.checkpoint)
+    model = Model(folder, request.folds, device, request.checkpoint)
     options = options_of(request, model)
 
     scans = find(
@@ -406,30 +399,21 @@ def start(
     Raises:
         UsageError: results of another model, of another input, or with other options.
     """
-    folder = request.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"-o {folder} cannot be made ({error.strerror or error}); give a folder that you may "
-            "write to",
-            code="detect-output-folder",
-        ) from error
+    from nnunet_autoreg.downstream.results import make_output_folder, scans_with_results
 
-    num_existing = 0
+    folder = request.output
+    make_output_folder(folder)
+    existing = scans_with_results(folder, list(inputs), request.overwrite)
     done = set()
-    for name in () if request.overwrite else inputs:
-        file = folder / f"{name}.json"
-        if file.is_file():
-            num_existing += 1
-            wanted = {"model": model, "settings": settings, "inputs": inputs[name]}
-            if _is_done(file, wanted):
-                done.add(name)
+    for name in existing:
+        wanted = {"model": model, "settings": settings, "inputs": inputs[name]}
+        if _is_done(folder / f"{name}.json", wanted):
+            done.add(name)
     if done:
         print(f"{len(done)} of {len(inputs)} scans were done before")
-    if len(done) < num_existing:
+    if len(done) < len(existing):
         print(
-            f"{num_existing - len(done)} scans were done before, and are done again because they "
+            f"{len(existing) - len(done)} scans were done before, and are done again because they "
             "are to be drawn differently"
         )
     return done
@@ -442,21 +426,12 @@ def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
     """
     from nnunet_autoreg.detection.predict import DRAWING
     from nnunet_autoreg.detection.scanfile import read_scan_file
+    from nnunet_autoreg.downstream.results import check_same_run
 
     record = read_scan_file(file)
     present = {"model": record.model, "settings": record.settings, "inputs": record.inputs}
     of_drawing = tuple(f"settings.{name}: " for name in DRAWING)
-    changes = []
-    for change in differences(present, wanted):
-        if not change.startswith(of_drawing):
-            changes.append(change)
-    if changes:
-        what = "; ".join(changes[:MOST_NAMED])
-        raise UsageError(
-            f"{file} was made by another model, of another input or with other options ({what}); "
-            "give another -o, or --overwrite, or remove that file to have the scan done again",
-            code="detect-other-results",
-        )
+    check_same_run(file, present, wanted, lambda change: change.startswith(of_drawing))
     old = record.settings
     new = wanted["settings"]
     # A segmentation that exists, and is not asked for now, does no harm.

@@ -16,15 +16,14 @@ from nnunet_autoreg.detection.metrics import (
     Froc,
     Pooled,
     average_precision,
-    bootstrap_weights,
     cpm,
     froc,
-    interval,
     mean_of_present,
     pool,
     sensitivity_at,
     threshold_at,
 )
+from nnunet_autoreg.downstream.bootstrap import bootstrap_weights, interval
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import to_jsonable
 

@@ -30,8 +30,8 @@ from nnunet_autoreg.detection.instances import (
     read_rules,
 )
 from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_file
-from nnunet_autoreg.detection.scans import facts_of
 from nnunet_autoreg.detection.validate import as_stored
+from nnunet_autoreg.downstream.scans import facts_of
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
 from nnunet_autoreg.io.files import check_file
 from nnunet_autoreg.io.names import natural_key

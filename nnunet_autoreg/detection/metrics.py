@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.detection.matching import Matched
-from nnunet_autoreg.rng import generator
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -20,7 +19,6 @@ Ints = NDArray[np.int64]
 RECALLS = np.linspace(0, 1, 101)
 FP_PER_SCAN = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """The operating points of LUNA16, whose mean sensitivity is the CPM."""
-LEVEL = 95.0
 
 
 @dataclass(frozen=True)
@@ -169,26 +167,3 @@ def mean_of_present(values: Sequence[float]) -> float:
     """Return the mean of the values that are not NaN; NaN if none is left."""
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
-
-
-def bootstrap_weights(num_scans: int, num_resamples: int, seed: int) -> Floats:
-    """Return how often each scan is drawn into each of B resamples of S scans, (B, S).
-
-    Scans are drawn with replacement.
-    """
-    random = generator(seed, "bootstrap over scans")
-    drawn = random.integers(0, num_scans, (num_resamples, num_scans))
-    counts = [np.bincount(scans, minlength=num_scans) for scans in drawn]
-    return np.stack(counts).astype(np.float64)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the middle 95 % of resampled values; None if fewer than two are left.
-
-    The NaN of resamples without any object are left out.
-    """
-    known = [v for v in values if not np.isnan(v)]
-    if len(known) < 2:
-        return None
-    low, high = np.percentile(known, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return (float(low), float(high))

@@ -3,9 +3,7 @@
 They are its losses, its recipe, its pseudo Dice, and the moving average of the weights.
 """
 
-import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -332,30 +330,6 @@ def absent_classes(index: InstanceIndex, cases: Sequence[str]) -> list[str]:
             if not item.ignored:
                 present.add(item.class_index)
     return [kind.name for number, kind in enumerate(index.classes) if number not in present]
-
-
-def keep_thread_limit() -> None:
-    """Limit torch to ``OMP_NUM_THREADS`` threads where that is set.
-
-    On a CPU ``nnUNetv2_train`` uses every core, and threads that share cores with other programs
-    wait for each other.
-    """
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted) > 0:
-        torch.set_num_threads(int(wanted))
-
-
-class ForwardedLog(logging.Handler):
-    """Send the library's log lines to a function, such as that of nnU-Net's trainer."""
-
-    def __init__(self, write: Callable[[str], None]):
-        super().__init__(logging.INFO)
-        self.write = write
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one line."""
-        mark = "WARNING: " if record.levelno >= logging.WARNING else ""
-        self.write(f"{mark}{record.getMessage()}")
 
 
 def mean_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:

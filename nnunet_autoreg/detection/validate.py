@@ -38,12 +38,12 @@ from nnunet_autoreg.detection.metrics import Froc, threshold_at
 from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
+from nnunet_autoreg.downstream.model import FOLD_ALL
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import atomic_path, read_json, write_json
 
 SUMMARY = Path("validation_detection") / "summary_detection.json"
-FOLD_ALL = "all"
 IOU_KEY = "voter_iou"
 """What files call the overlap above which a member's boxes are one (``NmsSettings.member_iou``)."""
 TRIED_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)

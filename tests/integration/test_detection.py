@@ -260,7 +260,7 @@ def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
         tmp_path / "out" / "detections.csv"
     ).is_file()
     assert main(line) == 0 and "2 of 2" in capsys.readouterr().out
-    with refused(UsageError, "detect-other-results", "toy_00.json", "settings.min_score: "):
+    with refused(UsageError, "results-of-another-run", "toy_00.json", "settings.min_score: "):
         main.__wrapped__([*line, "--min-score", "0.9"])
     assert main([*line, "--fppi", "1", "--overwrite"]) == 0
 
@@ -285,9 +285,9 @@ def test_wrong_models_and_scans_are_refused_with_a_remedy(
 
     line = ["-d", "902", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--device", "cpu"]
     for changes, code, value in [
-        (["-f", "3"], "detect-fold-unfinished", "-f 3"),
-        (["-tr", "AutoregDetectionScratchTrainer"], "detect-no-model", "AutoregDetectionTrainer"),
-        (["-d", "903"], "detect-dataset-unknown", NAME),
+        (["-f", "3"], "model-fold-unfinished", "-f 3"),
+        (["-tr", "AutoregDetectionScratchTrainer"], "model-not-found", "AutoregDetectionTrainer"),
+        (["-d", "903"], "model-dataset-unknown", NAME),
         (["-i", str(tmp_path / "no")], "scans-no-folder", tmp_path / "no"),
     ]:
         with refused(UsageError, code, value):

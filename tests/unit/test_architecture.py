@@ -38,6 +38,7 @@ LEVELS = [
     ["planning", "store", "checkpoint"],
     ["sampling", "objectives", "finetune"],
     ["report", "convert"],
+    ["downstream"],
     ["pretrain", "benchmark", "detection", "classification"],
     ["cli", "trainers", "planners"],
 ]
@@ -52,6 +53,7 @@ MAY_IMPORT_NNUNET = {
     "finetune",
     "convert",
     "benchmark",
+    "downstream",
     "detection",
     "classification",
     "trainers",

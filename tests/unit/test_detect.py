@@ -127,7 +127,7 @@ def test_results_of_another_model_are_not_gone_on_with(
     )
     change = "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
 
-    with refused(UsageError, "detect-other-results", "a.json", change):
+    with refused(UsageError, "results-of-another-run", "a.json", change):
         run("--checkpoint", "checkpoint_best.pth", raises=True)
     assert run("--checkpoint", "checkpoint_best.pth") == 2
     assert change in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_results_of_another_model_are_not_gone_on_with(
     # Retrained, under the old name.
     write_checkpoint(results, "0", seed=7)
 
-    with refused(UsageError, "detect-other-results", "a.json", "model.sha256.0: "):
+    with refused(UsageError, "results-of-another-run", "a.json", "model.sha256.0: "):
         run(raises=True)
     assert run("--overwrite") == 0 and found(tmp_path / "out")["model"]["sha256"] != model["sha256"]
 
@@ -147,12 +147,12 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
 
     write_scan(tmp_path / "other" / "a_0000.nii.gz", seed=5)
 
-    with refused(UsageError, "detect-other-results", "a.json", "(inputs: ", "--overwrite"):
+    with refused(UsageError, "results-of-another-run", "a.json", "(inputs: ", "--overwrite"):
         run("-i", str(tmp_path / "other"), raises=True)
 
     os.utime(tmp_path / "in" / "b_0000.nii.gz", (1, 1))
 
-    with refused(UsageError, "detect-other-results", "b.json", "(inputs: "):
+    with refused(UsageError, "results-of-another-run", "b.json", "(inputs: "):
         run(raises=True)
 
     (tmp_path / "out" / "b.json").unlink()
@@ -275,7 +275,7 @@ def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
     for fold in ("0", "1"):
         shutil.rmtree(results / f"fold_{fold}")
 
-    with refused(UsageError, "detect-fold-all-only", results, "-f all"):
+    with refused(UsageError, "model-fold-all-only", results, "-f all"):
         main.__wrapped__(line)
 
 
@@ -466,10 +466,11 @@ def test_wrong_options_are_refused_with_a_remedy(
 ) -> None:
     (tmp_path / "taken").write_text("")
     (tmp_path / "empty").mkdir()
+    taken = tmp_path / "taken" / "x"
 
     for more, code, values in (
-        (["-o", str(tmp_path / "taken" / "x")], "detect-output-folder", [tmp_path / "taken" / "x"]),
-        (["-d", "951"], "detect-dataset-unknown", ["-d 951", "Dataset950_Tiny"]),
+        (["-o", str(taken)], "results-output-folder", [taken]),
+        (["-d", "951"], "model-dataset-unknown", ["-d 951", "Dataset950_Tiny"]),
         (["-i", str(tmp_path / "empty")], "scans-none", [tmp_path / "empty", "_0000.nii.gz"]),
     ):
         with refused(UsageError, code, *values):
@@ -480,7 +481,7 @@ def test_wrong_options_are_refused_with_a_remedy(
 
 
 def test_a_gpu_computes_in_the_precision_that_training_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunet_autoreg.detection.predict import half_precision
+    from nnunet_autoreg.downstream.model import half_precision
 
     for capability, kind in (
         ((7, 5), torch.float16),

@@ -22,7 +22,7 @@ from nnunet_autoreg.detection.scanfile import (
     write_markup,
     write_table,
 )
-from nnunet_autoreg.detection.scans import facts_of, find, ready
+from nnunet_autoreg.downstream.scans import facts_of, find, ready
 from nnunet_autoreg.errors import ObjectsError, ScanError, UsageError
 
 CLASSES = {"solid": 1, "holed": 2}

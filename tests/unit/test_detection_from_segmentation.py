@@ -241,13 +241,13 @@ def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
     rules = {"autoreg_detection": {"detect_labels": ["lesion"]}}
     (predicted / "dataset.json").write_text(json.dumps({**dataset, **rules}))
 
-    with refused(UsageError, "detect-other-results", result, "settings.detect_labels: "):
+    with refused(UsageError, "results-of-another-run", result, "settings.detect_labels: "):
         main.__wrapped__(line)
 
     (predicted / "dataset.json").write_text(json.dumps(dataset))
     os.utime(predicted / "case_1.npz", (1, 1))
 
-    with refused(UsageError, "detect-other-results", result, "inputs: "):
+    with refused(UsageError, "results-of-another-run", result, "inputs: "):
         main.__wrapped__(line)
 
 

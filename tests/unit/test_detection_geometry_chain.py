@@ -17,7 +17,7 @@ from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.objects import ObjectSource
 from nnunet_autoreg.detection.plan import DetectionPlan
 from nnunet_autoreg.detection.predict import DetectionOptions, detect, write
-from nnunet_autoreg.detection.scans import find
+from nnunet_autoreg.downstream.scans import find
 
 SEG = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 DATA = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}

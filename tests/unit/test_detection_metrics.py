@@ -21,6 +21,7 @@ from nnunet_autoreg.detection.matching import (
     parse_hit_rule,
     scan_boxes,
 )
+from nnunet_autoreg.downstream.bootstrap import interval
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
 A, B, C = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,)), ObjectClass("c", 3, (3,))
@@ -412,7 +413,7 @@ def test_intervals_are_the_same_every_time_and_hold_the_value():
     low, high = first["ap"]["0.5"]["ci95"]
 
     assert low < first["ap"]["0.5"]["mean"] < high
-    assert mt.interval([float("nan"), 0.5]) is None and mt.interval(
+    assert interval([float("nan"), 0.5]) is None and interval(
         [0.2, float("nan"), 0.4]
     ) == pytest.approx((0.205, 0.395))
 

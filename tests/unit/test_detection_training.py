@@ -38,12 +38,12 @@ from nnunet_autoreg.detection.training import (
     WEIGHTS_KEY,
     DetectionLoss,
     MovingAverage,
-    keep_thread_limit,
     make_segmentation_loss,
     mean_dice,
     patches_scored,
     without_decay_on_norms,
 )
+from nnunet_autoreg.downstream.training import keep_thread_limit
 from nnunet_autoreg.errors import PlanError
 
 LESION = ObjectClass("lesion", 1, (1,))

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scan:
-    """Hold one scan to detect in.
+    """Hold one scan to predict on.
 
     Attributes:
         name: of its results.
@@ -234,7 +234,7 @@ def ready(scan: Scan) -> Iterator[list[str]]:
     if scan.candidate is None or scan.files:
         yield [str(file) for file in scan.files]
         return
-    with TemporaryDirectory(prefix="autoreg_detect_") as folder:
+    with TemporaryDirectory(prefix="autoreg_scan_") as folder:
         import SimpleITK
 
         path = scan.candidate.path

@@ -1,0 +1,64 @@
+"""A folder of results, one JSON file per scan: which scans an earlier run has already done.
+
+Torch-free.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.records import differences
+
+MOST_NAMED = 3
+"""Differences that a message lists."""
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make the folder of ``-o``.
+
+    Raises:
+        UsageError: it cannot be made (code "results-output-folder").
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"-o {folder} cannot be made ({error.strerror or error}); give a folder that you may "
+            "write to",
+            code="results-output-folder",
+        ) from error
+
+
+def scans_with_results(folder: Path, names: Sequence[str], overwrite: bool) -> list[str]:
+    """Return the scans that have a JSON file in ``folder``; none if they are done again anyway."""
+    if overwrite:
+        return []
+    return [name for name in names if (folder / f"{name}.json").is_file()]
+
+
+def check_same_run(
+    file: Path,
+    present: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    is_minor: Callable[[str], bool] = lambda change: False,
+) -> None:
+    """Refuse results that another model, another input or other options have made.
+
+    Args:
+        file: of the results.
+        present, wanted: ``model``, ``settings`` and ``inputs`` of the file, and of this run.
+        is_minor: whether a difference, as ``records.differences`` words it, does not matter.
+
+    Raises:
+        UsageError: they differ (code "results-of-another-run"); the message says in what.
+    """
+    changes = [change for change in differences(present, wanted) if not is_minor(change)]
+    if not changes:
+        return
+    what = "; ".join(changes[:MOST_NAMED])
+    raise UsageError(
+        f"{file} was made by another model, of another input or with other options ({what}); "
+        "give another -o, or --overwrite, or remove that file to have the scan done again",
+        code="results-of-another-run",
+    )
