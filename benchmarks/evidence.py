@@ -34,7 +34,8 @@ from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.finetune.block import OPTIMIZERS
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.machine import check_device, default_device
-from nnunet_autoreg.plan import OBJECTIVES
+from nnunet_autoreg.objective_kinds import objective_kinds
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE
 
 log = logging.getLogger("evidence")
 
@@ -203,7 +204,7 @@ def add_pretrain(commands: Commands) -> None:
     add_networks(p)
     add_length(p)
     p.add_argument("--arm", required=True, help="name of the arm; its runs differ in their seeds")
-    p.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
+    p.add_argument("--objective", choices=list(objective_kinds()), default=DEFAULT_OBJECTIVE)
     p.add_argument(
         "--set",
         dest="settings",

@@ -22,13 +22,13 @@ from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name, read_card
+from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import EncoderPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Overrides, hardware_of
-from nnunet_autoreg.presets import with_objective
 from nnunet_autoreg.pretrain.checkpointing import Progress, measure_pool, restore, snapshot
 from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches

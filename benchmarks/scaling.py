@@ -60,10 +60,10 @@ class Noise:
 def plan_of(args: argparse.Namespace, size: int) -> Any:
     """A plan of raster sequences of single tokens, with so many crops per process."""
     from nnunet_autoreg.model.sizes import encoder_size
+    from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
     from nnunet_autoreg.plan import (
         DataPlan,
         EncoderPlan,
-        ObjectivePlan,
         OptimPlan,
         Plan,
         RunPlan,
@@ -76,7 +76,7 @@ def plan_of(args: argparse.Namespace, size: int) -> Any:
         DataPlan((1.0, 1.0, 1.0)),
         EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size),
         SequencePlan(tuple(args.crop)),
-        ObjectivePlan(),
+        PredictionPlan(),
         OptimPlan(10**6, args.batch * size, 1e-4, 1),
         RunPlan(0, 10**6, 10**6, sharding=args.sharding),
     )

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
@@ -10,6 +14,7 @@ from nnunet_autoreg.geometry import Size, Spacing, size_text
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 
 PLAN_VERSION = 2
+DEFAULT_OBJECTIVE = "autoregressive"
 
 
 @dataclass(frozen=True)
@@ -160,51 +165,58 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class ObjectivePlan:
-    """What is predicted, and by which head.
+    """What every objective has; each one adds the values of its own in a record of its own.
+
+    Which record that is follows from ``name``, when a plan is read.
 
     Attributes:
-        name: the objective. "autoregressive": block after block. "masked": all unknown blocks at
-            once from the known ones. It needs a fixed prefix, which is the visible share, random
-            order, and the predictor "query" or "network".
-        target: what is predicted of every unknown token. "normalised": its voxels minus their mean,
-            divided by their deviation: (v - mean) / sqrt(max(var, floor) + epsilon).
-            "normalised_with_statistics": the same, and the token's mean and the logarithm of its
-            deviation as two more outputs. "voxels": its voxels as nnU-Net normalises them.
-        variance_floor: the floor, in squared normalised intensity units; 0 for none.
-        variance_epsilon: added under the root, in the same units. AR-SSL4M adds 1e-6 and has no
-            floor.
-        target_smoothing: standard deviation in voxels of a Gaussian that smooths every token's
-            target; 0 for none. It uses valid voxels of the same token only.
-        query_depth: layers of the decoder of the predictor "query".
+        name: the objective, as typed after ``--objective``.
         corruption: share of the training samples whose given part is shown with another gamma and
             contrast and with noise. Targets are always clean.
-        query_attention: whether the decoder's queries of one block attend to each other. Queries of
-            different blocks never do.
-        head: last layers of the predictors "query" and "next". "linear": one matrix. "mlp": with a
-            hidden layer.
-        unknown_mark: how the predictor "network" recognises unknown voxels. "zero": they are 0 in
-            the input. "learned": a learned vector is also added to their features after the stem.
-        num_segments: classes of pseudo-segments that the predictor "network" predicts beside the
-            voxels; 0 for none. They are clusters of local features over the pool.
-        segment_weight: weight of the cross-entropy of the segments, relative to the squared error
-            of the voxels.
-        trunk: only in plans of version 1, for a CNN: the transformer over its features. Such a run
-            cannot be continued.
     """
 
-    name: str = "autoregressive"
-    target: str = "normalised"
-    variance_floor: float = 1e-2
-    variance_epsilon: float = 0.0
-    target_smoothing: float = 0.0
-    query_depth: int = 2
+    name: str = DEFAULT_OBJECTIVE
     corruption: float = 0.0
-    query_attention: bool = False
-    head: str = "linear"
-    unknown_mark: str = "zero"
-    num_segments: int = 0
-    segment_weight: float = 1.0
-    trunk: dict[str, Any] | None = None
+
+    @classmethod
+    def record_type(cls, data: Any, where: str) -> "type[ObjectivePlan]":
+        """Return the record of the objective that parsed JSON names.
+
+        Raises:
+            PlanError: there is no such objective.
+        """
+        known = objective_plans()
+        name = data.get("name", DEFAULT_OBJECTIVE) if isinstance(data, dict) else DEFAULT_OBJECTIVE
+        if not isinstance(name, str):
+            # The record's own check names the wrong type.
+            return known[DEFAULT_OBJECTIVE]
+        if name not in known:
+            raise PlanError(
+                f"{where}.name: the objective '{name}' does not exist; {did_you_mean(name, known)}",
+                code="plan-unknown-name",
+            )
+        return known[name]
+
+
+OBJECTIVE_PLANS: dict[str, type[ObjectivePlan]] = {}
+"""The plan of every registered objective by its name. ``objective_kinds.register`` fills it."""
+
+
+def objective_plans() -> dict[str, type[ObjectivePlan]]:
+    """Return the plan of every objective by its name, after all of them have been registered."""
+    load_objectives()
+    return OBJECTIVE_PLANS
+
+
+@cache
+def load_objectives() -> None:
+    """Import every file of ``objectives/registered``, each of which registers an objective.
+
+    They are found by looking into the folder, so that an objective is added without a change here.
+    """
+    folder = Path(__file__).with_name("objectives") / "registered"
+    for module in sorted(found.name for found in iter_modules([str(folder)])):
+        import_module(f"nnunet_autoreg.objectives.registered.{module}")
 
 
 @dataclass(frozen=True)
@@ -317,11 +329,7 @@ ORDERS = ("raster", "interleaved", "random")
 KINDS = ("spatial", "strided", "contrast", "semantic")
 SHARDINGS = ("auto", "none", "full")
 PREDICTORS = ("next", "query", "network")
-UNKNOWN_MARKS = ("zero", "learned")
 PREFIXES = ("uniform", "long", "fixed", "uniform_from_0")
-OBJECTIVES = ("autoregressive", "masked")
-HEADS = ("linear", "mlp")
-TARGETS = ("normalised", "normalised_with_statistics", "voxels")
 
 
 def override(plan: Plan, settings: list[str]) -> Plan:
@@ -340,9 +348,28 @@ def override(plan: Plan, settings: list[str]) -> Plan:
                 f"--set {setting}: write it as key=value, e.g. optim.lr=3e-4",
                 code="plan-setting",
             )
-        _assign(data, key.strip(), literal(text.strip()))
+        value = literal(text.strip())
+        _refuse_other_objective(plan, key.strip(), value)
+        _assign(data, key.strip(), value)
         data["reasons"][key.strip()] = "set by the user"
     return from_jsonable(Plan, data, "--set")
+
+
+def _refuse_other_objective(plan: Plan, key: str, value: Any) -> None:
+    """Refuse a setting that would turn the plan of one objective into that of another.
+
+    Only ``--objective`` plans the values that the other objective needs.
+    """
+    is_objective = isinstance(value, str) and value in objective_plans()
+    if key != "objective.name" or not is_objective:
+        return
+    if objective_plans()[value] is not type(plan.objective):
+        raise PlanError(
+            f"--set objective.name={value}: this plan was made for --objective "
+            f"{plan.objective.name}, whose values {value} does not have; type --objective {value} "
+            "instead",
+            code="plan-other-objective",
+        )
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
@@ -367,9 +394,14 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 def _known_keys() -> list[str]:
     keys = []
     for part in dataclasses.fields(Plan):
-        if dataclasses.is_dataclass(part.type):
-            keys += [f"{part.name}.{field.name}" for field in dataclasses.fields(part.type)]
-    return keys
+        if not dataclasses.is_dataclass(part.type):
+            continue
+        records: list[Any] = [part.type]
+        if part.type is ObjectivePlan:
+            records = list(objective_plans().values())
+        for record in records:
+            keys += [f"{part.name}.{field.name}" for field in dataclasses.fields(record)]
+    return list(dict.fromkeys(keys))
 
 
 def literal(text: str) -> Any:

@@ -19,16 +19,13 @@ from nnunet_autoreg.families import (
     token_size_of,
 )
 from nnunet_autoreg.geometry import volume
+from nnunet_autoreg.objective_kinds import builder_of, kind_of, objective_kinds
 from nnunet_autoreg.plan import (
-    HEADS,
     KINDS,
-    OBJECTIVES,
     ORDERS,
     PREDICTORS,
     PREFIXES,
     SHARDINGS,
-    TARGETS,
-    UNKNOWN_MARKS,
     EncoderPlan,
     Plan,
     SpacingGroup,
@@ -36,7 +33,6 @@ from nnunet_autoreg.plan import (
 from nnunet_autoreg.records import to_jsonable
 
 MAX_ANGLE_DEG = 180.0
-MAX_SEGMENTS = 1024
 
 
 def check(plan: Plan) -> Plan:
@@ -50,8 +46,9 @@ def check(plan: Plan) -> Plan:
     _check_numbers(plan)
     _check_blocks(plan)
     _check_convolutions(plan)
+    builder_of(plan)
+    kind_of(plan.objective.name).check(plan)
     _check_whole_network(plan)
-    _check_segments(plan)
     _check_kinds(plan)
     _check_prefix(plan)
     _check_variety(plan)
@@ -120,10 +117,7 @@ def _check_names(plan: Plan) -> None:
         "sequence.order": (s.order, ORDERS),
         "sequence.predictor": (s.predictor, PREDICTORS),
         "sequence.prefix": (s.prefix, PREFIXES),
-        "objective.name": (plan.objective.name, OBJECTIVES),
-        "objective.head": (plan.objective.head, HEADS),
-        "objective.target": (plan.objective.target, TARGETS),
-        "objective.unknown_mark": (plan.objective.unknown_mark, UNKNOWN_MARKS),
+        "objective.name": (plan.objective.name, objective_kinds()),
         "run.sharding": (plan.run.sharding, SHARDINGS),
     }
     for key, (value, known) in named.items():
@@ -148,18 +142,6 @@ def _check_prefix(plan: Plan) -> None:
             f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: some blocks are "
             "given and some predicted",
             code="plan-out-of-range",
-        )
-    # These predictors know where the blocks lie that they have to predict.
-    knows_position = s.predictor in ("query", "network")
-    is_masked = s.order == "random" and knows_position and s.prefix == "fixed"
-    if plan.objective.name == "masked" and not is_masked:
-        raise PlanError(
-            f"objective.name=masked with sequence.order={s.order}, "
-            f"sequence.predictor={s.predictor} and sequence.prefix={s.prefix} is "
-            "ill-posed: a fixed share of the blocks, chosen at random, is visible, and the others "
-            "are predicted by their positions; use --objective masked, which sets order=random, "
-            "prefix=fixed and a predictor that knows the position",
-            code="plan-ill-posed",
         )
     if s.prefix == "uniform_from_0":
         _check_start(plan)
@@ -250,10 +232,6 @@ def _check_numbers(plan: Plan) -> None:
         "run.log_every": run.log_every,
         "run.spike_sigmas": run.spike_sigmas,
         "run.max_bad_steps": run.max_bad_steps,
-        "objective.query_depth": plan.objective.query_depth,
-        "objective.segment_weight": plan.objective.segment_weight,
-        "objective.variance_floor + objective.variance_epsilon": plan.objective.variance_floor
-        + plan.objective.variance_epsilon,
         **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
         **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
         **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
@@ -267,10 +245,6 @@ def _check_numbers(plan: Plan) -> None:
                 code="plan-out-of-range",
             )
     not_negative = {
-        "objective.variance_floor": plan.objective.variance_floor,
-        "objective.variance_epsilon": plan.objective.variance_epsilon,
-        "objective.target_smoothing": plan.objective.target_smoothing,
-        "objective.num_segments": plan.objective.num_segments,
         "run.max_rollbacks": run.max_rollbacks,
         "run.min_token_variance": run.min_token_variance,
         "run.min_effective_rank": run.min_effective_rank,
@@ -368,17 +342,8 @@ def _check_convolutions(plan: Plan) -> None:
 
 def _check_whole_network(plan: Plan) -> None:
     """Refuse what the predictor "network" cannot do, and any other predictor for a CNN."""
-    s, objective, name = plan.sequence, plan.objective, plan.encoder.name
+    s, name = plan.sequence, plan.encoder.name
     is_cnn = not has_transformer(family_of(plan.encoder.class_path))
-
-    if objective.trunk is not None:
-        raise PlanError(
-            f"objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained {name} "
-            "block "
-            "by block under a transformer. This version trains the whole network instead: finish "
-            "the run with version 0.1, or start a new --name",
-            code="plan-old-trunk",
-        )
     if is_cnn != (s.predictor == "network"):
         fitting = "network" if is_cnn else "query or next"
         raise PlanError(
@@ -395,35 +360,11 @@ def _check_whole_network(plan: Plan) -> None:
             "other order than random; use sequence.order=random",
             code="plan-cnn-order",
         )
-    if objective.target == "normalised_with_statistics":
-        raise PlanError(
-            "objective.target=normalised_with_statistics: a CNN predicts one value per voxel; use "
-            "voxels or normalised",
-            code="plan-cnn-target",
-        )
     if s.weights.get("strided", 0) > 0:
         raise PlanError(
             "sequence.weights.strided: overlapping sub-volumes would show a CNN the voxels that it "
             "has to predict; leave strided out of --sequences",
             code="plan-cnn-strided",
-        )
-
-
-def _check_segments(plan: Plan) -> None:
-    """Refuse segments that no network predicts, and numbers of them that teach nothing."""
-    num_segments = plan.objective.num_segments
-    if num_segments and plan.sequence.predictor != "network":
-        raise PlanError(
-            f"objective.num_segments={num_segments}: {plan.encoder.name} predicts tokens, and only "
-            "a CNN predicts a segment of every voxel; use --encoder resenc_*, or "
-            "objective.num_segments=0",
-            code="plan-segments-need-cnn",
-        )
-    if num_segments == 1 or num_segments > MAX_SEGMENTS:
-        raise PlanError(
-            f"objective.num_segments={num_segments} must be 0 (none) or lie between 2 and "
-            f"{MAX_SEGMENTS}; use 16",
-            code="plan-num-segments",
         )
 
 

@@ -45,7 +45,10 @@ def from_jsonable(kind: type[T], data: Any, where: str) -> T:
 
 def _convert(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _convert_record(typing.cast(type, kind), data, where)
+        # A record may be one of several types, and know which one from the data.
+        type_of = getattr(kind, "record_type", None)
+        record = kind if type_of is None else type_of(data, where)
+        return _convert_record(typing.cast(type, record), data, where)
     origin = typing.get_origin(kind)
     args = typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):

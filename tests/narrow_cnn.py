@@ -11,12 +11,12 @@ from torch import Tensor
 from nnunet_autoreg.families import token_size_of
 from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.objectives.whole_network import Predictions, WholeNetwork
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -47,7 +47,7 @@ def plan_of(
         DataPlan((1.0, 1.0, 1.0)),
         EncoderPlan("resenc_tiny", size.class_path, built_with, token),
         sequence,
-        ObjectivePlan(name=name, **settings),
+        PredictionPlan(name=name, **settings),
         OptimPlan(10, 2, 1e-3, 1, checkpoint_activations=recompute),
         RunPlan(0, 10, 10),
     )

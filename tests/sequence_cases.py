@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -49,7 +49,7 @@ def make_plan(**sequence):
         DataPlan((1.0, 1.0, 1.0)),
         EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
         SequencePlan(**settings),
-        ObjectivePlan(),
+        PredictionPlan(),
         OptimPlan(10, 2, 1e-3, 1),
         RunPlan(7, 10, 10),
     )

@@ -10,10 +10,10 @@ from torch import nn
 
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -28,7 +28,7 @@ PLAN = Plan(
     DataPlan((1.0, 1.0, 1.0)),
     EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
     SequencePlan((16, 16, 16)),
-    ObjectivePlan(),
+    PredictionPlan(),
     OptimPlan(6, 1, 1e-2, 1),
     RunPlan(0, 2, 2, log_every=2),
 )

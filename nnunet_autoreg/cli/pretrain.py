@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ from nnunet_autoreg.cli.common import (
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
-from nnunet_autoreg.plan import OBJECTIVES
-from nnunet_autoreg.presets import PRESETS
+from nnunet_autoreg.objective_kinds import ObjectiveKind, Preset, objective_kinds, presets
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE
 
 if TYPE_CHECKING:
     from nnunet_autoreg.pretrain.launcher import Launcher
@@ -173,18 +174,15 @@ def _add_training_options(group: Group) -> None:
     )
     group.add_argument(
         "--objective",
-        default="autoregressive",
-        choices=OBJECTIVES,
-        help="autoregressive: predict each block from the blocks before it. masked: masked "
-        "autoencoding with 75 %% of the blocks masked, as a baseline with the same encoder and "
-        "training (default: autoregressive)",
+        default=DEFAULT_OBJECTIVE,
+        choices=list(objective_kinds()),
+        help=f"{_list_of(objective_kinds().values())} (default: %(default)s)",
     )
     group.add_argument(
         "--preset",
         default="",
-        choices=PRESETS,
-        help="faithful: the settings of the AR-SSL4M paper, as far as the encoder supports them "
-        "(--encoder vit_b16 supports all) (default: our own settings)",
+        choices=list(presets()),
+        help=f"{_list_of(preset for _, preset in presets().values())} (default: our own settings)",
     )
     group.add_argument(
         "--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)"
@@ -198,6 +196,11 @@ def _add_training_options(group: Group) -> None:
         metavar="KEY=VALUE",
         help="override values of the plan, e.g. optim.lr=3e-4 (default: none)",
     )
+
+
+def _list_of(named: Iterable[ObjectiveKind | Preset]) -> str:
+    """Return the help lines of objectives or presets as one text."""
+    return ". ".join(f"{entry.name}: {entry.help}" for entry in named)
 
 
 def _add_compute_options(group: Group) -> None:

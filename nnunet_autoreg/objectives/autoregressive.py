@@ -24,6 +24,7 @@ from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder, TokenPositions
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
+from nnunet_autoreg.objectives.prediction_plan import settings_of
 from nnunet_autoreg.objectives.targets import (
     as_intensities,
     num_outputs,
@@ -78,20 +79,21 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, plan: Plan, num_channels: int = 1):
         super().__init__()
         sequence, token = plan.sequence, plan.encoder.token_size_vox
+        settings = settings_of(plan)
         recompute = plan.optim.checkpoint_activations
         self.encoder = build_sequence_encoder(
             plan.encoder, sequence.crop_size_vox, sequence.block_tokens, num_channels, recompute
         )
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)
-        outputs = num_outputs(plan.objective, num_channels * volume(token))
+        outputs = num_outputs(settings, num_channels * volume(token))
         self.head: NextHead | QueryDecoder
         if sequence.predictor == "next":
-            self.head = NextHead(self.encoder.width, outputs, plan.objective.head)
+            self.head = NextHead(self.encoder.width, outputs, settings.head)
         else:
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
-            heads, depth = self.encoder.num_heads, plan.objective.query_depth
-            together = self.block_num_tokens if plan.objective.query_attention else 1
+            heads, depth = self.encoder.num_heads, settings.query_depth
+            together = self.block_num_tokens if settings.query_attention else 1
             self.head = QueryDecoder(
                 self.encoder.width,
                 heads,
@@ -101,7 +103,7 @@ class AutoregressiveModel(nn.Module):
                 outputs,
                 recompute,
                 together,
-                plan.objective.head,
+                settings.head,
             )
         self.member = (
             MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
@@ -184,6 +186,7 @@ class Autoregressive:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        self.settings = settings_of(plan)
         self.token_size = plan.encoder.token_size_vox
         self.sampler = SequenceSampler(plan)
         self.model = self.build_model(plan)
@@ -201,7 +204,7 @@ class Autoregressive:
             target holds means; ``copy`` repeats
         the previous block.
         """
-        settings, asked = self.plan.objective, self.as_predicted(batch)
+        settings, asked = self.settings, self.as_predicted(batch)
         voxels_BTP, real_BTP = self._target_voxels(batch)
         valid_BT = real_BTP.any(dim=-1)
         target_BTO = target_of(settings, voxels_BTP, real_BTP)
@@ -237,7 +240,7 @@ class Autoregressive:
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Predictions in intensities (``targets.as_intensities``). The first channel."""
-        settings, asked = self.plan.objective, self.as_predicted(batch)
+        settings, asked = self.settings, self.as_predicted(batch)
         real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size)
         voxels_BTP, every_BTP = self._target_voxels(batch)
         valid_BT = every_BTP.any(dim=-1)
@@ -278,7 +281,7 @@ class Autoregressive:
             1, 1, num_channels
         )
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
-        sigma_vox = self.plan.objective.target_smoothing
+        sigma_vox = self.settings.target_smoothing
         return smoothed(voxels_BTP, real_BTP, self.token_size, sigma_vox), real_BTP
 
     def _given_voxels(self, asked: Batch) -> Tensor:

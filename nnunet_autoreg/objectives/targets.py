@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from nnunet_autoreg.geometry import Size, volume
-from nnunet_autoreg.plan import ObjectivePlan
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 
 NUM_STATISTICS = 2
 """A token's mean and the logarithm of its deviation."""
 
 
-def num_outputs(settings: ObjectivePlan, token_voxels: int) -> int:
+def num_outputs(settings: PredictionPlan, token_voxels: int) -> int:
     """Return how many numbers a head predicts of each token.
 
     Args:
@@ -29,7 +29,7 @@ def num_outputs(settings: ObjectivePlan, token_voxels: int) -> int:
     return token_voxels
 
 
-def target_of(settings: ObjectivePlan, voxels_BTP: Tensor, real_BTP: Tensor) -> Tensor:
+def target_of(settings: PredictionPlan, voxels_BTP: Tensor, real_BTP: Tensor) -> Tensor:
     """Return what a head has to predict of each token, (B, T, O); 0 where there is padding.
 
     Args:
@@ -46,7 +46,7 @@ def target_of(settings: ObjectivePlan, voxels_BTP: Tensor, real_BTP: Tensor) -> 
     return torch.cat([pattern_BTP, mean_BT1, deviation_BT1.log()], dim=-1)
 
 
-def output_weight(settings: ObjectivePlan, weight_BTP: Tensor) -> Tensor:
+def output_weight(settings: PredictionPlan, weight_BTP: Tensor) -> Tensor:
     """Return how much the squared error of each output counts, (B, T, O).
 
     A wrong mean makes all voxels of its token wrong. So each statistic counts as much as the
@@ -63,7 +63,7 @@ def output_weight(settings: ObjectivePlan, weight_BTP: Tensor) -> Tensor:
 
 
 def as_intensities(
-    settings: ObjectivePlan, predicted_BTO: Tensor, voxels_BTP: Tensor, real_BTP: Tensor
+    settings: PredictionPlan, predicted_BTO: Tensor, voxels_BTP: Tensor, real_BTP: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return predictions in intensities, and what a head that outputs 0 would give; both (B, T, P).
 

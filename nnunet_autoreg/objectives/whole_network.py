@@ -36,6 +36,7 @@ from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
 from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
+from nnunet_autoreg.objectives.prediction_plan import settings_of
 from nnunet_autoreg.objectives.segments import SegmentMap, measured
 from nnunet_autoreg.objectives.targets import (
     full_precision,
@@ -103,6 +104,7 @@ class WholeNetwork:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        self.settings = settings_of(plan)
         self.sampler = SequenceSampler(plan)
         self.token: Size = plan.encoder.token_size_vox
 
@@ -116,13 +118,13 @@ class WholeNetwork:
         )
         self.model = PretrainingUNet(
             network,
-            learned_mark=plan.objective.unknown_mark == "learned",
+            learned_mark=self.settings.unknown_mark == "learned",
             recompute=plan.optim.checkpoint_activations,
-            num_segments=plan.objective.num_segments,
+            num_segments=self.settings.num_segments,
         )
         self.segment_map: SegmentMap | None = None
-        if plan.objective.num_segments:
-            self.segment_map = SegmentMap(plan.objective.num_segments, plan.data.spacing_mm)
+        if self.settings.num_segments:
+            self.segment_map = SegmentMap(self.settings.num_segments, plan.data.spacing_mm)
             # As a part of the module it is checkpointed and moved with the weights.
             self.model.add_module("segment_map", self.segment_map)
 
@@ -156,7 +158,7 @@ class WholeNetwork:
 
         parts = {}
         if self.segment_map is not None:
-            weight = self.plan.objective.segment_weight
+            weight = self.settings.segment_weight
             classes_BMZYX = self.segment_map(batch.voxels, batch.valid_mask)
             entropy_B = self._cross_entropy(predicted.scores, classes_BMZYX, batch, weight_BTP)
 
@@ -228,7 +230,7 @@ class WholeNetwork:
 
         all_points_NF = np.concatenate(points).astype(np.float64)
         generator = rng.generator(seed, f"{SEGMENTS}: centres")
-        found = measured(all_points_NF, self.plan.objective.num_segments, generator)
+        found = measured(all_points_NF, self.settings.num_segments, generator)
         return {f"segment_map.{name}": value for name, value in found.items()}
 
     def after_step(self, step: int) -> None:
@@ -243,7 +245,7 @@ class WholeNetwork:
         return self.model.adaptation()
 
     def _targets(self, batch: Batch) -> Targets:
-        settings = self.plan.objective
+        settings = self.settings
         real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token)
         valid_BT = real_BTP.any(dim=-1)
 
@@ -308,7 +310,7 @@ class WholeNetwork:
         They predict the shares of the segments among the known voxels, and in the nearest known
         token. One voxel of every segment is added, since a share of 0 would cost infinitely much.
         """
-        num_segments = self.plan.objective.num_segments
+        num_segments = self.settings.num_segments
         weight_BTP = targets.loss_mask.float()
         classes_BTP = to_tokens(classes_BMZYX[:, :, None], self.token)
         given_BTP = (targets.known & targets.valid_mask).float()

@@ -3,7 +3,8 @@
 from nnunet_autoreg.families import has_transformer, smallest_block
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
-from nnunet_autoreg.plan import ObjectivePlan
+from nnunet_autoreg.objective_kinds import kind_of
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, EncoderPlan, ObjectivePlan
 from nnunet_autoreg.planning.layout import MIN_BLOCKS, side_of
 from nnunet_autoreg.planning.pool import (
     BY_USER,
@@ -108,26 +109,10 @@ def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
     )
 
 
-LEAST_QUERY_DEPTH, MOST_QUERY_DEPTH = 4, 8
-
-
 def choose_objective(encoder: EncoderSize) -> tuple[ObjectivePlan, dict[str, str]]:
-    """Return what is regressed and by which decoder, and the reasons.
+    """Return the values of the default objective for an encoder, and the reasons.
 
-    Source: AIM (arXiv 2401.08541) and Pixio found that a deeper decoder and a head of several
-        layers keep the encoder from
-    spending its own last layers on voxels; a third of the encoder's depth is a rule of thumb.
+    ``objective_kinds.with_objective`` plans another one afterwards.
     """
-    if not has_transformer(encoder.family):
-        return ObjectivePlan(target="voxels"), {
-            "objective.target": "as nnssl's masked CNNs: z-scored voxels, which keep intensities"
-        }
-
-    encoder_depth = int(encoder.arguments["eva_depth"])
-    depth = min(max(encoder_depth // 3, LEAST_QUERY_DEPTH), MOST_QUERY_DEPTH)
-    why_depth = (
-        f"a third of the encoder's {encoder_depth} layers, within {LEAST_QUERY_DEPTH} to "
-        f"{MOST_QUERY_DEPTH}"
-    )
-    objective = ObjectivePlan(query_depth=depth, query_attention=True, head="mlp")
-    return objective, {"objective.query_depth": why_depth}
+    record = EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size)
+    return kind_of(DEFAULT_OBJECTIVE).settings(record)

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from nnunet_autoreg.objective_kinds import presets
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.pool import BY_USER, Pool, count_of
-from nnunet_autoreg.presets import BY_PRESET
 
 NUM_PASSES, MIN_STEPS, MAX_STEPS = 300, 1000, 100_000
 TRAINING_SHARE = 0.95
@@ -37,10 +37,12 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
 
     What the user set stays.
     """
+    by_preset = [preset.reason for _, preset in presets().values()]
+    fixed = (BY_USER, *by_preset)
     every = min(num_steps, max(25, min(1000, num_steps // 20)))
 
     def derived(key: str, planned: int, current: int) -> int:
-        return current if plan.reasons.get(key) in (BY_USER, BY_PRESET) else planned
+        return current if plan.reasons.get(key) in fixed else planned
 
     why_warmup = plan.reasons.get("optim.warmup_steps", "5 % of the steps")
     warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)

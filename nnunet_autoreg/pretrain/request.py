@@ -9,10 +9,10 @@ from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.model.card import WEIGHTS_NAME, check_run_name, read_card
-from nnunet_autoreg.plan import KINDS, OBJECTIVES, Plan, literal, override
+from nnunet_autoreg.objective_kinds import objective_kinds, presets, with_objective
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, KINDS, Plan, literal, override
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
-from nnunet_autoreg.presets import PAPER_BATCH, PRESETS, faithful, with_objective
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Request:
         sequences: kinds of sequences with their weights, e.g. "contrast=0.5"; empty to have them
             planned.
         boxes: absolute path of a CSV that says where structures lie, or None.
-        objective: one of ``plan.OBJECTIVES``.
-        preset: one of ``presets.PRESETS``, or "".
+        objective: name of an objective (``objective_kinds``).
+        preset: name of one of its presets, or "".
     """
 
     name: str
@@ -54,7 +54,7 @@ class Request:
     split_4d: bool = False
     sequences: tuple[str, ...] = ()
     boxes: str | None = None
-    objective: str = "autoregressive"
+    objective: str = DEFAULT_OBJECTIVE
     preset: str = ""
 
     def check(self) -> "Request":
@@ -112,20 +112,26 @@ class Request:
             )
 
     def _check_presets(self) -> None:
-        if self.objective not in OBJECTIVES:
+        known_objectives = objective_kinds()
+        if self.objective not in known_objectives:
             raise UsageError(
                 f"--objective {self.objective}: does not exist; "
-                f"{did_you_mean(self.objective, OBJECTIVES)}",
+                f"{did_you_mean(self.objective, known_objectives)}",
                 code="request-unknown-objective",
             )
-        if self.preset and self.preset not in PRESETS:
+        if not self.preset:
+            return
+        known_presets = presets()
+        if self.preset not in known_presets:
             raise UsageError(
-                f"--preset {self.preset}: does not exist; {did_you_mean(self.preset, PRESETS)}",
+                f"--preset {self.preset}: does not exist; "
+                f"{did_you_mean(self.preset, known_presets)}",
                 code="request-unknown-preset",
             )
-        if self.preset and self.objective != "autoregressive":
+        kind, _ = known_presets[self.preset]
+        if self.objective != kind.name:
             raise UsageError(
-                f"--preset {self.preset} is autoregressive and cannot be combined with "
+                f"--preset {self.preset} is {kind.name} and cannot be combined with "
                 f"--objective {self.objective}; give one of them",
                 code="request-preset-objective",
             )
@@ -232,10 +238,11 @@ def with_presets(plan: Plan, request: Request) -> Plan:
     Values that the user typed beside a preset take precedence over it.
     """
     plan = with_objective(plan, request.objective)
-    if request.preset != "faithful":
+    if not request.preset:
         return plan
+    _, preset = presets()[request.preset]
     typed = {"sequence.weights": request.sequences, "optim.batch_size": request.batch_size}
-    return faithful(plan, [key for key, value in typed.items() if value])
+    return preset.apply(plan, [key for key, value in typed.items() if value])
 
 
 def overrides_of(request: Request) -> Overrides:
@@ -253,14 +260,15 @@ def overrides_of(request: Request) -> Overrides:
     if token_size is None and card is not None and card.encoder == encoder:
         token_size = card.token_size_vox
 
-    is_faithful = request.preset == "faithful"
+    _, preset = presets()[request.preset] if request.preset else (None, None)
+    preset_batch = None if preset is None else preset.batch_size
     return Overrides(
         encoder=encoder,
-        batch_size=request.batch_size or (PAPER_BATCH if is_faithful else None),
+        batch_size=request.batch_size or preset_batch,
         num_steps=request.num_steps,
         num_epochs=request.num_epochs,
         num_hours=request.num_hours,
-        single_tokens=is_faithful,
+        single_tokens=preset is not None and preset.single_tokens,
         token_size_vox=token_size,
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 from nnunet_autoreg.corpus.rows import read_index
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.nnunet_api import dataset_number
+from nnunet_autoreg.objective_kinds import figure_of_merit
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import to_jsonable, write_text
 from nnunet_autoreg.report import page
@@ -32,26 +33,6 @@ from nnunet_autoreg.report.slices import Picture, panels
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
-BASELINES = {"heldout_copy": "copying the previous block", "heldout_mean": "predicting the mean"}
-
-ERROR_UNITS = {
-    "normalised": "Voxels are normalised within each token. An error of 1 is therefore what "
-    "predicting the mean of every token costs. Lower is better.",
-    "normalised_with_statistics": "The error is a sum of three errors: of the voxels, normalised "
-    "within each token; of the token's mean; and of the logarithm of the token's standard "
-    "deviation. The mean, as a baseline, is that of the scan. Lower is better.",
-    "voxels": "Voxels are compared as they are, in standard deviations of the scan. The mean, as a "
-    "baseline, is that of the scan. Lower is better.",
-}
-
-PICTURES_TEXT = (
-    "Each row is a slice of a validation scan. The blue part was given to the model. Every further "
-    "block was predicted from the true blocks before it, not from earlier predictions. Only the "
-    "pattern of a token is predicted: its mean and standard deviation are taken from the truth. "
-    'The coarse look of a prediction is therefore not its own, and "nothing predicted" shows how '
-    'much of it comes for free. Judge the detail that "predicted" adds. Error: the absolute '
-    "difference. Hatched: padding, or nothing to predict."
-)
 
 
 @dataclass(frozen=True)
@@ -132,10 +113,10 @@ def report(
             "tiles": _tiles(plan, setting, series),
             "next": _next(plan, series),
             "scans": scans,
-            "error_unit": escape(ERROR_UNITS[plan.objective.target]),
+            "error_unit": escape(figure_of_merit(plan).explanation),
             "learning": "\n".join(figure_of(chart) for chart in learning_charts(series)),
             "health": health,
-            "pictures": _pictures(pictures, setting),
+            "pictures": _pictures(plan, pictures, setting),
             "cost": _cost(plan, setting, series),
             "plan": _plan(plan),
         }
@@ -161,8 +142,8 @@ def verdict(plan: Plan, series: Series) -> tuple[bool, str]:
     """Return whether the encoder learns as it should, and a sentence about it."""
     error = _last(series, "heldout_error")
     baselines = {}
-    for name, label in BASELINES.items():
-        value = _last(series, name)
+    for name, label in figure_of_merit(plan).references.items():
+        value = _last(series, f"heldout_{name}")
         if value is not None:
             baselines[label] = value
 
@@ -236,7 +217,6 @@ def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
     memory = _last(series, "peak_memory")
 
     is_finished = done >= plan.optim.num_steps
-    is_normalised = plan.objective.target == "normalised"
     values = [
         (
             "steps",
@@ -251,7 +231,7 @@ def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
         (
             "validation error",
             "-" if error is None else f"{error:.3f}",
-            "predicting nothing gives about 1" if is_normalised else "",
+            figure_of_merit(plan).hint,
         ),
         ("time in steps", _duration(_seconds_in_steps(series)), f"on {setting.device}"),
     ]
@@ -292,14 +272,14 @@ def _next(plan: Plan, series: Series) -> str:
     return page.paragraph(text) + page.commands(lines)
 
 
-def _pictures(pictures: Sequence[Picture], setting: RunSetting) -> str:
+def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> str:
     """Return the slices of validation scans, or why there are none."""
     if not pictures:
         reason = "none was drawn yet" if setting.num_heldout else "there are no validation scans"
         return page.paragraph(f"There are no pictures: {reason}.")
 
     parts = [
-        page.paragraph(PICTURES_TEXT),
+        page.paragraph(figure_of_merit(plan).pictures),
         '<p class="soft">error: none <span class="bar" aria-hidden="true"></span> half of the grey '
         "range</p>",
     ]

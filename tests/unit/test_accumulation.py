@@ -11,10 +11,10 @@ import torch
 
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -32,7 +32,7 @@ PLAN = Plan(
     DataPlan((1.0, 1.0, 1.0)),
     EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
     SequencePlan((16, 16, 16)),
-    ObjectivePlan(),
+    PredictionPlan(),
     OptimPlan(4, 5, 1e-2, 1),
     RunPlan(0, 2, 2, log_every=2),
 )

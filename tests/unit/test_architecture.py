@@ -32,7 +32,7 @@ LEVELS = [
         "phases",
         "stopping",
     ],
-    ["families", "plan", "plan_check", "presets", "nnunet_api", "bridge", "requirements"],
+    ["families", "plan", "objective_kinds", "plan_check", "nnunet_api", "bridge", "requirements"],
     ["io"],
     ["corpus", "model"],
     ["planning", "store", "checkpoint"],
@@ -60,7 +60,8 @@ MAY_IMPORT_NNUNET = {
     "planners",
 }
 LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "cli"}
-LIGHT_FILES = {"model.sizes", "model.card"}
+LIGHT_FILES = {"model.sizes", "model.card", "objectives.prediction_plan"}
+LIGHT_FOLDERS = ("objectives.registered.",)
 HEAVY = (
     "torch",
     "torchvision",
@@ -195,7 +196,12 @@ def test_nnunet_is_imported_in_its_own_rooms_only() -> None:
 
 
 def light_modules() -> list[str]:
-    return [m for m in MODULES if room_of(m) in LIGHT_ROOMS or m in LIGHT_FILES]
+    return [m for m in MODULES if is_light(m)]
+
+
+def is_light(module: str) -> bool:
+    in_light_folder = module.startswith(LIGHT_FOLDERS)
+    return room_of(module) in LIGHT_ROOMS or module in LIGHT_FILES or in_light_folder
 
 
 def test_importing_a_light_module_loads_no_torch() -> None:

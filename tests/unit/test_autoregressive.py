@@ -16,11 +16,11 @@ from nnunet_autoreg.model.attention import block_causal
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive, supervised_tokens
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.objectives.targets import normalised_target
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -54,7 +54,7 @@ def make_plan(encoder="primus", **sequence):
     planned = EncoderPlan(
         name, size.class_path, arguments, token_size_of(size.class_path, arguments)
     )
-    objective = ObjectivePlan()
+    objective = PredictionPlan()
     return check(
         Plan(
             "t",

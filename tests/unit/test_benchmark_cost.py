@@ -9,7 +9,7 @@ import pytest
 from sequence_cases import contrast_plan, make_plan, semantic_plan
 
 from nnunet_autoreg.benchmark.cost import NoiseCase, flops_per_sample, pretraining_cost
-from nnunet_autoreg.plan import ObjectivePlan
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.records import write_json
 
 
@@ -62,7 +62,7 @@ def test_a_masked_twin_is_counted_by_its_own_objective() -> None:
     plan = make_plan()
     twin = replace(
         plan,
-        objective=ObjectivePlan(name="masked"),
+        objective=PredictionPlan(name="masked"),
         sequence=replace(plan.sequence, order="random", predictor="query", prefix="fixed"),
     )
 

@@ -13,10 +13,10 @@ from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -44,7 +44,7 @@ def make_plan(recompute: bool = False, depth: int = 1, **sequence: object) -> Pl
         DataPlan((1.0, 1.0, 1.0)),
         EncoderPlan("primus_tiny", TINY.class_path, arguments, TINY.token_size),
         SequencePlan((16, 16, 16), **sequence),
-        ObjectivePlan(query_depth=2),  # type: ignore[arg-type]
+        PredictionPlan(query_depth=2),  # type: ignore[arg-type]
         OptimPlan(4, 2, 1e-2, 1, checkpoint_activations=recompute),
         RunPlan(0, 2, 2),
     )

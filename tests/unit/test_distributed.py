@@ -21,10 +21,10 @@ from torch import distributed as dist
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -56,7 +56,7 @@ PLAN = Plan(
         semantic_members=2,
         member_crop_vox=(8, 16, 16),
     ),
-    ObjectivePlan(),
+    PredictionPlan(),
     OptimPlan(8, 5, 1e-2, 1),
     RunPlan(0, 2, 2, log_every=2),
 )

@@ -16,10 +16,10 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -44,7 +44,7 @@ PLAN = Plan(
     DataPlan((1.0, 1.0, 1.0)),
     EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
     SequencePlan((16, 16, 24)),
-    ObjectivePlan(),
+    PredictionPlan(),
     OptimPlan(4, 5, 1e-2, 1, micro_batch_size=5),
     RunPlan(0, 2, 2),
 )

@@ -16,12 +16,12 @@ from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives import autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.objectives.targets import normalised_target, smoothed, token_statistics
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -39,7 +39,7 @@ SMALL = {
     "eva_numheads": 2,
 }
 CROP = (16, 32, 24)
-PLAIN = ObjectivePlan()
+PLAIN = PredictionPlan()
 MASKED = {"order": "random", "predictor": "query", "prefix": "fixed"}
 
 
@@ -68,7 +68,7 @@ def make_plan(objective=PLAIN, **sequence):
 
 
 def masked_plan(**sequence):
-    return make_plan(ObjectivePlan("masked"), **{**MASKED, **sequence})
+    return make_plan(PredictionPlan("masked"), **{**MASKED, **sequence})
 
 
 def drawn_batch(plan, num_samples=1):
@@ -116,9 +116,9 @@ WAYS = [
     ("random", "query"),
 ]
 TARGETS = [
-    ("uniform", ObjectivePlan()),
-    ("long", ObjectivePlan(target_smoothing=1.0)),
-    ("fixed", ObjectivePlan(variance_floor=0.0, variance_epsilon=1e-6)),
+    ("uniform", PredictionPlan()),
+    ("long", PredictionPlan(target_smoothing=1.0)),
+    ("fixed", PredictionPlan(variance_floor=0.0, variance_epsilon=1e-6)),
 ]
 COMBINATIONS = [
     make_plan(objective, order=order, predictor=predictor, block_tokens=block, prefix=prefix)
@@ -127,7 +127,7 @@ COMBINATIONS = [
     )
 ] + [
     make_plan(
-        ObjectivePlan("masked", target_smoothing=sigma),
+        PredictionPlan("masked", target_smoothing=sigma),
         block_tokens=block,
         prefix_share=share,
         **MASKED,
@@ -252,7 +252,7 @@ def test_masked_is_autoregression_whose_queries_see_the_prefix_only(monkeypatch)
     plan = masked_plan()
     torch.manual_seed(0)
     masked, batch = build_objective(plan), drawn_batch(plan, 2)
-    one = build_objective(replace(plan, objective=ObjectivePlan()))
+    one = build_objective(replace(plan, objective=PredictionPlan()))
     one.module.load_state_dict(masked.module.state_dict())
     plain = one.loss(batch).total.item()
     rule = autoregressive.strictly_earlier
@@ -381,29 +381,29 @@ def test_epsilon_is_added_under_the_root_where_a_floor_is_a_least_value():
 
 
 REFUSED = [
-    ({"objective": ObjectivePlan("masked")}, "plan-ill-posed", "--objective masked"),
+    ({"objective": PredictionPlan("masked")}, "plan-ill-posed", "--objective masked"),
     (
-        {"objective": ObjectivePlan("masked"), "order": "random", "predictor": "query"},
+        {"objective": PredictionPlan("masked"), "order": "random", "predictor": "query"},
         "plan-ill-posed",
         "sequence.prefix=uniform",
     ),
-    ({"objective": ObjectivePlan("mased")}, "plan-unknown-name", "'masked'"),
-    ({"objective": ObjectivePlan(target="voxel")}, "plan-unknown-name", "'voxels'"),
+    ({"objective": PredictionPlan("mased")}, "plan-unknown-name", "'masked'"),
+    ({"objective": PredictionPlan(target="voxel")}, "plan-unknown-name", "'voxels'"),
     ({"prefix": "fixed", "prefix_share": 0.0}, "plan-out-of-range", "prefix_share=0.0"),
     ({"prefix": "fixed", "prefix_share": 1.0}, "plan-out-of-range", "prefix_share=1.0"),
     ({"prefix": "short"}, "plan-unknown-name", "fixed, long, uniform, uniform_from_0"),
     ({"prefix": "uniform_from_0"}, "plan-start-token", "sequence.prefix=uniform"),
     (
-        {"objective": ObjectivePlan(target_smoothing=-1.0)},
+        {"objective": PredictionPlan(target_smoothing=-1.0)},
         "plan-out-of-range",
         "target_smoothing=-1.0",
     ),
     (
-        {"objective": ObjectivePlan(target_smoothing=float("nan"))},
+        {"objective": PredictionPlan(target_smoothing=float("nan"))},
         "plan-out-of-range",
         "target_smoothing=nan",
     ),
-    ({"objective": ObjectivePlan(variance_floor=0.0)}, "plan-out-of-range", "variance_floor"),
+    ({"objective": PredictionPlan(variance_floor=0.0)}, "plan-out-of-range", "variance_floor"),
 ]
 
 

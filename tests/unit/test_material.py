@@ -32,10 +32,10 @@ from nnunet_autoreg.corpus.locations import (
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -68,7 +68,7 @@ def make_plan(**sequence):
         DataPlan((1.0, 1.0, 1.0)),
         EncoderPlan("primus_tiny", TINY.class_path, TINY.arguments, TINY.token_size),
         SequencePlan(**settings),
-        ObjectivePlan(),
+        PredictionPlan(),
         OptimPlan(10, 2, 1e-3, 1),
         RunPlan(7, 10, 10),
     )

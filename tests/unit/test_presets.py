@@ -12,13 +12,14 @@ from refusals import refused
 
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.geometry import grid_of
+from nnunet_autoreg.objective_kinds import with_objective
+from nnunet_autoreg.objectives.registered.autoregressive import faithful
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import OptimPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
-from nnunet_autoreg.presets import faithful, with_objective
 from nnunet_autoreg.pretrain.request import Request, check_inputs, overrides_of, with_presets
 from nnunet_autoreg.pretrain.training_step import learning_rate, parameter_groups
 from nnunet_autoreg.sampling.blocks import sequence_ids

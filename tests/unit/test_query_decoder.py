@@ -15,11 +15,11 @@ from nnunet_autoreg.model.predictors import BlockAttention
 from nnunet_autoreg.model.sequence import from_blocks, to_blocks
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -31,12 +31,12 @@ from nnunet_autoreg.sampling.corruption import Corruption, stacked
 from nnunet_autoreg.sampling.sample import Batch
 
 CROP, TOKEN, BLOCK = (8, 16, 16), (4, 4, 4), (2, 2, 2)
-NEW = ObjectivePlan(query_depth=4, query_attention=True, head="mlp")
+NEW = PredictionPlan(query_depth=4, query_attention=True, head="mlp")
 SMALL = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "patch_embed_size": list(TOKEN)}
 MASKED = {"prefix": "fixed", "prefix_share": 0.5}
 
 
-def make_plan(objective: ObjectivePlan = NEW, **sequence: object) -> Plan:
+def make_plan(objective: PredictionPlan = NEW, **sequence: object) -> Plan:
     tiny = encoder_size("primus_tiny")
     encoder = EncoderPlan("primus_tiny", tiny.class_path, {**tiny.arguments, **SMALL}, TOKEN)
     values = {"block_tokens": BLOCK, "order": "random", "predictor": "query", **sequence}
@@ -171,7 +171,7 @@ def test_a_rule_for_reordered_queries_has_its_rows_reordered(fused: bool) -> Non
 
 
 def test_old_plans_keep_the_parameters_of_their_decoder() -> None:
-    head = Autoregressive(make_plan(ObjectivePlan())).module.head
+    head = Autoregressive(make_plan(PredictionPlan())).module.head
 
     assert isinstance(head, nn.Module)
     names = {name for name, _ in head.named_parameters()}
@@ -204,7 +204,7 @@ def test_an_mlp_head_has_a_hidden_layer(predictor: str) -> None:
 
 def test_a_head_that_does_not_exist_is_refused() -> None:
     with pytest.raises(PlanError):
-        make_plan(ObjectivePlan(head="mpl"))
+        make_plan(PredictionPlan(head="mpl"))
 
 
 def test_the_decoder_learns_one_batch_by_heart() -> None:

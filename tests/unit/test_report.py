@@ -20,10 +20,10 @@ from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -55,7 +55,7 @@ PLAN = Plan(
     DataPlan((1.0, 1.0, 2.0)),
     EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
     SequencePlan((16, 16, 16)),
-    ObjectivePlan(),
+    PredictionPlan(),
     OptimPlan(20, 1, 1e-2, 1),
     RunPlan(0, 10, 10),
     request={"datasets": ["Dataset004_Hippocampus"], "folders": ["/exports/Mueller_Hans"]},

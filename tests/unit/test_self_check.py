@@ -15,11 +15,11 @@ from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.model.trunk import FastPath
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -36,7 +36,7 @@ NARROW = {
     "primus_tiny": {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2},
     "vit_b16": {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2},
 }
-OBJECTIVE = ObjectivePlan(query_depth=2)
+OBJECTIVE = PredictionPlan(query_depth=2)
 MATERIAL = SamplingPool(
     (Ramp((40, 40, 40)),), contrast_material().groups, semantic_material().structures
 )
@@ -44,7 +44,7 @@ MATERIAL = SamplingPool(
 
 def make_plan(
     encoder: str = "primus_tiny",
-    objective: ObjectivePlan = OBJECTIVE,
+    objective: PredictionPlan = OBJECTIVE,
     **sequence: Any,
 ) -> Plan:
     size = encoder_size(encoder)
@@ -172,8 +172,8 @@ def num_graphs() -> int:
 
 
 def ways() -> dict[str, Plan]:
-    masked = ObjectivePlan("masked", query_depth=2)
-    blocks = ObjectivePlan(query_depth=2, query_attention=True)
+    masked = PredictionPlan("masked", query_depth=2)
+    blocks = PredictionPlan(query_depth=2, query_attention=True)
     checkpointed = make_plan(order="raster", predictor="next")
     return {
         "raster": make_plan(order="raster", predictor="next"),

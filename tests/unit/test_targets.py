@@ -9,12 +9,12 @@ from torch import Tensor
 
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.objectives.targets import as_intensities, num_outputs, output_weight, target_of
 from nnunet_autoreg.plan import (
     TARGETS,
     DataPlan,
     EncoderPlan,
-    ObjectivePlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -29,8 +29,8 @@ VOXELS = torch.tensor([[[0.0, 2.0, 0.0, 2.0], [3.0, 5.0, 4.0, 9.0]]])
 REAL = torch.tensor([[[True, True, True, True], [True, True, True, False]]])
 
 
-def settings(target: str) -> ObjectivePlan:
-    return ObjectivePlan(target=target)
+def settings(target: str) -> PredictionPlan:
+    return PredictionPlan(target=target)
 
 
 def test_plain_voxels_are_the_target_and_padding_is_0() -> None:

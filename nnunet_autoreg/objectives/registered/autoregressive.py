@@ -1,46 +1,48 @@
-"""Named sets of plan values: ``--objective masked`` and ``--preset faithful``.
+"""Autoregression: predict each block from the blocks before it. It is registered here.
 
-What the user sets beside them takes precedence.
+``--preset faithful`` belongs to it: the settings of AR-SSL4M, as far as an encoder has them.
 """
 
 from collections.abc import Container
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import family_of, has_start, has_transformer, is_convolutional
 from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.objective_kinds import CNN, TRANSFORMER, ObjectiveKind, Preset, register
+from nnunet_autoreg.objectives.prediction_plan import (
+    PredictionPlan,
+    check_settings,
+    figure_of,
+    planned_settings,
+    settings_of,
+)
 from nnunet_autoreg.plan import Plan
 
-PRESETS = ("faithful",)
+if TYPE_CHECKING:
+    from nnunet_autoreg.objectives.base import Objective
+
+NAME = "autoregressive"
 BY_PRESET = "as AR-SSL4M has it (--preset faithful)"
 PAPER_BATCH = 288
 NEVER_CLIPS = 1e6
 SUB_VOLUMES, STRIDE_VOX = 4, 8
 
 
-def with_objective(plan: Plan, name: str) -> Plan:
-    """Return ``plan`` for this objective.
+def build_for_transformer(plan: Plan) -> "Objective":
+    """Return next-block regression under a block-causal mask."""
+    from nnunet_autoreg.objectives.autoregressive import Autoregressive
 
-    Masked autoencoding hides three quarters of the blocks, chosen at random, and predicts all of
-    them at once by their positions.
-    """
-    plan = replace(plan, objective=replace(plan.objective, name=name))
-    if name != "masked":
-        return plan
+    return Autoregressive(plan)
 
-    is_transformer = has_transformer(family_of(plan.encoder.class_path))
-    sequence = replace(
-        plan.sequence,
-        order="random",
-        predictor="query" if is_transformer else "network",
-        prefix="fixed",
-        prefix_share=0.25,
-    )
-    reasons = dict(plan.reasons)
-    for key in ("objective.name", "sequence.order", "sequence.predictor", "sequence.prefix"):
-        reasons[key] = "what masked autoencoding is (--objective masked)"
-    reasons["sequence.prefix_share"] = "a quarter is visible, as usual"
-    return replace(plan, sequence=sequence, reasons=reasons)
+
+def build_for_cnn(plan: Plan) -> "Objective":
+    """Return whole-network prediction of unknown blocks from known ones, in any order."""
+    from nnunet_autoreg.objectives.whole_network import WholeNetwork
+
+    return WholeNetwork(plan)
 
 
 def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
@@ -95,8 +97,7 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
         batch_size=plan.optim.batch_size if "optim.batch_size" in kept else PAPER_BATCH,
     )
     objective = replace(
-        plan.objective,
-        name="autoregressive",
+        settings_of(plan),
         variance_floor=0.0,
         variance_epsilon=1e-6,
         target_smoothing=0.0,
@@ -127,3 +128,28 @@ def _changed(before: Plan, after: Plan) -> list[str]:
         old, new = vars(getattr(before, part)), vars(getattr(after, part))
         keys += [f"{part}.{key}" for key, value in new.items() if old[key] != value]
     return keys
+
+
+register(
+    ObjectiveKind(
+        name=NAME,
+        help="predict each block from the blocks before it",
+        plan_type=PredictionPlan,
+        settings=partial(planned_settings, NAME),
+        adapt=lambda plan: plan,
+        check=check_settings,
+        builders={TRANSFORMER: build_for_transformer, CNN: build_for_cnn},
+        figure=figure_of,
+        presets=(
+            Preset(
+                name="faithful",
+                help="the settings of the AR-SSL4M paper, as far as the encoder supports them "
+                "(--encoder vit_b16 supports all)",
+                reason=BY_PRESET,
+                apply=faithful,
+                batch_size=PAPER_BATCH,
+                single_tokens=True,
+            ),
+        ),
+    )
+)

@@ -1,0 +1,184 @@
+"""What an objective says of itself before any network is built, and where it is registered.
+
+An objective is registered by one file in ``objectives/registered``. That file is light: it imports
+no torch, so that ``--help`` and planning can read it. The rest of the project finds objectives
+through this file only and never asks for their names.
+"""
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.families import family_of, has_transformer
+from nnunet_autoreg.plan import (
+    DEFAULT_OBJECTIVE,
+    OBJECTIVE_PLANS,
+    EncoderPlan,
+    ObjectivePlan,
+    Plan,
+    load_objectives,
+)
+
+TRANSFORMER, CNN = "transformer", "cnn"
+"""The two kinds of networks that an objective may train."""
+
+NETWORK_WORDS = {TRANSFORMER: "transformers", CNN: "CNNs"}
+
+
+@dataclass(frozen=True)
+class FigureOfMerit:
+    """The number by which the states of a run are ranked, and the texts about it.
+
+    Attributes:
+        name: what it is called in messages and charts.
+        unit: of the number in ``metrics.jsonl``.
+        explanation: what its values mean, in sentences for the report.
+        references: trivial predictors that are measured beside it, name -> what they do, such as
+            "copying the previous block". A trained encoder has to be better than each of them.
+        hint: what a useless encoder would reach, in a few words; "" if there is nothing to say.
+        pictures: how to read the pictures of validation samples; "" where there are none.
+    """
+
+    name: str
+    unit: str
+    explanation: str
+    references: Mapping[str, str]
+    hint: str = ""
+    pictures: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of values for one objective, typed after ``--preset``.
+
+    Attributes:
+        help: one line for the help of the option.
+        reason: what the plan says about its values.
+        apply: returns the plan with the preset's values; the second argument holds the keys whose
+            values the user typed, which stay.
+        batch_size: planned with the preset, because the length depends on it; None to have it
+            planned as usual.
+        single_tokens: blocks have one token, so that some encoders cannot be chosen.
+    """
+
+    name: str
+    help: str
+    reason: str
+    apply: Callable[[Plan, Container[str]], Plan]
+    batch_size: int | None = None
+    single_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """An objective as the command line, the planner and the reports know it.
+
+    Attributes:
+        name: typed after ``--objective``.
+        help: one line for the help of the option.
+        plan_type: the record of its own values in the plan.
+        settings: returns these values as planned for an encoder, and the reasons for them.
+        adapt: returns a planned run with the sequences and other values that the objective needs.
+        check: raises PlanError if a plan cannot be carried out.
+        builders: network kind -> function that builds the objective (``objectives.base``). Only
+            the kinds of networks that it can train are listed.
+        figure: returns the figure of merit of a plan.
+        presets: sets of values that go with this objective.
+    """
+
+    name: str
+    help: str
+    plan_type: type[ObjectivePlan]
+    settings: Callable[[EncoderPlan], tuple[ObjectivePlan, dict[str, str]]]
+    adapt: Callable[[Plan], Plan]
+    check: Callable[[Plan], None]
+    builders: Mapping[str, Callable[[Plan], Any]]
+    figure: Callable[[Plan], FigureOfMerit]
+    presets: tuple[Preset, ...] = field(default=())
+
+
+KINDS: dict[str, ObjectiveKind] = {}
+
+
+def register(kind: ObjectiveKind) -> None:
+    """Add an objective. Its name, and those of its presets, must be new."""
+    assert kind.name not in KINDS, f"two objectives are called {kind.name}"
+    KINDS[kind.name] = kind
+    OBJECTIVE_PLANS[kind.name] = kind.plan_type
+
+
+def unregister(name: str) -> None:
+    """Remove an objective again, as a test does with its own."""
+    del KINDS[name], OBJECTIVE_PLANS[name]
+
+
+def objective_kinds() -> dict[str, ObjectiveKind]:
+    """Return all objectives by name, the default one first."""
+    load_objectives()
+    names = sorted(KINDS, key=lambda name: (name != DEFAULT_OBJECTIVE, name))
+    return {name: KINDS[name] for name in names}
+
+
+def kind_of(name: str) -> ObjectiveKind:
+    """Return the objective of this name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    kinds = objective_kinds()
+    if name not in kinds:
+        raise PlanError(
+            f"objective.name: '{name}' does not exist; {did_you_mean(name, kinds)}",
+            code="plan-unknown-name",
+        )
+    return kinds[name]
+
+
+def figure_of_merit(plan: Plan) -> FigureOfMerit:
+    """Return the figure of merit that the plan's objective names."""
+    return kind_of(plan.objective.name).figure(plan)
+
+
+def network_kind(class_path: str) -> str:
+    """Return whether a network class is a transformer or a CNN."""
+    return TRANSFORMER if has_transformer(family_of(class_path)) else CNN
+
+
+def builder_of(plan: Plan) -> Callable[[Plan], Any]:
+    """Return the function that builds the plan's objective for the plan's encoder.
+
+    Raises:
+        PlanError: the objective cannot train such an encoder.
+    """
+    kind = kind_of(plan.objective.name)
+    network = network_kind(plan.encoder.class_path)
+    if network not in kind.builders:
+        trained = " and ".join(NETWORK_WORDS[known] for known in kind.builders)
+        raise PlanError(
+            f"--objective {kind.name} trains {trained} only, and {plan.encoder.name} is none of "
+            "them; name another --encoder or another --objective",
+            code="plan-objective-encoder",
+        )
+    return kind.builders[network]
+
+
+def with_objective(plan: Plan, name: str) -> Plan:
+    """Return a planned run with this objective and all the values that the objective needs."""
+    kind = kind_of(name)
+    settings, why = kind.settings(plan.encoder)
+    kept = {}
+    for key, reason in plan.reasons.items():
+        # Reasons for values of another objective would be about nothing.
+        if key in why or not key.startswith("objective."):
+            kept[key] = reason
+    return kind.adapt(replace(plan, objective=settings, reasons={**kept, **why}))
+
+
+def presets() -> dict[str, tuple[ObjectiveKind, Preset]]:
+    """Return all presets by name, each with the objective that it belongs to."""
+    found = {}
+    for kind in objective_kinds().values():
+        for preset in kind.presets:
+            found[preset.name] = (kind, preset)
+    return found
