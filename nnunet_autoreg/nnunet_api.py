@@ -204,6 +204,7 @@ def crop_resample_normalise(
     scheme: str,
     use_mask: bool,
     ct_window: IntensityWindow | None,
+    normaliser: Any = None,
 ) -> Array:
     """Preprocess one scan exactly as nnU-Net does for prediction.
 
@@ -216,6 +217,7 @@ def crop_resample_normalise(
         scheme: ``CTNormalization`` or ``ZScoreNormalization``.
         use_mask: z-score inside the non-zero mask only, leaving zeros outside.
         ct_window: Hounsfield statistics; needed for CT.
+        normaliser: an object with nnU-Net's ``run(image, seg)``, used instead of the scheme's.
 
     Returns:
         float32 (C, Z, Y, X), cropped to non-zero, normalised, then resampled.
@@ -252,7 +254,7 @@ def crop_resample_normalise(
             code="plan-vanishing-scan",
         )
 
-    normaliser = _normaliser(scheme, use_mask, ct_window)
+    normaliser = normaliser or _normaliser(scheme, use_mask, ct_window)
     for c in range(data.shape[0]):
         data[c] = normaliser.run(data[c], mask[0])
 

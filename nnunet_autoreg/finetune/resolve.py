@@ -132,8 +132,11 @@ def _check_values(file: Path) -> None:
     read_tensors(file)
 
 
-def locate(results: Path, setting: str) -> Path:
+def locate(results: Path, setting: str, given_as: str = f"{VARIABLE}=") -> Path:
     """Return the weights file for the name of a run, a folder or a path.
+
+    Args:
+        given_as: what stands in front of ``setting`` in messages.
 
     Raises:
         WeightsError: there is none (codes "weights-not-found", "weights-not-safetensors" and
@@ -146,13 +149,13 @@ def locate(results: Path, setting: str) -> Path:
             return path.resolve()
         if path.is_file():
             raise WeightsError(
-                f"{VARIABLE}={setting} is not a .safetensors file; give the name of a run, its "
+                f"{given_as}{setting} is not a .safetensors file; give the name of a run, its "
                 f"folder, or its {WEIGHTS_NAME}",
                 code="weights-not-safetensors",
             )
         if path.is_dir():
             raise WeightsError(
-                f"{VARIABLE}={setting}: {path} holds no {WEIGHTS_NAME}; has its pretraining "
+                f"{given_as}{setting}: {path} holds no {WEIGHTS_NAME}; has its pretraining "
                 "finished?",
                 code="weights-unfinished",
             )
@@ -163,7 +166,7 @@ def locate(results: Path, setting: str) -> Path:
     else:
         advice = f"{results / RUNS_FOLDER} holds no finished run"
     raise WeightsError(
-        f"{VARIABLE}={setting} is neither a run nor a folder nor a file; {advice}",
+        f"{given_as}{setting} is neither a run nor a folder nor a file; {advice}",
         code="weights-not-found",
     )
 

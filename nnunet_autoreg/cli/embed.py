@@ -1,0 +1,143 @@
+"""``autoreg_embed``: features of scans from a pretrained encoder."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """Hold what was typed, under the names of the parser below."""
+
+    weights: str
+    scans: Path
+    output: Path
+    dense: bool
+    layer: int
+    device: str | None
+    split_4d: bool
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser; its values are the fields of ``EmbedRequest``."""
+    p = argparse.ArgumentParser(
+        prog="autoreg_embed",
+        description="Write the features that a pretrained encoder computes for scans: one vector "
+        "per scan, the mean over all positions. Scans are preprocessed as in pretraining, and "
+        "covered by tiles if they are larger than a crop of pretraining.",
+    )
+    add = p.add_argument
+    add(
+        "-w",
+        dest="weights",
+        required=True,
+        metavar="RUN_OR_FILE",
+        help="a finished pretraining run, its folder, or its encoder.safetensors",
+    )
+    add(
+        "-i",
+        dest="scans",
+        required=True,
+        metavar="SCANS",
+        type=Path,
+        help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for encoders of one "
+        "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans",
+    )
+    add(
+        "-o",
+        dest="output",
+        required=True,
+        metavar="FILE",
+        type=Path,
+        help="the file to write: .npz (arrays ids, features and spacing_mm) or .parquet (a row per "
+        "scan; needs pyarrow). A .json file beside it names the encoder",
+    )
+    add(
+        "--dense",
+        action="store_true",
+        help="also write the features of every position, as grid/NAME (features, z, y, x); .npz "
+        "only (default: one vector per scan)",
+    )
+    add(
+        "--layer",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="which feature map: 0 is the finest, -1 the deepest (default: %(default)s)",
+    )
+    add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is a GPU")
+    add(
+        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
+    )
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Write the features. Returns 1 if a scan could not be read, else 0."""
+    request = EmbedRequest(**vars(parser().parse_args(argv)))
+    prepare_torch()
+    configure_logging()
+    _check_output(request)
+
+    from nnunet_autoreg.downstream.embed import PARQUET, check_parquet, map_chooser, write_features
+    from nnunet_autoreg.downstream.embed import embed_scan as embed
+    from nnunet_autoreg.downstream.encoder import load_encoder
+    from nnunet_autoreg.downstream.model import prediction_device
+    from nnunet_autoreg.downstream.scans import find
+
+    # Everything that may be wrong is found before the first scan is read.
+    if request.output.suffix == PARQUET:
+        check_parquet()
+    device = prediction_device(request.device)
+    encoder = load_encoder(request.weights)
+    map_chooser(encoder, request.layer)
+    encoder.to(device)
+    num_channels = encoder.card.num_input_channels
+    scans = find(request.scans, ".nii.gz", num_channels, request.split_4d)
+
+    done = []
+    for scan in scans:
+        try:
+            found = embed(encoder, scan, request.layer, request.dense, device)
+        except ScanError as error:
+            log.warning("%s is left out (%s): %s", scan.name, error.status, error)
+            continue
+        done.append(found)
+        if len(done) % 50 == 0:
+            print(f"{len(done)} of {len(scans)} scans", flush=True)
+    if not done:
+        raise AutoregError(
+            f"none of the {len(scans)} scans of {request.scans} could be read; the warnings above "
+            "say why",
+            code="embed-none-readable",
+        )
+
+    write_features(request.output, done, encoder, request.layer)
+    print(f"wrote {len(done)} vectors of {len(done[0].vector_V)} features to {request.output}")
+    reader = "numpy.load" if request.output.suffix == ".npz" else "pandas.read_parquet"
+    print_next(f"in Python: {reader}({str(request.output)!r})")
+    return 0 if len(done) == len(scans) else 1
+
+
+def _check_output(request: EmbedRequest) -> None:
+    if request.output.suffix not in (".npz", ".parquet"):
+        raise UsageError(
+            f"-o {request.output} must end in .npz or .parquet", code="embed-output-ending"
+        )
+    if request.dense and request.output.suffix == ".parquet":
+        raise UsageError(
+            "--dense: a table has no room for grids; give -o features.npz", code="embed-dense-table"
+        )
+    if not request.output.parent.is_dir():
+        raise UsageError(
+            f"-o {request.output}: the folder {request.output.parent} does not exist; make it "
+            "first",
+            code="embed-no-folder",
+        )

@@ -1,0 +1,196 @@
+"""Features of whole scans: one vector each, and the grid of positions if wanted."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunet_autoreg.corpus.private import without_names
+from nnunet_autoreg.downstream.encoder import PretrainedEncoder
+from nnunet_autoreg.downstream.scans import Scan, ready
+from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
+from nnunet_autoreg.errors import AutoregError, PlanError, ScanError, UsageError
+from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.io.files import quiet_stderr
+from nnunet_autoreg.nnunet_api import read_scan
+from nnunet_autoreg.records import atomic_path, write_json
+
+DEEPEST = -1
+PARQUET, NPZ = ".parquet", ".npz"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddedScan:
+    """Hold the features of one scan.
+
+    Attributes:
+        name: of the scan.
+        spacing_mm: (z, y, x), of the file.
+        vector_V: mean over the positions that lie in the scan.
+        grid_Vzyx: the features of every position of the preprocessed scan, which is filled up with
+            zeros on both sides to a whole number of positions; None if not wanted.
+        grid_spacing_mm, grid_offset_vox: spacing of the preprocessed voxels, and how many of them
+            were filled in before the first voxel of the scan.
+    """
+
+    name: str
+    spacing_mm: Spacing
+    vector_V: NDArray[np.float32]  # noqa: N815
+    grid_Vzyx: NDArray[np.float32] | None  # noqa: N815
+    grid_offset_vox: Size
+
+
+def map_chooser(encoder: PretrainedEncoder, layer: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that computes one feature map.
+
+    Args:
+        layer: index of the map, the finest is 0; -1 is the deepest.
+
+    Raises:
+        UsageError: there is no such map (code "embed-layer").
+    """
+    num_maps = len(encoder.num_features)
+    if not -num_maps <= layer < num_maps:
+        raise UsageError(
+            f"--layer {layer}: '{encoder.card.name}' has {num_maps} feature maps; give a number "
+            f"from 0 (the finest) to {num_maps - 1} (the deepest)",
+            code="embed-layer",
+        )
+    if layer in (DEEPEST, num_maps - 1):
+        return encoder.deepest
+
+    def chosen(volume_BCZYX: Tensor) -> Tensor:
+        return encoder(volume_BCZYX)[layer]  # type: ignore[no-any-return]
+
+    return chosen
+
+
+def embed_scan(
+    encoder: PretrainedEncoder,
+    scan: Scan,
+    layer: int = DEEPEST,
+    dense: bool = False,
+    device: torch.device | None = None,
+) -> EmbeddedScan:
+    """Return the features of a scan; larger scans are covered by tiles of the pretraining's crop.
+
+    Raises:
+        ScanError: it cannot be read or preprocessed.
+        UsageError: there is no such layer.
+    """
+    feature_map = map_chooser(encoder, layer)
+    image_CZYX, spacing_mm = _read(scan)
+    try:
+        prepared = encoder.preprocess(image_CZYX, spacing_mm)
+    except PlanError as error:
+        raise ScanError("spacing", str(error)) from error
+    if not bool(torch.isfinite(prepared).all()):
+        raise ScanError("nonfinite", "it holds NaN or infinity; repair or leave out the scan")
+
+    tiled = TiledScan(prepared, encoder.built_for, encoder.token_size)
+
+    def on_device(tile: Tensor) -> Tensor:
+        return feature_map(tile if device is None else tile.to(device))
+
+    found = features_of_scan(on_device, tiled, with_map=dense)
+    grid = None if found.map_Vzyx is None else found.map_Vzyx.numpy()
+    return EmbeddedScan(scan.name, spacing_mm, found.mean_V.numpy(), grid, tiled.offset)
+
+
+def _read(scan: Scan) -> tuple[NDArray[np.float32], Spacing]:
+    """Return the channels (C, Z, Y, X) of a scan and its spacing."""
+    with ready(scan) as files:
+        channels = []
+        for file in files:
+            try:
+                with quiet_stderr():
+                    channels.append(read_scan(Path(file)))
+            except Exception as error:
+                # The reader raises errors of any kind; paths may hold the names of patients.
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                reason = without_names(lines[-1].strip(), files)
+                raise ScanError("unreadable", f"nnU-Net cannot read it ({reason})") from error
+    shapes = {channel.array_CZYX.shape for channel in channels}
+    if len(shapes) > 1:
+        raise ScanError("geometry", f"its channels differ in size: {sorted(shapes)}")
+    stacked = np.concatenate([channel.array_CZYX for channel in channels])
+    return stacked, channels[0].spacing_mm
+
+
+def write_features(
+    file: Path, scans: Sequence[EmbeddedScan], encoder: PretrainedEncoder, layer: int
+) -> None:
+    """Write the features of all scans, whole or not at all.
+
+    ``.npz`` has ``ids`` (S,), ``features`` (S, V), ``spacing_mm`` (S, 3), and for every scan with a
+    grid ``grid/<id>`` (V, z, y, x) and ``offset_vox/<id>``. ``.parquet`` has a row per scan. A JSON
+    file beside it names the encoder.
+
+    Raises:
+        AutoregError: ``.parquet`` needs a package that is not installed (code "embed-no-pyarrow").
+    """
+    ids = [scan.name for scan in scans]
+    features = np.stack([scan.vector_V for scan in scans])  # (S, V)
+    spacings = np.array([scan.spacing_mm for scan in scans])  # (S, 3)
+    if file.suffix == PARQUET:
+        _write_parquet(file, ids, features, spacings)
+    else:
+        arrays: dict[str, Any] = {"ids": np.array(ids), "features": features}
+        arrays["spacing_mm"] = spacings
+        for scan in scans:
+            if scan.grid_Vzyx is not None:
+                arrays[f"grid/{scan.name}"] = scan.grid_Vzyx
+                arrays[f"offset_vox/{scan.name}"] = np.array(scan.grid_offset_vox)
+        with atomic_path(file) as temporary, temporary.open("wb") as handle:
+            np.savez_compressed(handle, **arrays)
+
+    card = encoder.card
+    described = {
+        "encoder": card.name,
+        "sha256": card.sha256,
+        "layer": layer,
+        "num_features": features.shape[1],
+        "tile_size_vox": encoder.built_for,
+        "spacing_mm": card.spacing_mm,
+        "token_size_vox": card.token_size_vox,
+    }
+    write_json(file.with_suffix(".json"), described)
+
+
+def _write_parquet(
+    file: Path, ids: list[str], features: NDArray[np.float32], spacings: NDArray[np.float64]
+) -> None:
+    check_parquet()
+    import pyarrow
+    from pyarrow import parquet
+
+    columns: dict[str, Any] = {"id": ids}
+    for number, axis in enumerate("zyx"):
+        columns[f"spacing_{axis}_mm"] = spacings[:, number]
+    for number in range(features.shape[1]):
+        columns[f"feature_{number}"] = features[:, number]
+    with atomic_path(file) as temporary:
+        parquet.write_table(pyarrow.table(columns), str(temporary))
+
+
+def check_parquet() -> None:
+    """Refuse ``.parquet`` where the package that writes it is not installed.
+
+    Raises:
+        AutoregError: it is not (code "embed-no-pyarrow").
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("pyarrow") is None:
+        raise AutoregError(
+            ".parquet needs the package pyarrow; type: pip install pyarrow, or write features.npz",
+            code="embed-no-pyarrow",
+        )

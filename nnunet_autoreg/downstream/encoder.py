@@ -1,0 +1,152 @@
+"""Pretrained encoders for programs of one's own: ``from nnunet_autoreg import load_encoder``."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nnunet_autoreg.corpus.fingerprint import transpose_axes
+from nnunet_autoreg.corpus.intensity import looks_like_hounsfield
+from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.finetune import load
+from nnunet_autoreg.finetune.block import check_arguments, check_class
+from nnunet_autoreg.finetune.normalization import (
+    PERCENTILE_SCHEME,
+    AutoregPercentileNormalization,
+)
+from nnunet_autoreg.finetune.resolve import is_ct, locate
+from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, spacing_ratio, volume
+from nnunet_autoreg.model.card import CARD_NAME, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.model.encoders import build_network
+from nnunet_autoreg.model.feature_maps import FeatureEncoder
+from nnunet_autoreg.nnunet_api import CT_SCHEME, MR_SCHEME, crop_resample_normalise
+
+EXPECTED_SHARE = 0.95
+"""Of the encoder's parameters that have to come from the weights file."""
+RESULTS_VARIABLE = "nnUNet_results"
+MASK_BELOW = 0.75
+"""As nnU-Net: z-scores are taken inside the non-zero mask if cropping to it saves this much."""
+
+
+class PretrainedEncoder(FeatureEncoder):
+    """A pretrained encoder; calling it returns feature maps, the finest first.
+
+    It is an ordinary ``torch.nn.Module`` in evaluation mode, without a decoder. Its parameters may
+    be trained.
+
+    Attributes:
+        card: what the encoder is and what it was pretrained on (``encoder.json``).
+    """
+
+    def __init__(self, network: nn.Module, card: EncoderCard, input_shape: Size):
+        super().__init__(network, card.class_path, card.arguments, input_shape)
+        self.card = card
+
+    def preprocess(self, image_CZYX: NDArray[np.floating], spacing_mm: Sequence[float]) -> Tensor:
+        """Return a scan as the encoder saw scans in pretraining, (C, Z, Y, X) in float32.
+
+        It is cropped to its non-zero part, normalised, and resampled to the spacing of
+        pretraining. The coarsest axis comes first, if it is clearly coarser than the others.
+
+        Args:
+            image_CZYX: intensities as stored in the file; Hounsfield units for CT.
+            spacing_mm: (z, y, x).
+
+        Raises:
+            PlanError: the scan vanishes at the spacing of pretraining.
+        """
+        axes = transpose_axes(spacing_mm)
+        source_mm = as_spacing([spacing_mm[axis] for axis in axes])
+        turned = np.asarray(image_CZYX, dtype=np.float32).transpose(0, *(a + 1 for a in axes))
+
+        shows_ct = self._shows_ct(turned[0])
+        target_mm = self.target_spacing_mm(source_mm, shows_ct)
+        normaliser = None
+        if self.card.normalization == PERCENTILE_SCHEME:
+            normaliser = AutoregPercentileNormalization(use_mask_for_norm=False)
+        prepared = crop_resample_normalise(
+            turned,
+            source_mm,
+            target_mm,
+            CT_SCHEME if shows_ct else MR_SCHEME,
+            use_mask=not shows_ct and _mostly_zero(turned),
+            ct_window=self.card.ct_window if shows_ct else None,
+            normaliser=normaliser,
+        )
+        return torch.from_numpy(prepared)
+
+    def target_spacing_mm(self, source_mm: Sequence[float], shows_ct: bool) -> Spacing:
+        """Return the spacing of pretraining that is nearest to a scan's."""
+        candidates = []
+        for group in self.card.spacing_groups:
+            if is_ct(group.modality) == shows_ct:
+                candidates.append(group.spacing_mm)
+
+        def distance(spacing: Spacing) -> float:
+            return spacing_ratio(spacing, source_mm)
+
+        return min(candidates or [self.card.spacing_mm], key=distance)
+
+    def _shows_ct(self, array_ZYX: NDArray[np.float32]) -> bool:
+        if self.card.ct_window is None:
+            return False
+        if all(is_ct(modality) for modality in self.card.modalities):
+            return True
+        return looks_like_hounsfield(array_ZYX)
+
+
+def load_encoder(
+    weights: str | Path,
+    input_shape: Sequence[int] | None = None,
+    channel_names: Sequence[str] | None = None,
+) -> PretrainedEncoder:
+    """Return a pretrained encoder as a ``torch.nn.Module`` in evaluation mode, on the CPU.
+
+    Args:
+        weights: the name of a finished run in ``$nnUNet_results``, the folder of a run, or a
+            ``.safetensors`` file with its ``encoder.json`` beside it.
+        input_shape: (z, y, x) voxels of the images, which a transformer has to know; a multiple of
+            its token size. The default is the crop size of pretraining. A CNN reads any size.
+        channel_names: of the images, if they differ from those of pretraining.
+
+    Raises:
+        WeightsError: there is no such run or file, or it is damaged.
+        UsageError: the shape is no multiple of the token size.
+    """
+    # Without the variable, only folders and files can be given.
+    results = Path(os.environ.get(RESULTS_VARIABLE, ""))
+    file = locate(results, str(weights), given_as="weights ")
+    card = read_card(file.parent)
+    verify_weights(file, card.sha256)
+    # A card comes from anywhere: only known classes and layers are imported.
+    check_class(card.class_path, CARD_NAME)
+    check_arguments(card.arguments, CARD_NAME)
+
+    shape = as_size(input_shape) if input_shape is not None else card.crop_size_vox
+    if any(size % token for size, token in zip(shape, card.token_size_vox, strict=True)):
+        raise UsageError(
+            f"input_shape={shape} is no multiple of the token size {card.token_size_vox} of "
+            f"'{card.name}'",
+            code="encoder-input-shape",
+        )
+    names = tuple(channel_names or ())
+    num_channels = len(names) or card.num_input_channels
+
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(card.class_path, card.arguments, shape, num_channels, num_classes=1)
+    target = load.Target(num_channels, shape, names)
+    load.load_encoder(network, file, card, target, EXPECTED_SHARE, with_decoder=False)
+    return PretrainedEncoder(network, card, shape).eval()
+
+
+def _mostly_zero(image_CZYX: NDArray[np.float32]) -> bool:
+    """Return whether cropping to the non-zero part saves so much that nnU-Net uses a mask."""
+    inside = np.argwhere(image_CZYX.any(axis=0))  # (voxels, 3)
+    if not len(inside):
+        return False
+    sides = inside.max(0) - inside.min(0) + 1
+    return volume(as_size(sides)) < MASK_BELOW * volume(image_CZYX.shape[1:])

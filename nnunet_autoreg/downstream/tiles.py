@@ -1,0 +1,133 @@
+"""A scan of any size as tiles of one size, and what an encoder makes of them together.
+
+Shape suffixes: C channels, Z Y X voxels, V features, z y x positions of a feature map.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nnunet_autoreg.geometry import Size, as_size, round_up
+
+
+@dataclass(frozen=True)
+class ScanTile:
+    """Hold one tile of a scan.
+
+    Attributes:
+        start: of the tile in the padded scan, a multiple of the token size.
+        image_1CZYX: its voxels.
+        inside_11ZYX: 1 where the scan is, 0 where it was filled up with zeros.
+    """
+
+    start: Size
+    image_1CZYX: Tensor  # noqa: N815
+    inside_11ZYX: Tensor  # noqa: N815
+
+
+class TiledScan:
+    """A scan that is filled up with zeros on both sides, and cut into as few tiles as cover it.
+
+    Args:
+        image_CZYX: preprocessed.
+        tile_size: (z, y, x) voxels, a multiple of the token size.
+        token_size: tiles start at multiples of it, so that feature maps of tiles fit together.
+    """
+
+    def __init__(self, image_CZYX: Tensor, tile_size: Size, token_size: Size):
+        shape = as_size(image_CZYX.shape[1:])
+        rounded = round_up(shape, token_size)
+        self.tile_size = tile_size
+        self.token_size = token_size
+        self.shape = as_size([max(a, b) for a, b in zip(rounded, tile_size, strict=True)])
+        # Where the scan begins in the padded one.
+        self.offset = as_size([(a - b) // 2 for a, b in zip(self.shape, shape, strict=True)])
+
+        padding: list[int] = []
+        for axis in (2, 1, 0):
+            low = self.offset[axis]
+            padding += [low, self.shape[axis] - shape[axis] - low]
+        self.image_CZYX = functional.pad(image_CZYX, padding)
+        self.inside_ZYX = functional.pad(torch.ones(shape), padding)
+
+    def starts(self) -> list[Size]:
+        """Return where the tiles start, evenly spread along each axis."""
+        per_axis = []
+        for size, tile, token in zip(self.shape, self.tile_size, self.token_size, strict=True):
+            num_tiles = math.ceil(size / tile)
+            last = (size - tile) // token
+            steps = [round(last * n / max(1, num_tiles - 1)) for n in range(num_tiles)]
+            per_axis.append([step * token for step in steps])
+        return [as_size(start) for start in product(*per_axis)]
+
+    def __iter__(self) -> Iterator[ScanTile]:
+        """Yield every tile that holds a voxel of the scan."""
+        for start in self.starts():
+            z, y, x = (
+                slice(low, low + size) for low, size in zip(start, self.tile_size, strict=True)
+            )
+            image = self.image_CZYX[None, :, z, y, x]
+            inside = self.inside_ZYX[None, None, z, y, x]
+            if bool(inside.any()):
+                yield ScanTile(start, image, inside)
+
+
+@dataclass(frozen=True)
+class ScanFeatures:
+    """Hold what an encoder says about a scan.
+
+    Attributes:
+        mean_V: mean over all positions, each by the share of it that lies in the scan.
+        map_Vzyx: the features of every position of the padded scan; None if not wanted.
+    """
+
+    mean_V: Tensor  # noqa: N815
+    map_Vzyx: Tensor | None  # noqa: N815
+
+
+@torch.no_grad()
+def features_of_scan(
+    feature_map: Callable[[Tensor], Tensor], scan: TiledScan, with_map: bool = False
+) -> ScanFeatures:
+    """Return the features of all tiles together; where tiles overlap, their mean.
+
+    Args:
+        feature_map: tile (1, C, Z, Y, X) -> (1, V, z, y, x), which covers the tile.
+    """
+    total_V: Tensor | None = None
+    weight = 0.0
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    for tile in scan:
+        features = feature_map(tile.image_1CZYX).float().cpu()[0]  # (V, z, y, x)
+        grid = as_size(features.shape[1:])
+        share_zyx = functional.adaptive_avg_pool3d(tile.inside_11ZYX, grid)[0, 0]
+        added_V = (features * share_zyx).sum((1, 2, 3))
+        total_V = added_V if total_V is None else total_V + added_V
+        weight += float(share_zyx.sum())
+
+        if with_map:
+            strides = [size // cells for size, cells in zip(scan.tile_size, grid, strict=True)]
+            if sums is None or counts is None:
+                whole = [size // stride for size, stride in zip(scan.shape, strides, strict=True)]
+                sums = torch.zeros(len(features), *whole)
+                counts = torch.zeros(*whole)
+            z, y, x = _region(tile.start, strides, grid)
+            sums[:, z, y, x] += features
+            counts[z, y, x] += 1
+    assert total_V is not None, "a scan has at least one voxel"
+    # Tiles that lie outside the scan leave positions without features, which stay 0.
+    found = None if sums is None or counts is None else sums / counts.clamp(min=1)
+    return ScanFeatures(total_V / weight, found)
+
+
+def _region(start: Size, strides: Sequence[int], grid: Size) -> tuple[slice, slice, slice]:
+    """Return where a tile's feature map lies in that of the padded scan."""
+    first = [low // stride for low, stride in zip(start, strides, strict=True)]
+    z, y, x = (slice(low, low + cells) for low, cells in zip(first, grid, strict=True))
+    return z, y, x

@@ -1,0 +1,225 @@
+"""Features for everyone: load_encoder, tiles of whole scans, autoreg_embed, and its page."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from torch.nn import functional
+
+import nnunet_autoreg
+from nnunet_autoreg.cli.embed import main
+from nnunet_autoreg.downstream.encoder import load_encoder
+from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
+from nnunet_autoreg.errors import UsageError, WeightsError
+from nnunet_autoreg.finetune.load import read_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "how-to" / "features.md"
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def write_scan(file: Path, shape: tuple[int, int, int], seed: int = 0) -> None:
+    import SimpleITK
+
+    voxels = np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), str(file))
+
+
+@pytest.fixture(scope="module")
+def results(write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nnU-Net's folder of results with a CNN and a transformer, both with random weights."""
+    folder = tmp_path_factory.mktemp("features")
+    write_run(folder, "brain", crop=(32, 32, 32), encoder="resenc_tiny")
+    write_run(folder, "tokens", crop=(32, 40, 32))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def results_variable(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_results", str(results))
+
+
+def test_importing_the_package_loads_no_torch_until_it_is_used() -> None:
+    script = (
+        "import sys, nnunet_autoreg\n"
+        "assert 'torch' not in sys.modules\n"
+        "from nnunet_autoreg import load_encoder\n"
+        "assert 'torch' in sys.modules and callable(load_encoder)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
+
+    assert done.returncode == 0
+    with pytest.raises(AttributeError):
+        _ = nnunet_autoreg.no_such_name
+
+
+def test_type_checkers_of_users_find_the_types() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    assert (ROOT / "nnunet_autoreg" / "py.typed").is_file()
+    assert re.search(r'^"nnunet_autoreg" = \["py.typed"\]$', declared, re.MULTILINE)
+
+
+def test_a_cnn_gives_its_stages_with_the_weights_of_the_file(results: Path) -> None:
+    encoder = load_encoder("brain")
+    file = results / "autoreg_pretraining" / "brain" / "encoder.safetensors"
+
+    maps = encoder(torch.zeros(2, 1, 32, 48, 32))
+
+    assert [tuple(level.shape) for level in maps] == [
+        (2, 16, 32, 48, 32),
+        (2, 32, 16, 24, 16),
+        (2, 64, 8, 12, 8),
+        (2, 128, 4, 6, 4),
+    ]
+    assert encoder.num_features == (16, 32, 64, 128)
+    assert torch.equal(encoder.deepest(torch.zeros(2, 1, 32, 48, 32)), maps[-1])
+    assert not encoder.training
+    state = encoder.state_dict()
+    saved = read_tensors(file)
+    assert all(torch.equal(state[key], value) for key, value in saved.items())
+    assert not any(key.startswith("decoder") for key in state)
+
+
+def test_a_transformer_reads_the_size_that_it_was_loaded_for() -> None:
+    encoder = load_encoder("tokens", input_shape=(16, 40, 32))
+    grid = tuple(s // t for s, t in zip((16, 40, 32), encoder.token_size, strict=True))
+
+    maps = encoder(torch.zeros(1, 1, 16, 40, 32))
+
+    assert [tuple(level.shape[2:]) for level in maps] == [grid] * 4
+    assert tuple(level.shape[1] for level in maps) == encoder.num_features
+    with refused(UsageError, "encoder-input-shape", "16 x 40 x 32", "input_shape=(32, 40, 32)"):
+        encoder(torch.zeros(1, 1, 32, 40, 32))
+
+
+def test_wrong_sizes_and_names_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    with refused(UsageError, "encoder-input-shape", "30 x 32 x 32", "32 x 32 x 32"):
+        load_encoder("brain")(torch.zeros(1, 1, 30, 32, 32))
+    with refused(UsageError, "encoder-input-shape", "(32, 41, 32)"):
+        load_encoder("tokens", input_shape=(32, 41, 32))
+    with refused(WeightsError, "weights-not-found", "brian", "'brain'"):
+        load_encoder("brian")
+    with refused(WeightsError, "weights-unfinished", tmp_path):
+        load_encoder(tmp_path)
+
+
+def test_tiles_together_give_the_features_of_the_whole_scan() -> None:
+    image = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 21, 16, 40))).float()
+    scan = TiledScan(image, (16, 16, 16), (4, 4, 4))
+
+    def pooled(tile: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool3d(tile, 4)
+
+    found = features_of_scan(pooled, scan, with_map=True)
+
+    assert scan.shape == (24, 16, 40)
+    assert scan.offset == (1, 0, 0)
+    assert found.map_Vzyx is not None
+    assert torch.allclose(found.map_Vzyx, pooled(scan.image_CZYX[None])[0], atol=1e-6)
+
+
+def test_what_was_filled_up_with_zeros_does_not_count() -> None:
+    image = torch.full((1, 8, 8, 8), 3.0)
+    scan = TiledScan(image, (16, 16, 16), (4, 4, 4))
+
+    found = features_of_scan(lambda tile: functional.avg_pool3d(tile, 4), scan)
+
+    assert found.mean_V.tolist() == pytest.approx([3.0])
+
+
+def test_a_scan_is_prepared_as_in_pretraining(results: Path) -> None:
+    encoder = load_encoder("brain")
+    voxels = np.random.default_rng(0).normal(5, 2, (1, 24, 20, 10)).astype(np.float32)
+
+    prepared = encoder.preprocess(voxels, (1.0, 1.0, 4.0))
+
+    # The coarsest axis comes first, at the spacing of 1 mm.
+    assert tuple(prepared.shape) == (1, 40, 24, 20)
+    assert float(prepared.mean()) == pytest.approx(0, abs=0.1)
+
+
+def test_the_command_writes_a_vector_and_a_grid_for_every_scan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scan(tmp_path / "scans" / "a_0000.nii.gz", (24, 40, 32))
+    write_scan(tmp_path / "scans" / "b_0000.nii.gz", (16, 16, 16), seed=1)
+    (tmp_path / "scans" / "c_0000.nii.gz").write_bytes(b"no image")
+    output = tmp_path / "features.npz"
+
+    code = main(["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(output), "--dense"])
+
+    found = np.load(output)
+    assert code == 1
+    assert found["ids"].tolist() == ["a", "b"]
+    assert found["features"].shape == (2, 128)
+    assert found["spacing_mm"].tolist() == [[1, 1, 1]] * 2
+    assert found["grid/a"].shape == (128, 4, 5, 4)
+    assert found["offset_vox/a"].tolist() == [4, 0, 0]
+    assert json.loads((tmp_path / "features.json").read_text())["encoder"] == "brain"
+    assert "c is left out (unreadable)" in capsys.readouterr().err
+
+
+def test_a_finer_layer_can_be_chosen(tmp_path: Path) -> None:
+    write_scan(tmp_path / "scans" / "a_0000.nii.gz", (16, 16, 16))
+    output = tmp_path / "features.npz"
+
+    line = ["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(output)]
+
+    assert main([*line, "--layer", "0"]) == 0
+    assert np.load(output)["features"].shape == (1, 16)
+    assert main([*line, "--layer", "7"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["-o", "features.csv"], ".npz"),
+        (["-o", "features.parquet", "--dense"], "--dense"),
+        (["-o", "nowhere/features.npz"], "nowhere"),
+    ],
+)
+def test_wrong_options_of_the_command_end_with_2(
+    more: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-w", "brain", "-i", ".", *more]) == 2
+    assert named in capsys.readouterr().err
+
+
+SNIPPETS = SNIPPET.findall(PAGE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_the_programs_of_the_page_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "monai" in SNIPPETS[number]:
+        pytest.importorskip("monai", reason="MONAI is not installed; pip install monai")
+        pytest.importorskip("nibabel", reason="MONAI reads NIfTI by nibabel; pip install nibabel")
+    write_scan(tmp_path / "scan.nii.gz", (40, 36, 34))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+
+    exec(compile(SNIPPETS[number], str(PAGE), "exec"), names)
+
+    encoder = names["encoder"]
+    if "features" in names:
+        channels = [level.shape[1] for level in names["features"]]
+        assert tuple(channels) == encoder.num_features
+    else:
+        assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_the_page_shows_plain_pytorch_and_monai() -> None:
+    assert len(SNIPPETS) == 3
+    assert sum("monai" in snippet for snippet in SNIPPETS) == 1
