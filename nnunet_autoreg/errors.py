@@ -77,6 +77,12 @@ class ObjectsError(AutoregError):
     code = "objects"
 
 
+class ClassesError(AutoregError):
+    """Classes of scans are missing, damaged, or contradict the scans they belong to."""
+
+    code = "classes"
+
+
 class LostProcessError(AutoregError):
     """Another process of the training is gone.
 

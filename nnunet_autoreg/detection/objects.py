@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -36,12 +35,12 @@ from nnunet_autoreg.detection.instances import (
     read_true_boxes,
     with_ellipsoids,
 )
+from nnunet_autoreg.downstream.label_maps import LABELS, first_channels, write_label_map
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.io.names import CHANNEL_SUFFIX, natural_key
 from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, atomic_path, read_json
 
-INSTANCES, BOXES, LABELS = "instancesTr", "boxesTr", "labelsTr"
+INSTANCES, BOXES = "instancesTr", "boxesTr"
 RAW_VARIABLE = "nnUNet_raw"
 FEWEST_PER_PROCESS = 8
 MOST_CARRIED = 32767
@@ -324,14 +323,7 @@ def write_box_labels(dataset: Path) -> list[str]:
             f"{dataset} has no folder {BOXES} with <case>.json files", code="boxes-no-folder"
         )
 
-    # The first channel of every case.
-    images: dict[str, Path] = {}
-    files = (dataset / "imagesTr").glob(f"*{ending}")
-    for file in sorted(files, key=lambda f: natural_key(f.name)):
-        named = CHANNEL_SUFFIX.match(file.name.removesuffix(ending))
-        if named and not file.name.startswith("."):
-            images.setdefault(named["case"], file)
-
+    images = first_channels(dataset, ending)
     wanted = [case for case in images if not (labels / f"{case}{ending}").is_file()]
     bare = [case for case in wanted if not (folder / f"{case}.json").is_file()]
     if bare:
@@ -351,8 +343,6 @@ def write_box_labels(dataset: Path) -> list[str]:
 
 
 def _write_label_map(image_file: Path, boxes: Path, target: Path, source: ObjectSource) -> None:
-    import SimpleITK
-
     image = open_image(image_file)
     if image.GetDimension() != 3:
         raise ObjectsError(
@@ -369,12 +359,4 @@ def _write_label_map(image_file: Path, boxes: Path, target: Path, source: Object
     for item in found.objects:
         label_of_id[item.id] = source.classes[item.class_index].label
     assert found.ids_ZYX is not None
-    drawn: Any = SimpleITK.GetImageFromArray(label_of_id[found.ids_ZYX])
-    drawn.CopyInformation(image)
-
-    # SimpleITK chooses the format by the ending, but a file that is half written must not have the
-    # ending of a label map. So the whole file is written elsewhere first.
-    with atomic_path(target) as temporary, TemporaryDirectory() as elsewhere:
-        whole = Path(elsewhere) / target.name
-        SimpleITK.WriteImage(drawn, str(whole), True)
-        shutil.copyfile(whole, temporary)
+    write_label_map(label_of_id[found.ids_ZYX], image, target)

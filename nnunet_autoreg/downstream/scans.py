@@ -243,9 +243,9 @@ def ready(scan: Scan) -> Iterator[list[str]]:
             image = _series_image(path, part)
         elif part.member:
             with unpacked(path, [part.member]) as members:
-                image = _file_image(members[part.member], part)
+                image = file_image(members[part.member], part)
         else:
-            image = _file_image(path, part)
+            image = file_image(path, part)
         file = Path(folder) / "scan_0000.nii.gz"
         SimpleITK.WriteImage(image, str(file))
         yield [str(file)]
@@ -266,8 +266,12 @@ def _series_image(path: Path, part: ScanPart) -> Any:
     return image
 
 
-def _file_image(file: Path, part: ScanPart) -> Any:
-    """Return a file, or one volume of a 4D file, as an image."""
+def file_image(file: Path, part: ScanPart) -> Any:
+    """Return a file, or one volume of a 4D file, as SimpleITK's image.
+
+    Raises:
+        ScanError: it cannot be read, or is not 3D.
+    """
     import SimpleITK
 
     check_file(file)

@@ -32,10 +32,11 @@ from nnunet_autoreg.benchmark.protocol import (
 )
 from nnunet_autoreg.benchmark.results import RunKey, key_of, read_results
 from nnunet_autoreg.benchmark.run import epochs_of, run_missing, settle_length
-from nnunet_autoreg.benchmark.split import divide, labelled, subjects_by_name
+from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
 from nnunet_autoreg.cli.benchmark import parser, read_request
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
+from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.records import from_jsonable, read_json, write_json
 

@@ -15,11 +15,11 @@ from nnunet_autoreg.benchmark.split import (
     find_patients,
     labelled,
     read_subjects,
-    subjects_by_name,
 )
 from nnunet_autoreg.benchmark.statistics import interval, mean_dice, paired, steps_to
 from nnunet_autoreg.benchmark.table import markdown, rows_of, unequal_pretrainings
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
+from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
 
 DATASET = "Dataset900_Heads"

@@ -1,0 +1,91 @@
+"""Label maps for datasets of which only classes are known: 1 inside the body."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg.classification.table import TABLE_NAME, ClassTable, read_table
+from nnunet_autoreg.corpus.dataset_json import read_dataset_json
+from nnunet_autoreg.corpus.intensity import body_mask, tissue_mask
+from nnunet_autoreg.downstream.label_maps import LABELS, first_channels, write_label_map
+from nnunet_autoreg.downstream.scans import file_image
+from nnunet_autoreg.errors import ClassesError, ScanError
+from nnunet_autoreg.io.parts import ScanPart
+from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, read_json
+
+BODY = 1
+MOST_NONZERO = 0.99
+"""An image with more non-zero voxels was not cut out, so its zeros show no body."""
+
+log = logging.getLogger(__name__)
+
+
+def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
+    """Check the table of classes, and write ``labelsTr/<case>`` for cases without a label map.
+
+    The label is 1 inside the body: in CT the largest part above -300 HU with what it encloses;
+    otherwise the non-zero voxels, or the tissue where almost no voxel is zero. nnU-Net reads it to
+    measure intensities. It is no target of training.
+
+    Returns:
+        The table, and the cases written.
+
+    Raises:
+        ClassesError: the table is wrong, there is no image (code "classes-no-images"), or
+            dataset.json has no label 1 (code "classes-no-label").
+        ScanError: an image cannot be read.
+    """
+    described = read_json(dataset / "dataset.json", MEND_YOURS)
+    ending = str(described.get("file_ending", ".nii.gz"))
+    images = first_channels(dataset, ending)
+    if not images:
+        raise ClassesError(
+            f"{dataset / 'imagesTr'} holds no image named like case_0000{ending}; put the scans "
+            "there",
+            code="classes-no-images",
+        )
+    table = read_table(dataset / TABLE_NAME, described, list(images))
+
+    labels = dataset / LABELS
+    wanted = [case for case in images if not (labels / f"{case}{ending}").is_file()]
+    if wanted and BODY not in described.get("labels", {}).values():
+        raise ClassesError(
+            f'{dataset / "dataset.json"} has no label {BODY}; write "labels": {{"background": 0, '
+            f'"body": {BODY}}} into it',
+            code="classes-no-label",
+        )
+    labels.mkdir(exist_ok=True)
+    # Left behind by a run that was killed.
+    for unfinished in labels.glob(TEMPORARY_FILES):
+        unfinished.unlink()
+
+    is_ct = read_dataset_json(dataset).channels[0].casefold() == "ct"
+    for case in wanted:
+        _write(images[case], labels / f"{case}{ending}", is_ct)
+    return table, wanted
+
+
+def _write(image_file: Path, target: Path, is_ct: bool) -> None:
+    import SimpleITK
+
+    try:
+        image: Any = file_image(image_file, ScanPart())
+    except ScanError as error:
+        raise ScanError(error.status, f"{image_file}: {error}") from error
+    array_ZYX: NDArray[np.float32] = SimpleITK.GetArrayFromImage(image).astype(np.float32)
+    inside = body_of(array_ZYX, is_ct)
+    if not inside.any():
+        log.warning("%s: no body was found, so all of the image counts as body", image_file.name)
+        inside[:] = True
+    write_label_map(inside.astype(np.uint8) * BODY, image, target)
+
+
+def body_of(array_ZYX: NDArray[np.float32], is_ct: bool) -> NDArray[np.bool_]:
+    """Return where the body is in a scan."""
+    if is_ct:
+        return body_mask(array_ZYX)
+    nonzero = np.asarray(array_ZYX != 0, dtype=bool)
+    return nonzero if nonzero.mean() <= MOST_NONZERO else tissue_mask(array_ZYX)

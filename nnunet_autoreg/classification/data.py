@@ -1,0 +1,53 @@
+"""Patches with the classes of their cases, from nnU-Net's loader."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+from nnunet_autoreg.classification.table import UNKNOWN
+
+
+class ClassLoader(nnUNetDataLoader):  # type: ignore[misc]
+    """nnU-Net's loader; a batch has ``classes`` (B, T) besides, ``UNKNOWN`` where not known.
+
+    Args:
+        labels: case -> index of its class in each task.
+        is_balanced: every class of the only task is drawn equally often.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *args: Any,
+        labels: Mapping[str, Sequence[int]],
+        is_balanced: bool,
+        **kwargs: Any,
+    ):
+        super().__init__(data, *args, **kwargs)
+        self.labels = labels
+        # A case without any known class carries no loss, so it is never drawn.
+        self.known = [case for case in data.identifiers if any(v != UNKNOWN for v in labels[case])]
+        groups: dict[int, list[str]] = {}
+        for case in self.known:
+            groups.setdefault(labels[case][0] if is_balanced else 0, []).append(case)
+        self.groups = list(groups.values())
+
+    def get_indices(self) -> list[str]:
+        """Return the cases of a batch: a class is drawn first, then a case of it."""
+        names = []
+        for _ in range(self.batch_size):
+            group = self.groups[np.random.randint(len(self.groups))]
+            names.append(group[np.random.randint(len(group))])
+        return names
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Return nnU-Net's batch with the classes of its cases."""
+        batch: dict[str, Any] = super().generate_train_batch()
+        labels = [self.labels[case] for case in batch["keys"]]
+        batch["classes"] = torch.tensor(labels, dtype=torch.int64)
+        # The label maps are not needed, and would be copied from process to process.
+        batch["target"] = torch.zeros(len(labels))
+        return batch

@@ -1,0 +1,171 @@
+"""Folds for classification: stratified by class, and every patient in one part. Torch-free."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.classification.table import UNKNOWN, ClassTable
+from nnunet_autoreg.errors import ClassesError
+from nnunet_autoreg.geometry import names_text
+from nnunet_autoreg.records import read_json, write_json
+
+NUM_FOLDS = 5
+OUR_FILE = "splits_autoreg_classification.json"
+STOCK_FILE = "splits_final.json"
+
+Fold = dict[str, list[str]]
+"""nnU-Net's form: ``train`` and ``val``, both lists of cases."""
+
+
+def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
+    """Return stratified folds; the same table always gives the same folds.
+
+    The rarest class is dealt out first: each of its patients goes to the fold that has the fewest
+    patients of that class, and of those to the smallest.
+
+    Source: iterative stratification (Sechidis et al. 2011, ECML PKDD), with patients as samples.
+
+    Raises:
+        ClassesError: there are fewer patients than folds (code "classes-few-patients").
+    """
+    kinds_of: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for case, labels in table.labels.items():
+        kinds = {(task, label) for task, label in enumerate(labels) if label != UNKNOWN}
+        kinds_of[table.patient_of[case]] |= kinds
+    if len(kinds_of) < num_folds:
+        raise ClassesError(
+            f"{len(kinds_of)} patients cannot be divided into {num_folds} folds; add patients, or "
+            f"write {STOCK_FILE} with fewer folds",
+            code="classes-few-patients",
+        )
+
+    fold_of: dict[str, int] = {}
+    sizes = [0] * num_folds
+    in_fold: list[Counter[tuple[int, int]]] = [Counter() for _ in range(num_folds)]
+    waiting = sorted(kinds_of, key=_hash)
+    while waiting:
+        left = Counter(kind for patient in waiting for kind in kinds_of[patient])
+        # Patients without any known class come last.
+        rarest = min(left, key=lambda kind: (left[kind], kind)) if left else None
+        chosen = [p for p in waiting if rarest is None or rarest in kinds_of[p]]
+        for patient in chosen:
+            fold = min(range(num_folds), key=lambda f: (in_fold[f][rarest], sizes[f], f))
+            fold_of[patient] = fold
+            sizes[fold] += 1
+            in_fold[fold].update(kinds_of[patient])
+        waiting = [patient for patient in waiting if patient not in fold_of]
+
+    folds = []
+    for number in range(num_folds):
+        fold: Fold = {"train": [], "val": []}
+        for case in sorted(table.labels):
+            part = "val" if fold_of[table.patient_of[case]] == number else "train"
+            fold[part].append(case)
+        folds.append(fold)
+    return folds
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def find_folds(folder: Path, table: ClassTable) -> tuple[list[Fold], str]:
+    """Return the folds of a preprocessed dataset, and where they come from.
+
+    ``splits_final.json`` is used if it is there and keeps every patient in one part. Otherwise our
+    own file is read, or made; the other file is never changed.
+
+    Raises:
+        ClassesError: our file is of other cases (code "classes-other-folds").
+    """
+    stock = folder / STOCK_FILE
+    reason = f"there is no {STOCK_FILE}"
+    if stock.is_file():
+        folds = _checked(stock, read_json(stock))
+        torn = patients_in_two_parts(folds, table.patient_of)
+        if not torn:
+            return folds, f"{stock}, which keeps every patient in one part"
+        reason = f"{STOCK_FILE} has {names_text(torn)} in training and in validation"
+
+    ours = folder / OUR_FILE
+    if ours.is_file():
+        folds = _checked(ours, read_json(ours))
+        known = {case for fold in folds for part in fold.values() for case in part}
+        if known != set(table.labels) or patients_in_two_parts(folds, table.patient_of):
+            raise ClassesError(
+                f"{ours} is of other cases or patients than the dataset has now; remove it to have "
+                "new folds made, and train all folds again",
+                code="classes-other-folds",
+            )
+        return folds, f"{ours} ({reason})"
+    folds = make_folds(table)
+    write_json(ours, folds)
+    return folds, f"{ours}, made now: stratified by class and split by patient ({reason})"
+
+
+def _checked(file: Path, folds: Any) -> list[Fold]:
+    is_list = isinstance(folds, list) and bool(folds)
+    if not is_list or not all(isinstance(f, Mapping) and {"train", "val"} <= set(f) for f in folds):
+        raise ClassesError(
+            f'{file} is no list of folds with "train" and "val"; repair or remove it',
+            code="classes-damaged-folds",
+        )
+    return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in folds]
+
+
+def patients_in_two_parts(folds: Sequence[Fold], patient_of: Mapping[str, str]) -> list[str]:
+    """Return patients with cases in both parts of a fold."""
+    found: set[str] = set()
+    for fold in folds:
+        parts = []
+        for name in ("train", "val"):
+            parts.append({patient_of[case] for case in fold[name] if case in patient_of})
+        found |= parts[0] & parts[1]
+    return sorted(found)
+
+
+def check_fold(fold: Fold, table: ClassTable, name: str) -> list[str]:
+    """Return warnings about a fold that can be used.
+
+    Raises:
+        ClassesError: a part holds no case (code "classes-empty-fold"), a case has no row (code
+            "classes-case-without-row"), or training knows fewer than two classes of a task (code
+            "classes-single-class-fold").
+    """
+    for part, cases in fold.items():
+        if not cases:
+            raise ClassesError(
+                f"fold {name} has no case for {'training' if part == 'train' else 'validation'}; "
+                "correct the file of folds, or remove it",
+                code="classes-empty-fold",
+            )
+        strangers = [case for case in cases if case not in table.labels]
+        if strangers:
+            raise ClassesError(
+                f"fold {name} has {len(strangers)} cases without a row in the table of classes "
+                f"({names_text(strangers)}); add rows, or remove the file of folds",
+                code="classes-case-without-row",
+            )
+
+    warnings = []
+    for number, task in enumerate(table.tasks):
+        counts = {part: table.counts(number, cases) for part, cases in fold.items()}
+        if sum(count > 0 for count in counts["train"]) < 2:
+            raise ClassesError(
+                f"the training cases of fold {name} have fewer than two classes of {task.name}; "
+                "correct the file of folds, or remove it to have stratified folds made",
+                code="classes-single-class-fold",
+            )
+        for index, kind in enumerate(task.classes):
+            if not counts["train"][index]:
+                warnings.append(
+                    f"no training case of fold {name} is {task.name} '{kind}'; it cannot be learned"
+                )
+            if not counts["val"][index]:
+                warnings.append(
+                    f"no validation case of fold {name} is {task.name} '{kind}'; it is left out of "
+                    "the scores"
+                )
+    return warnings

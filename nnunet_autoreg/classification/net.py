@@ -1,0 +1,123 @@
+"""The classifier: an encoder, the mean over all positions, and one linear layer per task.
+
+The encoder's parts keep the names that they have in the segmentation network, so that pretrained
+weights load unchanged.
+
+Shape suffixes: B samples, C channels, Z Y X voxels, V features, T tasks, K classes of a task.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunet_autoreg.classification.plan import WEIGHTS, ClassificationPlan
+from nnunet_autoreg.classification.table import UNKNOWN
+from nnunet_autoreg.downstream.tiles import TiledScan
+from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.model.feature_maps import FeatureEncoder
+
+
+class Classifier(FeatureEncoder):
+    """Gives the logits of every task for patches (B, C, Z, Y, X)."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        class_path: str,
+        arguments: Mapping[str, Any],
+        input_shape: Sequence[int],
+        class_numbers: Sequence[int],
+    ):
+        super().__init__(network, class_path, arguments, input_shape)
+        width = self.num_features[-1]
+        self.heads = nn.ModuleList(nn.Linear(width, number) for number in class_numbers)
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.01)  # type: ignore[arg-type]
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+
+    def pooled(self, volume_BCZYX: Tensor) -> Tensor:
+        """Return the mean of the deepest features over all positions, (B, V)."""
+        return self.deepest(volume_BCZYX).float().mean((2, 3, 4))
+
+    def logits(self, pooled_BV: Tensor) -> list[Tensor]:
+        """Return the logits (B, K) of every task."""
+        return [head(pooled_BV) for head in self.heads]
+
+    def forward(self, volume_BCZYX: Tensor) -> list[Tensor]:
+        """Return the logits (B, K) of every task."""
+        return self.logits(self.pooled(volume_BCZYX))
+
+    @torch.no_grad()
+    def pooled_over_scan(
+        self, image_CZYX: Tensor, patch_size: Size, device: torch.device
+    ) -> Tensor:
+        """Return the mean features (V,) of a preprocessed scan of any size.
+
+        A scan larger than the patch is covered by tiles. A smaller one is filled up with zeros on
+        both sides, which count as they do in training.
+        """
+        scan = TiledScan(image_CZYX, patch_size, self.token_size)
+        parts = [self.pooled(tile.image_1CZYX.to(device))[0] for tile in scan]
+        return torch.stack(parts).mean(0)
+
+
+class ClassificationLoss:
+    """Cross-entropy summed over the tasks; classes that are not known carry no loss.
+
+    Args:
+        plan: balance and smoothing.
+        training_counts: per task, the number of training cases of each class.
+    """
+
+    def __init__(self, plan: ClassificationPlan, training_counts: Sequence[Sequence[int]]):
+        self.plan = plan
+        self.weights: list[Tensor] = []
+        for counts in training_counts:
+            self.weights.append(class_weights(counts) if plan.balance == WEIGHTS else ones(counts))
+
+    def __call__(self, logits: Sequence[Tensor], labels_BT: Tensor) -> Tensor:
+        """Return the loss of a batch; 0 with a gradient of 0 where nothing is known."""
+        # Every head gets a gradient, which distributed training waits for.
+        total = sum((values.sum() * 0 for values in logits), start=torch.zeros(()).to(logits[0]))
+        for task_index, (task, values_BK) in enumerate(zip(self.plan.tasks, logits, strict=True)):
+            labels_B = labels_BT[:, task_index]
+            is_known_B = labels_B != UNKNOWN
+            if not bool(is_known_B.any()):
+                continue
+            smoothing = self.plan.ordinal_smoothing if task.ordinal else 0.0
+            target_BK = smoothed(labels_B[is_known_B], len(task.classes), smoothing)
+            log_probabilities_BK = functional.log_softmax(values_BK[is_known_B].float(), 1)
+            weights_K = self.weights[task_index].to(values_BK.device)
+            each_B = -(target_BK * weights_K * log_probabilities_BK).sum(1)
+            total = total + each_B.mean()
+        return total
+
+
+def class_weights(counts: Sequence[int]) -> Tensor:
+    """Return weights (K,) that give every class the same share of the loss; their mean is 1.
+
+    The mean is taken over the cases. A class without cases has the weight 0.
+    """
+    present = [count for count in counts if count]
+    even = sum(present) / len(present)
+    return torch.tensor([even / count if count else 0.0 for count in counts])
+
+
+def ones(counts: Sequence[int]) -> Tensor:
+    """Return a weight of 1 for every class."""
+    return torch.ones(len(counts))
+
+
+def smoothed(labels_N: Tensor, num_classes: int, share: float) -> Tensor:
+    """Return targets (N, K); the neighbours of a class share ``share`` of it evenly."""
+    target_NK = functional.one_hot(labels_N, num_classes).float()
+    if not share:
+        return target_NK
+    lower_NK = functional.pad(target_NK[:, 1:], (0, 1))
+    upper_NK = functional.pad(target_NK[:, :-1], (1, 0))
+    neighbours_NK = lower_NK + upper_NK
+    neighbours_NK = neighbours_NK / neighbours_NK.sum(1, keepdim=True)
+    return (1 - share) * target_NK + share * neighbours_NK

@@ -1,0 +1,301 @@
+"""``classesTr.csv``: the class of every case in every task, and the patients. Torch-free.
+
+A row per case; the column ``case``, one column per task, and optionally ``patient``. An empty cell
+is a class that is not known. ``dataset.json`` may name the tasks and their classes::
+
+    "classification": {"diagnosis": ["NOR", "MINF", "DCM"],
+                       "texture": {"classes": ["1", "2", "3"], "ordinal": true}}
+
+Otherwise, every column with at most 20 different values is a task.
+"""
+
+import csv
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_autoreg.downstream.patients import PATIENT_COLUMNS, subjects_by_name
+from nnunet_autoreg.errors import ClassesError, did_you_mean
+from nnunet_autoreg.geometry import names_text
+from nnunet_autoreg.io.names import natural_key
+
+TABLE_NAME = "classesTr.csv"
+KEY = "classification"
+"""Of ``dataset.json``."""
+CASE_COLUMN = "case"
+MOST_CLASSES = 20
+UNKNOWN = -1
+"""Index of a class that is not known."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Hold one task: which class does a scan belong to?
+
+    Attributes:
+        name: of its column.
+        classes: in the order in which the network gives their scores.
+        ordinal: whether the classes have an order, such as grades.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    ordinal: bool = False
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Hold the classes of all cases.
+
+    Attributes:
+        tasks: in the order of the columns.
+        labels: case -> index of its class in each task; ``UNKNOWN`` where the cell is empty.
+        patient_of: case -> patient.
+        patient_rule: how the patients were found, for the user.
+        ignored: column that is no task -> the reason.
+    """
+
+    tasks: tuple[ClassificationTask, ...]
+    labels: dict[str, tuple[int, ...]]
+    patient_of: dict[str, str]
+    patient_rule: str
+    ignored: dict[str, str]
+
+    def counts(self, task_index: int, cases: Sequence[str] | None = None) -> list[int]:
+        """Return the number of cases of each class of a task; of all cases if none are given."""
+        chosen = self.labels if cases is None else cases
+        found = [self.labels[case][task_index] for case in chosen]
+        return [found.count(index) for index in range(len(self.tasks[task_index].classes))]
+
+
+def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> ClassTable:
+    """Return the checked classes of a dataset's cases.
+
+    Args:
+        file: ``classesTr.csv``.
+        dataset: parsed dataset.json.
+        cases: all cases of the dataset.
+
+    Raises:
+        ClassesError: the file is missing or contradicts the dataset; see the codes below.
+    """
+    rows = read_rows(file)
+    names = [row[CASE_COLUMN] for row in rows]
+    _check_cases(file, names, cases)
+
+    columns = [name for name in rows[0] if name not in (CASE_COLUMN, *PATIENT_COLUMNS)]
+    values: dict[str, dict[str, str]] = {}
+    for column in columns:
+        values[column] = {row[CASE_COLUMN]: row[column] for row in rows}
+    tasks, ignored = _tasks(file, values, dataset.get(KEY))
+
+    labels = {}
+    for case in cases:
+        labels[case] = tuple(_index(file, task, case, values[task.name][case]) for task in tasks)
+    patient_of, rule = _patients(rows)
+    table = ClassTable(tuple(tasks), labels, patient_of, rule, ignored)
+    _check_classes(file, table)
+    return table
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a table of cases; names and values without blanks around them.
+
+    Raises:
+        ClassesError: there is no such file (code "classes-no-file"), it is no table (code
+            "classes-unreadable"), it has no column ``case`` (code "classes-no-case-column"), or two
+            rows for one case (code "classes-duplicate-row").
+    """
+    if not file.is_file():
+        raise ClassesError(
+            f"{file} does not exist; write a table with the columns {CASE_COLUMN} and one per "
+            f"task, such as '{CASE_COLUMN},diagnosis'",
+            code="classes-no-file",
+        )
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as handle:
+            read = list(csv.DictReader(handle, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ClassesError(
+            f"{file} cannot be read as a table ({error}); save it as CSV with commas, in UTF-8",
+            code="classes-unreadable",
+        ) from error
+
+    rows = []
+    for number, cells in enumerate(read, start=2):
+        # The key None holds cells without a column, the value None stands for cells that lack.
+        if None in cells or None in cells.values():
+            raise ClassesError(
+                f"{file}: line {number} has more or fewer cells than the first line; repair it",
+                code="classes-unreadable",
+            )
+        rows.append({str(name).strip(): str(value).strip() for name, value in cells.items()})
+    if not rows or CASE_COLUMN not in rows[0]:
+        found = ", ".join(rows[0]) if rows else "no row"
+        raise ClassesError(
+            f"{file} has no column '{CASE_COLUMN}' (found: {found}); its first line has to name "
+            "the columns",
+            code="classes-no-case-column",
+        )
+
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=2):
+        first = seen.setdefault(row[CASE_COLUMN], number)
+        if first != number:
+            raise ClassesError(
+                f"{file}: case {row[CASE_COLUMN]} has two rows (lines {first} and {number}); "
+                "remove one",
+                code="classes-duplicate-row",
+            )
+    return rows
+
+
+def _check_cases(file: Path, named: Sequence[str], cases: Sequence[str]) -> None:
+    """Refuse cases without a row and rows without a case."""
+    missing = sorted(set(cases) - set(named), key=natural_key)
+    if missing:
+        raise ClassesError(
+            f"{file} has no row for {len(missing)} of {len(cases)} cases ({names_text(missing)}); "
+            "add a row for each, with empty cells where the class is not known",
+            code="classes-case-without-row",
+        )
+    surplus = sorted(set(named) - set(cases), key=natural_key)
+    if surplus:
+        raise ClassesError(
+            f"{file} has rows for {len(surplus)} cases that the dataset does not have "
+            f"({names_text(surplus)}); correct their names, or remove the rows",
+            code="classes-row-without-case",
+        )
+
+
+def _tasks(
+    file: Path, values: Mapping[str, Mapping[str, str]], described: Any
+) -> tuple[list[ClassificationTask], dict[str, str]]:
+    """Return the tasks, and column -> why it is none."""
+    if described is not None:
+        tasks = read_tasks(described)
+        for task in tasks:
+            if task.name not in values:
+                raise ClassesError(
+                    f"{file} has no column '{task.name}', which dataset.json names as a task; "
+                    f"{did_you_mean(task.name, values)}",
+                    code="classes-no-column",
+                )
+        named = {task.name for task in tasks}
+        ignored = {name: "dataset.json does not name it" for name in values if name not in named}
+        return tasks, ignored
+
+    tasks, ignored = [], {}
+    for name, of_case in values.items():
+        different = sorted(set(of_case.values()) - {""}, key=natural_key)
+        if len(different) > MOST_CLASSES:
+            ignored[name] = f"{len(different)} different values, more than {MOST_CLASSES}"
+            continue
+        # Whole numbers are grades.
+        is_graded = len(different) > 2 and all(_is_whole(value) for value in different)
+        classes = sorted(different, key=int) if is_graded else different
+        tasks.append(ClassificationTask(name, tuple(classes), is_graded))
+    if not tasks:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in ignored.items())
+        raise ClassesError(
+            f"{file} has no column of classes ({reasons or 'only cases'}); add one, or name the "
+            f'tasks in dataset.json under "{KEY}"',
+            code="classes-no-task",
+        )
+    return tasks, ignored
+
+
+def read_tasks(described: Any) -> list[ClassificationTask]:
+    """Return the tasks that ``dataset.json["classification"]`` describes.
+
+    Raises:
+        ClassesError: it is of another form (code "classes-dataset-json").
+    """
+    tasks = []
+    for name, value in described.items() if isinstance(described, Mapping) else ():
+        settings = value if isinstance(value, Mapping) else {"classes": value}
+        classes = settings.get("classes")
+        is_list = isinstance(classes, list) and len(set(map(str, classes))) == len(classes)
+        known_keys = set(settings) <= {"classes", "ordinal"}
+        if not is_list or not known_keys or not isinstance(settings.get("ordinal", False), bool):
+            break
+        names = tuple(str(kind) for kind in classes)
+        tasks.append(ClassificationTask(str(name), names, settings.get("ordinal", False)))
+    else:
+        if tasks:
+            return tasks
+    raise ClassesError(
+        f'dataset.json: "{KEY}" must be an object like {{"diagnosis": ["NOR", "DCM"]}}, or '
+        '{"grade": {"classes": ["1", "2", "3"], "ordinal": true}}, with different names of classes',
+        code="classes-dataset-json",
+    )
+
+
+def _is_whole(value: str) -> bool:
+    return value.removeprefix("-").isdecimal()
+
+
+def _index(file: Path, task: ClassificationTask, case: str, value: str) -> int:
+    if not value:
+        return UNKNOWN
+    if value not in task.classes:
+        raise ClassesError(
+            f"{file}: '{value}', the {task.name} of {case}, is no class of dataset.json; "
+            f"{did_you_mean(value, task.classes)}",
+            code="classes-unknown-class",
+        )
+    return task.classes.index(value)
+
+
+def _patients(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]:
+    """Return case -> patient, and how they were found."""
+    by_name = subjects_by_name([row[CASE_COLUMN] for row in rows])
+    columns = [name for name in PATIENT_COLUMNS if name in rows[0]]
+    if not columns:
+        num_patients = len(set(by_name.values()))
+        return by_name, f"{num_patients} patients by the cases' names; add a column patient to say"
+
+    found = {}
+    for row in rows:
+        # A case without a patient in the table is a patient of its own.
+        found[row[CASE_COLUMN]] = row[columns[0]] or f"case {row[CASE_COLUMN]}"
+    return found, f"{len(set(found.values()))} patients by the column {columns[0]}"
+
+
+def _check_classes(file: Path, table: ClassTable) -> None:
+    """Refuse tasks that cannot be learned: without classes, with one, or with a lone patient's."""
+    for number, task in enumerate(table.tasks):
+        patients = defaultdict(set)
+        for case, labels in table.labels.items():
+            if labels[number] != UNKNOWN:
+                patients[labels[number]].add(table.patient_of[case])
+        if not patients:
+            raise ClassesError(
+                f"{file}: all values of {task.name} are missing; fill the column in, or remove it",
+                code="classes-all-missing",
+            )
+        if len(patients) == 1:
+            (only,) = patients
+            raise ClassesError(
+                f"{file}: {task.name} has the single class '{task.classes[only]}', so there is "
+                "nothing to learn; remove the column, or add cases of another class",
+                code="classes-single-class",
+            )
+        absent = [kind for index, kind in enumerate(task.classes) if index not in patients]
+        if absent:
+            log.warning(
+                "no case of %s is %s, so that it cannot be learned", task.name, ", ".join(absent)
+            )
+        for index, members in sorted(patients.items()):
+            if len(members) == 1:
+                raise ClassesError(
+                    f"{file}: all cases of {task.name} '{task.classes[index]}' are of one patient "
+                    f"({next(iter(members))}), so the class would be in one fold only; merge it "
+                    "with another class, or leave its cells empty",
+                    code="classes-one-fold",
+                )
