@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
+from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.table import TableRow, rows_of
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report.palette import GRID, SOFT, START_OF_TRAINING
+from nnunet_autoreg.wording import counted
 
-COLOURS = dict(zip(ARMS, ("#0072b2", "#cc79a7", "#e69f00", "#555555"), strict=True))
-MARKERS = "osD^vP"
+FILLS = ("full", "none", "left", "bottom", "right", "top")
+"""How the markers of the first, second, ... encoder are filled."""
+
+LEAST_SPAN = 0.1
+"""Of an axis of Dice, so that differences within noise do not fill the picture."""
 
 
 def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -38,8 +43,11 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
         _draw_differences(line_of_panels[1], rows, labels, is_surface)
 
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    patients = {str(subject) for line in alike for subject in line["subjects"].values()}
+    seeds = {line["seed"] for line in alike}
     figure.suptitle(
-        f"{title}: {last['split']} split, {last['steps']} steps of {last['batch']} patches",
+        f"{title}: n = {counted(len(patients), 'test patient')}, {counted(len(seeds), 'seed')}\n"
+        f"{last['split']} split, {last['steps']:,} steps of {counted(last['batch'], 'patch')}",
         fontsize=11,
     )
     with atomic_path(path) as temporary:
@@ -63,11 +71,12 @@ def _position(
 
 
 def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, Any]:
-    """Return the colour of the arm and the marker of the encoder."""
+    """Return the colour and marker of the arm; how the marker is filled shows the encoder."""
     encoder, arm = name
+    style = START_OF_TRAINING[arm]
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
-    marker = MARKERS[encoders.index(encoder) % len(MARKERS)]
-    return {"color": COLOURS[arm], "marker": marker}
+    fill = FILLS[encoders.index(encoder) % len(FILLS)]
+    return {"color": style.colour, "marker": style.marker, "fillstyle": fill}
 
 
 def _draw_dice(
@@ -101,6 +110,7 @@ def _draw_dice(
         ylabel=f"{kind} (points: seeds, bars: mean)",
     )
     axis.set_xlim(-0.5, len(labels) - 0.5)
+    _widen(axis, LEAST_SPAN)
     _plain(axis)
 
 
@@ -140,7 +150,7 @@ def _draw_differences(
             markersize=5,
             **_style(_names(rows), name),
         )
-    axis.axhline(0, color="#999999", linewidth=0.8)
+    axis.axhline(0, color=SOFT, linewidth=0.8)
     axis.set(
         xticks=range(len(labels)),
         xticklabels=labels,
@@ -150,10 +160,19 @@ def _draw_differences(
     axis.set_xlim(-0.5, len(labels) - 0.5)
     if not pairs:
         axis.text(0.5, 0.6, "no pairs yet", transform=axis.transAxes, ha="center")
+    _widen(axis, LEAST_SPAN)
     _plain(axis)
+
+
+def _widen(axis: Any, least_span: float) -> None:
+    """Let the value axis span at least so much, around what is drawn."""
+    low, high = axis.get_ylim()
+    missing = least_span - (high - low)
+    if missing > 0:
+        axis.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _plain(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)

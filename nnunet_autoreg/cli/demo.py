@@ -18,6 +18,7 @@ from nnunet_autoreg.cli.common import command, prepare_torch, print_next
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.records import atomic_path, read_json, write_json
+from nnunet_autoreg.report.palette import STRUCTURES
 
 DATASET, DATASET_ID = "Dataset901_Phantom", "901"
 NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 8, 4
@@ -199,7 +200,6 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
 
     figure = Figure(figsize=(10, 3.0 * len(scans) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = ["#e69f00", "#56b4e9", "#009e73"]
     for row, scan in zip(figure.subplots(len(scans), len(columns)), scans, strict=True):
         voxels = GetArrayFromImage(ReadImage(str(scan)))  # (Z, Y, X)
         # A little above the middle slice, where all organs are cut.
@@ -208,14 +208,20 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
             label_map = ReadImage(str(folder / scan.name.replace("_0000", "")))
             labels = GetArrayFromImage(label_map)[middle]  # (Y, X)
             axis.imshow(voxels[middle], cmap="gray", vmin=-160, vmax=240)
-            for label, colour in zip(range(1, len(LABELS)), colours, strict=True):
+            for label, style in zip(range(1, len(LABELS)), STRUCTURES, strict=True):
                 if (labels == label).any():
-                    axis.contour(labels == label, levels=[0.5], colors=colour, linewidths=1.5)
+                    axis.contour(
+                        labels == label,
+                        levels=[0.5],
+                        colors=style.colour,
+                        linestyles=[style.dash],
+                        linewidths=1.5,
+                    )
             axis.set(xticks=[], yticks=[], title=title if scan == scans[0] else "")
 
     handles = [
-        Line2D([], [], color=colour, label=name)
-        for colour, name in zip(colours, list(LABELS)[1:], strict=True)
+        Line2D([], [], label=name, **style.line())
+        for style, name in zip(STRUCTURES, list(LABELS)[1:], strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     with atomic_path(demo.folder / "demo.png") as temporary:

@@ -17,6 +17,7 @@ from nnunet_autoreg.detection.geometry import Frame
 from nnunet_autoreg.detection.instances import ObjectClass
 from nnunet_autoreg.detection.matching import ScanBoxes, match_scan, overlaps
 from nnunet_autoreg.records import atomic_path, to_cell
+from nnunet_autoreg.report.palette import BLACK, BOXES, SERIES, SOFT, WHITE, Style
 
 COLUMNS = (
     "scan",
@@ -32,8 +33,19 @@ COLUMNS = (
     "y1",
     "x1",
 )
-TRUE, HIT, FALSE, OTHER = "limegreen", "deepskyblue", "tomato", "0.7"
+STYLE_OF_OUTCOME = {"hit": "found", "false": "false"}
+"""Outcome of a detection -> name of its style; all others do not count."""
+
+BOX_LABELS = {
+    "true": "true object",
+    "found": "detection that finds an object",
+    "false": "false detection",
+    "ignored": "does not count",
+}
 MOST_SCANS, SLICES = 4, 3
+SLICE_INCHES = 4.2
+LABEL_SIZE = 9
+"""Of the text beside a box, in points."""
 LEAST_FP, MOST_FP = 0.05, 16.0
 IGNORED = "excused"
 """What the table calls a detection that is neither a hit nor false."""
@@ -50,6 +62,19 @@ class Background:
     array_ZYX: NDArray[Any]  # noqa: N815
     flip_y: bool = False
     flip_x: bool = False
+
+
+@dataclass(frozen=True)
+class BoxLabel:
+    """Hold the text beside a box, and whether it stands below the box rather than above.
+
+    So hits and false ones on the same object stay readable.
+    """
+
+    box: NDArray[np.float64]
+    text: str
+    style: Style
+    is_below: bool
 
 
 def background(array_ZYX: NDArray[Any], frame: Frame | None) -> Background:
@@ -141,9 +166,10 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
     figure = _figure((7.4, 5.2))
     axis = figure.subplots()
     froc = results["froc"]
-    for name, curve in froc["curve"].items():
+    for number, (name, curve) in enumerate(froc["curve"].items()):
         if name in results["absent_classes"]:
             continue
+        style = SERIES[number % len(SERIES)]
         # 0 false positives have no place on a logarithmic axis.
         x = np.clip(np.array(curve["fp_per_scan"]), LEAST_FP, None)
         # The last point holds for any larger number of false positives, because the detector has no
@@ -152,7 +178,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
             [*x, MOST_FP],
             [*curve["sensitivity"], curve["sensitivity"][-1]],
             where="post",
-            linewidth=1.3,
+            **style.line(),
             label=f"{name}, {results['classes'][name]['objects']} objects",
         )
 
@@ -180,7 +206,8 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
     )
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, loc="lower right")
+        # Below the axes, where no curve can lie behind it.
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     _save(figure, picture, 110)
 
 
@@ -215,18 +242,39 @@ def draw_scans(
         least_scores: by class; detections below are not drawn.
     """
     shown = pick_scans([scan for scan in scans if scan.name in backgrounds])
-    figure = _figure((3.4 * SLICES, 3.5 * max(1, len(shown)) + 0.6))
+    figure = _figure((SLICE_INCHES * SLICES, (SLICE_INCHES + 0.2) * max(1, len(shown)) + 0.9))
     axes = figure.subplots(max(1, len(shown)), SLICES, squeeze=False)
     for row, scan in zip(axes, shown, strict=False):
         on = backgrounds[scan.name]
         for axis, z in zip(row, pick_slices(scan, on.array_ZYX.shape[0]), strict=True):
             _draw_slice(axis, scan, on, z, classes, settings, least_scores)
     figure.suptitle(
-        f"green: true, blue: found (hit rule {settings.hit}), red: false, grey: does not count; "
-        "the score is beside the box",
-        fontsize=10,
+        f"Detections with class and score, hit rule {settings.hit}; scores below the threshold of "
+        "about 1 false detection per scan are left out",
+        fontsize=11,
     )
-    _save(figure, picture, 100)
+    _draw_legend(figure)
+    _save(figure, picture, 110)
+
+
+def _draw_legend(figure: Any) -> None:
+    """Explain the boxes below the slices, on grey as on an image."""
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], label=label, path_effects=_halo(), **BOXES[name].line())
+        for name, label in BOX_LABELS.items()
+    ]
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=len(lines),
+        fontsize=11,
+        handlelength=3.2,
+        facecolor=SOFT,
+        labelcolor=WHITE,
+        framealpha=1,
+    )
 
 
 def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
@@ -298,57 +346,101 @@ def _draw_slice(
     ylim = (0, height) if on.flip_y else (height, 0)
     axis.set(xlim=xlim, ylim=ylim)
 
+    labels: list[BoxLabel] = []
     for class_index, kind in enumerate(classes):
         of_found, of_true = outcomes(scan, class_index, settings)
         for g, outcome in of_true.items():
-            colour = OTHER if outcome == "ignored" else TRUE
-            _draw_box(axis, scan.true_boxes_G6[g], z, colour, "", 2.6)
+            style = BOXES["ignored" if outcome == "ignored" else "true"]
+            _draw_box(axis, scan.true_boxes_G6[g], z, style)
         for d, outcome in of_found.items():
             score = scan.scores_D[d]
             if score >= least_scores[class_index]:
-                colour = {"hit": HIT, "false": FALSE}.get(outcome, OTHER)
-                text = f"{kind.name} {score:.2f}"
-                is_below = outcome != "hit"
-                _draw_box(axis, scan.boxes_D6[d], z, colour, text, 1.2, is_below)
-    axis.set_title(f"{scan.name}, z {z}", fontsize=8)
+                style = BOXES[STYLE_OF_OUTCOME.get(outcome, "ignored")]
+                if _draw_box(axis, scan.boxes_D6[d], z, style):
+                    text = f"{kind.name} {score:.2f}"
+                    labels.append(BoxLabel(scan.boxes_D6[d], text, style, outcome != "hit"))
+
+    # The image fills the axis in one direction.
+    longer_side = max(width, height * y_mm / x_mm)
+    _draw_labels(axis, labels, 72 * SLICE_INCHES / longer_side, y_mm / x_mm)
+    axis.set_title(f"{scan.name}, slice {z + 1} of {len(on.array_ZYX)}", fontsize=10)
     axis.axis("off")
 
 
-def _draw_box(
-    axis: Any,
-    box: NDArray[np.float64],
-    z: int,
-    colour: str,
-    text: str,
-    width: float,
-    is_below: bool = False,
-) -> None:
-    """Draw a box where it crosses slice ``z``, with its text above or below it.
-
-    So hits and false ones on the same object stay readable.
-    """
+def _draw_box(axis: Any, box: NDArray[np.float64], z: int, style: Style) -> bool:
+    """Draw a box where it crosses slice ``z``; return whether it does."""
     from matplotlib.patches import Rectangle
 
     z0, y0, x0, z1, y1, x1 = box
     # The slice is where the centres of its voxels are.
     if not z0 <= z + 0.5 < z1:
-        return
-    rectangle = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width)
+        return False
+
+    rectangle = Rectangle(
+        (x0, y0),
+        x1 - x0,
+        y1 - y0,
+        fill=False,
+        edgecolor=style.colour,
+        linestyle=style.dash,
+        linewidth=style.width,
+        path_effects=_halo(),
+    )
     axis.add_patch(rectangle)
-    if text:
+    return True
+
+
+def _draw_labels(
+    axis: Any, labels: Sequence[BoxLabel], points_per_voxel: float, stretch: float
+) -> None:
+    """Write the text of every box above or below it, moved away where it would cover another.
+
+    Args:
+        stretch: height of a voxel, divided by its width.
+    """
+    line_height = 1.5 * LABEL_SIZE
+    # Left, right and lower edge of texts that are written already, in points.
+    taken: list[tuple[float, float, float]] = []
+
+    for label in labels:
+        _, y0, x0, _, y1, x1 = label.box
         left = x1 if axis.xaxis_inverted() else x0
-        foot = y1 if axis.yaxis_inverted() == is_below else y0
+        foot = y1 if axis.yaxis_inverted() == label.is_below else y0
+
+        # In points, to the right and upwards.
+        x_side, y_side = (-1 if axis.xaxis_inverted() else 1, -1 if axis.yaxis_inverted() else 1)
+        start = left * points_per_voxel * x_side
+        stop = start + 0.62 * LABEL_SIZE * len(label.text)
+        height = foot * points_per_voxel * stretch * y_side
+        away = -line_height if label.is_below else line_height
+        lower_edge = height - line_height if label.is_below else height
+
+        moved = 0.0
+        while any(
+            start < right and stop > other and abs(lower_edge + moved - edge) < line_height
+            for other, right, edge in taken
+        ):
+            moved += away / 2
+        taken.append((start, stop, lower_edge + moved))
+
         axis.annotate(
-            text,
+            label.text,
             (left, foot),
-            (0, -3 if is_below else 3),
+            (0, moved + (-3 if label.is_below else 3)),
             textcoords="offset points",
-            va="top" if is_below else "bottom",
-            color=colour,
-            fontsize=8,
+            va="top" if label.is_below else "bottom",
+            color=label.style.colour,
+            fontsize=LABEL_SIZE,
             annotation_clip=True,
-            bbox={"color": "black", "alpha": 0.75, "pad": 0.4},
+            bbox={"color": BLACK, "alpha": 0.8, "pad": 0.8},
         )
+
+
+def _halo() -> list[Any]:
+    """Return a dark edge around lines, so that they show on bright voxels too."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    return [Stroke(linewidth=4.2, foreground=BLACK, alpha=0.55), Normal()]
 
 
 def _figure(size: tuple[float, float]) -> Any:

@@ -24,6 +24,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.preprocessing import store_groups
 from nnunet_autoreg.pretrain.sampling_pool import PLACES_NAME, read_places
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report.palette import CROP, GIVEN, GRID, INK, PREDICTED, SOFT, Style
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.blocks import block_ids
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
@@ -47,13 +48,12 @@ LIKENESS_SCANS = 2
 STRIP = 13
 """Blocks in the strip below each sequence, around the first that has to be predicted."""
 
-GIVEN, PREDICTED = "#35b779", "#e8743b"
 PANEL_INCH = {"one image": 4.6, "several images": 5.2}
 TITLES = {
     "spatial": "One crop of one scan",
-    "strided": "Overlapping sub-volumes of one crop, one after another",
-    "contrast": "One place in several contrasts of one patient",
-    "semantic": "One structure in several patients",
+    "strided": "Overlapping parts of one crop, one after another",
+    "contrast": "The same region in several contrasts of one patient",
+    "semantic": "The same structure in several patients",
 }
 
 
@@ -223,7 +223,7 @@ def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> i
 
     def contrast(prefix: int) -> float:
         slice_YX, _ = _middle_slice(plan, sample, indices.shape, position[prefix])
-        return float(slice_YX.std())
+        return float(np.nan_to_num(slice_YX).std())
 
     return max(range(low, min(high, total)), key=contrast, default=1)
 
@@ -255,21 +255,23 @@ def draw_picture(
     parts: Any = figure.subfigures(len(sequences) + 1, 1, height_ratios=[1.4, *heights])
     head, *panels = parts
 
-    title = f"What the network is given and has to predict - run '{plan.name}'"
+    title = f"What the network sees and what it has to predict: run '{plan.name}'"
     head.text(0.01, 0.93, title, fontsize=16, weight="bold", va="top")
     moves = []
     if plan.sequence.flip:
         moves.append("flipped")
     if plan.sequence.swap_axes:
         moves.append("transposed")
+    training = f"During training they are {' and '.join(moves)} at random." if moves else ""
     explanation = (
-        "It sees the green blocks and predicts the orange ones in the order of the numbers; each "
-        "block is visible after it was predicted.\n"
-        "Hatched: there is no image, and nothing is predicted. Crops are pictured the usual way "
-        f"round; in training they are {' and '.join(moves) or 'taken'} at random. "
-        f"Order '{plan.sequence.order}', predictor '{plan.sequence.predictor}'."
+        "A crop is cut into blocks. The network sees the blocks with a solid blue frame. It has to "
+        "predict those with a dashed orange frame, in the order of the numbers.\n"
+        "When it predicts a block, it sees the true content of all blocks with smaller numbers. "
+        "Hatched: outside the scan; nothing is predicted there.\n"
+        f"Crops are shown as radiologists view them. {training} "
+        f"(order: {plan.sequence.order}, predictor: {plan.sequence.predictor})"
     )
-    head.text(0.01, 0.58, explanation, fontsize=11.5, va="top")
+    head.text(0.01, 0.62, explanation, fontsize=11.5, va="top")
 
     for panel, one in zip(panels, sequences, strict=True):
         _draw_panel(panel, plan, one, names)
@@ -284,9 +286,9 @@ def _draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path,
     num_predicted = int(sample.order_index.max()) + 1 - sample.prefix
     title = TITLES[shown.kind]
     if shown.subject.startswith(ALIKE):
-        title = "Places that look alike in several patients"
+        title = "Regions that look alike in several patients"
     panel.suptitle(
-        f"{title}:  {source}   ({num_given} blocks given, {num_predicted} to predict)",
+        f"{title}:  {source}   ({num_given} blocks are seen, {num_predicted} predicted)",
         x=0.01,
         ha="left",
         fontsize=13,
@@ -313,9 +315,9 @@ def _views(
     sample, shown = one.sample, one.shown
     side_z = plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
     num_layers = sample.voxels.shape[2] // side_z
-    title = "where it lies in the scan"
+    title = "the crop in the whole scan"
     if one.has_several_images:
-        title = "where it lies" if shown.kind == "contrast" else "where it lies in the first"
+        title = "the crop in the " + ("scan" if shown.kind == "contrast" else "first scan")
     views: list[tuple[str, Callable[[Any], None]]] = [
         (title, partial(_draw_context, case=shown.cases[0], one=one, plan=plan))
     ]
@@ -325,7 +327,7 @@ def _views(
         layers = np.unique(np.linspace(0, num_layers - 1, num_shown).round().astype(int)).tolist()
         for layer in layers:
             draw = partial(_draw_layer, plan=plan, sample=sample, member=0, layer=layer)
-            views.append((f"layer {layer + 1} of {num_layers}", draw))
+            views.append((f"layer of blocks {layer + 1} of {num_layers}", draw))
         return views
 
     for member in range(len(sample.voxels)):
@@ -356,8 +358,21 @@ def _block_side(plan: Plan) -> list[int]:
     return [t * b for t, b in zip(token, block, strict=True)]
 
 
+def _style_of(sample: Sample, index: int) -> Style:
+    """Return how a block is outlined, given its index in the sequence."""
+    return GIVEN if index < sample.prefix else PREDICTED
+
+
+def _draw_padding(axis: Any, left: float, top: float, width: float, height: float) -> None:
+    """Hatch an area, below everything else: what stays visible of it lies outside the scan."""
+    from matplotlib.patches import Rectangle
+
+    look = {"facecolor": GRID, "edgecolor": SOFT, "hatch": "////", "linewidth": 0, "zorder": -1}
+    axis.add_patch(Rectangle((left, top), width, height, **look))
+
+
 def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: int) -> None:
-    """Draw the middle slice of one layer of blocks: outlines by colour, numbers by order."""
+    """Draw the middle slice of one layer of blocks, with frames and numbers."""
     from matplotlib import patheffects
     from matplotlib.patches import Rectangle
 
@@ -367,48 +382,43 @@ def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: in
     z = layer * side_z + _fullest_slice(sample.valid_mask[member, in_layer])
     valid_YX = sample.valid_mask[member, z]
     slice_YX = np.where(valid_YX, sample.voxels[member, 0, z], np.nan)
+    height, width = slice_YX.shape
+    _draw_padding(axis, -0.5, -0.5, width, height)
     axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=_aspect(plan))
-    axis.set_facecolor("#dddddd")
 
     indices_YX = block_indices(plan, sample)[member, layer]
     # At most six numbers in a row can be read.
     every = -(-indices_YX.shape[1] // 6)
-    outline = [patheffects.withStroke(linewidth=1.8, foreground="black")]
+    halo = [patheffects.withStroke(linewidth=1.8, foreground=INK)]
     for y, x in np.ndindex(*indices_YX.shape):
         index = int(indices_YX[y, x])
         rows, columns = slice(y * side_y, (y + 1) * side_y), slice(x * side_x, (x + 1) * side_x)
-        is_empty = not valid_YX[rows, columns].any()
-        colour = GIVEN if index < sample.prefix else PREDICTED
-        corner = (x * side_x - 0.5, y * side_y - 0.5)
-        tint = Rectangle(
-            corner,
-            side_x,
-            side_y,
-            facecolor="none" if is_empty else colour,
-            alpha=0.09,
-            linewidth=0,
+        if not valid_YX[rows, columns].any():
+            continue
+
+        # Frames lie inside their blocks, so that neighbours do not cover each other.
+        style = _style_of(sample, index)
+        left, top = x * side_x - 0.5, y * side_y - 0.5
+        frame = Rectangle(
+            (left + 0.03 * side_x, top + 0.03 * side_y),
+            0.94 * side_x,
+            0.94 * side_y,
+            fill=False,
+            edgecolor=style.colour,
+            linestyle=style.dash,
+            linewidth=1.0,
         )
-        border = Rectangle(
-            corner,
-            side_x,
-            side_y,
-            facecolor="none",
-            edgecolor="#bbbbbb" if is_empty else colour,
-            linewidth=0.6,
-            hatch="///" if is_empty else None,
-        )
-        axis.add_patch(tint)
-        axis.add_patch(border)
-        if not is_empty and x % every == 0:
+        axis.add_patch(frame)
+        if x % every == 0:
             axis.text(
-                corner[0] + 0.06 * side_x,
-                corner[1] + 0.1 * side_y,
+                left + 0.08 * side_x,
+                top + 0.1 * side_y,
                 str(index + 1),
-                color=colour,
+                color=style.colour,
                 fontsize=8,
                 va="top",
                 weight="bold",
-                path_effects=outline,
+                path_effects=halo,
             )
 
 
@@ -426,8 +436,9 @@ def _draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan
     axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), aspect=aspect)
 
     corner = (start[2] - 0.5, start[1] - 0.5)
-    frame = Rectangle(corner, size[2], size[1], fill=False, edgecolor="#ffd92f", linewidth=2)
+    frame = Rectangle(corner, size[2], size[1], fill=False, edgecolor=CROP.colour, linewidth=2)
     axis.add_patch(frame)
+    _draw_padding(axis, corner[0], corner[1], size[2], size[1])
 
     # The crop may reach beyond the scan.
     limits = []
@@ -469,23 +480,26 @@ def _draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
         position = filled[number]
         slice_YX, _ = _middle_slice(plan, sample, indices.shape, position)
         low, high = _grey_range(sample, position // int(np.prod(indices.shape[1:])))
+        height, width = slice_YX.shape
+        _draw_padding(axis, -0.5, -0.5, width, height)
         axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=_aspect(plan))
+
         index = int(flat_indices[position])
-        colour = GIVEN if index < sample.prefix else PREDICTED
+        style = _style_of(sample, index)
         for spine in axis.spines.values():
-            spine.set(edgecolor=colour, linewidth=3)
+            spine.set(edgecolor=style.colour, linestyle=style.dash, linewidth=3)
         axis.set(xticks=[], yticks=[])
-        label = {num_given - 1: "last given", num_given: "first to predict"}.get(number, "")
-        axis.set_xlabel(f"{index + 1}\n{label}", fontsize=9, color=colour)
+        label = {num_given - 1: "last seen", num_given: "first predicted"}.get(number, "")
+        axis.set_xlabel(f"{index + 1}\n{label}", fontsize=9, color=INK)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel("in order:", fontsize=10)
+    axes[0].set_ylabel("in order", fontsize=10)
 
 
 def _middle_slice(
     plan: Plan, sample: Sample, shape: Sequence[int], position: int
 ) -> tuple[NDArray[np.float32], bool]:
-    """Return the middle slice of one block, and whether it holds any image.
+    """Return the middle slice of one block, NaN outside the scan, and whether it holds any image.
 
     Args:
         shape: of the blocks, (members, Z, Y, X).
@@ -494,7 +508,7 @@ def _middle_slice(
     member, *cell = (int(i) for i in np.unravel_index(position, shape))
     z, y, x = (slice(c * n, (c + 1) * n) for c, n in zip(cell, _block_side(plan), strict=True))
     valid_ZYX = sample.valid_mask[member, z, y, x]
-    block_ZYX = np.where(valid_ZYX, sample.voxels[member, 0, z, y, x], 0)
+    block_ZYX = np.where(valid_ZYX, sample.voxels[member, 0, z, y, x], np.nan)
     return block_ZYX[_fullest_slice(valid_ZYX)], bool(valid_ZYX.any())
 
 

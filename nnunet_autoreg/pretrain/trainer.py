@@ -269,7 +269,7 @@ class Trainer:
         self.require_folder()
         with phase("drawing the report"):
             if self.world.is_main:
-                draw_progress(metrics.path, self.folder / "progress.png")
+                draw_progress(metrics.path, self.folder / "progress.png", self.plan)
             self.after_checkpoint()
 
     def _line_if_forced(self) -> str:

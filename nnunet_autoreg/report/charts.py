@@ -17,34 +17,35 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report import palette
 from nnunet_autoreg.report.metrics import read_lines
 
 Points = Sequence[tuple[float, float]]
 Series = Mapping[str, Points]
 
 MAX_POINTS = 240
-FAR_ABOVE = 1.2
+NUM_MARKED = 12
+"""Curves of at most so many points have a marker at each of them, longer ones at the last."""
+
+FAR_ABOVE = 2.0
 """A baseline this many times above all other curves would flatten them, and is not drawn."""
 
 # Inches. At matplotlib's 72 points an inch this is 460 x 260 units, about the pixels on the page,
 # so that a font size in points is one in pixels.
 CHART_SIZE = (6.39, 3.61)
-AXES_BOX = (0.115, 0.14, 0.865, 0.735)
+# On both sides there is room for half a number of the step axis.
+AXES_BOX = (0.115, 0.14, 0.825, 0.735)
 FONT_SIZE = 12
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
-# has other values for a dark page. People with any colour vision tell them apart.
+# has other values for a dark page.
 COLOURS = {
-    "main": "#c2410c",
-    "second": "#0072b2",
-    "base": "#59636f",
-    "base2": "#8a6d00",
-    "soft": "#59636e",
-    "line": "#d5dae0",
+    **{look: style.colour for look, style in palette.CURVES.items()},
+    "soft": palette.SOFT,
+    "line": palette.GRID,
 }
-LINE_STYLES = {"main": "-", "second": "-", "base": "--", "base2": ":"}
-LINE_WIDTHS = {"main": 2.4, "second": 1.5, "base": 1.8, "base2": 1.8}
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Curve:
 
     Attributes:
         points: (step, value), by step.
-        look: main, second, base or base2; colour, width and dashes follow from it.
+        look: main, second, base or base2; colour, width, dashes and marker follow from it.
+        is_level: it does not depend on training: its last value is drawn from edge to edge.
     """
 
     label: str
     points: Points
     look: str = "main"
+    is_level: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Chart:
     Attributes:
         note: a sentence below the chart.
         is_logarithmic: the value axis is logarithmic where all values are greater than 0.
+        highest: the value axis goes from 0 to at least this value, so that noise does not fill it.
+        num_steps: the step axis goes from 0 to at least this step.
     """
 
     title: str
@@ -75,6 +80,8 @@ class Chart:
     curves: Sequence[Curve] = ()
     note: str = ""
     is_logarithmic: bool = False
+    highest: float = 0.0
+    num_steps: int = 0
 
 
 # Metrics that have a chart of their own, in the order of the page.
@@ -83,7 +90,7 @@ LEARNING_CHARTS = {
     "gradient_norm": Chart("Gradient norm", "before clipping", is_logarithmic=True),
     "step_time": Chart("Time per step", "s"),
     "tokens_per_second": Chart("Speed", "tokens per second"),
-    "data_wait": Chart("Waiting for data", "share of time"),
+    "data_wait": Chart("Waiting for data", "share of time", highest=1.0),
 }
 HEALTH_CHARTS = {
     "token_variance": Chart(
@@ -91,25 +98,31 @@ HEALTH_CHARTS = {
         "share",
         note="How much of the features depends on the image rather than on the position. "
         "A value near 0 means that the features have collapsed.",
+        highest=1.0,
     ),
     "effective_rank": Chart(
         "Effective rank",
         "directions",
         note="Over how many directions the features spread. "
         "A value near 1 means that the features have collapsed.",
+        highest=10.0,
     ),
-    "skipped_steps": Chart("Skipped steps", "steps"),
+    "skipped_steps": Chart("Skipped steps", "steps", highest=10.0),
 }
+COLLAPSE_LIMITS = {"token_variance": "min_token_variance", "effective_rank": "min_effective_rank"}
+"""Health metric -> field of the run's plan: values below it count as collapsed."""
+
+# Metric -> label, look, and whether it is a level that does not depend on training.
 ERROR_CURVES = {
-    "heldout_error": ("validation", "main"),
-    "train_error": ("training", "second"),
-    "heldout_mean": ("mean", "base2"),
-    "heldout_copy": ("copy", "base"),
+    "heldout_error": ("validation", "main", False),
+    "train_error": ("training", "second", False),
+    "heldout_mean": ("mean", "base2", True),
+    "heldout_copy": ("copy", "base", True),
 }
 PROBE_CURVES = {
-    "probe_features": ("features", "main"),
-    "probe_voxels": ("voxels", "base"),
-    "probe_chance": ("chance", "base2"),
+    "probe_features": ("features", "main", False),
+    "probe_voxels": ("voxels", "base", True),
+    "probe_chance": ("chance", "base2", True),
 }
 KIND_PREFIX = "heldout_error_"
 """The validation error of one kind of sequences is logged as this prefix and the kind's name."""
@@ -128,20 +141,23 @@ def read_series(metrics: Path) -> Series:
     return series
 
 
-def learning_charts(series: Series) -> list[Chart]:
-    """Return the charts of the error, the learning rate, and the speed."""
+def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
+    """Return the charts of the error, the learning rate, and the speed.
+
+    Args:
+        plan: sets the length of the step axis.
+    """
     by_kind = []
     names = [name for name in series if name.startswith(KIND_PREFIX)]
-    for name, look in zip(names, LINE_STYLES, strict=False):
+    for name, look in zip(names, palette.CURVES, strict=False):
         by_kind.append(Curve(name.removeprefix(KIND_PREFIX), series[name], look))
 
-    return _drawable(
-        [
-            error_chart(series),
-            Chart("Validation error by kind of sequences", "per voxel", by_kind),
-            *_single_charts(LEARNING_CHARTS, series),
-        ]
-    )
+    charts = [
+        error_chart(series),
+        Chart("Validation error by kind of sequences", "per voxel", by_kind, highest=1.0),
+        *_single_charts(LEARNING_CHARTS, series, plan),
+    ]
+    return _drawable(charts, plan)
 
 
 def error_chart(series: Series) -> Chart:
@@ -162,17 +178,22 @@ def error_chart(series: Series) -> Chart:
         else:
             notes.append("Dashed: copying the previous block.")
 
-    return Chart("Next-block error", "per voxel", curves, " ".join(notes))
+    return Chart("Next-block error", "per voxel", curves, " ".join(notes), highest=1.0)
 
 
-def health_charts(series: Series) -> list[Chart]:
-    """Return the charts of the features' health, the probe, and every metric that has no other."""
+def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
+    """Return the charts of the features' health, the probe, and every metric that has no other.
+
+    Args:
+        plan: sets the length of the step axis, and below which values features are collapsed.
+    """
     probe = Chart(
         "Frozen probe on labels",
         "balanced accuracy, other subjects",
         _curves(PROBE_CURVES, series),
         "A linear classifier on the frozen features, compared with the same classifier on raw "
         "voxels.",
+        highest=1.0,
     )
 
     known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
@@ -180,32 +201,38 @@ def health_charts(series: Series) -> list[Chart]:
     for name in sorted(set(series) - known):
         if not name.startswith(KIND_PREFIX):
             title = name.replace("_", " ").capitalize()
-            others.append(
-                Chart(title, "from metrics.jsonl", [Curve("now", series[name], "second")])
-            )
+            curve = Curve("now", series[name], "second")
+            others.append(Chart(title, "from metrics.jsonl", [curve]))
 
-    return _drawable([*_single_charts(HEALTH_CHARTS, series), probe, *others])
+    charts = [*_single_charts(HEALTH_CHARTS, series, plan), probe, *others]
+    return _drawable(charts, plan)
 
 
-def _single_charts(charts: Mapping[str, Chart], series: Series) -> list[Chart]:
+def _single_charts(charts: Mapping[str, Chart], series: Series, plan: Plan | None) -> list[Chart]:
     """Return the charts of one curve each, filled with the metrics of their names."""
-    return [
-        replace(chart, curves=[Curve("now", series.get(name, ()), "second")])
-        for name, chart in charts.items()
-    ]
+    filled = []
+    for name, chart in charts.items():
+        points = series.get(name, ())
+        curves = [Curve("now", points, "second")]
+        if points and plan is not None and name in COLLAPSE_LIMITS:
+            limit = getattr(plan.run, COLLAPSE_LIMITS[name])
+            curves.append(Curve("collapsed below", [(0.0, limit)], "base", is_level=True))
+        filled.append(replace(chart, curves=curves))
+    return filled
 
 
-def _curves(wanted: Mapping[str, tuple[str, str]], series: Series) -> list[Curve]:
+def _curves(wanted: Mapping[str, tuple[str, str, bool]], series: Series) -> list[Curve]:
     """Return the curves of a chart whose metrics were logged."""
     return [
-        Curve(label, series[name], look)
-        for name, (label, look) in wanted.items()
+        Curve(label, series[name], look, is_level)
+        for name, (label, look, is_level) in wanted.items()
         if series.get(name)
     ]
 
 
-def _drawable(charts: Sequence[Chart]) -> list[Chart]:
+def _drawable(charts: Sequence[Chart], plan: Plan | None) -> list[Chart]:
     """Return the charts that have finite points, with at most MAX_POINTS of them a curve."""
+    num_steps = 0 if plan is None else plan.optim.num_steps
     drawable = []
     for chart in charts:
         curves = []
@@ -215,7 +242,7 @@ def _drawable(charts: Sequence[Chart]) -> list[Chart]:
                 curves.append(replace(curve, points=thinned(finite)))
 
         if curves:
-            drawable.append(replace(chart, curves=curves))
+            drawable.append(replace(chart, curves=curves, num_steps=num_steps))
 
     return drawable
 
@@ -238,25 +265,31 @@ def thinned(points: Points, max_points: int = MAX_POINTS) -> Points:
 
 def draw(axis: Any, chart: Chart) -> None:
     """Draw the chart's curves, grid and legend into a matplotlib axis."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     round_steps = (1, 2, 2.5, 5, 10)
+    last_step = max(step for curve in chart.curves for step, _ in curve.points)
+    last_step = max(last_step, chart.num_steps, 1)
 
     for curve in chart.curves:
+        style = palette.CURVES[curve.look]
         steps, values = zip(*curve.points, strict=True)
+        label = f"{curve.label} {_number(values[-1])}"
+        if curve.is_level:
+            level = [values[-1]] * 2
+            axis.plot([0, last_step], level, label=label, clip_on=False, **style.line())
+            continue
+
         axis.plot(
             steps,
             values,
-            label=f"{curve.label} {_number(values[-1])}",
-            color=COLOURS[curve.look],
-            linestyle=LINE_STYLES[curve.look],
-            linewidth=LINE_WIDTHS[curve.look],
-            marker="o",
+            label=label,
+            marker=style.marker,
             markersize=5,
-            # Only the last point has a marker.
-            markevery=[len(values) - 1],
+            markevery=1 if len(values) <= NUM_MARKED else [len(values) - 1],
             # A clip path would need an id, and ids are shared by all charts of a page.
             clip_on=False,
+            **style.line(),
         )
 
     heights = [value for curve in chart.curves for _, value in curve.points]
@@ -268,16 +301,19 @@ def draw(axis: Any, chart: Chart) -> None:
         axis.yaxis.set_major_locator(LogLocator(numticks=6))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
+        # From 0, so that a small change looks small.
+        axis.set_ylim(min(0.0, *heights), max(chart.highest, 1.1 * max(heights)) or 1.0)
         axis.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))
 
     # Fractions of a step would only be confusing.
+    axis.set_xlim(0, last_step)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=round_steps))
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
 
-    axis.grid(axis="y", color=COLOURS["line"], clip_on=False)
+    axis.grid(axis="y", color=palette.GRID, clip_on=False)
     axis.spines[:].set_visible(False)
-    axis.tick_params(length=0, labelcolor=COLOURS["soft"], labelsize=FONT_SIZE)
+    axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
     legend = axis.legend(
         loc="lower left",
         bbox_to_anchor=(-0.1, 1.0),
@@ -285,12 +321,29 @@ def draw(axis: Any, chart: Chart) -> None:
         frameon=False,
         fontsize=FONT_SIZE,
         borderaxespad=0,
-        handlelength=1.2,
+        # Long enough that dashes and dots differ.
+        handlelength=1.9,
         handletextpad=0.4,
         columnspacing=0.8,
     )
-    for text, curve in zip(legend.get_texts(), chart.curves, strict=True):
-        text.set_color(COLOURS[curve.look])
+    for text in legend.get_texts():
+        text.set_color(palette.SOFT)
+
+
+def short_number(value: float) -> str:
+    """Return the number of a tick in at most six characters: "0.25", "2.5e-5", "120k", "2.5M"."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            divisor = 1e3 if suffix == "k" else size
+            return f"{value / divisor:.4g}{suffix}"
+
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    plain = f"{value:.6g}"
+    if len(plain) <= 6:
+        return plain
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _number(value: float) -> str:
@@ -328,7 +381,7 @@ def svg(chart: Chart) -> str:
         figure = Figure(figsize=CHART_SIZE)
         axis = figure.add_axes(AXES_BOX)
         draw(axis, chart)
-        axis.set_xlabel("step", color=COLOURS["soft"], fontsize=FONT_SIZE, labelpad=1)
+        axis.set_xlabel("step", color=palette.SOFT, fontsize=FONT_SIZE, labelpad=1)
 
         # No metadata: the page is the same for the same metrics.
         written = io.StringIO()
@@ -385,12 +438,16 @@ def _short_numbers(value: str) -> str:
     return " ".join(rounded.replace(".0 ", " ").split())
 
 
-def draw_progress(metrics: Path, picture: Path) -> None:
-    """Draw all charts of a ``metrics.jsonl`` into one PNG, two beside each other."""
+def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> None:
+    """Draw all charts of a ``metrics.jsonl`` into one PNG, two beside each other.
+
+    Args:
+        plan: of the run, which sets the length of the step axis.
+    """
     from matplotlib.figure import Figure
 
     series = read_series(metrics)
-    charts = [*learning_charts(series), *health_charts(series)]
+    charts = [*learning_charts(series, plan), *health_charts(series, plan)]
     num_rows = max(1, -(-len(charts) // 2))
     width, height = CHART_SIZE
     figure = Figure(figsize=(2 * width, 1.15 * height * num_rows), layout="constrained")
@@ -402,7 +459,7 @@ def draw_progress(metrics: Path, picture: Path) -> None:
         unit = f" ({chart.unit})" if chart.unit else ""
         axis.set_title(f"{chart.title}{unit}", loc="left", pad=24)
         note = textwrap.fill(chart.note, 78)
-        axis.set_xlabel(f"step\n{note}" if note else "step", color=COLOURS["soft"])
+        axis.set_xlabel(f"step\n{note}" if note else "step", color=palette.SOFT)
 
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=80)

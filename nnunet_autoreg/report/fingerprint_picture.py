@@ -20,17 +20,8 @@ from nnunet_autoreg.geometry import size_text, volume
 from nnunet_autoreg.nnunet_api import resampled_shape
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report.palette import BLACK, GRID, SERIES, SOFT, Style
 
-COLOURS = (
-    "tab:blue",
-    "tab:orange",
-    "tab:green",
-    "tab:red",
-    "tab:purple",
-    "tab:brown",
-    "tab:pink",
-    "tab:gray",
-)
 MAX_PANELS, MAX_GROUPS, MAX_LINES = 4, 8, 200
 LOGARITHMIC_FROM = 100
 """Intensities get a logarithmic axis if scans differ by this factor, as MR scans may."""
@@ -68,11 +59,12 @@ def draw_fingerprint(
         "after cropping and resampling",
         fontsize=13,
     )
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(fingerprint.modalities)}
+    modalities = enumerate(fingerprint.modalities)
+    styles = {name: SERIES[number % len(SERIES)] for number, name in modalities}
 
     left, right = top.subplots(1, 2)
-    _draw_spacings(left, fingerprint, rows, colours)
-    _draw_sizes(right, rows, plan, colours)
+    _draw_spacings(left, fingerprint, rows, styles)
+    _draw_sizes(right, rows, plan, styles)
 
     middle.suptitle(
         "Each line is a scan: thin 0.5 to 99.5 %, thick 5 to 95 %, dot the median; dashed: the CT "
@@ -83,7 +75,7 @@ def draw_fingerprint(
     axes = middle.subplots(1, len(shown), squeeze=False)[0]
     for axis, (name, numbers) in zip(axes, shown, strict=True):
         of_modality = [row for row in rows if row.modality == name]
-        _draw_intensities(axis, name, numbers, of_modality, fingerprint, colours[name])
+        _draw_intensities(axis, name, numbers, of_modality, fingerprint, styles[name].colour)
 
     _draw_groups(bottom.subplots(), fingerprint)
 
@@ -95,12 +87,12 @@ def _draw_spacings(
     axis: Any,
     fingerprint: Fingerprint,
     rows: Sequence[ScanRow],
-    colours: dict[str, str],
+    styles: dict[str, Style],
 ) -> None:
     """Draw the in-plane and the slice spacing of every scan, and the targets."""
     spacings_mm = []
 
-    for name, colour in colours.items():
+    for name, style in styles.items():
         # (in-plane, slice spacing) in mm -> number of scans
         points: Counter[tuple[float, float]] = Counter()
         for row in rows:
@@ -114,7 +106,8 @@ def _draw_spacings(
             [between_slices for _, between_slices in points],
             s=[28 * count**0.5 for count in points.values()],
             alpha=0.45,
-            color=colour,
+            color=style.colour,
+            marker=style.marker,
             label=f"{name} ({points.total()} scans)",
             linewidths=0,
         )
@@ -126,47 +119,74 @@ def _draw_spacings(
             [z],
             marker="+",
             s=220,
-            color="black",
+            color=BLACK,
             linewidths=1.6,
             # One entry of the legend stands for all targets.
             label=None if number else "target spacing",
         )
 
     low, high = 0.5 * min(spacings_mm), 2 * max(spacings_mm)
-    axis.plot([low, high], [low, high], color="0.6", linestyle=":", label="isotropic")
+    axis.plot([low, high], [low, high], color=SOFT, linestyle=":", label="isotropic voxels")
     axis.set(
         xlabel="in-plane spacing, mm",
         ylabel="slice spacing (coarsest axis), mm",
         title="Spacing of the scans (larger: more scans)",
     )
-    _make_logarithmic(axis)
+    _make_logarithmic(axis, (low, high), (low, high))
 
 
-def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, colours: dict[str, str]) -> None:
+def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, styles: dict[str, Style]) -> None:
     """Draw the size of every scan in voxels of its target spacing, and the crop."""
-    for name, colour in colours.items():
+    from matplotlib.patches import Rectangle
+
+    z, y, x = crop = plan.sequence.crop_size_vox
+    crop_side = (y * x) ** 0.5
+    all_sides, all_depths = [crop_side], [float(z)]
+
+    for name, style in styles.items():
         in_plane, num_slices = [], []
         for row in rows:
             if row.modality == name:
                 target_mm = row_spacing(row, plan.data)
-                z, y, x = resampled_shape(*transposed_geometry(row), target_mm)
-                in_plane.append((y * x) ** 0.5)
+                depth, height, width = resampled_shape(*transposed_geometry(row), target_mm)
+                in_plane.append((height * width) ** 0.5)
                 # The logarithmic axis has no 0.
-                num_slices.append(max(z, 1))
+                num_slices.append(max(depth, 1))
 
-        axis.scatter(in_plane, num_slices, s=28, alpha=0.35, color=colour, linewidths=0)
+        axis.scatter(
+            in_plane,
+            num_slices,
+            s=28,
+            alpha=0.45,
+            color=style.colour,
+            marker=style.marker,
+            linewidths=0,
+        )
+        all_sides += in_plane
+        all_depths += num_slices
 
-    z, y, x = crop = plan.sequence.crop_size_vox
+    # From half of the smallest to twice the largest value.
+    sides = (0.5 * min(all_sides), 2 * max(all_sides))
+    depths = (0.5 * min(all_depths), 2 * max(all_depths))
     num_tokens = volume(crop) // volume(plan.encoder.token_size_vox)
-    label = f"crop {z} x {y} x {x}, {num_tokens} tokens; smaller scans are padded"
-    axis.axvline((y * x) ** 0.5, color="black", linewidth=1)
-    axis.axhline(z, color="black", linewidth=1, label=label)
+    area = Rectangle(
+        (sides[0], depths[0]),
+        crop_side - sides[0],
+        z - depths[0],
+        facecolor=GRID,
+        edgecolor=BLACK,
+        alpha=0.4,
+        hatch="//",
+        zorder=0,
+        label=f"crop {size_text(crop)} ({num_tokens} tokens): scans in here are padded",
+    )
+    axis.add_patch(area)
     axis.set(
         xlabel="in-plane size, voxels (geometric mean of y and x)",
         ylabel="slices",
-        title="Size at the target spacing",
+        title="Size of the scans at the target spacing",
     )
-    _make_logarithmic(axis)
+    _make_logarithmic(axis, sides, depths)
 
 
 def _draw_intensities(
@@ -189,12 +209,12 @@ def _draw_intensities(
     for x, (lowest, low, median, high, highest) in enumerate(lines):
         axis.plot([x, x], [lowest, highest], color=colour, linewidth=0.6, alpha=0.6)
         axis.plot([x, x], [low, high], color=colour, linewidth=2, alpha=0.6)
-        axis.plot([x], [median], marker=".", markersize=3, color="black")
+        axis.plot([x], [median], marker=".", markersize=3, color=BLACK)
 
     if name == "CT" and fingerprint.ct_window:
         window = fingerprint.ct_window
         for value in (window.percentile_00_5, window.percentile_99_5):
-            axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
+            axis.axhline(value, color=BLACK, linestyle="--", linewidth=0.8)
 
     if name != "CT" and lines:
         highest_values = [percentiles[4] for percentiles in lines]
@@ -246,8 +266,10 @@ def _table_row(group: GroupPrint) -> list[str]:
     return row
 
 
-def _make_logarithmic(axis: Any) -> None:
-    """Give both axes a logarithmic scale with plain numbers, a grid, and a legend."""
+def _make_logarithmic(
+    axis: Any, x_limits: tuple[float, float], y_limits: tuple[float, float]
+) -> None:
+    """Give both axes a logarithmic scale with plain numbers, and a grid; a legend stands below."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.set_xscale("log")
@@ -257,5 +279,7 @@ def _make_logarithmic(axis: Any) -> None:
         side.set_major_formatter(StrMethodFormatter("{x:g}"))
         side.set_minor_formatter(NullFormatter())
 
+    axis.set(xlim=x_limits, ylim=y_limits)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    # Below the axes, where no scan can lie behind it.
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)

@@ -16,7 +16,7 @@ from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.objective_kinds import figure_of_merit
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import to_jsonable, write_text
-from nnunet_autoreg.report import page
+from nnunet_autoreg.report import page, palette
 from nnunet_autoreg.report.charts import (
     COLOURS,
     Points,
@@ -100,7 +100,7 @@ def report(
         notes: warnings of the training, the latest first.
         scans: the section about the scans, as HTML.
     """
-    health = "\n".join(figure_of(chart) for chart in health_charts(series))
+    health = "\n".join(figure_of(chart) for chart in health_charts(series, plan))
     if health:
         charts = f'<div class="charts">\n{health}\n</div>'
         health = page.section("health", "Health and probes", charts)
@@ -109,12 +109,16 @@ def report(
         {
             "name": escape(plan.name),
             "curve_colours": " ".join(f"--{name}: {value};" for name, value in COLOURS.items()),
+            "curve_colours_on_dark": " ".join(
+                f"--{name}: {value};" for name, value in palette.CURVES_ON_DARK.items()
+            ),
             "verdict": _verdict(plan, series, notes),
             "tiles": _tiles(plan, setting, series),
             "next": _next(plan, series),
             "scans": scans,
             "error_unit": escape(figure_of_merit(plan).explanation),
-            "learning": "\n".join(figure_of(chart) for chart in learning_charts(series)),
+            "learning": "
+".join(figure_of(chart) for chart in learning_charts(series, plan)),
             "health": health,
             "pictures": _pictures(plan, pictures, setting),
             "cost": _cost(plan, setting, series),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.report import palette
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,8 @@ AXES = ((0, "y-x plane"), (1, "z-x plane"))
 LARGEST_ERROR = 0.5
 """Errors of this share of the truth's grey range, and larger ones, have the brightest colour."""
 
-GIVEN_COLOUR = (0x00, 0x72, 0xB2)
-BORDER_COLOUR = (0x62, 0xB8, 0xF0)
+GIVEN_COLOUR = palette.bytes_of(palette.BLUE)
+BORDER_COLOUR = palette.bytes_of(palette.GIVEN.colour)
 TINT = 0.28
 """How much of the colour of the given part is the tint."""
 

@@ -24,6 +24,7 @@ LEVELS = [
     [
         "errors",
         "geometry",
+        "wording",
         "records",
         "rng",
         "safe_load",
