@@ -353,11 +353,13 @@ def _number(value: float) -> str:
 
 def description(chart: Chart) -> str:
     """Return the chart in words, for people who cannot see it."""
-    steps = [step for curve in chart.curves for step, _ in curve.points]
+    drawn = [curve for curve in chart.curves if not curve.is_level] or chart.curves
+    steps = [step for curve in drawn for step, _ in curve.points]
     changes = []
     for curve in chart.curves:
         first, last = curve.points[0][1], curve.points[-1][1]
-        changes.append(f"{curve.label} from {first:.4g} to {last:.4g}")
+        change = f"at {last:.4g}" if curve.is_level else f"from {first:.4g} to {last:.4g}"
+        changes.append(f"{curve.label} {change}")
 
     return f"{chart.title}, steps {min(steps):g} to {max(steps):g}: {'; '.join(changes)}"
 

@@ -36,9 +36,11 @@ from nnunet_autoreg.report.charts import (
     Chart,
     Curve,
     description,
+    draw,
     error_chart,
     health_charts,
     learning_charts,
+    short_number,
     svg,
     thinned,
 )
@@ -293,7 +295,7 @@ def test_every_picture_has_a_text_and_no_heading_level_is_skipped(run_folder, ob
     assert len([text for text in page.named if len(text) > 10]) == num_charts + num_panels
     assert (
         "Next-block error, steps 10 to 20: validation from 0.8 to 0.8; training from 1 to 1; mean "
-        "from 1 to 1" in page.named
+        "at 1; copy at 1.9" in page.named
     )
 
     levels = [int(tag[1]) for tag, _ in page.headings]
@@ -430,13 +432,87 @@ def test_values_that_are_not_finite_are_left_out():
 
 
 def test_a_baseline_far_above_the_others_is_named_and_not_drawn():
-    series = {"train_error": [(1.0, 1.0)], "heldout_copy": [(1.0, 1.19)]}
+    series = {"train_error": [(1.0, 1.0)], "heldout_copy": [(1.0, 1.99)]}
     near = error_chart(series)
-    far = error_chart({**series, "heldout_copy": [(1.0, 1.21)]})
+    far = error_chart({**series, "heldout_copy": [(1.0, 2.01)]})
 
     assert [curve.label for curve in near.curves] == ["training", "copy"]
     assert [curve.label for curve in far.curves] == ["training"]
-    assert "1.21" in far.note
+    assert "2.01" in far.note
+
+
+def axis_of(chart):
+    """Return the matplotlib axis that the chart was drawn into."""
+    from matplotlib.figure import Figure
+
+    axis = Figure().add_subplot()
+    draw(axis, chart)
+    return axis
+
+
+def test_noise_does_not_fill_a_chart_and_the_step_axis_is_the_whole_run():
+    series = {"heldout_error": [(5.0, 0.998), (10.0, 0.999)], "heldout_mean": [(5.0, 1.0)]}
+
+    chart = learning_charts(series, PLAN)[0]
+    axis = axis_of(chart)
+
+    low, high = axis.get_ylim()
+    assert low == 0
+    assert high >= 1.05
+    assert axis.get_xlim() == (0, PLAN.optim.num_steps)
+
+
+def test_a_baseline_is_a_level_and_single_points_have_markers():
+    series = {"heldout_error": [(5.0, 0.9)], "heldout_mean": [(5.0, 1.1)]}
+
+    error, mean = axis_of(learning_charts(series, PLAN)[0]).get_lines()
+
+    assert list(mean.get_xdata()) == [0, PLAN.optim.num_steps]
+    assert list(mean.get_ydata()) == [1.1, 1.1]
+    assert (error.get_marker(), error.get_markevery()) == ("o", 1)
+
+
+def test_health_charts_show_the_limits_of_collapse():
+    chart = health_charts({"effective_rank": [(5.0, 40.0)]}, PLAN)[0]
+
+    level = chart.curves[1]
+
+    assert level.is_level
+    assert level.points[0][1] == PLAN.run.min_effective_rank
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.25, "0.25"),
+        (0.000025, "2.5e-5"),
+        (0.00025, "2.5e-4"),
+        (0.0002, "0.0002"),
+        (1500, "1,500"),
+        (125_000, "125k"),
+        (2_500_000, "2.5M"),
+        (0, "0"),
+    ],
+)
+def test_numbers_of_ticks_are_short(value, text):
+    assert short_number(value) == text
+
+
+def test_no_text_of_a_chart_is_cut_off():
+    points = [(float(i), 1.23e-5 * (i % 7)) for i in range(0, 1_250_000, 10_000)]
+    text = svg(Chart("Learning rate", "", [Curve("now", points)]))
+
+    _, _, width, _ = map(float, re.search(r'viewBox="([^"]+)"', text)[1].split())
+    labels = re.findall(r"<text ([^>]*)>([^<]+)</text>", text)
+    for attributes, label in labels:
+        x = float(re.search(r'x="([\d.-]+)"', attributes)[1])
+        # A letter of the page's font is at most 7.5 pixels wide.
+        reach = 7.5 * len(label)
+        anchor = re.search(r"text-anchor:(\w+)", attributes)
+        shift = {"middle": 0.5, "end": 1.0}.get(anchor[1] if anchor else "start", 0.0)
+        assert x - shift * reach >= 0, label
+        assert x + (1 - shift) * reach <= width, label
+    assert len(labels) > 8
 
 
 def test_every_metric_is_drawn_once():
