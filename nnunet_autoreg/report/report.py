@@ -117,8 +117,7 @@ def report(
             "next": _next(plan, series),
             "scans": scans,
             "error_unit": escape(figure_of_merit(plan).explanation),
-            "learning": "
-".join(figure_of(chart) for chart in learning_charts(series, plan)),
+            "learning": "\n".join(figure_of(chart) for chart in learning_charts(series, plan)),
             "health": health,
             "pictures": _pictures(plan, pictures, setting),
             "cost": _cost(plan, setting, series),
