@@ -15,7 +15,7 @@ from pathlib import Path
 from nnunet_autoreg import checkpoint, nnunet_api
 from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.find import find_scans
-from nnunet_autoreg.corpus.fingerprint import fingerprint, row_spacing
+from nnunet_autoreg.corpus.fingerprint import fingerprint, row_spacing, transpose_axes
 from nnunet_autoreg.corpus.identity import load_salt
 from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.journal import JOURNAL_NAME
@@ -286,7 +286,9 @@ def preprocess_and_train(
     job = fit_to_device(make_job(plan), make_job, launcher.launch.size)
 
     with launcher.world() as world, memory_errors_in_one_line():
-        setting = RunSetting(device, len(training), len(validation))
+        all_axes = {transpose_axes(row.spacing_mm) for row in validation if row.spacing_mm}
+        scan_axes = all_axes.pop() if len(all_axes) == 1 else None
+        setting = RunSetting(device, len(training), len(validation), scan_axes)
         trainer = run_main(job, world, launcher.launch.local_rank, setting)
         with phase("exporting the encoder"):
             trainer.require_folder()

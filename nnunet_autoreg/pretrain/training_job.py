@@ -147,7 +147,7 @@ def run_main(job: TrainingJob, world: World, local_rank: int, setting: RunSettin
 
     with phase("building the network and the validation batches"):
         trainer = build_trainer(job, world, local_rank)
-    draw = picture_function(trainer)
+    draw = picture_function(trainer, setting)
     reporter = Reporter(job.folder, job.plan, setting)
 
     def report() -> None:
@@ -184,7 +184,9 @@ def run_worker(world: World, local_rank: int) -> None:
     world.wait()
 
 
-def picture_function(trainer: Trainer) -> Callable[[], list[Picture]]:
+def picture_function(
+    trainer: Trainer, setting: RunSetting | None = None
+) -> Callable[[], list[Picture]]:
     """Return a function that draws validation samples.
 
     Where the weights are sharded, all processes have to call it.
@@ -195,6 +197,7 @@ def picture_function(trainer: Trainer) -> Callable[[], list[Picture]]:
         trainer.validation_batches,
         trainer.device,
         trainer.plan.data.spacing_mm,
+        None if setting is None else setting.scan_axes,
     )
 
     def draw_gathered() -> list[Picture]:

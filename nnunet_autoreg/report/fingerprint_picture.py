@@ -21,6 +21,7 @@ from nnunet_autoreg.nnunet_api import resampled_shape
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import BLACK, GRID, SERIES, SOFT, Style
+from nnunet_autoreg.wording import amount, counted
 
 MAX_PANELS, MAX_GROUPS, MAX_LINES = 4, 8, 200
 LOGARITHMIC_FROM = 100
@@ -54,9 +55,9 @@ def draw_fingerprint(
     top, middle, bottom = parts
 
     figure.suptitle(
-        f"{plan.name}: {fingerprint.num_scans} scans of {fingerprint.num_cases} cases, "
-        f"{fingerprint.total_vox / 1e6:.4g} million voxels "
-        "after cropping and resampling",
+        f"{plan.name}: {counted(fingerprint.num_scans, 'scan')} of "
+        f"{counted(fingerprint.num_cases, 'case')}, "
+        f"{amount(fingerprint.total_vox)} voxels after cropping and resampling",
         fontsize=13,
     )
     modalities = enumerate(fingerprint.modalities)
@@ -66,9 +67,9 @@ def draw_fingerprint(
     _draw_spacings(left, fingerprint, rows, styles)
     _draw_sizes(right, rows, plan, styles)
 
+    window = "; dashed: the CT window" if fingerprint.ct_window else ""
     middle.suptitle(
-        "Each line is a scan: thin 0.5 to 99.5 %, thick 5 to 95 %, dot the median; dashed: the CT "
-        "window",
+        f"Each line is a scan: thin 0.5 to 99.5 %, thick 5 to 95 %, dot the median{window}",
         fontsize=10,
     )
     shown = list(fingerprint.modalities.items())[:MAX_PANELS]
@@ -178,7 +179,7 @@ def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, styles: dict[str
         alpha=0.4,
         hatch="//",
         zorder=0,
-        label=f"crop {size_text(crop)} ({num_tokens} tokens): scans in here are padded",
+        label=f"crop {size_text(crop)} ({num_tokens} tokens); smaller scans are padded",
     )
     axis.add_patch(area)
     axis.set(

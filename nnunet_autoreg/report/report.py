@@ -3,18 +3,26 @@
 It says which scans went in, what was planned, whether the encoder learns, and what to type next.
 """
 
+import base64
 import logging
+import platform
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from html import escape
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.corpus.private import PATH_FIELDS
 from nnunet_autoreg.corpus.rows import read_index
+from nnunet_autoreg.corpus.spacing import MEDIAN
 from nnunet_autoreg.geometry import grid_of, volume
+from nnunet_autoreg.machine import num_processes
 from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.objective_kinds import figure_of_merit
-from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan
 from nnunet_autoreg.records import to_jsonable, write_text
 from nnunet_autoreg.report import page, palette
 from nnunet_autoreg.report.charts import (
@@ -29,19 +37,59 @@ from nnunet_autoreg.report.charts import (
 from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.report.scans import scans_section
 from nnunet_autoreg.report.slices import Picture, panels
+from nnunet_autoreg.wording import counted
 
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
 
+PACKAGES = ("nnunet-autoreg", "nnunetv2", "torch", "numpy", "dynamic-network-architectures")
+FLAGS = {
+    "datasets": "-d",
+    "folders": "-i",
+    "modality": "--modality",
+    "split_4d": "--split-4d",
+    "exclude": "--exclude",
+    "manifest": "--manifest",
+    "boxes": "--boxes",
+    "encoder": "--encoder",
+    "init": "--init",
+    "num_steps": "--steps",
+    "num_epochs": "--epochs",
+    "num_hours": "--hours",
+    "batch_size": "--batch",
+    "spacing": "--spacing",
+    "sequences": "--sequences",
+    "objective": "--objective",
+    "preset": "--preset",
+    "seed": "--seed",
+    "gpu_memory_gib": "--gpu-memory",
+    "settings": "--set",
+}
+"""Field of a request -> option of autoreg_pretrain."""
+
+DEFAULTS = {
+    "encoder": ("auto",),
+    "spacing": (MEDIAN,),
+    "objective": (DEFAULT_OBJECTIVE,),
+    "seed": (0,),
+}
+"""Defaults of a request that are neither None nor empty."""
+
 
 @dataclass(frozen=True)
 class RunSetting:
-    """What the run's folder does not say: where the run trains, and on how many scans."""
+    """What the run's folder does not say: where the run trains, and on how many scans.
+
+    Attributes:
+        scan_axes: the axis of the scan that each axis of the stored arrays is, see ``slices``;
+            None where scans differ in it.
+    """
 
     device: str
     num_training: int
     num_heldout: int
+    scan_axes: tuple[int, ...] | None = None
 
 
 class Reporter:
@@ -70,7 +118,8 @@ class Reporter:
 
             series, notes = read_series(metrics), read_notes(metrics)
             pictures = make_pictures()
-            write_text(path, report(self.plan, self.setting, series, notes, self.scans, pictures))
+            page_parts = (series, notes, self.scans, pictures)
+            write_text(path, report(self.folder, self.plan, self.setting, *page_parts))
         except Exception as error:
             log.warning(
                 "%s could not be written (%s: %s); training goes on",
@@ -87,6 +136,7 @@ def read_notes(metrics: Path) -> list[str]:
 
 
 def report(
+    folder: Path,
     plan: Plan,
     setting: RunSetting,
     series: Series,
@@ -97,6 +147,7 @@ def report(
     """Return the whole page as HTML.
 
     Args:
+        folder: of the run; its pictures are embedded.
         notes: warnings of the training, the latest first.
         scans: the section about the scans, as HTML.
     """
@@ -116,6 +167,13 @@ def report(
             "tiles": _tiles(plan, setting, series),
             "next": _next(plan, series),
             "scans": scans,
+            "fingerprint": _embedded(
+                folder / "fingerprint.png",
+                "All usable scans: spacings with their targets, sizes with the crop, and "
+                "intensities.",
+            ),
+            "sequences": _sequences(folder),
+            "provenance": _provenance(plan, setting),
             "error_unit": escape(figure_of_merit(plan).explanation),
             "learning": "\n".join(figure_of(chart) for chart in learning_charts(series, plan)),
             "health": health,
@@ -254,11 +312,11 @@ def _next(plan: Plan, series: Series) -> str:
     """Return what the user should type next: to continue, or to fine-tune."""
     done = steps_done(series)
     if done < plan.optim.num_steps:
-        return page.paragraph(
+        text = (
             f"The last logged step is {done:,} of {plan.optim.num_steps:,}. If the run has "
-            "stopped, type the same autoreg_pretrain line again: it continues from its last "
-            "checkpoint."
+            "stopped, type the same line again: it continues from its last checkpoint."
         )
+        return page.paragraph(text) + page.commands([command_of(plan)])
 
     datasets = [str(dataset) for dataset in plan.request.get("datasets", ())]
     number = dataset_number(datasets[0]) if datasets else "ID"
@@ -291,9 +349,7 @@ def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> s
         parts.append(f'<figure aria-label="{title}"><h3>{title}</h3>')
 
         for plane in picture.planes:
-            cells = [
-                f"<div><span>{escape(name)}</span>{image}</div>" for name, image in panels(plane)
-            ]
+            cells = [f"<div><p>{escape(name)}</p>{image}</div>" for name, image in panels(plane)]
             parts.append(f'<p class="soft">{escape(plane.name)}</p>')
             parts.append(f'<div class="panels">{"".join(cells)}</div>')
 
@@ -375,6 +431,73 @@ def _plan(plan: Plan) -> str:
     )
 
 
+def command_of(plan: Plan) -> str:
+    """Return the line that started the run. Paths may name patients: each stands as PATH.
+
+    Options with their default values are left out.
+    """
+    words = ["autoreg_pretrain", "--name", plan.name]
+    for field, flag in FLAGS.items():
+        value = plan.request.get(field)
+        if value is None or value in DEFAULTS.get(field, (False, "", [], ())):
+            continue
+
+        values = value if isinstance(value, list | tuple) else [value]
+        if field == "datasets":
+            values = [dataset_number(str(dataset)) for dataset in values]
+        shown = ["PATH" if field in PATH_FIELDS else str(item) for item in values]
+        words += [flag] if value is True else [flag, *shown]
+    return shlex.join(words)
+
+
+def _provenance(plan: Plan, setting: RunSetting) -> str:
+    """Return the table of what made this page: command, versions, device and date."""
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+
+    now = datetime.now().astimezone()
+    rows = [
+        ("command", command_of(plan)),
+        ("device", _device_name(setting.device)),
+        ("versions", ", ".join([*versions, f"Python {platform.python_version()}"])),
+        ("system", f"{platform.system()} {platform.release()} ({platform.machine()})"),
+        ("written", f"{now:%Y-%m-%d %H:%M %Z}"),
+        ("use", "research software, no medical device"),
+    ]
+    return page.table("How this page was made", ("what", "value"), rows, ("", "wide"))
+
+
+def _device_name(device: str) -> str:
+    """Return the name of the GPU, or the number of usable cores."""
+    if device != "cuda":
+        return f"{device}, {counted(num_processes(), 'core')}"
+
+    import torch
+
+    return f"cuda, {torch.cuda.get_device_name()}"
+
+
+def _sequences(folder: Path) -> str:
+    """Return the section with ``sequences.png``, which --dry-run --show draws; "" without it."""
+    picture = _embedded(
+        folder / "sequences.png", "Some sequences as the network sees them, drawn before training."
+    )
+    return page.section("sequences", "What the network has to predict", picture) if picture else ""
+
+
+def _embedded(picture: Path, text: str) -> str:
+    """Return a picture of the run's folder, folded, with its data in the page; "" without it."""
+    if not picture.is_file():
+        return ""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    image = f'<img class="picture" alt="{escape(text)}" src="data:image/png;base64,{data}">'
+    return page.folded(f"{text} ({picture.name})", image)
+
+
 def _leaves(data: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
     """Yield (dotted name, value) of everything in nested dictionaries that is not one itself."""
     for key, value in data.items():
@@ -389,8 +512,9 @@ def _text_of(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list):
-        is_numeric = all(isinstance(item, (int, float)) for item in value)
-        separator = " x " if is_numeric else ", "
+        # Three numbers are sizes along z, y and x; two are, for example, the betas of AdamW.
+        is_size = len(value) == 3 and all(isinstance(item, int | float) for item in value)
+        separator = " x " if is_size else ", "
         return separator.join(_text_of(item) for item in value) or "-"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text_of(item)}" for key, item in value.items()) or "-"

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.geometry import Spacing, as_spacing
 from nnunet_autoreg.report import palette
 
 if TYPE_CHECKING:
     import torch
 
     from nnunet_autoreg.objectives.base import Objective
+    from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
     from nnunet_autoreg.sampling.sample import Batch
 
 Floats = NDArray[np.floating[Any]]
@@ -23,7 +24,15 @@ Bools = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
 
 NUM_SAMPLES = 4
-AXES = ((0, "y-x plane"), (1, "z-x plane"))
+BAR_MM = 10
+PLANES = (("axial", "APRL"), ("coronal", "SIRL"), ("sagittal", "SIAP"))
+"""Name of the plane across the axes z, y, x, and what lies at its top, bottom, left and right.
+
+Stored arrays run towards superior, anterior and right. They are shown as radiologists view scans,
+from the opposite ends.
+"""
+
+NAMES_OF_AXES = "zyx"
 LARGEST_ERROR = 0.5
 """Errors of this share of the truth's grey range, and larger ones, have the brightest colour."""
 
@@ -38,12 +47,16 @@ class Plane:
     """One plane of one sample. Every array is (H, W).
 
     Attributes:
+        edges: letters of what lies at the top, bottom, left and right; "" where it is not known.
         aspect: height of a pixel divided by its width.
+        width_mm: width of the picture.
         grey: the intensities that are drawn black and white.
     """
 
     name: str
+    edges: str
     aspect: float
+    width_mm: float
     truth: Floats
     trivial: Floats
     predicted: Floats
@@ -67,10 +80,15 @@ def held_out_pictures(
     batches: Sequence["Batch"],
     device: "torch.device",
     spacing_mm: Spacing,
+    scan_axes: Sequence[int] | None = None,
 ) -> list[Picture]:
     """Return pictures of the first few validation samples under the objective's present weights.
 
     Each batch that is needed costs one forward pass.
+
+    Args:
+        scan_axes: the axis of the scan (0 towards superior, 1 anterior, 2 right) that each axis of
+            the stored arrays is; None where scans differ in it, so that planes have no names.
     """
     import torch
 
@@ -94,8 +112,13 @@ def held_out_pictures(
             num_blocks = (batch.order_index.amax(dim=1) + 1).tolist()
 
             for index, num_given in enumerate(batch.prefix.tolist()):
-                sample = {name: part[index] for name, part in parts.items()}
-                planes = _planes(sample, spacing_mm)
+                augmentation = batch.flip_transposes[index] if batch.flip_transposes else None
+                sample = {
+                    name: upright(part[index], augmentation, scan_axes)
+                    for name, part in parts.items()
+                }
+                own_mm = tuple(spacing_mm[axis] for axis in _axes_of_view(scan_axes))
+                planes = _planes(sample, as_spacing(own_mm), scan_axes is not None)
                 pictures.append(Picture(num_given, num_blocks[index], planes))
     finally:
         objective.module.train(was_training)
@@ -103,8 +126,37 @@ def held_out_pictures(
     return pictures[:NUM_SAMPLES]
 
 
-def _planes(sample: Mapping[str, Floats], spacing_mm: Spacing) -> tuple[Plane, ...]:
-    """Return two planes through the member of a sample in which most voxels were predicted."""
+def _axes_of_view(scan_axes: Sequence[int] | None) -> list[int]:
+    """Return which stored axes run towards superior, anterior and right."""
+    return [0, 1, 2] if scan_axes is None else np.argsort(scan_axes).tolist()
+
+
+def upright(
+    part: Floats, augmentation: "FlipTranspose | None", scan_axes: Sequence[int] | None
+) -> Floats:
+    """Return volumes (M, Z, Y, X) as radiologists view scans.
+
+    Their axes run towards inferior, posterior and left. What training flips and transposes is
+    undone.
+
+    Args:
+        augmentation: how the volumes were flipped and transposed; None where they were not.
+        scan_axes: see ``held_out_pictures``.
+    """
+    if augmentation is not None:
+        inverse = np.argsort(augmentation.axes)
+        part = part.transpose(0, *(1 + axis for axis in inverse))
+        flipped = [1 + axis for axis in range(3) if augmentation.flips[axis]]
+        part = np.flip(part, flipped)
+
+    part = part.transpose(0, *(1 + axis for axis in _axes_of_view(scan_axes)))
+    return np.flip(part, (1, 2, 3))
+
+
+def _planes(
+    sample: Mapping[str, Floats], spacing_mm: Spacing, is_oriented: bool
+) -> tuple[Plane, ...]:
+    """Return three planes through the member of a sample in which most voxels were predicted."""
     member = int(sample["loss_mask"].sum(axis=(1, 2, 3)).argmax())
     # Each volume: (Z, Y, X)
     volumes = {name: part[member] for name, part in sample.items()}
@@ -112,15 +164,15 @@ def _planes(sample: Mapping[str, Floats], spacing_mm: Spacing) -> tuple[Plane, .
     voxels = volumes["truth"][volumes["valid_mask"] > 0]
     low, high = np.percentile(voxels, [1, 99]) if voxels.size else (0.0, 1.0)
     grey = (float(low), float(max(high, low + 1e-3)))
-    return tuple(_plane(volumes, axis, name, spacing_mm, grey) for axis, name in AXES)
+    return tuple(_plane(volumes, axis, spacing_mm, grey, is_oriented) for axis in range(3))
 
 
 def _plane(
     volumes: Mapping[str, Floats],
     axis: int,
-    name: str,
     spacing_mm: Spacing,
     grey: tuple[float, float],
+    is_oriented: bool,
 ) -> Plane:
     """Return the plane across ``axis`` in which the predicted part has most structure."""
     others = tuple(a for a in range(3) if a != axis)
@@ -129,9 +181,14 @@ def _plane(
 
     cut = {key: np.take(volume, position, axis=axis) for key, volume in volumes.items()}
     height_mm, width_mm = (spacing_mm[a] for a in others)
+    name, edges = PLANES[axis]
+    if not is_oriented:
+        name, edges = f"{NAMES_OF_AXES[others[0]]}-{NAMES_OF_AXES[others[1]]} plane", ""
     return Plane(
         name=name,
+        edges=edges,
         aspect=height_mm / width_mm,
+        width_mm=cut["truth"].shape[1] * width_mm,
         truth=cut["truth"],
         trivial=cut["trivial"],
         predicted=cut["predicted"],
@@ -170,8 +227,20 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
     found = []
     for title, image, visible in images:
         alt = f"{title}, {plane.name}: {percent:.0f} % of the picture was given"
-        found.append((title, _image(tinted(image, visible, plane.given), plane.aspect, alt)))
+        pixels = tinted(image, visible, plane.given)
+        found.append((title, _with_marks(_image(pixels, plane.aspect, alt), plane)))
     return found
+
+
+def _with_marks(image: str, plane: Plane) -> str:
+    """Return the image with letters at its edges and a bar of 10 mm, as HTML."""
+    letters = [
+        f'<i class="{side}">{letter}</i>'
+        for side, letter in zip(("top", "bottom", "left", "right"), plane.edges, strict=False)
+    ]
+    share = 100 * BAR_MM / plane.width_mm
+    bar = f'<i class="mm" style="width:{share:.2f}%">{BAR_MM} mm</i>' if share <= 100 else ""
+    return f'<div class="view">{image}<span aria-hidden="true">{"".join(letters)}{bar}</span></div>'
 
 
 def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:

@@ -1,12 +1,15 @@
 """report.html: whole, self-contained, true to scans.csv, and silent about who was scanned."""
 
+import dataclasses
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 import torch
 from refusals import refused
 
+from nnunet_autoreg.cli import pretrain
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.model.sizes import encoder_size
@@ -29,6 +33,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
+from nnunet_autoreg.pretrain.request import Request
 from nnunet_autoreg.pretrain.training_step import Throughput, measure_throughput, postfix
 from nnunet_autoreg.report import sinks
 from nnunet_autoreg.report.charts import (
@@ -45,9 +50,24 @@ from nnunet_autoreg.report.charts import (
     thinned,
 )
 from nnunet_autoreg.report.metrics import MetricsFile, read_lines
-from nnunet_autoreg.report.report import REPORT_NAME, Reporter, RunSetting, verdict
+from nnunet_autoreg.report.report import (
+    DEFAULTS,
+    FLAGS,
+    REPORT_NAME,
+    Reporter,
+    RunSetting,
+    command_of,
+    verdict,
+)
 from nnunet_autoreg.report.scans import without_names
-from nnunet_autoreg.report.slices import BORDER_COLOUR, held_out_pictures, panels, tinted
+from nnunet_autoreg.report.slices import (
+    BORDER_COLOUR,
+    held_out_pictures,
+    panels,
+    tinted,
+    upright,
+)
+from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.sample import Sample, collate
 
 TINY = encoder_size("primus_tiny")
@@ -291,7 +311,7 @@ def test_the_time_spent_waiting_for_data_is_drawn_and_tabled(run_folder, objecti
 def test_every_picture_has_a_text_and_no_heading_level_is_skipped(run_folder, objective, batch):
     page = Reader(written(run_folder, objective, batch))
 
-    num_charts, num_panels = 9, 2 * 2 * 4
+    num_charts, num_panels = 9, 2 * 3 * 4
     assert len([text for text in page.named if len(text) > 10]) == num_charts + num_panels
     assert (
         "Next-block error, steps 10 to 20: validation from 0.8 to 0.8; training from 1 to 1; mean "
@@ -388,13 +408,88 @@ def test_pictures_leave_training_mode_and_random_state_alone(objective, batch):
 
     assert objective.module.training and torch.equal(before, torch.get_rng_state())
     assert [(p.num_given, p.num_blocks) for p in pictures] == [(1, 8), (4, 8)]
-    assert [plane.aspect for plane in pictures[0].planes] == [0.5, 0.5]
+    assert [plane.aspect for plane in pictures[0].planes] == [0.5, 0.5, 1.0]
+    assert [plane.width_mm for plane in pictures[0].planes] == [32.0, 32.0, 16.0]
     assert [title for title, _ in panels(pictures[0].planes[0])] == [
         "true",
         "nothing predicted",
         "predicted",
         "error",
     ]
+
+
+@pytest.mark.parametrize("scan_axes", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_planes_are_shown_as_radiologists_view_scans(scan_axes):
+    # Axes of the scan run towards superior, anterior and right: its last voxel is the corner there.
+    scan = np.arange(4 * 4 * 4, dtype=float).reshape(1, 4, 4, 4)
+    stored = scan.transpose(0, *(1 + axis for axis in scan_axes))
+    augmentation = FlipTranspose((True, False, True), (0, 2, 1))
+
+    plain = upright(stored, None, scan_axes)
+    undone = upright(augmentation.array(stored), augmentation, scan_axes)
+
+    assert plain[0, 0, 0, 0] == scan.max()
+    assert plain[0, 0, 1, 0] == scan[0, -1, -2, -1]
+    assert np.array_equal(plain, undone)
+
+
+def test_planes_have_names_letters_and_a_bar_of_10_mm(objective, batch):
+    device, spacing_mm = torch.device("cpu"), (1.0, 1.0, 2.0)
+    named = held_out_pictures(objective, [batch], device, spacing_mm, (0, 1, 2))[0].planes
+    unnamed = held_out_pictures(objective, [batch], device, spacing_mm)[0].planes
+
+    assert [plane.name for plane in named] == ["axial", "coronal", "sagittal"]
+    assert [plane.edges for plane in named] == ["APRL", "SIRL", "SIAP"]
+    html = panels(named[0])[0][1]
+    assert '<i class="top">A</i>' in html
+    # 10 of 32 mm
+    assert 'style="width:31.25%">10 mm' in html
+    assert [plane.name for plane in unnamed] == ["y-x plane", "z-x plane", "z-y plane"]
+    assert '<i class="top">' not in panels(unnamed[0])[0][1]
+
+
+def test_the_line_that_started_a_run_is_shown_without_paths():
+    request = {
+        **PLAN.request,
+        "num_steps": 20,
+        "split_4d": True,
+        "settings": ["run.log_every=2"],
+        "seed": 0,
+        "encoder": "auto",
+    }
+
+    line = command_of(replace(PLAN, name="brain", request=request))
+    args = pretrain.parser().parse_args(shlex.split(line)[1:])
+
+    assert (args.datasets, args.num_steps, args.split_4d) == (["4"], 20, True)
+    assert args.settings == ["run.log_every=2"]
+    assert "-i PATH" in line
+    assert "Mueller" not in line
+    assert "--seed" not in line
+
+
+def test_every_field_of_a_request_has_an_option():
+    options = {action.dest: action.option_strings for action in pretrain.parser()._actions}
+    fields = {field.name for field in dataclasses.fields(Request)} - {"name"}
+
+    assert set(FLAGS) == fields
+    for field, flag in FLAGS.items():
+        assert flag in options[field]
+        default = getattr(Request("x"), field)
+        assert default in DEFAULTS.get(field, (None, False, "", ()))
+
+
+def test_pictures_of_the_folder_and_provenance_are_in_the_page(run_folder, objective, batch):
+    (run_folder / "fingerprint.png").write_bytes(b"png")
+
+    text = written(run_folder, objective, batch)
+
+    assert "base64,cG5n" in text
+    assert 'id="sequences"' not in text
+    rows = {cells[0]: cells[-1] for cells in Reader(text).rows}
+    assert rows["command"].startswith("autoreg_pretrain --name")
+    assert "torch" in rows["versions"]
+    assert rows["optim.betas"] == "0.9, 0.95"
 
 
 def test_the_given_part_is_tinted_and_bordered_towards_the_rest_only():
