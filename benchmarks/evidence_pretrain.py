@@ -160,7 +160,7 @@ def pretrain(
     if found is None:
         measure_pool(objective, pool)
     else:
-        progress = restore(found[1], objective.module, train_step.optimizer, train_step.guard)
+        progress = restore(found[1], objective, train_step.optimizer, train_step.guard)
         notes = found[1]["notes"]
 
     batches = StepBatches(objective.sampler, pool, train_step.numbers)
@@ -171,7 +171,7 @@ def pretrain(
     saved = time.monotonic()
 
     def save() -> None:
-        state = snapshot(objective.module, train_step.optimizer, train_step.guard, progress)
+        state = snapshot(objective, train_step.optimizer, train_step.guard, progress)
         kept = {**notes, **clock.read()}
         checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, {**state, "notes": kept})
 
@@ -213,7 +213,7 @@ def pretrain(
 
 def loss_in_half(train_step: TrainingStep, device: torch.device) -> None:
     """Have a training step compute its loss in bfloat16, on any device."""
-    loss_of: Any = train_step.loss_of
+    loss_of: Any = train_step.batch_loss
     in_full = loss_of.loss
 
     def in_half(batch: Batch) -> LossTerms:

@@ -259,7 +259,8 @@ def loss_and_gradient(plan: Plan, batch: Batch, is_half: bool, setting: Setting)
     """
     step, objective = step_of(plan, setting)
     with torch.autocast(setting.device.type, torch.bfloat16) if is_half else nullcontext():
-        total, count = step.loss_of(batch)
+        terms = step.batch_loss.loss(batch)
+    total, count = terms.total, terms.count
     (total / count).backward()
     norms = [p.grad.double().norm() for p in objective.module.parameters() if p.grad is not None]
     return torch.stack([(total / count).detach().double(), *norms])

@@ -37,6 +37,9 @@ class FigureOfMerit:
         references: trivial predictors that are measured beside it, name -> what they do, such as
             "copying the previous block". A trained encoder has to be better than each of them.
         hint: what a useless encoder would reach, in a few words; "" if there is nothing to say.
+        term: the term of the loss that it is the mean of; "" for the whole loss.
+        ranks_by_probe: where there are labels, the frozen probe ranks the states instead, the
+            higher the better. With a moving teacher the loss ranks nothing.
         pictures: how to read the pictures of validation samples; "" where there are none.
     """
 
@@ -46,6 +49,8 @@ class FigureOfMerit:
     references: Mapping[str, str]
     hint: str = ""
     pictures: str = ""
+    term: str = ""
+    ranks_by_probe: bool = False
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,9 @@ class RunPlan:
             checkpoint. Training continues with the data of the steps that follow.
         max_rollbacks: the run ends if the weights return to a checkpoint more often than this.
         min_token_variance, min_effective_rank: features below either value count as collapsed.
+        max_collapsed: training stops, and nothing is exported, after so many validations in a row
+            that found the features collapsed, counted from when something should have been learnt.
+            0 for never.
         sharding: how parameters, gradients and moments are distributed over processes. "none": each
             holds all (DDP). "full": each holds a part (FSDP2). "auto": "full" if they would leave a
             GPU no room for activations. It changes no loss.
@@ -295,6 +298,7 @@ class RunPlan:
     max_rollbacks: int = 3
     min_token_variance: float = 0.01
     min_effective_rank: float = 3.0
+    max_collapsed: int = 3
     sharding: str = "auto"
     compile: bool = True
     peak_memory_gib: float | None = None

@@ -246,6 +246,7 @@ def _check_numbers(plan: Plan) -> None:
             )
     not_negative = {
         "run.max_rollbacks": run.max_rollbacks,
+        "run.max_collapsed": run.max_collapsed,
         "run.min_token_variance": run.min_token_variance,
         "run.min_effective_rank": run.min_effective_rank,
         "run.seed": run.seed,

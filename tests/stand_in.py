@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
+from nnunet_autoreg.objective_kinds import FigureOfMerit
+from nnunet_autoreg.objectives.base import Objective, TokenFeatures, one_term
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
@@ -50,8 +51,10 @@ class Numbered:
         )
 
 
-class Linear:
+class Linear(Objective):
     """Fits one weight to 3; ``disturb(step, total)`` may spoil a step's loss."""
+
+    figure = FigureOfMerit("distance", "squared error", "", {"mean": "predicting the mean"})
 
     def __init__(self, disturb=lambda step, total: total):
         torch.manual_seed(0)
@@ -61,10 +64,8 @@ class Linear:
     def loss(self, batch, references=False):
         total = (self.module.weight.sum() - 3).square() * 8
         if references:
-            return LossTerms(total, torch.tensor(8.0), {"mean": torch.tensor(8.0)})
-        return LossTerms(
-            self.disturb(int(batch.voxels[0, 0, 0, 0, 0, 0]), total), torch.tensor(8.0), {}
-        )
+            return one_term(total, torch.tensor(8.0), {"mean": torch.tensor(8.0)})
+        return one_term(self.disturb(int(batch.voxels[0, 0, 0, 0, 0, 0]), total), torch.tensor(8.0))
 
     def describe(self, batch):
         tokens = (
@@ -74,12 +75,6 @@ class Linear:
         return TokenFeatures(
             tokens, tokens, batch.order_index, torch.ones_like(batch.order_index, dtype=torch.bool)
         )
-
-    def pool_statistics(self, pool):
-        return {}
-
-    def after_step(self, step):
-        pass
 
 
 def trainer(folder, objective, plan=PLAN):

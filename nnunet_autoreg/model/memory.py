@@ -207,27 +207,38 @@ def training_memory(
 
 
 def pretraining_memory(
-    module: nn.Module, loss_of: Callable[[int], object], half: bool = True
+    module: nn.Module,
+    loss_of: Callable[[int], object],
+    half: bool = True,
+    extra: nn.Module | None = None,
 ) -> TrainingMemory:
     """Estimate the memory of training ``module`` with AdamW.
 
     Args:
         module: on the meta device.
+        extra: what is held beside it without gradients and moments, such as a momentum teacher.
         loss_of: computes the loss of so many samples on the meta device.
         half: mixed precision, as on a GPU.
     """
     kept_of = {}
     for num_samples in (1, 2):
-        with torch.device("meta"), _counting(module) as kept, _AsOnDevice(half):
+        held = nn.ModuleList([module] if extra is None else [module, extra])
+        with torch.device("meta"), _counting(held) as kept, _AsOnDevice(half):
             loss_of(num_samples)
         kept_of[num_samples] = kept.num_bytes + kept.largest_piece
-    return _line(module, kept_of[1], kept_of[2])
+    return _line(module, kept_of[1], kept_of[2], 0 if extra is None else held_bytes(extra))
 
 
-def _line(network: nn.Module, one: int, two: int) -> TrainingMemory:
+def held_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _line(network: nn.Module, one: int, two: int, extra_bytes: int = 0) -> TrainingMemory:
     """Return the straight line through the bytes kept for one sample and for two."""
     parameters = sum(p.numel() for p in network.parameters())
-    fixed = parameters * BYTES_PER_PARAMETER + max(0, 2 * one - two)
+    fixed = parameters * BYTES_PER_PARAMETER + extra_bytes + max(0, 2 * one - two)
     return TrainingMemory(
         fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed),
         sample_bytes=max(1, int(SLACK * (two - one))),

@@ -23,7 +23,13 @@ from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.predictors import NextHead, QueryDecoder, TokenPositions
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
-from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
+from nnunet_autoreg.objectives.base import (
+    LossTerms,
+    Objective,
+    Reconstruction,
+    TokenFeatures,
+    one_term,
+)
 from nnunet_autoreg.objectives.prediction_plan import settings_of
 from nnunet_autoreg.objectives.targets import (
     as_intensities,
@@ -35,7 +41,6 @@ from nnunet_autoreg.objectives.targets import (
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.corruption import corrupted
 from nnunet_autoreg.sampling.kinds import num_blocks, num_codes
-from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
@@ -181,7 +186,7 @@ class AutoregressiveModel(nn.Module):
         return torch.zeros_like(out_BTP).scatter(1, index_BTP[:, J:], said)
 
 
-class Autoregressive:
+class Autoregressive(Objective):
     """The objective: loss, and what transfers. See ``objectives.base.Objective``."""
 
     def __init__(self, plan: Plan):
@@ -234,7 +239,7 @@ class Autoregressive:
                 "mean": _error(torch.zeros_like(target_BTO), target_BTO, output_weight_BTO),
                 "copy": _error(previous_BTO, target_BTO, output_weight_BTO),
             }
-        return LossTerms(
+        return one_term(
             _error(predicted_BTO, target_BTO, output_weight_BTO), weight_BTP.sum(), trivial
         )
 
@@ -312,13 +317,6 @@ class Autoregressive:
             in_order if batch.positions is None else batch.positions,
             valid_BT,
         )
-
-    def pool_statistics(self, pool: SamplingPool) -> dict[str, Tensor]:
-        """Return nothing: this objective measures nothing on the pool."""
-        return {}
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
 
     def transferable_state(self) -> dict[str, Tensor]:
         """Encoder weights under the downstream network's keys."""

@@ -35,7 +35,13 @@ from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
 from nnunet_autoreg.model.unet import PretrainingUNet
-from nnunet_autoreg.objectives.base import LossTerms, Reconstruction, TokenFeatures
+from nnunet_autoreg.objectives.base import (
+    LossTerm,
+    LossTerms,
+    Objective,
+    Reconstruction,
+    TokenFeatures,
+)
 from nnunet_autoreg.objectives.prediction_plan import settings_of
 from nnunet_autoreg.objectives.segments import SegmentMap, measured
 from nnunet_autoreg.objectives.targets import (
@@ -95,7 +101,7 @@ class Predictions:
     scores: Tensor
 
 
-class WholeNetwork:
+class WholeNetwork(Objective):
     """The objective: loss, and what transfers. See ``objectives.base.Objective``.
 
     Both ``autoregressive`` and ``masked`` are this class for CNNs: they differ in the distribution
@@ -156,21 +162,16 @@ class WholeNetwork:
                 "copy": _sample_errors(copied_BTP, targets.values, weight_BTP).sum(),
             }
 
-        parts = {}
+        terms = {"voxels": LossTerm(error_B.sum(), count)}
         if self.segment_map is not None:
             weight = self.settings.segment_weight
             classes_BMZYX = self.segment_map(batch.voxels, batch.valid_mask)
             entropy_B = self._cross_entropy(predicted.scores, classes_BMZYX, batch, weight_BTP)
-
-            parts = {
-                "voxels": error_B.detach().sum(),
-                "segments": entropy_B.detach().sum(),
-            }
-            error_B = error_B + weight * entropy_B
+            terms["segments"] = LossTerm(entropy_B.sum(), count, weight)
             if references:
                 entropies = self._trivial_entropies(classes_BMZYX, targets, nearest_BT)
                 trivial = {name: trivial[name] + weight * entropies[name] for name in trivial}
-        return LossTerms(error_B.sum(), count, trivial, parts)
+        return LossTerms(terms, trivial)
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Return predictions in intensities, beside the truth and the prediction of the mean."""
@@ -232,9 +233,6 @@ class WholeNetwork:
         generator = rng.generator(seed, f"{SEGMENTS}: centres")
         found = measured(all_points_NF, self.settings.num_segments, generator)
         return {f"segment_map.{name}": value for name, value in found.items()}
-
-    def after_step(self, step: int) -> None:
-        """Do nothing: this objective keeps no state beside its module."""
 
     def transferable_state(self) -> dict[str, Tensor]:
         """Return the weights of encoder and decoder under the downstream network's keys."""

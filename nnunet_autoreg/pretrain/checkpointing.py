@@ -41,17 +41,20 @@ class Progress:
 
     Attributes:
         step: steps done.
-        best_error: the lowest validation error so far; infinite before the first.
+        best_error: the best figure of merit so far, as ``Health.merit`` gives it; infinite before
+            the first.
         rollbacks: how often the weights went back to an earlier checkpoint.
+        collapsed: validations in a row, up to the newest, that found the features collapsed.
     """
 
     step: int = 0
     best_error: float = math.inf
     rollbacks: int = 0
+    collapsed: int = 0
 
 
 def snapshot(
-    module: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     guard: LossSpikeGuard,
     progress: Progress,
@@ -62,12 +65,14 @@ def snapshot(
     All processes have to call this.
     """
     return {
-        "network_weights": full_tensors(module.state_dict()),
+        "network_weights": full_tensors(objective.module.state_dict()),
+        "extra": full_tensors(objective.extra_state()),
         "optimizer": full_tensors(optimizer.state_dict()),
         "guard": guard.state_dict(),
         "step": progress.step,
         "best_error": progress.best_error,
         "rollbacks": progress.rollbacks,
+        "collapsed": progress.collapsed,
         # Every process draws from generators of its own.
         "generators": world.gather(generator_states()),
     }
@@ -92,14 +97,15 @@ def shareable(content: Mapping[str, Any]) -> dict[str, Any]:
     Weights and moments are sent later, one by one, as they are restored.
     """
     shared = dict(content)
-    for key in ("network_weights", "optimizer"):
-        shared[key] = deferred(content[key])
+    for key in ("network_weights", "extra", "optimizer"):
+        if key in content:
+            shared[key] = deferred(content[key])
     return shared
 
 
 def restore(
     content: Mapping[str, Any],
-    module: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     guard: LossSpikeGuard,
     world: World = ALONE,
@@ -114,28 +120,39 @@ def restore(
     Raises:
         KeyError, RuntimeError, ValueError: the content is of another network or optimizer.
     """
-    restore_weights(content, module, optimizer, world)
+    restore_weights(content, objective, optimizer, world)
     guard.load_state_dict(content["guard"])
     if world.rank < len(content["generators"]):
         set_generators(content["generators"][world.rank])
-    return Progress(int(content["step"]), float(content["best_error"]), int(content["rollbacks"]))
+    return Progress(
+        int(content["step"]),
+        float(content["best_error"]),
+        int(content["rollbacks"]),
+        # Checkpoints of earlier releases did not count them.
+        int(content.get("collapsed", 0)),
+    )
 
 
 def restore_weights(
     content: Mapping[str, Any],
-    module: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     world: World = ALONE,
 ) -> None:
-    """Restore weights and optimizer alone, as a roll-back does.
+    """Restore weights, the objective's extra state and the optimizer alone, as a roll-back does.
 
     Where they are sharded, each process takes its own part.
     """
+    module = objective.module
     present = module.state_dict()
     weights = {}
     for name, value in content["network_weights"].items():
         weights[name] = shard_like(world.fetch(value), present.get(name))
     module.load_state_dict(weights)
+
+    # Checkpoints of earlier releases have none, because no objective needed it.
+    extra = {name: world.fetch(value) for name, value in content.get("extra", {}).items()}
+    objective.load_extra_state(extra)
 
     # The optimizer's state counts parameters through all groups.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -15,7 +15,7 @@ from math import ceil
 import torch
 
 from nnunet_autoreg.errors import AutoregError, PlanError
-from nnunet_autoreg.geometry import Size, as_size, grid_of, size_text, volume
+from nnunet_autoreg.geometry import Size, as_size, size_text, volume
 from nnunet_autoreg.machine import GIB, has_bf16
 from nnunet_autoreg.model.memory import CONTEXT_BYTES, TrainingMemory, pretraining_memory
 from nnunet_autoreg.model.sizes import EncoderSize
@@ -38,7 +38,6 @@ from nnunet_autoreg.pretrain.data import StepBatches, seconds_per_crop, training
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.pretrain.training_step import peak_memory_gib
 from nnunet_autoreg.sampling.kinds import wanted
-from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import TRAINING
 from nnunet_autoreg.stopping import refuse_interruption
 
@@ -118,8 +117,6 @@ def plan_memory(plan: Plan, half: bool = True) -> TrainingMemory:
 
     Those of other kinds are as long.
     """
-    size = plan.sequence.crop_size_vox
-    num_tokens = volume(grid_of(size, plan.encoder.token_size_vox))
     with torch.device("meta"):
         objective = build_objective(plan)
         objective.module.train()
@@ -127,13 +124,9 @@ def plan_memory(plan: Plan, half: bool = True) -> TrainingMemory:
     def loss_of(num_samples: int) -> object:
         # Inputs count where they are kept; the crops themselves are small beside what is made of
         # them.
-        voxels = torch.empty(num_samples, 1, 1, *size)  # (B, M, C, Z, Y, X)
-        valid = torch.empty(num_samples, 1, *size, dtype=torch.bool)
-        block_index = torch.empty(num_samples, num_tokens, dtype=torch.int64)
-        prefix = torch.empty(num_samples, dtype=torch.int64)
-        return objective.loss(Batch(voxels, valid, block_index, prefix))
+        return objective.loss(objective.example_batch(num_samples))
 
-    return pretraining_memory(objective.module, loss_of, half)
+    return pretraining_memory(objective.module, loss_of, half, objective.extra)
 
 
 @contextmanager

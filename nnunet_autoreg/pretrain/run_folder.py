@@ -30,7 +30,7 @@ PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
 
 MAY_CHANGE = {
     "optim": ("num_steps",),
-    "run": ("sharding", "min_token_variance", "min_effective_rank"),
+    "run": ("sharding", "min_token_variance", "min_effective_rank", "max_collapsed"),
 }
 """Values of the plan that no step of training depends on."""
 

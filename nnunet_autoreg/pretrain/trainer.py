@@ -56,6 +56,7 @@ from nnunet_autoreg.pretrain.training_step import (
 from nnunet_autoreg.pretrain.validation import (
     Health,
     Validation,
+    collapse_messages,
     failure_messages,
     health_warnings,
 )
@@ -230,7 +231,9 @@ class Trainer:
             with gathered(self.train_step.loss_of), phase("measuring the validation error"):
                 self.health = self.validation.measure()
 
-        weights_are_finite = not self.world.any(not is_finite(self.module))
+        weights_are_finite = not self.world.any(
+            not (is_finite(self.module) and is_finite(self.objective.extra))
+        )
         statistics = self.guard.statistics()
         messages = failure_messages(
             self.health, self.plan.run, weights_are_finite, statistics, self.progress.step
@@ -305,7 +308,10 @@ class Trainer:
         self.require_folder()
         # JSON knows no NaN; the skipped steps are logged beside.
         if math.isfinite(error) and math.isfinite(norm):
-            metrics.log(step, "train_error", error, "squared error")
+            metrics.log(step, "train_error", error, self.objective.figure.unit)
+            if len(self.train_step.term_means) > 1:
+                for name, mean in self.train_step.term_means.items():
+                    metrics.log(step, f"train_{name}", float(mean), "term of the loss")
             metrics.log(step, "gradient_norm", norm, "1")
         metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")
         metrics.log(step, "step_time", seconds, "s")
@@ -364,7 +370,7 @@ class Trainer:
                 code="training-diverged",
             )
 
-        restore_weights(good, self.module, self.optimizer, self.world)
+        restore_weights(good, self.objective, self.optimizer, self.world)
         self.guard.reset()
         self.statistics = self.guard.statistics()
         self.progress.rollbacks += 1
@@ -382,7 +388,11 @@ class Trainer:
         metrics.log(step, "rollbacks", self.progress.rollbacks, "times")
 
     def _validate(self, step: int, metrics: MetricsFile) -> None:
-        """Validate, and keep the state if its validation error is the lowest so far."""
+        """Validate, and keep the state if it is the best so far.
+
+        Raises:
+            AutoregError: the features have been collapsed for several validations in a row.
+        """
         if not self.has_validation:
             return
         is_best = False
@@ -392,11 +402,42 @@ class Trainer:
 
         # The main process decides for all.
         self.progress.best_error = self.world.share(self.progress.best_error)
+        self.progress.collapsed = self.world.share(self.progress.collapsed)
         if self.world.share(is_best):
             self._save(checkpoint.BEST_NAME, scheduled=False)
+        self._refuse_collapse()
+
+    def _refuse_collapse(self) -> None:
+        """End a run whose features stay collapsed, in all processes.
+
+        More steps would only cost time: a collapsed network hardly ever recovers, and its encoder
+        would be refused at the end.
+
+        Raises:
+            AutoregError: the features were collapsed in too many validations in a row.
+        """
+        most = self.plan.run.max_collapsed
+        if not 0 < most <= self.progress.collapsed:
+            return
+        signs = [] if self.health is None else collapse_messages(self.health, self.plan.run)
+        signs = self.world.share(signs)
+        kept = (
+            f"The checkpoint of step {self.saved_step}, before the collapse, is kept"
+            if self.saved_step
+            else "There was no checkpoint before the collapse"
+        )
+        raise AutoregError(
+            f"after step {self.progress.step} the features have been collapsed in "
+            f"{self.progress.collapsed} validations in a row, so that training stops and no "
+            f"encoder is exported: {'; '.join(signs)}. {kept}. Start a new --name with a lower "
+            f"rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with another --seed. "
+            "Should the features be what you want, set run.max_collapsed to 0 in "
+            f"{self.folder / 'plan.json'}, and type the same line again",
+            code="training-collapsed",
+        )
 
     def _measure_and_log(self, step: int, metrics: MetricsFile) -> bool:
-        """Return whether the validation error is the lowest so far."""
+        """Return whether the state is the best so far, by the objective's figure of merit."""
         health = self.validation.measure()
         self.health = health
         if health is None or not self.world.is_main:
@@ -406,26 +447,32 @@ class Trainer:
         for name, (value, unit) in health.metrics().items():
             metrics.log(step, name, value, unit)
         log.info("step %d: %s", step + 1, health.message())
-        is_warm = step >= 2 * self.plan.optim.warmup_steps
+        optim = self.plan.optim
+        # Before a tenth of the run, even good runs have often learnt nothing that can be measured.
+        is_warm = step >= max(2 * optim.warmup_steps, optim.num_steps / 10)
         for warning in health_warnings(health, self.plan.run, is_warm):
             log.warning("step %d: %s", step + 1, warning)
             metrics.note(step, "health_warning", warning)
 
-        is_best = health.errors["error"] < self.progress.best_error
+        is_collapsed = is_warm and bool(collapse_messages(health, self.plan.run))
+        self.progress.collapsed = self.progress.collapsed + 1 if is_collapsed else 0
+
+        is_best = health.merit < self.progress.best_error and not is_collapsed
         if is_best:
-            self.progress.best_error = health.errors["error"]
+            self.progress.best_error = health.merit
         return is_best
 
     def _checkpoint(self, needed: bool) -> None:
         """Save the newest state, keeping the one before.
 
         Args:
-            needed: also in the middle of a row of bad steps, of which no regular checkpoint is
-                made.
+            needed: also in the middle of a row of bad steps, or while the features are collapsed,
+                of which no regular checkpoint is made.
         """
         step = self.progress.step
         is_regular = step % self.plan.run.checkpoint_every == 0
-        scheduled = is_regular and self.guard.statistics().in_row == 0
+        is_good = self.guard.statistics().in_row == 0 and self.progress.collapsed == 0
+        scheduled = is_regular and is_good
         if not scheduled and not needed and step < self.plan.optim.num_steps:
             return
 
@@ -439,7 +486,7 @@ class Trainer:
 
     def _save(self, name: str, scheduled: bool, previous: Path | None = None) -> None:
         """Gather the state of all processes, which the main process writes."""
-        state = snapshot(self.module, self.optimizer, self.guard, self.progress, self.world)
+        state = snapshot(self.objective, self.optimizer, self.guard, self.progress, self.world)
         if self.world.is_main:
             self.require_folder()
             content = {
@@ -465,7 +512,7 @@ class Trainer:
 
         path, content = newest
         try:
-            self.progress = restore(content, self.module, self.optimizer, self.guard, self.world)
+            self.progress = restore(content, self.objective, self.optimizer, self.guard, self.world)
             self.statistics = StepStatistics(**content["told"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             # Tensors are sent and moved here: nothing may be wrong with the file.

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +76,34 @@ class BatchLoss(nn.Module):
         super().__init__()
         self.module = objective.module
         self.loss = loss
+        # Name and weight of every term. They are known once the loss has been computed.
+        self.weights: dict[str, float] = {}
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the sum of the loss and the number of terms in it, scalars."""
-        terms = self.loss(batch)
-        return terms.total, terms.count
+    def forward(
+        self, batch: Batch, ratios: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what is differentiated, the sums of all terms, and the statistics.
+
+        Args:
+            ratios: by how much the sum of a term counts more than that of the first term because
+                it sums over fewer things, by name; no entry where both count the same things.
+
+        Returns:
+            the weighted sum of the terms, a scalar; their sums and counts, (2, terms), without
+            gradient; statistics by name.
+        """
+        loss = self.loss(batch)
+        self.weights = {name: term.weight for name, term in loss.terms.items()}
+
+        if not ratios:
+            weighted = loss.total
+        else:
+            parts = [term.weight * ratios[name] * term.total for name, term in loss.terms.items()]
+            weighted = torch.stack(parts).sum()
+
+        totals = torch.stack([term.total.detach().float() for term in loss.terms.values()])
+        counts = torch.stack([term.count.float() for term in loss.terms.values()])
+        return weighted, torch.stack([totals, counts]), dict(loss.statistics)
 
 
 class TrainingStep:
@@ -92,6 +115,7 @@ class TrainingStep:
     Attributes:
         numbers: which samples of a batch are this process's own.
         micro_batch_size: how many of them are on the device at once.
+        term_means: mean of each term of the latest loss, by name; scalars on the device.
     """
 
     def __init__(
@@ -113,10 +137,12 @@ class TrainingStep:
         self.micro_batch_size = min(micro_batch_size, len(self.numbers))
 
         place_on(device, objective.module, sharded)
+        objective.extra.to(device)
+        self.term_means: dict[str, Tensor] = {}
         self.module = objective.module
         self.fast_path = fast_path(plan, device, sharded)
-        loss = run_by(self.fast_path, objective.loss)
-        self.loss_of = parallelise(BatchLoss(objective, loss), device, world, sharded)
+        self.batch_loss = BatchLoss(objective, run_by(self.fast_path, objective.loss))
+        self.loss_of = parallelise(self.batch_loss, device, world, sharded)
 
         # Made after the module was sharded, so that it holds this process's part of the moments.
         self.optimizer = torch.optim.AdamW(
@@ -140,19 +166,22 @@ class TrainingStep:
 
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(batch)
+        loss, statistics = self._backward(batch)
 
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
         # A bad step changes no weight.
-        skip_if(self.optimizer, self.guard.judge(loss, norm))
+        is_bad = self.guard.judge(loss, norm)
+        skip_if(self.optimizer, is_bad)
         self.optimizer.step()
-        self.objective.after_step(step)
+        # Most objectives have nothing to do here, so that nothing has to wait for the device.
+        if self.objective.follows_steps and not bool(is_bad):
+            self.objective.after_step(step, self.world, statistics)
         return loss, norm
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Compute the gradient and return the loss.
+    def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the gradient; return the loss, and the statistics of this process's samples.
 
         Where compiling fails, this is logged once, and everything runs uncompiled from then on.
         """
@@ -176,32 +205,59 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         return self._accumulate(batch)
 
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """Leave the gradient of the mean loss over the whole batch in the parameters; return it.
+    def _accumulate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave the gradient of the loss over the whole batch in the parameters; return the loss.
 
-        The mean is over everything that is supervised. How much that is, in all processes, is only
-        known after the last part of the batch. So each part adds the gradient of its sum over a
-        constant, which keeps numbers near 1, and the division comes at the end. The size of the
-        parts therefore changes nothing but rounding.
+        Every term is a mean over all that it supervises. How much that is, in all processes, is
+        only known after the last part of the batch. So each part adds the gradient of its sum over
+        a constant, which keeps numbers near 1, and the division by the first term's count comes at
+        the end. The size of the parts therefore changes nothing but rounding. Terms that count
+        other things than the first are scaled before, by counts that the objective knows ahead.
         """
         scale = batch.valid_mask[0].numel() * self.plan.optim.batch_size
-        sums = torch.zeros(2, device=self.device)  # loss, number of terms
         parts = list(micro_batches(batch, self.micro_batch_size))
+        ratios: dict[str, Tensor] = {}
+        if self.objective.counts_ahead:
+            # Crops are small beside what the network makes of them, so that all fit at once.
+            parts = [part.to(self.device) for part in parts]
+            ratios = self._count_ratios(parts)
+
+        sums: Tensor | None = None  # (2, terms): their sums and their counts
+        statistics: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):
             with gradient_sync(self.loss_of, is_last=number == len(parts)):
                 with autocast(self.device):
-                    total, count = self.loss_of(part.to(self.device))
-                torch.autograd.backward(total / scale)
-            sums += torch.stack([total.detach().float(), count.float()])
+                    weighted, part_sums, found = self.loss_of(part.to(self.device), ratios)
+                torch.autograd.backward(weighted / scale)
+            sums = part_sums if sums is None else sums + part_sums
+            for name, value in found.items():
+                statistics[name] = statistics[name] + value if name in statistics else value
+        assert sums is not None, "a process has at least one sample"
 
-        total, count = self.world.add(sums).unbind()
-        count = count.clamp(min=1)
+        totals, counts = self.world.add(sums).unbind()
+        counts = counts.clamp(min=1)
         # DDP and FSDP average over processes; their number turns the average into the sum.
-        factor = scale * self.world.size / count
+        factor = scale * self.world.size / counts[0]
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
-        return total / count
+
+        weights = self.batch_loss.weights
+        means = totals / counts
+        self.term_means = dict(zip(weights, means.unbind(), strict=True))
+        weighted_means = [weight * self.term_means[name] for name, weight in weights.items()]
+        return torch.stack(weighted_means).sum(), statistics
+
+    def _count_ratios(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+        """Return the first term's count over that of each term, in the batch of all processes."""
+        totals: dict[str, Tensor] = {}
+        for part in parts:
+            for name, count in self.objective.term_counts(part).items():
+                totals[name] = totals[name] + count if name in totals else count
+
+        counts = self.world.add(torch.stack([count.float() for count in totals.values()]))
+        counts = counts.clamp(min=1)
+        return dict(zip(totals, (counts[0] / counts).unbind(), strict=True))
 
 
 def parameter_groups(

@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nnunet_autoreg.objectives.base import Objective, TokenFeatures
+from nnunet_autoreg.objective_kinds import FigureOfMerit
+from nnunet_autoreg.objectives.base import LossTerms, Objective, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
 from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.probe import MAX_TOKENS, LabelledCrop, Probe, evenly_spread
 from nnunet_autoreg.pretrain.training_step import StepStatistics
 from nnunet_autoreg.sampling.sample import Batch
 
-BASELINES = {"copy": "copy the previous block", "mean": "predict the mean"}
-"""What the trivial predictions are called in messages."""
-PART = "part: "
-"""Begins the name of the sum of a term of the error."""
+PLAIN_FIGURE = FigureOfMerit("error", "squared error", "Lower is better.", {})
+"""Of measurements without an objective."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,17 @@ class Health:
     """What was measured on validation scans.
 
     Attributes:
-        errors: next-block error "error" and that of trivial predictions by name, per voxel.
+        errors: the objective's figure of merit as "error", and that of trivial predictions by
+            name.
         token_variance, effective_rank: as the functions of these names return them; None where
             there are no features.
         probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of
             "chance"; None without labels.
-        kinds: next-block error by kind of sequences; empty where there is one kind.
-        parts: the terms that the error is the weighted sum of; empty where it is one term.
+        kinds: "error" by kind of sequences; empty where there is one kind.
+        parts: the means of the terms of the loss; empty where it is one term.
+        figure: what the error is, and its texts.
+        own: what the objective itself says about its health, name -> (value, unit).
+        own_signs: signs of collapse that the objective found in ``own``.
     """
 
     errors: Mapping[str, float]
@@ -45,14 +48,24 @@ class Health:
     probe: Mapping[str, float] | None = None
     kinds: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
+    figure: FigureOfMerit = PLAIN_FIGURE
+    own: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    own_signs: Sequence[str] = ()
+
+    @property
+    def merit(self) -> float:
+        """The number by which states of a run are ranked; lower is better."""
+        if self.figure.ranks_by_probe and self.probe is not None:
+            return -self.probe["features"]
+        return self.errors["error"]
 
     def metrics(self) -> dict[str, tuple[float, str]]:
         """Return name -> (value, unit) for ``metrics.jsonl``, whose keys say "heldout"."""
         metrics: dict[str, tuple[float, str]] = {}
         for name, value in self.errors.items():
-            metrics[f"heldout_{name}"] = (value, "squared error")
+            metrics[f"heldout_{name}"] = (value, self.figure.unit)
         for kind, value in self.kinds.items():
-            metrics[f"heldout_error_{kind}"] = (value, "squared error")
+            metrics[f"heldout_error_{kind}"] = (value, self.figure.unit)
         for name, value in self.parts.items():
             metrics[f"heldout_{name}"] = (value, "term of the loss")
         if self.token_variance is not None:
@@ -61,14 +74,16 @@ class Health:
             metrics["effective_rank"] = (self.effective_rank, "directions")
         for name, value in (self.probe or {}).items():
             metrics[f"probe_{name}"] = (value, "balanced accuracy")
-        return metrics
+        return {**metrics, **self.own}
 
     def message(self) -> str:
         """Return all of it in one line for the log."""
         baselines = ", ".join(
             f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error"
         )
-        message = f"validation next-block error {self.errors['error']:.4f} (baselines: {baselines})"
+        message = f"validation {self.figure.name} {self.errors['error']:.4f}"
+        if baselines:
+            message += f" (baselines: {baselines})"
         if self.parts:
             parts = " and ".join(f"{value:.4f} of {name}" for name, value in self.parts.items())
             message += f", from {parts}"
@@ -80,6 +95,9 @@ class Health:
                 f"; features: token variance {self.token_variance:.3f}, effective rank "
                 f"{self.effective_rank:.1f}"
             )
+        if self.own:
+            values = ", ".join(f"{name} {value:.3g}" for name, (value, _) in self.own.items())
+            message += f"; {values}"
         if self.probe is not None:
             message += (
                 f"; probe: balanced accuracy {self.probe['features']:.3f} from features, "
@@ -87,6 +105,64 @@ class Health:
                 f"{self.probe['chance']:.3f} by chance"
             )
         return message
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """The loss over some samples, as sums.
+
+    Attributes:
+        terms: name -> (sum, count, weight).
+        references: losses of trivial predictors, name -> sum.
+        statistics: as of ``LossTerms``.
+    """
+
+    terms: Mapping[str, tuple[float, float, float]]
+    references: Mapping[str, float]
+    statistics: Mapping[str, Tensor]
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each term."""
+        return {name: total / max(count, 1.0) for name, (total, count, _) in self.terms.items()}
+
+    def error(self, figure: FigureOfMerit) -> float:
+        """Return the figure of merit: the mean of its term, or the weighted mean of all."""
+        means = self.means()
+        if figure.term:
+            return means[figure.term]
+        return sum(weight * means[name] for name, (_, _, weight) in self.terms.items())
+
+    def reference_errors(self, figure: FigureOfMerit) -> dict[str, float]:
+        """Return the figure of merit of each trivial predictor."""
+        counted = self.terms[figure.term] if figure.term else next(iter(self.terms.values()))
+        count = max(counted[1], 1.0)
+        return {name: total / count for name, total in self.references.items()}
+
+
+def sums_of(loss: LossTerms) -> LossSums:
+    """Return a loss as plain numbers."""
+    terms = {}
+    for name, term in loss.terms.items():
+        terms[name] = (float(term.total), float(term.count), term.weight)
+    references = {name: float(total) for name, total in loss.references.items()}
+    statistics = {name: value.float().cpu() for name, value in loss.statistics.items()}
+    return LossSums(terms, references, statistics)
+
+
+def added(parts: Sequence[LossSums]) -> LossSums:
+    """Return the sum of some sums."""
+    terms: dict[str, tuple[float, float, float]] = {}
+    references: dict[str, float] = {}
+    statistics: dict[str, Tensor] = {}
+    for part in parts:
+        for name, (total, count, weight) in part.terms.items():
+            before = terms.get(name, (0.0, 0.0, weight))
+            terms[name] = (before[0] + total, before[1] + count, weight)
+        for name, total in part.references.items():
+            references[name] = references.get(name, 0.0) + total
+        for name, value in part.statistics.items():
+            statistics[name] = statistics[name] + value if name in statistics else value
+    return LossSums(terms, references, statistics)
 
 
 class Validation:
@@ -122,50 +198,35 @@ class Validation:
         if not self.batches:
             return None
         self.objective.module.eval()
-        errors, kinds = self._errors()
-        # The terms of the error are no baselines, so they are kept apart.
-        names = [name for name in errors if name.startswith(PART)]
-        parts = {name.removeprefix(PART): errors.pop(name) for name in names}
+        by_kind = {kind: self._sums(batches) for kind, batches in self.batches.items()}
+        total = added(list(by_kind.values()))
+        figure = self.objective.figure
+        kinds = {}
+        if len(by_kind) > 1:
+            kinds = {kind: sums.error(figure) for kind, sums in by_kind.items()}
+
         features_NV, content_NV = self._features()
+        own = self.objective.health(total.statistics)
         return Health(
-            errors,
-            token_variance(content_NV, features_NV),
-            effective_rank(content_NV),
-            self._probe_scores() if self.probe.works else None,
-            kinds,
-            parts,
+            errors={"error": total.error(figure), **total.reference_errors(figure)},
+            token_variance=token_variance(content_NV, features_NV),
+            effective_rank=effective_rank(content_NV),
+            probe=self._probe_scores() if self.probe.works else None,
+            kinds=kinds,
+            parts=total.means() if len(total.terms) > 1 else {},
+            figure=figure,
+            own=own,
+            own_signs=self.objective.collapse_signs(own),
         )
 
-    def _errors(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the errors over all batches by name, and the objective's own by kind.
-
-        The latter are empty where there is one kind of sequences.
-        """
-        sums_by_kind = {kind: self._sums(batches) for kind, batches in self.batches.items()}
-        totals: dict[str, float] = {}
-        for sums in sums_by_kind.values():
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
-
-        count = max(totals.pop("count"), 1.0)
-        errors = {name: value / count for name, value in totals.items()}
-        if len(sums_by_kind) < 2:
-            return errors, {}
-        kinds = {}
-        for kind, sums in sums_by_kind.items():
-            kinds[kind] = sums["error"] / max(sums["count"], 1.0)
-        return errors, kinds
-
-    def _sums(self, batches: Sequence[Batch]) -> dict[str, float]:
-        sums: dict[str, float] = {}
+    def _sums(self, batches: Sequence[Batch]) -> "LossSums":
+        """Return the sums of the loss over all samples of some batches."""
+        found = []
         for batch in batches:
             with autocast(self.device):
                 terms = self.objective.loss(batch.to(self.device), references=True)
-            values = {"error": terms.total, "count": terms.count, **terms.references}
-            values |= {PART + name: term for name, term in terms.parts.items()}
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return sums
+            found.append(sums_of(terms))
+        return added(found)
 
     def _describe(self, batch: Batch) -> TokenFeatures:
         with autocast(self.device):
@@ -263,7 +324,8 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
     for name, value in health.errors.items():
         # A NaN is not below anything.
         if name != "error" and not error < value:
-            not_beaten.append(f"'{BASELINES.get(name, name)}' ({value:.4f})")
+            what = health.figure.references.get(name, name)
+            not_beaten.append(f"'{what}' ({value:.4f})")
     if not_beaten or not math.isfinite(error):
         warnings.append(
             f"nothing learnt yet: the validation error {error:.4f} is not below "
@@ -293,7 +355,7 @@ def collapse_messages(health: Health, run: RunPlan) -> list[str]:
             f"the features spread over {rank:.1f} directions only (limit "
             f"{run.min_effective_rank:g})"
         )
-    return messages
+    return [*messages, *health.own_signs]
 
 
 def failure_messages(

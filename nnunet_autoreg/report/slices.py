@@ -103,6 +103,8 @@ def held_out_pictures(
 
             with torch.no_grad():
                 made = objective.reconstruct(batch.to(device))
+            if made is None:
+                return []
 
             # Each part: (B, M, Z, Y, X)
             parts = {

@@ -118,7 +118,7 @@ def trained(trainer: Trainer, first: int = 0, last: int = STEPS) -> list[float]:
 def state_of(trainer: Trainer, step: int = STEPS) -> dict[str, Any]:
     trainer.progress.step = step
     return snapshot(
-        trainer.module, trainer.optimizer, trainer.guard, trainer.progress, trainer.world
+        trainer.objective, trainer.optimizer, trainer.guard, trainer.progress, trainer.world
     )
 
 
@@ -146,7 +146,7 @@ def together(rank: int, port: int, folder: Path) -> None:
         start = torch.load(folder / "alone.pt", weights_only=False)
         trainer = trainer_in(world, None, sharding, 6)
         torch.manual_seed(100 + rank)
-        restore(start, trainer.module, trainer.optimizer, trainer.guard, world)
+        restore(start, trainer.objective, trainer.optimizer, trainer.guard, world)
         found[f"from alone, {sharding}"] = trained(trainer, STEPS, STEPS + 2)
         states = [state["torch"] for state in state_of(trainer)["generators"]]
         # Only the main process has the file; what it holds afterwards, all do.
@@ -154,7 +154,7 @@ def together(rank: int, port: int, folder: Path) -> None:
         content = world.share(
             shareable(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None
         )
-        restore(content, trainer.module, trainer.optimizer, trainer.guard, world)
+        restore(content, trainer.objective, trainer.optimizer, trainer.guard, world)
         own = {
             name: p.to_local() if hasattr(p, "to_local") else p
             for name, p in trainer.module.state_dict().items()
@@ -268,7 +268,7 @@ def test_what_two_processes_save_one_goes_on_from(
 ) -> None:
     one = alone[WAYS[way][2]]
     trainer = trainer_in(ALONE, None, "none", WAYS[way][2])
-    restore(two[way]["state"], trainer.module, trainer.optimizer, trainer.guard)
+    restore(two[way]["state"], trainer.objective, trainer.optimizer, trainer.guard)
 
     assert trained(trainer, STEPS, STEPS + 2) == pytest.approx(one["next"], rel=1e-4)
 
@@ -328,7 +328,7 @@ def test_shareable_content_is_sent_without_weights_but_whole_alone(
     )
 
     trainer = trainer_in(ALONE, None, "none", 6)
-    restore(shareable(start), trainer.module, trainer.optimizer, trainer.guard)
+    restore(shareable(start), trainer.objective, trainer.optimizer, trainer.guard)
     assert_same(state_of(trainer)["network_weights"], start["network_weights"])
 
 

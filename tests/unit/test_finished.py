@@ -38,9 +38,10 @@ class Collapsed(Linear):
 
     def __init__(self, step: int):
         super().__init__()
+        self.follows_steps = True
         self.step, self.has_collapsed = step, False
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, *_: object) -> None:
         self.has_collapsed = step >= self.step
 
     def describe(self, batch: Any) -> TokenFeatures:
@@ -53,8 +54,11 @@ class Unreal(Linear):
     """Its error on held-out scans is NaN."""
 
     def loss(self, batch: Any, references: bool = False) -> LossTerms:
-        terms: LossTerms = super().loss(batch, references)
-        return replace(terms, total=terms.total * torch.nan) if references else terms
+        loss: LossTerms = super().loss(batch, references)
+        if not references:
+            return loss
+        nan = replace(loss.terms["error"], total=loss.total * torch.nan)
+        return replace(loss, terms={"error": nan})
 
 
 def weights_of_checkpoint(folder: Path) -> tuple[int, torch.Tensor]:
@@ -146,9 +150,10 @@ class Removing(Linear):
 
     def __init__(self, folder: Path, is_replaced: bool):
         super().__init__()
+        self.follows_steps = True
         self.folder, self.is_replaced = folder, is_replaced
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, *_: object) -> None:
         if step == 2:
             self.folder.rename(self.folder.with_name("elsewhere"))
             if self.is_replaced:

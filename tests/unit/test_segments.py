@@ -190,9 +190,9 @@ def test_the_loss_is_squared_error_plus_weighted_cross_entropy() -> None:
     plain = objective_of(plan_of())
     plain.module.eval()
     assert len(classes_BZYX.unique()) == 4
-    assert float(terms.parts["segments"]) == pytest.approx(expected, rel=1e-5)
-    assert float(terms.parts["voxels"]) == plain.loss(batch).total.item()
-    total = float(terms.parts["voxels"]) + 0.5 * expected
+    assert float(terms.terms["segments"].total) == pytest.approx(expected, rel=1e-5)
+    assert float(terms.terms["voxels"].total) == plain.loss(batch).total.item()
+    total = float(terms.terms["voxels"].total) + 0.5 * expected
     assert float(terms.total.detach()) == pytest.approx(total, rel=1e-5)
 
 
@@ -342,7 +342,7 @@ def test_segments_learn_from_a_batch_by_heart() -> None:
         optimiser.zero_grad()
         terms.total.backward()
         optimiser.step()
-        entropies.append(float(terms.parts["segments"]))
+        entropies.append(float(terms.terms["segments"].total))
 
     assert entropies[-1] < 0.7 * entropies[0]
 
