@@ -24,6 +24,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.cli.common import COMMON_OPTIONS
+
 REFERENCE = Path(__file__).with_name("reference")
 PLACE = re.compile(
     r"(?P<start><!-- generated from: (?P<name>[\w.]+) -->\n)"
@@ -74,11 +76,16 @@ def describe_command(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             parts += [describe_subcommand(name, sub) for name, sub in action.choices.items()]
-        elif not isinstance(action, argparse._HelpAction):
+        elif not (isinstance(action, argparse._HelpAction) or is_common(action)):
             rows.append((f"`{cell(written(action))}`", cell(meaning_of_option(parser, action))))
     if rows:
         parts.append(table(("option", "meaning"), rows))
     return "\n".join(parts)
+
+
+def is_common(action: argparse.Action) -> bool:
+    """Return whether every command has the option. The page describes those once, by hand."""
+    return any(flag in COMMON_OPTIONS for flag in action.option_strings)
 
 
 def describe_subcommand(name: str, parser: argparse.ArgumentParser) -> str:

@@ -169,7 +169,10 @@ def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
         class_name = str(kwargs.get("class_name", args[1] if len(args) > 1 else ""))
         searched = kwargs.get("current_module", args[2] if len(args) > 2 else None)
         module = find_module(class_name, searched)
-        return None if module is None else _load(class_name, module)
+        if module is not None:
+            return _load(class_name, module)
+        _suggest(class_name, searched)
+        return None
 
     recursive_find_python_class.is_autoreg_bridge = True  # type: ignore[attr-defined]
     return recursive_find_python_class
@@ -192,6 +195,35 @@ def find_module(class_name: str, searched: "str | None") -> "str | None":
         if module is not None and (searched is None or f"{searched}.".startswith(f"{room}.")):
             return module
     return None
+
+
+_suggested: "set[str]" = set()
+
+
+def _suggest(class_name: str, searched: "str | None") -> None:
+    """Print the closest of our names where nnU-Net asks for a class that begins like ours.
+
+    The look-up goes on: the class may be one of the user's own, in a folder of nnUNet_extTrainer.
+    """
+    base, underscore, length = class_name.partition("_")
+    known = []
+    for room, names in ((TRAINERS_ROOM, TRAINERS), (PLANNERS_ROOM, PLANNERS)):
+        if f"{searched}.".startswith(f"{room}."):
+            known += names
+    if not known or not base.lower().startswith("autoreg") or class_name in _suggested:
+        return
+
+    import difflib
+
+    _suggested.add(class_name)
+    close = difflib.get_close_matches(base, known, n=1, cutoff=0.5)
+    if base in known:
+        advice = f"a length is written as {base}_20epochs, not as {underscore}{length}"
+    elif close:
+        advice = f"did you mean {close[0]}?"
+    else:
+        advice = f"known are {', '.join(sorted(known))}"
+    print(f"nnunet-autoreg has no class {class_name}; {advice}", file=sys.stderr, flush=True)
 
 
 def _load(class_name: str, module: str) -> "Any":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_autoreg.cli.common import (
+    CommandParser,
     command,
     configure_logging,
     options_for,
@@ -35,7 +36,11 @@ def parser() -> argparse.ArgumentParser:
 
     The name of every option that belongs to the request is that of the request's field.
     """
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_benchmark -d 4 --labels 5 20 --seeds 3 --encoders resenc_tiny --dry-run",
+            "autoreg_benchmark -d 4 --labels 5 --seeds 3 --arms pretrained scratch stock",
+        ],
         prog="autoreg_benchmark",
         description="Measure whether pretraining helps on a dataset. Networks are trained on a few "
         "labelled cases, from pretrained and from random weights, with stock nnU-Net beside them: "

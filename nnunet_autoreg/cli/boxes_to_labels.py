@@ -3,7 +3,13 @@
 import argparse
 from dataclasses import dataclass
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 
@@ -16,7 +22,10 @@ class BoxLabelsRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``BoxLabelsRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_boxes_to_labels -d 4",
+        ],
         prog="autoreg_boxes_to_labels",
         description="For every case of a raw dataset that has boxesTr/CASE.json and no label map: "
         "write labelsTr/CASE with an ellipsoid in every box that counts, so that nnU-Net can plan "

@@ -4,7 +4,13 @@ import argparse
 import logging
 from dataclasses import dataclass
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 log = logging.getLogger(__name__)
@@ -19,7 +25,10 @@ class ClassLabelsRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``ClassLabelsRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_classes_to_labels -d 4",
+        ],
         prog="autoreg_classes_to_labels",
         description="Check classesTr.csv of a raw dataset, and write labelsTr/CASE for every case "
         "that has no label map: 1 inside the body. nnU-Net needs label maps to plan and preprocess;"

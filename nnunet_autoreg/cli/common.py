@@ -2,29 +2,108 @@
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg import __version__
 from nnunet_autoreg.children import end_children
 from nnunet_autoreg.errors import (
     AutoregError,
     InterruptedRunError,
     LostProcessError,
     PlanError,
+    did_you_mean,
     printable,
 )
 from nnunet_autoreg.requirements import find_violations, in_one_line
 from nnunet_autoreg.stopping import report_stop, stop_requested, stoppable
+from nnunet_autoreg.terminal import (
+    NORMAL,
+    QUIET,
+    VERBOSE,
+    TerminalHandler,
+    lowest_log_level,
+    set_verbosity,
+)
 
 Main = Callable[[list[str] | None], int]
 Command = Callable[..., int]
+
+COMMON_OPTIONS = ("--version", "--verbose", "--quiet")
+"""Options of every command."""
+
+
+class _SetVerbosity(argparse.Action):
+    """An option that says how much is shown. It is no value of the command itself."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        set_verbosity(self.const)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with the options of every command, examples, and a close match for wrong names.
+
+    Args:
+        examples: command lines that are shown below the help.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any):
+        if examples:
+            lines = [f"  {example}" for example in examples]
+            options["epilog"] = "\n".join(["examples:", *lines])
+            options["formatter_class"] = _HelpWithExamples
+        super().__init__(*args, **options)
+        self.examples = tuple(examples)
+
+        self.add_argument("--version", action="version", version=f"nnunet-autoreg {__version__}")
+        self._add_verbosity("-v", "--verbose", VERBOSE, "show details of what is done")
+        self._add_verbosity("-q", "--quiet", QUIET, "show warnings, errors and results only")
+
+    def _add_verbosity(self, short: str, long: str, level: int, text: str) -> None:
+        self.add_argument(
+            short,
+            long,
+            action=_SetVerbosity,
+            nargs=0,
+            const=level,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the parsed arguments; an unknown option gets a close match."""
+        set_verbosity(NORMAL)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            typed = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(typed, known, n=1)
+            advice = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+        return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            advice = did_you_mean(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"'{value}' does not exist; {advice}")
+
+
+class _HelpWithExamples(argparse.HelpFormatter):
+    """Fills paragraphs as usual, but leaves the lines of the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
 
 
 def options_for(kind: type, args: argparse.Namespace) -> dict[str, Any]:
@@ -199,20 +278,21 @@ class _LevelFormatter(logging.Formatter):
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
-def configure_logging(verbose: bool = False) -> None:
-    """Send the library's log to stderr: INFO and above, or everything if ``verbose``.
+def configure_logging() -> None:
+    """Send the library's log to stderr, as much of it as ``-v`` or ``-q`` wants.
 
-    The function may be called again.
+    Files of a run get everything. The function may be called again.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = TerminalHandler(sys.stderr)
     handler.setFormatter(_LevelFormatter("%(message)s"))
     handler.set_name("nnunet_autoreg.cli")
+    handler.setLevel(lowest_log_level())
     logger = logging.getLogger("nnunet_autoreg")
     for old in list(logger.handlers):
         if old.get_name() == handler.get_name():
             logger.removeHandler(old)
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.DEBUG)
 
 
 def _complain(main: Main, message: str, code: int) -> int:

@@ -5,7 +5,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.nnunet_api import raw_folder
 
@@ -21,7 +27,10 @@ class ConvertTaskRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``ConvertTaskRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_convert_nndetection -i Task001_Lesions -d 12",
+        ],
         prog="autoreg_convert_nndetection",
         description="Writes nnUNet_raw/DatasetNNN_Name from a task of nnDetection: label maps for "
         "nnU-Net, and instance maps for the detection trainer in instancesTr. nnDetection's class "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_autoreg.children import run_guarded
-from nnunet_autoreg.cli.common import command, prepare_torch, print_next
+from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.records import atomic_path, read_json, write_json
@@ -231,7 +231,11 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_demo",
+            "autoreg_demo --out demo --device cpu",
+        ],
         prog="autoreg_demo",
         description="Run the whole chain on generated CT-like scans, in minutes on two CPU cores: "
         "pretraining, then nnU-Net's own commands with and without the pretrained weights. This "

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 from nnunet_autoreg.records import to_jsonable
 
@@ -73,7 +79,10 @@ class DetectRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``DetectRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_detect -d 4 -i imagesTs -o found -f 0",
+        ],
         prog="autoreg_detect",
         description="Detect objects with a trained model, all its folds together. Every scan gets "
         "NAME.json with boxes in voxels and in mm, NAME_boxes (frames, a label map), "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg import __version__, bridge, nnunet_api
-from nnunet_autoreg.cli.common import command, print_next
+from nnunet_autoreg.cli.common import CommandParser, command, print_next
 from nnunet_autoreg.errors import AutoregError, UsageError, WeightsError
 from nnunet_autoreg.machine import GIB, memory_bytes, usable_cores
 from nnunet_autoreg.requirements import Violation, checked_distributions, find_violations
@@ -108,7 +108,11 @@ class Check:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_doctor",
+            "autoreg_doctor --link",
+        ],
         prog="autoreg_doctor",
         description="Check that nnunet-autoreg and nnU-Net find each other, show the GPU and the "
         "folders that are used, and explain how to fix every problem. Exit code 0: no problem was "

@@ -5,7 +5,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 
 log = logging.getLogger(__name__)
@@ -26,7 +32,10 @@ class EmbedRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``EmbedRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_embed -w brain -i imagesTr -o features.npz",
+        ],
         prog="autoreg_embed",
         description="Write the features that a pretrained encoder computes for scans: one vector "
         "per scan, the mean over all positions. Scans are preprocessed as in pretraining, and "

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
@@ -46,7 +52,10 @@ class EvaluationRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``EvaluationRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_evaluate_detection -p predictions -g labelsTs -o scores.json",
+        ],
         prog="autoreg_evaluate_detection",
         description="Scores detections against true objects. FILE.json gets every figure, FILE.csv "
         "a row per detection and missed object, FILE_froc.png the curve, FILE_scans.png some scans "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_autoreg.cli.common import (
+    CommandParser,
     command,
     configure_logging,
     options_for,
@@ -34,7 +35,13 @@ def parser() -> argparse.ArgumentParser:
 
     The name of every option that belongs to the request is that of the request's field.
     """
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_pretrain -i /data/scans --name brain",
+            "autoreg_pretrain -d 4 -i /data/scans --name brain --dry-run --show",
+            "autoreg_pretrain -d 4 --name brain --encoder resenc_l --hours 24",
+            "autoreg_pretrain -d 4 --name brain --set optim.lr=3e-4",
+        ],
         prog="autoreg_pretrain",
         description="Pretrain a 3D encoder on unlabelled scans by autoregressive sequence "
         "modelling. The command finds and checks the scans, plans, preprocesses and trains. It "
@@ -116,7 +123,9 @@ def _add_training_options(group: Group) -> None:
         "--encoder",
         default="auto",
         choices=["auto", *ENCODERS],
-        help="network to pretrain (default: auto, chosen by device, image size and memory)",
+        metavar="NAME",
+        help=f"network to pretrain: {', '.join(ENCODERS)} (default: auto, chosen by device, image "
+        "size and memory)",
     )
     group.add_argument(
         "--init",

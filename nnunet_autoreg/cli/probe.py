@@ -5,7 +5,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import size_text
 
@@ -22,7 +28,11 @@ LINES_NAME, TABLE_NAME = "probe.jsonl", "probe.md"
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_probe -d 4 --encoder brain --labels 5 --draws 10",
+            "autoreg_probe -d 4 --encoder brain brain_masked --random-seeds 3",
+        ],
         prog="autoreg_probe",
         description="Fit a linear classifier on the frozen features of a few labelled scans, and "
         "score it as Dice on other patients. The same network with random weights, and raw voxels, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.cli.common import (
+    CommandParser,
     command,
     configure_logging,
     options_for,
@@ -34,7 +35,12 @@ def parser() -> argparse.ArgumentParser:
 
     The name of every option that belongs to the import options is that of their field.
     """
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_weights inspect brain",
+            "autoreg_weights import downloaded_folder --name openmind",
+            "autoreg_weights export brain -o exported",
+        ],
         prog="autoreg_weights",
         description="Inspect weights files, import encoders of other projects, and export your own "
         "in their formats. Files are read without running any code in them.",
@@ -153,7 +159,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.path)
     if not path.exists():
-        path = locate(nnunet_api.results_folder(), arguments.path)
+        path = locate(nnunet_api.results_folder(), arguments.path, given_as="inspect ")
 
     facts, following = inspect_weights(path, _import_options(arguments), arguments.adaptation_plan)
     for name, text in facts:
@@ -193,7 +199,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from nnunet_autoreg.convert.exporting import export_weights
     from nnunet_autoreg.finetune.resolve import locate
 
-    weights = locate(nnunet_api.results_folder(), arguments.name)
+    weights = locate(nnunet_api.results_folder(), arguments.name, given_as="export ")
     exported = export_weights(weights, Path(arguments.folder))
 
     for warning in exported.warnings:

@@ -22,12 +22,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.machine import memory_bytes
 from nnunet_autoreg.phases import Phase, phase
 from nnunet_autoreg.stopping import raise_if_stopped
+from nnunet_autoreg.terminal import ProgressBar, progress_bar
+from nnunet_autoreg.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -133,11 +133,9 @@ def parallel_map(
     """
     if not items:
         return
-    bar = partial(tqdm, total=len(items), desc=title, unit="scan", disable=None)
-
-    with phase(title) as doing:
+    with phase(title) as doing, progress_bar(len(items), title, "scan") as bar:
         if not apart and (num_workers <= 1 or len(items) <= chunk):
-            yield from _counted(bar(map(function, items)), doing, len(items))
+            yield from _counted(map(function, items), doing, bar)
             return
 
         others = set(multiprocessing.active_children())
@@ -148,7 +146,7 @@ def parallel_map(
         )
         num_done = 0
         try:
-            for result in _counted(bar(results), doing, len(items)):
+            for result in _counted(results, doing, bar):
                 num_done += 1
                 yield result
         except BrokenProcessPool as error:
@@ -167,10 +165,11 @@ def parallel_map(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _counted(results: Iterable[Out], doing: Phase, total: int) -> Iterator[Out]:
-    """Pass the results on and note in the phase how many there are."""
+def _counted(results: Iterable[Out], doing: Phase, bar: ProgressBar) -> Iterator[Out]:
+    """Pass the results on; the phase and the progress bar show how many there are."""
     for number, result in enumerate(results):
-        doing.progress = f"{number + 1} of {total} scans are done"
+        doing.progress = f"{number + 1:,} of {counted(bar.total, 'scan')} done"
+        bar.update()
         yield result
 
 

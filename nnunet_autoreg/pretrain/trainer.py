@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError
@@ -66,6 +65,8 @@ from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics
 from nnunet_autoreg.report.sinks import open_sinks
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.stopping import stops_noted
+from nnunet_autoreg.terminal import progress_bar
+from nnunet_autoreg.wording import duration
 
 log = logging.getLogger(__name__)
 
@@ -160,20 +161,13 @@ class Trainer:
         metrics = self._open_metrics(start)
         self.identity = folder_identity(self.folder)
         steps = range(start, num_steps)
-        bar = tqdm(
-            total=num_steps,
-            initial=start,
-            unit="step",
-            desc=self.plan.name,
-            mininterval=1.0,
-            disable=not self.world.is_main,
-        )
+        bar = progress_bar(num_steps, self.plan.name, "step", start, self.world.is_main)
         pin_memory = self.device.type == "cuda"
         loaded = training_batches(self.batches, steps, self.num_workers, pin_memory)
 
         with (
             stops_noted(self._line_if_forced) as stop,
-            phase("training"),
+            phase("training") as doing,
             bar,
             closing(metrics),
             dead_workers_in_one_line(),
@@ -192,7 +186,12 @@ class Trainer:
                     seconds = elapsed / self.plan.run.log_every
                     self._log_step(metrics, step, error, float(norm), seconds)
                     self._log_wait(metrics, step, elapsed, seconds)
-                    bar.set_postfix(postfix(error, self.throughput.metrics(seconds)))
+                    bar.set_postfix_str(postfix(error, self.throughput.metrics(seconds)))
+                    left = duration(seconds * (num_steps - self.progress.step))
+                    doing.progress = (
+                        f"step {self.progress.step:,} of {num_steps:,}, error {error:.3f}, "
+                        f"about {left} left"
+                    )
                     clock = time.monotonic()
 
                 # Validation and checkpoints do not count as time of a step.
@@ -210,6 +209,7 @@ class Trainer:
                         self._draw_report(metrics)
                     self.world.wait()
                 clock += time.monotonic() - paused
+                bar.exclude(time.monotonic() - paused)
 
                 if stopping:
                     raise InterruptedRunError(

@@ -39,6 +39,7 @@ from nnunet_autoreg.pretrain.distributed import (
     process_share,
 )
 from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.wording import amount
 
 log = logging.getLogger(__name__)
 
@@ -490,19 +491,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return used / GIB if sys.platform == "darwin" else used * 1024 / GIB
 
 
-def postfix(error: float, values: dict[str, tuple[float, str]]) -> dict[str, str]:
+def postfix(error: float, values: dict[str, tuple[float, str]]) -> str:
     """Return what stands behind the progress bar, which shows the step and the time left itself."""
     tokens_per_second, _ = values["tokens_per_second"]
     memory_gib, _ = values["peak_memory"]
-    shown = {"error": f"{error:.3f}", "tokens/s": _short(tokens_per_second)}
+    parts = [f"error {error:.3f}", f"{amount(tokens_per_second)} tokens/s"]
+
     if "share_of_peak" in values:
         share, _ = values["share_of_peak"]
-        shown["peak"] = f"{100 * share:.0f}%"
-    return {**shown, "memory": f"{memory_gib:.1f}GiB"}
-
-
-def _short(number: float) -> str:
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+        parts.append(f"{100 * share:.0f} % of peak")
+    return ", ".join([*parts, f"{memory_gib:.1f} GiB"])

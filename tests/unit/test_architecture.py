@@ -32,6 +32,7 @@ LEVELS = [
         "children",
         "phases",
         "stopping",
+        "terminal",
     ],
     ["families", "plan", "objective_kinds", "plan_check", "nnunet_api", "bridge", "requirements"],
     ["io"],

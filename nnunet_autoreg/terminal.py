@@ -1,0 +1,102 @@
+"""What commands show on the terminal: how much, progress bars, and log lines beside them.
+
+Lines and bars go to stderr; results of a command go to stdout, whatever ``-q`` says.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunet_autoreg.wording import duration
+
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+
+
+class _Terminal:
+    """How much this process shows; its command sets it."""
+
+    level = NORMAL
+
+
+_terminal = _Terminal()
+
+
+def set_verbosity(level: int) -> None:
+    """Set how much is shown: QUIET for warnings and errors only, NORMAL, or VERBOSE."""
+    _terminal.level = level
+
+
+def verbosity() -> int:
+    """Return how much is shown."""
+    return _terminal.level
+
+
+def lowest_log_level() -> int:
+    """Return the level from which log lines are shown."""
+    return {QUIET: logging.WARNING, NORMAL: logging.INFO, VERBOSE: logging.DEBUG}[_terminal.level]
+
+
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """A progress bar whose time left is written as people write it."""
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out the last ``seconds``, such as those of a validation, of the time left."""
+        if not self.disable:
+            self.start_t += seconds
+            self.last_print_t += seconds
+
+    @property
+    def format_dict(self) -> MutableMapping[str, Any]:
+        """Return what ``bar_format`` refers to, with the time left in words."""
+        facts = super().format_dict
+        num_done, elapsed = self.n - self.initial, facts["elapsed"]
+        rate = facts["rate"] or (num_done / elapsed if num_done and elapsed > 0 else None)
+        left = ""
+        if rate and self.total and self.n < self.total:
+            left = f", about {duration((self.total - self.n) / rate)} left"
+        return {**facts, "left": left}
+
+
+def progress_bar(
+    total: int, description: str, unit: str, initial: int = 0, is_shown: bool = True
+) -> ProgressBar:
+    """Return a progress bar on stderr, which shows nothing where that is no terminal.
+
+    Args:
+        unit: of what is counted, in the singular.
+        initial: how many are done before.
+        is_shown: False to show nothing anywhere.
+    """
+    is_wanted = is_shown and _terminal.level > QUIET
+    return ProgressBar(
+        total=total,
+        initial=initial,
+        desc=description,
+        mininterval=0.5,
+        # None: decided by whether stderr is a terminal.
+        disable=None if is_wanted else True,
+        bar_format="{desc}: {percentage:3.0f} % |{bar}| {n_fmt} of {total_fmt} "
+        + f"{unit}s"
+        + "{left}{postfix}",
+        dynamic_ncols=True,
+    )
+
+
+@contextmanager
+def bars_cleared() -> Iterator[None]:
+    """Clear progress bars while something is written, and draw them again below it."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
+
+
+class TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes log lines to stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        with bars_cleared():
+            super().emit(record)
