@@ -91,9 +91,9 @@ class AttentionRule:
     def of_sample(self, sample: int) -> "AttentionRule":
         """Return the rule of one sample of the batch, as a batch of one."""
         one = slice(sample, sample + 1)
-        sees_first_block_only = (
-            None if self.sees_first_block_only is None else self.sees_first_block_only[one]
-        )
+        sees_first_block_only = self.sees_first_block_only
+        if sees_first_block_only is not None:
+            sees_first_block_only = sees_first_block_only[one]
         return AttentionRule(
             self.order_index[one],
             self.max_visible_block[one],
@@ -128,12 +128,8 @@ class AttentionRule:
         inside compiled code, this method breaks the graph (or is refused there, with
         ``fullgraph=True``).
         """
-        order_index_BT, max_visible_BT, valid_BT, first_only_BT = (
-            self.order_index,
-            self.max_visible_block,
-            self.valid,
-            self.sees_first_block_only,
-        )
+        order_index_BT, max_visible_BT = self.order_index, self.max_visible_block
+        valid_BT, first_only_BT = self.valid, self.sees_first_block_only
 
         def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             seen = (order_index_BT[b, k] <= max_visible_BT[b, q]) & valid_BT[b, k]
@@ -142,11 +138,12 @@ class AttentionRule:
             is_first = order_index_BT[b, k] == 0
             return seen | (first_only_BT[b, q] & is_first)
 
+        # Kernels ask ``allowed`` only in the tiles that are neither empty nor full.
         some_BNN, all_BNN = self._tiles()
         num, index = _listed(some_BNN & ~all_BNN, num_heads)
         full_num, full_index = _listed(all_BNN, num_heads)
-        length = order_index_BT.shape[1]
 
+        length = order_index_BT.shape[1]
         made: BlockMask = BlockMask.from_kv_blocks(
             num,
             index,
@@ -184,7 +181,9 @@ class AttentionRule:
             first_BN = _by_tile(self.order_index, num_tokens).amin(-1) == 0
             first_only_BN = _by_tile(self.sees_first_block_only, False).any(-1)
             more = first_only_BN[:, :, None] & first_BN[:, None, :]
-        return some_BNN | more, highest_BN[:, None, :] <= nearest_BN[:, :, None]
+
+        all_BNN = highest_BN[:, None, :] <= nearest_BN[:, :, None]
+        return some_BNN | more, all_BNN
 
 
 @dataclass(frozen=True)

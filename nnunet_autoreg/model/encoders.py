@@ -1,8 +1,7 @@
 """Networks of every family by class path and arguments.
 
-These are the downstream network and the encoder that pretraining runs.
-
-Both are made of the same class, so that state-dict keys are the downstream ones from the start.
+These are the downstream network and the encoder that pretraining runs. Both are made of the same
+class, so that state-dict keys are the downstream ones from the start.
 """
 
 import pydoc
@@ -43,8 +42,8 @@ def build_network(
     """Return the downstream network of any family, with random weights.
 
     It names its parts as dynamic_network_architectures does: ``key_to_encoder``, ``key_to_stem``,
-        ``keys_to_in_proj`` - here every
-    convolution that reads the image - and ``key_to_lpe``, None without learnt positions.
+    ``keys_to_in_proj`` (here every convolution that reads the image) and ``key_to_lpe`` (None
+    without learned positions).
 
     Args:
         arguments: as in ``model.sizes``; classes as dotted names.
@@ -65,6 +64,7 @@ def build_network(
             "encoder in model/sizes.py",
             code="plan-missing-argument",
         )
+
     try:
         grid_of(as_size(input_shape), token_size_of(class_path, arguments))
     except ValueError as error:
@@ -76,27 +76,40 @@ def build_network(
             f"{class_path} predicts at one resolution only; build it without deep supervision",
             code="plan-deep-supervision",
         )
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
-    }
-    if family != RESENC:
-        shape = tuple(int(s) for s in input_shape)
-        values |= {"input_shape": shape, "drop_path_rate": drop_path_rate}
-    elif drop_path_rate > 0:
+    if family == RESENC and drop_path_rate > 0:
         raise PlanError(
             f"drop_path_rate={drop_path_rate}: {class_path} has no stochastic depth; set it to 0",
             code="plan-stochastic-depth",
         )
+
+    # JSON has no tuples, but the constructors take sizes as tuples.
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
+    }
+    if family == RESENC:
+        values |= {"deep_supervision": deep_supervision, **_imported_layers(values)}
     else:
-        values |= {"deep_supervision": deep_supervision, **_imported(values)}
-    network: nn.Module = located(class_path)(
+        shape = tuple(int(s) for s in input_shape)
+        values |= {"input_shape": shape, "drop_path_rate": drop_path_rate}
+
+    network_class = located(class_path)
+    network: nn.Module = network_class(
         input_channels=num_input_channels, num_classes=num_classes, **values
     )
+
     if family == RESENC:
         network.apply(network.initialize)  # type: ignore[arg-type]
         network.key_to_lpe = None  # type: ignore[assignment]
     if family in (PRIMUS_V2, PRIMUS_V3):
-        network.keys_to_in_proj = _image_readers(network)  # type: ignore[assignment]
+        # The network's own list lacks the convolution that bypasses the first block of the stem.
+        state = network.state_dict()
+        readers = []
+        for way in ("conv1", "skip.0"):
+            for alias in ("conv", "all_modules.0"):
+                name = f"down_projection.stem.blocks.0.{way}.{alias}"
+                if f"{name}.weight" in state:
+                    readers.append(name)
+        network.keys_to_in_proj = tuple(readers)  # type: ignore[assignment]
     return network
 
 
@@ -149,33 +162,26 @@ def located(class_path: str) -> type:
     return found
 
 
-def _imported(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _imported_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the classes that a CNN's arguments name.
 
     Only layers of torch are accepted, since a plan or card may come from a stranger.
+
+    Raises:
+        PlanError: a name is that of anything else.
     """
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     for key in IMPORTED_ARGUMENTS:
         name = arguments.get(key)
+        if name is None:
+            layers[key] = None
+            continue
+
+        # The name is checked before anything is imported: an import runs code.
         layer = pydoc.locate(name) if isinstance(name, str) and LAYER_NAME.fullmatch(name) else None
-        if name is not None and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise PlanError(
                 f"encoder.arguments.{key}='{name}' is no layer of torch.nn", code="plan-not-a-layer"
             )
-        found[key] = layer
-    return found
-
-
-def _image_readers(network: nn.Module) -> tuple[str, ...]:
-    """Return all names of the convolutions that read the image in the stem of PrimusV2 and V3.
-
-    The network's own list lacks the convolution that bypasses the first block.
-    """
-    state = network.state_dict()
-    block = "down_projection.stem.blocks.0"
-    names = [
-        f"{block}.{way}.{alias}"
-        for way in ("conv1", "skip.0")
-        for alias in ("conv", "all_modules.0")
-    ]
-    return tuple(name for name in names if f"{name}.weight" in state)
+        layers[key] = layer
+    return layers

@@ -1,8 +1,7 @@
 """How much memory a training step needs, computed without a GPU.
 
-A forward pass on the meta device counts what autograd keeps.
-
-Shapes alone decide what is kept, so the count costs milliseconds and no memory. On a CPU in single
+A forward pass on the meta device counts what autograd keeps. Shapes alone decide what is kept, so
+the count costs milliseconds and no memory. On a CPU in single
 precision it agrees with the bytes really kept (a test holds it to 10 %); the half-precision rules
 and the overheads follow CUDA autocast's published lists and have not been compared with a GPU's
 peak yet.
@@ -91,9 +90,8 @@ class _FusedAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(
-            query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)
-        )
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sums)
         return out
 
     @staticmethod
@@ -114,7 +112,9 @@ class _AsOnDevice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*(self._cast(a, torch.bfloat16) for a in args[:3]))
+            query_key_value = [self._cast(a, torch.bfloat16) for a in args[:3]]
+            return _FusedAttention.apply(*query_key_value)
+
         if func in _HALF_OPS:
             args = [self._cast(a, torch.bfloat16) for a in args]
         elif func in _SINGLE_OPS:
@@ -155,17 +155,20 @@ class _Kept:
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 self.pack(argument)
+
+        # What is kept outside already is not counted a second time inside.
         inside = _Kept(())
         inside._storages = dict(self._storages)
         with torch.autograd.graph.saved_tensors_hooks(inside.pack, lambda tensor: tensor):
             out = function(*arguments)
+
         self.largest_piece = max(self.largest_piece, inside.num_bytes)
         return out
 
 
 @contextmanager
 def _counting(network: nn.Module) -> Iterator[_Kept]:
-    kept = _Kept(t for group in (network.parameters(), network.buffers()) for t in group)
+    kept = _Kept([*network.parameters(), *network.buffers()])
     with (
         torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
         observed(kept.piece),
@@ -202,8 +205,10 @@ def training_memory(
         network = build().train()
         one, output = kept_bytes(network, torch.empty(1, *input_shape), half)
         two, _ = kept_bytes(network, torch.empty(2, *input_shape), half)
-    logits = output.numel() * BYTES_PER_LOGIT
-    return _line(network, one + logits, two + 2 * logits)
+
+    # The loss is not part of the network.
+    loss_bytes = output.numel() * BYTES_PER_LOGIT
+    return _line(network, one + loss_bytes, two + 2 * loss_bytes)
 
 
 def pretraining_memory(
@@ -226,6 +231,7 @@ def pretraining_memory(
         with torch.device("meta"), _counting(held) as kept, _AsOnDevice(half):
             loss_of(num_samples)
         kept_of[num_samples] = kept.num_bytes + kept.largest_piece
+
     return _line(module, kept_of[1], kept_of[2], 0 if extra is None else held_bytes(extra))
 
 
@@ -237,9 +243,13 @@ def held_bytes(module: nn.Module) -> int:
 
 def _line(network: nn.Module, one: int, two: int, extra_bytes: int = 0) -> TrainingMemory:
     """Return the straight line through the bytes kept for one sample and for two."""
-    parameters = sum(p.numel() for p in network.parameters())
-    fixed = parameters * BYTES_PER_PARAMETER + extra_bytes + max(0, 2 * one - two)
+    num_parameters = sum(p.numel() for p in network.parameters())
+    sample_bytes = two - one
+    # What is kept once, whatever the batch: copies of the weights in half precision, for instance.
+    kept_once = max(0, one - sample_bytes)
+    fixed_bytes = num_parameters * BYTES_PER_PARAMETER + extra_bytes + kept_once
+
     return TrainingMemory(
-        fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed),
-        sample_bytes=max(1, int(SLACK * (two - one))),
+        fixed_bytes=CONTEXT_BYTES + int(SLACK * fixed_bytes),
+        sample_bytes=max(1, int(SLACK * sample_bytes)),
     )

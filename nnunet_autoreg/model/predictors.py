@@ -63,8 +63,10 @@ class BlockAttention(nn.Module):
         """Return what to add to the queries, (B, Q, V)."""
         B, Q, V = query_BQV.shape
         heads, width = self.num_heads, V // self.num_heads
+
         parts = self.query_key_value(self.norm(query_BQV)).chunk(3, dim=-1)
         q_BHQD, k_BHQD, v_BHQD = (x.reshape(B, Q, heads, width).transpose(1, 2) for x in parts)
+
         if rope is not None:
             q_BHQD = apply_rot_embed_cat(q_BHQD, rope).type_as(v_BHQD)
             k_BHQD = apply_rot_embed_cat(k_BHQD, rope).type_as(v_BHQD)
@@ -73,7 +75,8 @@ class BlockAttention(nn.Module):
         # each other.
         rows = (B * heads, Q // self.block_tokens, self.block_tokens, width)
         seen = attend(q_BHQD.reshape(rows), k_BHQD.reshape(rows), v_BHQD.reshape(rows), None)
-        out: Tensor = self.project(seen.reshape(B, heads, Q, width).transpose(1, 2).flatten(2))
+        seen_BQV = seen.reshape(B, heads, Q, width).transpose(1, 2).flatten(2)
+        out: Tensor = self.project(seen_BQV)
         return out
 
 
@@ -118,6 +121,7 @@ class CrossLayer(nn.Module):
         q_BHQD = self._heads(self.query(self.norm_query(query_BQV)))
         key_BSV, value_BSV = self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1)
         k_BHSD, v_BHSD = self._heads(key_BSV), self._heads(value_BSV)
+
         if query_rope is not None and token_rope is not None:
             q_BHQD = apply_rot_embed_cat(q_BHQD, query_rope).type_as(v_BHSD)
             k_BHSD = apply_rot_embed_cat(k_BHSD, token_rope).type_as(v_BHSD)
@@ -174,10 +178,13 @@ class QueryDecoder(nn.Module):
         super().__init__()
         self.recompute, self.num_heads = recompute, num_heads
         self.block_tokens = block_tokens
+
+        # Axes: 1, members, positions, width. The sum of both tables is a query.
         self.position = nn.Parameter(torch.empty(1, 1, num_positions, width))
         self.member = nn.Parameter(torch.empty(1, num_members, 1, width))
         nn.init.trunc_normal_(self.position, std=0.02)
         nn.init.trunc_normal_(self.member, std=0.02)
+
         self.layers = nn.ModuleList(
             CrossLayer(width, num_heads, block_tokens) for _ in range(depth)
         )
@@ -204,6 +211,7 @@ class QueryDecoder(nn.Module):
         member_BQV = self.member[:, 0] if members is None else self.member[0, :, 0][members]
         query_BQV = (position_BQV + member_BQV).expand(features_BSV.shape[0], -1, -1)
 
+        # All layers share the rule, so that its mask is made once.
         mask = mask_of(rule, self.num_heads)
         for layer in self.layers:
             query_BQV = run_layer(

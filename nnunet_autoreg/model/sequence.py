@@ -3,6 +3,7 @@
 ``SequenceEncoder`` is what all families share, ``PrimusEncoder`` and ``ViTEncoder`` are the
 families. Pretraining runs on the classes of the downstream networks, so that state-dict keys are
 the downstream ones from the start.
+
 Shape suffixes: B samples, M members, C channels, Z Y X voxels, T = M * N tokens, N tokens of a
 member in raster order (z, y, x), V width, K blocks.
 """
@@ -22,6 +23,7 @@ from nnunet_autoreg.model.parameters import weights_under
 from nnunet_autoreg.model.trunk import recomputed, run_blocks
 
 LOCAL_PIECES = 8
+"""Pieces in which blocks are tokenised where activations are recomputed."""
 
 
 def to_blocks(volume_BCZYX: Tensor, block: Size) -> Tensor:
@@ -132,6 +134,7 @@ class SequenceEncoder(nn.Module):
         B, M, C, Z, Y, X = voxels_BMCZYX.shape
         crops = voxels_BMCZYX.reshape(B * M, C, Z, Y, X)
 
+        # A linear tokenizer sees one token at a time, whatever the size of a block.
         projection = self.linear_projection
         if projection is not None:
             cubes = to_blocks(crops, self.token_size).flatten(2)  # (B * M, N, P)
@@ -178,7 +181,8 @@ class SequenceEncoder(nn.Module):
             x_BTV = x_BTV + member_BTV
 
         rope = self.rope(positions_BT)
-        out: Tensor = trunk.norm(run_blocks(trunk.blocks, x_BTV, rope, rule, self.recompute))
+        x_BTV = run_blocks(trunk.blocks, x_BTV, rope, rule, self.recompute)
+        out: Tensor = trunk.norm(x_BTV)
         return out
 
     def forward(
@@ -240,6 +244,7 @@ class PrimusEncoder(SequenceEncoder):
         self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False
     ):
         super().__init__(network, token_size, block_size, recompute)
+        # The decoder's weights would take memory, and be saved, for nothing.
         self.network.up_projection = nn.Identity()
 
     @property
@@ -252,6 +257,7 @@ class PrimusEncoder(SequenceEncoder):
         """The patch embedding of the first Primus; V2 and V3 have none."""
         tokenizer = self.network.down_projection
         projection = getattr(tokenizer, "proj", None)
+        # Only a kernel of exactly one token is a matrix product of the token's voxels.
         is_linear = (
             isinstance(tokenizer, PatchEmbed)
             and isinstance(projection, nn.Conv3d)
@@ -319,5 +325,6 @@ class ViTEncoder(SequenceEncoder):
 
         trunk = self.trunk
         x_BTV = trunk.with_start(x_BTV)  # (B, 1 + T, V)
-        out: Tensor = trunk.norm(run_blocks(trunk.layers, x_BTV, None, rule, self.recompute))
+        x_BTV = run_blocks(trunk.layers, x_BTV, None, rule, self.recompute)
+        out: Tensor = trunk.norm(x_BTV)
         return out

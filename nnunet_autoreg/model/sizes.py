@@ -11,7 +11,6 @@ Sources:
     The ``tiny`` sizes are ours.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +98,7 @@ def _primus(family: str, size: str) -> EncoderSize:
         "scale_attn_inner": True,
     }
     if family == PRIMUS_V3:
+        # Only V3's tokenizer has levels of its own and skips between them.
         arguments |= {
             "depth_per_level": [1, 1, 1],
             "ch_per_level": [16, 32, 64, 128] if is_tiny else [32, 64, 256, 1024],
@@ -110,6 +110,7 @@ def _primus(family: str, size: str) -> EncoderSize:
         class_path=CLASS_PATHS[family],
         arguments=arguments,
         token_size=token_size_of(CLASS_PATHS[family], arguments),
+        # Convolutional tokenizers see one block at a time: blocks of one token would starve them.
         block_tokens=(1, 1, 1) if family == PRIMUS else (4, 4, 4),
         max_crop_vox=64**3 if is_tiny else 160**3,
         scratch_rate=1e-3 if is_tiny else 3e-4,
@@ -121,7 +122,8 @@ def _primus(family: str, size: str) -> EncoderSize:
 def _resenc(
     size: str, features: list[int], blocks: list[int], patch_gib: float | None
 ) -> EncoderSize:
-    is_tiny, num_stages = size == "tiny", len(features)
+    is_tiny = size == "tiny"
+    num_stages = len(features)
     arguments: dict[str, Any] = {
         "n_stages": num_stages,
         "features_per_stage": features,
@@ -176,7 +178,9 @@ def _vit(name: str) -> EncoderSize:
     )
 
 
-_RESENC_FEATURES, _RESENC_BLOCKS = [32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6]
+# nnU-Net's M, L and XL are one network; they differ in the memory that patch and batch may fill.
+_RESENC_FEATURES = [32, 64, 128, 256, 320, 320]
+_RESENC_BLOCKS = [1, 3, 4, 6, 6, 6]
 
 
 def _all_sizes() -> list[EncoderSize]:
@@ -229,7 +233,8 @@ def suited_to(encoder: EncoderSize, spacing_mm: Spacing) -> EncoderSize:
     kernel = [1, 1, 1]
 
     for stage in range(num_stages):
-        is_alike = _alike_axes(voxel_mm)
+        shortest_mm = min(voxel_mm)
+        is_alike = [size / shortest_mm < ALIKE for size in voxel_mm]
         # An axis that was convolved once is convolved in all deeper stages.
         for axis in range(3):
             if is_alike[axis]:
@@ -244,8 +249,3 @@ def suited_to(encoder: EncoderSize, spacing_mm: Spacing) -> EncoderSize:
     arguments = {**encoder.arguments, "strides": strides, "kernel_sizes": kernels}
     token_size = token_size_of(encoder.class_path, arguments)
     return replace(encoder, arguments=arguments, token_size=token_size)
-
-
-def _alike_axes(voxel_mm: Sequence[float]) -> list[bool]:
-    """Return which axes have voxels about as short as the shortest ones."""
-    return [size / min(voxel_mm) < ALIKE for size in voxel_mm]

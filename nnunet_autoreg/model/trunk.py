@@ -95,8 +95,9 @@ def layers_run_by(path: FastPath) -> Iterator[None]:
 
 
 def _current_path() -> FastPath | None:
-    path = _paths[-1] if _paths else None
-    return None if path is None or path.is_given_up else path
+    if not _paths or _paths[-1].is_given_up:
+        return None
+    return _paths[-1]
 
 
 def mask_of(rule: Rule, num_heads: int) -> Mask:
@@ -142,6 +143,7 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
 
 def num_heads_of(block: nn.Module) -> int:
     """Return the number of attention heads of a block; 1 where it states none."""
+    # timm and nnU-Net call it ``attn``, the ViT of AR-SSL4M ``self_attn``.
     attention = getattr(block, "attn", None) or getattr(block, "self_attn", None)
     return int(getattr(attention, "num_heads", 1))
 
@@ -152,10 +154,12 @@ def recomputed(function: Callable[..., Tensor], recompute: bool, *arguments: Any
     Args:
         recompute: keep only the tensors among the arguments for the backward pass.
     """
+    # Without a backward pass there is nothing to recompute for.
     if not (recompute and torch.is_grad_enabled()):
         return function(*arguments)
     if _observers:
         return _observers[-1](function, arguments)
+
     out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
     return out
 
@@ -179,6 +183,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 def run_block(block: nn.Module, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None) -> Tensor:
     """Return the features (B, T, V) after one block of pre-norm attention and MLP."""
+    # A block that ``hooked`` has changed computes the same, but is called as a module.
     if isinstance(block, EvaBlock) and "forward" not in vars(block):
         return _eva_block(block, x_BTV, rope, mask)
     own: Tensor = block(x_BTV, rope=rope, attn_mask=mask)
@@ -216,37 +221,32 @@ def self_attention(
     attn: EvaAttention, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None
 ) -> Tensor:
     """Return the output (B, T, V) of ``attn``, with its projections, norms and rotary positions."""
-    q_BHTD, k_BHTD, v_BHTD = _projected(attn, x_BTV)
+    B, T, _ = x_BTV.shape
+    if attn.qkv is None:
+        q_BHTD, k_BHTD, v_BHTD = (
+            layer(x_BTV).reshape(B, T, attn.num_heads, -1).transpose(1, 2)
+            for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+    else:
+        bias = None
+        if attn.q_bias is not None:
+            biases: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
+            bias = torch.cat(biases)
+        fused = nn.functional.linear(x_BTV, attn.qkv.weight, bias)  # (B, T, 3 * V)
+        fused = fused.reshape(B, T, 3, attn.num_heads, -1)
+        q_BHTD, k_BHTD, v_BHTD = fused.permute(2, 0, 3, 1, 4).unbind(0)
+
     q_BHTD, k_BHTD = attn.q_norm(q_BHTD), attn.k_norm(k_BHTD)
     if rope is not None:
+        # The table is in single precision; under autocast the values are not.
         q_BHTD = _rotated(attn, q_BHTD, rope).type_as(v_BHTD)
         k_BHTD = _rotated(attn, k_BHTD, rope).type_as(v_BHTD)
 
     dropout = attn.attn_drop.p if attn.training else 0.0
     seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, mask, dropout)
-    seen_BTV = seen_BHTD.transpose(1, 2).flatten(2)
+    seen_BTV = seen_BHTD.transpose(1, 2).flatten(2)  # heads side by side
     out: Tensor = attn.proj_drop(attn.proj(attn.norm(seen_BTV)))
     return out
-
-
-def _projected(attn: EvaAttention, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, each (B, H, T, D)."""
-    B, T, _ = x_BTV.shape
-    if attn.qkv is None:
-        q, k, v = (
-            layer(x_BTV).reshape(B, T, attn.num_heads, -1).transpose(1, 2)
-            for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        return q, k, v
-
-    bias = None
-    if attn.q_bias is not None:
-        biases: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
-        bias = torch.cat(biases)
-    fused = nn.functional.linear(x_BTV, attn.qkv.weight, bias)  # (B, T, 3 * V)
-    fused = fused.reshape(B, T, 3, attn.num_heads, -1)
-    q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
 
 
 def _rotated(attn: EvaAttention, x_BHTD: Tensor, rope: Tensor) -> Tensor:

@@ -59,14 +59,16 @@ class PretrainingUNet(nn.Module):
         skips = self.encode(voxels_BCZYX, known_BZYX)
         decoder = self.network.decoder
 
+        # From the coarsest features upwards; every stage joins the skip of its resolution.
         x_BCZYX = skips[-1]
-        for level, (upsample, stage) in enumerate(
-            zip(decoder.transpconvs, decoder.stages, strict=True), start=2
+        finer_skips = skips[-2::-1]
+        for upsample, stage, skip_BCZYX in zip(
+            decoder.transpconvs, decoder.stages, finer_skips, strict=True
         ):
-            joined_BCZYX = torch.cat([upsample(x_BCZYX), skips[-level]], dim=1)
+            joined_BCZYX = torch.cat([upsample(x_BCZYX), skip_BCZYX], dim=1)
             x_BCZYX = recomputed(stage, self.recompute, joined_BCZYX)
 
-        out: Tensor = decoder.seg_layers[-1](x_BCZYX)
+        out: Tensor = decoder.seg_layers[-1](x_BCZYX)  # (B, 1, Z, Y, X)
         if self.segment_head is not None:
             out = torch.cat([out, self.segment_head(x_BCZYX)], dim=1)
         return out
@@ -79,6 +81,7 @@ class PretrainingUNet(nn.Module):
             seen_BCZYX = voxels_BCZYX * known_BZYX[:, None]
 
         x_BCZYX = encoder.stem(seen_BCZYX)
+        # The stem has stride 1, so that a voxel and its features have the same position.
         if self.mark is not None and known_BZYX is not None:
             unknown_B1ZYX = (~known_BZYX[:, None]).to(x_BCZYX.dtype)
             x_BCZYX = x_BCZYX + self.mark[:, None, None, None] * unknown_B1ZYX

@@ -2,13 +2,12 @@
 
 It has a START token, fixed 3D sin-cos positions, and a UNETR decoder.
 
-Everything below ``model.`` has AR-SSL4M's own key names and shapes; only the axes are ours: volumes
-are (z, y, x) here and (x, y, z) there, so the patch kernel is transposed and the three thirds of a
-position belong to x, y and z in that order.
+Everything below ``model.`` has AR-SSL4M's own key names and shapes. Only the axes differ: volumes
+are (z, y, x) here and (x, y, z) there. The patch kernel is therefore transposed, and the three
+thirds of a position belong to x, y and z in that order.
 
 Shape suffixes: B samples, C channels, Z Y X voxels, N tokens in raster order (z, y, x), T = N + 1
-    tokens with START in front,
-V width, H heads, D head width, Q queries, S keys.
+    tokens with START in front, V width, H heads, D head width, Q queries, S keys.
 
 Source: AR-SSL4M (github.com/serena9525/AR-SSL4M), written anew from its description; UNETR (arXiv
     2103.10504) for the decoder.
@@ -47,7 +46,6 @@ def sincos_positions(grid: Size, width: int) -> Tensor:
     """Return fixed positions (1, N, V) of a grid (z, y, x).
 
     A third of the width is for x, one for y and one for z, each [sin | cos].
-
     Angular frequencies are 10000^(-k / (width / 6)), k = 0 .. width / 6 - 1, at integer grid
     indices.
 
@@ -60,19 +58,28 @@ def sincos_positions(grid: Size, width: int) -> Tensor:
             f"use {width // 6 * 6}",
             code="plan-width",
         )
-    frequencies = 10000.0 ** (-torch.arange(width // 6, dtype=torch.float64) / (width // 6))
-    parts = []
+
+    num_frequencies = width // 6
+    steps = torch.arange(num_frequencies, dtype=torch.float64)
+    frequencies = 10000.0 ** (-steps / num_frequencies)
+
+    thirds = []
     for axis in (2, 1, 0):
-        angles = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
-        third = torch.cat([angles.sin(), angles.cos()], dim=1)
+        length = grid[axis]
+        indices = torch.arange(length, dtype=torch.float64)
+        angles = indices[:, None] * frequencies  # (length, V / 6)
+        third = torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, V / 3)
+
         shape = [1, 1, 1, width // 3]
-        shape[axis] = grid[axis]
-        parts.append(third.reshape(shape).expand(*grid, -1))
-    return torch.cat(parts, dim=-1).reshape(1, math.prod(grid), width).float()
+        shape[axis] = length
+        thirds.append(third.reshape(shape).expand(*grid, -1))  # (z, y, x, V / 3)
+
+    whole = torch.cat(thirds, dim=-1)  # (z, y, x, V)
+    return whole.reshape(1, math.prod(grid), width).float()
 
 
 class PatchEmbedding(nn.Module):
-    """A token's voxels to a vector."""
+    """Turns the voxels of every token into a vector."""
 
     def __init__(self, num_channels: int, width: int, token_size: Size):
         super().__init__()
@@ -90,9 +97,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(width, width, bias=False) for _ in range(3)
-        )
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width)
 
     def heads(self, x_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,10 +113,11 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x_BTV: Tensor, attn_mask: Mask | None = None) -> Tensor:
-        """Mixed tokens (B, T, V); ``attn_mask`` is True where a query may attend."""
+        """Return tokens (B, T, V); ``attn_mask`` is True where a query may attend."""
         q_BHTD, k_BHTD, v_BHTD = self.heads(x_BTV)
         seen_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, attn_mask)
-        out: Tensor = self.o_proj(seen_BHTD.transpose(1, 2).flatten(2))
+        seen_BTV = seen_BHTD.transpose(1, 2).flatten(2)
+        out: Tensor = self.o_proj(seen_BTV)
         return out
 
 
@@ -118,7 +126,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
 
     def forward(self, x_BTV: Tensor) -> Tensor:
         """Return tokens (B, T, V)."""
@@ -133,10 +142,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(width, num_heads)
         self.mlp = Mlp(width, hidden)
-        self.input_layernorm, self.post_attention_layernorm = (
-            nn.LayerNorm(width, eps=1e-5),
-            nn.LayerNorm(width, eps=1e-5),
-        )
+        self.input_layernorm = nn.LayerNorm(width, eps=1e-5)
+        self.post_attention_layernorm = nn.LayerNorm(width, eps=1e-5)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x_BTV: Tensor, rope: None = None, attn_mask: Mask | None = None) -> Tensor:
@@ -144,8 +151,11 @@ class Layer(nn.Module):
 
         ``attn_mask`` (B, 1, Q, S) is True where a query may attend, None for full attention.
         """
-        x_BTV = x_BTV + self.drop_path(self.self_attn(self.input_layernorm(x_BTV), attn_mask))
-        out: Tensor = x_BTV + self.drop_path(self.mlp(self.post_attention_layernorm(x_BTV)))
+        attended = self.self_attn(self.input_layernorm(x_BTV), attn_mask)
+        x_BTV = x_BTV + self.drop_path(attended)
+
+        changed = self.mlp(self.post_attention_layernorm(x_BTV))
+        out: Tensor = x_BTV + self.drop_path(changed)
         return out
 
 
@@ -170,14 +180,14 @@ class Trunk(nn.Module):
             Layer(width, num_heads, round(width * mlp_ratio), rate) for rate in rates
         )
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        self._initialise()
 
-    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+        # The patch embedding is a matrix in the form of a convolution, and is initialised as one.
         projection = self.patchifier.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         if projection.bias is not None:
@@ -186,9 +196,8 @@ class Trunk(nn.Module):
     def with_start(self, tokens_BNV: Tensor) -> Tensor:
         """Return tokens (B, T, V): START, which has no position, then ``tokens_BNV``."""
         start_11V = self.embed_tokens.weight[START_ROW][None, None]
-        return torch.cat(
-            [start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype), tokens_BNV], dim=1
-        )
+        start_B1V = start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype)
+        return torch.cat([start_B1V, tokens_BNV], dim=1)
 
     def hidden(self, x_BTV: Tensor, mask_B1QS: Mask | None = None) -> list[Tensor]:
         """Return the tokens (B, T, V) after every layer; the last entry is normalised."""
@@ -200,7 +209,7 @@ class Trunk(nn.Module):
 
 
 class UnetrDecoder(nn.Module):
-    """From token grids of several depths, and the image, to logits at full resolution.
+    """Turns token grids of several depths, and the image, into logits at full resolution.
 
     Level l has a resolution of 1 / 2^l; level ``num_levels`` is the token grid. Taps are brought to
     levels num_levels - 1 .. 1 by transposed convolutions, the deepest tap by the fewest; level 0 is
@@ -213,10 +222,17 @@ class UnetrDecoder(nn.Module):
         super().__init__()
         features = [num_features * 2**level for level in range(num_levels)]
         self.image = _residual(num_channels, features[0])
-        # From level 1, fed by the shallowest tap, to the deepest but one.
-        self.taps = nn.ModuleList(
-            _lift(width, features[level], num_levels - level) for level in range(1, num_levels)
-        )
+
+        # From level 1, fed by the shallowest tap, to the deepest but one. The order in which layers
+        # are made is that of their random weights.
+        self.taps = nn.ModuleList()
+        for level in range(1, num_levels):
+            lift: list[nn.Module] = [_up(width, features[level])]
+            for _ in range(num_levels - level - 1):
+                lift.append(_up(features[level], features[level]))
+                lift.append(_residual(features[level], features[level]))
+            self.taps.append(nn.Sequential(*lift))
+
         above = [*features[1:], width]
         self.ups = nn.ModuleList(_up(above[level], features[level]) for level in range(num_levels))
         self.merges = nn.ModuleList(_residual(2 * f, f) for f in features)
@@ -227,13 +243,14 @@ class UnetrDecoder(nn.Module):
         self, image_BCZYX: Tensor, taps_BVzyx: Sequence[Tensor], final_BVzyx: Tensor
     ) -> Tensor:
         """Return logits (B, classes, Z, Y, X); ``taps_BVzyx`` from shallow to deep."""
-        skips = [
-            self.image(image_BCZYX),
-            *(lift(tap) for lift, tap in zip(self.taps, taps_BVzyx, strict=True)),
-        ]
+        skips = [self.image(image_BCZYX)]
+        skips += [lift(tap) for lift, tap in zip(self.taps, taps_BVzyx, strict=True)]
+
         x = final_BVzyx
         for level in reversed(range(len(skips))):
-            x = self.merges[level](torch.cat([self.ups[level](x), skips[level]], dim=1))
+            joined = torch.cat([self.ups[level](x), skips[level]], dim=1)
+            x = self.merges[level](joined)
+
         out: Tensor = self.logits(x)
         return out
 
@@ -260,17 +277,6 @@ def _residual(num_inputs: int, num_outputs: int) -> nn.Module:
 
 def _up(num_inputs: int, num_outputs: int) -> nn.Module:
     return nn.ConvTranspose3d(num_inputs, num_outputs, kernel_size=2, stride=2, bias=False)
-
-
-def _lift(width: int, num_features: int, num_doublings: int) -> nn.Module:
-    """Return layers that bring tokens ``num_doublings`` levels up.
-
-    There is a convolution after every doubling but the first.
-    """
-    layers: list[nn.Module] = [_up(width, num_features)]
-    for _ in range(num_doublings - 1):
-        layers += [_up(num_features, num_features), _residual(num_features, num_features)]
-    return nn.Sequential(*layers)
 
 
 class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
@@ -305,7 +311,16 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         decoder_features: int = 16,
     ):
         super().__init__()
-        token_size = _checked_token(patch_embed_size)
+        token_size = as_size(patch_embed_size)
+        side = token_size[0]
+        is_power_of_two = side & (side - 1) == 0
+        if len(set(token_size)) > 1 or side < 4 or not is_power_of_two:
+            raise PlanError(
+                f"patch_embed_size={list(token_size)}: the UNETR decoder doubles tokens up to "
+                "voxels; use a cube of side 4, 8, 16 or 32",
+                code="plan-token-size",
+            )
+
         try:
             self.grid = grid_of(as_size(input_shape), token_size)
         except ValueError as error:
@@ -316,15 +331,21 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             raise PlanError(
                 f"width {embed_dim} is no multiple of {eva_numheads} heads", code="plan-width"
             )
+
+        # The attributes under which nnU-Net's networks name the parts that are transferred.
         self.embed_dim = embed_dim
         self.key_to_encoder = "model"
         self.key_to_stem = "model.patchifier"
         self.keys_to_in_proj = ("model.patchifier.proj",)
         self.key_to_lpe = None
-        num_levels = int(math.log2(token_size[0]))
-        self.tap_indices = [
-            min(int(1 + eva_depth * k / num_levels), eva_depth) - 1 for k in range(1, num_levels)
-        ]
+
+        # After blocks 4, 7 and 10 of 12, where tokens have a side of 16 voxels.
+        num_levels = int(math.log2(side))
+        self.tap_indices = []
+        for k in range(1, num_levels):
+            block_number = int(1 + eva_depth * k / num_levels)
+            self.tap_indices.append(min(block_number, eva_depth) - 1)
+
         self.model = Trunk(
             input_channels,
             embed_dim,
@@ -337,11 +358,13 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         self.decoder = UnetrDecoder(
             input_channels, embed_dim, num_classes, num_levels, decoder_features
         )
+
+        # The positions follow from the input shape, so that no file holds them.
         self.positions: Tensor
         self.register_buffer("positions", sincos_positions(self.grid, embed_dim), persistent=False)
 
     def tokens(self, volume_BCZYX: Tensor) -> Tensor:
-        """Embedded tokens (B, N, V) with their positions, without START."""
+        """Return embedded tokens (B, N, V) with their positions, without START."""
         grid_BVzyx: Tensor = self.model.patchifier(volume_BCZYX)
         return grid_BVzyx.flatten(2).transpose(1, 2) + self.positions
 
@@ -350,7 +373,8 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
 
         The last entry is normalised.
         """
-        states = self.model.hidden(self.model.with_start(self.tokens(volume_BCZYX)))
+        tokens_BTV = self.model.with_start(self.tokens(volume_BCZYX))
+        states = self.model.hidden(tokens_BTV)
         return [state[:, 1:] for state in states]
 
     def forward(self, volume_BCZYX: Tensor) -> Tensor:
@@ -372,15 +396,3 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         raise NotImplementedError(
             "the memory of a transformer is not proportional to its convolutional feature maps"
         )
-
-
-def _checked_token(patch_embed_size: Sequence[int]) -> Size:
-    token = as_size(patch_embed_size)
-    side = token[0]
-    if len(set(token)) > 1 or side < 4 or side & (side - 1):
-        raise PlanError(
-            f"patch_embed_size={list(token)}: the UNETR decoder doubles tokens up to voxels; use a "
-            "cube of side 4, 8, 16 or 32",
-            code="plan-token-size",
-        )
-    return token

@@ -56,9 +56,9 @@ def test_the_batch_that_fits_is_the_whole_part_of_what_is_left() -> None:
 
 def test_a_large_encoder_is_estimated_within_seconds_and_sensibly() -> None:
     shape = (128, 128, 128)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the machine may be busy
     memory = training_memory(lambda: make("primus_m", shape, 0.2), (1, *shape))
 
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert 148.8e6 * 16 < memory.fixed_bytes < 5 * GIB
     assert 1 * GIB < memory.sample_bytes < 10 * GIB
