@@ -94,7 +94,7 @@ def affine_of(
     Source: Rodrigues' formula, R = 1 + sin(a) K + (1 - cos(a)) K^2 with K the matrix of the cross
         product.
     """
-    z, y, x = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)
+    z, y, x = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)  # unit length
     cross = np.array([[0, -x, y], [x, 0, -z], [-y, z, 0]])
     angle = math.radians(angle_deg)
     rotation = np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
@@ -103,6 +103,8 @@ def affine_of(
     shrink = np.array([1 / zoom if i in plane else 1.0 for i in range(3)])
     mm_of_voxel = np.diag(spacing_mm)
     voxel_of_mm = np.diag(1 / np.asarray(spacing_mm))
+
+    # Read from right to left: voxels of the crop to mm, zoom, rotate, mm to voxels of the scan.
     first, second, third = voxel_of_mm @ rotation @ np.diag(shrink) @ mm_of_voxel
     return Affine(angle_deg, zoom, (_vector(first), _vector(second), _vector(third)))
 
@@ -145,8 +147,10 @@ def read_source(
         size: voxels of the crop, (z, y, x).
         max_source: most voxels to read along an axis, as a multiple of the crop's.
     """
-    matrix, shape = np.array(affine.matrix), np.array(case.shape_vox)
-    begin, length = np.array(start), np.array(size)
+    matrix = np.array(affine.matrix)  # (3, 3)
+    shape = np.array(case.shape_vox)
+    begin = np.array(start)
+    length = np.array(size)
 
     # The pivot is the middle of what lies inside the scan, in voxels of the scan.
     low = np.clip(begin, 0, shape - 1)

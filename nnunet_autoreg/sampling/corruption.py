@@ -46,6 +46,7 @@ CLEAN = Corruption()
 
 def draw_corruption(share: float, generator: np.random.Generator) -> Corruption:
     """Draw a corruption for a ``share`` of the samples, ``CLEAN`` for the others."""
+    # All numbers are drawn in every case, so that later draws do not depend on the first.
     is_clean = generator.random() >= share
     gamma = math.exp(generator.uniform(math.log(GAMMA[0]), math.log(GAMMA[1])))
     contrast = float(generator.uniform(*CONTRAST))
@@ -85,6 +86,8 @@ class Corruptions:
         strength = self.strength.to(device, non_blocking=True)
         if not self.seeds:
             return replace(self, strength=strength)
+
+        # Every sample has its own seed: its noise does not depend on the others of the batch.
         noise = torch.zeros_like(like_BMCZYX)
         for sample_MCZYX, seed in zip(noise, self.seeds, strict=True):
             generator = torch.Generator(device).manual_seed(seed)
@@ -94,10 +97,9 @@ class Corruptions:
 
 def stacked(drawn: Sequence[Corruption]) -> Corruptions:
     """Return the corruptions of a batch."""
-    strength = [(one.gamma, one.contrast, one.noise) for one in drawn]
-    return Corruptions(
-        torch.tensor(strength, dtype=torch.float32), tuple(one.seed for one in drawn)
-    )
+    strength = [(one.gamma, one.contrast, one.noise) for one in drawn]  # (B, 3)
+    seeds = tuple(one.seed for one in drawn)
+    return Corruptions(torch.tensor(strength, dtype=torch.float32), seeds)
 
 
 def corrupted(
@@ -116,6 +118,7 @@ def corrupted(
     if corruptions is None:
         return voxels_BMCZYX
     assert corruptions.noise is not None, "Batch.to draws the noise"
+
     known = known_BMZYX[:, :, None].expand_as(voxels_BMCZYX)
     strength = corruptions.strength[:, :, None, None, None, None, None]  # (B, 3, 1, 1, 1, 1, 1)
     gamma, contrast, noise = strength.unbind(dim=1)
@@ -132,7 +135,8 @@ def corrupted(
     # is no number.
     scaled = ((voxels_BMCZYX - lowest) / (highest - lowest)).clamp(0, 1) ** gamma
     new_mean, new_deviation = _statistics(scaled, known)
-    bent = (scaled - new_mean) / new_deviation.clamp(min=1e-6) * deviation + mean
+    standardised = (scaled - new_mean) / new_deviation.clamp(min=1e-6)
+    bent = standardised * deviation + mean
     stretched = ((bent - mean) * contrast + mean).clamp(lowest, highest)
     noisy = stretched + noise * deviation * corruptions.noise
 

@@ -1,4 +1,4 @@
-"""From scans, groups and places to the pool that sequences are cut from."""
+"""Collect scans, groups and places as the pool that sequences are cut from."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from nnunet_autoreg.corpus.groups import ContrastGroup
 from nnunet_autoreg.corpus.locations import StructureLocation
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.geometry import Spacing
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.kinds import wanted
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
@@ -20,7 +21,7 @@ def gather(
     groups: Sequence[tuple[ContrastGroup, Sequence[StoredCase]]],
     places: Sequence[StructureLocation],
 ) -> SamplingPool:
-    """What the plan's kinds of sequences may be cut from.
+    """Return what the plan's kinds of sequences may be cut from.
 
     Args:
         cases: by id of the scan; only their scans are used, also of groups and places.
@@ -28,21 +29,39 @@ def gather(
         places: of structures in the scans.
     """
     kinds, s = wanted(plan), plan.sequence
-    chosen_groups, structures = [], []
+
+    stored_groups = []
     if "contrast" in kinds:
-        chosen_groups = [
-            _group(group, members, s.contrasts)
-            for group, members in groups
-            if all(row.id in cases for row in group.rows)
-        ]
-        chosen_groups = [
-            group for group in chosen_groups if len(group.members) >= s.contrast_members
-        ]
+        for group, group_cases in groups:
+            # A group is used as a whole, so that validation scans never enter by it.
+            if not all(row.id in cases for row in group.rows):
+                continue
+            by_contrast = dict(zip(group.contrasts, group_cases, strict=True))
+            members = [(name, by_contrast[name]) for name in s.contrasts if name in by_contrast]
+            if len(members) >= s.contrast_members:
+                stored_groups.append(StoredGroup(group.name, tuple(members)))
+
+    structures = []
     if "semantic" in kinds:
-        structures = [
-            x for x in _structures(cases, places) if len(x.by_subject()) >= s.semantic_members
-        ]
-    return SamplingPool(tuple(cases.values()), tuple(chosen_groups), tuple(structures))
+        # What lies in one sequence has one voxel size, so that structures are split by spacing.
+        found: dict[tuple[str, Spacing], list[Place]] = {}
+        for location in places:
+            case = cases.get(location.scan)
+            if case is None:
+                continue
+            # Shares of an axis count from the outer face of the first voxel, positions from its
+            # middle.
+            centre = zip(location.centre, case.shape_vox, strict=True)
+            z, y, x = (share * length - 0.5 for share, length in centre)
+            place = Place(location.subject, case, (z, y, x))
+            found.setdefault((location.structure, case.spacing_mm), []).append(place)
+
+        for name, spacing_mm in sorted(found):
+            structure = Structure(name, spacing_mm, tuple(found[name, spacing_mm]))
+            if len(structure.by_subject()) >= s.semantic_members:
+                structures.append(structure)
+
+    return SamplingPool(tuple(cases.values()), tuple(stored_groups), tuple(structures))
 
 
 def check_training(plan: Plan, pool: SamplingPool) -> None:
@@ -58,10 +77,11 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
     }
     for kind in wanted(plan):
         if not pool.num_sources(kind):
+            missing = needed.get(kind, "scan is left")
             raise AutoregError(
                 f"sequence.weights.{kind}={s.weights[kind]}: among the training scans no "
-                f"{needed.get(kind, 'scan is left')}; "
-                f"give more scans, or use another --name and leave {kind} out of --sequences",
+                f"{missing}; give more scans, or use another --name and leave {kind} out of "
+                "--sequences",
                 code="sequences-impossible",
             )
 
@@ -76,36 +96,3 @@ def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
             " and ".join(lacking),
         )
     return given
-
-
-def _group(
-    group: ContrastGroup, members: Sequence[StoredCase], contrasts: Sequence[str]
-) -> StoredGroup:
-    pairs = [
-        (word, case)
-        for word, case in zip(group.contrasts, members, strict=True)
-        if word in contrasts
-    ]
-    return StoredGroup(
-        group.name, tuple(sorted(pairs, key=lambda pair: list(contrasts).index(pair[0])))
-    )
-
-
-def _structures(
-    cases: Mapping[str, StoredCase], places: Sequence[StructureLocation]
-) -> list[Structure]:
-    """Structures by name and spacing: what lies in one sequence has one voxel size."""
-    found: dict[tuple[str, tuple[float, float, float]], list[Place]] = {}
-    for known in places:
-        if known.scan in cases:
-            case = cases[known.scan]
-            z, y, x = (
-                share * n - 0.5 for share, n in zip(known.centre, case.shape_vox, strict=True)
-            )
-            found.setdefault((known.structure, case.spacing_mm), []).append(
-                Place(known.subject, case, (z, y, x))
-            )
-    return [
-        Structure(name, spacing, tuple(where))
-        for (name, spacing), where in sorted(found.items(), key=lambda item: item[0])
-    ]

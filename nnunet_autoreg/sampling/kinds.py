@@ -46,51 +46,47 @@ def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
     sequences where subjects have several contrasts, and semantic ones where places are known.
     Places by likeness alone are never taken unasked.
     """
+    weights = {"spatial": 1.0}
     if available.num_inputs < 2:
-        return {"spatial": 1.0}, "one input: spatial sequences; --sequences asks for others"
-    weights, why = {"spatial": 1.0}, []
+        return weights, "one input: spatial sequences; --sequences asks for others"
+
+    reasons = []
     if available.num_groups:
         weights["contrast"] = CONTRAST_WEIGHT
-        why.append(
-            f"{available.num_groups} subjects have the contrasts {', '.join(available.contrasts)}"
-        )
+        contrasts = ", ".join(available.contrasts)
+        reasons.append(f"{available.num_groups} subjects have the contrasts {contrasts}")
     if available.structures:
         weights["semantic"] = SEMANTIC_WEIGHT
-        why.append(
+        reasons.append(
             f"{available.semantic_source} say where {len(available.structures)} structures "
             "lie (read for positions only)"
         )
-    return (
-        weights,
-        "; ".join(why)
-        if why
-        else "no subject has several contrasts, and no label maps or boxes say where structures "
-        "lie",
-    )
+    if not reasons:
+        reasons = [
+            "no subject has several contrasts, and no label maps or boxes say where structures lie"
+        ]
+    return weights, "; ".join(reasons)
 
 
 def choose_members(available: AvailableKinds, most: int) -> int:
-    """Return how many images a semantic sequence has.
+    """Return how many images a semantic sequence has, at least two and at most ``most``.
 
-    It is ``most``, or as many as there are subjects with the structure that is known in most of
-    them; without structures, all subjects.
-
-    ``most``, or as many as the structure has that is known in most subjects; else all subjects.
+    There are no more than subjects with the structure that is known in most of them; without
+    structures, no more than subjects.
     """
-    return max(
-        2,
-        min(
-            most,
-            max(available.structures.values()) if available.structures else available.num_subjects,
-        ),
-    )
+    num_subjects = available.num_subjects
+    if available.structures:
+        num_subjects = max(available.structures.values())
+    return max(2, min(most, num_subjects))
 
 
 def num_members(sequence: SequencePlan, kind: str) -> int:
     """Return how many images one sequence of this kind has."""
-    return {"contrast": sequence.contrast_members, "semantic": sequence.semantic_members}.get(
-        kind, 1
-    )
+    if kind == "contrast":
+        return sequence.contrast_members
+    if kind == "semantic":
+        return sequence.semantic_members
+    return 1
 
 
 def wanted(plan: Plan) -> tuple[str, ...]:
@@ -102,49 +98,52 @@ def member_codes(plan: Plan) -> dict[str, range]:
     """Return the codes of the members by kind.
 
     0 is the one image of spatial and strided sequences, and stands for a member that fine-tuning
-    knows.
-
-    0 is the one image of spatial and strided sequences, and stands for a member that fine-tuning
-    knows.
-
-    A contrast keeps its code wherever it occurs. The members of a semantic sequence are numbered.
+    knows. A contrast keeps its code wherever it occurs. The members of a semantic sequence are
+    numbered.
     """
-    kinds, s = wanted(plan), plan.sequence
-    contrasts = len(s.contrasts) if "contrast" in kinds else 0
-    semantic = s.semantic_members if "semantic" in kinds else 0
-    return {"contrast": range(contrasts), "semantic": range(contrasts, contrasts + semantic)}
+    kinds = wanted(plan)
+    num_contrasts = len(plan.sequence.contrasts) if "contrast" in kinds else 0
+    num_semantic = plan.sequence.semantic_members if "semantic" in kinds else 0
+
+    num_both = num_contrasts + num_semantic
+    return {"contrast": range(num_contrasts), "semantic": range(num_contrasts, num_both)}
 
 
 def num_codes(plan: Plan) -> int:
     """Return how many member codes there are; 1 if no sequence has several members."""
-    return max(1, *(codes.stop for codes in member_codes(plan).values()))
+    ends = [codes.stop for codes in member_codes(plan).values()]
+    return max(1, *ends)
 
 
 def member_crop(plan: Plan, kind: str) -> Size:
     """Return the crop of one member of a sequence.
 
     It is the plan's own for a single member. For several it is smaller, so that all together hold
-    no more tokens.
-
-    The axis that lost least is shortened by a block until it fits; no axis goes below one block.
+    no more tokens. The axis that lost least is shortened by a block until it fits; no axis goes
+    below one block.
     """
-    s, members = plan.sequence, num_members(plan.sequence, kind)
+    s = plan.sequence
+    members = num_members(s, kind)
     if members == 1:
         return s.crop_size_vox
     if s.member_crop_vox is not None:
         return s.member_crop_vox
-    side = [t * b for t, b in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
-    whole = [c // k for c, k in zip(s.crop_size_vox, side, strict=True)]
+
+    block_vox = [t * b for t, b in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
+    whole = [crop // side for crop, side in zip(s.crop_size_vox, block_vox, strict=True)]
     blocks = list(whole)
+
     while volume(blocks) * members > volume(whole) and max(blocks) > 1:
-        longest = max(
-            (i for i in range(3) if blocks[i] > 1), key=lambda i: (blocks[i] / whole[i], blocks[i])
-        )
-        blocks[longest] -= 1
-    return as_size([n * k for n, k in zip(blocks, side, strict=True)])
+        # The axis with the largest share of its blocks left; of equal ones, the longest.
+        axes = [axis for axis in range(3) if blocks[axis] > 1]
+        least_shortened = max(axes, key=lambda i: (blocks[i] / whole[i], blocks[i]))
+        blocks[least_shortened] -= 1
+
+    return as_size([number * side for number, side in zip(blocks, block_vox, strict=True)])
 
 
 def num_blocks(plan: Plan, kind: str = "spatial") -> int:
     """Return the number of blocks of a sequence of this kind."""
-    block = volume(plan.sequence.block_tokens) * volume(plan.encoder.token_size_vox)
-    return num_members(plan.sequence, kind) * volume(member_crop(plan, kind)) // block
+    block_vox = volume(plan.sequence.block_tokens) * volume(plan.encoder.token_size_vox)
+    sequence_vox = num_members(plan.sequence, kind) * volume(member_crop(plan, kind))
+    return sequence_vox // block_vox

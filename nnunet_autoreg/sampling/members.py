@@ -137,9 +137,9 @@ def _draw(
 
     flip_transpose = draw_flip_transpose(plan, size, spacing_mm, generator)
     # The crop of a member is smaller than the plan's: it takes a window of the plan's positions.
-    window = as_size(
-        [int(generator.integers(a - b + 1)) for a, b in zip(whole_grid, grid, strict=True)]
-    )
+    room = [whole - own + 1 for whole, own in zip(whole_grid, grid, strict=True)]
+    window = as_size([int(generator.integers(side)) for side in room])
+
     ids = sequence_ids(grid, s.block_tokens, num_members(s, kind), s.order)
     order_index = draw_order_index(ids, s.order, generator)
     prefix = draw_prefix(int(ids.max()) + 1, generator, s)

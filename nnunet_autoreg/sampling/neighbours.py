@@ -44,7 +44,8 @@ def descriptor(voxels_ZYX: NDArray[np.float32], where: Sequence[float]) -> NDArr
     pieces_z, pieces_y, pieces_x = (np.array_split(np.arange(n), SIDE) for n in voxels_ZYX.shape)
     means = np.empty((SIDE, SIDE, SIDE), dtype=np.float32)
     for z, y, x in np.ndindex(means.shape):
-        means[z, y, x] = voxels_ZYX[np.ix_(pieces_z[z], pieces_y[y], pieces_x[x])].mean()
+        piece = voxels_ZYX[np.ix_(pieces_z[z], pieces_y[y], pieces_x[x])]
+        means[z, y, x] = piece.mean()
 
     pattern = means.reshape(-1) - means.mean()  # (64,)
     pattern = pattern / max(float(np.linalg.norm(pattern)), 1e-6)
@@ -65,12 +66,15 @@ def places_alike(
     """
     by_kind: dict[tuple[str, ...], list[ScanRow]] = {}
     for row in rows:
+        # Spacings that differ in the last digits only are one.
         spacing = tuple(f"{s:.3f}" for s in cases[row.id].spacing_mm)
-        by_kind.setdefault((row.modality, contrast_word(row), *spacing), []).append(row)
+        kind = (row.modality, contrast_word(row), *spacing)
+        by_kind.setdefault(kind, []).append(row)
 
     found: list[StructureLocation] = []
     for alike in by_kind.values():
-        if len({subject_of(row) for row in alike}) >= num_subjects:
+        subjects = {subject_of(row) for row in alike}
+        if len(subjects) >= num_subjects:
             found += _among(alike, cases, crop, num_subjects, len(found))
     return found
 
@@ -98,6 +102,7 @@ def _among(
 
     subjects = np.unique([subject_of(row) for row in owners], return_inverse=True)[1]
     neighbours, farthest = _nearest(np.stack(descriptors), subjects, num_subjects - 1)
+
     num_chosen = max(1, round(MOST_ALIKE * len(owners)))
     chosen = np.argsort(farthest, kind="stable")[:num_chosen]
 
@@ -144,13 +149,17 @@ def _nearest(
     """
     neighbours = np.empty((len(descriptors), num_others), dtype=np.int64)
     farthest = np.empty(len(descriptors), dtype=np.float32)
-    lengths = np.square(descriptors).sum(axis=1)
+    lengths = np.square(descriptors).sum(axis=1)  # (N,), squared
+
     for i, described in enumerate(descriptors):
         # Squared distances less the squared length of this descriptor, which is added at the end.
         distances = lengths - 2 * (descriptors @ described)
         distances[subjects == subjects[i]] = np.inf
+
+        # Of every other subject its nearest place, the nearest subjects first.
         order = np.argsort(distances, kind="stable")
         _, first = np.unique(subjects[order], return_index=True)
         best = order[np.sort(first)][:num_others]
-        neighbours[i], farthest[i] = best, distances[best[-1]] + lengths[i]
+        neighbours[i] = best
+        farthest[i] = distances[best[-1]] + lengths[i]
     return neighbours, farthest

@@ -62,7 +62,11 @@ class SamplingPool:
 
     def num_sources(self, kind: str) -> int:
         """Return how many things a sequence of this kind can be cut from."""
-        return len({"contrast": self.groups, "semantic": self.structures}.get(kind, self.cases))
+        if kind == "contrast":
+            return len(self.groups)
+        if kind == "semantic":
+            return len(self.structures)
+        return len(self.cases)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -70,4 +74,6 @@ class SamplingPool:
 
 def as_pool(cases: "SamplingPool | Sequence[StoredCase]") -> SamplingPool:
     """Return plain cases as a pool for sequences of one image each."""
-    return cases if isinstance(cases, SamplingPool) else SamplingPool(tuple(cases))
+    if isinstance(cases, SamplingPool):
+        return cases
+    return SamplingPool(tuple(cases))

@@ -158,8 +158,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one plan and one kind."""
     corruptions = [s.corruption for s in samples if s.corruption is not None]
     assert len(corruptions) in (0, len(samples)), "a batch holds samples of one plan and purpose"
+
+    # Empty where nothing is left to do, so that ``Batch.to`` copies nothing.
     flip_transposes = tuple(s.flip_transpose for s in samples)
+    if all(flip_transpose == UNCHANGED for flip_transpose in flip_transposes):
+        flip_transposes = ()
     sources = tuple(s.sources for s in samples)
+    if not any(sources):
+        sources = ()
 
     return Batch(
         voxels=torch.from_numpy(np.stack([s.voxels for s in samples])),  # (B, M, C, Z, Y, X)
@@ -169,10 +175,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         positions=_stacked([s.positions for s in samples]),  # (B, T)
         members=_stacked([s.members for s in samples]),  # (B, T)
         loss_mask=_stacked([s.loss_mask for s in samples]),  # (B, M, Z, Y, X)
-        flip_transposes=flip_transposes
-        if any(flip_transpose != UNCHANGED for flip_transpose in flip_transposes)
-        else (),
-        sources=sources if any(sources) else (),
+        flip_transposes=flip_transposes,
+        sources=sources,
         corruption=stacked(corruptions) if corruptions else None,
     )
 

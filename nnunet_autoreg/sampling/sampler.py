@@ -25,12 +25,12 @@ VALIDATION_PREFIXES = (0.0, 0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Shown:
-    """Where a sample came from, for pictures: its kind, and per member a name and the start of its
-    crop.
+    """Where a sample came from, for pictures.
 
     Attributes:
-        cases, names, starts: per member.
-        subject: what the members have in common.
+        subject: what the members have in common: name of the group or structure.
+        cases, names: per member.
+        drawn: the random choices, with the start of every crop.
     """
 
     kind: str
@@ -54,44 +54,50 @@ class SequenceSampler:
         kinds than the training scans.
         """
         kinds = wanted(self.plan)
+
         if purpose == VALIDATION:
             kinds = tuple(kind for kind in kinds if pool.num_sources(kind))
             return kinds[number % len(kinds)]
         if len(kinds) == 1:
             return kinds[0]
+
         weights = np.array([self.plan.sequence.weights[kind] for kind in kinds])
+        probabilities = weights / weights.sum()
         generator = rng.generator(self.plan.run.seed, f"{purpose}: kind", number)
-        return kinds[int(generator.choice(len(kinds), p=weights / weights.sum()))]
+        return kinds[int(generator.choice(len(kinds), p=probabilities))]
 
     def draw(self, cases: "SamplingPool | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
-        """One sequence; everything random comes from (run seed, purpose, ids), its kind from the
-        first id alone.
+        """Draw one sequence.
 
+        Everything random comes from (run seed, purpose, ids), its kind from the first id alone.
         Training samples alone are rotated, zoomed and corrupted. Validation samples take fixed
-        prefixes, so that their errors compare from one time to the next - and, unless the plan
-        fixes its own, from one plan to the other.
+        prefixes, so that their errors compare from one time to the next and, unless the plan fixes
+        its own, from one plan to the other.
         """
-        pool, seed = as_pool(cases), self.plan.run.seed
+        plan, pool = self.plan, as_pool(cases)
+        seed = plan.run.seed
         kind = self.kind(pool, purpose, ids[0])
-        # Rotation, zoom and corruption have generators of their own, so that they change nothing
-        # else that is drawn.
-        is_training = purpose == TRAINING
-        affine_generator = (
-            rng.generator(seed, f"{purpose}: rotation and zoom", *ids) if is_training else None
-        )
-        sample, _ = self.draw_kind(kind, pool, rng.generator(seed, purpose, *ids), affine_generator)
-        if is_training and self.plan.objective.corruption > 0:
-            generator = rng.generator(seed, f"{purpose}: corruption", *ids)
-            sample = replace(
-                sample, corruption=draw_corruption(self.plan.objective.corruption, generator)
-            )
-        if purpose != VALIDATION:
+        generator = rng.generator(seed, purpose, *ids)
+
+        if purpose == TRAINING:
+            # Rotation, zoom and corruption have generators of their own, so that they change
+            # nothing else that is drawn.
+            affine_generator = rng.generator(seed, f"{purpose}: rotation and zoom", *ids)
+            sample, _ = self.draw_kind(kind, pool, generator, affine_generator)
+            if plan.objective.corruption > 0:
+                corruption_generator = rng.generator(seed, f"{purpose}: corruption", *ids)
+                corruption = draw_corruption(plan.objective.corruption, corruption_generator)
+                sample = replace(sample, corruption=corruption)
             return sample
-        num_kinds = len([kind for kind in wanted(self.plan) if pool.num_sources(kind)])
-        if self.plan.sequence.prefix == "fixed":
+
+        sample, _ = self.draw_kind(kind, pool, generator)
+        if purpose != VALIDATION or plan.sequence.prefix == "fixed":
             return sample
+
+        # Kinds take turns; each kind goes through all prefixes.
+        num_kinds = len([kind for kind in wanted(plan) if pool.num_sources(kind)])
         share = VALIDATION_PREFIXES[ids[0] // num_kinds % len(VALIDATION_PREFIXES)]
-        return replace(sample, prefix=max(1, int(share * num_blocks(self.plan, kind))))
+        return replace(sample, prefix=max(1, int(share * num_blocks(plan, kind))))
 
     def draw_kind(
         self,
@@ -100,68 +106,50 @@ class SequenceSampler:
         generator: np.random.Generator,
         affine_generator: np.random.Generator | None = None,
     ) -> tuple[Sample, Shown]:
-        """Draw one sequence of this kind from a case, group or structure chosen uniformly; say
-        where it came from.
+        """Draw one sequence of this kind from a case, group or structure chosen uniformly.
 
         Args:
             affine_generator: draws rotation and zoom; None for samples that are never rotated or
-                zoomed.
+                zoomed. Strided sequences never are.
+
+        Returns:
+            the sample, and where it came from.
         """
+        plan = self.plan
+
+        if kind == "spatial":
+            case = pool.cases[int(generator.integers(len(pool.cases)))]
+            crop = spatial.draw(plan, case.shape_vox, generator, case.spacing_mm, affine_generator)
+            sample = spatial.apply(plan, case, crop)
+            return sample, Shown(kind, "", (case,), ("",), crop)
+
         if kind == "strided":
-            return self._strided(pool, generator)
-        draw = {"spatial": self._spatial, "contrast": self._contrast, "semantic": self._semantic}[
-            kind
-        ]
-        return draw(pool, generator, affine_generator)
+            case = pool.cases[int(generator.integers(len(pool.cases)))]
+            slices = strided.draw(plan, case.shape_vox, generator, case.spacing_mm)
+            sample = strided.apply(plan, case, slices)
+            return sample, Shown(kind, "", (case,), ("",), slices)
 
-    def _spatial(
-        self,
-        pool: SamplingPool,
-        generator: np.random.Generator,
-        affine_generator: np.random.Generator | None,
-    ) -> tuple[Sample, Shown]:
-        case = pool.cases[int(generator.integers(len(pool.cases)))]
-        drawn = spatial.draw(
-            self.plan, case.shape_vox, generator, case.spacing_mm, affine_generator
-        )
-        return spatial.apply(self.plan, case, drawn), Shown("spatial", "", (case,), ("",), drawn)
+        if kind == "contrast":
+            group = pool.groups[int(generator.integers(len(pool.groups)))]
+            chosen = members.choose_contrasts(plan, group, generator)
+            codes = [code for code, _ in chosen]
+            cases = tuple(case for _, case in chosen)
+            names = tuple(plan.sequence.contrasts[code] for code in codes)
+            # The cases of a group have one shape and one spacing.
+            shape_vox, spacing_mm = cases[0].shape_vox, cases[0].spacing_mm
+            drawn = members.draw_contrast(
+                plan, shape_vox, spacing_mm, codes, generator, affine_generator
+            )
+            sample = members.apply(plan, kind, cases, drawn)
+            return sample, Shown(kind, group.name, cases, names, drawn)
 
-    def _strided(self, pool: SamplingPool, generator: np.random.Generator) -> tuple[Sample, Shown]:
-        case = pool.cases[int(generator.integers(len(pool.cases)))]
-        drawn = strided.draw(self.plan, case.shape_vox, generator, case.spacing_mm)
-        return strided.apply(self.plan, case, drawn), Shown("strided", "", (case,), ("",), drawn)
-
-    def _contrast(
-        self,
-        pool: SamplingPool,
-        generator: np.random.Generator,
-        affine_generator: np.random.Generator | None,
-    ) -> tuple[Sample, Shown]:
-        group = pool.groups[int(generator.integers(len(pool.groups)))]
-        chosen = members.choose_contrasts(self.plan, group, generator)
-        cases = [case for _, case in chosen]
-        codes = [code for code, _ in chosen]
-        first = cases[0]
-        drawn = members.draw_contrast(
-            self.plan, first.shape_vox, first.spacing_mm, codes, generator, affine_generator
-        )
-        names = tuple(self.plan.sequence.contrasts[code] for code in codes)
-        return members.apply(self.plan, "contrast", cases, drawn), Shown(
-            "contrast", group.name, tuple(cases), names, drawn
-        )
-
-    def _semantic(
-        self,
-        pool: SamplingPool,
-        generator: np.random.Generator,
-        affine_generator: np.random.Generator | None,
-    ) -> tuple[Sample, Shown]:
+        assert kind == "semantic", kind
         structure = pool.structures[int(generator.integers(len(pool.structures)))]
-        places = members.choose_places(self.plan, structure, generator)
+        places = members.choose_places(plan, structure, generator)
+        cases = tuple(place.case for place in places)
+        names = tuple(place.subject for place in places)
         drawn = members.draw_semantic(
-            self.plan, places, structure.spacing_mm, generator, affine_generator
+            plan, places, structure.spacing_mm, generator, affine_generator
         )
-        cases, names = tuple(p.case for p in places), tuple(p.subject for p in places)
-        return members.apply(self.plan, "semantic", cases, drawn), Shown(
-            "semantic", structure.name, cases, names, drawn
-        )
+        sample = members.apply(plan, kind, cases, drawn)
+        return sample, Shown(kind, structure.name, cases, names, drawn)

@@ -61,11 +61,13 @@ def draw(
     depth = s.crop_size_vox[0] // s.num_subvolumes
     grid = grid_of(s.crop_size_vox, plan.encoder.token_size_vox)
 
+    # The order of the draws is part of the result: another order gives other samples.
     start = draw_start(shape_vox, stretch(plan), generator)
     flip_transpose = draw_flip_transpose(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
     if flip_transpose.axes[0] != 0:
         # The sub-volumes overlap along z, so that z has to stay the first axis.
         flip_transpose = replace(flip_transpose, axes=(0, 1, 2))
+
     ids = sequence_ids(grid, s.block_tokens, 1, s.order)
     order_index = draw_order_index(ids, s.order, generator)
     prefix = draw_prefix(int(ids.max()) + 1, generator, s)
