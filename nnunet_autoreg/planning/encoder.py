@@ -31,22 +31,21 @@ def choose_encoder(
 
     ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
 
-    Of the two tiny ones the CNN is far ahead in short trainings
-    (docs/explanation/measured.md, "Encoders"); the large ones have not been compared.
+    Of the two tiny ones the CNN is far ahead in short trainings (docs/explanation/measured.md,
+    "Encoders"); the large ones have not been compared.
     """
     if name != "auto":
         return encoder_size(name).name, BY_USER
-    tokens = volume(pool.median_shape_vox) / volume(encoder_size("resenc_tiny").token_size)
+
     if hardware.device != "cuda":
-        return _tiny_encoder(
-            f"device {hardware.device}: larger encoders need a GPU", pool, single_tokens
-        )
-    if tokens < SMALL_IMAGE_TOKENS:
-        return _tiny_encoder(
-            f"the median scan holds {tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}",
-            pool,
-            single_tokens,
-        )
+        reason = f"device {hardware.device}: larger encoders need a GPU"
+        return _tiny_encoder(reason, pool, single_tokens)
+
+    num_tokens = volume(pool.median_shape_vox) / volume(encoder_size("resenc_tiny").token_size)
+    if num_tokens < SMALL_IMAGE_TOKENS:
+        reason = f"the median scan holds {num_tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}"
+        return _tiny_encoder(reason, pool, single_tokens)
+
     for limit_gib, size in ((10, "primus_s"), (20, "primus_b")):
         if hardware.memory_gib < limit_gib:
             return size, f"{hardware.memory_gib:.0f} GiB of GPU memory, under {limit_gib}"
@@ -54,27 +53,26 @@ def choose_encoder(
 
 
 def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, str]:
-    """Return the CNN, or the transformer for small scans.
+    """Return the tiny CNN, or the tiny transformer where the CNN's blocks do not suit the scans.
 
-    It is for scans too small or too flat for a sequence of the CNN's blocks.
+    They do not where scans are too small or too flat for a sequence of them.
     """
     if single_tokens:
         return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
+
+    # A crop of whole blocks, of the smallest that the norms allow, about as large as the scan.
     cnn = suited_to(encoder_size("resenc_tiny"), pool.spacing_mm)
     side = side_of(cnn, smallest_block(cnn.family, cnn.token_size))
     crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
+
     if volume(crop) < MIN_BLOCKS * volume(side):
-        return (
-            "primus_tiny",
-            f"{reason}; and fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN "
-            "needs",
-        )
+        reason += f"; and fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN needs"
+        return "primus_tiny", reason
     if real_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
-        return (
-            "primus_tiny",
-            f"{reason}; and blocks of {times(side)} voxels, which a CNN needs, would be mostly "
-            "padding",
+        reason += (
+            f"; and blocks of {times(side)} voxels, which a CNN needs, would be mostly padding"
         )
+        return "primus_tiny", reason
     return cnn.name, reason
 
 
@@ -83,16 +81,17 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
 
     The one given was chosen by memory.
     """
-    tokens = pool.total_vox / volume(encoder_size(name).token_size)
+    num_tokens = pool.total_vox / volume(encoder_size(name).token_size)
     sizes = ("primus_s", "primus_b", "primus_m")
-    for size, limit in POOL_TOKENS:
-        if name in sizes and tokens < limit and sizes.index(name) > sizes.index(size):
-            return (
-                size,
-                f"the pool holds {count_of(tokens)} tokens, fewer than {count_of(limit)}; the "
-                f"memory would allow {name}",
+
+    for smaller, limit in POOL_TOKENS:
+        is_larger = name in sizes and sizes.index(name) > sizes.index(smaller)
+        if is_larger and num_tokens < limit:
+            return smaller, (
+                f"the pool holds {count_of(num_tokens)} tokens, fewer than {count_of(limit)}; the "
+                f"memory would allow {name}"
             )
-    return name, f"{reason}; the pool holds {count_of(tokens)} tokens"
+    return name, f"{reason}; the pool holds {count_of(num_tokens)} tokens"
 
 
 def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:

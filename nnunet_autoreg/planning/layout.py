@@ -29,9 +29,8 @@ def plan_crop(
     """Return the crop (pretraining) or patch (fine-tuning) that suits images of a median shape.
 
     As nnU-Net plans patches: start from a box that is isotropic in mm and larger than needed, clip
-        it to the median shape,
-    round up to whole tokens, then shrink the axis that is largest relative to the median shape
-    until it fits.
+    it to the median shape, round up to whole tokens, then shrink the axis that is largest relative
+    to the median shape until it fits.
 
     Args:
         median_shape_vox: median image size after resampling, (z, y, x).
@@ -41,14 +40,20 @@ def plan_crop(
         round_to_nearest: round to the nearest multiple rather than up, at least one: large blocks
             would be padding mostly.
     """
+    # A box of START_VOX voxels, as long in mm along every axis, clipped to the median shape.
     resolution = [1 / s for s in spacing_mm]
     scale = (START_VOX / (resolution[0] * resolution[1] * resolution[2])) ** (1 / 3)
-    start = [
-        max(1, min(round(r * scale), round(m)))
-        for r, m in zip(resolution, median_shape_vox, strict=True)
-    ]
-    nearest = [max(1, math.floor(s / t + 0.5)) * t for s, t in zip(start, token_vox, strict=True)]
-    crop = nearest if round_to_nearest else list(round_up(start, token_vox))
+    start = []
+    for voxels_per_mm, side in zip(resolution, median_shape_vox, strict=True):
+        start.append(max(1, min(round(voxels_per_mm * scale), round(side))))
+
+    if round_to_nearest:
+        # Python's own ``round`` would round halves to even numbers.
+        numbers = [math.floor(s / t + 0.5) for s, t in zip(start, token_vox, strict=True)]
+        crop = [max(1, number) * t for number, t in zip(numbers, token_vox, strict=True)]
+    else:
+        crop = list(round_up(start, token_vox))
+
     while volume(crop) > max_vox:
         shrinkable = [i for i in range(3) if crop[i] > token_vox[i]]
         if not shrinkable:
@@ -71,25 +76,26 @@ def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> S
     Args:
         side: of a block, in voxels.
     """
+    # An axis of which enough is left out already makes crops differ.
     covered = [c / m for c, m in zip(crop, median_shape_vox, strict=True)]
     if min(covered) <= MOST_EXTENT:
         return crop
+
     shorter = list(crop)
     while True:
-        spare = volume(shorter) // volume(side) - MIN_BLOCKS
-        shortened = []
+        num_blocks = volume(shorter) // volume(side)
+        shrinkable = []
         for axis in range(3):
-            lost = volume(shorter) // volume(side) // (shorter[axis] // side[axis])
-            share = (shorter[axis] - side[axis]) / median_shape_vox[axis]
-            if (
-                shorter[axis] > MOST_EXTENT * median_shape_vox[axis]
-                and share >= LEAST_EXTENT
-                and lost <= spare
-            ):
-                shortened.append(axis)
-        if not shortened:
+            # One block less along this axis takes a whole layer of blocks away.
+            layer_blocks = num_blocks // (shorter[axis] // side[axis])
+            share_left = (shorter[axis] - side[axis]) / median_shape_vox[axis]
+            is_long = shorter[axis] > MOST_EXTENT * median_shape_vox[axis]
+            if is_long and share_left >= LEAST_EXTENT and num_blocks - layer_blocks >= MIN_BLOCKS:
+                shrinkable.append(axis)
+        if not shrinkable:
             return as_size(shorter)
-        longest = max(shortened, key=lambda axis: shorter[axis] / median_shape_vox[axis])
+
+        longest = max(shrinkable, key=lambda axis: shorter[axis] / median_shape_vox[axis])
         shorter[longest] -= side[longest]
 
 
@@ -106,49 +112,65 @@ class CropLayout:
 def choose_layout(
     encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
 ) -> CropLayout:
-    """Return the largest crop that suits the median scan and fits into the memory.
+    """Return the largest crop that suits the median scan and fits into the memory, and its blocks.
 
-    It is made of blocks that suit the encoder.
-
-    A linear tokenizer takes whole blocks, rounded up: of one token, or of several small ones.
-        Convolutions take larger blocks, and
-    crops to the nearest whole block; where that makes fewer than 8 blocks, the smallest blocks that
-    their norms allow, and at last crops rounded up.
+    A linear tokenizer takes whole blocks, rounded up: of one token, or of several small ones. A
+    CNN's block is as large as its total stride. Convolutional tokenizers take larger blocks.
     """
     if not has_transformer(encoder.family):
         return _layout_of_cnn(encoder, hardware, pool, memory_of)
-    if not is_convolutional(encoder.family):
-        crop, why = choose_crop(encoder, encoder.block_tokens, False, hardware, pool, memory_of)
-        block = encoder.block_tokens
-        why_block = "linear tokens: one of them is a block"
-        if volume(block) > 1:
-            why_block = (
-                f"linear tokens: {times(block)} of them are a block of "
-                f"{times(side_of(encoder, block))} voxels"
-            )
-        return CropLayout(crop, block, why, why_block)
+    if is_convolutional(encoder.family):
+        return _layout_of_convolutional_tokens(encoder, hardware, pool, memory_of)
+
+    block = encoder.block_tokens
+    crop, why_crop = choose_crop(encoder, block, False, hardware, pool, memory_of)
+    why_block = "linear tokens: one of them is a block"
+    if volume(block) > 1:
+        why_block = (
+            f"linear tokens: {times(block)} of them are a block of "
+            f"{times(side_of(encoder, block))} voxels"
+        )
+    return CropLayout(crop, block, why_crop, why_block)
+
+
+def _layout_of_convolutional_tokens(
+    encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+) -> CropLayout:
+    """Return the crop and the blocks of a transformer with a convolutional tokenizer.
+
+    The crop is rounded to the nearest whole block; where that makes fewer than 8 blocks, it takes
+    the smallest blocks that the tokenizer's norms allow, and at last it is rounded up.
+    """
     smallest = smallest_block(encoder.family, encoder.token_size)
-    ways = ((_fitting_block(encoder, smallest, pool), True), (smallest, True), (smallest, False))
-    for block, nearest in ways:
-        crop, why = choose_crop(encoder, block, nearest, hardware, pool, memory_of)
+
+    # The encoder's usual block; the smallest along axes that do not fill half of it.
+    usual = []
+    for axis, median_vox in enumerate(pool.median_shape_vox):
+        number = encoder.block_tokens[axis]
+        fills_half = median_vox >= number * encoder.token_size[axis] / 2
+        usual.append(max(number, smallest[axis]) if fills_half else smallest[axis])
+
+    # From the best way to the last resort.
+    for block, nearest in ((as_size(usual), True), (smallest, True), (smallest, False)):
+        crop, why_crop = choose_crop(encoder, block, nearest, hardware, pool, memory_of)
         side = side_of(encoder, block)
-        count = volume(crop) // volume(side)
-        if count >= MIN_BLOCKS:
+        num_blocks = volume(crop) // volume(side)
+        if num_blocks >= MIN_BLOCKS:
             break
-    real = real_share(crop, pool.median_shape_vox)
-    too_few = (
-        ""
-        if count >= MIN_BLOCKS
-        else f", FEWER than the {MIN_BLOCKS} of a good sequence: an encoder of smaller blocks "
-        "suits better"
-    )
-    padded = "" if real >= MOSTLY_PADDING else f", only {100 * real:.0f} % of them not padding"
+
     why_block = (
         f"{times(side)} voxels, on each of which the convolutions run separately (at least "
-        f"{times(side_of(encoder, smallest))}, for "
-        f"their norms): blocks in a crop: {count}{too_few}{padded}"
+        f"{times(side_of(encoder, smallest))}, for their norms): blocks in a crop: {num_blocks}"
     )
-    return CropLayout(crop, block, why, why_block)
+    if num_blocks < MIN_BLOCKS:
+        why_block += (
+            f", FEWER than the {MIN_BLOCKS} of a good sequence: an encoder of smaller blocks suits "
+            "better"
+        )
+    real = real_share(crop, pool.median_shape_vox)
+    if real < MOSTLY_PADDING:
+        why_block += f", only {100 * real:.0f} % of them not padding"
+    return CropLayout(crop, block, why_crop, why_block)
 
 
 def _layout_of_cnn(
@@ -189,12 +211,14 @@ def choose_crop(
 
     If need be activations are checkpointed. It is a part of the scan where all of it would fit.
     """
-    limit, side = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX), side_of(encoder, block_tokens)
+    side = side_of(encoder, block_tokens)
+    limit = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX)
     if encoder.family == PRIMUS:
         # Small tokens make small crops: a step costs no more than with tokens of 8^3 voxels.
-        limit = min(
-            limit, min(encoder.max_tokens, MAX_PRETRAIN_VOX // 8**3) * volume(encoder.token_size)
-        )
+        max_tokens = min(encoder.max_tokens, MAX_PRETRAIN_VOX // 8**3)
+        limit = min(limit, max_tokens * volume(encoder.token_size))
+
+    # Shrink the crop until a step of one sample fits, or until two blocks are left.
     max_vox = limit
     while True:
         crop = plan_crop(pool.median_shape_vox, pool.spacing_mm, side, max_vox, round_to_nearest)
@@ -205,39 +229,24 @@ def choose_crop(
         if fits or volume(crop) <= 2 * volume(side):
             break
         max_vox = volume(crop) - 1
-    whole, crop = crop, with_variety(crop, side, pool.median_shape_vox)
-    extent = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
+
+    whole = crop
+    crop = with_variety(whole, side, pool.median_shape_vox)
+
+    extent_mm = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
     tokens = volume(crop) // volume(encoder.token_size)
     unit = "tokens" if volume(block_tokens) == 1 else "blocks"
-    cause = (
-        f"at most {limit} voxels"
-        if max_vox == limit
-        else f"as large as {hardware.memory_gib:.4g} GiB allow"
-    )
+    cause = f"at most {limit} voxels"
+    if max_vox != limit:
+        cause = f"as large as {hardware.memory_gib:.4g} GiB allow"
     why = f"median scan of {times(pool.median_shape_vox)} voxels in whole {unit}, {cause}"
     if crop != whole:
         why += (
             f"; {times(whole)} would hold all of it, so a crop takes {LEAST_EXTENT:g} - "
-            f"{MOST_EXTENT:g} of an axis where its {unit} allow: "
-            "crops of whole images taught far less (AIM, arXiv 2401.08541)"
+            f"{MOST_EXTENT:g} of an axis where its {unit} allow: crops of whole images taught far "
+            "less (AIM, arXiv 2401.08541)"
         )
-    return crop, f"{why}: {times(extent)} mm, {tokens} tokens"
-
-
-def _fitting_block(encoder: EncoderSize, smallest: Size, pool: Pool) -> Size:
-    """Return the encoder's usual block.
-
-    It is the smallest along axes that do not fill half of it, or whose tokens are short.
-    """
-    usual = zip(
-        encoder.block_tokens, smallest, encoder.token_size, pool.median_shape_vox, strict=True
-    )
-    return as_size(
-        [
-            max(block, least) if median >= block * token / 2 else least
-            for block, least, token, median in usual
-        ]
-    )
+    return crop, f"{why}: {times(extent_mm)} mm, {tokens} tokens"
 
 
 def side_of(encoder: EncoderSize, block_tokens: Size) -> Size:

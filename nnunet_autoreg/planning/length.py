@@ -22,13 +22,16 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
     Args:
         step_vox: real voxels that a step sees.
     """
-    per_epoch = max(1.0, pool.total_vox / step_vox)
+    steps_per_epoch = max(1.0, pool.total_vox / step_vox)
+    voxels = f"{count_of(pool.total_vox)} voxels"
+
     if num_epochs is not None:
-        return max(
-            1, round(num_epochs * per_epoch)
-        ), f"{num_epochs:g} epochs over {count_of(pool.total_vox)} voxels, {BY_USER}"
-    steps = round(min(max(NUM_PASSES * per_epoch, MIN_STEPS), MAX_STEPS))
-    epochs = f"{steps / per_epoch:.0f} epochs over {count_of(pool.total_vox)} voxels"
+        steps = max(1, round(num_epochs * steps_per_epoch))
+        return steps, f"{num_epochs:g} epochs over {voxels}, {BY_USER}"
+
+    wished = NUM_PASSES * steps_per_epoch
+    steps = round(min(max(wished, MIN_STEPS), MAX_STEPS))
+    epochs = f"{steps / steps_per_epoch:.0f} epochs over {voxels}"
     return steps, f"{epochs}: {NUM_PASSES}, but within {MIN_STEPS} to {MAX_STEPS} steps"
 
 
@@ -39,8 +42,10 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
     """
     by_preset = [preset.reason for _, preset in presets().values()]
     fixed = (BY_USER, *by_preset)
+    # Twenty times in a run, but not so often that it costs, nor so rarely that little is seen.
     every = min(num_steps, max(25, min(1000, num_steps // 20)))
 
+    # Values of the user or of a preset do not follow the length.
     def derived(key: str, planned: int, current: int) -> int:
         return current if plan.reasons.get(key) in fixed else planned
 
@@ -48,6 +53,7 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
     warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)
     checkpoint = derived("run.checkpoint_every", every, plan.run.checkpoint_every)
     validate = derived("run.validate_every", every, plan.run.validate_every)
+
     return replace(
         plan,
         optim=replace(plan.optim, num_steps=num_steps, warmup_steps=warmup),
@@ -62,24 +68,20 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
     Args:
         num_hours: the length, where it was given in hours.
     """
+    # The steps of a run of so many hours are not known before one is measured.
     if num_hours is None:
-        pays, length, limit = (
-            num_steps >= COMPILE_FROM_STEPS,
-            f"{num_steps} steps",
-            f"{COMPILE_FROM_STEPS} steps",
-        )
+        pays = num_steps >= COMPILE_FROM_STEPS
+        length, limit = f"{num_steps} steps", f"{COMPILE_FROM_STEPS} steps"
     else:
-        pays, length, limit = (
-            num_hours >= COMPILE_FROM_HOURS,
-            f"{num_hours:g} h",
-            f"{COMPILE_FROM_HOURS:g} h",
-        )
+        pays = num_hours >= COMPILE_FROM_HOURS
+        length, limit = f"{num_hours:g} h", f"{COMPILE_FROM_HOURS:g} h"
+
     verdict = "earn back" if pays else "are too few to earn back"
-    return (
-        pays,
+    reason = (
         f"on a GPU: {length} {verdict} the time that compiling takes, about half a minute; from "
-        f"{limit} on",
+        f"{limit} on"
     )
+    return pays, reason
 
 
 def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
@@ -87,7 +89,8 @@ def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -
 
     5 % are left for validation and checkpoints.
     """
-    steps = max(1, int(TRAINING_SHARE * hours * 3600 / seconds_per_step))
+    training_s = TRAINING_SHARE * hours * 3600
+    steps = max(1, int(training_s / seconds_per_step))
     pace = f"{seconds_per_step:.3g} s a step measured on {device}"
     timed = replace(plan, run=replace(plan.run, seconds_per_step=seconds_per_step))
     return with_length(timed, steps, f"{100 * TRAINING_SHARE:.0f} % of {hours:g} h at {pace}")

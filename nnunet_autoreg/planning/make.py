@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nnunet_autoreg.corpus.fingerprint import GroupPrint
 from nnunet_autoreg.families import has_transformer
 from nnunet_autoreg.geometry import Size
+from nnunet_autoreg.machine import GIB
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
 from nnunet_autoreg.plan import (
     DataPlan,
@@ -65,14 +65,18 @@ def choose_checkpointing(
     without = sum(memory_of(encoder, crop, False))
     if without <= hardware.usable_bytes:
         return False, ""
+
+    # An encoder without repeated layers gains nothing by it.
     with_it = sum(memory_of(encoder, crop, True))
     if with_it >= without:
         return False, ""
-    return True, (
-        f"one crop takes about {with_it / 2**30:.1f} GiB with it and {without / 2**30:.1f} "
-        "without, more than the "
-        f"{hardware.usable_bytes / 2**30:.1f} that may be used; a step takes about a third longer"
+
+    reason = (
+        f"one crop takes about {with_it / GIB:.1f} GiB with it and {without / GIB:.1f} without, "
+        f"more than the {hardware.usable_bytes / GIB:.1f} that may be used; a step takes about a "
+        "third longer"
     )
+    return True, reason
 
 
 def choose_micro_batch(
@@ -85,29 +89,29 @@ def choose_micro_batch(
     Args:
         fixed_bytes, bytes_per_crop: estimated training memory of the encoder at the planned crop.
     """
-    room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop if bytes_per_crop else batch_size
-    parts = math.ceil(batch_size / min(max(room, 1), batch_size))
-    micro = math.ceil(batch_size / parts)
-    needed = (fixed_bytes + micro * bytes_per_crop) / 2**30
+    room: float = batch_size
+    if bytes_per_crop:
+        room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop
+
+    num_parts = math.ceil(batch_size / min(max(room, 1), batch_size))
+    micro = math.ceil(batch_size / num_parts)
+    needed = (fixed_bytes + micro * bytes_per_crop) / GIB
     usable = f"{100 * hardware.usable_share:.0f} % of {hardware.memory_gib:.4g} GiB"
     if room < 1:
         return micro, f"about {needed:.1f} GiB, MORE than {usable}: even one crop does not fit"
-    parts_text = "all at once" if parts == 1 else f"{parts} times a step"
-    return (
-        micro,
-        f"{parts_text}; about {needed:.1f} GiB ({bytes_per_crop / 2**30:.2f} a crop), within "
-        f"{usable}",
-    )
+
+    parts = "all at once" if num_parts == 1 else f"{num_parts} times a step"
+    each = f"{bytes_per_crop / GIB:.2f} a crop"
+    return micro, f"{parts}; about {needed:.1f} GiB ({each}), within {usable}"
 
 
 def why_varied(spacing_mm: Sequence[float]) -> dict[str, str]:
     """Return the reasons for rotating and zooming training crops."""
-    in_plane = max(spacing_mm) > THICK_SLICES * min(spacing_mm)
-    where = (
-        f", in the plane of the slices only: one spacing is over {THICK_SLICES:g} times another"
-        if in_plane
-        else ""
-    )
+    where = ""
+    if max(spacing_mm) > THICK_SLICES * min(spacing_mm):
+        where = (
+            f", in the plane of the slices only: one spacing is over {THICK_SLICES:g} times another"
+        )
     source = "nnU-Net's and nnssl's"
     return {
         "sequence.spatial_share": f"{source}: one training crop in five is rotated, and one in "
@@ -125,21 +129,13 @@ def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
     Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
     """
     usual = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
-    rate = float(f"{encoder.pretrain_rate * math.sqrt(batch_size / usual):.3g}")
-    return (
-        rate,
+    rate = encoder.pretrain_rate * math.sqrt(batch_size / usual)
+    reason = (
         f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root "
-        f"of {batch_size}/{usual}",
+        f"of {batch_size}/{usual}"
     )
-
-
-def _reasons_of_cnn(encoder: EncoderSize) -> dict[str, str]:
-    """Return the reasons for values that only a CNN's plan has."""
-    if has_transformer(encoder.family):
-        return {}
-    return {
-        "encoder.token_size_vox": "total stride; as nnU-Net plans strides by spacing",
-    }
+    # Three digits are enough, and are easier to read in the plan.
+    return float(f"{rate:.3g}"), reason
 
 
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
@@ -147,24 +143,37 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
 
     Groups are written where their targets differ.
     """
-    if len({group.spacing_mm for group in pool.groups}) < 2:
-        reasons = [
-            f"{group.reason}{f' ({group.modality})' if group.modality else ''}"
-            for group in pool.groups
-        ]
+    targets_mm = {group.spacing_mm for group in pool.groups}
+    if len(targets_mm) < 2:
+        reasons = []
+        for group in pool.groups:
+            suffix = f" ({group.modality})" if group.modality else ""
+            reasons.append(f"{group.reason}{suffix}")
         reason = " and ".join(reasons) or f"median of {pool.num_scans} scans"
-        return DataPlan(pool.spacing_mm, pool.ct_window), {
-            "data.spacing_mm": f"{reason}, coarsest axis first"
-        }
-    groups = tuple(SpacingGroup(g.modality, g.native_mm, g.spacing_mm) for g in pool.groups)
-    listed = "; ".join(
-        f"{g.num_scans} {g.modality} to {times(g.spacing_mm)} mm ({g.reason}){_padding(crop, g)}"
-        for g in pool.groups
-    )
-    return DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=groups), {
-        "data.spacing_mm": f"that of the largest of {len(groups)} groups "
-        f"({pool.groups[0].modality}, {pool.groups[0].reason})",
-        "data.spacing_groups": f"spacings within about a factor of 2 share a target: {listed}",
+        data = DataPlan(pool.spacing_mm, pool.ct_window)
+        return data, {"data.spacing_mm": f"{reason}, coarsest axis first"}
+
+    groups, described = [], []
+    for group in pool.groups:
+        groups.append(SpacingGroup(group.modality, group.native_mm, group.spacing_mm))
+        text = f"{group.num_scans} {group.modality} to {times(group.spacing_mm)} mm"
+        text += f" ({group.reason})"
+        # All crops have one size in voxels, whatever the spacing.
+        real = real_share(crop, group.median_shape_vox)
+        if real < MOSTLY_PADDING:
+            text += (
+                f", of whose crops only {100 * real:.0f} % is not padding: give these scans a run "
+                "of their own if they matter"
+            )
+        described.append(text)
+
+    largest = pool.groups[0]
+    data = DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=tuple(groups))
+    return data, {
+        "data.spacing_mm": f"that of the largest of {len(groups)} groups ({largest.modality}, "
+        f"{largest.reason})",
+        "data.spacing_groups": "spacings within about a factor of 2 share a target: "
+        + "; ".join(described),
     }
 
 
@@ -178,6 +187,16 @@ def make_plan(
     memory_of: MemoryOf,
 ) -> Plan:
     """Return the plan that fits these scans and this hardware."""
+    known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
+
+    def memory(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
+        # To count a large encoder takes seconds, and most combinations are asked for several times.
+        key = encoder.name, crop, recompute
+        if key not in known:
+            known[key] = memory_of(encoder, crop, recompute)
+        return known[key]
+
+    # The encoder, with strides or tokens that suit the scans.
     chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
@@ -185,28 +204,53 @@ def make_plan(
     encoder, why_token = with_tokens(
         encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
     )
-    memory_of = _remembered(memory_of)
-    layout = choose_layout(encoder, hardware, pool, memory_of)
+    if not has_transformer(encoder.family):
+        why_token = "total stride; as nnU-Net plans strides by spacing"
+
+    # What a sequence is, and what is learned from it.
+    layout = choose_layout(encoder, hardware, pool, memory)
     crop = layout.crop
+    data, why_data = plan_data(pool, crop)
     order, predictor, why_order = choose_order(encoder)
     objective, why_objective = choose_objective(encoder)
-    batch, why_batch = (
-        choose_batch(hardware) if overrides.batch_size is None else (overrides.batch_size, BY_USER)
-    )
-    recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
-    micro, why_micro = choose_micro_batch(batch, hardware, *memory_of(encoder, crop, recompute))
+
+    # The batch, and how much of it is on the device at once.
+    batch, why_batch = choose_batch(hardware)
+    if overrides.batch_size is not None:
+        batch, why_batch = overrides.batch_size, BY_USER
+    recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory)
+    fixed_bytes, bytes_per_crop = memory(encoder, crop, recompute)
+    micro, why_micro = choose_micro_batch(batch, hardware, fixed_bytes, bytes_per_crop)
     rate, why_rate = choose_rate(encoder, batch)
-    planned = choose_length(
-        pool, real_voxels(crop, pool.median_shape_vox) * batch, overrides.num_epochs
-    )
-    steps, why_steps = planned if overrides.num_steps is None else (overrides.num_steps, BY_USER)
+
+    # The length.
+    step_vox = real_voxels(crop, pool.median_shape_vox) * batch
+    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
+    if overrides.num_steps is not None:
+        steps, why_steps = overrides.num_steps, BY_USER
     if overrides.num_hours is not None:
         why_steps = (
             "stands in until a step has been measured, before the first; then what "
             f"{overrides.num_hours:g} h allow"
         )
-    data, why_data = plan_data(pool, crop)
     compiles, why_compile = choose_compile(steps, overrides.num_hours)
+
+    reasons = {**why_data, "encoder.name": why_encoder}
+    if why_token:
+        reasons["encoder.token_size_vox"] = why_token
+    reasons |= {
+        **why_objective,
+        "sequence.crop_size_vox": layout.why_crop,
+        "sequence.block_tokens": layout.why_block,
+        "sequence.order": why_order,
+        **why_varied(pool.spacing_mm),
+        "optim.batch_size": why_batch,
+        "optim.micro_batch_size": why_micro,
+    }
+    if recompute:
+        reasons["optim.checkpoint_activations"] = why_recompute
+    reasons |= {"optim.lr": why_rate, "run.compile": why_compile}
+
     plan = Plan(
         name=name,
         data=data,
@@ -233,47 +277,7 @@ def make_plan(
         ),
         run=RunPlan(seed, checkpoint_every=1, validate_every=1, compile=compiles),
         request=request,
-        reasons={
-            **why_data,
-            "encoder.name": why_encoder,
-            **_reasons_of_cnn(encoder),
-            **({"encoder.token_size_vox": why_token} if why_token else {}),
-            **why_objective,
-            "sequence.crop_size_vox": layout.why_crop,
-            "sequence.block_tokens": layout.why_block,
-            "sequence.order": why_order,
-            **why_varied(pool.spacing_mm),
-            "optim.batch_size": why_batch,
-            "optim.micro_batch_size": why_micro,
-            **({"optim.checkpoint_activations": why_recompute} if recompute else {}),
-            "optim.lr": why_rate,
-            "run.compile": why_compile,
-        },
+        reasons=reasons,
     )
+    # Warm-up, checkpoints and validation follow from the length.
     return with_length(plan, steps, why_steps)
-
-
-def _remembered(memory_of: MemoryOf) -> MemoryOf:
-    """Return the same function, asked once of every combination.
-
-    A count of a large encoder takes seconds.
-    """
-    known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
-
-    def remembered(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
-        key = encoder.name, crop, recompute
-        if key not in known:
-            known[key] = memory_of(encoder, crop, recompute)
-        return known[key]
-
-    return remembered
-
-
-def _padding(crop: Size, group: GroupPrint) -> str:
-    real = real_share(crop, group.median_shape_vox)
-    if real >= MOSTLY_PADDING:
-        return ""
-    return (
-        f", of whose crops only {100 * real:.0f} % is not padding: give these scans a run of their "
-        "own if they matter"
-    )

@@ -19,8 +19,11 @@ MemoryOf = Callable[[EncoderSize, Size, bool], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run has: ``device`` is cpu, cuda or mps; ``memory_gib`` of the GPU, or of the
-    machine without one.
+    """What the run has.
+
+    Attributes:
+        device: "cpu", "cuda" or "mps".
+        memory_gib: of the GPU, or of the machine without one.
     """
 
     device: str
@@ -33,7 +36,7 @@ class Hardware:
 
     @property
     def usable_share(self) -> float:
-        """That as a share of ``memory_gib``."""
+        """The same as a share of ``memory_gib``."""
         return USABLE_GPU if self.device == "cuda" else USABLE_ELSEWHERE
 
 
@@ -51,9 +54,13 @@ def hardware_of(device: str, memory_gib: float | None = None) -> Hardware:
 
 @dataclass(frozen=True)
 class Pool:
-    """What planning needs to know of the scans: how many, their median shape and all their voxels
-    after resampling, the CT window if CT is among them, and the groups by target spacing, of which
-    the largest has ``spacing_mm``.
+    """What planning needs to know of the scans.
+
+    Attributes:
+        spacing_mm: target spacing, of several that of the largest group.
+        median_shape_vox, total_vox: after resampling.
+        ct_window: None if there is no CT among the scans.
+        groups: scans by target spacing.
     """
 
     num_scans: int
@@ -87,18 +94,18 @@ class Overrides:
 
 
 def pool_of(fingerprint: Fingerprint) -> Pool:
-    """The part of a fingerprint that decides the plan."""
+    """Return the part of a fingerprint that decides the plan."""
     f = fingerprint
     return Pool(f.num_scans, f.spacing_mm, f.median_shape_vox, f.total_vox, f.ct_window, f.groups)
 
 
 def real_voxels(crop: Sequence[int], shape_vox: Sequence[int]) -> int:
-    """Voxels of a crop that a scan of ``shape_vox`` fills; the rest is padding."""
+    """Return how many voxels of a crop a scan of ``shape_vox`` fills; the rest is padding."""
     return volume([min(c, n) for c, n in zip(crop, shape_vox, strict=True)])
 
 
 def real_share(crop: Sequence[int], shape_vox: Sequence[int]) -> float:
-    """The same as a share of the crop."""
+    """Return the same as a share of the crop."""
     return real_voxels(crop, shape_vox) / volume(crop)
 
 
@@ -108,7 +115,7 @@ def times(values: Sequence[float]) -> str:
 
 
 def count_of(number: float) -> str:
-    """A large number in words: 37.2 thousand."""
+    """Return a large number as text: 37.2 thousand."""
     for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
         if number >= unit:
             return f"{number / unit:.3g} {name}"

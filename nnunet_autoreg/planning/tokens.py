@@ -38,11 +38,9 @@ def with_tokens(
 ) -> tuple[EncoderSize, str]:
     """Return ``encoder`` with tokens that suit the scans, and the reason.
 
-    The reason is "" where its tokens cannot be chosen.
-
-    Thick slices get tokens that are about as long in mm along every axis. Small images, and those
-    of coarse voxels, get tokens of 4^3 voxels in blocks of 2^3 tokens. All others keep tokens of
-    8^3 voxels.
+    The reason is "" where its tokens cannot be chosen. Thick slices get tokens that are about as
+    long in mm along every axis. Small images, and those of coarse voxels, get tokens of 4^3 voxels
+    in blocks of 2^3 tokens. All others keep tokens of 8^3 voxels.
 
     Args:
         spacing_mm, median_shape_vox: after resampling, (z, y, x).
@@ -50,21 +48,29 @@ def with_tokens(
     """
     if encoder.family != PRIMUS:
         return encoder, ""
-    usual = as_size([USUAL_SIDE] * 3)
-    single = (1, 1, 1)
+
+    usual, small = as_size([USUAL_SIDE] * 3), as_size([SMALL_SIDE] * 3)
+    # A block is about as large, whether it is one token or eight small ones.
+    single, in_pairs = (1, 1, 1), (2, 2, 2)
+
     if fixed is not None:
-        block = (2, 2, 2) if max(fixed) <= SMALL_SIDE else single
-        return _resized(
-            encoder, fixed, block
-        ), "that of the weights it starts from, or of the arguments set by the user"
+        block = in_pairs if max(fixed) <= SMALL_SIDE else single
+        why = "that of the weights it starts from, or of the arguments set by the user"
+        return _resized(encoder, fixed, block), why
 
     finest = min(spacing_mm)
     if max(spacing_mm) > THICK_SLICES * finest:
-        flat = as_size([_flat_side(spacing / finest) for spacing in spacing_mm])
-        why = f"thick slices: {times([s * t for s, t in zip(spacing_mm, flat, strict=True)])} mm"
-        return _resized(encoder, flat, single), why
+        # Along thick slices, the power of two that comes closest to the length of 8 fine voxels.
+        sides = []
+        for spacing in spacing_mm:
+            side = USUAL_SIDE
+            coarseness = spacing / finest
+            if coarseness > THICK_SLICES:
+                side = 2 ** max(0, round(math.log2(USUAL_SIDE / coarseness)))
+            sides.append(side)
+        sides_mm = [side * spacing for side, spacing in zip(sides, spacing_mm, strict=True)]
+        return _resized(encoder, as_size(sides), single), f"thick slices: {times(sides_mm)} mm"
 
-    small, in_pairs = as_size([SMALL_SIDE] * 3), (2, 2, 2)
     num_tokens = volume([max(1, round(m)) for m in median_shape_vox]) / volume(usual)
     if num_tokens < SMALL_IMAGE_TOKENS:
         why = (
@@ -72,6 +78,7 @@ def with_tokens(
             f"than {SMALL_IMAGE_TOKENS}"
         )
         return _resized(encoder, small, in_pairs), why
+
     side_mm = USUAL_SIDE * math.prod(spacing_mm) ** (1 / 3)
     if side_mm > LARGEST_SIDE_MM:
         why = (
@@ -79,6 +86,7 @@ def with_tokens(
             "which most structures would be lost"
         )
         return _resized(encoder, small, in_pairs), why
+
     return encoder, "the encoder's usual one"
 
 
@@ -86,27 +94,16 @@ def objection_to_flat_tokens(token_size: Size, spacing_mm: Sequence[float]) -> s
     """Return why tokens made for thick slices do not suit scans of this spacing, or None."""
     if min(token_size) == max(token_size):
         return None
+
+    # Scans of thick slices make such tokens about as long in mm along every axis.
     sides_mm = [side * spacing for side, spacing in zip(token_size, spacing_mm, strict=True)]
     shortest_axis = token_size.index(min(token_size))
     if max(sides_mm) <= MAX_ELONGATION * sides_mm[shortest_axis]:
         return None
     return (
         f"its tokens of {times(token_size)} voxels were made for thick slices, and would be "
-        f"{times(sides_mm)} mm here: too flat. "
-        "Pretrain on scans of this spacing"
+        f"{times(sides_mm)} mm here: too flat. Pretrain on scans of this spacing"
     )
-
-
-def _flat_side(coarseness: float) -> int:
-    """Return how many voxels make a flat token about as long as one of 8 voxels.
-
-    It is a power of two.
-
-    Axes that are as fine as the finest, or nearly, keep 8.
-    """
-    if coarseness <= THICK_SLICES:
-        return USUAL_SIDE
-    return 1 << max(0, round(math.log2(USUAL_SIDE / coarseness)))
 
 
 def _resized(encoder: EncoderSize, token: Size, block_tokens: Size) -> EncoderSize:

@@ -76,17 +76,18 @@ class StoredCase:
             StoreError: the file is missing or damaged.
         """
         start, size = as_size(start_zyx), as_size(size_zyx)
-        if any(
-            a < 0 or n < 1 or a + n > m for a, n, m in zip(start, size, self.shape_vox, strict=True)
-        ):
-            raise ValueError(
-                f"the crop of {size} voxels at {start} extends beyond the case of {self.shape_vox}"
-            )
-        (z, y, x), (dz, dy, dx) = start, size
+        for first, length, side in zip(start, size, self.shape_vox, strict=True):
+            if first < 0 or length < 1 or first + length > side:
+                raise ValueError(
+                    f"the crop of {size} voxels at {start} extends beyond the case of "
+                    f"{self.shape_vox}"
+                )
+
+        z, y, x = (slice(first, first + n) for first, n in zip(start, size, strict=True))
         try:
             array = _opened(self)
             _check_chunks(self, array, start, size)
-            crop = array[0:1, z : z + dz, y : y + dy, x : x + dx]
+            crop = array[0:1, z, y, x]
         except OSError as error:
             raise StoreError(
                 f"{self.path} cannot be read ({error.strerror or error}); run the same line again",
@@ -94,6 +95,7 @@ class StoredCase:
             ) from error
         except (RuntimeError, ValueError) as error:
             raise _damaged(self.path, f"blosc2 says: {error}") from error
+
         return np.asarray(crop, dtype=np.float32)
 
     def read_padded(
@@ -107,19 +109,22 @@ class StoredCase:
         start, size = as_size(start_zyx), as_size(size_zyx)
         crop = np.zeros((1, *size), dtype=np.float32)
         valid = np.zeros(size, dtype=bool)
-        low = [max(0, a) for a in start]
-        high = [min(m, a + n) for a, n, m in zip(start, size, self.shape_vox, strict=True)]
-        if all(lo < hi for lo, hi in zip(low, high, strict=True)):
-            inside = tuple(
-                slice(lo - a, hi - a) for lo, hi, a in zip(low, high, start, strict=True)
-            )
-            crop[0][inside] = self.read(low, [hi - lo for lo, hi in zip(low, high, strict=True)])[0]
-            valid[inside] = True
+
+        # The part of the crop that lies inside the case, in voxels of the case.
+        low = np.maximum(start, 0)
+        high = np.minimum(np.add(start, size), self.shape_vox)
+        length = high - low
+        if (length > 0).all():
+            z, y, x = (slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+            crop[:, z, y, x] = self.read(as_size(low), as_size(length))
+            valid[z, y, x] = True
         return crop, valid
 
 
 _handles: "OrderedDict[tuple[int, Path], Any]" = OrderedDict()
+"""Open arrays by process and path, the least recently used first."""
 _checked: dict[Path, set[int]] = {}
+"""Chunks of a file whose checksums were found right."""
 
 
 def _opened(case: StoredCase) -> Any:
@@ -133,6 +138,7 @@ def _opened(case: StoredCase) -> Any:
     if key in _handles:
         _handles.move_to_end(key)
         return _handles[key]
+
     damage = frame_damage(case.path, case.seal)
     if damage:
         raise _damaged(case.path, damage)
@@ -143,6 +149,8 @@ def _opened(case: StoredCase) -> Any:
         raise _damaged(
             case.path, f"it holds {tuple(array.shape[1:])} voxels, its record says {case.shape_vox}"
         )
+
+    # Few files may be open at once.
     _handles[key] = array
     while len(_handles) > MAX_OPEN:
         _handles.popitem(last=False)
@@ -150,12 +158,16 @@ def _opened(case: StoredCase) -> Any:
 
 
 def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None:
+    """Compare the chunks that a crop touches with their checksums, each once in a process.
+
+    Raises:
+        StoreError: one differs; the case is then out of the store.
+    """
     checked = _checked.setdefault(case.path, set())
-    new = [
-        i
-        for i in chunks_touched(start, size, case.shape_vox, as_size(array.chunks[1:]))
-        if i not in checked
-    ]
+    chunk_vox = as_size(array.chunks[1:])
+    touched = chunks_touched(start, size, case.shape_vox, chunk_vox)
+    new = [number for number in touched if number not in checked]
+
     damage = chunk_damage(array, case.seal, new)
     if damage:
         raise _damaged(case.path, damage)
@@ -163,20 +175,22 @@ def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None
 
 
 def _damaged(path: Path, what: str) -> StoreError:
-    """Take a case out of the store by turning its record into a mark, and say so."""
+    """Take a case out of the store by turning its record into a mark; return the error to raise."""
     _handles.pop((os.getpid(), path), None)
     _checked.pop(path, None)
+
+    # A case without a record is no case: the next run makes it again.
     try:
         path.with_suffix(".json").rename(mark_of(path))
-        then = "run the same line again to have it made anew"
+        remedy = "run the same line again to have it made anew"
     except FileNotFoundError:
-        then = "another process has found that too: run the same line again to have it made anew"
+        remedy = "another process has found that too: run the same line again to have it made anew"
     except OSError as error:
-        then = (
+        remedy = (
             f"it cannot be taken out of the store ({error.strerror}): delete it and run the same "
             "line again"
         )
-    return StoreError(f"{path} is damaged ({what}); {then}", code="case-damaged")
+    return StoreError(f"{path} is damaged ({what}); {remedy}", code="case-damaged")
 
 
 def mark_of(path: Path) -> Path:
@@ -192,6 +206,7 @@ def is_whole(path: Path) -> bool:
     record = read_record(path)
     if record is None or record.seal is None:
         return False
+
     case = StoredCase(path, record.shape_vox, record.spacing_mm, record.seal)
     try:
         _check_chunks(case, _opened(case), (0, 0, 0), case.shape_vox)
@@ -207,7 +222,8 @@ def is_whole(path: Path) -> bool:
 def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
     """Write ``path`` (.b2nd), then its JSON, each whole or not at all.
 
-    Returns the record with the file's seal.
+    Returns:
+        the record with the file's seal.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written.
@@ -216,18 +232,17 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
     array = compressed(data_CZYX)
     frame = array.to_cframe()
     written = replace(record, seal=seal_of(array, frame))
+
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(frame)
+        # The record comes last: a case without one is not in the store.
         write_json(path.with_suffix(".json"), written)
         mark_of(path).unlink(missing_ok=True)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = (
-            "the disk or your quota is full; finished cases are kept: free space"
-            if full
-            else f"{error.strerror}; mend it"
-        )
+        what = f"{error.strerror}; mend it"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "the disk or your quota is full; finished cases are kept: free space"
         raise StoreError(
             f"{path.parent} cannot be written: {what} and run the same line again",
             code="store-not-writable",
@@ -238,10 +253,9 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
 def compressed(data_CZYX: Array) -> Any:
     """Return a blosc2 array in memory.
 
-    Bytes are shuffled unless a middle chunk is clearly smaller without.
-
-    Resampled voxels are; native ones, of few distinct values, often are not. Shuffled ones are read
-    faster.
+    Bytes are shuffled, which makes reading faster, unless a chunk from the middle is clearly
+    smaller without. Resampled voxels are smaller shuffled; native ones, of few distinct values,
+    often are not.
     """
     import blosc2
 
@@ -252,17 +266,16 @@ def compressed(data_CZYX: Array) -> Any:
         settings = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [kind], "nthreads": 1}
         return blosc2.asarray(data, cparams=settings, **shapes)
 
+    # Compress one chunk from the middle of the case both ways.
     starts = [(n - min(n, c)) // 2 for n, c in zip(data_CZYX.shape[1:], chunk, strict=True)]
     z, y, x = (slice(a, a + c) for a, c in zip(starts, chunk, strict=True))
     middle = np.ascontiguousarray(data_CZYX[:, z, y, x])
-    shuffled, plain = (
-        packed(middle, kind).schunk.cbytes
-        for kind in (blosc2.Filter.SHUFFLE, blosc2.Filter.NOFILTER)
-    )
-    return packed(
-        data_CZYX,
-        blosc2.Filter.NOFILTER if plain < CLEARLY_SMALLER * shuffled else blosc2.Filter.SHUFFLE,
-    )
+    shuffled_bytes = packed(middle, blosc2.Filter.SHUFFLE).schunk.cbytes
+    plain_bytes = packed(middle, blosc2.Filter.NOFILTER).schunk.cbytes
+
+    if plain_bytes < CLEARLY_SMALLER * shuffled_bytes:
+        return packed(data_CZYX, blosc2.Filter.NOFILTER)
+    return packed(data_CZYX, blosc2.Filter.SHUFFLE)
 
 
 def read_record(path: Path) -> CaseRecord | None:
@@ -272,7 +285,7 @@ def read_record(path: Path) -> CaseRecord | None:
     """
     try:
         record = from_jsonable(CaseRecord, read_json(path.with_suffix(".json")), str(path))
-        whole = record.seal is not None and path.stat().st_size == record.seal.num_bytes
-        return record if record.version == FORMAT_VERSION and whole else None
+        is_whole_file = record.seal is not None and path.stat().st_size == record.seal.num_bytes
     except (PlanError, OSError):
         return None
+    return record if record.version == FORMAT_VERSION and is_whole_file else None

@@ -16,17 +16,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from nnunet_autoreg.corpus.content import has_content
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
-from nnunet_autoreg.corpus.grid import Grid, brought_onto, grid_of_scan
+from nnunet_autoreg.corpus.grid import brought_onto, grid_of_scan
 from nnunet_autoreg.corpus.groups import ContrastGroup
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.read import (
     check_memory,
     cropped_shape,
-    load_scan,
     occupied_indices,
 )
 from nnunet_autoreg.corpus.rows import ScanRow
@@ -35,13 +32,12 @@ from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, size_text, vol
 from nnunet_autoreg.nnunet_api import (
     CT_SCHEME,
     Array,
-    RawScan,
     crop_resample_normalise,
     resampled_shape,
 )
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.store.case import CaseRecord, read_record, write_case
-from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, plan_task
+from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, load_unchanged, plan_task
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +82,7 @@ def ensure_groups(
     """
     tasks = [plan_group(group, spacing_of, ct_window) for group in groups]
     missing = []
-    voxels = []
+    voxels = []  # of each missing group, all its scans together
     for task in tasks:
         records = [read_record(case_path(store.root, key)) for key in task.keys]
         if None in records:
@@ -95,6 +91,7 @@ def ensure_groups(
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
 
+    # Every worker holds all scans of one group at a time.
     lost: dict[str, ScanError] = {}
     made = parallel_map(
         partial(_preprocess, store.root),
@@ -126,23 +123,22 @@ def plan_group(
     Raises:
         PlanError: a CT scan without ``ct_window``.
     """
+    # The member with most voxels is the reference: the others lose nothing by resampling onto it.
     sizes = [volume(row.shape_vox or (0, 0, 0)) for row in group.rows]
     reference = sizes.index(max(sizes))
     spacing = as_spacing(spacing_of(group.rows[reference]))
+
+    # A member is made as its scan alone would be, but its key depends on the whole group.
     alone = [plan_task(row, spacing, ct_window) for row in group.rows]
     whole = [[row.content_hash for row in group.rows], reference, group.channels]
-    keys = tuple(
-        hashlib.sha256(json.dumps(["group", LAYOUT, i, whole, task.key]).encode()).hexdigest()
-        for i, task in enumerate(alone)
-    )
-    return GroupTask(
-        group,
-        reference,
-        spacing,
-        keys,
-        tuple(t.scheme for t in alone),
-        tuple(t.ct_window for t in alone),
-    )
+    keys = []
+    for number, task in enumerate(alone):
+        known = json.dumps(["group", LAYOUT, number, whole, task.key])
+        keys.append(hashlib.sha256(known.encode()).hexdigest())
+
+    schemes = tuple(task.scheme for task in alone)
+    windows = tuple(task.ct_window for task in alone)
+    return GroupTask(group, reference, spacing, tuple(keys), schemes, windows)
 
 
 def _preprocess(root: Path, task: GroupTask) -> tuple[str, tuple[str, str] | None]:
@@ -151,26 +147,36 @@ def _preprocess(root: Path, task: GroupTask) -> tuple[str, tuple[str, str] | Non
     except ScanError as error:
         return task.group.name, (error.status, str(error))
     except MemoryError:
-        return task.group.name, (
-            "huge",
-            "its scans do not fit into memory together; free some memory",
-        )
+        reason = "its scans do not fit into memory together; free some memory"
+        return task.group.name, ("huge", reason)
     return task.group.name, None
 
 
 def _make_group(root: Path, task: GroupTask) -> None:
+    """Write all members of a group.
+
+    Raises:
+        ScanError: the scans have no common grid, or vanish at the target spacing.
+    """
     stack_CZYX, spacing_mm = _on_one_grid(task)
+
+    # From the scans' own order of axes to that of the plan, coarsest first.
     axes = transpose_axes(spacing_mm)
     stack_CZYX = stack_CZYX.transpose(0, *(a + 1 for a in axes))
     source_mm = as_spacing([spacing_mm[a] for a in axes])
-    cropped = cropped_shape((stack_CZYX != 0).any(axis=0).astype(np.float32))
+
+    is_occupied_ZYX = (stack_CZYX != 0).any(axis=0)
+    cropped = cropped_shape(is_occupied_ZYX.astype(np.float32))
     shape = resampled_shape(cropped, source_mm, task.spacing_mm)
     if min(shape) < 1:
         raise ScanError(
             "spacing",
             f"{cropped} voxels of {source_mm} mm vanish at the target spacing {task.spacing_mm} mm",
         )
+
+    # Members of one scheme are normalised in one go.
     shrinks = volume(cropped) / volume(stack_CZYX.shape[1:]) < MASK_BELOW
+    original_shape = as_size([stack_CZYX.shape[1 + axes.index(a)] for a in range(3)])
     settings = set(zip(task.schemes, task.windows, strict=True))
     for scheme, window in sorted(settings, key=lambda pair: pair[0]):
         use_mask = shrinks and scheme != CT_SCHEME
@@ -179,14 +185,15 @@ def _make_group(root: Path, task: GroupTask) -> None:
         data_CZYX = crop_resample_normalise(
             stack_CZYX, source_mm, task.spacing_mm, scheme, use_mask, window
         )
-        members = [i for i, own in enumerate(task.schemes) if own == scheme]
-        for i in members:
+        for i, own_scheme in enumerate(task.schemes):
+            if own_scheme != scheme:
+                continue
             row = task.group.rows[i]
             record = CaseRecord(
                 content_hash=row.content_hash,
                 shape_vox=as_size(data_CZYX.shape[1:]),
                 spacing_mm=task.spacing_mm,
-                original_shape_vox=as_size([stack_CZYX.shape[1 + axes.index(a)] for a in range(3)]),
+                original_shape_vox=original_shape,
                 original_spacing_mm=spacing_mm,
                 axes=axes,
                 scheme=scheme,
@@ -197,16 +204,34 @@ def _make_group(root: Path, task: GroupTask) -> None:
 
 
 def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
-    """Return all members as (C, Z, Y, X) on the reference's voxels, and their spacing."""
+    """Return all members as (C, Z, Y, X) on the reference's voxels, and their spacing.
+
+    Raises:
+        ScanError: a scan changed, does not say where it lies in the patient, or shares too little
+            with the others.
+    """
     rows = task.group.rows
     z, y, x = rows[task.reference].shape_vox or (1, 1, 1)
     check_memory([len(rows) * z, y, x])
-    scans = [_unchanged(row) for row in rows]
+    scans = [load_unchanged(row) for row in rows]
     target = scans[task.reference]
+
+    # Channels of one nnU-Net case lie on one grid already.
     if task.group.channels and all(s.array_CZYX.shape == target.array_CZYX.shape for s in scans):
         return np.concatenate([s.array_CZYX for s in scans]), target.spacing_mm
 
-    grids = [_grid(row, scan) for row, scan in zip(rows, scans, strict=True)]
+    grids = []
+    for row, scan in zip(rows, scans, strict=True):
+        grid = grid_of_scan(Path(row.source), row.part)
+        shape_read = scan.array_CZYX.shape[1:]
+        if grid.shape_vox != shape_read:
+            raise ScanError(
+                "geometry",
+                f"where {row.id} lies in the patient is not known ({grid.shape_vox} voxels in "
+                f"space, {shape_read} read)",
+            )
+        grids.append(grid)
+
     frame = grids[task.reference]
     moved, covered = [], []
     for scan, grid in zip(scans, grids, strict=True):
@@ -217,40 +242,16 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
             covered.append(brought_onto(ones, grid, frame, 0.0) > 0.5)
             array_ZYX = brought_onto(array_ZYX, grid, frame, float(array_ZYX.min()))
         moved.append(array_ZYX)
-    shared = _shared_box(covered)
-    return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm
+    if not covered:
+        return np.stack(moved), target.spacing_mm
 
-
-def _shared_box(covered_ZYX: Sequence[npt.NDArray[np.bool_]]) -> tuple[slice, ...]:
-    """Return the box around what every member covers."""
-    if not covered_ZYX:
-        return (slice(None),) * 3
-    hits = occupied_indices(np.logical_and.reduce(covered_ZYX))
+    # Crop all members to the box around what every one of them covers.
+    hits = occupied_indices(np.logical_and.reduce(covered))
     sides = [int(h[-1] - h[0] + 1) if h.size else 0 for h in hits]
     if min(sides) < MIN_SHARED_VOX:
         raise ScanError(
             "geometry",
             f"they share only {size_text(sides)} voxels: they show different parts of the body",
         )
-    return tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
-
-
-def _grid(row: ScanRow, scan: RawScan) -> Grid:
-    grid = grid_of_scan(Path(row.source), row.part)
-    if grid.shape_vox != scan.array_CZYX.shape[1:]:
-        read = scan.array_CZYX.shape[1:]
-        raise ScanError(
-            "geometry",
-            f"where {row.id} lies in the patient is not known ({grid.shape_vox} voxels in space, "
-            f"{read} read)",
-        )
-    return grid
-
-
-def _unchanged(row: ScanRow) -> RawScan:
-    scan = load_scan(Path(row.source), row.part)
-    if not has_content(scan, row.content_hash):
-        raise ScanError(
-            "changed", f"{row.id} changed after it was checked; run the same line again"
-        )
-    return scan
+    shared = tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
+    return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm

@@ -27,11 +27,23 @@ def layout_of(shape_vox: Size) -> tuple[Size, Size]:
 
     Chunks are whole blocks. Both may extend a little beyond the case.
     """
-    lengths = [_block_lengths(side) for side in shape_vox]
+    # Lengths to try along each axis. Short axes are cut in equal parts, so that little of the last
+    # block is padding.
+    lengths: list[Sequence[int]] = []
+    for side in shape_vox:
+        if side > LARGE_AXIS_VOX:
+            lengths.append(LARGE_AXIS_BLOCKS)
+        else:
+            most_parts = max(1, side // 4)
+            lengths.append(sorted({math.ceil(side / n) for n in range(1, most_parts + 1)}))
+
     choices = itertools.product(*lengths)
     allowed = [block for block in choices if volume(block) <= MAX_BLOCK_VOX]
     # Of equal ones the longest along x, where voxels are contiguous.
     block = as_size(min(allowed, key=lambda b: (_cost(shape_vox, b), -b[2], -b[1])))
+
+    # A chunk grows block by block along its shortest axis, until it is large enough for one
+    # checksum and one read.
     chunk = list(block)
     while True:
         growable = []
@@ -69,16 +81,6 @@ def chunks_touched(
     for start, size, chunk in zip(start_zyx, size_zyx, chunk_vox, strict=True):
         per_axis.append(range(start // chunk, (start + size - 1) // chunk + 1))
     return [(z * ny + y) * nx + x for z, y, x in itertools.product(*per_axis)]
-
-
-def _block_lengths(length: int) -> list[int]:
-    """Return lengths to try along an axis.
-
-    Short axes are cut in equal parts, so that little of the last block is padding.
-    """
-    if length > LARGE_AXIS_VOX:
-        return list(LARGE_AXIS_BLOCKS)
-    return sorted({math.ceil(length / parts) for parts in range(1, max(1, length // 4) + 1)})
 
 
 def _cost(shape_vox: Size, block_vox: Sequence[int]) -> float:

@@ -22,6 +22,7 @@ from nnunet_autoreg.errors import PlanError, ScanError, StoreError, UsageError
 from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.nnunet_api import (
     CT_SCHEME,
+    RawScan,
     crop_resample_normalise,
     preprocessed_folder,
     resampled_shape,
@@ -78,7 +79,7 @@ class StorePart:
 
 ALL = StorePart()
 SpacingOf = Spacing | Callable[[ScanRow], Spacing]
-"""Target spacing for transposed axes (z, y, x), or what tells it of a row."""
+"""Target spacing for transposed axes (z, y, x), or a function that gives it for a row."""
 
 
 def parse_part(text: str) -> StorePart:
@@ -139,6 +140,7 @@ class Store:
         self.failures = {}
         tasks = [task for task in plan_tasks(rows, spacing_mm, ct_window) if part.takes(task.key)]
         missing = self._checked(tasks, self._missing(tasks), num_workers)
+
         lost: dict[str, ScanError] = {}
         if missing:
             self._prepare(missing, len(tasks))
@@ -153,6 +155,8 @@ class Store:
             for key, error in made:
                 if error:
                     lost[key] = ScanError(*error)
+
+        # Several scans may have one key: copies of one image are one case.
         self.failures = {t.row.id: lost[t.key] for t in tasks if t.key in lost}
         for name, failure in self.failures.items():
             log.warning("%s is left out (%s): %s", name, failure.status, failure)
@@ -167,9 +171,8 @@ class Store:
 
     def _missing(self, tasks: Sequence[StoreTask]) -> list[StoreTask]:
         """Return one task for every key that is not in the store."""
-        return list(
-            {task.key: task for task in tasks if read_record(self._path(task.key)) is None}.values()
-        )
+        by_key = {task.key: task for task in tasks}
+        return [task for key, task in by_key.items() if read_record(self._path(key)) is None]
 
     def _checked(
         self, tasks: Sequence[StoreTask], missing: list[StoreTask], num_workers: int
@@ -179,19 +182,19 @@ class Store:
         If one of the missing was found damaged, every byte of the others is looked at first.
         """
         num_damaged = sum(mark_of(self._path(task.key)).exists() for task in missing)
-        paths = sorted(
-            {self._path(task.key) for task in tasks} - {self._path(task.key) for task in missing}
-        )
+        missing_paths = {self._path(task.key) for task in missing}
+        paths = sorted({self._path(task.key) for task in tasks} - missing_paths)
         if not num_damaged or not paths:
             return missing
+
+        # A disk that damaged one case may have damaged others.
         log.warning(
             "store: %d cases were found damaged, so all %d others of this run are checked",
             num_damaged,
             len(paths),
         )
-        num_more = sum(
-            not whole for whole in parallel_map(is_whole, paths, num_workers, "checking the store")
-        )
+        are_whole = list(parallel_map(is_whole, paths, num_workers, "checking the store"))
+        num_more = are_whole.count(False)
         log.info("store: %d more are damaged; all are made anew", num_more)
         return self._missing(tasks)
 
@@ -236,13 +239,17 @@ class Store:
                 f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew",
                 code="store-not-writable",
             ) from error
+
+        # A younger file may be that of another run, which is writing it now.
         for stale in self.root.glob("*/.*.tmp"):
             if time.time() - stale.stat().st_mtime > STALE_AFTER_S:
                 stale.unlink(missing_ok=True)
-        voxels = sum(
-            volume(resampled_shape(*transposed_geometry(t.row), t.spacing_mm)) for t in missing
-        )
-        needed = voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
+
+        num_voxels = 0
+        for task in missing:
+            shape, spacing = transposed_geometry(task.row)
+            num_voxels += volume(resampled_shape(shape, spacing, task.spacing_mm))
+        needed = num_voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
         log.info(
             "store: %d of %d cases are missing; they need at most about %.2f GiB in %s (%.2f GiB "
             "free)",
@@ -281,12 +288,11 @@ def plan_tasks(
     Raises:
         PlanError: a CT scan without ``ct_window``.
     """
-    return [
-        plan_task(
-            row, as_spacing(spacing_mm(row) if callable(spacing_mm) else spacing_mm), ct_window
-        )
-        for row in rows
-    ]
+    tasks = []
+    for row in rows:
+        target_mm = spacing_mm(row) if callable(spacing_mm) else spacing_mm
+        tasks.append(plan_task(row, as_spacing(target_mm), ct_window))
+    return tasks
 
 
 def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | None) -> StoreTask:
@@ -303,12 +309,15 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
             "index CT scans",
             code="plan-no-ct-window",
         )
+
+    # As in nnU-Net, an image that cropping shrinks by a quarter is normalised by its foreground.
     use_mask = scheme != CT_SCHEME and relative_size(row) < MASK_BELOW
-    rounded = [round(s, 4) for s in spacing_mm]
+
+    # All that the stored voxels depend on. Another value is another case.
     known = [
         FORMAT_VERSION,
         row.content_hash,
-        rounded,
+        [round(s, 4) for s in spacing_mm],
         scheme,
         use_mask,
         asdict(window) if window else None,
@@ -318,23 +327,42 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
 
 
 def _preprocess(root: Path, task: StoreTask) -> tuple[str, tuple[str, str] | None]:
-    """Make one case; returns its key and, if the scan cannot be used, (status, reason)."""
+    """Make one case; return its key and, if the scan cannot be used, (status, reason).
+
+    Errors are returned as plain text, because they come from another process.
+    """
     try:
         _make_case(root, task)
     except ScanError as error:
         return task.key, (error.status, str(error))
     except MemoryError:
-        return task.key, (
-            "huge",
+        reason = (
             "the scan does not fit into memory at this spacing; free some memory or use a coarser "
-            "spacing",
+            "spacing"
         )
+        return task.key, ("huge", reason)
     return task.key, None
+
+
+def load_unchanged(row: ScanRow) -> RawScan:
+    """Read the scan of a row.
+
+    Raises:
+        ScanError: it cannot be read, or holds other voxels than when the index was made.
+    """
+    scan = load_scan(Path(row.source), row.part)
+    if not has_content(scan, row.content_hash):
+        raise ScanError(
+            "changed", f"{row.id} changed after it was checked; run the same line again"
+        )
+    return scan
 
 
 def _make_case(root: Path, task: StoreTask) -> None:
     if read_record(case_path(root, task.key)):
         return  # Another run or machine made it meanwhile.
+
+    # Refuse what cannot work before any voxel is read.
     shape, spacing = transposed_geometry(task.row)
     new_shape = resampled_shape(shape, spacing, task.spacing_mm)
     if min(new_shape) < 1:
@@ -343,17 +371,15 @@ def _make_case(root: Path, task: StoreTask) -> None:
             f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm",
         )
     check_memory(max(new_shape, shape, key=volume))
-    scan = load_scan(Path(task.row.source), task.row.part)
-    if not has_content(scan, task.row.content_hash):
-        raise ScanError(
-            "changed", f"{task.row.id} changed after it was checked; run the same line again"
-        )
+
+    scan = load_unchanged(task.row)
     axes = transpose_axes(scan.spacing_mm)
     array_CZYX = scan.array_CZYX.transpose(0, *(a + 1 for a in axes))
     source_mm = [scan.spacing_mm[a] for a in axes]
     data_CZYX = crop_resample_normalise(
         array_CZYX, source_mm, task.spacing_mm, task.scheme, task.use_mask, task.ct_window
     )
+
     record = CaseRecord(
         content_hash=task.row.content_hash,
         shape_vox=as_size(data_CZYX.shape[1:]),
