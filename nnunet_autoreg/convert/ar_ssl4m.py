@@ -87,6 +87,7 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
         )
 
     expected = expected_keys(depth)
+    # The head of pretraining is not imported, so that it may be missing.
     missing = {key for key in expected - set(tensors) if not key.startswith(HEAD)}
     left_over = set(tensors) - expected
     problems = []
@@ -114,6 +115,7 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
             f"--heads {heads}: the width of {width} is not a multiple of it", code="weights-heads"
         )
 
+    # The files do not hold the decoder of fine-tuning, so that its size is ours.
     hidden = int(tensors["model.layers.0.mlp.linear1.weight"].shape[0])
     return {
         "embed_dim": width,
@@ -132,7 +134,11 @@ def token_size(tensors: Mapping[str, Tensor]) -> Size:
 
 def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the encoder of a checkpoint for (z, y, x) volumes, without the head."""
-    return {key: _turned(key, value) for key, value in tensors.items() if key.startswith(ENCODER)}
+    encoder = {key: value for key, value in tensors.items() if key.startswith(ENCODER)}
+    if KERNEL in encoder:
+        # (V, C, x, y, z) -> (V, C, z, y, x), or back.
+        encoder[KERNEL] = encoder[KERNEL].permute(0, 1, 4, 3, 2).contiguous()
+    return encoder
 
 
 def to_theirs(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,10 +147,6 @@ def to_theirs(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     This inverts ``to_ours``, because turning the axes twice changes nothing.
     """
     return to_ours(encoder)
-
-
-def _turned(key: str, value: Tensor) -> Tensor:
-    return value.permute(0, 1, 4, 3, 2).contiguous() if key == KERNEL else value
 
 
 def import_ar_ssl4m(
@@ -159,6 +161,7 @@ def import_ar_ssl4m(
     arguments = arguments_of(tensors, options.num_heads)
     base = ENCODERS["vit_b16"].arguments
     is_base = all(arguments[key] == base[key] for key in arguments)
+    # The name decides which learning rates are planned.
     name = "vit_b16" if is_base else VIT
 
     notes = []

@@ -5,7 +5,7 @@ master branch, its fork and nnDetection read it. It has no name for a ViT, so a 
 AR-SSL4M's own checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,14 @@ def export_weights(weights: Path, folder: Path) -> Exported:
     encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
     network = network_of(encoder, card.crop_size_vox, card.num_input_channels)
 
-    encoder_tensors, num_decoder = _without_decoder(read_tensors(weights), card)
+    # Readers of these formats use the encoder only.
+    all_tensors = read_tensors(weights)
+    encoder_tensors = dict(all_tensors)
+    if card.has_decoder:
+        for key in all_tensors:
+            if key.startswith(DECODER_PREFIXES):
+                del encoder_tensors[key]
+    num_decoder = len(all_tensors) - len(encoder_tensors)
     card = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
     tensors = checked_tensors(network, encoder_tensors, str(weights))
 
@@ -87,18 +94,6 @@ def export_weights(weights: Path, folder: Path) -> Exported:
 
     _write_files(folder, contents)
     return Exported(tuple(folder / name for name in contents), card, warnings)
-
-
-def _without_decoder(
-    tensors: Mapping[str, Tensor], card: EncoderCard
-) -> tuple[dict[str, Tensor], int]:
-    """Return the encoder's tensors, and how many tensors of a listed decoder were left out."""
-    encoder = dict(tensors)
-    if card.has_decoder:
-        encoder = {
-            key: value for key, value in tensors.items() if not key.startswith(DECODER_PREFIXES)
-        }
-    return encoder, len(tensors) - len(encoder)
 
 
 def _vit_contents(
@@ -158,7 +153,15 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
     foreign = []
     for name in existing:
         # What an interrupted export of the same run has left is kept.
-        if name not in contents or not _is_written(folder / name, contents[name]):
+        if name not in contents:
+            foreign.append(name)
+            continue
+        file = folder / name
+        try:
+            found = load_plain(file) if name == CHECKPOINT_NAME else read_json(file)
+        except (WeightsError, PlanError):
+            found = None
+        if not _is_equal(found, contents[name]):
             foreign.append(name)
     if foreign:
         raise WeightsError(
@@ -167,6 +170,7 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
             code="weights-export-exists",
         )
 
+    # What a kill while a file was being written has left.
     for name in EXPORTED_NAMES:
         for leftover in folder.glob(f".{name}.*.tmp"):
             leftover.unlink()
@@ -180,15 +184,6 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
                 torch.save(contents[name], temporary)
         else:
             write_json(folder / name, contents[name])
-
-
-def _is_written(file: Path, content: Any) -> bool:
-    """Return whether a file holds exactly this content."""
-    try:
-        found = load_plain(file) if file.name == CHECKPOINT_NAME else read_json(file)
-    except (WeightsError, PlanError):
-        return False
-    return _is_equal(found, content)
 
 
 def _is_equal(found: Any, expected: Any) -> bool:
@@ -211,6 +206,15 @@ def adaptation_plan(
     architecture, warnings = _architecture(card)
     patch = [int(v) for v in card.crop_size_vox]
     keys = card.adaptation
+
+    # Readers of the format give all listed layers the value of the first one, but the stem of a
+    # PrimusV2 lists a second convolution of another shape.
+    shape = tensors[f"{keys.keys_to_in_proj[0]}.weight"].shape
+    input_layers = []
+    for name in keys.keys_to_in_proj:
+        if tensors[f"{name}.weight"].shape == shape:
+            input_layers.append(name)
+
     plan = {
         "architecture_plans": architecture,
         "pretrain_plan": _pretrain_plan(card),
@@ -219,10 +223,11 @@ def adaptation_plan(
         "pretrain_patch_size": patch,
         "key_to_encoder": keys.key_to_encoder,
         "key_to_stem": keys.key_to_stem,
-        "keys_to_in_proj": _input_projection(keys.keys_to_in_proj, tensors),
+        "keys_to_in_proj": input_layers,
         "key_to_lpe": keys.key_to_lpe,
     }
 
+    # What the format has no field for.
     if card.ct_window is not None:
         low, high = card.ct_window.percentile_00_5, card.ct_window.percentile_99_5
         warnings.append(
@@ -235,16 +240,6 @@ def adaptation_plan(
             f"one, {list(card.spacing_mm)} mm"
         )
     return plan, tuple(warnings)
-
-
-def _input_projection(names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the first convolution.
-
-    Readers of the format give all listed layers the value of the first one, but the stem of a
-    PrimusV2 lists a second convolution of another shape.
-    """
-    shape = tensors[f"{names[0]}.weight"].shape
-    return [name for name in names if tensors[f"{name}.weight"].shape == shape]
 
 
 def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
@@ -267,6 +262,7 @@ def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
             if preset_sizes == sizes and name != "PrimusX":
                 return _described(name, None, None), []
 
+    # Without a preset that fits, all arguments are written out under the format's names.
     kwargs: dict[str, Any] = {
         "input_channels": int(card.num_input_channels),
         "output_channels": 1,
@@ -305,6 +301,7 @@ def _described(
 
 def _pretrain_plan(card: EncoderCard) -> dict[str, Any]:
     """Return the part of the adaptation plan that describes the pretraining data."""
+    # nnssl's two styles of resampling: to 1 mm, or to the median of the data.
     spacing = [float(v) for v in card.spacing_mm]
     style = "onemmiso" if spacing == [1.0, 1.0, 1.0] else "median"
     configuration = {
@@ -344,6 +341,7 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
         {"type": "Pretraining", "name": card.name, "apa_citations": [text], "bibtex_citations": []}
     ]
 
+    # Weights that were imported themselves pass their sources on.
     origin = card.extra.get(IMPORTED)
     theirs = origin.get("citations") if isinstance(origin, Mapping) else None
     if isinstance(theirs, list):

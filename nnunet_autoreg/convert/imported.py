@@ -113,8 +113,8 @@ def names_of(network: nn.Module) -> dict[str, list[str]]:
 
     nnU-Net's convolution blocks register each of their layers twice.
     """
-    groups: dict[int, list[str]] = {}
     prefixes = encoder_prefixes(network)
+    groups: dict[int, list[str]] = {}
     for key, tensor in network.state_dict(keep_vars=True).items():
         if key.startswith(prefixes):
             groups.setdefault(id(tensor), []).append(key)
@@ -144,6 +144,7 @@ def checked_tensors(
             missing.append(key)
             continue
 
+        # A file may hold a tensor under one of its names, or under several.
         value = tensors[given[0]]
         if any(not torch.equal(value, tensors[name]) for name in given[1:]):
             raise WeightsError(
@@ -197,20 +198,13 @@ def write_run(imported: Imported, results: Path, name: str) -> EncoderCard:
         replace(_card(imported, name, network), sha256=sha256).save(unfinished)
         card = read_card(unfinished)
 
-        if folder.exists() and any(folder.iterdir()):
-            return _same_import(folder, card)
-        unfinished.rename(folder)
-        return card
+        if not folder.exists() or not any(folder.iterdir()):
+            unfinished.rename(folder)
+            return card
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
-
-def _same_import(folder: Path, card: EncoderCard) -> EncoderCard:
-    """Return the card of an existing folder if it holds the same import as ``card``.
-
-    Raises:
-        WeightsError: it holds something else.
-    """
+    # The name is taken. By the same import it may be: only the time differs then.
     try:
         existing = read_card(folder)
         verify_weights(folder / WEIGHTS_NAME, card.sha256)
@@ -227,6 +221,8 @@ def _same_import(folder: Path, card: EncoderCard) -> EncoderCard:
 
 def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
     """Return ``encoder.json`` of an import, still without the hash of the weights."""
+    # Our own export knows more than the format that carries it: only what the import found out, or
+    # the user stated, is replaced.
     known = imported.card
     if known is not None:
         encoder = imported.encoder
@@ -247,6 +243,12 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
         )
 
     position_key = getattr(network, "key_to_lpe", None)
+    adaptation = Adaptation(
+        str(network.key_to_encoder),
+        str(network.key_to_stem),
+        tuple(cast(Iterable[str], network.keys_to_in_proj)),
+        None if position_key is None else str(position_key),
+    )
     return EncoderCard(
         name=name,
         encoder=imported.encoder.name,
@@ -259,12 +261,7 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
         channel_names=(),
         ct_window=None,
         num_input_channels=imported.num_input_channels,
-        adaptation=Adaptation(
-            str(network.key_to_encoder),
-            str(network.key_to_stem),
-            tuple(cast(Iterable[str], network.keys_to_in_proj)),
-            None if position_key is None else str(position_key),
-        ),
+        adaptation=adaptation,
         objective=imported.objective,
         licences=imported.licences,
         num_scans=0,

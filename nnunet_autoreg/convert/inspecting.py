@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_autoreg.convert.imported import Imported, ImportOptions, checked_tensors, network_of
+from nnunet_autoreg.convert.imported import ImportOptions, checked_tensors, network_of
 from nnunet_autoreg.convert.importing import converted
 from nnunet_autoreg.convert.licences import NONE_STATED
 from nnunet_autoreg.convert.source import (
@@ -25,7 +25,7 @@ from nnunet_autoreg.convert.source import (
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.geometry import size_text
-from nnunet_autoreg.model.card import IMPORTED, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.model.card import IMPORTED, read_card, verify_weights
 from nnunet_autoreg.records import sha256_of
 
 Facts = list[tuple[str, str]]
@@ -55,10 +55,12 @@ def inspect_weights(
 
 
 def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
+    """Describe a finished run, or an import that is used as one."""
     card = read_card(file.parent)
     verify_weights(file, card.sha256)
     tensors = read_tensors(file)
 
+    # An import is used as a finished run, but its history is another one.
     history = (
         f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished "
         f"{card.finished_at}"
@@ -70,11 +72,33 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
             f"sha256 {str(origin.get('sha256'))[:12]}...)"
         )
 
+    normalization = card.normalization or "z-score"
+    if card.normalization is None and card.ct_window is not None:
+        normalization = "CT by its window, all else z-scored"
+    channel_names = ", ".join(card.channel_names) or "unnamed"
+    channels = f"{card.num_input_channels} ({channel_names}); {', '.join(card.modalities)}"
+
+    decoder = "none: fine-tuning starts from a random one"
+    decoder_sizes = []
+    for key, tensor in tensors.items():
+        if key.startswith(card.adaptation.keys_to_decoder):
+            decoder_sizes.append(tensor.numel())
+    if decoder_sizes:
+        decoder = (
+            f"pretrained too, {len(decoder_sizes)} tensors with {sum(decoder_sizes):,} parameters"
+        )
+
     facts = [
         *head,
         ("what", f"a finished pretraining, '{card.name}': {history}"),
-        *_card_facts(card),
-        _decoder_fact(card, tensors),
+        ("encoder", _encoder_text(card.encoder, card.class_path, card.arguments)),
+        ("objective", card.objective),
+        ("spacing", size_text(card.spacing_mm, "g") + " mm (z, y, x)"),
+        ("patch", _patch_text(card.crop_size_vox, card.token_size_vox)),
+        ("channels", channels),
+        ("normalisation", normalization),
+        ("licence", _licences(card.licences)),
+        ("decoder", decoder),
         *_shape_facts(tensors),
     ]
     following = (
@@ -82,35 +106,6 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
         "AutoregPlanner -c 3d_fullres"
     )
     return facts, following
-
-
-def _decoder_fact(card: EncoderCard, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    decoder = [
-        tensor for key, tensor in tensors.items() if key.startswith(card.adaptation.keys_to_decoder)
-    ]
-    if not decoder:
-        return "decoder", "none: fine-tuning starts from a random one"
-    parameters = sum(tensor.numel() for tensor in decoder)
-    return "decoder", f"pretrained too, {len(decoder)} tensors with {parameters:,} parameters"
-
-
-def _card_facts(card: EncoderCard) -> Facts:
-    normalization = "z-score"
-    if card.ct_window is not None:
-        normalization = "CT by its window, all else z-scored"
-    channel_names = ", ".join(card.channel_names) or "unnamed"
-    return [
-        ("encoder", _encoder_text(card.encoder, card.class_path, card.arguments)),
-        ("objective", card.objective),
-        ("spacing", size_text(card.spacing_mm, "g") + " mm (z, y, x)"),
-        ("patch", _patch_text(card.crop_size_vox, card.token_size_vox)),
-        (
-            "channels",
-            f"{card.num_input_channels} ({channel_names}); {', '.join(card.modalities)}",
-        ),
-        ("normalisation", card.normalization or normalization),
-        ("licence", _licences(card.licences)),
-    ]
 
 
 def _encoder_text(name: str, class_path: str, arguments: Mapping[str, Any]) -> str:
@@ -128,26 +123,10 @@ def _patch_text(patch: tuple[int, ...], token: tuple[int, ...]) -> str:
 def _foreign_facts(
     source: WeightsFile, head: Facts, options: ImportOptions, plan_file: Path | None
 ) -> tuple[Facts, str]:
+    """Describe a file that can be imported, and return the line that imports it."""
     head = [*head, ("what", f"{source.kind} checkpoint")]
-    statements = _command_line_of(options, plan_file)
-    import_line = " ".join(
-        ["autoreg_weights import", shlex.quote(str(source.file)), "--name NAME", *statements]
-    )
 
-    try:
-        imported = converted(source, options)
-        network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
-        tensors = checked_tensors(network, imported.tensors, "the file")
-    except WeightsError as error:
-        facts = [*head, ("cannot be imported", str(error)), *_shape_facts(source.tensors)]
-        return facts, f"{import_line} (after this problem is solved)"
-
-    notes = [("note", note) for note in imported.notes]
-    return [*head, *_imported_facts(imported), *_shape_facts(tensors), *notes], import_line
-
-
-def _command_line_of(options: ImportOptions, plan_file: Path | None) -> list[str]:
-    """Return the options that the user has given, as they are typed."""
+    # The options that the user has given belong to the line, as they are typed.
     flags: dict[str, object] = {
         "--adaptation-plan": plan_file and shlex.quote(str(plan_file)),
         "--token-order": options.token_order,
@@ -157,23 +136,39 @@ def _command_line_of(options: ImportOptions, plan_file: Path | None) -> list[str
         "--modality": shlex.join(options.modalities),
         "--licence": options.licence and shlex.quote(options.licence),
     }
-    return [f"{flag} {value}" for flag, value in flags.items() if value]
+    statements = [f"{flag} {value}" for flag, value in flags.items() if value]
+    import_line = " ".join(
+        ["autoreg_weights import", shlex.quote(str(source.file)), "--name NAME", *statements]
+    )
 
+    # All that the import would check, without writing anything.
+    try:
+        imported = converted(source, options)
+        network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
+        tensors = checked_tensors(network, imported.tensors, "the file")
+    except WeightsError as error:
+        facts = [*head, ("cannot be imported", str(error)), *_shape_facts(source.tensors)]
+        return facts, f"{import_line} (after this problem is solved)"
 
-def _imported_facts(imported: Imported) -> Facts:
     encoder = imported.encoder
-    return [
+    normalization = imported.normalization or "nnU-Net's own choice per channel"
+    facts = [
+        *head,
         ("encoder", _encoder_text(encoder.name, encoder.class_path, encoder.arguments)),
         ("objective", imported.objective),
         ("spacing", size_text(imported.spacing_mm, "g") + " mm (z, y, x)"),
         ("patch", _patch_text(imported.crop_size_vox, encoder.token_size_vox)),
         ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
-        ("normalisation", imported.normalization or "nnU-Net's own choice per channel"),
+        ("normalisation", normalization),
         ("licence", _licences(imported.licences)),
+        *_shape_facts(tensors),
+        *[("note", note) for note in imported.notes],
     ]
+    return facts, import_line
 
 
 def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
+    """Describe a file that cannot be used as it is, and return what would help."""
     if source.kind == NO_PLAN:
         what = (
             "a checkpoint of nnU-Net or nnssl without an adaptation plan, so its encoder is not "
@@ -188,9 +183,11 @@ def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
         following = (
             "look at the keys; nnssl's formats need their adaptation plan (--adaptation-plan FILE)"
         )
+
     facts: Facts = [*head, ("what", what)]
     if source.rest:
-        facts.append(("also holds", ", ".join(sorted(map(str, source.rest))[:MAX_LISTED])))
+        others = sorted(map(str, source.rest))
+        facts.append(("also holds", ", ".join(others[:MAX_LISTED])))
     return [*facts, *_shape_facts(source.tensors)], following
 
 
@@ -198,9 +195,13 @@ def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
     if not tensors:
         return [("tensors", "none")]
     parameters = sum(tensor.numel() for tensor in tensors.values())
+
+    # The first two words of a key name the part of the network.
     parts = Counter(".".join(key.split(".")[:2]) for key in tensors)
-    listed = ", ".join(f"{part} {count}" for part, count in list(parts.items())[:MAX_LISTED])
+    first_parts = list(parts.items())[:MAX_LISTED]
+    listed = ", ".join(f"{part} {count}" for part, count in first_parts)
     more = f" and {len(parts) - MAX_LISTED} more parts" if len(parts) > MAX_LISTED else ""
+
     first = next(iter(tensors))
     return [
         ("tensors", f"{len(tensors)} with {parameters:,} parameters: {listed}{more}"),

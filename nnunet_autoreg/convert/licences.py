@@ -40,6 +40,7 @@ def licences_of(
     """
     known = _known(plan, citations, file)
     name = known[1] if known else _dataset_of(plan) or file.name
+
     if stated:
         return {name: f"{stated} (stated by the user)"}
     card = licence_beside(file.parent)

@@ -60,10 +60,23 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
             contradict each other.
     """
     plan = source.adaptation_plan
-    own = source.rest.get(OWN_KEY)
-    own_card = _own_card(own, source)
+    citations = source.rest.get("citations")
 
-    # The encoder's tensors, and its arguments.
+    # A file of our own export carries its whole card.
+    own = source.rest.get(OWN_KEY)
+    own_card = None
+    if isinstance(own, Mapping) and "card" in own:
+        content = dict(own["card"]) if isinstance(own["card"], Mapping) else own["card"]
+        own_card = from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
+
+    num_channels = plan.get("pretrain_num_input_channels") or 1
+    if not isinstance(num_channels, int) or num_channels < 1:
+        raise WeightsError(
+            f"{source.file}: pretrain_num_input_channels {num_channels!r} of the adaptation plan "
+            "is not a number of channels",
+            code="weights-bad-adaptation-plan",
+        )
+
     family = _family(plan, source)
     tensors, notes = _encoder_tensors(source, plan, family)
     encoder = _encoder(family, plan, tensors, options)
@@ -73,14 +86,13 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
         grid = grid_of(crop, encoder.token_size_vox)
         tensors, order_notes = _in_our_order(tensors, grid, encoder, own, options)
 
-    citations = source.rest.get("citations")
     imported = Imported(
         encoder=encoder,
         tensors=tensors,
         crop_size_vox=crop,
         spacing_mm=options.spacing_mm or (1.0, 1.0, 1.0),
         modalities=options.modalities,
-        num_input_channels=_num_channels(plan, source),
+        num_input_channels=num_channels,
         licences=licences_of(plan, citations, source.file, options.licence),
         objective="",
         notes=(*notes, *crop_notes, *order_notes),
@@ -93,17 +105,58 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
             "notes": [*order_notes],
         },
     )
-    if own_card is not None:
-        return _with_own_card(imported, own_card, options)
-    return _with_stated_data(imported, source, options)
+    if own_card is None:
+        return _with_stated_data(imported, source, options)
+
+    # The card states the data; what the user states comes first.
+    licences = own_card.licences
+    if options.licence:
+        licences = dict.fromkeys(licences, f"{options.licence} (stated by the user)")
+    return replace(
+        imported,
+        spacing_mm=options.spacing_mm or own_card.spacing_mm,
+        modalities=options.modalities or own_card.modalities,
+        licences=licences,
+        normalization=own_card.normalization,
+        objective=own_card.objective,
+        card=own_card,
+    )
 
 
 def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOptions) -> Imported:
     """Add what the plan states about the data, and a note about everything that it does not."""
     plan = source.adaptation_plan
-    spacing, spacing_notes = _spacing(plan, options)
-    normalization, normalization_notes = _normalization(plan)
-    notes = [*spacing_notes, *normalization_notes]
+    configuration = configuration_of(plan)
+    notes = list(imported.notes)
+
+    # Spacing: of the user, of the plan, or the median of scans that were not resampled.
+    spacing = options.spacing_mm or _triple(configuration.get("spacing"))
+    if spacing is None:
+        spacing = _triple(_pretraining(plan).get("original_median_spacing_after_transp"))
+        if spacing is not None:
+            notes.append(
+                "spacing: the weights were pretrained without resampling; the median of the plan, "
+                f"{list(spacing)} mm, is used"
+            )
+    if spacing is None:
+        spacing = (1.0, 1.0, 1.0)
+        notes.append(
+            "spacing: the plan states none; 1 x 1 x 1 mm is assumed (--spacing states another)"
+        )
+
+    # Normalisation: nnssl's usual z-score has a name in nnU-Net; anything else is nnU-Net's choice.
+    schemes = configuration.get("normalization_schemes")
+    names: list[str] = []
+    if isinstance(schemes, Sequence) and not isinstance(schemes, str):
+        names = sorted({str(scheme) for scheme in schemes})
+    normalization: str | None = Z_SCORE
+    if not names:
+        notes.append("normalisation: the plan states none; nnssl's usual z-score is assumed")
+    elif names != [Z_SCORE]:
+        normalization = None
+        notes.append(
+            f"normalisation {', '.join(names)}: nnU-Net's own choice per channel is used instead"
+        )
 
     modalities = options.modalities
     modalities = modalities or modalities_of(plan, source.rest.get("citations"), source.file)
@@ -115,50 +168,15 @@ def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOp
         )
 
     trainer = str(source.rest.get("trainer_name") or plan.get("trainer_name") or "")
+    suffix = f" ({trainer})" if trainer else ""
     return replace(
         imported,
         spacing_mm=spacing,
         modalities=modalities,
         normalization=normalization,
-        objective=f"imported from nnssl{f' ({trainer})' if trainer else ''}",
-        notes=(*imported.notes, *notes),
+        objective=f"imported from nnssl{suffix}",
+        notes=tuple(notes),
     )
-
-
-def _with_own_card(imported: Imported, card: EncoderCard, options: ImportOptions) -> Imported:
-    """Add what our own export states; the user's statements come first."""
-    licences = card.licences
-    if options.licence:
-        licences = dict.fromkeys(card.licences, f"{options.licence} (stated by the user)")
-    return replace(
-        imported,
-        spacing_mm=options.spacing_mm or card.spacing_mm,
-        modalities=options.modalities or card.modalities,
-        licences=licences,
-        normalization=card.normalization,
-        objective=card.objective,
-        card=card,
-    )
-
-
-def _own_card(own: Any, source: WeightsFile) -> EncoderCard | None:
-    """Return the card in a file of our own export; None in other files."""
-    if not isinstance(own, Mapping) or "card" not in own:
-        return None
-    card = own["card"]
-    content = dict(card) if isinstance(card, Mapping) else card
-    return from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
-
-
-def _num_channels(plan: Mapping[str, Any], source: WeightsFile) -> int:
-    stated = plan.get("pretrain_num_input_channels") or 1
-    if not isinstance(stated, int) or stated < 1:
-        raise WeightsError(
-            f"{source.file}: pretrain_num_input_channels {stated!r} of the adaptation plan is not "
-            "a number of channels",
-            code="weights-bad-adaptation-plan",
-        )
-    return stated
 
 
 def _pretraining(plan: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -249,6 +267,7 @@ def _encoder_tensors(
             "its adaptation plan",
             code="weights-mismatch",
         )
+    # Decoders and heads of pretraining are not used, but the user should know of them.
     left_out = [f"{part} ({count} tensors)" for part, count in sorted(num_left_out.items())]
     notes = [f"left out: {', '.join(left_out)}"] if left_out else []
     return as_float(chosen, source.file), notes
@@ -262,46 +281,39 @@ def _stripped(key: str, family: str) -> str:
 def _encoder(
     family: str, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> EncoderPlan:
-    name, stated = architecture_of(plan, "the file")
-    if family == RESENC:
-        arguments = _cnn_arguments(stated)
-    else:
-        arguments = _primus_arguments(family, name, stated, tensors, options)
-    class_path = CLASS_PATHS[family]
-    token = token_size_of(class_path, arguments)
-    return EncoderPlan(_known_name(family, arguments), class_path, arguments, token)
+    """Return the encoder that the plan and the weights describe.
 
-
-def _known_name(family: str, arguments: Mapping[str, Any]) -> str:
-    """Return the name of our encoder of the same size, else that of the family.
-
-    The name decides which learning rates are planned.
+    It has the name of our encoder of the same size, else that of the family: the name decides which
+    learning rates are planned.
     """
+    class_name, stated = architecture_of(plan, "the file")
+    name = family
+
     if family == RESENC:
-        for name in ("resenc_l", "resenc_tiny"):
-            if ENCODERS[name].arguments == arguments:
-                return name
-        return family
+        usual = ENCODERS["resenc_l"].arguments
+        missing = [key for key in usual if key not in stated and not key.startswith("dropout")]
+        if stated and missing:
+            raise WeightsError(
+                f"the adaptation plan's arch_kwargs lack {', '.join(missing)}; add "
+                "--adaptation-plan FILE",
+                code="weights-bad-adaptation-plan",
+            )
+        # A preset states no arguments.
+        arguments = dict(usual)
+        if stated:
+            arguments = {key: _listed(stated.get(key)) for key in usual}
+        for known_name in ("resenc_tiny", "resenc_l"):
+            if ENCODERS[known_name].arguments == arguments:
+                name = known_name
+    else:
+        arguments = _primus_arguments(family, class_name, stated, tensors, options)
+        sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
+        for size, known_sizes in PRIMUS_WIDTHS.items():
+            if known_sizes == sizes:
+                name = f"{family}_{size}"
 
-    sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
-    for size, known_sizes in PRIMUS_WIDTHS.items():
-        if known_sizes == sizes:
-            return f"{family}_{size}"
-    return family
-
-
-def _cnn_arguments(stated: Mapping[str, Any]) -> dict[str, Any]:
-    if not stated:
-        return dict(ENCODERS["resenc_l"].arguments)
-    wanted = ENCODERS["resenc_l"].arguments
-    missing = [key for key in wanted if key not in stated and not key.startswith("dropout")]
-    if missing:
-        raise WeightsError(
-            f"the adaptation plan's arch_kwargs lack {', '.join(missing)}; add --adaptation-plan "
-            "FILE",
-            code="weights-bad-adaptation-plan",
-        )
-    return {key: _listed(stated.get(key)) for key in wanted}
+    class_path = CLASS_PATHS[family]
+    return EncoderPlan(name, class_path, arguments, token_size_of(class_path, arguments))
 
 
 def _listed(value: Any) -> Any:
@@ -340,8 +352,10 @@ def _primus_arguments(
             "encoder",
             code="weights-mismatch",
         )
-    width, depth = int(tensors["eva.norm.weight"].shape[0]), max(numbers) + 1
+    width = int(tensors["eva.norm.weight"].shape[0])
+    depth = max(numbers) + 1
 
+    # No tensor's shape tells the number of heads.
     preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
     heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
     if not isinstance(heads, int) or heads < 1:
@@ -351,14 +365,14 @@ def _primus_arguments(
         )
 
     # Arguments come before the preset of that name.
-    planned_sizes: tuple[Any, Any] = (None, None)
+    planned_width, planned_depth = None, None
     if stated:
-        planned_sizes = (stated.get("embed_dim"), stated.get("eva_depth"))
+        planned_width, planned_depth = stated.get("embed_dim"), stated.get("eva_depth")
     elif preset:
-        planned_sizes = preset[:2]
+        planned_width, planned_depth, _ = preset
     for what, planned, found in (
-        ("width", planned_sizes[0], width),
-        ("depth", planned_sizes[1], depth),
+        ("width", planned_width, width),
+        ("depth", planned_depth, depth),
     ):
         if planned is not None and planned != found:
             raise WeightsError(
@@ -366,6 +380,7 @@ def _primus_arguments(
                 f"{what} {found}",
                 code="weights-mismatch",
             )
+    # Each of the three axes takes pairs of channels of every head.
     if width % (6 * heads):
         raise WeightsError(
             f"{heads} attention heads do not divide a width of {width} into multiples of 6 "
@@ -373,6 +388,7 @@ def _primus_arguments(
             code="weights-heads",
         )
 
+    # A linear tokenizer's kernel is one token. Convolutional tokenizers have no such kernel.
     kernel = tensors.get("down_projection.proj.weight")
     token_shape = stated.get("patch_embed_size", (8, 8, 8)) if kernel is None else kernel.shape[2:]
     token = _size(token_shape)
@@ -383,13 +399,14 @@ def _primus_arguments(
             code="weights-bad-adaptation-plan",
         )
 
+    has_inner_norm = "eva.blocks.0.attn.norm.weight" in tensors
     arguments: dict[str, Any] = {
         "embed_dim": width,
         "patch_embed_size": list(token),
         "eva_depth": depth,
         "eva_numheads": heads,
         "init_values": _layer_scale(stated, tensors),
-        "scale_attn_inner": _inner_norm(stated, tensors),
+        "scale_attn_inner": bool(stated.get("scale_attn_inner", has_inner_norm)),
     }
     for key in PRIMUS_OPTIONS:
         if stated.get(key) is not None:
@@ -401,6 +418,7 @@ def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fl
     if "init_values" not in stated:
         # The initial value is overwritten by the loaded weights, so nnU-Net's own is used.
         return 0.1 if "eva.blocks.0.gamma_1" in tensors else None
+    # Some files state one value per block.
     value = stated["init_values"]
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
@@ -412,12 +430,6 @@ def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fl
     return None if value is None else float(value)
 
 
-def _inner_norm(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    if "scale_attn_inner" in stated:
-        return bool(stated["scale_attn_inner"])
-    return "eva.blocks.0.attn.norm.weight" in tensors
-
-
 def _patch_size(
     source: WeightsFile, encoder: EncoderPlan, tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> tuple[Size, list[str]]:
@@ -425,10 +437,21 @@ def _patch_size(
 
     It is the first stated size whose grid has as many tokens as the weights have positions.
     """
-    candidates = [options.patch_size_vox] if options.patch_size_vox else []
-    if not candidates:
+    candidates: list[Size] = []
+    if options.patch_size_vox:
+        candidates = [options.patch_size_vox]
+    else:
         for plan in (source.plan, source.plan_beside):
-            candidates += _stated_sizes(plan) if plan is not None else []
+            if plan is None:
+                continue
+            # The most reliable first.
+            stated = (
+                plan.get("pretrain_patch_size"),
+                configuration_of(plan).get("patch_size"),
+                plan.get("recommended_downstream_patchsize"),
+            )
+            sizes = [_size(value) for value in stated]
+            candidates += [size for size in sizes if size is not None]
     if not candidates:
         raise WeightsError(
             "the adaptation plan states no patch size; add --patch-size Z Y X",
@@ -445,6 +468,7 @@ def _patch_size(
             return whole, []
         return whole, [f"patch size {first} rounded to {whole}, a multiple of the stride {token}"]
 
+    # Learned positions belong to one grid, so that their number tells which statement is right.
     rejected: list[Size] = []
     for size in candidates:
         is_whole = not any(s % t for s, t in zip(size, token, strict=True))
@@ -456,23 +480,12 @@ def _patch_size(
             return size, [note]
         rejected.append(size)
 
-    sizes = " or ".join(str(size) for size in dict.fromkeys(candidates))
+    tried = " or ".join(str(size) for size in dict.fromkeys(candidates))
     raise WeightsError(
-        f"the weights have {positions.shape[1]} positions, but a patch of {sizes} in tokens of "
+        f"the weights have {positions.shape[1]} positions, but a patch of {tried} in tokens of "
         f"{token} has another number; add --patch-size Z Y X",
         code="weights-patch-size",
     )
-
-
-def _stated_sizes(plan: Mapping[str, Any]) -> list[Size]:
-    """Return the patch sizes that an adaptation plan states, the most reliable first."""
-    stated = (
-        plan.get("pretrain_patch_size"),
-        configuration_of(plan).get("patch_size"),
-        plan.get("recommended_downstream_patchsize"),
-    )
-    sizes = [_size(value) for value in stated]
-    return [size for size in sizes if size is not None]
 
 
 def _size(value: Any) -> Size | None:
@@ -486,7 +499,9 @@ def _size(value: Any) -> Size | None:
 def _in_our_order(
     tensors: dict[str, Tensor], grid: Size, encoder: EncoderPlan, own: Any, options: ImportOptions
 ) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors in nnU-Net's order of tokens, and a note about what was done."""
     stated = own.get("token_order") if isinstance(own, Mapping) else None
+    # The user's word counts most. Files of others have nnssl's order.
     order = options.token_order or (KEEP if stated == OURS else PERMUTE)
     if order == KEEP:
         reason = "as --token-order says: the weights are loaded uncorrected"
@@ -502,43 +517,9 @@ def _in_our_order(
     return swapped, [note]
 
 
-def _spacing(plan: Mapping[str, Any], options: ImportOptions) -> tuple[Spacing, list[str]]:
-    """Return the spacing of pretraining, and a note if it is not stated plainly."""
-    if options.spacing_mm is not None:
-        return options.spacing_mm, []
-    spacing = _triple(configuration_of(plan).get("spacing"))
-    if spacing is not None:
-        return spacing, []
-
-    median = _triple(_pretraining(plan).get("original_median_spacing_after_transp"))
-    if median is not None:
-        note = (
-            "spacing: the weights were pretrained without resampling; the median of the plan, "
-            f"{list(median)} mm, is used"
-        )
-        return median, [note]
-    note = "spacing: the plan states none; 1 x 1 x 1 mm is assumed (--spacing states another)"
-    return (1.0, 1.0, 1.0), [note]
-
-
 def _triple(value: Any) -> Spacing | None:
     """Return a spacing of three axes, or None for any other value."""
     if not isinstance(value, Sequence) or len(value) != 3:
         return None
     is_spacing = all(isinstance(v, (int, float)) and v > 0 for v in value)
     return as_spacing(value) if is_spacing else None
-
-
-def _normalization(plan: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """Return nnU-Net's name of the normalisation, and a note if it is not nnssl's usual z-score."""
-    schemes = configuration_of(plan).get("normalization_schemes")
-    names: list[str] = []
-    if isinstance(schemes, Sequence) and not isinstance(schemes, str):
-        names = sorted({str(scheme) for scheme in schemes})
-
-    if names == [Z_SCORE]:
-        return Z_SCORE, []
-    if not names:
-        return Z_SCORE, ["normalisation: the plan states none; nnssl's usual z-score is assumed"]
-    note = f"normalisation {', '.join(names)}: nnU-Net's own choice per channel is used instead"
-    return None, [note]

@@ -19,13 +19,8 @@ from nnunet_autoreg.safe_load import load_plain
 
 log = logging.getLogger(__name__)
 
-RUN, NNSSL, AR_SSL4M, NO_PLAN, UNKNOWN = (
-    "run",
-    "nnssl",
-    "AR-SSL4M",
-    "checkpoint without a plan",
-    "unknown",
-)
+RUN, NNSSL, AR_SSL4M = "run", "nnssl", "AR-SSL4M"
+NO_PLAN, UNKNOWN = "checkpoint without a plan", "unknown"
 TRAINED = "trained nnU-Net model"
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
@@ -84,6 +79,7 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
             values.
     """
     file = _weights_of(path)
+    # Finished runs are read by their card, when their tensors are wanted.
     if file.name == WEIGHTS_NAME and (file.parent / CARD_NAME).is_file():
         return WeightsFile(RUN, file)
 
@@ -92,7 +88,38 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
         raise WeightsError(f"--adaptation-plan {plan_file} does not exist", code="weights-missing")
     beside = plan_file or file.parent / ADAPTATION_NAME
     plan_beside = _as_plan(read_json(beside), beside) if beside.is_file() else None
-    return _classified(file, content, plan_beside)
+    plan = content.get(PLAN_KEY)
+    if plan is not None:
+        plan = _as_plan(plan, file)
+
+    rest = dict(content)
+    for known_key in (WEIGHTS_KEY, PLAN_KEY, "state_dict"):
+        rest.pop(known_key, None)
+
+    # nnU-Net's trainer wrote this file: checkpoints of pretraining know no labelled dataset.
+    init_arguments = content.get("init_args")
+    is_trained = (
+        isinstance(init_arguments, Mapping)
+        and "dataset_json" in init_arguments
+        and "trainer_name" in content
+    )
+
+    # The state dict is one value of a checkpoint, or the whole file (None).
+    for key in (WEIGHTS_KEY, "state_dict", None):
+        tensors = _only_tensors(content if key is None else content.get(key))
+        if not tensors:
+            continue
+
+        others = {} if key is None else rest
+        if is_ar_ssl4m(tensors):
+            return WeightsFile(AR_SSL4M, file, tensors, rest=others)
+        if plan is None and key == WEIGHTS_KEY and is_trained:
+            return WeightsFile(TRAINED, file, tensors, rest=rest)
+        if plan is not None or plan_beside is not None:
+            return WeightsFile(NNSSL, file, tensors, plan, plan_beside, rest)
+        kind = NO_PLAN if key == WEIGHTS_KEY else UNKNOWN
+        return WeightsFile(kind, file, tensors, rest=others)
+    return WeightsFile(UNKNOWN, file, rest=content)
 
 
 def _weights_of(path: Path) -> Path:
@@ -110,9 +137,9 @@ def _weights_of(path: Path) -> Path:
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
         names = names_text([file.name for file in found], MAX_NAMES)
+        listed = f" ({names})" if names else ""
         raise WeightsError(
-            f"{path} holds {len(found)} weights files{f' ({names})' if names else ''}; give the "
-            "path of one file",
+            f"{path} holds {len(found)} weights files{listed}; give the path of one file",
             code="weights-ambiguous",
         )
     return found[0]
@@ -125,6 +152,7 @@ def read_content(file: Path) -> dict[str, Any]:
         WeightsError: the file is damaged, or reading it would run code. No code is run.
     """
     if file.suffix == ".safetensors":
+        # A safetensors file holds nothing but tensors.
         from nnunet_autoreg.finetune.load import read_tensors
 
         return dict(read_tensors(file))
@@ -146,6 +174,7 @@ def _refuse_endless(content: Any, file: Path) -> None:
     Raises:
         WeightsError: there are more values than any checkpoint has (code "weights-endless").
     """
+    # What a list holds twice is counted twice, as it would be written twice.
     pending, num_seen = [content], 0
     while pending:
         value = pending.pop()
@@ -169,47 +198,6 @@ def _as_plan(data: Any, where: Path) -> dict[str, Any]:
             code="weights-bad-adaptation-plan",
         )
     return data
-
-
-def _classified(
-    file: Path, content: dict[str, Any], plan_beside: dict[str, Any] | None
-) -> WeightsFile:
-    """Return a file's content by what it is for, with the kind of the file."""
-    plan = content.get(PLAN_KEY)
-    if plan is not None:
-        plan = _as_plan(plan, file)
-
-    rest = dict(content)
-    for known_key in (WEIGHTS_KEY, PLAN_KEY, "state_dict"):
-        rest.pop(known_key, None)
-
-    # The state dict is one value of a checkpoint, or the whole file (None).
-    for key in (WEIGHTS_KEY, "state_dict", None):
-        tensors = _only_tensors(content if key is None else content.get(key))
-        if not tensors:
-            continue
-
-        beside = {} if key is None else rest
-        if is_ar_ssl4m(tensors):
-            return WeightsFile(AR_SSL4M, file, tensors, rest=beside)
-        if plan is None and key == WEIGHTS_KEY and _is_trained(content):
-            return WeightsFile(TRAINED, file, tensors, rest=rest)
-        if plan is not None or plan_beside is not None:
-            return WeightsFile(NNSSL, file, tensors, plan, plan_beside, rest)
-        kind = NO_PLAN if key == WEIGHTS_KEY else UNKNOWN
-        return WeightsFile(kind, file, tensors, rest=beside)
-    return WeightsFile(UNKNOWN, file, rest=content)
-
-
-def _is_trained(content: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint was written by nnU-Net's trainer.
-
-    Checkpoints of pretraining know no labelled dataset.
-    """
-    arguments = content.get("init_args")
-    return (
-        isinstance(arguments, Mapping) and "dataset_json" in arguments and "trainer_name" in content
-    )
 
 
 def trained_model_line(source: WeightsFile) -> str:
@@ -244,17 +232,19 @@ def _only_tensors(candidate: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict without prefixes; empty if it is not a state dict."""
     if not isinstance(candidate, Mapping) or not candidate:
         return {}
-    tensors = {str(key): value for key, value in candidate.items() if isinstance(value, Tensor)}
-    if len(tensors) < len(candidate) / 2:
+    named = {str(key): value for key, value in candidate.items() if isinstance(value, Tensor)}
+    # A few values beside the tensors are common; a dictionary of anything else is no state dict.
+    if len(named) < len(candidate) / 2:
         return {}
-    return {_unwrapped(key): value for key, value in tensors.items()}
 
-
-def _unwrapped(key: str) -> str:
-    while key.startswith(WRAPPERS):
-        key = key.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
-    # If only a part of a network was compiled, the mark is inside the key.
-    return key.replace("._orig_mod.", ".")
+    tensors = {}
+    for name, value in named.items():
+        key = name
+        while key.startswith(WRAPPERS):
+            key = key.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
+        # If only a part of a network was compiled, the mark is inside the key.
+        tensors[key.replace("._orig_mod.", ".")] = value
+    return tensors
 
 
 def plain(value: Any) -> Any:

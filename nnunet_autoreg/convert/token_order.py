@@ -50,16 +50,11 @@ def swap_plane_axes(tensors: Mapping[str, Tensor], grid: Size, num_heads: int) -
         table_1HWDV = table_1NV.reshape(1, h, w, d, -1)
         table_1WHDV = table_1HWDV.permute(0, 2, 1, 3, 4)
         swapped[POSITIONS] = table_1WHDV.reshape(table_1NV.shape).contiguous()
-    for key, value in tensors.items():
+
+    # Rotary embedding gives each axis a third of the channels of a head.
+    other_way_round = torch.tensor([1, 0, 2])
+    for key, rows in tensors.items():
         if key.endswith(_TURNED):
-            swapped[key] = _exchanged(value, num_heads)
+            by_head = rows.reshape(num_heads, 3, -1, *rows.shape[1:])  # (heads, axes, channels, ..)
+            swapped[key] = by_head[:, other_way_round].reshape(rows.shape).contiguous()
     return swapped
-
-
-def _exchanged(rows: Tensor, num_heads: int) -> Tensor:
-    """Return output channels with the first and second third of every head exchanged.
-
-    Rotary embedding gives each axis a third of the channels of a head.
-    """
-    by_head = rows.reshape(num_heads, 3, -1, *rows.shape[1:])  # (heads, axes, channels, ...)
-    return by_head[:, torch.tensor([1, 0, 2])].reshape(rows.shape).contiguous()
