@@ -44,6 +44,7 @@ def fit_channels(kernel: Tensor, channels: ChannelMap, num_live: int) -> tuple[T
     Args:
         num_live: input channels of the network: image channels, then one-hot channels.
     """
+    # One column of the kernel for every image channel.
     columns = []
     for sources, factor in zip(channels.sources, channels.factors, strict=True):
         columns.append(kernel[:, list(sources)].sum(1) * factor)  # (out, z, y, x)
@@ -66,6 +67,7 @@ def fit_kernel(kernel: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
     if kernel.ndim != CONV_AXES or len(size) != CONV_AXES - 2:
         return kernel, ""
 
+    # Only between 1 and an odd size does the result stay the same.
     old = tuple(kernel.shape[2:])
     changed = [axis for axis in range(len(size)) if old[axis] != size[axis]]
     for axis in changed:

@@ -59,8 +59,8 @@ class Recipe:
         betas: of AdamW.
         momentum: of SGD.
         warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: length of the
-            linear warm-up, which is
-            min(max(fraction of the run, min_samples), max_epochs, max_fraction of the run).
+            linear warm-up, which is min(max(fraction of the run, min_samples), max_epochs,
+            max_fraction of the run).
         poly_exponent: of the decay after warm-up.
         decoder_first_fraction: first part of a run from pretrained weights in which only the
             decoder is trained; 0.0 is off.
@@ -157,7 +157,23 @@ def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
         block.encoder.arguments,
         f"{where}: {BLOCK_KEY}.encoder.arguments",
     )
-    _check_family(block, where)
+
+    # Settings that the encoder's family does not support.
+    recipe, name = block.recipe, block.encoder.name
+    is_cnn = has_deep_supervision(family_of(block.encoder.class_path))
+    if is_cnn and recipe.drop_path_rate:
+        raise PlanError(
+            f"{where}: {BLOCK_KEY}.recipe.drop_path_rate={recipe.drop_path_rate}, but {name} does "
+            "not support it; set it to 0.0",
+            code="plan-family",
+        )
+    if recipe.deep_supervision and not is_cnn:
+        raise PlanError(
+            f"{where}: {BLOCK_KEY}.recipe.deep_supervision=true, but {name} has one output; set it "
+            "to false",
+            code="plan-family",
+        )
+
     check_recipe(block.recipe, where)
     return block
 
@@ -210,6 +226,7 @@ def check_recipe(r: Recipe, where: str) -> None:
         (below_one, lambda v: 0 <= v < 1, "in [0, 1)"),
         ({"expected_encoder_share": r.expected_encoder_share}, lambda v: 0 <= v <= 1, "in [0, 1]"),
     ]
+    # NaN holds no rule, so that it is refused as well.
     for values, holds, range_text in rules:
         for name, value in values.items():
             if not holds(value):
@@ -217,24 +234,6 @@ def check_recipe(r: Recipe, where: str) -> None:
                     f"{where}: {BLOCK_KEY}.recipe.{name}={value} must be {range_text}",
                     code="plan-range",
                 )
-
-
-def _check_family(block: AutoregBlock, where: str) -> None:
-    """Refuse settings of the recipe that the encoder's family does not support."""
-    r = block.recipe
-    is_cnn = has_deep_supervision(family_of(block.encoder.class_path))
-    if is_cnn and r.drop_path_rate:
-        raise PlanError(
-            f"{where}: {BLOCK_KEY}.recipe.drop_path_rate={r.drop_path_rate}, but "
-            f"{block.encoder.name} does not support it; set it to 0.0",
-            code="plan-family",
-        )
-    if r.deep_supervision and not is_cnn:
-        raise PlanError(
-            f"{where}: {BLOCK_KEY}.recipe.deep_supervision=true, but {block.encoder.name} has one "
-            "output; set it to false",
-            code="plan-family",
-        )
 
 
 def check_arguments(arguments: Mapping[str, Any], where: str) -> None:

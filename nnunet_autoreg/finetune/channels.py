@@ -52,6 +52,7 @@ def _map_by_name(
     given: int, given_names: Sequence[str], needed_names: Sequence[str]
 ) -> ChannelMap | None:
     """Return a map by names, or None if names are not unique or no name is shared."""
+    # One channel has nothing to be mixed up with, whatever its name.
     position = {_plain(name): c for c, name in enumerate(given_names)}
     if given == 1 or len(given_names) != given or len(position) != given:
         return None
@@ -62,6 +63,7 @@ def _map_by_name(
     if found == list(range(given)):
         return ChannelMap(tuple((c,) for c in range(given)), (1.0,) * given, "")
 
+    # A channel that pretraining did not know starts from what all known ones have in common.
     sources: list[tuple[int, ...]] = []
     factors: list[float] = []
     notes: list[str] = []

@@ -9,7 +9,7 @@ whole.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.finetune.table import ADAPTED, LOADED, RANDOM, UNUSED, TensorEntry
 from nnunet_autoreg.model import encoders
 from nnunet_autoreg.model.card import DECODER_PREFIXES
-from nnunet_autoreg.plan import EncoderPlan
 
 DECODER = "decoder."
 """The prefix of all keys of a U-Net's decoder."""
@@ -57,7 +56,8 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
         num_given: number of stages of that decoder.
     """
     live, first_names = _live_tensors(network)
-    num_live = _num_stages(live)
+    matches = [_STAGE.match(key) for key in live]
+    num_live = 1 + max((int(found[2]) for found in matches if found), default=-1)
     sources, unused = _matched(given, num_given, num_live, first_names)
 
     # A part does not fit if one of its tensors does not; the reason is kept for each part.
@@ -67,18 +67,31 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
         if key not in sources:
             misfits.setdefault(_part_of(key), "not in the weights")
             continue
-        value, note = _fit(key, sources[key], tensor)
+
+        # The kernel of a transposed convolution is as large as its stride and is never changed: it
+        # would spread its input over other voxels than in pretraining.
+        value, note = sources[key], ""
+        is_transposed = key.startswith("decoder.transpconvs.")
+        if not is_transposed:
+            value, note = fit_kernel(value, tensor.shape[2:])
         if value.shape == tensor.shape:
             fitted[key] = value, note
-        else:
-            misfits.setdefault(_part_of(key), _difference(key, value, tensor))
+            continue
+
+        what, theirs, ours = "shape", value.shape, tensor.shape
+        is_kernel = value.ndim == tensor.ndim == CONV_AXES
+        if is_kernel and value.shape[:2] == tensor.shape[:2]:
+            what = "stride" if is_transposed else "kernel"
+            theirs, ours = value.shape[2:], tensor.shape[2:]
+        misfit = f"{what} {times(theirs)} in the weights, {times(ours)} here"
+        misfits.setdefault(_part_of(key), misfit)
 
     ready: dict[str, Tensor] = {}
     entries = []
     for key, tensor in live.items():
-        misfit = misfits.get(_part_of(key))
-        if misfit is not None:
-            entries.append(TensorEntry(key, tensor.numel(), RANDOM, misfit))
+        part = _part_of(key)
+        if part in misfits:
+            entries.append(TensorEntry(key, tensor.numel(), RANDOM, misfits[part]))
             continue
         ready[key], note = fitted[key]
         entries.append(TensorEntry(key, tensor.numel(), ADAPTED if note else LOADED, note))
@@ -94,7 +107,16 @@ def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
     if not block.transfers_decoder or family_of(block.encoder.class_path) != RESENC:
         return frozenset()
 
-    pretrained = _pretrained_on_meta(block.encoder)
+    # The network that was pretrained, without memory for its values.
+    encoder = block.encoder
+    with torch.device("meta"):
+        pretrained = encoders.build_network(
+            encoder.class_path,
+            encoder.arguments,
+            encoder.token_size_vox,
+            num_input_channels=1,
+            num_classes=1,
+        )
     tensors, _ = _live_tensors(pretrained)
     fitted = fit_decoder(network, tensors, num_stages(block.encoder.arguments))
     return frozenset(fitted.ready)
@@ -111,18 +133,6 @@ def num_stages(arguments: Mapping[str, Any]) -> int:
     return int(arguments["n_stages"]) - 1
 
 
-def _pretrained_on_meta(encoder: EncoderPlan) -> nn.Module:
-    """Return the network that was pretrained, without memory for its values."""
-    with torch.device("meta"):
-        return encoders.build_network(
-            encoder.class_path,
-            encoder.arguments,
-            encoder.token_size_vox,
-            num_input_channels=1,
-            num_classes=1,
-        )
-
-
 def _live_tensors(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the decoder's tensors by their first names, and the first name of every name."""
     tensors: dict[str, Tensor] = {}
@@ -136,12 +146,6 @@ def _live_tensors(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         if first_names[key] == key:
             tensors[key] = tensor
     return tensors, first_names
-
-
-def _num_stages(keys: Collection[str]) -> int:
-    matches = [_STAGE.match(key) for key in keys]
-    numbers = [int(found[2]) for found in matches if found]
-    return max(numbers, default=-1) + 1
 
 
 def _matched(
@@ -164,26 +168,6 @@ def _matched(
                 note = "no such part in this network"
         unused.append(TensorEntry(key, tensor.numel(), UNUSED, note))
     return matched, tuple(unused)
-
-
-def _fit(key: str, value: Tensor, live: Tensor) -> tuple[Tensor, str]:
-    """Return a value with the live tensor's kernel size if possible, and what was done.
-
-    The kernel of a transposed convolution is as large as its stride and is never changed: it would
-    spread its input over other voxels than in pretraining.
-    """
-    if key.startswith("decoder.transpconvs."):
-        return value, ""
-    return fit_kernel(value, live.shape[2:])
-
-
-def _difference(key: str, value: Tensor, live: Tensor) -> str:
-    """Return why a tensor does not fit."""
-    is_kernel = value.ndim == live.ndim == CONV_AXES
-    if is_kernel and value.shape[:2] == live.shape[:2]:
-        what = "stride" if key.startswith("decoder.transpconvs.") else "kernel"
-        return f"{what} {times(value.shape[2:])} in the weights, {times(live.shape[2:])} here"
-    return f"shape {times(value.shape)} in the weights, {times(live.shape)} here"
 
 
 def _part_of(key: str) -> str:

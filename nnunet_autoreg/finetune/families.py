@@ -39,6 +39,7 @@ def is_cnn(encoder: EncoderPlan) -> bool:
 
 def recipe_values(encoder: EncoderPlan) -> dict[str, Any]:
     """Return the values of the recipe that differ from the defaults, and the peak rates."""
+    # An imported encoder may have a size that is none of ours.
     size = ENCODERS.get(encoder.name)
     pretrained, scratch = CNN_RATES if is_cnn(encoder) else TRANSFORMER_RATES
     if size is not None:

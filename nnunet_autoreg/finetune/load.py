@@ -67,6 +67,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             "other weights",
             code="weights-unreadable",
         ) from error
+
     for key, tensor in tensors.items():
         check_kind(file, key, tensor)
         if not bool(torch.isfinite(tensor).all()):
@@ -139,6 +140,7 @@ def load_encoder(
         WeightsError: the file is damaged, belongs to another encoder (code
             "weights-other-encoder"), or gives less than the expected share (code "weights-share").
     """
+    # Sort what the file holds by what the network needs.
     live = _encoder_tensors(network)
     use_decoder = with_decoder and card.has_decoder and has_decoder_stages(network)
     sorted_file = _sort_tensors(read_tensors(file), live, network, use_decoder)
@@ -150,6 +152,7 @@ def load_encoder(
             code="weights-other-encoder",
         )
 
+    # Bring every tensor into the network's shape.
     ready: dict[str, Tensor] = {}
     entries = []
     for key, tensor in live.items():
@@ -175,8 +178,17 @@ def load_encoder(
         unused=unused,
         licences=card.licence_line,
     )
-    _check_share(table, expected_share, file)
+    if table.encoder_share < expected_share:
+        missing = [entry.key for entry in table.entries if entry.status == RANDOM]
+        raise WeightsError(
+            f"{file} holds {100 * table.encoder_share:.1f} % of the encoder's parameters, but "
+            f"{100 * expected_share:.0f} % are expected (missing: {some(missing)}); plan again "
+            "with weights of this encoder, or lower expected_encoder_share in the recipe of the "
+            "plans file",
+            code="weights-share",
+        )
 
+    # Nothing was written so far, so that an error leaves the network as it was.
     state = network.state_dict(keep_vars=True)
     with torch.no_grad():
         for key, value in ready.items():
@@ -220,19 +232,6 @@ def load_planned_encoder(
     use_decoder = with_decoder and block.transfers_decoder
     return load_encoder(
         network, file, card, target, block.recipe.expected_encoder_share, use_decoder
-    )
-
-
-def _check_share(table: WeightTable, expected_share: float, file: Path) -> None:
-    if table.encoder_share >= expected_share:
-        return
-
-    missing = [entry.key for entry in table.entries if entry.status == RANDOM]
-    raise WeightsError(
-        f"{file} holds {100 * table.encoder_share:.1f} % of the encoder's parameters, but "
-        f"{100 * expected_share:.0f} % are expected (missing: {some(missing)}); plan again with "
-        "weights of this encoder, or lower expected_encoder_share in the recipe of the plans file",
-        code="weights-share",
     )
 
 
@@ -286,9 +285,16 @@ class SortedTensors:
 def _sort_tensors(
     tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, use_decoder: bool
 ) -> SortedTensors:
+    """Sort the tensors of a file by their purpose."""
+    # Every name of a tensor of the network, with its first name if it belongs to the encoder.
     name_of = {id(tensor): key for key, tensor in live.items()}
     state = network.state_dict(keep_vars=True)
     names = {alias: name_of.get(id(tensor)) for alias, tensor in state.items()}
+
+    # Stages of a CNN match by position, and a small patch needs fewer of them.
+    stages = network.get_submodule(str(network.key_to_encoder))
+    num_stages_here = len(stages) if isinstance(stages, nn.Sequential) else None
+    stage_pattern = re.compile(re.escape(encoder_prefixes(network)[0]) + r"(\d+)\.")
 
     encoder: dict[str, Tensor] = {}
     decoder: dict[str, Tensor] = {}
@@ -298,40 +304,31 @@ def _sort_tensors(
         if key.startswith(DECODER):
             if use_decoder and key.startswith(DECODER_PREFIXES):
                 decoder[key] = tensor
-            else:
-                unused.append(TensorEntry(key, tensor.numel(), UNUSED, _why_unused(key)))
+                continue
+            reason = "a decoder that is not transferred"
+            if key.startswith(f"{DECODER}encoder."):
+                reason = "other names of the encoder's tensors"
+            elif key.startswith(f"{DECODER}seg_layers."):
+                reason = "segmentation heads are never transferred"
+            unused.append(TensorEntry(key, tensor.numel(), UNUSED, reason))
             continue
 
         name = names.get(key)
         if name is not None:
             encoder[name] = tensor
-        elif _is_deeper_stage(key, network):
-            unused.append(
-                TensorEntry(key, tensor.numel(), UNUSED, "stages that this network does not have")
-            )
+            continue
+
+        stage = stage_pattern.match(key)
+        is_deeper = num_stages_here is not None and stage and int(stage[1]) >= num_stages_here
+        if is_deeper:
+            reason = "stages that this network does not have"
+            unused.append(TensorEntry(key, tensor.numel(), UNUSED, reason))
         elif key in names:
             unused.append(TensorEntry(key, tensor.numel(), UNUSED, "no part of the encoder"))
         elif ".rope." not in key:
+            # The network builds rotary tables for its own grid; anything else has no counterpart.
             foreign.append(key)
     return SortedTensors(encoder, decoder, tuple(unused), tuple(foreign))
-
-
-def _why_unused(key: str) -> str:
-    if key.startswith(f"{DECODER}encoder."):
-        return "other names of the encoder's tensors"
-    if key.startswith(f"{DECODER}seg_layers."):
-        return "segmentation heads are never transferred"
-    return "a decoder that is not transferred"
-
-
-def _is_deeper_stage(key: str, network: nn.Module) -> bool:
-    """Return whether a tensor belongs to a stage beyond the last stage of a CNN.
-
-    Stages match by position, and a small patch needs fewer of them.
-    """
-    stages = network.get_submodule(str(network.key_to_encoder))
-    found = re.match(re.escape(encoder_prefixes(network)[0]) + r"(\d+)\.", key)
-    return isinstance(stages, nn.Sequential) and found is not None and int(found[1]) >= len(stages)
 
 
 def _fit(
@@ -341,19 +338,42 @@ def _fit(
 
     Args:
         entry: key, value, live tensor.
+
+    Raises:
+        WeightsError: it cannot be adapted.
     """
     key, value, live = entry
     notes = []
+    projections = cast(Iterable[str], network.keys_to_in_proj)
+
     if key == getattr(network, "key_to_lpe", None):
-        value, note = _fit_positions(key, value, card, target)
+        old = grid_of(card.crop_size_vox, card.token_size_vox)
+        new = grid_of(target.patch_size_vox, card.token_size_vox)
+        if value.ndim != 3 or value.shape[1] != volume(old):
+            raise WeightsError(
+                f"'{key}' has shape {tuple(value.shape)}, but a crop of {card.crop_size_vox} in "
+                f"tokens of {card.token_size_vox} has {volume(old)} positions: encoder.json and "
+                "the weights do not belong together",
+                code="weights-card-mismatch",
+            )
+        value, note = fit_positions(value, old, new)
         notes.append(note)
-    else:
-        projections = cast(Iterable[str], network.keys_to_in_proj)
-        if key in [f"{name}.weight" for name in projections]:
-            value, note = _fit_input(key, value, live, card, target)
-            notes.append(note)
-        value, note = fit_kernel(value, live.shape[2:])
+
+    elif key in [f"{name}.weight" for name in projections]:
+        given, needed = value.shape[1], target.num_image_channels
+        channels = map_channels(given, card.channel_names, needed, target.channel_names)
+        if channels is None:
+            raise WeightsError(
+                f"'{key}' has {given} input channels, but the data has {needed}: only 1 -> N, "
+                "N -> 1 and channels with equal names can be adapted; use other weights",
+                code="weights-channels",
+            )
+        value, note = fit_channels(value, channels, live.shape[1])
         notes.append(note)
+
+    # Kernels depend on the spacing of the data. Tensors that are no kernels stay as they are.
+    value, note = fit_kernel(value, live.shape[2:])
+    notes.append(note)
 
     if value.shape != live.shape:
         raise WeightsError(
@@ -362,32 +382,3 @@ def _fit(
             code="weights-other-encoder",
         )
     return value, ", ".join(note for note in notes if note)
-
-
-def _fit_positions(
-    key: str, value: Tensor, card: EncoderCard, target: Target
-) -> tuple[Tensor, str]:
-    old = grid_of(card.crop_size_vox, card.token_size_vox)
-    new = grid_of(target.patch_size_vox, card.token_size_vox)
-    if value.ndim != 3 or value.shape[1] != volume(old):
-        raise WeightsError(
-            f"'{key}' has shape {tuple(value.shape)}, but a crop of {card.crop_size_vox} in tokens "
-            f"of {card.token_size_vox} has {volume(old)} positions: encoder.json and the weights "
-            "do not belong together",
-            code="weights-card-mismatch",
-        )
-    return fit_positions(value, old, new)
-
-
-def _fit_input(
-    key: str, value: Tensor, live: Tensor, card: EncoderCard, target: Target
-) -> tuple[Tensor, str]:
-    given, needed = value.shape[1], target.num_image_channels
-    channels = map_channels(given, card.channel_names, needed, target.channel_names)
-    if channels is None:
-        raise WeightsError(
-            f"'{key}' has {given} input channels, but the data has {needed}: only 1 -> N, N -> 1 "
-            "and channels with equal names can be adapted; use other weights",
-            code="weights-channels",
-        )
-    return fit_channels(value, channels, live.shape[1])

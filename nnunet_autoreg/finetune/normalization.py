@@ -30,7 +30,7 @@ class AutoregPercentileNormalization(ImageNormalization):  # type: ignore[misc]
         image = image.astype(self.target_dtype, copy=False)
         low, high = (float(v) for v in np.percentile(image, (self.low, self.high)))
         image -= low
-        image /= max(high - low, 1e-8)
+        image /= max(high - low, 1e-8)  # a constant image has no range
         return np.clip(image, 0.0, 1.0, out=image)
 
 

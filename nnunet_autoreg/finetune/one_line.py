@@ -27,8 +27,10 @@ def missing_plans(error: BaseException) -> str | None:
     """Return one line about a plans file that does not exist, or None for any other error."""
     if not isinstance(error, FileNotFoundError) or not str(error.filename).endswith("Plans.json"):
         return None
+
     file = Path(str(error.filename))
     plan = f"nnUNetv2_plan_and_preprocess -d {dataset_number(file.parent.name)} -pl AutoregPlanner"
+    # nnU-Net's own default, so that the option was probably left out.
     if file.name == "nnUNetPlans.json":
         return (
             f"{file} does not exist; was '-p AutoregPlans' forgotten? Those plans are made by: "

@@ -97,6 +97,7 @@ def make_block(
     """
     encoder, encoder_reason = _planned_encoder(choice.card, task, budget)
     num_epochs = EPOCHS_FEW if task.num_cases <= FEW_CASES else EPOCHS_MANY
+    # Why each value was chosen is written beside it, for whoever edits the plan.
     reasons = {
         "weights": choice.reason,
         "encoder": encoder_reason,
@@ -105,8 +106,16 @@ def make_block(
         "recipe.pretrained_rate": f"the usual rates of {encoder.name}",
     }
     recipe = Recipe(num_epochs=num_epochs, **recipe_values(encoder))
-    block = AutoregBlock(encoder, _planned_weights(choice, results), recipe, reasons)
-    return check_block(block, BLOCK_KEY)
+
+    weights = None
+    card, file = choice.card, choice.file
+    if card is not None and file is not None:
+        # A path relative to the results stays valid when the whole folder is moved.
+        home = results.resolve()
+        if file.is_relative_to(home):
+            file = file.relative_to(home)
+        weights = PlannedWeights(card.name, file.as_posix(), card.sha256, card.has_decoder)
+    return check_block(AutoregBlock(encoder, weights, recipe, reasons), BLOCK_KEY)
 
 
 def _planned_encoder(
@@ -117,6 +126,7 @@ def _planned_encoder(
         encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
         return encoder, f"that of the weights '{card.name}'"
 
+    # The same rules as in pretraining choose, for a GPU of the memory that is planned for.
     shape = as_size([round(v) for v in task.median_shape_vox])
     pool = Pool(
         num_scans=task.num_cases,
@@ -128,17 +138,6 @@ def _planned_encoder(
     name, reason = choose_encoder("auto", Hardware("cuda", budget.gib), pool)
     size, _ = with_tokens(encoder_size(name), task.spacing_mm, task.median_shape_vox)
     return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size), reason
-
-
-def _planned_weights(choice: Choice, results: Path) -> PlannedWeights | None:
-    if choice.card is None or choice.file is None:
-        return None
-
-    # A path relative to the results stays valid when the whole folder is moved.
-    home, file, card = results.resolve(), choice.file, choice.card
-    if file.is_relative_to(home):
-        file = file.relative_to(home)
-    return PlannedWeights(card.name, file.as_posix(), card.sha256, card.has_decoder)
 
 
 def memory_estimator(
@@ -211,8 +210,12 @@ def _largest_patch(
     """Return the largest patch with which a batch of two fits, and its memory."""
     size = ENCODERS.get(encoder.name)
     token_vox = volume(encoder.token_size_vox)
-    max_vox = size.max_crop_vox if size and (is_capped or not size.is_tiny) else DEFAULT_MAX_VOX
-    max_vox = min(max_vox, (MAX_TOKENS_TINY if is_capped else MAX_TOKENS) * token_vox)
+    max_vox = DEFAULT_MAX_VOX
+    if size and (is_capped or not size.is_tiny):
+        max_vox = size.max_crop_vox
+    # A transformer's cost grows with the number of tokens, however small they are.
+    max_tokens = MAX_TOKENS_TINY if is_capped else MAX_TOKENS
+    max_vox = min(max_vox, max_tokens * token_vox)
 
     while True:
         patch = plan_crop(task.median_shape_vox, task.spacing_mm, encoder.token_size_vox, max_vox)

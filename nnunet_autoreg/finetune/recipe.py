@@ -72,6 +72,7 @@ def make_schedule(
         uses_weights: False for training from scratch, which needs no decoder-first stage.
     """
     total = num_epochs * iterations_per_epoch
+    # A share of the run, but of enough samples, and never too much of a short run.
     warmup = min(
         max(recipe.warmup_fraction * total, recipe.warmup_min_samples / batch_size),
         recipe.warmup_max_epochs * iterations_per_epoch,
@@ -134,9 +135,11 @@ def parameter_groups(
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
+
         factor = recipe.layer_decay ** (top - layers[name])
         if name in decoder_keys:
             factor *= recipe.decoder_rate_factor
+        # nnU-Net's SGD decays everything.
         has_decay = recipe.optimizer == SGD or is_decayed(name, parameter)
         decay = recipe.weight_decay if has_decay else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
@@ -157,6 +160,8 @@ def _layer_of(network: nn.Module) -> dict[str, int]:
     """
     names = [name for name, _ in network.named_parameters()]
     encoder, stem = encoder_prefixes(network)
+
+    # A block's name is the beginning that all of its parameters share.
 
     block_of: dict[str, str] = {}
     for name in names:

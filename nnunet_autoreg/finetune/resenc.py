@@ -42,7 +42,8 @@ def stock_planner(encoder: EncoderPlan, dataset_name: str, budget: Budget) -> Re
     """
     planner = PRESETS.get(encoder.name, nnUNetPlannerResEncM)(dataset_name)
     features = encoder.arguments["features_per_stage"]
-    planner.UNet_base_num_features, planner.UNet_max_features_3d = features[0], max(features)
+    planner.UNet_base_num_features = features[0]
+    planner.UNet_max_features_3d = max(features)
     planner.UNet_blocks_per_stage_encoder = _extended(encoder.arguments["n_blocks_per_stage"])
     planner.UNet_blocks_per_stage_decoder = _extended(encoder.arguments["n_conv_per_stage_decoder"])
     if budget.is_explicit:
@@ -124,13 +125,12 @@ def _stock_plan(
     nnU-Net's planner has no such limit, so the image that it is given is cut until the patch is
     small enough.
     """
-    shape: Sequence[float] = task.median_shape_vox
+    median = task.median_shape_vox
+    shape: Sequence[float] = median
     limit = max_vox
     while True:
         if limit is not None:
-            shape = plan_crop(
-                task.median_shape_vox, task.spacing_mm, encoder.token_size_vox, int(limit)
-            )
+            shape = plan_crop(median, task.spacing_mm, encoder.token_size_vox, int(limit))
         plan: dict[str, Any] = planner.get_plans_for_configuration(
             task.spacing_mm, shape, "", dataset_vox, cache
         )

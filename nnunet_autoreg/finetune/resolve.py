@@ -213,6 +213,7 @@ def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
         except WeightsError as error:
             rejected.append(f"{folder.name}: {error}")
 
+    # The newest first. Reading cards is cheap; weights are only read once a card suits.
     cards.sort(key=lambda pair: pair[0].finished_at, reverse=True)
     for card, file in cards:
         reason_against = objection(card, file, dataset)
@@ -239,9 +240,12 @@ def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
 
 def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | None:
     """Return why a run is not chosen automatically for a dataset, or None if it is suitable."""
+    # The user has to know whose weights these are, because their licence binds the user.
+    if IMPORTED in card.extra:
+        return f"imported weights are used by name only: export {VARIABLE}={card.name}"
+
     found = (
-        _objection_to_origin(card)
-        or _objection_to_network(card)
+        _objection_to_network(card)
         or _objection_to_modality(card, dataset)
         or _objection_to_channels(card, dataset)
         or _objection_to_spacing(card, dataset)
@@ -259,13 +263,6 @@ def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | No
     return None
 
 
-def _objection_to_origin(card: EncoderCard) -> str | None:
-    # The user has to know whose weights these are, because their licence binds the user.
-    if IMPORTED not in card.extra:
-        return None
-    return f"imported weights are used by name only: export {VARIABLE}={card.name}"
-
-
 def _objection_to_network(card: EncoderCard) -> str | None:
     try:
         check_class(card.class_path, CARD_NAME)
@@ -275,6 +272,7 @@ def _objection_to_network(card: EncoderCard) -> str | None:
 
 
 def _objection_to_modality(card: EncoderCard, dataset: DatasetTraits) -> str | None:
+    # Mixed pretraining suits both.
     has_ct = any(is_ct(m) for m in card.modalities)
     has_other = any(not is_ct(m) for m in card.modalities)
     is_suitable = has_ct if dataset.is_ct else has_other

@@ -90,23 +90,21 @@ def _lines_by_status(entries: Sequence[TensorEntry]) -> list[str]:
 
 
 def _status_line(status: str, entries: Sequence[TensorEntry]) -> str:
-    notes = "" if status == LOADED else _by_note(entries)
+    notes = ""
+    if status != LOADED:
+        # Keys with the same note stand together.
+        keys: dict[str, list[str]] = {}
+        for entry in entries:
+            keys.setdefault(entry.note, []).append(entry.key)
+        parts = [f"{some(names)} ({note})" if note else some(names) for note, names in keys.items()]
+        notes = "; ".join(parts)
+
     num_parameters = sum(entry.num_parameters for entry in entries)
     return _line(status, len(entries), num_parameters, notes)
 
 
 def _line(label: str, count: int, num_parameters: int, notes: str, unit: str = "tensors") -> str:
     return f"  {label:<8} {count:>4} {unit:<7} {num_parameters:>12,} parameters  {notes}".rstrip()
-
-
-def _by_note(entries: Sequence[TensorEntry]) -> str:
-    """Return the keys as text; keys with the same note stand together."""
-    keys: dict[str, list[str]] = {}
-    for entry in entries:
-        keys.setdefault(entry.note, []).append(entry.key)
-
-    parts = [f"{some(names)} ({note})" if note else some(names) for note, names in keys.items()]
-    return "; ".join(parts)
 
 
 def some(names: Sequence[str]) -> str:

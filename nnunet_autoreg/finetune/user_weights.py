@@ -31,6 +31,8 @@ def named_weights(command_line: Sequence[str]) -> Path | None:
     """
     if Path(command_line[0]).stem not in COMMANDS:
         return None
+
+    # nnU-Net has parsed its command line already, but keeps this option to itself.
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(OPTION, dest="file")
     # Without this option, argparse would take "-p" as an abbreviation of the other.
@@ -80,6 +82,7 @@ def misfit(
     error: BaseException, trace: TracebackType | None, command_line: Sequence[str]
 ) -> str | None:
     """Return one line about weights of the user that nnU-Net cannot load; None for other errors."""
+    # Any error may come from anywhere: only those out of nnU-Net's own loading are explained.
     functions = []
     while trace is not None:
         functions.append(trace.tb_frame.f_code.co_name)
