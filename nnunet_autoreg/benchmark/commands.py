@@ -35,12 +35,14 @@ class Commands:
 
     def environment(self, **changes: object) -> dict[str, str]:
         """Return the caller's environment with the folders and this interpreter's commands."""
+        # Idle threads of OpenMP that spin for long slow each other down on shared cores.
         settings: dict[str, object] = {
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
             **self.folders,
         }
         if self.device == "cpu":
             settings["OMP_NUM_THREADS"] = self.threads
+        # The commands of this interpreter come first, also where its environment is not activated.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment = {**os.environ, "PATH": path, **settings, **changes}
         return {name: str(value) for name, value in environment.items()}

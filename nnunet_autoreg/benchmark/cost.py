@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class NoiseCase:
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return noise (1, Z, Y, X) and which of its voxels lie inside the case."""
         size = as_size(size_zyx)
+        # The same crop has the same noise, as of a case on disk.
         generator = rng.generator(0, "cost of a step", *(abs(int(first)) for first in start_zyx))
         noise = generator.normal(size=(1, *size)).astype(np.float32)
 
@@ -63,15 +65,28 @@ def pretraining_cost(folder: Path) -> Cost | None:
         return None
     plan = from_jsonable(Plan, read_json(file), str(file))
 
+    samples = plan.optim.batch_size * plan.optim.num_steps
     flops = None
     try:
-        flops = flops_per_sample(plan) * plan.optim.batch_size * plan.optim.num_steps
+        flops = flops_per_sample(plan) * samples
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("the arithmetic of '%s' could not be counted (%s)", folder.name, reason)
 
-    samples = plan.optim.batch_size * plan.optim.num_steps
-    return Cost(flops, samples, _seconds(folder / "metrics.jsonl", plan.optim.num_steps))
+    # The mean step time that was logged, times the steps. A kill may have cut the last line short.
+    times = []
+    metrics = folder / "metrics.jsonl"
+    texts = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("name") == "step_time":
+            times.append(float(line["value"]))
+    seconds = round(statistics.fmean(times) * plan.optim.num_steps, 1) if times else None
+
+    return Cost(flops, samples, seconds)
 
 
 def flops_per_sample(plan: Plan) -> float:
@@ -84,11 +99,11 @@ def flops_per_sample(plan: Plan) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         objective = build_objective(plan)
-    material = _noise_material(plan)
+    pool = _noise_pool(plan)
 
     counts = []
     for step in range(NUM_STEPS_COUNTED):
-        batch = collate([objective.sampler.draw(material, TRAINING, step, 0)])
+        batch = collate([objective.sampler.draw(pool, TRAINING, step, 0)])
         # The counter knows no fused attention of a CPU, but the matrix products of the plain one.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             torch.autograd.backward(objective.loss(batch).total)
@@ -97,29 +112,17 @@ def flops_per_sample(plan: Plan) -> float:
     return statistics.fmean(counts)
 
 
-def _noise_material(plan: Plan) -> SamplingPool:
-    """Return material that offers every kind of sequence, in scans of twice the crop's extent."""
+def _noise_pool(plan: Plan) -> SamplingPool:
+    """Return a sampling pool for every kind of sequence, in scans of twice the crop's extent."""
     shape = as_size([2 * extent for extent in plan.sequence.crop_size_vox])
     spacing_mm = plan.data.spacing_mm
     case = NoiseCase(shape, spacing_mm)
 
-    group = StoredGroup("noise", tuple((name, case) for name in plan.sequence.contrasts))  # type: ignore[misc]
+    # Noise stands in for stored cases: it has their shape, their spacing and their one method.
+    members: Any = tuple((name, case) for name in plan.sequence.contrasts)
+    group = StoredGroup("noise", members)
     centre = (shape[0] / 2, shape[1] / 2, shape[2] / 2)
-    places = [Place(f"subject {n}", case, centre) for n in range(NUM_SUBJECTS)]  # type: ignore[arg-type]
+    stand_in: Any = case
+    places = [Place(f"subject {n}", stand_in, centre) for n in range(NUM_SUBJECTS)]
     structure = Structure("noise", spacing_mm, tuple(places))
-    return SamplingPool((case,), (group,), (structure,))  # type: ignore[arg-type]
-
-
-def _seconds(metrics: Path, num_steps: int) -> float | None:
-    """Return the seconds of all steps: the mean step time that was logged, times the steps."""
-    if not metrics.is_file():
-        return None
-    times = []
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line.get("name") == "step_time":
-            times.append(float(line["value"]))
-    return round(statistics.fmean(times) * num_steps, 1) if times else None
+    return SamplingPool((stand_in,), (group,), (structure,))

@@ -165,8 +165,12 @@ def dense_probe(
     def maps_of(case: ProbeCase) -> list[Tensor]:
         shape = as_size(case.image.shape[-3:])
         wanted = input_shape(shape) if input_shape is not None else shape
+        # Zeros at the far end of each axis fill the image up.
+        missing = [extent - own for extent, own in zip(wanted, shape, strict=True)]
+        widths = [(0, 0)] * (case.image.ndim - 3) + [(0, count) for count in missing]
+        filled = np.pad(case.image, widths)
         with torch.no_grad():
-            maps = network_features(_filled_up(case.image, wanted))
+            maps = network_features(filled)
         return [features.float() for features in maps]
 
     # Every labelled scan passes through the network once, whatever the number of draws it is in.
@@ -227,7 +231,8 @@ def labelled_sets(
     most = max(settings.num_labels)
     if most > len(patients):
         raise UsageError(
-            f"--labels {most}: the pool holds {len(patients)} patients with labels; ask for fewer"
+            f"--labels {most}: the pool holds {len(patients)} patients with labels; ask for fewer",
+            code="probe-too-many-labels",
         )
 
     sets = {}
@@ -257,6 +262,7 @@ def sample_voxels(
     indices, weights = [], []
     for label in range(num_classes):
         places = np.flatnonzero(flat == label)
+        # A structure that is smaller than the number of voxels wanted gives all it has.
         most = settings.voxels_per_class * (BACKGROUND_FACTOR if label == 0 else 1)
         count = min(most, len(places))
         if count:
@@ -306,7 +312,8 @@ def fit(
     get a share of the log prior of each class, which is its frequency in the labelled scans. The
     share is the one of ``PRIOR_SHARES`` with the best Dice on the labelled voxels themselves.
     """
-    features_NV = torch.cat([sample.features for sample in samples])[:, list(columns)]
+    features_NV = torch.cat([sample.features for sample in samples])
+    features_NV = features_NV[:, list(columns)]
     labels_N = torch.cat([sample.labels for sample in samples])
     weights_N = torch.cat([sample.weights for sample in samples])
 
@@ -342,6 +349,7 @@ def _logistic_regression(
     settings: ProbeSettings,
 ) -> tuple[Tensor, Tensor]:
     """Return slopes (V, C) and offsets (C,); the problem is convex and starts at zero."""
+    # Every class counts equally, however many voxels it gave.
     counts_C = torch.bincount(labels_N, minlength=num_classes).clamp(min=1)
     class_weight_C = (1 / counts_C).to(features_NV)
 
@@ -373,6 +381,7 @@ def _weighted_dice(
     num_classes: int,
 ) -> float:
     """Return the mean Dice over the structures, each sampled voxel counted with its weight."""
+    # Sizes of the true, the predicted and the common part of every class, in voxels of the scans.
     zeros_C = torch.zeros(num_classes)
     true_C = zeros_C.index_add(0, labels_N, weights_N)
     predicted_C = zeros_C.index_add(0, predicted_N, weights_N)
@@ -428,6 +437,7 @@ def dice_of_labels(
     num_classes: int,
 ) -> dict[int, float]:
     """Return structure -> Dice, without those that neither of the two label maps holds."""
+    # One pass over the voxels for all labels together.
     true_sizes = np.bincount(truth.reshape(-1), minlength=num_classes)
     predicted_sizes = np.bincount(predicted.reshape(-1), minlength=num_classes)
     common = np.bincount(truth[truth == predicted].reshape(-1), minlength=num_classes)
@@ -464,12 +474,6 @@ def raw_voxels(image: NDArray[np.float32], num_levels: int = 5) -> list[Tensor]:
     return maps
 
 
-def _filled_up(image: NDArray[np.float32], shape: Size) -> NDArray[np.float32]:
-    missing = [wanted - extent for wanted, extent in zip(shape, image.shape[-3:], strict=True)]
-    widths = [(0, 0)] * (image.ndim - 3) + [(0, count) for count in missing]
-    return np.pad(image, widths)
-
-
 def _shape_covered(case: ProbeCase, input_shape: Callable[[Size], Size] | None) -> Size:
     shape = as_size(case.image.shape[-3:])
     return input_shape(shape) if input_shape is not None else shape
@@ -479,13 +483,15 @@ def _check_cases(pool: Sequence[ProbeCase], scored: Sequence[ProbeCase], num_cla
     both = {case.patient for case in pool} & {case.patient for case in scored}
     if both:
         raise UsageError(
-            f"patient {min(both)} is labelled and scored; keep all scans of a patient together"
+            f"patient {min(both)} is labelled and scored; keep all scans of a patient together",
+            code="probe-patient-in-both",
         )
 
     for case in (*pool, *scored):
         low, high = int(case.labels.min()), int(case.labels.max())
         if low < 0 or high >= num_classes:
             raise UsageError(
-                f"{case.name} has labels from {low} to {high}; "
-                f"the probe expects 0 to {num_classes - 1}"
+                f"{case.name} has labels from {low} to {high}; the probe expects 0 to "
+                f"{num_classes - 1}",
+                code="probe-labels",
             )

@@ -58,6 +58,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             f"scored: {error}"
         )
 
+    # Certain: the case, the file or the content is the same.
     seen = seen_subjects(rows, scored)
     if seen:
         raise AutoregError(
@@ -67,7 +68,8 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             code="benchmark-scored-patient-seen",
         )
 
-    uncertain = _perhaps_seen(rows, scored)
+    # Scans that are equal by the earlier hash alone may be others.
+    uncertain = sorted(_with_hash_in(_of_others(rows, scored), scored, _earlier_hash))
     if uncertain:
         return (
             f"the pretraining '{run.name}' was indexed by an earlier version, which could not "
@@ -75,6 +77,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             f"{uncertain[0]}; pretrain again to be sure"
         )
 
+    # A name alone proves nothing: many datasets number their patients from 1.
     names = _subjects(scored) | set(scored.cases)
     namesakes = sorted({row.case for row in _of_others(rows, scored) if row.case in names})
     if namesakes:
@@ -99,6 +102,7 @@ def seen_subjects(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
     for row in rows:
         if row.dataset == scored.dataset and row.case in scored.subject_of:
             seen.add(scored.subject_of[row.case])
+        # The same file may have been given as a folder.
         case_of_file = file_of_case.get(os.path.realpath(row.source))
         if case_of_file is not None:
             seen.add(scored.subject_of[case_of_file])
@@ -106,11 +110,6 @@ def seen_subjects(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
     seen |= _with_hash_in(_of_others(rows, scored), scored, _hash)
     # A patient of the dataset whose cases are not scored may have been seen.
     return sorted(seen & _subjects(scored))
-
-
-def _perhaps_seen(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
-    """Return the scored patients that equal a pretraining's scan by the earlier hash alone."""
-    return sorted(_with_hash_in(_of_others(rows, scored), scored, _earlier_hash))
 
 
 def _of_others(rows: Sequence[ScanRow], scored: Scored) -> list[ScanRow]:

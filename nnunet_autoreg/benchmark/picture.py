@@ -26,11 +26,13 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     """
     from matplotlib.figure import Figure
 
+    # Runs of another length are no fair comparison.
     last = lines[-1]
-    length = (last["split"], last["steps"], last["batch"])
-    alike = [line for line in lines if (line["split"], line["steps"], line["batch"]) == length]
+    keys = ("split", "steps", "batch")
+    alike = [line for line in lines if all(line[key] == last[key] for key in keys)]
     last_recipe = {line["encoder"]: line["recipe"] for line in alike}
-    rows = rows_of([line for line in alike if line["recipe"] == last_recipe[line["encoder"]]])
+    shown = [line for line in alike if line["recipe"] == last_recipe[line["encoder"]]]
+    rows = rows_of(shown)
 
     # Runs of older versions have no surface Dice, and get no second line of panels.
     has_surface = any(row.surface_dice for row in rows)
@@ -66,6 +68,7 @@ def _position(
     num_labels: int,
 ) -> float:
     """Return where a series stands on the x axis: beside the others of the number of labels."""
+    # Series share 70 % of the room of a number of labels; the rest is the gap to the next one.
     offset = (names.index(name) + 0.5) / len(names) - 0.5
     return labels.index(num_labels) + 0.7 * offset
 

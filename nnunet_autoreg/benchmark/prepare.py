@@ -150,6 +150,7 @@ def open_record(
             )
         return record
 
+    # A new folder. Another benchmark may be waiting for its lock, which is no content.
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(
             f"-o {root}: is neither empty nor a benchmark's folder; name a new one",
@@ -180,6 +181,7 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     for folder in (bench.layout.plans, bench.layout.results / RUNS_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
 
+    # Weights: the user's or the benchmark's own, and their masked twins.
     with_weights = [key for key in keys if key.arm != STOCK]
     for family in sorted({key.encoder for key in with_weights}):
         ensure_weights(bench, family)
@@ -188,6 +190,7 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
         if name.endswith(MASKED_SUFFIX):
             ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
 
+    # No pretraining may have seen a scored patient.
     scored_cases = bench.record.division.scored(bench.request.split)
     scored = Scored(bench.request.dataset, bench.record.subjects, scored_cases, bench.images)
     for name in sorted({weights_of(key) or key.encoder for key in with_weights}):
@@ -232,6 +235,7 @@ def ensure_masked(bench: Bench, family: str) -> None:
     if (theirs / CARD_NAME).is_file():
         _link(bench, theirs, name)
         return
+
     plan_file = bench.layout.pretraining(family) / "plan.json"
     if not plan_file.is_file():
         raise AutoregError(
@@ -312,6 +316,7 @@ def pin(bench: Bench, name: str) -> None:
     Raises:
         UsageError: the weights have changed since then.
     """
+    # A run's folder may be a link to one that the user trains on.
     file = bench.layout.root / PINS_NAME
     pins = read_json(file) if file.is_file() else {}
     found = str(read_json(bench.layout.pretraining(name) / CARD_NAME)["sha256"])
@@ -342,6 +347,7 @@ def ensure_plans(bench: Bench, keys: Sequence[RunKey]) -> None:
 def _once(
     bench: Bench, plans: str, arguments: Sequence[str], changes: Mapping[str, object]
 ) -> None:
+    """Plan and preprocess, unless a mark says that this was done."""
     done = bench.layout.root / "done" / plans
     if done.is_file():
         return
@@ -363,9 +369,12 @@ def write_plans(bench: Bench, key: RunKey) -> None:
     name = plans_name(key)
     if name == base:
         return
+
     plans = read_json(bench.layout.plans / f"{base}.json")
     plans["plans_name"] = name
-    plans[BLOCK_KEY]["recipe"].update(recipe_values(tuple(key.recipe.split())))
+    changes = recipe_values(tuple(key.recipe.split()))
+    plans[BLOCK_KEY]["recipe"].update(changes)
+
     weights = weights_of(key)
     if weights is not None:
         card = read_card(bench.layout.pretraining(weights))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.benchmark.dense_probe import ProbeCase
 from nnunet_autoreg.corpus.dataset_json import read_dataset_json
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.geometry import Spacing, as_spacing, volume
+from nnunet_autoreg.geometry import Spacing, as_spacing, size_text, volume
 from nnunet_autoreg.nnunet_api import (
     CT_SCHEME,
     crop_resample_normalise,
@@ -74,7 +74,8 @@ def read_labels(dataset: Path) -> DatasetLabels:
     for name, label in content["labels"].items():
         if not isinstance(label, int):
             raise UsageError(
-                f"{dataset.name} has regions as labels ('{name}'); the probe needs one number each"
+                f"{dataset.name} has regions as labels ('{name}'); the probe needs one number each",
+                code="probe-regions",
             )
         if label != 0 and name != "ignore":
             structures[label] = str(name)
@@ -83,6 +84,7 @@ def read_labels(dataset: Path) -> DatasetLabels:
 
 def common_spacing(images: Mapping[str, Sequence[Path]]) -> Spacing:
     """Return the median spacing of the scans along Z, Y and X, as fine-tuning would plan it."""
+    # The headers of some scans, spread over all of them, are enough for a median.
     names = sorted(images)
     step = max(1, len(names) // NUM_SCANS_FOR_SPACING)
     spacings = [read_scan(images[name][0]).spacing_mm for name in names[::step]]
@@ -119,6 +121,7 @@ def _load(
     spacing_mm: Spacing,
     ct_window: IntensityWindow | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Return a scan (C, Z, Y, X) and its labels (Z, Y, X) as ``load_cases`` gives them."""
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
@@ -131,9 +134,9 @@ def _load(
     shape = resampled_shape(stack_CZYX.shape[1:], source_mm, spacing_mm)
     if volume(shape) > MOST_VOXELS:
         raise UsageError(
-            f"{name} has {shape[0]} x {shape[1]} x {shape[2]} voxels at this spacing, whose "
-            "features "
-            "are too large to hold; give a coarser --spacing"
+            f"{name} has {size_text(shape)} voxels at this spacing, whose features are too large "
+            "to hold; give a coarser --spacing",
+            code="probe-too-large",
         )
 
     # The labels are cropped with the image. Voxels outside the mask come back as -1: background.
@@ -143,14 +146,17 @@ def _load(
     scheme = scheme_of("CT") if labels.is_ct else scheme_of("MR")
     if scheme == CT_SCHEME and ct_window is None:
         raise UsageError(
-            f"{dataset.name} is CT, and none of the encoders was pretrained on CT; "
-            "give one whose encoder.json holds a Hounsfield window"
+            f"{dataset.name} is CT, and none of the encoders was pretrained on CT; give one whose "
+            "encoder.json holds a Hounsfield window",
+            code="probe-no-ct-window",
         )
+
     use_mask = not labels.is_ct and volume(cropped.shape) < MASK_BELOW * volume(stack_CZYX.shape)
     image_CZYX = crop_resample_normalise(
         stack_CZYX, source_mm, spacing_mm, scheme, use_mask, ct_window if labels.is_ct else None
     )
 
+    # As nnU-Net's own plans say for labels.
     settings: dict[str, Any] = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
     truth_1ZYX = resample_data_or_seg_to_shape(
         truth_1ZYX, image_CZYX.shape[1:], source_mm, spacing_mm, **settings

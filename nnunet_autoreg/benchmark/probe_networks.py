@@ -90,6 +90,7 @@ def find_encoder(results: Path | None, wanted: str, spacing_mm: Spacing) -> Enco
     Raises:
         WeightsError: there is no such run or file, or it cannot be read.
     """
+    # A run may have the name of an encoder, and then it is meant.
     is_run = results is not None and (results / RUNS_FOLDER / wanted).is_dir()
     if wanted in ENCODERS and not is_run:
         size = suited_to(ENCODERS[wanted], spacing_mm)
@@ -118,6 +119,7 @@ class FrozenNetwork:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
+        # Every scan is filled up to whole tokens; a transformer is built for the largest.
         architecture = self.encoder.architecture
         self.token_size = token_size_of(architecture.class_path, architecture.arguments)
         self.built_for = round_up(self.largest_shape, self.token_size)
@@ -138,10 +140,11 @@ class FrozenNetwork:
 
     def level_sets(self) -> dict[str, Sequence[int]]:
         """Return name -> indices of the feature maps, for ``dense_probe``."""
-        num_encoder = self._num_encoder_levels()
-        num_all = num_encoder
         if self.encoder.architecture.is_cnn:
-            num_all += len(self.network.decoder.stages)
+            num_encoder = len(self.network.encoder.stages)
+            num_all = num_encoder + len(self.network.decoder.stages)
+        else:
+            num_encoder = num_all = 1 + len(TRANSFORMER_DEPTHS)
         indices = {ENCODER_LEVELS: range(num_encoder), ALL_LEVELS: range(num_all)}
         return {name: indices[name] for name in self.encoder.level_names}
 
@@ -150,17 +153,10 @@ class FrozenNetwork:
         num_channels = len(self.channel_names)
         volume_1CZYX = torch.from_numpy(image).reshape(1, num_channels, *image.shape[-3:])
         volume_1CZYX = volume_1CZYX.to(self.device)
-        if self.encoder.architecture.is_cnn:
-            return self._cnn_maps(volume_1CZYX)
-        return self._transformer_maps(volume_1CZYX)
+        if not self.encoder.architecture.is_cnn:
+            return self._transformer_maps(volume_1CZYX)
 
-    def _num_encoder_levels(self) -> int:
-        if self.encoder.architecture.is_cnn:
-            return len(self.network.encoder.stages)
-        return 1 + len(TRANSFORMER_DEPTHS)
-
-    def _cnn_maps(self, volume_1CZYX: Tensor) -> list[Tensor]:
-        """Return the encoder's stages, then the decoder's, without the segmentation layers."""
+        # The encoder's stages, then the decoder's, without the segmentation layers.
         skips = self.network.encoder(volume_1CZYX)
         if ALL_LEVELS not in self.encoder.level_names:
             return [skip[0] for skip in skips]
@@ -171,6 +167,7 @@ class FrozenNetwork:
 
     def _transformer_maps(self, volume_1CZYX: Tensor) -> list[Tensor]:
         """Return the tokenizer's output and that of a few layers, on the grid of tokens."""
+        # The two kinds of transformers name their parts differently.
         is_vit = family_of(self.encoder.architecture.class_path) == VIT
         layers = self.network.model.layers if is_vit else self.network.eva.blocks
         tokenizer = self.network.model.patchifier if is_vit else self.network.down_projection
@@ -190,6 +187,7 @@ class FrozenNetwork:
 
 def _outputs_of(modules: Sequence[nn.Module], run: Any) -> list[Tensor]:
     """Return what each module puts out while ``run`` runs the network once."""
+    # Hooks read features out of a network that returns its last layer only.
     outputs: dict[int, Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:

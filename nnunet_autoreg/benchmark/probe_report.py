@@ -95,10 +95,12 @@ def t_interval(differences: Sequence[float]) -> Interval:
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
 
+    # SciPy is imported late because it takes a tenth of a second.
     from scipy.stats import t
 
-    reach = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return Interval(mean, mean - reach, mean + reach)
+    standard_error = values.std(ddof=1) / math.sqrt(len(values))
+    half_width = float(t.ppf(0.975, len(values) - 1) * standard_error)
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
 def rows_of(lines: Sequence[ProbeLine]) -> list[ProbeRow]:
@@ -110,6 +112,7 @@ def rows_of(lines: Sequence[ProbeLine]) -> list[ProbeRow]:
 
     rows = []
     for (encoder, architecture, levels, num_labels), members in groups.items():
+        # Draw by draw, the same patients are labelled for the twin with random weights.
         dice_of_draw = _dice_by_draw(members)
         to_random = None
         twins = groups.get((RANDOM, architecture, levels, num_labels))
@@ -120,7 +123,11 @@ def rows_of(lines: Sequence[ProbeLine]) -> list[ProbeRow]:
 
         num_seeds = len({line.seed for line in members})
         dice = list(dice_of_draw.values())
-        of_structure = _mean_by_structure(members)
+        dice_by_structure: dict[int, list[float]] = {}
+        for line in members:
+            for label, value in line.result.dice_of_structure.items():
+                dice_by_structure.setdefault(label, []).append(value)
+        of_structure = {label: float(np.mean(v)) for label, v in dice_by_structure.items()}
         rows.append(
             ProbeRow(
                 encoder, architecture, levels, num_labels, num_seeds, dice, to_random, of_structure
@@ -148,6 +155,7 @@ def table(lines: Sequence[ProbeLine], structures: Mapping[int, str]) -> str:
         ]
         text.append(f"| {' | '.join(cells)} |")
 
+    # Structures are rows here, since there may be many.
     columns = ["structure", *(f"{_name(row)}, {row.levels}, {row.num_labels}" for row in rows)]
     text += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for label, name in structures.items():
@@ -171,14 +179,6 @@ def _dice_by_draw(lines: Sequence[ProbeLine]) -> dict[int, float]:
     for line in lines:
         found.setdefault(line.result.draw, []).append(line.result.dice)
     return {draw: float(np.mean(values)) for draw, values in sorted(found.items())}
-
-
-def _mean_by_structure(lines: Sequence[ProbeLine]) -> dict[int, float]:
-    found: dict[int, list[float]] = {}
-    for line in lines:
-        for label, value in line.result.dice_of_structure.items():
-            found.setdefault(label, []).append(value)
-    return {label: float(np.mean(values)) for label, values in found.items()}
 
 
 def _name(row: ProbeRow) -> str:

@@ -52,12 +52,15 @@ def probe_all(
         "voxels_per_class": settings.voxels_per_class,
         "penalty": settings.penalty,
     }
+
+    # A transformer is built for the largest extent along every axis.
     cases = [*probed.pool, *probed.scored]
     largest = as_size([max(case.image.shape[axis] for case in cases) for axis in (-3, -2, -1)])
     num_classes = probed.labels.num_classes
     structures = probed.labels.structures
     lines: list[ProbeLine] = []
 
+    # Results are written as they come, so that a kill loses the current encoder only.
     with file.open("a", encoding="utf-8") as handle:
 
         def keep(new: list[ProbeLine], what: str, start: float) -> None:

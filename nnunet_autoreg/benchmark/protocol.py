@@ -107,7 +107,7 @@ class BenchmarkRequest:
                     code="benchmark-weights-name",
                 )
 
-        recipe_values(self.recipe)
+        recipe_values(self.recipe)  # refuses what is no recipe
         return self
 
     @property
@@ -137,19 +137,24 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
             )
         found[key] = literal(text)
 
+    # A recipe with these values is made to have keys, types and ranges checked as in a plan.
     base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
     try:
-        check_recipe(from_jsonable(Recipe, {**base, **found}, "--recipe"), "--recipe")
+        changed = from_jsonable(Recipe, {**base, **found}, "--recipe")
+        check_recipe(changed, "--recipe")
     except PlanError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error), code="recipe-value") from error
     return found
 
 
 def runs_of(request: BenchmarkRequest, steps: int, batch: int) -> Iterator[RunKey]:
     """Yield all runs, seed by seed, so that complete comparisons are available early."""
     for seed, labels, arm in product(range(request.num_seeds), request.labels, request.arms):
-        for encoder in ("-",) if arm == STOCK else request.families:
-            recipe = "" if arm == STOCK else request.recipe_word
+        # nnU-Net as it comes has neither our encoders nor our recipe.
+        encoders, recipe = request.families, request.recipe_word
+        if arm == STOCK:
+            encoders, recipe = ("-",), ""
+        for encoder in encoders:
             yield RunKey(arm, encoder, labels, seed, request.split, steps, batch, recipe)
 
 
@@ -191,7 +196,11 @@ class BenchmarkFolders:
 
 def weights_of(key: RunKey) -> str | None:
     """Return the pretraining whose weights a run starts from; None for random weights."""
-    return {"pretrained": key.encoder, "masked": key.encoder + MASKED_SUFFIX}.get(key.arm)
+    if key.arm == "pretrained":
+        return key.encoder
+    if key.arm == "masked":
+        return key.encoder + MASKED_SUFFIX
+    return None
 
 
 def plans_name(key: RunKey) -> str:

@@ -87,6 +87,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     Raises:
         AutoregError: a line in the middle is damaged.
     """
+    # What follows the last line break is "" or the beginning of a line.
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     found = []
     for number, text in enumerate(lines[:-1], start=1):
@@ -113,4 +114,5 @@ def append_result(file: Path, line: Mapping[str, Any]) -> None:
         handle.seek(whole)
         handle.write(text.encode() + b"\n")
         handle.flush()
+        # A run takes hours: its line must survive a loss of power.
         os.fsync(handle.fileno())

@@ -64,7 +64,9 @@ def epochs_of(steps: int) -> tuple[int, int]:
 
     These are about 40 epochs of 25 to 250 steps.
     """
-    per_epoch = max(min(steps, FEWEST_PER_EPOCH), min(MOST_PER_EPOCH, steps // EPOCHS_WANTED))
+    # Every epoch ends with a look at validation patches, which must neither be rare nor cost much.
+    least = min(steps, FEWEST_PER_EPOCH)
+    per_epoch = max(least, min(MOST_PER_EPOCH, steps // EPOCHS_WANTED))
     return max(1, steps // per_epoch), per_epoch
 
 
@@ -90,7 +92,11 @@ def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
 
         if name not in budgets:
             paces = {}
-            for key in _one_of_each(keys):
+            # One run for each network: twins take the same time.
+            of_network: dict[tuple[str, bool], RunKey] = {}
+            for key in keys:
+                of_network.setdefault((key.encoder, key.arm == STOCK), key)
+            for key in of_network.values():
                 paces[str(key)] = measure_pace(bench, key, batch, runner)
 
             slowest = max(paces, key=lambda arm: paces[arm])
@@ -125,14 +131,20 @@ def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
 
 def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float:
     """Return the seconds of a training step of an arm, loading included."""
-    folder = bench.layout.root / "pace" / (STOCK if key.arm == STOCK else key.encoder)
-    job = replace(
-        job_of(bench, key, batch), num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False
-    )
-    log.info("measuring a step of %s", key.arm if key.arm == STOCK else key.encoder)
+    network = STOCK if key.arm == STOCK else key.encoder
+    folder = bench.layout.root / "pace" / network
+    whole_job = job_of(bench, key, batch)
+    job = replace(whole_job, num_epochs=1, steps_per_epoch=PACE_STEPS, validate=False)
+
+    log.info("measuring a step of %s", network)
     result = _do(bench, folder, job, runner)
     if not result["seconds_per_step"]:
-        raise AutoregError(f"the step of {key} could not be measured; see {folder / 'log.txt'}")
+        raise AutoregError(
+            f"the step of {key} could not be measured; see {folder / 'log.txt'}",
+            code="benchmark-no-pace",
+        )
+
+    # The difference between both is what other work on the machine, or waiting for data, costs.
     pace = float(result["seconds_per_step"])
     log.info(
         "  %.3g s a step, of which %.3g s on a processor",
@@ -144,6 +156,7 @@ def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float
 
 def job_of(bench: Bench, key: RunKey, batch: int) -> FineTuningJob:
     """Return the training of a run."""
+    # The pace is measured before the number of steps is known.
     epochs, per_epoch = epochs_of(max(key.steps, 1))
     folds = read_json(bench.layout.plans / "splits_final.json")
     return FineTuningJob(
@@ -183,9 +196,10 @@ def run_missing(
         num_jobs,
     )
     failed: list[RunKey] = []
-    lock = threading.Lock()
+    lock = threading.Lock()  # of the file of results
 
     def one(key: RunKey) -> None:
+        # Runs that were waiting when the user asked to stop are left for the next time.
         if stop_requested():
             return
         folder = bench.layout.run(key)
@@ -233,6 +247,7 @@ def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
     # The trainer looks for pretrained weights in its own results folder.
     pretrainings = (bench.layout.results / RUNS_FOLDER).resolve()
     (folder / RUNS_FOLDER).symlink_to(pretrainings, target_is_directory=True)
@@ -241,14 +256,17 @@ def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[
     code = runner(folder, bench.commands.for_training(folder))
     if code or not (folder / RESULT_NAME).is_file():
         raise AutoregError(
-            f"exit code {code} ({last_line(folder / 'log.txt')}); see {folder / 'log.txt'}"
+            f"exit code {code} ({last_line(folder / 'log.txt')}); see {folder / 'log.txt'}",
+            code="benchmark-training-failed",
         )
+
     found: dict[str, Any] = read_json(folder / RESULT_NAME)
     return found
 
 
 def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the line of a finished run: its key, its data, its weights, and its results."""
+    # The line holds all that the table needs, so that it can be made anywhere.
     cases = bench.labelled(key)
     scored = bench.record.division.scored(key.split)
     subjects = {case: bench.record.subjects[case] for case in scored}

@@ -46,6 +46,7 @@ def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
         UsageError: it cannot be read, lacks a column, or does not name every case.
     """
     try:
+        # Spreadsheet programs put a mark in front, which utf-8-sig removes.
         with path.open(encoding="utf-8-sig", newline="") as handle:
             found = {row["case"]: row["subject"] for row in csv.DictReader(handle)}
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
@@ -99,12 +100,10 @@ def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None)
     if listed and not missing:
         return _counted({case: listed[case] for case in cases}, f"{CASES_NAME}, column {column}")
 
-    by_name = subjects_by_name(cases)
+    source = "the cases' names"
     if listed:
-        return _counted(
-            by_name, f"the cases' names, as {CASES_NAME} has no patient for {missing[0]}"
-        )
-    return _counted(by_name, "the cases' names")
+        source += f", as {CASES_NAME} has no patient for {missing[0]}"
+    return _counted(subjects_by_name(cases), source)
 
 
 def _listed_patients(table: Path) -> tuple[str, dict[str, str]]:
@@ -146,6 +145,7 @@ def divide(subject_of: Mapping[str, str]) -> Division:
             code="benchmark-too-few-patients",
         )
 
+    # Patients in the order of their hashes: the first are for the test, the next for development.
     num_test = max(1, round(TEST_SHARE * len(order)))
     num_development = max(1, round(DEVELOPMENT_SHARE * len(order)))
     test_patients = set(order[:num_test])
@@ -180,6 +180,7 @@ def labelled(
     Raises:
         UsageError: the pool is too small.
     """
+    # The first patients in an order that belongs to the seed, so that smaller sets are nested.
     patients = {subject_of[case] for case in division.pool}
     available = len(patients) if unit == PATIENTS else len(division.pool)
     if num_labels > available:

@@ -55,6 +55,7 @@ def case_scores(line: Mapping[str, Any], metric: str = DICE) -> dict[str, float]
 
 def mean_dice(line: Mapping[str, Any], metric: str = DICE) -> float:
     """Return the mean over the patients of the mean over their scans that have a score."""
+    # Patients with many scans must not count more than the others.
     scores_of: dict[str, list[float]] = {}
     for case, score in case_scores(line, metric).items():
         if np.isfinite(score):
@@ -112,7 +113,7 @@ def interval(
         subjects: the patient of every case; all cases of one patient are drawn together.
     """
     names = sorted(set(subjects))
-    member_CJ = (np.array(subjects)[:, None] == np.array(names)).astype(float)
+    member_CJ = (np.array(subjects)[:, None] == np.array(names)).astype(float)  # 1 where C is J's
     # A patient counts once, however many scans there are.
     means_RJ = difference_RC @ (member_CJ / member_CJ.sum(axis=0))
 
@@ -124,6 +125,7 @@ def interval(
     drawn_DJ = generator.multinomial(num_patients, share_J, size=num_draws).astype(float)
     drawn_DR = generator.multinomial(num_seeds, share_R, size=num_draws).astype(float)
 
+    # The mean difference of every bootstrap sample.
     total = num_seeds * num_patients
     over_both_D = np.einsum("dr,rj,dj->d", drawn_DR, means_RJ, drawn_DJ) / total
     over_cases_D = (drawn_DJ @ means_RJ.sum(axis=0)) / total

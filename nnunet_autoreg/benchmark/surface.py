@@ -53,7 +53,13 @@ def surface_dice(
 
     # Both surfaces lie in the box around both masks: a small structure in a large scan costs
     # little.
-    box = _bounding_box(truth | prediction)
+    either = truth | prediction
+    sides = []
+    for axis in range(either.ndim):
+        others = tuple(other for other in range(either.ndim) if other != axis)
+        occupied = np.flatnonzero(either.any(axis=others))
+        sides.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+    box = tuple(sides)
     areas_truth = border_areas(truth[box], spacing_mm)
     areas_prediction = border_areas(prediction[box], spacing_mm)
 
@@ -90,6 +96,7 @@ def border_areas(mask: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]
 
     It is 0 for voxels outside and for voxels without such a face. Beyond the array is outside.
     """
+    # With a margin of one voxel, rolling never brings a voxel back in on the other side.
     padded = np.pad(mask, 1)
     areas = np.zeros(mask.shape)
 
@@ -100,15 +107,6 @@ def border_areas(mask: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]
             neighbour = np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
             areas += face_mm2 * (mask & ~neighbour)
     return areas
-
-
-def _bounding_box(mask: Mask) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        occupied = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
-    return tuple(box)
 
 
 def _check(

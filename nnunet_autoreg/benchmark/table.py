@@ -63,12 +63,14 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     for line in lines:
         groups.setdefault(_group(key_of(line)), {})[int(line["seed"])] = line
 
+    # The twin from random weights has the same plans and recipe; nnU-Net as it comes has neither.
     rows = []
     for seeds in groups.values():
         by_seed = dict(sorted(seeds.items()))
         key = key_of(next(iter(by_seed.values())))
         twin = _lines_of(groups, key, arm="scratch", encoder=key.encoder, recipe=key.recipe)
         stock = _lines_of(groups, key, arm=STOCK, encoder="-", recipe="")
+        # No arm is compared with itself, and stock with nothing.
         twin = {} if key.arm in ("scratch", STOCK) else twin
         stock = {} if key.arm == STOCK else stock
         rows.append(
@@ -207,6 +209,7 @@ def unequal_pretrainings(rows: Sequence[TableRow]) -> list[str]:
         if pretraining and pretraining.get("flops"):
             flops_of.setdefault(row.key.encoder, {})[row.key.arm] = float(pretraining["flops"])
 
+    # An arm that was pretrained at a higher cost may be better for that reason alone.
     sentences = []
     for encoder, of_arm in flops_of.items():
         least, most = min(of_arm, key=of_arm.__getitem__), max(of_arm, key=of_arm.__getitem__)
@@ -223,14 +226,11 @@ def unequal_pretrainings(rows: Sequence[TableRow]) -> list[str]:
 def _notes(rows: Sequence[TableRow]) -> list[str]:
     notes = [
         "Dice: mean over the patients of the split; a patient's is the mean over scans and labels. "
-        "Labels: patients, and cases where "
-        "their number differs (in folders of older versions: cases). Surface Dice: the share of "
-        "border, by area, that lies within the "
-        "tolerance of the other border. FLOPs of pretraining: forward and backward of encoder, "
-        "decoder and head. Equal cost: all arms of "
-        "a length take the same steps and patches a step; the patches' sizes and what a step costs "
-        "differ between networks. Pretraining "
-        "is listed apart.",
+        "Labels: patients, and cases where their number differs (in folders of older versions: "
+        "cases). Surface Dice: the share of border, by area, that lies within the tolerance of the "
+        "other border. FLOPs of pretraining: forward and backward of encoder, decoder and head. "
+        "Equal cost: all arms of a length take the same steps and patches a step; the patches' "
+        "sizes and what a step costs differ between networks. Pretraining is listed apart.",
         "Differences are paired by seed and case. The 95 % interval is a bootstrap over patients "
         "and seeds. Every seed labels other patients of the pool, so that the interval includes "
         "that choice, the initial weights and the order of the data. It does not include another "
@@ -238,8 +238,12 @@ def _notes(rows: Sequence[TableRow]) -> list[str]:
         "little about their own spread. With 1 seed it is a bootstrap over patients alone.",
     ]
     notes += unequal_pretrainings(rows)
-    found = [d for row in rows for d in (row.to_scratch, row.to_stock) if d is not None]
-    left_out = max((d.num_left_out for d in found), default=0)
+
+    left_out = 0
+    for row in rows:
+        for difference in (row.to_scratch, row.to_stock):
+            if difference is not None:
+                left_out = max(left_out, difference.num_left_out)
     if left_out:
         notes.append(
             f"Up to {left_out} cases have no Dice in some run (nothing to find and nothing found) "

@@ -84,6 +84,7 @@ class StepTimer:
 
 
 def _median_gap(times: list[float], steps_per_epoch: int) -> float:
+    # After every last step of an epoch the trainer validates.
     gaps = []
     for step, (begin, end) in enumerate(pairwise(times), start=1):
         if step > NUM_WARM_STEPS and step % steps_per_epoch:
@@ -131,10 +132,13 @@ def prepare(job: FineTuningJob) -> Any:
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    for seed_with in (random.seed, np.random.seed, torch.manual_seed):
-        seed_with(job.seed)
+    # nnU-Net's loaders and augmentation draw from all three.
+    random.seed(job.seed)
+    np.random.seed(job.seed)
+    torch.manual_seed(job.seed)
     if job.device == "cpu":
         torch.set_num_threads(job.threads)
+
     trainer = get_trainer_from_args(
         job.dataset,
         job.configuration,
@@ -143,11 +147,13 @@ def prepare(job: FineTuningJob) -> Any:
         job.plans,
         device=torch.device(job.device),
     )
+
+    # The plans and the trainer's class decide everything but the length and the batch.
     trainer.num_epochs = job.num_epochs
     trainer.num_iterations_per_epoch = job.steps_per_epoch
     trainer.num_val_iterations_per_epoch = VAL_STEPS if job.validate else 1
     trainer.configuration_manager.configuration["batch_size"] = job.batch
-    trainer.disable_checkpointing = True
+    trainer.disable_checkpointing = True  # a run that was interrupted is repeated
     return trainer
 
 
