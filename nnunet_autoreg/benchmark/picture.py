@@ -28,8 +28,8 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
 
     # Runs of another length are no fair comparison.
     last = lines[-1]
-    keys = ("split", "steps", "batch")
-    alike = [line for line in lines if all(line[key] == last[key] for key in keys)]
+    length = (last["split"], last["steps"], last["batch"])
+    alike = [line for line in lines if (line["split"], line["steps"], line["batch"]) == length]
     last_recipe = {line["encoder"]: line["recipe"] for line in alike}
     shown = [line for line in alike if line["recipe"] == last_recipe[line["encoder"]]]
     rows = rows_of(shown)
