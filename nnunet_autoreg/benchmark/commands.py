@@ -89,6 +89,7 @@ class Commands:
                 f"its output is in {self.log_file}",
                 code="command-failed",
             )
+
         log.info("  done in %.0f s", time.monotonic() - start)
 
 

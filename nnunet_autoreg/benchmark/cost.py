@@ -84,6 +84,7 @@ def pretraining_cost(folder: Path) -> Cost | None:
             continue
         if line.get("name") == "step_time":
             times.append(float(line["value"]))
+
     seconds = round(statistics.fmean(times) * plan.optim.num_steps, 1) if times else None
 
     return Cost(flops, samples, seconds)
@@ -99,6 +100,7 @@ def flops_per_sample(plan: Plan) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         objective = build_objective(plan)
+
     pool = _noise_pool(plan)
 
     counts = []

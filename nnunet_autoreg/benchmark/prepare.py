@@ -384,6 +384,7 @@ def write_plans(bench: Bench, key: RunKey) -> None:
             "sha256": card.sha256,
             "has_decoder": card.has_decoder,
         }
+
     write_json(bench.layout.plans / f"{name}.json", plans)
 
 

@@ -73,6 +73,7 @@ class BenchmarkRequest:
                     f"--arms {arm}: there is no such arm; {did_you_mean(arm, ARMS)}",
                     code="benchmark-unknown-arm",
                 )
+
         if self.split not in SPLITS:
             raise UsageError(
                 f"--split {self.split}: there is no such split; {did_you_mean(self.split, SPLITS)}",
@@ -94,6 +95,7 @@ class BenchmarkRequest:
                 raise UsageError(
                     f"{flag} {number:g}: must be greater than 0", code="benchmark-not-positive"
                 )
+
         if (self.steps is None) == (self.budget_min is None):
             raise UsageError(
                 "give the length of a run either as --steps or as --budget",

@@ -216,6 +216,7 @@ def run_missing(
         line = line_of(bench, key, result)
         with lock:
             append_result(file, line)
+
         log.info(
             "%s: Dice %.3f after %d steps in %.0f s",
             key,

@@ -84,6 +84,7 @@ def paired(
             if tolerance is not None and tolerance == tolerance_of(theirs[seed]):
                 alike.append(seed)
         seeds = alike
+
     if not seeds:
         return None
 
@@ -92,6 +93,7 @@ def paired(
     for seed in seeds:
         a, b = case_scores(ours[seed], metric), case_scores(theirs[seed], metric)
         rows.append([a.get(case, np.nan) - b.get(case, np.nan) for case in cases])
+
     difference_RC = np.array(rows)
 
     # A case without a score in any run is left out of all.

@@ -59,6 +59,7 @@ def surface_dice(
         others = tuple(other for other in range(either.ndim) if other != axis)
         occupied = np.flatnonzero(either.any(axis=others))
         sides.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+
     box = tuple(sides)
     areas_truth = border_areas(truth[box], spacing_mm)
     areas_prediction = border_areas(prediction[box], spacing_mm)

@@ -244,6 +244,7 @@ def _notes(rows: Sequence[TableRow]) -> list[str]:
         for difference in (row.to_scratch, row.to_stock):
             if difference is not None:
                 left_out = max(left_out, difference.num_left_out)
+
     if left_out:
         notes.append(
             f"Up to {left_out} cases have no Dice in some run (nothing to find and nothing found) "

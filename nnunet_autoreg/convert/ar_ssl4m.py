@@ -109,6 +109,7 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
             f"{HEAD_WIDTH} channels per head do not divide it; add --heads N",
             code="weights-heads",
         )
+
     heads = num_heads or width // HEAD_WIDTH
     if width % heads:
         raise WeightsError(

@@ -77,6 +77,7 @@ def export_weights(weights: Path, folder: Path) -> Exported:
         for key in all_tensors:
             if key.startswith(DECODER_PREFIXES):
                 del encoder_tensors[key]
+
     num_decoder = len(all_tensors) - len(encoder_tensors)
     card = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
     tensors = checked_tensors(network, encoder_tensors, str(weights))
@@ -85,6 +86,7 @@ def export_weights(weights: Path, folder: Path) -> Exported:
         contents, warnings = _vit_contents(card, tensors)
     else:
         contents, warnings = _nnssl_contents(card, tensors, network)
+
     if num_decoder:
         warnings = (
             *warnings,
@@ -163,6 +165,7 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
             found = None
         if not _is_equal(found, contents[name]):
             foreign.append(name)
+
     if foreign:
         raise WeightsError(
             f"-o {folder} already holds {', '.join(foreign)} with other content; choose another "
@@ -234,6 +237,7 @@ def adaptation_plan(
             f"CT was pretrained with a Hounsfield window of {low:g} to {high:g}. nnssl's format "
             f"cannot express it, and its readers z-score CT; the window is kept under '{OWN_KEY}'"
         )
+
     if len(card.spacing_groups) > 1:
         warnings.append(
             f"it was pretrained at {len(card.spacing_groups)} target spacings; nnssl's format has "
@@ -284,6 +288,7 @@ def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
             "neither LayerScale nor the inner norm of this encoder"
         )
         return _described("PrimusX", kwargs, []), [warning]
+
     name = CLASS_NAMES[family]
     warning = f"no trainer of nnU-Net's master branch builds a {name}; the file follows the format"
     return _described(name, kwargs, []), [warning]

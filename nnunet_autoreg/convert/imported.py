@@ -210,6 +210,7 @@ def write_run(imported: Imported, results: Path, name: str) -> EncoderCard:
         verify_weights(folder / WEIGHTS_NAME, card.sha256)
     except WeightsError:
         existing = None
+
     if existing is None or existing != replace(card, finished_at=existing.finished_at):
         raise WeightsError(
             f"--name {card.name}: {folder} exists and holds something else; choose another name, "

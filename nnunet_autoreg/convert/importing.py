@@ -58,6 +58,7 @@ def converted(source: WeightsFile, options: ImportOptions) -> Imported:
             f"{trained_model_next(source)}",
             code="weights-not-importable",
         )
+
     raise WeightsError(
         f"{source.file} is of no known kind ({source.kind}); checkpoints of AR-SSL4M can be "
         "imported, and those of nnssl with their adaptation plan (--adaptation-plan FILE)",

@@ -83,6 +83,7 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
     for key, tensor in tensors.items():
         if key.startswith(card.adaptation.keys_to_decoder):
             decoder_sizes.append(tensor.numel())
+
     if decoder_sizes:
         decoder = (
             f"pretrained too, {len(decoder_sizes)} tensors with {sum(decoder_sizes):,} parameters"

@@ -138,6 +138,7 @@ def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOp
                 "spacing: the weights were pretrained without resampling; the median of the plan, "
                 f"{list(spacing)} mm, is used"
             )
+
     if spacing is None:
         spacing = (1.0, 1.0, 1.0)
         notes.append(
@@ -204,6 +205,7 @@ def architecture_of(plan: Mapping[str, Any], where: object) -> tuple[str, dict[s
             "--adaptation-plan FILE",
             code="weights-bad-adaptation-plan",
         )
+
     arguments = described.get("arch_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise WeightsError(
@@ -223,6 +225,7 @@ def _family(plan: Mapping[str, Any], source: WeightsFile) -> str:
     for prefix, family in (("PrimusV2", PRIMUS_V2), ("PrimusV3", PRIMUS_V3)):
         if name.startswith(prefix):
             return family
+
     if name == "Primus" or name in PRIMUS_PRESETS:
         return PRIMUS
 
@@ -267,6 +270,7 @@ def _encoder_tensors(
             "its adaptation plan",
             code="weights-mismatch",
         )
+
     # Decoders and heads of pretraining are not used, but the user should know of them.
     left_out = [f"{part} ({count} tensors)" for part, count in sorted(num_left_out.items())]
     notes = [f"left out: {', '.join(left_out)}"] if left_out else []
@@ -352,6 +356,7 @@ def _primus_arguments(
             "encoder",
             code="weights-mismatch",
         )
+
     width = int(tensors["eva.norm.weight"].shape[0])
     depth = max(numbers) + 1
 
@@ -370,6 +375,7 @@ def _primus_arguments(
         planned_width, planned_depth = stated.get("embed_dim"), stated.get("eva_depth")
     elif preset:
         planned_width, planned_depth, _ = preset
+
     for what, planned, found in (
         ("width", planned_width, width),
         ("depth", planned_depth, depth),
@@ -380,6 +386,7 @@ def _primus_arguments(
                 f"{what} {found}",
                 code="weights-mismatch",
             )
+
     # Each of the three axes takes pairs of channels of every head.
     if width % (6 * heads):
         raise WeightsError(
@@ -452,6 +459,7 @@ def _patch_size(
             )
             sizes = [_size(value) for value in stated]
             candidates += [size for size in sizes if size is not None]
+
     if not candidates:
         raise WeightsError(
             "the adaptation plan states no patch size; add --patch-size Z Y X",

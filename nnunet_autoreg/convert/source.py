@@ -156,6 +156,7 @@ def read_content(file: Path) -> dict[str, Any]:
         from nnunet_autoreg.finetune.load import read_tensors
 
         return dict(read_tensors(file))
+
     content = load_plain(file)
     _refuse_endless(content, file)
     if not isinstance(content, dict):

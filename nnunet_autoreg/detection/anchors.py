@@ -148,6 +148,7 @@ def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[i
             "voxels is needed",
             code="detection-no-stage",
         )
+
     side = np.cbrt(sizes_N3.prod(1))  # (N,)
     wanted = SMALL_STRIDE if np.percentile(side, 10) < SMALL_SIDE_VOX else USUAL_STRIDE
 
@@ -292,6 +293,7 @@ def lay_out(
             "levels of the detection plan; plan again",
             code="detection-levels",
         )
+
     shapes = torch.tensor(plan.shapes_vox, dtype=torch.float32)  # (K, 3)
     levels = []
     for cells, stride, factor in zip(
@@ -306,6 +308,7 @@ def lay_out(
         half = (shapes * torch.tensor(factor, dtype=torch.float32) / 2)[None]  # (1, K, 3)
         boxes = torch.cat([middle - half, middle + half], -1)  # (cells, K, 6)
         levels.append(boxes.reshape(-1, 6))
+
     return AnchorGrid(
         boxes_A6=torch.cat(levels).to(device),
         level_cells=tuple(as_size(cells) for cells in level_cells),
@@ -340,6 +343,7 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
     if not len(objects):
         return matched
 
+    # A candidate is positive from the mean plus the standard deviation of its object's IoUs.
     candidates = _candidates(bx.centres(objects), grid)  # (G, C)
     repeated = objects[:, None].expand(-1, candidates.shape[1], -1)  # (G, C, 6)
     overlap = bx.pair_iou(repeated, anchors[candidates])  # (G, C)
@@ -360,14 +364,7 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
         matched[chosen[is_better]] = g
         best[chosen[is_better]] = chosen_overlap[is_better]
 
-    _match_the_unmatched(matched, objects, anchors, candidates, overlap)
-    return matched
-
-
-def _match_the_unmatched(
-    matched: Tensor, objects: Tensor, anchors: Tensor, candidates: Tensor, overlap: Tensor
-) -> None:
-    """Give every object without an anchor its best candidate that no other object has."""
+    # An object without an anchor takes its best candidate that no other object has.
     has_anchor = torch.zeros(len(objects), dtype=torch.bool, device=matched.device)
     has_anchor[matched[matched >= 0]] = True
     for g in torch.nonzero(~has_anchor)[:, 0].tolist():
@@ -376,12 +373,14 @@ def _match_the_unmatched(
         if not bool(is_free.any()):
             continue
 
-        ratio = (bx.volumes(anchors[own]) / bx.volumes(objects[g]).clamp(min=1e-6)).log().abs()
+        ratio = bx.volumes(anchors[own]) / bx.volumes(objects[g]).clamp(min=1e-6)
+        ratio = ratio.log().abs()  # as far off at twice the volume as at half of it
         distance = (bx.centres(anchors[own]) - bx.centres(objects[g])).square().sum(-1)
         # Order of importance: overlap, then distance, then similarity of volume.
         value = overlap[g].double() - 1e-6 * distance.double() - 1e-9 * ratio.double()
         value = torch.where(is_free, value, torch.full_like(value, -torch.inf))
         matched[own[value.argmax()]] = g
+    return matched
 
 
 def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:

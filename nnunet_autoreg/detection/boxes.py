@@ -105,8 +105,15 @@ def nms(
     Returns:
         Indices of the boxes kept, highest score first; of equal scores the one that comes first.
     """
+    boxes = _at_least_float32(boxes_N6)
+    if labels_N is not None and len(boxes):
+        # Boxes of different labels are moved so far apart that they cannot touch. In float64: far
+        # from the origin float32 would round small boxes.
+        boxes = boxes.double()
+        boxes = boxes + labels_N.to(boxes)[:, None] * (boxes.max() - boxes.min() + 1)
+
     order = torch.sort(scores_N, descending=True, stable=True).indices  # (N,)
-    ordered = _moved_apart(_at_least_float32(boxes_N6), labels_N)[order]
+    ordered = boxes[order]
 
     kept = ordered.new_zeros((0, 6))  # (kept, 6)
     kept_indices: list[Tensor] = []
@@ -116,36 +123,22 @@ def nms(
         if count >= limit:
             break
 
-        # First against the boxes of earlier blocks, then among each other.
+        # First against the boxes of earlier blocks.
         block = ordered[start : start + BLOCK]
         is_free = ~(iou(block, kept) > iou_threshold).any(1)
-        chosen = _greedy(block, is_free, iou_threshold)[: limit - count]
+
+        # Then among each other. In NumPy: a loop over elements of a tensor is many times slower.
+        overlapping = (iou(block, block) > iou_threshold).cpu().numpy()
+        alive = is_free.cpu().numpy().copy()
+        for i in range(len(alive)):
+            if alive[i]:
+                alive[i + 1 :] &= ~overlapping[i, i + 1 :]
+        chosen = torch.from_numpy(alive.nonzero()[0]).to(block.device)[: limit - count]
 
         kept = torch.cat([kept, block[chosen]])
         kept_indices.append(chosen + start)
         count += len(chosen)
     return order[torch.cat(kept_indices)] if kept_indices else order
-
-
-def _greedy(block: Tensor, is_free: Tensor, iou_threshold: float) -> Tensor:
-    """Return the indices within ``block`` of the free boxes that no earlier one suppresses."""
-    # In NumPy: a loop over elements of a tensor is many times slower.
-    overlapping = (iou(block, block) > iou_threshold).cpu().numpy()
-    alive = is_free.cpu().numpy().copy()
-    for i in range(len(alive)):
-        if alive[i]:
-            alive[i + 1 :] &= ~overlapping[i, i + 1 :]
-    return torch.from_numpy(alive.nonzero()[0]).to(block.device)
-
-
-def _moved_apart(boxes: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the boxes moved so that those of different labels cannot touch."""
-    if labels is None or len(boxes) == 0:
-        return boxes
-
-    # In float64: far from the origin float32 would round small boxes.
-    boxes = boxes.double()
-    return boxes + labels.to(boxes)[:, None] * (boxes.max() - boxes.min() + 1)
 
 
 def cluster(

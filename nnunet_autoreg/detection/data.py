@@ -199,7 +199,18 @@ def prepare_instances(
     source = maker.source
     # The raw dataset may be gone when training is continued elsewhere.
     source.keep()
-    old = _usable_cases(folder / INDEX, source)
+
+    # What was made before by the same rules.
+    old: dict[str, CaseBoxes] = {}
+    rules = (VERSION, source.rules, source.classes)
+    if (folder / INDEX).is_file():
+        try:
+            index = read_index(folder / INDEX)
+            if (index.version, index.rules, index.classes) == rules:
+                old = index.cases
+        except PlanError as error:
+            log.warning("%s; the objects are searched for again", error)
+
     dataset = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
 
     kept = {}
@@ -212,6 +223,7 @@ def prepare_instances(
     wanted = [case for case in cases if case not in kept]
     if wanted:
         log.info("finding the objects of %d cases in their labels; this is done once", len(wanted))
+    # In the order of ``cases``, whichever were kept.
     results = in_parallel(partial(_make, maker), wanted, num_processes)
     made = dict(zip(wanted, results, strict=True))
     by_case = {case: kept.get(case) or made[case] for case in cases}
@@ -226,19 +238,6 @@ def _make(maker: IdMapMaker, case: str) -> CaseBoxes:
     return maker.make(case)
 
 
-def _usable_cases(file: Path, source: ObjectSource) -> dict[str, CaseBoxes]:
-    """Return the cases that were made before by the same rules."""
-    if not file.is_file():
-        return {}
-    try:
-        index = read_index(file)
-    except PlanError as error:
-        log.warning("%s; the objects are searched for again", error)
-        return {}
-    is_same = (index.version, index.rules, index.classes) == (VERSION, source.rules, source.classes)
-    return index.cases if is_same else {}
-
-
 def _log_numbers(index: InstanceIndex) -> None:
     number = {kind.name: 0 for kind in index.classes}
     num_ignored = num_vanished = num_empty = 0
@@ -248,6 +247,7 @@ def _log_numbers(index: InstanceIndex) -> None:
             number[index.classes[item.class_index].name] += not item.ignored
             num_ignored += item.ignored
             num_vanished += not item.num_voxels and not item.ignored
+
     log.info(
         "%d cases, %d of them without an object: %s; %d objects smaller than %d voxels are ignored",
         len(index.cases),
@@ -402,6 +402,7 @@ def objects_of_patch(
         boxes.append(box)
         labels.append(known[i].class_index)
         ignored.append(known[i].ignored or count < min_voxels)
+
     return {
         "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 6),
         "labels": np.array(labels, dtype=np.int64),

@@ -88,6 +88,7 @@ def check_settings(settings: EvaluationSettings) -> None:
             f"false positives per scan {listed}: each must be finite and greater than 0",
             code="evaluation-fp-per-scan",
         )
+
     edges = settings.size_edges_mm or ()
     if any(e <= 0 for e in edges) or list(edges) != sorted(set(edges)):
         listed = ", ".join(f"{e:g}" for e in edges)
@@ -165,6 +166,7 @@ def evaluate(
     for scan in scans:
         for index in range(len(classes)):
             number[index] += int(((scan.true_classes_G == index) & ~scan.ignored_G).sum())
+
     present = [index for index in range(len(classes)) if number[index]]
     matchings = _Matchings(scans, present, settings)
     names = [kind.name for kind in classes]
@@ -172,7 +174,23 @@ def evaluate(
     num_empty = sum(scan.is_empty for scan in scans)
     of_classes = {}
     for index, kind in enumerate(classes):
-        of_classes[kind.name] = _of_class(matchings, index, kind, number[index])
+        num_ignored = num_with_objects = num_detections = num_false = 0
+        for scan in scans:
+            is_own = scan.true_classes_G == index
+            num_ignored += int((is_own & scan.ignored_G).sum())
+            num_with_objects += bool((is_own & ~scan.ignored_G).any())
+            num_detections += int((scan.classes_D == index).sum())
+        for matched in matchings.matched(index, settings.hit):
+            num_false += int(((matched.object_of < 0) & ~matched.ignored).sum())
+        of_classes[kind.name] = {
+            "label": kind.label,
+            "objects": number[index],
+            "ignored_objects": num_ignored,
+            "scans_with_objects": num_with_objects,
+            "detections": num_detections,
+            "false_per_scan": num_false / len(scans),
+        }
+
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -191,27 +209,6 @@ def evaluate(
     }
 
 
-def _of_class(
-    matchings: _Matchings, class_index: int, kind: ObjectClass, number: int
-) -> dict[str, Any]:
-    num_ignored = num_with_objects = num_detections = num_false = 0
-    for scan in matchings.scans:
-        is_own = scan.true_classes_G == class_index
-        num_ignored += int((is_own & scan.ignored_G).sum())
-        num_with_objects += bool((is_own & ~scan.ignored_G).any())
-        num_detections += int((scan.classes_D == class_index).sum())
-    for matched in matchings.matched(class_index, matchings.settings.hit):
-        num_false += int(((matched.object_of < 0) & ~matched.ignored).sum())
-    return {
-        "label": kind.label,
-        "objects": number,
-        "ignored_objects": num_ignored,
-        "scans_with_objects": num_with_objects,
-        "detections": num_detections,
-        "false_per_scan": num_false / len(matchings.scans),
-    }
-
-
 def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
     ious = sorted({*matchings.settings.ious, *MAP_IOUS})
     found = {}
@@ -224,6 +221,7 @@ def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str
     values = {}
     for index in matchings.present:
         values[index] = float(np.mean([of_iou["values"][index] for of_iou in averaged]))
+
     resampled = []
     for b in range(len(matchings.resamples)):
         sample = {}
@@ -231,6 +229,7 @@ def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str
             of_ious = [of_iou["resampled"][b][index] for of_iou in averaged]
             sample[index] = float(np.mean(of_ious))
         resampled.append(sample)
+
     mean = {"values": values, "resampled": resampled}
     return {
         "ap": {f"{iou:g}": _summary(found[iou], names) for iou in ious},
@@ -249,6 +248,7 @@ def _summary(figures: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     for index, value in values.items():
         per_class[names[index]] = _finite_or_none(value)
         per_class_ci[names[index]] = _interval_list([sample[index] for sample in resampled])
+
     return {
         "mean": _finite_or_none(mean_of_present(list(values.values()))),
         "ci95": _interval_list(means),
@@ -286,6 +286,7 @@ def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
             "sensitivity": [_finite_or_none(value) for value in curve.sensitivity],
             "threshold": [_finite_or_none(value) for value in curve.threshold],
         }
+
     return {
         "hit": str(hit),
         "fp_per_scan": list(points),
@@ -342,6 +343,7 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
         true_sides.append(sides)
         counted.append(sides[~scan.ignored_G])
         found_sides.append(largest_sides_mm(scan.boxes_D6, scan))
+
     all_counted = np.concatenate(counted)
 
     edges = matchings.settings.size_edges_mm
@@ -354,6 +356,7 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
         edges = tuple(sorted(rounded - {0.0}))
 
     strata = []
+    hit = matchings.settings.hit
     for low, high in zip((0.0, *edges), (*edges, math.inf), strict=True) if edges else ():
         ignored = []
         for of_true, of_found in zip(true_sides, found_sides, strict=True):
@@ -363,34 +366,28 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
                     "ignored_if_unmatched": (of_found < low) | (of_found >= high),
                 }
             )
-        strata.append(_stratum(matchings, names, (low, high), ignored))
-    hit = str(matchings.settings.hit)
-    return {"measure": "largest side, mm", "hit": hit, "strata": strata}
 
-
-def _stratum(
-    matchings: _Matchings,
-    names: Sequence[str],
-    ends: tuple[float, float],
-    ignored: Sequence[dict[str, Bools]],
-) -> dict[str, Any]:
-    per_class = {}
-    for index in matchings.present:
-        # Only objects of this stratum count now.
-        pooled = pool(matchings.matched(index, matchings.settings.hit, ignored))
-        if pooled.num_objects:
-            per_class[names[index]] = {
-                "objects": pooled.num_objects,
-                "ap": average_precision(pooled),
-                "sensitivity": float(pooled.is_hit.sum()) / pooled.num_objects,
+        per_class = {}
+        for index in matchings.present:
+            # Only objects of this stratum count now.
+            pooled = pool(matchings.matched(index, hit, ignored))
+            if pooled.num_objects:
+                per_class[names[index]] = {
+                    "objects": pooled.num_objects,
+                    "ap": average_precision(pooled),
+                    "sensitivity": float(pooled.is_hit.sum()) / pooled.num_objects,
+                }
+        precisions = [of_class["ap"] for of_class in per_class.values()]
+        strata.append(
+            {
+                "from_mm": low,
+                "to_mm": _finite_or_none(high),
+                "objects": sum(of_class["objects"] for of_class in per_class.values()),
+                "mean_ap": _finite_or_none(mean_of_present(precisions)),
+                "per_class": per_class,
             }
-    return {
-        "from_mm": ends[0],
-        "to_mm": _finite_or_none(ends[1]),
-        "objects": sum(of_class["objects"] for of_class in per_class.values()),
-        "mean_ap": _finite_or_none(mean_of_present([v["ap"] for v in per_class.values()])),
-        "per_class": per_class,
-    }
+        )
+    return {"measure": "largest side, mm", "hit": str(hit), "strata": strata}
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -422,6 +419,7 @@ def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, floa
             matched = [match_scan(scan, index, rule) for scan in scans]
             of_classes.append(average_precision(pool(matched)))
         by_iou[iou] = mean_of_present(of_classes)
+
     found = {
         "ap_0.1": by_iou[0.1],
         "ap_0.5": by_iou[0.5],

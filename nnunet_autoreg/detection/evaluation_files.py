@@ -4,7 +4,7 @@ The table has a row per object and detection.
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,29 @@ def write_rows(
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)
         for scan in scans:
+            overlap_DG = overlaps(scan.boxes_D6, scan.true_boxes_G6)
+            found_sides = largest_sides_mm(scan.boxes_D6, scan)
+            true_sides = largest_sides_mm(scan.true_boxes_G6, scan)
+
             for class_index, kind in enumerate(classes):
-                for row in _rows(scan, class_index, kind.name, settings):
+                of_found, of_true = outcomes(scan, class_index, settings)
+                of_class = overlap_DG[:, scan.true_classes_G == class_index]
+                rows: list[tuple[str, ...]] = []
+
+                # The detections first, by score, then the objects that were not found.
+                for d in sorted(of_found, key=lambda d: -scan.scores_D[d]):
+                    score = f"{scan.scores_D[d]:.6g}"
+                    best = f"{of_class[d].max(initial=0.0):.4f}"
+                    side = f"{found_sides[d]:.3f}"
+                    edges = [f"{v:.4g}" for v in scan.boxes_D6[d]]
+                    rows.append((scan.name, kind.name, of_found[d], score, best, side, *edges))
+                for g, outcome in of_true.items():
+                    if outcome != "found":
+                        side = f"{true_sides[g]:.3f}"
+                        edges = [f"{v:.4g}" for v in scan.true_boxes_G6[g]]
+                        rows.append((scan.name, kind.name, outcome, "", "", side, *edges))
+
+                for row in rows:
                     # Names may begin with a sign that a spreadsheet takes for a formula.
                     writer.writerow([to_cell(cell) for cell in row])
 
@@ -138,27 +159,6 @@ def outcomes(
         outcome = "found" if g in found_objects else "missed"
         of_true[g] = "ignored" if scan.ignored_G[g] else outcome
     return of_found, of_true
-
-
-def _rows(
-    scan: ScanBoxes, class_index: int, name: str, settings: EvaluationSettings
-) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of a class in one scan, the detections first, by score."""
-    of_found, of_true = outcomes(scan, class_index, settings)
-    is_own = scan.true_classes_G == class_index
-    overlap = overlaps(scan.boxes_D6, scan.true_boxes_G6)[:, is_own]  # (D, own objects)
-    sides = largest_sides_mm(scan.boxes_D6, scan)
-    for d in sorted(of_found, key=lambda d: -scan.scores_D[d]):
-        score = f"{scan.scores_D[d]:.6g}"
-        best = f"{overlap[d].max(initial=0.0):.4f}"
-        edges = (f"{v:.4g}" for v in scan.boxes_D6[d])
-        yield (scan.name, name, of_found[d], score, best, f"{sides[d]:.3f}", *edges)
-
-    sides = largest_sides_mm(scan.true_boxes_G6, scan)
-    for g, outcome in of_true.items():
-        if outcome != "found":
-            edges = (f"{v:.4g}" for v in scan.true_boxes_G6[g])
-            yield (scan.name, name, outcome, "", "", f"{sides[g]:.3f}", *edges)
 
 
 def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
@@ -248,6 +248,7 @@ def draw_scans(
         on = backgrounds[scan.name]
         for axis, z in zip(row, pick_slices(scan, on.array_ZYX.shape[0]), strict=True):
             _draw_slice(axis, scan, on, z, classes, settings, least_scores)
+
     figure.suptitle(
         f"Detections with class and score, hit rule {settings.hit}; scores below the threshold of "
         "about 1 false detection per scan are left out",

@@ -123,6 +123,7 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
             f"-p {folder} is not a folder; give the folder that autoreg_detect wrote",
             code="detections-no-folder",
         )
+
     candidates = []
     for file in folder.glob("*.json"):
         if not file.name.startswith(".") and not file.name.endswith(f"{MARKUP}.json"):
@@ -153,6 +154,7 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
             scores_N=np.array([box.score for box in boxes]),
             ids_N=np.array([box.id for box in boxes], dtype=np.int64),
         )
+
     if others:
         log.info(
             "%d JSON files of %s are not detections and are left out: %s",
@@ -160,6 +162,7 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
             folder,
             names_text(others),
         )
+
     if not found:
         raise UsageError(
             f"-p {folder} holds no file of detections (*.json); give the folder that "
@@ -196,11 +199,13 @@ def read_classes(
             f"-g {folder} is not a folder; give a folder of label maps, instance maps or boxes",
             code="truth-no-folder",
         )
+
     if dataset_file is None:
         for candidate in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
             if candidate.is_file():
                 dataset_file = candidate
                 break
+
     # Boxes alone have no dataset.json.
     dataset: dict[str, Any] = {"labels": {"background": 0, **found}}
     if dataset_file is not None:
@@ -223,12 +228,14 @@ def read_classes(
                 f"--classes {name}: there is no such class; {did_you_mean(name, known)}",
                 code="evaluation-unknown-class",
             )
+
     chosen = tuple(kind for kind in every if not wanted or kind.name in wanted)
 
     ignored = ignore_value(dataset)
     others: set[int] = set()
     for value in dataset["labels"].values():
         others.update(int(v) for v in (value if isinstance(value, list) else [value]))
+
     others -= {0, ignored}
     for kind in chosen:
         others -= set(kind.values)
@@ -245,6 +252,7 @@ def _compare_classes(every: Sequence[ObjectClass], found: Mapping[str, int], whe
                 "give the dataset.json they were made with",
                 code="detections-other-label",
             )
+
     unknown = sorted(set(found) - set(known))
     if unknown:
         raise ObjectsError(
@@ -252,6 +260,7 @@ def _compare_classes(every: Sequence[ObjectClass], found: Mapping[str, int], whe
             f"{did_you_mean(unknown[0], known)}",
             code="detections-unknown-class",
         )
+
     missed = [name for name in known if name not in found]
     if missed:
         log.warning(
@@ -287,6 +296,7 @@ def gather(
             f"({names_text(found)}): their names must agree",
             code="evaluation-no-common-scan",
         )
+
     undetected = [name for name in files if name not in found]
     unknown = [name for name in found if name not in files]
     if undetected:
@@ -299,6 +309,7 @@ def gather(
             names_text(undetected),
             what,
         )
+
     if unknown:
         log.warning(
             "%d scans have detections and no truth (%s): left out",
@@ -331,6 +342,7 @@ def _true_files(folder: Path) -> dict[str, Path]:
             files[file.name.removesuffix(".json")] = file
         elif file.name.lower().endswith(IMAGE_ENDINGS):
             images[strip_ending(file.name)] = file
+
     # An instance map has a JSON file of the same name, and counts as an image.
     files |= images
     if not files:
@@ -347,6 +359,7 @@ def _true_files(folder: Path) -> dict[str, Path]:
             if name.endswith(end) and detections.is_file() and is_scan_file(detections):
                 drawn.append(name)
                 break
+
     if drawn:
         log.info(
             "-g %s: %d files that autoreg_detect wrote beside its detections are left out: %s",
@@ -411,6 +424,7 @@ def _mask_overlaps(
             f"--hit mask: the objects of {scan.name} are known as boxes only; use --hit iou:0.1",
             code="mask-boxes-only",
         )
+
     overlap = np.zeros((len(scan.boxes_D6), len(scan.true_boxes_G6)))
     ids = scored.ids_N.tolist()
     if not ids:
@@ -423,6 +437,7 @@ def _mask_overlaps(
             f"--hit mask: {masks} has no {scan.name}_instances; detect without --no-instances",
             code="mask-no-instances",
         )
+
     drawn = read_onto(files[0], scored.frame)
     true_ids = [item.id for item in instances.objects]
     # Regions that do not count stand behind the objects, and have no id.
@@ -445,7 +460,25 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
     """Return the true objects of a scan; ``array`` is None for boxes alone."""
     if array is None:
         boxes = read_true_boxes(file, truth.classes, frame.shape_vox, truth.other_labels)
-        _check_location(file, frame)
+        # A file of detections says where its image lies, and then it must be the same image.
+        data = read_json(file, MEND_YOURS)
+        if {"affine_ras", "shape_zyx"} <= set(data):
+            try:
+                affine = np.reshape(data["affine_ras"], (4, 4))
+                own_frame = frame_of_affine(affine, data["shape_zyx"])
+            except (TypeError, ValueError) as error:
+                raise ObjectsError(
+                    f"{file}: affine_ras must be 4 rows of 4 numbers, and shape_zyx 3 numbers "
+                    f"({error})",
+                    code="truth-affine",
+                ) from error
+            # An image could be turned, but boxes in a file are left as they are.
+            if same_voxels(file, own_frame, frame) != AS_STORED:
+                raise ObjectsError(
+                    f"{file}: the axes of its image run otherwise than those of the detections' "
+                    "image; give boxes of that one",
+                    code="truth-other-axes",
+                )
         return boxes
 
     json_file = _json_beside(file)
@@ -458,6 +491,7 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
     known = {0, truth.ignore_label, *truth.other_labels}
     for kind in truth.classes:
         known.update(kind.values)
+
     unknown = sorted(set(np.unique(array).tolist()) - known)
     if unknown:
         listed = ", ".join(f"{v:g}" for v in unknown[:5])
@@ -467,30 +501,6 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
             code="truth-unknown-values",
         )
     return find_instances(array, truth.classes, truth.rules, str(file))
-
-
-def _check_location(file: Path, onto: Frame) -> None:
-    """Check that true boxes are of the image of the detections, if their file says where it lies.
-
-    A file of detections does.
-    """
-    data = read_json(file, MEND_YOURS)
-    if not {"affine_ras", "shape_zyx"} <= set(data):
-        return
-    try:
-        frame = frame_of_affine(np.reshape(data["affine_ras"], (4, 4)), data["shape_zyx"])
-    except (TypeError, ValueError) as error:
-        raise ObjectsError(
-            f"{file}: affine_ras must be 4 rows of 4 numbers, and shape_zyx 3 numbers ({error})",
-            code="truth-affine",
-        ) from error
-    # An image could be turned, but boxes in a file are left as they are.
-    if same_voxels(file, frame, onto) != AS_STORED:
-        raise ObjectsError(
-            f"{file}: the axes of its image run otherwise than those of the detections' image; "
-            "give boxes of that one",
-            code="truth-other-axes",
-        )
 
 
 def _json_beside(file: Path) -> Path:

@@ -76,6 +76,7 @@ class Segmentations:
                 f"--from-seg {folder} is not a folder; give the one that nnUNetv2_predict wrote",
                 code="from-seg-no-folder",
             )
+
         self.folder = folder
         self.dataset = _read_description(folder, "dataset.json")
         self.plans = _read_description(folder, "plans.json")
@@ -88,6 +89,7 @@ class Segmentations:
         for file in folder.iterdir():
             if file.name.endswith(self.ending) and not file.name.startswith("."):
                 names.append(file.name.removesuffix(self.ending))
+
         self.names = sorted(names, key=natural_key)
         if not self.names:
             raise UsageError(
@@ -95,6 +97,7 @@ class Segmentations:
                 "nnUNetv2_predict wrote",
                 code="from-seg-empty",
             )
+
         lacking = [name for name in self.names if not (folder / f"{name}.npz").is_file()]
         if lacking:
             raise UsageError(
@@ -163,6 +166,7 @@ class Segmentations:
                 "unreadable",
                 f"{file.name} or {npz_file.name} cannot be read ({error}); predict it again",
             ) from error
+
         seg = np.asarray(array)[0]
         if probabilities.ndim != 4 or probabilities.shape[1:] != seg.shape:
             raise ScanError(
@@ -240,6 +244,7 @@ def objects_of(
             )
         found = Detection(item.box_zyx, kind.label, kind.name, min(1.0, score))
         components.append(Component(item.id, found))
+
     num_left_out = len(instances.objects) - len(components)
     if num_left_out:
         log.info(

@@ -295,6 +295,7 @@ def check_inside(
             f"{where}: box [{listed}] is not 6 finite numbers z0, y0, x0, z1, y1, x1",
             code="box-not-finite",
         )
+
     low = box_zyx[:3]
     high = box_zyx[3:]
     if any(start >= end for start, end in zip(low, high, strict=True)):
@@ -303,6 +304,7 @@ def check_inside(
             "that order",
             code="box-without-extent",
         )
+
     is_beyond = [end > size + tolerance_vox for end, size in zip(high, shape_vox, strict=True)]
     if min(low) < -tolerance_vox or any(is_beyond):
         size = size_text(shape_vox)

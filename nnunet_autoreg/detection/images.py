@@ -110,22 +110,8 @@ def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
             "it another image?",
             code="objects-other-spacing",
         )
-    # Not ">": the shift is NaN for an image without volume.
-    if not _most_shift_vox(frame, onto, turn) <= MOST_SHIFT_VOX:
-        raise ObjectsError(
-            f"{file} lies elsewhere than the image of the detections. Here {_location(frame)}, "
-            f"there {_location(onto)}. Give labels of that very image; if they are, and only lack "
-            "its location, copy it into them (SimpleITK's CopyInformation)",
-            code="objects-other-location",
-        )
-    return turn
 
-
-def _most_shift_vox(frame: Frame, onto: Frame, turn: Turn) -> float:
-    """Return how far a corner of the turned image lies from the other's, along any of its axes.
-
-    It is NaN where the other image has no volume.
-    """
+    # How far a corner of the turned image lies from the other's, along any of its axes.
     axes, reverse = turn
     ends = [(0, size) for size in onto.shape_vox]
     there = np.array(list(product(*ends)), dtype=np.float64)  # (8, 3)
@@ -135,9 +121,19 @@ def _most_shift_vox(frame: Frame, onto: Frame, turn: Turn) -> float:
 
     shift_mm = frame.to_ras(here) - onto.to_ras(there)  # (8, 3)
     try:
-        return float(np.abs(np.linalg.solve(_linear(onto), shift_mm.T)).max())
+        most_shift_vox = float(np.abs(np.linalg.solve(_linear(onto), shift_mm.T)).max())
     except np.linalg.LinAlgError:
-        return float("nan")
+        most_shift_vox = float("nan")
+
+    # Not ">": the shift is NaN for an image without volume.
+    if not most_shift_vox <= MOST_SHIFT_VOX:
+        raise ObjectsError(
+            f"{file} lies elsewhere than the image of the detections. Here {_location(frame)}, "
+            f"there {_location(onto)}. Give labels of that very image; if they are, and only lack "
+            "its location, copy it into them (SimpleITK's CopyInformation)",
+            code="objects-other-location",
+        )
+    return turn
 
 
 def _linear(frame: Frame) -> NDArray[np.float64]:

@@ -130,6 +130,7 @@ def merge(candidates: Candidates, num_members: int, nms: NmsSettings = DEFAULT_N
         order = own.scores_N * own.weights_N
         chosen = bx.nms(own.boxes_N6, order, nms.member_iou, own.labels_N, nms.most_boxes)
         kept.append(index[chosen])
+
     left = candidates.at(torch.cat(kept))
 
     if num_members == 1:
@@ -259,15 +260,29 @@ class ScanDetector:
         steps = compute_steps_for_sliding_window(padded_shape, self.patch_size, 0.5)
         for start in product(*steps):
             parts.extend(self._tile(padded, as_size(start), logits))
+
         found = concatenate(parts)
 
         # From the padded image back to the image itself.
         origin = torch.tensor([s.start or 0 for s in inner[1:]], dtype=torch.float32)
         shift = torch.cat([origin, origin])
         boxes = bx.clip(found.boxes_N6 - shift, as_size(image_CZYX.shape[1:]))
-        best = _best(replace(found, boxes_N6=boxes), self.num_members)
+        found = replace(found, boxes_N6=boxes)
+
+        # Of every member the best boxes, without those that lie in the padding.
+        chosen = []
+        has_extent = (bx.sizes(boxes) > 0).all(1)
+        for member in range(self.num_members):
+            index = torch.nonzero((found.members_N == member) & has_extent)[:, 0]
+            best = found.scores_N[index].topk(min(MOST_CANDIDATES, len(index))).indices
+            chosen.append(index[best])
+
+        candidates = found.at(torch.cat(chosen))
+
+        if logits is None:
+            return candidates, None
         inside = (slice(None), *inner[1:])
-        return best, None if logits is None else logits.mean()[inside]
+        return candidates, logits.mean()[inside]
 
     def _tile(
         self, padded: Tensor, start: Size, logits: "_LogitsMean | None"
@@ -342,17 +357,6 @@ def mirrored(boxes_N6: Tensor, axes: Sequence[int], shape_vox: Size) -> Tensor:
         ends[:, axis] = shape_vox[axis] - boxes_N6[:, axis + 3]
         ends[:, axis + 3] = shape_vox[axis] - boxes_N6[:, axis]
     return ends
-
-
-def _best(candidates: Candidates, num_members: int) -> Candidates:
-    """Return the boxes with an extent, and of every member the 1000 of highest score."""
-    chosen = []
-    has_extent = (bx.sizes(candidates.boxes_N6) > 0).all(1)
-    for member in range(num_members):
-        index = torch.nonzero((candidates.members_N == member) & has_extent)[:, 0]
-        best = candidates.scores_N[index].topk(min(MOST_CANDIDATES, len(index))).indices
-        chosen.append(index[best])
-    return candidates.at(torch.cat(chosen))
 
 
 class _LogitsMean:

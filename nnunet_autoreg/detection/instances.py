@@ -126,6 +126,7 @@ def object_classes(
     for name, names in rules.merge.items():
         merged_values = {value for other in names for value in values[other]}
         available[name] = tuple(sorted(merged_values))
+
     for name in rules.detect_labels:
         if name not in available:
             raise PlanError(
@@ -138,6 +139,7 @@ def object_classes(
     for name in rules.detect_labels or tuple(available):
         if available[name]:
             classes.append(ObjectClass(name, available[name][0], available[name]))
+
     if not classes:
         raise PlanError(
             f"{where}: no label to detect is left; look at labels and {BLOCK}",
@@ -173,6 +175,7 @@ def _label_values(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int
             '{"background": 0, "lesion": 1}',
             code="detection-no-labels",
         )
+
     found = {}
     for name, value in labels.items():
         listed = value if isinstance(value, (list, tuple)) else [value]
@@ -299,6 +302,7 @@ def known_instances(
             f"values from {lowest:g} to {highest:g}",
             code="objects-map-values",
         )
+
     ids = np.ascontiguousarray(ids_ZYX).astype(np.uint16)
     boxes = boxes_of_ids(ids)
     unlisted = sorted(set(boxes) - set(label_of))

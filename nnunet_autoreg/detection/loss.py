@@ -78,13 +78,18 @@ def anchor_losses(
             f"{', '.join(CLASSIFICATIONS)}",
             code="detection-classification-loss",
         )
+
     with torch.no_grad():
         targets = [_targets(of_image, grid, centre_inside) for of_image in objects]
         state_BA = torch.stack([state for state, _, _ in targets])
         labels_BA = torch.stack([labels for _, labels, _ in targets])
         wanted_BA6 = torch.stack([wanted for _, _, wanted in targets])
         if uncounted_BZYX is not None:
-            is_uncounted = (state_BA == 0) & _at_centres(uncounted_BZYX, grid)
+            # The voxels that hold the anchors' centres; beyond the patch, the nearest ones.
+            voxel = bx.centres(grid.boxes_A6).floor().long()  # (A, 3)
+            last = torch.tensor(uncounted_BZYX.shape[1:], device=voxel.device) - 1
+            z, y, x = torch.minimum(voxel.clamp(min=0), last).unbind(1)
+            is_uncounted = (state_BA == 0) & uncounted_BZYX[:, z, y, x]
             state_BA = torch.where(is_uncounted, -1, state_BA)
 
         # Background anchors have a target of zeros.
@@ -217,17 +222,6 @@ def _targets(
     state = (matched >= 0).long() - 2 * is_ignored.long()
     labels = objects.labels_G.to(device).long()[object_index]
     return state, labels, objects.boxes_G6.to(grid.boxes_A6)[object_index]
-
-
-def _at_centres(values_BZYX: Tensor, grid: AnchorGrid) -> Tensor:
-    """Return the values (B, A) of the voxels that hold the anchors' centres.
-
-    For a centre beyond the patch it is the value of the nearest voxel.
-    """
-    voxel = bx.centres(grid.boxes_A6).floor().long()  # (A, 3)
-    last = torch.tensor(values_BZYX.shape[1:], device=voxel.device) - 1
-    z, y, x = torch.minimum(voxel.clamp(min=0), last).unbind(1)
-    return values_BZYX[:, z, y, x]
 
 
 def _draw(indices: Tensor, number: int, generator: torch.Generator | None) -> Tensor:

@@ -56,6 +56,7 @@ def parse_hit_rule(text: str) -> HitRule:
         value = float(number) if number else 0.0
     except ValueError:
         value = math.nan
+
     fits = {
         "iou": 0 < value <= 1,
         "mask": 0 < value <= 1,
@@ -174,6 +175,7 @@ def scan_boxes(
         true_classes = np.concatenate([true_classes, np.full(len(regions), ANY_CLASS)])
         ignored = np.concatenate([ignored, np.ones(len(regions), dtype=bool)])
         inside = np.concatenate([inside, in_region], axis=1)
+
     return ScanBoxes(
         name=name,
         spacing_mm=spacing_mm,
@@ -338,6 +340,7 @@ def match_scan(
         is_duplicate = bool((hit[d] & ~ignored).any())
         may_be_unmatched = ignored_if_unmatched is not None and bool(ignored_if_unmatched[d])
         is_ignored[n] = on_ignored or (duplicates == "ignored" and is_duplicate) or may_be_unmatched
+
     return Matched(
         detections=order,
         scores=scan.scores_D[order],

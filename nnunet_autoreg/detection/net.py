@@ -98,6 +98,7 @@ def _head(num_channels: int, num_outputs: int) -> nn.Sequential:
         layers.append(nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False))
         layers.append(nn.GroupNorm(max(1, num_channels // GROUP), num_channels))
         layers.append(nn.ReLU(inplace=True))
+
     layers.append(nn.Conv3d(num_channels, num_outputs, 3, padding=1))
     head = nn.Sequential(*layers)
 
@@ -277,6 +278,7 @@ class PrimusDetector(Detector):
                 self.stem_levels[level] = last - n
                 channels = int(stage.output_channels)
                 projections[str(level)] = nn.Conv3d(channels, pyramid.channels[level], 1)
+
         self.detection["stem"] = nn.ModuleDict(projections)
 
     def both(self, image_BCZYX: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -306,6 +308,7 @@ class PrimusDetector(Detector):
             x = stage(x)
             stage_outputs.append(x)
             inputs.append(x)
+
         tokens: Tensor = stem.final_proj(x)
 
         if isinstance(stem, PatchEmbedDeeperControlled) and stem.add_skips:

@@ -95,6 +95,7 @@ def convert_task(task: Path, dataset: Path) -> int:
             f"{dataset} exists already; remove it, or give another number or name",
             code="convert-dataset-exists",
         )
+
     raw = task / "raw_splitted"
     if not _files(raw / "labelsTr"):
         raise UsageError(
@@ -102,6 +103,7 @@ def convert_task(task: Path, dataset: Path) -> int:
             "first",
             code="convert-no-labels",
         )
+
     classes = tuple(ObjectClass(name, label, (label,)) for label, name in names.items())
 
     # Written under another name, and renamed when whole: a conversion that fails leaves nothing
@@ -145,6 +147,7 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
             f'{file} must have "labels" {{"0": name}} and "modalities" {{"0": name}} ({error!r})',
             code="convert-task-format",
         ) from error
+
     names = dict(sorted(names.items()))
 
     every_name = list(names.values())
@@ -159,6 +162,7 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
                 f"{file}: '{name}' {what}; rename it under \"labels\", and convert again",
                 code="convert-class-name",
             )
+
     if data.get("target_class") is not None:
         log.warning(
             "%s asks for class %s only: write its name into autoreg_detection.detect_labels of "
@@ -179,6 +183,7 @@ def _convert_split(
         named = CHANNEL_SUFFIX.match(file.name.removesuffix(ENDING))
         if named and named["case"] not in maps:
             bare.add(named["case"])
+
     without_map = sorted(bare, key=natural_key)
     if without_map and split == "Tr":
         log.warning(
@@ -188,6 +193,7 @@ def _convert_split(
             without_map[0],
         )
 
+    # Test cases need no labels.
     for case in [*maps, *(without_map if split == "Ts" else [])]:
         for channel in range(num_channels):
             image = raw / f"images{split}" / f"{case}_{channel:04d}{ENDING}"
@@ -197,8 +203,9 @@ def _convert_split(
                     code="convert-no-image",
                 )
             _link(image, dataset / f"images{split}" / image.name)
+
     for case, file in maps.items():
-        _convert_case(file, case, dataset, split, classes)
+        _convert_maps(file, case, dataset, split, classes)
     return len(maps)
 
 
@@ -207,7 +214,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob(f"*{ENDING}") if not file.name.startswith("."))
 
 
-def _convert_case(
+def _convert_maps(
     file: Path, case: str, dataset: Path, split: str, classes: tuple[ObjectClass, ...]
 ) -> None:
     """Write the label map, the instance map and its JSON file of one case."""
@@ -229,6 +236,7 @@ def _convert_case(
         made.CopyInformation(image)
         (dataset / folder).mkdir(parents=True, exist_ok=True)
         SimpleITK.WriteImage(made, str(dataset / folder / file.name), True)
+
     instances = {str(i): label for i, label in label_of.items()}
     write_json(dataset / f"instances{split}" / f"{case}.json", {"instances": instances})
 

@@ -182,6 +182,7 @@ class ObjectSource:
                 "training; number the objects from 1",
                 code="objects-large-id",
             )
+
         ignored = ignore_value(self.dataset)
         return CaseObjects(
             instances=found,
@@ -332,12 +333,15 @@ def write_box_labels(dataset: Path) -> list[str]:
             f'a scan without objects write {BOXES}/{bare[0]}.json with {{"boxes": []}}',
             code="boxes-missing",
         )
+
     # Left behind by a run that was killed.
     for unfinished in labels.glob(TEMPORARY_FILES):
         unfinished.unlink()
+
     source = ObjectSource(labels, dataset, described, reader=None)
     for case in wanted:
         _write_label_map(images[case], folder / f"{case}.json", labels / f"{case}{ending}", source)
+
     log.info("wrote %d label maps; %d existed", len(wanted), len(images) - len(wanted))
     return wanted
 
@@ -348,6 +352,7 @@ def _write_label_map(image_file: Path, boxes: Path, target: Path, source: Object
         raise ObjectsError(
             f"{image_file} is not a 3D image; detection needs one", code="objects-image-not-3d"
         )
+
     shape = as_size(image.GetSize()[::-1])
     known = read_true_boxes(boxes, source.classes, shape, source.other_labels)
 
@@ -358,5 +363,6 @@ def _write_label_map(image_file: Path, boxes: Path, target: Path, source: Object
     label_of_id = np.zeros(largest_id + 1, np.uint8)
     for item in found.objects:
         label_of_id[item.id] = source.classes[item.class_index].label
+
     assert found.ids_ZYX is not None
     write_label_map(label_of_id[found.ids_ZYX], image, target)

@@ -161,6 +161,7 @@ def make_plan(
     for sides in every_size:
         fits = [side <= size for side, size in zip(sides, patch_size, strict=True)]
         num_too_large += not all(fits)
+
     if num_too_large:
         log.warning(
             "%d of %d objects are larger than the patch of %s voxels and are never seen whole; "
@@ -235,6 +236,7 @@ def check(plan: DetectionPlan, where: str) -> DetectionPlan:
             f"{did_you_mean(plan.classification, CLASSIFICATIONS)}",
             code="detection-plan-classification",
         )
+
     rules = {
         "head_channels": (plan.head_channels >= 1, "at least 1"),
         "num_epochs": (plan.num_epochs >= 1, "at least 1"),

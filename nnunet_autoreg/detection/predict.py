@@ -146,6 +146,7 @@ def detect(model: Model, scan: Scan, options: DetectionOptions) -> Detected:
     inputs = scan.inputs()
     with ready(scan) as files:
         image, properties = model.preprocess(files, scan.name)  # (C, Z, Y, X)
+
     merged, logits = _merged(model, image, options)
 
     manager = model.stock.plans_manager
@@ -205,6 +206,7 @@ def _merged(
         parts.append(replace(found, members_N=members))
         if of_fold is not None:
             logits = of_fold if logits is None else logits + of_fold
+
     merged = merge(concatenate(parts), len(parts) * detector.num_members, options.nms)
     return merged, None if logits is None else logits / len(parts)
 

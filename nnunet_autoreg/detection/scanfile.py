@@ -155,6 +155,7 @@ def make_scan_file(
                 corners_mm_ras=tuple(_point(corner) for corner in frame.corners_ras(box)),
             )
         )
+
     record = ScanFile(
         scan=scan,
         shape_zyx=frame.shape_vox,
@@ -232,6 +233,7 @@ def _check(record: ScanFile, where: str) -> None:
         raise ObjectsError(
             f"{where}: affine_ras must be 4 rows of 4 finite numbers", code="detections-affine"
         )
+
     seen: set[int] = set()
     for box in record.boxes:
         here = f"{where}, box {box.id}"
@@ -331,6 +333,7 @@ def write_markup(file: Path, scan: str, boxes: Sequence[FileBox], frame: Frame) 
                 },
             }
         )
+
     write_json(file, {"@schema": MARKUP_SCHEMA, "markups": markups})
 
 

@@ -176,6 +176,7 @@ class DetectionLoss:
                 for name in ("boxes", "labels", "ignored")
             )
             wanted.append(PatchObjects(boxes, labels, ignored))
+
         found = anchor_losses(
             output.scores_BAK,
             output.deltas_BA6,
@@ -225,6 +226,7 @@ class DetectionLoss:
         else:
             predicted = logits > 0
             true = torch.cat([_is_in(labels_B1ZYX, region) for region in self.regions], 1)
+
         if self.ignore_label is not None:
             is_counted = labels_B1ZYX != self.ignore_label
             predicted, true = predicted & is_counted, true & is_counted

@@ -219,6 +219,7 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
                 other,
                 error,
             )
+
     if not found:
         return None
 
@@ -299,6 +300,7 @@ def score_thresholds(
             "which says nothing about new ones; give --min-score",
             code="fppi-fold-all",
         )
+
     curves: dict[str, list[tuple[Froc, int]]] = {name: [] for name in classes}
     for fold in folds:
         file = model / f"fold_{fold}" / SUMMARY

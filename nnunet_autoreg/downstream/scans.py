@@ -93,12 +93,20 @@ def find(
     if not folder.exists():
         raise UsageError(f"-i {folder} does not exist; check the path", code="scans-no-folder")
 
-    cases = _named_cases(folder, file_ending) if folder.is_dir() else {}
+    # Case -> channel -> file, of files named as nnU-Net does.
+    cases: dict[str, dict[int, Path]] = defaultdict(dict)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.name.endswith(file_ending) and not file.name.startswith("."):
+            named = CHANNEL_SUFFIX.match(file.name.removesuffix(file_ending))
+            if named:
+                cases[named["case"]][int(named["channel"])] = file
+
     if not cases:
         scans = _found_scans(folder, file_ending, num_channels, split_4d, output)
         _check_names(scans, folder)
         return scans
 
+    # A case needs every channel of the model.
     scans = []
     for name in sorted(cases, key=natural_key):
         channels = cases[name]
@@ -111,22 +119,11 @@ def find(
                 code="scans-missing-channel",
             )
         scans.append(Scan(name, tuple(channels[n] for n in range(num_channels))))
+
     used = {file for scan in scans for file in scan.files}
     _warn_of_others(folder, file_ending, used, output)
     _check_names(scans, folder)
     return scans
-
-
-def _named_cases(folder: Path, file_ending: str) -> dict[str, dict[int, Path]]:
-    """Return case -> channel -> file, of files named as nnU-Net does."""
-    found: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file in folder.iterdir():
-        if not file.name.endswith(file_ending) or file.name.startswith("."):
-            continue
-        named = CHANNEL_SUFFIX.match(file.name.removesuffix(file_ending))
-        if named:
-            found[named["case"]][int(named["channel"])] = file
-    return found
 
 
 def _found_scans(
@@ -145,6 +142,7 @@ def _found_scans(
             "give another folder",
             code="scans-output-is-input",
         )
+
     scans = []
     for candidate in find_scans([], [folder], split_4d=split_4d):
         if _is_result(candidate.path, folder, output):
@@ -163,6 +161,7 @@ def _found_scans(
                 candidate.reason,
                 extra=NAMES_FILES,
             )
+
     if not scans:
         raise UsageError(
             f"-i {folder} holds no scan; name files <case>_0000{file_ending}, or give DICOM, "
@@ -188,6 +187,7 @@ def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Pat
             continue
         if not _is_result(file, folder, output):
             others.append(file.relative_to(folder).as_posix())
+
     if not others:
         return
     others.sort(key=natural_key)
@@ -239,8 +239,16 @@ def ready(scan: Scan) -> Iterator[list[str]]:
 
         path = scan.candidate.path
         part = parse_part(scan.candidate.part)
+        image: Any
         if part.series:
-            image = _series_image(path, part)
+            # A DICOM series in its own orientation. SimpleITK counts x, y, z.
+            stack = find_stack(path, part)
+            slices = pick_volume(stack, part)
+            with quiet_stderr():
+                image = SimpleITK.GetImageFromArray(read_volume(path, slices))
+            image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
+            image.SetOrigin([float(v) for v in slices[0].position])
+            image.SetDirection([float(v) for v in stack.direction.ravel()])
         elif part.member:
             with unpacked(path, [part.member]) as members:
                 image = file_image(members[part.member], part)
@@ -249,21 +257,6 @@ def ready(scan: Scan) -> Iterator[list[str]]:
         file = Path(folder) / "scan_0000.nii.gz"
         SimpleITK.WriteImage(image, str(file))
         yield [str(file)]
-
-
-def _series_image(path: Path, part: ScanPart) -> Any:
-    """Return a DICOM series as an image in its own orientation."""
-    import SimpleITK
-
-    stack = find_stack(path, part)
-    slices = pick_volume(stack, part)
-    with quiet_stderr():
-        image: Any = SimpleITK.GetImageFromArray(read_volume(path, slices))
-    # SimpleITK counts x, y, z.
-    image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
-    image.SetOrigin([float(v) for v in slices[0].position])
-    image.SetDirection([float(v) for v in stack.direction.ravel()])
-    return image
 
 
 def file_image(file: Path, part: ScanPart) -> Any:
@@ -284,6 +277,7 @@ def file_image(file: Path, part: ScanPart) -> Any:
             raise ScanError(
                 "unreadable", f"SimpleITK cannot read it ({reason}); copy it again"
             ) from error
+
     image = image[..., int(part.t)] if part.t else image
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(

@@ -74,6 +74,7 @@ def fit_kernel(kernel: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
         # An even kernel has no middle.
         if 1 not in (old[axis], size[axis]) or size[axis] % 2 == 0:
             return kernel, ""
+
     if not changed:
         return kernel, ""
 

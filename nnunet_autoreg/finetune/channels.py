@@ -76,6 +76,7 @@ def _map_by_name(
             sources.append((c,))
             factors.append(1.0)
             notes.append(f"{name} <- {given_names[c]}")
+
     note = f"{given} -> {len(needed_names)} channels by name: {', '.join(notes)}"
     return ChannelMap(tuple(sources), tuple(factors), note)
 

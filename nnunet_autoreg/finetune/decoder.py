@@ -117,6 +117,7 @@ def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
             num_input_channels=1,
             num_classes=1,
         )
+
     tensors, _ = _live_tensors(pretrained)
     fitted = fit_decoder(network, tensors, num_stages(block.encoder.arguments))
     return frozenset(fitted.ready)

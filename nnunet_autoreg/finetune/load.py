@@ -229,6 +229,7 @@ def load_planned_encoder(
             "rates would not fit; plan again",
             code="weights-no-decoder",
         )
+
     use_decoder = with_decoder and block.transfers_decoder
     return load_encoder(
         network, file, card, target, block.recipe.expected_encoder_share, use_decoder

@@ -102,6 +102,7 @@ class PlannedForAutoregTrainers:
                 "nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p "
                 "AutoregPlans"
             )
+
         check_class(class_path, "architecture")
         check_arguments(arguments, "architecture")
         drop_path_rate = arguments.pop("drop_path_rate", 0.0)

@@ -274,6 +274,7 @@ def with_fits(
             card.num_input_channels, card.channel_names, len(channel_names), channel_names
         )
         channel_note = channels.note if channels else ""
+
     change = stem_change(block.encoder, arguments, channel_note)
 
     share, share_reason = decoder_first(
@@ -282,6 +283,7 @@ def with_fits(
     reasons = {**block.reasons, "recipe.decoder_first_fraction": share_reason}
     for name, fit in fits.items():
         reasons[name] = fit.reason
+
     recipe = replace(block.recipe, decoder_first_fraction=share)
     return replace(block, recipe=recipe, reasons=reasons)
 
@@ -333,6 +335,7 @@ def _reason_against(name: str, known: Mapping[str, Any], class_path: str) -> str
     for key in ("patch_size", "batch_size", "spacing", "data_identifier", "architecture"):
         if key not in resolved:
             return f"it has no '{key}'"
+
     if len(resolved["patch_size"]) != SPATIAL_AXES:
         return f"its patch size {resolved['patch_size']} is not 3D"
 

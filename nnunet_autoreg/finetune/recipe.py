@@ -168,6 +168,7 @@ def _layer_of(network: nn.Module) -> dict[str, int]:
         found = _BLOCK.match(name)
         if name.startswith(encoder) and found:
             block_of[name] = found[0]
+
     blocks = dict.fromkeys(block_of.values())  # in the order of the network, each once
     depth_of = {block: depth for depth, block in enumerate(blocks, start=1)}
 

@@ -182,6 +182,7 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
         if kernel != own_kernel:
             stages.append(str(stage))
             shapes.add(f"{times(own_kernel)} -> {times(kernel)}")
+
     if stages:
         notes.append(
             f"the spacing needs other kernels in stages {', '.join(stages)}: "

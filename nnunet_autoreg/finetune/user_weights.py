@@ -87,6 +87,7 @@ def misfit(
     while trace is not None:
         functions.append(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
+
     if LOADER not in functions:
         return None
 
@@ -96,6 +97,7 @@ def misfit(
         file = named_weights(command_line)
     except UsageError:
         file = None
+
     return (
         f"{OPTION} {file or ''}: these weights cannot be loaded into the plan's network "
         f"({reason[0][:160]}); give a checkpoint of the same network, or leave {OPTION} out"

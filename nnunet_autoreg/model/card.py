@@ -250,6 +250,7 @@ def _check_consistency(card: EncoderCard, path: Path) -> None:
     ]
     for group in card.spacing_groups:
         sizes += [*group.native_mm, *group.spacing_mm]
+
     if not all(value > 0 for value in sizes):
         raise WeightsError(
             f"{path}: token size, crop size, spacing and channels have to be greater than 0; "
@@ -269,6 +270,7 @@ def _check_consistency(card: EncoderCard, path: Path) -> None:
         missing = missing_arguments(card.class_path, card.arguments)
     except PlanError as error:
         raise WeightsError(f"{path}: {error}", code="card-invalid") from error
+
     if missing:
         raise WeightsError(
             f"{path}: arguments lacks {', '.join(missing)}; restore the file", code="card-invalid"

@@ -71,6 +71,7 @@ def build_network(
         raise PlanError(
             f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
         ) from error
+
     if deep_supervision and not has_deep_supervision(family):
         raise PlanError(
             f"{class_path} predicts at one resolution only; build it without deep supervision",

@@ -104,6 +104,7 @@ def _primus(family: str, size: str) -> EncoderSize:
             "ch_per_level": [16, 32, 64, 128] if is_tiny else [32, 64, 256, 1024],
             "add_skips": True,
         }
+
     return EncoderSize(
         name=f"{family}_{size}",
         family=family,

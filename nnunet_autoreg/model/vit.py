@@ -327,6 +327,7 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             raise PlanError(
                 f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
             ) from error
+
         if embed_dim % eva_numheads:
             raise PlanError(
                 f"width {embed_dim} is no multiple of {eva_numheads} heads", code="plan-width"

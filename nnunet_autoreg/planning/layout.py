@@ -167,6 +167,7 @@ def _layout_of_convolutional_tokens(
             f", FEWER than the {MIN_BLOCKS} of a good sequence: an encoder of smaller blocks suits "
             "better"
         )
+
     real = real_share(crop, pool.median_shape_vox)
     if real < MOSTLY_PADDING:
         why_block += f", only {100 * real:.0f} % of them not padding"

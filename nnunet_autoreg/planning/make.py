@@ -233,6 +233,7 @@ def make_plan(
             "stands in until a step has been measured, before the first; then what "
             f"{overrides.num_hours:g} h allow"
         )
+
     compiles, why_compile = choose_compile(steps, overrides.num_hours)
 
     reasons = {**why_data, "encoder.name": why_encoder}

@@ -55,12 +55,14 @@ def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
         weights["contrast"] = CONTRAST_WEIGHT
         contrasts = ", ".join(available.contrasts)
         reasons.append(f"{available.num_groups} subjects have the contrasts {contrasts}")
+
     if available.structures:
         weights["semantic"] = SEMANTIC_WEIGHT
         reasons.append(
             f"{available.semantic_source} say where {len(available.structures)} structures "
             "lie (read for positions only)"
         )
+
     if not reasons:
         reasons = [
             "no subject has several contrasts, and no label maps or boxes say where structures lie"

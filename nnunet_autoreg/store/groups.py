@@ -88,6 +88,7 @@ def ensure_groups(
         if None in records:
             missing.append(task)
             voxels.append(sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows))
+
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
 
@@ -242,6 +243,7 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
             covered.append(brought_onto(ones, grid, frame, 0.0) > 0.5)
             array_ZYX = brought_onto(array_ZYX, grid, frame, float(array_ZYX.min()))
         moved.append(array_ZYX)
+
     if not covered:
         return np.stack(moved), target.spacing_mm
 
@@ -253,5 +255,6 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
             "geometry",
             f"they share only {size_text(sides)} voxels: they show different parts of the body",
         )
+
     shared = tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
     return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm

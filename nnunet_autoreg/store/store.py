@@ -249,6 +249,7 @@ class Store:
         for task in missing:
             shape, spacing = transposed_geometry(task.row)
             num_voxels += volume(resampled_shape(shape, spacing, task.spacing_mm))
+
         needed = num_voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
         log.info(
             "store: %d of %d cases are missing; they need at most about %.2f GiB in %s (%.2f GiB "
@@ -370,6 +371,7 @@ def _make_case(root: Path, task: StoreTask) -> None:
             "spacing",
             f"{shape} voxels of {spacing} mm vanish at the target spacing {task.spacing_mm} mm",
         )
+
     check_memory(max(new_shape, shape, key=volume))
 
     scan = load_unchanged(task.row)
