@@ -17,6 +17,15 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import (
+    Group,
+    add_device,
+    add_labelled_dataset,
+    add_output_folder,
+    add_subjects,
+    chosen_device,
+    output_folder,
+)
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.machine import usable_cores
 
@@ -24,11 +33,9 @@ if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.prepare import Bench
     from nnunet_autoreg.benchmark.protocol import BenchmarkRequest
 
-# argparse has no public name for the groups of a parser.
-Group = argparse._ArgumentGroup
-
 DEFAULT_BUDGET_MIN = 30.0
 EXCLUSION = "exclude.txt"
+FOLDER = "autoreg_benchmark"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,13 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_comparison_options(group: Group) -> None:
-    group.add_argument(
-        "-d",
-        dest="dataset",
-        required=True,
-        metavar="ID",
-        help="labelled nnU-Net raw dataset, by number or name (4 or Dataset004_Name)",
-    )
+    add_labelled_dataset(group)
     group.add_argument(
         "--labels",
         nargs="+",
@@ -154,12 +155,7 @@ def _add_scoring_options(group: Group) -> None:
         help="patients that are scored. development: for making choices; test: for the final "
         "table (default: test)",
     )
-    group.add_argument(
-        "--subjects",
-        metavar="FILE",
-        help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
-        "names of the cases)",
-    )
+    add_subjects(group)
     group.add_argument(
         "--surface-tolerance",
         dest="surface_tolerance_mm",
@@ -171,11 +167,7 @@ def _add_scoring_options(group: Group) -> None:
 
 
 def _add_run_options(group: Group) -> None:
-    group.add_argument(
-        "--device",
-        choices=["cpu", "cuda", "mps"],
-        help="where to train (default: cuda if there is a GPU, else cpu)",
-    )
+    add_device(group)
     group.add_argument(
         "--jobs",
         type=int,
@@ -183,12 +175,7 @@ def _add_run_options(group: Group) -> None:
         metavar="N",
         help="trainings that run at the same time (default: %(default)s)",
     )
-    group.add_argument(
-        "-o",
-        dest="output",
-        metavar="FOLDER",
-        help="folder for all results (default: $nnUNet_results/autoreg_benchmark/DATASET)",
-    )
+    add_output_folder(group, "all results", FOLDER)
     group.add_argument(
         "--dry-run",
         action="store_true",
@@ -218,12 +205,13 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: must be at least 1", code="usage-number")
 
+    # Repetitions on the command line would be runs of the same name.
     options = options_for(BenchmarkRequest, args)
     options["dataset"] = dataset_folder(args.dataset).name
     options["labels"] = tuple(sorted(set(args.labels)))
     for name in ("arms", "weights", "encoders"):
-        # Without repetitions, in the order of the command line.
         options[name] = tuple(dict.fromkeys(options[name]))
+
     if args.steps is None and args.budget_min is None:
         options["budget_min"] = DEFAULT_BUDGET_MIN
     return BenchmarkRequest(**options).check()
@@ -247,7 +235,9 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
     layout = BenchmarkFolders(root, request.dataset)
     images = images_of(request.dataset)
     folders = {"nnUNet_preprocessed": layout.preprocessed, "nnUNet_results": layout.results}
-    commands = Commands(root / "commands.log", device, max(1, usable_cores() // num_jobs), folders)
+    # Trainings that run at the same time share the cores.
+    num_threads = max(1, usable_cores() // num_jobs)
+    commands = Commands(root / "commands.log", device, num_threads, folders)
     record = open_record(root, request, sorted(images), dataset_folder(request.dataset))
     write_exclude(layout, record.division)
     return Bench(
@@ -308,13 +298,11 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     failed = run_missing(bench, keys, num_jobs)
     lines = read_results(root / RESULTS_NAME)
     if lines:
-        write_text(root / "table.md", markdown(lines))
-        draw(root / "benchmark.png", lines, bench.request.dataset)
-        print(markdown(lines))
-        print(
-            f"table: {root / 'table.md'}\npicture: {root / 'benchmark.png'}\nruns: "
-            f"{root / RESULTS_NAME}"
-        )
+        text, table, picture = markdown(lines), root / "table.md", root / "benchmark.png"
+        write_text(table, text)
+        draw(picture, lines, bench.request.dataset)
+        print(text)
+        print(f"table: {table}\npicture: {picture}\nruns: {root / RESULTS_NAME}")
     return len(failed)
 
 
@@ -324,27 +312,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     configure_logging()
     prepare_torch()
-    from nnunet_autoreg.machine import check_device, default_device
-    from nnunet_autoreg.nnunet_api import results_folder
     from nnunet_autoreg.pretrain.run_folder import locked
 
     request = read_request(args)
-    device = check_device(args.device) if args.device else default_device()
-    root = (
-        Path(args.output).resolve()
-        if args.output
-        else results_folder() / "autoreg_benchmark" / request.dataset
-    )
+    device = chosen_device(args.device)
+    root = output_folder(args.output, FOLDER, request.dataset)
+
+    # One process at a time works in the folder.
     with locked(root, "name another -o"):
         bench = open_bench(request, root, device, args.jobs)
         describe(bench)
         if args.dry_run:
-            print_next(
-                f"autoreg_pretrain -d {shlex.quote(args.dataset)} --name NAME --exclude "
-                f"{shlex.quote(str(bench.layout.exclude))}"
-            )
+            exclude = shlex.quote(str(bench.layout.exclude))
+            dataset = shlex.quote(args.dataset)
+            print_next(f"autoreg_pretrain -d {dataset} --name NAME --exclude {exclude}")
             return 0
         num_failed = run(bench, args.jobs, args.measure)
+
     if num_failed:
         raise AutoregError(
             f"{num_failed} trainings failed; the log above names them and the reasons. Type the "

@@ -136,7 +136,13 @@ def command(main: Main) -> Command:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
-        _quiet_resource_tracker()
+        # multiprocessing's helper process warns when it cleans up after killed processes. It does
+        # so anyway, and reads its warning filters from the environment.
+        rule = "ignore:resource_tracker:UserWarning"
+        filters = os.environ.get("PYTHONWARNINGS", "")
+        if rule not in filters:
+            os.environ["PYTHONWARNINGS"] = f"{filters},{rule}" if filters else rule
+
         # Without arguments of its own, the command is the whole process and ends with it.
         with stoppable(_command_name(main), until_exit=argv is None):
             try:
@@ -155,25 +161,14 @@ def command(main: Main) -> Command:
     return run
 
 
-def _quiet_resource_tracker() -> None:
-    """Silence the warning with which multiprocessing cleans up after killed processes.
-
-    Its helper process removes their semaphores anyway.
-    """
-    rule = "ignore:resource_tracker:UserWarning"
-    existing = os.environ.get("PYTHONWARNINGS", "")
-    if rule not in existing:
-        os.environ["PYTHONWARNINGS"] = f"{existing},{rule}" if existing else rule
-
-
 def _stopped(error: BaseException) -> int:
     """Print the line of a command that was stopped, end its children, and return its exit code."""
+    message = ""
     if isinstance(error, InterruptedRunError):
-        report_stop(" ".join(str(error).split()))
-    else:
-        report_stop(
-            "" if stop_requested() else "interrupted; run the same command again to continue"
-        )
+        message = " ".join(str(error).split())
+    elif not stop_requested():
+        message = "interrupted; run the same command again to continue"
+    report_stop(message)
     end_children()
     return InterruptedRunError.exit_code
 
@@ -181,20 +176,32 @@ def _stopped(error: BaseException) -> int:
 def _failed(main: Main, error: Exception) -> int:
     """Print the error line of a command and return its exit code; raise the error of a bug."""
     if isinstance(error, AutoregError):
-        return _complain(main, str(error) + _broken_packages(error), error.exit_code)
+        message = str(error)
+        # Where a network cannot be built, a package of the wrong version may be the reason.
+        cause = error.__cause__
+        is_own = cause is None or isinstance(cause, AutoregError | OSError)
+        if isinstance(error, PlanError) and not is_own:
+            violations = find_violations()
+            message += f"; {in_one_line(violations)}" if violations else ""
+        return _complain(main, message, error.exit_code)
+
     if isinstance(error, BrokenPipeError):
-        _silence_stdout()
+        # Flushing the closed pipe at exit would print another error.
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
         return 1
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return _complain(
-            main, f"{error.strerror or error}{where}; what was written before is kept", 1
-        )
+        message = f"{error.strerror or error}{where}; what was written before is kept"
+        return _complain(main, message, 1)
 
     violations = find_violations()
     if not violations:
         raise error
-    what = f"{type(error).__name__}: {error} ({_location_of(error)})"
+    # Not necessarily a bug of ours. File and line of the innermost call stand for a traceback.
+    frames = traceback.extract_tb(error.__traceback__)
+    location = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "location unknown"
+    what = f"{type(error).__name__}: {error} ({location})"
     advice = "fix this first; if the error remains, it is then shown in full"
     return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
 
@@ -209,28 +216,6 @@ def warn_of_violations() -> None:
         return
     for violation in find_violations():
         logging.getLogger("nnunet_autoreg").warning("%s", violation)
-
-
-def _broken_packages(error: AutoregError) -> str:
-    """Return what is added to an error about a network that could not be built.
-
-    Violated requirements may be the reason. It is "" for all other errors.
-    """
-    cause = error.__cause__
-    if (
-        not isinstance(error, PlanError)
-        or cause is None
-        or isinstance(cause, AutoregError | OSError)
-    ):
-        return ""
-    violations = find_violations()
-    return f"; {in_one_line(violations)}" if violations else ""
-
-
-def _location_of(error: Exception) -> str:
-    """Return file and line of the innermost call, in place of a traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "location unknown"
 
 
 def prepare_torch() -> None:
@@ -252,30 +237,24 @@ def print_next(line: str) -> None:
     print(f"next: {printable(line)}", flush=True)
 
 
-def _without_controls(record: logging.LogRecord) -> logging.LogRecord:
-    """Return a log record without control characters in its arguments.
-
-    The arguments may be names of files, and a terminal obeys control characters.
-    """
-    if not isinstance(record.args, tuple):
-        return record
-
-    arguments: list[object] = []
-    for argument in record.args:
-        is_text = isinstance(argument, str | Path | BaseException)
-        arguments.append(printable(str(argument)) if is_text else argument)
-
-    safe = logging.makeLogRecord(record.__dict__)
-    safe.args = tuple(arguments)
-    return safe
-
-
 class _LevelFormatter(logging.Formatter):
     """Format plain messages, with the level in front from WARNING up."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(_without_controls(record))
-        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+        safe = record
+        if isinstance(record.args, tuple):
+            # Arguments may be names of files, and a terminal obeys control characters in them.
+            arguments: list[object] = []
+            for argument in record.args:
+                is_text = isinstance(argument, str | Path | BaseException)
+                arguments.append(printable(str(argument)) if is_text else argument)
+            safe = logging.makeLogRecord(record.__dict__)
+            safe.args = tuple(arguments)
+
+        text = super().format(safe)
+        if record.levelno >= logging.WARNING:
+            return f"{record.levelname.lower()}: {text}"
+        return text
 
 
 def configure_logging() -> None:
@@ -309,9 +288,3 @@ def _command_name(main: Main) -> str:
     spec = main.__globals__.get("__spec__")
     module = spec.name if spec is not None else main.__module__
     return "autoreg_" + module.rpartition(".")[2]
-
-
-def _silence_stdout() -> None:
-    """Redirect stdout to nothing, so that flushing the closed pipe at exit prints no error."""
-    with Path(os.devnull).open("wb") as nothing:
-        os.dup2(nothing.fileno(), sys.stdout.fileno())

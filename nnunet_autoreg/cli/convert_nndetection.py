@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(
             f"-d {request.number} must lie between 1 and 999", code="convert-number-range"
         )
+
     root = raw_folder()
     prefix = f"Dataset{request.number:03d}_"
     others = sorted(p.name for p in root.glob(f"{prefix}*"))
@@ -78,12 +79,15 @@ def main(argv: list[str] | None = None) -> int:
             f"-d {request.number}: {others[0]} has this number; choose another",
             code="convert-number-used",
         )
+
+    # Task016_Luna -> Luna.
     name = request.name or re.sub(r"^Task\w*?_", "", request.task.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise UsageError(
             f"'{name}' cannot be the name of a dataset; give --name with letters, digits, _ . or -",
             code="convert-dataset-name",
         )
+
     from nnunet_autoreg.detection.nndetection import convert_task
 
     dataset = root / f"{prefix}{name}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
+from nnunet_autoreg.cli.options import add_device, chosen_device
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.records import atomic_path, read_json, write_json
@@ -41,10 +42,9 @@ class Demo:
         nnU-Net's folders lie inside the demo's folder, and the commands of this interpreter come
         first in PATH.
         """
-        folders = {
-            name: str(self.folder / name)
-            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        }
+        folders = {}
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            folders[name] = str(self.folder / name)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": "demo"}
         return {**os.environ, **folders, **settings, "PATH": path}
@@ -70,6 +70,7 @@ class Demo:
                     code="demo-command-missing",
                 )
             code = run_guarded([program, *line[1:]], self.environment, handle)
+
         print(f"   [{time.monotonic() - start:.0f} s]", flush=True)
 
         if code:
@@ -85,9 +86,8 @@ def generate(demo: Demo) -> None:
     """Write the unlabelled scans, and an nnU-Net raw dataset of the labelled and the test scans."""
     raw = demo.folder / "nnUNet_raw" / DATASET
     for number in range(NUM_UNLABELLED):
-        write_image(
-            demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", draw_phantom(0, number)[0]
-        )
+        scan, _ = draw_phantom(0, number)
+        write_image(demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", scan)
 
     # Numbers go on, so that no test scan repeats an unlabelled one.
     first_test = NUM_UNLABELLED + NUM_LABELLED
@@ -172,9 +172,8 @@ def run_chain(demo: Demo) -> dict[str, float]:
             "-np",
             "2",
         )
-        dice[arm] = float(
-            json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]["Dice"]
-        )
+        means = json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]
+        dice[arm] = float(means["Dice"])
     return dice
 
 
@@ -246,11 +245,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="new or empty folder for all files (default: a temporary folder, which is kept)",
     )
-    p.add_argument(
-        "--device",
-        choices=["cpu", "cuda", "mps"],
-        help="where to train (default: cuda if there is a GPU, else cpu)",
-    )
+    add_device(p)
     return p
 
 
@@ -267,10 +262,9 @@ def main(argv: list[str] | None = None) -> int:
             f"--out {folder} is not an empty folder; give the name of a new one",
             code="usage-folder-not-empty",
         )
-    from nnunet_autoreg.machine import check_device, default_device
 
     folder.mkdir(parents=True, exist_ok=True)
-    demo = Demo(folder, check_device(args.device) if args.device else default_device())
+    demo = Demo(folder, chosen_device(args.device))
     print(
         f"generating {NUM_UNLABELLED} unlabelled, {NUM_LABELLED} labelled and {NUM_TEST} test "
         f"scans in {folder}",

@@ -20,6 +20,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import Group, add_device
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 from nnunet_autoreg.records import to_jsonable
 
@@ -88,14 +89,21 @@ def parser() -> argparse.ArgumentParser:
         "NAME.json with boxes in voxels and in mm, NAME_boxes (frames, a label map), "
         "NAME_instances (segmentation inside the boxes), and NAME.mrk.json (for 3D Slicer).",
     )
-    add = p.add_argument
-    add(
+    _add_input_options(p.add_argument_group("input"))
+    _add_model_options(p.add_argument_group("model"))
+    _add_box_options(p.add_argument_group("which boxes are kept"))
+    _add_output_options(p.add_argument_group("output"))
+    return p
+
+
+def _add_input_options(group: Group) -> None:
+    group.add_argument(
         "-d",
         dest="dataset",
         metavar="ID",
         help="the dataset the model was trained on (4 or Dataset004_Name)",
     )
-    add(
+    group.add_argument(
         "-i",
         dest="scans",
         metavar="FOLDER",
@@ -104,22 +112,20 @@ def parser() -> argparse.ArgumentParser:
         "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, "
         "which is searched recursively",
     )
-    add(
+    group.add_argument(
         "--from-seg",
         metavar="FOLDER",
         type=Path,
         help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
         "component of its segmentations becomes a detection, scored by its highest probability",
     )
-    add(
-        "-o",
-        dest="output",
-        required=True,
-        metavar="FOLDER",
-        type=Path,
-        help="the folder to write results to",
+    group.add_argument(
+        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
     )
-    add(
+
+
+def _add_model_options(group: Group) -> None:
+    group.add_argument(
         "-f",
         dest="folds",
         nargs="+",
@@ -127,61 +133,64 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLD",
         help="folds; default: all that are finished, except fold all, which has to be named",
     )
-    add(
+    group.add_argument(
         "-tr",
         dest="trainer",
         default="AutoregDetectionTrainer",
         metavar="TRAINER",
         help="default: %(default)s",
     )
-    add(
+    group.add_argument(
         "-p",
         dest="plans",
         default="AutoregPlans",
         metavar="PLANS",
         help="default: %(default)s",
     )
-    add(
+    group.add_argument(
         "-c",
         dest="configuration",
         default="3d_fullres",
         metavar="CONFIGURATION",
         help="default: %(default)s",
     )
-    add(
+    group.add_argument(
         "--checkpoint",
         default="checkpoint_final.pth",
         metavar="FILE",
         help="default: %(default)s",
     )
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    add(
+    add_device(group, "where to detect")
+    group.add_argument(
         "--tta",
         action=argparse.BooleanOptionalAction,
         help="mirror along every axis too, which takes eight times as long; default: on a GPU only",
     )
-    add(
+
+
+def _add_box_options(group: Group) -> None:
+    group.add_argument(
         "--min-score",
         type=float,
         metavar="S",
         help="leave out boxes below this score, from 0 to 1. Default: the JSON file has all boxes; "
         "drawings and the table start at 0.5",
     )
-    add(
+    group.add_argument(
         "--fppi",
         type=float,
         metavar="N",
         help="instead of --min-score: the scores that gave N false positives per scan in "
         "validation, class by class",
     )
-    add(
+    group.add_argument(
         "--nms-iou",
         type=float,
         default=0.1,
         metavar="IOU",
         help="boxes of a class that overlap more are one object; default %(default)s",
     )
-    add(
+    group.add_argument(
         "--max-boxes",
         type=int,
         default=100,
@@ -189,29 +198,38 @@ def parser() -> argparse.ArgumentParser:
         help="keep at most this many boxes of a scan, all classes and folds together; default "
         "%(default)s",
     )
-    add("--filled", action="store_true", help="draw solid boxes instead of frames")
-    add(
+
+
+def _add_output_options(group: Group) -> None:
+    group.add_argument(
+        "-o",
+        dest="output",
+        required=True,
+        metavar="FOLDER",
+        type=Path,
+        help="the folder to write results to",
+    )
+    group.add_argument("--filled", action="store_true", help="draw solid boxes instead of frames")
+    group.add_argument(
         "--no-instances",
         dest="with_instances",
         action="store_false",
         help="do not write NAME_instances",
     )
-    add(
+    group.add_argument(
         "--csv",
         action="store_true",
         help=f"also write {TABLE}, with LUNA16's columns (mm, LPS) first. It has the boxes with a "
         "score of at least 0.5, or all that --min-score or --fppi keep",
     )
-    add("--nndet", action="store_true", help="also write NAME_boxes.pkl as nnDetection does")
-    add(
-        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
+    group.add_argument(
+        "--nndet", action="store_true", help="also write NAME_boxes.pkl as nnDetection does"
     )
-    add(
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="detect again in scans that have results; default: go on with the others",
     )
-    return p
 
 
 def detect_all(request: DetectRequest) -> int:
@@ -263,6 +281,7 @@ def options_of(request: DetectRequest, model: "Model") -> "DetectionOptions":
         raise UsageError(
             "--min-score and --fppi exclude each other; give one", code="detect-two-scores"
         )
+
     _check_score(request)
     if request.fppi is not None and not request.fppi > 0:
         raise UsageError(f"--fppi {request.fppi:g} must be greater than 0", code="detect-fppi")
@@ -290,6 +309,8 @@ def options_of(request: DetectRequest, model: "Model") -> "DetectionOptions":
     )
     if request.fppi is None:
         return options
+
+    # The thresholds belong to the settings of validation.
     if nms != DEFAULT_NMS:
         log.warning(
             "--fppi: its scores come from a validation with --nms-iou %g and --max-boxes %d; with "
@@ -297,6 +318,7 @@ def options_of(request: DetectRequest, model: "Model") -> "DetectionOptions":
             DEFAULT_NMS.member_iou,
             DEFAULT_NMS.most_boxes,
         )
+
     thresholds = model.thresholds(request.fppi, num_mirrorings(model, options))
     return replace(options, min_score=thresholds)
 
@@ -313,12 +335,14 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
     from nnunet_autoreg.detection.from_segmentation import Segmentations
     from nnunet_autoreg.detection.predict import DetectionOptions
 
+    # What was typed differs from the default.
     defaults = parser()
     for name, option in OF_A_MODEL.items():
         if getattr(request, name) != defaults.get_default(name):
             raise UsageError(
                 f"{option} has no meaning with --from-seg; leave it out", code="from-seg-option"
             )
+
     _check_score(request)
     if request.output.resolve() == source_folder.resolve():
         raise UsageError(
@@ -372,20 +396,24 @@ def finish(
     from nnunet_autoreg.detection.scanfile import read_scan_file, write_table
 
     folder = request.output
+    # One scan that cannot be read is a warning; nothing at all is an error.
     if not names:
         raise AutoregError(
             f"none of the {num_scans} scans of {request.from_seg or request.scans} could be read; "
             "the warnings above say why",
             code="detect-none-readable",
         )
+
     for name in names if options.for_nndetection else ():
         file = folder / f"{name}_boxes.pkl"
         if not file.is_file():
             write_boxes(file, read_scan_file(folder / f"{name}.json"))
+
     if request.csv:
         # A generator: one file is read at a time.
         records = (read_scan_file(folder / f"{name}.json") for name in names)
         write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
+
     results = shlex.quote(str(folder))
     print_next(
         f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
@@ -437,6 +465,7 @@ def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
     from nnunet_autoreg.detection.scanfile import read_scan_file
     from nnunet_autoreg.downstream.results import check_same_run
 
+    # Settings that only change drawings are no reason to refuse.
     record = read_scan_file(file)
     present = {"model": record.model, "settings": record.settings, "inputs": record.inputs}
     of_drawing = tuple(f"settings.{name}: " for name in DRAWING)

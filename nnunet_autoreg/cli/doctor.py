@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{check.status:<5} {check.name:<19} {check.finding}", flush=True)
         if check.remedy:
             print(f"      -> {check.remedy}", flush=True)
+
     print_next(_next(checks))
     return int(any(check.status == FAIL for check in checks))
 
@@ -177,6 +178,7 @@ def all_checks() -> Iterator[Check]:
 
 
 def _next(checks: list[Check]) -> str:
+    # The first problem may be the cause of the others.
     for check in checks:
         if check.status == FAIL:
             return f"fix '{check.name}': {check.remedy}"
@@ -202,9 +204,11 @@ def check_python() -> Check:
 def check_nnunet() -> Check:
     """Check that nnU-Net is installed in a supported version."""
     supported = "pip install 'nnunetv2>=2.8.1,<3'"
+    # Nothing is imported here: nnU-Net imports torch, which takes seconds.
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None:
         return Check("nnunetv2", FAIL, f"not installed for {sys.executable}", supported)
+
     location = next(iter(spec.submodule_search_locations or ()), spec.origin)
     try:
         version = importlib.metadata.version("nnunetv2")
@@ -215,6 +219,7 @@ def check_nnunet() -> Check:
             f"of unknown version in {location}",
             f"install it with pip, so that its version is known: {supported}",
         )
+
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     if not NNUNET_FROM <= numbers < NNUNET_BELOW:
         return Check(
@@ -240,6 +245,7 @@ def check_folder(variable: str, get: Callable[[], Path]) -> Check:
     except AutoregError as error:
         finding, _, remedy = str(error).partition("; ")
         return Check(variable, FAIL, finding, remedy)
+
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return Check(variable, OK, str(folder))
 
@@ -255,6 +261,7 @@ def probe() -> dict[str, Any]:
 
     The key ``error`` is set if the interpreter failed.
     """
+    # In a folder without code of ours, which would otherwise be found first.
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -269,6 +276,7 @@ def probe() -> dict[str, Any]:
             "live": False,
             "error": f"importing torch and nnunetv2 took longer than {PROBE_LIMIT_S} s",
         }
+    # Packages may print lines of their own while they are imported.
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not lines:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -298,6 +306,7 @@ def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
             "nnU-Net does not find our classes: the .pth line is not read",
             "autoreg_doctor --link",
         )
+
     for key, class_name in (("planner", "AutoregPlanner"), ("trainer", "AutoregPretrainedTrainer")):
         if answer.get(key) is None:
             reason = answer.get(f"{key}_error", "nnU-Net's look-up returned nothing")
@@ -427,6 +436,7 @@ def check_runs() -> Check:
         finding = (
             f"{len(cards)} finished, newest: {newest.name} ({newest.encoder}, {newest.finished_at})"
         )
+
     if unreadable:
         return Check(
             name, WARN, f"{finding}; {len(unreadable)} unreadable", _one_line(unreadable[0])
@@ -478,6 +488,7 @@ def _link(folder: Path) -> int:
             "again",
             code="doctor-foreign-file",
         )
+
     try:
         target.write_text(LINK_HEAD + bridge.PTH_LINE, encoding="ascii")
     except OSError as error:
@@ -485,7 +496,9 @@ def _link(folder: Path) -> int:
             f"{target} cannot be written ({error.strerror}); activate an environment of your own",
             code="doctor-not-writable",
         ) from error
+
     print(f"wrote {target}")
+    # A file in a folder that Python does not read as site-packages has no effect.
     if not _live_in_fresh_interpreter():
         raise AutoregError(
             f"{target} was written, but a fresh interpreter does not read it, or does not find "
@@ -493,6 +506,7 @@ def _link(folder: Path) -> int:
             "nnunet-autoreg with pip",
             code="doctor-link-without-effect",
         )
+
     print_next("autoreg_doctor")
     return 0
 

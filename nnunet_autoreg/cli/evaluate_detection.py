@@ -15,6 +15,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import Group
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
@@ -61,8 +62,14 @@ def parser() -> argparse.ArgumentParser:
         "a row per detection and missed object, FILE_froc.png the curve, FILE_scans.png some scans "
         "with true and found boxes.",
     )
-    add = p.add_argument
-    add(
+    _add_input_options(p.add_argument_group("input and output"))
+    _add_object_options(p.add_argument_group("what an object is"))
+    _add_figure_options(p.add_argument_group("figures"))
+    return p
+
+
+def _add_input_options(group: Group) -> None:
+    group.add_argument(
         "-p",
         dest="predictions",
         metavar="PRED",
@@ -70,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder that autoreg_detect wrote: one JSON file per scan",
     )
-    add(
+    group.add_argument(
         "-g",
         dest="truth",
         metavar="GT",
@@ -80,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "component is an object), instance maps with <scan>.json "
         '{"instances": {id: label}}, or <scan>.json with {"boxes": [{"box_zyx", "label"}]}',
     )
-    add(
+    group.add_argument(
         "-o",
         dest="output",
         metavar="FILE",
@@ -88,7 +95,52 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="where to write, e.g. scores.json; its ending is replaced",
     )
-    add(
+    group.add_argument(
+        "--images",
+        metavar="FOLDER",
+        type=Path,
+        help="scans to draw the boxes on, <scan>_0000.nii.gz or <scan>.nii.gz "
+        "(default: imagesTr or imagesTs beside GT; else the label map)",
+    )
+    group.add_argument(
+        "--all-scans",
+        action="store_true",
+        help="scans of GT without a file in PRED count as scans without a detection (default: they "
+        "are left out)",
+    )
+
+
+def _add_object_options(group: Group) -> None:
+    group.add_argument(
+        "--dataset-json",
+        metavar="FILE",
+        type=Path,
+        help="nnU-Net's dataset.json with names of labels (default: in GT or beside it; else the "
+        "classes that PRED names)",
+    )
+    group.add_argument(
+        "--classes",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="score these only (default: all)",
+    )
+    group.add_argument(
+        "--min-voxels",
+        metavar="N",
+        type=int,
+        help="smaller objects are ignored (default: dataset.json's, else 3)",
+    )
+    group.add_argument(
+        "--connectivity",
+        type=int,
+        choices=[6, 18, 26],
+        help="neighbours that make a component (default: dataset.json's, else 26)",
+    )
+
+
+def _add_figure_options(group: Group) -> None:
+    group.add_argument(
         "--iou",
         dest="ious",
         metavar="T",
@@ -98,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
         help="IoUs of the average precisions (default: 0.1 0.5); the mean over 0.1 to 0.5 is "
         "always added",
     )
-    add(
+    group.add_argument(
         "--hit",
         metavar="RULE",
         default="iou:0.1",
@@ -107,35 +159,28 @@ def parser() -> argparse.ArgumentParser:
         "lies in the object), radius (within half the object's largest side, as LUNA16), or "
         "radius:MM (default: %(default)s)",
     )
-    add(
+    group.add_argument(
         "--box-convention",
         choices=["edges", "nndet"],
         default="edges",
         help="edges: boxes end where their voxels do; nndet: true and found boxes are a voxel "
         "longer on every axis, as for nnDetection's figures (default: %(default)s)",
     )
-    add(
-        "--classes",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="score these only (default: all)",
-    )
-    add(
+    group.add_argument(
         "--duplicates",
         choices=["false", "ignored"],
         default="false",
         help="what a second detection of one object is: a false positive, or ignored as LUNA16 "
         "does (default: %(default)s)",
     )
-    add(
+    group.add_argument(
         "--max-detections",
         metavar="N",
         type=int,
         default=100,
         help="per scan and class, the highest scores (default: %(default)s)",
     )
-    add(
+    group.add_argument(
         "--fp-per-scan",
         metavar="N",
         type=float,
@@ -144,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
         help="operating points; the CPM is the mean sensitivity at them (default: 0.125 0.25 0.5 1 "
         "2 4 8)",
     )
-    add(
+    group.add_argument(
         "--sizes",
         dest="size_edges_mm",
         metavar="MM",
@@ -153,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
         help="borders between strata of the objects' largest side (default: thirds of the objects; "
         "without a value: no strata)",
     )
-    add(
+    group.add_argument(
         "--bootstrap",
         dest="num_resamples",
         metavar="N",
@@ -161,40 +206,9 @@ def parser() -> argparse.ArgumentParser:
         default=1000,
         help="resamples of the scans for 95%% intervals; 0 for no intervals (default: %(default)s)",
     )
-    add("--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)")
-    add(
-        "--dataset-json",
-        metavar="FILE",
-        type=Path,
-        help="nnU-Net's dataset.json with names of labels (default: in GT or beside it; else the "
-        "classes that PRED names)",
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)"
     )
-    add(
-        "--min-voxels",
-        metavar="N",
-        type=int,
-        help="smaller objects are ignored (default: dataset.json's, else 3)",
-    )
-    add(
-        "--connectivity",
-        type=int,
-        choices=[6, 18, 26],
-        help="neighbours that make a component (default: dataset.json's, else 26)",
-    )
-    add(
-        "--images",
-        metavar="FOLDER",
-        type=Path,
-        help="scans to draw the boxes on, <scan>_0000.nii.gz or <scan>.nii.gz "
-        "(default: imagesTr or imagesTs beside GT; else the label map)",
-    )
-    add(
-        "--all-scans",
-        action="store_true",
-        help="scans of GT without a file in PRED count as scans without a detection (default: they "
-        "are left out)",
-    )
-    return p
 
 
 @command
@@ -274,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             "no picture of scans, because there is neither an image nor a label map to draw on; "
             "give --images FOLDER"
         )
+
     log.info("wrote %s", ", ".join(str(path) for path in written))
     print_next(f"look at {written[-1]}")
     return 0
@@ -328,7 +343,9 @@ def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "B
         image_folders = [request.images]
     found = {}
     for scan in pick_scans(folders.scans):
-        names = [f"{scan.name}{channel}{end}" for channel in ("_0000", "") for end in IMAGE_ENDINGS]
+        # As nnU-Net names the first channel, or plainly.
+        names = [f"{scan.name}_0000{end}" for end in IMAGE_ENDINGS]
+        names += [f"{scan.name}{end}" for end in IMAGE_ENDINGS]
         candidates = [folder / name for folder in image_folders for name in names]
         files = [file for file in candidates if file.is_file()]
         if request.images and not files:
@@ -337,6 +354,8 @@ def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "B
                 request.images,
                 names[0],
             )
+
+        # The first file that shows the same voxels is drawn on.
         true_file = folders.true_files[scan.name]
         frame = folders.frames[scan.name]
         if true_file.suffix != ".json":
@@ -355,6 +374,7 @@ def _table(results: dict[str, Any]) -> list[str]:
     columns = [(f"AP@{iou:g}", results["ap"][f"{iou:g}"]) for iou in results["settings"]["ious"]]
     for name, figure in results["map"].items():
         columns.append((f"mAP@{name.rpartition(':')[0]}", figure))
+
     columns.append(("CPM", results["froc"]["cpm"]))
     width = max(8, *(len(name) for name in results["classes"]))
 
@@ -372,19 +392,18 @@ def _table(results: dict[str, Any]) -> list[str]:
         if name not in results["absent_classes"]:
             figures = [f"{figure['per_class'][name]:.3f}" for _, figure in columns]
             lines.append(row(name, kind["objects"], kind["detections"], figures))
-    means = [_number(figure["mean"]) for _, figure in columns]
+
+    # Nothing can be measured where no object counts, and no interval without resamples.
+    means, intervals = [], []
+    for _, figure in columns:
+        mean, ends = figure["mean"], figure["ci95"]
+        means.append("-" if mean is None else f"{mean:.3f}")
+        intervals.append("-" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}")
+
     lines.append(row("mean", "", "", means))
     if any(figure["ci95"] for _, figure in columns):
-        lines.append(row("95 % CI", "", "", [_interval(figure["ci95"]) for _, figure in columns]))
+        lines.append(row("95 % CI", "", "", intervals))
     if results["absent_classes"]:
         listed = ", ".join(results["absent_classes"])
         lines.append(f"no object of: {listed} (left out of the means)")
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(ends: list[float] | None) -> str:
-    return "-" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"

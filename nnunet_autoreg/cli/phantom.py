@@ -55,6 +55,7 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
     """
     from scipy.ndimage import gaussian_filter
 
+    # Every scan has a generator of its own, so that each can be drawn without the others.
     g = rng.generator(seed, "phantom", number)
     scale = np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
     half_vox = np.array(SHAPE_VOX) / 2 * scale
@@ -65,10 +66,12 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
     coordinates = []
     for axis, field, half in zip(axes, fields, half_vox, strict=True):
         coordinates.append((axis + WARP_VOX * field / field.std()) / half)
+
     _, y, x = coordinates
 
     scan = np.where(y**2 + x**2 < 1, FAT_HU, AIR_HU)
     truth = np.zeros(SHAPE_VOX, np.uint8)
+    # Later organs cover earlier ones.
     for organ in ORGANS:
         centres = np.array(organ.centre) + g.normal(0, 0.05, 3)
         radii = np.array(organ.radius) * g.uniform(0.8, 1.2, 3)

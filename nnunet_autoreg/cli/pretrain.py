@@ -16,6 +16,7 @@ from nnunet_autoreg.cli.common import (
     print_next,
     warn_of_violations,
 )
+from nnunet_autoreg.cli.options import Group, add_device, chosen_device
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
@@ -25,9 +26,6 @@ from nnunet_autoreg.plan import DEFAULT_OBJECTIVE
 if TYPE_CHECKING:
     from nnunet_autoreg.pretrain.launcher import Launcher
     from nnunet_autoreg.pretrain.request import Request
-
-# argparse has no public name for the groups of a parser.
-Group = argparse._ArgumentGroup
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,11 +211,7 @@ def _list_of(named: Iterable[ObjectiveKind | Preset]) -> str:
 
 
 def _add_compute_options(group: Group) -> None:
-    group.add_argument(
-        "--device",
-        choices=["cpu", "cuda", "mps"],
-        help="where to train (default: cuda if there is a GPU, else cpu)",
-    )
+    add_device(group)
     group.add_argument(
         "--gpu-memory",
         dest="gpu_memory_gib",
@@ -276,7 +270,9 @@ def preprocess(request: "Request", part: str, dry_run: bool) -> int:
             "plans for all parts",
             code="usage-part-with-dry-run",
         )
+
     outcome = preprocess_part(request, parse_part(part))
+    # Cases that cannot be preprocessed stay missing; they do not keep the others from training.
     if outcome.num_missing > outcome.num_failed:
         num_missing = outcome.num_missing - outcome.num_failed
         print_next(
@@ -315,13 +311,15 @@ def main(argv: list[str] | None = None) -> int:
             "--show needs --dry-run: it draws what training would see, and stops before training",
             code="usage-show-without-dry-run",
         )
-    from nnunet_autoreg.machine import check_device, default_device
+
     from nnunet_autoreg.pretrain.launcher import Launcher, launch_of, wait_and_train
+
+    # Preprocessing and planning are done by one process, and preprocessing needs no GPU.
+    alone = bool(args.part) or args.dry_run
+    device = "cpu" if args.part else chosen_device(args.device)
 
     # Known to every process that torchrun started; all but the main one wait until it has made
     # everything ready.
-    alone = bool(args.part) or args.dry_run
-    device = "cpu" if args.part else check_device(args.device) if args.device else default_device()
     launch = launch_of(None if alone else args.num_gpus, device, os.environ)
     if launch.rank > 0:
         return wait_and_train(launch, device)
@@ -335,20 +333,21 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
 
     if args.part:
         return preprocess(request, args.part, args.dry_run)
+
     outcome = pretrain(request, launcher.device, args.dry_run, args.show, launcher)
     if not outcome.finished:
-        pictures = f"{outcome.folder / 'sequences.png'}, " if args.show else ""
+        folder = outcome.folder
+        picture = f"{folder / 'sequences.png'}, " if args.show else ""
         print_next(
-            f"look at {pictures}{outcome.folder / 'plan.json'} and {outcome.folder / 'scans.csv'}, "
-            "edit the plan if you like, "
-            "then type the same line without --dry-run"
+            f"look at {picture}{folder / 'plan.json'} and {folder / 'scans.csv'}, edit the plan if "
+            "you like, then type the same line without --dry-run"
         )
         return 0
-    print_next(
-        fine_tuning(args.datasets[0])
-        if args.datasets
-        else "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
-    )
+
+    following = "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
+    if args.datasets:
+        following = fine_tuning(args.datasets[0])
+    print_next(following)
     return 0
 
 

@@ -12,6 +12,15 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import (
+    Group,
+    add_device,
+    add_labelled_dataset,
+    add_output_folder,
+    add_subjects,
+    chosen_device,
+    output_folder,
+)
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import size_text
 
@@ -19,10 +28,8 @@ if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.probe_networks import Encoder
     from nnunet_autoreg.geometry import Spacing
 
-# argparse has no public name for the groups of a parser.
-Group = argparse._ArgumentGroup
-
 RANDOM_WORD = "random"
+FOLDER = "autoreg_probe"
 LINES_NAME, TABLE_NAME = "probe.jsonl", "probe.md"
 
 
@@ -45,13 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_probe_options(group: Group) -> None:
-    group.add_argument(
-        "-d",
-        dest="dataset",
-        required=True,
-        metavar="ID",
-        help="labelled nnU-Net raw dataset, by number or name (4 or Dataset004_Name)",
-    )
+    add_labelled_dataset(group)
     group.add_argument(
         "--encoder",
         dest="encoders",
@@ -96,12 +97,7 @@ def _add_scoring_options(group: Group) -> None:
         help="patients that are scored. development: for making choices; test: once, at the end "
         "(default: development)",
     )
-    group.add_argument(
-        "--subjects",
-        metavar="FILE",
-        help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
-        "names of the cases)",
-    )
+    add_subjects(group)
     group.add_argument(
         "--spacing",
         nargs=3,
@@ -119,17 +115,8 @@ def _add_scoring_options(group: Group) -> None:
 
 
 def _add_run_options(group: Group) -> None:
-    group.add_argument(
-        "--device",
-        choices=["cpu", "cuda", "mps"],
-        help="where features are computed (default: cuda if there is a GPU, else cpu)",
-    )
-    group.add_argument(
-        "-o",
-        dest="output",
-        metavar="FOLDER",
-        help="folder for the results (default: $nnUNet_results/autoreg_probe/DATASET)",
-    )
+    add_device(group, "where features are computed")
+    add_output_folder(group, "the results", FOLDER)
 
 
 @command
@@ -149,23 +136,18 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.benchmark.probe_run import Probed, probe_all
     from nnunet_autoreg.benchmark.split import divide, find_patients
     from nnunet_autoreg.geometry import as_spacing
-    from nnunet_autoreg.machine import check_device, default_device
     from nnunet_autoreg.model.card import read_card
-    from nnunet_autoreg.nnunet_api import dataset_folder, results_folder
+    from nnunet_autoreg.nnunet_api import dataset_folder
     from nnunet_autoreg.records import write_text
 
     # The dataset: patients that are labelled, patients that are scored, and the spacing.
     dataset = dataset_folder(args.dataset)
     images, labels = images_of(dataset.name), read_labels(dataset)
-    patients = find_patients(
-        dataset, sorted(images), Path(args.subjects) if args.subjects else None
-    )
+    subjects_file = Path(args.subjects) if args.subjects else None
+    patients = find_patients(dataset, sorted(images), subjects_file)
     division = divide(patients.patient_of)
     spacing_mm = as_spacing(args.spacing) if args.spacing else common_spacing(images)
-    if args.output:
-        root = Path(args.output).resolve()
-    else:
-        root = results_folder() / "autoreg_probe" / dataset.name
+    root = output_folder(args.output, FOLDER, dataset.name)
 
     scored_names = division.scored(args.score)
     print(f"{dataset.name}: {len(images)} labelled scans; {patients.rule}")
@@ -185,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     ct_window = next((window for window in windows if window is not None), None)
 
     settings = ProbeSettings(tuple(sorted(set(args.labels))), args.draws, seed=args.seed)
-    device = torch.device(check_device(args.device) if args.device else default_device())
+    device = torch.device(chosen_device(args.device))
     loading = (images, patients.patient_of, labels, spacing_mm, ct_window)
     pool = load_cases(dataset, division.pool, *loading)
     scored = load_cases(dataset, scored_names, *loading)
@@ -221,6 +203,7 @@ def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Enco
             code="usage-no-encoder",
         )
 
+    # Weights files and names of encoders need no folder of results.
     setting = os.environ.get("nnUNet_results", "")  # noqa: SIM112
     results = Path(setting) if setting else None
     found = [find_encoder(results, name, spacing_mm) for name in names]
@@ -230,12 +213,11 @@ def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Enco
     twins: list[Encoder] = []
     known = []
     for encoder in found:
-        if encoder.architecture not in known:
-            known.append(encoder.architecture)
-            for seed in range(args.random_seeds):
-                twins.append(
-                    replace(encoder, name=RANDOM_WORD, file=None, has_decoder=False, seed=seed)
-                )
+        if encoder.architecture in known:
+            continue
+        known.append(encoder.architecture)
+        twin = replace(encoder, name=RANDOM_WORD, file=None, has_decoder=False)
+        twins += [replace(twin, seed=seed) for seed in range(args.random_seeds)]
     return [*pretrained, *twins]
 
 
@@ -254,6 +236,7 @@ def refuse_leaks(
     """
     from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
 
+    # A refusal names the file with which to pretrain again.
     exclude = root / "exclude.txt"
     for encoder in encoders:
         if encoder.file is None:
@@ -261,9 +244,8 @@ def refuse_leaks(
         if not exclude.is_file():
             root.mkdir(parents=True, exist_ok=True)
             exclude.write_text("".join(f"{dataset}/{name}\n" for name in scored), encoding="utf-8")
-        warning = check_pretraining(
-            encoder.file.parent, Scored(dataset, patient_of, scored, images), exclude
-        )
+        scans = Scored(dataset, patient_of, scored, images)
+        warning = check_pretraining(encoder.file.parent, scans, exclude)
         if warning:
             print(f"warning: {warning}", flush=True)
 

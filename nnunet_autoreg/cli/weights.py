@@ -157,6 +157,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nnunet_autoreg.convert.inspecting import inspect_weights
     from nnunet_autoreg.finetune.resolve import locate
 
+    # Not a path: the name of a run.
     path = Path(arguments.path)
     if not path.exists():
         path = locate(nnunet_api.results_folder(), arguments.path, given_as="inspect ")
@@ -164,11 +165,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     facts, following = inspect_weights(path, _import_options(arguments), arguments.adaptation_plan)
     for name, text in facts:
         print(f"{name:<19} {printable(text)}")
+
     print_next(following)
     return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    # Before torch is imported, which takes seconds.
     check_run_name(arguments.name)
     results = nnunet_api.results_folder()
     from nnunet_autoreg.convert.importing import import_weights
@@ -183,6 +186,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     for note in imported.notes:
         print(textwrap.indent(note, "  "))
+
     print(
         f"imported {len(imported.tensors)} tensors as '{card.name}': {card.encoder}, sha256 "
         f"{card.sha256[:12]}..."
@@ -204,8 +208,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     for warning in exported.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
+
     for file in exported.files:
         print(f"wrote {file}")
+
     if exported.card.licence_line:
         print(exported.card.licence_line)
     print_next(f"autoreg_weights inspect {shlex.quote(arguments.folder)}")

@@ -1,0 +1,74 @@
+"""Options that several commands share, and what follows from them."""
+
+import argparse
+from pathlib import Path
+
+# argparse has no public name for the groups of a parser.
+Group = argparse._ArgumentGroup
+Options = argparse._ActionsContainer
+"""A parser, or a group of one."""
+
+
+def add_labelled_dataset(group: Group) -> None:
+    """Add ``-d``: a labelled dataset, whose patients are divided."""
+    group.add_argument(
+        "-d",
+        dest="dataset",
+        required=True,
+        metavar="ID",
+        help="labelled nnU-Net raw dataset, by number or name (4 or Dataset004_Name)",
+    )
+
+
+def add_subjects(group: Group) -> None:
+    """Add ``--subjects``: which cases belong to which patient."""
+    group.add_argument(
+        "--subjects",
+        metavar="FILE",
+        help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
+        "names of the cases)",
+    )
+
+
+def add_device(options: Options, purpose: str = "where to train") -> None:
+    """Add ``--device``."""
+    options.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "mps"],
+        help=f"{purpose} (default: cuda if there is a GPU, else cpu)",
+    )
+
+
+def add_output_folder(group: Group, contents: str, default: str) -> None:
+    """Add ``-o``.
+
+    Args:
+        contents: what the folder is for.
+        default: the name below ``$nnUNet_results`` that ``output_folder`` gets.
+    """
+    group.add_argument(
+        "-o",
+        dest="output",
+        metavar="FOLDER",
+        help=f"folder for {contents} (default: $nnUNet_results/{default}/DATASET)",
+    )
+
+
+def chosen_device(device: str | None) -> str:
+    """Return the device of ``--device``, or the fastest one without it.
+
+    Raises:
+        UsageError: torch finds no such device.
+    """
+    from nnunet_autoreg.machine import check_device, default_device
+
+    return check_device(device) if device else default_device()
+
+
+def output_folder(output: str | None, default: str, dataset: str) -> Path:
+    """Return the folder of ``-o``, or without it the default one."""
+    from nnunet_autoreg.nnunet_api import results_folder
+
+    if output:
+        return Path(output).resolve()
+    return results_folder() / default / dataset
