@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import CheckpointError, WeightsError
-from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.records import atomic_path, regular
 from nnunet_autoreg.safe_load import load_plain
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def damage_of(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as handle:
+        with regular(path).open("rb") as handle:
             left = os.fstat(handle.fileno()).st_size - _COMMENT_BYTES - len(_NO_COMMENT)
             while left > 0 and (piece := handle.read(min(left, 1 << 20))):
                 digest.update(piece)

@@ -116,10 +116,14 @@ def printable(text: str) -> str:
     )
 
 
+MAX_COMPARED = 100
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown ``name``: a close match if there is one, else all that
     is known.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    # Comparing takes time that grows with the square of the length.
+    close = difflib.get_close_matches(name[:MAX_COMPARED], names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(names)}"

@@ -1,7 +1,6 @@
 """The plan of a pretraining run: every value that can be chosen, written before work begins."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -11,7 +10,7 @@ from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.geometry import Size, Spacing, size_text
-from nnunet_autoreg.records import from_jsonable, to_jsonable
+from nnunet_autoreg.records import from_jsonable, parse_json, to_jsonable
 
 PLAN_VERSION = 2
 DEFAULT_OBJECTIVE = "autoregressive"
@@ -415,7 +414,7 @@ def literal(text: str) -> Any:
     the text itself.
     """
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         parts = text.split(",")
         if len(parts) > 1:

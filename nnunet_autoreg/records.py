@@ -4,6 +4,7 @@ Unknown keys are refused.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import platform
 import stat
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -231,8 +232,9 @@ absence would mean something else.
 """
 
 
-MAX_JSON_BYTES = 2**30
-"""Parsed JSON takes several times its size in memory."""
+MAX_JSON_BYTES = 2**29
+MAX_JSON_VALUES = 20_000_000
+"""Parsed JSON takes several times its size in memory, about 100 bytes for a short value."""
 
 
 def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -246,32 +248,76 @@ def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYT
         PlanError: it cannot be read, is too large, or is no JSON.
     """
     try:
-        found = path.stat()
-        # Reading a pipe would wait for its other end forever.
-        if not stat.S_ISREG(found.st_mode):
+        size = regular(path).stat().st_size
+        if size > max_bytes:
             raise PlanError(
-                f"{path} cannot be read (it is no regular file); {advice}", code="json-unreadable"
-            )
-        if found.st_size > max_bytes:
-            raise PlanError(
-                f"{path} has {found.st_size:,} bytes, more than {max_bytes:,}, and is not read; "
-                f"{advice}",
+                f"{path} has {size:,} bytes, more than {max_bytes:,}, and is not read; {advice}",
                 code="json-too-large",
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(
-            f"{path} cannot be read ({error.strerror or error})", code="json-unreadable"
+            f"{path} cannot be read ({error.strerror or error}); {advice}", code="json-unreadable"
         ) from error
+    except JsonDepthError as error:
+        raise PlanError(f"{path} is JSON of {error}; {advice}", code="json-too-deep") from error
     except ValueError as error:
         raise PlanError(
             f"{path} is not valid JSON ({error}); {advice}", code="json-invalid"
         ) from error
+
+
+class JsonDepthError(ValueError):
+    """JSON has more levels than Python can follow."""
+
+
+def regular(path: Path) -> Path:
+    """Return ``path`` if it is a file; opening a pipe would wait for its other end forever.
+
+    Raises:
+        OSError: it does not exist, or is something else than a file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; memory is bounded and the nesting limited.
+
+    Raises:
+        ValueError: it is no JSON, or has too many values or levels.
+    """
+    num_values = text.count(",") + text.count("[") + text.count("{")
+    if num_values > MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
+    try:
+        return json.loads(text)
     except RecursionError as error:
+        raise JsonDepthError("too many levels, one inside the other") from error
+
+
+def read_object(path: Path, keys: Sequence[str] = (), advice: str = MEND_OURS) -> dict[str, Any]:
+    """Parse a JSON file that has to hold an object, as ``read_json`` does.
+
+    Args:
+        keys: what the object must have.
+
+    Raises:
+        PlanError: it cannot be read, is no JSON, holds something else, or a key is missing.
+    """
+    content = read_json(path, advice)
+    if not isinstance(content, dict):
         raise PlanError(
-            f"{path} is JSON of too many levels, one inside the other; {advice}",
-            code="json-too-deep",
-        ) from error
+            f"{path} holds {shown(content)} instead of an object in braces; {advice}",
+            code="json-no-object",
+        )
+    for key in keys:
+        if key not in content:
+            raise PlanError(
+                f"{path}: the key '{key}' is missing; {advice}", code="json-missing-key"
+            )
+    return content
 
 
 def sha256_of(path: Path) -> str:

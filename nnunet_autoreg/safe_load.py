@@ -9,12 +9,14 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.records import regular
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -33,6 +35,7 @@ def load_plain(file: Path) -> Any:
     import torch
 
     try:
+        _refuse_inflating(regular(file))
         with plain_loading(file), warnings.catch_warnings():
             # About pickle protocols, which the error says better.
             warnings.simplefilter("ignore", UserWarning)
@@ -43,6 +46,27 @@ def load_plain(file: Path) -> Any:
         reason = (str(error).splitlines() or [""])[0][:200]
         message = f"{file} cannot be read ({type(error).__name__}: {reason}); download it again"
         raise WeightsError(message) from error
+
+
+def _refuse_inflating(file: Path) -> None:
+    """Refuse archives whose records are larger than the file itself.
+
+    ``torch.save`` does not compress, so only a file that is meant to fill the memory has such
+    records.
+
+    Raises:
+        WeightsError: it is one (code "weights-inflates").
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+    if size > file.stat().st_size:
+        raise WeightsError(
+            f"{file} has {file.stat().st_size:,} bytes, but its records would have {size:,}; "
+            "torch.save writes no such file: ask its author for a safetensors file",
+            code="weights-inflates",
+        )
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from nnunet_autoreg.finetune.resolve import (
 from nnunet_autoreg.geometry import Size, as_spacing, size_text
 from nnunet_autoreg.model.memory import TrainingMemory
 from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
-from nnunet_autoreg.records import read_json, to_jsonable, write_json
+from nnunet_autoreg.records import read_object, to_jsonable, write_json
 
 DETECTION_BLOCK = "autoreg_detection"
 """If dataset.json has this key, detection is planned as well."""
@@ -252,7 +252,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         return preprocessed_folder() / str(self.dataset_name) / f"{self.plans_identifier}.json"
 
     def _old_plans(self) -> dict[str, Any] | None:
-        return read_json(self._plans_file()) if self._plans_file().is_file() else None
+        return read_object(self._plans_file()) if self._plans_file().is_file() else None
 
     def _refuse_2d(self) -> None:
         if 1 in np.median(np.array(self.dataset_fingerprint["shapes_after_crop"]), 0):

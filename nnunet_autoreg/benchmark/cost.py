@@ -1,6 +1,5 @@
 """The cost of a pretraining in FLOPs, samples and seconds, to compare arms at equal cost."""
 
-import json
 import logging
 import statistics
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import from_jsonable, read_json
+from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
 from nnunet_autoreg.sampling.sample import collate
 from nnunet_autoreg.sampling.sampler import TRAINING
@@ -73,16 +73,11 @@ def pretraining_cost(folder: Path) -> Cost | None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("the arithmetic of '%s' could not be counted (%s)", folder.name, reason)
 
-    # The mean step time that was logged, times the steps. A kill may have cut the last line short.
+    # The mean step time that was logged, times the steps.
     times = []
-    metrics = folder / "metrics.jsonl"
-    texts = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line.get("name") == "step_time":
+    for line in read_lines(folder / "metrics.jsonl"):
+        is_number = isinstance(line["value"], int | float)
+        if line["name"] == "step_time" and is_number:
             times.append(float(line["value"]))
 
     seconds = round(statistics.fmean(times) * plan.optim.num_steps, 1) if times else None

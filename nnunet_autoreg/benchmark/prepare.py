@@ -41,7 +41,7 @@ from nnunet_autoreg.finetune.block import BLOCK_KEY
 from nnunet_autoreg.finetune.resolve import locate
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.nnunet_api import dataset_folder
-from nnunet_autoreg.records import from_jsonable, read_json, write_json, write_text
+from nnunet_autoreg.records import from_jsonable, read_json, read_object, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Bench:
 def images_of(dataset: str) -> dict[str, list[Path]]:
     """Return case -> image files, for the labelled cases of a raw dataset."""
     folder = dataset_folder(dataset)
-    ending = str(read_json(folder / "dataset.json").get("file_ending", ".nii.gz"))
+    ending = str(read_object(folder / "dataset.json").get("file_ending", ".nii.gz"))
 
     found: dict[str, list[Path]] = {}
     for candidate in find_scans([dataset], []):
@@ -244,7 +244,7 @@ def ensure_masked(bench: Bench, family: str) -> None:
             code="benchmark-no-twin",
         )
 
-    plan = read_json(plan_file)
+    plan = read_object(plan_file, ("request", "optim"))
     preset = plan["request"].get("preset")
     if preset:
         raise AutoregError(
@@ -318,8 +318,8 @@ def pin(bench: Bench, name: str) -> None:
     """
     # A run's folder may be a link to one that the user trains on.
     file = bench.layout.root / PINS_NAME
-    pins = read_json(file) if file.is_file() else {}
-    found = str(read_json(bench.layout.pretraining(name) / CARD_NAME)["sha256"])
+    pins = read_object(file) if file.is_file() else {}
+    found = read_card(bench.layout.pretraining(name)).sha256
     if pins.setdefault(name, found) != found:
         raise UsageError(
             f"the weights of '{name}' have changed since this benchmark's first training with "
@@ -370,7 +370,7 @@ def write_plans(bench: Bench, key: RunKey) -> None:
     if name == base:
         return
 
-    plans = read_json(bench.layout.plans / f"{base}.json")
+    plans = read_object(bench.layout.plans / f"{base}.json", (BLOCK_KEY,))
     plans["plans_name"] = name
     changes = recipe_values(tuple(key.recipe.split()))
     plans[BLOCK_KEY]["recipe"].update(changes)
@@ -414,7 +414,7 @@ def planned_batch(bench: Bench, keys: Sequence[RunKey]) -> int:
 
     batches = []
     for name in sorted(names):
-        plans = read_json(bench.layout.plans / f"{name}.json")
+        plans = read_object(bench.layout.plans / f"{name}.json", ("configurations",))
         batches.append(int(plans["configurations"][CONFIGURATION]["batch_size"]))
     return min(batches)
 
@@ -431,5 +431,5 @@ def surface_tolerance_mm(bench: Bench) -> float | None:
     file = bench.layout.plans / "dataset_fingerprint.json"
     if not file.is_file():
         return None
-    edges = [float(min(spacing)) for spacing in read_json(file)["spacings"]]
+    edges = [float(min(spacing)) for spacing in read_object(file, ("spacings",))["spacings"]]
     return round(statistics.median(edges), 3)

@@ -21,7 +21,7 @@ from nnunet_autoreg.nnunet_api import (
     scheme_of,
 )
 from nnunet_autoreg.plan import IntensityWindow
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.records import read_object
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def read_labels(dataset: Path) -> DatasetLabels:
     Raises:
         UsageError: its labels are regions, which one classifier per voxel cannot express.
     """
-    content = read_json(dataset / "dataset.json")
+    content = read_object(dataset / "dataset.json", ("labels",))
     names = read_dataset_json(dataset).channels
 
     structures = {}

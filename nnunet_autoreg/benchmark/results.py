@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.records import parse_json
 
 RESULTS_NAME = "runs.jsonl"
 KEYS = ("arm", "encoder", "labels", "seed", "split", "steps", "batch", "recipe")
@@ -79,6 +80,10 @@ def key_of(line: Mapping[str, Any]) -> RunKey:
     return RunKey(**{name: line[name] for name in KEYS})
 
 
+def _text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
 def read_results(file: Path) -> list[dict[str, Any]]:
     """Return all whole lines of the file.
 
@@ -88,11 +93,11 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         AutoregError: a line in the middle is damaged.
     """
     # What follows the last line break is "" or the beginning of a line.
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    lines = _text_of(file).split("\n")
     found = []
     for number, text in enumerate(lines[:-1], start=1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             key_of(line)
         except (ValueError, KeyError, TypeError) as error:
             raise AutoregError(

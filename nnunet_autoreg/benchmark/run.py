@@ -36,7 +36,7 @@ from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, FineTuningJob
 from nnunet_autoreg.children import end_children, run_guarded
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
-from nnunet_autoreg.records import read_json, to_jsonable, write_json
+from nnunet_autoreg.records import read_json, read_object, to_jsonable, write_json
 from nnunet_autoreg.stopping import stop_requested
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
         AutoregError: an arm cannot be run, or the budget is too small for a step.
     """
     request, file = bench.request, bench.layout.root / LENGTHS_NAME
-    lengths = read_json(file) if file.is_file() else {}
+    lengths = read_object(file) if file.is_file() else {}
     keys = list(runs_of(request, 0, 0))
     batch = request.batch or lengths.setdefault("batch", planned_batch(bench, keys))
     steps = request.steps
@@ -261,8 +261,7 @@ def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[
             code="benchmark-training-failed",
         )
 
-    found: dict[str, Any] = read_json(folder / RESULT_NAME)
-    return found
+    return read_object(folder / RESULT_NAME)
 
 
 def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +316,7 @@ def cost_of(bench: Bench, name: str, sha256: str) -> Cost | None:
     file = bench.layout.root / COSTS_NAME
     # Several trainings may end at once, and each of them writes the file.
     with _costs_lock:
-        known = read_json(file) if file.is_file() else {}
+        known = read_object(file) if file.is_file() else {}
         if sha256 not in known:
             from nnunet_autoreg.benchmark.cost import pretraining_cost
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nnunet_autoreg.downstream.patients import PATIENT_COLUMNS, subjects_by_name
 from nnunet_autoreg.errors import UsageError, did_you_mean
+from nnunet_autoreg.records import regular
 
 TEST_SHARE, DEVELOPMENT_SHARE = 0.2, 0.15
 SPLITS = ("development", "test")
@@ -47,7 +48,7 @@ def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
     """
     try:
         # Spreadsheet programs put a mark in front, which utf-8-sig removes.
-        with path.open(encoding="utf-8-sig", newline="") as handle:
+        with regular(path).open(encoding="utf-8-sig", newline="") as handle:
             found = {row["case"]: row["subject"] for row in csv.DictReader(handle)}
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
         raise UsageError(

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.classification.table import TABLE_NAME, ClassTable, read_table
-from nnunet_autoreg.corpus.dataset_json import read_dataset_json
+from nnunet_autoreg.corpus.dataset_json import read_dataset_json, structures_of
 from nnunet_autoreg.corpus.intensity import body_mask, tissue_mask
 from nnunet_autoreg.downstream.label_maps import LABELS, first_channels, write_label_map
 from nnunet_autoreg.downstream.scans import file_image
 from nnunet_autoreg.errors import ClassesError, ScanError
 from nnunet_autoreg.io.parts import ScanPart
-from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, read_json
+from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, read_object
 
 BODY = 1
 MOST_NONZERO = 0.99
@@ -38,7 +38,7 @@ def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
             dataset.json has no label 1 (code "classes-no-label").
         ScanError: an image cannot be read.
     """
-    described = read_json(dataset / "dataset.json", MEND_YOURS)
+    described = read_object(dataset / "dataset.json", ("labels",), MEND_YOURS)
     ending = str(described.get("file_ending", ".nii.gz"))
     images = first_channels(dataset, ending)
     if not images:
@@ -51,7 +51,7 @@ def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
 
     labels = dataset / LABELS
     wanted = [case for case in images if not (labels / f"{case}{ending}").is_file()]
-    if wanted and BODY not in described.get("labels", {}).values():
+    if wanted and BODY not in structures_of(described["labels"]):
         raise ClassesError(
             f'{dataset / "dataset.json"} has no label {BODY}; write "labels": {{"background": 0, '
             f'"body": {BODY}}} into it',

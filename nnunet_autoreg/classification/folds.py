@@ -107,12 +107,21 @@ def find_folds(folder: Path, table: ClassTable) -> tuple[list[Fold], str]:
 
 def _checked(file: Path, folds: Any) -> list[Fold]:
     is_list = isinstance(folds, list) and bool(folds)
-    if not is_list or not all(isinstance(f, Mapping) and {"train", "val"} <= set(f) for f in folds):
+    if not is_list or not all(map(_is_fold, folds)):
         raise ClassesError(
             f'{file} is no list of folds with "train" and "val"; repair or remove it',
             code="classes-damaged-folds",
         )
     return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in folds]
+
+
+def _is_fold(fold: Any) -> bool:
+    """Return whether a parsed value has lists of names for training and validation."""
+    if not isinstance(fold, Mapping):
+        return False
+    parts = [fold.get("train"), fold.get("val")]
+    are_lists = all(isinstance(part, list) for part in parts)
+    return are_lists and all(isinstance(case, str) for part in parts for case in part)
 
 
 def patients_in_two_parts(folds: Sequence[Fold], patient_of: Mapping[str, str]) -> list[str]:

@@ -175,21 +175,38 @@ def _refuse_endless(content: Any, file: Path) -> None:
     Raises:
         WeightsError: there are more values than any checkpoint has (code "weights-endless").
     """
-    # What a list holds twice is counted twice, as it would be written twice.
-    pending, num_seen = [content], 0
+    # Every list is looked at once, however often it occurs: by id, how many values it stands for.
+    num_values: dict[int, int] = {}
+    pending: list[tuple[Any, bool]] = [(content, False)]
     while pending:
-        value = pending.pop()
-        num_seen += 1
-        if num_seen > MAX_VALUES:
-            raise WeightsError(
-                f"{file} holds more than {MAX_VALUES:,} values, or lists that contain one "
-                "another without end; use another file",
-                code="weights-endless",
-            )
-        if isinstance(value, Mapping):
-            pending.extend(value.values())
-        elif isinstance(value, list | tuple | set | frozenset):
-            pending.extend(value)
+        value, is_counted = pending.pop()
+        inner = _inner_values(value)
+        if inner is None:
+            continue
+        if is_counted:
+            total = 1 + sum(num_values.get(id(item), 1) for item in inner)
+            num_values[id(value)] = min(total, MAX_VALUES + 1)
+        elif id(value) not in num_values:
+            # Whatever leads back to itself from here has no end.
+            num_values[id(value)] = MAX_VALUES + 1
+            pending.append((value, True))
+            pending.extend((item, False) for item in inner)
+
+    if num_values.get(id(content), 1) > MAX_VALUES:
+        raise WeightsError(
+            f"{file} holds more than {MAX_VALUES:,} values, or lists that contain one another "
+            "without end; use another file",
+            code="weights-endless",
+        )
+
+
+def _inner_values(value: Any) -> list[Any] | None:
+    """Return what a container holds; None for anything else."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    return None
 
 
 def _as_plan(data: Any, where: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.records import read_json
 
 NAME = "dataset.json"
+MAX_LABEL = 2**31 - 1
+"""Label maps hold no larger values."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def structures_of(labels: Any) -> dict[int, str]:
 def _values(value: Any) -> tuple[int, ...]:
     listed = value if isinstance(value, (list, tuple)) else [value]
     try:
-        return tuple(int(number) for number in listed)
-    except (TypeError, ValueError):
+        values = tuple(int(number) for number in listed)
+    except (TypeError, ValueError, OverflowError):
         return ()
+    return values if all(0 <= number <= MAX_LABEL for number in values) else ()

@@ -1,6 +1,5 @@
 """``--exclude``: which scans the user wants left out, by path, id, case or subject."""
 
-import json
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.io.names import absolute
 from nnunet_autoreg.io.parts import parse_part
+from nnunet_autoreg.records import parse_json, regular
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def read_exclude(path: Path) -> set[str]:
         UsageError: the file cannot be read, or is none of these.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = regular(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--exclude {path} cannot be read ({error}); give {FORMATS}", code="exclude-unreadable"
@@ -44,15 +44,17 @@ def read_exclude(path: Path) -> set[str]:
         lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
         return {line for line in lines if line}
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         raise UsageError(
             f"--exclude {path} is not valid JSON ({error}); give {FORMATS}",
             code="exclude-unreadable",
         ) from error
     if isinstance(data, list) and data and isinstance(data[0], dict) and "val" in data[0]:
-        return {str(name) for part in ("val", "test") for name in data[0].get(part, [])}
-    if isinstance(data, list) and all(isinstance(name, str) for name in data):
+        parts = [data[0]["val"], data[0].get("test", [])]
+        if all(isinstance(part, list) for part in parts):
+            return {str(name) for part in parts for name in part}
+    elif isinstance(data, list) and all(isinstance(name, str) for name in data):
         return set(data)
     raise UsageError(
         f"--exclude {path} holds neither a list of ids nor splits; give {FORMATS}",

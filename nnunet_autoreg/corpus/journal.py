@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.records import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Journal:
         with path.open("rb") as handle:
             for line in handle:
                 try:
-                    key, facts = json.loads(line)
+                    key, facts = parse_json(line.decode("utf-8"))
                     values: dict[str, Any] = {
                         name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()
                     }

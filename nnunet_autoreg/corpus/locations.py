@@ -4,6 +4,7 @@ manifest. Only positions are kept: training never sees a label.
 
 import csv
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.dicom import claims_dicom
 from nnunet_autoreg.io.names import case_and_channel, strip_ending
+from nnunet_autoreg.records import regular
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +257,7 @@ def read_boxes(path: Path) -> list[Box]:
         UsageError: it cannot be read, a column is missing or a number is none.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
+        with regular(path).open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle)
             names = {
                 name: SAME_COLUMN.get(name.strip().lower(), name.strip().lower())
@@ -294,6 +296,8 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
         first, last = (line["z"], line["z"]) if "z" in line else (line["zmin"], line["zmax"])
         low = (float(first), float(line["ymin"]), float(line["xmin"]))
         high = (float(last), float(line["ymax"]), float(line["xmax"]))
+        if not all(map(math.isfinite, (*low, *high))):
+            raise ValueError(f"{low} to {high} is not finite")
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"--boxes {path}, line {number}: {error}; give numbers of voxels", code="boxes-number"

@@ -14,6 +14,7 @@ from nnunet_autoreg.corpus.find import Candidate
 from nnunet_autoreg.corpus.private import NAMES_FILES
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.io.names import absolute
+from nnunet_autoreg.records import regular
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def read_manifest(file: Path) -> Manifest:
             or a path twice.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = regular(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--manifest {file} cannot be read ({error}); give a CSV file in UTF-8 with the "

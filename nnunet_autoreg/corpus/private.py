@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.records import atomic_path, from_cell, to_cell
+from nnunet_autoreg.records import atomic_path, from_cell, regular, to_cell
 
 PRIVATE_NAME = "paths_do_not_share.csv"
 COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
@@ -123,8 +123,10 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
     known: dict[str, str] | None = None
     for field in fields:
         value = request.get(field)
-        values = [value] if isinstance(value, str) else list(value or ())
-        if not any(isinstance(path, str) and path.startswith(HIDDEN) for path in values):
+        # What is no text in an edited plan is refused where the request is read.
+        values = [value] if isinstance(value, str) else value
+        is_texts = isinstance(values, list | tuple) and all(isinstance(v, str) for v in values)
+        if not is_texts or not any(path.startswith(HIDDEN) for path in values):
             continue
         if known is None:
             known = {cells["id"]: cells["source"] for cells in read_private(folder)}
@@ -163,7 +165,7 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
     """
     path = folder / PRIVATE_NAME
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        with regular(path).open(encoding="utf-8", errors="surrogateescape", newline="") as handle:
             reader = csv.DictReader(handle)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")

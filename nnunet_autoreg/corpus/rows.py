@@ -4,6 +4,7 @@ What may name a patient stands in a file of its own beside it (``private``).
 """
 
 import csv
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -20,9 +21,11 @@ from nnunet_autoreg.corpus.private import (
 )
 from nnunet_autoreg.errors import UsageError, did_you_mean, printable
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.records import atomic_path, from_cell, to_cell
+from nnunet_autoreg.records import atomic_path, from_cell, regular, to_cell
 
 OK = "ok"
+MAX_SIZE = 10**6
+"""Voxels along an axis, or mm of a voxel: far more than any scan has."""
 COPY_OF = "the excluded "
 """Comes before the path of an excluded scan in a reason; what follows is private."""
 
@@ -229,7 +232,7 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
 
 def _read_rows(path: Path) -> tuple[ScanRow, ...]:
     try:
-        with path.open(encoding="utf-8", newline="") as handle:
+        with regular(path).open(encoding="utf-8", newline="") as handle:
             reader = csv.DictReader(handle)
             _check_columns(reader.fieldnames or ())
             return tuple(_rows_of(reader))
@@ -256,13 +259,27 @@ def _rows_of(reader: Iterable[dict[str, str]]) -> Iterator[ScanRow]:
             cells.pop(k).split("x") for k in ("shape_vox", "spacing_mm", "cropped_shape_vox")
         )
         percentiles = (cells.pop("percentiles", "") or "").split()
-        yield ScanRow(
+        row = ScanRow(
             **cells,
             shape_vox=as_size([int(v) for v in shape]) if shape != [""] else None,
             spacing_mm=as_spacing([float(v) for v in spacing]) if spacing != [""] else None,
             cropped_shape_vox=as_size([int(v) for v in cropped]) if cropped != [""] else None,
             percentiles=tuple(float(v) for v in percentiles),
         )
+        _check_numbers(row)
+        yield row
+
+
+def _check_numbers(row: ScanRow) -> None:
+    """Refuse sizes that nothing can be computed with; a usable scan has all of them."""
+    sizes = (row.shape_vox, row.spacing_mm, row.cropped_shape_vox)
+    if row.status == OK and None in sizes:
+        raise ValueError(f"the scan {row.id} has status {OK}, but a size of it is empty")
+
+    numbers = [number for size in sizes if size is not None for number in size]
+    is_possible = all(0 < number <= MAX_SIZE for number in numbers)
+    if not is_possible or not all(map(math.isfinite, row.percentiles)):
+        raise ValueError(f"a size or percentile of the scan {row.id} is impossible")
 
 
 def _cell(name: str, value: object) -> str:

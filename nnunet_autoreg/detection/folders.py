@@ -21,6 +21,7 @@ from nnunet_autoreg.detection.instances import (
     find_instances,
     ignore_value,
     known_instances,
+    label_values,
     labels_of_instances,
     object_classes,
     read_rules,
@@ -31,7 +32,7 @@ from nnunet_autoreg.detection.scanfile import is_scan_file, read_scan_file
 from nnunet_autoreg.errors import ObjectsError, UsageError, did_you_mean
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.names import IMAGE_ENDINGS, natural_key, strip_ending
-from nnunet_autoreg.records import MEND_YOURS, read_json
+from nnunet_autoreg.records import MEND_YOURS, read_object
 
 DATASET_FILE = "dataset.json"
 MARKUP = ".mrk"
@@ -209,7 +210,7 @@ def read_classes(
     # Boxes alone have no dataset.json.
     dataset: dict[str, Any] = {"labels": {"background": 0, **found}}
     if dataset_file is not None:
-        dataset = read_json(dataset_file, MEND_YOURS)
+        dataset = read_object(dataset_file, ("labels",), MEND_YOURS)
     where = str(dataset_file) if dataset_file else "the detections"
     log.info("classes from %s", where)
 
@@ -232,10 +233,7 @@ def read_classes(
     chosen = tuple(kind for kind in every if not wanted or kind.name in wanted)
 
     ignored = ignore_value(dataset)
-    others: set[int] = set()
-    for value in dataset["labels"].values():
-        others.update(int(v) for v in (value if isinstance(value, list) else [value]))
-
+    others = {v for values in label_values(dataset, where).values() for v in values}
     others -= {0, ignored}
     for kind in chosen:
         others -= set(kind.values)
@@ -461,7 +459,7 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
     if array is None:
         boxes = read_true_boxes(file, truth.classes, frame.shape_vox, truth.other_labels)
         # A file of detections says where its image lies, and then it must be the same image.
-        data = read_json(file, MEND_YOURS)
+        data = read_object(file, advice=MEND_YOURS)
         if {"affine_ras", "shape_zyx"} <= set(data):
             try:
                 affine = np.reshape(data["affine_ras"], (4, 4))

@@ -35,7 +35,7 @@ from nnunet_autoreg.downstream.scans import facts_of
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
 from nnunet_autoreg.io.files import check_file
 from nnunet_autoreg.io.names import natural_key
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.records import read_object
 
 UNREADABLE = (
     RuntimeError,
@@ -262,8 +262,7 @@ def _read_description(folder: Path, name: str) -> dict[str, Any]:
     """
     for candidate in (folder, folder.parent.parent):
         if (candidate / name).is_file():
-            data: dict[str, Any] = read_json(candidate / name)
-            return data
+            return read_object(candidate / name)
     raise UsageError(
         f"--from-seg {folder} holds no {name}; give the folder that nnUNetv2_predict wrote",
         code="from-seg-no-description",

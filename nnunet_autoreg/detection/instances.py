@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.detection.geometry import check_inside
 from nnunet_autoreg.errors import ObjectsError, PlanError, did_you_mean
 from nnunet_autoreg.geometry import Size, as_size
-from nnunet_autoreg.records import MEND_YOURS, from_jsonable, read_json
+from nnunet_autoreg.records import MEND_YOURS, from_jsonable, read_json, shown
 
 Ids = NDArray[np.uint16]
 Box = tuple[float, float, float, float, float, float]
@@ -23,6 +23,8 @@ BLOCK = "autoreg_detection"
 """The key of dataset.json with the rules below."""
 CONNECTIVITIES = (6, 18, 26)
 MOST_OBJECTS = 65535
+MAX_LABEL, MAX_ID = 2**31 - 1, 2**32 - 1
+"""Label maps and instance maps hold no larger values."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def object_classes(
     Raises:
         PlanError: a name that is no label, no class at all, or classes that share a label value.
     """
-    values = _label_values(dataset, where)
+    values = _foreground(dataset, where)
     merged_names = {name for names in rules.merge.values() for name in names}
     for name in merged_names - set(values):
         raise PlanError(
@@ -162,12 +164,18 @@ def object_classes(
 
 def ignore_value(dataset: Mapping[str, Any]) -> int | None:
     """Return the value of nnU-Net's ignore label, if the dataset has one."""
-    value = dataset.get("labels", {}).get("ignore")
-    return None if value is None else int(value)
+    values = label_values(dataset).get("ignore")
+    return values[0] if values else None
 
 
-def _label_values(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Return name -> label values of the foreground; a region has several."""
+def label_values(
+    dataset: Mapping[str, Any], where: str = "dataset.json"
+) -> dict[str, tuple[int, ...]]:
+    """Return name -> label values, as they are listed; a region has several.
+
+    Raises:
+        PlanError: there are no labels, or one is no whole number.
+    """
     labels = dataset.get("labels")
     if not isinstance(labels, dict):
         raise PlanError(
@@ -179,10 +187,27 @@ def _label_values(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int
     found = {}
     for name, value in labels.items():
         listed = value if isinstance(value, (list, tuple)) else [value]
-        values = tuple(int(v) for v in listed)
+        try:
+            values = tuple(int(number) for number in listed)
+        except (TypeError, ValueError, OverflowError):
+            values = (-1,)
+        if not all(0 <= number <= MAX_LABEL for number in values):
+            raise PlanError(
+                f"{where}: labels.{name} is {shown(value)}; write a whole number, or a list of "
+                "them for a region",
+                code="detection-label-number",
+            )
+        found[str(name)] = values
+    return found
+
+
+def _foreground(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Return name -> sorted label values of the foreground."""
+    found = {}
+    for name, values in label_values(dataset, where).items():
         # Background is 0, whatever its name.
         if name != "ignore" and values != (0,):
-            found[str(name)] = tuple(sorted(set(values)))
+            found[name] = tuple(sorted(set(values)))
     return found
 
 
@@ -268,8 +293,12 @@ def labels_of_instances(file: Path) -> dict[int, int]:
             f'{file}: expected {{"instances": {{"1": <label>, ...}}}}', code="objects-format"
         )
     try:
-        return {int(i): int(label) for i, label in listed.items()}
-    except (TypeError, ValueError) as error:
+        found = {int(i): int(label) for i, label in listed.items()}
+        for number in (*found, *found.values()):
+            if abs(number) > MAX_ID:
+                raise ValueError(f"{shown(number)} is too large")
+        return found
+    except (TypeError, ValueError, OverflowError) as error:
         raise ObjectsError(
             f"{file}: ids and labels must be whole numbers ({error})", code="objects-format"
         ) from error

@@ -29,6 +29,7 @@ from nnunet_autoreg.detection.instances import (
     find_instances,
     ignore_value,
     known_instances,
+    label_values,
     labels_of_instances,
     object_classes,
     read_rules,
@@ -38,7 +39,7 @@ from nnunet_autoreg.detection.instances import (
 from nnunet_autoreg.downstream.label_maps import LABELS, first_channels, write_label_map
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, atomic_path, read_json
+from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, atomic_path, read_object
 
 INSTANCES, BOXES = "instancesTr", "boxesTr"
 RAW_VARIABLE = "nnUNet_raw"
@@ -118,10 +119,7 @@ class ObjectSource:
     @cached_property
     def other_labels(self) -> tuple[int, ...]:
         """Return the label values that exist and are not detected."""
-        found: set[int] = set()
-        for value in self.dataset["labels"].values():
-            listed = value if isinstance(value, (list, tuple)) else [value]
-            found.update(int(v) for v in listed)
+        found = {v for values in label_values(self.dataset).values() for v in values}
         chosen = {value for object_class in self.classes for value in object_class.values}
         return tuple(sorted(found - chosen - {0, ignore_value(self.dataset)}))
 
@@ -315,7 +313,7 @@ def write_box_labels(dataset: Path) -> list[str]:
         UsageError: no ``boxesTr``, or images of which some have neither boxes nor labels.
         ObjectsError: an image or boxes that cannot be read, or contradict each other.
     """
-    described = read_json(dataset / "dataset.json", MEND_YOURS)
+    described = read_object(dataset / "dataset.json", ("labels", "file_ending"), MEND_YOURS)
     ending = str(described["file_ending"])
     folder = dataset / BOXES
     labels = dataset / LABELS

@@ -25,7 +25,7 @@ from nnunet_autoreg.geometry import Size, as_size, size_text
 from nnunet_autoreg.io.files import quiet_stderr
 from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.machine import has_bf16
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.records import read_object
 from nnunet_autoreg.safe_load import plain_loading
 
 FOLD_ALL = "all"
@@ -132,10 +132,11 @@ class TrainedModel:
 
     def _check_plans(self) -> None:
         file = self.folder / "plans.json"
-        plans = read_json(file)
+        plans = read_object(file, ("configurations",))
         name = self.folder.name.rsplit("__", 1)[-1]
         configuration: dict[str, Any] = {}
-        if name in plans.get("configurations", {}):
+        configurations = plans["configurations"]
+        if isinstance(configurations, dict) and name in configurations:
             # A configuration may have the block from the one that it inherits from.
             configuration = PlansManager(plans).get_configuration(name).configuration
         self.check_configuration(configuration, str(file))

@@ -31,7 +31,7 @@ from nnunet_autoreg.finetune.table import (
 from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.card import DECODER_PREFIXES, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import atomic_path, differences
+from nnunet_autoreg.records import atomic_path, differences, regular
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(file, device="cpu")
+        tensors = load_file(regular(file), device="cpu")
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise WeightsError(
             f"{file} cannot be read as safetensors ({error}): restore the file, or plan again with "

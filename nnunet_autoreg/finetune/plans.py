@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.families import token_size_of
+from nnunet_autoreg.families import check_argument_types, token_size_of
 from nnunet_autoreg.finetune.block import (
     BLOCK_KEY,
     AutoregBlock,
@@ -32,7 +32,7 @@ from nnunet_autoreg.planning.encoder import choose_encoder
 from nnunet_autoreg.planning.layout import plan_crop
 from nnunet_autoreg.planning.pool import Hardware, Pool
 from nnunet_autoreg.planning.tokens import with_tokens
-from nnunet_autoreg.records import to_jsonable
+from nnunet_autoreg.records import shown, to_jsonable
 
 DEFAULT_TARGET_GIB = 8.0
 OWN_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
@@ -300,12 +300,17 @@ def kept_configurations(
         class_path: of the new plans' encoder.
     """
     custom = {}
-    for name, configuration in old.get("configurations", {}).items():
-        if name not in OWN_CONFIGURATIONS:
+    left_out: list[str] = []
+    configurations = old.get("configurations")
+    for name, configuration in _as_object(configurations).items():
+        if name in OWN_CONFIGURATIONS:
+            continue
+        if isinstance(configuration, dict):
             custom[name] = configuration
+        else:
+            left_out.append(f"configuration '{name}' was left out of the new plans: no object")
 
     # Others may inherit from a configuration that is left out, so check again until all are valid.
-    left_out: list[str] = []
     while True:
         known = {**new["configurations"], **custom}
         reasons = {name: _reason_against(name, known, class_path) for name in custom}
@@ -317,6 +322,11 @@ def kept_configurations(
             del custom[name]
 
 
+def _as_object(value: Any) -> dict[str, Any]:
+    """Return a value of a plans file that was edited by hand; empty if it is no object."""
+    return value if isinstance(value, dict) else {}
+
+
 def _reason_against(name: str, known: Mapping[str, Any], class_path: str) -> str | None:
     """Return why a configuration is not valid any more, or None."""
     # Resolve inheritance; values of the child come before those of the parent.
@@ -324,7 +334,7 @@ def _reason_against(name: str, known: Mapping[str, Any], class_path: str) -> str
     seen: list[str] = []
     parent: str | None = name
     while parent is not None:
-        if parent not in known:
+        if not isinstance(parent, str) or parent not in known:
             return f"it inherits from '{parent}', which no longer exists"
         if parent in seen:
             return f"it inherits from '{parent}', which leads back to itself"
@@ -336,19 +346,23 @@ def _reason_against(name: str, known: Mapping[str, Any], class_path: str) -> str
         if key not in resolved:
             return f"it has no '{key}'"
 
-    if len(resolved["patch_size"]) != SPATIAL_AXES:
-        return f"its patch size {resolved['patch_size']} is not 3D"
+    patch = resolved["patch_size"]
+    is_size = isinstance(patch, list | tuple) and all(type(v) is int and v > 0 for v in patch)
+    if not is_size or len(patch) != SPATIAL_AXES:
+        return f"its patch size {shown(patch)} is not 3D"
 
-    kwargs = resolved["architecture"].get("arch_kwargs", {})
+    kwargs = _as_object(_as_object(resolved["architecture"]).get("arch_kwargs"))
     if kwargs.get("class_path") != class_path:
         return "its network differs from that of the new plans"
     try:
-        grid_of(resolved["patch_size"], token_size_of(class_path, own_arguments(kwargs)))
-    except ValueError as error:
+        arguments = own_arguments(kwargs)
+        check_argument_types(class_path, arguments, f"configuration '{name}'")
+        grid_of(patch, token_size_of(class_path, arguments))
+    except (PlanError, ValueError) as error:
         return f"patch size: {error}"
 
     stage = resolved.get("previous_stage")
-    if stage is not None and stage not in known:
+    if stage is not None and (not isinstance(stage, str) or stage not in known):
         return f"its previous stage '{stage}' no longer exists"
     return None
 

@@ -284,4 +284,5 @@ def read_places(path: Path) -> list[StructureLocation]:
     Raises:
         PlanError: the file is damaged.
     """
-    return [from_jsonable(StructureLocation, item, str(path)) for item in read_json(path)]
+    found = from_jsonable(tuple[StructureLocation, ...], read_json(path), str(path))
+    return list(found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_autoreg.records import write_text
+from nnunet_autoreg.records import parse_json, write_text
 from nnunet_autoreg.report.sinks import Sink
 
 log = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     The last line may be cut off because the process was killed while it wrote. It is left out.
     Other damaged lines are left out with a warning.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
 
     found = []
     whole_lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     for number, line in enumerate(whole_lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             found.append({key: record[key] for key in ("step", "name", "value", "unit")})
         except (ValueError, KeyError, TypeError):
             log.warning("%s: line %d is damaged and is left out", path, number)

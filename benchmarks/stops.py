@@ -1,0 +1,171 @@
+"""SIGTERM at random moments of one pretraining on large scans: seconds to exit, exit code, lines,
+processes and temporary files that are left.
+
+The same line is typed again after every stop, so that stops fall into indexing, checking,
+preprocessing and training, and the run is finished at the end. What is stopped is a fork of this
+process, which has imported everything.
+
+    python benchmarks/stops.py --stops 20
+
+One JSON line goes to ``benchmarks/results/stops.jsonl``. The scans are generated, and deleted
+afterwards: noise with a smooth part, which takes as long to read as a real scan of this size.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+from kills import PHASES, RESULTS, Home, about, import_everything
+
+from nnunet_autoreg.records import TEMPORARY_FILES
+
+AIM_S = 10.0
+
+
+class StoppedHome(Home):
+    """A run in a session of its own, so that everything that it starts can be found."""
+
+    def stop_after(self, seconds: float) -> dict[str, object] | None:
+        """Type the line and stop it after a time; None if it ended before."""
+        log = self.root / "log.txt"
+        log.touch()
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            self._child()
+        if self._wait(pid, seconds) is not None:
+            return None
+
+        phase, before = self.phase(), len(log.read_bytes())
+        began = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        code = self._wait(pid, 300)
+        took = time.monotonic() - began
+        # Helpers of Python end by themselves a moment later.
+        time.sleep(1)
+
+        lines = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
+        own = [line for line in lines if line.startswith("autoreg_pretrain: ")]
+        return {
+            "phase": phase,
+            "after_s": round(seconds, 1),
+            "exit_s": round(took, 2),
+            "code": code,
+            "num_lines": len(own),
+            "tracebacks": sum("Traceback" in line for line in lines),
+            "processes_left": len(processes_of(pid)),
+            "temporary_files": len(self.temporary_files()),
+            "line": own[-1] if own else "",
+        }
+
+    def _wait(self, pid: int, seconds: float) -> int | None:
+        """Return the exit code, or None if the process goes on for longer."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        return None
+
+    def temporary_files(self) -> list[Path]:
+        return [path for path in self.root.rglob(TEMPORARY_FILES) if path.is_file()]
+
+
+def processes_of(session: int) -> list[int]:
+    """Return the processes of a session that still run."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [row.split() for row in listed.splitlines()]
+    return [int(pid) for pid, found, state in rows if int(found) == session and state[0] != "Z"]
+
+
+def write_scans(folder: Path, number: int, side: int) -> None:
+    """Write MR-like scans of ``side``^3 voxels of 16 bits, as NIfTI and NRRD in turn."""
+    folder.mkdir(parents=True)
+    z, y, x = (np.linspace(-1, 1, side, dtype=np.float32) for _ in range(3))
+    body_ZYX = (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2) < 0.8
+    for index in range(number):
+        noise = np.random.default_rng(index)
+        array_ZYX = noise.integers(0, 200, (side, side, side), dtype=np.int16)
+        array_ZYX[body_ZYX] += np.int16(500 + 50 * index)
+        image = SimpleITK.GetImageFromArray(array_ZYX)
+        image.SetSpacing((0.5, 0.5, 0.5))
+        ending = "nii" if index % 2 else "nrrd"
+        SimpleITK.WriteImage(image, str(folder / f"scan_{index}.{ending}"))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--stops", type=int, default=20)
+    p.add_argument("--cases", type=int, default=6)
+    p.add_argument("--side", type=int, default=500, help="voxels along each axis of a scan")
+    p.add_argument("--steps", type=int, default=40)
+    p.add_argument("--latest", type=float, default=60, metavar="S", help="latest moment of a stop")
+    p.add_argument("--seed", type=int, default=0, help="of the moments")
+    p.add_argument("--folder", help="where the scans are written (default: a temporary folder)")
+    args = p.parse_args()
+
+    import_everything()
+    moments = random.Random(args.seed)
+    stops: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        scans = Path(temporary) / "scans"
+        write_scans(scans, args.cases, args.side)
+        number = 0
+        home = StoppedHome(Path(temporary) / "run 0", scans, args.steps)
+        while len(stops) < args.stops:
+            found = home.stop_after(moments.uniform(0, args.latest))
+            if found is None:
+                # Finished before the stop came: the next run begins from the beginning.
+                number += 1
+                home = StoppedHome(Path(temporary) / f"run {number}", scans, args.steps)
+                continue
+            stops.append(found)
+            print(json.dumps(found), flush=True)
+        code = home.type_line(None)
+        left = len(home.temporary_files())
+
+    seconds = sorted(float(str(stop["exit_s"])) for stop in stops)
+    phases = Counter(str(stop["phase"]) for stop in stops)
+    record = {
+        **about(args),
+        "benchmark": "stops",
+        "command": " ".join(["python", "benchmarks/stops.py", *sys.argv[1:]]),
+        "cases": f"{args.cases} generated scans of {args.side}^3 voxels of 16 bits",
+        "load": round(os.getloadavg()[1], 1),
+        "num_stops": len(stops),
+        "stops_by_phase": {name: phases[name] for name in PHASES},
+        "exit_s": seconds,
+        "median_s": seconds[len(seconds) // 2],
+        "longest_s": seconds[-1],
+        "num_within_aim": sum(value <= AIM_S for value in seconds),
+        "num_code_130": sum(stop["code"] == 130 for stop in stops),
+        "num_one_line": sum(stop["num_lines"] == 1 for stop in stops),
+        "tracebacks": sum(int(str(stop["tracebacks"])) for stop in stops),
+        "processes_left": sum(int(str(stop["processes_left"])) for stop in stops),
+        "finished_with": code,
+        "temporary_files_left": left,
+    }
+    with RESULTS.with_name("stops.jsonl").open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(record) + "\n")
+    print(json.dumps(record, indent=2))
+    is_good = record["num_code_130"] == len(stops) and seconds[-1] <= AIM_S and code == 0 == left
+    sys.exit(0 if is_good else 1)
+
+
+if __name__ == "__main__":
+    main()
