@@ -319,7 +319,8 @@ def pin(bench: Bench, name: str) -> None:
     # A run's folder may be a link to one that the user trains on.
     file = bench.layout.root / PINS_NAME
     pins = read_object(file) if file.is_file() else {}
-    found = read_card(bench.layout.pretraining(name)).sha256
+    card = read_object(bench.layout.pretraining(name) / CARD_NAME, ("sha256",))
+    found = str(card["sha256"])
     if pins.setdefault(name, found) != found:
         raise UsageError(
             f"the weights of '{name}' have changed since this benchmark's first training with "

@@ -20,6 +20,8 @@ import numpy as np
 from nnunet_autoreg.errors import ScanError
 
 GZIP_MAGIC = b"\x1f\x8b"
+POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex/", b".git/annex/")
+"""How the text files begin that stand for images which were not downloaded."""
 COMPLEX_DATATYPES = (32, 1792, 2048)
 FLOAT_DATATYPES = {16: "f4", 64: "f8"}
 BITS_OF_DATATYPE = {
@@ -80,14 +82,18 @@ def check_nifti(path: Path) -> None:
     """
     with path.open("rb") as handle:
         compressed = handle.read(2) == GZIP_MAGIC
-    if path.name.lower().endswith(".gz") and not compressed:
+    is_called_gz = path.name.lower().endswith(".gz")
+    if compressed and not is_called_gz:
         raise ScanError(
             "unreadable",
-            "the name ends in .gz but the content is not gzip; is it another kind of file?",
+            "the content is compressed by gzip, but the name does not end in .gz; rename the file "
+            "to .nii.gz",
         )
     try:
         with _opened(path, compressed) as stream:
             head = _read_piece(stream, 540)
+            if is_called_gz and not compressed:
+                _check_uncompressed(head)
             header = parse_header(head)
             _check_header(header)
             num_bytes, num_bad = _read_through(stream, head, header)
@@ -105,6 +111,27 @@ def check_nifti(path: Path) -> None:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(
             "unreadable", f"damaged gzip stream ({error}); copy the file again"
+        ) from error
+
+
+def _check_uncompressed(head: bytes) -> None:
+    """Let an image pass that is called .gz and is not compressed; SimpleITK reads it.
+
+    Raises:
+        ScanError: ``unreadable``: it is no image either.
+    """
+    if head.startswith(POINTERS):
+        raise ScanError(
+            "unreadable",
+            "a pointer of git-lfs or git-annex, and not the image itself; get its content (git lfs "
+            "pull, git annex get)",
+        )
+    try:
+        parse_header(head)
+    except ScanError as error:
+        raise ScanError(
+            "unreadable",
+            "the name ends in .gz but the content is not gzip; is it another kind of file?",
         ) from error
 
 

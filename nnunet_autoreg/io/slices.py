@@ -189,7 +189,7 @@ class DicomSlice:
 
         The SOP instance is not enough: some anonymisers give all files the same.
         """
-        return (self.instance, self.frame, self.position, self.order, self.parts)
+        return (self.study, self.instance, self.frame, self.position, self.order, self.parts)
 
 
 ORDER_NAMES = (

@@ -119,6 +119,12 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     own, since putting them into one would mix them.
     """
     whole = _stack(group)
+
+    # Some anonymisers give the series of several studies one UID.
+    studies = _stacks_of_studies(group) if whole.problem[0] else []
+    if studies:
+        return studies
+
     for name in VOLUME_NAMES:
         parts = _parts_by_value(group, ORDER_NAMES.index(name))
         stacks = _stacks_of_parts(parts)
@@ -241,6 +247,18 @@ def _are_packages(whole: Stack) -> bool:
     They do if the slices fit side by side.
     """
     return whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
+
+
+def _stacks_of_studies(group: Sequence[DicomSlice]) -> list[Stack]:
+    """Return one stack for each study; nothing where there is one study, or a stack fails."""
+    slices_of: dict[str, list[DicomSlice]] = defaultdict(list)
+    for one in group:
+        slices_of[one.study].append(one)
+    fewest = min(map(len, slices_of.values()))
+    if len(slices_of) < 2 or fewest < MIN_PART_SLICES:
+        return []
+    stacks = [_stack(slices) for slices in slices_of.values()]
+    return [] if any(stack.problem[0] for stack in stacks) else stacks
 
 
 def without_copies(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
