@@ -27,6 +27,7 @@ from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, volume
 from nnunet_autoreg.io.parts import parse_part
 from nnunet_autoreg.nnunet_api import Array
+from nnunet_autoreg.wording import amount, counted
 
 log = logging.getLogger(__name__)
 
@@ -256,10 +257,10 @@ def read_headers(
             rows[n] = replace(rows[n], shape_vox=header.shape_vox, spacing_mm=header.spacing_mm)
             num_vox += volume(header.shape_vox)
     log.info(
-        "%d headers are read; next come %.2f billion voxels of %d scans",
-        len(numbers),
-        num_vox / 1e9,
-        len(stamps) - stamps.count(None),
+        "%s read; next come %s voxels of %s",
+        counted(len(numbers), "header"),
+        amount(num_vox),
+        counted(len(stamps) - stamps.count(None), "scan"),
     )
     return stamps
 

@@ -40,6 +40,7 @@ from nnunet_autoreg.pretrain.training_step import peak_memory_gib
 from nnunet_autoreg.sampling.kinds import wanted
 from nnunet_autoreg.sampling.sampler import TRAINING
 from nnunet_autoreg.stopping import refuse_interruption
+from nnunet_autoreg.wording import counted, duration
 
 log = logging.getLogger(__name__)
 
@@ -447,14 +448,14 @@ def _with_measurements(plan: Plan, device: torch.device, result: DryStepResult) 
     # torch does not count what CUDA itself needs.
     estimate = estimate - CONTEXT_BYTES if device.type == "cuda" else estimate
     log.info(
-        "dry step: %.3g s a step, so about %.3g h for %d steps; %.2f GiB at its peak, %.2f were "
-        "estimated%s",
-        result.seconds,
-        result.seconds * optim.num_steps / 3600,
-        optim.num_steps,
+        "dry step: a step takes %s, so %s take about %s; memory %.2f GiB at its peak (%.2f GiB "
+        "estimated%s)",
+        duration(result.seconds),
+        counted(optim.num_steps, "step"),
+        duration(result.seconds * optim.num_steps),
         result.peak_gib,
         estimate / GIB,
-        "" if device.type == "cuda" else " for the step alone (the peak is the whole process')",
+        "" if device.type == "cuda" else " for the step alone; the peak is the whole process'",
     )
     run = replace(
         plan.run,

@@ -6,6 +6,7 @@ cases.
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,11 +49,13 @@ from nnunet_autoreg.pretrain.run_folder import (
     write_plan,
 )
 from nnunet_autoreg.pretrain.sampling_pool import make_sampling_pools, plan_with_sequences
+from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.report.report import RunSetting
 from nnunet_autoreg.stopping import stoppable
 from nnunet_autoreg.store.store import Store
+from nnunet_autoreg.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +92,18 @@ def pretrain(
     # Refused now rather than after hours of indexing.
     nnunet_api.preprocessed_folder()
 
+    began = time.monotonic()
     with stoppable(), signs_of_life(), locked(folder), log_file(folder):
-        if has_plan(folder):
+        is_new = not has_plan(folder)
+        if not is_new:
             plan, rows = continue_run(folder, request)
         else:
             check_inputs(request)
             index = index_inputs(folder, request)
             plan, rows = plan_run(folder, request, index, device)
+
+        for line in start_lines(folder, plan, rows, device, is_new):
+            log.info(line)
 
         if show:
             draw_preview(folder, plan, rows, Store(), num_processes())
@@ -103,11 +111,10 @@ def pretrain(
         if dry_run:
             return Outcome(folder, finished)
 
-        if finished:
-            num_steps, num_scans = plan.optim.num_steps, len(rows)
-            log.info("run '%s' is finished: %d steps on %d scans", plan.name, num_steps, num_scans)
-        else:
+        if not finished:
             preprocess_and_train(folder, plan, rows, device, launcher or Launcher())
+        for line in end_lines(folder, plan, len(rows), time.monotonic() - began):
+            log.info(line)
         return Outcome(folder, True)
 
 
@@ -126,7 +133,6 @@ def continue_run(folder: Path, request: Request) -> tuple[Plan, list[ScanRow]]:
             check_network(plan)
 
     rows = usable_rows(read_index(index_of(folder)))
-    log.info("continuing run '%s': %d scans, %s", plan.name, len(rows), folder)
     return plan, rows
 
 
@@ -180,20 +186,10 @@ def index_inputs(folder: Path, request: Request) -> Index:
 
 def log_counts(rows: Sequence[ScanRow], index_file: Path) -> None:
     """Log how many scans are usable, how many are left out, and how modalities were found."""
-    status_counts = Counter(row.status for row in rows)
-    left_out = ", ".join(
-        f"{count} {status}" for status, count in sorted(status_counts.items()) if status != "ok"
-    )
-    log.info(
-        "%d scans are usable%s; %s gives the reason for each",
-        status_counts["ok"],
-        f", left out are: {left_out}" if left_out else "",
-        index_file,
-    )
-
+    log.info(scans_line(rows, index_file))
     modalities = Counter((row.modality, row.modality_rule) for row in usable_rows(rows))
     for (modality, rule), count in modalities.items():
-        log.info("%d of them are %s (%s)", count, modality, rule)
+        log.debug("%s: %s (%s)", modality, counted(count, "scan"), rule)
 
 
 def plan_run(
@@ -235,7 +231,7 @@ def plan_run(
         write_plan(folder, plan)
 
     for key, reason in plan.reasons.items():
-        log.info("%s = %s (%s)", key, value_at(plan, key), reason)
+        log.debug("%s = %s (%s)", key, value_at(plan, key), reason)
     return plan, rows
 
 
@@ -271,7 +267,7 @@ def preprocess_and_train(
     rows = remove_failed(folder, rows, store, has_begun=checkpoint.exists(folder))
     cases = {row.id: store.open(keys[row.id]) for row in rows}
     training, validation = split(rows, plan.data.holdout_fraction, plan.run.seed)
-    log.info("%d scans to train on, %d for validation", len(training), len(validation))
+    log.info("%s to train on, %d for validation", counted(len(training), "scan"), len(validation))
 
     def make_job(plan: Plan) -> TrainingJob:
         with phase("gathering what sequences are cut from"):

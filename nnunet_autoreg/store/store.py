@@ -38,6 +38,7 @@ from nnunet_autoreg.store.case import (
     read_record,
     write_case,
 )
+from nnunet_autoreg.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -252,10 +253,10 @@ class Store:
 
         needed = num_voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
         log.info(
-            "store: %d of %d cases are missing; they need at most about %.2f GiB in %s (%.2f GiB "
-            "free)",
+            "store: %d of %s missing; preprocessing them needs at most about %.2f GiB in %s (%.2f "
+            "GiB free)",
             len(missing),
-            num_all,
+            counted(num_all, "case"),
             needed / 2**30,
             self.root,
             free / 2**30,

@@ -1,0 +1,72 @@
+"""The lines at the start and at the end of a run: few, with their figures, in human units."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sequence_cases import make_plan
+
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
+
+PLAN = make_plan()
+INDEX = Path("/results/brain/scans.csv")
+
+
+def rows(*statuses_and_modalities):
+    found = []
+    for number, (status, modality) in enumerate(statuses_and_modalities):
+        found.append(
+            ScanRow(
+                id=str(number),
+                dataset="Dataset004",
+                case=str(number),
+                channel="",
+                modality=modality,
+                source="",
+                shape_vox=None,
+                spacing_mm=None,
+                cropped_shape_vox=None,
+                content_hash="",
+                status=status,
+                reason="",
+            )
+        )
+    return found
+
+
+def test_counts_name_modalities_and_reasons():
+    line = scans_line(rows(("ok", "CT"), ("ok", "MR"), ("ok", "MR"), ("duplicate", "MR")), INDEX)
+
+    assert "3 usable scans (2 MR, 1 CT)" in line
+    assert "1 left out (1 duplicate)" in line
+    assert str(INDEX) in line
+
+
+def test_one_scan_is_singular_and_nothing_is_left_out():
+    line = scans_line(rows(("ok", "CT")), INDEX)
+
+    assert "1 usable scan (1 CT), none left out" in line
+
+
+@pytest.mark.parametrize(("is_new", "word"), [(True, "new"), (False, "continued")])
+def test_the_start_is_told_in_six_lines(is_new, word):
+    plan = replace(PLAN, name="brain", optim=replace(PLAN.optim, num_steps=1, batch_size=4))
+
+    lines = start_lines(Path("/results/brain"), plan, rows(("ok", "CT")), "cpu", is_new)
+
+    assert len(lines) == 6
+    text = "\n".join(lines)
+    values = ("brain", word, "/results/brain", plan.encoder.name, "cpu", "4 per step", "1 step,")
+    assert [value for value in values if value not in text] == []
+
+
+def test_the_end_names_time_and_files():
+    plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=1200))
+
+    lines = end_lines(Path("/results/brain"), plan, 1, 310.0)
+
+    assert len(lines) == 3
+    text = "\n".join(lines)
+    values = ("1,200 steps on 1 scan", "5 min", "encoder.safetensors", "report.html")
+    assert [value for value in values if value not in text] == []
