@@ -185,6 +185,9 @@ def _failed(main: Main, error: Exception) -> int:
             message += f"; {in_one_line(violations)}" if violations else ""
         return _complain(main, message, error.exit_code)
 
+    if isinstance(error, MemoryError):
+        message = "the memory is not enough; what was written before is kept"
+        return _complain(main, f"{message}: close other programs, or give less data", 1)
     if isinstance(error, BrokenPipeError):
         # Flushing the closed pipe at exit would print another error.
         with Path(os.devnull).open("wb") as nothing:

@@ -5,6 +5,7 @@ Whatever is left out comes back too, with its reason.
 
 import logging
 import os
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -193,13 +194,14 @@ class _Finder:
             self.num_repeated += 1
             return
         self.files.add(real)
-        if not _is_utf8(path):
+        problem = _problem_of_name(path)
+        if problem:
             path, base_id, case = (
                 Path(_printable(str(path))),
                 _printable(base_id),
                 _printable(case),
             )
-            facts.update(status="unreadable", reason="the name is not valid UTF-8; rename the file")
+            facts.update(status="unreadable", reason=problem)
         unique, n = base_id, 1
         while unique in self.ids:
             n += 1
@@ -548,8 +550,19 @@ def _of_name(scope: str, inside: str) -> dict[str, str]:
     }
 
 
-def _is_utf8(path: Path) -> bool:
-    return _printable(str(path)) == str(path)
+def _problem_of_name(path: Path) -> str:
+    """Return why a file cannot be read by its name, and the remedy; "" if it can.
+
+    SimpleITK and our own files use UTF-8.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not str(path).isascii():
+        return (
+            f"Python reads names as {encoding} here, and the name has other letters than English "
+            "ones; run again after: export PYTHONUTF8=1"
+        )
+    is_utf8 = _printable(str(path)) == str(path)
+    return "" if is_utf8 else "the name is not valid UTF-8; rename the file"
 
 
 def _printable(name: str) -> str:

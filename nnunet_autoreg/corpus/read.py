@@ -201,6 +201,13 @@ def check_dimensions(size: Sequence[int]) -> None:
         ScanError: not3d, 4d or tiny.
     """
     listed = size_text(size)
+    if len(size) > 3 and 1 in size[:3]:
+        # Taking each "volume" as a scan would give single slices.
+        raise ScanError(
+            "not3d",
+            f"{math.prod(size[3:])} single slices along the fourth axis ({listed}), which is time; "
+            "store the slices along the third axis",
+        )
     if len(size) > 3:
         how = "--split-4d takes each as a scan" if len(size) == 4 else "split it into 3D files"
         raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); {how}")

@@ -128,10 +128,13 @@ def pick_volume(stack: Stack, part: ScanPart) -> tuple[DicomSlice, ...]:
 def series_of_volumes(stack: Stack) -> str:
     """Return what a 4D series is, and the flag that splits it."""
     z, y, x = stack.shape_vox
-    return (
+    what = (
         f"a series of {len(stack.volumes)} volumes of {x} x {y} x {z} voxels over "
-        f"{stack.repeated_over}; --split-4d takes each as a scan"
+        f"{stack.repeated_over}"
     )
+    if z == 1:
+        return f"{what}; a volume of one slice is no 3D scan"
+    return f"{what}; --split-4d takes each as a scan"
 
 
 def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:

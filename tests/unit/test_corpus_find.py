@@ -188,6 +188,21 @@ def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(tmp_path: Path) 
     assert found[0].status == "unreadable" and found[0].id.encode("utf-8")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+def test_a_shell_of_another_encoding_is_named_with_its_remedy(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("schädel.nii.gz", "skull.nii.gz"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
+
+    found = {one.path.name: one for one in find_scans([], [tmp_path])}
+
+    reason = found.pop("schädel.nii.gz").reason
+    assert encoding in reason and "export PYTHONUTF8=1" in reason
+    assert [one.status for one in found.values()] == [""]
+
+
 def test_natural_order_counts_numbers() -> None:
     assert sorted(["s10", "s9", "S1", "t"], key=natural_key) == ["S1", "s9", "s10", "t"]
 

@@ -275,6 +275,17 @@ def test_labels_of_the_first_version_of_the_format_name_nothing(tmp_path: Path) 
     assert described.structures == {}
 
 
+def test_slices_stored_as_time_points_get_advice_that_works(tmp_path: Path) -> None:
+    array_XYT = d.volume(8).transpose(2, 1, 0)
+    image = nibabel.Nifti1Image(array_XYT[:, :, None, :], AFFINE)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+
+    row = only_row(tmp_path)
+
+    assert row.status == "not3d"
+    assert "--split-4d" not in row.reason
+
+
 def test_a_scan_packed_by_bzip2_is_named(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a.nii")
     data = (tmp_path / "a.nii").read_bytes()

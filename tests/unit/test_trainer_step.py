@@ -3,6 +3,7 @@ supervision, resuming.
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +178,27 @@ def test_coarser_outputs_follow_the_trainer_and_the_recipe() -> None:
     flat.network.decoder.deep_supervision = False
     flat.set_deep_supervision_enabled(True)
     assert flat.network(image).shape == (1, 2, *PATCH)
+
+
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    made = trainer()
+    made.local_rank = 0
+    monkeypatch.setattr(
+        nnUNetTrainer, "save_checkpoint", lambda _self, name: Path(name).write_text("weights")
+    )
+    file = tmp_path / "checkpoint_latest.pth"
+    seen = []
+
+    def fsync(_handle: int) -> None:
+        seen.append(file.exists())
+
+    monkeypatch.setattr("os.fsync", fsync)
+    made.save_checkpoint(str(file))
+
+    assert seen == [False]
+    assert file.read_text() == "weights"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
