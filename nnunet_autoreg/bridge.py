@@ -32,11 +32,14 @@ TRAINERS_ROOM = "nnunetv2.training"
 NORMALIZATIONS_ROOM = "nnunetv2.preprocessing.normalization"
 PLANNERS = {"AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner"}
 NORMALIZATIONS = {"AutoregPercentileNormalization": "nnunet_autoreg.finetune.normalization"}
+CLASSIFICATION_TRAINERS = "nnunet_autoreg.trainers.autoreg_classification_trainers"
 TRAINERS = {
     "AutoregPretrainedTrainer": "nnunet_autoreg.trainers.autoreg_trainers",
     "AutoregScratchTrainer": "nnunet_autoreg.trainers.autoreg_trainers",
     "AutoregDetectionTrainer": "nnunet_autoreg.trainers.autoreg_detection_trainers",
     "AutoregDetectionScratchTrainer": "nnunet_autoreg.trainers.autoreg_detection_trainers",
+    "AutoregClassificationTrainer": CLASSIFICATION_TRAINERS,
+    "AutoregClassificationScratchTrainer": CLASSIFICATION_TRAINERS,
 }
 """Class name -> module. Every trainer also answers to ``<name>_<N>epochs``, see
 ``split_length``."""

@@ -8,17 +8,13 @@ Retina U-Net on the plan's encoder. Boxes are learned beside the segmentation, w
 import sys
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 
@@ -51,7 +47,12 @@ from nnunet_autoreg.detection.training import (
     without_decay_on_norms,
 )
 from nnunet_autoreg.detection.validate import SUMMARY, validate_cases, write_summary
-from nnunet_autoreg.downstream.training import forwarded_log, keep_thread_limit
+from nnunet_autoreg.downstream.loaders import started
+from nnunet_autoreg.downstream.training import (
+    forwarded_log,
+    from_all_processes,
+    keep_thread_limit,
+)
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock, read_block
 from nnunet_autoreg.finetune.network import build_network, own_arguments
@@ -251,18 +252,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         training_loader = self._loader(stock_training, initial_patch, training)
         validation_loader = self._loader(stock_validation, patch, validation)
 
-        num_processes = get_allowed_n_proc_DA()
-        made: list[Any] = []
-        if num_processes == 0:
-            made.append(SingleThreadedAugmenter(training_loader, None))
-            made.append(SingleThreadedAugmenter(validation_loader, None))
-        else:
-            made.append(self._augmenter(training_loader, num_processes))
-            made.append(self._augmenter(validation_loader, max(1, num_processes // 2)))
-        # nnU-Net draws one batch here too, so that the processes start.
-        for augmenter in made:
-            next(augmenter)
-        return made[0], made[1]
+        return started(training_loader, validation_loader, self.device.type == "cuda")
 
     def _loader(self, stock: Any, patch: Any, transforms: Any) -> InstanceLoader:
         dataset = InstanceDataset(stock, Path(self.preprocessed_dataset_folder), self.index)
@@ -274,19 +264,6 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             self.label_manager,
             oversample_foreground_percent=self.oversample_foreground_percent,
             transforms=transforms,
-        )
-
-    def _augmenter(self, loader: InstanceLoader, num_processes: int) -> Any:
-        cached = max(6, num_processes // 2)
-        is_cuda = self.device.type == "cuda"
-        return NonDetMultiThreadedAugmenter(
-            loader,
-            None,
-            num_processes,
-            num_cached=cached,
-            seeds=None,
-            pin_memory=is_cuda,
-            wait_time=0.002,
         )
 
     def _warn_of_absent_classes(self, training: list[str], validation: list[str]) -> None:
@@ -376,7 +353,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         """
         self._detector().detect = False
         self._validating.close()
-        outputs = self._from_all_processes(val_outputs)
+        outputs = from_all_processes(val_outputs, self.is_ddp)
         scans = []
         for output in outputs:
             scans.extend(output["scans"])
@@ -389,13 +366,6 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         for name, score in SCORES.items():
             self.logger.log(name, scores[score], epoch)
         self.print_to_log_file(f"patches: {_listed(scores)}")
-
-    def _from_all_processes(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if not self.is_ddp:
-            return outputs
-        gathered: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(gathered, outputs)
-        return list(chain.from_iterable(gathered))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Compute nnU-Net's Dice of whole cases, then their boxes in the original images.
@@ -453,7 +423,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
             model,
         )
         detector.detect = False
-        every = self._from_all_processes([{"scan": scan} for scan in found])
+        every = from_all_processes([{"scan": scan} for scan in found], self.is_ddp)
         if self.local_rank == 0:
             scores = write_summary(
                 summary,

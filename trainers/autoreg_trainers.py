@@ -97,9 +97,9 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
                 code="plan-no-configuration",
             )
         if cls.uses_weights and block.weights is None:
-            twin = cls.__name__.replace("Pretrained", "Scratch").replace(
-                "DetectionTrainer", "DetectionScratchTrainer"
-            )
+            twin = cls.__name__.replace("Pretrained", "Scratch")
+            for task in ("Detection", "Classification"):
+                twin = twin.replace(f"{task}Trainer", f"{task}ScratchTrainer")
             raise PlanError(
                 f"{plans['plans_name']}.json was made for training from scratch "
                 f"(autoreg_weights=none); use '-tr {twin}', or plan again with weights",

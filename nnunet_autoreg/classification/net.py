@@ -16,12 +16,16 @@ from torch.nn import functional
 from nnunet_autoreg.classification.plan import WEIGHTS, ClassificationPlan
 from nnunet_autoreg.classification.table import UNKNOWN
 from nnunet_autoreg.downstream.tiles import TiledScan
+from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.feature_maps import FeatureEncoder
 
 
 class Classifier(FeatureEncoder):
-    """Gives the logits of every task for patches (B, C, Z, Y, X)."""
+    """Gives the logits of every task for patches (B, C, Z, Y, X).
+
+    It does so in training, and in evaluation mode where ``gives_classes`` is set.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Classifier(FeatureEncoder):
         class_numbers: Sequence[int],
     ):
         super().__init__(network, class_path, arguments, input_shape)
+        self.gives_classes = False
         width = self.num_features[-1]
         self.heads = nn.ModuleList(nn.Linear(width, number) for number in class_numbers)
         for head in self.heads:
@@ -47,7 +52,18 @@ class Classifier(FeatureEncoder):
         return [head(pooled_BV) for head in self.heads]
 
     def forward(self, volume_BCZYX: Tensor) -> list[Tensor]:
-        """Return the logits (B, K) of every task."""
+        """Return the logits (B, K) of every task.
+
+        Raises:
+            PlanError: it is called for a segmentation (code "classification-no-segmentation").
+        """
+        # nnU-Net's predictor would take the logits for a segmentation.
+        if not (self.training or self.gives_classes):
+            raise PlanError(
+                "this model classifies scans and segments nothing; use autoreg_classify instead "
+                "of nnUNetv2_predict",
+                code="classification-no-segmentation",
+            )
         return self.logits(self.pooled(volume_BCZYX))
 
     @torch.no_grad()

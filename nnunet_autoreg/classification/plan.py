@@ -46,6 +46,7 @@ class ClassificationPlan:
         ordinal_smoothing: share of the target that the neighbours of an ordinal class get; 0.0 is
             off.
         reasons: for the values above.
+        version: of this format.
     """
 
     tasks: tuple[ClassificationTask, ...]

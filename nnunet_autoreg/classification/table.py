@@ -97,7 +97,7 @@ def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> 
     labels = {}
     for case in cases:
         labels[case] = tuple(_index(file, task, case, values[task.name][case]) for task in tasks)
-    patient_of, rule = _patients(rows)
+    patient_of, rule = patients_of(rows)
     table = ClassTable(tuple(tasks), labels, patient_of, rule, ignored)
     _check_classes(file, table)
     return table
@@ -252,8 +252,8 @@ def _index(file: Path, task: ClassificationTask, case: str, value: str) -> int:
     return task.classes.index(value)
 
 
-def _patients(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]:
-    """Return case -> patient, and how they were found."""
+def patients_of(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]:
+    """Return case -> patient of the rows of a table, and how they were found."""
     by_name = subjects_by_name([row[CASE_COLUMN] for row in rows])
     columns = [name for name in PATIENT_COLUMNS if name in rows[0]]
     if not columns:

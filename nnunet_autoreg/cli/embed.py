@@ -26,6 +26,7 @@ class EmbedRequest:
     output: Path
     dense: bool
     layer: int
+    tile: list[int] | None
     device: str | None
     split_4d: bool
 
@@ -80,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="which feature map: 0 is the finest, -1 the deepest (default: %(default)s)",
     )
+    add(
+        "--tile",
+        type=int,
+        nargs=3,
+        metavar=("Z", "Y", "X"),
+        help="voxels of a tile at the spacing of pretraining, a multiple of the token size. Larger "
+        "tiles see more context and are faster (default: the crop of pretraining)",
+    )
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is a GPU")
     add(
         "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
@@ -105,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if request.output.suffix == PARQUET:
         check_parquet()
     device = prediction_device(request.device)
-    encoder = load_encoder(request.weights)
+    encoder = load_encoder(request.weights, request.tile)
     map_chooser(encoder, request.layer)
     encoder.to(device)
     num_channels = encoder.card.num_input_channels

@@ -4,8 +4,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
+from torch import distributed
 
 
 def keep_thread_limit() -> None:
@@ -49,3 +52,12 @@ def forwarded_log(name: str, write: Callable[[str], None]) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def from_all_processes(outputs: list[dict[str, Any]], is_ddp: bool) -> list[dict[str, Any]]:
+    """Return the outputs of all processes of a distributed training together."""
+    if not is_ddp:
+        return outputs
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, outputs)
+    return list(chain.from_iterable(gathered))

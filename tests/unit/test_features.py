@@ -179,6 +179,21 @@ def test_a_finer_layer_can_be_chosen(tmp_path: Path) -> None:
     assert main([*line, "--layer", "0"]) == 0
     assert np.load(output)["features"].shape == (1, 16)
     assert main([*line, "--layer", "7"]) == 2
+    assert main([*line, "--tile", "16", "16", "30"]) == 2
+
+
+def test_the_size_of_tiles_can_be_chosen(tmp_path: Path) -> None:
+    write_scan(tmp_path / "scans" / "a_0000.nii.gz", (40, 40, 40))
+    output = tmp_path / "features.npz"
+
+    line = ["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(output)]
+
+    assert main([*line, "--tile", "40", "40", "40"]) == 0
+    scan = load_encoder("brain", (40, 40, 40))
+    voxels = np.random.default_rng(0).normal(100, 20, (1, 40, 40, 40))
+    expected = scan.deepest(scan.preprocess(voxels, (1, 1, 1))[None]).mean((2, 3, 4))[0]
+    found = np.load(output)["features"][0]
+    assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,14 @@ from types import ModuleType
 import pytest
 
 from nnunet_autoreg import bridge
-from nnunet_autoreg.trainers import autoreg_detection_trainers, autoreg_trainers
+from nnunet_autoreg.trainers import (
+    autoreg_classification_trainers,
+    autoreg_detection_trainers,
+    autoreg_trainers,
+)
 
-MODULES = {module.__name__: module for module in (autoreg_trainers, autoreg_detection_trainers)}
+TRAINER_MODULES = (autoreg_trainers, autoreg_detection_trainers, autoreg_classification_trainers)
+MODULES = {module.__name__: module for module in TRAINER_MODULES}
 
 
 def base_and_module(name: str) -> tuple[type, ModuleType]:

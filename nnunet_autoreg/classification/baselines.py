@@ -1,0 +1,150 @@
+"""What a fine-tuned classifier has to beat: the majority class, sizes, and a linear probe.
+
+All of them are fitted on the training cases and scored on the validation cases.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg.classification.metrics import judge, scores_of
+from nnunet_autoreg.classification.table import UNKNOWN, ClassTable
+from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.rng import generator
+
+MAJORITY, SIZE, PROBE = "majority", "size", "linear_probe"
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)
+"""Candidates for the inverse of the penalty of a logistic regression."""
+NUM_INNER_FOLDS = 3
+
+Floats = NDArray[np.floating[Any]]
+
+
+def size_features(
+    labels_ZYX: NDArray[np.integer], spacing_mm: Spacing, values: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return the sizes of what is labelled, as logarithms.
+
+    They are the volume of every label in mm^3, that of all together, and the sides of the box
+    around all of them in mm, the shortest first. A voxel is added, so that 0 is finite.
+    """
+    voxel_mm3 = float(np.prod(spacing_mm))
+    numbers = [np.count_nonzero(labels_ZYX == value) for value in values]
+    inside = np.argwhere(labels_ZYX > 0)  # (voxels, 3)
+    sides_mm = np.array(spacing_mm, dtype=np.float64)
+    if len(inside):
+        sides_mm = (inside.max(0) - inside.min(0) + 1) * sides_mm
+    volumes = [(number + 1) * voxel_mm3 for number in (*numbers, len(inside))]
+    return np.log(np.array([*volumes, *sorted(sides_mm)]))
+
+
+def fit_predict(
+    train_NV: Floats, labels_N: Sequence[int], groups: Sequence[str], test_MV: Floats, num: int
+) -> NDArray[np.float64]:
+    """Return the probabilities (M, K) of a logistic regression in which every class counts equally.
+
+    Features are standardised by the training cases. The penalty is the one of ``STRENGTHS`` with
+    the lowest cross-entropy in an inner cross-validation over the groups.
+
+    Args:
+        groups: the patient of every training case.
+        num: number of classes; one that no training case has gets the probability 0.
+    """
+    known = np.array(labels_N) != UNKNOWN
+    train = np.asarray(train_NV, dtype=np.float64)[known]
+    labels = np.array(labels_N)[known]
+    mean, deviation = train.mean(0), np.maximum(train.std(0), 1e-6)
+    train = (train - mean) / deviation
+    test = (np.asarray(test_MV, dtype=np.float64) - mean) / deviation
+
+    chosen = [group for group, is_known in zip(groups, known, strict=True) if is_known]
+    folds = _inner_folds(chosen)
+    errors = []
+    for strength in STRENGTHS:
+        losses = []
+        for fold in range(NUM_INNER_FOLDS):
+            inner, outer = folds != fold, folds == fold
+            if not outer.any() or len(set(labels[inner].tolist())) < 2:
+                continue
+            probabilities = _fitted(train[inner], labels[inner], train[outer], strength, num)
+            own = probabilities[np.arange(outer.sum()), labels[outer]]
+            losses += (-np.log(np.maximum(own, 1e-6))).tolist()
+        errors.append(float(np.mean(losses)) if losses else 0.0)
+    return _fitted(train, labels, test, STRENGTHS[int(np.argmin(errors))], num)
+
+
+def _inner_folds(groups: Sequence[str]) -> NDArray[np.int64]:
+    names = sorted(set(groups))
+    order = generator(0, "linear probe: inner folds").permutation(len(names))
+    fold_of = {names[index]: number % NUM_INNER_FOLDS for number, index in enumerate(order)}
+    return np.array([fold_of[group] for group in groups])
+
+
+def _fitted(
+    train: Floats, labels: NDArray[np.int64], test: Floats, strength: float, num: int
+) -> NDArray[np.float64]:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300)
+    with warnings.catch_warnings():
+        # A fit that stopped early is still a baseline.
+        warnings.simplefilter("ignore")
+        model.fit(train, labels)
+    found = np.zeros((len(test), num))
+    found[:, model.classes_] = model.predict_proba(test)
+    return found
+
+
+def majority(labels: Sequence[int], num_cases: int, num: int) -> NDArray[np.float64]:
+    """Return the frequencies of the classes in training as the probabilities of every case."""
+    known = [label for label in labels if label != UNKNOWN]
+    shares = np.bincount(known, minlength=num) / len(known)
+    return np.tile(shares, (num_cases, 1))
+
+
+def score_baselines(
+    table: ClassTable,
+    train: Sequence[str],
+    validation: Sequence[str],
+    features: Mapping[str, Mapping[str, Floats]],
+    num_resamples: int = 1000,
+) -> dict[str, dict[str, Any]]:
+    """Return baseline -> task -> scores on the validation cases.
+
+    Args:
+        features: baseline -> case -> its features; the majority class needs none.
+    """
+    predicted = predict_baselines(table, train, validation, features)
+    patients = [table.patient_of[case] for case in validation]
+    found: dict[str, dict[str, Any]] = {}
+    for name, of_tasks in predicted.items():
+        found[name] = {}
+        for number, task in enumerate(table.tasks):
+            truth = [table.labels[case][number] for case in validation]
+            judged = judge(task, truth, of_tasks[number], patients, num_resamples)
+            found[name][task.name] = scores_of(judged)
+    return found
+
+
+def predict_baselines(
+    table: ClassTable,
+    train: Sequence[str],
+    validation: Sequence[str],
+    features: Mapping[str, Mapping[str, Floats]],
+) -> dict[str, list[NDArray[np.float64]]]:
+    """Return baseline -> probabilities (validation cases, classes) of every task."""
+    groups = [table.patient_of[case] for case in train]
+    predicted: dict[str, list[NDArray[np.float64]]] = {MAJORITY: []}
+    predicted |= {name: [] for name in features}
+    for number, task in enumerate(table.tasks):
+        labels = [table.labels[case][number] for case in train]
+        num = len(task.classes)
+        predicted[MAJORITY].append(majority(labels, len(validation), num))
+        for name, of_case in features.items():
+            train_NV = np.stack([of_case[case] for case in train])
+            test_MV = np.stack([of_case[case] for case in validation])
+            predicted[name].append(fit_predict(train_NV, labels, groups, test_MV, num))
+    return predicted

@@ -1,0 +1,104 @@
+"""Predicted classes of a folder against a table of true classes."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.classification.metrics import evaluate_task, judge
+from nnunet_autoreg.classification.predictions import NAME, read_predictions
+from nnunet_autoreg.classification.table import CASE_COLUMN, UNKNOWN, patients_of, read_rows
+from nnunet_autoreg.classification.validate import shown
+from nnunet_autoreg.errors import ClassesError, did_you_mean
+from nnunet_autoreg.geometry import names_text
+
+FORMAT, VERSION = "nnunet_autoreg.classification_evaluation", 1
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_folders(
+    predictions: Path, truth: Path, num_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Return every figure of every task that both tables have.
+
+    Args:
+        predictions: ``classes.csv``, or the folder that holds it.
+
+    Raises:
+        ClassesError: a table is wrong, or no scan or no task is in both (codes
+            "classes-no-common-case", "classes-no-common-task"), or a true class is none of the
+            model's (code "classes-unknown-class").
+    """
+    file = predictions / NAME if predictions.is_dir() else predictions
+    predicted = read_predictions(file)
+    rows = {row[CASE_COLUMN]: row for row in read_rows(truth)}
+    common = [case for case in predicted.probabilities if case in rows]
+    if not common:
+        raise ClassesError(
+            f"no scan of {file} ({names_text(predicted.probabilities)}) has a row in {truth} "
+            f"({names_text(rows)}): their names must agree",
+            code="classes-no-common-case",
+        )
+    without_truth = [case for case in predicted.probabilities if case not in rows]
+    without_prediction = [case for case in rows if case not in predicted.probabilities]
+    for names, what in (
+        (without_truth, "have predictions and no true class"),
+        (without_prediction, "have true classes and no prediction"),
+    ):
+        if names:
+            log.warning("%d scans %s (%s): left out", len(names), what, names_text(names))
+
+    patient_of, rule = patients_of(list(rows.values()))
+    patients = [patient_of[case] for case in common]
+    columns = set(rows[common[0]])
+    tasks: dict[str, Any] = {}
+    for number, task in enumerate(predicted.tasks):
+        if task.name not in columns:
+            log.warning("%s has no column %s: not scored", truth, task.name)
+            continue
+        indices = []
+        for case in common:
+            value = rows[case][task.name]
+            if value and value not in task.classes:
+                raise ClassesError(
+                    f"{truth}: '{value}', the {task.name} of {case}, is no class of the model; "
+                    f"{did_you_mean(value, task.classes)}",
+                    code="classes-unknown-class",
+                )
+            indices.append(task.classes.index(value) if value else UNKNOWN)
+        values_SK = np.stack([predicted.probabilities[case][number] for case in common])
+        judged = judge(task, indices, values_SK, patients, num_resamples, seed)
+        if judged is None:
+            log.warning("no scan has a known %s: not scored", task.name)
+            continue
+        tasks[task.name] = evaluate_task(judged)
+    if not tasks:
+        names = ", ".join(task.name for task in predicted.tasks)
+        raise ClassesError(
+            f"{truth} has no true class of a task of {file} ({names}); its columns must be named "
+            "like the tasks",
+            code="classes-no-common-task",
+        )
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": {"resamples": num_resamples, "seed": seed, "patients": rule},
+        "inputs": {"predictions": str(file), "truth": str(truth)},
+        "scans": {
+            "number": len(common),
+            "without_truth": without_truth,
+            "without_prediction": without_prediction,
+        },
+        "tasks": tasks,
+    }
+
+
+def lines_of(results: Mapping[str, Any]) -> list[str]:
+    """Return the lines for the terminal."""
+    lines = [f"{results['scans']['number']} scans, {results['settings']['patients']}"]
+    for name, scores in results["tasks"].items():
+        lines.append(f"{name}, {scores['cases']} cases: {shown(scores)}")
+    return lines

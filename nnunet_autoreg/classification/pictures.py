@@ -1,0 +1,122 @@
+"""One picture of a classification: ROC curve, confusion matrix and calibration of every task."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report.palette import BLUE, SOFT, VERMILLION
+
+WIDTH, HEIGHT = 4.2, 3.9
+"""Inches of one panel."""
+
+
+def draw_tasks(picture: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw a row of three panels for every task."""
+    import matplotlib
+
+    # No window is needed, and a cluster has none.
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * WIDTH, HEIGHT * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 3, squeeze=False)
+    for row, (name, scores) in zip(axes, tasks.items(), strict=True):
+        _draw_roc(row[0], name, scores)
+        _draw_confusion(row[1], scores)
+        _draw_calibration(row[2], scores)
+    with atomic_path(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
+    roc = scores["roc"]
+    auc = scores["auc"]
+    axis.plot([0, 1], [0, 1], linestyle=":", color=SOFT, linewidth=1, label="chance")
+    if auc["value"] is not None:
+        rates = np.array(roc["false_positive_rate"])
+        ends = auc["ci95"]
+        interval = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+        if roc["ci95"]:
+            band = np.array(roc["ci95"])
+            axis.fill_between(
+                rates, band[:, 0], band[:, 1], color=BLUE, alpha=0.2, linewidth=0, label="95 %"
+            )
+        axis.plot(
+            rates,
+            np.array(roc["sensitivity"], dtype=float),
+            color=BLUE,
+            linewidth=2,
+            label=f"AUC {auc['value']:.2f}{interval}",
+        )
+    what = f"positive: {roc['positive']}" if roc["positive"] else "mean of one class against others"
+    axis.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xlabel="false positive rate",
+        ylabel="sensitivity",
+        title=f"{name}: ROC ({what})",
+        aspect="equal",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+
+
+def _draw_confusion(axis: Any, scores: Mapping[str, Any]) -> None:
+    counts = np.array(scores["confusion"])  # (true, predicted)
+    totals = counts.sum(1, keepdims=True)
+    shares = counts / np.where(totals, totals, 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row in range(len(counts)):
+        for column in range(len(counts)):
+            # Dark cells need light letters.
+            colour = "white" if shares[row, column] > 0.55 else "black"
+            text = f"{counts[row, column]}\n{100 * shares[row, column]:.0f} %"
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    classes = scores["classes"]
+    ticks = range(len(classes))
+    axis.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="true")
+    rotation = 45 if max(len(kind) for kind in classes) > 6 else 0
+    axis.set_xticklabels(classes, rotation=rotation)
+    axis.set_yticklabels(classes)
+    accuracy = scores["balanced_accuracy"]["value"]
+    axis.set_title(f"confusion (balanced accuracy {accuracy:.2f})")
+
+
+def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
+    bins = scores["calibration"]["bins"]
+    axis.plot([0, 1], [0, 1], linestyle=":", color=SOFT, linewidth=1, label="perfect")
+    x = [row["probability"] for row in bins]
+    y = [row["true"] for row in bins]
+    if all(row["ci95"] for row in bins):
+        low = [max(0.0, row["true"] - row["ci95"][0]) for row in bins]
+        high = [max(0.0, row["ci95"][1] - row["true"]) for row in bins]
+        axis.errorbar(
+            x,
+            y,
+            yerr=[low, high],
+            color=VERMILLION,
+            linewidth=1,
+            capsize=2,
+            fmt="none",
+            label="95 %",
+        )
+    # The area of a point shows how many cases it stands for.
+    sizes = [12 + 160 * row["cases"] / scores["cases"] for row in bins]
+    axis.plot(x, y, color=VERMILLION, linewidth=1)
+    axis.scatter(x, y, s=sizes, color=VERMILLION, zorder=3, label="a tenth (area: cases)")
+    is_binary = len(scores["classes"]) == 2
+    kind = scores["classes"][1] if is_binary else "the predicted class"
+    error = scores["calibration_error"]["value"]
+    axis.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xlabel=f"probability of {kind}",
+        ylabel=f"share that is {kind}" if is_binary else "share that is right",
+        title=f"calibration (error {error:.2f})",
+        aspect="equal",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left")

@@ -1,0 +1,161 @@
+"""Classify new scans with a trained classifier, all its folds together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nnunet_autoreg.classification.net import Classifier
+from nnunet_autoreg.classification.plan import ClassificationPlan, read_plan
+from nnunet_autoreg.downstream.model import TrainedModel
+from nnunet_autoreg.downstream.scans import Scan, ready
+from nnunet_autoreg.errors import ClassesError, PlanError, WeightsError
+from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.records import MEND_YOURS, read_json, write_json
+
+FORMAT, VERSION = "nnunet_autoreg.scan_classes", 1
+
+
+class ClassifierModel(TrainedModel):
+    """A trained classifier: a folder of ``nnUNetv2_train``."""
+
+    kind = "Classification"
+
+    def __init__(
+        self,
+        folder: Path,
+        folds: Sequence[str],
+        device: torch.device,
+        checkpoint: str = "checkpoint_final.pth",
+    ):
+        super().__init__(folder, folds, device, checkpoint)
+        plan = read_plan(self.configuration.configuration, str(folder / "plans.json"))
+        assert plan is not None and isinstance(self.network, Classifier)
+        self.plan: ClassificationPlan = plan
+        self.patch_size: Size = as_size(self.configuration.patch_size)
+
+    def check_configuration(self, configuration: dict[str, Any], where: str) -> None:
+        """Refuse plans without a classifier.
+
+        Raises:
+            PlanError: there is none, or its plan is impossible.
+        """
+        if read_plan(configuration, where) is None:
+            raise PlanError(
+                f"{self.folder} holds no classifier; train one with -tr "
+                "AutoregClassificationTrainer",
+                code="classification-no-classifier",
+            )
+
+
+@dataclass(frozen=True)
+class ScanClasses:
+    """Hold the probabilities of one scan.
+
+    Attributes:
+        scan: its name.
+        model, settings, inputs: by which an earlier result is recognised.
+        probabilities: task -> class -> probability, the mean over the folds.
+    """
+
+    scan: str
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    inputs: tuple[dict[str, Any], ...]
+    probabilities: dict[str, dict[str, float]]
+
+    def of_tasks(self) -> list[NDArray[np.float64]]:
+        """Return one array (K,) for each task."""
+        return [np.array(list(of_task.values())) for of_task in self.probabilities.values()]
+
+
+def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
+    """Classify a scan.
+
+    Raises:
+        ScanError: it cannot be read, or does not fit the model.
+        WeightsError: the network gives numbers that are not finite.
+    """
+    inputs = scan.inputs()
+    with ready(scan) as files:
+        image_CZYX, _ = model.preprocess(files, scan.name)
+    sums: list[NDArray[np.float64]] = []
+    num_folds = 0
+    for _ in model.weights():
+        assert isinstance(model.network, Classifier)
+        found = probabilities_of(
+            model.network, image_CZYX, model.patch_size, model.device, model.autocast()
+        )
+        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        num_folds += 1
+
+    probabilities = {}
+    for task, total_K in zip(model.plan.tasks, sums, strict=True):
+        values = (total_K / num_folds).tolist()
+        probabilities[task.name] = dict(zip(task.classes, values, strict=True))
+    return ScanClasses(scan.name, model.describe(), {}, inputs, probabilities)
+
+
+def probabilities_of(
+    network: Classifier,
+    image_CZYX: torch.Tensor,
+    patch_size: Size,
+    device: torch.device,
+    context: Any,
+) -> list[NDArray[np.float64]]:
+    """Return the probabilities (K,) of every task for a preprocessed scan.
+
+    Args:
+        context: of the forward passes, such as autocast.
+
+    Raises:
+        WeightsError: they are not finite (code "classification-not-finite").
+    """
+    with context:
+        pooled_V = network.pooled_over_scan(image_CZYX, patch_size, device)
+    with torch.no_grad():
+        logits = network.logits(pooled_V[None].float())
+    found = []
+    for values_1K in logits:
+        probabilities_K = torch.softmax(values_1K[0].double(), 0).cpu().numpy()
+        if not np.isfinite(probabilities_K).all():
+            raise WeightsError(
+                "the network gives numbers that are not finite; its training went wrong: use "
+                "another checkpoint, or train again",
+                code="classification-not-finite",
+            )
+        found.append(probabilities_K)
+    return found
+
+
+def write_scan_classes(file: Path, found: ScanClasses) -> None:
+    """Write the result of one scan, whole or not at all."""
+    write_json(file, {"format": FORMAT, "version": VERSION, **vars(found)})
+
+
+def read_scan_classes(file: Path) -> ScanClasses:
+    """Read the result of one scan.
+
+    Raises:
+        ClassesError: it is none (code "classes-scan-file").
+    """
+    data = read_json(file, MEND_YOURS)
+    try:
+        if (data["format"], data["version"]) != (FORMAT, VERSION):
+            raise KeyError("format")
+        inputs = tuple(dict(fact) for fact in data["inputs"])
+        probabilities: Mapping[str, Mapping[str, float]] = data["probabilities"]
+        of_tasks = {}
+        for task, of_classes in probabilities.items():
+            of_tasks[str(task)] = {str(kind): float(p) for kind, p in of_classes.items()}
+        return ScanClasses(data["scan"], data["model"], data["settings"], inputs, of_tasks)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ClassesError(
+            f"{file} is no result of autoreg_classify ({error!r}); move it elsewhere, or give "
+            "another -o",
+            code="classes-scan-file",
+        ) from error

@@ -1,0 +1,110 @@
+"""``classes.csv``: the predicted classes and probabilities of scans, written and read. Torch-free.
+
+A row per scan: ``case``, then for every task its name with the predicted class, and ``task:class``
+with the probability of each class.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg.classification.table import (
+    CASE_COLUMN,
+    MOST_CLASSES,
+    ClassificationTask,
+    read_rows,
+)
+from nnunet_autoreg.errors import ClassesError
+from nnunet_autoreg.records import from_cell, to_cell, write_text
+
+NAME = "classes.csv"
+
+
+@dataclass(frozen=True)
+class ClassPredictions:
+    """Hold the probabilities of several scans.
+
+    Attributes:
+        tasks: without their order, which the file does not say.
+        probabilities: scan -> one array (K,) for each task.
+    """
+
+    tasks: tuple[ClassificationTask, ...]
+    probabilities: dict[str, list[NDArray[np.float64]]]
+
+
+def write_predictions(
+    file: Path,
+    tasks: Sequence[ClassificationTask],
+    probabilities: Mapping[str, Sequence[NDArray[np.floating]]],
+) -> None:
+    """Write the table, whole or not at all."""
+    header = [CASE_COLUMN]
+    for task in tasks:
+        header += [task.name, *(f"{task.name}:{kind}" for kind in task.classes)]
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([to_cell(cell) for cell in header])
+    for case, of_tasks in probabilities.items():
+        row = [to_cell(case)]
+        for task, values_K in zip(tasks, of_tasks, strict=True):
+            row.append(to_cell(task.classes[int(np.argmax(values_K))]))
+            row += [f"{value:.6f}" for value in values_K]
+        writer.writerow(row)
+    write_text(file, lines.getvalue())
+
+
+def read_predictions(file: Path) -> ClassPredictions:
+    """Read the table.
+
+    Raises:
+        ClassesError: it is missing, no such table (code "classes-predictions-format"), or a
+            probability is none (code "classes-probability").
+    """
+    rows = [
+        {from_cell(name): from_cell(value) for name, value in row.items()}
+        for row in read_rows(file)
+    ]
+    columns = [name for name in rows[0] if name != CASE_COLUMN]
+    tasks = []
+    for name in columns:
+        classes = [c.removeprefix(f"{name}:") for c in columns if c.startswith(f"{name}:")]
+        if len(classes) >= 2:
+            tasks.append(ClassificationTask(name, tuple(classes)))
+    if not tasks:
+        raise ClassesError(
+            f"{file} has no columns like 'task' with 'task:class'; give the folder that "
+            "autoreg_classify wrote",
+            code="classes-predictions-format",
+        )
+
+    probabilities = {}
+    for row in rows:
+        of_tasks = []
+        for task in tasks:
+            cells = [row[f"{task.name}:{kind}"] for kind in task.classes]
+            of_tasks.append(_probabilities(file, row[CASE_COLUMN], task, cells))
+        probabilities[row[CASE_COLUMN]] = of_tasks
+    return ClassPredictions(tuple(tasks), probabilities)
+
+
+def _probabilities(
+    file: Path, case: str, task: ClassificationTask, cells: Sequence[str]
+) -> NDArray[np.float64]:
+    try:
+        values = np.array([float(cell) for cell in cells])
+    except ValueError:
+        values = np.full(len(cells), np.nan)
+    # Six decimals of up to MOST_CLASSES values are written.
+    if not (values >= 0).all() or abs(values.sum() - 1) > 1e-6 * max(MOST_CLASSES, len(cells)):
+        raise ClassesError(
+            f"{file}: the probabilities of {task.name} for {case} ({', '.join(cells)}) are not "
+            "numbers from 0 to 1 with the sum 1; classify that scan again",
+            code="classes-probability",
+        )
+    return values

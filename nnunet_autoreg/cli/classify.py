@@ -1,0 +1,187 @@
+"""``autoreg_classify``: classes of new scans from a model that AutoregClassificationTrainer made.
+
+Names of scans are the user's own. Paths, in which names of patients may stand, are not written into
+results.
+"""
+
+import argparse
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.errors import AutoregError, ScanError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassifyRequest:
+    """Hold what was typed, under the names of the parser below."""
+
+    dataset: str
+    scans: Path
+    output: Path
+    folds: list[str]
+    trainer: str
+    plans: str
+    configuration: str
+    checkpoint: str
+    device: str | None
+    split_4d: bool
+    overwrite: bool
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser; its values are the fields of ``ClassifyRequest``."""
+    p = argparse.ArgumentParser(
+        prog="autoreg_classify",
+        description="Classify scans with a trained model, all its folds together. classes.csv gets "
+        "a row per scan: the class of every task, and the probability of each class. NAME.json "
+        "holds the same for one scan, so that the command goes on where it was interrupted.",
+    )
+    add = p.add_argument
+    add(
+        "-d",
+        dest="dataset",
+        required=True,
+        metavar="ID",
+        help="the dataset the model was trained on (4 or Dataset004_Name)",
+    )
+    add(
+        "-i",
+        dest="scans",
+        required=True,
+        metavar="FOLDER",
+        type=Path,
+        help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for models of one "
+        "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, "
+        "which is searched recursively",
+    )
+    add(
+        "-o",
+        dest="output",
+        required=True,
+        metavar="FOLDER",
+        type=Path,
+        help="the folder to write results to",
+    )
+    add(
+        "-f",
+        dest="folds",
+        nargs="+",
+        default=[],
+        metavar="FOLD",
+        help="folds; default: all that are finished, except fold all, which has to be named",
+    )
+    add(
+        "-tr",
+        dest="trainer",
+        default="AutoregClassificationTrainer",
+        metavar="TRAINER",
+        help="default: %(default)s",
+    )
+    add("-p", dest="plans", default="AutoregPlans", metavar="PLANS", help="default: %(default)s")
+    add(
+        "-c",
+        dest="configuration",
+        default="3d_fullres",
+        metavar="CONFIGURATION",
+        help="default: %(default)s",
+    )
+    add(
+        "-chk",
+        "--checkpoint",
+        dest="checkpoint",
+        default="checkpoint_final.pth",
+        metavar="FILE",
+        help="default: %(default)s",
+    )
+    add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
+    add(
+        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="classify scans again that have results; default: go on with the others",
+    )
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Classify every scan; one that cannot be read is named, and the others go on."""
+    request = ClassifyRequest(**vars(parser().parse_args(argv)))
+    prepare_torch()
+    configure_logging()
+    from nnunet_autoreg.classification.predict import (
+        ClassifierModel,
+        classify,
+        read_scan_classes,
+        write_scan_classes,
+    )
+    from nnunet_autoreg.classification.predictions import NAME, write_predictions
+    from nnunet_autoreg.downstream.model import prediction_device, trained_folder
+    from nnunet_autoreg.downstream.results import (
+        check_same_run,
+        make_output_folder,
+        scans_with_results,
+    )
+    from nnunet_autoreg.downstream.scans import find
+    from nnunet_autoreg.nnunet_api import results_folder
+
+    device = prediction_device(request.device)
+    folder = trained_folder(
+        results_folder(), request.dataset, request.trainer, request.plans, request.configuration
+    )
+    model = ClassifierModel(folder, request.folds, device, request.checkpoint)
+    scans = find(
+        request.scans, model.file_ending, model.num_channels, request.split_4d, request.output
+    )
+
+    # Results of an earlier run are kept if they are of this model and these scans.
+    make_output_folder(request.output)
+    by_name = {scan.name: scan for scan in scans}
+    probabilities = {}
+    for name in scans_with_results(request.output, list(by_name), request.overwrite):
+        file = request.output / f"{name}.json"
+        old = read_scan_classes(file)
+        present = {"model": old.model, "settings": old.settings, "inputs": old.inputs}
+        inputs = by_name[name].inputs()
+        check_same_run(file, present, {"model": model.describe(), "settings": {}, "inputs": inputs})
+        probabilities[name] = old.of_tasks()
+    if probabilities:
+        print(f"{len(probabilities)} of {len(scans)} scans were done before")
+
+    for scan in scans:
+        if scan.name in probabilities:
+            continue
+        try:
+            found = classify(model, scan)
+        except ScanError as error:
+            log.warning("%s is left out (%s): %s", scan.name, error.status, error)
+            continue
+        write_scan_classes(request.output / f"{scan.name}.json", found)
+        probabilities[scan.name] = found.of_tasks()
+        best = []
+        for task, of_classes in found.probabilities.items():
+            kind = max(of_classes, key=lambda name: of_classes[name])
+            best.append(f"{task} {kind} ({of_classes[kind]:.2f})")
+        print(f"{scan.name}: {', '.join(best)}", flush=True)
+    if not probabilities:
+        raise AutoregError(
+            f"none of the {len(scans)} scans of {request.scans} could be read; the warnings above "
+            "say why",
+            code="classify-none-readable",
+        )
+
+    in_order = {name: probabilities[name] for name in by_name if name in probabilities}
+    write_predictions(request.output / NAME, model.plan.tasks, in_order)
+    print(f"wrote {len(in_order)} scans to {request.output / NAME}")
+    print_next(
+        f"autoreg_evaluate_classification -p {shlex.quote(str(request.output))} -g CLASSES_CSV -o "
+        "metrics.json"
+    )
+    return 0 if len(in_order) == len(scans) else 1

@@ -1,0 +1,251 @@
+"""The classifier's network, loss, plan and loader."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from torch.nn import functional
+
+from nnunet_autoreg.classification.data import ClassLoader
+from nnunet_autoreg.classification.net import ClassificationLoss, Classifier, smoothed
+from nnunet_autoreg.classification.plan import (
+    BLOCK,
+    NONE,
+    SAMPLING,
+    WEIGHTS,
+    ClassificationPlan,
+    check,
+    check_same_table,
+    classification_recipe,
+    make_plan,
+    read_plan,
+    store,
+)
+from nnunet_autoreg.classification.table import ClassificationTask, ClassTable
+from nnunet_autoreg.classification.validate import patch_scores
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, RESENC
+from nnunet_autoreg.finetune.block import ADAMW, SGD, Recipe
+from nnunet_autoreg.finetune.recipe import parameter_groups
+from nnunet_autoreg.model.encoders import build_network
+from nnunet_autoreg.model.sizes import ENCODERS
+
+SEX = ClassificationTask("sex", ("F", "M"))
+GRADE = ClassificationTask("grade", ("1", "2", "3"), ordinal=True)
+CPU = torch.device("cpu")
+PATCH = (16, 16, 16)
+
+
+def table_of(tasks: tuple[ClassificationTask, ...], rows: list[tuple[int, ...]]) -> ClassTable:
+    labels = {f"c{n:02}": row for n, row in enumerate(rows)}
+    return ClassTable(tasks, labels, {case: case for case in labels}, "", {})
+
+
+def plan_of(*tasks: ClassificationTask, **changes: Any) -> ClassificationPlan:
+    counts = tuple((1,) * len(task.classes) for task in tasks)
+    return replace(ClassificationPlan(tasks, counts, NONE, 10, 2), **changes)
+
+
+def classifier(encoder: str = "resenc_tiny", tasks: tuple[int, ...] = (2, 3)) -> Classifier:
+    size = ENCODERS[encoder]
+    torch.manual_seed(0)
+    network = build_network(size.class_path, size.arguments, PATCH, 1, 2)
+    made = Classifier(network, size.class_path, size.arguments, PATCH, tasks)
+    made.gives_classes = True
+    return made.eval()
+
+
+@pytest.mark.parametrize("encoder", ["resenc_tiny", "primus_tiny", "primus_v2_tiny"])
+def test_every_family_gives_the_logits_of_every_task(encoder: str) -> None:
+    network = classifier(encoder)
+
+    logits = network(torch.randn(2, 1, *PATCH))
+
+    assert [tuple(values.shape) for values in logits] == [(2, 2), (2, 3)]
+    assert not any(key.startswith(("decoder", "up_projection")) for key in network.state_dict())
+
+
+def test_a_segmentation_is_refused_with_the_right_command() -> None:
+    network = classifier()
+    network.gives_classes = False
+
+    with refused(PlanError, "classification-no-segmentation", "autoreg_classify"):
+        network(torch.randn(1, 1, *PATCH))
+
+
+def test_a_large_scan_is_the_mean_of_its_tiles() -> None:
+    network = classifier()
+    scan = torch.randn(1, 16, 32, 16)
+
+    found = network.pooled_over_scan(scan, PATCH, CPU)
+
+    parts = [network.pooled(scan[None, :, :, low : low + 16])[0] for low in (0, 16)]
+    assert torch.allclose(found, torch.stack(parts).mean(0), atol=1e-5)
+
+
+def test_a_scan_smaller_than_the_patch_lies_in_its_middle() -> None:
+    network = classifier()
+    scan = torch.randn(1, 8, 16, 12)
+
+    found = network.pooled_over_scan(scan, PATCH, CPU)
+
+    padded = functional.pad(scan, (2, 2, 0, 0, 4, 4))
+    assert torch.allclose(found, network.pooled(padded[None])[0], atol=1e-5)
+
+
+def test_classes_that_are_not_known_carry_no_loss() -> None:
+    logits = [torch.randn(3, 2, requires_grad=True), torch.randn(3, 3, requires_grad=True)]
+    loss = ClassificationLoss(plan_of(SEX, GRADE), [(1, 1), (1, 1, 1)])
+
+    found = loss(logits, torch.tensor([[0, -1], [1, -1], [-1, -1]]))
+    found.backward()
+
+    expected = functional.cross_entropy(logits[0][:2], torch.tensor([0, 1]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert logits[1].grad is not None and not logits[1].grad.any()
+    assert logits[0].grad is not None and not logits[0].grad[2].any()
+
+
+def test_with_weights_every_class_has_the_same_share_of_the_loss() -> None:
+    loss = ClassificationLoss(plan_of(SEX, GRADE, balance=WEIGHTS), [(3, 1), (1, 1, 1)])
+    logits = [torch.zeros(4, 2), torch.zeros(4, 3)]
+    labels = torch.tensor([[0, -1], [0, -1], [0, -1], [1, -1]])
+
+    rare = float(loss([logits[0][3:], logits[1][3:]], labels[3:]))
+    usual = float(loss([logits[0][:1], logits[1][:1]], labels[:1]))
+
+    assert rare == pytest.approx(3 * usual)
+    assert float(loss(logits, labels)) == pytest.approx(np.log(2))
+
+
+def test_the_neighbours_of_an_ordinal_class_share_the_smoothing() -> None:
+    labels = torch.tensor([0, 1, 2])
+
+    found = smoothed(labels, 3, 0.2)
+
+    assert found.tolist() == [
+        pytest.approx([0.8, 0.2, 0]),
+        pytest.approx([0.1, 0.8, 0.1]),
+        pytest.approx([0, 0.2, 0.8]),
+    ]
+    assert smoothed(labels, 3, 0).tolist() == torch.eye(3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "balance"),
+    [
+        ((SEX,), [(0,)] * 4 + [(1,)] * 5, NONE),
+        ((SEX,), [(0,)] * 4 + [(1,)] * 9, SAMPLING),
+        ((SEX, GRADE), [(0, 0)] * 4 + [(1, 1)] * 9, WEIGHTS),
+    ],
+)
+def test_the_balance_is_planned_from_the_counts(
+    tasks: tuple[ClassificationTask, ...], rows: list[tuple[int, ...]], balance: str
+) -> None:
+    plan = make_plan(table_of(tasks, rows), 2, CLASS_PATHS[RESENC], 250)
+
+    assert plan.balance == balance
+    assert plan.class_counts[0] == (4, len(rows) - 4)
+    assert plan.reasons["balance"]
+    assert plan.num_iterations_per_epoch == -(-len(rows) // 2)
+    assert plan.layer_decay == 1.0
+
+
+def test_the_recipe_is_adamw_with_layer_decay_for_transformers() -> None:
+    rows = [(0,)] * 4 + [(1,)] * 5
+    plan = make_plan(table_of((SEX,), rows), 2, CLASS_PATHS[PRIMUS], 250)
+    stock = Recipe(
+        150, 1e-3, 1e-2, optimizer=SGD, deep_supervision=True, decoder_first_fraction=0.1
+    )
+
+    recipe = classification_recipe(stock, plan)
+
+    assert (recipe.optimizer, recipe.pretrained_rate, recipe.weight_decay) == (ADAMW, 1e-4, 1e-2)
+    assert (recipe.warmup_fraction, recipe.warmup_max_fraction) == (0.1, 0.1)
+    assert not recipe.deep_supervision and not recipe.decoder_first_fraction
+    groups = parameter_groups(classifier("primus_tiny"), recipe)
+    rates = sorted({group["rate_factor"] for group in groups})
+    assert rates[-1] == 1 and rates[-2] == pytest.approx(0.75)
+
+
+def test_a_plan_is_read_as_it_was_written() -> None:
+    plan = make_plan(table_of((SEX, GRADE), [(0, 0), (1, 1), (1, 2)]), 2, CLASS_PATHS[RESENC], 9)
+    plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
+
+    store(plans, "3d_fullres", plan)
+
+    assert read_plan(plans["configurations"]["3d_fullres"], "x") == plan
+    assert read_plan({}, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "named"),
+    [
+        ({"balance": "even"}, "classification-plan-balance", "even"),
+        ({"balance": SAMPLING}, "classification-plan-balance", "2"),
+        ({"num_epochs": 0}, "classification-plan-range", "num_epochs=0"),
+        ({"ordinal_smoothing": 1.0}, "classification-plan-range", "[0, 1)"),
+        ({"tasks": ()}, "classification-plan-incomplete", BLOCK),
+    ],
+)
+def test_impossible_values_of_a_plan_are_refused(
+    changes: dict[str, Any], code: str, named: str
+) -> None:
+    with refused(PlanError, code, "plans.json", named):
+        check(plan_of(SEX, GRADE, **changes), "plans.json")
+
+
+def test_a_plan_of_other_classes_is_refused() -> None:
+    table = table_of((ClassificationTask("sex", ("F", "X")),), [(0,), (1,)])
+
+    with refused(PlanError, "classification-plan-other-classes", "plans.json", BLOCK):
+        check_same_table(plan_of(SEX), table, "plans.json")
+
+
+class Cases:
+    """Stands for nnU-Net's dataset."""
+
+    def __init__(self, names: list[str]):
+        self.identifiers = names
+
+
+class Labels:
+    """Stands for nnU-Net's label manager."""
+
+    has_ignore_label = False
+
+    def __init__(self) -> None:
+        self.all_labels = [0, 1]
+
+
+def loader(labels: dict[str, tuple[int, ...]], is_balanced: bool) -> ClassLoader:
+    cases = Cases(list(labels))
+    return ClassLoader(cases, 4, PATCH, PATCH, Labels(), labels=labels, is_balanced=is_balanced)
+
+
+def test_balanced_sampling_draws_every_class_equally_often() -> None:
+    labels = {"rare": (1,), "unknown": (-1,), **{f"usual{n}": (0,) for n in range(9)}}
+    np.random.seed(0)
+
+    drawn = Counter(case for _ in range(500) for case in loader(labels, True).get_indices())
+    plain = Counter(case for _ in range(500) for case in loader(labels, False).get_indices())
+
+    assert drawn["rare"] / 2000 == pytest.approx(0.5, abs=0.05)
+    assert plain["rare"] / 2000 == pytest.approx(0.1, abs=0.03)
+    assert "unknown" not in drawn + plain
+
+
+def test_patches_of_one_case_are_averaged_for_the_score_of_an_epoch() -> None:
+    table = table_of((SEX,), [(0,), (1,), (1,)])
+    outputs = [
+        {"cases": ["c00", "c01"], "probabilities": [np.array([[0.8, 0.2], [0.9, 0.1]])]},
+        {"cases": ["c01", "c02"], "probabilities": [np.array([[0.1, 0.9], [0.9, 0.1]])]},
+    ]
+
+    assert patch_scores(plan_of(SEX), table, outputs) == [0.5]
+    assert patch_scores(plan_of(SEX), table, outputs[:1]) == [0.0]
+    assert patch_scores(plan_of(SEX), table, [{**outputs[1]}]) == [0.5]

@@ -1,0 +1,381 @@
+"""Classification inside nnU-Net.
+
+``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregClassificationTrainer -p AutoregPlans`` trains
+the plan's encoder with a linear layer per task on the classes of ``classesTr.csv``.
+``autoreg_classify`` gives the classes of new scans.
+"""
+
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed, nn
+
+from nnunet_autoreg.classification.data import ClassLoader
+from nnunet_autoreg.classification.folds import check_fold, find_folds
+from nnunet_autoreg.classification.net import ClassificationLoss, Classifier
+from nnunet_autoreg.classification.plan import (
+    BLOCK,
+    SAMPLING,
+    ClassificationPlan,
+    check_same_table,
+    classification_recipe,
+    make_plan,
+    read_plan,
+    store,
+)
+from nnunet_autoreg.classification.validate import (
+    BASELINES,
+    classify_cases,
+    features_of_baselines,
+    kept_table,
+    patch_scores,
+    score_lines,
+    write_baselines,
+    write_validation,
+)
+from nnunet_autoreg.downstream.loaders import started
+from nnunet_autoreg.downstream.model import FOLD_ALL
+from nnunet_autoreg.downstream.training import (
+    forwarded_log,
+    from_all_processes,
+    keep_thread_limit,
+)
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.finetune.block import AutoregBlock, read_block
+from nnunet_autoreg.finetune.network import build_network, own_arguments
+from nnunet_autoreg.finetune.one_line import one_line_errors
+from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.records import read_json, write_json
+from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, trainer_of_length
+
+AUC = "cls_auc"
+"""Name in the logger: the mean AUC over the tasks, on validation patches."""
+
+
+class AutoregClassificationTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
+    """Train a classifier on the plan's pretrained encoder."""
+
+    transfers_decoder = False
+    block: AutoregBlock
+    plan: ClassificationPlan
+
+    def initialize(self) -> None:
+        """Read the classes, plan if that was not done, then make nnU-Net's own preparations."""
+        if not self.was_initialized:
+            keep_thread_limit()
+            with one_line_errors(), self._library_log():
+                self._prepare()
+        super().initialize()
+        self._classifier().gives_classes = True
+        self.logger.local_logger.my_fantastic_logging.setdefault(AUC, [])
+
+    def _prepare(self) -> None:
+        if self.is_cascaded:
+            raise PlanError(
+                f"{self.configuration_name} is the second stage of a cascade, but classification "
+                "has one stage; train 3d_fullres",
+                code="classification-cascade",
+            )
+        # The main process makes folds and plan first; the others then read what it wrote.
+        if self.is_ddp and self.local_rank > 0:
+            distributed.barrier()
+        base = Path(self.preprocessed_dataset_folder_base)
+        folder = self.preprocessed_dataset_folder
+        cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
+        self.table = kept_table(base, self.dataset_json, cases)
+        self.parts = self._find_parts(base, cases)
+        self.plan = self._planned()
+        if self.is_ddp and self.local_rank == 0:
+            distributed.barrier()
+
+        recipe = classification_recipe(self.block.recipe, self.plan)
+        self.block = replace(self.block, recipe=recipe)
+        self.enable_deep_supervision = False
+        self.initial_lr = recipe.pretrained_rate if self.uses_weights else recipe.scratch_rate
+        self.weight_decay = recipe.weight_decay
+        self.num_epochs = self.length or self.plan.num_epochs
+        self.num_iterations_per_epoch = self.plan.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.plan.num_val_iterations_per_epoch
+
+    def _find_parts(self, base: Path, cases: list[str]) -> tuple[list[str], list[str]]:
+        """Return the training and the validation cases of this fold."""
+        if self.fold == FOLD_ALL:
+            return cases, cases
+        folds, source = find_folds(base, self.table)
+        if self.fold >= len(folds):
+            raise PlanError(
+                f"fold {self.fold}: there are {len(folds)} folds, 0 to {len(folds) - 1}, in "
+                f"{source}; train one of them",
+                code="classification-no-fold",
+            )
+        fold = folds[self.fold]
+        for warning in check_fold(fold, self.table, str(self.fold)):
+            self.print_to_log_file(f"WARNING: {warning}")
+        self.print_to_log_file(
+            f"folds: {source}; fold {self.fold} has {len(fold['train'])} training and "
+            f"{len(fold['val'])} validation cases; {self.table.patient_rule}"
+        )
+        return fold["train"], fold["val"]
+
+    def _planned(self) -> ClassificationPlan:
+        """Return the plan of this configuration.
+
+        If there is none, it is made now and written into the plans file.
+        """
+        configuration = self.configuration_manager
+        name = self.configuration_name
+        file = Path(self.preprocessed_dataset_folder_base) / f"{self.plans_manager.plans_name}.json"
+        where = f"{file.name}: {name}"
+        plan = read_plan(configuration.configuration, where)
+        if plan is None:
+            plan = make_plan(
+                self.table,
+                configuration.batch_size,
+                self.block.encoder.class_path,
+                self.block.recipe.num_iterations_per_epoch,
+            )
+            # Into the plans in memory, which checkpoints store, and into the file.
+            plans = self.plans_manager.plans
+            store(plans, name, plan)
+            configuration.configuration[BLOCK] = plans["configurations"][name][BLOCK]
+            if self.local_rank == 0:
+                on_disk = read_json(file)
+                store(on_disk, name, plan)
+                write_json(file, on_disk)
+                self.print_to_log_file(
+                    f"classification was planned and is now part of {file}; balance: "
+                    f"{plan.balance} ({plan.reasons['balance']})"
+                )
+        check_same_table(plan, self.table, where)
+        return plan
+
+    def _library_log(self) -> AbstractContextManager[None]:
+        """Send the library's log to nnU-Net's log file and to the terminal."""
+        return forwarded_log("nnunet_autoreg.classification", self.print_to_log_file)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Return the plan's encoder with heads, with random weights; prediction calls this too."""
+        with one_line_errors():
+            block = read_block(plans_manager.plans)
+            where = f"{plans_manager.plans_name}.json"
+            plan = read_plan(configuration_manager.configuration, where)
+            if plan is None:
+                raise PlanError(
+                    f'{where} has no "{BLOCK}" block for this configuration; train an '
+                    "AutoregClassificationTrainer first",
+                    code="classification-no-block",
+                )
+            arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
+            patch = as_size(configuration_manager.patch_size)
+            network = build_network(
+                block, patch, num_input_channels, num_output_channels, arguments
+            )
+            return Classifier(
+                network, block.encoder.class_path, arguments, patch, plan.class_numbers
+            )
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Do nothing: there is no deep supervision."""
+
+    def _build_loss(self) -> ClassificationLoss:
+        training, _ = self.parts
+        counts = [self.table.counts(number, training) for number in range(len(self.plan.tasks))]
+        return ClassificationLoss(self.plan, counts)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return the training and the validation cases; patients are never in both."""
+        return self.parts
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Return nnU-Net's loaders and augmentation, with the classes of the cases."""
+        patch = self.configuration_manager.patch_size
+        rotation, is_flat, initial_patch, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        training = self.get_training_transforms(
+            patch,
+            rotation,
+            None,
+            mirror_axes,
+            is_flat,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+        )
+        validation = self.get_validation_transforms(None)
+        stock_training, stock_validation = self.get_tr_and_val_datasets()
+        is_balanced = self.plan.balance == SAMPLING
+        training_loader = self._loader(stock_training, initial_patch, training, is_balanced)
+        validation_loader = self._loader(stock_validation, patch, validation, False)
+        return started(training_loader, validation_loader, self.device.type == "cuda")
+
+    def _loader(self, stock: Any, patch: Any, transforms: Any, is_balanced: bool) -> ClassLoader:
+        return ClassLoader(
+            stock,
+            self.batch_size,
+            patch,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            # Patches lie anywhere, as the tiles of a whole scan do.
+            oversample_foreground_percent=0.0,
+            transforms=transforms,
+            labels=self.table.labels,
+            is_balanced=is_balanced,
+        )
+
+    def on_train_start(self) -> None:
+        """Load the pretrained encoder, and score the baselines before anything is trained."""
+        super().on_train_start()
+        if not self.is_fresh_start or self.local_rank > 0:
+            return
+        if self.fold == FOLD_ALL:
+            self.print_to_log_file("no baselines: fold all has no validation cases of its own")
+            return
+        training, validation = self.parts
+        network = self._classifier()
+        network.eval()
+        cases = [*training, *validation]
+        features = features_of_baselines(
+            network,
+            self.dataset_class(self.preprocessed_dataset_folder, cases),
+            cases,
+            self.configuration_manager.spacing,
+            self._label_values(),
+            as_size(self.configuration_manager.patch_size),
+            self.device,
+            self._autocast,
+        )
+        with one_line_errors(), self._library_log():
+            found = write_baselines(
+                Path(self.output_folder), self.table, training, validation, features
+            )
+        network.train()
+        for name, of_tasks in found.items():
+            for line in score_lines(of_tasks, None):
+                self.print_to_log_file(f"baseline {name}: {line}")
+
+    def _label_values(self) -> list[int]:
+        """Return the values of the foreground; regions are made of them."""
+        values: set[int] = set()
+        for value in self.dataset_json["labels"].values():
+            values.update(int(v) for v in (value if isinstance(value, list) else [value]))
+        return sorted(values - {0, self.label_manager.ignore_label})
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make one step on the classes."""
+        self.lr_scheduler.step(self.current_epoch, self.iteration)
+        self.iteration += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.network(self._on_device(batch["data"]))
+        loss = self.loss(logits, self._on_device(batch["classes"]))
+        self._update(loss, is_decoder_first=False)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the loss and the probabilities of every patch."""
+        with self._autocast():
+            logits = self.network(self._on_device(batch["data"]))
+        loss = self.loss(logits, self._on_device(batch["classes"]))
+        probabilities = [torch.softmax(v.double(), 1).cpu().numpy() for v in logits]
+        return {
+            "loss": loss.detach().cpu().numpy(),
+            "cases": list(batch["keys"]),
+            "probabilities": probabilities,
+        }
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Log the AUC over the patches, where nnU-Net looks for the best epoch."""
+        outputs = from_all_processes(val_outputs, self.is_ddp)
+        scores = patch_scores(self.plan, self.table, outputs)
+        epoch = self.current_epoch
+        # nnU-Net chooses the best epoch by this name.
+        self.logger.log("mean_fg_dice", float(np.mean(scores)), epoch)
+        self.logger.log("dice_per_class_or_region", scores, epoch)
+        self.logger.log("val_losses", float(np.mean([o["loss"] for o in outputs])), epoch)
+        self.logger.log(AUC, float(np.mean(scores)), epoch)
+
+    def print_to_log_file(self, *args: Any, **kwargs: Any) -> None:
+        """Print as nnU-Net does, with the right name for what stands where it expects Dice."""
+        renamed = []
+        for word in args:
+            if isinstance(word, str):
+                word = word.replace("Pseudo dice", "AUC of patches per task")  # noqa: PLW2901
+                word = word.replace("EMA pseudo Dice", "EMA AUC of patches")  # noqa: PLW2901
+            renamed.append(word)
+        super().print_to_log_file(*renamed, **kwargs)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Classify whole validation cases and write their scores, with the baselines beside them.
+
+        ``validation/classes.csv`` always holds the probabilities, so ``--npz`` adds nothing.
+        """
+        _, cases = self.parts
+        mine = sorted(cases)
+        if self.is_ddp:
+            # Every process validates its share of the cases.
+            mine = mine[self.local_rank :: distributed.get_world_size()]
+        network = self._classifier()
+        network.eval()
+        with one_line_errors():
+            found = classify_cases(
+                network,
+                self.dataset_class(self.preprocessed_dataset_folder, mine),
+                mine,
+                as_size(self.configuration_manager.patch_size),
+                self.device,
+                self._autocast,
+            )
+            outputs = [{"case": case, "values": values} for case, values in found.items()]
+            outputs = from_all_processes(outputs, self.is_ddp)
+            if self.local_rank == 0:
+                self._write_validation({o["case"]: o["values"] for o in outputs})
+
+    def _write_validation(self, probabilities: dict[str, Any]) -> None:
+        folder = Path(self.output_folder)
+        file = folder / BASELINES
+        baselines = read_json(file)["baselines"] if file.is_file() else None
+        model = {
+            "dataset": self.plans_manager.dataset_name,
+            "trainer": self.__class__.__name__,
+            "plans": self.plans_manager.plans_name,
+            "configuration": self.configuration_name,
+            "folds": [self.fold],
+        }
+        tasks = write_validation(folder, self.table, self.plan, probabilities, baselines, model)
+        for line in score_lines(tasks, baselines):
+            self.print_to_log_file(line)
+        for name, scores in tasks.items():
+            if scores["cases"] and scores["auc"]["value"] is not None:
+                self.logger.log_summary(f"final_val/auc_{name}", scores["auc"]["value"])
+
+    def _classifier(self) -> Classifier:
+        network = self.unwrapped()
+        assert isinstance(network, Classifier)
+        return network
+
+
+class AutoregClassificationScratchTrainer(AutoregClassificationTrainer):
+    """Train the same classifier from random weights.
+
+    Plan, length, augmentation and steps are the same; only the peak learning rate differs.
+    """
+
+    uses_weights = False
+
+
+def __getattr__(name: str) -> Any:
+    """Return a trainer of another length, e.g. ``AutoregClassificationTrainer_20epochs``."""
+    return trainer_of_length(sys.modules[__name__], name)
