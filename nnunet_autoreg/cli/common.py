@@ -15,6 +15,7 @@ from typing import Any
 
 from nnunet_autoreg import __version__
 from nnunet_autoreg.children import end_children
+from nnunet_autoreg.corpus.private import TERMINAL_ONLY
 from nnunet_autoreg.errors import (
     AutoregError,
     InterruptedRunError,
@@ -241,7 +242,16 @@ def print_next(line: str) -> None:
 
 
 class _LevelFormatter(logging.Formatter):
-    """Format plain messages, with the level in front from WARNING up."""
+    """Format plain messages, with the level in front from WARNING up.
+
+    Args:
+        is_terminal: whether a person reads them. Only then are files named, because output that is
+            redirected into a file may be sent to others.
+    """
+
+    def __init__(self, is_terminal: bool):
+        super().__init__("%(message)s")
+        self.is_terminal = is_terminal
 
     def format(self, record: logging.LogRecord) -> str:
         safe = record
@@ -255,6 +265,8 @@ class _LevelFormatter(logging.Formatter):
             safe.args = tuple(arguments)
 
         text = super().format(safe)
+        if self.is_terminal:
+            text += printable(getattr(record, TERMINAL_ONLY, ""))
         if record.levelno >= logging.WARNING:
             return f"{record.levelname.lower()}: {text}"
         return text
@@ -266,7 +278,7 @@ def configure_logging() -> None:
     Files of a run get everything. The function may be called again.
     """
     handler = TerminalHandler(sys.stderr)
-    handler.setFormatter(_LevelFormatter("%(message)s"))
+    handler.setFormatter(_LevelFormatter(sys.stderr.isatty()))
     handler.set_name("nnunet_autoreg.cli")
     handler.setLevel(lowest_log_level())
     logger = logging.getLogger("nnunet_autoreg")

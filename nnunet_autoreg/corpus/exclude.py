@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.private import NAMES_FILES
+from nnunet_autoreg.corpus.identity import salted
+from nnunet_autoreg.corpus.private import terminal_only
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.io.names import absolute
 from nnunet_autoreg.io.parts import parse_part
@@ -62,15 +63,18 @@ def read_exclude(path: Path) -> set[str]:
     )
 
 
-def excluded_because(candidate: Candidate, exclude: set[str], series: Container[str] = ()) -> str:
+def excluded_because(
+    candidate: Candidate, exclude: set[str], series: Container[str] = (), salt: str = ""
+) -> str:
     """Return why a candidate is excluded; "" if it is not.
 
     A subject is not repeated: it may be a patient's number.
 
     Args:
         series: DICOM series of which excluded folders hold slices.
+        salt: of the ids in scans.csv, which may be named as well.
     """
-    named = min(_names(candidate) & exclude, default="") if exclude else ""
+    named = min(_names(candidate, salt) & exclude, default="") if exclude else ""
     if named:
         return f"excluded by the user ('{named}')"
     if series_of(candidate) in series:
@@ -95,30 +99,30 @@ def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidat
     return new
 
 
-def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate]) -> None:
+def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate], salt: str = "") -> None:
     """Say how many names of ``exclude`` match no candidate."""
     if not exclude:
         return
-    unmatched = sorted(exclude.difference(*(_names(c) | {c.subject.strip()} for c in candidates)))
+    known = (_names(c, salt) | {c.subject.strip()} for c in candidates)
+    unmatched = sorted(exclude.difference(*known))
     if unmatched:
         hint = did_you_mean(
             unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ()
         )
         log.warning(
-            "--exclude: %d of %d names match no scan, the first is '%s'; %s",
+            "--exclude: %d of %d names match no scan",
             len(unmatched),
             len(exclude),
-            unmatched[0],
-            hint,
-            extra=NAMES_FILES,
+            extra=terminal_only(f"; the first is '{unmatched[0]}', {hint}"),
         )
 
 
-def _names(candidate: Candidate) -> set[str]:
+def _names(candidate: Candidate, salt: str) -> set[str]:
     """Return every name under which a candidate may be excluded, except its subject."""
     path = candidate.path
     names = {
         candidate.id,
+        salted(candidate.id, salt) if salt else "",
         candidate.case,
         f"{candidate.dataset}/{candidate.case}",
         path.name,

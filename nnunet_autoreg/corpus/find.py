@@ -19,7 +19,7 @@ from nnunet_autoreg.corpus.dataset_json import (
     read_dataset_json,
     unset_variables,
 )
-from nnunet_autoreg.corpus.private import NAMES_FILES
+from nnunet_autoreg.corpus.private import terminal_only
 from nnunet_autoreg.corpus.read import num_volumes
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.archive import members, opened, unpacked
@@ -39,6 +39,14 @@ from nnunet_autoreg.nnunet_api import dataset_folder
 
 log = logging.getLogger(__name__)
 
+USUAL_ENDINGS = frozenset(
+    """
+    .7z .bak .bin .bmp .bval .bvec .bz2 .cfg .csv .dat .db .dll .doc .docx .exe .fcsv .gif .gz .h5
+    .hdf5 .htm .html .ini .ipynb .jpeg .jpg .json .log .m .mat .mat4 .md .npy .npz .obj .parquet
+    .pdf .pkl .png .ppt .pptx .pt .pth .py .rar .raw .rtf .sh .sql .sqlite .stl .svg .tar .tfm .tgz
+    .tif .tiff .toml .tsv .txt .vtk .vtp .xls .xlsx .xml .yaml .yml .zip .zraw .mrk .mrb
+    """.split()  # noqa: SIM905
+)
 DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
 
 
@@ -165,7 +173,10 @@ class _Finder:
         try:
             read_dataset_json(folder)
         except UsageError as error:
-            log.warning("%s; the folder is searched as any other", error, extra=NAMES_FILES)
+            log.warning(
+                "a dataset.json is not nnU-Net's; its folder is searched as any other",
+                extra=terminal_only(f" ({error})"),
+            )
             return False
         return True
 
@@ -578,4 +589,11 @@ def _below(path: Path, root: Path) -> str:
 
 
 def _ending(name: str) -> str:
-    return Path(name).suffix.lower()
+    """Return the ending of a file that is no scan, if it is a usual one; else what to call it.
+
+    What follows the last dot may be a part of a name or a UID.
+    """
+    ending = Path(name).suffix.lower()
+    if ending in USUAL_ENDINGS:
+        return ending
+    return "with other endings" if ending else ""

@@ -127,12 +127,13 @@ def index_scans(
     described, entries = describe(candidates, manifest)
     others = outside(exclude, described)
     everything = [*described, *others]
-    warn_unmatched(exclude, everything)
+    warn_unmatched(exclude, everything, salt)
     series = {series_of(c) for c in others} - {""}
-    rows = [
-        first_row(c, excluded_because(c, exclude, series), salt, entries.get(c.id, ManifestEntry()))
-        for c in everything
-    ]
+    rows = []
+    for candidate in everything:
+        excluded = excluded_because(candidate, exclude, series, salt)
+        entry = entries.get(candidate.id, ManifestEntry())
+        rows.append(first_row(candidate, excluded, salt, entry))
     tasks = tasks_of(everything, entries, modality_override)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)

@@ -18,9 +18,9 @@ from nnunet_autoreg.corpus.dataset_json import read_dataset_json
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
 from nnunet_autoreg.corpus.parallel import parallel_map
-from nnunet_autoreg.corpus.private import NAMES_FILES, public_dataset
+from nnunet_autoreg.corpus.private import public_dataset, terminal_only
 from nnunet_autoreg.corpus.read import load_scan, occupied_indices
-from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.corpus.rows import ScanRow, public_message
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.dicom import claims_dicom
 from nnunet_autoreg.io.names import case_and_channel, strip_ending
@@ -142,8 +142,13 @@ def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[Struc
     ):
         found += locations
         if problem:
+            path = label_map_of(row)
+            assert path is not None, "only rows with a label map were read"
             log.warning(
-                "positions: the label map of %s is left out: %s", row.id, problem, extra=NAMES_FILES
+                "positions: the label map of %s is left out: %s",
+                row.id,
+                public_message(problem, row, path),
+                extra=terminal_only(f" ({path})"),
             )
     return found
 
@@ -339,11 +344,10 @@ def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[St
             found.append(StructureLocation(row.id, subject_of(row), structure, share))
     if unmatched:
         log.warning(
-            "--boxes: %d of %d boxes are of no scan here, the first is of '%s'",
+            "--boxes: %d of %d boxes are of no scan here",
             len(unmatched),
             len(boxes),
-            unmatched[0],
-            extra=NAMES_FILES,
+            extra=terminal_only(f"; the first is of '{unmatched[0]}'"),
         )
     return found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.find import Candidate
-from nnunet_autoreg.corpus.private import NAMES_FILES
+from nnunet_autoreg.corpus.private import terminal_only
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.io.names import absolute
 from nnunet_autoreg.records import regular
@@ -207,19 +207,15 @@ def _report(manifest: Manifest, num_used: int, unused: list[str]) -> None:
     )
     if manifest.missing:
         log.warning(
-            "--manifest: %d paths do not exist, the first is '%s'; they are relative to %s",
+            "--manifest: %d paths do not exist; they are relative to the manifest's folder",
             len(manifest.missing),
-            manifest.missing[0],
-            manifest.file.parent,
-            extra=NAMES_FILES,
+            extra=terminal_only(f"; the first is '{manifest.missing[0]}'"),
         )
     if unused:
         log.warning(
-            "--manifest: %d paths hold no scan of the inputs, the first is '%s'; name its folder "
-            "with -i",
+            "--manifest: %d paths hold no scan of the inputs; name their folders with -i",
             len(unused),
-            unused[0],
-            extra=NAMES_FILES,
+            extra=terminal_only(f"; the first is '{unused[0]}'"),
         )
 
 

@@ -27,10 +27,8 @@ HIDDEN = "hidden:"
 """Begins what stands in the plan for a path: the rest is the id of its line in the private file."""
 HIDDEN_NAME = "[name]"
 NUMBERED_DATASET = re.compile(r"(Dataset\d{3,}|folder-[0-9a-f]{3})(?:_\S+)?")
-NAMES_FILES = {"names_files": True}
-"""Given as ``extra`` to a log call whose line names files: it is shown on the terminal and kept out
-of log files.
-"""
+TERMINAL_ONLY = "terminal_only"
+"""Attribute of a log record: what a terminal shows after the message, and no file holds."""
 CHANNEL_WORDS = frozenset(
     """
     adc angio arterial art asl attn axial b b0 b1000 blood bold c cbct cbf cbv ce contrast cor
@@ -90,6 +88,14 @@ def without_names(text: str, names: Iterable[str]) -> str:
             text = text.replace(name, HIDDEN_NAME)
         text = text.replace(f"'{name}'", HIDDEN_NAME)
     return text
+
+
+def terminal_only(text: str) -> dict[str, str]:
+    """Return the ``extra`` of a log call whose line names files on a terminal alone.
+
+    Log files, and output that is redirected into a file, have the message without ``text``.
+    """
+    return {TERMINAL_ONLY: text}
 
 
 def hide_paths(

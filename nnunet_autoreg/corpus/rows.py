@@ -165,7 +165,16 @@ def _public_reason(row: ScanRow) -> str:
     if row.status == "excluded":
         # In brackets stands what the user called the scan.
         reason = re.sub(r" \('.*'\)", "", reason)
-    return without_names(reason, _names(row))
+    return public_message(reason, row)
+
+
+def public_message(text: str, row: ScanRow, *files: Path) -> str:
+    """Return a message about a scan without its names and paths.
+
+    Args:
+        files: others that the message may name, such as the scan's label map.
+    """
+    return without_names(text, {*_names(row), *map(str, files)})
 
 
 def _names(row: ScanRow) -> set[str]:

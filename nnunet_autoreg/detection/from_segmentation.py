@@ -31,6 +31,7 @@ from nnunet_autoreg.detection.instances import (
 )
 from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_file
 from nnunet_autoreg.detection.validate import as_stored
+from nnunet_autoreg.downstream.results import FROM_SEG, public_model
 from nnunet_autoreg.downstream.scans import facts_of
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
 from nnunet_autoreg.io.files import check_file
@@ -108,11 +109,13 @@ class Segmentations:
 
     def describe(self) -> dict[str, Any]:
         """Return what results say about the model."""
-        return {
-            "dataset": self.manager.dataset_name,
-            "plans": self.manager.plans_name,
-            "from_seg": str(self.folder.resolve()),
-        }
+        return public_model(
+            {
+                "dataset": self.manager.dataset_name,
+                "plans": self.manager.plans_name,
+                FROM_SEG: str(self.folder.resolve()),
+            }
+        )
 
     def inputs(self, name: str) -> tuple[dict[str, Any], ...]:
         """Return the sizes and times of the files of a case (``scans.facts_of``)."""

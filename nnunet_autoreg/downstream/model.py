@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nnunet_autoreg.corpus.private import without_names
+from nnunet_autoreg.downstream.results import public_model
 from nnunet_autoreg.errors import ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size, size_text
 from nnunet_autoreg.io.files import quiet_stderr
@@ -112,15 +113,17 @@ class TrainedModel:
         ``sha256`` is that of every fold's weights and plans; a new training changes it.
         """
         trainer, plans, configuration = self.folder.name.split("__")
-        return {
-            "dataset": self.stock.plans_manager.dataset_name,
-            "trainer": trainer,
-            "plans": plans,
-            "configuration": configuration,
-            "folds": list(self.folds),
-            "checkpoint": self.checkpoint,
-            "sha256": self.sha256,
-        }
+        return public_model(
+            {
+                "dataset": self.stock.plans_manager.dataset_name,
+                "trainer": trainer,
+                "plans": plans,
+                "configuration": configuration,
+                "folds": list(self.folds),
+                "checkpoint": self.checkpoint,
+                "sha256": self.sha256,
+            }
+        )
 
     def check_configuration(self, configuration: dict[str, Any], where: str) -> None:
         """Refuse a configuration of parsed plans that was trained for something else.

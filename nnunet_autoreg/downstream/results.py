@@ -3,15 +3,38 @@
 Torch-free.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import differences
 
 MOST_NAMED = 3
 """Differences that a message lists."""
+
+FROM_SEG = "from_seg"
+"""Key of the model in results of ``--from-seg``."""
+
+NUM_HEX = 16
+
+
+def public_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what results say about a model, without the name of a folder.
+
+    A dataset is called by its number, and a folder of segmentations by a digest, by which it is
+    recognised again. What is public already stays as it is.
+    """
+    public = dict(model)
+    if "dataset" in public:
+        public["dataset"] = public_dataset(str(public["dataset"]))
+
+    segmentations = str(public.get(FROM_SEG, ""))
+    if Path(segmentations).is_absolute():
+        public[FROM_SEG] = hashlib.sha256(segmentations.encode()).hexdigest()[:NUM_HEX]
+    return public
 
 
 def make_output_folder(folder: Path) -> None:
@@ -53,6 +76,8 @@ def check_same_run(
     Raises:
         UsageError: they differ (code "results-of-another-run"); the message says in what.
     """
+    # Files of earlier versions name the folders of their models.
+    present = {**present, "model": public_model(present.get("model", {}))}
     changes = [change for change in differences(present, wanted) if not is_minor(change)]
     if not changes:
         return

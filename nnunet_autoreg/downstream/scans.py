@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nnunet_autoreg.corpus.find import Candidate, find_scans
-from nnunet_autoreg.corpus.private import NAMES_FILES, without_names
+from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import unpacked
@@ -154,13 +154,7 @@ def _found_scans(
             is_ready = not candidate.part and candidate.path.name.endswith(file_ending)
             scans.append(Scan(name, (candidate.path,) if is_ready else (), candidate))
         elif candidate.status != "duplicate":
-            log.warning(
-                "left out: %s (%s: %s)",
-                candidate.id,
-                candidate.status,
-                candidate.reason,
-                extra=NAMES_FILES,
-            )
+            log.warning("left out: %s (%s: %s)", candidate.id, candidate.status, candidate.reason)
 
     if not scans:
         raise UsageError(
@@ -198,7 +192,6 @@ def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Pat
         len(others),
         names_text(others),
         file_ending,
-        extra=NAMES_FILES,
     )
 
 

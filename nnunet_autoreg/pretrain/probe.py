@@ -28,8 +28,8 @@ from nnunet_autoreg.corpus.locations import (
     nonzero_box,
     subject_of,
 )
-from nnunet_autoreg.corpus.private import NAMES_FILES, public_dataset
-from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.corpus.private import public_dataset, terminal_only
+from nnunet_autoreg.corpus.rows import ScanRow, public_message
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of
 from nnunet_autoreg.plan import Plan
@@ -198,7 +198,14 @@ def labelled_crops(
         try:
             crops.append(_crop(plan, row, cases[row.id], number, is_test))
         except (ScanError, UsageError) as error:
-            log.warning("probe: %s is left out: %s", row.id, error, extra=NAMES_FILES)
+            label_map = label_map_of(row)
+            files = [label_map] if label_map is not None else []
+            log.warning(
+                "probe: %s is left out: %s",
+                row.id,
+                public_message(str(error), row, *files),
+                extra=terminal_only(f" ({row.source})"),
+            )
     if not crops:
         return []
 

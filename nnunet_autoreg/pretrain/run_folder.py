@@ -231,8 +231,6 @@ class log_file(logging.FileHandler):
         path = folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt"
         super().__init__(path, encoding="utf-8", delay=True)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        # Users send logs along with questions: lines that name files are for the terminal only.
-        self.addFilter(lambda record: not getattr(record, "names_files", False))
 
     def __enter__(self) -> "log_file":
         logging.getLogger("nnunet_autoreg").addHandler(self)

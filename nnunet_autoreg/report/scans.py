@@ -2,16 +2,19 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping, Sequence
 
+from nnunet_autoreg.corpus.identity import NUM_HEX
 from nnunet_autoreg.corpus.rows import OK, ScanRow
 from nnunet_autoreg.report import page
 
 NUM_EXAMPLES = 3
-MIN_NAME = 3
 HIDDEN = "[name]"
-HARMLESS = {"imagesTr", "imagesTs", "labelsTr", "labelsTs", "dataset"}
+HASH = re.compile(rf"[0-9a-f]{{{NUM_HEX}}}")
+PATH = re.compile(
+    r"(?<![\w)])(?:/[^\s'\",;:()]+|[A-Za-z]:\\\S+)|\S+\.(?:nii|gz|nrrd|mha|mhd|dcm|ima|dicom|zip)\b"
+)
+"""What looks like the path or name of a scan."""
 
 
 def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: int) -> str:
@@ -77,47 +80,32 @@ def _examples(rows: Sequence[ScanRow]) -> dict[str, list[str]]:
         for reason, numbers in list(reasons.items())[:NUM_EXAMPLES]:
             chosen.append((status, reason, numbers))
 
-    # All at once, because the names to hide are collected from all rows.
-    cleaned = without_names([reason for _, reason, _ in chosen], rows)
+    # An id is a hash, or a path in an index of an earlier version; it is never an ordinary word.
+    line_of = {}
+    for number, row in enumerate(rows, start=2):
+        if HASH.fullmatch(row.id) or "/" in row.id:
+            line_of[row.id] = number
+
     examples = defaultdict(list)
-    for (status, _, numbers), reason in zip(chosen, cleaned, strict=True):
+    for status, reason, numbers in chosen:
         where = f"line {numbers[0]}"
         if len(numbers) > 1:
             where += f" and {len(numbers) - 1:,} more"
-        examples[status].append(f"{where}: {reason}")
+        examples[status].append(f"{where}: {_readable(reason, line_of)}")
 
     return examples
 
 
-def without_names(texts: Sequence[str], rows: Sequence[ScanRow]) -> list[str]:
-    """Return the texts without names of patients and without paths.
+def _readable(reason: str, line_of: Mapping[str, int]) -> str:
+    """Return a reason in which other scans are referred to by their lines in scans.csv.
 
-    Every id, case, subject, path and file name of the index is replaced, and anything else that
-    looks like a path.
+    No other word is replaced, even if a folder or a scan is called by it. Indexes of earlier
+    versions hold paths; whatever looks like one is hidden.
     """
-    cleaned = list(texts)
-    # A name may be a part of another one: the longer one is replaced first.
-    for name in sorted(_names(rows), key=len, reverse=True):
-        for i, text in enumerate(cleaned):
-            if name in text:
-                # Only whole words: a case called "hip" must not change "hippocampus".
-                cleaned[i] = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", HIDDEN, text)
-
-    like_path = re.compile(
-        r"(?<![\w)])(?:/[^\s'\",;:()]+|[A-Za-z]:\\\S+)|\S+\.(?:nii|gz|nrrd|mha|mhd|dcm|ima|dicom|zip)\b"
-    )
-    return [like_path.sub(HIDDEN, text) for text in cleaned]
-
-
-def _names(rows: Iterable[ScanRow]) -> set[str]:
-    names: set[str] = set()
-    for row in rows:
-        source = PurePath(row.source)
-        names |= {row.id, row.case, row.subject, row.session, row.part, row.source}
-        names |= {source.name, source.name.split(".")[0], source.parent.name}
-
-    # Short names, such as a case "1", would hide every number of a message.
-    return {name for name in names if len(name) >= MIN_NAME} - HARMLESS
+    for scan, line in line_of.items():
+        if scan in reason:
+            reason = re.sub(rf"(?<!\w){re.escape(scan)}(?!\w)", f"line {line}", reason)
+    return PATH.sub(HIDDEN, reason)
 
 
 def _dataset_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:
@@ -131,9 +119,8 @@ def _dataset_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:
         for row in rows
         if row.status == OK
     )
-    rules = without_names([rule for *_, rule in counts], rows)
-    for ((dataset, modality, channel, _), count), rule in zip(counts.items(), rules, strict=True):
-        yield datasets[dataset], modality, channel or "-", f"{count:,}", rule
+    for (dataset, modality, channel, rule), count in counts.items():
+        yield datasets[dataset], modality, channel or "-", f"{count:,}", PATH.sub(HIDDEN, rule)
 
 
 def _name_of_dataset(number: int, name: str) -> str:

@@ -80,14 +80,16 @@ def test_components_are_scored_by_their_highest_probability(
 
     assert main(line) == 0
 
-    found = json.loads((out / "case_1.json").read_text())
+    text = (out / "case_1.json").read_text()
+    found = json.loads(text)
 
+    assert str(predicted) not in text and len(found["model"]["from_seg"]) == 16
     assert [(b["id"], b["name"], b["score"], b["box_zyx"]) for b in found["boxes"]] == [
         (1, "lesion", 0.875, [3, 4, 6, 5, 8, 9]),
         (2, "cyst", 0.625, [2, 0, 0, 3, 3, 4]),
         (3, "lesion", 0.5, [0, 0, 0, 2, 3, 4]),
     ]
-    assert found["model"]["dataset"] == "Dataset999_X" and found["spacing_mm_zyx"] == [
+    assert found["model"]["dataset"] == "Dataset999" and found["spacing_mm_zyx"] == [
         3.0,
         2.0,
         1.0,

@@ -198,8 +198,8 @@ def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixt
     )
     error = logging.LogRecord("n", logging.WARNING, "", 0, "%s", (ValueError(name),), None)
 
-    assert _LevelFormatter("%(message)s").format(record).splitlines()[1:] == ["next line"]
-    for text in (_LevelFormatter("%(message)s").format(error), printable(name)):
+    assert _LevelFormatter(is_terminal=True).format(record).splitlines()[1:] == ["next line"]
+    for text in (_LevelFormatter(is_terminal=True).format(error), printable(name)):
         assert text.isprintable() and "a" in text and "c" in text
     print_next(name)
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,27 +1,28 @@
-"""No output but the one private file holds a name: a run on scans with telling names, searched byte
-by byte.
+"""No output but the one private file holds a name: a run on scans that name a patient wherever a
+scan can, searched byte by byte. ``tests/integration/test_privacy.py`` does the same with the whole
+chain of commands.
 """
 
 import json
 import logging
 import os
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import dicom_files
-import numpy as np
+import planted
 import pytest
-import SimpleITK
 from refusals import refused
 
+from nnunet_autoreg.cli.common import configure_logging
 from nnunet_autoreg.corpus.private import (
     PRIVATE_NAME,
     is_harmless_word,
     public_dataset,
+    terminal_only,
     without_names,
 )
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
+from nnunet_autoreg.downstream.results import FROM_SEG, public_model
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.pretrain.pipeline import pretrain
 from nnunet_autoreg.pretrain.request import Request
@@ -40,82 +41,20 @@ ARGUMENTS = {
 }
 
 
-def write_nifti(file: Path, seed: int, shape: tuple[int, int, int] = (24, 24, 24)) -> None:
-    noise = np.random.default_rng(seed).normal(100, 30, shape).astype(np.float32)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise), str(file))
-
-
-def write_inputs(root: Path) -> Path:
-    """Scans of every form whose folders, files, tags and members are called after patients; some of
-    them unusable.
-    """
-    pool = root / f"{SENTINEL}^ward_{BIRTH}"
-    for seed in range(3):
-        write_nifti(pool / f"{SENTINEL}{seed}" / f"ct_{SENTINEL}{seed}_{BIRTH}.nii.gz", seed)
-    write_nifti(pool / f"copy_of_{SENTINEL}.nii.gz", 0)
-    (pool / f"damaged_{SENTINEL}.nii.gz").write_bytes(b"nothing")
-    write_nifti(pool / f"excluded_{SENTINEL}.nii.gz", 50)
-    (pool / f"{SENTINEL}.txt").write_text(SENTINEL)
-
-    generator = np.random.default_rng(7)
-    changes = {
-        "t00100010": ("PN", f"{SENTINEL}^J"),
-        "t00100020": ("LO", SENTINEL),
-        "t00100030": ("DA", BIRTH),
-        "t0008103e": ("LO", f"T1 {SENTINEL}"),
-        "t00180015": ("CS", SENTINEL),
-        "t00091010": ("LO", SENTINEL),
-    }
-    for number in range(16):
-        values = dicom_files.slice_values(
-            number, series=f"{UID}.5", sop_class=dicom_files.MR, shape=(24, 24), **changes
-        )
-        pixels = generator.integers(0, 500, (24, 24)).astype(np.int16)
-        dicom_files.write(pool / SENTINEL / "dicom" / f"{SENTINEL}{number}", values, pixels)
-
-    write_nifti(root / "member.nii.gz", 60)
-    with zipfile.ZipFile(pool / f"{SENTINEL}.zip", "w") as archive:
-        archive.write(root / "member.nii.gz", f"{SENTINEL}/{SENTINEL}.nii.gz")
-    return pool
-
-
-def write_dataset(root: Path) -> None:
-    """A labelled dataset whose name, channel and cases are called after a patient."""
-    folder = root / "nnUNet_raw" / f"Dataset077_{SENTINEL}"
-    for seed in range(4):
-        write_nifti(folder / "imagesTr" / f"{SENTINEL}{seed}_0000.nii.gz", 10 + seed)
-        labels = np.zeros((24, 24, 24), np.uint8)
-        labels[8:16, 8:16, 8:16] = 1
-        (folder / "labelsTr").mkdir(exist_ok=True)
-        SimpleITK.WriteImage(
-            SimpleITK.GetImageFromArray(labels),
-            str(folder / "labelsTr" / f"{SENTINEL}{seed}.nii.gz"),
-        )
-    content = {
-        "channel_names": {"0": SENTINEL},
-        "labels": {"background": 0, "cube": 1},
-        "file_ending": ".nii.gz",
-        "licence": "CC0",
-    }
-    (folder / "dataset.json").write_text(json.dumps(content))
-
-
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's three folders; returns the folder that holds them."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
     return tmp_path
 
 
-def request_of(place: Path) -> Request:
-    pool = write_inputs(place)
-    write_dataset(place)
-    exclude = place / f"exclude_{SENTINEL}.txt"
-    exclude.write_text(f"excluded_{SENTINEL}\nnobody_{SENTINEL}\n")
-    manifest = place / f"manifest_{SENTINEL}.csv"
-    manifest.write_text(f"path,subject\n{pool / f'{SENTINEL}0'},{SENTINEL}\ngone_{SENTINEL},x\n")
+def request_of(root: Path) -> Request:
+    """Write scans, a labelled dataset and lists of scans; return the request of one step."""
+    pool = planted.write_pool(root)
+    lists = planted.write_lists(root, pool)
+    planted.write_dataset(root / "nnUNet_raw", num_cases=4)
     settings = (
         f"encoder.arguments={json.dumps(ARGUMENTS)}",
         "encoder.token_size_vox=8,8,8",
@@ -131,64 +70,85 @@ def request_of(place: Path) -> Request:
         encoder="primus_tiny",
         num_steps=1,
         batch_size=1,
-        exclude=str(exclude),
-        manifest=str(manifest),
+        exclude=str(lists["exclude"]),
+        manifest=str(lists["manifest"]),
+        boxes=str(lists["boxes"]),
         settings=settings,
     )
 
 
-def contents(file: Path) -> bytes:
-    """The bytes of a file; of a zip, as torch writes it, those of its members too."""
-    found = file.read_bytes()
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            found += b"".join(archive.read(name) for name in archive.namelist())
-    return found
-
-
-def leaks(folder: Path) -> list[str]:
-    """Files below a folder with a secret in their name or content, the private one left out."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != PRIVATE_NAME]
-    assert files
-    found = [
-        f"{file.name}: {secret}"
-        for file in files
-        for secret in SECRETS
-        if secret.encode() in contents(file)
-    ]
-    return sorted(
-        found
-        + [
-            str(file)
-            for file in files
-            if any(secret in str(file.relative_to(folder)) for secret in SECRETS)
-        ]
-    )
-
-
-def test_a_run_on_scans_with_telling_names_leaves_none_in_any_output(place: Path) -> None:
-    logging.getLogger("nnunet_autoreg").setLevel(logging.INFO)
-    request = request_of(place)
+def test_a_run_on_scans_that_name_a_patient_names_nobody(
+    folders: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging()
+    request = request_of(folders)
+    secrets = (*planted.SECRETS, planted.LABELLED)
 
     outcome = pretrain(request, "cpu", show=True)
 
     private = (outcome.folder / PRIVATE_NAME).read_text()
-    assert all(secret in private for secret in SECRETS)
+    assert all(secret in private.lower() for secret in secrets)
     assert (outcome.folder / PRIVATE_NAME).stat().st_mode & 0o077 == 0
-    assert leaks(place / "nnUNet_results") == []
-    assert leaks(place / "nnUNet_preprocessed") == []
-    statuses = {row.status for row in read_index(outcome.folder / "scans.csv")}
-    assert {"ok", "duplicate", "unreadable", "excluded", "labels"} <= statuses
+    assert planted.leaks(folders / "nnUNet_results", secrets, [PRIVATE_NAME]) == []
+    assert planted.leaks(folders / "nnUNet_preprocessed", secrets) == []
 
-    # The same line goes on, since the paths are known from the private file; another one is
-    # refused.
-    assert read_plan(outcome.folder).request["folders"] == list(request.folders)
-    assert matching_plan(outcome.folder, request).name == "quiet"
-    with pytest.raises(UsageError):
-        matching_plan(outcome.folder, replace(request, folders=(str(place),)))
-    (outcome.folder / PRIVATE_NAME).unlink()
+    # What was shown: the output of a test is no terminal, as that of a job on a cluster.
+    shown = "".join(capfd.readouterr()).lower()
+    assert "--exclude: 1 of 3" in shown
+    assert [secret for secret in secrets if secret in shown] == []
+
+    rows = read_index(outcome.folder / "scans.csv")
+    statuses = {row.status for row in rows}
+    assert {"ok", "duplicate", "unreadable", "excluded", "labels", "slices"} <= statuses
+
+    # No ordinary word was redacted in the report because a folder is called by it.
+    report = (outcome.folder / "report.html").read_text()
+    assert "[name]" not in report
+    assert "the content is not gzip; is it another kind of file?" in report
+
+
+def test_a_run_continues_by_the_paths_of_its_private_file(folders: Path) -> None:
+    pool = folders / "scans"
+    for seed in range(2):
+        planted.write_nifti(pool / f"{seed}.nii.gz", planted.noise(seed))
+    request = Request("quiet", folders=(str(pool),), encoder="primus_tiny", num_steps=1)
+    folder = pretrain(request, "cpu", dry_run=True).folder
+
+    assert read_plan(folder).request["folders"] == list(request.folders)
+    assert matching_plan(folder, request).name == "quiet"
+    with refused(UsageError, "run-other-settings"):
+        matching_plan(folder, replace(request, folders=(str(folders),)))
+
+    (folder / PRIVATE_NAME).unlink()
     with refused(UsageError, "private-file-missing", PRIVATE_NAME):
         pretrain(request, "cpu")
+
+
+def test_files_are_named_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("nnunet_autoreg.corpus")
+
+    for is_terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda answer=is_terminal: answer)
+        configure_logging()
+        log.warning("%d scans are unknown", 2, extra=terminal_only(f"; the first is {SENTINEL}"))
+
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: 2 scans are unknown; the first is {SENTINEL}",
+        "warning: 2 scans are unknown",
+    ]
+
+
+def test_results_name_no_folder_of_their_model_and_recognise_it() -> None:
+    model = {"dataset": f"Dataset077_{SENTINEL}", FROM_SEG: f"/data/{SENTINEL}/predicted"}
+
+    public = public_model(model)
+
+    assert public["dataset"] == "Dataset077"
+    assert SENTINEL not in str(public)
+    assert public_model(public) == public
+    assert public_model({**model, FROM_SEG: "/data/other"}) != public
 
 
 def test_an_index_is_split_in_two_and_read_as_one(tmp_path: Path) -> None:
@@ -243,10 +203,10 @@ def test_channels_and_datasets_are_called_by_words_of_imaging_or_numbers() -> No
 
 
 def test_a_path_is_hidden_anywhere_and_a_word_between_quotes_only() -> None:
-    said = "/data/DOE/x.nii and 'DOE' but no DOE endings"
+    message = "/data/DOE/x.nii and 'DOE' but no DOE endings"
 
     assert (
-        without_names(said, ["DOE", "/data/DOE/x.nii", ""])
+        without_names(message, ["DOE", "/data/DOE/x.nii", ""])
         == "[name] and [name] but no DOE endings"
     )
     assert os.sep == "/"

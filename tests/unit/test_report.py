@@ -59,7 +59,7 @@ from nnunet_autoreg.report.report import (
     command_of,
     verdict,
 )
-from nnunet_autoreg.report.scans import without_names
+from nnunet_autoreg.report.scans import HIDDEN, scans_section
 from nnunet_autoreg.report.slices import (
     BORDER_COLOUR,
     held_out_pictures,
@@ -277,15 +277,21 @@ def test_it_names_reasons_and_lines_but_no_patient(run_folder, objective, batch)
     reasons = next(cells for cells in Reader(text).rows if cells[0] == "unreadable")[2]
     assert "line 6: [name] cannot be read; copy it again" in reasons
     assert "line 7 and 1 more: a part of it, [name], is missing" in reasons
-    assert "line 5: the same voxels as [name]; keep one" in text
+    assert re.search(r"line 5: the same voxels as line [2-4]; keep one", text)
 
 
-def test_names_are_hidden_as_whole_words_only():
-    rows = [row(1, case="hip", id="hip", source="/a/b/hip.nii.gz")]
-
-    assert without_names(["hip and hippocampus 1.5/1.5 mm in /x/y.mha"], rows) == [
-        "[name] and hippocampus 1.5/1.5 mm in [name]"
+def test_no_ordinary_word_is_hidden_because_a_folder_has_that_name():
+    rows = [
+        row(1, id="0123456789abcdef", source="/a/voxels/same.nii.gz", case="voxels"),
+        row(2, "duplicate", "same voxels as 0123456789abcdef", source="/a/voxels/spacing.nii"),
+        row(3, "ignored", "no image endings: 1 .txt", source="/a/endings", case="image"),
     ]
+
+    text = scans_section(rows, 1, 0)
+
+    assert "line 3: same voxels as line 2" in text
+    assert "line 4: no image endings: 1 .txt" in text
+    assert HIDDEN not in text
 
 
 def test_plan_values_have_reasons_and_the_request_is_left_out(run_folder, objective, batch):
