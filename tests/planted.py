@@ -60,7 +60,7 @@ def write_with_keys(file: Path, array: NDArray[Any]) -> None:
     SimpleITK.WriteImage(image, str(file))
 
 
-def write_dicom(folder: Path, seed: int, **changes: Any) -> None:
+def write_dicom(folder: Path, seed: int, file_name: str = PATIENT, **changes: Any) -> None:
     """Write a DICOM series that names the patient in UIDs, in text and in private tags."""
     tags = {
         "t0008103e": ("LO", f"T1 {PATIENT}"),
@@ -90,7 +90,7 @@ def write_dicom(folder: Path, seed: int, **changes: Any) -> None:
             step_mm=1.0,
             **tags,
         )
-        dicom_files.write(folder / f"{PATIENT}_{number}", values, pixels)
+        dicom_files.write(folder / f"{file_name}_{number}", values, pixels)
 
 
 def write_pool(root: Path) -> Path:
@@ -159,7 +159,10 @@ def write_dataset(raw: Path, number: int = 77, num_cases: int = 8) -> Path:
         name = f"{LABELLED}_{case:03d}"
         write_nifti(folder / "imagesTr" / f"{name}_0000.nii.gz", image, note)
         write_nifti(folder / "labelsTr" / f"{name}.nii.gz", labels, note)
-    write_nifti(folder / "imagesTs" / f"{LABELLED}_100_0000.nii.gz", noise(90), note)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[6:12, 8:16, 6:14] = 1
+    write_nifti(folder / "imagesTs" / f"{LABELLED}_100_0000.nii.gz", noise(90) + 120 * labels, note)
+    write_nifti(folder / "labelsTs" / f"{LABELLED}_100.nii.gz", labels, note)
     content = {
         "name": note,
         "description": f"scans of {PATIENT}",
@@ -173,6 +176,14 @@ def write_dataset(raw: Path, number: int = 77, num_cases: int = 8) -> Path:
     }
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder
+
+
+def write_png(file: Path, text: str) -> None:
+    """Write a picture with a compressed text chunk."""
+    content = b"Comment\0\0" + zlib.compress(text.encode())
+    chunk = b"zTXt" + content
+    checksum = zlib.crc32(chunk).to_bytes(4, "big")
+    file.write_bytes(PNG + len(content).to_bytes(4, "big") + chunk + checksum)
 
 
 def texts(data: bytes) -> Iterator[bytes]:

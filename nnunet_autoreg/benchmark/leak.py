@@ -62,9 +62,8 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
     seen = seen_subjects(rows, scored)
     if seen:
         raise AutoregError(
-            f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored, e.g. "
-            f"{seen[0]}: the comparison would be worthless; pretrain another run with --exclude "
-            f"{exclude}",
+            f"the pretraining '{run.name}' saw {len(seen)} of the patients that are scored: the "
+            f"comparison would be worthless; pretrain another run with --exclude {exclude}",
             code="benchmark-scored-patient-seen",
         )
 
@@ -73,8 +72,8 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
     if uncertain:
         return (
             f"the pretraining '{run.name}' was indexed by an earlier version, which could not "
-            "distinguish scans of very small values, so it may have seen scored patients, e.g. "
-            f"{uncertain[0]}; pretrain again to be sure"
+            f"distinguish scans of very small values, so it may have seen {len(uncertain)} of the "
+            "patients that are scored; pretrain again to be sure"
         )
 
     # A name alone proves nothing: many datasets number their patients from 1.
@@ -82,8 +81,9 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
     namesakes = sorted({row.case for row in _of_others(rows, scored) if row.case in names})
     if namesakes:
         return (
-            f"the pretraining '{run.name}' saw scans of other datasets that are named like scored "
-            f"patients, e.g. {namesakes[0]}; exclude them if they are the same people"
+            f"the pretraining '{run.name}' saw scans of other datasets that are named like "
+            f"{len(namesakes)} of the patients that are scored; exclude them if they are the same "
+            "people"
         )
     return ""
 

@@ -6,7 +6,7 @@ It divides the patients, provides pretrained weights and plans, and preprocesses
 import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ from nnunet_autoreg.benchmark.protocol import (
     recipe_values,
     weights_of,
 )
+from nnunet_autoreg.benchmark.public_ids import (
+    EXCLUDE_HEADER,
+    NO_IDS,
+    PublicIds,
+    assign_ids,
+    read_ids,
+)
 from nnunet_autoreg.benchmark.results import RunKey
 from nnunet_autoreg.benchmark.split import (
     CASES,
@@ -35,7 +42,12 @@ from nnunet_autoreg.benchmark.split import (
     read_subjects,
 )
 from nnunet_autoreg.corpus.find import find_scans
-from nnunet_autoreg.corpus.private import PATH_FIELDS, show_paths
+from nnunet_autoreg.corpus.private import (
+    PATH_FIELDS,
+    public_dataset,
+    show_paths,
+    terminal_only,
+)
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.finetune.block import BLOCK_KEY
 from nnunet_autoreg.finetune.resolve import locate
@@ -60,6 +72,7 @@ class Record:
         division: pool, development and test.
         label_unit: what ``--labels`` counts; folders of older versions lack it and count cases.
         rule: how the patients were found, for the user.
+        has_ids: the file calls cases and patients by ids; in memory they always have their names.
     """
 
     dataset: str
@@ -67,6 +80,7 @@ class Record:
     division: Division
     label_unit: str = CASES
     rule: str = ""
+    has_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Bench:
     Attributes:
         images: case -> image files.
         user_preprocessed, user_results: nnU-Net's folders of the caller.
+        ids: what cases and patients are called in results.
     """
 
     request: BenchmarkRequest
@@ -86,6 +101,7 @@ class Bench:
     user_preprocessed: Path
     user_results: Path
     num_processes: int
+    ids: PublicIds = NO_IDS
 
     def labelled(self, key: RunKey) -> tuple[str, ...]:
         """Return the labelled cases of a run."""
@@ -123,8 +139,8 @@ def open_record(
     """
     file = root / RECORD_NAME
     if file.is_file():
-        record = from_jsonable(Record, read_json(file), str(file))
-        if record.dataset != request.dataset:
+        record = _read_record(file)
+        if public_dataset(record.dataset) != public_dataset(request.dataset):
             raise UsageError(
                 f"-o {root} holds a benchmark of {record.dataset}; name another folder for "
                 f"{request.dataset}",
@@ -143,12 +159,11 @@ def open_record(
         newer = sorted(set(cases) - set(record.subjects))
         if newer:
             log.warning(
-                "%d cases are newer than this benchmark's division and are not used, the first is "
-                "%s",
+                "%d cases are newer than this benchmark's division and are not used",
                 len(newer),
-                newer[0],
+                extra=terminal_only(f"; the first is {newer[0]}"),
             )
-        return record
+        return replace(record, dataset=request.dataset)
 
     # A new folder. Another benchmark may be waiting for its lock, which is no content.
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
@@ -160,16 +175,53 @@ def open_record(
     table = Path(request.subjects) if request.subjects else None
     patients = find_patients(dataset or root, cases, table)
     division = divide(patients.patient_of)
-    record = Record(request.dataset, patients.patient_of, division, PATIENTS, patients.rule)
-    write_json(root / RECORD_NAME, record)
+    record = Record(request.dataset, patients.patient_of, division, PATIENTS, patients.rule, True)
+    ids = assign_ids(root, record.subjects)
+    write_json(root / RECORD_NAME, _translated(record, ids))
     return record
+
+
+def _read_record(file: Path) -> Record:
+    """Return the record of a file, with the names of its cases and patients.
+
+    Raises:
+        UsageError: the private file beside it, which says who is who, is missing or damaged.
+    """
+    record = from_jsonable(Record, read_json(file), str(file))
+    if not record.has_ids:
+        return record
+    ids = read_ids(file.parent)
+    names_of_cases = {public: name for name, public in ids.cases.items()}
+    names_of_patients = {public: name for name, public in ids.patients.items()}
+    return _translated(record, PublicIds(names_of_cases, names_of_patients))
+
+
+def _translated(record: Record, ids: PublicIds) -> Record:
+    """Return a record that calls the dataset by its number, and everybody by other names."""
+
+    def translated(cases: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(ids.of_case(case) for case in cases))
+
+    division = record.division
+    return replace(
+        record,
+        dataset=public_dataset(record.dataset),
+        subjects={
+            ids.of_case(case): ids.of_patient(patient) for case, patient in record.subjects.items()
+        },
+        division=Division(
+            translated(division.pool),
+            translated(division.development),
+            translated(division.test),
+        ),
+    )
 
 
 def write_exclude(layout: BenchmarkFolders, division: Division) -> None:
     """Write the list of the cases that no pretraining may see."""
     names = sorted((*division.development, *division.test))
     lines = [f"{layout.dataset}/{name}\n" for name in names]
-    write_text(layout.exclude, "".join(lines))
+    write_text(layout.exclude, EXCLUDE_HEADER + "".join(lines))
 
 
 def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.benchmark.dense_probe import ProbeResult
+from nnunet_autoreg.benchmark.public_ids import PublicIds
 
 RANDOM, RAW = "random", "raw voxels"
 
@@ -64,13 +65,21 @@ class ProbeRow:
     dice_of_structure: dict[int, float]
 
 
-def as_json(line: ProbeLine, structures: Mapping[int, str], context: Mapping[str, Any]) -> str:
-    """Return one line of JSON; ``context`` holds what all lines of a command share."""
+def as_json(
+    line: ProbeLine, structures: Mapping[int, str], ids: PublicIds, context: Mapping[str, Any]
+) -> str:
+    """Return one line of JSON.
+
+    Args:
+        ids: what scans and patients are called in it.
+        context: what all lines of a command share.
+    """
     result = line.result
     named = {structures[label]: round(v, 5) for label, v in result.dice_of_structure.items()}
     of_patient = {}
     for patient, found in result.dice_of_patient.items():
-        of_patient[patient] = {structures[label]: round(value, 5) for label, value in found.items()}
+        rounded = {structures[label]: round(value, 5) for label, value in found.items()}
+        of_patient[ids.of_patient(patient)] = rounded
 
     content = {
         "encoder": line.encoder,
@@ -82,7 +91,7 @@ def as_json(line: ProbeLine, structures: Mapping[int, str], context: Mapping[str
         "dice": round(result.dice, 5) if math.isfinite(result.dice) else None,
         "dice_per_structure": named,
         "dice_per_patient": of_patient,
-        "labelled": list(result.labelled),
+        "labelled": sorted(ids.of_case(name) for name in result.labelled),
         **context,
     }
     return json.dumps(content, allow_nan=False)

@@ -13,6 +13,7 @@ from nnunet_autoreg.benchmark.dense_probe import ProbeCase, ProbeSettings, dense
 from nnunet_autoreg.benchmark.probe_data import DatasetLabels
 from nnunet_autoreg.benchmark.probe_networks import Encoder, FrozenNetwork
 from nnunet_autoreg.benchmark.probe_report import RAW, ProbeLine, as_json
+from nnunet_autoreg.benchmark.public_ids import NO_IDS, PublicIds
 from nnunet_autoreg.geometry import Spacing, as_size
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,11 @@ class Probed:
     """What the encoders are probed on.
 
     Attributes:
-        dataset: name of the raw dataset.
+        dataset: number of the raw dataset.
         split: whose patients are scored.
         pool, scored: scans to label, and scans to score.
         spacing_mm: to which they were resampled.
+        ids: what scans and patients are called in the results.
     """
 
     dataset: str
@@ -35,6 +37,7 @@ class Probed:
     scored: Sequence[ProbeCase]
     labels: DatasetLabels
     spacing_mm: Spacing
+    ids: PublicIds = NO_IDS
 
 
 def probe_all(
@@ -66,7 +69,8 @@ def probe_all(
         def keep(new: list[ProbeLine], what: str, start: float) -> None:
             seconds = round(time.monotonic() - start, 1)
             for line in new:
-                handle.write(as_json(line, structures, {**context, "seconds": seconds}) + "\n")
+                text = as_json(line, structures, probed.ids, {**context, "seconds": seconds})
+                handle.write(text + "\n")
             handle.flush()
             lines.extend(new)
             log.info("%s: %.0f s", what, seconds)

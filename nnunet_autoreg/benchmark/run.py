@@ -31,9 +31,10 @@ from nnunet_autoreg.benchmark.results import (
     key_of,
     read_results,
 )
-from nnunet_autoreg.benchmark.statistics import mean_dice
+from nnunet_autoreg.benchmark.statistics import DICE, SURFACE, mean_dice
 from nnunet_autoreg.benchmark.worker import JOB_NAME, RESULT_NAME, FineTuningJob
 from nnunet_autoreg.children import end_children, run_guarded
+from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
 from nnunet_autoreg.records import read_json, read_object, to_jsonable, write_json
@@ -266,16 +267,26 @@ def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[
 
 def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the line of a finished run: its key, its data, its weights, and its results."""
+    ids = bench.ids
     # The line holds all that the table needs, so that it can be made anywhere.
     cases = bench.labelled(key)
     scored = bench.record.division.scored(key.split)
-    subjects = {case: bench.record.subjects[case] for case in scored}
+    patient_of = bench.record.subjects
+    subjects = {ids.of_case(case): ids.of_patient(patient_of[case]) for case in scored}
     _, per_epoch = epochs_of(key.steps)
+
+    # Scores come by the names of the cases, which the line must not have.
+    result = dict(result)
+    for name in (DICE, SURFACE):
+        if name in result:
+            scores = result[name]
+            result[name] = {ids.of_case(case): score for case, score in scores.items()}
+
     return {
         **asdict(key),
-        "dataset": bench.request.dataset,
+        "dataset": public_dataset(bench.request.dataset),
         "num_labelled": len(cases),
-        "labelled": list(cases),
+        "labelled": sorted(ids.of_case(case) for case in cases),
         "label_unit": bench.record.label_unit,
         "pretraining": pretraining_of(bench, key),
         "steps_per_epoch": per_epoch,

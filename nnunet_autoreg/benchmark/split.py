@@ -93,7 +93,7 @@ def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None)
         UsageError: ``file`` cannot be used.
     """
     if file is not None:
-        return _counted(read_subjects(file, cases), f"file {file}")
+        return _counted(read_subjects(file, cases), "the file of --subjects")
 
     table = dataset / CASES_NAME
     column, listed = _listed_patients(table)
@@ -103,7 +103,7 @@ def find_patients(dataset: Path, cases: Sequence[str], file: Path | None = None)
 
     source = "the cases' names"
     if listed:
-        source += f", as {CASES_NAME} has no patient for {missing[0]}"
+        source += f", as {CASES_NAME} has no patient for {len(missing)} of {len(cases)} cases"
     return _counted(subjects_by_name(cases), source)
 
 

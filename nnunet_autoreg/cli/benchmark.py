@@ -26,6 +26,7 @@ from nnunet_autoreg.cli.options import (
     chosen_device,
     output_folder,
 )
+from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.machine import usable_cores
 
@@ -230,6 +231,7 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
         write_exclude,
     )
     from nnunet_autoreg.benchmark.protocol import BenchmarkFolders
+    from nnunet_autoreg.benchmark.public_ids import NO_IDS, read_ids
     from nnunet_autoreg.nnunet_api import dataset_folder, preprocessed_folder, results_folder
 
     layout = BenchmarkFolders(root, request.dataset)
@@ -249,6 +251,7 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
         preprocessed_folder(),
         results_folder(),
         min(8, usable_cores()),
+        read_ids(root) if record.has_ids else NO_IDS,
     )
 
 
@@ -266,8 +269,8 @@ def describe(bench: "Bench") -> None:
         print(bench.record.rule)
     print(f"--labels counts {bench.record.label_unit}")
     print(
-        f"{bench.request.dataset}: {len(subjects)} labelled cases of {len(set(subjects.values()))} "
-        f"patients; {', '.join(parts)}",
+        f"{public_dataset(bench.request.dataset)}: {len(subjects)} labelled cases of "
+        f"{len(set(subjects.values()))} patients; {', '.join(parts)}",
         flush=True,
     )
 
@@ -300,7 +303,7 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     if lines:
         text, table, picture = markdown(lines), root / "table.md", root / "benchmark.png"
         write_text(table, text)
-        draw(picture, lines, bench.request.dataset)
+        draw(picture, lines, public_dataset(bench.request.dataset))
         print(text)
         print(f"table: {table}\npicture: {picture}\nruns: {root / RESULTS_NAME}")
     return len(failed)

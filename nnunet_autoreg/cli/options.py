@@ -67,8 +67,9 @@ def chosen_device(device: str | None) -> str:
 
 def output_folder(output: str | None, default: str, dataset: str) -> Path:
     """Return the folder of ``-o``, or without it the default one."""
+    from nnunet_autoreg.corpus.private import folder_of_dataset
     from nnunet_autoreg.nnunet_api import results_folder
 
     if output:
         return Path(output).resolve()
-    return results_folder() / default / dataset
+    return folder_of_dataset(results_folder() / default, dataset)

@@ -21,6 +21,7 @@ from nnunet_autoreg.cli.options import (
     chosen_device,
     output_folder,
 )
+from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import size_text
 
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.benchmark.probe_data import common_spacing, load_cases, read_labels
     from nnunet_autoreg.benchmark.probe_report import table
     from nnunet_autoreg.benchmark.probe_run import Probed, probe_all
+    from nnunet_autoreg.benchmark.public_ids import assign_ids
     from nnunet_autoreg.benchmark.split import divide, find_patients
     from nnunet_autoreg.geometry import as_spacing
     from nnunet_autoreg.model.card import read_card
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     root = output_folder(args.output, FOLDER, dataset.name)
 
     scored_names = division.scored(args.score)
-    print(f"{dataset.name}: {len(images)} labelled scans; {patients.rule}")
+    print(f"{public_dataset(dataset.name)}: {len(images)} labelled scans; {patients.rule}")
     print(
         f"labelled patients come from {len(division.pool)} scans of the pool; "
         f"{len(scored_names)} scans of {args.score} patients are scored, at "
@@ -172,8 +174,10 @@ def main(argv: list[str] | None = None) -> int:
     pool = load_cases(dataset, division.pool, *loading)
     scored = load_cases(dataset, scored_names, *loading)
 
-    probed = Probed(dataset.name, args.score, pool, scored, labels, spacing_mm)
     root.mkdir(parents=True, exist_ok=True)
+    ids = assign_ids(root, patients.patient_of)
+    name = public_dataset(dataset.name)
+    probed = Probed(name, args.score, pool, scored, labels, spacing_mm, ids)
     lines = probe_all(probed, encoders, settings, device, root / LINES_NAME)
     text = table(lines, labels.structures)
     write_text(root / TABLE_NAME, text + "\n")
@@ -235,6 +239,7 @@ def refuse_leaks(
         AutoregError: a scored patient has been seen.
     """
     from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
+    from nnunet_autoreg.benchmark.public_ids import EXCLUDE_HEADER
 
     # A refusal names the file with which to pretrain again.
     exclude = root / "exclude.txt"
@@ -243,7 +248,8 @@ def refuse_leaks(
             continue
         if not exclude.is_file():
             root.mkdir(parents=True, exist_ok=True)
-            exclude.write_text("".join(f"{dataset}/{name}\n" for name in scored), encoding="utf-8")
+            names = "".join(f"{dataset}/{name}\n" for name in scored)
+            exclude.write_text(EXCLUDE_HEADER + names, encoding="utf-8")
         scans = Scored(dataset, patient_of, scored, images)
         warning = check_pretraining(encoder.file.parent, scans, exclude)
         if warning:

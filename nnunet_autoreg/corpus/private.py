@@ -77,6 +77,15 @@ def public_dataset(name: str) -> str:
     )
 
 
+def folder_of_dataset(parent: Path, dataset: str) -> Path:
+    """Return the folder for results about a dataset, which is called by the dataset's number.
+
+    In earlier versions it had the dataset's full name; such a folder is used where it exists.
+    """
+    earlier = parent / dataset
+    return earlier if earlier.is_dir() else parent / public_dataset(dataset)
+
+
 def without_names(text: str, names: Iterable[str]) -> str:
     """Return a message without the names and paths of the scan that it is about.
 
@@ -181,12 +190,12 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
                 yield {name: from_cell(cell) for name, cell in cells.items()}
     except FileNotFoundError as error:
         raise UsageError(
-            f"{path} is missing, so that the files of the scans are not known; put it back, or use "
-            "another --name",
+            f"{path} is missing, so that the names and files of the scans are not known; put it "
+            "back, or begin anew under another name",
             code="private-file-missing",
         ) from error
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(
-            f"{path} cannot be read ({error}); restore it, or use another --name",
+            f"{path} cannot be read ({error}); restore it, or begin anew under another name",
             code="private-file-unreadable",
         ) from error

@@ -1,5 +1,7 @@
 """autoreg_benchmark without any training: requests, runs, resuming, leaks."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
-from refusals import refused
+from refusals import logged, refused
 
 from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
@@ -30,8 +32,9 @@ from nnunet_autoreg.benchmark.protocol import (
     runs_of,
     weights_of,
 )
+from nnunet_autoreg.benchmark.public_ids import assign_ids, read_ids
 from nnunet_autoreg.benchmark.results import RunKey, key_of, read_results
-from nnunet_autoreg.benchmark.run import epochs_of, run_missing, settle_length
+from nnunet_autoreg.benchmark.run import epochs_of, line_of, run_missing, settle_length
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
 from nnunet_autoreg.cli.benchmark import parser, read_request
@@ -377,6 +380,34 @@ def test_a_folder_of_an_older_version_keeps_counting_cases(tmp_path: Path) -> No
     assert reopened.division == record.division
 
 
+def test_results_call_cases_and_patients_by_ids(bench: Bench, tmp_path: Path) -> None:
+    cases = [f"{name}_{phase}" for name in ("doe", "roe", "poe", "loe") for phase in ("ED", "ES")]
+    root = bench.layout.root
+    table = tmp_path / "subjects.csv"
+    table.write_text("case,subject\n" + "".join(f"{case},{case[:3]}\n" for case in cases))
+    asked = replace(bench.request, subjects=str(table))
+    for file in root.iterdir():
+        shutil.rmtree(file)
+
+    record = open_record(root, asked, cases)
+    ids = read_ids(root)
+    bench = replace(bench, request=asked, record=record, ids=ids)
+    scored = record.division.scored("test")
+    result = {"dice_per_case": {case: {"1": 0.5} for case in scored}}
+    line = line_of(bench, next(iter(runs_of(asked, 50, 2))), result)
+
+    assert open_record(root, asked, cases) == record
+    written = (root / "benchmark.json").read_text() + json.dumps(line)
+    assert [name for name in ("doe", "roe", "poe", "loe", "Heads") if name in written] == []
+    assert sorted(line["dice_per_case"]) == sorted(line["subjects"])
+    assert len(set(line["subjects"].values())) == 1
+    assert set(ids.cases) == set(cases) and set(ids.patients) == {case[:3] for case in cases}
+
+    # Another scan of a known patient is the first of its ids that is new.
+    more = assign_ids(root, {**record.subjects, "doe_M1": "doe"})
+    assert more.cases == {**ids.cases, "doe_M1": "case-0009"} and more.patients == ids.patients
+
+
 def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:
     assert surface_tolerance_mm(bench) is None
 
@@ -394,14 +425,14 @@ def test_a_folder_of_other_things_or_of_another_dataset_is_refused(
     asked = request()
     record = open_record(tmp_path / "new", asked, CASES)
     assert open_record(tmp_path / "new", asked, CASES[:5]) == record
-    with refused(UsageError, "benchmark-other-dataset", "Dataset900_Heads"):
+    with refused(UsageError, "benchmark-other-dataset", "Dataset900"):
         open_record(tmp_path / "new", replace(asked, dataset="Dataset901_Other"), CASES)
     other = tmp_path / "subjects.csv"
     other.write_text("case,subject\n" + "".join(f"{case},x\n" for case in CASES))
     with refused(UsageError, "benchmark-other-patients", other):
         open_record(tmp_path / "new", replace(asked, subjects=str(other)), CASES)
     assert open_record(tmp_path / "new", asked, [*CASES, "head_999"]) == record
-    assert "head_999" in caplog.text
+    assert logged(caplog, "1 cases")
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()
@@ -463,7 +494,7 @@ def test_weights_that_saw_a_scored_patient_are_refused(
         row = replace(row, source=str(scored.images["p2_ES"][0]))
     run = pretrained_on(tmp_path / "brain", scan(DATASET, "p1_ED"), row)
 
-    with refused(AutoregError, "benchmark-scored-patient-seen", "p2", "--exclude /x.txt"):
+    with refused(AutoregError, "benchmark-scored-patient-seen", "1 of", "--exclude /x.txt"):
         check_pretraining(run, scored, Path("/x.txt"))
 
 
@@ -477,7 +508,7 @@ def test_weights_that_saw_others_pass_and_doubts_are_warned_of(
     assert "foreign" in check_pretraining(tmp_path / "foreign", scored, Path("x"))
 
     named = pretrained_on(tmp_path / "other", scan("Dataset901_Other", "p2"))
-    assert "p2" in check_pretraining(named, scored, Path("x"))
+    assert "1 of the patients" in check_pretraining(named, scored, Path("x"))
 
 
 def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(

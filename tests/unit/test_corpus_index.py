@@ -104,6 +104,18 @@ def test_scans_are_excluded_by_case_id_file_or_folder(tmp_path: Path, name: str)
     assert statuses(make_index(folder, {name.format(folder=folder)})) == {"a": "excluded"}
 
 
+def test_scans_are_excluded_by_the_id_that_scans_csv_has(tmp_path: Path) -> None:
+    save(tmp_path / "pool" / "a.nii.gz", mr(0))
+    save(tmp_path / "pool" / "b.nii.gz", mr(1))
+    candidates = find_scans([], [tmp_path / "pool"])
+    rows = index_scans(candidates, set(), 1, salt="s" * 64).rows
+
+    again = index_scans(candidates, {rows[1].id}, 1, salt="s" * 64).rows
+
+    assert [row.status for row in again] == ["ok", "excluded"]
+    assert rows[1].id == again[1].id != candidates[1].id
+
+
 def test_a_copy_of_an_excluded_scan_is_excluded_too(
     tmp_path: Path,
 ) -> None:

@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import planted
 import pytest
 from refusals import refused
@@ -149,6 +150,21 @@ def test_results_name_no_folder_of_their_model_and_recognise_it() -> None:
     assert SENTINEL not in str(public)
     assert public_model(public) == public
     assert public_model({**model, FROM_SEG: "/data/other"}) != public
+
+
+def test_the_search_finds_names_in_every_kind_of_file(tmp_path: Path) -> None:
+    name = planted.NAME
+    np.savez_compressed(tmp_path / "a.npz", **{name: np.zeros(3)})
+    np.savez_compressed(tmp_path / "b.npz", a=np.array([f"of {name}"], dtype="S20"))
+    planted.write_nifti(tmp_path / "c.nii.gz", planted.noise(1), note=name)
+    (tmp_path / "d.json").write_text(json.dumps({"path": f"/data/{name.upper()}"}))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "e.txt").touch()
+    planted.write_png(tmp_path / "f.png", f"of {name}")
+
+    found = {leak.partition(":")[0] for leak in planted.leaks(tmp_path)}
+
+    assert found == {"a.npz", "b.npz", "c.nii.gz", "d.json", f"{name}/e.txt", "f.png"}
 
 
 def test_an_index_is_split_in_two_and_read_as_one(tmp_path: Path) -> None:

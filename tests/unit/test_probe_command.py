@@ -56,7 +56,7 @@ def probe(*words: str) -> int:
 
 
 def lines_in(folders: Path) -> list[dict]:
-    file = folders / "results" / "autoreg_probe" / DATASET / "probe.jsonl"
+    file = folders / "results" / "autoreg_probe" / DATASET.partition("_")[0] / "probe.jsonl"
     return [json.loads(text) for text in file.read_text().splitlines()]
 
 
@@ -81,6 +81,7 @@ def test_a_run_is_scored_beside_random_twins_and_raw_voxels(
     assert len(lines) == 2 * len(found)
     assert all(0 <= line["dice"] <= 1 for line in lines)
     assert set(lines[0]["dice_per_structure"]) == {"bright", "dark"}
+    assert "blob" not in json.dumps(lines).lower()
     assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
 
 
