@@ -67,6 +67,11 @@ def names_text(names: Iterable[object], most: int = 3) -> str:
     return ", ".join(listed[:most]) + more
 
 
+def largest_ratio(a: Spacing, b: Spacing) -> float:
+    """Return the largest factor between two spacings, axis by axis; it is at least 1."""
+    return max(max(p / q, q / p) for p, q in zip(a, b, strict=True))
+
+
 def volume(size: Sequence[int]) -> int:
     """Return the number of voxels of a size."""
     return math.prod(int(s) for s in size)

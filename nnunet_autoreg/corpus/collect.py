@@ -87,35 +87,35 @@ class DicomCollector:
         """Yield scans first, then what was left out."""
         groups = list(self._series())
         original = {_kind(group[0]) for _, group in groups if not originals(group)[0].derived}
-        num_used = 0
+
+        num_derived_used = 0
         for path, group in groups:
             kept = list(originals(group))
-            if len(kept) < len(group):
-                # Derived images within a series of originals are no stack of their own.
-                self._leave_derived(path, [one for one in group if one.derived])
+            # Derived images within a series of originals are no stack of their own.
+            for one in group if len(kept) < len(group) else []:
+                if one.derived:
+                    reason = (
+                        f"derived images ({one.derived}) beside the original ones of their series"
+                    )
+                    self.left[path, one.series, one.modality, "derived", reason] += 1
+
             reason = _why_derived(kept, original)
-            num_used += bool(kept[0].derived and not reason)
+            if kept[0].derived and not reason:
+                num_derived_used += 1
             yield from self._rows_of(path, kept, reason)
-        if num_used:
+
+        if num_derived_used:
             log.info(
                 "%d series are derived images (%s) and are used: their studies hold no original "
                 "ones",
-                num_used,
+                num_derived_used,
                 SECONDARY,
             )
+
+        # The loop above adds to these, so they come last.
         for (source, series, what, status, reason), count in self.left.items():
             name = f"{what}-{salted(series or f'{source} {reason}', self.salt)}"
-            yield DicomRow(
-                source,
-                name,
-                status=status,
-                reason=f"{reason} ({count} {'file' if count == 1 else 'files'})",
-            )
-
-    def _leave_derived(self, path: Path, group: Sequence[DicomSlice]) -> None:
-        for one in group:
-            reason = f"derived images ({one.derived}) beside the original ones of their series"
-            self.left[path, one.series, one.modality, "derived", reason] += 1
+            yield DicomRow(source, name, status=status, reason=f"{reason} ({_num_files(count)})")
 
     def _series(self) -> Iterator[tuple[Path, list[DicomSlice]]]:
         """Yield (folder, file or archive, slices of one series in it).
@@ -126,10 +126,12 @@ class DicomCollector:
         for source, slices in self.slices.items():
             for key, group in by_series(slices).items():
                 sources_of[key][source] = group
+
         for groups in sources_of.values():
             folders = [source for source in groups if source.is_dir()]
-            if len(folders) > 1 and _disjoint([groups[f] for f in folders]):
-                yield _joined({f: groups.pop(f) for f in folders})
+            # Folders that share an instance hold copies of a series, each of which is whole.
+            if len(folders) > 1 and _disjoint([groups[folder] for folder in folders]):
+                yield _joined({folder: groups.pop(folder) for folder in folders})
             yield from groups.items()
 
     def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[DicomRow]:
@@ -137,40 +139,47 @@ class DicomCollector:
 
         ``derived`` says why one of derived images is left out; it is "" for others.
         """
-        below = "yes" if any("/" in s.file for s in group) and path.is_dir() else ""
+        first = group[0]
+        # A series that is spread over folders is read from below their common folder.
+        is_spread = path.is_dir() and any("/" in one.file for one in group)
         part = ScanPart(
-            series=group[0].series,
-            instance=group[0].instance if group[0].frame >= 0 else "",
-            below=below,
+            series=first.series,
+            instance=first.instance if first.frame >= 0 else "",
+            below="yes" if is_spread else "",
         )
+
         stacks = stacks_of(group)
         for number, stack in enumerate(stacks):
-            here = replace(part, stack=str(number)) if len(stacks) > 1 else part
+            # The only stack has no number, so that its id does not depend on the splitting.
+            part_of_stack = replace(part, stack=str(number)) if len(stacks) > 1 else part
             if self.split_4d and len(stack.volumes) > 1:
                 for t in range(len(stack.volumes)):
-                    yield self._row(path, stack, replace(here, t=str(t)), derived)
+                    yield self._row(path, stack, replace(part_of_stack, t=str(t)), derived)
             else:
-                yield self._row(path, stack, here, derived)
-        copies = len(group) - len(without_copies(group))
-        if copies:
-            name = f"{group[0].modality}-{salted(f'{part} copies', self.salt)}"
-            yield DicomRow(
-                path,
-                name,
-                status="duplicate",
-                reason=f"{copies} of {len(group)} files of a series hold a slice that another file "
-                "of it holds too (same SOP instance); each is read once",
+                yield self._row(path, stack, part_of_stack, derived)
+
+        num_copies = len(group) - len(without_copies(group))
+        if num_copies:
+            name = f"{first.modality}-{salted(f'{part} copies', self.salt)}"
+            reason = (
+                f"{num_copies} of {len(group)} files of a series hold a slice that another file "
+                "of it holds too (same SOP instance); each is read once"
             )
+            yield DicomRow(path, name, status="duplicate", reason=reason)
 
     def _row(self, path: Path, stack: Stack, part: ScanPart, derived: str) -> DicomRow:
-        first, status, reason = stack.first, "", ""
+        first = stack.first
+        status, reason = "", ""
         try:
             check_stack(stack, str(part))
         except ScanError as error:
             status, reason = error.status, str(error)
         if derived:
             status, reason = "derived", derived
-        name = f"{first.modality}-{salted(str(replace(part, below='')), self.salt)}"
+
+        # Where the slices lie is no part of a scan's id: a folder may be renamed.
+        lasting_part = str(replace(part, below=""))
+        name = f"{first.modality}-{salted(lasting_part, self.salt)}"
         return DicomRow(
             path,
             name,
@@ -197,7 +206,7 @@ def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, s
     first = group[0]
     if not first.derived:
         return ""
-    files = f"({len(group)} {'file' if len(group) == 1 else 'files'})"
+    files = f"({_num_files(len(group))})"
     use = "to use them, give their folder a modality in --manifest"
     if first.derived != SECONDARY:
         return (
@@ -209,6 +218,10 @@ def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, s
             f"images; {use} {files}"
         )
     return ""
+
+
+def _num_files(count: int) -> str:
+    return f"{count} {'file' if count == 1 else 'files'}"
 
 
 def _disjoint(groups: Sequence[list[DicomSlice]]) -> bool:
@@ -226,9 +239,10 @@ def _disjoint(groups: Sequence[list[DicomSlice]]) -> bool:
 
 
 def _joined(groups: dict[Path, list[DicomSlice]]) -> tuple[Path, list[DicomSlice]]:
+    """Return the common folder of groups, and all their slices with paths below it."""
     root = Path(os.path.commonpath(list(groups)))
-    return root, [
-        replace(s, file=(folder.relative_to(root) / s.file).as_posix())
-        for folder, group in groups.items()
-        for s in group
-    ]
+    joined = []
+    for folder, group in groups.items():
+        below = folder.relative_to(root)
+        joined += [replace(one, file=(below / one.file).as_posix()) for one in group]
+    return root, joined

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.corpus.rows import COPY_OF, OK, ScanRow
-from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.geometry import largest_ratio
 from nnunet_autoreg.nnunet_api import Array, RawScan
 
 # Spacings are cut into steps of 1 um whose borders lie off the round numbers: at 0.382 um, where
@@ -65,12 +65,16 @@ def has_content(scan: RawScan, known: str) -> bool:
 
 
 def _digest(scan: RawScan, integers: bool) -> str:
-    planes = _planes(scan)
+    """Return the hash of a scan, whose voxels count as integers or as float32."""
     steps = [math.floor(s / SPACING_STEP_MM + SPACING_OFFSET) for s in scan.spacing_mm]
-    digest = hashlib.sha256(json.dumps([list(scan.array_CZYX.shape), steps, integers]).encode())
-    for plane in planes:
+    geometry = json.dumps([list(scan.array_CZYX.shape), steps, integers])
+    digest = hashlib.sha256(geometry.encode())
+
+    # Slice by slice, so that no second copy of the scan is in memory.
+    for plane in _planes(scan):
         # + 0 turns -0.0 into 0.0, which equals it but has other bytes.
-        values = np.rint(plane).astype("<i4") if integers else (plane + np.float32(0)).astype("<f4")
+        real = plane + np.float32(0)
+        values = np.rint(plane).astype("<i4") if integers else real.astype("<f4")
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
 
@@ -82,13 +86,12 @@ def _planes(scan: RawScan) -> Array:
 
 def near_integers(scan: RawScan) -> bool:
     """Return whether every voxel lies within 1e-3 of an integer that fits into 32 bits."""
-    return all(_is_integer(plane) for plane in _planes(scan))
-
-
-def _is_integer(plane: Array) -> bool:
-    return bool(np.abs(plane).max() < 2**31) and bool(
-        (np.abs(plane - np.rint(plane)) <= INTEGER_TOLERANCE).all()
-    )
+    for plane in _planes(scan):
+        fits = np.abs(plane).max() < 2**31
+        is_whole = np.abs(plane - np.rint(plane)) <= INTEGER_TOLERANCE
+        if not (fits and is_whole.all()):
+            return False
+    return True
 
 
 def _rounding_keeps_spread(scan: RawScan) -> bool:
@@ -127,7 +130,8 @@ def signature(array_ZYX: Array) -> Signature | None:
         return None
     # 64 values lie within (64 - 1) / sqrt(64) < 8 standard deviations of their mean, so 4000 steps
     # each fit into 16 bits.
-    return np.asarray(np.rint((values - values.mean()) / spread * POINTS_PER_SD), dtype=np.int16)
+    steps = (values - values.mean()) / spread * POINTS_PER_SD
+    return np.asarray(np.rint(steps), dtype=np.int16)
 
 
 def _fractions() -> npt.NDArray[np.float64]:
@@ -136,7 +140,8 @@ def _fractions() -> npt.NDArray[np.float64]:
     Source: Roberts 2018, quasirandom sequence R3.
     """
     root = 1.2207440846057596  # of x^4 = x + 1
-    return np.array([(0.5 + np.arange(1, NUM_POINTS + 1) / root**axis) % 1 for axis in (1, 2, 3)])
+    numbers = np.arange(1, NUM_POINTS + 1)
+    return np.array([(0.5 + numbers / root**axis) % 1 for axis in (1, 2, 3)])
 
 
 _FRACTIONS = _fractions()
@@ -148,11 +153,15 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
     ``signatures`` belong to the rows.
     """
     settled = _settle_equal(rows)
-    shapes = defaultdict(list)
+
+    # Only scans of one shape can be copies, which keeps the number of comparisons small.
+    of_shape = defaultdict(list)
     for number, (row, points) in enumerate(zip(settled, signatures, strict=True)):
-        if row.status in (OK, "excluded") and row.shape_vox is not None and points is not None:
-            shapes[row.shape_vox].append(number)
-    for members in shapes.values():
+        is_read = row.status in (OK, "excluded") and row.shape_vox is not None
+        if is_read and points is not None:
+            of_shape[row.shape_vox].append(number)
+
+    for members in of_shape.values():
         if len(members) > 1:
             points_of_members = [signatures[n] for n in members]
             _settle_alike(settled, members, np.array(points_of_members))
@@ -160,20 +169,30 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
 
 
 def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
+    """Return the rows, of which those with the hash of an earlier or excluded one are marked."""
     rows = list(rows)
-    excluded = {
-        row.content_hash: row for row in rows if row.status == "excluded" and row.content_hash
-    }
+    excluded = {}
+    for row in rows:
+        if row.status == "excluded" and row.content_hash:
+            excluded[row.content_hash] = row
+
     first: dict[str, ScanRow] = {}
     settled = []
     for row in rows:
-        if row.status == OK and row.content_hash in excluded:
-            settled.append(_copy_of_excluded(row, excluded[row.content_hash], "voxels as"))
-        elif row.status == OK and first.setdefault(row.content_hash, row) is not row:
-            reason = f"same voxels and spacing as {first[row.content_hash].id}"
-            settled.append(replace(row, status="duplicate", reason=reason))
-        else:
+        if row.status != OK:
             settled.append(row)
+            continue
+        # Exclusion comes first: the copy of a test scan must not be trained on.
+        original = excluded.get(row.content_hash)
+        if original is not None:
+            settled.append(_copy_of_excluded(row, original, "voxels as"))
+            continue
+        earlier = first.setdefault(row.content_hash, row)
+        if earlier is row:
+            settled.append(row)
+            continue
+        reason = f"same voxels and spacing as {earlier.id}"
+        settled.append(replace(row, status="duplicate", reason=reason))
     return settled
 
 
@@ -189,20 +208,21 @@ def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[n
     This changes ``rows`` at ``members``, all of one shape.
     """
     how = "voxels, but for rounding or scale, as"
-    pairs = [
-        (members[a], members[b])
-        for a, b in _close_pairs(points)
-        if _same_spacing(rows[members[a]], rows[members[b]])
-    ]
+    pairs = []
+    for a, b in _close_pairs(points):
+        first, second = members[a], members[b]
+        if _same_spacing(rows[first], rows[second]):
+            pairs.append((first, second))
+
+    # Copies of excluded scans first, in either order of the files, then copies of the others.
     for first, second in pairs:
         for copy, original in ((first, second), (second, first)):
             if rows[copy].status == OK and rows[original].status == "excluded":
                 rows[copy] = _copy_of_excluded(rows[copy], rows[original], how)
     for first, second in pairs:
         if rows[first].status == rows[second].status == OK:
-            rows[second] = replace(
-                rows[second], status="duplicate", reason=f"same {how} {rows[first].id}"
-            )
+            reason = f"same {how} {rows[first].id}"
+            rows[second] = replace(rows[second], status="duplicate", reason=reason)
 
 
 def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
@@ -214,27 +234,21 @@ def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
     from scipy.spatial import cKDTree
 
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (NUM_POINTS, NUM_PROJECTIONS))
-    near = cKDTree(points.astype(np.float64) @ signs).query_pairs(
-        NUM_POINTS * TOLERANCE, p=np.inf, output_type="ndarray"
-    )
-    return [
-        (int(i), int(j))
-        for i, j in near[np.lexsort((near[:, 1], near[:, 0]))]
-        if _alike(points[i], points[j])
-    ]
+    projected = points.astype(np.float64) @ signs  # (scans, NUM_PROJECTIONS)
+    most = NUM_POINTS * TOLERANCE
+    near = cKDTree(projected).query_pairs(most, p=np.inf, output_type="ndarray")
 
-
-def _alike(a: Signature, b: Signature) -> bool:
-    return int(np.abs(a.astype(np.int32) - b).max()) <= TOLERANCE
+    # Sorted by (i, j), because the first scan of a pair is the one that is kept.
+    pairs = []
+    for i, j in near[np.lexsort((near[:, 1], near[:, 0]))].tolist():
+        # In 32 bits, since a difference of two 16-bit numbers may not fit into 16.
+        difference = np.abs(points[i].astype(np.int32) - points[j])
+        if difference.max() <= TOLERANCE:
+            pairs.append((i, j))
+    return pairs
 
 
 def _same_spacing(a: ScanRow, b: ScanRow) -> bool:
-    return (
-        a.spacing_mm is not None
-        and b.spacing_mm is not None
-        and _ratio(a.spacing_mm, b.spacing_mm) <= 1 + SAME_SPACING
-    )
-
-
-def _ratio(a: Spacing, b: Spacing) -> float:
-    return max(max(p / q, q / p) for p, q in zip(a, b, strict=True))
+    if a.spacing_mm is None or b.spacing_mm is None:
+        return False
+    return largest_ratio(a.spacing_mm, b.spacing_mm) <= 1 + SAME_SPACING

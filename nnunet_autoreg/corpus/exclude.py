@@ -42,8 +42,10 @@ def read_exclude(path: Path) -> set[str]:
             f"--exclude {path} cannot be read ({error}); give {FORMATS}", code="exclude-unreadable"
         ) from error
     if path.suffix.lower() != ".json":
-        lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+        # "#" begins a comment only after a blank: it may be a part of a name.
+        lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
         return {line for line in lines if line}
+
     try:
         data = parse_json(text)
     except ValueError as error:
@@ -52,9 +54,10 @@ def read_exclude(path: Path) -> set[str]:
             code="exclude-unreadable",
         ) from error
     if isinstance(data, list) and data and isinstance(data[0], dict) and "val" in data[0]:
-        parts = [data[0]["val"], data[0].get("test", [])]
-        if all(isinstance(part, list) for part in parts):
-            return {str(name) for part in parts for name in part}
+        # Of five folds every case is once in "val", so only the first fold counts.
+        held_out, tested = data[0]["val"], data[0].get("test", [])
+        if isinstance(held_out, list) and isinstance(tested, list):
+            return {str(name) for name in [*held_out, *tested]}
     elif isinstance(data, list) and all(isinstance(name, str) for name in data):
         return set(data)
     raise UsageError(
@@ -74,12 +77,15 @@ def excluded_because(
         series: DICOM series of which excluded folders hold slices.
         salt: of the ids in scans.csv, which may be named as well.
     """
-    named = min(_names(candidate, salt) & exclude, default="") if exclude else ""
+    if not exclude:
+        return ""
+    named = min(_names(candidate, salt) & exclude, default="")
     if named:
         return f"excluded by the user ('{named}')"
     if series_of(candidate) in series:
         return BY_SERIES
-    return BY_SUBJECT if candidate.subject and candidate.subject.strip() in exclude else ""
+    subject = candidate.subject.strip()
+    return BY_SUBJECT if subject and subject in exclude else ""
 
 
 def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -87,8 +93,11 @@ def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidat
 
     They are read, so that copies of them are recognised.
     """
-    entries = sorted(e for e in exclude if os.sep in e and Path(e).exists())
-    known = {(os.path.realpath(c.path), c.part) for c in candidates} if entries else set()
+    entries = sorted(entry for entry in exclude if os.sep in entry and Path(entry).exists())
+    if not entries:
+        return []
+    known = {(os.path.realpath(c.path), c.part) for c in candidates}
+
     new = []
     for entry in entries:
         for found in find_scans([], [absolute(entry)], split_4d=True):
@@ -128,20 +137,18 @@ def _names(candidate: Candidate, salt: str) -> set[str]:
         path.name,
         series_of(candidate),
     }
-    for variant in (path, Path(os.path.realpath(path)), _relative(path)):
-        names.update(
-            str(p) for p in (variant, *variant.parents) if str(p) not in (".", path.anchor)
-        )
-    return names - {""}
+
+    # A path may be given as typed, by where its links lead, or relative to the working folder.
+    variants = [path, Path(os.path.realpath(path))]
+    if path.is_relative_to(Path.cwd()):
+        variants.append(path.relative_to(Path.cwd()))
+    for variant in variants:
+        names.update(map(str, (variant, *variant.parents)))
+
+    # "/" and "." would exclude everything.
+    return names - {"", ".", path.anchor}
 
 
 def series_of(candidate: Candidate) -> str:
     """Return the SeriesInstanceUID of a DICOM series; "" for other scans."""
     return parse_part(candidate.part).series
-
-
-def _relative(path: Path) -> Path:
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path

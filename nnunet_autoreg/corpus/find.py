@@ -47,6 +47,8 @@ USUAL_ENDINGS = frozenset(
     .tif .tiff .toml .tsv .txt .vtk .vtp .xls .xlsx .xml .yaml .yml .zip .zraw .mrk .mrb
     """.split()  # noqa: SIM905
 )
+WHOLE_FILE = ScanPart()
+DICOMDIR = "DICOMDIR"
 DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
 
 
@@ -127,6 +129,17 @@ def is_dataset(folder: Path) -> bool:
 
 @dataclass
 class _Finder:
+    """Searches inputs one after the other; ``found`` grows with every candidate and left-out row.
+
+    Attributes:
+        found: the result.
+        ids: of everything found, so that each is used once.
+        files: what is listed already, by real path and part.
+        folders: real paths of the folders that were searched.
+        listed_labels: real paths of files that a dataset.json lists as label maps.
+        num_repeated: files that were reached a second time.
+    """
+
     split_4d: bool
     salt: str
     found: list[Candidate] = field(default_factory=list)
@@ -138,9 +151,9 @@ class _Finder:
 
     def leave_out_listed_labels(self) -> None:
         """Leave out files that a dataset.json lists as label maps, wherever they were met."""
+        reason = "dataset.json lists it as a label map"
         for number, found in enumerate(self.found):
             if not found.status and os.path.realpath(found.path) in self.listed_labels:
-                reason = "dataset.json lists it as a label map"
                 self.found[number] = replace(found, status="labels", reason=reason)
 
     def add_given(self, given: Path) -> None:
@@ -148,24 +161,20 @@ class _Finder:
         folder = absolute(given)
         if not folder.exists():
             siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            hint = (
-                did_you_mean(folder.name, siblings)
-                if 0 < len(siblings) <= 1000
-                else "check the path"
-            )
+            # A list of thousands of names would hide the message.
+            is_short = 0 < len(siblings) <= 1000
+            hint = did_you_mean(folder.name, siblings) if is_short else "check the path"
             raise UsageError(f"-i {given} does not exist; {hint}", code="input-missing")
+
+        is_part = folder.name in DATASET_FOLDERS and is_dataset(folder.parent)
         if folder.is_file():
             self._add_given_file(folder)
-        elif (
-            is_dataset(folder.parent)
-            and folder.name in DATASET_FOLDERS
-            and self._is_ours(folder.parent)
-        ):
+        elif is_part and self._is_nnunets(folder.parent):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
 
-    def _is_ours(self, folder: Path) -> bool:
+    def _is_nnunets(self, folder: Path) -> bool:
         """Return whether ``dataset.json`` is nnU-Net's.
 
         In a folder that was not given as a dataset it may be anything.
@@ -181,42 +190,42 @@ class _Finder:
         return True
 
     def _add_given_file(self, path: Path) -> None:
-        dicom, labels = self._collector(), Counter[Path]()
+        dicom = DicomCollector(self.salt, self.split_4d)
+        labels: Counter[Path] = Counter()
         if is_archive(path.name):
             self.add_archive(path, path.parent, dicom)
-        elif path.name.lower().endswith(IMAGE_ENDINGS) or not (
-            may_be_dicom(path.name) and dicom.add_file(path, path)
-        ):
+        elif _is_image(path.name) or not (may_be_dicom(path.name) and dicom.add_file(path, path)):
+            # A file of unknown kind is listed as well, so that its row says why it is not used.
             self.add_file(path, path.parent, labels)
         self._add_dicom(path.parent, dicom)
         self._report_labels(path.parent, labels)
-
-    def _collector(self) -> DicomCollector:
-        return DicomCollector(self.salt, self.split_4d)
 
     def add(self, path: Path, base_id: str, dataset: str, case: str, **facts: str) -> None:
         """List one candidate, or one row of something left out, once.
 
         ``facts`` are fields of ``Candidate``.
         """
-        status, part = facts.get("status", ""), facts.get("part", "")
-        real = f"{status}:{path}:{base_id}" if status else f"{os.path.realpath(path)}:{part}"
-        if real in self.files:
+        # A scan may be reached by several links and names. What is left out has no content to be
+        # recognised by, so its row goes by its own name.
+        key = f"{os.path.realpath(path)}:{facts.get('part', '')}"
+        if facts.get("status"):
+            key = f"{facts['status']}:{path}:{base_id}"
+        if key in self.files:
             self.num_repeated += 1
             return
-        self.files.add(real)
+        self.files.add(key)
+
         problem = _problem_of_name(path)
         if problem:
-            path, base_id, case = (
-                Path(_printable(str(path))),
-                _printable(base_id),
-                _printable(case),
-            )
+            path = Path(_printable(str(path)))
+            base_id, case = _printable(base_id), _printable(case)
             facts.update(status="unreadable", reason=problem)
-        unique, n = base_id, 1
+
+        # a.nii and a.nrrd in one folder have the same name without ending.
+        unique, number = base_id, 1
         while unique in self.ids:
-            n += 1
-            unique = f"{base_id}#{n}"
+            number += 1
+            unique = f"{base_id}#{number}"
         self.ids.add(unique)
         self.found.append(Candidate(unique, path, dataset, case, **facts))
 
@@ -226,26 +235,20 @@ class _Finder:
         base_id: str,
         dataset: str,
         case: str,
-        volumes: int,
         facts: dict[str, str],
-        part: ScanPart | None = None,
+        num_volumes: int,
+        part: ScanPart = WHOLE_FILE,
     ) -> None:
-        """Add a file: one candidate, or one for each of its ``volumes``."""
-        part = part or ScanPart()
-        if volumes == 1:
+        """Add a file: one candidate, or one for each of its volumes."""
+        if num_volumes == 1:
             self.add(path, base_id, dataset, case, part=str(part), **facts)
             return
-        for t in range(volumes):
-            self.add(
-                path,
-                f"{base_id}/t{t}",
-                dataset,
-                f"{case}/t{t}",
-                part=str(replace(part, t=str(t))),
-                **facts,
-            )
+        for t in range(num_volumes):
+            volume = str(replace(part, t=str(t)))
+            self.add(path, f"{base_id}/t{t}", dataset, f"{case}/t{t}", part=volume, **facts)
 
     def _volumes(self, path: Path) -> int:
+        # Without --split-4d the file need not be opened: a 4D one is left out when it is read.
         return num_volumes(path) if self.split_4d else 1
 
     def leave_out(self, path: Path, dataset: str, what: str, status: str, reason: str) -> None:
@@ -258,23 +261,24 @@ class _Finder:
         These are imagesTr and imagesTs (or one of them), and dataset.json's own list.
         """
         described = read_dataset_json(folder)
-        wanted = [only] if only else ["imagesTr", "imagesTs"]
         if described.listed and not only:
             self._add_listed(folder, described)
-        for part in wanted:
+
+        parts = [only] if only else ["imagesTr", "imagesTs"]
+        for part in parts:
             if part.startswith("images") and (folder / part).is_dir():
                 self._add_images(folder, part, described)
-        for part in sorted(
-            p.name for p in folder.iterdir() if p.is_dir() and (only is None or p.name == only)
-        ):
-            if part not in ("imagesTr", "imagesTs"):
-                self._count_other(folder, part)
-        files = (
-            []
-            if only
-            else [p.name for p in folder.iterdir() if p.is_file() and p.name != "dataset.json"]
-        )
-        self._report_others(folder, folder.name, "(other files)", Counter(map(_ending, files)))
+
+        # Everything else in the dataset's folder is counted, so that nothing is left out silently.
+        others: Counter[str] = Counter()
+        for path in sorted(folder.iterdir(), key=lambda p: p.name):
+            if path.is_dir():
+                is_asked_for = only is None or path.name == only
+                if is_asked_for and path.name not in ("imagesTr", "imagesTs"):
+                    self._count_other(folder, path.name)
+            elif not only and path.is_file() and path.name != "dataset.json":
+                others[_ending(path.name)] += 1
+        self._report_others(folder, folder.name, "(other files)", others)
 
     def _add_images(self, folder: Path, part: str, described: DatasetJson) -> None:
         others: Counter[str] = Counter()
@@ -282,27 +286,27 @@ class _Finder:
         for path in _listing(folder / part):
             if path.name.startswith("."):
                 others["hidden"] += 1
-            elif path.name.lower().endswith(IMAGE_ENDINGS):
+            elif _is_image(path.name):
                 images.append(path)
             else:
                 others[_ending(path.name)] += 1
 
         positions = channel_positions(images, len(described.channels))
         for path in images:
-            stem = strip_ending(path.name)
+            base_id = f"{folder.name}/{strip_ending(path.name)}"
             case, number = case_and_channel(path)
             channel = described.channel_name(positions[number])
             facts = _of_dataset(folder, case, channel)
-            self.add_volumes(
-                path, f"{folder.name}/{stem}", folder.name, case, self._volumes(path), facts
-            )
+            self.add_volumes(path, base_id, folder.name, case, facts, self._volumes(path))
         self._report_others(folder / part, folder.name, f"{part}/(other files)", others)
 
     def _add_listed(self, folder: Path, described: DatasetJson) -> None:
+        """Add the images that a dataset.json lists by their paths."""
         for case in sorted(described.listed, key=natural_key):
             label = described.listed[case].label
             if label is not None:
                 self.listed_labels.add(os.path.realpath(label))
+
             for number, path in enumerate(described.listed[case].images):
                 name = f"{case}_{number:04d}"
                 if not path.exists():
@@ -310,43 +314,40 @@ class _Finder:
                     continue
                 facts = _of_dataset(folder, case, described.channel_name(number))
                 facts["listed_in"] = str(folder)
-                self.add_volumes(
-                    path, f"{folder.name}/{name}", folder.name, case, self._volumes(path), facts
-                )
+                base_id = f"{folder.name}/{name}"
+                self.add_volumes(path, base_id, folder.name, case, facts, self._volumes(path))
 
     def _count_other(self, folder: Path, part: str) -> None:
-        count = sum(
-            1
-            for _, _, names in os.walk(folder / part)
-            for n in names
-            if n.lower().endswith(IMAGE_ENDINGS)
-        )
-        if count:
-            kind = (
-                "label maps"
-                if part.startswith("labels")
-                else "images outside imagesTr and imagesTs"
-            )
-            self.leave_out(
-                folder / part,
-                folder.name,
-                part,
-                "labels" if part.startswith("labels") else "ignored",
-                f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read",
-            )
+        """Add one row for the images in a folder of a dataset that is not read."""
+        count = 0
+        for _, _, names in os.walk(folder / part):
+            count += sum(map(_is_image, names))
+        if not count:
+            return
+
+        status, kind = "ignored", "images outside imagesTr and imagesTs"
+        if part.startswith("labels"):
+            status, kind = "labels", "label maps"
+        reason = f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read"
+        self.leave_out(folder / part, folder.name, part, status, reason)
 
     def add_folder(self, root: Path) -> None:
         """Add everything below a plain folder."""
         others: Counter[str] = Counter()
         labels: Counter[Path] = Counter()
-        dicom = self._collector()
+        dicom = DicomCollector(self.salt, self.split_4d)
+
+        # A stack instead of recursion: exports may be nested deeper than Python calls may be.
         pending = [root]
         while pending:
             folder = pending.pop()
-            if is_dataset(folder) and self._is_ours(folder):
+            if is_dataset(folder) and self._is_nnunets(folder):
                 self.add_dataset(folder)
                 continue
-            pending.extend(reversed(self._visit(root, folder, others, labels, dicom)))
+            deeper = self._visit(root, folder, others, labels, dicom)
+            pending.extend(reversed(deeper))
+
+        # A series may be spread over folders, so DICOM is sorted after everything was visited.
         self._add_dicom(root, dicom)
         self._report_labels(root, labels)
         self._report_others(root, root.name, "(other files)", others)
@@ -363,81 +364,68 @@ class _Finder:
         where = _below(folder, root)
         real = os.path.realpath(folder)
         if real in self.folders:
-            self.leave_out(
-                folder, root.name, where, "link", "leads to a folder that is searched already"
-            )
+            # A link may lead back to a folder above itself.
+            reason = "leads to a folder that is searched already"
+            self.leave_out(folder, root.name, where, "link", reason)
             return []
         self.folders.add(real)
+
         try:
             entries = _listing(folder)
         except OSError as error:
-            self.leave_out(
-                folder,
-                root.name,
-                where,
-                "unreadable",
-                f"the folder cannot be listed: {error.strerror}",
-            )
+            reason = f"the folder cannot be listed: {error.strerror}"
+            self.leave_out(folder, root.name, where, "unreadable", reason)
             return []
+
         deeper = []
         for path in entries:
             if path.name.startswith("."):
-                self._hidden(path, root, others)
-            elif path.name.lower().endswith(IMAGE_ENDINGS):
+                if _is_image(path.name) or path.is_dir():
+                    reason = "its name begins with a dot; rename it if it is wanted"
+                    self.leave_out(path, root.name, _below(path, root), "hidden", reason)
+                else:
+                    others["hidden"] += 1
+            elif _is_image(path.name):
                 self.add_file(path, root, labels)
             elif path.is_dir():
                 deeper.append(path)
             elif is_archive(path.name):
                 self.add_archive(path, root, dicom)
-            elif path.name.upper() == "DICOMDIR" or not (
-                may_be_dicom(path.name) and dicom.add_file(path)
-            ):
-                others["DICOMDIR" if path.name.upper() == "DICOMDIR" else _ending(path.name)] += 1
+            elif _is_dicomdir(path.name):
+                others[DICOMDIR] += 1
+            elif not (may_be_dicom(path.name) and dicom.add_file(path)):
+                others[_ending(path.name)] += 1
         return deeper
-
-    def _hidden(self, path: Path, root: Path, others: Counter[str]) -> None:
-        if path.is_dir() or path.name.lower().endswith(IMAGE_ENDINGS):
-            self.leave_out(
-                path,
-                root.name,
-                _below(path, root),
-                "hidden",
-                "its name begins with a dot; rename it if it is wanted",
-            )
-        else:
-            others["hidden"] += 1
 
     def add_file(self, path: Path, root: Path, labels: Counter[Path]) -> None:
         """Add one file of a plain folder; a label map by its name is counted instead."""
         inside = strip_ending(_below(path, root))
-        if is_label_name(f"{root.name}/{inside}"):
+        base_id = f"{root.name}/{inside}"
+        if is_label_name(base_id):
             labels[path.parent] += 1
             return
-        self.add_volumes(
-            path,
-            f"{root.name}/{inside}",
-            root.name,
-            inside,
-            self._volumes(path),
-            _of_name(root.name, inside),
-        )
+        facts = _of_name(root.name, inside)
+        self.add_volumes(path, base_id, root.name, inside, facts, self._volumes(path))
 
     def add_archive(self, path: Path, root: Path, dicom: DicomCollector) -> None:
         """Add the scans inside a .zip: images by their names, DICOM by series."""
-        where, others, bad = _below(path, root), Counter[str](), Counter[tuple[str, str]]()
+        where = _below(path, root)
+        others: Counter[str] = Counter()
+        problems: Counter[tuple[str, str]] = Counter()
         try:
             with opened(path) as archive:
                 good, dangerous = members(archive)
-                bad.update(dangerous)
+                problems.update(dangerous)
                 for info in good:
                     self._add_member(archive, info, path, root, dicom, others)
         except ScanError as error:
-            bad[error.status, str(error)] += 1
-        for number, ((status, reason), count) in enumerate(bad.items()):
+            problems[error.status, str(error)] += 1
+
+        # One row for each kind of problem: an archive may hold thousands of damaged members.
+        for number, ((status, reason), count) in enumerate(problems.items()):
             what = f"{where}/(left out {number})" if number else f"{where}/(left out)"
-            self.leave_out(
-                path, root.name, what, status, reason if count == 1 else f"{reason} ({count} files)"
-            )
+            counted = reason if count == 1 else f"{reason} ({count} files)"
+            self.leave_out(path, root.name, what, status, counted)
         self._report_others(path, root.name, f"{where}/(other files)", others)
 
     def _add_member(
@@ -449,30 +437,28 @@ class _Finder:
         dicom: DicomCollector,
         others: Counter[str],
     ) -> None:
-        name = PurePosixPath(info.filename)
+        """Add one file of an archive, or count it among the others."""
+        member = PurePosixPath(info.filename)
+        name = member.name
         inside = strip_ending(info.filename)
-        if name.name.startswith(".") or name.parts[0] == "__MACOSX":
+        # __MACOSX holds a hidden twin of every file that macOS has packed.
+        if name.startswith(".") or member.parts[0] == "__MACOSX":
             others["hidden"] += 1
-        elif name.suffix.lower() == ".mhd":
+        elif member.suffix.lower() == ".mhd":
             others[".mhd (its data is another file: unpack the archive)"] += 1
-        elif not name.name.lower().endswith(IMAGE_ENDINGS):
-            if name.name.upper() == "DICOMDIR" or not (
-                may_be_dicom(name.name) and dicom.add_member(archive, info, path)
-            ):
-                others[_ending(name.name)] += 1
-        elif is_label_name(inside):
+        elif _is_image(name) and is_label_name(inside):
             others["label maps"] += 1
-        else:
-            part, case = ScanPart(member=info.filename), f"{_below(path, root)}/{inside}"
-            self.add_volumes(
-                path,
-                f"{root.name}/{case}",
-                root.name,
-                case,
-                self._member_volumes(path, info.filename),
-                _of_name(f"{root.name}/{_below(path, root)}", inside),
-                part,
-            )
+        elif _is_image(name):
+            where = f"{root.name}/{_below(path, root)}"
+            case = f"{_below(path, root)}/{inside}"
+            facts = _of_name(where, inside)
+            count = self._member_volumes(path, info.filename)
+            part = ScanPart(member=info.filename)
+            self.add_volumes(path, f"{root.name}/{case}", root.name, case, facts, count, part)
+        elif _is_dicomdir(name) or not (
+            may_be_dicom(name) and dicom.add_member(archive, info, path)
+        ):
+            others[_ending(name)] += 1
 
     def _member_volumes(self, path: Path, name: str) -> int:
         if not self.split_4d:
@@ -481,17 +467,18 @@ class _Finder:
             with unpacked(path, [name]) as files:
                 return num_volumes(files[name])
         except ScanError:
+            # It is one candidate, whose row gives the reason when it is read.
             return 1
 
     def _add_dicom(self, root: Path, dicom: DicomCollector) -> None:
         for row in dicom.rows():
             # A manifest may overrule that images are derived, so they keep what a scan has.
-            case = row.name if row.status in ("", "derived") and row.part else ""
+            is_scan = row.status in ("", "derived") and row.part
             self.add(
                 row.path,
                 f"{root.name}/{row.name}",
                 root.name,
-                case,
+                row.name if is_scan else "",
                 status=row.status,
                 reason=row.reason,
                 part=row.part,
@@ -503,21 +490,22 @@ class _Finder:
 
     def _report_labels(self, root: Path, labels: Counter[Path]) -> None:
         for folder, count in labels.items():
-            self.leave_out(
-                folder,
-                root.name,
-                f"{_below(folder, root)}/(label maps)",
-                "labels",
-                f"{count} label {'map' if count == 1 else 'maps'} by name (a folder labels..., or "
-                "_dseg, _mask)",
-            )
+            maps = "map" if count == 1 else "maps"
+            reason = f"{count} label {maps} by name (a folder labels..., or _dseg, _mask)"
+            what = f"{_below(folder, root)}/(label maps)"
+            self.leave_out(folder, root.name, what, "labels", reason)
 
     def _report_others(self, path: Path, dataset: str, what: str, others: Counter[str]) -> None:
+        """Add one row that counts the files that are no scans, by their endings."""
+        counts = dict(others)
+        # The voxels of a .mhd file lie in a .raw file beside it.
         if any(c.path.suffix.lower() == ".mhd" and path in c.path.parents for c in self.found):
-            others = Counter({e: n for e, n in others.items() if e not in (".raw", ".zraw")})
-        if others:
-            listed = ", ".join(f"{n} {e or 'without ending'}" for e, n in sorted(others.items()))
-            self.leave_out(path, dataset, what, "ignored", f"no image endings: {listed}")
+            counts.pop(".raw", None)
+            counts.pop(".zraw", None)
+        if counts:
+            listed = [f"{count} {end or 'without ending'}" for end, count in sorted(counts.items())]
+            reason = f"no image endings: {', '.join(listed)}"
+            self.leave_out(path, dataset, what, "ignored", reason)
 
 
 def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, int]:
@@ -533,6 +521,7 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
 
 
 def _why_missing(path: Path) -> str:
+    """Return why a listed file is not there."""
     unset = unset_variables(path)
     if unset:
         return (
@@ -554,7 +543,7 @@ def _of_name(scope: str, inside: str) -> dict[str, str]:
     """
     subject, session, contrast = bids_names(inside)
     return {
-        "subject": subject and f"{scope}/{subject}",
+        "subject": f"{scope}/{subject}" if subject else "",
         "session": session,
         "contrast": contrast,
         "modality": modality_of_contrast(contrast),
@@ -577,6 +566,7 @@ def _problem_of_name(path: Path) -> str:
 
 
 def _printable(name: str) -> str:
+    """Return a name in which bytes that are no UTF-8 are replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
@@ -586,6 +576,14 @@ def _listing(folder: Path) -> list[Path]:
 
 def _below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else "."
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def _is_dicomdir(name: str) -> bool:
+    return name.upper() == DICOMDIR
 
 
 def _ending(name: str) -> str:

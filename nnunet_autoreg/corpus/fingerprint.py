@@ -155,9 +155,9 @@ def transposed_geometry(row: ScanRow) -> tuple[Size, Spacing]:
         "only usable rows have a geometry"
     )
     axes = transpose_axes(row.spacing_mm)
-    return as_size([row.cropped_shape_vox[a] for a in axes]), as_spacing(
-        [row.spacing_mm[a] for a in axes]
-    )
+    shape = [row.cropped_shape_vox[axis] for axis in axes]
+    spacing = [row.spacing_mm[axis] for axis in axes]
+    return as_size(shape), as_spacing(spacing)
 
 
 def relative_size(row: ScanRow) -> float:
@@ -194,12 +194,16 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
             f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}",
             code="no-usable-scan",
         )
+
+    # Every scan at the target spacing of its own group.
     scans = [scan_geometry(row) for row in rows]
     groups = group_scans(scans, policy)
     shapes = np.zeros((len(rows), 3), dtype=np.int64)
     for group in groups:
         for i in group.members:
             shapes[i] = resampled_shape(scans[i].shape_vox, scans[i].spacing_mm, group.spacing_mm)
+
+    # The most frequent modality first, as planning looks at it first.
     modalities = {}
     for name, _ in Counter(row.modality for row in rows).most_common():
         modalities[name] = _modality_print([row for row in rows if row.modality == name])
@@ -221,14 +225,15 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
 
 def spread(values: npt.ArrayLike) -> Spread:
     """Return percentiles over the first axis of (scans, axes) or (scans,)."""
-    rows = np.asarray(values, dtype=np.float64).reshape(len(np.asarray(values)), -1)
-    percentiles = np.percentile(rows, (10, 50, 90), axis=0)
-    low, middle, high = map(_digits, percentiles)
-    return Spread(low, middle, high)
+    numbers = np.asarray(values, dtype=np.float64)
+    per_scan = numbers.reshape(len(numbers), -1)  # (scans, axes)
+    percentiles = np.percentile(per_scan, (10, 50, 90), axis=0)
 
-
-def _digits(values: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(round(float(value), DIGITS) for value in values)
+    # Rounded, so that sums in another order give the same file.
+    rounded = []
+    for of_axes in percentiles.tolist():
+        rounded.append(tuple(round(value, DIGITS) for value in of_axes))
+    return Spread(*rounded)
 
 
 def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
@@ -250,8 +255,11 @@ def _intensity_print(rows: Sequence[ScanRow]) -> IntensityPrint | None:
     known = [row.percentiles for row in rows if row.percentiles]
     if not known:
         return None
-    columns = zip(PERCENTILES, np.array(known).T, strict=True)
-    return IntensityPrint(len(known), {f"{p:04.1f}": spread(values) for p, values in columns})
+    spreads = {}
+    for percentile, values in zip(PERCENTILES, np.array(known).T, strict=True):
+        # Names of one width, so that they sort as their numbers do.
+        spreads[f"{percentile:04.1f}"] = spread(values)
+    return IntensityPrint(len(known), spreads)
 
 
 def _group_print(group: ScanGroup, shapes: npt.NDArray[np.int64]) -> GroupPrint:
@@ -276,10 +284,9 @@ def _whole(values: Sequence[float]) -> Size:
 
 
 def _why(index: Index) -> str:
+    """Return what a message adds about an index without usable scans."""
+    if not index.rows:
+        return "; give other datasets (-d) or folders (-i)"
     counts = Counter(row.status for row in index.rows).most_common()
-    listed = ", ".join(f"{n} {status}" for status, n in counts)
-    return (
-        f" ({listed}); scans.csv says why for each"
-        if listed
-        else "; give other datasets (-d) or folders (-i)"
-    )
+    listed = ", ".join(f"{count} {status}" for status, count in counts)
+    return f" ({listed}); scans.csv says why for each"

@@ -1,6 +1,7 @@
 """Where a scan's voxels lie in the patient, and another scan brought onto the same voxels.
 
-Arrays in the one orientation throughout.
+All arrays are in the one orientation (io/orientation.py). Errors name no file, because they are
+written into logs: the caller knows which scan it asked for.
 """
 
 from collections.abc import Sequence
@@ -40,8 +41,11 @@ class Grid:
         """Return whether both have the same voxels, to a hundredth of a millimetre."""
         if self.shape_vox != other.shape_vox:
             return False
-        corners = np.array([[0, 0, 0], [n - 1 for n in self.shape_vox[::-1]]], dtype=float)
-        return bool(np.abs(_to_world(self, corners) - _to_world(other, corners)).max() < SAME_MM)
+        # Grids of one shape that agree in two opposite corners agree everywhere between them.
+        last = [size - 1 for size in self.shape_vox[::-1]]
+        corners = np.array([[0, 0, 0], last], dtype=float)  # (2, xyz)
+        distance_mm = np.abs(_to_world(self, corners) - _to_world(other, corners))
+        return bool(distance_mm.max() < SAME_MM)
 
 
 def grid_of_scan(path: Path, part: str = "") -> Grid:
@@ -61,11 +65,13 @@ def oriented_voxel(path: Path, part: str, voxel_zyx: Sequence[float]) -> tuple[f
         ScanError: ``geometry``: the file's own axes are not known.
     """
     image, (axes, reverse) = _header(path, part)
-    size = image.GetSize()[::-1]
-    z, y, x = (
-        size[a] - 1 - float(voxel_zyx[a]) if r else float(voxel_zyx[a])
-        for a, r in zip(axes, reverse, strict=True)
-    )
+    size = image.GetSize()[::-1]  # SimpleITK counts x, y, z
+
+    oriented = []
+    for axis, is_reversed in zip(axes, reverse, strict=True):
+        index = float(voxel_zyx[axis])
+        oriented.append(size[axis] - 1 - index if is_reversed else index)
+    z, y, x = oriented
     return (z, y, x)
 
 
@@ -81,13 +87,15 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
         image: Any = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
         raise ScanError(
-            "unreadable", f"{path} cannot be read as a label map; repair it, or move it away"
+            "unreadable", "it cannot be read as a label map; repair it, or move it away"
         ) from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError("unreadable", f"{path} is no 3D label map; repair it, or move it away")
+        raise ScanError("unreadable", "it is no 3D label map; repair it, or move it away")
+
+    # Label maps may be stored as floating-point numbers.
+    labels_ZYX = np.rint(SimpleITK.GetArrayFromImage(image)).astype(np.int64)
     turn = _turn(image)
-    array = SimpleITK.GetArrayFromImage(image)
-    return turned(np.rint(array).astype(np.int64), turn), _turned_grid(image, turn)
+    return turned(labels_ZYX, turn), _turned_grid(image, turn)
 
 
 def brought_onto(array_ZYX: Array, grid: Grid, target: Grid, outside: float) -> Array:
@@ -116,22 +124,26 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
     import SimpleITK
 
     wanted = parse_part(part)
+    if not wanted.series and (part or not path.is_file()):
+        raise ScanError(
+            "geometry",
+            "where it lies in the patient is not known, because it is a part of a file; give it as "
+            "a file or DICOM folder",
+        )
+
     try:
         if wanted.series:
             image: Any = _series_frame(path, wanted)
-        elif path.is_file() and not part:
+        else:
             image = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
             image.SetFileName(str(path))
             image.ReadImageInformation()
-        else:
-            raise ScanError(
-                "geometry",
-                f"where {path.name} ({part}) lies in the patient is not known; give it as a file "
-                "or DICOM folder",
-            )
     except RuntimeError as error:
+        # The message of SimpleITK holds the path.
         raise ScanError(
-            "geometry", f"where {path.name} lies in the patient is not known ({_last_line(error)})"
+            "geometry",
+            "where it lies in the patient is not known, because SimpleITK cannot use its header; "
+            "copy the file again",
         ) from error
     return image, _turn(image)
 
@@ -150,31 +162,36 @@ def _series_frame(path: Path, part: ScanPart) -> Any:
     return image
 
 
-def _last_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1]
-
-
 def _turn(image: Any) -> Turn:
     return turn_of(np.array(image.GetDirection()).reshape(3, 3))
 
 
 def _turned_grid(image: Any, turn: Turn) -> Grid:
-    size, spacing = as_size(image.GetSize()[::-1]), zyx(image.GetSpacing())
+    """Return the grid of an image after its array was turned."""
+    size = as_size(image.GetSize()[::-1])
+    spacing_mm = zyx(image.GetSpacing())
     direction = np.array(image.GetDirection()).reshape(3, 3)
-    origin, columns = np.array(image.GetOrigin()), []
-    for axis, reverse in zip(reversed(turn[0]), reversed(turn[1]), strict=True):
+    origin_mm = np.array(image.GetOrigin())
+
+    # The axes of the turned array are z, y, x, and the columns of a direction x, y, z.
+    columns = []
+    for axis, is_reversed in zip(reversed(turn[0]), reversed(turn[1]), strict=True):
         column = direction[:, 2 - axis]
-        if reverse:
-            origin = origin + column * spacing[axis] * (size[axis] - 1)
-        columns.append(-column if reverse else column)
-    shape, turned_spacing = turned_geometry(size, spacing, turn)
-    x, y, z = (float(v) for v in origin)
-    return Grid(
-        shape, turned_spacing, (x, y, z), tuple(float(v) for v in np.stack(columns, axis=1).ravel())
-    )
+        if is_reversed:
+            # The first voxel of a reversed axis was its last.
+            origin_mm = origin_mm + column * spacing_mm[axis] * (size[axis] - 1)
+            column = -column
+        columns.append(column)
+
+    shape_vox, turned_spacing_mm = turned_geometry(size, spacing_mm, turn)
+    x, y, z = (float(v) for v in origin_mm)
+    turned_direction = np.stack(columns, axis=1).ravel()
+    return Grid(shape_vox, turned_spacing_mm, (x, y, z), tuple(float(v) for v in turned_direction))
 
 
 def _to_world(grid: Grid, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    steps = np.array(grid.direction).reshape(3, 3) * np.array(grid.spacing_mm[::-1])
-    world: npt.NDArray[np.float64] = index_xyz @ steps.T + np.array(grid.origin_mm)
-    return world
+    """Return the world coordinates of voxel indices, (N, xyz) in mm."""
+    direction = np.array(grid.direction).reshape(3, 3)
+    steps_mm = direction * np.array(grid.spacing_mm[::-1])  # column k: one voxel along axis k
+    world_mm: npt.NDArray[np.float64] = index_xyz @ steps_mm.T + np.array(grid.origin_mm)
+    return world_mm

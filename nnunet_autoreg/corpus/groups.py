@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.geometry import volume
 
 # AR-SSL4M goes from T1 to T1 after contrast agent, T2 and FLAIR; what it does not know follows by
 # name.
@@ -85,7 +86,9 @@ def contrast_word(row: ScanRow) -> str:
 
 def order_of(word: str) -> tuple[int, str]:
     """Sort key of a contrast."""
-    return (ORDER.index(word), "") if word in ORDER else (len(ORDER), word)
+    if word in ORDER:
+        return ORDER.index(word), ""
+    return len(ORDER), word
 
 
 def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
@@ -104,25 +107,30 @@ def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
             by_case.setdefault((row.dataset, row.case), []).append(row)
         elif row.subject:
             by_subject.setdefault((row.dataset, row.subject, row.session), []).append(row)
-    found = [
-        _group(f"{dataset}/{case}", members, True) for (dataset, case), members in by_case.items()
-    ]
-    found += [_group(f"{key[0]}/{key[1]}", members, False) for key, members in by_subject.items()]
+
+    found = []
+    for (dataset, case), members in by_case.items():
+        found.append(_group(f"{dataset}/{case}", members, channels=True))
+    for (dataset, subject, _), members in by_subject.items():
+        found.append(_group(f"{dataset}/{subject}", members, channels=False))
     return [group for group in found if len(group.rows) >= 2]
 
 
 def _group(name: str, rows: Sequence[ScanRow], channels: bool) -> ContrastGroup:
+    """Return the group of these rows, with the largest scan of every contrast."""
+
+    def largest_first(row: ScanRow) -> tuple[int, str]:
+        # The id decides between scans of one size, so that the order of the rows changes nothing.
+        return -volume(row.shape_vox or (0, 0, 0)), row.id
+
     chosen: dict[str, ScanRow] = {}
-    for row in sorted(rows, key=lambda r: (-_size(r), r.id)):
-        if contrast_word(row):
-            chosen.setdefault(contrast_word(row), row)
+    for row in sorted(rows, key=largest_first):
+        word = contrast_word(row)
+        if word:
+            chosen.setdefault(word, row)
     words = sorted(chosen, key=order_of)
-    return ContrastGroup(name, tuple(words), tuple(chosen[word] for word in words), channels)
-
-
-def _size(row: ScanRow) -> int:
-    z, y, x = row.shape_vox or (0, 0, 0)
-    return z * y * x
+    members = tuple(chosen[word] for word in words)
+    return ContrastGroup(name, tuple(words), members, channels)
 
 
 def commonest(groups: Sequence[ContrastGroup]) -> tuple[str, ...]:
@@ -131,11 +139,17 @@ def commonest(groups: Sequence[ContrastGroup]) -> tuple[str, ...]:
     Of equally common ones it is the longer list.
     """
     counts = Counter(group.contrasts for group in groups)
-    return max(counts, key=lambda words: (counts[words], len(words), words)) if counts else ()
+    if not counts:
+        return ()
+    # The words themselves decide last, so that the order of the groups changes nothing.
+    return max(counts, key=lambda words: (counts[words], len(words), words))
 
 
 def reduced(group: ContrastGroup, contrasts: Sequence[str]) -> ContrastGroup:
     """Return the group without the contrasts that are not wanted."""
-    kept = [i for i, word in enumerate(group.contrasts) if word in contrasts]
-    words, rows = tuple(group.contrasts[i] for i in kept), tuple(group.rows[i] for i in kept)
-    return ContrastGroup(group.name, words, rows, group.channels)
+    words, rows = [], []
+    for word, row in zip(group.contrasts, group.rows, strict=True):
+        if word in contrasts:
+            words.append(word)
+            rows.append(row)
+    return ContrastGroup(group.name, tuple(words), tuple(rows), group.channels)

@@ -125,26 +125,32 @@ def index_scans(
         AutoregError: a worker process died.
     """
     described, entries = describe(candidates, manifest)
+    # Excluded scans elsewhere are read as well, so that their copies in the pool are recognised.
     others = outside(exclude, described)
     everything = [*described, *others]
     warn_unmatched(exclude, everything, salt)
+
+    # A series is excluded whole, even if only some of its slices lie in an excluded folder.
     series = {series_of(c) for c in others} - {""}
     rows = []
     for candidate in everything:
         excluded = excluded_because(candidate, exclude, series, salt)
         entry = entries.get(candidate.id, ManifestEntry())
         rows.append(first_row(candidate, excluded, salt, entry))
+
+    # All headers before any voxels: they are fast, and tell how much there is to read.
     tasks = tasks_of(everything, entries, modality_override)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
     rows = settle_copies(rows, signatures)[: len(described)]
     warn_of_one_subject(rows)
-    kept = [
-        drawn
-        for number, drawn in samples.items()
-        if number < len(rows) and rows[number].status == OK
-    ]
-    return Index(tuple(rows), np.concatenate(kept) if kept else np.zeros(0, dtype=np.float32))
+
+    # Only scans that are used count for the window of CT.
+    kept = [np.zeros(0, dtype=np.float32)]
+    for number, drawn in samples.items():
+        if number < len(rows) and rows[number].status == OK:
+            kept.append(drawn)
+    return Index(tuple(rows), np.concatenate(kept))
 
 
 def warn_of_one_subject(rows: Sequence[ScanRow]) -> None:
@@ -176,21 +182,26 @@ def tasks_of(
     num_samples = max(MIN_SAMPLES_PER_SCAN, min(MAX_SAMPLES_PER_SCAN, share))
     tasks = []
     for candidate in candidates:
-        named = entries.get(candidate.id, ManifestEntry()).modality
+        # The strongest claim comes last, so that it is the one that stays.
         claims = (
-            (named, "--manifest"),
-            (modality_override or "", "--modality"),
             (candidate.modality, "the file says so"),
+            (modality_override or "", "--modality"),
+            (entries.get(candidate.id, ManifestEntry()).modality, "--manifest"),
         )
-        modality, rule = next(
-            ((m.strip().upper(), rule) for m, rule in claims if m.strip()), ("", "")
+        modality, rule = "", ""
+        for claimed, source in claims:
+            if claimed.strip():
+                modality, rule = claimed.strip().upper(), source
+
+        task = IndexTask(
+            path=candidate.path,
+            part=candidate.part,
+            channel=candidate.channel,
+            modality=OTHER_NAMES.get(modality, modality),
+            rule=rule,
+            num_samples=num_samples,
         )
-        modality = OTHER_NAMES.get(modality, modality)
-        tasks.append(
-            IndexTask(
-                candidate.path, candidate.part, candidate.channel, modality, rule, num_samples
-            )
-        )
+        tasks.append(task)
     return tasks
 
 
@@ -199,28 +210,27 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEnt
 
     From here on its subject and session are hashes.
     """
+    status, reason = candidate.status, candidate.reason
+    if excluded and not candidate.status:
+        status, reason = EXCLUDED, excluded
+
     subject, session = candidate.subject.strip(), candidate.session.strip()
-    status, reason = (
-        ("excluded", excluded)
-        if excluded and not candidate.status
-        else (candidate.status, candidate.reason)
-    )
-    public_id = salted(candidate.id, salt) if salt else candidate.id
     return ScanRow(
-        public_id,
-        candidate.dataset,
-        candidate.case,
-        candidate.channel,
-        "",
-        str(candidate.path),
-        None,
-        None,
-        None,
-        "",
-        status,
-        reason,
+        id=salted(candidate.id, salt) if salt else candidate.id,
+        dataset=candidate.dataset,
+        case=candidate.case,
+        channel=candidate.channel,
+        modality="",
+        source=str(candidate.path),
+        shape_vox=None,
+        spacing_mm=None,
+        cropped_shape_vox=None,
+        content_hash="",
+        status=status,
+        reason=reason,
         part=candidate.part,
         subject=salted(subject, salt) if salt else "",
+        # With its subject: sessions of two patients may have one name.
         session=salted(f"{subject}\n{session}", salt) if salt and session else "",
         contrast=candidate.contrast,
         label_class=entry.label_class,
@@ -240,18 +250,16 @@ def read_headers(
         AutoregError: a worker process died.
     """
     numbers = [n for n, row in enumerate(rows) if row.status in ("", EXCLUDED)]
+    to_read = [tasks[n] for n in numbers]
+    found = parallel_map(header_of, to_read, num_workers, "reading headers", HEADERS_PER_CHUNK)
+
     stamps: list[str | None] = [None] * len(rows)
-    found = parallel_map(
-        header_of, [tasks[n] for n in numbers], num_workers, "reading headers", HEADERS_PER_CHUNK
-    )
     num_vox = 0
     for n, header in zip(numbers, found, strict=True):
         if header.status in SETTLED_BY_HEADER:
-            rows[n] = (
-                rows[n]
-                if rows[n].status
-                else replace(rows[n], status=header.status, reason=header.reason)
-            )
+            # What the user excluded stays excluded.
+            if not rows[n].status:
+                rows[n] = replace(rows[n], status=header.status, reason=header.reason)
             continue
         stamps[n] = header.stamp
         if header.shape_vox is not None:
@@ -289,11 +297,22 @@ def _read_voxels(
     """
     signatures: list[Signature | None] = [None] * len(rows)
     samples: dict[int, Array] = {}
-    keys = {
-        n: journal_key(stamp, *_essence(tasks[n]))
-        for n, stamp in enumerate(stamps)
-        if stamp is not None
-    }
+
+    # A key stands for everything that the facts depend on.
+    keys = {}
+    for n, stamp in enumerate(stamps):
+        if stamp is not None:
+            task = tasks[n]
+            keys[n] = journal_key(
+                stamp,
+                str(task.path),
+                task.part,
+                task.channel,
+                task.modality,
+                task.rule,
+                task.num_samples,
+            )
+
     sizes = [volume(row.shape_vox or (0, 0, 0)) for row in rows]
     with Journal(journal) as kept:
         for n, facts in _all_facts(keys, tasks, sizes, kept, num_workers):
@@ -302,10 +321,6 @@ def _read_voxels(
             if facts.samples:
                 samples[n] = decoded(facts.samples, "<f4")
     return signatures, samples
-
-
-def _essence(task: IndexTask) -> tuple[object, ...]:
-    return (str(task.path), task.part, task.channel, task.modality, task.rule, task.num_samples)
 
 
 def _all_facts(
@@ -328,14 +343,11 @@ def _all_facts(
             yield n, journal.known[key]
         else:
             unread.append(n)
+
     voxels = [sizes[n] for n in unread]
-    found = parallel_map(
-        facts_of,
-        [tasks[n] for n in unread],
-        workers_for(num_workers, voxels),
-        "checking scans",
-        apart=is_large(voxels),
-    )
+    to_read = [tasks[n] for n in unread]
+    num_fitting = workers_for(num_workers, voxels)
+    found = parallel_map(facts_of, to_read, num_fitting, "checking scans", apart=is_large(voxels))
     for n, facts in zip(unread, found, strict=True):
         if facts.status not in PASSING:
             journal.add(keys[n], facts)
@@ -343,6 +355,7 @@ def _all_facts(
 
 
 def _with_facts(row: ScanRow, facts: ScanFacts) -> ScanRow:
+    """Return a row with what its voxels say; a scan that was excluded stays excluded."""
     if facts.status:
         return row if row.status else replace(row, status=facts.status, reason=facts.reason)
     return replace(
@@ -387,14 +400,15 @@ def facts_of(task: IndexTask) -> ScanFacts:
 
 
 def _modality(task: IndexTask, array_ZYX: Array) -> tuple[str, str]:
+    """Return (modality, rule), named by the user or the file, else by the values."""
     if not task.modality:
         return modality_of(task.channel, array_ZYX)
-    unusual = (
-        task.modality == "CT" and not task.rule.startswith("--") and float(array_ZYX.min()) >= 0
-    )
-    return task.modality, task.rule + (
-        ", though no value is negative: are these Hounsfield units?" if unusual else ""
-    )
+    rule = task.rule
+    # Only what a file claims is doubted, not what the user says.
+    is_claim = task.modality == "CT" and not rule.startswith("--")
+    if is_claim and float(array_ZYX.min()) >= 0:
+        rule += ", though no value is negative: are these Hounsfield units?"
+    return task.modality, rule
 
 
 def encoded(values: npt.NDArray[Any] | None, kind: str) -> str:

@@ -38,10 +38,13 @@ def looks_like_hounsfield(array_ZYX: Array) -> bool:
     Air is well below -500, soft tissue around 0. Next to nothing lies below air, as much does in
     signed phase images; a constant padding value there is allowed for.
     """
-    values = array_ZYX[:: max(1, array_ZYX.shape[0] // 64), ::2, ::2]
+    # At most about 64 slices, and a quarter of their voxels: shares need no more.
+    step = max(1, array_ZYX.shape[0] // 64)
+    values = array_ZYX[::step, ::2, ::2]
     low = float(values.min())
     if low > -500 or float(values.max()) > 40000:
         return False
+
     air = (values <= -500).mean()
     soft = ((values >= -200) & (values <= 300)).mean()
     below_air = ((values < -1100) & (values != low)).mean()
@@ -61,8 +64,10 @@ def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
     if count == 0:
         return np.zeros(array_ZYX.shape, dtype=bool)
     sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
+    sizes[0] = 0  # the background is no part
     body = parts == sizes.argmax()
+
+    # In 3D a lung would stay open through the trachea.
     for z in range(body.shape[0]):
         body[z] = ndimage.binary_fill_holes(body[z])
     return np.asarray(body, dtype=bool)
@@ -82,7 +87,8 @@ def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
     if not inside.any():
         return inside
     low, high = np.percentile(array_ZYX[inside], (2.0, 98.0))
-    return np.asarray(inside & (array_ZYX > low + AIR_SHARE * (high - low)), dtype=bool)
+    threshold = low + AIR_SHARE * (high - low)
+    return np.asarray(inside & (array_ZYX > threshold), dtype=bool)
 
 
 def body_percentiles(array_ZYX: Array, modality: str) -> tuple[float, ...]:
@@ -97,13 +103,16 @@ def body_percentiles(array_ZYX: Array, modality: str) -> tuple[float, ...]:
     inside = thinned[mask]
     if not inside.size:
         return ()
-    inside = inside[:: -(-inside.size // MAX_VALUES)]
+    # Every n-th value, where n is rounded up.
+    step = -(-inside.size // MAX_VALUES)
+    inside = inside[::step]
     return tuple(float(v) for v in np.percentile(inside, PERCENTILES))
 
 
 def _thinned(array_ZYX: Array) -> Array:
-    steps = [-(-side // MAX_MASK_SIDE) for side in array_ZYX.shape]
-    return array_ZYX[:: steps[0], :: steps[1], :: steps[2]]
+    """Return every n-th voxel along axes that are longer than ``MAX_MASK_SIDE``."""
+    z, y, x = (-(-side // MAX_MASK_SIDE) for side in array_ZYX.shape)
+    return array_ZYX[::z, ::y, ::x]
 
 
 def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
@@ -118,6 +127,7 @@ def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
     inside = thinned[body_mask(thinned)]
     if not inside.size:
         return np.zeros(0, dtype=np.float32)
+    # Seeded by the content: neither the name nor the order of the scans changes the draw.
     rng = generator(0, "ct_window", int(content_hash[:16], 16))
     return rng.choice(inside, num, replace=True).astype(np.float32)
 

@@ -62,6 +62,7 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self._load(self.path) if self.path.exists() else 0
             self._handle = self.path.open("a", encoding="utf-8")
+            # New lines must not be appended to one that a kill has cut short.
             self._handle.truncate(whole)
             if self.known:
                 log.info(
@@ -107,11 +108,11 @@ def journal_key(stamp: str, *depends_on: Any) -> str:
 
     It is "", which is never found again, where there is no stamp.
     """
-    return (
-        hashlib.sha256(json.dumps([VERSION, stamp, *depends_on]).encode()).hexdigest()
-        if stamp
-        else ""
-    )
+    if not stamp:
+        return ""
+    # A hash, because paths may name patients and the journal lies in the run's folder.
+    text = json.dumps([VERSION, stamp, *depends_on])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stamp_of(path: Path, deep: bool = False) -> str:
@@ -135,7 +136,7 @@ def _folder_stamp(folder: str, deep: bool) -> str:
     listed = []
     for where in sorted(folders):
         with os.scandir(where) as entries:
-            listed += sorted(
-                f"{entry.path}/{_entry(entry.stat())}" for entry in entries if entry.is_file()
-            )
+            files = [entry for entry in entries if entry.is_file()]
+        # Sorted, because the file system gives them in any order.
+        listed += sorted(f"{entry.path}/{_entry(entry.stat())}" for entry in files)
     return hashlib.sha256("\n".join(listed).encode("utf-8", "surrogateescape")).hexdigest()

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +74,17 @@ def subject_of(row: ScanRow) -> str:
 
 def label_map_of(row: ScanRow) -> Path | None:
     """Return the label map of a training image of an nnU-Net dataset; None if there is none."""
-    image = Path(row.source)
     if row.part:
         return None
+
+    image = Path(row.source)
+    path = None
     if row.listed_in:
         path = _listed_label(row)
     elif image.parent.name == "imagesTr":
+        case, _ = case_and_channel(image)
         ending = image.name.removeprefix(strip_ending(image.name))
-        path = image.parent.parent / "labelsTr" / f"{case_and_channel(image)[0]}{ending}"
-    else:
-        path = None
+        path = image.parent.parent / "labelsTr" / f"{case}{ending}"
     return path if path is not None and path.is_file() else None
 
 
@@ -136,10 +136,10 @@ def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[Struc
     sequences.
     """
     tasks = [row for row in rows if label_map_of(row) is not None]
+    results = parallel_map(_labelled, tasks, num_workers, "reading positions")
+
     found: list[StructureLocation] = []
-    for row, (locations, problem) in zip(
-        tasks, parallel_map(_labelled, tasks, num_workers, "reading positions"), strict=True
-    ):
+    for row, (locations, problem) in zip(tasks, results, strict=True):
         found += locations
         if problem:
             path = label_map_of(row)
@@ -154,6 +154,7 @@ def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[Struc
 
 
 def _labelled(row: ScanRow) -> tuple[list[StructureLocation], str]:
+    """Return the structures of one scan, or why its label map cannot be used."""
     path = label_map_of(row)
     assert path is not None and row.shape_vox is not None and row.spacing_mm is not None, (
         "only labelled, usable rows come here"
@@ -161,23 +162,22 @@ def _labelled(row: ScanRow) -> tuple[list[StructureLocation], str]:
     try:
         labels_ZYX, grid = read_label_map(path)
         if grid.shape_vox != row.shape_vox:
-            return [], f"{path} has {grid.shape_vox} voxels, its scan {row.shape_vox}"
-        structures = values_of_structures(dataset_of(row))
-        centres = {
-            name: part_centres(np.isin(labels_ZYX, values)) for name, values in structures.items()
-        }
+            return [], f"it has {grid.shape_vox} voxels, its scan {row.shape_vox}"
+        values_of = values_of_structures(dataset_of(row))
         low, high = nonzero_box(row)
     except (ScanError, UsageError) as error:
         return [], str(error)
-    share_of = partial(_share, row, low, high)
+
+    # The same name may mean another thing in another dataset, and looks different in a channel.
+    dataset, subject = public_dataset(row.dataset), subject_of(row)
     channel = f", {row.channel}" if row.channel else ""
-    return [
-        StructureLocation(
-            row.id, subject_of(row), f"{public_dataset(row.dataset)}: {name}{channel}", share_of(c)
-        )
-        for name, points in centres.items()
-        for c in points
-    ], ""
+    locations = []
+    for name, values in values_of.items():
+        structure = f"{dataset}: {name}{channel}"
+        for centre in part_centres(np.isin(labels_ZYX, values)):
+            share = _share(row, low, high, centre)
+            locations.append(StructureLocation(row.id, subject, structure, share))
+    return locations, ""
 
 
 def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
@@ -189,18 +189,22 @@ def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
 
     numbered, num_parts = ndimage.label(mask_ZYX, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(numbered.ravel(), minlength=num_parts + 1)[1:]
-    order = [
-        int(i) + 1
-        for i in np.argsort(-sizes, kind="stable")[:MAX_PARTS]
-        if sizes[i] >= min(MIN_PART_VOX, sizes.max())
-    ]
+    # A structure whose largest part is tiny is still shown.
+    min_size = min(MIN_PART_VOX, sizes.max(initial=0))
+    largest = np.argsort(-sizes, kind="stable")[:MAX_PARTS]
     boxes = ndimage.find_objects(numbered)
+
     centres = []
-    for number in order:
-        box = boxes[number - 1]
-        voxels = np.argwhere(numbered[box] == number) + [side.start for side in box]
-        nearest = voxels[np.square(voxels - voxels.mean(axis=0)).sum(axis=1).argmin()]
-        centres.append((float(nearest[0]), float(nearest[1]), float(nearest[2])))
+    for part in largest.tolist():
+        if sizes[part] < min_size:
+            continue
+        box = boxes[part]
+        corner = [side.start for side in box]
+        voxels = np.argwhere(numbered[box] == part + 1) + corner  # (N, ZYX)
+        # The mean of a hollow or bent part may lie outside of it, so its nearest voxel is taken.
+        distances = np.square(voxels - voxels.mean(axis=0)).sum(axis=1)
+        z, y, x = voxels[distances.argmin()].tolist()
+        centres.append((float(z), float(y), float(x)))
     return centres
 
 
@@ -216,15 +220,21 @@ def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int
     if row.cropped_shape_vox == row.shape_vox:
         return (0, 0, 0), row.shape_vox
     scan = load_scan(Path(row.source), row.part)
-    hits = occupied_indices(scan.array_CZYX[0] != 0)
-    z, y, x = ((int(h[0]), int(h[-1]) + 1) for h in hits)
-    return (z[0], y[0], x[0]), (z[1], y[1], x[1])
+    z, y, x = occupied_indices(scan.array_CZYX[0] != 0)
+    low = (int(z[0]), int(y[0]), int(x[0]))
+    high = (int(z[-1]) + 1, int(y[-1]) + 1, int(x[-1]) + 1)
+    return low, high
 
 
 def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequence[float]) -> Point:
+    """Return where a voxel lies in the box from ``low`` to ``high``, with the axes transposed."""
     assert row.spacing_mm is not None, "only usable rows come here"
-    share = [(v + 0.5 - a) / (b - a) for v, a, b in zip(voxel, low, high, strict=True)]
-    z, y, x = (min(max(share[axis], 0.0), 1.0) for axis in transpose_axes(row.spacing_mm))
+    shares = []
+    for index, start, end in zip(voxel, low, high, strict=True):
+        # The middle of the voxel; a centre may lie outside what cropping keeps.
+        share = (index + 0.5 - start) / (end - start)
+        shares.append(min(max(share, 0.0), 1.0))
+    z, y, x = (shares[axis] for axis in transpose_axes(row.spacing_mm))
     return (z, y, x)
 
 
@@ -264,29 +274,36 @@ def read_boxes(path: Path) -> list[Box]:
     try:
         with regular(path).open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle)
-            names = {
-                name: SAME_COLUMN.get(name.strip().lower(), name.strip().lower())
-                for name in reader.fieldnames or ()
-            }
+            names = {}
+            for written in reader.fieldnames or ():
+                plain = written.strip().lower()
+                names[written] = SAME_COLUMN.get(plain, plain)
             _check_box_columns(path, set(names.values()))
+
             lines = []
             for cells in reader:
-                lines.append({names[k]: v for k, v in cells.items() if k in names})
+                # Cells beyond the last column have no name.
+                lines.append({names[name]: cell for name, cell in cells.items() if name in names})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(
             f"--boxes {path} cannot be read ({error}); give a CSV with the columns "
             f"{', '.join(BOX_COLUMNS)}",
             code="boxes-unreadable",
         ) from error
-    merged: dict[tuple[str, str, int], list[Box]] = {}
+
+    # Lines of single slices are joined by scan and class; every other line is a box of its own.
+    joined: dict[tuple[str, str, int], list[Box]] = {}
     for number, line in enumerate(lines):
         box = _box(path, number + 2, line)
-        merged.setdefault((box.scan, box.structure, 0 if "z" in line else number), []).append(box)
-    return [_around(boxes) for boxes in merged.values()]
+        key = (box.scan, box.structure, 0 if "z" in line else number)
+        joined.setdefault(key, []).append(box)
+    return [_around(boxes) for boxes in joined.values()]
 
 
 def _check_box_columns(path: Path, names: set[str]) -> None:
-    wanted = [c for c in BOX_COLUMNS if not ("z" in names and c in ("zmin", "zmax"))]
+    wanted = list(BOX_COLUMNS)
+    if "z" in names:
+        wanted = [column for column in wanted if column not in ("zmin", "zmax")]
     missing = [column for column in wanted if column not in names]
     if missing:
         raise UsageError(
@@ -317,8 +334,10 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
 
 
 def _around(boxes: Sequence[Box]) -> Box:
-    low, high = np.min([b.low for b in boxes], axis=0), np.max([b.high for b in boxes], axis=0)
-    return Box(boxes[0].scan, boxes[0].structure, tuple(low.tolist()), tuple(high.tolist()))
+    """Return the box around boxes of one scan and structure."""
+    low = np.min([box.low for box in boxes], axis=0).tolist()
+    high = np.max([box.high for box in boxes], axis=0).tolist()
+    return Box(boxes[0].scan, boxes[0].structure, tuple(low), tuple(high))
 
 
 def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[StructureLocation]:
@@ -332,16 +351,20 @@ def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[St
     for row in rows:
         for name in _names(row):
             by_name.setdefault(name, []).append(row)
+
     found, unmatched = [], []
     for box in boxes:
         if box.scan not in by_name:
             unmatched.append(box.scan)
         for row in by_name.get(box.scan, ()):
-            low, high = nonzero_box(row)
+            # The box counts voxels in the file's own axes, everything else in the turned ones.
             middle = [(a + b) / 2 for a, b in zip(box.low, box.high, strict=True)]
+            voxel = oriented_voxel(Path(row.source), row.part, middle)
+            low, high = nonzero_box(row)
             structure = f"{box.structure}, {row.channel}" if row.channel else box.structure
-            share = _share(row, low, high, oriented_voxel(Path(row.source), row.part, middle))
+            share = _share(row, low, high, voxel)
             found.append(StructureLocation(row.id, subject_of(row), structure, share))
+
     if unmatched:
         log.warning(
             "--boxes: %d of %d boxes are of no scan here",
@@ -353,9 +376,9 @@ def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[St
 
 
 def _names(row: ScanRow) -> set[str]:
+    """Return everything that a box may call a scan."""
     path = Path(row.source)
     # A UID is full of dots, so only an ending that is one is taken off.
     stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)
-    return {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem} - {
-        ""
-    }
+    names = {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem}
+    return names - {""}

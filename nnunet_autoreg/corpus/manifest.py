@@ -52,8 +52,11 @@ class Manifest:
         It is the scan's own, or a folder that it is in.
         """
         real = Path(os.path.realpath(path))
-        key = next((str(p) for p in (real, *real.parents) if str(p) in self.entries), None)
-        return None if key is None else (key, self.entries[key])
+        # From the file itself upwards, so that the nearest folder counts.
+        for key in map(str, (real, *real.parents)):
+            if key in self.entries:
+                return key, self.entries[key]
+        return None
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -80,8 +83,10 @@ def read_manifest(file: Path) -> Manifest:
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="", strict=True
         )
-        _check_columns(file, [(name or "").strip().lower() for name in reader.fieldnames or ()])
-        rows = [_with_plain_names(row) for row in reader]
+        _check_columns(file, [_plain_name(name) for name in reader.fieldnames or ()])
+        rows = []
+        for row in reader:
+            rows.append({_plain_name(name): cell for name, cell in row.items()})
     except csv.Error as error:
         raise UsageError(
             f"--manifest {file} is no CSV file ({error}); check its quotes",
@@ -90,9 +95,9 @@ def read_manifest(file: Path) -> Manifest:
     return _gather(file, rows)
 
 
-def _with_plain_names(row: dict[str, str]) -> dict[str, str]:
-    """Return a row whose columns are called without case and blanks."""
-    return {(name or "").strip().lower(): cell for name, cell in row.items()}
+def _plain_name(name: str | None) -> str:
+    """Return the name of a column without case and blanks; "" for cells beyond the last one."""
+    return (name or "").strip().lower()
 
 
 def _check_columns(file: Path, names: list[str]) -> None:
@@ -116,6 +121,11 @@ def _check_columns(file: Path, names: list[str]) -> None:
 
 
 def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
+    """Return the manifest of these rows.
+
+    Raises:
+        UsageError: a row is too long, has no path, or names a path again.
+    """
     entries: dict[str, ManifestEntry] = {}
     missing = []
     for number, row in enumerate(rows, 1):
@@ -164,12 +174,15 @@ def describe(
         return list(candidates), {}
     described, used, keys = [], {}, set()
     for found in candidates:
+        candidate = found
         match = manifest.entry_of(found.path)
-        overruled = match is not None and _overrules(match, found)
-        candidate = replace(found, status="", reason="") if overruled else found
+        if match is not None and _overrules(match, found):
+            candidate = replace(found, status="", reason="")
+        # What was left out for another reason is not brought back by a manifest.
         if match is None or candidate.status:
             described.append(candidate)
             continue
+
         key, entry = match
         keys.add(key)
         used[candidate.id] = entry

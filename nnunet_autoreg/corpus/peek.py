@@ -51,27 +51,41 @@ def _head(path: Path) -> bytes:
 
 
 def _nifti(head: bytes) -> tuple[list[int], Sequence[float]]:
+    """Return size and spacing (x, y, z) of a plain NIfTI header.
+
+    Raises:
+        ValueError: it is not plain.
+    """
     header = parse_header(head)
-    version_1 = struct.unpack_from(header.byte_order + "i", head)[0] == 348
-    unit = (
-        head[123] if version_1 else struct.unpack_from(header.byte_order + "i", head, 500)[0]
-    ) & 7
-    if (
-        header.datatype not in SCALAR_DATATYPES
-        or unit not in (UNKNOWN_UNIT, MILLIMETRES)
-        or any(d != 1 for d in header.dims[3:])
-    ):
+
+    # The unit is one byte in version 1 and four in version 2; its lowest three bits are of space.
+    size_of_header = struct.unpack_from(header.byte_order + "i", head)[0]
+    unit = head[123]
+    if size_of_header != 348:
+        unit = struct.unpack_from(header.byte_order + "i", head, 500)[0]
+
+    is_scalar = header.datatype in SCALAR_DATATYPES
+    is_in_mm = unit & 7 in (UNKNOWN_UNIT, MILLIMETRES)
+    is_3d = all(size == 1 for size in header.dims[3:])
+    if not (is_scalar and is_in_mm and is_3d):
         raise ValueError("not plain")
     return list(header.dims[:3]), header.pixdim
 
 
 def _meta(head: bytes) -> tuple[list[int], Sequence[float]]:
-    fields = {
-        key.decode(): value.decode("ascii")
-        for key, value in META_LINE.findall(head.partition(b"ElementDataFile")[0])
-    }
+    """Return size and spacing (x, y, z) of a plain MetaImage header.
+
+    Raises:
+        KeyError, ValueError: it is not plain.
+    """
+    # Behind this field the voxels may begin, which may look like anything.
+    text = head.partition(b"ElementDataFile")[0]
+    fields = {}
+    for key, value in META_LINE.findall(text):
+        fields[key.decode()] = value.decode("ascii")
     if int(fields.get("ElementNumberOfChannels", "1")) != 1:
         raise ValueError("not plain")
-    return [int(v) for v in fields["DimSize"].split()], [
-        float(v) for v in fields["ElementSpacing"].split()
-    ]
+
+    size = [int(number) for number in fields["DimSize"].split()]
+    spacing_mm = [float(number) for number in fields["ElementSpacing"].split()]
+    return size, spacing_mm

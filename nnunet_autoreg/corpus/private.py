@@ -1,12 +1,8 @@
-"""What may name a patient, and the one file that holds it:
+"""What may name a patient, and the one file that holds it: ``paths_do_not_share.csv``.
 
-``paths_do_not_share.csv`` in a run's folder.
-
-The rule for every other output - the plan, ``scans.csv``, checkpoints, the card of the weights,
-logs, the
-report, pictures, metrics: no patient's name, birth date, UID, and no name of a folder or file of
-    the inputs.
-Scans are called by a salted hash there, datasets by their number, inputs by what they are.
+The rule for every other output (plan, ``scans.csv``, checkpoints, card of the weights, logs,
+report, pictures, metrics): it holds no patient's name, birth date or UID, and no name of a folder
+or file of the inputs. Scans are called by a salted hash there, and datasets by their number.
 """
 
 import csv
@@ -69,12 +65,11 @@ def public_dataset(name: str) -> str:
     numbered = NUMBERED_DATASET.fullmatch(name)
     if numbered:
         return numbered[1]
+    if not name:
+        return ""
     # So few digits that nobody can learn the name by hashing all names there are.
-    return (
-        f"folder-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:3]}"
-        if name
-        else ""
-    )
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"folder-{digest[:3]}"
 
 
 def folder_of_dataset(parent: Path, dataset: str) -> Path:
@@ -92,6 +87,7 @@ def without_names(text: str, names: Iterable[str]) -> str:
     A path is replaced wherever it stands, a single word only between quotes: a folder may be called
     as an ordinary word is.
     """
+    # The longest first: a folder's name may be a part of a path.
     for name in sorted({name for name in names if name}, key=len, reverse=True):
         if "/" in name.strip("/") or "." in name:
             text = text.replace(name, HIDDEN_NAME)
@@ -115,16 +111,15 @@ def hide_paths(
     for field in fields:
         value = request.get(field)
         values = [value] if isinstance(value, str) else list(value or ())
-        keys = [f"{field}:{number}" for number in range(len(values))]
-        # What was hidden before stays as it is.
-        new = [key for key, path in zip(keys, values, strict=True) if not path.startswith(HIDDEN)]
-        paths.update({key: path for key, path in zip(keys, values, strict=True) if key in new})
+        stand_ins = []
+        for number, path in enumerate(values):
+            key = f"{field}:{number}"
+            stand_ins.append(HIDDEN + key)
+            # A plan that is written again holds stand-ins, whose paths are known.
+            if not path.startswith(HIDDEN):
+                paths[key] = path
         if values:
-            hidden[field] = (
-                f"{HIDDEN}{keys[0]}"
-                if isinstance(value, str)
-                else [f"{HIDDEN}{key}" for key in keys]
-            )
+            hidden[field] = stand_ins[0] if isinstance(value, str) else stand_ins
     return hidden, paths
 
 
@@ -143,8 +138,10 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
         is_texts = isinstance(values, list | tuple) and all(isinstance(v, str) for v in values)
         if not is_texts or not any(path.startswith(HIDDEN) for path in values):
             continue
+        # Read only where it is needed: runs of earlier versions have no such file.
         if known is None:
             known = {cells["id"]: cells["source"] for cells in read_private(folder)}
+
         keys = [path.removeprefix(HIDDEN) for path in values]
         lost = [key for key in keys if key not in known]
         if lost:

@@ -65,7 +65,9 @@ def load_scan(path: Path, part: str = "") -> RawScan:
 
 
 def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
+    """Read and check a file, whose ``name`` may say that it is a label map."""
     check_file(path)
+    # The header is checked first: a file that is too large must not be read.
     header, turn = _file_header(path, part)
     with quiet_stderr() as captured:
         try:
@@ -91,6 +93,7 @@ def _read_one_of(path: Path, number: int) -> Array:
 
 
 def _load_series(path: Path, part: ScanPart) -> RawScan:
+    """Read and check a DICOM series, or one volume of it."""
     stack = find_stack(path, part)
     header, turn = _series_header(stack, part)
     with quiet_stderr():
@@ -100,6 +103,8 @@ def _load_series(path: Path, part: ScanPart) -> RawScan:
 
 
 def _series_header(stack: Stack, part: ScanPart) -> tuple[ScanHeader, Turn]:
+    """Return the header of a series, and how its array comes to the one orientation."""
+    # Called for its errors alone: a series of several volumes is no scan.
     pick_volume(stack, part)
     check_dimensions(stack.shape_vox[::-1])
     check_spacing(stack.spacing_mm)
@@ -175,6 +180,7 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
             "rgb",
             f"{reader.GetNumberOfComponents()} values per voxel (RGB or vector image); split it",
         )
+
     size = list(reader.GetSize())
     if part.t and len(size) == 4:
         if int(part.t) >= size[3]:
@@ -182,14 +188,18 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
                 "unreadable", f"has {size[3]} volumes, number {part.t} is not among them; run again"
             )
         size.pop()
+    # A 4D file of one volume is a 3D scan.
     while len(size) > 3 and size[-1] == 1:
         size.pop()
     check_dimensions(size)
+
+    # SimpleITK counts x, y, z, and its direction has a row and a column for every axis.
     shape_vox, spacing_mm = as_size(size[::-1]), zyx(reader.GetSpacing()[:3])
     check_spacing(spacing_mm)
     direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
     _check_direction(direction)
     check_memory(shape_vox)
+
     turn = turn_of(direction)
     return ScanHeader(*turned_geometry(shape_vox, spacing_mm, turn)), turn
 
@@ -232,23 +242,24 @@ def check_spacing(spacing_mm: Sequence[float]) -> None:
         raise ScanError(
             "spacing",
             f"voxel size {listed} mm (z, y, x) lies outside {MIN_SPACING_MM:g} .. "
-            f"{MAX_SPACING_MM:g} mm; "
-            "a wrong unit in the header?",
+            f"{MAX_SPACING_MM:g} mm; a wrong unit in the header?",
         )
-    if max(spacing_mm) / min(spacing_mm) > MAX_SPACING_RATIO:
+    ratio = max(spacing_mm) / min(spacing_mm)
+    if ratio > MAX_SPACING_RATIO:
         raise ScanError(
             "spacing",
-            f"voxel size {listed} mm (z, y, x) is anisotropic by "
-            f"{max(spacing_mm) / min(spacing_mm):.0f}; "
-            f"at most {MAX_SPACING_RATIO:g}",
+            f"voxel size {listed} mm (z, y, x) is anisotropic by {ratio:.0f}; at most "
+            f"{MAX_SPACING_RATIO:g}",
         )
 
 
 def _check_direction(direction: Any) -> None:
-    if (
-        not np.isfinite(direction).all()
-        or np.abs(direction @ direction.T - np.eye(3)).max() > MAX_DIRECTION_ERROR
-    ):
+    is_orthonormal = False
+    if np.isfinite(direction).all():
+        # Rows of length 1 at right angles to each other give the identity.
+        error = np.abs(direction @ direction.T - np.eye(3)).max()
+        is_orthonormal = error <= MAX_DIRECTION_ERROR
+    if not is_orthonormal:
         raise ScanError(
             "direction",
             "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
@@ -266,8 +277,7 @@ def check_memory(shape_vox: Sequence[int]) -> None:
     if total and needed > 0.8 * total:
         raise ScanError(
             "huge",
-            f"{size_text(shape_vox)} voxels need about {needed / 2**30:.0f} GiB of "
-            "memory, "
+            f"{size_text(shape_vox)} voxels need about {needed / 2**30:.0f} GiB of memory, "
             f"this machine has {total / 2**30:.0f}; crop or downsample the scan",
         )
 
@@ -288,6 +298,8 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
         )
     if low == high:
         raise ScanError("constant", f"every voxel has the value {low:g}")
+
+    # Preprocessing crops to what is not zero, and too little may be left.
     cropped = cropped_shape(array_ZYX)
     if min(cropped) < MIN_AXIS_VOX:
         raise ScanError("tiny", f"only {size_text(cropped)} voxels hold values other than 0")
@@ -318,35 +330,40 @@ def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> st
     noise forbids that (share of equal neighbours in real scans here: at most 0.33, in real label
     maps: 0.40 to 0.96).
     """
+    # A 64th of the voxels decides for most scans, which have many values or fractions.
     sample = array_ZYX[::4, ::4, ::4]
-    if high - low > 65535 or np.unique(sample).size > MAX_LABELS or not _is_integer(array_ZYX):
+    if high - low > 65535 or np.unique(sample).size > MAX_LABELS:
         return ""
+    if not _is_whole(sample) or not _is_whole(array_ZYX):
+        return ""
+
     counts = np.bincount((array_ZYX - low).astype(np.int32).ravel())
-    distinct = int(np.count_nonzero(counts))
-    if distinct <= SURE_LABELS:
-        return f"holds only {distinct} distinct whole numbers: a label map, not a scan"
-    if distinct > MAX_LABELS:
+    num_distinct = int(np.count_nonzero(counts))
+    if num_distinct <= SURE_LABELS:
+        return f"holds only {num_distinct} distinct whole numbers: a label map, not a scan"
+    if num_distinct > MAX_LABELS:
         return ""
-    runs = _equal_neighbours(array_ZYX, low + float(counts.argmax()))
-    named = bool(LABEL_NAME.search(name.lower()))
-    if runs < (NAMED_LABEL_RUNS if named else LABEL_RUNS):
+
+    # Pairs of background voxels say nothing: they are equal in skull-stripped scans too.
+    background = low + float(counts.argmax())
+    left, right = array_ZYX[..., :-1], array_ZYX[..., 1:]
+    is_inside = (left != background) | (right != background)
+    num_equal = int(((left == right) & is_inside).sum())
+    share_equal = num_equal / max(int(is_inside.sum()), 1)
+
+    # A name such as "seg" lowers the share of equal neighbours that is needed.
+    is_named = bool(LABEL_NAME.search(name.lower()))
+    if share_equal < (NAMED_LABEL_RUNS if is_named else LABEL_RUNS):
         return ""
-    also = " and its name says so" if named else ""
+    also = " and its name says so" if is_named else ""
     return (
-        f"{distinct} distinct whole numbers, {runs:.0%} of neighbours equal{also}: a label map, "
-        "not a scan"
+        f"{num_distinct} distinct whole numbers, {share_equal:.0%} of neighbours equal{also}: a "
+        "label map, not a scan"
     )
 
 
-def _is_integer(array_ZYX: Array) -> bool:
-    sample = array_ZYX[::4, ::4, ::4]
-    return bool((sample == np.rint(sample)).all()) and bool((array_ZYX == np.rint(array_ZYX)).all())
-
-
-def _equal_neighbours(array_ZYX: Array, background: float) -> float:
-    left, right = array_ZYX[..., :-1], array_ZYX[..., 1:]
-    inside = (left != background) | (right != background)
-    return float(((left == right) & inside).sum() / max(int(inside.sum()), 1))
+def _is_whole(array: Array) -> bool:
+    return bool((array == np.rint(array)).all())
 
 
 # What SimpleITK and the libraries below it say -> status and reason; the first match counts.

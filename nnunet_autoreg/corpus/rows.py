@@ -6,7 +6,7 @@ What may name a patient stands in a file of its own beside it (``private``).
 import csv
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def write_index(
     Sizes are written as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x); percentiles with spaces
     between them.
     """
+    # The private file first: without it, the ids of the index would stand for nothing.
     rows = list(rows)
     if paths is None:
         paths = _known_paths(path.parent, {row.id for row in rows})
@@ -180,8 +181,9 @@ def public_message(text: str, row: ScanRow, *files: Path) -> str:
 def _names(row: ScanRow) -> set[str]:
     """Return all that a row's own scan is called, the folders on its way included."""
     source = Path(row.source)
-    folders = {str(folder) for folder in source.parents if folder != folder.parent}
-    folders |= {folder.name for folder in source.parents}
+    folders = {folder.name for folder in source.parents}
+    # "/" is no name: it would be replaced in every path and fraction.
+    folders |= {str(folder) for folder in source.parents if folder != folder.parent}
     names = {
         row.name,
         row.listed_in,
@@ -190,9 +192,13 @@ def _names(row: ScanRow) -> set[str]:
         row.source,
         source.name,
     }
-    parts = {value for piece in row.part.split(";") for value in (piece, piece.partition("=")[2])}
-    is_named = {row.dataset, row.id} if not row.name else {row.dataset}
-    return (folders | names | parts | is_named) - {"", HIDDEN_NAME}
+    for piece in row.part.split(";"):
+        names |= {piece, piece.partition("=")[2]}
+    names.add(row.dataset)
+    # In an index of an earlier version the id is a name.
+    if not row.name:
+        names.add(row.id)
+    return (folders | names) - {"", HIDDEN_NAME}
 
 
 def _private_cells(row: ScanRow) -> dict[str, str]:
@@ -264,16 +270,16 @@ def _check_columns(names: Iterable[str]) -> None:
 def _rows_of(reader: Iterable[dict[str, str]]) -> Iterator[ScanRow]:
     for line in reader:
         cells = {name: from_cell(cell) for name, cell in line.items()}
-        shape, spacing, cropped = (
-            cells.pop(k).split("x") for k in ("shape_vox", "spacing_mm", "cropped_shape_vox")
-        )
-        percentiles = (cells.pop("percentiles", "") or "").split()
+        shape, spacing = cells.pop("shape_vox"), cells.pop("spacing_mm")
+        cropped = cells.pop("cropped_shape_vox")
+        # Indexes of earlier versions lack this column.
+        percentiles = cells.pop("percentiles", "") or ""
         row = ScanRow(
             **cells,
-            shape_vox=as_size([int(v) for v in shape]) if shape != [""] else None,
-            spacing_mm=as_spacing([float(v) for v in spacing]) if spacing != [""] else None,
-            cropped_shape_vox=as_size([int(v) for v in cropped]) if cropped != [""] else None,
-            percentiles=tuple(float(v) for v in percentiles),
+            shape_vox=as_size(_numbers(shape, int)) if shape else None,
+            spacing_mm=as_spacing(_numbers(spacing, float)) if spacing else None,
+            cropped_shape_vox=as_size(_numbers(cropped, int)) if cropped else None,
+            percentiles=tuple(float(number) for number in percentiles.split()),
         )
         _check_numbers(row)
         yield row
@@ -291,9 +297,15 @@ def _check_numbers(row: ScanRow) -> None:
         raise ValueError(f"a size or percentile of the scan {row.id} is impossible")
 
 
+def _numbers(cell: str, kind: Callable[[str], Any]) -> list[Any]:
+    return [kind(number) for number in cell.split("x")]
+
+
 def _cell(name: str, value: object) -> str:
+    """Return the text of a cell; the inverse of what ``_rows_of`` does."""
     if value is None:
         return ""
     if isinstance(value, tuple):
-        return (" " if name == "percentiles" else "x").join(repr(v) for v in value)
+        separator = " " if name == "percentiles" else "x"
+        return separator.join(map(repr, value))
     return to_cell(printable(str(value)))

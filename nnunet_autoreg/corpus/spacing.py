@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_autoreg.errors import UsageError, did_you_mean
-from nnunet_autoreg.geometry import Spacing, as_spacing, volume
+from nnunet_autoreg.geometry import Spacing, as_spacing, largest_ratio, volume
 from nnunet_autoreg.plan import DataPlan
 
 MEDIAN, FINEST, ISOTROPIC = POLICIES = ("median", "finest", "isotropic")
@@ -102,21 +102,27 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Sc
     if not isinstance(policy, str):
         everyone = tuple(range(len(scans)))
         return [ScanGroup("", policy, policy, everyone, "set by the user for all scans")]
+
     groups = []
     for modality in sorted({scan.modality for scan in scans}):
         positions = np.array([i for i, scan in enumerate(scans) if scan.modality == modality])
-        spacings = np.array([scans[i].spacing_mm for i in positions], dtype=np.float64)
+        spacings = np.array([scans[i].spacing_mm for i in positions], dtype=np.float64)  # (N, 3)
+
+        # The cores say which groups there are; then every scan joins the nearest of them.
         cores = _cores(np.log2(spacings))
         natives = [_rounded(np.median(spacings[core], axis=0)) for core in cores]
         nearest = np.array([_nearest(spacing, natives) for spacing in spacings.tolist()])
-        for n, core in enumerate(cores):
-            members = tuple(int(i) for i in positions[nearest == n])
-            target, reason = target_of([scans[i] for i in positions[core]], policy)
+
+        for number, core in enumerate(cores):
+            members = tuple(positions[nearest == number].tolist())
             if members:
-                groups.append(ScanGroup(modality, natives[n], target, members, reason))
-    return _aligned(
-        sorted(groups, key=lambda group: (-len(group.members), math.prod(group.spacing_mm)))
-    )
+                # The target follows the core alone, so that an outlier moves nothing.
+                target, reason = target_of([scans[i] for i in positions[core]], policy)
+                groups.append(ScanGroup(modality, natives[number], target, members, reason))
+
+    # Of groups of one size the finer comes first, so that the order of the scans changes nothing.
+    groups.sort(key=lambda group: (-len(group.members), math.prod(group.spacing_mm)))
+    return _aligned(groups)
 
 
 def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]:
@@ -135,15 +141,15 @@ def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]
     if policy == ISOTROPIC:
         cube = _rounded(np.full(3, median.min()))
         return cube, f"the finest axis of the median of {len(scans)} scans, on every axis"
+
+    rule = f"native median of {len(scans)} scans"
     small = [i for i, scan in enumerate(scans) if volume(scan.shape_vox) < SMALL_IMAGE_VOX]
-    if len(small) >= MIN_GROUP_SCANS and (np.median(spacings[small], axis=0) < median).any():
-        kept = np.minimum(median, np.median(spacings[small], axis=0))
-        return (
-            _rounded(kept),
-            f"native median of {len(scans)} scans, no coarser than that of the {len(small)} small "
-            "images among them",
-        )
-    return _rounded(median), f"native median of {len(scans)} scans"
+    if len(small) >= MIN_GROUP_SCANS:
+        median_of_small = np.median(spacings[small], axis=0)
+        if (median_of_small < median).any():
+            rule += f", no coarser than that of the {len(small)} small images among them"
+            return _rounded(np.minimum(median, median_of_small)), rule
+    return _rounded(median), rule
 
 
 def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -> Spacing:
@@ -155,11 +161,10 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
         spacing_mm: the scan's own, its coarsest axis first.
     """
     own = [group for group in data.spacing_groups if group.modality == modality]
-    return (
-        own[_nearest(spacing_mm, [group.native_mm for group in own])].spacing_mm
-        if own
-        else data.spacing_mm
-    )
+    if not own:
+        return data.spacing_mm
+    nearest = _nearest(spacing_mm, [group.native_mm for group in own])
+    return own[nearest].spacing_mm
 
 
 def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
@@ -170,26 +175,22 @@ def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
     targets: list[Spacing] = []
     aligned = []
     for group in groups:
-        alike = [target for target in targets if _ratio(target, group.spacing_mm) <= ALIKE_RATIO]
+        alike = [
+            target for target in targets if largest_ratio(target, group.spacing_mm) <= ALIKE_RATIO
+        ]
         target = alike[0] if alike else group.spacing_mm
         targets.append(target)
         aligned.append(replace(group, spacing_mm=target))
     return aligned
 
 
-def _ratio(a: Spacing, b: Spacing) -> float:
-    """Return the largest factor between two spacings, axis by axis."""
-    return max(max(p / q, q / p) for p, q in zip(a, b, strict=True))
-
-
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:
     """Return which spacing is off by the smallest factor on its worst axis."""
-    return min(
-        range(len(others_mm)),
-        key=lambda n: max(
-            abs(math.log2(p / q)) for p, q in zip(spacing_mm, others_mm[n], strict=True)
-        ),
-    )
+    worst = []
+    for other_mm in others_mm:
+        octaves = [abs(math.log2(p / q)) for p, q in zip(spacing_mm, other_mm, strict=True)]
+        worst.append(max(octaves))
+    return worst.index(min(worst))
 
 
 def _rounded(spacing: npt.NDArray[np.float64]) -> Spacing:
@@ -202,8 +203,10 @@ def _cores(logs: Log2) -> list[Indices]:
 
     The first group needs no minimum.
     """
+    # Binned, because comparing every pair of many thousand scans would take too much memory.
     binned = np.round(logs * BINS_PER_OCTAVE) / BINS_PER_OCTAVE
     points, of_scan, counts = np.unique(binned, axis=0, return_inverse=True, return_counts=True)
+
     free = np.ones(len(points), dtype=bool)
     cores: list[Indices] = []
     while free.any():
@@ -223,9 +226,11 @@ def _densest_ball(
     They lie within ``GROUP_RATIO`` of it, recentred on their median.
     """
     radius = math.log2(GROUP_RATIO) + 1e-9
-    near = np.abs(points[:, None] - points[None]).max(axis=-1) <= radius
-    around = np.where(free, (near & free[None]) @ counts, -1)
-    ball: npt.NDArray[np.bool_] = near[int(around.argmax())] & free
+    near = np.abs(points[:, None] - points[None]).max(axis=-1) <= radius  # (points, points)
+    scans_around = np.where(free, (near & free[None]) @ counts, -1)
+    ball: npt.NDArray[np.bool_] = near[int(scans_around.argmax())] & free
+
+    # The densest point may lie at the edge of its group, so the ball moves to the median.
     for _ in range(RECENTRINGS):
         centre = np.median(np.repeat(points[ball], counts[ball], axis=0), axis=0)
         moved = (np.abs(points - centre).max(axis=-1) <= radius) & free
