@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from nnunet_autoreg.corpus.private import TERMINAL_ONLY
 from nnunet_autoreg.errors import AutoregError
 
 
@@ -26,9 +27,9 @@ def refused(
 
 
 def logged(caplog: pytest.LogCaptureFixture, *values: object) -> bool:
-    """Return whether one line of the log names all the values."""
+    """Return whether one line of the log, as a terminal shows it, names all the values."""
     for record in caplog.records:
-        message = record.getMessage()
+        message = record.getMessage() + getattr(record, TERMINAL_ONLY, "")
         if all(str(value) in message for value in values):
             return True
     return False

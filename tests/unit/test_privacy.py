@@ -15,6 +15,7 @@ import pytest
 from refusals import refused
 
 from nnunet_autoreg.cli.common import configure_logging
+from nnunet_autoreg.corpus.grid import grid_of_scan
 from nnunet_autoreg.corpus.private import (
     PRIVATE_NAME,
     is_harmless_word,
@@ -24,7 +25,7 @@ from nnunet_autoreg.corpus.private import (
 )
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.downstream.results import FROM_SEG, public_model
-from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.pretrain.pipeline import pretrain
 from nnunet_autoreg.pretrain.request import Request
 from nnunet_autoreg.pretrain.run_folder import matching_plan, read_plan
@@ -123,6 +124,19 @@ def test_a_run_continues_by_the_paths_of_its_private_file(folders: Path) -> None
     (folder / PRIVATE_NAME).unlink()
     with refused(UsageError, "private-file-missing", PRIVATE_NAME):
         pretrain(request, "cpu")
+
+
+@pytest.mark.parametrize("part", ["", f"member={SENTINEL}.nii", f"series={UID};t=1"])
+def test_errors_about_where_a_scan_lies_name_nobody(tmp_path: Path, part: str) -> None:
+    """Such an error is logged when contrasts of a patient cannot be laid onto each other."""
+    file = tmp_path / SENTINEL / f"{SENTINEL}.nii.gz"
+    file.parent.mkdir()
+    file.write_bytes(b"nothing")
+
+    with pytest.raises(ScanError) as caught:
+        grid_of_scan(file, part)
+
+    assert [secret for secret in (*SECRETS, str(tmp_path)) if secret in str(caught.value)] == []
 
 
 def test_files_are_named_on_a_terminal_alone(
