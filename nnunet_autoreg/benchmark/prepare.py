@@ -58,6 +58,7 @@ from nnunet_autoreg.records import from_jsonable, read_json, read_object, write_
 log = logging.getLogger(__name__)
 
 RECORD_NAME, PINS_NAME = "benchmark.json", "weights.json"
+DEFAULT_LABELS = (5, 10, 20)
 OWN_REQUEST_KEYS = ("objective.name=", "sequence.order=", "sequence.predictor=", "sequence.prefix")
 """Settings of a pretraining that its masked twin must not have."""
 
@@ -179,6 +180,26 @@ def open_record(
     ids = assign_ids(root, record.subjects)
     write_json(root / RECORD_NAME, _translated(record, ids))
     return record
+
+
+def with_labels(request: BenchmarkRequest, record: Record) -> BenchmarkRequest:
+    """Return the request with numbers of labels that the pool has.
+
+    Raises:
+        UsageError: a number that the user gave cannot be drawn.
+    """
+    division, patient_of = record.division, record.subjects
+    for number in request.labels:
+        # Called for its error: every seed can draw as many.
+        labelled(division, patient_of, number, 0, record.label_unit)
+    if request.labels:
+        return request
+
+    available = len(division.pool)
+    if record.label_unit == PATIENTS:
+        available = len({patient_of[case] for case in division.pool})
+    fitting = tuple(number for number in DEFAULT_LABELS if number <= available)
+    return replace(request, labels=fitting or (available,))
 
 
 def _read_record(file: Path) -> Record:

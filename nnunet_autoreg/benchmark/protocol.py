@@ -33,6 +33,7 @@ class BenchmarkRequest:
 
     Attributes:
         dataset: folder name of the raw dataset.
+        labels: numbers of labelled patients; empty until the pool is known.
         weights: finished pretraining runs; empty to have the benchmark pretrain ``encoders``
             itself.
         encoders: to pretrain on the dataset's own pool.
@@ -46,7 +47,7 @@ class BenchmarkRequest:
     """
 
     dataset: str
-    labels: tuple[int, ...] = (5, 10, 20)
+    labels: tuple[int, ...] = ()
     num_seeds: int = 3
     arms: tuple[str, ...] = ("pretrained", "scratch", "stock")
     weights: tuple[str, ...] = ()

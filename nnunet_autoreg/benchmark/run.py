@@ -122,6 +122,35 @@ def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
     return epochs * per_epoch, int(batch)
 
 
+def hours_of(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> float | None:
+    """Return the hours that unfinished runs will train.
+
+    The time of a step is what was measured for the budget, or what finished runs took. None where
+    a network has neither.
+    """
+    root = bench.layout.root
+    file = root / LENGTHS_NAME
+    lengths = read_json(file) if file.is_file() else {}
+
+    # Twins take the same time, so that the encoder decides; stock nnU-Net has "-".
+    paces: dict[str, float] = {}
+    for budget in lengths.get("budgets", {}).values():
+        for run, seconds in budget["seconds_per_step"].items():
+            network = run.partition(",")[0]
+            encoder = network.partition("(")[2].rstrip(")") or "-"
+            paces[encoder] = float(seconds)
+    lines = read_results(root / RESULTS_NAME)
+    for line in lines:
+        if line["seconds_per_step"]:
+            paces[line["encoder"]] = float(line["seconds_per_step"])
+
+    done = {key_of(line) for line in lines}
+    missing = [key for key in keys if key not in done]
+    if any(key.encoder not in paces for key in missing):
+        return None
+    return sum(key.steps * paces[key.encoder] for key in missing) / num_jobs / 3600
+
+
 def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
     """Return one run for each network; twins take the same time."""
     found: dict[tuple[str, bool], RunKey] = {}

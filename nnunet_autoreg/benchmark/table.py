@@ -167,6 +167,71 @@ def _cells(row: TableRow) -> list[str]:
     ]
 
 
+SHORT_COLUMNS = ("labels", "arm", "seeds", "Dice", "minus scratch [95 %]", "minus stock [95 %]")
+
+
+def summary(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the runs show, in words and in a table that fits a terminal.
+
+    The length and split are those of the last line; ``table.md`` has all of them.
+    """
+    last = key_of(lines[-1])
+    length = (last.split, last.steps, last.batch)
+    rows = []
+    for row in rows_of(lines):
+        if (row.key.split, row.key.steps, row.key.batch) == length:
+            rows.append(row)
+
+    sentences = []
+    for row in rows:
+        # Without the arm from random weights, stock nnU-Net is what to compare with.
+        other = "scratch" if row.to_scratch is not None else STOCK
+        difference = row.to_scratch or row.to_stock
+        if difference is not None and row.key.arm in ("pretrained", "masked"):
+            compared = f"{_name_of_arm(row.key)} against {other}, {row.key.labels} labels"
+            sentences.append(f"{compared}: {verdict(difference)}")
+
+    cells = [SHORT_COLUMNS, *(_short_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    table = []
+    for line in cells:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        table.append("  ".join(padded).rstrip())
+    return "\n".join([*sentences, "", *table])
+
+
+def verdict(difference: Difference) -> str:
+    """Return whether a difference is shown, with its figures.
+
+    It is shown if the 95 % interval over seeds and patients does not hold 0.
+    """
+    low, high = difference.over_both
+    figures = signed(difference)
+    if difference.num_seeds < 2:
+        return f"not known from 1 seed: {figures}"
+    if low > 0:
+        return f"better: {figures}"
+    if high < 0:
+        return f"worse: {figures}"
+    return f"no difference shown: {figures}"
+
+
+def _name_of_arm(key: RunKey) -> str:
+    encoder = key.encoder.removeprefix(OWN_PREFIX)
+    return key.arm if encoder == "-" else f"{key.arm} ({encoder})"
+
+
+def _short_cells(row: TableRow) -> tuple[str, ...]:
+    return (
+        str(row.key.labels),
+        _name_of_arm(row.key),
+        str(len(row.lines)),
+        _mean_and_deviation(row.dice),
+        signed(row.to_scratch),
+        signed(row.to_stock),
+    )
+
+
 def _mean_and_deviation(values: Sequence[float]) -> str:
     deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
     return f"{np.mean(values):.3f} ({deviation})"

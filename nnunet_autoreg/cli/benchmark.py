@@ -70,9 +70,9 @@ def _add_comparison_options(group: Group) -> None:
         "--labels",
         nargs="+",
         type=int,
-        default=[5, 10, 20],
         metavar="K",
-        help="numbers of labelled patients (default: 5 10 20)",
+        help="numbers of labelled patients (default: 5 10 20, as far as the pool has so many; else "
+        "all patients of the pool)",
     )
     group.add_argument(
         "--seeds",
@@ -209,7 +209,8 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     # Repetitions on the command line would be runs of the same name.
     options = options_for(BenchmarkRequest, args)
     options["dataset"] = dataset_folder(args.dataset).name
-    options["labels"] = tuple(sorted(set(args.labels)))
+    # Without numbers they follow from the pool, which is known after the patients are split.
+    options["labels"] = tuple(sorted(set(args.labels or ())))
     for name in ("arms", "weights", "encoders"):
         options[name] = tuple(dict.fromkeys(options[name]))
 
@@ -228,6 +229,7 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
         Bench,
         images_of,
         open_record,
+        with_labels,
         write_exclude,
     )
     from nnunet_autoreg.benchmark.protocol import BenchmarkFolders
@@ -242,6 +244,7 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
     commands = Commands(root / "commands.log", device, num_threads, folders)
     record = open_record(root, request, sorted(images), dataset_folder(request.dataset))
     write_exclude(layout, record.division)
+    request = with_labels(request, record)
     return Bench(
         request,
         layout,
@@ -281,8 +284,8 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     from nnunet_autoreg.benchmark.prepare import prepare, surface_tolerance_mm
     from nnunet_autoreg.benchmark.protocol import runs_of
     from nnunet_autoreg.benchmark.results import RESULTS_NAME, read_results
-    from nnunet_autoreg.benchmark.run import run_missing, settle_length
-    from nnunet_autoreg.benchmark.table import markdown
+    from nnunet_autoreg.benchmark.run import hours_of, run_missing, settle_length
+    from nnunet_autoreg.benchmark.table import markdown, summary
     from nnunet_autoreg.records import write_text
 
     # One step of one patch, because the length is only known after the preparations.
@@ -295,16 +298,23 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     if tolerance_mm is not None:
         print(f"surface Dice at a tolerance of {tolerance_mm:g} mm")
     print(f"{len(keys)} trainings of {steps} steps of {batch} patches", flush=True)
+    hours = hours_of(bench, keys, num_jobs)
+    if hours:
+        print(
+            f"about {hours:.2g} h of training for those that are not finished, without prediction "
+            "and scoring",
+            flush=True,
+        )
     if only_measure:
         return 0
 
     failed = run_missing(bench, keys, num_jobs)
     lines = read_results(root / RESULTS_NAME)
     if lines:
-        text, table, picture = markdown(lines), root / "table.md", root / "benchmark.png"
-        write_text(table, text)
+        table, picture = root / "table.md", root / "benchmark.png"
+        write_text(table, markdown(lines))
         draw(picture, lines, public_dataset(bench.request.dataset))
-        print(text)
+        print(summary(lines))
         print(f"table: {table}\npicture: {picture}\nruns: {root / RESULTS_NAME}")
     return len(failed)
 

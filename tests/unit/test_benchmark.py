@@ -22,6 +22,7 @@ from nnunet_autoreg.benchmark.prepare import (
     open_record,
     retyped,
     surface_tolerance_mm,
+    with_labels,
     write_folds,
     write_plans,
 )
@@ -34,7 +35,7 @@ from nnunet_autoreg.benchmark.protocol import (
 )
 from nnunet_autoreg.benchmark.public_ids import assign_ids, read_ids
 from nnunet_autoreg.benchmark.results import RunKey, key_of, read_results
-from nnunet_autoreg.benchmark.run import epochs_of, line_of, run_missing, settle_length
+from nnunet_autoreg.benchmark.run import epochs_of, hours_of, line_of, run_missing, settle_length
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
 from nnunet_autoreg.cli.benchmark import parser, read_request
@@ -406,6 +407,34 @@ def test_results_call_cases_and_patients_by_ids(bench: Bench, tmp_path: Path) ->
     # Another scan of a known patient is the first of its ids that is new.
     more = assign_ids(root, {**record.subjects, "doe_M1": "doe"})
     assert more.cases == {**ids.cases, "doe_M1": "case-0009"} and more.patients == ids.patients
+
+
+def test_labels_that_cannot_be_drawn_are_refused_at_once(bench: Bench) -> None:
+    # 20 patients: 4 for the test, 3 for development, 13 in the pool.
+    record = replace(bench.record, label_unit="patients")
+
+    with refused(UsageError, "benchmark-too-many-labels", "--labels 14", "13"):
+        with_labels(request(labels=(5, 14)), record)
+
+    assert with_labels(request(labels=(13,)), record).labels == (13,)
+    assert with_labels(request(labels=()), record).labels == (5, 10)
+    few = replace(record, division=replace(record.division, pool=record.division.pool[:3]))
+    assert with_labels(request(labels=()), few).labels == (3,)
+
+
+def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -> None:
+    asked = request(arms=("pretrained", "scratch", "stock"), steps=None, batch=None, budget_min=1.0)
+    bench = replace(bench, request=asked)
+    keys = list(runs_of(asked, 100, 6))
+    assert hours_of(bench, keys, 1) is None
+    write_folds(bench, keys)
+
+    settle_length(bench, FakeRunner(pace={"nnUNetTrainer": 0.5, "AutoregPretrainedTrainer": 0.1}))
+
+    # Two seeds of three arms of 100 steps: twice 0.1, 0.1 and 0.5 s a step, in two jobs.
+    assert hours_of(bench, keys, 2) == pytest.approx(2 * 100 * 0.7 / 2 / 3600)
+    run_missing(bench, keys[:3], 1, FakeRunner(pace={"nnUNetTrainer": 0.5}))
+    assert hours_of(bench, keys[:3], 1) == 0
 
 
 def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from nnunet_autoreg.benchmark.split import (
     read_subjects,
 )
 from nnunet_autoreg.benchmark.statistics import interval, mean_dice, paired, steps_to
-from nnunet_autoreg.benchmark.table import markdown, rows_of, unequal_pretrainings
+from nnunet_autoreg.benchmark.table import markdown, rows_of, summary, unequal_pretrainings
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
 from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -236,6 +236,25 @@ def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
     text = markdown(lines)
     assert "| test | 50 x 2 | 2 | brain | pretrained | 2 | 0.525 (0.035) | +0.125 [" in text
     assert ", 1 seed |" in text and "another pretraining" in " ".join(text.split())
+
+
+def test_the_summary_says_in_words_what_is_shown_and_fits_a_terminal() -> None:
+    cases = [f"case{number}" for number in range(8)]
+    better, same = [], []
+    for seed in (0, 1):
+        dice = {case: [0.5] for case in cases}
+        higher = {case: [0.6] for case in cases}
+        mixed = {case: [0.4 + 0.2 * (number % 2)] for number, case in enumerate(cases)}
+        better += [line("pretrained", seed, higher), line("scratch", seed, dice)]
+        same += [line("pretrained", seed, mixed), line("scratch", seed, dice)]
+
+    first_lines = [summary(lines).splitlines()[0] for lines in (better, same, better[:2])]
+
+    assert "better: +0.100" in first_lines[0]
+    assert "no difference shown: +0.000" in first_lines[1]
+    assert "1 seed" in first_lines[2]
+    assert all("pretrained (brain) against scratch, 2 labels" in text for text in first_lines)
+    assert max(map(len, summary([*better, line("stock")]).splitlines())) <= 120
 
 
 def test_runs_of_another_recipe_or_length_are_never_paired() -> None:
