@@ -49,6 +49,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
+    # One process: starting workers takes longer than reading these small scans.
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
     return tmp_path
 
 
