@@ -70,6 +70,7 @@ def _add_comparison_options(group: Group) -> None:
         "--labels",
         nargs="+",
         type=int,
+        default=[],
         metavar="K",
         help="numbers of labelled patients (default: 5 10 20, as far as the pool has so many; else "
         "all patients of the pool)",
@@ -210,7 +211,7 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     options = options_for(BenchmarkRequest, args)
     options["dataset"] = dataset_folder(args.dataset).name
     # Without numbers they follow from the pool, which is known after the patients are split.
-    options["labels"] = tuple(sorted(set(args.labels or ())))
+    options["labels"] = tuple(sorted(set(args.labels)))
     for name in ("arms", "weights", "encoders"):
         options[name] = tuple(dict.fromkeys(options[name]))
 
