@@ -70,12 +70,15 @@ class DataPlan:
         holdout_fraction: share of the cases that are kept out of training for validation.
         spacing_groups: target spacings by modality and original spacing. Empty if all scans have
             the target ``spacing_mm``.
+        min_scans: the planner of fine-tuning uses an encoder of fewer scans only if the user names
+            it.
     """
 
     spacing_mm: Spacing
     ct_window: IntensityWindow | None = None
     holdout_fraction: float = 0.05
     spacing_groups: tuple[SpacingGroup, ...] = ()
+    min_scans: int = 10
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,7 @@ def _check_numbers(plan: Plan) -> None:
         "run.min_token_variance": run.min_token_variance,
         "run.min_effective_rank": run.min_effective_rank,
         "run.seed": run.seed,
+        "data.min_scans": plan.data.min_scans,
         "optim.weight_decay": o.weight_decay,
         "optim.warmup_steps": o.warmup_steps,
     }

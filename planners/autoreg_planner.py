@@ -44,6 +44,7 @@ from nnunet_autoreg.finetune.resolve import (
     setting_of_environment,
 )
 from nnunet_autoreg.geometry import Size, as_spacing, size_text
+from nnunet_autoreg.model.card import IMPORTED, NO_VERDICT
 from nnunet_autoreg.model.memory import TrainingMemory
 from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
 from nnunet_autoreg.records import read_object, to_jsonable, write_json
@@ -270,6 +271,8 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
         card = choice.card
         print(f"weights: {card.name if card else 'none'} - {choice.reason}")
+        if card is not None and IMPORTED not in card.extra:
+            print(f"verdict of {card.name}: {(card.verdict or NO_VERDICT).message}")
         if card is not None and card.has_decoder:
             print("decoder: pretrained as well, and loaded with the encoder")
         if card is not None and card.licence_line:

@@ -75,6 +75,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     """Train a detector on the plan's pretrained encoder."""
 
     transfers_decoder = False
+    trains_stock_network = False
     block: AutoregBlock
     plan: DetectionPlan
     inference_allowed_mirroring_axes: Any
@@ -295,9 +296,9 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
         with self.average.saved():
             super().save_checkpoint(filename)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str, /) -> None:
         """Continue or validate from a checkpoint."""
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(checkpoint)
         self.average.restore()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:

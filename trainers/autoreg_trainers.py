@@ -4,13 +4,13 @@ The command is ``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTra
 AutoregPlans``.
 
 The ``"autoreg"`` block of the plans decides what a trainer does; a number in the trainer's name
-only changes the length. Validation and prediction are nnU-Net's own, so ``nnUNetv2_predict``
-computes exactly what was validated.
+only changes the length. A fine-tuned CNN is written as an ordinary nnU-Net model. Validation and
+prediction are nnU-Net's own, so ``nnUNetv2_predict`` computes exactly what was validated.
 """
 
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,12 @@ from nnunet_autoreg.finetune.recipe import (
     parameter_groups,
 )
 from nnunet_autoreg.finetune.resolve import ignored_setting, setting_of_environment
+from nnunet_autoreg.finetune.stock import (
+    named_as_stock,
+    needs_line,
+    runs_on_stock,
+    stock_plans,
+)
 from nnunet_autoreg.finetune.user_weights import kept_line, named_weights, watch_loading
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.machine import has_bf16
@@ -55,6 +61,8 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     """False for networks that use only the encoder of the weights, whatever the plan says."""
     length: int | None = None
     """Number of epochs; None for that of the plan."""
+    trains_stock_network = True
+    """False for trainers that add parts to the network which nnU-Net does not have."""
 
     def __init__(
         self,
@@ -66,6 +74,11 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     ):
         with one_line_errors():
             self.block = self._checked(plans, configuration)
+        # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
+        class_path = self.block.encoder.class_path
+        self.is_stock_model = self.trains_stock_network and runs_on_stock(class_path, plans)
+        if self.is_stock_model:
+            plans = stock_plans(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
 
         recipe = self.block.recipe
@@ -180,25 +193,29 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint, whole or not at all.
 
-        After a kill or a power cut, the previous checkpoint is still there.
+        After a kill or a power cut, the previous checkpoint is still there. The checkpoint of an
+        ordinary nnU-Net model names nnU-Net's own trainer, so that it predicts without ours.
         """
         temporary = Path(f"{filename}.tmp")
-        super().save_checkpoint(str(temporary))
+        with named_as_stock(self) if self.is_stock_model else nullcontext():
+            super().save_checkpoint(str(temporary))
         if self.local_rank == 0 and temporary.exists():
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
             temporary.replace(filename)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str, /) -> None:
         """Continue, validate or predict from a checkpoint, without the pretrained weights.
 
-        Code in a checkpoint is never run: the command ends with one line instead.
+        Code in a checkpoint is never run: the command ends with one line instead. The argument is
+        given by position, because its name differs between releases of nnU-Net.
         """
-        name = "the checkpoint"
-        if isinstance(filename_or_checkpoint, str):
-            name = filename_or_checkpoint
+        name = checkpoint if isinstance(checkpoint, str) else "the checkpoint"
         with one_line_errors(), plain_loading(Path(name)):
-            super().load_checkpoint(filename_or_checkpoint)
+            super().load_checkpoint(checkpoint)
+        if self.is_stock_model:
+            # Checkpoints of earlier releases hold the plans with the guard.
+            self.my_init_kwargs = {**self.my_init_kwargs, "plans": self.plans_manager.plans}
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:
@@ -233,6 +250,11 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         )
         if self.local_rank == 0:
             self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
+
+    def on_train_end(self) -> None:
+        """End as nnU-Net does, and say what the model needs where it predicts."""
+        super().on_train_end()
+        self.print_to_log_file(needs_line(self.is_stock_model))
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch; learning rates depend only on the epoch and the iteration in it."""

@@ -18,6 +18,8 @@ from nnunet_autoreg.cli.common import (
 )
 from nnunet_autoreg.cli.options import Group, add_device, chosen_device
 from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.finetune.resolve import VARIABLE, objection_to_verdict
+from nnunet_autoreg.model.card import NO_VERDICT, NOT_LEARNT, EncoderCard, read_card
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 from nnunet_autoreg.objective_kinds import ObjectiveKind, Preset, objective_kinds, presets
@@ -128,9 +130,10 @@ def _add_training_options(group: Group) -> None:
     group.add_argument(
         "--init",
         type=absolute,
-        metavar="FILE",
-        help="start from these weights, an encoder.safetensors with its encoder.json beside it. "
-        "Their encoder is used unless --encoder names one (default: random weights)",
+        metavar="FILE|FOLDER",
+        help="start from these weights: an encoder.safetensors with its encoder.json beside it, "
+        "or anything that autoreg_weights import reads, such as the folder or zip of a trained "
+        "nnU-Net model. Their encoder is used unless --encoder names one (default: random weights)",
     )
     group.add_argument(
         "--steps",
@@ -347,8 +350,28 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
     following = "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
     if args.datasets:
         following = fine_tuning(args.datasets[0])
-    print_next(following)
+    print_next(next_step(read_card(outcome.folder), following))
     return 0
+
+
+def next_step(card: EncoderCard, fine_tuning: str) -> str:
+    """Return what to do after a run: fine-tune, by name if need be, or train longer.
+
+    Args:
+        fine_tuning: the first command of fine-tuning.
+    """
+    reason_against = objection_to_verdict(card)
+    if reason_against is None:
+        return fine_tuning
+
+    by_name = f"export {VARIABLE}={card.name}; {fine_tuning}"
+    verdict = card.verdict or NO_VERDICT
+    if verdict.outcome == NOT_LEARNT:
+        return (
+            f"train longer: type the same line with more --steps than {card.num_steps}, or with a "
+            f"new --name and another rate (to fine-tune all the same: {by_name})"
+        )
+    return f"{by_name} (by name, because it was {reason_against})"
 
 
 def fine_tuning(dataset: str) -> str:

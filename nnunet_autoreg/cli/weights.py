@@ -1,9 +1,10 @@
-"""Run ``autoreg_weights``: inspect, import and export pretrained encoders."""
+"""Run ``autoreg_weights``: list, inspect, import and export pretrained encoders."""
 
 import argparse
 import shlex
 import sys
 import textwrap
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +43,14 @@ def parser() -> argparse.ArgumentParser:
             "autoreg_weights export brain -o exported",
         ],
         prog="autoreg_weights",
-        description="Inspect weights files, import encoders of other projects, and export your own "
-        "in their formats. Files are read without running any code in them.",
+        description="List and inspect encoders, import those of other projects, and export your "
+        "own in their formats. Files are read without running any code in them.",
     )
     actions = p.add_subparsers(dest="action", required=True)
 
+    actions.add_parser(
+        "list", help="list the finished and imported encoders that AutoregPlanner can use"
+    )
     inspecting = actions.add_parser(
         "inspect", help="show what a weights file is, what it needs, its licence and its hash"
     )
@@ -58,11 +62,14 @@ def parser() -> argparse.ArgumentParser:
 
     importing = actions.add_parser(
         "import",
-        help="import weights of AR-SSL4M, or of nnssl (OpenMind, nnFoundation), so that "
-        "AutoregPlanner can use them like a finished pretraining run",
+        help="import a trained nnU-Net model, or weights of AR-SSL4M or nnssl (OpenMind, "
+        "nnFoundation), so that AutoregPlanner can use them like a finished pretraining run",
     )
     importing.add_argument(
-        "path", metavar="FILE|FOLDER", help="a checkpoint, or the folder of a downloaded repository"
+        "path",
+        metavar="FILE|FOLDER",
+        help="a checkpoint, the folder of a downloaded repository, or the folder or zip of a "
+        "trained nnU-Net model",
     )
     importing.add_argument(
         "--name",
@@ -74,8 +81,8 @@ def parser() -> argparse.ArgumentParser:
 
     exporting = actions.add_parser(
         "export",
-        help="export a finished pretraining run in nnssl's format, which nnU-Net's master branch "
-        "and nnDetection read; a ViT is exported in AR-SSL4M's format",
+        help="export a finished pretraining run in nnssl's format, which the PretrainedTrainers of "
+        "nnU-Net's master branch read; a ViT is exported in AR-SSL4M's format",
     )
     exporting.add_argument(
         "name", metavar="NAME", help="name of a run, its folder, or its encoder.safetensors"
@@ -145,12 +152,31 @@ def _add_statements(p: argparse.ArgumentParser) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Inspect, import or export; return the exit code."""
+    """List, inspect, import or export; return the exit code."""
     arguments = parser().parse_args(argv)
     prepare_torch()
     configure_logging()
-    actions = {"inspect": _inspect, "import": _import, "export": _export}
+    actions = {"list": _list, "inspect": _inspect, "import": _import, "export": _export}
     return actions[arguments.action](arguments)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from nnunet_autoreg.finetune.resolve import LIST_HEAD, list_runs
+
+    rows = list_runs(nnunet_api.results_folder())
+    if not rows:
+        print("no pretraining is finished, and nothing was imported")
+        print_next("autoreg_pretrain -i FOLDER_WITH_YOUR_SCANS --name NAME")
+        return 0
+
+    # The last column of a row has no fixed width.
+    columns = list(zip_longest(LIST_HEAD, *(row[:-1] for row in rows), fillvalue=""))
+    widths = [max(map(len, column)) for column in columns]
+    for row in (LIST_HEAD, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        print("  ".join([*map(printable, cells), printable(row[-1])]))
+    print_next("autoreg_weights inspect NAME")
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -187,8 +213,9 @@ def _import(arguments: argparse.Namespace) -> int:
     for note in imported.notes:
         print(textwrap.indent(note, "  "))
 
+    num_tensors = len(imported.tensors) + len(imported.decoder)
     print(
-        f"imported {len(imported.tensors)} tensors as '{card.name}': {card.encoder}, sha256 "
+        f"imported {num_tensors} tensors as '{card.name}': {card.encoder}, sha256 "
         f"{card.sha256[:12]}..."
     )
     print(card.licence_line or "licences of the weights: none stated")

@@ -1,8 +1,8 @@
 """Carry out ``autoreg_weights export``: write a finished pretraining in other projects' formats.
 
-nnssl's format is ``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json``. nnU-Net's
-master branch, its fork and nnDetection read it. It has no name for a ViT, so a ViT is written as
-AR-SSL4M's own checkpoint.
+nnssl's format is ``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json``, for the
+trainers ``PretrainedTrainer*`` of nnU-Net's master branch. It has no name for a ViT, so a ViT is
+written as AR-SSL4M's own checkpoint.
 """
 
 from collections.abc import Mapping
@@ -39,6 +39,15 @@ from nnunet_autoreg.safe_load import load_plain
 CONFIG_NAME = "config.json"
 EXPORTED_NAMES = (CHECKPOINT_NAME, ADAPTATION_NAME, CONFIG_NAME)
 CLASS_NAMES = {PRIMUS_V2: "PrimusV2", PRIMUS_V3: "PrimusV3", RESENC: "ResidualEncoderUNet"}
+PRESET_ARGUMENTS = {
+    "embed_dim",
+    "patch_embed_size",
+    "eva_depth",
+    "eva_numheads",
+    "init_values",
+    "scale_attn_inner",
+}
+"""Arguments that the name of a preset stands for; a network with others is no preset."""
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 MASK_RESAMPLING = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 
@@ -254,14 +263,16 @@ def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
             return _described("ResEncL", None, None), []
         return _described(CLASS_NAMES[RESENC], dict(arguments), list(IMPORTED_ARGUMENTS)), []
 
-    # nnssl's presets have neither LayerScale nor an inner norm, and tokens of 8 voxels.
+    # The presets of dynamic_network_architectures have LayerScale, an inner norm and tokens of 8
+    # voxels. The first value of LayerScale does not matter, because the weights replace it.
     sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
-    is_plain = (
-        arguments.get("init_values") is None
-        and not arguments.get("scale_attn_inner")
+    is_preset = (
+        arguments.get("init_values") is not None
+        and bool(arguments.get("scale_attn_inner"))
         and arguments["patch_embed_size"] == [8, 8, 8]
+        and arguments.keys() <= PRESET_ARGUMENTS
     )
-    if family == PRIMUS and is_plain:
+    if family == PRIMUS and is_preset:
         for name, preset_sizes in PRIMUS_PRESETS.items():
             if preset_sizes == sizes and name != "PrimusX":
                 return _described(name, None, None), []
@@ -284,8 +295,8 @@ def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
 
     if family == PRIMUS:
         warning = (
-            "in nnU-Net's master branch use -tr PretrainedTrainer_Primusx: the presets there have "
-            "neither LayerScale nor the inner norm of this encoder"
+            "in nnU-Net's master branch use -tr PretrainedTrainer_Primusx: this encoder is none of "
+            "the presets PrimusS, B, M and L there"
         )
         return _described("PrimusX", kwargs, []), [warning]
 

@@ -19,8 +19,8 @@ from nnunet_autoreg.finetune.network import encoder_prefixes
 from nnunet_autoreg.finetune.table import some
 from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.model.card import (
+    DECODER_PREFIXES,
     IMPORTED,
-    RUNS_FOLDER,
     WEIGHTS_NAME,
     Adaptation,
     EncoderCard,
@@ -28,7 +28,7 @@ from nnunet_autoreg.model.card import (
     verify_weights,
 )
 from nnunet_autoreg.model.encoders import build_network
-from nnunet_autoreg.plan import EncoderPlan
+from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
 from nnunet_autoreg.records import sha256_of
 
 
@@ -65,6 +65,9 @@ class Imported:
         origin: what ``encoder.json`` records about the file.
         card: the ``encoder.json`` that our own export carried. It knows more than nnssl's format
             can express. None for everybody else's files.
+        decoder: a CNN's decoder, under the same keys; empty where the file holds none.
+        channel_names: of the input channels; empty if they are not known.
+        ct_window: by which CT was normalised; None if it was not, or by z-score.
     """
 
     encoder: EncoderPlan
@@ -79,6 +82,9 @@ class Imported:
     notes: tuple[str, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
     card: EncoderCard | None = None
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+    channel_names: tuple[str, ...] = ()
+    ct_window: IntensityWindow | None = None
 
 
 def network_of(encoder: EncoderPlan, crop: Size, num_channels: int) -> nn.Module:
@@ -108,26 +114,30 @@ def network_of(encoder: EncoderPlan, crop: Size, num_channels: int) -> nn.Module
         ) from error
 
 
-def names_of(network: nn.Module) -> dict[str, list[str]]:
+def names_of(network: nn.Module, prefixes: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """Return all names of every encoder tensor, by its first name.
 
     nnU-Net's convolution blocks register each of their layers twice.
+
+    Args:
+        prefixes: of another part of the network; empty for encoder and stem.
     """
-    prefixes = encoder_prefixes(network)
+    chosen = prefixes or encoder_prefixes(network)
     groups: dict[int, list[str]] = {}
     for key, tensor in network.state_dict(keep_vars=True).items():
-        if key.startswith(prefixes):
+        if key.startswith(chosen):
             groups.setdefault(id(tensor), []).append(key)
     return {names[0]: names for names in groups.values()}
 
 
 def checked_tensors(
-    network: nn.Module, tensors: Mapping[str, Tensor], what: str
+    network: nn.Module, tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
     """Return the encoder's tensors, each of them once, under its first name.
 
     Args:
         what: the file, for messages.
+        prefixes: of another part of the network; empty for encoder and stem.
 
     Raises:
         WeightsError: tensors are missing, left over or of another shape, or two names of one tensor
@@ -137,7 +147,7 @@ def checked_tensors(
     found: dict[str, Tensor] = {}
     missing = []
     left_over = set(tensors)
-    for key, names in names_of(network).items():
+    for key, names in names_of(network, prefixes).items():
         given = [name for name in names if name in tensors]
         left_over -= set(given)
         if not given:
@@ -173,8 +183,24 @@ def checked_tensors(
     return found
 
 
-def write_run(imported: Imported, results: Path, name: str) -> EncoderCard:
-    """Write the two files of a finished run into ``$nnUNet_results/autoreg_pretraining/NAME``.
+def checked(imported: Imported) -> Imported:
+    """Return an import whose tensors were compared with the network that it describes.
+
+    Every tensor is there once, under its first name.
+
+    Raises:
+        WeightsError: as ``checked_tensors``.
+    """
+    network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
+    decoder = imported.decoder
+    if decoder:
+        decoder = checked_tensors(network, decoder, "the file", DECODER_PREFIXES)
+    tensors = checked_tensors(network, imported.tensors, "the file")
+    return replace(imported, tensors=tensors, decoder=decoder)
+
+
+def write_run(imported: Imported, runs: Path, name: str) -> EncoderCard:
+    """Write the two files of a finished run into the folder NAME of ``runs``.
 
     The folder appears under its name only when both files are complete, so a kill at any moment
     leaves no run that looks finished. Importing the same file under the same name again is no
@@ -184,16 +210,15 @@ def write_run(imported: Imported, results: Path, name: str) -> EncoderCard:
         WeightsError: the name is taken by another run (code "weights-name-taken"), or the tensors
             are not those of the network.
     """
-    runs = results / RUNS_FOLDER
     folder = runs / name
+    imported = checked(imported)
     network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
-    tensors = checked_tensors(network, imported.tensors, "the file")
 
     # Names of runs do not begin with a dot, so nobody takes this folder for a run.
     unfinished = runs / f".{name}.importing"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        write_tensors(unfinished / WEIGHTS_NAME, tensors)
+        write_tensors(unfinished / WEIGHTS_NAME, {**imported.tensors, **imported.decoder})
         sha256 = sha256_of(unfinished / WEIGHTS_NAME)
         replace(_card(imported, name, network), sha256=sha256).save(unfinished)
         card = read_card(unfinished)
@@ -249,6 +274,7 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
         str(network.key_to_stem),
         tuple(cast(Iterable[str], network.keys_to_in_proj)),
         None if position_key is None else str(position_key),
+        DECODER_PREFIXES if imported.decoder else (),
     )
     return EncoderCard(
         name=name,
@@ -259,8 +285,8 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
         crop_size_vox=imported.crop_size_vox,
         spacing_mm=imported.spacing_mm,
         modalities=imported.modalities,
-        channel_names=(),
-        ct_window=None,
+        channel_names=imported.channel_names,
+        ct_window=imported.ct_window,
         num_input_channels=imported.num_input_channels,
         adaptation=adaptation,
         objective=imported.objective,

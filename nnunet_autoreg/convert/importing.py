@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from nnunet_autoreg.convert.ar_ssl4m import import_ar_ssl4m
-from nnunet_autoreg.convert.imported import Imported, ImportOptions, write_run
+from nnunet_autoreg.convert.imported import (
+    Imported,
+    ImportOptions,
+    checked,
+    write_run,
+)
 from nnunet_autoreg.convert.nnssl import import_nnssl
 from nnunet_autoreg.convert.source import (
     AR_SSL4M,
@@ -12,17 +17,19 @@ from nnunet_autoreg.convert.source import (
     TRAINED,
     WeightsFile,
     open_source,
-    trained_model_line,
-    trained_model_next,
 )
+from nnunet_autoreg.convert.trained import import_trained
 from nnunet_autoreg.errors import WeightsError
-from nnunet_autoreg.model.card import EncoderCard
+from nnunet_autoreg.model.card import RUNS_FOLDER, EncoderCard
 
 
 def import_weights(
     path: Path, name: str, results: Path, options: ImportOptions, plan_file: Path | None = None
 ) -> tuple[EncoderCard, Imported]:
     """Write ``$nnUNet_results/autoreg_pretraining/NAME`` from a file or folder.
+
+    Returns:
+        the card, and what was written: every tensor once, even if the file has two names for it.
 
     Args:
         plan_file: nnssl's ``adaptation_plan.json`` where it is neither in the file nor beside it.
@@ -33,7 +40,8 @@ def import_weights(
     """
     source = open_source(path, plan_file)
     imported = converted(source, options)
-    return write_run(imported, results, name), imported
+    imported = checked(imported)
+    return write_run(imported, results / RUNS_FOLDER, name), imported
 
 
 def converted(source: WeightsFile, options: ImportOptions) -> Imported:
@@ -53,14 +61,11 @@ def converted(source: WeightsFile, options: ImportOptions) -> Imported:
             code="weights-not-importable",
         )
     if source.kind == TRAINED:
-        raise WeightsError(
-            f"{source.file} is {trained_model_line(source)}; to start from it: "
-            f"{trained_model_next(source)}",
-            code="weights-not-importable",
-        )
+        return import_trained(source, options)
 
     raise WeightsError(
-        f"{source.file} is of no known kind ({source.kind}); checkpoints of AR-SSL4M can be "
-        "imported, and those of nnssl with their adaptation plan (--adaptation-plan FILE)",
+        f"{source.file} is of no known kind ({source.kind}); trained nnU-Net models and "
+        "checkpoints of AR-SSL4M can be imported, and those of nnssl with their adaptation plan "
+        "(--adaptation-plan FILE)",
         code="weights-not-importable",
     )

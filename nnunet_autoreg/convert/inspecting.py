@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_autoreg.convert.imported import ImportOptions, checked_tensors, network_of
+from nnunet_autoreg.convert.imported import ImportOptions, checked
 from nnunet_autoreg.convert.importing import converted
 from nnunet_autoreg.convert.licences import NONE_STATED
 from nnunet_autoreg.convert.source import (
@@ -46,11 +46,8 @@ def inspect_weights(
     head: Facts = [("file", str(source.file)), ("sha256", sha256_of(source.file))]
     if source.kind == RUN:
         return _run_facts(source.file, head)
-    if source.kind in (AR_SSL4M, NNSSL):
+    if source.kind in (AR_SSL4M, NNSSL, TRAINED):
         return _foreign_facts(source, head, options, plan_file)
-    if source.kind == TRAINED:
-        what = ("what", trained_model_line(source))
-        return [*head, what, *_shape_facts(source.tensors)], trained_model_next(source)
     return _unknown_facts(source, head)
 
 
@@ -125,7 +122,10 @@ def _foreign_facts(
     source: WeightsFile, head: Facts, options: ImportOptions, plan_file: Path | None
 ) -> tuple[Facts, str]:
     """Describe a file that can be imported, and return the line that imports it."""
-    head = [*head, ("what", f"{source.kind} checkpoint")]
+    what = f"{source.kind} checkpoint"
+    if source.kind == TRAINED:
+        what = trained_model_line(source)
+    head = [*head, ("what", what)]
 
     # The options that the user has given belong to the line, as they are typed.
     flags: dict[str, object] = {
@@ -144,11 +144,11 @@ def _foreign_facts(
 
     # All that the import would check, without writing anything.
     try:
-        imported = converted(source, options)
-        network = network_of(imported.encoder, imported.crop_size_vox, imported.num_input_channels)
-        tensors = checked_tensors(network, imported.tensors, "the file")
+        imported = checked(converted(source, options))
     except WeightsError as error:
         facts = [*head, ("cannot be imported", str(error)), *_shape_facts(source.tensors)]
+        if source.kind == TRAINED:
+            return facts, trained_model_next(source)
         return facts, f"{import_line} (after this problem is solved)"
 
     encoder = imported.encoder
@@ -162,7 +162,7 @@ def _foreign_facts(
         ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
         ("normalisation", normalization),
         ("licence", _licences(imported.licences)),
-        *_shape_facts(tensors),
+        *_shape_facts({**imported.tensors, **imported.decoder}),
         *[("note", note) for note in imported.notes],
     ]
     return facts, import_line

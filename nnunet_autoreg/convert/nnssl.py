@@ -19,7 +19,15 @@ from nnunet_autoreg.convert.licences import licences_of, modalities_of
 from nnunet_autoreg.convert.source import WeightsFile, plain
 from nnunet_autoreg.convert.token_order import KEEP, OURS, PERMUTE, swap_plane_axes
 from nnunet_autoreg.errors import WeightsError
-from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, token_size_of
+from nnunet_autoreg.families import (
+    CLASS_PATHS,
+    PRIMUS,
+    PRIMUS_V2,
+    PRIMUS_V3,
+    RESENC,
+    family_of,
+    token_size_of,
+)
 from nnunet_autoreg.finetune.floats import as_float
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, grid_of, volume
 from nnunet_autoreg.model.card import EncoderCard
@@ -285,13 +293,8 @@ def _stripped(key: str, family: str) -> str:
 def _encoder(
     family: str, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ImportOptions
 ) -> EncoderPlan:
-    """Return the encoder that the plan and the weights describe.
-
-    It has the name of our encoder of the same size, else that of the family: the name decides which
-    learning rates are planned.
-    """
+    """Return the encoder that the plan and the weights describe."""
     class_name, stated = architecture_of(plan, "the file")
-    name = family
 
     if family == RESENC:
         usual = ENCODERS["resenc_l"].arguments
@@ -305,27 +308,43 @@ def _encoder(
         # A preset states no arguments.
         arguments = dict(usual)
         if stated:
-            arguments = {key: _listed(stated.get(key)) for key in usual}
-        for known_name in ("resenc_tiny", "resenc_l"):
-            if ENCODERS[known_name].arguments == arguments:
-                name = known_name
+            arguments = {key: listed(stated.get(key)) for key in usual}
     else:
         arguments = _primus_arguments(family, class_name, stated, tensors, options)
-        sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
-        for size, known_sizes in PRIMUS_WIDTHS.items():
-            if known_sizes == sizes:
-                name = f"{family}_{size}"
 
     class_path = CLASS_PATHS[family]
-    return EncoderPlan(name, class_path, arguments, token_size_of(class_path, arguments))
+    token_size = token_size_of(class_path, arguments)
+    return EncoderPlan(name_of(class_path, arguments), class_path, arguments, token_size)
 
 
-def _listed(value: Any) -> Any:
+def name_of(class_path: str, arguments: Mapping[str, Any]) -> str:
+    """Return the name of our encoder of the same size, else that of the family.
+
+    The name decides which learning rates are planned.
+
+    Raises:
+        PlanError: the class is of no known family.
+    """
+    family = family_of(class_path)
+    if family == RESENC:
+        for known_name in ("resenc_l", "resenc_tiny"):
+            if ENCODERS[known_name].arguments == arguments:
+                return known_name
+        return family
+
+    sizes = (arguments["embed_dim"], arguments["eva_depth"], arguments["eva_numheads"])
+    for size, known_sizes in PRIMUS_WIDTHS.items():
+        if known_sizes == sizes:
+            return f"{family}_{size}"
+    return family
+
+
+def listed(value: Any) -> Any:
     """Return a value with lists instead of tuples and 3 instead of 3.0, as in our plans."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (list, tuple)):
-        return [_listed(v) for v in value]
+        return [listed(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -417,7 +436,7 @@ def _primus_arguments(
     }
     for key in PRIMUS_OPTIONS:
         if stated.get(key) is not None:
-            arguments[key] = _listed(stated[key])
+            arguments[key] = listed(stated[key])
     return arguments
 
 

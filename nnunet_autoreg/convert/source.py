@@ -3,9 +3,12 @@
 import json
 import logging
 import shlex
-from collections.abc import Mapping
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +25,11 @@ log = logging.getLogger(__name__)
 RUN, NNSSL, AR_SSL4M = "run", "nnssl", "AR-SSL4M"
 NO_PLAN, UNKNOWN = "checkpoint without a plan", "unknown"
 TRAINED = "trained nnU-Net model"
+ARCHIVE_SUFFIX, FOLD = ".zip", "fold_"
+MAX_UNPACKED = 2**35
+"""Bytes of the largest checkpoint that is unpacked from an archive."""
+MODEL_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
+"""Checkpoints of a trained nnU-Net model, the most useful first."""
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
@@ -41,6 +49,7 @@ class WeightsFile:
         plan: nnssl's adaptation plan that the file holds, or None.
         plan_beside: nnssl's adaptation plan from ``adaptation_plan.json``, or None.
         rest: everything else that the file holds.
+        member: name of the checkpoint inside an archive; "" where ``file`` is the checkpoint.
     """
 
     kind: str
@@ -49,6 +58,7 @@ class WeightsFile:
     plan: dict[str, Any] | None = None
     plan_beside: dict[str, Any] | None = None
     rest: dict[str, Any] = field(default_factory=dict)
+    member: str = ""
 
     @property
     def adaptation_plan(self) -> dict[str, Any]:
@@ -83,7 +93,11 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
     if file.name == WEIGHTS_NAME and (file.parent / CARD_NAME).is_file():
         return WeightsFile(RUN, file)
 
-    content = read_content(file)
+    member = ""
+    if file.suffix == ARCHIVE_SUFFIX:
+        content, member = _read_archive(file)
+    else:
+        content = read_content(file)
     if plan_file is not None and not plan_file.is_file():
         raise WeightsError(f"--adaptation-plan {plan_file} does not exist", code="weights-missing")
     beside = plan_file or file.parent / ADAPTATION_NAME
@@ -114,7 +128,7 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
         if is_ar_ssl4m(tensors):
             return WeightsFile(AR_SSL4M, file, tensors, rest=others)
         if plan is None and key == WEIGHTS_KEY and is_trained:
-            return WeightsFile(TRAINED, file, tensors, rest=rest)
+            return WeightsFile(TRAINED, file, tensors, rest=rest, member=member)
         if plan is not None or plan_beside is not None:
             return WeightsFile(NNSSL, file, tensors, plan, plan_beside, rest)
         kind = NO_PLAN if key == WEIGHTS_KEY else UNKNOWN
@@ -134,6 +148,11 @@ def _weights_of(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
 
+    # The folder of a trained nnU-Net model has a folder for each fold.
+    relative = [file.relative_to(path).as_posix() for file in path.glob(f"{FOLD}*/*.pth")]
+    if relative:
+        return path / checkpoint_of_model(relative, path)
+
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
         names = names_text([file.name for file in found], MAX_NAMES)
@@ -143,6 +162,78 @@ def _weights_of(path: Path) -> Path:
             code="weights-ambiguous",
         )
     return found[0]
+
+
+def checkpoint_of_model(names: Iterable[str], where: Path) -> str:
+    """Return the name of the checkpoint that stands for a trained nnU-Net model.
+
+    It is the final one, or else the best one, of the fold ``all`` or else of the lowest fold.
+
+    Args:
+        names: of files, with slashes, below the model's folder or in an archive.
+
+    Raises:
+        WeightsError: there is no checkpoint of a fold (code "weights-missing"), or there are
+            several models (code "weights-ambiguous").
+    """
+    candidates: dict[tuple[int, int], str] = {}
+    models = set()
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        fold = path.parent.name.removeprefix(FOLD)
+        if path.name not in MODEL_CHECKPOINTS or not path.parent.name.startswith(FOLD):
+            continue
+        models.add(path.parent.parent.as_posix())
+        # "all" comes before every number.
+        number = int(fold) if fold.isdecimal() else -1
+        candidates[MODEL_CHECKPOINTS.index(path.name), number] = name
+
+    if not candidates:
+        raise WeightsError(
+            f"{where} holds no {' or '.join(MODEL_CHECKPOINTS)} of a fold; give the folder or the "
+            "zip of a trained nnU-Net model",
+            code="weights-missing",
+        )
+    if len(models) > 1:
+        raise WeightsError(
+            f"{where} holds {len(models)} models ({names_text(sorted(models), MAX_NAMES)}); unpack "
+            "it, and give the folder of one of them",
+            code="weights-ambiguous",
+        )
+    return candidates[min(candidates)]
+
+
+def _read_archive(file: Path) -> tuple[dict[str, Any], str]:
+    """Return the content and the name of the checkpoint in a zip of a trained nnU-Net model.
+
+    Nothing else is unpacked, and the name inside the archive is no path on the disk.
+
+    Raises:
+        WeightsError: the archive is damaged or far too large (code "weights-unreadable"), holds no
+            checkpoint or several models, or its checkpoint cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = Path(folder) / CHECKPOINT_NAME
+        try:
+            with zipfile.ZipFile(file) as archive:
+                member = checkpoint_of_model(archive.namelist(), file)
+                if archive.getinfo(member).file_size > MAX_UNPACKED:
+                    raise OSError(f"{member} is larger than any checkpoint")
+                with archive.open(member) as source, unpacked.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+            raise WeightsError(
+                f"{file} cannot be unpacked ({error}); export the model again",
+                code="weights-unreadable",
+            ) from error
+
+        try:
+            content = read_content(unpacked)
+        except WeightsError as error:
+            # The user does not know the unpacked file.
+            message = str(error).replace(str(unpacked), f"{file} ({member})")
+            raise WeightsError(message, code=error.code) from error
+    return content, member
 
 
 def read_content(file: Path) -> dict[str, Any]:
@@ -232,10 +323,7 @@ def trained_model_line(source: WeightsFile) -> str:
         named.get("dataset_name"),
     )
     description = ", ".join(str(part)[:80] for part in parts if part)
-    return (
-        f"a trained nnU-Net model ({description}): it segments already and is not a pretrained "
-        "encoder"
-    )
+    return f"a trained nnU-Net model ({description})"
 
 
 def trained_model_next(source: WeightsFile) -> str:

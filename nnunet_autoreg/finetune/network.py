@@ -12,8 +12,12 @@ from torch import nn
 from nnunet_autoreg.finetune.block import AutoregBlock, check_arguments, check_class
 from nnunet_autoreg.model import encoders
 
-GUARD_CLASS = f"{__name__}.PlannedForAutoregTrainers"
-"""The value of ``network_class_name`` in our plans."""
+GUARD_NAME = "PlannedForAutoregTrainers"
+GUARD_CLASS = f"nnunet_autoreg.finetune.network.{GUARD_NAME}"
+"""The value of ``network_class_name`` in our plans.
+
+Plans outlive code, so this name must never change: the class stays importable from here.
+"""
 NOT_ARGUMENTS = ("class_path", "input_shape", "drop_path_rate")
 """Keys of ``arch_kwargs`` that are not arguments of the network itself."""
 

@@ -17,7 +17,9 @@ from nnunet_autoreg.geometry import Spacing, size_text, spacing_ratio
 from nnunet_autoreg.model.card import (
     CARD_NAME,
     IMPORTED,
+    NO_VERDICT,
     NO_WEIGHTS,
+    NOT_LEARNT,
     RUNS_FOLDER,
     WEIGHTS_NAME,
     EncoderCard,
@@ -114,7 +116,11 @@ def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -
         )
 
     # The user may know better than these rules: they only warn.
-    doubts = (_objection_to_modality(card, dataset), _objection_to_spacing(card, dataset))
+    doubts = (
+        objection_to_verdict(card),
+        _objection_to_modality(card, dataset),
+        _objection_to_spacing(card, dataset),
+    )
     warnings = tuple(f"{card.name}: {doubt}" for doubt in doubts if doubt)
     return Choice(card, file, f"{VARIABLE}={setting}", warnings=warnings)
 
@@ -160,7 +166,7 @@ def locate(results: Path, setting: str, given_as: str = f"{VARIABLE}=") -> Path:
                 code="weights-unfinished",
             )
 
-    names = [folder.name for folder in _run_folders(results)]
+    names = [folder.name for folder in finished_runs(results)]
     if names:
         advice = did_you_mean(setting, names)
     else:
@@ -192,7 +198,7 @@ def ignored_setting(results: Path, planned: PlannedWeights, setting: str | None)
     )
 
 
-def _run_folders(results: Path) -> Iterator[Path]:
+def finished_runs(results: Path) -> Iterator[Path]:
     """Yield the folders of finished runs, by name."""
     home = results / RUNS_FOLDER
     if not home.is_dir():
@@ -204,10 +210,42 @@ def _run_folders(results: Path) -> Iterator[Path]:
             yield folder
 
 
+LIST_HEAD = ("name", "encoder", "modalities", "spacing", "scans", "finished", "verdict")
+
+
+def list_runs(results: Path) -> list[tuple[str, ...]]:
+    """Return one row for each encoder that a plan can use, by name; columns as ``LIST_HEAD``."""
+    rows = []
+    for folder in finished_runs(results):
+        try:
+            card = read_card(folder)
+        except WeightsError as error:
+            rows.append((folder.name, f"cannot be read: {error}"))
+            continue
+
+        is_imported = IMPORTED in card.extra
+        verdict = "imported, used by name only"
+        if not is_imported:
+            verdict = (card.verdict or NO_VERDICT).outcome
+            verdict += ", used by name only" if objection_to_verdict(card) else ""
+        rows.append(
+            (
+                card.name,
+                card.encoder,
+                "/".join(card.modalities),
+                _mm(card.spacing_mm),
+                "-" if is_imported else str(card.num_scans),
+                card.finished_at[:10],
+                verdict,
+            )
+        )
+    return rows
+
+
 def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
     cards: list[tuple[EncoderCard, Path]] = []
     rejected: list[str] = []
-    for folder in _run_folders(results):
+    for folder in finished_runs(results):
         try:
             cards.append((read_card(folder), folder / WEIGHTS_NAME))
         except WeightsError as error:
@@ -245,7 +283,8 @@ def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | No
         return f"imported weights are used by name only: export {VARIABLE}={card.name}"
 
     found = (
-        _objection_to_network(card)
+        _objection_by_name_only(card)
+        or _objection_to_network(card)
         or _objection_to_modality(card, dataset)
         or _objection_to_channels(card, dataset)
         or _objection_to_spacing(card, dataset)
@@ -261,6 +300,31 @@ def objection(card: EncoderCard, file: Path, dataset: DatasetTraits) -> str | No
     except WeightsError as error:
         return str(error)
     return None
+
+
+def objection_to_verdict(card: EncoderCard) -> str | None:
+    """Return why a run is used by name only, or None if the planner may choose it.
+
+    Cards without a verdict are from earlier releases: their encoders are used.
+    """
+    verdict = card.verdict
+    if verdict is None:
+        return None
+    if verdict.outcome == NOT_LEARNT:
+        return verdict.message
+    if card.num_scans < verdict.min_scans:
+        return (
+            f"pretrained on {card.num_scans} scans, fewer than the {verdict.min_scans} of its "
+            "plan (data.min_scans)"
+        )
+    return None
+
+
+def _objection_by_name_only(card: EncoderCard) -> str | None:
+    reason_against = objection_to_verdict(card)
+    if reason_against is None:
+        return None
+    return f"{reason_against}; to use it all the same: export {VARIABLE}={card.name}"
 
 
 def _objection_to_network(card: EncoderCard) -> str | None:

@@ -48,6 +48,44 @@ class Adaptation:
     keys_to_decoder: tuple[str, ...] = ()
 
 
+LEARNT, NOT_LEARNT, UNKNOWN = "learnt", "not learnt", "unknown"
+"""Outcomes of a ``Verdict``."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What validation showed about a run.
+
+    Attributes:
+        outcome: "learnt", "not learnt" or "unknown".
+        reason: the figures that decided, for the user.
+        errors: validation error "error", and that of each trivial prediction by its name. Empty
+            without validation scans.
+        probe: balanced accuracy of telling labels apart from "features", from raw "voxels", and by
+            "chance". Empty without labels.
+        num_validation_scans: scans that were kept out of training.
+        min_scans: encoders of fewer scans are used by name only.
+    """
+
+    outcome: str
+    reason: str
+    errors: dict[str, float] = field(default_factory=dict)
+    probe: dict[str, float] = field(default_factory=dict)
+    num_validation_scans: int = 0
+    min_scans: int = 0
+
+    @property
+    def message(self) -> str:
+        """Return outcome and reason in one line."""
+        return f"{self.outcome}: {self.reason}"
+
+
+NO_VERDICT = Verdict(
+    UNKNOWN, "its card has no verdict, because it was written before there was one"
+)
+"""Of encoders from earlier releases."""
+
+
 @dataclass(frozen=True)
 class EncoderCard:
     """The contract between pretraining and fine-tuning.
@@ -76,6 +114,8 @@ class EncoderCard:
             largest group.
         normalization: nnU-Net's name of the normalisation of every channel. None: nnU-Net's choice
             per channel (CT by the window, all others z-scored).
+        verdict: what validation showed; None for weights that were not pretrained here, or by an
+            earlier release.
     """
 
     name: str
@@ -100,6 +140,7 @@ class EncoderCard:
     extra: dict[str, Any] = field(default_factory=dict)
     spacing_groups: tuple[SpacingGroup, ...] = ()
     normalization: str | None = None
+    verdict: Verdict | None = None
 
     @property
     def has_decoder(self) -> bool:

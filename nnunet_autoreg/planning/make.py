@@ -4,9 +4,10 @@ out. Pure, and torch-free.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from nnunet_autoreg.families import has_transformer
+from nnunet_autoreg.families import has_transformer, token_size_of
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.machine import GIB
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
@@ -138,6 +139,13 @@ def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
     return float(f"{rate:.3g}"), reason
 
 
+def why_min_scans(min_scans: int, num_scans: int) -> str:
+    """Return the reason for the number of scans below which an encoder is used by name only."""
+    if num_scans < min_scans:
+        return f"{num_scans} scans are fewer, so fine-tuning uses this encoder only if it is named"
+    return "a handful of scans teaches too little for an encoder to be used without being named"
+
+
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
     """Return target spacings and the reasons.
 
@@ -201,6 +209,9 @@ def make_plan(
     if why_encoder != BY_USER:
         chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
     encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
+    if overrides.arguments is not None:
+        token_size = token_size_of(encoder.class_path, overrides.arguments)
+        encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
     encoder, why_token = with_tokens(
         encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
     )
@@ -236,7 +247,11 @@ def make_plan(
 
     compiles, why_compile = choose_compile(steps, overrides.num_hours)
 
-    reasons = {**why_data, "encoder.name": why_encoder}
+    reasons = {
+        **why_data,
+        "data.min_scans": why_min_scans(data.min_scans, pool.num_scans),
+        "encoder.name": why_encoder,
+    }
     if why_token:
         reasons["encoder.token_size_vox"] = why_token
     reasons |= {

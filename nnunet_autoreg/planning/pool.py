@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
 from nnunet_autoreg.geometry import Size, Spacing, size_text, volume
@@ -80,6 +81,7 @@ class Overrides:
     Attributes:
         token_size_vox: of the weights that training starts from, or of arguments that the user set;
             None is planned.
+        arguments: of the network of the CNN that training starts from; None is planned.
         single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset
             faithful``).
     """
@@ -91,6 +93,7 @@ class Overrides:
     num_hours: float | None = None
     single_tokens: bool = False
     token_size_vox: Size | None = None
+    arguments: dict[str, Any] | None = None
 
 
 def pool_of(fingerprint: Fingerprint) -> Pool:

@@ -26,6 +26,7 @@ from nnunet_autoreg.pretrain.distributed import (
     full_tensors,
     shard_like,
 )
+from nnunet_autoreg.pretrain.starting_point import starting_point
 from nnunet_autoreg.pretrain.training_step import LossSpikeGuard
 from nnunet_autoreg.sampling.pool import SamplingPool
 
@@ -207,8 +208,11 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def initial_weights(plan: Plan) -> tuple[Path, EncoderCard] | None:
+def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None:
     """Return the verified file that ``--init`` named, and its card; None if it named none.
+
+    Args:
+        folder: of the run, which holds weights that were imported from another project.
 
     Raises:
         WeightsError: either is missing or damaged.
@@ -216,19 +220,19 @@ def initial_weights(plan: Plan) -> tuple[Path, EncoderCard] | None:
     source = plan.request.get("init")
     if not source:
         return None
-    weights = Path(str(source))
+    weights = starting_point(Path(str(source)), folder)
     card = read_card(weights.parent)
     verify_weights(weights, card.sha256)
     return weights, card
 
 
-def check_initial_weights(plan: Plan) -> None:
+def check_initial_weights(plan: Plan, folder: Path) -> None:
     """Refuse weights named by ``--init`` that this plan cannot start from.
 
     Raises:
         WeightsError: they are missing, damaged, or of another encoder.
     """
-    named = initial_weights(plan)
+    named = initial_weights(plan, folder)
     if named is None:
         return
     from nnunet_autoreg.finetune.load import check_same_encoder, read_tensors
@@ -238,13 +242,13 @@ def check_initial_weights(plan: Plan) -> None:
     read_tensors(weights)
 
 
-def load_initial_weights(network: nn.Module, plan: Plan) -> None:
+def load_initial_weights(network: nn.Module, plan: Plan, folder: Path) -> None:
     """Load the weights that ``--init`` named into the fresh encoder.
 
     Raises:
         WeightsError: they are damaged, or of another encoder.
     """
-    named = initial_weights(plan)
+    named = initial_weights(plan, folder)
     if named is None:
         return
     from nnunet_autoreg.finetune.load import Target, load_encoder

@@ -5,7 +5,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.model.card import WEIGHTS_NAME, Adaptation, EncoderCard
+from nnunet_autoreg.model.card import WEIGHTS_NAME, Adaptation, EncoderCard, Verdict
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import sha256_of
@@ -17,12 +17,14 @@ def export_encoder(
     objective: Objective,
     rows: Sequence[ScanRow],
     licences: dict[str, str],
+    verdict: Verdict,
 ) -> EncoderCard:
     """Write the encoder's weights, then its card, which marks the run as finished.
 
     Args:
         rows: the scans of the run, validation scans included.
         licences: dataset -> licence text.
+        verdict: what validation showed.
     """
     from nnunet_autoreg.finetune.load import write_tensors
 
@@ -52,6 +54,7 @@ def export_encoder(
         num_steps=plan.optim.num_steps,
         finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         sha256=sha256_of(weights),
+        verdict=verdict,
     )
     card.save(folder)
     return card

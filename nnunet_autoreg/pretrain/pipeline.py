@@ -27,6 +27,7 @@ from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.machine import has_bf16, num_processes
+from nnunet_autoreg.model.card import NO_VERDICT, EncoderCard, read_card
 from nnunet_autoreg.phases import phase, signs_of_life
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
@@ -36,19 +37,27 @@ from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.launcher import Launcher
 from nnunet_autoreg.pretrain.preprocessing import remove_failed, split, usable_rows
 from nnunet_autoreg.pretrain.preview import draw_preview
-from nnunet_autoreg.pretrain.request import Request, check_inputs, overrides_of, with_presets
+from nnunet_autoreg.pretrain.request import (
+    Request,
+    check_inputs,
+    check_paths,
+    overrides_of,
+    with_presets,
+)
 from nnunet_autoreg.pretrain.run_folder import (
     INDEX_NAME,
     continued_plan,
     has_plan,
     index_of,
     is_finished,
+    is_planned_anew,
     locked,
     log_file,
     run_folder,
     write_plan,
 )
 from nnunet_autoreg.pretrain.sampling_pool import make_sampling_pools, plan_with_sequences
+from nnunet_autoreg.pretrain.starting_point import prepare_starting_point
 from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
@@ -94,13 +103,17 @@ def pretrain(
 
     began = time.monotonic()
     with stoppable(), signs_of_life(), locked(folder), log_file(folder):
-        is_new = not has_plan(folder)
+        is_new = not has_plan(folder) or is_planned_anew(folder, request)
         if not is_new:
             plan, rows = continue_run(folder, request)
         else:
-            check_inputs(request)
+            check_paths(request)
+            card = None
+            if request.init:
+                card = prepare_starting_point(Path(request.init), folder)
+            check_inputs(request, card)
             index = index_inputs(folder, request)
-            plan, rows = plan_run(folder, request, index, device)
+            plan, rows = plan_run(folder, request, index, device, card)
 
         for line in start_lines(folder, plan, rows, device, is_new):
             log.info(line)
@@ -113,7 +126,8 @@ def pretrain(
 
         if not finished:
             preprocess_and_train(folder, plan, rows, device, launcher or Launcher())
-        for line in end_lines(folder, plan, len(rows), time.monotonic() - began):
+        verdict = read_card(folder).verdict or NO_VERDICT
+        for line in end_lines(folder, plan, len(rows), time.monotonic() - began, verdict):
             log.info(line)
         return Outcome(folder, True)
 
@@ -193,9 +207,12 @@ def log_counts(rows: Sequence[ScanRow], index_file: Path) -> None:
 
 
 def plan_run(
-    folder: Path, request: Request, index: Index, device: str
+    folder: Path, request: Request, index: Index, device: str, card: EncoderCard | None = None
 ) -> tuple[Plan, list[ScanRow]]:
     """Return the plan, which is written to ``plan.json``, and the usable scans.
+
+    Args:
+        card: of the weights that ``--init`` names.
 
     Raises:
         UsageError: the scans cannot give what the user typed.
@@ -212,7 +229,7 @@ def plan_run(
             request.name,
             pool_of(summary),
             hardware_of(device, request.gpu_memory_gib),
-            overrides_of(request),
+            overrides_of(request, card),
             request.seed,
             to_jsonable(request),
             partial(step_memory, half=has_bf16(device)),
@@ -223,7 +240,7 @@ def plan_run(
         plan = with_presets(plan, request)
         plan = check(override(plan, list(request.settings)))
         check_network(plan)
-        check_initial_weights(plan)
+        check_initial_weights(plan, folder)
 
         write_json(folder / "fingerprint.json", summary)
         draw_fingerprint(folder / "fingerprint.png", summary, rows, plan)
@@ -257,6 +274,7 @@ def preprocess_and_train(
         from nnunet_autoreg.pretrain.dry_run import memory_errors_in_one_line
         from nnunet_autoreg.pretrain.probe import labelled_crops
         from nnunet_autoreg.pretrain.training_job import TrainingJob, fit_to_device, run_main
+        from nnunet_autoreg.pretrain.validation import verdict_of
 
     # A batch that the processes cannot share is refused before hours of preprocessing.
     process_share(plan.optim.batch_size, 0, launcher.launch.size)
@@ -289,5 +307,11 @@ def preprocess_and_train(
         with phase("exporting the encoder"):
             trainer.require_folder()
             licences = read_licences(folder)
-            export_encoder(folder, trainer.plan, trainer.objective, rows, licences)
+            verdict = verdict_of(
+                trainer.health,
+                len(rows),
+                len(validation),
+                plan.data.min_scans,
+            )
+            export_encoder(folder, trainer.plan, trainer.objective, rows, licences, verdict)
         world.wait()

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.families import RESENC, family_of
 from nnunet_autoreg.geometry import Size, as_size
-from nnunet_autoreg.model.card import WEIGHTS_NAME, check_run_name, read_card
+from nnunet_autoreg.model.card import EncoderCard, check_run_name
 from nnunet_autoreg.objective_kinds import objective_kinds, presets, with_objective
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, KINDS, Plan, literal, override
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
+from nnunet_autoreg.pretrain.starting_point import plannable_name
 
 
 @dataclass(frozen=True)
@@ -137,19 +139,22 @@ class Request:
             )
 
 
-def check_inputs(request: Request) -> None:
+def check_inputs(request: Request, card: EncoderCard | None = None) -> None:
     """Refuse what can be refused before any scan is read.
+
+    Args:
+        card: of the weights that ``--init`` names.
 
     Raises:
         UsageError: a path does not exist, or a setting is unknown or mistyped.
     """
     parse_kinds(request.sequences)
-    _check_paths(request)
+    check_paths(request)
 
     # A plan for one imaginary scan shows whether the settings have known names and fitting types.
     one_scan = Pool(1, (1.0, 1.0, 1.0), (64, 64, 64), 64**3, None)
     hardware = Hardware("cpu", 1.0)
-    overrides = overrides_of(request)
+    overrides = overrides_of(request, card)
 
     # Which family will suit the scans is not known yet, and a setting may be of either.
     is_open = overrides.encoder == "auto"
@@ -173,7 +178,12 @@ def check_inputs(request: Request) -> None:
     raise errors[-1]
 
 
-def _check_paths(request: Request) -> None:
+def check_paths(request: Request) -> None:
+    """Refuse inputs that do not exist.
+
+    Raises:
+        UsageError: a path does not exist, or is neither a file nor a folder.
+    """
     paths = [("-i", folder) for folder in request.folders]
     paths += [
         ("--exclude", request.exclude or ""),
@@ -191,12 +201,6 @@ def _check_paths(request: Request) -> None:
             raise UsageError(
                 f"{flag} {path}: is neither a file nor a folder", code="request-path-kind"
             )
-
-    if request.init and Path(request.init).is_dir():
-        raise UsageError(
-            f"--init {request.init}: is a folder; name the {WEIGHTS_NAME} in it",
-            code="request-path-kind",
-        )
 
 
 def parse_kinds(words: Sequence[str]) -> dict[str, float]:
@@ -245,20 +249,23 @@ def with_presets(plan: Plan, request: Request) -> Plan:
     return preset.apply(plan, [key for key, value in typed.items() if value])
 
 
-def overrides_of(request: Request) -> Overrides:
+def overrides_of(request: Request, card: EncoderCard | None = None) -> Overrides:
     """Return the values that the user fixed and that must not be planned.
 
-    The encoder and its token size are those of ``--init``'s weights where none is named. The batch
-    size of a preset is included, because the number of steps follows from it.
-    """
-    card = read_card(Path(request.init).parent) if request.init else None
-    encoder = request.encoder
-    if card is not None and encoder == "auto":
-        encoder = card.encoder
+    The encoder and its token size are those of the weights that training starts from, where none
+    is named. The batch size of a preset is included, because the number of steps follows from it.
 
+    Args:
+        card: of the weights that ``--init`` names.
+    """
+    encoder, arguments = request.encoder, None
     token_size = typed_token_size(request.settings)
-    if token_size is None and card is not None and card.encoder == encoder:
-        token_size = card.token_size_vox
+    if card is not None and encoder in ("auto", plannable_name(card)):
+        encoder = plannable_name(card)
+        token_size = token_size or card.token_size_vox
+        # A CNN keeps the strides, kernels and depth that it was trained with.
+        if family_of(card.class_path) == RESENC:
+            arguments = card.arguments
 
     _, preset = presets()[request.preset] if request.preset else (None, None)
     preset_batch = None if preset is None else preset.batch_size
@@ -270,6 +277,7 @@ def overrides_of(request: Request) -> Overrides:
         num_hours=request.num_hours,
         single_tokens=preset is not None and preset.single_tokens,
         token_size_vox=token_size,
+        arguments=arguments,
     )
 
 

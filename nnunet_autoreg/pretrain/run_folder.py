@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,8 +28,12 @@ from nnunet_autoreg.records import (
 )
 
 PLAN_NAME, INDEX_NAME, LOCK_NAME = "plan.json", "scans.csv", ".lock"
+REPLACED_PLAN_NAME = "plan_replaced.json"
+
+log = logging.getLogger(__name__)
 
 MAY_CHANGE = {
+    "data": ("min_scans",),
     "optim": ("num_steps",),
     "run": ("sharding", "min_token_variance", "min_effective_rank", "max_collapsed"),
 }
@@ -150,6 +155,43 @@ def matching_plan(folder: Path, request: Request) -> Plan:
         UsageError: the request differs in anything else.
     """
     plan = read_plan(folder)
+    changes = _changed_settings(folder, plan, request)
+    if changes:
+        raise UsageError(
+            f"the run '{request.name}' exists with other settings ({'; '.join(changes)}); use "
+            "another --name, or type the line it was started with (only --steps may grow)",
+            code="run-other-settings",
+        )
+    return plan
+
+
+def is_planned_anew(folder: Path, request: Request) -> bool:
+    """Return whether a request with other settings replaces the plan on disk.
+
+    It does so until there is a checkpoint, because nothing was trained by the plan yet. The user
+    may have edited the old plan, so it is kept as ``plan_replaced.json``.
+    """
+    if checkpoint.exists(folder) or (folder / CARD_NAME).exists():
+        return False
+    changes = _changed_settings(folder, read_plan(folder), request)
+    if not changes:
+        return False
+
+    shutil.copy(folder / PLAN_NAME, folder / REPLACED_PLAN_NAME)
+    log.info(
+        "planning again with other settings (%s), as nothing was trained yet; the earlier plan is "
+        "kept in %s",
+        "; ".join(changes),
+        folder / REPLACED_PLAN_NAME,
+    )
+    return True
+
+
+def _changed_settings(folder: Path, plan: Plan, request: Request) -> list[str]:
+    """Return how a request differs from the one that the plan was made for.
+
+    A larger number of steps is no difference.
+    """
     before = from_jsonable(Request, plan.request, f"{folder / PLAN_NAME}: request")
     changes = differences(replace(before, **NO_LENGTH), replace(request, **NO_LENGTH))
 
@@ -163,14 +205,7 @@ def matching_plan(folder: Path, request: Request) -> Plan:
         # Compared with the plan's number, because the request may have left it to be planned.
         if before.num_steps != request.num_steps:
             changes.append(f"num_steps: {plan.optim.num_steps} -> {request.num_steps}")
-
-    if changes:
-        raise UsageError(
-            f"the run '{request.name}' exists with other settings ({'; '.join(changes)}); use "
-            "another --name, or type the line it was started with (only --steps may grow)",
-            code="run-other-settings",
-        )
-    return plan
+    return changes
 
 
 def continued_plan(folder: Path, request: Request) -> Plan:

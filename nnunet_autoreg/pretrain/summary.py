@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nnunet_autoreg.corpus.rows import OK, ScanRow
 from nnunet_autoreg.geometry import size_text
-from nnunet_autoreg.model.card import WEIGHTS_NAME
+from nnunet_autoreg.model.card import WEIGHTS_NAME, Verdict
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan
 from nnunet_autoreg.report.report import REPORT_NAME
 from nnunet_autoreg.wording import counted, duration
@@ -56,8 +56,10 @@ def start_lines(
     ]
 
 
-def end_lines(folder: Path, plan: Plan, num_scans: int, seconds: float) -> list[str]:
-    """Return what was done and where the results are, in three lines.
+def end_lines(
+    folder: Path, plan: Plan, num_scans: int, seconds: float, verdict: Verdict
+) -> list[str]:
+    """Return what was done, where the results are, and whether it has learnt, in four lines.
 
     Args:
         seconds: that this call took.
@@ -67,6 +69,7 @@ def end_lines(folder: Path, plan: Plan, num_scans: int, seconds: float) -> list[
         _line("finished", f"{steps} on {scans}; this call took {duration(seconds)}"),
         _line("weights", str(folder / WEIGHTS_NAME)),
         _line("report", str(folder / REPORT_NAME)),
+        _line("verdict", verdict.message),
     ]
 
 

@@ -59,7 +59,7 @@ def build_trainer(job: TrainingJob, world: World = ALONE, local_rank: int = 0) -
     torch.manual_seed(plan.run.seed)
     objective = build_objective(plan)
     if job.is_new:
-        load_initial_weights(objective.network, plan)
+        load_initial_weights(objective.network, plan, job.folder)
     num_loaders, _ = choose_loaders(plan, job.device, job.num_local)
     trainer = Trainer(
         plan,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
 from nnunet_autoreg.objective_kinds import FigureOfMerit
 from nnunet_autoreg.objectives.base import LossTerms, Objective, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
@@ -320,12 +321,7 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
         return warnings
 
     error = health.errors["error"]
-    not_beaten = []
-    for name, value in health.errors.items():
-        # A NaN is not below anything.
-        if name != "error" and not error < value:
-            what = health.figure.references.get(name, name)
-            not_beaten.append(f"'{what}' ({value:.4f})")
+    _, not_beaten = compared(health)
     if not_beaten or not math.isfinite(error):
         warnings.append(
             f"nothing learnt yet: the validation error {error:.4f} is not below "
@@ -339,6 +335,66 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
             "accuracy): train longer"
         )
     return warnings
+
+
+def compared(health: Health) -> tuple[list[str], list[str]]:
+    """Return the trivial predictions that the error is below, and those that it is not below."""
+    beaten, not_beaten = [], []
+    for name, value in health.errors.items():
+        if name == "error":
+            continue
+        what = f"'{health.figure.references.get(name, name)}' ({value:.4f})"
+        # A NaN is not below anything.
+        (beaten if health.errors["error"] < value else not_beaten).append(what)
+    return beaten, not_beaten
+
+
+def verdict_of(
+    health: Health | None, num_scans: int, num_validation_scans: int, min_scans: int
+) -> Verdict:
+    """Return whether a finished run has learnt something, with the figures.
+
+    A run has not learnt if its error is not below that of every trivial prediction. If it is, but
+    a classifier on the features is no better than one on raw voxels, the outcome is unknown. Where
+    the objective has no trivial prediction and ranks by the probe, the probe alone decides.
+
+    Args:
+        health: after the last step; None without validation scans.
+        num_scans: of the run, validation scans included.
+        min_scans: of the plan.
+    """
+    if health is None:
+        reason = f"no scan was left for validation; {num_scans} scans"
+        return Verdict(UNKNOWN, reason, min_scans=min_scans)
+
+    beaten, not_beaten = compared(health)
+    probe = health.probe
+    is_probe_better = probe is not None and probe["features"] > probe["voxels"]
+    error = f"the validation {health.figure.name} {health.errors['error']:.4f}"
+    if not_beaten:
+        outcome, reason = NOT_LEARNT, f"{error} is not below {' and '.join(not_beaten)}"
+    elif beaten:
+        outcome, reason = LEARNT, f"{error} is below {' and '.join(beaten)}"
+        if probe is not None and not is_probe_better:
+            outcome, reason = UNKNOWN, f"{reason}, but the probe disagrees"
+    else:
+        outcome, reason = UNKNOWN, f"{error} has nothing to be compared with"
+        if health.figure.ranks_by_probe and probe is not None:
+            outcome = LEARNT if is_probe_better else NOT_LEARNT
+
+    if probe is not None:
+        reason += (
+            f"; probe: balanced accuracy {probe['features']:.3f} from features, "
+            f"{probe['voxels']:.3f} from raw voxels"
+        )
+    return Verdict(
+        outcome,
+        f"{reason}; {num_scans} scans, {num_validation_scans} of them for validation",
+        dict(health.errors),
+        dict(probe or {}),
+        num_validation_scans,
+        min_scans,
+    )
 
 
 def collapse_messages(health: Health, run: RunPlan) -> list[str]:

@@ -1,23 +1,15 @@
-"""A real install: our wheel in fresh environments, beside nnU-Net installed normally and editable.
+"""A real install of our wheel, beside nnU-Net installed normally or editable."""
 
-The fresh environments borrow the heavy packages of the running one through a folder of links:
-``.pth`` files in such a folder are not executed, and nnunet-autoreg is left out of it, so that only
-what the test installs can make the bridge live.
-"""
-
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from fresh_environment import FreshEnvironment, fresh_environment, link_library
 
 from nnunet_autoreg import bridge
 
@@ -80,54 +72,8 @@ START = (
 )
 
 
-@dataclass(frozen=True)
-class Environment:
-    """A fresh virtual environment."""
-
-    root: Path
-
-    @property
-    def python(self) -> Path:
-        return self.root / ("Scripts" if os.name == "nt" else "bin") / "python"
-
-    @property
-    def site_packages(self) -> Path:
-        if os.name == "nt":
-            return self.root / "Lib" / "site-packages"
-        return (
-            self.root
-            / "lib"
-            / f"python{sys.version_info.major}.{sys.version_info.minor}"
-            / "site-packages"
-        )
-
-    def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        inherited = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("PYTHONPATH", "PYTHONHOME", bridge.SWITCH)
-        }
-        return subprocess.run(
-            [self.python, *arguments],
-            cwd=self.root,
-            env={**inherited, "OMP_NUM_THREADS": "1", **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def pip(self, *arguments: str | Path) -> None:
-        line = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            self.python,
-            "--disable-pip-version-check",
-            *arguments,
-        ]
-        done = subprocess.run(line, cwd=self.root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+class Environment(FreshEnvironment):
+    """A fresh virtual environment whose bridge is looked at."""
 
     def start(self, **variables: str) -> str:
         """Start the bare interpreter, which must be silent; report whether the hook is live, and
@@ -146,44 +92,12 @@ class Environment:
         return dict(json.loads(line.removeprefix(ANSWER)))
 
 
-def link_library(folder: Path, *without: str) -> Path:
-    """Links to every package of the running environment but ours and ``without``, and to no
-    ``.pth``.
-    """
-    folder.mkdir()
-    excluded = ("nnunet_autoreg", "__editable__", *without)
-    for library in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(library).iterdir():
-            if (
-                entry.suffix == ".pth"
-                or entry.name.lower().startswith(excluded)
-                or (folder / entry.name).is_symlink()
-            ):
-                continue
-            try:
-                (folder / entry.name).symlink_to(entry)
-            except OSError as error:
-                pytest.skip(f"this system makes no links ({error})")
-    return folder
-
-
 def make_environment(root: Path, library: Path) -> Environment:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root], check=True)
-    environment = Environment(root)
-    (environment.site_packages / "borrowed.pth").write_text(f"{library}\n")
-    return environment
+    return Environment(fresh_environment(root, library).root)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.find_spec("nnunetv2")
-    assert spec is not None
-    place = Path(next(iter(spec.submodule_search_locations or ())))
-    if place.parent not in (
-        Path(sysconfig.get_path("purelib")),
-        Path(sysconfig.get_path("platlib")),
-    ):
-        pytest.skip(f"nnunetv2 is not in this environment's own site-packages but in {place}")
     return link_library(tmp_path_factory.mktemp("borrowed") / "library")
 
 

@@ -2,11 +2,15 @@
 look at our use of it.
 """
 
+import ast
 import importlib
 import inspect
 from typing import Any
 
 import pytest
+
+from nnunet_autoreg.families import CLASS_PATHS
+from nnunet_autoreg.finetune.network import GUARD_CLASS
 
 pytestmark = pytest.mark.contract
 
@@ -28,7 +32,6 @@ SIGNATURES = {
     f"{TRAINER}.initialize": "self",
     f"{TRAINER}.on_train_start": "self",
     f"{TRAINER}.train_step": "self batch",
-    f"{TRAINER}.load_checkpoint": "self filename_or_checkpoint",
     f"{TRAINER}.configure_optimizers": "self",
     f"{TRAINER}.set_deep_supervision_enabled": "self enabled",
     f"{TRAINER}._get_deep_supervision_scales": "self",
@@ -102,6 +105,44 @@ def test_a_borrowed_signature_is_as_we_know_it(where: str) -> None:
 )
 def test_a_default_that_we_lean_on_is_as_we_know_it(where: str, name: str) -> None:
     assert inspect.signature(resolve(where)).parameters[name].default == DEFAULTS[where, name]
+
+
+def test_checkpoints_are_loaded_by_position() -> None:
+    # nnU-Net's master branch has renamed the argument, so nobody may rely on its name.
+    theirs = list(inspect.signature(resolve(f"{TRAINER}.load_checkpoint")).parameters)
+    source = inspect.getsource(importlib.import_module("nnunetv2.run.run_training"))
+    calls = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".load_checkpoint"):
+            calls.append(node)
+
+    assert theirs in (["self", "filename_or_checkpoint"], ["self", "checkpoint"])
+    assert calls and all(len(call.args) == 1 and not call.keywords for call in calls)
+    for module, name in (
+        ("autoreg_trainers", "AutoregPretrainedTrainer"),
+        ("autoreg_detection_trainers", "AutoregDetectionTrainer"),
+    ):
+        ours = resolve(f"nnunet_autoreg.trainers.{module}:{name}.load_checkpoint")
+        _, argument = inspect.signature(ours).parameters.values()
+        assert argument.kind is inspect.Parameter.POSITIONAL_ONLY
+
+
+def test_the_class_paths_that_plans_hold_never_change() -> None:
+    # Plans outlive the code that has written them. Add a path, but never change one.
+    frozen = {
+        "primus": "dynamic_network_architectures.architectures.primus.Primus",
+        "primus_v2": "dynamic_network_architectures.architectures.primus.PrimusV2",
+        "primus_v3": "dynamic_network_architectures.architectures.primus.PrimusV3",
+        "resenc": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "vit": "nnunet_autoreg.model.vit.ViT",
+    }
+    guard = "nnunet_autoreg.finetune.network.PlannedForAutoregTrainers"
+
+    assert frozen.items() <= CLASS_PATHS.items()
+    assert guard == GUARD_CLASS
+    for path in (*frozen.values(), guard):
+        module, _, name = path.rpartition(".")
+        assert isinstance(resolve(f"{module}:{name}"), type)
 
 
 def test_prediction_builds_the_network_without_a_trainer() -> None:

@@ -34,7 +34,13 @@ def home(tmp_path_factory, shared_data):
 
 def environment(home, results="nnUNet_results"):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-    settings = {"GOMP_SPINCOUNT": "1000", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+    settings = {
+        "GOMP_SPINCOUNT": "1000",
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": "1",
+        # The planner does not choose an encoder that has learnt nothing in two steps.
+        "autoreg_weights": "brain",
+    }
     folders = {
         "nnUNet_raw": "nnUNet_raw",
         "nnUNet_preprocessed": "nnUNet_preprocessed",

@@ -308,7 +308,14 @@ def test_a_cascade_of_cnns_starts_its_one_hot_channels_at_zero(
     log = project.train(configuration="3d_cascade_fullres", fold="all")
     assert "2 one-hot channels of the cascade start at 0" in log
 
-    weight = project.checkpoint(configuration="3d_cascade_fullres", fold="all")["network_weights"][
-        "encoder.stem.convs.0.conv.weight"
-    ]
-    assert weight.shape[1] == 3
+    saved = project.checkpoint(configuration="3d_cascade_fullres", fold="all")
+    assert saved["network_weights"]["encoder.stem.convs.0.conv.weight"].shape[1] == 3
+
+    # Both stages predict by nnU-Net's own trainer.
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    for configuration in ("3d_lowres", "3d_cascade_fullres"):
+        predictor = nnUNetPredictor(device=CPU)
+        folder = project.model(configuration=configuration)
+        predictor.initialize_from_trained_model_folder(str(folder), ("all",))
+        assert predictor.trainer_name == "nnUNetTrainer"

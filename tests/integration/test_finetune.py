@@ -15,6 +15,8 @@ import torch
 from few_cases import copy_cases
 from safetensors.torch import load_file
 
+from nnunet_autoreg.finetune.stock import needs_line
+
 pytestmark = pytest.mark.integration
 
 NAME = "Dataset004_Hippocampus"
@@ -192,7 +194,10 @@ def test_a_training_resumes_and_predicts_without_the_weights(
     assert "eva.pos_embed (positions 4x5x4 -> 5x7x5, trilinear)" in logs(project, trainer)
     assert (fold(project, trainer) / "validation" / "summary.json").is_file()
     assert list((fold(project, trainer) / "validation").glob("*.npz"))
+    assert needs_line(is_stock=False) in logs(project, trainer)
     first = checkpoint(project, trainer)
+    # nnU-Net's own trainer cannot build a transformer.
+    assert first["trainer_name"] == trainer
     given = load_file(project / "nnUNet_results/autoreg_pretraining/brain/encoder.safetensors")[
         "eva.blocks.0.attn.q_proj.weight"
     ]

@@ -19,9 +19,10 @@ from nnunet_autoreg.finetune.block import AutoregBlock, Recipe, check_block
 from nnunet_autoreg.finetune.channels import map_channels
 from nnunet_autoreg.finetune.families import decoder_first, recipe_values
 from nnunet_autoreg.finetune.load import Target, WeightTable, load_encoder
-from nnunet_autoreg.finetune.network import architecture_entry
+from nnunet_autoreg.finetune.network import GUARD_CLASS, architecture_entry
 from nnunet_autoreg.finetune.network import build_network as network_of_plan
 from nnunet_autoreg.finetune.resenc import reconciled
+from nnunet_autoreg.finetune.stock import runs_on_stock, stock_plans
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
@@ -382,6 +383,57 @@ def test_what_a_family_cannot_do_is_refused_by_name() -> None:
 
     with refused(PlanError, "plan-network-argument", "norm_op='subprocess.Popen'", "torch.nn"):
         check_block(AutoregBlock(evil, None, cnn), "AutoregPlans.json")
+
+
+def test_stock_plans_build_the_same_cnn_by_nnunets_own_function() -> None:
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    arguments, _ = reconciled(ANISOTROPIC, planned("resenc_tiny"))
+    arguments = {key: value for key, value in arguments.items() if key != "dropout_op"}
+    block = AutoregBlock(
+        planned("resenc_tiny"), None, Recipe(1, **recipe_values(planned("resenc_tiny")))
+    )
+    full = {
+        "normalization_schemes": ["ZScoreNormalization"],
+        "architecture": architecture_entry(block, (8, 24, 16), arguments),
+    }
+    plans = {"autoreg": {}, "configurations": {"3d_fullres": full, "mine": {"batch_size": 4}}}
+
+    stock = stock_plans(plans)
+
+    entry = stock["configurations"]["3d_fullres"]["architecture"]
+    assert entry["network_class_name"] == RESENC.class_path
+    built = get_network_from_plans(
+        entry["network_class_name"],
+        entry["arch_kwargs"],
+        entry["_kw_requires_import"],
+        1,
+        3,
+        deep_supervision=False,
+    )
+    ours = network_of_plan(block, (8, 24, 16), 1, 3, arguments)
+    shapes = {key: tuple(value.shape) for key, value in built.state_dict().items()}
+    assert shapes == {key: tuple(value.shape) for key, value in ours.state_dict().items()}
+    assert stock_plans(stock) == stock
+    assert stock["configurations"]["mine"] == {"batch_size": 4}
+    # The plans that it was made from are as before.
+    assert full["architecture"]["network_class_name"] == GUARD_CLASS
+
+
+@pytest.mark.parametrize(
+    ("encoder", "scheme", "expected"),
+    [
+        ("resenc_tiny", "ZScoreNormalization", True),
+        ("resenc_tiny", "AutoregPercentileNormalization", False),
+        ("primus_tiny", "ZScoreNormalization", False),
+    ],
+)
+def test_only_a_cnn_with_nnunets_normalisation_runs_on_stock_nnunet(
+    encoder: str, scheme: str, expected: bool
+) -> None:
+    plans = {"configurations": {"3d_fullres": {"normalization_schemes": [scheme]}, "mine": {}}}
+
+    assert runs_on_stock(planned(encoder).class_path, plans) == expected
 
 
 def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from refusals import refused
@@ -12,9 +13,11 @@ from nnunet_autoreg.finetune.resolve import (
     DatasetTraits,
     choose_weights,
     ignored_setting,
+    list_runs,
     locate,
     setting_of_environment,
 )
+from nnunet_autoreg.model.card import IMPORTED, LEARNT, NOT_LEARNT, UNKNOWN, Verdict
 from nnunet_autoreg.plan import SpacingGroup
 from nnunet_autoreg.records import sha256_of
 
@@ -58,6 +61,44 @@ def test_ct_needs_a_run_with_ct_and_axes_are_compared_sorted(
     choice = choose_weights(tmp_path, CT, None)
 
     assert choice.card is not None and choice.card.name == "both"
+
+
+NOT_BETTER = Verdict(NOT_LEARNT, "the validation error 1.2000 is not below 1.0000", min_scans=10)
+FINE = Verdict(LEARNT, "the validation error 0.5000 is below 1.0000", min_scans=10)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "num_scans", "values"),
+    [(NOT_BETTER, 50, ["not learnt", "1.2000"]), (FINE, 9, ["9 scans", "10", "data.min_scans"])],
+)
+def test_a_run_that_learnt_nothing_or_saw_few_scans_needs_a_name(
+    tmp_path: Path, write_run: Write, verdict: Verdict, num_scans: int, values: list[str]
+) -> None:
+    write_run(tmp_path, "weak", verdict=verdict, num_scans=num_scans)
+
+    with refused(WeightsError, "weights-none-suits", "export autoreg_weights=weak", *values):
+        choose_weights(tmp_path, MR, None)
+    named = choose_weights(tmp_path, MR, "weak")
+
+    assert named.card is not None and named.card.verdict == verdict
+    assert len(named.warnings) == 1
+    assert [value for value in values if value not in named.warnings[0]] == []
+
+
+def test_runs_with_a_good_or_unknown_or_without_a_verdict_are_chosen(
+    tmp_path: Path, write_run: Write
+) -> None:
+    unknown = Verdict(UNKNOWN, "no scan was left for validation", min_scans=10)
+    for number, verdict in enumerate((FINE, unknown, None), start=1):
+        # Cards of earlier releases do not say how many scans are enough.
+        num_scans = 10 if verdict else 3
+        date = f"2026-0{number}-01T00:00:00Z"
+        write_run(tmp_path, f"r{number}", finished_at=date, verdict=verdict, num_scans=num_scans)
+
+        choice = choose_weights(tmp_path, MR, None)
+
+        assert choice.card is not None
+        assert (choice.card.name, choice.card.verdict) == (f"r{number}", verdict)
 
 
 def test_several_channels_suit_one_but_not_another_number(tmp_path: Path, write_run: Write) -> None:
@@ -232,3 +273,45 @@ def test_the_nearest_spacing_of_the_same_modality_counts(tmp_path: Path, write_r
         choose_weights(
             tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None
         )
+
+
+def test_the_list_names_every_encoder_and_how_it_may_be_used(
+    tmp_path: Path, write_run: Write
+) -> None:
+    write_run(tmp_path, "good", verdict=FINE, num_scans=22, spacing_mm=(3.0, 1.0, 1.0))
+    write_run(tmp_path, "weak", verdict=NOT_BETTER)
+    write_run(tmp_path, "older", modalities=("CT", "MR"))
+    write_run(tmp_path, "theirs", extra={IMPORTED: {"file": "x"}}, num_scans=0)
+    (write_run(tmp_path, "broken") / "encoder.json").write_text("{")
+    (tmp_path / "autoreg_pretraining" / "unfinished").mkdir()
+
+    rows = {row[0]: row for row in list_runs(tmp_path)}
+
+    assert sorted(rows) == ["broken", "good", "older", "theirs", "weak"]
+    assert rows["good"] == (
+        "good", "primus_tiny", "MR", "3 x 1 x 1 mm", "22", "2026-01-01", "learnt"
+    )  # fmt: skip
+    assert rows["weak"][-1] == "not learnt, used by name only"
+    assert (rows["older"][2], rows["older"][-1]) == ("CT/MR", "unknown")
+    assert rows["theirs"][-3:] == ("-", "2026-01-01", "imported, used by name only")
+    assert "not valid JSON" in rows["broken"][1]
+
+
+def test_the_list_is_printed_in_columns(
+    tmp_path: Path, write_run: Write, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from nnunet_autoreg.cli.weights import main
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+
+    assert main(["list"]) == 0
+    nothing = capsys.readouterr().out.splitlines()
+    write_run(tmp_path, "a_long_name", verdict=FINE, num_scans=22)
+    write_run(tmp_path, "b")
+    assert main(["list"]) == 0
+    head, first, second, following = capsys.readouterr().out.splitlines()
+
+    assert nothing[-1].startswith("next: autoreg_pretrain")
+    column = head.index("verdict")
+    assert (first[column:], second[column:]) == ("learnt", "unknown")
+    assert following == "next: autoreg_weights inspect NAME"

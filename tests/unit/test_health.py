@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from narrow_cnn import batch_of, objective_of, plan_of
 
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.objective_kinds import FigureOfMerit
+from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
+from nnunet_autoreg.objective_kinds import FigureOfMerit, figure_of_merit
 from nnunet_autoreg.objectives.base import Objective, TokenFeatures, one_term
 from nnunet_autoreg.plan import RunPlan
 from nnunet_autoreg.pretrain.probe import (
@@ -31,6 +33,7 @@ from nnunet_autoreg.pretrain.validation import (
     effective_rank,
     health_warnings,
     token_variance,
+    verdict_of,
 )
 from nnunet_autoreg.sampling.sample import Sample, collate
 
@@ -89,6 +92,8 @@ GOOD = Health(
     {"features": 0.7, "voxels": 0.5, "chance": 0.33},
 )
 
+NAMED = {"copy": "copying the previous block", "mean": "predicting the mean"}
+
 
 def test_a_healthy_model_gives_no_warning_and_a_young_one_not_yet():
     assert health_warnings(GOOD, RUN, warm=True) == []
@@ -124,6 +129,61 @@ def test_a_health_warning_names_value_and_limit_in_one_line(changes, values):
 
     assert [value for value in values if value not in message] == []
     assert "\n" not in message
+
+
+def judged(health: Health | None, by_probe: bool = False) -> Verdict:
+    if health is not None:
+        figure = FigureOfMerit("error", "1", "", NAMED, ranks_by_probe=by_probe)
+        health = replace(health, figure=figure)
+    return verdict_of(health, num_scans=20, num_validation_scans=2, min_scans=10)
+
+
+def test_a_run_has_learnt_if_it_beats_all_references_and_raw_voxels():
+    verdict = judged(GOOD)
+
+    assert verdict.outcome == LEARNT
+    assert verdict.errors == {"error": 0.5, "mean": 1.0, "copy": 1.8}
+    assert verdict.probe == {"features": 0.7, "voxels": 0.5, "chance": 0.33}
+    assert (verdict.num_validation_scans, verdict.min_scans) == (2, 10)
+    figures = ["0.5000", "'predicting the mean' (1.0000)", "(1.8000)", "0.700", "20 scans"]
+    assert [value for value in figures if value not in verdict.message] == []
+
+
+@pytest.mark.parametrize("reference", ["mean", "copy"])
+def test_a_run_that_misses_one_reference_has_not_learnt(reference):
+    errors = {**GOOD.errors, reference: 0.5}
+
+    verdict = judged(replace(GOOD, errors=errors))
+
+    assert verdict.outcome == NOT_LEARNT
+    assert f"'{NAMED[reference]}' (0.5000)" in verdict.reason
+
+
+def test_without_validation_or_with_a_probe_against_it_it_is_unknown():
+    probe = {"features": 0.5, "voxels": 0.5, "chance": 0.33}
+
+    assert judged(None).outcome == UNKNOWN
+    assert judged(replace(GOOD, probe=probe)).outcome == UNKNOWN
+    assert judged(replace(GOOD, probe=None)).outcome == LEARNT
+    assert judged(replace(GOOD, errors={"error": 0.5})).outcome == UNKNOWN
+
+
+def test_an_objective_without_references_may_be_judged_by_the_probe():
+    alone = replace(GOOD, errors={"error": 0.5})
+    worse = replace(alone, probe={"features": 0.4, "voxels": 0.5, "chance": 0.33})
+
+    assert judged(alone, by_probe=True).outcome == LEARNT
+    assert judged(worse, by_probe=True).outcome == NOT_LEARNT
+    assert judged(replace(alone, probe=None), by_probe=True).outcome == UNKNOWN
+
+
+def test_every_objective_names_the_references_that_it_computes():
+    plans = [plan_of(), plan_of(prefix="fixed", name="masked")]
+
+    for plan in plans:
+        objective = objective_of(plan)
+        terms = objective.loss(batch_of(plan), references=True)
+        assert set(terms.references) == set(figure_of_merit(plan).references)
 
 
 def test_every_number_of_health_has_a_metric_that_the_report_knows():

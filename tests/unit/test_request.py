@@ -10,17 +10,25 @@ import pytest
 from refusals import refused
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.errors import PlanError, UsageError
+from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
+from nnunet_autoreg.model.card import CARD_NAME, read_card
+from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.pretrain.request import Request, overrides_of
-from nnunet_autoreg.pretrain.run_folder import PLAN_NAME, continued_plan
+from nnunet_autoreg.pretrain.run_folder import (
+    PLAN_NAME,
+    REPLACED_PLAN_NAME,
+    continued_plan,
+    is_planned_anew,
+)
+from nnunet_autoreg.pretrain.starting_point import prepare_starting_point
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
 
 REQUEST = Request("run", datasets=("4",))
 NEW_KEYS = {
-    "data": ("spacing_groups",),
+    "data": ("spacing_groups", "min_scans"),
     "optim": ("micro_batch_size",),
     "run": ("seconds_per_step",),
 }
@@ -30,12 +38,53 @@ NEW_REQUEST_KEYS = ("num_epochs", "num_hours", "gpu_memory_gib", "spacing")
 def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
-    request = replace(REQUEST, init=str(write_run(tmp_path, "brain") / "encoder.safetensors"))
+    folder = write_run(tmp_path, "brain")
+    card = prepare_starting_point(folder / "encoder.safetensors", tmp_path / "run")
 
-    assert (
-        overrides_of(REQUEST).encoder == "auto" and overrides_of(request).encoder == "primus_tiny"
+    assert prepare_starting_point(folder, tmp_path / "run") == card
+    assert overrides_of(REQUEST).encoder == "auto"
+    assert overrides_of(REQUEST, card).encoder == "primus_tiny"
+    assert overrides_of(replace(REQUEST, encoder="resenc_tiny"), card).encoder == "resenc_tiny"
+
+
+def test_a_cnn_to_start_from_keeps_its_strides_kernels_and_depth(
+    tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    arguments = {
+        **encoder_size("resenc_tiny").arguments,
+        "n_stages": 3,
+        "features_per_stage": [16, 32, 64],
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_blocks_per_stage": [1, 2, 2],
+        "n_conv_per_stage_decoder": [1, 1],
+    }
+    folder = write_run(
+        tmp_path,
+        "other",
+        encoder="resenc_tiny",
+        arguments=arguments,
+        token_size_vox=(2, 4, 4),
     )
-    assert overrides_of(replace(request, encoder="resenc_tiny")).encoder == "resenc_tiny"
+    # A trained nnU-Net model has no name of ours.
+    card = replace(read_card(folder), encoder="resenc")
+
+    overrides = overrides_of(REQUEST, card)
+    pool = Pool(9, (1.0, 1.0, 1.0), (32, 32, 32), 9 * 32**3, None)
+    plan = make_plan("run", pool, Hardware("cpu", 8.0), overrides, 0, {}, lambda *_: (0.0, 0.0))
+
+    assert plan.encoder.name == "resenc_tiny"
+    assert (plan.encoder.arguments, plan.encoder.token_size_vox) == (arguments, (2, 4, 4))
+
+
+def test_weights_of_unknown_widths_cannot_be_pretrained_further(
+    tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    card = read_card(write_run(tmp_path, "other", encoder="resenc_tiny"))
+    narrow = {**card.arguments, "features_per_stage": [8, 16, 32, 64]}
+
+    with refused(WeightsError, "weights-other-encoder", "autoreg_weights import"):
+        overrides_of(REQUEST, replace(card, encoder="resenc", arguments=narrow))
 
 
 def planned(folder: Path, request: Request) -> Plan:
@@ -121,6 +170,26 @@ def test_another_length_memory_or_spacing_is_another_run(
 
     with refused(UsageError, "run-other-settings", difference, "--name"):
         continued_plan(tmp_path, then)
+
+
+def test_a_plan_without_a_checkpoint_gives_way_to_other_settings(tmp_path: Path) -> None:
+    planned(tmp_path, REQUEST)
+    before = (tmp_path / PLAN_NAME).read_bytes()
+    other = replace(REQUEST, spacing="finest")
+
+    assert not is_planned_anew(tmp_path, REQUEST)
+    assert not is_planned_anew(tmp_path, replace(REQUEST, num_steps=150))
+    assert not (tmp_path / REPLACED_PLAN_NAME).exists()
+    assert is_planned_anew(tmp_path, other)
+    assert (tmp_path / REPLACED_PLAN_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("file", [checkpoint.LATEST_NAME, CARD_NAME])
+def test_a_plan_that_was_trained_by_keeps_its_settings(tmp_path: Path, file: str) -> None:
+    plan = planned(tmp_path, REQUEST)
+    checkpoint.save_checkpoint(tmp_path / file, {"plan": to_jsonable(plan)})
+
+    assert not is_planned_anew(tmp_path, replace(REQUEST, spacing="finest"))
 
 
 def without_new_keys(plan: Plan) -> dict[str, dict[str, object]]:

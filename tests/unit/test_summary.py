@@ -7,6 +7,7 @@ import pytest
 from sequence_cases import make_plan
 
 from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.model.card import LEARNT, Verdict
 from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
 
 PLAN = make_plan()
@@ -61,12 +62,12 @@ def test_the_start_is_told_in_six_lines(is_new, word):
     assert [value for value in values if value not in text] == []
 
 
-def test_the_end_names_time_and_files():
+def test_the_end_names_time_files_and_verdict():
     plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=1200))
 
-    lines = end_lines(Path("/results/brain"), plan, 1, 310.0)
+    lines = end_lines(Path("/results/brain"), plan, 1, 310.0, Verdict(LEARNT, "0.5 is below 1.0"))
 
-    assert len(lines) == 3
+    assert len(lines) == 4
     text = "\n".join(lines)
-    values = ("1,200 steps on 1 scan", "5 min", "encoder.safetensors", "report.html")
+    values = ("1,200 steps on 1 scan", "5 min", "encoder.safetensors", "report.html", "learnt: 0.5")
     assert [value for value in values if value not in text] == []

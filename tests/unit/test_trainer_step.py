@@ -3,11 +3,13 @@ supervision, resuming.
 """
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_autoreg.finetune.block import AutoregBlock, Recipe
 from nnunet_autoreg.finetune.families import recipe_values
@@ -45,6 +47,7 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
     )
     made = AutoregPretrainedTrainer.__new__(AutoregPretrainedTrainer)
     made.block = AutoregBlock(encoder, None, recipe)
+    made.is_stock_model = False
     torch.manual_seed(3)
     made.network = build_network(made.block, PATCH, 1, 2, deep_supervision=True)
     made.device, made.grad_scaler, made.loss = torch.device("cpu"), None, squared_error
@@ -202,3 +205,36 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
     assert seen == [False]
     assert file.read_text() == "weights"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.fixture
+def one_process_world(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, as each GPU of ``-num_gpus`` is in one."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'world'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_with_several_gpus_the_main_process_writes_the_stock_form(
+    tmp_path: Path, one_process_world: None, rank: int
+) -> None:
+    run = trainer()
+    run.network = DistributedDataParallel(run.network)
+    run.is_ddp, run.local_rank, run.is_stock_model = True, rank, True
+    run.disable_checkpointing, run.current_epoch, run._best_ema = False, 0, 0.5
+    run.my_init_kwargs, run.inference_allowed_mirroring_axes = {}, (0, 1, 2)
+    run.logger = type("Logger", (), {"get_checkpoint": lambda self: {}})()
+    own_class = type(run)
+    file = tmp_path / "checkpoint_final.pth"
+
+    run.save_checkpoint(str(file))
+
+    assert type(run) is own_class
+    assert file.exists() == (rank == 0)
+    if rank == 0:
+        saved = torch.load(file, weights_only=True)
+        assert saved["trainer_name"] == "nnUNetTrainer"
+        assert saved["network_weights"].keys() == run.unwrapped().state_dict().keys()

@@ -3,6 +3,8 @@ export of them.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from refusals import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nnunet_autoreg.convert.exporting import export_weights
+from nnunet_autoreg.convert.exporting import adaptation_plan, export_weights
 from nnunet_autoreg.convert.imported import ImportOptions, names_of
 from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.errors import WeightsError
@@ -535,10 +537,13 @@ def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
 def read_network(
     name: str, kwargs: dict[str, Any], plan: dict[str, Any], patch: list[int], class_count: int
 ) -> nn.Module:
-    from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
+    from dynamic_network_architectures.architectures.primus import Primus, PrimusS, PrimusV2
     from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
     channels = plan["pretrain_num_input_channels"]
+    if kwargs is None:
+        # As nnU-Net's master branch builds its presets.
+        return PrimusS(channels, class_count, (8, 8, 8), tuple(patch))
     if name == "ResidualEncoderUNet":
         imported = {
             k: nn.modules.conv.Conv3d
@@ -592,6 +597,8 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
         else:
             assert torch.equal(nnunet_features(read, volume), nnunet_features(network, volume))
     card, imported = import_weights(tmp_path / "out", "back", tmp_path, ImportOptions())
+    # A tensor of two names is counted once, as it is written.
+    assert imported.tensors.keys() == load_file(folder / "encoder.safetensors").keys()
     back = tmp_path / "autoreg_pretraining" / "back"
     assert (back / "encoder.safetensors").read_bytes() == (
         folder / "encoder.safetensors"
@@ -608,30 +615,51 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
     assert len(kept) == (0 if family == "resenc" else 1)
 
 
-def test_presets_are_named_by_their_shape_and_windows_are_kept(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("encoder", "changes", "expected"),
+    [
+        ("primus_s", {}, "PrimusS"),
+        ("primus_b", {}, "PrimusB"),
+        ("primus_m", {}, "PrimusM"),
+        ("primus_l", {}, "PrimusL"),
+        ("primus_tiny", {}, "PrimusX"),
+        ("primus_s", {"patch_embed_size": [4, 4, 4]}, "PrimusX"),
+        ("primus_s", {"init_values": None}, "PrimusX"),
+        ("primus_s", {"scale_attn_inner": False}, "PrimusX"),
+        ("primus_s", {"mlp_ratio": 4.0}, "PrimusX"),
+    ],
+)
+def test_an_encoder_has_the_name_of_a_preset_if_it_is_one(
+    tmp_path: Path, write_run: Callable[..., Path], encoder: str, changes: Any, expected: str
 ) -> None:
+    card = read_card(write_run(tmp_path, "made", (16, 16, 16)))
+    size = ENCODERS[encoder]
+    card = replace(
+        card, encoder=encoder, class_path=size.class_path, arguments={**size.arguments, **changes}
+    )
+
+    plan, warnings = adaptation_plan(card, {"down_projection.proj.weight": torch.zeros(1)})
+
+    described = plan["architecture_plans"]
+    assert described["arch_class_name"] == expected
+    assert (described["arch_kwargs"] is None) == (expected != "PrimusX")
+    assert len(warnings) == (1 if expected == "PrimusX" else 0)
+
+
+def test_a_preset_is_read_by_its_name_and_windows_are_kept(tmp_path: Path) -> None:
     from nnunet_autoreg.plan import IntensityWindow
 
     window = IntensityWindow(50.0, 100.0, 40.0, -900.0, 900.0, -800.0, 800.0)
-    arguments = {
-        **PRIMUS,
-        "embed_dim": 396,
-        "eva_depth": 12,
-        "eva_numheads": 6,
-        "init_values": None,
-        "scale_attn_inner": False,
-    }
-    folder = write_encoder(
-        tmp_path, random_network("primus", arguments), "primus", arguments, CROP, ct_window=window
-    )
+    arguments = ENCODERS["primus_s"].arguments
+    network = random_network("primus", arguments)
+    folder = write_encoder(tmp_path, network, "primus", arguments, CROP, ct_window=window)
+
     done = export_weights(folder / "encoder.safetensors", tmp_path / "out")
-    plan = json.loads((tmp_path / "out" / "adaptation_plan.json").read_text())
-    assert plan["architecture_plans"] == {
-        "arch_class_name": "PrimusS",
-        "arch_kwargs": None,
-        "arch_kwargs_requiring_import": None,
-    }
+
+    read = minimal_reader(tmp_path / "out")
+    volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(nnunet_features(read, volume), nnunet_features(network, volume))
     assert len(done.warnings) == 1 and "Hounsfield window of -800 to 800" in done.warnings[0]
     content = torch.load(done.files[0], weights_only=True)
     assert content["nnunet_autoreg"]["card"]["ct_window"]["mean"] == 50.0

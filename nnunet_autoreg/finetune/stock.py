@@ -1,0 +1,97 @@
+"""Write fine-tuned CNNs in the form of stock nnU-Net.
+
+A fine-tuned ResEnc is an ordinary ``ResidualEncoderUNet``. What a training leaves in nnU-Net's
+results folder therefore names nnU-Net's own trainer and network, so that the model predicts where
+nnunet-autoreg is not installed. Only the plans in the preprocessed folder keep the guard against
+nnU-Net's trainers, which would train without the pretrained weights.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from nnunet_autoreg import __version__
+from nnunet_autoreg.bridge import NORMALIZATIONS
+from nnunet_autoreg.families import CLASS_PATHS, RESENC
+from nnunet_autoreg.finetune.network import GUARD_NAME, own_arguments
+from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
+
+STOCK_TRAINER = "nnUNetTrainer"
+"""The trainer that nnU-Net builds the network with when it predicts."""
+
+
+def runs_on_stock(class_path: str, plans: Mapping[str, Any]) -> bool:
+    """Return whether nnU-Net alone can predict with a model of these plans.
+
+    The network must be nnU-Net's own, and so must every normalisation of the images.
+
+    Args:
+        class_path: of the network that the trainer builds.
+    """
+    if class_path != CLASS_PATHS[RESENC]:
+        return False
+    for configuration in plans["configurations"].values():
+        if not NORMALIZATIONS.keys().isdisjoint(configuration.get("normalization_schemes", [])):
+            return False
+    return True
+
+
+def stock_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plans whose networks are described as nnU-Net describes its own.
+
+    The ``"autoreg"`` block stays, because it says how the model was trained; nnU-Net ignores it.
+    Plans that are in this form already are returned as they are.
+
+    Args:
+        plans: for which ``runs_on_stock`` is true.
+    """
+    configurations = {}
+    for name, configuration in plans["configurations"].items():
+        # A configuration that inherits from another one may have no architecture of its own.
+        architecture = configuration.get("architecture", {})
+        configurations[name] = dict(configuration)
+        if _is_guarded(architecture):
+            stock = _stock_architecture(architecture["arch_kwargs"])
+            configurations[name]["architecture"] = stock
+    return {**plans, "configurations": configurations}
+
+
+def _is_guarded(architecture: Mapping[str, Any]) -> bool:
+    # The module of the guard had another name in earlier releases.
+    return str(architecture.get("network_class_name", "")).endswith(f".{GUARD_NAME}")
+
+
+def _stock_architecture(arch_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = own_arguments(arch_kwargs)
+    # nnU-Net imports the class of every argument that is listed, so all of them must be there.
+    for key in IMPORTED_ARGUMENTS:
+        arguments.setdefault(key, None)
+    return {
+        "network_class_name": CLASS_PATHS[RESENC],
+        "arch_kwargs": arguments,
+        "_kw_requires_import": list(IMPORTED_ARGUMENTS),
+    }
+
+
+@contextmanager
+def named_as_stock(trainer: Any) -> Iterator[None]:
+    """Let a trainer's class have the name of nnU-Net's own trainer inside the context.
+
+    nnU-Net writes the name of the class into the checkpoint, and prediction looks it up.
+    """
+    own = type(trainer)
+    trainer.__class__ = type(STOCK_TRAINER, (own,), {})
+    try:
+        yield
+    finally:
+        trainer.__class__ = own
+
+
+def needs_line(is_stock: bool) -> str:
+    """Return the line at the end of a training about what prediction needs."""
+    if is_stock:
+        return "prediction: this model needs stock nnU-Net only, not nnunet-autoreg"
+    return (
+        "prediction: this model needs nnunet-autoreg beside nnU-Net; on another machine, install "
+        f"it first: pip install nnunet-autoreg=={__version__}"
+    )
