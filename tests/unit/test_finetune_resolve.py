@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nnunet_autoreg.finetune.resolve import (
     locate,
     setting_of_environment,
 )
-from nnunet_autoreg.model.card import IMPORTED, LEARNT, NOT_LEARNT, UNKNOWN, Verdict
+from nnunet_autoreg.model.card import IMPORTED, LEARNT, NOT_LEARNT, UNKNOWN, Verdict, read_card
 from nnunet_autoreg.plan import SpacingGroup
 from nnunet_autoreg.records import sha256_of
 
@@ -273,6 +274,21 @@ def test_the_nearest_spacing_of_the_same_modality_counts(tmp_path: Path, write_r
         choose_weights(
             tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None
         )
+
+
+def test_the_next_step_of_a_run_follows_from_its_verdict(tmp_path: Path, write_run: Write) -> None:
+    from nnunet_autoreg.cli.pretrain import next_step
+
+    card = read_card(write_run(tmp_path, "brain", verdict=FINE, num_scans=22))
+
+    good = next_step(card, "PLAN")
+    small = next_step(replace(card, num_scans=3), "PLAN")
+    weak = next_step(replace(card, verdict=NOT_BETTER), "PLAN")
+    older = next_step(replace(card, verdict=None, num_scans=3), "PLAN")
+
+    assert good == older == "PLAN"
+    assert small.startswith("export autoreg_weights=brain; PLAN")
+    assert f"--steps than {card.num_steps}" in weak and "autoreg_weights=brain; PLAN" in weak
 
 
 def test_the_list_names_every_encoder_and_how_it_may_be_used(
