@@ -6,6 +6,7 @@ The chain is: pretrain, plan, train with and without the pretrained weights, pre
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,9 +18,11 @@ from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
 from nnunet_autoreg.cli.options import add_device, chosen_device
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
-from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.errors import AutoregError, InterruptedRunError, UsageError
+from nnunet_autoreg.phases import phase
 from nnunet_autoreg.records import atomic_path, read_json, write_json
 from nnunet_autoreg.report.palette import STRUCTURES
+from nnunet_autoreg.wording import duration
 
 DATASET, DATASET_ID = "Dataset901_Phantom", "901"
 NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 8, 4
@@ -28,12 +31,21 @@ PRETRAIN_STEPS = 300
 RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
 
 
-@dataclass(frozen=True)
+NUM_STEPS = 8
+"""Commands of the chain: two that prepare, and three for each arm."""
+
+
+@dataclass
 class Demo:
-    """Hold the folder of a demonstration and the device it runs on."""
+    """Hold the folder of a demonstration and the device it runs on.
+
+    Attributes:
+        num_done: commands that have ended.
+    """
 
     folder: Path
     device: str
+    num_done: int = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -49,14 +61,18 @@ class Demo:
         settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": "demo"}
         return {**os.environ, **folders, **settings, "PATH": path}
 
-    def run(self, *line: str) -> None:
+    def run(self, title: str, *line: str) -> None:
         """Run one command as a user would type it, and write its output to ``demo.log``.
+
+        Args:
+            title: what the command is for.
 
         Raises:
             AutoregError: the command failed (code "demo-command-failed"); the last lines of its
                 output are printed.
         """
-        print(f"$ {' '.join(line)}", end="", flush=True)
+        print(f"step {self.num_done + 1} of {NUM_STEPS}: {title}")
+        print(f"  $ {shlex.join(line)}", flush=True)
         start = time.monotonic()
         log = self.folder / "demo.log"
 
@@ -69,9 +85,11 @@ class Demo:
                     f"the command {line[0]} is not installed; run autoreg_doctor",
                     code="demo-command-missing",
                 )
-            code = run_guarded([program, *line[1:]], self.environment, handle)
+            with phase(f"running {line[0]}"):
+                code = run_guarded([program, *line[1:]], self.environment, handle)
 
-        print(f"   [{time.monotonic() - start:.0f} s]", flush=True)
+        self.num_done += 1
+        print(f"  done in {duration(time.monotonic() - start)}", flush=True)
 
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
@@ -114,13 +132,13 @@ def run_chain(demo: Demo) -> dict[str, float]:
     device = ("-device", demo.device)
     unlabelled = str(demo.folder / "unlabelled")
     demo.run(
+        "pretrain on the unlabelled scans",
         "autoreg_pretrain",
-        *("-i", unlabelled, "--name", "demo", "--encoder", "primus_tiny", "--batch", "4"),
+        *("-i", unlabelled, "--name", "demo", "--batch", "4"),
         *("--steps", str(PRETRAIN_STEPS), "--device", demo.device),
-        # Small images get tokens of 4 x 4 x 4 voxels by default, which take ten times as long.
-        *("--set", "encoder.arguments.patch_embed_size=[8,8,8]"),
     )
     demo.run(
+        "plan and preprocess the labelled scans",
         "nnUNetv2_plan_and_preprocess",
         "-d",
         DATASET_ID,
@@ -138,8 +156,11 @@ def run_chain(demo: Demo) -> dict[str, float]:
     for arm, trainer in ARMS.items():
         predicted = demo.folder / f"predicted_{arm}"
         choice = ("-tr", trainer, "-p", "AutoregPlans")
-        demo.run("nnUNetv2_train", DATASET_ID, "3d_fullres", "0", *choice, *device)
         demo.run(
+            f"train ({arm})", "nnUNetv2_train", DATASET_ID, "3d_fullres", "0", *choice, *device
+        )
+        demo.run(
+            f"segment the test scans ({arm})",
             "nnUNetv2_predict",
             "-d",
             DATASET_ID,
@@ -160,6 +181,7 @@ def run_chain(demo: Demo) -> dict[str, float]:
         )
         summary = demo.folder / f"dice_{arm}.json"
         demo.run(
+            f"compare with the truth ({arm})",
             "nnUNetv2_evaluate_folder",
             str(raw / "labelsTs"),
             str(predicted),
@@ -270,9 +292,15 @@ def main(argv: list[str] | None = None) -> int:
         f"scans in {folder}",
         flush=True,
     )
-    generate(demo)
-
-    dice = run_chain(demo)
+    try:
+        generate(demo)
+        dice = run_chain(demo)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(
+            f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. What was made remains in "
+            f"{folder} (outputs in demo.log); remove it when you no longer need it. The demo "
+            "always starts anew in another folder"
+        ) from error
     picture = draw(demo, dice)
     steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
     values = ", ".join(f"{arm} {value:.3f}" for arm, value in dice.items())

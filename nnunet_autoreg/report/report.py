@@ -37,7 +37,7 @@ from nnunet_autoreg.report.charts import (
 from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.report.scans import scans_section
 from nnunet_autoreg.report.slices import Picture, panels
-from nnunet_autoreg.wording import counted
+from nnunet_autoreg.wording import counted, duration
 
 log = logging.getLogger(__name__)
 
@@ -264,13 +264,6 @@ def _seconds_in_steps(series: Series) -> float:
     return total
 
 
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
     """Return the key figures at the top of the page."""
     done, error = steps_done(series), _last(series, "heldout_error")
@@ -294,7 +287,7 @@ def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
             "-" if error is None else f"{error:.3f}",
             figure_of_merit(plan).hint,
         ),
-        ("time in steps", _duration(_seconds_in_steps(series)), f"on {setting.device}"),
+        ("time in steps", duration(_seconds_in_steps(series)), f"on {setting.device}"),
     ]
     if speed is not None:
         values.append(("speed", f"{speed:,.0f}", "tokens per second"))
@@ -371,7 +364,7 @@ def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
     ]
     if seconds:
         speed = plan.optim.batch_size * tokens / seconds
-        so_far = _duration(_seconds_in_steps(series))
+        so_far = duration(_seconds_in_steps(series))
         rows += [
             ("seconds per step", f"{seconds:.3g}", "median of the later half"),
             ("steps per second", f"{1 / seconds:.3g}", ""),
@@ -379,7 +372,7 @@ def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
             ("time in steps so far", so_far, "reading and preprocessing come on top"),
         ]
         if num_left > 0:
-            rows.append(("time left", _duration(seconds * num_left), "at this speed"))
+            rows.append(("time left", duration(seconds * num_left), "at this speed"))
 
     waits = _typical(series.get("data_wait", ()))
     if waits is not None:

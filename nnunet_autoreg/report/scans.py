@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from nnunet_autoreg.corpus.identity import NUM_HEX
 from nnunet_autoreg.corpus.rows import OK, ScanRow
 from nnunet_autoreg.report import page
+from nnunet_autoreg.wording import counted
 
 NUM_EXAMPLES = 3
 HIDDEN = "[name]"
@@ -24,9 +25,9 @@ def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: in
     """
     num_used = sum(row.status == OK for row in rows)
     summary = (
-        f"{len(rows):,} entries were found. {num_used:,} are used ({num_training:,} for training, "
-        f"{num_validation:,} for validation) and {len(rows) - num_used:,} are left out. scans.csv "
-        "in this folder lists every one of them."
+        f"{counted(len(rows), 'entry')} found: {num_used:,} used ({num_training:,} for training, "
+        f"{num_validation:,} for validation), {len(rows) - num_used:,} left out. scans.csv in this "
+        "folder lists every one of them."
     )
     privacy = (
         "File names, paths and identifiers are left out of this page on purpose. Line numbers "
