@@ -10,7 +10,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import AutoregError, ScanError
 
 log = logging.getLogger(__name__)
@@ -35,7 +41,10 @@ class ClassifyRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``ClassifyRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_classify -d 12 -i imagesTs -o classes",
+        ],
         prog="autoreg_classify",
         description="Classify scans with a trained model, all its folds together. classes.csv gets "
         "a row per scan: the class of every task, and the probability of each class. NAME.json "

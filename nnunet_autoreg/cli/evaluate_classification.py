@@ -5,7 +5,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_autoreg.cli.common import command, configure_logging, prepare_torch, print_next
+from nnunet_autoreg.cli.common import (
+    CommandParser,
+    command,
+    configure_logging,
+    prepare_torch,
+    print_next,
+)
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import write_json
 
@@ -25,7 +31,10 @@ class ClassEvaluationRequest:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``ClassEvaluationRequest``."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
+        examples=[
+            "autoreg_evaluate_classification -p classes.csv -g classesTs.csv -o scores.json",
+        ],
         prog="autoreg_evaluate_classification",
         description="Score predicted classes: AUC, balanced accuracy, F1, accuracy, calibration "
         "and confusion, with 95 %% intervals over patients. FILE.json gets every figure, FILE.png "

@@ -1,0 +1,68 @@
+"""What a release says of itself: version, bounds, and what its image is built from."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import nnunet_autoreg
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def text_of(name):
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+def metadata():
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib comes with Python 3.11")
+    import tomllib
+
+    return tomllib.loads(text_of("pyproject.toml"))["project"]
+
+
+def test_the_citation_names_the_version_and_the_licence():
+    citation = text_of("CITATION.cff")
+
+    assert f"version: {nnunet_autoreg.__version__}\n" in citation
+    assert f"license: {metadata()['license']}\n" in citation
+
+
+@pytest.mark.parametrize("name", ["README.md", "CITATION.cff", "Dockerfile", "pyproject.toml"])
+def test_it_says_that_it_is_no_medical_device(name):
+    text = " ".join(text_of(name).split()).lower()
+
+    assert "research software" in text
+    assert "no medical device" in text
+
+
+def test_no_address_of_a_repository_is_invented():
+    assert "urls" not in metadata()
+    assert "repository-code" not in text_of("CITATION.cff")
+
+
+def test_torch_has_bounds_on_both_sides():
+    (torch,) = (line for line in metadata()["dependencies"] if re.match(r"torch\b", line))
+
+    assert ">=2.6" in torch
+    assert "<3" in torch
+
+
+def test_the_image_is_built_from_all_that_the_package_needs():
+    copied = set(re.findall(r"^COPY (.+) \S+$", text_of("Dockerfile"), re.MULTILINE))
+    files = {name for names in copied for name in names.split()}
+    let_in = set(re.findall(r"^!(.+)$", text_of(".dockerignore"), re.MULTILINE))
+    needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE"}
+    needed |= {"nnunet_autoreg", "trainers", "planners"}
+
+    assert files == let_in == needed
+    assert all((REPO / name).exists() for name in files)
+
+
+def test_optional_packages_of_the_sinks_can_be_installed_by_name():
+    extras = metadata()["optional-dependencies"]
+
+    assert extras["tensorboard"] == ["tensorboard"]
+    assert extras["wandb"] == ["wandb"]
