@@ -37,6 +37,7 @@ from nnunet_autoreg.terminal import (
 
 Main = Callable[[list[str] | None], int]
 Command = Callable[..., int]
+SHARED_MEMORY = Path("/dev/shm")
 
 COMMON_OPTIONS = ("--version", "--verbose", "--quiet")
 """Options of every command."""
@@ -196,6 +197,13 @@ def _failed(main: Main, error: Exception) -> int:
         return 1
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
+        is_shared_memory = SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK)
+        if not error.filename and is_shared_memory:
+            # Python's semaphores lie there, and the error does not name the file.
+            where = (
+                f" ({SHARED_MEMORY}, where processes share memory, cannot be written: make it "
+                "writable, in Docker by --ipc=host or --shm-size=8g)"
+            )
         message = f"{error.strerror or error}{where}; what was written before is kept"
         return _complain(main, message, 1)
 

@@ -1,5 +1,6 @@
 """``autoreg_doctor`` and what all commands share."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -301,6 +302,32 @@ def test_a_command_turns_errors_into_one_line_and_a_code(
 
     assert main([]) == code
     assert capsys.readouterr().err == line
+
+
+def test_shared_memory_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As the semaphores of Python's process pools fail: without a file name.
+    @common.command
+    def main(argv: list[str] | None = None) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(common, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+
+    assert main([]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path) in error and "--shm-size" in error
+
+
+def test_too_little_memory_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @common.command
+    def main(argv: list[str] | None = None) -> int:
+        raise MemoryError
+
+    assert main([]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback() -> None:
