@@ -190,3 +190,15 @@ def test_the_tutorial_shows_selected_lines_and_marks_the_gaps() -> None:
 
     assert lines == ["ok one", "skipped ~", "skipped", "next: ~/x"]
     assert shown == ["ok one", "...", "next: ~/x"]
+
+
+def test_every_test_that_the_page_of_robustness_names_exists() -> None:
+    page = (DOCS / "explanation" / "robustness.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+
+    existing: set[str] = set()
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        existing.update(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M))
+
+    assert len(named) > 40
+    assert named <= existing, sorted(named - existing)
