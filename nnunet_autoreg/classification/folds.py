@@ -119,9 +119,11 @@ def _is_fold(fold: Any) -> bool:
     """Return whether a parsed value has lists of names for training and validation."""
     if not isinstance(fold, Mapping):
         return False
-    parts = [fold.get("train"), fold.get("val")]
-    are_lists = all(isinstance(part, list) for part in parts)
-    return are_lists and all(isinstance(case, str) for part in parts for case in part)
+    for name in ("train", "val"):
+        cases = fold.get(name)
+        if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+            return False
+    return True
 
 
 def patients_in_two_parts(folds: Sequence[Fold], patient_of: Mapping[str, str]) -> list[str]:
