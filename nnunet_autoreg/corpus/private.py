@@ -134,7 +134,7 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
     for field in fields:
         value = request.get(field)
         # What is no text in an edited plan is refused where the request is read.
-        values = [value] if isinstance(value, str) else value
+        values: Any = [value] if isinstance(value, str) else value
         is_texts = isinstance(values, list | tuple) and all(isinstance(v, str) for v in values)
         if not is_texts or not any(path.startswith(HIDDEN) for path in values):
             continue
