@@ -59,6 +59,7 @@ class _Stop:
         self.report_lock = threading.Lock()
         self.is_reported = False
         self.watchdog: _Watchdog | None = None
+        self.deliver: Callable[[str], object] | None = None
 
     def begin(self, command: str) -> None:
         """A command begins."""
@@ -164,6 +165,28 @@ def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool
             _stop.line_if_forced = outer
 
 
+@contextmanager
+def stops_passed_on(send: Callable[[], object]) -> Iterator[None]:
+    """Pass the signals on to another process inside, for whose end this one waits.
+
+    ``stop_requested`` tells afterwards whether one has come.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        _stop.number = _stop.number or number
+        send()
+
+    # The watchdog leaves this process alone: the other one has a watchdog of its own.
+    was_active, _stop.is_active = _stop.is_active, False
+    handlers = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _stop.is_active = was_active
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     """Run by Python in the main thread, as soon as that thread is back from compiled code."""
     _stop.number = _stop.number or number
@@ -181,13 +204,28 @@ def report_stop(line: str = "", is_forced: bool = False) -> None:
     if not _stop.command:
         return
 
-    whole = f"{_end_of_bar()}{_stop.command}: {line or _line()}\n"
+    last_line(f"{_end_of_bar()}{_stop.command}: {line or _line()}", is_forced)
+
+
+def last_line(line: str, is_forced: bool = False) -> None:
+    """Print the line that ends this command, or deliver it to the process that launched it."""
+    if _stop.deliver is not None:
+        _stop.deliver(line)
+        return
     with suppress(OSError):
         if is_forced:
             # Not through sys.stderr, whose lock the main thread may hold.
-            os.write(2, whole.encode(errors="replace"))
+            os.write(2, f"{line}\n".encode(errors="replace"))
         else:
-            print(whole, end="", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+
+
+def deliver_last_line(deliver: Callable[[str], object]) -> None:
+    """Have the line that ends this command delivered instead of printed.
+
+    The process that launched this one and others prints one of their lines.
+    """
+    _stop.deliver = deliver
 
 
 def keep_silent() -> None:

@@ -25,7 +25,7 @@ from nnunet_autoreg.errors import (
     printable,
 )
 from nnunet_autoreg.requirements import find_violations, in_one_line
-from nnunet_autoreg.stopping import report_stop, stop_requested, stoppable
+from nnunet_autoreg.stopping import last_line, report_stop, stop_requested, stoppable
 from nnunet_autoreg.terminal import (
     NORMAL,
     QUIET,
@@ -299,7 +299,7 @@ def configure_logging() -> None:
 
 def _complain(main: Main, message: str, code: int) -> int:
     one_line = printable(" ".join(message.splitlines()))
-    print(f"{_command_name(main)}: {one_line}", file=sys.stderr, flush=True)
+    last_line(f"{_command_name(main)}: {one_line}")
     return code
 
 

@@ -303,7 +303,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
     configure_logging()
-    warn_of_violations()
     prepare_torch()
     if args.num_gpus or "WORLD_SIZE" in os.environ:
         # Otherwise torch prints a warning in every process, although nothing is wrong.
@@ -315,17 +314,23 @@ def main(argv: list[str] | None = None) -> int:
             code="usage-show-without-dry-run",
         )
 
-    from nnunet_autoreg.pretrain.launcher import Launcher, launch_of, wait_and_train
+    from nnunet_autoreg.pretrain.launcher import (
+        Launcher,
+        launch_of,
+        launch_processes,
+        wait_and_train,
+    )
 
     # Preprocessing and planning are done by one process, and preprocessing needs no GPU.
     alone = bool(args.part) or args.dry_run
     device = "cpu" if args.part else chosen_device(args.device)
-
-    # Known to every process that torchrun started; all but the main one wait until it has made
-    # everything ready.
     launch = launch_of(None if alone else args.num_gpus, device, os.environ)
+    if launch.size > 1 and not launch.launcher:
+        return launch_processes(main, sys.argv[1:] if argv is None else argv, launch.size)
+    # All but the main process wait until it has made everything ready.
     if launch.rank > 0:
         return wait_and_train(launch, device)
+    warn_of_violations()
     with Launcher(launch, device) as launcher:
         return run(request, args, launcher)
 

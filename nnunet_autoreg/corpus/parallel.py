@@ -87,13 +87,18 @@ def begin_worker() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    allow_interruption()
     end_with_parent()
 
 
+def allow_interruption() -> None:
+    """Let SIGINT reach this process, which was started while it was held back."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 @contextmanager
-def _interruption_held_back() -> Iterator[None]:
+def interruption_held_back() -> Iterator[None]:
     """Block SIGINT around the start of processes.
 
     One that is interrupted at its start would print a traceback.
@@ -257,11 +262,11 @@ def _in_order(
     ahead: int,
 ) -> Iterator[Out]:
     waiting: deque[Future[list[Out]]] = deque()
-    with _interruption_held_back():
+    with interruption_held_back():
         waiting.extend(pool.submit(function, chunk) for chunk in islice(chunks, ahead))
 
     while waiting:
         done = waiting.popleft().result()
-        with _interruption_held_back():
+        with interruption_held_back():
             waiting.extend(pool.submit(function, chunk) for chunk in islice(chunks, 1))
         yield from done

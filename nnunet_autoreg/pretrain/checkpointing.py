@@ -63,12 +63,12 @@ def snapshot(
 ) -> dict[str, Any]:
     """Return everything that training goes on from, with full tensors even if they are sharded.
 
-    All processes have to call this.
+    All processes have to call this. What the others get lacks the tensors that are sharded.
     """
     return {
-        "network_weights": full_tensors(objective.module.state_dict()),
-        "extra": full_tensors(objective.extra_state()),
-        "optimizer": full_tensors(optimizer.state_dict()),
+        "network_weights": full_tensors(objective.module.state_dict(), world),
+        "extra": full_tensors(objective.extra_state(), world),
+        "optimizer": full_tensors(optimizer.state_dict(), world),
         "guard": guard.state_dict(),
         "step": progress.step,
         "best_error": progress.best_error,

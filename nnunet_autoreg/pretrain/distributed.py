@@ -320,16 +320,20 @@ def gathered(module: nn.Module) -> Iterator[None]:
                 part.reshard()
 
 
-def full_tensors(tree: Any) -> Any:
+def full_tensors(tree: Any, world: World) -> Any:
     """Return the same tree of dicts and lists with full tensors on the CPU for sharded ones.
 
-    All processes have to call this.
+    All processes have to call this. Only the main process keeps the full tensors; in the others
+    they are None, so that a machine holds them once and not once per process.
     """
     if isinstance(tree, Mapping):
-        return {key: full_tensors(item) for key, item in tree.items()}
+        return {key: full_tensors(item, world) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(full_tensors(item) for item in tree)
-    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+        return type(tree)(full_tensors(item, world) for item in tree)
+    if not isinstance(tree, DTensor):
+        return tree
+    full = tree.full_tensor()
+    return full.cpu() if world.is_main else None
 
 
 def shard_like(value: Any, pattern: Any) -> Any:

@@ -1,6 +1,9 @@
-"""The launcher of several processes for one training: start, meet, monitor and end them together.
+"""The processes of one training: who starts them, how they meet, and how they end together.
 
-The workers are started here (``--num-gpus``), or exist already because torchrun started them.
+With ``--num-gpus`` the command only launches: torch.multiprocessing runs the same command once in
+every process, monitors them, and ends all when one fails. torchrun does the same on several
+machines. Either way every process knows its rank from the environment. Process 0 prepares all and
+trains, the others wait for it (``wait_and_train``).
 """
 
 import logging
@@ -11,8 +14,7 @@ import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,19 +22,33 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunet_autoreg.corpus.parallel import end_with_parent
+from nnunet_autoreg.corpus.parallel import (
+    allow_interruption,
+    end_with_parent,
+    interruption_held_back,
+)
 from nnunet_autoreg.errors import AutoregError, InterruptedRunError, LostProcessError, UsageError
-from nnunet_autoreg.stopping import keep_silent
+from nnunet_autoreg.stopping import (
+    STOP_SIGNALS,
+    deliver_last_line,
+    keep_silent,
+    last_line,
+    report_stop,
+    stop_requested,
+    stops_passed_on,
+)
 
 GO, FAILED = "autoreg/go", "autoreg/failed"
 """Keys of the store: what the workers shall do, and the message of a worker that failed."""
 
+OUR_LAUNCHER = "AUTOREG_LAUNCHER"
+"""Environment variable of the processes that ``--num-gpus`` has started."""
+
 TRAIN = b"train"
 MEETING_TIMEOUT = timedelta(minutes=15)
-LOOK_EVERY_S, WAIT_EVERY_S = 0.5, 1.0
-GRACE_S = 20.0
-"""How long the main process may take to notice by itself that another one is gone, before it is
-ended."""
+LOOK_EVERY_S, WAIT_EVERY_S = 0.1, 1.0
+LOST_PEER_GRACE_S = 5.0
+"""How long a process that has lost another one waits to learn why, or to be ended."""
 
 AGAIN = "the last checkpoint is kept: type the same line again to go on"
 
@@ -43,18 +59,19 @@ class Launch:
 
     Attributes:
         local_rank, local_size: among the processes of this machine.
-        by_torchrun: the others exist already, started by torchrun.
+        launcher: what has started all of them, "torchrun" or "--num-gpus"; "" if they are still to
+            be started.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    by_torchrun: bool = False
+    launcher: str = ""
 
 
 def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> Launch:
-    """Return this process's place by ``--num-gpus`` or by torchrun's environment.
+    """Return this process's place by ``--num-gpus`` or by the launcher's environment.
 
     Raises:
         UsageError: the two contradict each other, or there are not so many GPUs.
@@ -62,8 +79,8 @@ def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> 
     if num_gpus is not None and num_gpus < 1:
         raise UsageError(f"--num-gpus {num_gpus}: must be at least 1", code="launch-num-gpus")
 
-    is_torchrun = "RANK" in environ and "MASTER_ADDR" in environ
-    size = int(environ.get("WORLD_SIZE", "1")) if is_torchrun else 1
+    is_launched = "RANK" in environ and "MASTER_ADDR" in environ
+    size = int(environ.get("WORLD_SIZE", "1")) if is_launched else 1
     if size == 1:
         launch = Launch(size=num_gpus or 1, local_size=num_gpus or 1)
     elif num_gpus is not None and num_gpus != size:
@@ -76,33 +93,136 @@ def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> 
         rank = int(environ["RANK"])
         local_rank = int(environ.get("LOCAL_RANK", rank))
         local_size = int(environ.get("LOCAL_WORLD_SIZE", size))
-        launch = Launch(rank, size, local_rank, local_size, by_torchrun=True)
+        launcher = "--num-gpus" if OUR_LAUNCHER in environ else "torchrun"
+        launch = Launch(rank, size, local_rank, local_size, launcher)
 
-    if launch.size > 1:
-        _check_devices(launch, device)
-    return launch
-
-
-def _check_devices(launch: Launch, device: str) -> None:
+    if launch.size == 1:
+        return launch
     import torch
 
+    num_gpus = torch.cuda.device_count()
     if device == "mps":
         raise UsageError(
             f"{launch.size} processes on --device mps: there is only one such device; leave out "
             "--num-gpus",
             code="launch-too-few-devices",
         )
-    num_gpus = torch.cuda.device_count()
     if device == "cuda" and launch.local_size > num_gpus:
         raise UsageError(
             f"{launch.local_size} processes on this machine, which has {num_gpus} GPUs: each needs "
             f"one; use --num-gpus {num_gpus}",
             code="launch-too-few-devices",
         )
+    return launch
+
+
+def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) -> int:
+    """Run a command in ``size`` processes of this machine, and return its exit code.
+
+    This process only waits for them. If one fails, torch ends the others by SIGTERM, and after 30 s
+    by SIGKILL. A stop is passed on to process 0, which decides for all. The single line that tells
+    the user why everything ended is printed here, wherever it happened.
+
+    Args:
+        main: the command, which finds its arguments in ``sys.argv``.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.multiprocessing.spawn import (
+        ProcessExitedException,
+        ProcessRaisedException,
+        start_processes,
+    )
+
+    # It warns of every process that it ends.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {
+        OUR_LAUNCHER: "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+    lines: Any = multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (environ, lines, main, list(argv))
+    with interruption_held_back():
+        # CUDA does not survive a fork.
+        context = start_processes(begin_process, arguments, size, join=False, start_method="spawn")
+
+    def stop_main_process() -> None:
+        process = context.processes[0]
+        if process.is_alive():
+            process.terminate()
+
+    with stops_passed_on(stop_main_process):
+        try:
+            # Each call returns when a process has ended.
+            while not context.join():
+                pass
+            return 0
+        except ProcessRaisedException as error:
+            # A bug, which keeps its traceback.
+            print(error, file=sys.stderr, flush=True)
+            return 1
+        except ProcessExitedException as error:
+            rank, code = error.error_index, error.exit_code
+
+    # After a stop, an error is only a consequence of it. Otherwise, what the main process says
+    # counts less than why another one has ended.
+    message = store.get(FAILED).decode() if store.check([FAILED]) else ""
+    reason = "" if stop_requested() else exit_reason(rank, size, code, message)
+    if reason:
+        was_killed = context.processes[0].exitcode < 0
+        end_of_bar = "\n" if was_killed else ""
+        last_line(f"{end_of_bar}autoreg_pretrain: {reason}")
+        return 1
+    if not lines.empty():
+        last_line(lines.get())
+    elif stop_requested():
+        report_stop()
+    return InterruptedRunError.exit_code if stop_requested() else code
+
+
+def begin_process(
+    rank: int, environ: Mapping[str, str], lines: Any, main: Callable[[], int], argv: Sequence[str]
+) -> None:
+    """Run the command as one process of ``launch_processes``, and exit with its exit code."""
+    end_with_parent()
+    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv[1:] = argv
+    deliver_last_line(lines.put)
+    try:
+        allow_interruption()
+        code = main()
+    except KeyboardInterrupt:
+        code = InterruptedRunError.exit_code
+
+    # From here on, nothing is left that a signal has to end.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def exit_reason(rank: int, size: int, code: int, message: str = "") -> str:
+    """Return why a process has ended before the others; "" where the main one says it itself.
+
+    Args:
+        code: its exit code; negative for a signal.
+        message: of a worker that failed.
+    """
+    if not message:
+        is_main_error = rank == 0 and code > 0
+        if is_main_error or code == InterruptedRunError.exit_code:
+            return ""
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        if code == -signal.SIGKILL:
+            how += ", most likely for lack of memory"
+        message = f"process {rank} of {size} ended {how}"
+    return f"{message}; all processes were stopped, and {AGAIN}"
 
 
 class Launcher:
-    """Starts, monitors and ends the workers that train with the main process.
+    """What the main process has the others do: wait, train with it, or end.
 
     It is a context; inside it, ``world`` begins and ends the common training.
 
@@ -113,16 +233,15 @@ class Launcher:
     def __init__(self, launch: Launch | None = None, device: str = "cpu"):
         self.launch = launch or Launch()
         self.device = device
-        self.store: Any = open_store(self.launch) if self.launch.by_torchrun else None
-        self.workers: list[Any] = []
+        self.store: Any = open_store(self.launch) if self.launch.size > 1 else None
         self.has_started = False
 
     def __enter__(self) -> "Launcher":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # torchrun's workers wait for a word even if there is nothing to train.
-        if self.launch.by_torchrun and not self.has_started:
+        # The others wait for a word even if there is nothing to train.
+        if self.store is not None and not self.has_started:
             self.store.set(GO, b"end 0" if kind is None else b"end 1")
 
     @contextmanager
@@ -130,7 +249,7 @@ class Launcher:
         """Yield the ``World`` of the main process while all processes train.
 
         Raises:
-            AutoregError: another process died or failed.
+            LostProcessError: another process died or failed.
         """
         from nnunet_autoreg.pretrain.distributed import (
             ALONE,
@@ -146,163 +265,55 @@ class Launcher:
             return
 
         share_cores(self.launch.local_size)
-        self._start_workers()
-        monitor = WorkerMonitor(self)
+        self.has_started = True
+        self.store.set(GO, TRAIN)
         try:
             together = replace(ALONE, size=self.launch.size)
             device = device_of(self.device, self.launch.local_rank, together)
             yield join(self.store, 0, self.launch.size, device)
-            self._join_workers()
             leave()
         except Exception as error:
             if is_lost_peer(error):
                 raise LostProcessError(self.lost_message()) from error
             raise
-        finally:
-            monitor.stop()
-            self._end_workers()
-
-    def _start_workers(self) -> None:
-        """Start the workers, or have torchrun's workers begin."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        self.has_started = True
-        if self.launch.by_torchrun:
-            self.store.set(GO, TRAIN)
-            return
-
-        self.store = TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=MEETING_TIMEOUT
-        )
-        # CUDA does not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        for rank in range(1, self.launch.size):
-            launch = replace(self.launch, rank=rank, local_rank=rank)
-            worker = context.Process(
-                target=begin_worker,
-                args=(launch, self.device, self.store.port),
-                name=f"process {rank}",
-            )
-            self.workers.append(worker)
-            worker.start()
-
-    def _join_workers(self) -> None:
-        for worker in self.workers:
-            worker.join(GRACE_S)
-
-    def _end_workers(self) -> None:
-        """End what still runs; workers that were interrupted too get a moment."""
-        deadline = time.monotonic() + LOOK_EVERY_S
-        for worker in self.workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-
-    def exit_reason(self, store: Any = None) -> str:
-        """Return why a worker ended before its time; "" while none has.
-
-        Args:
-            store: to ask through, instead of the launcher's own connection.
-        """
-        store = self.store if store is None else store
-        if store.check([FAILED]):
-            return f"{store.get(FAILED).decode()}; all processes were stopped, and {AGAIN}"
-
-        expected = (None, 0, InterruptedRunError.exit_code)
-        codes = {worker.name: worker.exitcode for worker in self.workers}
-        unexpected = {name: code for name, code in codes.items() if code not in expected}
-        if not unexpected:
-            return ""
-
-        # Signals are negative: a worker that was killed counts before those that failed for it.
-        name = min(unexpected, key=lambda name: unexpected[name])
-        code = unexpected[name]
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        if code == -signal.SIGKILL:
-            how += ", most likely for lack of memory"
-        return f"{name} of {self.launch.size} ended {how}; all processes were stopped, and {AGAIN}"
 
     def lost_message(self) -> str:
         """Return the message for a lost connection to another process."""
-        # The reason may become known a moment after the connection was lost. torchrun meanwhile
+        # The reason may become known a moment after the connection was lost. The launcher meanwhile
         # ends this process by SIGTERM, and the reason is still to be reported.
-        reason = ""
-        deadline = time.monotonic() + 10 * LOOK_EVERY_S
+        deadline = time.monotonic() + LOST_PEER_GRACE_S
         with suppress(InterruptedRunError):
-            reason = self.exit_reason()
-            while not reason and time.monotonic() < deadline:
-                time.sleep(LOOK_EVERY_S / 5)
-                reason = self.exit_reason()
-        if reason:
-            return reason
-        who = "; torchrun says which" if self.launch.by_torchrun else ""
+            while not self.store.check([FAILED]) and time.monotonic() < deadline:
+                time.sleep(LOOK_EVERY_S)
+        if self.store.check([FAILED]):
+            return exit_reason(0, self.launch.size, 1, self.store.get(FAILED).decode())
+        who = "; torchrun says which" if self.launch.launcher == "torchrun" else ""
         return (
             f"one of {self.launch.size} processes is gone, or cannot be reached any more{who}; "
             f"{AGAIN}"
         )
 
 
-class WorkerMonitor(threading.Thread):
-    """Ends the main process with one line where a worker is gone and the main one cannot notice.
-
-    It cannot notice while it waits in a device's queue.
-    """
-
-    def __init__(self, launcher: Launcher):
-        super().__init__(daemon=True)
-        self.launcher = launcher
-        self.over = threading.Event()
-        # A connection of its own: a store answers nobody while somebody waits in it, as for a
-        # process that died before it came.
-        store = launcher.store
-        self.store = store.clone() if hasattr(store, "clone") else store
-        self.start()
-
-    def run(self) -> None:
-        """Look for an exit reason until ``stop`` is called."""
-        reason = ""
-        while not self.over.wait(LOOK_EVERY_S) and not reason:
-            try:
-                reason = self.launcher.exit_reason(self.store)
-            except RuntimeError:
-                # The store has ended with the process that kept it.
-                reason = f"the launcher is gone; {AGAIN}"
-        if reason and not self.over.wait(GRACE_S):
-            print(f"autoreg_pretrain: {reason}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    def stop(self) -> None:
-        """Stop looking, because the training is over or the main process ends by itself."""
-        self.over.set()
-
-
 def open_store(launch: Launch) -> Any:
-    """Return the store at which torchrun's processes meet."""
+    """Return the store at which all processes meet."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=MEETING_TIMEOUT))
-    return store
+    if launch.launcher == "torchrun":
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=MEETING_TIMEOUT))
+        return store
 
-
-def begin_worker(launch: Launch, device: str, port: int) -> None:
-    """Run a worker that ``--num-gpus`` has started, and exit with its exit code."""
-    # torchvision warns at its import of what it does itself.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    end_with_parent()
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=MEETING_TIMEOUT)
-    sys.exit(train_as_worker(launch, device, store))
+    # The process that launched this one keeps it.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=MEETING_TIMEOUT)
 
 
 def wait_and_train(launch: Launch, device: str) -> int:
-    """Run a worker that torchrun has started: wait until training begins, and take part.
+    """Run a worker: wait until training begins, take part, and return the exit code.
 
-    The main process may take hours to make everything ready.
-
-    Returns:
-        the exit code.
+    The main process may take hours to make everything ready. It reports what fails here. After a
+    failure a process with a GPU ends at once, because the device may wait for ever for a process
+    that is gone.
     """
     keep_silent()
     store = open_store(launch)
@@ -311,19 +322,12 @@ def wait_and_train(launch: Launch, device: str) -> int:
             time.sleep(WAIT_EVERY_S)
         order = store.get(GO)
     except RuntimeError:
+        # The process that keeps the store is gone.
         return 1
     if order != TRAIN:
         _, code = order.split()
         return int(code)
-    return train_as_worker(launch, device, store)
 
-
-def train_as_worker(launch: Launch, device: str, store: Any) -> int:
-    """Take part in the training that the main process leads, and return the exit code.
-
-    The main process reports what fails here. After a failure a process with a GPU ends at once,
-    because the device may wait for ever for a process that is gone.
-    """
     from nnunet_autoreg.pretrain.distributed import (
         ALONE,
         device_of,
@@ -340,7 +344,6 @@ def train_as_worker(launch: Launch, device: str, store: Any) -> int:
     share_cores(launch.local_size)
     # tqdm's own lock is a semaphore of the system, which a killed process would leave behind.
     tqdm.set_lock(threading.RLock())
-
     try:
         together = replace(ALONE, rank=launch.rank, size=launch.size)
         own_device = device_of(device, launch.local_rank, together)
@@ -351,12 +354,15 @@ def train_as_worker(launch: Launch, device: str, store: Any) -> int:
     except InterruptedRunError:
         return InterruptedRunError.exit_code
     except Exception as error:
-        if not is_lost_peer(error):
+        if is_lost_peer(error):
+            # The launcher should see first who is gone; it then ends this process.
+            time.sleep(LOST_PEER_GRACE_S)
+        else:
             if not isinstance(error, AutoregError):
                 traceback.print_exc()
             first_line = (str(error).splitlines() or [""])[0] or type(error).__name__
             message = f"process {launch.rank} of {launch.size}: {first_line}"
-            # The main process, which keeps the store, may be gone.
+            # The process that keeps the store may be gone.
             with suppress(RuntimeError):
                 store.set(FAILED, message.encode())
         if device == "cuda":

@@ -93,8 +93,8 @@ class Place(phantom_place.PhantomPlace):
             time.sleep(0.05)
 
 
-def helpers_of(process):
-    """Process ids of the training processes that another one started."""
+def processes_of(process):
+    """Process ids by rank of the training processes that ``--num-gpus`` started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [
         int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -184,9 +184,10 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
 def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, whole):
     process = place.start("killed", "--num-gpus", "2")
     place.wait_for_step("killed", process, 12)
-    (helper,) = helpers_of(process)
-    os.kill(helper, signal.SIGKILL)
+    main, worker = processes_of(process)
+    os.kill(worker, signal.SIGKILL)
     assert process.wait(60) == 1
+    assert gone(main)
 
     said = place.log("killed").read_text()
     assert said.splitlines()[-1].startswith(
@@ -203,10 +204,10 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, wh
 def test_sigterm_saves_once_ends_all_and_the_run_resumes_exactly(place, whole):
     process = place.start("stopped", "--num-gpus", "2")
     place.wait_for_step("stopped", process, 3)
-    (helper,) = helpers_of(process)
+    main, worker = processes_of(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    assert gone(helper)
+    assert gone(main) and gone(worker)
 
     said = place.log("stopped").read_text()
     assert "the state is saved: type the same line again to continue" in said.splitlines()[-1]
@@ -216,15 +217,22 @@ def test_sigterm_saves_once_ends_all_and_the_run_resumes_exactly(place, whole):
     assert place.encoder("stopped") == place.encoder(whole)
 
 
-def test_a_killed_main_process_ends_its_workers_and_leaves_no_lock(place, whole):
+def test_a_killed_launcher_or_main_process_ends_all_and_leaves_no_lock(place, whole):
     process = place.start("headless", "--num-gpus", "2")
     place.wait_for_step("headless", process, 3)
-    (helper,) = helpers_of(process)
-
+    main, worker = processes_of(process)
     process.kill()
-
     assert process.wait(60) == -signal.SIGKILL
-    assert gone(helper)
+    assert gone(main) and gone(worker)
+
+    process = place.start("headless", "--num-gpus", "2")
+    place.wait_for_step("headless", process, 12)
+    main, worker = processes_of(process)
+    os.kill(main, signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert gone(worker)
+    last = place.log("headless").read_text().splitlines()[-1]
+    assert last.startswith("autoreg_pretrain: process 0 of 2 ended by SIGKILL")
 
     place.run("headless", "--num-gpus", "2")
 

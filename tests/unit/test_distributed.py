@@ -134,9 +134,18 @@ def together(rank: int, port: int, folder: Path) -> None:
     }
     for name, (micro, sharding, batch_size) in WAYS.items():
         trainer = trainer_in(world, micro, sharding, batch_size)
+        losses, state = trained(trainer), state_of(trainer)
+        weights = [state["network_weights"][key] for key, _ in trainer.module.named_parameters()]
+        moments = [
+            moment["exp_avg"]
+            for moment in state["optimizer"]["state"].values()
+            if "exp_avg" in moment
+        ]
+        num_held = sum(value is not None for value in [*weights, *moments])
         found[name] = {
-            "losses": trained(trainer),
-            "state": state_of(trainer),
+            "losses": losses,
+            "state": state,
+            "held": world.gather((num_held, len(weights) + len(moments))),
             "sharded": trainer.is_sharded,
             "encoder": trainer.objective.transferable_state(),
             "numbers": world.gather(list(trainer.train_step.numbers)),
@@ -244,6 +253,13 @@ def test_two_processes_have_the_losses_and_weights_of_one(
         assert torch.equal(
             weights, two[way]["state"]["network_weights"][f"encoder.network.{name}"]
         ), name
+
+
+def test_of_sharded_weights_the_main_process_alone_holds_the_whole(two: dict[str, Any]) -> None:
+    (main, num), (other, _) = two["fsdp"]["held"]
+
+    assert num > 0
+    assert (main, other) == (num, 0)
 
 
 @pytest.mark.parametrize("way", WAYS)

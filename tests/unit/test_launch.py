@@ -1,24 +1,33 @@
 """The launcher of the processes that train together, and its messages when one of them ends."""
 
 import logging
+import os
 import signal
-from datetime import timedelta
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from refusals import refused
 
+from nnunet_autoreg.cli.common import command
 from nnunet_autoreg.cli.pretrain import parser
 from nnunet_autoreg.errors import InterruptedRunError, StoreError, UsageError
 from nnunet_autoreg.pretrain import distributed, launcher
 from nnunet_autoreg.pretrain.launcher import (
     FAILED,
     GO,
+    OUR_LAUNCHER,
+    TRAIN,
     Launch,
     Launcher,
+    exit_reason,
     launch_of,
-    train_as_worker,
+    launch_processes,
     wait_and_train,
 )
+from nnunet_autoreg.stopping import stoppable
 
 TORCHRUN = {
     "RANK": "9",
@@ -40,23 +49,6 @@ class LocalStore(dict):
         self[key] = value
 
 
-class EndedWorker:
-    """A worker that has ended, or still runs (exit code None)."""
-
-    def __init__(self, rank, exitcode):
-        self.name = f"process {rank}"
-        self.exitcode = exitcode
-
-
-def launcher_of(codes, **messages):
-    """The launcher of workers with these exit codes."""
-    size = len(codes) + 1
-    made = Launcher(Launch(0, size, 0, size))
-    made.store = LocalStore(messages)
-    made.workers = [EndedWorker(rank, code) for rank, code in enumerate(codes, start=1)]
-    return made
-
-
 def test_one_process_is_started_unless_more_are_asked_for():
     assert launch_of(None, "cpu", {}) == launch_of(1, "cpu", {}) == Launch()
     assert launch_of(3, "cpu", {}) == Launch(0, 3, 0, 3)
@@ -64,7 +56,7 @@ def test_one_process_is_started_unless_more_are_asked_for():
 
 
 def test_torchruns_environment_gives_the_ranks_of_a_process():
-    expected = Launch(9, 16, 1, 8, by_torchrun=True)
+    expected = Launch(9, 16, 1, 8, launcher="torchrun")
     assert launch_of(None, "cpu", TORCHRUN) == expected
     assert launch_of(16, "cpu", TORCHRUN) == expected
     assert launch_of(None, "cpu", {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) == Launch()
@@ -89,55 +81,99 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with refused(UsageError, "launch-too-few-devices", "4 processes", "2 GPUs", "--num-gpus 2"):
         launch_of(4, "cuda", {})
     assert launch_of(2, "cuda", {}) == Launch(0, 2, 0, 2)
+    launched = {**TORCHRUN, OUR_LAUNCHER: "1"}
+    assert launch_of(16, "cpu", launched).launcher == "--num-gpus"
 
 
 @pytest.mark.parametrize(
-    ("codes", "values"),
+    ("rank", "code", "values"),
     [
-        ((None, 0), []),
-        ((InterruptedRunError.exit_code, None), []),
-        ((1, -signal.SIGKILL), ["process 2 of 3", "SIGKILL", "memory", "checkpoint", "same line"]),
-        ((None, -signal.SIGSEGV), ["process 2 of 3", "SIGSEGV", "checkpoint", "same line"]),
-        ((3, None), ["process 1 of 3", "exit code 3", "checkpoint", "same line"]),
+        (0, 2, []),
+        (1, InterruptedRunError.exit_code, []),
+        (2, -signal.SIGKILL, ["process 2 of 3", "SIGKILL", "memory", "checkpoint", "same line"]),
+        (1, -signal.SIGSEGV, ["process 1 of 3", "SIGSEGV", "checkpoint", "same line"]),
+        (0, -signal.SIGKILL, ["process 0 of 3", "SIGKILL", "memory", "same line"]),
+        (1, 3, ["process 1 of 3", "exit code 3", "checkpoint", "same line"]),
     ],
 )
-def test_the_exit_reason_names_process_signal_and_remedy(codes, values):
-    reason = launcher_of(codes).exit_reason()
+def test_the_exit_reason_names_process_signal_and_remedy(rank, code, values):
+    reason = exit_reason(rank, 3, code)
 
     assert bool(reason) is bool(values)
     assert not [value for value in values if value not in reason]
 
 
 def test_the_message_of_a_worker_goes_before_its_exit_code():
-    message = launcher_of((1,), **{FAILED: b"process 1 of 2: the case is damaged"}).lost_message()
+    message = "process 1 of 2: the case is damaged"
+
+    assert exit_reason(0, 2, -signal.SIGKILL, message).startswith(f"{message}; ")
+
+
+def test_a_lost_peer_is_reported_with_the_message_of_the_worker(monkeypatch):
+    store = LocalStore({FAILED: b"process 1 of 2: the case is damaged"})
+    monkeypatch.setattr(launcher, "open_store", lambda _: store)
+
+    message = Launcher(Launch(0, 2, 0, 2, "--num-gpus")).lost_message()
 
     assert message.startswith("process 1 of 2: the case is damaged; ")
 
 
-def test_a_worker_that_fails_before_the_meeting_is_noticed(monkeypatch, capsys):
-    from torch.distributed import TCPStore
+def end_as(case):
+    """What each of two launched processes does in ``test_one_line...``."""
+    is_main = os.environ["RANK"] == "0"
+    if case == "usage error" and is_main:
+        raise UsageError("--steps 0: must be at least 1")
+    if case == "bug" and is_main:
+        raise ZeroDivisionError
+    if case == "killed" and not is_main:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "stopped" and is_main:
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+    return 0
 
-    made = Launcher(Launch(0, 2, 0, 2))
-    made.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    made.store.set(FAILED, b"process 1 of 2: no such device")
-    monkeypatch.setattr(launcher, "LOOK_EVERY_S", 0.2)
-    monkeypatch.setattr(launcher, "GRACE_S", 0.0)
-    monkeypatch.setattr(launcher.os, "_exit", lambda code: monitor.store.set("ended", str(code)))
 
-    # The main process waits in the store meanwhile.
-    monitor = launcher.WorkerMonitor(made)
-    made.store.wait(["ended"], timedelta(seconds=30))
-    monitor.join()
+@command
+def stand_in(argv=None):
+    """A command that the launcher starts."""
+    return end_as(sys.argv[1])
 
-    assert made.store.get("ended") == b"1"
-    assert capsys.readouterr().err.startswith("autoreg_pretrain: process 1 of 2: no such device; ")
+
+@pytest.mark.parametrize(
+    ("case", "code", "lines"),
+    [
+        ("usage error", 2, ["--steps 0"]),
+        ("killed", 1, ["process 1 of 2 ended by SIGKILL"]),
+        ("stopped", 130, ["stopped by SIGTERM"]),
+        ("bug", 1, ["ZeroDivisionError"]),
+    ],
+)
+def test_launched_processes_end_with_one_line_and_exit_code(case, code, lines):
+    """The launcher is a process of its own, and this file is its program."""
+    beside = str(Path(__file__).resolve().parents[1])
+    # torchvision warns at its import.
+    settings = {"PYTHONPATH": beside, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+
+    done = subprocess.run(
+        [sys.executable, __file__, case],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+    assert done.returncode == code, done.stderr
+    printed = done.stderr.strip().splitlines()
+    assert lines[0] in printed[-1], done.stderr
+    assert (len(printed) == 1) is (case != "bug"), done.stderr
 
 
 def test_without_a_reason_the_message_says_that_a_process_is_gone(monkeypatch):
-    monkeypatch.setattr(launcher, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(launcher, "LOST_PEER_GRACE_S", 0.0)
     monkeypatch.setattr(launcher, "open_store", lambda _: LocalStore())
 
-    message = Launcher(Launch(0, 2, 0, 1, by_torchrun=True)).lost_message()
+    message = Launcher(Launch(0, 2, 0, 1, launcher="torchrun")).lost_message()
 
     assert "one of 2 processes is gone" in message and "torchrun" in message
 
@@ -149,7 +185,7 @@ def test_sigterm_by_torchrun_does_not_change_the_message(monkeypatch):
     monkeypatch.setattr(launcher.time, "sleep", sigterm)
     monkeypatch.setattr(launcher, "open_store", lambda _: LocalStore())
 
-    message = Launcher(Launch(0, 2, 0, 2, by_torchrun=True)).lost_message()
+    message = Launcher(Launch(0, 2, 0, 2, launcher="torchrun")).lost_message()
 
     assert "one of 2 processes is gone" in message and "same line" in message
 
@@ -160,14 +196,14 @@ def test_torchruns_workers_end_where_there_is_nothing_to_train(monkeypatch, erro
     monkeypatch.setattr(launcher, "open_store", lambda _: store)
 
     try:
-        with Launcher(Launch(0, 2, 0, 2, by_torchrun=True)):
+        with Launcher(Launch(0, 2, 0, 2, launcher="torchrun")):
             if error:
                 raise error
     except UsageError:
         pass
 
     assert store == {GO: order}
-    worker = Launch(1, 2, 1, 2, by_torchrun=True)
+    worker = Launch(1, 2, 1, 2, launcher="torchrun")
     assert wait_and_train(worker, "cpu") == int(order.split()[1])
 
 
@@ -189,11 +225,18 @@ def test_a_worker_reports_its_failure_but_not_a_lost_peer(monkeypatch, error, co
     monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     monkeypatch.setattr(launcher.traceback, "print_exc", lambda: None)
     level = logging.getLogger("nnunet_autoreg").level
-    store = LocalStore()
+    store = LocalStore({GO: TRAIN})
+    monkeypatch.setattr(launcher, "LOST_PEER_GRACE_S", 0.0)
+    monkeypatch.setattr(launcher, "open_store", lambda _: store)
 
     try:
-        assert train_as_worker(Launch(1, 2, 1, 2), "cpu", store) == code
+        assert wait_and_train(Launch(1, 2, 1, 2, "--num-gpus"), "cpu") == code
     finally:
         logging.getLogger("nnunet_autoreg").setLevel(level)
 
     assert store.get(FAILED) == message
+
+
+if __name__ == "__main__":
+    with stoppable("autoreg_stand_in"):
+        sys.exit(launch_processes(stand_in, sys.argv[1:], 2))
