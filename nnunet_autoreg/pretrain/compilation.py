@@ -298,7 +298,12 @@ def _compared(
     """
     generator = torch.Generator(device).manual_seed(SEED)
     layer = _strong_copy(call.layer, is_attention_alone, generator)
-    inputs = [_random_like(x, generator) if _is_meta(x) else x for x in call.inputs]
+    inputs = list(call.inputs)
+    for number, value in enumerate(inputs):
+        if isinstance(value, Tensor) and value.is_meta:
+            # Small random tokens of the same shape and type, with a gradient.
+            drawn = torch.randn(value.shape, generator=generator, device=generator.device)
+            inputs[number] = (SMALL * drawn).to(value.dtype).requires_grad_()
 
     # All samples at once, as training runs them.
     masked = list(inputs)
@@ -370,16 +375,6 @@ def _strong_copy(
 
 def _has_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
-
-
-def _random_like(stand_in: Tensor, generator: torch.Generator) -> Tensor:
-    """Return small random tokens of the same shape and type, with a gradient."""
-    drawn = torch.randn(stand_in.shape, generator=generator, device=generator.device)
-    return (SMALL * drawn).to(stand_in.dtype).requires_grad_()
 
 
 def _of_sample(value: Any, sample: int, num_samples: int) -> Any:

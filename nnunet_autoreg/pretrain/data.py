@@ -308,11 +308,8 @@ class DataWait:
             return None
         self.is_reported = True
         mean = sum(self.long_shares) / len(self.long_shares)
-        return self._warning(mean, step_seconds)
-
-    def _warning(self, share: float, step_seconds: float) -> str:
         figures = (
-            f"training waits for data {100 * share:.0f} % of the time, over {LONG_INTERVALS} log "
+            f"training waits for data {100 * mean:.0f} % of the time, over {LONG_INTERVALS} log "
             f"intervals in a row; a step now takes {step_seconds:.3g} s"
         )
         if self.device_type != "cuda":

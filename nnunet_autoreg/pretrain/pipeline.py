@@ -35,7 +35,13 @@ from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import hardware_of, pool_of
 from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.launcher import Launcher
-from nnunet_autoreg.pretrain.preprocessing import remove_failed, split, usable_rows
+from nnunet_autoreg.pretrain.preprocessing import (
+    make_sampling_pools,
+    plan_with_sequences,
+    remove_failed,
+    split,
+    usable_rows,
+)
 from nnunet_autoreg.pretrain.preview import draw_preview
 from nnunet_autoreg.pretrain.request import (
     Request,
@@ -56,7 +62,6 @@ from nnunet_autoreg.pretrain.run_folder import (
     run_folder,
     write_plan,
 )
-from nnunet_autoreg.pretrain.sampling_pool import make_sampling_pools, plan_with_sequences
 from nnunet_autoreg.pretrain.starting_point import prepare_starting_point
 from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
 from nnunet_autoreg.records import to_jsonable, write_json

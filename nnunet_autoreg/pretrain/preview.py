@@ -21,8 +21,7 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, grid_of
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.preprocessing import store_groups
-from nnunet_autoreg.pretrain.sampling_pool import PLACES_NAME, read_places
+from nnunet_autoreg.pretrain.preprocessing import PLACES_NAME, read_places, store_groups
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import CROP, GIVEN, GRID, INK, PREDICTED, SOFT, Style
 from nnunet_autoreg.sampling import members, spatial, strided

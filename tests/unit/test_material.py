@@ -42,15 +42,15 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.preview import draw_preview
-from nnunet_autoreg.pretrain.request import Request
-from nnunet_autoreg.pretrain.sampling_pool import (
+from nnunet_autoreg.pretrain.preprocessing import (
     available_kinds,
     make_sampling_pools,
     parse_kinds,
     plan_sequences,
     plan_with_sequences,
 )
+from nnunet_autoreg.pretrain.preview import draw_preview
+from nnunet_autoreg.pretrain.request import Request
 from nnunet_autoreg.sampling.kinds import num_codes
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.sampler import SequenceSampler
