@@ -281,14 +281,14 @@ def self_check(
     found: list[Disagreement] = []
     for kind, call in calls:
         for is_attention_alone in (True, False):
-            found += _compared(path, kind, call, is_attention_alone, device)
+            found += compare_layer(path, kind, call, is_attention_alone, device)
 
     seconds = time.monotonic() - start
     log.info("attention checked on this device: %.1f s (layers compared: %d)", seconds, len(calls))
     return max(found, key=lambda one: one.error / one.allowed, default=None)
 
 
-def _compared(
+def compare_layer(
     path: FastPath, kind: str, call: Call, is_attention_alone: bool, device: torch.device
 ) -> list[Disagreement]:
     """Return what disagrees in one layer.
@@ -297,7 +297,7 @@ def _compared(
         is_attention_alone: the parts beside attention give 0, so that its errors stand out.
     """
     generator = torch.Generator(device).manual_seed(SEED)
-    layer = _strong_copy(call.layer, is_attention_alone, generator)
+    layer = copy_with_strong_attention(call.layer, is_attention_alone, generator)
     inputs = list(call.inputs)
     for number, value in enumerate(inputs):
         if isinstance(value, Tensor) and value.is_meta:
@@ -312,7 +312,7 @@ def _compared(
     with layers_run_by(path), autocast(device):
         out = run_layer(layer, False, *masked, by=call.by)
     direction = torch.randn(out.shape, generator=generator, device=device)
-    found = _with_gradients(out, inputs, direction)
+    found = output_and_gradients(out, inputs, direction)
     del masked, out
 
     # One sample at a time, because plain attention in float32 may keep all scores.
@@ -320,22 +320,22 @@ def _compared(
     worst = torch.zeros(len(found), device=device)
     worst_half = torch.zeros(len(found), device=device)
     for sample in range(num_samples):
-        plain = [_of_sample(x, sample, num_samples) for x in inputs]
+        plain = [input_of_sample(x, sample, num_samples) for x in inputs]
         for number, (rule, _) in call.rules.items():
             plain[number] = rule.of_sample(sample).dense()
         toward = direction[sample : sample + 1]
-        in_float32 = [_in_float32(x) for x in plain]
-        expected = _with_gradients(call.by(layer, *in_float32), in_float32, toward)
+        in_float32 = [to_float32(x) for x in plain]
+        expected = output_and_gradients(call.by(layer, *in_float32), in_float32, toward)
         mine = [x[sample : sample + 1] for x in found]
-        worst = torch.maximum(worst, _errors(mine, expected))
+        worst = torch.maximum(worst, relative_errors(mine, expected))
 
         if has_bf16(device):
             with autocast(device):
                 out = call.by(layer, *plain)
-            half = _with_gradients(out, plain, toward)
-            worst_half = torch.maximum(worst_half, _errors(half, expected))
+            half = output_and_gradients(out, plain, toward)
+            worst_half = torch.maximum(worst_half, relative_errors(half, expected))
 
-    learnt = [number for number, x in enumerate(inputs, start=1) if _has_gradient(x)]
+    learnt = [number for number, x in enumerate(inputs, start=1) if has_gradient(x)]
     names = ["the output", *(f"the gradient in input {number}" for number in learnt)]
     disagreements = []
     for name, error, half_error in zip(names, worst.tolist(), worst_half.tolist(), strict=True):
@@ -346,7 +346,7 @@ def _compared(
     return disagreements
 
 
-def _strong_copy(
+def copy_with_strong_attention(
     layer: nn.Module, is_attention_alone: bool, generator: torch.Generator
 ) -> nn.Module:
     """Return a copy whose attention is not hidden by the rest, as it is where weights are small.
@@ -373,11 +373,12 @@ def _strong_copy(
     return copy
 
 
-def _has_gradient(value: Any) -> bool:
+def has_gradient(value: Any) -> bool:
+    """Return whether an input of a layer is a tensor that a gradient is computed for."""
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _of_sample(value: Any, sample: int, num_samples: int) -> Any:
+def input_of_sample(value: Any, sample: int, num_samples: int) -> Any:
     """Return an input for one sample alone; a table of (T, *) is for all samples."""
     # A rotary table of all samples has two axes, one for each sample has four.
     is_of_samples = isinstance(value, Tensor) and value.ndim > 2 and len(value) == num_samples
@@ -386,24 +387,25 @@ def _of_sample(value: Any, sample: int, num_samples: int) -> Any:
     return value[sample : sample + 1].detach().requires_grad_(value.requires_grad)
 
 
-def _in_float32(value: Any) -> Any:
+def to_float32(value: Any) -> Any:
+    """Return an input in float32, with a gradient if it had one; masks stay as they are."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     return value.detach().float().requires_grad_(value.requires_grad)
 
 
-def _with_gradients(out: Tensor, inputs: Sequence[Any], direction: Tensor) -> list[Tensor]:
+def output_and_gradients(out: Tensor, inputs: Sequence[Any], direction: Tensor) -> list[Tensor]:
     """Return the output and its gradients in the inputs that have one, in float32.
 
     Args:
         direction: what the output is multiplied with before it is summed.
     """
-    leaves = [x for x in inputs if _has_gradient(x)]
+    leaves = [x for x in inputs if has_gradient(x)]
     gradients = torch.autograd.grad((out.float() * direction).sum(), leaves)
     return [out.detach().float(), *(gradient.float() for gradient in gradients)]
 
 
-def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+def relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
     """Return the norms of the differences over those of ``expected``; infinite where one is NaN."""
     tiny = torch.finfo(torch.float32).tiny
     ratios = []

@@ -121,20 +121,20 @@ def choose_rows(
     kinds = wanted(plan)
     chosen: list[ScanRow] = []
     if "spatial" in kinds or "strided" in kinds:
-        chosen += _spread_over_datasets(rows)
+        chosen += spread_over_datasets(rows)
     if "contrast" in kinds:
         with_contrasts = [reduced(g, plan.sequence.contrasts) for g in contrast_groups(rows)]
         fitting = [g for g in with_contrasts if len(g.rows) >= plan.sequence.contrast_members]
         for group in fitting[: PER_KIND["contrast"]]:
             chosen += group.rows
     if "semantic" in kinds:
-        chosen += _with_structures(plan, rows, places)
+        chosen += scans_with_structures(plan, rows, places)
 
     # Each scan once, in the order in which it was chosen first.
     return list({row.id: row for row in chosen}.values())
 
 
-def _spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
+def spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
     """Return the first, middle and last scan of every dataset, as many as there is room for."""
     by_dataset: dict[str, list[ScanRow]] = {}
     for row in rows:
@@ -148,7 +148,7 @@ def _spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
     return spread[: min(max(PER_KIND["spatial"], len(by_dataset)), MOST_INPUTS)]
 
 
-def _with_structures(
+def scans_with_structures(
     plan: Plan, rows: Sequence[ScanRow], places: Sequence[StructureLocation]
 ) -> list[ScanRow]:
     """Return scans of different subjects that share structures."""
@@ -273,12 +273,13 @@ def draw_picture(
     head.text(0.01, 0.62, explanation, fontsize=11.5, va="top")
 
     for panel, one in zip(panels, sequences, strict=True):
-        _draw_panel(panel, plan, one, names)
+        draw_panel(panel, plan, one, names)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def _draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, str]) -> None:
+def draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, str]) -> None:
+    """Draw one sequence: a title, its views side by side, and below them its blocks in order."""
     sample, shown = one.sample, one.shown
     source = shown.subject or names.get(shown.cases[0].path, "")
     num_given = sample.prefix
@@ -294,16 +295,16 @@ def _draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path,
     )
 
     top, bottom = panel.subfigures(2, 1, height_ratios=[2.6, 1])
-    views = _views(plan, one, names)
+    views = views_of(plan, one, names)
     axes = np.atleast_1d(top.subplots(1, len(views)))
     for axis, (view_title, draw) in zip(axes, views, strict=True):
         draw(axis)
         axis.set_title(view_title, fontsize=10)
         axis.set_axis_off()
-    _draw_strip(bottom, plan, sample)
+    draw_strip(bottom, plan, sample)
 
 
-def _views(
+def views_of(
     plan: Plan, one: DrawnSequence, names: Mapping[Path, str]
 ) -> list[tuple[str, Callable[[Any], None]]]:
     """Return (title, function that draws on an axis) of every view.
@@ -318,7 +319,7 @@ def _views(
     if one.has_several_images:
         title = "the crop in the " + ("scan" if shown.kind == "contrast" else "first scan")
     views: list[tuple[str, Callable[[Any], None]]] = [
-        (title, partial(_draw_context, case=shown.cases[0], one=one, plan=plan))
+        (title, partial(draw_context, case=shown.cases[0], one=one, plan=plan))
     ]
 
     if not one.has_several_images:
@@ -421,7 +422,7 @@ def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: in
             )
 
 
-def _draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan) -> None:
+def draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan) -> None:
     """Draw the slice of the whole scan through the middle of the crop, with the crop marked."""
     from matplotlib.patches import Rectangle
 
@@ -461,7 +462,7 @@ def _read_size(plan: Plan, one: DrawnSequence) -> Size:
     return (z, y, x)
 
 
-def _draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
+def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
     """Draw blocks in their order around the first that has to be predicted."""
     indices = block_indices(plan, sample)
     flat_indices = indices.ravel()
