@@ -6,7 +6,7 @@ through this file only and never asks for their names.
 """
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
@@ -75,6 +75,12 @@ class Preset:
     single_tokens: bool = False
 
 
+def plain_summary(plan: Plan) -> str:
+    """Return the objective's name with order and predictor of its sequences."""
+    s = plan.sequence
+    return f"{plan.objective.name} ({s.order} order, {s.predictor}-block predictor)"
+
+
 @dataclass(frozen=True)
 class ObjectiveKind:
     """An objective as the command line, the planner and the reports know it.
@@ -89,6 +95,7 @@ class ObjectiveKind:
         builders: network kind -> function that builds the objective (``objectives.base``). Only
             the kinds of networks that it can train are listed.
         figure: returns the figure of merit of a plan.
+        summary: returns what the encoder's card says of the objective.
         presets: sets of values that go with this objective.
     """
 
@@ -100,7 +107,8 @@ class ObjectiveKind:
     check: Callable[[Plan], None]
     builders: Mapping[str, Callable[[Plan], Any]]
     figure: Callable[[Plan], FigureOfMerit]
-    presets: tuple[Preset, ...] = field(default=())
+    summary: Callable[[Plan], str] = plain_summary
+    presets: tuple[Preset, ...] = ()
 
 
 KINDS: dict[str, ObjectiveKind] = {}

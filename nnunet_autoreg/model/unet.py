@@ -3,6 +3,7 @@
 Shape suffixes: B samples, C channels or features, Z Y X voxels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,8 +57,21 @@ class PretrainingUNet(nn.Module):
         Args:
             known_BZYX: bool, True where a voxel may be seen; None where all may be.
         """
-        skips = self.encode(voxels_BCZYX, known_BZYX)
+        x_BCZYX = self.decode(self.encode(voxels_BCZYX, known_BZYX))[-1]
+
+        out: Tensor = self.network.decoder.seg_layers[-1](x_BCZYX)  # (B, 1, Z, Y, X)
+        if self.segment_head is not None:
+            out = torch.cat([out, self.segment_head(x_BCZYX)], dim=1)
+        return out
+
+    def decode(self, skips: Sequence[Tensor]) -> list[Tensor]:
+        """Return the features of every decoder stage, the coarsest first.
+
+        Args:
+            skips: features of every encoder stage, the finest first.
+        """
         decoder = self.network.decoder
+        features = []
 
         # From the coarsest features upwards; every stage joins the skip of its resolution.
         x_BCZYX = skips[-1]
@@ -67,11 +81,8 @@ class PretrainingUNet(nn.Module):
         ):
             joined_BCZYX = torch.cat([upsample(x_BCZYX), skip_BCZYX], dim=1)
             x_BCZYX = recomputed(stage, self.recompute, joined_BCZYX)
-
-        out: Tensor = decoder.seg_layers[-1](x_BCZYX)  # (B, 1, Z, Y, X)
-        if self.segment_head is not None:
-            out = torch.cat([out, self.segment_head(x_BCZYX)], dim=1)
-        return out
+            features.append(x_BCZYX)
+        return features
 
     def encode(self, voxels_BCZYX: Tensor, known_BZYX: Tensor | None = None) -> list[Tensor]:
         """Return the features of every encoder stage, the finest first."""

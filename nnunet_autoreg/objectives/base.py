@@ -210,6 +210,12 @@ class Objective:
         """
         return {}
 
+    def begin(self) -> None:
+        """Set ``extra`` from the module's weights, before the first step of a new run.
+
+        The weights named by ``--init`` are in the module by then.
+        """
+
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
         """Update ``extra`` after an accepted step. Skipped steps do not come here.
 

@@ -80,7 +80,7 @@ def snapshot(
 
 
 def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE) -> None:
-    """Set the buffers that the objective measures on the pool, before the first step of a run.
+    """Set what the objective measures on the pool and starts from, before a run's first step.
 
     The main process measures them for all. Checkpoints hold them afterwards.
 
@@ -90,6 +90,7 @@ def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE)
     found = world.share(objective.pool_statistics(pool) if world.is_main else {})
     unexpected = objective.module.load_state_dict(found, strict=False).unexpected_keys
     assert not unexpected, f"the module has no buffers {unexpected}"
+    objective.begin()
 
 
 def shareable(content: Mapping[str, Any]) -> dict[str, Any]:

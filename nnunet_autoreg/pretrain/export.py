@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.model.card import WEIGHTS_NAME, Adaptation, EncoderCard, Verdict
+from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import sha256_of
@@ -47,8 +48,7 @@ def export_encoder(
         ct_window=plan.data.ct_window,
         num_input_channels=1,
         adaptation=adaptation,
-        objective=f"{plan.objective.name} ({plan.sequence.order} order, "
-        f"{plan.sequence.predictor}-block predictor)",
+        objective=kind_of(plan.objective.name).summary(plan),
         licences=licences,
         num_scans=len(rows),
         num_steps=plan.optim.num_steps,

@@ -1,0 +1,504 @@
+"""Alice: a student and a momentum teacher on crops of the same anatomy in two patients.
+
+The student is shown a quarter of the blocks of each crop, the teacher all of them. Three losses
+train the student:
+
+- between the images: the student's view of one patient has to match the teacher's view of the
+  other ("classes": scores of prototypes, from the mean of the tokens);
+- within an image: each visible token, after attention to the student's decoder, has to match the
+  same token after attention to the teacher's tokens ("patches", through CASA);
+- reconstruction of the hidden voxels.
+
+The teacher is a running mean of the student. Its scores are centred and sharpened, which keeps it
+from giving all images the same answer or every answer equally often. Pairs are those that semantic
+sequences find: no foreign network matches them. A batch whose sequences have one image is trained
+too: it is then compared with itself.
+
+Shape suffixes: as in ``alice_networks``; B samples, M members, N = B * M crops.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from nnunet_autoreg.geometry import as_size, grid_of, volume
+from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.sequence import from_tokens, to_blocks, to_tokens
+from nnunet_autoreg.objectives.alice_networks import AliceNetwork, Casa, Crops
+from nnunet_autoreg.objectives.alice_plan import alice_of
+from nnunet_autoreg.objectives.base import (
+    LossTerm,
+    LossTerms,
+    Objective,
+    Processes,
+    Reconstruction,
+    TokenFeatures,
+)
+from nnunet_autoreg.objectives.targets import full_precision
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sampling.corruption import corrupted
+from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.sampling.sampler import SequenceSampler
+
+WARM_SHARE = 0.1
+"""Share of the run in which the teacher's temperature rises."""
+CYCLE_MM = 12.0
+"""A match is an inlier if it comes back, and agrees with the others, within this distance."""
+LEAST_SHARED, MOST_SHARED = 0.02, 0.999
+"""Entropy of the prototypes, as a share of the largest possible: below the first limit all tokens
+get the same one, and above the second every token gets all of them alike."""
+
+
+class AliceState(nn.Module):
+    """What training changes without gradients: teacher, centres and the teacher's temperature."""
+
+    class_centre: Tensor
+    patch_centre: Tensor
+    temperature: Tensor
+
+    def __init__(self, student: AliceNetwork, num_prototypes: int, temperature: float):
+        super().__init__()
+        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self.register_buffer("class_centre", torch.zeros(num_prototypes))
+        self.register_buffer("patch_centre", torch.zeros(num_prototypes))
+        self.register_buffer("temperature", torch.tensor(temperature))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What student and teacher say of crops.
+
+    Attributes:
+        student_classes, teacher_classes: scores of whole volumes, (N, O).
+        student_patches, teacher_patches: scores of the visible tokens, (N, S, O).
+        voxels: predicted by the student, (N, T, P).
+        teacher_tokens: of the teacher's encoder, (N, T, V).
+    """
+
+    student_classes: Tensor
+    teacher_classes: Tensor
+    student_patches: Tensor
+    teacher_patches: Tensor
+    voxels: Tensor
+    teacher_tokens: Tensor
+
+
+class Alice(Objective):
+    """The objective: losses, teacher, and what transfers. See ``objectives.base.Objective``."""
+
+    counts_ahead = True
+    follows_steps = True
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.settings = alice_of(plan)
+        self.token_size = plan.encoder.token_size_vox
+        self.sampler = SequenceSampler(plan)
+
+        self.student = AliceNetwork(plan)
+        self.module: nn.Module = self.student
+        self.network: nn.Module = self.student.backbone.network
+        start, _ = self.settings.teacher_temperature
+        self.state = AliceState(self.student, self.settings.num_prototypes, start)
+        self.extra: nn.Module = self.state
+
+    def begin(self) -> None:
+        """Have the teacher start as a copy of the student."""
+        self._move_teacher(0.0)
+
+    def loss(self, batch: Batch, references: bool = False) -> LossTerms:
+        """Return the three terms. References: ``mean`` predicts each crop's visible mean."""
+        crops = self._crops(batch)
+        outputs = self.outputs(batch, crops)
+        state, settings = self.state, self.settings
+        num_members = batch.voxels.shape[1]
+
+        class_target_NO = targets(outputs.teacher_classes, state.class_centre, state.temperature)
+        patch_target_NSO = targets(outputs.teacher_patches, state.patch_centre, state.temperature)
+        partner_N = _partners(len(class_target_NO), num_members, batch.voxels.device)
+        class_loss_N = cross_entropy(
+            class_target_NO[partner_N], outputs.student_classes, settings.student_temperature
+        )
+        patch_loss_NS = cross_entropy(
+            patch_target_NSO, outputs.student_patches, settings.student_temperature
+        )
+
+        counted_NS = crops.valid.gather(1, crops.visible).float()
+        truth_NTP = self._voxels(batch)
+        counted_NTP = self._counted_voxels(batch, crops).float()
+        counts = self._counts(crops, counted_NTP)
+        error_NTP = (outputs.voxels.float() - truth_NTP).square() * counted_NTP
+        terms = {
+            "reconstruction": LossTerm(
+                error_NTP.sum(), counts["reconstruction"], settings.reconstruction_weight
+            ),
+            "classes": LossTerm(class_loss_N.sum(), counts["classes"], settings.class_weight),
+            "patches": LossTerm(
+                (patch_loss_NS * counted_NS).sum(), counts["patches"], settings.patch_weight
+            ),
+        }
+
+        statistics = {
+            "class_scores": outputs.teacher_classes.sum(dim=0),
+            "classes": counts["classes"],
+            "patch_scores": (outputs.teacher_patches * counted_NS[:, :, None]).sum(dim=(0, 1)),
+            "patches": counts["patches"],
+        }
+        if not references:
+            return LossTerms(terms, statistics=statistics)
+
+        mean_N11 = self._visible_mean(batch, crops)
+        trivial = ((mean_N11 - truth_NTP).square() * counted_NTP).sum()
+        statistics |= {
+            "class_entropy": entropy(class_target_NO).sum(),
+            "patch_entropy": (entropy(patch_target_NSO) * counted_NS).sum(),
+            "patch_shares": (patch_target_NSO * counted_NS[:, :, None]).sum(dim=(0, 1)),
+        }
+        if num_members > 1:
+            statistics |= self._matches(outputs.teacher_tokens, crops, batch)
+        return LossTerms(terms, {"mean": trivial}, statistics)
+
+    def outputs(self, batch: Batch, crops: Crops) -> Outputs:
+        """Return what student and teacher say of the crops of a batch. Scores are float32."""
+        student, teacher = self.student, self.state.teacher
+        is_figure = self.settings.casa == "figure"
+        shown = replace(crops, voxels=self._shown(batch, crops))
+
+        encoded = student.backbone.encode_visible(shown)
+        decoded_NTW, voxels_NTP = student.backbone.decode(encoded, shown, all_visible=False)
+        student_classes_NO = student.class_scores(encoded.tokens, crops.is_visible & crops.valid)
+        index_NSV = crops.visible[:, :, None].expand(-1, -1, encoded.tokens.shape[2])
+        query_NSD = student.project_encoder(encoded.tokens.gather(1, index_NSV))
+        key_NTD = student.project_decoder(decoded_NTW)
+
+        with torch.no_grad():
+            whole = teacher.backbone.encode_all(crops)
+            teacher_classes_NO = teacher.class_scores(whole.tokens, crops.valid)
+
+        if is_figure:
+            attended_NSD = student.casa(query_NSD, key_NTD, crops.valid)
+            student_patches_NSO = student.head.patches(attended_NSD)
+            with torch.no_grad():
+                teacher_key_NTD = teacher.project_encoder(whole.tokens)
+                attended_NSD = teacher.casa(query_NSD.detach(), teacher_key_NTD, crops.valid)
+                teacher_patches_NSO = teacher.head.patches(attended_NSD)
+        else:
+            # One block for both sides, between scores of prototypes. The teacher has the
+            # directions of volumes only.
+            query_NSO = student.head.patches(query_NSD)
+            key_NTO = student.head.patches(key_NTD)
+            student_patches_NSO = student.casa(query_NSO, key_NTO, crops.valid)
+            with torch.no_grad():
+                teacher_decoded_NTW, _ = teacher.backbone.decode(whole, crops, all_visible=True)
+                teacher_key_NTO = teacher.head.classes(teacher.project_decoder(teacher_decoded_NTW))
+                shared: Casa = student.casa
+                teacher_patches_NSO = shared(query_NSO.detach(), teacher_key_NTO, crops.valid)
+
+        return Outputs(
+            student_classes_NO.float(),
+            teacher_classes_NO.float(),
+            student_patches_NSO.float(),
+            teacher_patches_NSO.float(),
+            voxels_NTP,
+            whole.tokens.float(),
+        )
+
+    def term_counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the numbers of voxels, volumes and tokens that the terms sum over."""
+        crops = self._crops(batch)
+        return self._counts(crops, self._counted_voxels(batch, crops).float())
+
+    def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
+        """Move teacher, centres and temperature on."""
+        state, settings = self.state, self.settings
+        share_done = (step + 1) / self.plan.optim.num_steps
+        rest = 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
+        self._move_teacher(1 - (1 - settings.momentum) * rest)
+
+        for centre, name in ((state.class_centre, "class"), (state.patch_centre, "patch")):
+            count = statistics["classes" if name == "class" else "patches"]
+            sums = torch.cat([statistics[f"{name}_scores"], count[None].float()])
+            sums = processes.add(sums.clone())
+            mean_O = sums[:-1] / sums[-1].clamp(min=1)
+            centre.lerp_(mean_O.to(centre.dtype), 1 - settings.centre_momentum)
+
+        start, end = settings.teacher_temperature
+        state.temperature.fill_(start + (end - start) * min(1.0, share_done / WARM_SHARE))
+
+    @torch.no_grad()
+    def _move_teacher(self, momentum: float) -> None:
+        """Set the teacher to the weighted mean of itself and the student; buffers are copied."""
+        student = dict(self.student.named_parameters())
+        for name, parameter in self.state.teacher.named_parameters():
+            value = student[name].detach()
+            # Sharded weights are gathered one by one, and the teacher is whole in every process.
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            parameter.lerp_(value, 1 - momentum)
+
+        buffers = dict(self.student.named_buffers())
+        for name, buffer in self.state.teacher.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def health(self, statistics: Mapping[str, Tensor]) -> dict[str, tuple[float, str]]:
+        """Return entropies of the teacher, norms of the centres, and the inlier rate of matches."""
+        most = math.log(self.settings.num_prototypes)
+        patches = float(statistics["patches"].clamp(min=1))
+        shares_O = statistics["patch_shares"] / patches
+        found = {
+            "teacher_entropy_classes": (
+                float(statistics["class_entropy"] / statistics["classes"]) / most,
+                "share of the largest",
+            ),
+            "teacher_entropy_patches": (
+                float(statistics["patch_entropy"]) / patches / most,
+                "share of the largest",
+            ),
+            "prototype_entropy": (float(entropy(shares_O)) / most, "share of the largest"),
+            "centre_norm_classes": (float(self.state.class_centre.norm()), "1"),
+            "centre_norm_patches": (float(self.state.patch_centre.norm()), "1"),
+        }
+        if "matched" in statistics:
+            rate = float(statistics["inliers"] / statistics["matched"].clamp(min=1))
+            found["inlier_rate"] = (rate, "share of matches")
+        return found
+
+    def collapse_signs(self, health: Mapping[str, tuple[float, str]]) -> list[str]:
+        """Return a message where the teacher's answers say nothing about the image."""
+        signs = []
+        shared, _ = health["prototype_entropy"]
+        each, _ = health["teacher_entropy_patches"]
+        if not shared >= LEAST_SHARED:
+            signs.append(
+                f"the teacher gives all tokens the same prototype (entropy {shared:.2g} of the "
+                f"largest, limit {LEAST_SHARED:g})"
+            )
+        if each > MOST_SHARED:
+            signs.append(
+                f"the teacher gives every token all prototypes alike (entropy {each:.4f} of the "
+                f"largest, limit {MOST_SHARED:g})"
+            )
+        return signs
+
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Return the student's prediction of hidden voxels beside the truth."""
+        crops = self._crops(batch)
+        predicted_NTP = self.outputs(batch, crops).voxels.float()
+        real_NTP = self._real(batch)
+        visible_NTP = crops.is_visible[:, :, None] & real_NTP
+        trivial_NTP = self._visible_mean(batch, crops).expand_as(predicted_NTP)
+
+        def as_volume(tokens_NTP: Tensor) -> Tensor:
+            B, M = batch.voxels.shape[:2]
+            tokens_BTP = tokens_NTP.reshape(B, -1, tokens_NTP.shape[2])
+            return from_tokens(tokens_BTP, self.token_size, (B, M, *batch.voxels.shape[2:]))
+
+        return Reconstruction(
+            truth=batch.voxels[:, :, 0],
+            predicted=as_volume(predicted_NTP),
+            trivial=as_volume(trivial_NTP),
+            given=as_volume(visible_NTP),
+            loss_mask=as_volume(~crops.is_visible[:, :, None] & real_NTP),
+            valid_mask=batch.valid_mask,
+        )
+
+    def describe(self, batch: Batch) -> TokenFeatures:
+        """Return features of every image by itself, as fine-tuning gets them."""
+        crops = self._crops(batch)
+        B = len(batch.voxels)
+        features_NTV = self._exported().backbone.describe(
+            crops.voxels, crops.valid, crops.positions
+        )
+        return TokenFeatures(
+            features_NTV.reshape(B, -1, features_NTV.shape[2]),
+            to_tokens(batch.voxels, self.token_size),
+            crops.positions.reshape(B, -1),
+            crops.valid.reshape(B, -1),
+        )
+
+    def example_batch(self, num_samples: int) -> Batch:
+        """Return pairs of crops of the planned shapes; their order is a real one."""
+        size = self.plan.sequence.member_crop_vox or self.plan.sequence.crop_size_vox
+        num_tokens = 2 * volume(grid_of(size, self.token_size))
+        order_index = torch.arange(num_tokens).expand(num_samples, -1)
+        return Batch(
+            voxels=torch.zeros(num_samples, 2, 1, *size),  # (B, M, C, Z, Y, X)
+            valid_mask=torch.ones(num_samples, 2, *size, dtype=torch.bool),
+            order_index=order_index,
+            prefix=torch.ones(num_samples, dtype=torch.int64),
+        )
+
+    def transferable_state(self) -> dict[str, Tensor]:
+        """Return the weights of the student's or the teacher's encoder, as the plan says."""
+        return self._exported().backbone.transferable_state()
+
+    def adaptation(self) -> Adaptation:
+        """Return where fine-tuning finds the parts that it may have to adapt."""
+        return self.student.backbone.adaptation()
+
+    def _exported(self) -> AliceNetwork:
+        return self.student if self.settings.export == "student" else self.state.teacher
+
+    def _crops(self, batch: Batch) -> Crops:
+        """Return each image of a batch by itself, with the blocks that the student sees.
+
+        Of the K blocks of a crop, ceil((1 - visible share) K) are hidden: the last ones of the
+        sampled order.
+        """
+        B, M, _, Z, Y, X = batch.voxels.shape
+        N = B * M
+        block_tokens = self.plan.sequence.block_tokens
+        grid = grid_of(as_size((Z, Y, X)), self.token_size)
+        num_tokens = volume(grid)
+        per_block = volume(block_tokens)
+
+        # The order runs over the blocks of all images; only their order within each one counts.
+        order_NT = batch.order_index.reshape(N, num_tokens)
+        num_hidden = num_hidden_blocks(num_tokens // per_block, self.plan.sequence.prefix_share)
+        num_visible = num_tokens // per_block - num_hidden
+        visible_NS = order_NT.argsort(dim=1, stable=True)[:, : num_visible * per_block]
+        is_visible_NT = torch.zeros_like(order_NT, dtype=torch.bool)
+        is_visible_NT = is_visible_NT.scatter(1, visible_NS, True)
+
+        blocks_NKJ = to_blocks(order_NT.reshape(N, 1, *grid), block_tokens).flatten(2)
+        visible_blocks_NK = blocks_NKJ[:, :, 0].argsort(dim=1, stable=True)[:, :num_visible]
+
+        positions_NT = torch.arange(num_tokens, device=order_NT.device).expand(N, -1)
+        if batch.positions is not None:
+            positions_NT = batch.positions.reshape(N, num_tokens)
+        valid_NT = self._real(batch).any(dim=2)
+        return Crops(
+            batch.voxels.flatten(0, 1),
+            valid_NT,
+            positions_NT,
+            visible_NS,
+            is_visible_NT,
+            visible_blocks_NK,
+        )
+
+    def _shown(self, batch: Batch, crops: Crops) -> Tensor:
+        """Return the voxels that the student gets, (N, C, Z, Y, X), corrupted if planned."""
+        if batch.corruption is None:
+            return crops.voxels
+        B, M, _, Z, Y, X = batch.voxels.shape
+        visible_NTP = crops.is_visible[:, :, None].expand(-1, -1, volume(self.token_size))
+        visible_BTP = visible_NTP.reshape(B, -1, visible_NTP.shape[2])
+        visible_BMZYX = from_tokens(visible_BTP, self.token_size, (B, M, 1, Z, Y, X))
+        shown_BMCZYX = corrupted(batch.voxels, visible_BMZYX & batch.valid_mask, batch.corruption)
+        return shown_BMCZYX.flatten(0, 1)
+
+    def _voxels(self, batch: Batch) -> Tensor:
+        """Return the true voxels of every token, (N, T, P), float32."""
+        voxels_N1CZYX = batch.voxels.flatten(0, 1)[:, None]
+        return to_tokens(voxels_N1CZYX, self.token_size).float()
+
+    def _real(self, batch: Batch) -> Tensor:
+        """Return which voxels of every token are no padding, (N, T, P)."""
+        valid_N11ZYX = batch.valid_mask.flatten(0, 1)[:, None, None]
+        return to_tokens(valid_N11ZYX, self.token_size)
+
+    def _counted_voxels(self, batch: Batch, crops: Crops) -> Tensor:
+        """Return which voxels carry the loss of reconstruction, (N, T, P)."""
+        real_NTP = self._real(batch)
+        return real_NTP if self.settings.all_voxels else real_NTP & ~crops.is_visible[:, :, None]
+
+    def _counts(self, crops: Crops, counted_NTP: Tensor) -> dict[str, Tensor]:
+        return {
+            "reconstruction": counted_NTP.sum(),
+            "classes": torch.full((), float(len(crops.valid)), device=counted_NTP.device),
+            "patches": crops.valid.gather(1, crops.visible).float().sum(),
+        }
+
+    def _visible_mean(self, batch: Batch, crops: Crops) -> Tensor:
+        """Return the mean of each crop's visible voxels, (N, 1, 1)."""
+        weight_NTP = (self._real(batch) & crops.is_visible[:, :, None]).float()
+        total = (self._voxels(batch) * weight_NTP).sum(dim=(1, 2), keepdim=True)
+        return total / weight_NTP.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+    def _matches(self, tokens_NTV: Tensor, crops: Crops, batch: Batch) -> dict[str, Tensor]:
+        """Return how many tokens of the first images are matched, and how many matches hold."""
+        B, M = batch.voxels.shape[:2]
+        grid = grid_of(as_size(batch.voxels.shape[3:]), self.token_size)
+        axes = [torch.arange(side, device=tokens_NTV.device) for side in grid]
+        step_mm = torch.tensor(
+            [
+                token * spacing
+                for token, spacing in zip(self.token_size, self.plan.data.spacing_mm, strict=True)
+            ],
+            device=tokens_NTV.device,
+        )
+        place_T3 = torch.cartesian_prod(*axes).float() * step_mm
+
+        tokens_BMTV = tokens_NTV.reshape(B, M, *tokens_NTV.shape[1:])
+        valid_BMT = crops.valid.reshape(B, M, -1)
+        inliers = matched = torch.zeros((), device=tokens_NTV.device)
+        for tokens_MTV, valid_MT in zip(tokens_BMTV, valid_BMT, strict=True):
+            first, second = valid_MT[0], valid_MT[1]
+            if not (first.any() and second.any()):
+                continue
+            held = consistent_matches(
+                tokens_MTV[0, first], tokens_MTV[1, second], place_T3[first], place_T3[second]
+            )
+            inliers, matched = inliers + held.sum(), matched + len(held)
+        return {"inliers": inliers, "matched": matched}
+
+
+def num_hidden_blocks(num_blocks: int, visible_share: float) -> int:
+    """Return ceil((1 - visible share) x blocks); at least one is hidden and one visible."""
+    # Rounded first, because 1 - 0.7 is a little more than 0.3 in floating point.
+    wanted = math.ceil(round((1 - visible_share) * num_blocks, 6))
+    return min(max(1, wanted), num_blocks - 1)
+
+
+def targets(scores_O: Tensor, centre_O: Tensor, temperature: Tensor) -> Tensor:
+    """Return the teacher's probabilities of the prototypes, (..., O), without gradient."""
+    with full_precision(scores_O.device):
+        return ((scores_O.detach().float() - centre_O) / temperature).softmax(dim=-1)
+
+
+def cross_entropy(target_O: Tensor, scores_O: Tensor, temperature: float) -> Tensor:
+    """Return the cross-entropy of the student's scores (...,) under the targets, in float32."""
+    with full_precision(scores_O.device):
+        return -(target_O * (scores_O.float() / temperature).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def entropy(probabilities_O: Tensor) -> Tensor:
+    """Return the entropy of probabilities, (...,), in nats."""
+    return torch.special.entr(probabilities_O).sum(dim=-1)
+
+
+def consistent_matches(
+    first_NV: Tensor, second_MV: Tensor, place_first_N3: Tensor, place_second_M3: Tensor
+) -> Tensor:
+    """Return which tokens of one crop have a believable match in another, (N,) bool.
+
+    A token is matched with the most similar one of the other crop. The match holds if the best
+    match of that one lies near the token again, and if it is shifted as most other matches are.
+
+    Args:
+        place_first_N3, place_second_M3: positions in the crops, in mm.
+    """
+    first_NV = functional.normalize(first_NV - first_NV.mean(dim=0), dim=-1)
+    second_MV = functional.normalize(second_MV - second_MV.mean(dim=0), dim=-1)
+    similarity_NM = first_NV @ second_MV.T
+
+    there_N = similarity_NM.argmax(dim=1)
+    back_N = similarity_NM.argmax(dim=0)[there_N]
+    returns_N = (place_first_N3[back_N] - place_first_N3).norm(dim=1) <= CYCLE_MM
+
+    shift_N3 = place_second_M3[there_N] - place_first_N3
+    usual_3 = shift_N3.median(dim=0).values
+    agrees_N = (shift_N3 - usual_3).norm(dim=1) <= CYCLE_MM
+    return returns_N & agrees_N
+
+
+def _partners(num_crops: int, num_members: int, device: torch.device) -> Tensor:
+    """Return for each crop the index of its sequence's next image; the first follows the last."""
+    index = torch.arange(num_crops, device=device)
+    member = index % num_members
+    return index - member + (member + 1) % num_members

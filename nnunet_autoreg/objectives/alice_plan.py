@@ -1,0 +1,207 @@
+"""The plan of Alice: its values, defaults and checks.
+
+Light: it imports no torch.
+"""
+
+from dataclasses import dataclass, replace
+
+from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.families import family_of, has_transformer
+from nnunet_autoreg.objective_kinds import FigureOfMerit
+from nnunet_autoreg.plan import EncoderPlan, ObjectivePlan, Plan
+
+CASA_FORMS = ("figure", "released")
+EXPORTS = ("student", "teacher")
+HEADS_OF_CASA = 8
+SMALL_ENCODER = 320
+"""An encoder with fewer features per token gets narrow heads."""
+
+REASON = "what Alice is (--objective alice)"
+
+
+@dataclass(frozen=True)
+class AlicePlan(ObjectivePlan):
+    """How student and teacher are compared.
+
+    The share of visible blocks is ``sequence.prefix_share``, and the images of a pair are the
+    members of a semantic sequence.
+
+    Attributes:
+        name: "alice".
+        corruption: share of the training samples whose visible part the student is shown with
+            another gamma and contrast and with noise. The teacher and the targets are clean.
+        class_weight: weight of the loss between the two images of a pair.
+        patch_weight: weight of the loss between tokens of one image, after attention (CASA).
+        reconstruction_weight: weight of the squared error of the voxels.
+        all_voxels: whether visible voxels count in the squared error too, as in the released code.
+        casa: "figure": the attention of the paper's figure, where the teacher's tokens come from
+            its encoder and the teacher's side has weights of its own. "released": that of the
+            released code, where one block serves both sides, tokens are the scores of the
+            prototypes, and the teacher's come from its decoder.
+        width: features of a token in the attention.
+        hidden: hidden features of the projection heads.
+        num_prototypes: outputs of the projection heads.
+        decoder_depth: layers of the decoder of a transformer. A CNN has its own decoder.
+        student_temperature: softmax temperature of the student's scores.
+        teacher_temperature: that of the teacher's at the first step, and after a tenth of the run.
+        momentum: of the teacher's running mean at the first step. It rises to 1 as half a cosine.
+        centre_momentum: of the running mean of the teacher's scores, which is subtracted from them.
+        export: whose encoder is exported, "student" or "teacher".
+    """
+
+    class_weight: float = 1.0
+    patch_weight: float = 1.0
+    reconstruction_weight: float = 10.0
+    all_voxels: bool = False
+    casa: str = "figure"
+    width: int = 512
+    hidden: int = 2048
+    num_prototypes: int = 512
+    decoder_depth: int = 2
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    momentum: float = 0.996
+    centre_momentum: float = 0.9
+    export: str = "student"
+
+
+def alice_of(plan: Plan) -> AlicePlan:
+    """Return the plan's values of Alice."""
+    assert isinstance(plan.objective, AlicePlan), "the registry builds the plan's objective"
+    return plan.objective
+
+
+def planned_alice(name: str, encoder: EncoderPlan) -> tuple[AlicePlan, dict[str, str]]:
+    """Return the values for an encoder, and the reasons."""
+    arguments = encoder.arguments
+    if has_transformer(family_of(encoder.class_path)):
+        features = int(arguments["embed_dim"])
+    else:
+        features = int(arguments["features_per_stage"][-1])
+    if features >= SMALL_ENCODER:
+        why = "as published"
+        return AlicePlan(name), {"objective.width": why, "objective.hidden": why}
+
+    why = f"half of what was published, because the encoder has {features} features only"
+    settings = AlicePlan(name, width=256, hidden=512)
+    return settings, {"objective.width": why, "objective.hidden": why}
+
+
+def with_pairs(plan: Plan) -> Plan:
+    """Return the plan with pairs of crops around one structure in two patients.
+
+    A random quarter of the blocks of each crop is visible to the student.
+    """
+    sequence = replace(
+        plan.sequence,
+        order="random",
+        prefix="fixed",
+        prefix_share=0.25,
+        weights={"semantic": 1.0},
+        semantic_members=2,
+        member_crop_vox=plan.sequence.crop_size_vox,
+    )
+    reasons = dict(plan.reasons)
+    for key in ("order", "prefix", "weights", "semantic_members"):
+        reasons[f"sequence.{key}"] = REASON
+    reasons["sequence.prefix_share"] = "three quarters are hidden from the student, as published"
+    reasons["sequence.member_crop_vox"] = "each image of a pair is a whole crop"
+    return replace(plan, sequence=sequence, reasons=reasons)
+
+
+def alice_figure(plan: Plan) -> FigureOfMerit:
+    """Return the figure of merit.
+
+    The teacher moves, so that the losses against it rank nothing. Where labels are there, the
+    frozen probe ranks the states; elsewhere the error of the hidden voxels does.
+    """
+    return FigureOfMerit(
+        name="error of hidden voxels",
+        unit="squared error",
+        explanation="The error is that of the voxels that were hidden from the student, in "
+        "standard deviations of the scan. Lower is better. It is only one of three terms of the "
+        "loss: the teacher of the other two changes during training, so that their values cannot "
+        "be compared from one step to another.",
+        references={"mean": "predicting the mean of the visible voxels"},
+        term="reconstruction",
+        ranks_by_probe=True,
+        pictures="Each row is a slice of a validation scan. The blue part was visible to the "
+        'student, which predicted the rest. "Nothing predicted" is the mean of the visible part. '
+        "Error: the absolute difference. Hatched: padding.",
+    )
+
+
+def check_alice(plan: Plan) -> None:
+    """Refuse values that Alice cannot be trained with.
+
+    Raises:
+        PlanError: the message says what to set instead.
+    """
+    settings, s = alice_of(plan), plan.sequence
+    named = {
+        "objective.casa": (settings.casa, CASA_FORMS),
+        "objective.export": (settings.export, EXPORTS),
+    }
+    for key, (value, known) in named.items():
+        if value not in known:
+            raise PlanError(
+                f"{key}: '{value}' does not exist; {did_you_mean(value, known)}",
+                code="plan-unknown-name",
+            )
+
+    if s.order != "random" or s.prefix != "fixed":
+        raise PlanError(
+            f"objective.name={plan.objective.name} with sequence.order={s.order} and "
+            f"sequence.prefix={s.prefix} is ill-posed: a fixed share of the blocks, chosen at "
+            "random, is visible; use sequence.order=random and sequence.prefix=fixed",
+            code="plan-ill-posed",
+        )
+    if s.weights.get("strided", 0) > 0:
+        raise PlanError(
+            "sequence.weights.strided: overlapping sub-volumes would show the student the voxels "
+            "that are hidden from it; leave strided out",
+            code="plan-ill-posed",
+        )
+    _check_alice_numbers(settings)
+
+
+def _check_alice_numbers(settings: AlicePlan) -> None:
+    start, end = settings.teacher_temperature
+    positive = {
+        "objective.width": settings.width,
+        "objective.hidden": settings.hidden,
+        "objective.decoder_depth": settings.decoder_depth,
+        "objective.student_temperature": settings.student_temperature,
+        "objective.teacher_temperature[0]": start,
+        "objective.teacher_temperature[1]": end,
+        "objective.reconstruction_weight": settings.reconstruction_weight,
+    }
+    for key, number in positive.items():
+        if not 0 < number < float("inf"):
+            raise PlanError(
+                f"{key}={number} must be a number greater than 0", code="plan-out-of-range"
+            )
+    not_negative = {
+        "objective.class_weight": settings.class_weight,
+        "objective.patch_weight": settings.patch_weight,
+    }
+    for key, number in not_negative.items():
+        if not 0 <= number < float("inf"):
+            raise PlanError(f"{key}={number} must not be negative", code="plan-out-of-range")
+    shares = {
+        "objective.momentum": settings.momentum,
+        "objective.centre_momentum": settings.centre_momentum,
+    }
+    for key, number in shares.items():
+        if not 0 <= number <= 1:
+            raise PlanError(f"{key}={number} must lie between 0 and 1", code="plan-out-of-range")
+
+    # Attention has several heads, and a softmax over fewer than two prototypes is constant.
+    width = settings.width if settings.casa == "figure" else settings.num_prototypes
+    if width % HEADS_OF_CASA or settings.num_prototypes < 2:
+        key = "objective.width" if settings.casa == "figure" else "objective.num_prototypes"
+        raise PlanError(
+            f"{key}={width} must be a multiple of {HEADS_OF_CASA}, the number of heads of the "
+            f"attention, and objective.num_prototypes={settings.num_prototypes} at least 2",
+            code="plan-out-of-range",
+        )
