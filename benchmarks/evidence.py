@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from evidence_data import SETS, load_set, prepare, set_path
 from evidence_finetune import SCRATCH, FinetuneJob, finetune
-from evidence_lines import Deadline, Journal, circumstances
+from evidence_lines import Deadline, ResultFile, circumstances
 from evidence_pretrain import PretrainJob, pretrain
 from evidence_probe import RANDOM, ProbeJob, probe
 from evidence_table import table
@@ -45,7 +45,7 @@ TEST = "test"
 
 def prepare_all(args: argparse.Namespace) -> None:
     """Prepare the sets that are missing."""
-    journal, deadline = Journal(args.out), Deadline(args.minutes)
+    results, deadline = ResultFile(args.out), Deadline(args.minutes)
     for name in args.data:
         if set_path(args.work, name).is_file():
             log.info("%s is prepared: %s", name, set_path(args.work, name))
@@ -56,13 +56,17 @@ def prepare_all(args: argparse.Namespace) -> None:
         facts = prepare(name, args.raw.resolve(), args.work, args.workers)
         seconds = round(time.monotonic() - started, 1)
         line = {"command": "prepare", "set": name, **facts, "seconds": seconds}
-        journal.append({**line, **circumstances(torch.device("cpu"))})
+        results.append({**line, **circumstances(torch.device("cpu"))})
         log.info("%s: %s", name, line)
 
 
 def pretrain_all(args: argparse.Namespace) -> None:
     """Train the runs of an arm that are not finished, seed by seed."""
-    device, journal, deadline = torch.device(args.device), Journal(args.out), Deadline(args.minutes)
+    device, results, deadline = (
+        torch.device(args.device),
+        ResultFile(args.out),
+        Deadline(args.minutes),
+    )
     data = load_set(args.work, args.data)
     for seed in args.seeds:
         job = PretrainJob(
@@ -77,7 +81,7 @@ def pretrain_all(args: argparse.Namespace) -> None:
             settings=tuple(args.settings),
             half=args.half,
         )
-        if deadline.has_passed() or not pretrain(job, data, args.work, journal, deadline, device):
+        if deadline.has_passed() or not pretrain(job, data, args.work, results, deadline, device):
             log.info("the time is up; type the same line again to go on")
             return
         log.info("%s is finished", job.name)
@@ -88,12 +92,16 @@ def finetune_all(args: argparse.Namespace) -> None:
 
     They go draw by draw, so that whole comparisons are there early.
     """
-    device, journal, deadline = torch.device(args.device), Journal(args.out), Deadline(args.minutes)
+    device, results, deadline = (
+        torch.device(args.device),
+        ResultFile(args.out),
+        Deadline(args.minutes),
+    )
     check_split(args)
     data = load_set(args.work, args.data)
     jobs = list(finetune_jobs(args))
     for number, job in enumerate(jobs):
-        if deadline.has_passed() or not finetune(job, data, args.work, journal, deadline, device):
+        if deadline.has_passed() or not finetune(job, data, args.work, results, deadline, device):
             log.info(
                 "the time is up, %d of %d runs are left; type the same line again to go on",
                 len(jobs) - number,
@@ -117,7 +125,11 @@ def check_split(args: argparse.Namespace) -> None:
 
 def probe_all(args: argparse.Namespace) -> None:
     """Probe the networks that have no line yet."""
-    device, journal, deadline = torch.device(args.device), Journal(args.out), Deadline(args.minutes)
+    device, results, deadline = (
+        torch.device(args.device),
+        ResultFile(args.out),
+        Deadline(args.minutes),
+    )
     check_split(args)
     data = load_set(args.work, args.data)
     for init in args.init:
@@ -136,7 +148,7 @@ def probe_all(args: argparse.Namespace) -> None:
                 voxels_per_class=args.voxels_per_class,
                 like=args.like if init == RANDOM else None,
             )
-            probe(job, data, args.work, journal, device)
+            probe(job, data, args.work, results, device)
 
 
 def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
@@ -167,7 +179,7 @@ def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
 
 def show_table(args: argparse.Namespace) -> None:
     """Print the results as Markdown."""
-    print(table(Journal(args.out).lines(), data=args.data, split=args.score, wanted=args.wanted))
+    print(table(ResultFile(args.out).lines(), data=args.data, split=args.score, wanted=args.wanted))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -211,7 +211,7 @@ class DeviceScan:
 def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any]:
     """Preprocess a dataset by the project's store and write it as one file.
 
-    Returns what the journal keeps.
+    Returns what a line of the results keeps.
 
     The target spacing is the median of the pool's scans, one for all of the set.
 

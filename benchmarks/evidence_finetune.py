@@ -17,8 +17,8 @@ from evidence_augment import LabelledScans
 from evidence_data import SETS, ResidentSet, labelled_patients
 from evidence_lines import (
     Deadline,
-    Journal,
     Line,
+    ResultFile,
     Stopwatch,
     circumstances,
     half_precision,
@@ -217,7 +217,7 @@ def finetune(
     job: FinetuneJob,
     data: ResidentSet,
     work: Path,
-    journal: Journal,
+    results: ResultFile,
     deadline: Deadline,
     device: torch.device,
 ) -> bool:
@@ -229,7 +229,7 @@ def finetune(
         UsageError: the pretraining is not finished, or the pool has too few patients.
         WeightsError: the weights do not fit the network.
     """
-    if journal.has(job.identity):
+    if results.has(job.identity):
         return True
     training = Training(job, data, work, device)
     scored = data.scans_on(data.division.scored(job.split), device)
@@ -268,7 +268,7 @@ def finetune(
         "curve": notes["curve"],
     }
     facts = {**training.facts(data), **costs, **result_of(job, scores)}
-    journal.append({**job.identity, **facts, **circumstances(device)})
+    results.append({**job.identity, **facts, **circumstances(device)})
     shutil.rmtree(folder, ignore_errors=True)
     pace = spent["seconds"] / job.steps
     log.info("%s: Dice %.4f, %.2f s a step", described(job), scores.mean(), pace)

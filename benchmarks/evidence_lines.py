@@ -1,6 +1,6 @@
 """What the commands of ``evidence.py`` share.
 
-The journal of JSON lines, the deadline of a slice, clocks, and what every line states.
+The result_file of JSON lines, the deadline of a slice, clocks, and what every line states.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nnunet_autoreg.machine import has_bf16
+from nnunet_autoreg.records import append_json_line, whole_lines
 
 Line = dict[str, Any]
 
@@ -71,41 +72,33 @@ class Stopwatch:
         self.process_started += time.process_time() - process_before
 
 
-class Journal:
-    """A file of JSON lines, one per finished run, each written and flushed at once."""
+class ResultFile:
+    """A file of JSON lines, one per finished run, each on the disk at once."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def lines(self) -> list[Line]:
         """Return all whole lines. A line that a killed process tore is left out."""
-        if not self.path.is_file():
-            return []
-        return list(_whole_lines(self.path.read_text(encoding="utf-8")))
+        found = []
+        for text in whole_lines(self.path):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                # Files of earlier versions keep torn lines in the middle.
+                continue
+            if isinstance(line, dict):
+                found.append(line)
+        return found
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write one line, on a line of its own even after a torn one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        separator = "" if not text or text.endswith("\n") else "\n"
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(separator + json.dumps(line) + "\n")
-            handle.flush()
+        """Write one line."""
+        append_json_line(self.path, dict(line), allow_nan=True)
 
     def has(self, identity: Mapping[str, Any]) -> bool:
         """Return whether the run of this identity has a line already."""
         wanted = key_of(identity)
         return any(key_of(line) == wanted for line in self.lines())
-
-
-def _whole_lines(text: str) -> Iterator[Line]:
-    for row in text.splitlines():
-        try:
-            line = json.loads(row)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            yield line
 
 
 def key_of(line: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from evidence_data import SETS, ResidentSet
-from evidence_lines import Deadline, Journal, Line, Stopwatch, circumstances, half_precision
+from evidence_lines import Deadline, Line, ResultFile, Stopwatch, circumstances, half_precision
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -128,7 +128,7 @@ def pretrain(
     job: PretrainJob,
     data: ResidentSet,
     work: Path,
-    journal: Journal,
+    results: ResultFile,
     deadline: Deadline,
     device: torch.device,
 ) -> bool:
@@ -144,7 +144,7 @@ def pretrain(
     folder = run_folder(work, job.name)
     plan = _kept_plan(folder, plan_of(job, data, device))
     identity = _identity(job)
-    if (folder / CARD_NAME).is_file() and journal.has(identity):
+    if (folder / CARD_NAME).is_file() and results.has(identity):
         return True
 
     torch.manual_seed(plan.run.seed)
@@ -207,7 +207,7 @@ def pretrain(
         "loss": notes["curve"],
         "parameters": sum(p.numel() for p in objective.module.parameters()),
     }
-    journal.append({**identity, **_sizes(plan, data), **costs, **circumstances(device)})
+    results.append({**identity, **_sizes(plan, data), **costs, **circumstances(device)})
     return True
 
 

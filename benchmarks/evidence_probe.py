@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from evidence_data import ResidentSet
-from evidence_lines import Journal, Line, Stopwatch, circumstances
+from evidence_lines import Line, ResultFile, Stopwatch, circumstances
 from evidence_pretrain import encoder_like, weights_file
 
 from nnunet_autoreg.benchmark.dense_probe import ProbeCase, ProbeResult, ProbeSettings, dense_probe
@@ -75,14 +75,14 @@ class ProbeJob:
 
 
 def probe(
-    job: ProbeJob, data: ResidentSet, work: Path, journal: Journal, device: torch.device
+    job: ProbeJob, data: ResidentSet, work: Path, results: ResultFile, device: torch.device
 ) -> None:
     """Probe the features of one network and write its line.
 
     Raises:
         UsageError: the pretraining is not finished, or the pool has too few patients.
     """
-    if journal.has(job.identity):
+    if results.has(job.identity):
         return
     clock = Stopwatch()
     pool = [_case(data, case) for case in data.division.pool]
@@ -93,7 +93,7 @@ def probe(
     network = FrozenNetwork(_encoder(job, data, work), largest, channels, device)
 
     settings = ProbeSettings(job.labels, job.num_draws, job.voxels_per_class)
-    results = dense_probe(
+    probed = dense_probe(
         network.features,
         pool,
         scored,
@@ -102,10 +102,10 @@ def probe(
         network.level_sets(),
         network.input_shape,
     )
-    found = [_storable(result) for result in results]
-    journal.append({**job.identity, **clock.read(), "results": found, **circumstances(device)})
+    found = [_storable(result) for result in probed]
+    results.append({**job.identity, **clock.read(), "results": found, **circumstances(device)})
     for levels in network.level_sets():
-        values = [result.dice for result in results if result.levels == levels]
+        values = [result.dice for result in probed if result.levels == levels]
         log.info("%s %s, %s: Dice %.4f", job.data, job.init, levels, float(np.mean(values)))
 
 

@@ -320,6 +320,42 @@ def read_object(path: Path, keys: Sequence[str] = (), advice: str = MEND_OURS) -
     return content
 
 
+def append_json_line(path: Path, record: Any, allow_nan: bool = False) -> None:
+    """Append one line of JSON, which is on the disk when the function returns.
+
+    What a kill has left of an unfinished line is removed before. Several processes may append to
+    one file.
+
+    Args:
+        allow_nan: write NaN and infinity, which JSON does not know, as Python reads them.
+
+    Raises:
+        ValueError: the record holds NaN or infinity, and they are not allowed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(to_jsonable(record), allow_nan=allow_nan).encode() + b"\n"
+
+    with path.open("ab+") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - 1))
+        if size and handle.read(1) != b"\n":
+            handle.seek(0)
+            handle.truncate(handle.read().rfind(b"\n") + 1)
+
+        # The file is open for appending: lines are written to its end, wherever that is by now.
+        handle.write(line)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file, without a last one that a kill cut short; [] without a file."""
+    if not path.is_file():
+        return []
+    # What follows the last line break is "" or the beginning of a line.
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

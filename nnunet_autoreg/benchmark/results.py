@@ -1,7 +1,5 @@
 """``runs.jsonl``: one line per finished run, so that a table may grow over days. Torch-free."""
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.errors import AutoregError
-from nnunet_autoreg.records import parse_json
+from nnunet_autoreg.records import parse_json, whole_lines
 
 RESULTS_NAME = "runs.jsonl"
 KEYS = ("arm", "encoder", "labels", "seed", "split", "steps", "batch", "recipe")
@@ -80,10 +78,6 @@ def key_of(line: Mapping[str, Any]) -> RunKey:
     return RunKey(**{name: line[name] for name in KEYS})
 
 
-def _text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-
-
 def read_results(file: Path) -> list[dict[str, Any]]:
     """Return all whole lines of the file.
 
@@ -92,10 +86,8 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     Raises:
         AutoregError: a line in the middle is damaged.
     """
-    # What follows the last line break is "" or the beginning of a line.
-    lines = _text_of(file).split("\n")
     found = []
-    for number, text in enumerate(lines[:-1], start=1):
+    for number, text in enumerate(whole_lines(file), start=1):
         try:
             line = parse_json(text)
             key_of(line)
@@ -107,17 +99,3 @@ def read_results(file: Path) -> list[dict[str, Any]]:
             ) from error
         found.append(line)
     return found
-
-
-def append_result(file: Path, line: Mapping[str, Any]) -> None:
-    """Append one line, after removing what a kill has left of an unfinished one."""
-    text = json.dumps(line, allow_nan=False)
-    with file.open("ab+") as handle:
-        handle.seek(0)
-        whole = handle.read().rfind(b"\n") + 1
-        handle.truncate(whole)
-        handle.seek(whole)
-        handle.write(text.encode() + b"\n")
-        handle.flush()
-        # A run takes hours: its line must survive a loss of power.
-        os.fsync(handle.fileno())

@@ -27,7 +27,6 @@ from nnunet_autoreg.benchmark.results import (
     RESULTS_NAME,
     Cost,
     RunKey,
-    append_result,
     key_of,
     read_results,
 )
@@ -37,7 +36,13 @@ from nnunet_autoreg.children import end_children, run_guarded
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import RUNS_FOLDER, read_card
-from nnunet_autoreg.records import read_json, read_object, to_jsonable, write_json
+from nnunet_autoreg.records import (
+    append_json_line,
+    read_json,
+    read_object,
+    to_jsonable,
+    write_json,
+)
 from nnunet_autoreg.stopping import stop_requested
 
 log = logging.getLogger(__name__)
@@ -245,7 +250,7 @@ def run_missing(
 
         line = line_of(bench, key, result)
         with lock:
-            append_result(file, line)
+            append_json_line(file, line)
 
         log.info(
             "%s: Dice %.3f after %d steps in %.0f s",

@@ -116,7 +116,7 @@ class StoredCase:
         length = high - low
         if (length > 0).all():
             z, y, x = (slice(a, b) for a, b in zip(low - start, high - start, strict=True))
-            crop[:, z, y, x] = self.read(as_size(low), as_size(length))
+            crop[:, z, y, x] = self.read(low.tolist(), length.tolist())
             valid[z, y, x] = True
         return crop, valid
 

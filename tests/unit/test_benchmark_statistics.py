@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from nnunet_autoreg.benchmark.results import append_result, key_of, read_results
+from nnunet_autoreg.benchmark.results import key_of, read_results
 from nnunet_autoreg.benchmark.split import (
     divide,
     find_patients,
@@ -21,6 +21,7 @@ from nnunet_autoreg.benchmark.table import markdown, rows_of, summary, unequal_p
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
 from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.records import append_json_line
 
 DATASET = "Dataset900_Heads"
 CASES = [f"head_{n:03d}" for n in range(20)]
@@ -201,12 +202,12 @@ def test_lines_come_back_and_a_torn_last_one_is_dropped_and_overwritten(tmp_path
     file = tmp_path / "runs.jsonl"
     assert read_results(file) == []
 
-    append_result(file, line(seed=0))
+    append_json_line(file, line(seed=0))
     with file.open("a") as handle:
         handle.write('{"arm": "scra')
     assert [key_of(x).seed for x in read_results(file)] == [0]
 
-    append_result(file, line(seed=1))
+    append_json_line(file, line(seed=1))
     assert [key_of(x).seed for x in read_results(file)] == [0, 1]
 
     file.write_text("nonsense\n" + file.read_text())

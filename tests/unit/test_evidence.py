@@ -20,7 +20,7 @@ import evidence_pretrain
 import evidence_probe
 import evidence_score
 import evidence_table
-from evidence_lines import Deadline, Journal
+from evidence_lines import Deadline, ResultFile
 
 from nnunet_autoreg.benchmark.split import divide
 from nnunet_autoreg.errors import UsageError
@@ -326,16 +326,16 @@ def test_the_t_interval_is_students_over_draws_and_ends_at_eight() -> None:
 
 
 def test_a_torn_line_is_left_out_and_the_next_stands_alone(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
-    journal.append({"command": "finetune", "draw": 0})
-    with journal.path.open("a") as handle:
+    results = ResultFile(tmp_path / "lines.jsonl")
+    results.append({"command": "finetune", "draw": 0})
+    with results.path.open("a") as handle:
         handle.write('{"command": "finetune", "dr')
 
-    journal.append({"command": "finetune", "draw": 1})
+    results.append({"command": "finetune", "draw": 1})
 
-    assert [found["draw"] for found in journal.lines()] == [0, 1]
-    assert journal.has({"command": "finetune", "draw": 1})
-    assert not journal.has({"command": "finetune", "draw": 2})
+    assert [found["draw"] for found in results.lines()] == [0, 1]
+    assert results.has({"command": "finetune", "draw": 1})
+    assert not results.has({"command": "finetune", "draw": 2})
 
 
 @pytest.mark.parametrize("settings", [(), ("objective.num_segments=4",)])
@@ -343,7 +343,7 @@ def test_a_pretraining_in_slices_is_the_one_without(
     tmp_path: Path, data: evidence_data.ResidentSet, settings: tuple[str, ...]
 ) -> None:
     job = replace(pretraining(), settings=settings)
-    whole, sliced = Journal(tmp_path / "whole.jsonl"), Journal(tmp_path / "sliced.jsonl")
+    whole, sliced = ResultFile(tmp_path / "whole.jsonl"), ResultFile(tmp_path / "sliced.jsonl")
 
     assert evidence_pretrain.pretrain(job, data, tmp_path / "a", whole, Deadline(None), CPU)
     assert not evidence_pretrain.pretrain(job, data, tmp_path / "b", sliced, after_reads(1), CPU)
@@ -362,48 +362,48 @@ def test_a_pretraining_in_slices_is_the_one_without(
 def test_a_run_whose_plan_changed_is_refused(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
-    evidence_pretrain.pretrain(pretraining(), data, tmp_path, journal, after_reads(1), CPU)
+    results = ResultFile(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(), data, tmp_path, results, after_reads(1), CPU)
 
     changed = replace(pretraining(), settings=("optim.lr=0.5",))
 
     with pytest.raises(UsageError) as raised:
-        evidence_pretrain.pretrain(changed, data, tmp_path, journal, Deadline(None), CPU)
+        evidence_pretrain.pretrain(changed, data, tmp_path, results, Deadline(None), CPU)
     assert "optim.lr" in str(raised.value)
 
 
 def test_both_trainings_in_miniature_leave_lines_that_a_table_compares(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
-    evidence_pretrain.pretrain(pretraining(steps=2), data, tmp_path, journal, Deadline(None), CPU)
+    results = ResultFile(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=2), data, tmp_path, results, Deadline(None), CPU)
     for job in (finetuning("scratch", None, steps=2), finetuning("ar", 0, steps=2)):
-        assert evidence_finetune.finetune(job, data, tmp_path, journal, Deadline(None), CPU)
-        assert evidence_finetune.finetune(job, data, tmp_path, journal, Deadline(None), CPU)
+        assert evidence_finetune.finetune(job, data, tmp_path, results, Deadline(None), CPU)
+        assert evidence_finetune.finetune(job, data, tmp_path, results, Deadline(None), CPU)
 
-    assert [found["command"] for found in journal.lines()] == ["pretrain", "finetune", "finetune"]
-    scratch, ours = journal.lines()[1:]
+    assert [found["command"] for found in results.lines()] == ["pretrain", "finetune", "finetune"]
+    scratch, ours = results.lines()[1:]
     assert (scratch["loaded_share"], ours["loaded_share"]) == (0.0, 1.0)
     assert (scratch["loaded"], len(ours["loaded"]) > 3) == ([], True)
     assert scratch["labelled"] == ours["labelled"] and len(ours["labelled"]) == 1
     patients = {data.subject_of[case] for case in data.division.development}
     assert set(ours["dice"]) == set(ours["surface"]) == set(ours["curve"]["1"]) == patients
     assert scratch["dice"] != ours["dice"]
-    shown = evidence_table.table(journal.lines(), data="ixi", split=None, wanted=0.02)
+    shown = evidence_table.table(results.lines(), data="ixi", split=None, wanted=0.02)
     assert "| ar - scratch | Dice at 1 |" in shown and f"1 x 1 x {len(patients)}" in shown
 
 
 def test_a_transformer_is_trained_and_scores_scans_by_patches(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
+    results = ResultFile(tmp_path / "lines.jsonl")
     before = replace(pretraining(steps=1), encoder="primus_tiny", objective="masked")
     after = replace(finetuning("ar", 0, steps=1), encoder="primus_tiny")
 
-    assert evidence_pretrain.pretrain(before, data, tmp_path, journal, Deadline(None), CPU)
-    assert evidence_finetune.finetune(after, data, tmp_path, journal, Deadline(None), CPU)
+    assert evidence_pretrain.pretrain(before, data, tmp_path, results, Deadline(None), CPU)
+    assert evidence_finetune.finetune(after, data, tmp_path, results, Deadline(None), CPU)
 
-    trained, scored = journal.lines()
+    trained, scored = results.lines()
     assert trained["objective"] == "masked" and scored["loaded_share"] == 1.0
     assert 0 <= scored["dice_mean"] <= 1
 
@@ -423,8 +423,8 @@ def test_patches_that_overlap_make_up_the_whole_scan() -> None:
 def test_the_decoder_is_pretrained_too_unless_the_recipe_forbids_it(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
-    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, journal, Deadline(None), CPU)
+    results = ResultFile(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)
     job = finetuning("ar", 0)
     file = evidence_pretrain.weights_file(tmp_path, "ixi", "ar", 0)
     key = "decoder.stages.2.convs.0.conv.weight"
@@ -445,7 +445,7 @@ def test_a_finetuning_in_slices_is_the_one_without(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
     job = finetuning("scratch", None)
-    whole, sliced = Journal(tmp_path / "whole.jsonl"), Journal(tmp_path / "sliced.jsonl")
+    whole, sliced = ResultFile(tmp_path / "whole.jsonl"), ResultFile(tmp_path / "sliced.jsonl")
 
     assert evidence_finetune.finetune(job, data, tmp_path / "a", whole, Deadline(None), CPU)
     assert not evidence_finetune.finetune(job, data, tmp_path / "b", sliced, after_reads(2), CPU)
@@ -459,29 +459,29 @@ def test_a_finetuning_in_slices_is_the_one_without(
 def test_a_probe_is_of_the_same_draws_and_done_once(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
-    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, journal, Deadline(None), CPU)
+    results = ResultFile(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)
     for init, seed in (("random", None), ("ar", 0), ("ar", 0)):
         job = evidence_probe.ProbeJob(
             "ixi", init, seed, "resenc_tiny", (1,), 2, "development", voxels_per_class=20
         )
-        evidence_probe.probe(job, data, tmp_path, journal, CPU)
+        evidence_probe.probe(job, data, tmp_path, results, CPU)
 
-    _, random, ours = journal.lines()
+    _, random, ours = results.lines()
     assert random["command"] == ours["command"] == "probe"
     keys = {(result["labels"], result["draw"]) for result in ours["results"]}
-    assert keys == {(1, 0), (1, 1)} and len(journal.lines()) == 3
+    assert keys == {(1, 0), (1, 1)} and len(results.lines()) == 3
     patients = {data.subject_of[case] for case in data.division.development}
     assert all(set(result["dice"]) == patients for result in ours["results"])
-    shown = evidence_table.table(journal.lines(), data=None, split=None, wanted=0.02)
+    shown = evidence_table.table(results.lines(), data=None, split=None, wanted=0.02)
     assert "| ar, encoder + decoder | 2 |" in shown
 
 
 def test_random_weights_can_take_the_architecture_of_an_arm(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
-    journal = Journal(tmp_path / "lines.jsonl")
-    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, journal, Deadline(None), CPU)
+    results = ResultFile(tmp_path / "lines.jsonl")
+    evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)
     narrow = replace(finetuning("scratch", None), encoder="primus_tiny", like="ar")
     block = evidence_finetune.block_of(narrow, data, tmp_path, num_cases=1)
 

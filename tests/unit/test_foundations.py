@@ -18,11 +18,13 @@ from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.pretrain.training_step import learning_rate
 from nnunet_autoreg.records import (
+    append_json_line,
     atomic_path,
     differences,
     from_jsonable,
     read_json,
     to_jsonable,
+    whole_lines,
     write_json,
 )
 from nnunet_autoreg.store.case import CaseRecord
@@ -171,6 +173,23 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         raise InterruptedError
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_lines_are_appended_after_whole_ones_only(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert whole_lines(path) == []
+
+    append_json_line(path, {"a": 1})
+    with path.open("a") as handle:
+        handle.write('{"a": 2')
+    assert whole_lines(path) == ['{"a": 1}']
+
+    append_json_line(path, {"a": 3})
+    assert [json.loads(text) for text in whole_lines(path)] == [{"a": 1}, {"a": 3}]
+
+    with pytest.raises(ValueError):
+        append_json_line(path, {"a": float("nan")})
+    assert len(whole_lines(path)) == 2
 
 
 def test_differences_name_every_leaf():
