@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from few_cases import copy_cases
 
+# fork_server.py and phantom_runs.py are shared by the tests of kills and stops.
+sys.path.insert(0, str(Path(__file__).parent))
+
 DATASET = "Dataset004_Hippocampus"
 ENCODER = (
     'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'

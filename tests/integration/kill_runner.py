@@ -2,8 +2,8 @@
 them at named points.
 
 A point replaces one function of the package, or of torch, by one that ends the process with
-SIGKILL; the package knows nothing of it. Reads one JSON request a line - argv, point, log, env -
-and answers with the exit status. Pictures are left out: they take most of the time.
+SIGKILL; the package knows nothing of it. A request has argv, point, log and env. Pictures are left
+out: they take most of the time.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from fork_server import serve
+from fork_server import serve, take_over
 
 
 def kill():
@@ -134,10 +134,7 @@ def leave_out_pictures():
 
 
 def child(request):
-    os.environ.update(request["env"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    take_over(request)
     leave_out_pictures()
     if request["point"]:
         os.environ["KILL_POINT"] = request["point"]

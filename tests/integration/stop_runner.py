@@ -2,17 +2,16 @@
 work at a named point.
 
 A point replaces one function by one that first makes a mark and then takes minutes; the package
-knows nothing of it. Reads one JSON request a line - argv, point, way, mark, log, env - answers with
-the process id, and with the exit status at the end.
+knows nothing of it. A request has argv, point, way, mark, log and env.
 """
 
 import ctypes
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
+from fork_server import serve, take_over
 from kill_runner import at_call, import_all, leave_out_pictures
 
 LONG_S = 300.0
@@ -99,11 +98,10 @@ def arm(point, way):
 
 
 def child(request):
+    # A session of its own, so that the test finds every process of the line.
     os.setsid()
-    os.environ.update(request["env"], STOP_MARK=request["mark"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    os.environ["STOP_MARK"] = request["mark"]
+    take_over(request)
     leave_out_pictures()
     if request["point"]:
         os.environ["STOP_AT"], os.environ["STOP_WAY"] = request["point"], request["way"]
@@ -115,25 +113,8 @@ def child(request):
     return main()
 
 
-def serve():
-    import_all()
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                code = child(request)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
 if __name__ == "__main__":
-    serve()
+    import_all()
+    serve(child)
 elif __name__ == "__mp_main__" and "STOP_AT" in os.environ:
     arm(os.environ["STOP_AT"], os.environ["STOP_WAY"])

@@ -3,7 +3,6 @@ disturbed.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import phantom_place
 import pytest
+from phantom_runs import PhantomRuns
 
 from nnunet_autoreg.checkpoint import RESUMABLE, damage_of
 from nnunet_autoreg.records import TEMPORARY_FILES
@@ -20,7 +19,6 @@ from nnunet_autoreg.records import TEMPORARY_FILES
 pytestmark = pytest.mark.integration
 
 RUNNER = Path(__file__).with_name("kill_runner.py")
-SETTINGS = [*phantom_place.SETTINGS, "run.checkpoint_every=3", "run.validate_every=4"]
 REPRODUCED = (
     "train_error",
     "gradient_norm",
@@ -31,63 +29,29 @@ REPRODUCED = (
 )
 
 
-class Place(phantom_place.PhantomPlace):
-    """A process that runs lines on the phantoms."""
+class KilledRuns(PhantomRuns):
+    """Runs that end themselves with SIGKILL at a named point."""
 
     def __init__(self, root):
-        super().__init__(root)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("autoreg_", "KILL_"))}
-        environment = {**clean, "OMP_NUM_THREADS": "1", "nnUNet_raw": str(root / "nnUNet_raw")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(RUNNER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        super().__init__(root, RUNNER, "KILL_")
 
     def run(self, name, point=None, store="nnUNet_preprocessed"):
-        """Type the line, to be killed at ``point``; gives the exit status, negative for a
-        signal.
-        """
-        argv = [
-            "-i",
-            str(self.root / "scans"),
-            "--name",
-            name,
-            "--steps",
-            "8",
-            "--batch",
-            "2",
-            "--encoder",
-            "primus_tiny",
-            "--device",
-            "cpu",
-            "--set",
-            *SETTINGS,
-        ]
-        folders = {**self.folders(), "nnUNet_preprocessed": str(self.root / store)}
-        request = {"argv": argv, "point": point, "log": str(self.log(name)), "env": folders}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["status"]
-
-    def said(self, name):
-        return self.log(name).read_text()
+        """Type the line; return its exit status, negative for a signal."""
+        self.start(name, store, point=point)
+        return self.status()
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = Place(tmp_path_factory.mktemp("kill"))
+    place = KilledRuns(tmp_path_factory.mktemp("kill"))
     yield place
-    place.process.stdin.close()
-    place.process.wait()
+    place.server.close()
 
 
 @pytest.fixture(scope="module")
 def whole(place):
     """The folder of a run that nobody disturbed."""
-    assert place.run("whole") == 0, place.said("whole")[-2000:]
+    assert place.run("whole") == 0, place.output("whole")[-2000:]
     return place.folder("whole")
 
 
@@ -117,20 +81,19 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
     name, store = point.replace(" ", "_").replace(",", ""), "nnUNet_preprocessed"
     if point in NEED_AN_EMPTY_STORE:
         store = f"store {point}"
-        (place.root / store).mkdir()
-    assert place.run(name, point, store) == POINTS[point], place.said(name)[-2000:]
+    assert place.run(name, point, store) == POINTS[point], place.output(name)[-2000:]
 
     folder = place.folder(name)
     assert not (folder / "encoder.json").exists()
 
-    killed = place.said(name)
+    killed = place.output(name)
     assert "Traceback" not in killed, killed[-2000:]
 
     if point == "in a worker":
         assert "a worker process died" in killed.splitlines()[-1]
-    assert place.run(name, None, store) == 0, place.said(name)[-2000:]
+    assert place.run(name, None, store) == 0, place.output(name)[-2000:]
 
-    again = place.said(name)[len(killed) :]
+    again = place.output(name)[len(killed) :]
     assert "Traceback" not in again
     assert (folder / "encoder.safetensors").read_bytes() == (
         whole / "encoder.safetensors"
@@ -147,9 +110,9 @@ def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole
     data = bytearray(latest.read_bytes())
     data[len(data) // 2] ^= 4
     latest.write_bytes(data)
-    assert place.run("flipped") == 0, place.said("flipped")[-2000:]
+    assert place.run("flipped") == 0, place.output("flipped")[-2000:]
 
-    told = [line for line in place.said("flipped").splitlines() if "its checksum differs" in line]
+    told = [line for line in place.output("flipped").splitlines() if "its checksum differs" in line]
     assert len(told) == 1
     assert told[0].endswith(
         "is now checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 6"

@@ -3,15 +3,13 @@
 Nothing incomplete may pass as whole, and the same line typed again must succeed.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import ForkServer
 from refusals import refused
 
 from nnunet_autoreg.errors import WeightsError
@@ -47,13 +45,7 @@ class Runner:
 
     def __init__(self, root: Path):
         self.root = root
-        self.process = subprocess.Popen(
-            [sys.executable, str(RUNNER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        self.server = ForkServer(RUNNER, os.environ)
 
     def run(self, results: Path, *argv: str, point: str | None = None) -> int:
         """Type the line, to be killed at ``point``; return the exit status."""
@@ -63,10 +55,7 @@ class Runner:
             "log": str(self.root / "log.txt"),
             "env": {"nnUNet_results": str(results)},
         }
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(json.loads(self.process.stdout.readline())["status"])
+        return int(self.server.run(request))
 
     def log(self) -> str:
         return (self.root / "log.txt").read_text()
@@ -79,8 +68,7 @@ def runner(tmp_path_factory, write_run):
     write_run(runner.root, "pretrained")
     assert runner.run(runner.root, "export", "pretrained", "-o", str(runner.root / "whole")) == 0
     yield runner
-    runner.process.stdin.close()
-    runner.process.wait()
+    runner.server.close()
 
 
 def names_in(folder: Path) -> list[str]:

@@ -1,8 +1,7 @@
 """Run ``autoreg_weights`` lines in forks of one process, and kill them at named points.
 
 A point replaces one function of the package, of Python or of a library by one that ends the process
-with SIGKILL. Reads one JSON request a line (argv, point, log, env) and answers with the exit
-status.
+with SIGKILL. A request has argv, point, log and env.
 """
 
 import os
@@ -11,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from fork_server import serve
+from fork_server import serve, take_over
 
 
 def kill():
@@ -90,10 +89,7 @@ POINTS = {
 
 
 def child(request):
-    os.environ.update(request["env"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    take_over(request)
     if request["point"]:
         POINTS[request["point"]]()
     from nnunet_autoreg.cli.weights import main
