@@ -134,7 +134,8 @@ def guard_program(parent: int, line: Sequence[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-    program = subprocess.Popen(line, preexec_fn=_end_with_guard)  # noqa: PLW1509 - there is one thread
+    # Between fork and exec Python code is safe only where there is one thread, as here.
+    program = subprocess.Popen(line, preexec_fn=_end_with_guard)  # noqa: PLW1509
 
     while True:
         try:

@@ -12,8 +12,8 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
-from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (  # noqa: E501
-    ResEncUNetPlanner,
+from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
+    residual_encoder_unet_planners as stock_planners,
 )
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
@@ -225,7 +225,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         return make_block(self.choice, task, self.budget, results_folder())
 
     @cached_property
-    def _resenc_planner(self) -> ResEncUNetPlanner:
+    def _resenc_planner(self) -> stock_planners.ResEncUNetPlanner:
         return stock_planner(self.block.encoder, self.dataset_name, self.budget)
 
     @cached_property

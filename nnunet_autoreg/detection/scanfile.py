@@ -34,7 +34,10 @@ AXES = (
     "z; size_mm: along i, j, k; "
     "corners_mm_ras: 8 points, i varying fastest"
 )
-MARKUP_SCHEMA = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
+MARKUP_SCHEMA = (
+    "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/"
+    "Schema/markups-schema-v1.0.3.json#"
+)
 COLUMNS = (
     "seriesuid",
     "coordX",

@@ -86,6 +86,7 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
         misfit = f"{what} {times(theirs)} in the weights, {times(ours)} here"
         misfits.setdefault(_part_of(key), misfit)
 
+    # A part is loaded as a whole or not at all.
     ready: dict[str, Tensor] = {}
     entries = []
     for key, tensor in live.items():
@@ -156,6 +157,7 @@ def _matched(
     matched: dict[str, Tensor] = {}
     unused = []
 
+    # Stages count from the finest, so that a shallower network has the finest ones.
     for key, tensor in given.items():
         found = _STAGE.match(key)
         note = "stages that this network does not have"

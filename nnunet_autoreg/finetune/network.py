@@ -41,6 +41,7 @@ def build_network(
     Raises:
         PlanError: the class cannot be found, or the patch does not fit the tokens.
     """
+    # Arguments of a configuration were not checked with the block.
     chosen = block.encoder.arguments if arguments is None else arguments
     check_arguments(chosen, "architecture")
     return encoders.build_network(

@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (  # noqa: E501
-    ResEncUNetPlanner,
-    nnUNetPlannerResEncL,
-    nnUNetPlannerResEncM,
-    nnUNetPlannerResEncXL,
+from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
+    residual_encoder_unet_planners as stock_planners,
 )
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -24,9 +21,9 @@ from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.planning.layout import plan_crop
 
 PRESETS = {
-    "resenc_m": nnUNetPlannerResEncM,
-    "resenc_l": nnUNetPlannerResEncL,
-    "resenc_xl": nnUNetPlannerResEncXL,
+    "resenc_m": stock_planners.nnUNetPlannerResEncM,
+    "resenc_l": stock_planners.nnUNetPlannerResEncL,
+    "resenc_xl": stock_planners.nnUNetPlannerResEncXL,
 }
 NUM_STAGES = 14
 """Entries of nnU-Net's lists with one value per stage; more than any patch needs."""
@@ -34,13 +31,15 @@ SHRINK = 0.9
 """Factor by which the image is cut until the patch is small enough."""
 
 
-def stock_planner(encoder: EncoderPlan, dataset_name: str, budget: Budget) -> ResEncUNetPlanner:
+def stock_planner(
+    encoder: EncoderPlan, dataset_name: str, budget: Budget
+) -> stock_planners.ResEncUNetPlanner:
     """Return nnU-Net's planner for an encoder of this size, with the encoder's widths and depths.
 
     For sizes without a planner of their own it is that of ResEnc M. It plans for its own amount of
     memory unless the user has given another.
     """
-    planner = PRESETS.get(encoder.name, nnUNetPlannerResEncM)(dataset_name)
+    planner = PRESETS.get(encoder.name, PRESETS["resenc_m"])(dataset_name)
     features = encoder.arguments["features_per_stage"]
     planner.UNet_base_num_features = features[0]
     planner.UNet_max_features_3d = max(features)
@@ -73,7 +72,7 @@ def feature_map_size(
 
 
 def fit_resenc(
-    planner: ResEncUNetPlanner,
+    planner: stock_planners.ResEncUNetPlanner,
     encoder: EncoderPlan,
     task: SegmentationTask,
     budget: Budget,
@@ -113,7 +112,7 @@ def fit_resenc(
 
 
 def _stock_plan(
-    planner: ResEncUNetPlanner,
+    planner: stock_planners.ResEncUNetPlanner,
     encoder: EncoderPlan,
     task: SegmentationTask,
     cache: dict[str, Any],
@@ -151,6 +150,7 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
     Args:
         wanted: ``arch_kwargs`` of nnU-Net's planner.
     """
+    # Widths and depths are those of the weights.
     own = encoder.arguments
     num_wanted, num_own = int(wanted["n_stages"]), int(own["n_stages"])
     num_stages = min(num_wanted, num_own)
@@ -176,6 +176,7 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
             "not used"
         ]
 
+    # Kernels of another size are adapted when the weights are loaded.
     stages, shapes = [], set()
     own_kernels = rows(own["kernel_sizes"])
     for stage, (kernel, own_kernel) in enumerate(zip(kernels, own_kernels, strict=False)):

@@ -148,6 +148,7 @@ def locate(results: Path, setting: str, given_as: str = f"{VARIABLE}=") -> Path:
         WeightsError: there is none (codes "weights-not-found", "weights-not-safetensors" and
             "weights-unfinished").
     """
+    # The name of a run comes before a path of the same name.
     for path in (results / RUNS_FOLDER / setting, Path(setting).expanduser()):
         if (path / WEIGHTS_NAME).is_file():
             return (path / WEIGHTS_NAME).resolve()

@@ -182,6 +182,7 @@ def _layout_of_cnn(
     The crop is rounded to the nearest whole block; where that makes too few blocks, it is rounded
     up.
     """
+    # Rounded up, a crop holds more padding, but more blocks.
     single = (1, 1, 1)
     for round_to_nearest in (True, False):
         crop, why_crop = choose_crop(encoder, single, round_to_nearest, hardware, pool, memory_of)

@@ -27,13 +27,15 @@ SOURCES = (
 )
 OURS = ("AutoregPlanner", "AutoregPretrainedTrainer", "AutoregScratchTrainer_5epochs")
 STOCK = ("ExperimentPlanner", "nnUNetTrainer", "nnUNetTrainer_5epochs")
+PLANNING = "nnunetv2.experiment_planning.experiment_planners"
+TRAINER = "nnunetv2.training.nnUNetTrainer"
 FOUND = {
     "AutoregPlanner": "nnunet_autoreg.planners.autoreg_planner",
     "AutoregPretrainedTrainer": "nnunet_autoreg.trainers.autoreg_trainers",
     "AutoregScratchTrainer_5epochs": "nnunet_autoreg.trainers.autoreg_trainers",
-    "ExperimentPlanner": "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner",  # noqa: E501
-    "nnUNetTrainer": "nnunetv2.training.nnUNetTrainer.nnUNetTrainer",
-    "nnUNetTrainer_5epochs": "nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs",  # noqa: E501
+    "ExperimentPlanner": f"{PLANNING}.default_experiment_planner",
+    "nnUNetTrainer": f"{TRAINER}.nnUNetTrainer",
+    "nnUNetTrainer_5epochs": f"{TRAINER}.variants.training_length.nnUNetTrainer_Xepochs",
 }
 ANSWER = "answer:"
 

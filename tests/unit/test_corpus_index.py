@@ -530,7 +530,10 @@ def test_items_are_handed_out_a_few_chunks_ahead_of_the_results() -> None:
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    names = "id,dataset,case,channel,modality,source,shape_vox,spacing_mm,cropped_shape_vox,content_hash,status,reason,modality_rule"  # noqa: E501
+    names = (
+        "id,dataset,case,channel,modality,source,shape_vox,spacing_mm,cropped_shape_vox,"
+        "content_hash,status,reason,modality_rule"
+    )
     (tmp_path / "scans.csv").write_text(
         f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n"
     )

@@ -160,7 +160,9 @@ def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> N
     cases = [f"1.3.6.1.4.1.{n}" for n in (100, 101)]
     rows = rows_of(make_dataset(tmp_path, cases))
     (tmp_path / "boxes.csv").write_text(
-        f"scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n{cases[0]}_0000,a,1,1,1,3,3,3\n1,b,1,1,1,3,3,3\n"
+        "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n"
+        f"{cases[0]}_0000,a,1,1,1,3,3,3\n"
+        "1,b,1,1,1,3,3,3\n"
     )
 
     boxes = locations_of_boxes(read_boxes(tmp_path / "boxes.csv"), rows)

@@ -69,12 +69,16 @@ def dataset_vox(task: SegmentationTask) -> float:
 def test_patch_batch_strides_and_kernels_are_those_of_nnunet(
     name: str, stock: str, task: SegmentationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners as planners  # noqa: E501
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
+        residual_encoder_unet_planners as stock_planners,
+    )
 
     found = fit(name, task, Budget(8.0, False))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     with torch.device("meta"):
-        theirs: dict[str, Any] = getattr(planners, stock)(DATASET).get_plans_for_configuration(
+        theirs: dict[str, Any] = getattr(stock_planners, stock)(
+            DATASET
+        ).get_plans_for_configuration(
             task.spacing_mm, task.median_shape_vox, "", dataset_vox(task), {}
         )
     network = theirs["architecture"]["arch_kwargs"]

@@ -319,7 +319,9 @@ def test_boxes_give_their_middle_and_slices_make_one_box(tmp_path, caplog):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
     whole, slices = tmp_path / "boxes.csv", tmp_path / "slices.csv"
     whole.write_text(
-        "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\ncase0,lesion,7,11,5,9,13,7\nnobody,lesion,0,0,0,1,1,1\n"
+        "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n"
+        "case0,lesion,7,11,5,9,13,7\n"
+        "nobody,lesion,0,0,0,1,1,1\n"
     )
     slices.write_text(
         "series,z_index,class,xmin,ymin,xmax,ymax\n"

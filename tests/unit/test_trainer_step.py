@@ -60,7 +60,8 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
 
 def squared_error(output: Any, target: Any) -> torch.Tensor:
     outputs, targets = (output, target) if isinstance(output, list) else ([output], [target])
-    return sum((o - t).square().mean() for o, t in zip(outputs, targets, strict=True))  # type: ignore[return-value]
+    pairs = zip(outputs, targets, strict=True)
+    return torch.stack([(output - target).square().mean() for output, target in pairs]).sum()
 
 
 def epoch(of: Any, number: int) -> None:
