@@ -199,6 +199,7 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     from nnunet_autoreg.benchmark.protocol import BenchmarkRequest
     from nnunet_autoreg.nnunet_api import dataset_folder
 
+    # The pace is what the number of steps follows from.
     if args.measure and args.budget_min is None and args.steps is not None:
         raise UsageError(
             "--measure needs --budget: with --steps there is nothing to measure",
@@ -261,6 +262,7 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
 
 def describe(bench: "Bench") -> None:
     """Print how the patients are split."""
+    # A case is one scan; a patient may have several.
     division, subjects = bench.record.division, bench.record.subjects
 
     parts = []

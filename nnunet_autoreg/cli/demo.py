@@ -150,6 +150,7 @@ def run_chain(demo: Demo) -> dict[str, float]:
         "2",
         "--verify_dataset_integrity",
     )
+    # nnU-Net's own length would take days on a CPU.
     shorten_recipe(demo.folder / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json")
 
     dice = {}
@@ -219,6 +220,7 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
     for arm in ARMS:
         columns[f"{arm}: Dice {dice[arm]:.3f}"] = demo.folder / f"predicted_{arm}"
 
+    # One row per scan: the truth, then the prediction of every arm.
     figure = Figure(figsize=(10, 3.0 * len(scans) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     for row, scan in zip(figure.subplots(len(scans), len(columns)), scans, strict=True):

@@ -307,6 +307,7 @@ def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
             "autoreg_doctor --link",
         )
 
+    # The hook may be there, and a class of ours still fail to import.
     for key, class_name in (("planner", "AutoregPlanner"), ("trainer", "AutoregPretrainedTrainer")):
         if answer.get(key) is None:
             reason = answer.get(f"{key}_error", "nnU-Net's look-up returned nothing")
@@ -422,6 +423,7 @@ def check_runs() -> Check:
     except UsageError:
         return Check(name, WARN, "unknown without nnUNet_results", "set nnUNet_results")
 
+    # A run of a newer version, or a damaged one, is no problem of the installation.
     cards, unreadable = [], []
     # A name with a dot in front is an import that was interrupted.
     for path in sorted(folder.glob(f"[!.]*/{CARD_NAME}")):

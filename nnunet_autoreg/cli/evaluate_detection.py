@@ -253,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     results = evaluate(folders.scans, truth.classes, settings)
     results["scans"]["without_detections"] = list(folders.undetected)
     results["scans"]["without_truth"] = list(folders.unknown)
+    # What the figures depend on besides the settings, so that the file explains itself.
     results["inputs"] = {
         "predictions": str(request.predictions),
         "truth": str(request.truth),
@@ -303,6 +304,7 @@ def _settings(request: EvaluationRequest) -> "EvaluationSettings":
     from nnunet_autoreg.detection.evaluate import EvaluationSettings, check_settings
     from nnunet_autoreg.detection.matching import parse_hit_rule
 
+    # None means thirds of the objects, an empty tuple means no strata.
     edges = None if request.size_edges_mm is None else tuple(request.size_edges_mm)
     settings = EvaluationSettings(
         ious=tuple(request.ious),
@@ -337,6 +339,7 @@ def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "B
     from nnunet_autoreg.detection.images import read_onto
     from nnunet_autoreg.io.names import IMAGE_ENDINGS
 
+    # nnU-Net keeps images beside their labels.
     beside = request.truth.parent
     image_folders = [beside / "imagesTr", beside / "imagesTs"]
     if request.images:

@@ -304,9 +304,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     configure_logging()
     prepare_torch()
+
     if args.num_gpus or "WORLD_SIZE" in os.environ:
         # Otherwise torch prints a warning in every process, although nothing is wrong.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+    # Everything that can be wrong with the line is refused before torch is imported.
     request = request_of(args)
     if args.show and not args.dry_run:
         raise UsageError(
