@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         # Otherwise torch prints a warning in every process, although nothing is wrong.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-    # Everything that can be wrong with the line is refused before torch is imported.
+    # Wrong values are refused before the device is looked for, which takes seconds.
     request = request_of(args)
     if args.show and not args.dry_run:
         raise UsageError(
