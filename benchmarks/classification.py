@@ -34,6 +34,7 @@ from nnunet_autoreg.classification.baselines import (
 )
 from nnunet_autoreg.classification.folds import make_folds
 from nnunet_autoreg.classification.metrics import judge, scores_of
+from nnunet_autoreg.classification.predictions import write_predictions
 from nnunet_autoreg.classification.table import ClassTable, read_table
 from nnunet_autoreg.downstream.label_maps import first_channels
 from nnunet_autoreg.nnunet_api import read_scan
@@ -93,7 +94,9 @@ def frozen(args: argparse.Namespace) -> None:
 
     # Every case is predicted once, by the fold that it is validated in.
     predicted: dict[str, list[dict[str, np.ndarray]]] = {}
-    for fold in make_folds(table):
+    fold_of = {}
+    for number, fold in enumerate(make_folds(table)):
+        fold_of.update(dict.fromkeys(fold["val"], number))
         found = predict_baselines(table, fold["train"], fold["val"], features)
         for name, of_tasks in found.items():
             merged = predicted.setdefault(name, [{} for _ in table.tasks])
@@ -102,11 +105,26 @@ def frozen(args: argparse.Namespace) -> None:
 
     seconds = time.monotonic() - start
     for name, of_tasks in predicted.items():
+        if args.predictions is not None:
+            # In the form of autoreg_classify, for autoreg_evaluate_classification and its picture.
+            values = {case: [of_case[case] for of_case in of_tasks] for case in cases}
+            file = args.predictions / f"{name}.csv"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(file, table.tasks, values)
         for number, task in enumerate(table.tasks):
             truth = [table.labels[case][number] for case in cases]
             values = np.stack([of_tasks[number][case] for case in cases])
             patients = [table.patient_of[case] for case in cases]
-            scores = scores_of(judge(task, truth, values, patients, args.resamples))
+            judged = judge(
+                task,
+                truth,
+                values,
+                patients,
+                args.resamples,
+                # Classifiers of different folds need not agree about the scale of their scores.
+                strata=[fold_of[case] for case in cases],
+            )
+            scores = scores_of(judged)
             line = {
                 "kind": "frozen",
                 "set": args.set,
@@ -200,6 +218,7 @@ def main() -> None:
     frozen_parser.add_argument("--dataset", type=Path, required=True)
     frozen_parser.add_argument("--features", nargs="+", required=True, metavar="NAME=FILE")
     frozen_parser.add_argument("--allow-missing", action="store_true")
+    frozen_parser.add_argument("--predictions", type=Path, metavar="FOLDER")
     frozen_parser.add_argument("--resamples", type=int, default=1000)
     tuned_parser = commands.add_parser("tuned")
     tuned_parser.add_argument("--set", required=True)

@@ -338,10 +338,12 @@ class AutoregClassificationTrainer(AutoregPretrainedTrainer):  # type: ignore[mi
                 self.device,
                 self._autocast,
             )
-            outputs = [{"case": case, "values": values} for case, values in found.items()]
-            outputs = from_all_processes(outputs, self.is_ddp)
+            # One dictionary per process.
+            merged: dict[str, Any] = {}
+            for of_process in from_all_processes([found], self.is_ddp):
+                merged |= of_process
             if self.local_rank == 0:
-                self._write_validation({o["case"]: o["values"] for o in outputs})
+                self._write_validation(merged)
 
     def _write_validation(self, probabilities: dict[str, Any]) -> None:
         folder = Path(self.output_folder)

@@ -32,13 +32,14 @@ def size_features(
     around all of them in mm, the shortest first. A voxel is added, so that 0 is finite.
     """
     voxel_mm3 = float(np.prod(spacing_mm))
-    numbers = [np.count_nonzero(labels_ZYX == value) for value in values]
+    numbers = [int((labels_ZYX == value).sum()) for value in values]
     inside = np.argwhere(labels_ZYX > 0)  # (voxels, 3)
     sides_mm = np.array(spacing_mm, dtype=np.float64)
     if len(inside):
         sides_mm = (inside.max(0) - inside.min(0) + 1) * sides_mm
     volumes = [(number + 1) * voxel_mm3 for number in (*numbers, len(inside))]
-    return np.log(np.array([*volumes, *sorted(sides_mm)]))
+    sizes = np.array([*volumes, *sorted(sides_mm.tolist())], dtype=np.float64)
+    return np.asarray(np.log(sizes))
 
 
 def fit_predict(

@@ -76,9 +76,9 @@ def evaluate_folders(
             continue
         tasks[task.name] = evaluate_task(judged)
     if not tasks:
-        names = ", ".join(task.name for task in predicted.tasks)
+        known = ", ".join(task.name for task in predicted.tasks)
         raise ClassesError(
-            f"{truth} has no true class of a task of {file} ({names}); its columns must be named "
+            f"{truth} has no true class of a task of {file} ({known}); its columns must be named "
             "like the tasks",
             code="classes-no-common-task",
         )

@@ -51,10 +51,12 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
         rarest = min(left, key=lambda kind: (left[kind], kind)) if left else None
         chosen = [p for p in waiting if rarest is None or rarest in kinds_of[p]]
         for patient in chosen:
-            fold = min(range(num_folds), key=lambda f: (in_fold[f][rarest], sizes[f], f))
-            fold_of[patient] = fold
-            sizes[fold] += 1
-            in_fold[fold].update(kinds_of[patient])
+            # Of folds with equally few patients of the class, the smallest.
+            number_of_kind = [of_fold[rarest] if rarest else 0 for of_fold in in_fold]
+            chosen_fold = min(zip(number_of_kind, sizes, range(num_folds), strict=True))[2]
+            fold_of[patient] = chosen_fold
+            sizes[chosen_fold] += 1
+            in_fold[chosen_fold].update(kinds_of[patient])
         waiting = [patient for patient in waiting if patient not in fold_of]
 
     folds = []

@@ -35,6 +35,8 @@ class Judged:
         probabilities_SK: of every class.
         weights_BS: how much each case counts.
         num_patients: of these cases.
+        strata_S: the AUC compares cases of one stratum only, such as those that one model has
+            predicted. All are in one stratum if it is None.
     """
 
     task: ClassificationTask
@@ -42,6 +44,7 @@ class Judged:
     probabilities_SK: Floats  # noqa: N815
     weights_BS: Floats  # noqa: N815
     num_patients: int
+    strata_S: Ints | None = None  # noqa: N815
 
     @property
     def predicted_S(self) -> Ints:
@@ -61,6 +64,7 @@ def judge(
     patients: Sequence[str],
     num_resamples: int = 1000,
     seed: int = 0,
+    strata: Sequence[int] | None = None,
 ) -> Judged | None:
     """Return the predictions of a task with their bootstrap weights; None if no class is known."""
     is_known = np.array(truth) != UNKNOWN
@@ -80,6 +84,7 @@ def judge(
         np.asarray(probabilities_SK, dtype=np.float64)[is_known],
         weights_BS,
         len(names),
+        None if strata is None else np.array(strata)[is_known],
     )
 
 
@@ -94,11 +99,15 @@ def auc_of_class(judged: Judged, index: int) -> Floats:
     own = scores_S[is_own_S]
     others = scores_S[~is_own_S]
     wins = (own[:, None] > others).astype(np.float64) + 0.5 * (own[:, None] == others)
+    is_compared = np.ones_like(wins)
+    if judged.strata_S is not None:
+        is_compared = judged.strata_S[is_own_S][:, None] == judged.strata_S[~is_own_S]
     own_weights = judged.weights_BS[:, is_own_S]
     other_weights = judged.weights_BS[:, ~is_own_S]
-    won_B = np.einsum("bp,pn,bn->b", own_weights, wins, other_weights, optimize=True)
+    won_B = ((own_weights @ (wins * is_compared)) * other_weights).sum(1)
+    pairs_B = ((own_weights @ is_compared.astype(np.float64)) * other_weights).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(won_B / (own_weights.sum(1) * other_weights.sum(1)))
+        return np.asarray(won_B / pairs_B)
 
 
 def auc(judged: Judged) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import BLUE, SOFT, VERMILLION
 
-WIDTH, HEIGHT = 4.2, 3.9
+WIDTH, HEIGHT = 4.2, 4.2
 """Inches of one panel."""
 
 
@@ -57,10 +57,10 @@ def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
         ylim=(-0.02, 1.02),
         xlabel="false positive rate",
         ylabel="sensitivity",
-        title=f"{name}: ROC ({what})",
         aspect="equal",
     )
     axis.grid(alpha=0.3)
+    axis.set_title(f"{name}\nROC, {what}", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
 
 
@@ -78,11 +78,12 @@ def _draw_confusion(axis: Any, scores: Mapping[str, Any]) -> None:
     classes = scores["classes"]
     ticks = range(len(classes))
     axis.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="true")
-    rotation = 45 if max(len(kind) for kind in classes) > 6 else 0
+    # Long names of many classes would overlap.
+    rotation = 45 if sum(len(kind) for kind in classes) > 24 else 0
     axis.set_xticklabels(classes, rotation=rotation)
     axis.set_yticklabels(classes)
     accuracy = scores["balanced_accuracy"]["value"]
-    axis.set_title(f"confusion (balanced accuracy {accuracy:.2f})")
+    axis.set_title(f"confusion\nbalanced accuracy {accuracy:.2f}", fontsize=10)
 
 
 def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
@@ -115,8 +116,9 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
         ylim=(-0.02, 1.02),
         xlabel=f"probability of {kind}",
         ylabel=f"share that is {kind}" if is_binary else "share that is right",
-        title=f"calibration (error {error:.2f})",
         aspect="equal",
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper left")
+    axis.set_title(f"calibration\nexpected error {error:.2f}", fontsize=10)
+    # Points may lie anywhere, so the legend stands below the axes.
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)

@@ -219,16 +219,16 @@ def read_tasks(described: Any) -> list[ClassificationTask]:
     tasks = []
     for name, value in described.items() if isinstance(described, Mapping) else ():
         settings = value if isinstance(value, Mapping) else {"classes": value}
-        classes = settings.get("classes")
-        is_list = isinstance(classes, list) and len(set(map(str, classes))) == len(classes)
-        known_keys = set(settings) <= {"classes", "ordinal"}
-        if not is_list or not known_keys or not isinstance(settings.get("ordinal", False), bool):
+        listed: Any = settings.get("classes")
+        ordinal: Any = settings.get("ordinal", False)
+        names = tuple(str(kind) for kind in listed) if isinstance(listed, list) else ()
+        is_known_form = set(settings) <= {"classes", "ordinal"} and isinstance(ordinal, bool)
+        if not is_known_form or not names or len(set(names)) < len(names):
+            tasks = []
             break
-        names = tuple(str(kind) for kind in classes)
-        tasks.append(ClassificationTask(str(name), names, settings.get("ordinal", False)))
-    else:
-        if tasks:
-            return tasks
+        tasks.append(ClassificationTask(str(name), names, ordinal))
+    if tasks:
+        return tasks
     raise ClassesError(
         f'dataset.json: "{KEY}" must be an object like {{"diagnosis": ["NOR", "DCM"]}}, or '
         '{"grade": {"classes": ["1", "2", "3"], "ordinal": true}}, with different names of classes',

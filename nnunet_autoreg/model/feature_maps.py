@@ -126,10 +126,9 @@ class FeatureEncoder(nn.Module):
         return stages
 
     def _layers(self) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = (
-            self.model.layers if self.family == VIT else self.eva.blocks  # type: ignore[assignment]
-        )
-        return layers
+        parts: Any = self
+        found: Sequence[nn.Module] = parts.model.layers if self.family == VIT else parts.eva.blocks
+        return found
 
     def _tokens(self, volume_BCZYX: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokenizer's map and the deepest map, both (B, V, z, y, x)."""

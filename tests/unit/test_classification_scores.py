@@ -125,6 +125,28 @@ def test_resamples_draw_patients_and_not_scans() -> None:
     assert mt.judge(TWO, truth, probabilities, ["p"] * 40, 50).weights_BS.shape == (1, 40)  # type: ignore[union-attr]
 
 
+def test_scores_of_different_models_are_not_compared_with_each_other() -> None:
+    truth, probabilities = random_predictions(TWO)
+    patients = [f"p{n}" for n in range(40)]
+    folds = [n % 2 for n in range(40)]
+    shifted = probabilities.copy()
+    shifted[::2] = (shifted[::2] + np.array([9, 0])) / 10
+
+    found = [
+        mt.judge(TWO, truth, values, patients, 0, strata=folds)
+        for values in (probabilities, shifted)
+    ]
+
+    areas = []
+    for fold in (0, 1):
+        areas.append(oracle.roc_auc_score(truth[fold::2], probabilities[fold::2, 1]))
+    pairs = [sum(truth[f::2]) * (20 - sum(truth[f::2])) for f in (0, 1)]
+    expected = np.average(areas, weights=pairs)
+    for judged_fold in found:
+        assert judged_fold is not None
+        assert mt.auc(judged_fold)[0] == pytest.approx(expected)
+
+
 def test_cases_without_a_known_class_are_left_out() -> None:
     truth, probabilities = random_predictions(TWO)
     more = [*truth, -1]
