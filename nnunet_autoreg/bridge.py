@@ -209,7 +209,7 @@ def _suggest(class_name: str, searched: "str | None") -> None:
     The look-up goes on: the class may be one of the user's own, in a folder of nnUNet_extTrainer.
     """
     base, underscore, length = class_name.partition("_")
-    known = []
+    known: list[str] = []
     for room, names in ((TRAINERS_ROOM, TRAINERS), (PLANNERS_ROOM, PLANNERS)):
         if f"{searched}.".startswith(f"{room}."):
             known += names

@@ -128,7 +128,7 @@ class _Watcher(threading.Thread):
 
             last_output = max(self.handler.at, self.bar_moved_at)
             if time.monotonic() - last_output >= patience_s:
-                log.info("%s (%s so far)", phase, duration(time.monotonic() - phase.began))
+                log.info("%s (%s so far)", phase, duration(round(time.monotonic() - phase.began)))
                 wait_s = min(2 * wait_s, MOST_QUIET_S)
 
     def _look_at_bars(self) -> None:

@@ -40,7 +40,7 @@ def lowest_log_level() -> int:
     return {QUIET: logging.WARNING, NORMAL: logging.INFO, VERBOSE: logging.DEBUG}[_terminal.level]
 
 
-class ProgressBar(tqdm):  # type: ignore[type-arg]
+class ProgressBar(tqdm):  # type: ignore[misc]
     """A progress bar whose time left is written as people write it."""
 
     def exclude(self, seconds: float) -> None:
