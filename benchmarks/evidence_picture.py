@@ -17,6 +17,8 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 from measured import REPOSITORY, lines_of
 
+from nnunet_autoreg.report.palette import GRID, START_OF_TRAINING
+
 PICTURE = REPOSITORY / "docs" / "explanation" / "evidence.png"
 RATE = 1e-2
 ARMS = {
@@ -24,7 +26,11 @@ ARMS = {
     "masked": "masked\npretraining",
     "ar": "autoregressive\npretraining",
 }
-COLOURS = {"scratch": "#8a8f98", "masked": "#c98a2b", "ar": "#1f6fb4"}
+STYLES = {
+    "scratch": START_OF_TRAINING["scratch"],
+    "masked": START_OF_TRAINING["masked"],
+    "ar": START_OF_TRAINING["pretrained"],
+}
 
 Line = Mapping[str, Any]
 
@@ -52,14 +58,17 @@ def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
         for scores in columns.values():
             of_draw = [dice for (number, _), dice in scores.items() if number == draw]
             heights.append(np.mean(of_draw) if of_draw else np.nan)
-        axes.plot(range(len(ARMS)), heights, color="#d0d4da", linewidth=1, zorder=1)
+        axes.plot(range(len(ARMS)), heights, color=GRID, linewidth=1, zorder=1)
 
     for column, (arm, scores) in enumerate(columns.items()):
         values = list(scores.values())
-        axes.scatter([column] * len(values), values, color=COLOURS[arm], s=34, zorder=2)
+        style = STYLES[arm]
+        axes.scatter(
+            [column] * len(values), values, color=style.colour, marker=style.marker, s=34, zorder=2
+        )
         if values:
             mean = float(np.mean(values))
-            axes.hlines(mean, column - 0.22, column + 0.22, color=COLOURS[arm], linewidth=3)
+            axes.hlines(mean, column - 0.22, column + 0.22, color=style.colour, linewidth=3)
             axes.annotate(f"{mean:.3f}", (column + 0.25, mean), va="center", fontsize=11)
     axes.set_xticks(range(len(ARMS)), list(ARMS.values()))
     axes.set_xlim(-0.5, len(ARMS) - 0.3)
@@ -96,7 +105,8 @@ def draw_probe(axes: Any, lines: Sequence[Line]) -> None:
         points = probe_points(lines, objective)
         steps = [step for step, _ in points]
         dice = [value for _, value in points]
-        axes.plot(steps, dice, "o-", color=COLOURS[arm], label=objective, markersize=6)
+        style = STYLES[arm]
+        axes.plot(steps, dice, marker=style.marker, label=objective, markersize=6, **style.line())
     axes.set_xlabel("steps of pretraining (0 = random weights)")
     axes.set_ylabel("Dice of a linear classifier")
     axes.set_title("Frozen features of the encoder", fontsize=11)
@@ -111,7 +121,7 @@ def main() -> None:
     draw_probe(right, lines)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#eceef1")
+        axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=130, facecolor="white")

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from nnunet_autoreg.report.palette import BLUE, ORANGE, WHITE
+
 PICTURE = Path(__file__).with_name("glossary.png")
 SEED = 3
 
 TOKEN, BLOCK, CROP = 8, 16, 64  # voxels along each axis
 CROP_START_YX = (52, 44)
 NUM_KNOWN = 6
-
-BLUE, ORANGE, WHITE = "#0072b2", "#e69f00", "#ffffff"
 
 
 def read_slice(path: Path, slice_z: int) -> np.ndarray:
