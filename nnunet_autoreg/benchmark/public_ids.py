@@ -44,7 +44,8 @@ def read_ids(folder: Path) -> PublicIds:
     Raises:
         UsageError: the file is missing or damaged.
     """
-    cases, patients = {}, {}
+    cases: dict[str, str] = {}
+    patients: dict[str, str] = {}
     for cells in read_private(folder):
         if cells["id"].startswith(CASE):
             cases[cells["case"]] = cells["id"]

@@ -107,7 +107,8 @@ def hide_paths(
     request: Mapping[str, Any], fields: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a request whose paths are replaced by ids, and the paths by id."""
-    hidden, paths = dict(request), {}
+    hidden = dict(request)
+    paths: dict[str, str] = {}
     for field in fields:
         value = request.get(field)
         values = [value] if isinstance(value, str) else list(value or ())

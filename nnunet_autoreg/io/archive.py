@@ -62,6 +62,8 @@ def members(archive: zipfile.ZipFile) -> tuple[list[zipfile.ZipInfo], list[tuple
 
 
 def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
+    """Return (status, reason) of a member that must not be unpacked; None for others."""
+    # Programs on Windows write backslashes.
     name = PurePosixPath(info.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or (name.parts and ":" in name.parts[0]):
         return (
@@ -71,11 +73,11 @@ def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
         )
     if info.flag_bits & 0x1:
         return "unreadable", "encrypted with a password; unpack it first"
+    # The sizes are what the archive claims, and unpacking stops where they are exceeded.
     if info.file_size > SMALL_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
         return "unreadable", (
             f"would unpack from {info.compress_size / 2**20:.1f} to {info.file_size / 2**20:.0f} "
-            "MiB, as zip bombs do; "
-            "unpack it by hand if you trust it"
+            "MiB, as zip bombs do; unpack it by hand if you trust it"
         )
     return None
 
@@ -99,6 +101,7 @@ def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
                 "unreadable", bad[0][1] if bad else "a file is no longer in the archive; run again"
             )
         _check_room(sum(known[name].file_size for name in names), Path(folder))
+
         files = {}
         for number, name in enumerate(names):
             files[name] = Path(folder) / f"{number}{_ending(name)}"
@@ -112,8 +115,7 @@ def _check_room(num_bytes: int, folder: Path) -> None:
         raise ScanError(
             "unreadable",
             f"unpacking needs {num_bytes / 2**30:.1f} GiB, the temporary folder has "
-            f"{free / 2**30:.1f}; "
-            "set TMPDIR to a larger disk",
+            f"{free / 2**30:.1f}; set TMPDIR to a larger disk",
         )
 
 
@@ -133,9 +135,8 @@ def _ending(name: str) -> str:
     A doubled ending counts only if the last one is a compression.
     """
     suffixes = PurePosixPath(name).suffixes
-    joined = (
-        "".join(suffixes[-2:])
-        if suffixes and suffixes[-1].lower() == ".gz"
-        else "".join(suffixes[-1:])
-    )
-    return joined.lower() if joined.isascii() and len(joined) < 12 and "/" not in joined else ""
+    is_compressed = suffixes and suffixes[-1].lower() == ".gz"
+    joined = "".join(suffixes[-2:] if is_compressed else suffixes[-1:])
+    # The ending comes from a stranger, and becomes a part of a name on the disk.
+    is_plain = joined.isascii() and len(joined) < 12 and "/" not in joined
+    return joined.lower() if is_plain else ""

@@ -146,19 +146,21 @@ def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
     Raises:
         ScanError: ``unreadable``.
     """
-    names = sorted({s.file for s in slices})
+    names = sorted({one.file for one in slices})
     with _on_disk(path, names) as files:
+        # All slices of a multi-frame file are in one file.
         if slices[0].frame >= 0:
             return _frames(files[names[0]], slices)
+
         pixels = []
-        for s in slices:
-            # GDCM reads lengths where there are none, and asks for gigabytes.
-            by_pydicom = _pixels_by_pydicom(files[s.file]) if s.is_irregular else None
-            if by_pydicom is not None and by_pydicom.shape == s.shape:
+        for one in slices:
+            # In irregular headers GDCM reads lengths where there are none, and asks for gigabytes.
+            by_pydicom = _pixels_by_pydicom(files[one.file]) if one.is_irregular else None
+            if by_pydicom is not None and by_pydicom.shape == one.shape:
                 pixels.append(by_pydicom)
             else:
-                pixels.append(_pixels(files[s.file], (1, *s.shape))[0])
-        return np.stack(pixels)
+                pixels.append(_pixels(files[one.file], (1, *one.shape))[0])
+        return np.stack(pixels)  # (Z, Y, X)
 
 
 def _frames(file: Path, slices: Sequence[DicomSlice]) -> Array:
@@ -173,11 +175,14 @@ def _frames(file: Path, slices: Sequence[DicomSlice]) -> Array:
             f"holds {len(whole)} frames of {whole.shape[1:]}, its header says otherwise; export it "
             "again",
         )
-    first = min(_or_nothing(file, ""), key=lambda s: s.frame)
-    if all((s.slope, s.intercept) == (first.slope, first.intercept) for s in slices):
-        return whole[[s.frame for s in slices]]
+    first = min(_or_nothing(file, ""), key=lambda one: one.frame)
+    if all((one.slope, one.intercept) == (first.slope, first.intercept) for one in slices):
+        return whole[[one.frame for one in slices]]
+
+    # Stored values are whole numbers, so that rounding takes GDCM's rescaling back exactly.
     stored = np.rint((whole.astype(np.float64) - first.intercept) / first.slope)
-    return np.stack([stored[s.frame] * s.slope + s.intercept for s in slices]).astype(np.float32)
+    rescaled = [stored[one.frame] * one.slope + one.intercept for one in slices]
+    return np.stack(rescaled).astype(np.float32)
 
 
 def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
@@ -267,56 +272,53 @@ def _slices_of_series(path: Path, part: ScanPart) -> list[DicomSlice]:
         raise ScanError(
             "unreadable", "vanished after it was found; restore it, or run again without it"
         ) from error
+
     names = _files_by_series(str(path), bool(part.below), stamp).get(part.series, ())
+    found: list[DicomSlice] = []
     if is_archive(path.name):
-        return [
-            s for found in _archived(path, set(names)) for s in found if s.series == part.series
-        ]
-    found = []
-    for name in names:
-        found += [
-            s
-            for s in _or_nothing(path / name if path.is_dir() else path, name)
-            if s.series == part.series
-        ]
-    return found
+        for slices in _archived(path, set(names)):
+            found += slices
+    else:
+        for name in names:
+            found += _or_nothing(path / name if path.is_dir() else path, name)
+    # A file may have been replaced by one of another series.
+    return [one for one in found if one.series == part.series]
 
 
 @lru_cache(maxsize=4)
 def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]]:
     """Return series -> names of the files that hold its slices."""
     root = Path(path)
-    found: dict[str, list[str]] = {}
+    slices: list[DicomSlice] = []
     if is_archive(root.name):
-        every = [s for slices in _archived(root, None) for s in slices]
+        for of_member in _archived(root, None):
+            slices += of_member
     elif root.is_dir():
-        names = (
-            _names_below(root)
-            if below
-            else [p.name for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
-        )
-        every = [
-            s
-            for name in sorted(names)
-            if may_be_dicom(name)
-            for s in _or_nothing(root / name, name)
-        ]
+        for name in sorted(_names_in(root, below)):
+            if may_be_dicom(name):
+                slices += _or_nothing(root / name, name)
     else:
-        every = _or_nothing(root, root.name)
-    for one in every:
+        slices = _or_nothing(root, root.name)
+
+    # The slices of a multi-frame file follow each other, and name it once.
+    found: dict[str, list[str]] = {}
+    for one in slices:
         files = found.setdefault(one.series, [])
         if not files or files[-1] != one.file:
             files.append(one.file)
     return found
 
 
-def _names_below(root: Path) -> list[str]:
-    return [
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    ]
+def _names_in(root: Path, below: bool) -> list[str]:
+    """Return the files of a folder that are not hidden; with ``below``, also deeper ones."""
+    if not below:
+        return [p.name for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            if not name.startswith("."):
+                found.append(Path(folder, name).relative_to(root).as_posix())
+    return found
 
 
 def _or_nothing(path: Path, name: str) -> list[DicomSlice]:
@@ -331,7 +333,8 @@ def _archived(path: Path, names: set[str] | None) -> Iterator[list[DicomSlice]]:
     """Yield the slices of members of an archive, all of them or the named ones."""
     with opened(path) as archive:
         for info in members(archive)[0]:
-            if not (may_be_dicom(info.filename) if names is None else info.filename in names):
+            is_wanted = may_be_dicom(info.filename) if names is None else info.filename in names
+            if not is_wanted:
                 continue
             try:
                 yield member_slices(archive, info)

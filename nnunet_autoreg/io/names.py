@@ -43,16 +43,22 @@ LABEL_SUFFIX = re.compile(r"_(dseg|probseg|mask|defacemask)$", re.IGNORECASE)
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sort key under which scan2 comes before scan10."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part.lower())
-        for part in re.split(r"(\d+)", text)
-        if part
-    ]
+    key = []
+    for part in re.split(r"(\d+)", text):
+        # Numbers before words; they are never compared with each other.
+        if part.isdecimal():
+            key.append((0, int(part), ""))
+        elif part:
+            key.append((1, 0, part.lower()))
+    return key
 
 
 def strip_ending(name: str) -> str:
     """Return a file name without its image ending; unchanged if it has none."""
-    return next((name[: -len(e)] for e in IMAGE_ENDINGS if name.lower().endswith(e)), name)
+    for ending in IMAGE_ENDINGS:
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
 
 
 def absolute(path: str | Path) -> Path:
@@ -70,6 +76,7 @@ def case_and_channel(path: Path) -> tuple[str, int]:
     """
     stem = strip_ending(path.name)
     match = CHANNEL_SUFFIX.match(stem)
+    # A file without a channel number is taken for the only channel.
     return (match["case"], int(match["channel"])) if match else (stem, 0)
 
 
@@ -82,6 +89,8 @@ def bids_names(inside: str) -> tuple[str, str, str]:
     entities = dict(BIDS_ENTITY.findall(name))
     if not name.startswith("sub-") or "sub" not in entities:
         return "", "", ""
+
+    # Other suffixes are free text, which may be anything.
     above = inside[: inside.index("sub-")]
     suffix = name.rpartition("_")[2]
     word = suffix if suffix in BIDS_SUFFIXES else ""
@@ -102,6 +111,6 @@ def is_label_name(inside: str) -> bool:
     These are BIDS ``_dseg`` and ``_mask``, and files in folders ``labels*``.
     """
     path = PurePosixPath(inside)
-    return bool(LABEL_SUFFIX.search(path.name)) or any(
-        part.lower().startswith("labels") for part in path.parts[:-1]
-    )
+    if LABEL_SUFFIX.search(path.name):
+        return True
+    return any(folder.lower().startswith("labels") for folder in path.parts[:-1])

@@ -28,8 +28,13 @@ class ScanPart:
     t: str = ""
 
     def __str__(self) -> str:
-        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return ";".join(f"{name}={quote(value, safe='/ ')}" for name, value in pairs if value)
+        # Names of members may hold ";" and "=", so values are quoted.
+        named = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value:
+                named.append(f"{field.name}={quote(value, safe='/ ')}")
+        return ";".join(named)
 
 
 def parse_part(text: str) -> ScanPart:

@@ -245,6 +245,7 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
     frames = header.frames() if is_multi_frame else [header]
     found = []
     for index, frame in enumerate(frames):
+        # Missing values become NaN, which _problem_of_geometry reports.
         spacing = (*frame.numbers("PixelSpacing"), math.nan, math.nan)
         found.append(
             DicomSlice(
@@ -264,12 +265,14 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
     if len(found) == num_frames:
         return found
 
+    # The file has more frames than positions, so that the volume cannot be put together.
     reason = (
         f"a multi-frame file of {num_frames} frames that gives positions for {len(found)}; "
         "export it again"
     )
     if found:
-        return [s if s.problem[0] else replace(s, problem=("slices", reason)) for s in found]
+        problem = ("slices", reason)
+        return [one if one.problem[0] else replace(one, problem=problem) for one in found]
     reason = (
         f"a multi-frame file of {num_frames} frames without the position of each; export it as "
         "single slices"
@@ -305,19 +308,16 @@ def _modality(header: DicomHeader) -> str:
     without_class = claimed if not uid and claimed in ("CT", "MR", "PT") else ""
     modality = MODALITY_OF_CLASS.get(short, without_class)
     if not modality:
-        prefixes = [
-            prefix
-            for prefix in OTHER_CLASSES
-            if short == prefix or short.startswith(prefix.rstrip(".") + ".")
-        ]
+        # Only known words are repeated: the tag may hold any text.
         known = claimed if claimed in KNOWN_MODALITIES else ""
-        status, reason = OTHER_CLASSES.get(
-            max(prefixes, key=len, default=""),
-            (
-                "notimage",
-                f"a DICOM object of {known or 'another kind'}; CT, MR and PET are read",
-            ),
-        )
+        status = "notimage"
+        reason = f"a DICOM object of {known or 'another kind'}; CT, MR and PET are read"
+        longest = ""
+        for prefix, described in OTHER_CLASSES.items():
+            is_of_class = short == prefix or short.startswith(prefix.rstrip(".") + ".")
+            if is_of_class and len(prefix) > len(longest):
+                longest = prefix
+                status, reason = described
         # Reasons begin with the kind's name, such as RTSTRUCT, where it has one.
         name = reason.split(" ")[0]
         raise NotAScanError(status, reason, name if name.isupper() else known or "DICOM", series)

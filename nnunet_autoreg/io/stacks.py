@@ -87,11 +87,12 @@ def stacks_of(slices: Sequence[DicomSlice]) -> list[Stack]:
     # Slices of like size and orientation, in the order of their first slices.
     groups: list[list[DicomSlice]] = []
     for one in ordered:
-        group = next((g for g in groups if _alike(g[0], one)), None)
-        if group is None:
-            group = []
-            groups.append(group)
-        group.append(one)
+        for group in groups:
+            if _alike(group[0], one):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
     if len(groups) > MAX_STACKS:
         reason = (
             f"{len(ordered)} slices in {len(groups)} orientations or sizes (radial, or a planning "
@@ -151,10 +152,8 @@ def _parts_by_value(group: Sequence[DicomSlice], index: int) -> list[list[DicomS
     tolerance = 0.0 if index == GRADIENT else SAME_VALUE
     parts: list[list[DicomSlice]] = []
     for one in sorted(group, key=lambda s: s.order[index]):
-        is_same = parts and math.isclose(
-            one.order[index], parts[-1][-1].order[index], rel_tol=tolerance
-        )
-        if is_same:
+        value = one.order[index]
+        if parts and math.isclose(value, parts[-1][-1].order[index], rel_tol=tolerance):
             parts[-1].append(one)
         else:
             parts.append([one])
@@ -198,7 +197,8 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     heights_of: list[npt.NDArray[Any]] = []
     for part in parts:
         direction, _ = _direction(part[0])
-        heights = _distinct(np.sort(np.array([s.position for s in part]) @ direction[:, 2]))
+        positions = np.array([one.position for one in part])  # (N, xyz) in mm
+        heights = _distinct(np.sort(positions @ direction[:, 2]))
         alike = [n for n, known in enumerate(heights_of) if _are_equal(heights, known)]
         if alike:
             together[alike[0]].extend(part)
@@ -222,7 +222,9 @@ def _distinct(heights: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _are_equal(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
-    return len(heights) == len(others) and bool(np.abs(heights - others).max() <= SAME_POSITION_MM)
+    if len(heights) != len(others):
+        return False
+    return bool(np.abs(heights - others).max() <= SAME_POSITION_MM)
 
 
 def _overlap(stacks: Sequence[Stack]) -> bool:
@@ -230,15 +232,18 @@ def _overlap(stacks: Sequence[Stack]) -> bool:
 
     Slabs side by side do not.
     """
-    ends = sorted(_extent(stack) for stack in stacks)
+    extents = sorted(_extent(stack) for stack in stacks)
     step = min(stack.spacing_mm[0] for stack in stacks)
-    return any(after[0] < before[1] - step / 2 for before, after in itertools.pairwise(ends))
+    pairs = itertools.pairwise(extents)
+    return any(start < end - step / 2 for (_, end), (start, _) in pairs)
 
 
 def _extent(stack: Stack) -> tuple[float, float]:
+    """Return the heights of the lowest and the highest slice along the normal, in mm."""
     normal = stack.direction[:, 2]
-    low, high = (float(np.array(stack.volumes[0][end].position) @ normal) for end in (0, -1))
-    return low, high
+    volume = stack.volumes[0]
+    lowest, highest = np.array(volume[0].position), np.array(volume[-1].position)
+    return float(lowest @ normal), float(highest @ normal)
 
 
 def _are_packages(whole: Stack) -> bool:
@@ -334,10 +339,12 @@ def _stack(group: list[DicomSlice]) -> Stack:
 def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
     """Return (directions of x, y and z as columns, whether they are impossible)."""
     x, y = np.array(one.orientation[:3]), np.array(one.orientation[3:])
-    lengths = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-    if any(abs(length - 1) > 1e-2 for length in lengths) or abs(float(x @ y)) > 1e-2:
+    errors = (np.linalg.norm(x) - 1, np.linalg.norm(y) - 1, x @ y)
+    if max(map(abs, errors)) > 1e-2:
         return np.eye(3), True
-    x = x / lengths[0]
+
+    # Headers are rounded, so the axes are made exactly orthonormal.
+    x = x / np.linalg.norm(x)
     y = y - (x @ y) * x
     y = y / np.linalg.norm(y)
     return np.stack([x, y, np.cross(x, y)], axis=1), False
@@ -382,7 +389,9 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
     """
     num_volumes = len(levels[0])
     for index, name in enumerate(ORDER_NAMES):
-        values = [sorted({s.order[index] for s in level}) for level in levels]
+        values = []
+        for level in levels:
+            values.append(sorted({one.order[index] for one in level}))
         if any(len(of_level) != num_volumes for of_level in values):
             continue
         # These two go on from slice to slice; the others are the same for a whole volume.
@@ -390,8 +399,11 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
         if goes_on or all(np.allclose(of_level, values[0], rtol=1e-3) for of_level in values):
             return index, name
 
-    combined = [{s.order[:-1] for s in level} for level in levels]
-    if all(len(of_level) == num_volumes for of_level in combined):
+    # No single value tells the volumes apart, but all of them together may.
+    counts = []
+    for level in levels:
+        counts.append(len({one.order[:-1] for one in level}))
+    if all(count == num_volumes for count in counts):
         return 0, "instance number"
     if _runs_by_volume(levels) or _runs_by_level(levels):
         return -1, "instance number"
@@ -403,10 +415,14 @@ def _runs_by_volume(levels: list[Level]) -> bool:
 
     This is so in a 4D series that says nothing else.
     """
-    lowest = [min(s.order[-1] for s in level) for level in levels]
-    numbers = {s.order[-1] for s in itertools.chain(*levels)}
-    are_unique = len(numbers) == sum(map(len, levels))
-    return are_unique and max(lowest) - min(lowest) == len(levels) - 1 and len(levels[0]) > 2
+    numbers = [one.order[-1] for one in itertools.chain(*levels)]
+    if len(set(numbers)) != len(numbers) or len(levels[0]) <= 2:
+        return False
+    # The first volume has the lowest number of every level, and these follow each other.
+    lowest = []
+    for level in levels:
+        lowest.append(min(one.order[-1] for one in level))
+    return max(lowest) - min(lowest) == len(levels) - 1
 
 
 def _runs_by_level(levels: list[Level]) -> bool:
