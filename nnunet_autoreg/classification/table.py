@@ -216,7 +216,7 @@ def read_tasks(described: Any) -> list[ClassificationTask]:
     Raises:
         ClassesError: it is of another form (code "classes-dataset-json").
     """
-    tasks = []
+    tasks: list[ClassificationTask] = []
     for name, value in described.items() if isinstance(described, Mapping) else ():
         settings = value if isinstance(value, Mapping) else {"classes": value}
         listed: Any = settings.get("classes")

@@ -28,10 +28,11 @@ from nnunet_autoreg.classification.plan import (
 from nnunet_autoreg.classification.table import ClassificationTask, ClassTable
 from nnunet_autoreg.classification.validate import patch_scores
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, RESENC
+from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, RESENC, VIT
 from nnunet_autoreg.finetune.block import ADAMW, SGD, Recipe
 from nnunet_autoreg.finetune.recipe import parameter_groups
 from nnunet_autoreg.model.encoders import build_network
+from nnunet_autoreg.model.feature_maps import FeatureEncoder
 from nnunet_autoreg.model.sizes import ENCODERS
 
 SEX = ClassificationTask("sex", ("F", "M"))
@@ -67,6 +68,21 @@ def test_every_family_gives_the_logits_of_every_task(encoder: str) -> None:
 
     assert [tuple(values.shape) for values in logits] == [(2, 2), (2, 3)]
     assert not any(key.startswith(("decoder", "up_projection")) for key in network.state_dict())
+
+
+def test_the_form_of_ar_ssl4ms_encoder_gives_logits_and_maps_too() -> None:
+    arguments = {"embed_dim": 24, "patch_embed_size": [8, 8, 8], "eva_depth": 3, "eva_numheads": 2}
+    vit = build_network(CLASS_PATHS[VIT], arguments, PATCH, 1, 2)
+    network = Classifier(vit, CLASS_PATHS[VIT], arguments, PATCH, (2,)).eval()
+    network.gives_classes = True
+    volume = torch.randn(2, 1, *PATCH)
+
+    maps = FeatureEncoder.forward(network, volume)
+
+    assert [tuple(values.shape) for values in maps] == [(2, 24, 2, 2, 2)] * 4
+    expected = vit.encode(volume)[-1].mean(1)  # type: ignore[operator]
+    assert torch.allclose(network.pooled(volume), expected, atol=1e-6)
+    assert network(volume)[0].shape == (2, 2)
 
 
 def test_a_segmentation_is_refused_with_the_right_command() -> None:
