@@ -216,7 +216,7 @@ def main() -> None:
     frozen_parser = commands.add_parser("frozen")
     frozen_parser.add_argument("--set", required=True)
     frozen_parser.add_argument("--dataset", type=Path, required=True)
-    frozen_parser.add_argument("--features", nargs="+", required=True, metavar="NAME=FILE")
+    frozen_parser.add_argument("--features", nargs="*", default=[], metavar="NAME=FILE")
     frozen_parser.add_argument("--allow-missing", action="store_true")
     frozen_parser.add_argument("--predictions", type=Path, metavar="FOLDER")
     frozen_parser.add_argument("--resamples", type=int, default=1000)
