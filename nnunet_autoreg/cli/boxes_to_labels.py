@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     prepare_torch()
     configure_logging()
     folder = dataset_folder(request.dataset)
-    from nnunet_autoreg.detection.objects import LABELS, write_box_labels
+    from nnunet_autoreg.detection.objects import write_box_labels
+    from nnunet_autoreg.downstream.label_maps import LABELS
 
     written = write_box_labels(folder)
     print(f"wrote {len(written)} label maps into {folder / LABELS}")

@@ -20,12 +20,12 @@ from nnunet_autoreg.detection.instances import BLOCK, ObjectClass, Rules, object
 from nnunet_autoreg.detection.loss import CLASSIFICATIONS
 from nnunet_autoreg.detection.net import stage_strides
 from nnunet_autoreg.detection.objects import (
-    LABELS,
     ObjectSource,
     in_parallel,
     labelled_cases,
     sizes_of,
 )
+from nnunet_autoreg.downstream.label_maps import LABELS
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.finetune.plans import Fit
 from nnunet_autoreg.geometry import Size, Spacing, size_text

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ def _merged(
     Beside it stands the mean of their segmentation logits (C, Z, Y, X).
     """
     detector = ScanDetector(
-        model.network,
+        cast(Detector, model.network),
         model.plan.anchors,
         as_size(model.configuration.patch_size),
         model.device,

@@ -216,7 +216,7 @@ LIST_HEAD = ("name", "encoder", "modalities", "spacing", "scans", "finished", "v
 
 def list_runs(results: Path) -> list[tuple[str, ...]]:
     """Return one row for each encoder that a plan can use, by name; columns as ``LIST_HEAD``."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for folder in finished_runs(results):
         try:
             card = read_card(folder)
