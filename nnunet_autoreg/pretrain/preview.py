@@ -367,8 +367,17 @@ def _draw_padding(axis: Any, left: float, top: float, width: float, height: floa
     """Hatch an area, below everything else: what stays visible of it lies outside the scan."""
     from matplotlib.patches import Rectangle
 
-    look = {"facecolor": GRID, "edgecolor": SOFT, "hatch": "////", "linewidth": 0, "zorder": -1}
-    axis.add_patch(Rectangle((left, top), width, height, **look))
+    area = Rectangle(
+        (left, top),
+        width,
+        height,
+        facecolor=GRID,
+        edgecolor=SOFT,
+        hatch="////",
+        linewidth=0,
+        zorder=-1,
+    )
+    axis.add_patch(area)
 
 
 def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: int) -> None:

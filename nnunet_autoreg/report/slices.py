@@ -148,7 +148,7 @@ def upright(
     if augmentation is not None:
         inverse = np.argsort(augmentation.axes)
         part = part.transpose(0, *(1 + axis for axis in inverse))
-        flipped = [1 + axis for axis in range(3) if augmentation.flips[axis]]
+        flipped = tuple(1 + axis for axis in range(3) if augmentation.flips[axis])
         part = np.flip(part, flipped)
 
     part = part.transpose(0, *(1 + axis for axis in _axes_of_view(scan_axes)))
