@@ -11,8 +11,11 @@ import SimpleITK
 from refusals import logged, refused
 
 from nnunet_autoreg.cli.evaluate_detection import main
+from nnunet_autoreg.detection import evaluation_files
 from nnunet_autoreg.detection.evaluation_files import (
+    LABEL_SIZE,
     Background,
+    BoxLabel,
     background,
     pick_scans,
     pick_slices,
@@ -22,6 +25,7 @@ from nnunet_autoreg.detection.geometry import frame_of_affine, frame_of_itk
 from nnunet_autoreg.detection.matching import ScanBoxes
 from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_scan_file
 from nnunet_autoreg.errors import ObjectsError, UsageError
+from nnunet_autoreg.report.palette import BOXES
 
 SHAPE = (8, 16, 20)
 CLASSES = {"lesion": 1, "cyst": 2}
@@ -613,3 +617,35 @@ def test_axial_slices_are_drawn_anterior_up_and_patient_right_on_the_left():
     sagittal = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
 
     assert background(array, frame_of_affine(sagittal, (2, 3, 4))) == Background(array)
+
+
+def texts_of_labels(labels):
+    """Return text -> (left, lower edge) in points of the labels that are drawn."""
+    from matplotlib.figure import Figure
+
+    axis = Figure().add_subplot()
+    axis.set(xlim=(0, 100), ylim=(100, 0))
+    evaluation_files._draw_labels(axis, labels, points_per_voxel=3.0, stretch=1.0)
+    return {
+        text.get_text(): (3.0 * text.xy[0], text.xyann[1] - 3.0 * text.xy[1]) for text in axis.texts
+    }
+
+
+def test_labels_of_neighbouring_boxes_do_not_cover_each_other():
+    style = BOXES["found"]
+    boxes = [np.array([0.0, 20, 10, 5, 40, 20]), np.array([0.0, 20, 14, 5, 40, 24])]
+    labels = [BoxLabel(box, f"lesion 0.{n}", style, False) for n, box in enumerate(boxes)]
+
+    (_, first), (_, second) = texts_of_labels(labels).values()
+
+    assert second - first >= LABEL_SIZE
+
+
+def test_labels_far_from_each_other_stay_at_their_boxes():
+    style = BOXES["false"]
+    boxes = [np.array([0.0, 20, 10, 5, 40, 20]), np.array([0.0, 70, 70, 5, 90, 90])]
+    labels = [BoxLabel(box, f"lesion 0.{n}", style, False) for n, box in enumerate(boxes)]
+
+    found = texts_of_labels(labels)
+
+    assert found == {"lesion 0.0": (30.0, 3 - 60.0), "lesion 0.1": (210.0, 3 - 210.0)}
