@@ -215,7 +215,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
             super().load_checkpoint(checkpoint)
         if self.is_stock_model:
             # Checkpoints of earlier releases hold the plans with the guard.
-            self.my_init_kwargs = {**self.my_init_kwargs, "plans": self.plans_manager.plans}
+            self.my_init_kwargs["plans"] = self.plans_manager.plans
         self.is_fresh_start = False
 
     def on_train_start(self) -> None:

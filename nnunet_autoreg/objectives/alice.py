@@ -464,7 +464,9 @@ def targets(scores_O: Tensor, centre_O: Tensor, temperature: Tensor) -> Tensor:
 def cross_entropy(target_O: Tensor, scores_O: Tensor, temperature: float) -> Tensor:
     """Return the cross-entropy of the student's scores (...,) under the targets, in float32."""
     with full_precision(scores_O.device):
-        return -(target_O * (scores_O.float() / temperature).log_softmax(dim=-1)).sum(dim=-1)
+        log_likelihood_O: Tensor = (scores_O.float() / temperature).log_softmax(dim=-1)
+        cross_entropy: Tensor = -(target_O * log_likelihood_O).sum(dim=-1)
+        return cross_entropy
 
 
 def entropy(probabilities_O: Tensor) -> Tensor:
@@ -494,7 +496,8 @@ def consistent_matches(
     shift_N3 = place_second_M3[there_N] - place_first_N3
     usual_3 = shift_N3.median(dim=0).values
     agrees_N = (shift_N3 - usual_3).norm(dim=1) <= CYCLE_MM
-    return returns_N & agrees_N
+    believed_N: Tensor = returns_N & agrees_N
+    return believed_N
 
 
 def _partners(num_crops: int, num_members: int, device: torch.device) -> Tensor:

@@ -175,7 +175,7 @@ class CnnBackbone(nn.Module):
         self.unet = PretrainingUNet(
             network, learned_mark=False, recompute=plan.optim.checkpoint_activations
         )
-        channels = [int(number) for number in network.encoder.output_channels]  # type: ignore[union-attr, arg-type]
+        channels = [int(number) for number in network.encoder.output_channels]  # type: ignore[union-attr]
         self.width, self.decoder_width = channels[-1], channels[-2]
 
     @property
@@ -213,8 +213,8 @@ class CnnBackbone(nn.Module):
         maps = self.unet.decode(encoded.stages)
         predicted_N1ZYX = self.unet.network.decoder.seg_layers[-1](maps[-1])
 
-        grid = encoded.stages[-1].shape[2:]
-        cells_NWzyx = functional.adaptive_avg_pool3d(maps[0], grid)
+        depth, height, width = encoded.stages[-1].shape[2:]
+        cells_NWzyx = functional.adaptive_avg_pool3d(maps[0], (depth, height, width))
         return _as_tokens(cells_NWzyx), to_tokens(predicted_N1ZYX[:, None], self.token_size)
 
     def describe(self, voxels_NCZYX: Tensor, valid_NT: Tensor, positions_NT: Tensor) -> Tensor:
@@ -314,7 +314,8 @@ class Casa(nn.Module):
 
 def _heads(x_NTD: Tensor) -> Tensor:
     """Return the features of every head, (N, H, T, D / H)."""
-    return x_NTD.unflatten(2, (HEADS_OF_CASA, -1)).transpose(1, 2)
+    heads_NTHD: Tensor = x_NTD.reshape(*x_NTD.shape[:2], HEADS_OF_CASA, -1)
+    return heads_NTHD.transpose(1, 2)
 
 
 class AliceNetwork(nn.Module):

@@ -147,7 +147,9 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     arguments = (environ, lines, main, list(argv))
     with interruption_held_back():
         # CUDA does not survive a fork.
-        context = start_processes(begin_process, arguments, size, join=False, start_method="spawn")
+        context = start_processes(  # type: ignore[no-untyped-call]
+            begin_process, arguments, size, join=False, start_method="spawn"
+        )
 
     def stop_main_process() -> None:
         process = context.processes[0]

@@ -339,7 +339,8 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
 
 def compared(health: Health) -> tuple[list[str], list[str]]:
     """Return the trivial predictions that the error is below, and those that it is not below."""
-    beaten, not_beaten = [], []
+    beaten: list[str] = []
+    not_beaten: list[str] = []
     for name, value in health.errors.items():
         if name == "error":
             continue
