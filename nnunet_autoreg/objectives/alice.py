@@ -465,8 +465,8 @@ def cross_entropy(target_O: Tensor, scores_O: Tensor, temperature: float) -> Ten
     """Return the cross-entropy of the student's scores (...,) under the targets, in float32."""
     with full_precision(scores_O.device):
         log_likelihood_O: Tensor = (scores_O.float() / temperature).log_softmax(dim=-1)
-        cross_entropy: Tensor = -(target_O * log_likelihood_O).sum(dim=-1)
-        return cross_entropy
+        cross_entropy_O: Tensor = (target_O * log_likelihood_O).sum(dim=-1).neg()
+    return cross_entropy_O
 
 
 def entropy(probabilities_O: Tensor) -> Tensor:
