@@ -75,7 +75,6 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
     """Train a detector on the plan's pretrained encoder."""
 
     transfers_decoder = False
-    trains_stock_network = False
     block: AutoregBlock
     plan: DetectionPlan
     inference_allowed_mirroring_axes: Any

@@ -61,8 +61,7 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
     """False for networks that use only the encoder of the weights, whatever the plan says."""
     length: int | None = None
     """Number of epochs; None for that of the plan."""
-    trains_stock_network = True
-    """False for trainers that add parts to the network which nnU-Net does not have."""
+    my_init_kwargs: dict[str, Any]
 
     def __init__(
         self,
@@ -75,8 +74,12 @@ class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
         with one_line_errors():
             self.block = self._checked(plans, configuration)
         # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
+        # Trainers of other tasks build networks that nnU-Net does not have.
+        segments = (
+            type(self).build_network_architecture is _AutoregTrainer.build_network_architecture
+        )
         class_path = self.block.encoder.class_path
-        self.is_stock_model = self.trains_stock_network and runs_on_stock(class_path, plans)
+        self.is_stock_model = segments and runs_on_stock(class_path, plans)
         if self.is_stock_model:
             plans = stock_plans(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths, show_paths
+from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths, show_paths, terminal_only
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan import Plan
@@ -179,10 +179,11 @@ def is_planned_anew(folder: Path, request: Request) -> bool:
 
     shutil.copy(folder / PLAN_NAME, folder / REPLACED_PLAN_NAME)
     log.info(
-        "planning again with other settings (%s), as nothing was trained yet; the earlier plan is "
-        "kept in %s",
-        "; ".join(changes),
+        "planning again with other settings, as nothing was trained yet; the earlier plan is kept "
+        "in %s",
         folder / REPLACED_PLAN_NAME,
+        # The settings may be paths, which are kept out of the run's log.
+        extra=terminal_only(f" ({'; '.join(changes)})"),
     )
     return True
 

@@ -36,6 +36,19 @@ def test_a_trainer_of_any_length_is_a_subclass_of_its_base(name: str) -> None:
     assert made.__module__ == module.__name__
 
 
+@pytest.mark.parametrize("name", bridge.TRAINERS)
+def test_only_segmentation_trainers_build_the_plans_own_network(name: str) -> None:
+    # What the others build is no network of nnU-Net, so they write no stock models.
+    base, module = base_and_module(name)
+    made = getattr(module, f"{name}_3epochs")
+
+    builders = {made.build_network_architecture, base.build_network_architecture}  # type: ignore[attr-defined]
+
+    own = autoreg_trainers._AutoregTrainer.build_network_architecture
+    is_segmentation = name in ("AutoregPretrainedTrainer", "AutoregScratchTrainer")
+    assert (builders == {own}) == is_segmentation
+
+
 def test_the_same_name_gives_the_same_class() -> None:
     first = autoreg_trainers.AutoregScratchTrainer_41epochs
 
