@@ -308,9 +308,14 @@ class Trainer:
         self.require_folder()
         # JSON knows no NaN; the skipped steps are logged beside.
         if math.isfinite(error) and math.isfinite(norm):
-            metrics.log(step, "train_error", error, self.objective.figure.unit)
-            if len(self.train_step.term_means) > 1:
-                for name, mean in self.train_step.term_means.items():
+            figure, means = self.objective.figure, self.train_step.term_means
+            if figure.term:
+                # The same quantity as in validation, so that both are curves of one chart.
+                metrics.log(step, "train_loss", error, "weighted sum of the terms")
+                error = float(means[figure.term])
+            metrics.log(step, "train_error", error, figure.unit)
+            if len(means) > 1:
+                for name, mean in means.items():
                     metrics.log(step, f"train_{name}", float(mean), "term of the loss")
             metrics.log(step, "gradient_norm", norm, "1")
         metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")

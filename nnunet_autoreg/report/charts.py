@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from nnunet_autoreg.objective_kinds import figure_of_merit
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report import palette
@@ -153,32 +154,46 @@ def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
         by_kind.append(Curve(name.removeprefix(KIND_PREFIX), series[name], look))
 
     charts = [
-        error_chart(series),
+        error_chart(series, plan),
         Chart("Validation error by kind of sequences", "per voxel", by_kind, highest=1.0),
         *_single_charts(LEARNING_CHARTS, series, plan),
     ]
     return _drawable(charts, plan)
 
 
-def error_chart(series: Series) -> Chart:
-    """Return the chart of the next-block error and its trivial baselines."""
+def error_chart(series: Series, plan: Plan | None = None) -> Chart:
+    """Return the chart of the figure of merit and its trivial baselines.
+
+    Args:
+        plan: of the run, whose objective says what they are called.
+    """
+    title, references = "Error", {}
+    if plan is not None:
+        figure = figure_of_merit(plan)
+        title = f"{figure.name[0].upper()}{figure.name[1:]}"
+        references = dict(figure.references)
+    does_mean = references.get("mean", "predicting the mean")
+    does_copy = references.get("copy", "copying the previous block")
+
     curves = _curves(ERROR_CURVES, series)
     copy = next((curve for curve in curves if curve.label == "copy"), None)
     notes = []
 
     if any(curve.label == "mean" for curve in curves):
-        notes.append("Dotted: predicting the mean.")
+        notes.append(f"Dotted: {does_mean}.")
     if copy is not None:
         others = [curve for curve in curves if curve is not copy]
         highest = max((value for curve in others for _, value in curve.points), default=0.0)
         last_copy = copy.points[-1][1]
         if last_copy > FAR_ABOVE * highest:
             curves = others
-            notes.append(f"Copying the previous block costs {last_copy:.3g}, above this chart.")
+            notes.append(
+                f"{does_copy[0].upper()}{does_copy[1:]} costs {last_copy:.3g}, above this chart."
+            )
         else:
-            notes.append("Dashed: copying the previous block.")
+            notes.append(f"Dashed: {does_copy}.")
 
-    return Chart("Next-block error", "per voxel", curves, " ".join(notes), highest=1.0)
+    return Chart(title, "per voxel", curves, " ".join(notes), highest=1.0)
 
 
 def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:

@@ -22,15 +22,17 @@ class PhantomRuns(phantom_place.PhantomPlace):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         self.server = ForkServer(runner, {**clean, "nnUNet_raw": str(root / "nnUNet_raw")})
 
-    def start(self, name, store="nnUNet_preprocessed", **request):
+    def start(self, name, store="nnUNet_preprocessed", options=(), **request):
         """Type the line of a run; return its process id.
 
         Args:
             store: folder of preprocessed cases below the root.
+            options: further values of the plan, then further options.
             request: what the runner reads besides.
         """
         argv = ["-i", str(self.root / "scans"), "--name", name, "--steps", "8", "--batch", "2"]
         argv += ["--encoder", "primus_tiny", "--device", "cpu", "--set", *SETTINGS]
+        argv += options
         (self.root / store).mkdir(exist_ok=True)
         folders = {**self.folders(), "nnUNet_preprocessed": str(self.root / store)}
         shared = {"argv": argv, "log": str(self.log(name)), "env": folders}

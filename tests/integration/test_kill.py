@@ -13,13 +13,24 @@ from pathlib import Path
 import pytest
 from phantom_runs import PhantomRuns
 
-from nnunet_autoreg.checkpoint import RESUMABLE, damage_of
+from nnunet_autoreg.checkpoint import LATEST_NAME, RESUMABLE, damage_of, load_checkpoint
 from nnunet_autoreg.records import TEMPORARY_FILES
 
 pytestmark = pytest.mark.integration
 
 RUNNER = Path(__file__).with_name("kill_runner.py")
+ALICE = [
+    # Two of the five scans, because pairs for validation need two patients.
+    "data.holdout_fraction=0.4",
+    "objective.width=16",
+    "objective.hidden=24",
+    "objective.num_prototypes=32",
+    "--objective",
+    "alice",
+]
+OF_ALICE = ("train_classes", "train_patches", "centre_norm_patches", "teacher_entropy_patches")
 REPRODUCED = (
+    *OF_ALICE,
     "train_error",
     "gradient_norm",
     "lr",
@@ -35,9 +46,9 @@ class KilledRuns(PhantomRuns):
     def __init__(self, root):
         super().__init__(root, RUNNER, "KILL_")
 
-    def run(self, name, point=None, store="nnUNet_preprocessed"):
+    def run(self, name, point=None, store="nnUNet_preprocessed", options=()):
         """Type the line; return its exit status, negative for a signal."""
-        self.start(name, store, point=point)
+        self.start(name, store, options, point=point)
         return self.status()
 
 
@@ -161,3 +172,32 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
     assert not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
 
     shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole_alice(place):
+    """The folder of a run of Alice that nobody disturbed."""
+    assert place.run("whole_alice", options=ALICE) == 0, place.output("whole_alice")[-2000:]
+    return place.folder("whole_alice")
+
+
+@pytest.mark.parametrize(
+    "point", ["in the middle of a step", "between the two renames of a checkpoint", "export"]
+)
+def test_a_killed_run_of_alice_goes_on_with_the_same_teacher(place, whole_alice, point):
+    name = f"alice_{point}".replace(" ", "_")
+    assert place.run(name, point, options=ALICE) == POINTS[point], place.output(name)[-2000:]
+
+    assert place.run(name, options=ALICE) == 0, place.output(name)[-2000:]
+
+    folder = place.folder(name)
+    assert (folder / "encoder.safetensors").read_bytes() == (
+        whole_alice / "encoder.safetensors"
+    ).read_bytes()
+    assert reproduced(folder) == reproduced(whole_alice)
+    assert set(OF_ALICE) <= {metric for _, metric, _ in reproduced(folder)}
+
+    # The teacher is not exported here, but it decides what later steps learn.
+    found, expected = (load_checkpoint(f / LATEST_NAME)["extra"] for f in (folder, whole_alice))
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(expected[key]) for key in found)

@@ -623,7 +623,7 @@ def test_every_metric_is_drawn_once():
     charts = [*learning_charts(series), *health_charts(series)]
 
     assert [chart.title for chart in charts] == [
-        "Next-block error",
+        "Error",
         "Validation error by kind of sequences",
         "Learning rate",
         "Frozen probe on labels",
