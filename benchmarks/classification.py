@@ -134,7 +134,9 @@ def frozen(args: argparse.Namespace) -> None:
                 "folds": 5,
                 "scans": len(cases),
                 "seconds_of_all_probes": round(seconds, 1),
-                "command": " ".join(["python benchmarks/classification.py", *sys.argv[1:]]),
+                # Names alone: paths may hold what is nobody's business.
+                "dataset": args.dataset.name,
+                "features": {name: Path(file).name for name, file in files.items()},
                 **scores,
             }
             add_line(args.results, line)
