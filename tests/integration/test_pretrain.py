@@ -101,10 +101,10 @@ def folder_of(workplace, name):
 def test_a_killed_run_continues_to_the_same_bytes(workplace):
     whole = run(workplace, "whole", "--steps", "12", *SMALL)
     assert whole.returncode == 0, whole.stderr
-    assert (
-        whole.stdout.splitlines()[-1]
-        == "next: nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
-    )
+    # What comes next depends on whether the run has learnt something.
+    following = whole.stdout.splitlines()[-1]
+    assert following.startswith("next: ")
+    assert "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner" in following
     left = folder_of(workplace, "whole")
     names = {
         "plan.json",
