@@ -54,7 +54,7 @@ def import_everything() -> None:
         "torch._dynamo",
         "matplotlib.figure",
         "nnunet_autoreg.pretrain.pipeline",
-        "nnunet_autoreg.pretrain.training_job",
+        "nnunet_autoreg.pretrain.dry_run",
     ):
         importlib.import_module(module)
 

@@ -1,4 +1,4 @@
-"""What a run goes on from: the state in a checkpoint, or initial weights named by ``--init``.
+"""The state that a run goes on from, as a checkpoint holds it.
 
 Some things need no state: the learning rate is a function of the step, samples are functions of
 (seed, step, number), and bf16 needs no loss scaler.
@@ -14,11 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from nnunet_autoreg.model.card import EncoderCard, read_card, verify_weights
 from nnunet_autoreg.objectives.base import Objective
-from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,
     World,
@@ -26,14 +23,10 @@ from nnunet_autoreg.pretrain.distributed import (
     full_tensors,
     shard_like,
 )
-from nnunet_autoreg.pretrain.starting_point import starting_point
 from nnunet_autoreg.pretrain.training_step import LossSpikeGuard
 from nnunet_autoreg.sampling.pool import SamplingPool
 
 log = logging.getLogger(__name__)
-
-INIT_SHARE = 0.95
-"""Share of the encoder's weights that a file named by ``--init`` has to hold."""
 
 
 @dataclass
@@ -207,55 +200,3 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None:
-    """Return the verified file that ``--init`` named, and its card; None if it named none.
-
-    Args:
-        folder: of the run, which holds weights that were imported from another project.
-
-    Raises:
-        WeightsError: either is missing or damaged.
-    """
-    source = plan.request.get("init")
-    if not source:
-        return None
-    weights = starting_point(Path(str(source)), folder)
-    card = read_card(weights.parent)
-    verify_weights(weights, card.sha256)
-    return weights, card
-
-
-def check_initial_weights(plan: Plan, folder: Path) -> None:
-    """Refuse weights named by ``--init`` that this plan cannot start from.
-
-    Raises:
-        WeightsError: they are missing, damaged, or of another encoder.
-    """
-    named = initial_weights(plan, folder)
-    if named is None:
-        return
-    from nnunet_autoreg.finetune.load import check_same_encoder, read_tensors
-
-    weights, card = named
-    check_same_encoder(card, plan.encoder)
-    read_tensors(weights)
-
-
-def load_initial_weights(network: nn.Module, plan: Plan, folder: Path) -> None:
-    """Load the weights that ``--init`` named into the fresh encoder.
-
-    Raises:
-        WeightsError: they are damaged, or of another encoder.
-    """
-    named = initial_weights(plan, folder)
-    if named is None:
-        return
-    from nnunet_autoreg.finetune.load import Target, load_encoder
-
-    weights, card = named
-    target = Target(1, plan.sequence.crop_size_vox)
-    table = load_encoder(network, weights, card, target, INIT_SHARE)
-    for line in table.lines():
-        log.info(line)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,7 @@ from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.encoder import choose_objective, choose_order
+from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.planning.pool import BY_USER
 from nnunet_autoreg.pretrain.compilation import (
     Disagreement,
@@ -35,7 +37,9 @@ from nnunet_autoreg.pretrain.compilation import (
     self_check,
 )
 from nnunet_autoreg.pretrain.data import StepBatches, seconds_per_crop, training_batches
-from nnunet_autoreg.pretrain.trainer import Trainer
+from nnunet_autoreg.pretrain.distributed import World, is_sharded
+from nnunet_autoreg.pretrain.run_folder import write_plan
+from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob, build_trainer
 from nnunet_autoreg.pretrain.training_step import peak_memory_gib
 from nnunet_autoreg.sampling.kinds import wanted
 from nnunet_autoreg.sampling.sampler import TRAINING
@@ -160,6 +164,46 @@ def limit_to_share(plan: Plan, num_processes: int) -> Plan:
     reason = f"all that each of {num_processes} processes gets of a batch of {optim.batch_size}"
     limited = replace(plan, optim=replace(optim, micro_batch_size=share))
     return _with_reason(limited, "optim.micro_batch_size", reason)
+
+
+def fit_to_device(
+    job: TrainingJob, make_job: Callable[[Plan], TrainingJob], num_training: int
+) -> TrainingJob:
+    """Return the job with a plan that fits this process's device, as a dry step has shown.
+
+    The plan is written once, before the first step, so that a resumed run is the same run.
+
+    Args:
+        make_job: makes the job of a plan whose sequences are different.
+        num_training: processes that will train together.
+    """
+    was_tried = not job.is_new or job.plan.run.peak_memory_gib is not None
+    # One process cannot try a step alone if it cannot hold all weights.
+    if was_tried or (num_training > 1 and will_be_sharded(job, num_training)):
+        return job
+
+    def with_plan(plan: Plan) -> TrainingJob:
+        if plan.sequence == job.plan.sequence:
+            return replace(job, plan=plan)
+        return make_job(plan)
+
+    with phase("trying a training step, to see that it fits"):
+        plan = fit_plan(
+            limit_to_share(job.plan, num_training),
+            lambda plan: build_trainer(with_plan(plan)),
+            torch.device(job.device),
+        )
+    write_plan(job.folder, plan)
+    return with_plan(plan)
+
+
+def will_be_sharded(job: TrainingJob, num_processes: int) -> bool:
+    """Return whether the weights will be sharded over so many processes."""
+    # Without memory for the weights.
+    with torch.device("meta"):
+        module = build_objective(job.plan).module
+    world = World(size=num_processes)
+    return is_sharded(job.plan.run.sharding, module, torch.device(job.device), world)
 
 
 @dataclass(frozen=True)
@@ -468,6 +512,30 @@ def _with_measurements(plan: Plan, device: torch.device, result: DryStepResult) 
 
 def _with_reason(plan: Plan, key: str, reason: str) -> Plan:
     return replace(plan, reasons={**plan.reasons, key: reason})
+
+
+def needs_timing(plan: Plan) -> bool:
+    """Return whether the length was given in hours and no step has been timed yet."""
+    is_open = plan.request.get("num_hours") is not None and plan.run.seconds_per_step is None
+    return is_open and plan.reasons.get("optim.num_steps") != BY_USER
+
+
+def time_steps(job: TrainingJob, world: World, local_rank: int) -> float:
+    """Return the seconds of a step; all processes train a trainer that is then thrown away."""
+    seconds = seconds_per_step(build_trainer(job, world, local_rank))
+    free_memory()
+    return seconds
+
+
+def plan_with_hours(folder: Path, plan: Plan, seconds: float, device: str) -> Plan:
+    """Return the plan with its hours turned into steps of so many seconds.
+
+    It is written once, so that a resumed run is the same run.
+    """
+    plan = with_hours(plan, float(plan.request["num_hours"]), seconds, device)
+    write_plan(folder, plan)
+    log.info("optim.num_steps = %d (%s)", plan.optim.num_steps, plan.reasons["optim.num_steps"])
+    return plan
 
 
 def seconds_per_step(trainer: Trainer) -> float:

@@ -1,4 +1,4 @@
-"""x"""
+"""The export of a finished run: the encoder's weights, and the card that describes them."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone

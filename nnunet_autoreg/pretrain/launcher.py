@@ -1,9 +1,9 @@
-"""The processes of one training: who starts them, how they meet, and how they end together.
+"""The processes of one training: who starts them, how they meet, what each does, and how they end.
 
 With ``--num-gpus`` the command only launches: torch.multiprocessing runs the same command once in
 every process, monitors them, and ends all when one fails. torchrun does the same on several
 machines. Either way every process knows its rank from the environment. Process 0 prepares all and
-trains, the others wait for it (``wait_and_train``).
+trains (``run_main``), the others wait for it and then train with it (``run_worker``).
 """
 
 import logging
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from nnunet_autoreg.corpus.parallel import (
     interruption_held_back,
 )
 from nnunet_autoreg.errors import AutoregError, InterruptedRunError, LostProcessError, UsageError
+from nnunet_autoreg.phases import phase
 from nnunet_autoreg.stopping import (
     STOP_SIGNALS,
     deliver_last_line,
@@ -37,6 +39,14 @@ from nnunet_autoreg.stopping import (
     stop_requested,
     stops_passed_on,
 )
+
+if TYPE_CHECKING:
+    from nnunet_autoreg.pretrain.distributed import World
+    from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob
+    from nnunet_autoreg.report.report import RunSetting
+    from nnunet_autoreg.report.slices import Picture
+
+log = logging.getLogger(__name__)
 
 GO, FAILED = "autoreg/go", "autoreg/failed"
 """Keys of the store: what the workers shall do, and the message of a worker that failed."""
@@ -338,7 +348,6 @@ def wait_and_train(launch: Launch, device: str) -> int:
         leave,
         share_cores,
     )
-    from nnunet_autoreg.pretrain.training_job import run_worker
 
     # Ctrl-C reaches all processes; the main one decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -371,3 +380,106 @@ def wait_and_train(launch: Launch, device: str) -> int:
             sys.stderr.flush()
             os._exit(1)
         return 1
+
+
+def run_main(
+    job: "TrainingJob", world: "World", local_rank: int, setting: "RunSetting"
+) -> "Trainer":
+    """Train as the main process, and write the report; return the trainer for the export.
+
+    ``run_worker`` makes the same calls that involve all processes, in the same order.
+
+    Args:
+        setting: where the run trains, for the report.
+    """
+    from nnunet_autoreg.pretrain.data import choose_loaders
+    from nnunet_autoreg.pretrain.dry_run import needs_timing, plan_with_hours, time_steps
+    from nnunet_autoreg.pretrain.trainer import build_trainer
+    from nnunet_autoreg.report.report import Reporter
+
+    is_timed = needs_timing(job.plan)
+    world.share((job, is_timed))
+    if is_timed:
+        with phase("measuring how long a step takes"):
+            seconds = time_steps(job, world, local_rank)
+            plan = plan_with_hours(job.folder, job.plan, seconds, job.device)
+            job = replace(job, plan=world.share(plan))
+
+    if world.size > 1:
+        batch_size = job.plan.optim.batch_size
+        log.info(
+            "%d processes train together, %d of %d crops in this one",
+            world.size,
+            batch_size // world.size,
+            batch_size,
+        )
+    if job.device == "cuda":
+        num_loaders, why = choose_loaders(job.plan, job.device, job.num_local)
+        log.info("%d processes load for each GPU (%s)", num_loaders, why)
+
+    with phase("building the network and the validation batches"):
+        trainer = build_trainer(job, world, local_rank)
+    draw = picture_function(trainer, setting)
+    reporter = Reporter(job.folder, job.plan, setting)
+
+    def report() -> None:
+        # Of sharded weights all processes draw the pictures, also where the report needs none.
+        pictures = draw() if trainer.is_sharded else None
+        reporter.write(draw if pictures is None else lambda: pictures)
+
+    trainer.after_checkpoint = report
+    trainer.run()
+    trainer.require_folder()
+    with phase("drawing the report"):
+        report()
+    return trainer
+
+
+def run_worker(world: "World", local_rank: int) -> None:
+    """Train as a worker: compute a share of every batch, and hold a part of sharded weights."""
+    from nnunet_autoreg.pretrain.dry_run import time_steps
+    from nnunet_autoreg.pretrain.trainer import build_trainer
+
+    received: tuple[TrainingJob, bool] | None = world.share(None)
+    assert received is not None, "the main process sends the job"
+    job, is_timed = received
+    if is_timed:
+        time_steps(job, world, local_rank)
+        job = replace(job, plan=world.share(job.plan))
+
+    trainer = build_trainer(job, world, local_rank)
+    draw = picture_function(trainer)
+    # Pictures and the export gather sharded weights, which takes all processes.
+    if trainer.is_sharded:
+        trainer.after_checkpoint = draw
+    trainer.run()
+    if trainer.is_sharded:
+        draw()
+        trainer.objective.transferable_state()
+    world.wait()
+
+
+def picture_function(
+    trainer: "Trainer", setting: "RunSetting | None" = None
+) -> Callable[[], list["Picture"]]:
+    """Return a function that draws validation samples.
+
+    Where the weights are sharded, all processes have to call it.
+    """
+    from nnunet_autoreg.pretrain.distributed import gathered
+    from nnunet_autoreg.report.slices import held_out_pictures
+
+    draw = partial(
+        held_out_pictures,
+        trainer.objective,
+        trainer.validation_batches,
+        trainer.device,
+        trainer.plan.data.spacing_mm,
+        None if setting is None else setting.scan_axes,
+    )
+
+    def draw_gathered() -> list["Picture"]:
+        with gathered(trainer.train_step.loss_of):
+            return draw()
+
+    return draw_gathered

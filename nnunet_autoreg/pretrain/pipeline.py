@@ -34,7 +34,7 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import hardware_of, pool_of
 from nnunet_autoreg.pretrain.export import export_encoder
-from nnunet_autoreg.pretrain.launcher import Launcher
+from nnunet_autoreg.pretrain.launcher import Launcher, run_main
 from nnunet_autoreg.pretrain.preprocessing import (
     make_sampling_pools,
     plan_with_sequences,
@@ -62,7 +62,7 @@ from nnunet_autoreg.pretrain.run_folder import (
     run_folder,
     write_plan,
 )
-from nnunet_autoreg.pretrain.starting_point import prepare_starting_point
+from nnunet_autoreg.pretrain.starting_point import check_initial_weights, prepare_starting_point
 from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
@@ -224,7 +224,6 @@ def plan_run(
         PlanError: a value cannot be carried out.
         WeightsError: training cannot start from the weights named by ``--init``.
     """
-    from nnunet_autoreg.pretrain.checkpointing import check_initial_weights
     from nnunet_autoreg.pretrain.dry_run import check_network, step_memory
 
     rows = list(index.usable)
@@ -276,9 +275,9 @@ def preprocess_and_train(
     """
     with phase("loading torch"):
         from nnunet_autoreg.pretrain.distributed import process_share
-        from nnunet_autoreg.pretrain.dry_run import memory_errors_in_one_line
+        from nnunet_autoreg.pretrain.dry_run import fit_to_device, memory_errors_in_one_line
         from nnunet_autoreg.pretrain.probe import labelled_crops
-        from nnunet_autoreg.pretrain.training_job import TrainingJob, fit_to_device, run_main
+        from nnunet_autoreg.pretrain.trainer import TrainingJob
         from nnunet_autoreg.pretrain.validation import verdict_of
 
     # A batch that the processes cannot share is refused before hours of preprocessing.

@@ -1,4 +1,4 @@
-"""Find the weights that ``--init`` names.
+"""Find, check and load the weights that ``--init`` names.
 
 They are those of a finished run, or of another project. The latter are imported into the run's own
 folder first, like ``autoreg_weights import`` does.
@@ -7,16 +7,24 @@ folder first, like ``autoreg_weights import`` does.
 import logging
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import RESENC, family_of
-from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card
+from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
 IMPORT_NAME = "initial"
 """Folder in a run's folder, and name in its log, of imported weights."""
+INIT_SHARE = 0.95
+"""Share of the encoder's weights that a file named by ``--init`` has to hold."""
+
 WIDTHS = ("features_per_stage", "n_blocks_per_stage")
 
 
@@ -57,6 +65,58 @@ def prepare_starting_point(init: Path, run: Path) -> EncoderCard:
     card = write_run(imported, run, IMPORT_NAME)
     log.info("starting from %s: %s", card.objective, card.encoder)
     return card
+
+
+def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None:
+    """Return the verified file that ``--init`` named, and its card; None if it named none.
+
+    Args:
+        folder: of the run, which holds weights that were imported from another project.
+
+    Raises:
+        WeightsError: either is missing or damaged.
+    """
+    source = plan.request.get("init")
+    if not source:
+        return None
+    weights = starting_point(Path(str(source)), folder)
+    card = read_card(weights.parent)
+    verify_weights(weights, card.sha256)
+    return weights, card
+
+
+def check_initial_weights(plan: Plan, folder: Path) -> None:
+    """Refuse weights named by ``--init`` that this plan cannot start from.
+
+    Raises:
+        WeightsError: they are missing, damaged, or of another encoder.
+    """
+    named = initial_weights(plan, folder)
+    if named is None:
+        return
+    from nnunet_autoreg.finetune.load import check_same_encoder, read_tensors
+
+    weights, card = named
+    check_same_encoder(card, plan.encoder)
+    read_tensors(weights)
+
+
+def load_initial_weights(network: "nn.Module", plan: Plan, folder: Path) -> None:
+    """Load the weights that ``--init`` named into the fresh encoder.
+
+    Raises:
+        WeightsError: they are damaged, or of another encoder.
+    """
+    named = initial_weights(plan, folder)
+    if named is None:
+        return
+    from nnunet_autoreg.finetune.load import Target, load_encoder
+
+    weights, card = named
+    target = Target(1, plan.sequence.crop_size_vox)
+    table = load_encoder(network, weights, card, target, INIT_SHARE)
+    for line in table.lines():
+        log.info(line)
 
 
 def plannable_name(card: EncoderCard) -> str:

@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints, roll-backs, and how a run ends.
 
-It knows objectives by their interface only.
+It knows objectives by their interface only. At the end of the file stands what a process needs to
+build a trainer.
 """
 
 import logging
@@ -8,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError
 from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.checkpointing import (
@@ -31,6 +34,7 @@ from nnunet_autoreg.pretrain.compilation import is_out_of_memory
 from nnunet_autoreg.pretrain.data import (
     DataWait,
     StepBatches,
+    choose_loaders,
     dead_workers_in_one_line,
     training_batches,
     validation_batches,
@@ -38,12 +42,14 @@ from nnunet_autoreg.pretrain.data import (
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,
     World,
+    device_of,
     gathered,
     is_lost_peer,
     is_sharded,
 )
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.run_folder import public_plan
+from nnunet_autoreg.pretrain.starting_point import load_initial_weights
 from nnunet_autoreg.pretrain.training_step import (
     StepStatistics,
     TrainingStep,
@@ -552,3 +558,51 @@ def validation_batch_size(plan: Plan) -> int:
     micro_batch_size = plan.optim.micro_batch_size or plan.optim.batch_size
     size = min(micro_batch_size, plan.optim.batch_size, NUM_VALIDATION_SAMPLES)
     return 1 << int(math.log2(size))
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that a process needs to train with the others. Only the main process uses the folder.
+
+    Attributes:
+        device: cpu, cuda or mps.
+        training, validation: what sequences are cut from.
+        probe: labelled crops for the frozen probe.
+        is_new: there is no checkpoint, so that weights named by ``--init`` are loaded.
+        num_local: processes on one machine.
+    """
+
+    folder: Path
+    plan: Plan
+    device: str
+    training: SamplingPool
+    validation: SamplingPool
+    probe: Sequence[LabelledCrop]
+    is_new: bool
+    num_local: int = 1
+
+
+def build_trainer(job: TrainingJob, world: World = ALONE, local_rank: int = 0) -> Trainer:
+    """Return the trainer of a fresh network, which is the same in all processes."""
+    plan = job.plan
+    torch.manual_seed(plan.run.seed)
+    objective = build_objective(plan)
+    if job.is_new:
+        load_initial_weights(objective.network, plan, job.folder)
+    num_loaders, _ = choose_loaders(plan, job.device, job.num_local)
+    trainer = Trainer(
+        plan,
+        job.folder,
+        objective,
+        job.training,
+        job.validation,
+        device_of(job.device, local_rank, world),
+        num_loaders,
+        job.probe,
+        world,
+    )
+
+    # From here on each process draws its own numbers, e.g. for stochastic depth.
+    if not world.is_main:
+        torch.manual_seed(plan.run.seed + world.rank)
+    return trainer

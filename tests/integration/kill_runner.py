@@ -149,7 +149,7 @@ def import_all():
     """Import what a line needs, so that its fork has it."""
     ours = (
         f"nnunet_autoreg.{name}"
-        for name in ("pretrain.pipeline", "pretrain.training_job", "report.report", "report.slices")
+        for name in ("pretrain.pipeline", "pretrain.dry_run", "report.report", "report.slices")
     )
     for module in (
         "dynamic_network_architectures.architectures.primus",

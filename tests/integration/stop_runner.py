@@ -75,13 +75,13 @@ def arm(point, way):
     import torch
 
     from nnunet_autoreg.corpus import index
-    from nnunet_autoreg.pretrain import checkpointing, dry_run, pipeline
+    from nnunet_autoreg.pretrain import dry_run, pipeline
     from nnunet_autoreg.pretrain.validation import Validation
     from nnunet_autoreg.store import store
 
     owner, name, number = {
         "indexing": (index, "load_scan", 2),
-        "planning": (checkpointing, "check_initial_weights", 1),
+        "planning": (pipeline, "check_initial_weights", 1),
         "preprocessing": (store, "load_scan", 1),
         "sampling pool": (pipeline, "make_sampling_pools", 1),
         "dry step": (dry_run, "dry_step", 1),

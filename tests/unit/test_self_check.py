@@ -26,8 +26,8 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.pretrain import compilation, dry_run
-from nnunet_autoreg.pretrain.trainer import Trainer
-from nnunet_autoreg.pretrain.training_job import TrainingJob, fit_to_device
+from nnunet_autoreg.pretrain.dry_run import fit_to_device
+from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.sampling.pool import SamplingPool
 
