@@ -471,7 +471,8 @@ def cross_entropy(target_O: Tensor, scores_O: Tensor, temperature: float) -> Ten
 
 def entropy(probabilities_O: Tensor) -> Tensor:
     """Return the entropy of probabilities, (...,), in nats."""
-    return torch.special.entr(probabilities_O).sum(dim=-1)
+    entropy_O: Tensor = torch.special.entr(probabilities_O).sum(dim=-1)
+    return entropy_O
 
 
 def consistent_matches(
