@@ -19,8 +19,10 @@ from measured import REPOSITORY, lines_of
 
 from nnunet_autoreg.report.palette import GRID, START_OF_TRAINING
 
+ENCODER = "resenc_tiny"
 PICTURE = REPOSITORY / "docs" / "explanation" / "evidence.png"
-RATE = 1e-2
+SHOWN = {"optimizer": "adamw", "lr": 1e-2, "steps": 800}
+"""The settings of the fine-tunings that are drawn: those with which all draws were run."""
 ARMS = {
     "scratch": "random\nweights",
     "masked": "masked\npretraining",
@@ -40,7 +42,10 @@ def finetunings(lines: Sequence[Line], arm: str) -> dict[tuple[int, Any], float]
     found = {}
     for line in lines:
         is_run = line["command"] == "finetune" and line["arm"] == arm
-        if is_run and line["settings"]["lr"] == RATE and line["encoder"] == "resenc_tiny":
+        if not is_run or line["encoder"] != ENCODER:
+            continue
+        settings = line["settings"]
+        if all(settings[key] == value for key, value in SHOWN.items()):
             found[line["draw"], line["pretraining_seed"]] = line["dice_mean"]
     return found
 
@@ -90,7 +95,7 @@ def probe_points(lines: Sequence[Line], objective: str) -> list[tuple[int, float
         steps = steps_of.get((line["arm"], line.get("pretraining_seed")))
         if line["arm"] == "random":
             steps = 0
-        if line["command"] != "probe" or steps is None:
+        if line["command"] != "probe" or line["encoder"] != ENCODER or steps is None:
             continue
         for result in line["results"]:
             if result["levels"] == "encoder":
