@@ -59,7 +59,7 @@ AUC = "cls_auc"
 """Name in the logger: the mean AUC over the tasks, on validation patches."""
 
 
-class AutoregClassificationTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
+class AutoregClassificationTrainer(AutoregPretrainedTrainer):
     """Train a classifier on the plan's pretrained encoder."""
 
     transfers_decoder = False

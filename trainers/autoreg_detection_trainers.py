@@ -71,7 +71,7 @@ SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0
 """Name in the logger -> name of the score of an epoch."""
 
 
-class AutoregDetectionTrainer(AutoregPretrainedTrainer):  # type: ignore[misc]
+class AutoregDetectionTrainer(AutoregPretrainedTrainer):
     """Train a detector on the plan's pretrained encoder."""
 
     transfers_decoder = False

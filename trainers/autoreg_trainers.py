@@ -53,7 +53,7 @@ from nnunet_autoreg.safe_load import plain_loading
 explain_errors_of_nnunet()
 
 
-class _AutoregTrainer(nnUNetTrainer):  # type: ignore[misc]
+class _AutoregTrainer(nnUNetTrainer):
     """Train like nnU-Net, but with the plan's network, optimiser and schedule."""
 
     uses_weights = True
