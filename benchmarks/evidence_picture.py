@@ -17,7 +17,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 from measured import REPOSITORY, lines_of
 
-from nnunet_autoreg.report.palette import GRID, START_OF_TRAINING
+from nnunet_autoreg.report.palette import FROM_BASELINE, FROM_PRETRAINED, FROM_RANDOM, GRID
 
 ENCODER = "resenc_tiny"
 PICTURE = REPOSITORY / "docs" / "explanation" / "evidence.png"
@@ -29,9 +29,9 @@ ARMS = {
     "ar": "autoregressive\npretraining",
 }
 STYLES = {
-    "scratch": START_OF_TRAINING["scratch"],
-    "masked": START_OF_TRAINING["masked"],
-    "ar": START_OF_TRAINING["pretrained"],
+    "scratch": FROM_RANDOM,
+    "masked": FROM_BASELINE,
+    "ar": FROM_PRETRAINED,
 }
 
 Line = Mapping[str, Any]

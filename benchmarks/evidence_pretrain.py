@@ -21,7 +21,14 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.machine import has_bf16
-from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name, read_card
+from nnunet_autoreg.model.card import (
+    CARD_NAME,
+    UNKNOWN,
+    WEIGHTS_NAME,
+    Verdict,
+    check_run_name,
+    read_card,
+)
 from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective
@@ -46,6 +53,7 @@ SAVE_EVERY_S = 60.0
 LOSS_POINTS = 20
 """Points of the training curve that a line keeps."""
 PREPARED_BATCHES = 4
+NO_VALIDATION = Verdict(UNKNOWN, "the evidence harness keeps no scan of the pool for validation")
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,12 @@ def pretrain(
     spent = clock.read()
     save()
     export_encoder(
-        folder, plan, objective, data.pool_rows(), {data.facts.dataset: data.facts.licence}
+        folder,
+        plan,
+        objective,
+        data.pool_rows(),
+        {data.facts.dataset: data.facts.licence},
+        NO_VALIDATION,
     )
     sample = batches[0]
     assert isinstance(sample, Batch), "the first batch was drawn before"

@@ -9,11 +9,25 @@ import numpy as np
 from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.table import TableRow, rows_of
 from nnunet_autoreg.records import atomic_path
-from nnunet_autoreg.report.palette import GRID, SOFT, START_OF_TRAINING
+from nnunet_autoreg.report.palette import (
+    FROM_BASELINE,
+    FROM_PRETRAINED,
+    FROM_RANDOM,
+    GRID,
+    SOFT,
+    STOCK_TRAINING,
+)
 from nnunet_autoreg.wording import counted
 
 FILLS = ("full", "none", "left", "bottom", "right", "top")
 """How the markers of the first, second, ... encoder are filled."""
+
+STYLE_OF_ARM = {
+    "pretrained": FROM_PRETRAINED,
+    "masked": FROM_BASELINE,
+    "scratch": FROM_RANDOM,
+    "stock": STOCK_TRAINING,
+}
 
 LEAST_SPAN = 0.1
 """Of an axis of Dice, so that differences within noise do not fill the picture."""
@@ -76,7 +90,7 @@ def _position(
 def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, Any]:
     """Return the colour and marker of the arm; how the marker is filled shows the encoder."""
     encoder, arm = name
-    style = START_OF_TRAINING[arm]
+    style = STYLE_OF_ARM[arm]
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
     fill = FILLS[encoders.index(encoder) % len(FILLS)]
     return {"color": style.colour, "marker": style.marker, "fillstyle": fill}

@@ -83,13 +83,14 @@ PREDICTED = Style(ORANGE, "--")
 CROP = Style(YELLOW, "-", width=2.0)
 """The parts of a sequence on a grey image: known to the network, to be predicted, and the crop."""
 
-START_OF_TRAINING = {
-    "pretrained": Style(BLUE, "-", "o"),
-    "masked": Style(ORANGE, "--", "s"),
-    "scratch": Style(BLACK, ":", "D"),
-    "stock": Style(GREEN, "-.", "^"),
-}
-"""What a fine-tuning started from, and nnU-Net's own training."""
+FROM_PRETRAINED = Style(BLUE, "-", "o")
+FROM_BASELINE = Style(ORANGE, "--", "s")
+FROM_RANDOM = Style(BLACK, ":", "D")
+STOCK_TRAINING = Style(GREEN, "-.", "^")
+STARTS = (FROM_PRETRAINED, FROM_BASELINE, FROM_RANDOM, STOCK_TRAINING)
+"""What a fine-tuning started from: our pretraining, the one that it is compared with, or random
+weights; and nnU-Net's own training.
+"""
 
 
 def bytes_of(colour: str) -> tuple[int, int, int]:

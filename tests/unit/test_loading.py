@@ -92,6 +92,7 @@ class OneSecondLoss(Objective):
     def __init__(self, clock: Clock, loader: Loader):
         self.clock, self.sampler = clock, loader
         self.module = self.network = nn.Linear(1, 1)
+        self.plan = PLAN
 
     def loss(self, batch: Any, references: bool = False) -> LossTerms:
         self.clock.now += 1.0

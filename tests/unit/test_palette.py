@@ -15,7 +15,7 @@ USED_TOGETHER = {
     "boxes": (list(palette.BOXES.values()), 30),
     "structures": (list(palette.STRUCTURES), 30),
     "blocks": ([palette.GIVEN, palette.PREDICTED], 30),
-    "starts": (list(palette.START_OF_TRAINING.values()), 24),
+    "starts": (list(palette.STARTS), 24),
     "first series": (list(palette.SERIES[:4]), 24),
 }
 """Styles that stand in one picture, and how far apart their colours have to be."""

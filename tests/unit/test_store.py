@@ -245,10 +245,7 @@ def test_the_disk_need_is_told_before_the_start(
     with caplog.at_level(logging.INFO):
         Store(tmp_path / "store").ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1)
 
-    assert (
-        "1 of 1 cases are missing; they need at most about" in caplog.text
-        and "may be full" in caplog.text
-    )
+    assert "1 of 1 case missing" in caplog.text and "may be full" in caplog.text
 
 
 def test_scans_that_vanish_or_change_are_left_out_and_named(

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
-from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
+from nnunet_autoreg.objectives.prediction_plan import TARGETS, PredictionPlan
 from nnunet_autoreg.objectives.targets import as_intensities, num_outputs, output_weight, target_of
 from nnunet_autoreg.plan import (
-    TARGETS,
     DataPlan,
     EncoderPlan,
     OptimPlan,
