@@ -38,7 +38,7 @@ from nnunet_autoreg.classification.predictions import write_predictions
 from nnunet_autoreg.classification.table import ClassTable, read_table
 from nnunet_autoreg.downstream.label_maps import first_channels
 from nnunet_autoreg.nnunet_api import read_scan
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.records import append_json_line, read_json
 
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
 SCORES = ("auc", "balanced_accuracy", "f1")
@@ -180,9 +180,7 @@ def epoch_seconds(log: str) -> float:
 def add_line(results: Path, line: dict[str, Any]) -> None:
     """Append a line to the results, and print it."""
     line = {**line, **circumstances(torch.device("cpu"))}
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as handle:
-        handle.write(json.dumps(line) + "\n")
+    append_json_line(results, line, allow_nan=True)
     print(json.dumps({key: line[key] for key in ("set", "task", "what", "auc") if key in line}))
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from recording import commit_of
 
+from nnunet_autoreg.records import append_json_line
+
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "fuzz.jsonl"
 
@@ -42,10 +44,9 @@ def main() -> None:
         )
         lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
 
-    with RESULTS.open("a", encoding="utf-8") as handle:
-        for line in lines:
-            about = {"benchmark": "fuzz", "commit": commit_of(REPO), "examples": args.examples}
-            handle.write(json.dumps({**line, **about}) + "\n")
+    about = {"benchmark": "fuzz", "commit": commit_of(REPO), "examples": args.examples}
+    for line in lines:
+        append_json_line(RESULTS, {**line, **about})
     sys.exit(done.returncode)
 
 

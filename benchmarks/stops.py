@@ -27,7 +27,7 @@ import numpy as np
 import SimpleITK
 from kills import PHASES, RESULTS, Home, about, import_everything
 
-from nnunet_autoreg.records import TEMPORARY_FILES
+from nnunet_autoreg.records import TEMPORARY_FILES, append_json_line
 
 AIM_S = 10.0
 
@@ -160,8 +160,7 @@ def main() -> None:
         "finished_with": code,
         "temporary_files_left": left,
     }
-    with RESULTS.with_name("stops.jsonl").open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record) + "\n")
+    append_json_line(RESULTS.with_name("stops.jsonl"), record)
     print(json.dumps(record, indent=2))
     is_good = record["num_code_130"] == len(stops) and seconds[-1] <= AIM_S and code == 0 == left
     sys.exit(0 if is_good else 1)

@@ -28,7 +28,6 @@ from nnunet_autoreg.classification.plan import (
     classification_recipe,
     make_plan,
     read_plan,
-    store,
 )
 from nnunet_autoreg.classification.validate import (
     BASELINES,
@@ -52,17 +51,16 @@ from nnunet_autoreg.finetune.block import AutoregBlock, read_block
 from nnunet_autoreg.finetune.network import build_network, own_arguments
 from nnunet_autoreg.finetune.one_line import one_line_errors
 from nnunet_autoreg.geometry import as_size
-from nnunet_autoreg.records import read_json, write_json
-from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, trainer_of_length
+from nnunet_autoreg.records import read_json
+from nnunet_autoreg.trainers.autoreg_trainers import TaskTrainer, trainer_of_length
 
 AUC = "cls_auc"
 """Name in the logger: the mean AUC over the tasks, on validation patches."""
 
 
-class AutoregClassificationTrainer(AutoregPretrainedTrainer):
+class AutoregClassificationTrainer(TaskTrainer):
     """Train a classifier on the plan's pretrained encoder."""
 
-    transfers_decoder = False
     block: AutoregBlock
     plan: ClassificationPlan
 
@@ -130,9 +128,7 @@ class AutoregClassificationTrainer(AutoregPretrainedTrainer):
         If there is none, it is made now and written into the plans file.
         """
         configuration = self.configuration_manager
-        name = self.configuration_name
-        file = Path(self.preprocessed_dataset_folder_base) / f"{self.plans_manager.plans_name}.json"
-        where = f"{file.name}: {name}"
+        where = f"{self.plans_file.name}: {self.configuration_name}"
         plan = read_plan(configuration.configuration, where)
         if plan is None:
             plan = make_plan(
@@ -141,18 +137,11 @@ class AutoregClassificationTrainer(AutoregPretrainedTrainer):
                 self.block.encoder.class_path,
                 self.block.recipe.num_iterations_per_epoch,
             )
-            # Into the plans in memory, which checkpoints store, and into the file.
-            plans = self.plans_manager.plans
-            store(plans, name, plan)
-            configuration.configuration[BLOCK] = plans["configurations"][name][BLOCK]
-            if self.local_rank == 0:
-                on_disk = read_json(file)
-                store(on_disk, name, plan)
-                write_json(file, on_disk)
-                self.print_to_log_file(
-                    f"classification was planned and is now part of {file}; balance: "
-                    f"{plan.balance} ({plan.reasons['balance']})"
-                )
+            self.keep_plan(BLOCK, plan)
+            self.print_to_log_file(
+                f"classification was planned and is now part of {self.plans_file}; balance: "
+                f"{plan.balance} ({plan.reasons['balance']})"
+            )
         check_same_table(plan, self.table, where)
         return plan
 
@@ -188,9 +177,6 @@ class AutoregClassificationTrainer(AutoregPretrainedTrainer):
                 network, block.encoder.class_path, arguments, patch, plan.class_numbers
             )
 
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Do nothing: there is no deep supervision."""
-
     def _build_loss(self) -> ClassificationLoss:
         training, _ = self.parts
         counts = [self.table.counts(number, training) for number in range(len(self.plan.tasks))]
@@ -203,17 +189,7 @@ class AutoregClassificationTrainer(AutoregPretrainedTrainer):
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Return nnU-Net's loaders and augmentation, with the classes of the cases."""
         patch = self.configuration_manager.patch_size
-        rotation, is_flat, initial_patch, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        training = self.get_training_transforms(
-            patch,
-            rotation,
-            None,
-            mirror_axes,
-            is_flat,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-        )
+        initial_patch, training = self.training_patches()
         validation = self.get_validation_transforms(None)
         stock_training, stock_validation = self.get_tr_and_val_datasets()
         is_balanced = self.plan.balance == SAMPLING

@@ -34,7 +34,6 @@ from nnunet_autoreg.detection.plan import (
     check_same_dataset,
     make_plan,
     read_plan,
-    store,
 )
 from nnunet_autoreg.detection.training import (
     DetectionLoss,
@@ -64,17 +63,15 @@ from nnunet_autoreg.finetune.recipe import (
     parameter_groups,
 )
 from nnunet_autoreg.geometry import as_size, as_spacing
-from nnunet_autoreg.records import read_json, write_json
-from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, trainer_of_length
+from nnunet_autoreg.trainers.autoreg_trainers import TaskTrainer, trainer_of_length
 
 SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0.5"}
 """Name in the logger -> name of the score of an epoch."""
 
 
-class AutoregDetectionTrainer(AutoregPretrainedTrainer):
+class AutoregDetectionTrainer(TaskTrainer):
     """Train a detector on the plan's pretrained encoder."""
 
-    transfers_decoder = False
     block: AutoregBlock
     plan: DetectionPlan
     inference_allowed_mirroring_axes: Any
@@ -136,9 +133,7 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):
         If there is none, it is made now and written into the plans file.
         """
         configuration = self.configuration_manager
-        name = self.configuration_name
-        file = Path(self.preprocessed_dataset_folder_base) / f"{self.plans_manager.plans_name}.json"
-        where = f"{file.name}: {name}"
+        where = f"{self.plans_file.name}: {self.configuration_name}"
         plan = read_plan(configuration.configuration, where)
         if plan is None:
             arguments = own_arguments(configuration.network_arch_init_kwargs)
@@ -152,17 +147,11 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):
                 is_tiny=encoder.name.endswith("_tiny"),
                 has_masks=self.index.has_masks,
             )
-            # Into the plans in memory, which checkpoints store, and into the file.
-            plans = self.plans_manager.plans
-            store(plans, name, plan)
-            configuration.configuration[BLOCK] = plans["configurations"][name][BLOCK]
-            if self.local_rank == 0:
-                on_disk = read_json(file)
-                store(on_disk, name, plan)
-                write_json(file, on_disk)
-                self.print_to_log_file(
-                    f"detection was planned ({plan.reasons['anchors']}) and is now part of {file}"
-                )
+            self.keep_plan(BLOCK, plan)
+            self.print_to_log_file(
+                f"detection was planned ({plan.reasons['anchors']}) and is now part of "
+                f"{self.plans_file}"
+            )
         check_same_dataset(plan, self.dataset_json, where)
         return plan
 
@@ -207,9 +196,6 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):
                 num_channels=plan.head_channels,
             )
 
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Do nothing: there is no deep supervision."""
-
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """Return the optimiser of segmentation, without weight decay for norms and biases."""
         network = self.unwrapped()
@@ -233,19 +219,8 @@ class AutoregDetectionTrainer(AutoregPretrainedTrainer):
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Return nnU-Net's loaders with objects: its augmentation, and our way to draw patches."""
         patch = self.configuration_manager.patch_size
-        rotation, is_flat, initial_patch, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-
         # Regions are made on the device: nnU-Net's transform would drop the ids.
-        training = self.get_training_transforms(
-            patch,
-            rotation,
-            None,
-            mirror_axes,
-            is_flat,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-        )
+        initial_patch, training = self.training_patches()
         stock_training, stock_validation = self.get_tr_and_val_datasets()
         self._warn_of_absent_classes(stock_training.identifiers, stock_validation.identifiers)
         validation = self.get_validation_transforms(None)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nnunet_autoreg.classification.table import ClassificationTask, ClassTable
+from nnunet_autoreg.downstream.plan_block import check_ranges
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import RESENC, family_of
 from nnunet_autoreg.finetune.block import ADAMW, Recipe
-from nnunet_autoreg.records import differences, from_jsonable, to_jsonable
+from nnunet_autoreg.records import differences, from_jsonable
 
 BLOCK = "autoreg_classification"
 VERSION = 1
@@ -140,11 +141,6 @@ def classification_recipe(recipe: Recipe, plan: ClassificationPlan) -> Recipe:
     )
 
 
-def store(plans: dict[str, Any], configuration: str, plan: ClassificationPlan) -> None:
-    """Write the block into parsed plans."""
-    plans["configurations"][configuration][BLOCK] = to_jsonable(plan)
-
-
 def read_plan(configuration: Mapping[str, Any], where: str) -> ClassificationPlan | None:
     """Return the checked block of a configuration of parsed plans, None if it has none.
 
@@ -195,12 +191,7 @@ def check(plan: ClassificationPlan, where: str) -> ClassificationPlan:
         "layer_decay": (plan.layer_decay > 0, "greater than 0"),
         "ordinal_smoothing": (0 <= plan.ordinal_smoothing < 1, "in [0, 1)"),
     }
-    for name, (holds, wanted) in rules.items():
-        if not holds:
-            raise PlanError(
-                f"{where}: {BLOCK}.{name}={getattr(plan, name)} must be {wanted}",
-                code="classification-plan-range",
-            )
+    check_ranges(plan, rules, BLOCK, where, "classification-plan-range")
     return plan
 
 

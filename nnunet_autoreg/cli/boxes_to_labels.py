@@ -10,6 +10,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import add_raw_dataset
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 
@@ -31,13 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "write labelsTr/CASE with an ellipsoid in every box that counts, so that nnU-Net can plan "
         "and preprocess it. AutoregDetectionTrainer uses the boxes themselves.",
     )
-    p.add_argument(
-        "-d",
-        dest="dataset",
-        metavar="ID",
-        required=True,
-        help="the raw dataset (4 or Dataset004_Name)",
-    )
+    add_raw_dataset(p)
     return p
 
 

@@ -11,6 +11,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import add_raw_dataset
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "that has no label map: 1 inside the body. nnU-Net needs label maps to plan and preprocess;"
         " AutoregClassificationTrainer learns the classes of the table.",
     )
-    p.add_argument(
-        "-d",
-        dest="dataset",
-        metavar="ID",
-        required=True,
-        help="the raw dataset (4 or Dataset004_Name)",
-    )
+    add_raw_dataset(p)
     return p
 
 

@@ -20,6 +20,17 @@ def add_labelled_dataset(group: Group) -> None:
     )
 
 
+def add_raw_dataset(options: Options) -> None:
+    """Add ``-d``: a raw dataset that gets label maps."""
+    options.add_argument(
+        "-d",
+        dest="dataset",
+        metavar="ID",
+        required=True,
+        help="the raw dataset (4 or Dataset004_Name)",
+    )
+
+
 def add_subjects(group: Group) -> None:
     """Add ``--subjects``: which cases belong to which patient."""
     group.add_argument(

@@ -26,11 +26,12 @@ from nnunet_autoreg.detection.objects import (
     sizes_of,
 )
 from nnunet_autoreg.downstream.label_maps import LABELS
+from nnunet_autoreg.downstream.plan_block import check_ranges, store
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.finetune.plans import Fit
 from nnunet_autoreg.geometry import Size, Spacing, size_text
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import differences, from_jsonable, to_jsonable
+from nnunet_autoreg.records import differences, from_jsonable
 
 VERSION = 1
 NUM_EPOCHS, MOMENTUM = 500, 0.9
@@ -121,7 +122,7 @@ def plan_from_labels(
         is_tiny=encoder.name.endswith("_tiny"),
         has_masks=all(source.has_masks(case) for case in cases),
     )
-    store(plans, configuration, plan)
+    store(plans, configuration, BLOCK, plan)
     return plan
 
 
@@ -191,11 +192,6 @@ def make_plan(
     )
 
 
-def store(plans: dict[str, Any], configuration: str, plan: DetectionPlan) -> None:
-    """Write the block into parsed plans."""
-    plans["configurations"][configuration][BLOCK] = to_jsonable(plan)
-
-
 def read_plan(configuration: Mapping[str, Any], where: str) -> DetectionPlan | None:
     """Return the checked block of a configuration of parsed plans, None if it has none.
 
@@ -244,12 +240,7 @@ def check(plan: DetectionPlan, where: str) -> DetectionPlan:
         "average_decay": (0 <= plan.average_decay < 1, "in [0, 1)"),
         "object_share": (0 <= plan.object_share <= 1, "in [0, 1]"),
     }
-    for name, (holds, wanted) in rules.items():
-        if not holds:
-            raise PlanError(
-                f"{where}: {BLOCK}.{name}={getattr(plan, name)} must be {wanted}",
-                code="detection-plan-range",
-            )
+    check_ranges(plan, rules, BLOCK, where, "detection-plan-range")
     return plan
 
 

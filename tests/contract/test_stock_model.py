@@ -15,6 +15,7 @@ import pytest
 import torch
 from few_cases import copy_cases
 from fresh_environment import fresh_environment, link_library
+from nnunet_folders import TRAINER_MODULE, plan_and_preprocess, set_folders
 
 from nnunet_autoreg.finetune.stock import needs_line
 
@@ -26,7 +27,6 @@ CPU = torch.device("cpu")
 PRETRAINED, SCRATCH = "AutoregPretrainedTrainer", "AutoregScratchTrainer"
 STOCK_NETWORK = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 GUARD = "nnunet_autoreg.finetune.network.PlannedForAutoregTrainers"
-TRAINER_MODULE = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 CHOICE = ["-d", "4", "-c", "3d_fullres", "-f", "0", "-tr", PRETRAINED, "-p", "AutoregPlans"]
 
 # nnU-Net's own commands, started in an environment that has no nnunet-autoreg.
@@ -107,46 +107,24 @@ def project(
     """A pretrained and a scratch model of one epoch, validated."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    from nnunet_autoreg import bridge
-
     root = tmp_path_factory.mktemp("stock")
 
     def quick_predictor(**options: Any) -> Any:
         return nnUNetPredictor(**{**options, "use_mirroring": False, "tile_step_size": 1})
 
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / variable).mkdir()
-            patch.setenv(variable, str(root / variable))
-        for variable in ("nnUNet_def_n_proc", "OMP_NUM_THREADS"):
-            patch.setenv(variable, "1")
-        patch.setenv("nnUNet_n_proc_DA", "0")
-        patch.delenv("autoreg_weights", raising=False)
-        bridge.install()
-        patch.setattr(f"{TRAINER_MODULE}.default_num_processes", 1)
+        set_folders(patch, root)
         patch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
         copy_cases(
             shared_data / "nnUNet_raw" / DATASET, root / "nnUNet_raw" / DATASET, NUM_CASES, 1
         )
         write_run(root / "nnUNet_results", "brain", encoder="resenc_tiny")
-        plan_and_preprocess()
+        plan_and_preprocess(4)
         made = Project(root)
         made.set_epochs(1)
         for trainer in (PRETRAINED, SCRATCH):
             made.train(trainer, export_validation_probabilities=True)
         yield made
-
-
-def plan_and_preprocess() -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprints,
-        plan_experiments,
-        preprocess,
-    )
-
-    extract_fingerprints([4], num_processes=1, show_progress_bar=False)
-    identifier = plan_experiments([4], "AutoregPlanner")
-    preprocess([4], identifier, ["3d_fullres"], [1], show_progress_bar=False)
 
 
 def networks(plans: dict[str, Any]) -> set[str]:

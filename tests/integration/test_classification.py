@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from few_cases import copy_cases
+from nnunet_folders import plan_and_preprocess, set_folders
 from refusals import refused
 
 from nnunet_autoreg.errors import ClassesError, PlanError, UsageError
@@ -59,21 +60,9 @@ def project(
     shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """nnU-Net's three folders with some cases, planned and preprocessed for a mini encoder."""
-    from nnunet_autoreg import bridge
-
     root = tmp_path_factory.mktemp("classification")
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / variable).mkdir()
-            patch.setenv(variable, str(root / variable))
-        for variable, value in {
-            "nnUNet_n_proc_DA": "0",
-            "nnUNet_def_n_proc": "1",
-            "OMP_NUM_THREADS": "1",
-        }.items():
-            patch.setenv(variable, value)
-        patch.delenv("autoreg_weights", raising=False)
-        bridge.install()
+        set_folders(patch, root)
         dataset = root / "nnUNet_raw" / NAME
         source = shared_data / "nnUNet_raw" / "Dataset004_Hippocampus"
         copy_cases(source, dataset, NUM_CASES, NUM_TESTS)
@@ -85,21 +74,9 @@ def project(
             encoder="resenc_tiny",
             arguments=MINI,
         )
-        plan_and_preprocess()
+        plan_and_preprocess(961)
         shorten(root)
         yield root
-
-
-def plan_and_preprocess() -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprints,
-        plan_experiments,
-        preprocess,
-    )
-
-    extract_fingerprints([961], num_processes=1, show_progress_bar=False)
-    identifier = plan_experiments([961], "AutoregPlanner")
-    preprocess([961], identifier, ["3d_fullres"], [1], show_progress_bar=False)
 
 
 def shorten(root: Path) -> None:

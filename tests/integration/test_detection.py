@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunet_folders import plan_and_preprocess, set_folders
 from refusals import refused
 
 from nnunet_autoreg.errors import UsageError
@@ -34,22 +35,9 @@ def project(
     write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """nnU-Net's three folders with ten toy cases, planned and preprocessed for a mini encoder."""
-    from nnunet_autoreg import bridge
-
     root = tmp_path_factory.mktemp("detection")
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / variable).mkdir()
-            patch.setenv(variable, str(root / variable))
-        for variable, value in {
-            "nnUNet_n_proc_DA": "0",
-            "nnUNet_def_n_proc": "1",
-            "OMP_NUM_THREADS": "1",
-        }.items():
-            patch.setenv(variable, value)
-        patch.delenv("autoreg_weights", raising=False)
-        bridge.install()
-        patch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.default_num_processes", 1)
+        set_folders(patch, root)
         runpy.run_path(str(BENCHMARK))["write_toy"](root / "nnUNet_raw" / NAME, NUM_CASES, SIDE)
         write_run(
             root / "nnUNet_results",
@@ -58,21 +46,9 @@ def project(
             encoder="resenc_tiny",
             arguments=MINI,
         )
-        plan_and_preprocess()
+        plan_and_preprocess(902)
         shorten(root)
         yield root
-
-
-def plan_and_preprocess() -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprints,
-        plan_experiments,
-        preprocess,
-    )
-
-    extract_fingerprints([902], num_processes=1, show_progress_bar=False)
-    identifier = plan_experiments([902], "AutoregPlanner")
-    preprocess([902], identifier, ["3d_fullres"], [1], show_progress_bar=False)
 
 
 def plans_file(root: Path) -> Path:

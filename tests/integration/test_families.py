@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from few_cases import copy_cases
+from nnunet_folders import TRAINER_MODULE, set_folders
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -20,7 +21,6 @@ PRETRAINED = "AutoregPretrainedTrainer"
 HIPPOCAMPUS, SARCOMA = "Dataset004_Hippocampus", "Dataset051_SarcomaMR"
 NUM_CASES = 5
 SMALL_PATCH = [16, 40, 48]
-TRAINER_MODULE = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,7 @@ def make_project(
     """A function that makes a project of a dataset and an encoder with random weights, pretrained
     at the dataset's spacing.
     """
-    from nnunet_autoreg import bridge
-
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / variable).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    for variable, value in {
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-        "OMP_NUM_THREADS": "1",
-    }.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.delenv("autoreg_weights", raising=False)
-    bridge.install()
-    monkeypatch.setattr(f"{TRAINER_MODULE}.default_num_processes", 1)
+    set_folders(monkeypatch, tmp_path)
     monkeypatch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
 
     def make(dataset: str, encoder: str, **card: Any) -> Project:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from few_cases import copy_cases
+from nnunet_folders import plan_and_preprocess, set_folders
 from safetensors.torch import load_file
 
 from nnunet_autoreg.finetune.stock import needs_line
@@ -31,41 +32,14 @@ def project(
     """nnU-Net's three folders with ten hippocampi, planned and preprocessed for the tiny encoder of
     the run 'brain'.
     """
-    from nnunet_autoreg import bridge
-
     root = tmp_path_factory.mktemp("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            (root / variable).mkdir()
-            patch.setenv(variable, str(root / variable))
-        for variable, value in {
-            "nnUNet_n_proc_DA": "0",
-            "nnUNet_def_n_proc": "1",
-            "OMP_NUM_THREADS": "1",
-        }.items():
-            patch.setenv(variable, value)
-        patch.delenv("autoreg_weights", raising=False)
-        bridge.install()
-        patch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.default_num_processes", 1)
+        set_folders(patch, root)
         copy_cases(shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME, NUM_CASES)
         write_run(root / "nnUNet_results", "brain")
-        plan_and_preprocess()
+        plan_and_preprocess(4, ("2d", "3d_fullres", "3d_lowres"))
         shorten(root)
         yield root
-
-
-def plan_and_preprocess() -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprints,
-        plan_experiments,
-        preprocess,
-    )
-
-    extract_fingerprints([4], num_processes=1, show_progress_bar=False)
-    identifier = plan_experiments([4], "AutoregPlanner")
-    preprocess(
-        [4], identifier, ["2d", "3d_fullres", "3d_lowres"], [1, 1, 1], show_progress_bar=False
-    )
 
 
 def plans_file(root: Path, name: str = "AutoregPlans") -> Path:

@@ -23,10 +23,10 @@ from nnunet_autoreg.classification.plan import (
     classification_recipe,
     make_plan,
     read_plan,
-    store,
 )
 from nnunet_autoreg.classification.table import ClassificationTask, ClassTable
 from nnunet_autoreg.classification.validate import patch_scores
+from nnunet_autoreg.downstream.plan_block import store
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import CLASS_PATHS, PRIMUS, RESENC, VIT
 from nnunet_autoreg.finetune.block import ADAMW, SGD, Recipe
@@ -192,7 +192,7 @@ def test_a_plan_is_read_as_it_was_written() -> None:
     plan = make_plan(table_of((SEX, GRADE), [(0, 0), (1, 1), (1, 2)]), 2, CLASS_PATHS[RESENC], 9)
     plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
 
-    store(plans, "3d_fullres", plan)
+    store(plans, "3d_fullres", BLOCK, plan)
 
     assert read_plan(plans["configurations"]["3d_fullres"], "x") == plan
     assert read_plan({}, "x") is None

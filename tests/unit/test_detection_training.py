@@ -24,7 +24,7 @@ from nnunet_autoreg.detection.infer import (
     mirrored,
     tile_weights,
 )
-from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules
+from nnunet_autoreg.detection.instances import BLOCK, Instance, ObjectClass, Rules
 from nnunet_autoreg.detection.matching import HitRule, match_scan, scan_boxes
 from nnunet_autoreg.detection.net import Output
 from nnunet_autoreg.detection.plan import (
@@ -32,7 +32,6 @@ from nnunet_autoreg.detection.plan import (
     check_same_dataset,
     make_plan,
     read_plan,
-    store,
 )
 from nnunet_autoreg.detection.training import (
     WEIGHTS_KEY,
@@ -43,6 +42,7 @@ from nnunet_autoreg.detection.training import (
     patches_scored,
     without_decay_on_norms,
 )
+from nnunet_autoreg.downstream.plan_block import store
 from nnunet_autoreg.downstream.training import keep_thread_limit
 from nnunet_autoreg.errors import PlanError
 
@@ -57,7 +57,7 @@ def test_a_plan_is_read_as_written_and_impossible_values_are_refused() -> None:
 
     assert read_plan(plans["configurations"]["3d_fullres"], "p") is None
 
-    store(plans, "3d_fullres", PLAN)
+    store(plans, "3d_fullres", BLOCK, PLAN)
     block = json.loads(json.dumps(plans))["configurations"]["3d_fullres"]
 
     assert read_plan(block, "p") == PLAN
@@ -76,7 +76,7 @@ def test_a_plan_is_read_as_written_and_impossible_values_are_refused() -> None:
 )
 def test_a_plan_of_another_format_is_refused(key: str, value: int, named: str) -> None:
     plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
-    store(plans, "3d_fullres", PLAN)
+    store(plans, "3d_fullres", BLOCK, PLAN)
     block = plans["configurations"]["3d_fullres"]["autoreg_detection"]
 
     with pytest.raises(PlanError) as caught:
