@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memory import peak_bytes
 from refusals import logged, refused
 from tiny_detector import CLASSES, SHAPE, write_checkpoint, write_model, write_scan
 
@@ -508,26 +508,27 @@ def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: 
 def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
     frame = frame_of_affine(np.eye(4), (8, 8, 8))
     settings = {"filled": False, "instances": True}
-    record = make_scan_file(
-        "s",
-        frame,
-        [Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.9)] * 50,
-        {"solid": 1},
-        {},
-        settings,
-    )
+    boxes = [Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.9)] * 50
+    record = make_scan_file("s", frame, boxes, {"solid": 1}, {}, settings)
+    write_scan_file(tmp_path / "s.json", record)
     typed = parser().parse_args(["-i", "in", "-o", str(tmp_path), "--csv"])
     request = DetectRequest(**vars(typed))
-    peaks = []
-    for number in (3, 30):
+
+    def peak_of(number: int) -> int:
         names = [f"s{i}" for i in range(number)]
         for name in names:
             write_scan_file(tmp_path / f"{name}.json", replace(record, scan=name))
-        tracemalloc.start()
-        assert start(request, dict.fromkeys(names, ()), {}, settings) == set(names)
-        assert finish(request, DetectionOptions(), names, number) == 0
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
 
-    assert (tmp_path / "detections.csv").read_text().count("solid") == 30 * 50
-    assert peaks[1] < 1.5 * peaks[0]
+        def go_on() -> None:
+            assert start(request, dict.fromkeys(names, ()), {}, settings) == set(names)
+            assert finish(request, DetectionOptions(), names, number) == 0
+
+        return peak_bytes(go_on)
+
+    kept: list[Any] = []
+    bytes_of_a_scan = peak_bytes(lambda: kept.append(read_scan_file(tmp_path / "s.json")))
+    growth = peak_of(60) - peak_of(3)
+
+    assert (tmp_path / "detections.csv").read_text().count("solid") == 3 * 50
+    # 57 more scans take less than four of them would if they were held.
+    assert bytes_of_a_scan > 10_000 and growth < 4 * bytes_of_a_scan
