@@ -25,6 +25,9 @@ from nnunet_autoreg.io.stacks import Stack, by_series, originals, stacks_of, wit
 
 log = logging.getLogger(__name__)
 
+RADIOGRAPHS = ("CR", "DX", "MG", "IO", "PX")
+"""Modalities of DICOM files that hold one projection."""
+
 
 @dataclass(frozen=True)
 class DicomRow:
@@ -43,12 +46,19 @@ class DicomRow:
 
 @dataclass
 class DicomCollector:
-    """Headers of DICOM files below one root, and the rows that they make."""
+    """Headers of DICOM files below one root, and the rows that they make.
+
+    Attributes:
+        images: series of one slice, and radiographs, are taken too.
+        radiographs: files of one projection, each with what its header says of it.
+    """
 
     salt: str
     split_4d: bool
+    images: bool = False
     slices: dict[Path, list[DicomSlice]] = field(default_factory=lambda: defaultdict(list))
     left: "Counter[tuple[Path, str, str, str, str]]" = field(default_factory=Counter)
+    radiographs: list[tuple[Path, NotAScanError]] = field(default_factory=list)
 
     def add_file(self, path: Path, source: Path | None = None) -> bool:
         """Take a file if it is DICOM, or claims to be by its ending.
@@ -59,7 +69,10 @@ class DicomCollector:
         try:
             self.slices[source] += file_slices(path, path.name)
         except NotAScanError as left:
-            self._leave(source, left)
+            if self.images and left.what in RADIOGRAPHS:
+                self.radiographs.append((path, left))
+            else:
+                self._leave(source, left)
         except ScanError as error:
             return self._broken(source, path.name, error)
         return True
@@ -170,8 +183,11 @@ class DicomCollector:
     def _row(self, path: Path, stack: Stack, part: ScanPart, derived: str) -> DicomRow:
         first = stack.first
         status, reason = "", ""
+        is_image = self.images and stack.shape_vox[0] == 1 and not stack.problem[0]
         try:
-            check_stack(stack, str(part))
+            # What reading an image checks does not depend on where it lies.
+            if not is_image:
+                check_stack(stack, str(part))
         except ScanError as error:
             status, reason = error.status, str(error)
         if derived:

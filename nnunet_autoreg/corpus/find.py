@@ -19,17 +19,20 @@ from nnunet_autoreg.corpus.dataset_json import (
     read_dataset_json,
     unset_variables,
 )
+from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.private import terminal_only
-from nnunet_autoreg.corpus.read import num_volumes
+from nnunet_autoreg.corpus.read import NEEDS_3D, num_volumes
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.archive import members, opened, unpacked
 from nnunet_autoreg.io.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.io.names import (
     IMAGE_ENDINGS,
+    PICTURE_ENDINGS,
     absolute,
     bids_names,
     case_and_channel,
     is_label_name,
+    is_picture,
     modality_of_contrast,
     natural_key,
     strip_ending,
@@ -47,6 +50,9 @@ USUAL_ENDINGS = frozenset(
     .tif .tiff .toml .tsv .txt .vtk .vtp .xls .xlsx .xml .yaml .yml .zip .zraw .mrk .mrb
     """.split()  # noqa: SIM905
 )
+IMAGE_MODALITY = "2D"
+"""Of PNG and JPEG files, which do not say how they were made."""
+
 WHOLE_FILE = ScanPart()
 DICOMDIR = "DICOMDIR"
 DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
@@ -92,7 +98,12 @@ class Candidate:
 
 
 def find_scans(
-    datasets: list[str], folders: list[Path], *, split_4d: bool = False, salt: str = ""
+    datasets: list[str],
+    folders: list[Path],
+    *,
+    split_4d: bool = False,
+    salt: str = "",
+    images: bool = False,
 ) -> list[Candidate]:
     """Return all candidates, datasets first, in natural order.
 
@@ -106,11 +117,12 @@ def find_scans(
     Args:
         split_4d: list every volume of a 4D file or series as a scan of its own.
         salt: secret of the hashes in the ids of DICOM series.
+        images: list 2D images as well: PNG, JPEG, radiographs, and DICOM series of one slice.
 
     Raises:
         UsageError: a dataset or folder that does not exist.
     """
-    finder = _Finder(split_4d, salt)
+    finder = _Finder(split_4d, salt, images)
     for dataset in datasets:
         finder.add_dataset(dataset_folder(dataset))
     for folder in folders:
@@ -142,12 +154,17 @@ class _Finder:
 
     split_4d: bool
     salt: str
+    images: bool
     found: list[Candidate] = field(default_factory=list)
     ids: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
     listed_labels: set[str] = field(default_factory=set)
     num_repeated: int = 0
+
+    def _is_image(self, name: str) -> bool:
+        """Return whether a file is listed by its ending."""
+        return _is_image(name) or (self.images and is_picture(name))
 
     def leave_out_listed_labels(self) -> None:
         """Leave out files that a dataset.json lists as label maps, wherever they were met."""
@@ -190,11 +207,13 @@ class _Finder:
         return True
 
     def _add_given_file(self, path: Path) -> None:
-        dicom = DicomCollector(self.salt, self.split_4d)
+        dicom = DicomCollector(self.salt, self.split_4d, self.images)
         labels: Counter[Path] = Counter()
         if is_archive(path.name):
             self.add_archive(path, path.parent, dicom)
-        elif _is_image(path.name) or not (may_be_dicom(path.name) and dicom.add_file(path, path)):
+        elif self._is_image(path.name) or not (
+            may_be_dicom(path.name) and dicom.add_file(path, path)
+        ):
             # A file of unknown kind is listed as well, so that its row says why it is not used.
             self.add_file(path, path.parent, labels)
         self._add_dicom(path.parent, dicom)
@@ -286,17 +305,19 @@ class _Finder:
         for path in _listing(folder / part):
             if path.name.startswith("."):
                 others["hidden"] += 1
-            elif _is_image(path.name):
+            elif self._is_image(path.name):
                 images.append(path)
             else:
                 others[_ending(path.name)] += 1
 
         positions = channel_positions(images, len(described.channels))
         for path in images:
-            base_id = f"{folder.name}/{strip_ending(path.name)}"
+            base_id = f"{folder.name}/{_without_ending(path.name)}"
             case, number = case_and_channel(path)
             channel = described.channel_name(positions[number])
             facts = _of_dataset(folder, case, channel)
+            if is_picture(path.name):
+                facts["modality"] = IMAGE_MODALITY
             self.add_volumes(path, base_id, folder.name, case, facts, self._volumes(path))
         self._report_others(folder / part, folder.name, f"{part}/(other files)", others)
 
@@ -335,7 +356,7 @@ class _Finder:
         """Add everything below a plain folder."""
         others: Counter[str] = Counter()
         labels: Counter[Path] = Counter()
-        dicom = DicomCollector(self.salt, self.split_4d)
+        dicom = DicomCollector(self.salt, self.split_4d, self.images)
 
         # A stack instead of recursion: exports may be nested deeper than Python calls may be.
         pending = [root]
@@ -385,7 +406,7 @@ class _Finder:
                     self.leave_out(path, root.name, _below(path, root), "hidden", reason)
                 else:
                     others["hidden"] += 1
-            elif _is_image(path.name):
+            elif self._is_image(path.name):
                 self.add_file(path, root, labels)
             elif path.is_dir():
                 deeper.append(path)
@@ -399,12 +420,14 @@ class _Finder:
 
     def add_file(self, path: Path, root: Path, labels: Counter[Path]) -> None:
         """Add one file of a plain folder; a label map by its name is counted instead."""
-        inside = strip_ending(_below(path, root))
+        inside = _without_ending(_below(path, root))
         base_id = f"{root.name}/{inside}"
         if is_label_name(base_id):
             labels[path.parent] += 1
             return
         facts = _of_name(root.name, inside)
+        if is_picture(path.name):
+            facts["modality"] = IMAGE_MODALITY
         self.add_volumes(path, base_id, root.name, inside, facts, self._volumes(path))
 
     def add_archive(self, path: Path, root: Path, dicom: DicomCollector) -> None:
@@ -440,18 +463,20 @@ class _Finder:
         """Add one file of an archive, or count it among the others."""
         member = PurePosixPath(info.filename)
         name = member.name
-        inside = strip_ending(info.filename)
+        inside = _without_ending(info.filename)
         # __MACOSX holds a hidden twin of every file that macOS has packed.
         if name.startswith(".") or member.parts[0] == "__MACOSX":
             others["hidden"] += 1
         elif member.suffix.lower() == ".mhd":
             others[".mhd (its data is another file: unpack the archive)"] += 1
-        elif _is_image(name) and is_label_name(inside):
+        elif self._is_image(name) and is_label_name(inside):
             others["label maps"] += 1
-        elif _is_image(name):
+        elif self._is_image(name):
             where = f"{root.name}/{_below(path, root)}"
             case = f"{_below(path, root)}/{inside}"
             facts = _of_name(where, inside)
+            if is_picture(name):
+                facts["modality"] = IMAGE_MODALITY
             count = self._member_volumes(path, info.filename)
             part = ScanPart(member=info.filename)
             self.add_volumes(path, f"{root.name}/{case}", root.name, case, facts, count, part)
@@ -471,6 +496,17 @@ class _Finder:
             return 1
 
     def _add_dicom(self, root: Path, dicom: DicomCollector) -> None:
+        for path, radiograph in dicom.radiographs:
+            # The name of a file may name a patient. Its series does not, once it is salted.
+            name = f"{radiograph.what}-{salted(f'{radiograph.series} {path}', self.salt)}"
+            self.add(
+                path,
+                f"{root.name}/{name}",
+                root.name,
+                name,
+                modality=radiograph.what,
+                subject=radiograph.subject,
+            )
         for row in dicom.rows():
             # A manifest may overrule that images are derived, so they keep what a scan has.
             is_scan = row.status in ("", "derived") and row.part
@@ -498,6 +534,12 @@ class _Finder:
     def _report_others(self, path: Path, dataset: str, what: str, others: Counter[str]) -> None:
         """Add one row that counts the files that are no scans, by their endings."""
         counts = dict(others)
+        pictures = {end: counts.pop(end) for end in PICTURE_ENDINGS if end in counts}
+        if pictures:
+            listed = ", ".join(f"{count} {end}" for end, count in pictures.items())
+            self.leave_out(
+                path, dataset, f"{what} (2D)", "not3d", f"2D images: {listed}; {NEEDS_3D}"
+            )
         # The voxels of a .mhd file lie in a .raw file beside it.
         if any(c.path.suffix.lower() == ".mhd" and path in c.path.parents for c in self.found):
             counts.pop(".raw", None)
@@ -568,6 +610,13 @@ def _problem_of_name(path: Path) -> str:
 def _printable(name: str) -> str:
     """Return a name in which bytes that are no UTF-8 are replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _without_ending(name: str) -> str:
+    """Return a file name without the ending of a scan or a 2D image."""
+    if is_picture(name):
+        return name[: name.rindex(".")]
+    return strip_ending(name)
 
 
 def _listing(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from nnunet_autoreg.corpus.content import Signature, content_hash, settle_copies
 from nnunet_autoreg.corpus.exclude import excluded_because, outside, series_of, warn_unmatched
 from nnunet_autoreg.corpus.find import Candidate
 from nnunet_autoreg.corpus.identity import salted
+from nnunet_autoreg.corpus.images import header_of_scan_or_image, load_scan_or_image
 from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sample_body
 from nnunet_autoreg.corpus.journal import Journal, ScanFacts, journal_key, stamp_of
 from nnunet_autoreg.corpus.manifest import Manifest, ManifestEntry, describe
@@ -69,6 +70,7 @@ class IndexTask:
     Attributes:
         modality, rule: set where the user or the file names the modality, and where.
         num_samples: Hounsfield values to draw from a CT.
+        images: 2D images are read too.
     """
 
     path: Path
@@ -77,6 +79,7 @@ class IndexTask:
     modality: str
     rule: str
     num_samples: int
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def index_scans(
     salt: str = "",
     manifest: Manifest | None = None,
     journal: Path | None = None,
+    images: bool = False,
 ) -> Index:
     """Read, check, identify and hash every candidate.
 
@@ -120,6 +124,7 @@ def index_scans(
         manifest: what the user says of some scans.
         journal: file in which to keep what was read, so that a killed call goes on; the caller
             removes it once the index is written.
+        images: read 2D images too; without, they are left out with the reason.
 
     Raises:
         AutoregError: a worker process died.
@@ -139,7 +144,7 @@ def index_scans(
         rows.append(first_row(candidate, excluded, salt, entry))
 
     # All headers before any voxels: they are fast, and tell how much there is to read.
-    tasks = tasks_of(everything, entries, modality_override)
+    tasks = tasks_of(everything, entries, modality_override, images)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
     rows = settle_copies(rows, signatures)[: len(described)]
@@ -171,6 +176,7 @@ def tasks_of(
     candidates: Sequence[Candidate],
     entries: Mapping[str, ManifestEntry],
     modality_override: str | None,
+    images: bool = False,
 ) -> list[IndexTask]:
     """Return what is to be read of each candidate.
 
@@ -200,6 +206,7 @@ def tasks_of(
             modality=OTHER_NAMES.get(modality, modality),
             rule=rule,
             num_samples=num_samples,
+            images=images,
         )
         tasks.append(task)
     return tasks
@@ -278,7 +285,8 @@ def header_of(task: IndexTask) -> Header:
     """Read the header of one scan."""
     stamp = stamp_of(task.path, deep=bool(parse_part(task.part).below))
     try:
-        header = peek(task.path, task.part) or read_header(task.path, task.part)
+        read = header_of_scan_or_image if task.images else read_header
+        header = peek(task.path, task.part) or read(task.path, task.part)
     except ScanError as error:
         return Header(stamp, status=error.status, reason=str(error))
     return Header(stamp, header.shape_vox, header.spacing_mm)
@@ -311,6 +319,8 @@ def _read_voxels(
                 task.modality,
                 task.rule,
                 task.num_samples,
+                # Nothing more without images, so that journals of earlier versions are known.
+                *(["images"] if task.images else []),
             )
 
     sizes = [volume(row.shape_vox or (0, 0, 0)) for row in rows]
@@ -374,7 +384,8 @@ def _with_facts(row: ScanRow, facts: ScanFacts) -> ScanRow:
 def facts_of(task: IndexTask) -> ScanFacts:
     """Read one scan and find out all that the index needs of its voxels."""
     try:
-        scan = load_scan(task.path, task.part)
+        load = load_scan_or_image if task.images else load_scan
+        scan = load(task.path, task.part)
         array_ZYX = scan.array_CZYX[0]
         modality, rule = _modality(task, array_ZYX)
         digest = content_hash(scan)

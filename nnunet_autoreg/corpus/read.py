@@ -29,6 +29,7 @@ MAX_DIRECTION_ERROR = 1e-2
 # float32 scan, its normalised copy and nnU-Net's float64 resampling live at the same time;
 # measured: 34 to 47.
 BYTES_PER_VOXEL = 48
+NEEDS_3D = "3D scans are needed (--objective joint learns from 2D images as well)"
 MAX_LABELS, SURE_LABELS = 512, 16
 LABEL_RUNS, NAMED_LABEL_RUNS = 0.6, 0.35
 LABEL_NAME = re.compile(
@@ -73,7 +74,7 @@ def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
         try:
             array_ZYX = _read_one_of(path, int(part.t)) if part.t else read_scan(path).array_CZYX[0]
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
-            raise _reading_failed(error, captured()) from error
+            raise reading_failed(error, captured()) from error
     check_voxels(array_ZYX, name)
     return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
 
@@ -147,13 +148,13 @@ def num_volumes(path: Path) -> int:
     It is 1 also for a file that cannot be read: reading it says why.
     """
     try:
-        size = _information(path).GetSize()
+        size = information(path).GetSize()
     except ScanError:
         return 1
     return int(size[3]) if len(size) == 4 else 1
 
 
-def _information(path: Path) -> Any:
+def information(path: Path) -> Any:
     """Return a reader that knows what the header says."""
     import SimpleITK
 
@@ -163,7 +164,7 @@ def _information(path: Path) -> Any:
         try:
             reader.ReadImageInformation()
         except RuntimeError as error:
-            raise _reading_failed(error, captured()) from error
+            raise reading_failed(error, captured()) from error
     return reader
 
 
@@ -171,7 +172,7 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     """Return the header of a file, and how its array comes to the one orientation."""
     import SimpleITK
 
-    reader = _information(path)
+    reader = information(path)
     pixel = str(SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()))  # type: ignore[no-untyped-call]
     if "complex" in pixel:
         raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
@@ -222,7 +223,7 @@ def check_dimensions(size: Sequence[int]) -> None:
         how = "--split-4d takes each as a scan" if len(size) == 4 else "split it into 3D files"
         raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); {how}")
     if len(size) < 3 or sorted(size)[0] == 1:
-        raise ScanError("not3d", f"a single slice ({listed}); 3D scans are needed")
+        raise ScanError("not3d", f"a single slice ({listed}); {NEEDS_3D}")
     if min(size) < MIN_AXIS_VOX:
         raise ScanError("tiny", f"{listed} voxels; every axis needs at least {MIN_AXIS_VOX}")
 
@@ -402,7 +403,8 @@ TRANSLATIONS = (
 )
 
 
-def _reading_failed(error: Exception, captured: str) -> ScanError:
+def reading_failed(error: Exception, captured: str) -> ScanError:
+    """Return what kept a file from being read, by what SimpleITK says."""
     text = f"{type(error).__name__} {error} {captured}"
     for signs, status, reason in TRANSLATIONS:
         if any(sign in text for sign in signs):

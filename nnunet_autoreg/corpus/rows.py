@@ -88,6 +88,11 @@ class ScanRow:
     listed_in: str = ""
     name: str = ""
 
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a 2D image, which is read as a volume of one slice."""
+        return self.shape_vox is not None and self.shape_vox[0] == 1
+
 
 COLUMNS = (
     "id",

@@ -5,6 +5,8 @@ import re
 from pathlib import Path, PurePosixPath
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg")
+"""Of files that hold one 2D image."""
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 BIDS_SUFFIXES = (
     "T1w",
@@ -51,6 +53,11 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
         elif part:
             key.append((1, 0, part.lower()))
     return key
+
+
+def is_picture(name: str) -> bool:
+    """Return whether a file is a 2D image by its ending."""
+    return name.lower().endswith(PICTURE_ENDINGS)
 
 
 def strip_ending(name: str) -> str:

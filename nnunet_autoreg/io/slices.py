@@ -133,14 +133,16 @@ class NotAScanError(Exception):
         status, reason: as in scans.csv.
         what: a word for the id of its row.
         series: the UID of its series.
+        subject: as in ``DicomSlice``.
     """
 
-    def __init__(self, status: str, reason: str, what: str, series: str):
+    def __init__(self, status: str, reason: str, what: str, series: str, subject: str = ""):
         super().__init__(reason)
         self.status = status
         self.reason = reason
         self.what = what
         self.series = series
+        self.subject = subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +322,9 @@ def _modality(header: DicomHeader) -> str:
                 status, reason = described
         # Reasons begin with the kind's name, such as RTSTRUCT, where it has one.
         name = reason.split(" ")[0]
-        raise NotAScanError(status, reason, name if name.isupper() else known or "DICOM", series)
+        name = name if name.isupper() else known or "DICOM"
+        subject = header.text("PatientID") or header.text("StudyInstanceUID")
+        raise NotAScanError(status, reason, name, series, subject)
 
     words = set(_image_type(header))
     if "LOCALIZER" in words:

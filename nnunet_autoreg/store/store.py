@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nnunet_autoreg.corpus.content import has_content
 from nnunet_autoreg.corpus.fingerprint import relative_size, transpose_axes, transposed_geometry
+from nnunet_autoreg.corpus.images import load_scan_or_image
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.read import check_memory, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow
@@ -352,7 +353,8 @@ def load_unchanged(row: ScanRow) -> RawScan:
     Raises:
         ScanError: it cannot be read, or holds other voxels than when the index was made.
     """
-    scan = load_scan(Path(row.source), row.part)
+    load = load_scan_or_image if row.is_image else load_scan
+    scan = load(Path(row.source), row.part)
     if not has_content(scan, row.content_hash):
         raise ScanError(
             "changed", f"{row.id} changed after it was checked; run the same line again"

@@ -1,0 +1,191 @@
+"""2D images, read as volumes of one slice: PNG, JPEG, radiographs, and single slices.
+
+Only objectives that learn from 2D images read them. For all others they are left out with the
+reason (``read.check_dimensions``).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_autoreg.corpus.read import (
+    MAX_SPACING_MM,
+    MIN_AXIS_VOX,
+    MIN_SPACING_MM,
+    SURE_LABELS,
+    ScanHeader,
+    check_memory,
+    cropped_shape,
+    information,
+    load_scan,
+    read_header,
+    reading_failed,
+)
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.geometry import Spacing, size_text
+from nnunet_autoreg.io.archive import unpacked
+from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
+from nnunet_autoreg.io.files import check_file, quiet_stderr
+from nnunet_autoreg.io.parts import ScanPart, parse_part
+from nnunet_autoreg.nnunet_api import Array, RawScan
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey. Source: ITU-R BT.601."""
+
+
+def load_scan_or_image(path: Path, part: str = "") -> RawScan:
+    """Read and check a scan or a 2D image.
+
+    Returns:
+        a scan as ``load_scan`` returns it; an image (1, 1, Y, X) float32 in the file's own
+        orientation, with colours as grey.
+
+    Raises:
+        ScanError: as ``load_scan``.
+    """
+    wanted = parse_part(part)
+    if wanted.series:
+        if not _is_one_slice(path, wanted):
+            return load_scan(path, part)
+        stack = find_stack(path, wanted)
+        with quiet_stderr():
+            slice_1YX = read_volume(path, pick_volume(stack, wanted))
+        return _checked(slice_1YX, stack.spacing_mm[1:])
+
+    if wanted.member:
+        with unpacked(path, [wanted.member]) as files:
+            file = files[wanted.member]
+            return _load_file(file) if is_flat(file, wanted) else load_scan(path, part)
+    return _load_file(path) if is_flat(path, wanted) else load_scan(path, part)
+
+
+def header_of_scan_or_image(path: Path, part: str = "") -> ScanHeader:
+    """Check what the header of a scan or a 2D image says, without reading voxels.
+
+    Raises:
+        ScanError: as ``read_header``.
+    """
+    wanted = parse_part(part)
+    if wanted.series:
+        if not _is_one_slice(path, wanted):
+            return read_header(path, part)
+        stack = find_stack(path, wanted)
+        return _header(stack.shape_vox[1:], stack.spacing_mm[1:])
+
+    if wanted.member:
+        with unpacked(path, [wanted.member]) as files:
+            file = files[wanted.member]
+            return _file_header(file) if is_flat(file, wanted) else read_header(path, part)
+    return _file_header(path) if is_flat(path, wanted) else read_header(path, part)
+
+
+def is_flat(path: Path, part: ScanPart) -> bool:
+    """Return whether a file holds one 2D image: exactly two axes are longer than a voxel."""
+    if part.t:
+        return False
+    check_file(path)
+    size = information(path).GetSize()
+    return sum(side > 1 for side in size) == 2
+
+
+def _is_one_slice(path: Path, part: ScanPart) -> bool:
+    stack = find_stack(path, part)
+    return stack.shape_vox[0] == 1 and len(stack.volumes) == 1
+
+
+def _file_header(path: Path) -> ScanHeader:
+    reader = information(path)
+    shape, spacing = _in_plane(reader.GetSize(), reader.GetSpacing())
+    return _header(shape, spacing)
+
+
+def _load_file(path: Path) -> RawScan:
+    import SimpleITK
+
+    header = _file_header(path)
+    with quiet_stderr() as captured:
+        try:
+            image: Any = SimpleITK.ReadImage(str(path))
+            array = np.asarray(SimpleITK.GetArrayFromImage(image), dtype=np.float32)
+        except (RuntimeError, OSError, ValueError, MemoryError) as error:
+            raise reading_failed(error, captured()) from error
+
+    # SimpleITK appends an axis for colours; axes of one voxel are left out.
+    num_colours = int(image.GetNumberOfComponentsPerPixel())
+    array_YXC = array.reshape(*header.shape_vox[1:], num_colours)
+    return _checked(_grey(array_YXC)[None], header.spacing_mm[1:])
+
+
+def _grey(array_YXC: Array) -> Array:
+    """Return one value for each pixel (Y, X); an opacity is left out."""
+    num_colours = array_YXC.shape[2]
+    if num_colours in (1, 2):
+        return array_YXC[:, :, 0]
+    if num_colours not in (3, 4):
+        raise ScanError("rgb", f"{num_colours} values per pixel; colours have three; split it")
+
+    # Grey images are often stored with three equal colours. They keep their exact values.
+    red, green, blue = (array_YXC[:, :, colour] for colour in range(3))
+    if np.array_equal(red, green) and np.array_equal(red, blue):
+        return red
+    grey = LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue
+    return np.asarray(grey, dtype=np.float32)
+
+
+def _in_plane(
+    size_xyz: Sequence[int], spacing_xyz: Sequence[float]
+) -> tuple[list[int], list[float]]:
+    """Return size and spacing (y, x) of the two axes that are longer than a voxel."""
+    pairs = [(side, step) for side, step in zip(size_xyz, spacing_xyz, strict=True) if side > 1]
+    sides, steps = zip(*reversed(pairs), strict=True)
+    return list(sides), list(steps)
+
+
+def _header(shape_yx: Sequence[int], spacing_yx: Sequence[float]) -> ScanHeader:
+    """Return the header of an image as a volume of one slice.
+
+    Pixels without a believable size count as 1 mm. The slice is as thick as its pixels are large,
+    so that its axis is the first in every order of axes.
+    """
+    y, x = (int(side) for side in shape_yx)
+    if min(y, x) < MIN_AXIS_VOX:
+        listed = size_text((x, y))
+        raise ScanError("tiny", f"{listed} pixels; every axis needs at least {MIN_AXIS_VOX}")
+    spacing_mm = _believable(spacing_yx)
+    check_memory((1, y, x))
+    return ScanHeader((1, y, x), spacing_mm)
+
+
+def _believable(spacing_yx: Sequence[float]) -> Spacing:
+    y, x = (float(step) for step in spacing_yx)
+    for step in (y, x):
+        if not (math.isfinite(step) and MIN_SPACING_MM <= step <= MAX_SPACING_MM):
+            return (1.0, 1.0, 1.0)
+    return (max(y, x), y, x)
+
+
+def _checked(array_1YX: Array, spacing_yx: Sequence[float]) -> RawScan:
+    """Check the values of an image.
+
+    Raises:
+        ScanError: nonfinite, constant, tiny (little but zeros) or labelmap.
+    """
+    low, high = float(array_1YX.min()), float(array_1YX.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ScanError("nonfinite", "some pixels are NaN or infinite; repair or leave it out")
+    if low == high:
+        raise ScanError("constant", f"every pixel has the value {low:g}")
+    if min(cropped_shape(array_1YX)[1:]) < MIN_AXIS_VOX:
+        raise ScanError("tiny", "almost all pixels are 0")
+
+    # Neighbours of smooth 8-bit pictures are often equal, so that only the number of values counts.
+    num_distinct = np.unique(array_1YX).size
+    if num_distinct <= SURE_LABELS:
+        raise ScanError(
+            "labelmap", f"holds only {num_distinct} distinct values: a label map or a drawing"
+        )
+    header = _header(array_1YX.shape[1:], spacing_yx)
+    return RawScan(np.ascontiguousarray(array_1YX)[None], header.spacing_mm)

@@ -1,0 +1,160 @@
+"""2D images: found and read for objectives that learn from them, left out with a reason else."""
+
+from pathlib import Path
+
+import dicom_files
+import numpy as np
+import pytest
+import SimpleITK
+from refusals import refused
+
+from nnunet_autoreg.corpus.find import find_scans
+from nnunet_autoreg.corpus.images import header_of_scan_or_image, load_scan_or_image
+from nnunet_autoreg.corpus.index import index_scans
+from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.store.store import Store
+
+RADIOGRAPH = "1.2.840.10008.5.1.4.1.1.1"
+
+
+def picture(path: Path, seed: int = 0, colours: int = 1) -> np.ndarray:
+    shape = (40, 50) if colours == 1 else (40, 50, colours)
+    array = np.random.default_rng(seed).integers(1, 250, shape, dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array, isVector=colours > 1), str(path))
+    return array
+
+
+def scan(path: Path, shape: tuple[int, ...] = (8, 40, 50), seed: int = 9) -> Path:
+    array = np.random.default_rng(seed).normal(500, 100, shape).astype(np.float32)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(path))
+    return path
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """A folder with a volume, a PNG, a colour JPEG, a flat NIfTI file and two kinds of DICOM."""
+    folder = tmp_path / "pool"
+    picture(folder / "grey.png", 1)
+    picture(folder / "colour.jpeg", 2, colours=3)
+    scan(folder / "volume.nii.gz")
+    scan(folder / "flat.nii.gz", (1, 40, 50), 3)
+    pixels = np.random.default_rng(4).integers(0, 900, (18, 20), dtype=np.int16)
+    one = dicom_files.slice_values(0, sop_class=dicom_files.MR, t00080060=("CS", "MR"))
+    dicom_files.write(folder / "slice" / "a.dcm", one, pixels)
+    without_place = {tag: None for tag in (0x00200032, 0x00200037)}
+    projection = dicom_files.slice_values(0, "1.2.4", RADIOGRAPH, t00080060=("CS", "CR"))
+    other = np.random.default_rng(5).integers(0, 900, (18, 20), dtype=np.int16)
+    dicom_files.write(folder / "projection" / "b.dcm", {**projection, **without_place}, other)
+    return folder
+
+
+def test_all_kinds_of_2d_images_are_found_and_read_beside_volumes(pool: Path) -> None:
+    index = index_scans(
+        find_scans([], [pool], images=True, salt="pepper"), set(), 1, salt="pepper", images=True
+    )
+
+    usable = {Path(row.source).name: row for row in index.usable}
+    shapes = {name: row.shape_vox for name, row in usable.items()}
+    assert shapes == {
+        "grey.png": (1, 40, 50),
+        "colour.jpeg": (1, 40, 50),
+        "flat.nii.gz": (1, 40, 50),
+        "slice": (1, 18, 20),
+        "b.dcm": (1, 18, 20),
+        "volume.nii.gz": (8, 40, 50),
+    }
+    assert [name for name, row in usable.items() if not row.is_image] == ["volume.nii.gz"]
+    modalities = {name: row.modality for name, row in usable.items()}
+    assert (modalities["grey.png"], modalities["slice"], modalities["b.dcm"]) == ("2D", "MR", "CR")
+    # Radiographs of one patient have to come to one side of the split.
+    assert usable["b.dcm"].subject == usable["slice"].subject != ""
+
+
+def test_2d_images_are_left_out_with_the_reason_for_other_objectives(pool: Path) -> None:
+    index = index_scans(find_scans([], [pool]), set(), 1)
+
+    assert [Path(row.source).name for row in index.usable] == ["volume.nii.gz"]
+    flat = [row.reason for row in index.rows if row.status == "not3d"]
+    assert len(flat) == 3 and all("--objective joint" in reason for reason in flat)
+    assert any("1 .jpeg" in reason and "1 .png" in reason for reason in flat)
+    with refused(ScanError, "scan-not3d", "50 x 40 x 1"):
+        load_scan(pool / "flat.nii.gz")
+
+
+def test_grey_values_are_kept_exactly_and_colours_become_luminance(tmp_path: Path) -> None:
+    grey = picture(tmp_path / "grey.png")
+    colour = picture(tmp_path / "colour.png", colours=3)
+
+    read = load_scan_or_image(tmp_path / "grey.png")
+    mixed = load_scan_or_image(tmp_path / "colour.png")
+
+    assert read.array_CZYX.shape == (1, 1, 40, 50) and read.array_CZYX.dtype == np.float32
+    assert np.array_equal(read.array_CZYX[0, 0], grey) and read.spacing_mm == (1.0, 1.0, 1.0)
+    expected = colour @ np.array([0.299, 0.587, 0.114])
+    assert np.allclose(mixed.array_CZYX[0, 0], expected, atol=1e-3)
+
+
+def test_an_image_with_three_equal_colours_keeps_its_values(tmp_path: Path) -> None:
+    grey = picture(tmp_path / "grey.png")
+    three = np.repeat(grey[:, :, None], 3, axis=2)
+    SimpleITK.WriteImage(
+        SimpleITK.GetImageFromArray(three, isVector=True), str(tmp_path / "three.png")
+    )
+
+    assert np.array_equal(load_scan_or_image(tmp_path / "three.png").array_CZYX[0, 0], grey)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_axis_of_one_voxel_comes_first(tmp_path: Path, axis: int) -> None:
+    shape = [20, 30]
+    shape.insert(axis, 1)
+    image = SimpleITK.ReadImage(str(scan(tmp_path / "a.nii.gz", tuple(shape))))
+    steps = [0.5, 0.8]
+    steps.insert(axis, 3.0)
+    image.SetSpacing(steps[::-1])
+    SimpleITK.WriteImage(image, str(tmp_path / "a.nii.gz"))
+
+    header = header_of_scan_or_image(tmp_path / "a.nii.gz")
+
+    assert header.shape_vox == (1, 20, 30)
+    assert header.spacing_mm == pytest.approx((0.8, 0.5, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "value"),
+    [
+        (np.full((20, 20), 7, np.uint8), "scan-constant", "7"),
+        (np.arange(400, dtype=np.uint8).reshape(20, 20) % 4, "scan-labelmap", "4 distinct"),
+        (np.arange(60, dtype=np.uint8).reshape(3, 20), "scan-tiny", "20 x 3"),
+    ],
+)
+def test_pictures_that_show_nothing_are_refused(
+    tmp_path: Path, values: np.ndarray, code: str, value: str
+) -> None:
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / "a.png"))
+
+    with refused(ScanError, code, value):
+        load_scan_or_image(tmp_path / "a.png")
+
+
+def test_images_are_stored_as_one_slice_and_pictures_in_archives_are_read(pool: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(pool / "more.zip", "w") as archive:
+        archive.write(pool / "grey.png", "inside/other.png")
+    (pool / "grey.png").unlink()
+    found = find_scans([], [pool], images=True)
+    rows = [row for row in index_scans(found, set(), 1, images=True).usable if row.is_image]
+    assert any(row.part == "member=inside/other.png" for row in rows)
+
+    store = Store(pool.parent / "store")
+    keys = store.ensure(rows, lambda row: row.spacing_mm, None, 1)  # type: ignore[arg-type,return-value]
+
+    assert len(keys) == len(rows) == 5 and not store.failures
+    for row in rows:
+        case = store.open(keys[row.id])
+        assert case.shape_vox == row.shape_vox
+        voxels = case.read((0, 0, 0), case.shape_vox)
+        assert abs(float(voxels.mean())) < 0.05 and 0.9 < float(voxels.std()) < 1.1
