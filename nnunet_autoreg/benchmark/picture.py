@@ -1,4 +1,8 @@
-"""``benchmark.png``: Dice of every seed by arm and number of labels, and paired differences."""
+"""The pictures of a benchmark.
+
+``benchmark.png`` shows Dice of every seed by arm and number of labels, and paired differences.
+``learning_curve.png`` shows Dice over the number of labelled patients, for all lengths.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.benchmark.folds import merged_folds, shown_split
 from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, STOCK
+from nnunet_autoreg.benchmark.split import SPLITS
+from nnunet_autoreg.benchmark.statistics import mean_interval
 from nnunet_autoreg.benchmark.table import TableRow, rows_of
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import (
@@ -36,16 +43,16 @@ LEAST_SPAN = 0.1
 def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw the runs that have the length and split of the last line.
 
-    Of each encoder, only the runs with the recipe of its own last line are drawn.
+    Of each encoder, only the runs with the recipe of its own last line are drawn. Nothing is drawn
+    if there is only a part of a cross-validation yet.
     """
     from matplotlib.figure import Figure
 
     # Runs of another length are no fair comparison.
-    last = lines[-1]
-    length = (last["split"], last["steps"], last["batch"])
-    alike = [line for line in lines if (line["split"], line["steps"], line["batch"]) == length]
-    last_recipe = {line["encoder"]: line["recipe"] for line in alike}
-    shown = [line for line in alike if line["recipe"] == last_recipe[line["encoder"]]]
+    steps = lines[-1]["steps"]
+    shown = [line for line in _comparable(lines) if line["steps"] == steps]
+    if not shown:
+        return
     rows = rows_of(shown)
 
     # Runs of older versions have no surface Dice, and get no second line of panels.
@@ -59,15 +66,117 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
         _draw_differences(line_of_panels[1], rows, labels, is_surface)
 
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    patients = {str(subject) for line in alike for subject in line["subjects"].values()}
-    seeds = {line["seed"] for line in alike}
-    figure.suptitle(
-        f"{title}: n = {counted(len(patients), 'test patient')}, {counted(len(seeds), 'seed')}\n"
-        f"{last['split']} split, {last['steps']:,} steps of {counted(last['batch'], 'patch')}",
-        fontsize=11,
-    )
+    figure.suptitle(f"{_heading(title, shown)}, {counted(steps, 'step')}", fontsize=11)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw Dice over the number of labelled patients, with 95 % intervals.
+
+    Runs of every length that have the split and batch of the last line are drawn, each length in a
+    panel of its own. All panels have the same axis.
+    """
+    from matplotlib.figure import Figure
+
+    shown = _comparable(lines)
+    if not shown:
+        return
+    rows = rows_of(shown)
+    names = _names(rows)
+    lengths = sorted({row.key.steps for row in rows})
+    labels = sorted({row.key.labels for row in rows})
+    span = labels[-1] - labels[0] or labels[0]
+
+    figure = Figure(figsize=(max(6.0, 1.5 + 3.6 * len(lengths)), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
+    for axis, steps in zip(panels, lengths, strict=True):
+        for name in names:
+            series = [row for row in rows if (row.key.encoder, row.key.arm) == name]
+            series = [row for row in series if row.key.steps == steps]
+            # One entry of the legend serves all panels.
+            _draw_curve_of(axis, series, names, 0.02 * span, is_named=steps == lengths[0])
+        axis.set(xticks=labels, xlabel="labelled patients", title=counted(steps, "step"))
+        axis.set_xlim(labels[0] - 0.15 * span, labels[-1] + 0.15 * span)
+        axis.minorticks_off()
+        _plain(axis)
+
+    # The axis is shared, so widening one panel widens all.
+    panels[0].set_ylabel("Dice (bars: 95 % over patients and seeds)")
+    _widen(panels[0], LEAST_SPAN)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(_heading(title, shown), fontsize=11)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _draw_curve_of(
+    axis: Any,
+    rows: Sequence[TableRow],
+    names: Sequence[tuple[str, str]],
+    spacing: float,
+    is_named: bool,
+) -> None:
+    """Draw one series: a point with its interval for each number of labels, joined by a line.
+
+    Args:
+        spacing: between the series, in labelled patients, so that their bars can be told apart.
+    """
+    points = []
+    for row in sorted(rows, key=lambda row: row.key.labels):
+        dice = mean_interval(row.lines)
+        if dice is not None:
+            points.append((row, dice))
+    if not points:
+        return
+
+    name = (points[0][0].key.encoder, points[0][0].key.arm)
+    encoder, arm = name
+    shift = spacing * (names.index(name) - (len(names) - 1) / 2)
+    means = [dice.mean for _, dice in points]
+    below = [max(dice.mean - dice.over_both[0], 0.0) for _, dice in points]
+    above = [max(dice.over_both[1] - dice.mean, 0.0) for _, dice in points]
+
+    label = arm if encoder == "-" else f"{arm}, {encoder.removeprefix(OWN_PREFIX)}"
+    axis.errorbar(
+        [row.key.labels + shift for row, _ in points],
+        means,
+        [below, above],
+        linestyle=STYLE_OF_ARM[arm].dash,
+        linewidth=1.6,
+        elinewidth=1.0,
+        capsize=3,
+        markersize=6,
+        label=label if is_named else None,
+        **_style(names, name),
+    )
+
+
+def _comparable(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the runs with the split and batch of the last line, whatever their length.
+
+    Of each encoder, only those with the recipe of its own last line. Folds are joined.
+    """
+    split, batch = shown_split(lines[-1]["split"]), lines[-1]["batch"]
+    alike = []
+    for line in merged_folds(lines):
+        if (line["split"], line["batch"]) == (split, batch):
+            alike.append(line)
+    last_recipe = {line["encoder"]: line["recipe"] for line in alike}
+    return [line for line in alike if line["recipe"] == last_recipe[line["encoder"]]]
+
+
+def _heading(title: str, shown: Sequence[Mapping[str, Any]]) -> str:
+    """Return the title of a picture: how many patients are scored, how often, and how."""
+    first = shown[0]
+    patients = {str(subject) for line in shown for subject in line["subjects"].values()}
+    seeds = {line["seed"] for line in shown}
+    split = first["split"] if first["split"] not in SPLITS else f"{first['split']} patients"
+    batch = counted(first["batch"], "patch")
+    return (
+        f"{title}: n = {counted(len(patients), 'patient')} scored, {counted(len(seeds), 'seed')}\n"
+        f"{split}, steps of {batch}"
+    )
 
 
 def _names(rows: Sequence[TableRow]) -> list[tuple[str, str]]:

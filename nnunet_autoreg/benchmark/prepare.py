@@ -34,10 +34,13 @@ from nnunet_autoreg.benchmark.public_ids import (
 from nnunet_autoreg.benchmark.results import RunKey
 from nnunet_autoreg.benchmark.split import (
     CASES,
+    CROSS_VALIDATION,
     PATIENTS,
     Division,
     divide,
+    divide_for_fold,
     find_patients,
+    fold_of_split,
     labelled,
     read_subjects,
 )
@@ -83,6 +86,31 @@ class Record:
     rule: str = ""
     has_ids: bool = False
 
+    def division_for(self, split: str) -> Division:
+        """Return the division of a run's split: that of its fold, or the one of the folder."""
+        fold = fold_of_split(split)
+        return self.division if fold is None else divide_for_fold(self.subjects, *fold)
+
+    def scored(self, split: str) -> tuple[str, ...]:
+        """Return the cases that a split scores; a cross-validation scores all of them."""
+        if split == CROSS_VALIDATION:
+            return tuple(sorted(self.subjects))
+        return self.division_for(split).scored(split)
+
+    def labelled(self, num_labels: int, seed: int, split: str) -> tuple[str, ...]:
+        """Return the cases that are labelled under a seed.
+
+        Raises:
+            UsageError: the pool of the split is too small.
+        """
+        division = self.division_for(split)
+        return labelled(division, self.subjects, num_labels, seed, self.label_unit)
+
+    def num_available(self, split: str) -> int:
+        """Return how many labelled patients (in old folders: cases) the pool of a split has."""
+        pool = self.division_for(split).pool
+        return len({self.subjects[case] for case in pool} if self.label_unit == PATIENTS else pool)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -106,8 +134,7 @@ class Bench:
 
     def labelled(self, key: RunKey) -> tuple[str, ...]:
         """Return the labelled cases of a run."""
-        record = self.record
-        return labelled(record.division, record.subjects, key.labels, key.seed, record.label_unit)
+        return self.record.labelled(key.labels, key.seed, key.split)
 
 
 def images_of(dataset: str) -> dict[str, list[Path]]:
@@ -188,16 +215,14 @@ def with_labels(request: BenchmarkRequest, record: Record) -> BenchmarkRequest:
     Raises:
         UsageError: a number that the user gave cannot be drawn.
     """
-    division, patient_of = record.division, record.subjects
+    # The smallest pool decides; every seed can draw as many.
+    smallest = min(request.splits, key=record.num_available)
     for number in request.labels:
-        # Called for its error: every seed can draw as many.
-        labelled(division, patient_of, number, 0, record.label_unit)
+        record.labelled(number, 0, smallest)  # called for its error
     if request.labels:
         return request
 
-    available = len(division.pool)
-    if record.label_unit == PATIENTS:
-        available = len({patient_of[case] for case in division.pool})
+    available = record.num_available(smallest)
     fitting = tuple(number for number in DEFAULT_LABELS if number <= available)
     return replace(request, labels=fitting or (available,))
 
@@ -238,9 +263,10 @@ def _translated(record: Record, ids: PublicIds) -> Record:
     )
 
 
-def write_exclude(layout: BenchmarkFolders, division: Division) -> None:
+def write_exclude(layout: BenchmarkFolders, record: Record, split: str) -> None:
     """Write the list of the cases that no pretraining may see."""
-    names = sorted((*division.development, *division.test))
+    kept_out = (*record.division.development, *record.division.test)
+    names = sorted(record.subjects if split == CROSS_VALIDATION else kept_out)
     lines = [f"{layout.dataset}/{name}\n" for name in names]
     write_text(layout.exclude, EXCLUDE_HEADER + "".join(lines))
 
@@ -264,7 +290,7 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
             ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
 
     # No pretraining may have seen a scored patient.
-    scored_cases = bench.record.division.scored(bench.request.split)
+    scored_cases = bench.record.scored(bench.request.split)
     scored = Scored(bench.request.dataset, bench.record.subjects, scored_cases, bench.images)
     for name in sorted({weights_of(key) or key.encoder for key in with_weights}):
         pin(bench, name)
@@ -283,6 +309,13 @@ def ensure_weights(bench: Bench, family: str) -> None:
         return
 
     request = bench.request
+    if request.split == CROSS_VALIDATION:
+        raise UsageError(
+            "--split cross-validation scores all labelled patients, so the benchmark has no scans "
+            "of this dataset to pretrain on; pretrain on other scans with --exclude "
+            f"{bench.layout.exclude}, and name that run by --weights",
+            code="benchmark-folds-without-weights",
+        )
     encoder = dict(zip(request.families, request.encoders, strict=True))[family]
     arguments = ["-d", request.dataset, "--encoder", encoder]
     arguments += ["--exclude", str(bench.layout.exclude)]
@@ -478,7 +511,7 @@ def fold(bench: Bench, key: RunKey) -> dict[str, object]:
     """Return the cases that a run trains on and those that it is scored on."""
     return {
         "train": list(bench.labelled(key)),
-        "val": list(bench.record.division.scored(key.split)),
+        "val": list(bench.record.scored(key.split)),
     }
 
 

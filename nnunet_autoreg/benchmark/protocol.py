@@ -1,13 +1,13 @@
 """The request, the folders and the runs of a benchmark."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from nnunet_autoreg.benchmark.results import RunKey
-from nnunet_autoreg.benchmark.split import SPLITS
+from nnunet_autoreg.benchmark.split import CROSS_VALIDATION, NUM_FOLDS, SCORED_SPLITS, fold_name
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
 from nnunet_autoreg.finetune.block import Recipe, check_recipe
 from nnunet_autoreg.model.card import RUNS_FOLDER
@@ -38,8 +38,10 @@ class BenchmarkRequest:
             itself.
         encoders: to pretrain on the dataset's own pool.
         pretrain_steps, pretrain_batch: of those pretrainings; None to have them planned.
-        budget_min: minutes of training per run; the steps follow from the slowest arm. None where
-            ``steps`` are given.
+        budget_min: minutes of training per run, one or several lengths; the steps follow from the
+            slowest arm. Empty where ``steps`` are given.
+        steps: of a run, one or several lengths.
+        num_folds: of ``--split cross-validation``.
         batch: patches per step, for all arms; None for the smallest of the plans.
         recipe: changed values of the fine-tuning recipe of our arms, "key=value".
         subjects: a CSV of case and subject; None for ``cases.csv`` or the cases' names.
@@ -54,10 +56,11 @@ class BenchmarkRequest:
     encoders: tuple[str, ...] = ("auto",)
     pretrain_steps: int | None = None
     pretrain_batch: int | None = None
-    budget_min: float | None = None
-    steps: int | None = None
+    budget_min: tuple[float, ...] = ()
+    steps: tuple[int, ...] = ()
     batch: int | None = None
     split: str = "test"
+    num_folds: int = NUM_FOLDS
     recipe: tuple[str, ...] = ()
     subjects: str | None = None
     surface_tolerance_mm: float | None = None
@@ -75,21 +78,23 @@ class BenchmarkRequest:
                     code="benchmark-unknown-arm",
                 )
 
-        if self.split not in SPLITS:
+        if self.split not in SCORED_SPLITS:
             raise UsageError(
-                f"--split {self.split}: there is no such split; {did_you_mean(self.split, SPLITS)}",
+                f"--split {self.split}: there is no such split; "
+                f"{did_you_mean(self.split, SCORED_SPLITS)}",
                 code="benchmark-unknown-split",
             )
 
         numbers = {
             "--seeds": self.num_seeds,
-            "--budget": self.budget_min,
-            "--steps": self.steps,
+            "--folds": self.num_folds,
             "--batch": self.batch,
             "--surface-tolerance": self.surface_tolerance_mm,
             "--pretrain-steps": self.pretrain_steps,
             "--pretrain-batch": self.pretrain_batch,
             **{f"--labels {k}": k for k in self.labels},
+            **{f"--budget {minutes:g}": minutes for minutes in self.budget_min},
+            **{f"--steps {steps}": steps for steps in self.steps},
         }
         for flag, number in numbers.items():
             if number is not None and not 0 < number < float("inf"):
@@ -97,7 +102,7 @@ class BenchmarkRequest:
                     f"{flag} {number:g}: must be greater than 0", code="benchmark-not-positive"
                 )
 
-        if (self.steps is None) == (self.budget_min is None):
+        if bool(self.steps) == bool(self.budget_min):
             raise UsageError(
                 "give the length of a run either as --steps or as --budget",
                 code="benchmark-length",
@@ -117,6 +122,13 @@ class BenchmarkRequest:
     def families(self) -> tuple[str, ...]:
         """Names of the pretrainings that are compared: the user's, or the benchmark's own."""
         return self.weights or tuple(OWN_PREFIX + encoder for encoder in self.encoders)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits of the runs: one for each fold, or the one that was asked for."""
+        if self.split != CROSS_VALIDATION:
+            return (self.split,)
+        return tuple(fold_name(fold, self.num_folds) for fold in range(self.num_folds))
 
     @property
     def recipe_word(self) -> str:
@@ -150,15 +162,21 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
     return found
 
 
-def runs_of(request: BenchmarkRequest, steps: int, batch: int) -> Iterator[RunKey]:
-    """Yield all runs, seed by seed, so that complete comparisons are available early."""
-    for seed, labels, arm in product(range(request.num_seeds), request.labels, request.arms):
+def runs_of(request: BenchmarkRequest, lengths: Sequence[int], batch: int) -> Iterator[RunKey]:
+    """Yield all runs, seed by seed, so that complete comparisons are available early.
+
+    Args:
+        lengths: numbers of steps; the shortest come first.
+    """
+    seeds = range(request.num_seeds)
+    comparisons = product(seeds, sorted(lengths), request.labels, request.splits)
+    for (seed, steps, labels, split), arm in product(comparisons, request.arms):
         # nnU-Net as it comes has neither our encoders nor our recipe.
         encoders, recipe = request.families, request.recipe_word
         if arm == STOCK:
             encoders, recipe = ("-",), ""
         for encoder in encoders:
-            yield RunKey(arm, encoder, labels, seed, request.split, steps, batch, recipe)
+            yield RunKey(arm, encoder, labels, seed, split, steps, batch, recipe)
 
 
 @dataclass(frozen=True)
@@ -185,7 +203,7 @@ class BenchmarkFolders:
 
     @property
     def exclude(self) -> Path:
-        """Development and test cases, for ``autoreg_pretrain --exclude``."""
+        """The cases that are scored, for ``autoreg_pretrain --exclude``."""
         return self.root / "exclude.txt"
 
     def pretraining(self, name: str) -> Path:

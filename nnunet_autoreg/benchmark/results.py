@@ -39,7 +39,8 @@ class RunKey:
     Attributes:
         arm: "pretrained", "masked", "scratch" or "stock".
         encoder: name of the weights whose plan it uses; "-" for stock.
-        labels: labelled cases asked for.
+        labels: labelled patients asked for; in folders of older versions, cases.
+        split: "development", "test", or a fold such as "fold1of5".
         recipe: changed values of the fine-tuning recipe as "key=value" words; "" for stock and
             without any.
     """

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -44,12 +44,15 @@ from nnunet_autoreg.records import (
     write_json,
 )
 from nnunet_autoreg.stopping import stop_requested
+from nnunet_autoreg.wording import counted, duration
 
 log = logging.getLogger(__name__)
 
 LENGTHS_NAME, COSTS_NAME = "lengths.json", "costs.json"
 _costs_lock = threading.Lock()
 PACE_STEPS = 20
+MEASURED_FROM_STEPS = 200
+"""Trainings of fewer steps end before a measurement of their pace would tell anything."""
 TRAINING_SHARE = 0.9
 """Of the budget; the rest is left for nnU-Net's look at validation patches after every epoch."""
 FEWEST_PER_EPOCH, MOST_PER_EPOCH, EPOCHS_WANTED = 25, 250, 40
@@ -76,62 +79,109 @@ def epochs_of(steps: int) -> tuple[int, int]:
     return max(1, steps // per_epoch), per_epoch
 
 
-def settle_length(bench: Bench, runner: Runner = worker) -> tuple[int, int]:
-    """Return steps and batch of all runs.
+def settle_lengths(bench: Bench, runner: Runner = worker) -> tuple[tuple[int, ...], int]:
+    """Return the numbers of steps and the batch of the runs.
 
-    They are the user's, or what the time budget allows the slowest arm. The latter is measured once
-    per budget and batch.
+    The steps are the user's, or what each time budget allows the slowest arm. The latter is
+    measured once per budget and batch.
 
     Raises:
-        AutoregError: an arm cannot be run, or the budget is too small for a step.
+        AutoregError: an arm cannot be run, or a budget is too small for a step.
     """
     request, file = bench.request, bench.layout.root / LENGTHS_NAME
     lengths = read_object(file) if file.is_file() else {}
-    keys = list(runs_of(request, 0, 0))
-    batch = request.batch or lengths.setdefault("batch", planned_batch(bench, keys))
-    steps = request.steps
+    batch = request.batch or lengths.setdefault("batch", planned_batch(bench, _networks(bench)))
+    steps_of_runs = list(request.steps)
 
-    if steps is None:
-        assert request.budget_min is not None
-        budgets = lengths.setdefault("budgets", {})
-        name = f"{request.budget_min:g} min at batch {batch}"
-
+    budgets = lengths.setdefault("budgets", {}) if request.budget_min else {}
+    paces: dict[str, float] = {}
+    for minutes in request.budget_min:
+        name = f"{minutes:g} min at batch {batch}"
         if name not in budgets:
-            paces = {}
-            # One run for each network: twins take the same time.
-            of_network: dict[tuple[str, bool], RunKey] = {}
-            for key in keys:
-                of_network.setdefault((key.encoder, key.arm == STOCK), key)
-            for key in of_network.values():
-                paces[str(key)] = measure_pace(bench, key, batch, runner)
+            # The pace of a network is the same for all budgets of one call.
+            paces = paces or _measured_paces(bench, batch, runner)
+            budgets[name] = _budget(minutes, paces)
 
-            slowest = max(paces, key=lambda arm: paces[arm])
-            steps = int(TRAINING_SHARE * request.budget_min * 60 / paces[slowest])
-            if steps < 1:
-                raise AutoregError(
-                    f"--budget {request.budget_min:g}: a step of {slowest} takes "
-                    f"{paces[slowest]:.1f} s; give more minutes",
-                    code="benchmark-budget-too-small",
-                )
-            budgets[name] = {
-                "steps": steps,
-                "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()},
-            }
+        found = budgets[name]
+        measured = ", ".join(
+            f"{arm} {pace:.3g} s a step" for arm, pace in found["seconds_per_step"].items()
+        )
+        log.info("%s: %d steps (%s)", name, found["steps"], measured)
+        steps_of_runs.append(int(found["steps"]))
 
-        steps, paces = int(budgets[name]["steps"]), budgets[name]["seconds_per_step"]
-        measured = ", ".join(f"{arm} {pace:.3g} s a step" for arm, pace in paces.items())
-        log.info("%s: %d steps (%s)", name, steps, measured)
+    # Nothing depends on the pace where steps are given, but the user learns the time beforehand.
+    is_long = max(request.steps, default=0) >= MEASURED_FROM_STEPS
+    if is_long and "paces" not in lengths and not (bench.layout.root / RESULTS_NAME).is_file():
+        lengths["paces"] = _measured_paces(bench, batch, runner)
 
     write_json(file, lengths)
-    epochs, per_epoch = epochs_of(steps)
-    return epochs * per_epoch, int(batch)
+
+    # Whole epochs; two budgets may give the same number.
+    whole = set()
+    for steps in steps_of_runs:
+        epochs, per_epoch = epochs_of(steps)
+        whole.add(epochs * per_epoch)
+    return tuple(sorted(whole)), int(batch)
 
 
-def hours_of(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> float | None:
-    """Return the hours that unfinished runs will train.
+def _networks(bench: Bench) -> list[RunKey]:
+    """Return one run for each network; twins take the same time."""
+    of_network: dict[tuple[str, bool], RunKey] = {}
+    for key in runs_of(bench.request, [0], 0):
+        of_network.setdefault((key.encoder, key.arm == STOCK), key)
+    return list(of_network.values())
 
-    The time of a step is what was measured for the budget, or what finished runs took. None where
-    a network has neither.
+
+def _measured_paces(bench: Bench, batch: int, runner: Runner) -> dict[str, float]:
+    """Return the seconds of a training step of every network, by the name of its run."""
+    return {str(key): measure_pace(bench, key, batch, runner) for key in _networks(bench)}
+
+
+def _budget(minutes: float, paces: Mapping[str, float]) -> dict[str, Any]:
+    """Return the steps that the slowest network makes in so many minutes, and all paces.
+
+    Raises:
+        AutoregError: that is less than one step.
+    """
+    slowest = max(paces, key=lambda arm: paces[arm])
+    steps = int(TRAINING_SHARE * minutes * 60 / paces[slowest])
+    if steps < 1:
+        raise AutoregError(
+            f"--budget {minutes:g}: a step of {slowest} takes {paces[slowest]:.1f} s; give more "
+            "minutes",
+            code="benchmark-budget-too-small",
+        )
+    return {
+        "steps": steps,
+        "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()},
+    }
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """The time that unfinished trainings will take.
+
+    Attributes:
+        num_runs: how many are unfinished.
+        seconds: of all of them.
+        has_scoring: prediction and scoring are included, as finished runs of every network are
+            there to learn their time from.
+    """
+
+    num_runs: int
+    seconds: float
+    has_scoring: bool
+
+    def __str__(self) -> str:
+        scoring = "" if self.has_scoring else "; prediction and scoring come on top"
+        return f"about {duration(self.seconds)} for {counted(self.num_runs, 'training')}{scoring}"
+
+
+def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft | None:
+    """Return the time that the unfinished runs will take; None where a network has no pace yet.
+
+    The time of a step is what was measured beforehand, or what finished runs took. That of
+    prediction and scoring is what finished runs took.
     """
     root = bench.layout.root
     file = root / LENGTHS_NAME
@@ -140,28 +190,39 @@ def hours_of(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> float | Non
     # Twins take the same time, so that the encoder decides; stock nnU-Net has "-".
     paces: dict[str, float] = {}
     for budget in lengths.get("budgets", {}).values():
-        for run, seconds in budget["seconds_per_step"].items():
-            network = run.partition(",")[0]
-            encoder = network.partition("(")[2].rstrip(")") or "-"
-            paces[encoder] = float(seconds)
+        paces |= _of_encoders(budget["seconds_per_step"])
+    paces |= _of_encoders(lengths.get("paces", {}))
+
     lines = read_results(root / RESULTS_NAME)
+    seconds_per_case: dict[str, float] = {}
     for line in lines:
         if line["seconds_per_step"]:
             paces[line["encoder"]] = float(line["seconds_per_step"])
+        if line.get("validate_s") and line[DICE]:
+            seconds_per_case[line["encoder"]] = float(line["validate_s"]) / len(line[DICE])
 
     done = {key_of(line) for line in lines}
     missing = [key for key in keys if key not in done]
     if any(key.encoder not in paces for key in missing):
         return None
-    return sum(key.steps * paces[key.encoder] for key in missing) / num_jobs / 3600
+
+    total = 0.0
+    for key in missing:
+        num_cases = len(bench.record.scored(key.split))
+        scoring = num_cases * seconds_per_case.get(key.encoder, 0.0)
+        total += key.steps * paces[key.encoder] + scoring
+    has_scoring = all(key.encoder in seconds_per_case for key in missing)
+    return TimeLeft(len(missing), total / num_jobs, has_scoring)
 
 
-def _one_of_each(keys: Sequence[RunKey]) -> list[RunKey]:
-    """Return one run for each network; twins take the same time."""
-    found: dict[tuple[str, bool], RunKey] = {}
-    for key in keys:
-        found.setdefault((key.encoder, key.arm == STOCK), key)
-    return list(found.values())
+def _of_encoders(paces: Mapping[str, float]) -> dict[str, float]:
+    """Return encoder -> seconds a step from the names of runs, such as "stock, 5 labels"."""
+    found = {}
+    for run, seconds in paces.items():
+        network = run.partition(",")[0]
+        encoder = network.partition("(")[2].rstrip(")") or "-"
+        found[encoder] = float(seconds)
+    return found
 
 
 def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float:
@@ -252,12 +313,14 @@ def run_missing(
         with lock:
             append_json_line(file, line)
 
+        left = time_left(bench, keys, num_jobs)
         log.info(
-            "%s: Dice %.3f after %d steps in %.0f s",
+            "%s: Dice %.3f after %d steps in %s%s",
             key,
             mean_dice(line),
             key.steps,
-            line["train_s"],
+            duration(line["train_s"]),
+            f"; {left} remain" if left is not None and left.num_runs else "",
         )
 
     if num_jobs == 1:
@@ -304,7 +367,7 @@ def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, A
     ids = bench.ids
     # The line holds all that the table needs, so that it can be made anywhere.
     cases = bench.labelled(key)
-    scored = bench.record.division.scored(key.split)
+    scored = bench.record.scored(key.split)
     patient_of = bench.record.subjects
     subjects = {ids.of_case(case): ids.of_patient(patient_of[case]) for case in scored}
     _, per_epoch = epochs_of(key.steps)

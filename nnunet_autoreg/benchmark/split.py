@@ -1,4 +1,4 @@
-"""Divides patients into pool, development and test, and draws the labelled ones of a seed. Pure.
+"""Divides patients into parts or folds, and draws the labelled ones of a seed. Pure.
 
 Everything follows from hashes of names, so that it never changes. Patients are never split: all
 scans of one are in the same part.
@@ -6,6 +6,7 @@ scans of one are in the same part.
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.records import regular
 
 TEST_SHARE, DEVELOPMENT_SHARE = 0.2, 0.15
+CROSS_VALIDATION = "cross-validation"
 SPLITS = ("development", "test")
+SCORED_SPLITS = (*SPLITS, CROSS_VALIDATION)
+NUM_FOLDS = 5
+SMALL_TEST = 10
+"""A test part of fewer patients says little; cross-validation scores all of them."""
 PATIENTS, CASES = "patients", "cases"
 """What a number of labels counts."""
 CASES_NAME = "cases.csv"
@@ -36,8 +42,8 @@ class Division:
     test: tuple[str, ...]
 
     def scored(self, split: str) -> tuple[str, ...]:
-        """Return the cases of a split."""
-        return {"development": self.development, "test": self.test}[split]
+        """Return the cases of a split; those of a fold are its test part."""
+        return self.development if split == "development" else self.test
 
 
 def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
@@ -161,6 +167,43 @@ def divide(subject_of: Mapping[str, str]) -> Division:
         else:
             pool.append(case)
     return Division(tuple(pool), tuple(development), tuple(test))
+
+
+def fold_name(fold: int, num_folds: int) -> str:
+    """Return the split of a run that is scored on one fold: "fold1of5" for the first of five."""
+    return f"fold{fold + 1}of{num_folds}"
+
+
+def fold_of_split(split: str) -> tuple[int, int] | None:
+    """Return fold and number of folds of a run's split; None if it is no fold."""
+    match = re.fullmatch(r"fold(\d+)of(\d+)", split)
+    return (int(match[1]) - 1, int(match[2])) if match else None
+
+
+def divide_for_fold(subject_of: Mapping[str, str], fold: int, num_folds: int) -> Division:
+    """Return the division of one fold: its patients are the test, all others the pool.
+
+    The patients are dealt out in the order of their hashes, so that every patient is in the test
+    part of exactly one fold, and the sizes of folds differ by one patient at most.
+
+    Raises:
+        UsageError: there are fewer patients than folds, or fewer than two folds.
+    """
+    order = ordered(set(subject_of.values()))
+    if not 2 <= num_folds <= len(order):
+        raise UsageError(
+            f"--folds {num_folds}: {len(order)} patients can be divided into 2 to {len(order)} "
+            "folds; give another number, or --subjects if the names mislead",
+            code="benchmark-folds",
+        )
+
+    fold_of = {patient: number % num_folds for number, patient in enumerate(order)}
+    pool: list[str] = []
+    test: list[str] = []
+    for case in sorted(subject_of):
+        part = test if fold_of[subject_of[case]] == fold else pool
+        part.append(case)
+    return Division(tuple(pool), (), tuple(test))
 
 
 def labelled(

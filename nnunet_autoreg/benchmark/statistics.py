@@ -105,6 +105,27 @@ def paired(
     return interval(difference_RC[:, kept_C], subjects, num_left_out=int((~kept_C).sum()))
 
 
+def mean_interval(lines: Mapping[int, Mapping[str, Any]]) -> Difference | None:
+    """Return the mean Dice of runs of several seeds with its bootstrap intervals.
+
+    It is computed as a difference to 0, with the patients and seeds drawn in the same way.
+    """
+    seeds = sorted(lines)
+    cases = sorted(lines[seeds[0]][DICE])
+    rows = []
+    for seed in seeds:
+        scores = case_scores(lines[seed])
+        rows.append([scores.get(case, np.nan) for case in cases])
+    score_RC = np.array(rows)
+
+    kept_C = np.isfinite(score_RC).all(axis=0)
+    if not kept_C.any():
+        return None
+    subject_of = lines[seeds[0]]["subjects"]
+    subjects = [str(subject_of[cases[index]]) for index in np.flatnonzero(kept_C)]
+    return interval(score_RC[:, kept_C], subjects, num_left_out=int((~kept_C).sum()))
+
+
 def interval(
     difference_RC: Array, subjects: Sequence[str], num_left_out: int = 0, num_draws: int = NUM_DRAWS
 ) -> Difference:

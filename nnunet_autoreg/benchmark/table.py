@@ -1,14 +1,20 @@
 """The lines of runs as a table for people, and its numbers for the picture."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nnunet_autoreg.benchmark.folds import merged_folds, shown_split, unfinished_folds
 from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
 from nnunet_autoreg.benchmark.results import UNEQUAL_COST, RunKey, key_of
+from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.benchmark.statistics import SURFACE, Difference, mean_dice, paired, tolerance_of
+from nnunet_autoreg.wording import counted
+
+TERMINAL_WIDTH = 80
 
 Lines = Mapping[int, Mapping[str, Any]]
 """Lines of runs that differ in their seed alone, by seed."""
@@ -57,10 +63,11 @@ class TableRow:
 def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     """Return one row for each arm, encoder, number of labels, length and recipe.
 
-    Of several lines of the same run the last one counts.
+    Of several lines of the same run the last one counts. The folds of a cross-validation are one
+    run for each seed, once all of them are finished.
     """
     groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
-    for line in lines:
+    for line in merged_folds(lines):
         groups.setdefault(_group(key_of(line)), {})[int(line["seed"])] = line
 
     # The twin from random weights has the same plans and recipe; nnU-Net as it comes has neither.
@@ -126,7 +133,8 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = rows_of(lines)
     text = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     text += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    return "\n".join([*text, "", *_notes(rows)]) + "\n"
+    notes = [*_notes(rows), unfinished_folds(lines)]
+    return "\n".join([*text, "", *filter(None, notes)]) + "\n"
 
 
 def _cells(row: TableRow) -> list[str]:
@@ -167,37 +175,93 @@ def _cells(row: TableRow) -> list[str]:
     ]
 
 
-SHORT_COLUMNS = ("labels", "arm", "seeds", "Dice", "minus scratch [95 %]", "minus stock [95 %]")
+SHORT_COLUMNS = ("labels", "arm", "Dice", "minus scratch [95 %]", "minus stock [95 %]")
+
+Length = tuple[str, int, int]
+"""Split, steps and batch of runs that may be compared."""
 
 
-def summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the runs show, in words and in a table that fits a terminal.
+def length_of(key: RunKey) -> Length:
+    """Return what runs that may be compared have in common."""
+    return key.split, key.steps, key.batch
 
-    The length and split are those of the last line; ``table.md`` has all of them.
+
+def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> str:
+    """Return what the runs show, in words and in tables of at most 80 columns.
+
+    ``table.md`` has all runs.
+
+    Args:
+        steps: the lengths to show; by default, that of the last line. Split and batch are those of
+            the last line.
     """
     last = key_of(lines[-1])
-    length = (last.split, last.steps, last.batch)
-    rows = []
-    for row in rows_of(lines):
-        if (row.key.split, row.key.steps, row.key.batch) == length:
-            rows.append(row)
+    split = shown_split(last.split)
+    wanted = {(split, number, last.batch) for number in steps or [last.steps]}
+    rows = [row for row in rows_of(lines) if length_of(row.key) in wanted]
 
+    # The answers come first.
     sentences = []
     for row in rows:
         # Without the arm from random weights, stock nnU-Net is what to compare with.
         other = "scratch" if row.to_scratch is not None else STOCK
         difference = row.to_scratch or row.to_stock
         if difference is not None and row.key.arm in ("pretrained", "masked"):
-            compared = f"{_name_of_arm(row.key)} against {other}, {row.key.labels} labels"
-            sentences.append(f"{compared}: {verdict(difference)}")
+            compared = f"{_name_of_arm(row.key)} minus {other}"
+            patients = counted(row.key.labels, "labelled patient")
+            sentences.append(verdict(difference))
+            text = f"{compared}, {patients}, {counted(row.key.steps, 'step')}"
+            sentences += textwrap.wrap(
+                text, TERMINAL_WIDTH, initial_indent="  ", subsequent_indent="  "
+            )
 
-    cells = [SHORT_COLUMNS, *(_short_cells(row) for row in rows)]
+    # One table for each network and length, with stock nnU-Net in all of them.
+    stock = [row for row in rows if row.key.arm == STOCK]
+    tables: dict[tuple[Any, ...], list[TableRow]] = {}
+    for row in rows:
+        if row.key.arm != STOCK:
+            network = (length_of(row.key), row.key.encoder, row.key.recipe)
+            tables.setdefault(network, []).append(row)
+
+    blocks = []
+    for (length, _, _), ours in tables.items():
+        rivals = [row for row in stock if length_of(row.key) == length]
+        blocks.append(_short_table([*ours, *rivals]))
+    if not tables and stock:
+        blocks.append(_short_table(stock))
+
+    unfinished = unfinished_folds(lines)
+    return "\n\n".join(filter(None, ["\n".join(sentences), *blocks, unfinished]))
+
+
+def _short_table(rows: Sequence[TableRow]) -> str:
+    """Return a heading and a table of runs of one length and network, and of stock nnU-Net."""
+    first = rows[0]
+    encoder = first.key.encoder.removeprefix(OWN_PREFIX)
+    name = STOCK if encoder == "-" else encoder
+    if first.key.recipe:
+        name += f" ({first.key.recipe})"
+    line = next(iter(first.lines.values()))
+    num_patients = len(set(line["subjects"].values()))
+    steps, batch = counted(first.key.steps, "step"), counted(first.key.batch, "patch")
+    seeds = sorted({len(row.lines) for row in rows})
+    heading = (
+        f"{name}, {steps} of {batch}; {first.key.split}: {counted(num_patients, 'patient')}, "
+        f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'}"
+    )
+
+    cells = [SHORT_COLUMNS]
+    for row in sorted(rows, key=lambda row: row.key.labels):
+        dice = f"{np.mean(row.dice):.3f}"
+        differences = [figures(found) for found in (row.to_scratch, row.to_stock)]
+        cells.append((str(row.key.labels), row.key.arm, dice, differences[0], differences[1]))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    table = []
-    for line in cells:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+
+    table = textwrap.wrap(heading, TERMINAL_WIDTH)
+    for texts in cells:
+        padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
         table.append("  ".join(padded).rstrip())
-    return "\n".join([*sentences, "", *table])
+    return "\n".join(table)
 
 
 def verdict(difference: Difference) -> str:
@@ -206,14 +270,13 @@ def verdict(difference: Difference) -> str:
     It is shown if the 95 % interval over seeds and patients does not hold 0.
     """
     low, high = difference.over_both
-    figures = signed(difference)
     if difference.num_seeds < 2:
-        return f"not known from 1 seed: {figures}"
+        return f"not known from 1 seed: {figures(difference)}"
     if low > 0:
-        return f"better: {figures}"
+        return f"better: {figures(difference)}"
     if high < 0:
-        return f"worse: {figures}"
-    return f"no difference shown: {figures}"
+        return f"worse: {figures(difference)}"
+    return f"no difference shown: {figures(difference)}"
 
 
 def _name_of_arm(key: RunKey) -> str:
@@ -221,29 +284,23 @@ def _name_of_arm(key: RunKey) -> str:
     return key.arm if encoder == "-" else f"{key.arm} ({encoder})"
 
 
-def _short_cells(row: TableRow) -> tuple[str, ...]:
-    return (
-        str(row.key.labels),
-        _name_of_arm(row.key),
-        str(len(row.lines)),
-        _mean_and_deviation(row.dice),
-        signed(row.to_scratch),
-        signed(row.to_stock),
-    )
-
-
 def _mean_and_deviation(values: Sequence[float]) -> str:
     deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
     return f"{np.mean(values):.3f} ({deviation})"
 
 
-def signed(difference: Difference | None) -> str:
+def figures(difference: Difference | None) -> str:
     """Return a difference with its interval; "-" where there is none."""
     if difference is None:
         return "-"
     low, high = difference.over_both
-    seeds = "" if difference.num_seeds > 1 else ", 1 seed"
-    return f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}]{seeds}"
+    return f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def signed(difference: Difference | None) -> str:
+    """Return the same with a remark where there is 1 seed."""
+    is_single = difference is not None and difference.num_seeds < 2
+    return figures(difference) + (", 1 seed" if is_single else "")
 
 
 def _pretraining(made_by: Mapping[str, Any] | None) -> str:
@@ -303,6 +360,11 @@ def _notes(rows: Sequence[TableRow]) -> list[str]:
         "little about their own spread. With 1 seed it is a bootstrap over patients alone.",
     ]
     notes += unequal_pretrainings(rows)
+    if any(row.key.split not in SPLITS for row in rows):
+        notes.append(
+            "A cross-validation scores every patient once a seed. Trainings of different folds "
+            "share labelled patients, which the interval does not know of: it is somewhat narrow."
+        )
 
     left_out = 0
     for row in rows:

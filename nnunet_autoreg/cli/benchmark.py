@@ -6,9 +6,11 @@ equal cost and with the spread over seeds.
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_autoreg.benchmark.split import NUM_FOLDS, SCORED_SPLITS
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,
@@ -29,6 +31,7 @@ from nnunet_autoreg.cli.options import (
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.machine import usable_cores
+from nnunet_autoreg.wording import counted, duration
 
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.prepare import Bench
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET_MIN = 30.0
 EXCLUSION = "exclude.txt"
 FOLDER = "autoreg_benchmark"
+CURVE, PICTURE = "learning_curve.png", "benchmark.png"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,13 +125,20 @@ def _add_length_options(group: Group) -> None:
     group.add_argument(
         "--budget",
         dest="budget_min",
+        nargs="+",
         type=float,
+        default=[],
         metavar="MIN",
-        help="minutes of training per run. All arms train for the number of steps that the slowest "
-        f"one makes in this time (default: {DEFAULT_BUDGET_MIN:g})",
+        help="minutes of training per run; one or several lengths. All arms train for the number "
+        f"of steps that the slowest one makes in this time (default: {DEFAULT_BUDGET_MIN:g})",
     )
     group.add_argument(
-        "--steps", type=int, metavar="N", help="steps per run, instead of --budget (default: none)"
+        "--steps",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="steps per run, instead of --budget; one or several lengths (default: none)",
     )
     group.add_argument(
         "--batch",
@@ -153,9 +164,18 @@ def _add_scoring_options(group: Group) -> None:
     group.add_argument(
         "--split",
         default="test",
-        choices=["development", "test"],
+        choices=SCORED_SPLITS,
         help="patients that are scored. development: for making choices; test: for the final "
-        "table (default: test)",
+        "table; cross-validation: every patient once, in --folds parts, for fewer than about 50 "
+        "patients and with --weights (default: test)",
+    )
+    group.add_argument(
+        "--folds",
+        dest="num_folds",
+        type=int,
+        default=NUM_FOLDS,
+        metavar="N",
+        help="folds of --split cross-validation (default: %(default)s)",
     )
     add_subjects(group)
     group.add_argument(
@@ -200,7 +220,7 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     from nnunet_autoreg.nnunet_api import dataset_folder
 
     # The pace is what the number of steps follows from.
-    if args.measure and args.budget_min is None and args.steps is not None:
+    if args.measure and args.steps and not args.budget_min:
         raise UsageError(
             "--measure needs --budget: with --steps there is nothing to measure",
             code="usage-measure-with-steps",
@@ -212,12 +232,13 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     options = options_for(BenchmarkRequest, args)
     options["dataset"] = dataset_folder(args.dataset).name
     # Without numbers they follow from the pool, which is known after the patients are split.
-    options["labels"] = tuple(sorted(set(args.labels)))
+    for name in ("labels", "steps", "budget_min"):
+        options[name] = tuple(sorted(set(options[name])))
     for name in ("arms", "weights", "encoders"):
         options[name] = tuple(dict.fromkeys(options[name]))
 
-    if args.steps is None and args.budget_min is None:
-        options["budget_min"] = DEFAULT_BUDGET_MIN
+    if not args.steps and not args.budget_min:
+        options["budget_min"] = (DEFAULT_BUDGET_MIN,)
     return BenchmarkRequest(**options).check()
 
 
@@ -245,8 +266,8 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
     num_threads = max(1, usable_cores() // num_jobs)
     commands = Commands(root / "commands.log", device, num_threads, folders)
     record = open_record(root, request, sorted(images), dataset_folder(request.dataset))
-    write_exclude(layout, record.division)
     request = with_labels(request, record)
+    write_exclude(layout, record, request.split)
     return Bench(
         request,
         layout,
@@ -262,63 +283,95 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
 
 def describe(bench: "Bench") -> None:
     """Print how the patients are split."""
+    from nnunet_autoreg.benchmark.split import CROSS_VALIDATION, SMALL_TEST
+
+    record, request = bench.record, bench.request
+    if record.rule:
+        print(record.rule)
+    print(f"--labels counts {record.label_unit}")
+    print(
+        f"{public_dataset(request.dataset)}: {len(record.subjects)} labelled cases of "
+        f"{len(set(record.subjects.values()))} patients"
+    )
+
     # A case is one scan; a patient may have several.
-    division, subjects = bench.record.division, bench.record.subjects
+    def num_patients(cases: Sequence[str]) -> int:
+        return len({record.subjects[case] for case in cases})
+
+    num_tested = [num_patients(record.scored(split)) for split in request.splits]
+    if request.split == CROSS_VALIDATION:
+        sizes = " or ".join(map(str, sorted(set(num_tested))))
+        num_labels = min(map(record.num_available, request.splits))
+        print(
+            f"{counted(len(num_tested), 'fold')} of {sizes} patients, who are scored by networks "
+            f"that did not see them; up to {counted(num_labels, 'labelled patient')} in a training"
+        )
+        return
 
     parts = []
     for name in ("pool", "development", "test"):
-        cases = getattr(division, name)
-        patients = {subjects[case] for case in cases}
-        parts.append(f"{name} {len(cases)} ({len(patients)} patients)")
+        cases = getattr(record.division, name)
+        parts.append(f"{name} {len(cases)} ({counted(num_patients(cases), 'patient')})")
+    print(", ".join(parts))
+    if num_tested[0] < SMALL_TEST:
+        print(
+            f"scores of {counted(num_tested[0], 'patient')} say little; --split cross-validation "
+            "scores every patient once"
+        )
 
-    if bench.record.rule:
-        print(bench.record.rule)
-    print(f"--labels counts {bench.record.label_unit}")
-    print(
-        f"{public_dataset(bench.request.dataset)}: {len(subjects)} labelled cases of "
-        f"{len(set(subjects.values()))} patients; {', '.join(parts)}",
-        flush=True,
-    )
+
+def announce(request: "BenchmarkRequest", num_jobs: int) -> None:
+    """Print how many trainings there are and, of a time budget, how long they take."""
+    from nnunet_autoreg.benchmark.protocol import runs_of
+
+    lengths = request.steps or request.budget_min
+    num_runs = len([*runs_of(request, range(len(lengths)), 1)])
+    text = f"{counted(num_runs, 'training')}, {num_jobs} at a time"
+    if request.budget_min:
+        minutes = num_runs / len(lengths) * sum(lengths) / num_jobs
+        text += f": about {duration(60 * minutes)}, plus pretraining, prediction and scoring"
+    else:
+        text += f", of {' or '.join(f'{steps:,}' for steps in lengths)} steps"
+    print(text, flush=True)
 
 
 def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     """Prepare, train what is missing and print the results; return how many trainings failed."""
-    from nnunet_autoreg.benchmark.picture import draw
+    from nnunet_autoreg.benchmark.picture import draw, draw_curve
     from nnunet_autoreg.benchmark.prepare import prepare, surface_tolerance_mm
     from nnunet_autoreg.benchmark.protocol import runs_of
     from nnunet_autoreg.benchmark.results import RESULTS_NAME, read_results
-    from nnunet_autoreg.benchmark.run import hours_of, run_missing, settle_length
+    from nnunet_autoreg.benchmark.run import run_missing, settle_lengths, time_left
     from nnunet_autoreg.benchmark.table import markdown, summary
     from nnunet_autoreg.records import write_text
 
     # One step of one patch, because the length is only known after the preparations.
     root = bench.layout.root
-    prepare(bench, [*runs_of(bench.request, 1, 1)])
-    steps, batch = settle_length(bench)
-    keys = [*runs_of(bench.request, steps, batch)]
+    prepare(bench, [*runs_of(bench.request, [1], 1)])
+    lengths, batch = settle_lengths(bench)
+    keys = [*runs_of(bench.request, lengths, batch)]
 
     tolerance_mm = surface_tolerance_mm(bench)
     if tolerance_mm is not None:
         print(f"surface Dice at a tolerance of {tolerance_mm:g} mm")
-    print(f"{len(keys)} trainings of {steps} steps of {batch} patches", flush=True)
-    hours = hours_of(bench, keys, num_jobs)
-    if hours:
-        print(
-            f"about {hours:.2g} h of training for those that are not finished, without prediction "
-            "and scoring",
-            flush=True,
-        )
+    steps = " or ".join(f"{number:,}" for number in lengths)
+    print(f"{counted(len(keys), 'training')} of {steps} steps of {counted(batch, 'patch')}")
+    left = time_left(bench, keys, num_jobs)
+    if left is not None and left.num_runs:
+        print(f"still to do: {left}", flush=True)
     if only_measure:
         return 0
 
     failed = run_missing(bench, keys, num_jobs)
     lines = read_results(root / RESULTS_NAME)
     if lines:
-        table, picture = root / "table.md", root / "benchmark.png"
+        title = public_dataset(bench.request.dataset)
+        table, picture, curve = (root / name for name in ("table.md", PICTURE, CURVE))
         write_text(table, markdown(lines))
-        draw(picture, lines, public_dataset(bench.request.dataset))
-        print(summary(lines))
-        print(f"table: {table}\npicture: {picture}\nruns: {root / RESULTS_NAME}")
+        draw(picture, lines, title)
+        draw_curve(curve, lines, title)
+        print(summary(lines, lengths))
+        print(f"table: {table}\npictures: {curve}, {picture}\nruns: {root / RESULTS_NAME}")
     return len(failed)
 
 
@@ -338,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     with locked(root, "name another -o"):
         bench = open_bench(request, root, device, args.jobs)
         describe(bench)
+        announce(bench.request, args.jobs)
         if args.dry_run:
             exclude = shlex.quote(str(bench.layout.exclude))
             dataset = shlex.quote(args.dataset)

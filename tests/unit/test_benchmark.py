@@ -23,6 +23,7 @@ from nnunet_autoreg.benchmark.prepare import (
     retyped,
     surface_tolerance_mm,
     with_labels,
+    write_exclude,
     write_folds,
     write_plans,
 )
@@ -35,7 +36,14 @@ from nnunet_autoreg.benchmark.protocol import (
 )
 from nnunet_autoreg.benchmark.public_ids import assign_ids, read_ids
 from nnunet_autoreg.benchmark.results import RunKey, key_of, read_results
-from nnunet_autoreg.benchmark.run import epochs_of, hours_of, line_of, run_missing, settle_length
+from nnunet_autoreg.benchmark.run import (
+    TimeLeft,
+    epochs_of,
+    line_of,
+    run_missing,
+    settle_lengths,
+    time_left,
+)
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
 from nnunet_autoreg.cli.benchmark import parser, read_request
@@ -56,7 +64,7 @@ def request(**changes: Any) -> BenchmarkRequest:
             "num_seeds": 2,
             "arms": ("pretrained", "scratch"),
             "encoders": ("tiny",),
-            "steps": 50,
+            "steps": (50,),
             "batch": 2,
             **changes,
         }
@@ -70,7 +78,7 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
     keys = list(
         runs_of(
             request(arms=("masked", "stock"), encoders=("a", "b"), recipe=("scratch_rate=1e-2",)),
-            50,
+            [50],
             2,
         )
     )
@@ -92,10 +100,12 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
     ("changes", "code", "named"),
     [
         ({"arms": ("pretraind",)}, "benchmark-unknown-arm", "'pretrained'"),
-        ({"steps": None}, "benchmark-length", "--budget"),
-        ({"budget_min": 3.0}, "benchmark-length", "--steps"),
+        ({"steps": ()}, "benchmark-length", "--budget"),
+        ({"budget_min": (3.0,)}, "benchmark-length", "--steps"),
         ({"num_seeds": 0}, "benchmark-not-positive", "--seeds 0"),
         ({"labels": (0,)}, "benchmark-not-positive", "--labels 0"),
+        ({"steps": (50, -1)}, "benchmark-not-positive", "--steps -1"),
+        ({"split": "crossvalidation"}, "benchmark-unknown-split", "'cross-validation'"),
         ({"recipe": ("pretrained_rate",)}, "recipe-not-key-value", "key=value"),
         ({"recipe": ("pretrained_rat=1e-3",)}, "recipe-value", "'pretrained_rate'"),
         ({"recipe": ("pretrained_rate=fast",)}, "recipe-value", "'fast'"),
@@ -133,7 +143,7 @@ def test_the_line_typed_becomes_the_request(
     )
 
     assert typed == BenchmarkRequest(
-        DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=30.0
+        DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=(30.0,)
     )
     assert typed.families == ("brain",)
     with refused(UsageError, "usage-number", "--jobs 0"):
@@ -269,7 +279,7 @@ def results(bench: Bench) -> list[dict[str, Any]]:
 def test_finished_runs_are_skipped_and_failed_ones_repeated(
     bench: Bench,
 ) -> None:
-    keys = list(runs_of(bench.request, 50, 2))
+    keys = list(runs_of(bench.request, [50], 2))
     write_folds(bench, keys)
     half = bench.layout.run(keys[0])
     half.mkdir(parents=True)
@@ -292,7 +302,7 @@ def test_finished_runs_are_skipped_and_failed_ones_repeated(
 def test_all_arms_of_a_seed_train_and_are_scored_on_the_same_cases(
     bench: Bench,
 ) -> None:
-    keys = list(runs_of(bench.request, 50, 2))
+    keys = list(runs_of(bench.request, [50], 2))
     write_folds(bench, keys)
     runner = FakeRunner()
     run_missing(bench, keys, 1, runner)
@@ -315,10 +325,10 @@ def test_all_arms_of_a_seed_train_and_are_scored_on_the_same_cases(
 
 
 def test_more_labels_later_leave_the_numbers_of_earlier_folds_alone(bench: Bench) -> None:
-    write_folds(bench, runs_of(bench.request, 50, 2))
+    write_folds(bench, runs_of(bench.request, [50], 2))
     before = read_json(bench.layout.plans / "splits_final.json")
     more = replace(bench, request=request(labels=(1, 2, 4), split="development"))
-    write_folds(more, runs_of(more.request, 50, 2))
+    write_folds(more, runs_of(more.request, [50], 2))
 
     after = read_json(bench.layout.plans / "splits_final.json")
 
@@ -326,19 +336,21 @@ def test_more_labels_later_leave_the_numbers_of_earlier_folds_alone(bench: Bench
 
 
 def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
-    asked = request(arms=("pretrained", "scratch", "stock"), steps=None, batch=None, budget_min=1.0)
+    asked = request(
+        arms=("pretrained", "scratch", "stock"), steps=(), batch=None, budget_min=(1.0,)
+    )
     bench = replace(bench, request=asked)
-    write_folds(bench, runs_of(asked, 50, 2))
+    write_folds(bench, runs_of(asked, [50], 2))
 
     runner = FakeRunner(pace={"nnUNetTrainer": 0.5, "AutoregPretrainedTrainer": 0.1})
 
     # 90 % of 60 s at 0.5 s are 108 steps: 4 epochs of 25. The smallest batch of the plans is 6.
-    assert settle_length(bench, runner) == (100, 6)
+    assert settle_lengths(bench, runner) == ((100,), 6)
     assert len(runner.done) == 2
-    assert settle_length(bench, FakeRunner(("nnUNetTrainer", 0))) == (100, 6)
+    assert settle_lengths(bench, FakeRunner(("nnUNetTrainer", 0))) == ((100,), 6)
     with refused(AutoregError, "benchmark-budget-too-small", "stock", "100.0 s"):
-        settle_length(
-            replace(bench, request=replace(asked, budget_min=0.5)),
+        settle_lengths(
+            replace(bench, request=replace(asked, budget_min=(0.5,))),
             FakeRunner(pace={"nnUNetTrainer": 100.0}),
         )
 
@@ -395,7 +407,7 @@ def test_results_call_cases_and_patients_by_ids(bench: Bench, tmp_path: Path) ->
     bench = replace(bench, request=asked, record=record, ids=ids)
     scored = record.division.scored("test")
     result = {"dice_per_case": {case: {"1": 0.5} for case in scored}}
-    line = line_of(bench, next(iter(runs_of(asked, 50, 2))), result)
+    line = line_of(bench, next(iter(runs_of(asked, [50], 2))), result)
 
     assert open_record(root, asked, cases) == record
     written = (root / "benchmark.json").read_text() + json.dumps(line)
@@ -423,18 +435,88 @@ def test_labels_that_cannot_be_drawn_are_refused_at_once(bench: Bench) -> None:
 
 
 def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -> None:
-    asked = request(arms=("pretrained", "scratch", "stock"), steps=None, batch=None, budget_min=1.0)
+    asked = request(
+        arms=("pretrained", "scratch", "stock"), steps=(), batch=None, budget_min=(1.0,)
+    )
     bench = replace(bench, request=asked)
-    keys = list(runs_of(asked, 100, 6))
-    assert hours_of(bench, keys, 1) is None
+    keys = list(runs_of(asked, [100], 6))
+    assert time_left(bench, keys, 1) is None
     write_folds(bench, keys)
 
-    settle_length(bench, FakeRunner(pace={"nnUNetTrainer": 0.5, "AutoregPretrainedTrainer": 0.1}))
+    settle_lengths(bench, FakeRunner(pace={"nnUNetTrainer": 0.5, "AutoregPretrainedTrainer": 0.1}))
 
     # Two seeds of three arms of 100 steps: twice 0.1, 0.1 and 0.5 s a step, in two jobs.
-    assert hours_of(bench, keys, 2) == pytest.approx(2 * 100 * 0.7 / 2 / 3600)
-    run_missing(bench, keys[:3], 1, FakeRunner(pace={"nnUNetTrainer": 0.5}))
-    assert hours_of(bench, keys[:3], 1) == 0
+    left = time_left(bench, keys, 2)
+    assert left == TimeLeft(6, pytest.approx(2 * 100 * 0.7 / 2), has_scoring=False)
+
+    # Finished runs took 1 s to predict and score, and then train at their own pace.
+    run_missing(bench, keys[:3], 1, FakeRunner(pace={"nnUNetTrainer": 0.4}))
+    assert time_left(bench, keys[:3], 1) == TimeLeft(0, 0, has_scoring=True)
+    assert time_left(bench, keys, 1) == TimeLeft(
+        3, pytest.approx(100 * (0.5 + 0.5 + 0.4) + 3 * 1.0), has_scoring=True
+    )
+
+
+def test_long_trainings_of_given_steps_have_their_pace_measured(bench: Bench) -> None:
+    short = replace(bench, request=request(steps=(100,)))
+    long = replace(bench, request=request(steps=(100, 400)))
+    write_folds(bench, runs_of(long.request, [50], 2))
+    runner = FakeRunner()
+
+    assert settle_lengths(short, runner) == ((100,), 2)
+    assert time_left(short, list(runs_of(short.request, [100], 2)), 1) is None
+    assert settle_lengths(long, runner) == ((100, 400), 2)
+
+    # One step of the one network; both lengths of two arms and two seeds at 0.5 s a step.
+    assert len(runner.done) == 1
+    keys = list(runs_of(long.request, [100, 400], 2))
+    assert time_left(long, keys, 1) == TimeLeft(8, pytest.approx(4 * 500 * 0.5), has_scoring=False)
+
+
+def test_several_lengths_train_the_shortest_first_within_a_seed(bench: Bench) -> None:
+    asked = request(steps=(), batch=None, budget_min=(1.0, 2.0, 2.01))
+    bench = replace(bench, request=asked)
+    write_folds(bench, runs_of(asked, [50], 2))
+    runner = FakeRunner(pace={"AutoregPretrainedTrainer": 0.5})
+
+    # 108, 216 and 217 steps, of which the last two are the same number of whole epochs.
+    assert settle_lengths(bench, runner) == ((100, 200), 6)
+    assert len(runner.done) == 1
+    keys = list(runs_of(asked, (200, 100), 6))
+    assert [(key.seed, key.steps) for key in keys[::2]] == [(0, 100), (0, 200), (1, 100), (1, 200)]
+
+
+def test_each_patient_is_scored_once_and_never_by_a_network_that_saw_it(bench: Bench) -> None:
+    cases = [f"patient{n:03d}_{phase}" for n in range(8) for phase in ("ED", "ES")]
+    subjects = subjects_by_name(cases)
+    record = Record(DATASET, subjects, divide(subjects), label_unit="patients")
+    asked = with_labels(request(split="cross-validation", num_folds=5, labels=(6,)), record)
+    bench = replace(bench, request=asked, record=record)
+
+    assert asked.splits == ("fold1of5", "fold2of5", "fold3of5", "fold4of5", "fold5of5")
+    scored: list[str] = []
+    for key in runs_of(replace(asked, num_seeds=1, arms=("scratch",)), [50], 2):
+        fold = preparing.fold(bench, key)
+        seen = {subjects[case] for case in fold["train"]}
+        assert len(seen) == 6 and not seen & {subjects[case] for case in fold["val"]}
+        scored += fold["val"]
+    assert sorted(scored) == sorted(cases)
+
+    # Eight patients in five folds: a pool has six or seven of them.
+    with refused(UsageError, "benchmark-too-many-labels", "--labels 7", "6"):
+        with_labels(replace(asked, labels=(7,)), record)
+    with refused(UsageError, "benchmark-folds", "--folds 9", "8 patients"):
+        with_labels(replace(asked, num_folds=9), record)
+
+
+def test_a_cross_validation_excludes_all_labelled_cases_from_pretraining(bench: Bench) -> None:
+    write_exclude(bench.layout, bench.record, "cross-validation")
+    lines = bench.layout.exclude.read_text().splitlines()
+
+    assert [line for line in lines if line[:1] != "#"] == [f"{DATASET}/{case}" for case in CASES]
+    bench = replace(bench, request=request(split="cross-validation"))
+    with refused(UsageError, "benchmark-folds-without-weights", bench.layout.exclude, "--weights"):
+        preparing.ensure_weights(bench, "benchmark_tiny")
 
 
 def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:

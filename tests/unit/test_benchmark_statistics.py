@@ -2,13 +2,19 @@
 
 import json
 import math
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from refusals import refused
 
+from nnunet_autoreg.benchmark import picture
+from nnunet_autoreg.benchmark.folds import merged_folds, unfinished_folds
+from nnunet_autoreg.benchmark.picture import draw, draw_curve
 from nnunet_autoreg.benchmark.results import key_of, read_results
 from nnunet_autoreg.benchmark.split import (
     divide,
@@ -16,7 +22,7 @@ from nnunet_autoreg.benchmark.split import (
     labelled,
     read_subjects,
 )
-from nnunet_autoreg.benchmark.statistics import interval, mean_dice, paired, steps_to
+from nnunet_autoreg.benchmark.statistics import interval, mean_dice, mean_interval, paired, steps_to
 from nnunet_autoreg.benchmark.table import markdown, rows_of, summary, unequal_pretrainings
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
 from nnunet_autoreg.downstream.patients import subjects_by_name
@@ -249,13 +255,85 @@ def test_the_summary_says_in_words_what_is_shown_and_fits_a_terminal() -> None:
         better += [line("pretrained", seed, higher), line("scratch", seed, dice)]
         same += [line("pretrained", seed, mixed), line("scratch", seed, dice)]
 
-    first_lines = [summary(lines).splitlines()[0] for lines in (better, same, better[:2])]
+    answers = [summary(lines).splitlines()[:2] for lines in (better, same, better[:2])]
 
-    assert "better: +0.100" in first_lines[0]
-    assert "no difference shown: +0.000" in first_lines[1]
-    assert "1 seed" in first_lines[2]
-    assert all("pretrained (brain) against scratch, 2 labels" in text for text in first_lines)
-    assert max(map(len, summary([*better, line("stock")]).splitlines())) <= 120
+    assert answers[0][0] == "better: +0.100 [+0.100, +0.100]"
+    assert answers[1][0].startswith("no difference shown: +0.000 [")
+    assert answers[2][0] == "not known from 1 seed: +0.100 [+0.100, +0.100]"
+    compared = "pretrained (brain) minus scratch, 2 labelled patients, 50 steps"
+    assert [answer[1].strip() for answer in answers] == [compared] * 3
+
+
+@pytest.mark.parametrize("encoder", ["benchmark_resenc_tiny", "a_run_of_a_longer_name_than_most"])
+def test_the_summary_fits_a_terminal_of_80_columns(encoder: str) -> None:
+    recipe = "optimizer=adamw pretrained_rate=1e-3 scratch_rate=1e-3 weight_decay=0.05"
+    lines = []
+    for arm in ("pretrained", "masked", "scratch"):
+        lines += [line(arm, seed, encoder=encoder, recipe=recipe, labels=20) for seed in (0, 1)]
+    lines += [line("stock", seed, labels=20) for seed in (0, 1)]
+
+    shown = summary(lines).splitlines()
+
+    assert max(map(len, shown)) <= 80
+    assert [text.split()[1] for text in shown[-4:]] == ["pretrained", "masked", "scratch", "stock"]
+
+
+def test_the_summary_shows_all_lengths_that_were_asked_for() -> None:
+    lines = []
+    for steps in (50, 100, 200):
+        lines += [line(arm, steps=steps) for arm in ("pretrained", "scratch")]
+
+    shown = summary(lines, steps=(50, 200))
+
+    compared = [text for text in shown.splitlines() if "minus scratch, " in text]
+    assert [text.split(", ")[-1] for text in compared] == ["50 steps", "200 steps"]
+    assert summary(lines) == summary(lines, steps=(200,))
+
+
+# --- cross-validation
+
+
+def of_fold(number: int, dice: dict[str, list[float | None]], **changes: Any) -> dict[str, Any]:
+    return line(dice=dice, **{"split": f"fold{number}of2", **changes})
+
+
+def test_the_folds_of_a_seed_are_one_run_with_all_patients() -> None:
+    lines = [
+        of_fold(1, {"a": [0.5], "b": [0.7]}),
+        of_fold(1, {"a": [0.1], "b": [0.2]}, arm="scratch"),
+        of_fold(2, {"c": [0.9]}, num_labelled=4),
+        of_fold(2, {"c": [0.6]}, arm="scratch"),
+    ]
+
+    rows = {row.key.arm: row for row in rows_of(lines)}
+
+    ours = rows["pretrained"]
+    assert ours.key.split == "2-fold cross-validation"
+    assert ours.dice == [pytest.approx(0.7)] and rows["scratch"].dice == [pytest.approx(0.3)]
+    assert ours.to_scratch is not None and ours.to_scratch.mean == pytest.approx(0.4)
+    assert (ours.to_scratch.num_cases, ours.to_scratch.num_left_out) == (3, 0)
+    assert (ours.lines[0]["train_s"], ours.lines[0]["num_labelled"]) == (120.0, 4)
+
+
+def test_folds_count_once_all_of_them_are_finished() -> None:
+    lines = [of_fold(1, {"a": [0.5]}), of_fold(2, {"b": [0.7]}), of_fold(1, {"a": [0.4]}, seed=1)]
+
+    assert [sorted(row.lines) for row in rows_of(lines)] == [[0]]
+    assert unfinished_folds(lines).startswith("1 run ")
+    assert unfinished_folds(lines[:2]) == ""
+    assert unfinished_folds(lines) in markdown(lines) and unfinished_folds(lines) in summary(lines)
+
+    # A fold that was repeated counts once, with its last line.
+    again = [*lines[:2], of_fold(2, {"b": [0.9]})]
+    assert rows_of(again)[0].dice == [pytest.approx(0.7)]
+    # Folds of another number are another run.
+    assert rows_of([lines[0], of_fold(2, {"b": [0.7]}, split="fold2of3")]) == []
+
+
+def test_lines_without_folds_are_as_they_were() -> None:
+    lines = [line("pretrained"), line("scratch"), line("stock", split="development")]
+
+    assert merged_folds(lines) == lines
 
 
 def test_runs_of_another_recipe_or_length_are_never_paired() -> None:
@@ -293,15 +371,52 @@ def test_the_summary_of_nnunet_gives_dice_by_case_and_none_for_no_object(
 def test_the_picture_is_drawn_for_single_runs_pairs_and_empty_intervals(
     tmp_path: Path,
 ) -> None:
-    from nnunet_autoreg.benchmark.picture import draw
-
     one = [line("stock")]
     pairs = [line("pretrained", s, {"a": [0.1 + 0.2], "b": [0.3]}) for s in (0, 1)]
     pairs += [line("scratch", s, {"a": [0.3], "b": [0.1]}) for s in (0, 1)]
     flat = [line("pretrained", 0, {"a": [0.1 + 0.2]}), line("scratch", 0, {"a": [0.1]})]
     for lines in (one, pairs, flat, pairs + one):
         draw(tmp_path / "picture.png", lines, DATASET)
+        draw_curve(tmp_path / "curve.png", lines, DATASET)
         assert (tmp_path / "picture.png").stat().st_size > 5000
+        assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_the_learning_curve_shows_every_length_with_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = []
+    for steps, seed, labels in product((50, 200), (0, 1), (2, 5)):
+        for arm, dice in (("pretrained", 0.51), ("scratch", 0.5)):
+            scores = {"a": [dice + 0.002 * seed], "b": [dice]}
+            lines.append(line(arm, seed, scores, steps=steps, labels=labels))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: figures.append(self))
+    monkeypatch.setattr(picture, "atomic_path", nullcontext)
+
+    draw_curve(tmp_path / "curve.png", lines, DATASET)
+
+    panels = figures[0].axes
+    assert [axis.get_title() for axis in panels] == ["50 steps", "200 steps"]
+    title = figures[0].get_suptitle()
+    assert "n = 2 patients" in title and "2 seeds" in title
+    for axis in panels:
+        low, high = axis.get_ylim()
+        assert high - low == pytest.approx(0.1)
+        assert list(axis.get_xticks()) == [2, 5]
+        ours, scratch = [container.lines[0] for container in axis.containers]
+        assert ours.get_ydata() == pytest.approx([0.5105, 0.5105])
+        cues = [(c.get_color(), c.get_linestyle(), c.get_marker()) for c in (ours, scratch)]
+        assert all(one != other for one, other in zip(*cues, strict=True))
+
+
+def test_the_interval_of_a_mean_is_that_of_its_patients_and_seeds() -> None:
+    runs = {0: line(dice={"a": [0.0], "b": [1.0]}), 1: line(dice={"a": [0.0], "b": [1.0]})}
+    found = mean_interval(runs)
+
+    assert found is not None and found.mean == 0.5
+    assert found.over_both == (0.0, 1.0) and found.num_seeds == 2
+    assert mean_interval({0: line(dice={"a": [None]})}) is None
 
 
 # --- surface Dice and patients
