@@ -7,14 +7,17 @@ process, which has imported everything.
 
     python benchmarks/stops.py --stops 20
 
-One JSON line goes to ``benchmarks/results/stops.jsonl``. The scans are generated, and deleted
-afterwards: noise with a smooth part, which takes as long to read as a real scan of this size.
+One JSON line goes to ``benchmarks/results/stops.jsonl``. The scans are real ones made large by
+resampling, with some noise, so that they take as long to read as a real scan of this size. Their
+voxel sizes differ, so that preprocessing resamples them. They are deleted afterwards.
 """
 
 import argparse
 import json
 import os
+import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK
-from kills import PHASES, RESULTS, Home, about, import_everything
+from kills import RESULTS, SCANS, Home, about, import_everything
 
 from nnunet_autoreg.records import TEMPORARY_FILES, append_json_line
 
@@ -56,8 +59,9 @@ class StoppedHome(Home):
 
         lines = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
         own = [line for line in lines if line.startswith("autoreg_pretrain: ")]
+        line = own[-1] if own else ""
         return {
-            "phase": phase,
+            "phase": activity(line, phase),
             "after_s": round(seconds, 1),
             "exit_s": round(took, 2),
             "code": code,
@@ -65,7 +69,7 @@ class StoppedHome(Home):
             "tracebacks": sum("Traceback" in line for line in lines),
             "processes_left": len(processes_of(pid)),
             "temporary_files": len(self.temporary_files()),
-            "line": own[-1] if own else "",
+            "line": line,
         }
 
     def _wait(self, pid: int, seconds: float) -> int | None:
@@ -92,18 +96,37 @@ def processes_of(session: int) -> list[int]:
 
 
 def write_scans(folder: Path, number: int, side: int) -> None:
-    """Write MR-like scans of ``side``^3 voxels of 16 bits, as NIfTI and NRRD in turn."""
+    """Write real scans resampled to ``side``^3 voxels of 16 bits, as NIfTI and NRRD in turn."""
     folder.mkdir(parents=True)
-    z, y, x = (np.linspace(-1, 1, side, dtype=np.float32) for _ in range(3))
-    body_ZYX = (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2) < 0.8
-    for index in range(number):
+    for index, source in enumerate(sorted(SCANS.glob("*.nii.gz"))[:number]):
+        small = SimpleITK.ReadImage(str(source), SimpleITK.sitkFloat32)
+        field_mm = np.array(small.GetSize()) * small.GetSpacing()
+        large = SimpleITK.Resample(
+            small,
+            [side] * 3,
+            SimpleITK.Transform(),
+            SimpleITK.sitkLinear,
+            small.GetOrigin(),
+            (field_mm / side).tolist(),
+            small.GetDirection(),
+        )
+
+        # An interpolated scan alone would compress too well.
+        array_ZYX = SimpleITK.GetArrayFromImage(large)
+        array_ZYX *= 2000 / array_ZYX.max()
         noise = np.random.default_rng(index)
-        array_ZYX = noise.integers(0, 200, (side, side, side), dtype=np.int16)
-        array_ZYX[body_ZYX] += np.int16(500 + 50 * index)
-        image = SimpleITK.GetImageFromArray(array_ZYX)
-        image.SetSpacing((0.5, 0.5, 0.5))
+        array_ZYX += noise.standard_normal(array_ZYX.shape, dtype=np.float32) * 20
+
+        image = SimpleITK.GetImageFromArray(array_ZYX.astype(np.int16))
+        image.SetSpacing([float(0.5 + 0.1 * (index % 3))] * 3)
         ending = "nii" if index % 2 else "nrrd"
         SimpleITK.WriteImage(image, str(folder / f"scan_{index}.{ending}"))
+
+
+def activity(line: str, by_files: str) -> str:
+    """Return what the run was doing: as its last line says, or by its files if it says nothing."""
+    found = re.search(r"while ([^,;:(]+)", line)
+    return re.sub(r"\d+", "N", found[1]).strip() if found else by_files
 
 
 def main() -> None:
@@ -145,10 +168,15 @@ def main() -> None:
         **about(args),
         "benchmark": "stops",
         "command": " ".join(["python", "benchmarks/stops.py", *sys.argv[1:]]),
-        "cases": f"{args.cases} generated scans of {args.side}^3 voxels of 16 bits",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, shared",
+        "cases": f"{args.cases} real scans resampled to {args.side}^3 voxels of 16 bits",
         "load": round(os.getloadavg()[1], 1),
         "num_stops": len(stops),
-        "stops_by_phase": {name: phases[name] for name in PHASES},
+        "stops_by_phase": {
+            name: sorted(float(str(stop["exit_s"])) for stop in stops if stop["phase"] == name)
+            for name in phases
+        },
+        "stops_after_s": [stop["after_s"] for stop in stops],
         "exit_s": seconds,
         "median_s": seconds[len(seconds) // 2],
         "longest_s": seconds[-1],

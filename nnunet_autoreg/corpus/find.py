@@ -28,6 +28,7 @@ from nnunet_autoreg.io.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.io.names import (
     IMAGE_ENDINGS,
     PICTURE_ENDINGS,
+    VOXEL_ENDINGS,
     absolute,
     bids_names,
     case_and_channel,
@@ -36,6 +37,7 @@ from nnunet_autoreg.io.names import (
     modality_of_contrast,
     natural_key,
     strip_ending,
+    voxel_file,
 )
 from nnunet_autoreg.io.parts import ScanPart
 from nnunet_autoreg.nnunet_api import dataset_folder
@@ -45,9 +47,9 @@ log = logging.getLogger(__name__)
 USUAL_ENDINGS = frozenset(
     """
     .7z .bak .bin .bmp .bval .bvec .bz2 .cfg .csv .dat .db .dll .doc .docx .exe .fcsv .gif .gz .h5
-    .hdf5 .htm .html .ini .ipynb .jpeg .jpg .json .log .m .mat .mat4 .md .npy .npz .obj .parquet
-    .pdf .pkl .png .ppt .pptx .pt .pth .py .rar .raw .rtf .sh .sql .sqlite .stl .svg .tar .tfm .tgz
-    .tif .tiff .toml .tsv .txt .vtk .vtp .xls .xlsx .xml .yaml .yml .zip .zraw .mrk .mrb
+    .hdf5 .htm .html .img .ini .ipynb .jpeg .jpg .json .log .m .mat .mat4 .md .npy .npz .obj
+    .parquet .pdf .pkl .png .ppt .pptx .pt .pth .py .rar .raw .rtf .sh .sql .sqlite .stl .svg .tar
+    .tfm .tgz .tif .tiff .toml .tsv .txt .vtk .vtp .xls .xlsx .xml .yaml .yml .zip .zraw .mrk .mrb
     """.split()  # noqa: SIM905
 )
 IMAGE_MODALITY = "2D"
@@ -307,7 +309,7 @@ class _Finder:
                 others["hidden"] += 1
             elif self._is_image(path.name):
                 images.append(path)
-            else:
+            elif not _holds_voxels(path):
                 others[_ending(path.name)] += 1
 
         positions = channel_positions(images, len(described.channels))
@@ -410,6 +412,8 @@ class _Finder:
                 self.add_file(path, root, labels)
             elif path.is_dir():
                 deeper.append(path)
+            elif _holds_voxels(path):
+                continue
             elif is_archive(path.name):
                 self.add_archive(path, root, dicom)
             elif _is_dicomdir(path.name):
@@ -467,8 +471,8 @@ class _Finder:
         # __MACOSX holds a hidden twin of every file that macOS has packed.
         if name.startswith(".") or member.parts[0] == "__MACOSX":
             others["hidden"] += 1
-        elif member.suffix.lower() == ".mhd":
-            others[".mhd (its data is another file: unpack the archive)"] += 1
+        elif member.suffix.lower() in VOXEL_ENDINGS:
+            others[f"{member.suffix.lower()} (its data is another file: unpack the archive)"] += 1
         elif self._is_image(name) and is_label_name(inside):
             others["label maps"] += 1
         elif self._is_image(name):
@@ -629,6 +633,16 @@ def _below(path: Path, root: Path) -> str:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def _holds_voxels(path: Path) -> bool:
+    """Return whether a file is the .img of a NIfTI pair, whose .hdr stands for both."""
+    name = path.name
+    stem = name[: -len(".gz")] if name.lower().endswith(".img.gz") else name
+    if not stem.lower().endswith(".img"):
+        return False
+    headers = [path.with_name(stem[: -len(".img")] + ending) for ending in (".hdr", ".HDR")]
+    return any(voxel_file(header) == path for header in headers if header.is_file())
 
 
 def _is_dicomdir(name: str) -> bool:

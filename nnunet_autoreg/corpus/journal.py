@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.io.names import voxel_file
 from nnunet_autoreg.records import parse_json
 
 log = logging.getLogger(__name__)
@@ -118,10 +119,14 @@ def journal_key(stamp: str, *depends_on: Any) -> str:
 def stamp_of(path: Path, deep: bool = False) -> str:
     """Return size and time of change of a file, or of all files in a folder.
 
-    With ``deep`` those below it count too. It is "" if they cannot be looked at.
+    With ``deep`` those below it count too, and so does the file with the voxels of a header. It is
+    "" if they cannot be looked at.
     """
     try:
-        return _folder_stamp(str(path), deep) if path.is_dir() else _entry(path.stat())
+        if path.is_dir():
+            return _folder_stamp(str(path), deep)
+        voxels = voxel_file(path)
+        return " ".join(_entry(file.stat()) for file in (path, voxels) if file is not None)
     except OSError:
         return ""
 

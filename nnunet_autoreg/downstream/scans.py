@@ -24,7 +24,7 @@ from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
 from nnunet_autoreg.io.files import check_file, quiet_stderr
-from nnunet_autoreg.io.names import CHANNEL_SUFFIX, IMAGE_ENDINGS, absolute, natural_key
+from nnunet_autoreg.io.names import CHANNEL_SUFFIX, IMAGE_ENDINGS, absolute, natural_key, voxel_file
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 
 SCAN_ENDINGS = (*IMAGE_ENDINGS, ".dcm", ".zip")
@@ -52,7 +52,11 @@ class Scan:
 
     def inputs(self) -> tuple[dict[str, Any], ...]:
         """Return the sizes and times of its files (``facts_of``)."""
-        return facts_of(self.files or ([self.candidate.path] if self.candidate else []))
+        if self.files or self.candidate is None:
+            return facts_of(self.files)
+        path = self.candidate.path
+        voxels = voxel_file(path)
+        return facts_of([path] if voxels is None else [path, voxels])
 
 
 def facts_of(files: Sequence[Path]) -> tuple[dict[str, Any], ...]:

@@ -29,7 +29,7 @@ def check_file(path: Path) -> None:
         with path.open("rb") as handle:
             if not handle.read(1):
                 raise ScanError("unreadable", "the file is empty; copy it again")
-        if path.name.lower().endswith((".nii", ".nii.gz")):
+        if path.name.lower().endswith((".nii", ".nii.gz", ".hdr")):
             check_nifti(path)
     except FileNotFoundError as error:
         raise ScanError(

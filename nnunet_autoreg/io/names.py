@@ -4,7 +4,9 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".hdr")
+VOXEL_ENDINGS = {".hdr": (".img", ".img.gz"), ".mhd": (".raw", ".zraw")}
+"""Endings of the files that hold the voxels of a header beside them."""
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg")
 """Of files that hold one 2D image."""
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
@@ -66,6 +68,19 @@ def strip_ending(name: str) -> str:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
+
+
+def voxel_file(header: Path) -> Path | None:
+    """Return the file beside a header that holds its voxels.
+
+    It is None where no file has its name, and for images that are a single file.
+    """
+    for ending in VOXEL_ENDINGS.get(header.suffix.lower(), ()):
+        # NAME.HDR belongs to NAME.IMG.
+        found = header.with_suffix(ending.upper() if header.suffix.isupper() else ending)
+        if found.is_file():
+            return found
+    return None
 
 
 def absolute(path: str | Path) -> Path:

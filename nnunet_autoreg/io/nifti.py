@@ -18,8 +18,11 @@ from typing import IO, cast
 import numpy as np
 
 from nnunet_autoreg.errors import ScanError
+from nnunet_autoreg.io.names import voxel_file
 
 GZIP_MAGIC = b"\x1f\x8b"
+PAIR_MAGIC, SINGLE_MAGIC = b"ni1\0", b"n+1\0"
+"""What a NIfTI-1 header ends with: its voxels are in another file, or behind it."""
 POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex/", b".git/annex/")
 """How the text files begin that stand for images which were not downloaded."""
 COMPLEX_DATATYPES = (32, 1792, 2048)
@@ -74,11 +77,11 @@ class NiftiHeader:
 
 
 def check_nifti(path: Path) -> None:
-    """Check a NIfTI file's header and length.
+    """Check a NIfTI file's header and length; of a pair, those of the .hdr and the .img file.
 
     Raises:
-        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip), ``complex``, ``spacing``,
-            ``direction``, ``nonfinite``.
+        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip, one file of a pair),
+            ``complex``, ``spacing``, ``direction`` (or no direction at all), ``nonfinite``.
     """
     with path.open("rb") as handle:
         compressed = handle.read(2) == GZIP_MAGIC
@@ -96,7 +99,11 @@ def check_nifti(path: Path) -> None:
                 _check_uncompressed(head)
             header = parse_header(head)
             _check_header(header)
-            num_bytes, num_bad = _read_through(stream, head, header)
+            voxels = _voxels_of_pair(path, head) if path.suffix.lower() == ".hdr" else path
+            if voxels == path:
+                num_bytes, num_bad = _read_through(stream, head, header)
+            else:
+                num_bytes, num_bad = _read_voxels(voxels, header)
         _check_length(header, num_bytes)
         if num_bad:
             total = math.prod(header.dims)
@@ -112,6 +119,40 @@ def check_nifti(path: Path) -> None:
         raise ScanError(
             "unreadable", f"damaged gzip stream ({error}); copy the file again"
         ) from error
+
+
+def _voxels_of_pair(path: Path, head: bytes) -> Path:
+    """Return the file that holds the voxels of a .hdr file.
+
+    Raises:
+        ScanError: ``direction``: Analyze 7.5, or ``unreadable``: there is no .img file.
+    """
+    magic = head[344:348]
+    if magic == SINGLE_MAGIC:
+        return path
+    if struct.unpack_from("<i", head)[0] in NIFTI_2_SIZES:
+        raise ScanError(
+            "unreadable",
+            "a NIfTI-2 pair of .hdr and .img, which SimpleITK does not read; convert it to .nii.gz",
+        )
+    if magic != PAIR_MAGIC:
+        raise ScanError(
+            "direction",
+            "an Analyze 7.5 image: its header does not say which side is left; convert it to "
+            ".nii.gz with a tool that knows how it was written",
+        )
+    found = voxel_file(path)
+    if found is None:
+        raise ScanError("unreadable", "the .img file with its voxels is missing; restore it")
+    return found
+
+
+def _read_voxels(path: Path, header: NiftiHeader) -> tuple[int, int]:
+    """Return (bytes in all, voxels that are NaN or infinite) of the .img file of a pair."""
+    with path.open("rb") as handle:
+        compressed = handle.read(2) == GZIP_MAGIC
+    with _opened(path, compressed) as stream:
+        return _read_through(stream, _read_piece(stream, PIECE_BYTES), header)
 
 
 def _check_uncompressed(head: bytes) -> None:
@@ -198,6 +239,10 @@ def parse_header(head: bytes) -> NiftiHeader:
             if size == 540 and len(head) >= 540:
                 return _parse(head, order, NIFTI_2)
     raise ScanError("unreadable", "not a NIfTI image: its header is missing or cut short")
+
+
+NIFTI_2_SIZES = (540, int.from_bytes((540).to_bytes(4, "big"), "little"))
+"""The first number of a NIfTI-2 header, in either byte order."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ NUM_EXAMPLES = 3
 HIDDEN = "[name]"
 HASH = re.compile(rf"[0-9a-f]{{{NUM_HEX}}}")
 PATH = re.compile(
-    r"(?<![\w)])(?:/[^\s'\",;:()]+|[A-Za-z]:\\\S+)|\S+\.(?:nii|gz|nrrd|mha|mhd|dcm|ima|dicom|zip)\b"
+    r"(?<![\w)])(?:/[^\s'\",;:()]+|[A-Za-z]:\\\S+)"
+    r"|\S+\.(?:nii|gz|nrrd|mha|mhd|hdr|img|dcm|ima|dicom|zip)\b"
 )
 """What looks like the path or name of a scan."""
 

@@ -484,6 +484,16 @@ def test_what_may_pass_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(interrupted_index(tmp_path, monkeypatch, 4)) == 4
 
 
+def test_a_header_has_a_stamp_of_its_voxels_too(tmp_path: Path) -> None:
+    (tmp_path / "a.hdr").write_bytes(b"header")
+    (tmp_path / "a.img").write_bytes(b"voxels")
+    before = stamp_of(tmp_path / "a.hdr")
+
+    (tmp_path / "a.img").write_bytes(b"other voxels")
+
+    assert stamp_of(tmp_path / "a.hdr") != before
+
+
 def test_a_folder_of_slices_has_a_stamp_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "a.dcm").write_text("x")

@@ -1,7 +1,9 @@
 """Every kind of bad input gets its status and a reason that says what to do."""
 
 import gzip
+import math
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def status_of(path: Path) -> tuple[str, str]:
     return caught.value.status, str(caught.value)
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".hdr"])
 def test_every_format_is_read_in_zyx_order_and_turned_to_ras(tmp_path: Path, ending: str) -> None:
     scan = read.load_scan(save(tmp_path / f"scan{ending}", noise()))
     assert scan.spacing_mm == (2.0, 1.0, 1.0)
@@ -348,6 +350,42 @@ def test_a_truncated_image_with_a_rest_is_still_truncated(tmp_path: Path) -> Non
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-100]) + b"rest")
 
     assert status_of(path)[0] == "unreadable"
+
+
+def test_a_pair_is_checked_in_both_of_its_files(tmp_path: Path) -> None:
+    header = save(tmp_path / "a.hdr", noise().astype(np.float32))
+    voxels, data = tmp_path / "a.img", (tmp_path / "a.img").read_bytes()
+    expected = read.load_scan(header).array_CZYX
+
+    # Names may be in capitals.
+    for file in (header, voxels):
+        shutil.copy(file, tmp_path / file.name.upper())
+    np.testing.assert_array_equal(read.load_scan(tmp_path / "A.HDR").array_CZYX, expected)
+
+    # Packed voxels are read as well.
+    voxels.unlink()
+    (tmp_path / "a.img.gz").write_bytes(gzip.compress(data))
+    np.testing.assert_array_equal(read.load_scan(header).array_CZYX, expected)
+
+    # Then the voxels are missing, too few, or no numbers.
+    (tmp_path / "a.img.gz").unlink()
+    assert status_of(header)[0] == "unreadable"
+    voxels.write_bytes(data[:-4])
+    assert status_of(header)[0] == "unreadable"
+    voxels.write_bytes(data[:-4] + struct.pack("<f", math.nan))
+    assert status_of(header)[0] == "nonfinite"
+
+
+def test_an_analyze_image_is_refused_because_its_sides_are_unknown(tmp_path: Path) -> None:
+    header = save(tmp_path / "a.hdr", noise())
+    # Analyze 7.5 has the same layout without the word that makes it NIfTI, and no affine.
+    patch(header, (344, "4s", (b"",)))
+    other = tmp_path / "b.hdr"
+    other.write_text("ENVI\nsamples = 18\n")
+
+    assert status_of(header)[0] == "direction"
+    assert ".nii.gz" in status_of(header)[1]
+    assert status_of(other)[0] == "unreadable"
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

@@ -286,6 +286,27 @@ def test_slices_stored_as_time_points_get_advice_that_works(tmp_path: Path) -> N
     assert "--split-4d" not in row.reason
 
 
+def test_a_pair_of_header_and_voxels_is_one_scan(tmp_path: Path) -> None:
+    image = save_nifti(tmp_path / "single" / "a.nii")
+    (tmp_path / "pairs").mkdir()
+    nibabel.save(
+        nibabel.Nifti1Pair(np.asarray(image.dataobj), AFFINE), tmp_path / "pairs" / "a.hdr"
+    )
+    (tmp_path / "pairs" / "rest.img").write_bytes(b"voxels without header")
+
+    ignored, pair = sorted(index_of(tmp_path / "pairs").rows, key=lambda row: row.status)
+    single = only_row(tmp_path / "single")
+
+    assert (pair.status, pair.shape_vox, pair.spacing_mm) == (
+        "ok",
+        single.shape_vox,
+        single.spacing_mm,
+    )
+    assert pair.content_hash == single.content_hash
+    # The .img of the pair is no file of its own, and one that belongs to nothing is.
+    assert ignored.status == "ignored" and "1 .img" in ignored.reason
+
+
 def test_a_scan_packed_by_bzip2_is_named(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a.nii")
     data = (tmp_path / "a.nii").read_bytes()
