@@ -45,8 +45,8 @@ def _write_run(
     it.
     """
     import torch
-    from safetensors.torch import save_file
 
+    from nnunet_autoreg.finetune.load import write_tensors
     from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation, EncoderCard
     from nnunet_autoreg.model.encoders import build_network
     from nnunet_autoreg.model.sizes import ENCODERS
@@ -68,10 +68,8 @@ def _write_run(
         if key.startswith(prefixes)
     }
     state = network.state_dict()
-    save_file(
-        {key: state[key].contiguous() for key in first.values() if ".rope." not in key},
-        folder / "encoder.safetensors",
-    )
+    tensors = {key: state[key] for key in first.values() if ".rope." not in key}
+    write_tensors(folder / "encoder.safetensors", tensors)
     values: dict[str, Any] = {
         "name": name,
         "encoder": size.name,

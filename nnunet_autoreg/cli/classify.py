@@ -17,6 +17,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import local_path
 from nnunet_autoreg.errors import AutoregError, ScanError
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         dest="scans",
         required=True,
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for models of one "
         "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, "
         "which is searched recursively",
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         dest="output",
         required=True,
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="the folder to write results to",
     )
     add(

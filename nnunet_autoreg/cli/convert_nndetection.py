@@ -12,6 +12,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import local_path
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.nnunet_api import raw_folder
 
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "-i",
         dest="task",
         metavar="TASK",
-        type=Path,
+        type=local_path,
         required=True,
         help="the task's folder, with dataset.json and raw_splitted/",
     )

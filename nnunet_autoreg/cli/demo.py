@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
-from nnunet_autoreg.cli.options import add_device, chosen_device
+from nnunet_autoreg.cli.options import add_device, chosen_device, local_path
 from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, InterruptedRunError, UsageError
 from nnunet_autoreg.phases import phase
@@ -267,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out",
         metavar="FOLDER",
+        type=local_path,
         help="new or empty folder for all files (default: a temporary folder, which is kept)",
     )
     add_device(p)

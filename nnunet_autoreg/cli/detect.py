@@ -20,7 +20,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import Group, add_device
+from nnunet_autoreg.cli.options import Group, add_device, local_path
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 from nnunet_autoreg.records import to_jsonable
 
@@ -107,7 +107,7 @@ def _add_input_options(group: Group) -> None:
         "-i",
         dest="scans",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for models of one "
         "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans, "
         "which is searched recursively",
@@ -115,7 +115,7 @@ def _add_input_options(group: Group) -> None:
     group.add_argument(
         "--from-seg",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
         "component of its segmentations becomes a detection, scored by its highest probability",
     )
@@ -206,7 +206,7 @@ def _add_output_options(group: Group) -> None:
         dest="output",
         required=True,
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="the folder to write results to",
     )
     group.add_argument("--filled", action="store_true", help="draw solid boxes instead of frames")

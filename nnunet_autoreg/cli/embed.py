@@ -12,6 +12,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import local_path
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         dest="scans",
         required=True,
         metavar="SCANS",
-        type=Path,
+        type=local_path,
         help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for encoders of one "
         "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans",
     )
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         dest="output",
         required=True,
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help="the file to write: .npz (arrays ids, features and spacing_mm) or .parquet (a row per "
         "scan; needs pyarrow). A .json file beside it names the encoder",
     )

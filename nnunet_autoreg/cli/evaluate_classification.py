@@ -12,6 +12,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import local_path
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import write_json
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "-p",
         dest="predictions",
         metavar="PRED",
-        type=Path,
+        type=local_path,
         required=True,
         help="folder that autoreg_classify wrote, or its classes.csv; or the folder validation of "
         "a trained fold",
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "-g",
         dest="truth",
         metavar="CSV",
-        type=Path,
+        type=local_path,
         required=True,
         help="true classes: the column case, one column per task, and optionally patient; an empty "
         "cell is not known and not scored",
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "-o",
         dest="output",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         required=True,
         help="where to write, e.g. metrics.json; its ending is replaced",
     )

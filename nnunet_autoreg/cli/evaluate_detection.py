@@ -15,7 +15,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import Group
+from nnunet_autoreg.cli.options import Group, local_path
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
@@ -73,7 +73,7 @@ def _add_input_options(group: Group) -> None:
         "-p",
         dest="predictions",
         metavar="PRED",
-        type=Path,
+        type=local_path,
         required=True,
         help="folder that autoreg_detect wrote: one JSON file per scan",
     )
@@ -81,7 +81,7 @@ def _add_input_options(group: Group) -> None:
         "-g",
         dest="truth",
         metavar="GT",
-        type=Path,
+        type=local_path,
         required=True,
         help="folder of the truth, with file names as in PRED: label maps (each connected "
         "component is an object), instance maps with <scan>.json "
@@ -91,14 +91,14 @@ def _add_input_options(group: Group) -> None:
         "-o",
         dest="output",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         required=True,
         help="where to write, e.g. scores.json; its ending is replaced",
     )
     group.add_argument(
         "--images",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="scans to draw the boxes on, <scan>_0000.nii.gz or <scan>.nii.gz "
         "(default: imagesTr or imagesTs beside GT; else the label map)",
     )
@@ -114,7 +114,7 @@ def _add_object_options(group: Group) -> None:
     group.add_argument(
         "--dataset-json",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help="nnU-Net's dataset.json with names of labels (default: in GT or beside it; else the "
         "classes that PRED names)",
     )

@@ -3,10 +3,33 @@
 import argparse
 from pathlib import Path
 
+from nnunet_autoreg.errors import UsageError
+from nnunet_autoreg.io.addresses import advice_for, is_address
+
 # argparse has no public name for the groups of a parser.
 Group = argparse._ArgumentGroup
 Options = argparse._ActionsContainer
 """A parser, or a group of one."""
+
+
+def local_path(text: str) -> Path:
+    """Return the path that the user typed.
+
+    Raises:
+        UsageError: it is an address on the web (code "usage-address").
+    """
+    if is_address(text):
+        raise UsageError(advice_for(text), code="usage-address")
+    return Path(text)
+
+
+def local_path_text(text: str) -> str:
+    """Return the path that the user typed, as a text.
+
+    Raises:
+        UsageError: as ``local_path``.
+    """
+    return str(local_path(text))
 
 
 def add_labelled_dataset(group: Group) -> None:
@@ -36,6 +59,7 @@ def add_subjects(group: Group) -> None:
     group.add_argument(
         "--subjects",
         metavar="FILE",
+        type=local_path_text,
         help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
         "names of the cases)",
     )
@@ -61,6 +85,7 @@ def add_output_folder(group: Group, contents: str, default: str) -> None:
         "-o",
         dest="output",
         metavar="FOLDER",
+        type=local_path_text,
         help=f"folder for {contents} (default: $nnUNet_results/{default}/DATASET)",
     )
 

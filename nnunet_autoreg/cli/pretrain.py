@@ -19,6 +19,7 @@ from nnunet_autoreg.cli.common import (
 from nnunet_autoreg.cli.options import Group, add_device, chosen_device
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.finetune.resolve import VARIABLE, objection_to_verdict
+from nnunet_autoreg.io.addresses import is_address
 from nnunet_autoreg.model.card import NO_VERDICT, NOT_LEARNT, EncoderCard, read_card
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
@@ -130,10 +131,11 @@ def _add_training_options(group: Group) -> None:
     group.add_argument(
         "--init",
         type=absolute,
-        metavar="FILE|FOLDER",
+        metavar="FILE|FOLDER|hf://OWNER/NAME",
         help="start from these weights: an encoder.safetensors with its encoder.json beside it, "
         "or anything that autoreg_weights import reads, such as the folder or zip of a trained "
-        "nnU-Net model. Their encoder is used unless --encoder names one (default: random weights)",
+        "nnU-Net model, or a repository on Hugging Face. Their encoder is used "
+        "unless --encoder names one (default: random weights)",
     )
     group.add_argument(
         "--steps",
@@ -255,11 +257,11 @@ def _add_output_options(group: Group) -> None:
 
 
 def absolute(path: str) -> str:
-    """Return the absolute form of a path.
+    """Return the absolute form of a path; an address on the web stays as it is.
 
     Whether it exists is checked later, because a continued run may not need it any more.
     """
-    return str(Path(path).resolve())
+    return path if is_address(path) else str(Path(path).resolve())
 
 
 def preprocess(request: "Request", part: str, dry_run: bool) -> int:

@@ -17,6 +17,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
+from nnunet_autoreg.cli.options import local_path, local_path_text
 from nnunet_autoreg.errors import UsageError, printable
 from nnunet_autoreg.model.card import check_run_name
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from nnunet_autoreg.convert.imported import ImportOptions
 
 TOKEN_ORDERS = ("permute", "keep")
+WRITTEN_ORDERS = {"nnunet": "whd", "nnssl": "hwd"}
+"""Whose readers an export is for -> how they flatten tokens."""
+FORMS = ("nnssl", "huggingface")
 FLAGS_OF_NUMBERS = {
     "num_heads": "--heads",
     "patch_size_vox": "--patch-size",
@@ -40,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
         examples=[
             "autoreg_weights inspect brain",
             "autoreg_weights import downloaded_folder --name openmind",
-            "autoreg_weights export brain -o exported",
+            "autoreg_weights import hf://OWNER/NAME --name theirs",
+            "autoreg_weights export brain -o exported --form huggingface",
         ],
         prog="autoreg_weights",
         description="List and inspect encoders, import those of other projects, and export your "
@@ -56,20 +61,23 @@ def parser() -> argparse.ArgumentParser:
     )
     inspecting.add_argument(
         "path",
-        metavar="FILE|FOLDER",
-        help="a weights file, a folder that holds one, or the name of a run",
+        metavar="FILE|FOLDER|hf://OWNER/NAME",
+        help="a weights file, a folder that holds one, a repository on Hugging Face, or the name "
+        "of a run",
     )
 
     importing = actions.add_parser(
         "import",
-        help="import a trained nnU-Net model, or weights of AR-SSL4M or nnssl (OpenMind, "
-        "nnFoundation), so that AutoregPlanner can use them like a finished pretraining run",
+        help="import a trained nnU-Net model, an encoder on Hugging Face, or weights of AR-SSL4M "
+        "or nnssl (OpenMind, nnFoundation), so that AutoregPlanner can use them like a "
+        "finished pretraining run",
     )
     importing.add_argument(
         "path",
-        metavar="FILE|FOLDER",
-        help="a checkpoint, the folder of a downloaded repository, or the folder or zip of a "
-        "trained nnU-Net model",
+        metavar="FILE|FOLDER|hf://OWNER/NAME",
+        help="a checkpoint, the folder of a downloaded repository, the folder or zip of a trained "
+        "nnU-Net model, or a repository on Hugging Face, which is downloaded into its cache (this "
+        'needs pip install "nnunet-autoreg[hf]"; HF_HUB_OFFLINE=1 uses the cache alone)',
     )
     importing.add_argument(
         "--name",
@@ -81,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
     exporting = actions.add_parser(
         "export",
-        help="export a finished pretraining run in nnssl's format, which the PretrainedTrainers of "
-        "nnU-Net's master branch read; a ViT is exported in AR-SSL4M's format",
+        help="export a finished pretraining run as a folder for Hugging Face, or in nnssl's "
+        "format, which the PretrainedTrainers of nnU-Net's master branch read",
     )
     exporting.add_argument(
         "name", metavar="NAME", help="name of a run, its folder, or its encoder.safetensors"
@@ -92,7 +100,23 @@ def parser() -> argparse.ArgumentParser:
         dest="folder",
         required=True,
         metavar="FOLDER",
-        help="folder for checkpoint_final.pth and its plan",
+        type=local_path_text,
+        help="folder for the files of the export",
+    )
+    exporting.add_argument(
+        "--form",
+        choices=FORMS,
+        default=FORMS[0],
+        help="huggingface: model.safetensors, config.json and a model card (README.md); nnssl: "
+        "checkpoint_final.pth and its plan, for a ViT the checkpoint of AR-SSL4M (default: "
+        "%(default)s)",
+    )
+    exporting.add_argument(
+        "--token-order",
+        choices=list(WRITTEN_ORDERS),
+        default="nnunet",
+        help="order of a transformer's tokens in nnssl's format. nnunet: (w, h, d), for nnU-Net; "
+        "nnssl: (h, w, d), for readers that flatten tokens as nnssl does (default: %(default)s)",
     )
     return p
 
@@ -102,7 +126,7 @@ def _add_statements(p: argparse.ArgumentParser) -> None:
     axes = ("Z", "Y", "X")
     p.add_argument(
         "--adaptation-plan",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="nnssl's adaptation_plan.json (default: the one in the weights file or beside it)",
     )
@@ -180,11 +204,12 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from nnunet_autoreg.convert.hub import local_weights
     from nnunet_autoreg.convert.inspecting import inspect_weights
     from nnunet_autoreg.finetune.resolve import locate
 
     # Not a path: the name of a run.
-    path = Path(arguments.path)
+    path = local_weights(arguments.path)
     if not path.exists():
         path = locate(nnunet_api.results_folder(), arguments.path, given_as="inspect ")
 
@@ -200,10 +225,11 @@ def _import(arguments: argparse.Namespace) -> int:
     # Before torch is imported, which takes seconds.
     check_run_name(arguments.name)
     results = nnunet_api.results_folder()
+    from nnunet_autoreg.convert.hub import local_weights
     from nnunet_autoreg.convert.importing import import_weights
 
     card, imported = import_weights(
-        Path(arguments.path),
+        local_weights(arguments.path),
         arguments.name,
         results,
         _import_options(arguments),
@@ -231,7 +257,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from nnunet_autoreg.finetune.resolve import locate
 
     weights = locate(nnunet_api.results_folder(), arguments.name, given_as="export ")
-    exported = export_weights(weights, Path(arguments.folder))
+    exported = export_weights(
+        weights,
+        Path(arguments.folder),
+        arguments.form,
+        WRITTEN_ORDERS[arguments.token_order],
+    )
 
     for warning in exported.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -241,7 +272,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
     if exported.card.licence_line:
         print(exported.card.licence_line)
-    print_next(f"autoreg_weights inspect {shlex.quote(arguments.folder)}")
+
+    folder = shlex.quote(arguments.folder)
+    if arguments.form == "huggingface":
+        print_next(
+            f"read {folder}/README.md and check the licence, then share it: hf upload OWNER/NAME "
+            f"{folder}"
+        )
+    else:
+        print_next(f"autoreg_weights inspect {folder}")
     return 0
 
 

@@ -1,10 +1,12 @@
-"""Carry out ``autoreg_weights export``: write a finished pretraining in other projects' formats.
+"""Carry out ``autoreg_weights export``: write a finished pretraining in a format for others.
 
-nnssl's format is ``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json``, for the
-trainers ``PretrainedTrainer*`` of nnU-Net's master branch. It has no name for a ViT, so a ViT is
-written as AR-SSL4M's own checkpoint.
+Hugging Face's form is a folder for a repository (``huggingface.py``). nnssl's format is
+``checkpoint_final.pth``, ``adaptation_plan.json`` and ``config.json``, for the trainers
+``PretrainedTrainer*`` of nnU-Net's master branch. It has no name for a ViT, so a ViT is written as
+AR-SSL4M's own checkpoint.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +17,24 @@ from torch import Tensor, nn
 
 from nnunet_autoreg import __version__
 from nnunet_autoreg.convert.ar_ssl4m import to_theirs
+from nnunet_autoreg.convert.huggingface import huggingface_contents
 from nnunet_autoreg.convert.imported import checked_tensors, names_of, network_of
 from nnunet_autoreg.convert.licences import NONE_STATED
-from nnunet_autoreg.convert.nnssl import OWN_KEY, PRIMUS_PRESETS
-from nnunet_autoreg.convert.source import ADAPTATION_NAME, CHECKPOINT_NAME, PLAN_KEY, WEIGHTS_KEY
-from nnunet_autoreg.convert.token_order import OURS
+from nnunet_autoreg.convert.nnssl import PRIMUS_PRESETS
+from nnunet_autoreg.convert.source import (
+    ADAPTATION_NAME,
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    MODEL_NAME,
+    OWN_KEY,
+    PLAN_KEY,
+    WEIGHTS_KEY,
+)
+from nnunet_autoreg.convert.token_order import NNSSL_ORDER, OURS, swap_plane_axes
 from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.families import PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, family_of
 from nnunet_autoreg.finetune.load import read_tensors
+from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.model.card import (
     DECODER_PREFIXES,
     IMPORTED,
@@ -33,11 +45,21 @@ from nnunet_autoreg.model.card import (
 from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.records import atomic_path, read_json, to_jsonable, write_json
+from nnunet_autoreg.records import (
+    atomic_path,
+    read_json,
+    sha256_of,
+    to_jsonable,
+    write_json,
+    write_text,
+)
 from nnunet_autoreg.safe_load import load_plain
 
-CONFIG_NAME = "config.json"
-EXPORTED_NAMES = (CHECKPOINT_NAME, ADAPTATION_NAME, CONFIG_NAME)
+NNSSL_FORM, HUGGINGFACE_FORM = "nnssl", "huggingface"
+FORMS = (NNSSL_FORM, HUGGINGFACE_FORM)
+EXPORTED_NAMES = (CHECKPOINT_NAME, MODEL_NAME, ADAPTATION_NAME, CONFIG_NAME)
+"""Names of files of all forms. A folder that holds two forms would be ambiguous."""
+TRANSFORMERS = (PRIMUS, PRIMUS_V2, PRIMUS_V3)
 CLASS_NAMES = {PRIMUS_V2: "PrimusV2", PRIMUS_V3: "PrimusV3", RESENC: "ResidualEncoderUNet"}
 PRESET_ARGUMENTS = {
     "embed_dim",
@@ -61,7 +83,9 @@ class Exported:
     warnings: tuple[str, ...]
 
 
-def export_weights(weights: Path, folder: Path) -> Exported:
+def export_weights(
+    weights: Path, folder: Path, form: str = NNSSL_FORM, token_order: str = OURS
+) -> Exported:
     """Write the encoder of a finished run into ``folder``.
 
     A kill at any moment leaves no checkpoint, or a whole one. The same export can be repeated: it
@@ -69,17 +93,20 @@ def export_weights(weights: Path, folder: Path) -> Exported:
 
     Args:
         weights: ``encoder.safetensors`` of a finished run.
+        form: one of ``FORMS``.
+        token_order: of a transformer in nnssl's form, ``OURS`` or ``NNSSL_ORDER``.
 
     Raises:
-        WeightsError: the run is damaged, or the folder holds other files of these names (code
-            "weights-export-exists").
+        WeightsError: the run is damaged, the folder holds other files of these names (code
+            "weights-export-exists"), or the tokens cannot be reordered (code
+            "weights-token-order").
     """
     card = read_card(weights.parent)
     verify_weights(weights, card.sha256)
     encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
     network = network_of(encoder, card.crop_size_vox, card.num_input_channels)
 
-    # Readers of these formats use the encoder only.
+    # Readers of nnssl's format use the encoder only.
     all_tensors = read_tensors(weights)
     encoder_tensors = dict(all_tensors)
     if card.has_decoder:
@@ -88,13 +115,21 @@ def export_weights(weights: Path, folder: Path) -> Exported:
                 del encoder_tensors[key]
 
     num_decoder = len(all_tensors) - len(encoder_tensors)
+    whole_card = card
     card = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
     tensors = checked_tensors(network, encoder_tensors, str(weights))
 
-    if family_of(card.class_path) == VIT:
+    if token_order == NNSSL_ORDER:
+        tensors = _in_nnssl_order(card, tensors, form)
+
+    if form == HUGGINGFACE_FORM:
+        # This form is ours, so that it holds the decoder as well.
+        contents, warnings = huggingface_contents(whole_card, weights, _own(whole_card)), ()
+        num_decoder = 0
+    elif family_of(card.class_path) == VIT:
         contents, warnings = _vit_contents(card, tensors)
     else:
-        contents, warnings = _nnssl_contents(card, tensors, network)
+        contents, warnings = _nnssl_contents(card, tensors, network, token_order)
 
     if num_decoder:
         warnings = (
@@ -105,6 +140,31 @@ def export_weights(weights: Path, folder: Path) -> Exported:
 
     _write_files(folder, contents)
     return Exported(tuple(folder / name for name in contents), card, warnings)
+
+
+def _in_nnssl_order(card: EncoderCard, tensors: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """Return a transformer's tensors for readers that flatten tokens as (h, w, d).
+
+    Raises:
+        WeightsError: there are no such readers of this form or encoder, or the grid of tokens is
+            not square (code "weights-token-order").
+    """
+    flag = "--token-order nnssl"
+    if form != NNSSL_FORM or family_of(card.class_path) not in TRANSFORMERS:
+        raise WeightsError(
+            f"{flag} is for Primus encoders in nnssl's form alone, and '{card.name}' is a "
+            f"{card.encoder} in the form {form}; leave it out",
+            code="weights-token-order",
+        )
+
+    grid = grid_of(card.crop_size_vox, card.token_size_vox)
+    if grid[0] != grid[1]:
+        raise WeightsError(
+            f"{flag}: the grid of tokens of '{card.name}' is {grid}, and only grids whose first "
+            "two axes are equal can be reordered; leave it out",
+            code="weights-token-order",
+        )
+    return swap_plane_axes(tensors, grid, int(card.arguments["eva_numheads"]))
 
 
 def _vit_contents(
@@ -125,7 +185,7 @@ def _vit_contents(
 
 
 def _nnssl_contents(
-    card: EncoderCard, tensors: Mapping[str, Tensor], network: nn.Module
+    card: EncoderCard, tensors: Mapping[str, Tensor], network: nn.Module, token_order: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the contents of nnssl's three files by name, and what they cannot express."""
     # Readers of the format load encoder and stem strictly, by every name that a tensor has.
@@ -140,7 +200,7 @@ def _nnssl_contents(
         PLAN_KEY: plan,
         "citations": _citations(card),
         **trainer,
-        OWN_KEY: _own(card),
+        OWN_KEY: _own(card, token_order),
     }
     config = {
         "model_type": "nnssl",
@@ -155,24 +215,20 @@ def _nnssl_contents(
 
 
 def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
-    """Write the files that are missing, each of them whole or not at all, the checkpoint last.
+    """Write the files that are missing, each of them whole or not at all, the weights last.
+
+    Args:
+        contents: by name: a text, a file to copy, or what a checkpoint or a JSON file holds.
 
     Raises:
         WeightsError: a file of one of these names holds something else; nothing was written.
     """
-    existing = [name for name in EXPORTED_NAMES if (folder / name).exists()]
+    names = (*EXPORTED_NAMES, *(name for name in contents if name not in EXPORTED_NAMES))
+    existing = [name for name in names if (folder / name).exists()]
     foreign = []
     for name in existing:
         # What an interrupted export of the same run has left is kept.
-        if name not in contents:
-            foreign.append(name)
-            continue
-        file = folder / name
-        try:
-            found = load_plain(file) if name == CHECKPOINT_NAME else read_json(file)
-        except (WeightsError, PlanError):
-            found = None
-        if not _is_equal(found, contents[name]):
+        if name not in contents or not _holds(folder / name, contents[name]):
             foreign.append(name)
 
     if foreign:
@@ -183,19 +239,38 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
         )
 
     # What a kill while a file was being written has left.
-    for name in EXPORTED_NAMES:
+    for name in names:
         for leftover in folder.glob(f".{name}.*.tmp"):
             leftover.unlink()
 
-    # Nobody reads the JSON files without the checkpoint, so it completes the export.
-    for name in sorted(contents, key=lambda name: name == CHECKPOINT_NAME):
+    # Nobody reads the other files without the weights, so these complete the export.
+    for name in sorted(contents, key=lambda name: name in (CHECKPOINT_NAME, MODEL_NAME)):
+        content = contents[name]
         if name in existing:
             continue
-        if name == CHECKPOINT_NAME:
+        if isinstance(content, str):
+            write_text(folder / name, content)
+        elif isinstance(content, Path):
             with atomic_path(folder / name) as temporary:
-                torch.save(contents[name], temporary)
+                shutil.copyfile(content, temporary)
+        elif name == CHECKPOINT_NAME:
+            with atomic_path(folder / name) as temporary:
+                torch.save(content, temporary)
         else:
-            write_json(folder / name, contents[name])
+            write_json(folder / name, content)
+
+
+def _holds(file: Path, content: Any) -> bool:
+    """Return whether a file has the content that an export would write."""
+    try:
+        if isinstance(content, str):
+            return file.read_bytes() == content.encode()
+        if isinstance(content, Path):
+            return sha256_of(file) == sha256_of(content)
+        found = load_plain(file) if file.name == CHECKPOINT_NAME else read_json(file)
+    except (WeightsError, PlanError, OSError):
+        return False
+    return _is_equal(found, content)
 
 
 def _is_equal(found: Any, expected: Any) -> bool:
@@ -365,11 +440,11 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
     return citations
 
 
-def _own(card: EncoderCard) -> dict[str, Any]:
+def _own(card: EncoderCard, token_order: str = OURS) -> dict[str, Any]:
     """Return what only this package reads: the whole card."""
     return {
         "version": __version__,
-        "token_order": OURS,
+        "token_order": token_order,
         "causal": card.objective.startswith("autoregressive"),
         "card": _plain(to_jsonable(card)),
     }

@@ -264,8 +264,10 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
             modalities=imported.modalities,
             licences=imported.licences,
             extra={**known.extra, IMPORTED: imported.origin},
-            # An export never holds a decoder, whatever its card says.
-            adaptation=replace(known.adaptation, keys_to_decoder=()),
+            # nnssl's format holds no decoder, whatever the card inside says.
+            adaptation=replace(
+                known.adaptation, keys_to_decoder=DECODER_PREFIXES if imported.decoder else ()
+            ),
         )
 
     position_key = getattr(network, "key_to_lpe", None)

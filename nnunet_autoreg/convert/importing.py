@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nnunet_autoreg.convert.ar_ssl4m import import_ar_ssl4m
+from nnunet_autoreg.convert.huggingface import import_huggingface
 from nnunet_autoreg.convert.imported import (
     Imported,
     ImportOptions,
@@ -12,6 +13,7 @@ from nnunet_autoreg.convert.imported import (
 from nnunet_autoreg.convert.nnssl import import_nnssl
 from nnunet_autoreg.convert.source import (
     AR_SSL4M,
+    HUGGING_FACE,
     NNSSL,
     RUN,
     TRAINED,
@@ -54,6 +56,8 @@ def converted(source: WeightsFile, options: ImportOptions) -> Imported:
         return import_ar_ssl4m(source.file, source.tensors, options)
     if source.kind == NNSSL:
         return import_nnssl(source, options)
+    if source.kind == HUGGING_FACE:
+        return import_huggingface(source, options)
     if source.kind == RUN:
         raise WeightsError(
             f"{source.file} belongs to a finished pretraining run and need not be imported; use "

@@ -13,6 +13,7 @@ from nnunet_autoreg.convert.importing import converted
 from nnunet_autoreg.convert.licences import NONE_STATED
 from nnunet_autoreg.convert.source import (
     AR_SSL4M,
+    HUGGING_FACE,
     NNSSL,
     NO_PLAN,
     RUN,
@@ -46,7 +47,7 @@ def inspect_weights(
     head: Facts = [("file", str(source.file)), ("sha256", sha256_of(source.file))]
     if source.kind == RUN:
         return _run_facts(source.file, head)
-    if source.kind in (AR_SSL4M, NNSSL, TRAINED):
+    if source.kind in (AR_SSL4M, HUGGING_FACE, NNSSL, TRAINED):
         return _foreign_facts(source, head, options, plan_file)
     return _unknown_facts(source, head)
 
@@ -57,16 +58,20 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
     verify_weights(file, card.sha256)
     tensors = read_tensors(file)
 
-    # An import is used as a finished run, but its history is another one.
-    history = (
-        f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished "
-        f"{card.finished_at}"
-    )
+    # An import is used as a finished run, and only our own exports say how they were pretrained.
+    history = []
     origin = card.extra.get(IMPORTED)
+    if card.num_steps or not isinstance(origin, Mapping):
+        history.append(
+            f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished "
+            f"{card.finished_at}"
+        )
     if isinstance(origin, Mapping):
-        history = (
-            f"imported {card.finished_at} from {origin.get('file')} ({origin.get('format')}, "
-            f"sha256 {str(origin.get('sha256'))[:12]}...)"
+        when = "" if card.num_steps else f" {card.finished_at}"
+        where = origin.get("repository") or origin.get("file")
+        history.append(
+            f"imported{when} from {where} ({origin.get('format')}, sha256 "
+            f"{str(origin.get('sha256'))[:12]}...)"
         )
 
     normalization = card.normalization or "z-score"
@@ -86,9 +91,11 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
             f"pretrained too, {len(decoder_sizes)} tensors with {sum(decoder_sizes):,} parameters"
         )
 
+    verdict = [("verdict", card.verdict.message)] if card.verdict else []
     facts = [
         *head,
-        ("what", f"a finished pretraining, '{card.name}': {history}"),
+        ("what", f"a finished pretraining, '{card.name}': {', '.join(history)}"),
+        *verdict,
         ("encoder", _encoder_text(card.encoder, card.class_path, card.arguments)),
         ("objective", card.objective),
         ("spacing", size_text(card.spacing_mm, "g") + " mm (z, y, x)"),
@@ -125,6 +132,8 @@ def _foreign_facts(
     what = f"{source.kind} checkpoint"
     if source.kind == TRAINED:
         what = trained_model_line(source)
+    elif source.kind == HUGGING_FACE:
+        what = "an encoder of nnunet-autoreg in the form of Hugging Face"
     head = [*head, ("what", what)]
 
     # The options that the user has given belong to the line, as they are typed.
@@ -153,6 +162,9 @@ def _foreign_facts(
 
     encoder = imported.encoder
     normalization = imported.normalization or "nnU-Net's own choice per channel"
+    verdict = []
+    if imported.card is not None and imported.card.verdict is not None:
+        verdict = [("verdict", imported.card.verdict.message)]
     facts = [
         *head,
         ("encoder", _encoder_text(encoder.name, encoder.class_path, encoder.arguments)),
@@ -162,6 +174,7 @@ def _foreign_facts(
         ("channels", f"{imported.num_input_channels}; {', '.join(imported.modalities)}"),
         ("normalisation", normalization),
         ("licence", _licences(imported.licences)),
+        *verdict,
         *_shape_facts({**imported.tensors, **imported.decoder}),
         *[("note", note) for note in imported.notes],
     ]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.io.addresses import repository_of
+
 NONE_STATED = "none stated"
 SHARE_ALIKE = "share-alike: weights that you derive from these inherit the licence"
 
@@ -58,7 +60,8 @@ def modalities_of(plan: Mapping[str, Any], citations: Any, file: Path) -> tuple[
 def _known(
     plan: Mapping[str, Any], citations: Any, file: Path
 ) -> tuple[re.Pattern[str], str, str, tuple[str, ...]] | None:
-    texts = " ".join((_dataset_of(plan), str(citations or ""), file.resolve().parent.name))
+    names = (file.resolve().parent.name, repository_of(file)[0])
+    texts = " ".join((_dataset_of(plan), str(citations or ""), *names))
     for row in KNOWN:
         if row[0].search(texts):
             return row

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnunet_autoreg.convert.imported import Imported, ImportOptions
 from nnunet_autoreg.convert.licences import licences_of, modalities_of
-from nnunet_autoreg.convert.source import WeightsFile, plain
+from nnunet_autoreg.convert.source import OWN_KEY, WeightsFile, plain
 from nnunet_autoreg.convert.token_order import KEEP, OURS, PERMUTE, swap_plane_axes
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import (
@@ -35,8 +35,6 @@ from nnunet_autoreg.model.sizes import ENCODERS, PRIMUS_WIDTHS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable, sha256_of
 
-OWN_KEY = "nnunet_autoreg"
-"""The key that our own export adds to a file."""
 PRIMUS_PRESETS = {
     **{f"Primus{size.upper()}": PRIMUS_WIDTHS[size] for size in ("s", "b", "m", "l")},
     "PrimusX": (1056, 40, 16),

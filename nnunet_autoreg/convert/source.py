@@ -16,21 +16,25 @@ from torch import Tensor
 from nnunet_autoreg.convert.ar_ssl4m import is_ar_ssl4m
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import names_text
-from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME
-from nnunet_autoreg.records import read_json
+from nnunet_autoreg.model.card import CARD_NAME, MAX_CARD_BYTES, WEIGHTS_NAME
+from nnunet_autoreg.records import MEND_YOURS, read_json
 from nnunet_autoreg.safe_load import load_plain
 
 log = logging.getLogger(__name__)
 
 RUN, NNSSL, AR_SSL4M = "run", "nnssl", "AR-SSL4M"
 NO_PLAN, UNKNOWN = "checkpoint without a plan", "unknown"
-TRAINED = "trained nnU-Net model"
+OWN_KEY = "nnunet_autoreg"
+"""The key that our own exports add to a file of a common format."""
+TRAINED, HUGGING_FACE = "trained nnU-Net model", "Hugging Face"
 ARCHIVE_SUFFIX, FOLD = ".zip", "fold_"
 MAX_UNPACKED = 2**35
 """Bytes of the largest checkpoint that is unpacked from an archive."""
 MODEL_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 """Checkpoints of a trained nnU-Net model, the most useful first."""
 CHECKPOINT_NAME, ADAPTATION_NAME = "checkpoint_final.pth", "adaptation_plan.json"
+MODEL_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+"""Weights and description in a repository on Hugging Face."""
 PLAN_KEY, WEIGHTS_KEY = "nnssl_adaptation_plan", "network_weights"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 MAX_NAMES, MAX_VALUES = 3, 2_000_000
@@ -92,6 +96,9 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
     # Finished runs are read by their card, when their tensors are wanted.
     if file.name == WEIGHTS_NAME and (file.parent / CARD_NAME).is_file():
         return WeightsFile(RUN, file)
+    config = _own_config(file)
+    if config:
+        return WeightsFile(HUGGING_FACE, file, _only_tensors(read_content(file)), rest=config)
 
     member = ""
     if file.suffix == ARCHIVE_SUFFIX:
@@ -136,6 +143,15 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
     return WeightsFile(UNKNOWN, file, rest=content)
 
 
+def _own_config(file: Path) -> dict[str, Any]:
+    """Return ``config.json`` beside our own export in Hugging Face's form; empty if it is none."""
+    config_file = file.parent / CONFIG_NAME
+    if file.suffix != ".safetensors" or not config_file.is_file():
+        return {}
+    config = read_json(config_file, MEND_YOURS, MAX_CARD_BYTES)
+    return config if isinstance(config, dict) and OWN_KEY in config else {}
+
+
 def _weights_of(path: Path) -> Path:
     """Return the file itself, or the weights file in a folder."""
     if path.is_file():
@@ -143,8 +159,8 @@ def _weights_of(path: Path) -> Path:
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist", code="weights-missing")
 
-    # The names of finished runs and of nnssl's checkpoints come before everything else.
-    for name in (WEIGHTS_NAME, CHECKPOINT_NAME):
+    # The names of finished runs, and of the formats that are exported, come before all others.
+    for name in (WEIGHTS_NAME, CHECKPOINT_NAME, MODEL_NAME):
         if (path / name).is_file():
             return path / name
 

@@ -14,6 +14,7 @@ from nnunet_autoreg.families import PRIMUS, family_of
 from nnunet_autoreg.finetune.block import PlannedWeights, check_class
 from nnunet_autoreg.finetune.channels import map_channels
 from nnunet_autoreg.geometry import Spacing, size_text, spacing_ratio
+from nnunet_autoreg.io.addresses import advice_for, is_address
 from nnunet_autoreg.model.card import (
     CARD_NAME,
     IMPORTED,
@@ -146,8 +147,11 @@ def locate(results: Path, setting: str, given_as: str = f"{VARIABLE}=") -> Path:
 
     Raises:
         WeightsError: there is none (codes "weights-not-found", "weights-not-safetensors" and
-            "weights-unfinished").
+            "weights-unfinished"), or it is an address on the web (code "weights-not-a-path").
     """
+    if is_address(setting):
+        raise WeightsError(f"{given_as}{advice_for(setting)}", code="weights-not-a-path")
+
     # The name of a run comes before a path of the same name.
     for path in (results / RUNS_FOLDER / setting, Path(setting).expanduser()):
         if (path / WEIGHTS_NAME).is_file():
@@ -225,7 +229,8 @@ def list_runs(results: Path) -> list[tuple[str, ...]]:
             continue
 
         is_imported = IMPORTED in card.extra
-        verdict = "imported, used by name only"
+        verdict = f"{card.verdict.outcome}, " if card.verdict else ""
+        verdict += "imported, used by name only"
         if not is_imported:
             verdict = (card.verdict or NO_VERDICT).outcome
             verdict += ", used by name only" if objection_to_verdict(card) else ""

@@ -192,6 +192,21 @@ def read_card(folder: Path) -> EncoderCard:
 
     try:
         content = read_json(path, max_bytes=MAX_CARD_BYTES)
+    except PlanError as error:
+        raise WeightsError(str(error), code="card-unreadable") from error
+    return card_from(content, path)
+
+
+def card_from(content: Any, path: Path) -> EncoderCard:
+    """Return the checked card that parsed JSON holds.
+
+    Args:
+        path: of the file, for messages.
+
+    Raises:
+        WeightsError: it is of a newer format, or describes no possible encoder.
+    """
+    try:
         card = from_jsonable(EncoderCard, content, str(path))
     except PlanError as error:
         raise WeightsError(str(error), code="card-unreadable") from error

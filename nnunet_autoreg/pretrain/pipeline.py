@@ -115,7 +115,7 @@ def pretrain(
             check_paths(request)
             card = None
             if request.init:
-                card = prepare_starting_point(Path(request.init), folder)
+                card = prepare_starting_point(request.init, folder)
             check_inputs(request, card)
             index = index_inputs(folder, request)
             plan, rows = plan_run(folder, request, index, device, card)

@@ -9,6 +9,7 @@ from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
 from nnunet_autoreg.families import RESENC, family_of
 from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.io.addresses import HUB, advice_for, is_address
 from nnunet_autoreg.model.card import EncoderCard, check_run_name
 from nnunet_autoreg.objective_kinds import objective_kinds, presets, with_objective
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, KINDS, Plan, literal, override
@@ -23,7 +24,8 @@ class Request:
 
     Attributes:
         datasets, folders: inputs; folders as absolute paths.
-        exclude, manifest, init: absolute paths of files, or None.
+        exclude, manifest: absolute paths of files, or None.
+        init: absolute path of weights, or the address of a repository on Hugging Face, or None.
         num_steps, batch_size: None to have them planned.
         num_epochs, num_hours: other ways to say how long to train; at most one of the three.
         gpu_memory_gib: memory to plan for; None for all there is.
@@ -182,7 +184,8 @@ def check_paths(request: Request) -> None:
     """Refuse inputs that do not exist.
 
     Raises:
-        UsageError: a path does not exist, or is neither a file nor a folder.
+        UsageError: a path does not exist, is neither a file nor a folder, or is an address on the
+            web.
     """
     paths = [("-i", folder) for folder in request.folders]
     paths += [
@@ -192,8 +195,10 @@ def check_paths(request: Request) -> None:
         ("--boxes", request.boxes or ""),
     ]
     for flag, path in paths:
-        if not path:
+        if not path or (flag == "--init" and path.startswith(HUB)):
             continue
+        if is_address(path):
+            raise UsageError(f"{flag} {advice_for(path)}", code="request-path-address")
         if not Path(path).exists():
             raise UsageError(f"{flag} {path}: does not exist", code="request-path-missing")
         # Reading a pipe would wait for its other end forever.

@@ -1,9 +1,6 @@
 """A run's folder: its lock, its plan, its log, and whether a request continues the run in it."""
 
-import errno
-import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +8,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths, show_paths, terminal_only
@@ -49,9 +48,7 @@ def run_folder(results: Path, name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path, instead: str = "use another --name") -> Iterator[None]:
-    """Hold the lock of the run's folder, which is created if needed.
-
-    The lock belongs to this process: it ends with it, and no worker inherits it.
+    """Hold the lock of the run's folder, which is created if needed; it ends with the process.
 
     Args:
         instead: what else the user can do where another process holds it.
@@ -61,37 +58,32 @@ def locked(folder: Path, instead: str = "use another --name") -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / LOCK_NAME).open("a+")
+        lock = FileLock(folder / LOCK_NAME, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise AutoregError(
+            f"another process is working in {folder}; wait for it, or {instead}",
+            code="folder-locked",
+        ) from error
+    except NotImplementedError as error:
+        raise AutoregError(
+            f"{folder / LOCK_NAME} cannot be locked ({error}); use a file system with locks for "
+            "nnUNet_results",
+            code="folder-no-locks",
+        ) from error
     except OSError as error:
         raise AutoregError(
             f"{folder} cannot be written ({error.strerror}); check the rights of nnUNet_results",
             code="folder-not-writable",
         ) from error
 
-    with handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise AutoregError(
-                    f"another process is working in {folder}; wait for it, or {instead}",
-                    code="folder-locked",
-                ) from error
-            raise AutoregError(
-                f"{folder / LOCK_NAME} cannot be locked ({error.strerror}); does this file system "
-                "support locks?",
-                code="folder-no-locks",
-            ) from error
-
-        # For the user who wonders which process it is.
-        handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
-
+    try:
         # A process that was killed may have left half-written files behind.
         for torn in folder.glob(TEMPORARY_FILES):
             torn.unlink()
         yield
+    finally:
+        lock.release()
 
 
 def read_plan(folder: Path) -> Plan:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import RESENC, family_of
-from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card, verify_weights
+from nnunet_autoreg.io.addresses import is_address
+from nnunet_autoreg.model.card import (
+    CARD_NAME,
+    WEIGHTS_NAME,
+    EncoderCard,
+    read_card,
+    verify_weights,
+)
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import Plan
 
@@ -28,38 +35,43 @@ INIT_SHARE = 0.95
 WIDTHS = ("features_per_stage", "n_blocks_per_stage")
 
 
-def starting_point(init: Path, run: Path) -> Path:
+def starting_point(init: str, run: Path) -> Path:
     """Return the ``encoder.safetensors`` that a planned run starts from.
 
     Args:
-        init: what ``--init`` named.
+        init: what ``--init`` named: a path, or the address of a repository on Hugging Face.
         run: the run's folder.
     """
-    if init.suffix == ".safetensors":
-        return init
-    if (init / WEIGHTS_NAME).is_file():
-        return init / WEIGHTS_NAME
+    path = Path(init)
+    if not is_address(init):
+        # Other safetensors files have no card of ours beside them.
+        is_ours = path.name == WEIGHTS_NAME or (path.parent / CARD_NAME).is_file()
+        if path.suffix == ".safetensors" and is_ours:
+            return path
+        if (path / WEIGHTS_NAME).is_file():
+            return path / WEIGHTS_NAME
     return run / IMPORT_NAME / WEIGHTS_NAME
 
 
-def prepare_starting_point(init: Path, run: Path) -> EncoderCard:
+def prepare_starting_point(init: str, run: Path) -> EncoderCard:
     """Return the card of the weights that ``--init`` named; import them first if they need it.
 
     Raises:
-        WeightsError: they cannot be read or imported.
+        WeightsError: they cannot be downloaded, read or imported.
     """
     weights = starting_point(init, run)
     if weights.parent != run / IMPORT_NAME:
         return read_card(weights.parent)
 
     # Imported here, because finished runs need no torch to be found.
+    from nnunet_autoreg.convert.hub import local_weights
     from nnunet_autoreg.convert.imported import ImportOptions, write_run
     from nnunet_autoreg.convert.importing import converted
     from nnunet_autoreg.convert.source import open_source
 
     # Nothing was trained yet, so an earlier import may be of another file.
     shutil.rmtree(run / IMPORT_NAME, ignore_errors=True)
-    imported = converted(open_source(init), ImportOptions())
+    imported = converted(open_source(local_weights(init)), ImportOptions())
     for note in imported.notes:
         log.info("--init: %s", note)
     card = write_run(imported, run, IMPORT_NAME)
@@ -79,7 +91,7 @@ def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None
     source = plan.request.get("init")
     if not source:
         return None
-    weights = starting_point(Path(str(source)), folder)
+    weights = starting_point(str(source), folder)
     card = read_card(weights.parent)
     verify_weights(weights, card.sha256)
     return weights, card

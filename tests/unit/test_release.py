@@ -61,8 +61,9 @@ def test_the_image_is_built_from_all_that_the_package_needs():
     assert all((REPO / name).exists() for name in files)
 
 
-def test_optional_packages_of_the_sinks_can_be_installed_by_name():
+def test_optional_packages_can_be_installed_by_name():
     extras = metadata()["optional-dependencies"]
 
     assert extras["tensorboard"] == ["tensorboard"]
     assert extras["wandb"] == ["wandb"]
+    assert [re.split("[<>=]", name)[0] for name in extras["hf"]] == ["huggingface_hub"]

@@ -39,9 +39,9 @@ def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
     folder = write_run(tmp_path, "brain")
-    card = prepare_starting_point(folder / "encoder.safetensors", tmp_path / "run")
+    card = prepare_starting_point(str(folder / "encoder.safetensors"), tmp_path / "run")
 
-    assert prepare_starting_point(folder, tmp_path / "run") == card
+    assert prepare_starting_point(str(folder), tmp_path / "run") == card
     assert overrides_of(REQUEST).encoder == "auto"
     assert overrides_of(REQUEST, card).encoder == "primus_tiny"
     assert overrides_of(replace(REQUEST, encoder="resenc_tiny"), card).encoder == "resenc_tiny"

@@ -14,9 +14,15 @@ from refusals import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nnunet_autoreg.convert.exporting import adaptation_plan, export_weights
+from nnunet_autoreg.convert.exporting import (
+    HUGGINGFACE_FORM,
+    NNSSL_FORM,
+    adaptation_plan,
+    export_weights,
+)
 from nnunet_autoreg.convert.imported import ImportOptions, names_of
 from nnunet_autoreg.convert.importing import import_weights
+from nnunet_autoreg.convert.token_order import NNSSL_ORDER
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, token_size_of
 from nnunet_autoreg.finetune.load import Target, load_encoder, write_tensors
@@ -613,6 +619,45 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
 
     kept = [note for note in imported.notes if note.startswith("token order kept")]
     assert len(kept) == (0 if family == "resenc" else 1)
+
+
+def test_an_export_for_readers_of_the_other_token_order_computes_the_same(tmp_path: Path) -> None:
+    network = random_network("primus", PRIMUS)
+    folder = write_encoder(tmp_path, network, "primus", PRIMUS, CROP)
+
+    export_weights(folder / "encoder.safetensors", tmp_path / "out", NNSSL_FORM, NNSSL_ORDER)
+
+    read = minimal_reader(tmp_path / "out")
+    volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = nnunet_features(network, volume)
+        torch.testing.assert_close(eva_mae_features(read, volume), wanted, atol=1e-5, rtol=1e-5)
+        assert (nnunet_features(read, volume) - wanted).abs().max() > 1e-3
+
+    # Our own import reads the order from the file.
+    import_weights(tmp_path / "out", "back", tmp_path, ImportOptions())
+    back = tmp_path / "autoreg_pretraining" / "back" / "encoder.safetensors"
+    assert back.read_bytes() == (folder / "encoder.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "crop", "form"),
+    [
+        ("resenc", RESENC, CROP, NNSSL_FORM),
+        ("primus", PRIMUS, CROP, HUGGINGFACE_FORM),
+        ("primus", PRIMUS, (16, 24, 16), NNSSL_FORM),
+    ],
+)
+def test_tokens_that_cannot_be_reordered_are_refused_at_export(
+    tmp_path: Path, family: str, arguments: dict[str, Any], crop: tuple[int, int, int], form: str
+) -> None:
+    network = random_network(family, arguments, crop)
+    folder = write_encoder(tmp_path, network, family, arguments, crop)
+
+    with refused(WeightsError, "weights-token-order", "--token-order nnssl", "'made'"):
+        export_weights(folder / "encoder.safetensors", tmp_path / "out", form, NNSSL_ORDER)
+
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
