@@ -10,10 +10,14 @@ import shlex
 import shutil
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_autoreg.benchmark.commands import last_line
 from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
 from nnunet_autoreg.cli.options import add_device, chosen_device, local_path
@@ -33,6 +37,22 @@ RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_
 
 NUM_STEPS = 8
 """Commands of the chain: two that prepare, and three for each arm."""
+
+PROGRESS_EVERY_S = 20.0
+"""How often the last line of a command's output is shown while the command runs."""
+LINE_WIDTH = 110
+
+CONTENTS = {
+    "unlabelled": "generated scans without labels",
+    "nnUNet_raw": "generated scans with labels, and test scans",
+    "nnUNet_results/autoreg_pretraining/demo": "the pretraining, as far as it came",
+    f"nnUNet_preprocessed/{DATASET}": "plans and preprocessed scans",
+    f"nnUNet_results/{DATASET}": "fine-tuned models, as far as they came",
+    "predicted_pretrained": "test scans segmented with pretraining",
+    "predicted_scratch": "test scans segmented without pretraining",
+    "demo.log": "the output of all commands",
+}
+"""What the demo's folder may hold."""
 
 
 @dataclass
@@ -85,8 +105,12 @@ class Demo:
                     f"the command {line[0]} is not installed; run autoreg_doctor",
                     code="demo-command-missing",
                 )
-            with phase(f"running {line[0]}"):
+            with phase(f"running {line[0]}"), following(log):
                 code = run_guarded([program, *line[1:]], self.environment, handle)
+
+        # Somebody stopped the command itself.
+        if code == InterruptedRunError.exit_code:
+            raise InterruptedRunError(f"{line[0]} was stopped")
 
         self.num_done += 1
         print(f"  done in {duration(time.monotonic() - start)}", flush=True)
@@ -98,6 +122,37 @@ class Demo:
                 f"{line[0]} ended with exit code {code}; its whole output is in {log}",
                 code="demo-command-failed",
             )
+
+    def remaining(self) -> str:
+        """Return the files and folders that were made, a line for each."""
+        lines = []
+        for name, content in CONTENTS.items():
+            if (self.folder / name).exists():
+                lines.append(f"  {self.folder / name}: {content}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def following(log: Path) -> Iterator[None]:
+    """Show the last line of a log every few seconds, whenever it has changed."""
+    has_ended = threading.Event()
+    shown = last_line(log)
+
+    def follow() -> None:
+        nonlocal shown
+        while not has_ended.wait(PROGRESS_EVERY_S):
+            line = last_line(log)
+            if line != shown:
+                print(f"  {line[:LINE_WIDTH]}", flush=True)
+                shown = line
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
 
 
 def generate(demo: Demo) -> None:
@@ -300,9 +355,9 @@ def main(argv: list[str] | None = None) -> int:
         dice = run_chain(demo)
     except InterruptedRunError as error:
         raise InterruptedRunError(
-            f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. What was made remains in "
-            f"{folder} (outputs in demo.log); remove it when you no longer need it. The demo "
-            "always starts anew in another folder"
+            f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. The demo cannot be continued; it "
+            f"always starts anew in another folder. These files remain; remove {folder} when you "
+            f"no longer need them:\n{demo.remaining()}"
         ) from error
     picture = draw(demo, dice)
     steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]

@@ -17,6 +17,10 @@ from nnunet_autoreg.planning.pool import (
 )
 
 SMALL_IMAGE_TOKENS = 512
+STOCK_PLANNERS = {"resenc_l": "nnUNetPlannerResEncL", "resenc_m": "nnUNetPlannerResEncM"}
+"""The encoders of GPUs, largest first, and nnU-Net's planners of the same networks."""
+ROUNDED_SIZE = 0.9
+"""GPUs that are sold as 24 GB report 22 to 24 GiB."""
 POOL_TOKENS = (("primus_s", 250_000), ("primus_b", 1_500_000))
 """A pool of fewer tokens takes at most this encoder: some hundred parameters a token.
 
@@ -31,8 +35,8 @@ def choose_encoder(
 
     ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
 
-    Of the two tiny ones the CNN is far ahead in short trainings (docs/explanation/measured.md,
-    "Encoders"); the large ones have not been compared.
+    Of the two tiny ones the CNN is far ahead in short trainings (docs/explanation/measured.md). The
+    large ones have not been compared; until then the default is nnU-Net's own network.
     """
     if name != "auto":
         return encoder_size(name).name, BY_USER
@@ -46,10 +50,47 @@ def choose_encoder(
         reason = f"the median scan holds {num_tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}"
         return _tiny_encoder(reason, pool, single_tokens)
 
+    if single_tokens:
+        size, reason = _primus_by_memory(hardware)
+        return size, f"{reason}; and the preset goes token by token, which a CNN cannot"
+
+    memory = f"{hardware.memory_gib:.0f} GiB of GPU memory"
+    for size, planner in STOCK_PLANNERS.items():
+        cnn = suited_to(encoder_size(size), pool.spacing_mm)
+        assert cnn.patch_gib is not None
+        if hardware.memory_gib < ROUNDED_SIZE * cnn.patch_gib:
+            continue
+
+        doubt = _doubt(cnn, pool)
+        if doubt:
+            transformer, reason = _primus_by_memory(hardware)
+            return transformer, f"{reason}; and {doubt}"
+        return size, (
+            f"{memory}: the network of {planner}, which without pretraining is its rival; until "
+            "measurements favour another"
+        )
+    return _tiny_encoder(f"{memory}, too little for larger encoders", pool, single_tokens)
+
+
+def _primus_by_memory(hardware: Hardware) -> tuple[str, str]:
+    """Return the transformer for a GPU's memory, and the reason."""
     for limit_gib, size in ((10, "primus_s"), (20, "primus_b")):
         if hardware.memory_gib < limit_gib:
             return size, f"{hardware.memory_gib:.0f} GiB of GPU memory, under {limit_gib}"
     return "primus_m", f"{hardware.memory_gib:.0f} GiB of GPU memory"
+
+
+def _doubt(cnn: EncoderSize, pool: Pool) -> str:
+    """Return why the blocks of a CNN do not suit the scans; "" if they do."""
+    # A crop of whole blocks, of the smallest that the norms allow, about as large as the scan.
+    side = side_of(cnn, smallest_block(cnn.family, cnn.token_size))
+    crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
+
+    if volume(crop) < MIN_BLOCKS * volume(side):
+        return f"fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN needs"
+    if real_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
+        return f"blocks of {times(side)} voxels, which a CNN needs, would be mostly padding"
+    return ""
 
 
 def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, str]:
@@ -60,20 +101,9 @@ def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, st
     if single_tokens:
         return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
 
-    # A crop of whole blocks, of the smallest that the norms allow, about as large as the scan.
     cnn = suited_to(encoder_size("resenc_tiny"), pool.spacing_mm)
-    side = side_of(cnn, smallest_block(cnn.family, cnn.token_size))
-    crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
-
-    if volume(crop) < MIN_BLOCKS * volume(side):
-        reason += f"; and fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN needs"
-        return "primus_tiny", reason
-    if real_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
-        reason += (
-            f"; and blocks of {times(side)} voxels, which a CNN needs, would be mostly padding"
-        )
-        return "primus_tiny", reason
-    return cnn.name, reason
+    doubt = _doubt(cnn, pool)
+    return ("primus_tiny", f"{reason}; and {doubt}") if doubt else (cnn.name, reason)
 
 
 def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:

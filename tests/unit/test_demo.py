@@ -1,5 +1,7 @@
 """The demo: its steps are counted, and an interruption says what remains."""
 
+import time
+
 import pytest
 from refusals import refused
 
@@ -36,19 +38,45 @@ def test_as_many_commands_run_as_are_announced(quiet_scans, monkeypatch, tmp_pat
     assert "--encoder" not in shown
 
 
-def test_an_interruption_names_the_step_and_the_folder(quiet_scans, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("is_child", [False, True], ids=["the demo", "its command"])
+def test_an_interruption_names_the_step_and_what_remains(
+    quiet_scans, monkeypatch, tmp_path, capsys, is_child
+):
+    folder = tmp_path / "out"
+
     def stop(line, environment, handle):
-        raise InterruptedRunError("stopped")
+        (folder / "unlabelled").mkdir()
+        if not is_child:
+            raise InterruptedRunError("stopped")
+        return InterruptedRunError.exit_code
 
     monkeypatch.setattr(demo, "run_guarded", stop)
-    folder = tmp_path / "out"
 
     code = demo.main(["--out", str(folder), "--device", "cpu"])
 
     assert code == InterruptedRunError.exit_code
     message = capsys.readouterr().err
-    values = (f"step 1 of {demo.NUM_STEPS}", str(folder), "demo.log")
-    assert [value for value in values if value not in message] == []
+    values = (f"step 1 of {demo.NUM_STEPS}", folder / "unlabelled", folder / "demo.log")
+    assert [value for value in values if str(value) not in message] == []
+    assert str(folder / "nnUNet_raw") not in message
+
+
+def test_the_progress_of_a_step_is_shown_while_it_runs(quiet_scans, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "PROGRESS_EVERY_S", 0.01)
+
+    def run(line, environment, handle):
+        shown = ""
+        for number in (1, 2):
+            handle.write(f"training, step {number} of 2\n")
+            handle.flush()
+            while f"step {number} of 2" not in shown:
+                time.sleep(0.01)
+                shown += capsys.readouterr().out
+        return 0
+
+    monkeypatch.setattr(demo, "run_guarded", run)
+
+    demo.Demo(tmp_path, "cpu").run("train", "nnUNetv2_train", "901")
 
 
 def test_a_failed_command_shows_the_end_of_its_output(quiet_scans, monkeypatch, tmp_path, capsys):

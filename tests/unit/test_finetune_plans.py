@@ -147,7 +147,7 @@ def test_many_labels_train_longer_and_scratch_has_an_encoder() -> None:
 
     assert block.recipe.num_epochs == 300
     assert block.weights is None
-    assert block.encoder.name == "primus_s"
+    assert block.encoder.name == "resenc_m"
 
 
 def test_only_ct_channels_get_the_window_of_pretraining(tmp_path: Path, write_run: Write) -> None:

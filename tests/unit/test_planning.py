@@ -83,15 +83,38 @@ def test_without_a_gpu_the_tiny_encoder_is_chosen_unless_told_otherwise() -> Non
     )
     assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
 
-    large = replace(POOL, median_shape_vox=(128, 256, 256))
-
-    assert [choose_encoder("auto", Hardware("cuda", gib), large)[0] for gib in (8, 16, 24)] == [
-        "primus_s",
-        "primus_b",
-        "primus_m",
-    ]
     with refused(PlanError, "plan-unknown-encoder", "'primus_tiny'"):
         choose_encoder("primus_tin", CPU, POOL)
+
+
+@pytest.mark.parametrize(
+    ("gib", "cnn", "transformer"),
+    [
+        (6.0, "resenc_tiny", "primus_s"),
+        (7.6, "resenc_m", "primus_s"),
+        (15.8, "resenc_m", "primus_b"),
+        (22.0, "resenc_l", "primus_m"),
+        (79.2, "resenc_l", "primus_m"),
+    ],
+)
+def test_a_gpu_takes_the_network_that_nnunet_plans_for_its_memory(
+    gib: float, cnn: str, transformer: str
+) -> None:
+    large = replace(POOL, median_shape_vox=(128, 256, 256))
+    hardware = Hardware("cuda", gib)
+
+    assert choose_encoder("auto", hardware, large)[0] == cnn
+    assert choose_encoder("auto", hardware, large, single_tokens=True)[0] == transformer
+
+
+def test_the_reason_of_a_gpus_default_names_the_stock_rival() -> None:
+    large = replace(POOL, median_shape_vox=(128, 256, 256))
+    for gib, planner in ((24, "nnUNetPlannerResEncL"), (12, "nnUNetPlannerResEncM")):
+        assert planner in choose_encoder("auto", Hardware("cuda", gib), large)[1]
+
+    # Of blocks of 32 slices, more than three quarters would be padding.
+    flat = replace(POOL, median_shape_vox=(7, 200, 240))
+    assert choose_encoder("auto", GPU, flat)[0] == "primus_m"
 
 
 @pytest.mark.parametrize(
