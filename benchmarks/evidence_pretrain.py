@@ -36,11 +36,16 @@ from nnunet_autoreg.plan import EncoderPlan, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Overrides, hardware_of
-from nnunet_autoreg.pretrain.checkpointing import Progress, measure_pool, restore, snapshot
+from nnunet_autoreg.pretrain.checkpointing import (
+    Progress,
+    export_encoder,
+    measure_pool,
+    restore,
+    snapshot,
+)
 from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches
 from nnunet_autoreg.pretrain.dry_run import step_memory
-from nnunet_autoreg.pretrain.export import export_encoder
 from nnunet_autoreg.pretrain.training_step import TrainingStep, step_flops
 from nnunet_autoreg.records import differences, from_jsonable, read_json, write_json
 from nnunet_autoreg.sampling.pool import SamplingPool

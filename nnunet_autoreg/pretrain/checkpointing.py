@@ -1,4 +1,4 @@
-"""The state that a run goes on from, as a checkpoint holds it.
+"""What a run goes on from, a checkpoint, and what it leaves: the encoder and its card.
 
 Some things need no state: the learning rate is a function of the step, samples are functions of
 (seed, step, number), and bf16 needs no loss scaler.
@@ -7,15 +7,25 @@ Some things need no state: the learning rate is a function of the step, samples 
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.model.card import (
+    WEIGHTS_NAME,
+    Adaptation,
+    EncoderCard,
+    Verdict,
+)
+from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,
     World,
@@ -24,6 +34,7 @@ from nnunet_autoreg.pretrain.distributed import (
     shard_like,
 )
 from nnunet_autoreg.pretrain.training_step import LossSpikeGuard
+from nnunet_autoreg.records import sha256_of
 from nnunet_autoreg.sampling.pool import SamplingPool
 
 log = logging.getLogger(__name__)
@@ -200,3 +211,63 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def export_encoder(
+    folder: Path,
+    plan: Plan,
+    objective: Objective,
+    rows: Sequence[ScanRow],
+    licences: dict[str, str],
+    verdict: Verdict,
+) -> EncoderCard:
+    """Write the encoder's weights, then its card, which marks the run as finished.
+
+    Args:
+        rows: the scans of the run, validation scans included.
+        licences: dataset -> licence text.
+        verdict: what validation showed.
+    """
+    from nnunet_autoreg.finetune.load import write_tensors
+
+    state, adaptation = objective.transferable_state(), objective.adaptation()
+    check_exported_keys(state, adaptation)
+
+    weights = folder / WEIGHTS_NAME
+    write_tensors(weights, state)
+    card = EncoderCard(
+        name=plan.name,
+        encoder=plan.encoder.name,
+        class_path=plan.encoder.class_path,
+        arguments=plan.encoder.arguments,
+        token_size_vox=plan.encoder.token_size_vox,
+        crop_size_vox=plan.sequence.crop_size_vox,
+        spacing_mm=plan.data.spacing_mm,
+        spacing_groups=plan.data.spacing_groups,
+        modalities=tuple(sorted({row.modality for row in rows})),
+        channel_names=tuple(sorted({row.channel for row in rows})),
+        ct_window=plan.data.ct_window,
+        num_input_channels=1,
+        adaptation=adaptation,
+        objective=kind_of(plan.objective.name).summary(plan),
+        licences=licences,
+        num_scans=len(rows),
+        num_steps=plan.optim.num_steps,
+        finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        sha256=sha256_of(weights),
+        verdict=verdict,
+    )
+    card.save(folder)
+    return card
+
+
+def check_exported_keys(keys: Iterable[str], adaptation: Adaptation) -> None:
+    """Check that a file of weights holds what its card lists and nothing else.
+
+    Segmentation heads and second names of the encoder (``decoder.encoder.``) would mislead every
+    reader of the file.
+    """
+    encoder = (f"{adaptation.key_to_encoder}.", f"{adaptation.key_to_stem}.")
+    listed = (*encoder, *adaptation.keys_to_decoder)
+    stray = [key for key in keys if not key.startswith(listed)]
+    assert not stray, f"the card lists no place for {stray[:3]}"

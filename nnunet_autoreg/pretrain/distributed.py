@@ -128,6 +128,7 @@ class World:
             tensor = torch.empty(value.shape, dtype=value.dtype)
         else:
             tensor = value.tensor.contiguous()
+        # As bytes, because gloo does not send every type of number.
         dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0, group=self.control)
         return tensor
 
@@ -261,10 +262,12 @@ def parallelise(module: nn.Module, device: torch.device, world: World, sharded: 
     if world.size == 1:
         return module
     if sharded:
+        # DDP makes the weights of all processes equal by itself; FSDP does not.
         for parameter in module.parameters():
             dist.broadcast(parameter.data, src=0)
         mesh = init_device_mesh(device.type, (world.size,))
         for layer in layers_of(module):
+            # Layer by layer, so that only one at a time is whole.
             hooked(layer)
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
@@ -286,7 +289,8 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            layers += [layer for layer in child if any(True for _ in layer.parameters())]
+            # A layer without weights has nothing to shard.
+            layers += [layer for layer in child if list(layer.parameters())]
         else:
             layers += layers_of(child)
     return layers
@@ -332,6 +336,7 @@ def full_tensors(tree: Any, world: World) -> Any:
         return type(tree)(full_tensors(item, world) for item in tree)
     if not isinstance(tree, DTensor):
         return tree
+    # All processes take part in gathering it, also those that throw it away.
     full = tree.full_tensor()
     return full.cpu() if world.is_main else None
 

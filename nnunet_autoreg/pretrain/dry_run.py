@@ -68,6 +68,7 @@ def check_network(plan: Plan) -> None:
     try:
         with torch.device("meta"):
             build_objective(plan)
+    # Networks raise these for arguments that do not go together.
     except (
         AssertionError,
         AttributeError,
@@ -104,6 +105,7 @@ def step_memory(
 
     order, predictor, _ = choose_order(encoder)
     objective, _ = choose_objective(encoder)
+    # Memory does not depend on the values that are made up here.
     sketch = Plan(
         "sketch",
         DataPlan((1.0, 1.0, 1.0)),
@@ -158,6 +160,7 @@ def memory_errors_in_one_line() -> Iterator[None]:
 def limit_to_share(plan: Plan, num_processes: int) -> Plan:
     """Return the plan with no more crops at once than one process gets of a batch."""
     optim = plan.optim
+    # Some processes get one crop more than others; the plan has to fit all.
     share = ceil(optim.batch_size / num_processes)
     if (optim.micro_batch_size or optim.batch_size) <= share:
         return plan
@@ -522,6 +525,7 @@ def needs_timing(plan: Plan) -> bool:
 
 def time_steps(job: TrainingJob, world: World, local_rank: int) -> float:
     """Return the seconds of a step; all processes train a trainer that is then thrown away."""
+    # The training begins with fresh weights, so that its numbers do not depend on the timing.
     seconds = seconds_per_step(build_trainer(job, world, local_rank))
     free_memory()
     return seconds

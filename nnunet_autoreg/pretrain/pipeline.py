@@ -23,17 +23,18 @@ from nnunet_autoreg.corpus.journal import JOURNAL_NAME
 from nnunet_autoreg.corpus.licences import read_licences, write_licences
 from nnunet_autoreg.corpus.manifest import read_manifest
 from nnunet_autoreg.corpus.private import PATH_FIELDS, hide_paths
-from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
+from nnunet_autoreg.corpus.rows import OK, ScanRow, read_index, write_index
 from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError
+from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.machine import has_bf16, num_processes
-from nnunet_autoreg.model.card import NO_VERDICT, EncoderCard, read_card
+from nnunet_autoreg.model.card import NO_VERDICT, WEIGHTS_NAME, EncoderCard, Verdict, read_card
 from nnunet_autoreg.phases import phase, signs_of_life
-from nnunet_autoreg.plan import Plan, override
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import hardware_of, pool_of
-from nnunet_autoreg.pretrain.export import export_encoder
+from nnunet_autoreg.pretrain.checkpointing import export_encoder
 from nnunet_autoreg.pretrain.launcher import Launcher, run_main
 from nnunet_autoreg.pretrain.preprocessing import (
     make_sampling_pools,
@@ -63,15 +64,17 @@ from nnunet_autoreg.pretrain.run_folder import (
     write_plan,
 )
 from nnunet_autoreg.pretrain.starting_point import check_initial_weights, prepare_starting_point
-from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
-from nnunet_autoreg.report.report import RunSetting
+from nnunet_autoreg.report.report import REPORT_NAME, RunSetting
 from nnunet_autoreg.stopping import stoppable
 from nnunet_autoreg.store.store import Store
-from nnunet_autoreg.wording import counted
+from nnunet_autoreg.wording import counted, duration
 
 log = logging.getLogger(__name__)
+
+WIDTH = 10
+"""Of the first word of a line at the start or at the end."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,7 @@ def preprocess_and_train(
         is_new = not checkpoint.exists(folder)
         return TrainingJob(folder, plan, device, *pools, probe, is_new, launcher.launch.local_size)
 
+    # A smaller crop changes what the pools hold, so that the job may be made again.
     job = fit_to_device(make_job(plan), make_job, launcher.launch.size)
 
     with launcher.world() as world, memory_errors_in_one_line():
@@ -319,3 +323,65 @@ def preprocess_and_train(
             )
             export_encoder(folder, trainer.plan, trainer.objective, rows, licences, verdict)
         world.wait()
+
+
+def scans_line(rows: Sequence[ScanRow], index_file: Path) -> str:
+    """Return how many scans are usable, of which modality, and how many are left out."""
+    modalities = Counter(row.modality for row in rows if row.status == OK)
+    num_usable = modalities.total()
+    by_modality = ", ".join(f"{count:,} {name}" for name, count in modalities.most_common())
+    usable = f" ({by_modality})" if by_modality else ""
+
+    reasons = Counter(row.status for row in rows if row.status != OK)
+    if not reasons:
+        return _line("found", f"{counted(num_usable, 'usable scan')}{usable}, none left out")
+    by_reason = ", ".join(f"{count:,} {status}" for status, count in reasons.most_common())
+    return _line(
+        "found",
+        f"{counted(num_usable, 'usable scan')}{usable}; {reasons.total():,} left out "
+        f"({by_reason}), see {index_file}",
+    )
+
+
+def start_lines(
+    folder: Path, plan: Plan, rows: Sequence[ScanRow], device: str, is_new: bool
+) -> list[str]:
+    """Return what is going to be done, in six lines.
+
+    Args:
+        rows: the usable scans.
+        is_new: no earlier call has planned the run.
+    """
+    optim, crop = plan.optim, size_text(plan.sequence.crop_size_vox)
+    spacing = size_text(plan.data.spacing_mm, ".3g")
+    token = size_text(plan.encoder.token_size_vox)
+    objective = plan.request.get("objective", DEFAULT_OBJECTIVE)
+    return [
+        _line("run", f"{plan.name} ({'new' if is_new else 'continued'}) in {folder}"),
+        _line("scans", f"{len(rows):,}, of which {plan.data.holdout_fraction:.0%} for validation"),
+        _line("encoder", f"{plan.encoder.name}, tokens of {token} voxels, on {device}"),
+        _line("crops", f"{crop} voxels of {spacing} mm, {optim.batch_size:,} per step"),
+        _line("training", f"{counted(optim.num_steps, 'step')}, {objective}, rate {optim.lr:g}"),
+        _line("details", "plan.json gives the reason of every value; -v shows them here"),
+    ]
+
+
+def end_lines(
+    folder: Path, plan: Plan, num_scans: int, seconds: float, verdict: Verdict
+) -> list[str]:
+    """Return what was done, where the results are, and whether it has learnt, in four lines.
+
+    Args:
+        seconds: that this call took.
+    """
+    steps, scans = counted(plan.optim.num_steps, "step"), counted(num_scans, "scan")
+    return [
+        _line("finished", f"{steps} on {scans}; this call took {duration(seconds)}"),
+        _line("weights", str(folder / WEIGHTS_NAME)),
+        _line("report", str(folder / REPORT_NAME)),
+        _line("verdict", verdict.message),
+    ]
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{WIDTH}}{text}"

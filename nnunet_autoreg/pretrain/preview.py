@@ -19,7 +19,7 @@ from nnunet_autoreg.corpus.groups import contrast_groups, reduced
 from nnunet_autoreg.corpus.locations import StructureLocation, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
-from nnunet_autoreg.geometry import Size, grid_of
+from nnunet_autoreg.geometry import as_size, grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.preprocessing import PLACES_NAME, read_places, store_groups
 from nnunet_autoreg.records import atomic_path
@@ -437,7 +437,12 @@ def draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan)
 
     drawn: Any = one.shown.drawn
     start = drawn.starts[0] if hasattr(drawn, "starts") else drawn.start
-    size = _read_size(plan, one)
+    if one.shown.kind == "strided":
+        size = strided.stretch(plan)
+    else:
+        # The sample was transposed after it was cut out; in the scan it has its old axes.
+        shape, axes = one.sample.voxels.shape[2:], drawn.flip_transpose.axes
+        size = as_size([shape[axes.index(axis)] for axis in range(3)])
     z = int(np.clip(start[0] + size[0] // 2, 0, case.shape_vox[0] - 1))
     slice_YX = case.read((z, 0, 0), (1, *case.shape_vox[1:]))[0, 0]
     low, high = np.percentile(slice_YX, (1, 99.5))
@@ -459,16 +464,6 @@ def draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan)
     direction = -1 if plan.sequence.flip else 1
     axis.set_ylim(*(bottom + 1, top - 2)[::direction])
     axis.set_xlim(*(left - 2, right + 1)[::direction])
-
-
-def _read_size(plan: Plan, one: DrawnSequence) -> Size:
-    """Return the voxels along z, y, x of the scan that a member's crop covers."""
-    if one.shown.kind == "strided":
-        return strided.stretch(plan)
-    # Undo the transposition.
-    shape, axes = one.sample.voxels.shape[2:], one.shown.drawn.flip_transpose.axes
-    z, y, x = (int(shape[axes.index(axis)]) for axis in range(3))
-    return (z, y, x)
 
 
 def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:

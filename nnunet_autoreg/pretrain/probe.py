@@ -138,6 +138,7 @@ def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
     train_NV = (train_NV - mean) / deviation
 
     num_classes = int(torch.cat([train[1], test[1]]).max()) + 1
+    # A structure of few tokens counts as much as the background.
     weight_C = 1 / torch.bincount(labels_N, minlength=num_classes).clamp(min=1).double()
     # Validation, which calls this, runs without gradients.
     with torch.enable_grad():
@@ -151,7 +152,7 @@ def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
 
         def objective() -> Tensor:
             solver.zero_grad()
-            scores_NC = train_NV @ slope_VC + offset_C
+            scores_NC = train_NV @ slope_VC + offset_C  # (N, C)
             error = functional.cross_entropy(scores_NC, labels_N, weight=weight_C)
             total = error + PENALTY * slope_VC.square().sum()
             torch.autograd.backward(total)
@@ -231,11 +232,13 @@ def choose_scans(rows: Sequence[ScanRow], validation: Collection[str], seed: int
     first: dict[tuple[str, str], ScanRow] = {}
     for row in sorted(rows, key=lambda row: row.id):
         if label_map_of(row) is not None:
+            # Two scans of a subject are too alike to fit on one and to test on the other.
             first.setdefault((row.dataset, subject_of(row)), row)
 
     counts = Counter(dataset for dataset, _ in first)
     if not counts or max(counts.values()) < MIN_CASES:
         return []
+    # Structures of two datasets may share a number but not a meaning.
     dataset = min(counts, key=lambda name: (-counts[name], name))
     labelled = [row for (name, _), row in first.items() if name == dataset]
 

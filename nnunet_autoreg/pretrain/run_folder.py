@@ -209,29 +209,24 @@ def continued_plan(folder: Path, request: Request) -> Plan:
         PlanError: the plan was changed after training began.
     """
     plan = matching_plan(folder, request)
-    _refuse_changed_plan(folder, plan)
+    newest = checkpoint.load_newest(folder)
+    if newest is not None:
+        path, content = newest
+        # Reading it as a plan gives a plan of an older version the defaults of newer keys.
+        trained = to_jsonable(from_jsonable(Plan, content["plan"], str(path)))
+        changes = differences(_fixed_values(trained), _fixed_values(to_jsonable(plan)))
+        if changes:
+            raise PlanError(
+                f"{folder / PLAN_NAME} was changed after training began ({'; '.join(changes)}); "
+                "undo the change, or use another --name",
+                code="plan-changed",
+            )
+
     if request.num_steps is not None and request.num_steps > plan.optim.num_steps:
         optim = replace(plan.optim, num_steps=request.num_steps)
         plan = replace(plan, optim=optim, request=to_jsonable(request))
         write_plan(folder, plan)
     return plan
-
-
-def _refuse_changed_plan(folder: Path, plan: Plan) -> None:
-    newest = checkpoint.load_newest(folder)
-    if newest is None:
-        return
-    path, content = newest
-
-    # Reading it as a plan gives a plan of an older version the defaults of newer keys.
-    trained = to_jsonable(from_jsonable(Plan, content["plan"], str(path)))
-    changes = differences(_fixed_values(trained), _fixed_values(to_jsonable(plan)))
-    if changes:
-        raise PlanError(
-            f"{folder / PLAN_NAME} was changed after training began ({'; '.join(changes)}); undo "
-            "the change, or use another --name",
-            code="plan-changed",
-        )
 
 
 def _fixed_values(plan: dict[str, Any]) -> dict[str, Any]:

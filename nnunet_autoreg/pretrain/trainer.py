@@ -190,8 +190,7 @@ class Trainer:
                     error = float(loss)  # waits for the device
                     elapsed = time.monotonic() - clock
                     seconds = elapsed / self.plan.run.log_every
-                    self._log_step(metrics, step, error, float(norm), seconds)
-                    self._log_wait(metrics, step, elapsed, seconds)
+                    self._log_step(metrics, step, error, float(norm), elapsed)
                     bar.set_postfix_str(postfix(error, self.throughput.metrics(seconds)))
                     left = duration(seconds * (num_steps - self.progress.step))
                     doing.progress = (
@@ -223,6 +222,7 @@ class Trainer:
                         "saved: type the same line again to continue"
                     )
 
+        # A run that is continued after its last step may have failed by then.
         if not steps:
             self._refuse_failure()
 
@@ -233,6 +233,7 @@ class Trainer:
             AutoregError: weights or validation error are not finite, the features are collapsed,
                 or no step was good.
         """
+        # It is None where the run was continued after its last step.
         if self.health is None and self.validates:
             with gathered(self.train_step.loss_of), phase("measuring the validation error"):
                 self.health = self.validation.measure()
@@ -309,8 +310,14 @@ class Trainer:
         return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start))
 
     def _log_step(
-        self, metrics: MetricsFile, step: int, error: float, norm: float, seconds: float
+        self, metrics: MetricsFile, step: int, error: float, norm: float, elapsed: float
     ) -> None:
+        """Write what the newest steps have shown, and warn once if they wait long for data.
+
+        Args:
+            error, norm: loss and norm of the gradient of this step.
+            elapsed: seconds since the last log entry.
+        """
         self.require_folder()
         # JSON knows no NaN; the skipped steps are logged beside.
         if math.isfinite(error) and math.isfinite(norm):
@@ -325,15 +332,12 @@ class Trainer:
                     metrics.log(step, f"train_{name}", float(mean), "term of the loss")
             metrics.log(step, "gradient_norm", norm, "1")
         metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")
+
+        seconds = elapsed / self.plan.run.log_every
         metrics.log(step, "step_time", seconds, "s")
         for name, (value, unit) in self.throughput.metrics(seconds).items():
             metrics.log(step, name, value, unit)
 
-    def _log_wait(self, metrics: MetricsFile, step: int, elapsed: float, seconds: float) -> None:
-        """Log the share of the ``elapsed`` seconds that data were waited for; warn if it is large.
-
-        The warning comes once.
-        """
         share = self.data_wait.share(elapsed)
         metrics.log(step, "data_wait", share, "share of time")
 
@@ -382,6 +386,7 @@ class Trainer:
             )
 
         restore_weights(good, self.objective, self.optimizer, self.world)
+        # The usual loss belongs to weights that are gone.
         self.guard.reset()
         self.statistics = self.guard.statistics()
         self.progress.rollbacks += 1
@@ -428,6 +433,7 @@ class Trainer:
             AutoregError: the features were collapsed in too many validations in a row.
         """
         most = self.plan.run.max_collapsed
+        # 0 switches this off.
         if not 0 < most <= self.progress.collapsed:
             return
         signs = [] if self.health is None else collapse_messages(self.health, self.plan.run)
@@ -483,6 +489,7 @@ class Trainer:
         step = self.progress.step
         is_regular = step % self.plan.run.checkpoint_every == 0
         is_good = self.guard.statistics().in_row == 0 and self.progress.collapsed == 0
+        # A roll-back to a bad state would help nobody.
         scheduled = is_regular and is_good
         if not scheduled and not needed and step < self.plan.optim.num_steps:
             return
@@ -589,6 +596,7 @@ def build_trainer(job: TrainingJob, world: World = ALONE, local_rank: int = 0) -
     objective = build_objective(plan)
     if job.is_new:
         load_initial_weights(objective.network, plan, job.folder)
+    # How many processes load may differ between machines, and changes no sample.
     num_loaders, _ = choose_loaders(plan, job.device, job.num_local)
     trainer = Trainer(
         plan,

@@ -62,6 +62,7 @@ def learning_rate(optim: OptimPlan, step: int) -> float:
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
+    # A short run may be all warm-up.
     progress = (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -235,7 +236,7 @@ class TrainingStep:
                 statistics[name] = statistics[name] + value if name in statistics else value
         assert sums is not None, "a process has at least one sample"
 
-        totals, counts = self.world.add(sums).unbind()
+        totals, counts = self.world.add(sums).unbind()  # (terms,) each
         counts = counts.clamp(min=1)
         # DDP and FSDP average over processes; their number turns the average into the sum.
         factor = scale * self.world.size / counts[0]
@@ -244,7 +245,7 @@ class TrainingStep:
                 parameter.grad.mul_(factor)
 
         weights = self.batch_loss.weights
-        means = totals / counts
+        means = totals / counts  # (terms,)
         self.term_means = dict(zip(weights, means.unbind(), strict=True))
         weighted_means = [weight * self.term_means[name] for name, weight in weights.items()]
         return torch.stack(weighted_means).sum(), statistics
@@ -323,6 +324,7 @@ class LossSpikeGuard:
         loss = loss.float()
         mean, variance, seen = self.loss.unbind()
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        # A smooth loss deviates so little that a spike has to be large beside the mean as well.
         margin = torch.maximum(self.spike_sigmas * variance.sqrt(), (SPIKE_RATIO - 1) * mean.abs())
         spike = ~nonfinite & (seen >= WINDOW) & (loss > mean + margin)
         bad = nonfinite | spike
@@ -442,6 +444,7 @@ def measure_throughput(
     try:
         crops_per_device = plan.optim.batch_size / num_devices
         first_crop = next(micro_batches(sample, 1)).to(device)
+        # The crops of a batch have one shape, so that one of them stands for all.
         flops = crops_per_device * step_flops(objective, first_crop)
         peak = matmul_peak(device)
     except (RuntimeError, NotImplementedError) as error:
@@ -479,6 +482,7 @@ def matmul_peak(device: torch.device) -> float:
         torch.matmul(matrix, matrix)
         torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
+    # The first products wake the device, and the median leaves them out.
     return 2 * PEAK_SIDE**3 / sorted(times)[len(times) // 2]
 
 

@@ -157,6 +157,7 @@ def added(parts: Sequence[LossSums]) -> LossSums:
     statistics: dict[str, Tensor] = {}
     for part in parts:
         for name, (total, count, weight) in part.terms.items():
+            # Not every kind of sequence need have every term.
             before = terms.get(name, (0.0, 0.0, weight))
             terms[name] = (before[0] + total, before[1] + count, weight)
         for name, total in part.references.items():
@@ -199,7 +200,15 @@ class Validation:
         if not self.batches:
             return None
         self.objective.module.eval()
-        by_kind = {kind: self._sums(batches) for kind, batches in self.batches.items()}
+        by_kind: dict[str, LossSums] = {}
+        for kind, batches in self.batches.items():
+            of_kind = []
+            for batch in batches:
+                with autocast(self.device):
+                    terms = self.objective.loss(batch.to(self.device), references=True)
+                of_kind.append(sums_of(terms))
+            by_kind[kind] = added(of_kind)
+
         total = added(list(by_kind.values()))
         figure = self.objective.figure
         kinds = {}
@@ -219,15 +228,6 @@ class Validation:
             own=own,
             own_signs=self.objective.collapse_signs(own),
         )
-
-    def _sums(self, batches: Sequence[Batch]) -> "LossSums":
-        """Return the sums of the loss over all samples of some batches."""
-        found = []
-        for batch in batches:
-            with autocast(self.device):
-                terms = self.objective.loss(batch.to(self.device), references=True)
-            found.append(sums_of(terms))
-        return added(found)
 
     def _describe(self, batch: Batch) -> TokenFeatures:
         with autocast(self.device):
@@ -279,6 +279,7 @@ def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
     It is 0 where every image looks alike, and where all features are 0 or some are NaN.
     """
     total = features_NV.double().square().sum()
+    # NaN fails both comparisons.
     if not 0 < total < math.inf:
         return 0.0
     return float(content_NV.double().square().sum() / total)

@@ -32,7 +32,7 @@ from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.model.unet import PretrainingUNet
 from nnunet_autoreg.plan import EncoderPlan
-from nnunet_autoreg.pretrain.export import _check_keys
+from nnunet_autoreg.pretrain.checkpointing import check_exported_keys
 from nnunet_autoreg.records import read_json, write_json
 
 Write = Callable[..., Path]
@@ -489,12 +489,12 @@ def test_a_pretraining_writes_only_what_its_card_lists(stray: str) -> None:
         "decoder.stages.0.x",
         "decoder.transpconvs.0.weight",
     ]
-    _check_keys(whole, adaptation)
+    check_exported_keys(whole, adaptation)
 
     with pytest.raises(AssertionError):
-        _check_keys([*whole, stray], adaptation)
+        check_exported_keys([*whole, stray], adaptation)
     with pytest.raises(AssertionError):
-        _check_keys(whole, replace(adaptation, keys_to_decoder=()))
+        check_exported_keys(whole, replace(adaptation, keys_to_decoder=()))
 
 
 def test_the_card_says_whether_there_is_a_decoder(run: Path) -> None:
@@ -509,7 +509,7 @@ def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> N
         build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=True
     )
     state, adaptation = pretraining.transferable_state(), pretraining.adaptation()
-    _check_keys(state, adaptation)
+    check_exported_keys(state, adaptation)
     rewrite(run, state)
     replace(read_card(run), adaptation=adaptation).save(run)
     network = unet()

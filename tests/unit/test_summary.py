@@ -8,7 +8,7 @@ from sequence_cases import make_plan
 
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.model.card import LEARNT, Verdict
-from nnunet_autoreg.pretrain.summary import end_lines, scans_line, start_lines
+from nnunet_autoreg.pretrain.pipeline import end_lines, scans_line, start_lines
 
 PLAN = make_plan()
 INDEX = Path("/results/brain/scans.csv")
