@@ -90,7 +90,13 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         """
         stock_output = io.StringIO()
         with one_line_errors():
-            self._refuse_2d()
+            median_shape = np.median(np.array(self.dataset_fingerprint["shapes_after_crop"]), 0)
+            if 1 in median_shape:
+                raise PlanError(
+                    f"{self.dataset_name} holds 2D images, but these encoders are 3D; use -pl "
+                    "ExperimentPlanner",
+                    code="plan-2d",
+                )
             check_plans_name(self.plans_identifier, self._old_plans())
             self._print_choice(self.choice)
             # nnU-Net prints every attempt, and a 2D U-Net that these plans do not contain.
@@ -254,14 +260,6 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
     def _old_plans(self) -> dict[str, Any] | None:
         return read_object(self._plans_file()) if self._plans_file().is_file() else None
-
-    def _refuse_2d(self) -> None:
-        if 1 in np.median(np.array(self.dataset_fingerprint["shapes_after_crop"]), 0):
-            raise PlanError(
-                f"{self.dataset_name} holds 2D images, but these encoders are 3D; use -pl "
-                "ExperimentPlanner",
-                code="plan-2d",
-            )
 
     def _print_choice(self, choice: Choice) -> None:
         for line in choice.rejected:

@@ -223,12 +223,18 @@ class AutoregClassificationTrainer(TaskTrainer):
         network = self._classifier()
         network.eval()
         cases = [*training, *validation]
+        # The values of the foreground; regions are made of them.
+        label_values: set[int] = set()
+        for value in self.dataset_json["labels"].values():
+            label_values.update(int(v) for v in (value if isinstance(value, list) else [value]))
+        label_values -= {0, self.label_manager.ignore_label}
+
         features = features_of_baselines(
             network,
             self.dataset_class(self.preprocessed_dataset_folder, cases),
             cases,
             self.configuration_manager.spacing,
-            self._label_values(),
+            sorted(label_values),
             as_size(self.configuration_manager.patch_size),
             self.device,
             self._autocast,
@@ -241,13 +247,6 @@ class AutoregClassificationTrainer(TaskTrainer):
         for name, of_tasks in found.items():
             for line in score_lines(of_tasks, None):
                 self.print_to_log_file(f"baseline {name}: {line}")
-
-    def _label_values(self) -> list[int]:
-        """Return the values of the foreground; regions are made of them."""
-        values: set[int] = set()
-        for value in self.dataset_json["labels"].values():
-            values.update(int(v) for v in (value if isinstance(value, list) else [value]))
-        return sorted(values - {0, self.label_manager.ignore_label})
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make one step on the classes."""

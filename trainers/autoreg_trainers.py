@@ -236,25 +236,23 @@ class _AutoregTrainer(nnUNetTrainer):
             self.print_to_log_file(kept_line(self.users_weights, weights.name if weights else None))
         elif self.is_fresh_start and self.uses_weights:
             with one_line_errors():
-                self._load_encoder()
+                warning = self.block.weights and ignored_setting(
+                    results_folder(), self.block.weights, setting_of_environment()
+                )
+                if warning:
+                    self.print_to_log_file(f"WARNING: {warning}")
+
+                # Older datasets call the channels "modality".
+                key = "channel_names" if "channel_names" in self.dataset_json else "modality"
+                names = tuple(str(name) for name in self.dataset_json[key].values())
+                target = Target(len(names), as_size(self.configuration_manager.patch_size), names)
+                table = load_planned_encoder(
+                    self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
+                )
+                if self.local_rank == 0:
+                    self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
+
         super().on_train_start()
-
-    def _load_encoder(self) -> None:
-        warning = self.block.weights and ignored_setting(
-            results_folder(), self.block.weights, setting_of_environment()
-        )
-        if warning:
-            self.print_to_log_file(f"WARNING: {warning}")
-
-        # Older datasets call the channels "modality".
-        key = "channel_names" if "channel_names" in self.dataset_json else "modality"
-        names = tuple(str(name) for name in self.dataset_json[key].values())
-        target = Target(len(names), as_size(self.configuration_manager.patch_size), names)
-        table = load_planned_encoder(
-            self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
-        )
-        if self.local_rank == 0:
-            self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)
 
     def on_train_end(self) -> None:
         """End as nnU-Net does, and say what the model needs where it predicts."""

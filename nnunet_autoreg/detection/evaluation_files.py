@@ -241,6 +241,8 @@ def draw_scans(
         backgrounds: by scan; scans without one are not drawn.
         least_scores: by class; detections below are not drawn.
     """
+    from matplotlib.lines import Line2D
+
     shown = pick_scans([scan for scan in scans if scan.name in backgrounds])
     figure = _figure((SLICE_INCHES * SLICES, (SLICE_INCHES + 0.2) * max(1, len(shown)) + 0.9))
     axes = figure.subplots(max(1, len(shown)), SLICES, squeeze=False)
@@ -254,18 +256,11 @@ def draw_scans(
         "about 1 false detection per scan are left out",
         fontsize=11,
     )
-    _draw_legend(figure)
-    _save(figure, picture, 110)
-
-
-def _draw_legend(figure: Any) -> None:
-    """Explain the boxes below the slices, on grey as on an image."""
-    from matplotlib.lines import Line2D
-
-    lines = [
-        Line2D([], [], label=label, path_effects=_halo(), **BOXES[name].line())
-        for name, label in BOX_LABELS.items()
-    ]
+    lines = []
+    for name, label in BOX_LABELS.items():
+        line = Line2D([], [], label=label, path_effects=_halo(), **BOXES[name].line())
+        lines.append(line)
+    # On grey, as the boxes lie on an image.
     figure.legend(
         handles=lines,
         loc="outside lower center",
@@ -276,6 +271,7 @@ def _draw_legend(figure: Any) -> None:
         labelcolor=WHITE,
         framealpha=1,
     )
+    _save(figure, picture, 110)
 
 
 def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:

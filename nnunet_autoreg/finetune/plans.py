@@ -95,7 +95,25 @@ def make_block(
     Raises:
         PlanError: the card of the weights names a network class or values that are not allowed.
     """
-    encoder, encoder_reason = _planned_encoder(choice.card, task, budget)
+    card, file = choice.card, choice.file
+    if card is not None:
+        encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
+        encoder_reason = f"that of the weights '{card.name}'"
+    else:
+        # The same rules as in pretraining choose, for a GPU of the memory that is planned for.
+        shape = as_size([round(v) for v in task.median_shape_vox])
+        pool = Pool(
+            num_scans=task.num_cases,
+            spacing_mm=as_spacing(task.spacing_mm),
+            median_shape_vox=shape,
+            total_vox=task.num_cases * volume(shape),
+            ct_window=None,
+        )
+        hardware = Hardware("cuda", budget.gib)
+        name, encoder_reason = choose_encoder("auto", hardware, pool)
+        size, _ = with_tokens(encoder_size(name), task.spacing_mm, task.median_shape_vox)
+        encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
+
     num_epochs = EPOCHS_FEW if task.num_cases <= FEW_CASES else EPOCHS_MANY
     # Why each value was chosen is written beside it, for whoever edits the plan.
     reasons = {
@@ -108,7 +126,6 @@ def make_block(
     recipe = Recipe(num_epochs=num_epochs, **recipe_values(encoder))
 
     weights = None
-    card, file = choice.card, choice.file
     if card is not None and file is not None:
         # A path relative to the results stays valid when the whole folder is moved.
         home = results.resolve()
@@ -116,28 +133,6 @@ def make_block(
             file = file.relative_to(home)
         weights = PlannedWeights(card.name, file.as_posix(), card.sha256, card.has_decoder)
     return check_block(AutoregBlock(encoder, weights, recipe, reasons), BLOCK_KEY)
-
-
-def _planned_encoder(
-    card: EncoderCard | None, task: SegmentationTask, budget: Budget
-) -> tuple[EncoderPlan, str]:
-    """Return the encoder of the weights, or without weights the one that suits the data."""
-    if card is not None:
-        encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
-        return encoder, f"that of the weights '{card.name}'"
-
-    # The same rules as in pretraining choose, for a GPU of the memory that is planned for.
-    shape = as_size([round(v) for v in task.median_shape_vox])
-    pool = Pool(
-        num_scans=task.num_cases,
-        spacing_mm=as_spacing(task.spacing_mm),
-        median_shape_vox=shape,
-        total_vox=task.num_cases * volume(shape),
-        ct_window=None,
-    )
-    name, reason = choose_encoder("auto", Hardware("cuda", budget.gib), pool)
-    size, _ = with_tokens(encoder_size(name), task.spacing_mm, task.median_shape_vox)
-    return EncoderPlan(size.name, size.class_path, size.arguments, size.token_size), reason
 
 
 def memory_estimator(

@@ -50,27 +50,21 @@ def stock_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
         # A configuration that inherits from another one may have no architecture of its own.
         architecture = configuration.get("architecture", {})
         configurations[name] = dict(configuration)
-        if _is_guarded(architecture):
-            stock = _stock_architecture(architecture["arch_kwargs"])
-            configurations[name]["architecture"] = stock
+        # The module of the guard had another name in earlier releases.
+        class_name = str(architecture.get("network_class_name", ""))
+        if not class_name.endswith(f".{GUARD_NAME}"):
+            continue
+
+        arguments = own_arguments(architecture["arch_kwargs"])
+        # nnU-Net imports the class of every argument that is listed, so all of them must be there.
+        for key in IMPORTED_ARGUMENTS:
+            arguments.setdefault(key, None)
+        configurations[name]["architecture"] = {
+            "network_class_name": CLASS_PATHS[RESENC],
+            "arch_kwargs": arguments,
+            "_kw_requires_import": list(IMPORTED_ARGUMENTS),
+        }
     return {**plans, "configurations": configurations}
-
-
-def _is_guarded(architecture: Mapping[str, Any]) -> bool:
-    # The module of the guard had another name in earlier releases.
-    return str(architecture.get("network_class_name", "")).endswith(f".{GUARD_NAME}")
-
-
-def _stock_architecture(arch_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = own_arguments(arch_kwargs)
-    # nnU-Net imports the class of every argument that is listed, so all of them must be there.
-    for key in IMPORTED_ARGUMENTS:
-        arguments.setdefault(key, None)
-    return {
-        "network_class_name": CLASS_PATHS[RESENC],
-        "arch_kwargs": arguments,
-        "_kw_requires_import": list(IMPORTED_ARGUMENTS),
-    }
 
 
 @contextmanager

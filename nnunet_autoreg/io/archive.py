@@ -100,23 +100,21 @@ def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
             raise ScanError(
                 "unreadable", bad[0][1] if bad else "a file is no longer in the archive; run again"
             )
-        _check_room(sum(known[name].file_size for name in names), Path(folder))
+
+        num_bytes = sum(known[name].file_size for name in names)
+        free = shutil.disk_usage(folder).free
+        if num_bytes > FREE_SHARE * free:
+            raise ScanError(
+                "unreadable",
+                f"unpacking needs {num_bytes / 2**30:.1f} GiB, the temporary folder has "
+                f"{free / 2**30:.1f}; set TMPDIR to a larger disk",
+            )
 
         files = {}
         for number, name in enumerate(names):
             files[name] = Path(folder) / f"{number}{_ending(name)}"
             _copy(archive, known[name], files[name])
         yield files
-
-
-def _check_room(num_bytes: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if num_bytes > FREE_SHARE * free:
-        raise ScanError(
-            "unreadable",
-            f"unpacking needs {num_bytes / 2**30:.1f} GiB, the temporary folder has "
-            f"{free / 2**30:.1f}; set TMPDIR to a larger disk",
-        )
 
 
 def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:

@@ -86,7 +86,25 @@ def find_stack(path: Path, part: ScanPart) -> Stack:
     Raises:
         ScanError: ``unreadable`` if its files are gone, or the stack's own problem.
     """
-    slices = _slices_of_series(path, part)
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError as error:
+        raise ScanError(
+            "unreadable", "vanished after it was found; restore it, or run again without it"
+        ) from error
+
+    # Which files hold each series is kept, for the next series of the same folder.
+    names = _files_by_series(str(path), bool(part.below), stamp).get(part.series, ())
+    found: list[DicomSlice] = []
+    if is_archive(path.name):
+        for of_member in _archived(path, set(names)):
+            found += of_member
+    else:
+        for name in names:
+            found += _or_nothing(path / name if path.is_dir() else path, name)
+
+    # A file may have been replaced by one of another series.
+    slices = [one for one in found if one.series == part.series]
     group = by_series(slices).get((part.series, part.instance))
     if not group:
         raise ScanError(
@@ -259,30 +277,6 @@ def _on_disk(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
 def is_archive(name: str) -> bool:
     """Return whether a file is searched as an archive."""
     return name.lower().endswith(".zip")
-
-
-def _slices_of_series(path: Path, part: ScanPart) -> list[DicomSlice]:
-    """Return the slices of one series, by headers.
-
-    Which files hold it is kept, for the next series of the same folder.
-    """
-    try:
-        stamp = path.stat().st_mtime_ns
-    except OSError as error:
-        raise ScanError(
-            "unreadable", "vanished after it was found; restore it, or run again without it"
-        ) from error
-
-    names = _files_by_series(str(path), bool(part.below), stamp).get(part.series, ())
-    found: list[DicomSlice] = []
-    if is_archive(path.name):
-        for slices in _archived(path, set(names)):
-            found += slices
-    else:
-        for name in names:
-            found += _or_nothing(path / name if path.is_dir() else path, name)
-    # A file may have been replaced by one of another series.
-    return [one for one in found if one.series == part.series]
 
 
 @lru_cache(maxsize=4)

@@ -104,12 +104,19 @@ def check_nifti(path: Path) -> None:
                 num_bytes, num_bad = _read_through(stream, head, header)
             else:
                 num_bytes, num_bad = _read_voxels(voxels, header)
-        _check_length(header, num_bytes)
+
+        num_voxels = math.prod(header.dims)
+        num_expected = max(header.offset, 0) + num_voxels * header.bits // 8
+        if num_bytes < num_expected:
+            raise ScanError(
+                "unreadable",
+                f"truncated: {num_bytes} of {num_expected} bytes are there; copy the file again",
+            )
         if num_bad:
-            total = math.prod(header.dims)
             raise ScanError(
                 "nonfinite",
-                f"{num_bad} of {total} voxels are NaN or infinite; repair or leave out the scan",
+                f"{num_bad} of {num_voxels} voxels are NaN or infinite; repair or leave out the "
+                "scan",
             )
     except EOFError as error:
         raise ScanError(
@@ -312,15 +319,6 @@ def _check_header(header: NiftiHeader) -> None:
             "direction",
             f"pixdim/qform and sform disagree: voxel sizes {_listed(header.pixdim)} mm against "
             f"{_listed(header.sform_scales)} mm (x, y, z); correct the header",
-        )
-
-
-def _check_length(header: NiftiHeader, num_bytes: int) -> None:
-    expected = max(header.offset, 0) + math.prod(header.dims) * header.bits // 8
-    if num_bytes < expected:
-        raise ScanError(
-            "unreadable",
-            f"truncated: {num_bytes} of {expected} bytes are there; copy the file again",
         )
 
 

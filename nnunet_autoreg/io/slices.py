@@ -417,9 +417,17 @@ def _problem_of_geometry(frame: DicomHeader, shape: tuple[int, int]) -> tuple[st
 def _order(frame: DicomHeader, index: int) -> tuple[float, ...]:
     """Return the values that ``ORDER_NAMES`` names, and the instance number."""
     time = frame.number("TemporalPositionIdentifier", frame.number("TemporalPositionIndex", 0.0))
-    echo = frame.number(
-        "EchoTime", frame.number("EffectiveEchoTime", frame.number("EchoNumbers", 0.0))
-    )
+    # What is missing in a header is replaced by the next best that tells the same.
+    echo_number = frame.number("EchoNumbers", 0.0)
+    echo = frame.number("EchoTime", frame.number("EffectiveEchoTime", echo_number))
+
+    # One number for a gradient direction, the same for directions that agree to two decimals.
+    gradient = 0.0
+    direction = frame.numbers("DiffusionGradientOrientation")
+    if len(direction) == 3 and all(map(math.isfinite, direction)):
+        x, y, z = (round(100 * (value + 2)) for value in direction)
+        gradient = float((x * 1000 + y) * 1000 + z)
+
     return (
         time,
         frame.number("DiffusionBValue", 0.0),
@@ -428,17 +436,6 @@ def _order(frame: DicomHeader, index: int) -> tuple[float, ...]:
         frame.number("TriggerTime", 0.0),
         frame.number("InversionTime", 0.0),
         frame.number("FlipAngle", 0.0),
-        _direction_number(frame.numbers("DiffusionGradientOrientation")),
+        gradient,
         frame.number("InstanceNumber", 0.0) if index < 0 else float(index),
     )
-
-
-def _direction_number(direction: tuple[float, ...]) -> float:
-    """Return one number for a gradient direction; 0 for none.
-
-    Directions that agree to two decimals have the same.
-    """
-    if len(direction) != 3 or not all(map(math.isfinite, direction)):
-        return 0.0
-    x, y, z = (round(100 * (value + 2)) for value in direction)
-    return float((x * 1000 + y) * 1000 + z)

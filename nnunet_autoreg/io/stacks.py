@@ -80,9 +80,20 @@ def stacks_of(slices: Sequence[DicomSlice]) -> list[Stack]:
     """
     kept = without_copies(originals(slices))
     ordered = sorted(kept, key=lambda s: (s.order[-1], s.position, s.order, s.file, s.frame))
-    problem = _problem_of_series(ordered)
-    if problem[0]:
-        return [_broken(ordered, problem)]
+    problems = [one.problem for one in ordered if one.problem[0]]
+    if problems:
+        status, reason = problems[0]
+        if len(ordered) > 1:
+            reason += f" ({len(problems)} of {len(ordered)} slices)"
+        return [_broken(ordered, (status, reason))]
+
+    num_subjects = len({one.subject for one in ordered})
+    if num_subjects > 1:
+        reason = (
+            f"its slices name {num_subjects} different patients under one series; export the "
+            "patients apart"
+        )
+        return [_broken(ordered, ("slices", reason))]
 
     # Slices of like size and orientation, in the order of their first slices.
     groups: list[list[DicomSlice]] = []
@@ -126,6 +137,8 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     if studies:
         return studies
 
+    # Slices between each other's slices make one volume if all of them fit side by side.
+    are_packages = whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
     for name in VOLUME_NAMES:
         parts = _parts_by_value(group, ORDER_NAMES.index(name))
         stacks = _stacks_of_parts(parts)
@@ -134,7 +147,7 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
         if whole.problem[0] and (_overlap(stacks) or len(stacks) <= MAX_STACKS):
             return stacks
         # Slabs side by side, as of a CT that moves its table between exposures, make one volume.
-        if _overlap(stacks) and not (name == "acquisition" and _are_packages(whole)):
+        if _overlap(stacks) and not (name == "acquisition" and are_packages):
             return stacks
 
     if whole.problem[0]:
@@ -198,10 +211,16 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     for part in parts:
         direction, _ = _direction(part[0])
         positions = np.array([one.position for one in part])  # (N, xyz) in mm
-        heights = _distinct(np.sort(positions @ direction[:, 2]))
-        alike = [n for n, known in enumerate(heights_of) if _are_equal(heights, known)]
-        if alike:
-            together[alike[0]].extend(part)
+        all_heights = np.sort(positions @ direction[:, 2])
+        # A part may be several volumes itself, such as all directions of a b-value.
+        is_new = np.diff(all_heights, prepend=-np.inf) > SAME_POSITION_MM
+        heights = all_heights[is_new]
+
+        for known, members in zip(heights_of, together, strict=True):
+            is_same_number = len(known) == len(heights)
+            if is_same_number and np.abs(heights - known).max() <= SAME_POSITION_MM:
+                members.extend(part)
+                break
         else:
             together.append(list(part))
             heights_of.append(heights)
@@ -212,46 +231,22 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     return stacks
 
 
-def _distinct(heights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return sorted heights without repetitions.
-
-    A part may be several volumes itself, such as all directions of a b-value.
-    """
-    is_new = np.diff(heights, prepend=-np.inf) > SAME_POSITION_MM
-    return heights[is_new]
-
-
-def _are_equal(heights: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
-    if len(heights) != len(others):
-        return False
-    return bool(np.abs(heights - others).max() <= SAME_POSITION_MM)
-
-
 def _overlap(stacks: Sequence[Stack]) -> bool:
     """Return whether two stacks share more of their extent than one slice.
 
     Slabs side by side do not.
     """
-    extents = sorted(_extent(stack) for stack in stacks)
+    # Heights of the lowest and the highest slice of each stack along its normal, in mm.
+    extents: list[tuple[float, float]] = []
+    for stack in stacks:
+        normal = stack.direction[:, 2]
+        volume = stack.volumes[0]
+        lowest, highest = np.array(volume[0].position), np.array(volume[-1].position)
+        extents.append((float(lowest @ normal), float(highest @ normal)))
+
     step = min(stack.spacing_mm[0] for stack in stacks)
-    pairs = itertools.pairwise(extents)
+    pairs = itertools.pairwise(sorted(extents))
     return any(start < end - step / 2 for (_, end), (start, _) in pairs)
-
-
-def _extent(stack: Stack) -> tuple[float, float]:
-    """Return the heights of the lowest and the highest slice along the normal, in mm."""
-    normal = stack.direction[:, 2]
-    volume = stack.volumes[0]
-    lowest, highest = np.array(volume[0].position), np.array(volume[-1].position)
-    return float(lowest @ normal), float(highest @ normal)
-
-
-def _are_packages(whole: Stack) -> bool:
-    """Return whether acquisitions between each other's slices make one volume.
-
-    They do if the slices fit side by side.
-    """
-    return whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
 
 
 def _stacks_of_studies(group: Sequence[DicomSlice]) -> list[Stack]:
@@ -272,25 +267,6 @@ def without_copies(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
     for one in sorted(slices, key=lambda s: (s.file, s.frame)):
         kept.setdefault(one.identity, one)
     return list(kept.values())
-
-
-def _problem_of_series(slices: Sequence[DicomSlice]) -> tuple[str, str]:
-    """Return what is wrong with single slices or with their patients, or ``NO_PROBLEM``."""
-    problems = [s.problem for s in slices if s.problem[0]]
-    if problems:
-        status, reason = problems[0]
-        if len(slices) > 1:
-            reason += f" ({len(problems)} of {len(slices)} slices)"
-        return status, reason
-
-    num_subjects = len({s.subject for s in slices})
-    if num_subjects > 1:
-        return (
-            "slices",
-            f"its slices name {num_subjects} different patients under one series; export the "
-            "patients apart",
-        )
-    return NO_PROBLEM
 
 
 def _broken(slices: Sequence[DicomSlice], problem: tuple[str, str]) -> Stack:
@@ -479,8 +455,9 @@ def _step(
     are_multiples = np.abs(multiples - np.rint(multiples)).max() < UNEVEN
     usual = float(gaps.min() if are_multiples else np.median(gaps))
 
-    num_wrong = int((np.abs(gaps - usual) > max(UNEVEN * usual, 2 * SAME_POSITION_MM)).sum())
-    if not num_wrong or _is_even_within_rounding(level_mm, rounding):
+    tolerance = max(UNEVEN * usual, 2 * SAME_POSITION_MM)
+    is_even = np.abs(gaps - usual).max() <= tolerance
+    if is_even or _is_even_within_rounding(level_mm, rounding):
         return round((level_mm[-1] - level_mm[0]) / (len(level_mm) - 1), 5), NO_PROBLEM
 
     widest = int(gaps.argmax())

@@ -10,7 +10,6 @@ from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import (
     Fingerprint,
-    GroupPrint,
     ModalityPrint,
     row_spacing,
     transposed_geometry,
@@ -237,7 +236,16 @@ def _draw_intensities(
 
 def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
     """Draw the spacing groups as a table."""
-    cells = [_table_row(group) for group in fingerprint.groups[:MAX_GROUPS]]
+    cells = []
+    for group in fingerprint.groups[:MAX_GROUPS]:
+        row = [str(group.num_scans), group.modality or "all"]
+        for spacing_mm in (group.native_mm, group.spacing_mm):
+            row.append(size_text(spacing_mm, ".3g"))
+        for size in (group.shape_vox.p10, group.shape_vox.median, group.shape_vox.p90):
+            row.append(size_text(size, ".0f"))
+        row.append(f"{group.total_vox / 1e6:.3g}")
+        cells.append(row)
+
     table = axis.table(
         cellText=cells,
         colLabels=TABLE_HEADER,
@@ -255,16 +263,6 @@ def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
         title += f", {num_more} more groups in fingerprint.json"
     axis.set_title(title, fontsize=10)
     axis.axis("off")
-
-
-def _table_row(group: GroupPrint) -> list[str]:
-    row = [str(group.num_scans), group.modality or "all"]
-    for spacing_mm in (group.native_mm, group.spacing_mm):
-        row.append(size_text(spacing_mm, ".3g"))
-    for size in (group.shape_vox.p10, group.shape_vox.median, group.shape_vox.p90):
-        row.append(size_text(size, ".0f"))
-    row.append(f"{group.total_vox / 1e6:.3g}")
-    return row
 
 
 def _make_logarithmic(

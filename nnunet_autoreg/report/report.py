@@ -156,6 +156,13 @@ def report(
         charts = f'<div class="charts">\n{health}\n</div>'
         health = page.section("health", "Health and probes", charts)
 
+    # Only --dry-run --show draws this picture.
+    sequences = _embedded(
+        folder / "sequences.png", "Some sequences as the network sees them, drawn before training."
+    )
+    if sequences:
+        sequences = page.section("sequences", "What the network has to predict", sequences)
+
     return page.filled_template(
         {
             "name": escape(plan.name),
@@ -172,7 +179,7 @@ def report(
                 "All usable scans: spacings with their targets, sizes with the crop, and "
                 "intensities.",
             ),
-            "sequences": _sequences(folder),
+            "sequences": sequences,
             "provenance": _provenance(plan, setting),
             "error_unit": escape(figure_of_merit(plan).explanation),
             "learning": "\n".join(figure_of(chart) for chart in learning_charts(series, plan)),
@@ -452,34 +459,22 @@ def _provenance(plan: Plan, setting: RunSetting) -> str:
         except PackageNotFoundError:
             continue
 
+    device = f"{setting.device}, {counted(num_processes(), 'core')}"
+    if setting.device == "cuda":
+        import torch
+
+        device = f"cuda, {torch.cuda.get_device_name()}"
+
     now = datetime.now().astimezone()
     rows = [
         ("command", command_of(plan)),
-        ("device", _device_name(setting.device)),
+        ("device", device),
         ("versions", ", ".join([*versions, f"Python {platform.python_version()}"])),
         ("system", f"{platform.system()} {platform.release()} ({platform.machine()})"),
         ("written", f"{now:%Y-%m-%d %H:%M %Z}"),
         ("use", "research software, no medical device"),
     ]
     return page.table("How this page was made", ("what", "value"), rows, ("", "wide"))
-
-
-def _device_name(device: str) -> str:
-    """Return the name of the GPU, or the number of usable cores."""
-    if device != "cuda":
-        return f"{device}, {counted(num_processes(), 'core')}"
-
-    import torch
-
-    return f"cuda, {torch.cuda.get_device_name()}"
-
-
-def _sequences(folder: Path) -> str:
-    """Return the section with ``sequences.png``, which --dry-run --show draws; "" without it."""
-    picture = _embedded(
-        folder / "sequences.png", "Some sequences as the network sees them, drawn before training."
-    )
-    return page.section("sequences", "What the network has to predict", picture) if picture else ""
 
 
 def _embedded(picture: Path, text: str) -> str:

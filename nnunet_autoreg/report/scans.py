@@ -114,7 +114,10 @@ def _dataset_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:
     """Yield (dataset, modality, channel or contrast, count, where the modality is known from)."""
     datasets: dict[str, str] = {}
     for row in rows:
-        datasets.setdefault(row.dataset, _name_of_dataset(len(datasets) + 1, row.dataset))
+        # nnU-Net's own names stay as they are; a user's folder may be called after a patient.
+        is_of_nnunet = re.fullmatch(r"Dataset\d{3,}(_\S+)?", row.dataset)
+        shown = row.dataset if is_of_nnunet else f"input {len(datasets) + 1} (a folder)"
+        datasets.setdefault(row.dataset, shown)
 
     counts = Counter(
         (row.dataset, row.modality, row.contrast or row.channel, row.modality_rule)
@@ -123,8 +126,3 @@ def _dataset_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:
     )
     for (dataset, modality, channel, rule), count in counts.items():
         yield datasets[dataset], modality, channel or "-", f"{count:,}", PATH.sub(HIDDEN, rule)
-
-
-def _name_of_dataset(number: int, name: str) -> str:
-    """Return nnU-Net's own names as they are; a user's folder may be called after a patient."""
-    return name if re.fullmatch(r"Dataset\d{3,}(_\S+)?", name) else f"input {number} (a folder)"

@@ -225,24 +225,21 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
         ("error", np.asarray(colormaps["inferno"](error, bytes=True)), plane.loss_mask),
     ]
 
+    # Letters at the edges, and a bar of 10 mm where the picture is that wide.
+    letters = []
+    for side, letter in zip(("top", "bottom", "left", "right"), plane.edges, strict=False):
+        letters.append(f'<i class="{side}">{letter}</i>')
+    share = 100 * BAR_MM / plane.width_mm
+    bar = f'<i class="mm" style="width:{share:.2f}%">{BAR_MM} mm</i>' if share <= 100 else ""
+    marks = f'<span aria-hidden="true">{"".join(letters)}{bar}</span>'
+
     percent = 100 * plane.given.mean()
     found = []
     for title, image, visible in images:
         alt = f"{title}, {plane.name}: {percent:.0f} % of the picture was given"
-        pixels = tinted(image, visible, plane.given)
-        found.append((title, _with_marks(_image(pixels, plane.aspect, alt), plane)))
+        element = _image(tinted(image, visible, plane.given), plane.aspect, alt)
+        found.append((title, f'<div class="view">{element}{marks}</div>'))
     return found
-
-
-def _with_marks(image: str, plane: Plane) -> str:
-    """Return the image with letters at its edges and a bar of 10 mm, as HTML."""
-    letters = [
-        f'<i class="{side}">{letter}</i>'
-        for side, letter in zip(("top", "bottom", "left", "right"), plane.edges, strict=False)
-    ]
-    share = 100 * BAR_MM / plane.width_mm
-    bar = f'<i class="mm" style="width:{share:.2f}%">{BAR_MM} mm</i>' if share <= 100 else ""
-    return f'<div class="view">{image}<span aria-hidden="true">{"".join(letters)}{bar}</span></div>'
 
 
 def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
@@ -261,16 +258,12 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
     # Where nothing else is visible, the tint alone is.
     made[given & ~visible] = (*GIVEN_COLOUR, round(255 * TINT))
 
-    made[_border(given)] = (*BORDER_COLOUR, 255)
-    return made
-
-
-def _border(region: Bools) -> Bools:
-    """Return the pixels of a region that touch the rest of the picture."""
-    padded = np.pad(region, 1, mode="edge")
+    # The border are those given pixels of which a neighbour is not given.
+    padded = np.pad(given, 1, mode="edge")
     neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
     is_inside: Bools = np.logical_and.reduce(neighbours)
-    return region & ~is_inside
+    made[given & ~is_inside] = (*BORDER_COLOUR, 255)
+    return made
 
 
 def _image(rgba: Bytes, aspect: float, alt: str) -> str:
