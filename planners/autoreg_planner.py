@@ -99,6 +99,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
                 )
             check_plans_name(self.plans_identifier, self._old_plans())
             self._print_choice(self.choice)
+
             # nnU-Net prints every attempt, and a 2D U-Net that these plans do not contain.
             with redirect_stdout(stock_output):
                 plans: dict[str, Any] = super().plan_experiment()
@@ -196,6 +197,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         """
         if DETECTION_BLOCK not in self.dataset_json:
             return
+
         # Imported here, because segmentation does not need it.
         from nnunet_autoreg.detection.plan import plan_from_labels
 
@@ -293,6 +295,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             f"length: {recipe.num_epochs} epochs of {recipe.num_iterations_per_epoch} iterations - "
             f"{self.block.reasons['recipe.num_epochs']}"
         )
+
         # The stage is decided while the plans are written, so it is not in self.block.
         written = plans[BLOCK_KEY]
         if written["recipe"]["decoder_first_fraction"]:

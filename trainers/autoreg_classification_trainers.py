@@ -81,6 +81,7 @@ class AutoregClassificationTrainer(TaskTrainer):
                 "has one stage; train 3d_fullres",
                 code="classification-cascade",
             )
+
         # The main process makes folds and plan first; the others then read what it wrote.
         if self.is_ddp and self.local_rank > 0:
             distributed.barrier()
@@ -221,8 +222,11 @@ class AutoregClassificationTrainer(TaskTrainer):
             return
         training, validation = self.parts
         network = self._classifier()
+
+        # Features must not depend on what else is in a batch, nor on chance.
         network.eval()
         cases = [*training, *validation]
+
         # The values of the foreground; regions are made of them.
         label_values: set[int] = set()
         for value in self.dataset_json["labels"].values():
@@ -276,6 +280,7 @@ class AutoregClassificationTrainer(TaskTrainer):
         outputs = from_all_processes(val_outputs, self.is_ddp)
         scores = patch_scores(self.plan, self.table, outputs)
         epoch = self.current_epoch
+
         # nnU-Net chooses the best epoch by this name.
         self.logger.log("mean_fg_dice", float(np.mean(scores)), epoch)
         self.logger.log("dice_per_class_or_region", scores, epoch)
@@ -313,6 +318,7 @@ class AutoregClassificationTrainer(TaskTrainer):
                 self.device,
                 self._autocast,
             )
+
             # One dictionary per process.
             merged: dict[str, Any] = {}
             for of_process in from_all_processes([found], self.is_ddp):

@@ -97,6 +97,7 @@ class AutoregDetectionTrainer(TaskTrainer):
                 "one stage; train 3d_fullres",
                 code="detection-cascade",
             )
+
         # The main process finds the objects first; the others then read what it wrote.
         if self.is_ddp and self.local_rank > 0:
             distributed.barrier()
@@ -122,6 +123,7 @@ class AutoregDetectionTrainer(TaskTrainer):
             distributed.barrier()
 
         self.block = replace(self.block, recipe=detection_recipe(self.block.recipe, self.plan))
+
         # The heads supervise the inner feature maps instead.
         self.enable_deep_supervision = False
         self.num_epochs = self.length or self.plan.num_epochs
@@ -219,6 +221,7 @@ class AutoregDetectionTrainer(TaskTrainer):
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Return nnU-Net's loaders with objects: its augmentation, and our way to draw patches."""
         patch = self.configuration_manager.patch_size
+
         # Regions are made on the device: nnU-Net's transform would drop the ids.
         initial_patch, training = self.training_patches()
         stock_training, stock_validation = self.get_tr_and_val_datasets()
@@ -301,6 +304,7 @@ class AutoregDetectionTrainer(TaskTrainer):
     def on_validation_epoch_start(self) -> None:
         """Validate the averaged weights, with boxes."""
         super().on_validation_epoch_start()
+
         # Closed in on_validation_epoch_end, where the own weights come back.
         self._validating = ExitStack()
         self._validating.enter_context(self.average.applied())
@@ -334,6 +338,7 @@ class AutoregDetectionTrainer(TaskTrainer):
             scans.extend(output["scans"])
         scores = quick_scores(scans, len(self.plan.classes))
         epoch = self.current_epoch
+
         # nnU-Net chooses the best epoch by this name.
         self.logger.log("mean_fg_dice", scores[SCORES["det_map"]], epoch)
         self.logger.log("dice_per_class_or_region", mean_dice(outputs), epoch)
@@ -398,6 +403,8 @@ class AutoregDetectionTrainer(TaskTrainer):
             model,
         )
         detector.detect = False
+
+        # Every process has validated other cases.
         every = from_all_processes([{"scan": scan} for scan in found], self.is_ddp)
         if self.local_rank == 0:
             scores = write_summary(

@@ -75,6 +75,7 @@ class _AutoregTrainer(nnUNetTrainer):
     ):
         with one_line_errors():
             self.block = self._checked(plans, configuration)
+
         # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
         # Trainers of other tasks build networks that nnU-Net does not have.
         segments = (
@@ -115,6 +116,7 @@ class _AutoregTrainer(nnUNetTrainer):
                 code="plan-no-configuration",
             )
         if cls.uses_weights and block.weights is None:
+            # Every trainer has a twin that begins with random weights.
             twin = cls.__name__.replace("Pretrained", "Scratch")
             for task in ("Detection", "Classification"):
                 twin = twin.replace(f"{task}Trainer", f"{task}ScratchTrainer")
@@ -205,6 +207,7 @@ class _AutoregTrainer(nnUNetTrainer):
         with named_as_stock(self) if self.is_stock_model else nullcontext():
             super().save_checkpoint(str(temporary))
         if self.local_rank == 0 and temporary.exists():
+            # The new name must not reach the disk before the content.
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
             temporary.replace(filename)
@@ -278,6 +281,7 @@ class _AutoregTrainer(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self.network(data)
+
             # Dice sums over millions of voxels, too many for the 8 bits of bfloat16's mantissa.
             if isinstance(output, list):
                 loss = self.loss([o.float() for o in output], target)
@@ -341,6 +345,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
         store(plans, name, block, plan)
         self.configuration_manager.configuration[block] = plans["configurations"][name][block]
         if self.local_rank == 0:
+            # Other configurations in the file stay as they are.
             on_disk = read_json(self.plans_file)
             store(on_disk, name, block, plan)
             write_json(self.plans_file, on_disk)
@@ -395,6 +400,7 @@ def trainer_of_length(module: ModuleType, name: str) -> Any:
         "__module__": module.__name__,
         "length": num_epochs,
     }
+
     # setdefault, because two threads may ask for the same name at once.
     return vars(module).setdefault(name, type(name, (base,), attributes))
 

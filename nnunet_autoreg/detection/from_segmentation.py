@@ -119,7 +119,9 @@ class Segmentations:
 
     def inputs(self, name: str) -> tuple[dict[str, Any], ...]:
         """Return the sizes and times of the files of a case (``scans.facts_of``)."""
-        return facts_of([self.folder / f"{name}{self.ending}", self.folder / f"{name}.npz"])
+        segmentation = self.folder / f"{name}{self.ending}"
+        probabilities = self.folder / f"{name}.npz"
+        return facts_of([segmentation, probabilities])
 
     def read(
         self, name: str, min_score: float, settings: dict[str, Any]

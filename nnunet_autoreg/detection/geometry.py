@@ -103,8 +103,11 @@ class Frame:
 
         The axes run towards right, anterior and superior.
         """
-        index = np.asarray(points_zyx, dtype=np.float64)[..., ::-1] - 0.5
-        return np.asarray(index @ self._linear().T + np.array(self.affine_ras)[:3, 3])
+        edges_xyz = np.asarray(points_zyx, dtype=np.float64)[..., ::-1]
+        # An index is the centre of a voxel, half a voxel after its edge.
+        index_xyz = edges_xyz - 0.5
+        origin = np.array(self.affine_ras)[:3, 3]
+        return np.asarray(index_xyz @ self._linear().T + origin)
 
     def to_lps(self, points_zyx: Any) -> Floats:
         """Return the same as ``to_ras``, with axes towards left, posterior and superior."""
@@ -123,9 +126,11 @@ class Frame:
 
     def size_mm(self, box_zyx: Sequence[float]) -> tuple[float, float, float]:
         """Return the sides in mm along the image's own axes i, j, k (x, y, z)."""
-        sides_vox = [high - low for low, high in zip(box_zyx[:3], box_zyx[3:], strict=True)]
-        z, y, x = (side * mm for side, mm in zip(sides_vox, self.spacing_mm, strict=True))
-        return (float(x), float(y), float(z))
+        sides_mm = []
+        for low, high, mm in zip(box_zyx[:3], box_zyx[3:], self.spacing_mm, strict=True):
+            sides_mm.append(float((high - low) * mm))
+        z, y, x = sides_mm
+        return (x, y, z)
 
     def _linear(self) -> Floats:
         return np.array(self.affine_ras, dtype=np.float64)[:3, :3]

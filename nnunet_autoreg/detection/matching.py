@@ -251,10 +251,14 @@ def overlaps(a_N6: Floats, b_M6: Floats) -> Floats:
 
 def distances_mm(scan: ScanBoxes) -> Floats:
     """Return the distances (D, G) of the boxes' centres."""
-    spacing = np.array(scan.spacing_mm)
-    found = (scan.boxes_D6[:, :3] + scan.boxes_D6[:, 3:]) / 2 * spacing
-    true = (scan.true_boxes_G6[:, :3] + scan.true_boxes_G6[:, 3:]) / 2 * spacing
-    return np.asarray(np.linalg.norm(found[:, None] - true[None], axis=-1))
+    centres_mm = []
+    for boxes_N6 in (scan.boxes_D6, scan.true_boxes_G6):
+        centres_N3 = (boxes_N6[:, :3] + boxes_N6[:, 3:]) / 2
+        centres_mm.append(centres_N3 * np.array(scan.spacing_mm))
+
+    found_D3, true_G3 = centres_mm
+    differences = found_D3[:, None] - true_G3[None]  # (D, G, 3)
+    return np.asarray(np.linalg.norm(differences, axis=-1))
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:

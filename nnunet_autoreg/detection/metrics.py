@@ -146,13 +146,16 @@ def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> floa
     Args:
         curves: each with its number of scans, combined as if they were of one set of scans.
     """
-    thresholds = np.unique(np.concatenate([curve.threshold for curve, _ in curves]))[::-1]
+    all_thresholds = np.concatenate([curve.threshold for curve, _ in curves])
+    thresholds = np.unique(all_thresholds)[::-1]
     num_false = np.zeros(len(thresholds))
     for curve, num_scans in curves:
         # Thresholds fall; a curve stays where its last point at or above the threshold is.
         last = np.searchsorted(-curve.threshold, -thresholds, side="right") - 1
         num_false += curve.fp_per_scan[last] * num_scans
-    is_allowed = num_false / sum(num_scans for _, num_scans in curves) <= fp_per_scan
+
+    num_all_scans = sum(num_scans for _, num_scans in curves)
+    is_allowed = num_false / num_all_scans <= fp_per_scan
     return float(thresholds[is_allowed][-1])
 
 

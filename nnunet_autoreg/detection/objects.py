@@ -119,9 +119,12 @@ class ObjectSource:
     @cached_property
     def other_labels(self) -> tuple[int, ...]:
         """Return the label values that exist and are not detected."""
-        found = {v for values in label_values(self.dataset).values() for v in values}
-        chosen = {value for object_class in self.classes for value in object_class.values}
-        return tuple(sorted(found - chosen - {0, ignore_value(self.dataset)}))
+        others: set[int] = set()
+        for values in label_values(self.dataset).values():
+            others.update(values)
+        for object_class in self.classes:
+            others.difference_update(object_class.values)
+        return tuple(sorted(others - {0, ignore_value(self.dataset)}))
 
     @property
     def turns_images(self) -> bool:

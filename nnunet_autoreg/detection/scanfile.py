@@ -261,9 +261,10 @@ def voxels_of(box_zyx: Sequence[float], shape_vox: Size) -> tuple[slice, slice, 
     """Return the whole voxels nearest to a box, at least one on each axis."""
     slices = []
     for low, high, size in zip(box_zyx[:3], box_zyx[3:], shape_vox, strict=True):
-        # A box thinner than a voxel is still drawn.
         start = min(max(0, round(low)), size - 1)
-        slices.append(slice(start, max(start + 1, min(size, round(high)))))
+        stop = min(size, round(high))
+        # A box thinner than a voxel is still drawn.
+        slices.append(slice(start, max(start + 1, stop)))
     return (slices[0], slices[1], slices[2])
 
 

@@ -106,4 +106,8 @@ def stem_change(encoder: EncoderPlan, arguments: Mapping[str, Any], channel_note
 
 def rows(values: Sequence[int | Sequence[int]]) -> list[list[int]]:
     """Return the strides or kernels of the stages, three numbers for each."""
-    return [[int(row)] * 3 if isinstance(row, int) else [int(v) for v in row] for row in values]
+    found = []
+    for row in values:
+        of_axes = [row] * 3 if isinstance(row, int) else row
+        found.append([int(value) for value in of_axes])
+    return found

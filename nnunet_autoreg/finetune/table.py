@@ -96,7 +96,9 @@ def _status_line(status: str, entries: Sequence[TensorEntry]) -> str:
         keys: dict[str, list[str]] = {}
         for entry in entries:
             keys.setdefault(entry.note, []).append(entry.key)
-        parts = [f"{some(names)} ({note})" if note else some(names) for note, names in keys.items()]
+        parts = []
+        for note, names in keys.items():
+            parts.append(f"{some(names)} ({note})" if note else some(names))
         notes = "; ".join(parts)
 
     num_parameters = sum(entry.num_parameters for entry in entries)

@@ -28,13 +28,20 @@ def turn_of(direction: npt.NDArray[Any]) -> Turn:
         Which stored array axis comes to z, y and x, and whether it is reversed.
     """
     best, chosen = -1.0, (0, 1, 2)
-    for order in sorted(permutations(range(3)), key=lambda p: p != (0, 1, 2)):
-        score = sum(abs(float(direction[world, order[world]])) for world in range(3))
+    # The stored order comes first, so that another one has to be clearly better.
+    orders = sorted(permutations(range(3)), key=lambda order: order != (0, 1, 2))
+    for order in orders:
+        score = 0.0
+        for world in range(3):
+            score += abs(float(direction[world, order[world]]))
         if score > best + CLEARLY:
             best, chosen = score, (order[0], order[1], order[2])
-    reverse = [
-        float(direction[world, chosen[world]]) * TOWARDS_LPS[world] < 0 for world in range(3)
-    ]
+
+    reverse = []
+    for world in range(3):
+        along = float(direction[world, chosen[world]])
+        reverse.append(along * TOWARDS_LPS[world] < 0)
+    # SimpleITK counts axes as (x, y, z), arrays as (z, y, x).
     x, y, z = (2 - axis for axis in chosen)
     return (z, y, x), (reverse[2], reverse[1], reverse[0])
 
@@ -49,4 +56,6 @@ def turned(array_ZYX: npt.NDArray[Any], turn: Turn) -> npt.NDArray[Any]:
 def turned_geometry(shape_vox: Size, spacing_mm: Spacing, turn: Turn) -> tuple[Size, Spacing]:
     """Return shape and spacing (z, y, x) in the one orientation."""
     axes, _ = turn
-    return as_size([shape_vox[a] for a in axes]), as_spacing([spacing_mm[a] for a in axes])
+    shape = as_size([shape_vox[axis] for axis in axes])
+    spacing = as_spacing([spacing_mm[axis] for axis in axes])
+    return shape, spacing

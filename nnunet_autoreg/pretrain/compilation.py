@@ -401,7 +401,8 @@ def output_and_gradients(out: Tensor, inputs: Sequence[Any], direction: Tensor) 
         direction: what the output is multiplied with before it is summed.
     """
     leaves = [x for x in inputs if has_gradient(x)]
-    gradients = torch.autograd.grad((out.float() * direction).sum(), leaves)
+    weighted_sum = (out.float() * direction).sum()
+    gradients = torch.autograd.grad(weighted_sum, leaves)
     return [out.detach().float(), *(gradient.float() for gradient in gradients)]
 
 

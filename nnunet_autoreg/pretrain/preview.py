@@ -343,6 +343,7 @@ def _grey_range(sample: Sample, member: int) -> tuple[float, float]:
     """Return the darkest and brightest grey of a member."""
     valid = sample.valid_mask[member]
     inside = sample.voxels[member, 0][valid] if valid.any() else np.zeros(1)
+    # A few bright voxels, such as metal, must not darken all others.
     low, high = np.percentile(inside, (1, 99.5))
     return float(low), float(max(high, low + 1e-3))
 
@@ -509,8 +510,12 @@ def _middle_slice(
         shape: of the blocks, (members, Z, Y, X).
         position: of the block, counted through all of them.
     """
-    member, *cell = (int(i) for i in np.unravel_index(position, shape))
-    z, y, x = (slice(c * n, (c + 1) * n) for c, n in zip(cell, _block_side(plan), strict=True))
+    member, *cell = (int(index) for index in np.unravel_index(position, shape))
+    region = []
+    for index, side in zip(cell, _block_side(plan), strict=True):
+        region.append(slice(index * side, (index + 1) * side))
+
+    z, y, x = region
     valid_ZYX = sample.valid_mask[member, z, y, x]
     block_ZYX = np.where(valid_ZYX, sample.voxels[member, 0, z, y, x], np.nan)
     return block_ZYX[_fullest_slice(valid_ZYX)], bool(valid_ZYX.any())

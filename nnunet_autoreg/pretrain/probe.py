@@ -121,7 +121,9 @@ class Probe:
 
 def evenly_spread(num: int, most: int) -> Tensor:
     """Return at most ``most`` indices out of ``range(num)``, evenly spread, always the same."""
-    return torch.arange(num) if num <= most else torch.linspace(0, num - 1, most).round().long()
+    if num <= most:
+        return torch.arange(num)
+    return torch.linspace(0, num - 1, most).round().long()
 
 
 def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:

@@ -232,6 +232,7 @@ def continued_plan(folder: Path, request: Request) -> Plan:
 def _fixed_values(plan: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a plan that may not change once training has begun."""
     fixed = {key: value for key, value in plan.items() if key not in ("request", "reasons")}
+    # A run may be prolonged, and the limits of its health may be moved.
     for part, free_keys in MAY_CHANGE.items():
         fixed[part] = {key: value for key, value in fixed[part].items() if key not in free_keys}
     return fixed

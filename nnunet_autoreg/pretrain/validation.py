@@ -124,7 +124,10 @@ class LossSums:
 
     def means(self) -> dict[str, float]:
         """Return the mean of each term."""
-        return {name: total / max(count, 1.0) for name, (total, count, _) in self.terms.items()}
+        means = {}
+        for name, (total, count, _) in self.terms.items():
+            means[name] = total / max(count, 1.0)
+        return means
 
     def error(self, figure: FigureOfMerit) -> float:
         """Return the figure of merit: the mean of its term, or the weighted mean of all."""
@@ -135,9 +138,9 @@ class LossSums:
 
     def reference_errors(self, figure: FigureOfMerit) -> dict[str, float]:
         """Return the figure of merit of each trivial predictor."""
-        counted = self.terms[figure.term] if figure.term else next(iter(self.terms.values()))
-        count = max(counted[1], 1.0)
-        return {name: total / count for name, total in self.references.items()}
+        first_term = next(iter(self.terms))
+        _, count, _ = self.terms[figure.term or first_term]
+        return {name: total / max(count, 1.0) for name, total in self.references.items()}
 
 
 def sums_of(loss: LossTerms) -> LossSums:

@@ -150,6 +150,7 @@ def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
     """
     by_kind = []
     names = [name for name in series if name.startswith(KIND_PREFIX)]
+    # There are as many looks as can be told apart; further kinds are left out.
     for name, look in zip(names, palette.CURVES, strict=False):
         by_kind.append(Curve(name.removeprefix(KIND_PREFIX), series[name], look))
 
@@ -185,6 +186,7 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
         others = [curve for curve in curves if curve is not copy]
         highest = max((value for curve in others for _, value in curve.points), default=0.0)
         last_copy = copy.points[-1][1]
+        # It would press all other curves to the bottom.
         if last_copy > FAR_ABOVE * highest:
             curves = others
             notes.append(
@@ -211,6 +213,7 @@ def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
         highest=1.0,
     )
 
+    # What an objective measures besides gets a chart of its own.
     known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
     others = []
     for name in sorted(set(series) - known):
@@ -312,6 +315,7 @@ def draw(axis: Any, chart: Chart) -> None:
         first = math.floor(math.log10(min(heights)))
         last = math.ceil(math.log10(max(heights)))
         axis.set_yscale("log")
+        # At least one power of ten, so that both ends have a tick.
         axis.set_ylim(10.0**first, 10.0 ** max(last, first + 1))
         axis.yaxis.set_major_locator(LogLocator(numticks=6))
         axis.yaxis.set_minor_locator(NullLocator())
@@ -329,6 +333,7 @@ def draw(axis: Any, chart: Chart) -> None:
     axis.grid(axis="y", color=palette.GRID, clip_on=False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
+    # Above the axis, where no curve can lie behind it.
     legend = axis.legend(
         loc="lower left",
         bbox_to_anchor=(-0.1, 1.0),
@@ -368,8 +373,12 @@ def _number(value: float) -> str:
 
 def description(chart: Chart) -> str:
     """Return the chart in words, for people who cannot see it."""
+    # A level has points at the ends of the axis, and says nothing about the steps.
     drawn = [curve for curve in chart.curves if not curve.is_level] or chart.curves
-    steps = [step for curve in drawn for step, _ in curve.points]
+    steps: list[float] = []
+    for curve in drawn:
+        steps += [step for step, _ in curve.points]
+
     changes = []
     for curve in chart.curves:
         first, last = curve.points[0][1], curve.points[-1][1]

@@ -94,6 +94,7 @@ def _draw_spacings(
 
     for name, style in styles.items():
         # (in-plane, slice spacing) in mm -> number of scans
+        # Scans of one spacing make one larger dot, instead of many on top of each other.
         points: Counter[tuple[float, float]] = Counter()
         for row in rows:
             if row.modality == name:
@@ -169,6 +170,7 @@ def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, styles: dict[str
     sides = (0.5 * min(all_sides), 2 * max(all_sides))
     depths = (0.5 * min(all_depths), 2 * max(all_depths))
     num_tokens = volume(crop) // volume(plan.encoder.token_size_vox)
+    # A scan in this area is smaller than the crop.
     area = Rectangle(
         (sides[0], depths[0]),
         crop_side - sides[0],
@@ -203,6 +205,7 @@ def _draw_intensities(
     """
     # Each: (0.5 %, 5 %, median, 95 %, 99.5 %), sorted by the median
     known = sorted((row.percentiles for row in rows if row.percentiles), key=lambda p: p[2])
+    # Every n-th of the sorted scans, so that the whole range is shown.
     every = max(1, -(-len(known) // MAX_LINES))
     lines = known[::every]
 
@@ -218,6 +221,7 @@ def _draw_intensities(
 
     if name != "CT" and lines:
         highest_values = [percentiles[4] for percentiles in lines]
+        # Raw values of different scanners differ by powers of ten.
         is_positive = min(percentiles[0] for percentiles in lines) > 0
         if is_positive and max(highest_values) > LOGARITHMIC_FROM * min(highest_values):
             axis.set_yscale("log")

@@ -46,6 +46,7 @@ class MetricsFile:
             sink.close()
 
     def _append(self, step: int, name: str, value: float | str, unit: str) -> None:
+        # Opened for every value, so that a process that is killed loses one line at most.
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(_line({"step": step, "name": name, "value": value, "unit": unit}))
 

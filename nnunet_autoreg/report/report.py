@@ -197,6 +197,7 @@ def _last(series: Series, name: str) -> float | None:
 
 def _typical(points: Points) -> float | None:
     """Return the median of the later half of a metric."""
+    # The first steps compile, and read what is not in the file cache yet.
     late = sorted(value for _, value in points[len(points) // 2 :])
     return late[len(late) // 2] if late else None
 
@@ -319,6 +320,7 @@ def _next(plan: Plan, series: Series) -> str:
         return page.paragraph(text) + page.commands([command_of(plan)])
 
     datasets = [str(dataset) for dataset in plan.request.get("datasets", ())]
+    # Whoever pretrains on a folder may have no nnU-Net dataset yet.
     number = dataset_number(datasets[0]) if datasets else "ID"
     hint = "" if datasets else " (replace ID by its number)"
     lines = [

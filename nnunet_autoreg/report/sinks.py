@@ -180,6 +180,7 @@ class WeightsAndBiases(Guarded):
             mode=mode,
             settings=wandb.Settings(**quiet),
         )
+        # W&B refuses steps before the last one that it has seen.
         self.first_step = max(first_step, int(self.run.step))
 
     def _log(self, step: int, name: str, value: float) -> None:

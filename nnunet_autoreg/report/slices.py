@@ -103,6 +103,7 @@ def held_out_pictures(
 
             with torch.no_grad():
                 made = objective.reconstruct(batch.to(device))
+            # An objective that predicts no voxels has nothing to show.
             if made is None:
                 return []
 
@@ -159,10 +160,12 @@ def _planes(
     sample: Mapping[str, Floats], spacing_mm: Spacing, is_oriented: bool
 ) -> tuple[Plane, ...]:
     """Return three planes through the member of a sample in which most voxels were predicted."""
+    # Another member may be given as a whole, with nothing to compare.
     member = int(sample["loss_mask"].sum(axis=(1, 2, 3)).argmax())
     # Each volume: (Z, Y, X)
     volumes = {name: part[member] for name, part in sample.items()}
 
+    # A few bright voxels, such as metal, must not darken all others.
     voxels = volumes["truth"][volumes["valid_mask"] > 0]
     low, high = np.percentile(voxels, [1, 99]) if voxels.size else (0.0, 1.0)
     grey = (float(low), float(max(high, low + 1e-3)))
@@ -178,6 +181,7 @@ def _plane(
 ) -> Plane:
     """Return the plane across ``axis`` in which the predicted part has most structure."""
     others = tuple(a for a in range(3) if a != axis)
+    # Where the truth differs most from the trivial prediction, there is most to see.
     structure = volumes["loss_mask"] * np.abs(volumes["truth"] - volumes["trivial"])
     position = int(structure.sum(axis=others).argmax())
 
@@ -210,6 +214,7 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
 
     low, high = plane.grey
     shown = plane.given | plane.loss_mask
+    # All images show the given part as it is, so that they can be compared.
     trivial = np.where(plane.given, plane.truth, plane.trivial)
     predicted = np.where(plane.given, plane.truth, plane.predicted)
     error = np.abs(plane.predicted - plane.truth) / ((high - low) * LARGEST_ERROR)
@@ -253,7 +258,8 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
     made: Bytes = image.copy()
     made[..., 3] = np.where(visible, 255, 0)
 
-    mixed = (1 - TINT) * image[given, :3] + TINT * np.asarray(GIVEN_COLOUR)
+    colours = image[given, :3]  # (pixels, 3)
+    mixed = (1 - TINT) * colours + TINT * np.asarray(GIVEN_COLOUR)
     made[given, :3] = mixed.astype(np.uint8)
     # Where nothing else is visible, the tint alone is.
     made[given & ~visible] = (*GIVEN_COLOUR, round(255 * TINT))

@@ -38,8 +38,10 @@ def seal_of(array: Any, frame: bytes) -> Seal:
     """Return the seal of ``frame``, the serialised form of a blosc2 ``array``."""
     schunk = array.schunk
     head = int.from_bytes(frame[HEADER_LENGTH], "big")
-    tail = len(frame) - head - int.from_bytes(frame[CHUNKS_LENGTH], "big")
-    assert 0 < head < len(frame) and 0 < tail <= len(frame) - head, "not a blosc2 frame"
+    chunks = int.from_bytes(frame[CHUNKS_LENGTH], "big")
+    tail = len(frame) - head - chunks
+    assert 0 < head < len(frame), "not a blosc2 frame"
+    assert 0 < tail <= len(frame) - head, "not a blosc2 frame"
 
     frame_crc = zlib.crc32(frame[-tail:], zlib.crc32(frame[:head]))
     chunk_crcs = [zlib.crc32(schunk.get_chunk(i)) for i in range(schunk.nchunks)]
