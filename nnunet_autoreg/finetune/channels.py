@@ -35,6 +35,7 @@ def map_channels(
         given_names: names of the weights' channels in order; ignored unless there is one for each.
         needed_names: names of the image channels in order; may be empty if they are not known.
     """
+    # Names say more than the order, in which datasets list their channels as they like.
     by_name = _map_by_name(given, given_names, needed_names)
     if by_name is not None:
         return by_name

@@ -157,6 +157,7 @@ def load_encoder(
     entries = []
     for key, tensor in live.items():
         status, note = RANDOM, ""
+        # Whatever the file does not hold keeps its random values.
         if key in sorted_file.encoder:
             ready[key], note = _fit((key, sorted_file.encoder[key], tensor), network, card, target)
             status = ADAPTED if note else LOADED

@@ -257,6 +257,7 @@ def with_fits(
         num_cases: number of labelled cases.
         channel_names: of the dataset, in order.
     """
+    # One recipe serves all configurations, so that one of them has to decide.
     arguments = block.encoder.arguments
     for fit in fits.values():
         if fit.arguments is not None:

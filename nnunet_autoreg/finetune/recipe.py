@@ -162,7 +162,6 @@ def _layer_of(network: nn.Module) -> dict[str, int]:
     encoder, stem = encoder_prefixes(network)
 
     # A block's name is the beginning that all of its parameters share.
-
     block_of: dict[str, str] = {}
     for name in names:
         found = _BLOCK.match(name)

@@ -102,6 +102,7 @@ def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -
 
     file = locate(results, setting)
     card = read_card(file.parent)
+    # Weights that the user names are checked before anything is planned with them.
     verify_weights(file, card.sha256)
     _check_values(file)
 

@@ -111,6 +111,7 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
 
     The one given was chosen by memory.
     """
+    # A large encoder would learn a small pool by heart.
     num_tokens = pool.total_vox / volume(encoder_size(name).token_size)
     sizes = ("primus_s", "primus_b", "primus_m")
 

@@ -22,6 +22,7 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
     Args:
         step_vox: real voxels that a step sees.
     """
+    # A step may see more voxels than a small pool holds.
     steps_per_epoch = max(1.0, pool.total_vox / step_vox)
     voxels = f"{count_of(pool.total_vox)} voxels"
 
