@@ -22,7 +22,7 @@ from nnunet_autoreg.finetune.resolve import VARIABLE, objection_to_verdict
 from nnunet_autoreg.io.addresses import is_address
 from nnunet_autoreg.model.card import NO_VERDICT, NOT_LEARNT, EncoderCard, read_card
 from nnunet_autoreg.model.sizes import ENCODERS
-from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
+from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number, results_folder
 from nnunet_autoreg.objective_kinds import ObjectiveKind, Preset, objective_kinds, presets
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE
 
@@ -276,12 +276,10 @@ def preprocess(request: "Request", part: str, dry_run: bool) -> int:
             code="usage-part-with-dry-run",
         )
 
-    outcome = preprocess_part(request, parse_part(part))
-    # Cases that cannot be preprocessed stay missing; they do not keep the others from training.
-    if outcome.num_missing > outcome.num_failed:
-        num_missing = outcome.num_missing - outcome.num_failed
+    num_left = preprocess_part(request, parse_part(part))
+    if num_left:
         print_next(
-            f"run the other parts ({num_missing} cases are missing), then type the same line "
+            f"run the other parts ({num_left} cases are missing), then type the same line "
             "without --part to train"
         )
     else:
@@ -343,13 +341,14 @@ def main(argv: list[str] | None = None) -> int:
 def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> int:
     """Do the work of the main process; return the exit code."""
     from nnunet_autoreg.pretrain.pipeline import pretrain
+    from nnunet_autoreg.pretrain.run_folder import run_folder
 
     if args.part:
         return preprocess(request, args.part, args.dry_run)
 
-    outcome = pretrain(request, launcher.device, args.dry_run, args.show, launcher)
-    if not outcome.finished:
-        folder = outcome.folder
+    is_finished = pretrain(request, launcher.device, args.dry_run, args.show, launcher)
+    folder = run_folder(results_folder(), request.name)
+    if not is_finished:
         picture = f"{folder / 'sequences.png'}, " if args.show else ""
         print_next(
             f"look at {picture}{folder / 'plan.json'} and {folder / 'scans.csv'}, edit the plan if "
@@ -360,7 +359,7 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
     following = "nnUNetv2_plan_and_preprocess -d ID -pl AutoregPlanner"
     if args.datasets:
         following = fine_tuning(args.datasets[0])
-    print_next(next_step(read_card(outcome.folder), following))
+    print_next(next_step(read_card(folder), following))
     return 0
 
 

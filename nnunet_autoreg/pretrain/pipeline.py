@@ -9,7 +9,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +58,7 @@ from nnunet_autoreg.pretrain.run_folder import (
     is_finished,
     is_planned_anew,
     locked,
-    log_file,
+    logged_to,
     run_folder,
     write_plan,
 )
@@ -77,22 +76,14 @@ WIDTH = 10
 """Of the first word of a line at the start or at the end."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a call did: the run's folder, and whether its encoder is there now."""
-
-    folder: Path
-    finished: bool
-
-
 def pretrain(
     request: Request,
     device: str,
     dry_run: bool = False,
     show: bool = False,
     launcher: Launcher | None = None,
-) -> Outcome:
-    """Do what is left of the run that ``request`` describes.
+) -> bool:
+    """Do what is left of the run that ``request`` describes; return whether it is finished.
 
     Args:
         device: cpu, cuda or mps.
@@ -110,7 +101,7 @@ def pretrain(
     nnunet_api.preprocessed_folder()
 
     began = time.monotonic()
-    with stoppable(), signs_of_life(), locked(folder), log_file(folder):
+    with stoppable(), signs_of_life(), locked(folder), logged_to(folder):
         is_new = not has_plan(folder) or is_planned_anew(folder, request)
         if not is_new:
             plan, rows = continue_run(folder, request)
@@ -130,14 +121,14 @@ def pretrain(
             draw_preview(folder, plan, rows, Store(), num_processes())
         finished = is_finished(folder, plan)
         if dry_run:
-            return Outcome(folder, finished)
+            return finished
 
         if not finished:
             preprocess_and_train(folder, plan, rows, device, launcher or Launcher())
         verdict = read_card(folder).verdict or NO_VERDICT
         for line in end_lines(folder, plan, len(rows), time.monotonic() - began, verdict):
             log.info(line)
-        return Outcome(folder, True)
+        return True
 
 
 def continue_run(folder: Path, request: Request) -> tuple[Plan, list[ScanRow]]:

@@ -8,7 +8,7 @@ which cases, groups of contrasts and places of structures a sequence is cut from
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from nnunet_autoreg.pretrain.run_folder import (
     INDEX_NAME,
     PLAN_NAME,
     index_of,
-    log_file,
+    logged_to,
     matching_plan,
     run_folder,
 )
@@ -165,24 +165,14 @@ def store_groups(
     return stored
 
 
-@dataclass(frozen=True)
-class PartOutcome:
-    """How the preprocessing of one part ended.
-
-    Attributes:
-        num_failed: scans of the part that could not be preprocessed.
-        num_missing: cases of the whole run that are not in the store.
-    """
-
-    num_failed: int
-    num_missing: int
-
-
-def preprocess_part(request: Request, part: StorePart) -> PartOutcome:
+def preprocess_part(request: Request, part: StorePart) -> int:
     """Preprocess one part of a planned run, for job arrays.
 
     Parts on any machines meet in one store without a coordinator. They only read the run's folder,
     so that no part waits for another.
+
+    Returns:
+        how many cases of the run the other parts have not preprocessed yet.
 
     Raises:
         UsageError: the run is not planned yet, or was planned with other settings.
@@ -199,7 +189,7 @@ def preprocess_part(request: Request, part: StorePart) -> PartOutcome:
             code="run-not-planned",
         )
 
-    with log_file(folder, f"preprocessing_log_{part.number}of{part.count}"):
+    with logged_to(folder, f"preprocessing_log_{part.number}of{part.count}"):
         plan = check(matching_plan(folder, request))
         rows = usable_rows(read_index(index_of(folder)))
         spacing_of = partial(row_spacing, data=plan.data)
@@ -217,7 +207,8 @@ def preprocess_part(request: Request, part: StorePart) -> PartOutcome:
             num_all - num_missing,
             num_all,
         )
-    return PartOutcome(len(store.failures), num_missing)
+    # Scans that cannot be preprocessed stay missing; they do not keep the others from training.
+    return max(0, num_missing - len(store.failures))
 
 
 def preprocess_groups(plan: Plan, rows: list[ScanRow], store: Store, part: StorePart) -> None:

@@ -248,18 +248,18 @@ def is_finished(folder: Path, plan: Plan) -> bool:
     return has_encoder and read_card(folder).num_steps >= plan.optim.num_steps
 
 
-class log_file(logging.FileHandler):
-    """While it is open, everything logged is also written to ``<name>_*.txt`` in the folder."""
+@contextmanager
+def logged_to(folder: Path, name: str = "training_log") -> Iterator[None]:
+    """Write everything that is logged inside to ``<name>_*.txt`` in the folder as well."""
+    path = folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt"
+    # A call that logs nothing leaves no file.
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
-    def __init__(self, folder: Path, name: str = "training_log"):
-        path = folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt"
-        super().__init__(path, encoding="utf-8", delay=True)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-
-    def __enter__(self) -> "log_file":
-        logging.getLogger("nnunet_autoreg").addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("nnunet_autoreg").removeHandler(self)
-        self.close()
+    logger = logging.getLogger("nnunet_autoreg")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -28,7 +28,7 @@ from nnunet_autoreg.downstream.results import FROM_SEG, public_model
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.pretrain.pipeline import pretrain
 from nnunet_autoreg.pretrain.request import Request
-from nnunet_autoreg.pretrain.run_folder import matching_plan, read_plan
+from nnunet_autoreg.pretrain.run_folder import matching_plan, read_plan, run_folder
 
 SENTINEL = "DOEJOHN"
 BIRTH, UID = "19601231", "1.2.840.999666333"
@@ -88,11 +88,12 @@ def test_a_run_on_scans_that_name_a_patient_names_nobody(
     request = request_of(folders)
     secrets = (*planted.SECRETS, planted.LABELLED)
 
-    outcome = pretrain(request, "cpu", show=True)
+    assert pretrain(request, "cpu", show=True)
 
-    private = (outcome.folder / PRIVATE_NAME).read_text()
+    folder = run_folder(folders / "nnUNet_results", request.name)
+    private = (folder / PRIVATE_NAME).read_text()
     assert all(secret in private.lower() for secret in secrets)
-    assert (outcome.folder / PRIVATE_NAME).stat().st_mode & 0o077 == 0
+    assert (folder / PRIVATE_NAME).stat().st_mode & 0o077 == 0
     assert planted.leaks(folders / "nnUNet_results", secrets, [PRIVATE_NAME]) == []
     assert planted.leaks(folders / "nnUNet_preprocessed", secrets) == []
 
@@ -101,12 +102,12 @@ def test_a_run_on_scans_that_name_a_patient_names_nobody(
     assert "--exclude: 1 of 3" in shown
     assert [secret for secret in secrets if secret in shown] == []
 
-    rows = read_index(outcome.folder / "scans.csv")
+    rows = read_index(folder / "scans.csv")
     statuses = {row.status for row in rows}
     assert {"ok", "duplicate", "unreadable", "excluded", "labels", "slices"} <= statuses
 
     # No ordinary word was redacted in the report because a folder is called by it.
-    report = (outcome.folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
     assert "[name]" not in report
     assert "the content is not gzip; is it another kind of file?" in report
 
@@ -116,7 +117,9 @@ def test_a_run_continues_by_the_paths_of_its_private_file(folders: Path) -> None
     for seed in range(2):
         planted.write_nifti(pool / f"{seed}.nii.gz", planted.noise(seed))
     request = Request("quiet", folders=(str(pool),), encoder="primus_tiny", num_steps=1)
-    folder = pretrain(request, "cpu", dry_run=True).folder
+    assert not pretrain(request, "cpu", dry_run=True)
+
+    folder = run_folder(folders / "nnUNet_results", request.name)
 
     assert read_plan(folder).request["folders"] == list(request.folders)
     assert matching_plan(folder, request).name == "quiet"
