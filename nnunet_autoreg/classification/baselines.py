@@ -108,17 +108,15 @@ def majority(labels: Sequence[int], num_cases: int, num: int) -> NDArray[np.floa
 
 def score_baselines(
     table: ClassTable,
-    train: Sequence[str],
     validation: Sequence[str],
-    features: Mapping[str, Mapping[str, Floats]],
+    predicted: Mapping[str, Sequence[NDArray[np.float64]]],
     num_resamples: int = 1000,
 ) -> dict[str, dict[str, Any]]:
     """Return baseline -> task -> scores on the validation cases.
 
     Args:
-        features: baseline -> case -> its features; the majority class needs none.
+        predicted: as ``predict_baselines`` returns it.
     """
-    predicted = predict_baselines(table, train, validation, features)
     patients = [table.patient_of[case] for case in validation]
     found: dict[str, dict[str, Any]] = {}
     for name, of_tasks in predicted.items():
@@ -136,7 +134,11 @@ def predict_baselines(
     validation: Sequence[str],
     features: Mapping[str, Mapping[str, Floats]],
 ) -> dict[str, list[NDArray[np.float64]]]:
-    """Return baseline -> probabilities (validation cases, classes) of every task."""
+    """Return baseline -> probabilities (validation cases, classes) of every task.
+
+    Args:
+        features: baseline -> case -> its features; the majority class needs none.
+    """
     groups = [table.patient_of[case] for case in train]
     predicted: dict[str, list[NDArray[np.float64]]] = {MAJORITY: []}
     predicted |= {name: [] for name in features}

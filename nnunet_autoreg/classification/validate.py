@@ -16,6 +16,7 @@ from nnunet_autoreg.classification.baselines import (
     MAJORITY,
     PROBE,
     SIZE,
+    predict_baselines,
     score_baselines,
     size_features,
 )
@@ -98,10 +99,21 @@ def write_baselines(
     validation: Sequence[str],
     features: Mapping[str, Mapping[str, NDArray[Any]]],
 ) -> dict[str, dict[str, Any]]:
-    """Fit, score and write the baselines of a fold; returns baseline -> task -> scores."""
-    found = score_baselines(table, train, validation, features)
+    """Fit, score and write the baselines of a fold; returns baseline -> task -> scores.
+
+    Their predictions are written as well, in the form of ``classes.csv``, so that those of several
+    folds can be scored together.
+    """
+    predicted = predict_baselines(table, train, validation, features)
     file = folder / BASELINES
     file.parent.mkdir(parents=True, exist_ok=True)
+    for name, of_tasks in predicted.items():
+        of_cases = {
+            case: [values_SK[row] for values_SK in of_tasks] for row, case in enumerate(validation)
+        }
+        write_predictions(file.with_name(f"baseline_{name}.csv"), table.tasks, of_cases)
+
+    found = score_baselines(table, validation, predicted)
     write_json(file, {"format": FORMAT, "version": VERSION, "baselines": found})
     return found
 

@@ -14,6 +14,7 @@ from nnunet_autoreg.classification.baselines import (
     MAJORITY,
     PROBE,
     fit_predict,
+    predict_baselines,
     score_baselines,
     size_features,
 )
@@ -188,7 +189,8 @@ def table_of(num: int = 30) -> tuple[ClassTable, list[str], list[str], dict[str,
 def test_a_linear_probe_finds_the_class_and_the_majority_does_not() -> None:
     table, train, validation, features = table_of()
 
-    found = score_baselines(table, train, validation, {PROBE: features}, num_resamples=20)
+    predicted = predict_baselines(table, train, validation, {PROBE: features})
+    found = score_baselines(table, validation, predicted, num_resamples=20)
 
     assert found[MAJORITY]["sex"]["auc"]["value"] == 0.5
     assert found[PROBE]["sex"]["auc"]["value"] > 0.9
