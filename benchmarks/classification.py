@@ -1,70 +1,282 @@
-"""Measure classification: baselines of frozen features in five folds, and fine-tuned folds.
+"""Measure classification: fine-tuning in five folds, and what it has to beat.
 
-    autoreg_embed -w brain -i RAW/imagesTr -o brain.npz
+    python benchmarks/classification.py plan --preprocessed FOLDER --epochs 8 --batch 4 --rate 1e-3
+    python benchmarks/classification.py tuned --set acdc --dataset RAW --pretrained MODEL \\
+        --scratch MODEL
+    python benchmarks/classification.py random --like RUN --out FOLDER
+    autoreg_embed -w RUN -i RAW/imagesTr -o brain.npz
     python benchmarks/classification.py frozen --set ixi --dataset RAW --features brain=brain.npz
-    python benchmarks/classification.py tuned --set ixi --arm pretrained --fold-folder FOLDER
-    python benchmarks/classification.py table
 
-``frozen`` reads ``classesTr.csv`` of a raw dataset, makes the folds that training would make, and
-fits the majority class, the sizes of the labels, and a linear probe on each file of features. The
-predictions of all five folds together are scored with bootstrap intervals over patients. Scans
-without features are left out (``--allow-missing``), because a set may be measured in part.
-``tuned`` adds what the validation of a fold of AutoregClassificationTrainer wrote. Each adds lines
-to ``benchmarks/results/classification.jsonl``. ``table`` prints all lines in Markdown.
+``classification.sh`` shows all lines in order. ``plan`` writes the length, the batch and one rate
+for both arms into the plans of a preprocessed dataset. ``tuned`` scores the validation cases of all five folds together, for a pretrained model, for its
+scratch twin, and for the baselines that both trainers fitted: the majority class, the sizes of the
+labels, and a linear probe on the encoder before fine-tuning. In the scratch twin that encoder has
+random weights, which is the control of the probe. ``frozen`` makes the folds that training would
+make, and fits the baselines on features that autoreg_embed wrote. ``random`` writes an encoder of
+random weights in the form of a run, as the control of those. Every score has a 95 % interval of a
+bootstrap over patients. Lines are added to ``benchmarks/results/classification.jsonl``, from which
+``benchmarks/measured.py`` makes the tables of ``docs/explanation/measured_classification.md``.
 """
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from evidence_lines import circumstances
+from numpy.typing import NDArray
 
 from nnunet_autoreg.classification.baselines import (
     MAJORITY,
+    PROBE,
     SIZE,
     predict_baselines,
     size_features,
 )
 from nnunet_autoreg.classification.folds import make_folds
-from nnunet_autoreg.classification.metrics import judge, scores_of
-from nnunet_autoreg.classification.predictions import write_predictions
+from nnunet_autoreg.classification.metrics import Judged, auc, judge, scores_of
+from nnunet_autoreg.classification.plan import BLOCK, make_plan
+from nnunet_autoreg.classification.predictions import (
+    NAME,
+    read_predictions,
+    write_predictions,
+)
 from nnunet_autoreg.classification.table import ClassTable, read_table
+from nnunet_autoreg.classification.validate import kept_table
+from nnunet_autoreg.downstream.bootstrap import interval
 from nnunet_autoreg.downstream.label_maps import first_channels
+from nnunet_autoreg.downstream.plan_block import store
+from nnunet_autoreg.finetune.load import read_tensors, write_tensors
+from nnunet_autoreg.model.card import WEIGHTS_NAME, read_card
+from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.nnunet_api import read_scan
-from nnunet_autoreg.records import append_json_line, read_json
+from nnunet_autoreg.records import append_json_line, read_json, sha256_of, write_json
 
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
-SCORES = ("auc", "balanced_accuracy", "f1")
+NUM_FOLDS = 5
 NAMES = {MAJORITY: "majority class", SIZE: "sizes of the labels"}
+PRETRAINED, SCRATCH = "pretrained", "scratch"
+FINE_TUNED = "fine-tuned, {}"
+PROBED = "linear probe, {}"
+
+Line = dict[str, Any]
+CaseFeatures = dict[str, NDArray[Any]]
 
 
-def read_features(files: Mapping[str, Path]) -> dict[str, dict[str, np.ndarray]]:
-    """Return name -> scan -> features, of files that autoreg_embed wrote."""
-    found = {}
+@dataclass
+class Pooled:
+    """Hold the predictions of all folds, in which every case is predicted once.
+
+    Attributes:
+        of_case: case -> one array of probabilities (K,) for each task.
+        fold_of: case -> number of the fold that it was validated in.
+    """
+
+    of_case: dict[str, list[NDArray[Any]]]
+    fold_of: dict[str, int]
+
+    @classmethod
+    def empty(cls) -> "Pooled":
+        """Return predictions of no case."""
+        return cls({}, {})
+
+    def judged(self, table: ClassTable, task_index: int, num_resamples: int) -> Judged | None:
+        """Return the predictions of a task, ready to be scored.
+
+        All predictions of a table get the same resamples, so that their scores can be compared in
+        pairs. The AUC compares cases of one fold only, because classifiers of different folds need
+        not agree about the scale of their scores.
+        """
+        cases = sorted(self.of_case)
+        return judge(
+            table.tasks[task_index],
+            [table.labels[case][task_index] for case in cases],
+            np.stack([self.of_case[case][task_index] for case in cases]),
+            [table.patient_of[case] for case in cases],
+            num_resamples,
+            strata=[self.fold_of[case] for case in cases],
+        )
+
+
+def frozen(args: argparse.Namespace) -> None:
+    """Score the baselines on features of whole scans, over all folds."""
+    start = time.monotonic()
+    table = table_of(args.dataset)
+    files = {name: Path(file) for name, file in (pair.split("=", 1) for pair in args.features)}
+    features: dict[str, CaseFeatures] = {SIZE: sizes_of(args.dataset, sorted(table.labels))}
     for name, file in files.items():
-        content = np.load(file)
-        ids = content["ids"].tolist()
-        found[name] = dict(zip(ids, content["features"], strict=True))
-    return found
+        features[name] = read_features(file)
+    predicted = predict_folds(table, features)
+    if args.predictions is not None:
+        # In the form of autoreg_classify, for autoreg_evaluate_classification and its picture.
+        args.predictions.mkdir(parents=True, exist_ok=True)
+        for name, pooled in predicted.items():
+            write_predictions(args.predictions / f"{name}.csv", table.tasks, pooled.of_case)
+
+    common = {
+        "kind": "frozen",
+        "set": args.set,
+        "scans": len(table.labels),
+        "folds": NUM_FOLDS,
+        "seconds_of_all_probes": round(time.monotonic() - start, 1),
+    }
+    for name, pooled in predicted.items():
+        line = {**common, "what": NAMES.get(name, PROBED.format(name))}
+        if name in files:
+            # What autoreg_embed says beside its file: encoder, spacing and tile.
+            line["features"] = read_json(files[name].with_suffix(".json"))
+        for found in scored(table, pooled, args.resamples):
+            add_line(args.results, {**line, **found})
 
 
-def part_of(table: ClassTable, cases: Sequence[str]) -> ClassTable:
-    """Return the table of some cases."""
-    return replace(
-        table,
-        labels={case: table.labels[case] for case in cases},
-        patient_of={case: table.patient_of[case] for case in cases},
+def predict_folds(table: ClassTable, features: Mapping[str, CaseFeatures]) -> dict[str, Pooled]:
+    """Return the predictions of every baseline for the validation cases of all folds."""
+    predicted: dict[str, Pooled] = {}
+    for number, fold in enumerate(make_folds(table, NUM_FOLDS)):
+        found = predict_baselines(table, fold["train"], fold["val"], features)
+        for name, of_tasks in found.items():
+            pooled = predicted.setdefault(name, Pooled.empty())
+            for row, case in enumerate(fold["val"]):
+                pooled.of_case[case] = [values_SK[row] for values_SK in of_tasks]
+                pooled.fold_of[case] = number
+    return predicted
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Plan the classification of a preprocessed dataset, with a length and a rate for both arms."""
+    file = args.preprocessed / "AutoregPlans.json"
+    plans = read_json(file)
+    folder = args.preprocessed / "AutoregPlans_3d_fullres"
+    cases = sorted(path.name.removesuffix(".b2nd") for path in folder.glob("*.b2nd"))
+    cases = [case for case in cases if not case.endswith("_seg")]
+    table = kept_table(args.preprocessed, read_json(args.preprocessed / "dataset.json"), cases)
+
+    encoder = plans["autoreg"]["encoder"]["class_path"]
+    made = make_plan(
+        table, args.batch, encoder, plans["autoreg"]["recipe"]["num_iterations_per_epoch"]
     )
+    made = replace(made, num_epochs=args.epochs, pretrained_rate=args.rate, scratch_rate=args.rate)
+    plans["configurations"]["3d_fullres"]["batch_size"] = args.batch
+    store(plans, "3d_fullres", BLOCK, made)
+    write_json(file, plans)
 
 
-def sizes_of(dataset: Path, cases: Sequence[str]) -> dict[str, np.ndarray]:
+def tuned(args: argparse.Namespace) -> None:
+    """Score the validation of all trained folds, and of the baselines of their trainers."""
+    table = table_of(args.dataset)
+    models = {PRETRAINED: args.pretrained, SCRATCH: args.scratch}
+    predicted: dict[str, Pooled] = {}
+    for arm, model in models.items():
+        predicted[FINE_TUNED.format(arm)] = read_folds(model, NAME)
+        predicted[PROBED.format(arm)] = read_folds(model, f"baseline_{PROBE}.csv")
+    for name in (MAJORITY, SIZE):
+        predicted[NAMES[name]] = read_folds(args.pretrained, f"baseline_{name}.csv")
+
+    common = {"kind": "tuned", "set": args.set, "folds": NUM_FOLDS, **settings_of(args.pretrained)}
+    common["seconds_of_epochs"] = {
+        arm: round(seconds_of_epochs(model)) for arm, model in models.items()
+    }
+    for what, pooled in predicted.items():
+        for found in scored(table, pooled, args.resamples):
+            add_line(args.results, {**common, "what": what, **found})
+
+    for form in (FINE_TUNED, PROBED):
+        better, worse = form.format(PRETRAINED), form.format(SCRATCH)
+        pair = (predicted[better], predicted[worse])
+        for found in differences(table, pair, args.resamples):
+            add_line(args.results, {**common, "what": f"{better} minus {SCRATCH}", **found})
+
+
+def read_folds(model: Path, name: str) -> Pooled:
+    """Return the predictions that the validation of every fold of a model wrote under a name."""
+    pooled = Pooled.empty()
+    for number in range(NUM_FOLDS):
+        found = read_predictions(model / f"fold_{number}" / "validation" / name)
+        pooled.of_case |= found.probabilities
+        pooled.fold_of |= dict.fromkeys(found.probabilities, number)
+    return pooled
+
+
+def settings_of(model: Path) -> Line:
+    """Return what a trained model's lines say about its training."""
+    plans = read_json(model / "plans.json")
+    configuration = plans["configurations"]["3d_fullres"]
+    block = configuration[BLOCK]
+    trainer = model.name.partition("__")[0]
+    name, _, length = trainer.partition("_")
+    return {
+        "trainer": name,
+        "epochs": int(length.removesuffix("epochs")) if length else block["num_epochs"],
+        "iterations_per_epoch": block["num_iterations_per_epoch"],
+        "encoder": plans["autoreg"]["encoder"]["name"],
+        "weights": (plans["autoreg"]["weights"] or {}).get("name"),
+        "spacing_mm": configuration["spacing"],
+        "patch_vox": configuration["patch_size"],
+        "batch": configuration["batch_size"],
+        "balance": block["balance"],
+        "rates": {PRETRAINED: block["pretrained_rate"], SCRATCH: block["scratch_rate"]},
+    }
+
+
+def seconds_of_epochs(model: Path) -> float:
+    """Return the time of all epochs of all folds, from their logs."""
+    total = 0.0
+    for log in model.glob("fold_*/training_log_*.txt"):
+        for line in log.read_text().splitlines():
+            if "Epoch time:" in line:
+                total += float(line.split("Epoch time:")[1].split()[0])
+    return total
+
+
+def scored(table: ClassTable, pooled: Pooled, num_resamples: int) -> Iterator[Line]:
+    """Yield the scores of every task, and the AUC of every fold."""
+    for number, task in enumerate(table.tasks):
+        judged = pooled.judged(table, number, num_resamples)
+        by_fold = []
+        for fold in range(NUM_FOLDS):
+            cases = {case for case, own in pooled.fold_of.items() if own == fold}
+            part = Pooled({case: pooled.of_case[case] for case in cases}, pooled.fold_of)
+            alone = part.judged(table, number, 0)
+            by_fold.append(None if alone is None else round(float(auc(alone)[0]), 4))
+        yield {
+            "task": task.name,
+            "classes": list(task.classes),
+            **scores_of(judged),
+            "auc_by_fold": by_fold,
+        }
+
+
+def differences(
+    table: ClassTable, pair: tuple[Pooled, Pooled], num_resamples: int
+) -> Iterator[Line]:
+    """Yield the difference of the AUC of two predictions of the same cases, for every task."""
+    for number, task in enumerate(table.tasks):
+        first, second = (pooled.judged(table, number, num_resamples) for pooled in pair)
+        if first is None or second is None:
+            continue
+        difference_B = auc(first) - auc(second)
+        ends = interval(difference_B[1:].tolist())
+        yield {
+            "task": task.name,
+            "cases": len(first.truth_S),
+            "patients": first.num_patients,
+            "auc": {"value": float(difference_B[0]), "ci95": ends and list(ends)},
+        }
+
+
+def table_of(dataset: Path) -> ClassTable:
+    """Return the classes of a raw dataset."""
+    described = read_json(dataset / "dataset.json")
+    images = first_channels(dataset, described["file_ending"])
+    return read_table(dataset / "classesTr.csv", described, list(images))
+
+
+def sizes_of(dataset: Path, cases: Sequence[str]) -> CaseFeatures:
     """Return the sizes of the labels of every case, from its original label map."""
     described = read_json(dataset / "dataset.json")
     values = [value for value in described["labels"].values() if value != 0]
@@ -77,164 +289,80 @@ def sizes_of(dataset: Path, cases: Sequence[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def frozen(args: argparse.Namespace) -> None:
-    """Score the baselines over all five folds."""
-    start = time.monotonic()
-    described = read_json(args.dataset / "dataset.json")
-    images = first_channels(args.dataset, described["file_ending"])
-    table = read_table(args.dataset / "classesTr.csv", described, list(images))
-    files = dict(pair.split("=", 1) for pair in args.features)
-    features = read_features({name: Path(file) for name, file in files.items()})
-
-    cases = [case for case in images if all(case in of_case for of_case in features.values())]
-    if len(cases) < len(images) and not args.allow_missing:
-        sys.exit(f"{len(images) - len(cases)} scans have no features; add --allow-missing")
-    table = part_of(table, cases)
-    features = {SIZE: sizes_of(args.dataset, cases), **features}
-
-    # Every case is predicted once, by the fold that it is validated in.
-    predicted: dict[str, list[dict[str, np.ndarray]]] = {}
-    fold_of = {}
-    for number, fold in enumerate(make_folds(table)):
-        fold_of.update(dict.fromkeys(fold["val"], number))
-        found = predict_baselines(table, fold["train"], fold["val"], features)
-        for name, of_tasks in found.items():
-            merged = predicted.setdefault(name, [{} for _ in table.tasks])
-            for of_case, values in zip(merged, of_tasks, strict=True):
-                of_case.update(dict(zip(fold["val"], values, strict=True)))
-
-    seconds = time.monotonic() - start
-    for name, of_tasks in predicted.items():
-        if args.predictions is not None:
-            # In the form of autoreg_classify, for autoreg_evaluate_classification and its picture.
-            values = {case: [of_case[case] for of_case in of_tasks] for case in cases}
-            file = args.predictions / f"{name}.csv"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(file, table.tasks, values)
-        for number, task in enumerate(table.tasks):
-            truth = [table.labels[case][number] for case in cases]
-            values = np.stack([of_tasks[number][case] for case in cases])
-            patients = [table.patient_of[case] for case in cases]
-            judged = judge(
-                task,
-                truth,
-                values,
-                patients,
-                args.resamples,
-                # Classifiers of different folds need not agree about the scale of their scores.
-                strata=[fold_of[case] for case in cases],
-            )
-            scores = scores_of(judged)
-            line = {
-                "kind": "frozen",
-                "set": args.set,
-                "task": task.name,
-                "classes": list(task.classes),
-                "what": NAMES.get(name, f"linear probe of {name}"),
-                "folds": 5,
-                "scans": len(cases),
-                "seconds_of_all_probes": round(seconds, 1),
-                # Names alone: paths may hold what is nobody's business.
-                "dataset": args.dataset.name,
-                "features": {name: Path(file).name for name, file in files.items()},
-                **scores,
-            }
-            add_line(args.results, line)
+def read_features(file: Path) -> CaseFeatures:
+    """Return scan -> features of a file that autoreg_embed wrote."""
+    content = np.load(file)
+    return dict(zip(content["ids"].tolist(), content["features"], strict=True))
 
 
-def tuned(args: argparse.Namespace) -> None:
-    """Add the validation of a trained fold, and of its baselines."""
-    summary = read_json(args.fold_folder / "validation" / "summary.json")
-    logs = sorted(args.fold_folder.glob("training_log_*.txt"))
-    seconds = sum(epoch_seconds(log.read_text()) for log in logs)
-    plans = read_json(args.fold_folder.parent / "plans.json")
-    for task, scores in summary["tasks"].items():
-        entries = {f"{args.arm}, fine-tuned": scores}
-        for name, of_tasks in (summary["baselines"] or {}).items():
-            what = NAMES.get(name, f"linear probe ({args.arm})")
-            entries[what] = of_tasks[task]
-        for what, found in entries.items():
-            kept = {name: found[name] for name in ("cases", "patients", *SCORES) if name in found}
-            line = {
-                "kind": "tuned",
-                "set": args.set,
-                "task": task,
-                "what": what,
-                "fold": summary["model"]["folds"],
-                "trainer": summary["model"]["trainer"],
-                "weights": (plans["autoreg"]["weights"] or {}).get("name"),
-                "patch": plans["configurations"]["3d_fullres"]["patch_size"],
-                "batch": plans["configurations"]["3d_fullres"]["batch_size"],
-                "seconds_of_epochs": round(seconds, 1),
-                **kept,
-            }
-            add_line(args.results, line)
+def random_encoder(args: argparse.Namespace) -> None:
+    """Write an encoder with random weights, of the same form as a run's and without its decoder."""
+    card = read_card(args.like)
+    torch.manual_seed(args.seed)
+    network = build_network(
+        card.class_path, card.arguments, card.crop_size_vox, card.num_input_channels, 1
+    )
+    state = network.state_dict()
+    trained = read_tensors(args.like / WEIGHTS_NAME)
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = args.out / WEIGHTS_NAME
+    write_tensors(
+        weights,
+        {
+            name: state[name]
+            for name in trained
+            if name in state and not name.startswith("decoder.")
+        },
+    )
+    replace(
+        card,
+        name=args.out.name,
+        objective=f"none: random weights of seed {args.seed}",
+        num_scans=0,
+        num_steps=0,
+        sha256=sha256_of(weights),
+        adaptation=replace(card.adaptation, keys_to_decoder=()),
+    ).save(args.out)
+    print(f"wrote {args.out}")
 
 
-def epoch_seconds(log: str) -> float:
-    """Return the sum of the times of all epochs of a training log."""
-    found = [line for line in log.splitlines() if "Epoch time:" in line]
-    return sum(float(line.split("Epoch time:")[1].split()[0]) for line in found)
-
-
-def add_line(results: Path, line: dict[str, Any]) -> None:
+def add_line(results: Path, line: Line) -> None:
     """Append a line to the results, and print it."""
     line = {**line, **circumstances(torch.device("cpu"))}
     append_json_line(results, line, allow_nan=True)
     print(json.dumps({key: line[key] for key in ("set", "task", "what", "auc") if key in line}))
 
 
-def table_lines(results: Path) -> list[str]:
-    """Return all results as a Markdown table."""
-    rows = ["| set, task | what | cases | AUC | balanced accuracy |", "|---|---|---|---|---|"]
-    for line in map(json.loads, results.read_text().splitlines()):
-        fold = "5 folds" if line["kind"] == "frozen" else f"fold {line['fold'][0]}"
-        cells = [
-            f"{line['set']}, {line['task']}",
-            f"{line['what']}, {fold}",
-            str(line["cases"]),
-            shown(line.get("auc")),
-            shown(line.get("balanced_accuracy")),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
-
-
-def shown(score: Mapping[str, Any] | None) -> str:
-    """Return a score with its interval."""
-    if score is None or score["value"] is None:
-        return "-"
-    ends = score["ci95"]
-    interval = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
-    return f"{score['value']:.2f}{interval}"
-
-
 def main() -> None:
     """Run one of the commands of the docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+
     frozen_parser = commands.add_parser("frozen")
-    frozen_parser.add_argument("--set", required=True)
-    frozen_parser.add_argument("--dataset", type=Path, required=True)
     frozen_parser.add_argument("--features", nargs="*", default=[], metavar="NAME=FILE")
-    frozen_parser.add_argument("--allow-missing", action="store_true")
     frozen_parser.add_argument("--predictions", type=Path, metavar="FOLDER")
-    frozen_parser.add_argument("--resamples", type=int, default=1000)
+    plan_parser = commands.add_parser("plan")
+    plan_parser.add_argument("--preprocessed", type=Path, required=True, metavar="FOLDER")
+    plan_parser.add_argument("--epochs", type=int, required=True)
+    plan_parser.add_argument("--batch", type=int, required=True)
+    plan_parser.add_argument("--rate", type=float, required=True)
     tuned_parser = commands.add_parser("tuned")
-    tuned_parser.add_argument("--set", required=True)
-    tuned_parser.add_argument("--arm", choices=["pretrained", "scratch"], required=True)
-    tuned_parser.add_argument("--fold-folder", type=Path, required=True)
-    table_parser = commands.add_parser("table")
-    for command in (frozen_parser, tuned_parser, table_parser):
+    tuned_parser.add_argument("--pretrained", type=Path, required=True, metavar="MODEL")
+    tuned_parser.add_argument("--scratch", type=Path, required=True, metavar="MODEL")
+    for command in (frozen_parser, tuned_parser):
+        command.add_argument("--set", required=True)
+        command.add_argument("--dataset", type=Path, required=True, metavar="RAW")
+        command.add_argument("--resamples", type=int, default=1000)
         command.add_argument("--results", type=Path, default=RESULTS)
 
+    random_parser = commands.add_parser("random")
+    random_parser.add_argument("--like", type=Path, required=True, metavar="RUN")
+    random_parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    random_parser.add_argument("--seed", type=int, default=0)
+
     args = parser.parse_args()
-    if args.command == "frozen":
-        frozen(args)
-    elif args.command == "tuned":
-        tuned(args)
-    else:
-        print("\n".join(table_lines(args.results)))
+    run = {"frozen": frozen, "plan": plan, "tuned": tuned, "random": random_encoder}
+    run[args.command](args)
 
 
 if __name__ == "__main__":
