@@ -8,14 +8,18 @@
     python benchmarks/classification.py frozen --set ixi --dataset RAW --features brain=brain.npz
 
 ``classification.sh`` shows all lines in order. ``plan`` writes the length, the batch and one rate
-for both arms into the plans of a preprocessed dataset. ``tuned`` scores the validation cases of all five folds together, for a pretrained model, for its
+for both arms into the plans of a preprocessed dataset.
+
+``tuned`` scores the validation cases of all five folds together, for a pretrained model, for its
 scratch twin, and for the baselines that both trainers fitted: the majority class, the sizes of the
 labels, and a linear probe on the encoder before fine-tuning. In the scratch twin that encoder has
-random weights, which is the control of the probe. ``frozen`` makes the folds that training would
-make, and fits the baselines on features that autoreg_embed wrote. ``random`` writes an encoder of
-random weights in the form of a run, as the control of those. Every score has a 95 % interval of a
-bootstrap over patients. Lines are added to ``benchmarks/results/classification.jsonl``, from which
-``benchmarks/measured.py`` makes the tables of ``docs/explanation/measured_classification.md``.
+random weights, which is the control of the probe.
+
+``frozen`` makes the folds that training would make, and fits the baselines on features that
+autoreg_embed wrote. ``random`` writes an encoder of random weights in the form of a run, as their
+control. Every score has a 95 % interval of a bootstrap over patients. Lines are added to
+``benchmarks/results/classification.jsonl``, from which ``benchmarks/measured.py`` makes the tables
+of ``docs/explanation/measured_classification.md``.
 """
 
 import argparse
