@@ -6,7 +6,6 @@ the plan's encoder with a linear layer per task on the classes of ``classesTr.cs
 """
 
 import sys
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 
 from nnunet_autoreg.classification.data import ClassLoader
@@ -41,18 +39,14 @@ from nnunet_autoreg.classification.validate import (
 )
 from nnunet_autoreg.downstream.loaders import started
 from nnunet_autoreg.downstream.model import FOLD_ALL
-from nnunet_autoreg.downstream.training import (
-    forwarded_log,
-    from_all_processes,
-    keep_thread_limit,
-)
+from nnunet_autoreg.downstream.training import from_all_processes
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.finetune.block import AutoregBlock, read_block
-from nnunet_autoreg.finetune.network import build_network, own_arguments
+from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.finetune.one_line import one_line_errors
-from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import read_json
-from nnunet_autoreg.trainers.autoreg_trainers import TaskTrainer, trainer_of_length
+from nnunet_autoreg.trainers.autoreg_trainers import trainer_of_length
+from nnunet_autoreg.trainers.task_trainer import TaskTrainer
 
 AUC = "cls_auc"
 """Name in the logger: the mean AUC over the tasks, on validation patches."""
@@ -61,39 +55,42 @@ AUC = "cls_auc"
 class AutoregClassificationTrainer(TaskTrainer):
     """Train a classifier on the plan's pretrained encoder."""
 
+    task = "classification"
+    task_block = BLOCK
+    read_task_plan = staticmethod(read_plan)
     block: AutoregBlock
     plan: ClassificationPlan
 
     def initialize(self) -> None:
         """Read the classes, plan if that was not done, then make nnU-Net's own preparations."""
-        if not self.was_initialized:
-            keep_thread_limit()
-            with one_line_errors(), self._library_log():
-                self._prepare()
         super().initialize()
         self._classifier().gives_classes = True
         self.logger.local_logger.my_fantastic_logging.setdefault(AUC, [])
 
-    def _prepare(self) -> None:
-        if self.is_cascaded:
-            raise PlanError(
-                f"{self.configuration_name} is the second stage of a cascade, but classification "
-                "has one stage; train 3d_fullres",
-                code="classification-cascade",
-            )
-
-        # The main process makes folds and plan first; the others then read what it wrote.
-        if self.is_ddp and self.local_rank > 0:
-            distributed.barrier()
+    def prepare_task(self) -> None:
+        """Read the table of classes, and find the cases of this fold."""
         base = Path(self.preprocessed_dataset_folder_base)
         folder = self.preprocessed_dataset_folder
         cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
         self.table = kept_table(base, self.dataset_json, cases)
         self.parts = self._find_parts(base, cases)
-        self.plan = self._planned()
-        if self.is_ddp and self.local_rank == 0:
-            distributed.barrier()
 
+    def make_task_plan(self) -> tuple[ClassificationPlan, str]:
+        """Return a new plan, and how unequal numbers of cases are balanced."""
+        plan = make_plan(
+            self.table,
+            self.configuration_manager.batch_size,
+            self.block.encoder.class_path,
+            self.block.recipe.num_iterations_per_epoch,
+        )
+        return plan, f"balance {plan.balance}: {plan.reasons['balance']}"
+
+    def check_task_plan(self, where: str) -> None:
+        """Compare the plan's tasks with the table, which may have been edited since."""
+        check_same_table(self.plan, self.table, where)
+
+    def use_plan(self) -> None:
+        """Set rates and lengths, and leave out deep supervision."""
         recipe = classification_recipe(self.block.recipe, self.plan)
         self.block = replace(self.block, recipe=recipe)
         self.enable_deep_supervision = False
@@ -102,6 +99,18 @@ class AutoregClassificationTrainer(TaskTrainer):
         self.num_epochs = self.length or self.plan.num_epochs
         self.num_iterations_per_epoch = self.plan.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.plan.num_val_iterations_per_epoch
+
+    @classmethod
+    def task_network(
+        cls,
+        network: nn.Module,
+        class_path: str,
+        arguments: dict[str, Any],
+        patch: Size,
+        plan: ClassificationPlan,
+    ) -> Classifier:
+        """Return the encoder with a linear layer per task."""
+        return Classifier(network, class_path, arguments, patch, plan.class_numbers)
 
     def _find_parts(self, base: Path, cases: list[str]) -> tuple[list[str], list[str]]:
         """Return the training and the validation cases of this fold."""
@@ -122,61 +131,6 @@ class AutoregClassificationTrainer(TaskTrainer):
             f"{len(fold['val'])} validation cases; {self.table.patient_rule}"
         )
         return fold["train"], fold["val"]
-
-    def _planned(self) -> ClassificationPlan:
-        """Return the plan of this configuration.
-
-        If there is none, it is made now and written into the plans file.
-        """
-        configuration = self.configuration_manager
-        where = f"{self.plans_file.name}: {self.configuration_name}"
-        plan = read_plan(configuration.configuration, where)
-        if plan is None:
-            plan = make_plan(
-                self.table,
-                configuration.batch_size,
-                self.block.encoder.class_path,
-                self.block.recipe.num_iterations_per_epoch,
-            )
-            self.keep_plan(BLOCK, plan)
-            self.print_to_log_file(
-                f"classification was planned and is now part of {self.plans_file}; balance: "
-                f"{plan.balance} ({plan.reasons['balance']})"
-            )
-        check_same_table(plan, self.table, where)
-        return plan
-
-    def _library_log(self) -> AbstractContextManager[None]:
-        """Send the library's log to nnU-Net's log file and to the terminal."""
-        return forwarded_log("nnunet_autoreg.classification", self.print_to_log_file)
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Return the plan's encoder with heads, with random weights; prediction calls this too."""
-        with one_line_errors():
-            block = read_block(plans_manager.plans)
-            where = f"{plans_manager.plans_name}.json"
-            plan = read_plan(configuration_manager.configuration, where)
-            if plan is None:
-                raise PlanError(
-                    f'{where} has no "{BLOCK}" block for this configuration; train an '
-                    "AutoregClassificationTrainer first",
-                    code="classification-no-block",
-                )
-            arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
-            patch = as_size(configuration_manager.patch_size)
-            network = build_network(
-                block, patch, num_input_channels, num_output_channels, arguments
-            )
-            return Classifier(
-                network, block.encoder.class_path, arguments, patch, plan.class_numbers
-            )
 
     def _build_loss(self) -> ClassificationLoss:
         training, _ = self.parts

@@ -6,7 +6,7 @@ Retina U-Net on the plan's encoder. Boxes are learned beside the segmentation, w
 """
 
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 
 from nnunet_autoreg.detection.data import (
@@ -47,14 +46,9 @@ from nnunet_autoreg.detection.training import (
 )
 from nnunet_autoreg.detection.validate import SUMMARY, validate_cases, write_summary
 from nnunet_autoreg.downstream.loaders import started
-from nnunet_autoreg.downstream.training import (
-    forwarded_log,
-    from_all_processes,
-    keep_thread_limit,
-)
-from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.finetune.block import AutoregBlock, read_block
-from nnunet_autoreg.finetune.network import build_network, own_arguments
+from nnunet_autoreg.downstream.training import from_all_processes
+from nnunet_autoreg.finetune.block import AutoregBlock
+from nnunet_autoreg.finetune.network import own_arguments
 from nnunet_autoreg.finetune.one_line import one_line_errors
 from nnunet_autoreg.finetune.recipe import (
     IterationRates,
@@ -62,8 +56,9 @@ from nnunet_autoreg.finetune.recipe import (
     make_schedule,
     parameter_groups,
 )
-from nnunet_autoreg.geometry import as_size, as_spacing
-from nnunet_autoreg.trainers.autoreg_trainers import TaskTrainer, trainer_of_length
+from nnunet_autoreg.geometry import Size, as_size, as_spacing
+from nnunet_autoreg.trainers.autoreg_trainers import trainer_of_length
+from nnunet_autoreg.trainers.task_trainer import TaskTrainer
 
 SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0.5"}
 """Name in the logger -> name of the score of an epoch."""
@@ -72,35 +67,24 @@ SCORES = {"det_map": "map_0.1:0.5:0.05", "det_ap10": "ap_0.1", "det_ap50": "ap_0
 class AutoregDetectionTrainer(TaskTrainer):
     """Train a detector on the plan's pretrained encoder."""
 
+    task = "detection"
+    task_block = BLOCK
+    read_task_plan = staticmethod(read_plan)
     block: AutoregBlock
     plan: DetectionPlan
     inference_allowed_mirroring_axes: Any
 
     def initialize(self) -> None:
         """Find the objects, plan if that was not done, then make nnU-Net's own preparations."""
-        if not self.was_initialized:
-            keep_thread_limit()
-            with one_line_errors(), self._library_log():
-                self._prepare()
         super().initialize()
-
         network = self.unwrapped()
         self.average = MovingAverage(network, self.plan.average_decay)
         self.average.attach(self.optimizer)
         for name in SCORES:
             self.logger.local_logger.my_fantastic_logging.setdefault(name, [])
 
-    def _prepare(self) -> None:
-        if self.is_cascaded:
-            raise PlanError(
-                f"{self.configuration_name} is the second stage of a cascade, but detection has "
-                "one stage; train 3d_fullres",
-                code="detection-cascade",
-            )
-
-        # The main process finds the objects first; the others then read what it wrote.
-        if self.is_ddp and self.local_rank > 0:
-            distributed.barrier()
+    def prepare_task(self) -> None:
+        """Find the objects of all cases."""
         base = Path(self.preprocessed_dataset_folder_base)
         reader = self.plans_manager.image_reader_writer_class
         labels = base / "gt_segmentations"
@@ -118,10 +102,28 @@ class AutoregDetectionTrainer(TaskTrainer):
         )
         cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
         self.index = prepare_instances(maker, cases, default_num_processes)
-        self.plan = self._planned()
-        if self.is_ddp and self.local_rank == 0:
-            distributed.barrier()
 
+    def make_task_plan(self) -> tuple[DetectionPlan, str]:
+        """Return a new plan, and the reason of its anchors."""
+        arguments = own_arguments(self.configuration_manager.network_arch_init_kwargs)
+        patch = as_size(self.configuration_manager.patch_size)
+        encoder = self.block.encoder
+        plan = make_plan(
+            self.dataset_json,
+            self.index.sizes_vox(),
+            stage_strides(encoder.class_path, arguments, patch),
+            patch,
+            is_tiny=encoder.name.endswith("_tiny"),
+            has_masks=self.index.has_masks,
+        )
+        return plan, plan.reasons["anchors"]
+
+    def check_task_plan(self, where: str) -> None:
+        """Compare the plan with the dataset, which may have been edited since."""
+        check_same_dataset(self.plan, self.dataset_json, where)
+
+    def use_plan(self) -> None:
+        """Set the recipe, the length and how often patches are drawn around objects."""
         self.block = replace(self.block, recipe=detection_recipe(self.block.recipe, self.plan))
 
         # The heads supervise the inner feature maps instead.
@@ -129,74 +131,25 @@ class AutoregDetectionTrainer(TaskTrainer):
         self.num_epochs = self.length or self.plan.num_epochs
         self.oversample_foreground_percent = self.plan.object_share
 
-    def _planned(self) -> DetectionPlan:
-        """Return the plan of this configuration.
-
-        If there is none, it is made now and written into the plans file.
-        """
-        configuration = self.configuration_manager
-        where = f"{self.plans_file.name}: {self.configuration_name}"
-        plan = read_plan(configuration.configuration, where)
-        if plan is None:
-            arguments = own_arguments(configuration.network_arch_init_kwargs)
-            patch = as_size(configuration.patch_size)
-            encoder = self.block.encoder
-            plan = make_plan(
-                self.dataset_json,
-                self.index.sizes_vox(),
-                stage_strides(encoder.class_path, arguments, patch),
-                patch,
-                is_tiny=encoder.name.endswith("_tiny"),
-                has_masks=self.index.has_masks,
-            )
-            self.keep_plan(BLOCK, plan)
-            self.print_to_log_file(
-                f"detection was planned ({plan.reasons['anchors']}) and is now part of "
-                f"{self.plans_file}"
-            )
-        check_same_dataset(plan, self.dataset_json, where)
-        return plan
-
-    def _library_log(self) -> AbstractContextManager[None]:
-        """Send the library's log to nnU-Net's log file and to the terminal.
-
-        It names cases, as nnU-Net's own lines do; both stay in the folder of results.
-        """
-        return forwarded_log("nnunet_autoreg.detection", self.print_to_log_file)
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Return the plan's network with heads, with random weights; prediction calls this too."""
-        with one_line_errors():
-            block = read_block(plans_manager.plans)
-            where = f"{plans_manager.plans_name}.json"
-            plan = read_plan(configuration_manager.configuration, where)
-            if plan is None:
-                raise PlanError(
-                    f'{where} has no "{BLOCK}" block for this configuration; train an '
-                    "AutoregDetectionTrainer first",
-                    code="detection-no-block",
-                )
-            arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
-            patch = configuration_manager.patch_size
-            network = build_network(
-                block, patch, num_input_channels, num_output_channels, arguments
-            )
-            return build_detector(
-                network,
-                block.encoder.class_path,
-                arguments,
-                stages=plan.anchors.stages,
-                num_shapes=plan.anchors.num_shapes,
-                num_classes=len(plan.classes),
-                num_channels=plan.head_channels,
-            )
+    @classmethod
+    def task_network(
+        cls,
+        network: nn.Module,
+        class_path: str,
+        arguments: dict[str, Any],
+        patch: Size,
+        plan: DetectionPlan,
+    ) -> Detector:
+        """Return the network with heads for boxes."""
+        return build_detector(
+            network,
+            class_path,
+            arguments,
+            stages=plan.anchors.stages,
+            num_shapes=plan.anchors.num_shapes,
+            num_classes=len(plan.classes),
+            num_channels=plan.head_channels,
+        )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """Return the optimiser of segmentation, without weight decay for norms and biases."""

@@ -24,7 +24,6 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_autoreg.bridge import TRAINERS, split_length
-from nnunet_autoreg.downstream.plan_block import store
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock, read_block
 from nnunet_autoreg.finetune.decoder import transferred_keys
@@ -49,7 +48,6 @@ from nnunet_autoreg.finetune.user_weights import kept_line, named_weights, watch
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.nnunet_api import results_folder
-from nnunet_autoreg.records import read_json, write_json
 from nnunet_autoreg.safe_load import plain_loading
 
 explain_errors_of_nnunet()
@@ -325,48 +323,6 @@ class _AutoregTrainer(nnUNetTrainer):
 
 class AutoregPretrainedTrainer(_AutoregTrainer):
     """Fine-tune the plan's pretrained encoder."""
-
-
-class TaskTrainer(AutoregPretrainedTrainer):
-    """Train for another task than segmentation, whose plan is a block of the configuration."""
-
-    transfers_decoder = False
-
-    @property
-    def plans_file(self) -> Path:
-        """The plans that were preprocessed with, in which the block is kept."""
-        base = Path(self.preprocessed_dataset_folder_base)
-        return base / f"{self.plans_manager.plans_name}.json"
-
-    def keep_plan(self, block: str, plan: object) -> None:
-        """Write the task's plan into the plans in memory, which checkpoints store, and the file."""
-        name = self.configuration_name
-        plans = self.plans_manager.plans
-        store(plans, name, block, plan)
-        self.configuration_manager.configuration[block] = plans["configurations"][name][block]
-        if self.local_rank == 0:
-            # Other configurations in the file stay as they are.
-            on_disk = read_json(self.plans_file)
-            store(on_disk, name, block, plan)
-            write_json(self.plans_file, on_disk)
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Do nothing: there is no deep supervision."""
-
-    def training_patches(self) -> tuple[Any, Any]:
-        """Return the size of a patch before augmentation, and nnU-Net's augmentation."""
-        rotation, is_flat, initial_patch, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        transforms = self.get_training_transforms(
-            self.configuration_manager.patch_size,
-            rotation,
-            None,
-            mirror_axes,
-            is_flat,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-        )
-        return initial_patch, transforms
 
 
 class AutoregScratchTrainer(_AutoregTrainer):

@@ -1,6 +1,6 @@
 """Classify new scans with a trained classifier, all its folds together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,24 @@ from nnunet_autoreg.classification.net import Classifier
 from nnunet_autoreg.classification.plan import ClassificationPlan, read_plan
 from nnunet_autoreg.downstream.model import TrainedModel
 from nnunet_autoreg.downstream.scans import Scan, ready
-from nnunet_autoreg.errors import ClassesError, PlanError, WeightsError
+from nnunet_autoreg.errors import ClassesError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.records import MEND_YOURS, read_json, write_json
 
 FORMAT, VERSION = "nnunet_autoreg.scan_classes", 1
 
 
-class ClassifierModel(TrainedModel):
+class ClassifierModel(TrainedModel[ClassificationPlan]):
     """A trained classifier: a folder of ``nnUNetv2_train``."""
 
     kind = "Classification"
+    noun = "classifier"
+    read_plan = staticmethod(read_plan)
 
-    def __init__(
-        self,
-        folder: Path,
-        folds: Sequence[str],
-        device: torch.device,
-        checkpoint: str = "checkpoint_final.pth",
-    ):
-        super().__init__(folder, folds, device, checkpoint)
-        plan = read_plan(self.configuration.configuration, str(folder / "plans.json"))
-        assert plan is not None and isinstance(self.network, Classifier)
-        self.plan: ClassificationPlan = plan
-        self.patch_size: Size = as_size(self.configuration.patch_size)
-
-    def check_configuration(self, configuration: dict[str, Any], where: str) -> None:
-        """Refuse plans without a classifier.
-
-        Raises:
-            PlanError: there is none, or its plan is impossible.
-        """
-        if read_plan(configuration, where) is None:
-            raise PlanError(
-                f"{self.folder} holds no classifier; train one with -tr "
-                "AutoregClassificationTrainer",
-                code="classification-no-classifier",
-            )
+    @property
+    def patch_size(self) -> Size:
+        """Return the size of a tile, in preprocessed voxels."""
+        return as_size(self.configuration.patch_size)
 
 
 @dataclass(frozen=True)

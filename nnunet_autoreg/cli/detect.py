@@ -26,7 +26,7 @@ from nnunet_autoreg.records import to_jsonable
 
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.from_segmentation import Segmentations
-    from nnunet_autoreg.detection.predict import DetectionOptions, Model
+    from nnunet_autoreg.detection.predict import DetectionOptions, DetectorModel
     from nnunet_autoreg.detection.scanfile import ScanFile
     from nnunet_autoreg.downstream.scans import Scan
 
@@ -234,7 +234,7 @@ def _add_output_options(group: Group) -> None:
 
 def detect_all(request: DetectRequest) -> int:
     """Detect in every scan; one that cannot be read is named, and the others go on."""
-    from nnunet_autoreg.detection.predict import Model, settings_of
+    from nnunet_autoreg.detection.predict import DetectorModel, settings_of
     from nnunet_autoreg.downstream.model import prediction_device, trained_folder
     from nnunet_autoreg.downstream.scans import find
     from nnunet_autoreg.nnunet_api import results_folder
@@ -253,7 +253,7 @@ def detect_all(request: DetectRequest) -> int:
         request.plans,
         request.configuration,
     )
-    model = Model(folder, request.folds, device, request.checkpoint)
+    model = DetectorModel(folder, request.folds, device, request.checkpoint)
     options = options_of(request, model)
 
     scans = find(
@@ -268,7 +268,7 @@ def detect_all(request: DetectRequest) -> int:
     return finish(request, options, names, len(scans))
 
 
-def options_of(request: DetectRequest, model: "Model") -> "DetectionOptions":
+def options_of(request: DetectRequest, model: "DetectorModel") -> "DetectionOptions":
     """Return the checked options.
 
     Raises:
@@ -477,7 +477,9 @@ def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
     return old.get("filled") == new["filled"] and has_instances
 
 
-def detect_one(model: "Model", scan: "Scan", options: "DetectionOptions", folder: Path) -> bool:
+def detect_one(
+    model: "DetectorModel", scan: "Scan", options: "DetectionOptions", folder: Path
+) -> bool:
     """Detect in one scan and write its files; returns False if it cannot be read."""
     from nnunet_autoreg.detection.predict import detect, write
 

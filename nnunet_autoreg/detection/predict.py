@@ -44,7 +44,6 @@ from nnunet_autoreg.detection.scanfile import (
 from nnunet_autoreg.detection.validate import as_stored, in_original, score_thresholds
 from nnunet_autoreg.downstream.model import TrainedModel, original_shape
 from nnunet_autoreg.downstream.scans import Scan, ready
-from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.io.orientation import turned
 
@@ -78,10 +77,12 @@ class DetectionOptions:
     for_nndetection: bool = False
 
 
-class Model(TrainedModel):
+class DetectorModel(TrainedModel[DetectionPlan]):
     """A trained detector: a folder of ``nnUNetv2_train``."""
 
     kind = "Detection"
+    noun = "detector"
+    read_plan = staticmethod(read_plan)
 
     def __init__(
         self,
@@ -91,23 +92,9 @@ class Model(TrainedModel):
         checkpoint: str = "checkpoint_final.pth",
     ):
         super().__init__(folder, folds, device, checkpoint)
-        plan = read_plan(self.configuration.configuration, str(folder / "plans.json"))
-        assert plan is not None and isinstance(self.network, Detector)
-        self.plan: DetectionPlan = plan
+        assert isinstance(self.network, Detector)
         # In evaluation mode it would give the segmentation alone.
         self.network.detect = True
-
-    def check_configuration(self, configuration: dict[str, Any], where: str) -> None:
-        """Refuse plans without a detector.
-
-        Raises:
-            PlanError: there is none, or its plan is impossible.
-        """
-        if read_plan(configuration, where) is None:
-            raise PlanError(
-                f"{self.folder} holds no detector; train one with -tr AutoregDetectionTrainer",
-                code="detection-no-detector",
-            )
 
     def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
         """Return class -> the score threshold with so many false positives per scan in validation.
@@ -136,7 +123,7 @@ class Detected:
     properties: dict[str, Any]
 
 
-def detect(model: Model, scan: Scan, options: DetectionOptions) -> Detected:
+def detect(model: DetectorModel, scan: Scan, options: DetectionOptions) -> Detected:
     """Find the objects of a scan.
 
     Raises:
@@ -181,7 +168,7 @@ def detect(model: Model, scan: Scan, options: DetectionOptions) -> Detected:
 
 
 def _merged(
-    model: Model, image_CZYX: torch.Tensor, options: DetectionOptions
+    model: DetectorModel, image_CZYX: torch.Tensor, options: DetectionOptions
 ) -> tuple[MergedBoxes, torch.Tensor | None]:
     """Return what all folds and mirrorings find together, in the preprocessed image.
 
@@ -211,7 +198,7 @@ def _merged(
     return merged, None if logits is None else logits / len(parts)
 
 
-def settings_of(model: Model, options: DetectionOptions) -> dict[str, Any]:
+def settings_of(model: DetectorModel, options: DetectionOptions) -> dict[str, Any]:
     """Return the options as results state them.
 
     No box depends on the last two (``DRAWING``), but only the drawings.
@@ -225,16 +212,16 @@ def settings_of(model: Model, options: DetectionOptions) -> dict[str, Any]:
     }
 
 
-def _with_instances(model: Model, options: DetectionOptions) -> bool:
+def _with_instances(model: DetectorModel, options: DetectionOptions) -> bool:
     return options.with_instances and model.plan.has_masks
 
 
-def num_mirrorings(model: Model, options: DetectionOptions) -> int:
+def num_mirrorings(model: DetectorModel, options: DetectionOptions) -> int:
     """Return in how many mirrorings every model looks at a scan."""
     return int(2 ** len(_mirror_axes(model, options)))
 
 
-def _mirror_axes(model: Model, options: DetectionOptions) -> tuple[int, ...]:
+def _mirror_axes(model: DetectorModel, options: DetectionOptions) -> tuple[int, ...]:
     return tuple(model.stock.allowed_mirroring_axes or ()) if options.mirror else ()
 
 
@@ -245,7 +232,7 @@ def lowest_score(min_score: float | Mapping[str, float] | None, name: str) -> fl
     return min_score[name] if isinstance(min_score, Mapping) else min_score
 
 
-def write(model: Model, found: Detected, folder: Path, options: DetectionOptions) -> None:
+def write(model: DetectorModel, found: Detected, folder: Path, options: DetectionOptions) -> None:
     """Write the files of a scan; its JSON file comes last, so that where it is, all is."""
     instances = None
     if found.labels_ZYX is not None:

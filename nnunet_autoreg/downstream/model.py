@@ -6,10 +6,10 @@ Scans are preprocessed by nnU-Net. Detection and classification add what their n
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.downstream.results import public_model
-from nnunet_autoreg.errors import ScanError, UsageError, WeightsError
+from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size, size_text
 from nnunet_autoreg.io.files import quiet_stderr
 from nnunet_autoreg.io.names import natural_key
@@ -31,10 +31,13 @@ from nnunet_autoreg.safe_load import plain_loading
 
 FOLD_ALL = "all"
 
+Plan = TypeVar("Plan")
+"""Of a task, such as ``DetectionPlan``."""
+
 log = logging.getLogger(__name__)
 
 
-class TrainedModel:
+class TrainedModel(Generic[Plan]):
     """A trained folder of ``nnUNetv2_train``; detection and classification each have a subclass.
 
     Args:
@@ -47,8 +50,12 @@ class TrainedModel:
         WeightsError: a checkpoint does not belong to the plans, or would run code.
     """
 
-    kind = ""
+    kind: ClassVar[str]
     """What the names of its trainers contain; names of other models are not suggested."""
+    noun: ClassVar[str]
+    """What such a model is called."""
+    read_plan: Callable[[Mapping[str, Any], str], Plan | None]
+    """Return the task's checked plan in a configuration of parsed plans, None if it has none."""
 
     def __init__(
         self,
@@ -69,7 +76,7 @@ class TrainedModel:
                 device=device,
                 allow_tqdm=False,
             )
-        self._check_plans()
+        self.plan: Plan = self._checked_plan()
         try:
             # A folder from elsewhere must not run code: nnU-Net would unpickle all that its
             # checkpoints hold.
@@ -125,15 +132,12 @@ class TrainedModel:
             }
         )
 
-    def check_configuration(self, configuration: dict[str, Any], where: str) -> None:
-        """Refuse a configuration of parsed plans that was trained for something else.
+    def _checked_plan(self) -> Plan:
+        """Return the plan of the task.
 
         Raises:
-            PlanError: it was.
+            PlanError: there is none, or it is impossible.
         """
-        raise NotImplementedError
-
-    def _check_plans(self) -> None:
         file = self.folder / "plans.json"
         plans = read_object(file, ("configurations",))
         name = self.folder.name.rsplit("__", 1)[-1]
@@ -142,7 +146,13 @@ class TrainedModel:
         if isinstance(configurations, dict) and name in configurations:
             # A configuration may have the block from the one that it inherits from.
             configuration = PlansManager(plans).get_configuration(name).configuration
-        self.check_configuration(configuration, str(file))
+        plan = type(self).read_plan(configuration, str(file))
+        if plan is None:
+            raise PlanError(
+                f"{self.folder} holds no {self.noun}; train one with -tr Autoreg{self.kind}Trainer",
+                code="model-of-other-task",
+            )
+        return plan
 
     def weights(self) -> Iterator[None]:
         """Give the network the weights of one fold after the other."""

@@ -290,7 +290,7 @@ def test_wrong_models_are_refused_with_a_remedy(
     plans = json.loads((other / "plans.json").read_text())
     del plans["configurations"]["3d_fullres"]["autoreg_classification"]
     (other / "plans.json").write_text(json.dumps(plans))
-    with refused(PlanError, "classification-no-classifier", other):
+    with refused(PlanError, "model-of-other-task", other):
         main.__wrapped__([*line, "-tr", "AutoregPretrainedTrainer"])
 
 

@@ -341,7 +341,7 @@ def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_p
         if name == "large":
             assert run("-c", name) == 0
         else:
-            with refused(PlanError, "detection-no-detector", results):
+            with refused(PlanError, "model-of-other-task", results):
                 run("-c", name, raises=True)
 
 

@@ -1,0 +1,182 @@
+"""What the trainers of detection and classification share.
+
+A task's plan is a block of the configuration in the plans file. It is made by the first training
+and kept beside the preprocessed data, so that all folds and the prediction obey the same plan.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed, nn
+
+from nnunet_autoreg.downstream.plan_block import store
+from nnunet_autoreg.downstream.training import forwarded_log, keep_thread_limit
+from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.finetune.block import read_block
+from nnunet_autoreg.finetune.network import build_network, own_arguments
+from nnunet_autoreg.finetune.one_line import one_line_errors
+from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.records import read_json, write_json
+from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
+
+
+class TaskTrainer(AutoregPretrainedTrainer):
+    """Train for another task than segmentation; a subclass says for which."""
+
+    transfers_decoder = False
+    task: ClassVar[str]
+    """Name of the task, which is also that of its room in the package."""
+    task_block: ClassVar[str]
+    """Name of the block in the plans file."""
+    read_task_plan: ClassVar[Callable[[Mapping[str, Any], str], Any]]
+    """Return the checked block of a configuration of parsed plans, None if it has none."""
+
+    plan: Any
+
+    def initialize(self) -> None:
+        """Prepare the task if that was not done, then make nnU-Net's own preparations."""
+        if not self.was_initialized:
+            keep_thread_limit()
+            with one_line_errors(), self._library_log():
+                if self.is_cascaded:
+                    raise PlanError(
+                        f"{self.configuration_name} is the second stage of a cascade, but "
+                        f"{self.task} has one stage; train 3d_fullres",
+                        code="task-cascade",
+                    )
+                with self._main_process_first():
+                    self.prepare_task()
+                    self.plan = self._find_plan()
+                self.use_plan()
+        super().initialize()
+
+    def prepare_task(self) -> None:
+        """Read what the task is about from the preprocessed dataset."""
+        raise NotImplementedError
+
+    def make_task_plan(self) -> tuple[Any, str]:
+        """Return a new plan, and the reason of its main choice for the log."""
+        raise NotImplementedError
+
+    def check_task_plan(self, where: str) -> None:
+        """Compare the plan with the dataset, which may have been edited since.
+
+        Raises:
+            PlanError: they differ.
+        """
+        raise NotImplementedError
+
+    def use_plan(self) -> None:
+        """Set what the plan decides about the training."""
+        raise NotImplementedError
+
+    @classmethod
+    def task_network(
+        cls, network: nn.Module, class_path: str, arguments: dict[str, Any], patch: Size, plan: Any
+    ) -> nn.Module:
+        """Return the network of the task.
+
+        Args:
+            network: of segmentation, with the plan's encoder.
+            class_path, arguments: of that network.
+            plan: of the task.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def _main_process_first(self) -> Iterator[None]:
+        """Let the main process write files first; the others then read what it wrote."""
+        if self.is_ddp and self.local_rank > 0:
+            distributed.barrier()
+        yield
+        if self.is_ddp and self.local_rank == 0:
+            distributed.barrier()
+
+    def _find_plan(self) -> Any:
+        """Return the plan of this configuration.
+
+        If there is none, it is made now and written into the plans file.
+        """
+        where = f"{self.plans_file.name}: {self.configuration_name}"
+        self.plan = type(self).read_task_plan(self.configuration_manager.configuration, where)
+        if self.plan is None:
+            self.plan, reason = self.make_task_plan()
+            self._keep_plan()
+            self.print_to_log_file(
+                f"{self.task} was planned ({reason}) and is now part of {self.plans_file}"
+            )
+        self.check_task_plan(where)
+        return self.plan
+
+    @property
+    def plans_file(self) -> Path:
+        """The plans that were preprocessed with, in which the block is kept."""
+        base = Path(self.preprocessed_dataset_folder_base)
+        return base / f"{self.plans_manager.plans_name}.json"
+
+    def _keep_plan(self) -> None:
+        """Write the task's plan into the plans in memory, which checkpoints store, and the file."""
+        name, block = self.configuration_name, self.task_block
+        plans = self.plans_manager.plans
+        store(plans, name, block, self.plan)
+        self.configuration_manager.configuration[block] = plans["configurations"][name][block]
+        if self.local_rank == 0:
+            # Other configurations in the file stay as they are.
+            on_disk = read_json(self.plans_file)
+            store(on_disk, name, block, self.plan)
+            write_json(self.plans_file, on_disk)
+
+    def _library_log(self) -> AbstractContextManager[None]:
+        """Send the library's log to nnU-Net's log file and to the terminal.
+
+        It names cases, as nnU-Net's own lines do; both stay in the folder of results.
+        """
+        return forwarded_log(f"nnunet_autoreg.{self.task}", self.print_to_log_file)
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Return the plan's network with heads, with random weights; prediction calls this too."""
+        with one_line_errors():
+            block = read_block(plans_manager.plans)
+            where = f"{plans_manager.plans_name}.json"
+            plan = cls.read_task_plan(configuration_manager.configuration, where)
+            if plan is None:
+                raise PlanError(
+                    f'{where} has no "{cls.task_block}" block for this configuration; train an '
+                    f"{cls.__name__} first",
+                    code="task-no-block",
+                )
+            arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
+            patch = as_size(configuration_manager.patch_size)
+            network = build_network(
+                block, patch, num_input_channels, num_output_channels, arguments
+            )
+            return cls.task_network(network, block.encoder.class_path, arguments, patch, plan)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Do nothing: there is no deep supervision."""
+
+    def training_patches(self) -> tuple[Any, Any]:
+        """Return the size of a patch before augmentation, and nnU-Net's augmentation."""
+        rotation, is_flat, initial_patch, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        transforms = self.get_training_transforms(
+            self.configuration_manager.patch_size,
+            rotation,
+            None,
+            mirror_axes,
+            is_flat,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+        )
+        return initial_patch, transforms
