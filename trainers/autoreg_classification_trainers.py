@@ -27,6 +27,7 @@ from nnunet_autoreg.classification.plan import (
     make_plan,
     read_plan,
 )
+from nnunet_autoreg.classification.predict import small_scans_line
 from nnunet_autoreg.classification.validate import (
     BASELINES,
     classify_cases,
@@ -34,6 +35,7 @@ from nnunet_autoreg.classification.validate import (
     kept_table,
     patch_scores,
     score_lines,
+    small_cases,
     write_baselines,
     write_validation,
 )
@@ -171,6 +173,12 @@ class AutoregClassificationTrainer(TaskTrainer):
         super().on_train_start()
         if not self.is_fresh_start or self.local_rank > 0:
             return
+        patch = as_size(self.configuration_manager.patch_size)
+        every = sorted(self.table.labels)
+        stock = self.dataset_class(self.preprocessed_dataset_folder, every)
+        small = small_cases(stock, every, patch)
+        if small:
+            self.print_to_log_file(small_scans_line(small, len(every), patch))
         if self.fold == FOLD_ALL:
             self.print_to_log_file("no baselines: fold all has no validation cases of its own")
             return
@@ -189,11 +197,11 @@ class AutoregClassificationTrainer(TaskTrainer):
 
         features = features_of_baselines(
             network,
-            self.dataset_class(self.preprocessed_dataset_folder, cases),
+            stock,
             cases,
             self.configuration_manager.spacing,
             sorted(label_values),
-            as_size(self.configuration_manager.patch_size),
+            patch,
             self.device,
             self._autocast,
         )

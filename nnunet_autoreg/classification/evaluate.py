@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.classification.metrics import evaluate_task, judge
-from nnunet_autoreg.classification.predictions import NAME, read_predictions
-from nnunet_autoreg.classification.table import CASE_COLUMN, UNKNOWN, patients_of, read_rows
+from nnunet_autoreg.classification.predictions import NAME, ClassPredictions, read_predictions
+from nnunet_autoreg.classification.table import (
+    CASE_COLUMN,
+    UNKNOWN,
+    ClassificationTask,
+    patients_of,
+    read_rows,
+)
 from nnunet_autoreg.classification.validate import shown
 from nnunet_autoreg.errors import ClassesError, did_you_mean
 from nnunet_autoreg.geometry import names_text
@@ -35,46 +41,24 @@ def evaluate_folders(
     file = predictions / NAME if predictions.is_dir() else predictions
     predicted = read_predictions(file)
     rows = {row[CASE_COLUMN]: row for row in read_rows(truth)}
-    common = [case for case in predicted.probabilities if case in rows]
-    if not common:
-        raise ClassesError(
-            f"no scan of {file} ({names_text(predicted.probabilities)}) has a row in {truth} "
-            f"({names_text(rows)}): their names must agree",
-            code="classes-no-common-case",
-        )
-    without_truth = [case for case in predicted.probabilities if case not in rows]
-    without_prediction = [case for case in rows if case not in predicted.probabilities]
-    for names, what in (
-        (without_truth, "have predictions and no true class"),
-        (without_prediction, "have true classes and no prediction"),
-    ):
-        if names:
-            log.warning("%d scans %s (%s): left out", len(names), what, names_text(names))
+    common, without_truth, without_prediction = _matched(file, predicted, truth, rows)
 
+    # All tasks get the same resamples of the patients.
     patient_of, rule = patients_of(list(rows.values()))
     patients = [patient_of[case] for case in common]
-    columns = set(rows[common[0]])
     tasks: dict[str, Any] = {}
     for number, task in enumerate(predicted.tasks):
-        if task.name not in columns:
+        if task.name not in rows[common[0]]:
             log.warning("%s has no column %s: not scored", truth, task.name)
             continue
-        indices = []
-        for case in common:
-            value = rows[case][task.name]
-            if value and value not in task.classes:
-                raise ClassesError(
-                    f"{truth}: '{value}', the {task.name} of {case}, is no class of the model; "
-                    f"{did_you_mean(value, task.classes)}",
-                    code="classes-unknown-class",
-                )
-            indices.append(task.classes.index(value) if value else UNKNOWN)
+        indices = [_true_class(truth, task, case, rows[case][task.name]) for case in common]
         values_SK = np.stack([predicted.probabilities[case][number] for case in common])
         judged = judge(task, indices, values_SK, patients, num_resamples, seed)
         if judged is None:
             log.warning("no scan has a known %s: not scored", task.name)
             continue
         tasks[task.name] = evaluate_task(judged)
+
     if not tasks:
         known = ", ".join(task.name for task in predicted.tasks)
         raise ClassesError(
@@ -94,6 +78,43 @@ def evaluate_folders(
         },
         "tasks": tasks,
     }
+
+
+def _matched(
+    file: Path, predicted: ClassPredictions, truth: Path, rows: Mapping[str, Mapping[str, str]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the scans in both tables, those that lack a true class, and those not predicted."""
+    common = [case for case in predicted.probabilities if case in rows]
+    if not common:
+        raise ClassesError(
+            f"no scan of {file} ({names_text(predicted.probabilities)}) has a row in {truth} "
+            f"({names_text(rows)}): their names must agree",
+            code="classes-no-common-case",
+        )
+
+    without_truth = [case for case in predicted.probabilities if case not in rows]
+    without_prediction = [case for case in rows if case not in predicted.probabilities]
+    faults = {
+        "have predictions and no true class": without_truth,
+        "have true classes and no prediction": without_prediction,
+    }
+    for fault, names in faults.items():
+        if names:
+            log.warning("%d scans %s (%s): left out", len(names), fault, names_text(names))
+    return common, without_truth, without_prediction
+
+
+def _true_class(truth: Path, task: ClassificationTask, case: str, value: str) -> int:
+    """Return the index of a true class; an empty cell is ``UNKNOWN``."""
+    if not value:
+        return UNKNOWN
+    if value not in task.classes:
+        raise ClassesError(
+            f"{truth}: '{value}', the {task.name} of {case}, is no class of the model; "
+            f"{did_you_mean(value, task.classes)}",
+            code="classes-unknown-class",
+        )
+    return task.classes.index(value)
 
 
 def lines_of(results: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Classify new scans with a trained classifier, all its folds together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from nnunet_autoreg.classification.plan import ClassificationPlan, read_plan
 from nnunet_autoreg.downstream.model import TrainedModel
 from nnunet_autoreg.downstream.scans import Scan, ready
 from nnunet_autoreg.errors import ClassesError, WeightsError
-from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.geometry import Size, as_size, names_text, size_text
 from nnunet_autoreg.records import MEND_YOURS, read_json, write_json
 
 FORMAT, VERSION = "nnunet_autoreg.scan_classes", 1
@@ -41,6 +41,7 @@ class ScanClasses:
         scan: its name.
         model, settings, inputs: by which an earlier result is recognised.
         probabilities: task -> class -> probability, the mean over the folds.
+        shape_vox: (z, y, x) after preprocessing; None in results of earlier releases.
     """
 
     scan: str
@@ -48,6 +49,7 @@ class ScanClasses:
     settings: dict[str, Any]
     inputs: tuple[dict[str, Any], ...]
     probabilities: dict[str, dict[str, float]]
+    shape_vox: Size | None = None
 
     def of_tasks(self) -> list[NDArray[np.float64]]:
         """Return one array (K,) for each task."""
@@ -78,7 +80,17 @@ def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
     for task, total_K in zip(model.plan.tasks, sums, strict=True):
         values = (total_K / num_folds).tolist()
         probabilities[task.name] = dict(zip(task.classes, values, strict=True))
-    return ScanClasses(scan.name, model.describe(), {}, inputs, probabilities)
+    shape = as_size(image_CZYX.shape[1:])
+    return ScanClasses(scan.name, model.describe(), {}, inputs, probabilities, shape)
+
+
+def small_scans_line(names: Sequence[str], num_scans: int, patch_size: Size) -> str:
+    """Return the line about scans that are smaller than the patch along some axis."""
+    return (
+        f"{len(names)} of {num_scans} scans are smaller than the patch of {size_text(patch_size)} "
+        f"voxels along an axis ({names_text(names)}); they are filled up with zeros, in training "
+        "as in prediction"
+    )
 
 
 def probabilities_of(
@@ -133,7 +145,8 @@ def read_scan_classes(file: Path) -> ScanClasses:
         of_tasks = {}
         for task, of_classes in probabilities.items():
             of_tasks[str(task)] = {str(kind): float(p) for kind, p in of_classes.items()}
-        return ScanClasses(data["scan"], data["model"], data["settings"], inputs, of_tasks)
+        shape = as_size(data["shape_vox"]) if data.get("shape_vox") else None
+        return ScanClasses(data["scan"], data["model"], data["settings"], inputs, of_tasks, shape)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ClassesError(
             f"{file} is no result of autoreg_classify ({error!r}); move it elsewhere, or give "

@@ -26,6 +26,7 @@ from nnunet_autoreg.classification.plan import ClassificationPlan
 from nnunet_autoreg.classification.predict import probabilities_of
 from nnunet_autoreg.classification.predictions import NAME, write_predictions
 from nnunet_autoreg.classification.table import TABLE_NAME, ClassTable, read_table
+from nnunet_autoreg.downstream.tiles import is_smaller
 from nnunet_autoreg.geometry import Size, as_spacing
 from nnunet_autoreg.records import atomic_path, write_json
 
@@ -61,6 +62,20 @@ def kept_table(preprocessed: Path, dataset: Mapping[str, Any], cases: Sequence[s
         with atomic_path(copy) as temporary:
             shutil.copyfile(raw, temporary)
     return table
+
+
+def small_cases(stock: Any, cases: Sequence[str], patch_size: Size) -> list[str]:
+    """Return the preprocessed cases that are smaller than the patch along some axis.
+
+    Args:
+        stock: nnU-Net's dataset of the preprocessed cases.
+    """
+    found = []
+    for case in cases:
+        data, _, _, _ = stock.load_case(case)
+        if is_smaller(data.shape[1:], patch_size):
+            found.append(case)
+    return found
 
 
 def features_of_baselines(

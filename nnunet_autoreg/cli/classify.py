@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         ClassifierModel,
         classify,
         read_scan_classes,
+        small_scans_line,
         write_scan_classes,
     )
     from nnunet_autoreg.classification.predictions import NAME, write_predictions
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         scans_with_results,
     )
     from nnunet_autoreg.downstream.scans import find
+    from nnunet_autoreg.downstream.tiles import is_smaller
     from nnunet_autoreg.nnunet_api import results_folder
 
     device = prediction_device(request.device)
@@ -154,19 +156,19 @@ def main(argv: list[str] | None = None) -> int:
     # Results of an earlier run are kept if they are of this model and these scans.
     make_output_folder(request.output)
     by_name = {scan.name: scan for scan in scans}
-    probabilities = {}
+    results = {}
     for name in scans_with_results(request.output, list(by_name), request.overwrite):
         file = request.output / f"{name}.json"
         old = read_scan_classes(file)
         present = {"model": old.model, "settings": old.settings, "inputs": old.inputs}
         inputs = by_name[name].inputs()
         check_same_run(file, present, {"model": model.describe(), "settings": {}, "inputs": inputs})
-        probabilities[name] = old.of_tasks()
-    if probabilities:
-        print(f"{len(probabilities)} of {len(scans)} scans were done before")
+        results[name] = old
+    if results:
+        print(f"{len(results)} of {len(scans)} scans were done before")
 
     for scan in scans:
-        if scan.name in probabilities:
+        if scan.name in results:
             continue
         try:
             found = classify(model, scan)
@@ -174,20 +176,27 @@ def main(argv: list[str] | None = None) -> int:
             log.warning("%s is left out (%s): %s", scan.name, error.status, error)
             continue
         write_scan_classes(request.output / f"{scan.name}.json", found)
-        probabilities[scan.name] = found.of_tasks()
+        results[scan.name] = found
         best = []
         for task, of_classes in found.probabilities.items():
             kind = max(of_classes, key=lambda name: of_classes[name])
             best.append(f"{task} {kind} ({of_classes[kind]:.2f})")
         print(f"{scan.name}: {', '.join(best)}", flush=True)
-    if not probabilities:
+    if not results:
         raise AutoregError(
             f"none of the {len(scans)} scans of {request.scans} could be read; the warnings above "
             "say why",
             code="classify-none-readable",
         )
 
-    in_order = {name: probabilities[name] for name in by_name if name in probabilities}
+    small = [
+        name
+        for name, found in results.items()
+        if found.shape_vox and is_smaller(found.shape_vox, model.patch_size)
+    ]
+    if small:
+        print(small_scans_line(small, len(results), model.patch_size))
+    in_order = {name: results[name].of_tasks() for name in by_name if name in results}
     write_predictions(request.output / NAME, model.plan.tasks, in_order)
     print(f"wrote {len(in_order)} scans to {request.output / NAME}")
     print_next(

@@ -28,6 +28,9 @@ class EmbedRequest:
     dense: bool
     layer: int
     tile: list[int] | None
+    region: str
+    labels: Path | None
+    margin: float
     device: str | None
     split_4d: bool
 
@@ -37,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p = CommandParser(
         examples=[
             "autoreg_embed -w brain -i imagesTr -o features.npz",
+            "autoreg_embed -w chest -i imagesTr -o nodules.npz --region label --labels labelsTr",
         ],
         prog="autoreg_embed",
         description="Write the features that a pretrained encoder computes for scans: one vector "
@@ -90,6 +94,26 @@ def parser() -> argparse.ArgumentParser:
         help="voxels of a tile at the spacing of pretraining, a multiple of the token size. Larger "
         "tiles see more context and are faster (default: the crop of pretraining)",
     )
+    add(
+        "--region",
+        choices=["scan", "label"],
+        default="scan",
+        help="what the mean is taken over: the whole scan, or the box around what the scan's label "
+        "map outlines, such as a nodule (default: %(default)s)",
+    )
+    add(
+        "--labels",
+        type=Path,
+        metavar="FOLDER",
+        help="label maps for --region label, named like the scans (case.nii.gz)",
+    )
+    add(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="MM",
+        help="enlarge the box of --region label by so many mm on every side (default: %(default)s)",
+    )
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is a GPU")
     add(
         "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
@@ -104,8 +128,15 @@ def main(argv: list[str] | None = None) -> int:
     prepare_torch()
     configure_logging()
     _check_output(request)
+    _check_region(request)
 
-    from nnunet_autoreg.downstream.embed import PARQUET, check_parquet, map_chooser, write_features
+    from nnunet_autoreg.downstream.embed import (
+        PARQUET,
+        LabelRegion,
+        check_parquet,
+        map_chooser,
+        write_features,
+    )
     from nnunet_autoreg.downstream.embed import embed_scan as embed
     from nnunet_autoreg.downstream.encoder import load_encoder
     from nnunet_autoreg.downstream.model import prediction_device
@@ -121,10 +152,14 @@ def main(argv: list[str] | None = None) -> int:
     num_channels = encoder.card.num_input_channels
     scans = find(request.scans, ".nii.gz", num_channels, request.split_4d)
 
+    region = None
+    if request.labels is not None:
+        region = LabelRegion(request.labels, request.margin)
+
     done = []
     for scan in scans:
         try:
-            found = embed(encoder, scan, request.layer, request.dense, device)
+            found = embed(encoder, scan, request.layer, request.dense, device, region)
         except ScanError as error:
             log.warning("%s is left out (%s): %s", scan.name, error.status, error)
             continue
@@ -138,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             code="embed-none-readable",
         )
 
-    write_features(request.output, done, encoder, request.layer)
+    write_features(request.output, done, encoder, request.layer, region)
     print(f"wrote {len(done)} vectors of {len(done[0].vector_V)} features to {request.output}")
     reader = "numpy.load" if request.output.suffix == ".npz" else "pandas.read_parquet"
     print_next(f"in Python: {reader}({str(request.output)!r})")
@@ -160,3 +195,23 @@ def _check_output(request: EmbedRequest) -> None:
             "first",
             code="embed-no-folder",
         )
+
+
+def _check_region(request: EmbedRequest) -> None:
+    is_label = request.region == "label"
+    if is_label and request.labels is None:
+        raise UsageError(
+            "--region label needs --labels FOLDER, with a label map for every scan",
+            code="embed-no-labels",
+        )
+    if not is_label and request.labels is not None:
+        raise UsageError(
+            f"--labels {request.labels} is not used; add --region label", code="embed-unused-labels"
+        )
+    if request.labels is not None and not request.labels.is_dir():
+        raise UsageError(
+            f"--labels {request.labels} is no folder; give the folder of the label maps",
+            code="embed-labels-folder",
+        )
+    if not 0 <= request.margin < float("inf"):
+        raise UsageError(f"--margin {request.margin} must be 0 mm or more", code="embed-margin")

@@ -11,18 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.downstream.encoder import PretrainedEncoder
 from nnunet_autoreg.downstream.scans import Scan, ready
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
 from nnunet_autoreg.errors import AutoregError, PlanError, ScanError, UsageError
-from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.geometry import Size, Spacing, as_size, size_text
 from nnunet_autoreg.io.files import quiet_stderr
 from nnunet_autoreg.nnunet_api import read_scan
 from nnunet_autoreg.records import atomic_path, write_json
 
 DEEPEST = -1
 PARQUET, NPZ = ".parquet", ".npz"
+LABEL_ENDING = ".nii.gz"
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,63 @@ class EmbeddedScan:
     vector_V: NDArray[np.float32]  # noqa: N815
     grid_Vzyx: NDArray[np.float32] | None  # noqa: N815
     grid_offset_vox: Size
+
+
+@dataclass(frozen=True)
+class LabelRegion:
+    """Say that only the box around what is labelled counts.
+
+    Attributes:
+        folder: of label maps named like the scans, such as ``case.nii.gz``.
+        margin_mm: by which the box is enlarged on every side.
+    """
+
+    folder: Path
+    margin_mm: float
+
+    def counted(
+        self, name: str, image_CZYX: NDArray[np.float32], spacing_mm: Spacing, prepared: Size
+    ) -> Tensor:
+        """Return where features count in the preprocessed scan, (Z, Y, X) with 1 inside the box.
+
+        Args:
+            name: of the scan.
+            image_CZYX: as stored in the file.
+            prepared: shape of the preprocessed scan.
+
+        Raises:
+            ScanError: there is no label map, it is empty, or it is of another size.
+        """
+        file = self.folder / f"{name}{LABEL_ENDING}"
+        if not file.is_file():
+            raise ScanError("label", f"there is no label map {file.name} in --labels {self.folder}")
+        labels_ZYX = read_scan(file).array_CZYX[0]
+        if labels_ZYX.shape != image_CZYX.shape[1:]:
+            raise ScanError(
+                "geometry",
+                f"its label map {file.name} has {size_text(labels_ZYX.shape)} voxels, and the "
+                f"scan {size_text(image_CZYX.shape[1:])}",
+            )
+        labelled = np.argwhere(labels_ZYX > 0)  # (voxels, 3)
+        if not len(labelled):
+            raise ScanError("label", f"its label map {file.name} has no labelled voxel")
+        margin = np.ceil(self.margin_mm / np.array(spacing_mm))
+        low = labelled.min(0) - margin
+        high = labelled.max(0) + 1 + margin
+
+        # Preprocessing has cut the scan to its non-zero part, turned its axes, and resampled it.
+        nonzero = np.argwhere(image_CZYX.any(0))  # (voxels, 3)
+        first = nonzero.min(0)
+        size = nonzero.max(0) + 1 - first
+        axes = list(transpose_axes(spacing_mm))
+        scale = np.array(prepared) / size[axes]
+        start = np.clip(np.floor((low - first)[axes] * scale), 0, np.array(prepared) - 1)
+        stop = np.clip(np.ceil((high - first)[axes] * scale), start + 1, prepared)
+
+        counted_ZYX = torch.zeros(prepared)
+        z, y, x = (slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+        counted_ZYX[z, y, x] = 1
+        return counted_ZYX
 
 
 def map_chooser(encoder: PretrainedEncoder, layer: int) -> Callable[[Tensor], Tensor]:
@@ -79,8 +138,12 @@ def embed_scan(
     layer: int = DEEPEST,
     dense: bool = False,
     device: torch.device | None = None,
+    region: LabelRegion | None = None,
 ) -> EmbeddedScan:
     """Return the features of a scan; larger scans are covered by tiles of the pretraining's crop.
+
+    Args:
+        region: what counts; all of the scan if it is None.
 
     Raises:
         ScanError: it cannot be read or preprocessed.
@@ -95,7 +158,11 @@ def embed_scan(
     if not bool(torch.isfinite(prepared).all()):
         raise ScanError("nonfinite", "it holds NaN or infinity; repair or leave out the scan")
 
-    tiled = TiledScan(prepared, encoder.built_for, encoder.token_size)
+    counted_ZYX = None
+    if region is not None:
+        prepared_shape = as_size(prepared.shape[1:])
+        counted_ZYX = region.counted(scan.name, image_CZYX, spacing_mm, prepared_shape)
+    tiled = TiledScan(prepared, encoder.built_for, encoder.token_size, counted_ZYX)
 
     def on_device(tile: Tensor) -> Tensor:
         return feature_map(tile if device is None else tile.to(device))
@@ -126,7 +193,11 @@ def _read(scan: Scan) -> tuple[NDArray[np.float32], Spacing]:
 
 
 def write_features(
-    file: Path, scans: Sequence[EmbeddedScan], encoder: PretrainedEncoder, layer: int
+    file: Path,
+    scans: Sequence[EmbeddedScan],
+    encoder: PretrainedEncoder,
+    layer: int,
+    region: LabelRegion | None = None,
 ) -> None:
     """Write the features of all scans, whole or not at all.
 
@@ -157,6 +228,8 @@ def write_features(
         "encoder": card.name,
         "sha256": card.sha256,
         "layer": layer,
+        "region": "scan" if region is None else "label",
+        "margin_mm": None if region is None else region.margin_mm,
         "num_features": features.shape[1],
         "tile_size_vox": encoder.built_for,
         "spacing_mm": card.spacing_mm,

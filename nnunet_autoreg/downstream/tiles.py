@@ -15,6 +15,11 @@ from torch.nn import functional
 from nnunet_autoreg.geometry import Size, as_size, round_up
 
 
+def is_smaller(shape_vox: Sequence[int], tile_size: Sequence[int]) -> bool:
+    """Return whether a scan is smaller than a tile along some axis, so that zeros are added."""
+    return any(size < tile for size, tile in zip(shape_vox, tile_size, strict=True))
+
+
 @dataclass(frozen=True)
 class ScanTile:
     """Hold one tile of a scan.
@@ -22,7 +27,7 @@ class ScanTile:
     Attributes:
         start: of the tile in the padded scan, a multiple of the token size.
         image_1CZYX: its voxels.
-        inside_11ZYX: 1 where the scan is, 0 where it was filled up with zeros.
+        inside_11ZYX: 1 where features count, 0 elsewhere and where zeros were filled in.
     """
 
     start: Size
@@ -37,9 +42,16 @@ class TiledScan:
         image_CZYX: preprocessed.
         tile_size: (z, y, x) voxels, a multiple of the token size.
         token_size: tiles start at multiples of it, so that feature maps of tiles fit together.
+        counted_ZYX: 1 where features count, 0 elsewhere; all of the scan counts if it is None.
     """
 
-    def __init__(self, image_CZYX: Tensor, tile_size: Size, token_size: Size):
+    def __init__(
+        self,
+        image_CZYX: Tensor,
+        tile_size: Size,
+        token_size: Size,
+        counted_ZYX: Tensor | None = None,
+    ):
         shape = as_size(image_CZYX.shape[1:])
         rounded = round_up(shape, token_size)
         self.tile_size = tile_size
@@ -53,7 +65,8 @@ class TiledScan:
             low = self.offset[axis]
             padding += [low, self.shape[axis] - shape[axis] - low]
         self.image_CZYX = functional.pad(image_CZYX, padding)
-        self.inside_ZYX = functional.pad(torch.ones(shape), padding)
+        counted = torch.ones(shape) if counted_ZYX is None else counted_ZYX
+        self.inside_ZYX = functional.pad(counted, padding)
 
     def starts(self) -> list[Size]:
         """Return where the tiles start, evenly spread along each axis."""
@@ -66,7 +79,7 @@ class TiledScan:
         return [as_size(start) for start in product(*per_axis)]
 
     def __iter__(self) -> Iterator[ScanTile]:
-        """Yield every tile that holds a voxel of the scan."""
+        """Yield every tile that holds a voxel of the scan that counts."""
         for start in self.starts():
             z, y, x = (
                 slice(low, low + size) for low, size in zip(start, self.tile_size, strict=True)
@@ -82,7 +95,7 @@ class ScanFeatures:
     """Hold what an encoder says about a scan.
 
     Attributes:
-        mean_V: mean over all positions, each by the share of it that lies in the scan.
+        mean_V: mean over all positions, each by the share of its voxels that count.
         map_Vzyx: the features of every position of the padded scan; None if not wanted.
     """
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import nnunet_autoreg
 from nnunet_autoreg.cli.embed import main
+from nnunet_autoreg.downstream.embed import LabelRegion
 from nnunet_autoreg.downstream.encoder import load_encoder
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
 from nnunet_autoreg.errors import UsageError, WeightsError
@@ -196,9 +197,64 @@ def test_the_size_of_tiles_can_be_chosen(tmp_path: Path) -> None:
     assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
 
 
+def write_label(file: Path, shape: tuple[int, int, int], box: tuple[slice, ...]) -> None:
+    import SimpleITK
+
+    labels = np.zeros(shape, dtype=np.uint8)
+    labels[box] = 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(labels), str(file))
+
+
+def test_the_mean_can_be_taken_over_the_box_around_a_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = (32, 32, 32)
+    for name in ("a", "b", "c", "d"):
+        write_scan(tmp_path / "scans" / f"{name}_0000.nii.gz", shape)
+    labels = tmp_path / "labels"
+    write_label(labels / "a.nii.gz", shape, np.s_[16:24, 8:16, 0:8])
+    write_label(labels / "b.nii.gz", shape, np.s_[0:0, 0:0, 0:0])
+    write_label(labels / "c.nii.gz", (16, 16, 16), np.s_[0:8, 0:8, 0:8])
+    output = tmp_path / "features.npz"
+    line = ["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(output)]
+
+    assert main([*line, "--region", "label", "--labels", str(labels)]) == 1
+
+    encoder = load_encoder("brain")
+    voxels = np.random.default_rng(0).normal(100, 20, (1, *shape)).astype(np.float32)
+    with torch.no_grad():
+        features = encoder.deepest(encoder.preprocess(voxels, (1, 1, 1))[None])[0]
+    found = np.load(output)
+    # A position of the deepest map stands for 8 voxels along each axis.
+    assert found["features"][0] == pytest.approx(features[:, 2, 1, 0].numpy(), abs=1e-4)
+    assert found["ids"].tolist() == ["a"]
+    warnings = capsys.readouterr().err
+    assert "b is left out (label)" in warnings
+    assert "c is left out (geometry)" in warnings
+    assert "d is left out (label)" in warnings
+
+
+def test_a_box_is_found_in_a_scan_that_was_cut_turned_and_resampled(tmp_path: Path) -> None:
+    write_label(tmp_path / "a.nii.gz", (12, 20, 10), np.s_[4:6, 10:12, 2:4])
+    image = np.zeros((1, 12, 20, 10), dtype=np.float32)
+    image[:, 2:10, :, 2:10] = 1
+
+    # The last axis is the coarsest, so it comes first; there are twice as many voxels along it.
+    counted = LabelRegion(tmp_path, 1.0).counted("a", image, (1.0, 1.0, 2.0), (16, 8, 20))
+
+    inside = np.argwhere(counted.numpy())
+    assert inside.min(0).tolist() == [0, 1, 9]
+    assert (inside.max(0) + 1).tolist() == [6, 5, 13]
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
+        (["-o", "features.npz", "--region", "label"], "--labels"),
+        (["-o", "features.npz", "--labels", "."], "--region label"),
+        (["-o", "features.npz", "--region", "label", "--labels", "nowhere"], "nowhere"),
+        (["-o", "features.npz", "--margin", "-1"], "--margin -1"),
         (["-o", "features.csv"], ".npz"),
         (["-o", "features.parquet", "--dense"], "--dense"),
         (["-o", "nowhere/features.npz"], "nowhere"),
