@@ -19,6 +19,7 @@ from nnunet_autoreg.plan import (
     Plan,
     load_objectives,
 )
+from nnunet_autoreg.plan import KINDS as SEQUENCE_KINDS
 
 TRANSFORMER, CNN = "transformer", "cnn"
 """The two kinds of networks that an objective may train."""
@@ -81,6 +82,11 @@ def plain_summary(plan: Plan) -> str:
     return f"{plan.objective.name} ({s.order} order, {s.predictor}-block predictor)"
 
 
+def unchanged(plan: Plan, num_volumes: int, num_images: int) -> Plan:
+    """Return the plan of an objective that does not depend on the number of scans."""
+    return plan
+
+
 @dataclass(frozen=True)
 class ObjectiveKind:
     """An objective as the command line, the planner and the reports know it.
@@ -97,6 +103,10 @@ class ObjectiveKind:
         figure: returns the figure of merit of a plan.
         summary: returns what the encoder's card says of the objective.
         presets: sets of values that go with this objective.
+        sequence_kinds: kinds of sequences that it can be trained on.
+        takes_images: it learns from 2D images as well.
+        fit: returns the plan with what depends on the numbers of volumes and of 2D images that are
+            trained on.
     """
 
     name: str
@@ -109,6 +119,9 @@ class ObjectiveKind:
     figure: Callable[[Plan], FigureOfMerit]
     summary: Callable[[Plan], str] = plain_summary
     presets: tuple[Preset, ...] = ()
+    sequence_kinds: tuple[str, ...] = SEQUENCE_KINDS
+    takes_images: bool = False
+    fit: Callable[[Plan, int, int], Plan] = unchanged
 
 
 KINDS: dict[str, ObjectiveKind] = {}

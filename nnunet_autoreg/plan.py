@@ -130,7 +130,8 @@ class SequencePlan:
         weights: how often each kind of sequence is drawn, relative to the others. A batch has one
             kind. "spatial": one crop. "strided": sub-volumes of one crop that overlap, one after
             another along z, as in AR-SSL4M. "contrast": one position in several contrasts of a
-            subject. "semantic": one structure in several subjects.
+            subject. "semantic": one structure in several subjects. "views" and "images": two views
+            of a crop or of a 2D image, for objectives that compare views.
         contrasts: contrasts of a contrast sequence, in their fixed order.
         contrast_members: number of images of a contrast sequence. Their crops are smaller, so that
             the number of tokens does not grow.
@@ -198,6 +199,23 @@ class ObjectivePlan:
                 code="plan-unknown-name",
             )
         return known[name]
+
+
+@dataclass(frozen=True)
+class ViewPlan(ObjectivePlan):
+    """What objectives have in common that learn from two views of each crop, slab by slab.
+
+    Attributes:
+        slab_vox: slices of a slab, a multiple of the token's depth. A 2D image is repeated to as
+            many slices.
+        slab_step_vox: slices from the start of one slab to that of the next.
+        intensity_share: share of the views that are shown with another gamma and contrast and with
+            noise, in training and validation.
+    """
+
+    slab_vox: int = 16
+    slab_step_vox: int = 8
+    intensity_share: float = 0.8
 
 
 OBJECTIVE_PLANS: dict[str, type[ObjectivePlan]] = {}
@@ -333,6 +351,8 @@ class Plan:
 
 ORDERS = ("raster", "interleaved", "random")
 KINDS = ("spatial", "strided", "contrast", "semantic")
+VIEW_KINDS = ("views", "images")
+"""Kinds that only objectives with a ``ViewPlan`` draw: two views of a crop, or of a 2D image."""
 SHARDINGS = ("auto", "none", "full")
 PREDICTORS = ("next", "query", "network")
 PREFIXES = ("uniform", "long", "fixed", "uniform_from_0")

@@ -21,7 +21,6 @@ from nnunet_autoreg.families import (
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.objective_kinds import builder_of, kind_of, objective_kinds
 from nnunet_autoreg.plan import (
-    KINDS,
     ORDERS,
     PREDICTORS,
     PREFIXES,
@@ -373,10 +372,12 @@ def _check_whole_network(plan: Plan) -> None:
 def _check_kinds(plan: Plan) -> None:
     """Refuse unknown kinds of sequences, and kinds that cannot be drawn."""
     s = plan.sequence
+    known = kind_of(plan.objective.name).sequence_kinds
     for kind, weight in s.weights.items():
-        if kind not in KINDS:
+        if kind not in known:
             raise PlanError(
-                f"sequence.weights: there are no '{kind}' sequences; {did_you_mean(kind, KINDS)}",
+                f"sequence.weights: there are no '{kind}' sequences for --objective "
+                f"{plan.objective.name}; {did_you_mean(kind, known)}",
                 code="plan-unknown-kind",
             )
         if not 0 <= weight < float("inf"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nnunet_autoreg.geometry import Size, as_size, volume
-from nnunet_autoreg.plan import KINDS, Plan, SequencePlan
+from nnunet_autoreg.plan import KINDS, VIEW_KINDS, Plan, SequencePlan
 
 CONTRAST_WEIGHT = SEMANTIC_WEIGHT = 0.5
 
@@ -92,8 +92,8 @@ def num_members(sequence: SequencePlan, kind: str) -> int:
 
 
 def wanted(plan: Plan) -> tuple[str, ...]:
-    """Return the kinds that are drawn, in the order of ``KINDS``."""
-    return tuple(kind for kind in KINDS if plan.sequence.weights.get(kind, 0) > 0)
+    """Return the kinds that are drawn, in the order of ``KINDS`` and ``VIEW_KINDS``."""
+    return tuple(kind for kind in (*KINDS, *VIEW_KINDS) if plan.sequence.weights.get(kind, 0) > 0)
 
 
 def member_codes(plan: Plan) -> dict[str, range]:

@@ -59,6 +59,8 @@ class SamplingPool:
     cases: tuple[StoredCase, ...]
     groups: tuple[StoredGroup, ...] = ()
     structures: tuple[Structure, ...] = ()
+    images: tuple[StoredCase, ...] = ()
+    """2D images, as cases of one slice. All other cases are volumes."""
 
     def num_sources(self, kind: str) -> int:
         """Return how many things a sequence of this kind can be cut from."""
@@ -66,6 +68,8 @@ class SamplingPool:
             return len(self.groups)
         if kind == "semantic":
             return len(self.structures)
+        if kind == "images":
+            return len(self.images)
         return len(self.cases)
 
     def __len__(self) -> int:

@@ -37,6 +37,9 @@ class Sample:
             rotated nor zoomed.
         corruption: how the network's input is corrupted, drawn here and carried out by the
             objective; None where the plan corrupts nothing.
+        case_id: number of the case in its pool, volumes before images; None where no objective
+            asks.
+        number: of the sample within its step's batch; None where no objective asks.
     """
 
     voxels: NDArray[np.float32]
@@ -49,6 +52,8 @@ class Sample:
     flip_transpose: FlipTranspose = UNCHANGED
     sources: tuple[CropSource, ...] = ()
     corruption: Corruption | None = None
+    case_id: int | None = None
+    number: int | None = None
 
     def augmented(self) -> "Sample":
         """Return the sample after resampling, mirroring and transposing."""
@@ -90,6 +95,7 @@ class Batch:
             without.
         corruption: of the network's input, for ``corruption.corrupted``; ``to`` draws its noise.
             None without.
+        case_ids, numbers: (B,) int64, as of ``Sample``; None without.
     """
 
     voxels: Tensor
@@ -102,6 +108,8 @@ class Batch:
     flip_transposes: tuple[FlipTranspose, ...] = ()
     sources: tuple[tuple[CropSource, ...], ...] = ()
     corruption: Corruptions | None = None
+    case_ids: Tensor | None = None
+    numbers: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``, where crops are rotated, zoomed, mirrored and transposed.
@@ -178,7 +186,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
         flip_transposes=flip_transposes,
         sources=sources,
         corruption=stacked(corruptions) if corruptions else None,
+        case_ids=_numbers([s.case_id for s in samples]),
+        numbers=_numbers([s.number for s in samples]),
     )
+
+
+def _numbers(values: Sequence[int | None]) -> Tensor | None:
+    """Return the numbers as a tensor (B,); None if there are none."""
+    given = [value for value in values if value is not None]
+    return torch.tensor(given, dtype=torch.int64) if given else None
 
 
 def _stacked(arrays: "Sequence[NDArray[np.int64] | NDArray[np.bool_] | None]") -> Tensor | None:

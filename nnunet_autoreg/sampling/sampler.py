@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nnunet_autoreg import rng
-from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling import members, spatial, strided
+from nnunet_autoreg.plan import VIEW_KINDS, Plan
+from nnunet_autoreg.sampling import members, spatial, strided, views
 from nnunet_autoreg.sampling.corruption import draw_corruption
 from nnunet_autoreg.sampling.kinds import num_blocks, wanted
 from nnunet_autoreg.sampling.pool import SamplingPool, as_pool
@@ -37,7 +37,7 @@ class Shown:
     subject: str
     cases: tuple[StoredCase, ...]
     names: tuple[str, ...]
-    drawn: "spatial.SpatialDraw | strided.StridedDraw | members.MembersDraw"
+    drawn: "spatial.SpatialDraw | strided.StridedDraw | members.MembersDraw | views.ViewsDraw"
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class SequenceSampler:
                 corruption_generator = rng.generator(seed, f"{purpose}: corruption", *ids)
                 corruption = draw_corruption(plan.objective.corruption, corruption_generator)
                 sample = replace(sample, corruption=corruption)
+            if sample.case_id is not None:
+                sample = replace(sample, number=ids[-1])
             return sample
 
         sample, _ = self.draw_kind(kind, pool, generator)
@@ -128,6 +130,17 @@ class SequenceSampler:
             slices = strided.draw(plan, case.shape_vox, generator, case.spacing_mm)
             sample = strided.apply(plan, case, slices)
             return sample, Shown(kind, "", (case,), ("",), slices)
+
+        if kind in VIEW_KINDS:
+            is_image = kind == "images"
+            sources = pool.images if is_image else pool.cases
+            index = int(generator.integers(len(sources)))
+            case = sources[index]
+            both = views.draw(plan, case.shape_vox, case.spacing_mm, generator, is_image)
+            # Volumes and images are numbered through, so that no two share a number.
+            case_id = index + (len(pool.cases) if is_image else 0)
+            sample = views.apply(plan, case, both, case_id, is_image)
+            return sample, Shown(kind, "", (case,), ("",), both)
 
         if kind == "contrast":
             group = pool.groups[int(generator.integers(len(pool.groups)))]

@@ -1,0 +1,245 @@
+"""Two views of one crop, cut into slabs along z, or of one 2D image.
+
+Both views show the same slices of a scan, each rotated, zoomed, mirrored, shifted and changed in
+its intensities by its own. All this happens in the plane of the slices, so that slab k of one view
+shows what slab k of the other shows. A 2D image is repeated to the depth of one slab.
+
+All random choices are drawn first. They depend on the seed, the step and the sample alone: a scan
+is seen differently each time, whatever process reads it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
+from nnunet_autoreg.plan import Plan, ViewPlan
+from nnunet_autoreg.sampling.affine import Affine, read_source
+from nnunet_autoreg.sampling.blocks import window_positions
+from nnunet_autoreg.sampling.corruption import CONTRAST, GAMMA, LEAST_DEVIATION, MAX_NOISE
+from nnunet_autoreg.sampling.sample import Sample, unread
+from nnunet_autoreg.sampling.spatial import draw_start
+from nnunet_autoreg.store.case import StoredCase
+
+NUM_VIEWS = 2
+SHIFT = 1 / 4
+"""How far a view may lie from the place of the crop, along y and x, as a share of the crop."""
+
+
+def views_of(plan: Plan) -> ViewPlan:
+    """Return the plan's values of an objective that learns from views."""
+    assert isinstance(plan.objective, ViewPlan), "only such objectives draw views"
+    return plan.objective
+
+
+def num_slabs(plan: Plan) -> int:
+    """Return into how many slabs a crop is cut."""
+    views = views_of(plan)
+    return (plan.sequence.crop_size_vox[0] - views.slab_vox) // views.slab_step_vox + 1
+
+
+def slab_size(plan: Plan) -> Size:
+    """Return the voxels of a slab, (z, y, x)."""
+    _, y, x = plan.sequence.crop_size_vox
+    return (views_of(plan).slab_vox, y, x)
+
+
+@dataclass(frozen=True)
+class View:
+    """The random choices of one view.
+
+    Attributes:
+        start: first voxel of its crop, (z, y, x); negative where the crop begins in padding.
+        affine: how it is rotated, zoomed, mirrored and transposed, within the plane of the slices;
+            mirrored along z as well, in both views alike.
+        gamma, contrast, noise: as in ``corruption.Corruption``.
+        seed: of the noise.
+    """
+
+    start: Size
+    affine: Affine
+    gamma: float
+    contrast: float
+    noise: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ViewsDraw:
+    """The random choices of one sample.
+
+    Attributes:
+        views: one after the other.
+        window: first layer of tokens, in the plan's grid, of the positions that slabs take. It is
+            the same for all slabs of a sample, so that it tells nothing about a slab.
+        order: the slabs in random order, (n,); the first ones are hidden from the attention.
+    """
+
+    views: tuple[View, ...]
+    window: int
+    order: NDArray[np.int64]
+
+
+def draw(
+    plan: Plan,
+    shape_vox: Size,
+    spacing_mm: Spacing,
+    generator: np.random.Generator,
+    is_image: bool,
+) -> ViewsDraw:
+    """Draw two views of a crop from a case of ``shape_vox``.
+
+    Args:
+        is_image: the case is a 2D image.
+    """
+    size = slab_size(plan) if is_image else plan.sequence.crop_size_vox
+    # An image has one slice, which every slice of the crop will show.
+    cut = (1, *size[1:]) if is_image else size
+    start = draw_start(shape_vox, cut, generator)
+    mirror_z = bool(generator.integers(2)) and plan.sequence.flip
+    z_step = 0.0 if is_image else (-1.0 if mirror_z else 1.0)
+
+    views = []
+    for _ in range(NUM_VIEWS):
+        affine = _draw_affine(plan, size, spacing_mm, z_step, generator)
+        views.append(_draw_view(plan, start, affine, shape_vox, cut, generator))
+
+    token_layers = plan.sequence.crop_size_vox[0] // plan.encoder.token_size_vox[0]
+    slab_layers = views_of(plan).slab_vox // plan.encoder.token_size_vox[0]
+    window = int(generator.integers(token_layers - slab_layers + 1))
+    order = generator.permutation(1 if is_image else num_slabs(plan))
+    return ViewsDraw(tuple(views), window, order.astype(np.int64))
+
+
+def _draw_affine(
+    plan: Plan, size: Size, spacing_mm: Spacing, z_step: float, generator: np.random.Generator
+) -> Affine:
+    """Draw how a view is rotated, zoomed, mirrored and transposed.
+
+    Every number is drawn in every case, so that later draws do not depend on these.
+    """
+    s = plan.sequence
+    rotated, zoomed = generator.random(2) < s.spatial_share
+    angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
+    logarithm = float(generator.uniform(math.log(s.zoom[0]), math.log(s.zoom[1]))) * zoomed
+    flips = generator.integers(2, size=2)
+    is_swapped = bool(generator.integers(2))
+
+    _, height, width = size
+    _, y_mm, x_mm = spacing_mm
+    can_swap = s.swap_axes and height == width and abs(y_mm / x_mm - 1) < 0.01
+    return in_plane(
+        angle_deg,
+        math.exp(logarithm),
+        tuple(bool(flip) and s.flip for flip in flips),
+        is_swapped and can_swap,
+        z_step,
+        spacing_mm,
+    )
+
+
+def in_plane(
+    angle_deg: float,
+    zoom: float,
+    flips: Sequence[bool],
+    is_swapped: bool,
+    z_step: float,
+    spacing_mm: Spacing,
+) -> Affine:
+    """Return the affine of one view.
+
+    Args:
+        flips: whether the crop is mirrored along y and x.
+        is_swapped: whether y and x change places before.
+        z_step: step along z of the scan for a step along z of the crop: 1, -1, or 0 for an image.
+
+    Rotations happen in mm, so that pixels of unequal sides do not shear what they show.
+    """
+    angle = math.radians(angle_deg)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    _, y_mm, x_mm = spacing_mm
+    mm_of_pixel = np.diag([y_mm, x_mm])
+    pixel_of_mm = np.diag([1 / y_mm, 1 / x_mm])
+
+    mirrored = np.diag([-1.0 if flip else 1.0 for flip in flips])
+    swapped = np.array([[0.0, 1.0], [1.0, 0.0]]) if is_swapped else np.eye(2)
+    # Read from right to left: pixels of the crop, swapped and mirrored, to mm, zoomed and rotated.
+    step = pixel_of_mm @ rotation @ mm_of_pixel @ mirrored @ swapped / zoom
+    (yy, yx), (xy, xx) = step.tolist()
+    return Affine(angle_deg, zoom, ((z_step, 0.0, 0.0), (0.0, yy, yx), (0.0, xy, xx)))
+
+
+def _draw_view(
+    plan: Plan,
+    start: Size,
+    affine: Affine,
+    shape_vox: Size,
+    size: Size,
+    generator: np.random.Generator,
+) -> View:
+    """Draw where a view lies near ``start``, and how its intensities are changed."""
+    place = [start[0]]
+    for first, side, length in zip(start[1:], size[1:], shape_vox[1:], strict=True):
+        shifted = first + round(float(generator.uniform(-SHIFT, SHIFT)) * side)
+        room = length - side
+        place.append(min(max(shifted, min(0, room)), max(0, room)))
+
+    is_changed = generator.random() < views_of(plan).intensity_share
+    gamma = math.exp(generator.uniform(math.log(GAMMA[0]), math.log(GAMMA[1])))
+    contrast = float(generator.uniform(*CONTRAST))
+    noise = float(generator.uniform(0, MAX_NOISE))
+    seed = int(generator.integers(2**63 - 1))
+    if not is_changed:
+        gamma, contrast, noise = 1.0, 1.0, 0.0
+    return View(as_size(place), affine, gamma, contrast, noise, seed)
+
+
+def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image: bool) -> Sample:
+    """Read the parts of the case that the views will be resampled from."""
+    size = slab_size(plan) if is_image else plan.sequence.crop_size_vox
+    sources = []
+    for view in drawn.views:
+        max_source = plan.sequence.max_source
+        source = read_source(case, view.start, size, view.affine, max_source)
+        sources.append(replace(source, voxels=changed(source.voxels, view)))
+
+    token = plan.encoder.token_size_vox
+    grid = grid_of(plan.sequence.crop_size_vox, token)
+    positions = window_positions(grid, grid_of(slab_size(plan), token), (drawn.window, 0, 0))
+
+    voxels, valid_mask = unread(NUM_VIEWS, size)
+    return Sample(
+        voxels,
+        valid_mask,
+        drawn.order,
+        prefix=1,
+        positions=positions,
+        sources=tuple(sources),
+        case_id=case_id,
+    )
+
+
+def changed(voxels_CZYX: Tensor, view: View) -> Tensor:
+    """Return voxels with another gamma and contrast, and with noise.
+
+    Gamma keeps mean and deviation, and acts between the smallest and the largest intensity.
+    """
+    deviation = float(voxels_CZYX.std()) if voxels_CZYX.numel() > 1 else 0.0
+    is_clean = view.gamma == 1 and view.contrast == 1 and view.noise == 0
+    if is_clean or deviation <= LEAST_DEVIATION:
+        return voxels_CZYX
+
+    lowest, highest = voxels_CZYX.min(), voxels_CZYX.max()
+    mean = voxels_CZYX.mean()
+    bent = ((voxels_CZYX - lowest) / (highest - lowest)) ** view.gamma
+    bent = (bent - bent.mean()) / bent.std().clamp(min=1e-6) * deviation + mean
+    stretched = ((bent - mean) * view.contrast + mean).clamp(lowest, highest)
+
+    generator = torch.Generator().manual_seed(view.seed)
+    noise = torch.randn(voxels_CZYX.shape, generator=generator)
+    return stretched + view.noise * deviation * noise
