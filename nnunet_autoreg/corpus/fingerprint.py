@@ -27,6 +27,9 @@ from nnunet_autoreg.plan import DataPlan, IntensityWindow
 Axes = tuple[int, int, int]
 
 COARSER = 1.05
+IMAGE_SIDE_VOX = 256
+"""Larger 2D images are reduced until their shorter side has so many pixels. Nothing is known of the
+size of what most of them show, so that they have no target in mm."""
 DIGITS = 6
 
 
@@ -175,20 +178,30 @@ def scan_geometry(row: ScanRow) -> ScanGeometry:
 
 
 def row_spacing(row: ScanRow, data: DataPlan) -> Spacing:
-    """Return what the plan resamples a usable scan to."""
+    """Return what the plan resamples a usable scan to; a 2D image is only reduced."""
+    if row.is_image:
+        (_, *sides), (z_mm, y_mm, x_mm) = transposed_geometry(row)
+        factor = max(1.0, min(sides) / IMAGE_SIDE_VOX)
+        return (z_mm, factor * y_mm, factor * x_mm)
     return target_spacing(row.modality, transposed_geometry(row)[1], data)
 
 
 def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
-    """Summarise the usable scans.
+    """Summarise the usable volumes. 2D images do not count.
 
     Args:
         policy: for the target spacings, as ``corpus.spacing.parse_policy`` returns it.
 
     Raises:
-        UsageError: no scan is usable.
+        UsageError: no scan is usable, or all of them are 2D images.
     """
-    rows = index.usable
+    rows = [row for row in index.usable if not row.is_image]
+    if index.usable and not rows:
+        raise UsageError(
+            f"all {len(index.usable)} usable scans are 2D images; crops, spacings and encoder are "
+            "planned for 3D scans, so give some of these as well",
+            code="no-usable-volume",
+        )
     if not rows:
         raise UsageError(
             f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}",

@@ -28,6 +28,7 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.machine import has_bf16, num_processes
 from nnunet_autoreg.model.card import NO_VERDICT, WEIGHTS_NAME, EncoderCard, Verdict, read_card
+from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.phases import phase, signs_of_life
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan, override
 from nnunet_autoreg.plan_check import check
@@ -41,6 +42,7 @@ from nnunet_autoreg.pretrain.preprocessing import (
     remove_failed,
     split,
     usable_rows,
+    volumes_of,
 )
 from nnunet_autoreg.pretrain.preview import draw_preview
 from nnunet_autoreg.pretrain.request import (
@@ -158,12 +160,17 @@ def index_inputs(folder: Path, request: Request) -> Index:
             the next call.
     """
     with phase("looking for scans"):
+        takes_images = kind_of(request.objective).takes_images
         exclude = read_exclude(Path(request.exclude)) if request.exclude else set()
         manifest = read_manifest(Path(request.manifest)) if request.manifest else None
         salt = load_salt(Store().root)
         folders = [Path(name) for name in request.folders]
         candidates = find_scans(
-            list(request.datasets), folders, split_4d=request.split_4d, salt=salt
+            list(request.datasets),
+            folders,
+            split_4d=request.split_4d,
+            salt=salt,
+            images=takes_images,
         )
 
         # The journal holds what was read so far, in case that reading is interrupted.
@@ -176,6 +183,7 @@ def index_inputs(folder: Path, request: Request) -> Index:
             salt=salt,
             manifest=manifest,
             journal=journal,
+            images=takes_images,
         )
         write_licences(folder, index.rows)
         # Paths may hold names of patients, and a run's folder is passed on.
@@ -234,14 +242,19 @@ def plan_run(
         )
         # Later rules count more: kinds of sequences, then presets, then what --set gives.
         training, _ = split(rows, plan.data.holdout_fraction, plan.run.seed)
-        plan = plan_with_sequences(folder, plan, request, training, rows, num_processes())
+        volumes, training_volumes = volumes_of(rows), volumes_of(training)
+        plan = plan_with_sequences(
+            folder, plan, request, training_volumes, volumes, num_processes()
+        )
         plan = with_presets(plan, request)
+        num_images = len(training) - len(training_volumes)
+        plan = kind_of(request.objective).fit(plan, len(training_volumes), num_images)
         plan = check(override(plan, list(request.settings)))
         check_network(plan)
         check_initial_weights(plan, folder)
 
         write_json(folder / "fingerprint.json", summary)
-        draw_fingerprint(folder / "fingerprint.png", summary, rows, plan)
+        draw_fingerprint(folder / "fingerprint.png", summary, volumes, plan)
         # The plan is written last: a folder that has one is planned completely.
         write_plan(folder, plan)
 
@@ -291,7 +304,7 @@ def preprocess_and_train(
                 folder, plan, store, cases, training, validation, num_processes()
             )
         with phase(f"reading label maps of {len(rows)} scans for the probe"):
-            probe = labelled_crops(plan, rows, cases, {row.id for row in validation})
+            probe = labelled_crops(plan, volumes_of(rows), cases, {row.id for row in validation})
         is_new = not checkpoint.exists(folder)
         return TrainingJob(folder, plan, device, *pools, probe, is_new, launcher.launch.local_size)
 
@@ -299,7 +312,8 @@ def preprocess_and_train(
     job = fit_to_device(make_job(plan), make_job, launcher.launch.size)
 
     with launcher.world() as world, memory_errors_in_one_line():
-        all_axes = {transpose_axes(row.spacing_mm) for row in validation if row.spacing_mm}
+        in_mm = [row.spacing_mm for row in volumes_of(validation) if row.spacing_mm]
+        all_axes = {transpose_axes(spacing_mm) for spacing_mm in in_mm}
         scan_axes = all_axes.pop() if len(all_axes) == 1 else None
         setting = RunSetting(device, len(training), len(validation), scan_axes)
         trainer = run_main(job, world, launcher.launch.local_rank, setting)
@@ -312,7 +326,9 @@ def preprocess_and_train(
                 len(validation),
                 plan.data.min_scans,
             )
-            export_encoder(folder, trainer.plan, trainer.objective, rows, licences, verdict)
+            # Fine-tuning looks for an encoder of its own modality, which 2D images do not have.
+            volumes = volumes_of(rows)
+            export_encoder(folder, trainer.plan, trainer.objective, volumes, licences, verdict)
         world.wait()
 
 

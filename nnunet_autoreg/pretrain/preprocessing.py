@@ -61,6 +61,11 @@ MOST_CONTRASTS = 4
 BY_LIKENESS = "places that look alike"
 
 
+def volumes_of(rows: Sequence[ScanRow]) -> list[ScanRow]:
+    """Return the rows without those of 2D images."""
+    return [row for row in rows if not row.is_image]
+
+
 def usable_rows(rows: Sequence[ScanRow]) -> list[ScanRow]:
     """Return the rows of scans that can be used."""
     return [row for row in rows if row.status == "ok"]
@@ -420,11 +425,13 @@ def make_sampling_pools(
     if "semantic" in kinds:
         places = places_of_run(folder, plan, cases, training, validation, num_workers)
 
-    training_cases = {row.id: cases[row.id] for row in training}
-    training_pool = gather(plan, training_cases, groups, places)
+    pools = []
+    for rows in (training, validation):
+        volumes = {row.id: cases[row.id] for row in rows if not row.is_image}
+        images = [cases[row.id] for row in rows if row.is_image]
+        pools.append(gather(plan, volumes, groups, places, images))
+    training_pool, validation_pool = pools
     check_training(plan, training_pool)
-    validation_cases = {row.id: cases[row.id] for row in validation}
-    validation_pool = gather(plan, validation_cases, groups, places)
     if not validation_kinds(plan, validation_pool):
         validation_pool = SamplingPool(())
 

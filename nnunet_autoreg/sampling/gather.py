@@ -20,6 +20,7 @@ def gather(
     cases: Mapping[str, StoredCase],
     groups: Sequence[tuple[ContrastGroup, Sequence[StoredCase]]],
     places: Sequence[StructureLocation],
+    images: Sequence[StoredCase] = (),
 ) -> SamplingPool:
     """Return what the plan's kinds of sequences may be cut from.
 
@@ -27,6 +28,7 @@ def gather(
         cases: by id of the scan; only their scans are used, also of groups and places.
         groups: with their members' cases on one grid.
         places: of structures in the scans.
+        images: 2D images.
     """
     kinds, s = wanted(plan), plan.sequence
 
@@ -61,7 +63,9 @@ def gather(
             if len(structure.by_subject()) >= s.semantic_members:
                 structures.append(structure)
 
-    return SamplingPool(tuple(cases.values()), tuple(stored_groups), tuple(structures))
+    return SamplingPool(
+        tuple(cases.values()), tuple(stored_groups), tuple(structures), tuple(images)
+    )
 
 
 def check_training(plan: Plan, pool: SamplingPool) -> None:
@@ -74,6 +78,7 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
     needed = {
         "contrast": f"subject has {s.contrast_members} of the contrasts {', '.join(s.contrasts)}",
         "semantic": f"structure is known in {s.semantic_members} subjects",
+        "images": "2D image is left",
     }
     for kind in wanted(plan):
         if not pool.num_sources(kind):
