@@ -3,7 +3,7 @@
 A new objective is a new file beside this one; the loop does not change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -113,6 +113,19 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Slices that an objective puts together, for people to look at.
+
+    Attributes:
+        title: what they have in common.
+        slices: caption and intensities (Y, X) of each.
+    """
+
+    title: str
+    slices: tuple[tuple[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class TokenFeatures:
     """What the encoder says of every token, attending to all of them as in fine-tuning.
 
@@ -184,6 +197,10 @@ class Objective:
     def reconstruct(self, batch: Batch) -> Reconstruction | None:
         """Return true and predicted voxels of a batch; None if the objective predicts no voxels."""
         return None
+
+    def groups(self, batches: Sequence[Batch]) -> list[Group]:
+        """Return what of some batches the objective puts together; [] if it groups nothing."""
+        return []
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Return the features of a batch, as fine-tuning would get them."""

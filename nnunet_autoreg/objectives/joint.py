@@ -15,7 +15,7 @@ Shape suffixes: as in ``joint_networks``; M = 2 views, N = B * M * R slabs, K cl
 case in the bank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.objectives.base import (
+    Group,
     LossTerm,
     LossTerms,
     Objective,
@@ -44,6 +45,8 @@ from nnunet_autoreg.sampling.views import NUM_VIEWS, num_slabs, slab_size
 
 MOST_BALANCED = 8192
 """Embeddings of the bank by which clusters are balanced after a step, evenly spread over it."""
+SHOWN_CLUSTERS, SHOWN_SLABS = 6, 5
+"""Prototypes in the report, and slabs beside each."""
 LEAST_USED, MOST_SHARED = 0.1, 0.999
 """Entropies of the codes, as shares of the largest possible: below the first limit all slabs
 together use few clusters, and above the second every slab belongs to all clusters alike."""
@@ -376,6 +379,43 @@ class Joint(Objective):
                 f"limit {MOST_SHARED:g})"
             )
         return signs
+
+    def groups(self, batches: Sequence[Batch]) -> list[Group]:
+        """Return the slabs and images nearest to a few prototypes, from different samples.
+
+        The prototypes are those whose nearest slabs are most alike.
+        """
+        found: list[tuple[Tensor, Tensor, str]] = []
+        for batch in batches:
+            slabs = self.slabs(batch)
+            first_BRK = scores_of(self._embedded(slabs), self.trained.prototypes)[:, 0]
+            B, R = slabs.valid.shape
+            # A slab of padding is near to nothing.
+            first_BRK = first_BRK.masked_fill(~slabs.valid[:, :, None], -2.0)
+            nearest_BK, slab_BK = first_BRK.max(dim=1)
+
+            middle = self.settings.slab_vox // 2
+            views = slabs.voxels.reshape(B, -1, R, *slabs.voxels.shape[2:])[:, 0, :, middle]
+            kind = "volume" if slabs.are_of_volumes else "2D image"
+            for sample in range(B):
+                slices_KYX = views[sample, slab_BK[sample]]
+                found.append((nearest_BK[sample], slices_KYX, kind))
+        if len(found) < 2:
+            return []
+
+        nearest_NK = torch.stack([nearest_K for nearest_K, _, _ in found])
+        count = min(SHOWN_SLABS, len(found))
+        best_SK, sample_SK = nearest_NK.topk(count, dim=0)
+        chosen = best_SK.mean(dim=0).topk(min(SHOWN_CLUSTERS, nearest_NK.shape[1])).indices
+        groups = []
+        for cluster in chosen.tolist():
+            slices = []
+            for rank in range(count):
+                _, slices_KYX, kind = found[int(sample_SK[rank, cluster])]
+                cosine = float(best_SK[rank, cluster])
+                slices.append((f"{kind}, cosine {cosine:.2f}", slices_KYX[cluster]))
+            groups.append(Group(f"Nearest to prototype {cluster + 1}", tuple(slices)))
+        return groups
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Return features of every view by itself, as fine-tuning gets them."""

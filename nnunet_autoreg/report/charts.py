@@ -168,20 +168,27 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
     Args:
         plan: of the run, whose objective says what they are called.
     """
-    title, references = "Error", {}
+    title, unit, references = "Error", "per voxel", {}
     if plan is not None:
         figure = figure_of_merit(plan)
         title = f"{figure.name[0].upper()}{figure.name[1:]}"
         references = dict(figure.references)
+        if figure.unit != "squared error":
+            unit = figure.unit
     does_mean = references.get("mean", "predicting the mean")
     does_copy = references.get("copy", "copying the previous block")
 
     curves = _curves(ERROR_CURVES, series)
+    # Trivial predictors that this objective alone has.
+    own = {name: what for name, what in references.items() if name not in ("mean", "copy")}
+    curves += _curves({f"heldout_{name}": (name, "base2", True) for name in own}, series)
     copy = next((curve for curve in curves if curve.label == "copy"), None)
     notes = []
 
     if any(curve.label == "mean" for curve in curves):
         notes.append(f"Dotted: {does_mean}.")
+    for name, what in own.items():
+        notes.append(f"Dotted, {name}: {what}.")
     if copy is not None:
         others = [curve for curve in curves if curve is not copy]
         highest = max((value for curve in others for _, value in curve.points), default=0.0)
@@ -195,7 +202,7 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
         else:
             notes.append(f"Dashed: {does_copy}.")
 
-    return Chart(title, "per voxel", curves, " ".join(notes), highest=1.0)
+    return Chart(title, unit, curves, " ".join(notes), highest=1.0)
 
 
 def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
@@ -215,6 +222,8 @@ def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
 
     # What an objective measures besides gets a chart of its own.
     known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
+    if plan is not None:
+        known |= {f"heldout_{name}" for name in figure_of_merit(plan).references}
     others = []
     for name in sorted(set(series) - known):
         if not name.startswith(KIND_PREFIX):

@@ -1,0 +1,82 @@
+"""Slices of validation scans that an objective puts together, as small pictures for the report."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nnunet_autoreg.report.slices import Floats
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnunet_autoreg.objectives.base import Objective
+    from nnunet_autoreg.sampling.sample import Batch
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Slices that belong together.
+
+    Attributes:
+        title: what they have in common.
+        slices: caption and intensities (H, W) of each.
+    """
+
+    title: str
+    slices: tuple[tuple[str, Floats], ...]
+
+
+def galleries_of(
+    objective: "Objective", batches: Sequence["Batch"], device: "torch.device"
+) -> list[Gallery]:
+    """Return the galleries of an objective under its present weights.
+
+    Args:
+        batches: of validation samples.
+    """
+    import torch
+
+    on_device = [batch.to(device) for batch in batches]
+    with torch.no_grad():
+        groups = objective.groups(on_device)
+
+    galleries = []
+    for group in groups:
+        slices = tuple((text, values.float().cpu().numpy()) for text, values in group.slices)
+        galleries.append(Gallery(group.title, slices))
+    return galleries
+
+
+def html_of(galleries: Sequence[Gallery]) -> str:
+    """Return the galleries as HTML, each with its slices side by side."""
+    parts = []
+    for gallery in galleries:
+        cells = []
+        for text, values in gallery.slices:
+            cells.append(f"<div><p>{escape(text)}</p>{_image(values, text)}</div>")
+        title = escape(gallery.title)
+        parts.append(
+            f'<figure aria-label="{title}"><h3>{title}</h3>'
+            f'<div class="panels">{"".join(cells)}</div></figure>'
+        )
+    return "\n".join(parts)
+
+
+def _image(values: Floats, text: str) -> str:
+    """Return one slice as an HTML image that holds its own data."""
+    from matplotlib.image import imsave
+
+    low, high = np.percentile(values, [1, 99])
+    png = io.BytesIO()
+    imsave(png, values, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), format="png")
+    data = base64.b64encode(png.getvalue()).decode()
+    height, width = values.shape
+    return (
+        f'<img class="slice" alt="{escape(text)}" style="aspect-ratio:{width / height:.4f}" '
+        f'src="data:image/png;base64,{data}">'
+    )
