@@ -5,7 +5,7 @@ A crop is cut into slabs along z. Every slab, and every 2D image, is encoded by 
 
 - "slabs": two views of one slab, or of one image, belong to the same cluster;
 - "volumes": after attention over their slabs, two views of one crop belong to the same cluster;
-- "masked": the attention predicts the embeddings of hidden slabs from those of the others.
+- "hidden": the attention predicts the embeddings of hidden slabs from those of the others.
 
 Clusters are prototypes that are learnt. The targets are balanced over a bank of embeddings, so that
 all clusters stay equally large (``clusters``). In the first part of a run, slabs and images alone
@@ -167,8 +167,8 @@ class Joint(Objective):
                 counts["volumes"],
                 settings.volume_weight,
             )
-            terms["masked"] = LossTerm(
-                self._masked_loss(embedded_BMRD, slabs), counts["masked"], settings.masked_weight
+            terms["hidden"] = LossTerm(
+                self._hidden_loss(embedded_BMRD, slabs), counts["hidden"], settings.hidden_weight
             )
 
         statistics: dict[str, Tensor] = {}
@@ -210,7 +210,7 @@ class Joint(Objective):
         if batch.positions is not None:
             positions_BT = batch.positions
         positions_NT = positions_BT[:, None].expand(-1, M * R, -1).flatten(0, 1)
-        hidden_BR = hidden_slabs(valid_BR, batch.order_index, settings.masked_share)
+        hidden_BR = hidden_slabs(valid_BR, batch.order_index, settings.hidden_share)
         return Slabs(voxels, valid_NT, positions_NT, valid_BR, hidden_BR)
 
     def _embedded(self, slabs: Slabs) -> Tensor:
@@ -238,7 +238,7 @@ class Joint(Objective):
             )
         return ((first_B + second_B) * valid_BR.any(dim=1).float()).sum()
 
-    def _masked_loss(self, embedded_BMRD: Tensor, slabs: Slabs) -> Tensor:
+    def _hidden_loss(self, embedded_BMRD: Tensor, slabs: Slabs) -> Tensor:
         """Return the sum of 1 - cosine over the hidden slabs of both views."""
         M = embedded_BMRD.shape[1]
         valid_NR = slabs.valid[:, None].expand(-1, M, -1).flatten(0, 1)
@@ -246,13 +246,13 @@ class Joint(Objective):
         target_NRD = embedded_BMRD.flatten(0, 1)
         predicted_NRD = self.trained.volume_head.predict(target_NRD, valid_NR, hidden_NR)
         with full_precision(target_NRD.device):
-            return masked_loss(predicted_NRD.float(), target_NRD, hidden_NR)
+            return hidden_loss(predicted_NRD.float(), target_NRD, hidden_NR)
 
     def _counts(self, slabs: Slabs) -> dict[str, Tensor]:
         return {
             "slabs": NUM_VIEWS * slabs.valid.float().sum(),
             "volumes": NUM_VIEWS * slabs.valid.any(dim=1).float().sum(),
-            "masked": NUM_VIEWS * slabs.hidden.float().sum(),
+            "hidden": NUM_VIEWS * slabs.hidden.float().sum(),
         }
 
     def _bank_rows(
@@ -474,7 +474,7 @@ def hidden_slabs(valid_BR: Tensor, order_BR: Tensor, share: float) -> Tensor:
     return torch.zeros_like(valid_BR).scatter(1, order_BR, is_first_BR)
 
 
-def masked_loss(predicted_BRD: Tensor, target_BRD: Tensor, hidden_BR: Tensor) -> Tensor:
+def hidden_loss(predicted_BRD: Tensor, target_BRD: Tensor, hidden_BR: Tensor) -> Tensor:
     """Return the sum of 1 - cosine over the hidden slabs; the target gets no gradient."""
     cosine_BR = torch.cosine_similarity(predicted_BRD, target_BRD.detach(), dim=-1)
     return ((1 - cosine_BR) * hidden_BR.float()).sum()

@@ -35,13 +35,13 @@ class JointPlan(ViewPlan):
         name: "joint".
         slab_weight: weight of the loss between slabs of both views, and between views of images.
         volume_weight: weight of the loss between volumes, after attention over their slabs.
-        masked_weight: weight of the prediction of hidden slabs from the others.
+        hidden_weight: weight of the prediction of hidden slabs from the others.
         width: features of an embedding of a slab or a volume.
         depth: layers of the attention over slabs.
         num_heads: heads of the attention.
         key_every: the attention has one key for so many slabs.
         max_offset: how far, in slabs, a key may move from its place.
-        masked_share: share of a volume's slabs that are hidden.
+        hidden_share: share of a volume's slabs that are hidden.
         num_slab_clusters, num_volume_clusters: prototypes of slabs (with images) and of volumes.
         bank_cases: cases whose newest embeddings the bank holds. Where there are more cases,
             several share a place.
@@ -52,13 +52,13 @@ class JointPlan(ViewPlan):
 
     slab_weight: float = 1.0
     volume_weight: float = 1.0
-    masked_weight: float = 1.0
+    hidden_weight: float = 1.0
     width: int = 256
     depth: int = 4
     num_heads: int = 8
     key_every: int = 2
     max_offset: float = 2.0
-    masked_share: float = 0.2
+    hidden_share: float = 0.2
     num_slab_clusters: int = 64
     num_volume_clusters: int = 16
     bank_cases: int = 1024
@@ -232,7 +232,7 @@ def _check_numbers(settings: JointPlan) -> None:
             )
     not_negative = {
         "volume_weight": settings.volume_weight,
-        "masked_weight": settings.masked_weight,
+        "hidden_weight": settings.hidden_weight,
         "max_offset": settings.max_offset,
     }
     for key, number in not_negative.items():
@@ -249,10 +249,10 @@ def _check_numbers(settings: JointPlan) -> None:
             raise PlanError(
                 f"objective.{key}={number} must lie between 0 and 1", code="plan-out-of-range"
             )
-    if not 0 < settings.masked_share < 1:
+    if not 0 < settings.hidden_share < 1:
         raise PlanError(
-            f"objective.masked_share={settings.masked_share} must lie between 0 and 1; to predict "
-            "no slabs, use objective.masked_weight=0",
+            f"objective.hidden_share={settings.hidden_share} must lie between 0 and 1; to predict "
+            "no slabs, use objective.hidden_weight=0",
             code="plan-out-of-range",
         )
     clusters = {

@@ -21,7 +21,7 @@ from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import kind_of, with_objective
 from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
-from nnunet_autoreg.objectives.joint import Joint, hidden_slabs, masked_loss
+from nnunet_autoreg.objectives.joint import Joint, hidden_loss, hidden_slabs
 from nnunet_autoreg.objectives.joint_networks import SlabAttention, VolumeHead, scores_of
 from nnunet_autoreg.objectives.joint_plan import JointPlan, joint_of
 from nnunet_autoreg.objectives.registry import build_objective
@@ -142,7 +142,7 @@ def test_thin_volumes_get_slabs_of_two_slices() -> None:
         ("objective.slab_vox=16", "plan-slabs", "16"),
         ("objective.slab_vox=12", "plan-slabs", "12"),
         ("objective.slab_step_vox=3", "plan-slabs", "3"),
-        ("objective.masked_share=0", "plan-out-of-range", "masked_weight=0"),
+        ("objective.hidden_share=0", "plan-out-of-range", "hidden_weight=0"),
         ("objective.num_volume_clusters=1", "plan-out-of-range", "1"),
         ("objective.width=15", "plan-out-of-range", "15"),
         ("objective.corruption=0.5", "plan-ill-posed", "intensity_share"),
@@ -308,7 +308,7 @@ def test_t3_only_hidden_predictions_have_a_gradient_and_the_target_has_none() ->
     hidden = torch.zeros(2, 5, dtype=torch.bool)
     hidden[0, 1] = hidden[1, 3] = True
 
-    loss = masked_loss(predicted, target, hidden)
+    loss = hidden_loss(predicted, target, hidden)
     loss.backward()
     loss = loss.detach()
 
@@ -508,7 +508,7 @@ def test_t9_images_train_the_encoder_and_no_attention_over_slabs(encoder: str) -
     assert not any(name.startswith("volume_head.") for name in changed)
     step(1, batch_of(plan, "views"))
     assert any(name.startswith("volume_head.") for name in moved(objective, before))
-    assert set(step.term_means) == {"slabs", "volumes", "masked"}
+    assert set(step.term_means) == {"slabs", "volumes", "hidden"}
 
 
 def test_slabs_alone_are_clustered_at_first() -> None:
@@ -521,7 +521,7 @@ def test_slabs_alone_are_clustered_at_first() -> None:
         step(number, batch_of(plan, step=number))
         terms.append(set(step.term_means))
 
-    assert terms == [{"slabs"}, {"slabs"}, {"slabs", "volumes", "masked"}]
+    assert terms == [{"slabs"}, {"slabs"}, {"slabs", "volumes", "hidden"}]
 
 
 # T10, T11 and resuming.
@@ -615,7 +615,7 @@ def test_it_learns_to_agree_and_health_is_measured(encoder: str) -> None:
     health = validation.measure()
 
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    assert health is not None and set(health.parts) == {"slabs", "volumes", "masked"}
+    assert health is not None and set(health.parts) == {"slabs", "volumes", "hidden"}
     assert set(health.errors) == {"error", "uniform"}
     assert health.errors["uniform"] == pytest.approx(torch.log(torch.tensor(8.0)).item(), rel=1e-4)
     assert {"cluster_entropy", "code_entropy", "slab_spread", "empty_clusters"} <= set(health.own)
