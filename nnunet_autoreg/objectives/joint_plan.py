@@ -33,6 +33,12 @@ class JointPlan(ViewPlan):
 
     Attributes:
         name: "joint".
+        corruption: stays 0, because each view has intensities of its own (``intensity_share``).
+        slab_vox: slices of a slab, a multiple of the token's depth. A 2D image is repeated to as
+            many slices.
+        slab_step_vox: slices from the start of one slab to that of the next.
+        intensity_share: share of the views that are shown with another gamma and contrast and with
+            noise.
         slab_weight: weight of the loss between slabs of both views, and between views of images.
         volume_weight: weight of the loss between volumes, after attention over their slabs.
         hidden_weight: weight of the prediction of hidden slabs from the others.

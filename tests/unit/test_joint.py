@@ -310,14 +310,13 @@ def test_t3_only_hidden_predictions_have_a_gradient_and_the_target_has_none() ->
 
     loss = hidden_loss(predicted, target, hidden)
     loss.backward()
-    loss = loss.detach()
 
     assert target.grad is None and predicted.grad is not None
     assert torch.equal(predicted.grad.abs().sum(dim=2) > 0, hidden)
     expected = 2 - sum(
         torch.cosine_similarity(predicted[b, r], target[b, r], dim=0) for b, r in ((0, 1), (1, 3))
     )
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
