@@ -113,7 +113,7 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
-class Group:
+class SliceGroup:
     """Slices that an objective puts together, for people to look at.
 
     Attributes:
@@ -198,7 +198,7 @@ class Objective:
         """Return true and predicted voxels of a batch; None if the objective predicts no voxels."""
         return None
 
-    def groups(self, batches: Sequence[Batch]) -> list[Group]:
+    def groups(self, batches: Sequence[Batch]) -> list[SliceGroup]:
         """Return what of some batches the objective puts together; [] if it groups nothing."""
         return []
 

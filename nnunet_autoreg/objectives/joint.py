@@ -27,11 +27,11 @@ from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.objectives.base import (
-    Group,
     LossTerm,
     LossTerms,
     Objective,
     Processes,
+    SliceGroup,
     TokenFeatures,
 )
 from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
@@ -380,7 +380,7 @@ class Joint(Objective):
             )
         return signs
 
-    def groups(self, batches: Sequence[Batch]) -> list[Group]:
+    def groups(self, batches: Sequence[Batch]) -> list[SliceGroup]:
         """Return the slabs and images nearest to a few prototypes, from different samples.
 
         The prototypes are those whose nearest slabs are most alike.
@@ -414,7 +414,7 @@ class Joint(Objective):
                 _, slices_KYX, kind = found[int(sample_SK[rank, cluster])]
                 cosine = float(best_SK[rank, cluster])
                 slices.append((f"{kind}, cosine {cosine:.2f}", slices_KYX[cluster]))
-            groups.append(Group(f"Nearest to prototype {cluster + 1}", tuple(slices)))
+            groups.append(SliceGroup(f"Nearest to prototype {cluster + 1}", tuple(slices)))
         return groups
 
     def describe(self, batch: Batch) -> TokenFeatures:

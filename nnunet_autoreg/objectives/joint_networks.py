@@ -32,7 +32,7 @@ FEED_FORWARD = 2
 """Hidden features of a layer, as a multiple of its features."""
 
 
-class TransformerBackbone(nn.Module):
+class SlabTransformer(nn.Module):
     """A transformer encoder that reads slabs, each by itself."""
 
     def __init__(self, plan: Plan):
@@ -70,7 +70,7 @@ class TransformerBackbone(nn.Module):
         return self.encoder.adaptation()
 
 
-class CnnBackbone(nn.Module):
+class SlabCnn(nn.Module):
     """The encoder of a U-Net that reads slabs, each by itself. The decoder is not trained."""
 
     def __init__(self, plan: Plan):
@@ -280,8 +280,8 @@ class JointNetwork(nn.Module):
         super().__init__()
         settings = joint_of(plan)
         is_transformer = has_transformer(family_of(plan.encoder.class_path))
-        self.backbone: TransformerBackbone | CnnBackbone
-        self.backbone = TransformerBackbone(plan) if is_transformer else CnnBackbone(plan)
+        self.backbone: SlabTransformer | SlabCnn
+        self.backbone = SlabTransformer(plan) if is_transformer else SlabCnn(plan)
         self.project = nn.Sequential(
             nn.LayerNorm(self.backbone.width), nn.Linear(self.backbone.width, settings.width)
         )
