@@ -10,7 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_autoreg.benchmark.split import NUM_FOLDS, SCORED_SPLITS
+from nnunet_autoreg.benchmark.split import (
+    CROSS_VALIDATION,
+    NUM_FOLDS,
+    SCORED_SPLITS,
+    SMALL_TEST,
+)
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,
@@ -283,8 +288,6 @@ def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: i
 
 def describe(bench: "Bench") -> None:
     """Print how the patients are split."""
-    from nnunet_autoreg.benchmark.split import CROSS_VALIDATION, SMALL_TEST
-
     record, request = bench.record, bench.request
     if record.rule:
         print(record.rule)
@@ -315,8 +318,8 @@ def describe(bench: "Bench") -> None:
     print(", ".join(parts))
     if num_tested[0] < SMALL_TEST:
         print(
-            f"scores of {counted(num_tested[0], 'patient')} say little; --split cross-validation "
-            "scores every patient once"
+            f"scores of {counted(num_tested[0], 'patient')} say little; with --split "
+            f"{CROSS_VALIDATION} every patient is scored once"
         )
 
 
@@ -394,8 +397,13 @@ def main(argv: list[str] | None = None) -> int:
         announce(bench.request, args.jobs)
         if args.dry_run:
             exclude = shlex.quote(str(bench.layout.exclude))
-            dataset = shlex.quote(args.dataset)
-            print_next(f"autoreg_pretrain -d {dataset} --name NAME --exclude {exclude}")
+            # A cross-validation leaves no labelled scan to pretrain on.
+            is_crossed = request.split == CROSS_VALIDATION
+            scans = "-i FOLDER" if is_crossed else f"-d {shlex.quote(args.dataset)}"
+            print_next(
+                f"autoreg_pretrain {scans} --name NAME --exclude {exclude}   and then this command "
+                "without --dry-run and with --weights NAME"
+            )
             return 0
         num_failed = run(bench, args.jobs, args.measure)
 
