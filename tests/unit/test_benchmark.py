@@ -46,7 +46,7 @@ from nnunet_autoreg.benchmark.run import (
 )
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
-from nnunet_autoreg.cli.benchmark import parser, read_request
+from nnunet_autoreg.cli.benchmark import announce, parser, read_request
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -455,6 +455,20 @@ def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -
     assert time_left(bench, keys, 1) == TimeLeft(
         3, pytest.approx(100 * (0.5 + 0.5 + 0.4) + 3 * 1.0), has_scoring=True
     )
+
+
+def test_a_budget_tells_the_total_time_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    crossed = {"split": "cross-validation", "num_folds": 5}
+
+    announce(request(steps=(), budget_min=(10.0, 30.0), labels=(2, 4), **crossed), 2)
+    announce(request(steps=(50, 200)), 1)
+
+    # 2 seeds, 2 numbers of labels, 5 folds, 2 arms: 40 trainings of each length, 2 at a time.
+    budget, steps = capsys.readouterr().out.splitlines()
+    assert "80 trainings, 2 at a time" in budget and "13 h" in budget
+    assert "8 trainings" in steps and "50 or 200 steps" in steps
 
 
 def test_long_trainings_of_given_steps_have_their_pace_measured(bench: Bench) -> None:
