@@ -2,9 +2,11 @@
 ``nnunet_autoreg.planners``.
 
 The wheel also carries the start-up bridge's ``.pth`` line at its root, where ``pip`` installs and
-uninstalls it whole.
+uninstalls it whole. The description of the package is README.md without its pictures, whose
+relative addresses lead nowhere outside the repository.
 """
 
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -12,7 +14,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-BRIDGE = runpy.run_path(str(Path(__file__).parent / "nnunet_autoreg" / "bridge.py"))
+HERE = Path(__file__).parent
+PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*\)\n\n(?:\*.*?\*\n\n)?", re.MULTILINE | re.DOTALL)
+"""A picture, and the caption in italics below it."""
+BRIDGE = runpy.run_path(str(HERE / "nnunet_autoreg" / "bridge.py"))
 
 
 class BuildWithBridge(build_py):
@@ -35,6 +40,8 @@ class BuildWithBridge(build_py):
 
 
 setup(
+    long_description=PICTURE.sub("", (HERE / "README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     packages=[
         *find_packages(include=["nnunet_autoreg", "nnunet_autoreg.*"]),
         "nnunet_autoreg.trainers",

@@ -1,6 +1,6 @@
 """nnunet-autoreg: autoregressive pretraining for stock nnU-Net v2."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

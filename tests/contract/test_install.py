@@ -157,7 +157,11 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert archive.read(bridge.PTH_NAME).decode() == bridge.PTH_LINE
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        description = archive.read(metadata).decode()
 
+    # Relative addresses of pictures lead nowhere outside the repository.
+    assert "## Run it" in description and "![" not in description
     assert {
         "nnunet_autoreg/trainers/__init__.py",
         "nnunet_autoreg/planners/__init__.py",

@@ -1,7 +1,9 @@
 """What a release says of itself: version, bounds, and what its image is built from."""
 
+import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,20 @@ def test_the_image_is_built_from_all_that_the_package_needs():
 
     assert files == let_in == needed
     assert all((REPO / name).exists() for name in files)
+
+
+def test_every_command_that_the_image_shows_exists():
+    scripts = metadata()["scripts"]
+    text = text_of("Dockerfile")
+    shown = set(re.findall(r"\bautoreg_[a-z]\w*", text))
+
+    assert shown and shown <= set(scripts)
+
+    # The line that it starts with, and the one in its head, can be typed.
+    started = json.loads(re.search(r"^CMD (.+)$", text, re.MULTILINE)[1])
+    example = re.search(r"nnunet-autoreg (autoreg_.+)$", text, re.MULTILINE)[1].split()
+    for command, *arguments in (started, example):
+        import_module(scripts[command].partition(":")[0]).parser().parse_args(arguments)
 
 
 def test_optional_packages_can_be_installed_by_name():
