@@ -37,7 +37,7 @@ FAR_ABOVE = 2.0
 # so that a font size in points is one in pixels.
 CHART_SIZE = (6.39, 3.61)
 # On both sides there is room for half a number of the step axis.
-AXES_BOX = (0.115, 0.14, 0.825, 0.735)
+AXES_BOX = (0.115, 0.16, 0.825, 0.7)
 FONT_SIZE = 12
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
@@ -127,6 +127,9 @@ PROBE_CURVES = {
 }
 KIND_PREFIX = "heldout_error_"
 """The validation error of one kind of sequences is logged as this prefix and the kind's name."""
+
+TITLE_WORDS = {"heldout": "validation", "train": "training"}
+"""First words of metrics whose names in ``metrics.jsonl`` are kept for older runs."""
 
 NOT_DRAWN = {"peak_memory", "share_of_peak"}
 """Metrics that hardly change during a run. The report has them in a table."""
@@ -227,9 +230,10 @@ def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
     others = []
     for name in sorted(set(series) - known):
         if not name.startswith(KIND_PREFIX):
-            title = name.replace("_", " ").capitalize()
+            first_word, *words = name.split("_")
+            title = " ".join([TITLE_WORDS.get(first_word, first_word), *words]).capitalize()
             curve = Curve("now", series[name], "second")
-            others.append(Chart(title, "from metrics.jsonl", [curve]))
+            others.append(Chart(title, f"{name} in metrics.jsonl", [curve]))
 
     charts = [*_single_charts(HEALTH_CHARTS, series, plan), probe, *others]
     return _drawable(charts, plan)
@@ -342,10 +346,12 @@ def draw(axis: Any, chart: Chart) -> None:
     axis.grid(axis="y", color=palette.GRID, clip_on=False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
-    # Above the axis, where no curve can lie behind it.
+    # The first numbers of both axes stand at one corner.
+    axis.tick_params(axis="x", pad=8)
+    # Above the axis and its highest number, where no curve can lie behind it.
     legend = axis.legend(
         loc="lower left",
-        bbox_to_anchor=(-0.1, 1.0),
+        bbox_to_anchor=(-0.1, 1.05),
         ncols=4,
         frameon=False,
         fontsize=FONT_SIZE,
@@ -492,7 +498,7 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
         draw(axis, chart)
         # The legend stands directly above the curves; the title comes above the legend.
         unit = f" ({chart.unit})" if chart.unit else ""
-        axis.set_title(f"{chart.title}{unit}", loc="left", pad=24)
+        axis.set_title(f"{chart.title}{unit}", loc="left", pad=32)
         note = textwrap.fill(chart.note, 78)
         axis.set_xlabel(f"step\n{note}" if note else "step", color=palette.SOFT)
 

@@ -38,6 +38,9 @@ LARGEST_ERROR = 0.5
 
 GIVEN_COLOUR = palette.bytes_of(palette.BLUE)
 BORDER_COLOUR = palette.bytes_of(palette.GIVEN.colour)
+BORDER_WIDTH = 2
+PICTURE_WIDTH = 240
+"""Pixels. Borders are drawn at the size of the page, where thick slices are many pixels high."""
 TINT = 0.28
 """How much of the colour of the given part is the tint."""
 
@@ -239,12 +242,22 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
     marks = f'<span aria-hidden="true">{"".join(letters)}{bar}</span>'
 
     percent = 100 * plane.given.mean()
+    # Pixels of the page per voxel, down and across.
+    across = max(1, round(PICTURE_WIDTH / plane.truth.shape[1]))
+    repeats = (max(1, round(across * plane.aspect)), across)
+    given = _enlarged(plane.given, repeats)
     found = []
     for title, image, visible in images:
         alt = f"{title}, {plane.name}: {percent:.0f} % of the picture was given"
-        element = _image(tinted(image, visible, plane.given), plane.aspect, alt)
+        pixels = tinted(_enlarged(image, repeats), _enlarged(visible, repeats), given)
+        element = _image(pixels, plane.aspect * repeats[1] / repeats[0], alt)
         found.append((title, f'<div class="view">{element}{marks}</div>'))
     return found
+
+
+def _enlarged(image: NDArray[Any], repeats: tuple[int, int]) -> NDArray[Any]:
+    """Return an image (H, W, ...) in which every pixel is repeated down and across."""
+    return image.repeat(repeats[0], axis=0).repeat(repeats[1], axis=1)
 
 
 def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
@@ -264,11 +277,13 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
     # Where nothing else is visible, the tint alone is.
     made[given & ~visible] = (*GIVEN_COLOUR, round(255 * TINT))
 
-    # The border are those given pixels of which a neighbour is not given.
-    padded = np.pad(given, 1, mode="edge")
-    neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-    is_inside: Bools = np.logical_and.reduce(neighbours)
-    made[given & ~is_inside] = (*BORDER_COLOUR, 255)
+    # The border are those given pixels of which a neighbour is not given, in several layers.
+    inside = given
+    for _ in range(BORDER_WIDTH):
+        padded = np.pad(inside, 1, mode="edge")
+        neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+        inside = inside & np.logical_and.reduce(neighbours)
+    made[given & ~inside] = (*BORDER_COLOUR, 255)
     return made
 
 

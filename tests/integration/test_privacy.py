@@ -97,6 +97,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     exported = home.root / "exported"
     home.typed("export", "autoreg_weights", "export", "quiet", "-o", exported)
     home.typed("import", "autoreg_weights", "import", exported, "--name", "back")
+    for_hub = home.root / "for_hub"
+    line = ("autoreg_weights", "export", "quiet", "-o", for_hub, "--form", "huggingface")
+    home.typed("export for Hugging Face", *line)
 
     processes = ("-npfp", "1", "-np", "1")
     line = ("nnUNetv2_plan_and_preprocess", "-d", "77", "-pl", "AutoregPlanner", "-c", "3d_fullres")
@@ -137,6 +140,8 @@ def test_a_run_its_store_and_its_weights_name_nobody(home: Home) -> None:
     assert planted.leaks(home.results / "autoreg_pretraining", EVERYBODY, WITH_NAMES) == []
     assert planted.leaks(home.root / "nnUNet_preprocessed/autoreg_store", EVERYBODY) == []
     assert planted.leaks(exported, EVERYBODY) == []
+    assert (home.root / "for_hub" / "README.md").is_file()
+    assert planted.leaks(home.root / "for_hub", EVERYBODY) == []
 
     private = (home.results / "autoreg_pretraining/quiet" / PRIVATE_NAME).read_text().lower()
     assert all(secret in private for secret in EVERYBODY)

@@ -1,6 +1,8 @@
 """report.html: whole, self-contained, true to scans.csv, and silent about who was scanned."""
 
+import base64
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from refusals import refused
 
 from nnunet_autoreg.cli import pretrain
@@ -499,19 +502,39 @@ def test_pictures_of_the_folder_and_provenance_are_in_the_page(run_folder, objec
 
 
 def test_the_given_part_is_tinted_and_bordered_towards_the_rest_only():
-    image = np.full((4, 4, 4), 100, np.uint8)
-    visible = np.ones((4, 4), bool)
-    visible[3] = False
-    given = np.zeros((4, 4), bool)
-    given[:3] = True
+    image = np.full((5, 4, 4), 100, np.uint8)
+    visible = np.ones((5, 4), bool)
+    visible[4] = False
+    given = np.zeros((5, 4), bool)
+    given[:4] = True
 
     made = tinted(image, visible, given)
 
     # 0.72 * 100 + 0.28 * (0, 114, 178)
     assert (made[:2] == (72, 103, 121, 255)).all()
-    assert (made[2] == (*BORDER_COLOUR, 255)).all()
-    assert (made[3, :, 3] == 0).all()
+    assert (made[2:4] == (*BORDER_COLOUR, 255)).all()
+    assert (made[4, :, 3] == 0).all()
     assert (image == 100).all()
+
+
+def test_borders_do_not_cover_given_blocks_of_one_thick_slice(objective, batch):
+    pictures = held_out_pictures(objective, [batch], torch.device("cpu"), (1.0, 1.0, 1.0))
+    plane = pictures[0].planes[0]
+    given = np.zeros(plane.truth.shape, bool)
+    given[4, 4:8] = True
+
+    html = panels(replace(plane, given=given, aspect=8.0))[0][1]
+
+    data = re.search(r"base64,([^\"]+)", html)[1]
+    pixels = np.rint(255 * imread(io.BytesIO(base64.b64decode(data)))).astype(int)
+    num_rows, num_columns = (
+        size // count for size, count in zip(pixels.shape, given.shape, strict=False)
+    )
+    block = pixels[4 * num_rows : 5 * num_rows, 4 * num_columns : 8 * num_columns, :3]
+    is_border = (block == BORDER_COLOUR).all(axis=-1)
+    assert num_rows == 8 * num_columns
+    assert 0 < is_border.mean() < 0.3
+    assert f"aspect-ratio:{given.shape[1] / (given.shape[0] * 8):.4f}" in html
 
 
 def test_a_chart_has_at_most_240_points_that_are_means():
