@@ -3,6 +3,7 @@ scan can, searched byte by byte. ``tests/integration/test_privacy.py`` does the 
 chain of commands.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import pytest
 from refusals import refused
 
 from nnunet_autoreg.cli.common import configure_logging
+from nnunet_autoreg.convert.exporting import HUGGINGFACE_FORM, export_weights
 from nnunet_autoreg.corpus.grid import grid_of_scan
 from nnunet_autoreg.corpus.private import (
     PRIVATE_NAME,
@@ -101,6 +103,15 @@ def test_a_run_on_scans_that_name_a_patient_names_nobody(
     shown = "".join(capfd.readouterr()).lower()
     assert "--exclude: 1 of 3" in shown
     assert [secret for secret in secrets if secret in shown] == []
+
+    # The card that a repository would show.
+    exported = folders / "exported"
+    export_weights(folder / "encoder.safetensors", exported, HUGGINGFACE_FORM)
+    assert planted.leaks(exported, secrets) == []
+
+    # Events for TensorBoard, where it is installed, were searched with the rest.
+    events = list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(events) == (1 if importlib.util.find_spec("tensorboard") else 0)
 
     rows = read_index(folder / "scans.csv")
     statuses = {row.status for row in rows}
