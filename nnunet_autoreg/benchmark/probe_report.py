@@ -4,12 +4,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnunet_autoreg.benchmark.dense_probe import ProbeResult
 from nnunet_autoreg.benchmark.public_ids import PublicIds
+
+if TYPE_CHECKING:
+    # The demo reads the figures, and its help must not load torch.
+    from nnunet_autoreg.benchmark.dense_probe import ProbeResult
 
 RANDOM, RAW = "random", "raw voxels"
 
@@ -27,7 +30,7 @@ class ProbeLine:
     encoder: str
     architecture: str
     seed: int | None
-    result: ProbeResult
+    result: "ProbeResult"
 
 
 @dataclass(frozen=True)

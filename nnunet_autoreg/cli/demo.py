@@ -1,6 +1,6 @@
 """Run ``autoreg_demo``: the whole chain on generated scans.
 
-The chain is: pretrain, plan, train with and without the pretrained weights, predict, compare.
+The chain is: pretrain, probe the features, plan, train, predict, compare with the truth.
 """
 
 import argparse
@@ -12,12 +12,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from nnunet_autoreg.benchmark.commands import last_line
+from nnunet_autoreg.benchmark.probe_report import RANDOM, RAW, Interval, t_interval
 from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
 from nnunet_autoreg.cli.options import add_device, chosen_device, local_path
@@ -25,18 +28,19 @@ from nnunet_autoreg.cli.phantom import LABELS, draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, InterruptedRunError, UsageError
 from nnunet_autoreg.phases import phase
 from nnunet_autoreg.records import atomic_path, read_json, write_json
-from nnunet_autoreg.report.palette import STRUCTURES
+from nnunet_autoreg.report.palette import GRID, SERIES, STRUCTURES
 from nnunet_autoreg.wording import duration
 
 DATASET, DATASET_ID = "Dataset901_Phantom", "901"
-NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 8, 4
-ARMS = {"pretrained": "AutoregPretrainedTrainer", "scratch": "AutoregScratchTrainer"}
+NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 40, 4
+NAME = "demo"
 PRETRAIN_STEPS = 300
+# The probe fits a classifier to a few of the labelled scans and scores it on others.
+PROBE_LABELS, PROBE_DRAWS = 3, 5
 RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
 
-
-NUM_STEPS = 8
-"""Commands of the chain: two that prepare, and three for each arm."""
+NUM_STEPS = 6
+"""Commands of the chain."""
 
 PROGRESS_EVERY_S = 20.0
 """How often the last line of a command's output is shown while the command runs."""
@@ -48,8 +52,8 @@ CONTENTS = {
     "nnUNet_results/autoreg_pretraining/demo": "the pretraining, as far as it came",
     f"nnUNet_preprocessed/{DATASET}": "plans and preprocessed scans",
     f"nnUNet_results/{DATASET}": "fine-tuned models, as far as they came",
-    "predicted_pretrained": "test scans segmented with pretraining",
-    "predicted_scratch": "test scans segmented without pretraining",
+    "probe": "the comparison of the pretrained features with random weights",
+    "predicted": "segmented test scans",
     "demo.log": "the output of all commands",
 }
 """What the demo's folder may hold."""
@@ -78,7 +82,7 @@ class Demo:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             folders[name] = str(self.folder / name)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": "demo"}
+        settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": NAME}
         return {**os.environ, **folders, **settings, "PATH": path}
 
     def run(self, title: str, *line: str) -> None:
@@ -181,78 +185,94 @@ def generate(demo: Demo) -> None:
         (demo.folder / name).mkdir()
 
 
-def run_chain(demo: Demo) -> dict[str, float]:
-    """Run the commands of the workflow; return the mean test Dice with and without pretraining."""
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Hold the Dice of linear classifiers on frozen features, one value per draw.
+
+    Attributes:
+        raw_voxels, random, pretrained: draws of labelled scans are in the same order.
+    """
+
+    raw_voxels: list[float]
+    random: list[float]
+    pretrained: list[float]
+
+    @property
+    def gain(self) -> Interval:
+        """Return pretrained minus random weights, with its interval over draws."""
+        pairs = zip(self.pretrained, self.random, strict=True)
+        return t_interval([pretrained - random for pretrained, random in pairs])
+
+
+def read_probe(lines: Sequence[Mapping[str, Any]]) -> FrozenFeatures:
+    """Return the probe's results from its lines of JSON.
+
+    Pretrained and random weights are compared on the same levels: those that include the decoder
+    where the encoder has one.
+    """
+    levels = {line["levels"] for line in lines if line["encoder"] == NAME}
+    most_levels = max(levels, key=len)
+
+    dice: dict[str, list[float]] = {}
+    for encoder in (RAW, RANDOM, NAME):
+        values_of_draw: dict[int, list[float]] = {}
+        for line in lines:
+            # Raw voxels have one set of levels only.
+            same_levels = encoder == RAW or line["levels"] == most_levels
+            if line["encoder"] == encoder and same_levels:
+                values_of_draw.setdefault(line["draw"], []).append(line["dice"])
+        # Random weights have several seeds.
+        dice[encoder] = [fmean(values_of_draw[draw]) for draw in sorted(values_of_draw)]
+    return FrozenFeatures(dice[RAW], dice[RANDOM], dice[NAME])
+
+
+def run_chain(demo: Demo) -> tuple[FrozenFeatures, float]:
+    """Run the commands of the workflow; return what the probe found, and the mean test Dice."""
     raw = demo.folder / "nnUNet_raw" / DATASET
-    device = ("-device", demo.device)
-    unlabelled = str(demo.folder / "unlabelled")
+    predicted = demo.folder / "predicted"
+    choice = ("-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans", "-device", demo.device)
     demo.run(
         "pretrain on the unlabelled scans",
         "autoreg_pretrain",
-        *("-i", unlabelled, "--name", "demo", "--batch", "4"),
+        *("-i", str(demo.folder / "unlabelled"), "--name", NAME, "--batch", "4"),
         *("--steps", str(PRETRAIN_STEPS), "--device", demo.device),
+    )
+    demo.run(
+        "compare the pretrained features with random weights",
+        "autoreg_probe",
+        *("-d", DATASET_ID, "--encoder", NAME, "--labels", str(PROBE_LABELS)),
+        *("--draws", str(PROBE_DRAWS), "--device", demo.device, "-o", str(demo.folder / "probe")),
     )
     demo.run(
         "plan and preprocess the labelled scans",
         "nnUNetv2_plan_and_preprocess",
-        "-d",
-        DATASET_ID,
-        "-pl",
-        "AutoregPlanner",
-        "-c",
-        "3d_fullres",
-        "-np",
-        "2",
+        *("-d", DATASET_ID, "-pl", "AutoregPlanner", "-c", "3d_fullres", "-np", "2"),
         "--verify_dataset_integrity",
     )
     # nnU-Net's own length would take days on a CPU.
     shorten_recipe(demo.folder / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json")
 
-    dice = {}
-    for arm, trainer in ARMS.items():
-        predicted = demo.folder / f"predicted_{arm}"
-        choice = ("-tr", trainer, "-p", "AutoregPlans")
-        demo.run(
-            f"train ({arm})", "nnUNetv2_train", DATASET_ID, "3d_fullres", "0", *choice, *device
-        )
-        demo.run(
-            f"segment the test scans ({arm})",
-            "nnUNetv2_predict",
-            "-d",
-            DATASET_ID,
-            "-i",
-            str(raw / "imagesTs"),
-            "-o",
-            str(predicted),
-            "-f",
-            "0",
-            "-c",
-            "3d_fullres",
-            "-npp",
-            "2",
-            "-nps",
-            "2",
-            *choice,
-            *device,
-        )
-        summary = demo.folder / f"dice_{arm}.json"
-        demo.run(
-            f"compare with the truth ({arm})",
-            "nnUNetv2_evaluate_folder",
-            str(raw / "labelsTs"),
-            str(predicted),
-            "-djfile",
-            str(predicted / "dataset.json"),
-            "-pfile",
-            str(predicted / "plans.json"),
-            "-o",
-            str(summary),
-            "-np",
-            "2",
-        )
-        means = json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]
-        dice[arm] = float(means["Dice"])
-    return dice
+    demo.run("fine-tune", "nnUNetv2_train", DATASET_ID, "3d_fullres", "0", *choice)
+    demo.run(
+        "segment the test scans",
+        "nnUNetv2_predict",
+        *("-d", DATASET_ID, "-i", str(raw / "imagesTs"), "-o", str(predicted)),
+        *("-f", "0", "-c", "3d_fullres", "-npp", "2", "-nps", "2"),
+        *choice,
+    )
+    summary = demo.folder / "dice.json"
+    demo.run(
+        "compare with the truth",
+        "nnUNetv2_evaluate_folder",
+        *(str(raw / "labelsTs"), str(predicted)),
+        *("-djfile", str(predicted / "dataset.json"), "-pfile", str(predicted / "plans.json")),
+        *("-o", str(summary), "-np", "2"),
+    )
+
+    lines = (demo.folder / "probe" / "probe.jsonl").read_text(encoding="utf-8").splitlines()
+    features = read_probe([json.loads(line) for line in lines])
+    means = json.loads(summary.read_text(encoding="utf-8"))["foreground_mean"]
+    return features, float(means["Dice"])
 
 
 def shorten_recipe(plans_file: Path) -> None:
@@ -262,30 +282,74 @@ def shorten_recipe(plans_file: Path) -> None:
     write_json(plans_file, plans)
 
 
-def draw(demo: Demo, dice: dict[str, float]) -> Path:
-    """Draw one row per test scan, with the truth and both predictions as contours."""
+def draw(demo: Demo, features: FrozenFeatures, dice: float) -> Path:
+    """Draw the result of the probe, and the truth and the prediction of every test scan."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    draw_probe(left.subplots(), features)
+    draw_segmentations(right, demo, dice)
+
+    handles = [
+        Line2D([], [], label=name, **style.line())
+        for style, name in zip(STRUCTURES, list(LABELS)[1:], strict=True)
+    ]
+    right.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    with atomic_path(demo.folder / "demo.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    return demo.folder / "demo.png"
+
+
+def draw_probe(axis: Any, features: FrozenFeatures) -> None:
+    """Draw one point per draw of labelled scans; a line joins the points of one draw."""
+    columns = {
+        "raw voxels": features.raw_voxels,
+        "random\nweights": features.random,
+        "pretrained\nweights": features.pretrained,
+    }
+    values = list(columns.values())
+    for of_draw in zip(*values, strict=True):
+        axis.plot(range(len(values)), of_draw, color=GRID, zorder=1)
+    for position, (style, of_column) in enumerate(zip(SERIES[::-1][-3:], values, strict=True)):
+        axis.plot(
+            [position] * len(of_column),
+            of_column,
+            color=style.colour,
+            marker=style.marker,
+            linestyle="none",
+        )
+        axis.text(position + 0.12, fmean(of_column), f"{fmean(of_column):.3f}", va="center")
+
+    axis.set_title(f"frozen features, {PROBE_LABELS} labelled scans:\ngain {features.gain}")
+    axis.set_xticks(range(len(columns)), list(columns))
+    axis.set(xlim=(-0.4, len(columns) - 0.3), ylabel="Dice of a linear classifier")
+    axis.grid(axis="y", color=GRID)
+
+
+def draw_segmentations(figure: Any, demo: Demo, dice: float) -> None:
+    """Draw the truth above the prediction, one column per test scan."""
     from SimpleITK import GetArrayFromImage, ReadImage
 
     raw = demo.folder / "nnUNet_raw" / DATASET
     scans = sorted((raw / "imagesTs").glob("*.nii.gz"))
-    columns = {"truth": raw / "labelsTs"}
-    for arm in ARMS:
-        columns[f"{arm}: Dice {dice[arm]:.3f}"] = demo.folder / f"predicted_{arm}"
+    rows = {"truth": raw / "labelsTs", f"fine-tuned:\nDice {dice:.3f}": demo.folder / "predicted"}
+    axes = figure.subplots(len(rows), len(scans))  # (rows, scans)
 
-    # One row per scan: the truth, then the prediction of every arm.
-    figure = Figure(figsize=(10, 3.0 * len(scans) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for row, scan in zip(figure.subplots(len(scans), len(columns)), scans, strict=True):
-        voxels = GetArrayFromImage(ReadImage(str(scan)))  # (Z, Y, X)
-        # A little above the middle slice, where all organs are cut.
-        middle = voxels.shape[0] // 2 + 3
-        for axis, (title, folder) in zip(row, columns.items(), strict=True):
+    for row, (title, folder) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(title)
+        for axis, scan in zip(row, scans, strict=True):
+            voxels = GetArrayFromImage(ReadImage(str(scan)))  # (Z, Y, X)
             label_map = ReadImage(str(folder / scan.name.replace("_0000", "")))
+            # A little above the middle slice, where all organs are cut.
+            middle = voxels.shape[0] // 2 + 3
             labels = GetArrayFromImage(label_map)[middle]  # (Y, X)
+
             axis.imshow(voxels[middle], cmap="gray", vmin=-160, vmax=240)
+            axis.set(xticks=[], yticks=[])
             for label, style in zip(range(1, len(LABELS)), STRUCTURES, strict=True):
                 if (labels == label).any():
                     axis.contour(
@@ -295,16 +359,6 @@ def draw(demo: Demo, dice: dict[str, float]) -> Path:
                         linestyles=[style.dash],
                         linewidths=1.5,
                     )
-            axis.set(xticks=[], yticks=[], title=title if scan == scans[0] else "")
-
-    handles = [
-        Line2D([], [], label=name, **style.line())
-        for style, name in zip(STRUCTURES, list(LABELS)[1:], strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    with atomic_path(demo.folder / "demo.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    return demo.folder / "demo.png"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -316,8 +370,8 @@ def parser() -> argparse.ArgumentParser:
         ],
         prog="autoreg_demo",
         description="Run the whole chain on generated CT-like scans, in minutes on two CPU cores: "
-        "pretraining, then nnU-Net's own commands with and without the pretrained weights. This "
-        "shows that everything works; it is not a benchmark.",
+        "pretraining, a comparison of the features with random weights, then nnU-Net's own "
+        "commands. autoreg_benchmark measures on your data what fine-tuning gains.",
     )
     p.add_argument(
         "--out",
@@ -352,20 +406,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         generate(demo)
-        dice = run_chain(demo)
+        features, dice = run_chain(demo)
     except InterruptedRunError as error:
         raise InterruptedRunError(
             f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. The demo cannot be continued; it "
             f"always starts anew in another folder. These files remain; remove {folder} when you "
             f"no longer need them:\n{demo.remaining()}"
         ) from error
-    picture = draw(demo, dice)
-    steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
-    values = ", ".join(f"{arm} {value:.3f}" for arm, value in dice.items())
+    picture = draw(demo, features, dice)
     print(
-        f"mean Dice on {NUM_TEST} test scans after {steps} training steps: {values}. Two runs "
-        "this short differ by more than pretraining changes; autoreg_benchmark measures that"
+        f"frozen features, a linear classifier on {PROBE_LABELS} labelled scans: Dice "
+        f"{fmean(features.pretrained):.3f} with pretrained weights, {fmean(features.random):.3f} "
+        f"with random ones; difference {features.gain} over {PROBE_DRAWS} draws"
     )
+    steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
+    print(f"fine-tuned for {steps} steps: mean Dice {dice:.3f} on {NUM_TEST} test scans")
     print(f"picture: {picture}")
     print_next("autoreg_pretrain -i FOLDER_WITH_YOUR_SCANS --name NAME")
     return 0

@@ -1,5 +1,6 @@
 """The demo: its steps are counted, and an interruption says what remains."""
 
+import json
 import time
 
 import pytest
@@ -7,6 +8,22 @@ from refusals import refused
 
 from nnunet_autoreg.cli import demo
 from nnunet_autoreg.errors import AutoregError, InterruptedRunError
+
+
+def probe_lines():
+    """Return lines of the probe: two draws, two levels of features, two random networks."""
+    lines = []
+    for draw in (1, 0):
+        raw = {"encoder": "raw voxels", "seed": None, "levels": "all levels"}
+        lines.append({**raw, "draw": draw, "dice": 0.1 + draw})
+        # The second set of levels holds the first.
+        for levels, gain in (("encoder", 0.1), ("encoder + decoder", 0.2)):
+            pretrained = {"encoder": "demo", "seed": None, "levels": levels}
+            lines.append({**pretrained, "draw": draw, "dice": 0.5 + gain + draw})
+            for seed in (0, 1):
+                random = {"encoder": "random", "seed": seed, "levels": levels}
+                lines.append({**random, "draw": draw, "dice": 0.4 + 0.2 * seed + draw})
+    return lines
 
 
 @pytest.fixture
@@ -24,18 +41,33 @@ def test_as_many_commands_run_as_are_announced(quiet_scans, monkeypatch, tmp_pat
         if "nnUNetv2_evaluate_folder" in line[0]:
             path = line[line.index("-o") + 1]
             demo.write_json(demo.Path(path), {"foreground_mean": {"Dice": 0.5}})
+        if "autoreg_probe" in line[0]:
+            folder = demo.Path(line[line.index("-o") + 1])
+            folder.mkdir()
+            (folder / "probe.jsonl").write_text("\n".join(map(json.dumps, probe_lines())))
         return 0
 
     monkeypatch.setattr(demo, "run_guarded", run)
     monkeypatch.setattr(demo, "shorten_recipe", lambda plans_file: None)
 
-    dice = demo.run_chain(one)
+    features, dice = demo.run_chain(one)
 
-    assert dice == {"pretrained": 0.5, "scratch": 0.5}
+    assert dice == 0.5
+    assert features.gain.mean == pytest.approx(0.2)
     assert one.num_done == demo.NUM_STEPS
     shown = capsys.readouterr().out
     assert f"step {demo.NUM_STEPS} of {demo.NUM_STEPS}: " in shown
-    assert "--encoder" not in shown
+    pretraining = next(line for line in shown.splitlines() if "$ autoreg_pretrain" in line)
+    assert "--encoder" not in pretraining
+
+
+def test_the_probe_is_read_draw_by_draw_over_the_seeds():
+    features = demo.read_probe(probe_lines())
+
+    assert features.raw_voxels == pytest.approx([0.1, 1.1])
+    assert features.random == pytest.approx([0.5, 1.5])
+    assert features.pretrained == pytest.approx([0.7, 1.7])
+    assert features.gain.low == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("is_child", [False, True], ids=["the demo", "its command"])
